@@ -1,0 +1,56 @@
+"""What all programs share at their edges: argument errors in our one-line form, and the exit code.
+
+Imports nothing heavy, so that ``--help`` of every program answers in well under a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from megatron_hammer.errors import ConfigError, HammerError, from_os_error
+
+TRACEBACK_VARIABLE = "HAMMER_TRACEBACK"  # set to 1: show where an error line came from
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """``argparse`` whose usage errors are ``error[E201]`` lines; no abbreviated options."""
+
+    def __init__(self, **kwargs) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(1, self.prog, f"was called wrongly: {message}", f"see {self.prog} --help")
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a program's ``main`` and leave with its documented exit code; a user's mistake is one line on stderr."""
+    try:
+        code = main() or 0
+    except HammerError as error:
+        code = report(error)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        code = report(from_os_error(error, "running"))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def report(error: HammerError) -> int:
+    """Print the one line (and the traceback where ``HAMMER_TRACEBACK=1`` asks for it); return the exit code."""
+    if os.environ.get(TRACEBACK_VARIABLE) == "1":
+        import traceback
+
+        traceback.print_exception(error)
+    print(error, file=sys.stderr, flush=True)
+    return error.exit_code

@@ -1,0 +1,628 @@
+"""Every setting of a run: one tree of frozen dataclasses, read from YAML, overridden by ``group.field=value``.
+
+::
+
+    CONFIG.yaml ----> tree of plain values ----> Config (frozen) ----> validate(world_size) ----> everything else
+    group.field=value ^ (last one wins)            types checked         ranges and relations
+
+The docstring under a field is its documentation and what ``--help`` prints. What can be computed is not a field:
+``data_parallel_size``, ``grad_accum``, ``padded_vocab_size`` are functions here. Nothing mutates a config; the
+resolved one (with ``model.vocab_size`` filled in from the tokenizer) is stored in each checkpoint and logged once.
+Imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megatron_hammer.errors import ConfigError
+
+VOCAB_PADDING_MULTIPLE = 128  # rows a tensor-parallel rank: keeps matrix kernels aligned; 105,789 is odd (performance.md)
+
+
+def _require(condition: bool, what: str, rule: str, remedy: str, number: int = 4) -> None:
+    if not condition:
+        raise ConfigError(number, what, rule, remedy)
+
+
+def _at_least(group: str, values: Mapping[str, float | None], minimum: float) -> None:
+    for name, value in values.items():
+        if value is not None and not value >= minimum:  # also catches NaN
+            raise ConfigError(4, f"{group}.{name}={value}", f"must be at least {minimum}", f"raise {group}.{name}")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of RoPE for longer contexts (Hugging Face ``rope_type: llama3``)."""
+
+    factor: float
+    """By how much the long wavelengths are stretched."""
+    low_freq_factor: float
+    """Wavelengths above original_max_position_embeddings / low_freq_factor are stretched in full."""
+    high_freq_factor: float
+    """Wavelengths below original_max_position_embeddings / high_freq_factor are left alone."""
+    original_max_position_embeddings: int
+    """Context length in tokens for which the model was first trained."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The Llama: sizes are global, never those of one rank."""
+
+    hidden_size: int
+    """Width h of the residual stream."""
+    ffn_hidden_size: int
+    """Width f of the SwiGLU feed-forward layer (Hugging Face: intermediate_size)."""
+    num_layers: int
+    """Number of decoder layers."""
+    num_attention_heads: int
+    """Number n of query heads."""
+    num_query_groups: int | None = None
+    """Number g of key/value heads (Hugging Face: num_key_value_heads); absent: as many as query heads."""
+    head_dim: int | None = None
+    """Width d of one head; absent: hidden_size / num_attention_heads."""
+    vocab_size: int | None = None
+    """True number v of token ids, without padding; absent: that of the tokenizer."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding."""
+    rope_scaling: RopeScaling | None = None
+    """Llama 3's RoPE scaling; absent: none."""
+    max_position_embeddings: int | None = None
+    """Longest context written to the exported model's config; absent: data.seq_length."""
+    tie_word_embeddings: bool = False
+    """Use the embedding matrix as output head too."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights, N(0, std); norms start at one."""
+
+    @property
+    def query_groups(self) -> int:
+        """``num_query_groups`` with its default filled in."""
+        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
+
+    @property
+    def head_size(self) -> int:
+        """``head_dim`` with its default filled in."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` unless the shape is a possible Llama."""
+        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if "int" in str(f.type)}
+        _at_least("model", sizes, 1)
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            _require(value > 0, f"model.{name}={value}", "must be positive", f"raise model.{name}")
+        _at_least("model", {"init_std": self.init_std}, 0)
+        heads, groups = self.num_attention_heads, self.query_groups
+        _require(heads % groups == 0, f"model.num_query_groups={groups}", f"must divide model.num_attention_heads={heads}",
+                 f"use {_divisors(heads)}")  # fmt: skip
+        if self.head_dim is None:
+            _require(self.hidden_size % heads == 0, f"model.num_attention_heads={heads}",
+                     f"must divide model.hidden_size={self.hidden_size}", "change one of them or set model.head_dim")  # fmt: skip
+        _require(self.head_size % 2 == 0, f"model.head_dim={self.head_size}", "must be even for RoPE", "set model.head_dim")
+        if self.rope_scaling is not None:
+            _at_least("model.rope_scaling", {"factor": self.rope_scaling.factor}, 1)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the ranks share the work. data_parallel_size is what is left: world size / tensor_model_parallel_size."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer's matrices (TP)."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the stack of layers (PP). Only 1 is possible in this version."""
+    sequence_parallel: bool = False
+    """Between the matrices, keep only seq_length / TP rows on each rank (arXiv 2205.05198). Needs TP of 2 or more."""
+    gradient_bucket_bytes: int = 64 * 2**20
+    """Size of one fp32 gradient bucket: a bucket's reduce-scatter starts as soon as its last gradient is there."""
+    timeout_seconds: int = 600
+    """How long a rank waits for the others in one collective."""
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for impossible sizes."""
+        _at_least("parallel", {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, 0)
+        _at_least("parallel", {"tensor_model_parallel_size": self.tensor_model_parallel_size,
+                               "gradient_bucket_bytes": self.gradient_bucket_bytes,
+                               "timeout_seconds": self.timeout_seconds}, 1)  # fmt: skip
+        pp = self.pipeline_model_parallel_size
+        _require(pp == 1, f"parallel.pipeline_model_parallel_size={pp}", "must be 1 in this version",
+                 "use tensor and data parallelism")  # fmt: skip
+        _require(not self.sequence_parallel or self.tensor_model_parallel_size > 1, "parallel.sequence_parallel=true",
+                 "needs parallel.tensor_model_parallel_size of 2 or more", "set it to false or raise the size")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Which tokenizer made the data and goes into the exported model."""
+
+    path: str | None = None
+    """A sentencepiece .model, a tokenizer.json, or a Hugging Face folder."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Indexed datasets (prefix P of P.bin and P.idx) and how samples are cut from them."""
+
+    train: dict[str, float] | None = None
+    """One prefix, or {prefix: weight, ...}: each source's share of the samples."""
+    valid: dict[str, str] | None = None
+    """{name: prefix, ...}: validation sets, each reported under its name; absent: no evaluation."""
+    seq_length: int = 2048
+    """Targets s in one sample; a sample holds s + 1 tokens."""
+    order: Literal["independent", "megatron"] = "independent"
+    """independent: a pure function of (seed, sources and weights, epoch, position), unchanged when a run is extended.
+    megatron: Megatron-LM's own order, for those who move a run; it depends on train.num_steps."""
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for an impossible mix or length."""
+        _at_least("data", {"seq_length": self.seq_length}, 1)
+        for prefix, weight in (self.train or {}).items():
+            _require(0 < weight < math.inf, f"data.train[{prefix}]={weight}", "must be a positive number",
+                     "give every source a weight above zero or leave it out")  # fmt: skip
+        for name in self.valid or {}:
+            _require(name != "" and "/" not in name, f"data.valid[{name!r}]", "must be a name without '/'",
+                     "rename this validation set")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101) with global-norm clipping, sharded over the data-parallel ranks (ZeRO-1)."""
+
+    lr: float = 5e-4
+    """Peak learning rate."""
+    min_lr: float = 5e-5
+    """Floor of the learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global norm of the gradient; 0: no clipping."""
+    initial_loss_scale: float = 65536.0
+    """fp16 only: first loss scale; halved at an overflow, doubled after loss_scale_window good steps."""
+    loss_scale_window: int = 1000
+    """fp16 only: good steps before the loss scale is doubled."""
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for values outside their range."""
+        _at_least("optimizer", {k: getattr(self, k) for k in ("lr", "min_lr", "weight_decay", "clip_grad")}, 0)
+        _at_least("optimizer", {"initial_loss_scale": self.initial_loss_scale, "loss_scale_window": self.loss_scale_window}, 1)
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name}={value}", "must lie in [0, 1)", "0.9 and 0.95 to 0.999 are usual")
+        _require(self.eps > 0, f"optimizer.eps={self.eps}", "must be positive", "1e-8 is usual")
+        _require(self.min_lr <= self.lr, f"optimizer.min_lr={self.min_lr}",
+                 f"must not exceed optimizer.lr={self.lr}", "lower min_lr")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate as a pure function of the step (optim/schedule.py draws the shapes)."""
+
+    style: Literal["cosine", "cosine-clamped", "wsd", "linear", "constant"] = "cosine"
+    """cosine: between lr and min_lr. cosine-clamped: to zero, held at min_lr (HammerLLM's). wsd: constant, then a linear
+    descent over anneal_steps. linear: to min_lr. constant: lr. Each after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up; step warmup_steps is the first at the peak."""
+    decay_steps: int | None = None
+    """Step at which the descent ends, warm-up included; absent: train.num_steps."""
+    anneal_steps: int | None = None
+    """wsd only: length of the final descent; absent: a tenth of decay_steps."""
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for impossible lengths."""
+        _at_least("schedule", {"warmup_steps": self.warmup_steps}, 0)
+        _at_least("schedule", {"decay_steps": self.decay_steps, "anneal_steps": self.anneal_steps}, 1)
+        _require(self.anneal_steps is None or self.style == "wsd", f"schedule.anneal_steps={self.anneal_steps}",
+                 "belongs to schedule.style=wsd only", "remove it or choose wsd")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """Which implementation runs the hot operations."""
+
+    compile: bool = False
+    """Compile each decoder layer and the loss with torch.compile: faster steps, tens of seconds of start-up."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, sizes and place of the run."""
+
+    output: str = "runs/default"
+    """Folder of the run: checkpoints/, metrics.jsonl, tensorboard/."""
+    num_steps: int = 1000
+    """Total number of steps, counted from 1 over all restarts."""
+    micro_batch_size: int = 1
+    """Samples b that one rank processes at once."""
+    global_batch_size: int = 8
+    """Samples a step over all ranks; a multiple of micro_batch_size x data_parallel_size."""
+    seed: int = 1234
+    """Seeds the initial weights and the order of the data."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Type of weights and activations; masters, moments and gradient sums are always fp32."""
+    eval_interval_steps: int | None = None
+    """Evaluate every set of data.valid after so many steps and after the last; absent: after the last only."""
+    eval_samples: int = 256
+    """Samples of each validation set (all of them when it has fewer)."""
+    max_consecutive_skips: int = 30
+    """End the run (exit code 9) after so many skipped steps in a row; a step is skipped when its gradient is not finite."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU of this local rank when torch sees one, else the CPU."""
+    dry_run: bool = False
+    """Print the resolved config, the parameter count, the parallel layout and the step's tokens, and stop."""
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for values outside their range."""
+        names = ("num_steps", "micro_batch_size", "global_batch_size", "eval_interval_steps", "eval_samples", "max_consecutive_skips")
+        _at_least("train", {k: getattr(self, k) for k in names}, 1)
+        _require(0 <= self.seed < 2**32, f"train.seed={self.seed}", "must lie in [0, 2^32)", "choose a smaller seed")
+        _require(self.output != "", "train.output=''", "must name a folder", "set train.output")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, what to keep, where to start."""
+
+    save_interval_steps: int | None = None
+    """Save after so many steps, and always after the last; absent: after the last only."""
+    keep_last: int = 2
+    """Newest checkpoints kept; older ones are removed after a newer one is committed."""
+    init_from: str | None = None
+    """Checkpoint (or run) whose weights a new run starts from; ignored once the run has checkpoints of its own."""
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for values outside their range."""
+        _at_least("checkpoint", {"save_interval_steps": self.save_interval_steps}, 1)
+        _at_least("checkpoint", {"keep_last": self.keep_last}, 2)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is shown; metrics.jsonl has every step whatever stands here."""
+
+    interval_steps: int = 10
+    """Steps between two printed lines (a terminal gets a progress bar)."""
+    tensorboard: bool = True
+    """Write OUT/tensorboard/ too."""
+    peak_tflops: float | None = None
+    """Dense peak of one device in the run's precision, for MFU; absent: known data-centre GPUs, else MFU is null."""
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for values outside their range."""
+        _at_least("log", {"interval_steps": self.interval_steps}, 1)
+        peak = self.peak_tflops
+        _require(peak is None or peak > 0, f"log.peak_tflops={peak}", "must be positive", "state the device's dense peak")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole tree; one group per field."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def validate(self, world_size: int) -> None:
+        """Check every group and every relation between groups for ``world_size`` ranks.
+
+        Raises:
+            ConfigError: names field, value, rule and remedy. Nothing is communicated.
+        """
+        for group in dataclasses.fields(self):
+            check = getattr(getattr(self, group.name), "check", None)
+            if check is not None:
+                check()
+        model, tp = self.model, self.parallel.tensor_model_parallel_size
+        allowed = [t for t in range(1, model.num_attention_heads + 1) if not _tp_obstacle(self, t)]
+        obstacle = _tp_obstacle(self, tp)
+        _require(not obstacle, f"parallel.tensor_model_parallel_size={tp}", obstacle,
+                 "use " + _choices(allowed), number=5)  # fmt: skip
+        _require(world_size % tp == 0, f"parallel.tensor_model_parallel_size={tp}", f"must divide the {world_size} ranks",
+                 f"start a multiple of {tp} ranks or use {_divisors(world_size)}", number=5)  # fmt: skip
+        train = self.train
+        samples = train.micro_batch_size * self.data_parallel_size(world_size)
+        _require(train.global_batch_size % samples == 0, f"train.global_batch_size={train.global_batch_size}",
+                 f"must be a multiple of train.micro_batch_size={train.micro_batch_size} x data_parallel_size="
+                 f"{self.data_parallel_size(world_size)}", f"use a multiple of {samples}", number=5)  # fmt: skip
+        _require(train.precision != "fp16" or self.optimizer.initial_loss_scale >= 1, "optimizer.initial_loss_scale",
+                 "must be at least 1", "65536 is usual")  # fmt: skip
+        longest = model.max_position_embeddings
+        _require(longest is None or longest >= self.data.seq_length, f"data.seq_length={self.data.seq_length}",
+                 f"must not exceed model.max_position_embeddings={longest}", "shorten it or raise the limit", number=5)  # fmt: skip
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Ranks that process different samples."""
+        return world_size // self.parallel.tensor_model_parallel_size
+
+    def grad_accum(self, world_size: int) -> int:
+        """Micro-batches that each rank processes in one step."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.data_parallel_size(world_size))
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Targets in one step, over all ranks."""
+        return self.train.global_batch_size * self.data.seq_length
+
+    def notes(self) -> list[str]:
+        """Remarks on settings that are valid but do something other than their plain reading."""
+        notes = []
+        if self.schedule.warmup_steps > self.train.num_steps:
+            notes.append(f"schedule.warmup_steps={self.schedule.warmup_steps} is longer than the run: clamped to "
+                         f"train.num_steps={self.train.num_steps}")  # fmt: skip
+        if not self.data.valid:
+            notes.append("data.valid is absent: no evaluation")
+        return notes
+
+
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
+    """Rows of embedding and head in memory: the next multiple of 128 x TP. Never on disk."""
+    multiple = VOCAB_PADDING_MULTIPLE * tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def _tp_obstacle(config: Config, tp: int) -> str:
+    """Why ``tp`` tensor-parallel ranks cannot share this model, or an empty string."""
+    model, groups = config.model, config.model.query_groups
+    if model.num_attention_heads % tp:
+        return f"must divide model.num_attention_heads={model.num_attention_heads}"
+    if groups % tp and tp % groups:
+        return f"must divide model.num_query_groups={groups} or be a multiple of it"
+    if model.ffn_hidden_size % tp:
+        return f"must divide model.ffn_hidden_size={model.ffn_hidden_size}"
+    if config.parallel.sequence_parallel and config.data.seq_length % tp:
+        return f"must divide data.seq_length={config.data.seq_length} under sequence parallelism"
+    return ""
+
+
+def _divisors(number: int) -> str:
+    return _choices([d for d in range(1, number + 1) if number % d == 0])
+
+
+def _choices(values: Sequence[int]) -> str:
+    shown = [str(v) for v in values]
+    return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + " or " + shown[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading: YAML and overrides -> plain tree -> dataclasses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a key given twice is an error instead of a silent loss of the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML text; ``where`` names it in the error."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506: derived from SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(8, where, f"is not valid YAML ({error})", "mend the syntax") from None
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML preset, apply ``group.field=value`` overrides in order, and check names and types.
+
+    Ranges and relations are checked by ``Config.validate``.
+
+    Raises:
+        ConfigError: missing or malformed file, unknown or misspelt key (the nearest is named), wrong type.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(8, str(path), f"is not UTF-8 text ({error.reason})", "name a YAML file") from None
+    except OSError as error:
+        raise ConfigError(6, str(path), f"could not be read ({error.strerror})", "name an existing YAML file") from None
+    tree = parse_yaml(text, str(path))
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ConfigError(8, str(path), "must hold groups (model:, train:, ...)", "see examples/configs/tiny.yaml")
+    for override in overrides:
+        _apply_override(tree, override)
+    return config_from_tree(tree)
+
+
+def _apply_override(tree: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise ConfigError(1, f"argument {override!r}", "is not group.field=value", "see --help for every field")
+    value = parse_yaml(text, key)
+    node = tree
+    for depth, part in enumerate(parts[:-1]):
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            where = ".".join(parts[: depth + 1])
+            raise ConfigError(3, f"{where}={node!r}", "must be a group of fields", f"write {where} as a mapping")
+    node[parts[-1]] = value
+
+
+def config_from_tree(tree: Mapping) -> Config:
+    """Build a ``Config`` from nested plain values, as ``load_config`` reads them and checkpoints store them."""
+    return _build(Config, tree, "")
+
+
+def config_to_tree(config: Config) -> dict:
+    """The inverse: nested plain values, every field filled in."""
+    return dataclasses.asdict(config)
+
+
+def _build(cls: type, tree: Any, where: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise ConfigError(3, f"{where}={tree!r}", "must be a group of fields", f"write {where} as a mapping")
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            name = f"{where}.{key}" if where else str(key)
+            raise ConfigError(2, name, "is not a known setting", f"did you mean {_nearest(name)}?")
+    values = {}
+    for f in dataclasses.fields(cls):
+        name = f"{where}.{f.name}" if where else f.name
+        if f.name in tree and not (tree[f.name] is None and dataclasses.is_dataclass(hints[f.name])):
+            values[f.name] = _convert(hints[f.name], tree[f.name], name)
+        elif dataclasses.is_dataclass(hints[f.name]) and f.default_factory is dataclasses.MISSING:
+            values[f.name] = _build(hints[f.name], {}, name)  # type: ignore[arg-type]  # names the first missing field
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(7, name, "is not set and has no default", f"add {name} to the YAML file or the arguments")
+    return cls(**values)
+
+
+def _nearest(name: str) -> str:
+    known = [f"{g}.{f}" for g, fields in describe_fields().items() for f in fields] + list(describe_fields())
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    last = name.rsplit(".", 1)[-1]
+    elsewhere = [k for k in known if k.rsplit(".", 1)[-1] == last]  # the right field in the wrong group
+    return (elsewhere or match)[0]
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    """``value`` (as YAML gives it) as the field's type, or a ``ConfigError`` naming the field."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, name)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, name)  # type: ignore[arg-type]
+    if origin is Literal:
+        if value not in args:
+            near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+            hinted = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(map(str, args))}"
+            raise ConfigError(3, f"{name}={value}", f"must be one of {', '.join(map(str, args))}", hinted)
+        return value
+    if origin is dict:
+        return _convert_dict(args[1], value, name)
+    number = _number(value)
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and number is not None and float(number).is_integer():
+        return int(number)
+    if hint is float and number is not None:
+        return float(number)
+    if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    raise ConfigError(3, f"{name}={value!r}", f"must be of type {hint.__name__}", "correct the value")
+
+
+def _convert_dict(value_hint: Any, value: Any, name: str) -> dict | None:
+    if value_hint is float and isinstance(value, str):
+        return {value: 1.0}  # one prefix
+    if not isinstance(value, dict) or not value:
+        wanted = "one prefix or {prefix: weight}" if value_hint is float else "{name: prefix}"
+        raise ConfigError(3, f"{name}={value!r}", f"must be {wanted}", "write it as a YAML mapping")
+    return {str(k): _convert(value_hint, v, f"{name}[{k}]") for k, v in value.items()}
+
+
+def _number(value: Any) -> int | float | None:
+    """Numbers as people write them: YAML 1.1 reads ``5e-4`` (no dot) as text."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Help and echo
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FieldHelp:
+    """One line of ``--help``."""
+
+    type: str
+    default: str
+    text: str
+
+
+def describe_fields() -> dict[str, dict[str, FieldHelp]]:
+    """Group -> field -> type, default and the docstring under the field, read from this file's own source."""
+    docs = _field_docstrings()
+    described: dict[str, dict[str, FieldHelp]] = {}
+    for group, hint in typing.get_type_hints(Config).items():
+        described[group] = {}
+        for f in dataclasses.fields(hint):
+            default = "required" if f.default is dataclasses.MISSING else _plain(f.default)
+            described[group][f.name] = FieldHelp(str(f.type), default, docs[hint.__name__][f.name])
+    return described
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "absent"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _field_docstrings() -> dict[str, dict[str, str]]:
+    docs: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(inspect.getmodule(Config))).body:  # type: ignore[arg-type]
+        if not isinstance(node, ast.ClassDef):
+            continue
+        pairs = zip(node.body, node.body[1:], strict=False)
+        docs[node.name] = {
+            a.target.id: " ".join(b.value.value.split())
+            for a, b in pairs
+            if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name)
+            and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant) and isinstance(b.value.value, str)
+        }  # fmt: skip
+    return docs
+
+
+def help_text() -> str:
+    """Every field with its type, default and meaning, for ``--help``."""
+    import textwrap
+
+    lines = ["settings (in the YAML file, or as group.field=value arguments; the last one wins):"]
+    for group, fields in describe_fields().items():
+        lines.append(f"\n{group}:")
+        for name, entry in fields.items():
+            lines.append(f"  {group}.{name} ({entry.type}) = {entry.default}")
+            lines += textwrap.wrap(entry.text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML text that ``load_config`` reads back to an equal config."""
+    return yaml.safe_dump(config_to_tree(config), sort_keys=False, allow_unicode=True, width=1000)

@@ -1,0 +1,50 @@
+"""Initial weights as a pure function of (seed, logical tensor, element): the same model for every layout.
+
+Each logical tensor is drawn in blocks of rows, each from a generator of its own, so that a rank makes only the blocks
+it holds a part of and no rank ever holds a whole vocabulary table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.model.llama import Llama
+from megatron_hammer.model.parameters import Parameter, Slice, logical_shapes
+
+BLOCK_ROWS = 256  # small enough that sharing a block between two ranks is cheap; part of the definition: never change
+
+
+@torch.no_grad()
+def initialise(model: Llama, table: Sequence[Parameter], seed: int) -> None:
+    """Fill the model in place: norms with one, everything else with N(0, init_std) drawn on the CPU in fp32."""
+    weights, shapes = dict(model.named_parameters()), logical_shapes(model.config)
+    for parameter in table:
+        weight = weights[parameter.name]
+        assert tuple(weight.shape) == parameter.shape, f"{parameter.name} is {tuple(weight.shape)}, table: {parameter.shape}"
+        for s in parameter.slices:
+            rows = weight[s.local_row : s.local_row + s.num_rows]
+            if s.cols is None:
+                rows.fill_(1.0)
+            else:
+                _fill_normal(rows, s, shapes[s.tensor][1], seed, model.config.init_std)
+
+
+def _fill_normal(rows: Tensor, s: Slice, logical_cols: int, seed: int, std: float) -> None:
+    """Fill a local [rows, cols] view with its rectangle of the logical tensor."""
+    assert s.cols is not None
+    first, last = s.rows[0] // BLOCK_ROWS, (s.rows[1] - 1) // BLOCK_ROWS
+    for block in range(first, last + 1):
+        values = _normal_block(seed, s.tensor, block, logical_cols, std)
+        start, stop = max(s.rows[0], block * BLOCK_ROWS), min(s.rows[1], (block + 1) * BLOCK_ROWS)
+        chosen = values[start - block * BLOCK_ROWS : stop - block * BLOCK_ROWS, s.cols[0] : s.cols[1]]
+        rows[start - s.rows[0] : stop - s.rows[0]].copy_(chosen)
+
+
+def _normal_block(seed: int, tensor: str, block: int, cols: int, std: float) -> Tensor:
+    digest = hashlib.blake2b(f"{seed}/{tensor}/{block}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.randn(BLOCK_ROWS, cols, generator=generator) * std

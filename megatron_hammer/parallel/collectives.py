@@ -1,0 +1,117 @@
+"""All communication of the model and the optimizer: plain collectives and their differentiable forms.
+
+Each takes its group; a group of size 1 returns its input and never communicates. The differentiable pairs are those of
+Megatron-LM (arXiv 1909.08053 section 3, and 2205.05198 section 4.2 for the sequence-parallel ones)::
+
+    function         forward               backward
+    sum_over_ranks   all-reduce            identity
+    scatter_sum      reduce-scatter rows   all-gather rows
+
+(the linear layers have fused forms of their inverses: model/layers.py). Rows are dimension 0, the sequence inside the model. torch 2.13 renames two collectives; this module picks the name
+that torch has, and is the only one that calls them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_hammer.parallel.context import Group
+
+_all_gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_into: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Done:
+    """A finished handle: what an asynchronous call returns when there was nothing to communicate."""
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+
+def all_reduce(tensor: Tensor, group: Group, op: Any = dist.ReduceOp.SUM, async_op: bool = False) -> Any:
+    """Reduce ``tensor`` in place over the group; with ``async_op`` return a handle to wait for."""
+    if group.size == 1:
+        return Done()
+    work = dist.all_reduce(tensor, op=op, group=group.handle, async_op=async_op)
+    return work if async_op else Done()
+
+
+def all_gather_rows(shard: Tensor, group: Group) -> Tensor:
+    """[r, ...] on each rank -> [r * size, ...] on all, in rank order; a new tensor unless size is 1."""
+    return _waited(*all_gather_rows_async(shard, group))
+
+
+def all_gather_rows_async(shard: Tensor, group: Group) -> tuple[Tensor, Any]:
+    """``all_gather_rows`` under way: (result, handle); the result is valid after ``handle.wait()``."""
+    if group.size == 1:
+        return shard, Done()
+    full = shard.new_empty((shard.shape[0] * group.size, *shard.shape[1:]))
+    return full, _all_gather_into(full, shard.contiguous(), group=group.handle, async_op=True)
+
+
+def reduce_scatter_rows_async(full: Tensor, group: Group) -> tuple[Tensor, Any]:
+    """Sum [r * size, ...] over the ranks and keep this rank's r rows: (result, handle)."""
+    if group.size == 1:
+        return full, Done()
+    shard = full.new_empty((full.shape[0] // group.size, *full.shape[1:]))
+    return shard, _reduce_scatter_into(shard, full.contiguous(), group=group.handle, async_op=True)
+
+
+def reduce_scatter_into(shard: Tensor, full: Tensor, group: Group) -> Any:
+    """Start to sum ``full`` over the ranks into ``shard``, this rank's part (it may lie inside ``full``): a handle."""
+    if group.size == 1:
+        if shard.data_ptr() != full.data_ptr():
+            shard.copy_(full)
+        return Done()
+    return _reduce_scatter_into(shard, full, group=group.handle, async_op=True)
+
+
+def all_gather_into(full: Tensor, shard: Tensor, group: Group) -> Any:
+    """Start to gather every rank's ``shard`` (it may lie inside ``full``) into ``full``: a handle."""
+    if group.size == 1:
+        if shard.data_ptr() != full.data_ptr():
+            full.copy_(shard)
+        return Done()
+    return _all_gather_into(full, shard, group=group.handle, async_op=True)
+
+
+def _waited(tensor: Tensor, handle: Any) -> Tensor:
+    handle.wait()
+    return tensor
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        total = x.clone()
+        all_reduce(total, group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _waited(*reduce_scatter_rows_async(x, group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_gather_rows(grads[0], ctx.group), None
+
+
+def sum_over_ranks(x: Tensor, group: Group) -> Tensor:
+    """Sum the parts that the ranks of a tensor-parallel region computed."""
+    return x if group.size == 1 else _SumOverRanks.apply(x, group)  # type: ignore[no-any-return]
+
+
+def scatter_sum(x: Tensor, group: Group) -> Tensor:
+    """[s, ...] parts -> [s/t, ...] sums: enter a sequence-parallel region."""
+    return x if group.size == 1 else _ScatterSum.apply(x, group)  # type: ignore[no-any-return]

@@ -1,0 +1,37 @@
+"""Forward and backward over the micro-batches of one step; a pipeline schedule would be another function here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.model.llama import Llama
+from megatron_hammer.optim.distributed import DistributedOptimizer
+from megatron_hammer.parallel.collectives import all_reduce
+from megatron_hammer.parallel.context import ParallelContext
+
+DeviceBatch = tuple[Tensor, Tensor]  # tokens and labels, [b, s] int64 on the device
+
+
+def forward_backward(
+    model: Llama, optimizer: DistributedOptimizer, micro_batches: Sequence[DeviceBatch], ctx: ParallelContext
+) -> Tensor:
+    """Accumulate the gradient of the mean loss over the global batch.
+
+    Every sample has the same number of targets, so the mean over the global batch is the sum over ranks and
+    micro-batches divided by a known count. The last micro-batch's backward starts the reduction of the gradients.
+
+    Returns:
+        Mean loss of the global batch, fp32 device scalar, the same on all ranks. Communicates over dp.
+    """
+    count = sum(labels.numel() for _, labels in micro_batches) * ctx.dp.size
+    total = torch.zeros((), device=ctx.device)
+    for i, (tokens, labels) in enumerate(micro_batches):
+        optimizer.start_micro_batch(first=i == 0, last=i == len(micro_batches) - 1)
+        loss = model(tokens, labels).sum() / count
+        (loss * optimizer.loss_scale).backward()
+        total += loss.detach()
+    all_reduce(total, ctx.dp)
+    return total

@@ -1,0 +1,44 @@
+"""The training step, on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_hammer.config import Config
+from megatron_hammer.model.llama import Llama
+from megatron_hammer.optim.distributed import DistributedOptimizer
+from megatron_hammer.optim.schedule import learning_rate
+from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.train.schedules import DeviceBatch, forward_backward
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step says of itself; the tensors stay on the device until the loop reads them."""
+
+    loss: Tensor
+    """Mean over the global batch, before the update."""
+    grad_norm: Tensor
+    """Of the whole model, before clipping."""
+    lr: float
+    applied: Tensor
+    """False: the gradient was not finite and nothing changed."""
+
+
+def train_step(
+    model: Llama,
+    optimizer: DistributedOptimizer,
+    micro_batches: Sequence[DeviceBatch],
+    config: Config,
+    step: int,
+    ctx: ParallelContext,
+) -> StepReport:
+    """One parameter update from grad_accum micro-batches (tokens, labels: [b, s]). Never waits for the device."""
+    loss = forward_backward(model, optimizer, micro_batches, ctx)  # the last micro-batch starts the reduction
+    grad_norm = optimizer.clip_grad_norm(config.optimizer.clip_grad)
+    lr = learning_rate(config, step)
+    applied = optimizer.step(lr)
+    return StepReport(loss, grad_norm, lr, applied)

@@ -1,0 +1,108 @@
+"""Multi-process tests on gloo: a pool of worker processes that stays alive between tests.
+
+``run_distributed(world_size, function, *args)`` calls the top-level ``function(ctx_or_rank, *args)`` on that many
+ranks and returns their results in rank order. Starting ranks costs seconds, a call costs milliseconds. A failure
+reports every rank's traceback; a hang kills the pool, and the next call builds a new one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import os
+import queue
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+MAX_RANKS = 8
+DEFAULT_TIMEOUT = 120  # seconds for one call, far above what any needs on two cores
+
+
+def _worker(rank: int, inbox: Any, outbox: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    while (task := inbox.get()) is not None:
+        call, world_size, store_path, function, args = task
+        try:
+            if world_size > 1:
+                store = dist.FileStore(store_path, world_size)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size,
+                                        timeout=datetime.timedelta(seconds=DEFAULT_TIMEOUT))  # fmt: skip
+            try:
+                outbox.put((call, rank, function(rank, *args), None))
+            finally:
+                if world_size > 1:
+                    dist.destroy_process_group()
+        except BaseException:
+            outbox.put((call, rank, None, traceback.format_exc()))
+
+
+class _Pool:
+    def __init__(self) -> None:
+        context = mp.get_context("spawn")
+        self.outbox = context.Queue()
+        self.inboxes: list[Any] = []
+        self.processes: list[Any] = []
+        self.context, self.calls = context, 0
+        self.folder = tempfile.TemporaryDirectory(prefix="hammer-test-")
+
+    def grow(self, size: int) -> None:
+        while len(self.processes) < size:
+            inbox = self.context.Queue()
+            process = self.context.Process(target=_worker, args=(len(self.processes), inbox, self.outbox), daemon=True)
+            process.start()
+            self.inboxes.append(inbox)
+            self.processes.append(process)
+
+    def call(self, world_size: int, function: Callable, args: tuple, timeout: float) -> list[Any]:
+        self.grow(world_size)
+        self.calls += 1
+        store = os.path.join(self.folder.name, f"store-{self.calls}")
+        for rank in range(world_size):
+            self.inboxes[rank].put((self.calls, world_size, store, function, args))
+        results: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        deadline = datetime.datetime.now() + datetime.timedelta(seconds=timeout)
+        while len(results) + len(errors) < world_size:
+            left = (deadline - datetime.datetime.now()).total_seconds()
+            if errors:
+                left = min(left, 5.0)  # the others may wait for the rank that failed
+            try:
+                call, rank, result, error = self.outbox.get(timeout=max(0.05, left))
+            except queue.Empty:
+                self.close()
+                silent = sorted(set(range(world_size)) - set(results) - set(errors))
+                raise AssertionError(f"ranks {silent} did not answer in time\n" + _joined(errors)) from None
+            if call == self.calls:
+                (errors if error else results)[rank] = error or result
+        if errors:
+            raise AssertionError(_joined(errors))
+        return [results[r] for r in range(world_size)]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        self.processes, self.inboxes = [], []
+
+
+def _joined(errors: dict[int, str]) -> str:
+    return "\n".join(f"--- rank {rank} ---\n{text}" for rank, text in sorted(errors.items()))
+
+
+_pool: list[_Pool] = []
+
+
+def run_distributed(world_size: int, function: Callable, *args: Any, timeout: float = DEFAULT_TIMEOUT) -> list[Any]:
+    """Run ``function(rank, *args)`` on ``world_size`` gloo ranks; results in rank order (tensors and plain values)."""
+    if not _pool or not _pool[0].processes:
+        _pool[:] = [_Pool()]
+        atexit.register(_pool[0].close)
+    return _pool[0].call(world_size, function, args, timeout)

@@ -1,0 +1,127 @@
+"""Every layout computes what one process computes, and the parallelism is real."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_hammer.config import Config, padded_vocab_size
+from tests.distributed import run_distributed
+from tests.model.tiny import build, make_context, merged, rank_batches, tiny_config, train
+
+LAYOUTS = [(tp, sp, dp) for tp in (1, 2, 4, 8) for sp in (False, True) for dp in (1, 2) if tp * dp <= 8 and (tp > 1 or not sp)]
+
+
+@pytest.fixture(scope="module")
+def single() -> tuple[list[tuple[float, float, bool]], dict[str, torch.Tensor]]:
+    return train(0, tiny_config(), 20)
+
+
+@pytest.mark.parametrize("tp, sp, dp", [layout for layout in LAYOUTS if layout[0] * layout[2] > 1])
+def test_layouts_equal_one_process(tp: int, sp: bool, dp: int, single: Any) -> None:
+    """20 steps; 1e-5 relative is about 80 fp32 roundings, and the loss falls by a factor, so errors would grow."""
+    config = tiny_config(parallel__tensor_model_parallel_size=tp, parallel__sequence_parallel=sp)
+    config.validate(tp * dp)
+    results = run_distributed(tp * dp, train, config, 20)
+    expected, weights = single
+    assert expected[-1][0] < 0.7 * expected[0][0], "the run must be one in which something is learnt"
+    for rank_steps, _ in results:
+        for (loss, norm, applied), (loss_1, norm_1, _) in zip(rank_steps, expected, strict=True):
+            assert loss == pytest.approx(loss_1, rel=1e-5)
+            assert norm == pytest.approx(norm_1, rel=1e-3)  # a norm near its minimum amplifies rounding
+            assert applied
+    assert len({tuple(steps) for steps, _ in results}) == 1, "all ranks must report the same numbers"
+    for name, tensor in merged([parts for _, parts in results]).items():
+        error = (tensor - weights[name]).norm() / weights[name].norm()
+        assert error < 1e-4, f"{name}: {error}"
+
+
+def _watch_reduction(rank: int, config: Config) -> list[str]:
+    """Events of one step's backward: layers done (last first) and reduce-scatters started."""
+    ctx = make_context(config)
+    model, optimizer = build(config, ctx)
+    events: list[str] = []
+    start = optimizer._start_reduction
+
+    def record(bucket: Any) -> None:
+        events.append("reduce-scatter")
+        start(bucket)
+
+    optimizer._start_reduction = record  # type: ignore[method-assign]
+    for i, layer in enumerate(model.layers):
+        layer.register_full_backward_hook(lambda *_, i=i: events.append(f"layer {i}"))
+    batches = rank_batches(config, 1, ctx)
+    for i, (tokens, labels) in enumerate(batches):
+        optimizer.start_micro_batch(first=i == 0, last=i == len(batches) - 1)
+        events.append(f"micro-batch {i}")
+        model(tokens, labels).sum().backward()
+    optimizer.finish_reduction()
+    return events
+
+
+def test_reduction_starts_during_the_last_backward() -> None:
+    config = tiny_config()
+    for events in run_distributed(2, _watch_reduction, config):
+        assert events.index("reduce-scatter") > events.index("micro-batch 1"), "only the last micro-batch reduces"
+        last = events[events.index("micro-batch 1") :]
+        assert last.index("reduce-scatter") < last.index("layer 0"), events
+        assert last.count("reduce-scatter") > 2
+
+
+class _Shapes(TorchDispatchMode):
+    """Every shape that any operation of a region returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.seen.add(tuple(x.shape))
+        return out
+
+
+def _observe(rank: int, config: Config) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """(all shapes of building, one step and its update; shapes that a sequence-parallel layer keeps for backward)."""
+    ctx = make_context(config)
+    kept: list[tuple[int, ...]] = []
+    with _Shapes() as shapes:
+        model, optimizer = build(config, ctx)
+        for i, (tokens, labels) in enumerate(rank_batches(config, 1, ctx)):
+            optimizer.start_micro_batch(first=i == 0, last=True)
+            model(tokens, labels).sum().backward()
+            break
+        for i, (tokens, labels) in enumerate(rank_batches(config, 1, ctx)):
+            optimizer.start_micro_batch(first=i == 0, last=i == 1)
+            model(tokens, labels).sum().backward()
+        optimizer.clip_grad_norm(1.0)
+        optimizer.step(1e-3)
+    x = torch.randn(config.data.seq_length // ctx.tp.size, 2, config.model.hidden_size, requires_grad=True)
+    pack = lambda t: (kept.append(tuple(t.shape)), t)[1]  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer = model.layers[0]
+        layer.mlp_norm(x)
+        layer.mlp.gate_up(layer.mlp_norm(x))
+        layer.attention.qkv(layer.attention_norm(x))
+    dist.barrier()
+    return sorted(shapes.seen), kept
+
+
+def test_no_full_vocabulary_and_sharded_rows() -> None:
+    config = tiny_config(parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True,
+                         model__vocab_size=1009, train__global_batch_size=4)  # fmt: skip
+    assert config.model.vocab_size is not None
+    s, b, h = config.data.seq_length, 2, config.model.hidden_size
+    for shapes, kept in run_distributed(2, _observe, config):
+        full = padded_vocab_size(1009, 2)
+        # Shapes are of tensors in memory; the flat buffers are one-dimensional and hold all parameters.
+        assert not [shape for shape in shapes if len(shape) > 1 and any(n >= 1009 for n in shape)], full
+        rows = [shape for shape in kept if len(shape) == 3]
+        assert (s // 2, b, h) in rows
+        assert not [shape for shape in rows if shape[0] == s], "a sequence-parallel region kept rows of other ranks"

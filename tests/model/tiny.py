@@ -1,0 +1,118 @@
+"""Tiny random models and a training run of a few steps on any layout: what the parity tests compare."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.config import Config, config_from_tree
+from megatron_hammer.model.initialise import initialise
+from megatron_hammer.model.llama import Llama, build_llama
+from megatron_hammer.model.parameters import logical_shapes, parameter_table
+from megatron_hammer.optim.distributed import DistributedOptimizer
+from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
+from megatron_hammer.train.step import StepReport, train_step
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+def tiny_config(**changes: Any) -> Config:
+    """8 heads on 2 groups, an odd vocabulary, widths that 8 ranks can share; ``group__field=value`` changes it."""
+    tree: dict[str, dict[str, Any]] = {
+        "model": dict(hidden_size=64, ffn_hidden_size=176, num_layers=2, num_attention_heads=8, num_query_groups=2,
+                      vocab_size=301),
+        "data": dict(seq_length=32),
+        "train": dict(num_steps=20, micro_batch_size=2, global_batch_size=8, precision="fp32", seed=7),
+        "optimizer": dict(lr=1e-2, min_lr=1e-3, weight_decay=0.1, beta2=0.95),
+        "schedule": dict(warmup_steps=4),
+        # Small buckets, so that there are several and a shard boundary falls inside tensors.
+        "parallel": dict(gradient_bucket_bytes=40_000),
+    }  # fmt: skip
+    for key, value in changes.items():
+        group, field = key.split("__")
+        tree.setdefault(group, {})[field] = value
+    return config_from_tree(tree)
+
+
+def build(config: Config, ctx: ParallelContext, dtype: torch.dtype | None = None) -> tuple[Llama, DistributedOptimizer]:
+    """Model and optimizer of this rank, initialised."""
+    model_config, sp = config.model, config.parallel.sequence_parallel
+    model = build_llama(model_config, ctx, dtype=dtype or DTYPES[config.train.precision], sequence_parallel=sp)
+    table = parameter_table(model_config, ctx.tp.rank, ctx.tp.size, sp)
+    initialise(model, table, config.train.seed)
+    optimizer = DistributedOptimizer(model, table, config.optimizer, ctx, config.parallel.gradient_bucket_bytes,
+                                     loss_scaling=config.train.precision == "fp16")  # fmt: skip
+    return model, optimizer
+
+
+def random_batch(config: Config, step: int) -> tuple[Tensor, Tensor]:
+    """The global batch of a step: tokens and labels [global_batch_size, s], the same on every rank."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    assert config.model.vocab_size is not None
+    shape = (config.train.global_batch_size, config.data.seq_length + 1)
+    # Learnable within a few steps: each token decides the next, and a few high ids exercise the last rank's rows.
+    samples = torch.randint(0, 47, shape, generator=generator)
+    for i in range(1, shape[1]):
+        samples[:, i] = (samples[:, i - 1] * 5 + 7) % 47
+    samples = torch.where(samples < 8, config.model.vocab_size - 1 - samples, samples)
+    return samples[:, :-1], samples[:, 1:]
+
+
+def rank_batches(config: Config, step: int, ctx: ParallelContext) -> list[tuple[Tensor, Tensor]]:
+    """This rank's micro-batches of the step, in the order that the loader defines."""
+    tokens, labels = random_batch(config, step)
+    b, stride = config.train.micro_batch_size, config.train.micro_batch_size * ctx.dp.size
+    starts = range(b * ctx.dp.rank, config.train.global_batch_size, stride)
+    return [(tokens[i : i + b].contiguous(), labels[i : i + b].contiguous()) for i in starts]
+
+
+def make_context(config: Config) -> ParallelContext:
+    """The context of this process in torch's default group (or alone)."""
+    return build_parallel_context(
+        config.parallel.tensor_model_parallel_size, config.model.query_groups, torch.device("cpu")
+    )
+
+
+def train(rank: int, config: Config, steps: int) -> tuple[list[tuple[float, float, bool]], dict[str, Tensor]]:
+    """Train ``steps`` steps; (loss, grad norm, applied) of each, and this rank's pieces of the logical weights."""
+    ctx = make_context(config)
+    model, optimizer = build(config, ctx)
+    reports: list[StepReport] = [
+        train_step(model, optimizer, rank_batches(config, n, ctx), config, n, ctx) for n in range(1, steps + 1)
+    ]
+    return [(float(r.loss), float(r.grad_norm), bool(r.applied)) for r in reports], logical_parts(model, config, ctx)
+
+
+def logical_parts(model: Llama, config: Config, ctx: ParallelContext, grads: bool = False) -> dict[str, Tensor]:
+    """This rank's rectangles as full-size logical tensors, NaN where it holds nothing."""
+    sp = config.parallel.sequence_parallel
+    shapes = logical_shapes(config.model)
+    weights = dict(model.named_parameters())
+    parts: dict[str, Tensor] = {}
+    for p in parameter_table(config.model, ctx.tp.rank, ctx.tp.size, sp):
+        local = weights[p.name].grad if grads else weights[p.name].detach()
+        assert local is not None
+        for s in p.slices:
+            full = parts.setdefault(s.tensor, torch.full(shapes[s.tensor], torch.nan, dtype=local.dtype))
+            rows = local[s.local_row : s.local_row + s.num_rows]
+            if s.cols is None:
+                full[s.rows[0] : s.rows[1]] = rows
+            else:
+                full[s.rows[0] : s.rows[1], s.cols[0] : s.cols[1]] = rows
+    return parts
+
+
+def merged(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The logical tensors of all ranks put together; copies must agree bit for bit."""
+    whole: dict[str, Tensor] = {}
+    for part in parts:
+        for name, tensor in part.items():
+            have = whole.setdefault(name, tensor.clone())
+            both = ~have.isnan() & ~tensor.isnan()
+            assert torch.equal(have[both], tensor[both]), f"ranks hold different copies of {name}"
+            have[have.isnan()] = tensor[have.isnan()]
+    for name, tensor in whole.items():
+        assert not tensor.isnan().any(), f"no rank holds all of {name}"
+    return whole
