@@ -1,0 +1,40 @@
+"""``python -m megatron_hammer.train CONFIG.yaml [group.field=value ...]``: one process, or one rank under torchrun.
+
+``python -m megatron_hammer.launch`` starts several ranks and has the clearer exit codes.
+"""
+
+from __future__ import annotations
+
+import os
+
+from megatron_hammer.cli import ArgumentParser, run
+from megatron_hammer.config import help_text, load_config
+
+
+def build_parser() -> ArgumentParser:
+    """The command line; torch is not imported for it."""
+    parser = ArgumentParser(prog="python -m megatron_hammer.train", description="Train a Llama; the same command resumes.",
+                            epilog=help_text())  # fmt: skip
+    parser.add_argument("config", metavar="CONFIG.yaml", help="preset, for example examples/configs/tiny.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="group.field=value", help="settings that replace the preset's")
+    return parser
+
+
+def main() -> int:
+    """Run the rank that torchrun's variables describe, or the only one."""
+    arguments = build_parser().parse_args()
+    config = load_config(arguments.config, arguments.overrides)
+    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
+                                    (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))  # fmt: skip
+    from megatron_hammer.train.run import run_rank
+
+    store = None
+    if world_size > 1:
+        import torch.distributed as dist
+
+        store, *_ = next(iter(dist.rendezvous("env://", rank, world_size)))
+    return run_rank(config, rank, local_rank, world_size, store)
+
+
+if __name__ == "__main__":
+    run(main)

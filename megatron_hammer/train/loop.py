@@ -1,0 +1,265 @@
+"""The training loop: resume, train, evaluate, save and report, in visible order.
+
+The whole state of a run is the optimizer's shards, a few scalars, and one integer: consumed samples. Everything else
+(learning rate, order of samples, initial weights) is a pure function of the config. So a run that is stopped and
+started again computes what it would have computed, bit for bit.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_hammer.checkpoint.load import load_shards
+from megatron_hammer.checkpoint.save import save_checkpoint
+from megatron_hammer.config import Config, config_to_tree
+from megatron_hammer.data.loader import chain_digest, micro_batches
+from megatron_hammer.data.samples import TrainData, ValidData
+from megatron_hammer.errors import EXIT_STOPPED_BY_SIGNAL, NonFiniteError
+from megatron_hammer.kernels.operations import select_operations
+from megatron_hammer.model.initialise import initialise
+from megatron_hammer.model.llama import Llama, build_llama
+from megatron_hammer.model.parameters import parameter_table
+from megatron_hammer.optim.distributed import DistributedOptimizer
+from megatron_hammer.parallel.collectives import all_reduce
+from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.train.evaluate import evaluate
+from megatron_hammer.train.metrics import Reporter, flops_per_token, peak_tflops
+from megatron_hammer.train.prepare import Prepared, checkpoints_folder
+from megatron_hammer.train.schedules import DeviceBatch
+from megatron_hammer.train.step import StepReport, train_step
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Steps between a step and the reading of its numbers: on a GPU the next step is launched before the last one is read,
+# so that the device never waits for Python; on a CPU a step is over when its call returns.
+READ_LAG_STEPS = {"cpu": 0, "cuda": 1}
+
+
+@dataclass
+class Progress:
+    """How far the run is: what a checkpoint stores beside the optimizer's state."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    samples_digest: str = ""
+
+    def to_state(self, optimizer: DistributedOptimizer) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "consumed_samples": self.consumed_samples,
+            "samples_digest": self.samples_digest,
+            "optimizer": optimizer.scalar_state(),
+        }
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A step that has been launched and whose numbers nobody has read yet."""
+
+    step: int
+    report: StepReport
+    stop: Tensor
+    """Device scalar: how many ranks had received a stop signal."""
+    consumed_samples: int
+    samples_digest: str
+
+
+class StopSignal:
+    """SIGTERM or SIGINT asks the run to save and leave; the handler only notes it."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def every(interval: int | None, step: int, config: Config) -> bool:
+    """Whether something that happens every ``interval`` steps, and always after the last one, happens now."""
+    return step == config.train.num_steps or (interval is not None and step % interval == 0)
+
+
+def train(prepared: Prepared, ctx: ParallelContext) -> int:
+    """Train from wherever the run stands to its end; return the exit code (0, or 75 after a stop signal)."""
+    return Run(prepared, ctx).train()
+
+
+class Run:
+    """One process's part of a run: the objects that live as long as the loop."""
+
+    def __init__(self, prepared: Prepared, ctx: ParallelContext) -> None:
+        config = prepared.config
+        self.prepared, self.config, self.ctx = prepared, config, ctx
+        self.model, self.optimizer = build(config, ctx)
+        self.progress = self._load_state()
+        num_samples = config.train.num_steps * config.train.global_batch_size
+        assert config.data.train is not None
+        self.data = TrainData(config.data.train, config.data.seq_length, config.train.seed, config.data.order, num_samples)
+        valid = (config.data.valid or {}).items()
+        self.valid = [ValidData(name, prefix, config.data.seq_length, config.train.eval_samples) for name, prefix in valid]
+        tokenizer = prepared.tokenizer
+        self.piece_bytes: Tensor | None = None
+        if tokenizer is not None and self.valid:
+            assert config.model.vocab_size is not None
+            self.piece_bytes = torch.zeros(config.model.vocab_size, dtype=torch.int64, device=ctx.device)
+            self.piece_bytes[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.piece_bytes()).to(ctx.device)
+        self.pending: list[PendingStep] = []
+        self.skips_in_a_row = 0
+        self.clock = time.perf_counter()
+
+    def _load_state(self) -> Progress:
+        """The newest checkpoint of this run, else the weights of ``checkpoint.init_from``, else a new model."""
+        manifest = self.prepared.resume or self.prepared.init_from
+        if manifest is None:
+            return Progress()
+        resumed = manifest is self.prepared.resume
+        kinds = {"weight", "exp_avg", "exp_avg_sq"} if resumed else {"weight"}
+        load_shards(manifest, self.optimizer.shards(), model=self.config.model, kinds=kinds, ctx=self.ctx)
+        self.optimizer.copy_params_from_masters()
+        if not resumed:
+            return Progress()
+        self.optimizer.load_scalar_state(manifest.state["optimizer"])
+        return Progress(manifest.step, manifest.state["consumed_samples"], manifest.state["samples_digest"])
+
+    def train(self) -> int:
+        """The loop."""
+        config, ctx, progress = self.config, self.ctx, self.progress
+        stop_signal = StopSignal()
+        try:
+            with self._reporter() as self.reporter:
+                self.clock = time.perf_counter()
+                for step in range(progress.step + 1, config.train.num_steps + 1):
+                    report = train_step(self.model, self.optimizer, self._next_batches(), config, step, ctx)
+                    self._launched(step, report, stop_signal.received)
+                    evaluates = bool(self.valid) and every(config.train.eval_interval_steps, step, config)
+                    saves = every(config.checkpoint.save_interval_steps, step, config)
+                    lag = 0 if evaluates or saves else READ_LAG_STEPS[ctx.device.type]
+                    stopped = self._read(lag, self._evaluate if evaluates else None)
+                    if saves or stopped:
+                        self._read(0)  # every line up to here is written before the checkpoint is committed
+                        self._save()
+                    if stopped and step < config.train.num_steps:
+                        return EXIT_STOPPED_BY_SIGNAL
+            return 0
+        finally:
+            stop_signal.restore()
+
+    # ---- one step's surroundings -----------------------------------------------------------------------------------
+
+    def _next_batches(self) -> list[DeviceBatch]:
+        """This rank's micro-batches of the next step, on the device."""
+        config, ctx = self.config, self.ctx
+        batches = micro_batches(
+            self.data, self.progress.consumed_samples, config.train.micro_batch_size, config.grad_accum(ctx.world.size),
+            ctx.dp.rank, ctx.dp.size,
+        )  # fmt: skip
+        return [tuple(self._to_device(x) for x in (b.tokens, b.labels)) for b in batches]  # type: ignore[misc]
+
+    def _to_device(self, array: Any) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.ctx.device, non_blocking=True) if self.ctx.device.type == "cuda" else tensor
+
+    def _launched(self, step: int, report: StepReport, stop_received: bool) -> None:
+        """Account for a step whose numbers may still be under way; ask all ranks whether one must stop."""
+        progress, size = self.progress, self.config.train.global_batch_size
+        samples = range(progress.consumed_samples, progress.consumed_samples + size)
+        progress.step, progress.consumed_samples = step, samples.stop
+        progress.samples_digest = chain_digest(
+            progress.samples_digest, map(self.data.sample_id, samples), self.data.fingerprints
+        )
+        stop = torch.tensor(float(stop_received), device=self.ctx.device)
+        all_reduce(stop, self.ctx.world)
+        self.pending.append(PendingStep(step, report, stop, progress.consumed_samples, progress.samples_digest))
+
+    def _read(self, lag: int, evaluate_last: Any = None) -> bool:
+        """Read launched steps, oldest first, until ``lag`` are left; return whether some rank must stop.
+
+        All ranks read the same numbers in the same order, so all decide the same.
+        """
+        stopped = False
+        while len(self.pending) > lag:
+            done = self.pending.pop(0)
+            loss, grad_norm, applied = (x.item() for x in (done.report.loss, done.report.grad_norm, done.report.applied))
+            stopped |= done.stop.item() > 0
+            seconds = time.perf_counter() - self.clock
+            valid = evaluate_last() if evaluate_last is not None and not self.pending else {}
+            self.clock = time.perf_counter()  # evaluation does not count
+            if self.reporter is not None:
+                self.reporter.step({
+                    "step": done.step, "loss": loss, "grad_norm": grad_norm, "lr": done.report.lr, "skipped": not applied,
+                    "consumed_samples": done.consumed_samples,
+                    "consumed_tokens": done.consumed_samples * self.config.data.seq_length,
+                    "tokens_per_second": self.config.tokens_per_step / seconds,
+                    "samples_digest": done.samples_digest,
+                }, valid)  # fmt: skip
+            self._count_skips(done.step, applied, grad_norm)
+        return stopped
+
+    def _count_skips(self, step: int, applied: bool, grad_norm: float) -> None:
+        self.skips_in_a_row = 0 if applied else self.skips_in_a_row + 1
+        if self.skips_in_a_row >= self.config.train.max_consecutive_skips:
+            raise NonFiniteError(1, f"step {step}: grad_norm={grad_norm}", f"was not finite for {self.skips_in_a_row} steps "
+                                 "in a row (train.max_consecutive_skips)",
+                                 "lower optimizer.lr, lengthen the warm-up or look at these samples")  # fmt: skip
+
+    def _evaluate(self) -> dict[str, float | None]:
+        results: dict[str, float | None] = {}
+        for data in self.valid:
+            result = evaluate(self.model, data, self.config.train.micro_batch_size, self.piece_bytes, self.ctx)
+            results |= result.metrics(data.name)
+        return results
+
+    def _save(self) -> None:
+        """Write a checkpoint of the present step; its time does not count as training."""
+        start = time.perf_counter()
+        if self.reporter is not None:
+            self.reporter.sync()
+        folder = save_checkpoint(
+            checkpoints_folder(self.config), self.progress.step, self.optimizer.shards(), model=self.config.model,
+            config_tree=config_to_tree(self.config), state=self.progress.to_state(self.optimizer),
+            tokenizer=self.prepared.tokenizer, ctx=self.ctx, keep_last=self.config.checkpoint.keep_last,
+        )  # fmt: skip
+        if self.reporter is not None:
+            self.reporter.say(f"saved {folder}")
+        self.clock += time.perf_counter() - start
+
+    def _reporter(self) -> Any:
+        """Rank 0 reports; the others get None."""
+        if self.ctx.world.rank != 0:
+            return nullcontext(None)
+        config, device = self.config, self.ctx.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        flops = flops_per_token(config.model, config.data.seq_length)
+        return Reporter(config, self.progress.step, flops, peak_tflops(config, name), self.ctx.world.size)
+
+
+def build(config: Config, ctx: ParallelContext) -> tuple[Llama, DistributedOptimizer]:
+    """Model and optimizer of this rank, with the initial weights that the seed defines."""
+    sequence_parallel = config.parallel.sequence_parallel
+    model = build_llama(
+        config.model, ctx, dtype=DTYPES[config.train.precision], sequence_parallel=sequence_parallel,
+        operations=select_operations(config.kernels),
+    )  # fmt: skip
+    table = parameter_table(config.model, ctx.tp.rank, ctx.tp.size, sequence_parallel)
+    initialise(model, table, config.train.seed)
+    optimizer = DistributedOptimizer(
+        model, table, config.optimizer, ctx, config.parallel.gradient_bucket_bytes,
+        loss_scaling=config.train.precision == "fp16",
+    )  # fmt: skip
+    return model, optimizer

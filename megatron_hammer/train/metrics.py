@@ -1,0 +1,154 @@
+"""What a run tells: metrics.jsonl (every step, full precision), TensorBoard, and lines or a progress bar for people.
+
+One JSON object a step. Floats are shortest exact decimals; what is not finite is null. MFU (model FLOPs utilisation)
+is stated twice, because two counts are in use::
+
+    mfu         full:   6 N + 12 L (n d) s  FLOPs a token (arXiv 2204.02311 appendix B)
+    mfu_causal  causal: 6 N +  6 L (n d) s  (half of the attention is masked away)
+
+with N the weights that take part in matrix products (head included, embedding look-up not), over the devices' dense
+peak; null where no peak is known.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_hammer.config import Config, ModelConfig
+from megatron_hammer.model.parameters import EMBEDDING, logical_shapes
+
+# Dense bf16/fp16 peak of one device, TFLOP/s, from the vendor's data sheets; found by a part of the device's name.
+PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "GH200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0}
+
+
+def peak_tflops(config: Config, device_name: str) -> float | None:
+    """Dense peak of one device in the run's precision: the config's, else the table's, else None."""
+    if config.log.peak_tflops is not None:
+        return config.log.peak_tflops
+    if config.train.precision == "fp32":
+        return None
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+
+
+def flops_per_token(model: ModelConfig, seq_length: int) -> tuple[float, float]:
+    """Training FLOPs of one token, forward and backward: (full, causal)."""
+    shapes = logical_shapes(model)
+    weights = sum(s[0] * s[1] for name, s in shapes.items() if len(s) == 2 and (name != EMBEDDING or model.tie_word_embeddings))
+    attention = 6 * model.num_layers * model.num_attention_heads * model.head_size * seq_length
+    return 6.0 * weights + 2 * attention, 6.0 * weights + attention
+
+
+class MetricsFile:
+    """OUT/metrics.jsonl, open for appending after it has been cut back to the step from which the run goes on."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        """Keep the whole lines of steps up to ``last_step`` (0: none)."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= last_step] if last_step else []
+        staging = path.with_name(path.name + ".tmp")
+        staging.write_bytes(b"".join(line + b"\n" for line in kept))
+        os.replace(staging, path)
+        self.file = path.open("ab")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one object and hand it to the operating system."""
+        self.file.write(json.dumps({k: _finite(v) for k, v in line.items()}, ensure_ascii=False).encode() + b"\n")
+        self.file.flush()
+
+    def sync(self) -> None:
+        """Make sure that the lines so far are on the disk: before a checkpoint is committed."""
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Nothing more will be written."""
+        self.file.close()
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """The lines of an earlier run; a torn last one (no line break) is dropped."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_bytes().split(b"\n")[:-1] if line]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Reporter:
+    """All outputs of rank 0. A context manager: closes them in any case."""
+
+    def __init__(self, config: Config, first_step: int, flops: tuple[float, float], peak: float | None, devices: int) -> None:
+        self.config, self.flops, self.devices = config, flops, devices
+        self.peak = None if peak is None else peak * 1e12 * devices
+        output = Path(config.train.output)
+        self.file = MetricsFile(output / "metrics.jsonl", first_step)
+        self.board: Any = None
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=config.train.num_steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for output in (self.file, self.board, self.bar):
+            if output is not None:
+                output.close()
+
+    def step(self, line: dict[str, Any], valid: Mapping[str, float | None]) -> None:
+        """Record one step, with its evaluation if there was one."""
+        rate = line["tokens_per_second"]
+        for name, flops in zip(("mfu", "mfu_causal"), self.flops, strict=True):
+            line[name] = None if self.peak is None else rate * flops / self.peak
+        line |= valid
+        self.file.write(line)
+        if self.board is not None:
+            for key, value in line.items():
+                if isinstance(value, int | float) and key not in ("step", "skipped") and math.isfinite(value):
+                    self.board.add_scalar(key, value, line["step"])
+        if self.bar is not None:
+            self.bar.update(1)
+            self.bar.set_postfix(loss=f"{line['loss']:.4f}", tok_s=f"{rate:,.0f}", refresh=False)
+        if line["step"] % self.config.log.interval_steps == 0 or valid or line["step"] == self.config.train.num_steps:
+            self.say(_sentence(line, self.config.train.num_steps))
+
+    def sync(self) -> None:
+        """Before a checkpoint is committed: all lines up to it are on the disk."""
+        self.file.sync()
+        if self.board is not None:
+            self.board.flush()
+
+    def say(self, text: str) -> None:
+        """One line for people, above the progress bar where there is one."""
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+
+def _sentence(line: Mapping[str, Any], num_steps: int) -> str:
+    parts = [f"step {line['step']}/{num_steps}", f"loss {line['loss']:.4f}", f"grad norm {line['grad_norm']:.3f}",
+             f"lr {line['lr']:.3e}", f"{line['tokens_per_second']:,.0f} tokens/s"]  # fmt: skip
+    if line["mfu"] is not None:
+        parts.append(f"MFU {line['mfu']:.1%} ({line['mfu_causal']:.1%} causal)")
+    if line["skipped"]:
+        parts.append("skipped: gradient not finite")
+    names = [key.split("/")[1] for key in line if key.startswith("valid/") and key.endswith("/loss")]
+    for name in names:
+        bits = line[f"valid/{name}/bits_per_byte"]
+        parts.append(f"{name} loss {line[f'valid/{name}/loss']:.4f}" + ("" if bits is None else f", {bits:.3f} bits/byte"))
+    return " | ".join(parts)

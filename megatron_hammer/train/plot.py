@@ -1,0 +1,131 @@
+"""The loss curve of a run as a picture, from its metrics.jsonl alone: works while the run goes on.
+
+Above: the training loss of every step (light), its moving average (dark), and the validation sets. Below: the learning
+rate. Skipped steps and values that are not finite leave gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from megatron_hammer.errors import DataError
+
+MAX_POINTS = 4000  # more than a picture of this size has columns: longer runs are thinned
+WINDOW_SHARE = 50  # the moving average spans a fiftieth of the run: chosen by eye
+
+# Okabe and Ito's palette, told apart by colour-blind readers too; black is the training loss.
+VALID_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+@dataclass
+class Curves:
+    """What is drawn; lists of equal length."""
+
+    steps: list[int] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    valid: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
+    """Name of a set -> the steps at which it was evaluated, and its losses."""
+
+
+def read_curves(path: Path) -> Curves:
+    """Read metrics.jsonl; a torn last line, as a running or killed run leaves it, is left out.
+
+    Raises:
+        DataError: no such file, no step in it, or a line that is not a step.
+    """
+    curves = Curves()
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.endswith(b"\n"):
+                    _add_step(curves, line, f"{path}:{number}")
+    except OSError as error:
+        raise DataError(
+            80, str(path), f"could not be read ({error.strerror})", "name the folder of a run (train.output)"
+        ) from None
+    if not curves.steps:
+        raise DataError(81, str(path), "holds no finished step", "wait until the run has done a step")
+    return curves
+
+
+def _add_step(curves: Curves, line: bytes, where: str) -> None:
+    try:
+        values = json.loads(line)
+        curves.steps.append(int(values["step"]))
+        curves.loss.append(_number(values["loss"]))
+        curves.lr.append(_number(values["lr"]))
+        for key, value in values.items():
+            if key.startswith("valid/") and key.endswith("/loss"):
+                steps, losses = curves.valid.setdefault(key[len("valid/") : -len("/loss")], ([], []))
+                steps.append(curves.steps[-1])
+                losses.append(_number(value))
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(82, where, f"is not a step of a run ({error!r})", "name the folder of a run") from None
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over up to ``window`` values around each one, as many on either side; NaN is left out of the mean."""
+    known = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    index = np.arange(len(values))
+    reach = np.minimum(window // 2, np.minimum(index, len(values) - 1 - index))  # symmetric at the ends too
+    low, high = index - reach, index + reach + 1
+    count = counts[high] - counts[low]
+    return np.where(count > 0, (sums[high] - sums[low]) / np.maximum(count, 1), np.nan)
+
+
+def plot_loss(run: Path, output: Path) -> Curves:
+    """Draw ``run``/metrics.jsonl into ``output`` (PNG), which appears complete or not at all."""
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+    from matplotlib.ticker import MaxNLocator
+
+    curves = read_curves(run / "metrics.jsonl")
+    steps, loss, lr = np.array(curves.steps), np.array(curves.loss), np.array(curves.lr)
+    smooth = moving_average(loss, max(1, len(loss) // WINDOW_SHARE))
+    thin = slice(None, None, -(-len(steps) // MAX_POINTS))
+
+    figure = Figure(figsize=(9, 6.5), dpi=130, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3.5, 1])
+    above.plot(steps[thin], loss[thin], color="0.75", linewidth=0.8, label="training, each step")
+    above.plot(steps[thin], smooth[thin], color="black", linewidth=1.6, label=f"training, mean: {_last(smooth)}")
+    for i, (name, (at, losses)) in enumerate(curves.valid.items()):
+        above.plot(at, losses, color=VALID_COLOURS[i % len(VALID_COLOURS)], linewidth=1.2, marker="o", markersize=4,
+                   label=f"{name}: {_last(np.array(losses))}")  # fmt: skip
+    above.set_ylabel("loss (nats per token)")
+    above.set_title(run.resolve().name, loc="left", fontsize=11)
+    above.legend(frameon=False, title="last value", alignment="left")
+    below.plot(steps[thin], lr[thin], color="black", linewidth=1.2)
+    below.set_ylabel("learning rate")
+    below.set_xlabel("step")
+    below.set_ylim(bottom=0)
+    below.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (above, below):
+        axes.grid(color="0.92", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+
+    staging = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(staging, format="png")
+        os.replace(staging, output)
+    finally:
+        staging.unlink(missing_ok=True)
+    return curves
+
+
+def _last(values: np.ndarray) -> str:
+    known = values[np.isfinite(values)]
+    return f"{known[-1]:.3f}" if len(known) else "none"

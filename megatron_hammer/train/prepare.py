@@ -1,0 +1,134 @@
+"""Everything that can be found wrong before a rank starts is found here: config, tokenizer, data, checkpoint.
+
+Imports no torch and communicates nothing. The launcher calls it once; each rank calls it again to get the resolved
+config and the tokenizer (with ``check_data=False`` when the launcher has looked through the data already).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_hammer.checkpoint.format import Manifest, latest_checkpoint, read_manifest, resolve_checkpoint
+from megatron_hammer.config import Config, config_from_tree
+from megatron_hammer.data.indexed import IndexedDataset
+from megatron_hammer.data.samples import check_tokenizer
+from megatron_hammer.errors import CheckpointError, ConfigError, RefusedError
+from megatron_hammer.tokenizer.load import Tokenizer, load_tokenizer
+
+# A change of these makes the samples already consumed other samples than the checkpoint says.
+ORDER_FIELDS = ("train.seed", "data.seq_length", "data.order")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose inputs have been looked at."""
+
+    config: Config
+    """Resolved: model.vocab_size is set."""
+    tokenizer: Tokenizer | None
+    resume: Manifest | None
+    """Newest checkpoint of this run, or None for a new one."""
+    init_from: Manifest | None
+    """Checkpoint whose weights a new run starts from."""
+    notes: list[str]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has done all its steps."""
+        return self.resume is not None and self.resume.step >= self.config.train.num_steps
+
+
+def checkpoints_folder(config: Config) -> Path:
+    """Where the run's checkpoints lie."""
+    return Path(config.train.output) / "checkpoints"
+
+
+def prepare(config: Config, world_size: int, check_data: bool = True) -> Prepared:
+    """Check all inputs of a run on ``world_size`` ranks.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, RefusedError: the first thing found wrong.
+    """
+    config.validate(world_size)
+    notes = config.notes()
+    tokenizer = None if config.tokenizer.path is None else load_tokenizer(config.tokenizer.path)
+    config = _with_vocab_size(config, tokenizer)
+    if config.train.dry_run:
+        return Prepared(config, tokenizer, None, None, notes)
+    if not config.data.train:
+        raise ConfigError(7, "data.train", "is not set", "name the prefix of an indexed dataset: data.train=P_text_document")
+    if check_data:
+        notes += _check_data(config, tokenizer)
+    newest = latest_checkpoint(checkpoints_folder(config), note=notes.append)
+    resume = None if newest is None else read_manifest(newest)
+    init_from = None
+    if resume is not None:
+        _check_same_model(config, resume)
+        notes += _check_same_run(config, resume)
+    elif config.checkpoint.init_from is not None:
+        init_from = read_manifest(resolve_checkpoint(config.checkpoint.init_from))
+        _check_same_model(config, init_from)
+    return Prepared(config, tokenizer, resume, init_from, notes)
+
+
+def _with_vocab_size(config: Config, tokenizer: Tokenizer | None) -> Config:
+    vocab_size = config.model.vocab_size
+    if tokenizer is None and vocab_size is None:
+        raise ConfigError(7, "model.vocab_size", "is not set and there is no tokenizer to take it from",
+                          "set tokenizer.path or model.vocab_size")  # fmt: skip
+    if tokenizer is not None and vocab_size is not None and vocab_size < tokenizer.vocab_size:
+        raise ConfigError(5, f"model.vocab_size={vocab_size}", f"is less than the {tokenizer.vocab_size} ids of {tokenizer.path}",
+                          "leave model.vocab_size out to take the tokenizer's")  # fmt: skip
+    if vocab_size is not None:
+        return config
+    assert tokenizer is not None
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
+
+
+def _check_data(config: Config, tokenizer: Tokenizer | None) -> list[str]:
+    """Open every dataset and hold it against tokenizer and vocabulary; return remarks."""
+    assert config.model.vocab_size is not None
+    notes = []
+    for prefix in [*(config.data.train or {}), *(config.data.valid or {}).values()]:
+        fingerprint = None if tokenizer is None else tokenizer.fingerprint
+        note = check_tokenizer(IndexedDataset(prefix), fingerprint, config.model.vocab_size)
+        if note:
+            notes.append(note)
+    return notes
+
+
+def _check_same_model(config: Config, manifest: Manifest) -> None:
+    """Refuse a checkpoint of another architecture, naming the first field that differs."""
+    saved = config_from_tree(manifest.config).model
+    for f in dataclasses.fields(saved):
+        if f.name in ("init_std", "max_position_embeddings"):
+            continue  # neither changes the function that the weights compute
+        ours, theirs = (_resolved(getattr(m, f.name), m, f.name) for m in (config.model, saved))
+        if ours != theirs:
+            raise CheckpointError(80, f"model.{f.name}={ours}", f"differs from {theirs} in {manifest.folder}",
+                                  f"set model.{f.name}={theirs} or choose another checkpoint or train.output")  # fmt: skip
+
+
+def _resolved(value: object, model: object, name: str) -> object:
+    """A field with its default filled in, so that an absent one equals a stated one."""
+    derived = {"num_query_groups": "query_groups", "head_dim": "head_size"}
+    return getattr(model, derived[name]) if name in derived else value
+
+
+def _check_same_run(config: Config, manifest: Manifest) -> list[str]:
+    """Refuse to resume with another order of samples; remark on a changed mix."""
+    saved = config_from_tree(manifest.config)
+    for name in ORDER_FIELDS:
+        group, field = name.split(".")
+        ours, theirs = (getattr(getattr(c, group), field) for c in (config, saved))
+        if ours != theirs:
+            raise RefusedError(80, f"{name}={ours}", f"differs from {theirs} in {manifest.folder}: the samples already "
+                               "consumed would be others", f"set {name}={theirs} or start a new train.output")  # fmt: skip
+    notes = []
+    if config.data.train != saved.data.train:
+        notes.append(f"data.train differs from that of {manifest.folder}: the order of samples changes from here on")
+    if config.data.order == "megatron" and config.train.num_steps != saved.train.num_steps:
+        notes.append("data.order=megatron depends on train.num_steps, which has changed: samples may repeat or be left out")
+    return notes

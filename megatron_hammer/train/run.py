@@ -1,0 +1,133 @@
+"""One rank of a run, from its inputs to its exit code."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_hammer.config import Config, to_yaml
+from megatron_hammer.errors import ConfigError, HammerError, RefusedError, from_os_error
+from megatron_hammer.model.parameters import count_parameters
+from megatron_hammer.parallel.context import agree_before_start, build_parallel_context, start_process_group
+from megatron_hammer.train.loop import train
+from megatron_hammer.train.prepare import Prepared, prepare
+
+
+def run_rank(
+    config: Config, rank: int, local_rank: int, world_size: int, store: dist.Store | None, check_data: bool = True
+) -> int:
+    """Run this rank to the end.
+
+    Args:
+        store: where the ranks meet; None for a single process.
+        check_data: False when the launcher has looked through the datasets already.
+
+    Returns:
+        0 when the run is complete, 75 when a signal stopped it after a save.
+
+    Raises:
+        HammerError: the same on all ranks, and for faulty inputs before the first collective.
+    """
+    error: HammerError | None = None
+    with ExitStack() as held:
+        try:
+            prepared = prepare(config, world_size, check_data)
+            config = prepared.config
+            device = choose_device(config, local_rank)
+            if rank == 0 and not config.train.dry_run and not prepared.is_finished:
+                held.enter_context(only_writer(Path(config.train.output)))
+        except HammerError as found:
+            error = found
+        except OSError as found:
+            error = from_os_error(found, "preparing the run")
+        if store is not None:
+            agree_before_start(store, rank, world_size, error)
+        if error is not None:
+            raise error
+        if rank == 0:
+            print(describe(prepared, world_size) if config.train.dry_run else announcement(prepared, world_size, device))
+            sys.stdout.flush()
+        if config.train.dry_run or prepared.is_finished:
+            return 0
+        if store is not None and world_size > 1:
+            start_process_group(store, rank, world_size, device, config.parallel.timeout_seconds)
+        try:
+            ctx = build_parallel_context(config.parallel.tensor_model_parallel_size, config.model.query_groups, device)
+            return train(prepared, ctx)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def choose_device(config: Config, local_rank: int) -> torch.device:
+    """The GPU of this local rank, or the CPU."""
+    wanted = config.train.device
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(4, "train.device=cuda", "needs a GPU that torch can see", "use train.device=auto or cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(5, f"local rank {local_rank}", f"has no GPU: this node has {torch.cuda.device_count()}",
+                          "start as many ranks a node as it has GPUs")  # fmt: skip
+    return torch.device("cuda", local_rank)
+
+
+def layout_line(config: Config, world_size: int) -> str:
+    """The parallel layout and the size of a step, in one line."""
+    parallel, train_config = config.parallel, config.train
+    return (
+        f"{world_size} ranks = TP {parallel.tensor_model_parallel_size}"
+        f"{' with sequence parallelism' if parallel.sequence_parallel else ''} x DP {config.data_parallel_size(world_size)}; "
+        f"step = {train_config.global_batch_size} samples x {config.data.seq_length} tokens = {config.tokens_per_step:,} tokens "
+        f"(micro-batch {train_config.micro_batch_size}, {config.grad_accum(world_size)} accumulated)"
+    )
+
+
+def describe(prepared: Prepared, world_size: int) -> str:
+    """What ``train.dry_run=true`` prints."""
+    config = prepared.config
+    lines = [to_yaml(config), f"parameters: {count_parameters(config.model):,}", f"layout: {layout_line(config, world_size)}"]
+    return "\n".join(lines + [f"note: {note}" for note in prepared.notes])
+
+
+def announcement(prepared: Prepared, world_size: int, device: torch.device) -> str:
+    """The first lines of a run."""
+    config, resume = prepared.config, prepared.resume
+    lines = [f"note: {note}" for note in prepared.notes]
+    lines.append(f"{count_parameters(config.model):,} parameters in {config.train.precision} on {device.type}; "
+                 f"{layout_line(config, world_size)}")  # fmt: skip
+    if resume is not None and prepared.is_finished:
+        lines.append(f"finished: {resume.folder} is at step {resume.step} of {config.train.num_steps}; nothing left to do")
+    elif resume is not None:
+        lines.append(f"resuming from {resume.folder}")
+    elif prepared.init_from is not None:
+        lines.append(f"starting from the weights of {prepared.init_from.folder}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def only_writer(output: Path) -> Iterator[None]:
+    """Hold the run's lock: a kernel lock that ends with the process, however it ends.
+
+    Raises:
+        RefusedError: another process of this machine is writing to the same folder.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RefusedError(81, f"train.output={output}", "is in use by another run",
+                               "wait for that run to end or choose another folder") from None  # fmt: skip
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
