@@ -29,7 +29,7 @@ import yaml
 
 from megatron_hammer.errors import ConfigError
 
-VOCAB_PADDING_MULTIPLE = 128  # rows a tensor-parallel rank: keeps matrix kernels aligned; 105,789 is odd (performance.md)
+VOCAB_PADDING_MULTIPLE = 128  # rows a tensor-parallel rank: an odd vocabulary forces a slow matrix kernel
 
 
 def _require(condition: bool, what: str, rule: str, remedy: str, number: int = 4) -> None:
@@ -107,12 +107,22 @@ class ModelConfig:
             _require(value > 0, f"model.{name}={value}", "must be positive", f"raise model.{name}")
         _at_least("model", {"init_std": self.init_std}, 0)
         heads, groups = self.num_attention_heads, self.query_groups
-        _require(heads % groups == 0, f"model.num_query_groups={groups}", f"must divide model.num_attention_heads={heads}",
-                 f"use {_divisors(heads)}")  # fmt: skip
+        _require(
+            heads % groups == 0,
+            f"model.num_query_groups={groups}",
+            f"must divide model.num_attention_heads={heads}",
+            f"use {_divisors(heads)}",
+        )
         if self.head_dim is None:
-            _require(self.hidden_size % heads == 0, f"model.num_attention_heads={heads}",
-                     f"must divide model.hidden_size={self.hidden_size}", "change one of them or set model.head_dim")  # fmt: skip
-        _require(self.head_size % 2 == 0, f"model.head_dim={self.head_size}", "must be even for RoPE", "set model.head_dim")
+            _require(
+                self.hidden_size % heads == 0,
+                f"model.num_attention_heads={heads}",
+                f"must divide model.hidden_size={self.hidden_size}",
+                "change one of them or set model.head_dim",
+            )
+        _require(
+            self.head_size % 2 == 0, f"model.head_dim={self.head_size}", "must be even for RoPE", "set model.head_dim"
+        )
         if self.rope_scaling is not None:
             _at_least("model.rope_scaling", {"factor": self.rope_scaling.factor}, 1)
 
@@ -135,14 +145,28 @@ class ParallelConfig:
     def check(self) -> None:
         """Raise ``ConfigError`` for impossible sizes."""
         _at_least("parallel", {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, 0)
-        _at_least("parallel", {"tensor_model_parallel_size": self.tensor_model_parallel_size,
-                               "gradient_bucket_bytes": self.gradient_bucket_bytes,
-                               "timeout_seconds": self.timeout_seconds}, 1)  # fmt: skip
+        _at_least(
+            "parallel",
+            {
+                "tensor_model_parallel_size": self.tensor_model_parallel_size,
+                "gradient_bucket_bytes": self.gradient_bucket_bytes,
+                "timeout_seconds": self.timeout_seconds,
+            },
+            1,
+        )
         pp = self.pipeline_model_parallel_size
-        _require(pp == 1, f"parallel.pipeline_model_parallel_size={pp}", "must be 1 in this version",
-                 "use tensor and data parallelism")  # fmt: skip
-        _require(not self.sequence_parallel or self.tensor_model_parallel_size > 1, "parallel.sequence_parallel=true",
-                 "needs parallel.tensor_model_parallel_size of 2 or more", "set it to false or raise the size")  # fmt: skip
+        _require(
+            pp == 1,
+            f"parallel.pipeline_model_parallel_size={pp}",
+            "must be 1 in this version",
+            "use tensor and data parallelism",
+        )
+        _require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "parallel.sequence_parallel=true",
+            "needs parallel.tensor_model_parallel_size of 2 or more",
+            "set it to false or raise the size",
+        )
 
 
 @dataclass(frozen=True)
@@ -171,11 +195,19 @@ class DataConfig:
         """Raise ``ConfigError`` for an impossible mix or length."""
         _at_least("data", {"seq_length": self.seq_length}, 1)
         for prefix, weight in (self.train or {}).items():
-            _require(0 < weight < math.inf, f"data.train[{prefix}]={weight}", "must be a positive number",
-                     "give every source a weight above zero or leave it out")  # fmt: skip
+            _require(
+                0 < weight < math.inf,
+                f"data.train[{prefix}]={weight}",
+                "must be a positive number",
+                "give every source a weight above zero or leave it out",
+            )
         for name in self.valid or {}:
-            _require(name != "" and "/" not in name, f"data.valid[{name!r}]", "must be a name without '/'",
-                     "rename this validation set")  # fmt: skip
+            _require(
+                name != "" and "/" not in name,
+                f"data.valid[{name!r}]",
+                "must be a name without '/'",
+                "rename this validation set",
+            )
 
 
 @dataclass(frozen=True)
@@ -204,13 +236,21 @@ class OptimizerConfig:
     def check(self) -> None:
         """Raise ``ConfigError`` for values outside their range."""
         _at_least("optimizer", {k: getattr(self, k) for k in ("lr", "min_lr", "weight_decay", "clip_grad")}, 0)
-        _at_least("optimizer", {"initial_loss_scale": self.initial_loss_scale, "loss_scale_window": self.loss_scale_window}, 1)
+        _at_least(
+            "optimizer", {"initial_loss_scale": self.initial_loss_scale, "loss_scale_window": self.loss_scale_window}, 1
+        )
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optimizer.{name}={value}", "must lie in [0, 1)", "0.9 and 0.95 to 0.999 are usual")
+            _require(
+                0 <= value < 1, f"optimizer.{name}={value}", "must lie in [0, 1)", "0.9 and 0.95 to 0.999 are usual"
+            )
         _require(self.eps > 0, f"optimizer.eps={self.eps}", "must be positive", "1e-8 is usual")
-        _require(self.min_lr <= self.lr, f"optimizer.min_lr={self.min_lr}",
-                 f"must not exceed optimizer.lr={self.lr}", "lower min_lr")  # fmt: skip
+        _require(
+            self.min_lr <= self.lr,
+            f"optimizer.min_lr={self.min_lr}",
+            f"must not exceed optimizer.lr={self.lr}",
+            "lower min_lr",
+        )
 
 
 @dataclass(frozen=True)
@@ -218,8 +258,8 @@ class ScheduleConfig:
     """Learning rate as a pure function of the step (optim/schedule.py draws the shapes)."""
 
     style: Literal["cosine", "cosine-clamped", "wsd", "linear", "constant"] = "cosine"
-    """cosine: between lr and min_lr. cosine-clamped: to zero, held at min_lr (HammerLLM's). wsd: constant, then a linear
-    descent over anneal_steps. linear: to min_lr. constant: lr. Each after the warm-up."""
+    """cosine: between lr and min_lr. cosine-clamped: to zero, held at min_lr (HammerLLM's). wsd: constant, then a
+    linear descent over anneal_steps. linear: to min_lr. constant: lr. Each after the warm-up."""
     warmup_steps: int = 0
     """Steps of linear warm-up; step warmup_steps is the first at the peak."""
     decay_steps: int | None = None
@@ -231,8 +271,12 @@ class ScheduleConfig:
         """Raise ``ConfigError`` for impossible lengths."""
         _at_least("schedule", {"warmup_steps": self.warmup_steps}, 0)
         _at_least("schedule", {"decay_steps": self.decay_steps, "anneal_steps": self.anneal_steps}, 1)
-        _require(self.anneal_steps is None or self.style == "wsd", f"schedule.anneal_steps={self.anneal_steps}",
-                 "belongs to schedule.style=wsd only", "remove it or choose wsd")  # fmt: skip
+        _require(
+            self.anneal_steps is None or self.style == "wsd",
+            f"schedule.anneal_steps={self.anneal_steps}",
+            "belongs to schedule.style=wsd only",
+            "remove it or choose wsd",
+        )
 
 
 @dataclass(frozen=True)
@@ -264,7 +308,8 @@ class TrainConfig:
     eval_samples: int = 256
     """Samples of each validation set (all of them when it has fewer)."""
     max_consecutive_skips: int = 30
-    """End the run (exit code 9) after so many skipped steps in a row; a step is skipped when its gradient is not finite."""
+    """End the run (exit code 9) after so many skipped steps in a row; a step is skipped when its gradient is not
+    finite."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU of this local rank when torch sees one, else the CPU."""
     dry_run: bool = False
@@ -272,7 +317,14 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise ``ConfigError`` for values outside their range."""
-        names = ("num_steps", "micro_batch_size", "global_batch_size", "eval_interval_steps", "eval_samples", "max_consecutive_skips")
+        names = (
+            "num_steps",
+            "micro_batch_size",
+            "global_batch_size",
+            "eval_interval_steps",
+            "eval_samples",
+            "max_consecutive_skips",
+        )
         _at_least("train", {k: getattr(self, k) for k in names}, 1)
         _require(0 <= self.seed < 2**32, f"train.seed={self.seed}", "must lie in [0, 2^32)", "choose a smaller seed")
         _require(self.output != "", "train.output=''", "must name a folder", "set train.output")
@@ -310,7 +362,9 @@ class LogConfig:
         """Raise ``ConfigError`` for values outside their range."""
         _at_least("log", {"interval_steps": self.interval_steps}, 1)
         peak = self.peak_tflops
-        _require(peak is None or peak > 0, f"log.peak_tflops={peak}", "must be positive", "state the device's dense peak")
+        _require(
+            peak is None or peak > 0, f"log.peak_tflops={peak}", "must be positive", "state the device's dense peak"
+        )
 
 
 @dataclass(frozen=True)
@@ -341,20 +395,40 @@ class Config:
         model, tp = self.model, self.parallel.tensor_model_parallel_size
         allowed = [t for t in range(1, model.num_attention_heads + 1) if not _tp_obstacle(self, t)]
         obstacle = _tp_obstacle(self, tp)
-        _require(not obstacle, f"parallel.tensor_model_parallel_size={tp}", obstacle,
-                 "use " + _choices(allowed), number=5)  # fmt: skip
-        _require(world_size % tp == 0, f"parallel.tensor_model_parallel_size={tp}", f"must divide the {world_size} ranks",
-                 f"start a multiple of {tp} ranks or use {_divisors(world_size)}", number=5)  # fmt: skip
+        _require(
+            not obstacle, f"parallel.tensor_model_parallel_size={tp}", obstacle, "use " + _choices(allowed), number=5
+        )
+        _require(
+            world_size % tp == 0,
+            f"parallel.tensor_model_parallel_size={tp}",
+            f"must divide the {world_size} ranks",
+            f"start a multiple of {tp} ranks or use {_divisors(world_size)}",
+            number=5,
+        )
         train = self.train
         samples = train.micro_batch_size * self.data_parallel_size(world_size)
-        _require(train.global_batch_size % samples == 0, f"train.global_batch_size={train.global_batch_size}",
-                 f"must be a multiple of train.micro_batch_size={train.micro_batch_size} x data_parallel_size="
-                 f"{self.data_parallel_size(world_size)}", f"use a multiple of {samples}", number=5)  # fmt: skip
-        _require(train.precision != "fp16" or self.optimizer.initial_loss_scale >= 1, "optimizer.initial_loss_scale",
-                 "must be at least 1", "65536 is usual")  # fmt: skip
+        _require(
+            train.global_batch_size % samples == 0,
+            f"train.global_batch_size={train.global_batch_size}",
+            f"must be a multiple of train.micro_batch_size={train.micro_batch_size} x data_parallel_size="
+            f"{self.data_parallel_size(world_size)}",
+            f"use a multiple of {samples}",
+            number=5,
+        )
+        _require(
+            train.precision != "fp16" or self.optimizer.initial_loss_scale >= 1,
+            "optimizer.initial_loss_scale",
+            "must be at least 1",
+            "65536 is usual",
+        )
         longest = model.max_position_embeddings
-        _require(longest is None or longest >= self.data.seq_length, f"data.seq_length={self.data.seq_length}",
-                 f"must not exceed model.max_position_embeddings={longest}", "shorten it or raise the limit", number=5)  # fmt: skip
+        _require(
+            longest is None or longest >= self.data.seq_length,
+            f"data.seq_length={self.data.seq_length}",
+            f"must not exceed model.max_position_embeddings={longest}",
+            "shorten it or raise the limit",
+            number=5,
+        )
 
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that process different samples."""
@@ -373,8 +447,10 @@ class Config:
         """Remarks on settings that are valid but do something other than their plain reading."""
         notes = []
         if self.schedule.warmup_steps > self.train.num_steps:
-            notes.append(f"schedule.warmup_steps={self.schedule.warmup_steps} is longer than the run: clamped to "
-                         f"train.num_steps={self.train.num_steps}")  # fmt: skip
+            notes.append(
+                f"schedule.warmup_steps={self.schedule.warmup_steps} is longer than the run: clamped to "
+                f"train.num_steps={self.train.num_steps}"
+            )
         if not self.data.valid:
             notes.append("data.valid is absent: no evaluation")
         return notes
@@ -428,7 +504,7 @@ class _StrictLoader(yaml.SafeLoader):
 def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML text; ``where`` names it in the error."""
     try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506: derived from SafeLoader
+        return yaml.load(text, Loader=_StrictLoader)  # derived from the safe loader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(8, where, f"is not valid YAML ({error})", "mend the syntax") from None
 
@@ -604,9 +680,12 @@ def _field_docstrings() -> dict[str, dict[str, str]]:
         docs[node.name] = {
             a.target.id: " ".join(b.value.value.split())
             for a, b in pairs
-            if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name)
-            and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant) and isinstance(b.value.value, str)
-        }  # fmt: skip
+            if isinstance(a, ast.AnnAssign)
+            and isinstance(a.target, ast.Name)
+            and isinstance(b, ast.Expr)
+            and isinstance(b.value, ast.Constant)
+            and isinstance(b.value.value, str)
+        }
     return docs
 
 

@@ -2,9 +2,9 @@
 
 Every message has the same four parts, so that a reader always finds the same things in the same place::
 
-    error[E204]: parallel.tensor_model_parallel_size=3 must divide model.num_attention_heads=32; use 1, 2, 4, 8, 16 or 32
+    error[E205]: parallel.tensor_model_parallel_size=3 must divide model.num_attention_heads=32; use 1, 2, 4, 8 or 16
           |      what (field or file, with its value)  rule                                      remedy
-          +-- exit code (2) and number within it (04)
+          +-- exit code (2) and number within it (05)
 
 Exit codes of every program of this project (``docs/errors.md`` lists the numbers):
 
@@ -38,7 +38,7 @@ class HammerError(Exception):
 
     @property
     def code(self) -> str:
-        """``E204``: exit code 2, number 04."""
+        """``E205``: exit code 2, number 05."""
         return f"E{self.exit_code}{self.number:02d}"
 
     def __str__(self) -> str:
@@ -97,9 +97,16 @@ class MemoryShortage(HammerError):
 ERRORS_BY_EXIT_CODE: dict[int, type[HammerError]] = {
     cls.exit_code: cls
     for cls in (
-        ConfigError, DataError, CheckpointError, RefusedError, DiskError, ParallelError, NonFiniteError, MemoryShortage,
+        ConfigError,
+        DataError,
+        CheckpointError,
+        RefusedError,
+        DiskError,
+        ParallelError,
+        NonFiniteError,
+        MemoryShortage,
     )
-}  # fmt: skip
+}
 
 
 def to_fields(error: HammerError) -> dict[str, int | str]:
@@ -122,5 +129,9 @@ def from_fields(fields: dict) -> HammerError:
 def from_os_error(error: OSError, doing: str) -> DiskError:
     """A ``DiskError`` that says which path the operating system refused, and why."""
     path = error.filename if error.filename is not None else doing
-    return DiskError(1, str(path), f"could not be used while {doing}: {error.strerror or error}",
-                     "free space or mend the permissions, then run the same command again")  # fmt: skip
+    return DiskError(
+        1,
+        str(path),
+        f"could not be used while {doing}: {error.strerror or error}",
+        "free space or mend the permissions, then run the same command again",
+    )

@@ -32,8 +32,13 @@ def _worker(rank: int, inbox: Any, outbox: Any) -> None:
         try:
             if world_size > 1:
                 store = dist.FileStore(store_path, world_size)
-                dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size,
-                                        timeout=datetime.timedelta(seconds=DEFAULT_TIMEOUT))  # fmt: skip
+                dist.init_process_group(
+                    "gloo",
+                    store=store,
+                    rank=rank,
+                    world_size=world_size,
+                    timeout=datetime.timedelta(seconds=DEFAULT_TIMEOUT),
+                )
             try:
                 outbox.put((call, rank, function(rank, *args), None))
             finally:

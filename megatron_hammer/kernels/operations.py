@@ -18,7 +18,7 @@ from megatron_hammer.config import KernelsConfig
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square normalisation (arXiv 1910.07467) over the last dimension; statistics in fp32, as in Hugging Face.
+    """RMSNorm (arXiv 1910.07467) over the last dimension; statistics in fp32 (fp64 for fp64), as in Hugging Face.
 
     Args:
         x: [..., h], any float dtype.

@@ -24,7 +24,9 @@ def initialise(model: Llama, table: Sequence[Parameter], seed: int) -> None:
     weights, shapes = dict(model.named_parameters()), logical_shapes(model.config)
     for parameter in table:
         weight = weights[parameter.name]
-        assert tuple(weight.shape) == parameter.shape, f"{parameter.name} is {tuple(weight.shape)}, table: {parameter.shape}"
+        assert tuple(weight.shape) == parameter.shape, (
+            f"{parameter.name} is {tuple(weight.shape)}, table: {parameter.shape}"
+        )
         for s in parameter.slices:
             rows = weight[s.local_row : s.local_row + s.num_rows]
             if s.cols is None:

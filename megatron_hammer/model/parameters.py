@@ -109,7 +109,7 @@ def parameter_table(
 ) -> tuple[Parameter, ...]:
     """All local tensors of one tensor-parallel rank, in the order in which forward uses them."""
     assert model.vocab_size is not None, "model.vocab_size must be resolved before a model is described"
-    h, f, d = model.hidden_size, model.ffn_hidden_size, model.head_size
+    h, f, v, d = model.hidden_size, model.ffn_hidden_size, model.vocab_size, model.head_size
     heads_local = model.num_attention_heads // tp_size
 
     def norm(name: str, tensor: str) -> Parameter:
@@ -118,8 +118,8 @@ def parameter_table(
         return Parameter(name, (h,), (Slice(tensor, (0, h), None, 0, tp_rank == 0, sum_over),), decay=False)
 
     def vocabulary(name: str, tensor: str) -> Parameter:
-        rows = padded_vocab_size(model.vocab_size, tp_size) // tp_size
-        start, stop = rows * tp_rank, min(rows * (tp_rank + 1), model.vocab_size)
+        rows = padded_vocab_size(v, tp_size) // tp_size
+        start, stop = rows * tp_rank, min(rows * (tp_rank + 1), v)
         slices = (Slice(tensor, (start, stop), (0, h)),) if start < stop else ()
         return Parameter(name, (rows, h), slices, decay=True)
 
@@ -135,19 +135,29 @@ def parameter_table(
         sum_over: SumOver = "kv" if copies > 1 else "none"  # each copy sees its own query heads' part only
         q_rows = (heads_local * d * tp_rank, heads_local * d * (tp_rank + 1))
         q_end, k_end = heads_local * d, (heads_local + groups_local) * d
-        return Parameter(name, ((heads_local + 2 * groups_local) * d, h), (
-            Slice(layer + "self_attn.q_proj.weight", q_rows, (0, h)),
-            Slice(layer + "self_attn.k_proj.weight", kv_rows, (0, h), q_end, owned, sum_over),
-            Slice(layer + "self_attn.v_proj.weight", kv_rows, (0, h), k_end, owned, sum_over),
-        ), decay=True)  # fmt: skip
+        return Parameter(
+            name,
+            ((heads_local + 2 * groups_local) * d, h),
+            (
+                Slice(layer + "self_attn.q_proj.weight", q_rows, (0, h)),
+                Slice(layer + "self_attn.k_proj.weight", kv_rows, (0, h), q_end, owned, sum_over),
+                Slice(layer + "self_attn.v_proj.weight", kv_rows, (0, h), k_end, owned, sum_over),
+            ),
+            decay=True,
+        )
 
     def gate_up(name: str, layer: str) -> Parameter:
         f_local = f // tp_size
         rows = (f_local * tp_rank, f_local * (tp_rank + 1))
-        return Parameter(name, (2 * f_local, h), (
-            Slice(layer + "mlp.gate_proj.weight", rows, (0, h)),
-            Slice(layer + "mlp.up_proj.weight", rows, (0, h), f_local),
-        ), decay=True)  # fmt: skip
+        return Parameter(
+            name,
+            (2 * f_local, h),
+            (
+                Slice(layer + "mlp.gate_proj.weight", rows, (0, h)),
+                Slice(layer + "mlp.up_proj.weight", rows, (0, h), f_local),
+            ),
+            decay=True,
+        )
 
     table = [vocabulary("embedding.weight", EMBEDDING)]
     for i in range(model.num_layers):
@@ -155,7 +165,9 @@ def parameter_table(
         table += [
             norm(ours + "attention_norm.weight", theirs + "input_layernorm.weight"),
             qkv(ours + "attention.qkv.weight", theirs),
-            columns(ours + "attention.output.weight", theirs + "self_attn.o_proj.weight", model.num_attention_heads * d),
+            columns(
+                ours + "attention.output.weight", theirs + "self_attn.o_proj.weight", model.num_attention_heads * d
+            ),
             norm(ours + "mlp_norm.weight", theirs + "post_attention_layernorm.weight"),
             gate_up(ours + "mlp.gate_up.weight", theirs),
             columns(ours + "mlp.down.weight", theirs + "mlp.down_proj.weight", f),

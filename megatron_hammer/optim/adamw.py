@@ -49,8 +49,20 @@ def adamw_(
             continue
         steps = [count] + [count.clone() for _ in chosen[1:]]
         torch_adamw(
-            [s.weight for s in chosen], [s.grad for s in chosen], [s.exp_avg for s in chosen],
-            [s.exp_avg_sq for s in chosen], [], steps, fused=True, grad_scale=divisor, found_inf=skip, amsgrad=False,
-            beta1=config.beta1, beta2=config.beta2, lr=lr, weight_decay=config.weight_decay if decay else 0.0,
-            eps=config.eps, maximize=False,
-        )  # fmt: skip
+            [s.weight for s in chosen],
+            [s.grad for s in chosen],
+            [s.exp_avg for s in chosen],
+            [s.exp_avg_sq for s in chosen],
+            [],
+            steps,
+            fused=True,
+            grad_scale=divisor,
+            found_inf=skip,
+            amsgrad=False,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            lr=lr,
+            weight_decay=config.weight_decay if decay else 0.0,
+            eps=config.eps,
+            maximize=False,
+        )

@@ -93,7 +93,9 @@ class DistributedOptimizer:
         self.grad_divisor, self.applied = one, one.bool()
         self._pieces = list(self._own_pieces())
         self._states = [
-            AdamWState(self._master(p), self.grads[p.start : p.stop], self.exp_avg[p.own], self.exp_avg_sq[p.own], p.decay)
+            AdamWState(
+                self._master(p), self.grads[p.start : p.stop], self.exp_avg[p.own], self.exp_avg_sq[p.own], p.decay
+            )
             for p in _merged(self._pieces)
         ]
         self._shared = {over: list(self._slices_summed_over(over)) for over in ("tp", "kv")}
@@ -159,7 +161,7 @@ class DistributedOptimizer:
 
     @torch.no_grad()
     def step(self, lr: float) -> Tensor:
-        """Update the shard, gather the new parameters; return whether it was applied (device bool, same on all ranks)."""
+        """Update the shard, gather the new parameters; returns a device bool, equal on all ranks: was it applied?"""
         skip = (~self.applied).float()
         adamw_(self._states, self.updates, lr, self.config, self.grad_divisor, skip)
         if self.loss_scaling:
@@ -200,11 +202,13 @@ class DistributedOptimizer:
         """This rank's part of the logical state: views, so that loading writes straight into the optimizer."""
         return [
             Shard(
-                self.table[p.index], p.start - self.offsets[p.index], p.stop - self.offsets[p.index],
+                self.table[p.index],
+                p.start - self.offsets[p.index],
+                p.stop - self.offsets[p.index],
                 {"weight": self._master(p), "exp_avg": self.exp_avg[p.own], "exp_avg_sq": self.exp_avg_sq[p.own]},
             )
             for p in self._pieces
-        ]  # fmt: skip
+        ]
 
     def scalar_state(self) -> dict[str, float]:
         """The few numbers beside the tensors; waits for the device."""

@@ -7,8 +7,8 @@ Megatron-LM (arXiv 1909.08053 section 3, and 2205.05198 section 4.2 for the sequ
     sum_over_ranks   all-reduce            identity
     scatter_sum      reduce-scatter rows   all-gather rows
 
-(the linear layers have fused forms of their inverses: model/layers.py). Rows are dimension 0, the sequence inside the model. torch 2.13 renames two collectives; this module picks the name
-that torch has, and is the only one that calls them.
+The linear layers have fused forms of their inverses (model/layers.py). Rows are dimension 0, the sequence inside the
+model. torch 2.13 renames two collectives; this module picks the name that torch has, and is the only one to call them.
 """
 
 from __future__ import annotations

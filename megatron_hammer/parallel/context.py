@@ -118,7 +118,9 @@ def start_process_group(
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device)
+        dist.init_process_group(
+            "nccl", store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device
+        )
     else:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
 

@@ -13,8 +13,11 @@ from megatron_hammer.config import help_text, load_config
 
 def build_parser() -> ArgumentParser:
     """The command line; torch is not imported for it."""
-    parser = ArgumentParser(prog="python -m megatron_hammer.train", description="Train a Llama; the same command resumes.",
-                            epilog=help_text())  # fmt: skip
+    parser = ArgumentParser(
+        prog="python -m megatron_hammer.train",
+        description="Train a Llama; the same command resumes.",
+        epilog=help_text(),
+    )
     parser.add_argument("config", metavar="CONFIG.yaml", help="preset, for example examples/configs/tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="group.field=value", help="settings that replace the preset's")
     return parser
@@ -24,8 +27,10 @@ def main() -> int:
     """Run the rank that torchrun's variables describe, or the only one."""
     arguments = build_parser().parse_args()
     config = load_config(arguments.config, arguments.overrides)
-    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
-                                    (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))  # fmt: skip
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+    )
     from megatron_hammer.train.run import run_rank
 
     store = None

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hammer.checkpoint.load import load_shards
@@ -74,12 +72,22 @@ class PendingStep:
     samples_digest: str
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # USR1: Slurm's early warning
+
+
 class StopSignal:
-    """SIGTERM or SIGINT asks the run to save and leave; the handler only notes it."""
+    """TERM, INT, HUP or USR1 asks the run to save and leave; the handler only notes it.
+
+    The launcher's ranks are born with these signals blocked, so that none is lost while they start.
+    """
 
     def __init__(self) -> None:
         self.received = False
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {}
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                self.before[number] = signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
@@ -110,9 +118,13 @@ class Run:
         self.progress = self._load_state()
         num_samples = config.train.num_steps * config.train.global_batch_size
         assert config.data.train is not None
-        self.data = TrainData(config.data.train, config.data.seq_length, config.train.seed, config.data.order, num_samples)
+        self.data = TrainData(
+            config.data.train, config.data.seq_length, config.train.seed, config.data.order, num_samples
+        )
         valid = (config.data.valid or {}).items()
-        self.valid = [ValidData(name, prefix, config.data.seq_length, config.train.eval_samples) for name, prefix in valid]
+        self.valid = [
+            ValidData(name, prefix, config.data.seq_length, config.train.eval_samples) for name, prefix in valid
+        ]
         tokenizer = prepared.tokenizer
         self.piece_bytes: Tensor | None = None
         if tokenizer is not None and self.valid:
@@ -166,9 +178,13 @@ class Run:
         """This rank's micro-batches of the next step, on the device."""
         config, ctx = self.config, self.ctx
         batches = micro_batches(
-            self.data, self.progress.consumed_samples, config.train.micro_batch_size, config.grad_accum(ctx.world.size),
-            ctx.dp.rank, ctx.dp.size,
-        )  # fmt: skip
+            self.data,
+            self.progress.consumed_samples,
+            config.train.micro_batch_size,
+            config.grad_accum(ctx.world.size),
+            ctx.dp.rank,
+            ctx.dp.size,
+        )
         return [tuple(self._to_device(x) for x in (b.tokens, b.labels)) for b in batches]  # type: ignore[misc]
 
     def _to_device(self, array: Any) -> Tensor:
@@ -195,28 +211,39 @@ class Run:
         stopped = False
         while len(self.pending) > lag:
             done = self.pending.pop(0)
-            loss, grad_norm, applied = (x.item() for x in (done.report.loss, done.report.grad_norm, done.report.applied))
+            loss, grad_norm = done.report.loss.item(), done.report.grad_norm.item()
+            applied = bool(done.report.applied.item())
             stopped |= done.stop.item() > 0
             seconds = time.perf_counter() - self.clock
             valid = evaluate_last() if evaluate_last is not None and not self.pending else {}
             self.clock = time.perf_counter()  # evaluation does not count
             if self.reporter is not None:
-                self.reporter.step({
-                    "step": done.step, "loss": loss, "grad_norm": grad_norm, "lr": done.report.lr, "skipped": not applied,
-                    "consumed_samples": done.consumed_samples,
-                    "consumed_tokens": done.consumed_samples * self.config.data.seq_length,
-                    "tokens_per_second": self.config.tokens_per_step / seconds,
-                    "samples_digest": done.samples_digest,
-                }, valid)  # fmt: skip
+                self.reporter.step(
+                    {
+                        "step": done.step,
+                        "loss": loss,
+                        "grad_norm": grad_norm,
+                        "lr": done.report.lr,
+                        "skipped": not applied,
+                        "consumed_samples": done.consumed_samples,
+                        "consumed_tokens": done.consumed_samples * self.config.data.seq_length,
+                        "tokens_per_second": self.config.tokens_per_step / seconds,
+                        "samples_digest": done.samples_digest,
+                    },
+                    valid,
+                )
             self._count_skips(done.step, applied, grad_norm)
         return stopped
 
     def _count_skips(self, step: int, applied: bool, grad_norm: float) -> None:
         self.skips_in_a_row = 0 if applied else self.skips_in_a_row + 1
         if self.skips_in_a_row >= self.config.train.max_consecutive_skips:
-            raise NonFiniteError(1, f"step {step}: grad_norm={grad_norm}", f"was not finite for {self.skips_in_a_row} steps "
-                                 "in a row (train.max_consecutive_skips)",
-                                 "lower optimizer.lr, lengthen the warm-up or look at these samples")  # fmt: skip
+            raise NonFiniteError(
+                1,
+                f"step {step}: grad_norm={grad_norm}",
+                f"was not finite for {self.skips_in_a_row} steps in a row (train.max_consecutive_skips)",
+                "lower optimizer.lr, lengthen the warm-up or look at these samples",
+            )
 
     def _evaluate(self) -> dict[str, float | None]:
         results: dict[str, float | None] = {}
@@ -231,10 +258,16 @@ class Run:
         if self.reporter is not None:
             self.reporter.sync()
         folder = save_checkpoint(
-            checkpoints_folder(self.config), self.progress.step, self.optimizer.shards(), model=self.config.model,
-            config_tree=config_to_tree(self.config), state=self.progress.to_state(self.optimizer),
-            tokenizer=self.prepared.tokenizer, ctx=self.ctx, keep_last=self.config.checkpoint.keep_last,
-        )  # fmt: skip
+            checkpoints_folder(self.config),
+            self.progress.step,
+            self.optimizer.shards(),
+            model=self.config.model,
+            config_tree=config_to_tree(self.config),
+            state=self.progress.to_state(self.optimizer),
+            tokenizer=self.prepared.tokenizer,
+            ctx=self.ctx,
+            keep_last=self.config.checkpoint.keep_last,
+        )
         if self.reporter is not None:
             self.reporter.say(f"saved {folder}")
         self.clock += time.perf_counter() - start
@@ -253,13 +286,20 @@ def build(config: Config, ctx: ParallelContext) -> tuple[Llama, DistributedOptim
     """Model and optimizer of this rank, with the initial weights that the seed defines."""
     sequence_parallel = config.parallel.sequence_parallel
     model = build_llama(
-        config.model, ctx, dtype=DTYPES[config.train.precision], sequence_parallel=sequence_parallel,
+        config.model,
+        ctx,
+        dtype=DTYPES[config.train.precision],
+        sequence_parallel=sequence_parallel,
         operations=select_operations(config.kernels),
-    )  # fmt: skip
+    )
     table = parameter_table(config.model, ctx.tp.rank, ctx.tp.size, sequence_parallel)
     initialise(model, table, config.train.seed)
     optimizer = DistributedOptimizer(
-        model, table, config.optimizer, ctx, config.parallel.gradient_bucket_bytes,
+        model,
+        table,
+        config.optimizer,
+        ctx,
+        config.parallel.gradient_bucket_bytes,
         loss_scaling=config.train.precision == "fp16",
-    )  # fmt: skip
+    )
     return model, optimizer

@@ -40,7 +40,9 @@ def peak_tflops(config: Config, device_name: str) -> float | None:
 def flops_per_token(model: ModelConfig, seq_length: int) -> tuple[float, float]:
     """Training FLOPs of one token, forward and backward: (full, causal)."""
     shapes = logical_shapes(model)
-    weights = sum(s[0] * s[1] for name, s in shapes.items() if len(s) == 2 and (name != EMBEDDING or model.tie_word_embeddings))
+    weights = sum(
+        s[0] * s[1] for name, s in shapes.items() if len(s) == 2 and (name != EMBEDDING or model.tie_word_embeddings)
+    )
     attention = 6 * model.num_layers * model.num_attention_heads * model.head_size * seq_length
     return 6.0 * weights + 2 * attention, 6.0 * weights + attention
 
@@ -85,7 +87,9 @@ def _finite(value: Any) -> Any:
 class Reporter:
     """All outputs of rank 0. A context manager: closes them in any case."""
 
-    def __init__(self, config: Config, first_step: int, flops: tuple[float, float], peak: float | None, devices: int) -> None:
+    def __init__(
+        self, config: Config, first_step: int, flops: tuple[float, float], peak: float | None, devices: int
+    ) -> None:
         self.config, self.flops, self.devices = config, flops, devices
         self.peak = None if peak is None else peak * 1e12 * devices
         output = Path(config.train.output)
@@ -104,7 +108,9 @@ class Reporter:
     def __enter__(self) -> Reporter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for output in (self.file, self.board, self.bar):
             if output is not None:
                 output.close()
@@ -141,8 +147,13 @@ class Reporter:
 
 
 def _sentence(line: Mapping[str, Any], num_steps: int) -> str:
-    parts = [f"step {line['step']}/{num_steps}", f"loss {line['loss']:.4f}", f"grad norm {line['grad_norm']:.3f}",
-             f"lr {line['lr']:.3e}", f"{line['tokens_per_second']:,.0f} tokens/s"]  # fmt: skip
+    parts = [
+        f"step {line['step']}/{num_steps}",
+        f"loss {line['loss']:.4f}",
+        f"grad norm {line['grad_norm']:.3f}",
+        f"lr {line['lr']:.3e}",
+        f"{line['tokens_per_second']:,.0f} tokens/s",
+    ]
     if line["mfu"] is not None:
         parts.append(f"MFU {line['mfu']:.1%} ({line['mfu_causal']:.1%} causal)")
     if line["skipped"]:
@@ -150,5 +161,7 @@ def _sentence(line: Mapping[str, Any], num_steps: int) -> str:
     names = [key.split("/")[1] for key in line if key.startswith("valid/") and key.endswith("/loss")]
     for name in names:
         bits = line[f"valid/{name}/bits_per_byte"]
-        parts.append(f"{name} loss {line[f'valid/{name}/loss']:.4f}" + ("" if bits is None else f", {bits:.3f} bits/byte"))
+        parts.append(
+            f"{name} loss {line[f'valid/{name}/loss']:.4f}" + ("" if bits is None else f", {bits:.3f} bits/byte")
+        )
     return " | ".join(parts)

@@ -58,7 +58,9 @@ def prepare(config: Config, world_size: int, check_data: bool = True) -> Prepare
     if config.train.dry_run:
         return Prepared(config, tokenizer, None, None, notes)
     if not config.data.train:
-        raise ConfigError(7, "data.train", "is not set", "name the prefix of an indexed dataset: data.train=P_text_document")
+        raise ConfigError(
+            7, "data.train", "is not set", "name the prefix of an indexed dataset: data.train=P_text_document"
+        )
     if check_data:
         notes += _check_data(config, tokenizer)
     newest = latest_checkpoint(checkpoints_folder(config), note=notes.append)
@@ -76,11 +78,19 @@ def prepare(config: Config, world_size: int, check_data: bool = True) -> Prepare
 def _with_vocab_size(config: Config, tokenizer: Tokenizer | None) -> Config:
     vocab_size = config.model.vocab_size
     if tokenizer is None and vocab_size is None:
-        raise ConfigError(7, "model.vocab_size", "is not set and there is no tokenizer to take it from",
-                          "set tokenizer.path or model.vocab_size")  # fmt: skip
+        raise ConfigError(
+            7,
+            "model.vocab_size",
+            "is not set and there is no tokenizer to take it from",
+            "set tokenizer.path or model.vocab_size",
+        )
     if tokenizer is not None and vocab_size is not None and vocab_size < tokenizer.vocab_size:
-        raise ConfigError(5, f"model.vocab_size={vocab_size}", f"is less than the {tokenizer.vocab_size} ids of {tokenizer.path}",
-                          "leave model.vocab_size out to take the tokenizer's")  # fmt: skip
+        raise ConfigError(
+            5,
+            f"model.vocab_size={vocab_size}",
+            f"is less than the {tokenizer.vocab_size} ids of {tokenizer.path}",
+            "leave model.vocab_size out to take the tokenizer's",
+        )
     if vocab_size is not None:
         return config
     assert tokenizer is not None
@@ -107,8 +117,12 @@ def _check_same_model(config: Config, manifest: Manifest) -> None:
             continue  # neither changes the function that the weights compute
         ours, theirs = (_resolved(getattr(m, f.name), m, f.name) for m in (config.model, saved))
         if ours != theirs:
-            raise CheckpointError(80, f"model.{f.name}={ours}", f"differs from {theirs} in {manifest.folder}",
-                                  f"set model.{f.name}={theirs} or choose another checkpoint or train.output")  # fmt: skip
+            raise CheckpointError(
+                80,
+                f"model.{f.name}={ours}",
+                f"differs from {theirs} in {manifest.folder}",
+                f"set model.{f.name}={theirs} or choose another checkpoint or train.output",
+            )
 
 
 def _resolved(value: object, model: object, name: str) -> object:
@@ -124,11 +138,17 @@ def _check_same_run(config: Config, manifest: Manifest) -> list[str]:
         group, field = name.split(".")
         ours, theirs = (getattr(getattr(c, group), field) for c in (config, saved))
         if ours != theirs:
-            raise RefusedError(80, f"{name}={ours}", f"differs from {theirs} in {manifest.folder}: the samples already "
-                               "consumed would be others", f"set {name}={theirs} or start a new train.output")  # fmt: skip
+            raise RefusedError(
+                80,
+                f"{name}={ours}",
+                f"differs from {theirs} in {manifest.folder}: the samples already consumed would be others",
+                f"set {name}={theirs} or start a new train.output",
+            )
     notes = []
     if config.data.train != saved.data.train:
         notes.append(f"data.train differs from that of {manifest.folder}: the order of samples changes from here on")
     if config.data.order == "megatron" and config.train.num_steps != saved.train.num_steps:
-        notes.append("data.order=megatron depends on train.num_steps, which has changed: samples may repeat or be left out")
+        notes.append(
+            "data.order=megatron depends on train.num_steps, which has changed: samples may repeat or be left out"
+        )
     return notes

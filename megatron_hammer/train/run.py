@@ -52,7 +52,9 @@ def run_rank(
         if error is not None:
             raise error
         if rank == 0:
-            print(describe(prepared, world_size) if config.train.dry_run else announcement(prepared, world_size, device))
+            print(
+                describe(prepared, world_size) if config.train.dry_run else announcement(prepared, world_size, device)
+            )
             sys.stdout.flush()
         if config.train.dry_run or prepared.is_finished:
             return 0
@@ -74,26 +76,35 @@ def choose_device(config: Config, local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         raise ConfigError(4, "train.device=cuda", "needs a GPU that torch can see", "use train.device=auto or cpu")
     if local_rank >= torch.cuda.device_count():
-        raise ConfigError(5, f"local rank {local_rank}", f"has no GPU: this node has {torch.cuda.device_count()}",
-                          "start as many ranks a node as it has GPUs")  # fmt: skip
+        raise ConfigError(
+            5,
+            f"local rank {local_rank}",
+            f"has no GPU: this node has {torch.cuda.device_count()}",
+            "start as many ranks a node as it has GPUs",
+        )
     return torch.device("cuda", local_rank)
 
 
 def layout_line(config: Config, world_size: int) -> str:
     """The parallel layout and the size of a step, in one line."""
-    parallel, train_config = config.parallel, config.train
+    parallel, run = config.parallel, config.train
+    sequence_parallel = " with sequence parallelism" if parallel.sequence_parallel else ""
     return (
-        f"{world_size} ranks = TP {parallel.tensor_model_parallel_size}"
-        f"{' with sequence parallelism' if parallel.sequence_parallel else ''} x DP {config.data_parallel_size(world_size)}; "
-        f"step = {train_config.global_batch_size} samples x {config.data.seq_length} tokens = {config.tokens_per_step:,} tokens "
-        f"(micro-batch {train_config.micro_batch_size}, {config.grad_accum(world_size)} accumulated)"
+        f"{world_size} ranks = TP {parallel.tensor_model_parallel_size}{sequence_parallel} x "
+        f"DP {config.data_parallel_size(world_size)}; "
+        f"step = {run.global_batch_size} samples x {config.data.seq_length} tokens = {config.tokens_per_step:,} tokens "
+        f"(micro-batch {run.micro_batch_size}, {config.grad_accum(world_size)} accumulated)"
     )
 
 
 def describe(prepared: Prepared, world_size: int) -> str:
     """What ``train.dry_run=true`` prints."""
     config = prepared.config
-    lines = [to_yaml(config), f"parameters: {count_parameters(config.model):,}", f"layout: {layout_line(config, world_size)}"]
+    lines = [
+        to_yaml(config),
+        f"parameters: {count_parameters(config.model):,}",
+        f"layout: {layout_line(config, world_size)}",
+    ]
     return "\n".join(lines + [f"note: {note}" for note in prepared.notes])
 
 
@@ -101,10 +112,14 @@ def announcement(prepared: Prepared, world_size: int, device: torch.device) -> s
     """The first lines of a run."""
     config, resume = prepared.config, prepared.resume
     lines = [f"note: {note}" for note in prepared.notes]
-    lines.append(f"{count_parameters(config.model):,} parameters in {config.train.precision} on {device.type}; "
-                 f"{layout_line(config, world_size)}")  # fmt: skip
+    lines.append(
+        f"{count_parameters(config.model):,} parameters in {config.train.precision} on {device.type}; "
+        f"{layout_line(config, world_size)}"
+    )
     if resume is not None and prepared.is_finished:
-        lines.append(f"finished: {resume.folder} is at step {resume.step} of {config.train.num_steps}; nothing left to do")
+        lines.append(
+            f"finished: {resume.folder} is at step {resume.step} of {config.train.num_steps}; nothing left to do"
+        )
     elif resume is not None:
         lines.append(f"resuming from {resume.folder}")
     elif prepared.init_from is not None:
@@ -124,10 +139,13 @@ def only_writer(output: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RefusedError(81, f"train.output={output}", "is in use by another run",
-                               "wait for that run to end or choose another folder") from None  # fmt: skip
+            raise RefusedError(
+                81,
+                f"train.output={output}",
+                "is in use by another run",
+                "wait for that run to end or choose another folder",
+            ) from None
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         yield
-

@@ -33,13 +33,22 @@ def hugging_face(config: ModelConfig, attention: str = "sdpa") -> Any:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
         rope |= {"rope_type": "llama3", **vars(config.rope_scaling)}
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.ffn_hidden_size,
-        num_hidden_layers=config.num_layers, num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.query_groups, head_dim=config.head_size, max_position_embeddings=256,
-        rms_norm_eps=config.norm_eps, rope_parameters=rope, tie_word_embeddings=config.tie_word_embeddings,
-        attn_implementation=attention,
-    ))  # fmt: skip
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.ffn_hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.query_groups,
+            head_dim=config.head_size,
+            max_position_embeddings=256,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters=rope,
+            tie_word_embeddings=config.tie_word_embeddings,
+            attn_implementation=attention,
+        )
+    )
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(1 + 0.2 * torch.randn_like(weight) if weight.dim() == 1 else 0.08 * torch.randn_like(weight))

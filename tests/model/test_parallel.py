@@ -13,7 +13,9 @@ from megatron_hammer.config import Config, padded_vocab_size
 from tests.distributed import run_distributed
 from tests.model.tiny import build, make_context, merged, rank_batches, tiny_config, train
 
-LAYOUTS = [(tp, sp, dp) for tp in (1, 2, 4, 8) for sp in (False, True) for dp in (1, 2) if tp * dp <= 8 and (tp > 1 or not sp)]
+LAYOUTS = [
+    (tp, sp, dp) for tp in (1, 2, 4, 8) for sp in (False, True) for dp in (1, 2) if tp * dp <= 8 and (tp > 1 or not sp)
+]
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +116,12 @@ def _observe(rank: int, config: Config) -> tuple[list[tuple[int, ...]], list[tup
 
 
 def test_no_full_vocabulary_and_sharded_rows() -> None:
-    config = tiny_config(parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True,
-                         model__vocab_size=1009, train__global_batch_size=4)  # fmt: skip
+    config = tiny_config(
+        parallel__tensor_model_parallel_size=2,
+        parallel__sequence_parallel=True,
+        model__vocab_size=1009,
+        train__global_batch_size=4,
+    )
     assert config.model.vocab_size is not None
     s, b, h = config.data.seq_length, 2, config.model.hidden_size
     for shapes, kept in run_distributed(2, _observe, config):

@@ -21,15 +21,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 def tiny_config(**changes: Any) -> Config:
     """8 heads on 2 groups, an odd vocabulary, widths that 8 ranks can share; ``group__field=value`` changes it."""
     tree: dict[str, dict[str, Any]] = {
-        "model": dict(hidden_size=64, ffn_hidden_size=176, num_layers=2, num_attention_heads=8, num_query_groups=2,
-                      vocab_size=301),
+        "model": dict(
+            hidden_size=64, ffn_hidden_size=176, num_layers=2, num_attention_heads=8, num_query_groups=2, vocab_size=301
+        ),
         "data": dict(seq_length=32),
         "train": dict(num_steps=20, micro_batch_size=2, global_batch_size=8, precision="fp32", seed=7),
         "optimizer": dict(lr=1e-2, min_lr=1e-3, weight_decay=0.1, beta2=0.95),
         "schedule": dict(warmup_steps=4),
         # Small buckets, so that there are several and a shard boundary falls inside tensors.
         "parallel": dict(gradient_bucket_bytes=40_000),
-    }  # fmt: skip
+    }
     for key, value in changes.items():
         group, field = key.split("__")
         tree.setdefault(group, {})[field] = value
@@ -42,8 +43,14 @@ def build(config: Config, ctx: ParallelContext, dtype: torch.dtype | None = None
     model = build_llama(model_config, ctx, dtype=dtype or DTYPES[config.train.precision], sequence_parallel=sp)
     table = parameter_table(model_config, ctx.tp.rank, ctx.tp.size, sp)
     initialise(model, table, config.train.seed)
-    optimizer = DistributedOptimizer(model, table, config.optimizer, ctx, config.parallel.gradient_bucket_bytes,
-                                     loss_scaling=config.train.precision == "fp16")  # fmt: skip
+    optimizer = DistributedOptimizer(
+        model,
+        table,
+        config.optimizer,
+        ctx,
+        config.parallel.gradient_bucket_bytes,
+        loss_scaling=config.train.precision == "fp16",
+    )
     return model, optimizer
 
 

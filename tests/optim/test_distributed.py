@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,17 @@ def test_fifty_recipe_steps_equal_a_plain_loop() -> None:
 
     1e-4 relative on every loss: 50 steps of fp32 rounding in two orders, through Adam's division by sqrt(v).
     """
-    config = tiny_config(optimizer__lr=5e-4, optimizer__min_lr=5e-5, optimizer__weight_decay=0.0, optimizer__beta2=0.999,
-                         optimizer__clip_grad=1.0, schedule__style="cosine-clamped", schedule__warmup_steps=10,
-                         schedule__decay_steps=1_000_000, train__num_steps=50)  # fmt: skip
+    config = tiny_config(
+        optimizer__lr=5e-4,
+        optimizer__min_lr=5e-5,
+        optimizer__weight_decay=0.0,
+        optimizer__beta2=0.999,
+        optimizer__clip_grad=1.0,
+        schedule__style="cosine-clamped",
+        schedule__warmup_steps=10,
+        schedule__decay_steps=1_000_000,
+        train__num_steps=50,
+    )
     from megatron_hammer.optim.schedule import learning_rate
 
     torch.manual_seed(0)
@@ -76,7 +85,9 @@ def _poisoned(rank: int, config: Config) -> tuple[bool, bool, bool]:
     train_step(model, optimizer, rank_batches(config, 1, ctx), config, 1, ctx)
     state = [optimizer.params, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.updates]
     before = [x.clone() for x in state]
-    poison = model.layers[1].mlp.down.weight.register_hook(lambda g: g * torch.nan) if rank == ctx.world.size - 1 else None
+    poison = (
+        model.layers[1].mlp.down.weight.register_hook(lambda g: g * torch.nan) if rank == ctx.world.size - 1 else None
+    )
     applied = bool(train_step(model, optimizer, rank_batches(config, 2, ctx), config, 2, ctx).applied)
     if poison is not None:
         poison.remove()
@@ -105,8 +116,15 @@ def _fp16_run(rank: int, config: Config, steps: int) -> list[tuple[float, bool, 
 
 def test_fp16_scales_its_loss() -> None:
     """Too large a scale overflows, is halved until it fits, and doubles again after the window."""
-    config = tiny_config(train__precision="fp16", optimizer__initial_loss_scale=2.0**22, optimizer__loss_scale_window=3,
-                         model__hidden_size=32, model__ffn_hidden_size=64, model__num_layers=1, data__seq_length=16)  # fmt: skip
+    config = tiny_config(
+        train__precision="fp16",
+        optimizer__initial_loss_scale=2.0**22,
+        optimizer__loss_scale_window=3,
+        model__hidden_size=32,
+        model__ffn_hidden_size=64,
+        model__num_layers=1,
+        data__seq_length=16,
+    )
     seen = _fp16_run(0, config, 14)
     scales = [scale for *_, scale in seen]
     assert not seen[0][1] and any(applied for _, applied, _ in seen)
@@ -114,8 +132,9 @@ def test_fp16_scales_its_loss() -> None:
         assert after in ((scale, scale * 2) if applied else (scale / 2,))
     first = next(i for i, s in enumerate(seen) if s[1])
     assert scales[first : first + 4] == [scales[first]] * 3 + [scales[first] * 2]
-    full = _fp16_run(0, tiny_config(model__hidden_size=32, model__ffn_hidden_size=64, model__num_layers=1,
-                                    data__seq_length=16), 1)  # fmt: skip
+    full = _fp16_run(
+        0, tiny_config(model__hidden_size=32, model__ffn_hidden_size=64, model__num_layers=1, data__seq_length=16), 1
+    )
     assert seen[0][0] == pytest.approx(full[0][0], rel=5e-3), "the reported loss is not scaled"
     assert run_distributed(2, _fp16_run, config, 14)[0][-1][1:] == seen[-1][1:]
 
@@ -137,7 +156,7 @@ def test_layout_properties(dp: int) -> None:
         sizes = rng.integers(1, 5000, rng.integers(1, 20)).tolist()
         offsets, buckets = lay_out(sizes, int(rng.integers(1, 8000)), dp)
         assert sorted(i for b in buckets for i in b.parameters) == list(range(len(sizes)))
-        assert buckets[0].start == 0 and all(a.stop == b.start for a, b in zip(buckets, buckets[1:], strict=False))
+        assert buckets[0].start == 0 and all(a.stop == b.start for a, b in pairwise(buckets))
         for b in buckets:
             assert (b.stop - b.start) % (64 * dp) == 0
             at = b.start

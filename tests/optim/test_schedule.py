@@ -14,8 +14,14 @@ PEAK, FLOOR = 5e-4, 5e-5
 
 def rate(style: str, step: int, warmup: int = 100, num_steps: int = 1000, **schedule: int) -> float:
     changes = {f"schedule__{k}": v for k, v in schedule.items()}
-    config = tiny_config(optimizer__lr=PEAK, optimizer__min_lr=FLOOR, schedule__style=style, schedule__warmup_steps=warmup,
-                         train__num_steps=num_steps, **changes)  # fmt: skip
+    config = tiny_config(
+        optimizer__lr=PEAK,
+        optimizer__min_lr=FLOOR,
+        schedule__style=style,
+        schedule__warmup_steps=warmup,
+        train__num_steps=num_steps,
+        **changes,
+    )
     return learning_rate(config, step)
 
 

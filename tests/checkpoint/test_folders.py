@@ -1,0 +1,230 @@
+"""Committing, finding, replacing and pruning: a crash anywhere leaves old, or old and new; never less, never half."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.checkpoint import format as checkpoint_format
+from megatron_hammer.checkpoint import save
+from megatron_hammer.checkpoint.format import (
+    find_checkpoints,
+    latest_checkpoint,
+    publish,
+    read_manifest,
+    remove_leftovers,
+    resolve_checkpoint,
+    step_name,
+)
+from megatron_hammer.checkpoint.load import verify_checkpoint
+from megatron_hammer.checkpoint.save import prune, save_checkpoint
+from megatron_hammer.errors import CheckpointError, DiskError
+from megatron_hammer.parallel.context import ParallelContext
+from tests.checkpoint.layouts import FakeTokenizer, config_tree, random_logical, rank_shards, tiny_model, write_layout
+
+MODEL = tiny_model(hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=1, vocab_size=33)
+
+
+def save_step(folder: Path, step: int, seed: int = 0, keep_last: int = 2) -> Path:
+    shards = rank_shards(MODEL, 0, 1, 1, random_logical(MODEL, seed))
+    return save_checkpoint(folder, step, shards, model=MODEL, config_tree=config_tree(MODEL), state={"seed": seed},
+                           tokenizer=FakeTokenizer(), ctx=ParallelContext.single(), keep_last=keep_last)  # fmt: skip
+
+
+def steps(folder: Path) -> list[int]:
+    return [read_manifest(p).step for p in find_checkpoints(folder)]
+
+
+def break_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("{}")
+
+
+def test_the_last_ones_are_kept_and_never_fewer_than_two(tmp_path):
+    run = tmp_path / "run" / "checkpoints"
+    for step in (10, 20, 30, 40):
+        save_step(run, step, keep_last=1)
+        assert steps(run) == [s for s in (step - 10, step) if s]
+    save_step(run, 50, keep_last=3)
+    assert steps(run) == [30, 40, 50]
+    assert sorted(p.name for p in run.iterdir()) == [step_name(s) for s in (30, 40, 50)]
+
+
+def test_unreadable_checkpoints_do_not_count_as_kept(tmp_path):
+    for step in (10, 20, 30, 40):
+        write_layout(tmp_path, MODEL, random_logical(MODEL), step=step)
+    break_manifest(tmp_path / step_name(40))
+    break_manifest(tmp_path / step_name(20))
+    told: list[str] = []
+    prune(tmp_path, 2, told.append)
+    assert [p.name for p in find_checkpoints(tmp_path)] == [step_name(s) for s in (10, 20, 30, 40)]
+    assert len(told) == 2 and step_name(40) in told[0]
+    write_layout(tmp_path, MODEL, random_logical(MODEL), step=50)
+    prune(tmp_path, 2, told.append)
+    assert [p.name for p in find_checkpoints(tmp_path)] == [step_name(s) for s in (30, 40, 50)]
+
+
+def test_the_latest_is_found_by_looking_and_what_is_skipped_is_told(tmp_path):
+    run = tmp_path / "run"
+    assert latest_checkpoint(run) is None
+    for step in (99, 100, 100_000_000):
+        write_layout(run / "checkpoints", MODEL, random_logical(MODEL), step=step)
+    (run / "checkpoints" / "step-00000200.tmp-0a1b").mkdir()
+    (run / "checkpoints" / "step-00000300").symlink_to(run / "checkpoints" / step_name(99))
+    (run / "checkpoints" / "notes").mkdir()
+    told: list[str] = []
+    newest = run / "checkpoints" / step_name(100_000_000)
+    assert latest_checkpoint(run, told.append) == latest_checkpoint(run / "checkpoints") == newest
+    assert resolve_checkpoint(run) == resolve_checkpoint(run / "checkpoints") == resolve_checkpoint(newest) == newest
+    assert told == []
+    break_manifest(newest)
+    assert latest_checkpoint(run, told.append) == run / "checkpoints" / step_name(100)
+    assert len(told) == 1 and str(newest) in told[0] and "E403" in told[0]
+    for path in find_checkpoints(run):
+        break_manifest(path)
+    with pytest.raises(CheckpointError, match="3 checkpoints, none with a readable"):
+        latest_checkpoint(run, told.append)
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"E401.*nowhere"):
+        resolve_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"E401.*holds no checkpoint"):
+        resolve_checkpoint(tmp_path)
+    staging = tmp_path / "step-00000007.tmp-0123"
+    write_layout(tmp_path, MODEL, random_logical(MODEL)).folder.rename(staging)
+    with pytest.raises(CheckpointError, match="E402.*never committed"):
+        resolve_checkpoint(staging)
+
+
+class Killed(BaseException):
+    """The process ends here: nothing after it runs, not even cleaning up."""
+
+
+def kill_at(monkeypatch, module, name: str, call: int = 1):
+    """Let the process "die" when ``module.name`` is called for the ``call``-th time."""
+    original, calls = getattr(module, name), []
+
+    def dying(*args, **kwargs):
+        calls.append(name)
+        if len(calls) >= call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, dying)
+
+
+PHASES = [
+    (save, "stage_tokenizer", 1), (save, "write_rank", 1), (save, "chunks_of", 5), (save, "write_durably", 1),
+    (save, "commit", 1), (save, "write_manifest", 1), (save, "publish", 1),
+    (os, "rename", 1), (os, "rename", 2), (checkpoint_format.shutil, "rmtree", 1), (save, "prune", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["new step", "same step again"])
+@pytest.mark.parametrize("phase", PHASES, ids=lambda p: f"{p[1]}-{p[2]}")
+def test_a_crash_at_any_phase_leaves_old_or_new_and_the_next_save_cleans(tmp_path, monkeypatch, phase, again):
+    run = tmp_path / "checkpoints"
+    save_step(run, 10, seed=1)
+    save_step(run, 20, seed=2)
+    step = 20 if again else 30
+    with monkeypatch.context() as patch:
+        kill_at(patch, *phase)
+        try:
+            save_step(run, step, seed=3)
+        except Killed:
+            pass
+    found = {m.step: m.state["seed"] for m in map(read_manifest, find_checkpoints(run))}
+    before = {10: 1, 20: 2}
+    assert found in (before, {**before, step: 3}, {20: 2, 30: 3}), found
+    for path in find_checkpoints(run):
+        verify_checkpoint(read_manifest(path))
+    assert read_manifest(latest_checkpoint(run)).state["seed"] in (2, 3)
+    save_step(run, 40, seed=4, keep_last=9)
+    assert all(checkpoint_format._STEP.fullmatch(p.name) for p in run.iterdir()), "left-overs remain"
+    assert set(found) | {40} == set(steps(run)), "a committed checkpoint was lost by cleaning"
+
+
+def test_replacing_keeps_the_old_when_the_rename_fails(tmp_path, monkeypatch):
+    run = tmp_path / "checkpoints"
+    save_step(run, 10, seed=1)
+    original, calls = os.rename, []
+
+    def failing(a, b):
+        calls.append(a)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error", str(a))
+        original(a, b)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(DiskError, match="E601.*Input/output"):
+        save_step(run, 10, seed=2)
+    monkeypatch.undo()
+    assert [read_manifest(p).state["seed"] for p in find_checkpoints(run)] == [1]
+    assert [p.name for p in run.iterdir()] == [step_name(10)]
+
+
+def test_a_disk_that_fills_while_writing_leaves_nothing(tmp_path, monkeypatch):
+    run = tmp_path / "checkpoints"
+    save_step(run, 10)
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    import signal
+
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        with pytest.raises(DiskError, match="E601"):
+            save_step(run, 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert [p.name for p in run.iterdir()] == [step_name(10)]
+    verify_checkpoint(read_manifest(run / step_name(10)))
+
+
+def test_files_are_synced_before_the_rename_and_the_parent_after(tmp_path, monkeypatch):
+    events: list[str] = []
+    sync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(os.readlink(f"/proc/self/fd/{fd}")) or sync(fd))
+    monkeypatch.setattr(os, "rename", lambda a, b: events.append(f"rename {Path(b).name}") or rename(a, b))
+    target = save_step(tmp_path / "checkpoints", 10)
+    at = events.index(f"rename {target.name}")
+    synced = {Path(e).name for e in events[:at]}
+    assert {p.name for p in target.rglob("*")} <= synced
+    assert any(".tmp-" in Path(e).name for e in events[:at]), "the staging folder itself"
+    assert str(tmp_path / "checkpoints") in events[at + 1 :]
+
+
+def test_leftovers_are_removed_and_what_was_set_aside_comes_back(tmp_path):
+    for step in (10, 20):
+        write_layout(tmp_path, MODEL, random_logical(MODEL), step=step)
+    (tmp_path / step_name(10)).rename(tmp_path / "step-00000010.old-ab")
+    (tmp_path / "step-00000020.old-cd").mkdir()
+    (tmp_path / "step-00000030.tmp-ef").mkdir()
+    (tmp_path / "other.tmp-ef").mkdir()
+    assert steps(tmp_path) == [10, 20]
+    assert remove_leftovers(tmp_path) == ["step-00000010.old-ab", "step-00000020.old-cd", "step-00000030.tmp-ef"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.tmp-ef", step_name(10), step_name(20)]
+    assert remove_leftovers(tmp_path) == [] == remove_leftovers(tmp_path / "nowhere")
+
+
+def test_publishing_replaces_a_folder(tmp_path):
+    for name in ("staging", "target"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "which").write_text(name)
+    publish(tmp_path / "staging", tmp_path / "target")
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
+    assert (tmp_path / "target" / "which").read_text() == "staging"
+
+
+def test_incomplete_slices_are_not_committed(tmp_path):
+    """A rank that wrote too little would otherwise be noticed only when the checkpoint is needed."""
+    shards = rank_shards(MODEL, 0, 1, 1, random_logical(MODEL))
+    shards.pop()
+    with pytest.raises(CheckpointError, match=r"E407.*lm_head\.weight lacks"):
+        save_checkpoint(tmp_path, 1, shards, model=MODEL, config_tree=config_tree(MODEL), state={}, tokenizer=None,
+                        ctx=ParallelContext.single(), keep_last=2)  # fmt: skip
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Lint, types and tests, in the .venv that it makes when there is none. Arguments go to pytest:
+#
+#   bash tests/run.sh                                      all
+#   bash tests/run.sh tests/test_launch.py -k signal       these tests only (lint and types run all the same)
+set -euo pipefail
+
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+bash tools/make_venv.sh
+readonly bin=.venv/bin
+
+# The outside judge of the data formats. Without its dependencies, of which the tests need none. Where it cannot be had
+# its tests are skipped, and pytest's summary says so.
+if ! "$bin/python" -m pip show --quiet megatron-core 2>/dev/null; then
+    echo "megatron-core 0.16.1 (for the tests of the data formats)"
+    "$bin/python" -m pip install --quiet --disable-pip-version-check --no-input --no-deps --only-binary :all: \
+        megatron-core==0.16.1 || echo "megatron-core could not be installed: the tests that read and write with it are skipped"
+fi
+
+export HF_HUB_OFFLINE=1                          # no test may depend on the network
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"   # tests start several ranks: more threads than cores only wait
+export TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
+
+summary=''
+code=0
+check() {
+    local name=$1 began=$SECONDS result=ok
+    shift
+    printf '\n== %s\n' "$name"
+    "$@" || { result="FAILED ($?)" code=1; }
+    summary+=$(printf '%-8s %s, %d s' "$name" "$result" $((SECONDS - began)))$'\n'
+}
+
+check lint "$bin/ruff" check .
+check format "$bin/ruff" format --check .
+check types "$bin/mypy"
+check tests "$bin/python" -m pytest "$@"
+
+printf '\n%s' "$summary"
+exit "$code"

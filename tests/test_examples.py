@@ -1,0 +1,411 @@
+"""The shell programs: what pretrain_1b4.sh makes of its variables, and what make_venv.sh says about a bare machine.
+
+pretrain_1b4.sh runs in a copy of the tree's outline whose .venv/bin/python writes down how it is called and makes the
+files that the real stages would; the real chain is README's first command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_hammer.config import Config, load_config
+from megatron_hammer.errors import CheckpointError, ConfigError, DataError
+from megatron_hammer.train.plot import moving_average, plot_loss, read_curves
+
+ROOT = Path(__file__).resolve().parents[1]
+
+STUB = r"""
+import json, os, pathlib, signal, sys, time
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(json.dumps(sys.argv[1:]) + "\n")
+words = sys.argv[1:]
+name = words[1] if words[0] == "-m" else pathlib.Path(words[0]).name
+def after(option): return words[words.index(option) + 1]
+def make(path, text="x"):
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pathlib.Path(path).write_text(text)
+if name == "make_sample_corpus.py":
+    for part in os.environ.get("LANGUAGES", "zh en code").split():
+        make(f"{after('--out')}/{part}.jsonl"); make(f"{after('--out')}/{part}.valid.jsonl")
+    make(f"{after('--out')}/manifest.json")
+elif name == "train_tokenizer.py":
+    make(f"{after('--output')}/tokenizer.model")
+elif name == "preprocess_data.py":
+    make(f"{after('--output-prefix')}_text_document.idx")
+elif name == "megatron_hammer.launch":
+    if os.environ.get("WAIT"):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+        print("waiting", flush=True)
+        time.sleep(30)
+    output = json.loads(next(w for w in words if w.startswith("train.output=")).partition("=")[2])
+    if "train.dry_run=true" not in words:
+        pathlib.Path(output, "checkpoints/step-00000250").mkdir(parents=True, exist_ok=True)
+    sys.exit(int(os.environ.get("CODE", 0)))
+elif name == "checkpoint_to_hf.py":
+    time.sleep(0.02)
+    make(f"{after('--output')}/certificate.json")
+elif name == "plot_loss.py":
+    make(after("--output"))
+"""
+
+
+def script(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+class Tree:
+    """A stand-in for a clone of the repository, and how to run the example in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.calls_file = path / "calls"
+        script(path / ".venv/bin/python", f"#!{sys.executable}\n{STUB}")
+        script(path / "tools/make_venv.sh", "true\n")
+        script(path / "bin/nvidia-smi", '#!/bin/sh\nfor i in $GPUS; do echo "GPU $i: NVIDIA H100"; done\n')
+        (path / "examples").mkdir()
+        (path / "examples/pretrain_1b4.sh").write_text((ROOT / "examples/pretrain_1b4.sh").read_text())
+        (path / "examples/configs").symlink_to(ROOT / "examples/configs")
+
+    def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+        self.calls_file.write_text("")
+        hidden = ("NNODES", "NODE_RANK", "MASTER_", "SLURM_", "CUDA_VISIBLE", "DATA", "VALID", "TOKENIZER", "OUT")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
+        environment |= {"PATH": f"{self.path}/bin:{os.environ['PATH']}", "CALLS": str(self.calls_file)} | variables
+        command = ["bash", str(self.path / "examples/pretrain_1b4.sh"), *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=self.path, text=True, env=environment, stdout=pipe, stderr=pipe)
+
+    def run(self, *arguments: str, **variables: str) -> tuple[int, str, str]:
+        process = self.start(*arguments, **variables)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    @property
+    def calls(self) -> list[list[str]]:
+        return [json.loads(line) for line in self.calls_file.read_text().splitlines()]
+
+    @property
+    def launch(self) -> list[str]:
+        """Arguments of the one start of the launcher."""
+        (call,) = [c for c in self.calls if c[:2] == ["-m", "megatron_hammer.launch"]]
+        return call[2:]
+
+    def config(self) -> tuple[list[str], Config]:
+        """The launcher's options, and the settings that its own reader finds in the other arguments."""
+        split = next(i for i, word in enumerate(self.launch) if word.endswith(".yaml"))
+        return self.launch[:split], load_config(self.launch[split], self.launch[split + 1 :])
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    path = tmp_path / 'a "tree" with blanks'
+    path.mkdir()
+    return Tree(path)
+
+
+LAST = ["checkpoint_to_hf.py", "generate.py", "plot_loss.py"]
+PROGRAMS = ["make_sample_corpus.py", "train_tokenizer.py", *6 * ["preprocess_data.py"], "-m", *LAST]
+
+
+def names(calls: list[list[str]]) -> list[str]:
+    return [Path(call[0]).name for call in calls]
+
+
+def test_quick_start_runs_the_whole_chain_once(tree: Tree) -> None:
+    code, out, err = tree.run("train.num_steps=7")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0].startswith("No NVIDIA GPU found. ")
+    assert names(tree.calls) == PROGRAMS
+    options, config = tree.config()
+    assert options == ["--nproc", "2"]
+    assert config.train.num_steps == 7 and config.train.output == "runs/pretrain_1b4"
+    assert config.data.train == {f"runs/pretrain_1b4/data/{n}_text_document": 1.0 for n in ("zh", "en", "code")}
+    assert list(config.data.valid or {}) == ["zh", "en", "code"]
+    assert config.parallel.tensor_model_parallel_size == 2 and config.parallel.sequence_parallel
+    for place in ("checkpoints/", "hf/", "metrics.jsonl", "tensorboard/", "loss.png"):
+        assert re.search(rf"^  {place} ", out, re.MULTILINE), place
+    assert "What to run next:" in out
+
+    assert tree.run()[0] == 0  # again: only what can go on is started
+    assert names(tree.calls) == ["-m", "generate.py", "plot_loss.py"]
+    time.sleep(0.02)
+    (tree.path / "runs/pretrain_1b4/checkpoints/step-00000500").mkdir()
+    assert tree.run()[0] == 0  # a newer checkpoint is exported again
+    assert names(tree.calls) == ["-m", *LAST]
+
+
+def test_quick_start_goes_on_with_the_languages_that_it_has(tree: Tree) -> None:
+    assert tree.run(LANGUAGES="en code")[0] == 0
+    _, config = tree.config()
+    assert list(config.data.valid or {}) == ["en", "code"]
+
+
+def test_a_single_gpu_takes_no_tensor_parallelism(tree: Tree) -> None:
+    code, out, _ = tree.run(GPUS="0")
+    assert code == 0 and out.startswith("DATA is not set. ")
+    options, config = tree.config()
+    assert options == ["--nproc", "1"]
+    assert config.parallel.tensor_model_parallel_size == 1 and not config.parallel.sequence_parallel
+
+
+def test_data_without_a_gpu_is_left_aside_and_said(tree: Tree) -> None:
+    code, out, _ = tree.run(DATA="p", TOKENIZER="t", CUDA_VISIBLE_DEVICES="", GPUS="0 1")
+    assert code == 0 and out.startswith("No NVIDIA GPU found: DATA is left aside. ")
+    assert tree.launch[:2] == ["--nproc", "2"] and tree.launch[2].endswith("/quick_start.yaml")
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        ("142 /p/zh_text_document 128 /p/en_text_document", {"/p/zh_text_document": 142, "/p/en_text_document": 128}),
+        ("0.5 a 1e-1 b:c", {"a": 0.5, "b:c": 0.1}),
+        ("/one/prefix", {"/one/prefix": 1}),
+        ('/one {odd: "prefix"}, #1', {'/one {odd: "prefix"}, #1': 1}),
+        ("1 back\\slash\"quote'", {"back\\slash\"quote'": 1}),
+    ],
+)
+def test_the_full_recipe_reads_data(tree: Tree, data: str, wanted: dict[str, float]) -> None:
+    code, out, err = tree.run(DATA=data, TOKENIZER="a tok.model", OUT="my out", GPUS="0 1 2 3")
+    assert (code, err) == (0, "")
+    assert out.startswith("VALID is not set: no evaluation.")
+    options, config = tree.config()
+    assert options == ["--nproc", "4"]
+    assert config.data.train == wanted and config.data.valid is None
+    assert config.tokenizer.path == "a tok.model" and config.train.output == "my out"
+    assert config.model.num_layers == 22
+    assert names(tree.calls) == ["-m", *LAST]
+
+
+def test_the_full_recipe_on_several_nodes(tree: Tree) -> None:
+    data = {"DATA": "p", "TOKENIZER": "t", "VALID": "zh=/p/z en=/p/e=1", "GPUS": "0 1"}
+    code, _, _ = tree.run(NNODES="2", NODE_RANK="1", MASTER_ADDR="n0", MASTER_PORT="999", **data)
+    options, config = tree.config()
+    nodes = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "n0", "--master-port"]
+    assert code == 0 and options == ["--nproc", "2", *nodes, "999"]
+    assert config.data.valid == {"zh": "/p/z", "en": "/p/e=1"}
+    assert names(tree.calls) == ["-m"], "node 0 does the rest"
+    script(tree.path / "bin/scontrol", '#!/bin/sh\n[ "$*" = "show hostnames n[0-1]" ] && printf "n0\\nn1\\n"\n')
+    assert tree.run(SLURM_NNODES="2", SLURM_NODEID="1", SLURM_JOB_NODELIST="n[0-1]", **data)[0] == 0
+    assert tree.config()[0] == ["--nproc", "2", *nodes, "29500"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"DATA": "p"}, "error[E256]: TOKENIZER is not set but DATA is; "),
+        (
+            {"DATA": "1 a b", "TOKENIZER": "t", "GPUS": "0"},
+            "error[E253]: DATA=1 a b must be pairs of weight and prefix; ",
+        ),
+        (
+            {"DATA": "1 a b c", "TOKENIZER": "t", "GPUS": "0"},
+            "error[E253]: DATA: b must be a number, the weight of c; ",
+        ),
+        ({"DATA": "p", "TOKENIZER": "t", "GPUS": "0", "VALID": "zh"}, "error[E254]: VALID: zh must be name=prefix; "),
+        ({"NNODES": "2"}, "error[E255]: NNODES=2 needs MASTER_ADDR; "),
+        ({"NNODES": "2", "MASTER_ADDR": "a"}, "error[E258]: NNODES=2 needs GPUs and DATA; "),
+    ],
+)
+def test_a_mistake_ends_before_anything_runs(tree: Tree, variables: dict[str, str], line: str) -> None:
+    code, _, err = tree.run(**variables)
+    assert (code, err.count("\n"), tree.calls) == (2, 1, [])
+    assert err.startswith(line)
+
+
+def test_the_output_folder_has_one_name(tree: Tree) -> None:
+    code, _, err = tree.run("train.output=elsewhere")
+    assert code == 2 and err.startswith("error[E257]: train.output=elsewhere must be given as OUT; set OUT=elsewhere")
+
+
+@pytest.mark.parametrize("code", [2, 5, 7])
+def test_exit_codes_pass_through(tree: Tree, code: int) -> None:
+    returned, out, _ = tree.run(CODE=str(code))
+    assert returned == code and "Done" not in out and names(tree.calls)[-1] == "-m"
+
+
+def test_a_dry_run_exports_nothing(tree: Tree) -> None:
+    assert tree.run("train.dry_run=true")[0] == 0
+    assert names(tree.calls)[-1] == "-m"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_training_program(tree: Tree, signum: signal.Signals) -> None:
+    process = tree.start(WAIT="1")
+    assert process.stdout is not None
+    while "waiting" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signum)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 75 and "Stopped and saved." in out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tools/make_venv.sh
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_venv(tmp_path: Path, **variables: str) -> tuple[int, str]:
+    """Run it in a copy of the tree's outline, with no PATH but coreutils and the given stand-ins."""
+    for name in ("pyproject.toml", "setup.py", "tools/make_venv.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "csrc").mkdir()
+    path = tmp_path / "bin"
+    path.mkdir(exist_ok=True)
+    for program in ("bash", "dirname", "find", "sort", "xargs", "sha256sum", "cut", "mkdir", "flock", "touch", "rm"):
+        place = subprocess.run(["bash", "-c", f"type -P {program}"], capture_output=True, text=True, check=True)
+        (path / program).symlink_to(place.stdout.strip())
+    return make_venv_again(tmp_path, **variables)
+
+
+def make_venv_again(tmp_path: Path, **variables: str) -> tuple[int, str]:
+    environment = {"PATH": str(tmp_path / "bin"), **variables}
+    done = subprocess.run(
+        ["bash", str(tmp_path / "tools/make_venv.sh")], capture_output=True, text=True, env=environment
+    )
+    assert done.stderr.count("\n") == 1, "one line"
+    assert not list((tmp_path / ".venv").glob("lib*")), "nothing is made"
+    return done.returncode, done.stderr
+
+
+def python_that_says(path: Path, lacks: str, version: str = "3.12") -> None:
+    """A Python whose probe finds ``lacks``."""
+    script(path, f'#!/bin/sh\ncase "$2" in *sysconfig*) printf "{lacks}";; *) echo {version};; esac\n')
+
+
+def test_a_machine_without_python_is_told_so(tmp_path: Path) -> None:
+    code, err = make_venv(tmp_path)
+    assert code == 2 and err.startswith("error[E250]: Python 3.11 or 3.12 was not found (no Python at all); ")
+
+
+def test_an_unsupported_python_is_named(tmp_path: Path) -> None:
+    python_that_says(tmp_path / "bin/python3", "version 3.9")
+    code, err = make_venv(tmp_path)
+    assert code == 2 and "(python3 is 3.9)" in err
+    python_that_says(tmp_path / "other", "version 3.14")
+    code, err = make_venv_again(tmp_path, PYTHON=str(tmp_path / "other"))
+    assert code == 2 and "(PYTHON=/" in err and "other is 3.14)" in err
+
+
+def test_missing_parts_of_python_are_named_with_their_packages(tmp_path: Path) -> None:
+    python_that_says(tmp_path / "bin/python3", "venv\\nheaders\\n")
+    code, err = make_venv(tmp_path)
+    assert code == 2
+    assert err.startswith("error[E251]: python3 (Python 3.12) lacks the module venv with ensurepip, the headers")
+    assert "; apt-get install python3.12-venv python3.12-dev, or " in err
+
+
+def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
+    python_that_says(tmp_path / "bin/python3.12", "headers\\n")  # a later candidate has everything
+    python_that_says(tmp_path / "bin/python3.11", "", "3.11")
+    code, err = make_venv(tmp_path)
+    assert code == 2 and err.startswith("error[E252]: a C++ compiler (c++, g++) was not found; apt-get install g++")
+
+
+def test_torch_range_is_stated_once_and_the_same() -> None:
+    (ours,) = re.findall(r"torch_range='(.+?)'", (ROOT / "tools/make_venv.sh").read_text())
+    assert f'"{ours}"' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("path", ["examples/pretrain_1b4.sh", "tools/make_venv.sh", "tests/run.sh", ".ci/run"])
+def test_shell_syntax(path: str) -> None:
+    assert subprocess.run(["bash", "-n", str(ROOT / path)], capture_output=True).stderr == b""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The last two stages: picture and generation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_metrics(path: Path, lines: list[dict[str, object]], tail: str = "") -> None:
+    path.mkdir(exist_ok=True)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
+
+
+def test_plot_reads_gaps_sets_and_a_torn_line(tmp_path: Path) -> None:
+    lines: list[dict[str, object]] = [{"step": i, "loss": 9.0 - i, "lr": 1e-3 * i} for i in range(1, 6)]
+    lines[1]["loss"] = None
+    lines[3] |= {"valid/zh/loss": 7.0, "valid/zh/perplexity": 1096.6}
+    write_metrics(tmp_path, lines, tail='{"step": 6, "lo')
+    curves = read_curves(tmp_path / "metrics.jsonl")
+    assert curves.steps == [1, 2, 3, 4, 5] and np.isnan(curves.loss[1]) and curves.valid == {"zh": ([4], [7.0])}
+    plot_loss(tmp_path, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 2
+
+
+def test_moving_average_is_symmetric_and_skips_gaps() -> None:
+    values = np.array([1.0, 2.0, np.nan, 4.0, 9.0])
+    assert moving_average(values, 3).tolist() == [1.0, 1.5, 3.0, 6.5, 9.0]
+    assert moving_average(values, 1).tolist()[3:] == [4.0, 9.0]
+    assert np.isnan(moving_average(values, 1)[2])
+
+
+@pytest.mark.parametrize(
+    ("text", "code"), [(None, "E380"), ("", "E381"), ("[]\n", "E382"), ('{"step": 1}\n', "E382"), ("\xff\n", "E382")]
+)
+def test_plot_refuses_what_is_no_run(tmp_path: Path, text: str | None, code: str) -> None:
+    if text is not None:
+        (tmp_path / "metrics.jsonl").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError) as caught:
+        plot_loss(tmp_path, tmp_path / "loss.png")
+    assert caught.value.code == code and not (tmp_path / "loss.png").exists()
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model with a byte-level tokenizer, made here."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("hf")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    from tokenizers.decoders import ByteLevel
+
+    raw.decoder = ByteLevel()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>").save_pretrained(str(folder))
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=258, bos_token_id=0, eos_token_id=1, **shape)).save_pretrained(str(folder))
+    return folder
+
+
+def test_generate_continues_each_prompt_and_repeats_itself(hf_folder: Path) -> None:
+    from megatron_hammer.checkpoint.generate import generate
+
+    prompts = ["abc", "服务"]
+    texts = list(generate(hf_folder, prompts, max_new_tokens=8))
+    assert all(text.startswith(prompt) and len(text) > len(prompt) for text, prompt in zip(texts, prompts))
+    assert texts == list(generate(hf_folder, prompts, max_new_tokens=8))
+    assert texts != list(generate(hf_folder, prompts, max_new_tokens=8, seed=1))
+    greedy = [list(generate(hf_folder, prompts, max_new_tokens=8, temperature=0, seed=s)) for s in (0, 1)]
+    assert greedy[0] == greedy[1]
+
+
+def test_generate_refuses_a_folder_without_a_model(tmp_path: Path) -> None:
+    from megatron_hammer.checkpoint.generate import generate
+
+    with pytest.raises(CheckpointError, match="no Hugging Face folder"):
+        list(generate(tmp_path, ["a"]))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError) as caught:
+        list(generate(tmp_path, ["a"]))
+    assert caught.value.code == "E491" and "\n" not in str(caught.value)
+    with pytest.raises(ConfigError) as usage:
+        list(generate(tmp_path, ["a"], top_k=0))
+    assert usage.value.code == "E245"

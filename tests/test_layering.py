@@ -1,0 +1,162 @@
+"""Imports point down only, optional libraries stay out of module tops, and a layer stays short to read."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+PACKAGE = Path(__file__).parent.parent / "megatron_hammer"
+ROWS = [  # what stands above may import what stands below
+    {"launch"},
+    {"train"},
+    {"checkpoint"},
+    {"data", "model", "optim"},
+    {"kernels"},
+    {"corpus", "tokenizer", "parallel"},
+    {"config", "errors", "cli"},
+]
+LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
+BOTTOM = {"cli": {"errors"}, "config": {"errors"}, "errors": set()}
+OPTIONAL = {"transformer_engine", "flash_attn", "apex", "triton", "wandb", "ray"}
+WITHOUT_TORCH = [
+    "errors",
+    "cli",
+    "config",
+    "corpus.jsonl",
+    "corpus.sample",
+    "tokenizer.load",
+    "tokenizer.train",
+    "tokenizer.convert",
+    "data.indexed",
+    "data.build",
+    "data.order",
+    "data.blend",
+    "data.samples",
+    "model.parameters",
+    "optim.schedule",
+    "checkpoint.format",
+    "train.prepare",
+    "train.__main__",
+    "launch",
+]
+
+
+def _modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield ".".join(path.relative_to(PACKAGE).with_suffix("").parts), path
+
+
+def _imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """(imported module, whether at module top) of one file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        names = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else ([node.module or ""] if isinstance(node, ast.ImportFrom) else [])
+        )
+        for name in names:
+            yield name, id(node) in top
+
+
+@pytest.mark.parametrize("name, path", list(_modules()), ids=lambda x: x if isinstance(x, str) else "")
+def test_imports_point_down(name: str, path: Path) -> None:
+    part = name.split(".")[0]
+    for imported, at_top in _imports(path):
+        assert not (at_top and imported.split(".")[0] in OPTIONAL), f"{name} imports {imported} at its top"
+        if not imported.startswith("megatron_hammer."):
+            continue
+        other = imported.split(".")[1]
+        if part == other:
+            continue
+        if part in BOTTOM:
+            assert other in BOTTOM[part], f"{name} imports {imported}"
+        elif part != "__init__":
+            assert LEVEL[other] < LEVEL[part], (
+                f"{name} (row {part}) imports {imported}: the arrow points up or sideways"
+            )
+
+
+def test_light_modules_do_without_torch() -> None:
+    """One child imports them all; so --help of every program is quick."""
+    code = "import sys\n" + "".join(f"import megatron_hammer.{m}\n" for m in WITHOUT_TORCH)
+    code += "heavy = {'torch', 'transformers', 'matplotlib'} & set(sys.modules)\nassert not heavy, heavy"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_everything_imports_without_optional_libraries() -> None:
+    code = f"import sys, importlib\nfor m in {sorted(OPTIONAL)!r}: sys.modules[m] = None\n"
+    code += "".join(f"importlib.import_module('megatron_hammer.{m}')\n" for m, _ in _modules() if not m.endswith("__"))
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def _functions_reached(run: Any) -> set[tuple[str, int]]:
+    """(file, first line) of our functions that a call enters."""
+    reached: set[tuple[str, int]] = set()
+
+    def trace(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
+            reached.add((frame.f_code.co_filename, frame.f_code.co_firstlineno))
+
+    sys.setprofile(trace)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return reached
+
+
+def _length(file: str, first_line: int) -> int:
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            if start == first_line or node.lineno == first_line:
+                assert node.end_lineno is not None
+                return node.end_lineno - start + 1
+    return 1  # a lambda or comprehension inside a function that is counted
+
+
+def _sequence_parallel_forward(rank: int) -> set[tuple[str, int]]:
+    from tests.model.tiny import build, make_context, rank_batches, tiny_config
+
+    config = tiny_config(parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True)
+    ctx = make_context(config)
+    model, _ = build(config, ctx)
+    tokens, labels = rank_batches(config, 1, ctx)[0]
+    return _functions_reached(lambda: model(tokens, labels))
+
+
+def test_one_forward_reads_in_600_lines() -> None:
+    """All functions that a tensor- and sequence-parallel forward enters, docstrings included."""
+    from tests.distributed import run_distributed
+
+    reached = run_distributed(2, _sequence_parallel_forward)[0]
+    lines = sum(_length(file, line) for file, line in reached)
+    assert 100 < lines <= 600, lines
+
+
+def test_one_step_reads_on_one_screen() -> None:
+    from megatron_hammer.train import step
+
+    lines = (Path(step.__file__)).read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("def train_step"))
+    assert len(lines) - start <= 24
+
+
+def test_reports_are_device_scalars() -> None:
+    """A step returns tensors: reading them, and so waiting for the device, is the loop's business."""
+    from megatron_hammer.train.step import StepReport
+
+    types = {f.name: f.type for f in dataclasses.fields(StepReport)}
+    assert {types[n] for n in ("loss", "grad_norm", "applied")} == {"Tensor"}
+    assert torch.Tensor.__name__ == "Tensor"

@@ -1,0 +1,87 @@
+"""Whole runs for tests: a small dataset with structure, commands that train on it, and what they wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_hammer.config import Config, load_config
+from megatron_hammer.data.indexed import IndexedWriter
+from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.train.loop import train
+from megatron_hammer.train.prepare import prepare
+from tests.model.tiny import make_context
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "examples" / "configs" / "tiny.yaml"
+
+
+def write_dataset(prefix: Path, documents: int, seed: int, vocab_size: int = 301) -> str:
+    """Documents in which each token decides the next."""
+    rng = np.random.default_rng(seed)
+    with IndexedWriter(prefix, vocab_size=vocab_size) as writer:
+        for _ in range(documents):
+            tokens = np.empty(int(rng.integers(3, 200)), np.int64)
+            tokens[0] = rng.integers(0, vocab_size)
+            for i in range(1, len(tokens)):
+                tokens[i] = (tokens[i - 1] * 5 + 7) % vocab_size
+            writer.add(tokens, [len(tokens)])
+    return str(prefix)
+
+
+def overrides(data: Path, output: Path, *more: str) -> list[str]:
+    """A run of 12 short steps on two blended sources and two validation sets."""
+    return [
+        f"data.train={{{data}/a: 2, {data}/b: 1}}", f"data.valid={{x: {data}/x, y: {data}/y}}", "model.vocab_size=301",
+        "data.seq_length=32", "train.num_steps=12", "train.global_batch_size=8", "train.eval_interval_steps=4",
+        "train.eval_samples=10", "checkpoint.save_interval_steps=3", "schedule.warmup_steps=2", "log.tensorboard=false",
+        f"train.output={output}", *more,
+    ]  # fmt: skip
+
+
+def command(ranks: int, arguments: Sequence[str]) -> list[str]:
+    """The launcher's command line."""
+    return [sys.executable, "-m", "megatron_hammer.launch", "--nproc", str(ranks), str(TINY), *arguments]
+
+
+def environment() -> dict[str, str]:
+    """One thread a rank, whatever the machine."""
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run(ranks: int, arguments: Sequence[str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run to the end."""
+    return subprocess.run(command(ranks, arguments), capture_output=True, text=True, timeout=timeout, env=environment())
+
+
+def config_for(arguments: Sequence[str]) -> Config:
+    """The config of those arguments."""
+    return load_config(TINY, arguments)
+
+
+def train_here(rank: int, arguments: Sequence[str]) -> int:
+    """Run in this process, in torch's default group if there is one: for ``run_distributed``."""
+    config = config_for(arguments)
+    ctx: ParallelContext = make_context(config)
+    return train(prepare(config, ctx.world.size), ctx)
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without the one field that is a matter of the clock."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line.pop("tokens_per_second") > 0
+    return lines
+
+
+def checkpoint_bytes(output: Path, step: int) -> dict[str, bytes]:
+    """Every tensor file of one checkpoint."""
+    folder = output / "checkpoints" / f"step-{step:08d}"
+    return {p.name: p.read_bytes() for p in sorted(folder.glob("*.safetensors"))}

@@ -1,0 +1,75 @@
+"""The numbers a run reports: FLOP counts, peaks, evaluation."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_hammer.config import ModelConfig
+from megatron_hammer.data.samples import ValidData
+from megatron_hammer.model.initialise import initialise
+from megatron_hammer.model.llama import build_llama
+from megatron_hammer.model.parameters import count_parameters, parameter_table
+from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.train.evaluate import evaluate
+from megatron_hammer.train.metrics import MetricsFile, flops_per_token, peak_tflops
+from tests.model.tiny import tiny_config
+
+HAMMERLLM = ModelConfig(2048, 5632, 22, 32, 4, vocab_size=105_789)
+
+
+def test_flops_of_hammerllm() -> None:
+    """6 x 1,185,540,096 matrix weights, plus 12 (6) L H s: 8.2205 (7.6669) GFLOP a token."""
+    full, causal = flops_per_token(HAMMERLLM, 2048)
+    assert full == 6 * 1_185_540_096 + 12 * 22 * 2048 * 2048
+    assert causal == 6 * 1_185_540_096 + 6 * 22 * 2048 * 2048
+    assert count_parameters(HAMMERLLM) == 1_402_288_128
+    tied = ModelConfig(2048, 5632, 22, 32, 4, vocab_size=105_789, tie_word_embeddings=True)
+    assert flops_per_token(tied, 2048) == (full, causal), "a tied table is still multiplied with"
+
+
+def test_peaks() -> None:
+    bf16 = tiny_config(train__precision="bf16")
+    assert peak_tflops(bf16, "NVIDIA H100 80GB HBM3") == 989 and peak_tflops(bf16, "NVIDIA A100-SXM4-80GB") == 312
+    assert peak_tflops(bf16, "NVIDIA H100 PCIe") == 756 and peak_tflops(bf16, "cpu") is None
+    assert peak_tflops(tiny_config(), "NVIDIA H200") is None, "no fp32 peak is claimed"
+    assert peak_tflops(tiny_config(log__peak_tflops=1.5), "cpu") == 1.5
+
+
+def test_metrics_file_writes_exact_numbers(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    values = {"step": 1, "a": 0.1 + 0.2, "b": math.nan, "c": math.inf, "d": None, "e": True, "f": 1 / 3}
+    file.write(values)
+    file.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line == {"step": 1, "a": 0.1 + 0.2, "b": None, "c": None, "d": None, "e": True, "f": 1 / 3}
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 64])
+def test_evaluation_counts_each_target_once(data: Path, micro_batch_size: int) -> None:
+    """Against a plain sum over the whole file; the padded end of the last window does not count."""
+    config = tiny_config()
+    ctx = ParallelContext.single()
+    model = build_llama(config.model, ctx)
+    initialise(model, parameter_table(config.model), seed=1)
+    valid = ValidData("x", data / "x", 32)
+    stream = np.concatenate([valid.dataset.read(i) for i in range(len(valid.dataset.lengths))]).astype(np.int64)
+    piece_bytes = torch.arange(301) % 5  # ids 0, 5, 10 ... stand for no bytes, as specials do
+    total, targets = 0.0, 0
+    for start in range(0, len(stream) - 1, 32):
+        window = torch.from_numpy(stream[start : start + 33])
+        logits = model.logits(window[None, :-1])[0]
+        total += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+        targets += len(window) - 1
+    result = evaluate(model, valid, micro_batch_size, piece_bytes, ctx)
+    assert targets == len(stream) - 1
+    assert result.loss == pytest.approx(total / targets, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(total / targets), rel=1e-4)
+    expected_bytes = int((stream[1:] % 5).sum())
+    assert result.bits_per_byte == pytest.approx(total / math.log(2) / expected_bytes, rel=1e-5)
+    assert evaluate(model, valid, micro_batch_size, None, ctx).bits_per_byte is None

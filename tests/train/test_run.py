@@ -1,0 +1,232 @@
+"""Whole runs: resume is exact, order does not depend on the layout, a stop saves, mistakes are one line."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.checkpoint.format import find_checkpoints, latest_checkpoint
+from megatron_hammer.errors import HammerError
+from megatron_hammer.train.prepare import prepare
+from tests.distributed import run_distributed
+from tests.train.runs import (
+    checkpoint_bytes,
+    command,
+    config_for,
+    environment,
+    metrics,
+    overrides,
+    run,
+    train_here,
+    write_dataset,
+)
+
+LAYOUTS = {
+    "one rank, bf16": (1, ["train.precision=bf16"]),
+    "DP 2": (2, []),
+    "TP 2 + SP, bf16": (2, ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
+                            "train.precision=bf16"]),
+}  # fmt: skip
+
+
+def _kill_after(ranks: int, arguments: list[str], metrics_file: Path, lines: int, how: signal.Signals) -> int:
+    """Start a run, send ``how`` to its launcher once so many steps are on disk, and return its exit code."""
+    process = subprocess.Popen(command(ranks, arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               env=environment())  # fmt: skip
+    deadline = time.monotonic() + 90
+    while not (metrics_file.exists() and metrics_file.read_bytes().count(b"\n") >= lines):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(how)
+    return process.wait(timeout=60)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_killed_and_resumed_is_bit_equal(name: str, data: Path, tmp_path: Path) -> None:
+    """SIGKILL somewhere after step 6, then the same command again: metrics and every tensor byte are equal."""
+    ranks, extra = LAYOUTS[name]
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    steps = ["train.num_steps=60"]  # long enough that the kill falls inside
+    finished = run(ranks, overrides(data, whole, *extra, *steps))
+    assert finished.returncode == 0, finished.stderr
+    code = _kill_after(ranks, overrides(data, torn, *extra, *steps), torn / "metrics.jsonl", 7, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    resumed_from = latest_checkpoint(torn)
+    assert resumed_from is not None and len(metrics(whole)) == 60
+    again = run(ranks, overrides(data, torn, *extra, *steps))
+    assert again.returncode == 0, again.stderr
+    assert f"resuming from {resumed_from}" in again.stdout
+    assert metrics(torn) == metrics(whole)
+    assert checkpoint_bytes(torn, 60) == checkpoint_bytes(whole, 60)
+    assert "valid/x/loss" in metrics(whole)[3] and "valid/y/perplexity" in metrics(whole)[59]
+    assert [p.name for p in find_checkpoints(torn)] == [p.name for p in find_checkpoints(whole)]
+    done = run(ranks, overrides(data, torn, *extra, *steps))
+    assert done.returncode == 0 and "finished" in done.stdout
+    assert metrics(torn) == metrics(whole)
+
+
+def test_sigterm_saves_and_exits_75(data: Path, tmp_path: Path) -> None:
+    arguments = overrides(data, tmp_path / "run", "train.num_steps=3000", "train.eval_interval_steps=null",
+                          "checkpoint.save_interval_steps=null", "schedule.style=constant")  # fmt: skip
+    code = _kill_after(2, arguments, tmp_path / "run" / "metrics.jsonl", 3, signal.SIGTERM)
+    assert code == 75
+    folder = latest_checkpoint(tmp_path / "run")
+    assert folder is not None
+    step = int(folder.name.split("-")[1])
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, step + 1)), "every line up to the checkpoint, none beyond"
+    assert 3 <= step < 3000
+    more = f"train.num_steps={step + 4}"
+    again = run(2, [*arguments, more])
+    assert again.returncode == 0, again.stderr
+    straight = [*arguments, more, f"train.output={tmp_path / 'straight'}"]
+    assert run(2, straight).returncode == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
+
+
+def test_sample_digests_do_not_depend_on_the_layout(data: Path, tmp_path: Path) -> None:
+    """DP 1, 2, 4 and TP 2 x DP 2 consume the same samples in the same order, and learn the same."""
+    layouts = {"dp1": (1, []), "dp2": (2, []), "dp4": (4, []), "tp2dp2": (4, ["parallel.tensor_model_parallel_size=2"])}
+    seen = {}
+    for name, (ranks, extra) in layouts.items():
+        arguments = overrides(data, tmp_path / name, *extra)
+        codes = run_distributed(ranks, train_here, arguments) if ranks > 1 else [train_here(0, arguments)]
+        assert codes == [0] * ranks
+        seen[name] = metrics(tmp_path / name)
+    for lines in seen.values():
+        assert [x["samples_digest"] for x in lines] == [x["samples_digest"] for x in seen["dp1"]]
+        assert [x["consumed_samples"] for x in lines] == [8 * (i + 1) for i in range(12)]
+        for mine, reference in zip(lines, seen["dp1"], strict=True):
+            assert mine["loss"] == pytest.approx(reference["loss"], rel=1e-4)
+            if "valid/x/loss" in reference:
+                assert mine["valid/x/loss"] == pytest.approx(reference["valid/x/loss"], rel=1e-4)
+                assert mine["valid/y/loss"] == pytest.approx(reference["valid/y/loss"], rel=1e-4)
+    assert len({x["samples_digest"] for x in seen["dp1"]}) == 12
+
+
+def test_another_layout_goes_on(data: Path, tmp_path: Path) -> None:
+    """Six steps on DP 2, then TP 2, then one rank: the loss goes on as if nothing had happened."""
+    out = tmp_path / "moved"
+    for steps, ranks, extra in ((4, 2, []), (8, 2, ["parallel.tensor_model_parallel_size=2"]), (12, 1, [])):
+        arguments = overrides(data, out, "schedule.style=constant", f"train.num_steps={steps}", *extra)
+        codes = run_distributed(ranks, train_here, arguments) if ranks > 1 else [train_here(0, arguments)]
+        assert codes == [0] * ranks
+    assert train_here(0, overrides(data, tmp_path / "still", "schedule.style=constant")) == 0
+    for moved, still in zip(metrics(out), metrics(tmp_path / "still"), strict=True):
+        assert moved["samples_digest"] == still["samples_digest"]
+        assert moved["loss"] == pytest.approx(still["loss"], rel=1e-4)
+
+
+def test_another_batch_size_goes_on_in_the_same_order(data: Path, tmp_path: Path) -> None:
+    """Consumed samples, not steps, are the loader's state."""
+    assert train_here(0, overrides(data, tmp_path / "a", "train.num_steps=4")) == 0
+    assert train_here(0, overrides(data, tmp_path / "a", "train.num_steps=6", "train.global_batch_size=16")) == 0
+    assert [line["consumed_samples"] for line in metrics(tmp_path / "a")] == [8, 16, 24, 32, 48, 64]
+
+
+def test_init_from_takes_weights_only(data: Path, tmp_path: Path) -> None:
+    first = overrides(data, tmp_path / "first")
+    assert train_here(0, first) == 0
+    second = overrides(data, tmp_path / "second", f"checkpoint.init_from={tmp_path / 'first'}", "train.num_steps=2")
+    assert train_here(0, second) == 0
+    trained, fresh = metrics(tmp_path / "first"), metrics(tmp_path / "second")
+    assert fresh[0]["samples_digest"] == trained[0]["samples_digest"], "a new run starts with its first sample"
+    assert fresh[0]["loss"] < trained[0]["loss"] - 0.3, "but not with new weights"
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(data: Path, tmp_path: Path) -> None:
+    """Lines of steps that were lost, and a torn line, go; without a checkpoint all lines go."""
+    out = tmp_path / "run"
+    arguments = overrides(data, out, "schedule.style=constant")
+    assert train_here(0, [*arguments, "train.num_steps=6"]) == 0
+    before = metrics(out)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(before[5] | {"step": 7, "loss": 1.0, "tokens_per_second": 1}) + '\n{"step": 8, "lo')
+    assert train_here(0, arguments) == 0
+    assert metrics(out)[:6] == before and [x["step"] for x in metrics(out)] == list(range(1, 13))
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    (fresh / "metrics.jsonl").write_text('{"step": 1, "tokens_per_second": 1}\n')
+    assert train_here(0, overrides(data, fresh, "train.num_steps=1")) == 0
+    assert len(metrics(fresh)) == 1 and "loss" in metrics(fresh)[0]
+
+
+def test_one_step_run_and_tensorboard(data: Path, tmp_path: Path) -> None:
+    """num_steps=1 with a longer warm-up is valid; TensorBoard gets the same numbers."""
+    out = tmp_path / "run"
+    assert train_here(0, overrides(data, out, "train.num_steps=1", "log.tensorboard=true")) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    line = metrics(out)[0]
+    for key in ("loss", "grad_norm", "lr", "valid/x/loss", "valid/y/perplexity"):
+        assert events.Scalars(key)[0].value == pytest.approx(line[key], rel=1e-6)
+    assert latest_checkpoint(out) is not None
+
+
+def test_dry_run_prints_and_writes_nothing(data: Path, tmp_path: Path) -> None:
+    result = run(2, overrides(data, tmp_path / "run", "train.dry_run=true", "parallel.tensor_model_parallel_size=2"))
+    assert result.returncode == 0, result.stderr
+    for expected in ("vocab_size: 301", "parameters: ", "2 ranks = TP 2 x DP 1", "8 samples x 32 tokens = 256 tokens"):
+        assert expected in result.stdout, result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+MISTAKES = [
+    (["optimizer.lrr=1"], "E202", 2),
+    (["data.train=null"], "E207", 2),
+    (["model.vocab_size=null"], "E207", 2),
+    (["parallel.tensor_model_parallel_size=3"], "E205", 2),
+    (["data.train={data}/absent"], "E3", 3),
+    (["model.vocab_size=300"], "E3", 3),
+    (["tokenizer.path={data}/absent.model"], "E3", 3),
+    (["checkpoint.init_from={data}/absent"], "E4", 4),
+]
+
+
+@pytest.mark.parametrize("arguments, code, exit_code", MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
+def test_mistakes_are_found_before_any_rank(
+    arguments: list[str], code: str, exit_code: int, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(HammerError) as caught:
+        prepare(config_for(overrides(data, tmp_path / "run", *(a.format(data=data) for a in arguments))), 2)
+    assert str(caught.value).startswith(f"error[{code}") and caught.value.exit_code == exit_code
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_a_mistake_is_one_line_and_its_exit_code(data: Path, tmp_path: Path) -> None:
+    result = run(2, overrides(data, tmp_path / "run", "model.vocab_size=300"))
+    assert result.returncode == 3
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error[E3")
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_refuses_another_order_and_another_model(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train_here(0, overrides(data, out, "train.num_steps=1")) == 0
+    for change, code in (("train.seed=5", 5), ("data.seq_length=16", 5), ("model.num_layers=3", 4)):
+        with pytest.raises(HammerError) as caught:
+            prepare(config_for(overrides(data, out, change)), 1)
+        assert caught.value.exit_code == code and change.split("=")[0] in str(caught.value)
+    write_dataset(data / "c", 5, seed=9)
+    prepared = prepare(config_for(overrides(data, out, f"data.train={data}/c")), 1)
+    assert any("data.train" in note for note in prepared.notes), "a changed mix is allowed, and said"
+
+
+def test_endless_skips_end_the_run(data: Path, tmp_path: Path) -> None:
+    """fp16 with a loss scale that can never fit: exit code 9, and no checkpoint of it."""
+    arguments = overrides(data, tmp_path / "run", "train.precision=fp16", "optimizer.initial_loss_scale=1e38",
+                          "train.max_consecutive_skips=3", "train.num_steps=30")  # fmt: skip
+    with pytest.raises(HammerError, match=r"error\[E901\].*3 steps"):
+        train_here(0, arguments)
+    lines = metrics(tmp_path / "run")
+    assert [line["skipped"] for line in lines] == [True] * 3
+    assert all(line["grad_norm"] is None for line in lines), "not finite is null"
+    assert len({json.dumps(line["loss"]) for line in lines}) == 3, "samples go on; weights do not"
