@@ -60,7 +60,7 @@ def test_reading_golden_bytes_without_a_header(tmp_path):
     assert dataset.read(0).tolist() == [1, 2, 3] and dataset.read(1).tolist() == [65_499]
     assert dataset.read(0, 1).tolist() == [2, 3] and dataset.read(0, 1, 1).tolist() == [2]
     assert dataset.document_lengths.tolist() == [3, 0, 1]
-    assert dataset.document_start(2) == 3 and dataset.document_of(1) == (2, 0)
+    assert dataset.first_sequences(np.array([0, 2])).tolist() == [0, 1] and dataset.document_of(1) == (2, 0)
     assert dataset.max_token_id() == 65_499
     with pytest.raises(AssertionError):
         dataset.read(0, 2, 2)
@@ -103,7 +103,7 @@ def test_documents_of_several_sequences(tmp_path):
     assert dataset.document_indices.tolist() == [0, 2, 2, 4]
     assert dataset.document_lengths.tolist() == [5, 0, 4] and dataset.document_lengths.dtype == np.int64
     assert [dataset.document_of(s) for s in (0, 1, 3)] == [(0, 0), (0, 2), (2, 0)]
-    assert dataset.document_start(0) == 0 and dataset.document_start(2) == 5
+    assert dataset.first_sequences(np.array([0, 2])).tolist() == [0, 2]
 
 
 def test_an_empty_dataset_can_be_read(tmp_path):

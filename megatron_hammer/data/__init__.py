@@ -1,0 +1,9 @@
+"""From text to training samples: indexed datasets on disk, the order of samples, and what one step reads.
+
+::
+
+    build.py -> indexed.py (.bin/.idx) -> order.py, blend.py (which window is sample i) -> samples.py -> loader.py
+                                          on index.py (C++ or NumPy)                       tokens      one step
+
+Everything here is torch-free: samples are NumPy arrays, the training loop makes tensors of them.
+"""

@@ -1,0 +1,660 @@
+"""Indexed datasets: tokens in ``P.bin``, where each sequence lies in ``P.idx``, facts about both in ``P.meta.json``.
+
+The first two are Megatron-LM's format::
+
+    P.idx, little endian, no padding                                      P.bin
+    0   "MMIDIDX\\0\\0"   u64 version = 1   u8 dtype code                    the tokens of all sequences, nothing else
+    18  u64 S sequences   u64 D = documents + 1
+    34  int32[S] lengths in tokens
+        int64[S] byte offsets into .bin, each where the one before ends   P.meta.json
+        int64[D] first sequence of each document, then S                  our dataset header, absent in Megatron's own
+
+A document may hold no sequence (an empty text). Neither file has a checksum or says which tokenizer made it; the header
+adds both (``DatasetHeader``). A dataset without one is accepted, and everything its index claims is checked against the
+files either way, so that damaged files end in a ``DataError`` and never in a wrong sample.
+
+Writing is streamed: tokens go to ``P.bin.tmp`` and lengths to ``P.idx.tmp`` as they come, so memory does not grow with
+the dataset. Publishing syncs the files, removes the old index, then renames ``.bin``, ``.meta.json`` and ``.idx`` in
+this order: there is never an old index beside new tokens, and without an index there is no dataset.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import mmap
+import os
+import stat
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import xxhash
+
+from megatron_hammer.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+FIRST_LENGTH = 34  # bytes before the lengths
+DTYPES: dict[int, np.dtype] = {
+    1: np.dtype("<u1"), 2: np.dtype("<i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"),
+    5: np.dtype("<i8"), 6: np.dtype("<f8"), 7: np.dtype("<f4"), 8: np.dtype("<u2"),
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+SMALL_VOCABULARY = 65500  # below it Megatron-LM writes uint16, from it on int32
+
+HEADER_FORMAT = "megatron_hammer indexed dataset"
+HEADER_VERSION = 1
+BLOCK_BYTES = 64 << 20  # of .bin under one checksum: small enough to name the damaged place, 16 hashes a gigabyte
+_SAMPLED_BLOCKS, _SAMPLED_BYTES = 16, 64 << 10
+_CHUNK = 1 << 20  # entries of the index checked or written at once
+
+REMAKE = "prepare this dataset again, or copy all its files again"
+
+
+def dtype_for(vocab_size: int | None) -> np.dtype:
+    """The token type Megatron-LM chooses for a vocabulary."""
+    return DTYPES[8] if vocab_size is not None and vocab_size < SMALL_VOCABULARY else DTYPES[4]
+
+
+def path_of(prefix: str | Path, suffix: str) -> Path:
+    """``P.bin`` of ``P``; the prefix itself may contain dots."""
+    return Path(f"{prefix}{suffix}")
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """Which tokenizer the ids belong to."""
+
+    fingerprint: str
+    vocab_size: int
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
+    unk_id: int | None = None
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """One input text: its path as given, its size in bytes, and the documents taken from it."""
+
+    path: str
+    bytes: int
+    documents: int
+
+
+@dataclass(frozen=True)
+class DatasetHeader:
+    """``P.meta.json``: what the two other files cannot say about themselves."""
+
+    dtype: str
+    sequences: int
+    documents: int
+    tokens: int
+    bin_bytes: int
+    idx_hash: str
+    """XXH3-128 of the whole .idx."""
+    block_bytes: int
+    block_hashes: tuple[str, ...]
+    """XXH3-128 of each ``block_bytes`` of .bin; the last block is shorter."""
+    fingerprint: str
+    """``IndexedDataset.fingerprint`` of the files as written."""
+    max_token_id: int | None
+    """None: not known, because there are no tokens, negative ones or floating-point ones."""
+    tokenizer: TokenizerRecord | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """How the text was prepared: json_key, append_eod, prepend_bos."""
+    sources: tuple[SourceRecord, ...] = ()
+
+    def to_json(self) -> str:
+        """The text of the file; the same dataset gives the same bytes."""
+        tree = {"format": HEADER_FORMAT, "version": HEADER_VERSION, **asdict(self)}
+        return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> DatasetHeader:
+        """The inverse of ``to_json``; raises ``ValueError`` with the reason."""
+        tree = json.loads(text)
+        if not isinstance(tree, dict) or tree.get("format") != HEADER_FORMAT:
+            raise ValueError(f'its "format" is not "{HEADER_FORMAT}"')
+        if tree.get("version") != HEADER_VERSION:
+            raise ValueError(f"it has version {tree.get('version')!r}, this program reads version {HEADER_VERSION}")
+
+        def take(source: dict, name: str, kind: type, optional: bool = False) -> Any:
+            value: Any = source.get(name)
+            if value is None and optional:
+                return None
+            if type(value) is not kind or (isinstance(value, int) and value < 0):  # type(): a bool is not an int here
+                raise ValueError(f'"{name}" is {value!r}, which is not a valid {kind.__name__}')
+            return value
+
+        tokenizer = take(tree, "tokenizer", dict, optional=True)
+        hashes = take(tree, "block_hashes", list)
+        sources = take(tree, "sources", list)
+        if not all(isinstance(value, str) for value in hashes) or not all(isinstance(s, dict) for s in sources):
+            raise ValueError('"block_hashes" or "sources" hold something else than they should')
+        special = ("bos_id", "eos_id", "pad_id", "unk_id")
+        return cls(
+            **{name: take(tree, name, str) for name in ("dtype", "idx_hash", "fingerprint")},
+            **{
+                name: take(tree, name, int) for name in ("sequences", "documents", "tokens", "bin_bytes", "block_bytes")
+            },
+            block_hashes=tuple(hashes),
+            max_token_id=take(tree, "max_token_id", int, optional=True),
+            tokenizer=None
+            if tokenizer is None
+            else TokenizerRecord(
+                take(tokenizer, "fingerprint", str),
+                take(tokenizer, "vocab_size", int),
+                **{name: take(tokenizer, name, int, optional=True) for name in special},
+            ),
+            options=take(tree, "options", dict),
+            sources=tuple(
+                SourceRecord(take(s, "path", str), take(s, "bytes", int), take(s, "documents", int)) for s in sources
+            ),
+        )
+
+
+class IndexedDataset:
+    """A memory-mapped dataset, checked when it is opened.
+
+    Opening reads the whole index once (0.3 s for 50 million sequences here) and no token. All arrays are read-only
+    views of the files; the operating system shares them between processes.
+
+    Args:
+        prefix: P of ``P.bin`` and ``P.idx``.
+
+    Raises:
+        DataError: a file is missing, or is not what the other files say.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = Path(prefix)
+        """P."""
+        index = _map_file(self.idx_path)
+        code, sequences, boundaries = _check_start(self.idx_path, index)
+        self.dtype = DTYPES[code]
+        """Of the tokens on disk."""
+        buffer = memoryview(index)
+        self.lengths = np.frombuffer(buffer, "<i4", sequences, FIRST_LENGTH)
+        """int32 [S], tokens of each sequence."""
+        self.pointers = np.frombuffer(buffer, "<i8", sequences, FIRST_LENGTH + 4 * sequences)
+        """int64 [S], byte offset of each sequence in .bin."""
+        self.document_indices = np.frombuffer(buffer, "<i8", boundaries, FIRST_LENGTH + 12 * sequences)
+        """int64 [documents + 1], first sequence of each document, then S."""
+        self.num_tokens = _check_sequences(self.idx_path, self.lengths, self.pointers, self.dtype.itemsize)
+        self._one_sequence_each = _check_documents(self.idx_path, self.document_indices, sequences)
+
+        tokens = _map_file(self.bin_path)
+        if len(tokens) != self.num_tokens * self.dtype.itemsize:
+            raise DataError(
+                38,
+                f"{self.bin_path} of {len(tokens):,} bytes",
+                f"must hold the {self.num_tokens:,} tokens of {self.dtype.itemsize} bytes that its .idx lists",
+                REMAKE,
+            )
+        self.tokens = np.frombuffer(tokens, self.dtype, self.num_tokens)
+        """[num_tokens], all sequences one after the other."""
+        self.header = _read_header(path_of(self.prefix, ".meta.json"))
+        """None: written by another program."""
+        self._check_header()
+
+    @property
+    def bin_path(self) -> Path:
+        return path_of(self.prefix, ".bin")
+
+    @property
+    def idx_path(self) -> Path:
+        return path_of(self.prefix, ".idx")
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_indices) - 1
+
+    @cached_property
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of each document: int32 ``lengths`` itself where every document is one sequence, else int64."""
+        return self.lengths if self._one_sequence_each else np.diff(self._document_starts)
+
+    @cached_property
+    def _document_starts(self) -> np.ndarray:
+        """int64 [documents + 1], first token of each document in ``tokens``, then their number."""
+        starts = np.append(self.pointers // self.dtype.itemsize, self.num_tokens)
+        return starts[self.document_indices]
+
+    @cached_property
+    def _aligned_boundaries(self) -> np.ndarray:
+        """``document_indices`` in memory: NumPy's search would copy the unaligned ones of the file at each call."""
+        return self.document_indices.copy()
+
+    def first_sequences(self, documents: np.ndarray) -> np.ndarray:
+        """The first sequence of each of some documents that are not empty."""
+        return documents if self._one_sequence_each else self.document_indices[documents]
+
+    def document_of(self, sequence: int) -> tuple[int, int]:
+        """The document of a sequence, and the tokens of that document before it."""
+        if self._one_sequence_each:
+            return sequence, 0
+        document = int(np.searchsorted(self._aligned_boundaries, sequence, side="right")) - 1
+        before = self.pointers[sequence] - self.pointers[self.document_indices[document]]
+        return document, int(before) // self.dtype.itemsize
+
+    def read(self, sequence: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """Tokens [offset, offset + length) of a sequence (to its end when length is None), as a view of the file."""
+        size = int(self.lengths[sequence])
+        length = size - offset if length is None else length
+        assert offset >= 0 and length >= 0 and offset + length <= size, (
+            f"[{offset}, {offset + length}) is not within sequence {sequence} of {size} tokens"
+        )
+        start = int(self.pointers[sequence]) // self.dtype.itemsize + offset
+        return self.tokens[start : start + length]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits that name the content: XXH3-128 of the .idx, the size of the .bin and blocks sampled from it.
+
+        The same with and without a header, so that losing that file does not change the order of samples.
+
+        Raises:
+            DataError: the header was made for other files.
+        """
+        fingerprint = _fingerprint(_hash_file(self.idx_path), self.bin_path)
+        if self.header is not None and self.header.fingerprint != fingerprint:
+            raise _foreign_header(self.prefix, "fingerprint", self.header.fingerprint, fingerprint)
+        return fingerprint
+
+    def max_token_id(self) -> int:
+        """Largest id in the dataset, -1 when there is none; from the header, else by reading all tokens once.
+
+        Raises:
+            DataError: a token is negative or not an integer.
+        """
+        if self.dtype.kind == "f":
+            raise DataError(33, f"{self.idx_path}: dtype {self.dtype.name}", "holds no token ids: they are integers",
+                            "name a dataset of token ids")  # fmt: skip
+        if self.header is not None and self.header.max_token_id is not None:
+            return self.header.max_token_id
+        return self._scanned_max_token_id
+
+    @cached_property
+    def _scanned_max_token_id(self) -> int:
+        from tqdm import tqdm
+
+        largest = -1
+        step = 64 * _CHUNK
+        blocks = range(0, self.num_tokens, step)
+        for first in tqdm(blocks, f"reading the ids of {self.bin_path}", delay=5, disable=None):  # None: terminals only
+            block = self.tokens[first : first + step]
+            if self.dtype.kind == "i" and block.min() < 0:
+                place = first + int(np.argmax(block < 0))
+                raise DataError(41, f"{self.bin_path}: token {place:,} is {self.tokens[place]}", "must not be negative",
+                                REMAKE)  # fmt: skip
+            largest = max(largest, int(block.max()))
+        return largest
+
+    def describe(self) -> dict[str, Any]:
+        """Counts and origin as plain values; the largest id may need a scan of all tokens."""
+        header = self.header
+        return {
+            "prefix": str(self.prefix),
+            "documents": self.num_documents,
+            "sequences": self.num_sequences,
+            "tokens": self.num_tokens,
+            "dtype": self.dtype.name,
+            "longest_sequence": int(self.lengths.max()) if self.num_sequences else 0,
+            "max_token_id": self.max_token_id(),
+            "fingerprint": self.fingerprint,
+            "tokenizer": asdict(header.tokenizer) if header is not None and header.tokenizer is not None else None,
+            "options": dict(header.options) if header is not None else None,
+            "sources": [asdict(source) for source in header.sources] if header is not None else None,
+        }
+
+    def _check_header(self) -> None:
+        if self.header is None:
+            return
+        for name, expected in (
+            ("dtype", self.dtype.name),
+            ("sequences", self.num_sequences),
+            ("documents", self.num_documents),
+            ("tokens", self.num_tokens),
+            ("bin_bytes", len(self.tokens) * self.dtype.itemsize),
+        ):
+            if getattr(self.header, name) != expected:
+                raise _foreign_header(self.prefix, name, getattr(self.header, name), expected)
+
+
+class IndexedWriter:
+    """Writes a dataset batch by batch; published when its ``with`` block ends well, gone without trace when not.
+
+    Args:
+        prefix: P of the files; missing folders are made. Old files of this name stay until the new ones are complete.
+        vocab_size: ids must be below it; it also chooses the token type.
+        dtype: token type, instead of the one that ``vocab_size`` chooses.
+        tokenizer: recorded in the header.
+        options: recorded in the header.
+
+    Raises:
+        DataError: another process writes this dataset.
+    """
+
+    def __init__(
+        self,
+        prefix: str | Path,
+        vocab_size: int | None = None,
+        dtype: np.dtype | type | None = None,
+        tokenizer: TokenizerRecord | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.prefix = Path(prefix)
+        self.vocab_size = vocab_size
+        self.dtype = dtype_for(vocab_size) if dtype is None else np.dtype(dtype).newbyteorder("<")
+        assert self.dtype in CODES, f"{self.dtype} is not one of the format's types"
+        self.tokenizer, self.options = tokenizer, dict(options or {})
+        self.sources: list[SourceRecord] = []
+        """Recorded in the header; the caller appends."""
+        self.num_tokens = self.num_sequences = self.num_documents = 0
+        self._max_token_id, self._min_token_id = -1, 0
+        self._published = False
+        self._blocks = _BlockHasher()
+        self.prefix.parent.mkdir(parents=True, exist_ok=True)
+        self._idx = _open_locked(path_of(prefix, ".idx.tmp"))  # the last file to get its final name guards them all
+        self._bin = open(path_of(prefix, ".bin.tmp"), "wb")  # noqa: SIM115  closed by __exit__
+        self._documents = open(path_of(prefix, ".documents.tmp"), "w+b")  # noqa: SIM115  appended to .idx in the end
+        self._idx.write(bytes(FIRST_LENGTH))  # the counts are known at the end
+        self._documents.write(struct.pack("<q", 0))
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            self._bin.close()
+            self._documents.close()
+            if not self._published:  # else these names may belong to the next writer already
+                for suffix in (".bin.tmp", ".meta.json.tmp", ".documents.tmp", ".idx.tmp"):
+                    path_of(self.prefix, suffix).unlink(missing_ok=True)
+            self._idx.close()  # gives up the lock
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, sequences_per_document: np.ndarray | None = None) -> None:
+        """Append documents.
+
+        Args:
+            tokens: [sum of lengths], ids of all sequences one after the other.
+            lengths: tokens of each sequence.
+            sequences_per_document: how the sequences form documents. Absent: each is a document of its own, and a
+                length of 0 is a document without a sequence (an empty text).
+
+        Raises:
+            DataError: an id is not in the vocabulary, or a sequence is too long for the format.
+        """
+        lengths = np.asarray(lengths, np.int64)
+        tokens = np.asarray(tokens)
+        assert len(tokens) == lengths.sum(), f"{len(tokens)} tokens for lengths that sum up to {lengths.sum()}"
+        if len(lengths) and lengths.max() > np.iinfo(np.int32).max:
+            document = self.num_documents + int(np.argmax(lengths))
+            raise DataError(46, f"document {document} of {lengths.max():,} tokens",
+                            "is longer than the format's 2,147,483,647", "split this text")  # fmt: skip
+        self._check_ids(tokens, lengths)
+        data = np.ascontiguousarray(tokens, self.dtype).data.cast("B") if len(tokens) else b""
+        self._bin.write(data)
+        self._blocks.update(data)
+        if sequences_per_document is None:
+            sequences = (lengths > 0).astype(np.int64)
+            lengths = lengths[lengths > 0]
+        else:
+            sequences = np.asarray(sequences_per_document, np.int64)
+            assert sequences.sum() == len(lengths), f"documents name {sequences.sum()} of {len(lengths)} sequences"
+        self._idx.write(lengths.astype("<i4").tobytes())
+        self._documents.write((self.num_sequences + np.cumsum(sequences)).astype("<i8").tobytes())
+        self.num_documents += len(sequences)
+        self.num_sequences += len(lengths)
+        self.num_tokens += len(tokens)
+
+    def _check_ids(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        if self.dtype.kind == "f" or len(tokens) == 0:
+            return
+        assert tokens.dtype.kind in "iu", f"ids are integers, not {tokens.dtype}"
+        limits = np.iinfo(self.dtype)
+        lowest = 0 if self.vocab_size is not None else int(limits.min)
+        highest = int(limits.max) if self.vocab_size is None else min(self.vocab_size - 1, int(limits.max))
+        smallest, largest = int(tokens.min()), int(tokens.max())
+        if smallest < lowest or largest > highest:
+            place = int(np.argmax((tokens < lowest) | (tokens > highest)))
+            document = self.num_documents + int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+            raise DataError(41, f"{self.prefix}: token id {tokens[place]} in document {document}",
+                            f"must be in [{lowest}, {highest}]", "use the tokenizer of these ids")  # fmt: skip
+        self._max_token_id = max(self._max_token_id, largest)
+        self._min_token_id = min(self._min_token_id, smallest)
+
+    def _publish(self) -> None:
+        """Complete the temporary files, then put them in place of the old ones."""
+        self._write_pointers()
+        self._documents.seek(0)
+        while block := self._documents.read(8 * _CHUNK):
+            self._idx.write(block)
+        self._idx.seek(0)
+        counts = (VERSION, CODES[self.dtype], self.num_sequences, self.num_documents + 1)
+        self._idx.write(MAGIC + struct.pack("<QBQQ", *counts))
+        for file in (self._bin, self._idx):
+            file.flush()
+            os.fsync(file.fileno())
+        self._write_header()
+        path_of(self.prefix, ".documents.tmp").unlink()
+
+        idx = path_of(self.prefix, ".idx")
+        idx.unlink(missing_ok=True)  # before .bin changes: never an old index beside new tokens
+        _sync_folder(idx.parent)
+        for suffix in (".bin", ".meta.json", ".idx"):
+            os.replace(path_of(self.prefix, f"{suffix}.tmp"), path_of(self.prefix, suffix))
+        self._published = True
+        _sync_folder(idx.parent)
+
+    def _write_pointers(self) -> None:
+        """Append the byte offsets, made from the lengths that are already in the file."""
+        self._idx.flush()
+        pointer = 0
+        for first in range(0, self.num_sequences, _CHUNK):
+            count = min(_CHUNK, self.num_sequences - first)
+            self._idx.seek(FIRST_LENGTH + 4 * first)
+            ends = np.cumsum(np.frombuffer(self._idx.read(4 * count), "<i4"), dtype=np.int64) * self.dtype.itemsize
+            starts = np.concatenate([[0], ends[:-1]]) + pointer
+            self._idx.seek(FIRST_LENGTH + 4 * self.num_sequences + 8 * first)
+            self._idx.write(starts.astype("<i8").tobytes())
+            pointer += int(ends[-1])
+        self._idx.seek(0, os.SEEK_END)
+
+    def _write_header(self) -> None:
+        idx_hash = _hash_file(path_of(self.prefix, ".idx.tmp"))
+        header = DatasetHeader(
+            dtype=self.dtype.name,
+            sequences=self.num_sequences,
+            documents=self.num_documents,
+            tokens=self.num_tokens,
+            bin_bytes=self.num_tokens * self.dtype.itemsize,
+            idx_hash=idx_hash,
+            block_bytes=BLOCK_BYTES,
+            block_hashes=tuple(self._blocks.finish()),
+            fingerprint=_fingerprint(idx_hash, path_of(self.prefix, ".bin.tmp")),
+            max_token_id=self._max_token_id if self._max_token_id >= 0 and self._min_token_id >= 0 else None,
+            tokenizer=self.tokenizer,
+            options=self.options,
+            sources=tuple(self.sources),
+        )
+        with open(path_of(self.prefix, ".meta.json.tmp"), "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(header.to_json())  # surrogateescape: a source's path may be any bytes
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class _BlockHasher:
+    """XXH3-128 of each BLOCK_BYTES of a stream."""
+
+    def __init__(self) -> None:
+        self._hash, self._filled, self._done = xxhash.xxh3_128(), 0, []  # type: ignore[var-annotated]
+
+    def update(self, data: memoryview | bytes) -> None:
+        rest = memoryview(data)
+        while len(rest):
+            taken = rest[: BLOCK_BYTES - self._filled]
+            self._hash.update(taken)
+            self._filled += len(taken)
+            rest = rest[len(taken) :]
+            if self._filled == BLOCK_BYTES:
+                self._done.append(self._hash.hexdigest())
+                self._hash, self._filled = xxhash.xxh3_128(), 0
+
+    def finish(self) -> list[str]:
+        return self._done + ([self._hash.hexdigest()] if self._filled else [])
+
+
+def _map_file(path: Path) -> mmap.mmap | bytes:
+    """The bytes of a regular file, mapped; an empty file cannot be mapped and is b""."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not make us wait for a writer
+    except FileNotFoundError:
+        raise DataError(
+            30, str(path), "is missing", "give the prefix P of P.bin and P.idx, without the suffix"
+        ) from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(30, str(path), "is not a regular file", "give the prefix P of P.bin and P.idx")
+        return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ) if status.st_size else b""
+    finally:
+        os.close(descriptor)
+
+
+def _check_start(path: Path, index: mmap.mmap | bytes) -> tuple[int, int, int]:
+    """dtype code, number of sequences and of document boundaries, checked against the size of the file."""
+    if len(index) < FIRST_LENGTH or index[: len(MAGIC)] != MAGIC:
+        raise DataError(31, str(path), 'does not start as an index does, with "MMIDIDX"', REMAKE)
+    version, code, sequences, boundaries = struct.unpack_from("<QBQQ", index, len(MAGIC))
+    if version != VERSION:
+        raise DataError(32, f"{path}: version {version}", f"must be {VERSION}", REMAKE)
+    if code not in DTYPES:
+        raise DataError(33, f"{path}: dtype code {code}", f"must be one of {min(DTYPES)} to {max(DTYPES)}", REMAKE)
+    expected = FIRST_LENGTH + 12 * sequences + 8 * boundaries
+    if len(index) != expected:
+        raise DataError(
+            34,
+            f"{path} of {len(index):,} bytes",
+            f"must have {expected:,} bytes for its {sequences:,} sequences and {boundaries:,} document boundaries",
+            REMAKE,
+        )
+    return code, sequences, boundaries
+
+
+def _check_sequences(path: Path, lengths: np.ndarray, pointers: np.ndarray, itemsize: int) -> int:
+    """Lengths not negative, every sequence where the one before ends; the number of tokens."""
+    tokens = 0
+    for first in range(0, len(lengths), _CHUNK):
+        block = lengths[first : first + _CHUNK]
+        if block.min() < 0:
+            place = first + int(np.argmax(block < 0))
+            raise DataError(35, f"{path}: length {lengths[place]} of sequence {place}", "must not be negative", REMAKE)
+        ends = tokens + np.cumsum(block, dtype=np.int64)
+        starts = (ends - block) * itemsize
+        wrong = pointers[first : first + _CHUNK] != starts
+        if wrong.any():
+            place = first + int(np.argmax(wrong))
+            raise DataError(
+                36,
+                f"{path}: offset {pointers[place]} of sequence {place}",
+                f"must be {starts[place - first]}, where the sequence before ends",
+                REMAKE,
+            )
+        tokens = int(ends[-1])
+    return tokens
+
+
+def _check_documents(path: Path, boundaries: np.ndarray, sequences: int) -> bool:
+    """Boundaries from 0 to the number of sequences, never falling; whether each document is exactly one sequence."""
+    if len(boundaries) == 0 or boundaries[0] != 0 or boundaries[-1] != sequences:
+        raise DataError(37, f"{path}: document boundaries", f"must run from 0 to the {sequences} sequences", REMAKE)
+    one_each = len(boundaries) == sequences + 1
+    for first in range(0, len(boundaries) - 1, _CHUNK):
+        steps = np.diff(boundaries[first : first + _CHUNK + 1])
+        if steps.min() < 0:
+            place = first + 1 + int(np.argmax(steps < 0))
+            raise DataError(
+                37,
+                f"{path}: document boundary {boundaries[place]} at {place}",
+                "must not fall below the one before",
+                REMAKE,
+            )
+        one_each = one_each and bool((steps == 1).all())
+    return one_each
+
+
+def _read_header(path: Path) -> DatasetHeader | None:
+    if not path.exists():
+        return None
+    try:
+        return DatasetHeader.from_json(path.read_text(encoding="utf-8", errors="surrogateescape"))
+    except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
+        remedy = "prepare this dataset again; without this file it is read as one of another program"
+        raise DataError(39, str(path), f"is not a dataset header: {error}", remedy) from None
+
+
+def _foreign_header(prefix: Path, name: str, stated: object, found: object) -> DataError:
+    rule = f"does not belong to this .bin and .idx, whose {name} is {found}"
+    return DataError(40, f"{prefix}.meta.json: {name}={stated}", rule, REMAKE)
+
+
+def _hash_file(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(8 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fingerprint(idx_hash: str, bin_path: Path) -> str:
+    """See ``IndexedDataset.fingerprint``; at most 1 MiB of the .bin is read, evenly spread, both ends included."""
+    digest = xxhash.xxh3_128()
+    with open(bin_path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(f"{idx_hash} {size} ".encode())
+        last = max(size - _SAMPLED_BYTES, 0)
+        for place in sorted({last * k // (_SAMPLED_BLOCKS - 1) for k in range(_SAMPLED_BLOCKS)}):
+            file.seek(place)
+            digest.update(file.read(_SAMPLED_BYTES))
+    return digest.hexdigest()
+
+
+def _open_locked(path: Path) -> IO[bytes]:
+    """Open a temporary file that only one process may write; what a killed one left in it is dropped."""
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "w+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except BlockingIOError:
+        ours = False
+    if not ours:  # locked, or renamed to its final name between opening and locking
+        file.close()
+        raise DataError(42, str(path), "is being written by another process", "wait for it, or choose another prefix")
+    file.truncate(0)
+    return file
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames and removals in a folder outlast a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,63 @@
+"""The samples of one step, cut into micro-batches for one data-parallel rank.
+
+::
+
+    global batch of a step = samples [consumed, consumed + global_batch_size)
+
+    grad_accum 2, dp 2, micro-batch 2:     samples   0 1 | 2 3 | 4 5 | 6 7
+                                           rank       0     1     0     1
+                                           micro-batch   0     |     1
+
+So the state of the loader is one integer, ``consumed``, and the global batch is the same samples for every number of
+ranks. ``chain_digest`` proves it: a hash over the names of all samples so far, that each step carries on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_hammer.data.order import SampleId
+from megatron_hammer.data.samples import TrainData
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Inputs and targets of some samples: position t of ``labels`` is the token after position t of ``tokens``."""
+
+    tokens: np.ndarray
+    """[b, s] int64"""
+    labels: np.ndarray
+    """[b, s] int64"""
+
+
+def micro_batches(
+    data: TrainData, first_sample: int, micro_batch_size: int, grad_accum: int, dp_rank: int, dp_size: int
+) -> list[MicroBatch]:
+    """What data-parallel rank ``dp_rank`` of ``dp_size`` computes in the step that begins at sample ``first_sample``.
+
+    Micro-batch m holds samples first_sample + m * (dp_size * b) + dp_rank * b + [0, b).
+    """
+    batches = []
+    for accumulation in range(grad_accum):
+        first = first_sample + (accumulation * dp_size + dp_rank) * micro_batch_size
+        windows = np.stack([data.tokens(i) for i in range(first, first + micro_batch_size)])  # [b, s + 1]
+        batches.append(MicroBatch(tokens=windows[:, :-1].copy(), labels=windows[:, 1:].copy()))
+    return batches
+
+
+def chain_digest(previous: str, ids: Iterable[SampleId], fingerprints: Sequence[str]) -> str:
+    """BLAKE2b-128 over the digest of the step before and the samples of this one, as 32 hex digits.
+
+    Args:
+        previous: what the step before returned; "" before the first.
+        ids: samples of the whole global batch in the order of their numbers, not those of one rank.
+        fingerprints: content of each source; a sample is named by it and not by the source's place in the mix.
+    """
+    digest = hashlib.blake2b(previous.encode(), digest_size=16)
+    for sample in ids:
+        digest.update(f"\n{fingerprints[sample.source]} {sample.epoch} {sample.window}".encode())
+    return digest.hexdigest()
