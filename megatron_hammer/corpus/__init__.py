@@ -1,0 +1,1 @@
+"""Raw text: the strict reader that everything uses, and the sample corpus of the quick start."""

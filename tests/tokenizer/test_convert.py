@@ -1,0 +1,279 @@
+"""The Hugging Face folder: equal ids and texts through AutoTokenizer, and a proof that turns red when it should."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer as Backend
+
+from megatron_hammer.errors import RefusedError
+from megatron_hammer.tokenizer import convert
+from megatron_hammer.tokenizer.convert import FIXED_TEXTS, convert_tokenizer, derive_merges
+from megatron_hammer.tokenizer.load import SentencePieceTokenizer, load_tokenizer
+from tests.tokenizer.test_load import byte_level_backend, write_folder
+from tests.tokenizer.texts import handmade_model, model_proto, real_model, training_texts, write_model
+
+
+def auto(folder: Path, **arguments: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), **arguments)
+
+
+def test_folder_is_equal_by_default_and_beside_a_llama_config(
+    with_symbols: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    convert_tokenizer(with_symbols, tmp_path)
+    names = ["special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    assert load_tokenizer(tmp_path).fingerprint == with_symbols.fingerprint
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(with_symbols.path))
+    texts = [*FIXED_TEXTS, *(text[:2000] for text in training_texts())]
+    for config in (None, {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1}):
+        if config:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+        tokenizer = auto(tmp_path)
+        assert len(tokenizer) == with_symbols.vocab_size
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
+        for text in texts:
+            ids = reference.encode(text)
+            assert tokenizer(text)["input_ids"] == ids
+            assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+            assert tokenizer.decode([1, *ids, 2], skip_special_tokens=True) == reference.decode(ids)
+        assert tokenizer(texts)["input_ids"] == reference.encode(texts)
+
+
+def test_special_tokens_only_when_asked_for(plain: SentencePieceTokenizer, tmp_path: Path) -> None:
+    convert_tokenizer(plain, tmp_path)
+    x = plain.encode("x")
+    assert 1 not in auto(tmp_path)("<s>x")["input_ids"]
+    assert auto(tmp_path)("<s>x", split_special_tokens=False)["input_ids"] == [1, *x]
+    assert auto(tmp_path, add_bos_token=True)("x")["input_ids"] == [1, *x]
+
+
+def test_saved_again_by_transformers(with_symbols: SentencePieceTokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    convert_tokenizer(with_symbols, tmp_path / "a")
+    auto(tmp_path / "a").save_pretrained(tmp_path / "b")
+    again = auto(tmp_path / "b")
+    for text in FIXED_TEXTS:
+        assert again(text)["input_ids"] == with_symbols.encode(text)
+
+
+@pytest.mark.parametrize("name", ["llama2-7b.model", "internlm-7b.model", "hammerllm.model"])
+def test_real_models(name: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(real_model(name))
+    convert_tokenizer(tokenizer, tmp_path)
+    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    backend.encode_special_tokens = True
+    texts = training_texts()
+    assert [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)] == tokenizer.encode_batch(texts)
+
+
+# ---- the derivation ----
+
+
+def random_model(generator: random.Random, scores: int | None) -> Any:
+    """A few pieces over three letters; each its own score, or one of a few (merged vocabularies have many equals)."""
+    pieces = list("abc")
+    for _ in range(generator.randint(3, 14)):
+        piece = generator.choice(pieces) + generator.choice(pieces)
+        if piece not in pieces and len(piece) <= 5:
+            pieces.append(piece)
+    long = [piece for piece in pieces if len(piece) > 1]
+    generator.shuffle(long)
+    scored = [
+        (piece, float(-index if scores is None else -generator.randint(0, scores))) for index, piece in enumerate(long)
+    ]
+    symbols = ("cab", "ba") if generator.random() < 0.3 else ()
+    letters = [(letter, -1000.0 - ord(letter)) for letter in "abc"]
+    return handmade_model([p for p in scored if p[0] not in symbols] + letters, symbols)
+
+
+ALL_SHORT_TEXTS = ["".join(t) for n in range(1, 8) for t in itertools.product("abc", repeat=n)]
+
+
+def differing_texts(proto: Any) -> list[str]:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    merges, _ = derive_merges(proto, Path("m"))
+    backend = Backend.from_str(json.dumps(convert._build_definition(proto, merges)))
+    found = backend.encode_batch_fast(ALL_SHORT_TEXTS, add_special_tokens=False)
+    expected = processor.encode(ALL_SHORT_TEXTS)
+    return [t for t, a, b in zip(ALL_SHORT_TEXTS, expected, found) if a != b.ids]
+
+
+def test_distinct_scores_are_always_exact() -> None:
+    """On every text of up to seven letters, for vocabularies whose ids, scores and lengths have no order in common."""
+    for seed in range(50):
+        assert differing_texts(random_model(random.Random(seed), None)) == [], seed
+
+
+def test_equal_scores_are_exact_wherever_one_order_can_do_it() -> None:
+    """Some random vocabularies with equals cannot be written as ranks (ab and ba in "aba" and "bab"): most can."""
+    differing = sum(bool(differing_texts(random_model(random.Random(seed), 6))) for seed in range(50))
+    assert differing <= 5, differing  # ranks in the order of ids, without the demands: 14
+
+
+def test_runs_of_equal_pieces_grow_from_the_left(tmp_path: Path) -> None:
+    """Llama 2's runs of spaces all have the same score: the rule (b)."""
+    runs = [("\u2581" * n, -5.0) for n in range(2, 9)]
+    proto = handmade_model([*runs, ("\u2581", -6.0), ("x", -7.0)])
+    convert_tokenizer(load_tokenizer(write_model(proto, tmp_path / "m.model")), tmp_path)
+
+
+def test_one_merge_a_piece(plain: SentencePieceTokenizer) -> None:
+    merges, _ = derive_merges(model_proto(plain.path), plain.path)
+    made = [a + b for a, b in merges]
+    assert len(set(made)) == len(made)
+
+
+def test_dummy_prefix_and_unused_characters(tmp_path: Path) -> None:
+    pieces = [
+        ("\u2581a", -1.0),
+        ("ab", -2.0),
+        ("a", -3.0),
+        ("b", -4.0),
+        ("\u2581", -5.0),
+        ("\u00e9", -6.0),
+        ("<", -7.0),
+    ]
+    proto = handmade_model(pieces, dummy_prefix=True)
+    proto.pieces[-2].type = proto.SentencePiece.UNUSED
+    proto.pieces.add(piece="<unused_264>", score=-8.0)  # the name that the unused one would get
+    tokenizer = load_tokenizer(write_model(proto, tmp_path / "m.model"))
+    assert tokenizer.encode("\u00e9") == [263, 3 + 0xC3, 3 + 0xA9]
+    convert_tokenizer(tokenizer, tmp_path)
+    assert auto(tmp_path)("\u00e9 ab")["input_ids"] == tokenizer.encode("\u00e9 ab")
+
+
+# ---- refusals ----
+
+
+def spoil(kind: str, proto: Any) -> None:
+    match kind:
+        case "is not a BPE model":
+            proto.trainer_spec.model_type = 1
+        case "has no byte fallback":
+            for index in range(258, 2, -1):
+                del proto.pieces[index]
+            proto.trainer_spec.byte_fallback = False
+        case "normalises characters":
+            spec = model_proto(real_model("llama_zh_128k.model")).normalizer_spec
+            proto.normalizer_spec.CopyFrom(spec)
+        case "removes extra spaces":
+            proto.normalizer_spec.remove_extra_whitespaces = True
+        case "does not escape spaces":
+            proto.normalizer_spec.escape_whitespaces = False
+        case "puts spaces at the end":
+            proto.trainer_spec.treat_whitespace_as_suffix = True
+        case "both a dummy prefix and user-defined symbols":
+            proto.normalizer_spec.add_dummy_prefix = True
+            proto.pieces.add(piece="<sym>", score=0.0, type=proto.SentencePiece.USER_DEFINED)
+        case "merges into the unused piece 'ab'":
+            proto.pieces[259].type = proto.SentencePiece.UNUSED
+        case "merges the character 'b', which has no piece":
+            proto.pieces[261].piece = "z"
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "is not a BPE model", "has no byte fallback", "normalises characters", "removes extra spaces",
+        "does not escape spaces", "puts spaces at the end", "both a dummy prefix and user-defined symbols",
+        "merges into the unused piece 'ab'", "merges the character 'b', which has no piece",
+    ],
+)  # fmt: skip
+def test_what_cannot_be_expressed_is_refused_by_name(rule: str, tmp_path: Path) -> None:
+    proto = handmade_model([("ab", -1.0), ("a", -2.0), ("b", -3.0)])
+    spoil(rule, proto)
+    tokenizer = load_tokenizer(write_model(proto, tmp_path / "m.model"))
+    with pytest.raises(RefusedError, match=f"E501.*{rule}"):
+        convert_tokenizer(tokenizer, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.model"]
+
+
+def test_contradicting_equals_are_refused_with_the_text(tmp_path: Path) -> None:
+    proto = handmade_model([("ab", -1.0), ("ba", -1.0), ("a", -2.0), ("b", -3.0)])
+    with pytest.raises(RefusedError, match=r"E502.*differ on the text '.*(aba|bab)"):
+        convert_tokenizer(load_tokenizer(write_model(proto, tmp_path / "m.model")), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fault", ["merges by id", "prefix", "symbols dropped", "NUL", "wrong decoder", "specials match", "bos"]
+)
+def test_the_proof_sees_planted_faults(
+    fault: str, with_symbols: SentencePieceTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the stock conversion's mistakes, and some others, planted into what is written."""
+    build = convert._build_definition
+
+    def planted(proto: Any, merges: list[tuple[str, str]]) -> dict[str, Any]:
+        definition = build(proto, merges)
+        model = definition["model"]
+        match fault:
+            case "merges by id":
+                model["merges"].sort(key=lambda pair: -model["vocab"][pair[0] + pair[1]])
+            case "prefix":
+                prepend = {"type": "Prepend", "prepend": "\u2581"}
+                definition["normalizer"] = {"type": "Sequence", "normalizers": [prepend, definition["normalizer"]]}
+            case "symbols dropped":
+                definition["added_tokens"] = [t for t in definition["added_tokens"] if t["special"]]
+            case "NUL":
+                name = next(iter(reversed(model["vocab"])))  # a single character, the last piece
+                model["vocab"] = {("\0" if key == name else key): value for key, value in model["vocab"].items()}
+            case "wrong decoder":
+                definition["decoder"]["decoders"].pop(0)
+            case "bos":
+                definition["post_processor"] = {
+                    "type": "TemplateProcessing",
+                    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+                    "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+                }
+        return definition
+
+    def planted_settings(settings: dict[str, Any]) -> bytes:
+        if "split_special_tokens" in settings:
+            settings["split_special_tokens"] = fault != "specials match"
+        return json.dumps(settings).encode()
+
+    monkeypatch.setattr(convert, "_build_definition", planted)
+    monkeypatch.setattr(convert, "dump_json", planted_settings)
+    with pytest.raises(RefusedError, match=r"E502.*differ on the text"):
+        convert_tokenizer(with_symbols, tmp_path)
+
+
+# ---- a given tokenizer.json ----
+
+
+def test_given_definition_is_copied_and_proved(tmp_path: Path) -> None:
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "auto_map": {"AutoTokenizer": ["x.Y", None]},
+        "eos_token": "<|endoftext|>",
+    }
+    source = write_folder(tmp_path / "a", byte_level_backend(), tokenizer_config=config, config={"bos_token_id": 1})
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    tokenizer = load_tokenizer(source)
+    (tmp_path / "b").mkdir()
+    convert_tokenizer(tokenizer, tmp_path / "b")
+    assert (tmp_path / "b/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert (tmp_path / "b/chat_template.jinja").is_file()
+    assert load_tokenizer(tmp_path / "b").fingerprint == tokenizer.fingerprint
+    loaded = auto(tmp_path / "b")
+    assert (loaded.bos_token, loaded.eos_token) == ("<|im_start|>", "<|endoftext|>")
+    assert loaded("a<|endoftext|>")["input_ids"][-1] == 0  # its owner's default is kept
+
+
+def test_given_definition_that_transformers_reads_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(write_folder(tmp_path / "a", byte_level_backend()))
+    (tmp_path / "b").mkdir()
+    monkeypatch.setattr(tokenizer, "encode", lambda text: [5])
+    with pytest.raises(RefusedError, match="E502"):
+        convert_tokenizer(tokenizer, tmp_path / "b")

@@ -1,0 +1,189 @@
+"""Training: what the model is like, that it depends on the text alone, and how it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_hammer.errors import ConfigError, DataError
+from megatron_hammer.tokenizer.load import SentencePieceTokenizer, load_tokenizer
+from megatron_hammer.tokenizer.train import _Sample, read_characters, read_symbols, split_sentences, train_tokenizer
+from tests.tokenizer.texts import REPOSITORY, SYMBOLS, Texts, model_proto, training_texts
+
+
+def test_recipe_and_manifest(plain: SentencePieceTokenizer) -> None:
+    proto = model_proto(plain.path)
+    assert [piece.piece for piece in proto.pieces[:4]] == ["<unk>", "<s>", "</s>", "<0x00>"]
+    assert proto.normalizer_spec.name == "identity" and not proto.normalizer_spec.precompiled_charsmap
+    assert not proto.normalizer_spec.add_dummy_prefix and not proto.normalizer_spec.remove_extra_whitespaces
+    assert proto.trainer_spec.byte_fallback and proto.trainer_spec.split_digits
+    assert proto.trainer_spec.allow_whitespace_only_pieces
+    manifest = json.loads((plain.path.parent / "tokenizer.manifest.json").read_text())
+    assert manifest["fingerprint"] == plain.fingerprint
+    assert manifest["sha256"] == hashlib.sha256(plain.path.read_bytes()).hexdigest()
+    assert manifest["inputs"] == Texts(training_texts()).describe()
+    assert manifest["sampled_bytes"] == manifest["text_bytes"] > 300_000
+    assert sorted(p.name for p in plain.path.parent.iterdir()) == ["tokenizer.manifest.json", "tokenizer.model"]
+
+
+def test_line_breaks_and_indentation_are_learned(plain: SentencePieceTokenizer) -> None:
+    pieces = [piece.piece for piece in model_proto(plain.path).pieces]
+    assert "\n" in pieces and "\n\n" in pieces and "):\n" in pieces
+    assert "\u2581" * 8 in pieces
+    assert not any(len(piece) > 1 and any(c.isdigit() for c in piece) for piece in pieces if piece[:3] != "<0x")
+    assert len(plain.encode("\t")) == 1  # the byte piece
+
+
+def test_depends_on_text_alone(plain: SentencePieceTokenizer, tmp_path: Path) -> None:
+    texts = training_texts()
+    random.Random(5).shuffle(texts)
+    other = train_tokenizer(Texts(texts), tmp_path, 3000, threads=4)
+    assert other.path.read_bytes() == plain.path.read_bytes()
+
+
+def test_depends_on_no_process(tmp_path: Path) -> None:
+    """Two fresh interpreters with other hash seeds, through the program."""
+    lines = [json.dumps({"content": text}) for text in training_texts()]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines[::2]))
+    (tmp_path / "b.jsonl").write_text("\n".join(lines[1::2]))
+    tool = str(REPOSITORY / "tools/train_tokenizer.py")
+    for seed, inputs, output in (("1", "ab", "x/t.model"), ("2", "ba", "y")):
+        files = [str(tmp_path / f"{name}.jsonl") for name in inputs]
+        command = [sys.executable, tool, "--input", *files, "--json-key", "content", "--output", str(tmp_path / output),
+                   "--vocab-size", "2000", "--max-sentence-bytes", "2000"]  # fmt: skip
+        environment = {"PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": seed}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "2,000 pieces" in done.stdout and done.stderr.count("\n") == 1  # no chatter of the library
+    assert (tmp_path / "x/t.model").read_bytes() == (tmp_path / "y/tokenizer.model").read_bytes()
+    assert (tmp_path / "x/t.manifest.json").is_file()
+
+
+def test_user_defined_symbols(with_symbols: SentencePieceTokenizer) -> None:
+    proto = model_proto(with_symbols.path)
+    found = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
+    assert found == [symbol.replace(" ", "\u2581") for symbol in SYMBOLS]
+    for symbol in SYMBOLS:  # a literal string, spaces included, is one piece
+        assert with_symbols.decode(with_symbols.encode(f"x{symbol}y")) == f"x{symbol}y"
+        assert len(with_symbols.encode(f"x{symbol}y")) == 3
+    assert with_symbols.vocab_size == 2500
+
+
+def test_required_characters(tmp_path: Path) -> None:
+    (tmp_path / "c.txt").write_text("龘 靐\n龘\r\n", encoding="utf-8")
+    characters = read_characters(tmp_path / "c.txt")
+    assert characters == "龘靐"
+    tokenizer = train_tokenizer(Texts(training_texts()), tmp_path, 2500, required_characters=characters)
+    assert len(tokenizer.encode("龘靐")) == 2 < len(tokenizer.encode("齉"))
+
+
+def test_reserved_characters_do_not_lose_their_text(tmp_path: Path) -> None:
+    """The trainer would drop every sentence with a tab, U+2585 or NUL in it."""
+    sentence = "zygote quixotic\tkumquat\u2585zephyr\0 \u2581 wombat\n"
+    tokenizer = train_tokenizer(Texts([sentence * 500]), tmp_path, 300)
+    assert len(tokenizer.encode("zygote quixotic")) < 15
+    assert tokenizer.decode(tokenizer.encode(sentence)) == sentence.replace("\u2581", " ")
+
+
+@pytest.mark.parametrize(
+    "settings, code, words",
+    [
+        ({"vocab_size": 500_000}, "E260", r"more than this text can fill: it has \d+ pieces; use at most \d+"),
+        ({"vocab_size": 500}, "E260", r"cannot hold the \d+ .* pieces of this text; use more than \d+"),
+        ({"vocab_size": 100}, "E260", "leaves no room beside 259"),
+        ({"vocab_size": 0}, "E262", "must be from 1"),
+        ({"character_coverage": 0.5}, "E262", "must be from 0.98 to 1.0"),
+        ({"max_sentence_bytes": 70_000}, "E262", "must be from 64 to 65535"),
+        ({"user_defined_symbols": ["a", "a"]}, "E261", "occurs twice"),
+        ({"user_defined_symbols": ["<s>"]}, "E261", "control or byte piece"),
+        ({"user_defined_symbols": ["<0x41>"]}, "E261", "control or byte piece"),
+        ({"user_defined_symbols": ["a\0"]}, "E261", "NUL"),
+    ],
+)
+def test_refusals(tmp_path: Path, settings: dict, code: str, words: str) -> None:
+    settings = {"vocab_size": 2000} | settings
+    with pytest.raises(ConfigError, match=f"{code}.*{words}") as caught:
+        train_tokenizer(Texts(training_texts()), tmp_path / "out", settings.pop("vocab_size"), **settings)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_largest_vocabulary_that_fits(tmp_path: Path) -> None:
+    """The number in the message is right."""
+    texts = Texts([text[:3000] for text in training_texts()[:5]])
+    with pytest.raises(ConfigError) as caught:
+        train_tokenizer(texts, tmp_path, 100_000)
+    most = int(caught.value.remedy.split()[3].rstrip(","))
+    assert train_tokenizer(texts, tmp_path, most).vocab_size == most
+
+
+def test_no_text_and_a_failing_source(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"E315.*no text"):
+        train_tokenizer(Texts(["", "\t\0"]), tmp_path / "out", 1000)
+
+    class Failing(Texts):
+        def __iter__(self):
+            yield "some text"
+            raise DataError(4, "f.jsonl:2", "is not valid JSON", "mend it")
+
+    with pytest.raises(DataError, match="E304"):
+        train_tokenizer(Failing([]), tmp_path / "out", 1000)
+    assert not (tmp_path / "out").exists()
+
+
+def test_symbol_files(tmp_path: Path) -> None:
+    path = tmp_path / "s.txt"
+    path.write_bytes(b"<br>\r\n\\357\n\n two words \n")
+    assert read_symbols(path) == ["<br>", "\\357", " two words "]
+    with pytest.raises(ConfigError, match=r"E261.*cannot be read"):
+        read_symbols(tmp_path / "none")
+    path.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"E261.*not valid UTF-8 at byte 0"):
+        read_symbols(path)
+
+
+@given(st.text(st.sampled_from("ab 中。\n😀é\t\0\u2581\u2585"), max_size=400), st.integers(64, 120))
+def test_sentences_hold_the_whole_text(text: str, limit: int) -> None:
+    sentences = list(split_sentences(text, limit))
+    assert all(0 < len(s) <= limit for s in sentences)
+    joined = b"".join(sentences).decode()  # each is whole UTF-8, or this fails
+    assert all(s.decode() for s in sentences)
+    assert joined == text.translate(dict.fromkeys(map(ord, "\t\0\u2581\u2585")))
+
+
+def test_sentences_are_cut_where_words_begin() -> None:
+    sentences = list(split_sentences("word    another " * 50, 100))
+    assert len(sentences) > 5
+    assert all(s.startswith((b" ", b"word")) and not s.endswith(b" ") for s in sentences[:-1])
+    assert next(split_sentences("一句话。" * 30, 100)).decode().endswith("。")
+
+
+def test_sample_is_a_choice_by_content() -> None:
+    generator = random.Random(3)
+    sentences = [generator.randbytes(generator.randint(1, 200)).hex().encode() for _ in range(400)]
+    sentences += sentences[:100]  # repeated ones stay or go together
+    chosen = []
+    for _ in range(4):
+        generator.shuffle(sentences)
+        sample = _Sample(20_000)
+        for sentence in sentences:
+            sample.add(sentence)
+        assert sample.kept_bytes == sum(map(len, sample.sentences)) <= 20_000 < sample.seen_bytes
+        chosen.append(sample.sentences)
+    assert chosen[0] == chosen[1] == chosen[2] == chosen[3]
+    assert sample.kept_bytes > 18_000
+
+
+def test_sampled_training(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(Texts(training_texts()), tmp_path, 1500, sample_bytes=100_000, max_sentence_bytes=1000)
+    manifest = json.loads((tmp_path / "tokenizer.manifest.json").read_text())
+    assert 90_000 < manifest["sampled_bytes"] <= 100_000 < manifest["text_bytes"]
+    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
