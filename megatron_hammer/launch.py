@@ -458,6 +458,7 @@ def _rank_main(
 ) -> None:
     """First function of a new process: run ``entry``, hand any error to the launcher, exit with its code."""
     _die_with(launcher)
+    _on_stop_signals(lambda *_: None)  # what the training loop gives back at its end: a late signal changes nothing
     try:
         store = _connect(node, port, config.parallel.timeout_seconds) if node.world_size > 1 else None
         module, _, function = entry.partition(":")

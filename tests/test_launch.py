@@ -104,17 +104,19 @@ def rank_sleeps(config: Config, rank: int, local_rank: int, world_size: int, sto
 
 
 def rank_saves(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
-    """The training loop's manners: a handler that remembers, a save that takes a while, 75."""
+    """The training loop's manners: handlers that remember, a save that takes a while, the old handlers again, 75."""
     seen: list[int] = []
-    for signum in STOP_SIGNALS:
-        signal.signal(signum, lambda number, _: seen.append(number))
+    before = {s: signal.signal(s, lambda number, _: seen.append(number)) for s in STOP_SIGNALS}
     say("pid", os.getpid())
     time.sleep(0.5)  # a signal that comes now must wait
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     while not seen:
         time.sleep(0.02)
-    time.sleep(0.5)
+    time.sleep(0.3)
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
     say("saved after", signal.Signals(seen[0]).name)
+    time.sleep(0.5)
     return 75
 
 
@@ -225,16 +227,19 @@ def test_exit_code_and_one_line(
     ("signum", "nproc"), [(signal.SIGTERM, 2), (signal.SIGINT, 1), (signal.SIGHUP, 1), (signal.SIGUSR1, 1)]
 )
 def test_a_signal_saves_and_exits_75(signum: signal.Signals, nproc: int) -> None:
-    """Sent while the ranks still start, and again (one of another kind too) while they save."""
+    """Sent while the ranks still start; again (one of another kind too) while they save, and after that."""
     process = start("rank_saves", nproc)
     numbers = pids(process, nproc)
     process.send_signal(signum)
     time.sleep(0.7)
     process.send_signal(signum)
     process.send_signal(signal.SIGTERM)
-    code, out, lines = finish(process)
+    assert process.stdout is not None
+    saved = [process.stdout.readline() for _ in range(nproc)]
+    process.send_signal(signum)
+    code, _, lines = finish(process)
     assert (code, lines) == (75, [])
-    assert out.count(f"saved after {signum.name}") == nproc
+    assert saved == nproc * [f"saved after {signum.name}\n"]
     assert_gone(numbers, seconds=0.5)
 
 

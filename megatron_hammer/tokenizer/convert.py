@@ -104,6 +104,7 @@ def convert_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
             "add_bos_token": False,
             "add_eos_token": False,
             "split_special_tokens": True,
+            "model_input_names": ["input_ids", "attention_mask"],  # a Llama takes no token_type_ids
             "clean_up_tokenization_spaces": False,
         }
         write_file(directory / "tokenizer_config.json", dump_json(config))

@@ -22,7 +22,7 @@ from megatron_hammer.checkpoint.format import (
     step_name,
 )
 from megatron_hammer.checkpoint.load import load_shards
-from megatron_hammer.checkpoint.save import commit, pieces_of, stage_tokenizer, write_rank
+from megatron_hammer.checkpoint.save import PRECISION_DTYPES, commit, pieces_of, stage_tokenizer, write_rank
 from megatron_hammer.config import ModelConfig, RopeScaling, config_from_tree, config_to_tree
 from megatron_hammer.model.parameters import Parameter, logical_shapes, parameter_table
 from megatron_hammer.parallel.context import ParallelContext
@@ -34,10 +34,11 @@ Logical = dict[tuple[str, str], Tensor]
 
 def tiny_model(**changes: Any) -> ModelConfig:
     """8 heads on 2 groups (copies of keys and values from TP 4 on), an odd vocabulary, one layer."""
-    fields: dict[str, Any] = dict(
-        hidden_size=16, ffn_hidden_size=24, num_layers=1, num_attention_heads=8, num_query_groups=2, head_dim=4,
-        vocab_size=131, max_position_embeddings=64,
-    )  # fmt: skip
+    fields: dict[str, Any] = {
+        "hidden_size": 16, "ffn_hidden_size": 24, "num_layers": 1, "num_attention_heads": 8, "num_query_groups": 2,
+        "head_dim": 4,
+        "vocab_size": 131, "max_position_embeddings": 64,
+    }  # fmt: skip
     return ModelConfig(**{**fields, **changes})
 
 
@@ -113,7 +114,7 @@ def write_layout(
         write_rank(staging, rank, pieces_of(rank_shards(model, rank, tp, dp, tensors, kinds)))
     files: TokenizerFiles | None = None if tokenizer is None else stage_tokenizer(tokenizer, staging)
     commit(staging, target, step=step, model=model, config_tree=config_tree(model, precision=precision),
-           state={"consumed_samples": 3}, weights_dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[precision],
+           state={"consumed_samples": 3}, weights_dtype=PRECISION_DTYPES[precision],
            layout=Layout(tp * dp, tp, dp), tokenizer=files)  # fmt: skip
     return read_manifest(target)
 

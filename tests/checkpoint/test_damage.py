@@ -152,12 +152,13 @@ def test_forging_is_possible_so_that_the_tests_below_test_something(checkpoint):
 
 
 @pytest.mark.parametrize("name", [
-    "../rank-00000.safetensors", "/etc/passwd", "rank-00000.safetensors/../rank-00001.safetensors", "", ".", "rank-00000.bin",
+    "../rank-00000.safetensors", "/etc/passwd", "rank-00000.safetensors/../rank-00001.safetensors", "", ".",
+    "rank-00000.bin",
     "rank-00000.safetensors\n", "rank-0.safetensors", "$(touch x).safetensors", None, 3, ["rank-00000.safetensors"],
 ])  # fmt: skip
 def test_a_file_name_that_could_lead_elsewhere_is_refused(checkpoint, name):
     forge(checkpoint, lambda tree: tree["files"][0].update(name=name))
-    with pytest.raises(CheckpointError, match="E406"):
+    with pytest.raises(CheckpointError, match=r"E406"):
         read_manifest(checkpoint)
 
 
@@ -244,13 +245,13 @@ GOOD = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
 ], ids=range(21))  # fmt: skip
 def test_a_hostile_tensor_file_header_is_refused(tmp_path, header):
     TensorFileReader(header_file(tmp_path / "good", {"a": GOOD}))
-    with pytest.raises(CheckpointError, match="E410.*bad"):
+    with pytest.raises(CheckpointError, match=r"E410.*bad"):
         TensorFileReader(header_file(tmp_path / "bad", header))
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**9, 60])
 def test_a_header_longer_than_the_file_is_not_allocated(tmp_path, length):
-    with pytest.raises(CheckpointError, match="E410"):
+    with pytest.raises(CheckpointError, match=r"E410"):
         TensorFileReader(header_file(tmp_path / "x", {"a": GOOD}, length=length))
     sparse = header_file(tmp_path / "sparse", {"a": GOOD}, length=2**35)
     os.truncate(sparse, 2**36)  # costs nothing on disk

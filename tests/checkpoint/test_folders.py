@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -94,7 +97,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
         resolve_checkpoint(tmp_path)
     staging = tmp_path / "step-00000007.tmp-0123"
     write_layout(tmp_path, MODEL, random_logical(MODEL)).folder.rename(staging)
-    with pytest.raises(CheckpointError, match="E402.*never committed"):
+    with pytest.raises(CheckpointError, match=r"E402.*never committed"):
         resolve_checkpoint(staging)
 
 
@@ -131,10 +134,8 @@ def test_a_crash_at_any_phase_leaves_old_or_new_and_the_next_save_cleans(tmp_pat
     step = 20 if again else 30
     with monkeypatch.context() as patch:
         kill_at(patch, *phase)
-        try:
+        with contextlib.suppress(Killed):
             save_step(run, step, seed=3)
-        except Killed:
-            pass
     found = {m.step: m.state["seed"] for m in map(read_manifest, find_checkpoints(run))}
     before = {10: 1, 20: 2}
     assert found in (before, {**before, step: 3}, {20: 2, 30: 3}), found
@@ -158,7 +159,7 @@ def test_replacing_keeps_the_old_when_the_rename_fails(tmp_path, monkeypatch):
         original(a, b)
 
     monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(DiskError, match="E601.*Input/output"):
+    with pytest.raises(DiskError, match=r"E601.*Input/output"):
         save_step(run, 10, seed=2)
     monkeypatch.undo()
     assert [read_manifest(p).state["seed"] for p in find_checkpoints(run)] == [1]
@@ -168,15 +169,11 @@ def test_replacing_keeps_the_old_when_the_rename_fails(tmp_path, monkeypatch):
 def test_a_disk_that_fills_while_writing_leaves_nothing(tmp_path, monkeypatch):
     run = tmp_path / "checkpoints"
     save_step(run, 10)
-    import resource
-
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    import signal
-
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-        with pytest.raises(DiskError, match="E601"):
+        with pytest.raises(DiskError, match=r"E601"):
             save_step(run, 20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,8 @@ def make_hf(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB"
     from transformers import LlamaConfig, LlamaForCausalLM
 
     fields = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "vocab_size": 131, "max_position_embeddings": 48, "initializer_range": 0.2}  # fmt: skip
+              "num_key_value_heads": 2, "vocab_size": 131, "max_position_embeddings": 48,
+              "initializer_range": 0.2}  # fmt: skip
     torch.manual_seed(5)
     model = LlamaForCausalLM(LlamaConfig(**{**fields, **changes})).to(dtype)
     for name, weight in model.named_parameters():
@@ -47,13 +49,15 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     for name in a:
-        assert a[name].dtype == b[name].dtype and torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), name
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), (
+            name
+        )
 
 
 VARIANTS = [
     ({}, torch.float32, "5GB"),
     ({"tie_word_embeddings": True}, torch.bfloat16, "5GB"),
-    ({"head_dim": 6, "rms_norm_eps": 1e-5}, torch.float16, "20KB"),
+    ({"head_dim": 6, "rms_norm_eps": 1e-5}, torch.float16, "10KB"),
     ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                                           "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
      torch.bfloat16, "10KB"),
@@ -93,7 +97,9 @@ def test_the_import_is_a_start_for_a_run(tmp_path, tokenizer_model):
     source = make_hf(tmp_path / "hf", vocab_size=700)
     shutil.copy(tokenizer_model, source)
     target = import_hf(source, tmp_path / "run")
-    config = load_config(tmp_path / "run" / "model.yaml", ["data.train=x", "checkpoint.init_from=" + str(tmp_path / "run")])
+    config = load_config(
+        tmp_path / "run" / "model.yaml", ["data.train=x", "checkpoint.init_from=" + str(tmp_path / "run")]
+    )
     config.validate(world_size=1)
     assert config.model == saved_model(read_manifest(target))
     assert config.data.seq_length == 48 and config.tokenizer.path == str(target / "tokenizer")
@@ -102,7 +108,7 @@ def test_the_import_is_a_start_for_a_run(tmp_path, tokenizer_model):
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000000"]
     model = saved_model(read_manifest(target))
     write_layout(tmp_path / "run" / "checkpoints", model, random_logical(model, kinds=("weight",)), step=4)
-    with pytest.raises(RefusedError, match="E527.*step-00000004"):
+    with pytest.raises(RefusedError, match=r"E527.*step-00000004"):
         import_hf(source, tmp_path / "run")
 
 
@@ -118,15 +124,16 @@ def test_an_import_without_tokenizer_says_so_and_keeps_the_token_ids(tmp_path):
     assert "no tokenizer" in json.loads((tmp_path / "back" / "certificate.json").read_text())["tokenizer"]["inputs"]
 
 
-@pytest.mark.parametrize("tp, dp", [(1, 1), (2, 2), (8, 1)])
-@pytest.mark.parametrize("dtype", [None, "float32", "float16"])
+@pytest.mark.parametrize("tp, dp, dtype", [(1, 1, None), (2, 2, None), (8, 1, "float32"), (1, 3, "float16")])
 def test_a_trained_checkpoint_exports_its_rounded_weights(tmp_path, tokenizer, tp, dp, dtype):
     model = tiny_model(vocab_size=tokenizer.vocab_size)
     tensors = random_logical(model)
     write_layout(tmp_path / "run" / "checkpoints", model, tensors, tp, dp, tokenizer=tokenizer, precision="bf16")
     certificate = export_hf(tmp_path / "run", tmp_path / "out" / "hf", dtype, 30_000, prove=prove)
     wanted = getattr(torch, dtype or "bfloat16")
-    assert_same_bits(weights_of(tmp_path / "out" / "hf"), {n: tensors[n, "weight"].to(wanted) for n in logical_shapes(model)})
+    assert_same_bits(
+        weights_of(tmp_path / "out" / "hf"), {n: tensors[n, "weight"].to(wanted) for n in logical_shapes(model)}
+    )
     assert certificate["step"] == 7 and set(certificate["texts"]) == {"zh", "en", "code"}
     files = {p.name for p in (tmp_path / "out" / "hf").iterdir()}
     assert set(certificate["files"]) == files - {"certificate.json"}
@@ -145,7 +152,7 @@ def test_shards_are_those_of_the_index_and_of_the_metadata(tmp_path):
     assert index["metadata"]["total_size"] == 4 * sum(torch.Size(s).numel() for s in logical_shapes(model).values())
     for name, file in index["weight_map"].items():
         with safe_open(tmp_path / "hf" / file, framework="pt") as reader:
-            assert name in reader.keys() and reader.metadata() == {"format": "pt"}
+            assert name in set(reader.keys()) and reader.metadata() == {"format": "pt"}
 
 
 def test_the_plan_of_shards_keeps_order_and_limit():
@@ -166,7 +173,7 @@ def test_an_output_of_somebody_else_is_left_alone(tmp_path):
     with pytest.raises(RefusedError, match=r"E525.*thesis\.tex"):
         export("theirs")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(RefusedError, match="E525.*is a file"):
+    with pytest.raises(RefusedError, match=r"E525.*is a file"):
         export("file")
     (tmp_path / "empty").mkdir()
     export("empty")
@@ -188,12 +195,12 @@ def test_a_failed_export_keeps_what_was_there_and_a_crashed_one_is_cleaned(tmp_p
         assert (folder / "model.safetensors").exists()
         raise RefusedError(20, "the proof", "failed", "see above")
 
-    with pytest.raises(RefusedError, match="E520"):
+    with pytest.raises(RefusedError, match=r"E520"):
         export_hf(tmp_path / "run", tmp_path / "hf", "float16", prove=refuse, note=lambda text: None)
     assert_same_bits(before, weights_of(tmp_path / "hf"))
     (tmp_path / ("hf.tmp-" + "0" * 16)).mkdir()  # a killed export
     (tmp_path / "hf").rename(tmp_path / ("hf.old-" + "0" * 16))  # killed between the two renames
-    with pytest.raises(RefusedError, match="E520"):
+    with pytest.raises(RefusedError, match=r"E520"):
         export_hf(tmp_path / "run", tmp_path / "hf", prove=refuse, note=lambda text: None)
     assert_same_bits(before, weights_of(tmp_path / "hf"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "run"]
@@ -220,7 +227,7 @@ NORM = "model.norm.weight"
 @pytest.mark.parametrize("damage, expected", [
     (lambda f: edit(f, lambda w: w.pop(NORM)), rf"E424.*{NORM} is missing"),
     (lambda f: edit(f, lambda w: w.update(extra=torch.ones(2))), "E425.*extra"),
-    (lambda f: edit(f, lambda w: w.update({NORM: torch.ones(17)})), rf"E426.*{NORM} of shape \[17\] must have shape \[16\]"),
+    (lambda f: edit(f, lambda w: w.update({NORM: torch.ones(17)})), rf"E426.*{NORM} of shape \[17\] must have"),
     (lambda f: edit(f, lambda w: w.update({NORM: torch.ones(16, dtype=torch.float64)})), rf"E427.*{NORM} of type F64"),
     (rename_to_bin, r"E423.*pytorch_model\.bin is a pickle"),
     (lambda f: (f / "model.safetensors").unlink(), "E429"),
@@ -245,7 +252,12 @@ def test_a_folder_that_cannot_be_imported_is_refused_by_name_and_leaves_nothing(
 def test_old_buffers_and_a_redundant_tied_head_are_passed_over(tmp_path):
     source = make_hf(tmp_path / "hf", tie_word_embeddings=True)
     embedding = weights_of(source)["model.embed_tokens.weight"]
-    edit(source, lambda w: w.update({"lm_head.weight": embedding.clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
+    edit(
+        source,
+        lambda w: w.update(
+            {"lm_head.weight": embedding.clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+        ),
+    )
     import_hf(source, tmp_path / "run", note=lambda text: None)
     edit(source, lambda w: w.update({"lm_head.weight": embedding + 1}))
     with pytest.raises(CheckpointError, match=r"E425.*lm_head\.weight"):
@@ -255,11 +267,11 @@ def test_old_buffers_and_a_redundant_tied_head_are_passed_over(tmp_path):
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, tokenizer_model, tokenizer):
     source = make_hf(tmp_path / "hf")  # 131 rows
     shutil.copy(tokenizer_model, source)
-    with pytest.raises(RefusedError, match="E528.*tokenizer of 700 ids"):
+    with pytest.raises(RefusedError, match=r"E528.*tokenizer of 700 ids"):
         import_hf(source, tmp_path / "run")
     model = tiny_model()
     write_layout(tmp_path / "other", model, random_logical(model), tokenizer=tokenizer)
-    with pytest.raises(RefusedError, match="E528"):
+    with pytest.raises(RefusedError, match=r"E528"):
         export_hf(tmp_path / "other", tmp_path / "out", prove=prove)
     assert not (tmp_path / "out").exists()
 
@@ -278,7 +290,9 @@ def test_the_tools_convert_both_ways(tmp_path, tokenizer_model):
     done = run_tool("hf_to_checkpoint.py", "--hf", source, "--save", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "checkpoint.init_from=" in done.stdout
-    done = run_tool("checkpoint_to_hf.py", "--load", tmp_path / "run", "--output", tmp_path / "back", "--max-shard-size", "20KB")
+    done = run_tool(
+        "checkpoint_to_hf.py", "--load", tmp_path / "run", "--output", tmp_path / "back", "--max-shard-size", "20KB"
+    )
     assert done.returncode == 0, done.stderr
     assert "certificate passed" in done.stdout
     assert_same_bits(weights_of(source), weights_of(tmp_path / "back"))
@@ -297,15 +311,26 @@ def test_the_tools_convert_both_ways(tmp_path, tokenizer_model):
     ("checkpoint_to_hf.py", ["--load", "x", "--output", "y", "--dtype", "int8"], 2, "error[E201]"),
     ("hf_to_checkpoint.py", ["--hf", "nowhere", "--save", "x"], 4, "error[E420]: nowhere"),
 ])  # fmt: skip
-def test_mistakes_are_one_line_and_a_documented_exit_code(tool, arguments, code, line):
-    done = run_tool(tool, *arguments)
-    assert done.returncode == code and done.stderr.startswith(line) and done.stderr.count("\n") == 1, done.stderr
+def test_mistakes_are_one_line_and_a_documented_exit_code(tool, arguments, code, line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [tool, *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
+    said = capsys.readouterr().err
+    assert caught.value.code == code and said.startswith(line) and said.count("\n") == 1, said
+
+
+HELP = """
+import runpy, sys
+sys.argv = ["tool", "--help"]
+try:
+    runpy.run_path({path!r}, run_name="__main__")
+except SystemExit:
+    print("torch" in sys.modules)
+"""
 
 
 @pytest.mark.parametrize("tool", ["checkpoint_to_hf.py", "hf_to_checkpoint.py"])
 def test_help_needs_no_torch(tool):
-    code = f"import runpy, sys; sys.argv = ['x', '--help']\ntry: runpy.run_path({str(ROOT / 'tools' / tool)!r}, run_name='__main__')\nexcept SystemExit: print('torch' in sys.modules)"
+    code = HELP.format(path=str(ROOT / "tools" / tool))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("False\n"), done.stderr
-
-

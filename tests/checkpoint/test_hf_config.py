@@ -82,21 +82,23 @@ def test_rope_forms_that_disagree_are_refused():
         {"rope_scaling": LLAMA3, "rope_parameters": {**LLAMA3, "factor": 4.0}},
         {"rope_scaling": {**LLAMA3}, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     ):
-        with pytest.raises(CheckpointError, match="E422.*rope_parameters.*disagrees"):
+        with pytest.raises(CheckpointError, match=r"E422.*rope_parameters.*disagrees"):
             model_config_from_hf({**PLAIN, **rope})
 
 
 @pytest.mark.parametrize("feature", [
-    {"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}, {"pretraining_tp": 2}, {"attention_dropout": 0.1},
+    {"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}, {"pretraining_tp": 2},
+    {"attention_dropout": 0.1},
     {"model_type": "mistral"}, {"architectures": ["LlamaForSequenceClassification"]}, {"sliding_window": 4096},
     {"quantization_config": {"bits": 4}}, {"auto_map": {"AutoModel": "x.Y"}}, {"partial_rotary_factor": 0.5},
     {"layer_types": ["sliding_attention"]}, {"rope_scaling": {"type": "linear", "factor": 2.0}},
-    {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+    {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
     {"rope_scaling": {**LLAMA3, "attention_factor": 2.0}}, {"rope_parameters": {"full_attention": LLAMA3}},
     {"num_local_experts": 8}, {"original_max_position_embeddings": 8192}, {"qk_norm": True},
 ], ids=str)  # fmt: skip
 def test_a_feature_that_we_do_not_have_is_refused_by_its_name(feature):
-    with pytest.raises(CheckpointError, match="E421") as caught:
+    with pytest.raises(CheckpointError, match=r"E421") as caught:
         model_config_from_hf({**PLAIN, **feature}, "folder/config.json")
     assert next(iter(feature)) in str(caught.value) and "folder/config.json" in str(caught.value)
 
@@ -118,17 +120,23 @@ def test_a_feature_that_is_off_is_no_feature(harmless):
     ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
 ])  # fmt: skip
 def test_an_impossible_value_is_refused_by_its_name(name, value):
-    with pytest.raises(CheckpointError, match="E422"):
+    with pytest.raises(CheckpointError, match=r"E422"):
         model_config_from_hf({**PLAIN, name: value})
 
 
 def test_something_that_is_no_model_config_is_refused():
-    with pytest.raises(CheckpointError, match="E422.*model_type"):
+    with pytest.raises(CheckpointError, match=r"E422.*model_type"):
         model_config_from_hf({"hidden_size": 16})
 
 
 def test_sizes_are_read_as_people_write_them():
-    assert [parse_size(t) for t in ("5GB", "1.5 MB", "512MiB", "1000", "2kb")] == [5 * 10**9, 1500000, 2**29, 1000, 2000]
+    assert [parse_size(t) for t in ("5GB", "1.5 MB", "512MiB", "1000", "2kb")] == [
+        5 * 10**9,
+        1500000,
+        2**29,
+        1000,
+        2000,
+    ]
     for text in ("", "GB", "-1", "5TB", "0", "5GBs", "1e9"):
-        with pytest.raises(ConfigError, match="E280"):
+        with pytest.raises(ConfigError, match=r"E280"):
             parse_size(text)

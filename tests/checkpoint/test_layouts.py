@@ -16,6 +16,7 @@ from megatron_hammer.errors import CheckpointError
 from megatron_hammer.model.llama import build_llama
 from megatron_hammer.model.parameters import logical_shapes, parameter_table
 from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.train.step import train_step
 from tests.checkpoint.layouts import (
     KINDS,
     config_tree,
@@ -27,7 +28,6 @@ from tests.checkpoint.layouts import (
 )
 from tests.distributed import run_distributed
 from tests.model.tiny import build, make_context, rank_batches, tiny_config
-from megatron_hammer.train.step import train_step
 
 LAYOUTS = [(tp, dp) for tp in (1, 2, 4, 8) for dp in (1, 2, 3)]
 
@@ -38,7 +38,7 @@ def saved(request, tmp_path_factory):
     model = tiny_model(tie_word_embeddings=request.param)
     tensors = random_logical(model)
     folder = tmp_path_factory.mktemp("layouts")
-    return model, tensors, {l: write_layout(folder / f"tp{l[0]}dp{l[1]}", model, tensors, *l) for l in LAYOUTS}
+    return model, tensors, {(tp, dp): write_layout(folder / f"{tp}-{dp}", model, tensors, tp, dp) for tp, dp in LAYOUTS}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -103,12 +103,12 @@ def test_weights_load_without_moments_but_moments_do_not_without_being_there(tmp
 
 
 @pytest.mark.parametrize("change, named", [
-    (dict(vocab_size=132), "model.vocab_size=132 must be 131"),
-    (dict(num_attention_heads=4, head_dim=8), "num_attention_heads"),  # the same shapes, another function
-    (dict(rope_theta=500000.0), "rope_theta"),
-    (dict(norm_eps=1e-6), "norm_eps"),
-    (dict(num_layers=2), "num_layers"),
-    (dict(tie_word_embeddings=True), "tie_word_embeddings"),
+    ({"vocab_size": 132}, "model.vocab_size=132 must be 131"),
+    ({"num_attention_heads": 4, "head_dim": 8}, "num_attention_heads"),  # the same shapes, another function
+    ({"rope_theta": 500000.0}, "rope_theta"),
+    ({"norm_eps": 1e-6}, "norm_eps"),
+    ({"num_layers": 2}, "num_layers"),
+    ({"tie_word_embeddings": True}, "tie_word_embeddings"),
 ])  # fmt: skip
 def test_another_model_is_refused_by_the_name_of_the_setting(tmp_path, change, named):
     model = tiny_model()
@@ -185,8 +185,8 @@ def _fail_on_one_rank(rank: int, folder: str) -> str:
 
         save.write_rank = fail
     try:
-        save_checkpoint(folder, 5, optimizer.shards(), model=config.model, config_tree=config_tree(config.model), state={},
-                        tokenizer=None, ctx=ctx, keep_last=2)  # fmt: skip
+        save_checkpoint(folder, 5, optimizer.shards(), model=config.model, config_tree=config_tree(config.model),
+                        state={}, tokenizer=None, ctx=ctx, keep_last=2)  # fmt: skip
     except HammerError as error:
         return str(error)
     finally:

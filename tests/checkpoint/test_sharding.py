@@ -24,13 +24,13 @@ def cases(draw):
         row += rows
     total = (row + draw(st.integers(0, 2))) * width
     start = draw(st.integers(0, total))
-    return slices, width, total, start, draw(st.integers(start, total))
+    return slices, width, start, draw(st.integers(start, total))
 
 
 @settings(max_examples=400, deadline=None)
 @given(cases())
 def test_rectangles_cover_a_range_exactly(case):
-    slices, width, total, start, stop = case
+    slices, width, start, stop = case
     for piece in slices:
         left = 0 if piece.cols is None else piece.cols[0]
         expected = {}  # flat position -> (logical row, logical column)

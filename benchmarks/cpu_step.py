@@ -1,0 +1,71 @@
+"""Our training step against transformers' Trainer on this machine's cores, in alternating runs.
+
+    python benchmarks/cpu_step.py [--sizes quick mid] [--rounds 3] [--modes eager compile]
+
+Each run is a process of its own. Prints every run, then the medians and ratios against the better of the peer's modes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+SIDES = ("our_step.py", "hf_trainer.py")
+
+
+def run(script: str, size: str, mode: str, precision: str) -> dict:
+    """One process, its last line of output."""
+    done = subprocess.run([sys.executable, str(FOLDER / script), size, mode, precision], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{script} {size} {mode} {precision} failed:\n{done.stderr[-2000:]}")
+    line = json.loads(done.stdout.strip().splitlines()[-1])
+    print(json.dumps(line), flush=True)
+    return line
+
+
+def main() -> None:
+    """Alternate the sides and print a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["quick", "mid"], choices=["quick", "mid"])
+    parser.add_argument("--modes", nargs="+", default=["eager", "compile"], choices=["eager", "compile"])
+    parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp32"])
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    import torch
+    import transformers
+
+    print(
+        f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+    table = [
+        "| size | precision | ours | peer, better mode | ratio | memory ours / peer, MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for size in arguments.sizes:
+        for precision in arguments.precisions:
+            runs: dict[tuple[str, str], list[dict]] = {}
+            for _ in range(arguments.rounds):
+                for mode in arguments.modes:
+                    for script in SIDES:
+                        runs.setdefault((script, mode), []).append(run(script, size, mode, precision))
+            rates = {key: statistics.median(r["tokens_per_second"] for r in lines) for key, lines in runs.items()}
+            best = {side: max((k for k in rates if k[0] == side), key=lambda k: rates[k]) for side in SIDES}
+            ours, peer = best[SIDES[0]], best[SIDES[1]]
+            memory = [statistics.median(r["memory_mb"] for r in runs[k]) for k in (ours, peer)]
+            table.append(
+                f"| {size} | {precision} | {rates[ours]:,.0f} tokens/s ({ours[1]}) | {rates[peer]:,.0f} ({peer[1]}) | "
+                f"{rates[ours] / rates[peer]:.2f} | {memory[0]:.0f} / {memory[1]:.0f} |"
+            )
+    print("\n".join(table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+#!/usr/bin/env bash
+# From raw text to a Hugging Face model: the 1.4B recipe on GPUs, or the same chain at a size for this machine.
+#
+#   bash examples/pretrain_1b4.sh [group.field=value ...]          arguments go to the training program
+#
+#   DATA       indexed datasets with their weights, "142 /p/zh_text_document 128 /p/en_text_document", or one prefix
+#   VALID      validation sets by name, "zh=/p/zv_text_document en=/p/ev_text_document"; absent: no evaluation
+#   TOKENIZER  what made the data: a sentencepiece .model, a tokenizer.json or a Hugging Face folder
+#   OUT        folder of the run (train.output); default runs/pretrain_1b4
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    for more than one node: start it on each, or let Slurm do so:
+#              srun --ntasks-per-node=1 bash examples/pretrain_1b4.sh
+#   PYTHON, TORCH_INDEX_URL    see tools/make_venv.sh, which makes .venv on first use
+#
+# With GPUs, DATA and TOKENIZER this is examples/configs/hammerllm_1b4.yaml on all GPUs. Otherwise the first line says
+# why not, and examples/configs/quick_start.yaml runs on a sample corpus through the same programs.
+#
+# Running it again continues where it stopped: stages whose result is complete are skipped, training resumes.
+# Exit codes: those of the programs (megatron_hammer/errors.py); 75: stopped by a signal and saved, run it again.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+readonly root python=$root/.venv/bin/python out=${OUT:-runs/pretrain_1b4}
+readonly languages=(zh en code)
+
+fail() {
+    printf 'error[E2%s]: %s\n' "$1" "$2" >&2
+    exit 2
+}
+
+# --------------------------------------------------------------------------------------------------------------------
+# What was asked for
+# --------------------------------------------------------------------------------------------------------------------
+
+# GPUs that a program may use, counted without torch: this runs before anything is installed.
+count_gpus() {
+    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        local visible=()
+        if [[ ${CUDA_VISIBLE_DEVICES:--1} != -1 ]]; then IFS=, read -r -a visible <<<"$CUDA_VISIBLE_DEVICES"; fi
+        echo "${#visible[@]}"
+    else
+        { nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true
+    fi
+}
+
+# A value as a quoted YAML string, whatever characters it has.
+quote() {
+    local value=${1//\\/\\\\}
+    printf '"%s"' "${value//\"/\\\"}"
+}
+
+# DATA -> the value of data.train.
+train_sources() {
+    local words=() pairs='' i
+    read -r -a words <<<"$DATA"
+    if [[ ! ${words[0]} =~ ^[0-9.]+([eE][-+]?[0-9]+)?$ || ${#words[@]} -eq 1 ]]; then
+        quote "$DATA" # one prefix, blanks in it or not
+        return
+    fi
+    ((${#words[@]} % 2 == 0)) || fail 53 "DATA=$DATA must be pairs of weight and prefix; give one weight before each prefix"
+    for ((i = 0; i < ${#words[@]}; i += 2)); do
+        [[ ${words[i]} =~ ^[0-9.]+([eE][-+]?[0-9]+)?$ ]] ||
+            fail 53 "DATA: ${words[i]} must be a number, the weight of ${words[i + 1]}; give one weight before each prefix"
+        pairs+="${pairs:+, }$(quote "${words[i + 1]}"): ${words[i]}"
+    done
+    printf '{%s}' "$pairs"
+}
+
+# VALID -> the value of data.valid.
+valid_sets() {
+    local words=() pairs='' word
+    read -r -a words <<<"$VALID"
+    for word in "${words[@]}"; do
+        [[ $word == ?*=?* ]] || fail 54 "VALID: $word must be name=prefix; write VALID=\"zh=PREFIX en=PREFIX\""
+        pairs+="${pairs:+, }$(quote "${word%%=*}"): $(quote "${word#*=}")"
+    done
+    printf '{%s}' "$pairs"
+}
+
+# Slurm's variables, where ours are not set.
+find_nodes() {
+    nnodes=${NNODES:-${SLURM_NNODES:-1}}
+    node_rank=${NODE_RANK:-${SLURM_NODEID:-0}}
+    master_addr=${MASTER_ADDR:-}
+    master_port=${MASTER_PORT:-29500} # the port that torch programs use by custom
+    if ((nnodes > 1)) && [[ -z $master_addr && -n ${SLURM_JOB_NODELIST:-} ]]; then
+        master_addr=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    fi
+    if ((nnodes > 1)) && [[ -z $master_addr ]]; then
+        fail 55 "NNODES=$nnodes needs MASTER_ADDR; give the address of node 0"
+    fi
+}
+
+# --------------------------------------------------------------------------------------------------------------------
+# Stages
+# --------------------------------------------------------------------------------------------------------------------
+
+# Run a program and pass stop signals on to it: bash alone would die of them and leave it running.
+run() {
+    local code
+    "$@" &
+    local child=$!
+    trap 'kill -s TERM "$child" 2>/dev/null || true' TERM INT HUP USR1
+    while :; do
+        code=0
+        wait "$child" || code=$?
+        kill -0 "$child" 2>/dev/null || break # a signal ends wait early, the program goes on
+    done
+    trap - TERM INT HUP USR1
+    return "$code"
+}
+
+tool() { run "$python" "$root/tools/$1" "${@:2}"; }
+
+stage() { printf '\n== %s\n' "$*"; }
+
+done_already() { printf '   done already: %s\n' "$*"; }
+
+make_corpus() {
+    stage "sample corpus of Chinese, English and code"
+    if [[ -e $out/corpus/manifest.json ]]; then
+        done_already "$out/corpus"
+    else
+        tool make_sample_corpus.py --out "$out/corpus"
+    fi
+    present=() # of the languages: one whose source could not be had has no file
+    local language
+    for language in "${languages[@]}"; do
+        if [[ -s $out/corpus/$language.jsonl ]]; then present+=("$language"); fi
+    done
+}
+
+make_tokenizer() {
+    stage "tokenizer"
+    if [[ -e $out/tokenizer/tokenizer.model ]]; then
+        done_already "$out/tokenizer"
+    else
+        local language texts=()
+        for language in "${present[@]}"; do texts+=("$out/corpus/$language.jsonl"); done
+        tool train_tokenizer.py --input "${texts[@]}" --output "$out/tokenizer" --vocab-size 8192
+    fi
+}
+
+make_datasets() {
+    stage "indexed datasets"
+    local language part
+    mkdir -p "$out/data"
+    for language in "${present[@]}"; do
+        for part in "$language" "$language.valid"; do
+            if [[ -e $out/data/${part/./_}_text_document.idx ]]; then
+                done_already "$out/data/${part/./_}_text_document"
+            else
+                tool preprocess_data.py --input "$out/corpus/$part.jsonl" --json-keys text \
+                    --tokenizer-model "$out/tokenizer" --output-prefix "$out/data/${part/./_}" \
+                    --prepend-bos --append-eod --workers "$(nproc)"
+            fi
+        done
+    done
+}
+
+train() {
+    stage "training"
+    local code=0
+    run "$python" -m megatron_hammer.launch "$@" || code=$?
+    if ((code == 75)); then
+        echo "Stopped and saved. The same command goes on from there: bash examples/pretrain_1b4.sh"
+    fi
+    return "$code"
+}
+
+newest_checkpoint() {
+    local folder newest=''
+    for folder in "$out"/checkpoints/step-????????; do
+        if [[ -d $folder ]]; then newest=$folder; fi # names sort by step
+    done
+    echo "$newest"
+}
+
+export_model() {
+    stage "Hugging Face model, proved against the checkpoint"
+    if [[ $out/hf/certificate.json -nt $1 ]]; then
+        done_already "$out/hf"
+    else
+        tool checkpoint_to_hf.py --load "$out" --output "$out/hf"
+    fi
+}
+
+show_model() {
+    stage "a sample in each language"
+    tool generate.py --hf "$out/hf" --prompt "服务器返回的结果" --prompt "The function returns" --prompt "def main("
+    stage "loss curve"
+    tool plot_loss.py "$out" --output "$out/loss.png"
+}
+
+summary() {
+    cat <<END
+
+Done. Everything is in $out:
+  checkpoints/   the newest is $(basename "$1")
+  hf/            the model for transformers: AutoModelForCausalLM.from_pretrained("$out/hf")
+  metrics.jsonl  one JSON object a step
+  tensorboard/   $root/.venv/bin/tensorboard --logdir $out/tensorboard
+  loss.png       the loss curve
+What to run next:
+  $python $root/tools/generate.py --hf $out/hf --prompt "import numpy"
+END
+    if $quick; then
+        cat <<END
+  bash examples/pretrain_1b4.sh train.num_steps=500      # the same run, on to step 500
+  DATA="142 P_zh_text_document 128 P_en_text_document" TOKENIZER=M.model OUT=runs/my_1b4 \\
+      bash examples/pretrain_1b4.sh                      # the 1.4B recipe, on GPUs; README.md says how to make the data
+END
+    fi
+}
+
+# --------------------------------------------------------------------------------------------------------------------
+
+quick_start() {
+    local gpus=$1 nproc=2 layout=()
+    shift
+    bash "$root/tools/make_venv.sh"
+    if ((gpus == 1)); then
+        nproc=1 layout=(parallel.tensor_model_parallel_size=1 parallel.sequence_parallel=false)
+    fi
+    make_corpus
+    make_tokenizer
+    make_datasets
+    local language train='' valid=''
+    for language in "${present[@]}"; do
+        train+="${train:+, }$(quote "$out/data/${language}_text_document"): 1"
+        valid+="${valid:+, }$(quote "$language"): $(quote "$out/data/${language}_valid_text_document")"
+    done
+    train --nproc "$nproc" "$root/examples/configs/quick_start.yaml" "${layout[@]}" "train.output=$(quote "$out")" \
+        "tokenizer.path=$(quote "$out/tokenizer")" "data.train={$train}" "data.valid={$valid}" "$@"
+}
+
+main() {
+    local gpus quick=true argument newest
+    gpus=$(count_gpus)
+    if [[ -n ${DATA:-} && -z ${TOKENIZER:-} ]]; then
+        fail 56 "TOKENIZER is not set but DATA is; set TOKENIZER to the tokenizer that made the data"
+    fi
+    for argument in "$@"; do
+        if [[ $argument == train.output=* ]]; then fail 57 "$argument must be given as OUT; set OUT=${argument#*=}"; fi
+    done
+    find_nodes
+    if ((gpus == 0)); then
+        echo "No NVIDIA GPU found${DATA:+: DATA is left aside}. The same chain runs on a sample corpus, at a size for this machine."
+    elif [[ -z ${DATA:-} ]]; then
+        echo "DATA is not set. The same chain runs on a sample corpus, at a size for minutes."
+    else
+        quick=false
+    fi
+    export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false # everything is local
+    if $quick; then
+        if ((nnodes > 1)); then fail 58 "NNODES=$nnodes needs GPUs and DATA; unset it for the sample run"; fi
+        quick_start "$gpus" "$@"
+    else
+        local layout=(--nproc "$gpus") settings=("train.output=$(quote "$out")" "tokenizer.path=$(quote "$TOKENIZER")")
+        settings+=("data.train=$(train_sources)")
+        if [[ -n ${VALID:-} ]]; then
+            settings+=("data.valid=$(valid_sets)")
+        else
+            echo "VALID is not set: no evaluation."
+        fi
+        if ((nnodes > 1)); then
+            layout+=(--nnodes "$nnodes" --node-rank "$node_rank" --master-addr "$master_addr" --master-port "$master_port")
+        fi
+        bash "$root/tools/make_venv.sh"
+        train "${layout[@]}" "$root/examples/configs/hammerllm_1b4.yaml" "${settings[@]}" "$@"
+        if ((node_rank > 0)); then exit 0; fi # node 0 does the rest
+    fi
+    newest=$(newest_checkpoint)
+    if [[ -z $newest ]]; then exit 0; fi # train.dry_run=true
+    export_model "$newest"
+    show_model
+    summary "$newest"
+}
+
+main "$@"

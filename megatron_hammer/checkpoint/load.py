@@ -1,0 +1,256 @@
+"""Loading: any layout from any layout, because both sides speak of rectangles of logical tensors.
+
+For each rectangle that a rank wants, the saved slices that intersect it are found in the manifest; each is read once,
+its hash is compared, and the common part is copied. Files are opened one after the other and read in order.
+
+Memory: the rank's own state plus at most one saved slice; none where a slice fits its place (same layout, CPU), since
+then it is read right there. Loading is strict: what is missing, of another shape or damaged ends it with file and
+tensor named. Vocabulary padding belongs to no logical tensor and is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.checkpoint.format import MANIFEST, Manifest, SavedFile, SavedSlice
+from megatron_hammer.checkpoint.save import DTYPES
+from megatron_hammer.checkpoint.tensorfile import TensorFileReader
+from megatron_hammer.config import ModelConfig, config_from_tree
+from megatron_hammer.errors import CheckpointError, ConfigError, HammerError, from_os_error
+from megatron_hammer.model.llama import Llama
+from megatron_hammer.model.parameters import Parameter, logical_shapes
+from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.parallel.sharding import Range, Shard, intersect, rectangles
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a rectangle of a logical tensor is wanted: data is a [rows, cols] (or [rows]) view."""
+
+    rows: Range
+    cols: Range | None
+    data: Tensor
+
+    def common(self, piece: SavedSlice) -> tuple[Range, Range | None] | None:
+        """Rows and columns that this place and a saved slice share."""
+        rows = intersect(self.rows, piece.rows)
+        if rows is None or self.cols is None or piece.cols is None:
+            return None if rows is None else (rows, None)
+        cols = intersect(self.cols, piece.cols)
+        return None if cols is None else (rows, cols)
+
+
+def _window(data: Tensor, origin: _Place | SavedSlice, rows: Range, cols: Range | None) -> Tensor:
+    """The part of ``data``, which starts at ``origin``'s corner, that holds these logical rows and columns."""
+    view = data[rows[0] - origin.rows[0] : rows[1] - origin.rows[0]]
+    if cols is None or origin.cols is None:
+        return view
+    return view[:, cols[0] - origin.cols[0] : cols[1] - origin.cols[0]]
+
+
+def saved_model(manifest: Manifest) -> ModelConfig:
+    """The model as it was when saved, with the longest context filled in.
+
+    Raises:
+        CheckpointError: the checkpoint's config has a setting that this version does not know.
+    """
+    try:
+        config = config_from_tree(manifest.config)
+        config.model.check()
+    except ConfigError as error:
+        raise CheckpointError(
+            6,
+            str(manifest.folder / MANIFEST),
+            f"holds a config of another version ({error})",
+            "read it with the version of the program that wrote it",
+        ) from None
+    model = config.model
+    if model.vocab_size is None:
+        raise CheckpointError(
+            6, str(manifest.folder / MANIFEST), "does not state model.vocab_size", "use another checkpoint"
+        )
+    if model.max_position_embeddings is None:
+        tree = {**manifest.config["model"], "max_position_embeddings": config.data.seq_length}
+        model = config_from_tree({**manifest.config, "model": tree}).model
+    return model
+
+
+def check_fits(manifest: Manifest, model: ModelConfig, kinds: Collection[str]) -> None:
+    """Raise ``CheckpointError`` unless the checkpoint is one of this very model and holds all ``kinds``."""
+    where = str(manifest.folder)
+    for kind in sorted(set(kinds) - manifest.kinds):
+        raise CheckpointError(
+            12,
+            where,
+            f"holds no {kind}, only {', '.join(sorted(manifest.kinds))}",
+            f"take its weights into a new run with checkpoint.init_from={where}",
+        )
+    ours, theirs = architecture(model), architecture(saved_model(manifest))
+    for name, value in ours.items():
+        if value != theirs[name]:
+            raise CheckpointError(
+                14,
+                f"model.{name}={value}",
+                f"must be {theirs[name]} as in the checkpoint {where}",
+                f"set model.{name} accordingly or use another checkpoint",
+            )
+    shapes = logical_shapes(model)
+    for tensor in manifest.tensors:
+        if tensor.name not in shapes:
+            raise CheckpointError(13, f"{where}: {tensor}", "is not a tensor of this model", "use another checkpoint")
+    for kind in kinds:
+        for name, shape in shapes.items():
+            at = manifest.index.get((name, kind))
+            found = None if at is None else manifest.tensors[at].shape
+            if found != shape:
+                rule = "is missing" if found is None else f"has shape {list(found)} where the model has {list(shape)}"
+                raise CheckpointError(13, f"{where}: {kind} {name}", rule, "use another checkpoint")
+
+
+def architecture(model: ModelConfig) -> dict[str, Any]:
+    """What two configs must share for the same weights to mean the same function; most of it shows in no shape."""
+    return {
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.query_groups,
+        "head_dim": model.head_size,
+        "vocab_size": model.vocab_size,
+        "norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": model.rope_scaling,
+        "tie_word_embeddings": model.tie_word_embeddings,
+    }
+
+
+def load_shards(
+    manifest: Manifest, shards: Sequence[Shard], *, model: ModelConfig, kinds: Collection[str], ctx: ParallelContext
+) -> None:
+    """Fill the shards' tensors of these kinds, converting to their types. Called by all ranks of the world.
+
+    Raises:
+        HammerError: on all ranks, when the checkpoint does not fit the model or one of them could not read its part.
+    """
+    failure: HammerError | None = None
+    try:
+        check_fits(manifest, model, kinds)
+        wanted: dict[int, list[_Place]] = {}
+        for shard in shards:
+            for kind in kinds:
+                for part in shard.parameter.slices:
+                    for box in rectangles(part, shard.start, shard.stop):
+                        flat = shard.tensors[kind].detach()
+                        view = flat[box.position : box.position + box.numel].view(box.shape)
+                        wanted.setdefault(manifest.index[part.tensor, kind], []).append(
+                            _Place(box.rows, box.cols, view)
+                        )
+        _fill(manifest, wanted)
+    except HammerError as error:
+        failure = error
+    except OSError as error:
+        failure = from_os_error(error, f"reading {manifest.folder}")
+    ctx.raise_together(failure)
+
+
+def load_model(
+    model: Llama,
+    table: Sequence[Parameter],
+    manifest: Manifest,
+    ctx: ParallelContext,
+    round_to: torch.dtype | None = None,
+) -> None:
+    """Fill a model's weights, without any optimizer. Communicates over the world.
+
+    Args:
+        table: of this rank; names and shapes as in the model.
+        round_to: pass each weight through this type, as an export does, whatever type the model has.
+    """
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    shards = [Shard(p, 0, p.numel, {"weight": weights[p.name].view(-1)}) for p in table]
+    load_shards(manifest, shards, model=model.config, kinds=("weight",), ctx=ctx)
+    if round_to is not None:
+        for weight in weights.values():
+            weight.copy_(weight.to(round_to))
+
+
+def read_logical(manifest: Manifest, name: str, kind: str = "weight") -> Tensor:
+    """One whole logical tensor, in the type in which it is stored.
+
+    Memory: the tensor, and one of its slices where these are cut by columns.
+    """
+    at = manifest.index.get((name, kind))
+    if at is None:
+        raise CheckpointError(13, f"{manifest.folder}: {kind} {name}", "is missing", "use another checkpoint")
+    tensor = manifest.tensors[at]
+    data = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
+    cols = (0, tensor.shape[1]) if len(tensor.shape) == 2 else None
+    _fill(manifest, {at: [_Place((0, tensor.shape[0]), cols, data)]})
+    return data
+
+
+def verify_checkpoint(manifest: Manifest, watch: Callable[[Sequence[SavedFile]], Iterable[SavedFile]] = iter) -> None:
+    """Compare every slice in every file with its hash, keeping nothing.
+
+    Raises:
+        CheckpointError: names the first file, and tensor, that is not as it was saved.
+    """
+    for file in watch(manifest.files):
+        with _open(manifest, file) as reader:
+            for piece in file.slices:
+                _compare(manifest, reader, piece, reader.hash_of(_expect(manifest, reader, piece)))
+
+
+def _fill(manifest: Manifest, wanted: dict[int, list[_Place]]) -> None:
+    for file in manifest.files:
+        hits = [(s, [p for p in wanted.get(s.tensor, ()) if p.common(s)]) for s in file.slices if s.tensor in wanted]
+        hits = [(piece, places) for piece, places in hits if places]
+        if hits:
+            with _open(manifest, file) as reader:
+                for piece, places in hits:
+                    _read(manifest, reader, piece, places)
+
+
+def _read(manifest: Manifest, reader: TensorFileReader, piece: SavedSlice, places: list[_Place]) -> None:
+    """Read one slice, verify it, and copy what each place wants of it."""
+    key, dtype = _expect(manifest, reader, piece), DTYPES[manifest.tensors[piece.tensor].dtype]
+    first = places[0]
+    target = _window(first.data, first, *first.common(piece))  # type: ignore[misc]
+    direct = len(places) == 1 and target.shape == piece.shape and target.dtype == dtype
+    direct = direct and target.is_contiguous() and target.device.type == "cpu"
+    data = target if direct else torch.empty(piece.shape, dtype=dtype)
+    _compare(manifest, reader, piece, reader.read_into(key, data.view(-1).view(torch.uint8).numpy()))
+    if not direct:
+        for place in places:
+            rows, cols = place.common(piece)  # type: ignore[misc]
+            _window(place.data, place, rows, cols).copy_(_window(data, piece, rows, cols))
+
+
+def _open(manifest: Manifest, file: SavedFile) -> TensorFileReader:
+    return TensorFileReader(manifest.folder / file.name, file.size, file.header_hash)
+
+
+def _expect(manifest: Manifest, reader: TensorFileReader, piece: SavedSlice) -> str:
+    """The key of a slice, after checking that the file has it as the manifest says."""
+    key, tensor = manifest.key(piece), manifest.tensors[piece.tensor]
+    entry = reader.tensors.get(key)
+    if entry is None or entry.dtype != tensor.dtype or entry.shape != piece.shape:
+        raise CheckpointError(
+            10, f"{reader.path}: {key}", "is not there as the manifest describes it", "use another checkpoint"
+        )
+    return key
+
+
+def _compare(manifest: Manifest, reader: TensorFileReader, piece: SavedSlice, found: str) -> None:
+    if found != piece.hash:
+        raise CheckpointError(
+            11,
+            f"{reader.path}: {manifest.key(piece)}",
+            "has changed since it was saved",
+            "restore the file or use another checkpoint",
+        )

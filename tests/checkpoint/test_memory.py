@@ -1,0 +1,98 @@
+"""Exporting, importing, loading: one tensor and a little, not the model; measured as resident memory of a child."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_hammer.checkpoint.hf import export_hf
+from megatron_hammer.model.parameters import logical_shapes
+from tests.checkpoint.layouts import random_logical, tiny_model, write_layout
+
+MB = 2**20
+# Two matrices of 63 MB and layers of 3 MB each.
+MODEL = tiny_model(hidden_size=256, ffn_hidden_size=512, num_layers=8, head_dim=32, vocab_size=64001)
+LARGEST, TOTAL = 63 * MB, 4 * sum(torch.Size(s).numel() for s in logical_shapes(MODEL).values())
+LITTLE = 16 * MB  # two chunks of 4 MiB, and the allocator's slack
+
+CHILD = """
+import resource, sys
+import torch, numpy, tqdm, megatron_hammer.checkpoint.certificate
+from pathlib import Path
+from megatron_hammer.checkpoint.format import read_manifest, resolve_checkpoint
+from megatron_hammer.checkpoint.hf import export_hf, import_hf
+from megatron_hammer.checkpoint.load import load_shards, saved_model
+from megatron_hammer.checkpoint.save import save_checkpoint
+from megatron_hammer.model.parameters import parameter_table
+from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.parallel.sharding import Shard
+
+def certify(checkpoint, folder, dtype):
+    (folder / "certificate.json").write_text("{}")
+
+def peak():
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
+
+def reset():
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts from what is resident now
+
+def growth(task, source, target):
+    manifest = read_manifest(resolve_checkpoint(source)) if task != "import" else None
+    if task in ("load", "save"):
+        model = saved_model(manifest)
+        shards = [Shard(p, 0, p.numel, {"weight": torch.ones(p.numel)}) for p in parameter_table(model)]
+    reset()
+    before = peak()
+    if task == "export":
+        export_hf(source, target, "bfloat16", prove=certify, note=lambda text: None)
+    elif task == "import":
+        import_hf(source, target, note=lambda text: None)
+    elif task == "load":
+        load_shards(manifest, shards, model=model, kinds=("weight",), ctx=ParallelContext.single())
+    else:
+        save_checkpoint(target, 1, shards, model=model, config_tree=manifest.config, state={}, tokenizer=None,
+                        ctx=ParallelContext.single(), keep_last=2)
+    return peak() - before
+
+task, warm_source, source, target = sys.argv[1:]
+growth(task, warm_source, target + "-warm")  # libraries and thread pools become resident
+print(growth(task, source, target))
+"""
+
+
+def certify(checkpoint: Path, folder: Path, dtype: str) -> None:
+    """No proof: it is the writing that is measured."""
+    (folder / "certificate.json").write_text("{}")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A checkpoint of TP 2 (so that tensors have to be put together) and a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("memory")
+    tensors = {(n, "weight"): torch.full(s, 0.5) for n, s in logical_shapes(MODEL).items()}
+    write_layout(folder / "run", MODEL, tensors, 2, 1)
+    tiny = tiny_model()
+    write_layout(folder / "tiny-run", tiny, random_logical(tiny), 2, 1)
+    for name in ("run", "tiny-run"):
+        export_hf(folder / name, folder / name.replace("run", "hf"), "float32", prove=certify, note=lambda text: None)
+    return folder
+
+
+@pytest.mark.parametrize("task, source, allowed", [
+    ("export", "run", LARGEST + LITTLE),
+    ("import", "hf", LARGEST + LITTLE),
+    ("load", "run", LARGEST + LITTLE),  # beside the state itself
+    ("save", "run", LITTLE),
+])  # fmt: skip
+def test_peak_memory_is_one_tensor_and_a_little(places, tmp_path, task, source, allowed):
+    command = [sys.executable, "-c", CHILD, task, str(places / f"tiny-{source}"), str(places / source)]
+    command.append(str(tmp_path / "out"))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    grown = int(done.stdout)
+    assert allowed < TOTAL * 0.7, "the bound must tell one tensor from the whole model"
+    assert grown < allowed, f"{task} grew by {grown / MB:.0f} MB, the model has {TOTAL / MB:.0f} MB"

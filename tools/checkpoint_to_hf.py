@@ -1,0 +1,33 @@
+"""Convert a checkpoint to a Hugging Face folder that transformers loads, and prove that it is the same model.
+
+The partitions are merged tensor by tensor; the folder appears at --output only after a separate process has compared
+it with the checkpoint (logits of fixed Chinese, English and code text, weights, tokenizer). DIR/certificate.json says
+what was compared. On a mismatch the exit code is 5 and nothing is left at --output.
+"""
+
+from __future__ import annotations
+
+from megatron_hammer.cli import ArgumentParser, run
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="checkpoint_to_hf.py", description=__doc__)
+    parser.add_argument(
+        "--load", required=True, metavar="CKPT_OR_RUN", help="checkpoint folder, or a run for its latest"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="new folder, or an earlier export to replace")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: that of the training run")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one weights file (default: 5GB)")
+    arguments = parser.parse_args()
+
+    from megatron_hammer.checkpoint.certificate import summary
+    from megatron_hammer.checkpoint.hf import export_hf, parse_size
+
+    size = parse_size(arguments.max_shard_size)
+    certificate = export_hf(arguments.load, arguments.output, arguments.dtype, size)
+    print(summary(certificate))
+    print(f"wrote {arguments.output}, for transformers.AutoModelForCausalLM.from_pretrained")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,28 @@
+"""Convert a Hugging Face Llama to a checkpoint, so that pretraining can continue from it.
+
+The result is DIR/checkpoints/step-00000000 with the weights in their own type, and DIR/model.yaml with the model's
+settings. Start a new run from it with checkpoint.init_from=DIR, or convert it back with checkpoint_to_hf.py --load DIR.
+A feature of the model that ours does not have is refused by name.
+"""
+
+from __future__ import annotations
+
+from megatron_hammer.cli import ArgumentParser, run
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="hf_to_checkpoint.py", description=__doc__)
+    parser.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder with safetensors weights")
+    parser.add_argument("--save", required=True, metavar="DIR", help="folder for the checkpoint")
+    arguments = parser.parse_args()
+
+    from megatron_hammer.checkpoint.hf import import_hf
+
+    checkpoint = import_hf(arguments.hf, arguments.save)
+    print(f"wrote {checkpoint}")
+    preset = f"{arguments.save}/model.yaml checkpoint.init_from={arguments.save}"
+    print(f"continue from it: python -m megatron_hammer.train {preset} data.train=PREFIX train.output=RUN")
+
+
+if __name__ == "__main__":
+    run(main)

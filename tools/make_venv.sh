@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# Make .venv in the repository root, complete, or do nothing when it is complete already.
+#
+#   bash tools/make_venv.sh
+#   PYTHON=/opt/python3.12/bin/python3 bash tools/make_venv.sh         another interpreter (3.11 or 3.12)
+#   TORCH_INDEX_URL=URL bash tools/make_venv.sh                        torch from another index, such as a CPU build
+#   HAMMER_NO_EXTENSIONS=1 bash tools/make_venv.sh                     without the C++ index builder (see setup.py)
+#
+# What is missing on the machine is named before anything is downloaded (exit code 2). torch goes in first, in a step of
+# its own: pip would otherwise be free to take a version outside our range, or a CUDA build of some gigabytes where the
+# CPU build was asked for. The file .venv/.complete, written last, holds a hash of what was installed from: after an
+# interruption the next call starts afresh, after a change of pyproject.toml, setup.py or csrc/ it installs again.
+set -euo pipefail
+
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+readonly venv=.venv complete=.venv/.complete unfinished=.venv/.unfinished
+readonly torch_range='torch>=2.11,<2.14' # as in pyproject.toml; tests/test_examples.py compares them
+
+fail() {
+    printf 'error[E2%s]: %s\n' "$1" "$2" >&2
+    exit 2
+}
+
+# What an interpreter lacks, one word a line; "version X.Y" when it is not one that we support.
+readonly probe='
+import os, sys, sysconfig
+if not (3, 11) <= sys.version_info[:2] <= (3, 12):
+    print("version %d.%d" % sys.version_info[:2])
+    sys.exit()
+try:
+    import ensurepip, venv
+except ImportError:
+    print("venv")
+if os.environ.get("HAMMER_NO_EXTENSIONS") != "1" and not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
+    print("headers")
+'
+
+# The first complete Python of the candidates goes to $python; else the nearest miss is named.
+choose_python() {
+    local candidate lacks nearest='' nearest_lacks='' seen=''
+    for candidate in ${PYTHON:+"$PYTHON"} ${PYTHON:-python3.12 python3.11 python3 python}; do
+        lacks=$("$candidate" -c "$probe" 2>/dev/null) || continue
+        if [[ -z $lacks ]]; then
+            python=$candidate
+            return
+        elif [[ $lacks == version* ]]; then
+            seen+="${seen:+, }$candidate is ${lacks#version }"
+        elif [[ -z $nearest ]]; then
+            nearest=$candidate nearest_lacks=$lacks
+        fi
+    done
+    if [[ -z $nearest ]]; then
+        fail 50 "Python 3.11 or 3.12 was not found (${PYTHON:+PYTHON=$PYTHON; }${seen:-no Python at all}); install it\
+ (Debian 12: apt-get install python3 python3-venv python3-dev) or set PYTHON to such an interpreter"
+    fi
+    local version what='' packages=''
+    version=$("$nearest" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    if [[ $nearest_lacks == *venv* ]]; then
+        what+=" the module venv with ensurepip," packages+=" python$version-venv"
+    fi
+    if [[ $nearest_lacks == *headers* ]]; then
+        what+=" the headers (Python.h)," packages+=" python$version-dev"
+    fi
+    fail 51 "$nearest (Python $version) lacks${what%,}; apt-get install$packages, or set PYTHON to another Python 3.11 or 3.12"
+}
+
+find_compiler() {
+    if [[ ${HAMMER_NO_EXTENSIONS:-} == 1 ]]; then return; fi
+    command -v "${CXX:-c++}" >/dev/null || command -v g++ >/dev/null ||
+        fail 52 "a C++ compiler (${CXX:-c++, g++}) was not found; apt-get install g++, or set CXX"
+}
+
+# The tree that the installation depends on, as one hash.
+wanted() {
+    find pyproject.toml setup.py csrc -type f ! -name '*.so' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum |
+        sha256sum | cut -d' ' -f1
+}
+
+is_complete() {
+    [[ -x $venv/bin/python && ! -e $unfinished && -f $complete && $(<"$complete") == "$hash" ]]
+}
+
+pip_install() {
+    local quiet=(--quiet)
+    if [[ -t 2 ]]; then quiet=(); fi # a terminal gets pip's progress bars
+    "$venv/bin/python" -m pip install --disable-pip-version-check --no-input ${quiet[@]+"${quiet[@]}"} "$@"
+}
+
+main() {
+    hash=$(wanted)
+    if is_complete; then return; fi
+    if command -v flock >/dev/null; then
+        mkdir -p "$venv"
+        exec 9>"$venv/.lock" # a file, because a shared file system cannot lock a folder
+        flock --nonblock 9 || { echo "waiting for another $0" && flock 9; }
+        if is_complete; then return; fi
+    fi
+    choose_python
+    find_compiler
+    echo "[1/3] $venv with $("$python" --version)"
+    if [[ -e $unfinished ]] || ! "$venv/bin/python" -c "import pip" 2>/dev/null; then
+        if [[ -d $venv ]]; then find "$venv" -mindepth 1 -maxdepth 1 ! -name .lock -exec rm -rf {} +; fi
+        "$python" -m venv "$venv"
+    fi
+    touch "$unfinished"
+    echo "[2/3] torch${TORCH_INDEX_URL:+ from $TORCH_INDEX_URL}"
+    if [[ -z ${TORCH_INDEX_URL:-} ]] && ! command -v nvidia-smi >/dev/null; then
+        echo "      (no NVIDIA GPU here: with TORCH_INDEX_URL set to PyTorch's CPU index the download is a tenth as large)"
+    fi
+    pip_install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch_range"
+    echo "[3/3] megatron_hammer and what it needs"
+    pip_install --editable '.[dev]'
+    echo "$hash" >"$complete"
+    rm "$unfinished" # last: until here the next call starts afresh
+    echo "$venv is complete"
+}
+
+main
