@@ -136,7 +136,7 @@ make_tokenizer() {
     else
         local language texts=()
         for language in "${present[@]}"; do texts+=("$out/corpus/$language.jsonl"); done
-        tool train_tokenizer.py --input "${texts[@]}" --output "$out/tokenizer" --vocab-size 8192
+        tool train_tokenizer.py --input "${texts[@]}" --output "$out/tokenizer" --vocab-size 4096
     fi
 }
 
@@ -186,7 +186,8 @@ export_model() {
 
 show_model() {
     stage "a sample in each language"
-    tool generate.py --hf "$out/hf" --prompt "服务器返回的结果" --prompt "The function returns" --prompt "def main("
+    tool generate.py --hf "$out/hf" --temperature 0.5 --top-k 20 \
+        --prompt "如果" --prompt "The function returns" --prompt "def main("
     stage "loss curve"
     tool plot_loss.py "$out" --output "$out/loss.png"
 }
@@ -205,7 +206,7 @@ What to run next:
 END
     if $quick; then
         cat <<END
-  bash examples/pretrain_1b4.sh train.num_steps=500      # the same run, on to step 500
+  bash examples/pretrain_1b4.sh train.num_steps=800      # the same run, on to step 800
   DATA="142 P_zh_text_document 128 P_en_text_document" TOKENIZER=M.model OUT=runs/my_1b4 \\
       bash examples/pretrain_1b4.sh                      # the 1.4B recipe, on GPUs; README.md says how to make the data
 END

@@ -35,7 +35,7 @@ def test_the_line() -> None:
 
 def test_operating_system_errors_become_exit_code_6(tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught:
-        open(tmp_path / "absent" / "file", "w")
+        (tmp_path / "absent" / "file").write_text("")
     error = from_os_error(caught.value, "testing")
     assert isinstance(error, DiskError) and "absent" in str(error) and "testing" in str(error)
 

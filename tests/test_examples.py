@@ -50,7 +50,7 @@ elif name == "megatron_hammer.launch":
         time.sleep(30)
     output = json.loads(next(w for w in words if w.startswith("train.output=")).partition("=")[2])
     if "train.dry_run=true" not in words:
-        pathlib.Path(output, "checkpoints/step-00000250").mkdir(parents=True, exist_ok=True)
+        pathlib.Path(output, "checkpoints/step-00000300").mkdir(parents=True, exist_ok=True)
     sys.exit(int(os.environ.get("CODE", 0)))
 elif name == "checkpoint_to_hf.py":
     time.sleep(0.02)
@@ -142,7 +142,7 @@ def test_quick_start_runs_the_whole_chain_once(tree: Tree) -> None:
     assert tree.run()[0] == 0  # again: only what can go on is started
     assert names(tree.calls) == ["-m", "generate.py", "plot_loss.py"]
     time.sleep(0.02)
-    (tree.path / "runs/pretrain_1b4/checkpoints/step-00000500").mkdir()
+    (tree.path / "runs/pretrain_1b4/checkpoints/step-00000600").mkdir()
     assert tree.run()[0] == 0  # a newer checkpoint is exported again
     assert names(tree.calls) == ["-m", *LAST]
 
@@ -346,9 +346,9 @@ def test_plot_reads_gaps_sets_and_a_torn_line(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 2
 
 
-def test_moving_average_is_symmetric_and_skips_gaps() -> None:
+def test_moving_average_keeps_the_start_and_skips_gaps() -> None:
     values = np.array([1.0, 2.0, np.nan, 4.0, 9.0])
-    assert moving_average(values, 3).tolist() == [1.0, 1.5, 3.0, 6.5, 9.0]
+    assert moving_average(values, 3).tolist() == [1.0, 1.5, 3.0, 6.5, 6.5]
     assert moving_average(values, 1).tolist()[3:] == [4.0, 9.0]
     assert np.isnan(moving_average(values, 1)[2])
 

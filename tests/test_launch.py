@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.config import Config, config_from_tree
-from megatron_hammer.errors import CheckpointError, MemoryShortage
-from megatron_hammer.launch import STOP_SIGNALS, Node, as_hammer_error, launch
+from megatron_hammer.errors import CheckpointError, ConfigError, MemoryShortage
+from megatron_hammer.launch import STOP_SIGNALS, Node, _check_gpus, as_hammer_error, launch
 
 HERE = Path(__file__).resolve()
 CONFIG = {
@@ -196,7 +196,6 @@ def assert_gone(numbers: list[int], seconds: float = 5.0) -> None:
 @pytest.mark.parametrize(
     ("entry", "nproc", "code", "line"),
     [
-        ("rank_done", 2, 0, None),
         ("rank_done", 1, 0, None),
         ("rank_mistake", 2, 4, "error[E407]: checkpoint-of-0 is damaged badly; remove it"),
         ("rank_mistake_of_one", 2, 6, "error[E601]: /some/file could not be used while rank 1 was running: No space"),
@@ -311,7 +310,6 @@ def run_program(*arguments: str) -> tuple[int, str, str]:
         (["--nproc", "0", "PRESET"], "error[E240]: --nproc=0 must be at least 1; "),
         (["--nproc", "1", "--nnodes", "2", "--node-rank", "2", "PRESET"], "error[E241]: --node-rank=2 must lie in "),
         (["--nproc", "1", "--nnodes", "2", "PRESET"], "error[E242]: --nnodes=2 needs --master-addr and --master-port"),
-        (["--nproc", "2", "PRESET", "train.device=cuda"], "error[E243]: --nproc=2 must not exceed the "),
         (["--nproc", "2", "PRESET", "model.num_layer=3"], "error[E202]: model.num_layer is not a known setting; "),
         (["--nproc", "3", "PRESET", "parallel.tensor_model_parallel_size=2"], "error[E205]: parallel.tensor_model"),
     ],
@@ -322,6 +320,38 @@ def test_a_mistake_is_one_line_before_any_rank(arguments: list[str], line: str, 
     code, out, err = run_program(*[str(preset) if a == "PRESET" else a for a in arguments])
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert err.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "dry_run", "refused"),
+    [(1, "auto", False, True), (0, "cuda", False, True), (0, "auto", False, False), (2, "auto", False, False),
+     (1, "cpu", False, False), (1, "auto", True, False)],
+)  # fmt: skip
+def test_more_ranks_than_gpus_are_refused(
+    gpus: int, device: str, dry_run: bool, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    config = config_from_tree(CONFIG | {"train": {"device": device, "dry_run": dry_run}})
+    if not refused:
+        _check_gpus(config, 2)
+        return
+    with pytest.raises(ConfigError) as caught:
+        _check_gpus(config, 2)
+    assert caught.value.code == "E243" and f"the {gpus} GPUs" in caught.value.rule
+
+
+def test_a_signal_before_any_rank_exits_75(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "preset.yaml")  # reading it waits for ever
+    command = [sys.executable, "-m", "megatron_hammer.launch", "--nproc", "2", str(tmp_path / "preset.yaml")]
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent.parent)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    sigcgt = 0  # caught signals as a bit mask, from /proc: the handler stands once TERM is among them
+    while not sigcgt >> (signal.SIGTERM - 1) & 1:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        sigcgt = int(re.findall(r"SigCgt:\s+(\w+)", status)[0], 16)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 75 and err.startswith("stopped by SIGTERM before any rank started; ")
 
 
 def test_help_lists_every_field_quickly() -> None:

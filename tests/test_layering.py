@@ -21,10 +21,10 @@ ROWS = [  # what stands above may import what stands below
     {"data", "model", "optim"},
     {"kernels"},
     {"corpus", "tokenizer", "parallel"},
-    {"config", "errors", "cli"},
+    {"config", "errors", "cli", "files"},
 ]
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
-BOTTOM = {"cli": {"errors"}, "config": {"errors"}, "errors": set()}
+BOTTOM = {"cli": {"errors"}, "config": {"errors"}, "errors": set(), "files": set()}
 OPTIONAL = {"transformer_engine", "flash_attn", "apex", "triton", "wandb", "ray"}
 WITHOUT_TORCH = [
     "errors",

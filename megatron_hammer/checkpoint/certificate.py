@@ -42,10 +42,11 @@ from megatron_hammer.checkpoint.hf import (
 )
 from megatron_hammer.checkpoint.load import architecture, load_model, read_logical, saved_model
 from megatron_hammer.checkpoint.save import DTYPE_NAMES, DTYPES
-from megatron_hammer.checkpoint.tensorfile import digest, digest_file, write_durably
+from megatron_hammer.checkpoint.tensorfile import digest, digest_file
 from megatron_hammer.cli import ArgumentParser, run
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.errors import CheckpointError, HammerError, RefusedError, from_fields, to_fields
+from megatron_hammer.files import write_durably
 
 RELATIVE_BOUND = 1e-4  # of max |logit|: fp32 sums in another order give 1e-6, the mildest real fault 1e-2
 MAX_TOKENS = 256  # of each text: at a vocabulary of 105,789, 108 MB of logits a text

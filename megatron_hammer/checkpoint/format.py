@@ -43,10 +43,9 @@ from megatron_hammer.checkpoint.tensorfile import (
     digest,
     digest_file,
     open_regular,
-    sync_folder,
-    write_durably,
 )
 from megatron_hammer.errors import CheckpointError
+from megatron_hammer.files import sync_folder, write_durably
 
 FORMAT, VERSION = "megatron_hammer.checkpoint", 1
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"

@@ -55,11 +55,10 @@ from megatron_hammer.checkpoint.tensorfile import (
     TensorFileWriter,
     count,
     open_regular,
-    sync_file,
-    write_durably,
 )
 from megatron_hammer.config import DataConfig, ModelConfig, RopeScaling
 from megatron_hammer.errors import CheckpointError, ConfigError, RefusedError
+from megatron_hammer.files import sync_file, write_durably
 from megatron_hammer.model.parameters import EMBEDDING, HEAD, logical_shapes
 from megatron_hammer.tokenizer.load import Tokenizer, load_tokenizer
 

@@ -57,12 +57,10 @@ from megatron_hammer.checkpoint.tensorfile import (
     CHUNK_BYTES,
     TensorFileReader,
     TensorFileWriter,
-    sync_file,
-    sync_folder,
-    write_durably,
 )
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.errors import CheckpointError, HammerError, from_os_error
+from megatron_hammer.files import sync_file, sync_folder, write_durably
 from megatron_hammer.model.parameters import logical_shapes
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.sharding import Range, Shard, rectangles

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 import orjson
 
 from megatron_hammer.errors import DataError
+from megatron_hammer.files import sync_folder
 
 MAX_LINE_BYTES = 1 << 30
 """Longest line read, line ending included. A document of a gigabyte is a file without line breaks, not a document."""
@@ -139,18 +140,9 @@ class JsonlWriter:
             self._file.close()
             if kind is None:
                 os.replace(self._temporary, self.path)
-                _sync_folder(self.path.parent)
+                sync_folder(self.path.parent)
         finally:
             self._temporary.unlink(missing_ok=True)  # gone already after the rename
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- opening ----

@@ -35,6 +35,7 @@ import orjson
 
 from megatron_hammer.corpus.jsonl import JsonlWriter
 from megatron_hammer.errors import ConfigError, DataError
+from megatron_hammer.files import replace_file
 
 DOMAINS = ("zh", "en", "code")
 BYTES_PER_DOMAIN = 1_000_000
@@ -148,9 +149,7 @@ def make_sample_corpus(
         ],
         "files": files,
     }
-    temporary = output / f"{MANIFEST}.tmp-{os.getpid()}"
-    temporary.write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
-    os.replace(temporary, output / MANIFEST)
+    replace_file(output / MANIFEST, orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
     return manifest
 
 

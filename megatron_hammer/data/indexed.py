@@ -37,6 +37,7 @@ import numpy as np
 import xxhash
 
 from megatron_hammer.errors import DataError
+from megatron_hammer.files import sync_folder
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -457,11 +458,11 @@ class IndexedWriter:
 
         idx = path_of(self.prefix, ".idx")
         idx.unlink(missing_ok=True)  # before .bin changes: never an old index beside new tokens
-        _sync_folder(idx.parent)
+        sync_folder(idx.parent)
         for suffix in (".bin", ".meta.json", ".idx"):
             os.replace(path_of(self.prefix, f"{suffix}.tmp"), path_of(self.prefix, suffix))
         self._published = True
-        _sync_folder(idx.parent)
+        sync_folder(idx.parent)
 
     def _write_pointers(self) -> None:
         """Append the byte offsets, made from the lengths that are already in the file."""
@@ -649,12 +650,3 @@ def _open_locked(path: Path) -> IO[bytes]:
         raise DataError(42, str(path), "is being written by another process", "wait for it, or choose another prefix")
     file.truncate(0)
     return file
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames and removals in a folder outlast a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

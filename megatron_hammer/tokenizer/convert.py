@@ -51,6 +51,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_hammer.errors import RefusedError
+from megatron_hammer.files import replace_file
 from megatron_hammer.tokenizer.load import (
     SPACE,
     HuggingFaceTokenizer,
@@ -58,7 +59,6 @@ from megatron_hammer.tokenizer.load import (
     Tokenizer,
     dump_json,
     parse_model,
-    write_file,
 )
 
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
@@ -87,7 +87,7 @@ def convert_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         pieces = [piece.piece.replace(SPACE, " ") for piece in proto.pieces]
         tokenizer.save_files(directory)
         definition = _build_definition(proto, merges)
-        write_file(directory / "tokenizer.json", json.dumps(definition, ensure_ascii=False).encode())
+        replace_file(directory / "tokenizer.json", json.dumps(definition, ensure_ascii=False).encode())
         special = {
             name: proto.pieces[token_id].piece
             for name, token_id in (
@@ -107,8 +107,8 @@ def convert_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
             "model_input_names": ["input_ids", "attention_mask"],  # a Llama takes no token_type_ids
             "clean_up_tokenization_spaces": False,
         }
-        write_file(directory / "tokenizer_config.json", dump_json(config))
-        write_file(directory / "special_tokens_map.json", dump_json(special))
+        replace_file(directory / "tokenizer_config.json", dump_json(config))
+        replace_file(directory / "special_tokens_map.json", dump_json(special))
     else:
         assert isinstance(tokenizer, HuggingFaceTokenizer), f"no conversion for {tokenizer!r}"
         tokenizer.save_files(directory)
@@ -116,7 +116,7 @@ def convert_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         config = json.loads(config_path.read_bytes())
         config["tokenizer_class"] = TOKENIZER_CLASS
         config.pop("auto_map", None)  # would run code from elsewhere instead of tokenizer.json
-        write_file(config_path, dump_json(config))
+        replace_file(config_path, dump_json(config))
     _prove(tokenizer, directory, pieces, directed)
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -30,6 +29,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from megatron_hammer.errors import DataError
+from megatron_hammer.files import replace_file
 
 SPACE = "\u2581"
 """The lower one eighth block that stands for a space in sentencepiece's pieces."""
@@ -145,7 +145,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._piece_bytes.copy()
 
     def save_files(self, directory: Path) -> None:
-        write_file(Path(directory) / "tokenizer.model", self.model_bytes)
+        replace_file(Path(directory) / "tokenizer.model", self.model_bytes)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -204,7 +204,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def save_files(self, directory: Path) -> None:
         """``tokenizer.json`` as it is, and a ``tokenizer_config.json`` that states the special tokens found."""
         directory = Path(directory)
-        write_file(directory / "tokenizer.json", self.path.read_bytes())
+        replace_file(directory / "tokenizer.json", self.path.read_bytes())
         config = _read_json_object(self.path.with_name("tokenizer_config.json"))
         names = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self.unk_id, "pad_token": self.pad_id}
         for name, token_id in names.items():
@@ -212,10 +212,10 @@ class HuggingFaceTokenizer(Tokenizer):
                 config.pop(name, None)
             elif _token_content(config.get(name)) != self._backend.id_to_token(token_id):
                 config[name] = self._backend.id_to_token(token_id)
-        write_file(directory / "tokenizer_config.json", dump_json(config))
+        replace_file(directory / "tokenizer_config.json", dump_json(config))
         template = self.path.with_name("chat_template.jinja")
         if template.is_file():
-            write_file(directory / template.name, template.read_bytes())
+            replace_file(directory / template.name, template.read_bytes())
 
 
 # ---- sentencepiece model files ----
@@ -453,16 +453,3 @@ def _refuse_surrogates(texts: Iterable[str], error: Exception) -> Exception:
 
 def dump_json(value: Any) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that its name never stands for half of it: temporary name, flush to disk, rename."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

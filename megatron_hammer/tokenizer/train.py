@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_hammer.errors import ConfigError, DataError
+from megatron_hammer.files import replace_file
 from megatron_hammer.tokenizer.load import (
     SPACE,
     SentencePieceTokenizer,
     dump_json,
     parse_model,
     quiet_sentencepiece,
-    write_file,
 )
 
 MAX_SENTENCE_BYTES = 8384
@@ -125,7 +125,7 @@ def train_tokenizer(
     model = _run_sentencepiece(sample.sentences, settings, threads)
 
     model_path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(model_path, model)
+    replace_file(model_path, model)
     tokenizer = SentencePieceTokenizer(model_path)
     manifest = {
         "inputs": source.describe(),
@@ -136,7 +136,7 @@ def train_tokenizer(
         "sha256": hashlib.sha256(model).hexdigest(),
         "sentencepiece": _sentencepiece_version(),
     }
-    write_file(model_path.with_name(model_path.stem + ".manifest.json"), dump_json(manifest))
+    replace_file(model_path.with_name(model_path.stem + ".manifest.json"), dump_json(manifest))
     return tokenizer
 
 

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_hammer.config import Config, ModelConfig
+from megatron_hammer.files import replace_file
 from megatron_hammer.model.parameters import EMBEDDING, logical_shapes
 
 # Dense bf16/fp16 peak of one device, TFLOP/s, from the vendor's data sheets; found by a part of the device's name.
@@ -54,9 +55,7 @@ class MetricsFile:
         """Keep the whole lines of steps up to ``last_step`` (0: none)."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= last_step] if last_step else []
-        staging = path.with_name(path.name + ".tmp")
-        staging.write_bytes(b"".join(line + b"\n" for line in kept))
-        os.replace(staging, path)
+        replace_file(path, b"".join(line + b"\n" for line in kept))
         self.file = path.open("ab")
 
     def write(self, line: Mapping[str, Any]) -> None:

@@ -75,13 +75,16 @@ def _number(value: float | None) -> float:
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over up to ``window`` values around each one, as many on either side; NaN is left out of the mean."""
+    """Mean over up to ``window`` values around each one; NaN is left out of the mean.
+
+    As many before as after, so that a steep start is not flattened; only at the end those after are fewer.
+    """
     known = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
     index = np.arange(len(values))
-    reach = np.minimum(window // 2, np.minimum(index, len(values) - 1 - index))  # symmetric at the ends too
-    low, high = index - reach, index + reach + 1
+    reach = np.minimum(window // 2, index)
+    low, high = index - reach, np.minimum(index + reach + 1, len(values))
     count = counts[high] - counts[low]
     return np.where(count > 0, (sums[high] - sums[low]) / np.maximum(count, 1), np.nan)
 

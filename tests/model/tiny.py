@@ -8,14 +8,11 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.config import Config, config_from_tree
-from megatron_hammer.model.initialise import initialise
-from megatron_hammer.model.llama import Llama, build_llama
+from megatron_hammer.model.llama import Llama
 from megatron_hammer.model.parameters import logical_shapes, parameter_table
-from megatron_hammer.optim.distributed import DistributedOptimizer
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
+from megatron_hammer.train.loop import build
 from megatron_hammer.train.step import StepReport, train_step
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 def tiny_config(**changes: Any) -> Config:
@@ -35,23 +32,6 @@ def tiny_config(**changes: Any) -> Config:
         group, field = key.split("__")
         tree.setdefault(group, {})[field] = value
     return config_from_tree(tree)
-
-
-def build(config: Config, ctx: ParallelContext, dtype: torch.dtype | None = None) -> tuple[Llama, DistributedOptimizer]:
-    """Model and optimizer of this rank, initialised."""
-    model_config, sp = config.model, config.parallel.sequence_parallel
-    model = build_llama(model_config, ctx, dtype=dtype or DTYPES[config.train.precision], sequence_parallel=sp)
-    table = parameter_table(model_config, ctx.tp.rank, ctx.tp.size, sp)
-    initialise(model, table, config.train.seed)
-    optimizer = DistributedOptimizer(
-        model,
-        table,
-        config.optimizer,
-        ctx,
-        config.parallel.gradient_bucket_bytes,
-        loss_scaling=config.train.precision == "fp16",
-    )
-    return model, optimizer
 
 
 def random_batch(config: Config, step: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,42 @@
+"""Files that survive a power cut, and names that never stand for half a file. Linux; no torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder (files made, renamed, removed) durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file that must not exist yet (in a staging folder, say) and make its content durable."""
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, make it durable, and rename: readers see the old one or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        write_durably(temporary, content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
