@@ -206,7 +206,7 @@ What to run next:
 END
     if $quick; then
         cat <<END
-  bash examples/pretrain_1b4.sh train.num_steps=800      # the same run, on to step 800
+  ${OUT:+OUT=$OUT }bash examples/pretrain_1b4.sh train.num_steps=800      # the same run, on to step 800
   DATA="142 P_zh_text_document 128 P_en_text_document" TOKENIZER=M.model OUT=runs/my_1b4 \\
       bash examples/pretrain_1b4.sh                      # the 1.4B recipe, on GPUs; README.md says how to make the data
 END

@@ -33,6 +33,9 @@ class Prepared:
     init_from: Manifest | None
     """Checkpoint whose weights a new run starts from."""
     notes: list[str]
+    """Remarks on the config and on resuming."""
+    data_notes: list[str]
+    """Remarks on the datasets; empty where ``check_data`` was False."""
 
     @property
     def is_finished(self) -> bool:
@@ -56,13 +59,12 @@ def prepare(config: Config, world_size: int, check_data: bool = True) -> Prepare
     tokenizer = None if config.tokenizer.path is None else load_tokenizer(config.tokenizer.path)
     config = _with_vocab_size(config, tokenizer)
     if config.train.dry_run:
-        return Prepared(config, tokenizer, None, None, notes)
+        return Prepared(config, tokenizer, None, None, notes, [])
     if not config.data.train:
         raise ConfigError(
             7, "data.train", "is not set", "name the prefix of an indexed dataset: data.train=P_text_document"
         )
-    if check_data:
-        notes += _check_data(config, tokenizer)
+    data_notes = _check_data(config, tokenizer) if check_data else []
     newest = latest_checkpoint(checkpoints_folder(config), note=notes.append)
     resume = None if newest is None else read_manifest(newest)
     init_from = None
@@ -72,7 +74,7 @@ def prepare(config: Config, world_size: int, check_data: bool = True) -> Prepare
     elif config.checkpoint.init_from is not None:
         init_from = read_manifest(resolve_checkpoint(config.checkpoint.init_from))
         _check_same_model(config, init_from)
-    return Prepared(config, tokenizer, resume, init_from, notes)
+    return Prepared(config, tokenizer, resume, init_from, notes, data_notes)
 
 
 def _with_vocab_size(config: Config, tokenizer: Tokenizer | None) -> Config:

@@ -40,7 +40,7 @@ def run_rank(
         try:
             prepared = prepare(config, world_size, check_data)
             config = prepared.config
-            device = choose_device(config, local_rank)
+            device = torch.device("cpu") if config.train.dry_run else choose_device(config, local_rank)
             if rank == 0 and not config.train.dry_run and not prepared.is_finished:
                 held.enter_context(only_writer(Path(config.train.output)))
         except HammerError as found:
@@ -111,7 +111,7 @@ def describe(prepared: Prepared, world_size: int) -> str:
 def announcement(prepared: Prepared, world_size: int, device: torch.device) -> str:
     """The first lines of a run."""
     config, resume = prepared.config, prepared.resume
-    lines = [f"note: {note}" for note in prepared.notes]
+    lines = [f"note: {note}" for note in prepared.notes + prepared.data_notes]
     lines.append(
         f"{count_parameters(config.model):,} parameters in {config.train.precision} on {device.type}; "
         f"{layout_line(config, world_size)}"

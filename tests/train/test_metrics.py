@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.data.samples import ValidData
@@ -17,8 +19,10 @@ from megatron_hammer.model.llama import build_llama
 from megatron_hammer.model.parameters import count_parameters, parameter_table
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.evaluate import evaluate
+from megatron_hammer.train.loop import build
 from megatron_hammer.train.metrics import MetricsFile, flops_per_token, peak_tflops
-from tests.model.tiny import tiny_config
+from megatron_hammer.train.step import train_step
+from tests.model.tiny import rank_batches, tiny_config
 
 HAMMERLLM = ModelConfig(2048, 5632, 22, 32, 4, vocab_size=105_789)
 
@@ -73,3 +77,31 @@ def test_evaluation_counts_each_target_once(data: Path, micro_batch_size: int) -
     expected_bytes = int((stream[1:] % 5).sum())
     assert result.bits_per_byte == pytest.approx(total / math.log(2) / expected_bytes, rel=1e-5)
     assert evaluate(model, valid, micro_batch_size, None, ctx).bits_per_byte is None
+
+
+class _Operations(TorchDispatchMode):
+    """Names of all operations that a region runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket._qualified_op_name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_never_waits_for_the_device(precision: str) -> None:
+    """No operation of a step turns a tensor into a Python value or has a shape that depends on values."""
+    config = tiny_config(
+        train__precision=precision, model__hidden_size=32, model__ffn_hidden_size=64, data__seq_length=16
+    )
+    ctx = ParallelContext.single()
+    model, optimizer = build(config, ctx)
+    batches = rank_batches(config, 1, ctx)
+    with _Operations() as seen:
+        train_step(model, optimizer, batches, config, 1, ctx)
+    waiting = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "_unique2"}
+    assert not {name for name in seen.names if name.split("::")[-1] in waiting}
+    assert "aten::_fused_adamw_" in seen.names or "aten::_fused_adamw" in seen.names, "the mode must see the update too"
