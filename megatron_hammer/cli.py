@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from megatron_hammer.errors import ConfigError, HammerError, from_os_error
+from megatron_hammer.errors import ConfigError, HammerError, from_exception
 
 TRACEBACK_VARIABLE = "HAMMER_TRACEBACK"  # set to 1: show where an error line came from
 
@@ -32,16 +32,17 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a program's ``main`` and leave with its documented exit code; a user's mistake is one line on stderr."""
     try:
         code = main() or 0
-    except HammerError as error:
-        code = report(error)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except OSError as error:
-        code = report(from_os_error(error, "running"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except Exception as error:
+        known = from_exception(error, "the program")
+        if known is None:
+            raise  # a mistake of ours: the traceback belongs to the report
+        code = report(known)
     sys.stdout.flush()
     sys.exit(code)
 

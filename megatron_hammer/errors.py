@@ -135,3 +135,23 @@ def from_os_error(error: OSError, doing: str) -> DiskError:
         f"could not be used while {doing}: {error.strerror or error}",
         "free space or mend the permissions, then run the same command again",
     )
+
+
+def from_exception(error: BaseException, who: str) -> HammerError | None:
+    """The documented error that an exception of ``who`` (a rank, a program) stands for, or None for one of our own.
+
+    torch is not imported: its out-of-memory error is known by name.
+    """
+    if isinstance(error, HammerError):
+        return error
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return MemoryShortage(
+            1,
+            who,
+            f"has no memory left ({text or type(error).__name__})",
+            "lower train.micro_batch_size or data.seq_length, or use more ranks",
+        )
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
+        return from_os_error(error, f"{who} was running")
+    return None

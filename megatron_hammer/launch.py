@@ -40,10 +40,9 @@ from megatron_hammer.errors import (
     EXIT_STOPPED_BY_SIGNAL,
     ConfigError,
     HammerError,
-    MemoryShortage,
     ParallelError,
+    from_exception,
     from_fields,
-    from_os_error,
     to_fields,
 )
 
@@ -463,7 +462,7 @@ def _rank_main(
         run_rank = getattr(importlib.import_module(module), function)
         code = run_rank(config, rank, local_rank, node.world_size, store, False)  # the launcher has checked the data
     except BaseException as error:
-        known = as_hammer_error(error, rank)
+        known = from_exception(error, f"rank {rank}")
         pipe.send_bytes(
             json.dumps(
                 {
@@ -488,23 +487,6 @@ def _die_with(launcher: int) -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != launcher:  # it died before the line above
         os._exit(ParallelError.exit_code)
-
-
-def as_hammer_error(error: BaseException, rank: int) -> HammerError | None:
-    """The documented error that an exception stands for, or None when it is not one that a user can cause."""
-    if isinstance(error, HammerError):
-        return error
-    kind, text = type(error).__name__, " ".join(str(error).split())
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in text:
-        return MemoryShortage(
-            1,
-            f"rank {rank}",
-            f"has no memory left ({text or kind})",
-            "lower train.micro_batch_size or data.seq_length, or use more ranks",
-        )
-    if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
-        return from_os_error(error, f"rank {rank} was running")
-    return None
 
 
 if __name__ == "__main__":

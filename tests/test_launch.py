@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.config import Config, config_from_tree
-from megatron_hammer.errors import CheckpointError, ConfigError, MemoryShortage
-from megatron_hammer.launch import STOP_SIGNALS, Node, _check_gpus, as_hammer_error, launch
+from megatron_hammer.errors import CheckpointError, ConfigError, MemoryShortage, from_exception
+from megatron_hammer.launch import STOP_SIGNALS, Node, _check_gpus, launch
 
 HERE = Path(__file__).resolve()
 CONFIG = {
@@ -355,11 +355,9 @@ def test_a_signal_before_any_rank_exits_75(tmp_path: Path) -> None:
     assert process.returncode == 75 and err.startswith("stopped by SIGTERM before any rank started; ")
 
 
-def test_help_lists_every_field_quickly() -> None:
-    began = time.monotonic()
+def test_help_lists_every_field() -> None:
     code, out, _ = run_program("--help")
     assert code == 0 and "train.micro_batch_size (int) = 1" in out and "--nproc" in out
-    assert time.monotonic() - began < 2, "under 1 s on a quiet machine"
 
 
 def test_memory_shortage_is_recognised() -> None:
@@ -367,10 +365,10 @@ def test_memory_shortage_is_recognised() -> None:
         "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
     ]
     for error in (MemoryError(), *map(RuntimeError, texts)):
-        known = as_hammer_error(error, 3)
+        known = from_exception(error, "rank 3")
         assert isinstance(known, MemoryShortage) and str(known).startswith("error[E1001]: rank 3 has no memory left")
-    assert as_hammer_error(RuntimeError("shapes differ"), 3) is None
-    assert as_hammer_error(ConnectionResetError(104, "Connection reset by peer"), 3) is None
+    assert from_exception(RuntimeError("shapes differ"), "rank 3") is None
+    assert from_exception(ConnectionResetError(104, "Connection reset by peer"), "rank 3") is None
 
 
 if __name__ == "__main__":

@@ -52,13 +52,17 @@ class TrainData:
         assert sources, "training needs at least one source"
         self.seq_length, self.num_samples = seq_length, num_samples if order == "megatron" else None
         self.sources = [_open_tokens(prefix) for prefix in sources]
-        """One dataset a source, in the given order."""
+        """One dataset a source: in the order "independent" by fingerprint, so that neither the order in which sources
+        are named nor their paths decide which sample comes when; in Megatron-LM's as given."""
         for dataset in self.sources:
             if dataset.num_tokens == 0:
                 raise DataError(45, f"{dataset.prefix}.bin", "holds no token", "leave this source out")
+        weights = dict(zip(self.sources, sources.values()))
+        if order == "independent":
+            self.sources.sort(key=lambda dataset: dataset.fingerprint)
         self.fingerprints = tuple(dataset.fingerprint for dataset in self.sources)
         """Content of each source."""
-        shares = np.array(list(sources.values()), np.float64)
+        shares = np.array([weights[dataset] for dataset in self.sources], np.float64)
         shares = shares / shares.sum()  # Blend divides by the sum once more, and so, in float64, does Megatron-LM
         self._blend = Blend(shares, "chairman" if order == "independent" else "greedy")
         self._by_document = order == "independent"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from megatron_hammer.data.indexed import TokenizerRecord, path_of
+from megatron_hammer.data.indexed import IndexedWriter, TokenizerRecord, path_of
 from megatron_hammer.data.loader import chain_digest, micro_batches
 from megatron_hammer.data.samples import SampleId, TrainData, ValidData, check_tokenizer, describe_samples
 from megatron_hammer.errors import ConfigError, DataError, RefusedError
@@ -207,3 +209,19 @@ def test_tokenizer_check(tmp_path):
     assert note is not None and str(tmp_path / "d") in note
     with pytest.raises(DataError, match="E341"):
         check_tokenizer(foreign, "b" * 32, largest)
+
+
+def test_the_order_of_naming_and_the_paths_do_not_matter(tmp_path: Path) -> None:
+    """The same contents with the same weights give the same samples, however and wherever they are named."""
+    rng = np.random.default_rng(3)
+    for name in ("a", "b", "c"):
+        tokens = rng.integers(0, 50, 400)
+        for folder in ("here", "there"):
+            with IndexedWriter(tmp_path / folder / f"{folder}-{name}", vocab_size=50) as writer:
+                writer.add(tokens, [100, 300])
+    weights = {"a": 1.0, "b": 2.0, "c": 2.0}  # equal weights make ties
+    here = TrainData({str(tmp_path / "here" / f"here-{n}"): w for n, w in weights.items()}, 16, seed=1)
+    backwards = reversed(weights.items())
+    there = TrainData({str(tmp_path / "there" / f"there-{n}"): w for n, w in backwards}, 16, seed=1)
+    for i in range(200):
+        assert np.array_equal(here.tokens(i), there.tokens(i))
