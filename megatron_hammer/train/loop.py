@@ -199,7 +199,7 @@ class Run:
         progress.samples_digest = chain_digest(
             progress.samples_digest, map(self.data.sample_id, samples), self.data.fingerprints
         )
-        stop = torch.tensor(float(stop_received), device=self.ctx.device)
+        stop = torch.full((), float(stop_received), device=self.ctx.device)  # a fill: no copy to wait for
         all_reduce(stop, self.ctx.world)
         self.pending.append(PendingStep(step, report, stop, progress.consumed_samples, progress.samples_digest))
 
