@@ -217,10 +217,8 @@ def check_tokenizer(dataset: IndexedDataset, fingerprint: str | None, vocab_size
             "use the tokenizer that belongs to this dataset, or prepare it again",
         )
     if recorded is None:
-        return (
-            f"{dataset.prefix}: made without our header, so its tokenizer cannot be compared with the run's; "
-            f"all ids were found to be below {vocab_size}"
-        )
+        why = "has no header of ours" if dataset.header is None else "does not say which tokenizer made it"
+        return f"{dataset.prefix} {why}: only its ids could be checked, all are below {vocab_size}"
     return None
 
 

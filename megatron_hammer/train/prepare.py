@@ -1,7 +1,7 @@
 """Everything that can be found wrong before a rank starts is found here: config, tokenizer, data, checkpoint.
 
 Imports no torch and communicates nothing. The launcher calls it once; each rank calls it again to get the resolved
-config and the tokenizer (with ``check_data=False`` when the launcher has looked through the data already).
+config and the tokenizer (with ``check_data=False`` where the launcher has read ids already).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def checkpoints_folder(config: Config) -> Path:
 
 
 def prepare(config: Config, world_size: int, check_data: bool = True) -> Prepared:
-    """Check all inputs of a run on ``world_size`` ranks.
+    """Check all inputs of a run on ``world_size`` ranks; ``check_data=False`` opens the datasets without reading ids.
 
     Raises:
         ConfigError, DataError, CheckpointError, RefusedError: the first thing found wrong.
@@ -64,7 +64,7 @@ def prepare(config: Config, world_size: int, check_data: bool = True) -> Prepare
         raise ConfigError(
             7, "data.train", "is not set", "name the prefix of an indexed dataset: data.train=P_text_document"
         )
-    data_notes = _check_data(config, tokenizer) if check_data else []
+    data_notes = _check_data(config, tokenizer, check_data)
     newest = latest_checkpoint(checkpoints_folder(config), note=notes.append)
     resume = None if newest is None else read_manifest(newest)
     init_from = None
@@ -99,14 +99,21 @@ def _with_vocab_size(config: Config, tokenizer: Tokenizer | None) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
 
 
-def _check_data(config: Config, tokenizer: Tokenizer | None) -> list[str]:
-    """Open every dataset and hold it against tokenizer and vocabulary; return remarks."""
+def _check_data(config: Config, tokenizer: Tokenizer | None, read_ids: bool) -> list[str]:
+    """Open every dataset and hold it against tokenizer and vocabulary; return remarks.
+
+    A rank of the launcher opens them too (a file may be missing on its node alone), but reads no ids: a header says the
+    largest.
+    """
     assert config.model.vocab_size is not None
     notes = []
     for prefix in [*(config.data.train or {}), *(config.data.valid or {}).values()]:
         fingerprint = None if tokenizer is None else tokenizer.fingerprint
-        note = check_tokenizer(IndexedDataset(prefix), fingerprint, config.model.vocab_size)
-        if note:
+        dataset = IndexedDataset(prefix)
+        if dataset.header is None and not read_ids:
+            continue
+        note = check_tokenizer(dataset, fingerprint, config.model.vocab_size)
+        if note and read_ids:
             notes.append(note)
     return notes
 
