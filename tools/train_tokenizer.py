@@ -16,6 +16,7 @@ import time
 from megatron_hammer.cli import ArgumentParser, run
 from megatron_hammer.corpus.jsonl import JsonlCorpus
 from megatron_hammer.tokenizer import train
+from megatron_hammer.tokenizer.characters import TABLE_NAME, read_required
 
 
 def main() -> None:
@@ -33,7 +34,9 @@ def main() -> None:
     parser.add_argument("--character-coverage", type=float, default=0.9995,
                         help="share of characters with a piece; others use bytes (default: %(default)s)")  # fmt: skip
     parser.add_argument("--user-defined-symbols", metavar="FILE", help="literal strings that stay whole, one a line")
-    parser.add_argument("--required-characters", metavar="FILE", help="characters that get a piece however rare")
+    parser.add_argument("--required-characters", "--required-chars", metavar=f"FILE|{TABLE_NAME}",
+                        help="characters that get a piece however rare: a file, or the 8,105 of the general standard "
+                             "table")  # fmt: skip
     parser.add_argument("--max-sentence-bytes", type=int, default=train.MAX_SENTENCE_BYTES,
                         help="longest stretch of text seen at once (default: %(default)s)")  # fmt: skip
     parser.add_argument("--sample-bytes", type=int, default=train.SAMPLE_BYTES,
@@ -48,7 +51,7 @@ def main() -> None:
         args.vocab_size,
         character_coverage=args.character_coverage,
         user_defined_symbols=train.read_symbols(args.user_defined_symbols) if args.user_defined_symbols else (),
-        required_characters=train.read_characters(args.required_characters) if args.required_characters else "",
+        required_characters=read_required(args.required_characters).characters if args.required_characters else "",
         max_sentence_bytes=args.max_sentence_bytes,
         sample_bytes=args.sample_bytes,
         threads=args.threads,

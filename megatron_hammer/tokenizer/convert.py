@@ -43,21 +43,25 @@ from __future__ import annotations
 import heapq
 import json
 import math
+import os
 import random
 import re
+import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_hammer.errors import RefusedError
-from megatron_hammer.files import replace_file
+from megatron_hammer.files import replace_file, sync_folder
+from megatron_hammer.tokenizer.fuzz import FIXED_TEXTS, join_pieces, noise
 from megatron_hammer.tokenizer.load import (
     SPACE,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
     dump_json,
+    load_tokenizer,
     parse_model,
 )
 
@@ -118,6 +122,35 @@ def convert_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         config.pop("auto_map", None)  # would run code from elsewhere instead of tokenizer.json
         replace_file(config_path, dump_json(config))
     _prove(tokenizer, directory, pieces, directed)
+
+
+def publish_tokenizer(source: str | Path, output: str | Path) -> Tokenizer:
+    """Convert into a folder that appears at ``output`` only when it is proved.
+
+    It is put together beside ``output`` and renamed; after an error nothing is left there.
+
+    Returns:
+        the source, loaded.
+
+    Raises:
+        RefusedError: E506 there is something at ``output``; and what ``convert_tokenizer`` raises.
+        DataError: what ``load_tokenizer`` raises.
+    """
+    target = Path(output).resolve()  # a link to an empty folder is that folder
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        rule = "is not empty" if target.is_dir() else "is a file"
+        raise RefusedError(6, str(output), rule, "name a new folder, or move that away")
+    tokenizer = load_tokenizer(source)
+    staging = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    staging.mkdir(parents=True)
+    try:
+        convert_tokenizer(tokenizer, staging)
+        sync_folder(staging)
+        os.rename(staging, target)  # over an empty folder, but never over one that was filled meanwhile
+        sync_folder(target.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)  # gone already after the rename
+    return tokenizer
 
 
 # ---- what tokenizer.json can express ----
@@ -357,40 +390,6 @@ def _vocabulary_names(proto: Any) -> list[str]:
 _RANDOM_JOINS = 20_000  # of pieces; with all pieces and the noise, some 10 s for 105,789 pieces on one EPYC core
 _RANDOM_NOISE = 2_000
 
-FIXED_TEXTS = (
-    "",
-    "Hello, world! It's 3.14 o'clock (approximately); isn't it?",
-    "今天天气很好，我们去公园散步吧。",
-    "训练一个语言模型，需要高质量的中文、英文和代码语料！",
-    "臺灣的傳統文化與繁體字：龍、鳳、龜、鬱鬱蔥蔥。",
-    "𠀀𠮷𡃁 㐀䶿 生僻字：彧翀翾甯",
-    "1234567890 ١٢٣ ①②③ 一二三 0x1F 1e-5 ½",
-    "def f(x: int) -> int:\n    if x > 0:\n        return x ** 2  # 平方\n    return -x\n",
-    "#include <stdio.h>\r\nint main(void) {\r\n\tprintf(\"%d\\n\", 42);\r\n\treturn 0;\r\n}\r\n",
-    "for (;;) { a[i++] = b[--j] ?? c?.d; }  // --- <!-- x --> ---",
-    "\t\tif\tx:\n\t\t\tpass\n\n\n\n",
-    "a b  c   d    e     f      g",
-    " leading", "  two leading", "trailing ", "trailing   ", " ", "  ", " " * 17, " " * 100, "\n", "\n\n \n  \n",
-    "]   (", "x =   y;      z", "    \n    \n", "\r", "\r\n\r\n",
-    "\u3000全角空格\u3000\u3000", "no\u00a0break\u2003em\u200bzero",
-    "😀😃 👨\u200d👩\u200d👧\u200d👦 👍🏽 🇨🇳🇺🇸 ☃️ ✂︎",
-    "e\u0301 é Å Å ñ ﬁ Ⅷ ㎏ ｆｕｌｌ ﷺ",
-    "مرحبا بالعالم שלום עולם", "สวัสดีชาวโลก नमस्ते दुनिया",
-    "Привет, мир! Γειά σου", "こんにちは、カタカナ 한국어",
-    "".join(map(chr, range(1, 32))) + "\x7f", "\0", "a\0b", "\0\0\0", " \0 ", "\x80\x9f\xa0\xad",
-    "<s>", "</s>", "<s>text</s>", "a<s> </s>b", "<unk>", "<pad>", "<s", "s>", "<<s>>", "<s><s>", " <s> ",
-    "<0x41>", "<0x0A><0x00>", "<|endoftext|>", "<|im_start|>user\n你好<|im_end|>", "[INST] x [/INST]", "<unused_354>",
-    "<strong>bold</strong><br/>", "<stro", "<p></p ><p/>", "---", "----", "<!--", "<!-", "...", "?!?!",
-    SPACE, SPACE * 3, f"a{SPACE}b", f" {SPACE} ", f"{SPACE}a {SPACE}{SPACE}  b", f"\n{SPACE}",
-    "\ue000\uf8ff\U000f0000", "\ufffd\ufffe\uffff", "\ufeffbom", "\u2585\u2047", "\U0010ffff\u0378",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "哈哈哈哈哈哈哈哈哈哈", "=" * 79, "-=" * 40, "的" * 300, "ab" * 500,
-)  # fmt: skip
-
-_NOISE_ALPHABETS = (
-    " \n\t\r" + SPACE, "ab ", "<s>/unk0x41|", "".join(map(chr, range(128))), "0123456789.?!-", "的一是了我不人在他有",
-    "\0\x01\x7f\x80\u2028\ufeff\ufffd", "😀👍🏽\u200d️🇨🇳", "（）《》“”‘’，。！？、；：…—", "龘靐齉爩鱻麤𠀀𪚥",
-)  # fmt: skip
-
 
 class Difference(NamedTuple):
     text: str
@@ -454,15 +453,11 @@ def _find_difference(tokenizer: Tokenizer, converted: Any, pieces: list[str], di
 def _random_texts(pieces: list[str]) -> Iterator[str]:
     generator = random.Random(3407)  # the same proof every time
     for _ in range(_RANDOM_NOISE):
-        alphabet = generator.choice(_NOISE_ALPHABETS)
-        other = generator.choice(_NOISE_ALPHABETS)
-        yield "".join(
-            generator.choice(alphabet if generator.random() < 0.8 else other) for _ in range(generator.randint(1, 60))
-        )
+        yield noise(generator)
     if not pieces:
         return
     for _ in range(_RANDOM_JOINS):
-        yield generator.choice(("", " ", "  ")) + "".join(generator.choices(pieces, k=generator.randint(2, 6)))
+        yield join_pieces(generator, pieces)
 
 
 def _first_difference(expected: list[int], found: list[int]) -> tuple[str, str]:

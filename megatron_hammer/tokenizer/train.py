@@ -97,7 +97,7 @@ def train_tokenizer(
         DataError: E315 no text at all; and what the source raises.
     """
     _check_settings(vocab_size, character_coverage, max_sentence_bytes, sample_bytes, threads)
-    symbols = _check_symbols(user_defined_symbols)
+    symbols = check_symbols(user_defined_symbols)
     minimum = len(_CONTROL_PIECES) + BYTE_PIECES + len(symbols) + 1
     if vocab_size < minimum:
         raise ConfigError(
@@ -187,7 +187,7 @@ def _check_settings(
             raise ConfigError(62, f"{name}={value}", f"must be from {low} to {high}", "choose a value in that range")
 
 
-def _check_symbols(symbols: Sequence[str]) -> list[str]:
+def check_symbols(symbols: Sequence[str]) -> list[str]:
     """The symbols as pieces: spaces escaped as in every piece, so that they match where the text has a space."""
     pieces: list[str] = []
     for symbol in symbols:

@@ -1,0 +1,164 @@
+#!/usr/bin/env python3
+"""Compare tokenizers side by side: compression of texts, coverage of Chinese characters, make-up of the vocabulary.
+
+    python tools/analyze_tokenizer.py compression A.model B.model --texts zh=zh.jsonl en=en.jsonl --pictures out/
+    python tools/analyze_tokenizer.py coverage A.model hf-folder/ --pictures out/
+    python tools/analyze_tokenizer.py vocabulary A.model tokenizer.json --texts zh=zh.jsonl
+
+A tokenizer is a sentencepiece .model, a tokenizer.json or a Hugging Face folder; each is a row of the table.
+
+compression: bytes per token, and tokens compared with the reference (lower is better), by domain and overall; MB/s.
+coverage: share of the characters that are one piece, by level of the Table of General Standard Chinese Characters
+(3,500 + 3,000 + 1,605), then of each Unicode block of Han characters without those of the table.
+vocabulary: pieces by script and length; with --texts, pieces that no text uses and byte pieces among the tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.cli import ArgumentParser, run
+
+PLAIN_REPORT_SECONDS = 10
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="analyze_tokenizer.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="compression|coverage|vocabulary")
+    for name, explanation in (
+        ("compression", "bytes per token on texts"),
+        ("coverage", "Chinese characters that are one piece"),
+        ("vocabulary", "lengths, scripts and use of the pieces"),
+    ):
+        command = commands.add_parser(name, help=explanation)
+        command.add_argument(
+            "tokenizers", nargs="+", metavar="TOKENIZER", help=".model, tokenizer.json or Hugging Face folder"
+        )
+        if name != "coverage":
+            command.add_argument("--texts", nargs="+", action="extend", metavar="name=F.jsonl",
+                                 required=name == "compression",
+                                 help="text by domain; a name may have several files")  # fmt: skip
+            command.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+                                 help="threads that encode (default: all cores of this process)")  # fmt: skip
+        if name == "compression":
+            command.add_argument("--reference", metavar="TOKENIZER",
+                                 help="what tokens are compared with (default: the last TOKENIZER named; "
+                                      "the published figures compare with Llama-2)")  # fmt: skip
+        command.add_argument("--json", action="store_true", help="one JSON document instead of tables")
+        command.add_argument("--pictures", metavar="DIR", type=Path, help="folder for a picture, COMMAND.png")
+        command.add_argument("--report", metavar="HTML", type=Path, help="page with tables and picture in one file")
+    return parser
+
+
+class Progress:
+    """A bar on a terminal, else a line now and then; on stderr."""
+
+    def __init__(self) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(unit="B", unit_scale=True, desc="encoding", disable=not sys.stderr.isatty(), leave=False)
+        self.done, self.reported = 0, time.monotonic()
+
+    def __call__(self, num_bytes: int) -> None:
+        self.done += num_bytes
+        self.bar.update(num_bytes)
+        if self.bar.disable and time.monotonic() - self.reported > PLAIN_REPORT_SECONDS:
+            self.reported = time.monotonic()
+            print(f"encoding: {self.done / 1e6:,.0f} MB done", file=sys.stderr, flush=True)
+
+
+def count(args: argparse.Namespace, tokenizers: dict[str, Any], domains: dict[str, list[Path]]) -> Any:
+    from megatron_hammer.corpus.jsonl import JsonlCorpus
+    from megatron_hammer.tokenizer.analyze import count_tokens
+
+    texts = {name: JsonlCorpus(paths) for name, paths in domains.items()}
+    progress = Progress()
+    try:
+        return count_tokens(tokenizers, texts, args.threads, count_ids=args.command == "vocabulary", progress=progress)
+    finally:
+        progress.bar.close()
+
+
+def compression(args: argparse.Namespace) -> tuple[dict[str, Any], list[Any], Callable[[], bytes]]:
+    from megatron_hammer.tokenizer import analyze, analyze_plots
+
+    domains = analyze.parse_texts(args.texts)
+    named = [Path(path).resolve() for path in args.tokenizers]
+    if args.reference and Path(args.reference).resolve() not in named:
+        args.tokenizers.append(args.reference)
+        named.append(Path(args.reference).resolve())
+    tokenizers = analyze.load_named(args.tokenizers)
+    reference = list(tokenizers)[named.index(Path(args.reference).resolve()) if args.reference else -1]
+    described = analyze.describe_compression(count(args, tokenizers, domains), reference)
+    facts = {"reference": reference, "tokenizers": _rows(tokenizers, described)}
+    tables = [analyze.compression_table(described, reference)]
+    return facts, tables, lambda: analyze_plots.draw_compression(described, reference)
+
+
+def coverage(args: argparse.Namespace) -> tuple[dict[str, Any], list[Any], Callable[[], bytes]]:
+    from megatron_hammer.tokenizer import analyze, analyze_plots
+    from megatron_hammer.tokenizer.characters import load_table
+
+    tokenizers = analyze.load_named(args.tokenizers)
+    table = load_table()
+    measured = {name: analyze.measure_coverage(tokenizer, table) for name, tokenizer in tokenizers.items()}
+    described = {name: analyze.describe_coverage(of) for name, of in measured.items()}
+    facts = {"tokenizers": _rows(tokenizers, described)}
+    return facts, [analyze.coverage_table(measured)], lambda: analyze_plots.draw_coverage(measured)
+
+
+def vocabulary(args: argparse.Namespace) -> tuple[dict[str, Any], list[Any], Callable[[], bytes]]:
+    from megatron_hammer.tokenizer import analyze, analyze_plots
+
+    domains = analyze.parse_texts(args.texts or [])
+    tokenizers = analyze.load_named(args.tokenizers)
+    usage = count(args, tokenizers, domains) if domains else {}
+    measured = {name: analyze.describe_vocabulary(of, usage.get(name)) for name, of in tokenizers.items()}
+    described = {
+        name: {"mean_bytes": of.mean_bytes, "scripts": of.scripts, "lengths": of.lengths, "usage": of.usage}
+        for name, of in measured.items()
+    }
+    facts = {"tokenizers": _rows(tokenizers, described)}
+    return facts, analyze.vocabulary_tables(measured), lambda: analyze_plots.draw_vocabulary(measured)
+
+
+def _rows(tokenizers: dict[str, Any], described: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "path": str(of.path), "vocab_size": of.vocab_size, "fingerprint": of.fingerprint}
+        | described[name]
+        for name, of in tokenizers.items()
+    ]
+
+
+def main() -> None:
+    command_line = parser()
+    args = command_line.parse_args()
+    if getattr(args, "threads", 1) < 1:
+        command_line.error(f"argument --threads: {args.threads} is less than 1")
+    from megatron_hammer.files import replace_file
+    from megatron_hammer.tokenizer import analyze
+
+    analyze.prepare_outputs(args.pictures, args.report)
+    command = {"compression": compression, "coverage": coverage, "vocabulary": vocabulary}[args.command]
+    facts, tables, draw = command(args)
+    picture = draw() if args.pictures or args.report else b""
+    if args.pictures:
+        replace_file(args.pictures / f"{args.command}.png", picture)
+    if args.report:
+        page = analyze.format_report(f"Tokenizers: {args.command}", tables, picture)
+        replace_file(args.report, page.encode())
+    if args.json:
+        print(json.dumps({"command": args.command, **facts}, ensure_ascii=False))
+    else:
+        print("\n\n".join(f"{table.title}:\n{analyze.format_table(table)}" for table in tables))
+
+
+if __name__ == "__main__":
+    run(main)
