@@ -35,12 +35,13 @@ import numpy as np
 
 from megatron_hammer.errors import ConfigError, DataError
 from megatron_hammer.tokenizer.load import (
-    BYTE_LEVEL_ALPHABET,
     SPACE,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
-    _flatten_decoders,
+    decode_token,
+    flatten_decoders,
+    is_fallback_byte,
     load_tokenizer,
     parse_model,
 )
@@ -172,7 +173,7 @@ def _pieces_of_definition(definition: dict[str, Any]) -> Iterator[tuple[int, byt
     else:
         unknown = definition["model"].get("unk_token")
     added = {token["content"]: token for token in definition.get("added_tokens") or []}
-    decoders = _flatten_decoders(definition.get("decoder"))
+    decoders = flatten_decoders(definition.get("decoder"))
     for token, index in vocabulary.items():
         if token not in added and token != unknown:
             yield index, *_decoded(token, decoders)
@@ -182,23 +183,10 @@ def _pieces_of_definition(definition: dict[str, Any]) -> Iterator[tuple[int, byt
 
 
 def _decoded(token: str, decoders: list[dict[str, Any]]) -> tuple[bytes, bool]:
-    """(bytes that a token stands for, whether it is a byte piece), by what each decoding step does to it."""
-    for step in decoders:
-        match step.get("type"):
-            case "ByteLevel" if all(character in BYTE_LEVEL_ALPHABET for character in token):
-                content = bytes(_BYTE_OF_CHARACTER[character] for character in token)
-                return content, not _is_whole(content)
-            case "ByteFallback" if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                return bytes([int(token[3:5], 16)]), True
-            case "Metaspace":
-                token = token.replace(step.get("replacement", SPACE), " ")
-            case "Replace" if "String" in step.get("pattern", {}):
-                token = token.replace(step["pattern"]["String"], step.get("content", ""))
-            case "BPEDecoder":
-                token = token.replace(step.get("suffix", "</w>"), " ")
-            case "WordPiece":
-                token = token.removeprefix(step.get("prefix", "##"))
-    return token.encode(), False
+    """(bytes that a token stands for, whether it is a byte piece: the fallback's, or no whole characters)."""
+    content = decode_token(token, decoders)
+    fallback = is_fallback_byte(token) and any(step.get("type") == "ByteFallback" for step in decoders)
+    return content, fallback or not _is_whole(content)
 
 
 def _is_whole(content: bytes) -> bool:
@@ -207,11 +195,6 @@ def _is_whole(content: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-# The bytes that byte-level BPE cannot show as themselves are U+0100 onwards, in order.
-_HIDDEN_BYTES = [byte for byte in range(256) if chr(byte) not in BYTE_LEVEL_ALPHABET]
-_BYTE_OF_CHARACTER = {c: ord(c) if ord(c) < 256 else _HIDDEN_BYTES[ord(c) - 256] for c in BYTE_LEVEL_ALPHABET}
 
 
 # ---- texts: compression, dead tokens, byte fallback ----

@@ -386,35 +386,33 @@ def _fingerprint_definition(definition: dict[str, Any], special_ids: Sequence[in
 
 def _piece_bytes_definition(definition: dict[str, Any], vocabulary: dict[str, int], vocab_size: int) -> np.ndarray:
     added = {token["content"]: token for token in definition.get("added_tokens") or []}
-    decoders = _flatten_decoders(definition.get("decoder"))
+    decoders = flatten_decoders(definition.get("decoder"))
     unknown = definition["model"].get("unk_token")
     lengths = np.zeros(vocab_size, dtype=np.int32)
     for token, index in vocabulary.items():
         if token in added:
             lengths[index] = 0 if added[token].get("special") else len(token.encode())
         elif token != unknown:
-            lengths[index] = _decoded_bytes(token, decoders)
+            lengths[index] = len(decode_token(token, decoders))
     return lengths
 
 
-def _flatten_decoders(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+def flatten_decoders(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
     if decoder is None:
         return []
     if decoder.get("type") == "Sequence":
-        return [step for part in decoder.get("decoders", []) for step in _flatten_decoders(part)]
+        return [step for part in decoder.get("decoders", []) for step in flatten_decoders(part)]
     return [decoder]
 
 
-def _decoded_bytes(token: str, decoders: list[dict[str, Any]]) -> int:
-    """Bytes of text that one token stands for, by what each decoding step does to it."""
+def decode_token(token: str, decoders: list[dict[str, Any]]) -> bytes:
+    """The bytes of text that one token stands for, by what each decoding step does to it."""
     for step in decoders:
         match step.get("type"):
-            case "ByteLevel":
-                if all(character in BYTE_LEVEL_ALPHABET for character in token):
-                    return len(token)  # one character a byte
-            case "ByteFallback":
-                if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                    return 1
+            case "ByteLevel" if all(character in BYTE_LEVEL_ALPHABET for character in token):
+                return bytes(BYTE_LEVEL_ALPHABET[character] for character in token)
+            case "ByteFallback" if is_fallback_byte(token):
+                return bytes([int(token[3:5], 16)])
             case "Metaspace":
                 token = token.replace(step.get("replacement", SPACE), " ")
             case "Replace" if "String" in step.get("pattern", {}):
@@ -423,13 +421,19 @@ def _decoded_bytes(token: str, decoders: list[dict[str, Any]]) -> int:
                 token = token.replace(step.get("suffix", "</w>"), " ")
             case "WordPiece":
                 token = token.removeprefix(step.get("prefix", "##"))
-    return len(token.encode())
+    return token.encode()
 
 
-def _byte_level_alphabet() -> frozenset[str]:
-    """The 256 characters of byte-level BPE: printable Latin-1 bytes are themselves, the others U+0100 onwards."""
+def is_fallback_byte(token: str) -> bool:
+    """Whether a token has the form ``<0xNN>``."""
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Character -> byte of byte-level BPE: printable Latin-1 is itself, the rest U+0100 onwards, in order."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    return frozenset(map(chr, printable)) | frozenset(chr(0x100 + n) for n in range(256 - len(printable)))
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(hidden)}
 
 
 BYTE_LEVEL_ALPHABET = _byte_level_alphabet()
