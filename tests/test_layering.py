@@ -49,6 +49,7 @@ WITHOUT_TORCH = [
     "model.parameters",
     "optim.schedule",
     "checkpoint.format",
+    "checkpoint.fit",
     "train.prepare",
     "train.__main__",
     "launch",

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer import __version__
+from megatron_hammer.checkpoint.fit import architecture, saved_model
 from megatron_hammer.checkpoint.format import Manifest, checked_tokenizer_folder, read_manifest, resolve_checkpoint
 from megatron_hammer.checkpoint.hf import (
     CERTIFICATE,
@@ -40,7 +41,7 @@ from megatron_hammer.checkpoint.hf import (
     progress,
     read_json,
 )
-from megatron_hammer.checkpoint.load import architecture, load_model, read_logical, saved_model
+from megatron_hammer.checkpoint.load import load_model, read_logical
 from megatron_hammer.checkpoint.save import DTYPE_NAMES, DTYPES
 from megatron_hammer.checkpoint.tensorfile import digest, digest_file
 from megatron_hammer.cli import ArgumentParser, run

@@ -30,6 +30,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from megatron_hammer.checkpoint.fit import saved_model
 from megatron_hammer.checkpoint.format import (
     TOKENIZER,
     Layout,
@@ -46,7 +47,7 @@ from megatron_hammer.checkpoint.format import (
     staging_folder,
     step_name,
 )
-from megatron_hammer.checkpoint.load import read_logical, saved_model
+from megatron_hammer.checkpoint.load import read_logical
 from megatron_hammer.checkpoint.save import DTYPES, Piece, chunks_of, commit, stage_tokenizer, write_rank
 from megatron_hammer.checkpoint.tensorfile import (
     ITEM_BYTES,

@@ -41,20 +41,17 @@ def adamw_(
         divisor: fp32 scalar by which gradients are divided (loss scale over clip factor).
         skip: fp32 scalar, 1 where nothing shall change.
     """
-    counts = {True: updates, False: updates.clone()}  # torch advances the count once a call
-    for decay, count in counts.items():
+    for decay in (True, False):
         chosen = [s for s in states if s.decay is decay]
         if not chosen:
-            count.add_(1).sub_(skip)
             continue
-        steps = [count] + [count.clone() for _ in chosen[1:]]
         torch_adamw(
             [s.weight for s in chosen],
             [s.grad for s in chosen],
             [s.exp_avg for s in chosen],
             [s.exp_avg_sq for s in chosen],
             [],
-            steps,
+            [updates.clone() for _ in chosen],  # torch counts up one a tensor
             fused=True,
             grad_scale=divisor,
             found_inf=skip,
@@ -66,3 +63,4 @@ def adamw_(
             eps=config.eps,
             maximize=False,
         )
+    updates.add_(1 - skip)

@@ -46,11 +46,6 @@ class ParallelContext:
         """One process that never communicates."""
         return cls(torch.device(device))
 
-    def barrier(self) -> None:
-        """Wait for all ranks. Communicates over the world."""
-        if self.world.size > 1:
-            dist.all_reduce(torch.zeros(1, device=self.device))
-
     def raise_together(self, error: HammerError | None) -> None:
         """Raise the lowest failing rank's error on every rank, or return on every rank. Communicates over the world.
 

@@ -32,7 +32,7 @@ from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.evaluate import evaluate
 from megatron_hammer.train.metrics import Reporter, flops_per_token, peak_tflops
-from megatron_hammer.train.prepare import Prepared, checkpoints_folder
+from megatron_hammer.train.prepare import STATE_KINDS, Prepared, checkpoints_folder
 from megatron_hammer.train.schedules import DeviceBatch
 from megatron_hammer.train.step import StepReport, train_step
 
@@ -141,7 +141,7 @@ class Run:
         if manifest is None:
             return Progress()
         resumed = manifest is self.prepared.resume
-        kinds = {"weight", "exp_avg", "exp_avg_sq"} if resumed else {"weight"}
+        kinds = STATE_KINDS if resumed else {"weight"}
         load_shards(manifest, self.optimizer.shards(), model=self.config.model, kinds=kinds, ctx=self.ctx)
         self.optimizer.copy_params_from_masters()
         if not resumed:

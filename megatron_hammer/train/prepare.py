@@ -10,15 +10,18 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_hammer.checkpoint.fit import check_fits
 from megatron_hammer.checkpoint.format import Manifest, latest_checkpoint, read_manifest, resolve_checkpoint
 from megatron_hammer.config import Config, config_from_tree
+from megatron_hammer.data import index
 from megatron_hammer.data.indexed import IndexedDataset
 from megatron_hammer.data.samples import check_tokenizer
-from megatron_hammer.errors import CheckpointError, ConfigError, RefusedError
+from megatron_hammer.errors import ConfigError, RefusedError
 from megatron_hammer.tokenizer.load import Tokenizer, load_tokenizer
 
 # A change of these makes the samples already consumed other samples than the checkpoint says.
 ORDER_FIELDS = ("train.seed", "data.seq_length", "data.order")
+STATE_KINDS = {"weight", "exp_avg", "exp_avg_sq"}  # what a run goes on from; a new one takes weights only
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ def prepare(config: Config, world_size: int, check_data: bool = True) -> Prepare
     """
     config.validate(world_size)
     notes = config.notes()
+    if index.BACKEND != "C++":
+        notes.append(f"index builder: {index.BACKEND}")
     tokenizer = None if config.tokenizer.path is None else load_tokenizer(config.tokenizer.path)
     config = _with_vocab_size(config, tokenizer)
     if config.train.dry_run:
@@ -69,11 +74,11 @@ def prepare(config: Config, world_size: int, check_data: bool = True) -> Prepare
     resume = None if newest is None else read_manifest(newest)
     init_from = None
     if resume is not None:
-        _check_same_model(config, resume)
+        check_fits(resume, config.model, STATE_KINDS)
         notes += _check_same_run(config, resume)
     elif config.checkpoint.init_from is not None:
         init_from = read_manifest(resolve_checkpoint(config.checkpoint.init_from))
-        _check_same_model(config, init_from)
+        check_fits(init_from, config.model, {"weight"})
     return Prepared(config, tokenizer, resume, init_from, notes, data_notes)
 
 
@@ -116,28 +121,6 @@ def _check_data(config: Config, tokenizer: Tokenizer | None, read_ids: bool) -> 
         if note and read_ids:
             notes.append(note)
     return notes
-
-
-def _check_same_model(config: Config, manifest: Manifest) -> None:
-    """Refuse a checkpoint of another architecture, naming the first field that differs."""
-    saved = config_from_tree(manifest.config).model
-    for f in dataclasses.fields(saved):
-        if f.name in ("init_std", "max_position_embeddings"):
-            continue  # neither changes the function that the weights compute
-        ours, theirs = (_resolved(getattr(m, f.name), m, f.name) for m in (config.model, saved))
-        if ours != theirs:
-            raise CheckpointError(
-                80,
-                f"model.{f.name}={ours}",
-                f"differs from {theirs} in {manifest.folder}",
-                f"set model.{f.name}={theirs} or choose another checkpoint or train.output",
-            )
-
-
-def _resolved(value: object, model: object, name: str) -> object:
-    """A field with its default filled in, so that an absent one equals a stated one."""
-    derived = {"num_query_groups": "query_groups", "head_dim": "head_size"}
-    return getattr(model, derived[name]) if name in derived else value
 
 
 def _check_same_run(config: Config, manifest: Manifest) -> list[str]:

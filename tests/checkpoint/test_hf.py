@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_hammer.checkpoint.certificate import prove
+from megatron_hammer.checkpoint.fit import saved_model
 from megatron_hammer.checkpoint.format import read_manifest, resolve_checkpoint
 from megatron_hammer.checkpoint.hf import export_hf, import_hf, plan_shards
-from megatron_hammer.checkpoint.load import read_logical, saved_model
+from megatron_hammer.checkpoint.load import read_logical
 from megatron_hammer.config import load_config
 from megatron_hammer.errors import CheckpointError, RefusedError
 from megatron_hammer.model.parameters import logical_shapes

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_hammer.checkpoint.fit import architecture
 from megatron_hammer.checkpoint.hf import hf_config_from_model, model_config_from_hf, parse_size
-from megatron_hammer.checkpoint.load import architecture
 from megatron_hammer.config import ModelConfig, RopeScaling
 from megatron_hammer.errors import CheckpointError, ConfigError
 from megatron_hammer.model.llama import rope_frequencies

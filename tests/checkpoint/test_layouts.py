@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from megatron_hammer.checkpoint.fit import saved_model
 from megatron_hammer.checkpoint.format import read_manifest
-from megatron_hammer.checkpoint.load import load_model, load_shards, read_logical, saved_model, verify_checkpoint
+from megatron_hammer.checkpoint.load import load_model, load_shards, read_logical, verify_checkpoint
 from megatron_hammer.checkpoint.save import save_checkpoint
 from megatron_hammer.errors import CheckpointError
 from megatron_hammer.model.llama import build_llama

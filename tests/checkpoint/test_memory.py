@@ -25,7 +25,8 @@ import torch, numpy, tqdm, megatron_hammer.checkpoint.certificate
 from pathlib import Path
 from megatron_hammer.checkpoint.format import read_manifest, resolve_checkpoint
 from megatron_hammer.checkpoint.hf import export_hf, import_hf
-from megatron_hammer.checkpoint.load import load_shards, saved_model
+from megatron_hammer.checkpoint.fit import saved_model
+from megatron_hammer.checkpoint.load import load_shards
 from megatron_hammer.checkpoint.save import save_checkpoint
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.parallel.context import ParallelContext

@@ -16,6 +16,7 @@ from megatron_hammer.errors import RefusedError
 from megatron_hammer.tokenizer import convert
 from megatron_hammer.tokenizer.convert import FIXED_TEXTS, convert_tokenizer, derive_merges
 from megatron_hammer.tokenizer.load import SentencePieceTokenizer, load_tokenizer
+from tests.tokenizer.faults import plant
 from tests.tokenizer.test_load import byte_level_backend, write_folder
 from tests.tokenizer.texts import handmade_model, model_proto, real_model, training_texts, write_model
 
@@ -215,27 +216,7 @@ def test_the_proof_sees_planted_faults(
 
     def planted(proto: Any, merges: list[tuple[str, str]]) -> dict[str, Any]:
         definition = build(proto, merges)
-        model = definition["model"]
-        match fault:
-            case "merges by id":
-                model["merges"].sort(key=lambda pair: -model["vocab"][pair[0] + pair[1]])
-            case "prefix":
-                prepend = {"type": "Prepend", "prepend": "\u2581"}
-                definition["normalizer"] = {"type": "Sequence", "normalizers": [prepend, definition["normalizer"]]}
-            case "symbols dropped":
-                definition["added_tokens"] = [t for t in definition["added_tokens"] if t["special"]]
-            case "NUL":
-                name = next(iter(reversed(model["vocab"])))  # a single character, the last piece
-                model["vocab"] = {("\0" if key == name else key): value for key, value in model["vocab"].items()}
-            case "wrong decoder":
-                definition["decoder"]["decoders"].pop(0)
-            case "bos":
-                definition["post_processor"] = {
-                    "type": "TemplateProcessing",
-                    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-                    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-                    "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-                }
+        plant(fault, definition)
         return definition
 
     def planted_settings(settings: dict[str, Any]) -> bytes:

@@ -19,6 +19,7 @@ from megatron_hammer.tokenizer.convert import convert_tokenizer, publish_tokeniz
 from megatron_hammer.tokenizer.fuzz import FIXED_TEXTS, break_utf8, fuzz_texts
 from megatron_hammer.tokenizer.load import SPACE, SentencePieceTokenizer, load_tokenizer
 from megatron_hammer.tokenizer.verify import compare_tokenizers
+from tests.tokenizer.faults import plant
 from tests.tokenizer.test_load import byte_level_backend, write_folder
 from tests.tokenizer.texts import REPOSITORY, SYMBOLS, handmade_model, model_proto, real_model, write_model
 
@@ -120,32 +121,9 @@ def test_planted_faults_are_found(
     copy = copy_folder(folder, tmp_path / "hf")
     definition = json.loads((copy / "tokenizer.json").read_bytes())
     config = json.loads((copy / "tokenizer_config.json").read_bytes())
-    model = definition["model"]
-    match fault:
-        case "merges by id":
-            model["merges"].sort(key=lambda pair: -model["vocab"][pair[0] + pair[1]])
-        case "prefix":
-            prepend = {"type": "Prepend", "prepend": SPACE}
-            definition["normalizer"] = {"type": "Sequence", "normalizers": [prepend, definition["normalizer"]]}
-        case "symbols dropped":
-            definition["added_tokens"] = [t for t in definition["added_tokens"] if t["special"]]
-        case "NUL":
-            name = next(iter(reversed(model["vocab"])))  # a single character, the last piece
-            model["vocab"] = {("\0" if key == name else key): value for key, value in model["vocab"].items()}
-        case "specials match":
-            config["split_special_tokens"] = False
-        case "bos":
-            definition["post_processor"] = {
-                "type": "TemplateProcessing",
-                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-                "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-            }
-        case "a space lost":
-            definition["normalizer"] = {
-                "type": "Sequence",
-                "normalizers": [{"type": "Strip", "strip_left": False, "strip_right": True}, definition["normalizer"]],
-            }
+    plant(fault, definition)
+    if fault == "specials match":
+        config["split_special_tokens"] = False
     (copy / "tokenizer.json").write_text(json.dumps(definition))
     (copy / "tokenizer_config.json").write_text(json.dumps(config))
     comparison = compare_tokenizers(with_symbols.path, copy, fuzz=3000)

@@ -1,0 +1,90 @@
+"""Whether a checkpoint and a model belong together: what a run asks before it starts and a load before it reads.
+
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from megatron_hammer.checkpoint.format import MANIFEST, Manifest
+from megatron_hammer.config import ModelConfig, config_from_tree
+from megatron_hammer.errors import CheckpointError, ConfigError
+from megatron_hammer.model.parameters import logical_shapes
+
+
+def saved_model(manifest: Manifest) -> ModelConfig:
+    """The model as it was when saved, with the longest context filled in.
+
+    Raises:
+        CheckpointError: the checkpoint's config has a setting that this version does not know.
+    """
+    try:
+        config = config_from_tree(manifest.config)
+        config.model.check()
+    except ConfigError as error:
+        raise CheckpointError(
+            6,
+            str(manifest.folder / MANIFEST),
+            f"holds a config of another version ({error})",
+            "read it with the version of the program that wrote it",
+        ) from None
+    model = config.model
+    if model.vocab_size is None:
+        raise CheckpointError(
+            6, str(manifest.folder / MANIFEST), "does not state model.vocab_size", "use another checkpoint"
+        )
+    if model.max_position_embeddings is None:
+        tree = {**manifest.config["model"], "max_position_embeddings": config.data.seq_length}
+        model = config_from_tree({**manifest.config, "model": tree}).model
+    return model
+
+
+def check_fits(manifest: Manifest, model: ModelConfig, kinds: Collection[str]) -> None:
+    """Raise ``CheckpointError`` unless the checkpoint is one of this very model and holds all ``kinds``."""
+    where = str(manifest.folder)
+    for kind in sorted(set(kinds) - manifest.kinds):
+        raise CheckpointError(
+            12,
+            where,
+            f"holds no {kind}, only {', '.join(sorted(manifest.kinds))}",
+            f"take its weights into a new run with checkpoint.init_from={where}",
+        )
+    ours, theirs = architecture(model), architecture(saved_model(manifest))
+    for name, value in ours.items():
+        if value != theirs[name]:
+            raise CheckpointError(
+                14,
+                f"model.{name}={value}",
+                f"must be {theirs[name]} as in the checkpoint {where}",
+                f"set model.{name} accordingly or use another checkpoint",
+            )
+    shapes = logical_shapes(model)
+    for tensor in manifest.tensors:
+        if tensor.name not in shapes:
+            raise CheckpointError(13, f"{where}: {tensor}", "is not a tensor of this model", "use another checkpoint")
+    for kind in kinds:
+        for name, shape in shapes.items():
+            at = manifest.index.get((name, kind))
+            found = None if at is None else manifest.tensors[at].shape
+            if found != shape:
+                rule = "is missing" if found is None else f"has shape {list(found)} where the model has {list(shape)}"
+                raise CheckpointError(13, f"{where}: {kind} {name}", rule, "use another checkpoint")
+
+
+def architecture(model: ModelConfig) -> dict[str, Any]:
+    """What two configs must share for the same weights to mean the same function; most of it shows in no shape."""
+    return {
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.query_groups,
+        "head_dim": model.head_size,
+        "vocab_size": model.vocab_size,
+        "norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": model.rope_scaling,
+        "tie_word_embeddings": model.tie_word_embeddings,
+    }
