@@ -29,6 +29,7 @@ import yaml
 
 from megatron_hammer.errors import ConfigError
 
+FP8_MULTIPLE = 16  # elements: both sides of an fp8 matrix, or cuBLAS refuses it (Transformer Engine's autocast)
 VOCAB_PADDING_MULTIPLE = 128  # rows a tensor-parallel rank: an odd vocabulary forces a slow matrix kernel
 
 
@@ -182,7 +183,13 @@ class DataConfig:
     """Indexed datasets (prefix P of P.bin and P.idx) and how samples are cut from them."""
 
     train: dict[str, float] | None = None
-    """One prefix, or {prefix: weight, ...}: each source's share of the samples."""
+    """One prefix, or {prefix: weight, ...}; data.weights says what a weight is."""
+    weights: Literal["share", "tokens", "epochs"] = "share"
+    """What the weights of data.train are. share: of the samples, in proportion. tokens: tokens to draw (142e9). epochs:
+    passes over the source (1.5). train.num_steps stays the length of the run: all sources are scaled to it alike, and
+    the plan printed before training says what each one gives and which length fits."""
+    max_epochs: float | None = None
+    """Refuse a run that would read a source more often than this, counted from step 1; absent: no limit."""
     valid: dict[str, str] | None = None
     """{name: prefix, ...}: validation sets, each reported under its name; absent: no evaluation."""
     seq_length: int = 2048
@@ -190,10 +197,25 @@ class DataConfig:
     order: Literal["independent", "megatron"] = "independent"
     """independent: a pure function of (seed, sources and weights, epoch, position), unchanged when a run is extended.
     megatron: Megatron-LM's own order, for those who move a run; it depends on train.num_steps."""
+    index_folder: str | None = None
+    """Where the indices of large datasets are kept, built once and shared by all processes; absent: P.index beside each
+    dataset P. Set it where the datasets cannot be written."""
+    attention_mask: Literal["causal", "document"] = "causal"
+    """causal: each sample is one stretch of text, attention crosses the documents in it (HammerLLM's recipe).
+    document: no attention across documents, and positions restart at 0 in each. What a sample holds of a document
+    counts as a whole one: where it was cut, positions begin at 0 too. In the order megatron a document is one sequence
+    of the dataset. Both have the same targets: the last token of a document predicts the first of the next one (a bos
+    where documents have one). So the two losses can be compared, and each step's number of targets is known."""
 
     def check(self) -> None:
         """Raise ``ConfigError`` for an impossible mix or length."""
         _at_least("data", {"seq_length": self.seq_length}, 1)
+        _require(
+            self.max_epochs is None or self.max_epochs > 0,
+            f"data.max_epochs={self.max_epochs}",
+            "must be positive",
+            "leave it out for no limit",
+        )
         for prefix, weight in (self.train or {}).items():
             _require(
                 0 < weight < math.inf,
@@ -279,6 +301,14 @@ class ScheduleConfig:
         )
 
 
+ATTENTION_MASKS = {  # backend -> the values of data.attention_mask that it can do; the rest is kernels/attention.py's
+    "sdpa": ("causal",),
+    "varlen": ("document",),
+    "sdpa-documents": ("document",),
+    "te": ("causal", "document"),
+}
+
+
 @dataclass(frozen=True)
 class KernelsConfig:
     """Which implementation runs the hot operations."""
@@ -286,6 +316,24 @@ class KernelsConfig:
     compile: bool = False
     """Fuse the elementwise operations (norm, RoPE, SwiGLU) with torch.compile: faster steps, seconds of start-up. On a
     CPU it needs a C++ compiler."""
+    attention: Literal["auto", "sdpa", "varlen", "sdpa-documents", "te"] = "auto"
+    """auto: the first of the others that can do what the config asks for; one that is named and cannot is an error.
+    sdpa: torch's scaled_dot_product_attention, causal. varlen: torch's own FlashAttention for document masks, on a GPU
+    in 16 bits. sdpa-documents: one sdpa call a document, anywhere. te: what Transformer Engine chooses, for either mask
+    on a GPU in 16 bits; by name only."""
+    layers: Literal["torch", "te"] = "torch"
+    """torch: the layers in plain torch. te: linear layers and norms of NVIDIA's Transformer Engine, on a GPU; the
+    weight's gradient is accumulated in the matrix product. Checkpoints are the same."""
+    fp8: Literal["off", "delayed", "current"] = "off"
+    """8-bit matrix products of the layers in training, with kernels.layers=te and bf16. current: each tensor scaled by
+    its own largest value. delayed: by those of past steps, which no checkpoint holds: a resumed run scales anew."""
+    loss_chunk_tokens: int | None = None
+    """Tokens of a micro-batch whose logits exist at once, [tokens, vocabulary / TP]; absent: 2048 on a GPU, 1024 on a
+    CPU. Fewer take less memory and more time: the gradient of the output head is read and written once a chunk."""
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for an impossible size."""
+        _at_least("kernels", {"loss_chunk_tokens": self.loss_chunk_tokens}, 1)
 
 
 @dataclass(frozen=True)
@@ -304,6 +352,9 @@ class TrainConfig:
     """Seeds the initial weights and the order of the data."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Type of weights and activations; masters, moments and gradient sums are always fp32."""
+    z_loss: float = 0.0
+    """Weight c of c log^2(sum of exponentials) in what is minimised, which keeps logits small (arXiv 2204.02311; usual:
+    1e-4). No reported loss contains it."""
     eval_interval_steps: int | None = None
     """Evaluate every set of data.valid after so many steps and after the last; absent: after the last only."""
     eval_samples: int = 256
@@ -327,6 +378,7 @@ class TrainConfig:
             "max_consecutive_skips",
         )
         _at_least("train", {k: getattr(self, k) for k in names}, 1)
+        _at_least("train", {"z_loss": self.z_loss}, 0)
         _require(0 <= self.seed < 2**32, f"train.seed={self.seed}", "must lie in [0, 2^32)", "choose a smaller seed")
         _require(self.output != "", "train.output=''", "must name a folder", "set train.output")
 
@@ -422,6 +474,17 @@ class Config:
             "must be at least 1",
             "65536 is usual",
         )
+        attention, mask = self.kernels.attention, self.data.attention_mask
+        able = [name for name, masks in ATTENTION_MASKS.items() if mask in masks]
+        _require(
+            attention in ("auto", *able),
+            f"kernels.attention={attention}",
+            f"cannot do data.attention_mask={mask}",
+            f"use {' or '.join(('auto', *able))}",
+            number=9,
+        )
+        for number, (what, rule, remedy) in ((12, _te_obstacle(self)), (13, _fp8_obstacle(self))):
+            _require(not what, what, rule, remedy, number)
         longest = model.max_position_embeddings
         _require(
             longest is None or longest >= self.data.seq_length,
@@ -454,6 +517,11 @@ class Config:
             )
         if not self.data.valid:
             notes.append("data.valid is absent: no evaluation")
+        if self.kernels.fp8 == "delayed":
+            notes.append(
+                "kernels.fp8=delayed: checkpoints hold no scales, so a resumed run is not bit-equal to one that went "
+                "on, and the first micro-batches after each start lose small gradients; kernels.fp8=current has neither"
+            )
         return notes
 
 
@@ -475,6 +543,41 @@ def _tp_obstacle(config: Config, tp: int) -> str:
     if config.parallel.sequence_parallel and config.data.seq_length % tp:
         return f"must divide data.seq_length={config.data.seq_length} under sequence parallelism"
     return ""
+
+
+def _te_obstacle(config: Config) -> tuple[str, str, str]:
+    """What a config without a GPU asks of Transformer Engine (setting, rule, remedy), or empty strings."""
+    for name, remedy in (("layers", "torch"), ("attention", "auto")):
+        if getattr(config.kernels, name) == "te" and config.train.device == "cpu":
+            return f"kernels.{name}=te", "does not run with train.device=cpu", f"use kernels.{name}={remedy}"
+    return "", "", ""
+
+
+def _fp8_obstacle(config: Config) -> tuple[str, str, str]:
+    """Why the layers' matrix products cannot run in 8 bits (setting, rule, remedy), or empty strings."""
+    kernels, model, train, tp = config.kernels, config.model, config.train, config.parallel.tensor_model_parallel_size
+    if kernels.fp8 == "off":
+        return "", "", ""
+    what = f"kernels.fp8={kernels.fp8}"
+    if kernels.layers != "te":
+        return what, f"is not for kernels.layers={kernels.layers}", "use kernels.layers=te or kernels.fp8=off"
+    if train.precision != "bf16":
+        return what, f"is not for train.precision={train.precision}", "use bf16 or kernels.fp8=off"
+    heads, groups, d = model.num_attention_heads // tp, max(1, model.query_groups // tp), model.head_size
+    rows = train.micro_batch_size * config.data.seq_length // (tp if config.parallel.sequence_parallel else 1)
+    sizes = {
+        "train.micro_batch_size x data.seq_length": rows,
+        "model.hidden_size": model.hidden_size,
+        "the rows of the fused query, key and value weight": (heads + 2 * groups) * d,
+        "model.num_attention_heads x head size": heads * d,
+        "model.ffn_hidden_size": model.ffn_hidden_size // tp,
+    }
+    for name, size in sizes.items():
+        if size % FP8_MULTIPLE:
+            share = "" if tp == 1 else ", one rank's part"
+            rule = f"needs a multiple of {FP8_MULTIPLE} for {name} ({size}{share})"
+            return what, rule, "change the sizes or use kernels.fp8=off"
+    return "", "", ""
 
 
 def _divisors(number: int) -> str:

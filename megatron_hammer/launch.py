@@ -97,12 +97,16 @@ def main() -> int:
     """Parse, validate, launch."""
     args = build_parser().parse_intermixed_args()
     _on_stop_signals(_stop_early)
+    from megatron_hammer.data.plan import format_plan
     from megatron_hammer.train.prepare import prepare
 
     node = _node(args.nproc, args.nnodes, args.node_rank, args.master_addr, args.master_port)
     config = load_config(args.config, args.overrides)
-    for note in prepare(config, node.world_size).data_notes:  # rank 0 says the rest; it does not read the data again
+    prepared = prepare(config, node.world_size)
+    for note in prepared.data_notes:  # rank 0 says the rest; it does not read the data again
         print(f"note: {note}", flush=True)
+    if prepared.plan is not None and not prepared.is_finished and node.node_rank == 0:
+        print(format_plan(prepared.plan), flush=True)
     _check_gpus(config, node.nproc)
     return launch(config, node)
 

@@ -22,3 +22,15 @@ def test_the_gpu_suite_runs_at_toy_size(tmp_path: Path) -> None:
     assert set(results) == {"tests", "step"}
     assert results["tests"]["exit_code"] in (0, 5)
     assert results["step"]["steps"][0]["tokens_per_second"] > 0
+
+
+def test_document_masks_are_measured_at_toy_size() -> None:
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "document_mask.py", "--seq-lengths", "48", "--steps", "1"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout)
+    assert line["causal_ms"] > 0 and line["documents_of_100"]["ms"] > 0

@@ -96,6 +96,12 @@ REFUSED = [  # argument, code, what the line must name
     ("train.global_batch_size=6", "E205", ["train.global_batch_size=6", "multiple of 4"]),
     ("train.num_steps=0", "E204", ["train.num_steps=0"]),
     ("data.seq_length=0", "E204", ["data.seq_length"]),
+    ("data.weights=token", "E203", ["data.weights=token", "tokens"]),
+    ("data.max_epochs=0", "E204", ["data.max_epochs=0"]),
+    ("data.max_epochs=.nan", "E204", ["data.max_epochs"]),
+    ("data.attention_mask=documents", "E203", ["data.attention_mask=documents", "causal, document", "mean document?"]),
+    ("kernels.attention=flash", "E203", ["kernels.attention=flash", "sdpa-documents"]),
+    ("kernels.attention=varlen", "E209", ["kernels.attention=varlen", "data.attention_mask=causal", "auto or sdpa"]),
     ("model.max_position_embeddings=64", "E205", ["data.seq_length", "max_position_embeddings"]),
 ]
 

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_hammer.kernels import te
+from megatron_hammer.kernels.attention import (
+    AttentionDemand,
+    Documents,
+    each_document,
+    select_attention,
+    varlen,
+    whole_samples,
+)
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.prepare import prepare
@@ -52,6 +62,101 @@ def test_a_step_does_not_synchronise() -> None:
         train_step(model, optimizer, batches, config, 2, ctx)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("heads, groups", [(8, 8), (8, 2)])
+def test_varlen_equals_each_document(heads: int, groups: int) -> None:
+    """Output and gradients in bf16; both round where they like, so 1 % of the norm."""
+    demand = AttentionDemand("document", torch.bfloat16, torch.device("cuda"), heads, groups, 64)
+    assert select_attention("auto", demand).name == "varlen"
+    documents = Documents.from_cu_seqlens(np.cumsum([0, 1, 300, 17, 1000, 64]).astype(np.int32), demand.device)
+    fused = torch.randn(1382, 1, heads + 2 * groups, 64, dtype=torch.bfloat16, device="cuda")
+    inputs = [x.requires_grad_() for x in fused.split((heads, groups, groups), dim=2)]
+    results = []
+    for function in (varlen, each_document):
+        out = function(*inputs, documents)
+        results.append([out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out).cumsum(-1))])
+    for mine, reference in zip(*results, strict=True):
+        assert (mine - reference).float().norm() < 1e-2 * reference.float().norm()
+
+
+def test_no_document_leaks_on_a_gpu() -> None:
+    """Other tokens in the first document: the loss of all others is the same bits, and nobody waits for the device."""
+    config = tiny_config(train__precision="bf16", data__attention_mask="document")
+    model, _ = build(config, ParallelContext.single("cuda"))
+    tokens = torch.randint(0, 301, (2, 33), device="cuda")
+    documents = Documents.from_cu_seqlens(np.array([0, 10, 32, 50, 64], np.int32), torch.device("cuda"))
+    other = tokens.clone()
+    other[0, :10] = (other[0, :10] + 1) % 301
+    model(tokens[:, :-1], tokens[:, 1:], documents)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = [model(t[:, :-1], tokens[:, 1:], documents).flatten() for t in (tokens, other)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(losses[0][10:], losses[1][10:]) and not torch.equal(losses[0][:10], losses[1][:10])
+
+
+needs_te = pytest.mark.skipif(bool(te.obstacle()), reason=f"needs Transformer Engine: {te.obstacle()}")
+
+
+@needs_te
+@pytest.mark.parametrize("heads, groups", [(8, 8), (8, 2)])
+@pytest.mark.parametrize("mask", ["causal", "document"])
+def test_te_attention_equals_the_reference(mask: str, heads: int, groups: int) -> None:
+    """Output and gradients in bf16, 1 % of the norm, as for varlen."""
+    documents = Documents.from_cu_seqlens(np.cumsum([0, 1, 300, 17, 1000, 64]).astype(np.int32), torch.device("cuda"))
+    given, shape = (documents, (1382, 1)) if mask == "document" else (None, (512, 2))
+    fused = torch.randn(*shape, heads + 2 * groups, 64, dtype=torch.bfloat16, device="cuda")
+    inputs = [x.requires_grad_() for x in fused.split((heads, groups, groups), dim=2)]
+    results = []
+    for function in (te.attention, each_document if given else whole_samples):
+        out = function(*inputs, given)
+        results.append([out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out).cumsum(-1))])
+    for mine, reference in zip(*results, strict=True):
+        assert (mine - reference).float().norm() < 1e-2 * reference.float().norm()
+
+
+@needs_te
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 2e-3), ("bf16", 2e-2)])
+def test_te_layers_equal_the_torch_layers(precision: str, tolerance: float) -> None:
+    """Names, a step's gradient as the optimizer's buffer holds it, and the losses of ten steps; TF32 is allowed for."""
+    losses, gradients = {}, {}
+    for layers in ("torch", "te"):
+        config = tiny_config(train__precision=precision, kernels__layers=layers, model__ffn_hidden_size=192)
+        ctx = ParallelContext.single("cuda")
+        model, optimizer = build(config, ctx)
+        losses[layers] = []
+        for step in range(1, 11):
+            batches = [(t.cuda(), y.cuda()) for t, y in rank_batches(config, step, ctx)]
+            losses[layers].append(float(train_step(model, optimizer, batches, config, step, ctx).loss))
+            if step == 1:
+                gradients[layers] = {n: w.main_grad.clone() for n, w in model.named_parameters()}
+    assert list(gradients["te"]) == list(gradients["torch"])
+    for name, mine in gradients["te"].items():
+        assert (mine - gradients["torch"][name]).norm() < 2 * tolerance * gradients["torch"][name].norm(), name
+    assert losses["te"] == pytest.approx(losses["torch"], rel=tolerance)
+
+
+@needs_te
+@pytest.mark.skipif(bool(te.obstacle(fp8=True)), reason=f"needs fp8: {te.obstacle(fp8=True)}")
+@pytest.mark.parametrize("fp8", ["delayed", "current"])
+def test_te_fp8_learns_what_bf16_learns(fp8: str) -> None:
+    """Loss parity over 100 steps of a task that is learnt in them; delayed scaling loses its first steps to scale 1."""
+    losses = {}
+    for how in ("off", fp8):
+        config = tiny_config(
+            train__precision="bf16", kernels__layers="te", kernels__fp8=how, model__ffn_hidden_size=192,
+            train__num_steps=100,
+        )  # fmt: skip
+        ctx = ParallelContext.single("cuda")
+        model, optimizer = build(config, ctx)
+        losses[how] = []
+        for step in range(1, 101):
+            batches = [(t.cuda(), y.cuda()) for t, y in rank_batches(config, step, ctx)]
+            losses[how].append(float(train_step(model, optimizer, batches, config, step, ctx).loss))
+    assert losses["off"][-1] < 0.5 * losses["off"][0]
+    assert np.mean(losses[fp8][-10:]) == pytest.approx(np.mean(losses["off"][-10:]), rel=0.05, abs=0.05)
 
 
 def test_a_run_resumes(data: Path, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Compare tokenizers side by side: compression of texts, coverage of Chinese characters, make-up of the vocabulary.
+"""Compare tokenizers side by side: compression, coverage of Chinese characters, make-up and price of the vocabulary.
 
     python tools/analyze_tokenizer.py compression A.model B.model --texts zh=zh.jsonl en=en.jsonl --pictures out/
     python tools/analyze_tokenizer.py coverage A.model hf-folder/ --pictures out/
     python tools/analyze_tokenizer.py vocabulary A.model tokenizer.json --texts zh=zh.jsonl
+    python tools/analyze_tokenizer.py price A.model B.model --config config.yaml --texts zh=zh.jsonl
 
 A tokenizer is a sentencepiece .model, a tokenizer.json or a Hugging Face folder; each is a row of the table.
 
@@ -11,6 +12,8 @@ compression: bytes per token, and tokens compared with the reference (lower is b
 coverage: share of the characters that are one piece, by level of the Table of General Standard Chinese Characters
 (3,500 + 3,000 + 1,605), then of each Unicode block of Han characters without those of the table.
 vocabulary: pieces by script and length; with --texts, pieces that no text uses and byte pieces among the tokens.
+price: for a model's config, what the vocabulary costs (FLOPs of the head, logits, parameters), what it saves (tokens a
+byte), and the size at which training reads most bytes a second, from smaller vocabularies cut out of each tokenizer.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_hammer.cli import ArgumentParser, run
 
@@ -31,11 +35,12 @@ PLAIN_REPORT_SECONDS = 10
 
 def parser() -> ArgumentParser:
     parser = ArgumentParser(prog="analyze_tokenizer.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="compression|coverage|vocabulary")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="compression|coverage|vocabulary|price")
     for name, explanation in (
         ("compression", "bytes per token on texts"),
         ("coverage", "Chinese characters that are one piece"),
         ("vocabulary", "lengths, scripts and use of the pieces"),
+        ("price", "what the vocabulary costs a model and saves it; the best size"),
     ):
         command = commands.add_parser(name, help=explanation)
         command.add_argument(
@@ -43,13 +48,19 @@ def parser() -> ArgumentParser:
         )
         if name != "coverage":
             command.add_argument("--texts", nargs="+", action="extend", metavar="name=F.jsonl",
-                                 required=name == "compression",
+                                 required=name in ("compression", "price"),
                                  help="text by domain; a name may have several files")  # fmt: skip
             command.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
                                  help="threads that encode (default: all cores of this process)")  # fmt: skip
-        if name == "compression":
+        if name == "price":
+            command.add_argument("--config", required=True, metavar="YAML",
+                                 help="the model, its sequence length, micro-batch and precision; its vocab_size is "
+                                      "not used")  # fmt: skip
+            command.add_argument("--sample-bytes", type=int, metavar="N",
+                                 help="text encoded at each size, of each domain (default: 8,000,000)")  # fmt: skip
+        if name in ("compression", "price"):
             command.add_argument("--reference", metavar="TOKENIZER",
-                                 help="what tokens are compared with (default: the last TOKENIZER named; "
+                                 help="what the others are compared with (default: the last TOKENIZER named; "
                                       "the published figures compare with Llama-2)")  # fmt: skip
         command.add_argument("--json", action="store_true", help="one JSON document instead of tables")
         command.add_argument("--pictures", metavar="DIR", type=Path, help="folder for a picture, COMMAND.png")
@@ -57,13 +68,26 @@ def parser() -> ArgumentParser:
     return parser
 
 
+class Analysis(NamedTuple):
+    """What a command found."""
+
+    facts: dict[str, Any]
+    """For ``--json``."""
+    tables: list[Any]
+    draw: Callable[[], bytes]
+    """Makes the picture."""
+    notes: Sequence[str] = ()
+    """Sentences below the tables."""
+
+
 class Progress:
     """A bar on a terminal, else a line now and then; on stderr."""
 
-    def __init__(self) -> None:
+    def __init__(self, doing: str = "encoding") -> None:
         from tqdm import tqdm
 
-        self.bar = tqdm(unit="B", unit_scale=True, desc="encoding", disable=not sys.stderr.isatty(), leave=False)
+        self.doing = doing
+        self.bar = tqdm(unit="B", unit_scale=True, desc=doing, disable=not sys.stderr.isatty(), leave=False)
         self.done, self.reported = 0, time.monotonic()
 
     def __call__(self, num_bytes: int) -> None:
@@ -71,38 +95,47 @@ class Progress:
         self.bar.update(num_bytes)
         if self.bar.disable and time.monotonic() - self.reported > PLAIN_REPORT_SECONDS:
             self.reported = time.monotonic()
-            print(f"encoding: {self.done / 1e6:,.0f} MB done", file=sys.stderr, flush=True)
+            print(f"{self.doing}: {self.done / 1e6:,.0f} MB done", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
 
 
 def count(args: argparse.Namespace, tokenizers: dict[str, Any], domains: dict[str, list[Path]]) -> Any:
-    from megatron_hammer.corpus.jsonl import JsonlCorpus
+    from megatron_hammer.corpus.documents import TextCorpus
     from megatron_hammer.tokenizer.analyze import count_tokens
 
-    texts = {name: JsonlCorpus(paths) for name, paths in domains.items()}
-    progress = Progress()
-    try:
+    texts = {name: TextCorpus(paths) for name, paths in domains.items()}
+    with closing(Progress()) as progress:
         return count_tokens(tokenizers, texts, args.threads, count_ids=args.command == "vocabulary", progress=progress)
-    finally:
-        progress.bar.close()
 
 
-def compression(args: argparse.Namespace) -> tuple[dict[str, Any], list[Any], Callable[[], bytes]]:
-    from megatron_hammer.tokenizer import analyze, analyze_plots
+def load_compared(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The tokenizers, the reference among them, and its name."""
+    from megatron_hammer.tokenizer import analyze
 
-    domains = analyze.parse_texts(args.texts)
     named = [Path(path).resolve() for path in args.tokenizers]
     if args.reference and Path(args.reference).resolve() not in named:
         args.tokenizers.append(args.reference)
         named.append(Path(args.reference).resolve())
     tokenizers = analyze.load_named(args.tokenizers)
-    reference = list(tokenizers)[named.index(Path(args.reference).resolve()) if args.reference else -1]
+    return tokenizers, list(tokenizers)[named.index(Path(args.reference).resolve()) if args.reference else -1]
+
+
+def compression(args: argparse.Namespace) -> Analysis:
+    from megatron_hammer.tokenizer import analyze, analyze_plots
+
+    domains = analyze.parse_texts(args.texts)
+    tokenizers, reference = load_compared(args)
     described = analyze.describe_compression(count(args, tokenizers, domains), reference)
-    facts = {"reference": reference, "tokenizers": _rows(tokenizers, described)}
+    for name, tokenizer in tokenizers.items():
+        described[name]["encoder"] = tokenizer.encoder
+    facts = {"reference": reference, "threads": args.threads, "tokenizers": _rows(tokenizers, described)}
     tables = [analyze.compression_table(described, reference)]
-    return facts, tables, lambda: analyze_plots.draw_compression(described, reference)
+    return Analysis(facts, tables, lambda: analyze_plots.draw_compression(described, reference))
 
 
-def coverage(args: argparse.Namespace) -> tuple[dict[str, Any], list[Any], Callable[[], bytes]]:
+def coverage(args: argparse.Namespace) -> Analysis:
     from megatron_hammer.tokenizer import analyze, analyze_plots
     from megatron_hammer.tokenizer.characters import load_table
 
@@ -111,10 +144,10 @@ def coverage(args: argparse.Namespace) -> tuple[dict[str, Any], list[Any], Calla
     measured = {name: analyze.measure_coverage(tokenizer, table) for name, tokenizer in tokenizers.items()}
     described = {name: analyze.describe_coverage(of) for name, of in measured.items()}
     facts = {"tokenizers": _rows(tokenizers, described)}
-    return facts, [analyze.coverage_table(measured)], lambda: analyze_plots.draw_coverage(measured)
+    return Analysis(facts, [analyze.coverage_table(measured)], lambda: analyze_plots.draw_coverage(measured))
 
 
-def vocabulary(args: argparse.Namespace) -> tuple[dict[str, Any], list[Any], Callable[[], bytes]]:
+def vocabulary(args: argparse.Namespace) -> Analysis:
     from megatron_hammer.tokenizer import analyze, analyze_plots
 
     domains = analyze.parse_texts(args.texts or [])
@@ -126,7 +159,36 @@ def vocabulary(args: argparse.Namespace) -> tuple[dict[str, Any], list[Any], Cal
         for name, of in measured.items()
     }
     facts = {"tokenizers": _rows(tokenizers, described)}
-    return facts, analyze.vocabulary_tables(measured), lambda: analyze_plots.draw_vocabulary(measured)
+    return Analysis(facts, analyze.vocabulary_tables(measured), lambda: analyze_plots.draw_vocabulary(measured))
+
+
+def price(args: argparse.Namespace) -> Analysis:
+    from megatron_hammer.config import load_config
+    from megatron_hammer.corpus.documents import TextCorpus
+    from megatron_hammer.tokenizer import analyze, analyze_plots, price
+
+    config = load_config(args.config)
+    price.check_config(config)
+    texts = {name: TextCorpus(paths) for name, paths in analyze.parse_texts(args.texts).items()}
+    tokenizers, reference = load_compared(args)
+    with closing(Progress("reading")) as progress:
+        sample = price.sample_texts(texts, args.sample_bytes or price.SAMPLE_BYTES, progress)
+    with closing(Progress()) as progress:
+        prices = price.price_tokenizers(tokenizers, config, sample, args.threads, progress)
+    facts = {
+        "config": args.config,
+        "reference": reference,
+        "formula": price.FORMULA,
+        "seq_length": config.data.seq_length,
+        "micro_batch_size": config.train.micro_batch_size,
+        "precision": config.train.precision,
+        "sampled_bytes": sample.kept_bytes,
+        "text_bytes": sample.seen_bytes,
+        "tokenizers": _rows(tokenizers, price.describe_prices(prices, config, reference)),
+    }
+    tables = price.price_tables(prices, config, reference)
+    notes = price.price_notes(prices, sample)
+    return Analysis(facts, tables, lambda: analyze_plots.draw_price(prices, config), notes)
 
 
 def _rows(tokenizers: dict[str, Any], described: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -142,22 +204,25 @@ def main() -> None:
     args = command_line.parse_args()
     if getattr(args, "threads", 1) < 1:
         command_line.error(f"argument --threads: {args.threads} is less than 1")
+    if getattr(args, "sample_bytes", None) is not None and args.sample_bytes < 1:
+        command_line.error(f"argument --sample-bytes: {args.sample_bytes} is less than 1")
     from megatron_hammer.files import replace_file
     from megatron_hammer.tokenizer import analyze
 
     analyze.prepare_outputs(args.pictures, args.report)
-    command = {"compression": compression, "coverage": coverage, "vocabulary": vocabulary}[args.command]
-    facts, tables, draw = command(args)
-    picture = draw() if args.pictures or args.report else b""
+    command = {"compression": compression, "coverage": coverage, "vocabulary": vocabulary, "price": price}[args.command]
+    found = command(args)
+    picture = found.draw() if args.pictures or args.report else b""
     if args.pictures:
         replace_file(args.pictures / f"{args.command}.png", picture)
     if args.report:
-        page = analyze.format_report(f"Tokenizers: {args.command}", tables, picture)
+        page = analyze.format_report(f"Tokenizers: {args.command}", found.tables, picture, found.notes)
         replace_file(args.report, page.encode())
     if args.json:
-        print(json.dumps({"command": args.command, **facts}, ensure_ascii=False))
+        print(json.dumps({"command": args.command, **found.facts}, ensure_ascii=False))
     else:
-        print("\n\n".join(f"{table.title}:\n{analyze.format_table(table)}" for table in tables))
+        tables = [f"{table.title}:\n{analyze.format_table(table)}" for table in found.tables]
+        print("\n\n".join([*tables, *(["\n".join(found.notes)] if found.notes else [])]))
 
 
 if __name__ == "__main__":

@@ -1,34 +1,82 @@
 """Look into indexed datasets and into the order in which a run reads them.
 
-    python tools/inspect_dataset.py stats PREFIX [--json]
-    python tools/inspect_dataset.py order CONFIG.yaml [group.field=value ...] --start I --count N [--json]
+    python tools/inspect_dataset.py stats PREFIX ... [--json]
+    python tools/inspect_dataset.py show PREFIX N ... [--tokenizer T] [--tokens A:B] [--pieces] [--json]
+    python tools/inspect_dataset.py verify PREFIX [--tokenizer T] [--held-out F.jsonl|PREFIX ...] [--json]
+    python tools/inspect_dataset.py find PREFIX TEXT --tokenizer T [--limit N] [--json]
+    python tools/inspect_dataset.py order CONFIG.yaml [group.field=value ...] [--start I --count N | --step N]
+                                          [--document SOURCE:N] [--json]
+    python tools/inspect_dataset.py plan CONFIG.yaml [group.field=value ...] [--json]
 
-stats: documents, tokens, largest id, and who made the dataset.
-order: for each sample number of the run, its source, epoch and window, and the documents, offsets and lengths it reads.
+stats: documents, tokens (of each source too), lengths, largest id, and who made the dataset.
+show: documents by number: where they came from, their ids, and what these spell.
+verify: every checksum, id and document; duplicates, scripts, overlap with held-out sets. Exit code 0: sound, 3: damaged
+    or not what its header says, 5: it holds documents of a held-out set. Everything found is printed before.
+find: the documents that hold a text, however the tokenizer cut it there.
+order: for each sample number of the run, its source, epoch and window, and the documents, offsets and lengths it reads;
+    with --step those of one step; with --document the samples and steps that read that document.
+plan: tokens, epochs and repeats of each source in the whole run.
+Several answers with --json are one JSON document a line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
 
 from megatron_hammer.cli import ArgumentParser, run
 from megatron_hammer.errors import ConfigError
 
+if TYPE_CHECKING:
+    from megatron_hammer.config import Config
+
+COMMANDS_ON_CONFIGS = ("order", "plan")
+
 
 def parser() -> ArgumentParser:
     parser = ArgumentParser(prog="inspect_dataset.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="stats|order")
-    stats = commands.add_parser("stats", help="counts and origin of one dataset")
-    stats.add_argument("prefix", metavar="PREFIX", help="P of P.bin and P.idx")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="stats|show|verify|find|order|plan")
+    stats = commands.add_parser("stats", help="counts, lengths and origin of datasets")
+    stats.add_argument("prefixes", nargs="+", metavar="PREFIX", help="P of P.bin and P.idx")
+
+    show = commands.add_parser("show", help="documents by number")
+    show.add_argument("prefix", metavar="PREFIX", help="P of P.bin and P.idx")
+    show.add_argument("documents", type=int, nargs="+", metavar="N", help="number of a document, from 0")
+    show.add_argument("--tokens", metavar="A:B", help="tokens A to B of each document, B not included (default: 0:400)")
+    show.add_argument("--pieces", action="store_true", help="spell the pieces one by one, a mark between them")
+
+    verify = commands.add_parser("verify", help="read everything, report everything")
+    verify.add_argument("prefix", metavar="PREFIX", help="P of P.bin and P.idx")
+    verify.add_argument("--held-out", nargs="+", default=[], metavar="SET",
+                        help="JSON lines or prefixes that must share no document with PREFIX")  # fmt: skip
+    verify.add_argument("--scratch", metavar="DIR",
+                        help="folder for digests beyond 8 million documents (default: the system's)")  # fmt: skip
+
+    find = commands.add_parser("find", help="the documents that hold a text")
+    find.add_argument("prefix", metavar="PREFIX", help="P of P.bin and P.idx")
+    find.add_argument("text", metavar="TEXT", help="what to look for, exactly as written")
+    find.add_argument("--limit", type=int, default=10, metavar="N", help="stop after so many places (default: 10)")
+
+    for command, required in ((show, False), (verify, False), (find, True)):
+        command.add_argument("--tokenizer", required=required, metavar="T", help="the one that made the dataset")
+
     order = commands.add_parser("order", help="what samples of a run read")
-    order.add_argument("config", metavar="CONFIG", help="the run's YAML file")
-    order.add_argument("overrides", nargs="*", metavar="group.field=value", help="as given to the training program")
-    order.add_argument("--start", type=int, default=0, metavar="I", help="first sample number, from 0 (default: 0)")
-    order.add_argument("--count", type=int, default=8, metavar="N", help="how many samples (default: 8)")
-    for command in (stats, order):
-        command.add_argument("--json", action="store_true", help="one JSON document instead of a table")
+    order.add_argument("--start", type=int, metavar="I", help="first sample number, from 0 (default: 0)")
+    order.add_argument("--count", type=int, metavar="N",
+                       help="how many samples (default: 8; with --document to the end of the run)")  # fmt: skip
+    order.add_argument("--step", type=int, metavar="N",
+                       help="the samples of step N, from 1, all steps having train.global_batch_size")  # fmt: skip
+    order.add_argument("--document", metavar="SOURCE:N", help="when document N of this source of data.train is read")
+    plan = commands.add_parser("plan", help="what a run draws from each source")
+    for command in (order, plan):
+        command.add_argument("config", metavar="CONFIG", help="the run's YAML file")
+        command.add_argument(
+            "overrides", nargs="*", metavar="group.field=value", help="as given to the training program"
+        )
+    for command in (stats, show, verify, find, order, plan):
+        command.add_argument("--json", action="store_true", help="JSON instead of text")
     return parser
 
 
@@ -37,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
     command_line = parser()
     args, rest = command_line.parse_known_args()
     late = [word for word in rest if "=" in word and not word.startswith("-")]
-    if len(late) < len(rest) or (late and args.command != "order"):
+    if len(late) < len(rest) or (late and args.command not in COMMANDS_ON_CONFIGS):
         command_line.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in late) or late[0]}")
     if late:
         args.overrides += late
@@ -46,57 +94,174 @@ def parse_arguments() -> argparse.Namespace:
 
 def show_stats(args: argparse.Namespace) -> None:
     from megatron_hammer.data.indexed import IndexedDataset
+    from megatron_hammer.data.inspect import describe_dataset, format_stats
 
-    facts = IndexedDataset(args.prefix).describe()
-    if args.json:
-        print(json.dumps(facts, ensure_ascii=False))
-        return
-    for name, value in facts.items():
-        if isinstance(value, list):
-            for entry in value:
-                print(f"{name:17} " + ", ".join(f"{k} {_plain(v)}" for k, v in entry.items()))
-        elif isinstance(value, dict):
-            print(f"{name:17} " + ", ".join(f"{k} {_plain(v)}" for k, v in value.items()))
-        else:
-            print(f"{name:17} {_plain(value)}")
+    for number, prefix in enumerate(args.prefixes):
+        facts = describe_dataset(IndexedDataset(prefix))
+        text = json.dumps(facts, ensure_ascii=False) if args.json else "\n" * (number > 0) + format_stats(facts)
+        print(text, flush=True)
 
 
-def _plain(value: Any) -> str:
-    if value is None:
-        return "not recorded"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+def show_documents(args: argparse.Namespace) -> None:
+    from megatron_hammer.data.indexed import IndexedDataset
+    from megatron_hammer.data.inspect import SHOWN_TOKENS, Speller, describe_document, format_document, load_matching
+
+    if args.pieces and args.tokenizer is None:
+        raise ConfigError(1, "--pieces", "needs --tokenizer", "name the tokenizer that made the dataset")
+    span = (0, SHOWN_TOKENS) if args.tokens is None else parse_span(args.tokens)
+    dataset = IndexedDataset(args.prefix)
+    speller = None if args.tokenizer is None else Speller(load_matching(dataset, args.tokenizer))
+    for number, document in enumerate(args.documents):
+        facts = describe_document(dataset, document, span, speller, args.pieces)
+        text = "\n" * (number > 0) + format_document(args.prefix, facts)
+        print(json.dumps(facts, ensure_ascii=False) if args.json else text)
+    if speller is None and not args.json:
+        print("note: ids only; --tokenizer T shows the text")
 
 
-def show_order(args: argparse.Namespace) -> None:
+def parse_span(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal()):
+        raise ConfigError(1, f"--tokens {text}", "is not A:B", "write two numbers, as in 0:400")
+    return int(first), int(last)
+
+
+def verify(args: argparse.Namespace) -> None:
+    from megatron_hammer.data.verify import format_report, verify_dataset
+    from megatron_hammer.tokenizer.load import load_tokenizer
+
+    tokenizer = None if args.tokenizer is None else load_tokenizer(args.tokenizer)
+    report = verify_dataset(args.prefix, tokenizer, args.held_out, args.scratch)
+    print(json.dumps(report.describe(), ensure_ascii=False) if args.json else format_report(report), flush=True)
+    report.raise_if_unsound()
+
+
+def find_text(args: argparse.Namespace) -> None:
+    from megatron_hammer.corpus.progress import Progress
+    from megatron_hammer.data.find import TextSearch, describe_match, format_match
+    from megatron_hammer.data.indexed import IndexedDataset
+    from megatron_hammer.data.inspect import Speller, load_matching
+
+    if args.limit < 1:
+        raise ConfigError(1, f"--limit {args.limit}", "must be at least 1", "raise it, or leave it out for 10")
+    dataset = IndexedDataset(args.prefix)
+    speller = Speller(load_matching(dataset, args.tokenizer))
+    search = TextSearch(args.text, speller)
+    size = dataset.num_tokens * dataset.dtype.itemsize
+    found, started = 0, time.monotonic()
+    with Progress(f"searching {dataset.bin_path}", size) as progress:
+        for match in search.matches(dataset, progress):
+            facts = describe_match(dataset, match, speller)
+            print(json.dumps(facts, ensure_ascii=False) if args.json else format_match(facts), flush=True)
+            found += 1
+            if found == args.limit:
+                break
+    if not args.json:
+        seconds = max(time.monotonic() - started, 1e-9)
+        done = size if found < args.limit else progress.done_bytes
+        rate = f"{done / 1e6:,.1f} of {size / 1e6:,.1f} MB of ids in {seconds:,.2f} s, {done / seconds / 1e6:,.0f} MB/s"
+        print(f"{found} found{' (--limit)' if found == args.limit else ''}: {rate}")
+
+
+def read_config(args: argparse.Namespace) -> Config:
     from megatron_hammer.config import load_config
-    from megatron_hammer.data.samples import TrainData, describe_samples
 
     config = load_config(args.config, args.overrides)
     if not config.data.train:
         raise ConfigError(73, "data.train", "is absent, so there is no order", "add data.train=PREFIX")
     config.data.check()
+    config.train.check()
+    return config
+
+
+def show_order(args: argparse.Namespace) -> None:
+    from megatron_hammer.data.samples import TrainData, describe_samples
+
+    config = read_config(args)
+    assert config.data.train
+    batch, total = config.train.global_batch_size, config.train.num_steps * config.train.global_batch_size
+    start, count = args.start, args.count
+    if args.step is not None:
+        if start is not None or count is not None:
+            raise ConfigError(1, "--step", "excludes --start and --count", "give the one or the others")
+        if args.step < 1:
+            raise ConfigError(73, f"--step {args.step}", "must be at least 1", "count steps from 1")
+        start, count = (args.step - 1) * batch, batch
+    start = 0 if start is None else start
     data = TrainData(
         config.data.train,
         config.data.seq_length,
         config.train.seed,
         config.data.order,
-        config.train.num_steps * config.train.global_batch_size,
+        total,
+        config.data.weights,
+        config.data.index_folder,
     )
-    samples = describe_samples(data, args.start, args.count)
+    if args.document is not None:
+        show_reads(args, data, start, total if count is None else start + count, batch)
+        return
+    samples = describe_samples(data, start, 8 if count is None else count)
     if args.json:
         print(json.dumps(samples, ensure_ascii=False))
         return
     print(f"{'sample':>10} {'epoch':>5} {'window':>10}  source: document[offset : offset + length] ...")
     for sample in samples:
-        pieces = " ".join(
-            f"{piece['document']}[{piece['offset']}:{piece['offset'] + piece['length']}]" for piece in sample["pieces"]
+        print(
+            f"{sample['sample']:>10} {sample['epoch']:>5} {sample['window']:>10}  {sample['source']}: "
+            f"{format_pieces(sample['pieces'])}"
         )
-        print(f"{sample['sample']:>10} {sample['epoch']:>5} {sample['window']:>10}  {sample['source']}: {pieces}")
+
+
+def show_reads(args: argparse.Namespace, data: Any, start: int, end: int, batch: int) -> None:
+    from megatron_hammer.data.reads import describe_read, document_reads, find_source
+
+    name, colon, number = args.document.rpartition(":")
+    if not (colon and name and number.isdecimal()):
+        raise ConfigError(1, f"--document {args.document}", "is not SOURCE:N", "write it as P_text_document:17")
+    reads = document_reads(data, find_source(data, name), int(number), start, end)
+    described = [describe_read(read, batch) for read in reads]
+    if args.json:
+        print(json.dumps(described, ensure_ascii=False))
+        return
+    print(f"{'step':>8} {'sample':>10} {'epoch':>5} {'window':>10}  document[offset : offset + length] ...")
+    for read in described:
+        pieces = format_pieces(read["pieces"])
+        print(f"{read['step']:>8} {read['sample']:>10} {read['epoch']:>5} {read['window']:>10}  {pieces}")
+    print(f"read by {len(described)} of the samples {start} to {end - 1}")
+
+
+def format_pieces(pieces: list[dict[str, Any]]) -> str:
+    return " ".join(f"{piece['document']}[{piece['offset']}:{piece['offset'] + piece['length']}]" for piece in pieces)
+
+
+def show_plan(args: argparse.Namespace) -> None:
+    from megatron_hammer.data.indexed import IndexedDataset
+    from megatron_hammer.data.plan import format_plan, make_plan
+
+    config = read_config(args)
+    assert config.data.train
+    tokens = {prefix: IndexedDataset(prefix).num_tokens for prefix in config.data.train}
+    plan = make_plan(
+        config.data.train,
+        config.data.weights,
+        tokens,
+        config.train.num_steps,
+        config.tokens_per_step,
+        config.data.max_epochs,
+    )
+    print(json.dumps(plan.describe(), ensure_ascii=False) if args.json else format_plan(plan))
 
 
 def main() -> None:
     args = parse_arguments()
-    {"stats": show_stats, "order": show_order}[args.command](args)
+    {
+        "stats": show_stats,
+        "show": show_documents,
+        "verify": verify,
+        "find": find_text,
+        "order": show_order,
+        "plan": show_plan,
+    }[args.command](args)
 
 
 if __name__ == "__main__":

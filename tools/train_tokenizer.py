@@ -1,20 +1,25 @@
 #!/usr/bin/env python3
-"""Train a sentencepiece BPE tokenizer on JSON lines.
+"""Train a sentencepiece tokenizer, BPE or unigram, on JSON lines, parquet or plain text.
 
     python tools/train_tokenizer.py --input zh.jsonl en.jsonl --output tokenizer/ --vocab-size 32000
 
 The settings that are not options are HammerLLM's: byte fallback, digits split, pieces of white space alone allowed, no
 normalisation, no dummy prefix; unk 0, bos 1, eos 2. Line breaks inside documents are learned. The same text gives the
-same model, whatever the order of the files and the number of threads.
+same model, whatever the order of the files and the number of threads. Beside it a manifest says what it was made of:
+inputs with their hashes, settings, sizes.
+
+Unigram models can be used wherever a .model can, but not converted to a tokenizer.json, nor exported with a model.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from typing import get_args
 
 from megatron_hammer.cli import ArgumentParser, run
-from megatron_hammer.corpus.jsonl import JsonlCorpus
+from megatron_hammer.corpus.documents import TextCorpus
+from megatron_hammer.corpus.readers import TEXT_DOCUMENTS
 from megatron_hammer.tokenizer import train
 from megatron_hammer.tokenizer.characters import TABLE_NAME, read_required
 
@@ -22,15 +27,21 @@ from megatron_hammer.tokenizer.characters import TABLE_NAME, read_required
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--input", nargs="+", required=True, metavar="F.jsonl", help="text (.jsonl, .jsonl.gz, .jsonl.zst)"
-    )
-    parser.add_argument("--json-key", default="text", help="the field that holds the text (default: text)")
+        "--input", nargs="+", required=True, metavar="FILE",
+        help=".jsonl, .parquet or .txt, the first and the last also .gz and .zst; folders, patterns",
+    )  # fmt: skip
+    parser.add_argument("--json-key", default="text", help="field or column that holds the text (default: text)")
+    parser.add_argument("--text-documents", choices=TEXT_DOCUMENTS, default="blank-line",
+                        help="a document of a .txt file is: all of it, each line, or what stands between empty lines "
+                             "(default: %(default)s)")  # fmt: skip
     parser.add_argument(
         "--output", required=True, metavar="DIR_OR_MODEL", help="a folder, or a name that ends in .model"
     )
     parser.add_argument(
         "--vocab-size", type=int, required=True, help="number of pieces, control and byte pieces included"
     )
+    parser.add_argument("--model-type", choices=get_args(train.ModelType), default="bpe",
+                        help="the algorithm (default: bpe, HammerLLM's)")  # fmt: skip
     parser.add_argument("--character-coverage", type=float, default=0.9995,
                         help="share of characters with a piece; others use bytes (default: %(default)s)")  # fmt: skip
     parser.add_argument("--user-defined-symbols", metavar="FILE", help="literal strings that stay whole, one a line")
@@ -41,14 +52,15 @@ def main() -> None:
                         help="longest stretch of text seen at once (default: %(default)s)")  # fmt: skip
     parser.add_argument("--sample-bytes", type=int, default=train.SAMPLE_BYTES,
                         help="of more text than this, a sample is used (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--threads", type=int, default=1, help="threads for counting (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="threads for counting, BPE only (default: 1)")
     args = parser.parse_args()
 
     started = time.monotonic()
     tokenizer = train.train_tokenizer(
-        JsonlCorpus(args.input, args.json_key),
+        TextCorpus(args.input, args.json_key, args.text_documents),
         args.output,
         args.vocab_size,
+        model_type=args.model_type,
         character_coverage=args.character_coverage,
         user_defined_symbols=train.read_symbols(args.user_defined_symbols) if args.user_defined_symbols else (),
         required_characters=read_required(args.required_characters).characters if args.required_characters else "",

@@ -18,7 +18,7 @@ Exit code 0: equal, with counts. Exit code 5: they differ, and the first differe
 from __future__ import annotations
 
 from megatron_hammer.cli import ArgumentParser, run
-from megatron_hammer.corpus.jsonl import JsonlCorpus, read_jsonl
+from megatron_hammer.corpus.documents import TextCorpus
 from megatron_hammer.tokenizer.verify import compare_tokenizers
 
 
@@ -27,17 +27,16 @@ def main() -> None:
     parser.add_argument("a", metavar="A", help="sentencepiece .model, tokenizer.json or Hugging Face folder")
     parser.add_argument("b", metavar="B", help="what is compared with it")
     parser.add_argument(
-        "--texts", nargs="+", default=[], metavar="F.jsonl", help="texts to compare (.jsonl, .jsonl.gz, .jsonl.zst)"
+        "--texts", nargs="+", default=[], metavar="FILE", help="texts to compare (.jsonl, .parquet, .txt)"
     )
-    parser.add_argument("--json-key", default="text", help="the field that holds the text (default: text)")
+    parser.add_argument("--json-key", default="text", help="field or column that holds the text (default: text)")
     parser.add_argument(
         "--fuzz", type=int, default=10_000, metavar="N", help="how many fuzz texts (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=3407, help="of the fuzz texts (default: %(default)s)")
     args = parser.parse_args()
 
-    JsonlCorpus(args.texts)  # a name that is wrong should not be found out after the files before it
-    texts = {path: (record.text for record in read_jsonl(path, args.json_key)) for path in args.texts}
+    texts = {path: TextCorpus([path], args.json_key) for path in args.texts}
     comparison = compare_tokenizers(args.a, args.b, texts, args.fuzz, args.seed)
     print("\n".join(comparison.lines()), flush=True)
     if error := comparison.error():

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "index_builder.hpp"
+#include "reading.hpp"
 
 namespace py = pybind11;
 
@@ -68,6 +69,13 @@ py::array_t<int64_t> epoch_marks(const py::array& lengths, uint64_t key, int64_t
   return to_array(marks);
 }
 
+py::array_t<int64_t> to_rows(const std::vector<hammer::Piece>& pieces) {
+  py::array_t<int64_t> out({static_cast<py::ssize_t>(pieces.size()), py::ssize_t{3}});
+  static_assert(sizeof(hammer::Piece) == 3 * sizeof(int64_t), "rows are copied as they lie");
+  if (!pieces.empty()) std::memcpy(out.mutable_data(), pieces.data(), pieces.size() * sizeof(hammer::Piece));
+  return out;
+}
+
 py::array_t<int64_t> find_pieces(const py::array& lengths, const py::array& marks, int64_t stride, uint64_t key,
                                  int64_t offset, int64_t count) {
   const auto marks_view = view<int64_t>(marks, "marks");
@@ -75,10 +83,97 @@ py::array_t<int64_t> find_pieces(const py::array& lengths, const py::array& mark
     py::gil_scoped_release release;
     return hammer::find_pieces(checked, marks_view, stride, key, offset, count);
   });
-  py::array_t<int64_t> out({static_cast<py::ssize_t>(pieces.size()), py::ssize_t{3}});
-  static_assert(sizeof(hammer::Piece) == 3 * sizeof(int64_t), "rows are copied as they lie");
-  if (!pieces.empty()) std::memcpy(out.mutable_data(), pieces.data(), pieces.size() * sizeof(hammer::Piece));
-  return out;
+  return to_rows(pieces);
+}
+
+py::tuple to_tuple(const hammer::Located& located) {
+  return py::make_tuple(to_rows(located.pieces), to_array(located.counts));
+}
+
+py::tuple locate_windows(const py::array& lengths, const py::array& marks, int64_t stride, uint64_t key,
+                         const py::array& offsets, int64_t count) {
+  const auto marks_view = view<int64_t>(marks, "marks");
+  const auto offsets_view = view<int64_t>(offsets, "offsets");
+  return to_tuple(with_lengths(lengths, [&](auto checked) {
+    py::gil_scoped_release release;
+    return hammer::locate_windows(checked, marks_view, stride, key, offsets_view, count);
+  }));
+}
+
+// A two-dimensional array as one row after the other.
+template <class T>
+hammer::View<T> rows_view(const py::array& array, py::ssize_t columns, const char* name) {
+  if (array.ndim() != 2 || array.shape(1) != columns || !(array.flags() & py::array::c_style) || !holds<T>(array)) {
+    throw py::type_error(std::string(name) + " must be contiguous rows of " + std::to_string(columns) +
+                         " of the expected dtype");
+  }
+  return hammer::View<T>(array.data(), array.size());
+}
+
+py::tuple megatron_windows(const py::array& lengths, const py::array& documents, const py::array& samples,
+                           const py::array& windows, int64_t extra) {
+  const auto lengths_view = view<int32_t>(lengths, "lengths");
+  const auto documents_view = view<int32_t>(documents, "documents");
+  const auto windows_view = view<int64_t>(windows, "windows");
+  hammer::Located located;
+  if (holds<int32_t>(samples)) {
+    const auto samples_view = rows_view<int32_t>(samples, 2, "samples");
+    py::gil_scoped_release release;
+    located = hammer::megatron_windows(lengths_view, documents_view, samples_view, windows_view, extra);
+  } else {
+    const auto samples_view = rows_view<int64_t>(samples, 2, "samples");
+    py::gil_scoped_release release;
+    located = hammer::megatron_windows(lengths_view, documents_view, samples_view, windows_view, extra);
+  }
+  return to_tuple(located);
+}
+
+template <class T>
+T* aligned_rows(py::array& array, const char* name) {
+  const bool aligned = reinterpret_cast<std::uintptr_t>(array.data()) % sizeof(T) == 0;
+  if (array.ndim() != 2 || !(array.flags() & py::array::c_style) || !array.writeable() || !aligned) {
+    throw py::type_error(std::string(name) + " must be a contiguous, aligned and writeable array of rows");
+  }
+  return static_cast<T*>(array.mutable_data());
+}
+
+void copy_windows(const py::array& tokens, const py::array& pointers, const py::object& boundaries,
+                  const py::array& pieces, const py::array& counts, const py::array& rows, py::array out) {
+  const py::array no_boundaries = py::array_t<int64_t>(0);
+  const py::array given = boundaries.is_none() ? no_boundaries : boundaries.cast<py::array>();
+  const hammer::Places places{view<int64_t>(pointers, "pointers"), view<int64_t>(given, "boundaries"),
+                              static_cast<int64_t>(tokens.itemsize())};
+  const auto pieces_view = rows_view<int64_t>(pieces, 3, "pieces");
+  const auto counts_view = view<int64_t>(counts, "counts");
+  const auto rows_numbers = view<int64_t>(rows, "rows");
+  check_shape(tokens, "tokens");
+  if (reinterpret_cast<std::uintptr_t>(tokens.data()) % static_cast<size_t>(tokens.itemsize()) != 0) {
+    throw py::type_error("tokens must be aligned");
+  }
+  bool done = false;
+  auto copy = [&](auto token, auto id) {
+    using Token = decltype(token);
+    using Out = decltype(id);
+    if (done || !holds<Token>(tokens) || !holds<Out>(out)) return;
+    Out* values = aligned_rows<Out>(out, "out");
+    const int64_t size = out.shape(0), width = out.shape(1);
+    const auto* from = static_cast<const Token*>(tokens.data());
+    const int64_t num_tokens = tokens.size();
+    done = true;
+    py::gil_scoped_release release;
+    hammer::copy_windows(from, num_tokens, places, pieces_view, counts_view, rows_numbers, width, size, values);
+  };
+  auto copy_either = [&](auto token) {
+    copy(token, int32_t{});
+    copy(token, int64_t{});
+  };
+  copy_either(uint16_t{});
+  copy_either(int32_t{});
+  copy_either(uint8_t{});
+  copy_either(int8_t{});
+  copy_either(int16_t{});
+  copy(int64_t{}, int64_t{});
+  if (!done) throw py::type_error("tokens must be integers of at most the width of out, which is int32 or int64");
 }
 
 template <class Index>
@@ -128,6 +223,17 @@ py::tuple greedy_blend(const std::vector<double>& weights, const std::vector<int
   });
 }
 
+std::vector<int64_t> blend_counts(bool chairman, const std::vector<double>& weights, std::vector<int64_t> drawn,
+                                  int64_t count) {
+  py::gil_scoped_release release;
+  if (chairman) {
+    hammer::chairman_blend(weights, drawn, count, nullptr, nullptr);
+  } else {
+    hammer::greedy_blend(weights, {}, drawn, count, nullptr, nullptr);
+  }
+  return drawn;
+}
+
 void shuffle(hammer::MersenneTwister& twister, py::array values) {
   check_shape(values, "values");
   const bool aligned = reinterpret_cast<std::uintptr_t>(values.data()) % static_cast<size_t>(values.itemsize()) == 0;
@@ -149,11 +255,17 @@ void shuffle(hammer::MersenneTwister& twister, py::array values) {
 
 PYBIND11_MODULE(_index, module) {
   module.doc() = "Compiled half of megatron_hammer.data.index, which documents the functions.";
-  module.attr("INTERFACE") = 1;  // data/index.py refuses a module of another number
+  module.attr("INTERFACE") = 2;  // data/index.py refuses a module of another number
   module.def("permute", &permute, py::arg("n"), py::arg("key"), py::arg("start"), py::arg("count"));
   module.def("epoch_marks", &epoch_marks, py::arg("lengths"), py::arg("key"), py::arg("stride"));
   module.def("find_pieces", &find_pieces, py::arg("lengths"), py::arg("marks"), py::arg("stride"), py::arg("key"),
              py::arg("offset"), py::arg("count"));
+  module.def("locate_windows", &locate_windows, py::arg("lengths"), py::arg("marks"), py::arg("stride"),
+             py::arg("key"), py::arg("offsets"), py::arg("count"));
+  module.def("megatron_windows", &megatron_windows, py::arg("lengths"), py::arg("documents"), py::arg("samples"),
+             py::arg("windows"), py::arg("extra"));
+  module.def("copy_windows", &copy_windows, py::arg("tokens"), py::arg("pointers"), py::arg("boundaries"),
+             py::arg("pieces"), py::arg("counts"), py::arg("rows"), py::arg("out"));
   module.def("sample_index_int32", &sample_index<int32_t>, py::arg("lengths"), py::arg("documents"),
              py::arg("seq_length"), py::arg("total_tokens"), py::arg("extra"), py::arg("drop_last"));
   module.def("sample_index_int64", &sample_index<int64_t>, py::arg("lengths"), py::arg("documents"),
@@ -161,6 +273,10 @@ PYBIND11_MODULE(_index, module) {
   module.def("chairman_blend", &chairman_blend, py::arg("weights"), py::arg("drawn"), py::arg("count"));
   module.def("greedy_blend", &greedy_blend, py::arg("weights"), py::arg("drawn"), py::arg("count"),
              py::arg("limits"));
+  module.def("blend_counts", [](bool chairman, const std::vector<double>& weights,
+                                const std::vector<int64_t>& drawn, int64_t count) {
+    return to_array(blend_counts(chairman, weights, drawn, count));
+  }, py::arg("chairman"), py::arg("weights"), py::arg("drawn"), py::arg("count"));
   py::class_<hammer::MersenneTwister>(module, "MersenneTwister")
       .def(py::init<uint32_t>(), py::arg("seed"))
       .def("shuffle", &shuffle, py::arg("values"));

@@ -20,6 +20,21 @@
 #include <stdexcept>
 #include <vector>
 
+#if defined(__GNUC__)
+#define HAMMER_PREFETCH(address, write, locality) __builtin_prefetch(address, write, locality)
+#else
+#define HAMMER_PREFETCH(address, write, locality) ((void)(address))
+#endif
+
+// Loops over blocks of integers come in several versions, and the loader takes the widest that the machine has. Not in
+// sanitizer builds, whose runtime is not up yet when the loader asks.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(HAMMER_ONE_VERSION)
+#define HAMMER_VECTOR __attribute__((target_clones("default", "avx2", "avx512f")))
+#else
+#define HAMMER_VECTOR
+#endif
+
 namespace hammer {
 
 // A read-only array that may be unaligned: an .idx file puts int32 at byte 34. memcpy compiles to a plain load.
@@ -33,10 +48,9 @@ class View {
     std::memcpy(&value, data_ + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
     return value;
   }
+  // Into the second level of the cache, which has room for more requests at a time than the first.
   void prefetch(int64_t i) const {
-#if defined(__GNUC__)
-    __builtin_prefetch(data_ + i * static_cast<int64_t>(sizeof(T)), 0, 0);
-#endif
+    HAMMER_PREFETCH(data_ + i * static_cast<int64_t>(sizeof(T)), 0, 2);
   }
 
  private:
@@ -70,29 +84,12 @@ class Permutation {
   static constexpr int64_t kBlock = 64;
 
   // Values first to first + count, count at most kBlock. One value waits for its own multiplications most of the time;
-  // a block of them, round by round, does not: 9 instead of 29 ns a value.
-  void block(int64_t first, int64_t count, int64_t* out) const {
-    std::array<uint64_t, kBlock> row, column;
-    uint64_t next_row = static_cast<uint64_t>(first) / columns_, next_column = static_cast<uint64_t>(first) % columns_;
-    for (int64_t k = 0; k < count; ++k) {
-      row[k] = next_row;
-      column[k] = next_column;
-      if (++next_column == columns_) next_column = 0, ++next_row;
-    }
-    for (int round = 0; round < rounds_; round += 2) {
-      for (int64_t k = 0; k < count; ++k) row[k] = shift(row[k], column[k], keys_[round], rows_);
-      for (int64_t k = 0; k < count; ++k) column[k] = shift(column[k], row[k], keys_[round + 1], columns_);
-    }
-    for (int64_t k = 0; k < count; ++k) {
-      const int64_t value = static_cast<int64_t>(row[k] * columns_ + column[k]);
-      out[k] = value < n_ ? value : (*this)(value);
-    }
-  }
+  // a block of them, round by round, does not, and is vectorised: 3 to 9 instead of 29 ns a value.
+  void block(int64_t first, int64_t count, int64_t* out) const;
 
   static constexpr int kMostRounds = 24;
   static constexpr int64_t kLargest = int64_t{1} << 60;  // keeps rows and columns below 2^31
 
- private:
   // side + f(other) mod modulus
   static uint64_t shift(uint64_t side, uint64_t other, uint64_t key, uint64_t modulus) {
     uint64_t x = (other ^ key) * 0xD6E8FEB86659FD93u;  // odd multipliers of published mixers; any good pair would do
@@ -102,6 +99,7 @@ class Permutation {
     return side >= modulus ? side - modulus : side;
   }
 
+ private:
   int64_t n_;
   uint64_t rows_, columns_;
   int rounds_;
@@ -131,7 +129,8 @@ template <class Index, class Length>
 void sample_index(View<Length> lengths, View<int32_t> documents, int64_t seq_length, int64_t total_tokens, int64_t extra,
                   bool drop_last, Index* out);
 
-// Both draw the next `count` samples of an endless mix whose past is `drawn`, and advance `drawn`.
+// Both draw the next `count` samples of an endless mix whose past is `drawn`, and advance `drawn`. With null pointers
+// only the counts are wanted.
 void chairman_blend(const std::vector<double>& weights, std::vector<int64_t>& drawn, int64_t count, int16_t* source,
                     int64_t* position);
 // limits: most samples of each source (empty: no limits); a source leaves the contest once it is spent.
@@ -145,9 +144,9 @@ class MersenneTwister {
   void shuffle(T* values, int64_t n);
 
  private:
-  uint32_t next();
   void refill();
   std::array<uint32_t, 624> state_;
+  std::array<uint32_t, 624> ready_;  // the state, tempered: what is drawn
   int used_ = 624;
 };
 

@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import islice
@@ -420,22 +420,44 @@ def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
 
 
 def write_weights(manifest: Manifest, model: ModelConfig, folder: Path, dtype: str, max_shard_bytes: int) -> None:
-    """Stream the logical weights into one file, or into shards with an index."""
-    shapes = logical_shapes(model)
-    sizes = {name: count(shape) * ITEM_BYTES[dtype] for name, shape in shapes.items()}
+    """Stream the logical weights, in one type, into one file, or into shards with an index."""
+    tensors = {name: (dtype, shape) for name, shape in logical_shapes(model).items()}
+    write_weight_files(
+        folder, tensors, lambda name: chunks_of(read_logical(manifest, name), DTYPES[dtype]), max_shard_bytes
+    )
+
+
+def write_weight_files(
+    folder: Path,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    chunks: Callable[[str], Iterable[Any]],
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> dict[str, str]:
+    """Stream tensors into one file, or into shards with an index, as transformers reads them.
+
+    Args:
+        tensors: name -> (dtype, shape), in the order of the files.
+        chunks: gives the bytes of a tensor by its name; called once for each, in order.
+
+    Returns:
+        name -> XXH3-128 of its bytes, taken before they were written.
+    """
+    sizes = {name: count(shape) * ITEM_BYTES[dtype] for name, (dtype, shape) in tensors.items()}
     plan = plan_shards(sizes, max_shard_bytes)
     names = (
         [WEIGHTS] if len(plan) == 1 else [f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]
     )
-    tensors = progress(list(sizes), "writing weights")
+    hashes = {}
+    order = progress(list(sizes), "writing weights")
     for file_name, content in zip(names, plan):
-        entries = [(name, dtype, shapes[name]) for name in content]
+        entries = [(name, *tensors[name]) for name in content]
         with TensorFileWriter(folder / file_name, entries, {"format": "pt"}) as writer:
-            for name in islice(tensors, len(content)):
-                writer.write(name, chunks_of(read_logical(manifest, name), DTYPES[dtype]))
+            for name in islice(order, len(content)):
+                hashes[name] = writer.write(name, chunks(name))
     if len(plan) > 1:
         weight_map = {name: file_name for file_name, content in zip(names, plan) for name in content}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+    return hashes
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
@@ -622,11 +644,12 @@ def import_hf(hf_dir: str | Path, save_dir: str | Path, note: Note = print_note)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-    _write_preset(Path(save_dir) / "model.yaml", model, target / TOKENIZER if tokenizer else None)
+    write_preset(Path(save_dir) / "model.yaml", model, target / TOKENIZER if tokenizer else None)
     return target
 
 
-def _write_preset(path: Path, model: ModelConfig, tokenizer: Path | None) -> None:
+def write_preset(path: Path, model: ModelConfig, tokenizer: Path | None) -> None:
+    """A preset with the model's settings, for the run that continues from these weights."""
     assert model.max_position_embeddings is not None
     preset: dict[str, Any] = {"model": asdict(model)}
     preset["data"] = {"seq_length": min(DataConfig.seq_length, model.max_position_embeddings)}

@@ -1,1 +1,1 @@
-"""Raw text: the strict reader that everything uses, and the sample corpus of the quick start."""
+"""Raw text: readers, reformatting, sampling, splitting, shuffling, and the sample corpus of the quick start."""

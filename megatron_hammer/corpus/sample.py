@@ -33,7 +33,7 @@ from typing import Any
 
 import orjson
 
-from megatron_hammer.corpus.jsonl import JsonlWriter
+from megatron_hammer.corpus.documents import LineWriter, text_line
 from megatron_hammer.errors import ConfigError, DataError
 from megatron_hammer.files import replace_file
 
@@ -181,12 +181,12 @@ def _take(documents: Iterable[Document], room: int) -> list[Document]:
 
 
 def _write(path: Path, documents: list[Document]) -> dict[str, Any]:
-    with JsonlWriter(path) as writer:
+    with LineWriter(path) as writer:
         for document in documents:
-            writer.write({"text": document.text, "source": document.source})
+            writer.write(text_line(document.text, {"source": document.source}), document.size)
     return {
-        "documents": len(documents),
-        "text_bytes": sum(document.size for document in documents),
+        "documents": writer.documents,
+        "text_bytes": writer.text_bytes,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
 

@@ -26,7 +26,8 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -50,10 +51,12 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 SMALL_VOCABULARY = 65500  # below it Megatron-LM writes uint16, from it on int32
 
 HEADER_FORMAT = "megatron_hammer indexed dataset"
-HEADER_VERSION = 1
+HEADER_VERSION = 2
+_OLD_HEADER_VERSIONS = (1,)  # sources without tokens, hash and rejected; still read
 BLOCK_BYTES = 64 << 20  # of .bin under one checksum: small enough to name the damaged place, 16 hashes a gigabyte
 _SAMPLED_BLOCKS, _SAMPLED_BYTES = 16, 64 << 10
 _CHUNK = 1 << 20  # entries of the index checked or written at once
+_SYNC_BYTES = 32 << 20  # of tokens written between two syncs: a tenth of a second's work for this disk
 
 REMAKE = "prepare this dataset again, or copy all its files again"
 
@@ -82,11 +85,20 @@ class TokenizerRecord:
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """One input text: its path as given, its size in bytes, and the documents taken from it."""
+    """One input text: what was read, and what was taken from it."""
 
     path: str
+    """As given."""
     bytes: int
+    """Of the file on disk."""
     documents: int
+    """Taken, empty ones included."""
+    tokens: int | None = None
+    """Of these documents; None: not recorded."""
+    xxh3: str | None = None
+    """XXH3-128 of the file as ``xxhsum -H2`` prints it; None: not recorded."""
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    """Documents that were left out, for each cause (``E304``: malformed JSON ...)."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,7 @@ class DatasetHeader:
         tree = json.loads(text)
         if not isinstance(tree, dict) or tree.get("format") != HEADER_FORMAT:
             raise ValueError(f'its "format" is not "{HEADER_FORMAT}"')
-        if tree.get("version") != HEADER_VERSION:
+        if tree.get("version") not in (HEADER_VERSION, *_OLD_HEADER_VERSIONS):
             raise ValueError(f"it has version {tree.get('version')!r}, this program reads version {HEADER_VERSION}")
 
         def take(source: dict, name: str, kind: type, optional: bool = False) -> Any:
@@ -156,7 +168,18 @@ class DatasetHeader:
             ),
             options=take(tree, "options", dict),
             sources=tuple(
-                SourceRecord(take(s, "path", str), take(s, "bytes", int), take(s, "documents", int)) for s in sources
+                SourceRecord(
+                    take(s, "path", str),
+                    take(s, "bytes", int),
+                    take(s, "documents", int),
+                    take(s, "tokens", int, optional=True),
+                    take(s, "xxh3", str, optional=True),
+                    {
+                        cause: take(s["rejected"], cause, int)
+                        for cause in take(s, "rejected", dict, optional=True) or {}
+                    },
+                )
+                for s in sources
             ),
         )
 
@@ -181,6 +204,7 @@ class IndexedDataset:
         code, sequences, boundaries = _check_start(self.idx_path, index)
         self.dtype = DTYPES[code]
         """Of the tokens on disk."""
+        self._mapped = [part for part in (index,) if isinstance(part, mmap.mmap)]
         buffer = memoryview(index)
         self.lengths = np.frombuffer(buffer, "<i4", sequences, FIRST_LENGTH)
         """int32 [S], tokens of each sequence."""
@@ -188,8 +212,9 @@ class IndexedDataset:
         """int64 [S], byte offset of each sequence in .bin."""
         self.document_indices = np.frombuffer(buffer, "<i8", boundaries, FIRST_LENGTH + 12 * sequences)
         """int64 [documents + 1], first sequence of each document, then S."""
-        self.num_tokens = _check_sequences(self.idx_path, self.lengths, self.pointers, self.dtype.itemsize)
-        self._one_sequence_each = _check_documents(self.idx_path, self.document_indices, sequences)
+        itemsize = self.dtype.itemsize
+        self.num_tokens = _check_sequences(self.idx_path, self.lengths, self.pointers, itemsize, self.forget)
+        self._one_sequence_each = _check_documents(self.idx_path, self.document_indices, sequences, self.forget)
 
         tokens = _map_file(self.bin_path)
         if len(tokens) != self.num_tokens * self.dtype.itemsize:
@@ -201,9 +226,15 @@ class IndexedDataset:
             )
         self.tokens = np.frombuffer(tokens, self.dtype, self.num_tokens)
         """[num_tokens], all sequences one after the other."""
+        self._mapped += [part for part in (tokens,) if isinstance(part, mmap.mmap)]
         self.header = _read_header(path_of(self.prefix, ".meta.json"))
         """None: written by another program."""
         self._check_header()
+
+    def forget(self) -> None:
+        """Give the pages that were looked at back: they need not count as our memory, the system keeps them cached."""
+        for part in self._mapped:
+            part.madvise(mmap.MADV_DONTNEED)
 
     @property
     def bin_path(self) -> Path:
@@ -236,6 +267,11 @@ class IndexedDataset:
     def _aligned_boundaries(self) -> np.ndarray:
         """``document_indices`` in memory: NumPy's search would copy the unaligned ones of the file at each call."""
         return self.document_indices.copy()
+
+    @property
+    def boundaries(self) -> np.ndarray | None:
+        """``document_indices``, or None where every document is one sequence and they say nothing."""
+        return None if self._one_sequence_each else self.document_indices
 
     def first_sequences(self, documents: np.ndarray) -> np.ndarray:
         """The first sequence of each of some documents that are not empty."""
@@ -333,6 +369,10 @@ class IndexedDataset:
                 raise _foreign_header(self.prefix, name, getattr(self.header, name), expected)
 
 
+class StaleState(Exception):
+    """A writer's temporaries are gone, or another writer's."""
+
+
 class IndexedWriter:
     """Writes a dataset batch by batch; published when its ``with`` block ends well, gone without trace when not.
 
@@ -342,9 +382,11 @@ class IndexedWriter:
         dtype: token type, instead of the one that ``vocab_size`` chooses.
         tokenizer: recorded in the header.
         options: recorded in the header.
+        resume: go on from what ``save_state`` of a former writer returned; its temporaries are cut to that state.
 
     Raises:
         DataError: another process writes this dataset.
+        StaleState: the temporaries are not those of ``resume``.
     """
 
     def __init__(
@@ -354,6 +396,7 @@ class IndexedWriter:
         dtype: np.dtype | type | None = None,
         tokenizer: TokenizerRecord | None = None,
         options: Mapping[str, Any] | None = None,
+        resume: Mapping[str, Any] | None = None,
     ) -> None:
         self.prefix = Path(prefix)
         self.vocab_size = vocab_size
@@ -364,14 +407,32 @@ class IndexedWriter:
         """Recorded in the header; the caller appends."""
         self.num_tokens = self.num_sequences = self.num_documents = 0
         self._max_token_id, self._min_token_id = -1, 0
+        self._tokens_of_parts = 0  # that no length stands for yet
         self._published = False
+        self.keep_temporaries = False
+        """Whether the temporaries stay when the ``with`` block ends with an exception: for ``resume``."""
         self._blocks = _BlockHasher()
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self._idx = _open_locked(path_of(prefix, ".idx.tmp"))  # the last file to get its final name guards them all
-        self._bin = open(path_of(prefix, ".bin.tmp"), "wb")  # noqa: SIM115  closed by __exit__
-        self._documents = open(path_of(prefix, ".documents.tmp"), "w+b")  # noqa: SIM115  appended to .idx in the end
-        self._idx.write(bytes(FIRST_LENGTH))  # the counts are known at the end
-        self._documents.write(struct.pack("<q", 0))
+        try:
+            if resume:
+                self._take_back(resume)
+            mode = "r+b" if resume else "w+b"
+            self._bin = open(path_of(prefix, ".bin.tmp"), mode)  # noqa: SIM115  closed by __exit__
+            self._documents = open(path_of(prefix, ".documents.tmp"), mode)  # noqa: SIM115  appended to .idx in the end
+            if resume:
+                self._restore(resume)
+            else:
+                self._idx.truncate(0)
+                self._idx.write(bytes(FIRST_LENGTH))  # the counts are known at the end
+                self._documents.write(struct.pack("<q", 0))
+        except FileNotFoundError as error:
+            self._idx.close()
+            raise StaleState(f"{error.filename} is gone") from None
+        except BaseException:
+            self._idx.close()
+            raise
+        self._background = _BackgroundSync(self._bin.fileno())
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -383,9 +444,10 @@ class IndexedWriter:
             if kind is None:
                 self._publish()
         finally:
+            self._background.finish()
             self._bin.close()
             self._documents.close()
-            if not self._published:  # else these names may belong to the next writer already
+            if not self._published and not self.keep_temporaries:  # once published, the names may be another writer's
                 for suffix in (".bin.tmp", ".meta.json.tmp", ".documents.tmp", ".idx.tmp"):
                     path_of(self.prefix, suffix).unlink(missing_ok=True)
             self._idx.close()  # gives up the lock
@@ -404,15 +466,15 @@ class IndexedWriter:
         """
         lengths = np.asarray(lengths, np.int64)
         tokens = np.asarray(tokens)
-        assert len(tokens) == lengths.sum(), f"{len(tokens)} tokens for lengths that sum up to {lengths.sum()}"
+        parts, self._tokens_of_parts = self._tokens_of_parts, 0
+        assert len(tokens) + parts == lengths.sum(), (
+            f"{len(tokens) + parts} tokens for lengths of {lengths.sum()} in all"
+        )
         if len(lengths) and lengths.max() > np.iinfo(np.int32).max:
             document = self.num_documents + int(np.argmax(lengths))
             raise DataError(46, f"document {document} of {lengths.max():,} tokens",
                             "is longer than the format's 2,147,483,647", "split this text")  # fmt: skip
-        self._check_ids(tokens, lengths)
-        data = np.ascontiguousarray(tokens, self.dtype).data.cast("B") if len(tokens) else b""
-        self._bin.write(data)
-        self._blocks.update(data)
+        self._add_tokens(tokens, lengths)
         if sequences_per_document is None:
             sequences = (lengths > 0).astype(np.int64)
             lengths = lengths[lengths > 0]
@@ -423,7 +485,52 @@ class IndexedWriter:
         self._documents.write((self.num_sequences + np.cumsum(sequences)).astype("<i8").tobytes())
         self.num_documents += len(sequences)
         self.num_sequences += len(lengths)
+
+    def add_part(self, tokens: np.ndarray) -> None:
+        """Append some tokens of a sequence that is too long to be held; ``add`` ends it, with the length of it all."""
+        self._add_tokens(np.asarray(tokens), np.array([len(tokens)]))
+        self._tokens_of_parts += len(tokens)
+
+    def _add_tokens(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        self._check_ids(tokens, lengths)
+        data = np.ascontiguousarray(tokens, self.dtype).data.cast("B") if len(tokens) else b""
+        self._bin.write(data)
+        self._blocks.update(data)
+        self._background.wrote(len(data))
         self.num_tokens += len(tokens)
+
+    def append(self, dataset: IndexedDataset) -> None:
+        """Append all documents of a dataset of the same token type, its bytes as they are; memory stays flat.
+
+        Its ids are read only where its header does not say the largest.
+        """
+        assert dataset.dtype == self.dtype, f"{dataset.dtype} is not {self.dtype}"
+        known = dataset.header is not None and dataset.header.max_token_id is not None
+        if known:
+            largest = dataset.max_token_id()
+            assert self.vocab_size is None or largest < self.vocab_size, f"{largest} is not below {self.vocab_size}"
+            self._max_token_id = max(self._max_token_id, largest)
+        with open(dataset.bin_path, "rb", buffering=0) as file:
+            buffer = memoryview(bytearray(8 * _CHUNK))
+            for first in range(0, dataset.num_tokens * self.dtype.itemsize, len(buffer)):
+                wanted = min(len(buffer), dataset.num_tokens * self.dtype.itemsize - first)
+                if file.readinto(buffer[:wanted]) != wanted:  # a regular file gives less at its end only
+                    raise DataError(38, str(dataset.bin_path), "became shorter while it was read", REMAKE)
+                if not known:
+                    self._check_ids(np.frombuffer(buffer[:wanted], self.dtype), np.array([wanted]))
+                self._bin.write(buffer[:wanted])
+                self._blocks.update(buffer[:wanted])
+                self._background.wrote(wanted)
+        for first in range(0, dataset.num_sequences, _CHUNK):
+            self._idx.write(dataset.lengths[first : first + _CHUNK].data.cast("B"))
+            dataset.forget()
+        for first in range(1, dataset.num_documents + 1, _CHUNK):
+            boundaries = dataset.document_indices[first : first + _CHUNK] + self.num_sequences
+            self._documents.write(boundaries.data.cast("B"))
+            dataset.forget()
+        self.num_documents += dataset.num_documents
+        self.num_sequences += dataset.num_sequences
+        self.num_tokens += dataset.num_tokens
 
     def _check_ids(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         if self.dtype.kind == "f" or len(tokens) == 0:
@@ -441,6 +548,51 @@ class IndexedWriter:
         self._max_token_id = max(self._max_token_id, largest)
         self._min_token_id = min(self._min_token_id, smallest)
 
+    def save_state(self) -> dict[str, Any]:
+        """Make all that was added durable; plain values with which another writer goes on from here."""
+        for file in (self._bin, self._idx, self._documents):
+            file.flush()
+            os.fdatasync(file.fileno())
+        self._background.check()
+        return {
+            "dtype": self.dtype.name,
+            "documents": self.num_documents,
+            "sequences": self.num_sequences,
+            "tokens": self.num_tokens,
+            "max_token_id": self._max_token_id,
+            "min_token_id": self._min_token_id,
+            "block_hashes": self._blocks.finish(),
+        }
+
+    def _take_back(self, state: Mapping[str, Any]) -> None:
+        """Undo the steps of ``_publish`` that a killed writer had taken, up to the last one."""
+        bin_path, idx_path, documents = (path_of(self.prefix, suffix) for suffix in (".bin", ".idx", ".documents.tmp"))
+        if bin_path.exists() and not idx_path.exists() and not path_of(self.prefix, ".bin.tmp").exists():
+            os.replace(bin_path, path_of(self.prefix, ".bin.tmp"))
+        boundaries = FIRST_LENGTH + 12 * state["sequences"]
+        size = os.fstat(self._idx.fileno()).st_size
+        if not documents.exists() and size == boundaries + 8 * (state["documents"] + 1):
+            self._idx.seek(boundaries)
+            with open(documents, "wb") as file:
+                while block := self._idx.read(8 * _CHUNK):
+                    file.write(block)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.num_documents, self.num_sequences = state["documents"], state["sequences"]
+        self.num_tokens = state["tokens"]
+        self._max_token_id, self._min_token_id = state["max_token_id"], state["min_token_id"]
+        for file, size in (
+            (self._bin, self.num_tokens * self.dtype.itemsize),
+            (self._idx, FIRST_LENGTH + 4 * self.num_sequences),
+            (self._documents, 8 * (self.num_documents + 1)),
+        ):
+            if state["dtype"] != self.dtype.name or os.fstat(file.fileno()).st_size < size:
+                raise StaleState(f"{file.name} is shorter than it was")
+            file.truncate(size)
+            file.seek(size)
+        if not self._blocks.resume(self._bin, state["block_hashes"]):
+            raise StaleState(f"{self._bin.name} ends in other tokens")
+
     def _publish(self) -> None:
         """Complete the temporary files, then put them in place of the old ones."""
         self._write_pointers()
@@ -453,13 +605,15 @@ class IndexedWriter:
         for file in (self._bin, self._idx):
             file.flush()
             os.fsync(file.fileno())
+        self._background.check()
         self._write_header()
-        path_of(self.prefix, ".documents.tmp").unlink()
 
         idx = path_of(self.prefix, ".idx")
         idx.unlink(missing_ok=True)  # before .bin changes: never an old index beside new tokens
         sync_folder(idx.parent)
         for suffix in (".bin", ".meta.json", ".idx"):
+            if suffix == ".idx":  # from here on another writer may use these names
+                path_of(self.prefix, ".documents.tmp").unlink()
             os.replace(path_of(self.prefix, f"{suffix}.tmp"), path_of(self.prefix, suffix))
         self._published = True
         sync_folder(idx.parent)
@@ -521,6 +675,47 @@ class _BlockHasher:
     def finish(self) -> list[str]:
         return self._done + ([self._hash.hexdigest()] if self._filled else [])
 
+    def resume(self, file: IO[bytes], hashes: list[str]) -> bool:
+        """Go on behind the content of a file, of which the last block is read; whether that has the hash it should."""
+        size = os.fstat(file.fileno()).st_size
+        whole = size // BLOCK_BYTES
+        self._done = list(hashes[:whole])
+        file.seek(whole * BLOCK_BYTES)
+        self.update(file.read())
+        return self.finish() == hashes
+
+
+class _BackgroundSync:
+    """Writes a file's pages to the disk while more are made, so that the sync in the end has little left to do."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._written = descriptor, 0
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+
+    def wrote(self, count: int) -> None:
+        self._written += count
+        if self._written >= _SYNC_BYTES and (self._thread is None or not self._thread.is_alive()):
+            self._written = 0
+            self._thread = threading.Thread(target=self._sync)
+            self._thread.start()
+
+    def _sync(self) -> None:
+        try:
+            os.fdatasync(self._descriptor)
+        except OSError as error:  # the system tells a failed write once: it must not be lost here
+            self._error = error
+
+    def finish(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def check(self) -> None:
+        """Raise what went wrong."""
+        self.finish()
+        if self._error is not None:
+            raise self._error
+
 
 def _map_file(path: Path) -> mmap.mmap | bytes:
     """The bytes of a regular file, mapped; an empty file cannot be mapped and is b""."""
@@ -559,7 +754,9 @@ def _check_start(path: Path, index: mmap.mmap | bytes) -> tuple[int, int, int]:
     return code, sequences, boundaries
 
 
-def _check_sequences(path: Path, lengths: np.ndarray, pointers: np.ndarray, itemsize: int) -> int:
+def _check_sequences(
+    path: Path, lengths: np.ndarray, pointers: np.ndarray, itemsize: int, forget: Callable[[], None]
+) -> int:
     """Lengths not negative, every sequence where the one before ends; the number of tokens."""
     tokens = 0
     for first in range(0, len(lengths), _CHUNK):
@@ -579,10 +776,11 @@ def _check_sequences(path: Path, lengths: np.ndarray, pointers: np.ndarray, item
                 REMAKE,
             )
         tokens = int(ends[-1])
+        forget()
     return tokens
 
 
-def _check_documents(path: Path, boundaries: np.ndarray, sequences: int) -> bool:
+def _check_documents(path: Path, boundaries: np.ndarray, sequences: int, forget: Callable[[], None]) -> bool:
     """Boundaries from 0 to the number of sequences, never falling; whether each document is exactly one sequence."""
     if len(boundaries) == 0 or boundaries[0] != 0 or boundaries[-1] != sequences:
         raise DataError(37, f"{path}: document boundaries", f"must run from 0 to the {sequences} sequences", REMAKE)
@@ -598,6 +796,7 @@ def _check_documents(path: Path, boundaries: np.ndarray, sequences: int) -> bool
                 REMAKE,
             )
         one_each = one_each and bool((steps == 1).all())
+        forget()
     return one_each
 
 
@@ -638,7 +837,7 @@ def _fingerprint(idx_hash: str, bin_path: Path) -> str:
 
 
 def _open_locked(path: Path) -> IO[bytes]:
-    """Open a temporary file that only one process may write; what a killed one left in it is dropped."""
+    """Open a temporary file that only one process may write; what a killed one left in it is still there."""
     file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "w+b")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -648,5 +847,4 @@ def _open_locked(path: Path) -> IO[bytes]:
     if not ours:  # locked, or renamed to its final name between opening and locking
         file.close()
         raise DataError(42, str(path), "is being written by another process", "wait for it, or choose another prefix")
-    file.truncate(0)
     return file

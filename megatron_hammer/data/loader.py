@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,8 @@ class MicroBatch:
     """[b, s] int64"""
     labels: np.ndarray
     """[b, s] int64"""
+    cu_seqlens: np.ndarray
+    """[documents + 1] int32, where documents lie in the b s tokens, all samples one after the other"""
 
 
 def micro_batches(
@@ -44,9 +47,41 @@ def micro_batches(
     batches = []
     for accumulation in range(grad_accum):
         first = first_sample + (accumulation * dp_size + dp_rank) * micro_batch_size
-        windows = np.stack([data.tokens(i) for i in range(first, first + micro_batch_size)])  # [b, s + 1]
-        batches.append(MicroBatch(tokens=windows[:, :-1].copy(), labels=windows[:, 1:].copy()))
+        read = data.read(first, micro_batch_size)  # [b, s + 1]
+        batches.append(MicroBatch(read.tokens[:, :-1].copy(), read.tokens[:, 1:].copy(), read.cu_seqlens))
     return batches
+
+
+class ReadAhead:
+    """``micro_batches`` of step after step; a thread reads those of the next step while the present one is computed.
+
+    So a page that has to come from the disk, or an index that has to be built, costs no time of the device. It changes
+    nothing that is read.
+
+    Args:
+        end: number of the sample at which the run ends: nothing beyond is read ahead.
+        data, micro_batch_size, grad_accum, dp_rank, dp_size: as for ``micro_batches``.
+    """
+
+    def __init__(
+        self, data: TrainData, end: int, micro_batch_size: int, grad_accum: int, dp_rank: int, dp_size: int
+    ) -> None:
+        self._data, self._end = data, end
+        self._layout = micro_batch_size, grad_accum, dp_rank, dp_size
+        self._step_samples = micro_batch_size * grad_accum * dp_size
+        self._thread = ThreadPoolExecutor(1, "read-ahead")
+        self._next: tuple[int, Future[list[MicroBatch]]] | None = None
+
+    def get(self, first_sample: int) -> list[MicroBatch]:
+        """The micro-batches of the step that begins at a sample; what failed while reading ahead is raised here."""
+        if self._next is not None and self._next[0] == first_sample:
+            batches = self._next[1].result()
+        else:
+            batches = micro_batches(self._data, first_sample, *self._layout)
+        following, self._next = first_sample + self._step_samples, None
+        if following + self._step_samples <= self._end:
+            self._next = following, self._thread.submit(micro_batches, self._data, following, *self._layout)
+        return batches
 
 
 def chain_digest(previous: str, ids: Iterable[SampleId], fingerprints: Sequence[str]) -> str:

@@ -19,14 +19,16 @@ apart), then all samples, by one MT19937. It needs the number of samples in adva
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from megatron_hammer.data import index
+from megatron_hammer.data.index_files import IndexStore, Key
 from megatron_hammer.errors import ConfigError
 
 _STRIDE = 64  # documents between two token counts: 1/8 byte a document, and a window is found among 64 documents
@@ -59,14 +61,19 @@ class IndependentOrder:
             path and its place in the mix.
         seq_length: s; a sample holds s + 1 tokens.
         seed: of the run.
+        store: where the token counts of large sources are kept; None: in memory only.
     """
 
-    def __init__(self, lengths: np.ndarray, fingerprint: str, seq_length: int, seed: int) -> None:
+    def __init__(
+        self, lengths: np.ndarray, fingerprint: str, seq_length: int, seed: int, store: IndexStore | None = None
+    ) -> None:
         self.lengths, self.seq_length = lengths, seq_length
+        self._store = store
         self.num_tokens = int(lengths.sum(dtype=np.int64))
         assert self.num_tokens > 0 and seq_length > 0, f"{self.num_tokens} tokens, seq_length {seq_length}"
         self._seed, self._fingerprint = seed, fingerprint
         self._marks: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
+        self._lock = threading.Lock()  # a thread may read ahead while another locates samples
 
     def sample(self, position: int) -> tuple[int, int]:
         """Epoch and window of sample ``position`` (from 0, without end)."""
@@ -74,6 +81,29 @@ class IndependentOrder:
         first, end = self._first_window(epoch), self._first_window(epoch + 1)
         key = index.derive_key(self._seed, "windows", self._fingerprint, epoch)
         return epoch, first + int(index.permute(end - first, key, position - first, 1)[0])
+
+    def windows(self, first: int, count: int) -> list[tuple[int, np.ndarray]]:
+        """(epoch, windows int64) of samples [first, first + count), cut where an epoch ends."""
+        parts = []
+        while count > 0:
+            epoch = first * self.seq_length // self.num_tokens
+            begin, end = self._first_window(epoch), self._first_window(epoch + 1)
+            taken = min(count, end - first)
+            key = index.derive_key(self._seed, "windows", self._fingerprint, epoch)
+            parts.append((epoch, begin + index.permute(end - begin, key, first - begin, taken)))
+            first, count = first + taken, count - taken
+        return parts
+
+    def locate_all(self, epoch: int, windows: np.ndarray) -> index.Located:
+        """What ``locate`` says of each of some windows that begin in one epoch: all pieces, and how many each has."""
+        # From the first window on: the numbers themselves, times seq_length, may leave 64 bits in a far epoch.
+        begin = self._first_window(epoch)
+        offsets = (windows - begin) * self.seq_length + (begin * self.seq_length - epoch * self.num_tokens)
+        if int(offsets.max()) + self.seq_length >= self.num_tokens:  # one goes on into the next epoch: seldom
+            located = [np.array(self.locate(window), np.int64) for window in windows.tolist()]
+            return np.concatenate(located), np.array([len(pieces) for pieces in located], np.int64)
+        key, marks = self._epoch(epoch)
+        return index.locate_windows(self.lengths, marks, _STRIDE, key, offsets, self.seq_length + 1)
 
     def locate(self, window: int) -> list[Piece]:
         """The seq_length + 1 tokens of a window, in order."""
@@ -88,18 +118,39 @@ class IndependentOrder:
             epoch, offset = epoch + 1, 0
         return pieces
 
+    def documents(self, epoch: int, first: int, count: int) -> np.ndarray:
+        """Documents ``first`` to ``first + count`` of an epoch, in the order of its stream: int64."""
+        key = index.derive_key(self._seed, "documents", self._fingerprint, epoch)
+        return index.permute(len(self.lengths), key, first, count)
+
     def _first_window(self, epoch: int) -> int:
         return -(-epoch * self.num_tokens // self.seq_length)
 
     def _epoch(self, epoch: int) -> tuple[int, np.ndarray]:
         """Key of the epoch's permutation of documents, and its token counts."""
-        if epoch not in self._marks:
-            key = index.derive_key(self._seed, "documents", self._fingerprint, epoch)
-            self._marks[epoch] = key, index.epoch_marks(self.lengths, key, _STRIDE)
-            if len(self._marks) > _EPOCHS_KEPT:
-                self._marks.popitem(last=False)
-        self._marks.move_to_end(epoch)
-        return self._marks[epoch]
+        with self._lock:
+            if epoch not in self._marks:
+                key = index.derive_key(self._seed, "documents", self._fingerprint, epoch)
+                self._marks[epoch] = key, self._find_marks(epoch, key)
+                if len(self._marks) > _EPOCHS_KEPT:
+                    self._marks.popitem(last=False)
+            self._marks.move_to_end(epoch)
+            return self._marks[epoch]
+
+    def _find_marks(self, epoch: int, key: int) -> np.ndarray:
+        def build() -> dict[str, np.ndarray]:
+            return {"marks": index.epoch_marks(self.lengths, key, _STRIDE)}
+
+        if self._store is None:
+            return build()["marks"]
+        follows_from: Key = {"dataset": self._fingerprint, "seed": self._seed, "epoch": epoch, "stride": _STRIDE}
+        return self._store.get("marks", follows_from, len(self.lengths), build)["marks"]
+
+    def prepare(self, first: int, last: int) -> None:
+        """Build, or find, what reading samples [first, last] needs."""
+        epochs = [(position * self.seq_length) // self.num_tokens for position in (first, last)]
+        for epoch in range(epochs[0], epochs[1] + 1):
+            self._epoch(epoch)
 
 
 class MegatronIndex(NamedTuple):
@@ -121,17 +172,40 @@ class MegatronOrder:
         seq_length: s; a sample holds s + 1 tokens.
         seed: of the run, in [0, 2^32).
         num_samples: how many the run will draw at most.
+        store: where the arrays of large sources are kept; None: in memory only.
+        fingerprint: content of the source, by which they are found there.
+        forget: see ``build_megatron_index``.
     """
 
-    def __init__(self, lengths: np.ndarray, seq_length: int, seed: int, num_samples: int) -> None:
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        seq_length: int,
+        seed: int,
+        num_samples: int,
+        store: IndexStore | None = None,
+        fingerprint: str = "",
+        forget: Callable[[], None] | None = None,
+    ) -> None:
         if not 0 <= seed < 1 << 32:
             raise ConfigError(
                 71, f"train.seed={seed}", "must be in [0, 2^32) for data.order=megatron", "choose another seed"
             )
         self.lengths, self.seq_length = lengths, seq_length
         self.num_tokens = int(lengths.sum(dtype=np.int64))
-        indices = np.arange(len(lengths), dtype=np.int32)
-        self.index = build_megatron_index(lengths, indices, seq_length, seed, num_samples)
+
+        def build() -> dict[str, np.ndarray]:
+            everything = range(len(lengths))
+            return build_megatron_index(lengths, everything, seq_length, seed, num_samples, forget=forget)._asdict()
+
+        if store is None:
+            arrays = build()
+        else:
+            assert fingerprint, "an index is kept by the content of its source"
+            key: Key = {"dataset": fingerprint, "seed": seed, "seq_length": seq_length, "samples": num_samples}
+            work = len(lengths) * num_epochs(self.num_tokens, num_samples, seq_length) + num_samples
+            arrays = store.get("megatron", key, work, build)
+        self.index = MegatronIndex(**arrays)
         self.num_samples = len(self.index.shuffle)
         """Samples in the epochs that were needed: num_samples or a few more."""
 
@@ -139,6 +213,17 @@ class MegatronOrder:
         """Epoch and window of sample ``position``; epochs are shuffled together, so "epoch" is whole passes."""
         window = int(self.index.shuffle[position])
         return window * self.seq_length // self.num_tokens, window
+
+    def prepare(self, first: int, last: int) -> None:
+        """Nothing: all was built, or found, at once."""
+
+    def windows(self, first: int, count: int) -> list[tuple[int, np.ndarray]]:
+        """Windows (int64) of samples [first, first + count), as one part: epochs are shuffled together."""
+        return [(0, self.index.shuffle[first : first + count].astype(np.int64))]
+
+    def locate_all(self, epoch: int, windows: np.ndarray) -> index.Located:
+        """What ``locate`` says of each of some windows: pieces, and how many each window has."""
+        return index.megatron_windows(self.lengths, self.index.documents, self.index.samples, windows)
 
     def locate(self, window: int) -> list[Piece]:
         """The seq_length + 1 tokens of a window; ``document`` stands for the sequence."""
@@ -152,23 +237,30 @@ def num_epochs(tokens: int, num_samples: int | None, seq_length: int, extra: int
 
 def build_megatron_index(
     lengths: np.ndarray,
-    indices: np.ndarray,
+    indices: np.ndarray | range,
     seq_length: int,
     seed: int,
     num_samples: int | None = None,
     extra: int = 1,
     drop_last: bool = True,
+    forget: Callable[[], None] | None = None,
 ) -> MegatronIndex:
     """Document, sample and shuffle index as Megatron-LM builds them.
 
     Args:
         lengths: int32, tokens of each sequence.
-        indices: int32, the sequences that belong to this split.
+        indices: int32, the sequences that belong to this split; or a range of them, step 1.
         seed: of the one generator that makes both shuffles.
         num_samples: None: one epoch.
         extra, drop_last: see ``index.sample_index``.
+        forget: called once ``lengths`` have been copied, to give back the pages of the map that they came from.
     """
-    tokens = int(lengths[indices].sum(dtype=np.int64))
+    # They are read at random: from our own memory, in large pages, in half the time that a mapped file takes.
+    lengths = np.array(lengths)
+    if forget is not None:
+        forget()
+    taken = lengths[indices.start : indices.stop] if isinstance(indices, range) else lengths[indices]
+    tokens = int(taken.sum(dtype=np.int64))
     epochs = num_epochs(tokens, num_samples, seq_length, extra)
     before_last = ((epochs - 1) * tokens - extra) // seq_length if epochs > 1 else 0
     # A last epoch of which little is needed is shuffled apart, lest its few samples thin out the documents of all.
@@ -178,7 +270,9 @@ def build_megatron_index(
         and num_samples - before_last < int(0.80 * ((tokens - extra) // seq_length))  # 0.80: Megatron-LM's threshold
     )
     random = index.random_state(seed)
-    documents = np.tile(np.asarray(indices, np.int32), epochs)
+    one = np.arange(indices.start, indices.stop, dtype=np.int32) if isinstance(indices, range) else indices
+    documents = np.tile(np.asarray(one, np.int32), epochs) if epochs > 1 or one is indices else one
+    del one, taken
     split = (epochs - 1) * len(indices) if apart else len(documents)
     random.shuffle(documents[:split])
     random.shuffle(documents[split:])
@@ -193,15 +287,8 @@ def build_megatron_index(
 
 def megatron_pieces(built: MegatronIndex, lengths: np.ndarray, window: int, extra: int = 1) -> list[Piece]:
     """Where the tokens of sample ``window`` (before the shuffle) lie; ``document`` stands for the sequence."""
-    (first, begin), (last, end) = built.samples[window].tolist(), built.samples[window + 1].tolist()
-    pieces = []
-    for position in range(first, last + 1):
-        sequence = int(built.documents[position])
-        start = begin if position == first else 0
-        stop = end + extra if position == last else int(lengths[sequence])
-        if stop > start:
-            pieces.append(Piece(sequence, start, stop - start))
-    return pieces
+    found, _ = index.megatron_windows(lengths, built.documents, built.samples, np.array([window], np.int64), extra)
+    return [Piece(*row) for row in found.tolist()]
 
 
 def split_ranges(sequences: int, split: str) -> list[tuple[int, int] | None]:

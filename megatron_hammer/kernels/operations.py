@@ -1,6 +1,6 @@
-"""The hot elementwise and attention operations, as plain torch functions and the set of them that a model uses.
+"""The hot elementwise operations as plain torch functions, and the set of all operations that a model uses.
 
-Shapes: s sequence, b batch, n query heads, g query groups, d head_dim, h hidden, f feed-forward width (local ones).
+Shapes: s sequence, b batch, d head_dim, h hidden, f feed-forward width (local ones); of attention in ``attention.py``.
 The model receives an ``Operations`` and never asks which implementation it holds. ``select_operations`` chooses; the
 plain functions here are the reference for every faster version.
 """
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_hammer.config import KernelsConfig
+from megatron_hammer.kernels.attention import AttentionDemand, AttentionFunction, select_attention, whole_samples
+from megatron_hammer.kernels.linear_cross_entropy import CHUNK_TOKENS
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -34,7 +37,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [s, b, heads, d].
-        cos, sin: [s, 1, 1, d] in x's dtype.
+        cos, sin: [s, 1, 1, d] in x's dtype, one row a position.
     """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
@@ -46,13 +49,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over earlier positions: q [s, b, n, d], k and v [s, b, g, d] -> [s, b, n, d]."""
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [b, heads, s, d], no copy
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return out.permute(2, 0, 1, 3)
-
-
 @dataclass(frozen=True)
 class Operations:
     """The functions a model is built with; each has the signature of its reference above."""
@@ -60,11 +56,20 @@ class Operations:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     rope: Callable[[Tensor, Tensor, Tensor], Tensor] = rope
     swiglu: Callable[[Tensor], Tensor] = swiglu
-    causal_attention: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention
+    attention: AttentionFunction = whole_samples
+    loss_chunk_tokens: int = CHUNK_TOKENS["cpu"]
 
 
-def select_operations(kernels: KernelsConfig) -> Operations:
-    """The operations that the config asks for; compilation itself happens at their first call."""
+def select_operations(kernels: KernelsConfig, demand: AttentionDemand | None = None) -> Operations:
+    """The operations that the config asks for; compilation itself happens at their first call.
+
+    Raises:
+        ConfigError: no attention backend, or not the one that the user named, can do what is asked for.
+    """
+    demand = demand or AttentionDemand()
+    attention = select_attention(kernels.attention, demand).function
+    chunk = kernels.loss_chunk_tokens or CHUNK_TOKENS[demand.device.type]
     if not kernels.compile:
-        return Operations()
-    return Operations(*(torch.compile(f, dynamic=False) for f in (rms_norm, rope, swiglu)))
+        return Operations(attention=attention, loss_chunk_tokens=chunk)
+    fuse = partial(torch.compile, dynamic=False)
+    return Operations(fuse(rms_norm), fuse(rope), fuse(swiglu), attention, chunk)

@@ -1,4 +1,4 @@
-"""The parallel layers in plain torch, on any device: what a Transformer Engine module of the same names would replace.
+"""The parallel layers in plain torch, on any device; ``layers_te.py`` has the same names on Transformer Engine.
 
 Every layer takes global sizes and the tensor-parallel group, and holds its rank's part of the weight. Activations are
 ``[s, b, ...]``; under sequence parallelism what lies between the linear layers is ``[s/t, b, h]``::
@@ -11,6 +11,8 @@ Legend: s sequence, b micro-batch, h hidden, n query heads, g query groups, d he
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +42,10 @@ class LayerOptions:
     tp: Group = field(default_factory=Group)
     sequence_parallel: bool = False
     operations: Operations = field(default_factory=Operations)
+    fp8: str = "off"
+    """``kernels.fp8``; for ``layers_te.py`` only."""
+    world: Group = field(default_factory=Group)
+    """All ranks: those that must scale alike in fp8."""
 
     def weight(self, *shape: int) -> nn.Parameter:
         """A zero weight of this local shape; it is filled by initialisation or a checkpoint."""
@@ -159,6 +165,11 @@ def _sum_parts(partial: Tensor, options: LayerOptions) -> Tensor:
     if options.sequence_parallel:
         return scatter_sum(partial, options.tp)
     return sum_over_ranks(partial, options.tp)
+
+
+def forward_region(options: LayerOptions) -> Callable[[], AbstractContextManager]:
+    """What to run a forward of the layers in: nothing here, fp8's context in ``layers_te.py``."""
+    return nullcontext
 
 
 class VocabParallelEmbedding(nn.Module):

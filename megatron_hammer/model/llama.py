@@ -7,52 +7,56 @@
     DecoderLayer:  x + attention(norm(x));  x + mlp(norm(x))
 
 Inside the model the sequence comes first (``[s, b, h]``): shards of it are contiguous. Only the embedding and the loss
-change the order. The mathematics is that of ``LlamaForCausalLM`` in transformers, and ``tests/model/test_llama.py``
-holds it to that. A layer reads from here through ``layers.py`` and ``kernels/operations.py``.
+change the order. Under document masks the samples of a micro-batch lie one after the other, ``[b s, 1, h]``
+for every layer; only attention and the positions know of documents. The mathematics is that of ``LlamaForCausalLM`` in
+transformers, and ``tests/model/test_llama.py`` holds it to that. A layer reads from here through ``layers.py`` and
+``kernels/``.
 """
 
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from megatron_hammer.config import ModelConfig, padded_vocab_size
+from megatron_hammer.config import KernelsConfig, ModelConfig, padded_vocab_size
+from megatron_hammer.kernels.attention import Documents
 from megatron_hammer.kernels.operations import Operations
-from megatron_hammer.model import layers
+from megatron_hammer.model import layers, layers_te
 from megatron_hammer.model.layers import LayerOptions
-from megatron_hammer.model.loss import vocab_parallel_cross_entropy
+from megatron_hammer.model.loss import Objective, head_loss
 from megatron_hammer.parallel.collectives import all_gather_rows
 from megatron_hammer.parallel.context import ParallelContext
 
-Rope = tuple[Tensor, Tensor]  # cos and sin, [s, 1, 1, d] each
+Rope = tuple[Tensor, Tensor]  # cos and sin, [s, 1, 1, d] each; [b s, 1, 1, d] of a packed micro-batch
 
 
 class Attention(nn.Module):
-    """Causal self-attention: [s/t, b, h] -> [s/t, b, h]."""
+    """Causal self-attention, within documents where they are given: [s/t, b, h] -> [s/t, b, h]."""
 
-    def __init__(self, config: ModelConfig, options: LayerOptions) -> None:
+    def __init__(self, config: ModelConfig, options: LayerOptions, parts: ModuleType) -> None:
         super().__init__()
         h, n, g, d = config.hidden_size, config.num_attention_heads, config.query_groups, config.head_size
         self.operations = options.operations
-        self.qkv = layers.QKVLinear(h, n, g, d, options)
-        self.output = layers.RowParallelLinear(n * d, h, options)
+        self.qkv = parts.QKVLinear(h, n, g, d, options)
+        self.output = parts.RowParallelLinear(n * d, h, options)
 
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, documents: Documents | None) -> Tensor:
         q, k, v = self.qkv(x)  # [s, b, heads, d]
         q, k = self.operations.rope(q, *rope), self.operations.rope(k, *rope)
-        return self.output(self.operations.causal_attention(q, k, v).flatten(2))
+        return self.output(self.operations.attention(q, k, v, documents).flatten(2))
 
 
 class MLP(nn.Module):
     """SwiGLU feed-forward: [s/t, b, h] -> [s/t, b, h]."""
 
-    def __init__(self, config: ModelConfig, options: LayerOptions) -> None:
+    def __init__(self, config: ModelConfig, options: LayerOptions, parts: ModuleType) -> None:
         super().__init__()
         self.swiglu = options.operations.swiglu
-        self.gate_up = layers.ColumnParallelLinear(config.hidden_size, 2 * config.ffn_hidden_size, options)
-        self.down = layers.RowParallelLinear(config.ffn_hidden_size, config.hidden_size, options)
+        self.gate_up = parts.ColumnParallelLinear(config.hidden_size, 2 * config.ffn_hidden_size, options)
+        self.down = parts.RowParallelLinear(config.ffn_hidden_size, config.hidden_size, options)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.swiglu(self.gate_up(x)))
@@ -61,28 +65,29 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """One layer with its two residual connections: [s/t, b, h] -> [s/t, b, h]."""
 
-    def __init__(self, config: ModelConfig, options: LayerOptions) -> None:
+    def __init__(self, config: ModelConfig, options: LayerOptions, parts: ModuleType) -> None:
         super().__init__()
-        self.attention_norm = layers.RMSNorm(config.hidden_size, config.norm_eps, options)
-        self.attention = Attention(config, options)
-        self.mlp_norm = layers.RMSNorm(config.hidden_size, config.norm_eps, options)
-        self.mlp = MLP(config, options)
+        self.attention_norm = parts.RMSNorm(config.hidden_size, config.norm_eps, options)
+        self.attention = Attention(config, options, parts)
+        self.mlp_norm = parts.RMSNorm(config.hidden_size, config.norm_eps, options)
+        self.mlp = MLP(config, options, parts)
 
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope)
+    def forward(self, x: Tensor, rope: Rope, documents: Documents | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, documents)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Llama(nn.Module):
     """The whole model of one rank; its parameters are those of ``parameter_table``, by name and local shape."""
 
-    def __init__(self, config: ModelConfig, options: LayerOptions) -> None:
+    def __init__(self, config: ModelConfig, options: LayerOptions, parts: ModuleType) -> None:
         super().__init__()
         assert config.vocab_size is not None, "model.vocab_size must be resolved before a model is built"
-        self.config, self.options = config, options
+        self.config, self.options, self.vocab_size = config, options, config.vocab_size
         self.embedding = layers.VocabParallelEmbedding(config.vocab_size, config.hidden_size, options)
-        self.layers = nn.ModuleList(DecoderLayer(config, options) for _ in range(config.num_layers))
-        self.final_norm = layers.RMSNorm(config.hidden_size, config.norm_eps, options)
+        self.layers = nn.ModuleList(DecoderLayer(config, options, parts) for _ in range(config.num_layers))
+        self.layers_region = parts.forward_region(options)
+        self.final_norm = parts.RMSNorm(config.hidden_size, config.norm_eps, options)
         if not config.tie_word_embeddings:
             padded = padded_vocab_size(config.vocab_size, options.tp.size)
             self.head = layers.ColumnParallelLinear(config.hidden_size, padded, options)
@@ -97,34 +102,51 @@ class Llama(nn.Module):
             self.rope_cache[length] = (angles.cos().to(self.options.dtype), angles.sin().to(self.options.dtype))
         return self.rope_cache[length]
 
-    def local_logits(self, tokens: Tensor) -> Tensor:
-        """[b, s] int64 -> this rank's columns [s, b, v/t], padding columns included."""
-        rope = self.rope(tokens.shape[1])
-        x = self.embedding(tokens.t())  # [s/t, b, h]
-        for layer in self.layers:
-            x = layer(x, rope)
-        x = self.final_norm(x)
-        table = self.embedding.weight if self.config.tie_word_embeddings else self.head.weight
-        return layers.column_parallel(x, table, self.options)
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """[v/t, h], padding rows included."""
+        return self.embedding.weight if self.config.tie_word_embeddings else self.head.weight
 
-    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, documents: Documents | None = None) -> Tensor:
+        """[b, s] int64 -> what the head reads: [s/t, b, h], and [b s/t, 1, h] with documents."""
+        rope = self.rope(tokens.shape[1])
+        if documents is not None:
+            tokens = tokens.reshape(1, -1)  # [1, b s]
+            rope = (rope[0][documents.positions], rope[1][documents.positions])
+        x = self.embedding(tokens.t())  # [s/t, b, h]
+        with self.layers_region():
+            for layer in self.layers:
+                x = layer(x, rope, documents)
+        return self.final_norm(x)  # type: ignore[no-any-return]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        documents: Documents | None = None,
+        objective: Objective | None = None,
+    ) -> Tensor:
         """Loss of every token.
 
         Args:
             tokens, labels: [b, s] int64; label i is the token after token i.
+            documents: where attention and positions start anew, over the whole sequence on every tensor-parallel rank;
+                None: at the start of each sample only. The attention backend was chosen for one or the other.
+            objective: what backward will start from, so that forward can leave the head's gradient behind.
 
         Returns:
             [b, s] fp32, the same on all tensor-parallel ranks.
         """
-        logits, vocab_size = self.local_logits(tokens), self.config.vocab_size
-        assert vocab_size is not None
-        return vocab_parallel_cross_entropy(logits, labels.t(), vocab_size, self.options.tp).t()
+        x, shared = self.hidden(tokens, documents), self.config.tie_word_embeddings
+        return head_loss(x, self.head_weight, labels, self.vocab_size, self.options, objective, shared)
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, documents: Documents | None = None) -> Tensor:
         """[b, s] int64 -> [b, s, v] over the true vocabulary, gathered on every rank: for proofs, not for training."""
-        columns = self.local_logits(tokens).permute(2, 1, 0)  # [v/t, b, s]
-        return all_gather_rows(columns, self.options.tp)[: self.config.vocab_size].permute(1, 2, 0)
+        columns = layers.column_parallel(self.hidden(tokens, documents), self.head_weight, self.options)
+        columns = columns.permute(2, 1, 0)  # [v/t, b, s]
+        gathered = all_gather_rows(columns, self.options.tp)[: self.vocab_size]
+        return gathered.permute(1, 2, 0).reshape(*tokens.shape, -1)
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
@@ -153,11 +175,21 @@ def build_llama(
     dtype: torch.dtype = torch.float32,
     sequence_parallel: bool = False,
     operations: Operations | None = None,
+    kernels: KernelsConfig | None = None,
 ) -> Llama:
     """This rank's part of the model, all weights zero until ``initialise`` or a checkpoint fills them.
 
-    A second implementation of the layers (Transformer Engine) is a module with the class names of ``layers.py``,
-    chosen here.
+    The decoder's parts come from one of two modules with the same names, as ``kernels.layers`` says; embedding and head
+    are those of ``layers.py`` in both.
     """
-    options = LayerOptions(dtype, ctx.device, ctx.tp, sequence_parallel, operations or Operations())
-    return Llama(config, options)
+    kernels = kernels or KernelsConfig()
+    options = LayerOptions(
+        dtype,
+        ctx.device,
+        ctx.tp,
+        sequence_parallel,
+        operations or Operations(),
+        fp8=kernels.fp8,
+        world=ctx.world,
+    )
+    return Llama(config, options, layers_te if kernels.layers == "te" else layers)

@@ -1,101 +1,156 @@
-"""Cross-entropy over a vocabulary that is divided over the ranks: no rank ever holds a full row of logits.
+"""Output head and cross-entropy in one: the logits of the whole micro-batch never exist.
 
-For logits z, label y and the log of the sum of exponentials lse(z) = log sum_i exp(z_i)::
+The vocabulary is divided over the tensor-parallel ranks, the tokens are taken a chunk at a time::
 
-    loss = lse(z) - z_y                    each rank: its own lse and (if it holds column y) its z_y,
-    dloss/dz_i = exp(z_i - lse) - [i = y]   combined over the ranks by two small [s, b] all-reduces
+    x [s/t or s, b, h] --gather rows--> [s b, h] --for each chunk of n rows-->  logits [n, v/t] = x W^T
+                                                                    one all-gather of [3, n] statistics
+        loss [n]                                    <-----------------------  logits become their gradient, in place
+        dx [n, h] = gradient W                      <-----------------------
+        dW [v/t, h] += gradient^T x, in fp32        <-----------------------
+    dx [s/t or s, b, h] <--sum over the ranks, scatter rows (hidden behind the last chunk's dW)
 
-Arithmetic is fp32 (fp64 for fp64 logits), a few rows at a time, so that no fp32 copy of the logits exists. Each logit
-is exponentiated once: forward leaves exp(z_i - m), m the rank's largest of the row, in the place of the logits, and
-backward turns that into the gradient by one factor a row, exp(m - lse). Padding columns are cut off: they take no part
-and get gradient zero.
+So forward computes the gradient too, and backward hands it out; that takes knowing beforehand by what each token's loss
+will be multiplied (``Objective``). Without an objective nothing is kept but the inputs, and a backward runs the same
+pass again, with the weights that arrive: a product more, but any function of the losses can be differentiated.
+Evaluation runs the forward half only. The size of a chunk does not depend on the ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from megatron_hammer.parallel.collectives import all_reduce
-from megatron_hammer.parallel.context import Group
+from megatron_hammer.kernels import linear_cross_entropy as kernel
+from megatron_hammer.kernels.weight_gradient import WeightGradients, add_weight_gradient
+from megatron_hammer.model.layers import LayerOptions
+from megatron_hammer.parallel.collectives import Done, all_gather_rows, all_reduce, reduce_scatter_rows_async
 
-# Elements of one chunk of logits in flight: 4 MiB of fp32 stays in a CPU core's cache; a GPU wants few launches.
-CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
+
+@dataclass(frozen=True)
+class Objective:
+    """What training minimises: the sum over tokens of weight x (loss + z_loss x lse^2).
+
+    Backward must start from ``(losses * weight).sum()``. What z_loss adds shows in the gradient only.
+    """
+
+    weight: Tensor
+    """fp32 on the device: a scalar, or [b, s] with 0 for tokens that do not count."""
+    z_loss: float = 0.0
+    """Keeps lse, the log of the sum of exponentials, near 0 (arXiv 2204.02311)."""
+    gradients: WeightGradients | None = None
+    """Who sums the head's gradient; None: autograd gets it."""
 
 
-def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int, group: Group) -> Tensor:
-    """Loss of each token.
+def head_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    options: LayerOptions,
+    objective: Objective | None = None,
+    shared: bool = False,
+) -> Tensor:
+    """Loss of each token, the same on all tensor-parallel ranks. Communicates over ``options.tp``.
 
     Args:
-        logits: [s, b, v/t] of this rank, padding columns included; destroyed.
-        labels: [s, b] int64, global token ids.
-        vocab_size: true v; columns at or beyond it are padding.
-        group: the ranks that divide the vocabulary. Communicates twice in forward.
+        x: [s/t or s, b, h] after the final norm. weight: [v/t, h], padding rows included.
+        labels: [b, s] int64 of any shape [b', s'] with as many tokens in the same order as x's [b, s].
+        shared: the weight is the embedding too, so that autograd brings it a gradient besides this one.
 
     Returns:
-        [s, b] fp32 (fp64 for fp64 logits).
+        shaped as ``labels``, fp32 (fp64 for fp64 weights).
     """
-    start = logits.shape[-1] * group.rank
-    valid = max(0, min(logits.shape[-1], vocab_size - start))
-    return _CrossEntropy.apply(logits, labels, start, valid, group)  # type: ignore[no-any-return]
+    batch = x.shape[1]
+    rows = labels.reshape(batch, -1).t().flatten()  # [s b], as the model's rows
+    weights, place, arrived = None, None, None
+    if objective is not None and torch.is_grad_enabled():
+        weights = objective.weight.expand_as(labels).reshape(batch, -1).t().flatten()
+        if (keeper := objective.gradients) is not None:
+            place = keeper.place(weight)
+            arrived = None if shared else lambda parameter=weight: keeper.arrived(parameter)
+            weight = weight.detach()  # autograd has nothing to bring it
+    job = _Job(vocab_size, options, objective.z_loss if objective else 0.0, place, arrived)
+    losses = _HeadLoss.apply(x, weight, rows, weights, job)
+    return losses.view(-1, batch).t().reshape(labels.shape)  # type: ignore[no-any-return]
 
 
-def _row_chunks(matrix: Tensor) -> Iterator[slice]:
-    rows = max(1, CHUNK_ELEMENTS.get(matrix.device.type, 2**28) // max(1, matrix.shape[-1]))
-    return (slice(i, i + rows) for i in range(0, matrix.shape[0], rows))
+@dataclass(frozen=True)
+class _Job:
+    vocab_size: int
+    options: LayerOptions
+    z_loss: float
+    place: tuple[Tensor, bool] | None
+    arrived: Callable[[], None] | None
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, start: int, valid: int, group: Group) -> Tensor:
-        rows = logits.detach().flatten(0, 1)[:, :valid]  # [s*b, valid]
-        local = labels.flatten() - start
-        here = (local >= 0) & (local < valid)
-        local = torch.where(here, local, 0)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        largest = torch.full_like(local, -torch.inf, dtype=dtype)  # stays so on a rank with padding only
-        sums, target = torch.zeros_like(largest), torch.zeros_like(largest)
-        if valid:
-            target = torch.where(here, rows.gather(1, local.unsqueeze(1)).squeeze(1).to(dtype), 0)
-            for c in _row_chunks(rows):
-                chunk = rows[c].to(dtype, copy=True)
-                largest[c] = chunk.amax(-1)
-                sums[c] = chunk.sub_(largest[c].unsqueeze(1)).exp_().sum(-1)
-                rows[c] = chunk
-        lse, target = _combine(largest, sums, target, group)
-        loss = lse - target
-        ctx.save_for_backward((largest - lse).exp(), loss, local, here)
-        ctx.exponentials, ctx.valid = logits.detach(), valid
-        return loss.view_as(labels)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, job: _Job) -> Tensor:
+        losses, *gradients = _run(x, weight, labels, weights, job)
+        ctx.job, ctx.early = job, weights is not None
+        ctx.save_for_backward(*((weights, *gradients) if ctx.early else (x, weight, labels)))
+        return losses
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        factor, loss, local, here = ctx.saved_tensors
-        grad, grad_loss = ctx.exponentials, grads[0].flatten()
-        ctx.exponentials = None
-        rows = grad.flatten(0, 1)
-        rows[:, ctx.valid :] = 0
-        if ctx.valid:
-            rows, factor = rows[:, : ctx.valid], (factor * grad_loss).unsqueeze(1)
-            for c in _row_chunks(rows):  # torch multiplies bf16 by fp32 slowly in place
-                rows[c] = rows[c].to(factor.dtype).mul_(factor[c])
-            # The label's own entry in full precision: p - 1 would lose everything to rounding where p is close to 1.
-            row = torch.arange(len(local), device=local.device)
-            exact = (torch.expm1(-loss) * grad_loss).to(rows.dtype)
-            rows[row, local] = torch.where(here, exact, rows[row, local])
-        return grad, None, None, None, None
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        job: _Job = ctx.job
+        if ctx.early:
+            weights, grad_x, grad_weight = ctx.saved_tensors
+            wrong = "backward must start from (losses * objective.weight).sum(): the gradient is that of this sum"
+            torch._assert_async((grads[0] == weights).all(), wrong)  # waits for no device
+        else:
+            x, weight, labels = ctx.saved_tensors
+            _, grad_x, grad_weight = _run(x, weight, labels, grads[0], job)
+        if job.arrived is not None:
+            job.arrived()
+        return grad_x, grad_weight, None, None, None
 
 
-def _combine(largest: Tensor, sums: Tensor, target: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Each rank's maximum, sum of exponentials and label logit -> lse and label logit of whole rows, [s*b] each."""
-    if group.size == 1:
-        return sums.log() + largest, target
-    overall = largest.clone()
-    all_reduce(overall, group, op=dist.ReduceOp.MAX)
-    parts = torch.stack((sums * (largest - overall).exp(), target))
-    all_reduce(parts, group)
-    return parts[0].log() + overall, parts[1]
+def _run(x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, job: _Job) -> tuple[Tensor | None, ...]:
+    """Loss of each row [s b]; with weights also the gradients of x and, unless it has its own place, of the weight."""
+    group, options = job.options.tp, job.options
+    full = all_gather_rows(x, group) if options.sequence_parallel else x  # [s, b, h]
+    rows = full.flatten(0, 1)
+    columns = kernel.Columns.of(group.rank, weight.shape[0], job.vocab_size)
+    size = min(options.operations.loss_chunk_tokens, len(rows))
+    logits = rows.new_empty((size, weight.shape[0]))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    losses = torch.empty(len(rows), dtype=wide, device=x.device)
+    grad_full, summed = None, Done()
+    if weights is not None:
+        weights, grad_full = weights.to(wide), torch.empty_like(rows)
+        # In fp32 only where something is added: one product rounds once by itself.
+        place, add = job.place or (torch.empty_like(weight, dtype=wide if size < len(rows) else weight.dtype), False)
+    for start in range(0, len(rows), size):
+        c = slice(start, start + size)
+        z = torch.mm(rows[c], weight.t(), out=logits[: len(rows[c])])
+        if weights is not None and group.size == 1:
+            losses[c] = kernel.loss_and_gradient_(z, labels[c], columns, weights[c], job.z_loss)
+        else:
+            parts = all_gather_rows(kernel.row_statistics(z, labels[c], columns).unsqueeze(0), group)
+            lse, losses[c] = kernel.combine_statistics(parts)
+            if weights is not None:
+                kernel.softmax_gradient_(z, labels[c], columns, lse, losses[c], weights[c], job.z_loss)
+        if weights is not None:
+            torch.mm(z, weight, out=grad_full[c])
+            if start + size >= len(rows):
+                grad_x, summed = _sum_over_ranks(grad_full.view_as(full), options)  # launch
+            add_weight_gradient(place, z, rows[c], add)
+            add = True
+    if weights is None:
+        return losses, None, None
+    summed.wait()
+    return losses, grad_x, None if job.place else place.to(weight.dtype)
+
+
+def _sum_over_ranks(grad: Tensor, options: LayerOptions) -> tuple[Tensor, Any]:
+    """Start to sum the ranks' parts of dx: (result, handle)."""
+    if options.sequence_parallel:
+        return reduce_scatter_rows_async(grad, options.tp)
+    return grad, all_reduce(grad, options.tp, async_op=True)

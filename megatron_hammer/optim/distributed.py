@@ -72,7 +72,7 @@ class DistributedOptimizer:
         self.table, self.config, self.ctx, self.loss_scaling = tuple(table), config, ctx, loss_scaling
         weights = dict(model.named_parameters())
         assert {p.name for p in table} == set(weights), "the parameter table and the model must name the same tensors"
-        self.weights = [weights[p.name] for p in self.table]
+        self.weights: list[Any] = [weights[p.name] for p in self.table]  # they carry three attributes more, see below
         self.offsets, self.buckets = lay_out([p.numel for p in self.table], bucket_bytes // 4, ctx.dp.size)
         total, dtype, device = self.buckets[-1].stop, self.weights[0].dtype, self.weights[0].device
 
@@ -101,7 +101,9 @@ class DistributedOptimizer:
         self._shared = {over: list(self._slices_summed_over(over)) for over in ("tp", "kv")}
         self._counted = list(self._slices_counted())
         self.last_micro_batch = self.fresh = False
+        self._index_of, self._placed = {id(w): i for i, w in enumerate(self.weights)}, set[int]()
         for index, weight in enumerate(self.weights):
+            weight.main_grad, weight.grad_added_to_main_grad = self._gradient(index), False
             weight.register_post_accumulate_grad_hook(lambda w, i=index: self._take_gradient(i, w))
         self._bucket_of = {i: b for b in self.buckets for i in b.parameters}
         self.copy_masters_from_params()
@@ -111,19 +113,48 @@ class DistributedOptimizer:
     def start_micro_batch(self, first: bool, last: bool) -> None:
         """Say which micro-batch of the step comes; after the last one's backward the reduction is under way."""
         self.fresh, self.last_micro_batch = first, last
+        for weight in self.weights:
+            weight.overwrite_main_grad = first
+        self._placed.clear()
         for bucket in self.buckets:
             bucket.missing = len(bucket.parameters)
 
-    def _take_gradient(self, index: int, weight: Tensor) -> None:
-        """Called by autograd when a weight's gradient is complete: add it in fp32, launch its bucket when that is."""
+    def _take_gradient(self, index: int, weight: Any) -> None:
+        """Called by autograd when a weight's gradient is complete: add it in fp32, launch its bucket when that is.
+
+        A layer of Transformer Engine has done the adding inside its matrix product, by the library's own protocol: it
+        writes to ``weight.main_grad``, over what is there if ``weight.overwrite_main_grad``, sets
+        ``weight.grad_added_to_main_grad``, and returns a gradient whose values mean nothing.
+        """
         assert weight.grad is not None
-        start = self.offsets[index]
-        place = self.grads[start : start + weight.numel()].view_as(weight)
-        if self.fresh:
-            place.copy_(weight.grad)
+        if weight.grad_added_to_main_grad:
+            weight.grad_added_to_main_grad = False
         else:
-            place.add_(weight.grad)
+            place, add = self.place(weight)
+            if add:
+                place.add_(weight.grad)
+            else:
+                place.copy_(weight.grad)
         weight.grad = None
+        self._arrived(index)
+
+    def place(self, weight: Tensor) -> tuple[Tensor, bool]:
+        """Where this step's gradient of a weight is summed, and whether the sum has begun (``WeightGradients``)."""
+        index = self._index_of[id(weight)]
+        begun = not self.fresh or index in self._placed
+        self._placed.add(index)
+        return self._gradient(index), begun
+
+    def arrived(self, weight: Tensor) -> None:
+        """An operation has added the whole gradient of a weight by itself (``WeightGradients``)."""
+        self._arrived(self._index_of[id(weight)])
+
+    def _gradient(self, index: int) -> Tensor:
+        """The gradient of a weight in the buffer, in the weight's shape."""
+        start, parameter = self.offsets[index], self.table[index]
+        return self.grads[start : start + parameter.numel].view(parameter.shape)
+
+    def _arrived(self, index: int) -> None:
         bucket = self._bucket_of[index]
         bucket.missing -= 1
         if self.last_micro_batch and bucket.missing == 0:

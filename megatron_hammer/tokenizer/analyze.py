@@ -27,7 +27,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +47,7 @@ from megatron_hammer.tokenizer.load import (
 
 OVERALL = "overall"
 BATCH_CHARACTERS = 4_000_000
-"""Text encoded in one call: enough documents for every core, and some 200 MB of ids as Python lists."""
+"""Text encoded in one call: enough documents for every core."""
 
 # First and last assigned character of each block (Unicode 15.1), written out because Python's own database is older.
 HAN_BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {
@@ -209,7 +208,7 @@ class Usage:
     bytes: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    """Time inside ``encode_batch``, reading of the texts not included."""
+    """Time inside ``encode_documents``, reading of the texts not included."""
 
     @property
     def bytes_per_token(self) -> float:
@@ -234,7 +233,7 @@ def count_tokens(
     Args:
         tokenizers: by name; each batch of text goes through all of them, so that texts are read once.
         texts: documents by domain.
-        threads: of ``encode_batch``.
+        threads: of ``encode_documents``.
         count_ids: count each id too (``Usage.ids``).
         progress: called after each batch and tokenizer with the bytes encoded by it.
 
@@ -250,13 +249,12 @@ def count_tokens(
             for name, tokenizer in tokenizers.items():
                 found = usage[name][domain]
                 started = time.perf_counter()
-                ids = tokenizer.encode_batch(batch, threads)
+                ids, _ = tokenizer.encode_documents(batch, threads)
                 found.seconds += time.perf_counter() - started
                 found.bytes += num_bytes
-                found.tokens += sum(map(len, ids))
+                found.tokens += len(ids)
                 if count_ids:
-                    flat = np.fromiter(chain.from_iterable(ids), dtype=np.int64)
-                    found.ids += np.bincount(flat, minlength=sizes[name])
+                    found.ids += np.bincount(ids, minlength=sizes[name])
                 progress(num_bytes)
         if any(of_tokenizer[domain].tokens == 0 for of_tokenizer in usage.values()):
             raise DataError(22, f"--texts {domain}", "holds no text to analyse", "name files with text in them")
@@ -547,8 +545,8 @@ img { max-width: 100%; margin-top: 2rem; }
 """
 
 
-def format_report(heading: str, tables: Sequence[Table], picture: bytes) -> str:
-    """A self-contained HTML page: the tables, then the picture (PNG), nothing fetched from anywhere."""
+def format_report(heading: str, tables: Sequence[Table], picture: bytes, notes: Sequence[str] = ()) -> str:
+    """A self-contained HTML page: tables, notes, then the picture (PNG), nothing fetched from anywhere."""
 
     def row(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
@@ -561,6 +559,7 @@ def format_report(heading: str, tables: Sequence[Table], picture: bytes) -> str:
     for table in tables:
         parts += [f"<h2>{html.escape(table.title)}</h2>", "<div><table>", row(table.header, "th")]
         parts += [*(row(cells, "td") for cells in table.rows), "</table></div>"]
+    parts += [f"<p>{html.escape(note)}</p>" for note in notes]
     encoded = base64.b64encode(picture).decode("ascii")
     parts.append(f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{encoded}">\n</body>\n</html>\n')
     return "\n".join(parts)

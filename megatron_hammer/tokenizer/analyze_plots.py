@@ -1,4 +1,4 @@
-"""Pictures of what ``analyze`` measures: the table of characters, compression by domain, make-up of vocabularies.
+"""Pictures of what ``analyze`` and ``price`` measure: characters, compression, vocabularies, the best size.
 
 Each ``draw_`` function returns one PNG. matplotlib without pyplot: no window system, no global state.
 """
@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hammer.tokenizer.analyze import SCRIPTS, Coverage, Vocabulary
+from megatron_hammer.config import Config
+from megatron_hammer.tokenizer.analyze import OVERALL, SCRIPTS, Coverage, Vocabulary
+from megatron_hammer.tokenizer.price import Price, token_flops
 
 COLUMNS = 100  # cells of a row: whole hundreds can be counted at a glance
 # One piece is what one looks for: dark green. The more tokens, the redder; told apart by lightness too.
@@ -142,6 +144,57 @@ def draw_vocabulary(vocabularies: Mapping[str, Vocabulary]) -> bytes:
     below.set_xlabel("% of the vocabulary")
     below.spines[["top", "right"]].set_visible(False)
     figure.legend(*below.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def draw_price(prices: Mapping[str, Price], config: Config) -> bytes:
+    """Against vocabulary size: tokens a byte, FLOPs a token, bytes a second against the full vocabulary; the best size.
+
+    Dots are measured, the line goes through them, a star is the best size; a square is a tokenizer without a curve.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    figure = Figure(figsize=(9, 9.5), dpi=130, layout="constrained")
+    tokens, flops, speed = panels = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.6, 3])
+    everything = [price.cost.vocab_size for price in prices.values()]
+    for i, (name, price) in enumerate(prices.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        full = price.cost.vocab_size
+        if isinstance(price.curve, str) or price.best is None:
+            at_full = price.tokens_per_byte[OVERALL], price.cost.flops / 1e9, 100.0
+            for axes, y in zip(panels, at_full):
+                axes.plot(full, y, "s", color=colour, label=f"{name}: {full:,}")
+            continue
+        best, sizes = price.best[OVERALL], np.array(price.curve.sizes)
+        everything.append(sizes[0])
+        line = np.geomspace(sizes[0], sizes[-1], 600)
+        label = f"{name}: {full:,}, best {best.size:,} {best.edge}".strip()
+        for at, style in (
+            (line, {"linewidth": 1.4}),
+            (sizes, {"marker": "o", "markersize": 3, "linestyle": ""}),
+            (np.array([best.size]), {"marker": "*", "markersize": 13, "markeredgecolor": "white", "label": label}),
+        ):
+            tokens_there, flops_there = price.curve.at(at), token_flops(config, at)
+            tokens.plot(at, tokens_there, color=colour, **style)
+            flops.plot(at, flops_there / 1e9, color=colour, **style)
+            full_rate = 100 * price.flops_per_byte[OVERALL]
+            speed.plot(at, full_rate / (tokens_there * flops_there), color=colour, **style)
+        for axes in panels:
+            axes.axvline(best.size, color=colour, linewidth=0.8, linestyle=":")
+    tokens.set_ylabel("tokens a byte\n(fewer is better)")
+    flops.set_ylabel("GFLOP a token")
+    flops.set_ylim(bottom=0)
+    speed.set_ylabel("bytes a second, % of those\nof the full vocabulary")
+    speed.set_xlabel("pieces of the vocabulary")
+    speed.set_xscale("log")
+    speed.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    speed.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
+    speed.xaxis.set_minor_formatter(FuncFormatter(lambda size, _: ""))
+    speed.set_xlim(min(everything) / 1.1, max(everything) * 1.1)
+    for axes in panels:
+        _tidy(axes)
+    figure.legend(*tokens.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return _png(figure)
 
 

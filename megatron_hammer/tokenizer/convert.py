@@ -25,6 +25,12 @@ stands. That makes a difference only where performing one can prevent or precede
 spaces; (c) X's piece is a part of an equal or better piece that takes a symbol which Y needs too. Each demands one
 order; a topological sort meets all demands. Should they contradict each other, the final proof decides.
 
+*Unigram models are refused.* The tokenizers library has that algorithm too, but adds up scores in float64 where
+sentencepiece does in float32, and of splits that are equal but for rounding (``oc|ation`` against ``oca|tion``; a long
+run of spaces in two pieces) it finds another one. Tried with a 6,000-piece model, byte and control pieces put out of
+the reach of text and user-defined symbols scored as sentencepiece does: 1 % of 100,000 fuzz strings, 0.6 % of Chinese,
+2 % of English and 7 % of code documents still differed.
+
 *The proof.* The folder is loaded with ``AutoTokenizer`` and compared with the source on fixed texts, on every piece, on
 random joins of pieces, on noise, and on the texts that the equal scores call for.
 
@@ -159,6 +165,13 @@ def publish_tokenizer(source: str | Path, output: str | Path) -> Tokenizer:
 def _refuse_what_cannot_be_expressed(proto: Any, path: Path) -> None:
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     symbols = any(piece.type == piece.USER_DEFINED for piece in proto.pieces)
+    if trainer.model_type == trainer.UNIGRAM:
+        raise RefusedError(
+            1, str(path), "is a unigram model, and the tokenizers library rounds sums of scores otherwise, so that a "
+            "tokenizer.json would differ on some texts",
+            "use the .model itself: --tokenizer-model, tokenizer.path and all tools here take it; to export a model to "
+            "Hugging Face, train its tokenizer with --model-type bpe",
+        )  # fmt: skip
     reasons = (
         (trainer.model_type != trainer.BPE, "is not a BPE model"),
         (not trainer.byte_fallback, "has no byte fallback"),

@@ -13,7 +13,10 @@ What holds for both kinds:
 - ``fingerprint`` hashes what decides ids and nothing else: no path, no training metadata. Datasets and checkpoints
   carry it, so that ids made by one tokenizer are never read with another.
 
-Imports sentencepiece or tokenizers only when a tokenizer is loaded; never torch, never transformers.
+Ids of a ``.model`` come from our own encoder where it is for it (``encode.py``), else from sentencepiece:
+``Tokenizer.encoder`` says which, and why.
+
+Imports sentencepiece or tokenizers only when they are needed; never torch, never transformers.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ import hashlib
 import json
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,9 +34,12 @@ import numpy as np
 
 from megatron_hammer.errors import DataError
 from megatron_hammer.files import replace_file
+from megatron_hammer.tokenizer import encode as fast
 
 SPACE = "\u2581"
 """The lower one eighth block that stands for a space in sentencepiece's pieces."""
+
+_CUT_CHARACTERS = 4096  # at the end of a piece, in which a place to cut is looked for
 
 # Names that well-known models give their document marks; asked only where no configuration file says anything.
 _WELL_KNOWN_BOS = ("<s>", "<|begin_of_text|>")
@@ -51,6 +58,8 @@ class Tokenizer(ABC):
     pad_id: int | None
     fingerprint: str
     """32 hex digits: BLAKE2b-128 of vocabulary, scores or merges, normaliser and special ids."""
+    encoder: str
+    """What makes the ids, and why it is not our own encoder where it is not: for programs to print."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -59,6 +68,32 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         """The ids of each text, equal to ``encode`` of it."""
+
+    def encode_documents(
+        self, texts: Sequence[str], threads: int = 1, first: int | None = None, last: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts one after the other, for an indexed dataset.
+
+        Args:
+            first: id put before the ids of every text that has any; ``last`` likewise behind them. An empty text gets
+                neither: its length is 0.
+
+        Returns:
+            ids: [sum of lengths] int32; lengths: [texts] int64, tokens of each text.
+        """
+        before = [] if first is None else [first]
+        behind = [] if last is None else [last]
+        documents = [[*before, *ids, *behind] if ids else [] for ids in self.encode_batch(list(texts), threads)]
+        lengths = np.fromiter(map(len, documents), np.int64, len(documents))
+        ids = np.fromiter((token for document in documents for token in document), np.int32, int(lengths.sum()))
+        return ids, lengths
+
+    def encode_pieces(self, pieces: Iterable[str], threads: int = 1) -> Iterator[np.ndarray]:
+        """The ids of one text that comes in pieces: int32 parts, one after the other; no special ids.
+
+        Where the encoder can cut a text, memory holds a few pieces; else they are joined first.
+        """
+        yield self.encode_documents(["".join(pieces)], threads)[0]
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -105,7 +140,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """sentencepiece itself, whatever algorithm the model file asks for.
+    """A sentencepiece model file, whatever algorithm it asks for; ids are sentencepiece's own.
 
     Attributes:
         model_bytes: the file's content.
@@ -116,30 +151,83 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.model_bytes = path.read_bytes()
-        proto = parse_model(self.model_bytes, path)
-        self._processor = load_processor(self.model_bytes, path)
-        self.vocab_size = self._processor.get_piece_size()
-        self.bos_id = _id_or_none(self._processor.bos_id())
-        self.eos_id = _id_or_none(self._processor.eos_id())
-        self.unk_id = _id_or_none(self._processor.unk_id())
-        self.pad_id = _id_or_none(self._processor.pad_id())
-        self.fingerprint = _fingerprint_model(proto, (self.bos_id, self.eos_id, self.unk_id, self.pad_id))
-        self._piece_bytes = _piece_bytes_model(proto)
+        self._processor: Any = None
+        self._encoder: Any = None
+        if fast.COMPILED is None:
+            proto = parse_model(self.model_bytes, path)
+            if not all(isinstance(piece.piece, str) for piece in proto.pieces):  # protobuf returns others as bytes
+                raise _damaged_model(path, "a piece is not valid UTF-8")
+            facts = _facts_by_protobuf(proto, self._sentencepiece)
+            reason = fast.NOT_COMPILED
+        else:
+            try:
+                model = fast.COMPILED.Model(self.model_bytes)
+                reason = model.unsupported()
+                if not reason:
+                    self._encoder = fast.COMPILED.Encoder(model)
+            except ValueError as error:
+                raise _damaged_model(path, str(error)) from None
+            if self._encoder is None:
+                _ = self._sentencepiece  # what it refuses must not be found later
+            facts = _facts_of_compiled(model)
+        self.encoder = f"sentencepiece ({reason})" if reason else "C++ (sentencepiece's BPE, same ids)"
+        self.bos_id, self.eos_id, self.unk_id, self.pad_id = facts.special_ids
+        self._piece_bytes = facts.piece_bytes
+        self.vocab_size = len(self._piece_bytes)
+        self.fingerprint = _fingerprint_model(facts)
+
+    @property
+    def _sentencepiece(self) -> Any:
+        """The library's processor, loaded when it is first needed."""
+        if self._processor is None:
+            self._processor = load_processor(self.model_bytes, self.path)
+        return self._processor
 
     def encode(self, text: str) -> list[int]:
+        if self._encoder is not None:
+            return self._call(self._encoder.encode_batch, [text], 1)[0]
         try:
-            return self._processor.encode(text)
+            return self._sentencepiece.encode(text)
         except (RuntimeError, TypeError, UnicodeError) as error:
             raise _refuse_surrogates([text], error) from None
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
+        if self._encoder is not None:
+            return self._call(self._encoder.encode_batch, texts, threads)
         try:
-            return self._processor.encode(list(texts), num_threads=threads)
+            return self._sentencepiece.encode(list(texts), num_threads=threads)
         except (RuntimeError, TypeError, UnicodeError) as error:
             raise _refuse_surrogates(texts, error) from None
 
+    def encode_documents(
+        self, texts: Sequence[str], threads: int = 1, first: int | None = None, last: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self._encoder is not None:
+            return self._call(self._encoder.encode_documents, texts, threads, first, last)
+        return super().encode_documents(texts, threads, first, last)
+
+    def encode_pieces(self, pieces: Iterable[str], threads: int = 1) -> Iterator[np.ndarray]:
+        if self._encoder is None or not self._encoder.parts_are_independent():
+            yield from super().encode_pieces(pieces, threads)
+            return
+        rest = ""
+        for piece in pieces:
+            text = rest + piece
+            cut = self._encoder.safe_cut(text, max(len(text) - _CUT_CHARACTERS, 1))
+            if cut < len(text):  # else there is no place to cut: more must be known
+                yield self.encode_documents([text[:cut]], threads)[0]
+            rest = text[cut:] if cut < len(text) else text
+        yield self.encode_documents([rest], threads)[0]
+
+    @staticmethod
+    def _call(encode: Any, texts: Sequence[str], *arguments: Any) -> Any:
+        try:
+            return encode(texts, *arguments)
+        except UnicodeError as error:
+            raise _refuse_surrogates(texts, error) from None
+
     def decode(self, ids: Iterable[int]) -> str:
-        return self._processor.decode([int(i) for i in ids])
+        return self._sentencepiece.decode([int(i) for i in ids])
 
     def piece_bytes(self) -> np.ndarray:
         return self._piece_bytes.copy()
@@ -157,6 +245,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     kind = "tokenizers"
+    encoder = "tokenizers (a tokenizer.json)"
 
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as Backend
@@ -273,40 +362,64 @@ def _damaged_model(path: Path, cause: str) -> DataError:
     )  # fmt: skip
 
 
-def _id_or_none(token_id: int) -> int | None:
-    return token_id if token_id >= 0 else None
+SpecialIds = tuple[int | None, int | None, int | None, int | None]
+"""bos, eos, unk, pad."""
 
 
-def _fingerprint_model(proto: Any, special_ids: Sequence[int | None]) -> str:
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+@dataclass(frozen=True)
+class _Facts:
+    """What a model file says about ids, read by the compiled encoder or by protobuf: one and the same."""
+
+    settings: dict[str, int | bool]
+    """Of the trainer and the normaliser: those that decide ids."""
+    charsmap: bytes
+    """The compiled normalisation rules."""
+    special_ids: SpecialIds
+    packed_pieces: bytes
+    """For each piece, little endian: bytes of its text (u32), score (f32), type (u8), text."""
+    piece_bytes: np.ndarray
+
+
+def _facts_of_compiled(model: Any) -> _Facts:
+    return _Facts(
+        model.settings(), model.charsmap(), model.special_ids(), model.packed_pieces(), model.piece_bytes()
+    )  # fmt: skip
+
+
+def _facts_by_protobuf(proto: Any, processor: Any) -> _Facts:
+    trainer, normalizer, kinds = proto.trainer_spec, proto.normalizer_spec, proto.SentencePiece
+    packed = bytearray()
+    lengths = np.zeros(len(proto.pieces), dtype=np.int32)
+    for index, piece in enumerate(proto.pieces):
+        text = piece.piece.encode()
+        packed += struct.pack("<IfB", len(text), piece.score, piece.type) + text
+        if piece.type == kinds.BYTE:
+            lengths[index] = 1
+        elif piece.type in (kinds.NORMAL, kinds.USER_DEFINED):
+            lengths[index] = len(piece.piece.replace(SPACE, " ").encode())
     settings = {
-        "format": "sentencepiece-1",
         "model_type": trainer.model_type,
         "byte_fallback": trainer.byte_fallback,
         "treat_whitespace_as_suffix": trainer.treat_whitespace_as_suffix,
         "add_dummy_prefix": normalizer.add_dummy_prefix,
         "remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
         "escape_whitespaces": normalizer.escape_whitespaces,
-        "normalizer": hashlib.sha256(normalizer.precompiled_charsmap).hexdigest(),
-        "special_ids": list(special_ids),
-        "pieces": len(proto.pieces),
+    }
+    ids = (processor.bos_id(), processor.eos_id(), processor.unk_id(), processor.pad_id())
+    bos, eos, unk, pad = (i if i >= 0 else None for i in ids)
+    return _Facts(settings, normalizer.precompiled_charsmap, (bos, eos, unk, pad), bytes(packed), lengths)
+
+
+def _fingerprint_model(facts: _Facts) -> str:
+    settings = facts.settings | {
+        "format": "sentencepiece-1",
+        "normalizer": hashlib.sha256(facts.charsmap).hexdigest(),
+        "special_ids": list(facts.special_ids),
+        "pieces": len(facts.piece_bytes),
     }
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
-    for piece in proto.pieces:
-        text = piece.piece.encode()
-        digest.update(struct.pack("<IfB", len(text), piece.score, piece.type) + text)
+    digest.update(facts.packed_pieces)
     return digest.hexdigest()
-
-
-def _piece_bytes_model(proto: Any) -> np.ndarray:
-    kinds = proto.SentencePiece
-    lengths = np.zeros(len(proto.pieces), dtype=np.int32)
-    for index, piece in enumerate(proto.pieces):
-        if piece.type == kinds.BYTE:
-            lengths[index] = 1
-        elif piece.type in (kinds.NORMAL, kinds.USER_DEFINED):
-            lengths[index] = len(piece.piece.replace(SPACE, " ").encode())
-    return lengths
 
 
 # ---- tokenizer.json ----

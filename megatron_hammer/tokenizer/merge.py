@@ -106,7 +106,7 @@ def merge_files(
     Raises:
         ConfigError: E261 bad symbol or symbol file, E265 no symbol in it, E267 a symbol that is a control piece.
         DataError: E310-E312 no whole model, E317 no sentencepiece model, E318 a character that the base never uses.
-        RefusedError: E503 the donor lacks characters, E504 nothing to calibrate on, E505 different algorithms.
+        RefusedError: E503 the donor lacks characters, E504 nothing to calibrate on, E505 not both BPE.
     """
     output = Path(output)
     base_tokenizer, donor_tokenizer = _load_model(base), _load_model(donor)
@@ -148,6 +148,11 @@ def merge_models(
         raise RefusedError(
             5, str(donor.path), f"is a {names[1]} model and the base a {names[0]} one, so their scores have no ratio",
             "merge models of one algorithm",
+        )  # fmt: skip
+    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
+        raise RefusedError(
+            5, f"{base.path} and {donor.path}", "are no BPE models: their scores are not ranks but log probabilities, "
+            "which differ by a sum and not by the ratio of this merge", "merge BPE models (--model-type bpe)",
         )  # fmt: skip
     pieces = {piece.piece: (index, piece) for index, piece in enumerate(proto.pieces)}
     donor_scores = {piece.piece: piece.score for piece in donor_proto.pieces if piece.type == piece.NORMAL}

@@ -1,4 +1,4 @@
-"""Train a sentencepiece BPE tokenizer, with HammerLLM's settings as defaults.
+"""Train a sentencepiece tokenizer, BPE or unigram, with HammerLLM's settings as defaults.
 
     documents --> sentences (cut where no piece can span) --> sample by hash --> sentencepiece --> tokenizer.model
 
@@ -12,6 +12,9 @@ line breaks inside, and pieces such as ``):\\n`` are learned. A tab cannot be le
 and would skip the whole sentence): it stays the byte piece ``<0x09>``, which is one id as well.
 
 The result depends on the text alone: not on the order or the number of files, not on the number of threads.
+
+HammerLLM's algorithm is BPE. Unigram is trained by the same recipe and has every use that a ``.model`` has, but it has
+no exact ``tokenizer.json`` (``convert.py`` says why), so a model trained with it cannot be exported.
 """
 
 from __future__ import annotations
@@ -21,10 +24,12 @@ import heapq
 import io
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from megatron_hammer.errors import ConfigError, DataError
 from megatron_hammer.files import replace_file
@@ -41,6 +46,11 @@ MAX_SENTENCE_BYTES = 8384
 SAMPLE_BYTES = 100_000_000
 """Text that training keeps at most. sentencepiece 0.2.3 takes 21 bytes of memory for each byte of Chinese (measured on
 10 MB), so this asks for some 2 GB; the amount itself is chosen by eye."""
+ModelType = Literal["bpe", "unigram"]
+UNIGRAM_THREADS = 8
+"""Unigram training adds up its counts thread by thread, so its result depends on their number: it is fixed. Chosen by
+eye; on fewer cores they take turns."""
+REPORT_SECONDS = 10
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 BYTE_PIECES = 256
 _CONTROL_PIECES = ("<unk>", "<s>", "</s>")
@@ -53,7 +63,7 @@ _SENTENCE_ENDS = tuple(mark.encode() for mark in "。！？；，")
 
 
 class TextSource(Protocol):
-    """What training reads: texts, and afterwards a description of where they came from (``corpus.JsonlCorpus``)."""
+    """What training reads: texts, and afterwards a description of where they came from (``corpus.TextCorpus``)."""
 
     def __iter__(self) -> Iterator[str]: ...
 
@@ -65,6 +75,7 @@ def train_tokenizer(
     output: str | Path,
     vocab_size: int,
     *,
+    model_type: ModelType = "bpe",
     character_coverage: float = 0.9995,
     user_defined_symbols: Sequence[str] = (),
     required_characters: str = "",
@@ -80,13 +91,14 @@ def train_tokenizer(
         output: a name that ends in ``.model``, or a folder that gets ``tokenizer.model``; the manifest goes beside it
             as ``<stem>.manifest.json``.
         vocab_size: pieces in all, control, byte and user-defined ones included.
+        model_type: the algorithm.
         character_coverage: share of all characters (by count) that get a piece of their own; the rest uses bytes.
         user_defined_symbols: literal strings that are always one piece. A space in one matches a space in text.
         required_characters: characters that get a piece however rare they are.
         max_sentence_bytes: longest stretch of text that the trainer sees at once.
         sample_bytes: of more text than this, sentences are chosen by their hash.
-        threads: helps only the counting; the result is the same.
-        report: gets a line of progress now and then.
+        threads: helps only the counting; the result is the same. Of no effect on unigram (``UNIGRAM_THREADS``).
+        report: gets a line at each phase, and one every ten seconds meanwhile.
 
     Returns:
         The trained tokenizer, loaded from the file written.
@@ -96,6 +108,8 @@ def train_tokenizer(
             another complaint of sentencepiece.
         DataError: E315 no text at all; and what the source raises.
     """
+    if model_type not in get_args(ModelType):
+        raise ConfigError(62, f"model_type={model_type}", "is neither bpe nor unigram", "choose one of the two")
     _check_settings(vocab_size, character_coverage, max_sentence_bytes, sample_bytes, threads)
     symbols = check_symbols(user_defined_symbols)
     minimum = len(_CONTROL_PIECES) + BYTE_PIECES + len(symbols) + 1
@@ -109,20 +123,24 @@ def train_tokenizer(
     if model_path.suffix != ".model":
         model_path = model_path / "tokenizer.model"
 
+    started = time.monotonic()
     sample = _sample_sentences(source, max_sentence_bytes, sample_bytes, report)
     if not sample.sentences:
         raise DataError(15, "the input", "holds no text to train a tokenizer on", "give documents that are not empty")
     report(
-        f"training {vocab_size:,} pieces on {sample.kept_bytes / 1e6:.1f} of {sample.seen_bytes / 1e6:.1f} MB of text"
+        f"training {vocab_size:,} {model_type} pieces on {sample.kept_bytes / 1e6:.1f} of "
+        f"{sample.seen_bytes / 1e6:.1f} MB of text, read in {time.monotonic() - started:.1f} s"
     )
     settings = {
+        "model_type": model_type,
         "vocab_size": vocab_size,
         "character_coverage": character_coverage,
         "user_defined_symbols": symbols,
         "required_chars": required_characters,
         "max_sentence_length": max_sentence_bytes,
     }
-    model = _run_sentencepiece(sample.sentences, settings, threads)
+    with _report_meanwhile("training", report):
+        model = _run_sentencepiece(sample.sentences, settings, threads if model_type == "bpe" else UNIGRAM_THREADS)
 
     model_path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(model_path, model)
@@ -246,7 +264,7 @@ def _find_cut(data: bytes, max_bytes: int) -> int:
     return cut
 
 
-class _Sample:
+class HashSample:
     """The sentences with the smallest hashes that fit into ``limit`` bytes: a random choice that depends on them alone.
 
     Streaming: a heap keeps the largest hash on top; once a hash was too large it stays so, whatever comes later, and
@@ -259,9 +277,10 @@ class _Sample:
         self._cut: bytes | None = None
         self._heap: list[tuple[bytes, bytes]] = []  # (inverted hash, sentence)
 
-    def add(self, sentence: bytes) -> None:
+    def add(self, sentence: bytes, key: bytes = b"") -> None:
+        """Offer a sentence; with a key of its own (its place, say), equal ones are chosen one by one."""
         self.seen_bytes += len(sentence)
-        inverted = bytes(255 - byte for byte in hashlib.blake2b(sentence, digest_size=8).digest())
+        inverted = bytes(255 - byte for byte in hashlib.blake2b(sentence, digest_size=8, key=key).digest())
         if self._cut is not None and inverted <= self._cut:
             return
         heapq.heappush(self._heap, (inverted, sentence))
@@ -279,11 +298,11 @@ class _Sample:
 
 def _sample_sentences(
     source: TextSource, max_sentence_bytes: int, sample_bytes: int, report: Callable[[str], None]
-) -> _Sample:
+) -> HashSample:
     from tqdm import tqdm
 
-    sample = _Sample(sample_bytes)
-    next_report = time.monotonic() + 10
+    sample = HashSample(sample_bytes)
+    next_report = time.monotonic() + REPORT_SECONDS
     # On a terminal a bar, in a log a line every ten seconds.
     with tqdm(desc="reading text", unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False) as bar:
         for text in source:
@@ -292,12 +311,31 @@ def _sample_sentences(
                 sample.add(sentence)
             bar.update(sample.seen_bytes - before)
             if time.monotonic() > next_report:
-                next_report += 10
+                next_report += REPORT_SECONDS
                 report(f"read {sample.seen_bytes / 1e6:.0f} MB of text")
     return sample
 
 
 # ---- sentencepiece ----
+
+
+@contextmanager
+def _report_meanwhile(doing: str, report: Callable[[str], None]) -> Iterator[None]:
+    """A line every ten seconds that it is still at work: the library says nothing, but lets other threads run."""
+    done = threading.Event()
+    started = time.monotonic()
+
+    def watch() -> None:
+        while not done.wait(REPORT_SECONDS):
+            report(f"{doing}: still at work, {time.monotonic() - started:.0f} s so far")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _run_sentencepiece(sentences: list[bytes], settings: dict[str, Any], threads: int) -> bytes:
@@ -311,7 +349,6 @@ def _run_sentencepiece(sentences: list[bytes], settings: dict[str, Any], threads
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences),
             model_writer=written,
-            model_type="bpe",
             byte_fallback=True,
             split_digits=True,
             allow_whitespace_only_pieces=True,

@@ -224,7 +224,7 @@ def _sentencepiece_form(tokenizer: SentencePieceTokenizer, special_ids: dict[str
         pieces=[piece.piece.replace(SPACE, " ") for piece in proto.pieces if piece.piece],
         symbols=[piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED],
         specials=[piece.piece for piece in proto.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)],
-        encode={"encode": lambda batch: tokenizer.encode_batch(batch, threads=_THREADS)},
+        encode={"encode": lambda batch: processor.encode(batch, num_threads=_THREADS)},  # the truth, not our encoder
         encode_bytes={"encode": processor.encode},
         decode=tokenizer.decode,
         piece=lambda token_id: proto.pieces[token_id].piece,

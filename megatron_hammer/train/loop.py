@@ -20,9 +20,11 @@ from torch import Tensor
 from megatron_hammer.checkpoint.load import load_shards
 from megatron_hammer.checkpoint.save import save_checkpoint
 from megatron_hammer.config import Config, config_to_tree
-from megatron_hammer.data.loader import chain_digest, micro_batches
+from megatron_hammer.data.index_files import say
+from megatron_hammer.data.loader import ReadAhead, chain_digest
 from megatron_hammer.data.samples import TrainData, ValidData
 from megatron_hammer.errors import EXIT_STOPPED_BY_SIGNAL, NonFiniteError
+from megatron_hammer.kernels.attention import AttentionDemand, Documents
 from megatron_hammer.kernels.operations import select_operations
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Llama, build_llama
@@ -119,8 +121,17 @@ class Run:
         num_samples = config.train.num_steps * config.train.global_batch_size
         assert config.data.train is not None
         self.data = TrainData(
-            config.data.train, config.data.seq_length, config.train.seed, config.data.order, num_samples
+            config.data.train,
+            config.data.seq_length,
+            config.train.seed,
+            config.data.order,
+            num_samples,
+            config.data.weights,
+            config.data.index_folder,
+            note=say if ctx.world.rank == 0 else lambda text: None,
         )
+        micro_batch_size, grad_accum = config.train.micro_batch_size, config.grad_accum(ctx.world.size)
+        self.batches = ReadAhead(self.data, num_samples, micro_batch_size, grad_accum, ctx.dp.rank, ctx.dp.size)
         valid = (config.data.valid or {}).items()
         self.valid = [
             ValidData(name, prefix, config.data.seq_length, config.train.eval_samples) for name, prefix in valid
@@ -177,15 +188,16 @@ class Run:
     def _next_batches(self) -> list[DeviceBatch]:
         """This rank's micro-batches of the next step, on the device."""
         config, ctx = self.config, self.ctx
-        batches = micro_batches(
-            self.data,
-            self.progress.consumed_samples,
-            config.train.micro_batch_size,
-            config.grad_accum(ctx.world.size),
-            ctx.dp.rank,
-            ctx.dp.size,
-        )
-        return [tuple(self._to_device(x) for x in (b.tokens, b.labels)) for b in batches]  # type: ignore[misc]
+        batches = self.batches.get(self.progress.consumed_samples)
+        masked = config.data.attention_mask == "document"
+        return [
+            (
+                self._to_device(batch.tokens),
+                self._to_device(batch.labels),
+                Documents.from_cu_seqlens(batch.cu_seqlens, ctx.device) if masked else None,
+            )
+            for batch in batches
+        ]
 
     def _to_device(self, array: Any) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -248,7 +260,14 @@ class Run:
     def _evaluate(self) -> dict[str, float | None]:
         results: dict[str, float | None] = {}
         for data in self.valid:
-            result = evaluate(self.model, data, self.config.train.micro_batch_size, self.piece_bytes, self.ctx)
+            result = evaluate(
+                self.model,
+                data,
+                self.config.train.micro_batch_size,
+                self.piece_bytes,
+                self.ctx,
+                document_mask=self.config.data.attention_mask == "document",
+            )
             results |= result.metrics(data.name)
         return results
 
@@ -282,6 +301,19 @@ class Run:
         return Reporter(config, self.progress.step, flops, peak_tflops(config, name), self.ctx.world.size)
 
 
+def attention_demand(config: Config, device: torch.device) -> AttentionDemand:
+    """What this run asks of its attention backend on each rank."""
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    return AttentionDemand(
+        config.data.attention_mask,
+        DTYPES[config.train.precision],
+        device,
+        heads=model.num_attention_heads // tp,
+        groups=max(1, model.query_groups // tp),
+        head_size=model.head_size,
+    )
+
+
 def build(config: Config, ctx: ParallelContext) -> tuple[Llama, DistributedOptimizer]:
     """Model and optimizer of this rank, with the initial weights that the seed defines."""
     sequence_parallel = config.parallel.sequence_parallel
@@ -290,7 +322,8 @@ def build(config: Config, ctx: ParallelContext) -> tuple[Llama, DistributedOptim
         ctx,
         dtype=DTYPES[config.train.precision],
         sequence_parallel=sequence_parallel,
-        operations=select_operations(config.kernels),
+        operations=select_operations(config.kernels, attention_demand(config, ctx.device)),
+        kernels=config.kernels,
     )
     table = parameter_table(config.model, ctx.tp.rank, ctx.tp.size, sequence_parallel)
     initialise(model, table, config.train.seed)

@@ -7,7 +7,8 @@ is stated twice, because two counts are in use::
     mfu_causal  causal: 6 N +  6 L (n d) s  (half of the attention is masked away)
 
 with N the weights that take part in matrix products (head included, embedding look-up not), over the devices' dense
-peak; null where no peak is known.
+peak; null where no peak is known. Both count whole samples: with data.attention_mask=document less attention is
+computed, and the true utilisation is lower than either says.
 """
 
 from __future__ import annotations

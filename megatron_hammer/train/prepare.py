@@ -15,12 +15,15 @@ from megatron_hammer.checkpoint.format import Manifest, latest_checkpoint, read_
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.data import index
 from megatron_hammer.data.indexed import IndexedDataset
-from megatron_hammer.data.samples import check_tokenizer
+from megatron_hammer.data.plan import Plan, make_plan
+from megatron_hammer.data.samples import TrainData, check_tokenizer
 from megatron_hammer.errors import ConfigError, RefusedError
+from megatron_hammer.kernels.te import check_before_start
 from megatron_hammer.tokenizer.load import Tokenizer, load_tokenizer
 
-# A change of these makes the samples already consumed other samples than the checkpoint says.
-ORDER_FIELDS = ("train.seed", "data.seq_length", "data.order")
+# A change of these makes the samples already consumed other samples than the checkpoint says. A sample is its tokens
+# and what each of them may attend to.
+ORDER_FIELDS = ("train.seed", "data.seq_length", "data.order", "data.attention_mask")
 STATE_KINDS = {"weight", "exp_avg", "exp_avg_sq"}  # what a run goes on from; a new one takes weights only
 
 
@@ -39,6 +42,9 @@ class Prepared:
     """Remarks on the config and on resuming."""
     data_notes: list[str]
     """Remarks on the datasets; empty where ``check_data`` was False."""
+    plan: Plan | None = None
+    """What the run draws from each source; None for a dry run, and where ``check_data`` was False: it is printed once,
+    before the ranks start."""
 
     @property
     def is_finished(self) -> bool:
@@ -65,11 +71,13 @@ def prepare(config: Config, world_size: int, check_data: bool = True) -> Prepare
     config = _with_vocab_size(config, tokenizer)
     if config.train.dry_run:
         return Prepared(config, tokenizer, None, None, notes, [])
+    if check_data:
+        check_before_start(config)
     if not config.data.train:
         raise ConfigError(
             7, "data.train", "is not set", "name the prefix of an indexed dataset: data.train=P_text_document"
         )
-    data_notes = _check_data(config, tokenizer, check_data)
+    data_notes, plan = _check_data(config, tokenizer, check_data)
     newest = latest_checkpoint(checkpoints_folder(config), note=notes.append)
     resume = None if newest is None else read_manifest(newest)
     init_from = None
@@ -79,7 +87,9 @@ def prepare(config: Config, world_size: int, check_data: bool = True) -> Prepare
     elif config.checkpoint.init_from is not None:
         init_from = read_manifest(resolve_checkpoint(config.checkpoint.init_from))
         check_fits(init_from, config.model, {"weight"})
-    return Prepared(config, tokenizer, resume, init_from, notes, data_notes)
+    if check_data:
+        _build_indices(config, resume, data_notes)
+    return Prepared(config, tokenizer, resume, init_from, notes, data_notes, plan if check_data else None)
 
 
 def _with_vocab_size(config: Config, tokenizer: Tokenizer | None) -> Config:
@@ -104,23 +114,48 @@ def _with_vocab_size(config: Config, tokenizer: Tokenizer | None) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
 
 
-def _check_data(config: Config, tokenizer: Tokenizer | None, read_ids: bool) -> list[str]:
-    """Open every dataset and hold it against tokenizer and vocabulary; return remarks.
+def _check_data(config: Config, tokenizer: Tokenizer | None, read_ids: bool) -> tuple[list[str], Plan]:
+    """Open every dataset and hold it against tokenizer and vocabulary; return remarks, and the plan of the mix.
 
     A rank of the launcher opens them too (a file may be missing on its node alone), but reads no ids: a header says the
     largest.
     """
     assert config.model.vocab_size is not None
-    notes = []
-    for prefix in [*(config.data.train or {}), *(config.data.valid or {}).values()]:
+    train = config.data.train or {}
+    notes, tokens = [], {}
+    for prefix in [*train, *(config.data.valid or {}).values()]:
         fingerprint = None if tokenizer is None else tokenizer.fingerprint
         dataset = IndexedDataset(prefix)
+        tokens[prefix] = dataset.num_tokens
+        if read_ids and config.data.attention_mask == "document" and dataset.num_documents == 1:
+            notes.append(f"{prefix} is a single document: data.attention_mask=document changes nothing in it")
         if dataset.header is None and not read_ids:
             continue
         note = check_tokenizer(dataset, fingerprint, config.model.vocab_size)
         if note and read_ids:
             notes.append(note)
-    return notes
+    return notes, make_plan(
+        train, config.data.weights, tokens, config.train.num_steps, config.tokens_per_step, config.data.max_epochs
+    )
+
+
+def _build_indices(config: Config, resume: Manifest | None, notes: list[str]) -> None:
+    """Have the indices of large datasets built and kept before the ranks start, which then only open them."""
+    assert config.data.train is not None
+    batch = config.train.global_batch_size
+    data = TrainData(
+        config.data.train,
+        config.data.seq_length,
+        config.train.seed,
+        config.data.order,
+        config.train.num_steps * batch,
+        config.data.weights,
+        config.data.index_folder,
+        note=notes.append,
+    )
+    consumed = 0 if resume is None else resume.state["consumed_samples"]
+    if data.num_samples is None or consumed < data.num_samples:
+        data.prepare(consumed, batch)
 
 
 def _check_same_run(config: Config, manifest: Manifest) -> list[str]:
@@ -137,8 +172,11 @@ def _check_same_run(config: Config, manifest: Manifest) -> list[str]:
                 f"set {name}={theirs} or start a new train.output",
             )
     notes = []
-    if config.data.train != saved.data.train:
-        notes.append(f"data.train differs from that of {manifest.folder}: the order of samples changes from here on")
+    for name in ("train", "weights"):
+        if getattr(config.data, name) != getattr(saved.data, name):
+            notes.append(
+                f"data.{name} differs from that of {manifest.folder}: the order of samples changes from now on"
+            )
     if config.data.order == "megatron" and config.train.num_steps != saved.train.num_steps:
         notes.append(
             "data.order=megatron depends on train.num_steps, which has changed: samples may repeat or be left out"

@@ -13,10 +13,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_hammer.config import Config, to_yaml
+from megatron_hammer.data.plan import format_plan
 from megatron_hammer.errors import ConfigError, HammerError, RefusedError, from_os_error
+from megatron_hammer.kernels.attention import select_attention
+from megatron_hammer.kernels.te import check_here
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.parallel.context import agree_before_start, build_parallel_context, start_process_group
-from megatron_hammer.train.loop import train
+from megatron_hammer.train.loop import attention_demand, train
 from megatron_hammer.train.prepare import Prepared, prepare
 
 
@@ -41,6 +44,9 @@ def run_rank(
             prepared = prepare(config, world_size, check_data)
             config = prepared.config
             device = torch.device("cpu") if config.train.dry_run else choose_device(config, local_rank)
+            if not config.train.dry_run:
+                check_here(config)
+                select_attention(config.kernels.attention, attention_demand(config, device))
             if rank == 0 and not config.train.dry_run and not prepared.is_finished:
                 held.enter_context(only_writer(Path(config.train.output)))
         except HammerError as found:
@@ -112,10 +118,14 @@ def announcement(prepared: Prepared, world_size: int, device: torch.device) -> s
     """The first lines of a run."""
     config, resume = prepared.config, prepared.resume
     lines = [f"note: {note}" for note in prepared.notes + prepared.data_notes]
+    if prepared.plan is not None and not prepared.is_finished:
+        lines.append(format_plan(prepared.plan))
     lines.append(
         f"{count_parameters(config.model):,} parameters in {config.train.precision} on {device.type}; "
         f"{layout_line(config, world_size)}"
     )
+    attention = select_attention(config.kernels.attention, attention_demand(config, device)).name
+    lines.append(f"attention: {attention}, data.attention_mask={config.data.attention_mask}")
     if resume is not None and prepared.is_finished:
         lines.append(
             f"finished: {resume.folder} is at step {resume.step} of {config.train.num_steps}; nothing left to do"

@@ -7,16 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_hammer.kernels.attention import Documents
 from megatron_hammer.model.llama import Llama
+from megatron_hammer.model.loss import Objective
 from megatron_hammer.optim.distributed import DistributedOptimizer
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
 
-DeviceBatch = tuple[Tensor, Tensor]  # tokens and labels, [b, s] int64 on the device
+# Tokens and labels, [b, s] int64 on the device, and under data.attention_mask=document where the documents lie.
+DeviceBatch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Documents | None]
 
 
 def forward_backward(
-    model: Llama, optimizer: DistributedOptimizer, micro_batches: Sequence[DeviceBatch], ctx: ParallelContext
+    model: Llama,
+    optimizer: DistributedOptimizer,
+    micro_batches: Sequence[DeviceBatch],
+    ctx: ParallelContext,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Accumulate the gradient of the mean loss over the global batch.
 
@@ -26,12 +33,13 @@ def forward_backward(
     Returns:
         Mean loss of the global batch, fp32 device scalar, the same on all ranks. Communicates over dp.
     """
-    count = sum(labels.numel() for _, labels in micro_batches) * ctx.dp.size
+    count = sum(batch[1].numel() for batch in micro_batches) * ctx.dp.size
+    objective = Objective(optimizer.loss_scale / count, z_loss, optimizer)
     total = torch.zeros((), device=ctx.device)
-    for i, (tokens, labels) in enumerate(micro_batches):
+    for i, batch in enumerate(micro_batches):
         optimizer.start_micro_batch(first=i == 0, last=i == len(micro_batches) - 1)
-        loss = model(tokens, labels).sum() / count
-        (loss * optimizer.loss_scale).backward()
-        total += loss.detach()
+        losses = model(*batch, objective=objective)
+        (losses * objective.weight).sum().backward()
+        total += losses.detach().sum() / count
     all_reduce(total, ctx.dp)
     return total

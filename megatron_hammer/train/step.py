@@ -37,7 +37,8 @@ def train_step(
     ctx: ParallelContext,
 ) -> StepReport:
     """One parameter update from grad_accum micro-batches (tokens, labels: [b, s]). Never waits for the device."""
-    loss = forward_backward(model, optimizer, micro_batches, ctx)  # the last micro-batch starts the reduction
+    # The last micro-batch starts the reduction.
+    loss = forward_backward(model, optimizer, micro_batches, ctx, config.train.z_loss)
     grad_norm = optimizer.clip_grad_norm(config.optimizer.clip_grad)
     lr = learning_rate(config, step)
     applied = optimizer.step(lr)

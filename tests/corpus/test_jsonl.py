@@ -1,8 +1,9 @@
-"""The strict reader: what it yields, and the one line for every way in which a file can be wrong."""
+"""Reading text strictly: what comes, and the one line for every way in which a file can be wrong."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,8 +12,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_hammer.corpus import jsonl
-from megatron_hammer.corpus.jsonl import JsonlCorpus, JsonlWriter, read_jsonl
+from megatron_hammer.corpus.documents import TextCorpus, read_texts
 from megatron_hammer.errors import DataError
 
 GOOD = b'{"text": "one"}\n{"text": "\xe4\xba\x8c", "n": 2}\n'
@@ -24,16 +24,20 @@ def write(folder: Path, content: bytes, name: str = "a.jsonl") -> Path:
     return path
 
 
-def test_yields_text_line_and_bytes(tmp_path: Path) -> None:
-    records = list(read_jsonl(write(tmp_path, GOOD)))
-    assert [tuple(r) for r in records] == [("one", 1, 16), ("二", 2, 24)]
-    assert sum(r.raw_bytes for r in records) == len(GOOD)
+def read(path: Path, key: str = "text") -> list[str]:
+    return [text for texts, _ in read_texts(path, key) for text in texts]
+
+
+def test_texts_and_their_bytes(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    assert read(path) == ["one", "二"]
+    assert sum(size for _, size in read_texts(path)) == len(GOOD)
 
 
 def test_other_key_and_empty_text(tmp_path: Path) -> None:
     path = write(tmp_path, b'{"content": ""}\n{"content": "x", "text": 3}')
-    assert [r.text for r in read_jsonl(path, "content")] == ["", "x"]
-    assert list(JsonlCorpus([path], "content")) == ["x"]  # training has no use for empty documents
+    assert read(path, "content") == ["", "x"]
+    assert list(TextCorpus([path], "content")) == ["x"]  # training has no use for empty documents
 
 
 @given(
@@ -45,34 +49,34 @@ def test_any_text_comes_back(
     ending = b"\r\n" if crlf else b"\n"
     content = ending.join(json.dumps({"text": t}, ensure_ascii=ascii_only).encode() for t in texts)
     path = write(tmp_path_factory.mktemp("any"), content + ending * last_ending)
-    assert [r.text for r in read_jsonl(path)] == texts
+    assert read(path) == texts
 
 
 def test_compressed_files_read_alike(tmp_path: Path) -> None:
-    plain = list(read_jsonl(write(tmp_path, GOOD * 5000)))
+    plain = read(write(tmp_path, GOOD * 5000))
     for content, name in (
         (gzip.compress(GOOD * 5000), "a.jsonl.gz"),
         (gzip.compress(GOOD * 2000) + gzip.compress(GOOD * 3000), "two_members.jsonl.gz"),
         (zstandard.compress(GOOD * 5000), "a.jsonl.zst"),
         (zstandard.compress(GOOD * 2000) + zstandard.compress(GOOD * 3000), "two_frames.jsonl.zst"),
     ):
-        assert list(read_jsonl(write(tmp_path, content, name))) == plain, name
+        assert read(write(tmp_path, content, name)) == plain, name
 
 
 BAD_LINES = [  # content, code, what the message must say
     (b"", "E302", "holds no document"),
-    (GOOD + b'{"text": "ab\xff"}\n', "E303", ":3 is not valid UTF-8: byte 0xff at offset 12 of the line"),
+    (GOOD + b'{"text": "ab\xff"}\n', "E303", ":3 (byte 40) is not valid UTF-8: byte 0xff at offset 12 of the line"),
     (GOOD + b'{"text": "\xe4\xba"}\n', "E303", "at offset 10"),
-    (b"\xef\xbb\xbf" + GOOD, "E303", ":1 begins with a byte order mark (UTF-8)"),
+    (b"\xef\xbb\xbf" + GOOD, "E303", ":1 (byte 0) begins with a byte order mark (UTF-8)"),
     ('{"text": "x"}'.encode("utf-16"), "E303", "byte order mark (UTF-16)"),
-    (GOOD + b'{"text": "x"\n', "E304", ":3 is not valid JSON"),
+    (GOOD + b'{"text": "x"\n', "E304", ":3 (byte 40) is not valid JSON"),
     (b'{"text": NaN}\n', "E304", "is not valid JSON"),
     (b'{"text": "a"} {"text": "b"}\n', "E304", "column"),
     (b'{"text": "' + b"[" * 3 + b"\x01" + b'"}\n', "E304", "is not valid JSON"),
     (b"[" * 100_000, "E304", "is not valid JSON"),
-    (GOOD + b"\n" + GOOD, "E305", ":3 is a blank line"),
-    (GOOD + b" \t\r\n", "E305", ":3 is a blank line"),
-    (b"\n", "E305", ":1 is a blank line"),
+    (GOOD + b"\n" + GOOD, "E305", ":3 (byte 40) is a blank line"),
+    (GOOD + b" \t\r\n", "E305", ":3 (byte 40) is a blank line"),
+    (b"\n", "E305", ":1 (byte 0) is a blank line"),
     (b'["text"]\n', "E306", "holds an array, not a JSON object"),
     (b'"text"\n', "E306", "holds a string"),
     (b"null\n", "E306", "holds null"),
@@ -89,24 +93,17 @@ BAD_LINES = [  # content, code, what the message must say
 def test_bad_files_are_named(tmp_path: Path, content: bytes, code: str, message: str) -> None:
     path = write(tmp_path, content)
     with pytest.raises(DataError) as caught:
-        list(read_jsonl(path))
+        read(path)
     line = str(caught.value)
     assert line.startswith(f"error[{code}]: {path}") and message in line and "\n" not in line
-
-
-def test_good_lines_before_a_bad_one_are_yielded(tmp_path: Path) -> None:
-    stream = read_jsonl(write(tmp_path, GOOD + b"x\n"))
-    assert [next(stream).text, next(stream).text] == ["one", "二"]
-    with pytest.raises(DataError):
-        next(stream)
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     for path, words in ((tmp_path / "none.jsonl", "does not exist"), (tmp_path, "is a folder")):
         with pytest.raises(DataError, match=rf"E301.*{words}"):
-            list(read_jsonl(path))
+            read(path)
         with pytest.raises(DataError, match="E301"):
-            JsonlCorpus([path])
+            TextCorpus([path])
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
@@ -114,37 +111,26 @@ def test_damaged_compression(tmp_path: Path, name: str) -> None:
     whole = gzip.compress(GOOD * 9999) if name.endswith("gz") else zstandard.compress(GOOD * 9999)
     for content in (whole[:-9], whole[: len(whole) // 2], GOOD, b"\0" + whole):
         with pytest.raises(DataError, match=r"E309.*could not be decompressed"):
-            list(read_jsonl(write(tmp_path, content, name)))
+            read(write(tmp_path, content, name))
 
 
 def test_compressed_file_with_a_plain_name(tmp_path: Path) -> None:
     for content, suffix in ((gzip.compress(GOOD), ".gz"), (zstandard.compress(GOOD), ".zst")):
         with pytest.raises(DataError, match=rf"E309.*its name does not say so; rename it to end in \{suffix}"):
-            list(read_jsonl(write(tmp_path, content)))
+            read(write(tmp_path, content))
 
 
-def test_line_length_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 20)
-    with pytest.raises(DataError, match=r"E304.*:2 is longer than 20 bytes"):
-        list(read_jsonl(write(tmp_path, GOOD)))
+def test_a_corpus_describes_its_files(tmp_path: Path) -> None:
+    one, two = write(tmp_path, GOOD, "b.jsonl"), write(tmp_path, GOOD[:16], "a.jsonl")
+    described = TextCorpus([one, tmp_path]).describe()  # as named; a folder's files sorted
+    assert [(entry["name"], entry["bytes"]) for entry in described] == [
+        ("b.jsonl", len(GOOD)), ("a.jsonl", 16), ("b.jsonl", len(GOOD)),
+    ]  # fmt: skip
+    assert described[1]["sha256"] == hashlib.sha256(two.read_bytes()).hexdigest()
 
 
-def test_writer_round_trip_and_describe(tmp_path: Path) -> None:
-    path = tmp_path / "w.jsonl"
-    with JsonlWriter(path) as writer:
-        writer.write({"text": "a\nb", "source": "x"})
-        writer.write({"text": "龍"})
-        assert not path.exists()
-    assert writer.documents == 2
-    assert [r.text for r in read_jsonl(path)] == ["a\nb", "龍"]
-    assert JsonlCorpus([path]).describe()[0]["bytes"] == path.stat().st_size
-    assert [p.name for p in tmp_path.iterdir()] == ["w.jsonl"]
-
-
-def test_writer_leaves_the_old_file_after_an_error(tmp_path: Path) -> None:
-    path = write(tmp_path, GOOD)
-    with pytest.raises(KeyError), JsonlWriter(path) as writer:
-        writer.write({"text": "new"})
-        raise KeyError
-    assert path.read_bytes() == GOOD
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+def test_documents_of_plain_text(tmp_path: Path) -> None:
+    path = write(tmp_path, "one\nmore\n\n二\n".encode(), "a.txt")
+    assert list(TextCorpus([path])) == ["one\nmore\n\n二\n"]
+    assert list(TextCorpus([path], text_documents="line")) == ["one", "more", "二"]
+    assert list(TextCorpus([path], text_documents="blank-line")) == ["one\nmore", "二"]

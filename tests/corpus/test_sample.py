@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.corpus import sample
-from megatron_hammer.corpus.jsonl import read_jsonl
+from megatron_hammer.corpus.documents import read_documents
 from megatron_hammer.corpus.sample import Document, chinese_prose, group_lines, make_sample_corpus, split_documents
 from megatron_hammer.errors import ConfigError, DataError
 
@@ -35,7 +35,7 @@ def test_corpus_without_network(tmp_path: Path, offline: None) -> None:
     assert any("no route to host" in line and "own text alone" in line for line in lines)
     texts: dict[str, set[str]] = {}
     for name, entry in manifest["files"].items():
-        records = [r.text for r in read_jsonl(tmp_path / "a" / name)]
+        records = [d.text for d in read_documents(tmp_path / "a" / name, "text")]
         assert len(records) == entry["documents"] and len(set(records)) == len(records)
         texts[name] = set(records)
     for domain in sample.DOMAINS:

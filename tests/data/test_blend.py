@@ -64,6 +64,28 @@ def test_compiled_blend_equals_the_twin(draw, weights, compiled, twin):
         assert np.array_equal(ours, numpys)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_close_decisions_fall_as_in_the_twin(seed, compiled, twin):
+    """The compiled rules decide in integers unless it is close: equal and decimal weights, ties, odd pasts, far."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(2, 10))
+    kinds = [np.ones(n), rng.integers(1, 9, n).astype(float), np.round(rng.random(n) + 0.01, 2), rng.random(n) + 1e-3]
+    kinds.append(np.exp(rng.normal(0, 5, n)))
+    for weights in kinds:
+        shares = weights / weights.sum()
+        pasts = [np.zeros(n, np.int64), (shares * 10 ** int(rng.integers(3, 16))).astype(np.int64)]
+        pasts.append(rng.integers(0, 3000, n))  # nowhere near the shares
+        for past in pasts:
+            for draw, rule in ((index.chairman_blend, True), (index.greedy_blend, False)):
+                ours, numpys = draw(shares, past, 1100), twin(draw, shares, past, 1100)
+                assert all(np.array_equal(a, b) for a, b in zip(ours, numpys))
+                assert np.array_equal(index.blend_counts(rule, shares, past, 1100), ours[2])
+    tiny = np.full(n, 1e-9)  # far from shares that sum to one, and beyond what the integers hold
+    zeros = np.zeros(n, np.int64)
+    for draw in (index.chairman_blend, index.greedy_blend):
+        assert all(np.array_equal(a, b) for a, b in zip(draw(tiny, zeros, 300), twin(draw, tiny, zeros, 300)))
+
+
 @pytest.mark.parametrize("rule", ["chairman", "greedy"])
 def test_samples_do_not_depend_on_how_they_are_read(rule, compiled):
     weights = [142, 128, 38, 12, 30]

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_hammer.corpus import long, readers
 from megatron_hammer.data import build
-from megatron_hammer.data.indexed import IndexedDataset
+from megatron_hammer.data.indexed import IndexedDataset, IndexedWriter
 from megatron_hammer.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -27,24 +28,6 @@ TEXTS = ["a b", "", "世界, 你好", "x" * 5000, "", "line\nline\t\u2581", "</s
 def write_jsonl(path, records):
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """Path of a small sentencepiece model with byte fallback: unk 0, bos 1, eos 2."""
-    import sentencepiece
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    rng = random.Random(0)
-    words = ["model", "world", "世界", "你好", "return", "x", "line", "text", " is ", ","]
-    text = "\n".join("".join(rng.choices(words, k=20)) for _ in range(300))
-    (folder / "corpus.txt").write_text(text, encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "corpus.txt"), model_prefix=str(folder / "t"), vocab_size=400, model_type="bpe",
-        byte_fallback=True, add_dummy_prefix=False, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
-    return folder / "t.model"
 
 
 @pytest.fixture(scope="module")
@@ -91,23 +74,53 @@ def test_documents_are_those_of_the_text(tmp_path, tokenizer, append_eod, prepen
     assert documents_of(tmp_path / "p_text_document") == expected
     assert (summary.documents, summary.empty_documents, summary.tokens) == (9, 2, sum(map(len, expected)))
     header = IndexedDataset(tmp_path / "p_text_document").header
-    assert header.options == {"json_key": "text", "append_eod": append_eod, "prepend_bos": prepend_bos}
+    options = {"json_key": "text", "append_eod": append_eod, "prepend_bos": prepend_bos, "on_error": "stop"}
+    assert header.options == options
     assert (header.tokenizer.vocab_size, header.tokenizer.eos_id) == (processor.get_piece_size(), 2)
     assert [(s.path, s.bytes, s.documents) for s in header.sources] == [(str(source), source.stat().st_size, 9)]
 
 
+def test_the_manifest_and_its_former_version(tmp_path, tokenizer):
+    import xxhash
+
+    sources = [write_jsonl(tmp_path / f"{k}.jsonl", [{"text": t} for t in TEXTS[k:]]) for k in range(2)]
+    with open(sources[1], "ab") as file:
+        file.write(b"{\n\n[]\n[]\n")
+    build.build_datasets(sources, ["text"], tokenizer, tmp_path / "p", True, on_error="skip")
+    path = tmp_path / "p_text_document.meta.json"
+    tree = json.loads(path.read_text())
+    lengths = IndexedDataset(tmp_path / "p_text_document").document_lengths
+    for k, source in enumerate(tree["sources"]):
+        assert source == {
+            "path": str(sources[k]),
+            "bytes": sources[k].stat().st_size,
+            "documents": 9 - k,
+            "tokens": int(lengths[9 * k : 9 + 8 * k].sum()),
+            "xxh3": xxhash.xxh3_128_hexdigest(sources[k].read_bytes()),
+            "rejected": {"E304": 1, "E305": 1, "E306": 2} if k else {},
+        }
+    assert tree["version"] == 2
+    tree["version"] = 1
+    for source in tree["sources"]:
+        for name in ("tokens", "xxh3", "rejected"):
+            del source[name]
+    path.write_text(json.dumps(tree))
+    old = IndexedDataset(tmp_path / "p_text_document").header.sources
+    assert [(s.documents, s.tokens, s.xxh3, s.rejected) for s in old] == [(9, None, None, {}), (8, None, None, {})]
+
+
 def test_same_bytes_for_any_number_of_workers_and_any_batches(tmp_path, tokenizer, monkeypatch):
     rng = random.Random(1)
-    records = [{"text": "".join(rng.choices(TEXTS, k=rng.randint(0, 5)))} for _ in range(1500)]
+    records = [{"text": "".join(rng.choices(TEXTS, k=rng.randint(0, 5)))} for _ in range(300)]
     sources = [write_jsonl(tmp_path / f"{k}.jsonl", records[k::3]) for k in range(3)]
     seen = set()
     for workers, batch in ((1, 1 << 22), (2, 1 << 22), (4, 1 << 22), (2, 3000), (1, 1)):
-        monkeypatch.setattr(build, "BATCH_BYTES", batch)
+        monkeypatch.setattr(readers, "BLOCK_BYTES", batch)
         prefix = tmp_path / f"out{workers}-{batch}"
         build.build_datasets(sources, ["text"], tokenizer, prefix, True, True, workers)
         seen.add(tuple(Path(f"{prefix}_text_document{s}").read_bytes() for s in (".bin", ".idx", ".meta.json")))
     assert len(seen) == 1
-    assert [s.documents for s in IndexedDataset(f"{prefix}_text_document").header.sources] == [500, 500, 500]
+    assert [s.documents for s in IndexedDataset(f"{prefix}_text_document").header.sources] == [100, 100, 100]
 
 
 def test_several_keys_and_compressed_input(tmp_path, tokenizer):
@@ -121,15 +134,55 @@ def test_several_keys_and_compressed_input(tmp_path, tokenizer):
     assert len(documents_of(tmp_path / "p_body_document")) == 5
 
 
+@pytest.mark.parametrize("dummy_prefix", [False, True])
+def test_long_documents_are_written_in_pieces(tmp_path, tokenizer, dummy_prefix, monkeypatch):
+    """Same bytes as in one piece, bad ones included; also where the encoder cannot cut a text."""
+    import sentencepiece
+
+    if dummy_prefix:
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(tokenizer.parent / "corpus.txt"), model_prefix=str(tmp_path / "prefix"), vocab_size=100,
+            hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+        tokenizer = tmp_path / "prefix.model"
+    rng = random.Random(4)
+    records = [{"text": "".join(rng.choices(TEXTS, k=rng.randint(0, 9))), "n": "z" * 9} for _ in range(60)]
+    source = write_jsonl(tmp_path / "a.jsonl", records)
+    with open(source, "ab") as file:
+        file.write(b'{"text": "' + b"y" * 9000 + b'\\ud800"}\n' + b'{"text": [' + b"1, " * 3000 + b"1]}\n")
+    (tmp_path / "b.txt").write_text("".join(TEXTS) * 3, encoding="utf-8")
+    inputs = [source, tmp_path / "b.txt"]
+
+    def made(name):
+        build.build_datasets(inputs, ["text", "n"], tokenizer, tmp_path / name, True, True, 2, "quarantine")
+        return [
+            (tmp_path / f"{name}_{key}_document{s}").read_bytes() for key in ("n", "text") for s in (".bin", ".idx")
+        ]
+
+    whole = made("whole")
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(long, "LONG_BYTES", 1000)
+    monkeypatch.setattr(long, "_LONG_STRING", 700)
+    monkeypatch.setattr(long, "_PIECE_BYTES", 333)
+    parts = []
+    add_part = IndexedWriter.add_part
+    monkeypatch.setattr(IndexedWriter, "add_part", lambda self, ids: (parts.append(len(ids)), add_part(self, ids)))
+    assert made("long") == whole
+    assert max(parts) > 1 and len(parts) > 60
+    assert documents_of(tmp_path / "long_text_document")[-1][-1] == 2
+    rejected = (tmp_path / "long_text_document.rejected.jsonl").read_bytes().splitlines()
+    assert [json.loads(line)["cause"] for line in rejected] == ["E308", "E307"]
+
+
 BAD = [
-    (b'{"text": "a"}\n{"text": "b"', 4, ":2 "),
-    (b'{"text": "a"}\n\n{"text": "b"}\n', 5, ":2 "),
-    (b'{"text": "a"}\n{"other": "b"}\n', 7, ":2 "),
-    (b'{"text": "a"}\n["b"]\n', 6, ":2 "),
-    (b'{"text": null}\n', 7, ":1 "),
-    (b'{"text": "\xff"}\n', 3, ":1 "),
-    (b'{"text": "\\ud800"}\n', 8, ":1 "),
-    (b'\xef\xbb\xbf{"text": "a"}\n', 3, ":1 "),
+    (b'{"text": "a"}\n{"text": "b"', 4, ":2 (byte"),
+    (b'{"text": "a"}\n\n{"text": "b"}\n', 5, ":2 (byte"),
+    (b'{"text": "a"}\n{"other": "b"}\n', 7, ":2 (byte"),
+    (b'{"text": "a"}\n["b"]\n', 6, ":2 (byte"),
+    (b'{"text": null}\n', 7, ":1 (byte"),
+    (b'{"text": "\xff"}\n', 3, ":1 (byte"),
+    (b'{"text": "\\ud800"}\n', 8, ":1 (byte"),
+    (b'\xef\xbb\xbf{"text": "a"}\n', 3, ":1 (byte"),
     (b"", 2, " "),
     (b'{"text": ""}\n', 43, "text"),
 ]
@@ -166,6 +219,14 @@ def test_bad_options(tmp_path, tokenizer, no_marks):
         with pytest.raises(ConfigError) as caught:
             build.build_datasets([source], ["text"], *arguments)
         assert caught.value.number == number and word in str(caught.value)
+    for options, number, word in (
+        ({"on_error": "ignore"}, 77, "--on-error=ignore"),
+        ({"text_documents": "word"}, 77, "--text-documents=word"),
+        ({"shard_bytes": 0}, 78, "--shard-mb=0"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            build.build_datasets([source], ["text"], tokenizer, tmp_path / "p", True, **options)
+        assert caught.value.number == number and word in str(caught.value)
     with pytest.raises(ConfigError, match="E274"):
         build.build_datasets([source], ["text", "text"], tokenizer, tmp_path / "p", True)
     with pytest.raises(DataError, match=r"E301.*missing\.jsonl"):
@@ -173,37 +234,6 @@ def test_bad_options(tmp_path, tokenizer, no_marks):
     with pytest.raises(DataError, match="E310"):
         build.build_datasets([source], ["text"], tmp_path / "no.model", tmp_path / "p", True)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
-
-
-def test_background_stage_passes_items_errors_and_the_wish_to_stop():
-    assert list(build._in_background(iter(range(100)))) == list(range(100))
-    closed = threading.Event()
-
-    def fail():
-        try:
-            yield 1
-            raise KeyError("deep")
-        finally:
-            closed.set()
-
-    stage = build._in_background(fail())
-    assert next(stage) == 1
-    with pytest.raises(KeyError, match="deep"):
-        next(stage)
-    assert closed.is_set()
-
-    def endless():
-        try:
-            while True:
-                yield 0
-        finally:
-            closed.set()
-
-    closed.clear()
-    stage = build._in_background(endless())
-    next(stage)
-    stage.close()
-    assert closed.is_set()
 
 
 # ---- the tools, as a user calls them ----
@@ -250,7 +280,7 @@ def test_preprocess_then_inspect(tmp_path, tokenizer):
          "bad.jsonl:1"),
         ("preprocess_data.py", ["--input", "a.jsonl"], "E201", "--tokenizer-model"),
         ("inspect_dataset.py", ["stats", "nothing"], "E330", "nothing.idx"),
-        ("inspect_dataset.py", ["stats", "nothing", "a=b"], "E201", "a=b"),
+        ("inspect_dataset.py", ["stats", "nothing", "--a=b"], "E201", "--a=b"),
         ("inspect_dataset.py", ["order", "c.yaml"], "E273", "data.train"),
         ("inspect_dataset.py", ["order", "c.yaml", "--bogus"], "E201", "--bogus"),
     ],

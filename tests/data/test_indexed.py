@@ -241,7 +241,7 @@ def test_fuzzed_index_gives_a_dataset_or_a_data_error(tmp_path, data):
     "change",
     [
         {"format": "other"},
-        {"version": 2},
+        {"version": 3},
         {"version": None},
         {"tokens": "4"},
         {"tokens": -4},
@@ -345,9 +345,9 @@ def test_publishing_order(tmp_path, monkeypatch):
         writer.add(np.arange(10), np.array([10]))
         monkeypatch.setattr(os, "replace", look("replace", os.replace))
         monkeypatch.setattr(type(tmp_path), "unlink", look("unlink", type(tmp_path).unlink))
-    assert [name for name, _ in steps] == ["unlink", "unlink", "replace", "replace", "replace"]
+    assert [name for name, _ in steps] == ["unlink", "replace", "replace", "unlink", "replace"]
     assert steps[-1][1] == ["d.bin", "d.idx", "d.meta.json"]
-    assert "d.idx" not in steps[1][1] and "d.bin.tmp" in steps[1][1]
+    assert "d.idx" not in steps[0][1] and "d.bin.tmp" in steps[0][1]
     monkeypatch.undo()
     assert IndexedDataset(tmp_path / "d").num_tokens == 10
 

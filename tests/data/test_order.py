@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 
 from megatron_hammer.data import index
-from megatron_hammer.data.order import IndependentOrder, MegatronOrder, split_ranges
+from megatron_hammer.data.order import IndependentOrder, MegatronOrder, build_megatron_index, split_ranges
 from megatron_hammer.errors import ConfigError
 
 CASES = [  # lengths of the documents, seq_length
@@ -116,6 +118,17 @@ def test_documents_and_windows_are_mixed():
     for documents in (first, second):
         assert abs(np.corrcoef(documents[:-1], documents[1:])[0, 1]) < 0.08  # 5 deviations
     assert (first == second).sum() < 8
+
+
+def test_megatrons_arrays_of_a_million_documents(compiled):
+    """Sums of megatron-core 0.16.1's own arrays for the same lengths, seed and sequence length."""
+    rng = np.random.default_rng(1234)
+    drawn = rng.lognormal(np.log(800) - 0.5, 1.0, 1_000_000)
+    lengths = np.clip(drawn, 2, 200_000).astype(np.int32)
+    assert int(lengths.sum(dtype=np.int64)) == 799_791_290
+    for indices in (range(len(lengths)), np.arange(len(lengths), dtype=np.int32)):
+        built = build_megatron_index(lengths, indices, 2048, 1234)
+        assert [hashlib.sha1(array).hexdigest()[:8] for array in built] == ["a5ac2c54", "9f459d79", "2d79c310"]
 
 
 def test_megatron_order_refuses_a_seed_numpy_does_not_take():

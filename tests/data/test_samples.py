@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_hammer.data import loader
 from megatron_hammer.data.indexed import IndexedWriter, TokenizerRecord, path_of
-from megatron_hammer.data.loader import chain_digest, micro_batches
+from megatron_hammer.data.loader import ReadAhead, chain_digest, micro_batches
 from megatron_hammer.data.samples import SampleId, TrainData, ValidData, check_tokenizer, describe_samples
 from megatron_hammer.errors import ConfigError, DataError, RefusedError
 from tests.data.conftest import write_dataset
@@ -51,6 +53,24 @@ def test_documents_of_several_sequences(tmp_path, order, adapter):
     data = TrainData({str(tmp_path / "d"): 1}, 7, 3, order, 150)
     for i in range(150):
         assert data.tokens(i).tolist() == [t for d, o, n in data.locate(i) for t in flat[d][o : o + n]]
+
+
+@pytest.mark.parametrize("order", ["independent", "megatron"])
+def test_cumulative_lengths_are_those_of_the_located_pieces(sources, order, backend):
+    """Of the s inputs: the token that is a target only belongs to no document, and no document is empty."""
+    data = TrainData(sources[0], SEQ, 1, order, 400)
+    for first, count in ((0, 1), (3, 4), (100, 33)):
+        expected = [0]
+        for i in range(first, first + count):
+            left = SEQ
+            for _, _, n in data.locate(i):
+                if min(n, left):
+                    expected.append(expected[-1] + min(n, left))
+                left -= min(n, left)
+        found = data.read(first, count).cu_seqlens
+        assert found.dtype == np.int32 and found.tolist() == expected
+    batch = micro_batches(data, 8, 4, 2, 1, 2)[1]
+    assert batch.cu_seqlens.tolist() == data.read(20, 4).cu_seqlens.tolist() and batch.cu_seqlens[-1] == 4 * SEQ
 
 
 def test_shares_of_the_sources(sources):
@@ -105,6 +125,42 @@ def test_global_batch_and_digest_are_the_same_for_every_layout(sources, order):
     assert len({digest for digest, _ in seen.values()}) == 1
     expected = [data.tokens(i).tolist() for i in range(batch * steps)]
     assert all(rows == expected for _, rows in seen.values())
+
+
+@pytest.mark.parametrize("order", ["independent", "megatron"])
+def test_reading_ahead_changes_nothing(sources, order, monkeypatch):
+    weights, _ = sources
+    asked = []
+    plain = loader.micro_batches
+    monkeypatch.setattr(
+        loader, "micro_batches", lambda data, first, *rest: asked.append(first) or plain(data, first, *rest)
+    )
+    data = TrainData(weights, SEQ, 1, order, 40)
+    ahead = ReadAhead(data, 40, 2, 2, 1, 2)  # 8 samples a step
+    for first in (0, 8, 16, 0, 8, 32):  # forward, back as after a resume, and a jump to the last step
+        ours, expected = ahead.get(first), plain(data, first, 2, 2, 1, 2)
+        assert len(ours) == len(expected) == 2
+        for one, other in zip(ours, expected):
+            assert np.array_equal(one.tokens, other.tokens) and np.array_equal(one.labels, other.labels)
+            assert np.array_equal(one.cu_seqlens, other.cu_seqlens)
+    assert set(asked) == {0, 8, 16, 24, 32} and asked.count(8) == 2  # read once for each time, never beyond the end
+
+
+def test_what_fails_while_reading_ahead_is_raised(sources, monkeypatch):
+    weights, _ = sources
+    data = TrainData(weights, SEQ, 1)
+    ahead = ReadAhead(data, 40, 8, 1, 0, 1)
+    plain = data.read
+
+    def read(first, count, out=None):
+        if first == 8:
+            raise OSError(5, "Input/output error")
+        return plain(first, count, out)
+
+    monkeypatch.setattr(data, "read", read)
+    ahead.get(0)
+    with pytest.raises(OSError, match="Input/output"):
+        ahead.get(8)
 
 
 def test_digest_tells_samples_order_and_past_apart():
@@ -182,6 +238,20 @@ def test_validation_reads_each_target_once(tmp_path, tokens):
     assert len(ValidData("v", tmp_path / "v", SEQ, 1)) == 1
     with pytest.raises(IndexError):
         data.get(len(data))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_documents_of_validation_windows(tmp_path, adapter, seed):
+    """Against a mark on each token; documents of several sequences, of none, and the padding at the end."""
+    rng = np.random.default_rng(seed)
+    documents = [[[7] * int(rng.integers(0, 12)) for _ in range(rng.integers(0, 4))] for _ in range(30)]
+    adapter.write(str(tmp_path / "v"), documents, np.int32)
+    marks = [i for i, document in enumerate(documents) for sequence in document for _ in sequence]
+    data = ValidData("v", tmp_path / "v", SEQ)
+    for j in range(len(data)):
+        window = (marks[j * SEQ : (j + 1) * SEQ] + [-1] * SEQ)[:SEQ]
+        expected = [len(list(group)) for _, group in itertools.groupby(window)]
+        assert data.piece_lengths(j).tolist() == expected
 
 
 def test_validation_set_without_a_target(tmp_path):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.config import KernelsConfig
-from megatron_hammer.kernels.operations import causal_attention, rms_norm, rope, select_operations, swiglu
+from megatron_hammer.kernels.attention import causal_attention
+from megatron_hammer.kernels.operations import rms_norm, rope, select_operations, swiglu
 
 
 def test_rms_norm() -> None:

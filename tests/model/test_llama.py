@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from megatron_hammer.config import ModelConfig, RopeScaling
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Llama, build_llama
+from megatron_hammer.model.loss import Objective
 from megatron_hammer.model.parameters import count_parameters, logical_shapes, parameter_table
 from megatron_hammer.parallel.context import Group, ParallelContext
 
@@ -81,7 +82,9 @@ def test_equals_transformers(name: str) -> None:
     assert (logits - expected).norm() / expected.norm() < 1e-5
     assert logits.shape == expected.shape, "padding must not show"
 
-    loss = ours(inputs, labels).mean()
+    objective = Objective(torch.tensor(1 / labels.numel()))
+    losses = ours(inputs, labels, objective=objective)
+    loss = (losses * objective.weight).sum()
     expected_loss = F.cross_entropy(expected.flatten(0, 1), labels.flatten())
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
     loss.backward()

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_hammer.config import Config, padded_vocab_size
+from megatron_hammer.train.schedules import forward_backward
 from tests.distributed import run_distributed
 from tests.model.tiny import build, make_context, merged, rank_batches, tiny_config, train
 
@@ -42,6 +43,25 @@ def test_layouts_equal_one_process(tp: int, sp: bool, dp: int, single: Any) -> N
         assert error < 1e-4, f"{name}: {error}"
 
 
+@pytest.mark.parametrize("tp, sp, dp", [(1, False, 2), (2, True, 1), (2, False, 2), (4, True, 2)])
+def test_layouts_equal_one_process_with_documents(tp: int, sp: bool, dp: int) -> None:
+    """Each rank holds all positions of its heads, so documents cut nothing; tolerances as above."""
+    changes: dict[str, Any] = {"data__attention_mask": "document"}
+    causal, _ = train(0, tiny_config(), 1)
+    expected, weights = train(0, tiny_config(**changes), 6)
+    assert abs(expected[0][0] - causal[0][0]) > 1e-4 * causal[0][0], "the mask must matter here"
+    config = tiny_config(parallel__tensor_model_parallel_size=tp, parallel__sequence_parallel=sp, **changes)
+    config.validate(tp * dp)
+    results = run_distributed(tp * dp, train, config, 6)
+    for rank_steps, _ in results:
+        for (loss, norm, applied), (loss_1, norm_1, _) in zip(rank_steps, expected, strict=True):
+            assert loss == pytest.approx(loss_1, rel=1e-5)
+            assert norm == pytest.approx(norm_1, rel=1e-3)
+            assert applied
+    for name, tensor in merged([parts for _, parts in results]).items():
+        assert (tensor - weights[name]).norm() < 1e-4 * weights[name].norm(), name
+
+
 def _watch_reduction(rank: int, config: Config) -> list[str]:
     """Events of one step's backward: layers done (last first) and reduce-scatters started."""
     ctx = make_context(config)
@@ -57,10 +77,15 @@ def _watch_reduction(rank: int, config: Config) -> list[str]:
     for i, layer in enumerate(model.layers):
         layer.register_full_backward_hook(lambda *_, i=i: events.append(f"layer {i}"))
     batches = rank_batches(config, 1, ctx)
-    for i, (tokens, labels) in enumerate(batches):
-        optimizer.start_micro_batch(first=i == 0, last=i == len(batches) - 1)
-        events.append(f"micro-batch {i}")
-        model(tokens, labels).sum().backward()
+    begin = optimizer.start_micro_batch
+
+    def note(first: bool, last: bool) -> None:
+        events.append(f"micro-batch {0 if first else 1}")
+        begin(first, last)
+
+    optimizer.start_micro_batch = note  # type: ignore[method-assign]
+    assert len(batches) == 2
+    forward_backward(model, optimizer, batches, ctx)
     optimizer.finish_reduction()
     return events
 
@@ -99,9 +124,7 @@ def _observe(rank: int, config: Config) -> tuple[list[tuple[int, ...]], list[tup
             optimizer.start_micro_batch(first=i == 0, last=True)
             model(tokens, labels).sum().backward()
             break
-        for i, (tokens, labels) in enumerate(rank_batches(config, 1, ctx)):
-            optimizer.start_micro_batch(first=i == 0, last=i == 1)
-            model(tokens, labels).sum().backward()
+        forward_backward(model, optimizer, rank_batches(config, 1, ctx), ctx)
         optimizer.clip_grad_norm(1.0)
         optimizer.step(1e-3)
     x = torch.randn(config.data.seq_length // ctx.tp.size, 2, config.model.hidden_size, requires_grad=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_hammer.config import Config, config_from_tree
+from megatron_hammer.kernels.attention import Documents
 from megatron_hammer.model.llama import Llama
 from megatron_hammer.model.parameters import logical_shapes, parameter_table
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
@@ -47,12 +49,26 @@ def random_batch(config: Config, step: int) -> tuple[Tensor, Tensor]:
     return samples[:, :-1], samples[:, 1:]
 
 
-def rank_batches(config: Config, step: int, ctx: ParallelContext) -> list[tuple[Tensor, Tensor]]:
-    """This rank's micro-batches of the step, in the order that the loader defines."""
+def random_documents(config: Config, step: int, samples: range) -> Documents:
+    """Documents of 1 to 20 tokens in some samples of the global batch, packed: the same for every layout."""
+    lengths: list[int] = []
+    for sample in samples:
+        rng, left = np.random.default_rng([step, sample]), config.data.seq_length
+        while left:
+            lengths.append(min(left, int(rng.integers(1, 21))))
+            left -= lengths[-1]
+    return Documents.from_cu_seqlens(np.cumsum([0, *lengths]).astype(np.int32), torch.device("cpu"))
+
+
+def rank_batches(config: Config, step: int, ctx: ParallelContext) -> list[Any]:
+    """This rank's micro-batches of the step, in the order that the loader defines; with documents if it masks them."""
     tokens, labels = random_batch(config, step)
     b, stride = config.train.micro_batch_size, config.train.micro_batch_size * ctx.dp.size
     starts = range(b * ctx.dp.rank, config.train.global_batch_size, stride)
-    return [(tokens[i : i + b].contiguous(), labels[i : i + b].contiguous()) for i in starts]
+    batches = [(tokens[i : i + b].contiguous(), labels[i : i + b].contiguous()) for i in starts]
+    if config.data.attention_mask == "causal":
+        return batches
+    return [(*pair, random_documents(config, step, range(i, i + b))) for pair, i in zip(batches, starts, strict=True)]
 
 
 def make_context(config: Config) -> ParallelContext:

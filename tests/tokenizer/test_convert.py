@@ -159,7 +159,7 @@ def test_dummy_prefix_and_unused_characters(tmp_path: Path) -> None:
 def spoil(kind: str, proto: Any) -> None:
     match kind:
         case "is not a BPE model":
-            proto.trainer_spec.model_type = 1
+            proto.trainer_spec.model_type = proto.trainer_spec.CHAR
         case "has no byte fallback":
             for index in range(258, 2, -1):
                 del proto.pieces[index]

@@ -283,6 +283,7 @@ def test_models_that_do_not_fit(tmp_path: Path) -> None:
     unigram = small({"甲": -2.0, "乙": -3.0})
     unigram.trainer_spec.model_type = 1
     refuse(tmp_path, RefusedError, r"E505.*is a UNIGRAM model and the base a BPE one", donor=unigram)
+    refuse(tmp_path, RefusedError, r"E505.*are no BPE models.*log probabilities", base=unigram, donor=unigram)
     base = small({"甲": -1.0, "乙": -2.0})
     base.pieces[-1].type = base.SentencePiece.UNUSED
     refuse(tmp_path, DataError, r"E318.*'乙'", base=base)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_hammer.errors import ConfigError, DataError
+from megatron_hammer.errors import ConfigError, DataError, RefusedError
+from megatron_hammer.tokenizer import train
+from megatron_hammer.tokenizer.convert import convert_tokenizer
 from megatron_hammer.tokenizer.load import SentencePieceTokenizer, load_tokenizer
-from megatron_hammer.tokenizer.train import _Sample, read_characters, read_symbols, split_sentences, train_tokenizer
+from megatron_hammer.tokenizer.train import HashSample, read_characters, read_symbols, split_sentences, train_tokenizer
 from tests.tokenizer.texts import REPOSITORY, SYMBOLS, Texts, model_proto, training_texts
 
 
@@ -77,6 +81,59 @@ def test_user_defined_symbols(with_symbols: SentencePieceTokenizer) -> None:
     assert with_symbols.vocab_size == 2500
 
 
+def test_unigram_has_the_recipe(unigram: SentencePieceTokenizer) -> None:
+    proto = model_proto(unigram.path)
+    assert proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM and unigram.vocab_size == 1600
+    assert [piece.piece for piece in proto.pieces[:3]] == ["<unk>", "<s>", "</s>"]
+    assert proto.trainer_spec.byte_fallback and proto.trainer_spec.split_digits
+    assert proto.normalizer_spec.name == "identity" and not proto.normalizer_spec.add_dummy_prefix
+    pieces = [piece.piece for piece in proto.pieces]
+    assert "\n" in pieces and "\u2581" * 8 in pieces and len(unigram.encode("\t")) == 1
+    assert len(unigram.encode("龘靐")) == 2 < len(unigram.encode("齉"))
+    found = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
+    assert found == [symbol.replace(" ", "\u2581") for symbol in SYMBOLS]
+    for text in (*training_texts()[:20], "emoji 😀\0\t ▁龘", *SYMBOLS):
+        assert unigram.decode(unigram.encode(text)) == text.replace("\u2581", " ")
+    manifest = json.loads((unigram.path.parent / "tokenizer.manifest.json").read_text())
+    assert manifest["settings"]["model_type"] == "unigram" and manifest["fingerprint"] == unigram.fingerprint
+
+
+def test_unigram_depends_on_text_alone(unigram: SentencePieceTokenizer, tmp_path: Path) -> None:
+    """sentencepiece itself gives other scores for another number of threads."""
+    texts = training_texts()
+    random.Random(6).shuffle(texts)
+    settings = {"model_type": "unigram", "user_defined_symbols": SYMBOLS, "required_characters": "龘靐"}
+    other = train_tokenizer(Texts(texts), tmp_path, 1600, threads=3, **settings)
+    assert other.path.read_bytes() == unigram.path.read_bytes()
+
+
+def test_unigram_is_not_converted(unigram: SentencePieceTokenizer, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=r"E501.*unigram model.*use the \.model itself.*--model-type bpe"):
+        convert_tokenizer(unigram, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_says_that_it_is_at_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(train, "REPORT_SECONDS", 0.01)
+    lines: list[str] = []
+
+    class Slow(Texts):
+        def __iter__(self):
+            for text in self.texts[:30]:
+                time.sleep(0.002)
+                yield text
+
+    train_tokenizer(Slow(training_texts()), tmp_path, 1500, report=lines.append)
+    reading = [line for line in lines if re.fullmatch(r"read \d+ MB of text", line)]
+    at_work = [line for line in lines if re.fullmatch(r"training: still at work, \d+ s so far", line)]
+    phase = [line for line in lines if line.startswith("training 1,500 bpe pieces on 0.")]
+    assert reading and at_work and len(phase) == 1 and len(lines) == len(reading) + len(at_work) + 1
+    assert lines.index(phase[0]) < lines.index(at_work[0])
+    count = len(lines)
+    time.sleep(0.05)
+    assert len(lines) == count  # it stops with the training
+
+
 def test_required_characters(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("龘 靐\n龘\r\n", encoding="utf-8")
     characters = read_characters(tmp_path / "c.txt")
@@ -99,6 +156,8 @@ def test_reserved_characters_do_not_lose_their_text(tmp_path: Path) -> None:
         ({"vocab_size": 500_000}, "E260", r"more than this text can fill: it has \d+ pieces; use at most \d+"),
         ({"vocab_size": 500}, "E260", r"cannot hold the \d+ .* pieces of this text; use more than \d+"),
         ({"vocab_size": 100}, "E260", "leaves no room beside 259"),
+        ({"model_type": "word"}, "E262", "is neither bpe nor unigram"),
+        ({"vocab_size": 500_000, "model_type": "unigram"}, "E260", r"it has \d+ pieces; use at most \d+"),
         ({"vocab_size": 0}, "E262", "must be from 1"),
         ({"character_coverage": 0.5}, "E262", "must be from 0.98 to 1.0"),
         ({"max_sentence_bytes": 70_000}, "E262", "must be from 64 to 65535"),
@@ -173,7 +232,7 @@ def test_sample_is_a_choice_by_content() -> None:
     chosen = []
     for _ in range(4):
         generator.shuffle(sentences)
-        sample = _Sample(20_000)
+        sample = HashSample(20_000)
         for sentence in sentences:
             sample.add(sentence)
         assert sample.kept_bytes == sum(map(len, sample.sentences)) <= 20_000 < sample.seen_bytes

@@ -79,6 +79,30 @@ def test_evaluation_counts_each_target_once(data: Path, micro_batch_size: int) -
     assert evaluate(model, valid, micro_batch_size, None, ctx).bits_per_byte is None
 
 
+def test_evaluation_reads_each_document_alone(data: Path) -> None:
+    """With document masks: against each piece of a document run by itself; the target of its last token counts too."""
+    config = tiny_config(data__attention_mask="document")
+    ctx = ParallelContext.single()
+    model, _ = build(config, ctx)
+    causal = build_llama(config.model, ctx)
+    causal.load_state_dict(model.state_dict())
+    valid = ValidData("x", data / "x", 32)
+    total, targets = 0.0, 0
+    for j in range(len(valid)):
+        tokens, mask = valid.get(j)
+        start = 0
+        for length in valid.piece_lengths(j):
+            piece = torch.from_numpy(tokens[start : start + length + 1])[None]
+            counted = torch.from_numpy(mask[start : start + length])
+            total += float((causal(piece[:, :-1], piece[:, 1:])[0].detach() * counted).sum())
+            targets += int(counted.sum())
+            start += length
+    assert targets == valid.dataset.num_tokens - 1
+    for micro_batch_size in (1, 3):
+        result = evaluate(model, valid, micro_batch_size, None, ctx, document_mask=True)
+        assert result.loss == pytest.approx(total / targets, rel=1e-5)
+
+
 class _Operations(TorchDispatchMode):
     """Names of all operations that a region runs."""
 
@@ -91,11 +115,17 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_step_never_waits_for_the_device(precision: str) -> None:
+@pytest.mark.parametrize(
+    "precision, mask", [("fp32", "causal"), ("bf16", "causal"), ("fp16", "causal"), ("bf16", "document")]
+)
+def test_a_step_never_waits_for_the_device(precision: str, mask: str) -> None:
     """No operation of a step turns a tensor into a Python value or has a shape that depends on values."""
     config = tiny_config(
-        train__precision=precision, model__hidden_size=32, model__ffn_hidden_size=64, data__seq_length=16
+        train__precision=precision,
+        model__hidden_size=32,
+        model__ffn_hidden_size=64,
+        data__seq_length=16,
+        data__attention_mask=mask,
     )
     ctx = ParallelContext.single()
     model, optimizer = build(config, ctx)

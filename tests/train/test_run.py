@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.checkpoint.format import find_checkpoints, latest_checkpoint
+from megatron_hammer.checkpoint.format import find_checkpoints, latest_checkpoint, read_manifest
 from megatron_hammer.errors import HammerError
 from megatron_hammer.train.prepare import prepare
+from megatron_hammer.train.run import run_rank
 from tests.distributed import run_distributed
 from tests.train.runs import (
     checkpoint_bytes,
@@ -130,6 +131,52 @@ def test_another_batch_size_goes_on_in_the_same_order(data: Path, tmp_path: Path
     assert [line["consumed_samples"] for line in metrics(tmp_path / "a")] == [8, 16, 24, 32, 48, 64]
 
 
+DOCUMENT = "data.attention_mask=document"
+
+
+def test_document_masks_resume_bit_equal(data: Path, tmp_path: Path) -> None:
+    """4 + 4 steps equal 8; the samples are those of a causal run, the losses are not; a resumed run keeps its mask."""
+    constant = ("schedule.style=constant", DOCUMENT)
+    whole, parts, causal = tmp_path / "whole", tmp_path / "parts", tmp_path / "causal"
+    assert train_here(0, overrides(data, whole, *constant, "train.num_steps=8")) == 0
+    for steps in (4, 8):
+        assert train_here(0, overrides(data, parts, *constant, f"train.num_steps={steps}")) == 0
+    assert train_here(0, overrides(data, causal, "schedule.style=constant", "train.num_steps=8")) == 0
+    assert metrics(parts)[7]["valid/x/loss"] == metrics(whole)[7]["valid/x/loss"]
+    assert checkpoint_bytes(parts, 8) == checkpoint_bytes(whole, 8)
+    both = [metrics(out) for out in (whole, causal)]
+    assert len({tuple(line["samples_digest"] for line in lines) for lines in both}) == 1
+    assert len({tuple(line["loss"] for line in lines) for lines in both}) == 2
+    newest = latest_checkpoint(whole)
+    assert newest is not None and read_manifest(newest).config["data"]["attention_mask"] == "document"
+    for run_folder, changed in ((whole, "causal"), (causal, "document")):
+        with pytest.raises(HammerError, match=rf"error\[E580\].*data\.attention_mask={changed}"):
+            prepare(config_for(overrides(data, run_folder, f"data.attention_mask={changed}")), 1)
+
+
+def test_the_attention_backend_is_said_or_refused_at_the_start(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for mask, backend in (("causal", "sdpa"), ("document", "sdpa-documents")):
+        arguments = overrides(data, tmp_path / mask, f"data.attention_mask={mask}", "train.num_steps=1")
+        assert run_rank(config_for(arguments), 0, 0, 1, None) == 0
+        assert f"attention: {backend}, data.attention_mask={mask}\n" in capsys.readouterr().out
+    # That sdpa knows no documents is seen in the config; that varlen needs a GPU only by a rank, on all of them.
+    for name, why in (("sdpa", "cannot do data.attention_mask=document"), ("varlen", "does not run on cpu")):
+        refused = run(2, overrides(data, tmp_path / "no", DOCUMENT, f"kernels.attention={name}", "train.device=cpu"))
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+        assert refused.stderr.startswith(f"error[E209]: kernels.attention={name} {why}; use auto or ")
+        assert not (tmp_path / "no").exists()
+
+
+def test_a_dataset_of_one_document_is_noted(data: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "one", 1, seed=0)
+    arguments = [*overrides(data, tmp_path / "run"), f"data.train={tmp_path}/one"]
+    assert not any("single document" in note for note in prepare(config_for(arguments), 1).data_notes)
+    noted = prepare(config_for([*arguments, DOCUMENT]), 1).data_notes
+    assert any(f"{tmp_path}/one is a single document" in note for note in noted)
+
+
 def test_init_from_takes_weights_only(data: Path, tmp_path: Path) -> None:
     first = overrides(data, tmp_path / "first")
     assert train_here(0, first) == 0
@@ -230,3 +277,21 @@ def test_endless_skips_end_the_run(data: Path, tmp_path: Path) -> None:
     assert [line["skipped"] for line in lines] == [True] * 3
     assert all(line["grad_norm"] is None for line in lines), "not finite is null"
     assert len({json.dumps(line["loss"]) for line in lines}) == 3, "samples go on; weights do not"
+
+
+def test_the_plan_is_printed_once_and_guards_the_start(data: Path, tmp_path: Path) -> None:
+    """Before the ranks start; a source beyond data.max_epochs is refused there; epochs decide what is drawn."""
+    out = tmp_path / "run"
+    with pytest.raises(HammerError, match=r"error\[E293\].*data\.max_epochs=0\.01"):
+        prepare(config_for(overrides(data, out, "data.max_epochs=0.01")), 1)
+    assert prepare(config_for(overrides(data, out, "data.max_epochs=0.01", "train.dry_run=true")), 1).plan is None
+    weights = [f"data.train={{{data}/a: 1, {data}/b: 3}}", "data.weights=epochs", "train.num_steps=2"]
+    result = run(2, overrides(data, out, *weights))
+    assert result.returncode == 0, result.stderr
+    plan, ranks = result.stdout.index("plan of 2 steps"), result.stdout.index("parameters in")
+    assert plan < ranks and result.stdout.count("plan of") == 1 and "weight (epochs)" in result.stdout
+    assert "data.weights=epochs asks for" in result.stdout
+    finished = run(2, overrides(data, out, *weights))
+    assert "finished" in finished.stdout and "plan of" not in finished.stdout
+    changed = prepare(config_for(overrides(data, out, *weights[:1], "train.num_steps=3")), 1)
+    assert any("data.weights differs" in note for note in changed.notes) and changed.plan is not None

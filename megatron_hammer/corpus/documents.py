@@ -1,0 +1,300 @@
+"""Documents with everything that stands beside their text, and the files that programs make of them.
+
+``read_documents`` gives for each document its text, all its fields and its line: what reformatting and splitting need.
+``read_texts`` gives texts alone, which is quicker; ``TextCorpus`` is the texts of several files as one stream.
+``LineWriter`` publishes a file whole or not at all, compressed by what its name ends in, and knows afterwards what it
+wrote.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import orjson
+import xxhash
+
+from megatron_hammer.corpus import jsonl
+from megatron_hammer.corpus.parse import parse_block
+from megatron_hammer.corpus.progress import Progress
+from megatron_hammer.corpus.readers import Block, Shard, expand_inputs, read_shard
+from megatron_hammer.errors import ConfigError, DataError
+from megatron_hammer.files import replace_file, sync_folder
+
+_BUFFER_BYTES = 1 << 20
+_ZSTD_LEVEL = 3  # the library's default; one thread, so that the same text gives the same bytes everywhere
+
+
+class Document(NamedTuple):
+    """One document of a JSON lines or parquet file."""
+
+    text: str
+    fields: dict[str, Any]
+    """All fields of a JSON object; the columns asked for of a parquet row."""
+    line: bytes
+    """The JSON line without its LF, as it is in the file; empty for parquet."""
+    where: str
+    """File and line, for messages."""
+
+
+class Skipped:
+    """Counts what is left out: bad documents by the code of their error, and what else the caller names."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+        """The first message of each code."""
+
+    def add(self, error: DataError) -> None:
+        self.counts[error.code] += 1
+        self.first.setdefault(error.code, f"{error.what} {error.rule}")
+
+    def lines(self) -> list[str]:
+        """For people: a line a cause, sorted."""
+        return [
+            f"left out for {cause}: {count:,}" + (f" (first: {self.first[cause]})" if cause in self.first else "")
+            for cause, count in sorted(self.counts.items())
+        ]
+
+
+class TextCorpus:
+    """Several files of any kind as one stream of texts that can say afterwards what it was made of.
+
+    Iterating yields the text of every non-empty document, strictly, in the order of the files. ``describe`` gives name,
+    size and SHA-256 of each file (of the bytes on disk) for a manifest.
+
+    Args:
+        inputs: files, folders, patterns.
+        key: field or column that holds the text.
+        text_documents: what a document of a ``.txt`` file is, see ``readers.TEXT_DOCUMENTS``.
+
+    Raises:
+        DataError: E301 an input that names no file.
+    """
+
+    def __init__(self, inputs: Iterable[str | Path], key: str = "text", text_documents: str = "file") -> None:
+        self.paths = expand_inputs(inputs)  # a name that is wrong should not be found out after an hour's reading
+        self.key, self.text_documents = key, text_documents
+
+    def __iter__(self) -> Iterator[str]:
+        for path in self.paths:
+            for texts, _ in read_texts(path, self.key, text_documents=self.text_documents):
+                yield from filter(None, texts)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """``[{"name", "bytes", "sha256"}, ...]``; reads every file once."""
+        described = []
+        for path in self.paths:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            described.append({"name": path.name, "bytes": path.stat().st_size, "sha256": digest})
+        return described
+
+
+def read_texts(
+    path: Path,
+    key: str = "text",
+    progress: Progress | None = None,
+    hashes: dict[Path, str] | None = None,
+    text_documents: str = "file",
+) -> Iterator[tuple[list[str], int]]:
+    """The texts of any file, strictly, some at once, with the uncompressed bytes that hold them.
+
+    Arguments and errors are those of ``read_documents``; ``text_documents`` says what a document of a ``.txt`` file is.
+    """
+    for block in read_shard(path, Shard(0), [key], text_documents):
+        yield parse_block(block, path, [key], strict=True).texts[0], block.text_bytes
+        _note(block, path, progress, hashes)
+
+
+def read_documents(
+    path: Path,
+    key: str,
+    columns: Sequence[str] = (),
+    on_bad: Callable[[DataError], None] | None = None,
+    progress: Progress | None = None,
+    hashes: dict[Path, str] | None = None,
+) -> Iterator[Document]:
+    """The documents of a file in order, whose text may be empty.
+
+    Args:
+        path: ``.jsonl``, also ``.gz`` and ``.zst``, or ``.parquet``.
+        key: the field or column that holds the text.
+        columns: further columns to read from a parquet file.
+        on_bad: gets the error of each document (or rest of a file) that cannot be used. None: it is raised.
+        progress: advanced by the bytes on disk.
+        hashes: gets the XXH3-128 of the file (of the bytes on disk) when it has been read to its end.
+
+    Raises:
+        DataError: E301 to E309, E347 as ``readers.py``; those that concern a whole file in any case.
+        ConfigError: E276 parquet without its library.
+    """
+
+    def bad(error: DataError) -> None:
+        if on_bad is None:
+            raise error
+        on_bad(error)
+
+    names = list(dict.fromkeys([key, *columns]))
+    for block in read_shard(path, Shard(0), names, "line", lenient=on_bad is not None):
+        if block.kind == "parquet":
+            yield from _rows(block, path, key, names, bad)
+        else:
+            yield from _objects(block, path, key, bad)
+        if block.trouble is not None:
+            bad(block.trouble[0])
+        _note(block, path, progress, hashes)
+
+
+def _note(block: Block, path: Path, progress: Progress | None, hashes: dict[Path, str] | None) -> None:
+    if progress is not None:
+        progress.advance(block.raw_bytes)
+    if hashes is not None and block.file_hash is not None:
+        hashes[path] = block.file_hash
+
+
+def _objects(block: Block, path: Path, key: str, bad: Callable[[DataError], None]) -> Iterator[Document]:
+    offset = block.start.offset
+    lines = block.data.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    for number, line in enumerate(lines, block.start.line):
+        try:
+            fields = orjson.loads(line)
+            text = fields[key]
+        except (orjson.JSONDecodeError, KeyError, TypeError, IndexError):
+            text = None
+        if type(text) is str:
+            yield Document(text, fields, bytes(line), f"{path}:{number}")
+        else:
+            error = jsonl.diagnose(path, number, offset, line, key)
+            if error.number == 9:
+                raise error  # the whole file is something else than its name says
+            bad(error)
+        offset += len(line) + 1
+
+
+def _rows(
+    block: Block, path: Path, key: str, names: Sequence[str], bad: Callable[[DataError], None]
+) -> Iterator[Document]:
+    if block.data is None:
+        return
+    for row in range(block.data.num_rows):
+        where = f"{path}:{block.start.line + row}"
+        try:
+            fields = {name: block.data.column(name)[row].as_py() for name in names}
+        except UnicodeDecodeError as error:
+            bad(DataError(3, where, f"is not valid UTF-8 at byte {error.start}", "convert the text to UTF-8"))
+            continue
+        if fields[key] is None:
+            bad(DataError(7, where, f"has null under {key!r}", "the text must be a string"))
+        else:
+            yield Document(fields[key], fields, b"", where)
+
+
+class LineWriter:
+    """Writes a file of lines that gets its name only when its ``with`` block ends well.
+
+    Args:
+        path: ends in ``.gz`` or ``.zst`` to compress.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if self.path.is_dir():
+            raise ConfigError(88, f"output {path}", "is a folder", "name a file")
+        self.documents = 0
+        self.text_bytes = 0
+        self._temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
+
+    def __enter__(self) -> LineWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = _HashedFile(self._temporary)
+        self._stream: Any = self._file
+        if self.path.suffix == ".gz":
+            # Without name and time: the same text gives the same bytes.
+            self._stream = gzip.GzipFile("", "wb", 6, self._file, mtime=0)  # type: ignore[arg-type]
+        elif self.path.suffix == ".zst":
+            import zstandard
+
+            compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
+            self._stream = compressor.stream_writer(self._file, closefd=False)  # type: ignore[arg-type]
+        return self
+
+    def write(self, line: bytes, text_bytes: int) -> None:
+        """Append one document.
+
+        Args:
+            line: without its line break.
+            text_bytes: UTF-8 bytes of its text, to be counted.
+        """
+        self._stream.write(line + b"\n")
+        self.documents += 1
+        self.text_bytes += text_bytes
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                if self._stream is not self._file:
+                    self._stream.close()
+                self._file.sync()
+            self._file.close()
+            if kind is None:
+                os.replace(self._temporary, self.path)
+                sync_folder(self.path.parent)
+        finally:
+            self._temporary.unlink(missing_ok=True)  # gone already after the rename
+
+    def describe(self) -> dict[str, Any]:
+        """For a manifest, once the file is published."""
+        return {
+            "name": self.path.name,
+            "documents": self.documents,
+            "text_bytes": self.text_bytes,
+            "bytes": self.path.stat().st_size,
+            "xxh3": self._file.hash.hexdigest(),
+        }
+
+
+class _HashedFile:
+    """A new file that hashes what is written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115  closed by close
+        self.hash = xxhash.xxh3_128()
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def text_line(text: str, fields: dict[str, Any] | None = None) -> bytes:
+    """``{"text": ...}`` and further fields as JSON."""
+    return orjson.dumps({"text": text} | (fields or {}), default=str)  # str: for decimals and their like
+
+
+def describe_sources(paths: Sequence[Path], hashes: dict[Path, str]) -> list[dict[str, Any]]:
+    """Path, size and hash of each input, for a manifest; no hash for one that was not read to its end."""
+    return [{"path": str(path), "bytes": path.stat().st_size, "xxh3": hashes.get(path)} for path in paths]
+
+
+def write_manifest(path: Path, content: dict[str, Any]) -> None:
+    replace_file(path, orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))

@@ -1,0 +1,269 @@
+"""What a block holds: the texts of its documents, and those that are not taken, each with its place and cause.
+
+A pure function of the block (``readers.py``), in two speeds: all lines of a block are parsed at once; only where one of
+them is refused is each looked at, and the refused ones are named as ``jsonl.py`` names them. A document of many
+megabytes is taken in pieces (``long.py``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+
+from megatron_hammer.corpus import jsonl, long
+from megatron_hammer.corpus.long import LongText
+from megatron_hammer.corpus.readers import Block, Position
+from megatron_hammer.errors import DataError
+
+_RAW_BYTES = 16 << 20  # of a rejected line that are kept: file, line and byte find the rest
+_EMPTY_LINES = re.compile(rb"\r?\n(?:\r?\n)+")
+
+
+class Rejected(NamedTuple):
+    """A document that was not taken."""
+
+    place: Position
+    code: str
+    """E303 to E309: the cause."""
+    message: str
+    raw: bytes | None
+    """The line, or the begin of a long one; None where there is none (a damaged file, say)."""
+    size: int
+    """Bytes of the whole line."""
+
+
+@dataclass
+class Parsed:
+    """What a block holds."""
+
+    texts: list[list[str]]
+    """For each key the texts, in order; all lists are of one length."""
+    rejected: list[Rejected] = field(default_factory=list)
+    long: list[str | LongText] | None = None
+    """For each key the one text of a block that holds nothing but a long document; ``texts`` are empty then."""
+
+
+def parse_block(block: Block, path: Path, keys: Sequence[str], strict: bool, in_pieces: bool = False) -> Parsed:
+    """The texts of a block, and what was not taken.
+
+    Args:
+        path: the file, for messages.
+        strict: the first bad document is raised. Else each is noted; only a file that is something else than its name
+            says (E309 at its first line) is raised all the same.
+        in_pieces: give a document from ``long.LONG_BYTES`` on as ``Parsed.long``; else all are in ``Parsed.texts``.
+
+    Raises:
+        DataError: E302 to E309, E347.
+    """
+    if in_pieces and block.text_bytes >= long.LONG_BYTES and block.data and _is_one_document(block):
+        parsed = _parse_long(block, path, keys, strict)
+    elif block.kind == "jsonl":
+        parsed = _parse_lines(block, path, keys, strict)
+    elif block.kind == "parquet":
+        parsed = _parse_rows(block, path, keys, strict)
+    else:
+        parsed = _parse_text(block, path, len(keys), strict)
+    if block.trouble is not None:
+        if strict:
+            raise block.trouble[0]
+        parsed.rejected.append(_note(*block.trouble, None))
+    return parsed
+
+
+def _note(error: DataError, place: Position, raw: bytes | bytearray | None) -> Rejected:
+    size = 0 if raw is None else len(raw) - (raw[-1:] == b"\n")
+    line = None if raw is None else bytes(memoryview(raw)[: min(size, _RAW_BYTES)])
+    return Rejected(place, error.code, f"{error.what} {error.rule}", line, size)
+
+
+def _is_one_document(block: Block) -> bool:
+    if block.kind == "parquet":
+        return block.data.num_rows == 1 and all(
+            column.null_count == 0 and str(column.type) in ("string", "large_string") for column in block.data.columns
+        )
+    if block.kind == "blank-line":
+        return _EMPTY_LINES.search(block.data.rstrip(b"\r\n")) is None
+    return block.kind == "file" or block.data.count(b"\n", 0, len(block.data) - 1) == 0
+
+
+def _parse_long(block: Block, path: Path, keys: Sequence[str], strict: bool) -> Parsed:
+    """A block that is one long document."""
+    parsed = Parsed([[] for _ in keys])
+    try:
+        if block.kind == "jsonl":
+            parsed.long = long.parse_long_line(path, block.start.line, block.start.offset, block.data, keys)
+        elif block.kind == "parquet":
+            where = f"{path}:{block.start.line}"
+            columns = [block.data.column(block.data.schema.get_field_index(key)) for key in keys]
+            parsed.long = [_long_text(where, _first_value(column), False) for column in columns]
+        else:
+            offset, document = next((place, piece) for place, piece in _text_documents(block) if piece)
+            where = jsonl.place_of(path, block.start.line, block.start.offset + offset)
+            parsed.long = [_long_text(where, document, block.start.offset + offset == 0)] * len(keys)
+    except DataError as error:
+        if strict or error.number == 9:
+            raise
+        parsed.rejected.append(_note(error, block.start, None if block.kind == "parquet" else block.data))
+    return parsed
+
+
+def _first_value(column: Any) -> memoryview:
+    """The bytes of a string column's first value, where they lie: the library's own way to them copies twice."""
+    import numpy as np
+
+    _, offsets, data = column.buffers()
+    kind = np.int32 if str(column.type) == "string" else np.int64
+    start, end = np.frombuffer(offsets, kind)[column.offset : column.offset + 2].tolist()
+    return memoryview(data)[start:end] if data is not None else memoryview(b"")
+
+
+def _long_text(where: str, document: bytes | bytearray | memoryview, first: bool) -> LongText:
+    if first and bytes(document[:3]) == b"\xef\xbb\xbf":
+        raise DataError(3, where, "begins with a byte order mark (UTF-8)", "convert the file to plain UTF-8")
+    try:
+        return long.long_text(document)
+    except UnicodeDecodeError as error:
+        raise DataError(3, where, f"is not valid UTF-8: {error.reason}", "convert the file to plain UTF-8") from None
+
+
+def _split(data: bytes | bytearray) -> Sequence[bytes | bytearray]:
+    """Lines without their LF; a single line, which may be long, is not copied and keeps it."""
+    if data.count(b"\n", 0, len(data) - 1) == 0:
+        return [data] if data else []
+    lines = bytes(data).split(b"\n")  # not of the bytearray: its pieces would be bytearrays, which cost more
+    if not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def _parse_lines(block: Block, path: Path, keys: Sequence[str], strict: bool) -> Parsed:
+    lines = _split(block.data)
+    loads = orjson.loads
+    try:
+        if len(keys) == 1:
+            key = keys[0]
+            texts = [[loads(line)[key] for line in lines]]
+        else:
+            values = [loads(line) for line in lines]
+            texts = [[value[key] for value in values] for key in keys]
+        if all(set(map(type, column)) <= {str} for column in texts):
+            return Parsed(texts)
+    except (orjson.JSONDecodeError, KeyError, TypeError, IndexError):
+        pass
+    return _parse_line_by_line(block, path, keys, strict, lines)
+
+
+def _parse_line_by_line(
+    block: Block, path: Path, keys: Sequence[str], strict: bool, lines: Sequence[bytes | bytearray]
+) -> Parsed:
+    """As above where a line is bad."""
+    parsed = Parsed([[] for _ in keys])
+    offset = block.start.offset
+    for number, line in enumerate(lines, block.start.line):
+        missing = keys[0]
+        try:
+            if not line:
+                raise KeyError  # ten times as fast as the parser's own error
+            value = orjson.loads(line)
+            found = []
+            for key in keys:
+                missing = key
+                found.append(value[key])
+                if type(found[-1]) is not str:
+                    raise TypeError
+        except (orjson.JSONDecodeError, KeyError, TypeError, IndexError):
+            error = jsonl.diagnose(path, number, offset, line, missing)
+            if strict or error.number == 9:
+                raise error from None
+            parsed.rejected.append(_note(error, Position(offset, number), line))
+        else:
+            for column, text in zip(parsed.texts, found):
+                column.append(text)
+        offset += len(line) + 1
+    return parsed
+
+
+def _parse_text(block: Block, path: Path, num_keys: int, strict: bool) -> Parsed:
+    texts: list[str] = []
+    parsed = Parsed([texts] * num_keys)
+    for offset, piece in _text_documents(block):
+        if not piece:
+            continue
+        place = Position(block.start.offset + offset, block.start.line + block.data.count(b"\n", 0, offset))
+        rule = ""
+        if place.offset == 0 and piece.startswith(b"\xef\xbb\xbf"):
+            rule = "begins with a byte order mark (UTF-8)"
+        else:
+            try:
+                texts.append(piece.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                rule = (
+                    f"is not valid UTF-8: byte 0x{piece[error.start]:02x} at offset {error.start} of the document "
+                    f"({error.reason})"
+                )
+        if rule:
+            error_line = DataError(
+                3, jsonl.place_of(path, place.line, place.offset), rule, "convert the file to plain UTF-8"
+            )
+            if strict:
+                raise error_line
+            parsed.rejected.append(_note(error_line, place, piece))
+    return parsed
+
+
+def _text_documents(block: Block) -> Iterator[tuple[int, bytes | bytearray]]:
+    """(offset in the block, bytes) of each document."""
+    data = block.data
+    if block.kind == "file":
+        yield 0, data
+    elif block.kind == "line":
+        offset = 0
+        for line in _split(data):
+            yield offset, line.removesuffix(b"\n").removesuffix(b"\r")
+            offset += len(line) + 1
+    else:
+        start = 0
+        for end, following in [*((gap.start(), gap.end()) for gap in _EMPTY_LINES.finditer(data)), (len(data), 0)]:
+            piece = data[start:end].lstrip(b"\r\n")  # of a gap that a block's end cut
+            yield end - len(piece), piece.rstrip(b"\r\n") if following == 0 else piece
+            start = following
+
+
+def _parse_rows(block: Block, path: Path, keys: Sequence[str], strict: bool) -> Parsed:
+    if block.data is None:
+        return Parsed([[] for _ in keys])
+    try:
+        columns = [block.data.column(block.data.schema.get_field_index(key)).to_pylist() for key in keys]
+    except UnicodeDecodeError:
+        columns = []
+    if columns and not any(None in column for column in columns):
+        return Parsed(columns)
+    parsed = Parsed([[] for _ in keys])
+    for row in range(block.data.num_rows):
+        place = Position(block.start.offset + row, block.start.line + row)
+        where = f"{path}:{place.line}"
+        found: list[str] = []
+        error: DataError | None = None
+        for key in keys:
+            try:
+                value = block.data.column(block.data.schema.get_field_index(key))[row].as_py()
+            except UnicodeDecodeError as wrong:
+                error = error or DataError(3, where, f"is not valid UTF-8 at byte {wrong.start} of {key!r}",
+                                           "convert the text to UTF-8")  # fmt: skip
+                continue
+            if value is None:
+                error = error or DataError(7, where, f"has null under {key!r}", "the text must be a string")
+            found.append(value)
+        if error is None:
+            for column, text in zip(parsed.texts, found):
+                column.append(text)
+        elif strict:
+            raise error
+        else:
+            parsed.rejected.append(_note(error, place, None))
+    return parsed

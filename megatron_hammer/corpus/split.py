@@ -1,0 +1,168 @@
+"""Held-out documents, chosen by a hash of their text: ``tools/split_corpus.py``.
+
+    F.jsonl --> P.train.jsonl, P.valid.jsonl, P.split.json
+
+The side of a document is a function of (seed, text, fraction) alone: the same text falls on the same side in every file
+and every run, so copies of a held-out text never stay in the training set, and a corpus that grows keeps its held-out
+set. Lines are copied as they are, with all their fields, in their order; one pass, memory for one block.
+
+With a number of documents instead of a fraction, the threshold is the hash of the N-th text in the order of the hashes;
+finding it takes a pass of its own and memory for N hashes. Copies still fall on one side, but the threshold depends on
+the corpus: it is written to the manifest as a fraction, which gives the same sides elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from megatron_hammer.corpus.documents import LineWriter, describe_sources, read_documents, write_manifest
+from megatron_hammer.corpus.progress import Progress
+from megatron_hammer.corpus.readers import expand_inputs, kind_of
+from megatron_hammer.errors import ConfigError, DataError
+
+HASH_BITS = 53
+"""A fraction with this many bits is a floating-point number exactly: what the manifest says can be given again."""
+
+
+def hash_seed(seed: int, purpose: str) -> int:
+    """64 bits that no other purpose gets from the same seed."""
+    digest = hashlib.blake2b(f"megatron_hammer {purpose} {seed}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def content_hash(text: bytes, seed: int) -> int:
+    """Of XXH3-64 with a seed of ``hash_seed``: uniform in [0, 2^53), equal for equal texts."""
+    return xxhash.xxh3_64_intdigest(text, seed) >> (64 - HASH_BITS)
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    train: dict[str, Any]
+    """``LineWriter.describe`` of the training set."""
+    valid: dict[str, Any]
+    threshold: int
+    """Held out are the texts whose hash is below it."""
+
+    @property
+    def fraction(self) -> float:
+        return self.threshold / 2**HASH_BITS
+
+    def __str__(self) -> str:
+        parts = [f"{p['name']}: {p['documents']:,} documents, {p['text_bytes'] / 1e6:,.3f} MB of text"
+                 for p in (self.train, self.valid)]  # fmt: skip
+        return "\n".join(parts)
+
+
+def split_corpus(
+    inputs: Sequence[str | Path],
+    output_prefix: str | Path,
+    seed: int,
+    *,
+    valid_fraction: float | None = None,
+    valid_documents: int | None = None,
+    key: str = "text",
+) -> SplitSummary:
+    """Write ``P.train.jsonl``, ``P.valid.jsonl`` and the manifest ``P.split.json``.
+
+    Args:
+        inputs: JSON lines files, folders or patterns.
+        output_prefix: P.
+        valid_fraction: expected share of the distinct texts that is held out.
+        valid_documents: exactly this many distinct texts instead; copies of them are held out too.
+        key: the field that holds the text.
+
+    Raises:
+        ConfigError: E287 fraction or number out of range, E288 a file that is not JSON lines.
+        DataError: E301 to E309 bad input; E365 fewer distinct texts than shall be held out, or a side without any.
+    """
+    assert (valid_fraction is None) != (valid_documents is None), "one of fraction and number"
+    if valid_fraction is not None and not 0 < valid_fraction < 1:
+        raise ConfigError(
+            87, f"--valid-fraction={valid_fraction}", "must be between 0 and 1", "give a share like 0.001"
+        )
+    if valid_documents is not None and valid_documents < 1:
+        raise ConfigError(
+            87, f"--valid-documents={valid_documents}", "must be at least 1", "give a number of documents"
+        )
+    paths = jsonl_files(inputs)
+    hashing = hash_seed(seed, "split")
+    size = sum(path.stat().st_size for path in paths)
+    if valid_documents is not None:
+        threshold = _threshold(paths, key, hashing, valid_documents, Progress("choosing", size))
+    else:
+        assert valid_fraction is not None
+        threshold = math.floor(valid_fraction * 2**HASH_BITS)
+    prefix = Path(output_prefix)
+    train = LineWriter(prefix.with_name(f"{prefix.name}.train.jsonl"))
+    valid = LineWriter(prefix.with_name(f"{prefix.name}.valid.jsonl"))
+    manifest = prefix.with_name(f"{prefix.name}.split.json")
+    manifest.unlink(missing_ok=True)  # from here on it would not describe what lies beside it
+    hashes: dict[Path, str] = {}
+    with train, valid, Progress("splitting", size) as progress:
+        for path in paths:
+            for document in read_documents(path, key, progress=progress, hashes=hashes):
+                content = document.text.encode()
+                held_out = content_hash(content, hashing) < threshold
+                (valid if held_out else train).write(document.line, len(content))
+        for writer, side in ((train, "to train on"), (valid, "to hold out")):
+            if writer.documents == 0:
+                raise DataError(65, ", ".join(map(str, inputs)), f"has no document {side} at this share",
+                                "change --valid-fraction or --valid-documents, or give more text")  # fmt: skip
+    summary = SplitSummary(train.describe(), valid.describe(), threshold)
+    content_of_manifest = {
+        "seed": seed,
+        "key": key,
+        "valid_fraction": summary.fraction,
+        "valid_documents": valid_documents,
+        "sources": describe_sources(paths, hashes),
+        "outputs": [summary.train, summary.valid],
+    }
+    write_manifest(manifest, content_of_manifest)
+    return summary
+
+
+def jsonl_files(inputs: Sequence[str | Path]) -> list[Path]:
+    """The JSON lines files that the inputs name.
+
+    Raises:
+        ConfigError: E288 a file of another format, or one that is named twice.
+        DataError: E301.
+    """
+    paths = expand_inputs(inputs)
+    seen = set()
+    for path in paths:
+        if kind_of(path, "text") != "jsonl":
+            raise ConfigError(88, str(path), "is no JSON lines file", "turn it into one with tools/reformat_corpus.py")
+        if path in seen:
+            raise ConfigError(88, str(path), "is named twice", "name every input once")
+        seen.add(path)
+    return paths
+
+
+def _threshold(paths: Sequence[Path], key: str, hashing: int, count: int, progress: Progress) -> int:
+    """The smallest threshold below which ``count`` distinct texts lie."""
+    largest: list[int] = []  # of the smallest hashes, negated: a heap whose first is the largest of them
+    held: set[int] = set()
+    with progress:
+        for path in paths:
+            for document in read_documents(path, key, progress=progress):
+                found = content_hash(document.text.encode(), hashing)
+                if found in held or (len(largest) == count and found > -largest[0]):
+                    continue
+                held.add(found)
+                if len(largest) == count:
+                    held.remove(-heapq.heappushpop(largest, -found))
+                else:
+                    heapq.heappush(largest, -found)
+    if len(largest) < count:
+        raise DataError(65, f"--valid-documents={count}", f"is more than the {len(largest):,} distinct texts",
+                        "hold out fewer")  # fmt: skip
+    return -largest[0] + 1

@@ -1,0 +1,203 @@
+"""The bytes of an input file, decompressed on the way: one stream for plain, gzip (``.gz``) and Zstandard (``.zst``).
+
+    file --raw bytes--> [XXH3-128, count] --> [decompress] --> readinto
+
+Memory holds some buffers, however far a file expands. A cut or damaged file raises ``StreamDamage`` at the place where
+the damage is met, after everything before it has been handed out; the libraries' own readers take a cut Zstandard file
+for a whole one.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from megatron_hammer.errors import DataError
+
+_RAW_BYTES = 128 << 10  # compressed bytes read at once
+# A Zstandard block of 128 KiB can be four bytes long, and the library hands out all that a piece of input stands for:
+# pieces of this size bound it to 256 MiB, at a cost of 2 us a piece.
+_ZSTD_PIECE = 8 << 10
+_MOST_AT_ONCE = 1 << 20  # decompressed bytes handed out at once
+
+
+class StreamDamage(Exception):
+    """What is compressed is cut off or damaged; the text says how."""
+
+
+def check_file(path: Path) -> None:
+    """Refuse a path that is not a file: E301."""
+    if path.is_dir():
+        raise DataError(1, str(path), "is a folder, not a JSON lines file", "name the files in it")
+    if not path.exists():
+        raise DataError(1, str(path), "does not exist", "check the path of the input file")
+
+
+def is_compressed(path: Path) -> bool:
+    return path.suffix in (".gz", ".zst")
+
+
+def open_stream(path: Path) -> SourceStream:
+    """The uncompressed bytes of a file, by what its name ends in.
+
+    Raises:
+        DataError: E301 no such file, E309 Zstandard without its library.
+    """
+    check_file(path)
+    if path.suffix == ".gz":
+        return _GzipStream(path)
+    return _ZstdStream(path) if path.suffix == ".zst" else SourceStream(path)
+
+
+class SourceStream(io.RawIOBase):
+    """A plain file. Knows how far it is in the raw bytes, and their hash."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closed by close
+        self._hash = xxhash.xxh3_128()
+        self.raw_bytes = 0
+        """Bytes of the file read so far, as they are on disk."""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)
+        count = self._file.readinto(view) or 0
+        self._hash.update(view[:count])
+        self.raw_bytes += count
+        return count
+
+    def hash_so_far(self) -> str:
+        """XXH3-128 of the raw bytes read so far, 32 hex digits."""
+        return self._hash.hexdigest()
+
+    def hash_of_all(self) -> str:
+        """XXH3-128 of the whole file: reads what is left of it (behind a damage, say)."""
+        while self._read_raw(1 << 20):
+            pass
+        return self._hash.hexdigest()
+
+    def seek_hashed(self, offset: int) -> None:
+        """Go to a byte of the uncompressed stream by reading all before it, so that the hash covers it."""
+        buffer = bytearray(1 << 20)
+        while offset:
+            count = self.readinto(memoryview(buffer)[: min(len(buffer), offset)])
+            if count == 0:
+                return
+            offset -= count
+
+    def seek_unhashed(self, offset: int) -> None:
+        """Go to a byte of a plain file; the hash is that of what is read from here on."""
+        self._file.seek(offset)
+
+    def _read_raw(self, count: int) -> bytes:
+        data = self._file.read(count) or b""
+        self._hash.update(data)
+        self.raw_bytes += len(data)
+        return data
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+class _GzipStream(SourceStream):
+    """Members one after the other; zero bytes behind a member are padding, as gzip itself takes them."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._member: Any = None
+        self._first = True
+        self._input = b""
+        self._more_inside = False  # the library holds output that did not fit
+
+    def readinto(self, buffer: Any) -> int:
+        limit = min(len(buffer), _MOST_AT_ONCE)
+        while limit:
+            if not self._input and not self._more_inside:
+                self._input = self._read_raw(_RAW_BYTES)
+                if not self._input:
+                    if self._member is not None:
+                        raise StreamDamage("the file is cut off")
+                    return 0
+            if self._member is None:
+                if not self._first:
+                    self._input = self._input.lstrip(b"\0")
+                    if not self._input:
+                        continue
+                self._member, self._first = zlib.decompressobj(wbits=31), False
+            output = self._decompress(limit)
+            if output:
+                buffer[: len(output)] = output
+                return len(output)
+        return 0
+
+    def _decompress(self, limit: int) -> bytes:
+        try:
+            output = self._member.decompress(self._input, limit)
+        except zlib.error as error:
+            raise StreamDamage(str(error)) from None
+        self._input, self._more_inside = self._member.unconsumed_tail, len(output) == limit
+        if self._member.eof:
+            self._input, self._more_inside, self._member = self._member.unused_data, False, None
+        return output
+
+
+class _ZstdStream(SourceStream):
+    """Frames one after the other."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise DataError(
+                9, str(path), "is compressed with Zstandard, which this Python cannot read",
+                "run: pip install zstandard (or decompress the file)",
+            ) from None  # fmt: skip
+        super().__init__(path)
+        self._damage = zstandard.ZstdError
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._frame: Any = None
+        self._input = memoryview(b"")
+        self._output = memoryview(b"")
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            if not self._input:
+                self._input = memoryview(self._read_raw(_RAW_BYTES))
+                if not self._input:
+                    if self._frame is not None:
+                        raise StreamDamage("the last frame is cut off")
+                    return 0
+            piece, self._input = self._input[:_ZSTD_PIECE], self._input[_ZSTD_PIECE:]
+            self._output = memoryview(self._decompress(bytes(piece)))
+        count = min(len(buffer), len(self._output))
+        buffer[:count], self._output = self._output[:count], self._output[count:]
+        return count
+
+    def _decompress(self, piece: bytes) -> bytes:
+        output = []
+        while piece:
+            if self._frame is None:
+                self._frame = self._decompressor.decompressobj()
+            try:
+                output.append(self._frame.decompress(piece))
+            except self._damage as error:
+                raise StreamDamage(str(error)) from None
+            if not self._frame.eof:
+                break
+            piece, self._frame = self._frame.unused_data, None  # another frame may follow
+        return output[0] if len(output) == 1 else b"".join(output)
+
+
+def file_identity(path: Path) -> dict[str, Any]:
+    """What tells that a file is still the one that was read: size and time of the last change."""
+    status = os.stat(path)
+    return {"path": str(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}

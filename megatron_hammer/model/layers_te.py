@@ -1,0 +1,123 @@
+"""The parallel layers on NVIDIA's Transformer Engine: the names and constructor arguments of ``layers.py``.
+
+``kernels.layers=te`` builds the model of these. What they add to the torch ones: the weight's gradient is accumulated
+in fp32 inside the matrix product, straight in the optimizer's buffer; the RMSNorm is one kernel; and fp8
+(``kernels.fp8``) runs the four matrix products of a layer on the tensor cores' fp8 units. RoPE, SwiGLU, embedding, head
+and loss are ours, and so is the choice of an attention backend, of which Transformer Engine's is one
+(``kernels.attention=te``).
+
+A module of the library sits in a tuple, out of reach of ``nn.Module``: only its weight is registered, under the name
+that the parameter table gives. So a checkpoint of these layers is one of the torch layers and the other way round, and
+the library's own extra state (pickled scales) is never saved. Linear and RMSNorm stay apart, where LayerNormLinear
+would fuse them: that would save one cast a norm under fp8, and would cost the one tree of names.
+
+Every name and argument used here is listed in ``kernels/te.py``. **Nothing of this has run on a real Transformer Engine
+yet**: signatures are checked against its sources, behaviour against a double written from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from megatron_hammer.kernels.te import fp8_region
+from megatron_hammer.model.layers import LayerOptions, VocabParallelEmbedding, column_parallel
+
+__all__ = [
+    "ColumnParallelLinear",
+    "LayerOptions",
+    "QKVLinear",
+    "RMSNorm",
+    "RowParallelLinear",
+    "VocabParallelEmbedding",
+    "column_parallel",
+    "forward_region",
+]
+
+
+class RMSNorm(nn.Module):
+    """Normalise [s/t, b, h] over h; the weight is the same on all ranks."""
+
+    def __init__(self, hidden_size: int, eps: float, options: LayerOptions) -> None:
+        import transformer_engine.pytorch as te
+
+        super().__init__()
+        self.hidden = (te.RMSNorm(hidden_size, eps=eps, device=options.device, dtype=options.dtype),)
+        self.weight = self.hidden[0].weight
+        nn.init.zeros_(self.weight)  # as every weight before initialisation or a checkpoint
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.hidden[0](x)  # type: ignore[no-any-return]
+
+
+class _Linear(nn.Module):
+    """x W^T with ``parallel_mode`` "column" or "row"; sizes are those of all ranks together."""
+
+    def __init__(self, in_features: int, out_features: int, parallel_mode: str, options: LayerOptions) -> None:
+        import transformer_engine.pytorch as te
+
+        super().__init__()
+        tp = options.tp
+        assert tp.size == 1 or tp.handle is not None, "Transformer Engine needs the tensor-parallel group by handle"
+        linear = te.Linear(
+            in_features,
+            out_features,
+            sequence_parallel=options.sequence_parallel,
+            fuse_wgrad_accumulation=True,  # into weight.main_grad, which the optimizer sets
+            tp_group=tp.handle if tp.size > 1 else None,
+            tp_size=tp.size,
+            init_method=nn.init.zeros_,
+            bias=False,
+            params_dtype=options.dtype,
+            parallel_mode=parallel_mode if tp.size > 1 else None,  # None never communicates
+            device=options.device,
+        )
+        self.hidden = (linear,)
+        self.weight = linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        # True has the fp8 copy of the weight made anew and its gradient overwritten, False the copy used again and the
+        # gradient added to. None, outside of training: no copy is kept, for the weight may have changed since.
+        first = getattr(self.weight, "overwrite_main_grad", None) if torch.is_grad_enabled() else None
+        return self.hidden[0](x, is_first_microbatch=first)  # type: ignore[no-any-return]
+
+
+class ColumnParallelLinear(_Linear):
+    """x W^T with the rows of W, the outputs, divided over the ranks: [s/t, b, in] -> [s, b, out/t]."""
+
+    def __init__(self, in_features: int, out_features: int, options: LayerOptions) -> None:
+        super().__init__(in_features, out_features, "column", options)
+
+
+class RowParallelLinear(_Linear):
+    """x W^T with the columns of W, the inputs, divided over the ranks: [s, b, in/t] -> [s/t, b, out], summed."""
+
+    def __init__(self, in_features: int, out_features: int, options: LayerOptions) -> None:
+        super().__init__(in_features, out_features, "row", options)
+
+
+class QKVLinear(_Linear):
+    """Queries, keys and values in one product: [s/t, b, h] -> [s, b, n/t, d] and twice [s, b, max(1, g/t), d].
+
+    With more ranks than query groups, neighbouring ranks hold a copy of their group's key and value rows; to the
+    library these are rows like others.
+    """
+
+    def __init__(self, hidden_size: int, heads: int, groups: int, head_dim: int, options: LayerOptions) -> None:
+        t = options.tp.size
+        heads_local, groups_local = heads // t, max(1, groups // t)
+        super().__init__(hidden_size, (heads_local + 2 * groups_local) * head_dim * t, "column", options)
+        self.head_dim, self.heads_local, self.groups_local = head_dim, heads_local, groups_local
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        qkv = super().forward(x)
+        s, b, _ = qkv.shape
+        return qkv.view(s, b, -1, self.head_dim).split((self.heads_local, self.groups_local, self.groups_local), dim=2)
+
+
+def forward_region(options: LayerOptions) -> Callable[[], AbstractContextManager]:
+    """What to run a forward of the layers in: fp8 where the config asks for it."""
+    return nullcontext if options.fp8 == "off" else fp8_region(options.fp8, options.world)

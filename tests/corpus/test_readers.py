@@ -1,0 +1,322 @@
+"""Inputs of preprocessing: every cut into blocks and shards gives the same texts, from every kind of file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import xxhash
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_hammer.corpus import jsonl, long, parse, readers, stream
+from megatron_hammer.corpus.parse import Rejected
+from megatron_hammer.corpus.readers import Block, Position
+from megatron_hammer.errors import ConfigError, DataError
+
+GOOD = [json.dumps({"text": f"document {k} " + "字" * (k % 7)}, ensure_ascii=False).encode() for k in range(40)]
+
+
+def blocks_of(
+    path: Path, text_documents: str = "file", shard_bytes: int | None = None, lenient: bool = False,
+    keys: Sequence[str] = ("text",),
+) -> list[Block]:  # fmt: skip
+    shards = list(readers.plan_shards([path], text_documents, shard_bytes))
+    return [b for s in shards for b in readers.read_shard(path, s, keys, text_documents, lenient=lenient)]
+
+
+def texts_of(path: Path, blocks: list[Block]) -> list[str]:
+    return [text for block in blocks for text in parse.parse_block(block, path, ["text"], True).texts[0]]
+
+
+def rejected_of(path: Path, blocks: list[Block]) -> list[Rejected]:
+    return [r for block in blocks for r in parse.parse_block(block, path, ["text"], False).rejected]
+
+
+def compress(content: bytes, suffix: str, rng: random.Random) -> bytes:
+    """As several members or frames."""
+    cuts = sorted(rng.choices(range(len(content) + 1), k=2))
+    parts = [content[a:b] for a, b in zip([0, *cuts], [*cuts, len(content)])]
+    if suffix == ".gz":
+        return b"".join(map(gzip.compress, parts)) + b"\0" * 5
+    return b"".join(map(zstandard.compress, parts)) if suffix == ".zst" else content
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.integers(0, 200), min_size=1, max_size=30),
+    st.integers(1, 300),
+    st.sampled_from(["", ".gz", ".zst"]),
+    st.booleans(),
+    st.randoms(use_true_random=False),
+)
+def test_any_cut_gives_the_same_documents(
+    tmp_path: Path, lengths: list[int], block_bytes: int, suffix: str, ending: bool, rng: random.Random
+) -> None:
+    expected = ["x字\n"[k % 3] * n for k, n in enumerate(lengths)]
+    content = b"\n".join(json.dumps({"text": t}, ensure_ascii=False).encode() for t in expected) + b"\n" * ending
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(compress(content, suffix, rng))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "BLOCK_BYTES", block_bytes)
+        whole = blocks_of(path)
+        assert texts_of(path, whole) == expected
+        assert [b.last for b in whole] == [False] * (len(whole) - 1) + [True]
+        assert whole[-1].file_hash == xxhash.xxh3_128_hexdigest(path.read_bytes())
+        assert b"".join(bytes(b.data) for b in whole) == content
+        assert sum(b.raw_bytes for b in whole) <= path.stat().st_size  # what stands behind the last text is not for it
+        place = Position(0, 1)
+        for block in whole:  # each goes on where the one before ended, and ends with a line
+            assert block.start == place and block.content_hash == xxhash.xxh3_128_hexdigest(content[: block.end.offset])
+            place = block.end
+            assert place.line == 1 + content.count(b"\n", 0, place.offset) + (
+                place.offset == len(content) and not ending
+            )
+        assert texts_of(path, blocks_of(path, shard_bytes=rng.randint(1, 400))) == expected
+        shard = next(readers.plan_shards([path]))
+        stop = rng.choice(whole)  # a run that comes back goes on anywhere
+        again = list(readers.read_shard(path, shard, ["text"], resume=stop.end))
+        assert again[0].content_hash == stop.content_hash and again[0].text_bytes == 0
+        done = texts_of(path, whole[: whole.index(stop) + 1])
+        assert done + texts_of(path, again) == expected
+        assert again[-1].file_hash == whole[-1].file_hash
+
+
+def test_a_long_line_stands_alone_and_is_held_once(tmp_path: Path) -> None:
+    import tracemalloc
+
+    path = tmp_path / "a.jsonl"
+    long = b'{"text": "' + b"x" * 30_000_000 + b'"}'
+    path.write_bytes(b"\n".join([*GOOD, long, *GOOD]) + b"\n")
+    tracemalloc.start()
+    sizes = [b.text_bytes for s in readers.plan_shards([path]) for b in readers.read_shard(path, s, ["text"])]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(long) + 1 in sizes and sum(sizes) == path.stat().st_size
+    assert peak < 1.2 * len(long) + 4 * readers.BLOCK_BYTES, peak
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_what_expands_a_thousandfold_stays_small(tmp_path: Path, suffix: str) -> None:
+    import tracemalloc
+
+    path = tmp_path / f"a.txt{suffix}"
+    content = b"\n" * 200_000_000
+    path.write_bytes(gzip.compress(content, 1) if suffix == ".gz" else zstandard.compress(content))
+    del content
+    with stream.open_stream(path) as source:
+        buffer, total = bytearray(1 << 20), 0
+        tracemalloc.start()
+        while count := source.readinto(buffer):
+            total += count
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert total == 200_000_000 and peak < (8e6 if suffix == ".gz" else 260e6), peak
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("cut", [20, 400, -1])
+def test_cut_compressed_file(tmp_path: Path, name: str, cut: int) -> None:
+    """Strictly an error; else the whole lines before the cut are taken and the cut is counted once."""
+    rng = random.Random(0)
+    lines = [json.dumps({"text": rng.randbytes(rng.randint(0, 90)).hex()}).encode() for _ in range(300)]
+    content = b"\n".join(lines) + b"\n"
+    whole = gzip.compress(content) if name.endswith(".gz") else zstandard.compress(content)
+    path = tmp_path / name
+    path.write_bytes(whole[:cut])
+    with pytest.raises(DataError, match=r"E309.*\(byte \d+\) could not be decompressed"):
+        texts_of(path, blocks_of(path))
+    blocks = blocks_of(path, lenient=True)
+    (rejected,) = rejected_of(path, blocks)
+    taken = [t for b in blocks for t in parse.parse_block(b, path, ["text"], False).texts[0]]
+    assert taken == [json.loads(line)["text"] for line in lines[: len(taken)]]
+    assert rejected.code == "E309" and rejected.place == (
+        sum(map(len, lines[: len(taken)])) + len(taken),
+        len(taken) + 1,
+    )
+    assert blocks[-1].file_hash == xxhash.xxh3_128_hexdigest(whole[:cut])
+
+
+def test_lines_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 200)
+    path = tmp_path / "a.jsonl"
+    for position in (0, 7, 40):
+        lines = [*GOOD[:position], b'{"text": "' + b"y" * 1000 + b'"}', *GOOD[position:]]
+        path.write_bytes(b"\n".join(lines) + b"\n" * (position == 7))
+        with pytest.raises(DataError, match=rf"E304.*a.jsonl:{position + 1} \(byte \d+\) is longer than 200 bytes"):
+            texts_of(path, blocks_of(path))
+        blocks = blocks_of(path, lenient=True)
+        (rejected,) = rejected_of(path, blocks)
+        assert rejected.place == (sum(len(g) + 1 for g in GOOD[:position]), position + 1) and rejected.raw is None
+        taken = [t for b in blocks for t in parse.parse_block(b, path, ["text"], False).texts[0]]
+        assert taken == [json.loads(line)["text"] for line in GOOD]
+        assert blocks[-1].last and blocks[-1].file_hash == xxhash.xxh3_128_hexdigest(path.read_bytes())
+
+
+def test_bad_lines_are_noted_with_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = {4: (b"", "E305"), 9: (b'{"text": "\xff"}', "E303"), 10: (b"{", "E304"), 11: (b"[1]", "E306"),
+           30: (b'{"text": 1}', "E307"), 44: (b'{"text": "\\ud800"}', "E308")}  # fmt: skip
+    lines = list(GOOD)
+    for place, (line, _) in bad.items():
+        lines.insert(place, line)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    for block_bytes in (1, 100, 1 << 20):
+        monkeypatch.setattr(readers, "BLOCK_BYTES", block_bytes)
+        found = rejected_of(path, blocks_of(path))
+        offsets = [sum(len(line) + 1 for line in lines[:place]) for place in bad]
+        assert [(r.place.line - 1, r.place.offset, r.code, r.raw) for r in found] == [
+            (place, offset, code, line) for offset, (place, (line, code)) in zip(offsets, bad.items())
+        ]
+        with pytest.raises(DataError, match=r"E305.*a.jsonl:5 \(byte"):
+            texts_of(path, blocks_of(path))
+
+
+def test_a_key_that_is_bad_rejects_the_document_for_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": "1", "b": "2"}\n{"a": "3"}\n{"a": 4, "b": "5"}\n{"a": "6", "b": "7"}\n')
+    (block,) = [b for b in blocks_of(path) if b.data]
+    parsed = parse.parse_block(block, path, ["a", "b"], False)
+    assert parsed.texts == [["1", "6"], ["2", "7"]]
+    assert [(r.place.line, r.code) for r in parsed.rejected] == [(2, "E307"), (3, "E307")]
+
+
+# ---- plain text ----
+
+TEXT = "first line\nsecond  \r\n\n\nthird 字\n \nfourth\n\r\nlast".encode()
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("file", [TEXT.decode()]),
+        ("line", ["first line", "second  ", "third 字", " ", "fourth", "last"]),
+        ("blank-line", ["first line\nsecond  ", "third 字\n \nfourth", "last"]),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_documents_of_plain_text(
+    tmp_path: Path, mode: str, expected: list[str], suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(compress(TEXT, suffix, random.Random(1)))
+    for block_bytes in (1, 2, 5, 13, 1 << 20):
+        monkeypatch.setattr(readers, "BLOCK_BYTES", block_bytes)
+        assert texts_of(path, blocks_of(path, mode)) == expected, block_bytes
+        if mode == "line":
+            assert texts_of(path, blocks_of(path, mode, shard_bytes=9)) == expected
+
+
+def test_bad_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"good\n\xff\xfebad\ngood too\n")
+    with pytest.raises(DataError, match=r"E303.*a.txt:2 \(byte 5\) is not valid UTF-8: byte 0xff at offset 0"):
+        texts_of(path, blocks_of(path, "line"))
+    (rejected,) = rejected_of(path, blocks_of(path, "line"))
+    assert rejected.place == (5, 2) and rejected.raw == b"\xff\xfebad"
+    path.write_bytes(b"\xef\xbb\xbfmarked\n")
+    with pytest.raises(DataError, match=r"E303.*byte order mark"):
+        texts_of(path, blocks_of(path))
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"E302"):
+        texts_of(path, blocks_of(path))
+
+
+# ---- parquet ----
+
+
+def write_parquet(path: Path, texts: list[str | None], group: int = 10) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"n": list(range(len(texts))), "text": pyarrow.array(texts, pyarrow.string())})
+    pyarrow.parquet.write_table(table, path, row_group_size=group)
+    return path
+
+
+def test_parquet_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = ["字" * k + "x" for k in range(57)]
+    path = write_parquet(tmp_path / "a.parquet", list(expected))
+    for block_bytes in (1, 300, 1 << 20):
+        monkeypatch.setattr(readers, "BLOCK_BYTES", block_bytes)
+        whole = blocks_of(path)
+        assert texts_of(path, whole) == expected
+        assert whole[-1].last and whole[-1].file_hash == xxhash.xxh3_128_hexdigest(path.read_bytes())
+        assert sum(b.raw_bytes for b in whole) == path.stat().st_size
+        shards = list(readers.plan_shards([path], shard_bytes=900))
+        assert len(shards) > 2 and texts_of(path, blocks_of(path, shard_bytes=900)) == expected
+        for stop in whole[:-1]:
+            again = list(readers.read_shard(path, next(readers.plan_shards([path])), ["text"], resume=stop.end))
+            assert texts_of(path, again) == expected[stop.end.offset :]
+
+
+def test_bad_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_parquet(tmp_path / "a.parquet", ["a", None, "b"] * 10)
+    with pytest.raises(DataError, match=r"E307.*a.parquet:2 has null"):
+        texts_of(path, blocks_of(path))
+    assert [(r.place, r.code) for r in rejected_of(path, blocks_of(path))] == [
+        ((k, k + 1), "E307") for k in range(1, 30, 3)
+    ]
+    for key, words in (("nothing", "has no column 'nothing' .its columns: n, text"), ("n", "has int64 in the column")):
+        with pytest.raises(DataError, match=f"E307.*{words}"):
+            blocks_of(path, keys=[key])
+    write_parquet(path, [])
+    with pytest.raises(DataError, match=r"E302"):
+        texts_of(path, blocks_of(path))
+    content = write_parquet(path, [random.Random(k).randbytes(400).hex() for k in range(40)]).read_bytes()
+    path.write_bytes(content[:-100])
+    with pytest.raises(DataError, match=r"E347"):
+        blocks_of(path)
+    assert [r.code for r in rejected_of(path, blocks_of(path, lenient=True))] == ["E347"]
+    path.write_bytes(content[:200] + bytes(9000) + content[9200:])  # the footer is whole
+    with pytest.raises(DataError, match=r"E347"):
+        texts_of(path, blocks_of(path))
+    assert [r.code for r in rejected_of(path, blocks_of(path))] == ["E347"]
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"E276.*pip install"):
+        blocks_of(path)
+
+
+def test_long_rows_are_taken_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long, "LONG_BYTES", 3000)
+    monkeypatch.setattr(long, "_PIECE_BYTES", 100)
+    expected = ["short", "字" * 2000, "", "x" * 5000, "more"]
+    path = write_parquet(tmp_path / "a.parquet", list(expected))
+    found = []
+    for block in blocks_of(path):
+        parsed = parse.parse_block(block, path, ["text"], True, in_pieces=True)
+        found += parsed.texts[0]
+        found += [t if isinstance(t, str) else "".join(t.pieces()) for t in parsed.long or []]
+        assert (parsed.long is not None) == (block.text_bytes > 3000)
+    assert found == expected
+    assert texts_of(path, blocks_of(path)) == expected
+
+
+# ---- which files ----
+
+
+def test_folders_and_patterns_are_expanded_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b.jsonl", "a.jsonl.gz", "deep/c.parquet", "deep/d.txt.zst", "deep/.hidden.jsonl", "note.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = [str(p) for p in readers.expand_inputs(["deep", "note.md", ".", "*.jsonl*"])]
+    assert found == ["deep/c.parquet", "deep/d.txt.zst", "note.md",
+                     "a.jsonl.gz", "b.jsonl", "deep/c.parquet", "deep/d.txt.zst", "a.jsonl.gz", "b.jsonl"]  # fmt: skip
+    (tmp_path / "odd[1].jsonl").write_bytes(b"")
+    assert [str(p) for p in readers.expand_inputs(["odd[1].jsonl"])] == ["odd[1].jsonl"]  # a name before a pattern
+    for wrong, words in (
+        ("empty", "is a folder without"),
+        ("*.none", "matches no file"),
+        ("x.jsonl", "does not exist"),
+    ):
+        with pytest.raises(DataError, match=f"E301.*{words}"):
+            readers.expand_inputs([wrong])

@@ -1,0 +1,233 @@
+"""Attention within documents against a formula written down independently, and the table that chooses a backend."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_hammer.config import ATTENTION_MASKS, DataConfig, KernelsConfig
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.kernels import attention
+from megatron_hammer.kernels.attention import (
+    BACKENDS,
+    FP32_ROWS_ON_CPU,
+    AttentionDemand,
+    Documents,
+    each_document,
+    select_attention,
+    varlen,
+    whole_samples,
+)
+from megatron_hammer.kernels.operations import select_operations
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def documents_of(*lengths: int) -> Documents:
+    return Documents.from_cu_seqlens(np.cumsum([0, *lengths]).astype(np.int32), CPU)
+
+
+def qkv(rows: int, heads: int, groups: int, dtype: torch.dtype, d: int = 8) -> list[Tensor]:
+    """[rows, 1, heads, d] three times: slices of one fused projection, as the model has them."""
+    fused = torch.randn(rows, 1, heads + 2 * groups, d, dtype=dtype)
+    return [x.requires_grad_() for x in fused.split((heads, groups, groups), dim=2)]
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """Scores of all pairs, those of other documents and of later rows at minus infinity."""
+    document = torch.repeat_interleave(torch.tensor(documents.lengths))
+    row = torch.arange(len(document))
+    allowed = (document[:, None] == document[None, :]) & (row[:, None] >= row[None, :])
+    copies = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(copies, dim=2) for x in (k, v))
+    scores = torch.einsum("qbnd,kbnd->bnqk", q, k) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+    return torch.einsum("bnqk,kbnd->qbnd", weights, v)
+
+
+def with_gradients(function: Any, inputs: list[Tensor], documents: Documents) -> list[Tensor]:
+    out = function(*inputs, documents)
+    return [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out).cumsum(-1))]
+
+
+def test_documents_from_cumulative_lengths() -> None:
+    documents = Documents.from_cu_seqlens(np.array([0, 5, 8, 16], np.int32), CPU)
+    assert documents.lengths == (5, 3, 8) and documents.max_length == 8
+    assert documents.cu_seqlens.tolist() == [0, 5, 8, 16] and documents.cu_seqlens.dtype == torch.int32
+    assert documents.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7]
+    for broken in ([1, 5], [0, 5, 5], [0, 5, 4]):
+        with pytest.raises(AssertionError, match="must rise from 0"):
+            Documents.from_cu_seqlens(np.array(broken, np.int32), CPU)
+
+
+LENGTHS = [(1, 1, 1), (7, 1, 12, 33), (53,), (2,) * 20, (1, 130, 3)]
+
+
+@pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2), (4, 1)])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_each_document_in_fp64(lengths: tuple[int, ...], heads: int, groups: int) -> None:
+    """Output and gradients; 1e-12: some hundred roundings of fp64."""
+    documents = documents_of(*lengths)
+    inputs = qkv(sum(lengths), heads, groups, torch.float64)
+    found = with_gradients(each_document, inputs, documents)
+    for mine, expected in zip(found, with_gradients(reference, inputs, documents), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_each_document_in_all_types(dtype: torch.dtype, tolerance: float) -> None:
+    """Of the norm; a few roundings of the type. Documents on both sides of the bound up to which 16 bits become 32."""
+    documents = documents_of(40, FP32_ROWS_ON_CPU - 1, FP32_ROWS_ON_CPU + 5, 3)
+    inputs = qkv(sum(documents.lengths), 4, 2, dtype)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    found = with_gradients(each_document, inputs, documents)
+    for mine, expected in zip(found, with_gradients(reference, wide, documents), strict=True):
+        assert mine.dtype == dtype
+        assert (mine - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_documents_leave_no_bit_behind(dtype: torch.dtype) -> None:
+    """Values and gradients of a document are the same bits beside others and alone."""
+    first, second = qkv(37, 4, 2, dtype), qkv(51, 4, 2, dtype)
+    both = [torch.cat(pair).detach().requires_grad_() for pair in zip(first, second, strict=True)]
+    together = with_gradients(each_document, both, documents_of(37, 51))
+    for place, alone in ((slice(37), first), (slice(37, None), second)):
+        single = with_gradients(each_document, alone, documents_of(len(alone[0])))
+        for mine, expected in zip(together, single, strict=True):
+            assert torch.equal(mine[place], expected)
+
+
+def test_a_mask_is_never_ignored() -> None:
+    """Neither kind of backend takes the other kind's call."""
+    inputs = qkv(6, 2, 2, torch.float32)
+    with pytest.raises(AssertionError, match="knows no documents"):
+        whole_samples(*inputs, documents_of(2, 4))
+    for backend in BACKENDS:
+        if "causal" not in backend.masks:
+            with pytest.raises(AssertionError, match="must be told where they are"):
+                backend.function(*inputs, None)
+
+
+def test_varlen_calls_torch_with_what_it_takes() -> None:
+    """The true operator on shapes without data: forward and backward accept the arguments."""
+    inputs = [x.detach().to("meta").requires_grad_() for x in qkv(12, 4, 2, torch.bfloat16)]
+    documents = documents_of(5, 7)
+    out = varlen(*inputs, Documents(documents.lengths, documents.cu_seqlens.to("meta"), documents.positions))
+    assert out.shape == inputs[0].shape and out.dtype == torch.bfloat16
+    for grad, x in zip(torch.autograd.grad(out, inputs, torch.ones_like(out)), inputs, strict=True):
+        assert grad.shape == x.shape
+
+
+def test_varlen_means_each_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A double of torch's function, by its documentation: packed tokens, cumulative lengths, a causal window."""
+
+    def double(
+        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *,
+        window_size: tuple[int, int], enable_gqa: bool,
+    ) -> Tensor:  # fmt: skip
+        assert q.dim() == 3 and cu_q.dtype == torch.int32 and torch.equal(cu_q, cu_k) and window_size == (-1, 0)
+        assert max_q == max_k == int(cu_q.diff().max()) and enable_gqa == (q.shape[1] != k.shape[1])
+        lengths = Documents.from_cu_seqlens(cu_q.numpy(), CPU)
+        return reference(*(x.unsqueeze(1) for x in (q, k, v)), lengths).squeeze(1)
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", double)
+    for heads, groups in ((4, 2), (3, 3)):
+        inputs, documents = qkv(16, heads, groups, torch.float64), documents_of(5, 3, 8)
+        torch.testing.assert_close(varlen(*inputs, documents), each_document(*inputs, documents))
+
+
+def test_config_names_the_table() -> None:
+    choices = typing.get_args(typing.get_type_hints(KernelsConfig)["attention"])
+    assert choices == ("auto", *(backend.name for backend in BACKENDS))
+    masks = typing.get_args(typing.get_type_hints(DataConfig)["attention_mask"])
+    assert set(masks) == set().union(*(backend.masks for backend in BACKENDS))
+    assert {name: frozenset(masks) for name, masks in ATTENTION_MASKS.items()} == {b.name: b.masks for b in BACKENDS}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A machine with an H100, as far as the choice can tell; the fixture sets another capability."""
+
+    def pretend(capability: tuple[int, int]) -> None:
+        attention._varlen_is_missing.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+
+    pretend((9, 0))
+    yield pretend
+    attention._varlen_is_missing.cache_clear()
+
+
+DEMANDS = {
+    "sdpa": [AttentionDemand(), AttentionDemand(dtype=torch.bfloat16, device=CUDA, heads=8, groups=2)],
+    "sdpa-documents": [
+        AttentionDemand("document"),
+        AttentionDemand("document", dtype=torch.bfloat16),
+        AttentionDemand("document", device=CUDA),
+        AttentionDemand("document", dtype=torch.bfloat16, device=CUDA, head_size=512),
+    ],
+    "varlen": [AttentionDemand("document", dtype=torch.bfloat16, device=CUDA, heads=8, groups=2)],
+}
+
+
+@pytest.mark.parametrize("name, demand", [(n, d) for n, demands in DEMANDS.items() for d in demands], ids=str)
+def test_the_first_that_can_is_chosen(name: str, demand: AttentionDemand, gpu: Any) -> None:
+    assert select_attention("auto", demand).name == name
+    assert select_attention(name, demand).name == name
+    assert select_operations(KernelsConfig(), demand).attention is select_attention(name, demand).function
+
+
+HALF = AttentionDemand("document", dtype=torch.bfloat16, device=CUDA, heads=8, groups=2)
+REFUSED = [  # name, demand, what the line must say
+    ("sdpa", AttentionDemand("document"), ["cannot do data.attention_mask=document", "use auto or sdpa-documents"]),
+    ("varlen", AttentionDemand(), ["cannot do data.attention_mask=causal", "use auto or sdpa"]),
+    ("sdpa-documents", AttentionDemand(), ["cannot do data.attention_mask=causal"]),
+    ("varlen", AttentionDemand("document", dtype=torch.bfloat16), ["does not run on cpu"]),
+    ("varlen", AttentionDemand("document", device=CUDA), ["does not compute in float32"]),
+    ("varlen", AttentionDemand("document", torch.float16, CUDA, head_size=512), ["at most 256 elements, not 512"]),
+]
+
+
+@pytest.mark.parametrize("name, demand, says", REFUSED, ids=str)
+def test_a_named_backend_that_cannot(name: str, demand: AttentionDemand, says: list[str], gpu: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        select_attention(name, demand)
+    for part in (f"error[E209]: kernels.attention={name} ", *says):
+        assert part in str(caught.value)
+
+
+def test_varlen_needs_the_chip_and_the_torch(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu((7, 5))
+    with pytest.raises(ConfigError, match=r"E209.*Some GPU is older than FlashAttention's sm_80"):
+        select_attention("varlen", HALF)
+    assert select_attention("auto", HALF).name == "sdpa-documents", "passed over where nobody named it"
+    gpu((9, 0))
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda query, key, value, cu_seq_q, is_causal: None)
+    with pytest.raises(ConfigError, match=r"E209.*has another signature"):
+        select_attention("varlen", HALF)
+    gpu((9, 0))
+    monkeypatch.setitem(__import__("sys").modules, "torch.nn.attention.varlen", None)
+    with pytest.raises(ConfigError, match=r"E209.*has no torch\.nn\.attention\.varlen"):
+        select_attention("varlen", HALF)
+
+
+def test_without_grouped_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a backend declares decides: one that cannot share keys is passed over for a model that does."""
+    narrow = attention.AttentionBackend("narrow", whole_samples, frozenset({"causal"}), frozenset({"cpu"}),
+                                        frozenset({torch.float32}), grouped_queries=False)  # fmt: skip
+    monkeypatch.setattr(attention, "BACKENDS", (narrow, *BACKENDS))
+    assert select_attention("auto", AttentionDemand(heads=4, groups=4)).name == "narrow"
+    assert select_attention("auto", AttentionDemand(heads=4, groups=2)).name == "sdpa"
+    with pytest.raises(ConfigError, match=r"E209.*as many query groups \(2\) as heads \(4\)"):
+        select_attention("narrow", AttentionDemand(heads=4, groups=2))
+
+
+def test_none_can() -> None:
+    with pytest.raises(ConfigError, match=r"E210.*sdpa does not run on xpu.*varlen cannot do"):
+        select_attention("auto", AttentionDemand(device=torch.device("xpu")))

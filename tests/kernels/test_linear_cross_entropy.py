@@ -1,0 +1,125 @@
+"""The softmax of a chunk and the product that sums a weight's gradient, against torch's own on fresh random inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_hammer.kernels import linear_cross_entropy as kernel
+from megatron_hammer.kernels import weight_gradient
+from megatron_hammer.kernels.linear_cross_entropy import (
+    Columns,
+    combine_statistics,
+    linear_cross_entropy,
+    loss_and_gradient_,
+    row_statistics,
+    softmax_gradient_,
+)
+from megatron_hammer.kernels.weight_gradient import add_weight_gradient
+
+# Largest error of the gradient, as a share of its norm: one rounding to the logits' type; in fp32 z - lse is rounded
+# where both are near 40, and exp makes the absolute error of 4e-6 a relative one.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+
+
+def problem(n: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [n, width] far from zero, so that the maximum matters, labels for all columns, weights with zeros."""
+    logits = (torch.randn(n, width, dtype=torch.float64) * 5 + 20).to(dtype)
+    weights = torch.rand(n, dtype=torch.promote_types(dtype, torch.float32))
+    weights[::3] = 0
+    return logits, torch.randint(0, width, (n,)), weights
+
+
+def expected(logits: Tensor, labels: Tensor, vocab_size: int, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    """Loss and gradient in fp64 by autograd."""
+    z = logits.to(torch.float64, copy=True).requires_grad_()
+    loss = F.cross_entropy(z[:, :vocab_size], labels, reduction="none")
+    objective = loss + z_loss * z[:, :vocab_size].logsumexp(-1).square()
+    (gradient,) = torch.autograd.grad((weights.double() * objective).sum(), z)
+    return loss.detach(), gradient
+
+
+def close(found: Tensor, reference: Tensor, tolerance: float) -> None:
+    assert (found.double() - reference).norm() <= tolerance * reference.norm()
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("block", [1, 1000, 2**18])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_one_rank(dtype: torch.dtype, block: int, z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernel.BLOCK_ELEMENTS, "cpu", block)
+    logits, labels, weights = problem(23, 200, dtype)
+    columns = Columns.of(0, 200, 151)
+    labels %= 151
+    loss, gradient = expected(logits, labels, 151, weights, z_loss)
+    found = logits.clone()
+    losses = loss_and_gradient_(found, labels, columns, weights, z_loss)
+    assert losses.dtype == torch.promote_types(dtype, torch.float32)
+    close(losses, loss, 1e-13 if dtype == torch.float64 else 1e-6)
+    close(found, gradient, TOLERANCE[dtype])
+    assert not found[:, 151:].any(), "padding must get no gradient"
+    assert not found[::3].any(), "nor tokens that do not count"
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("vocab_size", [61, 90, 128])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_ranks_apart(dtype: torch.dtype, vocab_size: int, z_loss: float) -> None:
+    """4 ranks of 32 columns; with 61 true columns the last two hold padding only."""
+    logits, labels, weights = problem(19, 128, dtype)
+    labels %= vocab_size
+    loss, gradient = expected(logits, labels, vocab_size, weights, z_loss)
+    shards = [x.contiguous() for x in logits.split(32, 1)]
+    columns = [Columns.of(rank, 32, vocab_size) for rank in range(4)]
+    parts = torch.stack([row_statistics(z, labels, c) for z, c in zip(shards, columns, strict=True)])
+    assert all(torch.equal(z, part) for z, part in zip(shards, logits.split(32, 1), strict=True)), "still unchanged"
+    lse, losses = combine_statistics(parts)
+    close(losses, loss, 1e-13 if dtype == torch.float64 else 1e-6)
+    for z, c in zip(shards, columns, strict=True):
+        softmax_gradient_(z, labels, c, lse, losses, weights, z_loss)
+    close(torch.cat(shards, 1), gradient, TOLERANCE[dtype])
+    assert not torch.cat(shards, 1)[:, vocab_size:].any()
+
+
+def test_a_label_that_is_all_but_certain_keeps_its_gradient() -> None:
+    """p = 1 - 1e-4 is 1 in bf16, so p - 1 of the written p would be 0. 4e-3: a rounding to bf16 and one of the sum."""
+    logits, labels, columns = torch.zeros(2, 8, dtype=torch.bfloat16), torch.tensor([3, 3]), Columns.of(0, 8, 8)
+    logits[:, 3] = 11
+    _, gradient = expected(logits, labels, 8, torch.ones(2), 0.0)
+    assert -2e-4 < gradient[0, 3] < -1e-4
+    one, apart = logits.clone(), logits.clone()
+    loss_and_gradient_(one, labels, columns, torch.ones(2))
+    lse, loss = combine_statistics(row_statistics(logits, labels, columns)[None])
+    softmax_gradient_(apart, labels, columns, lse, loss, torch.ones(2))
+    for found in (one, apart):
+        torch.testing.assert_close(found.double(), gradient, rtol=4e-3, atol=0)
+
+
+def test_the_reference_is_torch_on_all_logits() -> None:
+    hidden, weight = torch.randn(9, 6, dtype=torch.float64), torch.randn(40, 6, dtype=torch.float64)
+    labels = torch.randint(0, 33, (9,))
+    rows = [-(hidden[i] @ weight[:33].t()).log_softmax(-1)[labels[i]] for i in range(9)]
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, 33), torch.stack(rows))
+    assert linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), labels, 33).dtype == torch.float32
+
+
+@pytest.mark.parametrize("block", [5, 64, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_weight_gradient_is_summed_in_fp32(dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written over garbage, then added to 63 times; in 16 bits such a sum would stop growing.
+
+    16 bits: each product is rounded once, the sum never. fp32: 64 roundings.
+    """
+    monkeypatch.setattr(weight_gradient, "BLOCK_ELEMENTS", block)
+    wide = torch.promote_types(dtype, torch.float32)
+    grad, x = torch.randn(13, 37).to(dtype), torch.randn(13, 6).to(dtype)
+    place = torch.full((37, 6), torch.nan, dtype=wide)
+    add_weight_gradient(place, grad, x, add=False)
+    product = grad.double().t() @ x.double()
+    tolerance = {torch.float64: 1e-13, torch.float32: 5e-6}.get(dtype, torch.finfo(dtype).eps / 2)
+    close(place, product, tolerance)
+    for _ in range(63):
+        add_weight_gradient(place, grad / 64, x, add=True)
+    close(place, product * (1 + 63 / 64), tolerance)

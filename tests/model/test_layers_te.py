@@ -1,0 +1,343 @@
+"""The Transformer Engine layers on their contract double (te_double.py): they equal the torch layers on every layout.
+
+Nothing here says that the library itself computes this; tests/test_gpu.py does where it is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_hammer.checkpoint.format import read_manifest
+from megatron_hammer.checkpoint.load import load_shards
+from megatron_hammer.checkpoint.save import save_checkpoint
+from megatron_hammer.config import Config
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.kernels import te
+from megatron_hammer.kernels.attention import (
+    BACKENDS,
+    AttentionDemand,
+    Documents,
+    causal_attention,
+    each_document,
+    select_attention,
+)
+from megatron_hammer.kernels.operations import Operations
+from megatron_hammer.model.llama import build_llama
+from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.train import loop
+from megatron_hammer.train.prepare import prepare
+from megatron_hammer.train.run import run_rank
+from megatron_hammer.train.step import train_step
+from tests.checkpoint.layouts import KINDS, config_tree
+from tests.distributed import run_distributed
+from tests.model import te_double
+from tests.model.tiny import build, logical_parts, make_context, merged, rank_batches, tiny_config, train
+from tests.train.runs import config_for, overrides, run, write_dataset
+
+Trained = tuple[list[tuple[float, float, bool]], dict[str, Tensor], list[dict[str, Any]]]
+
+# More ranks than query groups, sequence parallelism, data parallelism with shards that cut tensors, documents.
+LAYOUTS = [(1, False, 1), (1, False, 2), (2, False, 1), (2, True, 1), (2, True, 2), (4, False, 1), (4, True, 1)]
+
+
+def te_config(tp: int = 1, sp: bool = False, **changes: Any) -> Config:
+    """A feed-forward width that fp8 takes on two ranks."""
+    changes = {"kernels__layers": "te", "model__ffn_hidden_size": 192, **changes}
+    return tiny_config(parallel__tensor_model_parallel_size=tp, parallel__sequence_parallel=sp, **changes)
+
+
+def torch_config(config: Config) -> Config:
+    """The same run on the torch layers, in one process."""
+    return tiny_config(
+        model__ffn_hidden_size=192,
+        data__attention_mask=config.data.attention_mask,
+        train__precision=config.train.precision,
+    )
+
+
+def _trained(rank: int, config: Config, steps: int) -> Trained:
+    """Train on the double, its attention included, and say what it recorded (a group by its size)."""
+    with te_double.installed() as events, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "select_operations", lambda *_: Operations(attention=te.attention))
+        reports, parts = train(rank, config, steps)
+        for event in events:
+            for key in ("group", "tp_group"):
+                if event.get(key) is not None:
+                    event[key] = torch.distributed.get_world_size(event[key])
+        return reports, parts, list(events)
+
+
+def _equal(results: list[Trained], expected: tuple[list[Any], dict[str, Tensor]], tolerance: float = 1e-5) -> None:
+    """As in test_parallel.py."""
+    for reports, _, _ in results:
+        for (loss, norm, applied), (loss_1, norm_1, _) in zip(reports, expected[0], strict=True):
+            assert loss == pytest.approx(loss_1, rel=tolerance) and norm == pytest.approx(norm_1, rel=100 * tolerance)
+            assert applied
+    for name, tensor in merged([parts for _, parts, _ in results]).items():
+        error = (tensor - expected[1][name]).norm() / expected[1][name].norm()
+        assert error < 10 * tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("mask", ["causal", "document"])
+@pytest.mark.parametrize("tp, sp, dp", LAYOUTS)
+def test_training_equals_the_torch_layers(tp: int, sp: bool, dp: int, mask: str) -> None:
+    """Losses, norms and weights over 5 steps of several micro-batches, in fp32."""
+    config = te_config(tp, sp, data__attention_mask=mask)
+    config.validate(tp * dp)
+    results: list[Trained] = run_distributed(tp * dp, _trained, config, 5) if tp * dp > 1 else [_trained(0, config, 5)]
+    _equal(results, train(0, torch_config(config), 5))
+    linear = [e for e in results[0][2] if e["event"] == "linear"]
+    batches = config.grad_accum(tp * dp)
+    assert len(linear) == 5 * batches * 4 * config.model.num_layers, "every matrix product of the layers, no other"
+    assert {e["tp_group"] for e in linear} == {tp if tp > 1 else None}
+    assert {e["mode"] for e in linear} == ({"column", "row"} if tp > 1 else {None})
+    added = [e for e in results[0][2] if e["event"] == "gradient"]
+    assert len(added) == len(linear) and all(e["in_main_grad"] for e in added), "in the matrix product"
+    per_step = [e["first"] for e in linear[: batches * 4 * config.model.num_layers]]
+    assert per_step == [i == 0 for i in range(batches) for _ in range(4 * config.model.num_layers)]
+
+
+@pytest.mark.parametrize("fp8", ["delayed", "current"])
+@pytest.mark.parametrize("tp, sp, dp", [(1, False, 1), (2, True, 2)])
+def test_fp8_runs_over_the_right_groups(tp: int, sp: bool, dp: int, fp8: str) -> None:
+    """The double computes in full precision, so a stale copy of a weight would show; groups and regions are counted."""
+    config = te_config(tp, sp, kernels__fp8=fp8, train__global_batch_size=8)
+    results: list[Trained] = run_distributed(tp * dp, _trained, config, 4) if tp * dp > 1 else [_trained(0, config, 4)]
+    _equal(results, train(0, torch_config(config), 4))
+    recipe = {"delayed": "DelayedScaling", "current": "Float8CurrentScaling"}[fp8]
+    world = tp * dp if tp * dp > 1 else None
+    for _, _, events in results:
+        linear, regions = ([e for e in events if e["event"] == kind] for kind in ("linear", "region"))
+        assert all(e["fp8"] and e["recipe"] == recipe and e["group"] == world for e in linear)
+        assert [(e["recipe"], e["group"], e["modules"]) for e in regions] == [
+            (recipe, world, 4 * config.model.num_layers)
+        ] * (4 * config.grad_accum(tp * dp)), "one region a forward, over the world, around all layers"
+    largest = [[e.get("largest") for e in events if e["event"] == "region"] for _, _, events in results]
+    assert all(values == largest[0] for values in largest), "all ranks scale alike"
+    assert (largest[0][0] is None) == (fp8 == "current")
+
+
+def test_evaluation_is_not_in_fp8_and_keeps_no_copy() -> None:
+    """Also right after a training step, whose copies of the weights are those before its update."""
+    config = te_config(kernels__fp8="current")
+    ctx = ParallelContext.single()
+    with te_double.installed() as events:
+        model, optimizer = build(config, ctx)
+        batches = rank_batches(config, 1, ctx)
+        train_step(model, optimizer, batches, config, 1, ctx)
+        events.clear()
+        with torch.no_grad():
+            loss = model(*batches[0]).mean()
+        assert not any(e["fp8"] or e["first"] is not None for e in events if e["event"] == "linear")
+        assert not [e for e in events if e["event"] == "region"]
+    reference, other = build(torch_config(config), ctx)
+    train_step(reference, other, batches, config, 1, ctx)
+    assert float(loss) == pytest.approx(float(reference(*batches[0]).mean().detach()), rel=1e-5)
+
+
+def test_bf16_is_within_its_rounding() -> None:
+    """The library's norm rounds once where the torch one rounds twice."""
+    config = te_config(train__precision="bf16")
+    expected, _ = train(0, torch_config(config), 5)
+    reports, _, _ = _trained(0, config, 5)
+    assert [r[0] for r in reports] == pytest.approx([r[0] for r in expected], rel=1e-2)
+
+
+def test_gradients_overwrite_first_and_then_add_in_fp32() -> None:
+    """Three equal micro-batches are exactly three times one, and nothing of before the step is left."""
+    config = te_config(train__precision="bf16")
+    ctx = ParallelContext.single()
+    with te_double.installed():
+        model, optimizer = build(config, ctx)
+        batch = rank_batches(config, 1, ctx)[0]
+        sums = {}
+        for count in (3, 1):
+            optimizer.grads.fill_(1e4)
+            for i in range(count):
+                optimizer.start_micro_batch(first=i == 0, last=i == count - 1)
+                model(*batch).mean().backward()
+            optimizer.finish_reduction()
+            sums[count] = {p.name: w.main_grad.clone() for p, w in zip(optimizer.table, optimizer.weights, strict=True)}
+    for name, once in sums[1].items():
+        assert once.dtype == torch.float32 and 0 < once.norm() < 1e2, name
+        assert torch.equal(sums[3][name], once + once + once), name
+    for weight in optimizer.weights:
+        assert weight.grad is None and not weight.grad_added_to_main_grad
+        assert weight.main_grad.untyped_storage().data_ptr() == optimizer.grads.untyped_storage().data_ptr()
+
+
+def _saved_by_one_and_loaded_by_the_other(rank: int, tp: int, sp: bool, first: str, folder: str) -> list[float]:
+    """Two steps, save, load into the other kind of layers, two more; the same without the break must give the same."""
+    losses: dict[bool, list[float]] = {True: [], False: []}
+    other = "torch" if first == "te" else "te"
+    with te_double.installed():
+        for broken in (True, False):
+            config = te_config(tp, sp, kernels__layers=first)
+            ctx = make_context(config)
+            model, optimizer = build(config, ctx)
+            for step in range(1, 5):
+                if broken and step == 3:
+                    path = save_checkpoint(folder, 2, optimizer.shards(), model=config.model, keep_last=2, ctx=ctx,
+                                           config_tree=config_tree(config.model), state=optimizer.scalar_state(),
+                                           tokenizer=None)  # fmt: skip
+                    model, optimizer = build(te_config(tp, sp, kernels__layers=other, train__seed=99), ctx)
+                    manifest = read_manifest(path)
+                    load_shards(manifest, optimizer.shards(), model=config.model, kinds=KINDS, ctx=ctx)
+                    optimizer.load_scalar_state(manifest.state)
+                    optimizer.copy_params_from_masters()
+                report = train_step(model, optimizer, rank_batches(config, step, ctx), config, step, ctx)
+                losses[broken].append(float(report.loss))
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    return losses[True]
+
+
+@pytest.mark.parametrize("first", ["te", "torch"])
+def test_checkpoints_are_interchangeable(first: str, tmp_path: Path) -> None:
+    alone = _saved_by_one_and_loaded_by_the_other(0, 1, False, first, str(tmp_path / "one"))
+    sharded = run_distributed(2, _saved_by_one_and_loaded_by_the_other, 2, True, first, str(tmp_path / "two"))
+    assert sharded[0] == pytest.approx(alone, rel=1e-5) and alone[-1] < alone[0]
+    one, two = (read_manifest(tmp_path / name / "step-00000002") for name in ("one", "two"))
+    assert one.index.keys() == two.index.keys()
+
+
+def test_both_kinds_of_layers_have_one_tree_of_names() -> None:
+    """Parameters, state dict and initial weights: the library's modules and their extra state stay out of sight."""
+    config, ctx = te_config(), ParallelContext.single()
+    with te_double.installed():
+        ours, _ = build(config, ctx)
+        raw = build_llama(config.model, ctx, kernels=config.kernels)
+    theirs, _ = build(torch_config(config), ctx)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert [*dict(ours.named_modules())] == [*dict(theirs.named_modules())]
+    assert all(not w.any() for w in raw.parameters()), "weights are zero until they are initialised or loaded"
+    for (name, a), (_, b) in zip(logical_parts(ours, config, ctx).items(), logical_parts(theirs, config, ctx).items()):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("heads, groups", [(8, 8), (8, 2), (4, 1)])
+def test_attention_equals_the_reference(heads: int, groups: int) -> None:
+    """Outputs and gradients, samples and documents; queries and keys come out of RoPE, values are a view."""
+    lengths = [5, 1, 17, 9]
+    documents = Documents.from_cu_seqlens(np.cumsum([0, *lengths]).astype(np.int32), torch.device("cpu"))
+    for shape, given in (((16, 2), None), ((32, 1), documents)):
+        fused = torch.randn(*shape, heads + 2 * groups, 8, dtype=torch.float64, requires_grad=True)
+        results = []
+        with te_double.installed():
+            for function in (te.attention, each_document if given else lambda q, k, v, _: causal_attention(q, k, v)):
+                out = function(*fused.split((heads, groups, groups), dim=2), given)
+                results.append((out, *torch.autograd.grad(out, fused, torch.ones_like(out).cumsum(-1))))
+        for mine, reference in zip(*results, strict=True):
+            assert torch.allclose(mine, reference, atol=1e-12), (heads, groups, given)
+
+
+# ---- at start ---------------------------------------------------------------------------------------------------
+
+
+def test_the_row_in_the_table_of_attention_backends() -> None:
+    """By name only, on a GPU in 16 bits, for either mask; a run without it never pays for its import."""
+    row = next(backend for backend in BACKENDS if backend.name == "te")
+    gpu = torch.device("cuda")
+    for mask in ("causal", "document"):
+        assert "is not installed" in row.obstacle(AttentionDemand(mask, torch.bfloat16, gpu, 8, 2))
+        with te_double.installed():
+            assert row.obstacle(AttentionDemand(mask, torch.bfloat16, gpu, 8, 2)) == ""
+            assert "float32" in row.obstacle(AttentionDemand(mask, torch.float32, gpu))
+        assert select_attention("auto", AttentionDemand(mask)).name != "te"
+    with pytest.raises(ConfigError, match=r"E209.*does not run on cpu"):
+        select_attention("te", AttentionDemand())
+
+
+def test_what_stands_in_the_way_is_said_in_the_library_s_words() -> None:
+    assert "transformer_engine" in te.obstacle()  # ModuleNotFoundError here
+    with te_double.installed():
+        assert te.obstacle() == "torch sees no GPU"
+        module = sys.modules["transformer_engine.pytorch"]
+        assert te.missing_names(module, te.USED) == []
+        assert te.missing_names(module, {"Linear": ("bias", "tp_grup"), "Linear.forward": ("first",), "X": ()}) == [
+            "Linear(tp_grup)", "Linear.forward(first)", "X"]  # fmt: skip
+        module.is_fp8_available = lambda *args, **kwargs: True  # as behind a decorator that keeps no signature
+        assert te.missing_names(module, te.USED) == []
+        del module.autocast  # as in a version of two years ago
+        assert te.obstacle() == "the installed version has no autocast"
+
+
+def _package(folder: Path, text: str) -> str:
+    """A ``transformer_engine`` that does this when it is imported."""
+    (folder / "transformer_engine").mkdir()
+    (folder / "transformer_engine" / "__init__.py").write_text(text)
+    return str(folder)
+
+
+BROKEN = [
+    ("raise RuntimeError('Found empty `transformer-engine` meta package installed.\\nInstall it.')",
+     "RuntimeError: Found empty `transformer-engine` meta package installed. Install it."),
+    ("raise OSError('libnccl.so.2: cannot open shared object file')", "OSError: libnccl.so.2"),
+    ("import os\nos._exit(3)", "its import ended with exit code 3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, said", BROKEN, ids=["meta package", "no library", "no process left"])
+def test_a_broken_library_is_refused_before_ranks_start(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([_package(tmp_path, text), str(Path.cwd())]))
+    with pytest.raises(ConfigError) as caught:
+        te.check_before_start(te_config())
+    assert str(caught.value).startswith("error[E212]: kernels.layers=te needs Transformer Engine")
+    assert said in str(caught.value) and "kernels.layers=torch" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"E212.*kernels\.attention=te.*use kernels\.attention=auto"):
+        te.check_before_start(te_config(kernels__layers="torch", kernels__attention="te"))
+    te.check_before_start(tiny_config())  # asks nobody
+
+
+def test_the_launcher_says_why_and_starts_nothing(tmp_path: Path) -> None:
+    for name in "abxy":
+        write_dataset(tmp_path / name, 20, 0)
+    arguments = overrides(tmp_path, tmp_path / "run", "kernels.layers=te")
+    with pytest.raises(ConfigError, match=r"E212.*No module named"):
+        prepare(config_for(arguments), 2)  # what the launcher does before it starts ranks
+    prepare(config_for(arguments), 2, check_data=False)  # a rank asks in its own process, below
+    with pytest.raises(ConfigError, match=r"E212.*No module named"):
+        run_rank(config_for(arguments), 0, 0, 1, None, check_data=False)
+    done = run(2, arguments)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error[E212]: kernels.layers=te") and "No module named" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("changes, number, named", [
+    ({"kernels.layers": "te", "train.device": "cpu"}, "E212", "does not run with train.device=cpu"),
+    ({"kernels.attention": "te", "train.device": "cpu"}, "E212", "kernels.attention=te"),
+    ({"kernels.fp8": "current"}, "E213", "is not for kernels.layers=torch"),
+    ({"kernels.fp8": "delayed", "kernels.layers": "te", "train.precision": "fp32"}, "E213", "train.precision=fp32"),
+    ({"kernels.fp8": "current", "kernels.layers": "te", "data.seq_length": 40, "train.micro_batch_size": 1}, "E213",
+     r"a multiple of 16 for train.micro_batch_size x data.seq_length \(40\)"),
+    ({"kernels.fp8": "current", "kernels.layers": "te", "model.ffn_hidden_size": 200}, "E213", "ffn_hidden_size"),
+    ({"kernels.fp8": "fast"}, "E203", "kernels.fp8"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_by_the_config(changes: dict[str, Any], number: str, named: str) -> None:
+    changes = {"train.precision": "bf16", **changes}
+    with pytest.raises(ConfigError, match=f"{number}.*{named}"):
+        config_for([f"{key}={value}" for key, value in changes.items()]).validate(1)
+
+
+def test_delayed_scaling_says_what_a_restart_costs() -> None:
+    for fp8, expected in (("off", 0), ("current", 0), ("delayed", 1)):
+        said = [note for note in te_config(kernels__fp8=fp8).notes() if "not bit-equal" in note]
+        assert len(said) == expected
+
+
+def test_fp8_on_a_gpu_that_cannot_is_another_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with te_double.installed(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        te.check_here(te_config())
+        with pytest.raises(ConfigError, match=r"E213.*kernels\.fp8=current cannot run here \(Device compute"):
+            te.check_here(te_config(kernels__fp8="current"))

@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""Give a Llama another vocabulary, so that its pretraining can continue with a new (merged, say) tokenizer.
+
+    python tools/extend_embeddings.py internlm-7b/ --new-tokenizer merged/tokenizer.model --output extended/
+
+MODEL is a Hugging Face folder, or one of our checkpoints (a run, its checkpoints folder, a step); DIR becomes the same
+kind. Ids are matched by content: a token that both tokenizers have keeps its row bit for bit, whatever its numbers; a
+new one gets the mean of the rows of the pieces that the old tokenizer spells it with; control tokens without namesake
+or role get the mean of all rows. Rows of MODEL beyond the old tokenizer are dropped. All other weights stay as they
+are. DIR/extension.json says where every row that is not a copy came from.
+
+A checkpoint of ours becomes a weights-only one of step 0, to start a new run from: the moments of the optimizer and the
+place in the data belong to the old run.
+"""
+
+from __future__ import annotations
+
+from megatron_hammer.cli import ArgumentParser, run
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="extend_embeddings.py", description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face folder, checkpoint or run")
+    parser.add_argument("--old-tokenizer", metavar="TOKENIZER", help="that of MODEL (default: the one in it)")
+    parser.add_argument("--new-tokenizer", required=True, metavar="TOKENIZER",
+                        help="sentencepiece .model, tokenizer.json or a Hugging Face folder")  # fmt: skip
+    parser.add_argument("--output", required=True, metavar="DIR", help="a new or empty folder")
+    args = parser.parse_args()
+
+    from megatron_hammer.checkpoint.extend import REPORT, extend_model, summary
+
+    report = extend_model(args.model, args.new_tokenizer, args.output, args.old_tokenizer)
+    print(summary(report))
+    print(f"wrote {args.output}, and {args.output}/{REPORT}")
+    if report["model"]["kind"] == "checkpoint":
+        preset = f"{args.output}/model.yaml checkpoint.init_from={args.output}"
+        print(f"continue from it: python -m megatron_hammer.train {preset} data.train=PREFIX train.output=RUN")
+    else:
+        print(f"continue from it: python tools/hf_to_checkpoint.py --hf {args.output} --save DIR")
+
+
+if __name__ == "__main__":
+    run(main)

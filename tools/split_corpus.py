@@ -1,0 +1,41 @@
+#!/usr/bin/env python3
+"""Hold out documents by a hash of their text.
+
+    python tools/split_corpus.py zh.jsonl --output-prefix data/zh --valid-fraction 0.001 --seed 3407
+    python tools/split_corpus.py zh.jsonl.zst --output-prefix data/zh --valid-documents 5000 --seed 3407
+
+writes P.train.jsonl, P.valid.jsonl (lines as they are, in their order) and P.split.json (settings, sources, hashes).
+With --valid-fraction the same text falls on the same side in every file and every run of one seed: copies of a held-out
+text do not stay in the training set, and a corpus that grows keeps its held-out texts. --valid-documents holds out
+exactly N distinct texts and their copies; P.split.json then says the fraction that this is.
+"""
+
+from __future__ import annotations
+
+from megatron_hammer.cli import ArgumentParser, run
+from megatron_hammer.corpus.split import split_corpus
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("inputs", nargs="+", metavar="F.jsonl", help="also .gz, .zst; folders, patterns")
+    parser.add_argument("--output-prefix", required=True, metavar="P")
+    parser.add_argument("--seed", required=True, type=int, help="any integer")
+    parser.add_argument("--json-key", default="text", help="the field that holds the text (default: text)")
+    held_out = parser.add_mutually_exclusive_group(required=True)
+    held_out.add_argument("--valid-fraction", type=float, metavar="F", help="expected share of texts held out")
+    held_out.add_argument("--valid-documents", type=int, metavar="N", help="distinct texts held out")
+    args = parser.parse_args()
+    summary = split_corpus(
+        args.inputs,
+        args.output_prefix,
+        args.seed,
+        valid_fraction=args.valid_fraction,
+        valid_documents=args.valid_documents,
+        key=args.json_key,
+    )
+    print(summary)
+
+
+if __name__ == "__main__":
+    run(main)
