@@ -18,7 +18,8 @@ Exit code 0: equal, with counts. Exit code 5: they differ, and the first differe
 from __future__ import annotations
 
 from megatron_hammer.cli import ArgumentParser, run
-from megatron_hammer.corpus.documents import TextCorpus
+from megatron_hammer.corpus.documents import read_texts
+from megatron_hammer.corpus.readers import expand_inputs
 from megatron_hammer.tokenizer.verify import compare_tokenizers
 
 
@@ -27,7 +28,11 @@ def main() -> None:
     parser.add_argument("a", metavar="A", help="sentencepiece .model, tokenizer.json or Hugging Face folder")
     parser.add_argument("b", metavar="B", help="what is compared with it")
     parser.add_argument(
-        "--texts", nargs="+", default=[], metavar="FILE", help="texts to compare (.jsonl, .parquet, .txt)"
+        "--texts",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="texts: .jsonl, .parquet, .txt, folders, patterns",
     )
     parser.add_argument("--json-key", default="text", help="field or column that holds the text (default: text)")
     parser.add_argument(
@@ -36,7 +41,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=3407, help="of the fuzz texts (default: %(default)s)")
     args = parser.parse_args()
 
-    texts = {path: TextCorpus([path], args.json_key) for path in args.texts}
+    texts = {
+        str(path): (text for texts, _ in read_texts(path, args.json_key) for text in texts)
+        for path in expand_inputs(args.texts)
+    }
     comparison = compare_tokenizers(args.a, args.b, texts, args.fuzz, args.seed)
     print("\n".join(comparison.lines()), flush=True)
     if error := comparison.error():

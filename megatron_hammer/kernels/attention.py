@@ -32,9 +32,10 @@ from torch.nn import functional as F
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.kernels import te
 
-# On a CPU, torch's 16-bit attention costs about as much for 30 rows as for 100, and up to here more than in fp32 with
-# both conversions: measured on a Xeon with AMX, torch 2.13, d 32 and 64, forward and backward, one thread.
-FP32_ROWS_ON_CPU = 384
+# On a CPU, torch's 16-bit attention costs about as much for 30 rows as for 100, and below this many elements of a head
+# (rows x d) up to twice as much as in fp32 with both conversions, above it less: measured on a Xeon with AMX, torch 2.13,
+# 64 to 512 rows, d 32 to 128, forward and backward, one and two threads.
+FP32_ELEMENTS_ON_CPU = 384 * 32
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,13 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over earlier positions: q [s, b, n, d], k and v [s, b, g, d] -> [s, b, n, d]."""
+    """Softmax attention over earlier positions: q [s, b, n, d], k and v [s, b, g, d] -> [s, b, n, d].
+
+    On a CPU, short 16-bit inputs are computed in fp32: see ``FP32_ELEMENTS_ON_CPU``.
+    """
+    dtype = q.dtype
+    if q.device.type == "cpu" and dtype.itemsize == 2 and len(q) * q.shape[-1] < FP32_ELEMENTS_ON_CPU:
+        return causal_attention(q.float(), k.float(), v.float()).to(dtype)
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [b, heads, s, d], no copy
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     return out.permute(2, 0, 1, 3)
@@ -83,18 +90,12 @@ def whole_samples(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None =
 def each_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
     """Backend "sdpa-documents": one call a document, so that no mask is stored and no masked product is computed.
 
-    It is the reference of the other backends for documents. On a CPU, 16-bit documents of fewer than
-    ``FP32_ROWS_ON_CPU`` rows are computed in fp32.
+    It is the reference of the other backends for documents.
     """
     assert documents is not None, "this backend masks documents and must be told where they are"
-    lengths, on_cpu = list(documents.lengths), q.device.type == "cpu"
-    parts = []
-    for q_i, k_i, v_i in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):  # [rows, 1, heads, d]
-        if on_cpu and q.dtype.itemsize == 2 and len(q_i) < FP32_ROWS_ON_CPU:
-            parts.append(causal_attention(q_i.float(), k_i.float(), v_i.float()).to(q.dtype))
-        else:
-            parts.append(causal_attention(q_i, k_i, v_i))
-    return torch.cat(parts)
+    lengths = list(documents.lengths)
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)  # [rows, 1, heads, d]
+    return torch.cat([causal_attention(q_i, k_i, v_i) for q_i, k_i, v_i in parts])
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:

@@ -15,7 +15,7 @@ from megatron_hammer.errors import ConfigError
 from megatron_hammer.kernels import attention
 from megatron_hammer.kernels.attention import (
     BACKENDS,
-    FP32_ROWS_ON_CPU,
+    FP32_ELEMENTS_ON_CPU,
     AttentionDemand,
     Documents,
     each_document,
@@ -82,8 +82,9 @@ def test_each_document_in_fp64(lengths: tuple[int, ...], heads: int, groups: int
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 def test_each_document_in_all_types(dtype: torch.dtype, tolerance: float) -> None:
     """Of the norm; a few roundings of the type. Documents on both sides of the bound up to which 16 bits become 32."""
-    documents = documents_of(40, FP32_ROWS_ON_CPU - 1, FP32_ROWS_ON_CPU + 5, 3)
-    inputs = qkv(sum(documents.lengths), 4, 2, dtype)
+    rows = FP32_ELEMENTS_ON_CPU // 32
+    documents = documents_of(40, rows - 1, rows + 5, 3)
+    inputs = qkv(sum(documents.lengths), 4, 2, dtype, 32)
     wide = [x.detach().double().requires_grad_() for x in inputs]
     found = with_gradients(each_document, inputs, documents)
     for mine, expected in zip(found, with_gradients(reference, wide, documents), strict=True):
