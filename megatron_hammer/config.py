@@ -327,6 +327,8 @@ class KernelsConfig:
     fp8: Literal["off", "delayed", "current"] = "off"
     """8-bit matrix products of the layers in training, with kernels.layers=te and bf16. current: each tensor scaled by
     its own largest value. delayed: by those of past steps, which no checkpoint holds: a resumed run scales anew."""
+    loss: Literal["auto", "torch", "triton"] = "auto"
+    """Softmax and gradient of the logits. auto: triton on a GPU where it is installed, else torch."""
     loss_chunk_tokens: int | None = None
     """Tokens of a micro-batch whose logits exist at once, [tokens, vocabulary / TP]; absent: 2048 on a GPU, 1024 on a
     CPU. Fewer take less memory and more time: the gradient of the output head is read and written once a chunk."""

@@ -102,6 +102,9 @@ REFUSED = [  # argument, code, what the line must name
     ("data.attention_mask=documents", "E203", ["data.attention_mask=documents", "causal, document", "mean document?"]),
     ("kernels.attention=flash", "E203", ["kernels.attention=flash", "sdpa-documents"]),
     ("kernels.attention=varlen", "E209", ["kernels.attention=varlen", "data.attention_mask=causal", "auto or sdpa"]),
+    ("kernels.loss=liger", "E203", ["kernels.loss=liger", "auto, torch, triton"]),
+    ("kernels.loss_chunk_tokens=0", "E204", ["kernels.loss_chunk_tokens=0"]),
+    ("train.z_loss=-1e-4", "E204", ["train.z_loss"]),
     ("model.max_position_embeddings=64", "E205", ["data.seq_length", "max_position_embeddings"]),
 ]
 

@@ -12,10 +12,18 @@ and .zst are decompressed), parquet (.parquet: the keys are columns), plain text
 
 A malformed document ends the program with its file, line and byte; --on-error skip or quarantine leaves it out and
 counts it. A program that was killed or stopped goes on when the same command is given again.
+
+    python tools/preprocess_data.py ... --engine ray --address auto
+
+makes the same files on a Ray cluster. Every node needs megatron_hammer[ray] of one version, and sees inputs, tokenizer
+and output under the same paths; the output's file system needs room for the tokens twice. Plain .jsonl and parquet
+files are cut into shards, which become the tasks; a compressed file is one. Without --address a cluster of this machine
+is started for the run.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 
@@ -35,31 +43,49 @@ def parser() -> ArgumentParser:
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.{bin,idx,meta.json}")
     parser.add_argument("--append-eod", action="store_true", help="end every document with the tokenizer's eos id")
     parser.add_argument("--prepend-bos", action="store_true", help="begin every document with its bos id")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-                        help="threads that parse and encode (default: all cores of this process)")  # fmt: skip
+    parser.add_argument("--workers", type=int, metavar="N",
+                        help="threads that parse and encode, on a cluster in all (default: all cores of this process, "
+                        "with --address all of the cluster)")  # fmt: skip
     parser.add_argument("--on-error", choices=("stop", "skip", "quarantine"), default="stop",
                         help="a malformed document: end, leave it out, or also write it to "
                         "P_KEY_document.rejected.jsonl, KEY being the first (default: stop)")  # fmt: skip
     parser.add_argument("--shard-mb", type=float, default=1024, metavar="MB",
-                        help="text between two points to go on from after a kill (default: 1024)")  # fmt: skip
+                        help="text between two points to go on from after a kill; with --engine ray, text of a task "
+                        "(default: 1024)")  # fmt: skip
     parser.add_argument("--restart", action="store_true", help="begin again, whatever an interrupted run has left")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local",
+                        help="work in threads of this process, or on a Ray cluster (default: local)")  # fmt: skip
+    parser.add_argument("--address", metavar="A",
+                        help="with --engine ray: a running cluster, host:port, or auto for this machine's")  # fmt: skip
+    parser.add_argument("--workers-per-task", type=int, metavar="N",
+                        help="with --engine ray: threads of a task, which takes as many CPUs (default: 1)")  # fmt: skip
     return parser
 
 
 def main() -> int:
-    args = parser().parse_args()
+    arguments = parser()
+    args = arguments.parse_args()
+    if args.engine == "local" and (args.address, args.workers_per_task) != (None, None):
+        arguments.error("--address and --workers-per-task need --engine ray")
     from megatron_hammer.data.build import Stopped, build_datasets
 
+    if args.engine == "ray":
+        from megatron_hammer.data.build_ray import build_datasets_on_ray
+
+        tasks = 1 if args.workers_per_task is None else args.workers_per_task
+        build = functools.partial(build_datasets_on_ray, workers=args.workers, address=args.address, task_workers=tasks)
+    else:
+        workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
+        build = functools.partial(build_datasets, workers=workers)
     with StopOnSignal() as signals:
         try:
-            summaries = build_datasets(
+            summaries = build(
                 args.input,
                 args.json_keys,
                 args.tokenizer_model,
                 args.output_prefix,
                 append_eod=args.append_eod,
                 prepend_bos=args.prepend_bos,
-                workers=args.workers,
                 on_error=args.on_error,
                 text_documents=args.text_documents,
                 shard_bytes=int(args.shard_mb * 1e6),

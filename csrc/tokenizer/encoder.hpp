@@ -63,7 +63,7 @@ class Encoder {
   // `first` and `last` go around the ids of every document that has any; negative: nothing does. Throws Surrogate.
   Encoded encode(const std::vector<Text>& texts, int threads, int32_t first, int32_t last);
 
-  // For a text that comes in parts: where it can be cut (the next place from `from` on, its length if there is none), and
+  // For a text that comes in parts: where it can be cut (the next place from `from` on, else its length), and
   // whether what stands behind a cut can be encoded as a text of its own.
   size_t safe_cut(const Text& text, size_t from) const;
   bool parts_are_independent() const { return !add_dummy_prefix_ && !remove_extra_whitespaces_; }

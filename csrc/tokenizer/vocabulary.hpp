@@ -10,8 +10,8 @@
 // A cut between two characters is *safe* if no piece that can be made by joining spans it: then no join ever crosses
 // it, joins on its two sides do not see each other, and both sides can be encoded on their own. Tables tell so
 // - from the two characters alone: side by side they stand in no piece (`adjacent`);
-// - from one more on each side: the two are no piece by themselves, and no longer piece with them inside has what stands
-//   around them here (`may_span`);
+// - from one more on each side: the two are no piece by themselves, and no longer piece with them inside has what
+//   stands around them here (`may_span`);
 // - behind a newline that spaces follow: all pieces with such spaces go on to one of a few characters
 //   (`newline_follow`), and the text has another one there, or ends.
 // Each is about pieces as text, so it holds whatever the order of joins. A filter may say that a piece is there where

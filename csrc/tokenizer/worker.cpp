@@ -101,7 +101,7 @@ void Worker::encode(const char* begin, const char* end, Ids& out) {
   look_up(pending, n, out);
 }
 
-// Whether the cut at p is safe by two characters on each of its sides, where the inner ones stand in longer pieces only.
+// Whether the cut at p is safe by two characters on each side, where the inner ones stand in longer pieces only.
 bool Worker::can_cut(const char* begin, const char* p, const char* end) const {
   const auto previous = [begin](const char* s) {
     do --s;

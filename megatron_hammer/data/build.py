@@ -18,11 +18,13 @@ killed goes on from there when the same command is given again, to the same byte
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +39,15 @@ from megatron_hammer.corpus.parse import Rejected, parse_block
 from megatron_hammer.corpus.readers import Block, Position
 from megatron_hammer.corpus.stream import file_identity
 from megatron_hammer.data.indexed import IndexedWriter, SourceRecord, StaleState, TokenizerRecord, dtype_for, path_of
-from megatron_hammer.data.journal import Journal, Tally, check_journal, input_changed, load_journal, remove_journal
+from megatron_hammer.data.journal import (
+    Journal,
+    Tally,
+    check_journal,
+    input_changed,
+    load_journal,
+    other_command,
+    remove_journal,
+)
 from megatron_hammer.data.overlap import in_order
 from megatron_hammer.data.quarantine import RejectedFile
 from megatron_hammer.errors import ConfigError, DataError
@@ -164,17 +174,12 @@ def build_datasets(
         RefusedError: the journal of another command is there, or an input has changed.
         Stopped: ``stop`` was set.
     """
-    _check_options(json_keys, workers, on_error, text_documents, shard_bytes)
-    files = tuple(readers.expand_inputs(inputs))  # a file that is missing should not be found out after an hour
-    tokenizer = load_tokenizer(tokenizer_path)
-    if prepend_bos:
-        _check_id("--prepend-bos", "beginning-of-document", tokenizer, tokenizer.bos_id)
-    if append_eod:
-        _check_id("--append-eod", "end-of-document", tokenizer, tokenizer.eos_id)
-    job = Job(files, tuple(json_keys), tokenizer, append_eod, prepend_bos, on_error, text_documents)
-    output = _Output(job, output_prefix, shard_bytes, workers)
+    check_numbers(workers, shard_bytes)
+    job = prepare_job(inputs, json_keys, tokenizer_path, append_eod, prepend_bos, on_error, text_documents)
+    output = Output(job, output_prefix, shard_bytes, workers)
     if restart:
         output.open_new()
+        shutil.rmtree(output.parts_path, ignore_errors=True)
     else:
         output.open()
     with output:
@@ -183,11 +188,23 @@ def build_datasets(
     return output.summaries()
 
 
-def _check_options(
-    json_keys: Sequence[str], workers: int, on_error: str, text_documents: str, shard_bytes: int
-) -> None:
+def check_numbers(workers: int, shard_bytes: int) -> None:
     if workers < 1:
         raise ConfigError(75, f"--workers={workers}", "must be at least 1", "give the number of threads that encode")
+    if shard_bytes < 1:
+        raise ConfigError(78, f"--shard-mb={shard_bytes / 1e6:g}", "must be above 0", "give megabytes of text")
+
+
+def prepare_job(
+    inputs: Sequence[str | Path],
+    json_keys: Sequence[str],
+    tokenizer_path: str | Path,
+    append_eod: bool,
+    prepend_bos: bool,
+    on_error: OnError,
+    text_documents: str,
+) -> Job:
+    """Check what the user asks for, find the files, load the tokenizer; arguments as of ``build_datasets``."""
     if len(set(json_keys)) != len(json_keys):
         raise ConfigError(74, f"--json-keys {' '.join(json_keys)}", "must not name a key twice", "name each key once")
     for option, value, choices in (
@@ -196,14 +213,31 @@ def _check_options(
     ):
         if value not in choices:
             raise ConfigError(77, f"{option}={value}", f"must be one of {', '.join(choices)}", "choose one of these")
-    if shard_bytes < 1:
-        raise ConfigError(78, f"--shard-mb={shard_bytes / 1e6:g}", "must be above 0", "give megabytes of text")
+    files = tuple(readers.expand_inputs(inputs))  # a file that is missing should not be found out after an hour
+    tokenizer = load_tokenizer(tokenizer_path)
+    if prepend_bos:
+        _check_id("--prepend-bos", "beginning-of-document", tokenizer, tokenizer.bos_id)
+    if append_eod:
+        _check_id("--append-eod", "end-of-document", tokenizer, tokenizer.eos_id)
+    return Job(files, tuple(json_keys), tokenizer, append_eod, prepend_bos, on_error, text_documents)
 
 
 def _check_id(option: str, meaning: str, tokenizer: Tokenizer, value: int | None) -> None:
     if value is None:
         raise ConfigError(70, f"{option} with {tokenizer.path}", f"needs a {meaning} id, which this tokenizer lacks",
                           f"leave {option} out, or use a tokenizer that has one")  # fmt: skip
+
+
+def tokenizer_record(tokenizer: Tokenizer) -> TokenizerRecord:
+    """What a dataset's header says about its tokenizer."""
+    return TokenizerRecord(
+        tokenizer.fingerprint,
+        tokenizer.vocab_size,
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+        tokenizer.unk_id,
+    )
 
 
 # ---- one block ----
@@ -274,7 +308,10 @@ def _write_long(job: Job, text: str | LongText, writer: IndexedWriter, threads: 
 # ---- the run ----
 
 
-def _run(job: Job, output: _Output, workers: int, stop: threading.Event | None) -> None:
+def encode_blocks(
+    job: Job, blocks: Iterator[Block], workers: int, stop: threading.Event | None = None
+) -> Generator[Encoded, None, None]:
+    """What each block becomes, in order; several are worked on at once."""
     # The C++ encoder runs in as many calls at once as we like, each with its own caches; other libraries spread one
     # call over their own threads.
     calls, threads = (workers, 1) if job.tokenizer.encoder.startswith("C++") else (1, workers)
@@ -284,18 +321,23 @@ def _run(job: Job, output: _Output, workers: int, stop: threading.Event | None) 
         return encode_block(job, block, workers if alone else threads)
 
     room = (calls * (1 + _ROOM_BLOCKS)) * readers.BLOCK_BYTES
-    encoded = in_order(_blocks(job, output), work, calls, lambda block: block.text_bytes, room, stop)
+    return in_order(blocks, work, calls, lambda block: block.text_bytes, room, stop)
+
+
+def _run(job: Job, output: Output, workers: int, stop: threading.Event | None) -> None:
+    encoded = encode_blocks(job, _blocks(job, output), workers, stop)
     total = sum(identity["bytes"] for identity in output.journal.files)
     before = sum(writer.num_tokens for writer in output.writers.values())
-    with closing(encoded), _Progress(" ".join(job.keys), total, output.journal.raw_bytes, before) as progress:
+    with closing(encoded), Progress(" ".join(job.keys), total, output.journal.raw_bytes, before) as progress:
         for item in encoded:
             output.append(item)
-            progress.advance(item.block, sum(writer.num_tokens for writer in output.writers.values()))
+            tokens = sum(writer.num_tokens for writer in output.writers.values())
+            progress.advance(item.block.raw_bytes, item.block.text_bytes, tokens)
     if stop is not None and stop.is_set() and output.journal.source < len(job.files):
         raise Stopped(output.stop())
 
 
-def _blocks(job: Job, output: _Output) -> Iterator[Block]:
+def _blocks(job: Job, output: Output) -> Iterator[Block]:
     """The blocks that are still to do."""
     journal = output.journal
     source, offset, line, expected = journal.source, journal.offset, journal.line, journal.content_hash
@@ -315,10 +357,15 @@ def _blocks(job: Job, output: _Output) -> Iterator[Block]:
 
 def _check_unchanged(path: Path, identity: dict) -> None:
     if stat.S_ISREG(os.stat(path).st_mode) and file_identity(path) != identity:
-        raise DataError(49, str(path), "was changed while it was read", "run again when nothing writes to it")
+        raise file_changed(path)
 
 
-class _Output:
+def file_changed(path: Path) -> DataError:
+    """E349."""
+    return DataError(49, str(path), "was changed while it was read", "run again when nothing writes to it")
+
+
+class Output:
     """The datasets, the file of rejected lines and the journal: what is on disk, and how far it is."""
 
     def __init__(self, job: Job, output_prefix: str | Path, shard_bytes: int, workers: int) -> None:
@@ -327,6 +374,8 @@ class _Output:
         base = self.prefixes[job.keys[0]]
         self.journal_path = path_of(base, ".journal.json")
         self.rejected_path = path_of(base, ".rejected.jsonl")
+        self.parts_path = path_of(base, ".parts")
+        """Of a run on a cluster: ``build_ray.py``."""
         self.journal = job.new_journal()
         self._kept = False  # whether a journal of this run is on disk
         self._text_bytes_kept = 0
@@ -334,12 +383,14 @@ class _Output:
         self._seconds_before = 0.0
         self._stack = ExitStack()
         self.writers: dict[str, IndexedWriter] = {}
-        self._rejected: RejectedFile | None = None
+        self.rejected: RejectedFile | None = None
 
     # ---- begin and end ----
 
     def open(self) -> None:
         """Go on from the journal of an interrupted run, or begin where there is none."""
+        if self.parts_path.exists():
+            raise other_command(self.parts_path, "engine ray, now local")
         found = load_journal(self.journal_path)
         if found is None:
             return self.open_new()
@@ -349,9 +400,9 @@ class _Output:
             self._open(found)
         except StaleState as reason:
             self._stack.close()
-            _say(f"{self.journal_path}: {reason}: beginning again")
+            say(f"{self.journal_path}: {reason}: beginning again")
             return self.open_new()
-        _say(f"going on from {self.journal_path}: {found.text_bytes / 1e6:,.0f} MB of text are done")
+        say(f"going on from {self.journal_path}: {found.text_bytes / 1e6:,.0f} MB of text are done")
 
     def open_new(self) -> None:
         """Begin with nothing."""
@@ -359,16 +410,8 @@ class _Output:
         remove_journal(self.journal_path)  # only now: the lock is ours
 
     def _open(self, journal: Journal | None) -> None:
-        self._stack, self.writers, self._rejected = ExitStack(), {}, None
+        self._stack, self.writers, self.rejected = ExitStack(), {}, None
         tokenizer = self.job.tokenizer
-        record = TokenizerRecord(
-            tokenizer.fingerprint,
-            tokenizer.vocab_size,
-            tokenizer.bos_id,
-            tokenizer.eos_id,
-            tokenizer.pad_id,
-            tokenizer.unk_id,
-        )
         with ExitStack() as stack:
             stack.push(self._drop_journal)
             for key, prefix in self.prefixes.items():
@@ -377,15 +420,15 @@ class _Output:
                 self.writers[key] = IndexedWriter(
                     prefix,
                     tokenizer.vocab_size,
-                    tokenizer=record,
+                    tokenizer=tokenizer_record(tokenizer),
                     options=self.job.header_options(key),
                     resume=None if journal is None else journal.writers[key],
                 )
                 self.writers[key].keep_temporaries = journal is not None
                 stack.push(self.writers[key])
             if self.job.on_error == "quarantine" and not self._rejected_is_published(journal):
-                self._rejected = RejectedFile(self.rejected_path, None if journal is None else journal.rejected_bytes)
-                stack.push(self._rejected)
+                self.rejected = RejectedFile(self.rejected_path, None if journal is None else journal.rejected_bytes)
+                stack.push(self.rejected)
             self._stack = stack.pop_all()
         if journal is not None:
             self.journal, self._kept = journal, True
@@ -410,7 +453,7 @@ class _Output:
         if kind is None:  # everything is published
             remove_journal(self.journal_path)
 
-    def __enter__(self) -> _Output:
+    def __enter__(self) -> Output:
         return self
 
     def __exit__(
@@ -419,7 +462,7 @@ class _Output:
         """Publish everything, or keep what a journal stands for, or leave no trace."""
         if kind is not None and self._kept and not isinstance(error, Stopped):
             done = f"{self._text_bytes_kept / 1e6:,.0f} MB"
-            _say(f"{self.journal_path} keeps what was done, {done} of text: the same command goes on from there")
+            say(f"{self.journal_path} keeps what was done, {done} of text: the same command goes on from there")
         self._stack.__exit__(kind, error, trace)
 
     # ---- between ----
@@ -428,13 +471,9 @@ class _Output:
         """Write a block's documents, and a journal where one is due."""
         block, tally = item.block, self.journal.tallies[item.block.source]
         tokens, documents = write_documents(self.job, item, self.writers, self.workers)
-        tally.documents += documents
-        for key, count in tokens.items():
-            tally.tokens[key] = tally.tokens.get(key, 0) + count
-        for rejected in item.rejected:
-            tally.rejected[rejected.code] = tally.rejected.get(rejected.code, 0) + 1
-        if self._rejected is not None:
-            self._rejected.write(self.job.files[block.source], item.rejected)
+        tally.add(documents, tokens, Counter(rejected.code for rejected in item.rejected))
+        if self.rejected is not None:
+            self.rejected.write(self.job.files[block.source], item.rejected)
         journal = self.journal
         journal.text_bytes += block.text_bytes
         journal.raw_bytes += block.raw_bytes
@@ -451,8 +490,8 @@ class _Output:
         for key, writer in self.writers.items():
             self.journal.writers[key] = writer.save_state()
             writer.keep_temporaries = True
-        if self._rejected is not None:
-            self.journal.rejected_bytes = self._rejected.save_state()
+        if self.rejected is not None:
+            self.journal.rejected_bytes = self.rejected.save_state()
         self.journal.seconds = self._seconds()
         self.journal.save(self.journal_path)
         self._kept, self._text_bytes_kept = True, self.journal.text_bytes
@@ -511,11 +550,11 @@ class _Output:
 # ---- what the user sees on the way ----
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-class _Progress:
+class Progress:
     """A bar on a terminal, else a plain line now and then, on stderr. Bytes are those of the files, as on disk."""
 
     def __init__(self, name: str, total_bytes: int, done_bytes: int, tokens: int) -> None:
@@ -524,7 +563,7 @@ class _Progress:
         self._started = self._reported = time.monotonic()
         self._bar: tqdm | None = None
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Progress:
         if sys.stderr.isatty():
             import tqdm
 
@@ -533,23 +572,30 @@ class _Progress:
             )
         return self
 
-    def advance(self, block: Block, tokens: int) -> None:
-        """Account for a block; ``tokens`` are all that there are now."""
-        self.done_bytes += block.raw_bytes
-        self.raw_bytes += block.raw_bytes
-        self.text_bytes += block.text_bytes
+    def advance(self, raw_bytes: int, text_bytes: int, tokens: int) -> None:
+        """Account for some more; ``tokens`` are all that there are now."""
+        self.done_bytes += raw_bytes
+        self.raw_bytes += raw_bytes
+        self.text_bytes += text_bytes
         self.tokens = tokens - self._tokens_before
         now = time.monotonic()
         seconds = max(now - self._started, 1e-9)
         if self._bar is not None:
-            self._bar.update(block.raw_bytes)
+            self._bar.update(raw_bytes)
             self._bar.set_postfix_str(self._rates(seconds), refresh=False)
         elif now - self._reported >= _REPORT_SECONDS:
             self._reported = now
             left = max(self.total_bytes - self.done_bytes, 0) * seconds / max(self.raw_bytes, 1)
             share = self.done_bytes / max(self.total_bytes, 1)
-            _say(f"{self.name}: {self.done_bytes / 1e6:,.0f} of {self.total_bytes / 1e6:,.0f} MB ({share:.0%}), "
+            say(f"{self.name}: {self.done_bytes / 1e6:,.0f} of {self.total_bytes / 1e6:,.0f} MB ({share:.0%}), "
                  f"{self._rates(seconds)}, {left:,.0f} s left")  # fmt: skip
+
+    def pass_over(self, raw_bytes: int, tokens: int) -> None:
+        """Account for something that was done before this run."""
+        self.done_bytes += raw_bytes
+        self._tokens_before += tokens
+        if self._bar is not None:
+            self._bar.update(raw_bytes)
 
     def _rates(self, seconds: float) -> str:
         """Of text, uncompressed."""

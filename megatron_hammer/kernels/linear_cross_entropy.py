@@ -14,20 +14,23 @@ on one rank is one read and one write of each logit where such a block stays in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_hammer.errors import ConfigError
+
 # Tokens whose logits exist at once. On an H200 each chunk costs 0.4 ms for 0.87 GB of fp32 gradient read and written
 # (1.4B model, predicted); on 2 Xeon cores 512 to 1024 were fastest at 32,000 pieces.
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 2048}
 
 # Elements of one fp32 block: 1 MiB stays in a CPU core's own cache (a third faster than 4 MiB on a Xeon with 2 MiB a
-# core); on a GPU 16 MiB are few launches and little memory.
-BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**22}
+# core); on a GPU without Triton 8 MiB stay in its L2 cache, and a chunk stays within 0.5 GiB.
+BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**21}
 
 
 @dataclass(frozen=True)
@@ -142,5 +145,38 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _row_blocks(matrix: Tensor) -> Iterator[slice]:
-    rows = max(1, BLOCK_ELEMENTS.get(matrix.device.type, 2**22) // max(1, matrix.shape[1]))
+    rows = max(1, BLOCK_ELEMENTS.get(matrix.device.type, 2**21) // max(1, matrix.shape[1]))
     return (slice(i, i + rows) for i in range(0, matrix.shape[0], rows))
+
+
+@dataclass(frozen=True)
+class LossKernels:
+    """What the head and loss of a model are computed with."""
+
+    name: str = "torch"
+    """Value of ``kernels.loss``."""
+    chunk_tokens: int = CHUNK_TOKENS["cpu"]
+    row_statistics: Callable[[Tensor, Tensor, Columns], Tensor] = row_statistics
+    softmax_gradient_: Callable[..., None] = softmax_gradient_
+    loss_and_gradient_: Callable[..., Tensor] = loss_and_gradient_
+
+
+def select_loss(name: str, chunk_tokens: int | None, device: torch.device) -> LossKernels:
+    """The backend of this name, or for "auto" Triton wherever it can run.
+
+    Raises:
+        ConfigError: Triton is named and cannot.
+    """
+    obstacle = ""
+    if device.type != "cuda":
+        obstacle = f"cannot run on {device.type}"
+    elif importlib.util.find_spec("triton") is None:
+        obstacle = "needs the package triton, which is not installed"
+    chunk = chunk_tokens or CHUNK_TOKENS[device.type]
+    if name == "triton" and obstacle:
+        raise ConfigError(9, f"kernels.loss={name}", obstacle, "use auto or torch")
+    if name == "torch" or obstacle:
+        return LossKernels(chunk_tokens=chunk)
+    from megatron_hammer.kernels import linear_cross_entropy_triton as fast
+
+    return LossKernels("triton", chunk, fast.row_statistics, fast.softmax_gradient_, fast.loss_and_gradient_)

@@ -30,10 +30,10 @@ if triton is not None:
     def softmax_rows(
         logits,  # [n, width], row_stride apart
         labels,  # [n] int64
-        statistics,  # [3, n] fp32: written unless WHOLE
-        lse_of,  # [n] fp32: read, or with WHOLE written; so are the losses
-        loss_of,
-        weights,
+        statistics,  # [3, n] fp32, written by SUM alone
+        lse_of,  # [n] fp32: read by GRADIENT alone, written by both together
+        loss_of,  # [n] fp32, likewise
+        weights,  # [n] fp32
         z_loss,
         rows,
         row_stride,
@@ -44,7 +44,7 @@ if triton is not None:
         GRADIENT: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """SUM: statistics of a row. GRADIENT: logits to gradient. Both: a row that is whole on this rank."""
+        """SUM: the statistics of a row. GRADIENT: its logits to gradient. Both: of a row that is whole on this rank."""
         row = tl.program_id(0).to(tl.int64)
         line = logits + row * row_stride
         label = tl.load(labels + row) - start

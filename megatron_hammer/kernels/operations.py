@@ -8,7 +8,7 @@ plain functions here are the reference for every faster version.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from megatron_hammer.config import KernelsConfig
 from megatron_hammer.kernels.attention import AttentionDemand, AttentionFunction, select_attention, whole_samples
-from megatron_hammer.kernels.linear_cross_entropy import CHUNK_TOKENS
+from megatron_hammer.kernels.linear_cross_entropy import LossKernels, select_loss
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -57,19 +57,19 @@ class Operations:
     rope: Callable[[Tensor, Tensor, Tensor], Tensor] = rope
     swiglu: Callable[[Tensor], Tensor] = swiglu
     attention: AttentionFunction = whole_samples
-    loss_chunk_tokens: int = CHUNK_TOKENS["cpu"]
+    loss: LossKernels = field(default_factory=LossKernels)
 
 
 def select_operations(kernels: KernelsConfig, demand: AttentionDemand | None = None) -> Operations:
     """The operations that the config asks for; compilation itself happens at their first call.
 
     Raises:
-        ConfigError: no attention backend, or not the one that the user named, can do what is asked for.
+        ConfigError: no backend, or not the one that the user named, can do what is asked for.
     """
     demand = demand or AttentionDemand()
     attention = select_attention(kernels.attention, demand).function
-    chunk = kernels.loss_chunk_tokens or CHUNK_TOKENS[demand.device.type]
+    loss = select_loss(kernels.loss, kernels.loss_chunk_tokens, demand.device)
     if not kernels.compile:
-        return Operations(attention=attention, loss_chunk_tokens=chunk)
+        return Operations(attention=attention, loss=loss)
     fuse = partial(torch.compile, dynamic=False)
-    return Operations(fuse(rms_norm), fuse(rope), fuse(swiglu), attention, chunk)
+    return Operations(fuse(rms_norm), fuse(rope), fuse(swiglu), attention, loss)

@@ -17,7 +17,7 @@ Evaluation runs the forward half only. The size of a chunk does not depend on th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_hammer.kernels import linear_cross_entropy as kernel
+from megatron_hammer.kernels.linear_cross_entropy import Columns, combine_statistics
 from megatron_hammer.kernels.weight_gradient import WeightGradients, add_weight_gradient
 from megatron_hammer.model.layers import LayerOptions
 from megatron_hammer.parallel.collectives import Done, all_gather_rows, all_reduce, reduce_scatter_rows_async
@@ -91,9 +91,12 @@ class _Job:
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, job: _Job) -> Tensor:
-        losses, *gradients = _run(x, weight, labels, weights, job)
         ctx.job, ctx.early = job, weights is not None
-        ctx.save_for_backward(*((weights, *gradients) if ctx.early else (x, weight, labels)))
+        if weights is None:
+            ctx.save_for_backward(x, weight, labels)
+            return _losses(x, weight, labels, job)
+        losses, *gradients = _losses_and_gradients(x, weight, labels, weights, job)
+        ctx.save_for_backward(weights, *gradients)
         return losses
 
     @staticmethod
@@ -106,47 +109,72 @@ class _HeadLoss(torch.autograd.Function):
             torch._assert_async((grads[0] == weights).all(), wrong)  # waits for no device
         else:
             x, weight, labels = ctx.saved_tensors
-            _, grad_x, grad_weight = _run(x, weight, labels, grads[0], job)
+            _, grad_x, grad_weight = _losses_and_gradients(x, weight, labels, grads[0], job)
         if job.arrived is not None:
             job.arrived()
         return grad_x, grad_weight, None, None, None
 
 
-def _run(x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, job: _Job) -> tuple[Tensor | None, ...]:
-    """Loss of each row [s b]; with weights also the gradients of x and, unless it has its own place, of the weight."""
-    group, options = job.options.tp, job.options
-    full = all_gather_rows(x, group) if options.sequence_parallel else x  # [s, b, h]
-    rows = full.flatten(0, 1)
-    columns = kernel.Columns.of(group.rank, weight.shape[0], job.vocab_size)
-    size = min(options.operations.loss_chunk_tokens, len(rows))
-    logits = rows.new_empty((size, weight.shape[0]))
-    wide = torch.promote_types(x.dtype, torch.float32)
-    losses = torch.empty(len(rows), dtype=wide, device=x.device)
-    grad_full, summed = None, Done()
-    if weights is not None:
-        weights, grad_full = weights.to(wide), torch.empty_like(rows)
-        # In fp32 only where something is added: one product rounds once by itself.
-        place, add = job.place or (torch.empty_like(weight, dtype=wide if size < len(rows) else weight.dtype), False)
-    for start in range(0, len(rows), size):
-        c = slice(start, start + size)
-        z = torch.mm(rows[c], weight.t(), out=logits[: len(rows[c])])
-        if weights is not None and group.size == 1:
-            losses[c] = kernel.loss_and_gradient_(z, labels[c], columns, weights[c], job.z_loss)
-        else:
-            parts = all_gather_rows(kernel.row_statistics(z, labels[c], columns).unsqueeze(0), group)
-            lse, losses[c] = kernel.combine_statistics(parts)
-            if weights is not None:
-                kernel.softmax_gradient_(z, labels[c], columns, lse, losses[c], weights[c], job.z_loss)
-        if weights is not None:
-            torch.mm(z, weight, out=grad_full[c])
-            if start + size >= len(rows):
-                grad_x, summed = _sum_over_ranks(grad_full.view_as(full), options)  # launch
-            add_weight_gradient(place, z, rows[c], add)
-            add = True
-    if weights is None:
-        return losses, None, None
+def _losses(x: Tensor, weight: Tensor, labels: Tensor, job: _Job) -> Tensor:
+    """Loss of each row, [s b], and no gradient."""
+    rows = _all_rows(x, job.options)
+    losses = _empty_losses(rows)
+    for c, logits in _chunks(rows, weight, job.options):
+        losses[c] = _chunk_losses(logits, labels[c], None, job)
+    return losses
+
+
+def _losses_and_gradients(
+    x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, job: _Job
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss of each row [s b], gradient of x, and that of the weight unless it has its own place."""
+    rows = _all_rows(x, job.options)
+    losses, grad_rows = _empty_losses(rows), torch.empty_like(rows)
+    weights = weights.to(losses.dtype)
+    # In fp32 only where something is added: one product rounds once by itself.
+    dtype = losses.dtype if len(rows) > job.options.operations.loss.chunk_tokens else weight.dtype
+    place, add = job.place or (torch.empty_like(weight, dtype=dtype), False)
+    grad_x, summed = grad_rows, Done()
+    for c, logits in _chunks(rows, weight, job.options):
+        losses[c] = _chunk_losses(logits, labels[c], weights[c], job)
+        torch.mm(logits, weight, out=grad_rows[c])
+        if c.stop >= len(rows):  # launch: the weight's gradient hides it
+            grad_x, summed = _sum_over_ranks(grad_rows.view(-1, *x.shape[1:]), job.options)
+        add_weight_gradient(place, logits, rows[c], add)
+        add = True
     summed.wait()
     return losses, grad_x, None if job.place else place.to(weight.dtype)
+
+
+def _all_rows(x: Tensor, options: LayerOptions) -> Tensor:
+    """[s/t or s, b, h] -> [s b, h]."""
+    return (all_gather_rows(x, options.tp) if options.sequence_parallel else x).flatten(0, 1)
+
+
+def _empty_losses(rows: Tensor) -> Tensor:
+    return torch.empty(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
+
+
+def _chunks(rows: Tensor, weight: Tensor, options: LayerOptions) -> Iterator[tuple[slice, Tensor]]:
+    """Each chunk's rows and its logits [n, v/t], which lie in one buffer: the next chunk overwrites them."""
+    size = min(options.operations.loss.chunk_tokens, len(rows))
+    buffer = rows.new_empty((size, weight.shape[0]))
+    for start in range(0, len(rows), size):
+        chunk = rows[start : start + size]
+        yield slice(start, start + len(chunk)), torch.mm(chunk, weight.t(), out=buffer[: len(chunk)])
+
+
+def _chunk_losses(logits: Tensor, labels: Tensor, weights: Tensor | None, job: _Job) -> Tensor:
+    """Loss of a chunk's rows; with weights the logits become their gradient."""
+    tp, kernel = job.options.tp, job.options.operations.loss
+    columns = Columns.of(tp.rank, logits.shape[1], job.vocab_size)
+    if weights is not None and tp.size == 1:
+        return kernel.loss_and_gradient_(logits, labels, columns, weights, job.z_loss)
+    parts = all_gather_rows(kernel.row_statistics(logits, labels, columns).unsqueeze(0), tp)  # [t, 3, n]
+    lse, loss = combine_statistics(parts)
+    if weights is not None:
+        kernel.softmax_gradient_(logits, labels, columns, lse, loss, weights, job.z_loss)
+    return loss
 
 
 def _sum_over_ranks(grad: Tensor, options: LayerOptions) -> tuple[Tensor, Any]:

@@ -16,6 +16,7 @@ from megatron_hammer.config import Config, to_yaml
 from megatron_hammer.data.plan import format_plan
 from megatron_hammer.errors import ConfigError, HammerError, RefusedError, from_os_error
 from megatron_hammer.kernels.attention import select_attention
+from megatron_hammer.kernels.linear_cross_entropy import select_loss
 from megatron_hammer.kernels.te import check_here
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.parallel.context import agree_before_start, build_parallel_context, start_process_group
@@ -47,6 +48,7 @@ def run_rank(
             if not config.train.dry_run:
                 check_here(config)
                 select_attention(config.kernels.attention, attention_demand(config, device))
+                select_loss(config.kernels.loss, config.kernels.loss_chunk_tokens, device)
             if rank == 0 and not config.train.dry_run and not prepared.is_finished:
                 held.enter_context(only_writer(Path(config.train.output)))
         except HammerError as found:
@@ -126,6 +128,8 @@ def announcement(prepared: Prepared, world_size: int, device: torch.device) -> s
     )
     attention = select_attention(config.kernels.attention, attention_demand(config, device)).name
     lines.append(f"attention: {attention}, data.attention_mask={config.data.attention_mask}")
+    loss = select_loss(config.kernels.loss, config.kernels.loss_chunk_tokens, device)
+    lines.append(f"loss: {loss.name}, {loss.chunk_tokens} tokens at a time")
     if resume is not None and prepared.is_finished:
         lines.append(
             f"finished: {resume.folder} is at step {resume.step} of {config.train.num_steps}; nothing left to do"

@@ -265,19 +265,19 @@ def test_the_lock_keeps_a_second_run_and_its_journal_away(
     tmp_path: Path, corpus: list[Path], tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused: list[HammerError] = []
-    append = build._Output.append
+    append = build.Output.append
 
-    def meanwhile(self: build._Output, item: build.Encoded) -> None:
+    def meanwhile(self: build.Output, item: build.Encoded) -> None:
         append(self, item)
         if not refused and self.journal_path.exists():
-            monkeypatch.setattr(build._Output, "append", append)
+            monkeypatch.setattr(build.Output, "append", append)
             for restart in (False, True):
                 try:
                     run(corpus, tokenizer, tmp_path / "p", restart=restart)
                 except HammerError as error:
                     refused.append(error)
 
-    monkeypatch.setattr(build._Output, "append", meanwhile)
+    monkeypatch.setattr(build.Output, "append", meanwhile)
     run(corpus, tokenizer, tmp_path / "p")
     run(corpus, tokenizer, tmp_path / "whole")
     assert [error.code for error in refused] == ["E342", "E342"]
@@ -287,14 +287,14 @@ def test_the_lock_keeps_a_second_run_and_its_journal_away(
 def test_an_input_that_changes_meanwhile_is_an_error(
     tmp_path: Path, corpus: list[Path], tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    append = build._Output.append
+    append = build.Output.append
 
-    def meanwhile(self: build._Output, item: build.Encoded) -> None:
+    def meanwhile(self: build.Output, item: build.Encoded) -> None:
         with open(corpus[0], "ab") as file:
             file.write(b'{"text": "more"}\n')
         append(self, item)
 
-    monkeypatch.setattr(build._Output, "append", meanwhile)
+    monkeypatch.setattr(build.Output, "append", meanwhile)
     with pytest.raises(DataError, match=r"E349.*a.jsonl"):
         run(corpus[:1], tokenizer, tmp_path / "p", shard_bytes=1 << 30)
     assert outputs(tmp_path / "p") == {}

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_hammer.config import KernelsConfig
+from megatron_hammer.errors import ConfigError
 from megatron_hammer.kernels import linear_cross_entropy as kernel
 from megatron_hammer.kernels import weight_gradient
 from megatron_hammer.kernels.linear_cross_entropy import (
+    CHUNK_TOKENS,
     Columns,
+    LossKernels,
     combine_statistics,
     linear_cross_entropy,
     loss_and_gradient_,
     row_statistics,
+    select_loss,
     softmax_gradient_,
 )
+from megatron_hammer.kernels.operations import select_operations
 from megatron_hammer.kernels.weight_gradient import add_weight_gradient
 
 # Largest error of the gradient, as a share of its norm: one rounding to the logits' type; in fp32 z - lse is rounded
@@ -123,3 +135,100 @@ def test_weight_gradient_is_summed_in_fp32(dtype: torch.dtype, block: int, monke
     for _ in range(63):
         add_weight_gradient(place, grad / 64, x, add=True)
     close(place, product * (1 + 63 / 64), tolerance)
+
+
+def test_selection() -> None:
+    """On a CPU: torch, and triton only refused; chunks are the device's or the user's, never the ranks'."""
+    cpu = torch.device("cpu")
+    assert select_loss("auto", None, cpu) == LossKernels("torch", CHUNK_TOKENS["cpu"])
+    assert select_loss("torch", 7, torch.device("cuda")) == LossKernels("torch", 7)
+    assert select_operations(KernelsConfig(loss_chunk_tokens=9)).loss.chunk_tokens == 9
+    with pytest.raises(ConfigError, match=r"error\[E209\]: kernels.loss=triton cannot run on cpu; use auto or torch"):
+        select_loss("triton", None, cpu)
+
+
+def test_triton_is_chosen_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(kernel.importlib.util, "find_spec", lambda name: object())
+    chosen = select_loss("auto", None, cuda)
+    assert (chosen.name, chosen.chunk_tokens) == ("triton", CHUNK_TOKENS["cuda"])
+    assert chosen.row_statistics is not row_statistics and chosen.loss_and_gradient_ is not loss_and_gradient_
+    monkeypatch.setattr(kernel.importlib.util, "find_spec", lambda name: None)
+    assert select_loss("auto", None, cuda).name == "torch"
+    with pytest.raises(ConfigError, match="needs the package triton"):
+        select_loss("triton", None, cuda)
+
+
+def _child(program: str, **environment: str) -> str:
+    """Triton decides when a kernel is defined whether it interprets it: so in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
+def test_triton_interpreted() -> None:
+    """Fewer and more columns than a block, padding, all ranks' parts, zero weights, z-loss, a row stride."""
+    assert _child(INTERPRETED, TRITON_INTERPRET="1").strip() == "36 cases"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
+def test_triton_compiles_for_gpus(tmp_path: Path) -> None:
+    assert _child(COMPILED, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0").strip() == "6 kernels"
+
+
+INTERPRETED = """
+import itertools, torch
+from megatron_hammer.kernels import linear_cross_entropy as reference, linear_cross_entropy_triton as triton_form
+triton_form.BLOCK, cases = 64, 0
+for dtype, width, z_loss, rank in itertools.product(
+    (torch.float32, torch.float16, torch.bfloat16), (40, 64, 130), (0.0, 1e-2), (0, 1)
+):
+    vocabulary, n = 2 * width - 11, 6
+    labels, weights = torch.randint(0, vocabulary, (n,)), torch.rand(n)
+    weights[::3] = 0
+    whole = (torch.randn(n, 2 * width) * 5 + 20).to(dtype)
+    parts = [whole[:, :width], whole[:, width:]]  # views: the stride of a row is not its length
+    columns = [reference.Columns.of(r, width, vocabulary) for r in (0, 1)]
+    statistics = [reference.row_statistics(z, labels, c) for z, c in zip(parts, columns)]
+    found = triton_form.row_statistics(parts[rank], labels, columns[rank])
+    torch.testing.assert_close(found, statistics[rank], rtol=1e-6, atol=1e-6)
+    lse, loss = reference.combine_statistics(torch.stack(statistics))
+    pairs = [[parts[rank].clone(), whole[:, :width].clone() if rank == 0 else whole[:, width:].clone()]]
+    for form, z in zip((reference, triton_form), pairs[0]):
+        form.softmax_gradient_(z, labels, columns[rank], lse, loss, weights, z_loss)
+    all_columns = reference.Columns.of(0, 2 * width, vocabulary)
+    pairs.append([whole.clone(), whole.clone()])
+    losses = [
+        form.loss_and_gradient_(z, labels, all_columns, weights, z_loss)
+        for form, z in zip((reference, triton_form), pairs[1])
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=2e-6)
+    for expected, mine in pairs:
+        # The interpreter truncates to bf16 where a GPU rounds: a whole unit in the last place.
+        tolerance = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+        assert (mine - expected).float().norm() <= tolerance * expected.float().norm()
+        assert not mine[::3].any()
+    assert not pairs[1][1][:, vocabulary:].any()
+    cases += 1
+print(cases, "cases")
+"""
+
+COMPILED = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from megatron_hammer.kernels import linear_cross_entropy_triton as form
+pointers = {"logits": "*bf16", "labels": "*i64"}
+pointers |= dict.fromkeys(("statistics", "lse_of", "loss_of", "weights"), "*fp32")
+numbers = {"z_loss": "fp32"} | dict.fromkeys(("rows", "row_stride", "start", "valid", "width"), "i32")
+count = 0
+for capability in (80, 90):
+    for total, gradient in ((True, False), (False, True), (True, True)):
+        fixed = {"SUM": total, "GRADIENT": gradient, "BLOCK": form.BLOCK}
+        source = ASTSource(form.softmax_rows, pointers | numbers | dict.fromkeys(fixed, "constexpr"), constexprs=fixed)
+        done = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": form.WARPS})
+        count += len(done.asm["cubin"]) > 0
+print(count, "kernels")
+"""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_hammer.config import padded_vocab_size
+from megatron_hammer.kernels.linear_cross_entropy import LossKernels, linear_cross_entropy
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.model.layers import LayerOptions
 from megatron_hammer.model.loss import Objective, head_loss
@@ -40,7 +41,7 @@ class Keeper:
 
 
 def options(chunk: int = 5, **changes: Any) -> LayerOptions:
-    return LayerOptions(operations=Operations(loss_chunk_tokens=chunk), **changes)
+    return LayerOptions(operations=Operations(loss=LossKernels(chunk_tokens=chunk)), **changes)
 
 
 def problem(dtype: torch.dtype, s: int = 8, b: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -57,12 +58,17 @@ def shard(weight: Tensor, rank: int = 0, size: int = 1) -> Tensor:
     return F.pad(weight, (0, 0, 0, rows - len(weight))).chunk(size)[rank].clone().requires_grad_()
 
 
+def plain(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Loss [b, s] by way of all logits."""
+    return linear_cross_entropy(x.transpose(0, 1).flatten(0, 1), weight, labels.flatten(), VOCABULARY).view_as(labels)
+
+
 def reference(x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, z_loss: float = 0.0) -> list[Tensor]:
     """Loss [b, s], gradient of x and of the weight, in fp64 and by autograd through all logits."""
     x, weight = (t.detach().to(torch.float64, copy=True).requires_grad_() for t in (x, weight))
-    logits = (x @ weight.t()).transpose(0, 1)  # [b, s, v]
-    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-    objective = (weights.double() * (loss + z_loss * logits.logsumexp(-1).square())).sum()
+    loss = plain(x, weight, labels)
+    lse = (x @ weight.t()).logsumexp(-1).t()
+    objective = (weights.double() * (loss + z_loss * lse.square())).sum()
     return [loss.detach(), *torch.autograd.grad(objective, (x, weight))]
 
 
@@ -105,9 +111,8 @@ def test_16_bits_err_no_more_than_the_plain_way(dtype: torch.dtype, chunk: int, 
     x, weight, labels, weights = problem(dtype, s=96, b=4)
     exact = reference(x, weight, labels, weights)
     plain_x, plain_weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    logits = F.linear(plain_x, plain_weight).transpose(0, 1).float()
-    plain = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-    (plain * weights).sum().backward()
+    plain_losses = plain(plain_x, plain_weight, labels)
+    (plain_losses * weights).sum().backward()
     mine, x_mine = shard(weight), x.clone().requires_grad_()
     keeper = Keeper(mine) if kept else None
     losses = head_loss(x_mine, mine, labels, VOCABULARY, options(chunk), Objective(weights, gradients=keeper))
@@ -118,13 +123,16 @@ def test_16_bits_err_no_more_than_the_plain_way(dtype: torch.dtype, chunk: int, 
         error(t.detach(), truth) for t, truth in zip((losses, x_mine.grad, found[:VOCABULARY]), exact, strict=True)
     ]
     theirs = [
-        error(t.detach(), truth) for t, truth in zip((plain, plain_x.grad, plain_weight.grad), exact, strict=True)
+        error(t.detach(), truth)
+        for t, truth in zip((plain_losses, plain_x.grad, plain_weight.grad), exact, strict=True)
     ]
     for mine_err, plain_err, factor in zip(errors, theirs, (1.0, 1.0, more), strict=True):
         assert mine_err <= 1.02 * factor * plain_err
 
 
-def _on_ranks(rank: int, size: int, sp: bool, early: bool, problem: list[Tensor], z_loss: float) -> tuple[Any, ...]:
+def _on_ranks(
+    rank: int, size: int, sp: bool, early: bool, problem: tuple[Tensor, ...], z_loss: float
+) -> tuple[Any, ...]:
     """Loss, gradients, and how many all-gathers and reductions it took."""
     x, weight, labels, weights = problem
     calls = {"gather": 0, "reduce": 0}
@@ -156,8 +164,8 @@ def _on_ranks(rank: int, size: int, sp: bool, early: bool, problem: list[Tensor]
 @pytest.mark.parametrize("size, sp", [(1, False), (2, False), (2, True), (4, False), (4, True)])
 def test_ranks_equal_one(size: int, sp: bool, early: bool, z_loss: float) -> None:
     """fp64, 24 tokens in chunks of 7: one all-gather a chunk, one reduction of dx, and under SP one gather of x."""
-    made = list(problem(torch.float64))
-    loss, grad_x, grad_weight = reference(*made, z_loss)
+    made = problem(torch.float64)
+    loss, grad_x, grad_weight = reference(*made, z_loss=z_loss)
     results = run_distributed(size, _on_ranks, size, sp, early, made, z_loss)
     for losses, rows, _, calls in results:
         assert error(torch.from_numpy(losses), loss) < 1e-13

@@ -8,11 +8,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import os
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +19,6 @@ from megatron_hammer.kernels import te as door
 from megatron_hammer.model import layers, layers_te
 from tests.model import te_double
 
-VERSION = "2.20.2"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_hammer" / f"te-{VERSION}"
 OURS = [Path(module.__file__) for module in (door, layers_te) if module.__file__]
 # Calls of the library's modules, by the text of the callee in our sources.
 INSTANCES = {
@@ -33,30 +26,6 @@ INSTANCES = {
     ("RMSNorm", "self.hidden[0]"): "RMSNorm.forward",
     ("_Linear", "self.hidden[0]"): "Linear.forward",
 }
-
-
-@pytest.fixture(scope="module")
-def sources() -> Path:
-    """The folder that holds ``transformer_engine/`` of that version."""
-    if not CACHE.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--retries", "0", "--timeout", "10"]
-            wanted = [f"transformer-engine=={VERSION}", "--no-deps", "--only-binary", ":all:", "-d", folder]
-            try:
-                done = subprocess.run([*pip, "download", *wanted], capture_output=True, text=True, timeout=60)
-                why = (done.stderr.strip().splitlines() or [""])[-1]
-            except subprocess.TimeoutExpired:
-                why = "pip download took more than 60 seconds"
-            wheels = list(Path(folder).glob("*.whl"))
-            if not wheels:
-                pytest.skip(f"no sources of transformer-engine {VERSION} in {CACHE}: {why}")
-            CACHE.parent.mkdir(parents=True, exist_ok=True)
-            unpacked = Path(tempfile.mkdtemp(dir=CACHE.parent))
-            with zipfile.ZipFile(wheels[0]) as wheel:
-                wheel.extractall(unpacked, [name for name in wheel.namelist() if name.endswith(".py")])
-            if not CACHE.exists():  # another run may have been quicker
-                unpacked.rename(CACHE)
-    return CACHE
 
 
 class Sources:

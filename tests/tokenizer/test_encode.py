@@ -157,6 +157,18 @@ def test_long_segments(model: SentencePieceTokenizer) -> None:
     assert_equal_ids(model, texts)
 
 
+def test_segments_that_share_a_place_in_a_cache(tmp_path: Path) -> None:
+    """Hundreds of pairs of them, alike in length and first bytes, of few enough ids to be remembered."""
+    generator = random.Random(9)
+    pairs = [a + b for a in "abcde" for b in "abcde"]
+    pieces = [*((a + b, -2.0) for a in pairs for b in pairs), *((pair, -1.0) for pair in pairs)]
+    pieces += [(letter, -9.0) for letter in "abcde"]
+    tokenizer = SentencePieceTokenizer(write_model(handmade_model(pieces), tmp_path / "m.model"))
+    for length in (6, 12):  # of 14 bytes and 4 ids, of 20 bytes and 5 ids
+        words = ["abcdabcd" + "".join(generator.choices("abcde", k=length)) for _ in range(8000)]
+        assert_equal_ids(tokenizer, ["x".join(words), "x".join(reversed(words))])
+
+
 @pytest.mark.parametrize("name", ["hammerllm", "internlm-7b", "llama2-7b"])
 def test_real_models(name: str) -> None:
     tokenizer = SentencePieceTokenizer(real_model(f"{name}.model"))
@@ -219,6 +231,15 @@ def test_a_huge_document_is_divided_exactly(model: SentencePieceTokenizer, unit:
         assert np.array_equal(ids[first + 1 : first + length - 1], expected)
 
 
+@pytest.mark.parametrize("offset", range(4))
+def test_a_huge_document_is_not_divided_inside_a_symbol(offset: int, tmp_path: Path) -> None:
+    """The characters of <br> join in no piece, yet a cut between them would lose the symbol."""
+    tokenizer = SentencePieceTokenizer(write_model(handmade_model(TIES, ("<br>",)), tmp_path / "m.model"))
+    text = "x" * offset + "<br>" * 250_000 + "abc" * 10
+    ids, _ = tokenizer.encode_documents([text], 2)
+    assert ids.tolist() == reference_ids(tokenizer, [text])[0]
+
+
 def test_a_huge_document_without_a_cut(tmp_path: Path) -> None:
     tokenizer = SentencePieceTokenizer(write_model(handmade_model(TIES), tmp_path / "m.model"))
     text = "abcab" * 150_000
@@ -272,6 +293,7 @@ def test_half_a_surrogate_pair(model: SentencePieceTokenizer) -> None:
     assert model.encode("ab") == reference_ids(model, ["ab"])[0]  # and it goes on
 
 
+@compiled
 def test_other_types_are_refused(plain: SentencePieceTokenizer) -> None:
     for wrong in (b"bytes", 1, None):
         with pytest.raises(TypeError):
