@@ -33,8 +33,8 @@ from megatron_hammer.errors import ConfigError
 from megatron_hammer.kernels import te
 
 # On a CPU, torch's 16-bit attention costs about as much for 30 rows as for 100, and below this many elements of a head
-# (rows x d) up to twice as much as in fp32 with both conversions, above it less: measured on a Xeon with AMX, torch 2.13,
-# 64 to 512 rows, d 32 to 128, forward and backward, one and two threads.
+# (rows x d) up to twice as much as in fp32 with both conversions, above it less: measured on a Xeon with AMX, torch
+# 2.13, 64 to 512 rows, d 32 to 128, forward and backward, one and two threads.
 FP32_ELEMENTS_ON_CPU = 384 * 32
 
 
@@ -186,7 +186,9 @@ BACKENDS = (  # the first that can do it is chosen; name, function, masks, devic
     AttentionBackend("sdpa", whole_samples, _CAUSAL, _ANYWHERE, _FLOATS, True),
     AttentionBackend("varlen", varlen, _DOCUMENT, frozenset({"cuda"}), _HALVES, True, 256, _varlen_is_missing),
     AttentionBackend("sdpa-documents", each_document, _DOCUMENT, _ANYWHERE, _FLOATS, True),
-    AttentionBackend("te", te.attention, _CAUSAL | _DOCUMENT, frozenset({"cuda"}), _HALVES, True, None, te.attention_obstacle),
+    AttentionBackend(
+        "te", te.attention, _CAUSAL | _DOCUMENT, frozenset({"cuda"}), _HALVES, True, None, te.attention_obstacle
+    ),
 )
 
 
