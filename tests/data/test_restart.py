@@ -344,7 +344,8 @@ def test_sigkill_at_random_moments(tmp_path: Path, large: list[Path], tokenizer:
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, stderr
-        assert not (tmp_path / "p_text_document.idx").exists()
+        if (tmp_path / "p_text_document.idx").exists():
+            break  # hit behind the last rename: what has the name must be whole
         kills += 1
     assert kills >= 1
     assert outputs(tmp_path / "p") == outputs(tmp_path / "whole")
