@@ -32,10 +32,11 @@ std::vector<hammer::Text> view_texts(const py::tuple& texts) {
   return views;
 }
 
-Encoded encode(Encoder& encoder, const py::tuple& texts, int threads, int32_t first, int32_t last) {
+Encoded encode(Encoder& encoder, const py::tuple& texts, int threads, int32_t first, int32_t last,
+               bool continued = false) {
   const std::vector<hammer::Text> views = view_texts(texts);
   py::gil_scoped_release release;
-  return encoder.encode(views, threads, first, last);
+  return encoder.encode(views, threads, first, last, continued);
 }
 
 int32_t id_or_none(const py::object& id) {
@@ -46,8 +47,8 @@ int32_t id_or_none(const py::object& id) {
 }
 
 py::tuple encode_documents(Encoder& encoder, const py::object& texts, int threads, const py::object& first,
-                           const py::object& last) {
-  Encoded encoded = encode(encoder, py::tuple(texts), threads, id_or_none(first), id_or_none(last));
+                           const py::object& last, bool continued) {
+  Encoded encoded = encode(encoder, py::tuple(texts), threads, id_or_none(first), id_or_none(last), continued);
   py::array_t<int64_t> lengths(static_cast<py::ssize_t>(encoded.lengths.size()), encoded.lengths.data());
   const auto total = static_cast<py::ssize_t>(encoded.total());
   if (encoded.buffers.size() == 1 && total > 0) {  // in order as they lie: handed over
@@ -133,7 +134,7 @@ py::tuple special_ids(const Model& model) {
 
 PYBIND11_MODULE(_encoder, module) {
   module.doc() = "Compiled half of megatron_hammer.tokenizer.encode, which documents the classes.";
-  module.attr("INTERFACE") = 1;  // tokenizer/encode.py refuses a module of another number
+  module.attr("INTERFACE") = 2;  // tokenizer/encode.py refuses a module of another number
   py::register_exception_translator([](std::exception_ptr error) {
     try {
       if (error) std::rethrow_exception(error);
@@ -156,7 +157,7 @@ PYBIND11_MODULE(_encoder, module) {
   py::class_<Encoder>(module, "Encoder")
       .def(py::init<const Model&>(), py::arg("model"))
       .def("encode_documents", &encode_documents, py::arg("texts"), py::arg("threads"), py::arg("first"),
-           py::arg("last"))
+           py::arg("last"), py::arg("continued") = false)
       .def("encode_batch", &encode_batch, py::arg("texts"), py::arg("threads"))
       .def("parts_are_independent", &Encoder::parts_are_independent)
       .def("safe_cut",

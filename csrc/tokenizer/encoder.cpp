@@ -130,9 +130,9 @@ std::vector<Encoder::Task> Encoder::divide(const std::vector<Text>& texts) const
   return tasks;
 }
 
-void Encoder::run(const Task& task, const Text& text, Worker& worker, std::vector<char>& scratch, Ids& out) const {
+void Encoder::run(const Task& task, const Text& text, bool prefix, Worker& worker, std::vector<char>& scratch,
+                  Ids& out) const {
   if (task.begin == task.end) return;
-  const bool prefix = add_dummy_prefix_ && task.begin == 0;
   if (text.ascii && !prefix && !remove_extra_whitespaces_) {
     const char* data = static_cast<const char*>(text.data);
     return worker.encode(data + task.begin, data + task.end, out);
@@ -151,7 +151,7 @@ void Encoder::run(const Task& task, const Text& text, Worker& worker, std::vecto
   worker.encode(begin, end, out);
 }
 
-Encoded Encoder::encode(const std::vector<Text>& texts, int threads, int32_t first, int32_t last) {
+Encoded Encoder::encode(const std::vector<Text>& texts, int threads, int32_t first, int32_t last, bool continued) {
   const std::vector<Task> tasks = divide(texts);
   std::vector<size_t> jobs{0};  // the first task of each, and the end
   for (size_t i = 0, characters = 0; i < tasks.size(); ++i) {
@@ -182,7 +182,7 @@ Encoded Encoder::encode(const std::vector<Text>& texts, int threads, int32_t fir
           const size_t before = out.size();
           if (first >= 0 && task.begin == 0) out.push_back(first);
           const size_t opened = out.size();
-          run(task, text, *worker, scratch, out);
+          run(task, text, add_dummy_prefix_ && task.begin == 0 && !continued, *worker, scratch, out);
           if (out.size() == opened) out.resize(before);  // no ids: nothing goes around them
           else if (last >= 0 && task.end == text.length) out.push_back(last);
           lengths[i] = static_cast<int64_t>(out.size() - before);

@@ -61,12 +61,13 @@ class Encoder {
   explicit Encoder(const Model& model);
 
   // `first` and `last` go around the ids of every document that has any; negative: nothing does. Throws Surrogate.
-  Encoded encode(const std::vector<Text>& texts, int threads, int32_t first, int32_t last);
+  // `continued`: the texts are what stands behind a cut, so no dummy prefix goes before them.
+  Encoded encode(const std::vector<Text>& texts, int threads, int32_t first, int32_t last, bool continued = false);
 
   // For a text that comes in parts: where it can be cut (the next place from `from` on, else its length), and
-  // whether what stands behind a cut can be encoded as a text of its own.
+  // whether what stands behind a cut can be encoded (`continued`) without what stands before it.
   size_t safe_cut(const Text& text, size_t from) const;
-  bool parts_are_independent() const { return !add_dummy_prefix_ && !remove_extra_whitespaces_; }
+  bool parts_are_independent() const { return !remove_extra_whitespaces_; }
 
  private:
   // A document or a part of it.
@@ -74,7 +75,7 @@ class Encoder {
     size_t document, begin, end;  // characters
   };
   std::vector<Task> divide(const std::vector<Text>& texts) const;
-  void run(const Task& task, const Text& text, Worker& worker, std::vector<char>& scratch, Ids& out) const;
+  void run(const Task& task, const Text& text, bool prefix, Worker& worker, std::vector<char>& scratch, Ids& out) const;
   std::unique_ptr<Worker> borrow_worker();
   void return_worker(std::unique_ptr<Worker> worker);
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-INTERFACE = 1  # raised with every change of the compiled classes: an old build must not be called with new arguments
+INTERFACE = 2  # raised with every change of the compiled classes: an old build must not be called with new arguments
 
 try:
     _found: Any = importlib.import_module("megatron_hammer.tokenizer._encoder")

@@ -210,14 +210,15 @@ class SentencePieceTokenizer(Tokenizer):
         if self._encoder is None or not self._encoder.parts_are_independent():
             yield from super().encode_pieces(pieces, threads)
             return
-        rest = ""
+        rest, continued = "", False
         for piece in pieces:
             text = rest + piece
             cut = self._encoder.safe_cut(text, max(len(text) - _CUT_CHARACTERS, 1))
             if cut < len(text):  # else there is no place to cut: more must be known
-                yield self.encode_documents([text[:cut]], threads)[0]
+                yield self._call(self._encoder.encode_documents, [text[:cut]], threads, None, None, continued)[0]
+                continued = True
             rest = text[cut:] if cut < len(text) else text
-        yield self.encode_documents([rest], threads)[0]
+        yield self._call(self._encoder.encode_documents, [rest], threads, None, None, continued)[0]
 
     @staticmethod
     def _call(encode: Any, texts: Sequence[str], *arguments: Any) -> Any:

@@ -231,6 +231,25 @@ def test_a_huge_document_is_divided_exactly(model: SentencePieceTokenizer, unit:
         assert np.array_equal(ids[first + 1 : first + length - 1], expected)
 
 
+@compiled
+def test_a_text_that_comes_in_pieces(model: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids do not depend on how it is handed over; only the first part can have a dummy prefix."""
+    monkeypatch.setattr(load, "_CUT_CHARACTERS", 4)  # cuts are looked for at almost every place
+    seed = random.SystemRandom().randrange(1 << 32)
+    rng = random.Random(seed)
+    pieces = [piece.piece.replace("\u2581", " ") for piece in model_proto(model.path).pieces if piece.piece]
+    cut = 0
+    for _ in range(40):
+        text = "".join(rng.choice([*rng.choices(pieces, k=3), " ", "x", "\n  "]) for _ in range(rng.randrange(60)))
+        places = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(5)))
+        handed = [text[a:b] for a, b in zip([0, *places], [*places, len(text)])]
+        parts = list(model.encode_pieces(handed, threads=2))
+        cut += len(parts) > 1
+        assert np.concatenate(parts).tolist() == reference_ids(model, [text])[0], f"{handed!r} (seed {seed})"
+    proto = model_proto(model.path).normalizer_spec
+    assert (cut > 0) != proto.remove_extra_whitespaces, "nothing was ever cut, or where spaces depend on what is before"
+
+
 @pytest.mark.parametrize("offset", range(4))
 def test_a_huge_document_is_not_divided_inside_a_symbol(offset: int, tmp_path: Path) -> None:
     """The characters of <br> join in no piece, yet a cut between them would lose the symbol."""
