@@ -27,14 +27,22 @@ from megatron_hammer.data.samples import TrainData
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Inputs and targets of some samples: position t of ``labels`` is the token after position t of ``tokens``."""
+    """Inputs and targets of some samples, which share their memory: a target is the token after an input."""
 
-    tokens: np.ndarray
-    """[b, s] int64"""
-    labels: np.ndarray
-    """[b, s] int64"""
+    windows: np.ndarray
+    """[b, s + 1] int64"""
     cu_seqlens: np.ndarray
     """[documents + 1] int32, where documents lie in the b s tokens, all samples one after the other"""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """[b, s] int64, a view."""
+        return self.windows[:, :-1]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """[b, s] int64, a view: position t is the token after position t of ``tokens``."""
+        return self.windows[:, 1:]
 
 
 def micro_batches(
@@ -47,8 +55,8 @@ def micro_batches(
     batches = []
     for accumulation in range(grad_accum):
         first = first_sample + (accumulation * dp_size + dp_rank) * micro_batch_size
-        read = data.read(first, micro_batch_size)  # [b, s + 1]
-        batches.append(MicroBatch(read.tokens[:, :-1].copy(), read.tokens[:, 1:].copy(), read.cu_seqlens))
+        read = data.read(first, micro_batch_size)
+        batches.append(MicroBatch(read.tokens, read.cu_seqlens))
     return batches
 
 

@@ -190,14 +190,12 @@ class Run:
         config, ctx = self.config, self.ctx
         batches = self.batches.get(self.progress.consumed_samples)
         masked = config.data.attention_mask == "document"
-        return [
-            (
-                self._to_device(batch.tokens),
-                self._to_device(batch.labels),
-                Documents.from_cu_seqlens(batch.cu_seqlens, ctx.device) if masked else None,
-            )
-            for batch in batches
-        ]
+        on_device: list[DeviceBatch] = []
+        for batch in batches:
+            windows = self._to_device(batch.windows)  # [b, s + 1], copied once for inputs and targets
+            documents = Documents.from_cu_seqlens(batch.cu_seqlens, ctx.device) if masked else None
+            on_device.append((windows[:, :-1], windows[:, 1:], documents))
+        return on_device
 
     def _to_device(self, array: Any) -> Tensor:
         tensor = torch.from_numpy(array)
