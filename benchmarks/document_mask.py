@@ -46,14 +46,7 @@ def config_of(mask: str, seq_length: int, micro_batch: int, precision: str, comp
     shape = SHAPES["quick"]
     return config_from_tree(
         {
-            "model": {
-                "hidden_size": shape.hidden,
-                "ffn_hidden_size": shape.ffn,
-                "num_layers": shape.layers,
-                "num_attention_heads": shape.heads,
-                "num_query_groups": shape.groups,
-                "vocab_size": shape.vocabulary,
-            },
+            "model": shape.model_fields,
             "data": {"seq_length": seq_length, "attention_mask": mask},
             "kernels": {"compile": compiled},
             "train": {

@@ -20,14 +20,7 @@ def main() -> None:
     imported, shape = peak_mb(), SHAPES[size]
     config = config_from_tree(
         {
-            "model": {
-                "hidden_size": shape.hidden,
-                "ffn_hidden_size": shape.ffn,
-                "num_layers": shape.layers,
-                "num_attention_heads": shape.heads,
-                "num_query_groups": shape.groups,
-                "vocab_size": shape.vocabulary,
-            },
+            "model": shape.model_fields,
             "data": {"seq_length": shape.sequence},
             "kernels": {"compile": mode == "compile"},
             "train": {

@@ -30,6 +30,18 @@ class Shape:
         return self.micro_batch * self.accumulation * self.sequence
 
     @property
+    def model_fields(self) -> dict[str, int]:
+        """Group ``model`` of our config."""
+        return {
+            "hidden_size": self.hidden,
+            "ffn_hidden_size": self.ffn,
+            "num_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_query_groups": self.groups,
+            "vocab_size": self.vocabulary,
+        }
+
+    @property
     def flops_per_token(self) -> int:
         """6 x matrix weights + causal attention."""
         h, g = self.hidden, self.groups
