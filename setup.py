@@ -1,19 +1,36 @@
 """Builds the compiled part of the package; all metadata is in pyproject.toml.
 
 ``csrc/data`` -> ``megatron_hammer.data._index``: the sample index builder; ``csrc/tokenizer`` ->
-``megatron_hammer.tokenizer._encoder``: the encoder of sentencepiece models (both pybind11, no torch, no CUDA). NumPy
-and sentencepiece do the same work with identical results, so ``HAMMER_NO_EXTENSIONS=1`` may leave them out; without
-that wish a failing compiler fails the installation, because a silent fall-back would only show as slowness later.
+``megatron_hammer.tokenizer._encoder``: the encoder of sentencepiece models; ``csrc/cpu`` ->
+``megatron_hammer.kernels._cpu``: the fused operations on a CPU (all pybind11, no torch, no CUDA). NumPy, sentencepiece
+and torch do the same work, so ``HAMMER_NO_EXTENSIONS=1`` may leave them out; without that wish a failing compiler fails
+the installation, because a silent fall-back would only show as slowness later.
+
+``csrc/kernels`` -> ``megatron_hammer/kernels/_cuda.so``: the fused operations on a GPU, a library of torch operations
+on torch's stable C++ ABI. It is built where nvcc and a torch for CUDA are present (the latter is not under build
+isolation: ``pip install --no-build-isolation``), and otherwise one line says why it is not. ``HAMMER_CUDA_ARCHS`` names
+the architectures, such as ``80,90``; ``none`` leaves it out.
 """
 
+import importlib.util
 import os
+import runpy
+import shutil
+import subprocess
 import sysconfig
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import setup
+from setuptools import Extension, setup
 
 NO_EXTENSIONS = "HAMMER_NO_EXTENSIONS"
+CUDA_ARCHS = "HAMMER_CUDA_ARCHS"
+DEFAULT_CUDA_ARCHS = "80,90"  # A100, H100 and H200; what comes after them takes the portable code of the last
+CUDA_SOURCES = [
+    *(f"csrc/kernels/{name}.cu" for name in ("adamw", "fp8", "rms_norm", "rope", "square_sum", "swiglu")),
+    "csrc/kernels/bindings.cpp",
+]
+CUDA_HEADERS = ["csrc/kernels/common.cuh", "csrc/kernels/kernels.hpp"]
 
 EXTENSIONS = [
     Pybind11Extension(
@@ -34,18 +51,94 @@ EXTENSIONS = [
         extra_compile_args=["-O3", "-Wall", "-Wextra", "-pthread"],
         extra_link_args=["-pthread"],
     ),
+    Pybind11Extension(
+        "megatron_hammer.kernels._cpu",
+        [f"csrc/cpu/{name}.cpp" for name in ("bindings", "attention", "attention_bindings")]
+        + [f"csrc/cpu/version_{name}.cpp" for name in ("portable", "avx2", "avx512", "avx512_bf16")],
+        depends=[
+            f"csrc/cpu/{name}"
+            for name in ("kernels.hpp", "kernels.inl", "operations.hpp", "attention.hpp", "attention_bindings.hpp")
+        ],
+        cxx_std=17,
+        # Nobody reads errno or traps floating-point exceptions, so square roots become vectors; values do not change.
+        extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-Wall", "-Wextra"],
+        extra_link_args=["-fopenmp"],
+    ),
 ]
 
 
+# torch 2.11 and later serve what is compiled against the ABI of 2.11. With C++20 the library would need a younger
+# libstdc++ besides.
+CUDA_FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+CUDA_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
+
+
+def find_nvcc() -> str | None:
+    """The compiler on PATH or under CUDA_HOME."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+
+
+def find_torch() -> tuple[Path | None, dict[str, str | None]]:
+    """The folder of the torch of this interpreter and the values in its version.py; torch itself is not imported."""
+    found = importlib.util.find_spec("torch")
+    folder = Path(found.origin).parent if found is not None and found.origin is not None else None
+    if folder is None or not (folder / "version.py").exists():
+        return None, {}
+    return folder, runpy.run_path(str(folder / "version.py"))
+
+
+def architecture_flags(archs: list[str]) -> list[str]:
+    """Machine code of each architecture, and portable code of the last for GPUs that come after it."""
+    real = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*real, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def cuda_obstacle() -> str:
+    """Why the CUDA kernels are not built here, or an empty string."""
+    folder, version = find_torch()
+    if os.environ.get(CUDA_ARCHS) == "none":
+        return f"{CUDA_ARCHS}=none"
+    if find_nvcc() is None:
+        return "nvcc was not found on PATH or under CUDA_HOME"
+    if folder is None:
+        return "this build sees no torch; with a CUDA torch installed, pip install --no-build-isolation builds them"
+    if version.get("cuda") is None:
+        return f"torch {version.get('__version__')} is not one for CUDA"
+    return ""
+
+
 class BuildExtensions(build_ext):
-    """``build_ext`` whose failure says what is missing and what to do."""
+    """``build_ext`` whose failure says what is missing and what to do, and which knows nvcc."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname.split(".")[-1] == "_cuda":  # no Python module: no tag of an interpreter
+            return os.path.join(*fullname.split(".")) + ".so"
+        return str(super().get_ext_filename(fullname))
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name.split(".")[-1] != "_cuda":
+            super().build_extension(ext)
+            return
+        target, (torch, _) = self.get_ext_fullpath(ext.name), find_torch()
+        os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+        archs = os.environ.get(CUDA_ARCHS, DEFAULT_CUDA_ARCHS).split(",")
+        command = [str(find_nvcc()), "-shared", "--threads=0", *CUDA_FLAGS, *architecture_flags(archs)]
+        command += [f"-isystem={torch}/include", *ext.sources, "-o", target]
+        command += [f"-L{torch}/lib", "-ltorch_cpu", "-ltorch_cuda"]
+        print(" ".join(command))
+        if subprocess.run(command).returncode:
+            raise SystemExit(
+                "megatron_hammer: nvcc could not compile the CUDA kernels (its messages are above); name architectures "
+                f"that it knows ({CUDA_ARCHS}=80,90), or set {CUDA_ARCHS}=none to do without them"
+            )
 
     def run(self) -> None:
         headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
         if self.extensions and not headers.exists():
             raise SystemExit(
                 f"megatron_hammer: Python's headers are missing ({headers}); install them (Debian and Ubuntu: "
-                f"python3-dev), or set {NO_EXTENSIONS}=1 to use the slower NumPy index builder and sentencepiece itself"
+                f"python3-dev), or set {NO_EXTENSIONS}=1 to use NumPy, sentencepiece and torch instead, slower"
             )
         try:
             super().run()
@@ -57,7 +150,15 @@ class BuildExtensions(build_ext):
             ) from error
 
 
-setup(
-    ext_modules=[] if os.environ.get(NO_EXTENSIONS) == "1" else EXTENSIONS,
-    cmdclass={"build_ext": BuildExtensions},
-)
+def extensions() -> list[Extension]:
+    """What this machine can build and the user wants."""
+    if os.environ.get(NO_EXTENSIONS) == "1":
+        return []
+    if obstacle := cuda_obstacle():
+        print(f"megatron_hammer: the CUDA kernels are left out: {obstacle}")
+        return EXTENSIONS
+    return [*EXTENSIONS, Extension("megatron_hammer.kernels._cuda", CUDA_SOURCES, depends=CUDA_HEADERS)]
+
+
+if __name__ == "__main__":  # a test imports this file for its flags
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtensions})

@@ -2,7 +2,8 @@
 
     python benchmarks/cpu_step.py [--sizes quick mid] [--rounds 3] [--modes eager compile]
 
-Each run is a process of its own. Prints every run, then the medians and ratios against the better of the peer's modes.
+Each run is a process of its own. Prints every run, then the medians and ratios against the better of the peer's modes,
+and what share of the rate of the bare matrix products of these shapes, taken in the same rounds, each side reaches.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SIDES = ("our_step.py", "hf_trainer.py")
+SIDES, LIMIT = ("our_step.py", "hf_trainer.py"), "bare_products.py"
 
 
 def run(script: str, size: str, mode: str, precision: str) -> dict:
@@ -46,23 +47,29 @@ def main() -> None:
         f"torch {torch.__version__}, transformers {transformers.__version__}"
     )
     table = [
-        "| size | precision | ours | peer, better mode | ratio | memory ours / peer, MB |",
-        "|---|---|---|---|---|---|",
+        "| size | precision | ours | peer, better mode | ratio | share of the products' rate, ours / peer | "
+        "memory ours / peer, MB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for size in arguments.sizes:
         for precision in arguments.precisions:
             runs: dict[tuple[str, str], list[dict]] = {}
+            limits = []
             for _ in range(arguments.rounds):
+                limits.append(run(LIMIT, size, "-", precision)["gflops"])
                 for mode in arguments.modes:
                     for script in SIDES:
                         runs.setdefault((script, mode), []).append(run(script, size, mode, precision))
             rates = {key: statistics.median(r["tokens_per_second"] for r in lines) for key, lines in runs.items()}
             best = {side: max((k for k in rates if k[0] == side), key=lambda k: rates[k]) for side in SIDES}
             ours, peer = best[SIDES[0]], best[SIDES[1]]
+            limit = statistics.median(limits)
+            shares = [statistics.median(r["gflops"] for r in runs[k]) / limit for k in (ours, peer)]
             memory = [statistics.median(r["memory_mb"] for r in runs[k]) for k in (ours, peer)]
             table.append(
                 f"| {size} | {precision} | {rates[ours]:,.0f} tokens/s ({ours[1]}) | {rates[peer]:,.0f} ({peer[1]}) | "
-                f"{rates[ours] / rates[peer]:.2f} | {memory[0]:.0f} / {memory[1]:.0f} |"
+                f"{rates[ours] / rates[peer]:.2f} | {shares[0]:.0%} / {shares[1]:.0%} of {limit:.0f} GFLOP/s | "
+                f"{memory[0]:.0f} / {memory[1]:.0f} |"
             )
     print("\n".join(table))
 

@@ -48,7 +48,7 @@ def config_of(mask: str, seq_length: int, micro_batch: int, precision: str, comp
         {
             "model": shape.model_fields,
             "data": {"seq_length": seq_length, "attention_mask": mask},
-            "kernels": {"compile": compiled},
+            "kernels": {"compile": "operations" if compiled else "none"},
             "train": {
                 "micro_batch_size": micro_batch,
                 "global_batch_size": micro_batch * ACCUMULATION,

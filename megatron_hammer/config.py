@@ -302,9 +302,14 @@ class ScheduleConfig:
 
 
 ATTENTION_MASKS = {  # backend -> the values of data.attention_mask that it can do; the rest is kernels/attention.py's
+    "fused": ("causal", "document"),
+    "cudnn": ("causal",),
     "sdpa": ("causal",),
     "varlen": ("document",),
     "sdpa-documents": ("document",),
+    "flash-attn": ("causal", "document"),
+    "flash-attn-3": ("causal", "document"),
+    "flash-attn-4": ("causal", "document"),
     "te": ("causal", "document"),
 }
 
@@ -313,22 +318,42 @@ ATTENTION_MASKS = {  # backend -> the values of data.attention_mask that it can 
 class KernelsConfig:
     """Which implementation runs the hot operations."""
 
-    compile: bool = False
-    """Fuse the elementwise operations (norm, RoPE, SwiGLU) with torch.compile: faster steps, seconds of start-up. On a
-    CPU it needs a C++ compiler."""
-    attention: Literal["auto", "sdpa", "varlen", "sdpa-documents", "te"] = "auto"
+    compile: Literal["none", "operations", "layers"] = "none"
+    """operations: torch.compile fuses those of norm, RoPE and SwiGLU that have no kernel of their own. layers: each
+    decoder layer is compiled whole, once for all. Either costs seconds at start; on a CPU it needs a C++ compiler."""
+    norm: Literal["auto", "torch", "fused", "te", "apex", "liger"] = "auto"
+    """Residual add and RMSNorm. auto: fused where it can run, else torch; the same for the next three. fused: our own
+    compiled kernel, C++ on a CPU, CUDA on a GPU. te, apex, liger: that library's, where it is installed."""
+    rope: Literal["auto", "torch", "fused", "liger"] = "auto"
+    """Rotary position embedding."""
+    swiglu: Literal["auto", "torch", "fused", "liger"] = "auto"
+    """SwiGLU's product."""
+    adamw: Literal["auto", "torch", "fused", "apex"] = "auto"
+    """The update, with clipping and the 16-bit copy in the same pass, and the gradient's norm."""
+    attention: Literal[
+        "auto", "fused", "cudnn", "sdpa", "varlen", "sdpa-documents", "flash-attn", "flash-attn-3", "flash-attn-4", "te"
+    ] = "auto"
     """auto: the first of the others that can do what the config asks for; one that is named and cannot is an error.
-    sdpa: torch's scaled_dot_product_attention, causal. varlen: torch's own FlashAttention for document masks, on a GPU
-    in 16 bits. sdpa-documents: one sdpa call a document, anywhere. te: what Transformer Engine chooses, for either mask
-    on a GPU in 16 bits; by name only."""
+    fused: our own, for either mask on a CPU. cudnn: cuDNN's by way of torch, causal, on a GPU in 16 bits; auto takes it
+    on Hopper and Blackwell. sdpa: torch's scaled_dot_product_attention, causal. varlen: torch's own FlashAttention for
+    document masks, on a GPU in 16 bits. sdpa-documents: one sdpa call a document, anywhere. flash-attn, flash-attn-3,
+    flash-attn-4: those packages, te: what Transformer Engine chooses; for either mask on a GPU in 16 bits, by name
+    only."""
     layers: Literal["torch", "te"] = "torch"
     """torch: the layers in plain torch. te: linear layers and norms of NVIDIA's Transformer Engine, on a GPU; the
     weight's gradient is accumulated in the matrix product. Checkpoints are the same."""
     fp8: Literal["off", "delayed", "current"] = "off"
-    """8-bit matrix products of the layers in training, with kernels.layers=te and bf16. current: each tensor scaled by
-    its own largest value. delayed: by those of past steps, which no checkpoint holds: a resumed run scales anew."""
-    loss: Literal["auto", "torch", "triton"] = "auto"
-    """Softmax and gradient of the logits. auto: triton on a GPU where it is installed, else torch."""
+    """8-bit matrix products of the layers in training, with bf16 on a GPU. current: each tensor scaled by its own
+    largest value. delayed: by those of past steps, which no checkpoint holds, so that a resumed run scales anew; with
+    kernels.layers=te only."""
+    fp8_head: bool = False
+    """With kernels.fp8: the output head's products too. It is the layer that 8 bits disturb most; hence an option."""
+    deterministic: bool = False
+    """Equal bits from run to run on one machine and layout: takes only backends that can, and tells torch's own kernels
+    to. On a CPU all do without it."""
+    loss: Literal["auto", "fused", "triton", "torch"] = "auto"
+    """Softmax and gradient of the logits. auto: on a CPU fused, our own compiled kernel, on a GPU triton, where it is
+    there, else torch."""
     loss_chunk_tokens: int | None = None
     """Tokens of a micro-batch whose logits exist at once, [tokens, vocabulary / TP]; absent: 2048 on a GPU, 1024 on a
     CPU. Fewer take less memory and more time: the gradient of the output head is read and written once a chunk."""
@@ -354,6 +379,11 @@ class TrainConfig:
     """Seeds the initial weights and the order of the data."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Type of weights and activations; masters, moments and gradient sums are always fp32."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping it; the results are the same. selective: the outputs of norms,
+    attention and SwiGLU. full: whole layers, of which only the input is kept; a third more of their work."""
+    recompute_layers: int | None = None
+    """With full: the first so many layers; absent: all."""
     z_loss: float = 0.0
     """Weight c of c log^2(sum of exponentials) in what is minimised, which keeps logits small (arXiv 2204.02311; usual:
     1e-4). No reported loss contains it."""
@@ -375,6 +405,7 @@ class TrainConfig:
             "num_steps",
             "micro_batch_size",
             "global_batch_size",
+            "recompute_layers",
             "eval_interval_steps",
             "eval_samples",
             "max_consecutive_skips",
@@ -485,7 +516,8 @@ class Config:
             f"use {' or '.join(('auto', *able))}",
             number=9,
         )
-        for number, (what, rule, remedy) in ((12, _te_obstacle(self)), (13, _fp8_obstacle(self))):
+        obstacles = {12: _te_obstacle, 13: _fp8_obstacle, 14: _recompute_obstacle, 15: _compile_obstacle}
+        for number, (what, rule, remedy) in ((n, find(self)) for n, find in obstacles.items()):
             _require(not what, what, rule, remedy, number)
         longest = model.max_position_embeddings
         _require(
@@ -549,9 +581,12 @@ def _tp_obstacle(config: Config, tp: int) -> str:
 
 def _te_obstacle(config: Config) -> tuple[str, str, str]:
     """What a config without a GPU asks of Transformer Engine (setting, rule, remedy), or empty strings."""
-    for name, remedy in (("layers", "torch"), ("attention", "auto")):
+    for name, remedy in (("layers", "torch"), ("attention", "auto"), ("norm", "auto")):
         if getattr(config.kernels, name) == "te" and config.train.device == "cpu":
             return f"kernels.{name}=te", "does not run with train.device=cpu", f"use kernels.{name}={remedy}"
+    norm = config.kernels.norm
+    if config.kernels.layers == "te" and norm not in ("auto", "te"):
+        return f"kernels.norm={norm}", "is not for kernels.layers=te, which has its own norms", "use kernels.norm=auto"
     return "", "", ""
 
 
@@ -559,26 +594,62 @@ def _fp8_obstacle(config: Config) -> tuple[str, str, str]:
     """Why the layers' matrix products cannot run in 8 bits (setting, rule, remedy), or empty strings."""
     kernels, model, train, tp = config.kernels, config.model, config.train, config.parallel.tensor_model_parallel_size
     if kernels.fp8 == "off":
-        return "", "", ""
+        lone_head = kernels.fp8_head
+        return ("kernels.fp8_head=true", "needs kernels.fp8", "set it too") if lone_head else ("", "", "")
     what = f"kernels.fp8={kernels.fp8}"
-    if kernels.layers != "te":
-        return what, f"is not for kernels.layers={kernels.layers}", "use kernels.layers=te or kernels.fp8=off"
+    if kernels.layers == "torch" and kernels.fp8 == "delayed":
+        return what, "is not for kernels.layers=torch", "use kernels.fp8=current or kernels.layers=te"
+    if train.device == "cpu":
+        return what, "does not run with train.device=cpu", "use kernels.fp8=off"
     if train.precision != "bf16":
         return what, f"is not for train.precision={train.precision}", "use bf16 or kernels.fp8=off"
     heads, groups, d = model.num_attention_heads // tp, max(1, model.query_groups // tp), model.head_size
-    rows = train.micro_batch_size * config.data.seq_length // (tp if config.parallel.sequence_parallel else 1)
+    divided = config.parallel.sequence_parallel and kernels.layers == "te"  # which quantises before it gathers
+    rows = train.micro_batch_size * config.data.seq_length // (tp if divided else 1)
     sizes = {
         "train.micro_batch_size x data.seq_length": rows,
         "model.hidden_size": model.hidden_size,
         "the rows of the fused query, key and value weight": (heads + 2 * groups) * d,
         "model.num_attention_heads x head size": heads * d,
         "model.ffn_hidden_size": model.ffn_hidden_size // tp,
+        "kernels.loss_chunk_tokens": (kernels.loss_chunk_tokens or 0) if kernels.fp8_head else 0,
     }
     for name, size in sizes.items():
         if size % FP8_MULTIPLE:
             share = "" if tp == 1 else ", one rank's part"
             rule = f"needs a multiple of {FP8_MULTIPLE} for {name} ({size}{share})"
             return what, rule, "change the sizes or use kernels.fp8=off"
+    return "", "", ""
+
+
+def _recompute_obstacle(config: Config) -> tuple[str, str, str]:
+    """Why this cannot be recomputed (setting, rule, remedy), or empty strings."""
+    mode, layers = config.train.recompute, config.train.recompute_layers
+    what = f"train.recompute_layers={layers}"
+    if layers is not None and mode != "full":
+        return what, f"is not for train.recompute={mode}", "leave it out or use train.recompute=full"
+    if layers is not None and layers > config.model.num_layers:
+        return what, f"must not exceed model.num_layers={config.model.num_layers}", "lower it or leave it out"
+    if mode == "selective" and config.kernels.compile == "layers":
+        rule = "is not for kernels.compile=layers, where the compiler chooses what a layer keeps"
+        return "train.recompute=selective", rule, "use none or full, or kernels.compile=operations"
+    return "", "", ""
+
+
+def _compile_obstacle(config: Config) -> tuple[str, str, str]:
+    """Why whole layers cannot be compiled (setting, rule, remedy), or empty strings."""
+    if config.kernels.compile != "layers":
+        return "", "", ""
+    tp = config.parallel.tensor_model_parallel_size
+    conflicts = {
+        f"parallel.tensor_model_parallel_size={tp}": tp > 1,
+        f"kernels.layers={config.kernels.layers}": config.kernels.layers != "torch",
+        f"kernels.fp8={config.kernels.fp8}": config.kernels.fp8 != "off",
+        f"data.attention_mask={config.data.attention_mask}": config.data.attention_mask != "causal",
+    }
+    for name, conflict in conflicts.items():
+        if conflict:
+            return "kernels.compile=layers", f"is not for {name}", "use kernels.compile=operations"
     return "", "", ""
 
 
@@ -703,6 +774,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, name)  # type: ignore[arg-type]
     if origin is Literal:
+        if value is False and "off" in args:
+            return "off"  # YAML 1.1 reads off as a bool
         if value not in args:
             near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
             hinted = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(map(str, args))}"

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_hammer.config import (
     Config,
@@ -62,6 +63,19 @@ def test_echo_reads_back(preset: Path, tmp_path: Path) -> None:
     assert config_from_tree(config_to_tree(config)) == config
 
 
+def test_off_is_a_word(preset: Path, tmp_path: Path) -> None:
+    """YAML 1.1 reads off, unquoted, as False; in a file, as an argument, and as written back."""
+    assert yaml.safe_load("off") is False
+    file = tmp_path / "off.yaml"
+    file.write_text(preset.read_text(encoding="utf-8") + "kernels: {fp8: off}\n", encoding="utf-8")
+    for config in (load_config(file), load_config(preset, ["kernels.fp8=off"])):
+        assert config.kernels.fp8 == "off"
+        file.write_text(to_yaml(config), encoding="utf-8")
+        assert load_config(file) == config
+    with pytest.raises(ConfigError, match=r"E203.*kernels\.fp8=True"):
+        load_config(preset, ["kernels.fp8=on"])
+
+
 def test_nothing_mutates_it(preset: Path) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         load_config(preset).optimizer.lr = 1.0  # type: ignore[misc]
@@ -101,8 +115,12 @@ REFUSED = [  # argument, code, what the line must name
     ("data.max_epochs=.nan", "E204", ["data.max_epochs"]),
     ("data.attention_mask=documents", "E203", ["data.attention_mask=documents", "causal, document", "mean document?"]),
     ("kernels.attention=flash", "E203", ["kernels.attention=flash", "sdpa-documents"]),
-    ("kernels.attention=varlen", "E209", ["kernels.attention=varlen", "data.attention_mask=causal", "auto or sdpa"]),
-    ("kernels.loss=liger", "E203", ["kernels.loss=liger", "auto, torch, triton"]),
+    (
+        "kernels.attention=varlen",
+        "E209",
+        ["kernels.attention=varlen", "data.attention_mask=causal", "auto or fused or cudnn or sdpa"],
+    ),
+    ("kernels.loss=liger", "E203", ["kernels.loss=liger", "auto, fused, triton, torch"]),
     ("kernels.loss_chunk_tokens=0", "E204", ["kernels.loss_chunk_tokens=0"]),
     ("train.z_loss=-1e-4", "E204", ["train.z_loss"]),
     ("model.max_position_embeddings=64", "E205", ["data.seq_length", "max_position_embeddings"]),

@@ -9,17 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_hammer.config import KernelsConfig
 from megatron_hammer.kernels import te
-from megatron_hammer.kernels.attention import (
-    AttentionDemand,
-    Documents,
-    each_document,
-    select_attention,
-    varlen,
-    whole_samples,
-)
-from megatron_hammer.kernels.linear_cross_entropy import select_loss
-from megatron_hammer.kernels.operations import Operations
+from megatron_hammer.kernels.attention import ROWS, Documents, each_document, varlen, whole_samples
+from megatron_hammer.kernels.backend import Demand, select
+from megatron_hammer.kernels.operations import Operations, select_operations
 from megatron_hammer.model.layers import LayerOptions
 from megatron_hammer.model.loss import Objective, head_loss
 from megatron_hammer.parallel.context import ParallelContext
@@ -82,6 +76,11 @@ class _Keeper:
         """Nobody waits for it."""
 
 
+def loss_operations(name: Literal["torch", "triton"], dtype: torch.dtype, chunk: int | None = None) -> Operations:
+    kernels = KernelsConfig(loss=name, loss_chunk_tokens=chunk)
+    return select_operations(kernels, Demand(torch.device("cuda"), dtype))
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_head_and_loss(backend: Literal["torch", "triton"]) -> None:
     """bf16 in 5 chunks: within 1 % of the norm of fp32, a few roundings to bf16; nobody waits for the device."""
@@ -92,13 +91,13 @@ def test_head_and_loss(backend: Literal["torch", "triton"]) -> None:
     weight, weights = torch.randn(3072, 256, device="cuda") / 8, torch.rand(2, 300, device="cuda")
     results = []
     for name, dtype in (("torch", torch.float32), (backend, torch.bfloat16)):
-        options = LayerOptions(dtype, cuda, operations=Operations(loss=select_loss(name, 128, cuda)))
+        options = LayerOptions(dtype, cuda, operations=loss_operations(name, dtype, 128))
         mine, head = (t.to(dtype, copy=True).requires_grad_() for t in (x, weight))
-        keeper = _Keeper(head)
+        keeper = head.gradients = _Keeper(head)  # type: ignore[attr-defined]
         for sync in ("default", "error"):  # the first round compiles
             torch.cuda.set_sync_debug_mode(sync)
             try:
-                objective = Objective(weights, z_loss=1e-3, gradients=keeper)
+                objective = Objective(weights, z_loss=1e-3)
                 losses = head_loss(mine, head, labels, 2997, options, objective)
                 (losses * weights).sum().backward()
             finally:
@@ -115,11 +114,12 @@ def test_memory_of_head_and_loss(backend: Literal["torch", "triton"]) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
     cuda = torch.device("cuda")
-    options = LayerOptions(torch.bfloat16, cuda, operations=Operations(loss=select_loss(backend, None, cuda)))
+    options = LayerOptions(torch.bfloat16, cuda, operations=loss_operations(backend, torch.bfloat16))
     x = torch.randn(2048, 8, 2048, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(105_856, 2048, device="cuda", dtype=torch.bfloat16).mul_(0.02).requires_grad_()
-    labels, keeper = torch.randint(0, 105_789, (8, 2048), device="cuda"), _Keeper(weight)
-    objective = Objective(torch.ones((), device="cuda") / labels.numel(), gradients=keeper)
+    labels = torch.randint(0, 105_789, (8, 2048), device="cuda")
+    weight.gradients = _Keeper(weight)
+    objective = Objective(torch.ones((), device="cuda") / labels.numel())
     head_loss(x[:1], weight, labels[:, :1], 105_789, options, objective)  # the matrix library takes its workspace
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -130,8 +130,8 @@ def test_memory_of_head_and_loss(backend: Literal["torch", "triton"]) -> None:
 @pytest.mark.parametrize("heads, groups", [(8, 8), (8, 2)])
 def test_varlen_equals_each_document(heads: int, groups: int) -> None:
     """Output and gradients in bf16; both round where they like, so 1 % of the norm."""
-    demand = AttentionDemand("document", torch.bfloat16, torch.device("cuda"), heads, groups, 64)
-    assert select_attention("auto", demand).name == "varlen"
+    demand = Demand(torch.device("cuda"), torch.bfloat16, "document", heads, groups, 64)
+    assert select("attention", "auto", ROWS, demand).name == "varlen"
     documents = Documents.from_cu_seqlens(np.cumsum([0, 1, 300, 17, 1000, 64]).astype(np.int32), demand.device)
     fused = torch.randn(1382, 1, heads + 2 * groups, 64, dtype=torch.bfloat16, device="cuda")
     inputs = [x.requires_grad_() for x in fused.split((heads, groups, groups), dim=2)]

@@ -76,7 +76,10 @@ WITHOUT_TORCH = [
     "optim.schedule",
     "checkpoint.format",
     "checkpoint.fit",
+    "train.budget",
     "train.prepare",
+    "train.profile_plot",
+    "train.profile_trace",
     "train.__main__",
     "launch",
 ]

@@ -10,9 +10,7 @@
     positions    0 1 2 3 4 0 1 2 0 1 2 3 4 5 6 7         restart with each document, for RoPE
 
 Cumulative lengths are those of flash-attn: what every kernel for variable lengths takes. The end of a sample is the end
-of a document, so the length of the longest is at most s. ``BACKENDS`` is the whole table; a new backend is a function
-and a row in it. ``select_attention`` takes the first row that can do what the config asks for. One that cannot is
-passed over, and an error where the user named it: a mask is never ignored in silence.
+of a document, so the length of the longest is at most s. ``ROWS`` is the whole table (``backend.py``).
 
 Legend: s sequence, b micro-batch, n query heads, g query groups, d head_dim (local ones).
 """
@@ -21,16 +19,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_hammer.errors import ConfigError
-from megatron_hammer.kernels import te
+from megatron_hammer.kernels import attention_cpu, flash, te
+from megatron_hammer.kernels.backend import CUDA, HALVES, Backend, Demand
 
 # On a CPU, torch's 16-bit attention costs about as much for 30 rows as for 100, and below this many elements of a head
 # (rows x d) up to twice as much as in fp32 with both conversions, above it less: measured on a Xeon with AMX, torch
@@ -87,6 +87,12 @@ def whole_samples(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None =
     return causal_attention(q, k, v)
 
 
+def cudnn(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+    """Backend "cudnn": as "sdpa", by cuDNN's attention or not at all. It shares keys by itself and copies no input."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return whole_samples(q, k, v, documents)
+
+
 def each_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
     """Backend "sdpa-documents": one call a document, so that no mask is stored and no masked product is computed.
 
@@ -126,86 +132,78 @@ def _varlen_is_missing(device: torch.device) -> str:
     return ""
 
 
-def _nothing_is_missing(device: torch.device) -> str:
-    return ""
+@cache
+def _cudnn_is_missing(device: torch.device) -> str:
+    """Why torch cannot reach cuDNN's attention on this device, or an empty string."""
+    if not torch.backends.cudnn.is_available():
+        return f"torch {torch.__version__} comes without cuDNN"
+    if not torch.backends.cuda.cudnn_sdp_enabled():
+        return "torch.backends.cuda.enable_cudnn_sdp(False) was called"
+    capability = torch.cuda.get_device_capability(device)
+    return "" if capability >= (8, 0) else f"it needs sm_80, the GPU is sm_{capability[0]}{capability[1]}"
 
 
-@dataclass(frozen=True)
-class AttentionDemand:
-    """What a run asks of its attention."""
-
-    mask: str = "causal"
-    """``data.attention_mask``."""
-    dtype: torch.dtype = torch.float32
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    heads: int = 1
-    """n of one rank."""
-    groups: int = 1
-    """g of one rank."""
-    head_size: int = 64
-    """d."""
+def _torch_can_use_cudnn(demand: Demand) -> bool:
+    """Torch's own check, which knows cuDNN's version and the heads that it can do on this chip."""
+    shapes = ((1, heads, 64, demand.head_size) for heads in (demand.heads, demand.groups, demand.groups))
+    q, k, v = (torch.empty(shape, dtype=demand.dtype, device=demand.device) for shape in shapes)
+    return can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, True, demand.heads != demand.groups), False)
 
 
-@dataclass(frozen=True)
-class AttentionBackend:
-    """A row of the table: what a backend declares that it can do."""
-
-    name: str
-    """Value of ``kernels.attention``."""
-    function: AttentionFunction
-    masks: frozenset[str]
-    devices: frozenset[str]
-    dtypes: frozenset[torch.dtype]
-    grouped_queries: bool
-    """Fewer groups than heads."""
-    max_head_size: int | None = None
-    missing: Callable[[torch.device], str] = _nothing_is_missing
-    """Why this machine cannot run it, or an empty string; asked only on a device that it declares."""
-
-    def obstacle(self, demand: AttentionDemand) -> str:
-        """Why this backend cannot do what is asked for, or an empty string."""
-        if demand.mask not in self.masks:
-            return f"cannot do data.attention_mask={demand.mask}"
-        if demand.device.type not in self.devices:
-            return f"does not run on {demand.device.type}"
-        if demand.dtype not in self.dtypes:
-            return f"does not compute in {str(demand.dtype).removeprefix('torch.')}"
-        if demand.heads != demand.groups and not self.grouped_queries:
-            return f"needs as many query groups ({demand.groups}) as heads ({demand.heads})"
-        if self.max_head_size is not None and demand.head_size > self.max_head_size:
-            return f"takes heads of at most {self.max_head_size} elements, not {demand.head_size}"
-        missing = self.missing(demand.device)
-        return f"cannot run here ({missing})" if missing else ""
+def _cudnn_limits(demand: Demand) -> str:
+    if (limit := _masks("causal")(demand)) or demand.device.type != "cuda" or _cudnn_is_missing(demand.device):
+        return limit
+    if _torch_can_use_cudnn(demand):
+        return ""
+    grouped = f" in {demand.groups} groups" if demand.heads != demand.groups else ""
+    version = torch.backends.cudnn.version()
+    return f"cannot do {demand.heads} heads of {demand.head_size}{grouped} (torch's own check, cuDNN {version})"
 
 
-_HALVES = frozenset({torch.bfloat16, torch.float16})
-_FLOATS = _HALVES | {torch.float32, torch.float64}
-_ANYWHERE, _CAUSAL, _DOCUMENT = frozenset({"cpu", "cuda"}), frozenset({"causal"}), frozenset({"document"})
+def _cudnn_is_preferred(demand: Demand) -> bool:
+    """On Hopper and Blackwell, as torch itself has it: there 1.7 to 2.3 times as fast as torch's flash kernels.
 
-BACKENDS = (  # the first that can do it is chosen; name, function, masks, devices, dtypes, grouped queries, ...
-    AttentionBackend("sdpa", whole_samples, _CAUSAL, _ANYWHERE, _FLOATS, True),
-    AttentionBackend("varlen", varlen, _DOCUMENT, frozenset({"cuda"}), _HALVES, True, 256, _varlen_is_missing),
-    AttentionBackend("sdpa-documents", each_document, _DOCUMENT, _ANYWHERE, _FLOATS, True),
-    AttentionBackend(
-        "te", te.attention, _CAUSAL | _DOCUMENT, frozenset({"cuda"}), _HALVES, True, None, te.attention_obstacle
-    ),
-)
-
-
-def select_attention(name: str, demand: AttentionDemand) -> AttentionBackend:
-    """The backend of this name, or for "auto" the first that can do what is asked for.
-
-    Raises:
-        ConfigError: the backend that the user named cannot do it, or none can.
+    Measured on an H100 in transformers' pull request 48163; on older chips nobody has, and torch prefers flash.
     """
-    able = [backend for backend in BACKENDS if not backend.obstacle(demand)]
-    choices = " or ".join(["auto", *(backend.name for backend in able)])
-    if name != "auto":
-        backend = next(backend for backend in BACKENDS if backend.name == name)
-        if backend not in able:
-            raise ConfigError(9, f"kernels.attention={name}", backend.obstacle(demand), f"use {choices}")
-        return backend
-    if not able:
-        why = ", ".join(f"{backend.name} {backend.obstacle(demand)}" for backend in BACKENDS)
-        raise ConfigError(10, "kernels.attention=auto", f"finds no backend: {why}", "change one of these settings")
-    return able[0]
+    return torch.cuda.get_device_capability(demand.device) in ((9, 0), (10, 0))
+
+
+def _masks(*able: str) -> Callable[[Demand], str]:
+    """The limit of a backend that can do these values of ``data.attention_mask`` and no others."""
+
+    def limit(demand: Demand) -> str:
+        return "" if demand.mask in able else f"cannot do data.attention_mask={demand.mask}"
+
+    return limit
+
+
+def _varlen_limits(demand: Demand) -> str:
+    if limit := _masks("document")(demand):
+        return limit
+    return f"takes heads of at most 256 elements, not {demand.head_size}" if demand.head_size > 256 else ""
+
+
+def _fused_limits(demand: Demand) -> str:
+    if demand.compile == "layers":
+        return "is not for kernels.compile=layers"
+    return attention_cpu.obstacle(demand.dtype)
+
+
+ROWS = (
+    Backend("fused", lambda device: attention_cpu.attention, frozenset({"cpu"}), limits=_fused_limits),
+    Backend(
+        "cudnn",
+        lambda device: cudnn,
+        CUDA,
+        HALVES,
+        _cudnn_limits,
+        _cudnn_is_missing,
+        preferred=_cudnn_is_preferred,
+        deterministic=False,  # torch refuses it under use_deterministic_algorithms
+    ),
+    Backend("sdpa", lambda device: whole_samples, limits=_masks("causal")),
+    Backend("varlen", lambda device: varlen, CUDA, HALVES, _varlen_limits, _varlen_is_missing),
+    Backend("sdpa-documents", lambda device: each_document, limits=_masks("document")),
+    *flash.ROWS,
+    Backend("te", lambda device: te.attention, CUDA, HALVES, missing=te.attention_obstacle, by_name_only=True),
+)

@@ -1,9 +1,9 @@
 """The door to NVIDIA's Transformer Engine: can it run here, its attention, and the region in which fp8 is on.
 
-Two settings lead here: ``kernels.layers=te`` (``model/layers_te.py``) and ``kernels.attention=te``. Whether either can
-run is a question that takes an import of many seconds and a GPU, so the launcher asks it in a child process, before any
-rank starts, and shows the library's own words: it fails with RuntimeError, OSError or FileNotFoundError as readily as
-with ImportError.
+Three settings lead here: ``kernels.layers=te`` (``model/layers_te.py``), ``kernels.attention=te`` and
+``kernels.norm=te``. Whether they can run is a question that takes an import of many seconds and a GPU, so the launcher
+asks it in a child process, before any rank starts, and shows the library's own words: it fails with RuntimeError,
+OSError or FileNotFoundError as readily as with ImportError.
 
 Written against the Python sources of ``transformer-engine`` 2.20.2. ``USED`` states every name and argument that we
 use. At start it is held against the installed version, and in ``tests/model/test_te_contract.py`` against those
@@ -63,6 +63,7 @@ USED: Mapping[str, tuple[str, ...]] = {  # in transformer_engine.pytorch: name, 
     ),
     "autocast": ("enabled", "recipe", "amax_reduction_group"),
     "is_fp8_available": ("return_reason",),
+    "checkpoint": ("function",),  # and what it takes out of **kwargs: use_reentrant
 }
 USED_RECIPES: Mapping[str, tuple[str, ...]] = {"DelayedScaling": (), "Float8CurrentScaling": ()}  # in common.recipe
 
@@ -73,7 +74,7 @@ def check_before_start(config: Config) -> None:
     Raises:
         ConfigError: it cannot, and why.
     """
-    if "te" not in (config.kernels.layers, config.kernels.attention):
+    if not _asked_for(config):
         return
     wants_fp8 = config.kernels.fp8 != "off"
     code = f"from megatron_hammer.kernels import te\nprint('answer: ' + te.obstacle({wants_fp8}))"
@@ -94,16 +95,21 @@ def check_here(config: Config) -> None:
     Raises:
         ConfigError: Transformer Engine cannot run here, and why.
     """
-    if "te" in (config.kernels.layers, config.kernels.attention):
+    if _asked_for(config):
         refuse(config, obstacle(config.kernels.fp8 != "off"))
+
+
+def _asked_for(config: Config) -> str:
+    """The first setting in the group kernels that asks for Transformer Engine, or an empty string."""
+    return next((name for name in ("layers", "attention", "norm") if getattr(config.kernels, name) == "te"), "")
 
 
 def refuse(config: Config, why: str) -> None:
     """Raise the error of whichever setting asked for Transformer Engine, unless ``why`` is empty."""
     if not why:
         return
-    setting = "layers" if config.kernels.layers == "te" else "attention"
-    remedy = "use kernels.layers=torch" if setting == "layers" else "use kernels.attention=auto"
+    setting = _asked_for(config)
+    remedy = "use kernels.layers=torch" if setting == "layers" else f"use kernels.{setting}=auto"
     if why.startswith("fp8: "):
         what, rule = f"kernels.fp8={config.kernels.fp8}", f"cannot run here ({why.removeprefix('fp8: ')})"
         raise ConfigError(13, what, rule, "use kernels.fp8=off")
@@ -196,11 +202,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> T
 
 
 def attention_obstacle(device: Any) -> str:
-    """For the table of attention backends, which every run on a GPU asks: so without the import of many seconds.
+    """For the tables of attention and norm, which every run on a GPU asks: so without the import of many seconds.
 
     Whoever names the backend gets the whole answer of ``check_here``.
     """
     return "" if find_spec("transformer_engine") else "transformer_engine is not installed"
+
+
+# ---- norm: a backend of kernels/norm.py -------------------------------------------------------------------------
+
+
+def add_rms_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Backend "te": as ``norm.add_rms_norm``; the residual is added before, by torch.
+
+    The library offers a module, which owns its weight: one is made for each weight and kept there.
+    """
+    import transformer_engine.pytorch as te
+
+    summed = x if update is None else x + update
+    module = getattr(weight, "te_norm", None)
+    if module is None:
+        module = te.RMSNorm(weight.shape[0], eps=eps, device=weight.device, dtype=weight.dtype)
+        module.weight = weight
+        weight.te_norm = module  # type: ignore[attr-defined]
+    return module(summed), summed
 
 
 # ---- fp8 --------------------------------------------------------------------------------------------------------
@@ -228,3 +253,10 @@ def fp8_region(fp8: str, world: Group) -> Callable[[], AbstractContextManager]:
         return te.autocast(enabled=is_grad_enabled(), recipe=chosen, amax_reduction_group=group)  # type: ignore[no-any-return]
 
     return region
+
+
+def checkpoint(function: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """Keep x only and run ``function`` again in backward, in fp8 with the scales it had before."""
+    import transformer_engine.pytorch as te
+
+    return te.checkpoint(function, x, use_reentrant=False)

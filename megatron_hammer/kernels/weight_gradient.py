@@ -21,7 +21,13 @@ BLOCK_ELEMENTS = 2**20
 
 
 class WeightGradients(Protocol):
-    """Who keeps the sums: an operation that computes a weight's gradient adds it there instead of returning it."""
+    """Who keeps the sums: an operation that computes a weight's gradient adds it there instead of returning it.
+
+    A weight says who: ``weight.gradients``, set by the optimizer. A weight without it is autograd's business.
+    """
+
+    weights_version: int
+    """Counts the updates of the weights: what was computed from one holds until the next."""
 
     def place(self, weight: Tensor) -> tuple[Tensor, bool]:
         """The fp32 sum, shaped as the weight, and whether it already holds something of this step.
@@ -52,6 +58,40 @@ def add_weight_gradient(place: Tensor, grad_y: Tensor, x: Tensor, add: bool) -> 
         for i in range(0, place.shape[0], rows):
             block, product = place[i : i + rows], torch.mm(transposed[i : i + rows], x)
             if add:
-                block.add_(product)
+                _accumulate(block, product)
             else:
                 block.copy_(product)
+
+
+def _accumulate(total: Tensor, product: Tensor) -> None:
+    """total += product: fp32 and 16 bits, on a CPU in half of torch's time where our kernels are there."""
+    from megatron_hammer.kernels import cpu  # which imports the tables
+
+    if total.device.type == "cpu" and product.dtype == torch.bfloat16 and not cpu.missing(total.device):
+        cpu.library().accumulate(total, product, True)
+    else:
+        total.add_(product)
+
+
+def embedding_gradient(weight: Tensor, tokens: Tensor, grad: Tensor) -> Tensor | None:
+    """The gradient of an embedding: each row of ``grad`` added to its token's; None where ``weight.gradients`` took it.
+
+    In the sum only rows that were looked up are touched, where a gradient of the whole table would be written, read and
+    added (2 x 32,000 x 512 in bf16 on 2 Xeon cores: 0.5 ms against 50). Deterministic: on a CPU the rows are added in
+    order, on a GPU they are sorted first.
+
+    Args:
+        weight: [v, h]. tokens: [n] int64. grad: [n, h].
+    """
+    keeper: WeightGradients | None = getattr(weight, "gradients", None)
+    if keeper is None:
+        return torch.ops.aten.embedding_dense_backward(grad, tokens, len(weight), -1, False)  # type: ignore[no-any-return]
+    place, add = keeper.place(weight)
+    if not add:
+        place.zero_()
+    if place.is_cuda:
+        place.index_put_((tokens,), grad.to(place.dtype), accumulate=True)
+    else:
+        place.index_add_(0, tokens, grad.to(place.dtype))
+    keeper.arrived(weight)
+    return None

@@ -18,10 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megatron_hammer.config import padded_vocab_size
+from megatron_hammer.kernels.linear import Products
 from megatron_hammer.kernels.operations import Operations
+from megatron_hammer.kernels.weight_gradient import embedding_gradient
 from megatron_hammer.parallel.collectives import (
     all_gather_rows,
     all_gather_rows_async,
@@ -53,15 +56,38 @@ class LayerOptions:
 
 
 class RMSNorm(nn.Module):
-    """Normalise [s/t, b, h] over h; the weight is the same on all ranks."""
+    """Add what the last sublayer computed to the residual stream and normalise over h; the weight is on all ranks.
+
+    x, update [s/t, b, h] -> normed, x + update; without an update x itself is the second.
+    """
 
     def __init__(self, hidden_size: int, eps: float, options: LayerOptions) -> None:
         super().__init__()
-        self.eps, self.norm = eps, options.operations.rms_norm
+        self.eps, self.add_rms_norm = eps, options.operations.add_rms_norm
         self.weight = options.weight(hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.add_rms_norm(x, update, self.weight, self.eps)
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T on one rank, whatever the others do; the weight's gradient goes where the products put it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, products: Products) -> Tensor:
+        # The parameter itself: what a saved tensor comes back as may be another object, without ``gradients``.
+        ctx.weight, ctx.products, operand = weight, products, products.input(x)
+        ctx.save_for_backward(*products.kept(operand))
+        return products.forward(operand, products.weight(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        products, grad_y = ctx.products, ctx.products.gradient(grads[0])
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = products.input_gradient(grad_y, products.weight(ctx.weight))
+        return grad_x, products.weight_gradient(ctx.weight, grad_y, ctx.saved_tensors), None
 
 
 class _SequenceParallelLinear(torch.autograd.Function):
@@ -71,50 +97,59 @@ class _SequenceParallelLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, group: Group) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.group = group
-        return F.linear(all_gather_rows(x, group), weight)  # [s, b, out/t]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, products: Products, group: Group) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.products, ctx.group = weight, products, group
+        return products.forward(products.input(all_gather_rows(x, group)), products.weight(weight))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        grad_y = grads[0]
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        (x,), products = ctx.saved_tensors, ctx.products
         full, gathered = all_gather_rows_async(x, ctx.group)  # launch
-        grad_full = grad_y.matmul(weight)  # [s, b, h], this rank's part of the sum
+        grad_y = products.gradient(grads[0])
+        grad_full = products.input_gradient(grad_y, products.weight(ctx.weight))  # [s, b, h], a part of the sum
         gathered.wait()
         grad_x, scattered = reduce_scatter_rows_async(grad_full, ctx.group)  # launch
-        grad_weight = grad_y.flatten(0, 1).t().matmul(full.flatten(0, 1))  # [out/t, h]
+        kept = products.kept(products.input(full))
+        grad_weight = products.weight_gradient(ctx.weight, grad_y, kept)  # [out/t, h]
         scattered.wait()
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None, None
 
 
 class _TensorParallelLinear(torch.autograd.Function):
     """y = x W^T for x that all ranks hold; the sum of its gradient overlaps the weight's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, group: Group) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.group = group
-        return F.linear(x, weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, products: Products, group: Group) -> Tensor:
+        ctx.weight, ctx.products, ctx.group, operand = weight, products, group, products.input(x)
+        ctx.save_for_backward(*products.kept(operand))
+        return products.forward(operand, products.weight(weight))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        grad_y = grads[0]
-        grad_x = grad_y.matmul(weight)
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        products, grad_y = ctx.products, ctx.products.gradient(grads[0])
+        grad_x = products.input_gradient(grad_y, products.weight(ctx.weight))
         summed = all_reduce(grad_x, ctx.group, async_op=True)  # launch
-        grad_weight = grad_y.flatten(0, 1).t().matmul(x.flatten(0, 1))
+        grad_weight = products.weight_gradient(ctx.weight, grad_y, ctx.saved_tensors)
         summed.wait()
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None, None
+
+
+def linear(x: Tensor, weight: Tensor, options: LayerOptions) -> Tensor:
+    """[.., in] x [out, in] -> [.., out], without communication."""
+    if torch.compiler.is_compiling():  # the compiler writes backward, and autograd brings the weight's gradient
+        return F.linear(x, weight)
+    return _Linear.apply(x, weight, options.operations.products.now())  # type: ignore[no-any-return]
 
 
 def column_parallel(x: Tensor, weight: Tensor, options: LayerOptions) -> Tensor:
     """[s/t or s, b, h] x [out/t, h] -> [s, b, out/t]. Communicates over ``options.tp`` in both directions."""
     if options.tp.size == 1:
-        return F.linear(x, weight)
+        return linear(x, weight, options)
     function = _SequenceParallelLinear if options.sequence_parallel else _TensorParallelLinear
-    return function.apply(x, weight, options.tp)  # type: ignore[no-any-return]
+    return function.apply(x, weight, options.operations.products.now(), options.tp)  # type: ignore[no-any-return]
 
 
 class ColumnParallelLinear(nn.Module):
@@ -129,23 +164,19 @@ class ColumnParallelLinear(nn.Module):
         return column_parallel(x, self.weight, self.options)
 
 
-class QKVLinear(nn.Module):
-    """Queries, keys and values in one product: [s/t, b, h] -> [s, b, n/t, d] and twice [s, b, max(1, g/t), d].
+class QKVLinear(ColumnParallelLinear):
+    """Queries, keys and values in one product: [s/t, b, h] -> [s, b, n/t + 2 max(1, g/t), d], in this order.
 
     With more ranks than query groups, neighbouring ranks hold a copy of their group's key and value rows.
     """
 
     def __init__(self, hidden_size: int, heads: int, groups: int, head_dim: int, options: LayerOptions) -> None:
-        super().__init__()
-        self.options, self.head_dim = options, head_dim
-        self.heads_local = heads // options.tp.size
-        self.groups_local = max(1, groups // options.tp.size)
-        self.weight = options.weight((self.heads_local + 2 * self.groups_local) * head_dim, hidden_size)
+        t = options.tp.size
+        self.heads_local, self.groups_local, self.head_dim = heads // t, max(1, groups // t), head_dim
+        super().__init__(hidden_size, (self.heads_local + 2 * self.groups_local) * head_dim * t, options)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        qkv = column_parallel(x, self.weight, self.options)
-        s, b, _ = qkv.shape
-        return qkv.view(s, b, -1, self.head_dim).split((self.heads_local, self.groups_local, self.groups_local), dim=2)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).unflatten(-1, (-1, self.head_dim))
 
 
 class RowParallelLinear(nn.Module):
@@ -157,7 +188,7 @@ class RowParallelLinear(nn.Module):
         self.weight = options.weight(out_features, in_features // options.tp.size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _sum_parts(F.linear(x, self.weight), self.options)
+        return _sum_parts(linear(x, self.weight, self.options), self.options)
 
 
 def _sum_parts(partial: Tensor, options: LayerOptions) -> Tensor:
@@ -170,6 +201,22 @@ def _sum_parts(partial: Tensor, options: LayerOptions) -> Tensor:
 def forward_region(options: LayerOptions) -> Callable[[], AbstractContextManager]:
     """What to run a forward of the layers in: nothing here, fp8's context in ``layers_te.py``."""
     return nullcontext
+
+
+class _Embedding(torch.autograd.Function):
+    """Rows of a table; their gradient touches the rows that were looked up and no others."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.weight = weight
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        (tokens,) = ctx.saved_tensors
+        return embedding_gradient(ctx.weight, tokens.flatten(), grads[0].flatten(0, -2)), None
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -186,8 +233,8 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.options.tp.size == 1:
-            return F.embedding(tokens, self.weight)
+            return _Embedding.apply(self.weight, tokens)  # type: ignore[no-any-return]
         local = tokens - self.rows * self.options.tp.rank
         elsewhere = (local < 0) | (local >= self.rows)
-        found = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        found = _Embedding.apply(self.weight, local.masked_fill(elsewhere, 0))
         return _sum_parts(found.masked_fill(elsewhere.unsqueeze(-1), 0), self.options)

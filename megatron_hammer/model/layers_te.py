@@ -40,7 +40,7 @@ __all__ = [
 
 
 class RMSNorm(nn.Module):
-    """Normalise [s/t, b, h] over h; the weight is the same on all ranks."""
+    """Residual add, then the library's RMSNorm: x, update [s/t, b, h] -> normed, x + update."""
 
     def __init__(self, hidden_size: int, eps: float, options: LayerOptions) -> None:
         import transformer_engine.pytorch as te
@@ -50,8 +50,9 @@ class RMSNorm(nn.Module):
         self.weight = self.hidden[0].weight
         nn.init.zeros_(self.weight)  # as every weight before initialisation or a checkpoint
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.hidden[0](x)  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        summed = x if update is None else x + update
+        return self.hidden[0](summed), summed
 
 
 class _Linear(nn.Module):
@@ -100,8 +101,8 @@ class RowParallelLinear(_Linear):
         super().__init__(in_features, out_features, "row", options)
 
 
-class QKVLinear(_Linear):
-    """Queries, keys and values in one product: [s/t, b, h] -> [s, b, n/t, d] and twice [s, b, max(1, g/t), d].
+class QKVLinear(ColumnParallelLinear):
+    """Queries, keys and values in one product: [s/t, b, h] -> [s, b, n/t + 2 max(1, g/t), d], in this order.
 
     With more ranks than query groups, neighbouring ranks hold a copy of their group's key and value rows; to the
     library these are rows like others.
@@ -110,13 +111,11 @@ class QKVLinear(_Linear):
     def __init__(self, hidden_size: int, heads: int, groups: int, head_dim: int, options: LayerOptions) -> None:
         t = options.tp.size
         heads_local, groups_local = heads // t, max(1, groups // t)
-        super().__init__(hidden_size, (heads_local + 2 * groups_local) * head_dim * t, "column", options)
+        super().__init__(hidden_size, (heads_local + 2 * groups_local) * head_dim * t, options)
         self.head_dim, self.heads_local, self.groups_local = head_dim, heads_local, groups_local
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        qkv = super().forward(x)
-        s, b, _ = qkv.shape
-        return qkv.view(s, b, -1, self.head_dim).split((self.heads_local, self.groups_local, self.groups_local), dim=2)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).unflatten(-1, (-1, self.head_dim))
 
 
 def forward_region(options: LayerOptions) -> Callable[[], AbstractContextManager]:

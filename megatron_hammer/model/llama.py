@@ -4,7 +4,7 @@
 
     tokens [b, s] -> embedding [s/t, b, h] -> num_layers x DecoderLayer -> final norm -> head -> loss [b, s]
 
-    DecoderLayer:  x + attention(norm(x));  x + mlp(norm(x))
+    DecoderLayer:  x + attention(norm(x));  x + mlp(norm(x))        the sum is taken by the norm that reads it
 
 Inside the model the sequence comes first (``[s, b, h]``): shards of it are contiguous. Only the embedding and the loss
 change the order. Under document masks the samples of a micro-batch lie one after the other, ``[b s, 1, h]``
@@ -27,10 +27,11 @@ from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.model import layers, layers_te
 from megatron_hammer.model.layers import LayerOptions
 from megatron_hammer.model.loss import Objective, head_loss
+from megatron_hammer.model.recompute import Recompute
 from megatron_hammer.parallel.collectives import all_gather_rows
 from megatron_hammer.parallel.context import ParallelContext
 
-Rope = tuple[Tensor, Tensor]  # cos and sin, [s, 1, 1, d] each; [b s, 1, 1, d] of a packed micro-batch
+Rope = tuple[Tensor, Tensor]  # cos and sin, [s, 1, 1, d/2] each; [b s, 1, 1, d/2] of a packed micro-batch
 
 
 class Attention(nn.Module):
@@ -44,8 +45,8 @@ class Attention(nn.Module):
         self.output = parts.RowParallelLinear(n * d, h, options)
 
     def forward(self, x: Tensor, rope: Rope, documents: Documents | None) -> Tensor:
-        q, k, v = self.qkv(x)  # [s, b, heads, d]
-        q, k = self.operations.rope(q, *rope), self.operations.rope(k, *rope)
+        qkv = self.qkv(x)  # [s, b, n + 2g, d]
+        q, k, v = self.operations.rope(qkv, *rope, self.qkv.heads_local, self.qkv.groups_local)  # [s, b, heads, d] each
         return self.output(self.operations.attention(q, k, v, documents).flatten(2))
 
 
@@ -63,7 +64,11 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One layer with its two residual connections: [s/t, b, h] -> [s/t, b, h]."""
+    """One layer with its two residual connections, each added by the norm that comes next.
+
+    x [s/t, b, h], the residual stream, and update [s/t, b, h], what the sublayer before adds to it (None: nothing) ->
+    the same two after this layer.
+    """
 
     def __init__(self, config: ModelConfig, options: LayerOptions, parts: ModuleType) -> None:
         super().__init__()
@@ -72,21 +77,25 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = parts.RMSNorm(config.hidden_size, config.norm_eps, options)
         self.mlp = MLP(config, options, parts)
 
-    def forward(self, x: Tensor, rope: Rope, documents: Documents | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, documents)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(
+        self, x: Tensor, update: Tensor | None, rope: Rope, documents: Documents | None
+    ) -> tuple[Tensor, Tensor]:
+        normed, x = self.attention_norm(x, update)
+        normed, x = self.mlp_norm(x, self.attention(normed, rope, documents))
+        return x, self.mlp(normed)
 
 
 class Llama(nn.Module):
     """The whole model of one rank; its parameters are those of ``parameter_table``, by name and local shape."""
 
-    def __init__(self, config: ModelConfig, options: LayerOptions, parts: ModuleType) -> None:
+    def __init__(self, config: ModelConfig, options: LayerOptions, parts: ModuleType, recompute: Recompute) -> None:
         super().__init__()
         assert config.vocab_size is not None, "model.vocab_size must be resolved before a model is built"
         self.config, self.options, self.vocab_size = config, options, config.vocab_size
         self.embedding = layers.VocabParallelEmbedding(config.vocab_size, config.hidden_size, options)
         self.layers = nn.ModuleList(DecoderLayer(config, options, parts) for _ in range(config.num_layers))
-        self.layers_region = parts.forward_region(options)
+        self.compiled = False
+        self.layers_region, self.recompute = parts.forward_region(options), recompute
         self.final_norm = parts.RMSNorm(config.hidden_size, config.norm_eps, options)
         if not config.tie_word_embeddings:
             padded = padded_vocab_size(config.vocab_size, options.tp.size)
@@ -98,9 +107,15 @@ class Llama(nn.Module):
         """cos and sin of every position below ``length``, computed in fp32 and then rounded, as in Hugging Face."""
         if length not in self.rope_cache:
             positions = torch.arange(length, dtype=torch.float32, device=self.options.device)
-            angles = torch.outer(positions, self.rope_frequencies).repeat(1, 2)[:, None, None, :]  # [s, 1, 1, d]
+            angles = torch.outer(positions, self.rope_frequencies)[:, None, None, :]  # [s, 1, 1, d/2]
             self.rope_cache[length] = (angles.cos().to(self.options.dtype), angles.sin().to(self.options.dtype))
         return self.rope_cache[length]
+
+    def compile_layers(self) -> None:
+        """Have the first training step compile a layer, whole; the others have the same code and run that."""
+        self.compiled = True
+        for layer in self.layers:
+            layer.compile(fullgraph=True, dynamic=False)  # in place, no wrapper: the names of the weights stay
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -113,11 +128,16 @@ class Llama(nn.Module):
         if documents is not None:
             tokens = tokens.reshape(1, -1)  # [1, b s]
             rope = (rope[0][documents.positions], rope[1][documents.positions])
-        x = self.embedding(tokens.t())  # [s/t, b, h]
-        with self.layers_region():
-            for layer in self.layers:
-                x = layer(x, rope, documents)
-        return self.final_norm(x)  # type: ignore[no-any-return]
+        x, update = self.embedding(tokens.t()), None  # [s/t, b, h]
+        if self.compiled and torch.is_grad_enabled():
+            update = torch.zeros_like(x).requires_grad_()  # so that the first layer can run the code of the others
+        with self.layers_region(), self.recompute.region():
+            for i, layer in enumerate(self.layers):
+                # Evaluation comes in many shapes: it is never compiled.
+                run = layer if torch.is_grad_enabled() else layer.forward
+                x, update = self.recompute.layer(i, run, self.layers_region, x, update, rope, documents)
+        normed, _ = self.final_norm(x, update)
+        return normed  # type: ignore[no-any-return]
 
     def forward(
         self,
@@ -176,20 +196,24 @@ def build_llama(
     sequence_parallel: bool = False,
     operations: Operations | None = None,
     kernels: KernelsConfig | None = None,
+    recompute: Recompute | None = None,
 ) -> Llama:
     """This rank's part of the model, all weights zero until ``initialise`` or a checkpoint fills them.
 
     The decoder's parts come from one of two modules with the same names, as ``kernels.layers`` says; embedding and head
     are those of ``layers.py`` in both.
     """
-    kernels = kernels or KernelsConfig()
+    kernels, recompute = kernels or KernelsConfig(), recompute or Recompute()
     options = LayerOptions(
         dtype,
         ctx.device,
         ctx.tp,
         sequence_parallel,
-        operations or Operations(),
+        recompute.operations(operations or Operations()),
         fp8=kernels.fp8,
         world=ctx.world,
     )
-    return Llama(config, options, layers_te if kernels.layers == "te" else layers)
+    model = Llama(config, options, layers_te if kernels.layers == "te" else layers, recompute)
+    if kernels.compile == "layers":
+        model.compile_layers()
+    return model

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_hammer.kernels.linear import Products
 from megatron_hammer.kernels.linear_cross_entropy import Columns, combine_statistics
-from megatron_hammer.kernels.weight_gradient import WeightGradients, add_weight_gradient
 from megatron_hammer.model.layers import LayerOptions
 from megatron_hammer.parallel.collectives import Done, all_gather_rows, all_reduce, reduce_scatter_rows_async
 
@@ -42,8 +42,6 @@ class Objective:
     """fp32 on the device: a scalar, or [b, s] with 0 for tokens that do not count."""
     z_loss: float = 0.0
     """Keeps lse, the log of the sum of exponentials, near 0 (arXiv 2204.02311)."""
-    gradients: WeightGradients | None = None
-    """Who sums the head's gradient; None: autograd gets it."""
 
 
 def head_loss(
@@ -67,14 +65,15 @@ def head_loss(
     """
     batch = x.shape[1]
     rows = labels.reshape(batch, -1).t().flatten()  # [s b], as the model's rows
-    weights, place, arrived = None, None, None
+    parameter, weights, place, arrived = weight, None, None, None
     if objective is not None and torch.is_grad_enabled():
         weights = objective.weight.expand_as(labels).reshape(batch, -1).t().flatten()
-        if (keeper := objective.gradients) is not None:
+        if (keeper := getattr(weight, "gradients", None)) is not None:
             place = keeper.place(weight)
-            arrived = None if shared else lambda parameter=weight: keeper.arrived(parameter)
+            arrived = None if shared else lambda: keeper.arrived(parameter)
             weight = weight.detach()  # autograd has nothing to bring it
-    job = _Job(vocab_size, options, objective.z_loss if objective else 0.0, place, arrived)
+    products, z_loss = options.operations.head_products.now(), objective.z_loss if objective else 0.0
+    job = _Job(vocab_size, options, products, parameter, z_loss, place, arrived)
     losses = _HeadLoss.apply(x, weight, rows, weights, job)
     return losses.view(-1, batch).t().reshape(labels.shape)  # type: ignore[no-any-return]
 
@@ -83,6 +82,9 @@ def head_loss(
 class _Job:
     vocab_size: int
     options: LayerOptions
+    products: Products
+    parameter: Tensor
+    """The weight itself; what autograd is given may be another object."""
     z_loss: float
     place: tuple[Tensor, bool] | None
     arrived: Callable[[], None] | None
@@ -94,7 +96,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx.job, ctx.early = job, weights is not None
         if weights is None:
             ctx.save_for_backward(x, weight, labels)
-            return _losses(x, weight, labels, job)
+            return _losses(x, labels, job)
         losses, *gradients = _losses_and_gradients(x, weight, labels, weights, job)
         ctx.save_for_backward(weights, *gradients)
         return losses
@@ -115,11 +117,11 @@ class _HeadLoss(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None
 
 
-def _losses(x: Tensor, weight: Tensor, labels: Tensor, job: _Job) -> Tensor:
+def _losses(x: Tensor, labels: Tensor, job: _Job) -> Tensor:
     """Loss of each row, [s b], and no gradient."""
     rows = _all_rows(x, job.options)
     losses = _empty_losses(rows)
-    for c, logits in _chunks(rows, weight, job.options):
+    for c, _, logits in _chunks(rows, job.products.weight(job.parameter), job):
         losses[c] = _chunk_losses(logits, labels[c], None, job)
     return losses
 
@@ -135,12 +137,14 @@ def _losses_and_gradients(
     dtype = losses.dtype if len(rows) > job.options.operations.loss.chunk_tokens else weight.dtype
     place, add = job.place or (torch.empty_like(weight, dtype=dtype), False)
     grad_x, summed = grad_rows, Done()
-    for c, logits in _chunks(rows, weight, job.options):
+    products, operand = job.products, job.products.weight(job.parameter)
+    for c, kept, logits in _chunks(rows, operand, job):
         losses[c] = _chunk_losses(logits, labels[c], weights[c], job)
-        torch.mm(logits, weight, out=grad_rows[c])
+        gradient = products.gradient(logits)
+        products.input_gradient(gradient, operand, out=grad_rows[c])
         if c.stop >= len(rows):  # launch: the weight's gradient hides it
             grad_x, summed = _sum_over_ranks(grad_rows.view(-1, *x.shape[1:]), job.options)
-        add_weight_gradient(place, logits, rows[c], add)
+        products.add_weight_gradient(place, gradient, kept, add)
         add = True
     summed.wait()
     return losses, grad_x, None if job.place else place.to(weight.dtype)
@@ -155,13 +159,14 @@ def _empty_losses(rows: Tensor) -> Tensor:
     return torch.empty(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
 
 
-def _chunks(rows: Tensor, weight: Tensor, options: LayerOptions) -> Iterator[tuple[slice, Tensor]]:
-    """Each chunk's rows and its logits [n, v/t], which lie in one buffer: the next chunk overwrites them."""
-    size = min(options.operations.loss.chunk_tokens, len(rows))
-    buffer = rows.new_empty((size, weight.shape[0]))
+def _chunks(rows: Tensor, weight: Any, job: _Job) -> Iterator[tuple[slice, tuple[Tensor, ...], Tensor]]:
+    """Each chunk's place, what its products keep of it, and its logits [n, v/t], which the next chunk overwrites."""
+    products, size = job.products, min(job.options.operations.loss.chunk_tokens, len(rows))
+    buffer = rows.new_empty((size, job.parameter.shape[0]))
     for start in range(0, len(rows), size):
-        chunk = rows[start : start + size]
-        yield slice(start, start + len(chunk)), torch.mm(chunk, weight.t(), out=buffer[: len(chunk)])
+        c = slice(start, min(start + size, len(rows)))
+        chunk = products.input(rows[c])
+        yield c, products.kept(chunk), products.forward(chunk, weight, out=buffer[: c.stop - c.start])
 
 
 def _chunk_losses(logits: Tensor, labels: Tensor, weights: Tensor | None, job: _Job) -> Tensor:

@@ -13,7 +13,7 @@ One step in three phases:
 1. during the last micro-batch's backward, each bucket whose last gradient has arrived starts its reduce-scatter;
 2. gradients of tensors that tensor-parallel ranks hold in common are summed, the global norm is taken, AdamW updates
    the shard (or not at all, on every rank, when the norm is not finite);
-3. the shards are rounded to the model's dtype and gathered.
+3. the shards, which the update has rounded to the model's dtype, are gathered.
 
 On one rank it is the same code with groups of size 1. In fp32 the masters are the parameters themselves. Nothing here
 waits for the device: loss scale, norm and the skip are device scalars.
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hammer.config import OptimizerConfig
-from megatron_hammer.optim.adamw import AdamWState, adamw_
+from megatron_hammer.kernels.adamw import AdamWState, OptimizerKernels
 from megatron_hammer.parallel.collectives import all_gather_into, all_reduce, reduce_scatter_into
 from megatron_hammer.parallel.context import Group, ParallelContext
 from megatron_hammer.parallel.sharding import Shard
@@ -68,11 +68,13 @@ class DistributedOptimizer:
         ctx: ParallelContext,
         bucket_bytes: int,
         loss_scaling: bool = False,
+        kernels: OptimizerKernels | None = None,
     ) -> None:
+        self.kernels, self.weights_version = kernels or OptimizerKernels(), 0
         self.table, self.config, self.ctx, self.loss_scaling = tuple(table), config, ctx, loss_scaling
         weights = dict(model.named_parameters())
         assert {p.name for p in table} == set(weights), "the parameter table and the model must name the same tensors"
-        self.weights: list[Any] = [weights[p.name] for p in self.table]  # they carry three attributes more, see below
+        self.weights: list[Any] = [weights[p.name] for p in self.table]  # they carry some attributes more, see below
         self.offsets, self.buckets = lay_out([p.numel for p in self.table], bucket_bytes // 4, ctx.dp.size)
         total, dtype, device = self.buckets[-1].stop, self.weights[0].dtype, self.weights[0].device
 
@@ -94,7 +96,12 @@ class DistributedOptimizer:
         self._pieces = list(self._own_pieces())
         self._states = [
             AdamWState(
-                self._master(p), self.grads[p.start : p.stop], self.exp_avg[p.own], self.exp_avg_sq[p.own], p.decay
+                self._master(p),
+                self.grads[p.start : p.stop],
+                self.exp_avg[p.own],
+                self.exp_avg_sq[p.own],
+                p.decay,
+                None if self._masters_are_params() else self.params[p.start : p.stop],
             )
             for p in _merged(self._pieces)
         ]
@@ -103,7 +110,8 @@ class DistributedOptimizer:
         self.last_micro_batch = self.fresh = False
         self._index_of, self._placed = {id(w): i for i, w in enumerate(self.weights)}, set[int]()
         for index, weight in enumerate(self.weights):
-            weight.main_grad, weight.grad_added_to_main_grad = self._gradient(index), False
+            weight.gradients = self  # for our own products (``WeightGradients``)
+            weight.main_grad, weight.grad_added_to_main_grad = self._gradient(index), False  # Transformer Engine's
             weight.register_post_accumulate_grad_hook(lambda w, i=index: self._take_gradient(i, w))
         self._bucket_of = {i: b for b in self.buckets for i in b.parameters}
         self.copy_masters_from_params()
@@ -126,7 +134,8 @@ class DistributedOptimizer:
         writes to ``weight.main_grad``, over what is there if ``weight.overwrite_main_grad``, sets
         ``weight.grad_added_to_main_grad``, and returns a gradient whose values mean nothing.
         """
-        assert weight.grad is not None
+        if weight.grad is None:  # an operation has added it by itself and called ``arrived``
+            return
         if weight.grad_added_to_main_grad:
             weight.grad_added_to_main_grad = False
         else:
@@ -182,7 +191,9 @@ class DistributedOptimizer:
         Each logical element counts once: copies on other tensor-parallel ranks do not. Communicates over the world.
         """
         self.finish_reduction()
-        squares = torch.nn.utils.get_total_norm(self._counted).square() if self._counted else self.updates * 0
+        squares = torch.zeros_like(self.updates)
+        for part in self._counted:
+            self.kernels.add_square_sum(part, squares)
         all_reduce(squares, self.ctx.world)
         norm = squares.sqrt() / self.loss_scale
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
@@ -194,10 +205,10 @@ class DistributedOptimizer:
     def step(self, lr: float) -> Tensor:
         """Update the shard, gather the new parameters; returns a device bool, equal on all ranks: was it applied?"""
         skip = (~self.applied).float()
-        adamw_(self._states, self.updates, lr, self.config, self.grad_divisor, skip)
+        self.kernels.update(self._states, self.updates, lr, self.config, self.grad_divisor, skip)
         if self.loss_scaling:
             self._adapt_loss_scale()
-        self.copy_params_from_masters()
+        self._gather_params()
         return self.applied
 
     def _adapt_loss_scale(self) -> None:
@@ -211,12 +222,17 @@ class DistributedOptimizer:
     @torch.no_grad()
     def copy_params_from_masters(self) -> None:
         """Round this rank's masters to the model's dtype and gather everybody's. Communicates over dp."""
-        handles = []
-        for bucket, own in self._bucket_shards():
-            shard = self.params[self._shard_range(bucket)]
-            if not self._masters_are_params():
-                shard.copy_(self.masters[own])
-            handles.append(all_gather_into(self.params[bucket.start : bucket.stop], shard, self.ctx.dp))
+        if not self._masters_are_params():
+            for bucket, own in self._bucket_shards():
+                self.params[self._shard_range(bucket)].copy_(self.masters[own])
+        self._gather_params()
+
+    def _gather_params(self) -> None:
+        self.weights_version += 1
+        handles = [
+            all_gather_into(self.params[b.start : b.stop], self.params[self._shard_range(b)], self.ctx.dp)
+            for b in self.buckets
+        ]
         for handle in handles:
             handle.wait()
 

@@ -7,9 +7,11 @@ started again computes what it would have computed, bit for bit.
 
 from __future__ import annotations
 
+import gc
 import signal
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -24,11 +26,13 @@ from megatron_hammer.data.index_files import say
 from megatron_hammer.data.loader import ReadAhead, chain_digest
 from megatron_hammer.data.samples import TrainData, ValidData
 from megatron_hammer.errors import EXIT_STOPPED_BY_SIGNAL, NonFiniteError
-from megatron_hammer.kernels.attention import AttentionDemand, Documents
-from megatron_hammer.kernels.operations import select_operations
+from megatron_hammer.kernels.attention import Documents
+from megatron_hammer.kernels.backend import Demand
+from megatron_hammer.kernels.operations import select_operations, select_optimizer_kernels
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Llama, build_llama
 from megatron_hammer.model.parameters import parameter_table
+from megatron_hammer.model.recompute import plan_recompute
 from megatron_hammer.optim.distributed import DistributedOptimizer
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
@@ -43,6 +47,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Steps between a step and the reading of its numbers: on a GPU the next step is launched before the last one is read,
 # so that the device never waits for Python; on a CPU a step is over when its call returns.
 READ_LAG_STEPS = {"cpu": 0, "cuda": 1}
+
+# Steps between garbage collections, on all ranks at once: a rank that stops for one has the others wait at the next
+# collective. A step leaves little behind (nothing; with full recompute seven small objects a layer and micro-batch, no
+# tensor), so that 100 steps take milliseconds to go through.
+COLLECT_EVERY_STEPS = 100
 
 
 @dataclass
@@ -98,6 +107,26 @@ class StopSignal:
         """Give the signals back to whoever had them."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def garbage_collected_by_hand() -> Iterator[None]:
+    """No garbage collection but those that the loop asks for, which do not look at what was there before.
+
+    Left alone, Python's collector stops a rank at any moment to go through the modules, tables and closures of
+    the set-up, all of which stay: 50 ms here, half a second in nanochat's log (dev/LOG.md).
+    """
+    enabled, frozen = gc.isenabled(), gc.get_freeze_count()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not frozen:  # by somebody else, before
+            gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 def every(interval: int | None, step: int, config: Config) -> bool:
@@ -165,7 +194,7 @@ class Run:
         config, ctx, progress = self.config, self.ctx, self.progress
         stop_signal = StopSignal()
         try:
-            with self._reporter() as self.reporter:
+            with self._reporter() as self.reporter, garbage_collected_by_hand():
                 self.clock = time.perf_counter()
                 for step in range(progress.step + 1, config.train.num_steps + 1):
                     report = train_step(self.model, self.optimizer, self._next_batches(), config, step, ctx)
@@ -177,6 +206,8 @@ class Run:
                     if saves or stopped:
                         self._read(0)  # every line up to here is written before the checkpoint is committed
                         self._save()
+                    if evaluates or saves or step % COLLECT_EVERY_STEPS == 0:
+                        self._collect_garbage()
                     if stopped and step < config.train.num_steps:
                         return EXIT_STOPPED_BY_SIGNAL
             return 0
@@ -289,6 +320,12 @@ class Run:
             self.reporter.say(f"saved {folder}")
         self.clock += time.perf_counter() - start
 
+    def _collect_garbage(self) -> None:
+        """Its time does not count as training; on a GPU the step that has been launched goes on behind."""
+        start = time.perf_counter()
+        gc.collect()
+        self.clock += time.perf_counter() - start
+
     def _reporter(self) -> Any:
         """Rank 0 reports; the others get None."""
         if self.ctx.world.rank != 0:
@@ -299,29 +336,32 @@ class Run:
         return Reporter(config, self.progress.step, flops, peak_tflops(config, name), self.ctx.world.size)
 
 
-def attention_demand(config: Config, device: torch.device) -> AttentionDemand:
-    """What this run asks of its attention backend on each rank."""
+def kernel_demand(config: Config, device: torch.device) -> Demand:
+    """What this run asks of its kernels on each rank."""
     model, tp = config.model, config.parallel.tensor_model_parallel_size
-    return AttentionDemand(
-        config.data.attention_mask,
-        DTYPES[config.train.precision],
+    return Demand(
         device,
+        DTYPES[config.train.precision],
+        config.data.attention_mask,
         heads=model.num_attention_heads // tp,
         groups=max(1, model.query_groups // tp),
         head_size=model.head_size,
+        deterministic=config.kernels.deterministic,
+        compile=config.kernels.compile,
     )
 
 
 def build(config: Config, ctx: ParallelContext) -> tuple[Llama, DistributedOptimizer]:
     """Model and optimizer of this rank, with the initial weights that the seed defines."""
-    sequence_parallel = config.parallel.sequence_parallel
+    sequence_parallel, demand = config.parallel.sequence_parallel, kernel_demand(config, ctx.device)
     model = build_llama(
         config.model,
         ctx,
         dtype=DTYPES[config.train.precision],
         sequence_parallel=sequence_parallel,
-        operations=select_operations(config.kernels, attention_demand(config, ctx.device)),
+        operations=select_operations(config.kernels, demand),
         kernels=config.kernels,
+        recompute=plan_recompute(config),
     )
     table = parameter_table(config.model, ctx.tp.rank, ctx.tp.size, sequence_parallel)
     initialise(model, table, config.train.seed)
@@ -332,5 +372,6 @@ def build(config: Config, ctx: ParallelContext) -> tuple[Llama, DistributedOptim
         ctx,
         config.parallel.gradient_bucket_bytes,
         loss_scaling=config.train.precision == "fp16",
+        kernels=select_optimizer_kernels(config.kernels, demand),
     )
     return model, optimizer

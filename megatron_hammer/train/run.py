@@ -15,12 +15,13 @@ import torch.distributed as dist
 from megatron_hammer.config import Config, to_yaml
 from megatron_hammer.data.plan import format_plan
 from megatron_hammer.errors import ConfigError, HammerError, RefusedError, from_os_error
-from megatron_hammer.kernels.attention import select_attention
-from megatron_hammer.kernels.linear_cross_entropy import select_loss
+from megatron_hammer.kernels import fp8
+from megatron_hammer.kernels.operations import kernels_table, select_backends
 from megatron_hammer.kernels.te import check_here
 from megatron_hammer.model.parameters import count_parameters
+from megatron_hammer.model.recompute import activation_bytes
 from megatron_hammer.parallel.context import agree_before_start, build_parallel_context, start_process_group
-from megatron_hammer.train.loop import attention_demand, train
+from megatron_hammer.train.loop import kernel_demand, train
 from megatron_hammer.train.prepare import Prepared, prepare
 
 
@@ -47,8 +48,8 @@ def run_rank(
             device = torch.device("cpu") if config.train.dry_run else choose_device(config, local_rank)
             if not config.train.dry_run:
                 check_here(config)
-                select_attention(config.kernels.attention, attention_demand(config, device))
-                select_loss(config.kernels.loss, config.kernels.loss_chunk_tokens, device)
+                select_backends(config.kernels, kernel_demand(config, device))
+                fp8.check_here(config.kernels, device)
             if rank == 0 and not config.train.dry_run and not prepared.is_finished:
                 held.enter_context(only_writer(Path(config.train.output)))
         except HammerError as found:
@@ -126,10 +127,12 @@ def announcement(prepared: Prepared, world_size: int, device: torch.device) -> s
         f"{count_parameters(config.model):,} parameters in {config.train.precision} on {device.type}; "
         f"{layout_line(config, world_size)}"
     )
-    attention = select_attention(config.kernels.attention, attention_demand(config, device)).name
-    lines.append(f"attention: {attention}, data.attention_mask={config.data.attention_mask}")
-    loss = select_loss(config.kernels.loss, config.kernels.loss_chunk_tokens, device)
-    lines.append(f"loss: {loss.name}, {loss.chunk_tokens} tokens at a time")
+    demand = kernel_demand(config, device)
+    lines.append(kernels_table(config.kernels, demand))
+    kept = activation_bytes(config, select_backends(config.kernels, demand)) / 2**30
+    lines.append(
+        f"activations: about {kept:.2f} GiB kept of each micro-batch (train.recompute={config.train.recompute})"
+    )
     if resume is not None and prepared.is_finished:
         lines.append(
             f"finished: {resume.folder} is at step {resume.step} of {config.train.num_steps}; nothing left to do"

@@ -34,7 +34,7 @@ def forward_backward(
         Mean loss of the global batch, fp32 device scalar, the same on all ranks. Communicates over dp.
     """
     count = sum(batch[1].numel() for batch in micro_batches) * ctx.dp.size
-    objective = Objective(optimizer.loss_scale / count, z_loss, optimizer)
+    objective = Objective(optimizer.loss_scale / count, z_loss)
     total = torch.zeros((), device=ctx.device)
     for i, batch in enumerate(micro_batches):
         optimizer.start_micro_batch(first=i == 0, last=i == len(micro_batches) - 1)

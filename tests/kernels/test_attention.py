@@ -12,17 +12,17 @@ from torch import Tensor
 
 from megatron_hammer.config import ATTENTION_MASKS, DataConfig, KernelsConfig
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.kernels import attention
+from megatron_hammer.kernels import attention, attention_cpu
 from megatron_hammer.kernels.attention import (
-    BACKENDS,
     FP32_ELEMENTS_ON_CPU,
-    AttentionDemand,
+    ROWS,
     Documents,
+    causal_attention,
     each_document,
-    select_attention,
     varlen,
     whole_samples,
 )
+from megatron_hammer.kernels.backend import FLOATS, Backend, Demand, select
 from megatron_hammer.kernels.operations import select_operations
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -53,6 +53,20 @@ def reference(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
 def with_gradients(function: Any, inputs: list[Tensor], documents: Documents) -> list[Tensor]:
     out = function(*inputs, documents)
     return [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out).cumsum(-1))]
+
+
+@pytest.mark.parametrize("heads, groups", [(6, 6), (6, 2), (4, 1)])
+def test_causal_attention(heads: int, groups: int) -> None:
+    """Query head i uses group i // (heads / groups), and looks at no later position."""
+    s, b, d = 9, 2, 4
+    q, k, v = (torch.randn(s, b, n, d, dtype=torch.float64) for n in (heads, groups, groups))
+    out = causal_attention(q, k, v)
+    for head in range(heads):
+        group = head // (heads // groups)
+        for position in range(s):
+            scores = torch.einsum("bd,tbd->bt", q[position, :, head], k[: position + 1, :, group]) / d**0.5
+            expected = torch.einsum("bt,tbd->bd", scores.softmax(-1), v[: position + 1, :, group])
+            torch.testing.assert_close(out[position, :, head], expected)
 
 
 def test_documents_from_cumulative_lengths() -> None:
@@ -109,10 +123,10 @@ def test_a_mask_is_never_ignored() -> None:
     inputs = qkv(6, 2, 2, torch.float32)
     with pytest.raises(AssertionError, match="knows no documents"):
         whole_samples(*inputs, documents_of(2, 4))
-    for backend in BACKENDS:
-        if "causal" not in backend.masks:
+    for row in ROWS:
+        if row.devices >= {"cpu"} and row.limits(Demand(mask="causal")):
             with pytest.raises(AssertionError, match="must be told where they are"):
-                backend.function(*inputs, None)
+                row.load(CPU)(*inputs, None)
 
 
 def test_varlen_calls_torch_with_what_it_takes() -> None:
@@ -144,61 +158,77 @@ def test_varlen_means_each_document(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_config_names_the_table() -> None:
-    choices = typing.get_args(typing.get_type_hints(KernelsConfig)["attention"])
-    assert choices == ("auto", *(backend.name for backend in BACKENDS))
     masks = typing.get_args(typing.get_type_hints(DataConfig)["attention_mask"])
-    assert set(masks) == set().union(*(backend.masks for backend in BACKENDS))
-    assert {name: frozenset(masks) for name, masks in ATTENTION_MASKS.items()} == {b.name: b.masks for b in BACKENDS}
+    able = {row.name: tuple(mask for mask in masks if not row.limits(Demand(mask=mask))) for row in ROWS}
+    assert able == ATTENTION_MASKS and set(masks) == set().union(*able.values())
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A machine with an H100, as far as the choice can tell; the fixture sets another capability."""
-
-    def pretend(capability: tuple[int, int]) -> None:
-        attention._varlen_is_missing.cache_clear()
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-
-    pretend((9, 0))
-    yield pretend
-    attention._varlen_is_missing.cache_clear()
+def choose(name: str, demand: Demand) -> Backend:
+    return select("attention", name, ROWS, demand)
 
 
+# fused is not for fp64: what a CPU without AVX-512 and AMX would do
 DEMANDS = {
-    "sdpa": [AttentionDemand(), AttentionDemand(dtype=torch.bfloat16, device=CUDA, heads=8, groups=2)],
-    "sdpa-documents": [
-        AttentionDemand("document"),
-        AttentionDemand("document", dtype=torch.bfloat16),
-        AttentionDemand("document", device=CUDA),
-        AttentionDemand("document", dtype=torch.bfloat16, device=CUDA, head_size=512),
+    "sdpa": [
+        Demand(dtype=torch.float64),
+        Demand(compile="layers"),
+        Demand(CUDA),
+        Demand(CUDA, torch.bfloat16, heads=8, groups=2, deterministic=True),
+        Demand(CUDA, torch.bfloat16, head_size=512),
     ],
-    "varlen": [AttentionDemand("document", dtype=torch.bfloat16, device=CUDA, heads=8, groups=2)],
+    "cudnn": [Demand(CUDA, torch.bfloat16, heads=8, groups=2), Demand(CUDA, torch.float16, head_size=256)],
+    "sdpa-documents": [
+        Demand(dtype=torch.float64, mask="document"),
+        Demand(CUDA, mask="document"),
+        Demand(CUDA, torch.bfloat16, "document", head_size=512),
+    ],
+    "varlen": [Demand(CUDA, torch.bfloat16, "document", heads=8, groups=2)],
 }
 
 
 @pytest.mark.parametrize("name, demand", [(n, d) for n, demands in DEMANDS.items() for d in demands], ids=str)
-def test_the_first_that_can_is_chosen(name: str, demand: AttentionDemand, gpu: Any) -> None:
-    assert select_attention("auto", demand).name == name
-    assert select_attention(name, demand).name == name
-    assert select_operations(KernelsConfig(), demand).attention is select_attention(name, demand).function
+def test_the_first_that_can_is_chosen(name: str, demand: Demand, gpu: Any) -> None:
+    assert choose("auto", demand).name == choose(name, demand).name == name
+    chosen = select_operations(KernelsConfig(norm="torch", rope="torch", swiglu="torch", loss="torch"), demand)
+    assert chosen.attention is choose(name, demand).load(demand.device)
 
 
-HALF = AttentionDemand("document", dtype=torch.bfloat16, device=CUDA, heads=8, groups=2)
+HALF = Demand(CUDA, torch.bfloat16, "document", heads=8, groups=2)
 REFUSED = [  # name, demand, what the line must say
-    ("sdpa", AttentionDemand("document"), ["cannot do data.attention_mask=document", "use auto or sdpa-documents"]),
-    ("varlen", AttentionDemand(), ["cannot do data.attention_mask=causal", "use auto or sdpa"]),
-    ("sdpa-documents", AttentionDemand(), ["cannot do data.attention_mask=causal"]),
-    ("varlen", AttentionDemand("document", dtype=torch.bfloat16), ["does not run on cpu"]),
-    ("varlen", AttentionDemand("document", device=CUDA), ["does not compute in float32"]),
-    ("varlen", AttentionDemand("document", torch.float16, CUDA, head_size=512), ["at most 256 elements, not 512"]),
+    (
+        "sdpa",
+        Demand(dtype=torch.float64, mask="document"),
+        ["cannot do data.attention_mask=document", "use auto or sdpa-documents"],
+    ),
+    ("fused", Demand(dtype=torch.float64), ["does not compute in float64", "use auto or sdpa"]),
+    ("fused", Demand(compile="layers"), ["is not for kernels.compile=layers", "use auto or sdpa"]),
+    ("varlen", Demand(CUDA, torch.bfloat16), ["cannot do data.attention_mask=causal", "use auto or cudnn or sdpa"]),
+    ("sdpa-documents", Demand(), ["cannot do data.attention_mask=causal"]),
+    ("varlen", Demand(dtype=torch.bfloat16, mask="document"), ["does not run on cpu"]),
+    ("varlen", Demand(CUDA, mask="document"), ["does not compute in float32"]),
+    ("varlen", Demand(CUDA, torch.float16, "document", head_size=512), ["at most 256 elements, not 512"]),
+    ("cudnn", HALF, ["cannot do data.attention_mask=document", "use auto or varlen or sdpa-documents"]),
+    ("cudnn", Demand(CUDA), ["does not compute in float32", "use auto or sdpa"]),
+    ("cudnn", Demand(CUDA, torch.bfloat16, deterministic=True), ["is not the same from run to run"]),
+    ("cudnn", Demand(CUDA, torch.bfloat16, "causal", 8, 2, 512), ["cannot do 8 heads of 512 in 2 groups (torch's own"]),
+    ("flash-attn", HALF, ["the package flash-attn is not installed"]),
+    ("flash-attn-3", Demand(CUDA, torch.bfloat16), ["the package flash-attn-3 is not installed"]),
+    ("flash-attn-4", Demand(CUDA, torch.bfloat16, head_size=36), ["heads of a multiple of 8 elements, not 36"]),
+    ("flash-attn-4", HALF, ["the package flash-attn-4 is not installed"]),
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_one_is_first_where_it_can(dtype: torch.dtype) -> None:
+    for mask, other in (("causal", "sdpa"), ("document", "sdpa-documents")):
+        demand = Demand(dtype=dtype, mask=mask, heads=8, groups=2)
+        assert choose("auto", demand).name == (other if attention_cpu.obstacle(dtype) else "fused")
+
+
 @pytest.mark.parametrize("name, demand, says", REFUSED, ids=str)
-def test_a_named_backend_that_cannot(name: str, demand: AttentionDemand, says: list[str], gpu: Any) -> None:
+def test_a_named_backend_that_cannot(name: str, demand: Demand, says: list[str], gpu: Any) -> None:
     with pytest.raises(ConfigError) as caught:
-        select_attention(name, demand)
+        choose(name, demand)
     for part in (f"error[E209]: kernels.attention={name} ", *says):
         assert part in str(caught.value)
 
@@ -206,29 +236,69 @@ def test_a_named_backend_that_cannot(name: str, demand: AttentionDemand, says: l
 def test_varlen_needs_the_chip_and_the_torch(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu((7, 5))
     with pytest.raises(ConfigError, match=r"E209.*Some GPU is older than FlashAttention's sm_80"):
-        select_attention("varlen", HALF)
-    assert select_attention("auto", HALF).name == "sdpa-documents", "passed over where nobody named it"
+        choose("varlen", HALF)
+    assert choose("auto", HALF).name == "sdpa-documents", "passed over where nobody named it"
     gpu((9, 0))
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda query, key, value, cu_seq_q, is_causal: None)
     with pytest.raises(ConfigError, match=r"E209.*has another signature"):
-        select_attention("varlen", HALF)
+        choose("varlen", HALF)
     gpu((9, 0))
     monkeypatch.setitem(__import__("sys").modules, "torch.nn.attention.varlen", None)
     with pytest.raises(ConfigError, match=r"E209.*has no torch\.nn\.attention\.varlen"):
-        select_attention("varlen", HALF)
+        choose("varlen", HALF)
 
 
-def test_without_grouped_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cudnn_needs_the_chip_and_the_torch(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an A100 by name only; below sm_80, or where somebody switched it off, not at all."""
+    demand = Demand(CUDA, torch.bfloat16)
+    gpu((8, 0))
+    assert choose("auto", demand).name == "sdpa" and choose("cudnn", demand).name == "cudnn"
+    gpu((7, 5))
+    with pytest.raises(ConfigError, match=r"E209.*it needs sm_80, the GPU is sm_75"):
+        choose("cudnn", demand)
+    gpu((10, 0))
+    assert choose("auto", demand).name == "cudnn"
+    for name in ("is_available", "cudnn_sdp_enabled"):
+        monkeypatch.setattr(torch.backends.cudnn if "is" in name else torch.backends.cuda, name, lambda: False)
+        gpu((9, 0))
+        assert choose("auto", demand).name == "sdpa"
+        with pytest.raises(ConfigError, match=r"E209.*(comes without cuDNN|enable_cudnn_sdp\(False\))"):
+            choose("cudnn", demand)
+        monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+
+
+def test_torch_can_be_asked_about_cudnn() -> None:
+    """The true question, with the shapes that it wants: here the answer is no, and nothing is raised."""
+    assert attention._torch_can_use_cudnn(Demand(CPU, torch.bfloat16, heads=8, groups=2)) is False
+
+
+def test_cudnn_is_forced() -> None:
+    """Where it cannot run, torch must say so and not take another kernel."""
+    seen: list[str] = []
+    q = torch.randn(4, 1, 2, 8)
+
+    def inside(*arguments: Any, **options: Any) -> Tensor:
+        flags = ("cudnn", "flash", "mem_efficient", "math")
+        seen.extend(name for name in flags if getattr(torch.backends.cuda, f"{name}_sdp_enabled")())
+        return arguments[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention.F, "scaled_dot_product_attention", inside)
+        attention.cudnn(q, q, q)
+    assert seen == ["cudnn"]
+
+
+def test_without_grouped_queries() -> None:
     """What a backend declares decides: one that cannot share keys is passed over for a model that does."""
-    narrow = attention.AttentionBackend("narrow", whole_samples, frozenset({"causal"}), frozenset({"cpu"}),
-                                        frozenset({torch.float32}), grouped_queries=False)  # fmt: skip
-    monkeypatch.setattr(attention, "BACKENDS", (narrow, *BACKENDS))
-    assert select_attention("auto", AttentionDemand(heads=4, groups=4)).name == "narrow"
-    assert select_attention("auto", AttentionDemand(heads=4, groups=2)).name == "sdpa"
-    with pytest.raises(ConfigError, match=r"E209.*as many query groups \(2\) as heads \(4\)"):
-        select_attention("narrow", AttentionDemand(heads=4, groups=2))
+    narrow = Backend("narrow", lambda device: whole_samples, dtypes=FLOATS, limits=lambda demand: (
+        f"needs as many groups ({demand.groups}) as heads" if demand.heads != demand.groups else ""))  # fmt: skip
+    rows = (narrow, *ROWS)
+    assert select("attention", "auto", rows, Demand(dtype=torch.float64, heads=4, groups=4)).name == "narrow"
+    assert select("attention", "auto", rows, Demand(dtype=torch.float64, heads=4, groups=2)).name == "sdpa"
+    with pytest.raises(ConfigError, match=r"E209.*as many groups \(2\) as heads"):
+        select("attention", "narrow", rows, Demand(heads=4, groups=2))
 
 
 def test_none_can() -> None:
-    with pytest.raises(ConfigError, match=r"E210.*sdpa does not run on xpu.*varlen cannot do"):
-        select_attention("auto", AttentionDemand(device=torch.device("xpu")))
+    with pytest.raises(ConfigError, match=r"E210.*sdpa does not run on xpu.*varlen does not run on xpu"):
+        choose("auto", Demand(torch.device("xpu")))

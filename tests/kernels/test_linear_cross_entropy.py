@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from megatron_hammer.config import KernelsConfig
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.kernels import linear_cross_entropy as kernel
 from megatron_hammer.kernels import weight_gradient
+from megatron_hammer.kernels.backend import Demand, select
 from megatron_hammer.kernels.linear_cross_entropy import (
     CHUNK_TOKENS,
     Columns,
@@ -25,8 +27,8 @@ from megatron_hammer.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     loss_and_gradient_,
     row_statistics,
-    select_loss,
     softmax_gradient_,
+    with_chunks,
 )
 from megatron_hammer.kernels.operations import select_operations
 from megatron_hammer.kernels.weight_gradient import add_weight_gradient
@@ -139,24 +141,28 @@ def test_weight_gradient_is_summed_in_fp32(dtype: torch.dtype, block: int, monke
 
 def test_selection() -> None:
     """On a CPU: torch, and triton only refused; chunks are the device's or the user's, never the ranks'."""
-    cpu = torch.device("cpu")
-    assert select_loss("auto", None, cpu) == LossKernels("torch", CHUNK_TOKENS["cpu"])
-    assert select_loss("torch", 7, torch.device("cuda")) == LossKernels("torch", 7)
+    cuda = torch.device("cuda")
+    assert select_operations(KernelsConfig(loss="torch")).loss == LossKernels("torch", CHUNK_TOKENS["cpu"])
+    row = select("loss", "torch", kernel.ROWS, Demand(cuda))
+    assert with_chunks(row.load(cuda), KernelsConfig(loss_chunk_tokens=7), cuda) == LossKernels("torch", 7)
+    assert with_chunks(row.load(cuda), KernelsConfig(), cuda) == LossKernels("torch", CHUNK_TOKENS["cuda"])
     assert select_operations(KernelsConfig(loss_chunk_tokens=9)).loss.chunk_tokens == 9
-    with pytest.raises(ConfigError, match=r"error\[E209\]: kernels.loss=triton cannot run on cpu; use auto or torch"):
-        select_loss("triton", None, cpu)
+    with pytest.raises(ConfigError, match=r"error\[E209\]: kernels.loss=triton does not run on cpu; use auto or"):
+        select("loss", "triton", kernel.ROWS, Demand())
 
 
 def test_triton_is_chosen_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = torch.device("cuda")
+    demand = Demand(torch.device("cuda"), torch.bfloat16)
     monkeypatch.setattr(kernel.importlib.util, "find_spec", lambda name: object())
-    chosen = select_loss("auto", None, cuda)
+    chosen = select("loss", "auto", kernel.ROWS, demand).load(demand.device)
     assert (chosen.name, chosen.chunk_tokens) == ("triton", CHUNK_TOKENS["cuda"])
     assert chosen.row_statistics is not row_statistics and chosen.loss_and_gradient_ is not loss_and_gradient_
     monkeypatch.setattr(kernel.importlib.util, "find_spec", lambda name: None)
-    assert select_loss("auto", None, cuda).name == "torch"
-    with pytest.raises(ConfigError, match="needs the package triton"):
-        select_loss("triton", None, cuda)
+    assert select("loss", "auto", kernel.ROWS, demand).name == "torch"
+    with pytest.raises(ConfigError, match=r"E209.*the package triton is not installed"):
+        select("loss", "triton", kernel.ROWS, demand)
+    with pytest.raises(ConfigError, match=r"E209.*does not compute in float64"):
+        select("loss", "triton", kernel.ROWS, replace(demand, dtype=torch.float64))
 
 
 def _child(program: str, **environment: str) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,6 +35,7 @@ class State:
     recipe: Any = None
     group: Any = None
     depth: int = 0
+    again: bool = False
     amaxes: list[Tensor] = field(default_factory=list)
 
 
@@ -109,6 +111,26 @@ class autocast:
             STATE.amaxes.clear()
 
 
+@contextmanager
+def _again(enabled: bool, recipe: Any, group: Any) -> Iterator[None]:
+    """A layer runs again: in fp8 as before, but largest values are not noted twice."""
+    before = (STATE.enabled, STATE.recipe, STATE.group, STATE.again)
+    STATE.enabled, STATE.recipe, STATE.group, STATE.again = enabled, recipe, group, True
+    try:
+        yield
+    finally:
+        STATE.enabled, STATE.recipe, STATE.group, STATE.again = before
+
+
+def checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """torch's, with the fp8 of the first time."""
+    assert kwargs == {"use_reentrant": False}, "the library's default is reentrant"
+    then = (STATE.enabled, STATE.recipe, STATE.group)
+    return torch.utils.checkpoint.checkpoint(
+        function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _again(*then))
+    )
+
+
 class _Module(torch.nn.Module):
     """Saves its scales by pickle, as the library does: nobody must register it."""
 
@@ -182,7 +204,8 @@ class Linear(_Module):
             for tensor in (inp, self.weight):
                 if math.prod(tensor.shape[:-1]) % 8 or tensor.shape[-1] % 16:
                     raise ValueError(f"FP8 execution requires ... but got tensor with dims={list(tensor.size())}")
-            STATE.amaxes.append(inp.detach().abs().max().float())
+            if not STATE.again:
+                STATE.amaxes.append(inp.detach().abs().max().float())
             if is_first_microbatch is None or is_first_microbatch:
                 compute = compute.clone()
                 self.kept_copy = compute if is_first_microbatch else None
@@ -333,7 +356,7 @@ def installed() -> Iterator[list[dict[str, Any]]]:
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(modules[parent], child, module)
-    for member in (Linear, RMSNorm, DotProductAttention, autocast, is_fp8_available):
+    for member in (Linear, RMSNorm, DotProductAttention, autocast, is_fp8_available, checkpoint):
         setattr(modules["transformer_engine.pytorch"], member.__name__, member)
     for member in (DelayedScaling, Float8CurrentScaling):
         setattr(modules["transformer_engine.common.recipe"], member.__name__, member)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_hammer.config import KernelsConfig
-from megatron_hammer.kernels.attention import AttentionDemand, Documents, each_document
+from megatron_hammer.kernels.attention import Documents, each_document
+from megatron_hammer.kernels.backend import Demand
 from megatron_hammer.kernels.operations import Operations, select_operations
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Llama, build_llama
@@ -143,7 +144,8 @@ def test_whole_samples_as_documents_are_the_causal_mask() -> None:
 
 def test_compiled_rope_takes_the_positions_of_documents() -> None:
     """The one fused operation that meets them, in the whole model: 1e-5 of the norm, as for the operation itself."""
-    operations = select_operations(KernelsConfig(compile=True), AttentionDemand("document", heads=8, groups=2))
+    kernels = KernelsConfig(compile="operations", rope="torch")
+    operations = select_operations(kernels, Demand(mask="document", heads=8, groups=2))
     results: list[Any] = []
     for fused in (
         Operations(attention=operations.attention, rope=operations.rope),

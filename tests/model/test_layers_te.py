@@ -23,14 +23,8 @@ from megatron_hammer.checkpoint.save import save_checkpoint
 from megatron_hammer.config import Config
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.kernels import te
-from megatron_hammer.kernels.attention import (
-    BACKENDS,
-    AttentionDemand,
-    Documents,
-    causal_attention,
-    each_document,
-    select_attention,
-)
+from megatron_hammer.kernels.attention import ROWS, Documents, causal_attention, each_document
+from megatron_hammer.kernels.backend import Demand, select
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.model.llama import build_llama
 from megatron_hammer.parallel.context import ParallelContext
@@ -348,16 +342,15 @@ def test_the_region_in_the_library_s_own_state(fp8: str, sources: Path) -> None:
 
 def test_the_row_in_the_table_of_attention_backends() -> None:
     """By name only, on a GPU in 16 bits, for either mask; a run without it never pays for its import."""
-    row = next(backend for backend in BACKENDS if backend.name == "te")
-    gpu = torch.device("cuda")
+    row, gpu = next(row for row in ROWS if row.name == "te"), torch.device("cuda")
     for mask in ("causal", "document"):
-        assert "is not installed" in row.obstacle(AttentionDemand(mask, torch.bfloat16, gpu, 8, 2))
+        assert "is not installed" in row.obstacle(Demand(gpu, torch.bfloat16, mask, 8, 2))
         with te_double.installed():
-            assert row.obstacle(AttentionDemand(mask, torch.bfloat16, gpu, 8, 2)) == ""
-            assert "float32" in row.obstacle(AttentionDemand(mask, torch.float32, gpu))
-        assert select_attention("auto", AttentionDemand(mask)).name != "te"
+            assert row.obstacle(Demand(gpu, torch.bfloat16, mask, 8, 2)) == ""
+            assert "float32" in row.obstacle(Demand(gpu, torch.float32, mask))
+        assert select("attention", "auto", ROWS, Demand(mask=mask)).name != "te"
     with pytest.raises(ConfigError, match=r"E209.*does not run on cpu"):
-        select_attention("te", AttentionDemand())
+        select("attention", "te", ROWS, Demand())
 
 
 def test_what_stands_in_the_way_is_said_in_the_library_s_words() -> None:
@@ -421,7 +414,10 @@ def test_the_launcher_says_why_and_starts_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("changes, number, named", [
     ({"kernels.layers": "te", "train.device": "cpu"}, "E212", "does not run with train.device=cpu"),
     ({"kernels.attention": "te", "train.device": "cpu"}, "E212", "kernels.attention=te"),
-    ({"kernels.fp8": "current"}, "E213", "is not for kernels.layers=torch"),
+    ({"kernels.fp8": "delayed"}, "E213", "is not for kernels.layers=torch"),
+    ({"kernels.fp8": "current", "train.device": "cpu"}, "E213", "does not run with train.device=cpu"),
+    ({"kernels.fp8_head": "true"}, "E213", "needs kernels.fp8"),
+    ({"kernels.fp8": "current", "kernels.fp8_head": "true", "kernels.loss_chunk_tokens": 100}, "E213", "chunk_tokens"),
     ({"kernels.fp8": "delayed", "kernels.layers": "te", "train.precision": "fp32"}, "E213", "train.precision=fp32"),
     ({"kernels.fp8": "current", "kernels.layers": "te", "data.seq_length": 40, "train.micro_batch_size": 1}, "E213",
      r"a multiple of 16 for train.micro_batch_size x data.seq_length \(40\)"),

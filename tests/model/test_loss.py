@@ -40,6 +40,12 @@ class Keeper:
         self.came += 1
 
 
+def kept_by(keeper: Keeper, weight: Any) -> Keeper:
+    """Say to the weight who keeps its gradient, as the optimizer does."""
+    weight.gradients = keeper
+    return keeper
+
+
 def options(chunk: int = 5, **changes: Any) -> LayerOptions:
     return LayerOptions(operations=Operations(loss=LossKernels(chunk_tokens=chunk)), **changes)
 
@@ -83,8 +89,8 @@ def test_equals_torch(dtype: torch.dtype, tolerance: float, chunk: int, way: str
     """Sums of 301 and 24 terms in another order. The kept gradient is fp32 whatever the weight is."""
     x, weight, labels, weights = problem(dtype)
     mine, x_mine = shard(weight), x.clone().requires_grad_()
-    keeper = Keeper(mine) if "kept" in way else None
-    objective = None if way == "late" else Objective(weights, gradients=keeper)
+    keeper = kept_by(Keeper(mine), mine) if "kept" in way else None
+    objective = None if way == "late" else Objective(weights)
     losses = head_loss(x_mine, mine, labels, VOCABULARY, options(chunk), objective)
     assert losses.shape == labels.shape and losses.dtype == dtype
     (losses * weights).sum().backward()
@@ -114,8 +120,8 @@ def test_16_bits_err_no_more_than_the_plain_way(dtype: torch.dtype, chunk: int, 
     plain_losses = plain(plain_x, plain_weight, labels)
     (plain_losses * weights).sum().backward()
     mine, x_mine = shard(weight), x.clone().requires_grad_()
-    keeper = Keeper(mine) if kept else None
-    losses = head_loss(x_mine, mine, labels, VOCABULARY, options(chunk), Objective(weights, gradients=keeper))
+    keeper = kept_by(Keeper(mine), mine) if kept else None
+    losses = head_loss(x_mine, mine, labels, VOCABULARY, options(chunk), Objective(weights))
     (losses * weights).sum().backward()
     found = keeper.sum if keeper else mine.grad
     assert found is not None and x_mine.grad is not None and plain_x.grad is not None and plain_weight.grad is not None
@@ -198,9 +204,9 @@ def test_a_loss_scale_scales_the_gradient() -> None:
     x, weight, labels, _ = problem(torch.float32)
     sums = []
     for scale in (1.0, 2.0**14):
-        keeper, x_mine = Keeper(shard(weight)), x.clone().requires_grad_()
-        objective = Objective(torch.tensor(scale / labels.numel()), gradients=keeper)
-        losses = head_loss(x_mine, shard(weight), labels, VOCABULARY, options(), objective)
+        mine, x_mine = shard(weight), x.clone().requires_grad_()
+        keeper, objective = kept_by(Keeper(mine), mine), Objective(torch.tensor(scale / labels.numel()))
+        losses = head_loss(x_mine, mine, labels, VOCABULARY, options(), objective)
         (losses * objective.weight).sum().backward()
         sums.append((keeper.sum, x_mine.grad))
     for one, scaled in zip(*sums, strict=True):
@@ -274,10 +280,10 @@ def test_memory_at_full_size() -> None:
         weight = torch.empty(padded_vocab_size(105_789, 1), 2048, dtype=torch.bfloat16, requires_grad=True)
         labels = torch.empty(8, 2048, dtype=torch.int64)
         keeper, scale = Keeper(weight), torch.empty(())
-    keeper.sum = keeper.sum.to("meta")
+    keeper.sum = kept_by(keeper, weight).sum.to("meta")
     setting = options(2048, dtype=torch.bfloat16, device=torch.device("meta"))
     with _LiveBytes() as memory:
-        losses = head_loss(x, weight, labels, 105_789, setting, Objective(scale, gradients=keeper))
+        losses = head_loss(x, weight, labels, 105_789, setting, Objective(scale))
     assert losses.shape == (8, 2048)
     assert 0.4 * 2**30 < memory.peak <= 0.5 * 2**30, f"{memory.peak / 2**30:.3f} GiB"
 
@@ -300,6 +306,8 @@ def _gradients(rank: int, tp: int, sp: bool, tied: bool, kept: bool) -> dict[str
             optimizer.finish_reduction()
     else:
         count = sum(labels.numel() for _, labels in batches)
+        for w in optimizer.weights:
+            del w.gradients
         for i, (tokens, labels) in enumerate(batches):
             optimizer.start_micro_batch(first=i == 0, last=i + 1 == len(batches))
             (model(tokens, labels).sum() / count).backward()
@@ -313,7 +321,7 @@ def _gradients(rank: int, tp: int, sp: bool, tied: bool, kept: bool) -> dict[str
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("tp, sp", [(1, False), (2, False), (2, True)])
 def test_accumulation_into_the_optimizer(tp: int, sp: bool, tied: bool) -> None:
-    """Four micro-batches, each head gradient added in place, equal what autograd brings; tied: both add to one weight.
+    """Four micro-batches, each gradient added in place, equal what autograd brings; tied: both add to one weight.
 
     The late way is held against torch above. 1e-6 of the norm: fp32 sums in another order.
     """

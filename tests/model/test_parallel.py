@@ -132,8 +132,8 @@ def _observe(rank: int, config: Config) -> tuple[list[tuple[int, ...]], list[tup
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         layer = model.layers[0]
         layer.mlp_norm(x)
-        layer.mlp.gate_up(layer.mlp_norm(x))
-        layer.attention.qkv(layer.attention_norm(x))
+        layer.mlp.gate_up(layer.mlp_norm(x)[0])
+        layer.attention.qkv(layer.attention_norm(x)[0])
     dist.barrier()
     return sorted(shapes.seen), kept
 

@@ -85,12 +85,17 @@ def _poisoned(rank: int, config: Config) -> tuple[bool, bool, bool]:
     train_step(model, optimizer, rank_batches(config, 1, ctx), config, 1, ctx)
     state = [optimizer.params, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.updates]
     before = [x.clone() for x in state]
-    poison = (
-        model.layers[1].mlp.down.weight.register_hook(lambda g: g * torch.nan) if rank == ctx.world.size - 1 else None
-    )
+    arrived, victim = optimizer.arrived, model.layers[1].mlp.down.weight
+
+    def poison(weight: Any) -> None:
+        if weight is victim:
+            weight.main_grad.view(-1)[-1] = torch.nan
+        arrived(weight)
+
+    if rank == ctx.world.size - 1:
+        optimizer.arrived = poison  # type: ignore[method-assign]
     applied = bool(train_step(model, optimizer, rank_batches(config, 2, ctx), config, 2, ctx).applied)
-    if poison is not None:
-        poison.remove()
+    optimizer.arrived = arrived  # type: ignore[method-assign]
     same = all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
     report = train_step(model, optimizer, rank_batches(config, 3, ctx), config, 3, ctx)
     return applied, same, bool(report.applied)

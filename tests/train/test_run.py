@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_hammer.checkpoint.format import find_checkpoints, latest_checkpoint, read_manifest
 from megatron_hammer.errors import HammerError
+from megatron_hammer.kernels import attention_cpu
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank
 from tests.distributed import run_distributed
@@ -158,9 +160,12 @@ def test_the_attention_backend_is_said_or_refused_at_the_start(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for mask, backend in (("causal", "sdpa"), ("document", "sdpa-documents")):
+        backend = backend if attention_cpu.obstacle(torch.float32) else "fused"
         arguments = overrides(data, tmp_path / mask, f"data.attention_mask={mask}", "train.num_steps=1")
         assert run_rank(config_for(arguments), 0, 0, 1, None) == 0
-        assert f"attention: {backend}, data.attention_mask={mask}\n" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert f" on cpu, data.attention_mask={mask}:\n" in out
+        assert [line.split()[1] for line in out.splitlines() if line.startswith("  attention ")] == [backend]
     # That sdpa knows no documents is seen in the config; that varlen needs a GPU only by a rank, on all of them.
     for name, why in (("sdpa", "cannot do data.attention_mask=document"), ("varlen", "does not run on cpu")):
         refused = run(2, overrides(data, tmp_path / "no", DOCUMENT, f"kernels.attention={name}", "train.device=cpu"))

@@ -1,0 +1,259 @@
+"""What every part of the GPU suite measures with: the machine, times, peak memory, clocks, and what may go wrong."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import shutil
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from shapes import Shape
+from torch import Tensor
+
+from megatron_hammer.errors import ConfigError
+
+CANNOT_RUN = (9, 10, 12, 13)  # ConfigError: this machine lacks what a kernel, Transformer Engine or fp8 needs
+Result = dict[str, Any]
+Item = Callable[[], Result]
+
+HAMMERLLM = Shape(2048, 5632, 22, 32, 4, 2048, 105_789, 8, 4, 10)  # accumulation 4: 16 only dilutes the optimizer
+TOY = Shape(64, 176, 2, 8, 2, 64, 301, 2, 2, 2)
+VERSIONS = (
+    "torch", "triton", "transformers", "liger-kernel", "megatron-core", "torchtitan", "transformer-engine", "apex",
+    "flash-attn", "flash-attn-4",
+)  # fmt: skip
+# Cycles for which the GPU is kept busy before a timed region, about 1 ms: the host has queued the whole region by the
+# time it starts, so that launch gaps of small kernels do not count.
+HEAD_START_CYCLES = 2_000_000
+
+
+class Missing(Exception):
+    """A contestant that cannot run here, and why."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The machine and the size."""
+
+    device: torch.device
+    small: bool
+    """Toy shapes: the suite itself is tried, nothing is measured."""
+    known: Mapping[str, Result] = field(default_factory=dict)
+    """Entries of the same part that were measured before."""
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def shape(self) -> Shape:
+        return TOY if self.small else HAMMERLLM
+
+    @property
+    def name(self) -> str:
+        """Of the device; toy results never get into the files of real ones."""
+        name = torch.cuda.get_device_name(self.device) if self.cuda else "cpu"
+        return f"{name} toy" if self.small else name
+
+    def random(self, *size: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:
+        """Normal random numbers: never zeros, on which a GPU runs 13 % faster."""
+        return torch.randn(size, device=self.device, dtype=torch.float32).mul_(scale).to(dtype)
+
+    def tokens(self, *size: int, vocabulary: int) -> Tensor:
+        return torch.randint(0, vocabulary, size, device=self.device)
+
+    def synchronise(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def repeats(self, full: int) -> int:
+        return 2 if self.small else full
+
+
+class _Marks:
+    """Points in time: events on a GPU's stream, the clock on a CPU."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.points = bench, list[Any]()
+
+    def __call__(self) -> None:
+        if not self.bench.cuda:
+            self.points.append(time.perf_counter())
+            return
+        if not self.points:
+            torch.cuda._sleep(HEAD_START_CYCLES)
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.points.append(event)
+
+    def intervals(self) -> list[float]:
+        """Seconds between them; waits for the device."""
+        self.bench.synchronise()
+        return [a.elapsed_time(b) / 1e3 if self.bench.cuda else b - a for a, b in pairwise(self.points)]
+
+
+def marked_times(
+    bench: Bench, run: Callable[[Callable[[], None]], None], repeats: int, warm_up: int = 3
+) -> list[list[float]]:
+    """Seconds between the marks that ``run(mark)`` sets: for each interval its times over all repeats.
+
+    The first mark starts the clock: what comes before it does not count.
+    """
+    rounds = []
+    for i in range(warm_up + repeats):
+        marks = _Marks(bench)
+        run(marks)
+        intervals = marks.intervals()
+        if i >= warm_up:
+            rounds.append(intervals)
+    return [list(times) for times in zip(*rounds)]
+
+
+def times(bench: Bench, run: Callable[[], Any], repeats: int, warm_up: int = 3) -> list[float]:
+    """Seconds of each call."""
+
+    def marked(mark: Callable[[], None]) -> None:
+        mark()
+        run()
+        mark()
+
+    return marked_times(bench, marked, repeats, warm_up)[0]
+
+
+def forward_and_backward(
+    bench: Bench, leaves: Sequence[Tensor], run: Callable[..., Any], gradients: Sequence[Tensor], repeats: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of ``run(*copies of leaves)`` and of its backward from these gradients of its outputs.
+
+    An operation may write over its inputs, so each call gets copies, made before the clock starts. A leaf that needs no
+    gradient is passed as it is.
+    """
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+
+    def run_once(mark: Callable[[], None]) -> None:
+        copies = [leaf.clone() if leaf.requires_grad else leaf for leaf in leaves]
+        mark()
+        outputs = run(*copies)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        mark()
+        torch.autograd.grad([o for o in outputs if o.requires_grad], wanted, gradients, allow_unused=True)
+        mark()
+
+    forward, backward = marked_times(bench, run_once, repeats)
+    return forward, backward
+
+
+def p99(seconds: Sequence[float]) -> float:
+    """The 99th percentile, nearest rank: the largest of fewer than 100."""
+    return sorted(seconds)[math.ceil(0.99 * len(seconds)) - 1]
+
+
+def summary(seconds: Sequence[float], what: str = "") -> Result:
+    """Median and p99, in milliseconds; ``what`` goes before the names."""
+    return {f"{what}ms": 1e3 * statistics.median(seconds), f"{what}ms_p99": 1e3 * p99(seconds)}
+
+
+@contextmanager
+def peak_memory(bench: Bench, result: Result, key: str = "peak_extra_gib") -> Iterator[None]:
+    """Put into ``result`` by how much the block's peak exceeds what is allocated at its start; None on a CPU."""
+    result[key] = None
+    if not bench.cuda:
+        yield
+        return
+    bench.synchronise()
+    torch.cuda.reset_peak_memory_stats(bench.device)
+    before = torch.cuda.memory_allocated(bench.device)
+    yield
+    bench.synchronise()
+    result[key] = (torch.cuda.max_memory_allocated(bench.device) - before) / 2**30
+
+
+class Clocks:
+    """Medians of clock and power while a block runs, by ``nvidia-smi``; empty where there is none."""
+
+    FIELDS = ("clocks.sm", "power.draw", "temperature.gpu")
+    NAMES = ("sm_mhz", "watts", "celsius")
+
+    def __init__(self) -> None:
+        self.rows: list[list[float]] = []
+        self.process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Clocks:
+        if shutil.which("nvidia-smi"):
+            fields, times_a_second = ",".join(self.FIELDS), 5
+            query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+            query += ["-lms", str(1000 // times_a_second)]
+            self.process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
+        return self
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            try:
+                self.rows.append([float(x) for x in line.split(",")])
+            except ValueError:  # "[N/A]": this field cannot be read here
+                continue
+
+    def __exit__(self, *error: object) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
+
+    @property
+    def medians(self) -> Result:
+        return {name: statistics.median(column) for name, column in zip(self.NAMES, zip(*self.rows))}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Torch's own error, or what a library makes of it."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+def attempt(item: Item) -> Result:
+    """Run an item; what goes wrong is its result: a line in the report, not the end of the suite."""
+    began = time.perf_counter()
+    try:
+        result = item()
+    except Missing as error:
+        result = {"missing": str(error)}
+    except ConfigError as error:
+        result = {"missing" if error.number in CANNOT_RUN else "error": str(error)}
+    except Exception as error:
+        what = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
+        result = {"error": " ".join(what.split())[:600]}
+    return {**result, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def needed(package: str) -> None:
+    """Import a peer's package.
+
+    Raises:
+        Missing: it cannot be imported, in the interpreter's own words.
+    """
+    try:
+        __import__(package)
+    except Exception as error:  # ImportError, RuntimeError, OSError: all have been seen
+        raise Missing(f"not installed ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from None
+
+
+def versions() -> Mapping[str, str]:
+    """Of the packages that matter, as far as they are here."""
+    found = {}
+    for package in VERSIONS:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["cuda"], found["cudnn"] = str(torch.version.cuda), str(torch.backends.cudnn.version())
+    return found

@@ -1,0 +1,163 @@
+"""TP 2 (with sequence parallelism) and DP 2 as two processes on ONE GPU: right numbers, no claim about speed.
+
+    python benchmarks/gpu_parallel.py [--small] [--results benchmarks/results]
+
+NCCL refuses two ranks on one device, so the ranks talk over gloo, and every message goes through the host's memory:
+what runs for real is the CUDA path of the sharded layers, loss and optimizer. Losses and gradient norms of every step
+are compared with those of one process on the same GPU; the exit code is 1 where they differ by more than the order of
+sums and (in bf16) rounding explain. --small: a toy model, on the CPU where there is no GPU, as the tests run it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from gpu.contestants import our_config
+from gpu.measure import TOY, Bench, versions
+from shapes import Shape
+from torch import Tensor
+
+from megatron_hammer.config import Config
+from megatron_hammer.parallel import collectives
+from megatron_hammer.parallel.collectives import Done
+from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
+from megatron_hammer.train.loop import build
+from megatron_hammer.train.step import train_step
+
+SHAPE = Shape(1024, 2816, 4, 16, 4, 512, 10_007, 2, 4, 8)  # heads of 64, an odd vocabulary
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP 2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "DP 2": {},
+}
+# Largest relative difference of a loss or gradient norm over the steps: fp32 differs in the order of sums (1e-5 seen on
+# a CPU), bf16 in roundings of 2^-9 that eight updates carry on.
+TOLERANCES = {"fp32": 1e-3, "bf16": 3e-2}
+
+
+def stage_through_host() -> None:
+    """Let the collectives of this process copy CUDA tensors to the host, talk over gloo, and copy back."""
+    real_all_reduce, real_gather, real_scatter = (
+        dist.all_reduce,
+        collectives._all_gather_into,
+        collectives._reduce_scatter_into,
+    )
+
+    def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+        host = tensor.cpu()
+        real_all_reduce(host, op=op, group=group)
+        tensor.copy_(host)
+        return Done()
+
+    def staged(real: Any) -> Any:
+        def call(out: Tensor, given: Tensor, group: Any = None, async_op: bool = False) -> Any:
+            host = torch.empty(out.shape, dtype=out.dtype)
+            real(host, given.cpu(), group=group)
+            out.copy_(host)
+            return Done()
+
+        return call
+
+    dist.all_reduce = all_reduce
+    collectives._all_gather_into, collectives._reduce_scatter_into = staged(real_gather), staged(real_scatter)
+
+
+def train(config: Config, ctx: ParallelContext, steps: int) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step, on samples that do not depend on the layout."""
+    model, optimizer = build(config, ctx)
+    b, found = config.train.micro_batch_size, []
+    for step in range(1, steps + 1):
+        generator = torch.Generator().manual_seed(step)
+        size = (config.train.global_batch_size, config.data.seq_length + 1)
+        windows = torch.randint(0, config.model.vocab_size or 0, size, generator=generator).to(ctx.device)
+        mine = [windows[i : i + b] for i in range(b * ctx.dp.rank, len(windows), b * ctx.dp.size)]
+        report = train_step(model, optimizer, [(w[:, :-1], w[:, 1:]) for w in mine], config, step, ctx)
+        found.append((report.loss.item(), report.grad_norm.item()))
+    return found
+
+
+def config_of(shape: Shape, precision: str, layout: str) -> Config:
+    """A learning rate that moves the weights from the first step on."""
+    return our_config(
+        shape,
+        train={"precision": precision, "num_steps": shape.steps},
+        parallel=LAYOUTS.get(layout, {}),
+        optimizer={"lr": 1e-3},
+        schedule={"warmup_steps": 1},
+    )
+
+
+def rank_main(rank: int, store: str, device: str, shape: Shape, results: Any) -> None:
+    """One of the two processes: every layout and precision in turn."""
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    stage_through_host()
+    found = {}
+    for layout in LAYOUTS:
+        for precision in TOLERANCES:
+            config = config_of(shape, precision, layout)
+            ctx = build_parallel_context(
+                config.parallel.tensor_model_parallel_size, config.model.query_groups, torch.device(device)
+            )
+            found[layout, precision] = train(config, ctx, shape.steps)
+    if rank == 0:
+        results.put(found)
+    dist.destroy_process_group()
+
+
+def compare(device: torch.device, shape: Shape) -> list[dict[str, Any]]:
+    """A line for each layout and precision."""
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = torch.multiprocessing.start_processes(
+            rank_main, (f"{folder}/store", str(device), shape, results), 2, join=False, start_method="spawn"
+        )
+        alone = {p: train(config_of(shape, p, "one"), ParallelContext.single(device), shape.steps) for p in TOLERANCES}
+        while not ranks.join():
+            pass
+    lines = []
+    for (layout, precision), found in results.get().items():
+        pairs = list(zip(found, alone[precision]))
+        off = max(abs(a - b) / abs(b) for two, one in pairs for a, b in zip(two, one))
+        lines.append(
+            {
+                "layout": layout,
+                "precision": precision,
+                "largest_relative_difference": off,
+                "tolerance": TOLERANCES[precision],
+                "right": off <= TOLERANCES[precision],
+                "losses": [two[0] for two in found],
+                "losses_of_one_process": [one[0] for one in alone[precision]],
+            }
+        )
+    return lines
+
+
+def main() -> None:
+    """Compare, print, write RESULTS/gpu_parallel-DEVICE-DATE.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available() and not arguments.small:
+        raise SystemExit("no CUDA device: use --small to try the script itself")
+    bench = Bench(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"), arguments.small)
+    lines = compare(bench.device, replace(TOY, micro_batch=1, steps=4) if arguments.small else SHAPE)
+    for line in lines:
+        print(json.dumps({k: v for k, v in line.items() if not isinstance(v, list)}), flush=True)
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    path = arguments.results / f"gpu_parallel-{bench.name.replace(' ', '_')}-{datetime.date.today()}.json"
+    path.write_text(json.dumps({"versions": dict(versions()), "comparisons": lines}, indent=1) + "\n", encoding="utf-8")
+    sys.exit(0 if all(line["right"] for line in lines) else 1)
+
+
+if __name__ == "__main__":
+    main()

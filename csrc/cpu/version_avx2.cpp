@@ -1,0 +1,22 @@
+// The kernels for x86-64 with AVX2 and FMA (2013 and later).
+
+#include "kernels.hpp"
+
+#ifdef HAMMER_X86
+namespace {
+
+bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+}  // namespace
+
+#pragma GCC target("avx2,fma")
+#define HAMMER_VERSION avx2
+#define HAMMER_LANES 8
+#include "kernels.inl"
+
+namespace hammer {
+
+constexpr Version kAvx2 = {"avx2", runs_here, avx2::table<float>(), avx2::table<Bf16>(), avx2::square_sum};
+
+}  // namespace hammer
+#endif

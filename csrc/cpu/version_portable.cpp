@@ -1,0 +1,20 @@
+// The kernels for what every machine of this architecture has (SSE2 on x86-64, NEON on aarch64).
+
+#include "kernels.hpp"
+
+namespace {
+
+bool runs_here() { return true; }
+
+}  // namespace
+
+#define HAMMER_VERSION portable
+#define HAMMER_LANES 4
+#include "kernels.inl"
+
+namespace hammer {
+
+constexpr Version kPortable = {"portable", runs_here, portable::table<float>(), portable::table<Bf16>(),
+                               portable::square_sum};
+
+}  // namespace hammer

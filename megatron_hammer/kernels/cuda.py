@@ -1,0 +1,62 @@
+"""Our fused operations on a GPU: the compiled kernels (``csrc/kernels``) as ``torch.ops.hammer_cuda``.
+
+``_cuda.so`` is a library of torch operations on torch's stable C++ ABI, not a Python module. It is there where setup.py
+found nvcc and a torch for CUDA, and is loaded at the first question. Its operations check their arguments, write into
+what the caller made, run on the current stream and never wait for the device.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARY = Path(__file__).with_name("_cuda.so")
+OPERATIONS = (
+    "add_rms_norm_forward",
+    "add_rms_norm_backward",
+    "rope_forward",
+    "rope_backward",
+    "swiglu_forward",
+    "swiglu_backward",
+    "adamw",
+    "add_square_sum",
+    "amax",
+    "cast_fp8",
+)
+
+
+@cache
+def _load(path: Path) -> str:
+    """Load the library; why that failed, or an empty string."""
+    if not path.exists():
+        return f"{path.name} was not built: it takes nvcc, a torch for CUDA and pip install --no-build-isolation"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error.__cause__ or error}"
+    absent = [name for name in OPERATIONS if not hasattr(torch.ops.hammer_cuda, name)]
+    return f"{path.name} is older than this package (no {', '.join(absent)}): reinstall" if absent else ""
+
+
+@cache
+def missing(device: torch.device) -> str:
+    """Why the compiled CUDA kernels cannot run on this device, or an empty string."""
+    if why := _load(LIBRARY):
+        return why
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    try:  # one launch: whether this driver and this GPU can run what was compiled
+        torch.ops.hammer_cuda.amax(torch.ones(1, device=device), torch.empty((), device=device))
+    except RuntimeError as error:
+        major, minor = torch.cuda.get_device_capability(device)
+        reason = str(error).splitlines()[0]
+        return f"{reason}, on {torch.cuda.get_device_name(device)}; reinstall with HAMMER_CUDA_ARCHS={major}{minor}"
+    return ""
+
+
+def library() -> Any:
+    """The namespace of the operations; only where ``missing`` says nothing."""
+    return torch.ops.hammer_cuda

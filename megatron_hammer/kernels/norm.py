@@ -1,0 +1,58 @@
+"""Residual add and RMSNorm in one: x + update, and its normalised form, from one pass over memory where fused.
+
+Bytes at best, in units of one hidden tensor: forward 4 (x, update, sum, normed), backward 4 (two
+gradients, sum, result).
+
+Legend: s sequence, b micro-batch, h hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.kernels import apex, fused, liger, native, te
+from megatron_hammer.kernels.backend import ANYWHERE, CUDA, FLOATS, HALVES, Backend
+
+AddRMSNorm = Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm (arXiv 1910.07467) over the last dimension; statistics in fp32 (fp64 for fp64), as in Hugging Face.
+
+    Args:
+        x: [..., h], any float dtype.
+        weight: [h].
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The reference: (RMSNorm of x + update, x + update); without an update x itself is the second.
+
+    Args:
+        x: [s, b, h], the residual stream. update: [s, b, h], what the last sublayer adds to it. weight: [h].
+    """
+    summed = x if update is None else x + update
+    return rms_norm(summed, weight, eps), summed
+
+
+def _fused(device: torch.device) -> Any:
+    return partial(fused.add_rms_norm, native.library(device))
+
+
+ROWS = (
+    Backend("fused", _fused, ANYWHERE, FLOATS, native.limits, native.missing),
+    Backend("torch", lambda device: add_rms_norm, compiles=True),
+    Backend("te", lambda device: te.add_rms_norm, CUDA, HALVES | {torch.float32}, missing=te.attention_obstacle,
+            by_name_only=True),
+    Backend("apex", lambda device: apex.add_rms_norm, CUDA, missing=apex.norm_is_missing, by_name_only=True),
+    Backend("liger", lambda device: liger.add_rms_norm, CUDA, HALVES | {torch.float32}, liger.not_whole_layers,
+            liger.missing, by_name_only=True),
+)  # fmt: skip

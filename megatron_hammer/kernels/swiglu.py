@@ -1,0 +1,38 @@
+"""The product in the feed-forward layer, silu(gate) x up.
+
+Bytes at best, with f the feed-forward width: forward 3 f times an element's size (gate and up read, product
+written), backward 5 f (gradient, gate and up read, both gradients written).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_hammer.kernels import fused, liger, native
+from megatron_hammer.kernels.backend import ANYWHERE, CUDA, FLOATS, HALVES, Backend
+
+SwiGLU = Callable[[Tensor], Tensor]
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """The reference: silu(gate) * up (arXiv 2002.05202), [..., 2f] -> [..., f]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _fused(device: torch.device) -> Any:
+    return partial(fused.swiglu, native.library(device))
+
+
+ROWS = (
+    Backend("fused", _fused, ANYWHERE, FLOATS, native.limits, native.missing),
+    Backend("torch", lambda device: swiglu, compiles=True),
+    Backend("liger", lambda device: liger.swiglu, CUDA, HALVES | {torch.float32}, liger.not_whole_layers, liger.missing,
+            by_name_only=True),
+)  # fmt: skip

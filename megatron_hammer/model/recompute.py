@@ -1,0 +1,337 @@
+"""Recompute: what the layers keep for backward, and what backward makes again instead.
+
+``train.recompute`` trades time for memory; the results are the same, bit for bit. What a layer keeps of a token, in
+elements, with h hidden, n query heads of d, g groups and f the feed-forward width::
+
+                sums     normed   qkv          attention   gate, up   product     done again in backward
+    none        2h       2h       (n + 2g) d   n d         2f         f
+    selective   2h                (n + 2g) d               2f                     no matrix product but attention's
+    full        h                                                                 the layer's forward
+
+selective leaves ``model/llama.py`` as it is. Norm, attention and SwiGLU become operations that save their inputs only,
+and mark their output. Whoever saves a marked tensor (the linear layer that reads it) gets a note in its place, from
+hooks around the layers; when backward reads the note, the operation runs again, once: for the reader, and, with its
+record, for its own backward, which comes next::
+
+    forward     gate_up [kept] -> product [marked] -> down saves a note
+    backward    down reads the note: product again, from gate_up; dW = dy^T product
+                swiglu: d gate_up, from that record
+
+The residual sum that a norm returns beside its output is kept, for the next norm reads it; the norm is made from the
+sum. full keeps the input of a layer and runs the layer again (``torch.utils.checkpoint``, without reentrance).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+
+from megatron_hammer.config import Config
+from megatron_hammer.kernels import te
+from megatron_hammer.kernels.attention import AttentionFunction, Documents
+from megatron_hammer.kernels.backend import Backend
+from megatron_hammer.kernels.norm import AddRMSNorm
+from megatron_hammer.kernels.operations import Operations
+from megatron_hammer.kernels.swiglu import SwiGLU
+
+Region = Callable[[], AbstractContextManager]
+Layer = Callable[..., tuple[Tensor, Tensor]]
+
+
+class Recompute:
+    """Nothing is recomputed: the base of the other two, and what a model is built with by default."""
+
+    def operations(self, plain: Operations) -> Operations:
+        """The operations that the layers are built with."""
+        return plain
+
+    def region(self) -> AbstractContextManager:
+        """What to run a forward of all layers in."""
+        return nullcontext()
+
+    def layer(
+        self, index: int, layer: Layer, region: Region, x: Tensor, update: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Run one layer; ``region`` is what the forward of the layers runs in."""
+        return layer(x, update, *rest)
+
+
+def plan_recompute(config: Config) -> Recompute:
+    """What ``train.recompute`` asks for; the config has been validated."""
+    if config.train.recompute == "selective":
+        return Selective()
+    if config.train.recompute == "full":
+        layers = config.train.recompute_layers or config.model.num_layers
+        return Full(layers, fp8_by_library=config.kernels.layers == "te" and config.kernels.fp8 != "off")
+    return Recompute()
+
+
+def activation_bytes(config: Config, backends: Mapping[str, Backend]) -> int:
+    """What the decoder layers of one rank keep of a micro-batch until its backward, by the table above.
+
+    The reference of an operation ("torch") keeps what lies between its steps; every other backend is taken to keep its
+    inputs and the few numbers a row that its backward needs, and so are compiled ones.
+    """
+    model, train, tp = config.model, config.train, config.parallel.tensor_model_parallel_size
+    size = 4 if train.precision == "fp32" else 2
+    references = {name for name, row in backends.items() if row.name == "torch"}
+    plain = references if config.kernels.compile == "none" else set()
+    if config.kernels.layers == "te":
+        plain = plain - {"norm"}
+    h = model.hidden_size // (tp if config.parallel.sequence_parallel else 1)
+    n, g, d = model.num_attention_heads // tp, max(1, model.query_groups // tp), model.head_size
+    f = model.ffn_hidden_size // tp
+    inputs = size * (2 * h + (n + 2 * g) * d + 2 * f)
+    rotated = size * (n + g) * d if "rope" in references else 0  # once more: not turned in place
+    outputs = (1 if config.kernels.fp8 != "off" else size) * (2 * h + n * d + f)  # in 8 bits they cannot be made again
+    inner = 4 * (2 + n)  # fp32 statistics: of each norm, and of each head's softmax
+    # The normalised rows before the weight; and in 16 bits an fp32 copy of the sum in the place of the sum.
+    inner += 2 * h * 4 if "norm" in plain else 0
+    inner += size * f if "swiglu" in plain else 0  # silu(gate)
+    whole = inputs + rotated + outputs + inner
+    selective = inputs + rotated + (outputs if config.kernels.fp8 != "off" else 0)
+    again = {"none": 0, "selective": model.num_layers, "full": train.recompute_layers or model.num_layers}
+    layers = again[train.recompute]
+    each = selective if train.recompute == "selective" else size * h
+    rows = train.micro_batch_size * config.data.seq_length
+    return rows * (layers * each + (model.num_layers - layers) * whole)
+
+
+# ---- full -------------------------------------------------------------------------------------------------------
+
+
+class Full(Recompute):
+    """The first ``layers`` layers keep their input alone.
+
+    Args:
+        fp8_by_library: Transformer Engine computes in fp8: its own checkpoint runs a layer again with the scales that
+            the layer had.
+    """
+
+    def __init__(self, layers: int, fp8_by_library: bool = False) -> None:
+        self.layers, self.fp8_by_library = layers, fp8_by_library
+
+    def layer(
+        self, index: int, layer: Layer, region: Region, x: Tensor, update: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        if index >= self.layers or not torch.is_grad_enabled():
+            return layer(x, update, *rest)
+        if update is not None:
+            x = x + update  # one tensor to keep instead of two
+        if self.fp8_by_library:
+            return te.checkpoint(lambda x: layer(x, None, *rest), x)  # type: ignore[no-any-return]
+        return checkpoint(
+            layer,
+            x,
+            None,
+            *rest,
+            use_reentrant=False,
+            preserve_rng_state=False,  # no layer draws numbers
+            context_fn=lambda: (nullcontext(), region()),
+        )
+
+
+# ---- selective --------------------------------------------------------------------------------------------------
+
+
+class Selective(Recompute):
+    """Outputs of norm, attention and SwiGLU are made again."""
+
+    def __init__(self) -> None:
+        self.marks: dict[int, _Mark] | None = None
+        """Storage -> the operation that wrote it; None where no layer runs or nothing is recorded."""
+
+    def operations(self, plain: Operations) -> Operations:
+        return replace(
+            plain,
+            add_rms_norm=partial(self._add_rms_norm, plain.add_rms_norm),
+            swiglu=partial(self._swiglu, plain.swiglu),
+            attention=partial(self._attention, plain.attention),
+        )
+
+    @contextmanager
+    def region(self) -> Iterator[None]:
+        if not torch.is_grad_enabled():
+            yield
+            return
+        self.marks = {}
+        try:
+            with saved_tensors_hooks(self._pack, _unpack):
+                yield
+        finally:
+            self.marks = None
+
+    def _add_rms_norm(
+        self, plain: AddRMSNorm, x: Tensor, update: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        if self.marks is None:
+            return plain(x, update, weight, eps)
+        return _RecomputedNorm.apply(self.marks, plain, eps, x, update, weight)  # type: ignore[no-any-return]
+
+    def _swiglu(self, plain: SwiGLU, gate_up: Tensor) -> Tensor:
+        if self.marks is None:
+            return plain(gate_up)
+        return _Recomputed.apply(self.marks, plain, gate_up)  # type: ignore[no-any-return]
+
+    def _attention(
+        self, plain: AttentionFunction, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None
+    ) -> Tensor:
+        if self.marks is None:
+            return plain(q, k, v, documents)
+
+        def flat(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            """Laid out so that the model flattens the heads without a copy, which would be kept."""
+            out = plain(q, k, v, documents)
+            return out if out.stride(2) == out.shape[3] * out.stride(3) else out.contiguous()
+
+        return _Recomputed.apply(self.marks, flat, q, k, v)  # type: ignore[no-any-return]
+
+    def _pack(self, tensor: Tensor) -> Any:
+        """A note in place of a marked tensor or a view of it, else the tensor.
+
+        Cut off from the graph: an operation that saves its own output would hold itself alive.
+        """
+        if self.marks is None or type(tensor) is not Tensor:
+            return tensor.detach()
+        mark = self.marks.get(tensor.untyped_storage()._cdata)
+        if mark is None or tensor.dtype != mark.dtype or tensor._version != mark.version:
+            return tensor.detach()
+        return _Note(mark, tensor.shape, tensor.stride(), int(tensor.storage_offset()) - mark.offset)
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """The operation that wrote a storage, and how.
+
+    Neither the storage nor the operation is kept alive. The weak reference to the storage holds its address, so no
+    other storage can get that while the mark is there; the version tells whether somebody wrote over the contents.
+    """
+
+    node: weakref.ref
+    storage: StorageWeakRef
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+    offset: int
+    version: int
+
+    def again(self) -> Tensor:
+        """The tensor, from the operation's record: its own backward has not run yet, or the graph would be gone."""
+        node = self.node()
+        assert node is not None, "the operation behind a saved tensor is a part of the same graph"
+        output = _record(node)[1][0].detach()
+        assert output.stride() == self.stride, "an operation laid its output out in another way the second time"
+        return output
+
+
+@dataclass(frozen=True)
+class _Note:
+    """What is saved in place of a marked tensor: how it lay over what the operation wrote."""
+
+    mark: _Mark
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def tensor(self) -> Tensor:
+        output = self.mark.again()
+        return output.as_strided(self.shape, self.stride, output.storage_offset() + self.offset)
+
+
+def _unpack(packed: Any) -> Tensor:
+    return packed.tensor() if isinstance(packed, _Note) else packed  # type: ignore[no-any-return]
+
+
+class _Recomputed(torch.autograd.Function):
+    """An operation of one output that keeps its inputs only."""
+
+    @staticmethod
+    def forward(ctx: Any, marks: dict[int, _Mark], function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        _prepare(ctx, lambda *kept: (function(*kept),))
+        (output,) = _run(ctx.again, inputs)[1]
+        return _marked(ctx, output.detach(), marks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, *_gradients(ctx, grads)
+
+
+class _RecomputedNorm(torch.autograd.Function):
+    """Residual add and RMSNorm: keeps the sum, which it returns, and makes the norm again from that."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        marks: dict[int, _Mark],
+        function: AddRMSNorm,
+        eps: float,
+        x: Tensor,
+        update: Tensor | None,
+        weight: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.updates = update is not None
+        if update is None:
+            outputs = _run(lambda x, weight: function(x, None, weight, eps), (x, weight))[1]
+            normed, summed = outputs[0].detach(), x  # x as it is: autograd makes it an output of this node
+        else:
+            outputs = _run(lambda x, update, weight: function(x, update, weight, eps), (x, update, weight))[1]
+            normed, summed = (output.detach() for output in outputs)
+        ctx.save_for_backward(summed, weight)
+        _prepare(ctx, lambda summed, weight: function(summed, None, weight, eps))
+        return _marked(ctx, normed, marks), summed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_sum, grad_weight = _gradients(ctx, grads)
+        return None, None, None, grad_sum, grad_sum if ctx.updates else None, grad_weight
+
+
+def _prepare(ctx: Any, again: Callable[..., tuple[Tensor, ...]]) -> None:
+    """``again`` makes the outputs from what is saved, the marked one first."""
+    ctx.again, ctx.record = again, None
+    ctx.set_materialize_grads(False)
+
+
+def _run(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], Any]:
+    """Inputs cut off from the graph, and outputs with the record from one to the other.
+
+    Forward takes the outputs and drops the record: with no record at all, torch may choose another kernel.
+    """
+    cut = [x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        return cut, function(*cut)
+
+
+def _marked(ctx: Any, output: Tensor, marks: dict[int, _Mark]) -> Tensor:
+    storage = StorageWeakRef(output.untyped_storage())
+    offset = int(output.storage_offset())
+    marks[storage.cdata] = _Mark(weakref.ref(ctx), storage, output.dtype, output.stride(), offset, output._version)
+    return output
+
+
+def _record(node: Any) -> tuple[list[Tensor], Any]:
+    """The operation run again with its record, for whoever comes first; the others find it."""
+    if node.record is None:
+        node.record = _run(node.again, node.saved_tensors)
+    return node.record  # type: ignore[no-any-return]
+
+
+def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients of what is saved, and the end of the record."""
+    inputs, outputs = _record(ctx)
+    ctx.record = None
+    arrived = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
+    return torch.autograd.grad([o for o, _ in arrived], inputs, [g for _, g in arrived], allow_unused=True)

@@ -1,0 +1,175 @@
+"""What each part of a training step would take at the limit of the device: counted operations, counted bytes, no torch.
+
+A part's limit is that of a roofline: the longer of its floating-point operations at the rate of a large matrix product
+and its bytes at the bandwidth of a large copy. Bytes are those of ideal fused kernels, each tensor read and written
+once (T tokens a micro-batch, h hidden, f feed-forward, n and g heads of width d, v padded vocabulary, e bytes an
+element, L layers)::
+
+    layer products   6 T (h (n + 2g) d + n d h + 3 h f) L FLOPs; the three tensors of each of the three products
+    head products    6 T h v FLOPs, v without its padding
+    attention        6 T n d s L FLOPs, half of the square (s: documents' mean length where they are masked)
+    norm, residual   forward 4 T h e (x and update read, sum and normed written), backward 4 T h e; 2 L + 1 of them
+    RoPE             queries and keys read and written, forward and backward: 4 T (n + g) d e L
+    SwiGLU           forward 3 T f e, backward 5 T f e, L of them
+    embedding        rows read and written, their gradients read and added in fp32
+    loss             each logit read once and written once, 2 T v e
+    gradients        fp32 sums of all matrices read and written, 8 B a weight; the first micro-batch only writes
+    optimizer        a parameter: gradient twice (norm, update) 8 B, master and moments 24 B, 16-bit copy 2 B
+
+Nothing is recomputed in this count: what ``train.recompute`` adds shows as distance from the limit. So does everything
+that an ideal step lacks: data, communication, gaps. Sections 2 and 3 of the project's performance notes give the same
+counts; ``metrics.flops_per_token`` is the sum of the FLOPs here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_hammer.config import Config, ModelConfig, padded_vocab_size
+from megatron_hammer.model.parameters import count_parameters
+
+LAYER_PRODUCTS = "layer products"
+HEAD_PRODUCTS = "head products"
+ATTENTION = "attention"
+NORM = "norm, residual"
+ROPE = "RoPE"
+SWIGLU = "SwiGLU"
+ELEMENTWISE = "norm, RoPE, SwiGLU"
+"""The three above in one, where a compiler has fused whole layers."""
+EMBEDDING = "embedding"
+LOSS = "loss"
+CASTS = "fp8 casts"
+GRADIENTS = "gradient accumulation"
+OPTIMIZER = "optimizer, clipping"
+COMMUNICATION = "communication"
+DATA = "data"
+OTHER = "other operations"
+GAPS = "gaps"
+
+PARTS = (
+    LAYER_PRODUCTS, HEAD_PRODUCTS, ATTENTION, NORM, ROPE, SWIGLU, ELEMENTWISE, EMBEDDING, LOSS, CASTS, GRADIENTS,
+    OPTIMIZER, COMMUNICATION, DATA, OTHER, GAPS,
+)  # fmt: skip
+"""In the order in which they are shown."""
+
+GRADIENT_BYTES = 4  # fp32 sums, whatever the model's dtype
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a part needs in one step at least."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device can do."""
+
+    flops: float
+    """Floating-point operations a second in a large matrix product."""
+    bandwidth: float
+    """Bytes a second, read and written, in a large copy."""
+
+    def seconds(self, cost: Cost) -> float:
+        """The limit of a part: the longer of computing and moving."""
+        return max(cost.flops / self.flops, cost.bytes / self.bandwidth)
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """The sizes of one step of one process."""
+
+    model: ModelConfig
+    tokens: int
+    """T, of one micro-batch."""
+    micro_batches: int
+    attention_length: float
+    """Over how many positions a token's attention extends, twice the mean: the sample's length without document masks,
+    with them the mean length of the documents that the tokens are in, sum of squares / sum."""
+    element_bytes: int
+    """Of weights and activations."""
+    fused_accumulation: bool
+    """Gradients are added inside the matrix products, as a GPU's do, not by a pass of their own."""
+
+    @classmethod
+    def of(cls, config: Config, attention_length: float | None = None, fused_accumulation: bool = False) -> StepShape:
+        """That of a config on one process; ``attention_length`` where documents are masked."""
+        return cls(
+            config.model,
+            config.train.micro_batch_size * config.data.seq_length,
+            config.grad_accum(1),
+            config.data.seq_length if attention_length is None else attention_length,
+            4 if config.train.precision == "fp32" else 2,
+            fused_accumulation,
+        )
+
+
+def layer_products(model: ModelConfig) -> list[tuple[int, int]]:
+    """(inputs, outputs) of a layer's four matrices: fused queries, keys and values; output; gate and up; down."""
+    h, f, d = model.hidden_size, model.ffn_hidden_size, model.head_size
+    n, g = model.num_attention_heads, model.query_groups
+    return [(h, (n + 2 * g) * d), (n * d, h), (h, 2 * f), (f, h)]
+
+
+def step_costs(shape: StepShape) -> dict[str, Cost]:
+    """What each part of one step needs at least; parts that an ideal step lacks are absent."""
+    costs = {part: _times(cost, shape.micro_batches) for part, cost in _micro_batch_costs(shape).items()}
+    model, weights = shape.model, _matrix_weights(shape.model)
+    accumulation = Cost(0, GRADIENT_BYTES * weights * (2 * shape.micro_batches - 1))
+    if shape.fused_accumulation:
+        head = model.hidden_size * _padded(model) / weights
+        costs[HEAD_PRODUCTS] += Cost(0, accumulation.bytes * head)
+        costs[LAYER_PRODUCTS] += Cost(0, accumulation.bytes * (1 - head))
+    else:
+        costs[GRADIENTS] = accumulation
+    copy = 2 if shape.element_bytes == 2 else 0  # in fp32 the master is the parameter
+    costs[OPTIMIZER] = Cost(0, (2 * GRADIENT_BYTES + 24 + copy) * count_parameters(model))
+    return {part: costs[part] for part in PARTS if part in costs}
+
+
+def _micro_batch_costs(shape: StepShape) -> dict[str, Cost]:
+    model, t, e, layers = shape.model, shape.tokens, shape.element_bytes, shape.model.num_layers
+    h, f, d = model.hidden_size, model.ffn_hidden_size, model.head_size
+    n, g, v = model.num_attention_heads, model.query_groups, model.vocab_size
+    assert v is not None, "model.vocab_size must be resolved before a step is described"
+    products = Cost()
+    for inputs, outputs in layer_products(model):
+        products += _products(t, inputs, outputs, e)
+    head = _products(t, h, _padded(model), e)
+    norms = 2 * layers + 1
+    return {
+        LAYER_PRODUCTS: _times(products, layers),
+        HEAD_PRODUCTS: Cost(6 * t * h * v, head.bytes),
+        ATTENTION: Cost(6 * t * n * d * shape.attention_length * layers, 6 * t * (n + g) * d * e * layers),
+        # The first norm has no update to add; the last one's sum has no reader and so no gradient.
+        NORM: Cost(0, (8 * norms - 3) * t * h * e),
+        ROPE: Cost(0, 4 * t * (n + g) * d * e * layers),
+        SWIGLU: Cost(0, 8 * t * f * e * layers),
+        EMBEDDING: Cost(0, t * h * (3 * e + 2 * GRADIENT_BYTES)),
+        LOSS: Cost(0, 2 * t * _padded(model) * e),
+    }
+
+
+def _products(rows: int, inputs: int, outputs: int, element_bytes: int) -> Cost:
+    """Forward, input gradient and weight gradient; what the last one writes counts as gradient accumulation."""
+    elements = 3 * rows * (inputs + outputs) + 2 * inputs * outputs
+    return Cost(6 * rows * inputs * outputs, elements * element_bytes)
+
+
+def _times(cost: Cost, count: int) -> Cost:
+    return Cost(cost.flops * count, cost.bytes * count)
+
+
+def _padded(model: ModelConfig) -> int:
+    assert model.vocab_size is not None
+    return padded_vocab_size(model.vocab_size, 1)
+
+
+def _matrix_weights(model: ModelConfig) -> int:
+    """Weights that take part in matrix products, the head's padding included."""
+    return model.num_layers * sum(i * o for i, o in layer_products(model)) + model.hidden_size * _padded(model)

@@ -1,0 +1,33 @@
+"""Residual add and RMSNorm: the reference against the formula, written down independently."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_hammer.kernels.norm import add_rms_norm, rms_norm
+
+
+def test_rms_norm() -> None:
+    x, weight = torch.randn(5, 3, 16, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
+    expected = torch.stack([row / ((row * row).sum() / 16 + 1e-3) ** 0.5 * weight for row in x.reshape(-1, 16)])
+    torch.testing.assert_close(rms_norm(x, weight, 1e-3), expected.view(5, 3, 16), rtol=1e-12, atol=1e-12)
+    assert rms_norm(x.bfloat16(), weight.bfloat16(), 1e-3).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_sum_is_rounded_before_it_is_normalised(dtype: torch.dtype) -> None:
+    """The residual stream is what the norm reads, bit by bit; without an update it is x itself."""
+    x, update, weight = (
+        torch.randn(*shape, dtype=torch.float64).to(dtype) for shape in ((5, 3, 16), (5, 3, 16), (16,))
+    )
+    normed, summed = add_rms_norm(x, update, weight, 1e-5)
+    assert torch.equal(summed, x + update) and torch.equal(normed, rms_norm(summed, weight, 1e-5))
+    normed, summed = add_rms_norm(x, None, weight, 1e-5)
+    assert summed is x and torch.equal(normed, rms_norm(x, weight, 1e-5))
+
+
+def test_gradients_of_both_results() -> None:
+    """dx = d norm + d sum, the same for x and the update: numerically in fp64."""
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 6), (2, 3, 6), (6,))]
+    assert torch.autograd.gradcheck(lambda x, update, weight: add_rms_norm(x, update, weight, 1e-3), inputs)
