@@ -1,6 +1,6 @@
 """Our training step against transformers' Trainer on this machine's cores, in alternating runs.
 
-    python benchmarks/cpu_step.py [--sizes quick mid] [--rounds 3] [--modes eager compile]
+    python benchmarks/cpu_step.py [--sizes quick mid] [--precisions bf16 fp32] [--rounds 3]
 
 Each run is a process of its own. Prints every run, then the medians and ratios against the better of the peer's modes,
 and what share of the rate of the bare matrix products of these shapes, taken in the same rounds, each side reaches.
@@ -18,7 +18,11 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SIDES, LIMIT = ("our_step.py", "hf_trainer.py"), "bare_products.py"
+LIMIT, OURS, PEERS = (
+    "bare_products.py",
+    ("our_step.py", "eager"),
+    (("hf_trainer.py", "compile"), ("hf_trainer.py", "eager")),
+)
 
 
 def run(script: str, size: str, mode: str, precision: str) -> dict:
@@ -35,7 +39,6 @@ def main() -> None:
     """Alternate the sides and print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["quick", "mid"], choices=["quick", "mid"])
-    parser.add_argument("--modes", nargs="+", default=["eager", "compile"], choices=["eager", "compile"])
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp32"])
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
@@ -57,18 +60,16 @@ def main() -> None:
             limits = []
             for _ in range(arguments.rounds):
                 limits.append(run(LIMIT, size, "-", precision)["gflops"])
-                for mode in arguments.modes:
-                    for script in SIDES:
-                        runs.setdefault((script, mode), []).append(run(script, size, mode, precision))
+                for script, mode in (OURS, *PEERS):
+                    runs.setdefault((script, mode), []).append(run(script, size, mode, precision))
             rates = {key: statistics.median(r["tokens_per_second"] for r in lines) for key, lines in runs.items()}
-            best = {side: max((k for k in rates if k[0] == side), key=lambda k: rates[k]) for side in SIDES}
-            ours, peer = best[SIDES[0]], best[SIDES[1]]
+            peer = max(PEERS, key=lambda key: rates[key])
             limit = statistics.median(limits)
-            shares = [statistics.median(r["gflops"] for r in runs[k]) / limit for k in (ours, peer)]
-            memory = [statistics.median(r["memory_mb"] for r in runs[k]) for k in (ours, peer)]
+            shares = [statistics.median(r["gflops"] for r in runs[k]) / limit for k in (OURS, peer)]
+            memory = [statistics.median(r["memory_mb"] for r in runs[k]) for k in (OURS, peer)]
             table.append(
-                f"| {size} | {precision} | {rates[ours]:,.0f} tokens/s ({ours[1]}) | {rates[peer]:,.0f} ({peer[1]}) | "
-                f"{rates[ours] / rates[peer]:.2f} | {shares[0]:.0%} / {shares[1]:.0%} of {limit:.0f} GFLOP/s | "
+                f"| {size} | {precision} | {rates[OURS]:,.0f} tokens/s | {rates[peer]:,.0f} ({peer[1]}) | "
+                f"{rates[OURS] / rates[peer]:.2f} | {shares[0]:.0%} / {shares[1]:.0%} of {limit:.0f} GFLOP/s | "
                 f"{memory[0]:.0f} / {memory[1]:.0f} |"
             )
     print("\n".join(table))

@@ -22,7 +22,7 @@ def main() -> None:
         {
             "model": shape.model_fields,
             "data": {"seq_length": shape.sequence},
-            "kernels": {"compile": "operations" if mode == "compile" else "none"},
+            "kernels": {"compile": "layers" if mode == "compile" else "none"},
             "train": {
                 "num_steps": shape.steps,
                 "micro_batch_size": shape.micro_batch,
