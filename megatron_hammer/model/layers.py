@@ -26,6 +26,7 @@ from megatron_hammer.kernels.linear import Products
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.weight_gradient import embedding_gradient
 from megatron_hammer.parallel.collectives import (
+    Done,
     all_gather_rows,
     all_gather_rows_async,
     all_reduce,
@@ -71,23 +72,28 @@ class RMSNorm(nn.Module):
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T on one rank, whatever the others do; the weight's gradient goes where the products put it."""
+    """y = x W^T for x that all ranks of the group hold; the weight's gradient goes where the products put it.
+
+    The sum of dx over the group overlaps that gradient; a group of one never communicates.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, products: Products) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, products: Products, group: Group) -> Tensor:
         # The parameter itself: what a saved tensor comes back as may be another object, without ``gradients``.
-        ctx.weight, ctx.products, operand = weight, products, products.input(x)
+        ctx.weight, ctx.products, ctx.group, operand = weight, products, group, products.input(x)
         ctx.save_for_backward(*products.kept(operand))
         return products.forward(operand, products.weight(weight))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        products, grad_y = ctx.products, ctx.products.gradient(grads[0])
-        grad_x = None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        products, grad_y, grad_x, summed = ctx.products, ctx.products.gradient(grads[0]), None, Done()
         if ctx.needs_input_grad[0]:
             grad_x = products.input_gradient(grad_y, products.weight(ctx.weight))
-        return grad_x, products.weight_gradient(ctx.weight, grad_y, ctx.saved_tensors), None
+            summed = all_reduce(grad_x, ctx.group, async_op=True)  # launch
+        grad_weight = products.weight_gradient(ctx.weight, grad_y, ctx.saved_tensors)
+        summed.wait()
+        return grad_x, grad_weight, None, None
 
 
 class _SequenceParallelLinear(torch.autograd.Function):
@@ -117,38 +123,18 @@ class _SequenceParallelLinear(torch.autograd.Function):
         return grad_x, grad_weight, None, None
 
 
-class _TensorParallelLinear(torch.autograd.Function):
-    """y = x W^T for x that all ranks hold; the sum of its gradient overlaps the weight's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, products: Products, group: Group) -> Tensor:
-        ctx.weight, ctx.products, ctx.group, operand = weight, products, group, products.input(x)
-        ctx.save_for_backward(*products.kept(operand))
-        return products.forward(operand, products.weight(weight))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        products, grad_y = ctx.products, ctx.products.gradient(grads[0])
-        grad_x = products.input_gradient(grad_y, products.weight(ctx.weight))
-        summed = all_reduce(grad_x, ctx.group, async_op=True)  # launch
-        grad_weight = products.weight_gradient(ctx.weight, grad_y, ctx.saved_tensors)
-        summed.wait()
-        return grad_x, grad_weight, None, None
-
-
 def linear(x: Tensor, weight: Tensor, options: LayerOptions) -> Tensor:
     """[.., in] x [out, in] -> [.., out], without communication."""
     if torch.compiler.is_compiling():  # the compiler writes backward, and autograd brings the weight's gradient
         return F.linear(x, weight)
-    return _Linear.apply(x, weight, options.operations.products.now())  # type: ignore[no-any-return]
+    return _Linear.apply(x, weight, options.operations.products.now(), Group())  # type: ignore[no-any-return]
 
 
 def column_parallel(x: Tensor, weight: Tensor, options: LayerOptions) -> Tensor:
     """[s/t or s, b, h] x [out/t, h] -> [s, b, out/t]. Communicates over ``options.tp`` in both directions."""
     if options.tp.size == 1:
         return linear(x, weight, options)
-    function = _SequenceParallelLinear if options.sequence_parallel else _TensorParallelLinear
+    function = _SequenceParallelLinear if options.sequence_parallel else _Linear
     return function.apply(x, weight, options.operations.products.now(), options.tp)  # type: ignore[no-any-return]
 
 
