@@ -13,11 +13,9 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
-FOLDER = Path(__file__).parent
+from sides import run
+
 LIMIT, OURS, PEERS = (
     "bare_products.py",
     ("our_step.py", "eager"),
@@ -25,12 +23,8 @@ LIMIT, OURS, PEERS = (
 )
 
 
-def run(script: str, size: str, mode: str, precision: str) -> dict:
-    """One process, its last line of output."""
-    done = subprocess.run([sys.executable, str(FOLDER / script), size, mode, precision], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{script} {size} {mode} {precision} failed:\n{done.stderr[-2000:]}")
-    line = json.loads(done.stdout.strip().splitlines()[-1])
+def printed(line: dict) -> dict:
+    """It, after printing it."""
     print(json.dumps(line), flush=True)
     return line
 
@@ -59,9 +53,10 @@ def main() -> None:
             runs: dict[tuple[str, str], list[dict]] = {}
             limits = []
             for _ in range(arguments.rounds):
-                limits.append(run(LIMIT, size, "-", precision)["gflops"])
+                limits.append(printed(run(LIMIT, size, "-", precision))["gflops"])
                 for script, mode in (OURS, *PEERS):
-                    runs.setdefault((script, mode), []).append(run(script, size, mode, precision))
+                    line = printed(run(script, size, mode, precision))
+                    runs.setdefault((script, mode), []).append(line)
             rates = {key: statistics.median(r["tokens_per_second"] for r in lines) for key, lines in runs.items()}
             peer = max(PEERS, key=lambda key: rates[key])
             limit = statistics.median(limits)

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from gpu.contestants import our_config
-from gpu.measure import TOY, Bench, versions
-from shapes import Shape
+from gpu.measure import Bench, versions
+from shapes import TOY, Shape
 from torch import Tensor
 
 from megatron_hammer.config import Config

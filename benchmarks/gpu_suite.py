@@ -1,18 +1,23 @@
 """Everything worth a GPU, in parts that each take less than 8 minutes; a session that has a GPU runs it first.
 
     python benchmarks/gpu_suite.py --part ceilings matmul kernels      what is already measured today is not done again
-    python benchmarks/gpu_suite.py --report                            Markdown from all results of this device and day
+    python benchmarks/gpu_suite.py --report                            Markdown from all of RESULTS; needs no GPU
 
 After each entry the part's results are written to RESULTS/gpu_suite-PART-DEVICE-DATE.json, so a run that is cut off
-loses one entry; the same command goes on from there. No entry begins that would not end within --limit. An entry that
-fails is a line in the report, which is RESULTS/DEVICE-DATE.md.
+loses one entry; the same command goes on from there. No entry begins that would not end within --limit. Entries run in
+a process of their own, or of their part, which is replaced when its GPU does not work any more: what fails, hangs or
+crashes is a line in the report, which is RESULTS/DEVICE-DATE.md.
 
 Where the package is not installed, `python setup.py build_ext --inplace` builds its extensions, and PYTHONPATH=. finds
-it. Peers that the machine lacks travel as wheels (5 MB in all), installed into a temporary folder by `--wheels wheels`:
+it. Peers that the machine lacks travel as wheels (5 MB in all), unpacked into a temporary folder by `--wheels wheels`.
+What lies in a folder of its own, wheels/NAME, only the peer of that name gets to see: with `datasets` at hand, for
+example, transformers imports it.
 
-    pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp
-        --platform manylinux_2_28_x86_64 -d wheels liger-kernel==0.8.5 megatron-core==0.16.1 torchtitan==0.2.2
-        torchdata tyro docstring_parser typeguard datasets==4.7.0 dill multiprocess     (these for torchtitan)
+    get="pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp
+        --platform manylinux_2_28_x86_64"
+    $get -d wheels liger-kernel==0.8.5 cut-cross-entropy==25.1.1 megatron-core==0.16.1
+    $get -d wheels/torchtitan torchtitan==0.2.2 torchdata==0.11.0 tyro docstring_parser typeguard datasets==4.7.0 dill
+        multiprocess
 
 torchtitan 0.3 imports only in a torch newer than 2.11. --small runs every part at toy size on whatever device there is,
 with torch.compile switched off: the tests run it on the CPU, so that the suite itself is known to work.
@@ -21,186 +26,280 @@ with torch.compile switched off: the tests run it on the CPU, so that the suite 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import importlib
 import json
 import os
+import queue
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
 MARK = "result of the entry: "
+EVERYBODY = "everybody"  # folder of the packages that all processes see
+SLOWER_AT_MOST = 1.5  # than predicted: one entry that hangs shall not keep all others from beginning
+START_SECONDS = 120  # for a process to import torch and see the device; seen: 5 to 15
 
 
 @dataclass(frozen=True)
 class Part:
-    """Entries by name, made when the part runs."""
+    """Entries by name, made where they run by ``items(bench)`` of this module and function."""
 
     about: str
     minutes: float
-    """Predicted on an H200, with compilation."""
-    items: Callable[[Any], dict[str, Callable[[], dict[str, Any]]]]
+    """Predicted on an H100, with compilation."""
+    items: str
     isolated: bool = False
     """Each entry is a process of its own."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Predicted for entries whose names begin so; the others take an equal share of the minutes."""
+    stop_seconds: float = 120
+    """After which an entry is taken to hang."""
+
+    def predicted_seconds(self, entry: str, entries: int) -> float:
+        found = [seconds for name, seconds in self.seconds.items() if entry.startswith(name)]
+        return found[0] if found else 60 * self.minutes / entries
 
 
-def run_tests(bench: Any) -> dict[str, Callable[[], dict[str, Any]]]:
-    """The tests marked gpu: equality with the CPU, no synchronisation in a step, resume."""
-
-    def run() -> dict[str, Any]:
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors", "tests"]
-        if bench.small:  # collecting all tests takes longer than all else at toy size
-            command[-1] = "tests/test_gpu.py"
-        environment = {k: v for k, v in os.environ.items() if k != "TORCHDYNAMO_DISABLE"}
-        done = subprocess.run(command, cwd=FOLDER.parent, env=environment, capture_output=True, text=True)
-        return {"exit_code": done.returncode, "summary": done.stdout.strip().splitlines()[-15:]}
-
-    return {"tests marked gpu": run}
-
-
-def parts() -> dict[str, Part]:
-    """All parts, in the order of their use."""
-    from gpu import attention, ceilings, head, kernels, matmul, step
-
-    return {
-        "tests": Part("the tests marked gpu", 3, run_tests),
-        "ceilings": Part("copy bandwidth; 8192^3 products in bf16 and fp8, burst and 5 s", 0.5, ceilings.items),
-        "matmul": Part("every product of the step, the head at both vocabularies", 0.5, matmul.items),
-        "kernels": Part("norm, RoPE, SwiGLU, cross-entropy, AdamW: ours and peers", 2, kernels.items),
-        "attention": Part("every backend and SDPA's own kernels", 1, attention.items),
-        "head": Part("output head and loss: ours and peers", 2, head.items),
-        "step": Part("end to end against the peers, alternating: two calls of this part", 14, step.competition, True),
-        "choices": Part("our own settings, one at a time", 7, step.choices, True),
-        "optimizer": Part("clipping and AdamW; accumulation 16 checked", 2, step.optimizer, True),
-        "tables": Part("HammerLLM's tables: flash attention, compile; 32,000 pieces", 6, step.tables, True),
-        "memory": Part("peak memory at each way to recompute", 1.5, step.memory, True),
-    }
+END_TO_END = {"HammerLLM": 125, "compile": 110, "both": 100, "torchtitan": 65, "Megatron": 60, "": 42}
+PARTS = {  # in the order of their use
+    "ceilings": Part("copy bandwidth; 8192^3 products in bf16 and fp8, burst and 5 s", 0.5, "ceilings:items"),
+    "matmul": Part("every product of the step, the head at both vocabularies", 0.4, "matmul:items"),
+    "kernels": Part("norm, RoPE, SwiGLU, cross-entropy, AdamW: ours and peers", 1.5, "kernels:items"),
+    "head": Part("output head and loss: ours and peers", 1.7, "head:items"),
+    "attention": Part("every backend and SDPA's own kernels", 0.8, "attention:items"),
+    "tests": Part("the tests marked gpu", 3, "marked_tests:items", stop_seconds=270),
+    "step": Part("end to end against the peers, alternating: two calls", 17, "step:competition", True, END_TO_END, 300),
+    "loop": Part("the real loop on a dataset: p99, waits for data", 1, "loop:items", True, {}, 200),
+    "optimizer": Part(
+        "clipping and AdamW; accumulation 16 checked", 2, "step:optimizer", True, {"step": 55, "": 25}, 200
+    ),
+    "memory": Part("peak memory at each way to recompute", 1.5, "step:memory", True, {}, 200),
+    "tables": Part(
+        "HammerLLM's tables: flash attention, compile, pieces", 7, "step:tables", True, {**END_TO_END, "": 60}, 300
+    ),
+    "choices": Part("our own settings, one at a time", 9, "step:choices", True, END_TO_END, 300),
+}
 
 
 class Results:
     """The file of one part, written after every entry."""
 
-    def __init__(self, folder: Path, part: str, bench: Any) -> None:
-        from gpu.measure import versions
-
-        name = bench.name.replace(" ", "_")
+    def __init__(self, folder: Path, part: str, device: str, versions: Mapping[str, str], small: bool) -> None:
+        name = device.replace(" ", "_")
         self.path = folder / f"gpu_suite-{part}-{name}-{datetime.date.today()}.json"
-        self.tree: dict[str, Any] = {"part": part, "device": bench.name, "small": bench.small, "items": {}}
+        self.tree: dict[str, Any] = {"part": part, "device": device, "small": small, "items": {}}
         if self.path.exists():
             self.tree = json.loads(self.path.read_text(encoding="utf-8"))
-        self.tree["versions"] = dict(versions())
+        self.tree["versions"] = dict(versions)
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        return self.tree["items"]  # type: ignore[no-any-return]
 
     def has(self, name: str) -> bool:
         """Measured, or known to be missing; what failed is tried again."""
-        return name in self.tree["items"] and "error" not in self.tree["items"][name]
+        return name in self.entries and "error" not in self.entries[name]
 
     def add(self, name: str, result: dict[str, Any]) -> None:
-        self.tree["items"][name] = result
+        self.entries[name] = result
         new = self.path.with_suffix(".new")
         new.write_text(json.dumps(self.tree, indent=1) + "\n", encoding="utf-8")
         new.replace(self.path)
 
 
-def in_a_process(part: str, name: str, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """One entry in a fresh interpreter."""
-    command = [sys.executable, __file__, "--part", part, "--entry", name, "--results", str(arguments.results)]
-    command += ["--small"] if arguments.small else []
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done after {seconds:.0f} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if not lines:
-        return {"error": f"exit code {done.returncode}: {' '.join(done.stderr.split())[-600:]}"}
-    return json.loads(lines[-1].removeprefix(MARK))  # type: ignore[no-any-return]
+# ---- the process that measures ---------------------------------------------------------------------------------------
 
 
-def run_part(name: str, bench: Any, arguments: argparse.Namespace, end: float) -> None:
+def serve(small: bool, packages: str) -> None:
+    """Answer questions, one JSON a line, to the end of input: what is here, a part's entries, an entry's result."""
+    import torch
+    from gpu.measure import Bench, attempt, versions
+
+    there = torch.cuda.is_available()
+    if not there and not small:
+        raise SystemExit("no CUDA device: use --small to try the suite itself")
+    device = torch.device("cuda", 0) if there else torch.device("cpu")
+    for line in sys.stdin:
+        question = json.loads(line)
+        bench = Bench(device, small, question.get("known", {}), packages)
+        answer: Any = {"device": bench.name, "versions": dict(versions())}
+        if "part" in question:
+            module, _, function = PARTS[question["part"]].items.partition(":")
+            items = getattr(importlib.import_module(f"gpu.{module}"), function)(bench)
+            answer = list(items)
+            if "entry" in question:
+                answer = attempt(items[question["entry"]])
+                answer["device_works"] = bench.give_back_memory()
+        print(f"\n{MARK}{json.dumps(answer)}", flush=True)  # on a line of its own, whatever a library has printed
+
+
+class Server:
+    """The process behind ``serve``, by its command line; started with the first question, and anew after ``end``."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.command = command
+        self.process: subprocess.Popen[str] | None = None
+
+    def _start(self) -> subprocess.Popen[str]:
+        self.lines: queue.Queue[str | None] = queue.Queue()
+        self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  closed by end
+        process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            start_new_session=True,
+        )
+        threading.Thread(target=self._read, args=(process, self.lines), daemon=True).start()
+        return process
+
+    @staticmethod
+    def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(MARK):
+                lines.put(line.removeprefix(MARK))
+        lines.put(None)
+
+    def ask(self, seconds: float, **question: Any) -> Any:
+        """The answer; where there is none, a dictionary with the key "error", and the process is gone."""
+        self.process = self.process or self._start()
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(question) + "\n")
+            self.process.stdin.flush()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            ended = self.process.poll()  # before looking for its last words; what it started may hold the pipe open
+            with contextlib.suppress(queue.Empty):
+                line = self.lines.get(timeout=min(1.0, max(0.0, end - time.monotonic())))
+                if line is not None:
+                    return json.loads(line)
+                ended = self.process.wait()
+            if ended is not None:
+                return {"error": f"exit code {ended}: {self.end()}"}
+        return {"error": f"not done after {seconds:.0f} s", "said": self.end()}
+
+    def end(self) -> str:
+        """Stop the process and all that it started; the end of what it wrote to standard error."""
+        if self.process is None:
+            return ""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may take its time to let go of it
+            self.process.wait(timeout=30)
+        self.process = None
+        self.errors.seek(0)
+        said = " ".join(self.errors.read().split())[-600:]
+        self.errors.close()
+        return said
+
+
+# ---- the one that asks -----------------------------------------------------------------------------------------------
+
+
+def run_part(name: str, server: Server, here: Mapping[str, Any], arguments: argparse.Namespace, end: float) -> None:
     """Measure what of a part is not measured yet, while there is time."""
-    from gpu.measure import attempt
-
-    part, results, longest = parts()[name], Results(arguments.results, name, bench), 0.0
-    isolated, items = part.isolated and bench.cuda, part.items(bench)
-    expected = 0.0 if bench.small else 60 * part.minutes / len(items)
-    for entry, item in items.items():
+    part, results = PARTS[name], Results(arguments.results, name, here["device"], here["versions"], arguments.small)
+    entries = server.ask(START_SECONDS, part=name, known=results.entries)
+    if not isinstance(entries, list):
+        raise SystemExit(f"{name}: {entries['error']}")
+    slower, skipped = 1.0, []  # than predicted, so far
+    for entry in entries:
         if not arguments.again and results.has(entry):
             continue
-        left = end - time.monotonic()
-        if left < max(longest, expected):
-            print(f"{name}: {left:.0f} s are left; run the same command again for the rest", flush=True)
-            return
-        began = time.monotonic()
-        result = in_a_process(name, entry, arguments, left) if isolated else attempt(item)
-        longest = max(longest, time.monotonic() - began)
-        results.add(entry, result)
-        told = {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items() if not isinstance(v, list)}
-        print(f"{name} | {entry} | {json.dumps(told)}", flush=True)
-        if bench.cuda:
-            import torch
+        predicted = 0.0 if arguments.small else part.predicted_seconds(entry, len(entries))
+        while True:
+            left = end - time.monotonic()
+            if left < predicted * slower or left <= 0:
+                skipped.append(entry)
+                break
+            began = time.monotonic()
+            result = server.ask(min(left, part.stop_seconds), part=name, entry=entry, known=results.entries)
+            if predicted:
+                slower = min(SLOWER_AT_MOST, max(slower, (time.monotonic() - began) / predicted))
+            device_works = result.pop("device_works", False)
+            results.add(entry, result)
+            print(f"{name} | {entry} | {json.dumps(_told(result))}", flush=True)
+            if not device_works or (part.isolated and not arguments.small):
+                server.end()
+            if result.get("did_not_fit", 1) == 1:
+                break
+    if skipped:
+        print(f"{name}: no time for {', '.join(skipped)}; run the same command again", flush=True)
 
-            torch.cuda.empty_cache()
+
+def _told(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a result, what a line on the screen has room for."""
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items() if not isinstance(v, list)}
 
 
-def install(wheels: Path) -> None:
-    """Make the wheels of a folder importable here and in the processes that this one starts."""
-    target = tempfile.mkdtemp(prefix="gpu-suite-")
-    for wheel in sorted(wheels.glob("*.whl")):
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
-        done = subprocess.run([*command, "--target", target, str(wheel)], capture_output=True, text=True)
-        if done.returncode:
-            print(f"{wheel.name}: {done.stderr.strip().splitlines()[-1]}", flush=True)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), target)))
-    sys.path.append(target)
+def unpack(wheels: Path) -> str:
+    """Make the wheels of a folder importable in the processes that this one starts; where those of its folders are."""
+    root = Path(tempfile.mkdtemp(prefix="gpu-suite-"))
+    for wheel in sorted(wheels.rglob("*.whl")):
+        with zipfile.ZipFile(wheel) as file:  # as pip does: none of them has scripts that matter
+            file.extractall(root / (wheel.parent.name if wheel.parent != wheels else EVERYBODY))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(root / EVERYBODY))))
+    return str(root)
 
 
 def parse() -> argparse.Namespace:
     """The command line; --help lists the parts."""
-    described = "\n".join(f"  {name:<10} {part.minutes:>4} min  {part.about}" for name, part in parts().items())
+    described = "\n".join(f"  {name:<10} {part.minutes:>4} min  {part.about}" for name, part in PARTS.items())
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\nparts:\n{described}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", nargs="+", choices=list(parts()), help="default: all, in this order")
+    parser.add_argument("--part", nargs="+", choices=list(PARTS), help="default: all, in this order")
     parser.add_argument("--limit", type=float, default=480, help="seconds for this call (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="measure what is measured already, too")
     parser.add_argument("--report", action="store_true", help="write the report; without --part nothing is measured")
     parser.add_argument("--wheels", type=Path, help="folder with peers' wheels")
     parser.add_argument("--small", action="store_true", help="toy shapes")
     parser.add_argument("--results", type=Path, default=FOLDER / "results")
-    parser.add_argument("--entry", help=argparse.SUPPRESS)  # one entry in this process, its result on standard output
+    parser.add_argument("--serve", help=argparse.SUPPRESS)  # be the process that measures; folder of peers' packages
     return parser.parse_args()
 
 
 def main() -> None:
     """Run the parts asked for, then write the report if asked for."""
-    if "--small" in sys.argv:
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # before torch is imported: compiling takes longer than all else
     end = time.monotonic()
     arguments = parse()
     end += arguments.limit
-    if arguments.wheels:
-        install(arguments.wheels)
-    import torch
-    from gpu.measure import Bench, attempt
-    from gpu.report import write_report
-
-    if not torch.cuda.is_available() and not arguments.small:
-        raise SystemExit("no CUDA device: use --small to try the suite itself")
-    bench = Bench(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"), arguments.small)
-    if arguments.entry:
-        (part,) = arguments.part
-        bench = replace(bench, known=Results(arguments.results, part, bench).tree["items"])
-        print(MARK + json.dumps(attempt(parts()[part].items(bench)[arguments.entry])))
+    if arguments.serve is not None:
+        serve(arguments.small, arguments.serve)
         return
+    if arguments.small:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes longer than all else
+    packages = unpack(arguments.wheels) if arguments.wheels else ""
     arguments.results.mkdir(parents=True, exist_ok=True)
-    for name in arguments.part or ([] if arguments.report else list(parts())):
-        run_part(name, bench, arguments, end)
+    names = arguments.part or ([] if arguments.report else list(PARTS))
+    if names:
+        server = Server([sys.executable, __file__, "--serve", packages, *(["--small"] if arguments.small else [])])
+        try:
+            here = server.ask(START_SECONDS)
+            if "error" in here:
+                raise SystemExit(here["error"])
+            for name in names:
+                run_part(name, server, here, arguments, end)
+        finally:
+            server.end()
     if arguments.report:
-        print(write_report(arguments.results, bench.name, str(datetime.date.today())))
+        from gpu.report import write_reports
+
+        print("\n".join(map(str, write_reports(arguments.results))))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 from shapes import SHAPES, WARM_UP_STEPS, peak_mb
+from sides import run
 
 VARIANTS: dict[str, dict[str, dict[str, object]]] = {  # name -> settings
     "none": {},
@@ -77,13 +77,10 @@ def measure(variant: str, size: str, precision: str, steps: int) -> None:
     print(json.dumps(line), flush=True)
 
 
-def run(variant: str, size: str, precision: str, steps: int) -> dict:
-    """``measure`` in a process of its own."""
-    command = [sys.executable, __file__, "--measure", variant, "--sizes", size, "--precisions", precision]
-    done = subprocess.run([*command, "--steps", str(steps)], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{variant} {size} {precision} failed:\n{done.stderr[-2000:]}")
-    line = json.loads(done.stdout.strip().splitlines()[-1])
+def measured(variant: str, size: str, precision: str, steps: int) -> dict:
+    """``measure`` in a process of its own; prints what it found."""
+    where = ["--measure", variant, "--sizes", size, "--precisions", precision]
+    line = run(Path(__file__).name, *where, "--steps", str(steps))
     print(json.dumps(line), flush=True)
     return line
 
@@ -110,7 +107,7 @@ def main() -> None:
             runs: dict[str, list[dict]] = {}
             for _ in range(arguments.rounds):
                 for variant in arguments.variants:
-                    runs.setdefault(variant, []).append(run(variant, size, precision, arguments.steps))
+                    runs.setdefault(variant, []).append(measured(variant, size, precision, arguments.steps))
             names = ("kept_mb", "peak_mb", "step_ms", "first_step_s")
             medians = {v: {n: statistics.median(line[n] for line in lines) for n in names} for v, lines in runs.items()}
             base = medians.get("none", next(iter(medians.values())))["step_ms"]

@@ -1,4 +1,4 @@
-"""The sizes that both sides of the CPU step benchmark train, and what they print."""
+"""The sizes that all sides of a benchmark train, and what a run of the CPU step prints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import resource
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class Shape:
     def tokens(self) -> int:
         """In one step."""
         return self.micro_batch * self.accumulation * self.sequence
+
+    def at(self, micro_batch: int) -> Shape:
+        """As many tokens a step, in other micro-batches: so the optimizer's share of a step stays what it was."""
+        return replace(self, micro_batch=micro_batch, accumulation=self.micro_batch * self.accumulation // micro_batch)
 
     @property
     def model_fields(self) -> dict[str, int]:
@@ -53,6 +57,10 @@ SHAPES = {
     "quick": Shape(256, 704, 4, 8, 2, 256, 8192, 4, 2, 24),
     "mid": Shape(512, 1408, 8, 8, 2, 512, 32000, 4, 2, 10),
 }
+HAMMERLLM = Shape(
+    2048, 5632, 22, 32, 4, 2048, 105_789, 8, 4, 10
+)  # on a GPU; accumulation 16 only dilutes the optimizer
+TOY = Shape(64, 176, 2, 8, 2, 64, 301, 2, 2, 2)  # tries the GPU suite itself
 WARM_UP_STEPS = 3
 
 

@@ -1,11 +1,12 @@
 """Two sides of a comparison, each run a process of its own, in turns; medians and ratios.
 
-A benchmark's module calls ``compare``; its ``main`` runs one side and prints ``report(...)``, one line of JSON.
+A benchmark's module calls ``compare``, or ``run`` for one run; its ``main`` runs one side and prints one line of JSON.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -49,16 +50,30 @@ def _memory(field: str) -> float:
         return next(int(line.split()[1]) for line in file if line.startswith(f"{field}:")) / 1024
 
 
+def p99(seconds: Sequence[float]) -> float:
+    """The 99th percentile, nearest rank: the largest of fewer than 100."""
+    return sorted(seconds)[math.ceil(0.99 * len(seconds)) - 1]
+
+
+def run(script: str, *arguments: str) -> dict[str, Any]:
+    """One process of a script in this folder; the JSON of its last line of output.
+
+    Raises:
+        SystemExit: it failed; with the end of what it said.
+    """
+    command = [sys.executable, str(Path(__file__).parent / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
+
+
 def compare(script: str, arguments: Sequence[str], rounds: int, peer: bool = True) -> dict[str, Any]:
     """Run ``script SIDE arguments...`` for each side in turn; medians, ratio of the seconds, and all rounds."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for _ in range(rounds):
         for side in (OURS, PEER) if peer else (OURS,):
-            command = [sys.executable, str(Path(__file__).parent / script), side, *arguments]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-            runs.setdefault(side, []).append(json.loads(done.stdout.strip().splitlines()[-1]))
+            runs.setdefault(side, []).append(run(script, side, *arguments))
     result: dict[str, Any] = {}
     for side, lines in runs.items():
         numbers = {k for k, v in lines[0].items() if isinstance(v, int | float)}

@@ -1,7 +1,8 @@
-"""Files that survive a power cut, and names that never stand for half a file. Linux; no torch."""
+"""Files that survive a power cut, and names that never stand for half a file nor for two writers. Linux; no torch."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -40,3 +41,21 @@ def replace_file(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def open_alone(path: Path) -> int | None:
+    """Open a temporary file that only one process may write; what a killed one left in it is still there.
+
+    Returns:
+        a descriptor, whose closing gives up the lock; None where another process writes the file.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+    except BlockingIOError:
+        ours = False
+    if ours:
+        return descriptor
+    os.close(descriptor)  # locked, or renamed to its final name between opening and locking
+    return None

@@ -11,7 +11,8 @@ import numpy as np
 from megatron_hammer.data import blend as _blend
 from megatron_hammer.data import index as _index
 from megatron_hammer.data import order as _order
-from megatron_hammer.data.indexed import IndexedDataset, IndexedWriter
+from megatron_hammer.data.indexed import IndexedDataset
+from megatron_hammer.data.indexed_writer import IndexedWriter
 
 
 def write(prefix, docs, dtype):

@@ -31,10 +31,22 @@ check() {
     summary+=$(printf '%-8s %s, %d s' "$name" "$result" $((SECONDS - began)))$'\n'
 }
 
+# Types beside the tests, most of which use one core: without its cache mypy takes half a minute.
+said=$(mktemp)
+trap 'rm -f "$said"' EXIT
+"$bin/mypy" >"$said" 2>&1 &
+mypy=$!
+types() {
+    local code=0
+    wait "$mypy" || code=$?
+    cat "$said"
+    return "$code"
+}
+
 check lint "$bin/ruff" check .
 check format "$bin/ruff" format --check .
-check types "$bin/mypy"
 check tests "$bin/python" -m pytest "$@"
+check types types
 
 printf '\n%s' "$summary"
 exit "$code"

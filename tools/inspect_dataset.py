@@ -127,7 +127,8 @@ def parse_span(text: str) -> tuple[int, int]:
 
 
 def verify(args: argparse.Namespace) -> None:
-    from megatron_hammer.data.verify import format_report, verify_dataset
+    from megatron_hammer.data.verify import verify_dataset
+    from megatron_hammer.data.verify_report import format_report
     from megatron_hammer.tokenizer.load import load_tokenizer
 
     tokenizer = None if args.tokenizer is None else load_tokenizer(args.tokenizer)

@@ -67,7 +67,7 @@ def main() -> int:
     args = arguments.parse_args()
     if args.engine == "local" and (args.address, args.workers_per_task) != (None, None):
         arguments.error("--address and --workers-per-task need --engine ray")
-    from megatron_hammer.data.build import Stopped, build_datasets
+    from megatron_hammer.data.build import Stopped, build_datasets, prepare_job
 
     if args.engine == "ray":
         from megatron_hammer.data.build_ray import build_datasets_on_ray
@@ -79,15 +79,18 @@ def main() -> int:
         build = functools.partial(build_datasets, workers=workers)
     with StopOnSignal() as signals:
         try:
-            summaries = build(
+            job = prepare_job(
                 args.input,
                 args.json_keys,
                 args.tokenizer_model,
+                args.append_eod,
+                args.prepend_bos,
+                args.on_error,
+                args.text_documents,
+            )
+            summaries = build(
+                job,
                 args.output_prefix,
-                append_eod=args.append_eod,
-                prepend_bos=args.prepend_bos,
-                on_error=args.on_error,
-                text_documents=args.text_documents,
                 shard_bytes=int(args.shard_mb * 1e6),
                 restart=args.restart,
                 stop=signals.stop,

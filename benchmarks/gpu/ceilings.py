@@ -55,15 +55,16 @@ def _rate(bench: Bench, product: Callable[[], Tensor], side: int, sustained: boo
         product()
     bench.synchronise()
     limit, count = (0.05 if bench.small else SUSTAINED_SECONDS) if sustained else 0.0, 0
-    with Clocks() as clocks:
+    with Clocks(bench) as clocks:
         began = time.perf_counter()
         while count == 0 or time.perf_counter() - began < limit:
             for _ in range(BURST):
                 product()
             count += BURST
             bench.synchronise()  # once in 14 ms: 0.1 % of it
-        seconds = (time.perf_counter() - began) / count
-    return {"tflops": 2 * side**3 / seconds / 1e12, **(clocks.medians if sustained else {})}
+        ended = time.perf_counter()
+    rate = 2 * side**3 * count / (ended - began) / 1e12
+    return {"tflops": rate, "products": count, **clocks.medians((began, ended))}
 
 
 def items(bench: Bench) -> dict[str, Item]:

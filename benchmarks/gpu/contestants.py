@@ -1,7 +1,8 @@
-"""Who trains the model end to end: one function each, ``(bench, shape, steps) -> seconds of each step``.
+"""Who trains the model end to end: one function each, ``(bench, shape, steps) -> begin and end of each step``.
 
 A step is ``shape.accumulation`` micro-batches of random tokens, clipping and AdamW; nothing waits for the device within
-it. A peer that is not here raises ``Missing``. Everybody gets the same frozen garbage collector.
+it. A peer that is not here raises ``Missing``. Megatron core and torchtitan get the loop that ours gets, with the same
+frozen garbage collector; Hugging Face's Trainer is itself the loop.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
-from roofline import padded
+from roofline import GIB, padded, parameters
 from shapes import Shape
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpu.measure import Bench, Missing, needed
+from gpu.measure import Bench, Missing, Span, needed
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.kernels import fp8, te
 from megatron_hammer.kernels.attention import causal_attention
@@ -27,16 +30,14 @@ from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.step import train_step
 
-Contestant = Callable[[Bench, Shape, int], list[float]]
+Contestant = Callable[[Bench, Shape, int], list[Span]]
 LEARNING_RATE, CLIP = 1e-4, 1.0
 TITAN_LOSS_CHUNKS = 8  # the number that torchtitan 0.3 takes
 
 
-def _timed(
-    bench: Bench, step: Callable[[list[tuple[Tensor, Tensor]]], object], shape: Shape, steps: int
-) -> list[float]:
-    """Seconds of each step on fresh random tokens and labels, [b, s] each."""
-    seconds = []
+def _timed(bench: Bench, step: Callable[[list[tuple[Tensor, Tensor]]], object], shape: Shape, steps: int) -> list[Span]:
+    """Each step on fresh random tokens and labels, [b, s] each."""
+    spans = []
     gc.collect()
     gc.freeze()
     try:
@@ -50,10 +51,10 @@ def _timed(
             start = time.perf_counter()
             step(batches)
             bench.synchronise()
-            seconds.append(time.perf_counter() - start)
+            spans.append((start, time.perf_counter()))
     finally:
-        gc.unfreeze()  # or what did not fit would stay
-    return seconds
+        gc.unfreeze()
+    return spans
 
 
 # ---- ours ------------------------------------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ def our_config(shape: Shape, **groups: dict[str, Any]) -> Config:
 def ours(**groups: dict[str, Any]) -> Contestant:
     """This project, with these settings."""
 
-    def run(bench: Bench, shape: Shape, steps: int) -> list[float]:
+    def run(bench: Bench, shape: Shape, steps: int) -> list[Span]:
         config, ctx = our_config(shape, **groups), ParallelContext.single(bench.device)
         te.check_here(config)
         fp8.check_here(config.kernels, bench.device)
@@ -110,48 +111,25 @@ def maskless_sdpa(
     return out.transpose(1, 2).contiguous(), None
 
 
-def hugging_face(attention: str, compiled: bool = True, pad: bool = False) -> Contestant:
+def hugging_face(attention: str, compiled: bool = True, tuned: bool = False) -> Contestant:
     """The Trainer on LlamaForCausalLM, bf16 by autocast, fused AdamW, clipping at 1: the Trainer's defaults.
 
     attention: eager; flash or cudnn: SDPA with that kernel (cudnn: flash where it cannot). As HammerLLM's flash-attn
     did, they get no mask: Hugging Face's own "sdpa" builds one when it is compiled (seen in 5.17), and then neither
     kernel can run.
+    tuned: the vocabulary is padded, and the Trainer does not look at every loss, for which it waits for the device.
     """
 
-    def run(bench: Bench, shape: Shape, steps: int) -> list[float]:
+    def run(bench: Bench, shape: Shape, steps: int) -> list[Span]:
         needed("transformers")
         needed("accelerate")
-        from hf_trainer import Clock, RandomTokens
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-        from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-
-        class DeviceClock(Clock):
-            def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-                bench.synchronise()
-                super().on_step_begin()
-
-            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-                bench.synchronise()
-                super().on_step_end()
+        from hf_trainer import Clock, RandomTokens, llama
+        from transformers import AttentionInterface, Trainer, TrainingArguments
 
         AttentionInterface.register(MASKLESS, maskless_sdpa)
-        vocabulary = padded(shape.vocabulary) if pad else shape.vocabulary
+        rows = padded(shape.vocabulary) if tuned else shape.vocabulary
         with torch.device(bench.device):
-            model = LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=vocabulary,
-                    hidden_size=shape.hidden,
-                    intermediate_size=shape.ffn,
-                    num_hidden_layers=shape.layers,
-                    num_attention_heads=shape.heads,
-                    num_key_value_heads=shape.groups,
-                    max_position_embeddings=shape.sequence,
-                    rms_norm_eps=1e-5,
-                    tie_word_embeddings=False,
-                    use_cache=False,
-                    attn_implementation="eager" if attention == "eager" else MASKLESS,  # type: ignore[call-arg]
-                )
-            )
+            model = llama(replace(shape, vocabulary=rows), "eager" if attention == "eager" else MASKLESS)
         order = {
             "flash": [SDPBackend.FLASH_ATTENTION],
             "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION],
@@ -159,7 +137,7 @@ def hugging_face(attention: str, compiled: bool = True, pad: bool = False) -> Co
         kernels = (
             sdpa_kernel(order[attention], set_priority=True) if attention in order and bench.cuda else nullcontext()
         )
-        clock = DeviceClock()
+        clock = Clock(bench.synchronise)
         with tempfile.TemporaryDirectory() as folder, kernels:
             arguments = TrainingArguments(
                 output_dir=folder,
@@ -173,14 +151,31 @@ def hugging_face(attention: str, compiled: bool = True, pad: bool = False) -> Co
                 report_to=[],
                 save_strategy="no",
                 logging_steps=10**6,
+                logging_nan_inf_filter=not tuned,
                 torch_compile=compiled,
                 disable_tqdm=True,
             )
             data = RandomTokens(shape.vocabulary, shape.sequence)
             Trainer(model=model, train_dataset=data, callbacks=[clock], args=arguments).train()
-        return clock.seconds
+        return clock.spans
 
     return run
+
+
+def hugging_face_memory_gib(shape: Shape, eager_attention: bool, compiled: bool) -> float:
+    """About what it needs: a guess from counted tensors, at which the search for its largest micro-batch begins.
+
+    A parameter takes 18 bytes (fp32 weight, gradient and two moments, a bf16 copy); a layer keeps of a token, in hidden
+    tensors of 2 bytes, 19 compiled and 40 eager, and the loss 14 and 20 bytes of a logit; attention that stores its
+    scores keeps 4 bytes of each compiled and 6 eager.
+    """
+    everything, _ = parameters(shape)
+    tokens = shape.micro_batch * shape.sequence
+    layer = tokens * shape.hidden * 2 * (19 if compiled else 40)
+    if eager_attention:
+        layer += tokens * shape.sequence * shape.heads * (4 if compiled else 6)
+    loss = tokens * shape.vocabulary * (14 if compiled else 20)
+    return (18 * everything + shape.layers * layer + loss) / GIB
 
 
 # ---- Megatron core ---------------------------------------------------------------------------------------------------
@@ -189,11 +184,12 @@ def hugging_face(attention: str, compiled: bool = True, pad: bool = False) -> Co
 def megatron_core(fused_attention: bool) -> Contestant:
     """GPTModel of the local back end in Megatron's own bf16, data-parallel and optimizer wrappers, on one rank.
 
-    fused_attention: its local attention stores the scores; True puts torch's SDPA in that place, as its Transformer
-    Engine back end would have a fused one.
+    Without Transformer Engine and apex it takes torch's AdamW, which gets its fused kernel here.
+    fused_attention: its local attention stores the scores; True puts torch's SDPA in that place, with cuDNN's kernel
+    where that can run, as its Transformer Engine back end would have it.
     """
 
-    def run(bench: Bench, shape: Shape, steps: int) -> list[float]:
+    def run(bench: Bench, shape: Shape, steps: int) -> list[Span]:
         if not bench.cuda:
             raise Missing("Megatron core's model does not run on a CPU")
         needed("megatron.core")
@@ -202,7 +198,8 @@ def megatron_core(fused_attention: bool) -> Contestant:
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
         if not dist.is_initialized():
-            dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=bench.device)
+            store = dist.FileStore(tempfile.mkstemp()[1], 1)
+            dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=bench.device)
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
         model_parallel_cuda_manual_seed(1)
@@ -218,7 +215,8 @@ class SDPA(torch.nn.Module):
         super().__init__()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return causal_attention(query, key, value).flatten(2)
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+            return causal_attention(query, key, value).flatten(2)
 
 
 def megatron_step(bench: Bench, shape: Shape, fused_attention: bool) -> Callable[[list[tuple[Tensor, Tensor]]], object]:
@@ -280,6 +278,9 @@ def megatron_step(bench: Bench, shape: Shape, fused_attention: bool) -> Callable
         [wrapped],
         use_gloo_process_groups=False,
     )
+    for group in optimizer.param_groups:
+        if "fused" in group:  # torch's AdamW, before its first step
+            group["fused"] = bench.cuda
     positions = torch.arange(shape.sequence, device=bench.device).expand(shape.micro_batch, -1)
 
     def step(batches: list[tuple[Tensor, Tensor]]) -> None:
@@ -298,15 +299,17 @@ def megatron_step(bench: Bench, shape: Shape, fused_attention: bool) -> Callable
 # ---- torchtitan ------------------------------------------------------------------------------------------------------
 
 
-def torchtitan(loss_chunks: int = 1) -> Contestant:
+def torchtitan(tuned: bool = False) -> Contestant:
     """torchtitan 0.2.2's Llama and its recipe on one GPU: fp32 weights under autocast, each block compiled, cuDNN SDPA
     first, the compiled loss, fused AdamW. Its loop is ours: torchtitan's own wants its data and tokenizer.
 
-    loss_chunks: more than 1: the loss a chunk of the sequence at a time, as torchtitan has it from 0.3 on, which needs
-    a newer torch than 2.11: so this piece is written here after its description, and is named so in the report.
+    tuned: the vocabulary is padded; the residual stream is in bf16, which its FSDP makes it on several GPUs and
+    autocast on one does not; and the loss is computed a chunk of the sequence at a time, as it is from 0.3 on, which
+    needs a newer torch than 2.11: so this piece is written here after its description, and is named so in the report.
     """
 
-    def run(bench: Bench, shape: Shape, steps: int) -> list[float]:
+    def run(bench: Bench, shape: Shape, steps: int) -> list[Span]:
+        bench.add_packages_of("torchtitan")
         needed("torchtitan.models.llama3.model.model")
         from torchtitan.components.loss import cross_entropy_loss
         from torchtitan.models.llama3.model.args import TransformerModelArgs
@@ -318,7 +321,7 @@ def torchtitan(loss_chunks: int = 1) -> Contestant:
             n_layers=shape.layers,
             n_heads=shape.heads,
             n_kv_heads=shape.groups,
-            vocab_size=shape.vocabulary,
+            vocab_size=padded(shape.vocabulary) if tuned else shape.vocabulary,
             multiple_of=multiple,  # 4 x dim x 2/3, rounded up to it: 5632
             max_seq_len=shape.sequence,
         )
@@ -331,6 +334,8 @@ def torchtitan(loss_chunks: int = 1) -> Contestant:
         model.output = None  # its forward then returns what the head reads
         for name, block in model.layers.named_children():
             model.layers.register_module(name, torch.compile(block, fullgraph=True))
+        if tuned:
+            model.tok_embeddings.register_forward_hook(lambda module, inputs, out: out.bfloat16())
         loss_of = torch.compile(cross_entropy_loss)
         parameters = [*model.parameters(), *head.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
@@ -338,12 +343,12 @@ def torchtitan(loss_chunks: int = 1) -> Contestant:
         def backward(tokens: Tensor, labels: Tensor, count: int) -> None:
             with torch.autocast(bench.device.type, torch.bfloat16):
                 hidden = model(tokens)
-                if loss_chunks == 1:
+                if not tuned:
                     loss = loss_of(head(hidden), labels) / count
                     loss.backward()
                     return
                 leaf = hidden.detach().requires_grad_()
-                for x, y in zip(leaf.chunk(loss_chunks, 1), labels.chunk(loss_chunks, 1)):
+                for x, y in zip(leaf.chunk(TITAN_LOSS_CHUNKS, 1), labels.chunk(TITAN_LOSS_CHUNKS, 1)):
                     (loss_of(head(x), y) / count).backward()
             hidden.backward(leaf.grad)
 

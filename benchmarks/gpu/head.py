@@ -24,6 +24,7 @@ from megatron_hammer.kernels.operations import TABLES, Operations
 from megatron_hammer.model.layers import LayerOptions
 from megatron_hammer.model.loss import Objective, head_loss
 
+CCE = {"CCE, all gradients": True, "CCE": False}  # on random inputs the second computes next to no gradient
 Pass = Callable[[Tensor, Tensor, Tensor], object]  # (hidden, weight, labels): forward and backward once
 
 
@@ -67,6 +68,20 @@ def liger(bench: Bench) -> Pass:
     return run
 
 
+def cut_cross_entropy(bench: Bench, exact: bool) -> Pass:
+    """Apple's CCE, which never has logits in memory; by default it leaves out gradients that bf16 would hardly see."""
+    if not bench.cuda:
+        raise Missing("Triton kernels need a GPU")
+    needed("cut_cross_entropy")
+    from cut_cross_entropy import linear_cross_entropy
+
+    def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+        kept = None if exact else "high"
+        linear_cross_entropy(hidden.flatten(0, 1), weight, labels.t().flatten(), filter_eps=kept).backward()
+
+    return run
+
+
 def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """bf16 logits, fp32 loss."""
     return F.cross_entropy(F.linear(hidden.flatten(0, 1), weight).float(), labels.t().flatten())
@@ -90,6 +105,8 @@ def measure(bench: Bench, name: str) -> Result:
         run = ours(bench, name.removeprefix("ours: "), weight)
     elif name == "Liger":
         run = liger(bench)
+    elif name in CCE:
+        run = cut_cross_entropy(bench, CCE[name])
     else:
         loss_of = hugging_face if name.startswith("HF") else plain
         if loss_of is hugging_face:
@@ -115,5 +132,5 @@ def measure(bench: Bench, name: str) -> Result:
 
 def items(bench: Bench) -> dict[str, Item]:
     ours_first = [f"ours: {row.name}" for row in TABLES["loss"]]
-    peers = ["Liger", "HF compiled", "HF compiled, padded", "HF", "plain", "plain compiled, padded"]
+    peers = ["Liger", *CCE, "HF compiled", "HF compiled, padded", "HF", "plain", "plain compiled, padded"]
     return {name: partial(measure, bench, name) for name in ours_first + peers}

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
-import math
-import shutil
 import statistics
-import subprocess
+import sys
 import threading
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import torch
-from shapes import Shape
+from shapes import HAMMERLLM, TOY, Shape
+from sides import p99
 from torch import Tensor
 
 from megatron_hammer.errors import ConfigError
@@ -24,16 +27,19 @@ from megatron_hammer.errors import ConfigError
 CANNOT_RUN = (9, 10, 12, 13)  # ConfigError: this machine lacks what a kernel, Transformer Engine or fp8 needs
 Result = dict[str, Any]
 Item = Callable[[], Result]
+Span = tuple[float, float]
+"""Begin and end, in seconds of ``time.perf_counter``."""
 
-HAMMERLLM = Shape(2048, 5632, 22, 32, 4, 2048, 105_789, 8, 4, 10)  # accumulation 4: 16 only dilutes the optimizer
-TOY = Shape(64, 176, 2, 8, 2, 64, 301, 2, 2, 2)
 VERSIONS = (
-    "torch", "triton", "transformers", "liger-kernel", "megatron-core", "torchtitan", "transformer-engine", "apex",
-    "flash-attn", "flash-attn-4",
+    "torch", "triton", "transformers", "accelerate", "liger-kernel", "cut-cross-entropy", "megatron-core", "torchtitan",
+    "transformer-engine", "apex", "flash-attn", "flash-attn-4",
 )  # fmt: skip
 # Cycles for which the GPU is kept busy before a timed region, about 1 ms: the host has queued the whole region by the
 # time it starts, so that launch gaps of small kernels do not count.
 HEAD_START_CYCLES = 2_000_000
+# Read before a timed region: more than any second-level cache, so that what was made just before is in memory, as the
+# ideal bytes have it. Reading leaves nothing to be written back within the region.
+COLD_BYTES = 256 * 2**20
 
 
 class Missing(Exception):
@@ -49,6 +55,8 @@ class Bench:
     """Toy shapes: the suite itself is tried, nothing is measured."""
     known: Mapping[str, Result] = field(default_factory=dict)
     """Entries of the same part that were measured before."""
+    packages: str = ""
+    """Folder with a folder for each peer whose packages nobody else shall see."""
 
     @property
     def cuda(self) -> bool:
@@ -75,8 +83,29 @@ class Bench:
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
+    def add_packages_of(self, peer: str) -> None:
+        """Let this process import what came for one peer alone."""
+        if self.packages:
+            sys.path.append(f"{self.packages}/{peer}")
+
+    def give_back_memory(self) -> bool:
+        """What nobody holds any more; whether the device still works, as after an illegal access it does not."""
+        gc.collect()
+        try:
+            self.synchronise()
+            if self.cuda:
+                torch.cuda.empty_cache()
+            return bool(torch.ones(3, device=self.device).sum().item() == 3)
+        except RuntimeError:
+            return False
+
     def repeats(self, full: int) -> int:
         return 2 if self.small else full
+
+
+@cache
+def _cold(device: torch.device) -> Tensor:
+    return torch.zeros(COLD_BYTES, dtype=torch.uint8, device=device)
 
 
 class _Marks:
@@ -90,6 +119,7 @@ class _Marks:
             self.points.append(time.perf_counter())
             return
         if not self.points:
+            _cold(self.bench.device).max()
             torch.cuda._sleep(HEAD_START_CYCLES)
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -152,11 +182,6 @@ def forward_and_backward(
     return forward, backward
 
 
-def p99(seconds: Sequence[float]) -> float:
-    """The 99th percentile, nearest rank: the largest of fewer than 100."""
-    return sorted(seconds)[math.ceil(0.99 * len(seconds)) - 1]
-
-
 def summary(seconds: Sequence[float], what: str = "") -> Result:
     """Median and p99, in milliseconds; ``what`` goes before the names."""
     return {f"{what}ms": 1e3 * statistics.median(seconds), f"{what}ms_p99": 1e3 * p99(seconds)}
@@ -178,59 +203,68 @@ def peak_memory(bench: Bench, result: Result, key: str = "peak_extra_gib") -> It
 
 
 class Clocks:
-    """Medians of clock and power while a block runs, by ``nvidia-smi``; empty where there is none."""
+    """Clock, power and temperature of the GPU while a block runs, read by a thread; nothing where nobody says them."""
 
-    FIELDS = ("clocks.sm", "power.draw", "temperature.gpu")
     NAMES = ("sm_mhz", "watts", "celsius")
+    EVERY_SECONDS = 0.2
 
-    def __init__(self) -> None:
-        self.rows: list[list[float]] = []
-        self.process: subprocess.Popen[str] | None = None
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.rows: list[tuple[float, tuple[float, ...]]] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._read, daemon=True)
 
     def __enter__(self) -> Clocks:
-        if shutil.which("nvidia-smi"):
-            fields, times_a_second = ",".join(self.FIELDS), 5
-            query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-            query += ["-lms", str(1000 // times_a_second)]
-            self.process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
+        if self.bench.cuda:
+            self._thread.start()
         return self
 
-    def _read(self, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
+    def _read(self) -> None:
+        device = self.bench.device
+        while not self._over.wait(self.EVERY_SECONDS):
             try:
-                self.rows.append([float(x) for x in line.split(",")])
-            except ValueError:  # "[N/A]": this field cannot be read here
-                continue
+                milliwatts = torch.cuda.power_draw(device)
+                row = (torch.cuda.clock_rate(device), milliwatts / 1e3, torch.cuda.temperature(device))
+            except Exception:  # no nvidia-ml-py, or a driver that does not say
+                return
+            self.rows.append((time.perf_counter(), row))
 
     def __exit__(self, *error: object) -> None:
-        if self.process is not None:
-            self.process.terminate()
-            self.process.wait()
+        self._over.set()
+        if self.bench.cuda:
+            self._thread.join()
 
-    @property
-    def medians(self) -> Result:
-        return {name: statistics.median(column) for name, column in zip(self.NAMES, zip(*self.rows))}
+    def medians(self, span: Span) -> Result:
+        """Over what was read between these times."""
+        rows = [row for at, row in self.rows if span[0] <= at <= span[1]]
+        return {name: statistics.median(column) for name, column in zip(self.NAMES, zip(*rows))}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Torch's own error, or what a library makes of it."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+    told = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in told or "alloc_failed" in told
 
 
 def attempt(item: Item) -> Result:
     """Run an item; what goes wrong is its result: a line in the report, not the end of the suite."""
     began = time.perf_counter()
-    try:
-        result = item()
-    except Missing as error:
-        result = {"missing": str(error)}
-    except ConfigError as error:
-        result = {"missing" if error.number in CANNOT_RUN else "error": str(error)}
-    except Exception as error:
-        what = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
-        result = {"error": " ".join(what.split())[:600]}
+    with warnings.catch_warnings(record=True) as warned:
+        try:
+            result = item()
+        except Missing as error:
+            result = {"missing": str(error)}
+        except ConfigError as error:
+            result = {"missing" if error.number in CANNOT_RUN else "error": str(error)}
+        except Exception as error:
+            what = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
+            frames = traceback.extract_tb(error.__traceback__)[-6:]
+            result = {
+                "error": " ".join(what.split())[:600],
+                "where": [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames],
+                # SDPA says there why none of its kernels could run
+                "warnings": list(dict.fromkeys(" ".join(str(w.message).split())[:300] for w in warned))[-6:],
+            }
     return {**result, "seconds": round(time.perf_counter() - began, 1)}
 
 
@@ -241,7 +275,9 @@ def needed(package: str) -> None:
         Missing: it cannot be imported, in the interpreter's own words.
     """
     try:
-        __import__(package)
+        with warnings.catch_warnings():  # of its own that it is old or lacks something: no reason to fail
+            warnings.simplefilter("ignore")
+            __import__(package)
     except Exception as error:  # ImportError, RuntimeError, OSError: all have been seen
         raise Missing(f"not installed ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from None
 

@@ -16,7 +16,7 @@ struct Strided {
 struct Attention {
   Strided q, k, v, out;                      // k and v have `groups` heads, the others `heads`
   Strided grad_out, grad_q, grad_k, grad_v;  // backward only
-  float* lse;                                // [batches, heads, rows]: log2 of the sum of each row's exponentials
+  float* lse;  // [batches, heads, rows]: x with exp(scale x) = the sum of exp(scale S) over the row
   const int64_t* bounds;
   int64_t documents, batches, heads, groups, size;
   float scale;

@@ -9,7 +9,11 @@ bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 
 }  // namespace
 
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
 #pragma GCC target("avx2,fma")
+#endif
 #define HAMMER_VERSION avx2
 #define HAMMER_LANES 8
 #include "kernels.inl"
@@ -19,4 +23,7 @@ namespace hammer {
 constexpr Version kAvx2 = {"avx2", runs_here, avx2::table<float>(), avx2::table<Bf16>(), avx2::square_sum};
 
 }  // namespace hammer
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
 #endif

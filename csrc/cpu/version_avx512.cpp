@@ -14,7 +14,11 @@ bool runs_here() {
 
 }  // namespace
 
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+#endif
 #define HAMMER_VERSION avx512
 #define HAMMER_LANES 16
 #include "kernels.inl"
@@ -24,4 +28,7 @@ namespace hammer {
 constexpr Version kAvx512 = {"avx512", runs_here, avx512::table<float>(), avx512::table<Bf16>(), avx512::square_sum};
 
 }  // namespace hammer
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
 #endif

@@ -15,7 +15,11 @@ bool runs_here() {
 
 }  // namespace
 
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"))), apply_to = function)
+#else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
+#endif
 #define HAMMER_BF16_INSTRUCTION 1
 #define HAMMER_VERSION avx512_bf16
 #define HAMMER_LANES 16
@@ -27,4 +31,7 @@ constexpr Version kAvx512Bf16 = {"avx512_bf16", runs_here, avx512_bf16::table<fl
                                  avx512_bf16::square_sum};
 
 }  // namespace hammer
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
 #endif

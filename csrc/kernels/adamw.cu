@@ -64,11 +64,8 @@ __global__ void __launch_bounds__(kThreads)
     const Pack<float, kWidth> grad = load<kWidth>(a.grad + at);
     Pack<float, kWidth> weight = load<kWidth>(a.master + at), exp_avg = load<kWidth>(a.exp_avg + at),
                         exp_avg_sq = load<kWidth>(a.exp_avg_sq + at);
-    Pack<T, kWidth> copy;
-    for (int i = 0; i < kWidth; ++i) {
-      update(factors, grad.at[i], weight.at[i], exp_avg.at[i], exp_avg_sq.at[i]);
-      copy.at[i] = rounded<T>(weight.at[i]);
-    }
+    for (int i = 0; i < kWidth; ++i) update(factors, grad.at[i], weight.at[i], exp_avg.at[i], exp_avg_sq.at[i]);
+    const Pack<T, kWidth> copy = rounded<T>(to_floats(weight));
     store(a.master + at, weight);
     store(a.exp_avg + at, exp_avg);
     store(a.exp_avg_sq + at, exp_avg_sq);

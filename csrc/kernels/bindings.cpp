@@ -278,7 +278,7 @@ void cast_fp8(const Tensor& x, const Tensor& scale, const Tensor& out, const std
   const ScalarType type = out.scalar_type();
   call.require(type == ScalarType::Float8_e4m3fn || type == ScalarType::Float8_e5m2, "out",
                "must be float8_e4m3fn or float8_e5m2");
-  call.require(rows <= kMaxGridY * 64, "x", "may have 4194240 rows");  // tiles of 64
+  call.require(rows <= kMaxGridY * 128, "x", "may have 8388480 rows");  // tiles of 128
   call.dense(x, "x", x.scalar_type(), rows * columns);
   call.dense(out, "out", type, rows * columns);
   void* turned = call.optional_dense(transposed, "transposed", type, rows * columns);

@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -24,10 +25,20 @@ constexpr int kVectorBytes = 16;  // the widest load of sm_80 and sm_90
 template <typename T>
 constexpr int kWide = kVectorBytes / static_cast<int>(sizeof(T));  // elements in a vector
 
+template <typename T>
+constexpr bool kIsHalf = std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>;
+
 // N elements that are loaded and stored at once.
-template <typename T, int N>
+template <typename T, int N, bool in_pairs = kIsHalf<T> && N % 2 == 0>
 struct alignas(sizeof(T) * N) Pack {
   T at[N];
+};
+
+// 16-bit types as the words that they come in: a compiler that sees single elements takes them apart and puts them
+// together again wherever a pack is kept.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Pack<T, N, true> {
+  unsigned pairs[N / 2];  // the even element in the lower half
 };
 
 template <int N, typename T>
@@ -37,7 +48,13 @@ __device__ __forceinline__ Pack<T, N> load(const T* from) {
 
 template <typename T, int N>
 __device__ __forceinline__ void store(T* to, const Pack<T, N>& pack) {
-  *reinterpret_cast<Pack<T, N>*>(to) = pack;
+  if constexpr (sizeof pack == sizeof(unsigned long long)) {  // as a struct of two words it would be two stores
+    unsigned long long bits;
+    memcpy(&bits, &pack, sizeof bits);
+    *reinterpret_cast<unsigned long long*>(to) = bits;
+  } else {
+    *reinterpret_cast<Pack<T, N>*>(to) = pack;
+  }
 }
 
 // Whether vectors of `bytes` may be accessed at each of these.
@@ -59,6 +76,47 @@ __device__ __forceinline__ T rounded(float x) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(x);
   if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
   if constexpr (std::is_same_v<T, float>) return x;
+}
+
+template <int N>
+struct Floats {
+  float at[N];
+};
+
+// All elements of a pack. A bf16 is the upper half of an fp32.
+template <typename T, int N>
+__device__ __forceinline__ Floats<N> to_floats(const Pack<T, N>& pack) {
+  Floats<N> out;
+  for (int i = 0; i < N; ++i) {
+    if constexpr (!kIsHalf<T> || N % 2 == 1) {
+      out.at[i] = to_float(pack.at[i]);
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      out.at[i] = __uint_as_float(i % 2 == 0 ? pack.pairs[i / 2] << 16 : pack.pairs[i / 2] & 0xffff0000u);
+    } else {
+      out.at[i] = __half2float(__ushort_as_half(static_cast<unsigned short>(pack.pairs[i / 2] >> (i % 2 * 16))));
+    }
+  }
+  return out;
+}
+
+// The other way. 16-bit types in pairs: one fast instruction each, where a single one takes the slow units.
+template <typename T, int N>
+__device__ __forceinline__ Pack<T, N> rounded(const Floats<N>& x) {
+  Pack<T, N> out;
+  if constexpr (!kIsHalf<T> || N % 2 == 1) {
+    for (int i = 0; i < N; ++i) out.at[i] = rounded<T>(x.at[i]);
+  } else {
+    for (int i = 0; i < N; i += 2) {
+      std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162> pair;
+      if constexpr (std::is_same_v<T, __half>) {
+        pair = __floats2half2_rn(x.at[i], x.at[i + 1]);
+      } else {
+        pair = __floats2bfloat162_rn(x.at[i], x.at[i + 1]);
+      }
+      memcpy(&out.pairs[i / 2], &pair, sizeof pair);
+    }
+  }
+  return out;
 }
 
 // |x| as an integer that orders as |x| does, with NaN above all: maxima of it do not depend on their order.
@@ -97,6 +155,8 @@ __device__ __forceinline__ void raise_amax(float* amax, unsigned largest) {
 inline void check(cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(std::string("hammer_cuda: ") + cudaGetErrorString(status));
 }
+
+constexpr int64_t kMaxGridX = 2147483647;  // of the grid's first dimension
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -25,14 +25,14 @@ struct Pair {
 // Turn by the angle, or back.
 template <bool back, typename T, int N>
 __device__ __forceinline__ Pair<T, N> turn(const Pair<T, N>& in, const Pack<T, N>& cos, const Pack<T, N>& sin) {
-  Pair<T, N> out;
+  const Floats<N> a = to_floats(in.a), b = to_floats(in.b), c = to_floats(cos), s = to_floats(sin);
+  Floats<N> first, second;
   for (int i = 0; i < N; ++i) {
-    const float a = to_float(in.a.at[i]), b = to_float(in.b.at[i]);
-    const float c = to_float(cos.at[i]), s = back ? -to_float(sin.at[i]) : to_float(sin.at[i]);
-    out.a.at[i] = rounded<T>(a * c - b * s);
-    out.b.at[i] = rounded<T>(b * c + a * s);
+    const float turned = back ? -s.at[i] : s.at[i];
+    first.at[i] = a.at[i] * c.at[i] - b.at[i] * turned;
+    second.at[i] = b.at[i] * c.at[i] + a.at[i] * turned;
   }
-  return out;
+  return {rounded<T>(first), rounded<T>(second)};
 }
 
 template <typename T, int N>

@@ -24,9 +24,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_hammer import __version__
 from megatron_hammer.checkpoint.fit import architecture, saved_model
@@ -38,16 +38,20 @@ from megatron_hammer.checkpoint.hf import (
     HfWeights,
     check_tensors,
     model_config_from_hf,
+    one_thread,
     progress,
     read_json,
 )
-from megatron_hammer.checkpoint.load import load_model, read_logical
-from megatron_hammer.checkpoint.save import DTYPE_NAMES, DTYPES
+from megatron_hammer.checkpoint.load import LogicalReader, load_model
+from megatron_hammer.checkpoint.save import DTYPES
 from megatron_hammer.checkpoint.tensorfile import digest, digest_file
 from megatron_hammer.cli import ArgumentParser, run
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.errors import CheckpointError, HammerError, RefusedError, from_fields, to_fields
 from megatron_hammer.files import write_durably
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RELATIVE_BOUND = 1e-4  # of max |logit|: fp32 sums in another order give 1e-6, the mildest real fault 1e-2
 MAX_TOKENS = 256  # of each text: at a vocabulary of 105,789, 108 MB of logits a text
@@ -185,19 +189,18 @@ def check_config(model: ModelConfig, folder: Path) -> None:
 
 
 def check_weights(manifest: Manifest, model: ModelConfig, folder: Path, dtype: str) -> None:
-    """Every exported tensor must equal the checkpoint's, rounded, bit for bit; one pair in memory at a time."""
+    """Every exported tensor must equal the checkpoint's, rounded, bit for bit; a few MiB in memory at a time."""
     try:
-        with HfWeights(folder) as weights:
+        with HfWeights(folder) as weights, LogicalReader(manifest) as reader, one_thread():
             check_tensors(weights, model)
             if extra := sorted(set(weights.where) - {t.name for t in manifest.tensors}):
                 raise RefusedError(23, extra[0], "was exported but is not in the checkpoint", _REPORT)
-            for name in progress(sorted(weights.where), "comparing weights"):
-                found = weights.read(name)
-                expected = read_logical(manifest, name).to(DTYPES[dtype])
-                if found.dtype != expected.dtype or not _same_bits(found, expected):
+            for name in progress(sorted(weights.where, key=weights.place), "comparing weights"):
+                found = weights.entry(name).dtype
+                if found != dtype or not _same_bits(reader.bands(name), dtype, weights, name):
                     raise RefusedError(
                         23,
-                        f"{name} as exported ({DTYPE_NAMES[found.dtype]})",
+                        f"{name} as exported ({found})",
                         f"differs from the checkpoint's tensor rounded to {dtype}",
                         _REPORT,
                     )
@@ -207,10 +210,18 @@ def check_weights(manifest: Manifest, model: ModelConfig, folder: Path, dtype: s
         raise
 
 
-def _same_bits(a: Any, b: Any) -> bool:
+def _same_bits(bands: Iterable[Tensor], dtype: str, weights: HfWeights, name: str) -> bool:
+    """Whether the exported tensor has the bytes of these bands, rounded; reads all of them, so all are verified."""
     import torch
 
-    return torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+    position, same = 0, True
+    for band in bands:
+        expected = band.to(DTYPES[dtype]).view(-1).view(torch.uint8)
+        found = torch.empty_like(expected)
+        weights.read_part(name, position, found.numpy())
+        same = same and torch.equal(expected, found)
+        position += expected.numel()
+    return same
 
 
 _REPORT = "this is a fault of the export: please report it"

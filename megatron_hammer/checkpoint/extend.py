@@ -27,8 +27,8 @@ The result is of the kind that was given, a Hugging Face folder or a folder with
 (``checkpoint.init_from`` of a new run). Optimizer moments and the count of consumed samples are not kept: both belong
 to the old vocabulary's data. ``extension.json`` beside the weights says where each row that was not copied came from.
 
-Memory: one tensor, 20 MB for blocks of new rows, and what two tokenizers and their conversion take (0.25 GB for 105,789
-ids, torch and transformers themselves not counted).
+Memory: the old embedding or head, 50 MB for parts and blocks of new rows, and what two tokenizers and their conversion
+take (0.25 GB for 105,789 ids, torch and transformers themselves not counted).
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +52,6 @@ from torch import Tensor
 from megatron_hammer.checkpoint.fit import saved_model
 from megatron_hammer.checkpoint.format import (
     TOKENIZER,
-    Layout,
     Note,
     checked_tokenizer_folder,
     new_id,
@@ -74,9 +74,8 @@ from megatron_hammer.checkpoint.hf import (
     write_preset,
     write_weight_files,
 )
-from megatron_hammer.checkpoint.load import read_logical
-from megatron_hammer.checkpoint.save import Piece, chunks_of, commit, stage_tokenizer, write_rank
-from megatron_hammer.checkpoint.tensorfile import ITEM_BYTES
+from megatron_hammer.checkpoint.load import LogicalReader, read_logical
+from megatron_hammer.checkpoint.save import Piece, chunks_of, write_first_checkpoint
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.errors import CheckpointError, ConfigError, RefusedError
 from megatron_hammer.files import sync_file, sync_folder
@@ -358,8 +357,8 @@ class _Grown:
         rows = max(1, BLOCK_BYTES // (4 * hidden_size))
         self.ranges = [(start, min(start + rows, plan.size)) for start in range(0, plan.size, rows)]
 
-    def block(self, start: int, stop: int) -> Tensor:
-        """Rows ``start : stop``, one of ``ranges``."""
+    def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Rows ``start : stop``, one of ``ranges``, in one tensor."""
         if self._old is None:
             old = self._read()
             self._old = old, mean_row(old, self._plan.old_ids)
@@ -367,7 +366,7 @@ class _Grown:
         rows = grown_rows(old, self._plan, start, stop, mean)
         if stop == self._plan.size:
             self._old = None
-        return rows
+        yield rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -385,6 +384,8 @@ class _Model:
     tokenizer: Path | None
     dtype: Callable[[str], str]
     read: Callable[[str], Tensor]
+    parts: Callable[[str], Iterator[Tensor]]
+    """A tensor's elements in order, a few MiB at a time; each part is gone when the next is asked for."""
     weights_dtype: str = ""
     """Of a checkpoint: that in which the model computes."""
 
@@ -395,11 +396,14 @@ def _open_hf(folder: Path, stack: ExitStack) -> _Model:
     check_tensors(weights, model)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
     tokenizer = folder if has_tokenizer else None
-    return _Model("Hugging Face", folder, model, tokenizer, lambda name: weights.entry(name).dtype, weights.read)
+    return _Model(
+        "Hugging Face", folder, model, tokenizer, lambda name: weights.entry(name).dtype, weights.read, weights.parts
+    )
 
 
-def _open_checkpoint(path: Path) -> _Model:
+def _open_checkpoint(path: Path, stack: ExitStack) -> _Model:
     manifest = read_manifest(resolve_checkpoint(path))
+    reader = stack.enter_context(LogicalReader(manifest))
 
     def dtype(name: str) -> str:
         return manifest.tensors[manifest.index[name, "weight"]].dtype
@@ -408,7 +412,7 @@ def _open_checkpoint(path: Path) -> _Model:
         return read_logical(manifest, name)
 
     model, tokenizer = saved_model(manifest), checked_tokenizer_folder(manifest)
-    return _Model("checkpoint", manifest.folder, model, tokenizer, dtype, read, manifest.weights_dtype)
+    return _Model("checkpoint", manifest.folder, model, tokenizer, dtype, read, reader.bands, manifest.weights_dtype)
 
 
 def extend_model(
@@ -441,7 +445,7 @@ def extend_model(
         raise RefusedError(32, f"--output {output}", "exists already", "name a new folder")
     with ExitStack() as stack:
         is_hf = (source_path / CONFIG).is_file()
-        source = _open_hf(source_path, stack) if is_hf else _open_checkpoint(source_path)
+        source = _open_hf(source_path, stack) if is_hf else _open_checkpoint(source_path, stack)
         old, new = _load_tokenizers(source, old_tokenizer, new_tokenizer)
         plan = plan_extension(old, new)
         assert source.model.vocab_size is not None
@@ -519,22 +523,14 @@ def _pieces(source: _Model, extended: ModelConfig, plan: Plan) -> list[Piece]:
     for name, shape in logical_shapes(extended).items():
         dtype = source.dtype(name)
         if name in (EMBEDDING, HEAD):
-            grown = _Grown(_reading(source, name), plan, shape[1])
+            grown = _Grown(partial(source.read, name), plan, shape[1])
             for start, stop in grown.ranges:
-                part, load = (stop - start, shape[1]), _making(grown, start, stop)
-                pieces.append(Piece(name, "weight", (start, stop), (0, shape[1]), part, dtype, load))
+                box, parts = (stop - start, shape[1]), partial(grown.blocks, start, stop)
+                pieces.append(Piece(name, "weight", (start, stop), (0, shape[1]), box, dtype, parts))
         else:
             cols = (0, shape[1]) if len(shape) == 2 else None
-            pieces.append(Piece(name, "weight", (0, shape[0]), cols, shape, dtype, _reading(source, name)))
+            pieces.append(Piece(name, "weight", (0, shape[0]), cols, shape, dtype, partial(source.parts, name)))
     return pieces
-
-
-def _reading(source: _Model, name: str) -> Callable[[], Tensor]:
-    return lambda: source.read(name)
-
-
-def _making(grown: _Grown, start: int, stop: int) -> Callable[[], Tensor]:
-    return lambda: grown.block(start, stop)
 
 
 def _write_hf(source: _Model, extended: ModelConfig, new: Tokenizer, plan: Plan, folder: Path) -> None:
@@ -555,7 +551,9 @@ def _write_hf(source: _Model, extended: ModelConfig, new: Tokenizer, plan: Plan,
         by_name.setdefault(piece.name, []).append(piece)
     tensors = {name: (source.dtype(name), shape) for name, shape in logical_shapes(extended).items()}
     hashes = write_weight_files(
-        folder, tensors, lambda name: (chunk for piece in by_name[name] for chunk in chunks_of(piece.load()))
+        folder,
+        tensors,
+        lambda name: (c for piece in by_name[name] for part in piece.parts() for c in chunks_of(part)),
     )
     with HfWeights(folder) as written:
         check_tensors(written, extended)
@@ -586,23 +584,14 @@ def _renumbered(tree: Mapping[str, Any], plan: Plan, new: Tokenizer) -> dict[str
 
 def _write_checkpoint(source: _Model, extended: ModelConfig, new: Tokenizer, plan: Plan, folder: Path) -> None:
     """``checkpoints/step-00000000``, as ``import_hf`` leaves it."""
-    target = folder / "checkpoints" / step_name(0)
-    target.parent.mkdir()
-    staging = staging_folder(target, new_id())
-    staging.mkdir()
-    pieces = _pieces(source, extended, plan)
-    pieces.sort(key=lambda p: -ITEM_BYTES[p.dtype])  # wider types first, so that every tensor starts aligned
-    write_rank(staging, 0, pieces, watch=lambda items: progress(items, "writing weights"))
-    commit(
-        staging,
-        target,
-        step=0,
+    write_first_checkpoint(
+        folder / "checkpoints",
+        _pieces(source, extended, plan),
         model=extended,
-        config_tree={"model": asdict(extended)},
         state={"token_ids": {key: getattr(new, role) for key, role in TOKEN_IDS.items()}},
         weights_dtype=source.weights_dtype,
-        layout=Layout(),
-        tokenizer=stage_tokenizer(new, staging),
+        tokenizer=new,
+        watch=lambda items: progress(items, "writing weights"),
     )
 
 

@@ -2,6 +2,7 @@
 
 For each rectangle that a rank wants, the saved slices that intersect it are found in the manifest; each is read once,
 its hash is compared, and the common part is copied. Files are opened one after the other and read in order.
+``LogicalReader`` goes the other way, tensor by tensor in bands of rows, for an export that holds no whole tensor.
 
 Memory: the rank's own state plus at most one saved slice; none where a slice fits its place (same layout, CPU), since
 then it is read right there. Loading is strict: what is missing, of another shape or damaged ends it with file and
@@ -10,22 +11,26 @@ tensor named. Vocabulary padding belongs to no logical tensor and is left as it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from megatron_hammer.checkpoint.fit import check_fits
 from megatron_hammer.checkpoint.format import Manifest, SavedFile, SavedSlice
 from megatron_hammer.checkpoint.save import DTYPES
-from megatron_hammer.checkpoint.tensorfile import TensorFileReader
+from megatron_hammer.checkpoint.tensorfile import CHUNK_BYTES, TensorFileReader, count
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.errors import CheckpointError, HammerError, from_os_error
 from megatron_hammer.model.llama import Llama
 from megatron_hammer.model.parameters import Parameter
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.sharding import Range, Shard, intersect, rectangles
+
+MAX_OPEN_FILES = 16  # at a time for one export: more than the columns of a tensor are ever cut into on one machine
 
 
 @dataclass(frozen=True)
@@ -110,12 +115,90 @@ def read_logical(manifest: Manifest, name: str, kind: str = "weight") -> Tensor:
     """
     at = manifest.index.get((name, kind))
     if at is None:
-        raise CheckpointError(13, f"{manifest.folder}: {kind} {name}", "is missing", "use another checkpoint")
+        raise _missing(manifest, name, kind)
     tensor = manifest.tensors[at]
     data = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
     cols = (0, tensor.shape[1]) if len(tensor.shape) == 2 else None
     _fill(manifest, {at: [_Place((0, tensor.shape[0]), cols, data)]})
     return data
+
+
+class LogicalReader:
+    """Whole logical tensors of a checkpoint as bands of rows, one after the other; a context manager.
+
+    Memory: one band and one part of a slice (4 MiB each, or one row), and 6 MiB for each open file.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._readers: dict[str, TensorFileReader] = {}
+        self._memory = [torch.empty(CHUNK_BYTES, dtype=torch.uint8) for _ in range(2)]  # of a band, of a slice's part
+        self._where: dict[int, list[tuple[SavedFile, SavedSlice]]] = {}
+        for file in manifest.files:
+            for piece in file.slices:
+                self._where.setdefault(piece.tensor, []).append((file, piece))
+
+    def bands(self, name: str, kind: str = "weight") -> Iterator[Tensor]:
+        """The tensor's rows in order, ``[n, cols]`` (``[n]`` of a vector) in the type in which it is stored.
+
+        A band is gone when the next is asked for. A slice can be verified only when its last row was read: what was
+        given may be published only after the iteration has ended.
+
+        Raises:
+            CheckpointError: there is no such tensor, or a slice or file of it is not as it was saved.
+        """
+        at = self._manifest.index.get((name, kind))
+        if at is None:
+            raise _missing(self._manifest, name, kind)
+        tensor = self._manifest.tensors[at]
+        dtype, rows = DTYPES[tensor.dtype], tensor.shape[0]
+        cols = (0, tensor.shape[1]) if len(tensor.shape) == 2 else None
+        height = min(rows, max(1, CHUNK_BYTES // (dtype.itemsize * count(tensor.shape[1:]))))
+        buffer, scratch = (self._buffer(k, (height, *tensor.shape[1:]), dtype) for k in range(2))
+        hashers = [(file, piece, xxhash.xxh3_128()) for file, piece in self._where[at]]
+        for start in range(0, rows, height):
+            band = _Place((start, min(start + height, rows)), cols, buffer[: min(height, rows - start)])
+            for file, piece, hasher in hashers:
+                common = band.common(piece)
+                if common is None:
+                    continue
+                target = _window(band.data, band, *common)
+                data = target if target.is_contiguous() else scratch.view(-1)[: target.numel()].view(target.shape)
+                reader = self._reader(file)
+                key, offset = _expect(self._manifest, reader, piece), common[0][0] - piece.rows[0]
+                view: Any = data.view(-1).view(torch.uint8).numpy()
+                reader.read_part(key, offset * (view.nbytes // len(data)), view)
+                hasher.update(view)
+                if data is not target:
+                    target.copy_(data)
+                if common[0][1] == piece.rows[1]:
+                    _compare(self._manifest, reader, piece, hasher.hexdigest())
+            yield band.data
+
+    def _buffer(self, which: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """One of the two buffers, made larger where one row is more than it holds."""
+        size = count(shape) * dtype.itemsize
+        if size > len(self._memory[which]):
+            self._memory[which] = torch.empty(size, dtype=torch.uint8)
+        return self._memory[which][:size].view(dtype).view(shape)
+
+    def _reader(self, file: SavedFile) -> TensorFileReader:
+        """The open file; the least recently used is closed where there would be too many."""
+        reader = self._readers.pop(file.name, None)
+        if reader is None:
+            if len(self._readers) == MAX_OPEN_FILES:
+                self._readers.pop(next(iter(self._readers))).close()
+            reader = _open(self._manifest, file)
+        self._readers[file.name] = reader
+        return reader
+
+    def __enter__(self) -> LogicalReader:
+        return self
+
+    def __exit__(self, *rest: object) -> None:
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
 
 
 def verify_checkpoint(manifest: Manifest, watch: Callable[[Sequence[SavedFile]], Iterable[SavedFile]] = iter) -> None:
@@ -168,6 +251,10 @@ def _expect(manifest: Manifest, reader: TensorFileReader, piece: SavedSlice) -> 
             10, f"{reader.path}: {key}", "is not there as the manifest describes it", "use another checkpoint"
         )
     return key
+
+
+def _missing(manifest: Manifest, name: str, kind: str) -> CheckpointError:
+    return CheckpointError(13, f"{manifest.folder}: {kind} {name}", "is missing", "use another checkpoint")
 
 
 def _compare(manifest: Manifest, reader: TensorFileReader, piece: SavedSlice, found: str) -> None:

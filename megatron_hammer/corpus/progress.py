@@ -14,6 +14,11 @@ _QUIET_SECONDS = 5.0  # what takes less needs no progress
 _LINE_SECONDS = 10.0  # between two plain lines
 
 
+def say(text: str) -> None:
+    """Print a note on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
 class Progress:
     """Counts bytes.
 
@@ -45,6 +50,7 @@ class Progress:
             self._bar.close()
 
     def advance(self, count: int) -> None:
+        """Account for some more bytes."""
         self.done_bytes += count
         if self._bar is not None:
             self._bar.update(count)
@@ -52,7 +58,7 @@ class Progress:
         now = time.monotonic()
         if now >= self._next_line:
             self._next_line = now + _LINE_SECONDS
-            print(self._line(now - self._started), file=sys.stderr, flush=True)
+            say(self._line(now - self._started))
 
     def _line(self, seconds: float) -> str:
         rate = self.done_bytes / seconds

@@ -30,7 +30,6 @@ Lines are bytes and are never parsed. They must not be empty and must end in a l
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -49,7 +48,7 @@ from megatron_hammer.corpus.jsonl import MAX_LINE_BYTES
 from megatron_hammer.corpus.progress import Progress
 from megatron_hammer.corpus.stream import SourceStream, StreamDamage, check_file, is_compressed, open_stream
 from megatron_hammer.errors import ConfigError, DataError, DiskError
-from megatron_hammer.files import sync_folder
+from megatron_hammer.files import open_alone, sync_folder
 
 MIN_MEMORY_BYTES = 16 << 20
 """Below this the interpreter and NumPy need more than the shuffle does."""
@@ -307,14 +306,8 @@ class Shuffle:
 
 def _open_locked(path: Path) -> int:
     """A new file that only one process may write, in place of what a killed one left."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
-    except BlockingIOError:
-        ours = False
-    if not ours:  # locked, or renamed to its final name between opening and locking
-        os.close(descriptor)
+    descriptor = open_alone(path)
+    if descriptor is None:
         raise DataError(63, str(path), "is being written by another process", "wait for it, or name another output")
     os.ftruncate(descriptor, 0)
     return descriptor

@@ -36,9 +36,11 @@ import numpy as np
 from megatron_hammer.corpus import readers
 from megatron_hammer.corpus.long import LongText
 from megatron_hammer.corpus.parse import Rejected, parse_block
+from megatron_hammer.corpus.progress import say
 from megatron_hammer.corpus.readers import Block, Position
 from megatron_hammer.corpus.stream import file_identity
-from megatron_hammer.data.indexed import IndexedWriter, SourceRecord, StaleState, TokenizerRecord, dtype_for, path_of
+from megatron_hammer.data.indexed import SourceRecord, TokenizerRecord, dtype_for, path_of
+from megatron_hammer.data.indexed_writer import IndexedWriter, StaleState
 from megatron_hammer.data.journal import (
     Journal,
     Tally,
@@ -140,71 +142,29 @@ class Job:
         return Journal(identity, files, self.on_error, tallies=[Tally() for _ in files])
 
 
-def build_datasets(
+def prepare_job(
     inputs: Sequence[str | Path],
     json_keys: Sequence[str],
     tokenizer_path: str | Path,
-    output_prefix: str | Path,
     append_eod: bool,
     prepend_bos: bool = False,
-    workers: int = 1,
     on_error: OnError = "stop",
     text_documents: str = "file",
-    shard_bytes: int = SHARD_BYTES,
-    restart: bool = False,
-    stop: threading.Event | None = None,
-) -> list[BuildSummary]:
-    """Tokenize a corpus into one dataset a key, ``{output_prefix}_{key}_document``; all are published, or none.
+) -> Job:
+    """Check what the user asks for, find the files, load the tokenizer.
 
     Args:
         inputs: files, folders and patterns, in the order their documents shall have (``corpus/readers.py``).
         json_keys: fields (parquet: columns) that hold text; plain text files are the text of every key.
         append_eod: the tokenizer's eos id ends every document.
         prepend_bos: its bos id begins every document.
-        workers: threads that parse and encode; the result does not depend on it.
         on_error: what to do with a bad document: end the work, leave it out, or leave it out and write it down.
         text_documents: what a document of a ``.txt`` file is, one of ``readers.TEXT_DOCUMENTS``.
-        shard_bytes: of text between two journals.
-        restart: drop the journal that an interrupted run left, instead of going on from it.
-        stop: setting it ends the work soon, with a journal.
 
     Raises:
-        ConfigError: a needed special id is missing in the tokenizer, a key is named twice, no workers ...
-        DataError: missing, empty or malformed input, see ``corpus/readers.py``; no text at all.
-        RefusedError: the journal of another command is there, or an input has changed.
-        Stopped: ``stop`` was set.
+        ConfigError: a needed special id is missing in the tokenizer, a key is named twice, an unknown choice.
+        DataError: a missing input or tokenizer, or a damaged one.
     """
-    check_numbers(workers, shard_bytes)
-    job = prepare_job(inputs, json_keys, tokenizer_path, append_eod, prepend_bos, on_error, text_documents)
-    output = Output(job, output_prefix, shard_bytes, workers)
-    if restart:
-        output.open_new()
-        shutil.rmtree(output.parts_path, ignore_errors=True)
-    else:
-        output.open()
-    with output:
-        _run(job, output, workers, stop)
-        output.check_complete()
-    return output.summaries()
-
-
-def check_numbers(workers: int, shard_bytes: int) -> None:
-    if workers < 1:
-        raise ConfigError(75, f"--workers={workers}", "must be at least 1", "give the number of threads that encode")
-    if shard_bytes < 1:
-        raise ConfigError(78, f"--shard-mb={shard_bytes / 1e6:g}", "must be above 0", "give megabytes of text")
-
-
-def prepare_job(
-    inputs: Sequence[str | Path],
-    json_keys: Sequence[str],
-    tokenizer_path: str | Path,
-    append_eod: bool,
-    prepend_bos: bool,
-    on_error: OnError,
-    text_documents: str,
-) -> Job:
-    """Check what the user asks for, find the files, load the tokenizer; arguments as of ``build_datasets``."""
     if len(set(json_keys)) != len(json_keys):
         raise ConfigError(74, f"--json-keys {' '.join(json_keys)}", "must not name a key twice", "name each key once")
     for option, value, choices in (
@@ -226,6 +186,49 @@ def _check_id(option: str, meaning: str, tokenizer: Tokenizer, value: int | None
     if value is None:
         raise ConfigError(70, f"{option} with {tokenizer.path}", f"needs a {meaning} id, which this tokenizer lacks",
                           f"leave {option} out, or use a tokenizer that has one")  # fmt: skip
+
+
+def build_datasets(
+    job: Job,
+    output_prefix: str | Path,
+    workers: int = 1,
+    shard_bytes: int = SHARD_BYTES,
+    restart: bool = False,
+    stop: threading.Event | None = None,
+) -> list[BuildSummary]:
+    """Tokenize a corpus into one dataset a key, ``{output_prefix}_{key}_document``; all are published, or none.
+
+    Args:
+        job: what ``prepare_job`` returns.
+        workers: threads that parse and encode; the result does not depend on it.
+        shard_bytes: of text between two journals.
+        restart: drop the journal that an interrupted run left, instead of going on from it.
+        stop: setting it ends the work soon, with a journal.
+
+    Raises:
+        ConfigError: no workers, no bytes between two journals.
+        DataError: malformed or changing input, see ``corpus/readers.py``; no text at all.
+        RefusedError: the journal of another command is there, or an input has changed.
+        Stopped: ``stop`` was set.
+    """
+    check_numbers(workers, shard_bytes)
+    output = Output(job, output_prefix, shard_bytes, workers)
+    if restart:
+        output.open_new()
+        shutil.rmtree(output.parts_path, ignore_errors=True)
+    else:
+        output.open()
+    with output:
+        _run(job, output, workers, stop)
+        output.check_complete()
+    return output.summaries()
+
+
+def check_numbers(workers: int, shard_bytes: int) -> None:
+    if workers < 1:
+        raise ConfigError(75, f"--workers={workers}", "must be at least 1", "give the number of threads that encode")
+    if shard_bytes < 1:
+        raise ConfigError(78, f"--shard-mb={shard_bytes / 1e6:g}", "must be above 0", "give megabytes of text")
 
 
 def tokenizer_record(tokenizer: Tokenizer) -> TokenizerRecord:
@@ -328,7 +331,7 @@ def _run(job: Job, output: Output, workers: int, stop: threading.Event | None) -
     encoded = encode_blocks(job, _blocks(job, output), workers, stop)
     total = sum(identity["bytes"] for identity in output.journal.files)
     before = sum(writer.num_tokens for writer in output.writers.values())
-    with closing(encoded), Progress(" ".join(job.keys), total, output.journal.raw_bytes, before) as progress:
+    with closing(encoded), BuildProgress(" ".join(job.keys), total, output.journal.raw_bytes, before) as progress:
         for item in encoded:
             output.append(item)
             tokens = sum(writer.num_tokens for writer in output.writers.values())
@@ -550,12 +553,12 @@ class Output:
 # ---- what the user sees on the way ----
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+class BuildProgress:
+    """A bar on a terminal, else a plain line now and then, on stderr: how far, and how fast.
 
-
-class Progress:
-    """A bar on a terminal, else a plain line now and then, on stderr. Bytes are those of the files, as on disk."""
+    How far: in bytes of the files, as on disk, with those of the run before. How fast: in bytes of text and in tokens,
+    of this run alone. (``corpus/progress.py`` counts bytes of one sort.)
+    """
 
     def __init__(self, name: str, total_bytes: int, done_bytes: int, tokens: int) -> None:
         self.name, self.total_bytes, self.done_bytes, self._tokens_before = name, total_bytes, done_bytes, tokens
@@ -563,7 +566,7 @@ class Progress:
         self._started = self._reported = time.monotonic()
         self._bar: tqdm | None = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> BuildProgress:
         if sys.stderr.isatty():
             import tqdm
 

@@ -30,7 +30,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,19 +40,17 @@ from typing import Any
 import orjson
 
 from megatron_hammer import __version__
+from megatron_hammer.corpus.progress import say
 from megatron_hammer.corpus.stream import file_identity
 from megatron_hammer.data.build import (
     SHARD_BYTES,
+    BuildProgress,
     BuildSummary,
     Job,
-    OnError,
     Output,
-    Progress,
     Stopped,
     check_numbers,
     file_changed,
-    prepare_job,
-    say,
 )
 from megatron_hammer.data.indexed import IndexedDataset
 from megatron_hammer.data.journal import Tally, load_journal, other_command
@@ -80,15 +78,9 @@ _PLACE = re.compile(r":(\d+)(?= \(byte \d+\))")  # behind the file's name, as js
 
 
 def build_datasets_on_ray(
-    inputs: Sequence[str | Path],
-    json_keys: Sequence[str],
-    tokenizer_path: str | Path,
+    job: Job,
     output_prefix: str | Path,
-    append_eod: bool,
-    prepend_bos: bool = False,
     workers: int | None = None,
-    on_error: OnError = "stop",
-    text_documents: str = "file",
     shard_bytes: int = SHARD_BYTES,
     restart: bool = False,
     stop: threading.Event | None = None,
@@ -116,7 +108,6 @@ def build_datasets_on_ray(
     check_numbers(1 if workers is None else workers, shard_bytes)
     if task_workers < 1:
         raise ConfigError(75, f"--workers-per-task={task_workers}", "must be at least 1", "give threads for a task")
-    job = prepare_job(inputs, json_keys, tokenizer_path, append_eod, prepend_bos, on_error, text_documents)
     for path in job.files:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise DataError(77, str(path), "is no regular file, and the nodes of a cluster could not all read it",
@@ -125,12 +116,12 @@ def build_datasets_on_ray(
     if not restart and load_journal(output.journal_path) is not None:
         raise other_command(output.journal_path, "engine local, now ray")
     most_tasks = None if workers is None or address is None else max(workers // task_workers, 1)
-    parts = Parts(output.parts_path.absolute(), on_error)
+    parts = Parts(output.parts_path.absolute(), job.on_error)
     with _connected(ray, address, workers), parts:
         output.open_new()
         with output:
             parts.begin(restart)
-            plan = plan_tasks(job, parts.folder, shard_bytes, Path(tokenizer_path).absolute(), task_workers)
+            plan = plan_tasks(job, parts.folder, shard_bytes, task_workers)
             with _Flight(ray, job, plan, parts, task_workers, most_tasks, stop) as flight:
                 _join(job, output, parts, plan, flight)
             output.check_complete()
@@ -205,7 +196,7 @@ class _Flight:
         self._tokens = 0
         options = {"num_cpus": task_workers, "max_retries": _MAX_RETRIES, "scheduling_strategy": "SPREAD"}
         self._remote = ray.remote(**options)(_task_with_node)
-        self._progress = Progress(" ".join(job.keys), sum(path.stat().st_size for path in job.files), 0, 0)
+        self._progress = BuildProgress(" ".join(job.keys), sum(path.stat().st_size for path in job.files), 0, 0)
 
     def __enter__(self) -> _Flight:
         self._check_nodes()

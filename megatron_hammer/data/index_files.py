@@ -27,7 +27,6 @@ import json
 import mmap
 import os
 import struct
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -36,6 +35,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from megatron_hammer.corpus.progress import say
 from megatron_hammer.errors import DataError
 from megatron_hammer.files import sync_folder
 
@@ -52,11 +52,6 @@ Key = Mapping[str, int | str]
 Arrays = dict[str, np.ndarray]
 
 
-def say(text: str) -> None:
-    """Print a note on stderr: where notes go when nobody collects them."""
-    print(text, file=sys.stderr, flush=True)
-
-
 class BadIndexFile(Exception):
     """Why a file is not the index it should be."""
 
@@ -66,7 +61,8 @@ class IndexStore:
 
     Args:
         folder: made when the first index is kept.
-        note: gets what the user should know: damaged files, waiting, a folder that cannot be written.
+        note: gets what the user should know: damaged files, waiting, a folder that cannot be written; stderr, where
+            nobody collects it.
         smallest: work (documents or samples) from which an index is kept.
         wait_seconds: how long to wait for another process that builds.
     """

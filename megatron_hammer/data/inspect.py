@@ -36,23 +36,21 @@ _MARK = "\u2502"  # between two pieces: a vertical line that texts hardly use
 
 def document_starts(dataset: IndexedDataset, first: int, count: int) -> np.ndarray:
     """int64 [count + 1]: first token of documents ``first`` to ``first + count``, then where the last one ends."""
-    sequences = np.array(dataset.document_indices[first : first + count + 1])
-    starts = np.full(len(sequences), dataset.num_tokens, np.int64)
-    inside = sequences < dataset.num_sequences
-    starts[inside] = dataset.pointers[sequences[inside]] // dataset.dtype.itemsize
-    return starts
+    return _first_tokens(dataset, np.array(dataset.document_indices[first : first + count + 1]))
 
 
 def document_spans(dataset: IndexedDataset, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """First token of each of some documents, and where each ends: int64 [n] each."""
     bounds = dataset.document_indices
-    spans = []
-    for sequences in (bounds[documents], bounds[documents + 1]):
-        starts = np.full(len(documents), dataset.num_tokens, np.int64)
-        inside = sequences < dataset.num_sequences
-        starts[inside] = dataset.pointers[sequences[inside]] // dataset.dtype.itemsize
-        spans.append(starts)
-    return spans[0], spans[1]
+    return _first_tokens(dataset, bounds[documents]), _first_tokens(dataset, bounds[documents + 1])
+
+
+def _first_tokens(dataset: IndexedDataset, sequences: np.ndarray) -> np.ndarray:
+    """First token of each of some sequences, int64; of the one behind the last, the number of tokens."""
+    starts = np.full(len(sequences), dataset.num_tokens, np.int64)
+    inside = sequences < dataset.num_sequences
+    starts[inside] = dataset.pointers[sequences[inside]] // dataset.dtype.itemsize
+    return starts
 
 
 def iterate_starts(dataset: IndexedDataset, at_once: int = DOCUMENTS_AT_ONCE) -> Iterator[tuple[int, np.ndarray]]:

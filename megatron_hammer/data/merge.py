@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_hammer.data.indexed import IndexedDataset, IndexedWriter, TokenizerRecord, path_of
+from megatron_hammer.data.indexed import IndexedDataset, TokenizerRecord, path_of
+from megatron_hammer.data.indexed_writer import IndexedWriter
 from megatron_hammer.errors import ConfigError, DataError, RefusedError
 
 _TOKENS_TOGETHER = 1 << 22  # converted at once where the token type changes

@@ -38,6 +38,7 @@ import xxhash
 
 from megatron_hammer import __version__
 from megatron_hammer.corpus import readers
+from megatron_hammer.corpus.progress import say
 from megatron_hammer.corpus.readers import Position, Shard
 from megatron_hammer.corpus.stream import check_file, file_identity, open_stream
 from megatron_hammer.data.build import (
@@ -46,11 +47,11 @@ from megatron_hammer.data.build import (
     Stopped,
     encode_blocks,
     file_changed,
-    say,
     tokenizer_record,
     write_documents,
 )
-from megatron_hammer.data.indexed import IndexedDataset, IndexedWriter
+from megatron_hammer.data.indexed import IndexedDataset
+from megatron_hammer.data.indexed_writer import IndexedWriter
 from megatron_hammer.data.journal import Tally
 from megatron_hammer.data.quarantine import RejectedFile
 from megatron_hammer.errors import DataError, HammerError, from_exception, to_fields
@@ -115,9 +116,7 @@ def _digest(identity: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
 
 
-def plan_tasks(
-    job: Job, folder: Path, shard_bytes: int, tokenizer_path: Path, threads: int
-) -> list[list[PartTask | HashTask]]:
+def plan_tasks(job: Job, folder: Path, shard_bytes: int, threads: int) -> list[list[PartTask | HashTask]]:
     """For each input its tasks, in the order of the documents; the hash of a file that is cut comes first."""
     plan = []
     for path in job.files:
@@ -145,7 +144,7 @@ def plan_tasks(
                     facts,
                     shard,
                     job.keys,
-                    tokenizer_path,
+                    job.tokenizer.path.absolute(),
                     job.tokenizer.fingerprint,
                     job.append_eod,
                     job.prepend_bos,

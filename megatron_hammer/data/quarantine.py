@@ -16,7 +16,7 @@ from types import TracebackType
 import orjson
 
 from megatron_hammer.corpus.parse import Rejected
-from megatron_hammer.data.indexed import StaleState
+from megatron_hammer.data.indexed_writer import StaleState
 from megatron_hammer.files import sync_folder
 
 

@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megatron_hammer.corpus.progress import say
 from megatron_hammer.data import index
 from megatron_hammer.data.blend import Blend
-from megatron_hammer.data.index_files import IndexStore, say
+from megatron_hammer.data.index_files import IndexStore
 from megatron_hammer.data.indexed import REMAKE, IndexedDataset
 from megatron_hammer.data.order import IndependentOrder, MegatronOrder, Piece, SampleId
 from megatron_hammer.data.plan import WeightUnit, sampling_weights

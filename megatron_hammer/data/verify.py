@@ -7,13 +7,12 @@
                                                                    | digest of what is between, n-grams
     counts of ids x pieces --> characters by script, U+FFFD, byte fallback
 
-What is found goes into one report; problems make a dataset unsound, remarks do not. Methods:
+What is found goes into one report (``verify_report.py``). Methods:
 
 - Exact duplicates: 64-bit XXH3 of a document's ids without its first bos and last eod. Two different documents among n
   are taken for equal with a chance of n^2 / 2^65 (0.03 at 10^9). 16 bytes a document: in memory up to ``IN_MEMORY`` of
   them, beyond that in ``BUCKETS`` files of the scratch folder, sorted one by one. Nothing is sampled.
-- Held-out sets: the same digests, and every run of ``NGRAM`` consecutive ids inside one document, by a 64-bit
-  polynomial hash modulo 2^64 over random values of the ids. Memory: 30 bytes or so a held-out token.
+- Held-out sets: the same digests, and runs of ids (``held_out.py``).
 - Scripts: no text is decoded. Each id is counted once, and each piece knows its characters.
 
 A block's pages are given back once it is done, so memory does not grow with the dataset. No torch.
@@ -22,17 +21,16 @@ A block's pages are given back once it is done, so memory does not grow with the
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from megatron_hammer.corpus.documents import read_texts
 from megatron_hammer.corpus.progress import Progress
-from megatron_hammer.data.indexed import BLOCK_BYTES, REMAKE, DatasetHeader, IndexedDataset, path_of
+from megatron_hammer.data.held_out import Overlap, read_held_out
+from megatron_hammer.data.indexed import BLOCK_BYTES, DatasetHeader, IndexedDataset, hash_file, path_of
 from megatron_hammer.data.inspect import (
     TokenMap,
     check_matching,
@@ -42,11 +40,10 @@ from megatron_hammer.data.inspect import (
     iterate_starts,
 )
 from megatron_hammer.data.scripts import Characters
-from megatron_hammer.errors import ConfigError, DataError, RefusedError
+from megatron_hammer.data.verify_report import EXAMPLES, Report, counted
+from megatron_hammer.errors import DataError
 from megatron_hammer.tokenizer.load import Tokenizer
 
-NGRAM = 50
-"""Consecutive ids that count as an overlap: some 35 words of English, 75 Chinese characters; no accident."""
 IN_MEMORY = 1 << 23
 """Documents whose digests stay in memory: 128 MB."""
 BUCKETS = 256
@@ -54,84 +51,8 @@ BUCKETS = 256
 
 _DOCUMENTS_AT_ONCE = 1 << 16  # some megabytes of their facts
 _TOKENS_AT_ONCE = 1 << 18  # of a block counted together: its temporaries stay in the cache
-_WINDOWS_AT_ONCE = 1 << 14  # their 64-bit hashes, several times over, stay in the cache
 _LARGEST_COUNTED = 1 << 24  # no vocabulary is larger; its counts take 128 MB
-_EXAMPLES = 5
-_RATIO = 0x9E3779B97F4A7C15  # odd; of the polynomial and of splitmix64
 _ENTRY = np.dtype([("digest", "<u8"), ("document", "<i8")])
-
-
-# ---- the report ----
-
-
-@dataclass
-class Report:
-    """What verification found."""
-
-    prefix: str
-    problems: list[str] = field(default_factory=list)
-    """Each makes the dataset unsound."""
-    contaminated: list[str] = field(default_factory=list)
-    """Held-out sets with a document that is in the dataset too."""
-    remarks: list[str] = field(default_factory=list)
-    """Worth knowing, no fault."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """Counts, ready for JSON."""
-
-    def describe(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "prefix": self.prefix,
-            "sound": not self.problems and not self.contaminated,
-            "problems": [*self.problems, *self.contaminated],
-            "remarks": self.remarks,
-            **self.facts,
-        }
-
-    def raise_if_unsound(self) -> None:
-        """End the program with a documented exit code.
-
-        Raises:
-            DataError: E370 damaged, or not what its header says.
-            RefusedError: E538 sound in itself, but it holds documents of a held-out set.
-        """
-        if self.problems:
-            rule = f"is not sound: {_number(len(self.problems), 'problem')}, first: {self.problems[0]}"
-            raise DataError(70, self.prefix, rule, REMAKE)
-        if self.contaminated:
-            raise RefusedError(38, self.prefix, f"holds held-out documents: {'; '.join(self.contaminated)}",
-                               "take them out of the corpus before preparing it, or hold out others")  # fmt: skip
-
-
-def format_report(report: Report) -> str:
-    """The report for people: facts, then remarks and problems, then the verdict."""
-    lines = []
-    for name, value in report.facts.items():
-        title = f"{name.replace('_', ' '):15} "
-        if name == "held_out":
-            lines += [f"{title}{path}: {_plain(facts)}" for path, facts in value.items()]
-        elif name == "characters":
-            scripts = ", ".join(f"{script} {100 * share:.3g} %" for script, share in value["scripts"].items())
-            lines += [f"{title}{_plain({key: value[key] for key in value if key != 'scripts'})}"]
-            lines += [f"{'scripts':15} {scripts}"]
-        else:
-            lines.append(title + _plain(value))
-    lines += [f"remark: {remark}" for remark in report.remarks]
-    lines += [f"PROBLEM: {problem}" for problem in [*report.problems, *report.contaminated]]
-    verdict = "sound" if not report.problems and not report.contaminated else "NOT SOUND"
-    return "\n".join([*lines, f"{report.prefix}: {verdict}"])
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_plain(entry)}" for key, entry in value.items())
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 # ---- the whole of it ----
@@ -174,7 +95,7 @@ def verify_dataset(
     vocab_size = tokenizer.vocab_size if tokenizer is not None else record.vocab_size if record is not None else None
     marks: Any = tokenizer if tokenizer is not None else record
     bos, eod = (None, None) if marks is None else (marks.bos_id, marks.eos_id)
-    sets = [_read_held_out(path, dataset, tokenizer, bos, eod) for path in held_out]
+    sets = [read_held_out(path, dataset, tokenizer, bos, eod) for path in held_out]
     report.facts |= {
         "documents": dataset.num_documents,
         "sequences": dataset.num_sequences,
@@ -186,7 +107,7 @@ def verify_dataset(
     with tempfile.TemporaryDirectory(prefix="hammer-verify-", dir=scratch) as folder:
         ids = _IdCounter(vocab_size)
         tokens = TokenMap(dataset)
-        documents = _DocumentChecker(dataset, tokens.all, bos, eod, Path(folder), _Overlap(sets) if sets else None)
+        documents = _DocumentChecker(dataset, tokens.all, bos, eod, Path(folder), Overlap(sets) if sets else None)
         characters = None if tokenizer is None else Characters(tokenizer)
         hashes = _block_hashes(dataset.header, report)
         with Progress(f"verifying {dataset.bin_path}", dataset.num_tokens * dataset.dtype.itemsize) as progress:
@@ -206,7 +127,7 @@ def verify_dataset(
         report.facts["characters"] = characters.describe(ids.counts, dataset.num_tokens)
         if report.facts["characters"]["replacement_characters"]:
             count = report.facts["characters"]["replacement_characters"]
-            report.remarks.append(f"{_number(count, 'replacement character')} U+FFFD: text lost by a wrong decoding")
+            report.remarks.append(f"{counted(count, 'replacement character')} U+FFFD: text lost by a wrong decoding")
     if documents.overlap is not None:
         report.facts["held_out"] = documents.overlap.describe(report)
         report.facts["documents_sharing_a_window"] = documents.overlap.documents_touched
@@ -219,7 +140,7 @@ def _check_index(dataset: IndexedDataset, report: Report) -> None:
     if header is None:
         report.remarks.append("no header of ours: no checksums, and nothing says which tokenizer made the ids")
         return
-    if _hash_file(dataset.idx_path) != header.idx_hash:
+    if hash_file(dataset.idx_path) != header.idx_hash:
         report.problems.append(f"{dataset.idx_path} has changed since it was written: its checksum differs")
     try:
         _ = dataset.fingerprint
@@ -247,7 +168,7 @@ def _check_unreadable(prefix: Path, report: Report) -> None:
     except (OSError, ValueError, RecursionError):
         report.remarks.append(f"{path} cannot be read: nothing says which of .idx and .bin is the damaged one")
         return
-    if _hash_file(path_of(prefix, ".idx")) != header.idx_hash:
+    if hash_file(path_of(prefix, ".idx")) != header.idx_hash:
         report.problems.append(f"{path_of(prefix, '.idx')} has changed since it was written: its checksum differs")
     hashes = _block_hashes(header, report)
     if hashes is None:
@@ -272,7 +193,7 @@ def _block_hashes(header: DatasetHeader | None, report: Report) -> tuple[str, ..
         return None
     if header.block_bytes != BLOCK_BYTES or len(header.block_hashes) != -(-header.bin_bytes // BLOCK_BYTES):
         report.problems.append(
-            f"{_number(len(header.block_hashes), 'checksum')} of blocks of {header.block_bytes:,} bytes in the header "
+            f"{counted(len(header.block_hashes), 'checksum')} of blocks of {header.block_bytes:,} bytes in the header "
             f"do not fit a .bin of {header.bin_bytes:,} bytes"
         )
         return None
@@ -286,14 +207,6 @@ def _damaged(dataset: IndexedDataset, block: int, first: int, end: int) -> str:
         f"{dataset.bin_path}: block {block} (bytes {first * size:,} to {end * size:,}, documents {low:,} to {high:,}) "
         "has changed since it was written: its checksum differs"
     )
-
-
-def _hash_file(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(8 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # ---- ids ----
@@ -339,7 +252,7 @@ def _report_ids(dataset: IndexedDataset, ids: _IdCounter, vocab_size: int | None
     if ids.first_outside is not None:
         token, value = ids.first_outside
         report.problems.append(
-            f"{_number(ids.outside, 'id')} outside [0, {ids.limit:,}), the first is {value} at token {token:,} in "
+            f"{counted(ids.outside, 'id')} outside [0, {ids.limit:,}), the first is {value} at token {token:,} in "
             f"document {document_of_token(dataset, token)[0]:,}"
         )
     stated = dataset.header.max_token_id if dataset.header is not None else None
@@ -360,7 +273,7 @@ class _DocumentChecker:
         bos: int | None,
         eod: int | None,
         folder: Path,
-        overlap: _Overlap | None,
+        overlap: Overlap | None,
     ) -> None:
         self.dataset, self.tokens, self.bos, self.eod, self.overlap = dataset, tokens, bos, eod, overlap
         self.empty = self.with_bos = self.with_eod = self.without_text = 0
@@ -460,11 +373,11 @@ def _report_documents(
         facts[f"{place}_with_{name}"] = number
         if options.get(option) is True and number < filled:
             report.problems.append(
-                f"{filled - number:,} of {_number(filled, 'document')} do not {place} with the {name} {token}, first "
+                f"{filled - number:,} of {counted(filled, 'document')} do not {place} with the {name} {token}, first "
                 f"{found.first_without[name]:,}; the header says {option}"
             )
         elif option not in options and 0 < number < filled:
-            report.remarks.append(f"{number:,} of {_number(filled, 'document')} {place} with the {name} {token}")
+            report.remarks.append(f"{number:,} of {counted(filled, 'document')} {place} with the {name} {token}")
         if name == "bos" and found.bos == found.eod:
             continue  # one id for both: counted below
         at_ends = number + (found.with_bos if found.bos == found.eod else 0)
@@ -472,11 +385,11 @@ def _report_documents(
         facts[f"{name}_inside"] = inside
         if inside:
             first = _first_inside(dataset, tokens, token, found)
-            what = f"{_number(inside, f'{name} id')} inside documents, the first in document {first:,}"
+            what = f"{counted(inside, f'{name} id')} inside documents, the first in document {first:,}"
             (report.problems if options.get(option) is True else report.remarks).append(what)
     report.facts["document_marks"] = facts
     if found.empty:
-        report.remarks.append(f"{_number(found.empty, 'empty document')}: training passes over them")
+        report.remarks.append(f"{counted(found.empty, 'empty document')}: training passes over them")
 
 
 def _first_inside(dataset: IndexedDataset, tokens: TokenMap, token: int, found: _DocumentChecker) -> int:
@@ -486,11 +399,11 @@ def _first_inside(dataset: IndexedDataset, tokens: TokenMap, token: int, found: 
         filled = ends > begins
         at_ends = [begins[filled]] if token == found.bos else []
         at_ends += [ends[filled] - 1] if token == found.eod else []
-        allowed = np.sort(np.concatenate(at_ends))
+        allowed = np.concatenate(at_ends)
         for low in range(int(starts[0]), int(starts[-1]), _TOKENS_AT_ONCE):
             part = tokens.all[low : min(low + _TOKENS_AT_ONCE, int(starts[-1]))]
             places = low + np.flatnonzero(part == token)
-            inside = places[~_search(allowed, places)[1]]
+            inside = places[~np.isin(places, allowed)]
             if len(inside):
                 return first + int(np.searchsorted(ends, inside[0], side="right"))
     raise AssertionError("it was counted before")
@@ -512,7 +425,7 @@ def _report_duplicates(dataset: IndexedDataset, found: _DocumentChecker, report:
         opens = np.flatnonzero(same & ~np.append(False, same[:-1]))  # where each group of equal digests begins
         sizes = np.diff(np.append(np.flatnonzero(np.append(True, ~same)), len(entries)))
         groups += len(opens)
-        for place in opens[: _EXAMPLES - len(examples)].tolist():
+        for place in opens[: EXAMPLES - len(examples)].tolist():
             examples.append(" = ".join(f"{n:,}" for n in entries["document"][place : place + 2].tolist()))
         copies = int(sizes.max())
         if copies > most[0]:
@@ -527,182 +440,7 @@ def _report_duplicates(dataset: IndexedDataset, found: _DocumentChecker, report:
     }
     if repeats:
         report.remarks.append(
-            f"{_number(repeats, 'exact duplicate')}, {100 * repeats / with_text:.2f} % of the documents with text and "
+            f"{counted(repeats, 'exact duplicate')}, {100 * repeats / with_text:.2f} % of the documents with text and "
             f"{100 * tokens / dataset.num_tokens:.2f} % of the tokens; documents {', '.join(examples)}; document "
             f"{most[1]:,} is there {most[0]:,} times"
         )
-
-
-# ---- held-out sets ----
-
-
-@dataclass(frozen=True)
-class _HeldOut:
-    name: str
-    documents: list[np.ndarray]
-    """Ids of each document, without bos and eod, in the dataset's type; none is empty."""
-
-
-def _read_held_out(
-    path: str | Path, dataset: IndexedDataset, tokenizer: Tokenizer | None, bos: int | None, eod: int | None
-) -> _HeldOut:
-    """A JSON lines file where ``path`` is a file, else an indexed dataset."""
-    documents: Iterable[np.ndarray]
-    if Path(path).is_file():
-        if tokenizer is None:
-            raise ConfigError(
-                94, f"--held-out {path}", "is text: it needs --tokenizer", "name the dataset's tokenizer, or a prefix"
-            )
-        options = dataset.header.options if dataset.header is not None else {}
-        key = str(options.get("json_key", "text"))
-        documents = (
-            np.array(tokenizer.encode(text), np.int64) for texts, _ in read_texts(Path(path), key) for text in texts
-        )
-    else:
-        other = IndexedDataset(path)
-        prints = {
-            set_.header.tokenizer.fingerprint
-            for set_ in (dataset, other)
-            if set_.header is not None and set_.header.tokenizer is not None
-        }
-        if len(prints) > 1:
-            raise RefusedError(10, f"held-out set {path}", f"was made with another tokenizer than {dataset.prefix}",
-                               "prepare it with the same one, or give its text and --tokenizer")  # fmt: skip
-        starts = document_starts(other, 0, other.num_documents)
-        documents = (other.tokens[a:b] for a, b in zip(starts[:-1].tolist(), starts[1:].tolist()))
-    limits = np.iinfo(dataset.dtype)
-    kept = []
-    for ids in documents:
-        ids = ids[1:] if len(ids) and ids[0] == bos else ids
-        ids = ids[:-1] if len(ids) and ids[-1] == eod else ids
-        if len(ids) and limits.min <= int(ids.min()) and int(ids.max()) <= limits.max:  # else no document can be equal
-            kept.append(ids.astype(dataset.dtype))
-    return _HeldOut(str(path), kept)
-
-
-class _Overlap:
-    """Held-out sets, and how much of them has been met so far."""
-
-    def __init__(self, sets: list[_HeldOut]) -> None:
-        self.sets = sets
-        largest = max((int(ids.max()) for one in sets for ids in one.documents), default=0)
-        self._values = _random_values(min(largest + 2, 1 << 25))  # one more id: what no held-out document has
-        ratios = np.full(_WINDOWS_AT_ONCE + NGRAM, _RATIO, np.uint64)
-        ratios[0] = 1
-        self._powers = np.cumprod(ratios)  # r^i modulo 2^64
-        ratios[1:] = pow(_RATIO, -1, 1 << 64)
-        self._inverse = np.cumprod(ratios)
-        self._of_document = [
-            np.array([xxhash.xxh3_64_intdigest(ids.tobytes()) for ids in one.documents], np.uint64) for one in sets
-        ]
-        self._of_grams = [[self._long_grams(ids) for ids in one.documents] for one in sets]
-        self._digests = np.unique(np.concatenate(self._of_document))
-        nothing = np.empty(0, np.uint64)
-        self._grams = np.unique(np.concatenate([nothing, *(grams for one in self._of_grams for grams in one)]))
-        self._met_digests = np.full(len(self._digests), -1, np.int64)  # document of the dataset that met it first
-        self._met_grams = np.zeros(len(self._grams), bool)
-        self._filter = _Filter(self._grams)
-        self.documents_touched = 0
-        """Of the dataset, with at least one window of a held-out document."""
-
-    def look(
-        self, digests: np.ndarray, numbers: np.ndarray, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray
-    ) -> None:
-        """Documents of the dataset, in order: digests, numbers, and where their text begins and ends in ``tokens``."""
-        place, met = _search(self._digests, digests)
-        for where, number in zip(place[met].tolist(), numbers[met].tolist()):
-            if self._met_digests[where] < 0:
-                self._met_digests[where] = number
-        if len(self._grams) == 0 or len(begins) == 0:
-            return
-        touched = np.zeros(len(begins), bool)
-        for first in range(int(begins[0]), int(ends[-1]) - NGRAM + 1, _WINDOWS_AT_ONCE):
-            windows = self._window_hashes(tokens[first : min(first + _WINDOWS_AT_ONCE + NGRAM - 1, int(ends[-1]))])
-            passed = self._filter.passed(windows)
-            place, met = _search(self._grams, windows[passed])
-            at = first + passed[met]
-            document = np.searchsorted(begins, at, side="right") - 1
-            inside = at + NGRAM <= ends[document]
-            self._met_grams[place[met][inside]] = True
-            touched[document[inside]] = True
-        self.documents_touched += int(touched.sum())
-
-    def describe(self, report: Report) -> dict[str, Any]:
-        """Facts of each set; documents met go into the report as problems, windows met as remarks."""
-        facts: dict[str, Any] = {}
-        for one, digests, grams in zip(self.sets, self._of_document, self._of_grams):
-            met = self._met_digests[np.searchsorted(self._digests, digests)]
-            shares = [self._met_grams[np.searchsorted(self._grams, of)] for of in grams]
-            touched = [of for of in shares if of.any()]
-            windows = sum(map(len, shares))
-            facts[one.name] = {
-                "documents": len(digests),
-                "documents_found": int((met >= 0).sum()),
-                "documents_sharing_a_window": len(touched),
-                "window_tokens": NGRAM,
-                "windows": windows,
-                "windows_found": sum(int(of.sum()) for of in touched),
-            }
-            if (met >= 0).any():
-                which = ", ".join(
-                    f"{int(i):,} is document {int(met[i]):,}" for i in np.flatnonzero(met >= 0)[:_EXAMPLES]
-                )
-                report.contaminated.append(
-                    f"{int((met >= 0).sum()):,} of the {len(digests):,} documents of {one.name} (with text: {which})"
-                )
-            if touched:
-                report.remarks.append(
-                    f"{len(touched):,} of {len(digests):,} documents of {one.name} share {NGRAM} consecutive tokens "
-                    f"with the dataset, {sum(int(of.sum()) for of in touched):,} of its {windows:,} windows"
-                )
-        return facts
-
-    def _long_grams(self, ids: np.ndarray) -> np.ndarray:
-        parts = [
-            self._window_hashes(ids[first : first + _WINDOWS_AT_ONCE + NGRAM - 1])
-            for first in range(0, max(len(ids) - NGRAM + 1, 0), _WINDOWS_AT_ONCE)
-        ]
-        return np.concatenate([np.empty(0, np.uint64), *parts])
-
-    def _window_hashes(self, ids: np.ndarray) -> np.ndarray:
-        """uint64 [n - NGRAM + 1]: sum of value(id) r^j over the NGRAM ids of each window, modulo 2^64."""
-        terms = np.zeros(len(ids) + 1, np.uint64)
-        np.take(self._values, ids, mode="clip", out=terms[1:])
-        terms[1:] *= self._powers[: len(ids)]
-        np.cumsum(terms, out=terms)
-        return (terms[NGRAM:] - terms[:-NGRAM]) * self._inverse[: len(ids) - NGRAM + 1]
-
-
-class _Filter:
-    """One bit for each value of the leading bits of a hash: lets all known hashes pass, and 1 % of the others."""
-
-    def __init__(self, known: np.ndarray) -> None:
-        bits = min(max((64 * len(known)).bit_length(), 10), 29)  # 64 MB at most
-        self._shift, self._byte_shift = np.uint64(64 - bits), np.uint64(64 - bits + 3)
-        self._table = np.zeros(1 << bits - 3, np.uint8)
-        np.bitwise_or.at(self._table, known >> self._byte_shift, self._bit(known))
-
-    def passed(self, hashes: np.ndarray) -> np.ndarray:
-        """Places of the hashes that may be known."""
-        places = (hashes >> self._byte_shift).view(np.int64)
-        return np.flatnonzero(np.take(self._table, places, mode="clip") & self._bit(hashes))  # clip: the fastest mode
-
-    def _bit(self, hashes: np.ndarray) -> np.ndarray:
-        return np.uint8(1) << ((hashes >> self._shift).astype(np.uint8) & np.uint8(7))
-
-
-def _random_values(count: int) -> np.ndarray:
-    """uint64 [count]: splitmix64 (Steele, Lea and Flood 2014) of 1, 2, ..."""
-    z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_RATIO)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def _search(known: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each value would stand among the sorted ``known`` ones, and whether it is one of them."""
-    place = np.searchsorted(known, values)
-    inside = place < len(known)
-    met = np.zeros(len(values), bool)
-    met[inside] = known[place[inside]] == values[inside]
-    return place, met

@@ -21,6 +21,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,11 +112,17 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tens
     assert documents is not None, "this backend masks documents and must be told where they are"
     q, k, v = (x.squeeze(1) for x in (q, k, v))  # [b s, heads, d], no copy
     bounds, longest = documents.cu_seqlens, documents.max_length
-    causal = (-1, 0)  # a window of everything before and nothing after
-    grouped = q.shape[1] != k.shape[1]
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=causal, enable_gqa=grouped)
+    how: dict[str, Any] = {"window_size": (-1, 0)}  # everything before and nothing after
+    if "enable_gqa" in _parameters(varlen_attn):  # torch 2.11 shares keys without being told
+        how["enable_gqa"] = q.shape[1] != k.shape[1]
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, **how)
     assert isinstance(out, Tensor)
     return out.unsqueeze(1)
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 @cache
@@ -125,7 +132,7 @@ def _varlen_is_missing(device: torch.device) -> str:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen"
-    if not {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
+    if "window_size" not in _parameters(varlen_attn):
         return f"the varlen_attn of torch {torch.__version__} has another signature"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than FlashAttention's sm_80"
@@ -184,7 +191,7 @@ def _varlen_limits(demand: Demand) -> str:
 
 
 def _fused_limits(demand: Demand) -> str:
-    if demand.compile == "layers":
+    if demand.compile == "layers" and demand.mask == "causal":
         return "is not for kernels.compile=layers"
     return attention_cpu.obstacle(demand.dtype)
 

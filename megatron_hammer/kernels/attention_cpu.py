@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_hammer.kernels import cpu
+from megatron_hammer.kernels.memory import empty
 
 if TYPE_CHECKING:
     from megatron_hammer.kernels.attention import Documents
@@ -61,7 +62,7 @@ class _Attention(torch.autograd.Function):
         assert k.shape == v.shape == (s, b, g, d) and n % g == 0, f"q {tuple(q.shape)}, k {tuple(k.shape)}"
         assert not (why := obstacle(q.dtype)), f"fused attention {why}"
         q, k, v = (_rows_contiguous(x, q.dtype) for x in (q, k, v))
-        out, lse = q.new_empty(s, b, n, d), q.new_empty(b, n, s, dtype=torch.float32)
+        out, lse = empty((s, b, n, d), q), q.new_empty(b, n, s, dtype=torch.float32)
         ctx.facts = (bounds, (b, n, g, d), d**-0.5, q.dtype == torch.bfloat16)
         ctx.save_for_backward(q, k, v, out, lse)
         tensors = [_address(x) for x in (q, k, v, out)]
@@ -73,7 +74,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, lse = ctx.saved_tensors
         grad = _rows_contiguous(grad, q.dtype)
-        grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
+        grad_q, grad_k, grad_v = (empty(x.shape, x) for x in (q, k, v))
         tensors = [_address(x) for x in (q, k, v, out, grad, grad_q, grad_k, grad_v)]
         cpu.COMPILED.attention_backward(*ctx.facts, torch.get_num_threads(), lse.data_ptr(), tensors)
         return grad_q, grad_k, grad_v, None

@@ -11,7 +11,6 @@ faster and takes 10 s and 150 MB at start.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -19,17 +18,13 @@ from typing import Any
 import torch  # before the module below: its OpenMP runtime must be the one that is loaded
 from torch import Tensor
 
+from megatron_hammer.compiled import find_compiled
 from megatron_hammer.kernels.linear_cross_entropy import Columns
 
 INTERFACE = 2  # raised with every change of the compiled functions: an old build must not be called with new arguments
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 
-try:
-    _found: Any = importlib.import_module("megatron_hammer.kernels._cpu")
-except ImportError:
-    _found = None
-
-COMPILED: Any = _found if getattr(_found, "INTERFACE", None) == INTERFACE else None
+COMPILED: Any = find_compiled("megatron_hammer.kernels._cpu", INTERFACE)
 
 
 def missing(device: torch.device) -> str:

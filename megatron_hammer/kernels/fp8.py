@@ -34,6 +34,7 @@ from megatron_hammer.config import KernelsConfig
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.kernels import cuda, fused
 from megatron_hammer.kernels.linear import Products
+from megatron_hammer.kernels.weight_gradient import sum_weight_gradient_in_graph
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}  # arXiv 2209.05433, table 1
@@ -154,7 +155,7 @@ def emulated_multiply(
 class Fp8Products(Products):
     """Products in 8 bits with tensor-wise current scaling.
 
-    Sizes must be multiples of 16, except that of a product's rows (``config.py`` sees to it). Under tensor parallelism
+    Sizes must be multiples of 16, except that of a product's rows (``config/`` sees to it). Under tensor parallelism
     an operand that all ranks hold has one scale, as they compute it from the same numbers; a divided one has a scale a
     rank.
     """
@@ -188,9 +189,12 @@ class Fp8Products(Products):
         return x.columns, x.scale
 
     def weight(self, weight: Tensor) -> Operand:
-        """Quantised anew only after it has changed, where its optimizer says when: 2 bytes a weight are held."""
+        """Quantised anew only after it has changed, where its optimizer says when: 2 bytes a weight are held.
+
+        A compiled layer quantises for each micro-batch: what a graph takes for a constant must not change.
+        """
         keeper = getattr(weight, "gradients", None)
-        if keeper is None:
+        if keeper is None or torch.compiler.is_compiling():
             return self.quantise(weight, E4M3)
         version = keeper.weights_version, weight._version
         held = self._weights.get(weight)
@@ -219,6 +223,10 @@ class Fp8Products(Products):
             part = grad.columns[i : i + rows]
             place[i : i + rows].add_(self.multiply(part, grad.scale, x, x_scale, place.dtype, False))
 
+    def add_in_graph(self, place: Tensor, begun: Tensor, grad: Operand, kept: tuple[Tensor, ...]) -> None:
+        product = self.multiply(grad.columns, grad.scale, *kept, place.dtype, False)
+        sum_weight_gradient_in_graph(place, begun, product)
+
 
 def select_products(kernels: KernelsConfig, device: torch.device) -> tuple[Products, Products]:
     """The products of the layers (of ``layers.py``; Transformer Engine's have their own) and of the head.
@@ -231,7 +239,7 @@ def select_products(kernels: KernelsConfig, device: torch.device) -> tuple[Produ
     if not any(chosen):
         return PLAIN, PLAIN
     fast = Fp8Products()
-    if not cuda.missing(device):
+    if kernels.compile != "layers" and not cuda.missing(device):  # the compiler fuses casts with what comes before
         fast = Fp8Products(fused_largest, fused_cast, measured=Measured(cuda.library()))
     return fast if chosen[0] else PLAIN, fast if chosen[1] else PLAIN
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_hammer.kernels.memory import empty
+
 
 class Kernels(Protocol):
     """What a device's kernels offer; results are written into the arguments that are named for them."""
@@ -53,8 +55,8 @@ class _AddRMSNorm(torch.autograd.Function):
         ctx.kernels, h = k, x.shape[-1]
         rows = x.contiguous().view(-1, h)
         other = None if update is None else update.contiguous().view(-1, h)
-        normed, rstd = torch.empty_like(rows), rows.new_empty(rows.shape[0], dtype=torch.float32)
-        summed = None if other is None else torch.empty_like(rows)
+        normed, rstd = empty(rows.shape, rows), rows.new_empty(rows.shape[0], dtype=torch.float32)
+        summed = None if other is None else empty(rows.shape, rows)
         k.add_rms_norm_forward(rows, other, weight, eps, normed, summed, rstd)
         second = x if summed is None else summed.view(x.shape)
         ctx.save_for_backward(second, weight, rstd)
@@ -70,7 +72,7 @@ class _AddRMSNorm(torch.autograd.Function):
         h = summed.shape[-1]
         rows = summed.contiguous().view(-1, h)
         beside = None if grad_summed is None else grad_summed.contiguous().view(-1, h)
-        grad_x, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
+        grad_x, grad_weight = empty(rows.shape, rows), torch.empty_like(weight)
         ctx.kernels.add_rms_norm_backward(
             grad_normed.contiguous().view(-1, h), beside, rows, weight, rstd, grad_x, grad_weight
         )
@@ -112,7 +114,7 @@ class _Rope(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         rows = [x if x.stride(-1) == 1 else x.contiguous() for x in grads]
-        grad_qkv = rows[0].new_empty(ctx.shape)
+        grad_qkv = empty(ctx.shape, rows[0])
         ctx.kernels.rope_backward(*rows, cos, sin, grad_qkv)
         return None, grad_qkv, None, None, None, None
 
@@ -127,7 +129,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, k: Kernels, gate_up: Tensor) -> Tensor:
         f = gate_up.shape[-1] // 2
         rows = gate_up.contiguous().view(-1, 2 * f)
-        product = rows.new_empty(rows.shape[0], f)
+        product = empty((rows.shape[0], f), rows)
         k.swiglu_forward(rows, product)
         ctx.save_for_backward(gate_up)
         ctx.kernels = k
@@ -138,7 +140,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gate_up,) = ctx.saved_tensors
         rows = gate_up.contiguous().view(-1, gate_up.shape[-1])
-        grad_gate_up = torch.empty_like(rows)
+        grad_gate_up = empty(rows.shape, rows)
         grad = grads[0].contiguous().view(-1, rows.shape[1] // 2)
         ctx.kernels.swiglu_backward(grad, rows, grad_gate_up)
         return None, grad_gate_up.view(gate_up.shape)

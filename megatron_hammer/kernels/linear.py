@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_hammer.kernels.weight_gradient import add_weight_gradient
+from megatron_hammer.kernels.memory import empty
+from megatron_hammer.kernels.weight_gradient import add_weight_gradient, add_weight_gradient_in_graph
 
 
 class Products:
@@ -50,15 +51,27 @@ class Products:
 
     def forward(self, x: Any, weight: Any, out: Tensor | None = None) -> Tensor:
         """y [.., out]; into ``out`` where it is given."""
-        return F.linear(x, weight) if out is None else torch.mm(x, weight.t(), out=out)
+        if torch.compiler.is_compiling():  # which finds the memory
+            return F.linear(x, weight)
+        y = empty((*x.shape[:-1], len(weight)), x) if out is None else out
+        torch.mm(x.flatten(0, -2), weight.t(), out=y.flatten(0, -2))
+        return y
 
     def input_gradient(self, grad: Any, weight: Any, out: Tensor | None = None) -> Tensor:
         """dx [.., in]; into ``out`` where it is given."""
-        return torch.matmul(grad, weight, out=out)
+        if torch.compiler.is_compiling():
+            return torch.matmul(grad, weight)
+        dx = empty((*grad.shape[:-1], weight.shape[1]), grad) if out is None else out
+        torch.mm(grad.flatten(0, -2), weight, out=dx.flatten(0, -2))
+        return dx
 
     def add_weight_gradient(self, place: Tensor, grad: Any, kept: tuple[Tensor, ...], add: bool) -> None:
         """place [out, in] = dy^T x, or += with ``add``."""
         add_weight_gradient(place, grad.flatten(0, -2), kept[0].flatten(0, -2), add)
+
+    def add_in_graph(self, place: Tensor, begun: Tensor, grad: Any, kept: tuple[Tensor, ...]) -> None:
+        """``add_weight_gradient`` where torch.compile makes a graph; begun: bool on the host."""
+        add_weight_gradient_in_graph(place, begun, grad.flatten(0, -2), kept[0].flatten(0, -2))
 
     def weight_gradient(self, weight: Tensor, grad: Any, kept: tuple[Tensor, ...]) -> Tensor | None:
         """dW in the weight's dtype; None where ``weight.gradients`` has taken it.
@@ -70,6 +83,10 @@ class Products:
             grad_weight = torch.empty_like(weight)
             self.add_weight_gradient(grad_weight, grad, kept, False)
             return grad_weight
+        if torch.compiler.is_compiling():
+            place, begun = keeper.place_in_graph(weight)
+            self.add_in_graph(place, begun, grad, kept)
+            return None
         place, add = keeper.place(weight)
         self.add_weight_gradient(place, grad, kept, add)
         keeper.arrived(weight)

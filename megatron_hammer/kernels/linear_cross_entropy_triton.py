@@ -1,14 +1,22 @@
-"""The softmax of a chunk of logits in Triton: one program a row, which reads the row twice and writes it once.
+"""The softmax of a chunk of logits in Triton: a program takes a row, reads it twice and writes it once, then the next.
 
 The formulas, arguments and results are those of ``linear_cross_entropy.py``. With one rank, both halves run in one
-program: the second reading of the row (212 kB at 105,789 pieces in 16 bits) finds it in the L2 cache where all rows in
-flight fit, and then a logit costs 4 bytes of memory traffic. Sums are fp32, in a fixed order: deterministic.
+program, and a logit is to cost 4 bytes of memory traffic: the second reading has to find the row (212 kB at 105,789
+pieces in 16 bits) in the L2 cache. So there is one program on a multiprocessor, as large as a block can be (132 rows
+are 28 MB; an H100's cache has 50), and the second reading goes backwards, from what was read last.
 
-Proved in Triton's interpreter and by compiling for sm_80 and sm_90; its speed on a GPU is not measured yet.
+An H200 has some 120 instructions for 8 logits while its memory moves them, so there are few: every thread keeps the
+largest logit and the sum of its own columns, reduced once a row; whole blocks have no masks; the label's own entry is
+written over afterwards. Masks are multiples of the width, never of the odd number of pieces: what reads 16 bytes at a
+time would read 2.
+
+Sums are fp32, in a fixed order: deterministic. Proved in Triton's interpreter and by compiling for sm_80 and sm_90,
+where loads and stores are of 16 bytes and nothing spills; its speed on a GPU is not measured yet.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,9 +30,33 @@ try:
 except ImportError:  # then nobody calls what follows: select_loss asks first
     triton = None
 
-BLOCK, WARPS = 4096, 8  # columns at a time, 16 a thread; chosen by eye
+EACH = 8  # neighbouring columns of a thread: 16 bytes in 16 bits
+BLOCK = 16384  # columns at a time, two such vectors a thread: 32 KB in flight; an H200 needs about 26
+WARPS = 32  # the largest block
 
 if triton is not None:
+    LOG2_E = tl.constexpr(1.4426950408889634)
+    LOWEST = tl.constexpr(-1e38)  # below every logit, and finite: the difference of two is no NaN
+
+    @triton.jit
+    def _read(line, column, valid, width, MASKED: tl.constexpr):
+        """Logits in fp32; those that stand for no token are minus infinity."""
+        if MASKED:
+            z = tl.load(line + column, mask=column < width, other=float("-inf")).to(tl.float32)
+            return tl.where(column < valid, z, float("-inf"))
+        else:
+            return tl.load(line + column).to(tl.float32)
+
+    @triton.jit
+    def _exp(x):
+        """tl.exp(x) without its care for results that are no normal numbers: they become 0."""
+        return tl.exp2(x * LOG2_E)
+
+    @triton.jit
+    def _add(z, largest, total):
+        """The running maximum and sum of each lane, with more logits."""
+        higher = tl.maximum(largest, tl.max(z, 1))
+        return higher, total * _exp(largest - higher) + tl.sum(_exp(z - higher[:, None]), 1)
 
     @triton.jit
     def softmax_rows(
@@ -43,55 +75,73 @@ if triton is not None:
         SUM: tl.constexpr,
         GRADIENT: tl.constexpr,
         BLOCK: tl.constexpr,
+        EACH: tl.constexpr,
     ):
         """SUM: the statistics of a row. GRADIENT: its logits to gradient. Both: of a row that is whole on this rank."""
-        row = tl.program_id(0).to(tl.int64)
-        line = logits + row * row_stride
-        label = tl.load(labels + row) - start
-        if SUM:
-            largest = tl.full((), float("-inf"), tl.float32)
-            total = tl.full((), 0.0, tl.float32)
-            target = tl.full((), 0.0, tl.float32)
-            for first in range(0, valid, BLOCK):
-                column = first + tl.arange(0, BLOCK)
-                z = tl.load(line + column, mask=column < valid, other=float("-inf")).to(tl.float32)
-                higher = tl.maximum(largest, tl.max(z, 0))
-                total = total * tl.exp(largest - higher) + tl.sum(tl.exp(z - higher), 0)
-                target += tl.sum(tl.where((column == label) & (column < valid), z, 0.0), 0)
-                largest = higher
-            if GRADIENT:
-                tl.store(lse_of + row, tl.log(total) + largest)
-                tl.store(loss_of + row, tl.log(total) + (largest - target))
-            else:
-                tl.store(statistics + row, largest)
-                tl.store(statistics + rows + row, total)
-                tl.store(statistics + 2 * rows + row, target)
-        if GRADIENT:
+        lanes: tl.constexpr = BLOCK // EACH
+        place = tl.arange(0, lanes)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+        whole = valid // BLOCK  # blocks
+        for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+            line = logits + row * tl.cast(row_stride, tl.int64)
+            label = tl.load(labels + row) - start
+            here = (label >= 0) & (label < valid)
             if SUM:
-                lse = tl.log(total) + largest
-                loss = tl.log(total) + (largest - target)
-            else:
-                lse = tl.load(lse_of + row)
-                loss = tl.load(loss_of + row)
-            weight = tl.load(weights + row)
-            # p - 1 for the label, by its series where p is close to 1 and the difference would lose its digits.
-            series = -loss * (1 - loss / 2 * (1 - loss / 3 * (1 - loss / 4 * (1 - loss / 5))))
-            p_less_one = tl.where(loss < 0.1, series, tl.exp(-loss) - 1)
-            exact = weight * (p_less_one + 2 * z_loss * lse * tl.exp(-loss))
-            slope = weight * (1 + 2 * z_loss * lse)
-            for first in range(0, width, BLOCK):
-                column = first + tl.arange(0, BLOCK)
-                z = tl.load(line + column, mask=column < valid, other=float("-inf")).to(tl.float32)
-                gradient = tl.where(column == label, exact, tl.exp(z - lse) * slope)
-                gradient = tl.where(column < valid, gradient, 0.0)
-                tl.store(line + column, gradient.to(logits.dtype.element_ty), mask=column < width)
+                # Before the reductions, whose barriers lie between this and the first store of any warp.
+                target = tl.load(line + label, mask=here, other=0.0).to(tl.float32)
+                largest = tl.full((lanes,), LOWEST, tl.float32)
+                total = tl.zeros((lanes,), tl.float32)
+                for block in range(whole):
+                    z = _read(line, block * BLOCK + place, valid, width, False)
+                    largest, total = _add(z, largest, total)
+                for first in range(whole * BLOCK, width, BLOCK):
+                    z = _read(line, first + place, valid, width, True)
+                    largest, total = _add(z, largest, total)
+                highest = tl.max(largest, 0)
+                sum_of_row = tl.sum(total * _exp(largest - highest), 0)
+                if GRADIENT:
+                    lse = tl.log(sum_of_row) + highest
+                    loss = tl.log(sum_of_row) + (highest - target)
+                    tl.store(lse_of + row, lse)
+                    tl.store(loss_of + row, loss)
+                else:
+                    tl.store(statistics + row, highest)
+                    tl.store(statistics + rows + row, sum_of_row)
+                    tl.store(statistics + 2 * rows + row, target)
+            if GRADIENT:
+                if not SUM:
+                    lse = tl.load(lse_of + row)
+                    loss = tl.load(loss_of + row)
+                weight = tl.load(weights + row)
+                slope = weight * (1 + 2 * z_loss * lse)
+                for first in range(whole * BLOCK, width, BLOCK):
+                    column = first + place
+                    gradient = _exp(_read(line, column, valid, width, True) - lse) * slope
+                    gradient = tl.where(column < valid, gradient, 0.0)  # also where lse is not finite
+                    tl.store(line + column, gradient.to(logits.dtype.element_ty), mask=column < width)
+                for done in range(whole):
+                    column = (whole - 1 - done) * BLOCK + place
+                    gradient = _exp(_read(line, column, valid, width, False) - lse) * slope
+                    tl.store(line + column, gradient.to(logits.dtype.element_ty))
+                # p - 1 for the label, by its series where p is close to 1 and the difference would lose its digits.
+                series = -loss * (1 - loss / 2 * (1 - loss / 3 * (1 - loss / 4 * (1 - loss / 5))))
+                p_less_one = tl.where(loss < 0.1, series, tl.exp(-loss) - 1)
+                exact = weight * (p_less_one + 2 * z_loss * lse * tl.exp(-loss))
+                tl.debug_barrier()  # another warp has written this place
+                tl.store(line + label, exact.to(logits.dtype.element_ty), mask=here)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _launch(logits: Tensor, labels: Tensor, columns: Columns, *given: Any, total: bool, gradient: bool) -> None:
     statistics, lse, loss, weights, z_loss = given
     assert logits.stride(1) == 1 and labels.is_contiguous(), "rows must lie in memory as they are read"
     rows, width = logits.shape
-    softmax_rows[(rows,)](
+    if not rows:
+        return
+    softmax_rows[(min(rows, _multiprocessors(logits.device)),)](
         logits,
         labels,
         statistics,
@@ -107,6 +157,7 @@ def _launch(logits: Tensor, labels: Tensor, columns: Columns, *given: Any, total
         SUM=total,
         GRADIENT=gradient,
         BLOCK=BLOCK,
+        EACH=EACH,
         num_warps=WARPS,
     )
 

@@ -20,6 +20,7 @@ from megatron_hammer.config import ATTENTION_MASKS, KernelsConfig
 from megatron_hammer.kernels import adamw, attention, fp8, linear_cross_entropy, norm, rope, swiglu
 from megatron_hammer.kernels.adamw import OptimizerKernels
 from megatron_hammer.kernels.attention import AttentionFunction
+from megatron_hammer.kernels.attention_graph import in_graph
 from megatron_hammer.kernels.backend import Backend, Demand, select
 from megatron_hammer.kernels.linear import Products
 from megatron_hammer.kernels.linear_cross_entropy import LossKernels
@@ -82,7 +83,7 @@ def kernels_table(kernels: KernelsConfig, demand: Demand) -> str:
                 able.append(row.name)
             elif operation != "attention" or demand.mask in ATTENTION_MASKS[row.name]:  # else it was never meant
                 reasons.setdefault(_short(obstacle, notes), []).append(row.name)
-        compiled = " (compiled)" if _is_compiled(kernels, operation, chosen) else ""
+        compiled = " (compiled)" if _is_compiled(kernels, operation, chosen, demand.mask) else ""
         why = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
         rows.append((operation, chosen.name + compiled, ", ".join(able), why))
     if kernels.fp8 != "off":
@@ -113,11 +114,12 @@ def _short(obstacle: str, notes: list[str]) -> str:
     return f"see [{notes.index(reason) + 1}]"
 
 
-def _is_compiled(kernels: KernelsConfig, operation: str, chosen: Backend) -> bool:
+def _is_compiled(kernels: KernelsConfig, operation: str, chosen: Backend, mask: str) -> bool:
     """By itself, or as part of its layer."""
     if kernels.compile == "operations":
         return chosen.compiles
-    return kernels.compile == "layers" and operation in ("attention", "norm", "rope", "swiglu")
+    inside = ("norm", "rope", "swiglu") if mask == "document" else ("attention", "norm", "rope", "swiglu")
+    return kernels.compile == "layers" and operation in inside
 
 
 def _be_deterministic() -> None:
@@ -141,6 +143,7 @@ def select_operations(kernels: KernelsConfig, demand: Demand | None = None) -> O
     chosen = select_backends(kernels, demand)
     products = fp8.select_products(kernels, demand.device)
     measuring, alone = fp8.measuring(products[0]), kernels.compile == "operations"
+    attention_row, opaque = chosen["attention"], kernels.compile == "layers" and demand.mask == "document"
     if demand.deterministic and demand.device.type == "cuda":  # a CPU's kernels are
         _be_deterministic()
 
@@ -154,7 +157,7 @@ def select_operations(kernels: KernelsConfig, demand: Demand | None = None) -> O
         fused("norm"),
         fused("rope"),
         fused("swiglu"),
-        chosen["attention"].load(demand.device),
+        in_graph(attention_row, demand.device) if opaque else attention_row.load(demand.device),
         linear_cross_entropy.with_chunks(chosen["loss"].load(demand.device), kernels, demand.device),
         *products,
     )

@@ -40,6 +40,14 @@ class WeightGradients(Protocol):
         """Say that nothing more is added in this micro-batch; not for weights that autograd brings a gradient too."""
         ...
 
+    def place_in_graph(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """``place`` for layers that torch.compile makes a graph of: tensors, so that they are inputs of the graph.
+
+        The sum (with a version counter of its own: it is written while other layers hold theirs for backward) and, on
+        the host, whether it has begun. The end of the graph's backward is taken for ``arrived``.
+        """
+        ...
+
 
 def add_weight_gradient(place: Tensor, grad_y: Tensor, x: Tensor, add: bool) -> None:
     """place = dy^T x, or += with ``add``.
@@ -61,6 +69,29 @@ def add_weight_gradient(place: Tensor, grad_y: Tensor, x: Tensor, add: bool) -> 
                 _accumulate(block, product)
             else:
                 block.copy_(product)
+
+
+@torch.library.custom_op("megatron_hammer::add_weight_gradient", mutates_args={"place"})
+def add_weight_gradient_in_graph(place: Tensor, begun: Tensor, grad_y: Tensor, x: Tensor) -> None:
+    """``add_weight_gradient`` as one operation, which a compiler calls and does not look into.
+
+    Args:
+        begun: bool scalar on the host.
+    """
+    add_weight_gradient(place, grad_y, x, bool(begun))
+
+
+@torch.library.custom_op("megatron_hammer::sum_weight_gradient", mutates_args={"place"})
+def sum_weight_gradient_in_graph(place: Tensor, begun: Tensor, product: Tensor) -> None:
+    """place = product, or += where the sum has begun, likewise: for products that cannot add."""
+    if begun:
+        _accumulate(place, product)
+    else:
+        place.copy_(product)
+
+
+add_weight_gradient_in_graph.register_fake(lambda place, begun, grad_y, x: None)
+sum_weight_gradient_in_graph.register_fake(lambda place, begun, product: None)
 
 
 def _accumulate(total: Tensor, product: Tensor) -> None:

@@ -125,8 +125,6 @@ class _SequenceParallelLinear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, options: LayerOptions) -> Tensor:
     """[.., in] x [out, in] -> [.., out], without communication."""
-    if torch.compiler.is_compiling():  # the compiler writes backward, and autograd brings the weight's gradient
-        return F.linear(x, weight)
     return _Linear.apply(x, weight, options.operations.products.now(), Group())  # type: ignore[no-any-return]
 
 
@@ -182,6 +180,11 @@ def _sum_parts(partial: Tensor, options: LayerOptions) -> Tensor:
     if options.sequence_parallel:
         return scatter_sum(partial, options.tp)
     return sum_over_ranks(partial, options.tp)
+
+
+def operations(chosen: Operations) -> Operations:
+    """What these layers compute with: what was chosen; ``layers_te.py`` has a norm of its own."""
+    return chosen
 
 
 def forward_region(options: LayerOptions) -> Callable[[], AbstractContextManager]:

@@ -9,7 +9,8 @@ and loss are ours, and so is the choice of an attention backend, of which Transf
 A module of the library sits in a tuple, out of reach of ``nn.Module``: only its weight is registered, under the name
 that the parameter table gives. So a checkpoint of these layers is one of the torch layers and the other way round, and
 the library's own extra state (pickled scales) is never saved. Linear and RMSNorm stay apart, where LayerNormLinear
-would fuse them: that would save one cast a norm under fp8, and would cost the one tree of names.
+would fuse them: that would save one cast a norm under fp8, and would cost the one tree of names and, in 16 bits, the
+choice to make a norm again (``train.recompute=selective``). The norm is an operation like others (``operations``).
 
 Every name and argument used here is listed in ``kernels/te.py``. **Nothing of this has run on a real Transformer Engine
 yet.** On a CPU these layers train, in fp8 too, on the library's own Python code over a stub of its C++ extension
@@ -20,12 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from megatron_hammer.kernels.te import fp8_region
-from megatron_hammer.model.layers import LayerOptions, VocabParallelEmbedding, column_parallel
+from megatron_hammer.kernels.operations import Operations
+from megatron_hammer.kernels.te import add_rms_norm, fp8_region
+from megatron_hammer.model.layers import LayerOptions, RMSNorm, VocabParallelEmbedding, column_parallel
 
 __all__ = [
     "ColumnParallelLinear",
@@ -36,23 +39,8 @@ __all__ = [
     "VocabParallelEmbedding",
     "column_parallel",
     "forward_region",
+    "operations",
 ]
-
-
-class RMSNorm(nn.Module):
-    """Residual add, then the library's RMSNorm: x, update [s/t, b, h] -> normed, x + update."""
-
-    def __init__(self, hidden_size: int, eps: float, options: LayerOptions) -> None:
-        import transformer_engine.pytorch as te
-
-        super().__init__()
-        self.hidden = (te.RMSNorm(hidden_size, eps=eps, device=options.device, dtype=options.dtype),)
-        self.weight = self.hidden[0].weight
-        nn.init.zeros_(self.weight)  # as every weight before initialisation or a checkpoint
-
-    def forward(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        summed = x if update is None else x + update
-        return self.hidden[0](summed), summed
 
 
 class _Linear(nn.Module):
@@ -116,6 +104,11 @@ class QKVLinear(ColumnParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).unflatten(-1, (-1, self.head_dim))
+
+
+def operations(chosen: Operations) -> Operations:
+    """What these layers compute with: the library's RMSNorm, and the rest as chosen."""
+    return replace(chosen, add_rms_norm=add_rms_norm)
 
 
 def forward_region(options: LayerOptions) -> Callable[[], AbstractContextManager]:

@@ -16,6 +16,8 @@ transformers, and ``tests/model/test_llama.py`` holds it to that. A layer reads 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from megatron_hammer.config import KernelsConfig, ModelConfig, padded_vocab_size
 from megatron_hammer.kernels.attention import Documents
+from megatron_hammer.kernels.attention_graph import GraphDocuments
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.model import layers, layers_te
 from megatron_hammer.model.layers import LayerOptions
@@ -94,7 +97,7 @@ class Llama(nn.Module):
         self.config, self.options, self.vocab_size = config, options, config.vocab_size
         self.embedding = layers.VocabParallelEmbedding(config.vocab_size, config.hidden_size, options)
         self.layers = nn.ModuleList(DecoderLayer(config, options, parts) for _ in range(config.num_layers))
-        self.compiled = False
+        self.run_layer: Callable[..., tuple[Tensor, Tensor]] | None = None
         self.layers_region, self.recompute = parts.forward_region(options), recompute
         self.final_norm = parts.RMSNorm(config.hidden_size, config.norm_eps, options)
         if not config.tie_word_embeddings:
@@ -112,10 +115,8 @@ class Llama(nn.Module):
         return self.rope_cache[length]
 
     def compile_layers(self) -> None:
-        """Have the first training step compile a layer, whole; the others have the same code and run that."""
-        self.compiled = True
-        for layer in self.layers:
-            layer.compile(fullgraph=True, dynamic=False)  # in place, no wrapper: the names of the weights stay
+        """Have the first training step compile a layer, whole; the others run that code, on their own weights."""
+        self.run_layer = torch.compile(self.recompute.body, fullgraph=True, dynamic=False)
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -124,18 +125,21 @@ class Llama(nn.Module):
 
     def hidden(self, tokens: Tensor, documents: Documents | None = None) -> Tensor:
         """[b, s] int64 -> what the head reads: [s/t, b, h], and [b s/t, 1, h] with documents."""
+        told: Documents | GraphDocuments | None  # what attention is told
         rope = self.rope(tokens.shape[1])
         if documents is not None:
             tokens = tokens.reshape(1, -1)  # [1, b s]
             rope = (rope[0][documents.positions], rope[1][documents.positions])
-        x, update = self.embedding(tokens.t()), None  # [s/t, b, h]
-        if self.compiled and torch.is_grad_enabled():
+        x, update, told = self.embedding(tokens.t()), None, documents  # [s/t, b, h]
+        # Evaluation comes in many shapes: it is never compiled.
+        run = self.run_layer if torch.is_grad_enabled() else None
+        if run is not None:
             update = torch.zeros_like(x).requires_grad_()  # so that the first layer can run the code of the others
+            told = None if documents is None else GraphDocuments.of(documents)
         with self.layers_region(), self.recompute.region():
             for i, layer in enumerate(self.layers):
-                # Evaluation comes in many shapes: it is never compiled.
-                run = layer if torch.is_grad_enabled() else layer.forward
-                x, update = self.recompute.layer(i, run, self.layers_region, x, update, rope, documents)
+                forward = layer if run is None else partial(run, layer)
+                x, update = self.recompute.layer(i, forward, self.layers_region, x, update, rope, told)
         normed, _ = self.final_norm(x, update)
         return normed  # type: ignore[no-any-return]
 
@@ -204,16 +208,17 @@ def build_llama(
     are those of ``layers.py`` in both.
     """
     kernels, recompute = kernels or KernelsConfig(), recompute or Recompute()
+    parts = layers_te if kernels.layers == "te" else layers
     options = LayerOptions(
         dtype,
         ctx.device,
         ctx.tp,
         sequence_parallel,
-        recompute.operations(operations or Operations()),
+        recompute.operations(parts.operations(operations or Operations())),
         fp8=kernels.fp8,
         world=ctx.world,
     )
-    model = Llama(config, options, layers_te if kernels.layers == "te" else layers, recompute)
+    model = Llama(config, options, parts, recompute)
     if kernels.compile == "layers":
         model.compile_layers()
     return model

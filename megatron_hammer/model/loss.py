@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_hammer.kernels.linear import Products
 from megatron_hammer.kernels.linear_cross_entropy import Columns, combine_statistics
+from megatron_hammer.kernels.memory import empty
 from megatron_hammer.model.layers import LayerOptions
 from megatron_hammer.parallel.collectives import Done, all_gather_rows, all_reduce, reduce_scatter_rows_async
 
@@ -131,7 +132,7 @@ def _losses_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss of each row [s b], gradient of x, and that of the weight unless it has its own place."""
     rows = _all_rows(x, job.options)
-    losses, grad_rows = _empty_losses(rows), torch.empty_like(rows)
+    losses, grad_rows = _empty_losses(rows), empty(rows.shape, rows)
     weights = weights.to(losses.dtype)
     # In fp32 only where something is added: one product rounds once by itself.
     dtype = losses.dtype if len(rows) > job.options.operations.loss.chunk_tokens else weight.dtype
@@ -162,7 +163,7 @@ def _empty_losses(rows: Tensor) -> Tensor:
 def _chunks(rows: Tensor, weight: Any, job: _Job) -> Iterator[tuple[slice, tuple[Tensor, ...], Tensor]]:
     """Each chunk's place, what its products keep of it, and its logits [n, v/t], which the next chunk overwrites."""
     products, size = job.products, min(job.options.operations.loss.chunk_tokens, len(rows))
-    buffer = rows.new_empty((size, job.parameter.shape[0]))
+    buffer = empty((size, job.parameter.shape[0]), rows)
     for start in range(0, len(rows), size):
         c = slice(start, min(start + size, len(rows)))
         chunk = products.input(rows[c])

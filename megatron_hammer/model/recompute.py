@@ -18,7 +18,10 @@ record, for its own backward, which comes next::
                 swiglu: d gate_up, from that record
 
 The residual sum that a norm returns beside its output is kept, for the next norm reads it; the norm is made from the
-sum. full keeps the input of a layer and runs the layer again (``torch.utils.checkpoint``, without reentrance).
+sum. full keeps the input of a layer and runs the layer again.
+
+Where layers are compiled (``kernels.compile=layers``), full is the same around the compiled layer, and selective is
+something that the compiler is told: keep what matrix products and sums over ranks give, make the rest again.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megatron_hammer.config import Config
 from megatron_hammer.kernels import te
@@ -66,14 +69,19 @@ class Recompute:
         """Run one layer; ``region`` is what the forward of the layers runs in."""
         return layer(x, update, *rest)
 
+    @staticmethod
+    def body(layer: Layer, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """What is compiled where layers are."""
+        return layer(*arguments)
+
 
 def plan_recompute(config: Config) -> Recompute:
     """What ``train.recompute`` asks for; the config has been validated."""
+    fp8_by_library = config.kernels.layers == "te" and config.kernels.fp8 != "off"
     if config.train.recompute == "selective":
-        return Selective()
+        return SelectiveInGraph() if config.kernels.compile == "layers" else Selective(norms=not fp8_by_library)
     if config.train.recompute == "full":
-        layers = config.train.recompute_layers or config.model.num_layers
-        return Full(layers, fp8_by_library=config.kernels.layers == "te" and config.kernels.fp8 != "off")
+        return Full(config.train.recompute_layers or config.model.num_layers, fp8_by_library)
     return Recompute()
 
 
@@ -101,6 +109,8 @@ def activation_bytes(config: Config, backends: Mapping[str, Backend]) -> int:
     inner += size * f if "swiglu" in plain else 0  # silu(gate)
     whole = inputs + rotated + outputs + inner
     selective = inputs + rotated + (outputs if config.kernels.fp8 != "off" else 0)
+    if config.kernels.compile == "layers":  # both summands of the first norm; what is quantised is quantised again
+        selective = inputs + size * h
     again = {"none": 0, "selective": model.num_layers, "full": train.recompute_layers or model.num_layers}
     layers = again[train.recompute]
     each = selective if train.recompute == "selective" else size * h
@@ -131,24 +141,76 @@ class Full(Recompute):
             x = x + update  # one tensor to keep instead of two
         if self.fp8_by_library:
             return te.checkpoint(lambda x: layer(x, None, *rest), x)  # type: ignore[no-any-return]
-        return checkpoint(
-            layer,
-            x,
-            None,
-            *rest,
-            use_reentrant=False,
-            preserve_rng_state=False,  # no layer draws numbers
-            context_fn=lambda: (nullcontext(), region()),
-        )
+
+        def run(x: Tensor) -> tuple[Tensor, Tensor]:
+            with region():
+                return layer(x, None, *rest)
+
+        return _Again.apply(run, x)  # type: ignore[no-any-return]
+
+
+class _Again(torch.autograd.Function):
+    """A layer that keeps its input only. Its weights get their gradients from the backward inside of this one.
+
+    No layer draws random numbers, so nothing else has to be as it was. (``torch.utils.checkpoint``, which cares for
+    more, imports torch's compiler: 140 MB.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x)
+        ctx.run = run
+        # With a record, which is dropped: with none at all, torch may choose another kernel, and layers that are
+        # compiled would not be.
+        _, outputs = _run(run, (x,))
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, Tensor | None]:
+        (x,), outputs = _run(ctx.run, ctx.saved_tensors)
+        arrived = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
+        torch.autograd.backward([o for o, _ in arrived], [g for _, g in arrived])
+        return None, x.grad
 
 
 # ---- selective --------------------------------------------------------------------------------------------------
 
 
-class Selective(Recompute):
-    """Outputs of norm, attention and SwiGLU are made again."""
+class SelectiveInGraph(Recompute):
+    """For layers that are compiled: torch's selective checkpoint, which tells the compiler what it may keep."""
 
-    def __init__(self) -> None:
+    @staticmethod
+    def body(layer: Layer, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return checkpoint(  # type: ignore[no-any-return]
+            layer, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_products
+        )
+
+
+def _keep_products() -> Any:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(ctx: Any, operation: Any, *arguments: Any, **more: Any) -> CheckpointPolicy:
+    """Keep matrix products and what was communicated; make the rest again."""
+    return CheckpointPolicy.MUST_SAVE if operation.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+KEPT = {"aten::mm", "aten::_scaled_mm", "_c10d_functional::all_reduce", "_c10d_functional::reduce_scatter_tensor"}
+
+
+class Selective(Recompute):
+    """Outputs of norm, attention and SwiGLU are made again.
+
+    Args:
+        norms: false where Transformer Engine computes in fp8. Then its linear layers keep the norms' outputs in 8 bits,
+            so nothing is left to make again; and the scales of a micro-batch's gradients are updated in the backward of
+            the first of the library's modules that ran, the first norm, which must be the one of the forward pass.
+    """
+
+    def __init__(self, norms: bool = True) -> None:
+        self.norms = norms
         self.marks: dict[int, _Mark] | None = None
         """Storage -> the operation that wrote it; None where no layer runs or nothing is recorded."""
 
@@ -175,7 +237,7 @@ class Selective(Recompute):
     def _add_rms_norm(
         self, plain: AddRMSNorm, x: Tensor, update: Tensor | None, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        if self.marks is None:
+        if self.marks is None or not self.norms:
             return plain(x, update, weight, eps)
         return _RecomputedNorm.apply(self.marks, plain, eps, x, update, weight)  # type: ignore[no-any-return]
 
@@ -283,13 +345,13 @@ class _RecomputedNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.updates = update is not None
         if update is None:
-            outputs = _run(lambda x, weight: function(x, None, weight, eps), (x, weight))[1]
+            outputs = _run(lambda x: function(x, None, weight, eps), (x,))[1]
             normed, summed = outputs[0].detach(), x  # x as it is: autograd makes it an output of this node
         else:
-            outputs = _run(lambda x, update, weight: function(x, update, weight, eps), (x, update, weight))[1]
+            outputs = _run(lambda x, update: function(x, update, weight, eps), (x, update))[1]
             normed, summed = (output.detach() for output in outputs)
-        ctx.save_for_backward(summed, weight)
-        _prepare(ctx, lambda summed, weight: function(summed, None, weight, eps))
+        ctx.save_for_backward(summed)
+        _prepare(ctx, lambda summed: function(summed, None, weight, eps), weight)
         return _marked(ctx, normed, marks), summed
 
     @staticmethod
@@ -299,9 +361,12 @@ class _RecomputedNorm(torch.autograd.Function):
         return None, None, None, grad_sum, grad_sum if ctx.updates else None, grad_weight
 
 
-def _prepare(ctx: Any, again: Callable[..., tuple[Tensor, ...]]) -> None:
-    """``again`` makes the outputs from what is saved, the marked one first."""
-    ctx.again, ctx.record = again, None
+def _prepare(ctx: Any, again: Callable[..., tuple[Tensor, ...]], *leaves: Tensor) -> None:
+    """``again`` makes the outputs from what is saved, the marked one first, and reads ``leaves`` besides.
+
+    Those stay what they are: a library's norm has its weight from us as its parameter.
+    """
+    ctx.again, ctx.record, ctx.leaves = again, None, leaves
     ctx.set_materialize_grads(False)
 
 
@@ -330,8 +395,9 @@ def _record(node: Any) -> tuple[list[Tensor], Any]:
 
 
 def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients of what is saved, and the end of the record."""
+    """Gradients of what is saved and of the leaves, and the end of the record."""
     inputs, outputs = _record(ctx)
     ctx.record = None
     arrived = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
-    return torch.autograd.grad([o for o, _ in arrived], inputs, [g for _, g in arrived], allow_unused=True)
+    wanted = (*inputs, *ctx.leaves)
+    return torch.autograd.grad([o for o, _ in arrived], wanted, [g for _, g in arrived], allow_unused=True)

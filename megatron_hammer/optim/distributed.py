@@ -22,7 +22,7 @@ waits for the device: loss scale, norm and the skip are device scalars.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,8 +45,8 @@ class Bucket:
     stop: int
     parameters: list[int]
     """Positions in the table."""
-    missing: int = 0
-    """Gradients of the running micro-batch that have not arrived yet."""
+    missing: set[int] = field(default_factory=set)
+    """Those of which the gradient of the running micro-batch has not arrived yet."""
     handle: Any = None
     """Of the reduce-scatter under way."""
 
@@ -108,10 +108,12 @@ class DistributedOptimizer:
         self._shared = {over: list(self._slices_summed_over(over)) for over in ("tp", "kv")}
         self._counted = list(self._slices_counted())
         self.last_micro_batch = self.fresh = False
+        self.begun = torch.tensor(False)  # on the host, for ``place_in_graph``
         self._index_of, self._placed = {id(w): i for i, w in enumerate(self.weights)}, set[int]()
         for index, weight in enumerate(self.weights):
             weight.gradients = self  # for our own products (``WeightGradients``)
-            weight.main_grad, weight.grad_added_to_main_grad = self._gradient(index), False  # Transformer Engine's
+            # Transformer Engine's, and for graphs: with a version counter of its own (``place_in_graph``).
+            weight.main_grad, weight.grad_added_to_main_grad = self._gradient(index).data, False
             weight.register_post_accumulate_grad_hook(lambda w, i=index: self._take_gradient(i, w))
         self._bucket_of = {i: b for b in self.buckets for i in b.parameters}
         self.copy_masters_from_params()
@@ -120,12 +122,12 @@ class DistributedOptimizer:
 
     def start_micro_batch(self, first: bool, last: bool) -> None:
         """Say which micro-batch of the step comes; after the last one's backward the reduction is under way."""
-        self.fresh, self.last_micro_batch = first, last
+        self.fresh, self.last_micro_batch, self.begun = first, last, torch.tensor(not first)
         for weight in self.weights:
             weight.overwrite_main_grad = first
         self._placed.clear()
         for bucket in self.buckets:
-            bucket.missing = len(bucket.parameters)
+            bucket.missing.update(bucket.parameters)
 
     def _take_gradient(self, index: int, weight: Any) -> None:
         """Called by autograd when a weight's gradient is complete: add it in fp32, launch its bucket when that is.
@@ -134,7 +136,8 @@ class DistributedOptimizer:
         writes to ``weight.main_grad``, over what is there if ``weight.overwrite_main_grad``, sets
         ``weight.grad_added_to_main_grad``, and returns a gradient whose values mean nothing.
         """
-        if weight.grad is None:  # an operation has added it by itself and called ``arrived``
+        if weight.grad is None:  # an operation has added it by itself; one in a graph cannot call ``arrived``
+            self._arrived(index)
             return
         if weight.grad_added_to_main_grad:
             weight.grad_added_to_main_grad = False
@@ -158,6 +161,10 @@ class DistributedOptimizer:
         """An operation has added the whole gradient of a weight by itself (``WeightGradients``)."""
         self._arrived(self._index_of[id(weight)])
 
+    def place_in_graph(self, weight: Any) -> tuple[Tensor, Tensor]:
+        """The place and whether the sum has begun, as inputs of a compiled layer's graph (``WeightGradients``)."""
+        return weight.main_grad, self.begun
+
     def _gradient(self, index: int) -> Tensor:
         """The gradient of a weight in the buffer, in the weight's shape."""
         start, parameter = self.offsets[index], self.table[index]
@@ -165,9 +172,10 @@ class DistributedOptimizer:
 
     def _arrived(self, index: int) -> None:
         bucket = self._bucket_of[index]
-        bucket.missing -= 1
-        if self.last_micro_batch and bucket.missing == 0:
-            self._start_reduction(bucket)
+        if index in bucket.missing:
+            bucket.missing.remove(index)
+            if self.last_micro_batch and not bucket.missing:
+                self._start_reduction(bucket)
 
     def _start_reduction(self, bucket: Bucket) -> None:
         shard = self.grads[self._shard_range(bucket)]

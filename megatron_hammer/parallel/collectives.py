@@ -7,8 +7,10 @@ Megatron-LM (arXiv 1909.08053 section 3, and 2205.05198 section 4.2 for the sequ
     sum_over_ranks   all-reduce            identity
     scatter_sum      reduce-scatter rows   all-gather rows
 
-The linear layers have fused forms of their inverses (model/layers.py). Rows are dimension 0, the sequence inside the
-model. torch 2.13 renames two collectives; this module picks the name that torch has, and is the only one to call them.
+The linear layers have fused forms of their inverses (model/layers.py). In a graph that torch.compile makes of a layer
+they are torch's functional collectives, each waited for at once: what hides them is the compiler's choice. Rows are
+dimension 0, the sequence inside the model. torch 2.13 renames two collectives; this module picks the name that torch
+has, and is the only one to call them.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
 from megatron_hammer.parallel.context import Group
@@ -36,6 +39,10 @@ def all_reduce(tensor: Tensor, group: Group, op: Any = dist.ReduceOp.SUM, async_
     """Reduce ``tensor`` in place over the group; with ``async_op`` return a handle to wait for."""
     if group.size == 1:
         return Done()
+    if torch.compiler.is_compiling():
+        assert op == dist.ReduceOp.SUM, "layers sum"
+        tensor.copy_(functional.all_reduce(tensor, "sum", _torch_group(group)))
+        return Done()
     work = dist.all_reduce(tensor, op=op, group=group.handle, async_op=async_op)
     return work if async_op else Done()
 
@@ -49,6 +56,8 @@ def all_gather_rows_async(shard: Tensor, group: Group) -> tuple[Tensor, Any]:
     """``all_gather_rows`` under way: (result, handle); the result is valid after ``handle.wait()``."""
     if group.size == 1:
         return shard, Done()
+    if torch.compiler.is_compiling():
+        return functional.all_gather_tensor(shard.contiguous(), 0, _torch_group(group)), Done()
     full = shard.new_empty((shard.shape[0] * group.size, *shard.shape[1:]))
     return full, _all_gather_into(full, shard.contiguous(), group=group.handle, async_op=True)
 
@@ -57,6 +66,8 @@ def reduce_scatter_rows_async(full: Tensor, group: Group) -> tuple[Tensor, Any]:
     """Sum [r * size, ...] over the ranks and keep this rank's r rows: (result, handle)."""
     if group.size == 1:
         return full, Done()
+    if torch.compiler.is_compiling():
+        return functional.reduce_scatter_tensor(full.contiguous(), "sum", 0, _torch_group(group)), Done()
     shard = full.new_empty((full.shape[0] // group.size, *full.shape[1:]))
     return shard, _reduce_scatter_into(shard, full.contiguous(), group=group.handle, async_op=True)
 
@@ -77,6 +88,11 @@ def all_gather_into(full: Tensor, shard: Tensor, group: Group) -> Any:
             full.copy_(shard)
         return Done()
     return _all_gather_into(full, shard, group=group.handle, async_op=True)
+
+
+def _torch_group(group: Group) -> Any:
+    """For the functional collectives, which take no None."""
+    return dist.group.WORLD if group.handle is None else group.handle
 
 
 def _waited(tensor: Tensor, handle: Any) -> Tensor:

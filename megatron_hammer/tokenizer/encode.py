@@ -18,15 +18,11 @@ has), a NUL in a text becomes that piece there; since 0.2.3, and here, it become
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
+
+from megatron_hammer.compiled import find_compiled
 
 INTERFACE = 2  # raised with every change of the compiled classes: an old build must not be called with new arguments
 
-try:
-    _found: Any = importlib.import_module("megatron_hammer.tokenizer._encoder")
-except ImportError:
-    _found = None
-
-COMPILED: Any = _found if getattr(_found, "INTERFACE", None) == INTERFACE else None
+COMPILED: Any = find_compiled("megatron_hammer.tokenizer._encoder", INTERFACE)
 NOT_COMPILED = "the compiled encoder is missing or outdated: reinstall"

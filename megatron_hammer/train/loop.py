@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_hammer.checkpoint.load import load_shards
 from megatron_hammer.checkpoint.save import save_checkpoint
 from megatron_hammer.config import Config, config_to_tree
-from megatron_hammer.data.index_files import say
+from megatron_hammer.corpus.progress import say
 from megatron_hammer.data.loader import ReadAhead, chain_digest
 from megatron_hammer.data.samples import TrainData, ValidData
 from megatron_hammer.errors import EXIT_STOPPED_BY_SIGNAL, NonFiniteError

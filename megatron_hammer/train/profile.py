@@ -39,7 +39,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_hammer.config import Config, padded_vocab_size
-from megatron_hammer.data.index_files import say
+from megatron_hammer.corpus.progress import say
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files import replace_file
 from megatron_hammer.kernels import te
@@ -246,8 +246,6 @@ def instrumented(model: Llama, optimizer: DistributedOptimizer, config: Config) 
         for module in outside if compiled else model.modules():
             if isinstance(module, layers.RMSNorm):
                 wrap(module, "add_rms_norm", budget.NORM)
-            elif isinstance(module, layers_te.RMSNorm):
-                wrap(module, "forward", budget.NORM)
             elif isinstance(module, layers.VocabParallelEmbedding):
                 wrap(module, "forward", budget.EMBEDDING)
             elif isinstance(module, LINEAR_LAYERS):

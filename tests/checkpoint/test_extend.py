@@ -25,7 +25,7 @@ from megatron_hammer.checkpoint.format import read_manifest, resolve_checkpoint
 from megatron_hammer.checkpoint.hf import export_hf, import_hf
 from megatron_hammer.checkpoint.load import read_logical, verify_checkpoint
 from megatron_hammer.config import load_config
-from megatron_hammer.data.indexed import IndexedWriter
+from megatron_hammer.data.indexed_writer import IndexedWriter
 from megatron_hammer.errors import CheckpointError, ConfigError, HammerError, RefusedError
 from megatron_hammer.model.parameters import EMBEDDING, HEAD, logical_shapes
 from megatron_hammer.tokenizer.load import Tokenizer, load_tokenizer

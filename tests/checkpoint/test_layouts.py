@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from megatron_hammer.checkpoint import load
 from megatron_hammer.checkpoint.fit import saved_model
 from megatron_hammer.checkpoint.format import read_manifest
-from megatron_hammer.checkpoint.load import load_model, load_shards, read_logical, verify_checkpoint
+from megatron_hammer.checkpoint.load import LogicalReader, load_model, load_shards, read_logical, verify_checkpoint
 from megatron_hammer.checkpoint.save import save_checkpoint
 from megatron_hammer.errors import CheckpointError
 from megatron_hammer.model.llama import build_llama
@@ -65,6 +66,44 @@ def test_every_layout_loads_from_every_layout(saved, target):
             for a, b in zip(found, wanted, strict=True):
                 for kind in KINDS:
                     assert torch.equal(a.tensors[kind], b.tensors[kind]), (a.parameter.name, kind)
+
+
+@pytest.mark.parametrize("chunk_bytes, open_files", [(4, 1), (200, 2), (2**22, 16)])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_bands_make_up_the_tensors_of_every_layout(saved, layout, chunk_bytes, open_files, monkeypatch):
+    """Bands of one row, of some, and whole tensors; files closed and opened again between them."""
+    monkeypatch.setattr(load, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(load, "MAX_OPEN_FILES", open_files)
+    _, tensors, manifests = saved
+    with LogicalReader(manifests[layout]) as reader:
+        for (name, kind), tensor in tensors.items():
+            bands = [band.clone() for band in reader.bands(name, kind)]
+            row_bytes = 4 * tensor[0].numel()
+            assert len(bands) == -(-len(tensor) // max(1, chunk_bytes // row_bytes))
+            assert torch.equal(torch.cat(bands), tensor)
+            assert len(reader._readers) <= open_files
+        with pytest.raises(CheckpointError, match=r"E413.*weight lm\.tail is missing"):
+            list(reader.bands("lm.tail"))
+
+
+def test_a_changed_bit_ends_the_bands_of_its_tensor_and_of_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "CHUNK_BYTES", 200)
+    model = tiny_model()
+    manifest = write_layout(tmp_path, model, random_logical(model), 2, 2)
+    path = manifest.folder / manifest.files[-1].name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    damaged = []
+    with LogicalReader(manifest) as reader:
+        for tensor in manifest.tensors:
+            try:
+                list(reader.bands(tensor.name, tensor.kind))
+            except CheckpointError as error:
+                assert "E411" in str(error) and manifest.files[-1].name in str(error)
+                damaged.append(tensor)
+    last = manifest.files[-1].slices[-1].tensor
+    assert damaged == [manifest.tensors[last]]
 
 
 def test_files_are_readable_by_the_safetensors_package(saved):

@@ -1,4 +1,4 @@
-"""Exporting, importing, loading: one tensor and a little, not the model; measured as resident memory of a child."""
+"""Exporting, importing, saving: a few blocks; loading: one tensor; measured as resident memory of a child."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megatron_hammer.model.parameters import logical_shapes
 from tests.checkpoint.layouts import random_logical, tiny_model, write_layout
 
 MB = 2**20
-# Two matrices of 63 MB and layers of 3 MB each.
-MODEL = tiny_model(hidden_size=256, ffn_hidden_size=512, num_layers=8, head_dim=32, vocab_size=64001)
-LARGEST, TOTAL = 63 * MB, 4 * sum(torch.Size(s).numel() for s in logical_shapes(MODEL).values())
-LITTLE = 16 * MB  # two chunks of 4 MiB, and the allocator's slack
+# Two matrices of 125 MB and layers of 3 MB each.
+MODEL = tiny_model(hidden_size=256, ffn_hidden_size=512, num_layers=8, head_dim=32, vocab_size=128001)
+LARGEST, TOTAL = 125 * MB, 4 * sum(torch.Size(s).numel() for s in logical_shapes(MODEL).values())
+LITTLE = 16 * MB  # two blocks of 4 MiB being written or three of 2 being read, a chunk of 4, the allocator's slack
 
 CHILD = """
 import resource, sys
@@ -84,12 +84,12 @@ def places(tmp_path_factory):
 
 
 @pytest.mark.parametrize("task, source, allowed", [
-    ("export", "run", LARGEST + LITTLE),
-    ("import", "hf", LARGEST + LITTLE),
+    ("export", "run", LITTLE + 48 * MB),  # reads two files while it writes: 32 MB in use, the rest malloc keeps
+    ("import", "hf", LITTLE + 8 * MB),  # reads while it writes
     ("load", "run", LARGEST + LITTLE),  # beside the state itself
     ("save", "run", LITTLE),
 ])  # fmt: skip
-def test_peak_memory_is_one_tensor_and_a_little(places, tmp_path, task, source, allowed):
+def test_peak_memory_is_a_few_blocks_or_one_tensor(places, tmp_path, task, source, allowed):
     command = [sys.executable, "-c", CHILD, task, str(places / f"tiny-{source}"), str(places / source)]
     command.append(str(tmp_path / "out"))
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_hammer.data import index
-from megatron_hammer.data.indexed import IndexedWriter
+from megatron_hammer.data.indexed_writer import IndexedWriter
 
 TESTS = Path(__file__).parent.parent
 

@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from megatron_hammer.data.indexed import IndexedWriter, SourceRecord, TokenizerRecord
+from megatron_hammer.data.indexed import SourceRecord, TokenizerRecord
+from megatron_hammer.data.indexed_writer import IndexedWriter
 from megatron_hammer.tokenizer.load import load_tokenizer
 
 WORDS = ["model", "world", "世界", "你好", "return", "x", "line", "text", " is ", ",", "\n", " the", " of", "12", "。"]

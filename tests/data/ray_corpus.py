@@ -7,7 +7,7 @@ import json
 import random
 from pathlib import Path
 
-from megatron_hammer.data import build
+from tests.data.built import build_datasets
 
 _WORDS = ["model ", "world", "世界", "你好", "x", " ", "\n", "text", "return"]
 _BAD = [b"", b"{", b'{"text": "\xff"}', b'\xef\xbb\xbf{"text": "x", "title": "y"}', b'{"text": 1, "title": "t"}']
@@ -40,7 +40,7 @@ def write_corpus(folder: Path, bad: float = 0.05, rows: int = 60) -> list[str]:
 
 
 def local(inputs: list[str], tokenizer: Path, prefix: Path, keys: tuple[str, ...] = ("text",), **options: object):
-    return build.build_datasets(inputs, keys, tokenizer, prefix, True, True, **options)  # type: ignore[arg-type]
+    return build_datasets(inputs, keys, tokenizer, prefix, True, True, **options)  # type: ignore[arg-type]
 
 
 def outputs(prefix: Path) -> dict[str, bytes]:

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from megatron_hammer.corpus import long, readers
-from megatron_hammer.data import build
-from megatron_hammer.data.indexed import IndexedDataset, IndexedWriter
+from megatron_hammer.data.indexed import IndexedDataset
+from megatron_hammer.data.indexed_writer import IndexedWriter
 from megatron_hammer.errors import ConfigError, DataError
+from tests.data.built import build_datasets
 
 REPOSITORY = Path(__file__).parent.parent.parent
 TEXTS = ["a b", "", "世界, 你好", "x" * 5000, "", "line\nline\t\u2581", "</s> is text", "\U0001f600" * 9, " "]
@@ -66,7 +67,7 @@ def test_documents_are_those_of_the_text(tmp_path, tokenizer, append_eod, prepen
 
     processor = SentencePieceProcessor(model_file=str(tokenizer))
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
-    (summary,) = build.build_datasets([source], ["text"], tokenizer, tmp_path / "p", append_eod, prepend_bos, 2)
+    (summary,) = build_datasets([source], ["text"], tokenizer, tmp_path / "p", append_eod, prepend_bos, 2)
     expected = []
     for text in TEXTS:
         ids = processor.encode(text)
@@ -86,7 +87,7 @@ def test_the_manifest_and_its_former_version(tmp_path, tokenizer):
     sources = [write_jsonl(tmp_path / f"{k}.jsonl", [{"text": t} for t in TEXTS[k:]]) for k in range(2)]
     with open(sources[1], "ab") as file:
         file.write(b"{\n\n[]\n[]\n")
-    build.build_datasets(sources, ["text"], tokenizer, tmp_path / "p", True, on_error="skip")
+    build_datasets(sources, ["text"], tokenizer, tmp_path / "p", True, on_error="skip")
     path = tmp_path / "p_text_document.meta.json"
     tree = json.loads(path.read_text())
     lengths = IndexedDataset(tmp_path / "p_text_document").document_lengths
@@ -117,7 +118,7 @@ def test_same_bytes_for_any_number_of_workers_and_any_batches(tmp_path, tokenize
     for workers, batch in ((1, 1 << 22), (2, 1 << 22), (4, 1 << 22), (2, 3000), (1, 1)):
         monkeypatch.setattr(readers, "BLOCK_BYTES", batch)
         prefix = tmp_path / f"out{workers}-{batch}"
-        build.build_datasets(sources, ["text"], tokenizer, prefix, True, True, workers)
+        build_datasets(sources, ["text"], tokenizer, prefix, True, True, workers)
         seen.add(tuple(Path(f"{prefix}_text_document{s}").read_bytes() for s in (".bin", ".idx", ".meta.json")))
     assert len(seen) == 1
     assert [s.documents for s in IndexedDataset(f"{prefix}_text_document").header.sources] == [100, 100, 100]
@@ -128,7 +129,7 @@ def test_several_keys_and_compressed_input(tmp_path, tokenizer):
     with gzip.open(path, "wt", encoding="utf-8") as file:
         for k in range(5):
             file.write(json.dumps({"title": f"x{k}", "body": "line " * k}) + "\n")
-    summaries = build.build_datasets([path], ["title", "body"], tokenizer, tmp_path / "p", True)
+    summaries = build_datasets([path], ["title", "body"], tokenizer, tmp_path / "p", True)
     assert [s.prefix.name for s in summaries] == ["p_title_document", "p_body_document"]
     assert [s.empty_documents for s in summaries] == [0, 1]
     assert len(documents_of(tmp_path / "p_body_document")) == 5
@@ -154,7 +155,7 @@ def test_long_documents_are_written_in_pieces(tmp_path, tokenizer, dummy_prefix,
     inputs = [source, tmp_path / "b.txt"]
 
     def made(name):
-        build.build_datasets(inputs, ["text", "n"], tokenizer, tmp_path / name, True, True, 2, "quarantine")
+        build_datasets(inputs, ["text", "n"], tokenizer, tmp_path / name, True, True, 2, "quarantine")
         return [
             (tmp_path / f"{name}_{key}_document{s}").read_bytes() for key in ("n", "text") for s in (".bin", ".idx")
         ]
@@ -191,12 +192,12 @@ BAD = [
 @pytest.mark.parametrize(("content", "number", "where"), BAD)
 def test_bad_input_keeps_the_old_output(tmp_path, tokenizer, content, number, where):
     good = write_jsonl(tmp_path / "good.jsonl", [{"text": "x line"}])
-    build.build_datasets([good], ["text"], tokenizer, tmp_path / "p", True)
+    build_datasets([good], ["text"], tokenizer, tmp_path / "p", True)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     (tmp_path / "bad.jsonl").write_bytes(content)
     inputs = [tmp_path / "bad.jsonl"] if number == 43 else [good, tmp_path / "bad.jsonl"]
     with pytest.raises(DataError) as caught:
-        build.build_datasets(inputs, ["text"], tokenizer, tmp_path / "p", True)
+        build_datasets(inputs, ["text"], tokenizer, tmp_path / "p", True)
     assert caught.value.number == number and where in str(caught.value) and "bad.jsonl" in str(caught.value)
     (tmp_path / "bad.jsonl").unlink()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -205,7 +206,7 @@ def test_bad_input_keeps_the_old_output(tmp_path, tokenizer, content, number, wh
 def test_bad_second_key_publishes_neither(tmp_path, tokenizer):
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": "x", "title": 3}])
     with pytest.raises(DataError, match="E307"):
-        build.build_datasets([source], ["text", "title"], tokenizer, tmp_path / "p", True)
+        build_datasets([source], ["text", "title"], tokenizer, tmp_path / "p", True)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
@@ -217,7 +218,7 @@ def test_bad_options(tmp_path, tokenizer, no_marks):
         ((tokenizer, tmp_path / "p", True, False, 0), 75, "--workers"),
     ):
         with pytest.raises(ConfigError) as caught:
-            build.build_datasets([source], ["text"], *arguments)
+            build_datasets([source], ["text"], *arguments)
         assert caught.value.number == number and word in str(caught.value)
     for options, number, word in (
         ({"on_error": "ignore"}, 77, "--on-error=ignore"),
@@ -225,14 +226,14 @@ def test_bad_options(tmp_path, tokenizer, no_marks):
         ({"shard_bytes": 0}, 78, "--shard-mb=0"),
     ):
         with pytest.raises(ConfigError) as caught:
-            build.build_datasets([source], ["text"], tokenizer, tmp_path / "p", True, **options)
+            build_datasets([source], ["text"], tokenizer, tmp_path / "p", True, **options)
         assert caught.value.number == number and word in str(caught.value)
     with pytest.raises(ConfigError, match="E274"):
-        build.build_datasets([source], ["text", "text"], tokenizer, tmp_path / "p", True)
+        build_datasets([source], ["text", "text"], tokenizer, tmp_path / "p", True)
     with pytest.raises(DataError, match=r"E301.*missing\.jsonl"):
-        build.build_datasets([source, tmp_path / "missing.jsonl"], ["text"], tokenizer, tmp_path / "p", True)
+        build_datasets([source, tmp_path / "missing.jsonl"], ["text"], tokenizer, tmp_path / "p", True)
     with pytest.raises(DataError, match="E310"):
-        build.build_datasets([source], ["text"], tmp_path / "no.model", tmp_path / "p", True)
+        build_datasets([source], ["text"], tmp_path / "no.model", tmp_path / "p", True)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 

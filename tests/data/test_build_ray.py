@@ -17,6 +17,7 @@ import pytest
 from megatron_hammer.data.build import Stopped
 from megatron_hammer.data.build_ray import build_datasets_on_ray
 from megatron_hammer.errors import DataError
+from tests.data.built import build_datasets
 from tests.data.ray_corpus import lines, local, outputs, write_corpus
 
 pytest.importorskip("ray", reason="the Ray engine needs: pip install 'megatron_hammer[ray]'")
@@ -88,7 +89,7 @@ def parts_of(prefix: Path) -> list[Path]:
 
 def spread(inputs: list[str], tokenizer: Path, prefix: Path, keys: tuple[str, ...] = ("text",), **options: object):
     settings = {"shard_bytes": 3000, **options}
-    return build_datasets_on_ray(inputs, keys, tokenizer, prefix, True, True, **settings)  # type: ignore[arg-type]
+    return build_datasets(inputs, keys, tokenizer, prefix, True, True, engine=build_datasets_on_ray, **settings)  # type: ignore[arg-type]
 
 
 def start_workers() -> None:

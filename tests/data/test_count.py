@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from megatron_hammer.data.count import count_tokens
-from megatron_hammer.data.indexed import IndexedWriter, TokenizerRecord, path_of
+from megatron_hammer.data.indexed import TokenizerRecord, path_of
+from megatron_hammer.data.indexed_writer import IndexedWriter
 from megatron_hammer.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.tokenizer.load import SentencePieceTokenizer
 from megatron_hammer.tokenizer.train import train_tokenizer

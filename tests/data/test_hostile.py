@@ -11,9 +11,9 @@ import pytest
 import zstandard
 
 from megatron_hammer.corpus import jsonl, parse, readers
-from megatron_hammer.data import build
 from megatron_hammer.data.build import BuildSummary
 from megatron_hammer.errors import DataError
+from tests.data.built import build_datasets
 
 # ---- what a reader of JSON lines meets in the wild ----
 
@@ -75,7 +75,7 @@ GOOD = [  # odd, but right
 def build_one(
     inputs: list[Path], tokenizer: Path, prefix: Path, on_error: str = "skip", workers: int = 2
 ) -> BuildSummary:
-    (summary,) = build.build_datasets(inputs, ["text"], tokenizer, prefix, True, True, workers, on_error)  # type: ignore[arg-type]
+    (summary,) = build_datasets(inputs, ["text"], tokenizer, prefix, True, True, workers, on_error)  # type: ignore[arg-type]
     return summary
 
 

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_hammer.config import load_config
+from megatron_hammer.corpus.progress import say
 from megatron_hammer.data import index_files, order
 from megatron_hammer.data.blend import _BLOCK, Blend
 from megatron_hammer.data.index_files import BadIndexFile, IndexStore, read_index, write_index
@@ -255,7 +256,7 @@ def test_a_run_with_kept_indices_reads_the_same(tmp_path, monkeypatch, kind):
     plain = TrainData(sources, 16, 1, kind, 900).read(0, 900).tokens
     assert not list(tmp_path.glob("*.index"))
     monkeypatch.setattr(index_files, "SMALLEST", 0)
-    monkeypatch.setattr(IndexStore.__init__, "__defaults__", (index_files.say, 0, 60.0))
+    monkeypatch.setattr(IndexStore.__init__, "__defaults__", (say, 0, 60.0))
     beside = TrainData(sources, 16, 1, kind, 900)
     beside.prepare(0, 900)
     assert all(list(tmp_path.glob(f"{k}.index/*.index")) for k in range(2))
@@ -267,7 +268,7 @@ def test_a_run_with_kept_indices_reads_the_same(tmp_path, monkeypatch, kind):
 
 def test_building_ahead(tmp_path, monkeypatch):
     write_dataset(tmp_path / "d", [40, 50, 60])
-    monkeypatch.setattr(IndexStore.__init__, "__defaults__", (index_files.say, 0, 60.0))
+    monkeypatch.setattr(IndexStore.__init__, "__defaults__", (say, 0, 60.0))
     plan = IndexPlan({str(tmp_path / "d"): 1.0}, 16, 1, 5)
     lines = list(build_indices(plan, epochs=3))
     assert len(list((tmp_path / "d.index").glob("marks-*.index"))) == 3 and "150 tokens" in lines[0]
@@ -278,7 +279,7 @@ def test_building_ahead(tmp_path, monkeypatch):
 
 
 def test_the_folder_is_a_setting_and_the_launcher_builds(tmp_path, monkeypatch):
-    monkeypatch.setattr(IndexStore.__init__, "__defaults__", (index_files.say, 0, 60.0))
+    monkeypatch.setattr(IndexStore.__init__, "__defaults__", (say, 0, 60.0))
     write_dataset(tmp_path / "d", [40, 50, 60], vocab_size=300)
     (tmp_path / "c.yaml").write_text(
         "model: {hidden_size: 8, ffn_hidden_size: 8, num_layers: 1, num_attention_heads: 1, vocab_size: 300}\n"
@@ -295,7 +296,7 @@ def test_the_folder_is_a_setting_and_the_launcher_builds(tmp_path, monkeypatch):
     (tmp_path / "taken").write_text("")
     blocked = load_config(tmp_path / "c.yaml", [f"data.index_folder={tmp_path / 'taken'}"])
     monkeypatch.undo()
-    monkeypatch.setattr(IndexStore.__init__, "__defaults__", (index_files.say, 0, 60.0))
+    monkeypatch.setattr(IndexStore.__init__, "__defaults__", (say, 0, 60.0))
     assert any("data.index_folder" in note for note in prepare(blocked, 1).data_notes)
 
 

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_hammer.data import indexed
-from megatron_hammer.data.indexed import DatasetHeader, IndexedDataset, IndexedWriter
+from megatron_hammer.data import indexed, indexed_writer
+from megatron_hammer.data.indexed import DatasetHeader, IndexedDataset
+from megatron_hammer.data.indexed_writer import IndexedWriter
 from megatron_hammer.errors import DataError
 from tests.data.conftest import write_dataset
 
@@ -115,8 +116,9 @@ def test_an_empty_dataset_can_be_read(tmp_path):
 
 
 def test_many_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(indexed, "_CHUNK", 7)  # pointers, checks and copies in several rounds
-    monkeypatch.setattr(indexed, "BLOCK_BYTES", 50)
+    for module in (indexed, indexed_writer):
+        monkeypatch.setattr(module, "_CHUNK", 7)  # pointers, checks and copies in several rounds
+    monkeypatch.setattr(indexed_writer, "BLOCK_BYTES", 50)
     lengths = np.random.default_rng(0).integers(0, 9, 100)
     documents = write_dataset(tmp_path / "d", lengths)
     dataset = IndexedDataset(tmp_path / "d")
@@ -362,7 +364,7 @@ def test_two_writers_of_one_dataset(tmp_path):
 
 KILLED = """
 import sys, time, numpy as np
-from megatron_hammer.data.indexed import IndexedWriter
+from megatron_hammer.data.indexed_writer import IndexedWriter
 with IndexedWriter(sys.argv[1], 100) as writer:
     for _ in range(10**6):
         writer.add(np.ones(1000, np.int64), np.array([1000]))

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from megatron_hammer.data import inspect
-from megatron_hammer.data.indexed import IndexedDataset, IndexedWriter
+from megatron_hammer.data.indexed import IndexedDataset
+from megatron_hammer.data.indexed_writer import IndexedWriter
 from megatron_hammer.data.inspect import (
     Speller,
     describe_dataset,

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_hammer.data import indexed, merge
-from megatron_hammer.data.indexed import IndexedDataset, IndexedWriter, SourceRecord, TokenizerRecord
+from megatron_hammer.data import indexed, indexed_writer, merge
+from megatron_hammer.data.indexed import IndexedDataset, SourceRecord, TokenizerRecord
+from megatron_hammer.data.indexed_writer import IndexedWriter
 from megatron_hammer.data.merge import merge_datasets
 from megatron_hammer.errors import ConfigError, DataError, RefusedError
 from tests.data.conftest import write_dataset
@@ -24,8 +25,9 @@ def files(prefix, suffixes=(".bin", ".idx")):
 
 @pytest.mark.parametrize("chunk", [3, 1 << 20])
 def test_the_result_is_what_one_writer_writes(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(indexed, "_CHUNK", chunk)  # several rounds
-    monkeypatch.setattr(indexed, "BLOCK_BYTES", 50)
+    for module in (indexed, indexed_writer):
+        monkeypatch.setattr(module, "_CHUNK", chunk)  # several rounds
+    monkeypatch.setattr(indexed_writer, "BLOCK_BYTES", 50)
     lengths = [[5, 0, 7], [0], [1, 2, 0], [9]]
     parts = [write_dataset(tmp_path / str(k), part, seed=k) for k, part in enumerate(lengths)]
     with IndexedWriter(tmp_path / "all", 50_000) as writer:

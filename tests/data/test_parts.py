@@ -6,9 +6,7 @@ import json
 import os
 import random
 import sys
-import tempfile
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +19,7 @@ from megatron_hammer.data.build import Stopped
 from megatron_hammer.data.build_ray import build_datasets_on_ray
 from megatron_hammer.data.journal import Journal
 from megatron_hammer.errors import ConfigError, DataError, RefusedError
+from tests.data.built import build_datasets, memory_path  # noqa: F401  its name as a fixture is tmp_path
 from tests.data.ray_corpus import lines, local, outputs, write_corpus
 
 SHARD_BYTES = 3000
@@ -91,14 +90,6 @@ class FakeRay:
 
 
 @pytest.fixture
-def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """In memory where there is such a folder: hundreds of parts are synced here."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as folder:
-        yield Path(folder)
-
-
-@pytest.fixture
 def ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay()
     monkeypatch.setattr(build_ray, "_import_ray", lambda: fake)
@@ -108,7 +99,7 @@ def ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRay:
 
 def spread(inputs: list[str], tokenizer: Path, prefix: Path, keys: tuple[str, ...] = ("text",), **options: object):
     settings = {"shard_bytes": SHARD_BYTES, **options}
-    return build_datasets_on_ray(inputs, keys, tokenizer, prefix, True, True, **settings)  # type: ignore[arg-type]
+    return build_datasets(inputs, keys, tokenizer, prefix, True, True, engine=build_datasets_on_ray, **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("keys", [("text",), ("text", "title")])
@@ -223,10 +214,11 @@ def test_parts_of_other_options_are_not_taken(tmp_path: Path, tokenizer: Path, r
     usual: dict = {"json_keys": ["text", "title"], "append_eod": True, "prepend_bos": True}
     for number, options in enumerate(runs):
         with pytest.raises(DataError, match=r"E304.*c.jsonl:1"):
-            build_datasets_on_ray(
+            build_datasets(
                 ["a.txt", "b.jsonl", "c.jsonl"],
                 tokenizer_path=tokenizer,
                 output_prefix=tmp_path / "p",
+                engine=build_datasets_on_ray,
                 **(usual | options),
             )
         spread(["a.txt", "b.jsonl"], tokenizer, tmp_path / "p", ("text", "title"))
@@ -427,7 +419,7 @@ def test_without_ray(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.Monkey
 def task(tmp_path: Path, tokenizer: Path) -> parts.PartTask:
     (tmp_path / "a.jsonl").write_bytes(lines(30, 1, bad=0.1))
     job = build.prepare_job([tmp_path / "a.jsonl"], ["text"], tokenizer, True, True, "quarantine", "file")
-    ((found,),) = parts.plan_tasks(job, tmp_path / "parts", 1 << 20, tokenizer, 2)
+    ((found,),) = parts.plan_tasks(job, tmp_path / "parts", 1 << 20, 2)
     (tmp_path / "parts").mkdir()
     assert isinstance(found, parts.PartTask)
     return found

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_hammer.data import index
 from megatron_hammer.data.blend import _BLOCK, Blend
-from megatron_hammer.data.indexed import IndexedWriter
+from megatron_hammer.data.indexed_writer import IndexedWriter
 from megatron_hammer.data.samples import TrainData
 from megatron_hammer.errors import DataError
 from tests.data.conftest import write_dataset

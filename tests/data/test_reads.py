@@ -41,7 +41,7 @@ def test_every_document_of_every_source(prefixes, order, weights, monkeypatch):
 def test_several_sequences_a_document(tmp_path):
     import numpy as np
 
-    from megatron_hammer.data.indexed import IndexedWriter
+    from megatron_hammer.data.indexed_writer import IndexedWriter
 
     with IndexedWriter(tmp_path / "d", 100) as writer:
         writer.add(np.arange(60), np.array([10, 5, 20, 5, 20]), np.array([2, 0, 1, 2]))

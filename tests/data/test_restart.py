@@ -9,11 +9,10 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,19 +22,12 @@ from megatron_hammer.corpus import readers
 from megatron_hammer.data import build
 from megatron_hammer.data.indexed import IndexedDataset
 from megatron_hammer.errors import DataError, HammerError, RefusedError
+from tests.data.built import build_datasets, memory_path  # noqa: F401  its name as a fixture is tmp_path
 
 REPOSITORY = Path(__file__).parent.parent.parent
 KILLED = 9
 SHARD_BYTES = 4000
 _DURABLE = ("replace", "unlink", "fsync", "fdatasync", "ftruncate", "rename")
-
-
-@pytest.fixture
-def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """In memory where there is such a folder: what is synced a thousand times here is not what is tested."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as folder:
-        yield Path(folder)
 
 
 @pytest.fixture
@@ -71,7 +63,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def run(corpus: list[Path], tokenizer: Path, prefix: Path, **options: object) -> list[build.BuildSummary]:
     settings = {"on_error": "quarantine", "shard_bytes": SHARD_BYTES, "workers": 2, "keys": ["text"]} | options
     keys = settings.pop("keys")
-    return build.build_datasets(corpus, keys, tokenizer, prefix, True, True, **settings)  # type: ignore[arg-type]
+    return build_datasets(corpus, keys, tokenizer, prefix, True, True, **settings)  # type: ignore[arg-type]
 
 
 def killed_at(step: int, work: Callable[[], object]) -> bool:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_hammer.data import loader
-from megatron_hammer.data.indexed import IndexedWriter, TokenizerRecord, path_of
+from megatron_hammer.data.indexed import TokenizerRecord, path_of
+from megatron_hammer.data.indexed_writer import IndexedWriter
 from megatron_hammer.data.loader import ReadAhead, chain_digest, micro_batches
 from megatron_hammer.data.samples import SampleId, TrainData, ValidData, check_tokenizer, describe_samples
 from megatron_hammer.errors import ConfigError, DataError, RefusedError

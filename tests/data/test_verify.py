@@ -10,9 +10,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_hammer.data import indexed, scripts, verify
-from megatron_hammer.data.indexed import IndexedDataset, IndexedWriter, path_of
-from megatron_hammer.data.verify import format_report, verify_dataset
+from megatron_hammer.data import held_out, indexed, indexed_writer, scripts, verify
+from megatron_hammer.data.indexed import IndexedDataset, path_of
+from megatron_hammer.data.indexed_writer import IndexedWriter
+from megatron_hammer.data.verify import verify_dataset
+from megatron_hammer.data.verify_report import format_report
 from megatron_hammer.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.tokenizer.analyze import read_pieces, script_of
 from tests.data.inspected import (  # noqa: F401  the fixtures
@@ -28,10 +30,10 @@ from tests.data.inspected import (  # noqa: F401  the fixtures
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Blocks of a page, and few tokens, documents and digests at once: every border is met."""
-    for module in (indexed, verify):
+    for module in (indexed_writer, verify):
         monkeypatch.setattr(module, "BLOCK_BYTES", 4096)
     monkeypatch.setattr(verify, "_TOKENS_AT_ONCE", 37)
-    monkeypatch.setattr(verify, "_WINDOWS_AT_ONCE", 41)
+    monkeypatch.setattr(held_out, "_WINDOWS_AT_ONCE", 41)
     monkeypatch.setattr(scripts, "_TOKENS_AT_ONCE", 43)
     monkeypatch.setattr(verify, "_DOCUMENTS_AT_ONCE", 5)
     monkeypatch.setattr(verify, "IN_MEMORY", 64)
@@ -246,7 +248,7 @@ def windows(ids, n):
 
 def test_overlap_with_held_out_sets(tmp_path, tokenizers, pieces, monkeypatch):  # noqa: F811
     """Whole documents and windows of NGRAM tokens, against sets of tuples; windows never cross documents."""
-    monkeypatch.setattr(verify, "NGRAM", 4)
+    monkeypatch.setattr(held_out, "NGRAM", 4)
     spm, rng = tokenizers["sentencepiece"], random.Random(4)
 
     def some(count, longest):

@@ -157,6 +157,23 @@ def test_varlen_means_each_document(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(varlen(*inputs, documents), each_document(*inputs, documents))
 
 
+def test_varlen_of_torch_2_11_is_not_told_of_groups(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its varlen_attn has no enable_gqa, and its FlashAttention shares keys where there are fewer of them."""
+    seen = []
+
+    def double(
+        query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+        return_aux: Any = None, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+    ) -> Tensor:  # fmt: skip
+        seen.append((key.shape[1], window_size))
+        return query
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", double)
+    inputs = qkv(16, 4, 2, torch.bfloat16)
+    assert torch.equal(varlen(*inputs, documents_of(5, 3, 8)), inputs[0]) and seen == [(2, (-1, 0))]
+    assert choose("auto", HALF).name == "varlen"
+
+
 def test_config_names_the_table() -> None:
     masks = typing.get_args(typing.get_type_hints(DataConfig)["attention_mask"])
     able = {row.name: tuple(mask for mask in masks if not row.limits(Demand(mask=mask))) for row in ROWS}

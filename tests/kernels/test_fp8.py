@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_hammer.config import Config
 from megatron_hammer.errors import ConfigError
@@ -34,6 +33,7 @@ from megatron_hammer.optim.distributed import DistributedOptimizer
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
+from tests.host_waits import OperationNames
 from tests.model.tiny import build, logical_parts, make_context, merged, rank_batches, tiny_config
 from tests.train.runs import config_for
 
@@ -448,28 +448,15 @@ def test_a_checkpoint_knows_nothing_of_it() -> None:
         assert (float(report.loss), float(report.grad_norm)) == whole[step - 1]
 
 
-class _Seen(TorchDispatchMode):
-    """Names of all operations that a region runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.overloadpacket._qualified_op_name)
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_step_never_waits_for_the_device() -> None:
     # Plain ones: the compiled update of a CPU reads its scalars, which waits for nothing there.
     plain = {f"kernels__{name}": "torch" for name in ("norm", "rope", "swiglu", "adamw", "loss")}
     config, ctx = fp8_config(**plain), ParallelContext.single()
     model, optimizer = in_fp8(config, ctx)
-    with _Seen() as seen:
+    with OperationNames() as seen:
         train_step(model, optimizer, rank_batches(config, 1, ctx), config, 1, ctx)
     assert "aten::aminmax" in seen.names, "the mode must see the casts"
-    waiting = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "_unique2"}
-    assert not {name for name in seen.names if name.split("::")[-1] in waiting}
+    assert not seen.waits()
 
 
 def test_a_machine_without_fp8_units_refuses_it() -> None:

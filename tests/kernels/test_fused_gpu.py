@@ -81,7 +81,14 @@ def test_amax(k: Any, dtype: torch.dtype, n: int, offset: int) -> None:
 @pytest.mark.parametrize("to", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 @pytest.mark.parametrize(
     "rows, columns, offset, both",
-    [(2048, 2048, 0, True), (2048, 5632, 0, False), (80, 136, 0, True), (67, 71, 0, True), (80, 136, 1, True)],
+    [
+        (2048, 2048, 0, True),
+        (2048, 5632, 0, False),
+        (200, 136, 0, True),
+        (80, 136, 0, True),
+        (67, 71, 0, True),
+        (80, 136, 1, True),
+    ],
 )
 def test_cast_fp8(
     k: Any, dtype: torch.dtype, to: torch.dtype, rows: int, columns: int, offset: int, both: bool

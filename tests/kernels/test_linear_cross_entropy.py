@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -174,7 +175,14 @@ def _child(program: str, **environment: str) -> str:
     return done.stdout
 
 
+def _interpreter_fails() -> bool:
+    """Triton 3.6 with NumPy 2.5: no loop whose bounds are no constants (int of an array of one element)."""
+    found = [metadata.version(name) if importlib.util.find_spec(name) else "" for name in ("triton", "numpy")]
+    return found[0].startswith("3.6.") and found[1] >= "2.5"
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
+@pytest.mark.skipif(_interpreter_fails(), reason="the interpreter of triton 3.6 does not work with this NumPy")
 def test_triton_interpreted() -> None:
     """Fewer and more columns than a block, padding, all ranks' parts, zero weights, z-loss, a row stride."""
     assert _child(INTERPRETED, TRITON_INTERPRET="1").strip() == "36 cases"
@@ -182,6 +190,7 @@ def test_triton_interpreted() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
 def test_triton_compiles_for_gpus(tmp_path: Path) -> None:
+    """An odd vocabulary in rows that are not: 16 bytes an access, but for the label's logit and its gradient."""
     assert _child(COMPILED, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0").strip() == "6 kernels"
 
 
@@ -223,6 +232,7 @@ print(cases, "cases")
 """
 
 COMPILED = """
+import re
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from megatron_hammer.kernels import linear_cross_entropy_triton as form
@@ -232,9 +242,16 @@ numbers = {"z_loss": "fp32"} | dict.fromkeys(("rows", "row_stride", "start", "va
 count = 0
 for capability in (80, 90):
     for total, gradient in ((True, False), (False, True), (True, True)):
-        fixed = {"SUM": total, "GRADIENT": gradient, "BLOCK": form.BLOCK}
-        source = ASTSource(form.softmax_rows, pointers | numbers | dict.fromkeys(fixed, "constexpr"), constexprs=fixed)
+        fixed = {"SUM": total, "GRADIENT": gradient, "BLOCK": form.BLOCK, "EACH": form.EACH}
+        names = form.softmax_rows.arg_names
+        even = {(names.index(x),): [["tt.divisibility", 16]] for x in (*pointers, "row_stride", "width")}
+        signature = pointers | numbers | dict.fromkeys(fixed, "constexpr")
+        source = ASTSource(form.softmax_rows, signature, constexprs=fixed, attrs=even)
         done = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": form.WARPS})
+        of_logits = re.findall(r"(ld|st)\\.global\\.(v4\\.b32|b16)", done.asm["ptx"])
+        expected = [("ld", "b16")] * total + [("ld", "v4.b32")] * 4 * (total + gradient)
+        expected += ([("st", "b16")] + [("st", "v4.b32")] * 4) * gradient
+        assert sorted(of_logits) == sorted(expected), of_logits
         count += len(done.asm["cubin"]) > 0
 print(count, "kernels")
 """

@@ -19,19 +19,22 @@ LAYOUTS = [
 ]
 
 
+STEPS = 10  # the loss falls to less than a third of its start
+
+
 @pytest.fixture(scope="module")
 def single() -> tuple[list[tuple[float, float, bool]], dict[str, torch.Tensor]]:
-    return train(0, tiny_config(), 20)
+    return train(0, tiny_config(), STEPS)
 
 
 @pytest.mark.parametrize("tp, sp, dp", [layout for layout in LAYOUTS if layout[0] * layout[2] > 1])
 def test_layouts_equal_one_process(tp: int, sp: bool, dp: int, single: Any) -> None:
-    """20 steps; 1e-5 relative is about 80 fp32 roundings, and the loss falls by a factor, so errors would grow."""
+    """1e-5 relative is about 80 fp32 roundings, and the loss falls by a factor, so errors would grow."""
     config = tiny_config(parallel__tensor_model_parallel_size=tp, parallel__sequence_parallel=sp)
     config.validate(tp * dp)
-    results = run_distributed(tp * dp, train, config, 20)
+    results = run_distributed(tp * dp, train, config, STEPS)
     expected, weights = single
-    assert expected[-1][0] < 0.7 * expected[0][0], "the run must be one in which something is learnt"
+    assert expected[-1][0] < expected[0][0] / 3, "the run must be one in which something is learnt"
     for rank_steps, _ in results:
         for (loss, norm, applied), (loss_1, norm_1, _) in zip(rank_steps, expected, strict=True):
             assert loss == pytest.approx(loss_1, rel=1e-5)

@@ -24,7 +24,6 @@ OURS = [Path(module.__file__) for module in (door, layers_te) if module.__file__
 INSTANCES = {
     ("attention", "core"): "DotProductAttention.forward",
     ("add_rms_norm", "module"): "RMSNorm.forward",
-    ("RMSNorm", "self.hidden[0]"): "RMSNorm.forward",
     ("_Linear", "self.hidden[0]"): "Linear.forward",
 }
 

@@ -1,12 +1,19 @@
-"""Small tokenizers for all tests here: as the quick start trains it, with user-defined symbols, and of unigram."""
+"""Tokenizers for all tests here: small ones as the quick start trains it, with user-defined symbols, of unigram; and
+the real ones as Hugging Face folders.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
 import pytest
 
-from megatron_hammer.tokenizer.load import SentencePieceTokenizer
+from megatron_hammer.tokenizer.convert import convert_tokenizer
+from megatron_hammer.tokenizer.load import SentencePieceTokenizer, load_tokenizer
 from megatron_hammer.tokenizer.train import train_tokenizer
-from tests.tokenizer.texts import SYMBOLS, Texts, training_texts
+from tests.tokenizer.texts import SYMBOLS, Texts, real_model, training_texts
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +33,16 @@ def unigram(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
         Texts(training_texts()), tmp_path_factory.mktemp("unigram"), 1600,
         model_type="unigram", user_defined_symbols=SYMBOLS, required_characters="龘靐",
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name of a real model -> its folder for transformers, made (and proved) at the first call; to be read only."""
+
+    @cache
+    def convert(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        convert_tokenizer(load_tokenizer(real_model(f"{name}.model")), folder)
+        return folder
+
+    return convert

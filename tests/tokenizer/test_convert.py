@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,10 @@ def test_saved_again_by_transformers(with_symbols: SentencePieceTokenizer, tmp_p
         assert again(text)["input_ids"] == with_symbols.encode(text)
 
 
-@pytest.mark.parametrize("name", ["llama2-7b.model", "internlm-7b.model", "hammerllm.model"])
-def test_real_models(name: str, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(real_model(name))
-    convert_tokenizer(tokenizer, tmp_path)
-    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+@pytest.mark.parametrize("name", ["llama2-7b", "internlm-7b", "hammerllm"])
+def test_real_models(name: str, converted: Callable[[str], Path]) -> None:
+    tokenizer = load_tokenizer(real_model(f"{name}.model"))
+    backend = Backend.from_file(str(converted(name) / "tokenizer.json"))
     backend.encode_special_tokens = True
     texts = training_texts()
     assert [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)] == tokenizer.encode_batch(texts)

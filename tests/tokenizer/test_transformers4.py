@@ -11,28 +11,30 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatron_hammer.tokenizer.convert import publish_tokenizer
 from megatron_hammer.tokenizer.fuzz import fuzz_texts
-from megatron_hammer.tokenizer.load import SentencePieceTokenizer, load_processor
-from tests.tokenizer.texts import model_proto, real_model
+from megatron_hammer.tokenizer.load import load_processor
+from tests.tokenizer.texts import REAL_MODELS, model_proto, real_model
 
 CACHE = Path.home() / ".cache" / "megatron_hammer" / "transformers-4"
 WANTED = ("transformers>=4.57,<5", "huggingface-hub<1", "tokenizers<0.23")  # the rest is what version 5 brings, too
 
+SMALL, REAL = ("plain", "with_symbols"), ("hammerllm", "internlm-7b", "llama2-7b")
 ASK = """
 import json, sys
 import transformers
 assert transformers.__version__.startswith("4."), transformers.__version__
-texts = json.load(open(sys.argv[2], encoding="utf-8"))
 found = {}
-for use_fast in (True, False):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1], use_fast=use_fast)
-    found[str(use_fast)] = [tokenizer(text)["input_ids"] for text in texts]
-json.dump(found, open(sys.argv[3], "w"))
+for name, (folder, texts) in json.load(open(sys.argv[1], encoding="utf-8")).items():
+    for use_fast in (True, False):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, use_fast=use_fast)
+        found.setdefault(name, {})[str(use_fast)] = [tokenizer(text)["input_ids"] for text in texts]
+json.dump(found, open(sys.argv[2], "w"))
 """
 
 
@@ -57,26 +59,51 @@ def transformers4() -> Path:
     return CACHE
 
 
-@pytest.mark.parametrize("name", ["plain", "with_symbols", "hammerllm", "internlm-7b", "llama2-7b"])
-def test_ids_are_those_of_sentencepiece(
-    name: str, transformers4: Path, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    small = name in ("plain", "with_symbols")
-    tokenizer = request.getfixturevalue(name) if small else SentencePieceTokenizer(real_model(f"{name}.model"))
-    publish_tokenizer(tokenizer.path, tmp_path / "hf")
-    pieces = [piece.piece.replace("\u2581", " ") for piece in model_proto(tokenizer.path).pieces if piece.piece]
+def texts_for(model: Path) -> list[str]:
+    pieces = [piece.piece.replace("\u2581", " ") for piece in model_proto(model).pieces if piece.piece]
     texts = ["", "Plain text, 12 words.", "今天的天气：晴。", "<s> literal </s>", "  two  spaces ", "a\0b", "\n\n  x"]
-    texts += list(fuzz_texts(200, 5, pieces))
-    (tmp_path / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+    return texts + list(fuzz_texts(200, 5, pieces))
+
+
+@pytest.fixture(scope="module")
+def answers(
+    transformers4: Path,
+    converted: Callable[[str], Path],
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, dict[str, list[list[int]]]]:
+    """Name of a tokenizer -> use_fast -> ids of its texts, all from one process."""
+    folder = tmp_path_factory.mktemp("transformers4")
+    questions = {name: (str(converted(name)), texts_for(REAL_MODELS / f"{name}.model")) for name in REAL if there(name)}
+    for name in SMALL:
+        model = request.getfixturevalue(name).path
+        publish_tokenizer(model, folder / name)
+        questions[name] = (str(folder / name), texts_for(model))
+    (folder / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-c", ASK, tmp_path / "hf", tmp_path / "texts.json", tmp_path / "found.json"],
+        [sys.executable, "-c", ASK, folder / "questions.json", folder / "found.json"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         env=os.environ | {"PYTHONPATH": str(transformers4), "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    expected = load_processor(tokenizer.model_bytes, tokenizer.path).encode(texts)
-    for use_fast, found in json.loads((tmp_path / "found.json").read_text()).items():
-        for text, theirs, ours in zip(texts, found, expected):
+    found: dict[str, dict[str, list[list[int]]]] = json.loads((folder / "found.json").read_text())
+    return found
+
+
+def there(name: str) -> bool:
+    return (REAL_MODELS / f"{name}.model").is_file()
+
+
+@pytest.mark.parametrize("name", [*SMALL, *REAL])
+def test_ids_are_those_of_sentencepiece(
+    name: str, answers: dict[str, dict[str, list[list[int]]]], request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(name).path if name in SMALL else real_model(f"{name}.model")
+    texts = texts_for(model)
+    expected = load_processor(model.read_bytes(), model).encode(texts)
+    assert answers[name].keys() == {"True", "False"}
+    for use_fast, found in answers[name].items():
+        for text, theirs, ours in zip(texts, found, expected, strict=True):
             assert theirs == ours, f"use_fast={use_fast}: {text!r}"

@@ -19,3 +19,11 @@ inline uint8_t __nv_cvt_float_to_fp8(float x, __nv_saturation_t saturation, __nv
   const int code = ((exponent + bias - 1) << mantissa) + static_cast<int>(steps);  // a carry goes into the exponent
   return static_cast<uint8_t>(sign | code);
 }
+
+using __nv_fp8x2_storage_t = uint16_t;
+
+inline __nv_fp8x2_storage_t __nv_cvt_float2_to_fp8x2(float2 x, __nv_saturation_t saturation,
+                                                     __nv_fp8_interpretation_t kind) {
+  const unsigned first = __nv_cvt_float_to_fp8(x.x, saturation, kind);
+  return static_cast<uint16_t>(first | __nv_cvt_float_to_fp8(x.y, saturation, kind) << 8);
+}

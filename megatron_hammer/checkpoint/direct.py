@@ -1,0 +1,250 @@
+"""Bytes to and from the disk past the page cache (O_DIRECT), so that large files cost neither memory nor a core.
+
+::
+
+    write:  the caller fills one block  |  a thread writes the other one  --> disk
+    read:   disk, or page cache where a block lies there  --threads, two blocks ahead-->  the caller copies one
+
+A page cache has to find, fill and later write back a page for every 4 KiB; on a virtual machine that gives unused
+memory back to its host, a page that was not used lately is fetched from there first. Writing 2.8 GB and syncing it took
+2 to 13 s on two Xeon cores (up to 6 s of CPU), past the cache 1.2 to 1.8 s (0.1 s of CPU). What was written is then
+read back from the disk itself and not from the cache that was just filled. A block that is in the cache already is read
+from there.
+
+File systems without O_DIRECT are used through the cache. Linux; needs neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ALIGNMENT = 4096  # of addresses, offsets and lengths: the largest logical block of disks in use
+WRITE_BLOCK_BYTES = 4 * 2**20  # from 1 MiB on a disk here is at its full speed, within its noise
+READ_BLOCK_BYTES = 2 * 2**20
+_LOWEST_BIT = bytes(i & 1 for i in range(256))
+SMALL_BYTES = 64 * 2**10  # such as a norm's weights
+BLOCKS_AHEAD = 2  # one at a time leaves the disk idle in between: 1.35 GB/s here, two 1.8
+
+
+class DirectWriter:
+    """A new file, written from front to back.
+
+    Memory: two blocks. An error of the disk is raised by the next ``write`` or by ``finish``.
+
+    Args:
+        path: a file that does not exist yet.
+
+    Raises:
+        OSError: whatever the disk says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+        self._direct = _set_direct(self._descriptor)
+        self._blocks = [memoryview(_new_block(WRITE_BLOCK_BYTES)) for _ in range(2)]
+        self._used, self._written = 0, 0
+        self._thread = ThreadPoolExecutor(1, "disk-writer")
+        self._pending: Future[None] | None = None
+
+    def write(self, data: Any) -> None:
+        """Append a contiguous buffer; it may change again once this returns."""
+        view = memoryview(data).cast("B")
+        while view:
+            part = view[: WRITE_BLOCK_BYTES - self._used]
+            self._blocks[0][self._used : self._used + len(part)] = part
+            self._used += len(part)
+            view = view[len(part) :]
+            if self._used == WRITE_BLOCK_BYTES:
+                self._hand_over(self._used)
+
+    def _hand_over(self, length: int) -> None:
+        """Give the filled block to the thread, once it is done with the other."""
+        self._wait()
+        self._pending = self._thread.submit(self._store, self._blocks[0][:length], self._written)
+        self._written += length
+        self._used = 0
+        self._blocks.reverse()
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _store(self, block: memoryview, offset: int) -> None:
+        while block:
+            try:
+                done = os.pwrite(self._descriptor, block, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._direct = _set_direct(self._descriptor, False)  # a disk of larger blocks
+                continue
+            if done < len(block) and self._direct:
+                done -= done % ALIGNMENT
+            if done == 0:
+                raise OSError(errno.EIO, "the disk takes no more bytes and does not say why")
+            block, offset = block[done:], offset + done
+
+    def finish(self) -> None:
+        """Write what is left and make the content durable."""
+        size = self._written + self._used
+        padding = -self._used % ALIGNMENT
+        self._blocks[0][self._used : self._used + padding] = bytes(padding)
+        self._hand_over(self._used + padding)
+        self._wait()
+        os.ftruncate(self._descriptor, size)
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Wait for the thread and let the file go; without ``finish`` it is not whole."""
+        self._thread.shutdown()
+        os.close(self._descriptor)
+        self._blocks.clear()
+
+
+class DirectReader:
+    """A file that is read in ascending order for the most part. Memory: three blocks, from its first byte to its last.
+
+    Args:
+        descriptor: of a regular file, open for reading; stays the caller's to close, after ``close``.
+        size: bytes of the file.
+    """
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self._descriptor, self._size = descriptor, size
+        self._direct: int | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        self._blocks: dict[int, tuple[Future[int], memoryview]] = {}
+        self._spare: list[memoryview] = []
+        self._end = -SMALL_BYTES - 1  # of the last large read
+
+    def _start(self) -> None:
+        try:
+            # The same file, whatever its name stands for by now.
+            self._direct = os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError:
+            self._direct = None
+        self._spare = [memoryview(_new_block(READ_BLOCK_BYTES)) for _ in range(BLOCKS_AHEAD + 1)]
+        self._threads = ThreadPoolExecutor(BLOCKS_AHEAD, "disk-reader")
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        """Fill ``view`` (flat bytes) from ``offset`` on; returns the count, smaller at the end of the file.
+
+        Raises:
+            OSError: whatever the disk says.
+        """
+        goes_on = 0 <= offset - self._end <= SMALL_BYTES  # perhaps past something small that was read before
+        if len(view) <= SMALL_BYTES and not goes_on:
+            return self._read_small(view, offset)
+        if self._threads is None:
+            self._start()
+        # Who goes on where the last read ended will go on further; else only what is asked for is fetched.
+        until = self._size if goes_on else offset + len(view)
+        done = 0
+        while done < len(view):
+            index, at = divmod(offset + done, READ_BLOCK_BYTES)
+            self._fetch(index, until)
+            fetched, block = self._blocks[index]
+            count = min(fetched.result() - at, len(view) - done)
+            if count <= 0:
+                break
+            view[done : done + count] = block[at : at + count]
+            done += count
+        self._end = offset + done
+        if self._end == self._size:
+            self._stop()  # whoever reads many files one after the other has the memory of one
+        return done
+
+    def _read_small(self, view: memoryview, offset: int) -> int:
+        """As ``read_into``, leaving alone what is on its way for the large reads."""
+        done = 0
+        while got := os.preadv(self._descriptor, [view[done:]], offset + done):
+            done += got
+        return done
+
+    def _fetch(self, first: int, until: int) -> None:
+        """Have block ``first``, and those after it that begin before ``until``, in memory or on their way."""
+        assert self._threads is not None
+        last = max(first, min(first + BLOCKS_AHEAD, (until - 1) // READ_BLOCK_BYTES))
+        wanted = range(first, last + 1)
+        for index in [i for i in self._blocks if i not in wanted]:
+            fetched, block = self._blocks.pop(index)
+            fetched.exception()  # its thread lets go of the block before it is used again
+            self._spare.append(block)
+        for index in wanted:
+            if index not in self._blocks:
+                block = self._spare.pop()
+                self._blocks[index] = (self._threads.submit(self._load, index, block), block)
+
+    def _load(self, index: int, block: memoryview) -> int:
+        offset = index * READ_BLOCK_BYTES
+        length = max(0, min(READ_BLOCK_BYTES, self._size - offset))
+        descriptor = self._descriptor
+        if self._direct is not None and length and not _is_resident(self._descriptor, offset, length):
+            descriptor = self._direct
+        done = 0
+        while done < length:
+            try:
+                got = os.preadv(descriptor, [block[done:]], offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or descriptor == self._descriptor:
+                    raise
+                descriptor = self._descriptor  # a disk of larger blocks, or a short read before
+                continue
+            if got == 0:
+                break
+            done += got
+        return min(done, length)
+
+    def _stop(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+            self._threads = None
+        self._blocks.clear()
+        self._spare.clear()
+        if self._direct is not None:
+            os.close(self._direct)
+            self._direct = None
+
+    def close(self) -> None:
+        """Wait for the threads and give the memory back."""
+        self._stop()
+
+
+def _new_block(size: int) -> mmap.mmap:
+    """Memory that starts on a page."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _is_resident(descriptor: int, offset: int, length: int) -> bool:
+    """Whether this range of a file, from a multiple of a page on, lies in the page cache; if nobody can tell: yes."""
+    try:
+        pages = mmap.mmap(descriptor, length, access=mmap.ACCESS_COPY, offset=offset)  # never touched
+    except (OSError, ValueError):  # no memory can be mapped, or the file has become shorter
+        return True
+    with pages:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        found = ctypes.create_string_buffer(-(-length // mmap.PAGESIZE))
+        if ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(length), found) != 0:
+            return True
+        return b"\0" not in found.raw.translate(_LOWEST_BIT)
+
+
+def _set_direct(descriptor: int, wanted: bool = True) -> bool:
+    """Turn O_DIRECT of an open file on or off; returns what it is then. Asked after opening, since a refused open may
+    have made the file."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not wanted:
+            raise
+        return False
+    return wanted

@@ -1,0 +1,59 @@
+"""Every setting of a run: one tree of frozen dataclasses, read from YAML, overridden by ``group.field=value``.
+
+::
+
+    CONFIG.yaml ----> tree of plain values ----> Config (frozen) ----> validate(world_size) ----> everything else
+    group.field=value ^ (last one wins)            types checked         ranges and relations
+    reading.py                                     settings.py           settings.py, tree.py
+
+The settings, all of them, stand in ``settings.py``: the docstring under a field is its documentation and what
+``--help`` prints (``help.py``). ``tree.py`` joins the groups to one ``Config`` and says what must hold between them.
+What can be computed is not a field: ``data_parallel_size``, ``grad_accum``, ``padded_vocab_size`` are functions of
+``tree.py``. Nothing mutates a config; the resolved one (with ``model.vocab_size`` filled in from the tokenizer) is
+stored in each checkpoint and logged once. Imports neither torch nor numpy.
+"""
+
+from megatron_hammer.config.help import FieldHelp, describe_fields, help_text
+from megatron_hammer.config.reading import config_from_tree, config_to_tree, load_config, parse_yaml, to_yaml
+from megatron_hammer.config.settings import (
+    ATTENTION_MASKS,
+    CheckpointConfig,
+    DataConfig,
+    KernelsConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RopeScaling,
+    ScheduleConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from megatron_hammer.config.tree import FP8_MULTIPLE, VOCAB_PADDING_MULTIPLE, Config, padded_vocab_size
+
+__all__ = [
+    "ATTENTION_MASKS",
+    "FP8_MULTIPLE",
+    "VOCAB_PADDING_MULTIPLE",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "FieldHelp",
+    "KernelsConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RopeScaling",
+    "ScheduleConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "config_from_tree",
+    "config_to_tree",
+    "describe_fields",
+    "help_text",
+    "load_config",
+    "padded_vocab_size",
+    "parse_yaml",
+    "to_yaml",
+]

@@ -1,0 +1,173 @@
+"""YAML and overrides -> tree of plain values -> ``Config``, and back: checks names and types, ``Config`` the ranges."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megatron_hammer.config.help import describe_fields
+from megatron_hammer.config.tree import Config
+from megatron_hammer.errors import ConfigError
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a key given twice is an error instead of a silent loss of the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML text; ``where`` names it in the error."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # derived from the safe loader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(8, where, f"is not valid YAML ({error})", "mend the syntax") from None
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML preset, apply ``group.field=value`` overrides in order, and check names and types.
+
+    Ranges and relations are checked by ``Config.validate``.
+
+    Raises:
+        ConfigError: missing or malformed file, unknown or misspelt key (the nearest is named), wrong type.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(8, str(path), f"is not UTF-8 text ({error.reason})", "name a YAML file") from None
+    except OSError as error:
+        raise ConfigError(6, str(path), f"could not be read ({error.strerror})", "name an existing YAML file") from None
+    tree = parse_yaml(text, str(path))
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ConfigError(8, str(path), "must hold groups (model:, train:, ...)", "see examples/configs/tiny.yaml")
+    for override in overrides:
+        _apply_override(tree, override)
+    return config_from_tree(tree)
+
+
+def _apply_override(tree: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise ConfigError(1, f"argument {override!r}", "is not group.field=value", "see --help for every field")
+    value = parse_yaml(text, key)
+    node = tree
+    for depth, part in enumerate(parts[:-1]):
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            where = ".".join(parts[: depth + 1])
+            raise ConfigError(3, f"{where}={node!r}", "must be a group of fields", f"write {where} as a mapping")
+    node[parts[-1]] = value
+
+
+def config_from_tree(tree: Mapping) -> Config:
+    """Build a ``Config`` from nested plain values, as ``load_config`` reads them and checkpoints store them."""
+    return _build(Config, tree, "")
+
+
+def config_to_tree(config: Config) -> dict:
+    """The inverse: nested plain values, every field filled in."""
+    return dataclasses.asdict(config)
+
+
+def _build(cls: type, tree: Any, where: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise ConfigError(3, f"{where}={tree!r}", "must be a group of fields", f"write {where} as a mapping")
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            name = f"{where}.{key}" if where else str(key)
+            raise ConfigError(2, name, "is not a known setting", f"did you mean {_nearest(name)}?")
+    values = {}
+    for f in dataclasses.fields(cls):
+        name = f"{where}.{f.name}" if where else f.name
+        if f.name in tree and not (tree[f.name] is None and dataclasses.is_dataclass(hints[f.name])):
+            values[f.name] = _convert(hints[f.name], tree[f.name], name)
+        elif dataclasses.is_dataclass(hints[f.name]) and f.default_factory is dataclasses.MISSING:
+            values[f.name] = _build(hints[f.name], {}, name)  # type: ignore[arg-type]  # names the first missing field
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(7, name, "is not set and has no default", f"add {name} to the YAML file or the arguments")
+    return cls(**values)
+
+
+def _nearest(name: str) -> str:
+    known = [f"{g}.{f}" for g, fields in describe_fields().items() for f in fields] + list(describe_fields())
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    last = name.rsplit(".", 1)[-1]
+    elsewhere = [k for k in known if k.rsplit(".", 1)[-1] == last]  # the right field in the wrong group
+    return (elsewhere or match)[0]
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    """``value`` (as YAML gives it) as the field's type, or a ``ConfigError`` naming the field."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, name)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, name)  # type: ignore[arg-type]
+    if origin is Literal:
+        if value is False and "off" in args:
+            return "off"  # YAML 1.1 reads off as a bool
+        if value not in args:
+            near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+            hinted = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(map(str, args))}"
+            raise ConfigError(3, f"{name}={value}", f"must be one of {', '.join(map(str, args))}", hinted)
+        return value
+    if origin is dict:
+        return _convert_dict(args[1], value, name)
+    number = _number(value)
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and number is not None and float(number).is_integer():
+        return int(number)
+    if hint is float and number is not None:
+        return float(number)
+    if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    raise ConfigError(3, f"{name}={value!r}", f"must be of type {hint.__name__}", "correct the value")
+
+
+def _convert_dict(value_hint: Any, value: Any, name: str) -> dict | None:
+    if value_hint is float and isinstance(value, str):
+        return {value: 1.0}  # one prefix
+    if not isinstance(value, dict) or not value:
+        wanted = "one prefix or {prefix: weight}" if value_hint is float else "{name: prefix}"
+        raise ConfigError(3, f"{name}={value!r}", f"must be {wanted}", "write it as a YAML mapping")
+    return {str(k): _convert(value_hint, v, f"{name}[{k}]") for k, v in value.items()}
+
+
+def _number(value: Any) -> int | float | None:
+    """Numbers as people write them: YAML 1.1 reads ``5e-4`` (no dot) as text."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    return None
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML text that ``load_config`` reads back to an equal config."""
+    return yaml.safe_dump(config_to_tree(config), sort_keys=False, allow_unicode=True, width=1000)

@@ -1,0 +1,424 @@
+"""The settings: a frozen dataclass for each group, a docstring under each field, and what a group checks by itself.
+
+A field's docstring says its meaning, its unit and the reason of its default; ``--help`` prints it. What must hold
+between groups is in ``tree.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_hammer.config.checks import at_least, divisors, require
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of RoPE for longer contexts (Hugging Face ``rope_type: llama3``)."""
+
+    factor: float
+    """By how much the long wavelengths are stretched."""
+    low_freq_factor: float
+    """Wavelengths above original_max_position_embeddings / low_freq_factor are stretched in full."""
+    high_freq_factor: float
+    """Wavelengths below original_max_position_embeddings / high_freq_factor are left alone."""
+    original_max_position_embeddings: int
+    """Context length in tokens for which the model was first trained."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The Llama: sizes are global, never those of one rank."""
+
+    hidden_size: int
+    """Width h of the residual stream."""
+    ffn_hidden_size: int
+    """Width f of the SwiGLU feed-forward layer (Hugging Face: intermediate_size)."""
+    num_layers: int
+    """Number of decoder layers."""
+    num_attention_heads: int
+    """Number n of query heads."""
+    num_query_groups: int | None = None
+    """Number g of key/value heads (Hugging Face: num_key_value_heads); absent: as many as query heads."""
+    head_dim: int | None = None
+    """Width d of one head; absent: hidden_size / num_attention_heads."""
+    vocab_size: int | None = None
+    """True number v of token ids, without padding; absent: that of the tokenizer."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding."""
+    rope_scaling: RopeScaling | None = None
+    """Llama 3's RoPE scaling; absent: none."""
+    max_position_embeddings: int | None = None
+    """Longest context written to the exported model's config; absent: data.seq_length."""
+    tie_word_embeddings: bool = False
+    """Use the embedding matrix as output head too."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights, N(0, std); norms start at one."""
+
+    @property
+    def query_groups(self) -> int:
+        """``num_query_groups`` with its default filled in."""
+        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
+
+    @property
+    def head_size(self) -> int:
+        """``head_dim`` with its default filled in."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` unless the shape is a possible Llama."""
+        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if "int" in str(f.type)}
+        at_least("model", sizes, 1)
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            require(value > 0, f"model.{name}={value}", "must be positive", f"raise model.{name}")
+        at_least("model", {"init_std": self.init_std}, 0)
+        heads, groups = self.num_attention_heads, self.query_groups
+        require(
+            heads % groups == 0,
+            f"model.num_query_groups={groups}",
+            f"must divide model.num_attention_heads={heads}",
+            f"use {divisors(heads)}",
+        )
+        if self.head_dim is None:
+            require(
+                self.hidden_size % heads == 0,
+                f"model.num_attention_heads={heads}",
+                f"must divide model.hidden_size={self.hidden_size}",
+                "change one of them or set model.head_dim",
+            )
+        require(
+            self.head_size % 2 == 0, f"model.head_dim={self.head_size}", "must be even for RoPE", "set model.head_dim"
+        )
+        if self.rope_scaling is not None:
+            at_least("model.rope_scaling", {"factor": self.rope_scaling.factor}, 1)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the ranks share the work. data_parallel_size is what is left: world size / tensor_model_parallel_size."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer's matrices (TP)."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the stack of layers (PP). Only 1 is possible in this version."""
+    sequence_parallel: bool = False
+    """Between the matrices, keep only seq_length / TP rows on each rank (arXiv 2205.05198). Needs TP of 2 or more."""
+    gradient_bucket_bytes: int = 64 * 2**20
+    """Size of one fp32 gradient bucket: a bucket's reduce-scatter starts as soon as its last gradient is there."""
+    timeout_seconds: int = 600
+    """How long a rank waits for the others in one collective."""
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for impossible sizes."""
+        at_least("parallel", {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, 0)
+        at_least(
+            "parallel",
+            {
+                "tensor_model_parallel_size": self.tensor_model_parallel_size,
+                "gradient_bucket_bytes": self.gradient_bucket_bytes,
+                "timeout_seconds": self.timeout_seconds,
+            },
+            1,
+        )
+        pp = self.pipeline_model_parallel_size
+        require(
+            pp == 1,
+            f"parallel.pipeline_model_parallel_size={pp}",
+            "must be 1 in this version",
+            "use tensor and data parallelism",
+        )
+        require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "parallel.sequence_parallel=true",
+            "needs parallel.tensor_model_parallel_size of 2 or more",
+            "set it to false or raise the size",
+        )
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Which tokenizer made the data and goes into the exported model."""
+
+    path: str | None = None
+    """A sentencepiece .model, a tokenizer.json, or a Hugging Face folder."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Indexed datasets (prefix P of P.bin and P.idx) and how samples are cut from them."""
+
+    train: dict[str, float] | None = None
+    """One prefix, or {prefix: weight, ...}; data.weights says what a weight is."""
+    weights: Literal["share", "tokens", "epochs"] = "share"
+    """What the weights of data.train are. share: of the samples, in proportion. tokens: tokens to draw (142e9). epochs:
+    passes over the source (1.5). train.num_steps stays the length of the run: all sources are scaled to it alike, and
+    the plan printed before training says what each one gives and which length fits."""
+    max_epochs: float | None = None
+    """Refuse a run that would read a source more often than this, counted from step 1; absent: no limit."""
+    valid: dict[str, str] | None = None
+    """{name: prefix, ...}: validation sets, each reported under its name; absent: no evaluation."""
+    seq_length: int = 2048
+    """Targets s in one sample; a sample holds s + 1 tokens."""
+    order: Literal["independent", "megatron"] = "independent"
+    """independent: a pure function of (seed, sources and weights, epoch, position), unchanged when a run is extended.
+    megatron: Megatron-LM's own order, for those who move a run; it depends on train.num_steps."""
+    index_folder: str | None = None
+    """Where the indices of large datasets are kept, built once and shared by all processes; absent: P.index beside each
+    dataset P. Set it where the datasets cannot be written."""
+    attention_mask: Literal["causal", "document"] = "causal"
+    """causal: each sample is one stretch of text, attention crosses the documents in it (HammerLLM's recipe).
+    document: no attention across documents, and positions restart at 0 in each. What a sample holds of a document
+    counts as a whole one: where it was cut, positions begin at 0 too. In the order megatron a document is one sequence
+    of the dataset. Both have the same targets: the last token of a document predicts the first of the next one (a bos
+    where documents have one). So the two losses can be compared, and each step's number of targets is known."""
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for an impossible mix or length."""
+        at_least("data", {"seq_length": self.seq_length}, 1)
+        require(
+            self.max_epochs is None or self.max_epochs > 0,
+            f"data.max_epochs={self.max_epochs}",
+            "must be positive",
+            "leave it out for no limit",
+        )
+        for prefix, weight in (self.train or {}).items():
+            require(
+                0 < weight < math.inf,
+                f"data.train[{prefix}]={weight}",
+                "must be a positive number",
+                "give every source a weight above zero or leave it out",
+            )
+        for name in self.valid or {}:
+            require(
+                name != "" and "/" not in name,
+                f"data.valid[{name!r}]",
+                "must be a name without '/'",
+                "rename this validation set",
+            )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101) with global-norm clipping, sharded over the data-parallel ranks (ZeRO-1)."""
+
+    lr: float = 5e-4
+    """Peak learning rate."""
+    min_lr: float = 5e-5
+    """Floor of the learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global norm of the gradient; 0: no clipping."""
+    initial_loss_scale: float = 65536.0
+    """fp16 only: first loss scale; halved at an overflow, doubled after loss_scale_window good steps."""
+    loss_scale_window: int = 1000
+    """fp16 only: good steps before the loss scale is doubled."""
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for values outside their range."""
+        at_least("optimizer", {k: getattr(self, k) for k in ("lr", "min_lr", "weight_decay", "clip_grad")}, 0)
+        at_least(
+            "optimizer", {"initial_loss_scale": self.initial_loss_scale, "loss_scale_window": self.loss_scale_window}, 1
+        )
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(
+                0 <= value < 1, f"optimizer.{name}={value}", "must lie in [0, 1)", "0.9 and 0.95 to 0.999 are usual"
+            )
+        require(self.eps > 0, f"optimizer.eps={self.eps}", "must be positive", "1e-8 is usual")
+        require(
+            self.min_lr <= self.lr,
+            f"optimizer.min_lr={self.min_lr}",
+            f"must not exceed optimizer.lr={self.lr}",
+            "lower min_lr",
+        )
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate as a pure function of the step (optim/schedule.py draws the shapes)."""
+
+    style: Literal["cosine", "cosine-clamped", "wsd", "linear", "constant"] = "cosine"
+    """cosine: between lr and min_lr. cosine-clamped: to zero, held at min_lr (HammerLLM's). wsd: constant, then a
+    linear descent over anneal_steps. linear: to min_lr. constant: lr. Each after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up; step warmup_steps is the first at the peak."""
+    decay_steps: int | None = None
+    """Step at which the descent ends, warm-up included; absent: train.num_steps."""
+    anneal_steps: int | None = None
+    """wsd only: length of the final descent; absent: a tenth of decay_steps."""
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for impossible lengths."""
+        at_least("schedule", {"warmup_steps": self.warmup_steps}, 0)
+        at_least("schedule", {"decay_steps": self.decay_steps, "anneal_steps": self.anneal_steps}, 1)
+        require(
+            self.anneal_steps is None or self.style == "wsd",
+            f"schedule.anneal_steps={self.anneal_steps}",
+            "belongs to schedule.style=wsd only",
+            "remove it or choose wsd",
+        )
+
+
+ATTENTION_MASKS = {  # backend -> the values of data.attention_mask that it can do; the rest is kernels/attention.py's
+    "fused": ("causal", "document"),
+    "cudnn": ("causal",),
+    "sdpa": ("causal",),
+    "varlen": ("document",),
+    "sdpa-documents": ("document",),
+    "flash-attn": ("causal", "document"),
+    "flash-attn-3": ("causal", "document"),
+    "flash-attn-4": ("causal", "document"),
+    "te": ("causal", "document"),
+}
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """Which implementation runs the hot operations."""
+
+    compile: Literal["none", "operations", "layers"] = "none"
+    """operations: torch.compile fuses those of norm, RoPE and SwiGLU that have no kernel of their own. layers: each
+    decoder layer is compiled whole, once for all; not with kernels.layers=te, whose modules the compiler cannot look
+    into. Either costs seconds at start; on a CPU it needs a C++ compiler."""
+    norm: Literal["auto", "torch", "fused", "te", "apex", "liger"] = "auto"
+    """Residual add and RMSNorm. auto: fused where it can run, else torch; the same for the next three. fused: our own
+    compiled kernel, C++ on a CPU, CUDA on a GPU. te, apex, liger: that library's, where it is installed."""
+    rope: Literal["auto", "torch", "fused", "liger"] = "auto"
+    """Rotary position embedding."""
+    swiglu: Literal["auto", "torch", "fused", "liger"] = "auto"
+    """SwiGLU's product."""
+    adamw: Literal["auto", "torch", "fused", "apex"] = "auto"
+    """The update, with clipping and the 16-bit copy in the same pass, and the gradient's norm."""
+    attention: Literal[
+        "auto", "fused", "cudnn", "sdpa", "varlen", "sdpa-documents", "flash-attn", "flash-attn-3", "flash-attn-4", "te"
+    ] = "auto"
+    """auto: the first of the others that can do what the config asks for; one that is named and cannot is an error.
+    fused: our own, for either mask on a CPU. cudnn: cuDNN's by way of torch, causal, on a GPU in 16 bits; auto takes it
+    on Hopper and Blackwell. sdpa: torch's scaled_dot_product_attention, causal. varlen: torch's own FlashAttention for
+    document masks, on a GPU in 16 bits. sdpa-documents: one sdpa call a document, anywhere. flash-attn, flash-attn-3,
+    flash-attn-4: those packages, te: what Transformer Engine chooses; for either mask on a GPU in 16 bits, by name
+    only."""
+    layers: Literal["torch", "te"] = "torch"
+    """torch: the layers in plain torch. te: linear layers and norms of NVIDIA's Transformer Engine, on a GPU; the
+    weight's gradient is accumulated in the matrix product. Checkpoints are the same."""
+    fp8: Literal["off", "delayed", "current"] = "off"
+    """8-bit matrix products of the layers in training, with bf16 on a GPU. current: each tensor scaled by its own
+    largest value. delayed: by those of past steps, which no checkpoint holds, so that a resumed run scales anew; with
+    kernels.layers=te only."""
+    fp8_head: bool = False
+    """With kernels.fp8: the output head's products too. It is the layer that 8 bits disturb most; hence an option."""
+    deterministic: bool = False
+    """Equal bits from run to run on one machine and layout: takes only backends that can, and tells torch's own kernels
+    to. On a CPU all do without it."""
+    loss: Literal["auto", "fused", "triton", "torch"] = "auto"
+    """Softmax and gradient of the logits. auto: on a CPU fused, our own compiled kernel, on a GPU triton, where it is
+    there, else torch."""
+    loss_chunk_tokens: int | None = None
+    """Tokens of a micro-batch whose logits exist at once, [tokens, vocabulary / TP]; absent: 2048 on a GPU, 256 on a
+    CPU. Fewer take less memory and more time: the gradient of the output head is read and written once a chunk."""
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for an impossible size."""
+        at_least("kernels", {"loss_chunk_tokens": self.loss_chunk_tokens}, 1)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, sizes and place of the run."""
+
+    output: str = "runs/default"
+    """Folder of the run: checkpoints/, metrics.jsonl, tensorboard/."""
+    num_steps: int = 1000
+    """Total number of steps, counted from 1 over all restarts."""
+    micro_batch_size: int = 1
+    """Samples b that one rank processes at once."""
+    global_batch_size: int = 8
+    """Samples a step over all ranks; a multiple of micro_batch_size x data_parallel_size."""
+    seed: int = 1234
+    """Seeds the initial weights and the order of the data."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Type of weights and activations; masters, moments and gradient sums are always fp32."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping it; the results are the same. selective: the outputs of norms,
+    attention and SwiGLU. full: whole layers, of which only the input is kept; a third more of their work."""
+    recompute_layers: int | None = None
+    """With full: the first so many layers; absent: all."""
+    z_loss: float = 0.0
+    """Weight c of c log^2(sum of exponentials) in what is minimised, which keeps logits small (arXiv 2204.02311; usual:
+    1e-4). No reported loss contains it."""
+    eval_interval_steps: int | None = None
+    """Evaluate every set of data.valid after so many steps and after the last; absent: after the last only."""
+    eval_samples: int = 256
+    """Samples of each validation set (all of them when it has fewer)."""
+    max_consecutive_skips: int = 30
+    """End the run (exit code 9) after so many skipped steps in a row; a step is skipped when its gradient is not
+    finite."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU of this local rank when torch sees one, else the CPU."""
+    dry_run: bool = False
+    """Print the resolved config, the parameter count, the parallel layout and the step's tokens, and stop."""
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for values outside their range."""
+        names = (
+            "num_steps",
+            "micro_batch_size",
+            "global_batch_size",
+            "recompute_layers",
+            "eval_interval_steps",
+            "eval_samples",
+            "max_consecutive_skips",
+        )
+        at_least("train", {k: getattr(self, k) for k in names}, 1)
+        at_least("train", {"z_loss": self.z_loss}, 0)
+        require(0 <= self.seed < 2**32, f"train.seed={self.seed}", "must lie in [0, 2^32)", "choose a smaller seed")
+        require(self.output != "", "train.output=''", "must name a folder", "set train.output")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, what to keep, where to start."""
+
+    save_interval_steps: int | None = None
+    """Save after so many steps, and always after the last; absent: after the last only."""
+    keep_last: int = 2
+    """Newest checkpoints kept; older ones are removed after a newer one is committed."""
+    init_from: str | None = None
+    """Checkpoint (or run) whose weights a new run starts from; ignored once the run has checkpoints of its own."""
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for values outside their range."""
+        at_least("checkpoint", {"save_interval_steps": self.save_interval_steps}, 1)
+        at_least("checkpoint", {"keep_last": self.keep_last}, 2)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is shown; metrics.jsonl has every step whatever stands here."""
+
+    interval_steps: int = 10
+    """Steps between two printed lines (a terminal gets a progress bar)."""
+    tensorboard: bool = True
+    """Write OUT/tensorboard/ too."""
+    peak_tflops: float | None = None
+    """Dense peak of one device in the run's precision, for MFU; absent: known data-centre GPUs, else MFU is null."""
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for values outside their range."""
+        at_least("log", {"interval_steps": self.interval_steps}, 1)
+        peak = self.peak_tflops
+        require(
+            peak is None or peak > 0, f"log.peak_tflops={peak}", "must be positive", "state the device's dense peak"
+        )

@@ -1,0 +1,212 @@
+"""The whole tree of settings, what must hold between its groups, and what is computed from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from megatron_hammer.config.checks import choices, divisors, require
+from megatron_hammer.config.settings import (
+    ATTENTION_MASKS,
+    CheckpointConfig,
+    DataConfig,
+    KernelsConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+
+FP8_MULTIPLE = 16  # elements: both sides of an fp8 matrix, or cuBLAS refuses it (Transformer Engine's autocast)
+VOCAB_PADDING_MULTIPLE = 128  # rows a tensor-parallel rank: an odd vocabulary forces a slow matrix kernel
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole tree; one group per field."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def validate(self, world_size: int) -> None:
+        """Check every group and every relation between groups for ``world_size`` ranks.
+
+        Raises:
+            ConfigError: names field, value, rule and remedy. Nothing is communicated.
+        """
+        for group in dataclasses.fields(self):
+            check = getattr(getattr(self, group.name), "check", None)
+            if check is not None:
+                check()
+        model, tp = self.model, self.parallel.tensor_model_parallel_size
+        allowed = [t for t in range(1, model.num_attention_heads + 1) if not _tp_obstacle(self, t)]
+        obstacle = _tp_obstacle(self, tp)
+        require(
+            not obstacle, f"parallel.tensor_model_parallel_size={tp}", obstacle, "use " + choices(allowed), number=5
+        )
+        require(
+            world_size % tp == 0,
+            f"parallel.tensor_model_parallel_size={tp}",
+            f"must divide the {world_size} ranks",
+            f"start a multiple of {tp} ranks or use {divisors(world_size)}",
+            number=5,
+        )
+        train = self.train
+        samples = train.micro_batch_size * self.data_parallel_size(world_size)
+        require(
+            train.global_batch_size % samples == 0,
+            f"train.global_batch_size={train.global_batch_size}",
+            f"must be a multiple of train.micro_batch_size={train.micro_batch_size} x data_parallel_size="
+            f"{self.data_parallel_size(world_size)}",
+            f"use a multiple of {samples}",
+            number=5,
+        )
+        require(
+            train.precision != "fp16" or self.optimizer.initial_loss_scale >= 1,
+            "optimizer.initial_loss_scale",
+            "must be at least 1",
+            "65536 is usual",
+        )
+        attention, mask = self.kernels.attention, self.data.attention_mask
+        able = [name for name, masks in ATTENTION_MASKS.items() if mask in masks]
+        require(
+            attention in ("auto", *able),
+            f"kernels.attention={attention}",
+            f"cannot do data.attention_mask={mask}",
+            f"use {' or '.join(('auto', *able))}",
+            number=9,
+        )
+        obstacles = {12: _te_obstacle, 13: _fp8_obstacle, 14: _recompute_obstacle, 15: _compile_obstacle}
+        for number, (what, rule, remedy) in ((n, find(self)) for n, find in obstacles.items()):
+            require(not what, what, rule, remedy, number)
+        longest = model.max_position_embeddings
+        require(
+            longest is None or longest >= self.data.seq_length,
+            f"data.seq_length={self.data.seq_length}",
+            f"must not exceed model.max_position_embeddings={longest}",
+            "shorten it or raise the limit",
+            number=5,
+        )
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Ranks that process different samples."""
+        return world_size // self.parallel.tensor_model_parallel_size
+
+    def grad_accum(self, world_size: int) -> int:
+        """Micro-batches that each rank processes in one step."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.data_parallel_size(world_size))
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Targets in one step, over all ranks."""
+        return self.train.global_batch_size * self.data.seq_length
+
+    def notes(self) -> list[str]:
+        """Remarks on settings that are valid but do something other than their plain reading."""
+        notes = []
+        if self.schedule.warmup_steps > self.train.num_steps:
+            notes.append(
+                f"schedule.warmup_steps={self.schedule.warmup_steps} is longer than the run: clamped to "
+                f"train.num_steps={self.train.num_steps}"
+            )
+        if not self.data.valid:
+            notes.append("data.valid is absent: no evaluation")
+        if self.kernels.fp8 == "delayed":
+            notes.append(
+                "kernels.fp8=delayed: checkpoints hold no scales, so a resumed run is not bit-equal to one that went "
+                "on, and the first micro-batches after each start lose small gradients; kernels.fp8=current has neither"
+            )
+        return notes
+
+
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
+    """Rows of embedding and head in memory: the next multiple of 128 x TP. Never on disk."""
+    multiple = VOCAB_PADDING_MULTIPLE * tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def _tp_obstacle(config: Config, tp: int) -> str:
+    """Why ``tp`` tensor-parallel ranks cannot share this model, or an empty string."""
+    model, groups = config.model, config.model.query_groups
+    if model.num_attention_heads % tp:
+        return f"must divide model.num_attention_heads={model.num_attention_heads}"
+    if groups % tp and tp % groups:
+        return f"must divide model.num_query_groups={groups} or be a multiple of it"
+    if model.ffn_hidden_size % tp:
+        return f"must divide model.ffn_hidden_size={model.ffn_hidden_size}"
+    if config.parallel.sequence_parallel and config.data.seq_length % tp:
+        return f"must divide data.seq_length={config.data.seq_length} under sequence parallelism"
+    return ""
+
+
+def _te_obstacle(config: Config) -> tuple[str, str, str]:
+    """What a config without a GPU asks of Transformer Engine (setting, rule, remedy), or empty strings."""
+    for name, remedy in (("layers", "torch"), ("attention", "auto"), ("norm", "auto")):
+        if getattr(config.kernels, name) == "te" and config.train.device == "cpu":
+            return f"kernels.{name}=te", "does not run with train.device=cpu", f"use kernels.{name}={remedy}"
+    norm = config.kernels.norm
+    if config.kernels.layers == "te" and norm not in ("auto", "te"):
+        return f"kernels.norm={norm}", "is not for kernels.layers=te, which has its own norms", "use kernels.norm=auto"
+    return "", "", ""
+
+
+def _fp8_obstacle(config: Config) -> tuple[str, str, str]:
+    """Why the layers' matrix products cannot run in 8 bits (setting, rule, remedy), or empty strings."""
+    kernels, model, train, tp = config.kernels, config.model, config.train, config.parallel.tensor_model_parallel_size
+    if kernels.fp8 == "off":
+        lone_head = kernels.fp8_head
+        return ("kernels.fp8_head=true", "needs kernels.fp8", "set it too") if lone_head else ("", "", "")
+    what = f"kernels.fp8={kernels.fp8}"
+    if kernels.layers == "torch" and kernels.fp8 == "delayed":
+        return what, "is not for kernels.layers=torch", "use kernels.fp8=current or kernels.layers=te"
+    if train.device == "cpu":
+        return what, "does not run with train.device=cpu", "use kernels.fp8=off"
+    if train.precision != "bf16":
+        return what, f"is not for train.precision={train.precision}", "use bf16 or kernels.fp8=off"
+    heads, groups, d = model.num_attention_heads // tp, max(1, model.query_groups // tp), model.head_size
+    divided = config.parallel.sequence_parallel and kernels.layers == "te"  # which quantises before it gathers
+    rows = train.micro_batch_size * config.data.seq_length // (tp if divided else 1)
+    sizes = {
+        "train.micro_batch_size x data.seq_length": rows,
+        "model.hidden_size": model.hidden_size,
+        "the rows of the fused query, key and value weight": (heads + 2 * groups) * d,
+        "model.num_attention_heads x head size": heads * d,
+        "model.ffn_hidden_size": model.ffn_hidden_size // tp,
+        "kernels.loss_chunk_tokens": (kernels.loss_chunk_tokens or 0) if kernels.fp8_head else 0,
+    }
+    for name, size in sizes.items():
+        if size % FP8_MULTIPLE:
+            share = "" if tp == 1 else ", one rank's part"
+            rule = f"needs a multiple of {FP8_MULTIPLE} for {name} ({size}{share})"
+            return what, rule, "change the sizes or use kernels.fp8=off"
+    return "", "", ""
+
+
+def _recompute_obstacle(config: Config) -> tuple[str, str, str]:
+    """Why this cannot be recomputed (setting, rule, remedy), or empty strings."""
+    mode, layers = config.train.recompute, config.train.recompute_layers
+    what = f"train.recompute_layers={layers}"
+    if layers is not None and mode != "full":
+        return what, f"is not for train.recompute={mode}", "leave it out or use train.recompute=full"
+    if layers is not None and layers > config.model.num_layers:
+        return what, f"must not exceed model.num_layers={config.model.num_layers}", "lower it or leave it out"
+    return "", "", ""
+
+
+def _compile_obstacle(config: Config) -> tuple[str, str, str]:
+    """Why whole layers cannot be compiled (setting, rule, remedy), or empty strings."""
+    if config.kernels.compile != "layers" or config.kernels.layers == "torch":
+        return "", "", ""
+    rule = f"is not for kernels.layers={config.kernels.layers}, whose modules the compiler cannot look into"
+    return "kernels.compile=layers", rule, "use kernels.compile=operations"
