@@ -4,8 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
+#include <new>
 #include <stdexcept>
 #include <vector>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include "attention_bindings.hpp"
 #include "operations.hpp"
@@ -33,6 +38,30 @@ void with_type(bool half, Work work) {
     work(float{});
   }
 }
+
+// A block of memory as malloc gives it; kernels/memory.py says why not an aligned one.
+class Memory {
+ public:
+  explicit Memory(size_t size) : size_(size) {
+#ifdef __GLIBC__
+    // Backward ends with a heap that is mostly free. Handed back to the system, each page of it would cost a fault in the
+    // next micro-batch. Larger blocks than 32 MiB glibc always asks the system for.
+    static const bool kept = mallopt(M_MMAP_THRESHOLD, 32 << 20) && mallopt(M_TRIM_THRESHOLD, -1);
+    (void)kept;
+#endif
+    data_ = std::malloc(size);
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() { std::free(data_); }
+
+  py::buffer_info buffer() { return {static_cast<uint8_t*>(data_), static_cast<py::ssize_t>(size_)}; }
+
+ private:
+  void* data_;
+  size_t size_;
+};
 
 void add_rms_norm_forward(const Version& version, int threads, bool half, int64_t rows, int64_t h, Address x,
                           Address update, Address weight, float eps, Address normed, Address summed, Address rstd) {
@@ -166,7 +195,8 @@ std::vector<const Version*> versions() {
 
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "Compiled half of megatron_hammer.kernels.cpu; csrc/cpu/kernels.hpp documents the functions.";
-  module.attr("INTERFACE") = 2;  // kernels/cpu.py refuses a module of another number
+  module.attr("INTERFACE") = 3;  // kernels/cpu.py refuses a module of another number
+  py::class_<Memory>(module, "Memory", py::buffer_protocol()).def(py::init<size_t>()).def_buffer(&Memory::buffer);
   py::class_<Version>(module, "Version")
       .def_property_readonly("name", [](const Version& version) { return version.name; })
       .def("add_rms_norm_forward", &add_rms_norm_forward)
