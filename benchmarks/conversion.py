@@ -445,8 +445,12 @@ def main() -> None:
 
 def report(folder: Path, rounds: int, proof: bool, small: bool) -> str:
     """Measure and tell, in Markdown."""
-    toy = ["--small"] if small else []
-    facts = child(*toy, "--one", "make", folder, folder)
+
+    def one(task: str) -> dict[str, Any]:
+        """In a process of its own, whose memory is that of the task; a toy has none to speak of."""
+        return measure(task, folder, output) if small else child("--one", task, folder, output)
+
+    facts = make(folder, small) if small else child("--one", "make", folder, folder)
     size = {"out": 2 * facts["parameters"]}
     few = model_of(small, STATE_LAYERS)
     from megatron_hammer.checkpoint.tensorfile import count
@@ -463,7 +467,7 @@ def report(folder: Path, rounds: int, proof: bool, small: bool) -> str:
             for task in tasks if number % 2 == 0 else reversed(tasks):
                 os.sync()
                 place(folder / SOURCES[task], cached)
-                result = child("--one", task, folder, output)
+                result = one(task)
                 result["share"] = least_seconds(task, cached, size, disks[-1]) / result["seconds"]
                 runs[task, cached].append(result)
                 if task.endswith("export") and number == 0 and cached:
@@ -472,7 +476,7 @@ def report(folder: Path, rounds: int, proof: bool, small: bool) -> str:
     proved = None
     if proof:
         place(folder / "tp2", True)
-        proved = child("--one", "export-proof", folder, output)
+        proved = one("export-proof")
         shutil.rmtree(output)
     starts = measure_starts(folder, min(rounds, 3))
     return tell(facts["parameters"], size, disks, runs, all(equal), proved, starts)
