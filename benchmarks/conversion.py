@@ -42,10 +42,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sides import Measured, memory_mb, run
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 BLOCK = 4 * 2**20
+MIB = 2**20 / 1e6  # in MB
 SHAPE = {"hidden_size": 2048, "ffn_hidden_size": 5632, "num_layers": 22, "num_attention_heads": 32,
          "num_query_groups": 4, "vocab_size": 105_789, "max_position_embeddings": 2048}  # fmt: skip
 SMALL = {**SHAPE, "hidden_size": 64, "ffn_hidden_size": 96, "num_layers": 2, "num_attention_heads": 4,
@@ -239,42 +242,32 @@ def measure(task: str, folder: Path, output: Path) -> dict[str, Any]:
     }
     assert megatron_hammer and torch
     with Memory() as memory:
-        start, cpu = time.perf_counter(), time.process_time()
         work[task]()
-        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     start = time.perf_counter()
     os.sync()
-    return {"seconds": seconds, "cpu": cpu, "sync": time.perf_counter() - start,
+    return {"seconds": memory.seconds, "cpu": memory.cpu_seconds, "sync": time.perf_counter() - start,
             "peak_mb": memory.peak, "anonymous_mb": memory.anonymous}  # fmt: skip
 
 
-class Memory:
-    """Peak resident memory of a ``with`` block above what it began with, MB; sampled every 5 ms: the anonymous part."""
+class Memory(Measured):
+    """Also samples anonymous memory, every 5 ms; both peaks above what the block began with, MB."""
 
     def __enter__(self) -> Memory:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak starts anew
-        self._before = _status()
-        self.anonymous, self._over = 0.0, threading.Event()
+        super().__enter__()
+        self._anonymous_before, self.anonymous, self._over = memory_mb("RssAnon"), 0.0, threading.Event()
         self._thread = threading.Thread(target=self._sample)
         self._thread.start()
         return self
 
     def _sample(self) -> None:
         while not self._over.wait(0.005):
-            now = _status()
-            self.anonymous = max(self.anonymous, now["RssAnon"] - self._before["RssAnon"])
+            self.anonymous = max(self.anonymous, MIB * (memory_mb("RssAnon") - self._anonymous_before))
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
         self._over.set()
         self._thread.join()
-        self.peak = _status()["VmHWM"] - self._before["VmRSS"]
-
-
-def _status() -> dict[str, float]:
-    with open("/proc/self/status") as file:
-        lines = (line.split() for line in file if line.startswith(("VmHWM:", "VmRSS:", "RssAnon:")))
-        return {name.rstrip(":"): int(value) * 1024 / 1e6 for name, value, _ in lines}
+        self.peak = MIB * (self.peak_mb - self.before)
 
 
 def measure_disk(size: int, folder: Path) -> dict[str, float]:
@@ -408,16 +401,6 @@ def measure_starts(folder: Path, rounds: int) -> dict[str, tuple[float, str]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def child(*arguments: object) -> Any:
-    """One process of this program; the JSON of its last line."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    command = [sys.executable, str(Path(__file__)), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def least_seconds(task: str, cached: bool, size: dict[str, int], disk: dict[str, float]) -> float:
     """What the disk needs for the bytes that have to pass through it."""
     written = size["state_out"] if task == "state" else size["out"]
@@ -435,6 +418,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a toy model, to see that all of it runs")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # a task, its folder, its output: in a child
     args = parser.parse_args()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # of the children, too
     if args.one:
         task, folder, output = args.one[0], Path(args.one[1]), Path(args.one[2])
         print(json.dumps(make(folder, args.small) if task == "make" else measure(task, folder, output)))
@@ -448,9 +432,9 @@ def report(folder: Path, rounds: int, proof: bool, small: bool) -> str:
 
     def one(task: str) -> dict[str, Any]:
         """In a process of its own, whose memory is that of the task; a toy has none to speak of."""
-        return measure(task, folder, output) if small else child("--one", task, folder, output)
+        return measure(task, folder, output) if small else run("conversion.py", "--one", task, str(folder), str(output))
 
-    facts = make(folder, small) if small else child("--one", "make", folder, folder)
+    facts = make(folder, small) if small else run("conversion.py", "--one", "make", str(folder), str(folder))
     size = {"out": 2 * facts["parameters"]}
     few = model_of(small, STATE_LAYERS)
     from megatron_hammer.checkpoint.tensorfile import count

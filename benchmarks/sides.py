@@ -25,7 +25,7 @@ class Measured:
     def __enter__(self) -> Measured:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # starts the peak anew
-        self.before = _memory("VmRSS")
+        self.before = memory_mb("VmRSS")
         self._wall, self._cpu = time.perf_counter(), time.process_time()
         return self
 
@@ -33,7 +33,7 @@ class Measured:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.seconds, self.cpu_seconds = time.perf_counter() - self._wall, time.process_time() - self._cpu
-        self.peak_mb = _memory("VmHWM")
+        self.peak_mb = memory_mb("VmHWM")
 
     def report(self, **more: Any) -> dict[str, Any]:
         return {
@@ -45,7 +45,8 @@ class Measured:
         }
 
 
-def _memory(field: str) -> float:
+def memory_mb(field: str) -> float:
+    """A line of /proc/self/status in MiB."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(f"{field}:")) / 1024
 

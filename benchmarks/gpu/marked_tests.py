@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gpu.measure import Bench, Item, Result
@@ -17,11 +16,9 @@ SMALL = "test_varlen_equals_each_document"  # one of them, which skips where the
 def run_tests(bench: Bench) -> Result:
     """Counts, and a line for each function that did not pass; every function has a process of its own."""
     sys.path.insert(0, str(ROOT))
-    from tests.kernels.gpu_check import functions, run
+    from tests.kernels.gpu_check import run_all
 
-    with ThreadPoolExecutor(PROCESSES) as pool:
-        names = functions(ROOT, SMALL if bench.small else "")
-        outcomes = list(pool.map(lambda name: run(ROOT, name, SECONDS_EACH), names))
+    outcomes = list(run_all(ROOT, PROCESSES, SECONDS_EACH, SMALL if bench.small else ""))
     summary = [f"{o.word} {o.name}: {o.says}" for o in outcomes if o.word != "ok"]
     return {**Counter(o.word for o in outcomes), "summary": summary}
 

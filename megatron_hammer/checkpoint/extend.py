@@ -75,7 +75,7 @@ from megatron_hammer.checkpoint.hf import (
     write_weight_files,
 )
 from megatron_hammer.checkpoint.load import LogicalReader, read_logical
-from megatron_hammer.checkpoint.save import Piece, chunks_of, write_first_checkpoint
+from megatron_hammer.checkpoint.save import Piece, write_first_checkpoint
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.errors import CheckpointError, ConfigError, RefusedError
 from megatron_hammer.files import sync_file, sync_folder
@@ -553,7 +553,7 @@ def _write_hf(source: _Model, extended: ModelConfig, new: Tokenizer, plan: Plan,
     hashes = write_weight_files(
         folder,
         tensors,
-        lambda name: (c for piece in by_name[name] for part in piece.parts() for c in chunks_of(part)),
+        lambda name: (chunk for piece in by_name[name] for chunk in piece.chunks()),
     )
     with HfWeights(folder) as written:
         check_tensors(written, extended)

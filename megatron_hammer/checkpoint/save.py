@@ -93,6 +93,10 @@ class Piece:
         """Name in the file."""
         return slice_key(self.name, self.kind, self.rows, self.cols)
 
+    def chunks(self) -> Iterator[Any]:
+        """The bytes of its elements, row by row."""
+        return (chunk for part in self.parts() for chunk in chunks_of(part))
+
 
 def pieces_of(shards: Sequence[Shard]) -> list[Piece]:
     """The owned rectangles in a rank's shards, as views into the optimizer: weights first, then the moments."""
@@ -141,7 +145,7 @@ def write_rank(
     hashes = []
     with TensorFileWriter(path, [(p.key, p.dtype, p.shape) for p in pieces]) as writer:
         for piece in watch(pieces):
-            hashes.append(writer.write(piece.key, (c for part in piece.parts() for c in chunks_of(part))))
+            hashes.append(writer.write(piece.key, piece.chunks()))
     with TensorFileReader(path, writer.size, writer.header_hash) as reader:
         for piece, hashed in zip(pieces, hashes):
             if reader.hash_of(piece.key) != hashed:

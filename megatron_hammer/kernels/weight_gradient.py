@@ -64,11 +64,7 @@ def add_weight_gradient(place: Tensor, grad_y: Tensor, x: Tensor, add: bool) -> 
     else:
         rows = max(1, BLOCK_ELEMENTS // x.shape[1])
         for i in range(0, place.shape[0], rows):
-            block, product = place[i : i + rows], torch.mm(transposed[i : i + rows], x)
-            if add:
-                _accumulate(block, product)
-            else:
-                block.copy_(product)
+            _put(place[i : i + rows], torch.mm(transposed[i : i + rows], x), add)
 
 
 @torch.library.custom_op("megatron_hammer::add_weight_gradient", mutates_args={"place"})
@@ -84,24 +80,23 @@ def add_weight_gradient_in_graph(place: Tensor, begun: Tensor, grad_y: Tensor, x
 @torch.library.custom_op("megatron_hammer::sum_weight_gradient", mutates_args={"place"})
 def sum_weight_gradient_in_graph(place: Tensor, begun: Tensor, product: Tensor) -> None:
     """place = product, or += where the sum has begun, likewise: for products that cannot add."""
-    if begun:
-        _accumulate(place, product)
-    else:
-        place.copy_(product)
+    _put(place, product, bool(begun))
 
 
 add_weight_gradient_in_graph.register_fake(lambda place, begun, grad_y, x: None)
 sum_weight_gradient_in_graph.register_fake(lambda place, begun, product: None)
 
 
-def _accumulate(total: Tensor, product: Tensor) -> None:
-    """total += product: fp32 and 16 bits, on a CPU in half of torch's time where our kernels are there."""
+def _put(place: Tensor, product: Tensor, add: bool) -> None:
+    """place = product, or += with ``add``: 16 bits to fp32 on a CPU in half of torch's time where our kernels are."""
     from megatron_hammer.kernels import cpu  # which imports the tables
 
-    if total.device.type == "cpu" and product.dtype == torch.bfloat16 and not cpu.missing(total.device):
-        cpu.library().accumulate(total, product, True)
+    if not add:
+        place.copy_(product)
+    elif place.device.type == "cpu" and product.dtype == torch.bfloat16 and not cpu.missing(place.device):
+        cpu.library().accumulate(place, product, True)
     else:
-        total.add_(product)
+        place.add_(product)
 
 
 def embedding_gradient(weight: Tensor, tokens: Tensor, grad: Tensor) -> Tensor | None:

@@ -27,7 +27,7 @@ something that the compiler is told: keep what matrix products and sums over ran
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -170,8 +170,7 @@ class _Again(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, Tensor | None]:
         (x,), outputs = _run(ctx.run, ctx.saved_tensors)
-        arrived = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
-        torch.autograd.backward([o for o, _ in arrived], [g for _, g in arrived])
+        torch.autograd.backward(*_arrived(outputs, grads))
         return None, x.grad
 
 
@@ -398,6 +397,11 @@ def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | Non
     """Gradients of what is saved and of the leaves, and the end of the record."""
     inputs, outputs = _record(ctx)
     ctx.record = None
-    arrived = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
-    wanted = (*inputs, *ctx.leaves)
-    return torch.autograd.grad([o for o, _ in arrived], wanted, [g for _, g in arrived], allow_unused=True)
+    reached, arrived = _arrived(outputs, grads)
+    return torch.autograd.grad(reached, (*inputs, *ctx.leaves), arrived, allow_unused=True)
+
+
+def _arrived(outputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs that a gradient has come for, and those gradients."""
+    pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
+    return [output for output, _ in pairs], [grad for _, grad in pairs]

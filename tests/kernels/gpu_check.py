@@ -105,6 +105,12 @@ def run(root: Path, name: str, seconds: float) -> Outcome:
     return Outcome(name, word, time.monotonic() - began, says, done.stdout + done.stderr)
 
 
+def run_all(root: Path, jobs: int, seconds: float, word: str) -> Iterator[Outcome]:
+    """All functions, some at a time; each as it ends, in order."""
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(lambda name: run(root, name, seconds), functions(root, word))
+
+
 def check(root: Path, out: Path, jobs: int = 4, seconds: float = 150, word: str = "") -> int:
     """Run all, a line each as they end; how many failed.
 
@@ -113,12 +119,11 @@ def check(root: Path, out: Path, jobs: int = 4, seconds: float = 150, word: str 
     """
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
-    with ThreadPoolExecutor(jobs) as pool:
-        for outcome in pool.map(lambda name: run(root, name, seconds), functions(root, word)):
-            print(f"{outcome.word:8} {outcome.seconds:5.0f} s  {outcome.name}  {outcome.says}", flush=True)
-            if outcome.word not in ("ok", "skipped"):
-                failed += 1
-                (out / f"{outcome.name.split('/')[-1].replace('::', '-')}.log").write_text(outcome.output)
+    for outcome in run_all(root, jobs, seconds, word):
+        print(f"{outcome.word:8} {outcome.seconds:5.0f} s  {outcome.name}  {outcome.says}", flush=True)
+        if outcome.word not in ("ok", "skipped"):
+            failed += 1
+            (out / f"{outcome.name.split('/')[-1].replace('::', '-')}.log").write_text(outcome.output)
     return failed
 
 
