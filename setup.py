@@ -1,15 +1,15 @@
 """Builds the compiled part of the package; all metadata is in pyproject.toml.
 
-``csrc/data`` -> ``megatron_hammer.data._index``: the sample index builder; ``csrc/tokenizer`` ->
+``csrc/data`` -> ``megatron_hammer.sampling._index``: the sample index builder; ``csrc/tokenizer`` ->
 ``megatron_hammer.tokenizer._encoder``: the encoder of sentencepiece models; ``csrc/cpu`` ->
-``megatron_hammer.kernels._cpu``: the fused operations on a CPU (all pybind11, no torch, no CUDA). NumPy, sentencepiece
-and torch do the same work, so ``HAMMER_NO_EXTENSIONS=1`` may leave them out; without that wish a failing compiler fails
-the installation, because a silent fall-back would only show as slowness later.
+``megatron_hammer.kernels.native._cpu``: the fused operations on a CPU (all pybind11, no torch, no CUDA). NumPy,
+sentencepiece and torch do the same work, so ``HAMMER_NO_EXTENSIONS=1`` may leave them out; without that wish a failing
+compiler fails the installation, because a silent fall-back would only show as slowness later.
 
-``csrc/kernels`` -> ``megatron_hammer/kernels/_cuda.so``: the fused operations on a GPU, a library of torch operations
-on torch's stable C++ ABI. It is built where nvcc and a torch for CUDA are present (the latter is not under build
-isolation: ``pip install --no-build-isolation``), and otherwise one line says why it is not. ``HAMMER_CUDA_ARCHS`` names
-the architectures, such as ``80,90``; ``none`` leaves it out.
+``csrc/kernels`` -> ``megatron_hammer/kernels/native/_cuda.so``: the fused operations on a GPU, a library of torch
+operations on torch's stable C++ ABI. It is built where nvcc and a torch for CUDA are present (the latter is not under
+build isolation: ``pip install --no-build-isolation``), and otherwise one line says why it is not. ``HAMMER_CUDA_ARCHS``
+names the architectures, such as ``80,90``; ``none`` leaves it out.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ CUDA_HEADERS = ["csrc/kernels/common.cuh", "csrc/kernels/kernels.hpp"]
 
 EXTENSIONS = [
     Pybind11Extension(
-        "megatron_hammer.data._index",
+        "megatron_hammer.sampling._index",
         ["csrc/data/bindings.cpp", "csrc/data/index_builder.cpp", "csrc/data/reading.cpp"],
         depends=["csrc/data/index_builder.hpp", "csrc/data/reading.hpp"],
         cxx_std=17,
@@ -52,7 +52,7 @@ EXTENSIONS = [
         extra_link_args=["-pthread"],
     ),
     Pybind11Extension(
-        "megatron_hammer.kernels._cpu",
+        "megatron_hammer.kernels.native._cpu",
         [f"csrc/cpu/{name}.cpp" for name in ("bindings", "attention", "attention_bindings")]
         + [f"csrc/cpu/version_{name}.cpp" for name in ("portable", "avx2", "avx512", "avx512_bf16")],
         depends=[
@@ -157,7 +157,7 @@ def extensions() -> list[Extension]:
     if obstacle := cuda_obstacle():
         print(f"megatron_hammer: the CUDA kernels are left out: {obstacle}")
         return EXTENSIONS
-    return [*EXTENSIONS, Extension("megatron_hammer.kernels._cuda", CUDA_SOURCES, depends=CUDA_HEADERS)]
+    return [*EXTENSIONS, Extension("megatron_hammer.kernels.native._cuda", CUDA_SOURCES, depends=CUDA_HEADERS)]
 
 
 if __name__ == "__main__":  # a test imports this file for its flags

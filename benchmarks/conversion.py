@@ -74,8 +74,8 @@ def make(folder: Path, small: bool) -> dict[str, Any]:
     """``hf``, ``tp2``, ``pickles`` and ``state`` in ``folder``; values drawn from a normal distribution."""
     import torch
 
-    from megatron_hammer.checkpoint.hf import HfWeights, hf_config_from_model, write_json, write_weight_files
-    from megatron_hammer.checkpoint.save import chunks_of
+    from megatron_hammer.checkpoint.write import chunks_of
+    from megatron_hammer.huggingface.convert import HfWeights, hf_config_from_model, write_json, write_weight_files
     from megatron_hammer.model.parameters import logical_shapes
 
     model, generator = model_of(small), torch.Generator().manual_seed(1)
@@ -111,8 +111,8 @@ def make(folder: Path, small: bool) -> dict[str, Any]:
 
 def write_ranks(folder: Path, model: Any, value: Callable[[str, str], Any], kinds: tuple[str, ...]) -> None:
     """A checkpoint as two tensor-parallel ranks write it, one after the other."""
-    from megatron_hammer.checkpoint.format import Layout, new_id, staging_folder
-    from megatron_hammer.checkpoint.save import DTYPE_NAMES, Piece, commit, write_rank
+    from megatron_hammer.checkpoint.manifest import Layout, new_id, staging_folder
+    from megatron_hammer.checkpoint.write import DTYPE_NAMES, Piece, commit, write_rank
     from megatron_hammer.model.parameters import parameter_table
 
     target = folder / "checkpoints" / "step-00000001"
@@ -225,8 +225,8 @@ def measure(task: str, folder: Path, output: Path) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # lazy there: imported by name
 
     assert transformers and AutoConfig and AutoModelForCausalLM and LlamaForCausalLM
-    import megatron_hammer.checkpoint.certificate
-    from megatron_hammer.checkpoint.hf import export_hf, import_hf
+    import megatron_hammer.huggingface.certificate
+    from megatron_hammer.huggingface.convert import export_hf, import_hf
 
     def certify(checkpoint: Path, exported: Path, dtype: str) -> None:
         (exported / "certificate.json").write_text("{}")
@@ -325,7 +325,7 @@ def place(source: Path, cached: bool) -> None:
 
 def same_weights(hf: Path, exported: Path) -> bool:
     """Whether both folders hold the same tensors, bit for bit."""
-    from megatron_hammer.checkpoint.hf import HfWeights
+    from megatron_hammer.huggingface.convert import HfWeights
 
     with HfWeights(hf) as a, HfWeights(exported) as b:
         return set(a.where) == set(b.where) and all(a.hash_of(name) == b.hash_of(name) for name in a.where)
@@ -437,7 +437,7 @@ def report(folder: Path, rounds: int, proof: bool, small: bool) -> str:
     facts = make(folder, small) if small else run("conversion.py", "--one", "make", str(folder), str(folder))
     size = {"out": 2 * facts["parameters"]}
     few = model_of(small, STATE_LAYERS)
-    from megatron_hammer.checkpoint.tensorfile import count
+    from megatron_hammer.checkpoint.tensor_files import count
     from megatron_hammer.model.parameters import logical_shapes
 
     size["state_out"] = 2 * sum(map(count, logical_shapes(few).values()))

@@ -32,8 +32,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def _ours(samples: int) -> dict[str, Any]:
     import numpy as np
 
-    from megatron_hammer.data.blend import Blend
-    from megatron_hammer.data.index_files import IndexStore
+    from megatron_hammer.sampling.blend import Blend
+    from megatron_hammer.sampling.cache import IndexStore
 
     with Measured() as drawing:
         arrays = Blend(WEIGHTS, "greedy").draw(samples)

@@ -55,9 +55,9 @@ def make_dataset(prefix: Path, documents: int) -> None:
 
 
 def _ours(prefix: str) -> dict[str, Any]:
-    from megatron_hammer.data import index
-    from megatron_hammer.data.indexed import IndexedDataset
-    from megatron_hammer.data.order import build_megatron_index
+    from megatron_hammer.dataset.reader import IndexedDataset
+    from megatron_hammer.sampling import native as index
+    from megatron_hammer.sampling.order import build_megatron_index
 
     with Measured() as opening:
         dataset = IndexedDataset(prefix)

@@ -30,7 +30,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ours(folder: Path) -> dict[str, Any]:
-    from megatron_hammer.data.merge import merge_datasets
+    from megatron_hammer.dataset.make.merge import merge_datasets
 
     with Measured() as merging, Syncs() as syncs:
         merge_datasets([folder / "input", folder / "input"], folder / "ours")

@@ -76,8 +76,8 @@ def _flat(rates: dict[str, dict[str, float]]) -> dict[str, float]:
 def _ours(prefix: str, batch: int, samples: int) -> dict[str, Any]:
     import numpy as np
 
-    from megatron_hammer.data.loader import micro_batches
-    from megatron_hammer.data.samples import TrainData
+    from megatron_hammer.sampling.loader import micro_batches
+    from megatron_hammer.sampling.samples import TrainData
 
     rates = {}
     for order in ("independent", "megatron"):

@@ -68,7 +68,7 @@ def make_tokens(documents: int) -> Any:
 def write_ours(prefix: Path, tokens: Any) -> None:
     import numpy as np
 
-    from megatron_hammer.data.indexed_writer import IndexedWriter
+    from megatron_hammer.dataset.writer import IndexedWriter
 
     with IndexedWriter(prefix, VOCABULARY) as writer:
         for first in range(0, len(tokens), BATCH * LENGTH):

@@ -29,7 +29,7 @@ from torch import Tensor
 from megatron_hammer.config import Config
 from megatron_hammer.parallel import collectives
 from megatron_hammer.parallel.collectives import Done
-from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
+from megatron_hammer.parallel.grid import ParallelContext, build_parallel_context
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.step import train_step
 

@@ -2,11 +2,11 @@
 
 Data flows one way, and so do the imports (the arrow reads "imports")::
 
-    raw text -> tokenizer -> indexed dataset -> samples -> model -> optimizer -> checkpoint -> Hugging Face
-    corpus/     tokenizer/   data/             data/      model/   optim/       checkpoint/   checkpoint/hf.py
+    raw text -> tokenizer -> indexed dataset -> samples  -> model -> optimizer -> checkpoint -> Hugging Face
+    corpus/     tokenizer/   dataset/           sampling/   model/   optim/       checkpoint/   huggingface/
 
-    launch > train > checkpoint > data, model, optim > kernels > corpus, tokenizer, parallel
-           > config, errors, cli, files, compiled
+    supervise, profile > train > huggingface > checkpoint > sampling, model, optim > dataset, kernels
+                       > corpus, tokenizer, parallel > config > base
 
 This module imports nothing; ``docs/architecture.md`` is the map.
 """

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_hammer.data import blend as _blend
-from megatron_hammer.data import index as _index
-from megatron_hammer.data import order as _order
-from megatron_hammer.data.indexed import IndexedDataset
-from megatron_hammer.data.indexed_writer import IndexedWriter
+from megatron_hammer.dataset.reader import IndexedDataset
+from megatron_hammer.dataset.writer import IndexedWriter
+from megatron_hammer.sampling import blend as _blend
+from megatron_hammer.sampling import native as _index
+from megatron_hammer.sampling import order as _order
 
 
 def write(prefix, docs, dtype):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
+from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,3 +18,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def adapter() -> ModuleType:
+    """``tests/adapter_megatron.py``, loaded by path as an outside program would."""
+    place = Path(__file__).parent / "adapter_megatron.py"
+    spec = importlib.util.spec_from_file_location("adapter_megatron", place)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -2,7 +2,7 @@
 # Lint, types and tests, in the .venv that it makes when there is none. Arguments go to pytest:
 #
 #   bash tests/run.sh                                      all
-#   bash tests/run.sh tests/test_launch.py -k signal       these tests only (lint and types run all the same)
+#   bash tests/run.sh tests/supervise/test_start.py -k signal       these tests only (lint and types run all the same)
 set -euo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import (
     Config,
     config_from_tree,
@@ -18,7 +19,6 @@ from megatron_hammer.config import (
     padded_vocab_size,
     to_yaml,
 )
-from megatron_hammer.errors import ConfigError
 
 MODEL = "model: {hidden_size: 64, ffn_hidden_size: 128, num_layers: 2, num_attention_heads: 8, num_query_groups: 2}\n"
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError
 from megatron_hammer.config import Config, load_config
-from megatron_hammer.errors import CheckpointError, ConfigError, DataError
 from megatron_hammer.train.plot import moving_average, plot_loss, read_curves
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -386,7 +386,7 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_generate_continues_each_prompt_and_repeats_itself(hf_folder: Path) -> None:
-    from megatron_hammer.checkpoint.generate import generate
+    from megatron_hammer.huggingface.generate import generate
 
     prompts = ["abc", "服务"]
     texts = list(generate(hf_folder, prompts, max_new_tokens=8))
@@ -398,7 +398,7 @@ def test_generate_continues_each_prompt_and_repeats_itself(hf_folder: Path) -> N
 
 
 def test_generate_refuses_a_folder_without_a_model(tmp_path: Path) -> None:
-    from megatron_hammer.checkpoint.generate import generate
+    from megatron_hammer.huggingface.generate import generate
 
     with pytest.raises(CheckpointError, match="no Hugging Face folder"):
         list(generate(tmp_path, ["a"]))

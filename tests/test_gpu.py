@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from megatron_hammer.config import KernelsConfig
-from megatron_hammer.kernels import te
 from megatron_hammer.kernels.attention import ROWS, Documents, each_document, varlen, whole_samples
-from megatron_hammer.kernels.backend import Demand, select
+from megatron_hammer.kernels.libraries import te
 from megatron_hammer.kernels.operations import Operations, select_operations
+from megatron_hammer.kernels.table import Demand, select
+from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.layers import LayerOptions
-from megatron_hammer.model.loss import Objective, head_loss
-from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.parallel.grid import ParallelContext
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_hammer.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, run
 
 
 def parser() -> ArgumentParser:
@@ -76,9 +76,9 @@ class Analysis(NamedTuple):
 
 
 def count(args: argparse.Namespace, tokenizers: dict[str, Any], domains: dict[str, list[Path]]) -> Any:
+    from megatron_hammer.base.progress import Progress
     from megatron_hammer.corpus.documents import TextCorpus
-    from megatron_hammer.corpus.progress import Progress
-    from megatron_hammer.tokenizer.analyze import count_tokens
+    from megatron_hammer.tokenizer.lab.analyze import count_tokens
 
     texts = {name: TextCorpus(paths) for name, paths in domains.items()}
     with Progress("encoding", None) as shown:
@@ -89,7 +89,7 @@ def count(args: argparse.Namespace, tokenizers: dict[str, Any], domains: dict[st
 
 def load_compared(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The tokenizers, the reference among them, and its name."""
-    from megatron_hammer.tokenizer import analyze
+    from megatron_hammer.tokenizer.lab import analyze
 
     named = [Path(path).resolve() for path in args.tokenizers]
     if args.reference and Path(args.reference).resolve() not in named:
@@ -100,7 +100,8 @@ def load_compared(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def compression(args: argparse.Namespace) -> Analysis:
-    from megatron_hammer.tokenizer import analyze, analyze_plots
+    from megatron_hammer.tokenizer.lab import analyze
+    from megatron_hammer.tokenizer.lab import plots as analyze_plots
 
     domains = analyze.parse_texts(args.texts)
     tokenizers, reference = load_compared(args)
@@ -113,8 +114,9 @@ def compression(args: argparse.Namespace) -> Analysis:
 
 
 def coverage(args: argparse.Namespace) -> Analysis:
-    from megatron_hammer.tokenizer import analyze, analyze_plots
     from megatron_hammer.tokenizer.characters import load_table
+    from megatron_hammer.tokenizer.lab import analyze
+    from megatron_hammer.tokenizer.lab import plots as analyze_plots
 
     tokenizers = analyze.load_named(args.tokenizers)
     table = load_table()
@@ -125,7 +127,8 @@ def coverage(args: argparse.Namespace) -> Analysis:
 
 
 def vocabulary(args: argparse.Namespace) -> Analysis:
-    from megatron_hammer.tokenizer import analyze, analyze_plots
+    from megatron_hammer.tokenizer.lab import analyze
+    from megatron_hammer.tokenizer.lab import plots as analyze_plots
 
     domains = analyze.parse_texts(args.texts or [])
     tokenizers = analyze.load_named(args.tokenizers)
@@ -140,10 +143,11 @@ def vocabulary(args: argparse.Namespace) -> Analysis:
 
 
 def price(args: argparse.Namespace) -> Analysis:
+    from megatron_hammer.base.progress import Progress
     from megatron_hammer.config import load_config
     from megatron_hammer.corpus.documents import TextCorpus
-    from megatron_hammer.corpus.progress import Progress
-    from megatron_hammer.tokenizer import analyze, analyze_plots, price
+    from megatron_hammer.tokenizer.lab import analyze, price
+    from megatron_hammer.tokenizer.lab import plots as analyze_plots
 
     config = load_config(args.config)
     price.check_config(config)
@@ -184,8 +188,8 @@ def main() -> None:
         command_line.error(f"argument --threads: {args.threads} is less than 1")
     if getattr(args, "sample_bytes", None) is not None and args.sample_bytes < 1:
         command_line.error(f"argument --sample-bytes: {args.sample_bytes} is less than 1")
-    from megatron_hammer.files import replace_file
-    from megatron_hammer.tokenizer import analyze
+    from megatron_hammer.base.files import replace_file
+    from megatron_hammer.tokenizer.lab import analyze
 
     analyze.prepare_outputs(args.pictures, args.report)
     command = {"compression": compression, "coverage": coverage, "vocabulary": vocabulary, "price": price}[args.command]

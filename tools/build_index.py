@@ -11,8 +11,8 @@ first E passes over every source are built, else those that the run's samples re
 
 from __future__ import annotations
 
-from megatron_hammer.cli import ArgumentParser, run
-from megatron_hammer.errors import ConfigError
+from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.errors import ConfigError
 
 
 def parser() -> ArgumentParser:
@@ -32,7 +32,7 @@ def parser() -> ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     from megatron_hammer.config import load_config
-    from megatron_hammer.data.prebuild import IndexPlan, build_indices, plan_of
+    from megatron_hammer.sampling.prebuild import IndexPlan, build_indices, plan_of
 
     if (args.config is None) == (args.prefix is None):
         raise ConfigError(85, "build_index.py", "needs a config or --prefix, and not both", "see build_index.py --help")

@@ -7,7 +7,7 @@ what was compared. On a mismatch the exit code is 5 and nothing is left at --out
 
 from __future__ import annotations
 
-from megatron_hammer.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, run
 
 
 def main() -> None:
@@ -20,8 +20,8 @@ def main() -> None:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one weights file (default: 5GB)")
     arguments = parser.parse_args()
 
-    from megatron_hammer.checkpoint.certificate import summary
-    from megatron_hammer.checkpoint.hf import export_hf, parse_size
+    from megatron_hammer.huggingface.certificate import summary
+    from megatron_hammer.huggingface.convert import export_hf, parse_size
 
     size = parse_size(arguments.max_shard_size)
     certificate = export_hf(arguments.load, arguments.output, arguments.dtype, size)

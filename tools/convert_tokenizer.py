@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 
-from megatron_hammer.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.tokenizer.convert import publish_tokenizer
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_hammer.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, run
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     args = parser.parse_args()
     import orjson
 
-    from megatron_hammer.data.count import count_tokens
+    from megatron_hammer.dataset.look.count import count_tokens
 
     sources = []
     for item in args.sources:

@@ -15,7 +15,7 @@ place in the data belong to the old run.
 
 from __future__ import annotations
 
-from megatron_hammer.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, run
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="a new or empty folder")
     args = parser.parse_args()
 
-    from megatron_hammer.checkpoint.extend import REPORT, extend_model, summary
+    from megatron_hammer.huggingface.extend import REPORT, extend_model, summary
 
     report = extend_model(args.model, args.new_tokenizer, args.output, args.old_tokenizer)
     print(summary(report))

@@ -7,7 +7,7 @@ A feature of the model that ours does not have is refused by name.
 
 from __future__ import annotations
 
-from megatron_hammer.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, run
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--save", required=True, metavar="DIR", help="folder for the checkpoint")
     arguments = parser.parse_args()
 
-    from megatron_hammer.checkpoint.hf import import_hf
+    from megatron_hammer.huggingface.convert import import_hf
 
     checkpoint = import_hf(arguments.hf, arguments.save)
     print(f"wrote {checkpoint}")

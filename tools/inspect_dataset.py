@@ -26,8 +26,8 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from megatron_hammer.cli import ArgumentParser, run
-from megatron_hammer.errors import ConfigError
+from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_hammer.config import Config
@@ -93,8 +93,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def show_stats(args: argparse.Namespace) -> None:
-    from megatron_hammer.data.indexed import IndexedDataset
-    from megatron_hammer.data.inspect import describe_dataset, format_stats
+    from megatron_hammer.dataset.look.inspect import describe_dataset, format_stats
+    from megatron_hammer.dataset.reader import IndexedDataset
 
     for number, prefix in enumerate(args.prefixes):
         facts = describe_dataset(IndexedDataset(prefix))
@@ -103,8 +103,14 @@ def show_stats(args: argparse.Namespace) -> None:
 
 
 def show_documents(args: argparse.Namespace) -> None:
-    from megatron_hammer.data.indexed import IndexedDataset
-    from megatron_hammer.data.inspect import SHOWN_TOKENS, Speller, describe_document, format_document, load_matching
+    from megatron_hammer.dataset.look.inspect import (
+        SHOWN_TOKENS,
+        Speller,
+        describe_document,
+        format_document,
+        load_matching,
+    )
+    from megatron_hammer.dataset.reader import IndexedDataset
 
     if args.pieces and args.tokenizer is None:
         raise ConfigError(1, "--pieces", "needs --tokenizer", "name the tokenizer that made the dataset")
@@ -127,8 +133,8 @@ def parse_span(text: str) -> tuple[int, int]:
 
 
 def verify(args: argparse.Namespace) -> None:
-    from megatron_hammer.data.verify import verify_dataset
-    from megatron_hammer.data.verify_report import format_report
+    from megatron_hammer.dataset.look.verify import verify_dataset
+    from megatron_hammer.dataset.look.verify_report import format_report
     from megatron_hammer.tokenizer.load import load_tokenizer
 
     tokenizer = None if args.tokenizer is None else load_tokenizer(args.tokenizer)
@@ -138,10 +144,10 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def find_text(args: argparse.Namespace) -> None:
-    from megatron_hammer.corpus.progress import Progress
-    from megatron_hammer.data.find import TextSearch, describe_match, format_match
-    from megatron_hammer.data.indexed import IndexedDataset
-    from megatron_hammer.data.inspect import Speller, load_matching
+    from megatron_hammer.base.progress import Progress
+    from megatron_hammer.dataset.look.find import TextSearch, describe_match, format_match
+    from megatron_hammer.dataset.look.inspect import Speller, load_matching
+    from megatron_hammer.dataset.reader import IndexedDataset
 
     if args.limit < 1:
         raise ConfigError(1, f"--limit {args.limit}", "must be at least 1", "raise it, or leave it out for 10")
@@ -176,7 +182,7 @@ def read_config(args: argparse.Namespace) -> Config:
 
 
 def show_order(args: argparse.Namespace) -> None:
-    from megatron_hammer.data.samples import TrainData, describe_samples
+    from megatron_hammer.sampling.samples import TrainData, describe_samples
 
     config = read_config(args)
     assert config.data.train
@@ -214,7 +220,7 @@ def show_order(args: argparse.Namespace) -> None:
 
 
 def show_reads(args: argparse.Namespace, data: Any, start: int, end: int, batch: int) -> None:
-    from megatron_hammer.data.reads import describe_read, document_reads, find_source
+    from megatron_hammer.sampling.reads import describe_read, document_reads, find_source
 
     name, colon, number = args.document.rpartition(":")
     if not (colon and name and number.isdecimal()):
@@ -236,8 +242,8 @@ def format_pieces(pieces: list[dict[str, Any]]) -> str:
 
 
 def show_plan(args: argparse.Namespace) -> None:
-    from megatron_hammer.data.indexed import IndexedDataset
-    from megatron_hammer.data.plan import format_plan, make_plan
+    from megatron_hammer.dataset.reader import IndexedDataset
+    from megatron_hammer.sampling.plan import format_plan, make_plan
 
     config = read_config(args)
     assert config.data.train

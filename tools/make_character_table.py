@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_hammer.cli import ArgumentParser, run
-from megatron_hammer.files import replace_file
+from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.files import replace_file
 from megatron_hammer.tokenizer import characters
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_hammer.cli import ArgumentParser, run
-from megatron_hammer.corpus import sample
+from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.corpus import quick_start as sample
 
 OWN_TEXT = Path(__file__).resolve().parent.parent / "examples" / "corpus"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_hammer.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, run
 
 DTYPES = ("uint8", "int8", "int16", "uint16", "int32", "int64", "float32", "float64")
 
@@ -26,7 +26,7 @@ def parser() -> ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
-    from megatron_hammer.data.merge import merge_datasets
+    from megatron_hammer.dataset.make.merge import merge_datasets
 
     summary = merge_datasets(args.prefixes, args.output, args.dtype)
     for note in summary.notes:

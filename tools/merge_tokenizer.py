@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_hammer.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.tokenizer import merge
 from megatron_hammer.tokenizer.characters import TABLE_NAME, read_required
 

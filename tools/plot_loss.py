@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_hammer.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, run
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ import functools
 import os
 import sys
 
-from megatron_hammer.cli import ArgumentParser, StopOnSignal, run
+from megatron_hammer.base.cli import ArgumentParser, StopOnSignal, run
 
 
 def parser() -> ArgumentParser:
@@ -67,10 +67,10 @@ def main() -> int:
     args = arguments.parse_args()
     if args.engine == "local" and (args.address, args.workers_per_task) != (None, None):
         arguments.error("--address and --workers-per-task need --engine ray")
-    from megatron_hammer.data.build import Stopped, build_datasets, prepare_job
+    from megatron_hammer.dataset.make.job import Stopped, build_datasets, prepare_job
 
     if args.engine == "ray":
-        from megatron_hammer.data.build_ray import build_datasets_on_ray
+        from megatron_hammer.dataset.make.ray import build_datasets_on_ray
 
         tasks = 1 if args.workers_per_task is None else args.workers_per_task
         build = functools.partial(build_datasets_on_ray, workers=args.workers, address=args.address, task_workers=tasks)

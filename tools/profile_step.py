@@ -25,7 +25,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_hammer.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.config import load_config
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     config = load_config(args.config, args.overrides)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its notes about itself; read when torch is imported
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # memory freed under the profiler that is older than it
-    from megatron_hammer.train.profile import Settings, profile_step, table
+    from megatron_hammer.profile.profile import Settings, profile_step, table
 
     flops = None if args.peak_tflops is None else args.peak_tflops * 1e12
     bandwidth = None if args.bandwidth is None else args.bandwidth * 1e9

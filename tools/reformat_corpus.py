@@ -25,7 +25,7 @@ Quality filters are your own program's: keep the fields that it needs and pipe t
 
 from __future__ import annotations
 
-from megatron_hammer.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus import reformat
 
 

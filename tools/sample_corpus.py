@@ -14,8 +14,8 @@ with the document that reaches its size. To sample each source with a share of i
 
 from __future__ import annotations
 
-from megatron_hammer.cli import ArgumentParser, run
-from megatron_hammer.corpus.tokenizer_text import sample_corpus
+from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.corpus.sample import sample_corpus
 
 
 def main() -> None:

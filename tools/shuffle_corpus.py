@@ -15,7 +15,7 @@ the same output, which begins anew. Up to about 1000 times the memory this way t
 
 from __future__ import annotations
 
-from megatron_hammer.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus import shuffle
 
 

@@ -12,7 +12,7 @@ exactly N distinct texts and their copies; P.split.json then says the fraction t
 
 from __future__ import annotations
 
-from megatron_hammer.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus.split import split_corpus
 
 

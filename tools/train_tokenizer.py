@@ -17,7 +17,7 @@ import sys
 import time
 from typing import get_args
 
-from megatron_hammer.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus.documents import TextCorpus
 from megatron_hammer.corpus.readers import TEXT_DOCUMENTS
 from megatron_hammer.tokenizer import train

@@ -17,10 +17,10 @@ Exit code 0: equal, with counts. Exit code 5: they differ, and the first differe
 
 from __future__ import annotations
 
-from megatron_hammer.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus.documents import read_texts
 from megatron_hammer.corpus.readers import expand_inputs
-from megatron_hammer.tokenizer.verify import compare_tokenizers
+from megatron_hammer.tokenizer.lab.verify import compare_tokenizers
 
 
 def main() -> None:

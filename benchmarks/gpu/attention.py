@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gpu.kernels import our_demand
 from gpu.measure import Bench, Item, Missing, Result, forward_and_backward, needed, summary
 from megatron_hammer.kernels.attention import Documents
-from megatron_hammer.kernels.backend import Demand
 from megatron_hammer.kernels.operations import TABLES
+from megatron_hammer.kernels.table import Demand
 
 FORCED = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 SEED = 7

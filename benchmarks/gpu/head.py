@@ -21,8 +21,8 @@ from gpu.measure import Bench, Item, Missing, Result, needed, peak_memory, summa
 from megatron_hammer.config import KernelsConfig
 from megatron_hammer.kernels.linear_cross_entropy import with_chunks
 from megatron_hammer.kernels.operations import TABLES, Operations
+from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.layers import LayerOptions
-from megatron_hammer.model.loss import Objective, head_loss
 
 CCE = {"CCE, all gradients": True, "CCE": False}  # on random inputs the second computes next to no gradient
 Pass = Callable[[Tensor, Tensor, Tensor], object]  # (hidden, weight, labels): forward and backward once

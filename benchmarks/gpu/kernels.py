@@ -23,9 +23,9 @@ from torch import Tensor
 from gpu.measure import Bench, Item, Missing, Result, forward_and_backward, needed, summary, times
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels.adamw import AdamWState
-from megatron_hammer.kernels.backend import Backend, Demand
 from megatron_hammer.kernels.linear_cross_entropy import CHUNK_TOKENS, Columns
 from megatron_hammer.kernels.operations import TABLES
+from megatron_hammer.kernels.table import Backend, Demand
 
 COMPILED = "torch.compile"
 PARAMETERS = 1_402_288_128

@@ -22,7 +22,7 @@ from shapes import HAMMERLLM, TOY, Shape
 from sides import p99
 from torch import Tensor
 
-from megatron_hammer.errors import ConfigError
+from megatron_hammer.base.errors import ConfigError
 
 CANNOT_RUN = (9, 10, 12, 13)  # ConfigError: this machine lacks what a kernel, Transformer Engine or fp8 needs
 Result = dict[str, Any]

@@ -1,5 +1,5 @@
 // Python bindings of the fused operations. Tensors come as addresses, since this module is built without torch:
-// megatron_hammer/kernels/cpu.py checks dtypes, sizes and layouts, and is the only caller. The GIL is released.
+// megatron_hammer/kernels/native/cpu.py checks dtypes, sizes and layouts, and is the only caller. The GIL is released.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -39,7 +39,7 @@ void with_type(bool half, Work work) {
   }
 }
 
-// A block of memory as malloc gives it; kernels/memory.py says why not an aligned one.
+// A block of memory as malloc gives it; kernels/native/memory.py says why not an aligned one.
 class Memory {
  public:
   explicit Memory(size_t size) : size_(size) {
@@ -194,8 +194,8 @@ std::vector<const Version*> versions() {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
-  module.doc() = "Compiled half of megatron_hammer.kernels.cpu; csrc/cpu/kernels.hpp documents the functions.";
-  module.attr("INTERFACE") = 3;  // kernels/cpu.py refuses a module of another number
+  module.doc() = "Compiled half of megatron_hammer.kernels.native.cpu; csrc/cpu/kernels.hpp documents the functions.";
+  module.attr("INTERFACE") = 3;  // kernels/native/cpu.py refuses a module of another number
   py::class_<Memory>(module, "Memory", py::buffer_protocol()).def(py::init<size_t>()).def_buffer(&Memory::buffer);
   py::class_<Version>(module, "Version")
       .def_property_readonly("name", [](const Version& version) { return version.name; })

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from megatron_hammer.checkpoint.format import MANIFEST, Manifest
+from megatron_hammer.base.errors import CheckpointError, ConfigError
+from megatron_hammer.checkpoint.manifest import MANIFEST, Manifest
 from megatron_hammer.config import ModelConfig, config_from_tree
-from megatron_hammer.errors import CheckpointError, ConfigError
 from megatron_hammer.model.parameters import logical_shapes
 
 

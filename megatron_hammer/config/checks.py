@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from megatron_hammer.errors import ConfigError
+from megatron_hammer.base.errors import ConfigError
 
 
 def require(condition: bool, what: str, rule: str, remedy: str, number: int = 4) -> None:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import yaml
 
+from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config.help import describe_fields
 from megatron_hammer.config.tree import Config
-from megatron_hammer.errors import ConfigError
 
 
 class _StrictLoader(yaml.SafeLoader):

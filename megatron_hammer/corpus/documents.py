@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import orjson
 import xxhash
 
+from megatron_hammer.base.errors import ConfigError, DataError
+from megatron_hammer.base.files import replace_file, sync_folder
+from megatron_hammer.base.progress import Progress
 from megatron_hammer.corpus import jsonl
 from megatron_hammer.corpus.parse import parse_block
-from megatron_hammer.corpus.progress import Progress
 from megatron_hammer.corpus.readers import Block, Shard, expand_inputs, read_shard
-from megatron_hammer.errors import ConfigError, DataError
-from megatron_hammer.files import replace_file, sync_folder
 
 _BUFFER_BYTES = 1 << 20
 _ZSTD_LEVEL = 3  # the library's default; one thread, so that the same text gives the same bytes everywhere

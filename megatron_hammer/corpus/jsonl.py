@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from megatron_hammer.errors import DataError
+from megatron_hammer.base.errors import DataError
 
 MAX_LINE_BYTES = 2 << 30
 """Longest line read, line ending included: a document of a gigabyte with its escapes. What is longer is a file without

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import orjson
 
+from megatron_hammer.base.errors import DataError
 from megatron_hammer.corpus import jsonl
-from megatron_hammer.errors import DataError
 
 LONG_BYTES = 16 << 20
 """Documents from here on are taken in pieces: below, six times as much still stays under 100 MB."""

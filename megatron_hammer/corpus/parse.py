@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from megatron_hammer.base.errors import DataError
 from megatron_hammer.corpus import jsonl, long
 from megatron_hammer.corpus.long import LongText
 from megatron_hammer.corpus.readers import Block, Position
-from megatron_hammer.errors import DataError
 
 _RAW_BYTES = 16 << 20  # of a rejected line that are kept: file, line and byte find the rest
 _EMPTY_LINES = re.compile(rb"\r?\n(?:\r?\n)+")

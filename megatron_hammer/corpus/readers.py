@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.corpus import jsonl, long
 from megatron_hammer.corpus.stream import StreamDamage, check_file, is_compressed, open_stream
-from megatron_hammer.errors import ConfigError, DataError
 
 TEXT_DOCUMENTS = ("file", "line", "blank-line")
 """What a document of a ``.txt`` file is: all of it, each line (empty ones are none), or what stands between empty

@@ -22,6 +22,8 @@ from typing import Any, Literal
 
 import xxhash
 
+from megatron_hammer.base.errors import ConfigError, DataError
+from megatron_hammer.base.progress import Progress
 from megatron_hammer.corpus.documents import (
     Document,
     LineWriter,
@@ -31,9 +33,7 @@ from megatron_hammer.corpus.documents import (
     text_line,
     write_manifest,
 )
-from megatron_hammer.corpus.progress import Progress
 from megatron_hammer.corpus.readers import expand_inputs, kind_of
-from megatron_hammer.errors import ConfigError, DataError
 
 KINDS = ("chinesewebtext", "refinedweb", "pile", "jsonl", "parquet")
 DEFAULT_KEYS = {"chinesewebtext": "text", "refinedweb": "content", "pile": "text", "jsonl": "text", "parquet": "text"}

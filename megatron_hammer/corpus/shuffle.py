@@ -23,7 +23,7 @@ is the same bytes for any memory size, and for compressed input the same as for 
 
 *A merge in proportion.* Shuffling several files together is the merge of them at random in proportion to their lines:
 among any k consecutive output lines, each input is expected with its share of all lines. Other proportions are the
-business of the blend at training time (``data/blend.py``), which repeats and cuts sources without another copy.
+business of the blend at training time (``sampling/blend.py``), which repeats and cuts sources without another copy.
 
 Lines are bytes and are never parsed. They must not be empty and must end in a line break.
 """
@@ -44,11 +44,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from megatron_hammer.base.errors import ConfigError, DataError, DiskError
+from megatron_hammer.base.files import open_alone, sync_folder
+from megatron_hammer.base.progress import Progress
 from megatron_hammer.corpus.jsonl import MAX_LINE_BYTES
-from megatron_hammer.corpus.progress import Progress
 from megatron_hammer.corpus.stream import SourceStream, StreamDamage, check_file, is_compressed, open_stream
-from megatron_hammer.errors import ConfigError, DataError, DiskError
-from megatron_hammer.files import open_alone, sync_folder
 
 MIN_MEMORY_BYTES = 16 << 20
 """Below this the interpreter and NumPy need more than the shuffle does."""

@@ -23,10 +23,10 @@ from typing import Any
 
 import xxhash
 
+from megatron_hammer.base.errors import ConfigError, DataError
+from megatron_hammer.base.progress import Progress
 from megatron_hammer.corpus.documents import LineWriter, describe_sources, read_documents, write_manifest
-from megatron_hammer.corpus.progress import Progress
 from megatron_hammer.corpus.readers import expand_inputs, kind_of
-from megatron_hammer.errors import ConfigError, DataError
 
 HASH_BITS = 53
 """A fraction with this many bits is a floating-point number exactly: what the manifest says can be given again."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 
-from megatron_hammer.errors import DataError
+from megatron_hammer.base.errors import DataError
 
 _RAW_BYTES = 128 << 10  # compressed bytes read at once
 # A Zstandard block of 128 KiB can be four bytes long, and the library hands out all that a piece of input stands for:

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from megatron_hammer.config import OptimizerConfig
-from megatron_hammer.kernels import apex, native
-from megatron_hammer.kernels.backend import ANYWHERE, CUDA, FLOATS, Backend, Demand
+from megatron_hammer.kernels.libraries import apex
+from megatron_hammer.kernels.native import choice as native
+from megatron_hammer.kernels.table import ANYWHERE, CUDA, FLOATS, Backend, Demand
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_hammer.kernels import attention_cpu, flash, te
-from megatron_hammer.kernels.backend import CUDA, HALVES, Backend, Demand
+from megatron_hammer.kernels.libraries import flash, te
+from megatron_hammer.kernels.native import attention as attention_cpu
+from megatron_hammer.kernels.table import CUDA, HALVES, Backend, Demand
 
 # On a CPU, torch's 16-bit attention costs about as much for 30 rows as for 100, and below this many elements of a head
 # (rows x d) up to twice as much as in fp32 with both conversions, above it less: measured on a Xeon with AMX, torch

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.kernels.attention import AttentionFunction, Documents
-from megatron_hammer.kernels.backend import Backend
+from megatron_hammer.kernels.table import Backend
 
 
 class GraphDocuments(NamedTuple):

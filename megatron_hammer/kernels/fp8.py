@@ -30,10 +30,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
+from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import KernelsConfig
-from megatron_hammer.errors import ConfigError
-from megatron_hammer.kernels import cuda, fused
 from megatron_hammer.kernels.linear import Products
+from megatron_hammer.kernels.native import autograd as fused
+from megatron_hammer.kernels.native import cuda
 from megatron_hammer.kernels.weight_gradient import sum_weight_gradient_in_graph
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_hammer.config import KernelsConfig
-from megatron_hammer.kernels import native
-from megatron_hammer.kernels.backend import CUDA, HALVES, Backend
+from megatron_hammer.kernels.native import choice as native
+from megatron_hammer.kernels.table import CUDA, HALVES, Backend
 
 # Tokens whose logits exist at once. On an H200 each chunk costs 0.4 ms for 0.87 GB of fp32 gradient read and written
 # (1.4B model, predicted). On 2 Xeon cores 256 and 512 are as fast as 1024 at 8,192 and at 32,000 pieces, and 256 needs
@@ -165,7 +165,7 @@ class LossKernels:
 
 
 def _triton(device: torch.device) -> LossKernels:
-    from megatron_hammer.kernels import linear_cross_entropy_triton as fast
+    from megatron_hammer.kernels.native import linear_cross_entropy_triton as fast
 
     return LossKernels(
         "triton", CHUNK_TOKENS["cuda"], fast.row_statistics, fast.softmax_gradient_, fast.loss_and_gradient_

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.kernels import apex, fused, liger, native, te
-from megatron_hammer.kernels.backend import ANYWHERE, CUDA, FLOATS, HALVES, Backend
+from megatron_hammer.kernels.libraries import apex, liger, te
+from megatron_hammer.kernels.native import autograd as fused
+from megatron_hammer.kernels.native import choice as native
+from megatron_hammer.kernels.table import ANYWHERE, CUDA, FLOATS, HALVES, Backend
 
 AddRMSNorm = Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
 

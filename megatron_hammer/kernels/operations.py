@@ -21,12 +21,12 @@ from megatron_hammer.kernels import adamw, attention, fp8, linear_cross_entropy,
 from megatron_hammer.kernels.adamw import OptimizerKernels
 from megatron_hammer.kernels.attention import AttentionFunction
 from megatron_hammer.kernels.attention_graph import in_graph
-from megatron_hammer.kernels.backend import Backend, Demand, select
 from megatron_hammer.kernels.linear import Products
 from megatron_hammer.kernels.linear_cross_entropy import LossKernels
 from megatron_hammer.kernels.norm import AddRMSNorm
 from megatron_hammer.kernels.rope import Rope
 from megatron_hammer.kernels.swiglu import SwiGLU
+from megatron_hammer.kernels.table import Backend, Demand, select
 
 TABLES: dict[str, Sequence[Backend]] = {  # setting in the group kernels -> rows
     "attention": attention.ROWS,

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_hammer.kernels import fused, liger, native
-from megatron_hammer.kernels.backend import ANYWHERE, CUDA, FLOATS, HALVES, Backend
+from megatron_hammer.kernels.libraries import liger
+from megatron_hammer.kernels.native import autograd as fused
+from megatron_hammer.kernels.native import choice as native
+from megatron_hammer.kernels.table import ANYWHERE, CUDA, FLOATS, HALVES, Backend
 
 SwiGLU = Callable[[Tensor], Tensor]
 

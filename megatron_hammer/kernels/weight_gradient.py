@@ -89,7 +89,7 @@ sum_weight_gradient_in_graph.register_fake(lambda place, begun, product: None)
 
 def _put(place: Tensor, product: Tensor, add: bool) -> None:
     """place = product, or += with ``add``: 16 bits to fp32 on a CPU in half of torch's time where our kernels are."""
-    from megatron_hammer.kernels import cpu  # which imports the tables
+    from megatron_hammer.kernels.native import cpu  # which imports the tables
 
     if not add:
         place.copy_(product)

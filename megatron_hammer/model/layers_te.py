@@ -12,9 +12,9 @@ the library's own extra state (pickled scales) is never saved. Linear and RMSNor
 would fuse them: that would save one cast a norm under fp8, and would cost the one tree of names and, in 16 bits, the
 choice to make a norm again (``train.recompute=selective``). The norm is an operation like others (``operations``).
 
-Every name and argument used here is listed in ``kernels/te.py``. **Nothing of this has run on a real Transformer Engine
-yet.** On a CPU these layers train, in fp8 too, on the library's own Python code over a stub of its C++ extension
-(``tests/model/te_sources.py``); its kernels are not in that.
+Every name and argument used here is listed in ``kernels/libraries/te.py``. **Nothing of this has run on a real
+Transformer Engine yet.** On a CPU these layers train, in fp8 too, on the library's own Python code over a stub of its
+C++ extension (``tests/model/te_sources.py``); its kernels are not in that.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from megatron_hammer.kernels.libraries.te import add_rms_norm, fp8_region
 from megatron_hammer.kernels.operations import Operations
-from megatron_hammer.kernels.te import add_rms_norm, fp8_region
 from megatron_hammer.model.layers import LayerOptions, RMSNorm, VocabParallelEmbedding, column_parallel
 
 __all__ = [

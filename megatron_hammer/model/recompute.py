@@ -41,12 +41,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megatron_hammer.config import Config
-from megatron_hammer.kernels import te
 from megatron_hammer.kernels.attention import AttentionFunction, Documents
-from megatron_hammer.kernels.backend import Backend
+from megatron_hammer.kernels.libraries import te
 from megatron_hammer.kernels.norm import AddRMSNorm
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.swiglu import SwiGLU
+from megatron_hammer.kernels.table import Backend
 
 Region = Callable[[], AbstractContextManager]
 Layer = Callable[..., tuple[Tensor, Tensor]]

@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_hammer.errors import ConfigError, DataError
+from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.tokenizer.train import read_characters
 
 TABLE_NAME = "tgh2013"

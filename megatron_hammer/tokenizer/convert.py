@@ -58,9 +58,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_hammer.errors import RefusedError
-from megatron_hammer.files import replace_file, sync_folder
-from megatron_hammer.tokenizer.fuzz import FIXED_TEXTS, join_pieces, noise
+from megatron_hammer.base.errors import RefusedError
+from megatron_hammer.base.files import replace_file, sync_folder
+from megatron_hammer.tokenizer.lab.fuzz import FIXED_TEXTS, join_pieces, noise
 from megatron_hammer.tokenizer.load import (
     SPACE,
     HuggingFaceTokenizer,

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_hammer.compiled import find_compiled
+from megatron_hammer.base.compiled import find_compiled
 
 INTERFACE = 2  # raised with every change of the compiled classes: an old build must not be called with new arguments
 

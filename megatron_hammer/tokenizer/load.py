@@ -32,8 +32,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from megatron_hammer.errors import DataError
-from megatron_hammer.files import replace_file
+from megatron_hammer.base.errors import DataError
+from megatron_hammer.base.files import replace_file
 from megatron_hammer.tokenizer import encode as fast
 
 SPACE = "\u2581"

@@ -32,8 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.errors import ConfigError, DataError, RefusedError
-from megatron_hammer.files import replace_file
+from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
+from megatron_hammer.base.files import replace_file
 from megatron_hammer.tokenizer.characters import RequiredCharacters
 from megatron_hammer.tokenizer.load import (
     SentencePieceTokenizer,

@@ -31,8 +31,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from megatron_hammer.errors import ConfigError, DataError
-from megatron_hammer.files import replace_file
+from megatron_hammer.base.errors import ConfigError, DataError
+from megatron_hammer.base.files import replace_file
 from megatron_hammer.tokenizer.load import (
     SPACE,
     SentencePieceTokenizer,

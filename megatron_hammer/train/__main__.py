@@ -1,13 +1,13 @@
 """``python -m megatron_hammer.train CONFIG.yaml [group.field=value ...]``: one process, or one rank under torchrun.
 
-``python -m megatron_hammer.launch`` starts several ranks and has the clearer exit codes.
+``python -m megatron_hammer.supervise.start`` starts several ranks and has the clearer exit codes.
 """
 
 from __future__ import annotations
 
 import os
 
-from megatron_hammer.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.config import help_text, load_config
 
 

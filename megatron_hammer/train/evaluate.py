@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_hammer.data.samples import ValidData, cumulative_lengths
 from megatron_hammer.kernels.attention import Documents
 from megatron_hammer.model.llama import Llama
 from megatron_hammer.parallel.collectives import all_reduce
-from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.sampling.samples import ValidData, cumulative_lengths
 
 
 @dataclass(frozen=True)

@@ -19,23 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.load import load_shards
-from megatron_hammer.checkpoint.save import save_checkpoint
+from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL, NonFiniteError
+from megatron_hammer.base.progress import say
+from megatron_hammer.checkpoint.read import load_shards
+from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.config import Config, config_to_tree
-from megatron_hammer.corpus.progress import say
-from megatron_hammer.data.loader import ReadAhead, chain_digest
-from megatron_hammer.data.samples import TrainData, ValidData
-from megatron_hammer.errors import EXIT_STOPPED_BY_SIGNAL, NonFiniteError
 from megatron_hammer.kernels.attention import Documents
-from megatron_hammer.kernels.backend import Demand
 from megatron_hammer.kernels.operations import select_operations, select_optimizer_kernels
+from megatron_hammer.kernels.table import Demand
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Llama, build_llama
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import plan_recompute
 from megatron_hammer.optim.distributed import DistributedOptimizer
 from megatron_hammer.parallel.collectives import all_reduce
-from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.sampling.loader import ReadAhead, chain_digest
+from megatron_hammer.sampling.samples import TrainData, ValidData
 from megatron_hammer.train.evaluate import evaluate
 from megatron_hammer.train.metrics import Reporter, flops_per_token, peak_tflops
 from megatron_hammer.train.prepare import STATE_KINDS, Prepared, checkpoints_folder

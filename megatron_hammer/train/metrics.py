@@ -22,8 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron_hammer.base.files import replace_file
 from megatron_hammer.config import Config, ModelConfig
-from megatron_hammer.files import replace_file
 from megatron_hammer.model.parameters import EMBEDDING, logical_shapes
 
 # Dense bf16/fp16 peak of one device, TFLOP/s, from the vendor's data sheets; found by a part of the device's name.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_hammer.errors import DataError
+from megatron_hammer.base.errors import DataError
 
 MAX_POINTS = 4000  # more than a picture of this size has columns: longer runs are thinned
 WINDOW_SHARE = 50  # the moving average spans a fiftieth of the run: chosen by eye

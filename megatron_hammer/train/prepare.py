@@ -10,15 +10,15 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_hammer.base.errors import ConfigError, RefusedError
 from megatron_hammer.checkpoint.fit import check_fits
-from megatron_hammer.checkpoint.format import Manifest, latest_checkpoint, read_manifest, resolve_checkpoint
+from megatron_hammer.checkpoint.manifest import Manifest, latest_checkpoint, read_manifest, resolve_checkpoint
 from megatron_hammer.config import Config, config_from_tree
-from megatron_hammer.data import index
-from megatron_hammer.data.indexed import IndexedDataset
-from megatron_hammer.data.plan import Plan, make_plan
-from megatron_hammer.data.samples import TrainData, check_tokenizer
-from megatron_hammer.errors import ConfigError, RefusedError
-from megatron_hammer.kernels.te import check_before_start
+from megatron_hammer.dataset.reader import IndexedDataset
+from megatron_hammer.kernels.libraries.te import check_before_start
+from megatron_hammer.sampling import native as index
+from megatron_hammer.sampling.plan import Plan, make_plan
+from megatron_hammer.sampling.samples import TrainData, check_tokenizer
 from megatron_hammer.tokenizer.load import Tokenizer, load_tokenizer
 
 # A change of these makes the samples already consumed other samples than the checkpoint says. A sample is its tokens

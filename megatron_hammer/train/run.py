@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_hammer.base.errors import ConfigError, HammerError, RefusedError, from_os_error
 from megatron_hammer.config import Config, to_yaml
-from megatron_hammer.data.plan import format_plan
-from megatron_hammer.errors import ConfigError, HammerError, RefusedError, from_os_error
 from megatron_hammer.kernels import fp8
+from megatron_hammer.kernels.libraries.te import check_here
 from megatron_hammer.kernels.operations import kernels_table, select_backends
-from megatron_hammer.kernels.te import check_here
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.model.recompute import activation_bytes
-from megatron_hammer.parallel.context import agree_before_start, build_parallel_context, start_process_group
+from megatron_hammer.parallel.grid import agree_before_start, build_parallel_context, start_process_group
+from megatron_hammer.sampling.plan import format_plan
 from megatron_hammer.train.loop import kernel_demand, train
 from megatron_hammer.train.prepare import Prepared, prepare
 

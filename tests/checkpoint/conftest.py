@@ -12,7 +12,7 @@ def tokenizer_model(tmp_path_factory) -> Path:
     """A sentencepiece BPE model in HammerLLM's manner: byte fallback, no dummy prefix, every space kept."""
     import sentencepiece
 
-    from megatron_hammer.checkpoint.certificate import TEXTS
+    from megatron_hammer.huggingface.certificate import TEXTS
 
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "text.txt").write_text("\n".join(TEXTS.values()) * 3)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.format import (
+from megatron_hammer.checkpoint.manifest import (
     Layout,
     Manifest,
     TokenizerFiles,
@@ -21,11 +21,11 @@ from megatron_hammer.checkpoint.format import (
     staging_folder,
     step_name,
 )
-from megatron_hammer.checkpoint.load import load_shards
-from megatron_hammer.checkpoint.save import PRECISION_DTYPES, commit, pieces_of, stage_tokenizer, write_rank
+from megatron_hammer.checkpoint.read import load_shards
+from megatron_hammer.checkpoint.write import PRECISION_DTYPES, commit, pieces_of, stage_tokenizer, write_rank
 from megatron_hammer.config import ModelConfig, RopeScaling, config_from_tree, config_to_tree
 from megatron_hammer.model.parameters import Parameter, logical_shapes, parameter_table
-from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.parallel.grid import ParallelContext
 from megatron_hammer.parallel.sharding import Shard
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.checkpoint import format as checkpoint_format
-from megatron_hammer.checkpoint.format import canonical_json, checked_tokenizer_folder, read_manifest
-from megatron_hammer.checkpoint.load import verify_checkpoint
-from megatron_hammer.checkpoint.tensorfile import TensorFileReader, TensorFileWriter, digest
-from megatron_hammer.errors import CheckpointError
+from megatron_hammer.base.errors import CheckpointError
+from megatron_hammer.checkpoint import manifest as checkpoint_format
+from megatron_hammer.checkpoint.manifest import canonical_json, checked_tokenizer_folder, read_manifest
+from megatron_hammer.checkpoint.read import verify_checkpoint
+from megatron_hammer.checkpoint.tensor_files import TensorFileReader, TensorFileWriter, digest
 from tests.checkpoint.layouts import FakeTokenizer, load_layout, random_logical, tiny_model, write_layout
 
 FLIPS = 200  # in every file
@@ -261,7 +261,7 @@ def test_a_header_longer_than_the_file_is_not_allocated(tmp_path, length):
 
 def test_the_hash_is_of_memory_and_a_lying_disk_is_noticed(tmp_path, monkeypatch):
     """What the writer is given counts, not what reached the file."""
-    from megatron_hammer.checkpoint.save import pieces_of, write_rank
+    from megatron_hammer.checkpoint.write import pieces_of, write_rank
     from tests.checkpoint.layouts import rank_shards
 
     original = TensorFileWriter.__exit__
@@ -282,7 +282,7 @@ def test_the_hash_is_of_memory_and_a_lying_disk_is_noticed(tmp_path, monkeypatch
 def test_reading_needs_no_torch_and_no_pickle():
     import subprocess
 
-    code = ("import sys, megatron_hammer.checkpoint.format, megatron_hammer.checkpoint.tensorfile\n"
+    code = ("import sys, megatron_hammer.checkpoint.manifest, megatron_hammer.checkpoint.tensor_files\n"
             "print([m for m in ('torch', 'numpy', 'safetensors', 'transformers') if m in sys.modules])")  # fmt: skip
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.checkpoint import format as checkpoint_format
-from megatron_hammer.checkpoint import save
-from megatron_hammer.checkpoint.format import (
+from megatron_hammer.base.errors import CheckpointError, DiskError
+from megatron_hammer.checkpoint import manifest as checkpoint_format
+from megatron_hammer.checkpoint import write as save
+from megatron_hammer.checkpoint.manifest import (
     find_checkpoints,
     latest_checkpoint,
     publish,
@@ -21,10 +22,9 @@ from megatron_hammer.checkpoint.format import (
     resolve_checkpoint,
     step_name,
 )
-from megatron_hammer.checkpoint.load import verify_checkpoint
-from megatron_hammer.checkpoint.save import prune, save_checkpoint
-from megatron_hammer.errors import CheckpointError, DiskError
-from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.checkpoint.read import verify_checkpoint
+from megatron_hammer.checkpoint.write import prune, save_checkpoint
+from megatron_hammer.parallel.grid import ParallelContext
 from tests.checkpoint.layouts import FakeTokenizer, config_tree, random_logical, rank_shards, tiny_model, write_layout
 
 MODEL = tiny_model(hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=1, vocab_size=33)

@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from megatron_hammer.checkpoint import load
+from megatron_hammer.base.errors import CheckpointError
+from megatron_hammer.checkpoint import read as load
 from megatron_hammer.checkpoint.fit import saved_model
-from megatron_hammer.checkpoint.format import read_manifest
-from megatron_hammer.checkpoint.load import LogicalReader, load_model, load_shards, read_logical, verify_checkpoint
-from megatron_hammer.checkpoint.save import save_checkpoint
-from megatron_hammer.errors import CheckpointError
+from megatron_hammer.checkpoint.manifest import read_manifest
+from megatron_hammer.checkpoint.read import LogicalReader, load_model, load_shards, read_logical, verify_checkpoint
+from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.model.llama import build_llama
 from megatron_hammer.model.parameters import logical_shapes, parameter_table
-from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.parallel.grid import ParallelContext
 from megatron_hammer.train.step import train_step
 from tests.checkpoint.layouts import (
     KINDS,
@@ -120,7 +120,7 @@ def test_files_are_readable_by_the_safetensors_package(saved):
 
 
 def test_a_slice_is_read_at_most_once_and_in_place_where_it_fits(saved, monkeypatch):
-    from megatron_hammer.checkpoint.tensorfile import TensorFileReader
+    from megatron_hammer.checkpoint.tensor_files import TensorFileReader
 
     model, _, manifests = saved
     read: list[str] = []
@@ -211,8 +211,8 @@ def _fail_on_one_rank(rank: int, folder: str) -> str:
     """Rank 1's disk is full: both ranks must raise the same error."""
     import errno
 
-    from megatron_hammer.checkpoint import save
-    from megatron_hammer.errors import HammerError
+    from megatron_hammer.base.errors import HammerError
+    from megatron_hammer.checkpoint import write as save
 
     config = tiny_config(model__num_layers=1)
     ctx = make_context(config)

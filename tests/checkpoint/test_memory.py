@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_hammer.checkpoint.hf import export_hf
+from megatron_hammer.huggingface.convert import export_hf
 from megatron_hammer.model.parameters import logical_shapes
 from tests.checkpoint.layouts import random_logical, tiny_model, write_layout
 
@@ -21,15 +21,15 @@ LITTLE = 16 * MB  # two blocks of 4 MiB being written or three of 2 being read, 
 
 CHILD = """
 import resource, sys
-import torch, numpy, tqdm, megatron_hammer.checkpoint.certificate
+import torch, numpy, tqdm, megatron_hammer.huggingface.certificate
 from pathlib import Path
-from megatron_hammer.checkpoint.format import read_manifest, resolve_checkpoint
-from megatron_hammer.checkpoint.hf import export_hf, import_hf
+from megatron_hammer.checkpoint.manifest import read_manifest, resolve_checkpoint
+from megatron_hammer.huggingface.convert import export_hf, import_hf
 from megatron_hammer.checkpoint.fit import saved_model
-from megatron_hammer.checkpoint.load import load_shards
-from megatron_hammer.checkpoint.save import save_checkpoint
+from megatron_hammer.checkpoint.read import load_shards
+from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.model.parameters import parameter_table
-from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.parallel.grid import ParallelContext
 from megatron_hammer.parallel.sharding import Shard
 
 def certify(checkpoint, folder, dtype):

@@ -14,9 +14,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hammer.corpus import progress
+from megatron_hammer.base import progress
+from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.corpus.documents import LineWriter, Skipped, read_documents, read_texts
-from megatron_hammer.errors import ConfigError, DataError
 
 BAD = {
     b"": "E305", b" ": "E305", b"{": "E304", b"3": "E306", b"[]": "E306", b'"text"': "E306", b'{"a": 1}': "E307",

@@ -12,8 +12,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_hammer.base.errors import DataError
 from megatron_hammer.corpus.documents import TextCorpus, read_texts
-from megatron_hammer.errors import DataError
 
 GOOD = b'{"text": "one"}\n{"text": "\xe4\xba\x8c", "n": 2}\n'
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_hammer.base.errors import DataError
 from megatron_hammer.corpus import long, parse, readers
 from megatron_hammer.corpus.long import LongText, long_text, parse_long_line
-from megatron_hammer.errors import DataError
-from tests.data.test_hostile import BAD, GOOD
+from tests.dataset.make.test_hostile import BAD, GOOD
 
 PATH = Path("a.jsonl")
 TEXTS = st.text(

@@ -15,10 +15,10 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.corpus import jsonl, long, parse, readers, stream
 from megatron_hammer.corpus.parse import Rejected
 from megatron_hammer.corpus.readers import Block, Position
-from megatron_hammer.errors import ConfigError, DataError
 
 GOOD = [json.dumps({"text": f"document {k} " + "字" * (k % 7)}, ensure_ascii=False).encode() for k in range(40)]
 

@@ -15,9 +15,9 @@ import pytest
 import xxhash
 import zstandard
 
+from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.corpus import reformat
 from megatron_hammer.corpus.reformat import reformat_corpus
-from megatron_hammer.errors import ConfigError, DataError
 
 TEXTS = ["一篇文章\n第二行", "", 'second "one"\t', "\u2028 emoji \U0001f600", "end"]
 

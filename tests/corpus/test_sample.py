@@ -1,133 +1,115 @@
-"""The quick start's corpus: its making, the offline case, and the parts that choose text."""
+"""The tokenizer's sample: uniform, of the set of texts alone, two parts without a common text."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
-import subprocess
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import xxhash
 
-from megatron_hammer.corpus import sample
-from megatron_hammer.corpus.documents import read_documents
-from megatron_hammer.corpus.sample import Document, chinese_prose, group_lines, make_sample_corpus, split_documents
-from megatron_hammer.errors import ConfigError, DataError
-
-OWN_TEXT = Path(__file__).parents[2] / "examples" / "corpus"
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, 1, "", "WARNING: retry\nERROR: no route to host\n")
-
-    monkeypatch.setattr(sample.subprocess, "run", refuse)
-    # A part of the library is enough here, and ten times quicker.
-    files = list(itertools.islice(sample._library_files(), 60))
-    monkeypatch.setattr(sample, "_library_files", lambda: iter(files))
+from megatron_hammer.base.errors import ConfigError, DataError
+from megatron_hammer.corpus import sample as tokenizer_text
+from megatron_hammer.corpus.sample import sample_corpus
+from megatron_hammer.corpus.split import hash_seed
 
 
-def test_corpus_without_network(tmp_path: Path, offline: None) -> None:
-    lines: list[str] = []
-    manifest = make_sample_corpus(tmp_path / "a", OWN_TEXT, 60_000, lines.append)
-    assert any("no route to host" in line and "own text alone" in line for line in lines)
-    texts: dict[str, set[str]] = {}
-    for name, entry in manifest["files"].items():
-        records = [d.text for d in read_documents(tmp_path / "a" / name, "text")]
-        assert len(records) == entry["documents"] and len(set(records)) == len(records)
-        texts[name] = set(records)
-    for domain in sample.DOMAINS:
-        assert texts[f"{domain}.jsonl"].isdisjoint(texts[f"{domain}.valid.jsonl"])
-        assert manifest["files"][f"{domain}.jsonl"]["text_bytes"] <= 60_000
-    assert {s["licence"] for s in manifest["sources"]} == {"CC0-1.0", "PSF-2.0"}
-
-    again = make_sample_corpus(tmp_path / "b", OWN_TEXT, 60_000)
-    assert again == manifest  # same bytes: the hashes are in it
+def write(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return path
 
 
-def test_second_call_does_nothing_and_a_changed_file_is_made_anew(tmp_path: Path, offline: None) -> None:
-    lines: list[str] = []
-    first = make_sample_corpus(tmp_path, OWN_TEXT, 60_000)
-    stamps = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-    assert make_sample_corpus(tmp_path, OWN_TEXT, 60_000, lines.append) == first
-    assert len(lines) == 1 and "nothing to do" in lines[0]
-    assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == stamps
-
-    with open(tmp_path / "zh.jsonl", "ab") as file:
-        file.write(b'{"text": "changed"}\n')
-    assert make_sample_corpus(tmp_path, OWN_TEXT, 60_000) == first
-    assert make_sample_corpus(tmp_path, OWN_TEXT, 70_000) != first
+def texts(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
 
-def test_refusals(tmp_path: Path, offline: None) -> None:
-    with pytest.raises(ConfigError, match="E264"):
-        make_sample_corpus(tmp_path, OWN_TEXT, 10)
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="E320"):
-        make_sample_corpus(tmp_path / "file", OWN_TEXT)
-    with pytest.raises(DataError, match=r"E321.*domain zh"):
-        make_sample_corpus(tmp_path / "new", tmp_path / "no essays here")
+def expected(corpus: list[str], train: int, valid: int, seed: int) -> tuple[list[str], list[str]]:
+    """The definition, told a second way: all distinct texts sorted by hash, cut where a size is reached."""
+    hashing = hash_seed(seed, "sample")
+    waiting = sorted({t for t in corpus if t}, key=lambda t: xxhash.xxh3_128_intdigest(t.encode(), hashing))
+    parts: list[list[str]] = []
+    for size in (valid, train):
+        part: list[str] = []
+        while waiting and sum(len(t.encode()) for t in part) < size:
+            part.append(waiting.pop(0))
+        parts.append(part)
+    return parts[1], parts[0]
 
 
-def test_whole_library_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample.sys, "executable", str(tmp_path / "no-python"))
-    lines: list[str] = []
-    manifest = make_sample_corpus(tmp_path / "a", OWN_TEXT, report=lines.append)
-    assert manifest["files"]["en.jsonl"]["text_bytes"] > 400_000
-    assert manifest["files"]["code.jsonl"]["text_bytes"] > 950_000
-    assert sum("pip did not answer" in line for line in lines) == 1
+@pytest.mark.parametrize("longest", [30, 2000])
+@pytest.mark.parametrize("train, valid", [(20_000, 2000), (500, 500), (3000, 0), (1, 1), (10**7, 100)])
+def test_it_is_what_the_definition_says(tmp_path: Path, longest: int, train: int, valid: int) -> None:
+    generator = random.Random(longest)
+    corpus = [f"{i} " + "字" * generator.randint(0, longest) for i in range(600)] + ["", "7 twice"]
+    corpus += corpus[:100]
+    for attempt in range(2):
+        generator.shuffle(corpus)
+        half = generator.randint(1, len(corpus) - 1)
+        inputs = [write(tmp_path / "a", corpus[:half]), write(tmp_path / "b", corpus[half:])]
+        summary = sample_corpus(inputs, tmp_path / "out", train, valid, 5)
+        found = texts(tmp_path / "out" / "train.jsonl"), texts(tmp_path / "out" / "valid.jsonl")
+        assert found == expected(corpus, train, valid, 5), attempt
+    assert set(found[0]).isdisjoint(found[1])
+    assert summary.documents == 702 and summary.whole == (train == 10**7)
+    assert ("all of it was taken" in str(summary)) == summary.whole
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_bytes())
+    assert [s["xxh3"] for s in manifest["sources"]] == [xxhash.xxh3_128_hexdigest(p.read_bytes()) for p in inputs]
+    assert manifest["outputs"] == [summary.train, summary.valid] and manifest["seed"] == 5
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"train.jsonl", "valid.jsonl", "manifest.json"}
 
 
-def test_split_is_by_content_alone() -> None:
-    generator = random.Random(1)
-    documents = [Document("x" * generator.randint(10, 400) + str(i), f"d{i}") for i in range(300)]
-    train, valid = split_documents(documents, 20_000)
-    shuffled = documents + documents[:50]  # duplicates
-    generator.shuffle(shuffled)
-    train2, valid2 = split_documents(shuffled, 20_000)
-    assert [d.text for d in train2] == [d.text for d in train]
-    assert [d.text for d in valid2] == [d.text for d in valid]
-    assert {d.text for d in train}.isdisjoint(d.text for d in valid)
-    assert 19_000 < sum(d.size for d in train) <= 20_000
-    assert 500 < sum(d.size for d in valid) <= 1_000
+def test_seeds_and_the_two_hashes_are_independent(tmp_path: Path) -> None:
+    corpus = [f"text {i}" for i in range(5000)]
+    source = write(tmp_path / "a", corpus)
+    samples = []
+    for seed in (1, 2):
+        sample_corpus([source], tmp_path / str(seed), 20_000, 100, seed)
+        samples.append(set(texts(tmp_path / str(seed) / "train.jsonl")))
+    size = len(samples[0])
+    assert abs(len(samples[0] & samples[1]) - size * size / 5000) < 4 * (size * 0.25) ** 0.5
+    assert hash_seed(1, "sample") != hash_seed(1, "split")
 
 
-def test_split_always_holds_something_out() -> None:
-    train, valid = split_documents([Document("a" * 100, ""), Document("b" * 90, "")], 50_000)
-    assert [d.text[0] for d in train] == ["a"] and [d.text[0] for d in valid] == ["b"]
+def test_every_place_of_the_input_is_equally_likely(tmp_path: Path) -> None:
+    corpus = [f"{i:06d}" for i in range(20_000)]
+    sample_corpus([write(tmp_path / "a", corpus)], tmp_path / "out", 6 * 6000, 6, 9)
+    taken = set(texts(tmp_path / "out" / "train.jsonl"))
+    assert len(taken) == 6000
+    counts = [sum(text in taken for text in corpus[i : i + 2000]) for i in range(0, 20_000, 2000)]
+    assert all(abs(count - 600) < 4 * (2000 * 0.21) ** 0.5 for count in counts)
 
 
-def test_chinese_prose_drops_markup() -> None:
-    docstring = """批量认证企业任务详情信息，其中包括状态信息等。<br/>
-    ![image](https://example.com/a.png)
-    **注意**：如果合同已经签署完毕，请参考[发起解除合同](https://example.com/x)接口&amp;文档
-    - `UserId` 和 OpenId 两个参数只需要填写其中的一个即可。
-    示例值：138****1569
-    <tr><td>ID_CARD</td><td>身份证</td></tr>
-    :param _Name: 超管的姓名，需要与证件上的姓名保持一致
-    :rtype: str
-    """
-    assert list(chinese_prose(docstring)) == [
-        "批量认证企业任务详情信息，其中包括状态信息等。",
-        "注意：如果合同已经签署完毕，请参考发起解除合同接口&文档",
-        "UserId 和 OpenId 两个参数只需要填写其中的一个即可。",
-    ]
+def test_the_temporary_file_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of n = 20,000 texts for a sample of k = 200, some k (1 + ln(n / k)) = 1,120 are written."""
+    written: list[int] = []
+    real = tokenizer_text._Kept
+    monkeypatch.setattr(
+        tokenizer_text, "_Kept", lambda h, offset, size: (written.append(size), real(h, offset, size))[1]
+    )
+    sample_corpus([write(tmp_path / "a", [f"{i:06d}" for i in range(20_000)])], tmp_path / "out", 1194, 6, 9)
+    assert 800 < len(written) < 1500
 
 
-def test_group_lines_loses_nothing() -> None:
-    generator = random.Random(2)
-    for count in range(40):
-        lines = ["字" * generator.randint(1, 60) for _ in range(count)]
-        groups = list(group_lines(lines, 100))
-        assert "\n".join(groups).split("\n") == (lines or [""])
-        assert all(len(group) >= 100 for group in groups) or len(groups) == 1
+def test_parquet_and_text_files(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), tmp_path / "a.parquet")
+    (tmp_path / "b.txt").write_text("three\nlines\nhere")
+    sample_corpus([tmp_path], tmp_path / "out", 10**6, 1, 1)
+    found = texts(tmp_path / "out" / "train.jsonl") + texts(tmp_path / "out" / "valid.jsonl")
+    assert sorted(found) == ["one", "three\nlines\nhere", "two"]
 
 
-def test_own_essays_are_plain_utf8() -> None:
-    essays = sorted(OWN_TEXT.glob("*.txt"))
-    assert 8_000 <= sum(path.stat().st_size for path in essays) <= 12_000
-    for path in essays:
-        text = path.read_text(encoding="utf-8")
-        assert text.count("\n\n") >= 4 and "\r" not in text and json.loads(json.dumps(text)) == text
+def test_refusals(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", ["one", "two"])
+    for train, valid, output, code in ((0, 1, "o", "E287"), (1, -1, "o", "E287"), (1, 1, "a.jsonl", "E288"),
+                                       (1, 100, "o", "E365")):  # fmt: skip
+        with pytest.raises((ConfigError, DataError)) as caught:
+            sample_corpus([source], tmp_path / output, train, valid, 1)
+        assert caught.value.code == code
+    assert not list((tmp_path / "o").iterdir())
+    with pytest.raises(DataError, match="E301"):
+        sample_corpus([tmp_path / "absent"], tmp_path / "o", 1, 1, 1)
+    with pytest.raises(DataError, match="E365"):
+        sample_corpus([write(tmp_path / "b.jsonl", ["", ""])], tmp_path / "o", 1, 0, 1)

@@ -20,9 +20,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_hammer.base.errors import ConfigError, DataError, DiskError
 from megatron_hammer.corpus import shuffle as module
 from megatron_hammer.corpus.shuffle import MIN_MEMORY_BYTES, Shuffle, shuffle_lines
-from megatron_hammer.errors import ConfigError, DataError, DiskError
 
 
 def corpus(folder: Path, count: int, name: str = "a.jsonl", longest: int = 300) -> Path:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import xxhash
 
+from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.corpus.split import SplitSummary, split_corpus
-from megatron_hammer.errors import ConfigError, DataError
 
 
 def write(path: Path, texts: Sequence[str]) -> Path:

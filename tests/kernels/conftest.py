@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from megatron_hammer.kernels import attention, cuda, operations
+from megatron_hammer.kernels import attention, operations
+from megatron_hammer.kernels.native import cuda
 
 Pretend = Callable[[tuple[int, int]], None]
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.config import OptimizerConfig
-from megatron_hammer.kernels import fused
 from megatron_hammer.kernels.adamw import AdamWState, adamw_
+from megatron_hammer.kernels.native import autograd as fused
 from megatron_hammer.kernels.norm import add_rms_norm
 from megatron_hammer.kernels.rope import rope
 from megatron_hammer.kernels.swiglu import swiglu

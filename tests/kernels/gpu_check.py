@@ -40,11 +40,11 @@ def machine() -> Iterator[str]:
     """Versions, and which backends run the 1.4B model here."""
     import torch
 
+    from megatron_hammer.base.errors import ConfigError
     from megatron_hammer.config import KernelsConfig
-    from megatron_hammer.errors import ConfigError
-    from megatron_hammer.kernels import cuda
-    from megatron_hammer.kernels.backend import Demand
+    from megatron_hammer.kernels.native import cuda
     from megatron_hammer.kernels.operations import kernels_table
+    from megatron_hammer.kernels.table import Demand
 
     device = torch.device("cuda", 0)
     free, total = torch.cuda.mem_get_info(device)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import ATTENTION_MASKS, DataConfig, KernelsConfig
-from megatron_hammer.errors import ConfigError
-from megatron_hammer.kernels import attention, attention_cpu
+from megatron_hammer.kernels import attention
 from megatron_hammer.kernels.attention import (
     FP32_ELEMENTS_ON_CPU,
     ROWS,
@@ -22,8 +22,9 @@ from megatron_hammer.kernels.attention import (
     varlen,
     whole_samples,
 )
-from megatron_hammer.kernels.backend import FLOATS, Backend, Demand, select
+from megatron_hammer.kernels.native import attention as attention_cpu
 from megatron_hammer.kernels.operations import select_operations
+from megatron_hammer.kernels.table import FLOATS, Backend, Demand, select
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_hammer.kernels import cuda, fp8
+from megatron_hammer.kernels import fp8
+from megatron_hammer.kernels.native import cuda
 from tests.kernels import cuda_checks as checks
 from tests.kernels.test_fp8 import random
 
@@ -128,7 +129,7 @@ def test_the_build_says_why_it_leaves_the_kernels_out(monkeypatch: pytest.Monkey
         monkeypatch.setenv("HAMMER_CUDA_ARCHS", archs)
         assert re.search(why, script.cuda_obstacle()) and bool(why) == bool(script.cuda_obstacle())
         names = [extension.name for extension in script.extensions()]
-        assert ("megatron_hammer.kernels._cuda" in names) == (not why)
+        assert ("megatron_hammer.kernels.native._cuda" in names) == (not why)
     monkeypatch.setenv("HAMMER_NO_EXTENSIONS", "1")
     assert script.extensions() == []
 
@@ -255,7 +256,7 @@ def test_wrong_arguments_are_refused(k: Any) -> None:
 
 
 def test_the_loader_knows_every_operation(k: Any) -> None:
-    """And its arguments stand in the order of the contract of kernels/fused.py."""
+    """And its arguments stand in the order of the contract of kernels/native/autograd.py."""
     assert all(hasattr(k, name) for name in cuda.OPERATIONS)
     arguments = [argument.name for argument in k.adamw.default._schema.arguments]
     assert arguments[:5] == ["master", "grad", "exp_avg", "exp_avg_sq", "param"]

@@ -13,24 +13,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
-from megatron_hammer.errors import ConfigError
-from megatron_hammer.kernels import cuda, fp8
-from megatron_hammer.kernels.backend import Demand
+from megatron_hammer.kernels import fp8
 from megatron_hammer.kernels.fp8 import E4M3, E5M2, LARGEST, Fp8Products, Measured, Operand, emulated_multiply
 from megatron_hammer.kernels.linear import Products
 from megatron_hammer.kernels.linear_cross_entropy import LossKernels
+from megatron_hammer.kernels.native import cuda
 from megatron_hammer.kernels.norm import add_rms_norm
 from megatron_hammer.kernels.operations import Operations, kernels_table, select_operations
 from megatron_hammer.kernels.swiglu import swiglu
+from megatron_hammer.kernels.table import Demand
+from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.layers import LayerOptions, column_parallel, linear
 from megatron_hammer.model.llama import Llama, build_llama
-from megatron_hammer.model.loss import Objective, head_loss
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import plan_recompute
 from megatron_hammer.optim.distributed import DistributedOptimizer
-from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.parallel.grid import ParallelContext
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.host_waits import OperationNames

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_hammer.kernels import cuda
+from megatron_hammer.kernels.native import cuda
 from megatron_hammer.kernels.swiglu import swiglu
 from tests.kernels import cuda_checks as checks
 

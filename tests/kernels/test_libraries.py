@@ -22,12 +22,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import OptimizerConfig
-from megatron_hammer.errors import ConfigError
-from megatron_hammer.kernels import adamw, apex, flash, liger, norm, te
+from megatron_hammer.kernels import adamw, norm
 from megatron_hammer.kernels.adamw import AdamWState, OptimizerKernels
 from megatron_hammer.kernels.attention import ROWS, Documents, each_document, whole_samples
-from megatron_hammer.kernels.backend import Demand, select
+from megatron_hammer.kernels.libraries import apex, flash, liger, te
+from megatron_hammer.kernels.table import Demand, select
 from tests.model import te_double
 from tests.wheels import sources_of
 
@@ -68,7 +69,8 @@ INTERPRETED = """
 import importlib, torch
 from triton import language as tl
 from triton.runtime import interpreter
-from megatron_hammer.kernels import liger, norm, rope, swiglu
+from megatron_hammer.kernels.libraries import liger
+from megatron_hammer.kernels import norm, rope, swiglu
 
 class Number(float):  # on a GPU a kernel's number is a tensor; in the interpreter it stays what it was
     def to(self, dtype):

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import KernelsConfig
-from megatron_hammer.errors import ConfigError
 from megatron_hammer.kernels import linear_cross_entropy as kernel
 from megatron_hammer.kernels import weight_gradient
-from megatron_hammer.kernels.backend import Demand, select
 from megatron_hammer.kernels.linear_cross_entropy import (
     CHUNK_TOKENS,
     Columns,
@@ -32,6 +31,7 @@ from megatron_hammer.kernels.linear_cross_entropy import (
     with_chunks,
 )
 from megatron_hammer.kernels.operations import select_operations
+from megatron_hammer.kernels.table import Demand, select
 from megatron_hammer.kernels.weight_gradient import add_weight_gradient
 
 # Largest error of the gradient, as a share of its norm: one rounding to the logits' type; in fp32 z - lse is rounded
@@ -196,7 +196,8 @@ def test_triton_compiles_for_gpus(tmp_path: Path) -> None:
 
 INTERPRETED = """
 import itertools, torch
-from megatron_hammer.kernels import linear_cross_entropy as reference, linear_cross_entropy_triton as triton_form
+from megatron_hammer.kernels import linear_cross_entropy as reference
+from megatron_hammer.kernels.native import linear_cross_entropy_triton as triton_form
 triton_form.BLOCK, cases = 64, 0
 for dtype, width, z_loss, rank in itertools.product(
     (torch.float32, torch.float16, torch.bfloat16), (40, 64, 130), (0.0, 1e-2), (0, 1)
@@ -235,7 +236,7 @@ COMPILED = """
 import re
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from megatron_hammer.kernels import linear_cross_entropy_triton as form
+from megatron_hammer.kernels.native import linear_cross_entropy_triton as form
 pointers = {"logits": "*bf16", "labels": "*i64"}
 pointers |= dict.fromkeys(("statistics", "lse_of", "loss_of", "weights"), "*fp32")
 numbers = {"z_loss": "fp32"} | dict.fromkeys(("rows", "row_stride", "start", "valid", "width"), "i32")

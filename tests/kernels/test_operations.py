@@ -12,15 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import ATTENTION_MASKS, KernelsConfig
-from megatron_hammer.errors import ConfigError
-from megatron_hammer.kernels import attention_cpu, cpu, cuda, native
 from megatron_hammer.kernels.attention import whole_samples
-from megatron_hammer.kernels.backend import Demand, select
+from megatron_hammer.kernels.native import attention as attention_cpu
+from megatron_hammer.kernels.native import choice as native
+from megatron_hammer.kernels.native import cpu, cuda
 from megatron_hammer.kernels.norm import add_rms_norm
 from megatron_hammer.kernels.operations import TABLES, kernels_table, select_backends, select_operations
 from megatron_hammer.kernels.rope import rope
 from megatron_hammer.kernels.swiglu import swiglu
+from megatron_hammer.kernels.table import Demand, select
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels.adamw import AdamWState
 from megatron_hammer.kernels.attention import Documents, each_document, whole_samples
-from megatron_hammer.kernels.backend import Backend, Demand
 from megatron_hammer.kernels.operations import TABLES
+from megatron_hammer.kernels.table import Backend, Demand
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from megatron_hammer.config import KernelsConfig
 from megatron_hammer.kernels.attention import Documents, each_document
-from megatron_hammer.kernels.backend import Demand
 from megatron_hammer.kernels.operations import Operations, select_operations
+from megatron_hammer.kernels.table import Demand
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Llama, build_llama
 from megatron_hammer.model.parameters import parameter_table
-from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.parallel.grid import ParallelContext
 from tests.model.test_llama import MODELS, carry_weights, hugging_face
 
 # Two samples of 40 tokens: the first holds documents of 11, 1 and 28 tokens, the second of 25 and 15.

@@ -17,17 +17,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.format import read_manifest
-from megatron_hammer.checkpoint.load import load_shards
-from megatron_hammer.checkpoint.save import save_checkpoint
+from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.checkpoint.manifest import read_manifest
+from megatron_hammer.checkpoint.read import load_shards
+from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.config import Config
-from megatron_hammer.errors import ConfigError
-from megatron_hammer.kernels import te
 from megatron_hammer.kernels.attention import ROWS, Documents, causal_attention, each_document
-from megatron_hammer.kernels.backend import Demand, select
+from megatron_hammer.kernels.libraries import te
 from megatron_hammer.kernels.operations import Operations
+from megatron_hammer.kernels.table import Demand, select
 from megatron_hammer.model.llama import build_llama
-from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.parallel.grid import ParallelContext
 from megatron_hammer.train import loop
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank

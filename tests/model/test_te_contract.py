@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_hammer.config import FP8_MULTIPLE
-from megatron_hammer.kernels import te as door
+from megatron_hammer.kernels.libraries import te as door
 from megatron_hammer.model import layers, layers_te
 from tests.model import te_double
 

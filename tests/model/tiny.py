@@ -12,7 +12,7 @@ from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.kernels.attention import Documents
 from megatron_hammer.model.llama import Llama
 from megatron_hammer.model.parameters import logical_shapes, parameter_table
-from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
+from megatron_hammer.parallel.grid import ParallelContext, build_parallel_context
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.step import StepReport, train_step
 

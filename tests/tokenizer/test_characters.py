@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.errors import ConfigError, DataError
+from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.tokenizer.characters import (
     LEVEL_SIZES,
     TABLE_PATH,

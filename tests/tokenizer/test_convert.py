@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer as Backend
 
-from megatron_hammer.errors import RefusedError
+from megatron_hammer.base.errors import RefusedError
 from megatron_hammer.tokenizer import convert
 from megatron_hammer.tokenizer.convert import FIXED_TEXTS, convert_tokenizer, derive_merges
 from megatron_hammer.tokenizer.load import SentencePieceTokenizer, load_tokenizer

@@ -24,10 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as pb
 
-from megatron_hammer.errors import DataError
+from megatron_hammer.base.errors import DataError
 from megatron_hammer.tokenizer import encode as fast
 from megatron_hammer.tokenizer import load
-from megatron_hammer.tokenizer.fuzz import fuzz_texts
+from megatron_hammer.tokenizer.lab.fuzz import fuzz_texts
 from megatron_hammer.tokenizer.load import SentencePieceTokenizer, load_processor
 from tests.tokenizer.texts import REPOSITORY, any_text, handmade_model, model_proto, real_model, write_model
 

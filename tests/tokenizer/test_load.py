@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from megatron_hammer.errors import DataError
+from megatron_hammer.base.errors import DataError
 from megatron_hammer.tokenizer.convert import FIXED_TEXTS
 from megatron_hammer.tokenizer.load import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 from tests.tokenizer.texts import any_text, handmade_model, model_proto, real_model, training_texts, write_model

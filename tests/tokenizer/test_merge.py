@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_hammer.errors import ConfigError, DataError, HammerError, RefusedError
+from megatron_hammer.base.errors import ConfigError, DataError, HammerError, RefusedError
 from megatron_hammer.tokenizer.characters import RequiredCharacters, read_required
 from megatron_hammer.tokenizer.convert import convert_tokenizer
 from megatron_hammer.tokenizer.load import SentencePieceTokenizer, load_tokenizer

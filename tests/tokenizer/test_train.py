@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_hammer.errors import ConfigError, DataError, RefusedError
+from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.tokenizer import train
 from megatron_hammer.tokenizer.convert import convert_tokenizer
 from megatron_hammer.tokenizer.load import SentencePieceTokenizer, load_tokenizer

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.tokenizer.convert import publish_tokenizer
-from megatron_hammer.tokenizer.fuzz import fuzz_texts
+from megatron_hammer.tokenizer.lab.fuzz import fuzz_texts
 from megatron_hammer.tokenizer.load import load_processor
 from tests.tokenizer.texts import REAL_MODELS, model_proto, real_model
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_hammer.checkpoint.format import find_checkpoints, latest_checkpoint, read_manifest
-from megatron_hammer.errors import HammerError
-from megatron_hammer.kernels import attention_cpu
+from megatron_hammer.base.errors import HammerError
+from megatron_hammer.checkpoint.manifest import find_checkpoints, latest_checkpoint, read_manifest
+from megatron_hammer.kernels.native import attention as attention_cpu
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank
 from tests.distributed import run_distributed

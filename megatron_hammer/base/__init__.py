@@ -1,0 +1,1 @@
+"""What every other room uses and what knows none of them: errors, files, progress, command lines."""

@@ -1,0 +1,85 @@
+"""What all programs share at their edges: argument errors in our one-line form, and the exit code.
+
+Imports nothing heavy, so that ``--help`` of every program answers in well under a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL, ConfigError, HammerError, from_exception
+
+TRACEBACK_VARIABLE = "HAMMER_TRACEBACK"  # set to 1: show where an error line came from
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """``argparse`` whose usage errors are ``error[E201]`` lines; no abbreviated options."""
+
+    def __init__(self, **kwargs) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(1, self.prog, f"was called wrongly: {message}", f"see {self.prog} --help")
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a program's ``main`` and leave with its documented exit code; a user's mistake is one line on stderr."""
+    try:
+        code = main() or 0
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        known = from_exception(error, "the program")
+        if known is None:
+            raise  # a mistake of ours: the traceback belongs to the report
+        code = report(known)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def report(error: HammerError) -> int:
+    """Print the one line (and the traceback where ``HAMMER_TRACEBACK=1`` asks for it); return the exit code."""
+    if os.environ.get(TRACEBACK_VARIABLE) == "1":
+        import traceback
+
+        traceback.print_exception(error)
+    print(error, file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+class StopOnSignal:
+    """While its ``with`` block runs, the first SIGINT or SIGTERM only sets ``stop``; a second one acts as always."""
+
+    def __init__(self) -> None:
+        import threading
+
+        self.stop = threading.Event()
+        self.exit_code = 0
+        """For a program that the signal has ended: 130 after SIGINT, 75 after SIGTERM."""
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._former[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.exit_code = 130 if number == signal.SIGINT else EXIT_STOPPED_BY_SIGNAL
+        self.stop.set()
+        self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former = {}

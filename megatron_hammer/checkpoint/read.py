@@ -1,0 +1,267 @@
+"""Loading: any layout from any layout, because both sides speak of rectangles of logical tensors.
+
+For each rectangle that a rank wants, the saved slices that intersect it are found in the manifest; each is read once,
+its hash is compared, and the common part is copied. Files are opened one after the other and read in order.
+``LogicalReader`` goes the other way, tensor by tensor in bands of rows, for an export that holds no whole tensor.
+
+Memory: the rank's own state plus at most one saved slice; none where a slice fits its place (same layout, CPU), since
+then it is read right there. Loading is strict: what is missing, of another shape or damaged ends it with file and
+tensor named. Vocabulary padding belongs to no logical tensor and is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from megatron_hammer.base.errors import CheckpointError, HammerError, from_os_error
+from megatron_hammer.checkpoint.fit import check_fits
+from megatron_hammer.checkpoint.manifest import Manifest, SavedFile, SavedSlice
+from megatron_hammer.checkpoint.tensor_files import CHUNK_BYTES, TensorFileReader, count
+from megatron_hammer.checkpoint.write import DTYPES
+from megatron_hammer.config import ModelConfig
+from megatron_hammer.model.llama import Llama
+from megatron_hammer.model.parameters import Parameter
+from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.sharding import Range, Shard, intersect, rectangles
+
+MAX_OPEN_FILES = 16  # at a time for one export: more than the columns of a tensor are ever cut into on one machine
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a rectangle of a logical tensor is wanted: data is a [rows, cols] (or [rows]) view."""
+
+    rows: Range
+    cols: Range | None
+    data: Tensor
+
+    def common(self, piece: SavedSlice) -> tuple[Range, Range | None] | None:
+        """Rows and columns that this place and a saved slice share."""
+        rows = intersect(self.rows, piece.rows)
+        if rows is None or self.cols is None or piece.cols is None:
+            return None if rows is None else (rows, None)
+        cols = intersect(self.cols, piece.cols)
+        return None if cols is None else (rows, cols)
+
+
+def _window(data: Tensor, origin: _Place | SavedSlice, rows: Range, cols: Range | None) -> Tensor:
+    """The part of ``data``, which starts at ``origin``'s corner, that holds these logical rows and columns."""
+    view = data[rows[0] - origin.rows[0] : rows[1] - origin.rows[0]]
+    if cols is None or origin.cols is None:
+        return view
+    return view[:, cols[0] - origin.cols[0] : cols[1] - origin.cols[0]]
+
+
+def load_shards(
+    manifest: Manifest, shards: Sequence[Shard], *, model: ModelConfig, kinds: Collection[str], ctx: ParallelContext
+) -> None:
+    """Fill the shards' tensors of these kinds, converting to their types. Called by all ranks of the world.
+
+    Raises:
+        HammerError: on all ranks, when the checkpoint does not fit the model or one of them could not read its part.
+    """
+    failure: HammerError | None = None
+    try:
+        check_fits(manifest, model, kinds)
+        wanted: dict[int, list[_Place]] = {}
+        for shard in shards:
+            for kind in kinds:
+                for part in shard.parameter.slices:
+                    for box in rectangles(part, shard.start, shard.stop):
+                        flat = shard.tensors[kind].detach()
+                        view = flat[box.position : box.position + box.numel].view(box.shape)
+                        wanted.setdefault(manifest.index[part.tensor, kind], []).append(
+                            _Place(box.rows, box.cols, view)
+                        )
+        _fill(manifest, wanted)
+    except HammerError as error:
+        failure = error
+    except OSError as error:
+        failure = from_os_error(error, f"reading {manifest.folder}")
+    ctx.raise_together(failure)
+
+
+def load_model(
+    model: Llama,
+    table: Sequence[Parameter],
+    manifest: Manifest,
+    ctx: ParallelContext,
+    round_to: torch.dtype | None = None,
+) -> None:
+    """Fill a model's weights, without any optimizer. Communicates over the world.
+
+    Args:
+        table: of this rank; names and shapes as in the model.
+        round_to: pass each weight through this type, as an export does, whatever type the model has.
+    """
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    shards = [Shard(p, 0, p.numel, {"weight": weights[p.name].view(-1)}) for p in table]
+    load_shards(manifest, shards, model=model.config, kinds=("weight",), ctx=ctx)
+    if round_to is not None:
+        for weight in weights.values():
+            weight.copy_(weight.to(round_to))
+
+
+def read_logical(manifest: Manifest, name: str, kind: str = "weight") -> Tensor:
+    """One whole logical tensor, in the type in which it is stored.
+
+    Memory: the tensor, and one of its slices where these are cut by columns.
+    """
+    at = manifest.index.get((name, kind))
+    if at is None:
+        raise _missing(manifest, name, kind)
+    tensor = manifest.tensors[at]
+    data = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
+    cols = (0, tensor.shape[1]) if len(tensor.shape) == 2 else None
+    _fill(manifest, {at: [_Place((0, tensor.shape[0]), cols, data)]})
+    return data
+
+
+class LogicalReader:
+    """Whole logical tensors of a checkpoint as bands of rows, one after the other; a context manager.
+
+    Memory: one band and one part of a slice (4 MiB each, or one row), and 6 MiB for each open file.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._readers: dict[str, TensorFileReader] = {}
+        self._memory = [torch.empty(CHUNK_BYTES, dtype=torch.uint8) for _ in range(2)]  # of a band, of a slice's part
+        self._where: dict[int, list[tuple[SavedFile, SavedSlice]]] = {}
+        for file in manifest.files:
+            for piece in file.slices:
+                self._where.setdefault(piece.tensor, []).append((file, piece))
+
+    def bands(self, name: str, kind: str = "weight") -> Iterator[Tensor]:
+        """The tensor's rows in order, ``[n, cols]`` (``[n]`` of a vector) in the type in which it is stored.
+
+        A band is gone when the next is asked for. A slice can be verified only when its last row was read: what was
+        given may be published only after the iteration has ended.
+
+        Raises:
+            CheckpointError: there is no such tensor, or a slice or file of it is not as it was saved.
+        """
+        at = self._manifest.index.get((name, kind))
+        if at is None:
+            raise _missing(self._manifest, name, kind)
+        tensor = self._manifest.tensors[at]
+        dtype, rows = DTYPES[tensor.dtype], tensor.shape[0]
+        cols = (0, tensor.shape[1]) if len(tensor.shape) == 2 else None
+        height = min(rows, max(1, CHUNK_BYTES // (dtype.itemsize * count(tensor.shape[1:]))))
+        buffer, scratch = (self._buffer(k, (height, *tensor.shape[1:]), dtype) for k in range(2))
+        hashers = [(file, piece, xxhash.xxh3_128()) for file, piece in self._where[at]]
+        for start in range(0, rows, height):
+            band = _Place((start, min(start + height, rows)), cols, buffer[: min(height, rows - start)])
+            for file, piece, hasher in hashers:
+                common = band.common(piece)
+                if common is None:
+                    continue
+                target = _window(band.data, band, *common)
+                data = target if target.is_contiguous() else scratch.view(-1)[: target.numel()].view(target.shape)
+                reader = self._reader(file)
+                key, offset = _expect(self._manifest, reader, piece), common[0][0] - piece.rows[0]
+                view: Any = data.view(-1).view(torch.uint8).numpy()
+                reader.read_part(key, offset * (view.nbytes // len(data)), view)
+                hasher.update(view)
+                if data is not target:
+                    target.copy_(data)
+                if common[0][1] == piece.rows[1]:
+                    _compare(self._manifest, reader, piece, hasher.hexdigest())
+            yield band.data
+
+    def _buffer(self, which: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """One of the two buffers, made larger where one row is more than it holds."""
+        size = count(shape) * dtype.itemsize
+        if size > len(self._memory[which]):
+            self._memory[which] = torch.empty(size, dtype=torch.uint8)
+        return self._memory[which][:size].view(dtype).view(shape)
+
+    def _reader(self, file: SavedFile) -> TensorFileReader:
+        """The open file; the least recently used is closed where there would be too many."""
+        reader = self._readers.pop(file.name, None)
+        if reader is None:
+            if len(self._readers) == MAX_OPEN_FILES:
+                self._readers.pop(next(iter(self._readers))).close()
+            reader = _open(self._manifest, file)
+        self._readers[file.name] = reader
+        return reader
+
+    def __enter__(self) -> LogicalReader:
+        return self
+
+    def __exit__(self, *rest: object) -> None:
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+
+
+def verify_checkpoint(manifest: Manifest, watch: Callable[[Sequence[SavedFile]], Iterable[SavedFile]] = iter) -> None:
+    """Compare every slice in every file with its hash, keeping nothing.
+
+    Raises:
+        CheckpointError: names the first file, and tensor, that is not as it was saved.
+    """
+    for file in watch(manifest.files):
+        with _open(manifest, file) as reader:
+            for piece in file.slices:
+                _compare(manifest, reader, piece, reader.hash_of(_expect(manifest, reader, piece)))
+
+
+def _fill(manifest: Manifest, wanted: dict[int, list[_Place]]) -> None:
+    for file in manifest.files:
+        hits = [(s, [p for p in wanted.get(s.tensor, ()) if p.common(s)]) for s in file.slices if s.tensor in wanted]
+        hits = [(piece, places) for piece, places in hits if places]
+        if hits:
+            with _open(manifest, file) as reader:
+                for piece, places in hits:
+                    _read(manifest, reader, piece, places)
+
+
+def _read(manifest: Manifest, reader: TensorFileReader, piece: SavedSlice, places: list[_Place]) -> None:
+    """Read one slice, verify it, and copy what each place wants of it."""
+    key, dtype = _expect(manifest, reader, piece), DTYPES[manifest.tensors[piece.tensor].dtype]
+    first = places[0]
+    target = _window(first.data, first, *first.common(piece))  # type: ignore[misc]
+    direct = len(places) == 1 and target.shape == piece.shape and target.dtype == dtype
+    direct = direct and target.is_contiguous() and target.device.type == "cpu"
+    data = target if direct else torch.empty(piece.shape, dtype=dtype)
+    _compare(manifest, reader, piece, reader.read_into(key, data.view(-1).view(torch.uint8).numpy()))
+    if not direct:
+        for place in places:
+            rows, cols = place.common(piece)  # type: ignore[misc]
+            _window(place.data, place, rows, cols).copy_(_window(data, piece, rows, cols))
+
+
+def _open(manifest: Manifest, file: SavedFile) -> TensorFileReader:
+    return TensorFileReader(manifest.folder / file.name, file.size, file.header_hash)
+
+
+def _expect(manifest: Manifest, reader: TensorFileReader, piece: SavedSlice) -> str:
+    """The key of a slice, after checking that the file has it as the manifest says."""
+    key, tensor = manifest.key(piece), manifest.tensors[piece.tensor]
+    entry = reader.tensors.get(key)
+    if entry is None or entry.dtype != tensor.dtype or entry.shape != piece.shape:
+        raise CheckpointError(
+            10, f"{reader.path}: {key}", "is not there as the manifest describes it", "use another checkpoint"
+        )
+    return key
+
+
+def _missing(manifest: Manifest, name: str, kind: str) -> CheckpointError:
+    return CheckpointError(13, f"{manifest.folder}: {kind} {name}", "is missing", "use another checkpoint")
+
+
+def _compare(manifest: Manifest, reader: TensorFileReader, piece: SavedSlice, found: str) -> None:
+    if found != piece.hash:
+        raise CheckpointError(
+            11,
+            f"{reader.path}: {manifest.key(piece)}",
+            "has changed since it was saved",
+            "restore the file or use another checkpoint",
+        )

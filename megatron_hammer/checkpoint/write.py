@@ -1,0 +1,391 @@
+"""Saving: every rank writes the logical slices that it owns, rank 0 commits.
+
+::
+
+    all ranks   stage      rank 0 makes step-N.tmp-ID, with the tokenizer
+    all ranks   write      pieces_of(shards) -> rank-NNNNN.safetensors, hashed before, fsynced, read back
+    rank 0      commit     the ranks' reports -> manifest.json, fsync, rename to step-N, fsync
+    rank 0      prune      checkpoints older than the last ``keep_last``
+
+A failure in any phase (a full disk on one rank, say) is raised on all ranks, the staging folder goes, and the older
+checkpoints are untouched. What two ranks hold in common (norms, copies of key/value heads) is written by the one whose
+slice is ``owned``; vocabulary padding belongs to no slice and is written by nobody.
+
+Snapshot and writing are apart: ``pieces_of`` gives views into the optimizer, ``write_rank`` needs no communication, and
+ranks report through small files. A save in the background would hand ``write_rank`` copies of the pieces.
+
+Memory: 16 MiB beside the state.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_hammer.base.errors import CheckpointError, HammerError, from_os_error
+from megatron_hammer.base.files import sync_file, sync_folder, write_durably
+from megatron_hammer.checkpoint.manifest import (
+    TOKENIZER,
+    Layout,
+    LogicalTensor,
+    Manifest,
+    Note,
+    SavedFile,
+    SavedSlice,
+    TokenizerFiles,
+    canonical_json,
+    describe_tokenizer_files,
+    find_checkpoints,
+    new_id,
+    print_note,
+    publish,
+    readable_checkpoints,
+    remove_folder,
+    remove_leftovers,
+    slice_key,
+    staging_folder,
+    step_name,
+    write_manifest,
+)
+from megatron_hammer.checkpoint.tensor_files import (
+    CHUNK_BYTES,
+    ITEM_BYTES,
+    TensorFileReader,
+    TensorFileWriter,
+)
+from megatron_hammer.config import ModelConfig
+from megatron_hammer.model.parameters import logical_shapes
+from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.sharding import Range, Shard, rectangles
+from megatron_hammer.tokenizer.load import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PRECISION_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+FEWEST_KEPT = 2  # so that a checkpoint that turns out damaged is never the only one
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a logical tensor that one rank will write."""
+
+    name: str
+    kind: str
+    rows: Range
+    cols: Range | None
+    shape: tuple[int, ...]
+    dtype: str
+    parts: Callable[[], Iterable[Tensor]]
+    """Gives its elements, row by row, in one or more tensors; called once, when it is this piece's turn. A part may be
+    gone when the next is asked for."""
+
+    @property
+    def key(self) -> str:
+        """Name in the file."""
+        return slice_key(self.name, self.kind, self.rows, self.cols)
+
+    def chunks(self) -> Iterator[Any]:
+        """The bytes of its elements, row by row."""
+        return (chunk for part in self.parts() for chunk in chunks_of(part))
+
+
+def pieces_of(shards: Sequence[Shard]) -> list[Piece]:
+    """The owned rectangles in a rank's shards, as views into the optimizer: weights first, then the moments."""
+    kinds = list(dict.fromkeys(kind for shard in shards for kind in shard.tensors))
+    pieces = []
+    for kind in kinds:
+        for shard in shards:
+            flat = shard.tensors[kind]
+            for part in (s for s in shard.parameter.slices if s.owned):
+                for box in rectangles(part, shard.start, shard.stop):
+                    parts = _giving(flat[box.position : box.position + box.numel])
+                    dtype = DTYPE_NAMES[flat.dtype]
+                    pieces.append(Piece(part.tensor, kind, box.rows, box.cols, box.shape, dtype, parts))
+    return pieces
+
+
+def _giving(view: Tensor) -> Callable[[], Iterable[Tensor]]:
+    return lambda: (view,)
+
+
+def chunks_of(tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[Any]:
+    """The bytes of a tensor on any device, a chunk at a time, converted to ``dtype`` on the way."""
+    flat = tensor.detach().reshape(-1)
+    elements = CHUNK_BYTES // flat.element_size()
+    for start in range(0, flat.numel(), elements):
+        yield flat[start : start + elements].to(dtype or flat.dtype).cpu().contiguous().view(torch.uint8).numpy()
+
+
+def rank_file_name(rank: int) -> str:
+    """``rank-00003.safetensors``."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def write_rank(
+    folder: Path, rank: int, pieces: Sequence[Piece], watch: Callable[[Sequence[Piece]], Iterable[Piece]] = iter
+) -> None:
+    """Write one rank's file and its report, and read the file back; no communication.
+
+    Args:
+        watch: wraps the loop over the pieces, for a progress bar.
+
+    Raises:
+        CheckpointError: the disk gives back something else than was written.
+    """
+    path = folder / rank_file_name(rank)
+    hashes = []
+    with TensorFileWriter(path, [(p.key, p.dtype, p.shape) for p in pieces]) as writer:
+        for piece in watch(pieces):
+            hashes.append(writer.write(piece.key, piece.chunks()))
+    with TensorFileReader(path, writer.size, writer.header_hash) as reader:
+        for piece, hashed in zip(pieces, hashes):
+            if reader.hash_of(piece.key) != hashed:
+                raise CheckpointError(
+                    16,
+                    f"{path}: {piece.key}",
+                    "reads back differently than it was written",
+                    "suspect the disk or the memory of this machine",
+                )
+    slices = [[p.name, p.kind, p.dtype, *p.rows, *(p.cols or ()), h] for p, h in zip(pieces, hashes)]
+    report = {"size": writer.size, "header": writer.header_hash, "slices": slices}
+    write_durably(_report_path(folder, rank), canonical_json(report))
+
+
+def _report_path(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05d}.report"
+
+
+def commit(
+    staging: Path,
+    target: Path,
+    *,
+    step: int,
+    model: ModelConfig,
+    config_tree: Mapping[str, Any],
+    state: Mapping[str, Any],
+    weights_dtype: str,
+    layout: Layout,
+    tokenizer: TokenizerFiles | None,
+) -> None:
+    """Turn the ranks' reports into the manifest and the staging folder into the checkpoint; called by one rank.
+
+    Raises:
+        CheckpointError: the ranks' slices do not make up the logical tensors of ``model``.
+    """
+    reports = []
+    for rank in range(layout.world):
+        path = _report_path(staging, rank)
+        reports.append(json.loads(path.read_bytes()))
+        path.unlink()
+    dtypes = {(name, kind): dtype for r in reports for name, kind, dtype, *_ in r["slices"]}
+    kinds = list(dict.fromkeys(kind for _, kind in dtypes))
+    tensors = [
+        LogicalTensor(name, kind, shape, dtypes.get((name, kind), "float32"))
+        for kind in kinds
+        for name, shape in logical_shapes(model).items()
+    ]
+    index = {(t.name, t.kind): i for i, t in enumerate(tensors)}
+    files = []
+    for rank, report in enumerate(reports):
+        slices = []
+        for name, kind, _, first, end, *columns, hashed in report["slices"]:
+            slices.append(SavedSlice(index[name, kind], (first, end), tuple(columns) or None, hashed))
+        files.append(SavedFile(rank_file_name(rank), report["size"], report["header"], tuple(slices)))
+    write_manifest(
+        Manifest(
+            staging,
+            step,
+            layout,
+            dict(config_tree),
+            dict(state),
+            weights_dtype,
+            tuple(tensors),
+            tuple(files),
+            tokenizer,
+        )
+    )
+    publish(staging, target)
+
+
+def stage_tokenizer(tokenizer: Tokenizer, staging: Path) -> TokenizerFiles:
+    """Copy the tokenizer into the staging folder, durably."""
+    folder = staging / TOKENIZER
+    folder.mkdir()
+    tokenizer.save_files(folder)
+    for path in folder.iterdir():
+        sync_file(path)
+    sync_folder(folder)
+    return describe_tokenizer_files(folder, tokenizer.fingerprint)
+
+
+def write_first_checkpoint(
+    folder: Path,
+    pieces: Sequence[Piece],
+    *,
+    model: ModelConfig,
+    state: Mapping[str, Any],
+    weights_dtype: str,
+    tokenizer: Tokenizer | None,
+    watch: Callable[[Sequence[Piece]], Iterable[Piece]] = iter,
+) -> Path:
+    """Write weights from elsewhere as ``folder/step-00000000``, whole or not at all; no communication.
+
+    Args:
+        folder: of checkpoints; made where it is missing, what crashed programs left in it is removed.
+        pieces: together all weights of ``model``. Wider types are written first, so that every tensor starts aligned.
+        state: JSON values.
+        watch: wraps the loop over the pieces, for a progress bar.
+
+    Returns:
+        the committed folder.
+
+    Raises:
+        CheckpointError: the disk gives back something else than was written.
+    """
+    target = folder / step_name(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    staging = staging_folder(target, new_id())
+    staging.mkdir()
+    try:
+        write_rank(staging, 0, sorted(pieces, key=lambda p: -ITEM_BYTES[p.dtype]), watch)
+        commit(
+            staging,
+            target,
+            step=0,
+            model=model,
+            config_tree={"model": asdict(model)},
+            state=state,
+            weights_dtype=weights_dtype,
+            layout=Layout(),
+            tokenizer=None if tokenizer is None else stage_tokenizer(tokenizer, staging),
+        )
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return target
+
+
+def save_checkpoint(
+    checkpoints_dir: str | Path,
+    step: int,
+    shards: Sequence[Shard],
+    *,
+    model: ModelConfig,
+    config_tree: Mapping[str, Any],
+    state: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    ctx: ParallelContext,
+    keep_last: int,
+    note: Note = print_note,
+) -> Path:
+    """Save the ranks' shards as ``checkpoints_dir/step-NNNNNNNN``; all ranks call it. Communicates over the world.
+
+    Args:
+        shards: this rank's part, with the kinds to save.
+        model: says which logical tensors there must be.
+        config_tree: the resolved config (``config_to_tree``).
+        state: JSON values, the same on all ranks.
+        keep_last: newest checkpoints to keep, this one included; never fewer than two.
+        note: told on rank 0 what was removed beyond the plan.
+
+    Returns:
+        the committed folder, on every rank.
+
+    Raises:
+        HammerError: on all ranks, when one of them failed; the older checkpoints are as before.
+    """
+    for name, tree in (("config_tree", config_tree), ("state", state)):
+        try:
+            canonical_json(tree)  # on all ranks, before any of them depends on another
+        except (TypeError, ValueError) as error:
+            raise AssertionError(f"{name} must be finite JSON values: {error}") from None
+    folder = Path(checkpoints_dir)
+    target = folder / step_name(step)
+    staging = staging_folder(target, _agreed_id(ctx))
+    leader = ctx.world.rank == 0
+    files: list[TokenizerFiles] = []
+
+    def stage() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in remove_leftovers(folder):
+            note(f"cleaned up {folder / name}, left by a save that was cut short")
+        staging.mkdir()
+        if tokenizer is not None:
+            files.append(stage_tokenizer(tokenizer, staging))
+
+    def finish() -> None:
+        sequence_parallel = bool(config_tree.get("parallel", {}).get("sequence_parallel", False))
+        commit(
+            staging,
+            target,
+            step=step,
+            model=model,
+            config_tree=config_tree,
+            state=state,
+            weights_dtype=PRECISION_DTYPES[config_tree["train"]["precision"]],
+            layout=Layout(ctx.world.size, ctx.tp.size, ctx.dp.size, sequence_parallel),
+            tokenizer=files[0] if files else None,
+        )
+
+    try:
+        _together(stage if leader else _nothing, ctx, target)
+        _together(lambda: write_rank(staging, ctx.world.rank, pieces_of(shards)), ctx, target)
+        _together(finish if leader else _nothing, ctx, target)
+    except HammerError:
+        if leader:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    if leader:
+        prune(folder, keep_last, note)
+    return target
+
+
+def prune(folder: Path, keep_last: int, note: Note = print_note) -> None:
+    """Remove what is older than the ``keep_last`` (at least two) newest readable checkpoints.
+
+    A folder that cannot be removed is only noted: the save that calls this has succeeded.
+    """
+    readable = [m.folder for m in readable_checkpoints(folder, note)]
+    wanted = max(FEWEST_KEPT, keep_last)
+    if len(readable) <= wanted:
+        return
+    found = find_checkpoints(folder)
+    for path in found[: found.index(readable[wanted - 1])]:
+        try:
+            remove_folder(path)
+        except OSError as error:
+            note(f"could not remove the old checkpoint {path}: {error.strerror or error}")
+
+
+def _together(work: Callable[[], None], ctx: ParallelContext, target: Path) -> None:
+    """Do this rank's work; if it failed on any rank, fail on all. Communicates over the world."""
+    failure: HammerError | None = None
+    try:
+        work()
+    except HammerError as error:
+        failure = error
+    except OSError as error:
+        failure = from_os_error(error, f"saving {target}")
+    ctx.raise_together(failure)
+
+
+def _nothing() -> None:
+    """What the other ranks do while rank 0 works."""
+
+
+def _agreed_id(ctx: ParallelContext) -> str:
+    """Random hex digits, the same on all ranks. Communicates over the world."""
+    drawn = torch.tensor([secrets.randbits(62)], device=ctx.device)  # training's generators are not touched
+    if ctx.world.size > 1:
+        dist.broadcast(drawn, src=0)
+    return f"{int(drawn.item()):016x}"

@@ -1,0 +1,347 @@
+"""Facts about one indexed dataset for people: counts and lengths (``stats``), and documents as text (``show``).
+
+Everything here reads an ``IndexedDataset`` through its index in pieces of bounded size, so memory does not grow with
+the number of documents. Text is what the pieces of the ids spell, byte for byte, not what a decoder makes of them:
+nothing is stripped, joined or mended, and bytes that are no character are written ``\\xe4``.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_hammer.base.errors import ConfigError, RefusedError
+from megatron_hammer.dataset.reader import IndexedDataset
+from megatron_hammer.tokenizer.load import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from megatron_hammer.tokenizer.lab.analyze import Pieces
+
+DOCUMENTS_AT_ONCE = 1 << 20
+"""Of the index looked at together: some tens of megabytes."""
+SHOWN_TOKENS = 400
+"""Of a document, where the user does not say which: a screen of text."""
+
+_COUNTED_LENGTH = 1 << 20  # lengths below it are counted one by one, longer ones are few and kept
+_BAR_CHARACTERS = 40
+_MARK = "\u2502"  # between two pieces: a vertical line that texts hardly use
+
+
+# ---- the index ----
+
+
+def document_starts(dataset: IndexedDataset, first: int, count: int) -> np.ndarray:
+    """int64 [count + 1]: first token of documents ``first`` to ``first + count``, then where the last one ends."""
+    return _first_tokens(dataset, np.array(dataset.document_indices[first : first + count + 1]))
+
+
+def document_spans(dataset: IndexedDataset, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First token of each of some documents, and where each ends: int64 [n] each."""
+    bounds = dataset.document_indices
+    return _first_tokens(dataset, bounds[documents]), _first_tokens(dataset, bounds[documents + 1])
+
+
+def _first_tokens(dataset: IndexedDataset, sequences: np.ndarray) -> np.ndarray:
+    """First token of each of some sequences, int64; of the one behind the last, the number of tokens."""
+    starts = np.full(len(sequences), dataset.num_tokens, np.int64)
+    inside = sequences < dataset.num_sequences
+    starts[inside] = dataset.pointers[sequences[inside]] // dataset.dtype.itemsize
+    return starts
+
+
+def iterate_starts(dataset: IndexedDataset, at_once: int = DOCUMENTS_AT_ONCE) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of the first document, ``document_starts``) of all documents, some at a time."""
+    for first in range(0, dataset.num_documents, at_once):
+        yield first, document_starts(dataset, first, min(at_once, dataset.num_documents - first))
+
+
+def document_of_token(dataset: IndexedDataset, token: int) -> tuple[int, int]:
+    """The document that a token of the dataset belongs to, and its place in that document."""
+    sequence = _last_at_most(dataset.pointers, token * dataset.dtype.itemsize)
+    document = _last_at_most(dataset.document_indices[:-1], sequence)
+    return document, token - int(document_starts(dataset, document, 0)[0])
+
+
+def _last_at_most(values: np.ndarray, value: int) -> int:
+    """The last place in rising ``values`` that holds no more than ``value``; NumPy's search would copy all of them."""
+    low, high = 0, len(values)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if values[middle] <= value else (low, middle)
+    return low
+
+
+class TokenMap:
+    """The tokens of .bin on a mapping of our own, whose pages are given back after use: a scan needs little memory."""
+
+    def __init__(self, dataset: IndexedDataset) -> None:
+        self._size = dataset.dtype.itemsize
+        self._mapped: mmap.mmap | None = None
+        self.all = dataset.tokens
+        """[num_tokens]"""
+        if len(self.all):
+            with open(dataset.bin_path, "rb") as file:
+                self._mapped = mmap.mmap(file.fileno(), len(self.all) * self._size, access=mmap.ACCESS_READ)
+            self.all = np.frombuffer(self._mapped, dataset.dtype)
+
+    def blocks(self, block_bytes: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """(block, first token, tokens) from start to end; ``block_bytes``: whole pages and whole tokens."""
+        step = block_bytes // self._size
+        for block, first in enumerate(range(0, len(self.all), step)):
+            tokens = self.all[first : first + step]
+            yield block, first, tokens
+            assert self._mapped is not None
+            self._mapped.madvise(mmap.MADV_DONTNEED, first * self._size, tokens.nbytes)
+
+
+def document_source(dataset: IndexedDataset, document: int) -> tuple[str, int] | None:
+    """The input file that a document came from, and its number among the documents of that file; None: not recorded."""
+    sources = dataset.header.sources if dataset.header is not None else ()
+    if sum(source.documents for source in sources) != dataset.num_documents:
+        return None
+    for source in sources:
+        if document < source.documents:
+            return source.path, document
+        document -= source.documents
+    raise AssertionError("the sources hold all documents")
+
+
+def load_matching(dataset: IndexedDataset, path: str) -> Tokenizer:
+    """The tokenizer at ``path``, which must be the one that made the dataset as far as its header says.
+
+    Raises:
+        DataError: as ``load_tokenizer``.
+        RefusedError: E510.
+    """
+    tokenizer = load_tokenizer(path)
+    check_matching(dataset, tokenizer)
+    return tokenizer
+
+
+def check_matching(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer that did not make the dataset, as far as its header says.
+
+    Raises:
+        RefusedError: E510.
+    """
+    recorded = dataset.header.tokenizer if dataset.header is not None else None
+    if recorded is not None and recorded.fingerprint != tokenizer.fingerprint:
+        raise RefusedError(
+            10,
+            f"{dataset.prefix}.meta.json: tokenizer fingerprint {recorded.fingerprint}",
+            f"is not that of {tokenizer.path}, {tokenizer.fingerprint}",
+            "name the tokenizer that prepared this dataset",
+        )
+
+
+# ---- stats ----
+
+
+def describe_dataset(dataset: IndexedDataset) -> dict[str, Any]:
+    """``IndexedDataset.describe`` with the tokens of each source and the lengths of the documents, as plain values."""
+    facts = dataset.describe()
+    sources = facts["sources"]
+    if sources and sum(source["documents"] for source in sources) == dataset.num_documents:
+        first = 0
+        for source in sources:
+            ends = [int(document_starts(dataset, d, 0)[0]) for d in (first, first + source["documents"])]
+            source["tokens"] = ends[1] - ends[0]
+            first += source["documents"]
+    return facts | {"lengths": describe_lengths(dataset)}
+
+
+def describe_lengths(dataset: IndexedDataset) -> dict[str, Any]:
+    """Tokens a document: mean, median, p99 (exact, of all documents), longest, empty ones, and a histogram.
+
+    The histogram counts lengths 0, 1, 2 to 3, 4 to 7, and so on: [first, last, documents] each.
+    """
+    counts, kept = np.zeros(_COUNTED_LENGTH, np.int64), []
+    for _, starts in iterate_starts(dataset):
+        lengths = np.diff(starts)
+        counts += np.bincount(lengths[lengths < _COUNTED_LENGTH], minlength=_COUNTED_LENGTH)
+        kept.append(lengths[lengths >= _COUNTED_LENGTH])
+    values, numbers = np.unique(np.concatenate([np.empty(0, np.int64), *kept]), return_counts=True)
+    values = np.concatenate([np.flatnonzero(counts), values])  # every length that occurs, in order
+    numbers = np.concatenate([counts[counts > 0], numbers])  # documents of that length
+    if len(values) == 0:
+        return {"mean": 0.0, "median": 0, "p99": 0, "longest": 0, "empty": 0, "histogram": []}
+    below = np.cumsum(numbers)
+    bins = np.ceil(np.log2(values + 1)).astype(np.int64)  # 0, 1, 2 3, 4 .. 7, ...: exact for any int32 length
+    histogram = [
+        [0 if b == 0 else 1 << (b - 1), (1 << b) - 1, int(numbers[bins == b].sum())] for b in range(int(bins[-1]) + 1)
+    ]
+    return {
+        "mean": dataset.num_tokens / dataset.num_documents,
+        "median": int(values[np.searchsorted(below, 0.50 * below[-1])]),
+        "p99": int(values[np.searchsorted(below, 0.99 * below[-1])]),
+        "longest": int(values[-1]),
+        "empty": int(counts[0]),
+        "histogram": histogram,
+    }
+
+
+def format_stats(facts: dict[str, Any]) -> str:
+    """``describe_dataset`` as lines of a name and what it is, the histogram drawn."""
+    lines = []
+    for name, value in facts.items():
+        if name == "lengths":
+            lines += _format_lengths(value)
+        elif isinstance(value, list):
+            lines += [f"{name:17} {_pairs(entry)}" for entry in value]
+        else:
+            lines.append(f"{name:17} {(_pairs(value) or 'none') if isinstance(value, dict) else plain(value)}")
+    return "\n".join(lines)
+
+
+def _format_lengths(lengths: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{'document length':17} mean {lengths['mean']:,.1f}, median {lengths['median']:,}, p99 {lengths['p99']:,}, "
+        f"longest {lengths['longest']:,}, empty {lengths['empty']:,}"
+    ]
+    histogram = lengths["histogram"]
+    most = max((count for *_, count in histogram), default=1)
+    ranges = [f"{first:,}" if first == last else f"{first:,}-{last:,}" for first, last, _ in histogram]
+    width = max(map(len, ranges), default=0)
+    for text, (*_, count) in zip(ranges, histogram):
+        bar = "#" * (-(-count * _BAR_CHARACTERS // most))
+        lines.append(f"{'':17} {text:>{width}} {bar:{_BAR_CHARACTERS}} {count:,}")
+    return lines
+
+
+def _pairs(entry: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {plain(value)}" for name, value in entry.items() if value != {})
+
+
+def plain(value: Any) -> str:
+    """A value as people read it."""
+    if value is None:
+        return "not recorded"
+    if isinstance(value, dict):
+        return f"({_pairs(value)})"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+# ---- show ----
+
+
+class Speller:
+    """What ids spell.
+
+    Args:
+        tokenizer: of the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        from megatron_hammer.tokenizer.lab.analyze import read_pieces
+
+        self.pieces: Pieces = read_pieces(tokenizer)
+        self.names = special_names(tokenizer)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of some ids; those that stand for no text by name, as ``<eos>``."""
+        parts: list[str] = []
+        waiting = b""
+        for token in ids:
+            content = self._content(token)
+            if content:
+                waiting += content
+                continue
+            parts += [waiting.decode(errors="backslashreplace"), self._name(token)]
+            waiting = b""
+        return "".join(parts) + waiting.decode(errors="backslashreplace")
+
+    def marked(self, ids: Sequence[int]) -> str:
+        """The pieces of some ids, a mark between them; line ends and other controls as JSON escapes, bytes as hex."""
+        return _MARK.join(self._piece(token) for token in ids)
+
+    def _piece(self, token: int) -> str:
+        content = self._content(token)
+        if not content:
+            return self._name(token)
+        if self.pieces.is_byte[token]:
+            return "".join(f"<0x{byte:02X}>" for byte in content)
+        return json.dumps(content.decode(errors="backslashreplace"), ensure_ascii=False)[1:-1]
+
+    def _content(self, token: int) -> bytes:
+        return self.pieces.content[token] if 0 <= token < len(self.pieces.content) else b""
+
+    def _name(self, token: int) -> str:
+        return f"<{self.names.get(token, f'id {token}')}>"
+
+
+def special_names(owner: Any) -> dict[int, str]:
+    """id -> "bos", "eos", "pad" or "unk" of a tokenizer, or of the record that a dataset keeps of one."""
+    names: dict[int, str] = {}
+    for name in ("unk", "pad", "eos", "bos"):
+        token = getattr(owner, f"{name}_id")
+        if token is not None:
+            names[token] = name if token not in names else f"{name}/{names[token]}"  # one id may be two
+    return names
+
+
+def describe_document(
+    dataset: IndexedDataset, document: int, span: tuple[int, int], speller: Speller | None, pieces: bool = False
+) -> dict[str, Any]:
+    """One document as plain values: where it came from, the ids of ``span`` and what they spell.
+
+    Args:
+        document: its number, from 0.
+        span: tokens [first, last) of it; what lies outside the document is left out.
+        speller: None: ids only.
+        pieces: spell the pieces one by one.
+
+    Raises:
+        ConfigError: E295 there is no such document, or no such span.
+    """
+    if not 0 <= document < dataset.num_documents:
+        raise ConfigError(
+            95,
+            f"document {document} of {dataset.prefix}",
+            f"must lie in 0 to {dataset.num_documents} minus 1",
+            "count documents from 0, empty ones included",
+        )
+    if not 0 <= span[0] < span[1]:
+        raise ConfigError(
+            95, f"--tokens {span[0]}:{span[1]}", "must be A:B with 0 <= A < B", "count the document's tokens from 0"
+        )
+    start, end = document_starts(dataset, document, 1).tolist()
+    first, last = start + span[0], min(start + span[1], end)
+    ids = dataset.tokens[first:last].tolist()
+    source = document_source(dataset, document)
+    record = dataset.header.tokenizer if dataset.header is not None else None
+    names = speller.names if speller is not None else special_names(record) if record is not None else {}
+    return {
+        "document": document,
+        "source": None if source is None else {"path": source[0], "document": source[1]},
+        "sequences": int(dataset.document_indices[document + 1] - dataset.document_indices[document]),
+        "tokens": end - start,
+        "first": span[0],
+        "ids": ids,
+        "special": {names[token]: ids.count(token) for token in names if token in ids},
+        "text": None if speller is None else speller.marked(ids) if pieces else speller.text(ids),
+    }
+
+
+def format_document(prefix: str, facts: dict[str, Any]) -> str:
+    """``describe_document`` for people."""
+    source = facts["source"]
+    came_from = f", document {source['document']} of {source['path']}" if source is not None else ""
+    sequences = "" if facts["sequences"] == 1 else f" in {facts['sequences']:,} sequences"
+    lines = [f"document {facts['document']} of {prefix}: {facts['tokens']:,} tokens{sequences}{came_from}"]
+    shown = facts["first"] + len(facts["ids"])
+    if facts["ids"]:
+        special = ", ".join(f"{name} {count}" for name, count in facts["special"].items())
+        lines.append(f"ids {facts['first']} to {shown - 1}{f' ({special})' if special else ''}:")
+        lines.append(" ".join(map(str, facts["ids"])))
+    if facts["text"]:
+        lines += ["text:", facts["text"]]
+    if shown < facts["tokens"]:
+        more = facts["tokens"] - shown
+        lines.append(
+            f"note: {more:,} more tokens; --tokens {shown}:{min(shown + SHOWN_TOKENS, facts['tokens'])} goes on"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,398 @@
+"""The proof that an exported folder is the checkpoint's model, run in a process of its own before the folder is named.
+
+::
+
+    checkpoint --load_model, rounded--> ours in fp32  --logits of fixed texts--+
+                                        (then freed)                           |--> |difference| <= 1e-4 max |logit|
+    folder ----transformers---------> theirs in fp32 --logits of the same-----+
+       |
+       '-- config.json means the same model; every tensor bit-equal; no key missing, unexpected or mismatched;
+           the tokenizer gives the same ids and has the same size and special ids
+
+Our side is rebuilt from the checkpoint and never looks at the exported files. Each check sees what another may miss:
+a dropped norm is close to the ones that an initialised model has, equal weights say nothing of RoPE's form, equal
+logits nothing of ids that the texts do not use.
+
+Memory: one fp32 model and the logits of three texts. ``python -m megatron_hammer.huggingface.certificate CHECKPOINT
+FOLDER`` repeats the proof of an export at any time.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_hammer import __version__
+from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.errors import CheckpointError, HammerError, RefusedError, from_fields, to_fields
+from megatron_hammer.base.files import write_durably
+from megatron_hammer.checkpoint.fit import architecture, saved_model
+from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, read_manifest, resolve_checkpoint
+from megatron_hammer.checkpoint.read import LogicalReader, load_model
+from megatron_hammer.checkpoint.tensor_files import digest, digest_file
+from megatron_hammer.checkpoint.write import DTYPES
+from megatron_hammer.config import ModelConfig
+from megatron_hammer.huggingface.convert import (
+    CERTIFICATE,
+    CONFIG,
+    GENERATION_CONFIG,
+    HfWeights,
+    check_tensors,
+    model_config_from_hf,
+    one_thread,
+    progress,
+    read_json,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RELATIVE_BOUND = 1e-4  # of max |logit|: fp32 sums in another order give 1e-6, the mildest real fault 1e-2
+MAX_TOKENS = 256  # of each text: at a vocabulary of 105,789, 108 MB of logits a text
+
+# Written for this purpose. Long and short words, digits, nested indentation, several blanks, emoji, characters outside
+# the basic plane and ones that few vocabularies hold, so that byte fallback and every tokenizer rule has work to do.
+TEXTS = {
+    "zh": (
+        "清晨六点三十分，江边的渡口还罩着一层薄雾。老船工把缆绳在木桩上绕了两圈，抬头看看天色，说今天的风大约三级，"
+        "水位比昨天涨了12.5厘米。岸上等船的有四十多人：赶集的、上学的，还有两个背着䉤箩的采茶姑娘。"
+        "“票价两元，老人半价。”他一边说一边数零钱，忽然想起《水经注》里写过这段河道，便指着对岸的石壁道：“那儿刻着𠮷字，"
+        "下面还有个‘龘’，据说是嘉靖二十八年（1549年）留下的。”孩子们听得入神，🚢汽笛响了也没有人动。\n"
+        "船到江心，雾散了，㐂鹊掠过水面；有人轻声念道：逝者如斯夫，不舍昼夜。\n"
+    ),
+    "en": (
+        "The lighthouse keeper kept three notebooks: one for the weather, one for passing ships, and one - bound in "
+        "green cloth - for everything else. On 17 March 1893 the first two say almost nothing (wind NNE, 4 knots; no "
+        "sails), but the third runs to eleven pages.  He had found a bottle; inside it, a map drawn at a scale of "
+        '1:25,000 and a recipe for rye bread that asks for 480 g of flour, 7.5 g of salt & "patience, twice". Was it '
+        "naïve to follow it? Perhaps. Yet his daughter's coöperative bakery still sells that loaf, €3.20 apiece, and "
+        'the café next door calls it "the Keeper" 🍞🌊. Nobody ever found the island: at 61°48′N there is only water, '
+        "and antidisestablishmentarianism is easier to spell than to see.\n"
+    ),
+    "code": (
+        "from collections import deque\n\n\n"
+        "def shortest_path(grid: list[str], start=(0, 0), goal=None) -> int:\n"
+        '    """Steps from start to goal, or -1; walls are \'#\'.  O(rows * cols)."""\n'
+        "    rows, cols = len(grid), len(grid[0])\n"
+        "    goal = goal or (rows - 1, cols - 1)\n"
+        "    queue, seen = deque([(start, 0)]), {start}\n"
+        "    while queue:\n"
+        "        (y, x), steps = queue.popleft()\n"
+        "        if (y, x) == goal:\n"
+        "            return steps  # 找到终点 ✅\n"
+        "        for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0)):\n"
+        "            ny, nx = y + dy, x + dx\n"
+        "            if 0 <= ny < rows and 0 <= nx < cols and grid[ny][nx] != '#' and (ny, nx) not in seen:\n"
+        "                seen.add((ny, nx))\n"
+        "                queue.append(((ny, nx), steps + 1))\n"
+        "    return -1\n\n\n"
+        'if __name__ == "__main__":\n'
+        "\tassert shortest_path(['..#', '.#.', '...']) == 4, \"0x1F != 31e0\"\r\n"
+        "\tprint(f\"{shortest_path(['.' * 40] * 3):>8d} | {3.14159e-05:.2e} | {'𝔘𝔫𝔦':s}\")\n"
+    ),
+}
+
+
+def prove_in_child_process(checkpoint: Path, folder: Path, dtype: str) -> None:
+    """Run ``prove`` in a fresh process, so that its memory goes with it and nothing of the export's state is reused.
+
+    Raises:
+        HammerError: what the child raised, or that it died.
+    """
+    command = [sys.executable, "-m", "megatron_hammer.huggingface.certificate", str(checkpoint), str(folder)]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        # glibc raises this threshold as it goes, and then keeps freed weights: half of ours would stay beside theirs.
+        "MALLOC_MMAP_THRESHOLD_": str(2**20),
+    }
+    child = subprocess.run(
+        [*command, "--dtype", dtype, "--report"], env=environment, stdout=subprocess.PIPE, check=False
+    )
+    try:
+        report = json.loads(child.stdout)
+    except ValueError:
+        report = {}
+    if "error" in report:
+        raise from_fields(report["error"])
+    if child.returncode != 0:
+        cause = f"exit status {child.returncode}" if child.returncode > 0 else f"signal {-child.returncode}"
+        raise RefusedError(
+            26,
+            f"the proof of {folder.name}",
+            f"ended by {cause} without a verdict",
+            "see the lines above; signal 9 usually means too little memory for one fp32 model",
+        )
+
+
+def prove(checkpoint: Path, folder: Path, dtype: str) -> dict[str, Any]:
+    """Compare an exported folder with the checkpoint and write ``certificate.json`` into it.
+
+    Raises:
+        RefusedError: they are not the same model or tokenizer; no certificate is written.
+        CheckpointError: the checkpoint or an exported file is damaged.
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    manifest = read_manifest(checkpoint)
+    model = saved_model(manifest)
+    check_config(model, folder)
+    check_weights(manifest, model, folder, dtype)
+    inputs, tokenizer = prepare_inputs(manifest, model, folder)
+    ours = our_logits(manifest, model, dtype, list(inputs.values()))
+    gc.collect()  # our model goes before theirs comes
+    theirs = load_transformers_model(folder)
+    results = {name: compare(name, ours[i], theirs, ids) for i, (name, ids) in enumerate(inputs.items())}
+    certificate = {
+        "verdict": "passed",
+        "bound": RELATIVE_BOUND,
+        "texts": results,
+        "tokenizer": tokenizer,
+        "dtype": dtype,
+        "step": manifest.step,
+        "checkpoint_digest": manifest.digest,
+        "versions": {
+            "megatron_hammer": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "files": {
+            str(p.relative_to(folder)): {"size": p.stat().st_size, "xxh3_128": digest_file(p)}
+            for p in sorted(folder.rglob("*"))
+            if p.is_file() and p.name != CERTIFICATE
+        },
+    }
+    path = folder / CERTIFICATE
+    path.unlink(missing_ok=True)  # of an earlier proof
+    write_durably(path, (json.dumps(certificate, indent=2) + "\n").encode())
+    return certificate
+
+
+def check_config(model: ModelConfig, folder: Path) -> None:
+    """``config.json``, read back, must describe the checkpoint's model."""
+    ours = {**architecture(model), "max_position_embeddings": model.max_position_embeddings}
+    found = model_config_from_hf(read_json(folder / CONFIG), CONFIG)
+    theirs = {**architecture(found), "max_position_embeddings": found.max_position_embeddings}
+    for name, value in ours.items():
+        if value != theirs[name]:
+            raise RefusedError(24, f"{CONFIG}: {name}={theirs[name]}", f"must be {value} as in the checkpoint", _REPORT)
+
+
+def check_weights(manifest: Manifest, model: ModelConfig, folder: Path, dtype: str) -> None:
+    """Every exported tensor must equal the checkpoint's, rounded, bit for bit; a few MiB in memory at a time."""
+    try:
+        with HfWeights(folder) as weights, LogicalReader(manifest) as reader, one_thread():
+            check_tensors(weights, model)
+            if extra := sorted(set(weights.where) - {t.name for t in manifest.tensors}):
+                raise RefusedError(23, extra[0], "was exported but is not in the checkpoint", _REPORT)
+            for name in progress(sorted(weights.where, key=weights.place), "comparing weights"):
+                found = weights.entry(name).dtype
+                if found != dtype or not _same_bits(reader.bands(name), dtype, weights, name):
+                    raise RefusedError(
+                        23,
+                        f"{name} as exported ({found})",
+                        f"differs from the checkpoint's tensor rounded to {dtype}",
+                        _REPORT,
+                    )
+    except CheckpointError as error:
+        if error.what.startswith(str(folder)):
+            raise RefusedError(23, error.what, error.rule, _REPORT) from None
+        raise
+
+
+def _same_bits(bands: Iterable[Tensor], dtype: str, weights: HfWeights, name: str) -> bool:
+    """Whether the exported tensor has the bytes of these bands, rounded; reads all of them, so all are verified."""
+    import torch
+
+    position, same = 0, True
+    for band in bands:
+        expected = band.to(DTYPES[dtype]).view(-1).view(torch.uint8)
+        found = torch.empty_like(expected)
+        weights.read_part(name, position, found.numpy())
+        same = same and torch.equal(expected, found)
+        position += expected.numel()
+    return same
+
+
+_REPORT = "this is a fault of the export: please report it"
+
+
+def prepare_inputs(manifest: Manifest, model: ModelConfig, folder: Path) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    """Token ids to compare logits on, and what the certificate says of the tokenizer.
+
+    Without a tokenizer the ids are drawn by a fixed rule over the whole vocabulary.
+    """
+    assert model.vocab_size is not None and model.max_position_embeddings is not None
+    length = min(MAX_TOKENS, model.max_position_embeddings)
+    tokenizer_folder = checked_tokenizer_folder(manifest)
+    if tokenizer_folder is None:
+        drawn = {f"ids-{k}": [(i * 2654435761 + k * 40503) % model.vocab_size for i in range(length)] for k in range(3)}
+        return drawn, {"present": False, "inputs": "ids drawn by a fixed rule: the checkpoint has no tokenizer"}
+    texts = check_tokenizer(manifest, tokenizer_folder, folder)
+    inputs = {name: ids[:length] for name, ids in texts.items()}
+    facts = {name: {"xxh3_128": digest(text.encode()), "num_tokens": len(texts[name])} for name, text in TEXTS.items()}
+    fingerprint = manifest.tokenizer.fingerprint if manifest.tokenizer else ""
+    return inputs, {"present": True, "fingerprint": fingerprint, "inputs": facts}
+
+
+def check_tokenizer(manifest: Manifest, ours_folder: Path, folder: Path) -> dict[str, list[int]]:
+    """The folder's tokenizer, as ``AutoTokenizer`` loads it, must be the checkpoint's; returns the texts' ids."""
+    from transformers import AutoTokenizer
+
+    from megatron_hammer.tokenizer.load import load_tokenizer
+
+    assert manifest.tokenizer is not None
+    ours = load_tokenizer(ours_folder)
+    if ours.fingerprint != manifest.tokenizer.fingerprint:
+        raise RefusedError(
+            22,
+            f"the checkpoint's tokenizer of fingerprint {ours.fingerprint}",
+            f"must have the recorded fingerprint {manifest.tokenizer.fingerprint}",
+            "use the version of the program that wrote the checkpoint",
+        )
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise RefusedError(
+            22, "the exported tokenizer", f"cannot be loaded by transformers ({error})", _REPORT
+        ) from None
+    checks: list[tuple[str, str, Any, Any]] = [("tokenizer", "vocab_size", ours.vocab_size, len(theirs))]
+    for name in ("bos", "eos", "unk"):
+        checks.append(
+            ("tokenizer", f"{name}_token_id", getattr(ours, f"{name}_id"), getattr(theirs, f"{name}_token_id"))
+        )
+    for file in (CONFIG, GENERATION_CONFIG):  # what generation starts from and stops at
+        tree = read_json(folder / file)
+        checks += [(file, f"{n}_token_id", getattr(ours, f"{n}_id"), tree.get(f"{n}_token_id")) for n in ("bos", "eos")]
+    for where, name, mine, found in checks:
+        if mine != found:
+            raise RefusedError(22, f"the exported {where}'s {name}={found}", f"must be {mine}", _REPORT)
+    ids = {}
+    for name, text in TEXTS.items():
+        ids[name] = ours.encode(text)
+        found = theirs(text, add_special_tokens=False)["input_ids"]
+        if found != ids[name]:
+            at = next((i for i, (a, b) in enumerate(zip(ids[name], found)) if a != b), min(len(found), len(ids[name])))
+            raise RefusedError(
+                22,
+                f"the exported tokenizer, {name} text, token {at}",
+                "gives another id than the checkpoint's",
+                _REPORT,
+            )
+    return ids
+
+
+def our_logits(manifest: Manifest, model: ModelConfig, dtype: str, inputs: Sequence[list[int]]) -> list[Any]:
+    """[s, v] fp32 of each input by our model with the checkpoint's weights rounded to ``dtype``; the model is freed."""
+    import torch
+
+    from megatron_hammer.model.llama import build_llama
+    from megatron_hammer.model.parameters import parameter_table
+    from megatron_hammer.parallel.grid import ParallelContext
+
+    ctx = ParallelContext.single()
+    llama = build_llama(model, ctx)
+    load_model(llama, parameter_table(model), manifest, ctx, round_to=DTYPES[dtype])
+    return [llama.logits(torch.tensor([ids]))[0].clone() for ids in inputs]
+
+
+def load_transformers_model(folder: Path) -> Any:
+    """``AutoModelForCausalLM`` of the folder in fp32; nothing may be missing, unexpected or of another shape."""
+    import torch
+    import transformers
+
+    # The argument was renamed in 4.56; both versions reject the other's name or pass over it in silence.
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    argument = "dtype" if version >= (4, 56) else "torch_dtype"
+    try:
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **{argument: torch.float32}
+        )
+    except Exception as error:  # whatever it is, the folder is not fit to be published
+        raise RefusedError(
+            21, f"{folder.name}", f"cannot be loaded by transformers ({type(error).__name__}: {error})", _REPORT
+        ) from None
+    model, info = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if found := sorted(map(str, info.get(kind) or ())):
+            raise RefusedError(21, f"{folder.name}: {found[0]}", f"is among the {kind} of transformers", _REPORT)
+    return model.eval()
+
+
+def compare(name: str, ours: Any, model: Any, ids: list[int]) -> dict[str, float]:
+    """Largest difference of the logits of one text, and the largest logit.
+
+    Raises:
+        RefusedError: above the bound, of another size, or not finite.
+    """
+    import torch
+
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids])).logits[0]  # [s, v]
+    if theirs.shape != ours.shape:
+        raise RefusedError(
+            20, f"logits of the {name} text, {list(theirs.shape)}", f"must be {list(ours.shape)}", _REPORT
+        )
+    largest, difference = float(ours.abs().max()), float((theirs - ours).abs().max())
+    if not torch.isfinite(ours).all():
+        raise RefusedError(
+            29,
+            f"logits of the {name} text",
+            "are not finite",
+            "export with --dtype bfloat16 or float32 if float16 is too narrow for these weights",
+        )
+    if not difference <= RELATIVE_BOUND * largest:  # also catches NaN
+        raise RefusedError(
+            20,
+            f"logits of the {name} text",
+            f"differ by {difference:.3g} from transformers, more than "
+            f"{RELATIVE_BOUND:g} of max |logit| = {largest:.3g}",
+            _REPORT,
+        )
+    return {"max_difference": difference, "max_logit": largest, "num_tokens": len(ids)}
+
+
+def main() -> int:
+    """The child process, and the program that proves an export again."""
+    parser = ArgumentParser(prog="python -m megatron_hammer.huggingface.certificate", description=__doc__)
+    parser.add_argument("checkpoint", help="checkpoint folder or run")
+    parser.add_argument("folder", type=Path, help="exported Hugging Face folder; its certificate.json is written anew")
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), help="type of the exported weights (default: the checkpoint's)"
+    )
+    parser.add_argument("--report", action="store_true", help="print certificate or error as JSON on stdout")
+    arguments = parser.parse_args()
+    try:
+        checkpoint = resolve_checkpoint(arguments.checkpoint)
+        dtype = arguments.dtype or read_manifest(checkpoint).weights_dtype
+        certificate = prove(checkpoint, arguments.folder, dtype)
+    except HammerError as error:
+        if arguments.report:
+            print(json.dumps({"error": to_fields(error)}))
+            return error.exit_code
+        raise
+    print(json.dumps(certificate) if arguments.report else summary(certificate))
+    return 0
+
+
+def summary(certificate: dict[str, Any]) -> str:
+    """One line on what was proved."""
+    worst = max(certificate["texts"].values(), key=lambda r: r["max_difference"] / (r["max_logit"] or 1.0))
+    return (
+        f"certificate passed: max |difference| {worst['max_difference']:.2g} at max |logit| {worst['max_logit']:.3g} "
+        f"(bound {certificate['bound']:g} of it), step {certificate['step']}, {certificate['dtype']}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

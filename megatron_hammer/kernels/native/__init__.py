@@ -1,0 +1,1 @@
+"""Our own compiled operations (``csrc/``) as functions of torch tensors."""

@@ -1,0 +1,559 @@
+"""Profile training steps: where their time goes, part by part, beside what each part would take at the limit.
+
+::
+
+    config -> model, optimizer, batches as training has them -> warm-up -> N steps, timed
+           -> N steps under torch.profiler, with ranges -> trace.json.gz -> time by part (profile_trace.py)
+           -> 1 step with memory events -> memory by kind
+    rates of the device (measured or given) -> limits of the parts (budget.py)
+                                            => profile.json, profile.png (profile_plot.py), a table
+
+The ranges are put around what the model and the optimizer call, for the length of the profile: linear layers, norms and
+embedding, the model's ``Operations``, output head and loss, the sum of weight gradients, the optimizer's methods. The
+model file knows nothing of it. How events find their part, and what is left as "gaps" and "other operations", is told
+in ``profile_trace.py``. With ``kernels.compile=layers`` nothing is put inside a layer, which is compiled as it is in
+training; in it parts are told by the names of operations, and norm, RoPE and SwiGLU are one. What is recomputed counts
+for the part that it is of.
+
+One process only: what is profiled is a rank's work without its communication. Under the profiler a step of small
+operations is slower; the time without it stands beside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.base.files import replace_file
+from megatron_hammer.base.progress import say
+from megatron_hammer.config import Config, padded_vocab_size
+from megatron_hammer.kernels.attention import Documents
+from megatron_hammer.kernels.libraries import te
+from megatron_hammer.kernels.linear import Products
+from megatron_hammer.kernels.operations import Operations, select_backends
+from megatron_hammer.model import layers, layers_te, llama
+from megatron_hammer.model.llama import Llama
+from megatron_hammer.model.parameters import count_parameters
+from megatron_hammer.model.recompute import Recompute
+from megatron_hammer.optim.distributed import DistributedOptimizer
+from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.profile import budget
+from megatron_hammer.profile import trace as profile_trace
+from megatron_hammer.profile.budget import Rates, StepShape, step_costs
+from megatron_hammer.profile.plots import digits, draw_profile
+from megatron_hammer.profile.trace import PREFIX, Measured, memory_of_step, read_trace
+from megatron_hammer.train.loop import DTYPES, Run, build, kernel_demand
+from megatron_hammer.train.metrics import flops_per_token
+from megatron_hammer.train.prepare import Prepared, prepare
+from megatron_hammer.train.run import choose_device
+from megatron_hammer.train.schedules import DeviceBatch
+from megatron_hammer.train.step import train_step
+
+WARM_UP_STEPS = 3  # the first compiles and fills caches, the second meets optimizer state for the first time
+MEASURE_SECONDS = {"cpu": 0.5, "cuda": 0.2}  # for each of the two rates
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # far beyond the last cache
+QUIET_SECONDS = 5.0  # between two lines about steps
+SMALL_SHARE = 0.0005  # of the step: a part below it that has no limit either is left out
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is profiled, beside the config."""
+
+    output: Path
+    """Folder of the three results."""
+    steps: int = 3
+    """Steps under the profiler; as many are timed without it."""
+    flops: float | None = None
+    """Limit of matrix products, FLOP/s; None: measured."""
+    bandwidth: float | None = None
+    """Limit of copies, bytes/s read and written; None: measured."""
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for a number that can be no such thing."""
+        values = {"steps": self.steps, "peak-tflops": self.flops, "bandwidth": self.bandwidth}
+        units = {"peak-tflops": 1e12, "bandwidth": 1e9}
+        for name, value in values.items():
+            if value is not None and not 0 < value < float("inf"):
+                what = f"--{name}={value / units.get(name, 1):g}"
+                raise ConfigError(47, what, "must be positive", f"raise --{name} or leave it out")
+
+
+def profile_step(config: Config, settings: Settings, note: Callable[[str], None] = say) -> dict[str, Any]:
+    """Profile steps of a config on this process's device; write and return what ``profile.json`` holds.
+
+    Raises:
+        ConfigError, DataError: as for a training run on one process.
+    """
+    settings.check()
+    progress = Progress(note)
+    config = _for_profiling(config, settings)
+    device = choose_device(config, 0)
+    te.check_here(config)
+    settings.output.mkdir(parents=True, exist_ok=True)
+    before = _resident_bytes()
+    progress(f"building the model on {device.type}")
+    job = Job(config, ParallelContext.single(device))
+    progress("measuring the device's rates")
+    rates = Rates(settings.flops or _product_rate(job.config, device), settings.bandwidth or _copy_rate(device))
+    progress("warming up")
+    for i in range(WARM_UP_STEPS):
+        progress.now_and_then(f"warm-up, step {i + 1} of {WARM_UP_STEPS}")
+        job.step()
+        _wait(device)
+    progress(f"timing {settings.steps} steps")
+    _reset_peak(device)
+    seconds = _timed(job, settings.steps, progress)
+    peak = _peak_bytes(device)
+    progress(f"profiling {settings.steps} steps of {seconds:.2f} s")
+    with instrumented(job.model, job.optimizer, job.config):
+        measured = _measured(job, settings, progress)
+        progress.now_and_then("measuring memory")
+        memory = _memory(job, settings, peak, before)
+    report = _report(job, settings, rates, measured, seconds, memory)
+    replace_file(settings.output / "profile.json", (json.dumps(report, indent=1) + "\n").encode())
+    draw_profile(report, settings.output / "profile.png")
+    progress(f"wrote {settings.output}/profile.png, profile.json and trace.json.gz")
+    return report
+
+
+class Progress:
+    """Lines for people, each with the seconds since the start."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self.note, self.started, self.last = note, time.monotonic(), 0.0
+
+    def __call__(self, text: str) -> None:
+        self.last = time.monotonic()
+        self.note(f"[{self.last - self.started:5.1f} s] {text}")
+
+    def now_and_then(self, text: str) -> None:
+        """A line unless there was one in the last few seconds."""
+        if time.monotonic() - self.last > QUIET_SECONDS:
+            self(text)
+
+
+def _for_profiling(config: Config, settings: Settings) -> Config:
+    """The config with steps enough, and no checkpoint to resume from: the output is the profile's own folder."""
+    tp = config.parallel.tensor_model_parallel_size
+    if tp > 1:
+        raise ConfigError(
+            48,
+            f"parallel.tensor_model_parallel_size={tp}",
+            "cannot be profiled: a profile is of one process",
+            "add parallel.tensor_model_parallel_size=1 parallel.sequence_parallel=false",
+        )
+    steps = max(config.train.num_steps, WARM_UP_STEPS + 2 * settings.steps + 2)
+    train = dataclasses.replace(config.train, num_steps=steps, output=str(settings.output / "run"), dry_run=False)
+    checkpoint = dataclasses.replace(config.checkpoint, init_from=None)
+    return dataclasses.replace(config, train=train, checkpoint=checkpoint)
+
+
+# ---- what is profiled ------------------------------------------------------------------------------------------------
+
+
+class Job:
+    """Model, optimizer and batches, as training has them: real data where the config names some, else random tokens."""
+
+    def __init__(self, config: Config, ctx: ParallelContext) -> None:
+        self.ctx, self.steps, self.document_squares, self.document_tokens = ctx, 0, 0, 0
+        self.run: Run | None = None
+        if config.data.train:
+            prepared = prepare(config, 1)
+            self.config, self.run = prepared.config, Run(prepared, ctx)
+            self.model, self.optimizer = self.run.model, self.run.optimizer
+        else:
+            self.config = _resolved(config).config
+            self.model, self.optimizer = build(self.config, ctx)
+            self.generator = torch.Generator().manual_seed(config.train.seed)
+
+    def step(self, name: str = profile_trace.STEP, finish: bool = False) -> None:
+        """One step in a range of this name; with ``finish`` the range ends when the device has done it."""
+        self.steps += 1
+        with record_function(PREFIX + name):
+            with record_function(PREFIX + budget.DATA):
+                batches = self._batches()
+            for documents in (batch[2] for batch in batches if len(batch) == 3 and batch[2] is not None):
+                self.document_squares += sum(n * n for n in documents.lengths)
+                self.document_tokens += sum(documents.lengths)
+            train_step(self.model, self.optimizer, batches, self.config, self.steps, self.ctx)
+            if finish:
+                _wait(self.ctx.device)
+
+    @property
+    def attention_length(self) -> float | None:
+        """Mean length of the documents that a token is in; None where they are not masked."""
+        return self.document_squares / self.document_tokens if self.document_tokens else None
+
+    def _batches(self) -> list[DeviceBatch]:
+        if self.run is None:
+            return [self._random_batch() for _ in range(self.config.grad_accum(1))]
+        batches = self.run._next_batches()
+        self.run.progress.consumed_samples += self.config.train.global_batch_size
+        return batches
+
+    def _random_batch(self) -> DeviceBatch:
+        """Random tokens, and documents of 1 to s tokens where they are masked."""
+        b, s, device = self.config.train.micro_batch_size, self.config.data.seq_length, self.ctx.device
+        assert self.config.model.vocab_size is not None
+        windows = torch.randint(self.config.model.vocab_size, (b, s + 1), generator=self.generator).to(device)
+        documents = None
+        if self.config.data.attention_mask == "document":
+            cuts = (
+                torch.randint(1, max(2, s), (b, 1 if s < 64 else 3), generator=self.generator)
+                + s * torch.arange(b)[:, None]
+            )
+            ends = torch.cat([cuts.flatten(), s * torch.arange(b + 1)]).unique()
+            documents = Documents.from_cu_seqlens(ends.int().numpy(), device)
+        return windows[:, :-1], windows[:, 1:], documents
+
+
+def _resolved(config: Config) -> Prepared:
+    """A config without data, checked, with its vocabulary: what a dry run prepares."""
+    dry = dataclasses.replace(config, train=dataclasses.replace(config.train, dry_run=True))
+    return prepare(dry, 1)
+
+
+# ---- ranges ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def instrumented(model: Llama, optimizer: DistributedOptimizer, config: Config) -> Iterator[None]:
+    """Ranges around the parts of a step while the ``with`` block runs; afterwards everything is as it was."""
+    with ExitStack() as stack:
+
+        def wrap(owner: Any, name: str, part: str) -> None:
+            _replace(stack, owner, name, _ranged(getattr(owner, name), part))
+
+        options = dataclasses.replace(model.options, operations=_ranged_operations(model.options.operations))
+        compiled = config.kernels.compile == "layers"
+        outside = [model.embedding, model.final_norm]
+        for module in outside if compiled else model.modules():
+            if isinstance(module, layers.RMSNorm):
+                wrap(module, "add_rms_norm", budget.NORM)
+            elif isinstance(module, layers.VocabParallelEmbedding):
+                wrap(module, "forward", budget.EMBEDDING)
+            elif isinstance(module, LINEAR_LAYERS):
+                wrap(module, "forward", profile_trace.LINEAR)
+                if hasattr(module, "options"):
+                    _replace(stack, module, "options", options)
+            elif isinstance(module, llama.Attention):
+                _replace(stack, module, "operations", options.operations)
+            elif isinstance(module, llama.MLP):
+                wrap(module, "swiglu", budget.SWIGLU)
+        _replace(stack, model, "options", options)  # what the head gets
+        wrap(llama, "head_loss", profile_trace.HEAD)
+        wrap(optimizer, "_take_gradient", budget.GRADIENTS)
+        wrap(optimizer, "clip_grad_norm", budget.OPTIMIZER)
+        wrap(optimizer, "step", budget.OPTIMIZER)
+        yield
+
+
+LINEAR_LAYERS = (
+    layers.ColumnParallelLinear,
+    layers.RowParallelLinear,
+    layers_te.ColumnParallelLinear,
+    layers_te.RowParallelLinear,
+    layers_te.QKVLinear,
+)
+
+
+def _ranged_operations(operations: Operations) -> Operations:
+    return dataclasses.replace(
+        operations,
+        rope=_ranged(operations.rope, budget.ROPE),
+        attention=_ranged(operations.attention, budget.ATTENTION),
+        products=_ranged_products(operations.products),
+        head_products=_ranged_products(operations.head_products),
+    )
+
+
+def _ranged_products(products: Products) -> Products:
+    ranged = copy.copy(products)
+    vars(ranged)["add_weight_gradient"] = _ranged(ranged.add_weight_gradient, profile_trace.WEIGHT_GRADIENT)
+    return ranged
+
+
+def _ranged(function: Callable[..., Any], part: str) -> Callable[..., Any]:
+    """``function`` in a range; of one that backward runs again, what it runs again too."""
+    if isinstance(function, partial) and isinstance(getattr(function.func, "__self__", None), Recompute):
+        plain, *rest = function.args
+        function = partial(function.func, _ranged(plain, part), *rest)
+
+    def ranged(*args: Any, **kwargs: Any) -> Any:
+        with record_function(PREFIX + part):
+            return function(*args, **kwargs)
+
+    return ranged
+
+
+def _replace(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set an attribute until the stack unwinds."""
+    if name in vars(owner):
+        stack.callback(setattr, owner, name, getattr(owner, name))
+    else:
+        stack.callback(delattr, owner, name)
+    setattr(owner, name, value)
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _timed(job: Job, steps: int, progress: Progress) -> float:
+    """Seconds of a step, mean; the device is waited for at the end only, as in training."""
+    start = time.perf_counter()
+    for i in range(steps):
+        job.step()
+        progress.now_and_then(f"timing, step {i + 1} of {steps}")
+    _wait(job.ctx.device)
+    return (time.perf_counter() - start) / steps
+
+
+def _measured(job: Job, settings: Settings, progress: Progress) -> Measured:
+    """Time by part of the profiled steps, whose trace is left in the output folder."""
+    device, path = job.ctx.device, settings.output / "trace.json.gz"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities, record_shapes=True) as recorder:
+        job.step("warm-up", finish=True)  # the profiler's own start
+        for i in range(settings.steps):
+            job.step(finish=i == settings.steps - 1)
+            progress.now_and_then(f"profiling, step {i + 1} of {settings.steps}")
+    progress.now_and_then("reading the trace")
+    staging = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        recorder.export_chrome_trace(str(staging))
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
+    return profile_trace.measure(read_trace(path), device.type, casts=job.config.kernels.fp8 != "off")
+
+
+def _memory(job: Job, settings: Settings, peak: int, before: int) -> dict[str, Any]:
+    """Bytes by kind at the peak of a step.
+
+    Weights, gradients and optimizer state are the optimizer's buffers. Activations are what a step has allocated when
+    its head begins; temporary is what it allocates beyond. The rest is what the measured peak has besides: on a CPU
+    the interpreter and its libraries stand on their own, as resident before the model was built.
+    """
+    device, path = job.ctx.device, settings.output / f".{os.getpid()}.memory.json"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    try:
+        with profile(activities=activities, profile_memory=True) as recorder:
+            job.step(finish=True)
+        recorder.export_chrome_trace(str(path))
+        at_head, most = memory_of_step(read_trace(path), device.type)
+    finally:
+        path.unlink(missing_ok=True)
+    optimizer = job.optimizer
+    masters = [] if optimizer.masters is optimizer.params else [optimizer.masters]
+    kinds = {
+        "weights": _bytes(optimizer.params),
+        "gradients": _bytes(optimizer.grads),
+        "optimizer state": sum(map(_bytes, [*masters, optimizer.exp_avg, optimizer.exp_avg_sq])),
+        "activations": at_head,
+        "temporary": most - at_head,
+    }
+    if device.type == "cpu":
+        kinds["program, libraries"] = before
+    kinds["the rest"] = max(0, peak - sum(kinds.values()))
+    total = max(peak, sum(kinds.values()))
+    return {
+        "peak_mib": peak / MIB,
+        "source": "resident, without the profiler" if device.type == "cpu" else "torch's allocator",
+        "kinds": [{"name": n, "mib": size / MIB, "share": size / total} for n, size in kinds.items()],
+    }
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # where the kernel refuses, the peak is that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+
+def _product_rate(config: Config, device: torch.device) -> float:
+    """FLOP/s of the layer's largest product, gate and up: the best of the runs that fit into the time."""
+    rows, dtype = config.train.micro_batch_size * config.data.seq_length, DTYPES[config.train.precision]
+    inputs, outputs = max(budget.layer_products(config.model), key=lambda sizes: sizes[0] * sizes[1])
+    x = torch.randn(rows, inputs, device=device).to(dtype)
+    weight = torch.randn(outputs, inputs, device=device).to(dtype)
+    product = torch.empty(rows, outputs, dtype=dtype, device=device)
+    return 2 * rows * inputs * outputs / _best_seconds(lambda: torch.mm(x, weight.t(), out=product), device)
+
+
+def _copy_rate(device: torch.device) -> float:
+    """Bytes/s, read and written, of a copy: the best of the runs that fit into the time."""
+    source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES[device.type] / _best_seconds(lambda: target.copy_(source), device)
+
+
+def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Shortest time of a run; on a GPU a run is eight of them, so that their launch does not show."""
+    repeats = 8 if device.type == "cuda" else 1
+    for _ in range(3):
+        run()
+    best, until = float("inf"), time.perf_counter() + MEASURE_SECONDS[device.type]
+    while best == float("inf") or time.perf_counter() < until:
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        _wait(device)
+        best = min(best, (time.perf_counter() - start) / repeats)
+    return best
+
+
+# ---- what is said ----------------------------------------------------------------------------------------------------
+
+
+def _report(
+    job: Job, settings: Settings, rates: Rates, measured: Measured, seconds: float, memory: dict[str, Any]
+) -> dict[str, Any]:
+    """``profile.json``: plain values, times in milliseconds a step."""
+    config, device = job.config, job.ctx.device
+    shape = StepShape.of(config, job.attention_length, fused_accumulation=device.type == "cuda")
+    costs = step_costs(shape)
+    if config.kernels.compile == "layers":
+        fused = (budget.NORM, budget.ROPE, budget.SWIGLU)
+        costs[budget.ELEMENTWISE] = sum((costs.pop(part) for part in fused), budget.Cost())
+        measured.merge(fused, budget.ELEMENTWISE)
+    limits = {part: 1e3 * rates.seconds(cost) for part, cost in costs.items()}
+    step_ms = measured.wall / settings.steps / 1e3
+    parts = [_part(part, measured, limits.get(part), settings.steps, step_ms) for part in budget.PARTS]
+    limit_ms, tokens = sum(limits.values()), config.train.global_batch_size * config.data.seq_length
+    threads = torch.get_num_threads()
+    cpu = f"CPU, {threads} thread{'s' * (threads > 1)}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    kernels = {k: row.name for k, row in select_backends(config.kernels, kernel_demand(config, device)).items()}
+    needed, counted = sum(c.flops for c in costs.values()), sum(measured.flops.values()) / settings.steps
+    products = sum(costs[p].flops for p in (budget.LAYER_PRODUCTS, budget.HEAD_PRODUCTS))
+    report = {
+        "device": name,
+        "torch": torch.__version__,
+        "precision": config.train.precision,
+        "parameters": count_parameters(config.model),
+        "micro_batch_size": config.train.micro_batch_size,
+        "micro_batches": config.grad_accum(1),
+        "seq_length": config.data.seq_length,
+        "data": "random tokens" if job.run is None else "data.train",
+        "kernels": kernels | {name: getattr(config.kernels, name) for name in ("compile", "layers", "fp8")},
+        "recompute": config.train.recompute,
+        "steps": settings.steps,
+        "step_ms": step_ms,
+        "step_ms_without_profiler": 1e3 * seconds,
+        "tokens_per_second": tokens / seconds,
+        "limit_ms": limit_ms,
+        "rates": {
+            "tflops": rates.flops / 1e12,
+            "gb_per_second": rates.bandwidth / 1e9,
+            "measured": [n for n in ("flops", "bandwidth") if getattr(settings, n) is None],
+        },
+        "flops_per_token": dict(zip(("full", "causal"), flops_per_token(config.model, config.data.seq_length))),
+        "flops_needed": needed,
+        "product_flops_needed": products,
+        "product_flops_counted": counted,
+        "padded_vocab_size": padded_vocab_size(config.model.vocab_size or 0, 1),
+        "parts": [p for p in parts if p["limit_ms"] is not None or p["ms"] >= SMALL_SHARE * step_ms],
+        "left_out_ms": sum(p["ms"] for p in parts if p["limit_ms"] is None and p["ms"] < SMALL_SHARE * step_ms),
+        "memory": memory,
+    }
+    return report | {"title": _title(report), "subtitle": _subtitle(report)}
+
+
+def _part(part: str, measured: Measured, limit: float | None, steps: int, step_ms: float) -> dict[str, Any]:
+    ms = measured.parts.get(part, 0.0) / steps / 1e3
+    flops = measured.flops.get(part, 0.0) / steps
+    return {
+        "name": part,
+        "ms": ms,
+        "share": ms / step_ms,
+        "limit_ms": limit,
+        "of_limit": limit / ms if limit is not None and ms > 0 else None,
+        "tflops": flops / ms / 1e9 if flops and ms else None,
+        "operations": [[n, t / steps / 1e3] for n, t in measured.longest(part, 5)],
+    }
+
+
+def _title(report: Mapping[str, Any]) -> str:
+    return f"One training step, {report['parameters']:,} parameters, {report['precision']}, {report['device']}"
+
+
+def _subtitle(report: Mapping[str, Any]) -> list[str]:
+    tokens = report["micro_batch_size"] * report["micro_batches"] * report["seq_length"]
+    rates, without = report["rates"], report["step_ms_without_profiler"]
+    source = ("given", "in part given", "measured here")[len(rates["measured"])]
+    kernels = ", ".join(f"{k} {v}" for k, v in report["kernels"].items())
+    return [
+        f"{report['micro_batches']} x micro-batch {report['micro_batch_size']} x {report['seq_length']} = {tokens:,} "
+        f"tokens ({report['data']}); without the profiler {without:,.{digits(without)}f} ms = "
+        f"{report['tokens_per_second']:,.0f} tokens/s, {report['limit_ms'] / without:.0%} of the limit",
+        f"limit: matrix products at {flops_text(rates['tflops'])}, bytes at {rates['gb_per_second']:,.1f} GB/s "
+        f"({source})",
+        f"kernels: {kernels}; recompute {report['recompute']}",
+    ]
+
+
+def flops_text(tflops: float) -> str:
+    """A rate with a unit that suits it."""
+    return f"{tflops:,.1f} TFLOP/s" if tflops >= 1 else f"{1e3 * tflops:,.1f} GFLOP/s"
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The profile as text, for a terminal."""
+    decimals = digits(report["step_ms"])
+    lines = [report["title"], *report["subtitle"], ""]
+    lines.append(f"{'part':<24}{'ms':>11}{'share':>8}{'limit, ms':>12}{'of limit':>10}   mostly")
+    total = {"name": "step", "ms": report["step_ms"], "share": 1.0, "limit_ms": report["limit_ms"],
+             "of_limit": report["limit_ms"] / report["step_ms"], "tflops": None, "operations": []}  # fmt: skip
+    for part in [*report["parts"], total]:
+        limit = "" if part["limit_ms"] is None else f"{part['limit_ms']:,.{decimals}f}"
+        of_limit = "" if part["of_limit"] is None else f"{part['of_limit']:.0%}"
+        mostly = flops_text(part["tflops"]) + "; " if part["tflops"] else ""
+        mostly += part["operations"][0][0].removeprefix(PREFIX)[:50] if part["operations"] else ""
+        lines.append(f"{part['name']:<24}{part['ms']:>11,.{decimals}f}{part['share']:>8.1%}{limit:>12}{of_limit:>10}   "
+                     f"{mostly}".rstrip())  # fmt: skip
+    ratio = report["product_flops_counted"] / report["product_flops_needed"]
+    lines += ["", f"matrix products: {ratio:.3f} of the FLOPs needed were seen (vocabulary padding, recompute)"]
+    memory = report["memory"]
+    lines += ["", f"memory at the peak, {memory['peak_mib']:,.0f} MiB ({memory['source']}):"]
+    lines += [f"{k['name']:<24}{k['mib']:>11,.1f} MiB{k['share']:>8.1%}" for k in memory["kinds"]]
+    return "\n".join(lines)

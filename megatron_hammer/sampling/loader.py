@@ -1,0 +1,106 @@
+"""The samples of one step, cut into micro-batches for one data-parallel rank.
+
+::
+
+    global batch of a step = samples [consumed, consumed + global_batch_size)
+
+    grad_accum 2, dp 2, micro-batch 2:     samples   0 1 | 2 3 | 4 5 | 6 7
+                                           rank       0     1     0     1
+                                           micro-batch   0     |     1
+
+So the state of the loader is one integer, ``consumed``, and the global batch is the same samples for every number of
+ranks. ``chain_digest`` proves it: a hash over the names of all samples so far, that each step carries on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_hammer.sampling.order import SampleId
+from megatron_hammer.sampling.samples import TrainData
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Inputs and targets of some samples, which share their memory: a target is the token after an input."""
+
+    windows: np.ndarray
+    """[b, s + 1] int64"""
+    cu_seqlens: np.ndarray
+    """[documents + 1] int32, where documents lie in the b s tokens, all samples one after the other"""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """[b, s] int64, a view."""
+        return self.windows[:, :-1]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """[b, s] int64, a view: position t is the token after position t of ``tokens``."""
+        return self.windows[:, 1:]
+
+
+def micro_batches(
+    data: TrainData, first_sample: int, micro_batch_size: int, grad_accum: int, dp_rank: int, dp_size: int
+) -> list[MicroBatch]:
+    """What data-parallel rank ``dp_rank`` of ``dp_size`` computes in the step that begins at sample ``first_sample``.
+
+    Micro-batch m holds samples first_sample + m * (dp_size * b) + dp_rank * b + [0, b).
+    """
+    batches = []
+    for accumulation in range(grad_accum):
+        first = first_sample + (accumulation * dp_size + dp_rank) * micro_batch_size
+        read = data.read(first, micro_batch_size)
+        batches.append(MicroBatch(read.tokens, read.cu_seqlens))
+    return batches
+
+
+class ReadAhead:
+    """``micro_batches`` of step after step; a thread reads those of the next step while the present one is computed.
+
+    So a page that has to come from the disk, or an index that has to be built, costs no time of the device. It changes
+    nothing that is read.
+
+    Args:
+        end: number of the sample at which the run ends: nothing beyond is read ahead.
+        data, micro_batch_size, grad_accum, dp_rank, dp_size: as for ``micro_batches``.
+    """
+
+    def __init__(
+        self, data: TrainData, end: int, micro_batch_size: int, grad_accum: int, dp_rank: int, dp_size: int
+    ) -> None:
+        self._data, self._end = data, end
+        self._layout = micro_batch_size, grad_accum, dp_rank, dp_size
+        self._step_samples = micro_batch_size * grad_accum * dp_size
+        self._thread = ThreadPoolExecutor(1, "read-ahead")
+        self._next: tuple[int, Future[list[MicroBatch]]] | None = None
+
+    def get(self, first_sample: int) -> list[MicroBatch]:
+        """The micro-batches of the step that begins at a sample; what failed while reading ahead is raised here."""
+        if self._next is not None and self._next[0] == first_sample:
+            batches = self._next[1].result()
+        else:
+            batches = micro_batches(self._data, first_sample, *self._layout)
+        following, self._next = first_sample + self._step_samples, None
+        if following + self._step_samples <= self._end:
+            self._next = following, self._thread.submit(micro_batches, self._data, following, *self._layout)
+        return batches
+
+
+def chain_digest(previous: str, ids: Iterable[SampleId], fingerprints: Sequence[str]) -> str:
+    """BLAKE2b-128 over the digest of the step before and the samples of this one, as 32 hex digits.
+
+    Args:
+        previous: what the step before returned; "" before the first.
+        ids: samples of the whole global batch in the order of their numbers, not those of one rank.
+        fingerprints: content of each source; a sample is named by it and not by the source's place in the mix.
+    """
+    digest = hashlib.blake2b(previous.encode(), digest_size=16)
+    for sample in ids:
+        digest.update(f"\n{fingerprints[sample.source]} {sample.epoch} {sample.window}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,305 @@
+"""Which tokens are sample number p of one source: a pure function, so nothing about it is ever saved.
+
+"independent", our own order. The documents of a source follow each other in an endless stream, each epoch in a new
+permutation; windows of s + 1 tokens start every s tokens and are read, epoch by epoch, in a permutation of their own::
+
+    stream    | epoch 0: T tokens, documents permuted | epoch 1: the same documents, permuted anew | ...
+    windows   |---w0---|---w1---|---w2---|---w3---|---w4---|---w5---|---w6---| ...   w covers [w s, w s + s]
+    samples   w1 w3 w0 w2 (those that start in epoch 0, permuted)  w6 w4 w5 ...
+
+All of it follows from (seed, content of the source, s, p): extending a run, another batch size or another number of
+ranks changes nothing that came before. No token is dropped at the end of an epoch: its last window goes on into the
+next one. A permutation is a keyed function with random access (``index.permute``); all that is stored is one token
+count every 64 documents, for the epochs in use.
+
+"megatron", Megatron-LM's order, for those who move a run: all epochs' documents are shuffled together (or the last one
+apart), then all samples, by one MT19937. It needs the number of samples in advance and changes when that does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.sampling import native as index
+from megatron_hammer.sampling.cache import IndexStore, Key
+
+_STRIDE = 64  # documents between two token counts: 1/8 byte a document, and a window is found among 64 documents
+_EPOCHS_KEPT = 4  # the current one, the next (which its last window reads) and the past ones of a look back
+
+
+@dataclass(frozen=True)
+class SampleId:
+    """Names a sample whatever its number in the run: a window of a source, and the epoch in which it begins."""
+
+    source: int
+    epoch: int
+    window: int
+
+
+class Piece(NamedTuple):
+    """Consecutive tokens of one document."""
+
+    document: int
+    offset: int
+    length: int
+
+
+class IndependentOrder:
+    """Our own order of one source.
+
+    Args:
+        lengths: int32 or int64, tokens of each document; at least one token in all.
+        fingerprint: content of the source (``IndexedDataset.fingerprint``): equal data has an equal order, whatever its
+            path and its place in the mix.
+        seq_length: s; a sample holds s + 1 tokens.
+        seed: of the run.
+        store: where the token counts of large sources are kept; None: in memory only.
+    """
+
+    def __init__(
+        self, lengths: np.ndarray, fingerprint: str, seq_length: int, seed: int, store: IndexStore | None = None
+    ) -> None:
+        self.lengths, self.seq_length = lengths, seq_length
+        self._store = store
+        self.num_tokens = int(lengths.sum(dtype=np.int64))
+        assert self.num_tokens > 0 and seq_length > 0, f"{self.num_tokens} tokens, seq_length {seq_length}"
+        self._seed, self._fingerprint = seed, fingerprint
+        self._marks: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
+        self._lock = threading.Lock()  # a thread may read ahead while another locates samples
+
+    def sample(self, position: int) -> tuple[int, int]:
+        """Epoch and window of sample ``position`` (from 0, without end)."""
+        epoch = position * self.seq_length // self.num_tokens  # windows are permuted within the epoch they start in
+        first, end = self._first_window(epoch), self._first_window(epoch + 1)
+        key = index.derive_key(self._seed, "windows", self._fingerprint, epoch)
+        return epoch, first + int(index.permute(end - first, key, position - first, 1)[0])
+
+    def windows(self, first: int, count: int) -> list[tuple[int, np.ndarray]]:
+        """(epoch, windows int64) of samples [first, first + count), cut where an epoch ends."""
+        parts = []
+        while count > 0:
+            epoch = first * self.seq_length // self.num_tokens
+            begin, end = self._first_window(epoch), self._first_window(epoch + 1)
+            taken = min(count, end - first)
+            key = index.derive_key(self._seed, "windows", self._fingerprint, epoch)
+            parts.append((epoch, begin + index.permute(end - begin, key, first - begin, taken)))
+            first, count = first + taken, count - taken
+        return parts
+
+    def locate_all(self, epoch: int, windows: np.ndarray) -> index.Located:
+        """What ``locate`` says of each of some windows that begin in one epoch: all pieces, and how many each has."""
+        # From the first window on: the numbers themselves, times seq_length, may leave 64 bits in a far epoch.
+        begin = self._first_window(epoch)
+        offsets = (windows - begin) * self.seq_length + (begin * self.seq_length - epoch * self.num_tokens)
+        if int(offsets.max()) + self.seq_length >= self.num_tokens:  # one goes on into the next epoch: seldom
+            located = [np.array(self.locate(window), np.int64) for window in windows.tolist()]
+            return np.concatenate(located), np.array([len(pieces) for pieces in located], np.int64)
+        key, marks = self._epoch(epoch)
+        return index.locate_windows(self.lengths, marks, _STRIDE, key, offsets, self.seq_length + 1)
+
+    def locate(self, window: int) -> list[Piece]:
+        """The seq_length + 1 tokens of a window, in order."""
+        epoch, offset = divmod(window * self.seq_length, self.num_tokens)
+        missing = self.seq_length + 1
+        pieces: list[Piece] = []
+        while missing > 0:
+            key, marks = self._epoch(epoch)
+            found = index.find_pieces(self.lengths, marks, _STRIDE, key, offset, missing)
+            pieces.extend(Piece(*row) for row in found.tolist())
+            missing -= int(found[:, 2].sum())
+            epoch, offset = epoch + 1, 0
+        return pieces
+
+    def documents(self, epoch: int, first: int, count: int) -> np.ndarray:
+        """Documents ``first`` to ``first + count`` of an epoch, in the order of its stream: int64."""
+        key = index.derive_key(self._seed, "documents", self._fingerprint, epoch)
+        return index.permute(len(self.lengths), key, first, count)
+
+    def _first_window(self, epoch: int) -> int:
+        return -(-epoch * self.num_tokens // self.seq_length)
+
+    def _epoch(self, epoch: int) -> tuple[int, np.ndarray]:
+        """Key of the epoch's permutation of documents, and its token counts."""
+        with self._lock:
+            if epoch not in self._marks:
+                key = index.derive_key(self._seed, "documents", self._fingerprint, epoch)
+                self._marks[epoch] = key, self._find_marks(epoch, key)
+                if len(self._marks) > _EPOCHS_KEPT:
+                    self._marks.popitem(last=False)
+            self._marks.move_to_end(epoch)
+            return self._marks[epoch]
+
+    def _find_marks(self, epoch: int, key: int) -> np.ndarray:
+        def build() -> dict[str, np.ndarray]:
+            return {"marks": index.epoch_marks(self.lengths, key, _STRIDE)}
+
+        if self._store is None:
+            return build()["marks"]
+        follows_from: Key = {"dataset": self._fingerprint, "seed": self._seed, "epoch": epoch, "stride": _STRIDE}
+        return self._store.get("marks", follows_from, len(self.lengths), build)["marks"]
+
+    def prepare(self, first: int, last: int) -> None:
+        """Build, or find, what reading samples [first, last] needs."""
+        epochs = [(position * self.seq_length) // self.num_tokens for position in (first, last)]
+        for epoch in range(epochs[0], epochs[1] + 1):
+            self._epoch(epoch)
+
+
+class MegatronIndex(NamedTuple):
+    """The three arrays of Megatron-LM's GPT dataset."""
+
+    documents: np.ndarray
+    """int32, sequences of all epochs in the order of the stream."""
+    samples: np.ndarray
+    """[n + 1, 2], where in that stream each sample starts (``index.sample_index``)."""
+    shuffle: np.ndarray
+    """uint32, or int64 from 2^32 - 2 samples on: which sample is the p-th."""
+
+
+class MegatronOrder:
+    """Megatron-LM's order of one source, whose unit is the sequence.
+
+    Args:
+        lengths: int32, tokens of each sequence.
+        seq_length: s; a sample holds s + 1 tokens.
+        seed: of the run, in [0, 2^32).
+        num_samples: how many the run will draw at most.
+        store: where the arrays of large sources are kept; None: in memory only.
+        fingerprint: content of the source, by which they are found there.
+        forget: see ``build_megatron_index``.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        seq_length: int,
+        seed: int,
+        num_samples: int,
+        store: IndexStore | None = None,
+        fingerprint: str = "",
+        forget: Callable[[], None] | None = None,
+    ) -> None:
+        if not 0 <= seed < 1 << 32:
+            raise ConfigError(
+                71, f"train.seed={seed}", "must be in [0, 2^32) for data.order=megatron", "choose another seed"
+            )
+        self.lengths, self.seq_length = lengths, seq_length
+        self.num_tokens = int(lengths.sum(dtype=np.int64))
+
+        def build() -> dict[str, np.ndarray]:
+            everything = range(len(lengths))
+            return build_megatron_index(lengths, everything, seq_length, seed, num_samples, forget=forget)._asdict()
+
+        if store is None:
+            arrays = build()
+        else:
+            assert fingerprint, "an index is kept by the content of its source"
+            key: Key = {"dataset": fingerprint, "seed": seed, "seq_length": seq_length, "samples": num_samples}
+            work = len(lengths) * num_epochs(self.num_tokens, num_samples, seq_length) + num_samples
+            arrays = store.get("megatron", key, work, build)
+        self.index = MegatronIndex(**arrays)
+        self.num_samples = len(self.index.shuffle)
+        """Samples in the epochs that were needed: num_samples or a few more."""
+
+    def sample(self, position: int) -> tuple[int, int]:
+        """Epoch and window of sample ``position``; epochs are shuffled together, so "epoch" is whole passes."""
+        window = int(self.index.shuffle[position])
+        return window * self.seq_length // self.num_tokens, window
+
+    def prepare(self, first: int, last: int) -> None:
+        """Nothing: all was built, or found, at once."""
+
+    def windows(self, first: int, count: int) -> list[tuple[int, np.ndarray]]:
+        """Windows (int64) of samples [first, first + count), as one part: epochs are shuffled together."""
+        return [(0, self.index.shuffle[first : first + count].astype(np.int64))]
+
+    def locate_all(self, epoch: int, windows: np.ndarray) -> index.Located:
+        """What ``locate`` says of each of some windows: pieces, and how many each window has."""
+        return index.megatron_windows(self.lengths, self.index.documents, self.index.samples, windows)
+
+    def locate(self, window: int) -> list[Piece]:
+        """The seq_length + 1 tokens of a window; ``document`` stands for the sequence."""
+        return megatron_pieces(self.index, self.lengths, window)
+
+
+def num_epochs(tokens: int, num_samples: int | None, seq_length: int, extra: int = 1) -> int:
+    """Passes over ``tokens`` that give ``num_samples``; one when that is None."""
+    return 1 if num_samples is None else max(1, -(-(num_samples * seq_length + extra) // tokens))
+
+
+def build_megatron_index(
+    lengths: np.ndarray,
+    indices: np.ndarray | range,
+    seq_length: int,
+    seed: int,
+    num_samples: int | None = None,
+    extra: int = 1,
+    drop_last: bool = True,
+    forget: Callable[[], None] | None = None,
+) -> MegatronIndex:
+    """Document, sample and shuffle index as Megatron-LM builds them.
+
+    Args:
+        lengths: int32, tokens of each sequence.
+        indices: int32, the sequences that belong to this split; or a range of them, step 1.
+        seed: of the one generator that makes both shuffles.
+        num_samples: None: one epoch.
+        extra, drop_last: see ``index.sample_index``.
+        forget: called once ``lengths`` have been copied, to give back the pages of the map that they came from.
+    """
+    # They are read at random: from our own memory, in large pages, in half the time that a mapped file takes.
+    lengths = np.array(lengths)
+    if forget is not None:
+        forget()
+    taken = lengths[indices.start : indices.stop] if isinstance(indices, range) else lengths[indices]
+    tokens = int(taken.sum(dtype=np.int64))
+    epochs = num_epochs(tokens, num_samples, seq_length, extra)
+    before_last = ((epochs - 1) * tokens - extra) // seq_length if epochs > 1 else 0
+    # A last epoch of which little is needed is shuffled apart, lest its few samples thin out the documents of all.
+    apart = (
+        num_samples is not None
+        and epochs > 1
+        and num_samples - before_last < int(0.80 * ((tokens - extra) // seq_length))  # 0.80: Megatron-LM's threshold
+    )
+    random = index.random_state(seed)
+    one = np.arange(indices.start, indices.stop, dtype=np.int32) if isinstance(indices, range) else indices
+    documents = np.tile(np.asarray(one, np.int32), epochs) if epochs > 1 or one is indices else one
+    del one, taken
+    split = (epochs - 1) * len(indices) if apart else len(documents)
+    random.shuffle(documents[:split])
+    random.shuffle(documents[split:])
+    samples = index.sample_index(lengths, documents, seq_length, epochs * tokens, extra, drop_last)
+    total = len(samples) - 1
+    shuffle = np.arange(total, dtype=np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64)
+    split = before_last if apart else total
+    random.shuffle(shuffle[:split])
+    random.shuffle(shuffle[split:])
+    return MegatronIndex(documents, samples, shuffle)
+
+
+def megatron_pieces(built: MegatronIndex, lengths: np.ndarray, window: int, extra: int = 1) -> list[Piece]:
+    """Where the tokens of sample ``window`` (before the shuffle) lie; ``document`` stands for the sequence."""
+    found, _ = index.megatron_windows(lengths, built.documents, built.samples, np.array([window], np.int64), extra)
+    return [Piece(*row) for row in found.tolist()]
+
+
+def split_ranges(sequences: int, split: str) -> list[tuple[int, int] | None]:
+    """Megatron-LM's ``--split`` "949,50,1": ranges of sequences for train, valid and test; None for an empty share."""
+    shares: Sequence[float] = [float(share) for share in split.split(",")]
+    shares = [*shares, *[0.0] * (3 - len(shares))]
+    total = sum(shares)
+    ends = [0.0]
+    for share in shares:
+        ends.append(ends[-1] + share / total)
+    return [
+        None if stop <= start else (round(start * float(sequences)), round(stop * float(sequences)))
+        for start, stop in itertools.pairwise(ends)
+    ]

@@ -1,0 +1,356 @@
+"""Samples: what sample number i of a run is, and its tokens; validation samples in the order of their file.
+
+``blend.py`` says which source gives sample i and which of its samples that is, ``order.py`` which tokens those are,
+``indexed.py`` reads them. A training sample is a window of seq_length + 1 tokens, inputs and labels shifted by one; the
+loss runs across the documents in it, and so does attention unless it is told where they lie (``cu_seqlens``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
+from megatron_hammer.base.progress import say
+from megatron_hammer.dataset.reader import REMAKE, IndexedDataset
+from megatron_hammer.sampling import native as index
+from megatron_hammer.sampling.blend import Blend
+from megatron_hammer.sampling.cache import IndexStore
+from megatron_hammer.sampling.order import IndependentOrder, MegatronOrder, Piece, SampleId
+from megatron_hammer.sampling.plan import WeightUnit, sampling_weights
+
+__all__ = ["Order", "Piece", "SampleId", "TrainData", "ValidData", "Windows", "check_tokenizer", "describe_samples"]
+
+Order = Literal["independent", "megatron"]
+
+MEGATRON_SURPLUS = 0.005  # Megatron-LM builds each source this much longer than its share, as its mix is not exact
+
+
+def cumulative_lengths(lengths: np.ndarray) -> np.ndarray:
+    """int32, where pieces of these lengths begin and, last, where all end; a length of 0 is no piece."""
+    return np.concatenate([[0], np.cumsum(lengths[lengths > 0])]).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Several samples, and of which documents they are made."""
+
+    tokens: np.ndarray
+    """[b, s + 1] int64, or whatever was asked for"""
+    piece_lengths: np.ndarray
+    """int64, tokens of each piece of a document (in Megatron-LM's order of a sequence), all samples one after the
+    other; those of one sample add up to s + 1."""
+    piece_counts: np.ndarray
+    """[b] int64, pieces of each sample"""
+
+    @property
+    def cu_seqlens(self) -> np.ndarray:
+        """[pieces + 1] int32, cumulative lengths of the pieces in the first s tokens of each sample, the inputs.
+
+        What attention needs to keep documents apart when the samples lie one after the other. A piece is where a
+        document ends or the sample does, so what a sample holds of a document that was cut counts as a whole one.
+        """
+        lengths = self.piece_lengths.copy()
+        lengths[np.cumsum(self.piece_counts) - 1] -= 1  # the last token is a target only
+        return cumulative_lengths(lengths)
+
+
+class TrainData:
+    """The endless (or, in Megatron-LM's order, num_samples long) sequence of training samples.
+
+    Args:
+        sources: prefix of each indexed dataset and its weight in the mix.
+        seq_length: s; a sample holds s + 1 tokens.
+        seed: of the run.
+        order: "independent" or "megatron", see ``sampling/order.py``.
+        num_samples: samples the whole run draws; the order "megatron" depends on it, the other ignores it.
+        unit: what the weights are, see ``sampling/plan.py``.
+        index_folder: where indices of large datasets are kept (``sampling/cache.py``); None: beside each dataset, in
+            ``P.index``.
+        note: gets remarks about these files.
+
+    Raises:
+        DataError: a dataset is missing, damaged, empty or holds no token ids.
+        ConfigError: the order "megatron" cannot be built.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, float] | Mapping[Path, float],
+        seq_length: int,
+        seed: int,
+        order: Order = "independent",
+        num_samples: int | None = None,
+        unit: WeightUnit = "share",
+        index_folder: str | Path | None = None,
+        note: Callable[[str], None] = say,
+    ) -> None:
+        assert sources, "training needs at least one source"
+        self.seq_length, self.num_samples = seq_length, num_samples if order == "megatron" else None
+        self.sources = [_open_tokens(prefix) for prefix in sources]
+        """One dataset a source: in the order "independent" by fingerprint, so that neither the order in which sources
+        are named nor their paths decide which sample comes when; in Megatron-LM's as given."""
+        for dataset in self.sources:
+            if dataset.num_tokens == 0:
+                raise DataError(45, f"{dataset.prefix}.bin", "holds no token", "leave this source out")
+        proportions = sampling_weights(list(sources.values()), unit, [dataset.num_tokens for dataset in self.sources])
+        weights = dict(zip(self.sources, proportions))
+        if order == "independent":
+            self.sources.sort(key=lambda dataset: dataset.fingerprint)
+        self.fingerprints = tuple(dataset.fingerprint for dataset in self.sources)
+        """Content of each source."""
+        shares = np.array([weights[dataset] for dataset in self.sources], np.float64)
+        shares = shares / shares.sum()  # Blend divides by the sum once more, and so, in float64, does Megatron-LM
+        stores = [IndexStore(index_folder or f"{dataset.prefix}.index", note) for dataset in self.sources]
+        self._blend = Blend(shares, "chairman" if order == "independent" else "greedy", stores[0], num_samples)
+        self._by_document = order == "independent"
+        self._orders: list[IndependentOrder] | list[MegatronOrder]
+        if order == "independent":
+            self._orders = [
+                IndependentOrder(dataset.document_lengths, fingerprint, seq_length, seed, store)
+                for dataset, fingerprint, store in zip(self.sources, self.fingerprints, stores)
+            ]
+        else:
+            self._orders = self._build_megatron(shares.tolist(), seed, num_samples, stores)
+
+    def _build_megatron(
+        self, shares: list[float], seed: int, num_samples: int | None, stores: list[IndexStore]
+    ) -> list[MegatronOrder]:
+        """A source alone is not blended there, which asks it for num_samples without the surplus."""
+        if num_samples is None or num_samples < 1:
+            raise ConfigError(72, f"num_samples={num_samples}", "must be at least 1 for data.order=megatron",
+                              "set train.num_steps, or use data.order=independent")  # fmt: skip
+        sizes = [num_samples]
+        if len(self.sources) > 1:
+            sizes = [math.ceil(math.ceil(num_samples * share) * (1 + MEGATRON_SURPLUS)) for share in shares]
+        # The mix never draws more: it only draws from a source that has at most share * i samples before sample i.
+        return [
+            MegatronOrder(dataset.lengths, self.seq_length, seed, size, store, fingerprint, dataset.forget)
+            for dataset, size, store, fingerprint in zip(self.sources, sizes, stores, self.fingerprints)
+        ]
+
+    def prepare(self, first: int, count: int) -> None:
+        """Build, or find, every index that samples [first, first + count) need, so that reading them builds none."""
+        before, after = self._blend.counts(first), self._blend.counts(first + count)
+        for source, (position, end) in enumerate(zip(before.tolist(), after.tolist())):
+            if end > position:
+                self._orders[source].prepare(position, end - 1)
+
+    def prepare_epochs(self, epochs: int) -> None:
+        """The same for the first ``epochs`` passes over every source."""
+        for source, dataset in enumerate(self.sources):
+            self._orders[source].prepare(0, (epochs * dataset.num_tokens - 1) // self.seq_length)
+
+    @property
+    def shares(self) -> np.ndarray:
+        """Of the samples, for each of ``sources``; they add up to one."""
+        return self._blend.weights
+
+    @property
+    def orders(self) -> list[IndependentOrder] | list[MegatronOrder]:
+        """The order of each of ``sources``."""
+        return self._orders
+
+    def sample_id(self, i: int) -> SampleId:
+        """Which window of which source is sample ``i`` of the run (from 0)."""
+        if i < 0 or (self.num_samples is not None and i >= self.num_samples):
+            raise IndexError(f"sample {i} is not in [0, {self.num_samples})")
+        source, position = self._blend[i]
+        return SampleId(source, *self._orders[source].sample(position))
+
+    def locate(self, i: int) -> list[Piece]:
+        """The documents that sample ``i`` reads: (document, offset in it, length), in order."""
+        sample = self.sample_id(i)
+        pieces = self._orders[sample.source].locate(sample.window)
+        if self._by_document:
+            return pieces
+        dataset = self.sources[sample.source]
+        located = []
+        for sequence, offset, length in pieces:
+            document, before = dataset.document_of(sequence)
+            located.append(Piece(document, before + offset, length))
+        return located
+
+    def read(self, first: int, count: int, out: np.ndarray | None = None) -> Windows:
+        """Samples [first, first + count): their tokens, and the lengths of the pieces of documents they are made of.
+
+        What ``tokens`` gives one by one, at once: compiled, without the GIL, straight from the map into the result.
+
+        Args:
+            first: number of a sample, from 0.
+            count: at least one.
+            out: [count, seq_length + 1] int64 or int32 to fill instead of a new array (pinned memory, say); int32 does
+                not do for datasets of 64-bit ids.
+        """
+        if first < 0 or count < 1 or (self.num_samples is not None and first + count > self.num_samples):
+            raise IndexError(f"samples [{first}, {first + count}) are not in [0, {self.num_samples})")
+        if out is None:
+            out = np.empty((count, self.seq_length + 1), np.int64)
+        assert out.shape == (count, self.seq_length + 1), f"out is {out.shape} for {count} samples"
+        sources, positions = self._blend.range(first, count)
+        counts = np.empty(count, np.int64)
+        parts = []
+        for source, dataset in enumerate(self.sources):
+            rows = np.arange(count) if len(self.sources) == 1 else np.flatnonzero(sources == source)
+            if len(rows) == 0:
+                continue
+            done = 0
+            # The samples of one source in a row of numbers follow each other.
+            for epoch, windows in self._orders[source].windows(int(positions[rows[0]]), len(rows)):
+                pieces, found = self._orders[source].locate_all(epoch, windows)
+                taken = rows[done : done + len(windows)]
+                boundaries = dataset.boundaries if self._by_document else None
+                index.copy_windows(dataset.tokens, dataset.pointers, boundaries, pieces, found, taken, out)
+                counts[taken] = found
+                parts.append((taken, pieces[:, 2], found))
+                done += len(windows)
+        if len(parts) == 1:
+            return Windows(out, parts[0][1].copy(), counts)
+        # The pieces lie source by source; put each sample's where its number says.
+        begins = np.cumsum(counts) - counts
+        lengths = np.empty(int(counts.sum()), np.int64)
+        for taken, values, found in parts:
+            before = np.cumsum(found) - found
+            lengths[np.repeat(begins[taken] - before, found) + np.arange(len(values))] = values
+        return Windows(out, lengths, counts)
+
+    def tokens(self, i: int) -> np.ndarray:
+        """Tokens of sample ``i``: [seq_length + 1] int64."""
+        sample = self.sample_id(i)
+        dataset = self.sources[sample.source]
+        units, offsets, lengths = np.array(self._orders[sample.source].locate(sample.window)).T
+        sequences = dataset.first_sequences(units) if self._by_document else units
+        starts = dataset.pointers[sequences] // dataset.dtype.itemsize + offsets
+        parts = [dataset.tokens[start : start + n] for start, n in zip(starts.tolist(), lengths.tolist())]
+        tokens = np.concatenate(parts, dtype=np.int64)
+        assert len(tokens) == self.seq_length + 1, f"sample {i} has {len(tokens)} tokens"
+        return tokens
+
+
+def describe_samples(data: TrainData, start: int, count: int) -> list[dict[str, Any]]:
+    """Samples [start, start + count) as plain values: where every token of them lies. For people and outside programs.
+
+    Raises:
+        ConfigError: there are no such samples.
+    """
+    end = start + count
+    if start < 0 or count < 1 or (data.num_samples is not None and end > data.num_samples):
+        has = "no end" if data.num_samples is None else f"{data.num_samples} samples"
+        raise ConfigError(73, f"samples [{start}, {end})", f"are not in this order, which has {has}",
+                          "choose --start of at least 0 and --count of at least 1 within it")  # fmt: skip
+    described = []
+    for i in range(start, end):
+        sample = data.sample_id(i)
+        described.append(
+            {
+                "sample": i,
+                "source": str(data.sources[sample.source].prefix),
+                "epoch": sample.epoch,
+                "window": sample.window,
+                "pieces": [piece._asdict() for piece in data.locate(i)],
+            }
+        )
+    return described
+
+
+class ValidData:
+    """A validation set: its windows in the order of the file, each target once.
+
+    Args:
+        name: what the set is called in the metrics.
+        prefix: of its indexed dataset.
+        seq_length: s; window j covers tokens [j s, j s + s].
+        max_samples: only so many windows from the start; None: all.
+
+    Raises:
+        DataError: the dataset is missing, damaged or too short to have a target.
+    """
+
+    def __init__(self, name: str, prefix: str | Path, seq_length: int, max_samples: int | None = None) -> None:
+        self.name, self.seq_length = name, seq_length
+        self.dataset = _open_tokens(prefix)
+        if self.dataset.num_tokens < 2:
+            raise DataError(45, f"{prefix}.bin of {self.dataset.num_tokens} tokens", "is too short: a target needs two",
+                            "give this validation set more text")  # fmt: skip
+        windows = -(-(self.dataset.num_tokens - 1) // seq_length)
+        self._num_samples = windows if max_samples is None else min(windows, max_samples)
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def get(self, j: int) -> tuple[np.ndarray, np.ndarray]:
+        """Window ``j``: tokens [s + 1] int64 and loss_mask [s] float32; the end of the last one is padded with id 0."""
+        if not 0 <= j < len(self):
+            raise IndexError(f"window {j} is not in [0, {len(self)})")
+        taken = self.dataset.tokens[j * self.seq_length : (j + 1) * self.seq_length + 1]
+        tokens = np.zeros(self.seq_length + 1, np.int64)
+        tokens[: len(taken)] = taken
+        loss_mask = np.zeros(self.seq_length, np.float32)
+        loss_mask[: len(taken) - 1] = 1
+        return tokens, loss_mask
+
+    def piece_lengths(self, j: int) -> np.ndarray:
+        """Pieces of documents that make up the first s tokens of window ``j``: int64, their lengths. Padding is one."""
+        start, stop = j * self.seq_length, (j + 1) * self.seq_length
+        ends = self._document_ends
+        inside = ends[np.searchsorted(ends, start, side="right") : np.searchsorted(ends, stop)]
+        # An empty document ends where the one before it does.
+        return np.diff(np.unique(inside) - start, prepend=0, append=self.seq_length)
+
+    @cached_property
+    def _document_ends(self) -> np.ndarray:
+        """int64, where each document ends in the stream of the file."""
+        return np.cumsum(self.dataset.document_lengths, dtype=np.int64)
+
+
+def check_tokenizer(dataset: IndexedDataset, fingerprint: str | None, vocab_size: int) -> str | None:
+    """Refuse a dataset whose ids another tokenizer made, or that holds ids beyond the vocabulary.
+
+    A dataset without a header does not say who made it; its ids are read once (seconds a gigabyte).
+
+    Args:
+        fingerprint: of the run's tokenizer; None where the run has none and only the ids can be checked.
+        vocab_size: of the model, without padding.
+
+    Returns:
+        A note for the user where the tokenizer could not be compared, else None.
+
+    Raises:
+        RefusedError: the header names another tokenizer.
+        DataError: an id is not in the vocabulary.
+    """
+    recorded = dataset.header.tokenizer if dataset.header is not None else None
+    if recorded is not None and fingerprint not in (None, recorded.fingerprint):
+        raise RefusedError(
+            10,
+            f"{dataset.prefix}.meta.json: tokenizer fingerprint {recorded.fingerprint}",
+            f"is not that of the run's tokenizer, {fingerprint}",
+            "set tokenizer.path to the tokenizer that prepared this dataset, or prepare it again",
+        )
+    largest = dataset.max_token_id()
+    if largest >= vocab_size:
+        raise DataError(
+            41,
+            f"{dataset.bin_path}: token id {largest}",
+            f"must be below the vocabulary's size {vocab_size}",
+            "use the tokenizer that belongs to this dataset, or prepare it again",
+        )
+    if recorded is None:
+        why = "has no header of ours" if dataset.header is None else "does not say which tokenizer made it"
+        return f"{dataset.prefix} {why}: only its ids could be checked, all are below {vocab_size}"
+    return None
+
+
+def _open_tokens(prefix: str | Path) -> IndexedDataset:
+    dataset = IndexedDataset(prefix)
+    if dataset.dtype.kind == "f":
+        raise DataError(
+            33, f"{dataset.idx_path}: dtype {dataset.dtype.name}", "holds no token ids: they are integers", REMAKE
+        )
+    return dataset

@@ -1,0 +1,1 @@
+"""Judging tokenizers: compression, coverage, price in FLOPs, equality."""

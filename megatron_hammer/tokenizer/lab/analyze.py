@@ -1,0 +1,566 @@
+"""What a tokenizer is worth: compression on texts, coverage of Chinese characters, make-up of its vocabulary.
+
+    texts           --> count_tokens        --> bytes per token, compared compression, throughput, use of each id
+    character table --> measure_coverage    --> share of characters that are one piece
+    tokenizer, use  --> describe_vocabulary --> lengths and scripts of pieces, dead tokens, byte fallback
+
+Definitions, those of the published HammerLLM table where it has them:
+
+- bytes per token: UTF-8 bytes of the texts / tokens; compared compression: tokens / tokens of the reference (lower is
+  better). Every document is encoded on its own and without special ids, so a dummy prefix counts for each document.
+- covered character: it encodes to one piece that is neither a byte piece nor unk, a leading lone space piece (the
+  dummy prefix) left out.
+- byte piece: ``<0x..>`` of byte fallback, or a piece of byte-level BPE that is no whole character.
+- dead token: a text piece (neither control nor byte piece) that no given text uses.
+
+Streams the texts: memory holds one batch and its ids. Without torch; tokenizer libraries only through ``load``.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import html
+import os
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_hammer.base.errors import ConfigError, DataError
+from megatron_hammer.tokenizer.load import (
+    SPACE,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    decode_token,
+    flatten_decoders,
+    is_fallback_byte,
+    load_tokenizer,
+    parse_model,
+)
+
+OVERALL = "overall"
+BATCH_CHARACTERS = 4_000_000
+"""Text encoded in one call: enough documents for every core."""
+
+# First and last assigned character of each block (Unicode 15.1), written out because Python's own database is older.
+HAN_BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {
+    "Unified": ((0x4E00, 0x9FFF),),
+    "Ext A": ((0x3400, 0x4DBF),),
+    "Ext B": ((0x20000, 0x2A6DF),),
+    "Ext C": ((0x2A700, 0x2B739),),
+    "Ext D": ((0x2B740, 0x2B81D),),
+    "Ext E": ((0x2B820, 0x2CEA1),),
+    "Ext F": ((0x2CEB0, 0x2EBE0),),
+    "Ext G": ((0x30000, 0x3134A),),
+    "Ext H": ((0x31350, 0x323AF),),
+    "Ext I": ((0x2EBF0, 0x2EE5D),),
+    "Compat.": ((0xF900, 0xFA6D), (0xFA70, 0xFAD9), (0x2F800, 0x2FA1D)),
+}
+LENGTH_GROUPS = ((1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (7, 8), (9, 12), (13, 16), (17, 24), (25, None))
+"""Bytes of a piece, first to last, as the table groups them."""
+SCRIPTS = ("Han", "Latin", "Kana", "Hangul", "Cyrillic", "Greek", "Arabic", "other script", "mixed scripts", "digits",
+           "symbols", "punctuation", "white space", "bytes", "control")  # fmt: skip
+_SCRIPT_OF_NAME = {
+    "CJK": "Han", "IDEOGRAPHIC": "Han", "LATIN": "Latin", "HIRAGANA": "Kana", "KATAKANA": "Kana",
+    "KATAKANA-HIRAGANA": "Kana", "HANGUL": "Hangul", "CYRILLIC": "Cyrillic", "GREEK": "Greek", "ARABIC": "Arabic",
+}  # fmt: skip
+
+
+# ---- what to analyse ----
+
+
+def load_named(paths: Sequence[str]) -> dict[str, Tokenizer]:
+    """Load tokenizers under the names of their rows: file stem, or folder; where two are equal, with the folder above.
+
+    Raises:
+        ConfigError: E236 the same tokenizer twice.
+        DataError: as ``load_tokenizer``.
+    """
+    places = [Path(os.path.abspath(path)) for path in paths]  # "." has a name; links keep theirs
+    for i, place in enumerate(places):
+        if place.resolve() in {other.resolve() for other in places[:i]}:
+            raise ConfigError(36, paths[i], "is named twice", "name each tokenizer once")
+    names = [place.name if place.is_dir() else place.stem for place in places]
+    if len(set(names)) < len(names):
+        names = [f"{place.parent.name}/{name}" for place, name in zip(places, names)]
+    if len(set(names)) < len(names):
+        names = list(paths)
+    return {name: load_tokenizer(path) for name, path in zip(names, paths)}
+
+
+def parse_texts(arguments: Sequence[str]) -> dict[str, list[Path]]:
+    """``name=file`` arguments as files by domain, in the order named; a domain may have several files.
+
+    Raises:
+        ConfigError: E235.
+    """
+    domains: dict[str, list[Path]] = {}
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(35, f"--texts {argument}", "is not name=F.jsonl", "write it as zh=corpus/zh.valid.jsonl")
+        if name == OVERALL:
+            raise ConfigError(35, f"--texts {argument}", "uses the name of the sum over all texts", "name it otherwise")
+        domains.setdefault(name, []).append(Path(path))
+    return domains
+
+
+def prepare_outputs(folder: Path | None, page: Path | None) -> None:
+    """Make the folders that pictures and the report go to, before any long work.
+
+    Raises:
+        ConfigError: E237 a file where a folder is needed, or a folder where a file is.
+    """
+    if folder and folder.exists() and not folder.is_dir():
+        raise ConfigError(37, f"--pictures {folder}", "is a file", "name a folder, it is made if need be")
+    if page and page.is_dir():
+        raise ConfigError(37, f"--report {page}", "is a folder", "name the page, as in report.html")
+    for parent in [*([folder] if folder else []), *([page.parent] if page else [])]:
+        parent.mkdir(parents=True, exist_ok=True)
+
+
+# ---- pieces ----
+
+
+class Pieces(NamedTuple):
+    """What each id of a tokenizer stands for."""
+
+    content: list[bytes]
+    """UTF-8, spaces as spaces; empty for control pieces and unused ids."""
+    is_byte: np.ndarray
+    """[vocab_size] bool: byte pieces."""
+    is_text: np.ndarray
+    """[vocab_size] bool: pieces of whole characters; False for byte, control and unknown pieces."""
+
+
+def read_pieces(tokenizer: Tokenizer) -> Pieces:
+    """The content of every piece, read from the tokenizer's file."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        found = _pieces_of_model(tokenizer)
+    else:
+        assert isinstance(tokenizer, HuggingFaceTokenizer), type(tokenizer)
+        found = _pieces_of_definition(tokenizer.definition)
+    content = [b""] * tokenizer.vocab_size
+    is_byte = np.zeros(tokenizer.vocab_size, dtype=bool)
+    for index, text, byte in found:
+        content[index], is_byte[index] = text, byte
+    return Pieces(content, is_byte, np.array([bool(text) for text in content]) & ~is_byte)
+
+
+def _pieces_of_model(tokenizer: SentencePieceTokenizer) -> Iterator[tuple[int, bytes, bool]]:
+    proto = parse_model(tokenizer.model_bytes, tokenizer.path)
+    kinds = proto.SentencePiece
+    for index, piece in enumerate(proto.pieces):
+        if piece.type == kinds.BYTE:
+            yield index, bytes([int(piece.piece[3:5], 16)]), True
+        elif piece.type in (kinds.NORMAL, kinds.USER_DEFINED):
+            yield index, piece.piece.replace(SPACE, " ").encode(), False
+
+
+def _pieces_of_definition(definition: dict[str, Any]) -> Iterator[tuple[int, bytes, bool]]:
+    vocabulary = definition["model"].get("vocab", {})
+    if isinstance(vocabulary, list):  # Unigram: [piece, score] in order of ids
+        vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
+        unknown = next((t for t, i in vocabulary.items() if i == definition["model"].get("unk_id")), None)
+    else:
+        unknown = definition["model"].get("unk_token")
+    added = {token["content"]: token for token in definition.get("added_tokens") or []}
+    decoders = flatten_decoders(definition.get("decoder"))
+    for token, index in vocabulary.items():
+        if token not in added and token != unknown:
+            yield index, *_decoded(token, decoders)
+    for token, entry in added.items():
+        if not entry.get("special") and token != unknown:
+            yield vocabulary.get(token, entry["id"]), token.encode(), False
+
+
+def _decoded(token: str, decoders: list[dict[str, Any]]) -> tuple[bytes, bool]:
+    """(bytes that a token stands for, whether it is a byte piece: the fallback's, or no whole characters)."""
+    content = decode_token(token, decoders)
+    fallback = is_fallback_byte(token) and any(step.get("type") == "ByteFallback" for step in decoders)
+    return content, fallback or not _is_whole(content)
+
+
+def _is_whole(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+# ---- texts: compression, dead tokens, byte fallback ----
+
+
+@dataclass
+class Usage:
+    """What one tokenizer made of some texts."""
+
+    ids: np.ndarray
+    """[vocab_size] int64: how often each id was used; empty unless asked for."""
+    bytes: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    """Time inside ``encode_documents``, reading of the texts not included."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes / self.tokens
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.ids + other.ids, self.bytes + other.bytes, self.tokens + other.tokens, self.seconds + other.seconds
+        )
+
+
+def count_tokens(
+    tokenizers: Mapping[str, Tokenizer],
+    texts: Mapping[str, Iterable[str]],
+    threads: int = 1,
+    *,
+    count_ids: bool = False,
+    progress: Callable[[int], None] = lambda done_bytes: None,
+) -> dict[str, dict[str, Usage]]:
+    """Encode all texts with all tokenizers: tokenizer -> domain -> usage, with the sum under ``overall`` at the end.
+
+    Args:
+        tokenizers: by name; each batch of text goes through all of them, so that texts are read once.
+        texts: documents by domain.
+        threads: of ``encode_documents``.
+        count_ids: count each id too (``Usage.ids``).
+        progress: called after each batch and tokenizer with the bytes encoded by it.
+
+    Raises:
+        DataError: E322 a domain without text.
+    """
+    assert texts, "count_tokens needs at least one domain"
+    sizes = {name: tokenizer.vocab_size if count_ids else 0 for name, tokenizer in tokenizers.items()}
+    usage = {name: {domain: Usage(np.zeros(size, dtype=np.int64)) for domain in texts} for name, size in sizes.items()}
+    for domain, documents in texts.items():
+        for batch in _batches(documents):
+            num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in batch)
+            for name, tokenizer in tokenizers.items():
+                found = usage[name][domain]
+                started = time.perf_counter()
+                ids, _ = tokenizer.encode_documents(batch, threads)
+                found.seconds += time.perf_counter() - started
+                found.bytes += num_bytes
+                found.tokens += len(ids)
+                if count_ids:
+                    found.ids += np.bincount(ids, minlength=sizes[name])
+                progress(num_bytes)
+        if any(of_tokenizer[domain].tokens == 0 for of_tokenizer in usage.values()):
+            raise DataError(22, f"--texts {domain}", "holds no text to analyse", "name files with text in them")
+    for of_tokenizer in usage.values():
+        of_tokenizer[OVERALL] = functools.reduce(Usage.__add__, of_tokenizer.values())
+    return usage
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for document in documents:
+        if document:
+            batch.append(document)
+            characters += len(document)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def describe_compression(usage: Mapping[str, Mapping[str, Usage]], reference: str) -> dict[str, dict[str, Any]]:
+    """Tokenizer -> domains (bytes, tokens, bytes_per_token, compared_compression) and megabytes_per_second."""
+    described: dict[str, dict[str, Any]] = {}
+    for name, of_tokenizer in usage.items():
+        domains = {
+            domain: {
+                "bytes": found.bytes,
+                "tokens": found.tokens,
+                "bytes_per_token": found.bytes_per_token,
+                "compared_compression": found.tokens / usage[reference][domain].tokens,
+            }
+            for domain, found in of_tokenizer.items()
+        }
+        total = of_tokenizer[OVERALL]
+        described[name] = {"domains": domains, "megabytes_per_second": total.bytes / 1e6 / max(total.seconds, 1e-9)}
+    return described
+
+
+# ---- characters ----
+
+
+class CharacterTokens(NamedTuple):
+    """How a tokenizer writes single characters."""
+
+    counts: np.ndarray
+    """[n] int32: tokens of each character, without a leading lone space; 0 where unk is among them or there is none."""
+    is_whole: np.ndarray
+    """[n] bool: covered, one piece that is neither a byte piece nor unk."""
+
+
+def encode_characters(tokenizer: Tokenizer, pieces: Pieces, characters: Sequence[str]) -> CharacterTokens:
+    counts = np.zeros(len(characters), dtype=np.int32)
+    is_whole = np.zeros(len(characters), dtype=bool)
+    for i, ids in enumerate(tokenizer.encode_batch(list(characters))):
+        if len(ids) > 1 and pieces.content[ids[0]] == b" " and not pieces.is_byte[ids[0]]:
+            ids = ids[1:]
+        if tokenizer.unk_id in ids:
+            continue
+        counts[i] = len(ids)
+        is_whole[i] = len(ids) == 1 and pieces.is_text[ids[0]]
+    return CharacterTokens(counts, is_whole)
+
+
+@dataclass(frozen=True)
+class Share:
+    covered: int
+    characters: int
+
+    @property
+    def percent(self) -> float:
+        return 100.0 * self.covered / self.characters
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Coverage of the table of characters and of the blocks of Han characters outside it."""
+
+    levels: dict[int, Share]
+    blocks: dict[str, Share]
+    """Block -> its characters that are not in the table."""
+    tokens: CharacterTokens
+    """Of the table's characters, in the table's order."""
+
+
+def measure_coverage(tokenizer: Tokenizer, table: Sequence[tuple[str, int]]) -> Coverage:
+    """Which characters are one piece.
+
+    Args:
+        tokenizer: any.
+        table: characters with their levels (``characters.load_table``).
+    """
+    pieces = read_pieces(tokenizer)
+    tokens = encode_characters(tokenizer, pieces, [character for character, _ in table])
+    level_of = np.array([level for _, level in table])
+    levels = {int(level): _share(tokens.is_whole[level_of == level]) for level in np.unique(level_of)}
+    inside = {character for character, _ in table}
+    blocks = {}
+    for name, ranges in HAN_BLOCKS.items():
+        outside = [chr(code) for first, last in ranges for code in range(first, last + 1) if chr(code) not in inside]
+        blocks[name] = _share(encode_characters(tokenizer, pieces, outside).is_whole)
+    return Coverage(levels, blocks, tokens)
+
+
+def _share(is_whole: np.ndarray) -> Share:
+    return Share(int(is_whole.sum()), len(is_whole))
+
+
+def describe_coverage(coverage: Coverage) -> dict[str, Any]:
+    def plain(share: Share) -> dict[str, Any]:
+        return {"covered": share.covered, "characters": share.characters, "percent": share.percent}
+
+    return {
+        "levels": {str(level): plain(share) for level, share in coverage.levels.items()},
+        "blocks": {name: plain(share) for name, share in coverage.blocks.items()},
+    }
+
+
+# ---- vocabulary ----
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The make-up of a vocabulary."""
+
+    lengths: dict[int, int]
+    """Bytes -> number of text pieces of that length, in order."""
+    scripts: dict[str, int]
+    """Name of ``SCRIPTS`` -> number of pieces; they add up to vocab_size."""
+    usage: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Domain -> ``dead_tokens``, ``dead_share``, ``byte_fallback_rate``; empty without texts."""
+
+    @property
+    def mean_bytes(self) -> float:
+        """Mean length of a text piece; 0 where there is none."""
+        return sum(n * count for n, count in self.lengths.items()) / max(1, sum(self.lengths.values()))
+
+
+def describe_vocabulary(tokenizer: Tokenizer, usage: Mapping[str, Usage] | None = None) -> Vocabulary:
+    """Lengths and scripts of the pieces, and what texts use of them.
+
+    Args:
+        tokenizer: any.
+        usage: its texts by domain, from ``count_tokens`` with ``count_ids``.
+    """
+    pieces = read_pieces(tokenizer)
+    lengths = Counter(len(content) for content, is_text in zip(pieces.content, pieces.is_text) if is_text)
+    scripts = Counter(dict.fromkeys(SCRIPTS, 0))
+    for content, is_byte in zip(pieces.content, pieces.is_byte):
+        scripts["bytes" if is_byte else "control" if not content else script_of(content.decode())] += 1
+    num_text = max(1, int(pieces.is_text.sum()))
+    of_domain = {}
+    for domain, found in (usage or {}).items():
+        dead = int((pieces.is_text & (found.ids == 0)).sum())
+        fallback = int(found.ids[pieces.is_byte].sum())
+        of_domain[domain] = {
+            "dead_tokens": dead,
+            "dead_share": dead / num_text,
+            "byte_fallback_rate": fallback / found.tokens,
+        }
+    return Vocabulary(dict(sorted(lengths.items())), dict(scripts), of_domain)
+
+
+def script_of(text: str) -> str:
+    """The one of ``SCRIPTS`` that a piece belongs to.
+
+    Letters decide; a piece without any goes by its digits, then symbols, then punctuation, then white space.
+    """
+    kinds = {_kind_of(character) for character in text}
+    letters = kinds - {"digits", "symbols", "punctuation", "white space"}
+    if len(letters) > 1:
+        return "mixed scripts"
+    if letters:
+        return letters.pop()
+    return next((kind for kind in ("digits", "symbols", "punctuation") if kind in kinds), "white space")
+
+
+@functools.cache
+def _kind_of(character: str) -> str:
+    category = unicodedata.category(character)
+    word = unicodedata.name(character, "").removeprefix("FULLWIDTH ").removeprefix("HALFWIDTH ").split(" ")[0]
+    if category[0] == "L" or (word == "IDEOGRAPHIC" and category == "Nl"):
+        return _SCRIPT_OF_NAME.get(word, "other script")
+    if category[0] == "M":  # a combining mark takes no side, unless it belongs to one script alone
+        return "symbols" if word in ("COMBINING", "VARIATION") else _SCRIPT_OF_NAME.get(word, "other script")
+    if category[0] == "N":
+        return "digits"
+    if category[0] == "P":
+        return "punctuation"
+    if category[0] == "Z" or character in "\t\n\r\v\f":
+        return "white space"
+    return "symbols"  # controls, private and unassigned characters among them
+
+
+# ---- tables ----
+
+
+class Table(NamedTuple):
+    """A row a tokenizer, its name first; cells as they are shown."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def format_table(table: Table) -> str:
+    """Columns two spaces apart, the first to the left, the others to the right."""
+    everything = [table.header, *table.rows]
+    widths = [max(len(row[i]) for row in everything) for i in range(len(table.header))]
+    lines = []
+    for row in everything:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def compression_table(described: Mapping[str, dict[str, Any]], reference: str) -> Table:
+    """Bytes per token and compared compression for each domain and overall, and throughput."""
+    domains = list(next(iter(described.values()))["domains"])
+    header = ["tokenizer", *(f"{d} {what}" for d in domains for what in ("bytes/token", "compared")), "MB/s"]
+    rows = []
+    for name, facts in described.items():
+        row = [name]
+        for values in facts["domains"].values():
+            row += [f"{values['bytes_per_token']:.4f}", f"{values['compared_compression']:.4f}"]
+        rows.append([*row, f"{facts['megabytes_per_second']:.1f}"])
+    return Table(f"Compression; compared: tokens / tokens of {reference}, lower is better", header, rows)
+
+
+def coverage_table(coverage: Mapping[str, Coverage]) -> Table:
+    """Levels of the table of characters, then the blocks without its characters."""
+    first = next(iter(coverage.values()))
+    header = ["tokenizer", *(f"level {level}" for level in first.levels), *first.blocks]
+    rows = [
+        [name, *(f"{share.percent:.2f}%" for share in [*of.levels.values(), *of.blocks.values()])]
+        for name, of in coverage.items()
+    ]
+    title = "Characters that are one piece: levels of the standard table, then Unicode blocks without its characters"
+    return Table(title, header, rows)
+
+
+def vocabulary_tables(vocabularies: Mapping[str, Vocabulary]) -> list[Table]:
+    """Use by the texts (where there are any), scripts, lengths."""
+    tables = []
+    domains = list(next(iter(vocabularies.values())).usage)
+    if domains:
+        header = ["tokenizer", *(f"{d} {what}" for d in domains for what in ("dead", "bytes"))]
+        rows = []
+        for name, of in vocabularies.items():
+            use = [of.usage[domain] for domain in domains]
+            shares = (share for u in use for share in (u["dead_share"], u["byte_fallback_rate"]))
+            rows.append([name, *(f"{100 * share:.2f}%" for share in shares)])
+        tables.append(Table("Dead text pieces, and byte pieces among the tokens", header, rows))
+    present = [script for script in SCRIPTS if any(of.scripts[script] for of in vocabularies.values())]
+    rows = []
+    for name, of in vocabularies.items():
+        total = sum(of.scripts.values())
+        rows.append([name, f"{total:,}", *(f"{100 * of.scripts[script] / total:.2f}%" for script in present)])
+    tables.append(Table("Pieces by script", ["tokenizer", "pieces", *present], rows))
+    header = ["tokenizer", "mean", *(_length_name(first, last) for first, last in LENGTH_GROUPS)]
+    rows = []
+    for name, of in vocabularies.items():
+        total = max(1, sum(of.lengths.values()))
+        counts = (
+            sum(count for n, count in of.lengths.items() if first <= n and (last is None or n <= last))
+            for first, last in LENGTH_GROUPS
+        )
+        rows.append([name, f"{of.mean_bytes:.2f}", *(f"{100 * count / total:.2f}%" for count in counts)])
+    tables.append(Table("Text pieces by length in bytes", header, rows))
+    return tables
+
+
+def _length_name(first: int, last: int | None) -> str:
+    return f"{first}+" if last is None else str(first) if first == last else f"{first}-{last}"
+
+
+# ---- report ----
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1500px; margin: 2rem auto; padding: 0 1.5rem; }
+div { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th { white-space: normal; vertical-align: bottom; }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; }
+h2 { font-size: 1.05rem; margin-top: 2rem; }
+img { max-width: 100%; margin-top: 2rem; }
+"""
+
+
+def format_report(heading: str, tables: Sequence[Table], picture: bytes, notes: Sequence[str] = ()) -> str:
+    """A self-contained HTML page: tables, notes, then the picture (PNG), nothing fetched from anywhere."""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    parts = [
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        f"<title>{html.escape(heading)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
+        f"<h1>{html.escape(heading)}</h1>",
+    ]
+    for table in tables:
+        parts += [f"<h2>{html.escape(table.title)}</h2>", "<div><table>", row(table.header, "th")]
+        parts += [*(row(cells, "td") for cells in table.rows), "</table></div>"]
+    parts += [f"<p>{html.escape(note)}</p>" for note in notes]
+    encoded = base64.b64encode(picture).decode("ascii")
+    parts.append(f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{encoded}">\n</body>\n</html>\n')
+    return "\n".join(parts)

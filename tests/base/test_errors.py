@@ -1,0 +1,105 @@
+"""Errors are one line in four parts, survive the way to another process, and docs/errors.md lists them all."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.base import cli
+from megatron_hammer.base.errors import (
+    ERRORS_BY_EXIT_CODE,
+    ConfigError,
+    DataError,
+    DiskError,
+    HammerError,
+    from_fields,
+    from_os_error,
+    to_fields,
+)
+
+ROOT = Path(__file__).parents[2]
+EXIT_CODES = {cls.__name__: code for code, cls in ERRORS_BY_EXIT_CODE.items()}
+
+
+def test_the_line() -> None:
+    error = ConfigError(5, "a.b=3", "must divide\nc=4", "use 1")
+    assert str(error) == "error[E205]: a.b=3 must divide c=4; use 1"
+    again = from_fields(to_fields(error))
+    assert type(again) is ConfigError and str(again) == str(error)
+
+
+def test_operating_system_errors_become_exit_code_6(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught:
+        (tmp_path / "absent" / "file").write_text("")
+    error = from_os_error(caught.value, "testing")
+    assert isinstance(error, DiskError) and "absent" in str(error) and "testing" in str(error)
+
+
+def _codes_in_python() -> set[str]:
+    """Every ``XError(number, ...)`` with a literal number in the package and the tools."""
+    codes = set()
+    for path in [*(ROOT / "megatron_hammer").rglob("*.py"), *(ROOT / "tools").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+            if (
+                name in EXIT_CODES
+                and isinstance(node, ast.Call)
+                and node.args
+                and isinstance(node.args[0], ast.Constant)
+            ):
+                codes.add(f"E{EXIT_CODES[name]}{node.args[0].value:02d}")
+    return codes
+
+
+def test_the_page_lists_them_all() -> None:
+    listed = set(re.findall(r"^\| (E\d+) \|", (ROOT / "docs" / "errors.md").read_text(encoding="utf-8"), re.MULTILINE))
+    used = _codes_in_python()
+    for script in (ROOT / "tools" / "make_venv.sh", ROOT / "examples" / "pretrain_1b4.sh"):
+        used |= {f"E2{number}" for number in re.findall(r"\bfail (\d\d) ", script.read_text(encoding="utf-8"))}
+    assert used - listed == set(), "missing on the page"
+
+
+@pytest.mark.parametrize("error, code", [(DataError(1, "x", "y", "z"), 3), (OSError(28, "No space left", "f"), 6),
+                                         (KeyboardInterrupt(), 130), (None, 0)])  # fmt: skip
+def test_programs_end_with_the_documented_code(
+    error: BaseException | None, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run(main)
+    assert caught.value.code == code
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == (0 if error is None else 1)
+    assert isinstance(error, HammerError | OSError) == stderr.startswith("error[E")
+
+
+PROGRAMS = sorted((ROOT / "tools").glob("*.py"))
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=[p.name for p in PROGRAMS])
+def test_tools_explain_themselves_and_refuse_in_one_line(program: Path) -> None:
+    """--help works and loads no torch; a wrong call is one line and exit code 2."""
+    code = (
+        f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_path({str(program)!r}, run_name='__main__')\n"
+    )
+    code += "except SystemExit as end: assert end.code in (0, None), end\nassert 'torch' not in sys.modules"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0 and "usage" in shown.stdout, shown.stderr
+    wrong = subprocess.run([sys.executable, str(program), "--nonsense"], capture_output=True, text=True, timeout=60)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error[E2") and wrong.stderr.count("\n") == 1, wrong.stderr
+
+
+@pytest.mark.parametrize("module", ["megatron_hammer.train", "megatron_hammer.launch"])
+def test_training_programs_explain_themselves(module: str) -> None:
+    shown = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0
+    for field in ("optimizer.lr (float) = 0.0005", "parallel.tensor_model_parallel_size", "data.valid"):
+        assert field in shown.stdout

@@ -1,0 +1,142 @@
+"""The config mapping: what transformers reads is what we mean, and what we do not have is refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_hammer.base.errors import CheckpointError, ConfigError
+from megatron_hammer.checkpoint.fit import architecture
+from megatron_hammer.config import ModelConfig, RopeScaling
+from megatron_hammer.huggingface.convert import hf_config_from_model, model_config_from_hf, parse_size
+from megatron_hammer.model.llama import rope_frequencies
+from tests.checkpoint.layouts import LLAMA3_ROPE, tiny_model
+
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+PLAIN = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 16, "intermediate_size": 24,
+         "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 131}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 2), st.booleans(), st.floats(1e-8, 1e-2), st.floats(1e2, 1e7), st.booleans())
+def test_our_config_survives_the_way_there_and_back(groups, factor, tied, eps, theta, scaled):
+    model = ModelConfig(hidden_size=48, ffn_hidden_size=40, num_layers=2, num_attention_heads=groups * 2**factor,
+                        num_query_groups=groups, head_dim=6, vocab_size=301, norm_eps=eps, rope_theta=theta,
+                        rope_scaling=LLAMA3_ROPE if scaled else None, max_position_embeddings=99,
+                        tie_word_embeddings=tied, init_std=0.01)  # fmt: skip
+    tree = json.loads(json.dumps(hf_config_from_model(model, IDS, "bfloat16")))
+    assert model_config_from_hf(tree) == model
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"tie_word_embeddings": True}, {"head_dim": 6}, {"rope_theta": 500000.0},
+    {"rope_scaling": LLAMA3_ROPE, "rope_theta": 500000.0},
+], ids=str)  # fmt: skip
+def test_transformers_reads_what_we_mean(changes):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    model = tiny_model(**changes)
+    tree = hf_config_from_model(model, IDS, "bfloat16")
+    for words in (tree, {k: v for k, v in tree.items() if k != "rope_parameters"}):  # both forms, and the older alone
+        theirs = LlamaConfig(**json.loads(json.dumps(words)))
+        frequencies = LlamaRotaryEmbedding(theirs).inv_freq
+        assert torch.allclose(frequencies, rope_frequencies(model), rtol=1e-6)
+        saved = json.loads(theirs.to_json_string(use_diff=False))
+        assert architecture(model_config_from_hf(saved)) == architecture(model)
+        assert (theirs.head_dim, theirs.num_key_value_heads) == (model.head_size, model.query_groups)
+        assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, None)
+
+
+def test_absent_keys_mean_what_transformers_assumes():
+    from transformers import LlamaConfig
+
+    ours, theirs = model_config_from_hf(PLAIN), LlamaConfig(**PLAIN)
+    assert (ours.norm_eps, ours.init_std) == (theirs.rms_norm_eps, theirs.initializer_range)
+    assert (ours.query_groups, ours.head_size) == (theirs.num_key_value_heads, theirs.head_dim)
+    assert (ours.max_position_embeddings, ours.tie_word_embeddings) == (theirs.max_position_embeddings, False)
+    assert (ours.rope_theta, ours.rope_scaling) == (10000.0, None)
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+    {"rope_theta": 5e5, "rope_scaling": {**LLAMA3, "type": "llama3"}},
+    {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
+    {"rope_theta": 5e5, "rope_scaling": LLAMA3, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
+])  # fmt: skip
+def test_llama3_rope_is_read_from_either_form(rope):
+    model = model_config_from_hf({**PLAIN, **rope})
+    assert model.rope_theta == 5e5
+    assert model.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 32)
+
+
+def test_rope_forms_that_disagree_are_refused():
+    for rope in (
+        {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_scaling": LLAMA3, "rope_parameters": {**LLAMA3, "factor": 4.0}},
+        {"rope_scaling": {**LLAMA3}, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ):
+        with pytest.raises(CheckpointError, match=r"E422.*rope_parameters.*disagrees"):
+            model_config_from_hf({**PLAIN, **rope})
+
+
+@pytest.mark.parametrize("feature", [
+    {"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}, {"pretraining_tp": 2},
+    {"attention_dropout": 0.1},
+    {"model_type": "mistral"}, {"architectures": ["LlamaForSequenceClassification"]}, {"sliding_window": 4096},
+    {"quantization_config": {"bits": 4}}, {"auto_map": {"AutoModel": "x.Y"}}, {"partial_rotary_factor": 0.5},
+    {"layer_types": ["sliding_attention"]}, {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+    {"rope_scaling": {**LLAMA3, "attention_factor": 2.0}}, {"rope_parameters": {"full_attention": LLAMA3}},
+    {"num_local_experts": 8}, {"original_max_position_embeddings": 8192}, {"qk_norm": True},
+], ids=str)  # fmt: skip
+def test_a_feature_that_we_do_not_have_is_refused_by_its_name(feature):
+    with pytest.raises(CheckpointError, match=r"E421") as caught:
+        model_config_from_hf({**PLAIN, **feature}, "folder/config.json")
+    assert next(iter(feature)) in str(caught.value) and "folder/config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("harmless", [
+    {"attention_bias": False, "mlp_bias": None, "attention_dropout": 0.0, "pretraining_tp": 1, "hidden_act": "silu"},
+    {"sliding_window": None, "quantization_config": None, "layer_types": ["full_attention"], "new_feature": False},
+    {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    {"torch_dtype": "bfloat16", "use_cache": True, "transformers_version": "4.31.0", "bos_token_id": [1, 2]},
+], ids=str)  # fmt: skip
+def test_a_feature_that_is_off_is_no_feature(harmless):
+    assert model_config_from_hf({**PLAIN, **harmless}) == model_config_from_hf(PLAIN)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("hidden_size", None), ("hidden_size", "16"), ("hidden_size", 0), ("hidden_size", 2**40), ("vocab_size", True),
+    ("num_key_value_heads", 3), ("num_hidden_layers", 1.5), ("rms_norm_eps", "small"), ("rms_norm_eps", -1.0),
+    ("rope_theta", float("nan")), ("head_dim", 3), ("tie_word_embeddings", "yes"), ("rope_scaling", "llama3"),
+    ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+])  # fmt: skip
+def test_an_impossible_value_is_refused_by_its_name(name, value):
+    with pytest.raises(CheckpointError, match=r"E422"):
+        model_config_from_hf({**PLAIN, name: value})
+
+
+def test_something_that_is_no_model_config_is_refused():
+    with pytest.raises(CheckpointError, match=r"E422.*model_type"):
+        model_config_from_hf({"hidden_size": 16})
+
+
+def test_sizes_are_read_as_people_write_them():
+    assert [parse_size(t) for t in ("5GB", "1.5 MB", "512MiB", "1000", "2kb")] == [
+        5 * 10**9,
+        1500000,
+        2**29,
+        1000,
+        2000,
+    ]
+    for text in ("", "GB", "-1", "5TB", "0", "5GBs", "1e9"):
+        with pytest.raises(ConfigError, match=r"E280"):
+            parse_size(text)

@@ -1,0 +1,337 @@
+"""Hugging Face -> checkpoint -> any layout -> Hugging Face: the same bits; and what cannot be converted is named."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from megatron_hammer.base.errors import CheckpointError, RefusedError
+from megatron_hammer.checkpoint.fit import saved_model
+from megatron_hammer.checkpoint.manifest import read_manifest, resolve_checkpoint
+from megatron_hammer.checkpoint.read import read_logical
+from megatron_hammer.config import load_config
+from megatron_hammer.huggingface.certificate import prove
+from megatron_hammer.huggingface.convert import export_hf, import_hf, plan_shards
+from megatron_hammer.model.parameters import logical_shapes
+from tests.checkpoint.layouts import random_logical, tiny_model, write_layout
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_hf(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes) -> Path:
+    """A tiny random model as transformers writes it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    fields = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "vocab_size": 131, "max_position_embeddings": 48,
+              "initializer_range": 0.2}  # fmt: skip
+    torch.manual_seed(5)
+    model = LlamaForCausalLM(LlamaConfig(**{**fields, **changes})).to(dtype)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.data.uniform_(0.5, 1.5)
+    model.save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), (
+            name
+        )
+
+
+VARIANTS = [
+    ({}, torch.float32, "5GB"),
+    ({"tie_word_embeddings": True}, torch.bfloat16, "5GB"),
+    ({"head_dim": 6, "rms_norm_eps": 1e-5}, torch.float16, "10KB"),
+    ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                                          "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+     torch.bfloat16, "10KB"),
+    ({"num_key_value_heads": 4, "vocab_size": 128}, torch.bfloat16, "5GB"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, dtype, shard", VARIANTS, ids=["plain", "tied", "head_dim", "llama3", "mha"])
+def test_the_round_trip_is_bit_equal(tmp_path, changes, dtype, shard):
+    source = make_hf(tmp_path / "hf", dtype, shard, **changes)
+    assert (len(list(source.glob("*.safetensors"))) > 1) == (shard != "5GB")
+    target = import_hf(source, tmp_path / "run", note=lambda text: None)
+    assert target == resolve_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step-00000000"
+    certificate = export_hf(tmp_path / "run", tmp_path / "back", prove=prove, note=lambda text: None)
+    assert certificate["verdict"] == "passed" and certificate["dtype"] == str(dtype).removeprefix("torch.")
+    assert_same_bits(weights_of(source), weights_of(tmp_path / "back"))
+    from transformers import AutoConfig
+
+    a, b = (AutoConfig.from_pretrained(p).to_dict() for p in (source, tmp_path / "back"))
+    ignored = {"transformers_version", "_name_or_path"}
+    assert {k: v for k, v in a.items() if k not in ignored} == {k: b.get(k) for k in a if k not in ignored}
+
+
+def test_a_mixture_of_types_keeps_every_value(tmp_path):
+    source = make_hf(tmp_path / "hf", torch.bfloat16)
+    weights = weights_of(source)
+    weights = {k: v.float() * 1.001 if "norm" in k else v for k, v in weights.items()}
+    save_file(weights, source / "model.safetensors")
+    import_hf(source, tmp_path / "run", note=lambda text: None)
+    manifest = read_manifest(resolve_checkpoint(tmp_path / "run"))
+    assert manifest.weights_dtype == "float32"
+    for name, weight in weights.items():
+        assert torch.equal(read_logical(manifest, name), weight)
+
+
+def test_the_import_is_a_start_for_a_run(tmp_path, tokenizer_model):
+    source = make_hf(tmp_path / "hf", vocab_size=700)
+    shutil.copy(tokenizer_model, source)
+    target = import_hf(source, tmp_path / "run")
+    config = load_config(
+        tmp_path / "run" / "model.yaml", ["data.train=x", "checkpoint.init_from=" + str(tmp_path / "run")]
+    )
+    config.validate(world_size=1)
+    assert config.model == saved_model(read_manifest(target))
+    assert config.data.seq_length == 48 and config.tokenizer.path == str(target / "tokenizer")
+    assert read_manifest(target).tokenizer is not None
+    import_hf(source, tmp_path / "run")  # once more replaces it
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000000"]
+    model = saved_model(read_manifest(target))
+    write_layout(tmp_path / "run" / "checkpoints", model, random_logical(model, kinds=("weight",)), step=4)
+    with pytest.raises(RefusedError, match=r"E527.*step-00000004"):
+        import_hf(source, tmp_path / "run")
+
+
+def test_an_import_without_tokenizer_says_so_and_keeps_the_token_ids(tmp_path):
+    source = make_hf(tmp_path / "hf", bos_token_id=5, eos_token_id=[6, 7])
+    told: list[str] = []
+    import_hf(source, tmp_path / "run", note=told.append)
+    assert told == [f"{source} has no tokenizer: only the weights are converted"]
+    export_hf(tmp_path / "run", tmp_path / "back", prove=prove, note=told.append)
+    assert "exported without" in told[1]
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text()) == {
+        "bos_token_id": 5, "eos_token_id": [6, 7]}  # fmt: skip
+    assert "no tokenizer" in json.loads((tmp_path / "back" / "certificate.json").read_text())["tokenizer"]["inputs"]
+
+
+@pytest.mark.parametrize("tp, dp, dtype", [(1, 1, None), (2, 2, None), (8, 1, "float32"), (1, 3, "float16")])
+def test_a_trained_checkpoint_exports_its_rounded_weights(tmp_path, tokenizer, tp, dp, dtype):
+    model = tiny_model(vocab_size=tokenizer.vocab_size)
+    tensors = random_logical(model)
+    write_layout(tmp_path / "run" / "checkpoints", model, tensors, tp, dp, tokenizer=tokenizer, precision="bf16")
+    certificate = export_hf(tmp_path / "run", tmp_path / "out" / "hf", dtype, 30_000, prove=prove)
+    wanted = getattr(torch, dtype or "bfloat16")
+    assert_same_bits(
+        weights_of(tmp_path / "out" / "hf"), {n: tensors[n, "weight"].to(wanted) for n in logical_shapes(model)}
+    )
+    assert certificate["step"] == 7 and set(certificate["texts"]) == {"zh", "en", "code"}
+    files = {p.name for p in (tmp_path / "out" / "hf").iterdir()}
+    assert set(certificate["files"]) == files - {"certificate.json"}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json"} <= files
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["hf"]
+
+
+def test_shards_are_those_of_the_index_and_of_the_metadata(tmp_path):
+    model = tiny_model()
+    write_layout(tmp_path / "run", model, random_logical(model))
+    export_hf(tmp_path / "run", tmp_path / "hf", "float32", 9000, prove=prove, note=lambda text: None)
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    files = sorted(p.name for p in (tmp_path / "hf").glob("*.safetensors"))
+    assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))] and len(files) > 2
+    assert sorted(set(index["weight_map"].values())) == files
+    assert index["metadata"]["total_size"] == 4 * sum(torch.Size(s).numel() for s in logical_shapes(model).values())
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / "hf" / file, framework="pt") as reader:
+            assert name in set(reader.keys()) and reader.metadata() == {"format": "pt"}
+
+
+def test_the_plan_of_shards_keeps_order_and_limit():
+    sizes = {"a": 5, "b": 4, "c": 9, "d": 30, "e": 1}
+    assert plan_shards(sizes, 10) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert plan_shards(sizes, 100) == [list(sizes)]
+
+
+def test_an_output_of_somebody_else_is_left_alone(tmp_path):
+    model = tiny_model()
+    write_layout(tmp_path / "run", model, random_logical(model))
+
+    def export(name: str) -> None:
+        export_hf(tmp_path / "run", tmp_path / name, prove=prove, note=lambda text: None)
+
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.tex").write_text("x")
+    with pytest.raises(RefusedError, match=r"E525.*thesis\.tex"):
+        export("theirs")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RefusedError, match=r"E525.*is a file"):
+        export("file")
+    (tmp_path / "empty").mkdir()
+    export("empty")
+    export("empty")  # an earlier export is replaced
+    (tmp_path / "empty" / "README.md").write_text("my notes")
+    with pytest.raises(RefusedError, match=r"E525.*README\.md"):
+        export("empty")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "run", "theirs"]
+    assert (tmp_path / "theirs" / "thesis.tex").read_text() == "x"
+
+
+def test_a_failed_export_keeps_what_was_there_and_a_crashed_one_is_cleaned(tmp_path):
+    model = tiny_model()
+    write_layout(tmp_path / "run", model, random_logical(model))
+    export_hf(tmp_path / "run", tmp_path / "hf", prove=prove, note=lambda text: None)
+    before = weights_of(tmp_path / "hf")
+
+    def refuse(checkpoint: Path, folder: Path, dtype: str) -> None:
+        assert (folder / "model.safetensors").exists()
+        raise RefusedError(20, "the proof", "failed", "see above")
+
+    with pytest.raises(RefusedError, match=r"E520"):
+        export_hf(tmp_path / "run", tmp_path / "hf", "float16", prove=refuse, note=lambda text: None)
+    assert_same_bits(before, weights_of(tmp_path / "hf"))
+    (tmp_path / ("hf.tmp-" + "0" * 16)).mkdir()  # a killed export
+    (tmp_path / "hf").rename(tmp_path / ("hf.old-" + "0" * 16))  # killed between the two renames
+    with pytest.raises(RefusedError, match=r"E520"):
+        export_hf(tmp_path / "run", tmp_path / "hf", prove=refuse, note=lambda text: None)
+    assert_same_bits(before, weights_of(tmp_path / "hf"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "run"]
+
+
+def edit(folder: Path, change) -> None:
+    weights = weights_of(folder)
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def rename_to_bin(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def set_index(folder: Path, weight_map) -> None:
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize("damage, expected", [
+    (lambda f: edit(f, lambda w: w.pop(NORM)), rf"E424.*{NORM} is missing"),
+    (lambda f: edit(f, lambda w: w.update(extra=torch.ones(2))), "E425.*extra"),
+    (lambda f: edit(f, lambda w: w.update({NORM: torch.ones(17)})), rf"E426.*{NORM} of shape \[17\] must have"),
+    (lambda f: edit(f, lambda w: w.update({NORM: torch.ones(16, dtype=torch.float64)})), rf"E427.*{NORM} of type F64"),
+    (rename_to_bin, r"E423.*pytorch_model\.bin is a pickle"),
+    (lambda f: (f / "model.safetensors").unlink(), "E429"),
+    (lambda f: (f / "config.json").unlink(), r"E408.*config\.json is missing"),
+    (lambda f: (f / "config.json").write_text("["), r"E420.*config\.json"),
+    (lambda f: (f / "config.json").write_text("[" * 10**5), r"E420.*config\.json"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04K\x01." * 9), r"E410.*model\.safetensors"),
+    (lambda f: set_index(f, {"a": "../part.safetensors"}), r"E428.*\.\./part"),
+    (lambda f: set_index(f, {"a": "part.bin"}), r"E428.*part\.bin"),
+    (lambda f: set_index(f, ["a"]), "E428.*not a mapping"),
+    (lambda f: set_index(f, {NORM: "part.safetensors"}), "E428.*is not where the index says"),
+    (lambda f: set_index(f, {NORM: "other.safetensors"}), r"E408.*other\.safetensors is missing"),
+])  # fmt: skip
+def test_a_folder_that_cannot_be_imported_is_refused_by_name_and_leaves_nothing(tmp_path, damage, expected):
+    source = make_hf(tmp_path / "hf")
+    damage(source)
+    with pytest.raises(CheckpointError, match=expected):
+        import_hf(source, tmp_path / "run", note=lambda text: None)
+    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "model.yaml").exists()
+
+
+def test_old_buffers_and_a_redundant_tied_head_are_passed_over(tmp_path):
+    source = make_hf(tmp_path / "hf", tie_word_embeddings=True)
+    embedding = weights_of(source)["model.embed_tokens.weight"]
+    edit(
+        source,
+        lambda w: w.update(
+            {"lm_head.weight": embedding.clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+        ),
+    )
+    import_hf(source, tmp_path / "run", note=lambda text: None)
+    edit(source, lambda w: w.update({"lm_head.weight": embedding + 1}))
+    with pytest.raises(CheckpointError, match=r"E425.*lm_head\.weight"):
+        import_hf(source, tmp_path / "run", note=lambda text: None)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, tokenizer_model, tokenizer):
+    source = make_hf(tmp_path / "hf")  # 131 rows
+    shutil.copy(tokenizer_model, source)
+    with pytest.raises(RefusedError, match=r"E528.*tokenizer of 700 ids"):
+        import_hf(source, tmp_path / "run")
+    model = tiny_model()
+    write_layout(tmp_path / "other", model, random_logical(model), tokenizer=tokenizer)
+    with pytest.raises(RefusedError, match=r"E528"):
+        export_hf(tmp_path / "other", tmp_path / "out", prove=prove)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the programs, as a user runs them ----
+
+
+def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_tools_convert_both_ways(tmp_path, tokenizer_model):
+    source = make_hf(tmp_path / "hf", torch.bfloat16, vocab_size=700)
+    shutil.copy(tokenizer_model, source)
+    done = run_tool("hf_to_checkpoint.py", "--hf", source, "--save", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint.init_from=" in done.stdout
+    done = run_tool(
+        "checkpoint_to_hf.py", "--load", tmp_path / "run", "--output", tmp_path / "back", "--max-shard-size", "20KB"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "certificate passed" in done.stdout
+    assert_same_bits(weights_of(source), weights_of(tmp_path / "back"))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    ids = tokenizer("晨雾 3", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=4, do_sample=False).shape[0] == 1
+
+
+@pytest.mark.parametrize("tool, arguments, code, line", [
+    ("checkpoint_to_hf.py", ["--load", "nowhere", "--output", "x"], 4, "error[E401]: nowhere"),
+    ("checkpoint_to_hf.py", ["--load", "nowhere", "--output", "x", "--max-shard-size", "big"], 2, "error[E280]"),
+    ("checkpoint_to_hf.py", ["--load", "x"], 2, "error[E201]"),
+    ("checkpoint_to_hf.py", ["--load", "x", "--output", "y", "--dtype", "int8"], 2, "error[E201]"),
+    ("hf_to_checkpoint.py", ["--hf", "nowhere", "--save", "x"], 4, "error[E420]: nowhere"),
+])  # fmt: skip
+def test_mistakes_are_one_line_and_a_documented_exit_code(tool, arguments, code, line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [tool, *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
+    said = capsys.readouterr().err
+    assert caught.value.code == code and said.startswith(line) and said.count("\n") == 1, said
+
+
+HELP = """
+import runpy, sys
+sys.argv = ["tool", "--help"]
+try:
+    runpy.run_path({path!r}, run_name="__main__")
+except SystemExit:
+    print("torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("tool", ["checkpoint_to_hf.py", "hf_to_checkpoint.py"])
+def test_help_needs_no_torch(tool):
+    code = HELP.format(path=str(ROOT / "tools" / tool))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n"), done.stderr

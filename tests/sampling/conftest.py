@@ -1,0 +1,38 @@
+"""Both backends of the index builder."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_hammer.sampling import native as index
+from tests.dataset.conftest import tokenizer  # noqa: F401
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """The compiled index builder; a test of it must not pass without it."""
+    if index._compiled is None:
+        pytest.skip("the compiled index builder is not installed (HAMMER_NO_EXTENSIONS=1?)")
+    return index._compiled
+
+
+@pytest.fixture
+def twin(monkeypatch):
+    """A function that calls another one on the NumPy backend."""
+
+    def call(function, *args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(index, "_compiled", None)
+            return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.fixture(params=["C++", "NumPy"])
+def backend(request, monkeypatch):
+    """Run a test once on each backend."""
+    if request.param == "NumPy":
+        monkeypatch.setattr(index, "_compiled", None)
+    elif index._compiled is None:
+        pytest.skip("the compiled index builder is not installed")
+    return request.param

@@ -1,0 +1,298 @@
+"""Training and validation samples, the tokenizer check, and what one step reads on each rank."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
+from megatron_hammer.dataset.reader import TokenizerRecord, path_of
+from megatron_hammer.dataset.writer import IndexedWriter
+from megatron_hammer.sampling import loader
+from megatron_hammer.sampling.loader import ReadAhead, chain_digest, micro_batches
+from megatron_hammer.sampling.samples import SampleId, TrainData, ValidData, check_tokenizer, describe_samples
+from tests.dataset.written import write_dataset
+
+SEQ = 16
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """{prefix: weight} of three sources of different sizes, and their documents."""
+    rng = np.random.default_rng(0)
+    weights, documents = {}, {}
+    for name, count, weight in (("zh", 60, 142), ("en", 40, 128.5), ("code", 5, 30)):
+        prefix = str(tmp_path / name)
+        documents[prefix] = write_dataset(prefix, rng.integers(0, 50, count), seed=count)
+        weights[prefix] = weight
+    return weights, documents
+
+
+@pytest.mark.parametrize("order", ["independent", "megatron"])
+def test_tokens_are_those_of_the_located_pieces(sources, order, backend):
+    weights, documents = sources
+    data = TrainData(weights, SEQ, 1, order, 400)
+    for i in range(400):
+        prefix = list(weights)[data.sample_id(i).source]
+        expected = [t for d, o, n in data.locate(i) for t in documents[prefix][d][o : o + n]]
+        tokens = data.tokens(i)
+        assert tokens.dtype == np.int64 and tokens.shape == (SEQ + 1,) and tokens.tolist() == expected
+
+
+@pytest.mark.parametrize("order", ["independent", "megatron"])
+def test_documents_of_several_sequences(tmp_path, order, adapter):
+    """Our unit is the document, Megatron's the sequence; both are located by document."""
+    rng = np.random.default_rng(0)
+    documents = [
+        [rng.integers(0, 9000, rng.integers(0, 9)).tolist() for _ in range(rng.integers(0, 4))] for _ in range(60)
+    ]
+    adapter.write(str(tmp_path / "d"), documents, np.int32)
+    flat = [[t for sequence in document for t in sequence] for document in documents]
+    data = TrainData({str(tmp_path / "d"): 1}, 7, 3, order, 150)
+    for i in range(150):
+        assert data.tokens(i).tolist() == [t for d, o, n in data.locate(i) for t in flat[d][o : o + n]]
+
+
+@pytest.mark.parametrize("order", ["independent", "megatron"])
+def test_cumulative_lengths_are_those_of_the_located_pieces(sources, order, backend):
+    """Of the s inputs: the token that is a target only belongs to no document, and no document is empty."""
+    data = TrainData(sources[0], SEQ, 1, order, 400)
+    for first, count in ((0, 1), (3, 4), (100, 33)):
+        expected = [0]
+        for i in range(first, first + count):
+            left = SEQ
+            for _, _, n in data.locate(i):
+                if min(n, left):
+                    expected.append(expected[-1] + min(n, left))
+                left -= min(n, left)
+        found = data.read(first, count).cu_seqlens
+        assert found.dtype == np.int32 and found.tolist() == expected
+    batch = micro_batches(data, 8, 4, 2, 1, 2)[1]
+    assert batch.cu_seqlens.tolist() == data.read(20, 4).cu_seqlens.tolist() and batch.cu_seqlens[-1] == 4 * SEQ
+
+
+def test_shares_of_the_sources(sources):
+    weights, _ = sources
+    data = TrainData(weights, SEQ, 1)
+    counts = np.bincount([data.sample_id(i).source for i in range(3000)])
+    shares = np.array(list(weights.values())) / sum(weights.values())
+    assert np.abs(counts - shares * 3000).max() < 1
+
+
+def test_each_source_is_read_epoch_by_epoch(sources):
+    data = TrainData(sources[0], SEQ, 1)
+    windows = {}
+    for i in range(2000):
+        sample = data.sample_id(i)
+        windows.setdefault((sample.source, sample.epoch), []).append(sample.window)
+    for (source, epoch), found in windows.items():
+        assert len(found) == len(set(found))
+        if (source, epoch + 1) in windows:
+            assert sorted(found) == list(range(min(found), max(found) + 1))
+
+
+def test_the_past_does_not_depend_on_the_length_of_the_run(sources):
+    weights, _ = sources
+    runs = [TrainData(weights, SEQ, 1, "independent", n) for n in (None, 10, 10_000)]
+    for i in range(300):
+        assert runs[0].sample_id(i) == runs[1].sample_id(i) == runs[2].sample_id(i)
+    moved = TrainData(dict(weights), SEQ, 2)
+    assert [moved.sample_id(i) for i in range(50)] != [runs[0].sample_id(i) for i in range(50)]
+
+
+@pytest.mark.parametrize("order", ["independent", "megatron"])
+def test_global_batch_and_digest_are_the_same_for_every_layout(sources, order):
+    weights, _ = sources
+    batch, steps = 16, 5
+    data = TrainData(weights, SEQ, 1, order, batch * steps)
+    seen = {}
+    for dp_size, micro in ((1, 1), (1, 16), (2, 4), (4, 2), (8, 2), (16, 1)):
+        accum = batch // (dp_size * micro)
+        digest, rows = "", []
+        for step in range(steps):
+            first = step * batch
+            ranks = [micro_batches(data, first, micro, accum, rank, dp_size) for rank in range(dp_size)]
+            for m in range(accum):
+                for rank in range(dp_size):
+                    one = ranks[rank][m]
+                    assert one.tokens.shape == one.labels.shape == (micro, SEQ) and one.tokens.dtype == np.int64
+                    assert np.array_equal(one.tokens[:, 1:], one.labels[:, :-1])
+                    rows += np.concatenate([one.tokens, one.labels[:, -1:]], axis=1).tolist()
+            digest = chain_digest(digest, (data.sample_id(i) for i in range(first, first + batch)), data.fingerprints)
+        seen[dp_size, micro] = digest, rows
+    assert len({digest for digest, _ in seen.values()}) == 1
+    expected = [data.tokens(i).tolist() for i in range(batch * steps)]
+    assert all(rows == expected for _, rows in seen.values())
+
+
+@pytest.mark.parametrize("order", ["independent", "megatron"])
+def test_reading_ahead_changes_nothing(sources, order, monkeypatch):
+    weights, _ = sources
+    asked = []
+    plain = loader.micro_batches
+    monkeypatch.setattr(
+        loader, "micro_batches", lambda data, first, *rest: asked.append(first) or plain(data, first, *rest)
+    )
+    data = TrainData(weights, SEQ, 1, order, 40)
+    ahead = ReadAhead(data, 40, 2, 2, 1, 2)  # 8 samples a step
+    for first in (0, 8, 16, 0, 8, 32):  # forward, back as after a resume, and a jump to the last step
+        ours, expected = ahead.get(first), plain(data, first, 2, 2, 1, 2)
+        assert len(ours) == len(expected) == 2
+        for one, other in zip(ours, expected):
+            assert np.array_equal(one.tokens, other.tokens) and np.array_equal(one.labels, other.labels)
+            assert np.array_equal(one.cu_seqlens, other.cu_seqlens)
+    assert set(asked) == {0, 8, 16, 24, 32} and asked.count(8) == 2  # read once for each time, never beyond the end
+
+
+def test_what_fails_while_reading_ahead_is_raised(sources, monkeypatch):
+    weights, _ = sources
+    data = TrainData(weights, SEQ, 1)
+    ahead = ReadAhead(data, 40, 8, 1, 0, 1)
+    plain = data.read
+
+    def read(first, count, out=None):
+        if first == 8:
+            raise OSError(5, "Input/output error")
+        return plain(first, count, out)
+
+    monkeypatch.setattr(data, "read", read)
+    ahead.get(0)
+    with pytest.raises(OSError, match="Input/output"):
+        ahead.get(8)
+
+
+def test_digest_tells_samples_order_and_past_apart():
+    a, b = SampleId(0, 0, 5), SampleId(1, 0, 5)
+    digests = {
+        chain_digest("", [a, b], ["x", "y"]),
+        chain_digest("", [b, a], ["x", "y"]),
+        chain_digest("", [a], ["x", "y"]),
+        chain_digest("", [a, b], ["x", "z"]),
+        chain_digest("0", [a, b], ["x", "y"]),
+        chain_digest("", [SampleId(0, 1, 5), b], ["x", "y"]),
+        chain_digest("", [SampleId(0, 0, 6), b], ["x", "y"]),
+    }
+    assert len(digests) == 7 and all(len(d) == 32 for d in digests)
+    assert chain_digest("", [a, b], ["x", "y"]) == chain_digest("", [SampleId(1, 0, 5), SampleId(0, 0, 5)], ["y", "x"])
+
+
+def test_megatron_order_ends_and_says_what_it_needs(sources):
+    weights, _ = sources
+    data = TrainData(weights, SEQ, 1, "megatron", 30)
+    data.tokens(29)
+    with pytest.raises(IndexError):
+        data.tokens(30)
+    with pytest.raises(ConfigError, match="E272"):
+        TrainData(weights, SEQ, 1, "megatron", None)
+    with pytest.raises(ConfigError, match="E273"):
+        describe_samples(data, 29, 2)
+    with pytest.raises(ConfigError, match="E273"):
+        describe_samples(data, -1, 2)
+
+
+def test_megatron_mix_stays_within_the_samples_built(tmp_path):
+    prefixes = {str(tmp_path / str(k)): weight for k, weight in enumerate([1.0, 1.0, 3.0, 0.01])}
+    for prefix in prefixes:
+        write_dataset(prefix, [171])  # one sample an epoch, so none is built to spare
+    for n in range(1, 60):
+        data = TrainData(prefixes, 170, 1, "megatron", n)
+        assert all(len(data.tokens(i)) == 171 for i in range(n))
+
+
+def test_describe_samples(sources):
+    weights, _ = sources
+    data = TrainData(weights, SEQ, 1)
+    for described in describe_samples(data, 7, 5):
+        i = described["sample"]
+        assert list(described) == ["sample", "source", "epoch", "window", "pieces"]
+        assert [tuple(p.values()) for p in described["pieces"]] == data.locate(i)
+        assert described["source"] == list(weights)[data.sample_id(i).source]
+
+
+def test_sources_that_cannot_be_trained_on(tmp_path, adapter):
+    write_dataset(tmp_path / "empty", [0, 0])
+    adapter.write(str(tmp_path / "float"), [[[1.0, 2.0]]], np.float64)
+    for name, number in (("empty", 45), ("float", 33), ("missing", 30)):
+        with pytest.raises(DataError) as caught:
+            TrainData({str(tmp_path / name): 1.0}, SEQ, 1)
+        assert caught.value.number == number and name in str(caught.value)
+
+
+@pytest.mark.parametrize("tokens", [2, 16, 17, 18, 32, 33, 34, 100])
+def test_validation_reads_each_target_once(tmp_path, tokens):
+    documents = write_dataset(tmp_path / "v", [tokens - 1, 0, 1])
+    flat = [t for document in documents for t in document]
+    data = ValidData("v", tmp_path / "v", SEQ)
+    targets = []
+    for j in range(len(data)):
+        window, loss_mask = data.get(j)
+        assert window.shape == (SEQ + 1,) and window.dtype == np.int64
+        assert loss_mask.shape == (SEQ,) and loss_mask.dtype == np.float32
+        real = int(loss_mask.sum())
+        assert loss_mask[:real].all() and real > 0 and (real == SEQ or j == len(data) - 1)
+        assert window[: real + 1].tolist() == flat[j * SEQ : j * SEQ + real + 1] and not window[real + 1 :].any()
+        targets += window[1:][loss_mask == 1].tolist()
+    assert targets == flat[1:]
+    assert len(ValidData("v", tmp_path / "v", SEQ, 1)) == 1
+    with pytest.raises(IndexError):
+        data.get(len(data))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_documents_of_validation_windows(tmp_path, adapter, seed):
+    """Against a mark on each token; documents of several sequences, of none, and the padding at the end."""
+    rng = np.random.default_rng(seed)
+    documents = [[[7] * int(rng.integers(0, 12)) for _ in range(rng.integers(0, 4))] for _ in range(30)]
+    adapter.write(str(tmp_path / "v"), documents, np.int32)
+    marks = [i for i, document in enumerate(documents) for sequence in document for _ in sequence]
+    data = ValidData("v", tmp_path / "v", SEQ)
+    for j in range(len(data)):
+        window = (marks[j * SEQ : (j + 1) * SEQ] + [-1] * SEQ)[:SEQ]
+        expected = [len(list(group)) for _, group in itertools.groupby(window)]
+        assert data.piece_lengths(j).tolist() == expected
+
+
+def test_validation_set_without_a_target(tmp_path):
+    for tokens in (0, 1):
+        write_dataset(tmp_path / "v", [tokens])
+        with pytest.raises(DataError, match="E345"):
+            ValidData("v", tmp_path / "v", SEQ)
+
+
+def test_tokenizer_check(tmp_path):
+    record = TokenizerRecord("a" * 32, 300)
+    write_dataset(tmp_path / "d", [50, 50], vocab_size=300, tokenizer=record)
+    data = TrainData({str(tmp_path / "d"): 1.0}, SEQ, 1).sources[0]
+    largest = data.max_token_id()
+    assert check_tokenizer(data, "a" * 32, 300) is None
+    with pytest.raises(RefusedError) as refused:
+        check_tokenizer(data, "b" * 32, 300)
+    for part in ("E510", str(tmp_path / "d"), "a" * 32, "b" * 32, "tokenizer.path"):
+        assert part in str(refused.value)
+    with pytest.raises(DataError, match=f"E341.*token id {largest}"):
+        check_tokenizer(data, "a" * 32, largest)
+    path_of(tmp_path / "d", ".meta.json").unlink()
+    foreign = TrainData({str(tmp_path / "d"): 1.0}, SEQ, 1).sources[0]
+    note = check_tokenizer(foreign, "b" * 32, largest + 1)
+    assert note is not None and str(tmp_path / "d") in note
+    with pytest.raises(DataError, match="E341"):
+        check_tokenizer(foreign, "b" * 32, largest)
+
+
+def test_the_order_of_naming_and_the_paths_do_not_matter(tmp_path: Path) -> None:
+    """The same contents with the same weights give the same samples, however and wherever they are named."""
+    rng = np.random.default_rng(3)
+    for name in ("a", "b", "c"):
+        tokens = rng.integers(0, 50, 400)
+        for folder in ("here", "there"):
+            with IndexedWriter(tmp_path / folder / f"{folder}-{name}", vocab_size=50) as writer:
+                writer.add(tokens, [100, 300])
+    weights = {"a": 1.0, "b": 2.0, "c": 2.0}  # equal weights make ties
+    here = TrainData({str(tmp_path / "here" / f"here-{n}"): w for n, w in weights.items()}, 16, seed=1)
+    backwards = reversed(weights.items())
+    there = TrainData({str(tmp_path / "there" / f"there-{n}"): w for n, w in backwards}, 16, seed=1)
+    for i in range(200):
+        assert np.array_equal(here.tokens(i), there.tokens(i))

@@ -1,0 +1,368 @@
+"""The launcher against small stand-in ranks: exit codes, one line, no orphans, signals, sockets on loopback only.
+
+Run as a program this file is the launcher: ``python test_start.py ENTRY NPROC [NNODES NODE_RANK PORT]`` starts its
+functions named ``rank_*`` as ranks. They unblock the stop signals where the training loop does: after its handlers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.base.errors import CheckpointError, ConfigError, MemoryShortage, from_exception
+from megatron_hammer.config import Config, config_from_tree
+from megatron_hammer.supervise.start import STOP_SIGNALS, Node, _check_gpus, launch
+
+HERE = Path(__file__).resolve()
+CONFIG = {
+    "model": {"hidden_size": 16, "ffn_hidden_size": 16, "num_layers": 1, "num_attention_heads": 2},
+}
+TIMEOUTS = {"rank_stays": 3}  # seconds; others get 30, because a busy machine may start one rank long after another
+PRESET = "model: {hidden_size: 16, ffn_hidden_size: 16, num_layers: 1, num_attention_heads: 2}\n"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stand-in ranks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def say(*words: object) -> None:
+    """One line in one system call, so that the lines of several ranks do not mix."""
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
+def sleep_until_killed() -> None:
+    say("pid", os.getpid())
+    time.sleep(60)
+
+
+def rank_done(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
+    return 0
+
+
+def rank_mistake(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
+    """Every rank raises, as ``raise_together`` makes them; the higher one first."""
+    time.sleep(0.3 * (world_size - rank))
+    raise CheckpointError(7, f"checkpoint-of-{rank}", "is damaged\nbadly", "remove it")
+
+
+def rank_mistake_of_one(
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool
+) -> int:
+    if rank == 1:
+        raise OSError(28, "No space left on device", "/some/file")
+    sleep_until_killed()
+    return 0
+
+
+def rank_killed(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
+    """Rank 1 is killed inside a collective; rank 0 sees its peer go, and raises."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)  # type: ignore[arg-type]
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.zeros(1))
+    return 0
+
+
+def rank_raises(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
+    """The same with an exception that nobody expected."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)  # type: ignore[arg-type]
+    if rank == 1:
+        raise ZeroDivisionError("a defect of ours")
+    dist.all_reduce(torch.zeros(1))
+    return 0
+
+
+def rank_exits(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
+    if rank == 1:
+        os._exit(3)
+    sleep_until_killed()  # a rank that is lost takes this one along
+    return 0
+
+
+def rank_stays(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
+    """Rank 0 is done, rank 1 never ends."""
+    if rank == 1:
+        sleep_until_killed()
+    return 0
+
+
+def rank_sleeps(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
+    sleep_until_killed()
+    return 0
+
+
+def rank_saves(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
+    """The training loop's manners: handlers that remember, a save that takes a while, the old handlers again, 75."""
+    seen: list[int] = []
+    before = {s: signal.signal(s, lambda number, _: seen.append(number)) for s in STOP_SIGNALS}
+    say("pid", os.getpid())
+    time.sleep(0.5)  # a signal that comes now must wait
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    while not seen:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+    say("saved after", signal.Signals(seen[0]).name)
+    time.sleep(0.5)
+    return 75
+
+
+def rank_sockets(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)  # type: ignore[arg-type]
+    total = torch.tensor([float(rank + 1)])
+    dist.all_reduce(total)
+    for pid in (os.getpid(), os.getppid()):
+        say("listens", *listening(pid))
+    say("sum", total.item(), "threads", torch.get_num_threads())
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+def listening(pid: int) -> list[str]:
+    """Hex addresses on which a process listens, from /proc (state 0A)."""
+    inodes = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            match = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(fd))
+        except FileNotFoundError:
+            continue
+        if match:
+            inodes.add(match[1])
+    rows = [
+        line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
+    return [row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Starting it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def start(entry: str, nproc: int = 2, *place: object) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parents[2]}:{HERE.parent}"}
+    environment.pop("OMP_NUM_THREADS", None)
+    command = [sys.executable, str(HERE), entry, str(nproc), *map(str, place)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
+    """Exit code, stdout, and the lines of stderr."""
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err.splitlines()
+
+
+def pids(process: subprocess.Popen[str], count: int) -> list[int]:
+    assert process.stdout is not None
+    return [int(process.stdout.readline().split()[1]) for _ in range(count)]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return " Z" not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def assert_gone(numbers: list[int], seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while any(is_alive(pid) for pid in numbers):
+        assert time.monotonic() < deadline, f"{numbers} outlive their launcher"
+        time.sleep(0.05)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tests
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "nproc", "code", "line"),
+    [
+        ("rank_done", 1, 0, None),
+        ("rank_mistake", 2, 4, "error[E407]: checkpoint-of-0 is damaged badly; remove it"),
+        ("rank_mistake_of_one", 2, 6, "error[E601]: /some/file could not be used while rank 1 was running: No space"),
+        ("rank_killed", 2, 7, "error[E701]: rank 1 died of SIGKILL; "),
+        ("rank_raises", 2, 7, "error[E702]: rank 1 raised ZeroDivisionError: a defect of ours; "),
+        ("rank_exits", 2, 7, "error[E703]: rank 1 ended with exit code 3 and no report; "),
+        ("rank_stays", 2, 7, "error[E704]: rank 1 did not end within 3 s of the others; "),
+    ],
+)
+def test_exit_code_and_one_line(
+    entry: str, nproc: int, code: int, line: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    returned, out, lines = finish(start(entry, nproc))
+    assert returned == code
+    assert_gone([int(number) for number in re.findall(r"pid (\d+)", out)], seconds=0.5)
+    assert list(tmp_path.iterdir()) == [], "no temporary file stays"
+    if line is None:
+        assert lines == []
+    elif entry == "rank_raises":  # a defect of ours: its traceback, and not that of the rank that lost its peer
+        assert lines[0] == "Traceback (most recent call last):" and lines[-1].startswith(line)
+        assert lines[-2] == "ZeroDivisionError: a defect of ours" and "Connection" not in "".join(lines)
+    else:
+        assert len(lines) == 1 and lines[0].startswith(line), lines
+
+
+@pytest.mark.parametrize(
+    ("signum", "nproc"), [(signal.SIGTERM, 2), (signal.SIGINT, 1), (signal.SIGHUP, 1), (signal.SIGUSR1, 1)]
+)
+def test_a_signal_saves_and_exits_75(signum: signal.Signals, nproc: int) -> None:
+    """Sent while the ranks still start; again (one of another kind too) while they save, and after that."""
+    process = start("rank_saves", nproc)
+    numbers = pids(process, nproc)
+    process.send_signal(signum)
+    time.sleep(0.7)
+    process.send_signal(signum)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None
+    saved = [process.stdout.readline() for _ in range(nproc)]
+    process.send_signal(signum)
+    code, _, lines = finish(process)
+    assert (code, lines) == (75, [])
+    assert saved == nproc * [f"saved after {signum.name}\n"]
+    assert_gone(numbers, seconds=0.5)
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    """``nohup`` starts a program with SIGHUP ignored: losing the terminal must not stop it."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start("rank_saves", 1)
+        pids(process, 1)
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    code, out, _ = finish(process)
+    assert (code, out.split()) == (75, ["saved", "after", "SIGTERM"])
+
+
+def test_ranks_die_with_a_killed_launcher() -> None:
+    process = start("rank_sleeps")
+    numbers = pids(process, 2)
+    process.kill()
+    process.wait()
+    assert_gone(numbers)
+
+
+def test_everything_listens_on_loopback_only() -> None:
+    code, out, _ = finish(start("rank_sockets"))
+    assert code == 0
+    listeners = [line.split()[1:] for line in out.splitlines() if line.startswith("listens")]
+    assert len(listeners) == 4 and all(listeners), "each rank (gloo) and the launcher (store) listen"
+    assert {address for row in listeners for address in row} == {"0100007F"}, "127.0.0.1 in /proc's byte order"
+    cores = len(os.sched_getaffinity(0))
+    assert out.count(f"sum 3.0 threads {max(1, cores // 2)}") == 2
+
+
+def test_two_nodes_meet_and_share_the_cause() -> None:
+    """Two launchers on this machine, one rank each: rank 1's mistake is what both report."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    nodes = [start(entry, 1, 2, node, port) for node, entry in enumerate(("rank_sleeps", "rank_mistake"))]
+    for code, _, lines in map(finish, nodes):
+        assert (code, lines) == (4, ["error[E407]: checkpoint-of-1 is damaged badly; remove it"])
+
+
+def run_program(*arguments: str) -> tuple[int, str, str]:
+    command = [sys.executable, "-m", "megatron_hammer.launch", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(HERE.parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["tiny.yaml"], "error[E201]: python -m megatron_hammer.launch was called wrongly: "),
+        (["--nproc", "0", "PRESET"], "error[E240]: --nproc=0 must be at least 1; "),
+        (["--nproc", "1", "--nnodes", "2", "--node-rank", "2", "PRESET"], "error[E241]: --node-rank=2 must lie in "),
+        (["--nproc", "1", "--nnodes", "2", "PRESET"], "error[E242]: --nnodes=2 needs --master-addr and --master-port"),
+        (["--nproc", "2", "PRESET", "model.num_layer=3"], "error[E202]: model.num_layer is not a known setting; "),
+        (["--nproc", "3", "PRESET", "parallel.tensor_model_parallel_size=2"], "error[E205]: parallel.tensor_model"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_before_any_rank(arguments: list[str], line: str, tmp_path: Path) -> None:
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(PRESET)
+    code, out, err = run_program(*[str(preset) if a == "PRESET" else a for a in arguments])
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert err.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "dry_run", "refused"),
+    [(1, "auto", False, True), (0, "cuda", False, True), (0, "auto", False, False), (2, "auto", False, False),
+     (1, "cpu", False, False), (1, "auto", True, False)],
+)  # fmt: skip
+def test_more_ranks_than_gpus_are_refused(
+    gpus: int, device: str, dry_run: bool, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    config = config_from_tree(CONFIG | {"train": {"device": device, "dry_run": dry_run}})
+    if not refused:
+        _check_gpus(config, 2)
+        return
+    with pytest.raises(ConfigError) as caught:
+        _check_gpus(config, 2)
+    assert caught.value.code == "E243" and f"the {gpus} GPUs" in caught.value.rule
+
+
+def test_a_signal_before_any_rank_exits_75(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "preset.yaml")  # reading it waits for ever
+    command = [sys.executable, "-m", "megatron_hammer.launch", "--nproc", "2", str(tmp_path / "preset.yaml")]
+    environment = os.environ | {"PYTHONPATH": str(HERE.parents[2])}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    sigcgt = 0  # caught signals as a bit mask, from /proc: the handler stands once TERM is among them
+    while not sigcgt >> (signal.SIGTERM - 1) & 1:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        sigcgt = int(re.findall(r"SigCgt:\s+(\w+)", status)[0], 16)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 75 and err.startswith("stopped by SIGTERM before any rank started; ")
+
+
+def test_help_lists_every_field() -> None:
+    code, out, _ = run_program("--help")
+    assert code == 0 and "train.micro_batch_size (int) = 1" in out and "--nproc" in out
+
+
+def test_memory_shortage_is_recognised() -> None:
+    texts = [
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+    ]
+    for error in (MemoryError(), *map(RuntimeError, texts)):
+        known = from_exception(error, "rank 3")
+        assert isinstance(known, MemoryShortage) and str(known).startswith("error[E1001]: rank 3 has no memory left")
+    assert from_exception(RuntimeError("shapes differ"), "rank 3") is None
+    assert from_exception(ConnectionResetError(104, "Connection reset by peer"), "rank 3") is None
+
+
+if __name__ == "__main__":
+    name, nproc, *place = sys.argv[1:]
+    nnodes, node_rank, port = map(int, place or (1, 0, 0))
+    node = Node(int(nproc), nnodes, node_rank, "127.0.0.1", port)
+    config = config_from_tree(CONFIG | {"parallel": {"timeout_seconds": TIMEOUTS.get(name, 30)}})
+    sys.exit(launch(config, node, f"test_start:{name}"))
