@@ -18,7 +18,9 @@ import pytest
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, MemoryShortage, from_exception
 from megatron_hammer.config import Config, config_from_tree
-from megatron_hammer.supervise.start import STOP_SIGNALS, Node, _check_gpus, launch
+from megatron_hammer.supervise.nodes import Node
+from megatron_hammer.supervise.start import _check_gpus, launch
+from megatron_hammer.supervise.watch import STOP_SIGNALS
 
 HERE = Path(__file__).resolve()
 CONFIG = {

@@ -1,0 +1,56 @@
+"""The first and the last lines of a rank that the launcher started, in a process of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+
+from megatron_hammer.base.errors import ParallelError, from_exception, to_fields
+from megatron_hammer.config import Config
+from megatron_hammer.parallel.rendezvous import join_store
+from megatron_hammer.supervise.nodes import Node
+from megatron_hammer.supervise.watch import on_stop_signals
+
+
+def rank_main(
+    entry: str, config: Config, rank: int, local_rank: int, node: Node, port: int, launcher: int, pipe: Connection
+) -> None:
+    """First function of a new process: run ``entry``, hand any error to the launcher, exit with its code."""
+    _die_with(launcher)
+    on_stop_signals(lambda *_: None)  # what the training loop gives back at its end: a late signal changes nothing
+    try:
+        store = join_store(node.master_addr, port, config.parallel.timeout_seconds) if node.world_size > 1 else None
+        module, _, function = entry.partition(":")
+        run_rank = getattr(importlib.import_module(module), function)
+        code = run_rank(config, rank, local_rank, node.world_size, store, False)  # the launcher has checked the data
+    except BaseException as error:
+        known = from_exception(error, f"rank {rank}")
+        pipe.send_bytes(
+            json.dumps(
+                {
+                    "time": time.monotonic(),  # one clock for all processes of a machine
+                    "error": None if known is None else to_fields(known),
+                    "exception": " ".join(traceback.format_exception_only(error)).strip(),
+                    "traceback": "".join(traceback.format_exception(error))[-20_000:].rstrip(),
+                }
+            ).encode()
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(known.exit_code if known is not None else ParallelError.exit_code)  # no teardown with a broken peer
+    sys.exit(code)
+
+
+def _die_with(launcher: int) -> None:
+    """Have the kernel kill this process when its launcher dies, however that happens. Linux only."""
+    pr_set_pdeathsig = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != launcher:  # it died before the line above
+        os._exit(ParallelError.exit_code)

@@ -1,0 +1,172 @@
+"""Watching the ranks of one node: what they report, how they end, and which of several failures is the cause.
+
+When one rank fails, the others mostly fail too: their peer is gone. So every failure becomes a candidate with a
+severity, and the smallest one is the cause that the launcher prints. After the first failure the others get a grace
+period in which to report; then they are killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL, HammerError, ParallelError, from_fields
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # USR1: Slurm's early warning
+GRACE_SECONDS = 2.0  # after a failure: for the other ranks to report the same one; a dead peer is noticed in 0.0 s
+POLL_SECONDS = 0.5  # longest sleep of the watching loop: bounds how late a deadline or another node's failure is seen
+
+
+@dataclass
+class Rank:
+    """One started rank, as the launcher sees it."""
+
+    rank: int
+    process: SpawnProcess
+    pipe: Connection
+    report: dict[str, Any] | None = None
+    """What a failing rank said: error fields, or a traceback."""
+    ended_at: float | None = None
+    ended_by_us: bool = False
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        assert self.process.pid is not None, f"rank {self.rank} was not started"
+        return self.process.pid
+
+    @property
+    def code(self) -> int | None:
+        """None while it lives; negative: the signal that ended it."""
+        return self.process.exitcode
+
+    @property
+    def failed(self) -> bool:
+        """Whether it reported an error or ended with a code that no run ends with."""
+        return self.report is not None or self.code not in (None, 0, EXIT_STOPPED_BY_SIGNAL)
+
+
+@dataclass(frozen=True, order=True)
+class Failure:
+    """A candidate for the one error line; the smallest is the cause, the others mostly its consequences."""
+
+    severity: int
+    order: float
+    error: HammerError = field(compare=False)
+    traceback: str = field(default="", compare=False)
+
+
+def forward_signal(ranks: Sequence[Rank], signum: int) -> None:
+    """Pass a signal on to every rank that lives."""
+    for rank in ranks:
+        if rank.process.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank.pid, signum)
+
+
+def watch(ranks: Sequence[Rank], failed_elsewhere: Callable[[], bool], timeout_seconds: float) -> Failure | None:
+    """Wait until every rank has ended; return why the run failed, or None.
+
+    The first failure starts the grace period, the first clean end a longer one: ranks end together or not at all.
+
+    Args:
+        failed_elsewhere: whether another node has reported a failure; asked at least every ``POLL_SECONDS``.
+        timeout_seconds: how long the others may still run after the first rank has ended.
+    """
+    deadline: float | None = None
+    failing = False
+    while living := [r for r in ranks if r.ended_at is None]:
+        pipes = [r.pipe for r in living if not r.pipe.closed]
+        timeout = POLL_SECONDS if deadline is None else min(POLL_SECONDS, max(0.0, deadline - time.monotonic()))
+        wait([*pipes, *(r.process.sentinel for r in living)], timeout)
+        for rank in living:
+            _listen(rank)
+        now = time.monotonic()
+        if not failing and (any(r.failed for r in ranks) or failed_elsewhere()):
+            failing, deadline = True, now + GRACE_SECONDS
+        if deadline is None and any(r.ended_at is not None for r in ranks):
+            deadline = now + timeout_seconds
+        if deadline is not None and now >= deadline:
+            late = [r for r in ranks if r.ended_at is None]
+            kill(ranks)
+            if late and not failing:
+                numbers = ", ".join(str(r.rank) for r in late)
+                error = ParallelError(
+                    4,
+                    f"rank {numbers}",
+                    f"did not end within {timeout_seconds:g} s of the others",
+                    "look for what it waits for; the last committed checkpoint is safe",
+                )
+                return Failure(0, 0, error)
+    return min((f for r in ranks if (f := _failure(r)) is not None), default=None)
+
+
+def _listen(rank: Rank) -> None:
+    """Take the rank's report, if there is one, and note its end."""
+    if not rank.pipe.closed and rank.pipe.poll():
+        try:
+            rank.report = json.loads(rank.pipe.recv_bytes())
+        except (EOFError, OSError):  # it ended without a report
+            rank.pipe.close()
+    if rank.code is not None and (rank.pipe.closed or not rank.pipe.poll()):
+        rank.ended_at = time.monotonic()
+
+
+def _failure(rank: Rank) -> Failure | None:
+    """What this rank contributes to the search for the cause.
+
+    0: a user's mistake, said by the rank itself. 1: killed from outside or by a bad access. 2: an exception nobody
+    expected; ranks whose peer has just died raise one too. 3: ended in any other way; libraries abort when a peer dies.
+    """
+    name = f"rank {rank.rank}"
+    if rank.report is not None:
+        when = rank.report["time"]
+        if rank.report["error"] is None:
+            error: HammerError = ParallelError(
+                2,
+                name,
+                f"raised {rank.report['exception']}",
+                "its traceback is above; the last committed checkpoint is safe",
+            )
+            return Failure(2, when, error, rank.report["traceback"])
+        error = from_fields(rank.report["error"])
+        return Failure(2, when, error) if isinstance(error, ParallelError) else Failure(0, rank.rank, error)
+    if rank.ended_by_us or not rank.failed:
+        return None
+    assert rank.code is not None and rank.ended_at is not None, f"{name} has not ended"
+    if rank.code < 0:
+        remedy = "run the same command again: it resumes from the last checkpoint"
+        if -rank.code == signal.SIGKILL:
+            remedy += "; where nobody killed it, the kernel may have for want of memory (see dmesg)"
+        number = -rank.code
+        died = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+        severity = 3 if number == signal.SIGABRT else 1
+        return Failure(severity, rank.ended_at, ParallelError(1, name, f"died of {died}", remedy))
+    error = ParallelError(3, name, f"ended with exit code {rank.code} and no report", "see its last output above")
+    return Failure(3, rank.ended_at, error)
+
+
+def kill(ranks: Sequence[Rank]) -> None:
+    """End what still lives, at once and for certain. Checkpoints are safe: they are committed by a rename."""
+    for rank in ranks:
+        if rank.process.is_alive():
+            rank.ended_by_us = True
+            rank.process.kill()
+    for rank in ranks:
+        rank.process.join()
+        _listen(rank)
+
+
+def on_stop_signals(handler: Callable[[int, Any], None]) -> None:
+    """Install ``handler`` for the stop signals; one that is ignored (``nohup``) stays ignored."""
+    for signum in STOP_SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, handler)
