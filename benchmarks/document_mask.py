@@ -20,7 +20,7 @@ import torch
 from shapes import SHAPES, WARM_UP_STEPS
 
 from megatron_hammer.config import Config, config_from_tree
-from megatron_hammer.kernels.attention import Documents
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.parallel.grid import ParallelContext
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.step import train_step
@@ -80,7 +80,7 @@ def measure(seq_length: int, precision: str, compiled: bool, steps: int) -> dict
                 packed = None
                 if mean is not None:
                     bounds = document_bounds(seq_length, micro_batch, mean, rng)
-                    packed = Documents.from_cu_seqlens(bounds, ctx.device)
+                    packed = PackedSequences.from_cu_seqlens(bounds, ctx.device)
                     documents[mean].append(len(bounds) - 1)
                 batches.append((x[:, :-1].contiguous(), x[:, 1:].contiguous(), packed))
             start = time.process_time()

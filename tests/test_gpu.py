@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from megatron_hammer.config import KernelsConfig
-from megatron_hammer.kernels.attention import ROWS, Documents, each_document, varlen, whole_samples
+from megatron_hammer.kernels.attention import ROWS, each_document, varlen, whole_samples
 from megatron_hammer.kernels.libraries import te
 from megatron_hammer.kernels.operations import Operations, select_operations
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.table import Demand, select
 from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.layers import LayerOptions
@@ -132,7 +133,7 @@ def test_varlen_equals_each_document(heads: int, groups: int) -> None:
     """Output and gradients in bf16; both round where they like, so 1 % of the norm."""
     demand = Demand(torch.device("cuda"), torch.bfloat16, "document", heads, groups, 64)
     assert select("attention", "auto", ROWS, demand).name == "varlen"
-    documents = Documents.from_cu_seqlens(np.cumsum([0, 1, 300, 17, 1000, 64]).astype(np.int32), demand.device)
+    documents = PackedSequences.from_cu_seqlens(np.cumsum([0, 1, 300, 17, 1000, 64]).astype(np.int32), demand.device)
     fused = torch.randn(1382, 1, heads + 2 * groups, 64, dtype=torch.bfloat16, device="cuda")
     inputs = [x.requires_grad_() for x in fused.split((heads, groups, groups), dim=2)]
     results = []
@@ -148,7 +149,7 @@ def test_no_document_leaks_on_a_gpu() -> None:
     config = tiny_config(train__precision="bf16", data__attention_mask="document")
     model, _ = build(config, ParallelContext.single("cuda"))
     tokens = torch.randint(0, 301, (2, 33), device="cuda")
-    documents = Documents.from_cu_seqlens(np.array([0, 10, 32, 50, 64], np.int32), torch.device("cuda"))
+    documents = PackedSequences.from_cu_seqlens(np.array([0, 10, 32, 50, 64], np.int32), torch.device("cuda"))
     other = tokens.clone()
     other[0, :10] = (other[0, :10] + 1) % 301
     model(tokens[:, :-1], tokens[:, 1:], documents)
@@ -168,7 +169,9 @@ needs_te = pytest.mark.skipif(bool(te.obstacle()), reason=f"needs Transformer En
 @pytest.mark.parametrize("mask", ["causal", "document"])
 def test_te_attention_equals_the_reference(mask: str, heads: int, groups: int) -> None:
     """Output and gradients in bf16, 1 % of the norm, as for varlen."""
-    documents = Documents.from_cu_seqlens(np.cumsum([0, 1, 300, 17, 1000, 64]).astype(np.int32), torch.device("cuda"))
+    documents = PackedSequences.from_cu_seqlens(
+        np.cumsum([0, 1, 300, 17, 1000, 64]).astype(np.int32), torch.device("cuda")
+    )
     given, shape = (documents, (1382, 1)) if mask == "document" else (None, (512, 2))
     fused = torch.randn(*shape, heads + 2 * groups, 64, dtype=torch.bfloat16, device="cuda")
     inputs = [x.requires_grad_() for x in fused.split((heads, groups, groups), dim=2)]

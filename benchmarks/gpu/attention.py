@@ -18,15 +18,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu.kernels import our_demand
 from gpu.measure import Bench, Item, Missing, Result, forward_and_backward, needed, summary
-from megatron_hammer.kernels.attention import Documents
 from megatron_hammer.kernels.operations import TABLES
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.table import Demand
 
 FORCED = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 SEED = 7
 
 
-def documents_of(bench: Bench) -> Documents:
+def documents_of(bench: Bench) -> PackedSequences:
     """Random lengths, mean about 500 tokens (80 at toy size: 20); the end of a sample is the end of a document."""
     shape, rng, bounds = bench.shape, np.random.default_rng(SEED), [0]
     mean = shape.sequence // 4
@@ -34,7 +34,7 @@ def documents_of(bench: Bench) -> Documents:
         end = (sample + 1) * shape.sequence
         while bounds[-1] < end:
             bounds.append(min(end, bounds[-1] + 1 + int(rng.exponential(mean))))
-    return Documents.from_cu_seqlens(np.array(bounds, np.int32), bench.device)
+    return PackedSequences.from_cu_seqlens(np.array(bounds, np.int32), bench.device)
 
 
 def _measure(bench: Bench, attend: Callable[..., Tensor], packed: bool, squares: float) -> Result:

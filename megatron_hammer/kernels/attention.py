@@ -6,11 +6,7 @@
     data.attention_mask=document    [b s, 1, heads, d]   the samples of a micro-batch one after the other; each token
                                                          attends to the past of its own document
 
-    cu_seqlens   0         5     8               16      documents are the rows [0, 5), [5, 8) and [8, 16)
-    positions    0 1 2 3 4 0 1 2 0 1 2 3 4 5 6 7         restart with each document, for RoPE
-
-Cumulative lengths are those of flash-attn: what every kernel for variable lengths takes. The end of a sample is the end
-of a document, so the length of the longest is at most s. ``ROWS`` is the whole table (``backend.py``).
+Where documents lie is a ``PackedSequences``. ``ROWS`` is the whole table of backends (``table.py``).
 
 Legend: s sequence, b micro-batch, n query heads, g query groups, d head_dim (local ones).
 """
@@ -19,11 +15,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
@@ -32,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_hammer.kernels.libraries import flash, te
 from megatron_hammer.kernels.native import attention as attention_cpu
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.table import CUDA, HALVES, Backend, Demand
 
 # On a CPU, torch's 16-bit attention costs about as much for 30 rows as for 100, and below this many elements of a head
@@ -40,34 +35,7 @@ from megatron_hammer.kernels.table import CUDA, HALVES, Backend, Demand
 FP32_ELEMENTS_ON_CPU = 384 * 32
 
 
-@dataclass(frozen=True)
-class Documents:
-    """Where the documents of a packed micro-batch lie. Made on the host: nothing ever waits for the device."""
-
-    lengths: tuple[int, ...]
-    """Rows of each document, none of them 0; on the host, their sum is b s."""
-    cu_seqlens: Tensor
-    """[documents + 1] int32 on the device: document i is the rows [cu_seqlens[i], cu_seqlens[i + 1])."""
-    positions: Tensor
-    """[b s] int64 on the device: place of each row in its document."""
-
-    @property
-    def max_length(self) -> int:
-        """Rows of the longest document."""
-        return max(self.lengths)
-
-    @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: np.ndarray, device: torch.device) -> Documents:
-        """From int32 [documents + 1] on the host; the copies to a GPU are asynchronous."""
-        lengths = np.diff(cu_seqlens)
-        assert cu_seqlens[0] == 0 and (lengths > 0).all(), f"cumulative lengths {cu_seqlens} must rise from 0"
-        positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
-        arrays = (torch.from_numpy(a) for a in (cu_seqlens.astype(np.int32), positions.astype(np.int64)))
-        on_device = [a.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else a for a in arrays]
-        return cls(tuple(lengths.tolist()), *on_device)
-
-
-AttentionFunction = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, PackedSequences | None], Tensor]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -83,19 +51,19 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.permute(2, 0, 1, 3)
 
 
-def whole_samples(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+def whole_samples(q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | None = None) -> Tensor:
     """Backend "sdpa": one call for all; each sample is one stretch of text."""
     assert documents is None, "this backend knows no documents: it was chosen for data.attention_mask=causal"
     return causal_attention(q, k, v)
 
 
-def cudnn(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+def cudnn(q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | None = None) -> Tensor:
     """Backend "cudnn": as "sdpa", by cuDNN's attention or not at all. It shares keys by itself and copies no input."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return whole_samples(q, k, v, documents)
 
 
-def each_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+def each_document(q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | None) -> Tensor:
     """Backend "sdpa-documents": one call a document, so that no mask is stored and no masked product is computed.
 
     It is the reference of the other backends for documents.
@@ -106,7 +74,7 @@ def each_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) 
     return torch.cat([causal_attention(q_i, k_i, v_i) for q_i, k_i, v_i in parts])
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+def varlen(q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | None) -> Tensor:
     """Backend "varlen": torch's own FlashAttention (arXiv 2307.08691) for variable lengths, one launch for all."""
     from torch.nn.attention.varlen import varlen_attn
 

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_hammer.kernels.attention import AttentionFunction, Documents
+from megatron_hammer.kernels.attention import AttentionFunction
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.table import Backend
 
 
-class GraphDocuments(NamedTuple):
-    """``Documents`` in tensors whose shapes depend on the size of the micro-batch alone."""
+class GraphPackedSequences(NamedTuple):
+    """``PackedSequences`` in tensors whose shapes depend on the size of the micro-batch alone."""
 
     lengths: Tensor
     """[b s] int64 on the host: rows of each document, then zeros."""
@@ -34,7 +35,7 @@ class GraphDocuments(NamedTuple):
     """[b s] int64 on the device."""
 
     @classmethod
-    def of(cls, documents: Documents) -> GraphDocuments:
+    def of(cls, documents: PackedSequences) -> GraphPackedSequences:
         """Without waiting for the device."""
         rows, count = len(documents.positions), len(documents.lengths)
         lengths = torch.zeros(rows, dtype=torch.int64)
@@ -42,18 +43,18 @@ class GraphDocuments(NamedTuple):
         cu_seqlens = torch.cat((documents.cu_seqlens, documents.cu_seqlens[-1:].expand(rows - count)))
         return cls(lengths, cu_seqlens, documents.positions)
 
-    def documents(self) -> Documents:
+    def documents(self) -> PackedSequences:
         """The inverse of ``of``."""
         count = int(self.lengths.count_nonzero())
-        return Documents(tuple(self.lengths[:count].tolist()), self.cu_seqlens[: count + 1], self.positions)
+        return PackedSequences(tuple(self.lengths[:count].tolist()), self.cu_seqlens[: count + 1], self.positions)
 
 
 def in_graph(row: Backend, device: torch.device) -> AttentionFunction:
-    """A backend's attention for layers that are compiled; as it is where documents are ``Documents``."""
+    """A backend's attention for layers that are compiled; as it is where documents are ``PackedSequences``."""
     plain, operation = row.load(device), _operation(row, device)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, documents: Any) -> Tensor:
-        if isinstance(documents, GraphDocuments):
+        if isinstance(documents, GraphPackedSequences):
             return operation(q, k, v, *documents)
         return plain(q, k, v, documents)
 
@@ -67,7 +68,7 @@ def _operation(row: Backend, device: torch.device) -> Callable[..., Tensor]:
 
     @torch.library.custom_op(name, mutates_args=())
     def forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, cu_seqlens: Tensor, positions: Tensor) -> Tensor:
-        out: Tensor = plain(q, k, v, GraphDocuments(lengths, cu_seqlens, positions).documents())
+        out: Tensor = plain(q, k, v, GraphPackedSequences(lengths, cu_seqlens, positions).documents())
         return out.contiguous()
 
     @torch.library.custom_op(f"{name}_backward", mutates_args=())
@@ -77,7 +78,7 @@ def _operation(row: Backend, device: torch.device) -> Callable[..., Tensor]:
         # An operation runs below autograd; leaving "inference mode" is how torch lets it come back.
         with torch.inference_mode(False), torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-            out = plain(*inputs, GraphDocuments(lengths, cu_seqlens, positions).documents())
+            out = plain(*inputs, GraphPackedSequences(lengths, cu_seqlens, positions).documents())
             grad_q, grad_k, grad_v = torch.autograd.grad(out, inputs, grad)
         return grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()
 

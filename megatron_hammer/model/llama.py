@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hammer.config import KernelsConfig, ModelConfig, padded_vocab_size
-from megatron_hammer.kernels.attention import Documents
-from megatron_hammer.kernels.attention_graph import GraphDocuments
+from megatron_hammer.kernels.attention_graph import GraphPackedSequences
 from megatron_hammer.kernels.operations import Operations
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.model import layers, layers_te
 from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.layers import LayerOptions
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         self.qkv = parts.QKVLinear(h, n, g, d, options)
         self.output = parts.RowParallelLinear(n * d, h, options)
 
-    def forward(self, x: Tensor, rope: Rope, documents: Documents | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, documents: PackedSequences | None) -> Tensor:
         qkv = self.qkv(x)  # [s, b, n + 2g, d]
         q, k, v = self.operations.rope(qkv, *rope, self.qkv.heads_local, self.qkv.groups_local)  # [s, b, heads, d] each
         return self.output(self.operations.attention(q, k, v, documents).flatten(2))
@@ -81,7 +81,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config, options, parts)
 
     def forward(
-        self, x: Tensor, update: Tensor | None, rope: Rope, documents: Documents | None
+        self, x: Tensor, update: Tensor | None, rope: Rope, documents: PackedSequences | None
     ) -> tuple[Tensor, Tensor]:
         normed, x = self.attention_norm(x, update)
         normed, x = self.mlp_norm(x, self.attention(normed, rope, documents))
@@ -123,9 +123,9 @@ class Llama(nn.Module):
         """[v/t, h], padding rows included."""
         return self.embedding.weight if self.config.tie_word_embeddings else self.head.weight
 
-    def hidden(self, tokens: Tensor, documents: Documents | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, documents: PackedSequences | None = None) -> Tensor:
         """[b, s] int64 -> what the head reads: [s/t, b, h], and [b s/t, 1, h] with documents."""
-        told: Documents | GraphDocuments | None  # what attention is told
+        told: PackedSequences | GraphPackedSequences | None  # what attention is told
         rope = self.rope(tokens.shape[1])
         if documents is not None:
             tokens = tokens.reshape(1, -1)  # [1, b s]
@@ -135,7 +135,7 @@ class Llama(nn.Module):
         run = self.run_layer if torch.is_grad_enabled() else None
         if run is not None:
             update = torch.zeros_like(x).requires_grad_()  # so that the first layer can run the code of the others
-            told = None if documents is None else GraphDocuments.of(documents)
+            told = None if documents is None else GraphPackedSequences.of(documents)
         with self.layers_region(), self.recompute.region():
             for i, layer in enumerate(self.layers):
                 forward = layer if run is None else partial(run, layer)
@@ -147,7 +147,7 @@ class Llama(nn.Module):
         self,
         tokens: Tensor,
         labels: Tensor,
-        documents: Documents | None = None,
+        documents: PackedSequences | None = None,
         objective: Objective | None = None,
     ) -> Tensor:
         """Loss of every token.
@@ -165,7 +165,7 @@ class Llama(nn.Module):
         return head_loss(x, self.head_weight, labels, self.vocab_size, self.options, objective, shared)
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor, documents: Documents | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, documents: PackedSequences | None = None) -> Tensor:
         """[b, s] int64 -> [b, s, v] over the true vocabulary, gathered on every rank: for proofs, not for training."""
         columns = layers.column_parallel(self.hidden(tokens, documents), self.head_weight, self.options)
         columns = columns.permute(2, 1, 0)  # [v/t, b, s]

@@ -41,10 +41,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megatron_hammer.config import Config
-from megatron_hammer.kernels.attention import AttentionFunction, Documents
+from megatron_hammer.kernels.attention import AttentionFunction
 from megatron_hammer.kernels.libraries import te
 from megatron_hammer.kernels.norm import AddRMSNorm
 from megatron_hammer.kernels.operations import Operations
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.swiglu import SwiGLU
 from megatron_hammer.kernels.table import Backend
 
@@ -246,7 +247,7 @@ class Selective(Recompute):
         return _Recomputed.apply(self.marks, plain, gate_up)  # type: ignore[no-any-return]
 
     def _attention(
-        self, plain: AttentionFunction, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None
+        self, plain: AttentionFunction, q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | None
     ) -> Tensor:
         if self.marks is None:
             return plain(q, k, v, documents)

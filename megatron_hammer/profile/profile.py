@@ -42,10 +42,10 @@ from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import replace_file
 from megatron_hammer.base.progress import say
 from megatron_hammer.config import Config, padded_vocab_size
-from megatron_hammer.kernels.attention import Documents
 from megatron_hammer.kernels.libraries import te
 from megatron_hammer.kernels.linear import Products
 from megatron_hammer.kernels.operations import Operations, select_backends
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.model import layers, layers_te, llama
 from megatron_hammer.model.llama import Llama
 from megatron_hammer.model.parameters import count_parameters
@@ -220,7 +220,7 @@ class Job:
                 + s * torch.arange(b)[:, None]
             )
             ends = torch.cat([cuts.flatten(), s * torch.arange(b + 1)]).unique()
-            documents = Documents.from_cu_seqlens(ends.int().numpy(), device)
+            documents = PackedSequences.from_cu_seqlens(ends.int().numpy(), device)
         return windows[:, :-1], windows[:, 1:], documents
 
 

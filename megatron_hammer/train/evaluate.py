@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_hammer.kernels.attention import Documents
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.model.llama import Llama
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.grid import ParallelContext
@@ -59,7 +59,7 @@ def evaluate(
         documents = None
         if document_mask:
             cu_seqlens = cumulative_lengths(np.concatenate([data.piece_lengths(j) for j in windows]))
-            documents = Documents.from_cu_seqlens(cu_seqlens, ctx.device)
+            documents = PackedSequences.from_cu_seqlens(cu_seqlens, ctx.device)
         tokens = torch.from_numpy(np.stack([t for t, _ in samples])).to(ctx.device)  # [b, s + 1]
         mask = torch.from_numpy(np.stack([m for _, m in samples])).to(ctx.device, torch.float64)  # [b, s]
         labels = tokens[:, 1:]

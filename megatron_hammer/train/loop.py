@@ -24,8 +24,8 @@ from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.read import load_shards
 from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.config import Config, config_to_tree
-from megatron_hammer.kernels.attention import Documents
 from megatron_hammer.kernels.operations import select_operations, select_optimizer_kernels
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.table import Demand
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Llama, build_llama
@@ -224,7 +224,7 @@ class Run:
         on_device: list[DeviceBatch] = []
         for batch in batches:
             windows = self._to_device(batch.windows)  # [b, s + 1], copied once for inputs and targets
-            documents = Documents.from_cu_seqlens(batch.cu_seqlens, ctx.device) if masked else None
+            documents = PackedSequences.from_cu_seqlens(batch.cu_seqlens, ctx.device) if masked else None
             on_device.append((windows[:, :-1], windows[:, 1:], documents))
         return on_device
 

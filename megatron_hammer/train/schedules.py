@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_hammer.kernels.attention import Documents
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.model.head_loss import Objective
 from megatron_hammer.model.llama import Llama
 from megatron_hammer.optim.distributed import DistributedOptimizer
@@ -15,7 +15,7 @@ from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.grid import ParallelContext
 
 # Tokens and labels, [b, s] int64 on the device, and under data.attention_mask=document where the documents lie.
-DeviceBatch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Documents | None]
+DeviceBatch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, PackedSequences | None]
 
 
 def forward_backward(

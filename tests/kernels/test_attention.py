@@ -16,7 +16,6 @@ from megatron_hammer.kernels import attention
 from megatron_hammer.kernels.attention import (
     FP32_ELEMENTS_ON_CPU,
     ROWS,
-    Documents,
     causal_attention,
     each_document,
     varlen,
@@ -24,13 +23,14 @@ from megatron_hammer.kernels.attention import (
 )
 from megatron_hammer.kernels.native import attention as attention_cpu
 from megatron_hammer.kernels.operations import select_operations
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.table import FLOATS, Backend, Demand, select
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def documents_of(*lengths: int) -> Documents:
-    return Documents.from_cu_seqlens(np.cumsum([0, *lengths]).astype(np.int32), CPU)
+def documents_of(*lengths: int) -> PackedSequences:
+    return PackedSequences.from_cu_seqlens(np.cumsum([0, *lengths]).astype(np.int32), CPU)
 
 
 def qkv(rows: int, heads: int, groups: int, dtype: torch.dtype, d: int = 8) -> list[Tensor]:
@@ -39,7 +39,7 @@ def qkv(rows: int, heads: int, groups: int, dtype: torch.dtype, d: int = 8) -> l
     return [x.requires_grad_() for x in fused.split((heads, groups, groups), dim=2)]
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+def reference(q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences) -> Tensor:
     """Scores of all pairs, those of other documents and of later rows at minus infinity."""
     document = torch.repeat_interleave(torch.tensor(documents.lengths))
     row = torch.arange(len(document))
@@ -51,7 +51,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     return torch.einsum("bnqk,kbnd->qbnd", weights, v)
 
 
-def with_gradients(function: Any, inputs: list[Tensor], documents: Documents) -> list[Tensor]:
+def with_gradients(function: Any, inputs: list[Tensor], documents: PackedSequences) -> list[Tensor]:
     out = function(*inputs, documents)
     return [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out).cumsum(-1))]
 
@@ -71,13 +71,13 @@ def test_causal_attention(heads: int, groups: int) -> None:
 
 
 def test_documents_from_cumulative_lengths() -> None:
-    documents = Documents.from_cu_seqlens(np.array([0, 5, 8, 16], np.int32), CPU)
+    documents = PackedSequences.from_cu_seqlens(np.array([0, 5, 8, 16], np.int32), CPU)
     assert documents.lengths == (5, 3, 8) and documents.max_length == 8
     assert documents.cu_seqlens.tolist() == [0, 5, 8, 16] and documents.cu_seqlens.dtype == torch.int32
     assert documents.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7]
     for broken in ([1, 5], [0, 5, 5], [0, 5, 4]):
         with pytest.raises(AssertionError, match="must rise from 0"):
-            Documents.from_cu_seqlens(np.array(broken, np.int32), CPU)
+            PackedSequences.from_cu_seqlens(np.array(broken, np.int32), CPU)
 
 
 LENGTHS = [(1, 1, 1), (7, 1, 12, 33), (53,), (2,) * 20, (1, 130, 3)]
@@ -134,7 +134,7 @@ def test_varlen_calls_torch_with_what_it_takes() -> None:
     """The true operator on shapes without data: forward and backward accept the arguments."""
     inputs = [x.detach().to("meta").requires_grad_() for x in qkv(12, 4, 2, torch.bfloat16)]
     documents = documents_of(5, 7)
-    out = varlen(*inputs, Documents(documents.lengths, documents.cu_seqlens.to("meta"), documents.positions))
+    out = varlen(*inputs, PackedSequences(documents.lengths, documents.cu_seqlens.to("meta"), documents.positions))
     assert out.shape == inputs[0].shape and out.dtype == torch.bfloat16
     for grad, x in zip(torch.autograd.grad(out, inputs, torch.ones_like(out)), inputs, strict=True):
         assert grad.shape == x.shape
@@ -149,7 +149,7 @@ def test_varlen_means_each_document(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> Tensor:  # fmt: skip
         assert q.dim() == 3 and cu_q.dtype == torch.int32 and torch.equal(cu_q, cu_k) and window_size == (-1, 0)
         assert max_q == max_k == int(cu_q.diff().max()) and enable_gqa == (q.shape[1] != k.shape[1])
-        lengths = Documents.from_cu_seqlens(cu_q.numpy(), CPU)
+        lengths = PackedSequences.from_cu_seqlens(cu_q.numpy(), CPU)
         return reference(*(x.unsqueeze(1) for x in (q, k, v)), lengths).squeeze(1)
 
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", double)

@@ -26,8 +26,9 @@ from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels import adamw, norm
 from megatron_hammer.kernels.adamw import AdamWState, OptimizerKernels
-from megatron_hammer.kernels.attention import ROWS, Documents, each_document, whole_samples
+from megatron_hammer.kernels.attention import ROWS, each_document, whole_samples
 from megatron_hammer.kernels.libraries import apex, flash, liger, te
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.table import Demand, select
 from tests.model import te_double
 from tests.wheels import sources_of
@@ -166,14 +167,14 @@ class FlashDouble:
         assert causal and q.dim() == 3 and cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k)
         assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
         self.asked.append(deterministic)
-        lengths = Documents.from_cu_seqlens(cu_seqlens_q.numpy(), CPU)
+        lengths = PackedSequences.from_cu_seqlens(cu_seqlens_q.numpy(), CPU)
         out = each_document(*(x.unsqueeze(1) for x in (q, k, v)), lengths).squeeze(1)
         return (out, None) if self.pair else out  # fmt: skip
 
 
 @pytest.mark.parametrize("pair", [False, True])
 def test_flash_attn_means_the_reference(pair: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    documents = Documents.from_cu_seqlens(np.array([0, 5, 6, 21], np.int32), CPU)
+    documents = PackedSequences.from_cu_seqlens(np.array([0, 5, 6, 21], np.int32), CPU)
     for shape, given in (((9, 2), None), ((21, 1), documents)):
         parts = torch.randn(*shape, 12, 8, dtype=torch.float64).split((8, 2, 2), dim=2)
         q, k, v = (x.requires_grad_() for x in parts)

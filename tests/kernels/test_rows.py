@@ -11,8 +11,9 @@ from torch import Tensor
 
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels.adamw import AdamWState
-from megatron_hammer.kernels.attention import Documents, each_document, whole_samples
+from megatron_hammer.kernels.attention import each_document, whole_samples
 from megatron_hammer.kernels.operations import TABLES
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.table import Backend, Demand
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -72,7 +73,7 @@ def test_layer_operations(operation: str, row: Backend) -> None:
 @pytest.mark.parametrize("row", TABLES["attention"], ids=lambda row: row.name)
 def test_attention(row: Backend, mask: str) -> None:
     function = loaded(row, Demand(DEMAND.device, DEMAND.dtype, mask, 8, 2))
-    documents = Documents.from_cu_seqlens(np.cumsum([0, 1, 300, 17, 1000, 64]).astype(np.int32), DEMAND.device)
+    documents = PackedSequences.from_cu_seqlens(np.cumsum([0, 1, 300, 17, 1000, 64]).astype(np.int32), DEMAND.device)
     shape, given, reference = (
         ((512, 2), None, whole_samples) if mask == "causal" else ((1382, 1), documents, each_document)
     )

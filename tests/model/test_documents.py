@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_hammer.config import KernelsConfig
-from megatron_hammer.kernels.attention import Documents, each_document
+from megatron_hammer.kernels.attention import each_document
 from megatron_hammer.kernels.operations import Operations, select_operations
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.table import Demand
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Llama, build_llama
@@ -24,7 +25,7 @@ from tests.model.test_llama import MODELS, carry_weights, hugging_face
 # Two samples of 40 tokens: the first holds documents of 11, 1 and 28 tokens, the second of 25 and 15.
 LENGTHS, SAMPLES, SIZE = (11, 1, 28, 25, 15), 2, 40
 BOUNDS = list(itertools.pairwise(np.cumsum([0, *LENGTHS]).tolist()))
-DOCUMENTS = Documents.from_cu_seqlens(np.cumsum([0, *LENGTHS]).astype(np.int32), torch.device("cpu"))
+DOCUMENTS = PackedSequences.from_cu_seqlens(np.cumsum([0, *LENGTHS]).astype(np.int32), torch.device("cpu"))
 
 
 def model_of(name: str = "gqa", dtype: torch.dtype = torch.float32, documents: bool = True) -> Llama:
@@ -61,7 +62,7 @@ def test_no_document_leaks_into_another(changed: int, dtype: torch.dtype) -> Non
     assert torch.equal(loss[others], loss_again[others])
 
 
-def _gradient_at_the_input(model: Llama, tokens: Tensor, labels: Tensor, documents: Documents | None) -> Tensor:
+def _gradient_at_the_input(model: Llama, tokens: Tensor, labels: Tensor, documents: PackedSequences | None) -> Tensor:
     """|d loss of the last 15 targets / d embedding|, [b s]."""
     kept: list[Tensor] = []
     hook = model.embedding.register_forward_hook(lambda module, inputs, out: kept.append(out.requires_grad_()))
@@ -137,7 +138,7 @@ def test_equals_transformers_with_a_block_mask(name: str) -> None:
 def test_whole_samples_as_documents_are_the_causal_mask() -> None:
     """Samples of one document each: both modes compute the same; 1e-6, a few roundings of fp32 in another order."""
     tokens, labels = batch()
-    whole = Documents.from_cu_seqlens(np.array([0, SIZE, 2 * SIZE], np.int32), torch.device("cpu"))
+    whole = PackedSequences.from_cu_seqlens(np.array([0, SIZE, 2 * SIZE], np.int32), torch.device("cpu"))
     losses = model_of()(tokens, labels, whole), model_of(documents=False)(tokens, labels)
     torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
 

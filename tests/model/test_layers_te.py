@@ -22,9 +22,10 @@ from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.checkpoint.read import load_shards
 from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.config import Config
-from megatron_hammer.kernels.attention import ROWS, Documents, causal_attention, each_document
+from megatron_hammer.kernels.attention import ROWS, causal_attention, each_document
 from megatron_hammer.kernels.libraries import te
 from megatron_hammer.kernels.operations import Operations
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.table import Demand, select
 from megatron_hammer.model.llama import build_llama
 from megatron_hammer.parallel.grid import ParallelContext
@@ -224,7 +225,7 @@ def test_both_kinds_of_layers_have_one_tree_of_names() -> None:
 def test_attention_equals_the_reference(heads: int, groups: int) -> None:
     """Outputs and gradients, samples and documents; queries and keys come out of RoPE, values are a view."""
     lengths = [5, 1, 17, 9]
-    documents = Documents.from_cu_seqlens(np.cumsum([0, *lengths]).astype(np.int32), torch.device("cpu"))
+    documents = PackedSequences.from_cu_seqlens(np.cumsum([0, *lengths]).astype(np.int32), torch.device("cpu"))
     for shape, given in (((16, 2), None), ((32, 1), documents)):
         fused = torch.randn(*shape, heads + 2 * groups, 8, dtype=torch.float64, requires_grad=True)
         results = []

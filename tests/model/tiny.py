@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.config import Config, config_from_tree
-from megatron_hammer.kernels.attention import Documents
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.model.llama import Llama
 from megatron_hammer.model.parameters import logical_shapes, parameter_table
 from megatron_hammer.parallel.grid import ParallelContext, build_parallel_context
@@ -49,7 +49,7 @@ def random_batch(config: Config, step: int) -> tuple[Tensor, Tensor]:
     return samples[:, :-1], samples[:, 1:]
 
 
-def random_documents(config: Config, step: int, samples: range) -> Documents:
+def random_documents(config: Config, step: int, samples: range) -> PackedSequences:
     """Documents of 1 to 20 tokens in some samples of the global batch, packed: the same for every layout."""
     lengths: list[int] = []
     for sample in samples:
@@ -57,7 +57,7 @@ def random_documents(config: Config, step: int, samples: range) -> Documents:
         while left:
             lengths.append(min(left, int(rng.integers(1, 21))))
             left -= lengths[-1]
-    return Documents.from_cu_seqlens(np.cumsum([0, *lengths]).astype(np.int32), torch.device("cpu"))
+    return PackedSequences.from_cu_seqlens(np.cumsum([0, *lengths]).astype(np.int32), torch.device("cpu"))
 
 
 def rank_batches(config: Config, step: int, ctx: ParallelContext) -> list[Any]:

@@ -24,15 +24,13 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.table import CUDA, HALVES, Backend, Demand
-
-if TYPE_CHECKING:
-    from megatron_hammer.kernels.attention import Documents
 
 WHOLE = ("q", "k", "v", "causal", "deterministic")  # arguments of flash_attn_func that are used
 PACKED = (  # and of flash_attn_varlen_func
@@ -40,7 +38,7 @@ PACKED = (  # and of flash_attn_varlen_func
 )  # fmt: skip
 
 
-def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | None) -> Tensor:
     """Causal, within documents where they are given: as ``AttentionFunction``, by one of the three modules."""
     how = {"causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
     if documents is None:

@@ -27,7 +27,7 @@ from megatron_hammer.config import Config
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_hammer.kernels.attention import Documents
+    from megatron_hammer.kernels.packed_sequences import PackedSequences
     from megatron_hammer.parallel.grid import Group
 
 IMPORT_SECONDS = 300  # for a first import from a slow file system; the usual one takes 10 to 30
@@ -178,7 +178,7 @@ def _core_attention(heads: int, groups: int, head_size: int) -> Any:
     )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | None) -> Tensor:
     """Backend "te": flash-attn or cuDNN, as Transformer Engine chooses; causal, within documents where given."""
     import transformer_engine.pytorch as te
 

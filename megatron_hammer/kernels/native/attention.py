@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_hammer.kernels.native import cpu
 from megatron_hammer.kernels.native.memory import empty
-
-if TYPE_CHECKING:
-    from megatron_hammer.kernels.attention import Documents
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 
 
 @cache
@@ -44,7 +42,7 @@ def obstacle(dtype: torch.dtype) -> str:
     return f"cannot run here ({reason})" if reason else ""
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | None = None) -> Tensor:
     """Backend "fused": q [s, b, n, d], k and v [s, b, g, d] -> [s, b, n, d], within documents where there are any."""
     lengths = (len(q),) if documents is None else documents.lengths
     assert sum(lengths) == len(q), f"documents of {sum(lengths)} rows do not divide {len(q)}"

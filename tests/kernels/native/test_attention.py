@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_hammer.kernels.attention import Documents, causal_attention, each_document
+from megatron_hammer.kernels.attention import causal_attention, each_document
 from megatron_hammer.kernels.native import attention as attention_cpu
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 
 CPU = torch.device("cpu")
 
@@ -47,7 +48,7 @@ def tensors(shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
     return [2 * q, k, v, torch.randn(s, b, n, d, generator=generator).to(dtype)]
 
 
-def with_gradients(function: object, inputs: Sequence[Tensor], *documents: Documents) -> list[Tensor]:
+def with_gradients(function: object, inputs: Sequence[Tensor], *documents: PackedSequences) -> list[Tensor]:
     """The result and the gradients of q, k, v."""
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
     assert callable(function)
@@ -74,7 +75,7 @@ def test_values_and_gradients(shape: Sequence[int], dtype: torch.dtype) -> None:
 def test_documents(dtype: torch.dtype) -> None:
     """Each document attends to itself alone, whatever its length."""
     lengths = (1, 40, 32, 2, 300, 129)
-    documents = Documents.from_cu_seqlens(np.cumsum([0, *lengths]).astype(np.int32), CPU)
+    documents = PackedSequences.from_cu_seqlens(np.cumsum([0, *lengths]).astype(np.int32), CPU)
     inputs = tensors((sum(lengths), 1, 4, 2, 48), dtype)
     truth = with_gradients(each_document, [x.double() for x in inputs], documents)
     assert_near(with_gradients(attention_cpu.attention, inputs, documents), truth, ERRORS[dtype])
@@ -116,7 +117,7 @@ def test_later_rows_are_not_seen(dtype: torch.dtype) -> None:
 def test_first_rows(dtype: torch.dtype) -> None:
     """The first row of a document sees itself alone: nothing that q and k could change, so their gradients are 0, in
     bits. delta, from a rounded result, would leave rounding in their place."""
-    documents = Documents.from_cu_seqlens(np.array([0, 1, 2, 42, 43, 300], np.int32), CPU)
+    documents = PackedSequences.from_cu_seqlens(np.array([0, 1, 2, 42, 43, 300], np.int32), CPU)
     alone, first = [0, 1, 42], [0, 1, 2, 42, 43]
     inputs = q, _, v, grad = tensors((300, 2, 4, 2, 64), dtype)
     out, grad_q, grad_k, grad_v = with_gradients(attention_cpu.attention, inputs, documents)
