@@ -28,7 +28,7 @@ check() {
     shift
     printf '\n== %s\n' "$name"
     "$@" || { result="FAILED ($?)" code=1; }
-    summary+=$(printf '%-8s %s, %d s' "$name" "$result" $((SECONDS - began)))$'\n'
+    summary+=$(printf '%-12s %s, %d s' "$name" "$result" $((SECONDS - began)))$'\n'
 }
 
 # Types beside the tests, most of which use one core: without its cache mypy takes half a minute.
@@ -45,6 +45,7 @@ types() {
 
 check lint "$bin/ruff" check .
 check format "$bin/ruff" format --check .
+check clang-format "$bin/clang-format" --dry-run --Werror csrc/*/*.cpp csrc/*/*.hpp csrc/*/*.cu csrc/*/*.cuh
 check tests "$bin/python" -m pytest "$@"
 check types types
 

@@ -49,7 +49,7 @@ namespace {
 
 using Half = uint16_t;
 
-constexpr int64_t W = 32;              // edge of a block
+constexpr int64_t W = 32;  // edge of a block
 constexpr int64_t KEYS_FORWARD = 256;  // keys between two updates of the running maximum
 // Keys and queries of a block of the backward pass. Measured from 64 to 256 each on a Xeon with 2 MB of L2 cache.
 constexpr int64_t KEYS = 128;

@@ -44,8 +44,8 @@ class Memory {
  public:
   explicit Memory(size_t size) : size_(size) {
 #ifdef __GLIBC__
-    // Backward ends with a heap that is mostly free. Handed back to the system, each page of it would cost a fault in the
-    // next micro-batch. Larger blocks than 32 MiB glibc always asks the system for.
+    // Backward ends with a heap that is mostly free. Handed back to the system, each page of it would cost a fault in
+    // the next micro-batch. Larger blocks than 32 MiB glibc always asks the system for.
     static const bool kept = mallopt(M_MMAP_THRESHOLD, 32 << 20) && mallopt(M_TRIM_THRESHOLD, -1);
     (void)kept;
 #endif
@@ -72,9 +72,9 @@ void add_rms_norm_forward(const Version& version, int threads, bool half, int64_
   });
 }
 
-void add_rms_norm_backward(const Version& version, int threads, bool half, int64_t rows, int64_t h,
-                           Address grad_normed, Address grad_summed, Address summed, Address weight, Address rstd,
-                           Address grad_x, Address grad_weight) {
+void add_rms_norm_backward(const Version& version, int threads, bool half, int64_t rows, int64_t h, Address grad_normed,
+                           Address grad_summed, Address summed, Address weight, Address rstd, Address grad_x,
+                           Address grad_weight) {
   with_type(half, [&](auto type) {
     using T = decltype(type);
     hammer::add_rms_norm_backward(version, threads, rows, h, at<const T>(grad_normed), at<const T>(grad_summed),
@@ -150,9 +150,9 @@ void loss_and_gradient(const Version& version, int threads, bool half, int64_t r
   bool labels_are_columns = true;
   with_type(half, [&](auto type) {
     using T = decltype(type);
-    labels_are_columns = hammer::loss_and_gradient(version, threads, rows, stride, {start, valid, width},
-                                                   at<T>(logits), at<const int64_t>(labels), at<const float>(weights),
-                                                   z_loss, at<float>(loss));
+    labels_are_columns =
+        hammer::loss_and_gradient(version, threads, rows, stride, {start, valid, width}, at<T>(logits),
+                                  at<const int64_t>(labels), at<const float>(weights), z_loss, at<float>(loss));
   });
   if (!labels_are_columns) throw py::index_error("a label is not in the vocabulary");
 }

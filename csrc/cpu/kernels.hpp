@@ -24,11 +24,11 @@ struct Heads {
 
 // What AdamW knows beyond its tensors.
 struct Update {
-  float rate;          // lr / (1 - beta1^k)
-  float keep;          // 1 - lr decay
+  float rate;  // lr / (1 - beta1^k)
+  float keep;  // 1 - lr decay
   float beta1, beta2;  // what moments keep,
-  float new1, new2;    // and take: 1 - beta from fp64, as for 0.999 the difference in fp32 is off by 3e-5
-  float root2;         // 1 / sqrt(1 - beta2^k)
+  float new1, new2;  // and take: 1 - beta from fp64, as for 0.999 the difference in fp32 is off by 3e-5
+  float root2;  // 1 / sqrt(1 - beta2^k)
   float eps;
   float scale;  // 1 / divisor of the gradients
 };

@@ -249,8 +249,7 @@ HAMMER_INLINE void turn(int64_t half, const T* from, T* to, const T* cos, const 
 }
 
 template <class T>
-void rope_forward(int64_t s, int64_t b, int64_t heads, int64_t turned, int64_t d, T* qkv, const T* cos,
-                  const T* sin) {
+void rope_forward(int64_t s, int64_t b, int64_t heads, int64_t turned, int64_t d, T* qkv, const T* cos, const T* sin) {
   const int64_t half = d / 2;
   for (int64_t position = 0; position < s; ++position) {
     for (int64_t sample = 0; sample < b; ++sample) {
@@ -336,8 +335,7 @@ HAMMER_INLINE void finish_gradient(Columns columns, T* row, int64_t label, float
   for (int64_t i = columns.valid; i < columns.width; ++i) row[i] = T{};
   const int64_t column = label - columns.start;
   if (column < 0 || column >= columns.valid) return;
-  row[column] =
-      narrow_one<T>(weight * (__builtin_expm1f(-loss) + 2.0f * z_loss * lse * __builtin_expf(-loss)));
+  row[column] = narrow_one<T>(weight * (__builtin_expm1f(-loss) + 2.0f * z_loss * lse * __builtin_expf(-loss)));
 }
 
 template <class T>
@@ -354,8 +352,8 @@ void row_statistics(int64_t rows, int64_t stride, Columns columns, const T* logi
 }
 
 template <class T>
-void softmax_gradient(int64_t rows, int64_t stride, Columns columns, T* logits, const int64_t* labels,
-                      const float* lse, const float* loss, const float* weights, float z_loss) {
+void softmax_gradient(int64_t rows, int64_t stride, Columns columns, T* logits, const int64_t* labels, const float* lse,
+                      const float* loss, const float* weights, float z_loss) {
   for (int64_t row = 0; row < rows; ++row, logits += stride) {
     const float shift = lse[row], slope = weights[row] * (1.0f + 2.0f * z_loss * shift);
     each(columns.valid, [&](int64_t i, auto lanes) {
@@ -441,9 +439,9 @@ void accumulate(int64_t n, float* place, const T* values, bool add) {
 
 template <class T>
 constexpr Table<T> table() {
-  return {add_rms_norm_forward<T>, add_rms_norm_backward<T>, sum_partials<T>,     rope_forward<T>,
-          rope_backward<T>,        swiglu_forward<T>,        swiglu_backward<T>,  row_statistics<T>,
-          softmax_gradient<T>,     loss_and_gradient<T>,     adamw<T>,            accumulate<T>};
+  return {add_rms_norm_forward<T>, add_rms_norm_backward<T>, sum_partials<T>,    rope_forward<T>,
+          rope_backward<T>,        swiglu_forward<T>,        swiglu_backward<T>, row_statistics<T>,
+          softmax_gradient<T>,     loss_and_gradient<T>,     adamw<T>,           accumulate<T>};
 }
 
 #undef HAMMER_INLINE

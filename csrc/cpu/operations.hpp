@@ -102,8 +102,8 @@ void swiglu_backward(const Version& version, int threads, int64_t rows, int64_t 
 
 // statistics [3, rows]: largest logit, sum of exponentials, logit of the label.
 template <class T>
-void row_statistics(const Version& version, int threads, int64_t rows, int64_t stride, Columns columns,
-                    const T* logits, const int64_t* labels, float* statistics) {
+void row_statistics(const Version& version, int threads, int64_t rows, int64_t stride, Columns columns, const T* logits,
+                    const int64_t* labels, float* statistics) {
   divide(rows, columns.width, threads, [&](int64_t first, int64_t last) {
     float* place = statistics + first;
     version.table<T>().row_statistics(last - first, stride, columns, logits + first * stride, labels + first, place,
@@ -139,8 +139,8 @@ bool loss_and_gradient(const Version& version, int threads, int64_t rows, int64_
 // `updates`: those applied before this one. T is the type of param, or float where there is none.
 template <class T>
 void adamw(const Version& version, int threads, int64_t n, float* master, const float* grad, float* exp_avg,
-           float* exp_avg_sq, T* param, double lr, double beta1, double beta2, double eps, double decay,
-           double divisor, double updates) {
+           float* exp_avg_sq, T* param, double lr, double beta1, double beta2, double eps, double decay, double divisor,
+           double updates) {
   const double k = updates + 1;
   const Update update = {static_cast<float>(lr / (1 - std::pow(beta1, k))),
                          static_cast<float>(1 - lr * decay),

@@ -1,7 +1,7 @@
 // Python bindings of the index builder: arguments are checked here, the GIL is released around the work.
 //
-// Arrays must have the stated dtype and be C-contiguous (never converted: a hidden copy of a large array would cost more
-// than the call); they may be unaligned. Bad values raise ValueError, bad dtypes TypeError.
+// Arrays must have the stated dtype and be C-contiguous (never converted: a hidden copy of a large array would cost
+// more than the call); they may be unaligned. Bad values raise ValueError, bad dtypes TypeError.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -260,8 +260,8 @@ PYBIND11_MODULE(_index, module) {
   module.def("epoch_marks", &epoch_marks, py::arg("lengths"), py::arg("key"), py::arg("stride"));
   module.def("find_pieces", &find_pieces, py::arg("lengths"), py::arg("marks"), py::arg("stride"), py::arg("key"),
              py::arg("offset"), py::arg("count"));
-  module.def("locate_windows", &locate_windows, py::arg("lengths"), py::arg("marks"), py::arg("stride"),
-             py::arg("key"), py::arg("offsets"), py::arg("count"));
+  module.def("locate_windows", &locate_windows, py::arg("lengths"), py::arg("marks"), py::arg("stride"), py::arg("key"),
+             py::arg("offsets"), py::arg("count"));
   module.def("megatron_windows", &megatron_windows, py::arg("lengths"), py::arg("documents"), py::arg("samples"),
              py::arg("windows"), py::arg("extra"));
   module.def("copy_windows", &copy_windows, py::arg("tokens"), py::arg("pointers"), py::arg("boundaries"),
@@ -271,12 +271,13 @@ PYBIND11_MODULE(_index, module) {
   module.def("sample_index_int64", &sample_index<int64_t>, py::arg("lengths"), py::arg("documents"),
              py::arg("seq_length"), py::arg("total_tokens"), py::arg("extra"), py::arg("drop_last"));
   module.def("chairman_blend", &chairman_blend, py::arg("weights"), py::arg("drawn"), py::arg("count"));
-  module.def("greedy_blend", &greedy_blend, py::arg("weights"), py::arg("drawn"), py::arg("count"),
-             py::arg("limits"));
-  module.def("blend_counts", [](bool chairman, const std::vector<double>& weights,
-                                const std::vector<int64_t>& drawn, int64_t count) {
-    return to_array(blend_counts(chairman, weights, drawn, count));
-  }, py::arg("chairman"), py::arg("weights"), py::arg("drawn"), py::arg("count"));
+  module.def("greedy_blend", &greedy_blend, py::arg("weights"), py::arg("drawn"), py::arg("count"), py::arg("limits"));
+  module.def(
+      "blend_counts",
+      [](bool chairman, const std::vector<double>& weights, const std::vector<int64_t>& drawn, int64_t count) {
+        return to_array(blend_counts(chairman, weights, drawn, count));
+      },
+      py::arg("chairman"), py::arg("weights"), py::arg("drawn"), py::arg("count"));
   py::class_<hammer::MersenneTwister>(module, "MersenneTwister")
       .def(py::init<uint32_t>(), py::arg("seed"))
       .def("shuffle", &shuffle, py::arg("values"));

@@ -154,8 +154,8 @@ int64_t count_samples(int64_t total_tokens, int64_t seq_length, int64_t extra, b
 }
 
 template <class Index, class Length>
-void sample_index(View<Length> lengths, View<int32_t> documents, int64_t seq_length, int64_t total_tokens, int64_t extra,
-                  bool drop_last, Index* out) {
+void sample_index(View<Length> lengths, View<int32_t> documents, int64_t seq_length, int64_t total_tokens,
+                  int64_t extra, bool drop_last, Index* out) {
   const int64_t rows = count_samples(total_tokens, seq_length, extra, drop_last) + 1;
   const int64_t full = (total_tokens - extra) / seq_length;  // rows 1..full start on a token boundary
   const int64_t n = documents.size();
@@ -163,7 +163,8 @@ void sample_index(View<Length> lengths, View<int32_t> documents, int64_t seq_len
   static_assert(sizeof(Length) <= sizeof(Index), "an offset must fit");
   static_assert(sizeof(Length) == 4, "fewer than 2^32 lengths of 31 bits cannot add up beyond 64 bits");
   require(n < int64_t{1} << 32, "more than 2^32 documents");
-  require(n - 1 <= static_cast<int64_t>(std::numeric_limits<Index>::max()), "documents are too many for this index type");
+  require(n - 1 <= static_cast<int64_t>(std::numeric_limits<Index>::max()),
+          "documents are too many for this index type");
   out[0] = out[1] = 0;
   int64_t row = 1, start = 0, last_length = 0;
   const int64_t most = lengths.size();
@@ -295,10 +296,10 @@ int64_t chairman_span(const double* weights, int64_t* drawn, double slack, int64
     step[k] = static_cast<int64_t>(std::llround(std::ldexp(period, kFraction)));
     key_step[k] = step[k] * kIndexed;
   }
-  // In units of 2^-28 steps. Ours: half a unit a sum and conversion. Of the float64 rule and of the two quotients above:
-  // a few times 2^-53 of the sample number and of the longest period, taken as 2^-49.
-  const double bound = static_cast<double>(kSpan + 8) +
-                       std::ldexp(static_cast<double>(past + kSpan) + longest + 1.0, kFraction - 49);
+  // In units of 2^-28 steps. Ours: half a unit a sum and conversion. Of the float64 rule and of the two quotients
+  // above: a few times 2^-53 of the sample number and of the longest period, taken as 2^-49.
+  const double bound =
+      static_cast<double>(kSpan + 8) + std::ldexp(static_cast<double>(past + kSpan) + longest + 1.0, kFraction - 49);
   if (bound > kTooClose) return 0;
   const int64_t error = static_cast<int64_t>(bound);
   constexpr int64_t never = std::numeric_limits<int64_t>::max();
@@ -344,7 +345,8 @@ int64_t greedy_span(const double* weights, int64_t* drawn, int64_t past, int64_t
   std::array<int64_t, N> key, step;
   for (size_t k = 0; k < N; ++k) {
     const double lag = weights[k] * static_cast<double>(past) - static_cast<double>(drawn[k]);
-    if (!(std::abs(lag) < 1 << 18 && weights[k] <= 1.0)) return 0;  // with 38 + 3 bits, and kSpan more steps: below 2^63
+    if (!(std::abs(lag) < 1 << 18 && weights[k] <= 1.0))
+      return 0;  // with 38 + 3 bits, and kSpan more steps: below 2^63
     step[k] = static_cast<int64_t>(std::llround(std::ldexp(weights[k], kLagFraction))) * kIndexed;
     // The first source wins a tie, so it has the largest number in the key.
     key[k] = static_cast<int64_t>(std::llround(std::ldexp(lag, kLagFraction))) * kIndexed +
@@ -381,8 +383,8 @@ void draw(std::vector<int64_t>& drawn, int64_t past, int64_t count, int16_t* sou
           Step step) {
   for (int64_t i = 0; i < count;) {
     const int64_t span = std::min(kSpan, count - i);
-    int64_t done = fast(past + i, span, source == nullptr ? nullptr : source + i,
-                        position == nullptr ? nullptr : position + i);
+    int64_t done =
+        fast(past + i, span, source == nullptr ? nullptr : source + i, position == nullptr ? nullptr : position + i);
     for (; done < span; ++done) {
       const size_t chosen = step(past + i + done + 1);
       if (source != nullptr) {
@@ -480,9 +482,9 @@ void MersenneTwister::refill() {
   used_ = 0;
 }
 
-// Fisher-Yates from the end; each target by masked rejection. Targets do not depend on the values, so a block of them is
-// drawn first and its memory asked for, then the swaps are made: the swaps of a large array wait for memory otherwise.
-// Into the second level of the cache, which has room for more requests at a time than the first.
+// Fisher-Yates from the end; each target by masked rejection. Targets do not depend on the values, so a block of them
+// is drawn first and its memory asked for, then the swaps are made: the swaps of a large array wait for memory
+// otherwise. Into the second level of the cache, which has room for more requests at a time than the first.
 template <class T>
 void MersenneTwister::shuffle(T* values, int64_t n) {
   require(n <= (int64_t{1} << 32), "more than 2^32 values");

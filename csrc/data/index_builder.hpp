@@ -1,7 +1,7 @@
 // Sample index, keyed permutation and blending for indexed datasets. No torch, no CUDA, no Python.
 //
-// Everything here is deterministic and single-threaded; the NumPy twins in megatron_hammer/sampling/native.py state the same
-// functions in a few lines each and give identical results. Counts and offsets are int64_t throughout.
+// Everything here is deterministic and single-threaded; the NumPy twins in megatron_hammer/sampling/native.py state the
+// same functions in a few lines each and give identical results. Counts and offsets are int64_t throughout.
 //
 //   Permutation      p: [0, n) -> [0, n), a bijection chosen by a 64-bit key, O(1) memory, random access
 //   epoch_marks      marks[m] = tokens before document position m * stride of a permuted epoch; reads n lengths
@@ -49,9 +49,7 @@ class View {
     return value;
   }
   // Into the second level of the cache, which has room for more requests at a time than the first.
-  void prefetch(int64_t i) const {
-    HAMMER_PREFETCH(data_ + i * static_cast<int64_t>(sizeof(T)), 0, 2);
-  }
+  void prefetch(int64_t i) const { HAMMER_PREFETCH(data_ + i * static_cast<int64_t>(sizeof(T)), 0, 2); }
 
  private:
   const unsigned char* data_;
@@ -126,8 +124,8 @@ int64_t count_samples(int64_t total_tokens, int64_t seq_length, int64_t extra, b
 
 // Index is the type of the result; out has room for 2 * (count_samples(...) + 1) values.
 template <class Index, class Length>
-void sample_index(View<Length> lengths, View<int32_t> documents, int64_t seq_length, int64_t total_tokens, int64_t extra,
-                  bool drop_last, Index* out);
+void sample_index(View<Length> lengths, View<int32_t> documents, int64_t seq_length, int64_t total_tokens,
+                  int64_t extra, bool drop_last, Index* out);
 
 // Both draw the next `count` samples of an endless mix whose past is `drawn`, and advance `drawn`. With null pointers
 // only the counts are wanted.

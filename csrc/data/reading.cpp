@@ -33,7 +33,8 @@ struct Prepared {
   std::array<int64_t, Permutation::kBlock> documents;
 };
 
-// Documents looked at together: a window is found among `stride` documents, and most are not longer than some thousands.
+// Documents looked at together: a window is found among `stride` documents, and most are not longer than some
+// thousands.
 constexpr int64_t kTogether = 16;
 
 }  // namespace
@@ -210,7 +211,7 @@ template Located locate_windows(View<int64_t>, View<int64_t>, int64_t, uint64_t,
 template Located megatron_windows(View<int32_t>, View<int32_t>, View<int32_t>, View<int64_t>, int64_t);
 template Located megatron_windows(View<int32_t>, View<int32_t>, View<int64_t>, View<int64_t>, int64_t);
 
-#define HAMMER_COPY(Token, Out)                                                                                  \
+#define HAMMER_COPY(Token, Out)                                                                                 \
   template void copy_windows(const Token*, int64_t, const Places&, View<int64_t>, View<int64_t>, View<int64_t>, \
                              int64_t, int64_t, Out*);
 #define HAMMER_COPIES(Token) HAMMER_COPY(Token, int32_t) HAMMER_COPY(Token, int64_t)

@@ -4,8 +4,8 @@
 //   megatron_windows  the same for Megatron-LM's index
 //   copy_windows      the tokens of located windows, converted into the rows of an array
 //
-// Memory is what all of this waits for, so whatever the next window or piece needs is asked for while this one is worked
-// on. Values from files are checked where they are used: no input leads to a read or write outside the arrays.
+// Memory is what all of this waits for, so whatever the next window or piece needs is asked for while this one is
+// worked on. Values from files are checked where they are used: no input leads to a read or write outside the arrays.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,8 @@ template <class Length>
 Located locate_windows(View<Length> lengths, View<int64_t> marks, int64_t stride, uint64_t key, View<int64_t> offsets,
                        int64_t count);
 
-// Sample `window` is tokens [row window, row window + 1) of the stream of `documents`, and `extra` more. `document` of a
-// piece stands for the sequence.
+// Sample `window` is tokens [row window, row window + 1) of the stream of `documents`, and `extra` more. `document` of
+// a piece stands for the sequence.
 template <class Index>
 Located megatron_windows(View<int32_t> lengths, View<int32_t> documents, View<Index> samples, View<int64_t> windows,
                          int64_t extra);

@@ -36,16 +36,11 @@ bool is_activation(ScalarType type) {
 
 Type type_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Type::fp32;
-    case ScalarType::BFloat16:
-      return Type::bf16;
-    case ScalarType::Half:
-      return Type::fp16;
-    case ScalarType::Float8_e4m3fn:
-      return Type::e4m3;
-    default:
-      return Type::e5m2;
+    case ScalarType::Float: return Type::fp32;
+    case ScalarType::BFloat16: return Type::bf16;
+    case ScalarType::Half: return Type::fp16;
+    case ScalarType::Float8_e4m3fn: return Type::e4m3;
+    default: return Type::e5m2;
   }
 }
 

@@ -184,14 +184,10 @@ inline dim3 grid(int64_t x, int64_t y = 1) { return dim3(static_cast<unsigned>(x
 template <typename Function>
 void with_type(Type type, Function function) {
   switch (type) {
-    case Type::fp32:
-      return function(float());
-    case Type::bf16:
-      return function(__nv_bfloat16());
-    case Type::fp16:
-      return function(__half());
-    default:
-      throw std::runtime_error("hammer_cuda: not a type of activations");
+    case Type::fp32: return function(float());
+    case Type::bf16: return function(__nv_bfloat16());
+    case Type::fp16: return function(__half());
+    default: throw std::runtime_error("hammer_cuda: not a type of activations");
   }
 }
 

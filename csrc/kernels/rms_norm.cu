@@ -23,7 +23,7 @@
 namespace hammer {
 namespace {
 
-constexpr int V = 2;              // vectors of a thread
+constexpr int V = 2;  // vectors of a thread
 constexpr int kMaxThreads = 512;  // of a block: rows of up to 8192 16-bit elements
 constexpr int kPlainThreads = 256;
 // x 2048 threads of a multiprocessor: few writers of amax. Without amax each row has a block of its own: the last

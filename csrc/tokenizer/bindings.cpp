@@ -160,10 +160,11 @@ PYBIND11_MODULE(_encoder, module) {
            py::arg("last"), py::arg("continued") = false)
       .def("encode_batch", &encode_batch, py::arg("texts"), py::arg("threads"))
       .def("parts_are_independent", &Encoder::parts_are_independent)
-      .def("safe_cut",
-           [](const Encoder& encoder, const py::str& text, size_t from) {
-             if (from == 0) throw py::value_error("a cut is between two characters");
-             return encoder.safe_cut(view_texts(py::make_tuple(text))[0], from);
-           },
-           py::arg("text"), py::arg("start"));
+      .def(
+          "safe_cut",
+          [](const Encoder& encoder, const py::str& text, size_t from) {
+            if (from == 0) throw py::value_error("a cut is between two characters");
+            return encoder.safe_cut(view_texts(py::make_tuple(text))[0], from);
+          },
+          py::arg("text"), py::arg("start"));
 }

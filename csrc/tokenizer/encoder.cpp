@@ -147,7 +147,8 @@ void Encoder::run(const Task& task, const Text& text, bool prefix, Worker& worke
   end = plain_spaces(begin, end);
   if (prefix) *--begin = ' ';
   // The space in front goes, too, where nothing else is left.
-  if (remove_extra_whitespaces_) while (begin < end && end[-1] == ' ') --end;
+  if (remove_extra_whitespaces_)
+    while (begin < end && end[-1] == ' ') --end;
   worker.encode(begin, end, out);
 }
 
@@ -183,8 +184,10 @@ Encoded Encoder::encode(const std::vector<Text>& texts, int threads, int32_t fir
           if (first >= 0 && task.begin == 0) out.push_back(first);
           const size_t opened = out.size();
           run(task, text, add_dummy_prefix_ && task.begin == 0 && !continued, *worker, scratch, out);
-          if (out.size() == opened) out.resize(before);  // no ids: nothing goes around them
-          else if (last >= 0 && task.end == text.length) out.push_back(last);
+          if (out.size() == opened)
+            out.resize(before);  // no ids: nothing goes around them
+          else if (last >= 0 && task.end == text.length)
+            out.push_back(last);
           lengths[i] = static_cast<int64_t>(out.size() - before);
         }
         encoded.parts[job] = {number, offset, out.size() - offset};

@@ -35,7 +35,7 @@ namespace hammer {
 struct Text {
   const void* data;
   size_t length;  // characters
-  int width;      // bytes of a character
+  int width;  // bytes of a character
   bool ascii;
 };
 

@@ -275,9 +275,11 @@ void Vocabulary::find_boundaries(const Model& model) {
       const Adjacency adjacency = last == 1 ? kPiece : kInside;
       const uint64_t h = hash(symbols[i], symbols[i + 1], kAny, kAny);
       adjacent_.add(h);
-      if (adjacency == kPiece) two_characters_.add(h);
-      else contexts_.add(hash(symbols[i], symbols[i + 1], i > 0 ? symbols[i - 1] : kAny,
-                              i + 1 < last ? symbols[i + 2] : kAny));
+      if (adjacency == kPiece)
+        two_characters_.add(h);
+      else
+        contexts_.add(
+            hash(symbols[i], symbols[i + 1], i > 0 ? symbols[i - 1] : kAny, i + 1 < last ? symbols[i + 2] : kAny));
       if ((text[i] | text[i + 1]) < 0x80) {
         Adjacency& known = ascii_adjacency_[text[i]][text[i + 1]];
         known = std::max(known, adjacency);
@@ -286,8 +288,10 @@ void Vocabulary::find_boundaries(const Model& model) {
         after_newline = after_newline || text[i] == '\n';
       } else if (after_newline) {
         after_newline = false;
-        if (text[i + 1] >= 0x80) newline_rule_ = false;  // only ASCII is looked up
-        else newline_follow_[text[i + 1]] = true;
+        if (text[i + 1] >= 0x80)
+          newline_rule_ = false;  // only ASCII is looked up
+        else
+          newline_follow_[text[i + 1]] = true;
       }
     }
     if (after_newline) newline_rule_ = false;  // it ends in these spaces: whatever follows them
@@ -303,8 +307,10 @@ void Vocabulary::find_boundaries(const Model& model) {
   for (unsigned left = 0; left < 0x80; ++left) {
     for (unsigned right = 0; right < 0x100; ++right) {
       uint8_t& boundary = boundaries_[left][right];
-      if (right >= 0x80 || character(right).starts_symbol || ascii_adjacency_[left][right] == kInside) boundary = kLook;
-      else boundary = ascii_adjacency_[left][right] == kPiece ? kJoin : kCut;
+      if (right >= 0x80 || character(right).starts_symbol || ascii_adjacency_[left][right] == kInside)
+        boundary = kLook;
+      else
+        boundary = ascii_adjacency_[left][right] == kPiece ? kJoin : kCut;
     }
   }
   if (newline_rule_) {

@@ -74,9 +74,12 @@ void Worker::encode(const char* begin, const char* end, Ids& out) {
         if (row != wide_row_.data() && c < 0x80) {
           const auto before = static_cast<unsigned char>(p[-1]);
           const Vocabulary::Adjacency adjacency = vocabulary_.adjacent_ascii(before, c);
-          if (before == '\n' && c == ' ') n += can_cut_indent(p, end);
-          else if (adjacency == Vocabulary::kInside) n += can_cut(begin, p, end);
-          else n += adjacency == Vocabulary::kApart;
+          if (before == '\n' && c == ' ')
+            n += can_cut_indent(p, end);
+          else if (adjacency == Vocabulary::kInside)
+            n += can_cut(begin, p, end);
+          else
+            n += adjacency == Vocabulary::kApart;
         } else {
           if (row != wide_row_.data()) left = vocabulary_.character(static_cast<unsigned char>(p[-1])).symbol;
           const Vocabulary::Adjacency adjacency = vocabulary_.adjacent(left, entry.symbol);
