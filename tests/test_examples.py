@@ -288,7 +288,7 @@ def python_that_says(path: Path, lacks: str, version: str = "3.12") -> None:
 
 def test_a_machine_without_python_is_told_so(tmp_path: Path) -> None:
     code, err = make_venv(tmp_path)
-    assert code == 2 and err.startswith("error[E250]: Python 3.11 or 3.12 was not found (no Python at all); ")
+    assert code == 2 and err.startswith("error[E250]: Python 3.11, 3.12 or 3.13 was not found (no Python at all); ")
 
 
 def test_an_unsupported_python_is_named(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ ROWS = [  # what stands above may import what stands below
     {"base"},
 ]
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
-OPTIONAL = {"transformer_engine", "flash_attn", "apex", "triton", "wandb", "ray"}
+OPTIONAL = {"transformer_engine", "flash_attn", "apex", "triton", "ray"}
 WITHOUT_TORCH = [
     "base.errors",
     "base.cli",

@@ -2,8 +2,9 @@
 # Make .venv in the repository root, complete, or do nothing when it is complete already.
 #
 #   bash tools/make_venv.sh
-#   PYTHON=/opt/python3.12/bin/python3 bash tools/make_venv.sh         another interpreter (3.11 or 3.12)
+#   PYTHON=/opt/python3.12/bin/python3 bash tools/make_venv.sh         another interpreter (3.11 to 3.13)
 #   TORCH_INDEX_URL=URL bash tools/make_venv.sh                        torch from another index, such as a CPU build
+#   TORCH_VERSION='2.11.*' bash tools/make_venv.sh                     one version of torch within our range
 #   HAMMER_NO_EXTENSIONS=1 bash tools/make_venv.sh                     without the C++ index builder (see setup.py)
 #
 # What is missing on the machine is named before anything is downloaded (exit code 2). torch goes in first, in a step of
@@ -24,7 +25,7 @@ fail() {
 # What an interpreter lacks, one word a line; "version X.Y" when it is not one that we support.
 readonly probe='
 import os, sys, sysconfig
-if not (3, 11) <= sys.version_info[:2] <= (3, 12):
+if not (3, 11) <= sys.version_info[:2] <= (3, 13):
     print("version %d.%d" % sys.version_info[:2])
     sys.exit()
 try:
@@ -38,7 +39,7 @@ if os.environ.get("HAMMER_NO_EXTENSIONS") != "1" and not os.path.exists(os.path.
 # The first complete Python of the candidates goes to $python; else the nearest miss is named.
 choose_python() {
     local candidate lacks nearest='' nearest_lacks='' seen=''
-    for candidate in ${PYTHON:+"$PYTHON"} ${PYTHON:-python3.12 python3.11 python3 python}; do
+    for candidate in ${PYTHON:+"$PYTHON"} ${PYTHON:-python3.12 python3.11 python3.13 python3 python}; do
         lacks=$("$candidate" -c "$probe" 2>/dev/null) || continue
         if [[ -z $lacks ]]; then
             python=$candidate
@@ -50,7 +51,7 @@ choose_python() {
         fi
     done
     if [[ -z $nearest ]]; then
-        fail 50 "Python 3.11 or 3.12 was not found (${PYTHON:+PYTHON=$PYTHON; }${seen:-no Python at all}); install it\
+        fail 50 "Python 3.11, 3.12 or 3.13 was not found (${PYTHON:+PYTHON=$PYTHON; }${seen:-no Python at all}); install it\
  (Debian 12: apt-get install python3 python3-venv python3-dev) or set PYTHON to such an interpreter"
     fi
     local version what='' packages=''
@@ -61,7 +62,7 @@ choose_python() {
     if [[ $nearest_lacks == *headers* ]]; then
         what+=" the headers (Python.h)," packages+=" python$version-dev"
     fi
-    fail 51 "$nearest (Python $version) lacks${what%,}; apt-get install$packages, or set PYTHON to another Python 3.11 or 3.12"
+    fail 51 "$nearest (Python $version) lacks${what%,}; apt-get install$packages, or set PYTHON to another Python 3.11, 3.12 or 3.13"
 }
 
 find_compiler() {
@@ -72,8 +73,10 @@ find_compiler() {
 
 # The tree that the installation depends on, as one hash.
 wanted() {
-    find pyproject.toml setup.py csrc -type f ! -name '*.so' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum |
-        sha256sum | cut -d' ' -f1
+    {
+        find pyproject.toml setup.py csrc -type f ! -name '*.so' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
+        echo "torch ${TORCH_VERSION:-}"
+    } | sha256sum | cut -d' ' -f1
 }
 
 is_complete() {
@@ -107,7 +110,7 @@ main() {
     if [[ -z ${TORCH_INDEX_URL:-} ]] && ! command -v nvidia-smi >/dev/null; then
         echo "      (no NVIDIA GPU here: with TORCH_INDEX_URL set to PyTorch's CPU index the download is a tenth as large)"
     fi
-    pip_install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch_range"
+    pip_install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch_range${TORCH_VERSION:+,==$TORCH_VERSION}"
     echo "[3/3] megatron_hammer and what it needs"
     pip_install --editable '.[dev]'
     echo "$hash" >"$complete"
