@@ -77,7 +77,7 @@ def check_before_start(config: Config) -> None:
     if not _asked_for(config):
         return
     wants_fp8 = config.kernels.fp8 != "off"
-    code = f"from megatron_hammer.kernels import te\nprint('answer: ' + te.obstacle({wants_fp8}))"
+    code = f"import {__name__} as te\nprint('answer: ' + te.obstacle({wants_fp8}))"
     try:
         child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=IMPORT_SECONDS)
     except subprocess.TimeoutExpired:

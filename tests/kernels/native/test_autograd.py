@@ -517,7 +517,7 @@ def test_missing_or_outdated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_openmp_runtime() -> None:
     """Torch's: two would each start their threads, and spin for each other's cores."""
-    code = "from megatron_hammer.kernels import cpu; print(open('/proc/self/maps').read())"
+    code = "from megatron_hammer.kernels.native import cpu; print(open('/proc/self/maps').read())"
     maps = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     assert len({line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line}) == 1
 
