@@ -21,7 +21,7 @@ from shapes import SHAPES, WARM_UP_STEPS
 
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.kernels.packed_sequences import PackedSequences
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.step import train_step
 

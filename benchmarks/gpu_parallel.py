@@ -29,7 +29,7 @@ from torch import Tensor
 from megatron_hammer.config import Config
 from megatron_hammer.parallel import collectives
 from megatron_hammer.parallel.collectives import Done
-from megatron_hammer.parallel.grid import ParallelContext, build_parallel_context
+from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.step import train_step
 
@@ -103,9 +103,7 @@ def rank_main(rank: int, store: str, device: str, shape: Shape, results: Any) ->
     for layout in LAYOUTS:
         for precision in TOLERANCES:
             config = config_of(shape, precision, layout)
-            ctx = build_parallel_context(
-                config.parallel.tensor_model_parallel_size, config.model.query_groups, torch.device(device)
-            )
+            ctx = build_parallel_context(config.grid(2), torch.device(device))
             found[layout, precision] = train(config, ctx, shape.steps)
     if rank == 0:
         results.put(found)

@@ -35,7 +35,7 @@ from megatron_hammer.corpus.documents import TextCorpus
 from megatron_hammer.kernels.fp8 import Fp8Products, emulated_multiply
 from megatron_hammer.kernels.operations import Operations, select_backends
 from megatron_hammer.model.llama import Llama
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.train import train_tokenizer
 from megatron_hammer.train.loop import build, kernel_demand

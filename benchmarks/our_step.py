@@ -9,7 +9,7 @@ import torch
 from shapes import SHAPES, peak_mb, report
 
 from megatron_hammer.config import config_from_tree
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.step import train_step
 

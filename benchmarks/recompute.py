@@ -36,7 +36,7 @@ def measure(variant: str, size: str, precision: str, steps: int) -> None:
     from megatron_hammer.config import config_from_tree
     from megatron_hammer.kernels.operations import select_backends
     from megatron_hammer.model.recompute import activation_bytes
-    from megatron_hammer.parallel.grid import ParallelContext
+    from megatron_hammer.parallel.context import ParallelContext
     from megatron_hammer.train.loop import build, kernel_demand
     from megatron_hammer.train.step import train_step
 

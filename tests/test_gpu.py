@@ -17,7 +17,7 @@ from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.table import Demand, select
 from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.layers import LayerOptions
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank

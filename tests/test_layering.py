@@ -22,8 +22,9 @@ ROWS = [  # what stands above may import what stands below
     {"checkpoint"},
     {"sampling", "model", "optim"},
     {"dataset", "kernels"},
-    {"corpus", "tokenizer", "parallel"},
+    {"corpus", "tokenizer"},
     {"config"},
+    {"parallel"},
     {"base"},
 ]
 LEVEL = {part: len(ROWS) - i for i, row in enumerate(ROWS) for part in row}
@@ -126,6 +127,23 @@ def test_imports_point_down(name: str, path: Path) -> None:
             assert LEVEL[other] < LEVEL[part], (
                 f"{name} (row {part}) imports {imported}: the arrow points up or sideways"
             )
+
+
+@pytest.mark.parametrize("name, path", list(_modules()), ids=lambda x: x if isinstance(x, str) else "")
+def test_only_parallel_calls_torch_distributed(name: str, path: Path) -> None:
+    """However it is written: imported at the top, in a function or for typing, or reached as ``torch.distributed``."""
+    if name.split(".")[0] == "parallel":
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        found = (isinstance(node, ast.Import) and any(a.name.startswith("torch.distributed") for a in node.names)) or (
+            isinstance(node, ast.ImportFrom)
+            and (
+                (node.module or "").startswith("torch.distributed")
+                or (node.module == "torch" and any(a.name == "distributed" for a in node.names))
+            )
+        )
+        found |= isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed"
+        assert not found, f"{name}: only parallel/ calls torch.distributed ({ast.unparse(node)})"
 
 
 def test_light_modules_do_without_torch() -> None:

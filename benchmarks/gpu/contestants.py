@@ -27,7 +27,7 @@ from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.kernels import fp8
 from megatron_hammer.kernels.attention import causal_attention
 from megatron_hammer.kernels.libraries import te
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.step import train_step
 

@@ -25,7 +25,7 @@ from sides import p99
 from gpu.contestants import our_config
 from gpu.measure import Bench, Item, Result
 from megatron_hammer.dataset.writer import IndexedWriter
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.loop import Run
 from megatron_hammer.train.prepare import prepare
 

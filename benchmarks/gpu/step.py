@@ -32,7 +32,7 @@ from gpu.kernels import our_demand
 from gpu.measure import Bench, Clocks, Item, Result, is_out_of_memory, marked_times, needed, peak_memory
 from megatron_hammer.kernels.operations import TABLES
 from megatron_hammer.model.parameters import logical_shapes
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.schedules import forward_backward
 

@@ -27,7 +27,8 @@ from megatron_hammer.checkpoint.write import DTYPES
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.model.llama import Llama
 from megatron_hammer.model.parameters import Parameter
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.agreement import raise_together
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.sharding import Range, Shard, intersect, rectangles
 
 MAX_OPEN_FILES = 16  # at a time for one export: more than the columns of a tensor are ever cut into on one machine
@@ -84,7 +85,7 @@ def load_shards(
         failure = error
     except OSError as error:
         failure = from_os_error(error, f"reading {manifest.folder}")
-    ctx.raise_together(failure)
+    raise_together(ctx, failure)
 
 
 def load_model(

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError, HammerError, from_os_error
@@ -64,7 +63,9 @@ from megatron_hammer.checkpoint.tensor_files import (
 )
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.model.parameters import logical_shapes
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.agreement import raise_together
+from megatron_hammer.parallel.collectives import broadcast
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.sharding import Range, Shard, rectangles
 from megatron_hammer.tokenizer.load import Tokenizer
 
@@ -376,7 +377,7 @@ def _together(work: Callable[[], None], ctx: ParallelContext, target: Path) -> N
         failure = error
     except OSError as error:
         failure = from_os_error(error, f"saving {target}")
-    ctx.raise_together(failure)
+    raise_together(ctx, failure)
 
 
 def _nothing() -> None:
@@ -386,6 +387,5 @@ def _nothing() -> None:
 def _agreed_id(ctx: ParallelContext) -> str:
     """Random hex digits, the same on all ranks. Communicates over the world."""
     drawn = torch.tensor([secrets.randbits(62)], device=ctx.device)  # training's generators are not touched
-    if ctx.world.size > 1:
-        dist.broadcast(drawn, src=0)
+    broadcast(drawn, ctx.world)
     return f"{int(drawn.item()):016x}"

@@ -19,6 +19,7 @@ from megatron_hammer.config.settings import (
     TokenizerConfig,
     TrainConfig,
 )
+from megatron_hammer.parallel.grid import Grid, build_grid
 
 FP8_MULTIPLE = 16  # elements: both sides of an fp8 matrix, or cuBLAS refuses it (Transformer Engine's autocast)
 VOCAB_PADDING_MULTIPLE = 128  # rows a tensor-parallel rank: an odd vocabulary forces a slow matrix kernel
@@ -99,9 +100,15 @@ class Config:
             number=5,
         )
 
+    def grid(self, world_size: int) -> Grid:
+        """How ``world_size`` ranks share the work."""
+        return build_grid(
+            world_size, tp=self.parallel.tensor_model_parallel_size, num_query_groups=self.model.query_groups
+        )
+
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that process different samples."""
-        return world_size // self.parallel.tensor_model_parallel_size
+        return self.grid(world_size).dp
 
     def grad_accum(self, world_size: int) -> int:
         """Micro-batches that each rank processes in one step."""

@@ -298,7 +298,7 @@ def our_logits(manifest: Manifest, model: ModelConfig, dtype: str, inputs: Seque
 
     from megatron_hammer.model.llama import build_llama
     from megatron_hammer.model.parameters import parameter_table
-    from megatron_hammer.parallel.grid import ParallelContext
+    from megatron_hammer.parallel.context import ParallelContext
 
     ctx = ParallelContext.single()
     llama = build_llama(model, ctx)

@@ -34,7 +34,7 @@ from megatron_hammer.parallel.collectives import (
     scatter_sum,
     sum_over_ranks,
 )
-from megatron_hammer.parallel.grid import Group
+from megatron_hammer.parallel.context import Group
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.layers import LayerOptions
 from megatron_hammer.model.recompute import Recompute
 from megatron_hammer.parallel.collectives import all_gather_rows
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, [s, 1, 1, d/2] each; [b s, 1, 1, d/2] of a packed micro-batch
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels.adamw import AdamWState, OptimizerKernels
 from megatron_hammer.parallel.collectives import all_gather_into, all_reduce, reduce_scatter_into
-from megatron_hammer.parallel.grid import Group, ParallelContext
+from megatron_hammer.parallel.context import Group, ParallelContext
 from megatron_hammer.parallel.sharding import Shard
 
 ALIGNMENT = 64  # elements: every shard starts at a multiple of 256 bytes, what vector units and NCCL like

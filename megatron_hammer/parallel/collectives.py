@@ -1,4 +1,4 @@
-"""All communication of the model and the optimizer: plain collectives and their differentiable forms.
+"""All collectives of the program: the plain ones and their differentiable forms. No other module calls torch's.
 
 Each takes its group; a group of size 1 returns its input and never communicates. The differentiable pairs are those of
 Megatron-LM (arXiv 1909.08053 section 3, and 2205.05198 section 4.2 for the sequence-parallel ones)::
@@ -10,7 +10,7 @@ Megatron-LM (arXiv 1909.08053 section 3, and 2205.05198 section 4.2 for the sequ
 The linear layers have fused forms of their inverses (model/layers.py). In a graph that torch.compile makes of a layer
 they are torch's functional collectives, each waited for at once: what hides them is the compiler's choice. Rows are
 dimension 0, the sequence inside the model. torch 2.13 renames two collectives; this module picks the name that torch
-has, and is the only one to call them.
+has.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
-from megatron_hammer.parallel.grid import Group
+from megatron_hammer.parallel.context import Group
+
+SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
 
 _all_gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_into: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -35,13 +37,13 @@ class Done:
         """Nothing to wait for."""
 
 
-def all_reduce(tensor: Tensor, group: Group, op: Any = dist.ReduceOp.SUM, async_op: bool = False) -> Any:
+def all_reduce(tensor: Tensor, group: Group, op: Any = SUM, async_op: bool = False) -> Any:
     """Reduce ``tensor`` in place over the group; with ``async_op`` return a handle to wait for."""
     if group.size == 1:
         return Done()
     if torch.compiler.is_compiling():
-        assert op == dist.ReduceOp.SUM, "layers sum"
-        tensor.copy_(functional.all_reduce(tensor, "sum", _torch_group(group)))
+        assert op == SUM, "layers sum"
+        tensor.copy_(functional.all_reduce(tensor, "sum", group.process_group))
         return Done()
     work = dist.all_reduce(tensor, op=op, group=group.handle, async_op=async_op)
     return work if async_op else Done()
@@ -57,7 +59,7 @@ def all_gather_rows_async(shard: Tensor, group: Group) -> tuple[Tensor, Any]:
     if group.size == 1:
         return shard, Done()
     if torch.compiler.is_compiling():
-        return functional.all_gather_tensor(shard.contiguous(), 0, _torch_group(group)), Done()
+        return functional.all_gather_tensor(shard.contiguous(), 0, group.process_group), Done()
     full = shard.new_empty((shard.shape[0] * group.size, *shard.shape[1:]))
     return full, _all_gather_into(full, shard.contiguous(), group=group.handle, async_op=True)
 
@@ -67,7 +69,7 @@ def reduce_scatter_rows_async(full: Tensor, group: Group) -> tuple[Tensor, Any]:
     if group.size == 1:
         return full, Done()
     if torch.compiler.is_compiling():
-        return functional.reduce_scatter_tensor(full.contiguous(), "sum", 0, _torch_group(group)), Done()
+        return functional.reduce_scatter_tensor(full.contiguous(), "sum", 0, group.process_group), Done()
     shard = full.new_empty((full.shape[0] // group.size, *full.shape[1:]))
     return shard, _reduce_scatter_into(shard, full.contiguous(), group=group.handle, async_op=True)
 
@@ -90,9 +92,11 @@ def all_gather_into(full: Tensor, shard: Tensor, group: Group) -> Any:
     return _all_gather_into(full, shard, group=group.handle, async_op=True)
 
 
-def _torch_group(group: Group) -> Any:
-    """For the functional collectives, which take no None."""
-    return dist.group.WORLD if group.handle is None else group.handle
+def broadcast(tensor: Tensor, group: Group) -> None:
+    """Overwrite ``tensor`` with that of the group's first rank."""
+    if group.size > 1:
+        first = 0 if group.handle is None else dist.get_global_rank(group.handle, 0)
+        dist.broadcast(tensor, src=first, group=group.handle)
 
 
 def _waited(tensor: Tensor, handle: Any) -> Tensor:

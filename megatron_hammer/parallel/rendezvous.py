@@ -1,7 +1,7 @@
-"""The store through which the ranks of a run find each other: one rank hosts it, the others join.
+"""How the ranks of a run find each other, and the start and the end of torch's process group.
 
-The store is torch's ``TCPStore``: a small table of keys and values behind a socket. It exists before any process group
-does, so errors at start-up travel through it too.
+They meet at a store, torch's ``TCPStore``: a small table of keys and values behind a socket, which one process hosts
+and the others join. It exists before any process group does, so errors at start-up travel through it too.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import datetime
 import socket
 
+import torch
 import torch.distributed as dist
 
 from megatron_hammer.base.errors import ConfigError, ParallelError
 
+Store = dist.Store
 
-def host_store(address: str, port: int, timeout_seconds: int) -> tuple[dist.Store, int]:
+
+def host_store(address: str, port: int, timeout_seconds: int) -> tuple[Store, int]:
     """Open the store here and return it with its port, a free one where ``port`` is 0.
 
     torch would bind a port on every interface; it takes a socket that is already bound to this address instead.
@@ -46,7 +49,7 @@ def host_store(address: str, port: int, timeout_seconds: int) -> tuple[dist.Stor
     return store, port
 
 
-def join_store(address: str, port: int, timeout_seconds: int) -> dist.Store:
+def join_store(address: str, port: int, timeout_seconds: int) -> Store:
     """Reach the store that another process hosts.
 
     Raises:
@@ -67,3 +70,27 @@ def join_store(address: str, port: int, timeout_seconds: int) -> dist.Store:
             f"could not be reached within {timeout_seconds} s ({str(error).splitlines()[0]})",
             "start node 0 too; check address, port and firewall",
         ) from None
+
+
+def torchrun_store(rank: int, world_size: int) -> Store:
+    """The store of ranks that torchrun started, whose environment variables say where it is."""
+    store, *_ = next(iter(dist.rendezvous("env://", rank, world_size)))
+    return store
+
+
+def start_process_group(store: Store, rank: int, world_size: int, device: torch.device, timeout_seconds: int) -> None:
+    """Join torch's default process group: NCCL on GPUs, gloo on CPUs."""
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group(
+            "nccl", store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device
+        )
+    else:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def end_process_group() -> None:
+    """Leave torch's default process group, if this process has one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -51,7 +51,7 @@ from megatron_hammer.model.llama import Llama
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.model.recompute import Recompute
 from megatron_hammer.optim.distributed import DistributedOptimizer
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.profile import budget
 from megatron_hammer.profile import trace as profile_trace
 from megatron_hammer.profile.budget import Rates, StepShape, step_costs

@@ -16,7 +16,7 @@ from megatron_hammer.base.errors import ParallelError, from_fields, to_fields
 from megatron_hammer.supervise.watch import GRACE_SECONDS, Failure
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
+    from megatron_hammer.parallel.rendezvous import Store
 
 FAILURE_KEY, ENDED_KEY = "launcher/failure", "launcher/ended"  # in the store
 
@@ -38,7 +38,7 @@ class Node:
         return self.nproc * self.nnodes
 
 
-def failed_elsewhere(store: dist.Store | None) -> bool:
+def failed_elsewhere(store: Store | None) -> bool:
     """Whether another node's launcher has reported a failure, or node 0's is gone. Communicates with the store."""
     if store is None:
         return False
@@ -48,7 +48,7 @@ def failed_elsewhere(store: dist.Store | None) -> bool:
         return True
 
 
-def agree_with_other_nodes(store: dist.Store, node: Node, failure: Failure | None) -> Failure | None:
+def agree_with_other_nodes(store: Store, node: Node, failure: Failure | None) -> Failure | None:
     """Print the same cause on every node; node 0 keeps the store open until all launchers have read it.
 
     A consequence (severity 2 and 3: a peer's death seen from here) gives way to a cause that another node reports.

@@ -33,7 +33,7 @@ from megatron_hammer.supervise.nodes import Node, agree_with_other_nodes, failed
 from megatron_hammer.supervise.watch import STOP_SIGNALS, Rank, forward_signal, kill, on_stop_signals, watch
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
+    from megatron_hammer.parallel.rendezvous import Store
 
 # (config, rank, local_rank, world_size, store, check_data) -> 0 or 75
 RANK_ENTRY = "megatron_hammer.train.run:run_rank"
@@ -168,7 +168,7 @@ def _set_environment(node: Node) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // node.nproc)))
 
 
-def _meet(node: Node, timeout_seconds: int) -> tuple[dist.Store | None, int]:
+def _meet(node: Node, timeout_seconds: int) -> tuple[Store | None, int]:
     """The store through which the ranks find each other, and its port. One rank alone needs none."""
     from megatron_hammer.parallel.rendezvous import host_store, join_store
 

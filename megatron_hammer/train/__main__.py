@@ -35,9 +35,9 @@ def main() -> int:
 
     store = None
     if world_size > 1:
-        import torch.distributed as dist
+        from megatron_hammer.parallel.rendezvous import torchrun_store
 
-        store, *_ = next(iter(dist.rendezvous("env://", rank, world_size)))
+        store = torchrun_store(rank, world_size)
     return run_rank(config, rank, local_rank, world_size, store)
 
 

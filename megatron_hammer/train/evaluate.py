@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.model.llama import Llama
 from megatron_hammer.parallel.collectives import all_reduce
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.samples import ValidData, cumulative_lengths
 
 

@@ -33,7 +33,7 @@ from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import plan_recompute
 from megatron_hammer.optim.distributed import DistributedOptimizer
 from megatron_hammer.parallel.collectives import all_reduce
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.loader import ReadAhead, chain_digest
 from megatron_hammer.sampling.samples import TrainData, ValidData
 from megatron_hammer.train.evaluate import evaluate

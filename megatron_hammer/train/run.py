@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_hammer.base.errors import ConfigError, HammerError, RefusedError, from_os_error
 from megatron_hammer.config import Config, to_yaml
@@ -19,14 +18,16 @@ from megatron_hammer.kernels.libraries.te import check_here
 from megatron_hammer.kernels.operations import kernels_table, select_backends
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.model.recompute import activation_bytes
-from megatron_hammer.parallel.grid import agree_before_start, build_parallel_context, start_process_group
+from megatron_hammer.parallel.agreement import agree_before_start
+from megatron_hammer.parallel.context import build_parallel_context
+from megatron_hammer.parallel.rendezvous import Store, end_process_group, start_process_group
 from megatron_hammer.sampling.plan import format_plan
 from megatron_hammer.train.loop import kernel_demand, train
 from megatron_hammer.train.prepare import Prepared, prepare
 
 
 def run_rank(
-    config: Config, rank: int, local_rank: int, world_size: int, store: dist.Store | None, check_data: bool = True
+    config: Config, rank: int, local_rank: int, world_size: int, store: Store | None, check_data: bool = True
 ) -> int:
     """Run this rank to the end.
 
@@ -70,11 +71,9 @@ def run_rank(
         if store is not None and world_size > 1:
             start_process_group(store, rank, world_size, device, config.parallel.timeout_seconds)
         try:
-            ctx = build_parallel_context(config.parallel.tensor_model_parallel_size, config.model.query_groups, device)
-            return train(prepared, ctx)
+            return train(prepared, build_parallel_context(config.grid(world_size), device))
         finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            end_process_group()
 
 
 def choose_device(config: Config, local_rank: int) -> torch.device:

@@ -12,7 +12,7 @@ from megatron_hammer.model.head_loss import Objective
 from megatron_hammer.model.llama import Llama
 from megatron_hammer.optim.distributed import DistributedOptimizer
 from megatron_hammer.parallel.collectives import all_reduce
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 
 # Tokens and labels, [b, s] int64 on the device, and under data.attention_mask=document where the documents lie.
 DeviceBatch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, PackedSequences | None]

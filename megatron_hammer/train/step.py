@@ -11,7 +11,7 @@ from megatron_hammer.config import Config
 from megatron_hammer.model.llama import Llama
 from megatron_hammer.optim.distributed import DistributedOptimizer
 from megatron_hammer.optim.schedule import learning_rate
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.schedules import DeviceBatch, forward_backward
 
 

@@ -25,7 +25,7 @@ from megatron_hammer.checkpoint.read import load_shards
 from megatron_hammer.checkpoint.write import PRECISION_DTYPES, commit, pieces_of, stage_tokenizer, write_rank
 from megatron_hammer.config import ModelConfig, RopeScaling, config_from_tree, config_to_tree
 from megatron_hammer.model.parameters import Parameter, logical_shapes, parameter_table
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.sharding import Shard
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")

@@ -24,7 +24,7 @@ from megatron_hammer.checkpoint.manifest import (
 )
 from megatron_hammer.checkpoint.read import verify_checkpoint
 from megatron_hammer.checkpoint.write import prune, save_checkpoint
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from tests.checkpoint.layouts import FakeTokenizer, config_tree, random_logical, rank_shards, tiny_model, write_layout
 
 MODEL = tiny_model(hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=1, vocab_size=33)

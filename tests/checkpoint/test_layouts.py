@@ -17,7 +17,7 @@ from megatron_hammer.checkpoint.read import LogicalReader, load_model, load_shar
 from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.model.llama import build_llama
 from megatron_hammer.model.parameters import logical_shapes, parameter_table
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.step import train_step
 from tests.checkpoint.layouts import (
     KINDS,

@@ -29,7 +29,7 @@ from megatron_hammer.checkpoint.fit import saved_model
 from megatron_hammer.checkpoint.read import load_shards
 from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.model.parameters import parameter_table
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.sharding import Shard
 
 def certify(checkpoint, folder, dtype):

@@ -31,7 +31,7 @@ from megatron_hammer.model.llama import Llama, build_llama
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import plan_recompute
 from megatron_hammer.optim.distributed import DistributedOptimizer
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.host_waits import OperationNames

@@ -24,7 +24,7 @@ from megatron_hammer.kernels import linear, weight_gradient
 from megatron_hammer.kernels.operations import select_backends
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import activation_bytes
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.loop import kernel_demand
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed

@@ -19,7 +19,7 @@ from megatron_hammer.kernels.table import Demand
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Llama, build_llama
 from megatron_hammer.model.parameters import parameter_table
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from tests.model.test_llama import MODELS, carry_weights, hugging_face
 
 # Two samples of 40 tokens: the first holds documents of 11, 1 and 28 tokens, the second of 25 and 15.

@@ -17,7 +17,7 @@ from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.layers import LayerOptions
 from megatron_hammer.parallel import collectives
-from megatron_hammer.parallel.grid import Group
+from megatron_hammer.parallel.context import Group
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.schedules import forward_backward
 from tests.distributed import run_distributed

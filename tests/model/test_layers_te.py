@@ -28,7 +28,7 @@ from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.table import Demand, select
 from megatron_hammer.model.llama import build_llama
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train import loop
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank

@@ -14,7 +14,7 @@ from megatron_hammer.model.head_loss import Objective
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Llama, build_llama
 from megatron_hammer.model.parameters import count_parameters, logical_shapes, parameter_table
-from megatron_hammer.parallel.grid import Group, ParallelContext
+from megatron_hammer.parallel.context import Group, ParallelContext
 
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 MODELS = {

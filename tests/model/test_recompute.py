@@ -22,7 +22,7 @@ from megatron_hammer.kernels.libraries.te import attention as te_attention
 from megatron_hammer.kernels.native import memory
 from megatron_hammer.kernels.operations import Operations, select_backends
 from megatron_hammer.model import recompute
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train import loop
 from megatron_hammer.train.loop import kernel_demand
 from megatron_hammer.train.step import train_step

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.model.llama import Llama
 from megatron_hammer.model.parameters import logical_shapes, parameter_table
-from megatron_hammer.parallel.grid import ParallelContext, build_parallel_context
+from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.step import StepReport, train_step
 
@@ -73,9 +74,8 @@ def rank_batches(config: Config, step: int, ctx: ParallelContext) -> list[Any]:
 
 def make_context(config: Config) -> ParallelContext:
     """The context of this process in torch's default group (or alone)."""
-    return build_parallel_context(
-        config.parallel.tensor_model_parallel_size, config.model.query_groups, torch.device("cpu")
-    )
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    return build_parallel_context(config.grid(world_size), torch.device("cpu"))
 
 
 def train(rank: int, config: Config, steps: int) -> tuple[list[tuple[float, float, bool]], dict[str, Tensor]]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from megatron_hammer.config import Config
 from megatron_hammer.optim.distributed import lay_out
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.model.test_llama import carry_weights, hugging_face

@@ -13,7 +13,7 @@ import torch
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import load_config
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.profile import budget
 from megatron_hammer.profile.plots import draw_profile
 from megatron_hammer.profile.profile import Settings, instrumented, profile_step, table

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_hammer.config import Config, load_config
 from megatron_hammer.dataset.writer import IndexedWriter
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.loop import train
 from megatron_hammer.train.prepare import prepare
 from tests.model.tiny import make_context

@@ -14,7 +14,7 @@ from megatron_hammer.config import ModelConfig
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import build_llama
 from megatron_hammer.model.parameters import count_parameters, parameter_table
-from megatron_hammer.parallel.grid import ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.samples import ValidData
 from megatron_hammer.train.evaluate import evaluate
 from megatron_hammer.train.loop import build

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_hammer.kernels.packed_sequences import PackedSequences
-    from megatron_hammer.parallel.grid import Group
+    from megatron_hammer.parallel.context import Group
 
 IMPORT_SECONDS = 300  # for a first import from a slow file system; the usual one takes 10 to 30
 
@@ -241,13 +241,12 @@ def fp8_region(fp8: str, world: Group) -> Callable[[], AbstractContextManager]:
             the layer.
         world: all ranks.
     """
-    import torch.distributed as dist
     import transformer_engine.pytorch as te
     from torch import is_grad_enabled
     from transformer_engine.common import recipe
 
     chosen = recipe.DelayedScaling() if fp8 == "delayed" else recipe.Float8CurrentScaling()
-    group = None if world.size == 1 else world.handle or dist.group.WORLD
+    group = None if world.size == 1 else world.process_group
 
     def region() -> AbstractContextManager:
         return te.autocast(enabled=is_grad_enabled(), recipe=chosen, amax_reduction_group=group)  # type: ignore[no-any-return]

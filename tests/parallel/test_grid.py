@@ -1,0 +1,72 @@
+"""The grid of ranks: its groups are those of the drawing, and every axis cuts the whole world."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_hammer.parallel.context import build_parallel_context
+from megatron_hammer.parallel.grid import AXES, Grid, build_grid
+from tests.distributed import run_distributed
+
+
+def test_groups_of_the_drawing() -> None:
+    grid = build_grid(8, tp=4, num_query_groups=2)
+    assert grid == Grid(pp=1, dp=2, cp=1, tp=4, kv=2)
+    assert grid.groups("tp") == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert grid.groups("dp") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert grid.groups("kv") == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert grid.groups("pp") == grid.groups("cp") == [[rank] for rank in range(8)]
+
+
+def test_all_four_axes() -> None:
+    """World 16 as [pp, dp, cp, tp] = [2, 2, 2, 2]: each axis strides over those after it."""
+    grid = build_grid(16, tp=2, cp=2, pp=2)
+    assert grid.dp == 2 and grid.world_size == 16
+    starts = {axis: grid.groups(axis)[0] for axis in AXES}
+    assert starts == {"pp": [0, 8], "dp": [0, 4], "cp": [0, 2], "tp": [0, 1]}
+
+
+@pytest.mark.parametrize("sizes", itertools.product((1, 2, 3), repeat=4))
+def test_every_axis_partitions_the_world(sizes: tuple[int, int, int, int]) -> None:
+    pp, dp, cp, tp = sizes
+    grid = build_grid(pp * dp * cp * tp, tp=tp, cp=cp, pp=pp)
+    assert grid.dp == dp
+    for axis in AXES:
+        groups = grid.groups(axis)
+        assert sorted(rank for group in groups for rank in group) == list(range(grid.world_size))
+        assert {len(group) for group in groups} == {grid.size(axis)}
+
+
+def test_two_ranks_share_at_most_one_axis() -> None:
+    grid = build_grid(24, tp=2, cp=3, pp=2)
+    for a, b in itertools.combinations(range(24), 2):
+        assert sum({a, b} <= set(group) for axis in AXES for group in grid.groups(axis)) <= 1
+
+
+@pytest.mark.parametrize("tp, groups, copies", [(1, 1, 1), (2, 8, 1), (4, 4, 1), (8, 2, 4), (8, 1, 8)])
+def test_copies_of_key_and_value_heads(tp: int, groups: int, copies: int) -> None:
+    assert build_grid(8, tp=tp, num_query_groups=groups).kv == copies
+
+
+def _own_groups(rank: int) -> dict[str, tuple[int, int, float]]:
+    """(position, size, sum of the members' ranks over a real collective) on each axis."""
+    ctx = build_parallel_context(build_grid(8, tp=4, num_query_groups=2), torch.device("cpu"))
+    found = {}
+    for axis in (*AXES, "kv"):
+        group, total = getattr(ctx, axis), torch.tensor(float(rank))
+        if group.size > 1:
+            dist.all_reduce(total, group=group.handle)
+        found[axis] = (group.rank, group.size, float(total))
+    return found
+
+
+def test_the_context_is_made_of_the_grid() -> None:
+    grid = build_grid(8, tp=4, num_query_groups=2)
+    for rank, found in enumerate(run_distributed(8, _own_groups)):
+        for axis in (*AXES, "kv"):
+            members = next(group for group in grid.groups(axis) if rank in group)
+            assert found[axis] == (members.index(rank), len(members), float(sum(members))), (rank, axis)
