@@ -56,6 +56,7 @@ WITHOUT_TORCH = [
     "tokenizer.lab.analyze",
     "tokenizer.lab.plots",
     "tokenizer.lab.price",
+    "dataset.format",
     "dataset.reader",
     "dataset.writer",
     "dataset.make.job",

@@ -1,180 +1,38 @@
-"""Indexed datasets: tokens in ``P.bin``, where each sequence lies in ``P.idx``, facts about both in ``P.meta.json``.
+"""Reads indexed datasets, the files that ``format.py`` describes.
 
-The first two are Megatron-LM's format::
-
-    P.idx, little endian, no padding                                      P.bin
-    0   "MMIDIDX\\0\\0"   u64 version = 1   u8 dtype code                    the tokens of all sequences, nothing else
-    18  u64 S sequences   u64 D = documents + 1
-    34  int32[S] lengths in tokens
-        int64[S] byte offsets into .bin, each where the one before ends   P.meta.json
-        int64[D] first sequence of each document, then S                  our dataset header, absent in Megatron's own
-
-A document may hold no sequence (an empty text). Neither file has a checksum or says which tokenizer made it; the header
-adds both (``DatasetHeader``). A dataset without one is accepted, and everything its index claims is checked against the
-files either way, so that damaged files end in a ``DataError`` and never in a wrong sample.
-
-This file reads; ``indexed_writer.py`` writes.
+A dataset is mapped into memory and checked when it is opened: all that its index and its header claim is compared with
+the files, so that damaged files end in a ``DataError`` and never in a wrong sample. A dataset without a header, as
+Megatron-LM writes it, is accepted.
 """
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import stat
 import struct
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from megatron_hammer.base.errors import DataError
+from megatron_hammer.dataset.format import (
+    DTYPES,
+    FIRST_LENGTH,
+    MAGIC,
+    REMAKE,
+    VERSION,
+    DatasetHeader,
+    fingerprint_of,
+    hash_file,
+    path_of,
+)
 
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-FIRST_LENGTH = 34  # bytes before the lengths
-DTYPES: dict[int, np.dtype] = {
-    1: np.dtype("<u1"), 2: np.dtype("<i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"),
-    5: np.dtype("<i8"), 6: np.dtype("<f8"), 7: np.dtype("<f4"), 8: np.dtype("<u2"),
-}  # fmt: skip
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-SMALL_VOCABULARY = 65500  # below it Megatron-LM writes uint16, from it on int32
-
-HEADER_FORMAT = "megatron_hammer indexed dataset"
-HEADER_VERSION = 2
-_OLD_HEADER_VERSIONS = (1,)  # sources without tokens, hash and rejected; still read
-BLOCK_BYTES = 64 << 20  # of .bin under one checksum: small enough to name the damaged place, 16 hashes a gigabyte
-_SAMPLED_BLOCKS, _SAMPLED_BYTES = 16, 64 << 10
 _CHUNK = 1 << 20  # entries of the index checked at once
-
-REMAKE = "prepare this dataset again, or copy all its files again"
-
-
-def dtype_for(vocab_size: int | None) -> np.dtype:
-    """The token type Megatron-LM chooses for a vocabulary."""
-    return DTYPES[8] if vocab_size is not None and vocab_size < SMALL_VOCABULARY else DTYPES[4]
-
-
-def path_of(prefix: str | Path, suffix: str) -> Path:
-    """``P.bin`` of ``P``; the prefix itself may contain dots."""
-    return Path(f"{prefix}{suffix}")
-
-
-@dataclass(frozen=True)
-class TokenizerRecord:
-    """Which tokenizer the ids belong to."""
-
-    fingerprint: str
-    vocab_size: int
-    bos_id: int | None = None
-    eos_id: int | None = None
-    pad_id: int | None = None
-    unk_id: int | None = None
-
-
-@dataclass(frozen=True)
-class SourceRecord:
-    """One input text: what was read, and what was taken from it."""
-
-    path: str
-    """As given."""
-    bytes: int
-    """Of the file on disk."""
-    documents: int
-    """Taken, empty ones included."""
-    tokens: int | None = None
-    """Of these documents; None: not recorded."""
-    xxh3: str | None = None
-    """XXH3-128 of the file as ``xxhsum -H2`` prints it; None: not recorded."""
-    rejected: Mapping[str, int] = field(default_factory=dict)
-    """Documents that were left out, for each cause (``E304``: malformed JSON ...)."""
-
-
-@dataclass(frozen=True)
-class DatasetHeader:
-    """``P.meta.json``: what the two other files cannot say about themselves."""
-
-    dtype: str
-    sequences: int
-    documents: int
-    tokens: int
-    bin_bytes: int
-    idx_hash: str
-    """XXH3-128 of the whole .idx."""
-    block_bytes: int
-    block_hashes: tuple[str, ...]
-    """XXH3-128 of each ``block_bytes`` of .bin; the last block is shorter."""
-    fingerprint: str
-    """``IndexedDataset.fingerprint`` of the files as written."""
-    max_token_id: int | None
-    """None: not known, because there are no tokens, negative ones or floating-point ones."""
-    tokenizer: TokenizerRecord | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """How the text was prepared: json_key, append_eod, prepend_bos."""
-    sources: tuple[SourceRecord, ...] = ()
-
-    def to_json(self) -> str:
-        """The text of the file; the same dataset gives the same bytes."""
-        tree = {"format": HEADER_FORMAT, "version": HEADER_VERSION, **asdict(self)}
-        return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> DatasetHeader:
-        """The inverse of ``to_json``; raises ``ValueError`` with the reason."""
-        tree = json.loads(text)
-        if not isinstance(tree, dict) or tree.get("format") != HEADER_FORMAT:
-            raise ValueError(f'its "format" is not "{HEADER_FORMAT}"')
-        if tree.get("version") not in (HEADER_VERSION, *_OLD_HEADER_VERSIONS):
-            raise ValueError(f"it has version {tree.get('version')!r}, this program reads version {HEADER_VERSION}")
-
-        def take(source: dict, name: str, kind: type, optional: bool = False) -> Any:
-            value: Any = source.get(name)
-            if value is None and optional:
-                return None
-            if type(value) is not kind or (isinstance(value, int) and value < 0):  # type(): a bool is not an int here
-                raise ValueError(f'"{name}" is {value!r}, which is not a valid {kind.__name__}')
-            return value
-
-        tokenizer = take(tree, "tokenizer", dict, optional=True)
-        hashes = take(tree, "block_hashes", list)
-        sources = take(tree, "sources", list)
-        if not all(isinstance(value, str) for value in hashes) or not all(isinstance(s, dict) for s in sources):
-            raise ValueError('"block_hashes" or "sources" hold something else than they should')
-        special = ("bos_id", "eos_id", "pad_id", "unk_id")
-        return cls(
-            **{name: take(tree, name, str) for name in ("dtype", "idx_hash", "fingerprint")},
-            **{
-                name: take(tree, name, int) for name in ("sequences", "documents", "tokens", "bin_bytes", "block_bytes")
-            },
-            block_hashes=tuple(hashes),
-            max_token_id=take(tree, "max_token_id", int, optional=True),
-            tokenizer=None
-            if tokenizer is None
-            else TokenizerRecord(
-                take(tokenizer, "fingerprint", str),
-                take(tokenizer, "vocab_size", int),
-                **{name: take(tokenizer, name, int, optional=True) for name in special},
-            ),
-            options=take(tree, "options", dict),
-            sources=tuple(
-                SourceRecord(
-                    take(s, "path", str),
-                    take(s, "bytes", int),
-                    take(s, "documents", int),
-                    take(s, "tokens", int, optional=True),
-                    take(s, "xxh3", str, optional=True),
-                    {
-                        cause: take(s["rejected"], cause, int)
-                        for cause in take(s, "rejected", dict, optional=True) or {}
-                    },
-                )
-                for s in sources
-            ),
-        )
 
 
 class IndexedDataset:
@@ -458,25 +316,3 @@ def _read_header(path: Path) -> DatasetHeader | None:
 def _foreign_header(prefix: Path, name: str, stated: object, found: object) -> DataError:
     rule = f"does not belong to this .bin and .idx, whose {name} is {found}"
     return DataError(40, f"{prefix}.meta.json: {name}={stated}", rule, REMAKE)
-
-
-def hash_file(path: Path) -> str:
-    """XXH3-128 of a whole file, 32 hex digits."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(8 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def fingerprint_of(idx_hash: str, bin_path: Path) -> str:
-    """See ``IndexedDataset.fingerprint``; at most 1 MiB of the .bin is read, evenly spread, both ends included."""
-    digest = xxhash.xxh3_128()
-    with open(bin_path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest.update(f"{idx_hash} {size} ".encode())
-        last = max(size - _SAMPLED_BYTES, 0)
-        for place in sorted({last * k // (_SAMPLED_BLOCKS - 1) for k in range(_SAMPLED_BLOCKS)}):
-            file.seek(place)
-            digest.update(file.read(_SAMPLED_BYTES))
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Writes indexed datasets, whose format ``indexed.py`` states: batch by batch, published whole or not at all.
+"""Writes indexed datasets, the files that ``format.py`` describes: batch by batch, published whole or not at all.
 
 Writing is streamed: tokens go to ``P.bin.tmp`` and lengths to ``P.idx.tmp`` as they come, so memory does not grow with
 the dataset. Publishing syncs the files, removes the old index, then renames ``.bin``, ``.meta.json`` and ``.idx`` in
@@ -20,7 +20,7 @@ import xxhash
 
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.files import open_alone, sync_folder
-from megatron_hammer.dataset.reader import (
+from megatron_hammer.dataset.format import (
     BLOCK_BYTES,
     CODES,
     FIRST_LENGTH,
@@ -28,7 +28,6 @@ from megatron_hammer.dataset.reader import (
     REMAKE,
     VERSION,
     DatasetHeader,
-    IndexedDataset,
     SourceRecord,
     TokenizerRecord,
     dtype_for,
@@ -36,6 +35,7 @@ from megatron_hammer.dataset.reader import (
     hash_file,
     path_of,
 )
+from megatron_hammer.dataset.reader import IndexedDataset
 
 _CHUNK = 1 << 20  # entries of the index written or copied at once
 _SYNC_BYTES = 32 << 20  # of tokens written between two syncs: a tenth of a second's work for this disk

@@ -1,8 +1,8 @@
 """Samples: what sample number i of a run is, and its tokens; validation samples in the order of their file.
 
 ``blend.py`` says which source gives sample i and which of its samples that is, ``order.py`` which tokens those are,
-``indexed.py`` reads them. A training sample is a window of seq_length + 1 tokens, inputs and labels shifted by one; the
-loss runs across the documents in it, and so does attention unless it is told where they lie (``cu_seqlens``).
+``dataset/reader.py`` reads them. A training sample is a window of seq_length + 1 tokens, inputs and labels shifted by
+one; the loss runs across the documents in it, and so does attention unless it is told where they lie (``cu_seqlens``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import numpy as np
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.base.progress import say
-from megatron_hammer.dataset.reader import REMAKE, IndexedDataset
+from megatron_hammer.dataset.format import REMAKE
+from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.sampling import native as index
 from megatron_hammer.sampling.blend import Blend
 from megatron_hammer.sampling.cache import IndexStore

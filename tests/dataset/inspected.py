@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from megatron_hammer.dataset.reader import SourceRecord, TokenizerRecord
+from megatron_hammer.dataset.format import SourceRecord, TokenizerRecord
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.tokenizer.load import load_tokenizer
 

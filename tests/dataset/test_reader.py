@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_hammer.base.errors import DataError
-from megatron_hammer.dataset import reader as indexed
-from megatron_hammer.dataset import writer as indexed_writer
-from megatron_hammer.dataset.reader import DatasetHeader, IndexedDataset
+from megatron_hammer.dataset import reader
+from megatron_hammer.dataset import writer as writer_module
+from megatron_hammer.dataset.format import DatasetHeader, SourceRecord, TokenizerRecord, dtype_for, path_of
+from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
 from tests.dataset.written import write_dataset
 
@@ -43,7 +44,7 @@ def golden(tmp_path):
 
 
 def files(prefix):
-    return {suffix: indexed.path_of(prefix, suffix).read_bytes() for suffix in (".bin", ".idx", ".meta.json")}
+    return {suffix: path_of(prefix, suffix).read_bytes() for suffix in (".bin", ".idx", ".meta.json")}
 
 
 def test_golden_bytes(golden):
@@ -69,8 +70,8 @@ def test_reading_golden_bytes_without_a_header(tmp_path):
 
 
 def test_dtype_follows_megatrons_threshold():
-    assert indexed.dtype_for(65_499) == np.uint16
-    assert indexed.dtype_for(65_500) == np.int32 and indexed.dtype_for(None) == np.int32
+    assert dtype_for(65_499) == np.uint16
+    assert dtype_for(65_500) == np.int32 and dtype_for(None) == np.int32
 
 
 @pytest.mark.parametrize("vocab_size", [300, 105_789])
@@ -117,9 +118,9 @@ def test_an_empty_dataset_can_be_read(tmp_path):
 
 
 def test_many_chunks(tmp_path, monkeypatch):
-    for module in (indexed, indexed_writer):
+    for module in (reader, writer_module):
         monkeypatch.setattr(module, "_CHUNK", 7)  # pointers, checks and copies in several rounds
-    monkeypatch.setattr(indexed_writer, "BLOCK_BYTES", 50)
+    monkeypatch.setattr(writer_module, "BLOCK_BYTES", 50)
     lengths = np.random.default_rng(0).integers(0, 9, 100)
     documents = write_dataset(tmp_path / "d", lengths)
     dataset = IndexedDataset(tmp_path / "d")
@@ -136,14 +137,14 @@ def test_header_round_trip(golden):
     text = files(golden)[".meta.json"].decode()
     header = DatasetHeader.from_json(text)
     assert header.to_json() == text
-    record = indexed.TokenizerRecord("f" * 32, 65_500, bos_id=1, eos_id=2)
-    full = DatasetHeader(**{**vars(header), "tokenizer": record, "sources": (indexed.SourceRecord("a", 3, 4),)})
+    record = TokenizerRecord("f" * 32, 65_500, bos_id=1, eos_id=2)
+    full = DatasetHeader(**{**vars(header), "tokenizer": record, "sources": (SourceRecord("a", 3, 4),)})
     assert DatasetHeader.from_json(full.to_json()) == full
 
 
 def test_fingerprint_is_of_the_content(tmp_path):
     write_dataset(tmp_path / "a", [5, 6, 7])
-    write_dataset(tmp_path / "b", [5, 6, 7], tokenizer=indexed.TokenizerRecord("x", 50_000))
+    write_dataset(tmp_path / "b", [5, 6, 7], tokenizer=TokenizerRecord("x", 50_000))
     write_dataset(tmp_path / "c", [5, 7, 6])
     write_dataset(tmp_path / "d", [5, 6, 7], seed=1)
     prints = [IndexedDataset(tmp_path / name).fingerprint for name in "abcd"]
@@ -199,8 +200,8 @@ def patch_file(path, at, data):
     ],
 )
 def test_damaged_index(golden, number, at, data):
-    indexed.path_of(golden, ".meta.json").unlink()
-    patch_file(indexed.path_of(golden, ".idx"), at, data)
+    path_of(golden, ".meta.json").unlink()
+    patch_file(path_of(golden, ".idx"), at, data)
     assert "golden" in raises(number, IndexedDataset, golden)
 
 
@@ -259,25 +260,25 @@ def test_fuzzed_index_gives_a_dataset_or_a_data_error(tmp_path, data):
     ],
 )
 def test_malformed_header(golden, change):
-    path = indexed.path_of(golden, ".meta.json")
+    path = path_of(golden, ".meta.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert "meta.json" in raises(39, IndexedDataset, golden)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, '{"version": ' + "9" * 5000 + "}", "\xff"])
 def test_header_that_is_no_json_object(golden, text):
-    indexed.path_of(golden, ".meta.json").write_text(text, encoding="latin-1")
+    path_of(golden, ".meta.json").write_text(text, encoding="latin-1")
     raises(39, IndexedDataset, golden)
 
 
 def test_header_of_other_files(golden, tmp_path):
-    path = indexed.path_of(golden, ".meta.json")
+    path = path_of(golden, ".meta.json")
     for name, value in (("tokens", 5), ("documents", 2), ("dtype", "int32"), ("bin_bytes", 9)):
         original = path.read_text()
         path.write_text(json.dumps(json.loads(original) | {name: value}))
         assert name in raises(40, IndexedDataset, golden)
         path.write_text(original)
-    patch_file(indexed.path_of(golden, ".bin"), 0, b"\7")  # same sizes, other content
+    patch_file(path_of(golden, ".bin"), 0, b"\7")  # same sizes, other content
     raises(40, lambda: IndexedDataset(golden).fingerprint)
 
 

@@ -413,7 +413,7 @@ def test_training_continues_with_the_new_vocabulary(tmp_path, old, new):
 
 
 def _record(tokenizer: Tokenizer) -> Any:
-    from megatron_hammer.dataset.reader import TokenizerRecord
+    from megatron_hammer.dataset.format import TokenizerRecord
 
     return TokenizerRecord(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, None, None)
 

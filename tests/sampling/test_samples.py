@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
-from megatron_hammer.dataset.reader import TokenizerRecord, path_of
+from megatron_hammer.dataset.format import TokenizerRecord, path_of
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.sampling import loader
 from megatron_hammer.sampling.loader import ReadAhead, chain_digest, micro_batches

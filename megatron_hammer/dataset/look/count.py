@@ -23,7 +23,8 @@ from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.corpus.documents import read_texts
 from megatron_hammer.corpus.readers import expand_inputs
-from megatron_hammer.dataset.reader import IndexedDataset, path_of
+from megatron_hammer.dataset.format import path_of
+from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.tokenizer.load import Tokenizer, load_tokenizer
 
 BATCH_BYTES = 8 << 20  # of text encoded at once: enough for many threads

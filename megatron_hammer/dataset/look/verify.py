@@ -30,6 +30,7 @@ import xxhash
 
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.progress import Progress
+from megatron_hammer.dataset.format import BLOCK_BYTES, DatasetHeader, hash_file, path_of
 from megatron_hammer.dataset.look.contamination import Overlap, read_held_out
 from megatron_hammer.dataset.look.inspect import (
     TokenMap,
@@ -41,7 +42,7 @@ from megatron_hammer.dataset.look.inspect import (
 )
 from megatron_hammer.dataset.look.scripts import Characters
 from megatron_hammer.dataset.look.verify_report import EXAMPLES, Report, counted
-from megatron_hammer.dataset.reader import BLOCK_BYTES, DatasetHeader, IndexedDataset, hash_file, path_of
+from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.tokenizer.load import Tokenizer
 
 IN_MEMORY = 1 << 23

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_hammer.base.errors import DataError, RefusedError
-from megatron_hammer.dataset.reader import REMAKE
+from megatron_hammer.dataset.format import REMAKE
 
 EXAMPLES = 5
 """Places that a sentence names, of those that are alike."""

@@ -40,6 +40,7 @@ from megatron_hammer.corpus.long import LongText
 from megatron_hammer.corpus.parse import Rejected, parse_block
 from megatron_hammer.corpus.readers import Block, Position
 from megatron_hammer.corpus.stream import file_identity
+from megatron_hammer.dataset.format import SourceRecord, TokenizerRecord, dtype_for, path_of
 from megatron_hammer.dataset.make.journal import (
     Journal,
     Tally,
@@ -51,7 +52,6 @@ from megatron_hammer.dataset.make.journal import (
 )
 from megatron_hammer.dataset.make.pipeline import in_order
 from megatron_hammer.dataset.make.quarantine import RejectedFile
-from megatron_hammer.dataset.reader import SourceRecord, TokenizerRecord, dtype_for, path_of
 from megatron_hammer.dataset.writer import IndexedWriter, StaleState
 from megatron_hammer.tokenizer.load import load_tokenizer
 

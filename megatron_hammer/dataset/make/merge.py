@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
-from megatron_hammer.dataset.reader import IndexedDataset, TokenizerRecord, path_of
+from megatron_hammer.dataset.format import TokenizerRecord, path_of
+from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
 
 _TOKENS_TOGETHER = 1 << 22  # converted at once where the token type changes

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
+from megatron_hammer.dataset.format import TokenizerRecord, path_of
 from megatron_hammer.dataset.look.count import count_tokens
-from megatron_hammer.dataset.reader import TokenizerRecord, path_of
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.tokenizer.load import SentencePieceTokenizer
 from megatron_hammer.tokenizer.train import train_tokenizer

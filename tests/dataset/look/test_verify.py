@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
-from megatron_hammer.dataset import reader as indexed
-from megatron_hammer.dataset import writer as indexed_writer
+from megatron_hammer.dataset import writer as writer_module
+from megatron_hammer.dataset.format import TokenizerRecord, path_of
 from megatron_hammer.dataset.look import contamination as held_out
 from megatron_hammer.dataset.look import scripts, verify
 from megatron_hammer.dataset.look.verify import verify_dataset
 from megatron_hammer.dataset.look.verify_report import format_report
-from megatron_hammer.dataset.reader import IndexedDataset, path_of
+from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.tokenizer.lab.analyze import read_pieces, script_of
 from tests.dataset.inspected import (  # noqa: F401  the fixtures
@@ -33,7 +33,7 @@ from tests.dataset.inspected import (  # noqa: F401  the fixtures
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Blocks of a page, and few tokens, documents and digests at once: every border is met."""
-    for module in (indexed_writer, verify):
+    for module in (writer_module, verify):
         monkeypatch.setattr(module, "BLOCK_BYTES", 4096)
     monkeypatch.setattr(verify, "_TOKENS_AT_ONCE", 37)
     monkeypatch.setattr(held_out, "_WINDOWS_AT_ONCE", 41)
@@ -202,7 +202,7 @@ def test_marks_of_documents(tmp_path, tokenizers, pieces):  # noqa: F811
 
 def test_one_id_for_both_marks(tmp_path, tokenizers):  # noqa: F811
     spm = tokenizers["sentencepiece"]
-    record = indexed.TokenizerRecord(spm.fingerprint, spm.vocab_size, 0, 0)
+    record = TokenizerRecord(spm.fingerprint, spm.vocab_size, 0, 0)
     with IndexedWriter(tmp_path / "d", tokenizer=record, options={"append_eod": True, "prepend_bos": True}) as writer:
         writer.add(np.array([0, 5, 0, 0, 6, 7, 0]), np.array([3, 4]))
     report = verify_dataset(tmp_path / "d")

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
-from megatron_hammer.dataset import reader as indexed
-from megatron_hammer.dataset import writer as indexed_writer
+from megatron_hammer.dataset import reader
+from megatron_hammer.dataset import writer as writer_module
+from megatron_hammer.dataset.format import SourceRecord, TokenizerRecord, path_of
 from megatron_hammer.dataset.make import merge
 from megatron_hammer.dataset.make.merge import merge_datasets
-from megatron_hammer.dataset.reader import IndexedDataset, SourceRecord, TokenizerRecord
+from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
 from tests.dataset.written import write_dataset
 
@@ -22,14 +23,14 @@ TOOL = Path(__file__).parents[3] / "tools" / "merge_datasets.py"
 
 
 def files(prefix, suffixes=(".bin", ".idx")):
-    return {suffix: indexed.path_of(prefix, suffix).read_bytes() for suffix in suffixes}
+    return {suffix: path_of(prefix, suffix).read_bytes() for suffix in suffixes}
 
 
 @pytest.mark.parametrize("chunk", [3, 1 << 20])
 def test_the_result_is_what_one_writer_writes(tmp_path, monkeypatch, chunk):
-    for module in (indexed, indexed_writer):
+    for module in (reader, writer_module):
         monkeypatch.setattr(module, "_CHUNK", chunk)  # several rounds
-    monkeypatch.setattr(indexed_writer, "BLOCK_BYTES", 50)
+    monkeypatch.setattr(writer_module, "BLOCK_BYTES", 50)
     lengths = [[5, 0, 7], [0], [1, 2, 0], [9]]
     parts = [write_dataset(tmp_path / str(k), part, seed=k) for k, part in enumerate(lengths)]
     with IndexedWriter(tmp_path / "all", 50_000) as writer:
@@ -53,7 +54,7 @@ def test_documents_of_several_sequences_with_and_without_headers(tmp_path, adapt
     for k, documents in enumerate(parts):
         adapter.write(str(tmp_path / str(k)), documents, np.int32)
         if not headers:
-            indexed.path_of(tmp_path / str(k), ".meta.json").unlink(missing_ok=True)
+            path_of(tmp_path / str(k), ".meta.json").unlink(missing_ok=True)
     adapter.write(str(tmp_path / "all"), [document for part in parts for document in part], np.int32)
     merge_datasets([tmp_path / str(k) for k in range(3)], tmp_path / "m")
     assert files(tmp_path / "m") == files(tmp_path / "all")
