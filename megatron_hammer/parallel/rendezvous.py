@@ -2,12 +2,21 @@
 
 They meet at a store, torch's ``TCPStore``: a small table of keys and values behind a socket, which one process hosts
 and the others join. It exists before any process group does, so errors at start-up travel through it too.
+
+torch's own client waits for its host inside C++, deaf to signals, with warnings of its own on stderr. So whoever joins
+first tries the socket from Python, where a signal ends the wait at once, and starts torch's client when it answers.
 """
 
 from __future__ import annotations
 
 import datetime
+import fcntl
+import ipaddress
 import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -16,18 +25,56 @@ from megatron_hammer.base.errors import ConfigError, ParallelError
 
 Store = dist.Store
 
+TRY_SECONDS = 2.0  # for one attempt to reach the host
+PAUSE_SECONDS = 0.2  # between two attempts, and between two looks at what has arrived
+SAY_AFTER_SECONDS = 5.0  # of waiting, and again after each such time
+SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
+ROUTE_PROBE = ("192.0.2.1", 9)  # an address of RFC 5737, for documentation: nothing is ever sent to it
 
-def host_store(address: str, port: int, timeout_seconds: int) -> tuple[Store, int]:
-    """Open the store here and return it with its port, a free one where ``port`` is 0.
 
-    torch would bind a port on every interface; it takes a socket that is already bound to this address instead.
+@dataclass(frozen=True)
+class Meeting:
+    """An open store and where others find it."""
+
+    store: Store
+    address: str
+    port: int
+
+
+class Waiting:
+    """The clock of a wait that people should know about: says what is waited for after five seconds, and again."""
+
+    def __init__(self, timeout_seconds: float, note: Callable[[str], None]) -> None:
+        self._began, self._timeout, self._note = time.monotonic(), timeout_seconds, note
+        self._say_at = self._began + SAY_AFTER_SECONDS
+
+    def pause(self, what: str) -> bool:
+        """Sleep a moment; return False when the time is up."""
+        now = time.monotonic()
+        if now - self._began >= self._timeout:
+            return False
+        if now >= self._say_at:
+            self._note(f"waiting for {what}: {now - self._began:.0f} s of {self._timeout:g} s")
+            self._say_at = now + SAY_AFTER_SECONDS
+        time.sleep(PAUSE_SECONDS)
+        return True
+
+
+def host_store(address: str, port: int, timeout_seconds: int) -> Meeting:
+    """Open the store on this machine, at a free port where ``port`` is 0.
+
+    torch would bind a port on every interface; it takes a socket that is already bound instead. A name that this
+    machine resolves to loopback although others know it (Debian writes 127.0.1.1 into /etc/hosts) is bound to the
+    address of the route out instead: on loopback nobody else would reach it.
 
     Raises:
-        ConfigError: the address or the port cannot be bound.
+        ConfigError: the address or the port cannot be bound, or no other machine could reach it.
     """
+    family, place = _resolve(address, port)
+    if _is_loopback(place[0]) and not _names_loopback(address):
+        family, place = socket.AF_INET, (_route_out(address, place[0]), port)
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
+        listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for TIME_WAIT to pass
         listener.bind(place)
     except OSError as error:
@@ -37,39 +84,116 @@ def host_store(address: str, port: int, timeout_seconds: int) -> tuple[Store, in
             f"could not be bound on node 0 ({error.strerror})",
             "give an address of node 0 and a free port",
         ) from None
-    port = listener.getsockname()[1]
+    bound, port = place[0], listener.getsockname()[1]
     store = dist.TCPStore(
-        address,
+        bound,
         port,
         is_master=True,
         timeout=datetime.timedelta(seconds=timeout_seconds),
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
-    return store, port
+    return Meeting(store, bound, port)
 
 
-def join_store(address: str, port: int, timeout_seconds: int) -> Store:
-    """Reach the store that another process hosts.
+def join_store(
+    address: str, port: int, timeout_seconds: int, note: Callable[[str], None] = lambda text: None
+) -> Meeting:
+    """Reach the store that another process hosts; a signal may end the wait at any time.
+
+    Args:
+        note: gets a line after every few seconds of waiting.
 
     Raises:
-        ParallelError: it does not answer in time.
+        ConfigError: no such name is known.
+        ParallelError: the host does not answer in time.
     """
+    waiting, reason = Waiting(timeout_seconds, note), "no answer"
+    while True:
+        try:
+            family, place = _resolve(address, port)
+            with socket.socket(family, socket.SOCK_STREAM) as attempt:
+                attempt.settimeout(TRY_SECONDS)
+                attempt.connect(place)
+            break
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if not waiting.pause(f"node 0 at {address}:{port} ({reason})"):
+            raise _unreachable(address, port, timeout_seconds, reason)
+    timeout = datetime.timedelta(seconds=timeout_seconds)
     try:
-        return dist.TCPStore(
-            address,
-            port,
-            is_master=False,
-            wait_for_workers=False,
-            timeout=datetime.timedelta(seconds=timeout_seconds),
-        )
+        store = dist.TCPStore(place[0], port, is_master=False, wait_for_workers=False, timeout=timeout)
     except dist.DistError as error:
-        raise ParallelError(
-            5,
-            f"{address}:{port}",
-            f"could not be reached within {timeout_seconds} s ({str(error).splitlines()[0]})",
-            "start node 0 too; check address, port and firewall",
+        raise _unreachable(address, port, timeout_seconds, str(error).splitlines()[0]) from None
+    return Meeting(store, place[0], port)
+
+
+def _unreachable(address: str, port: int, timeout_seconds: int, reason: str) -> ParallelError:
+    return ParallelError(
+        5,
+        f"{address}:{port}",
+        f"could not be reached within {timeout_seconds} s ({reason})",
+        "start node 0 too; check address, port and firewall",
+    )
+
+
+def _resolve(address: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    """Family and address of a name; a name server that is out of reach is an ``OSError``, which may pass."""
+    try:
+        family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        if error.errno == socket.EAI_AGAIN:
+            raise
+        raise ConfigError(
+            49, f"--master-addr={address}", f"is not a known name ({error.strerror})", "give an address of node 0"
         ) from None
+    return family, (str(place[0]), port)
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _names_loopback(address: str) -> bool:
+    """Whether the user asked for loopback, by number or by its own name."""
+    try:
+        return _is_loopback(address)
+    except ValueError:
+        return address == "localhost"
+
+
+def _route_out(name: str, loopback: str) -> str:
+    """This machine's address on the way to others. Connecting a datagram socket chooses a route and sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(ROUTE_PROBE)
+        except OSError as error:
+            raise ConfigError(
+                44,
+                f"--master-addr={name}",
+                f"is {loopback} here, which other nodes cannot reach, and there is no route out ({error.strerror})",
+                "give node 0's address in the network of the nodes",
+            ) from None
+        return str(probe.getsockname()[0])
+
+
+def interface_towards(meeting: Meeting) -> str | None:
+    """Name of the network interface through which this machine reaches the store; None where that cannot be told."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((meeting.address, meeting.port))
+            ours = probe.getsockname()[0]
+        except OSError:  # another family of addresses, or no route: the libraries' own choice stands
+            return None
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, request)
+            except OSError:  # an interface without an address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == ours:
+                return name
+    return None
 
 
 def torchrun_store(rank: int, world_size: int) -> Store:

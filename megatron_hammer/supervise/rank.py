@@ -15,21 +15,30 @@ from multiprocessing.connection import Connection
 from megatron_hammer.base.errors import ParallelError, from_exception, to_fields
 from megatron_hammer.config import Config
 from megatron_hammer.parallel.rendezvous import join_store
-from megatron_hammer.supervise.nodes import Node
 from megatron_hammer.supervise.watch import on_stop_signals
+
+Place = tuple[str, int] | None
+"""Address and port of the store; None for a rank that is alone."""
 
 
 def rank_main(
-    entry: str, config: Config, rank: int, local_rank: int, node: Node, port: int, launcher: int, pipe: Connection
+    entry: str,
+    config: Config,
+    rank: int,
+    local_rank: int,
+    world_size: int,
+    place: Place,
+    launcher: int,
+    pipe: Connection,
 ) -> None:
     """First function of a new process: run ``entry``, hand any error to the launcher, exit with its code."""
     _die_with(launcher)
     on_stop_signals(lambda *_: None)  # what the training loop gives back at its end: a late signal changes nothing
     try:
-        store = join_store(node.master_addr, port, config.parallel.timeout_seconds) if node.world_size > 1 else None
+        store = None if place is None else join_store(*place, config.parallel.timeout_seconds).store
         module, _, function = entry.partition(":")
         run_rank = getattr(importlib.import_module(module), function)
-        code = run_rank(config, rank, local_rank, node.world_size, store, False)  # the launcher has checked the data
+        code = run_rank(config, rank, local_rank, world_size, store, False)  # the launcher has checked the data
     except BaseException as error:
         known = from_exception(error, f"rank {rank}")
         pipe.send_bytes(

@@ -28,15 +28,17 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megatron_hammer.base.cli import ArgumentParser, report
 from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL, ConfigError
+from megatron_hammer.base.progress import say
 from megatron_hammer.config import Config, help_text, load_config
-from megatron_hammer.supervise.nodes import Node, agree_with_other_nodes, failed_elsewhere
+from megatron_hammer.supervise.nodes import Node
 from megatron_hammer.supervise.watch import STOP_SIGNALS, Rank, forward_signal, kill, on_stop_signals, watch
 
 if TYPE_CHECKING:
-    from megatron_hammer.parallel.rendezvous import Store
+    from megatron_hammer.parallel.rendezvous import Meeting
 
 # (config, rank, local_rank, world_size, store, check_data) -> 0 or 75
 RANK_ENTRY = "megatron_hammer.train.run:run_rank"
+CORES_A_RANK = 2  # the fewest that let reading, saving and launching kernels go on beside each other
 
 
 def build_parser() -> ArgumentParser:
@@ -65,6 +67,7 @@ def main() -> int:
     from megatron_hammer.sampling.plan import format_plan
     from megatron_hammer.train.prepare import prepare
 
+    _check_slurm_step()
     node = _node(args.nproc, args.nnodes, args.node_rank, args.master_addr, args.master_port)
     config = load_config(args.config, args.overrides)
     prepared = prepare(config, node.world_size)
@@ -73,6 +76,7 @@ def main() -> int:
     if prepared.plan is not None and not prepared.is_finished and node.node_rank == 0:
         print(format_plan(prepared.plan), flush=True)
     _check_gpus(config, node.nproc)
+    _note_few_cores(config, node.nproc)
     return launch(config, node)
 
 
@@ -127,11 +131,13 @@ def launch(config: Config, node: Node, entry: str = RANK_ENTRY) -> int:
     """
     import torch.multiprocessing  # one import for all: the ranks find the files in the page cache
 
+    from megatron_hammer.supervise.outcome import agree_with_other_nodes, failed_elsewhere
     from megatron_hammer.supervise.rank import rank_main
 
-    _set_environment(node)
-    store, port = _meet(node, config.parallel.timeout_seconds)
-    shared = store if node.nnodes > 1 else None
+    meeting = None if node.world_size == 1 else _meet(node, config.parallel.timeout_seconds)
+    shared = meeting.store if meeting is not None and node.nnodes > 1 else None
+    place = None if meeting is None else (meeting.address, meeting.port)
+    _set_environment(node, meeting)
     spawn = torch.multiprocessing.get_context("spawn")
     ranks: list[Rank] = []
     resource_tracker.ensure_running()  # its start would unblock the signals that are blocked next
@@ -140,7 +146,7 @@ def launch(config: Config, node: Node, entry: str = RANK_ENTRY) -> int:
         for local_rank in range(node.nproc):
             rank = node.node_rank * node.nproc + local_rank
             pipe, rank_end = spawn.Pipe(duplex=False)
-            arguments = (entry, config, rank, local_rank, node, port, os.getpid(), rank_end)
+            arguments = (entry, config, rank, local_rank, node.world_size, place, os.getpid(), rank_end)
             process = spawn.Process(target=rank_main, args=arguments, name=f"rank {rank}")
             process.start()
             rank_end.close()  # the rank's copy is the only one left: its death closes the pipe
@@ -160,20 +166,59 @@ def launch(config: Config, node: Node, entry: str = RANK_ENTRY) -> int:
     return report(failure.error)
 
 
-def _set_environment(node: Node) -> None:
-    """What the ranks inherit: loopback only on one node, and threads that do not fight for the cores."""
+def _meet(node: Node, timeout_seconds: int) -> Meeting:
+    """The open store through which all ranks find each other; with several nodes, when all of them are there."""
+    from megatron_hammer.parallel.rendezvous import host_store, join_store
+    from megatron_hammer.supervise.outcome import wait_for_all_nodes
+
+    if node.node_rank == 0:
+        meeting = host_store(node.master_addr, node.master_port, timeout_seconds)
+    else:
+        meeting = join_store(node.master_addr, node.master_port, timeout_seconds, say)
+    if node.nnodes > 1:
+        wait_for_all_nodes(meeting, node, timeout_seconds, say)
+    return meeting
+
+
+def _set_environment(node: Node, meeting: Meeting | None) -> None:
+    """What the ranks inherit, where the user has not said otherwise: network interfaces, and a share of the cores.
+
+    On one node nothing but loopback is used. On several, gloo would take the interface that this machine's own name
+    resolves to, which may be loopback; it gets the one on the way to node 0.
+    """
     if node.nnodes == 1:
-        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    elif meeting is not None:
+        from megatron_hammer.parallel.rendezvous import interface_towards
+
+        if name := interface_towards(meeting):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // node.nproc)))
 
 
-def _meet(node: Node, timeout_seconds: int) -> tuple[Store | None, int]:
-    """The store through which the ranks find each other, and its port. One rank alone needs none."""
-    from megatron_hammer.parallel.rendezvous import host_store, join_store
+def _note_few_cores(config: Config, nproc: int) -> None:
+    """A GPU waits for a rank that has less than two cores: one computes, one reads and saves."""
+    cores = len(os.sched_getaffinity(0))
+    if config.train.device == "cpu" or cores >= CORES_A_RANK * nproc:
+        return
+    import torch
 
-    if node.world_size == 1:
-        return None, 0
-    if node.node_rank == 0:
-        return host_store(node.master_addr, node.master_port, timeout_seconds)
-    return join_store(node.master_addr, node.master_port, timeout_seconds), node.master_port
+    if torch.cuda.device_count():
+        say(
+            f"note: {cores} cores for {nproc} ranks: host work will slow the GPUs down; give each rank "
+            f"{CORES_A_RANK} or more (Slurm: --cpus-per-task={CORES_A_RANK * nproc} with one task a node)"
+        )
+
+
+def _check_slurm_step() -> None:
+    """Refuse to be one of several launchers that one srun starts on a node: each would start all ranks of it."""
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")  # such as "8", or "8(x2),4"
+    if any(part.partition("(")[0] != "1" for part in tasks.split(",")):
+        raise ConfigError(
+            41,
+            f"SLURM_STEP_TASKS_PER_NODE={tasks}",
+            "starts several launchers on a node, and each starts all its ranks",
+            "use srun --ntasks-per-node=1, or one rank a task as in examples/slurm/one_task_a_rank.sbatch",
+        )

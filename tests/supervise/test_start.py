@@ -9,18 +9,23 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_hammer.base.cli import run as run_and_exit
 from megatron_hammer.base.errors import CheckpointError, ConfigError, MemoryShortage, from_exception
 from megatron_hammer.config import Config, config_from_tree
+from megatron_hammer.parallel import rendezvous
 from megatron_hammer.supervise.nodes import Node
-from megatron_hammer.supervise.start import _check_gpus, launch
-from megatron_hammer.supervise.watch import STOP_SIGNALS
+from megatron_hammer.supervise.start import _check_gpus, _check_slurm_step, _stop_early, launch
+from megatron_hammer.supervise.watch import STOP_SIGNALS, on_stop_signals
 
 HERE = Path(__file__).resolve()
 CONFIG = {
@@ -279,13 +284,119 @@ def test_everything_listens_on_loopback_only() -> None:
 
 def test_two_nodes_meet_and_share_the_cause() -> None:
     """Two launchers on this machine, one rank each: rank 1's mistake is what both report."""
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     nodes = [start(entry, 1, 2, node, port) for node, entry in enumerate(("rank_sleeps", "rank_mistake"))]
     for code, _, lines in map(finish, nodes):
         assert (code, lines) == (4, ["error[E407]: checkpoint-of-1 is damaged badly; remove it"])
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def test_a_node_that_waits_says_for_whom_and_ends_on_a_signal_at_once() -> None:
+    """Node 0 without node 1, and node 1 without node 0: a line after five seconds, nothing of torch's, and code 75."""
+    ports = [free_port(), free_port()]
+    nodes = [start("rank_sleeps", 1, 2, number, port) for number, port in enumerate(ports)]
+    time.sleep(9)  # their start, and the five seconds
+    for process in nodes:
+        process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    ended = [finish(process) for process in nodes]
+    assert time.monotonic() - sent < 10, "long before the 30 s of the wait are over"
+    for (code, _, lines), place in zip(ended, ports, strict=True):
+        assert code == 75
+        assert lines[-1] == "stopped by SIGTERM before any rank started; run the same command again"
+        waits = re.compile(rf"waiting for node [01] (of 2 to come to|at) 127\.0\.0\.1:{place}( \(.+\))?: \d+ s of 30 s")
+        assert lines[:-1] and all(waits.fullmatch(line) for line in lines[:-1]), lines
+
+
+def test_two_launchers_of_one_number_are_refused() -> None:
+    port = free_port()
+    first = start("rank_sleeps", 1, 3, 0, port)
+    others = [start("rank_sleeps", 1, 3, 1, port) for _ in range(2)]
+    deadline = time.monotonic() + 40
+    while all(process.poll() is None for process in others) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    refused = [finish(process) for process in others if process.poll() is not None]
+    for process in [first, *others]:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            finish(process)
+    ((code, _, lines),) = refused
+    assert code == 2 and lines[-1].startswith("error[E241]: --node-rank=1 is that of another launcher too; start one ")
+
+
+def resolver(address: str) -> Callable[..., list[tuple[Any, ...]]]:
+    """A ``socket.getaddrinfo`` that finds one address for every name."""
+    return lambda name, port, **_: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
+
+
+def test_a_name_that_is_loopback_here_is_bound_to_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's /etc/hosts has 127.0.1.1 for the machine's own name; nobody else would reach a store there."""
+    monkeypatch.setattr(socket, "getaddrinfo", resolver("127.0.1.1"))
+    monkeypatch.setattr(rendezvous, "ROUTE_PROBE", ("127.0.0.9", 9))  # a route that exists wherever tests run
+    meeting = rendezvous.host_store("node0", 0, 5)
+    assert meeting.address == "127.0.0.1", "this machine's address on the way to the probe"
+    with monkeypatch.context() as others:
+        others.setattr(socket, "getaddrinfo", resolver(meeting.address))
+        joined = rendezvous.join_store("node0", meeting.port, 5)
+    joined.store.set("key", "value")
+    assert meeting.store.get("key") == b"value"
+    assert rendezvous.interface_towards(meeting) == "lo"
+
+    def no_route(self: object, place: object) -> None:
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(rendezvous.socket, "socket", type("Socket", (socket.socket,), {"connect": no_route}))
+    with pytest.raises(ConfigError) as refused:
+        rendezvous.host_store("node0", 0, 5)
+    assert str(refused.value).startswith(
+        "error[E244]: --master-addr=node0 is 127.0.1.1 here, which other nodes cannot reach, and there is no route out"
+    )
+
+
+def test_loopback_by_its_own_name_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("localhost", "127.0.0.1", "127.0.1.1"):
+        assert rendezvous.host_store(name, 0, 5).address.startswith("127.0.")
+
+
+def test_an_unknown_name_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    for meet in (rendezvous.host_store, rendezvous.join_store):
+        with pytest.raises(ConfigError) as refused:
+            meet("nodde0", 29500, 600)
+        assert "E249" in str(refused.value) and "--master-addr=nodde0 is not a known name" in str(refused.value)
+
+
+def test_a_name_server_out_of_reach_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    meeting, asked = rendezvous.host_store("127.0.0.1", 0, 5), []
+
+    def late(name: str, port: int, **more: Any) -> list[tuple[Any, ...]]:
+        asked.append(name)
+        if len(asked) < 3:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return resolver("127.0.0.1")(name, port)
+
+    monkeypatch.setattr(socket, "getaddrinfo", late)
+    assert rendezvous.join_store("node0", meeting.port, 30).address == "127.0.0.1"
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("tasks", "refused"), [("1", False), ("1(x4)", False), ("8", True), ("8(x2)", True), ("1,2", True)]
+)
+def test_one_launcher_a_node_under_slurm(tasks: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", tasks)
+    if not refused:
+        _check_slurm_step()
+        return
+    with pytest.raises(ConfigError, match=re.escape(f"E241]: SLURM_STEP_TASKS_PER_NODE={tasks} starts several")):
+        _check_slurm_step()
 
 
 def run_program(*arguments: str) -> tuple[int, str, str]:
@@ -367,4 +478,5 @@ if __name__ == "__main__":
     nnodes, node_rank, port = map(int, place or (1, 0, 0))
     node = Node(int(nproc), nnodes, node_rank, "127.0.0.1", port)
     config = config_from_tree(CONFIG | {"parallel": {"timeout_seconds": TIMEOUTS.get(name, 30)}})
-    sys.exit(launch(config, node, f"test_start:{name}"))
+    on_stop_signals(_stop_early)  # as the program does
+    run_and_exit(lambda: launch(config, node, f"test_start:{name}"))

@@ -1,0 +1,100 @@
+"""The launchers of several nodes: how they find each other and agree on one outcome.
+
+Every node has a launcher of its own. They share the store through which the ranks meet, and write three things into it:
+that a launcher is there, the failure that is the cause, and that a launcher has ended.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+
+from megatron_hammer.base.errors import ConfigError, ParallelError, from_fields, to_fields
+from megatron_hammer.parallel.rendezvous import Meeting, Store, Waiting
+from megatron_hammer.supervise.nodes import Node
+from megatron_hammer.supervise.watch import GRACE_SECONDS, Failure
+
+PRESENT_KEY, FAILURE_KEY, ENDED_KEY = "launcher/present", "launcher/failure", "launcher/ended"  # in the store
+
+
+def wait_for_all_nodes(meeting: Meeting, node: Node, timeout_seconds: float, note: Callable[[str], None]) -> None:
+    """Return when a launcher of every node is there. Nothing has been started yet, so a signal may end the wait.
+
+    Raises:
+        ConfigError: two launchers have one number, or they were started with other numbers of ranks or nodes.
+        ParallelError: a node does not come in time.
+    """
+    try:
+        _announce(meeting.store, node)
+        waiting = Waiting(timeout_seconds, note)
+        while missing := [i for i in range(node.nnodes) if not meeting.store.check([f"{PRESENT_KEY}/{i}"])]:
+            numbers = ", ".join(map(str, missing))
+            if not waiting.pause(f"node {numbers} of {node.nnodes} to come to {meeting.address}:{meeting.port}"):
+                raise ParallelError(
+                    7,
+                    f"node {numbers}",
+                    f"did not come to {meeting.address}:{meeting.port} within {timeout_seconds:g} s",
+                    "start the launcher on every node, with the same --master-addr and --master-port",
+                )
+        for other in range(node.nnodes):
+            _check_alike(node, other, json.loads(meeting.store.get(f"{PRESENT_KEY}/{other}")))
+    except RuntimeError:  # the store's host has closed it
+        raise _node_0_is_gone() from None
+
+
+def _announce(store: Store, node: Node) -> None:
+    if store.add(f"{PRESENT_KEY}/count/{node.node_rank}", 1) > 1:
+        raise ConfigError(
+            41,
+            f"--node-rank={node.node_rank}",
+            "is that of another launcher too",
+            "start one launcher a node (under Slurm --ntasks-per-node=1), each with its own number",
+        )
+    store.set(f"{PRESENT_KEY}/{node.node_rank}", json.dumps([node.nproc, node.nnodes]))
+
+
+def _check_alike(node: Node, other: int, theirs: list[int]) -> None:
+    for name, ours, its in zip(("nproc", "nnodes"), (node.nproc, node.nnodes), theirs, strict=True):
+        if ours != its:
+            raise ConfigError(40, f"--{name}={ours}", f"is {its} on node {other}", "start all nodes alike")
+
+
+def _node_0_is_gone() -> ParallelError:
+    return ParallelError(6, "the launcher of node 0", "is gone", "see its output; run the same command on every node")
+
+
+def failed_elsewhere(store: Store | None) -> bool:
+    """Whether another node's launcher has reported a failure, or node 0's is gone. Communicates with the store."""
+    if store is None:
+        return False
+    try:
+        return bool(store.check([FAILURE_KEY]))
+    except RuntimeError:
+        return True
+
+
+def agree_with_other_nodes(store: Store, node: Node, failure: Failure | None) -> Failure | None:
+    """Print the same cause on every node; node 0 keeps the store open until all launchers have read it.
+
+    A consequence (severity 2 and 3: a peer's death seen from here) gives way to a cause that another node reports.
+    """
+    try:
+        if failure is not None and failure.severity >= 2:
+            _wait_until(lambda: store.check([FAILURE_KEY]), 2 * GRACE_SECONDS)
+        if store.check([FAILURE_KEY]):
+            failure = Failure(0, 0, from_fields(json.loads(store.get(FAILURE_KEY))))
+        elif failure is not None:
+            store.set(FAILURE_KEY, json.dumps(to_fields(failure.error)))
+        store.add(ENDED_KEY, 1)
+        if node.node_rank == 0:
+            _wait_until(lambda: store.add(ENDED_KEY, 0) >= node.nnodes, 10 * GRACE_SECONDS)
+    except RuntimeError:
+        return failure or Failure(3, 0, _node_0_is_gone())
+    return failure
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
