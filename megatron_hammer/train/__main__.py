@@ -1,13 +1,17 @@
 """``python -m megatron_hammer.train CONFIG.yaml [group.field=value ...]``: one process, or one rank under torchrun.
 
-``python -m megatron_hammer.supervise.start`` starts several ranks and has the clearer exit codes.
+``python -m megatron_hammer.launch`` starts several ranks and has the clearer exit codes.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+import traceback
+from typing import NoReturn
 
-from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, report, run
+from megatron_hammer.base.errors import ParallelError, from_exception
 from megatron_hammer.config import help_text, load_config
 
 
@@ -38,7 +42,24 @@ def main() -> int:
         from megatron_hammer.parallel.rendezvous import torchrun_store
 
         store = torchrun_store(rank, world_size)
-    return run_rank(config, rank, local_rank, world_size, store)
+    try:
+        return run_rank(config, rank, local_rank, world_size, store)
+    except Exception as error:
+        if world_size == 1:
+            raise
+        leave(error, f"rank {rank}")
+
+
+def leave(error: Exception, name: str) -> NoReturn:
+    """Report a failure of one rank among several and end at once: a tidy end would wait for the others."""
+    known = from_exception(error, name)
+    if known is None:
+        traceback.print_exception(error)
+        known = ParallelError(2, name, f"raised {type(error).__name__}", "its traceback is above")
+    code = report(known)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,35 @@ def rank_saves(config: Config, rank: int, local_rank: int, world_size: int, stor
     return 75
 
 
+def rank_fails_in_training(
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool
+) -> int:
+    """The real ``run_rank`` where training fails on rank 1; taking the groups down would block, as NCCL's does."""
+    from types import SimpleNamespace
+
+    import torch
+    import torch.distributed as dist
+
+    from megatron_hammer.train import run
+
+    def train(prepared: object, ctx: object) -> int:
+        if rank == 1:
+            raise ZeroDivisionError("a defect of ours")
+        dist.all_reduce(torch.zeros(1))
+        return 0
+
+    replaced = {
+        "train": train,
+        "prepare": lambda *_: SimpleNamespace(config=config, is_finished=False),
+        "announcement": lambda *_: "",
+        "only_writer": lambda output: nullcontext(),
+    }
+    for name, stand_in in replaced.items():
+        setattr(run, name, stand_in)
+    dist.destroy_process_group = sleep_until_killed
+    return run.run_rank(config, rank, local_rank, world_size, store, check_data)  # type: ignore[arg-type]
+
+
 def rank_sockets(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
     import torch
     import torch.distributed as dist
@@ -209,6 +239,7 @@ def assert_gone(numbers: list[int], seconds: float = 5.0) -> None:
         ("rank_mistake_of_one", 2, 6, "error[E601]: /some/file could not be used while rank 1 was running: No space"),
         ("rank_killed", 2, 7, "error[E701]: rank 1 died of SIGKILL; "),
         ("rank_raises", 2, 7, "error[E702]: rank 1 raised ZeroDivisionError: a defect of ours; "),
+        ("rank_fails_in_training", 2, 7, "error[E702]: rank 1 raised ZeroDivisionError: a defect of ours; "),
         ("rank_exits", 2, 7, "error[E703]: rank 1 ended with exit code 3 and no report; "),
         ("rank_stays", 2, 7, "error[E704]: rank 1 did not end within 3 s of the others; "),
     ],
@@ -218,12 +249,15 @@ def test_exit_code_and_one_line(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     returned, out, lines = finish(start(entry, nproc))
-    assert returned == code
+    assert returned == code, lines
     assert_gone([int(number) for number in re.findall(r"pid (\d+)", out)], seconds=0.5)
     assert list(tmp_path.iterdir()) == [], "no temporary file stays"
     if line is None:
         assert lines == []
-    elif entry == "rank_raises":  # a defect of ours: its traceback, and not that of the rank that lost its peer
+    elif entry in (
+        "rank_raises",
+        "rank_fails_in_training",
+    ):  # a defect of ours: its traceback, and not that of the rank that lost its peer
         assert lines[0] == "Traceback (most recent call last):" and lines[-1].startswith(line)
         assert lines[-2] == "ZeroDivisionError: a defect of ours" and "Connection" not in "".join(lines)
     else:
