@@ -8,7 +8,7 @@
 #   TOKENIZER  what made the data: a sentencepiece .model, a tokenizer.json or a Hugging Face folder
 #   OUT        folder of the run (train.output); default runs/pretrain_1b4
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    for more than one node: start it on each, or let Slurm do so:
-#              srun --ntasks-per-node=1 bash examples/pretrain_1b4.sh
+#              srun --ntasks-per-node=1 --cpus-per-task=64 bash examples/pretrain_1b4.sh    (more: examples/slurm/)
 #   PYTHON, TORCH_INDEX_URL    see tools/make_venv.sh, which makes .venv on first use
 #
 # With GPUs, DATA and TOKENIZER this is examples/configs/hammerllm_1b4.yaml on all GPUs. Otherwise the first line says
@@ -76,14 +76,23 @@ valid_sets() {
     printf '{%s}' "$pairs"
 }
 
-# Slurm's variables, where ours are not set.
+# Slurm's variables, where ours are not set: the step's before the job's, which may have more nodes.
 find_nodes() {
-    nnodes=${NNODES:-${SLURM_NNODES:-1}}
+    nnodes=${NNODES:-${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}}
     node_rank=${NODE_RANK:-${SLURM_NODEID:-0}}
     master_addr=${MASTER_ADDR:-}
     master_port=${MASTER_PORT:-29500} # the port that torch programs use by custom
-    if ((nnodes > 1)) && [[ -z $master_addr && -n ${SLURM_JOB_NODELIST:-} ]]; then
-        master_addr=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    local tasks=${SLURM_STEP_TASKS_PER_NODE:-1} nodes=${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:-}} hosts
+    if [[ ! $tasks =~ ^1(\(x[0-9]+\))?$ ]]; then # such as 8, or 8(x4)
+        fail 59 "SLURM_STEP_TASKS_PER_NODE=$tasks starts this script several times on a node, each with all its ranks; use\
+ srun --ntasks-per-node=1, or examples/slurm/one_task_a_rank.sbatch"
+    fi
+    if ((nnodes > 1)) && [[ -z $master_addr && -n $nodes ]]; then
+        command -v scontrol >/dev/null ||
+            fail 55 "NNODES=$nnodes needs MASTER_ADDR: Slurm's nodes are $nodes, but scontrol, which tells the first of\
+ them, was not found; set MASTER_ADDR to the first"
+        hosts=$(scontrol show hostnames "$nodes")
+        master_addr=${hosts%%$'\n'*}
     fi
     if ((nnodes > 1)) && [[ -z $master_addr ]]; then
         fail 55 "NNODES=$nnodes needs MASTER_ADDR; give the address of node 0"

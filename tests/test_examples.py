@@ -66,6 +66,9 @@ def script(path: Path, text: str) -> None:
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
+SBATCH = [f"examples/slurm/one_task_a_{what}.sbatch" for what in ("node", "rank")]
+
+
 class Tree:
     """A stand-in for a clone of the repository, and how to run the example in it."""
 
@@ -202,6 +205,64 @@ def test_the_full_recipe_on_several_nodes(tree: Tree) -> None:
     assert tree.config()[0] == ["--nproc", "2", *nodes, "29500"]
 
 
+def test_slurm_the_step_comes_before_the_job(tree: Tree) -> None:
+    """The job has three nodes, the step the last two of them."""
+    data = {"DATA": "p", "TOKENIZER": "t", "GPUS": "0 1"}
+    script(tree.path / "bin/scontrol", '#!/bin/sh\n[ "$*" = "show hostnames n[1-2]" ] && printf "n1\\nn2\\n"\n')
+    job = {"SLURM_NNODES": "3", "SLURM_JOB_NODELIST": "n[0-2]", "SLURM_NODEID": "0"}
+    step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    assert tree.run(**data, **job, **step)[0] == 0
+    nodes = ["--nnodes", "2", "--node-rank", "0", "--master-addr", "n1", "--master-port", "29500"]
+    assert tree.config()[0] == ["--nproc", "2", *nodes]
+
+
+def test_slurm_without_scontrol_or_with_several_tasks_a_node(tree: Tree) -> None:
+    data = {"DATA": "p", "TOKENIZER": "t", "GPUS": "0 1"}
+    two = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[0-1]"}
+    code, _, err = tree.run(**data, **two)
+    assert code == 2 and err.count("\n") == 1
+    assert err.startswith("error[E255]: NNODES=2 needs MASTER_ADDR: Slurm's nodes are n[0-1], but scontrol, ")
+    code, _, err = tree.run(**data, **two, SLURM_STEP_TASKS_PER_NODE="8(x2)")
+    assert code == 2 and err.startswith("error[E259]: SLURM_STEP_TASKS_PER_NODE=8(x2) starts this script several times")
+
+
+SRUN = """#!/usr/bin/env bash
+# Slurm's srun, as far as the examples use it: the command once a task, with the variables of a step.
+options=()
+while [[ $1 == --* ]]; do options+=("$1") && shift; done
+printf '%s\\n' "${options[@]}" >"$SRUN_OPTIONS"
+for ((task = 0; task < TASKS; task++)); do
+    export SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 SLURM_NTASKS=$TASKS SLURM_STEP_TASKS_PER_NODE=$TASKS
+    "$@" || exit
+done
+"""
+
+
+@pytest.mark.parametrize("habit", ["one_task_a_node", "one_task_a_rank"])
+def test_slurm_examples(tree: Tree, habit: str) -> None:
+    """Both sbatch files under a stand-in for srun, from the folder in which sbatch was called."""
+    (tree.path / "examples/slurm").symlink_to(ROOT / "examples/slurm")
+    script(tree.path / "bin/srun", SRUN)
+    script(tree.path / "bin/scontrol", '#!/bin/sh\nprintf "n0\\nn1\\n"\n')
+    by_node = habit == "one_task_a_node"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OUT", "MASTER_"))} | {
+        "PATH": f"{tree.path}/bin:{os.environ['PATH']}", "CALLS": str(tree.calls_file), "GPUS": "0 1",
+        "SRUN_OPTIONS": str(tree.path / "options"), "TASKS": "1" if by_node else "2", "SLURM_CPUS_PER_TASK": "16",
+        "SLURM_SUBMIT_DIR": str(tree.path), "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
+        "DATA": "p", "TOKENIZER": "t",
+    }  # fmt: skip
+    arguments = ["train.num_steps=7"] if by_node else ["my.yaml", "train.num_steps=7"]
+    path = f"examples/slurm/{habit}.sbatch"
+    done = subprocess.run(["bash", path, *arguments], cwd=tree.path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    options = (tree.path / "options").read_text().split()
+    assert "--cpus-per-task=16" in options and "--kill-on-bad-exit=1" in options
+    if by_node:
+        assert "--ntasks-per-node=1" in options and tree.config()[0] == ["--nproc", "2"]
+    else:
+        assert tree.calls == 2 * [["-m", "megatron_hammer.train", "my.yaml", "train.num_steps=7"]]
+
+
 @pytest.mark.parametrize(
     ("variables", "line"),
     [
@@ -320,7 +381,7 @@ def test_torch_range_is_stated_once_and_the_same() -> None:
     assert f'"{ours}"' in (ROOT / "pyproject.toml").read_text()
 
 
-@pytest.mark.parametrize("path", ["examples/pretrain_1b4.sh", "tools/make_venv.sh", "tests/run.sh", ".ci/run"])
+@pytest.mark.parametrize("path", ["examples/pretrain_1b4.sh", "tools/make_venv.sh", "tests/run.sh", ".ci/run", *SBATCH])
 def test_shell_syntax(path: str) -> None:
     assert subprocess.run(["bash", "-n", str(ROOT / path)], capture_output=True).stderr == b""
 
