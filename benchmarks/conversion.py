@@ -114,6 +114,7 @@ def write_ranks(folder: Path, model: Any, value: Callable[[str, str], Any], kind
     from megatron_hammer.checkpoint.manifest import Layout, new_id, staging_folder
     from megatron_hammer.checkpoint.write import DTYPE_NAMES, Piece, commit, write_rank
     from megatron_hammer.model.parameters import parameter_table
+    from megatron_hammer.parallel.placement import place
 
     target = folder / "checkpoints" / "step-00000001"
     staging = staging_folder(target, new_id())
@@ -128,7 +129,7 @@ def write_ranks(folder: Path, model: Any, value: Callable[[str, str], Any], kind
         return load
 
     for rank in range(2):
-        owned = [s for p in parameter_table(model, rank, 2) for s in p.slices if s.owned]
+        owned = [s for p in parameter_table(model, place(model, rank, 2)) for s in p.slices if s.owned]
         shapes = [
             (s.rows[1] - s.rows[0], *(() if s.cols is None else (s.cols[1] - s.cols[0],)))
             for s in owned

@@ -34,7 +34,7 @@ from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.corpus.documents import TextCorpus
 from megatron_hammer.kernels.fp8 import Fp8Products, emulated_multiply
 from megatron_hammer.kernels.operations import Operations, select_backends
-from megatron_hammer.model.llama import Llama
+from megatron_hammer.model.llama import Stage
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.train import train_tokenizer
@@ -88,7 +88,7 @@ def config_of(side: str, steps: int) -> Config:
     )
 
 
-def with_products(model: Llama, head: bool) -> None:
+def with_products(model: Stage, head: bool) -> None:
     """Have a built model compute in emulated fp8: a config cannot ask for that."""
     products = Fp8Products(multiply=emulated_multiply)
 

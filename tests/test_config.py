@@ -16,9 +16,9 @@ from megatron_hammer.config import (
     describe_fields,
     help_text,
     load_config,
-    padded_vocab_size,
     to_yaml,
 )
+from megatron_hammer.parallel.placement import padded_vocab_size
 
 MODEL = "model: {hidden_size: 64, ffn_hidden_size: 128, num_layers: 2, num_attention_heads: 8, num_query_groups: 2}\n"
 

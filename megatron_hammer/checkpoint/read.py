@@ -25,7 +25,7 @@ from megatron_hammer.checkpoint.manifest import Manifest, SavedFile, SavedSlice
 from megatron_hammer.checkpoint.tensor_files import CHUNK_BYTES, TensorFileReader, count
 from megatron_hammer.checkpoint.write import DTYPES
 from megatron_hammer.config import ModelConfig
-from megatron_hammer.model.llama import Llama
+from megatron_hammer.model.llama import Stage
 from megatron_hammer.model.parameters import Parameter
 from megatron_hammer.parallel.agreement import raise_together
 from megatron_hammer.parallel.context import ParallelContext
@@ -89,7 +89,7 @@ def load_shards(
 
 
 def load_model(
-    model: Llama,
+    model: Stage,
     table: Sequence[Parameter],
     manifest: Manifest,
     ctx: ParallelContext,

@@ -8,8 +8,8 @@
 
 The settings, all of them, stand in ``settings.py``: the docstring under a field is its documentation and what
 ``--help`` prints (``help.py``). ``tree.py`` joins the groups to one ``Config`` and says what must hold between them.
-What can be computed is not a field: ``data_parallel_size``, ``grad_accum``, ``padded_vocab_size`` are functions of
-``tree.py``. Nothing mutates a config; the resolved one (with ``model.vocab_size`` filled in from the tokenizer) is
+What can be computed is not a field: ``data_parallel_size``, ``grad_accum``, ``grid`` and ``placement`` are methods of
+``Config``. Nothing mutates a config; the resolved one (with ``model.vocab_size`` filled in from the tokenizer) is
 stored in each checkpoint and logged once. Imports neither torch nor numpy.
 """
 
@@ -29,12 +29,11 @@ from megatron_hammer.config.settings import (
     TokenizerConfig,
     TrainConfig,
 )
-from megatron_hammer.config.tree import FP8_MULTIPLE, VOCAB_PADDING_MULTIPLE, Config, padded_vocab_size
+from megatron_hammer.config.tree import FP8_MULTIPLE, Config
 
 __all__ = [
     "ATTENTION_MASKS",
     "FP8_MULTIPLE",
-    "VOCAB_PADDING_MULTIPLE",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -53,7 +52,6 @@ __all__ = [
     "describe_fields",
     "help_text",
     "load_config",
-    "padded_vocab_size",
     "parse_yaml",
     "to_yaml",
 ]

@@ -20,9 +20,9 @@ from megatron_hammer.config.settings import (
     TrainConfig,
 )
 from megatron_hammer.parallel.grid import Grid, build_grid
+from megatron_hammer.parallel.placement import Placement, place
 
 FP8_MULTIPLE = 16  # elements: both sides of an fp8 matrix, or cuBLAS refuses it (Transformer Engine's autocast)
-VOCAB_PADDING_MULTIPLE = 128  # rows a tensor-parallel rank: an odd vocabulary forces a slow matrix kernel
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,17 @@ class Config:
             world_size, tp=self.parallel.tensor_model_parallel_size, num_query_groups=self.model.query_groups
         )
 
+    def placement(self, tp_rank: int = 0, stage: int = 0) -> Placement:
+        """What a rank holds of the model; the sizes are the same on all tensor-parallel ranks."""
+        parallel = self.parallel
+        return place(
+            self.model,
+            tp_rank,
+            parallel.tensor_model_parallel_size,
+            sequence_parallel=parallel.sequence_parallel,
+            stage=stage,
+        )
+
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that process different samples."""
         return self.grid(world_size).dp
@@ -137,12 +148,6 @@ class Config:
         return notes
 
 
-def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
-    """Rows of embedding and head in memory: the next multiple of 128 x TP. Never on disk."""
-    multiple = VOCAB_PADDING_MULTIPLE * tensor_model_parallel_size
-    return -(-vocab_size // multiple) * multiple
-
-
 def _tp_obstacle(config: Config, tp: int) -> str:
     """Why ``tp`` tensor-parallel ranks cannot share this model, or an empty string."""
     model, groups = config.model, config.model.query_groups
@@ -170,7 +175,7 @@ def _te_obstacle(config: Config) -> tuple[str, str, str]:
 
 def _fp8_obstacle(config: Config) -> tuple[str, str, str]:
     """Why the layers' matrix products cannot run in 8 bits (setting, rule, remedy), or empty strings."""
-    kernels, model, train, tp = config.kernels, config.model, config.train, config.parallel.tensor_model_parallel_size
+    kernels, model, train = config.kernels, config.model, config.train
     if kernels.fp8 == "off":
         lone_head = kernels.fp8_head
         return ("kernels.fp8_head=true", "needs kernels.fp8", "set it too") if lone_head else ("", "", "")
@@ -181,20 +186,20 @@ def _fp8_obstacle(config: Config) -> tuple[str, str, str]:
         return what, "does not run with train.device=cpu", "use kernels.fp8=off"
     if train.precision != "bf16":
         return what, f"is not for train.precision={train.precision}", "use bf16 or kernels.fp8=off"
-    heads, groups, d = model.num_attention_heads // tp, max(1, model.query_groups // tp), model.head_size
-    divided = config.parallel.sequence_parallel and kernels.layers == "te"  # which quantises before it gathers
-    rows = train.micro_batch_size * config.data.seq_length // (tp if divided else 1)
+    at, d = config.placement(), model.head_size
+    shards = at.sequence_shards if kernels.layers == "te" else 1  # Transformer Engine quantises before it gathers
+    rows = train.micro_batch_size * config.data.seq_length // shards
     sizes = {
         "train.micro_batch_size x data.seq_length": rows,
         "model.hidden_size": model.hidden_size,
-        "the rows of the fused query, key and value weight": (heads + 2 * groups) * d,
-        "model.num_attention_heads x head size": heads * d,
-        "model.ffn_hidden_size": model.ffn_hidden_size // tp,
+        "the rows of the fused query, key and value weight": (at.heads_local + 2 * at.groups_local) * d,
+        "model.num_attention_heads x head size": at.heads_local * d,
+        "model.ffn_hidden_size": at.ffn_local,
         "kernels.loss_chunk_tokens": (kernels.loss_chunk_tokens or 0) if kernels.fp8_head else 0,
     }
     for name, size in sizes.items():
         if size % FP8_MULTIPLE:
-            share = "" if tp == 1 else ", one rank's part"
+            share = "" if at.tp_size == 1 else ", one rank's part"
             rule = f"needs a multiple of {FP8_MULTIPLE} for {name} ({size}{share})"
             return what, rule, "change the sizes or use kernels.fp8=off"
     return "", "", ""

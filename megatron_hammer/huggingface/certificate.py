@@ -296,12 +296,12 @@ def our_logits(manifest: Manifest, model: ModelConfig, dtype: str, inputs: Seque
     """[s, v] fp32 of each input by our model with the checkpoint's weights rounded to ``dtype``; the model is freed."""
     import torch
 
-    from megatron_hammer.model.llama import build_llama
+    from megatron_hammer.model.llama import build_stage
     from megatron_hammer.model.parameters import parameter_table
     from megatron_hammer.parallel.context import ParallelContext
 
     ctx = ParallelContext.single()
-    llama = build_llama(model, ctx)
+    llama = build_stage(model, ctx)
     load_model(llama, parameter_table(model), manifest, ctx, round_to=DTYPES[dtype])
     return [llama.logits(torch.tensor([ids]))[0].clone() for ids in inputs]
 

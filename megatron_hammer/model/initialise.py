@@ -12,14 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_hammer.model.llama import Llama
+from megatron_hammer.model.llama import Stage
 from megatron_hammer.model.parameters import Parameter, Slice, logical_shapes
 
 BLOCK_ROWS = 256  # small enough that sharing a block between two ranks is cheap; part of the definition: never change
 
 
 @torch.no_grad()
-def initialise(model: Llama, table: Sequence[Parameter], seed: int) -> None:
+def initialise(model: Stage, table: Sequence[Parameter], seed: int) -> None:
     """Fill the model in place: norms with one, everything else with N(0, init_std) drawn on the CPU in fp32."""
     weights, shapes = dict(model.named_parameters()), logical_shapes(model.config)
     for parameter in table:

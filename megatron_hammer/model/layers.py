@@ -1,12 +1,13 @@
 """The parallel layers in plain torch, on any device; ``layers_te.py`` has the same names on Transformer Engine.
 
-Every layer takes global sizes and the tensor-parallel group, and holds its rank's part of the weight. Activations are
+Every layer takes the sizes of its rank's part of the weight, as the placement says (``parallel/placement.py``), and the
+tensor-parallel group. Activations are
 ``[s, b, ...]``; under sequence parallelism what lies between the linear layers is ``[s/t, b, h]``::
 
     [s/t, b, h] --ColumnParallelLinear--> [s, b, out/t] --...--> [s, b, in/t] --RowParallelLinear--> [s/t, b, h]
                  gather rows, x W^T                               x W^T, sum and scatter rows
 
-Legend: s sequence, b micro-batch, h hidden, n query heads, g query groups, d head_dim, v vocabulary, t TP size.
+Legend: s sequence, b micro-batch, h hidden, n query heads, g query groups, d size of a head, v vocabulary, t TP size.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megatron_hammer.config import padded_vocab_size
 from megatron_hammer.kernels.linear import Products
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.weight_gradient import embedding_gradient
@@ -139,37 +139,38 @@ def column_parallel(x: Tensor, weight: Tensor, options: LayerOptions) -> Tensor:
 class ColumnParallelLinear(nn.Module):
     """x W^T with the rows of W, the outputs, divided over the ranks: [s/t, b, in] -> [s, b, out/t]."""
 
-    def __init__(self, in_features: int, out_features: int, options: LayerOptions) -> None:
+    def __init__(self, in_features: int, out_local: int, options: LayerOptions) -> None:
         super().__init__()
         self.options = options
-        self.weight = options.weight(out_features // options.tp.size, in_features)
+        self.weight = options.weight(out_local, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return column_parallel(x, self.weight, self.options)
 
 
 class QKVLinear(ColumnParallelLinear):
-    """Queries, keys and values in one product: [s/t, b, h] -> [s, b, n/t + 2 max(1, g/t), d], in this order.
+    """Queries, keys and values in one product: [s/t, b, h] -> [s, b, heads + 2 groups, d] of this rank, in this order.
 
     With more ranks than query groups, neighbouring ranks hold a copy of their group's key and value rows.
     """
 
-    def __init__(self, hidden_size: int, heads: int, groups: int, head_dim: int, options: LayerOptions) -> None:
-        t = options.tp.size
-        self.heads_local, self.groups_local, self.head_dim = heads // t, max(1, groups // t), head_dim
-        super().__init__(hidden_size, (self.heads_local + 2 * self.groups_local) * head_dim * t, options)
+    def __init__(
+        self, hidden_size: int, heads_local: int, groups_local: int, head_size: int, options: LayerOptions
+    ) -> None:
+        super().__init__(hidden_size, (heads_local + 2 * groups_local) * head_size, options)
+        self.heads_local, self.groups_local, self.head_size = heads_local, groups_local, head_size
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).unflatten(-1, (-1, self.head_dim))
+        return super().forward(x).unflatten(-1, (-1, self.head_size))
 
 
 class RowParallelLinear(nn.Module):
     """x W^T with the columns of W, the inputs, divided over the ranks: [s, b, in/t] -> [s/t, b, out], summed."""
 
-    def __init__(self, in_features: int, out_features: int, options: LayerOptions) -> None:
+    def __init__(self, in_local: int, out_features: int, options: LayerOptions) -> None:
         super().__init__()
         self.options = options
-        self.weight = options.weight(out_features, in_features // options.tp.size)
+        self.weight = options.weight(out_features, in_local)
 
     def forward(self, x: Tensor) -> Tensor:
         return _sum_parts(linear(x, self.weight, self.options), self.options)
@@ -214,16 +215,15 @@ class VocabParallelEmbedding(nn.Module):
     The table is padded to a multiple of 128 rows a rank; no token reaches the padding.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, options: LayerOptions) -> None:
+    def __init__(self, rows_local: int, hidden_size: int, options: LayerOptions) -> None:
         super().__init__()
-        self.options = options
-        self.rows = padded_vocab_size(vocab_size, options.tp.size) // options.tp.size
-        self.weight = options.weight(self.rows, hidden_size)
+        self.options, self.rows_local = options, rows_local
+        self.weight = options.weight(rows_local, hidden_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.options.tp.size == 1:
             return _Embedding.apply(self.weight, tokens)  # type: ignore[no-any-return]
-        local = tokens - self.rows * self.options.tp.rank
-        elsewhere = (local < 0) | (local >= self.rows)
+        local = tokens - self.rows_local * self.options.tp.rank
+        elsewhere = (local < 0) | (local >= self.rows_local)
         found = _Embedding.apply(self.weight, local.masked_fill(elsewhere, 0))
         return _sum_parts(found.masked_fill(elsewhere.unsqueeze(-1), 0), self.options)

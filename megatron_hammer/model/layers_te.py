@@ -44,7 +44,7 @@ __all__ = [
 
 
 class _Linear(nn.Module):
-    """x W^T with ``parallel_mode`` "column" or "row"; sizes are those of all ranks together."""
+    """x W^T with ``parallel_mode`` "column" or "row"; the library is given the sizes of all ranks together."""
 
     def __init__(self, in_features: int, out_features: int, parallel_mode: str, options: LayerOptions) -> None:
         import transformer_engine.pytorch as te
@@ -78,32 +78,32 @@ class _Linear(nn.Module):
 class ColumnParallelLinear(_Linear):
     """x W^T with the rows of W, the outputs, divided over the ranks: [s/t, b, in] -> [s, b, out/t]."""
 
-    def __init__(self, in_features: int, out_features: int, options: LayerOptions) -> None:
-        super().__init__(in_features, out_features, "column", options)
+    def __init__(self, in_features: int, out_local: int, options: LayerOptions) -> None:
+        super().__init__(in_features, out_local * options.tp.size, "column", options)
 
 
 class RowParallelLinear(_Linear):
     """x W^T with the columns of W, the inputs, divided over the ranks: [s, b, in/t] -> [s/t, b, out], summed."""
 
-    def __init__(self, in_features: int, out_features: int, options: LayerOptions) -> None:
-        super().__init__(in_features, out_features, "row", options)
+    def __init__(self, in_local: int, out_features: int, options: LayerOptions) -> None:
+        super().__init__(in_local * options.tp.size, out_features, "row", options)
 
 
 class QKVLinear(ColumnParallelLinear):
-    """Queries, keys and values in one product: [s/t, b, h] -> [s, b, n/t + 2 max(1, g/t), d], in this order.
+    """Queries, keys and values in one product: [s/t, b, h] -> [s, b, heads + 2 groups, d] of this rank, in this order.
 
     With more ranks than query groups, neighbouring ranks hold a copy of their group's key and value rows; to the
     library these are rows like others.
     """
 
-    def __init__(self, hidden_size: int, heads: int, groups: int, head_dim: int, options: LayerOptions) -> None:
-        t = options.tp.size
-        heads_local, groups_local = heads // t, max(1, groups // t)
-        super().__init__(hidden_size, (heads_local + 2 * groups_local) * head_dim * t, options)
-        self.head_dim, self.heads_local, self.groups_local = head_dim, heads_local, groups_local
+    def __init__(
+        self, hidden_size: int, heads_local: int, groups_local: int, head_size: int, options: LayerOptions
+    ) -> None:
+        super().__init__(hidden_size, (heads_local + 2 * groups_local) * head_size, options)
+        self.heads_local, self.groups_local, self.head_size = heads_local, groups_local, head_size
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).unflatten(-1, (-1, self.head_dim))
+        return super().forward(x).unflatten(-1, (-1, self.head_size))
 
 
 def operations(chosen: Operations) -> Operations:

@@ -1,8 +1,9 @@
-"""The Llama (arXiv 2302.13971) with grouped-query attention: heads, groups and shapes, nothing of ranks.
+"""The Llama (arXiv 2302.13971) with grouped-query attention: a stage of layers, of which the whole model is one case.
 
 ::
 
-    tokens [b, s] -> embedding [s/t, b, h] -> num_layers x DecoderLayer -> final norm -> head -> loss [b, s]
+    tokens [b, s] -> embedding [s/t, b, h] -> layers of the stage -> final norm -> head -> loss [b, s]
+                     first stage only                                last stage only; others: hidden states [s/t, b, h]
 
     DecoderLayer:  x + attention(norm(x));  x + mlp(norm(x))        the sum is taken by the norm that reads it
 
@@ -23,7 +24,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from megatron_hammer.config import KernelsConfig, ModelConfig, padded_vocab_size
+from megatron_hammer.config import KernelsConfig, ModelConfig
 from megatron_hammer.kernels.attention_graph import GraphPackedSequences
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import PackedSequences
@@ -33,6 +34,7 @@ from megatron_hammer.model.layers import LayerOptions
 from megatron_hammer.model.recompute import Recompute
 from megatron_hammer.parallel.collectives import all_gather_rows
 from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.parallel.placement import Placement, place
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, [s, 1, 1, d/2] each; [b s, 1, 1, d/2] of a packed micro-batch
 
@@ -40,12 +42,12 @@ Rope = tuple[Tensor, Tensor]  # cos and sin, [s, 1, 1, d/2] each; [b s, 1, 1, d/
 class Attention(nn.Module):
     """Causal self-attention, within documents where they are given: [s/t, b, h] -> [s/t, b, h]."""
 
-    def __init__(self, config: ModelConfig, options: LayerOptions, parts: ModuleType) -> None:
+    def __init__(self, config: ModelConfig, at: Placement, options: LayerOptions, parts: ModuleType) -> None:
         super().__init__()
-        h, n, g, d = config.hidden_size, config.num_attention_heads, config.query_groups, config.head_size
+        h, d = config.hidden_size, config.head_size
         self.operations = options.operations
-        self.qkv = parts.QKVLinear(h, n, g, d, options)
-        self.output = parts.RowParallelLinear(n * d, h, options)
+        self.qkv = parts.QKVLinear(h, at.heads_local, at.groups_local, d, options)
+        self.output = parts.RowParallelLinear(at.heads_local * d, h, options)
 
     def forward(self, x: Tensor, rope: Rope, documents: PackedSequences | None) -> Tensor:
         qkv = self.qkv(x)  # [s, b, n + 2g, d]
@@ -56,11 +58,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU feed-forward: [s/t, b, h] -> [s/t, b, h]."""
 
-    def __init__(self, config: ModelConfig, options: LayerOptions, parts: ModuleType) -> None:
+    def __init__(self, config: ModelConfig, at: Placement, options: LayerOptions, parts: ModuleType) -> None:
         super().__init__()
         self.swiglu = options.operations.swiglu
-        self.gate_up = parts.ColumnParallelLinear(config.hidden_size, 2 * config.ffn_hidden_size, options)
-        self.down = parts.RowParallelLinear(config.ffn_hidden_size, config.hidden_size, options)
+        self.gate_up = parts.ColumnParallelLinear(config.hidden_size, 2 * at.ffn_local, options)
+        self.down = parts.RowParallelLinear(at.ffn_local, config.hidden_size, options)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.swiglu(self.gate_up(x)))
@@ -73,12 +75,12 @@ class DecoderLayer(nn.Module):
     the same two after this layer.
     """
 
-    def __init__(self, config: ModelConfig, options: LayerOptions, parts: ModuleType) -> None:
+    def __init__(self, config: ModelConfig, at: Placement, options: LayerOptions, parts: ModuleType) -> None:
         super().__init__()
         self.attention_norm = parts.RMSNorm(config.hidden_size, config.norm_eps, options)
-        self.attention = Attention(config, options, parts)
+        self.attention = Attention(config, at, options, parts)
         self.mlp_norm = parts.RMSNorm(config.hidden_size, config.norm_eps, options)
-        self.mlp = MLP(config, options, parts)
+        self.mlp = MLP(config, at, options, parts)
 
     def forward(
         self, x: Tensor, update: Tensor | None, rope: Rope, documents: PackedSequences | None
@@ -88,23 +90,37 @@ class DecoderLayer(nn.Module):
         return x, self.mlp(normed)
 
 
-class Llama(nn.Module):
-    """The whole model of one rank; its parameters are those of ``parameter_table``, by name and local shape."""
+class Stage(nn.Module):
+    """What one rank runs of the model: consecutive layers, and with the first of them the embedding, with the last the
+    final norm, the head and the loss. The whole model is the case of one stage.
 
-    def __init__(self, config: ModelConfig, options: LayerOptions, parts: ModuleType, recompute: Recompute) -> None:
+    Its parameters are those of ``parameter_table`` for the same placement, by name and local shape; layers keep the
+    number that they have in the whole model.
+    """
+
+    def __init__(
+        self, config: ModelConfig, at: Placement, options: LayerOptions, parts: ModuleType, recompute: Recompute
+    ) -> None:
         super().__init__()
         assert config.vocab_size is not None, "model.vocab_size must be resolved before a model is built"
-        self.config, self.options, self.vocab_size = config, options, config.vocab_size
-        self.embedding = layers.VocabParallelEmbedding(config.vocab_size, config.hidden_size, options)
-        self.layers = nn.ModuleList(DecoderLayer(config, options, parts) for _ in range(config.num_layers))
+        self.config, self.placement, self.options, self.vocab_size = config, at, options, config.vocab_size
+        rows, h = at.vocab_rows_local(config.vocab_size), config.hidden_size
+        if at.has_embedding:
+            self.embedding = layers.VocabParallelEmbedding(rows, h, options)
+        self.layers = nn.ModuleDict({str(i): DecoderLayer(config, at, options, parts) for i in range(*at.layers)})
         self.run_layer: Callable[..., tuple[Tensor, Tensor]] | None = None
         self.layers_region, self.recompute = parts.forward_region(options), recompute
-        self.final_norm = parts.RMSNorm(config.hidden_size, config.norm_eps, options)
-        if not config.tie_word_embeddings:
-            padded = padded_vocab_size(config.vocab_size, options.tp.size)
-            self.head = layers.ColumnParallelLinear(config.hidden_size, padded, options)
+        if at.has_head:
+            self.final_norm = parts.RMSNorm(h, config.norm_eps, options)
+            if not self.is_tied:
+                self.head = layers.ColumnParallelLinear(h, rows, options)
         self.rope_frequencies = rope_frequencies(config).to(options.device)  # [d/2] fp32; not saved
         self.rope_cache: dict[int, Rope] = {}
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether head and embedding are one parameter here; a last stage without embedding has a copy of its own."""
+        return self.config.tie_word_embeddings and self.placement.has_embedding and self.placement.has_head
 
     def rope(self, length: int) -> Rope:
         """cos and sin of every position below ``length``, computed in fp32 and then rounded, as in Hugging Face."""
@@ -121,25 +137,35 @@ class Llama(nn.Module):
     @property
     def head_weight(self) -> nn.Parameter:
         """[v/t, h], padding rows included."""
-        return self.embedding.weight if self.config.tie_word_embeddings else self.head.weight
+        return self.embedding.weight if self.is_tied else self.head.weight
 
-    def hidden(self, tokens: Tensor, documents: PackedSequences | None = None) -> Tensor:
-        """[b, s] int64 -> what the head reads: [s/t, b, h], and [b s/t, 1, h] with documents."""
+    def hidden(
+        self, tokens: Tensor, documents: PackedSequences | None = None, received: Tensor | None = None
+    ) -> Tensor:
+        """What the head reads, or on an earlier stage the next one: [s/t, b, h], and [b s/t, 1, h] with documents.
+
+        Args:
+            tokens: [b, s] int64; only their shape is read where there is no embedding.
+            received: what this method returned on the stage before; None on the first.
+        """
         told: PackedSequences | GraphPackedSequences | None  # what attention is told
         rope = self.rope(tokens.shape[1])
         if documents is not None:
             tokens = tokens.reshape(1, -1)  # [1, b s]
             rope = (rope[0][documents.positions], rope[1][documents.positions])
-        x, update, told = self.embedding(tokens.t()), None, documents  # [s/t, b, h]
+        assert (received is None) == self.placement.has_embedding, "the first stage receives nothing, all others do"
+        x, update, told = self.embedding(tokens.t()) if received is None else received, None, documents  # [s/t, b, h]
         # Evaluation comes in many shapes: it is never compiled.
         run = self.run_layer if torch.is_grad_enabled() else None
         if run is not None:
             update = torch.zeros_like(x).requires_grad_()  # so that the first layer can run the code of the others
             told = None if documents is None else GraphPackedSequences.of(documents)
         with self.layers_region(), self.recompute.region():
-            for i, layer in enumerate(self.layers):
+            for i, layer in zip(range(*self.placement.layers), self.layers.values(), strict=True):
                 forward = layer if run is None else partial(run, layer)
                 x, update = self.recompute.layer(i, forward, self.layers_region, x, update, rope, told)
+        if not self.placement.has_head:
+            return x if update is None else x + update
         normed, _ = self.final_norm(x, update)
         return normed  # type: ignore[no-any-return]
 
@@ -149,20 +175,27 @@ class Llama(nn.Module):
         labels: Tensor,
         documents: PackedSequences | None = None,
         objective: Objective | None = None,
+        received: Tensor | None = None,
     ) -> Tensor:
-        """Loss of every token.
+        """Loss of every token; on a stage that is not the last, the hidden states that the next one receives.
+
+        A schedule of stages calls backward on the losses of the last stage, and on the hidden states of the others with
+        the gradient that ``received`` got on the stage after.
 
         Args:
             tokens, labels: [b, s] int64; label i is the token after token i.
             documents: where attention and positions start anew, over the whole sequence on every tensor-parallel rank;
                 None: at the start of each sample only. The attention backend was chosen for one or the other.
             objective: what backward will start from, so that forward can leave the head's gradient behind.
+            received: what the stage before returned; None on the first.
 
         Returns:
-            [b, s] fp32, the same on all tensor-parallel ranks.
+            [b, s] fp32, the same on all tensor-parallel ranks; or [s/t, b, h], and [b s/t, 1, h] with documents.
         """
-        x, shared = self.hidden(tokens, documents), self.config.tie_word_embeddings
-        return head_loss(x, self.head_weight, labels, self.vocab_size, self.options, objective, shared)
+        x = self.hidden(tokens, documents, received)
+        if not self.placement.has_head:
+            return x
+        return head_loss(x, self.head_weight, labels, self.vocab_size, self.options, objective, self.is_tied)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, documents: PackedSequences | None = None) -> Tensor:
@@ -192,33 +225,38 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     return torch.where(wavelengths < context / high, frequencies, stretched)
 
 
-def build_llama(
+def build_stage(
     config: ModelConfig,
     ctx: ParallelContext,
+    placement: Placement | None = None,
     *,
     dtype: torch.dtype = torch.float32,
-    sequence_parallel: bool = False,
     operations: Operations | None = None,
     kernels: KernelsConfig | None = None,
     recompute: Recompute | None = None,
-) -> Llama:
+) -> Stage:
     """This rank's part of the model, all weights zero until ``initialise`` or a checkpoint fills them.
 
     The decoder's parts come from one of two modules with the same names, as ``kernels.layers`` says; embedding and head
     are those of ``layers.py`` in both.
+
+    Args:
+        placement: what this rank holds; None: its tensor-parallel share of all layers, without sequence parallelism.
     """
     kernels, recompute = kernels or KernelsConfig(), recompute or Recompute()
+    placement = placement or place(config, ctx.tp.rank, ctx.tp.size)
+    assert (placement.tp_rank, placement.tp_size) == (ctx.tp.rank, ctx.tp.size), "a placement of another rank"
     parts = layers_te if kernels.layers == "te" else layers
     options = LayerOptions(
         dtype,
         ctx.device,
         ctx.tp,
-        sequence_parallel,
+        placement.sequence_parallel,
         recompute.operations(parts.operations(operations or Operations())),
         fp8=kernels.fp8,
         world=ctx.world,
     )
-    model = Llama(config, options, parts, recompute)
+    model = Stage(config, placement, options, parts, recompute)
     if kernels.compile == "layers":
         model.compile_layers()
     return model

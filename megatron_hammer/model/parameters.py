@@ -1,9 +1,9 @@
 """The parameter table: for every tensor in memory, which rectangles of which logical tensors it holds.
 
 A *logical* tensor is one of Hugging Face's ``LlamaForCausalLM``: its name and its true global shape. A *local* one is
-what a tensor-parallel rank keeps: fused, sharded, padded. This table is the only place that knows how they relate;
-initialisation, gradient sums, gradient norm, weight decay, checkpoints and conversion all read it. For example, rank 1
-of TP 2 with 8 heads and 2 groups holds (d = head_dim)::
+what a rank keeps of it, as its placement says (``parallel/placement.py``): fused, sharded, padded. This table is the
+only place that knows how they relate; initialisation, gradient sums, gradient norm, weight decay, checkpoints and
+conversion all read it. For example, rank 1 of TP 2 with 8 heads and 2 groups holds (d = size of a head)::
 
     layers.0.attention.qkv.weight  [6d, h]     q_proj rows [4d, 8d)  ->  local rows [0, 4d)
                                                k_proj rows [ d, 2d)  ->  local rows [4d, 5d)
@@ -18,9 +18,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_hammer.config import ModelConfig, padded_vocab_size
+from megatron_hammer.config import ModelConfig
+from megatron_hammer.parallel.placement import Placement, Range, place
 
-SumOver = Literal["none", "tp", "kv"]
+SumOver = Literal["none", "tp", "kv", "stages"]
+"""stages: the first and the last stage, which both hold a tied embedding."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,14 @@ class Slice:
 
     tensor: str
     """Hugging Face name of the logical tensor."""
-    rows: tuple[int, int]
+    rows: Range
     """Row range in the logical tensor."""
-    cols: tuple[int, int] | None
+    cols: Range | None
     """Column range in the logical tensor; None for a vector."""
     local_row: int = 0
     """First row in the local tensor."""
     owned: bool = True
-    """False on tensor-parallel ranks that hold a copy of what a lower rank holds: not saved, not counted in norms."""
+    """False on ranks that hold a copy of what a lower rank holds: not saved, not counted in norms."""
     sum_over: SumOver = "none"
     """Group over which this slice's gradient must still be summed after backward."""
 
@@ -74,105 +76,96 @@ class Parameter:
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
+def parameter_table(model: ModelConfig, placement: Placement | None = None) -> tuple[Parameter, ...]:
+    """Every local tensor of a rank, in the order of the model's forward pass; without a placement, the whole model's.
+
+    The tables of all stages together are the table of the whole model. One tensor is in two of them: where the output
+    head is the embedding (``tie_word_embeddings``) and the first stage is not the last, the last stage has a
+    ``head.weight`` that is a copy of the first stage's embedding. The first stage owns it.
+    """
+    at = place(model) if placement is None else placement
+    table = [_vocabulary("embedding.weight", EMBEDDING, model, at)] if at.has_embedding else []
+    for index in range(*at.layers):
+        table += _layer(index, model, at)
+    if at.has_head:
+        table.append(_norm("final_norm.weight", FINAL_NORM, model, at))
+        if not model.tie_word_embeddings:
+            table.append(_vocabulary("head.weight", HEAD, model, at))
+        elif not at.has_embedding:
+            table.append(_vocabulary("head.weight", EMBEDDING, model, at))
+    return tuple(table)
+
+
 def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face name -> true global shape, in the order of the model."""
-    assert model.vocab_size is not None, "model.vocab_size must be resolved before a model is described"
-    h, f, v, d = model.hidden_size, model.ffn_hidden_size, model.vocab_size, model.head_size
-    q, kv = model.num_attention_heads * d, model.query_groups * d
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (v, h)}
-    for i in range(model.num_layers):
-        layer = f"model.layers.{i}."
-        shapes |= {
-            layer + "input_layernorm.weight": (h,),
-            layer + "self_attn.q_proj.weight": (q, h),
-            layer + "self_attn.k_proj.weight": (kv, h),
-            layer + "self_attn.v_proj.weight": (kv, h),
-            layer + "self_attn.o_proj.weight": (h, q),
-            layer + "post_attention_layernorm.weight": (h,),
-            layer + "mlp.gate_proj.weight": (f, h),
-            layer + "mlp.up_proj.weight": (f, h),
-            layer + "mlp.down_proj.weight": (h, f),
-        }
-    shapes[FINAL_NORM] = (h,)
-    if not model.tie_word_embeddings:
-        shapes[HEAD] = (v, h)
-    return shapes
+    return {
+        s.tensor: (s.num_rows,) if s.cols is None else (s.num_rows, s.num_cols)
+        for parameter in parameter_table(model)
+        for s in parameter.slices
+    }
 
 
 def count_parameters(model: ModelConfig) -> int:
     """Number of true parameters, without padding and without copies."""
-    return sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in logical_shapes(model).values())
+    return sum(s.num_rows * s.num_cols for parameter in parameter_table(model) for s in parameter.slices)
 
 
-def parameter_table(
-    model: ModelConfig, tp_rank: int = 0, tp_size: int = 1, sequence_parallel: bool = False
-) -> tuple[Parameter, ...]:
-    """All local tensors of one tensor-parallel rank, in the order in which forward uses them."""
+def _layer(index: int, model: ModelConfig, at: Placement) -> list[Parameter]:
+    """One decoder layer."""
+    ours, theirs, d = f"layers.{index}.", f"model.layers.{index}.", model.head_size
+    heads = (at.heads[0] * d, at.heads[1] * d)
+    return [
+        _norm(ours + "attention_norm.weight", theirs + "input_layernorm.weight", model, at),
+        _qkv(ours + "attention.qkv.weight", theirs + "self_attn.", model, at),
+        _columns(ours + "attention.output.weight", theirs + "self_attn.o_proj.weight", heads, model),
+        _norm(ours + "mlp_norm.weight", theirs + "post_attention_layernorm.weight", model, at),
+        _gate_up(ours + "mlp.gate_up.weight", theirs + "mlp.", model, at),
+        _columns(ours + "mlp.down.weight", theirs + "mlp.down_proj.weight", at.ffn, model),
+    ]
+
+
+def _norm(name: str, tensor: str, model: ModelConfig, at: Placement) -> Parameter:
+    # Under sequence parallelism each rank sees s/t rows only, so its gradient is a part of the sum.
+    sum_over: SumOver = "tp" if at.sequence_shards > 1 else "none"
+    h = model.hidden_size
+    return Parameter(name, (h,), (Slice(tensor, (0, h), None, 0, at.tp_rank == 0, sum_over),), decay=False)
+
+
+def _vocabulary(name: str, tensor: str, model: ModelConfig, at: Placement) -> Parameter:
+    """Embedding or head, and the copy of a tied embedding that a last stage has."""
     assert model.vocab_size is not None, "model.vocab_size must be resolved before a model is described"
-    h, f, v, d = model.hidden_size, model.ffn_hidden_size, model.vocab_size, model.head_size
-    heads_local = model.num_attention_heads // tp_size
+    copied = model.tie_word_embeddings and not (at.has_embedding and at.has_head)
+    sum_over: SumOver = "stages" if copied else "none"
+    rows, h = at.vocab_rows(model.vocab_size), model.hidden_size
+    slices = (Slice(tensor, rows, (0, h), 0, at.has_embedding or not copied, sum_over),) if rows[0] < rows[1] else ()
+    return Parameter(name, (at.vocab_rows_local(model.vocab_size), h), slices, decay=True)
 
-    def norm(name: str, tensor: str) -> Parameter:
-        # Under sequence parallelism each rank sees s/t rows only, so its gradient is a part of the sum.
-        sum_over: SumOver = "tp" if sequence_parallel and tp_size > 1 else "none"
-        return Parameter(name, (h,), (Slice(tensor, (0, h), None, 0, tp_rank == 0, sum_over),), decay=False)
 
-    def vocabulary(name: str, tensor: str) -> Parameter:
-        rows = padded_vocab_size(v, tp_size) // tp_size
-        start, stop = rows * tp_rank, min(rows * (tp_rank + 1), v)
-        slices = (Slice(tensor, (start, stop), (0, h)),) if start < stop else ()
-        return Parameter(name, (rows, h), slices, decay=True)
+def _columns(name: str, tensor: str, columns: Range, model: ModelConfig) -> Parameter:
+    """A matrix whose inputs are divided over the ranks."""
+    h = model.hidden_size
+    return Parameter(name, (h, columns[1] - columns[0]), (Slice(tensor, (0, h), columns),), decay=True)
 
-    def columns(name: str, tensor: str, width: int) -> Parameter:
-        cols = (width // tp_size * tp_rank, width // tp_size * (tp_rank + 1))
-        return Parameter(name, (h, width // tp_size), (Slice(tensor, (0, h), cols),), decay=True)
 
-    def qkv(name: str, layer: str) -> Parameter:
-        groups = model.query_groups
-        groups_local, copies = max(1, groups // tp_size), max(1, tp_size // groups)
-        first = tp_rank // copies * groups_local  # of this rank's query groups
-        kv_rows, owned = (first * d, (first + groups_local) * d), tp_rank % copies == 0
-        sum_over: SumOver = "kv" if copies > 1 else "none"  # each copy sees its own query heads' part only
-        q_rows = (heads_local * d * tp_rank, heads_local * d * (tp_rank + 1))
-        q_end, k_end = heads_local * d, (heads_local + groups_local) * d
-        return Parameter(
-            name,
-            ((heads_local + 2 * groups_local) * d, h),
-            (
-                Slice(layer + "self_attn.q_proj.weight", q_rows, (0, h)),
-                Slice(layer + "self_attn.k_proj.weight", kv_rows, (0, h), q_end, owned, sum_over),
-                Slice(layer + "self_attn.v_proj.weight", kv_rows, (0, h), k_end, owned, sum_over),
-            ),
-            decay=True,
-        )
+def _qkv(name: str, theirs: str, model: ModelConfig, at: Placement) -> Parameter:
+    """Queries, keys and values in one matrix."""
+    h, d = model.hidden_size, model.head_size
+    q_rows, kv_rows = ((first * d, last * d) for first, last in (at.heads, at.groups))
+    q_end, k_end = at.heads_local * d, (at.heads_local + at.groups_local) * d
+    sum_over: SumOver = "kv" if at.kv_copies > 1 else "none"  # each copy sees its own query heads' part only
+    slices = (
+        Slice(theirs + "q_proj.weight", q_rows, (0, h)),
+        Slice(theirs + "k_proj.weight", kv_rows, (0, h), q_end, at.owns_groups, sum_over),
+        Slice(theirs + "v_proj.weight", kv_rows, (0, h), k_end, at.owns_groups, sum_over),
+    )
+    return Parameter(name, (k_end + at.groups_local * d, h), slices, decay=True)
 
-    def gate_up(name: str, layer: str) -> Parameter:
-        f_local = f // tp_size
-        rows = (f_local * tp_rank, f_local * (tp_rank + 1))
-        return Parameter(
-            name,
-            (2 * f_local, h),
-            (
-                Slice(layer + "mlp.gate_proj.weight", rows, (0, h)),
-                Slice(layer + "mlp.up_proj.weight", rows, (0, h), f_local),
-            ),
-            decay=True,
-        )
 
-    table = [vocabulary("embedding.weight", EMBEDDING)]
-    for i in range(model.num_layers):
-        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
-        table += [
-            norm(ours + "attention_norm.weight", theirs + "input_layernorm.weight"),
-            qkv(ours + "attention.qkv.weight", theirs),
-            columns(
-                ours + "attention.output.weight", theirs + "self_attn.o_proj.weight", model.num_attention_heads * d
-            ),
-            norm(ours + "mlp_norm.weight", theirs + "post_attention_layernorm.weight"),
-            gate_up(ours + "mlp.gate_up.weight", theirs),
-            columns(ours + "mlp.down.weight", theirs + "mlp.down_proj.weight", f),
-        ]
-    table.append(norm("final_norm.weight", FINAL_NORM))
-    if not model.tie_word_embeddings:
-        table.append(vocabulary("head.weight", HEAD))
-    return tuple(table)
+def _gate_up(name: str, theirs: str, model: ModelConfig, at: Placement) -> Parameter:
+    """The two matrices of the feed-forward layer that read its input, in one."""
+    h, f_local = model.hidden_size, at.ffn_local
+    slices = (
+        Slice(theirs + "gate_proj.weight", at.ffn, (0, h)),
+        Slice(theirs + "up_proj.weight", at.ffn, (0, h), f_local),
+    )
+    return Parameter(name, (2 * f_local, h), slices, decay=True)

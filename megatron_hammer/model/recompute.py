@@ -92,15 +92,14 @@ def activation_bytes(config: Config, backends: Mapping[str, Backend]) -> int:
     The reference of an operation ("torch") keeps what lies between its steps; every other backend is taken to keep its
     inputs and the few numbers a row that its backward needs, and so are compiled ones.
     """
-    model, train, tp = config.model, config.train, config.parallel.tensor_model_parallel_size
+    model, train, at = config.model, config.train, config.placement()
     size = 4 if train.precision == "fp32" else 2
     references = {name for name, row in backends.items() if row.name == "torch"}
     plain = references if config.kernels.compile == "none" else set()
     if config.kernels.layers == "te":
         plain = plain - {"norm"}
-    h = model.hidden_size // (tp if config.parallel.sequence_parallel else 1)
-    n, g, d = model.num_attention_heads // tp, max(1, model.query_groups // tp), model.head_size
-    f = model.ffn_hidden_size // tp
+    h = model.hidden_size // at.sequence_shards
+    n, g, d, f = at.heads_local, at.groups_local, model.head_size, at.ffn_local
     inputs = size * (2 * h + (n + 2 * g) * d + 2 * f)
     rotated = size * (n + g) * d if "rope" in references else 0  # once more: not turned in place
     outputs = (1 if config.kernels.fp8 != "off" else size) * (2 * h + n * d + f)  # in 8 bits they cannot be made again

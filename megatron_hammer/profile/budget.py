@@ -25,8 +25,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_hammer.config import Config, ModelConfig, padded_vocab_size
+from megatron_hammer.config import Config, ModelConfig
 from megatron_hammer.model.parameters import count_parameters
+from megatron_hammer.parallel.placement import padded_vocab_size
 
 LAYER_PRODUCTS = "layer products"
 HEAD_PRODUCTS = "head products"

@@ -41,17 +41,18 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import replace_file
 from megatron_hammer.base.progress import say
-from megatron_hammer.config import Config, padded_vocab_size
+from megatron_hammer.config import Config
 from megatron_hammer.kernels.libraries import te
 from megatron_hammer.kernels.linear import Products
 from megatron_hammer.kernels.operations import Operations, select_backends
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.model import layers, layers_te, llama
-from megatron_hammer.model.llama import Llama
+from megatron_hammer.model.llama import Stage
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.model.recompute import Recompute
 from megatron_hammer.optim.distributed import DistributedOptimizer
 from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.parallel.placement import padded_vocab_size
 from megatron_hammer.profile import budget
 from megatron_hammer.profile import trace as profile_trace
 from megatron_hammer.profile.budget import Rates, StepShape, step_costs
@@ -234,7 +235,7 @@ def _resolved(config: Config) -> Prepared:
 
 
 @contextmanager
-def instrumented(model: Llama, optimizer: DistributedOptimizer, config: Config) -> Iterator[None]:
+def instrumented(model: Stage, optimizer: DistributedOptimizer, config: Config) -> Iterator[None]:
     """Ranges around the parts of a step while the ``with`` block runs; afterwards everything is as it was."""
     with ExitStack() as stack:
 

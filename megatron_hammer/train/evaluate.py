@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.kernels.packed_sequences import PackedSequences
-from megatron_hammer.model.llama import Llama
+from megatron_hammer.model.llama import Stage
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.samples import ValidData, cumulative_lengths
@@ -37,7 +37,7 @@ class ValidResult:
 
 @torch.no_grad()
 def evaluate(
-    model: Llama,
+    model: Stage,
     data: ValidData,
     micro_batch_size: int,
     piece_bytes: Tensor | None,

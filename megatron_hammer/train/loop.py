@@ -28,7 +28,7 @@ from megatron_hammer.kernels.operations import select_operations, select_optimiz
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.table import Demand
 from megatron_hammer.model.initialise import initialise
-from megatron_hammer.model.llama import Llama, build_llama
+from megatron_hammer.model.llama import Stage, build_stage
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import plan_recompute
 from megatron_hammer.optim.distributed import DistributedOptimizer
@@ -338,32 +338,32 @@ class Run:
 
 def kernel_demand(config: Config, device: torch.device) -> Demand:
     """What this run asks of its kernels on each rank."""
-    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    at = config.placement()
     return Demand(
         device,
         DTYPES[config.train.precision],
         config.data.attention_mask,
-        heads=model.num_attention_heads // tp,
-        groups=max(1, model.query_groups // tp),
-        head_size=model.head_size,
+        heads=at.heads_local,
+        groups=at.groups_local,
+        head_size=config.model.head_size,
         deterministic=config.kernels.deterministic,
         compile=config.kernels.compile,
     )
 
 
-def build(config: Config, ctx: ParallelContext) -> tuple[Llama, DistributedOptimizer]:
+def build(config: Config, ctx: ParallelContext) -> tuple[Stage, DistributedOptimizer]:
     """Model and optimizer of this rank, with the initial weights that the seed defines."""
-    sequence_parallel, demand = config.parallel.sequence_parallel, kernel_demand(config, ctx.device)
-    model = build_llama(
+    placement, demand = config.placement(ctx.tp.rank), kernel_demand(config, ctx.device)
+    model = build_stage(
         config.model,
         ctx,
+        placement,
         dtype=DTYPES[config.train.precision],
-        sequence_parallel=sequence_parallel,
         operations=select_operations(config.kernels, demand),
         kernels=config.kernels,
         recompute=plan_recompute(config),
     )
-    table = parameter_table(config.model, ctx.tp.rank, ctx.tp.size, sequence_parallel)
+    table = parameter_table(config.model, placement)
     initialise(model, table, config.train.seed)
     optimizer = DistributedOptimizer(
         model,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.model.head_loss import Objective
-from megatron_hammer.model.llama import Llama
+from megatron_hammer.model.llama import Stage
 from megatron_hammer.optim.distributed import DistributedOptimizer
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
@@ -19,7 +19,7 @@ DeviceBatch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, PackedSequences | No
 
 
 def forward_backward(
-    model: Llama,
+    model: Stage,
     optimizer: DistributedOptimizer,
     micro_batches: Sequence[DeviceBatch],
     ctx: ParallelContext,

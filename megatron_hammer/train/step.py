@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_hammer.config import Config
-from megatron_hammer.model.llama import Llama
+from megatron_hammer.model.llama import Stage
 from megatron_hammer.optim.distributed import DistributedOptimizer
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.context import ParallelContext
@@ -29,7 +29,7 @@ class StepReport:
 
 
 def train_step(
-    model: Llama,
+    model: Stage,
     optimizer: DistributedOptimizer,
     micro_batches: Sequence[DeviceBatch],
     config: Config,

@@ -26,6 +26,7 @@ from megatron_hammer.checkpoint.write import PRECISION_DTYPES, commit, pieces_of
 from megatron_hammer.config import ModelConfig, RopeScaling, config_from_tree, config_to_tree
 from megatron_hammer.model.parameters import Parameter, logical_shapes, parameter_table
 from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.parallel.placement import place
 from megatron_hammer.parallel.sharding import Shard
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -80,7 +81,7 @@ def rank_shards(
     poison: float = 1e9,
 ) -> list[Shard]:
     """What rank ``rank`` of [dp, tp] holds: its equal part of the concatenated local parameters, cut anywhere."""
-    table = parameter_table(model, rank % tp, tp)
+    table = parameter_table(model, place(model, rank % tp, tp))
     total = sum(p.numel for p in table)
     size = -(-total // dp)
     first, last = size * (rank // tp), min(size * (rank // tp + 1), total)

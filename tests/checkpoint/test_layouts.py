@@ -15,7 +15,7 @@ from megatron_hammer.checkpoint.fit import saved_model
 from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.checkpoint.read import LogicalReader, load_model, load_shards, read_logical, verify_checkpoint
 from megatron_hammer.checkpoint.write import save_checkpoint
-from megatron_hammer.model.llama import build_llama
+from megatron_hammer.model.llama import build_stage
 from megatron_hammer.model.parameters import logical_shapes, parameter_table
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.step import train_step
@@ -163,7 +163,7 @@ def test_a_model_loads_rounded_and_unrounded(tmp_path):
     manifest = write_layout(tmp_path, model, tensors, 4, 1)
     ctx = ParallelContext.single()
     for dtype in (None, torch.bfloat16, torch.float16):
-        llama = build_llama(saved_model(manifest), ctx)
+        llama = build_stage(saved_model(manifest), ctx)
         load_model(llama, parameter_table(model), manifest, ctx, round_to=dtype)
         head = tensors["lm_head.weight", "weight"]
         assert torch.equal(llama.head.weight[:131], head if dtype is None else head.to(dtype).float())

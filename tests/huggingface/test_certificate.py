@@ -93,12 +93,12 @@ def test_the_texts_are_worth_comparing():
 
 
 def test_our_model_is_gone_before_theirs_comes(checkpoint, folder, monkeypatch):
-    from megatron_hammer.model.llama import Llama
+    from megatron_hammer.model.llama import Stage
 
     original, ours = certificate.load_transformers_model, []
 
     def load(path: Path):
-        ours.extend(o for o in gc.get_objects() if isinstance(o, Llama))
+        ours.extend(o for o in gc.get_objects() if isinstance(o, Stage))
         return original(path)
 
     monkeypatch.setattr(certificate, "load_transformers_model", load)

@@ -27,7 +27,7 @@ from megatron_hammer.kernels.table import Demand
 from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.layers import LayerOptions, column_parallel, linear
-from megatron_hammer.model.llama import Llama, build_llama
+from megatron_hammer.model.llama import Stage, build_stage
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import plan_recompute
 from megatron_hammer.optim.distributed import DistributedOptimizer
@@ -273,7 +273,7 @@ def test_norm_and_swiglu_measure_what_the_products_read(recompute: str) -> None:
         fast = fp8.measuring(Fp8Products(measured=measured or Measured(_CudaTwin())))
         operations = Operations(fast["norm"], swiglu=fast["swiglu"], products=products)
         plan = plan_recompute(config)
-        model = build_llama(config.model, ctx, dtype=torch.bfloat16, operations=operations, recompute=plan)
+        model = build_stage(config.model, ctx, dtype=torch.bfloat16, operations=operations, recompute=plan)
         initialise(model, parameter_table(config.model), seed=3)
         tokens, labels = rank_batches(config, 1, ctx)[0]
         loss = model(tokens, labels).sum()
@@ -312,7 +312,7 @@ def fp8_config(**changes: Any) -> Config:
     )
 
 
-def in_fp8(config: Config, ctx: ParallelContext, **changes: Any) -> tuple[Llama, DistributedOptimizer]:
+def in_fp8(config: Config, ctx: ParallelContext, **changes: Any) -> tuple[Stage, DistributedOptimizer]:
     """A built model whose products, head included, are emulated ones: a config cannot ask for that on a CPU."""
     model, optimizer = build(config, ctx)
     products = emulated(**changes)

@@ -92,7 +92,7 @@ def test_layers_share_one_code_and_evaluation_has_none() -> None:
             for shape in ((2, 32), (1, 32), (3, 17)):
                 model(*torch.randint(0, 301, (2, *shape)))
     assert_graphs()
-    table = parameter_table(config.model, 0, 1, False)
+    table = parameter_table(config.model)
     assert set(model.state_dict()) == {p.name for p in table} == {name for name, _ in model.named_parameters()}
 
 
@@ -206,7 +206,7 @@ def test_gradients_of_weights_are_added_unrounded(monkeypatch: pytest.MonkeyPatc
                 model(tokens, labels).mean().backward()
             assert all(weight.grad is None for weight in model.parameters())
             optimizer.finish_reduction()  # all have arrived
-        found.append([w.main_grad for layer in model.layers for w in layer.parameters() if w.dim() == 2])  # type: ignore[attr-defined]
+        found.append([w.main_grad for layer in model.layers.values() for w in layer.parameters() if w.dim() == 2])  # type: ignore[attr-defined]
     for expected, got in zip(*found, strict=True):
         assert torch.equal(got, expected) and not torch.equal(got, got.bfloat16().float())
 
@@ -216,7 +216,7 @@ def test_the_sums_have_version_counters_of_their_own() -> None:
     2.13 lets that pass, but checks tensors that are held in other ways.
     """
     model, _ = build(tiny_config(), ParallelContext.single())
-    one, other = (layer.mlp.down.weight.main_grad for layer in model.layers)  # type: ignore[union-attr]
+    one, other = (layer.mlp.down.weight.main_grad for layer in model.layers.values())  # type: ignore[union-attr]
     before = other._version  # type: ignore[union-attr]
     one.add_(1.0)  # type: ignore[union-attr, operator]
     assert other._version == before  # type: ignore[union-attr]

@@ -17,7 +17,7 @@ from megatron_hammer.kernels.operations import Operations, select_operations
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.table import Demand
 from megatron_hammer.model.initialise import initialise
-from megatron_hammer.model.llama import Llama, build_llama
+from megatron_hammer.model.llama import Stage, build_stage
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.parallel.context import ParallelContext
 from tests.model.test_llama import MODELS, carry_weights, hugging_face
@@ -28,13 +28,13 @@ BOUNDS = list(itertools.pairwise(np.cumsum([0, *LENGTHS]).tolist()))
 DOCUMENTS = PackedSequences.from_cu_seqlens(np.cumsum([0, *LENGTHS]).astype(np.int32), torch.device("cpu"))
 
 
-def model_of(name: str = "gqa", dtype: torch.dtype = torch.float32, documents: bool = True) -> Llama:
+def model_of(name: str = "gqa", dtype: torch.dtype = torch.float32, documents: bool = True) -> Stage:
     config = MODELS[name]
     operations = Operations(attention=each_document) if documents else None
-    model = build_llama(config, ParallelContext.single(), dtype=dtype, operations=operations)
+    model = build_stage(config, ParallelContext.single(), dtype=dtype, operations=operations)
     initialise(model, parameter_table(config), seed=3)
     with torch.no_grad():
-        for layer in model.layers:
+        for layer in model.layers.values():
             layer.attention.qkv.weight.mul_(8)  # attention that prefers some tokens: else a leak would hardly show
     return model
 
@@ -62,7 +62,7 @@ def test_no_document_leaks_into_another(changed: int, dtype: torch.dtype) -> Non
     assert torch.equal(loss[others], loss_again[others])
 
 
-def _gradient_at_the_input(model: Llama, tokens: Tensor, labels: Tensor, documents: PackedSequences | None) -> Tensor:
+def _gradient_at_the_input(model: Stage, tokens: Tensor, labels: Tensor, documents: PackedSequences | None) -> Tensor:
     """|d loss of the last 15 targets / d embedding|, [b s]."""
     kept: list[Tensor] = []
     hook = model.embedding.register_forward_hook(lambda module, inputs, out: kept.append(out.requires_grad_()))
@@ -152,7 +152,7 @@ def test_compiled_rope_takes_the_positions_of_documents() -> None:
         Operations(attention=operations.attention, rope=operations.rope),
         Operations(attention=each_document),
     ):
-        model = build_llama(MODELS["gqa"], ParallelContext.single(), operations=fused)
+        model = build_stage(MODELS["gqa"], ParallelContext.single(), operations=fused)
         initialise(model, parameter_table(MODELS["gqa"]), seed=3)
         loss = model(*batch(), DOCUMENTS)
         loss.sum().backward()

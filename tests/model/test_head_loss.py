@@ -11,13 +11,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_hammer.config import padded_vocab_size
 from megatron_hammer.kernels.linear_cross_entropy import LossKernels, linear_cross_entropy
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.layers import LayerOptions
 from megatron_hammer.parallel import collectives
 from megatron_hammer.parallel.context import Group
+from megatron_hammer.parallel.placement import padded_vocab_size
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.schedules import forward_backward
 from tests.distributed import run_distributed

@@ -27,7 +27,7 @@ from megatron_hammer.kernels.libraries import te
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.table import Demand, select
-from megatron_hammer.model.llama import build_llama
+from megatron_hammer.model.llama import build_stage
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train import loop
 from megatron_hammer.train.prepare import prepare
@@ -212,7 +212,7 @@ def test_both_kinds_of_layers_have_one_tree_of_names() -> None:
     config, ctx = te_config(), ParallelContext.single()
     with te_double.installed():
         ours, _ = build(config, ctx)
-        raw = build_llama(config.model, ctx, kernels=config.kernels)
+        raw = build_stage(config.model, ctx, kernels=config.kernels)
     theirs, _ = build(torch_config(config), ctx)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert [*dict(ours.named_modules())] == [*dict(theirs.named_modules())]
@@ -269,7 +269,7 @@ def _bf16_on_sources(rank: int, root: Path, config: Config) -> tuple[list[float]
         model, optimizer = build(config, ParallelContext.single())
         optimizer.start_micro_batch(first=True, last=True)
         model(*rank_batches(config, 1, ParallelContext.single())[0]).mean().backward()
-        return [r[0] for r in reports], model.layers[0].mlp.down.weight.main_grad.clone()
+        return [r[0] for r in reports], model.layers["0"].mlp.down.weight.main_grad.clone()
 
 
 def test_bf16_on_the_library_s_own_code(sources: Path) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from megatron_hammer.config import ModelConfig, RopeScaling
 from megatron_hammer.model.head_loss import Objective
 from megatron_hammer.model.initialise import initialise
-from megatron_hammer.model.llama import Llama, build_llama
+from megatron_hammer.model.llama import Stage, build_stage
 from megatron_hammer.model.parameters import count_parameters, logical_shapes, parameter_table
 from megatron_hammer.parallel.context import Group, ParallelContext
 
@@ -57,7 +57,7 @@ def hugging_face(config: ModelConfig, attention: str = "sdpa") -> Any:
     return model
 
 
-def carry_weights(model: Llama, theirs: dict[str, torch.Tensor]) -> None:
+def carry_weights(model: Stage, theirs: dict[str, torch.Tensor]) -> None:
     """Fill ours from Hugging Face's through the parameter table."""
     ours = dict(model.named_parameters())
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_equals_transformers(name: str) -> None:
     torch.manual_seed(zlib.crc32(name.encode()))
     config = MODELS[name]
     theirs = hugging_face(config)
-    ours = build_llama(config, ParallelContext.single())
+    ours = build_stage(config, ParallelContext.single())
     carry_weights(ours, dict(theirs.named_parameters()))
     tokens = torch.randint(0, config.vocab_size or 0, (3, 48))
     inputs, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
@@ -103,7 +103,7 @@ def test_equals_transformers(name: str) -> None:
 @pytest.mark.parametrize("name", ["gqa", "tied"])
 def test_padding_gets_no_gradient(name: str) -> None:
     config = MODELS[name]
-    model = build_llama(config, ParallelContext.single())
+    model = build_stage(config, ParallelContext.single())
     initialise(model, parameter_table(config), seed=3)
     assert model.embedding.weight.shape[0] == 384, "301 padded to a multiple of 128"
     tokens = torch.randint(0, 301, (2, 17))
@@ -117,27 +117,29 @@ def test_padding_gets_no_gradient(name: str) -> None:
 def test_initial_weights_do_not_depend_on_the_layout() -> None:
     """A rank draws only its blocks; together they are what one process draws."""
     config = ModelConfig(64, 96, 1, 4, 2, vocab_size=600)
-    whole = build_llama(config, ParallelContext.single())
+    whole = build_stage(config, ParallelContext.single())
     initialise(whole, parameter_table(config), seed=5)
     reference = whole.head.weight.detach()
     assert float(reference[:600].std()) == pytest.approx(0.02, rel=0.02)
     for rank in range(2):
         ctx = ParallelContext(torch.device("cpu"), tp=Group(rank, 2))
-        part = build_llama(config, ctx)
-        initialise(part, parameter_table(config, rank, 2), seed=5)
+        part = build_stage(config, ctx)
+        initialise(part, parameter_table(config, part.placement), seed=5)
         rows = part.head.weight.shape[0]
         mine = part.head.weight[: min(rows, 600 - rank * rows)]
         assert torch.equal(mine, reference[rank * rows : rank * rows + mine.shape[0]])
         columns = slice(32 * rank, 32 * (rank + 1))
-        assert torch.equal(part.layers[0].attention.output.weight, whole.layers[0].attention.output.weight[:, columns])
-    other = build_llama(config, ParallelContext.single())
+        assert torch.equal(
+            part.layers["0"].attention.output.weight, whole.layers["0"].attention.output.weight[:, columns]
+        )
+    other = build_stage(config, ParallelContext.single())
     initialise(other, parameter_table(config), seed=6)
     assert not torch.equal(other.head.weight, reference[: other.head.weight.shape[0]])
 
 
 def test_future_tokens_do_not_matter() -> None:
     config = MODELS["gqa"]
-    model = build_llama(config, ParallelContext.single())
+    model = build_stage(config, ParallelContext.single())
     initialise(model, parameter_table(config), seed=1)
     a = torch.randint(0, 301, (1, 20))
     b = a.clone()

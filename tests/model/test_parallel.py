@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_hammer.config import Config, padded_vocab_size
+from megatron_hammer.config import Config
+from megatron_hammer.parallel.placement import padded_vocab_size
 from megatron_hammer.train.schedules import forward_backward
 from tests.distributed import run_distributed
 from tests.model.tiny import build, make_context, merged, rank_batches, tiny_config, train
@@ -77,7 +78,7 @@ def _watch_reduction(rank: int, config: Config) -> list[str]:
         start(bucket)
 
     optimizer._start_reduction = record  # type: ignore[method-assign]
-    for i, layer in enumerate(model.layers):
+    for i, layer in enumerate(model.layers.values()):
         layer.register_full_backward_hook(lambda *_, i=i: events.append(f"layer {i}"))
     batches = rank_batches(config, 1, ctx)
     begin = optimizer.start_micro_batch
@@ -133,7 +134,7 @@ def _observe(rank: int, config: Config) -> tuple[list[tuple[int, ...]], list[tup
     x = torch.randn(config.data.seq_length // ctx.tp.size, 2, config.model.hidden_size, requires_grad=True)
     pack = lambda t: (kept.append(tuple(t.shape)), t)[1]  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        layer = model.layers[0]
+        layer = model.layers["0"]
         layer.mlp_norm(x)
         layer.mlp.gate_up(layer.mlp_norm(x)[0])
         layer.attention.qkv(layer.attention_norm(x)[0])

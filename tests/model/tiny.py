@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.kernels.packed_sequences import PackedSequences
-from megatron_hammer.model.llama import Llama
+from megatron_hammer.model.llama import Stage
 from megatron_hammer.model.parameters import logical_shapes, parameter_table
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.train.loop import build
@@ -88,13 +88,12 @@ def train(rank: int, config: Config, steps: int) -> tuple[list[tuple[float, floa
     return [(float(r.loss), float(r.grad_norm), bool(r.applied)) for r in reports], logical_parts(model, config, ctx)
 
 
-def logical_parts(model: Llama, config: Config, ctx: ParallelContext, grads: bool = False) -> dict[str, Tensor]:
+def logical_parts(model: Stage, config: Config, ctx: ParallelContext, grads: bool = False) -> dict[str, Tensor]:
     """This rank's rectangles as full-size logical tensors, NaN where it holds nothing."""
-    sp = config.parallel.sequence_parallel
     shapes = logical_shapes(config.model)
     weights = dict(model.named_parameters())
     parts: dict[str, Tensor] = {}
-    for p in parameter_table(config.model, ctx.tp.rank, ctx.tp.size, sp):
+    for p in parameter_table(config.model, model.placement):
         local = weights[p.name].grad if grads else weights[p.name].detach()
         assert local is not None
         for s in p.slices:

@@ -85,7 +85,7 @@ def _poisoned(rank: int, config: Config) -> tuple[bool, bool, bool]:
     train_step(model, optimizer, rank_batches(config, 1, ctx), config, 1, ctx)
     state = [optimizer.params, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.updates]
     before = [x.clone() for x in state]
-    arrived, victim = optimizer.arrived, model.layers[1].mlp.down.weight
+    arrived, victim = optimizer.arrived, model.layers["1"].mlp.down.weight
 
     def poison(weight: Any) -> None:
         if weight is victim:

@@ -12,7 +12,7 @@ import torch
 
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.model.initialise import initialise
-from megatron_hammer.model.llama import build_llama
+from megatron_hammer.model.llama import build_stage
 from megatron_hammer.model.parameters import count_parameters, parameter_table
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.samples import ValidData
@@ -58,7 +58,7 @@ def test_evaluation_counts_each_target_once(data: Path, micro_batch_size: int) -
     """Against a plain sum over the whole file; the padded end of the last window does not count."""
     config = tiny_config()
     ctx = ParallelContext.single()
-    model = build_llama(config.model, ctx)
+    model = build_stage(config.model, ctx)
     initialise(model, parameter_table(config.model), seed=1)
     valid = ValidData("x", data / "x", 32)
     stream = np.concatenate([valid.dataset.read(i) for i in range(len(valid.dataset.lengths))]).astype(np.int64)
@@ -83,7 +83,7 @@ def test_evaluation_reads_each_document_alone(data: Path) -> None:
     config = tiny_config(data__attention_mask="document")
     ctx = ParallelContext.single()
     model, _ = build(config, ctx)
-    causal = build_llama(config.model, ctx)
+    causal = build_stage(config.model, ctx)
     causal.load_state_dict(model.state_dict())
     valid = ValidData("x", data / "x", 32)
     total, targets = 0.0, 0

@@ -40,7 +40,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_hammer.config import Config, padded_vocab_size
+from megatron_hammer.config import Config
+from megatron_hammer.parallel.placement import padded_vocab_size
 from megatron_hammer.tokenizer.lab.analyze import OVERALL, Table, Usage, count_tokens
 from megatron_hammer.tokenizer.load import (
     SPACE,
