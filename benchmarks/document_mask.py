@@ -22,6 +22,7 @@ from shapes import SHAPES, WARM_UP_STEPS
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.step import train_step
 
@@ -75,14 +76,14 @@ def measure(seq_length: int, precision: str, compiled: bool, steps: int) -> dict
         ]
         for mean in seconds:
             config, model, optimizer = runs["causal" if mean is None else "document"]
-            batches: list[Any] = []
+            batches = []
             for x in samples:
                 packed = None
                 if mean is not None:
                     bounds = document_bounds(seq_length, micro_batch, mean, rng)
                     packed = PackedSequences.from_cu_seqlens(bounds, ctx.device)
                     documents[mean].append(len(bounds) - 1)
-                batches.append((x[:, :-1].contiguous(), x[:, 1:].contiguous(), packed))
+                batches.append(Batch(x[:, :-1].contiguous(), x[:, 1:].contiguous(), documents=packed))
             start = time.process_time()
             train_step(model, optimizer, batches, config, step, ctx).loss.item()
             seconds[mean].append(time.process_time() - start)

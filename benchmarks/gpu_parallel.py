@@ -30,6 +30,7 @@ from megatron_hammer.config import Config
 from megatron_hammer.parallel import collectives
 from megatron_hammer.parallel.collectives import Done
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
+from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.step import train_step
 
@@ -78,8 +79,8 @@ def train(config: Config, ctx: ParallelContext, steps: int) -> list[tuple[float,
         generator = torch.Generator().manual_seed(step)
         size = (config.train.global_batch_size, config.data.seq_length + 1)
         windows = torch.randint(0, config.model.vocab_size or 0, size, generator=generator).to(ctx.device)
-        mine = [windows[i : i + b] for i in range(b * ctx.dp.rank, len(windows), b * ctx.dp.size)]
-        report = train_step(model, optimizer, [(w[:, :-1], w[:, 1:]) for w in mine], config, step, ctx)
+        mine = [Batch.from_windows(windows[i : i + b]) for i in range(b * ctx.dp.rank, len(windows), b * ctx.dp.size)]
+        report = train_step(model, optimizer, mine, config, step, ctx)
         found.append((report.loss.item(), report.grad_norm.item()))
     return found
 

@@ -36,6 +36,7 @@ from megatron_hammer.kernels.fp8 import Fp8Products, emulated_multiply
 from megatron_hammer.kernels.operations import Operations, select_backends
 from megatron_hammer.model.llama import Stage
 from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.train import train_tokenizer
 from megatron_hammer.train.loop import build, kernel_demand
@@ -112,7 +113,7 @@ def train_side(side: str, config: Config, tokens: np.ndarray) -> dict[str, Any]:
             0, len(tokens) - SHAPE.sequence - 1, config.train.global_batch_size
         )
         windows = torch.from_numpy(np.stack([tokens[i : i + SHAPE.sequence + 1] for i in starts]))
-        batches = [(part[:, :-1], part[:, 1:]) for part in windows.split(SHAPE.micro_batch)]
+        batches = [Batch.from_windows(part) for part in windows.split(SHAPE.micro_batch)]
         losses.append(float(train_step(model, optimizer, batches, config, step, ctx).loss))
         if step % 50 == 0:
             print(f"{side} {step}/{steps}: loss {np.mean(losses[-LAST:]):.4f}", flush=True)

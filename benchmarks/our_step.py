@@ -10,6 +10,7 @@ from shapes import SHAPES, peak_mb, report
 
 from megatron_hammer.config import config_from_tree
 from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.step import train_step
 
@@ -38,10 +39,11 @@ def main() -> None:
         generator = torch.Generator().manual_seed(step)
         size_of_batch = (shape.micro_batch, shape.sequence + 1)
         batches = [
-            torch.randint(0, shape.vocabulary, size_of_batch, generator=generator) for _ in range(shape.accumulation)
+            Batch.from_windows(torch.randint(0, shape.vocabulary, size_of_batch, generator=generator))
+            for _ in range(shape.accumulation)
         ]
         start = time.perf_counter()
-        report_of_step = train_step(model, optimizer, [(b[:, :-1], b[:, 1:]) for b in batches], config, step, ctx)
+        report_of_step = train_step(model, optimizer, batches, config, step, ctx)
         report_of_step.loss.item()
         seconds.append(time.perf_counter() - start)
     report("ours", size, mode, precision, seconds, imported)

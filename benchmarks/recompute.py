@@ -37,6 +37,7 @@ def measure(variant: str, size: str, precision: str, steps: int) -> None:
     from megatron_hammer.kernels.operations import select_backends
     from megatron_hammer.model.recompute import activation_bytes
     from megatron_hammer.parallel.context import ParallelContext
+    from megatron_hammer.sampling.batch import Batch
     from megatron_hammer.train.loop import build, kernel_demand
     from megatron_hammer.train.step import train_step
 
@@ -59,9 +60,12 @@ def measure(variant: str, size: str, precision: str, steps: int) -> None:
     for step in range(1, WARM_UP_STEPS + steps + 1):
         generator = torch.Generator().manual_seed(step)
         lengths = (shape.micro_batch, shape.sequence + 1)
-        samples = [torch.randint(0, shape.vocabulary, lengths, generator=generator) for _ in range(shape.accumulation)]
+        samples = [
+            Batch.from_windows(torch.randint(0, shape.vocabulary, lengths, generator=generator))
+            for _ in range(shape.accumulation)
+        ]
         wall, cpu = time.perf_counter(), time.process_time()
-        train_step(model, optimizer, [(x[:, :-1], x[:, 1:]) for x in samples], config, step, ctx).loss.item()
+        train_step(model, optimizer, samples, config, step, ctx).loss.item()
         seconds.append(time.process_time() - cpu)
         first = first or time.perf_counter() - wall
     rows = select_backends(config.kernels, kernel_demand(config, ctx.device))

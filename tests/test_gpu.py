@@ -18,6 +18,7 @@ from megatron_hammer.kernels.table import Demand, select
 from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.layers import LayerOptions
 from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank
@@ -45,7 +46,7 @@ def test_a_gpu_computes_what_a_cpu_computes(precision: str, tolerance: float) ->
         model, optimizer = build(config, ctx)
         losses[device] = []
         for step in range(1, 11):
-            batches = [(t.to(device), y.to(device)) for t, y in rank_batches(config, step, ctx)]
+            batches = [Batch(b.tokens.to(device), b.labels.to(device)) for b in rank_batches(config, step, ctx)]
             losses[device].append(float(train_step(model, optimizer, batches, config, step, ctx).loss))
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=tolerance)
 
@@ -55,7 +56,7 @@ def test_a_step_does_not_synchronise() -> None:
     config = tiny_config(train__precision="bf16")
     ctx = ParallelContext.single("cuda")
     model, optimizer = build(config, ctx)
-    batches = [(t.cuda(), y.cuda()) for t, y in rank_batches(config, 1, ctx)]
+    batches = [Batch(b.tokens.cuda(), b.labels.cuda()) for b in rank_batches(config, 1, ctx)]
     train_step(model, optimizer, batches, config, 1, ctx)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -194,7 +195,7 @@ def test_te_layers_equal_the_torch_layers(precision: str, tolerance: float) -> N
         model, optimizer = build(config, ctx)
         losses[layers] = []
         for step in range(1, 11):
-            batches = [(t.cuda(), y.cuda()) for t, y in rank_batches(config, step, ctx)]
+            batches = [Batch(b.tokens.cuda(), b.labels.cuda()) for b in rank_batches(config, step, ctx)]
             losses[layers].append(float(train_step(model, optimizer, batches, config, step, ctx).loss))
             if step == 1:
                 gradients[layers] = {n: w.main_grad.clone() for n, w in model.named_parameters()}
@@ -219,7 +220,7 @@ def test_te_fp8_learns_what_bf16_learns(fp8: str) -> None:
         model, optimizer = build(config, ctx)
         losses[how] = []
         for step in range(1, 101):
-            batches = [(t.cuda(), y.cuda()) for t, y in rank_batches(config, step, ctx)]
+            batches = [Batch(b.tokens.cuda(), b.labels.cuda()) for b in rank_batches(config, step, ctx)]
             losses[how].append(float(train_step(model, optimizer, batches, config, step, ctx).loss))
     assert losses["off"][-1] < 0.5 * losses["off"][0]
     assert np.mean(losses[fp8][-10:]) == pytest.approx(np.mean(losses["off"][-10:]), rel=0.05, abs=0.05)

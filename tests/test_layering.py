@@ -193,8 +193,8 @@ def _sequence_parallel_forward(rank: int) -> set[tuple[str, int]]:
     config = tiny_config(parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True)
     ctx = make_context(config)
     model, _ = build(config, ctx)
-    tokens, labels = rank_batches(config, 1, ctx)[0]
-    return _functions_reached(lambda: model(tokens, labels))
+    batch = rank_batches(config, 1, ctx)[0]
+    return _functions_reached(lambda: model(batch.tokens, batch.labels))
 
 
 def test_one_forward_reads_in_600_lines() -> None:

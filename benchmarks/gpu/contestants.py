@@ -28,6 +28,7 @@ from megatron_hammer.kernels import fp8
 from megatron_hammer.kernels.attention import causal_attention
 from megatron_hammer.kernels.libraries import te
 from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.step import train_step
 
@@ -87,7 +88,7 @@ def ours(**groups: dict[str, Any]) -> Contestant:
         def step(batches: list[tuple[Tensor, Tensor]]) -> None:
             nonlocal done
             done += 1
-            train_step(model, optimizer, batches, config, done, ctx)
+            train_step(model, optimizer, [Batch(*pair) for pair in batches], config, done, ctx)
 
         return _timed(bench, step, shape, steps)
 

@@ -33,6 +33,7 @@ from gpu.measure import Bench, Clocks, Item, Result, is_out_of_memory, marked_ti
 from megatron_hammer.kernels.operations import TABLES
 from megatron_hammer.model.parameters import logical_shapes
 from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.schedules import forward_backward
 
@@ -191,7 +192,7 @@ def clip_and_update(bench: Bench) -> Result:
 
     def run(mark: Callable[[], None]) -> None:
         windows = bench.tokens(shape.micro_batch, shape.sequence + 1, vocabulary=shape.vocabulary)
-        forward_backward(model, optimizer, [(windows[:, :-1], windows[:, 1:])], ctx)
+        forward_backward(model, optimizer, [Batch.from_windows(windows)], ctx)
         mark()
         optimizer.clip_grad_norm(1.0)
         mark()

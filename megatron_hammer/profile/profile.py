@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_hammer.base.errors import ConfigError
@@ -58,11 +59,11 @@ from megatron_hammer.profile import trace as profile_trace
 from megatron_hammer.profile.budget import Rates, StepShape, step_costs
 from megatron_hammer.profile.plots import digits, draw_profile
 from megatron_hammer.profile.trace import PREFIX, Measured, memory_of_step, read_trace
+from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.loop import DTYPES, Run, build, kernel_demand
 from megatron_hammer.train.metrics import flops_per_token
 from megatron_hammer.train.prepare import Prepared, prepare
 from megatron_hammer.train.run import choose_device
-from megatron_hammer.train.schedules import DeviceBatch
 from megatron_hammer.train.step import train_step
 
 WARM_UP_STEPS = 3  # the first compiles and fills caches, the second meets optimizer state for the first time
@@ -190,7 +191,7 @@ class Job:
         with record_function(PREFIX + name):
             with record_function(PREFIX + budget.DATA):
                 batches = self._batches()
-            for documents in (batch[2] for batch in batches if len(batch) == 3 and batch[2] is not None):
+            for documents in (b.documents for b in batches if isinstance(b.documents, PackedSequences)):
                 self.document_squares += sum(n * n for n in documents.lengths)
                 self.document_tokens += sum(documents.lengths)
             train_step(self.model, self.optimizer, batches, self.config, self.steps, self.ctx)
@@ -202,14 +203,14 @@ class Job:
         """Mean length of the documents that a token is in; None where they are not masked."""
         return self.document_squares / self.document_tokens if self.document_tokens else None
 
-    def _batches(self) -> list[DeviceBatch]:
+    def _batches(self) -> list[Batch[Tensor]]:
         if self.run is None:
             return [self._random_batch() for _ in range(self.config.grad_accum(1))]
         batches = self.run._next_batches()
         self.run.progress.consumed_samples += self.config.train.global_batch_size
         return batches
 
-    def _random_batch(self) -> DeviceBatch:
+    def _random_batch(self) -> Batch[Tensor]:
         """Random tokens, and documents of 1 to s tokens where they are masked."""
         b, s, device = self.config.train.micro_batch_size, self.config.data.seq_length, self.ctx.device
         assert self.config.model.vocab_size is not None
@@ -222,7 +223,7 @@ class Job:
             )
             ends = torch.cat([cuts.flatten(), s * torch.arange(b + 1)]).unique()
             documents = PackedSequences.from_cu_seqlens(ends.int().numpy(), device)
-        return windows[:, :-1], windows[:, 1:], documents
+        return Batch.from_windows(windows, documents=documents)
 
 
 def _resolved(config: Config) -> Prepared:

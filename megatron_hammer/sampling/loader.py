@@ -17,47 +17,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.order import SampleId
 from megatron_hammer.sampling.samples import TrainData
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Inputs and targets of some samples, which share their memory: a target is the token after an input."""
-
-    windows: np.ndarray
-    """[b, s + 1] int64"""
-    cu_seqlens: np.ndarray
-    """[documents + 1] int32, where documents lie in the b s tokens, all samples one after the other"""
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """[b, s] int64, a view."""
-        return self.windows[:, :-1]
-
-    @property
-    def labels(self) -> np.ndarray:
-        """[b, s] int64, a view: position t is the token after position t of ``tokens``."""
-        return self.windows[:, 1:]
-
-
 def micro_batches(
     data: TrainData, first_sample: int, micro_batch_size: int, grad_accum: int, dp_rank: int, dp_size: int
-) -> list[MicroBatch]:
+) -> list[Batch[np.ndarray]]:
     """What data-parallel rank ``dp_rank`` of ``dp_size`` computes in the step that begins at sample ``first_sample``.
 
     Micro-batch m holds samples first_sample + m * (dp_size * b) + dp_rank * b + [0, b).
     """
-    batches = []
-    for accumulation in range(grad_accum):
-        first = first_sample + (accumulation * dp_size + dp_rank) * micro_batch_size
-        read = data.read(first, micro_batch_size)
-        batches.append(MicroBatch(read.tokens, read.cu_seqlens))
-    return batches
+    first, stride = first_sample + dp_rank * micro_batch_size, dp_size * micro_batch_size
+    return [data.read(first + m * stride, micro_batch_size) for m in range(grad_accum)]
 
 
 class ReadAhead:
@@ -78,9 +54,9 @@ class ReadAhead:
         self._layout = micro_batch_size, grad_accum, dp_rank, dp_size
         self._step_samples = micro_batch_size * grad_accum * dp_size
         self._thread = ThreadPoolExecutor(1, "read-ahead")
-        self._next: tuple[int, Future[list[MicroBatch]]] | None = None
+        self._next: tuple[int, Future[list[Batch[np.ndarray]]]] | None = None
 
-    def get(self, first_sample: int) -> list[MicroBatch]:
+    def get(self, first_sample: int) -> list[Batch[np.ndarray]]:
         """The micro-batches of the step that begins at a sample; what failed while reading ahead is raised here."""
         if self._next is not None and self._next[0] == first_sample:
             batches = self._next[1].result()

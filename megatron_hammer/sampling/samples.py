@@ -2,14 +2,14 @@
 
 ``blend.py`` says which source gives sample i and which of its samples that is, ``order.py`` which tokens those are,
 ``dataset/reader.py`` reads them. A training sample is a window of seq_length + 1 tokens, inputs and labels shifted by
-one; the loss runs across the documents in it, and so does attention unless it is told where they lie (``cu_seqlens``).
+one; the loss runs across the documents in it, and so does attention unless a batch says where they lie
+(``Batch.documents``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,48 +18,36 @@ import numpy as np
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.base.progress import say
+from megatron_hammer.config import Config
 from megatron_hammer.dataset.format import REMAKE
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.sampling import native as index
+from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.blend import Blend
 from megatron_hammer.sampling.cache import IndexStore
 from megatron_hammer.sampling.order import IndependentOrder, MegatronOrder, Piece, SampleId
 from megatron_hammer.sampling.plan import WeightUnit, sampling_weights
 
-__all__ = ["Order", "Piece", "SampleId", "TrainData", "ValidData", "Windows", "check_tokenizer", "describe_samples"]
+__all__ = [
+    "Order",
+    "Piece",
+    "SampleId",
+    "TrainData",
+    "ValidData",
+    "check_tokenizer",
+    "describe_samples",
+    "open_train_data",
+    "open_valid_data",
+]
 
 Order = Literal["independent", "megatron"]
 
 MEGATRON_SURPLUS = 0.005  # Megatron-LM builds each source this much longer than its share, as its mix is not exact
 
 
-def cumulative_lengths(lengths: np.ndarray) -> np.ndarray:
-    """int32, where pieces of these lengths begin and, last, where all end; a length of 0 is no piece."""
-    return np.concatenate([[0], np.cumsum(lengths[lengths > 0])]).astype(np.int32)
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Several samples, and of which documents they are made."""
-
-    tokens: np.ndarray
-    """[b, s + 1] int64, or whatever was asked for"""
-    piece_lengths: np.ndarray
-    """int64, tokens of each piece of a document (in Megatron-LM's order of a sequence), all samples one after the
-    other; those of one sample add up to s + 1."""
-    piece_counts: np.ndarray
-    """[b] int64, pieces of each sample"""
-
-    @property
-    def cu_seqlens(self) -> np.ndarray:
-        """[pieces + 1] int32, cumulative lengths of the pieces in the first s tokens of each sample, the inputs.
-
-        What attention needs to keep documents apart when the samples lie one after the other. A piece is where a
-        document ends or the sample does, so what a sample holds of a document that was cut counts as a whole one.
-        """
-        lengths = self.piece_lengths.copy()
-        lengths[np.cumsum(self.piece_counts) - 1] -= 1  # the last token is a target only
-        return cumulative_lengths(lengths)
+def cumulative_lengths(ends: Sequence[np.ndarray]) -> np.ndarray:
+    """[documents + 1] int32, from where documents end among the tokens of a batch, in any order and repeated or not."""
+    return np.unique(np.concatenate([[0], *ends])).astype(np.int32)
 
 
 class TrainData:
@@ -75,6 +63,7 @@ class TrainData:
         index_folder: where indices of large datasets are kept (``sampling/cache.py``); None: beside each dataset, in
             ``P.index``.
         note: gets remarks about these files.
+        document_mask: batches say where documents lie, so that attention keeps them apart.
 
     Raises:
         DataError: a dataset is missing, damaged, empty or holds no token ids.
@@ -91,9 +80,11 @@ class TrainData:
         unit: WeightUnit = "share",
         index_folder: str | Path | None = None,
         note: Callable[[str], None] = say,
+        document_mask: bool = False,
     ) -> None:
         assert sources, "training needs at least one source"
         self.seq_length, self.num_samples = seq_length, num_samples if order == "megatron" else None
+        self._document_mask = document_mask
         self.sources = [_open_tokens(prefix) for prefix in sources]
         """One dataset a source: in the order "independent" by fingerprint, so that neither the order in which sources
         are named nor their paths decide which sample comes when; in Megatron-LM's as given."""
@@ -178,8 +169,8 @@ class TrainData:
             located.append(Piece(document, before + offset, length))
         return located
 
-    def read(self, first: int, count: int, out: np.ndarray | None = None) -> Windows:
-        """Samples [first, first + count): their tokens, and the lengths of the pieces of documents they are made of.
+    def read(self, first: int, count: int, out: np.ndarray | None = None) -> Batch[np.ndarray]:
+        """Samples [first, first + count).
 
         What ``tokens`` gives one by one, at once: compiled, without the GIL, straight from the map into the result.
 
@@ -191,12 +182,12 @@ class TrainData:
         """
         if first < 0 or count < 1 or (self.num_samples is not None and first + count > self.num_samples):
             raise IndexError(f"samples [{first}, {first + count}) are not in [0, {self.num_samples})")
+        s = self.seq_length
         if out is None:
-            out = np.empty((count, self.seq_length + 1), np.int64)
-        assert out.shape == (count, self.seq_length + 1), f"out is {out.shape} for {count} samples"
+            out = np.empty((count, s + 1), np.int64)
+        assert out.shape == (count, s + 1), f"out is {out.shape} for {count} samples"
         sources, positions = self._blend.range(first, count)
-        counts = np.empty(count, np.int64)
-        parts = []
+        ends = []  # of documents, among the count * s inputs
         for source, dataset in enumerate(self.sources):
             rows = np.arange(count) if len(self.sources) == 1 else np.flatnonzero(sources == source)
             if len(rows) == 0:
@@ -208,18 +199,14 @@ class TrainData:
                 taken = rows[done : done + len(windows)]
                 boundaries = dataset.boundaries if self._by_document else None
                 index.copy_windows(dataset.tokens, dataset.pointers, boundaries, pieces, found, taken, out)
-                counts[taken] = found
-                parts.append((taken, pieces[:, 2], found))
                 done += len(windows)
-        if len(parts) == 1:
-            return Windows(out, parts[0][1].copy(), counts)
-        # The pieces lie source by source; put each sample's where its number says.
-        begins = np.cumsum(counts) - counts
-        lengths = np.empty(int(counts.sum()), np.int64)
-        for taken, values, found in parts:
-            before = np.cumsum(found) - found
-            lengths[np.repeat(begins[taken] - before, found) + np.arange(len(values))] = values
-        return Windows(out, lengths, counts)
+                if self._document_mask:
+                    in_window = np.cumsum(pieces[:, 2]) - np.repeat(np.arange(len(found)) * (s + 1), found)
+                    ends.append(
+                        np.repeat(taken * s, found) + np.minimum(in_window, s)
+                    )  # the last token is a label only
+        documents = cumulative_lengths(ends) if self._document_mask else None
+        return Batch.from_windows(out, documents=documents, sources=sources.astype(np.int64))
 
     def tokens(self, i: int) -> np.ndarray:
         """Tokens of sample ``i``: [seq_length + 1] int64."""
@@ -268,13 +255,21 @@ class ValidData:
         prefix: of its indexed dataset.
         seq_length: s; window j covers tokens [j s, j s + s].
         max_samples: only so many windows from the start; None: all.
+        document_mask: batches say where documents lie, as in ``TrainData``.
 
     Raises:
         DataError: the dataset is missing, damaged or too short to have a target.
     """
 
-    def __init__(self, name: str, prefix: str | Path, seq_length: int, max_samples: int | None = None) -> None:
-        self.name, self.seq_length = name, seq_length
+    def __init__(
+        self,
+        name: str,
+        prefix: str | Path,
+        seq_length: int,
+        max_samples: int | None = None,
+        document_mask: bool = False,
+    ) -> None:
+        self.name, self.seq_length, self._document_mask = name, seq_length, document_mask
         self.dataset = _open_tokens(prefix)
         if self.dataset.num_tokens < 2:
             raise DataError(45, f"{prefix}.bin of {self.dataset.num_tokens} tokens", "is too short: a target needs two",
@@ -285,24 +280,20 @@ class ValidData:
     def __len__(self) -> int:
         return self._num_samples
 
-    def get(self, j: int) -> tuple[np.ndarray, np.ndarray]:
-        """Window ``j``: tokens [s + 1] int64 and loss_mask [s] float32; the end of the last one is padded with id 0."""
-        if not 0 <= j < len(self):
-            raise IndexError(f"window {j} is not in [0, {len(self)})")
-        taken = self.dataset.tokens[j * self.seq_length : (j + 1) * self.seq_length + 1]
-        tokens = np.zeros(self.seq_length + 1, np.int64)
-        tokens[: len(taken)] = taken
-        loss_mask = np.zeros(self.seq_length, np.float32)
-        loss_mask[: len(taken) - 1] = 1
-        return tokens, loss_mask
-
-    def piece_lengths(self, j: int) -> np.ndarray:
-        """Pieces of documents that make up the first s tokens of window ``j``: int64, their lengths. Padding is one."""
-        start, stop = j * self.seq_length, (j + 1) * self.seq_length
-        ends = self._document_ends
-        inside = ends[np.searchsorted(ends, start, side="right") : np.searchsorted(ends, stop)]
-        # An empty document ends where the one before it does.
-        return np.diff(np.unique(inside) - start, prepend=0, append=self.seq_length)
+    def read(self, windows: Sequence[int]) -> Batch[np.ndarray]:
+        """Some of the windows; the end of the last one is padded with id 0, which counts nothing and is a document."""
+        s, ends = self.seq_length, list[np.ndarray]()
+        tokens, weights = np.zeros((len(windows), s + 1), np.int64), np.zeros((len(windows), s), np.float32)
+        for row, j in enumerate(windows):
+            if not 0 <= j < len(self):
+                raise IndexError(f"window {j} is not in [0, {len(self)})")
+            taken = self.dataset.tokens[j * s : (j + 1) * s + 1]
+            tokens[row, : len(taken)] = taken
+            weights[row, : len(taken) - 1] = 1
+            if self._document_mask:
+                inside = np.searchsorted(self._document_ends, [j * s, (j + 1) * s], side="right")
+                ends += [self._document_ends[slice(*inside)] + (row - j) * s, np.array([(row + 1) * s])]
+        return Batch.from_windows(tokens, weights, cumulative_lengths(ends) if self._document_mask else None)
 
     @cached_property
     def _document_ends(self) -> np.ndarray:
@@ -346,6 +337,36 @@ def check_tokenizer(dataset: IndexedDataset, fingerprint: str | None, vocab_size
         why = "has no header of ours" if dataset.header is None else "does not say which tokenizer made it"
         return f"{dataset.prefix} {why}: only its ids could be checked, all are below {vocab_size}"
     return None
+
+
+def open_train_data(config: Config, note: Callable[[str], None] = say) -> TrainData:
+    """The training samples of a run whose config names sources; ``note`` gets remarks about index files."""
+    assert config.data.train is not None, "data.train is checked before"
+    return TrainData(
+        config.data.train,
+        config.data.seq_length,
+        config.train.seed,
+        config.data.order,
+        config.train.num_steps * config.train.global_batch_size,
+        config.data.weights,
+        config.data.index_folder,
+        note,
+        config.data.attention_mask == "document",
+    )
+
+
+def open_valid_data(config: Config) -> list[ValidData]:
+    """The validation sets of a run."""
+    return [
+        ValidData(
+            name,
+            prefix,
+            config.data.seq_length,
+            config.train.eval_samples,
+            config.data.attention_mask == "document",
+        )
+        for name, prefix in (config.data.valid or {}).items()
+    ]
 
 
 def _open_tokens(prefix: str | Path) -> IndexedDataset:

@@ -25,7 +25,6 @@ from megatron_hammer.checkpoint.read import load_shards
 from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.config import Config, config_to_tree
 from megatron_hammer.kernels.operations import select_operations, select_optimizer_kernels
-from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.table import Demand
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Stage, build_stage
@@ -34,12 +33,12 @@ from megatron_hammer.model.recompute import plan_recompute
 from megatron_hammer.optim.distributed import DistributedOptimizer
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.loader import ReadAhead, chain_digest
-from megatron_hammer.sampling.samples import TrainData, ValidData
+from megatron_hammer.sampling.samples import open_train_data, open_valid_data
 from megatron_hammer.train.evaluate import evaluate
 from megatron_hammer.train.metrics import Reporter, flops_per_token, peak_tflops
 from megatron_hammer.train.prepare import STATE_KINDS, Prepared, checkpoints_folder
-from megatron_hammer.train.schedules import DeviceBatch
 from megatron_hammer.train.step import StepReport, train_step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -147,24 +146,16 @@ class Run:
         self.prepared, self.config, self.ctx = prepared, config, ctx
         self.model, self.optimizer = build(config, ctx)
         self.progress = self._load_state()
-        num_samples = config.train.num_steps * config.train.global_batch_size
-        assert config.data.train is not None
-        self.data = TrainData(
-            config.data.train,
-            config.data.seq_length,
-            config.train.seed,
-            config.data.order,
-            num_samples,
-            config.data.weights,
-            config.data.index_folder,
-            note=say if ctx.world.rank == 0 else lambda text: None,
+        self.data = open_train_data(config, note=say if ctx.world.rank == 0 else lambda text: None)
+        self.batches = ReadAhead(
+            self.data,
+            config.train.num_steps * config.train.global_batch_size,
+            config.train.micro_batch_size,
+            config.grad_accum(ctx.world.size),
+            ctx.dp.rank,
+            ctx.dp.size,
         )
-        micro_batch_size, grad_accum = config.train.micro_batch_size, config.grad_accum(ctx.world.size)
-        self.batches = ReadAhead(self.data, num_samples, micro_batch_size, grad_accum, ctx.dp.rank, ctx.dp.size)
-        valid = (config.data.valid or {}).items()
-        self.valid = [
-            ValidData(name, prefix, config.data.seq_length, config.train.eval_samples) for name, prefix in valid
-        ]
+        self.valid = open_valid_data(config)
         tokenizer = prepared.tokenizer
         self.piece_bytes: Tensor | None = None
         if tokenizer is not None and self.valid:
@@ -216,21 +207,9 @@ class Run:
 
     # ---- one step's surroundings -----------------------------------------------------------------------------------
 
-    def _next_batches(self) -> list[DeviceBatch]:
+    def _next_batches(self) -> list[Batch[Tensor]]:
         """This rank's micro-batches of the next step, on the device."""
-        config, ctx = self.config, self.ctx
-        batches = self.batches.get(self.progress.consumed_samples)
-        masked = config.data.attention_mask == "document"
-        on_device: list[DeviceBatch] = []
-        for batch in batches:
-            windows = self._to_device(batch.windows)  # [b, s + 1], copied once for inputs and targets
-            documents = PackedSequences.from_cu_seqlens(batch.cu_seqlens, ctx.device) if masked else None
-            on_device.append((windows[:, :-1], windows[:, 1:], documents))
-        return on_device
-
-    def _to_device(self, array: Any) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self.ctx.device, non_blocking=True) if self.ctx.device.type == "cuda" else tensor
+        return [batch.to(self.ctx.device) for batch in self.batches.get(self.progress.consumed_samples)]
 
     def _launched(self, step: int, report: StepReport, stop_received: bool) -> None:
         """Account for a step whose numbers may still be under way; ask all ranks whether one must stop."""
@@ -295,7 +274,6 @@ class Run:
                 self.config.train.micro_batch_size,
                 self.piece_bytes,
                 self.ctx,
-                document_mask=self.config.data.attention_mask == "document",
             )
             results |= result.metrics(data.name)
         return results

@@ -18,7 +18,7 @@ from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.kernels.libraries.te import check_before_start
 from megatron_hammer.sampling import native as index
 from megatron_hammer.sampling.plan import Plan, make_plan
-from megatron_hammer.sampling.samples import TrainData, check_tokenizer
+from megatron_hammer.sampling.samples import check_tokenizer, open_train_data
 from megatron_hammer.tokenizer.load import Tokenizer, load_tokenizer
 
 # A change of these makes the samples already consumed other samples than the checkpoint says. A sample is its tokens
@@ -141,21 +141,10 @@ def _check_data(config: Config, tokenizer: Tokenizer | None, read_ids: bool) -> 
 
 def _build_indices(config: Config, resume: Manifest | None, notes: list[str]) -> None:
     """Have the indices of large datasets built and kept before the ranks start, which then only open them."""
-    assert config.data.train is not None
-    batch = config.train.global_batch_size
-    data = TrainData(
-        config.data.train,
-        config.data.seq_length,
-        config.train.seed,
-        config.data.order,
-        config.train.num_steps * batch,
-        config.data.weights,
-        config.data.index_folder,
-        note=notes.append,
-    )
+    data = open_train_data(config, note=notes.append)
     consumed = 0 if resume is None else resume.state["consumed_samples"]
     if data.num_samples is None or consumed < data.num_samples:
-        data.prepare(consumed, batch)
+        data.prepare(consumed, config.train.global_batch_size)
 
 
 def _check_same_run(config: Config, manifest: Manifest) -> list[str]:

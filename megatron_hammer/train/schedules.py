@@ -7,39 +7,56 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.model.head_loss import Objective
 from megatron_hammer.model.llama import Stage
 from megatron_hammer.optim.distributed import DistributedOptimizer
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.sampling.batch import Batch
 
-# Tokens and labels, [b, s] int64 on the device, and under data.attention_mask=document where the documents lie.
-DeviceBatch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, PackedSequences | None]
+SMALLEST_SUM = 1e-20  # of weights that mean something; a loss scale of 2^60 divided by it is still finite in fp32
 
 
 def forward_backward(
     model: Stage,
     optimizer: DistributedOptimizer,
-    micro_batches: Sequence[DeviceBatch],
+    micro_batches: Sequence[Batch[Tensor]],
     ctx: ParallelContext,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """Accumulate the gradient of the mean loss over the global batch.
+    """Accumulate the gradient of the mean loss over the global batch, weighted where the batches have loss weights.
 
-    Every sample has the same number of targets, so the mean over the global batch is the sum over ranks and
-    micro-batches divided by a known count. The last micro-batch's backward starts the reduction of the gradients.
+    The last micro-batch's backward starts the reduction of the gradients. A global batch whose weights are all 0 has
+    loss 0 and no gradient.
 
     Returns:
         Mean loss of the global batch, fp32 device scalar, the same on all ranks. Communicates over dp.
     """
-    count = sum(batch[1].numel() for batch in micro_batches) * ctx.dp.size
-    objective = Objective(optimizer.loss_scale / count, z_loss)
+    whole = sum_of_weights(micro_batches, ctx)
+    share = optimizer.loss_scale / whole  # of a token of weight 1
     total = torch.zeros((), device=ctx.device)
     for i, batch in enumerate(micro_batches):
         optimizer.start_micro_batch(first=i == 0, last=i == len(micro_batches) - 1)
-        losses = model(*batch, objective=objective)
+        weights = batch.loss_weights
+        objective = Objective(share if weights is None else weights * share, z_loss)
+        losses = model(batch.tokens, batch.labels, batch.documents, objective)  # [b, s] fp32
         (losses * objective.weight).sum().backward()
-        total += losses.detach().sum() / count
+        counted = losses.detach() if weights is None else losses.detach() * weights
+        total += counted.sum() / whole
     all_reduce(total, ctx.dp)
     return total
+
+
+def sum_of_weights(micro_batches: Sequence[Batch[Tensor]], ctx: ParallelContext) -> int | Tensor:
+    """By how much all tokens of the global batch count together.
+
+    Without loss weights each token counts 1, every rank has as many, and their number is known on the host. With them
+    it is a device scalar for which nobody waits; communicates over dp, so that either all ranks have weights or none.
+    """
+    if all(batch.loss_weights is None for batch in micro_batches):
+        return sum(batch.labels.numel() for batch in micro_batches) * ctx.dp.size
+    whole = torch.zeros((), device=ctx.device)
+    for batch in micro_batches:
+        whole += batch.labels.numel() if batch.loss_weights is None else batch.loss_weights.sum()
+    all_reduce(whole, ctx.dp)
+    return whole.clamp_min(SMALLEST_SUM)

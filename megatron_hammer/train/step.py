@@ -12,7 +12,8 @@ from megatron_hammer.model.llama import Stage
 from megatron_hammer.optim.distributed import DistributedOptimizer
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.train.schedules import DeviceBatch, forward_backward
+from megatron_hammer.sampling.batch import Batch
+from megatron_hammer.train.schedules import forward_backward
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class StepReport:
 def train_step(
     model: Stage,
     optimizer: DistributedOptimizer,
-    micro_batches: Sequence[DeviceBatch],
+    micro_batches: Sequence[Batch[Tensor]],
     config: Config,
     step: int,
     ctx: ParallelContext,
 ) -> StepReport:
-    """One parameter update from grad_accum micro-batches (tokens, labels: [b, s]). Never waits for the device."""
+    """One parameter update from grad_accum micro-batches ([b, s] tokens each). Never waits for the device."""
     # The last micro-batch starts the reduction.
     loss = forward_backward(model, optimizer, micro_batches, ctx, config.train.z_loss)
     grad_norm = optimizer.clip_grad_norm(config.optimizer.clip_grad)

@@ -32,6 +32,7 @@ from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import plan_recompute
 from megatron_hammer.optim.distributed import DistributedOptimizer
 from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.host_waits import OperationNames
@@ -275,8 +276,8 @@ def test_norm_and_swiglu_measure_what_the_products_read(recompute: str) -> None:
         plan = plan_recompute(config)
         model = build_stage(config.model, ctx, dtype=torch.bfloat16, operations=operations, recompute=plan)
         initialise(model, parameter_table(config.model), seed=3)
-        tokens, labels = rank_batches(config, 1, ctx)[0]
-        loss = model(tokens, labels).sum()
+        batch = rank_batches(config, 1, ctx)[0]
+        loss = model(batch.tokens, batch.labels).sum()
         forward = len(shapes)
         loss.backward()
         results.append((loss.detach(), [p.grad for p in model.parameters()], forward))
@@ -417,13 +418,13 @@ def test_a_weight_is_quantised_once_a_step() -> None:
         assert len(batches) == 8 and sum(shape in weights for shape in shapes) == len(weights)
         twin_report = train_step(other, other_optimizer, batches, config, step, ctx)
         assert torch.equal(report.loss, twin_report.loss) and torch.equal(report.grad_norm, twin_report.grad_norm)
-    tokens, labels = rank_batches(config, 1, ctx)[0]
-    before = model(tokens, labels)
+    batch = rank_batches(config, 1, ctx)[0]
+    before = model(batch.tokens, batch.labels)
     with torch.no_grad():  # weights that are written past the optimizer, as by load_state_dict
         model.head.weight.mul_(2)
         other.head.weight.mul_(2)
-    after = model(tokens, labels)
-    assert torch.equal(after, other(tokens, labels)) and not torch.equal(after, before)
+    after = model(batch.tokens, batch.labels)
+    assert torch.equal(after, other(batch.tokens, batch.labels)) and not torch.equal(after, before)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
@@ -517,7 +518,7 @@ def test_a_gpu_learns_in_8_bits_what_it_learns_in_16() -> None:
         model, optimizer = build(config, ctx)
         losses[how] = []
         for step in range(1, 101):
-            batches = [(t.cuda(), y.cuda()) for t, y in rank_batches(config, step, ctx)]
+            batches = [Batch(b.tokens.cuda(), b.labels.cuda()) for b in rank_batches(config, step, ctx)]
             torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first may load libraries
             try:
                 losses[how].append(train_step(model, optimizer, batches, config, step, ctx).loss)

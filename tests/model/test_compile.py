@@ -201,9 +201,9 @@ def test_gradients_of_weights_are_added_unrounded(monkeypatch: pytest.MonkeyPatc
             model, optimizer = build(config, ctx)
             optimizer.grads.fill_(1000.0)
             batches = rank_batches(config, 1, ctx)
-            for i, (tokens, labels) in enumerate(batches):
+            for i, batch in enumerate(batches):
                 optimizer.start_micro_batch(first=i == 0, last=i == len(batches) - 1)
-                model(tokens, labels).mean().backward()
+                model(batch.tokens, batch.labels).mean().backward()
             assert all(weight.grad is None for weight in model.parameters())
             optimizer.finish_reduction()  # all have arrived
         found.append([w.main_grad for layer in model.layers.values() for w in layer.parameters() if w.dim() == 2])  # type: ignore[attr-defined]
@@ -232,7 +232,7 @@ def _kept_bytes(rank: int, config: Config) -> int:
     with replayed():
         model, optimizer = build(config, ctx)
         optimizer.start_micro_batch(first=True, last=True)
-        tokens = rank_batches(config, 1, ctx)[0][0]
+        tokens = rank_batches(config, 1, ctx)[0].tokens
         hidden = model.hidden(tokens)
     known = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.rope(tokens.shape[1]))}
     known |= {optimizer.grads.untyped_storage().data_ptr(), optimizer.begun.untyped_storage().data_ptr()}

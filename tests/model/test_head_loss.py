@@ -305,12 +305,12 @@ def _gradients(rank: int, tp: int, sp: bool, tied: bool, kept: bool) -> dict[str
             forward_backward(model, optimizer, batches, ctx)
             optimizer.finish_reduction()
     else:
-        count = sum(labels.numel() for _, labels in batches)
+        count = sum(batch.labels.numel() for batch in batches)
         for w in optimizer.weights:
             del w.gradients
-        for i, (tokens, labels) in enumerate(batches):
+        for i, batch in enumerate(batches):
             optimizer.start_micro_batch(first=i == 0, last=i + 1 == len(batches))
-            (model(tokens, labels).sum() / count).backward()
+            (model(batch.tokens, batch.labels).sum() / count).backward()
         optimizer.finish_reduction()
     for index, w in enumerate(optimizer.weights):
         start = optimizer.offsets[index]

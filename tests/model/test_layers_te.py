@@ -134,12 +134,14 @@ def test_evaluation_is_not_in_fp8_and_keeps_no_copy() -> None:
         train_step(model, optimizer, batches, config, 1, ctx)
         events.clear()
         with torch.no_grad():
-            loss = model(*batches[0]).mean()
+            loss = model(batches[0].tokens, batches[0].labels).mean()
         assert not any(e["fp8"] or e["first"] is not None for e in events if e["event"] == "linear")
         assert not [e for e in events if e["event"] == "region"]
     reference, other = build(torch_config(config), ctx)
     train_step(reference, other, batches, config, 1, ctx)
-    assert float(loss) == pytest.approx(float(reference(*batches[0]).mean().detach()), rel=1e-5)
+    assert float(loss) == pytest.approx(
+        float(reference(batches[0].tokens, batches[0].labels).mean().detach()), rel=1e-5
+    )
 
 
 def test_bf16_is_within_its_rounding() -> None:
@@ -162,7 +164,7 @@ def test_gradients_overwrite_first_and_then_add_in_fp32() -> None:
             optimizer.grads.fill_(1e4)
             for i in range(count):
                 optimizer.start_micro_batch(first=i == 0, last=i == count - 1)
-                model(*batch).mean().backward()
+                model(batch.tokens, batch.labels).mean().backward()
             optimizer.finish_reduction()
             sums[count] = {p.name: w.main_grad.clone() for p, w in zip(optimizer.table, optimizer.weights, strict=True)}
     for name, once in sums[1].items():
@@ -268,7 +270,8 @@ def _bf16_on_sources(rank: int, root: Path, config: Config) -> tuple[list[float]
         reports, _ = train(rank, config, 4)
         model, optimizer = build(config, ParallelContext.single())
         optimizer.start_micro_batch(first=True, last=True)
-        model(*rank_batches(config, 1, ParallelContext.single())[0]).mean().backward()
+        batch = rank_batches(config, 1, ParallelContext.single())[0]
+        model(batch.tokens, batch.labels).mean().backward()
         return [r[0] for r in reports], model.layers["0"].mlp.down.weight.main_grad.clone()
 
 

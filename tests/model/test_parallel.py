@@ -124,10 +124,9 @@ def _observe(rank: int, config: Config) -> tuple[list[tuple[int, ...]], list[tup
     kept: list[tuple[int, ...]] = []
     with _Shapes() as shapes:
         model, optimizer = build(config, ctx)
-        for i, (tokens, labels) in enumerate(rank_batches(config, 1, ctx)):
-            optimizer.start_micro_batch(first=i == 0, last=True)
-            model(tokens, labels).sum().backward()
-            break
+        batch = rank_batches(config, 1, ctx)[0]
+        optimizer.start_micro_batch(first=True, last=True)
+        model(batch.tokens, batch.labels).sum().backward()
         forward_backward(model, optimizer, rank_batches(config, 1, ctx), ctx)
         optimizer.clip_grad_norm(1.0)
         optimizer.step(1e-3)

@@ -156,7 +156,7 @@ def test_each_operation_runs_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
         }, mode  # fmt: skip
         counted.runs.clear()
         with torch.no_grad():
-            assert not model.hidden(rank_batches(config, 1, ctx)[0][0]).requires_grad
+            assert not model.hidden(rank_batches(config, 1, ctx)[0].tokens).requires_grad
         assert counted.runs == {"add_rms_norm": 7, "rope": 3, "swiglu": 3, "attention": 3}
 
 
@@ -188,7 +188,7 @@ def kept_bytes(config: Config) -> int:
     """What exists after a forward because backward will want it, without the garbage collector's help."""
     ctx = ParallelContext.single()
     model, optimizer = build(config, ctx)
-    tokens = rank_batches(config, 1, ctx)[0][0]
+    tokens = rank_batches(config, 1, ctx)[0].tokens
     known = [tokens, optimizer.grads, *model.parameters(), *model.rope(tokens.shape[1])]
     gc.disable()
     try:

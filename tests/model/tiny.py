@@ -14,6 +14,7 @@ from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.model.llama import Stage
 from megatron_hammer.model.parameters import logical_shapes, parameter_table
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
+from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.step import StepReport, train_step
 
@@ -61,15 +62,20 @@ def random_documents(config: Config, step: int, samples: range) -> PackedSequenc
     return PackedSequences.from_cu_seqlens(np.cumsum([0, *lengths]).astype(np.int32), torch.device("cpu"))
 
 
-def rank_batches(config: Config, step: int, ctx: ParallelContext) -> list[Any]:
+def rank_batches(config: Config, step: int, ctx: ParallelContext) -> list[Batch[Tensor]]:
     """This rank's micro-batches of the step, in the order that the loader defines; with documents if it masks them."""
     tokens, labels = random_batch(config, step)
     b, stride = config.train.micro_batch_size, config.train.micro_batch_size * ctx.dp.size
     starts = range(b * ctx.dp.rank, config.train.global_batch_size, stride)
-    batches = [(tokens[i : i + b].contiguous(), labels[i : i + b].contiguous()) for i in starts]
-    if config.data.attention_mask == "causal":
-        return batches
-    return [(*pair, random_documents(config, step, range(i, i + b))) for pair, i in zip(batches, starts, strict=True)]
+    masked = config.data.attention_mask == "document"
+    return [
+        Batch(
+            tokens[i : i + b].contiguous(),
+            labels[i : i + b].contiguous(),
+            documents=random_documents(config, step, range(i, i + b)) if masked else None,
+        )
+        for i in starts
+    ]
 
 
 def make_context(config: Config) -> ParallelContext:

@@ -175,9 +175,9 @@ def _gradient_norm(rank: int, config: Config) -> tuple[float, Any]:
     ctx = make_context(config)
     model, optimizer = build(config, ctx)
     batches = rank_batches(config, 1, ctx)
-    for i, (tokens, labels) in enumerate(batches):
+    for i, batch in enumerate(batches):
         optimizer.start_micro_batch(first=i == 0, last=i == len(batches) - 1)
-        model(tokens, labels).sum().backward()
+        model(batch.tokens, batch.labels).sum().backward()
     return float(optimizer.clip_grad_norm(1.0)), None
 
 

@@ -254,16 +254,16 @@ def test_a_run_with_kept_indices_reads_the_same(tmp_path, monkeypatch, kind):
     for k, count in enumerate((300, 200)):
         write_dataset(tmp_path / str(k), np.random.default_rng(k).integers(0, 50, count), seed=k)
         sources[str(tmp_path / str(k))] = 1.0 + k
-    plain = TrainData(sources, 16, 1, kind, 900).read(0, 900).tokens
+    plain = TrainData(sources, 16, 1, kind, 900).read(0, 900).windows
     assert not list(tmp_path.glob("*.index"))
     monkeypatch.setattr(index_files, "SMALLEST", 0)
     monkeypatch.setattr(IndexStore.__init__, "__defaults__", (say, 0, 60.0))
     beside = TrainData(sources, 16, 1, kind, 900)
     beside.prepare(0, 900)
     assert all(list(tmp_path.glob(f"{k}.index/*.index")) for k in range(2))
-    assert np.array_equal(beside.read(0, 900).tokens, plain)
+    assert np.array_equal(beside.read(0, 900).windows, plain)
     chosen = TrainData(sources, 16, 1, kind, 900, index_folder=tmp_path / "chosen")
-    assert np.array_equal(chosen.read(0, 900).tokens, plain)
+    assert np.array_equal(chosen.read(0, 900).windows, plain)
     assert list((tmp_path / "chosen").glob("*.index"))
 
 

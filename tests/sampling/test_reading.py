@@ -33,14 +33,20 @@ def make_sources(tmp_path, weights=(142, 128.5, 30)):
 @pytest.mark.parametrize("order", ["independent", "megatron"])
 @pytest.mark.parametrize("weights", [(1.0,), (142, 128.5, 30)])
 def test_a_batch_is_its_samples(tmp_path, order, weights, backend):
-    data = TrainData(make_sources(tmp_path, weights), SEQ, 1, order, 600)
+    data = TrainData(make_sources(tmp_path, weights), SEQ, 1, order, 600, document_mask=True)
     for first, count in ((0, 1), (0, 600), (7, 64), (599, 1), (150, 200)):  # several epochs of every source
         read = data.read(first, count)
-        assert read.tokens.shape == (count, SEQ + 1) and read.tokens.dtype == np.int64
-        assert np.array_equal(read.tokens, np.stack([data.tokens(i) for i in range(first, first + count)]))
-        pieces = np.split(read.piece_lengths, np.cumsum(read.piece_counts)[:-1])
-        for i, lengths in zip(range(first, first + count), pieces):
-            assert lengths.tolist() == [length for _, _, length in data.locate(i)]
+        assert read.windows.shape == (count, SEQ + 1) and read.windows.dtype == np.int64
+        assert np.array_equal(read.windows, np.stack([data.tokens(i) for i in range(first, first + count)]))
+        assert read.tokens.base is read.labels.base is read.windows and read.loss_weights is None
+        assert np.array_equal(read.tokens, read.windows[:, :-1]) and np.array_equal(read.labels, read.windows[:, 1:])
+        assert read.sources.dtype == np.int64
+        assert read.sources.tolist() == [data.sample_id(i).source for i in range(first, first + count)]
+        lengths = [[length for _, _, length in data.locate(i)] for i in range(first, first + count)]
+        for of_sample in lengths:
+            of_sample[-1] -= 1  # the last token is a label only
+        assert read.documents.dtype == np.int32
+        assert read.documents.tolist() == [0, *np.cumsum([n for of_sample in lengths for n in of_sample if n])]
 
 
 @pytest.mark.parametrize("order", ["independent", "megatron"])
@@ -51,7 +57,7 @@ def test_documents_of_several_sequences(tmp_path, order, adapter, backend):
     ]
     adapter.write(str(tmp_path / "d"), documents, np.int32)
     data = TrainData({str(tmp_path / "d"): 1}, 7, 3, order, 150)
-    assert np.array_equal(data.read(0, 150).tokens, np.stack([data.tokens(i) for i in range(150)]))
+    assert np.array_equal(data.read(0, 150).windows, np.stack([data.tokens(i) for i in range(150)]))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.int64])
@@ -67,7 +73,11 @@ def test_every_token_type_into_given_memory(tmp_path, adapter, dtype, ids, backe
             data.read(3, 20, out)
         return
     read = data.read(3, 20, out)
-    assert read.tokens is out and np.array_equal(out, np.stack([data.tokens(i) for i in range(3, 23)]))
+    assert (
+        read.windows is out
+        and read.documents is None
+        and np.array_equal(out, np.stack([data.tokens(i) for i in range(3, 23)]))
+    )
 
 
 def test_what_cannot_be_read(tmp_path):
@@ -82,7 +92,7 @@ def test_far_samples(tmp_path):
     prefix = next(iter(make_sources(tmp_path, (1.0,))))
     data = TrainData({prefix: 1.0}, SEQ, 1)
     far = 2**60
-    assert np.array_equal(data.read(far, 9).tokens, np.stack([data.tokens(far + i) for i in range(9)]))
+    assert np.array_equal(data.read(far, 9).windows, np.stack([data.tokens(far + i) for i in range(9)]))
 
 
 @pytest.mark.parametrize("rule", ["chairman", "greedy"])
@@ -270,7 +280,7 @@ def test_more_tokens_than_32_bits_count(tmp_path, order, total):
         expected = np.concatenate(
             [np.fromfile(tmp_path / "d.bin", "<i4", n, offset=4 * (starts[d] + o)) for d, o, n in pieces]
         )
-        assert np.array_equal(data.read(i, 1).tokens[0], expected)
+        assert np.array_equal(data.read(i, 1).windows[0], expected)
     assert seen == {0, 1, 2} or order == "megatron" or total < 2**32
 
 
@@ -302,4 +312,4 @@ def test_damaged_files_end_in_a_data_error_or_in_whole_samples(tmp_path, data):
             damaged = TrainData({str(tmp_path / "f"): 1.0}, 7, 1, order, 30)
         except DataError:
             continue
-        assert np.array_equal(damaged.read(0, 30).tokens, np.stack([damaged.tokens(i) for i in range(30)]))
+        assert np.array_equal(damaged.read(0, 30).windows, np.stack([damaged.tokens(i) for i in range(30)]))

@@ -59,7 +59,7 @@ def test_documents_of_several_sequences(tmp_path, order, adapter):
 @pytest.mark.parametrize("order", ["independent", "megatron"])
 def test_cumulative_lengths_are_those_of_the_located_pieces(sources, order, backend):
     """Of the s inputs: the token that is a target only belongs to no document, and no document is empty."""
-    data = TrainData(sources[0], SEQ, 1, order, 400)
+    data = TrainData(sources[0], SEQ, 1, order, 400, document_mask=True)
     for first, count in ((0, 1), (3, 4), (100, 33)):
         expected = [0]
         for i in range(first, first + count):
@@ -68,10 +68,11 @@ def test_cumulative_lengths_are_those_of_the_located_pieces(sources, order, back
                 if min(n, left):
                     expected.append(expected[-1] + min(n, left))
                 left -= min(n, left)
-        found = data.read(first, count).cu_seqlens
+        found = data.read(first, count).documents
         assert found.dtype == np.int32 and found.tolist() == expected
     batch = micro_batches(data, 8, 4, 2, 1, 2)[1]
-    assert batch.cu_seqlens.tolist() == data.read(20, 4).cu_seqlens.tolist() and batch.cu_seqlens[-1] == 4 * SEQ
+    assert batch.documents.tolist() == data.read(20, 4).documents.tolist() and batch.documents[-1] == 4 * SEQ
+    assert TrainData(sources[0], SEQ, 1, order, 400).read(0, 4).documents is None
 
 
 def test_shares_of_the_sources(sources):
@@ -136,14 +137,14 @@ def test_reading_ahead_changes_nothing(sources, order, monkeypatch):
     monkeypatch.setattr(
         loader, "micro_batches", lambda data, first, *rest: asked.append(first) or plain(data, first, *rest)
     )
-    data = TrainData(weights, SEQ, 1, order, 40)
+    data = TrainData(weights, SEQ, 1, order, 40, document_mask=True)
     ahead = ReadAhead(data, 40, 2, 2, 1, 2)  # 8 samples a step
     for first in (0, 8, 16, 0, 8, 32):  # forward, back as after a resume, and a jump to the last step
         ours, expected = ahead.get(first), plain(data, first, 2, 2, 1, 2)
         assert len(ours) == len(expected) == 2
         for one, other in zip(ours, expected):
             assert np.array_equal(one.tokens, other.tokens) and np.array_equal(one.labels, other.labels)
-            assert np.array_equal(one.cu_seqlens, other.cu_seqlens)
+            assert np.array_equal(one.documents, other.documents) and np.array_equal(one.sources, other.sources)
     assert set(asked) == {0, 8, 16, 24, 32} and asked.count(8) == 2  # read once for each time, never beyond the end
 
 
@@ -228,7 +229,8 @@ def test_validation_reads_each_target_once(tmp_path, tokens):
     data = ValidData("v", tmp_path / "v", SEQ)
     targets = []
     for j in range(len(data)):
-        window, loss_mask = data.get(j)
+        batch = data.read([j])
+        window, loss_mask = batch.windows[0], batch.loss_weights[0]
         assert window.shape == (SEQ + 1,) and window.dtype == np.int64
         assert loss_mask.shape == (SEQ,) and loss_mask.dtype == np.float32
         real = int(loss_mask.sum())
@@ -236,9 +238,15 @@ def test_validation_reads_each_target_once(tmp_path, tokens):
         assert window[: real + 1].tolist() == flat[j * SEQ : j * SEQ + real + 1] and not window[real + 1 :].any()
         targets += window[1:][loss_mask == 1].tolist()
     assert targets == flat[1:]
+    whole = data.read(range(len(data)))
+    assert whole.documents is None
+    for j in range(len(data)):
+        one = data.read([j])
+        assert np.array_equal(one.windows[0], whole.windows[j])
+        assert np.array_equal(one.loss_weights[0], whole.loss_weights[j])
     assert len(ValidData("v", tmp_path / "v", SEQ, 1)) == 1
     with pytest.raises(IndexError):
-        data.get(len(data))
+        data.read([0, len(data)])
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -248,11 +256,15 @@ def test_documents_of_validation_windows(tmp_path, adapter, seed):
     documents = [[[7] * int(rng.integers(0, 12)) for _ in range(rng.integers(0, 4))] for _ in range(30)]
     adapter.write(str(tmp_path / "v"), documents, np.int32)
     marks = [i for i, document in enumerate(documents) for sequence in document for _ in sequence]
-    data = ValidData("v", tmp_path / "v", SEQ)
+    data = ValidData("v", tmp_path / "v", SEQ, document_mask=True)
+    expected = []
     for j in range(len(data)):
         window = (marks[j * SEQ : (j + 1) * SEQ] + [-1] * SEQ)[:SEQ]
-        expected = [len(list(group)) for _, group in itertools.groupby(window)]
-        assert data.piece_lengths(j).tolist() == expected
+        expected.append([len(list(group)) for _, group in itertools.groupby(window)])
+        assert data.read([j]).documents.tolist() == [0, *np.cumsum(expected[-1])]
+    several = data.read([2, 0, len(data) - 1]).documents
+    assert several.dtype == np.int32
+    assert several.tolist() == [0, *np.cumsum([*expected[2], *expected[0], *expected[-1]])]
 
 
 def test_validation_set_without_a_target(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -85,20 +86,19 @@ def test_evaluation_reads_each_document_alone(data: Path) -> None:
     model, _ = build(config, ctx)
     causal = build_stage(config.model, ctx)
     causal.load_state_dict(model.state_dict())
-    valid = ValidData("x", data / "x", 32)
+    valid = ValidData("x", data / "x", 32, document_mask=True)
     total, targets = 0.0, 0
     for j in range(len(valid)):
-        tokens, mask = valid.get(j)
-        start = 0
-        for length in valid.piece_lengths(j):
-            piece = torch.from_numpy(tokens[start : start + length + 1])[None]
-            counted = torch.from_numpy(mask[start : start + length])
-            total += float((causal(piece[:, :-1], piece[:, 1:])[0].detach() * counted).sum())
+        window = valid.read([j])
+        assert window.loss_weights is not None and isinstance(window.documents, np.ndarray)
+        for start, stop in itertools.pairwise(window.documents.tolist()):
+            tokens, labels = (torch.from_numpy(x[:, start:stop]) for x in (window.tokens, window.labels))
+            counted = torch.from_numpy(window.loss_weights[0, start:stop])
+            total += float((causal(tokens, labels)[0].detach() * counted).sum())
             targets += int(counted.sum())
-            start += length
     assert targets == valid.dataset.num_tokens - 1
     for micro_batch_size in (1, 3):
-        result = evaluate(model, valid, micro_batch_size, None, ctx, document_mask=True)
+        result = evaluate(model, valid, micro_batch_size, None, ctx)
         assert result.loss == pytest.approx(total / targets, rel=1e-5)
 
 
