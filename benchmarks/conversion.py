@@ -75,7 +75,8 @@ def make(folder: Path, small: bool) -> dict[str, Any]:
     import torch
 
     from megatron_hammer.checkpoint.write import chunks_of
-    from megatron_hammer.huggingface.convert import HfWeights, hf_config_from_model, write_json, write_weight_files
+    from megatron_hammer.huggingface.config import hf_config_from_model, write_json
+    from megatron_hammer.huggingface.weights import HfWeights, write_weight_files
     from megatron_hammer.model.parameters import logical_shapes
 
     model, generator = model_of(small), torch.Generator().manual_seed(1)
@@ -111,7 +112,8 @@ def make(folder: Path, small: bool) -> dict[str, Any]:
 
 def write_ranks(folder: Path, model: Any, value: Callable[[str, str], Any], kinds: tuple[str, ...]) -> None:
     """A checkpoint as two tensor-parallel ranks write it, one after the other."""
-    from megatron_hammer.checkpoint.manifest import Layout, new_id, staging_folder
+    from megatron_hammer.checkpoint.folder import new_id, staging_folder
+    from megatron_hammer.checkpoint.manifest import Layout
     from megatron_hammer.checkpoint.write import DTYPE_NAMES, Piece, commit, write_rank
     from megatron_hammer.model.parameters import parameter_table
     from megatron_hammer.parallel.placement import place
@@ -227,7 +229,8 @@ def measure(task: str, folder: Path, output: Path) -> dict[str, Any]:
 
     assert transformers and AutoConfig and AutoModelForCausalLM and LlamaForCausalLM
     import megatron_hammer.huggingface.certificate
-    from megatron_hammer.huggingface.convert import export_hf, import_hf
+    from megatron_hammer.huggingface.export import export_hf
+    from megatron_hammer.huggingface.importing import import_hf
 
     def certify(checkpoint: Path, exported: Path, dtype: str) -> None:
         (exported / "certificate.json").write_text("{}")
@@ -326,7 +329,7 @@ def place(source: Path, cached: bool) -> None:
 
 def same_weights(hf: Path, exported: Path) -> bool:
     """Whether both folders hold the same tensors, bit for bit."""
-    from megatron_hammer.huggingface.convert import HfWeights
+    from megatron_hammer.huggingface.weights import HfWeights
 
     with HfWeights(hf) as a, HfWeights(exported) as b:
         return set(a.where) == set(b.where) and all(a.hash_of(name) == b.hash_of(name) for name in a.where)

@@ -83,6 +83,7 @@ WITHOUT_TORCH = [
     "model.parameters",
     "optim.schedule",
     "checkpoint.manifest",
+    "checkpoint.folder",
     "checkpoint.fit",
     "profile.budget",
     "train.prepare",

@@ -15,10 +15,11 @@ import pytest
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
-from megatron_hammer.checkpoint.manifest import read_manifest, resolve_checkpoint
+from megatron_hammer.checkpoint.folder import resolve_checkpoint
+from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.huggingface.certificate import prove
-from megatron_hammer.huggingface.convert import export_hf
+from megatron_hammer.huggingface.export import export_hf
 from megatron_hammer.huggingface.generate import generate
 from megatron_hammer.tokenizer.characters import TABLE_NAME, read_required
 from megatron_hammer.tokenizer.convert import convert_tokenizer

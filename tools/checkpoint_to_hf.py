@@ -20,12 +20,11 @@ def main() -> None:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one weights file (default: 5GB)")
     arguments = parser.parse_args()
 
-    from megatron_hammer.huggingface.certificate import summary
-    from megatron_hammer.huggingface.convert import export_hf, parse_size
+    from megatron_hammer.huggingface.export import certificate_line, export_hf, parse_size
 
     size = parse_size(arguments.max_shard_size)
     certificate = export_hf(arguments.load, arguments.output, arguments.dtype, size)
-    print(summary(certificate))
+    print(certificate_line(certificate))
     print(f"wrote {arguments.output}, for transformers.AutoModelForCausalLM.from_pretrained")
 
 

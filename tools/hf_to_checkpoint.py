@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--save", required=True, metavar="DIR", help="folder for the checkpoint")
     arguments = parser.parse_args()
 
-    from megatron_hammer.huggingface.convert import import_hf
+    from megatron_hammer.huggingface.importing import import_hf
 
     checkpoint = import_hf(arguments.hf, arguments.save)
     print(f"wrote {checkpoint}")

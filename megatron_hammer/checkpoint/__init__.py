@@ -1,11 +1,10 @@
-"""Saving, loading and converting the logical state of a run.
+"""Checkpoints: the state of a run on disk, written and read by any number of ranks.
 
 ::
 
-    optimizer shards --save.py--> step-N/ (format.py, tensorfile.py) --load.py--> optimizer shards of any layout
-                                     |  ^
-                                     v  |
-                              hf.py (both directions), proved by certificate.py in a process of its own
+    optimizer shards --write.py--> step-N/ (folder.py, manifest.py, tensor_files.py) --read.py--> shards of any layout
 
-Stored are logical tensors, with Hugging Face's names and true global shapes: no reader need know who wrote them.
+A checkpoint holds logical tensors, with Hugging Face's names and their whole shapes, and says which file has which part
+of each. A reader therefore need not know how many ranks wrote it, nor how they shared the model. ``fit.py`` compares a
+checkpoint with the model that is to be trained; ``direct.py`` moves the bytes past the page cache.
 """

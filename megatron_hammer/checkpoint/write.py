@@ -32,27 +32,27 @@ from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError, HammerError, from_os_error
 from megatron_hammer.base.files import sync_file, sync_folder, write_durably
+from megatron_hammer.checkpoint.folder import (
+    Note,
+    new_id,
+    print_note,
+    prune,
+    publish,
+    remove_leftovers,
+    staging_folder,
+    step_name,
+)
 from megatron_hammer.checkpoint.manifest import (
     TOKENIZER,
     Layout,
     LogicalTensor,
     Manifest,
-    Note,
     SavedFile,
     SavedSlice,
     TokenizerFiles,
     canonical_json,
     describe_tokenizer_files,
-    find_checkpoints,
-    new_id,
-    print_note,
-    publish,
-    readable_checkpoints,
-    remove_folder,
-    remove_leftovers,
     slice_key,
-    staging_folder,
-    step_name,
     write_manifest,
 )
 from megatron_hammer.checkpoint.tensor_files import (
@@ -72,7 +72,6 @@ from megatron_hammer.tokenizer.load import Tokenizer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PRECISION_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-FEWEST_KEPT = 2  # so that a checkpoint that turns out damaged is never the only one
 
 
 @dataclass(frozen=True)
@@ -349,23 +348,6 @@ def save_checkpoint(
     if leader:
         prune(folder, keep_last, note)
     return target
-
-
-def prune(folder: Path, keep_last: int, note: Note = print_note) -> None:
-    """Remove what is older than the ``keep_last`` (at least two) newest readable checkpoints.
-
-    A folder that cannot be removed is only noted: the save that calls this has succeeded.
-    """
-    readable = [m.folder for m in readable_checkpoints(folder, note)]
-    wanted = max(FEWEST_KEPT, keep_last)
-    if len(readable) <= wanted:
-        return
-    found = find_checkpoints(folder)
-    for path in found[: found.index(readable[wanted - 1])]:
-        try:
-            remove_folder(path)
-        except OSError as error:
-            note(f"could not remove the old checkpoint {path}: {error.strerror or error}")
 
 
 def _together(work: Callable[[], None], ctx: ParallelContext, target: Path) -> None:

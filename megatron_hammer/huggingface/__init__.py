@@ -1,1 +1,6 @@
-"""Checkpoints from and to the folders of Hugging Face transformers, with the proof that both compute the same."""
+"""Models to and from Hugging Face's format, and what is done with models in it.
+
+``export.py`` makes a folder that transformers loads from a checkpoint, and ``certificate.py`` proves that it is the
+same model; ``importing.py`` goes the other way. ``config.py`` and ``weights.py`` know the two halves of such a folder.
+``extend.py`` gives a model another vocabulary; ``generate.py`` continues texts with an exported model.
+"""

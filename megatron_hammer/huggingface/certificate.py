@@ -21,34 +21,24 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hammer import __version__
 from megatron_hammer.base.cli import ArgumentParser, run
-from megatron_hammer.base.errors import CheckpointError, HammerError, RefusedError, from_fields, to_fields
+from megatron_hammer.base.errors import CheckpointError, HammerError, RefusedError, to_fields
 from megatron_hammer.base.files import write_durably
 from megatron_hammer.checkpoint.fit import architecture, saved_model
-from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, read_manifest, resolve_checkpoint
+from megatron_hammer.checkpoint.folder import resolve_checkpoint
+from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, read_manifest
 from megatron_hammer.checkpoint.read import LogicalReader, load_model
 from megatron_hammer.checkpoint.tensor_files import digest, digest_file
 from megatron_hammer.checkpoint.write import DTYPES
 from megatron_hammer.config import ModelConfig
-from megatron_hammer.huggingface.convert import (
-    CERTIFICATE,
-    CONFIG,
-    GENERATION_CONFIG,
-    HfWeights,
-    check_tensors,
-    model_config_from_hf,
-    one_thread,
-    progress,
-    read_json,
-)
+from megatron_hammer.huggingface.config import CONFIG, GENERATION_CONFIG, model_config_from_hf, read_json
+from megatron_hammer.huggingface.export import CERTIFICATE, certificate_line
+from megatron_hammer.huggingface.weights import HfWeights, check_tensors, one_thread, progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,40 +87,6 @@ TEXTS = {
         "\tprint(f\"{shortest_path(['.' * 40] * 3):>8d} | {3.14159e-05:.2e} | {'𝔘𝔫𝔦':s}\")\n"
     ),
 }
-
-
-def prove_in_child_process(checkpoint: Path, folder: Path, dtype: str) -> None:
-    """Run ``prove`` in a fresh process, so that its memory goes with it and nothing of the export's state is reused.
-
-    Raises:
-        HammerError: what the child raised, or that it died.
-    """
-    command = [sys.executable, "-m", "megatron_hammer.huggingface.certificate", str(checkpoint), str(folder)]
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
-        # glibc raises this threshold as it goes, and then keeps freed weights: half of ours would stay beside theirs.
-        "MALLOC_MMAP_THRESHOLD_": str(2**20),
-    }
-    child = subprocess.run(
-        [*command, "--dtype", dtype, "--report"], env=environment, stdout=subprocess.PIPE, check=False
-    )
-    try:
-        report = json.loads(child.stdout)
-    except ValueError:
-        report = {}
-    if "error" in report:
-        raise from_fields(report["error"])
-    if child.returncode != 0:
-        cause = f"exit status {child.returncode}" if child.returncode > 0 else f"signal {-child.returncode}"
-        raise RefusedError(
-            26,
-            f"the proof of {folder.name}",
-            f"ended by {cause} without a verdict",
-            "see the lines above; signal 9 usually means too little memory for one fp32 model",
-        )
 
 
 def prove(checkpoint: Path, folder: Path, dtype: str) -> dict[str, Any]:
@@ -381,17 +337,8 @@ def main() -> int:
             print(json.dumps({"error": to_fields(error)}))
             return error.exit_code
         raise
-    print(json.dumps(certificate) if arguments.report else summary(certificate))
+    print(json.dumps(certificate) if arguments.report else certificate_line(certificate))
     return 0
-
-
-def summary(certificate: dict[str, Any]) -> str:
-    """One line on what was proved."""
-    worst = max(certificate["texts"].values(), key=lambda r: r["max_difference"] / (r["max_logit"] or 1.0))
-    return (
-        f"certificate passed: max |difference| {worst['max_difference']:.2g} at max |logit| {worst['max_logit']:.3g} "
-        f"(bound {certificate['bound']:g} of it), step {certificate['step']}, {certificate['dtype']}"
-    )
 
 
 if __name__ == "__main__":

@@ -6,19 +6,7 @@
     old matrix [v, h] --grown_rows, block by block--> new matrix [v', h]      (embedding; head, unless tied)
     every other tensor --------------------------> the same bytes
 
-Ids are matched by what they stand for, never by number, so a reordered or partly dropped vocabulary works. The rule
-for a new id, first that applies:
-
-copied   the old tokenizer has the same token: the same text, the same fallback byte, the same control name (of several
-         that stand for one text, that of the same spelling, else the lowest id). One that is a control token on one
-         side and an added or user-defined symbol on the other is the same token. The row keeps its bits.
-role     a control token without namesake that is bos, eos, unk or pad: copied from the old token of that role.
-pieces   text: the mean of the rows of the ids that the old tokenizer gives for it in the middle of a text (no dummy
-         prefix, spaces kept, its normalisation applied). Summed in fp32 in the order of the ids, divided, rounded once.
-bytes    the same mean, where an old piece among them is a part of a character (a fallback byte, or a byte-level token
-         that is no whole text). What is no text itself (a part of a character) is put together from single bytes.
-mean     what has no text in the old tokenizer: other control tokens (their name is not text), numbers without a token,
-         text that the old tokenizer drops or knows as unk only. The mean of the rows of all old ids.
+``extension_plan.py`` has the rules, ``extension_rows.py`` computes the rows.
 
 Rows of the model beyond the old tokenizer (padding, as many models on the Hub have) belong to no token and are dropped,
 and the new model has exactly the new tokenizer's ids: layers pad by themselves for tensor parallelism.
@@ -38,344 +26,53 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedError
 from megatron_hammer.base.files import sync_file, sync_folder
 from megatron_hammer.checkpoint.fit import saved_model
-from megatron_hammer.checkpoint.manifest import (
-    TOKENIZER,
+from megatron_hammer.checkpoint.folder import (
     Note,
-    checked_tokenizer_folder,
     new_id,
     print_note,
-    read_manifest,
     remove_leftovers,
     resolve_checkpoint,
     staging_folder,
     step_name,
 )
+from megatron_hammer.checkpoint.manifest import TOKENIZER, checked_tokenizer_folder, read_manifest
 from megatron_hammer.checkpoint.read import LogicalReader, read_logical
 from megatron_hammer.checkpoint.write import Piece, write_first_checkpoint
 from megatron_hammer.config import ModelConfig
-from megatron_hammer.huggingface.convert import (
+from megatron_hammer.huggingface.config import (
     CONFIG,
     GENERATION_CONFIG,
-    HfWeights,
-    check_tensors,
     model_config_from_hf,
-    progress,
     read_json,
     write_json,
-    write_preset,
-    write_weight_files,
 )
+from megatron_hammer.huggingface.extension_plan import ORIGINS, ExtensionPlan, plan_extension
+from megatron_hammer.huggingface.extension_rows import GrownMatrix
+from megatron_hammer.huggingface.importing import write_preset
+from megatron_hammer.huggingface.weights import HfWeights, check_tensors, progress, write_weight_files
 from megatron_hammer.model.parameters import EMBEDDING, HEAD, logical_shapes
-from megatron_hammer.tokenizer.load import (
-    SPACE,
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    decode_token,
-    flatten_decoders,
-    is_fallback_byte,
-    load_processor,
-    load_tokenizer,
-    parse_model,
-)
+from megatron_hammer.tokenizer.convert import convert_tokenizer
+from megatron_hammer.tokenizer.load import Tokenizer, load_tokenizer
 
 REPORT = "extension.json"
-BLOCK_BYTES = 4 * 2**20  # of new rows in fp32 made at a time: three or four such blocks are alive at once
-ORIGINS = ("copied", "role", "pieces", "bytes", "mean")
 TOKEN_IDS = {"bos_token_id": "bos_id", "eos_token_id": "eos_id", "pad_token_id": "pad_id"}
-_ROLES = ("bos_id", "eos_id", "unk_id", "pad_id")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What an id stands for
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Token(NamedTuple):
-    """What one id stands for."""
-
-    kind: str
-    """``text``, ``byte`` (of byte fallback), ``control`` (unk included), or ``none``: no token has this number."""
-    name: str
-    """As the tokenizer's file spells it."""
-    content: bytes
-    """Bytes of text; a control token's name; of a byte-level token perhaps a part of a character."""
-
-
-_NO_TOKEN = Token("none", "", b"")
-
-
-def read_vocabulary(tokenizer: Tokenizer) -> list[Token]:
-    """The token of each id, ``[vocab_size]``."""
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        return [_token_of_piece(piece) for piece in parse_model(tokenizer.model_bytes, tokenizer.path).pieces]
-    assert isinstance(tokenizer, HuggingFaceTokenizer), f"no vocabulary of {tokenizer!r}"
-    return _tokens_of_definition(tokenizer)
-
-
-def _token_of_piece(piece: Any) -> Token:
-    if piece.type in (piece.CONTROL, piece.UNKNOWN):
-        return Token("control", piece.piece, piece.piece.encode())
-    if piece.type == piece.BYTE:
-        return Token("byte", piece.piece, bytes([int(piece.piece[3:5], 16)]))
-    return Token("text", piece.piece, piece.piece.replace(SPACE, " ").encode())
-
-
-def _tokens_of_definition(tokenizer: HuggingFaceTokenizer) -> list[Token]:
-    definition = tokenizer.definition
-    decoders = flatten_decoders(definition.get("decoder"))
-    falls_back = any(step.get("type") == "ByteFallback" for step in decoders)
-    added = {token["content"]: token for token in definition.get("added_tokens") or []}
-    unknown = definition["model"].get("unk_token")
-    tokens = [_NO_TOKEN] * tokenizer.vocab_size
-    for name, index in _backend(definition).get_vocab(with_added_tokens=True).items():
-        if name == unknown or added.get(name, {}).get("special"):
-            tokens[index] = Token("control", name, name.encode())
-        elif name in added:
-            tokens[index] = Token("text", name, name.encode())
-        elif falls_back and is_fallback_byte(name):
-            tokens[index] = Token("byte", name, decode_token(name, decoders))
-        else:
-            tokens[index] = Token("text", name, decode_token(name, decoders))
-    return tokens
-
-
-def _backend(definition: Mapping[str, Any]) -> Any:
-    from tokenizers import Tokenizer as Backend
-
-    backend = Backend.from_str(json.dumps(definition))
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    return backend
-
-
-def inner_encoder(tokenizer: Tokenizer) -> Callable[[list[str]], list[list[int]]]:
-    """Encodes texts as if each stood in the middle of a text: no dummy prefix, no spaces removed at its ends."""
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        proto = parse_model(tokenizer.model_bytes, tokenizer.path)
-        proto.normalizer_spec.add_dummy_prefix = False
-        proto.normalizer_spec.remove_extra_whitespaces = False
-        processor = load_processor(proto.SerializeToString(), tokenizer.path)
-        return lambda texts: processor.encode(texts)
-    assert isinstance(tokenizer, HuggingFaceTokenizer), f"no encoder of {tokenizer!r}"
-    definition = tokenizer.definition
-    inner = {
-        **definition,
-        "normalizer": _without_ends(definition.get("normalizer")),
-        "pre_tokenizer": _without_ends(definition.get("pre_tokenizer")),
-    }
-    backend = _backend(inner)
-    return lambda texts: [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def _without_ends(step: Any) -> Any:
-    """A normalizer or pre-tokenizer without what it does at the ends of a text; None where nothing is left."""
-    if not isinstance(step, dict) or step.get("type") in ("Prepend", "Strip"):
-        return None
-    step = dict(step)
-    for parts in ("normalizers", "pretokenizers"):
-        if parts in step:
-            step[parts] = [kept for part in step[parts] if (kept := _without_ends(part)) is not None]
-    if step.get("type") == "Metaspace":
-        step.pop("add_prefix_space", None)  # an older file's word for the same
-        step["prepend_scheme"] = "never"
-    elif step.get("type") == "ByteLevel":
-        step["add_prefix_space"] = False
-    return step
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where each new row comes from
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Plan:
-    """For each new id the old ids whose rows are averaged; none where the mean of all old rows is meant."""
-
-    offsets: np.ndarray
-    """``[v' + 1] int64``: new id i has the sources ``offsets[i] : offsets[i + 1]``."""
-    sources: np.ndarray
-    """``[sum] int64``: old ids."""
-    origins: list[str]
-    """``[v']``: which rule of the module's list applied."""
-    old_ids: np.ndarray
-    """``[n] int64``: the old ids that have a token: the rows of "all"."""
-    tokens: list[Token]
-    """``[v']``: of the new ids."""
-
-    @property
-    def size(self) -> int:
-        """Number of new ids."""
-        return len(self.origins)
-
-    def sources_of(self, index: int) -> list[int]:
-        """The old ids of a new one."""
-        return self.sources[self.offsets[index] : self.offsets[index + 1]].tolist()
-
-
-class _OldVocabulary:
-    """Finds tokens of the old vocabulary by what they stand for."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokens = read_vocabulary(tokenizer)
-        self.unk_id = tokenizer.unk_id
-        self._exact: dict[Token, int] = {}
-        self._same: dict[tuple[str, bytes], int] = {}
-        for index, token in enumerate(self.tokens):
-            self._exact.setdefault(token, index)
-            self._same.setdefault((token.kind, token.content), index)  # the lowest id
-        self._bytes = [self._same.get(("byte", bytes([b])), self._same.get(("text", bytes([b])))) for b in range(256)]
-        self._encode = inner_encoder(tokenizer)
-
-    def find(self, token: Token) -> int | None:
-        """The old id of the same token."""
-        if token.kind == "none":
-            return None
-        other_kind = {"control": "text", "text": "control"}.get(token.kind, "")
-        return self._exact.get(
-            token, self._same.get((token.kind, token.content), self._same.get((other_kind, token.content)))
-        )
-
-    def spell(self, contents: Sequence[bytes]) -> Iterator[list[int]]:
-        """The old ids that make up each content: text as the tokenizer encodes it, parts of characters as bytes."""
-        split = [_split_invalid(content) for content in contents]
-        encoded = iter(self._encode([part for parts in split for part in parts if isinstance(part, str)]))
-        for parts in split:
-            ids: list[int | None] = []
-            for part in parts:
-                ids += next(encoded) if isinstance(part, str) else [self._bytes[b] for b in part]
-            yield [i for i in ids if i is not None and i != self.unk_id]
-
-    def is_partial(self, index: int) -> bool:
-        """Whether an old id may stand for a part of a character only."""
-        token = self.tokens[index]
-        return token.kind == "byte" or (token.kind == "text" and "\ufffd" in token.content.decode(errors="replace"))
-
-
-def _split_invalid(content: bytes) -> list[str | bytes]:
-    """Stretches of valid UTF-8 as text, the bytes between them as they are."""
-    parts: list[str | bytes] = []
-    for part in re.split("([\udc80-\udcff]+)", content.decode(errors="surrogateescape")):
-        if part:
-            stray = part[0] >= "\udc80" and part[0] <= "\udcff"
-            parts.append(part.encode(errors="surrogateescape") if stray else part)
-    return parts
-
-
-def plan_extension(old: Tokenizer, new: Tokenizer) -> Plan:
-    """Decide by the module's rules where the row of each id of ``new`` comes from."""
-    vocabulary, tokens = _OldVocabulary(old), read_vocabulary(new)
-    roles = {
-        getattr(new, role): getattr(old, role)
-        for role in _ROLES
-        if getattr(new, role) is not None and getattr(old, role) is not None
-    }
-    sources: list[list[int]] = []
-    origins: list[str] = []
-    unmatched = []
-    for index, token in enumerate(tokens):
-        found = vocabulary.find(token)
-        if found is not None:
-            sources.append([found])
-            origins.append("copied")
-        elif token.kind == "control" and index in roles:
-            sources.append([roles[index]])
-            origins.append("role")
-        else:
-            sources.append([])
-            origins.append("mean")
-            if token.kind in ("text", "byte"):
-                unmatched.append(index)
-    for index, spelt in zip(unmatched, vocabulary.spell([tokens[i].content for i in unmatched])):
-        if spelt:
-            sources[index] = spelt
-            origins[index] = "bytes" if any(map(vocabulary.is_partial, spelt)) else "pieces"
-    offsets = np.zeros(len(tokens) + 1, np.int64)
-    np.cumsum([len(ids) for ids in sources], out=offsets[1:])
-    flat = np.fromiter((i for ids in sources for i in ids), np.int64, int(offsets[-1]))
-    old_ids = np.array([i for i, token in enumerate(vocabulary.tokens) if token.kind != "none"], np.int64)
-    return Plan(offsets, flat, origins, old_ids, tokens)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def mean_row(old: Tensor, ids: np.ndarray) -> Tensor:
-    """Mean of the rows ``ids`` of ``old: [v, h]``, summed in fp64 (there may be 100,000), in ``old``'s type."""
-    total = torch.zeros(old.shape[1], dtype=torch.float64)
-    for part in np.array_split(ids, max(1, len(ids) * old.shape[1] * 8 // BLOCK_BYTES)):
-        total += old[torch.from_numpy(part)].double().sum(0)
-    return (total / len(ids)).to(old.dtype)
-
-
-def grown_rows(old: Tensor, plan: Plan, start: int, stop: int, mean: Tensor) -> Tensor:
-    """Rows ``start : stop`` of the new matrix, ``[stop - start, h]`` in ``old``'s type.
-
-    Args:
-        old: ``[v, h]``, any of our types.
-        mean: ``[h]``, for ids without sources.
-    """
-    offsets, counts = torch.from_numpy(plan.offsets[start:stop]), torch.from_numpy(np.diff(plan.offsets)[start:stop])
-    sources = torch.from_numpy(plan.sources)
-    rows = torch.empty((stop - start, old.shape[1]), dtype=old.dtype)
-    rows[counts == 0] = mean
-    one = counts == 1
-    rows[one] = old[sources[offsets[one]]]  # not by way of fp32: every bit stays, a NaN's too
-    many = torch.nonzero(counts > 1).view(-1)
-    if len(many):
-        total = torch.zeros((len(many), old.shape[1]), dtype=torch.float32)
-        for position in range(int(counts.max())):  # in the order of the ids, so that the sum is one and the same
-            having = torch.nonzero(counts[many] > position).view(-1)
-            total[having] += old[sources[offsets[many[having]] + position]].float()
-        rows[many] = total.div_(counts[many, None]).to(old.dtype)
-    return rows
-
-
-class _Grown:
-    """One new matrix, made block by block in order; the old one is in memory from the first block to the last."""
-
-    def __init__(self, read: Callable[[], Tensor], plan: Plan, hidden_size: int) -> None:
-        self._read, self._plan = read, plan
-        self._old: tuple[Tensor, Tensor] | None = None
-        rows = max(1, BLOCK_BYTES // (4 * hidden_size))
-        self.ranges = [(start, min(start + rows, plan.size)) for start in range(0, plan.size, rows)]
-
-    def blocks(self, start: int, stop: int) -> Iterator[Tensor]:
-        """Rows ``start : stop``, one of ``ranges``, in one tensor."""
-        if self._old is None:
-            old = self._read()
-            self._old = old, mean_row(old, self._plan.old_ids)
-        old, mean = self._old
-        rows = grown_rows(old, self._plan, start, stop, mean)
-        if stop == self._plan.size:
-            self._old = None
-        yield rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Model:
+class _Source:
     """A model to be extended, of either kind, its tensors read when asked for."""
 
     kind: str
@@ -390,18 +87,18 @@ class _Model:
     """Of a checkpoint: that in which the model computes."""
 
 
-def _open_hf(folder: Path, stack: ExitStack) -> _Model:
+def _open_hf(folder: Path, stack: ExitStack) -> _Source:
     model = model_config_from_hf(read_json(folder / CONFIG), str(folder / CONFIG))
     weights = stack.enter_context(HfWeights(folder))
     check_tensors(weights, model)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
     tokenizer = folder if has_tokenizer else None
-    return _Model(
+    return _Source(
         "Hugging Face", folder, model, tokenizer, lambda name: weights.entry(name).dtype, weights.read, weights.parts
     )
 
 
-def _open_checkpoint(path: Path, stack: ExitStack) -> _Model:
+def _open_checkpoint(path: Path, stack: ExitStack) -> _Source:
     manifest = read_manifest(resolve_checkpoint(path))
     reader = stack.enter_context(LogicalReader(manifest))
 
@@ -412,7 +109,7 @@ def _open_checkpoint(path: Path, stack: ExitStack) -> _Model:
         return read_logical(manifest, name)
 
     model, tokenizer = saved_model(manifest), checked_tokenizer_folder(manifest)
-    return _Model("checkpoint", manifest.folder, model, tokenizer, dtype, read, reader.bands, manifest.weights_dtype)
+    return _Source("checkpoint", manifest.folder, model, tokenizer, dtype, read, reader.bands, manifest.weights_dtype)
 
 
 def extend_model(
@@ -481,7 +178,7 @@ def extend_model(
 
 
 def _load_tokenizers(
-    source: _Model, old_tokenizer: str | Path | None, new_tokenizer: str | Path
+    source: _Source, old_tokenizer: str | Path | None, new_tokenizer: str | Path
 ) -> tuple[Tokenizer, Tokenizer]:
     """Old and new, checked against the model and each other."""
     if old_tokenizer is None and source.tokenizer is None:
@@ -517,13 +214,13 @@ def _same_vocabulary(new: Tokenizer, old: Tokenizer) -> RefusedError:
     )  # fmt: skip
 
 
-def _pieces(source: _Model, extended: ModelConfig, plan: Plan) -> list[Piece]:
+def _pieces(source: _Source, extended: ModelConfig, plan: ExtensionPlan) -> list[Piece]:
     """All tensors of the new model as what is to be written one after the other, the grown ones in blocks of rows."""
     pieces = []
     for name, shape in logical_shapes(extended).items():
         dtype = source.dtype(name)
         if name in (EMBEDDING, HEAD):
-            grown = _Grown(partial(source.read, name), plan, shape[1])
+            grown = GrownMatrix(partial(source.read, name), plan, shape[1])
             for start, stop in grown.ranges:
                 box, parts = (stop - start, shape[1]), partial(grown.blocks, start, stop)
                 pieces.append(Piece(name, "weight", (start, stop), (0, shape[1]), box, dtype, parts))
@@ -533,10 +230,8 @@ def _pieces(source: _Model, extended: ModelConfig, plan: Plan) -> list[Piece]:
     return pieces
 
 
-def _write_hf(source: _Model, extended: ModelConfig, new: Tokenizer, plan: Plan, folder: Path) -> None:
+def _write_hf(source: _Source, extended: ModelConfig, new: Tokenizer, plan: ExtensionPlan, folder: Path) -> None:
     """Config with the new sizes and ids, tokenizer, weights; each tensor is read back."""
-    from megatron_hammer.tokenizer.convert import convert_tokenizer
-
     convert_tokenizer(new, folder)  # first: it may refuse
     for path in folder.iterdir():
         sync_file(path)
@@ -565,7 +260,7 @@ def _write_hf(source: _Model, extended: ModelConfig, new: Tokenizer, plan: Plan,
                 )  # fmt: skip
 
 
-def _renumbered(tree: Mapping[str, Any], plan: Plan, new: Tokenizer) -> dict[str, Any]:
+def _renumbered(tree: Mapping[str, Any], plan: ExtensionPlan, new: Tokenizer) -> dict[str, Any]:
     """A config whose bos, eos and pad ids are the new ids of the same tokens; of a lost token, that of its role."""
     new_ids: dict[int, int] = {}
     for index in range(plan.size):
@@ -582,7 +277,9 @@ def _renumbered(tree: Mapping[str, Any], plan: Plan, new: Tokenizer) -> dict[str
     return changed
 
 
-def _write_checkpoint(source: _Model, extended: ModelConfig, new: Tokenizer, plan: Plan, folder: Path) -> None:
+def _write_checkpoint(
+    source: _Source, extended: ModelConfig, new: Tokenizer, plan: ExtensionPlan, folder: Path
+) -> None:
     """``checkpoints/step-00000000``, as ``import_hf`` leaves it."""
     write_first_checkpoint(
         folder / "checkpoints",
@@ -595,12 +292,7 @@ def _write_checkpoint(source: _Model, extended: ModelConfig, new: Tokenizer, pla
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Report
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _describe(source: _Model, old: Tokenizer, new: Tokenizer, plan: Plan) -> dict[str, Any]:
+def _describe(source: _Source, old: Tokenizer, new: Tokenizer, plan: ExtensionPlan) -> dict[str, Any]:
     counts = np.diff(plan.offsets)
     averaged = np.array([origin in ("pieces", "bytes") for origin in plan.origins], bool)
     kept = {int(plan.sources[plan.offsets[i]]) for i in range(plan.size) if plan.origins[i] in ("copied", "role")}
@@ -622,7 +314,7 @@ def _describe(source: _Model, old: Tokenizer, new: Tokenizer, plan: Plan) -> dic
     }  # fmt: skip
 
 
-def write_report(path: Path, report: Mapping[str, Any], plan: Plan) -> None:
+def write_report(path: Path, report: Mapping[str, Any], plan: ExtensionPlan) -> None:
     """The report and, one a line, ``rows``: [new id, token, origin, old ids] of each row that is not a copy."""
     rows = [
         [i, plan.tokens[i].content.decode(errors="backslashreplace"), origin, plan.sources_of(i)]

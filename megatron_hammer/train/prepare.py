@@ -12,7 +12,8 @@ from pathlib import Path
 
 from megatron_hammer.base.errors import ConfigError, RefusedError
 from megatron_hammer.checkpoint.fit import check_fits
-from megatron_hammer.checkpoint.manifest import Manifest, latest_checkpoint, read_manifest, resolve_checkpoint
+from megatron_hammer.checkpoint.folder import latest_checkpoint, resolve_checkpoint
+from megatron_hammer.checkpoint.manifest import Manifest, read_manifest
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.kernels.libraries.te import check_before_start

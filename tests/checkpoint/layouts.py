@@ -12,15 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.manifest import (
-    Layout,
-    Manifest,
-    TokenizerFiles,
-    new_id,
-    read_manifest,
-    staging_folder,
-    step_name,
-)
+from megatron_hammer.checkpoint.folder import new_id, staging_folder, step_name
+from megatron_hammer.checkpoint.manifest import Layout, Manifest, TokenizerFiles, read_manifest
 from megatron_hammer.checkpoint.read import load_shards
 from megatron_hammer.checkpoint.write import PRECISION_DTYPES, commit, pieces_of, stage_tokenizer, write_rank
 from megatron_hammer.config import ModelConfig, RopeScaling, config_from_tree, config_to_tree

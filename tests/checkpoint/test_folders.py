@@ -5,25 +5,27 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
 from megatron_hammer.base.errors import CheckpointError, DiskError
-from megatron_hammer.checkpoint import manifest as checkpoint_format
+from megatron_hammer.checkpoint import manifest
 from megatron_hammer.checkpoint import write as save
-from megatron_hammer.checkpoint.manifest import (
+from megatron_hammer.checkpoint.folder import (
     find_checkpoints,
     latest_checkpoint,
+    prune,
     publish,
-    read_manifest,
     remove_leftovers,
     resolve_checkpoint,
     step_name,
 )
+from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.checkpoint.read import verify_checkpoint
-from megatron_hammer.checkpoint.write import prune, save_checkpoint
+from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.parallel.context import ParallelContext
 from tests.checkpoint.layouts import FakeTokenizer, config_tree, random_logical, rank_shards, tiny_model, write_layout
 
@@ -121,7 +123,7 @@ def kill_at(monkeypatch, module, name: str, call: int = 1):
 PHASES = [
     (save, "stage_tokenizer", 1), (save, "write_rank", 1), (save, "chunks_of", 5), (save, "write_durably", 1),
     (save, "commit", 1), (save, "write_manifest", 1), (save, "publish", 1),
-    (os, "rename", 1), (os, "rename", 2), (checkpoint_format.shutil, "rmtree", 1), (save, "prune", 1),
+    (os, "rename", 1), (os, "rename", 2), (shutil, "rmtree", 1), (save, "prune", 1),
 ]  # fmt: skip
 
 
@@ -143,7 +145,7 @@ def test_a_crash_at_any_phase_leaves_old_or_new_and_the_next_save_cleans(tmp_pat
         verify_checkpoint(read_manifest(path))
     assert read_manifest(latest_checkpoint(run)).state["seed"] in (2, 3)
     save_step(run, 40, seed=4, keep_last=9)
-    assert all(checkpoint_format._STEP.fullmatch(p.name) for p in run.iterdir()), "left-overs remain"
+    assert all(manifest.STEP_NAME.fullmatch(p.name) for p in run.iterdir()), "left-overs remain"
     assert set(found) | {40} == set(steps(run)), "a committed checkpoint was lost by cleaning"
 
 

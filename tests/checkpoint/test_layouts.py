@@ -13,7 +13,13 @@ from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.checkpoint import read as load
 from megatron_hammer.checkpoint.fit import saved_model
 from megatron_hammer.checkpoint.manifest import read_manifest
-from megatron_hammer.checkpoint.read import LogicalReader, load_model, load_shards, read_logical, verify_checkpoint
+from megatron_hammer.checkpoint.read import (
+    LogicalReader,
+    load_model,
+    load_shards,
+    read_logical,
+    verify_checkpoint,
+)
 from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.model.llama import build_stage
 from megatron_hammer.model.parameters import logical_shapes, parameter_table

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_hammer.huggingface.convert import export_hf
+from megatron_hammer.huggingface.export import export_hf
 from megatron_hammer.model.parameters import logical_shapes
 from tests.checkpoint.layouts import random_logical, tiny_model, write_layout
 
@@ -23,8 +23,10 @@ CHILD = """
 import resource, sys
 import torch, numpy, tqdm, megatron_hammer.huggingface.certificate
 from pathlib import Path
-from megatron_hammer.checkpoint.manifest import read_manifest, resolve_checkpoint
-from megatron_hammer.huggingface.convert import export_hf, import_hf
+from megatron_hammer.checkpoint.folder import resolve_checkpoint
+from megatron_hammer.checkpoint.manifest import read_manifest
+from megatron_hammer.huggingface.export import export_hf
+from megatron_hammer.huggingface.importing import import_hf
 from megatron_hammer.checkpoint.fit import saved_model
 from megatron_hammer.checkpoint.read import load_shards
 from megatron_hammer.checkpoint.write import save_checkpoint

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from megatron_hammer.base.errors import CheckpointError, RefusedError
 from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.huggingface import certificate
-from megatron_hammer.huggingface.certificate import TEXTS, prove, prove_in_child_process
-from megatron_hammer.huggingface.convert import export_hf
+from megatron_hammer.huggingface.certificate import TEXTS, prove
+from megatron_hammer.huggingface.export import export_hf, prove_in_child_process
 from megatron_hammer.model.parameters import logical_shapes
 from tests.checkpoint.layouts import LLAMA3_ROPE, tiny_model, write_layout
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from megatron_hammer.base.errors import CheckpointError, ConfigError
 from megatron_hammer.checkpoint.fit import architecture
 from megatron_hammer.config import ModelConfig, RopeScaling
-from megatron_hammer.huggingface.convert import hf_config_from_model, model_config_from_hf, parse_size
+from megatron_hammer.huggingface.config import hf_config_from_model, model_config_from_hf
+from megatron_hammer.huggingface.export import parse_size
 from megatron_hammer.model.llama import rope_frequencies
 from tests.checkpoint.layouts import LLAMA3_ROPE, tiny_model
 

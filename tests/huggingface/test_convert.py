@@ -16,11 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from megatron_hammer.base.errors import CheckpointError, RefusedError
 from megatron_hammer.checkpoint.fit import saved_model
-from megatron_hammer.checkpoint.manifest import read_manifest, resolve_checkpoint
+from megatron_hammer.checkpoint.folder import resolve_checkpoint
+from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.checkpoint.read import read_logical
 from megatron_hammer.config import load_config
 from megatron_hammer.huggingface.certificate import prove
-from megatron_hammer.huggingface.convert import export_hf, import_hf, plan_shards
+from megatron_hammer.huggingface.export import export_hf
+from megatron_hammer.huggingface.importing import import_hf
+from megatron_hammer.huggingface.weights import plan_shards
 from megatron_hammer.model.parameters import logical_shapes
 from tests.checkpoint.layouts import random_logical, tiny_model, write_layout
 

@@ -19,14 +19,18 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, HammerError, RefusedError
 from megatron_hammer.checkpoint.fit import saved_model
-from megatron_hammer.checkpoint.manifest import read_manifest, resolve_checkpoint
+from megatron_hammer.checkpoint.folder import resolve_checkpoint
+from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.checkpoint.read import read_logical, verify_checkpoint
 from megatron_hammer.config import load_config
 from megatron_hammer.dataset.writer import IndexedWriter
-from megatron_hammer.huggingface import extend
+from megatron_hammer.huggingface import extend, extension_rows
 from megatron_hammer.huggingface.certificate import prove
-from megatron_hammer.huggingface.convert import export_hf, import_hf
-from megatron_hammer.huggingface.extend import extend_model, grown_rows, mean_row, plan_extension
+from megatron_hammer.huggingface.export import export_hf
+from megatron_hammer.huggingface.extend import extend_model
+from megatron_hammer.huggingface.extension_plan import plan_extension
+from megatron_hammer.huggingface.extension_rows import grown_rows, mean_row
+from megatron_hammer.huggingface.importing import import_hf
 from megatron_hammer.model.parameters import EMBEDDING, HEAD, logical_shapes
 from megatron_hammer.tokenizer.load import Tokenizer, load_tokenizer
 from tests.checkpoint.layouts import random_logical, tiny_model, write_layout
@@ -371,7 +375,7 @@ def test_a_checkpoint_becomes_a_start_for_a_run(tmp_path, old, new, tp, dp, tied
 
 
 def test_large_matrices_are_written_in_blocks(tmp_path, old, new, monkeypatch):
-    monkeypatch.setattr(extend, "BLOCK_BYTES", 4 * 16 * 100)  # 100 rows
+    monkeypatch.setattr(extension_rows, "BLOCK_BYTES", 4 * 16 * 100)  # 100 rows
     model = tiny_model(vocab_size=old.vocab_size)
     tensors = random_logical(model, kinds=("weight",))
     write_layout(tmp_path / "run", model, tensors, tokenizer=old)
@@ -454,7 +458,7 @@ def test_a_crash_leaves_nothing_and_is_cleaned_up(tmp_path, old, new, monkeypatc
     model = tiny_model(vocab_size=old.vocab_size)
     write_layout(tmp_path / "run", model, random_logical(model), tokenizer=old)
     (tmp_path / "o").mkdir()
-    monkeypatch.setattr(extend, "grown_rows", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(extension_rows, "grown_rows", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         extend_model(tmp_path / "run", new.path, tmp_path / "o" / "out")
     assert not any((tmp_path / "o").iterdir())

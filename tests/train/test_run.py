@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from megatron_hammer.base.errors import HammerError
-from megatron_hammer.checkpoint.manifest import find_checkpoints, latest_checkpoint, read_manifest
+from megatron_hammer.checkpoint.folder import find_checkpoints, latest_checkpoint
+from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.kernels.native import attention as attention_cpu
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank

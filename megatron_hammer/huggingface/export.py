@@ -1,0 +1,209 @@
+"""A checkpoint becomes a Hugging Face folder, which gets its name only after it was proved to be the same model.
+
+::
+
+    checkpoint --band by band, rounded--> OUTPUT.tmp-ID/ --certificate.py, in a process of its own--> OUTPUT/
+
+No tensor is permuted, split or renamed on the way; that makes the round trip bit-equal. Memory: 30 MiB while writing;
+the proof needs one fp32 model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.base.errors import ConfigError, RefusedError, from_fields
+from megatron_hammer.base.files import sync_file
+from megatron_hammer.checkpoint.fit import saved_model
+from megatron_hammer.checkpoint.folder import (
+    Note,
+    new_id,
+    print_note,
+    publish,
+    remove_leftovers,
+    resolve_checkpoint,
+    staging_folder,
+)
+from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, read_manifest
+from megatron_hammer.checkpoint.read import LogicalReader
+from megatron_hammer.checkpoint.write import DTYPES, chunks_of
+from megatron_hammer.config import ModelConfig
+from megatron_hammer.huggingface.config import (
+    CONFIG,
+    GENERATION_CONFIG,
+    check_vocabulary,
+    hf_config_from_model,
+    read_json,
+    write_json,
+)
+from megatron_hammer.huggingface.weights import DEFAULT_SHARD_BYTES, one_thread, write_weight_files
+from megatron_hammer.model.parameters import logical_shapes
+from megatron_hammer.tokenizer.convert import convert_tokenizer
+from megatron_hammer.tokenizer.load import load_tokenizer
+
+CERTIFICATE = "certificate.json"
+
+Prove = Callable[[Path, Path, str], None]
+
+
+def parse_size(text: str) -> int:
+    """``5GB`` (decimal, as in transformers), ``512MiB`` or plain bytes, as a number of bytes.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B)?", text.strip().upper())
+    size = int(float(match[1]) * units.get(match[2] or "", 0)) if match else 0
+    if size < 1:
+        raise ConfigError(80, f"--max-shard-size={text}", "is not a size", "write it like 5GB, 512MiB or 1000000")
+    return size
+
+
+def export_hf(
+    checkpoint: str | Path,
+    output: str | Path,
+    dtype: str | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    *,
+    prove: Prove | None = None,
+    note: Note = print_note,
+) -> dict[str, Any]:
+    """Write a checkpoint as a Hugging Face folder, prove it, and only then give it its name.
+
+    Args:
+        checkpoint: a checkpoint folder or a run.
+        output: a folder that does not exist, is empty, or is an earlier export, which is then replaced.
+        dtype: of the written weights; None: that in which the model was trained.
+        prove: writes ``certificate.json`` into the folder or raises; None: ``prove_in_child_process``.
+
+    Returns:
+        the certificate.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        RefusedError: the output belongs to somebody else, or the written folder is not the checkpoint's model.
+            Nothing is left at ``output``, or what was there before.
+    """
+    manifest = read_manifest(resolve_checkpoint(checkpoint))
+    dtype = dtype or manifest.weights_dtype
+    output = Path(output).resolve()  # a link to a folder stays a link
+    check_output(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output.parent, re.compile(f"({re.escape(output.name)})" + r"\.(tmp|old)-[0-9a-f]{16}"))
+    staging = staging_folder(output, new_id())
+    staging.mkdir()
+    try:
+        write_hf(manifest, staging, dtype, max_shard_bytes, note)
+        (prove or prove_in_child_process)(manifest.folder, staging, dtype)
+        certificate = read_json(staging / CERTIFICATE)
+        publish(staging, output)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return certificate
+
+
+def check_output(output: Path) -> None:
+    """Raise ``RefusedError`` unless ``output`` may be replaced: absent, empty, or all an export of ours."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise RefusedError(25, f"--output {output}", "is a file", "name a folder")
+    found = {str(p.relative_to(output)) for p in output.rglob("*") if p.is_symlink() or not p.is_dir()}
+    ours: set[str] = set()
+    if CERTIFICATE in found:
+        ours = {CERTIFICATE, *read_json(output / CERTIFICATE).get("files", {})}
+    if found - ours:
+        raise RefusedError(
+            25,
+            f"--output {output}",
+            f"holds {min(found - ours)}, which no earlier export wrote",
+            "name another folder or move that away",
+        )
+
+
+def write_hf(manifest: Manifest, folder: Path, dtype: str, max_shard_bytes: int, note: Note = print_note) -> None:
+    """Write weights, configs and tokenizer into an empty folder, without any proof."""
+    model = saved_model(manifest)
+    tokenizer_folder = checked_tokenizer_folder(manifest)
+    token_ids = dict(manifest.state.get("token_ids") or {})  # of an imported model
+    if tokenizer_folder is None:
+        note("the checkpoint has no tokenizer: the model is exported without one")
+    else:
+        tokenizer = load_tokenizer(tokenizer_folder)
+        check_vocabulary(tokenizer, model)
+        convert_tokenizer(tokenizer, folder)
+        token_ids = {
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": tokenizer.pad_id,
+        }
+    for path in folder.iterdir():
+        sync_file(path)
+    write_json(folder / CONFIG, hf_config_from_model(model, token_ids, dtype))
+    write_json(folder / GENERATION_CONFIG, {name: value for name, value in token_ids.items() if value is not None})
+    write_weights(manifest, model, folder, dtype, max_shard_bytes)
+
+
+def write_weights(manifest: Manifest, model: ModelConfig, folder: Path, dtype: str, max_shard_bytes: int) -> None:
+    """Stream the logical weights, in one type, into one file, or into shards with an index."""
+    tensors = {name: (dtype, shape) for name, shape in logical_shapes(model).items()}
+    with LogicalReader(manifest) as reader, one_thread():
+
+        def chunks(name: str) -> Iterator[Any]:
+            for band in reader.bands(name):
+                yield from chunks_of(band, DTYPES[dtype])
+
+        write_weight_files(folder, tensors, chunks, max_shard_bytes)
+
+
+def prove_in_child_process(checkpoint: Path, folder: Path, dtype: str) -> None:
+    """Run ``prove`` in a fresh process, so that its memory goes with it and nothing of the export's state is reused.
+
+    Raises:
+        HammerError: what the child raised, or that it died.
+    """
+    command = [sys.executable, "-m", "megatron_hammer.huggingface.certificate", str(checkpoint), str(folder)]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        # glibc raises this threshold as it goes, and then keeps freed weights: half of ours would stay beside theirs.
+        "MALLOC_MMAP_THRESHOLD_": str(2**20),
+    }
+    child = subprocess.run(
+        [*command, "--dtype", dtype, "--report"], env=environment, stdout=subprocess.PIPE, check=False
+    )
+    try:
+        report = json.loads(child.stdout)
+    except ValueError:
+        report = {}
+    if "error" in report:
+        raise from_fields(report["error"])
+    if child.returncode != 0:
+        cause = f"exit status {child.returncode}" if child.returncode > 0 else f"signal {-child.returncode}"
+        raise RefusedError(
+            26,
+            f"the proof of {folder.name}",
+            f"ended by {cause} without a verdict",
+            "see the lines above; signal 9 usually means too little memory for one fp32 model",
+        )
+
+
+def certificate_line(certificate: dict[str, Any]) -> str:
+    """One line on what was proved."""
+    worst = max(certificate["texts"].values(), key=lambda r: r["max_difference"] / (r["max_logit"] or 1.0))
+    return (
+        f"certificate passed: max |difference| {worst['max_difference']:.2g} at max |logit| {worst['max_logit']:.3g} "
+        f"(bound {certificate['bound']:g} of it), step {certificate['step']}, {certificate['dtype']}"
+    )

@@ -1,0 +1,89 @@
+"""A Hugging Face Llama becomes a checkpoint of step 0 that holds weights only, in the types in which they were.
+
+::
+
+    HF folder --4 MiB by 4 MiB--> SAVE/checkpoints/step-00000000/
+                                  SAVE/model.yaml   a preset with the model's settings, for the run that continues
+
+A feature that our model does not have is refused by its name, never dropped. Memory: 30 MiB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_hammer.base.errors import CheckpointError, RefusedError
+from megatron_hammer.base.files import write_durably
+from megatron_hammer.checkpoint.folder import Note, find_checkpoints, new_id, print_note, step_name
+from megatron_hammer.checkpoint.manifest import TOKENIZER
+from megatron_hammer.checkpoint.write import Piece, write_first_checkpoint
+from megatron_hammer.config import DataConfig, ModelConfig
+from megatron_hammer.huggingface.config import CONFIG, check_vocabulary, model_config_from_hf, read_json
+from megatron_hammer.huggingface.weights import HfWeights, check_tensors, progress
+from megatron_hammer.model.parameters import logical_shapes
+from megatron_hammer.tokenizer.load import load_tokenizer
+
+
+def import_hf(hf_dir: str | Path, save_dir: str | Path, note: Note = print_note) -> Path:
+    """Write a Hugging Face Llama as ``save_dir/checkpoints/step-00000000``: weights only, in their own types.
+
+    ``save_dir`` can then be named wherever a checkpoint or run can: ``--load`` and ``checkpoint.init_from``. Its
+    ``model.yaml`` is a preset with the model's settings, for the run that continues.
+
+    Raises:
+        CheckpointError: a feature, tensor or type that cannot be converted, by name.
+        RefusedError: ``save_dir`` holds checkpoints of a training run.
+    """
+    source, folder = Path(hf_dir), Path(save_dir) / "checkpoints"
+    target = folder / step_name(0)
+    if not source.is_dir():
+        raise CheckpointError(20, str(source), "is not a folder", "name the folder of a Hugging Face model")
+    tree = read_json(source / CONFIG)
+    model = model_config_from_hf(tree, str(source / CONFIG))
+    if trained := [p for p in find_checkpoints(folder) if p.name != target.name]:
+        raise RefusedError(
+            27, f"--save {save_dir}", f"already holds {trained[-1].name} of a run", "name another folder"
+        )
+    tokenizer = None
+    if any((source / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        tokenizer = load_tokenizer(source)
+        check_vocabulary(tokenizer, model)
+    else:
+        note(f"{source} has no tokenizer: only the weights are converted")
+    with HfWeights(source) as weights:
+        check_tensors(weights, model)
+        shapes = logical_shapes(model)
+        pieces = [_whole(weights, name, shapes[name]) for name in sorted(shapes, key=weights.place)]
+        dtypes = {p.dtype for p in pieces}
+        write_first_checkpoint(
+            folder,
+            pieces,
+            model=model,
+            state={"token_ids": {k: tree.get(k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}},
+            weights_dtype=dtypes.pop() if len(dtypes) == 1 else "float32",  # fp32 holds any mixture exactly
+            tokenizer=tokenizer,
+            watch=lambda items: progress(items, "reading weights"),
+        )
+    write_preset(Path(save_dir) / "model.yaml", model, target / TOKENIZER if tokenizer else None)
+    return target
+
+
+def write_preset(path: Path, model: ModelConfig, tokenizer: Path | None) -> None:
+    """A preset with the model's settings, for the run that continues from these weights."""
+    assert model.max_position_embeddings is not None
+    preset: dict[str, Any] = {"model": asdict(model)}
+    preset["data"] = {"seq_length": min(DataConfig.seq_length, model.max_position_embeddings)}
+    if tokenizer is not None:
+        preset["tokenizer"] = {"path": str(tokenizer)}
+    staged = path.with_name(f"{path.name}.tmp-{new_id()}")
+    write_durably(staged, yaml.safe_dump(preset, sort_keys=False).encode())
+    staged.replace(path)
+
+
+def _whole(weights: HfWeights, name: str, shape: tuple[int, ...]) -> Piece:
+    cols = (0, shape[1]) if len(shape) == 2 else None
+    return Piece(name, "weight", (0, shape[0]), cols, shape, weights.entry(name).dtype, lambda: weights.parts(name))
