@@ -165,7 +165,7 @@ def find_text(args: argparse.Namespace) -> None:
                 break
     if not args.json:
         seconds = max(time.monotonic() - started, 1e-9)
-        done = size if found < args.limit else progress.done_bytes
+        done = size if found < args.limit else progress.done
         rate = f"{done / 1e6:,.1f} of {size / 1e6:,.1f} MB of ids in {seconds:,.2f} s, {done / seconds / 1e6:,.0f} MB/s"
         print(f"{found} found{' (--limit)' if found == args.limit else ''}: {rate}")
 

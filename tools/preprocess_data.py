@@ -25,9 +25,11 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 
-from megatron_hammer.base.cli import ArgumentParser, StopOnSignal, run
+from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.signals import StopRequest
 
 
 def parser() -> ArgumentParser:
@@ -77,7 +79,7 @@ def main() -> int:
     else:
         workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
         build = functools.partial(build_datasets, workers=workers)
-    with StopOnSignal() as signals:
+    with StopRequest((signal.SIGINT, signal.SIGTERM), once=True) as signals:
         try:
             job = prepare_job(
                 args.input,
@@ -93,7 +95,7 @@ def main() -> int:
                 args.output_prefix,
                 shard_bytes=int(args.shard_mb * 1e6),
                 restart=args.restart,
-                stop=signals.stop,
+                stop=signals.event,
             )
         except Stopped as stopped:
             print(stopped, file=sys.stderr)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL, ConfigError, HammerError, from_exception
+from megatron_hammer.base.errors import ConfigError, HammerError, from_exception
 
 TRACEBACK_VARIABLE = "HAMMER_TRACEBACK"  # set to 1: show where an error line came from
 
@@ -20,7 +19,7 @@ TRACEBACK_VARIABLE = "HAMMER_TRACEBACK"  # set to 1: show where an error line ca
 class ArgumentParser(argparse.ArgumentParser):
     """``argparse`` whose usage errors are ``error[E201]`` lines; no abbreviated options."""
 
-    def __init__(self, **kwargs) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**kwargs)
@@ -56,30 +55,3 @@ def report(error: HammerError) -> int:
         traceback.print_exception(error)
     print(error, file=sys.stderr, flush=True)
     return error.exit_code
-
-
-class StopOnSignal:
-    """While its ``with`` block runs, the first SIGINT or SIGTERM only sets ``stop``; a second one acts as always."""
-
-    def __init__(self) -> None:
-        import threading
-
-        self.stop = threading.Event()
-        self.exit_code = 0
-        """For a program that the signal has ended: 130 after SIGINT, 75 after SIGTERM."""
-        self._former: dict[int, Any] = {}
-
-    def __enter__(self) -> StopOnSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._former[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: object) -> None:
-        self.exit_code = 130 if number == signal.SIGINT else EXIT_STOPPED_BY_SIGNAL
-        self.stop.set()
-        self.__exit__()
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-        self._former = {}

@@ -17,6 +17,9 @@ Exit codes of every program of this project (``docs/errors.md`` lists the number
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 EXIT_STOPPED_BY_SIGNAL = 75
 
 
@@ -120,7 +123,7 @@ def to_fields(error: HammerError) -> dict[str, int | str]:
     }
 
 
-def from_fields(fields: dict) -> HammerError:
+def from_fields(fields: Mapping[str, Any]) -> HammerError:
     """The inverse of ``to_fields``."""
     cls = ERRORS_BY_EXIT_CODE[int(fields["exit_code"])]
     return cls(int(fields["number"]), fields["what"], fields["rule"], fields["remedy"])

@@ -1,10 +1,19 @@
-"""Files that survive a power cut, and names that never stand for half a file nor for two writers. Linux; no torch."""
+"""Files that survive a power cut, and names that never stand for half a file nor for two writers; hashes of files.
+
+A file that takes long to make is written under a temporary name beside its own and renamed when it is complete and on
+the disk (``publish``). Linux; no torch.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
 from pathlib import Path
+from typing import IO
+
+import xxhash
+
+BUFFER_BYTES = 2**20  # read at once while hashing
 
 
 def sync_folder(path: Path) -> None:
@@ -33,6 +42,16 @@ def write_durably(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def publish(staged: Path, path: Path) -> None:
+    """Give a finished file or folder its final name, durably: readers see what was there before, or the new one whole.
+
+    A file takes the place of a file. A folder takes the place of an empty folder, but never of one that was filled
+    meanwhile (``OSError``). What is staged must lie on the same file system and have been synced.
+    """
+    os.rename(staged, path)
+    sync_folder(path.parent)
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, make it durable, and rename: readers see the old one or the new one."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
@@ -59,3 +78,22 @@ def open_alone(path: Path) -> int | None:
         return descriptor
     os.close(descriptor)  # locked, or renamed to its final name between opening and locking
     return None
+
+
+def hash_bytes(content: bytes | memoryview) -> str:
+    """XXH3-128 of some bytes, as 32 hex digits: the checksum of everything that we write."""
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def hash_file(path: Path) -> str:
+    """XXH3-128 of a file's content."""
+    with open(path, "rb") as file:
+        return hash_content(file)
+
+
+def hash_content(file: IO[bytes]) -> str:
+    """XXH3-128 of an open file, from where it stands to its end."""
+    hasher = xxhash.xxh3_128()
+    while chunk := file.read(BUFFER_BYTES):
+        hasher.update(chunk)
+    return hasher.hexdigest()

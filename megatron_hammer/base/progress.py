@@ -1,17 +1,20 @@
-"""Progress of a pass over text, on stderr: a bar on a terminal, else a line now and then; nothing for quick work."""
+"""Progress of long work, on stderr: a bar on a terminal, else a plain line now and then; nothing for quick work."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-_QUIET_SECONDS = 5.0  # what takes less needs no progress
-_LINE_SECONDS = 10.0  # between two plain lines
+T = TypeVar("T")
+
+QUIET_SECONDS = 5.0  # what takes less needs no progress
+LINE_SECONDS = 10.0  # between two plain lines
 
 
 def say(text: str) -> None:
@@ -20,26 +23,37 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """Counts bytes.
+    """How much of some work is done, how fast it goes, and how long the rest takes.
 
     Args:
         name: what is done, for the reader.
-        total_bytes: of all the work, or None where compression hides it.
+        total: of all the work, or None where nobody knows.
+        unit: what is counted: "B" for bytes, which are shown as GB and MB/s, or a word such as "tensors".
+        done: what an earlier run had done; it does not count for the speed.
     """
 
-    def __init__(self, name: str, total_bytes: int | None) -> None:
-        self.name, self.total_bytes = name, total_bytes
-        self.done_bytes = 0
+    def __init__(self, name: str, total: int | None, unit: str = "B", done: int = 0) -> None:
+        self.name, self.total, self.unit, self.done = name, total, unit, done
+        self.note = ""
+        """Shown behind the numbers, such as another rate."""
+        self._done_before = done
         self._started = time.monotonic()
-        self._next_line = self._started + _QUIET_SECONDS
-        self._bar: tqdm | None = None
+        self._next_line = self._started + QUIET_SECONDS
+        self._bar: tqdm[Any] | None = None
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
             import tqdm
 
             self._bar = tqdm.tqdm(
-                total=self.total_bytes, desc=self.name, unit="B", unit_scale=True, delay=_QUIET_SECONDS, leave=False
+                total=self.total,
+                initial=self.done,
+                desc=self.name,
+                unit="B" if self.unit == "B" else f" {self.unit}",
+                unit_scale=True,
+                delay=QUIET_SECONDS,
+                leave=False,
+                dynamic_ncols=True,
             )
         return self
 
@@ -49,23 +63,49 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
+    @property
+    def seconds(self) -> float:
+        """Since the work began; never 0."""
+        return max(time.monotonic() - self._started, 1e-9)
+
     def advance(self, count: int) -> None:
-        """Account for some more bytes."""
-        self.done_bytes += count
+        """Account for some more of the work."""
+        self.done += count
         if self._bar is not None:
+            self._bar.set_postfix_str(self.note, refresh=False)
             self._bar.update(count)
             return
         now = time.monotonic()
         if now >= self._next_line:
-            self._next_line = now + _LINE_SECONDS
+            self._next_line = now + LINE_SECONDS
             say(self._line(now - self._started))
 
+    def pass_over(self, count: int) -> None:
+        """Account for something that was done before this run: it does not count for the speed."""
+        self._done_before += count
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+
     def _line(self, seconds: float) -> str:
-        rate = self.done_bytes / seconds
-        line = f"{self.name}: {self.done_bytes / 1e9:,.2f} GB"
-        if self.total_bytes:
-            line += f" of {self.total_bytes / 1e9:,.2f} ({self.done_bytes / self.total_bytes:.0%})"
-        line += f", {rate / 1e6:,.0f} MB/s"
-        if self.total_bytes and rate:
-            line += f", {max(self.total_bytes - self.done_bytes, 0) / rate:,.0f} s left"
+        rate = (self.done - self._done_before) / seconds
+        if self.unit == "B":
+            line = f"{self.name}: {self.done / 1e9:,.2f} GB"
+            line += f" of {self.total / 1e9:,.2f} ({self.done / self.total:.0%})" if self.total else ""
+            line += f", {rate / 1e6:,.0f} MB/s"
+        else:
+            line = f"{self.name}: {self.done:,}"
+            line += f" of {self.total:,} {self.unit} ({self.done / self.total:.0%})" if self.total else f" {self.unit}"
+        if self.note:
+            line += f", {self.note}"
+        if self.total and rate:
+            line += f", {max(self.total - self.done, 0) / rate:,.0f} s left"
         return line
+
+
+def track(items: Iterable[T], name: str, total: int | None, unit: str) -> Iterator[T]:
+    """Go through ``items`` and show how many are done."""
+    with Progress(name, total, unit) as progress:
+        for item in items:
+            yield item
+            progress.advance(1)

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from megatron_hammer.base.errors import ConfigError, DataError
+from megatron_hammer.base.tables import align
 
 WeightUnit = Literal["share", "tokens", "epochs"]
 
@@ -166,14 +167,11 @@ def format_plan(plan: Plan) -> str:
         available, repeated = sum(s.tokens for s in plan.sources), sum(s.repeated for s in plan.sources)
         rows.append(["all", f"{available:,}", "", "", f"{plan.drawn:,}", _rounded(plan.drawn / available),
                      f"{repeated:,}"])  # fmt: skip
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         f"plan of {plan.num_steps:,} steps of {plan.tokens_per_step:,} tokens, {plan.drawn:,} in all, from step 1; "
         "repeated: drawn beyond the first pass"
     ]
-    for row in [header, *rows]:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
-        lines.append("  " + "  ".join(cells).rstrip())
+    lines += align([header, *rows], indent="  ")
     asked = plan.asked
     if asked is not None and plan.fitting_steps != plan.num_steps:
         lines.append(

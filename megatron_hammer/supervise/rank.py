@@ -13,9 +13,9 @@ import traceback
 from multiprocessing.connection import Connection
 
 from megatron_hammer.base.errors import ParallelError, from_exception, to_fields
+from megatron_hammer.base.signals import STOP_SIGNALS, on_signals
 from megatron_hammer.config import Config
 from megatron_hammer.parallel.rendezvous import join_store
-from megatron_hammer.supervise.watch import on_stop_signals
 
 Place = tuple[str, int] | None
 """Address and port of the store; None for a rank that is alone."""
@@ -33,7 +33,8 @@ def rank_main(
 ) -> None:
     """First function of a new process: run ``entry``, hand any error to the launcher, exit with its code."""
     _die_with(launcher)
-    on_stop_signals(lambda *_: None)  # what the training loop gives back at its end: a late signal changes nothing
+    # What the training loop gives back at its end: a late signal changes nothing.
+    on_signals(STOP_SIGNALS, lambda *_: None)
     try:
         store = None if place is None else join_store(*place, config.parallel.timeout_seconds).store
         module, _, function = entry.partition(":")

@@ -29,9 +29,10 @@ from typing import TYPE_CHECKING, NoReturn
 from megatron_hammer.base.cli import ArgumentParser, report
 from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL, ConfigError
 from megatron_hammer.base.progress import say
+from megatron_hammer.base.signals import STOP_SIGNALS, on_signals
 from megatron_hammer.config import Config, help_text, load_config
 from megatron_hammer.supervise.nodes import Node
-from megatron_hammer.supervise.watch import STOP_SIGNALS, Rank, forward_signal, kill, on_stop_signals, watch
+from megatron_hammer.supervise.watch import Rank, forward_signal, kill, watch
 
 if TYPE_CHECKING:
     from megatron_hammer.parallel.rendezvous import Meeting
@@ -63,7 +64,7 @@ def build_parser() -> ArgumentParser:
 def main() -> int:
     """Parse, validate, launch."""
     args = build_parser().parse_intermixed_args()
-    on_stop_signals(_stop_early)
+    on_signals(STOP_SIGNALS, _stop_early)
     from megatron_hammer.sampling.plan import format_plan
     from megatron_hammer.train.prepare import prepare
 
@@ -151,7 +152,7 @@ def launch(config: Config, node: Node, entry: str = RANK_ENTRY) -> int:
             process.start()
             rank_end.close()  # the rank's copy is the only one left: its death closes the pipe
             ranks.append(Rank(rank, process, pipe))
-        on_stop_signals(lambda signum, _: forward_signal(ranks, signum))
+        on_signals(STOP_SIGNALS, lambda signum, _: forward_signal(ranks, signum))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         failure = watch(ranks, lambda: failed_elsewhere(shared), config.parallel.timeout_seconds)
     finally:

@@ -20,7 +20,6 @@ from typing import Any
 
 from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL, HammerError, ParallelError, from_fields
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # USR1: Slurm's early warning
 GRACE_SECONDS = 2.0  # after a failure: for the other ranks to report the same one; a dead peer is noticed in 0.0 s
 POLL_SECONDS = 0.5  # longest sleep of the watching loop: bounds how late a deadline or another node's failure is seen
 
@@ -163,10 +162,3 @@ def kill(ranks: Sequence[Rank]) -> None:
     for rank in ranks:
         rank.process.join()
         _listen(rank)
-
-
-def on_stop_signals(handler: Callable[[int, Any], None]) -> None:
-    """Install ``handler`` for the stop signals; one that is ignored (``nohup``) stays ignored."""
-    for signum in STOP_SIGNALS:
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, handler)

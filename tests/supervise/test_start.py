@@ -22,11 +22,11 @@ import pytest
 
 from megatron_hammer.base.cli import run as run_and_exit
 from megatron_hammer.base.errors import CheckpointError, ConfigError, MemoryShortage, from_exception
+from megatron_hammer.base.signals import STOP_SIGNALS, on_signals
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.parallel import rendezvous
 from megatron_hammer.supervise.nodes import Node
 from megatron_hammer.supervise.start import _check_gpus, _check_slurm_step, _stop_early, launch
-from megatron_hammer.supervise.watch import STOP_SIGNALS, on_stop_signals
 
 HERE = Path(__file__).resolve()
 CONFIG = {
@@ -512,5 +512,5 @@ if __name__ == "__main__":
     nnodes, node_rank, port = map(int, place or (1, 0, 0))
     node = Node(int(nproc), nnodes, node_rank, "127.0.0.1", port)
     config = config_from_tree(CONFIG | {"parallel": {"timeout_seconds": TIMEOUTS.get(name, 30)}})
-    on_stop_signals(_stop_early)  # as the program does
+    on_signals(STOP_SIGNALS, _stop_early)  # as the program does
     run_and_exit(lambda: launch(config, node, f"test_start:{name}"))

@@ -21,6 +21,7 @@ import numpy as np
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.base.progress import Progress
+from megatron_hammer.base.tables import align
 from megatron_hammer.corpus.documents import read_texts
 from megatron_hammer.corpus.readers import expand_inputs
 from megatron_hammer.dataset.format import path_of
@@ -103,13 +104,7 @@ class CountTable:
                 "-" if rate is None else f"{rate:.3f}",
                 "-" if share is None else f"{share:.2%}",
             ])  # fmt: skip
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if n == 0 else cell.rjust(width) for n, (cell, width) in enumerate(zip(row, widths))
-            )
-            for row in cells
-        ]
+        lines = align(cells)
         if len(self.tokenizers) > 1:
             lines.append(f"The tokens are of {len(self.tokenizers)} different tokenizers: do not compare or add them.")
         return "\n".join(lines)

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_hammer.base.errors import ConfigError, DataError
+from megatron_hammer.base.tables import align
 from megatron_hammer.tokenizer.load import (
     SPACE,
     HuggingFaceTokenizer,
@@ -463,13 +464,7 @@ class Table(NamedTuple):
 
 def format_table(table: Table) -> str:
     """Columns two spaces apart, the first to the left, the others to the right."""
-    everything = [table.header, *table.rows]
-    widths = [max(len(row[i]) for row in everything) for i in range(len(table.header))]
-    lines = []
-    for row in everything:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return "\n".join(align([table.header, *table.rows]))
 
 
 def compression_table(described: Mapping[str, dict[str, Any]], reference: str) -> Table:

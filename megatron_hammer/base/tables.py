@@ -1,0 +1,24 @@
+"""Plain text tables: columns as wide as their widest cell, or of given widths with cells that wrap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from textwrap import wrap
+
+
+def align(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
+    """One line a row, the header being one: columns two spaces apart, the first to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        lines.append(indent + "  ".join(cells).rstrip())
+    return lines
+
+
+def align_wrapped(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+    """The lines of one row whose cells wrap within columns of these widths, all to the left."""
+    cells = (wrap(cell, width, break_on_hyphens=False) for cell, width in zip(row, widths, strict=True))
+    for parts in zip_longest(*cells, fillvalue=""):
+        yield " " + "".join(f" {part:<{width}}" for part, width in zip(parts, widths, strict=True)).rstrip()

@@ -1,0 +1,41 @@
+"""Plain progress lines: what they say, and when."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_hammer.base import progress
+from megatron_hammer.base.progress import Progress, track
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_lines_of_bytes(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("reading", 4_000_000_000) as shown:
+        clock[0] += 4
+        shown.advance(1_000_000_000)
+        assert capsys.readouterr().err == "", "quick work says nothing"
+        clock[0] += 6
+        shown.advance(1_000_000_000)
+        shown.advance(0)
+    assert capsys.readouterr().err == "reading: 2.00 GB of 4.00 (50%), 200 MB/s, 10 s left\n"
+
+
+def test_lines_of_other_units_and_work_done_before(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("writing", 100, "tensors", done=20) as shown:
+        shown.note = "3 tokens/s"
+        shown.pass_over(20)
+        clock[0] += 10
+        shown.advance(10)
+    assert capsys.readouterr().err == "writing: 50 of 100 tensors (50%), 3 tokens/s, 50 s left\n"
+
+
+def test_track_counts_what_was_used(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in track(range(3), "comparing", None, "texts"):
+        clock[0] += 6
+    assert capsys.readouterr().err == "comparing: 1 texts\ncomparing: 3 texts\n"

@@ -1,0 +1,45 @@
+"""Stop signals: noted, given back, left alone where they are ignored."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from megatron_hammer.base.signals import StopRequest, on_signals, restore
+
+
+def test_a_signal_is_noted_and_repeating_it_changes_nothing() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest((signal.SIGTERM,)) as request:
+        assert not request.received and request.exit_code == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.received and request.exit_code == 75
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_once_gives_the_signals_back_with_the_first() -> None:
+    with StopRequest((signal.SIGINT,), once=True) as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.received and request.exit_code == 130
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_blocked_signal_arrives_when_the_block_begins() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
+    os.kill(os.getpid(), signal.SIGUSR1)
+    with StopRequest((signal.SIGUSR1,)) as request:
+        assert request.received
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        handlers = on_signals((signal.SIGHUP, signal.SIGUSR1), lambda *_: None)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and set(handlers) == {signal.SIGUSR1}
+        restore(handlers)
+    finally:
+        signal.signal(signal.SIGHUP, before)
