@@ -24,7 +24,7 @@ from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.checkpoint.read import read_logical, verify_checkpoint
 from megatron_hammer.config import load_config
 from megatron_hammer.dataset.writer import IndexedWriter
-from megatron_hammer.huggingface import extend, extension_rows
+from megatron_hammer.huggingface import extend, extension_plan, extension_rows
 from megatron_hammer.huggingface.certificate import prove
 from megatron_hammer.huggingface.export import export_hf
 from megatron_hammer.huggingface.extend import extend_model
@@ -61,18 +61,18 @@ def new(tmp_path_factory) -> Tokenizer:
 
 
 def ids_of(tokenizer: Tokenizer) -> dict[str, int]:
-    return {token.name: i for i, token in enumerate(extend.read_vocabulary(tokenizer))}
+    return {token.name: i for i, token in enumerate(extension_plan.read_vocabulary(tokenizer))}
 
 
 def origins(old: Tokenizer, new: Tokenizer) -> dict[str, tuple[str, list[str]]]:
     """Name of each new token -> the rule, and the names of the old tokens."""
-    plan, names = plan_extension(old, new), [token.name for token in extend.read_vocabulary(old)]
+    plan, names = plan_extension(old, new), [token.name for token in extension_plan.read_vocabulary(old)]
     return {t.name: (plan.origins[i], [names[s] for s in plan.sources_of(i)]) for i, t in enumerate(plan.tokens)}
 
 
 def reference_rows(weight: torch.Tensor, old: Tokenizer, new: Tokenizer) -> torch.Tensor:
     """The rule for two of the handmade models, spelt out with sentencepiece and one addition after the other."""
-    ours, encode = ids_of(old), extend.inner_encoder(old)
+    ours, encode = ids_of(old), extension_plan.inner_encoder(old)
     rows = []
     for name in ids_of(new):
         if name in ours:
@@ -186,7 +186,9 @@ def byte_level(folder: Path, *tokens: bytes, specials: tuple[str, ...] = ("<|beg
 
 def test_between_sentencepiece_and_byte_level_models(tmp_path: Path, old: Tokenizer) -> None:
     llama3 = byte_level(tmp_path / "l3", b" ab", b"\xe4\xb8\xad", b"\xe5\x9b", b"abba")
-    found = {t.content: (o, s) for t, (o, s) in zip(extend.read_vocabulary(llama3), origins(old, llama3).values())}
+    found = {
+        t.content: (o, s) for t, (o, s) in zip(extension_plan.read_vocabulary(llama3), origins(old, llama3).values())
+    }
     assert found[b"ab"] == ("copied", ["ab"]) and found["中".encode()] == ("copied", ["中"])
     assert found[b" ab"] == ("pieces", [f"{SPACE}a", "b"])
     assert found[b"\xe4\xb8"] == ("bytes", ["<0xE4>", "<0xB8>"]) and found[b"\xff"] == ("bytes", ["<0xFF>"])
@@ -196,7 +198,7 @@ def test_between_sentencepiece_and_byte_level_models(tmp_path: Path, old: Tokeni
     assert back["中"][0] == "copied" and back["<0xE4>"] == ("bytes", ["ä"]) and back["<0x0A>"] == ("pieces", ["Ċ"])
     assert back["<unk>"] == ("mean", []) and back["<s>"] == ("role", ["<|begin_of_text|>"])
     assert back[f"{SPACE}a"][0] == "copied" and back[SPACE] == ("copied", ["Ġ"])
-    inner = extend.inner_encoder(llama3)(["ab"])[0]
+    inner = extension_plan.inner_encoder(llama3)(["ab"])[0]
     assert llama3.encode("ab") != inner and llama3.decode(inner) == "ab"
 
 
@@ -512,8 +514,8 @@ def test_internlm_grows_to_hammerllm(tmp_path):
     report = extend_model(tmp_path / "run", new.path, tmp_path / "out")
     assert report["origins"] == {"copied": 103168, "role": 0, "pieces": 85, "bytes": 2536, "mean": 0}
     before, manifest = weights_of(model), read_manifest(resolve_checkpoint(tmp_path / "out"))
-    contents = [token.content.decode() for token in extend.read_vocabulary(new)[103168:]]
-    spelt = extend.inner_encoder(old)(contents)
+    contents = [token.content.decode() for token in extension_plan.read_vocabulary(new)[103168:]]
+    spelt = extension_plan.inner_encoder(old)(contents)
     for name in (EMBEDDING, HEAD):
         after = read_logical(manifest, name)
         assert torch.equal(after[:103168], before[name]) and after.shape == (105789, 16)
