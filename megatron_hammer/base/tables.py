@@ -8,7 +8,7 @@ from textwrap import wrap
 
 
 def align(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
-    """One line a row, the header being one: columns two spaces apart, the first to the left, all others to the right."""
+    """One line a row, the header being one: columns two spaces apart, the first to the left, others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:

@@ -333,13 +333,14 @@ def test_a_node_that_waits_says_for_whom_and_ends_on_a_signal_at_once() -> None:
     """Node 0 without node 1, and node 1 without node 0: a line after five seconds, nothing of torch's, and code 75."""
     ports = [free_port(), free_port()]
     nodes = [start("rank_sleeps", 1, 2, number, port) for number, port in enumerate(ports)]
-    time.sleep(9)  # their start, and the five seconds
+    said = [process.stderr.readline().rstrip("\n") for process in nodes if process.stderr is not None]
     for process in nodes:
         process.send_signal(signal.SIGTERM)
     sent = time.monotonic()
     ended = [finish(process) for process in nodes]
     assert time.monotonic() - sent < 10, "long before the 30 s of the wait are over"
-    for (code, _, lines), place in zip(ended, ports, strict=True):
+    for first, (code, _, later), place in zip(said, ended, ports, strict=True):
+        lines = [first, *later]
         assert code == 75
         assert lines[-1] == "stopped by SIGTERM before any rank started; run the same command again"
         waits = re.compile(rf"waiting for node [01] (of 2 to come to|at) 127\.0\.0\.1:{place}( \(.+\))?: \d+ s of 30 s")
