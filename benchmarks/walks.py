@@ -199,10 +199,11 @@ def _trace_layer(rank: int) -> list[Function]:
     config = tiny_config(parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True)
     ctx = make_context(config)
     model, optimizer = build(config, ctx)
-    layer, given = model.layers[-1], list[Any]()
+    layer, given = [*model.layers.children()][-1], list[Any]()
     hook = layer.register_forward_pre_hook(lambda module, arguments: given.extend(arguments))
+    batch = rank_batches(config, 1, ctx)[0]
     with torch.no_grad():
-        model(*rank_batches(config, 1, ctx)[0])
+        model(*(batch[:2] if isinstance(batch, tuple) else (batch.tokens, batch.labels)))
     hook.remove()
     arguments = [x.detach().requires_grad_() if isinstance(x, torch.Tensor) else x for x in given]
     optimizer.start_micro_batch(first=True, last=True)

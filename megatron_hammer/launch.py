@@ -1,4 +1,7 @@
-"""``python -m megatron_hammer.launch``: the launcher's command line; what it does is in ``supervise/start.py``."""
+"""``python -m megatron_hammer.launch``: the launcher's command line; what it does is in ``supervise/start.py``.
+
+Needs no torch.
+"""
 
 from megatron_hammer.base.cli import run
 from megatron_hammer.supervise.start import main

@@ -1,6 +1,6 @@
 """Text from an exported model, through ``transformers`` alone: what anybody can do with the folder.
 
-Nothing of our model code takes part, so what comes out is what the exported folder holds.
+Nothing of our model code takes part, so what comes out is what the exported folder holds. Needs no torch.
 """
 
 from __future__ import annotations

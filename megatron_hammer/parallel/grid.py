@@ -21,7 +21,7 @@ The fifth name, ``kv``, is no axis of its own. With more tensor-parallel ranks t
 and value heads are held by ``kv`` neighbouring tensor-parallel ranks, which are a group of their own: with TP 4 and 2
 query groups, {0 1} {2 3} {4 5} {6 7} above.
 
-Pure arithmetic: nothing here communicates, and torch is not needed. ``context.py`` makes the groups.
+Pure arithmetic: nothing here communicates; ``context.py`` makes the groups. Needs no torch.
 """
 
 from __future__ import annotations

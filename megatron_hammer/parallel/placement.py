@@ -13,7 +13,7 @@ All formulas of local sizes are here and nowhere else. The parameter table (``mo
 which rectangle of which tensor a rank holds, the model builds its layers of these sizes, and settings are checked with
 them.
 
-Pure arithmetic on the sizes of a model; it needs no torch.
+Pure arithmetic on the sizes of a model. Needs no torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The profile of a step as a picture: the whole step beside its limit, each part beside its own, memory by kind.
 
 Drawn from the dictionary that ``profile.json`` holds, so that a picture can be made again from the file alone.
+Needs no torch.
 """
 
 from __future__ import annotations

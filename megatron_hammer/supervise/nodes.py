@@ -1,4 +1,7 @@
-"""Which ranks a launcher starts, and where they all meet."""
+"""Which ranks a launcher starts, and where they all meet.
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ parent-death signal: Linux only), so that two runs never write to one folder.
 
 Signals: TERM, INT, HUP and USR1 are passed on to every rank and mean "save and stop" (exit code 75). A rank is born
 with them blocked and unblocks them once its handlers stand (``train`` does), so that none is lost and none kills it
-while it starts. Repeating a signal changes nothing.
+while it starts. Repeating a signal changes nothing. Needs no torch.
 """
 
 from __future__ import annotations

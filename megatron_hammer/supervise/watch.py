@@ -2,7 +2,7 @@
 
 When one rank fails, the others mostly fail too: their peer is gone. So every failure becomes a candidate with a
 severity, and the smallest one is the cause that the launcher prints. After the first failure the others get a grace
-period in which to report; then they are killed.
+period in which to report; then they are killed. Needs no torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``python -m megatron_hammer.train CONFIG.yaml [group.field=value ...]``: one process, or one rank under torchrun.
 
-``python -m megatron_hammer.launch`` starts several ranks and has the clearer exit codes.
+``python -m megatron_hammer.launch`` starts several ranks and has the clearer exit codes. Needs no torch.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ is stated twice, because two counts are in use::
 
 with N the weights that take part in matrix products (head included, embedding look-up not), over the devices' dense
 peak; null where no peak is known. Both count whole samples: with data.attention_mask=document less attention is
-computed, and the true utilisation is lower than either says.
+computed, and the true utilisation is lower than either says. Needs no torch.
 """
 
 from __future__ import annotations

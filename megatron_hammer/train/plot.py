@@ -1,7 +1,7 @@
 """The loss curve of a run as a picture, from its metrics.jsonl alone: works while the run goes on.
 
 Above: the training loss of every step (light), its moving average (dark), and the validation sets. Below: the learning
-rate. Skipped steps and values that are not finite leave gaps.
+rate. Skipped steps and values that are not finite leave gaps. Needs no torch.
 """
 
 from __future__ import annotations

@@ -44,6 +44,12 @@ def _placements(config: Config, ctx: ParallelContext, num_stages: int) -> list[P
     ]
 
 
+def _inputs(config: Config, ctx: ParallelContext) -> tuple[Tensor, Tensor, Any]:
+    """Tokens, labels and documents of a micro-batch."""
+    batch = rank_batches(config, 1, ctx)[0]
+    return batch.tokens, batch.labels, batch.documents
+
+
 def _weight_gradients(stages: list[Stage]) -> dict[str, Tensor]:
     """By name; a tied embedding is two parameters in two stages, whose gradients are summed."""
     found: dict[str, Tensor] = {}
@@ -58,7 +64,7 @@ def _weight_gradients(stages: list[Stage]) -> dict[str, Tensor]:
 def _one_after_the_other(config: Config, ctx: ParallelContext, num_stages: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Losses and gradients as a pipeline schedule would compute them, in one process."""
     stages = [_built(config, ctx, at) for at in _placements(config, ctx, num_stages)]
-    batch = rank_batches(config, 1, ctx)[0]
+    batch = _inputs(config, ctx)
     arrived: list[Tensor | None] = [None]
     for stage in stages:
         received = arrived[-1]
@@ -75,7 +81,7 @@ def _one_after_the_other(config: Config, ctx: ParallelContext, num_stages: int) 
 
 def _whole(config: Config, ctx: ParallelContext) -> tuple[Tensor, dict[str, Tensor]]:
     model = _built(config, ctx, _placements(config, ctx, 1)[0])
-    losses = model(*rank_batches(config, 1, ctx)[0])
+    losses = model(*_inputs(config, ctx))
     losses.mean().backward()
     return losses.detach(), _weight_gradients([model])
 
@@ -121,7 +127,7 @@ def test_stages_equal_the_whole_model_on_two_ranks(sequence_parallel: bool) -> N
 def test_a_stage_must_be_given_what_it_reads() -> None:
     config, ctx = tiny_config(), ParallelContext.single()
     first, last = (_built(config, ctx, at) for at in _placements(config, ctx, 2))
-    tokens, labels = rank_batches(config, 1, ctx)[0]
+    tokens, labels, _ = _inputs(config, ctx)
     with pytest.raises(AssertionError, match="first stage receives nothing"):
         last(tokens, labels)
     with pytest.raises(AssertionError, match="first stage receives nothing"):
