@@ -33,13 +33,14 @@ from shapes import SHAPES
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.corpus.documents import TextCorpus
 from megatron_hammer.kernels.fp8 import Fp8Products, emulated_multiply
-from megatron_hammer.kernels.operations import Operations, select_backends
+from megatron_hammer.kernels.operations import Operations
+from megatron_hammer.kernels.selection import select_backends
 from megatron_hammer.model.llama import Stage
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.train import train_tokenizer
-from megatron_hammer.train.loop import build, kernel_demand
+from megatron_hammer.train.loop import build, kernel_requirements
 from megatron_hammer.train.step import train_step
 
 SIDES = ("fp32", "bf16", "fp8", "fp8-head")
@@ -180,7 +181,7 @@ def main() -> None:
     results = []
     for side in arguments.sides:
         path, config = arguments.output / f"{side}.json", config_of(side, arguments.steps)
-        rows = select_backends(config.kernels, kernel_demand(config, torch.device("cpu")))
+        rows = select_backends(config.kernels, kernel_requirements(config, torch.device("cpu")))
         kernels = {operation: row.name for operation, row in rows.items()}
         settings = {"steps": arguments.steps, "tokens": len(tokens), "torch": torch.__version__, "kernels": kernels}
         kept = json.loads(path.read_text()) if path.exists() else {}

@@ -34,11 +34,11 @@ def measure(variant: str, size: str, precision: str, steps: int) -> None:
     import torch
 
     from megatron_hammer.config import config_from_tree
-    from megatron_hammer.kernels.operations import select_backends
+    from megatron_hammer.kernels.selection import select_backends
     from megatron_hammer.model.recompute import activation_bytes
     from megatron_hammer.parallel.context import ParallelContext
     from megatron_hammer.sampling.batch import Batch
-    from megatron_hammer.train.loop import build, kernel_demand
+    from megatron_hammer.train.loop import build, kernel_requirements
     from megatron_hammer.train.step import train_step
 
     imported, shape = peak_mb(), SHAPES[size]
@@ -68,7 +68,7 @@ def measure(variant: str, size: str, precision: str, steps: int) -> None:
         train_step(model, optimizer, samples, config, step, ctx).loss.item()
         seconds.append(time.process_time() - cpu)
         first = first or time.perf_counter() - wall
-    rows = select_backends(config.kernels, kernel_demand(config, ctx.device))
+    rows = select_backends(config.kernels, kernel_requirements(config, ctx.device))
     line = {
         "variant": variant,
         "size": size,

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from megatron_hammer.config import KernelsConfig
-from megatron_hammer.kernels.attention import ROWS, each_document, varlen, whole_samples
+from megatron_hammer.kernels.attention import BACKENDS, each_document, varlen, whole_samples
+from megatron_hammer.kernels.backend import Requirements
 from megatron_hammer.kernels.libraries import te
-from megatron_hammer.kernels.operations import Operations, select_operations
+from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import PackedSequences
-from megatron_hammer.kernels.table import Demand, select
+from megatron_hammer.kernels.selection import select, select_operations
 from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.layers import LayerOptions
 from megatron_hammer.parallel.context import ParallelContext
@@ -80,7 +81,7 @@ class _Keeper:
 
 def loss_operations(name: Literal["torch", "triton"], dtype: torch.dtype, chunk: int | None = None) -> Operations:
     kernels = KernelsConfig(loss=name, loss_chunk_tokens=chunk)
-    return select_operations(kernels, Demand(torch.device("cuda"), dtype))
+    return select_operations(kernels, Requirements(torch.device("cuda"), dtype))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -132,9 +133,9 @@ def test_memory_of_head_and_loss(backend: Literal["torch", "triton"]) -> None:
 @pytest.mark.parametrize("heads, groups", [(8, 8), (8, 2)])
 def test_varlen_equals_each_document(heads: int, groups: int) -> None:
     """Output and gradients in bf16; both round where they like, so 1 % of the norm."""
-    demand = Demand(torch.device("cuda"), torch.bfloat16, "document", heads, groups, 64)
-    assert select("attention", "auto", ROWS, demand).name == "varlen"
-    documents = PackedSequences.from_cu_seqlens(np.cumsum([0, 1, 300, 17, 1000, 64]).astype(np.int32), demand.device)
+    required = Requirements(torch.device("cuda"), torch.bfloat16, "document", heads, groups, 64)
+    assert select("attention", "auto", BACKENDS, required).name == "varlen"
+    documents = PackedSequences.from_cu_seqlens(np.cumsum([0, 1, 300, 17, 1000, 64]).astype(np.int32), required.device)
     fused = torch.randn(1382, 1, heads + 2 * groups, 64, dtype=torch.bfloat16, device="cuda")
     inputs = [x.requires_grad_() for x in fused.split((heads, groups, groups), dim=2)]
     results = []
@@ -162,7 +163,7 @@ def test_no_document_leaks_on_a_gpu() -> None:
     assert torch.equal(losses[0][10:], losses[1][10:]) and not torch.equal(losses[0][:10], losses[1][:10])
 
 
-needs_te = pytest.mark.skipif(bool(te.obstacle()), reason=f"needs Transformer Engine: {te.obstacle()}")
+needs_te = pytest.mark.skipif(bool(te.unavailable()), reason=f"needs Transformer Engine: {te.unavailable()}")
 
 
 @needs_te
@@ -206,7 +207,7 @@ def test_te_layers_equal_the_torch_layers(precision: str, tolerance: float) -> N
 
 
 @needs_te
-@pytest.mark.skipif(bool(te.obstacle(fp8=True)), reason=f"needs fp8: {te.obstacle(fp8=True)}")
+@pytest.mark.skipif(bool(te.unavailable(fp8=True)), reason=f"needs fp8: {te.unavailable(fp8=True)}")
 @pytest.mark.parametrize("fp8", ["delayed", "current"])
 def test_te_fp8_learns_what_bf16_learns(fp8: str) -> None:
     """Loss parity over 100 steps of a task that is learnt in them; delayed scaling loses its first steps to scale 1."""

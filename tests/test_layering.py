@@ -36,12 +36,6 @@ NO_TORCH = re.compile(r"\b(no|neither)\s+torch\b")
 HEAVY = {"torch", "transformers", "matplotlib"}
 CIRCLES = [  # between modules, still to be opened, each within one room
     {"kernels.adamw", "kernels.libraries.apex"},
-    {
-        "kernels.linear_cross_entropy",
-        "kernels.native.choice",
-        "kernels.native.cpu",
-        "kernels.native.linear_cross_entropy_triton",
-    },
 ]
 
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpu.kernels import our_demand
+from gpu.kernels import our_requirements
 from gpu.measure import Bench, Item, Missing, Result, forward_and_backward, needed, summary
-from megatron_hammer.kernels.operations import TABLES
+from megatron_hammer.kernels.backend import Requirements
 from megatron_hammer.kernels.packed_sequences import PackedSequences
-from megatron_hammer.kernels.table import Demand
+from megatron_hammer.kernels.selection import TABLES
 
 FORCED = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 SEED = 7
@@ -61,8 +61,8 @@ def backend(bench: Bench, name: str, mask: str) -> Result:
     """A row of our table, called as the layer calls it: views of the fused qkv in, [s, b, heads, d]."""
     shape = bench.shape
     row = next(row for row in TABLES["attention"] if row.name == name)
-    if obstacle := row.obstacle(our_demand(bench, mask)):
-        raise Missing(obstacle)
+    if reason := row.unusable(our_requirements(bench, mask)):
+        raise Missing(reason)
     if name == "te":
         needed("transformer_engine.pytorch")
     function = row.load(bench.device)
@@ -96,8 +96,8 @@ def items(bench: Bench) -> dict[str, Item]:
     found: dict[str, Item] = {}
     for mask in ("causal", "document"):
         for row in TABLES["attention"]:
-            demand = Demand(torch.device("cpu"), torch.bfloat16, mask)
-            if not row.limits(demand):  # what this mask is none of its business is no line of the table
+            required = Requirements(torch.device("cpu"), torch.bfloat16, mask)
+            if not row.unsupported(required):  # what this mask is none of its business is no line of the table
                 found[f"{mask}: {row.name}"] = partial(backend, bench, row.name, mask)
     for kernel in FORCED:
         for grouped in (True, False):

@@ -20,7 +20,8 @@ from gpu.kernels import row_function
 from gpu.measure import Bench, Item, Missing, Result, needed, peak_memory, summary, times
 from megatron_hammer.config import KernelsConfig
 from megatron_hammer.kernels.linear_cross_entropy import with_chunks
-from megatron_hammer.kernels.operations import TABLES, Operations
+from megatron_hammer.kernels.operations import Operations
+from megatron_hammer.kernels.selection import TABLES
 from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.layers import LayerOptions
 

@@ -23,9 +23,10 @@ from torch import Tensor
 from gpu.measure import Bench, Item, Missing, Result, forward_and_backward, needed, summary, times
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels.adamw import AdamWState
-from megatron_hammer.kernels.linear_cross_entropy import CHUNK_TOKENS, Columns
-from megatron_hammer.kernels.operations import TABLES
-from megatron_hammer.kernels.table import Backend, Demand
+from megatron_hammer.kernels.arguments import Columns
+from megatron_hammer.kernels.backend import Backend, Requirements
+from megatron_hammer.kernels.linear_cross_entropy import CHUNK_TOKENS
+from megatron_hammer.kernels.selection import TABLES
 
 COMPILED = "torch.compile"
 PARAMETERS = 1_402_288_128
@@ -66,10 +67,10 @@ def case(bench: Bench, operation: str) -> Case:
     return Case([gate_up], lambda swiglu, x: swiglu(x), [bench.random(s, b, f)], 3 * hidden * f / h, 5 * hidden * f / h)
 
 
-def our_demand(bench: Bench, mask: str = "causal") -> Demand:
+def our_requirements(bench: Bench, mask: str = "causal") -> Requirements:
     """What the 1.4B model asks of its kernels."""
     shape = bench.shape
-    return Demand(bench.device, torch.bfloat16, mask, shape.heads, shape.groups, shape.hidden // shape.heads)
+    return Requirements(bench.device, torch.bfloat16, mask, shape.heads, shape.groups, shape.hidden // shape.heads)
 
 
 def row_function(bench: Bench, operation: str, name: str) -> Any:
@@ -80,8 +81,8 @@ def row_function(bench: Bench, operation: str, name: str) -> Any:
     """
     rows = {row.name: row for row in TABLES[operation]}
     row: Backend = rows["torch" if name == COMPILED else name]
-    if obstacle := row.obstacle(our_demand(bench)):
-        raise Missing(obstacle)
+    if reason := row.unusable(our_requirements(bench)):
+        raise Missing(reason)
     if name in ("liger", "apex", "te"):
         needed({"liger": "liger_kernel", "apex": "apex.optimizers", "te": "transformer_engine.pytorch"}[name])
     function = row.load(bench.device)

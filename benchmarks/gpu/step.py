@@ -28,9 +28,9 @@ from gpu.contestants import (
     ours,
     torchtitan,
 )
-from gpu.kernels import our_demand
+from gpu.kernels import our_requirements
 from gpu.measure import Bench, Clocks, Item, Result, is_out_of_memory, marked_times, needed, peak_memory
-from megatron_hammer.kernels.operations import TABLES
+from megatron_hammer.kernels.selection import TABLES
 from megatron_hammer.model.parameters import logical_shapes
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
@@ -154,7 +154,7 @@ def _largest(bench: Bench, eager_attention: bool, compiled: bool) -> int:
 
 def choices(bench: Bench) -> dict[str, Item]:
     """Ours, one setting changed at a time from the default."""
-    able = [row.name for row in TABLES["attention"] if not row.obstacle(our_demand(bench))]
+    able = [row.name for row in TABLES["attention"] if not row.unusable(our_requirements(bench))]
     attention = {f"attention={name}": {"kernels": {"attention": name}} for name in able}
     found: dict[str, Item] = {}
     settings: dict[str, dict[str, dict[str, Any]]] = {"default": {}, **CHOICES, **attention}

@@ -39,7 +39,7 @@ void with_type(bool half, Work work) {
   }
 }
 
-// A block of memory as malloc gives it; kernels/native/memory.py says why not an aligned one.
+// A block of memory as malloc gives it; kernels/native/cpu.py says why not an aligned one.
 class Memory {
  public:
   explicit Memory(size_t size) : size_(size) {

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from megatron_hammer.config import OptimizerConfig
+from megatron_hammer.kernels.backend import ANYWHERE, CUDA, FLOATS, Backend, Requirements
 from megatron_hammer.kernels.libraries import apex
-from megatron_hammer.kernels.native import choice as native
-from megatron_hammer.kernels.table import ANYWHERE, CUDA, FLOATS, Backend, Demand
+from megatron_hammer.kernels.native import devices as native
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,12 @@ def _apex(device: torch.device) -> OptimizerKernels:
     return OptimizerKernels("apex", apex.adamw_, apex.add_square_sum)
 
 
-def _fused_limits(demand: Demand) -> str:
-    return native.limits(replace(demand, compile="none"))  # no compiler ever sees the optimizer
+def _fused_unsupported(required: Requirements) -> str:
+    return native.unsupported(replace(required, compile="none"))  # no compiler ever sees the optimizer
 
 
-ROWS = (
-    Backend("fused", _fused, ANYWHERE, FLOATS, _fused_limits, native.missing),
+BACKENDS = (
+    Backend("fused", _fused, ANYWHERE, FLOATS, _fused_unsupported, native.unavailable),
     Backend("torch", lambda device: OptimizerKernels()),
-    Backend("apex", _apex, CUDA, missing=apex.adamw_is_missing, by_name_only=True),
+    Backend("apex", _apex, CUDA, unavailable=apex.adamw_unavailable, by_name_only=True),
 )

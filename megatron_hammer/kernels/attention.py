@@ -6,7 +6,7 @@
     data.attention_mask=document    [b s, 1, heads, d]   the samples of a micro-batch one after the other; each token
                                                          attends to the past of its own document
 
-Where documents lie is a ``PackedSequences``. ``ROWS`` is the whole table of backends (``table.py``).
+Where documents lie is a ``PackedSequences``. ``BACKENDS`` is the whole table.
 
 Legend: s sequence, b micro-batch, n query heads, g query groups, d head_dim (local ones).
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,10 +24,11 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_hammer.kernels.backend import CPU, CUDA, HALVES, Backend, Requirements
 from megatron_hammer.kernels.libraries import flash, te
-from megatron_hammer.kernels.native import attention as attention_cpu
-from megatron_hammer.kernels.packed_sequences import PackedSequences
-from megatron_hammer.kernels.table import CUDA, HALVES, Backend, Demand
+from megatron_hammer.kernels.native import autograd as fused
+from megatron_hammer.kernels.native import cpu
+from megatron_hammer.kernels.packed_sequences import GraphPackedSequences, PackedSequences
 
 # On a CPU, torch's 16-bit attention costs about as much for 30 rows as for 100, and below this many elements of a head
 # (rows x d) up to twice as much as in fp32 with both conversions, above it less: measured on a Xeon with AMX, torch
@@ -95,7 +96,7 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str]:
 
 
 @cache
-def _varlen_is_missing(device: torch.device) -> str:
+def _varlen_unavailable(device: torch.device) -> str:
     """Why torch's variable-length attention cannot run on this device, or an empty string."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -109,7 +110,7 @@ def _varlen_is_missing(device: torch.device) -> str:
 
 
 @cache
-def _cudnn_is_missing(device: torch.device) -> str:
+def _cudnn_unavailable(device: torch.device) -> str:
     """Why torch cannot reach cuDNN's attention on this device, or an empty string."""
     if not torch.backends.cudnn.is_available():
         return f"torch {torch.__version__} comes without cuDNN"
@@ -119,67 +120,136 @@ def _cudnn_is_missing(device: torch.device) -> str:
     return "" if capability >= (8, 0) else f"it needs sm_80, the GPU is sm_{capability[0]}{capability[1]}"
 
 
-def _torch_can_use_cudnn(demand: Demand) -> bool:
+def _torch_can_use_cudnn(required: Requirements) -> bool:
     """Torch's own check, which knows cuDNN's version and the heads that it can do on this chip."""
-    shapes = ((1, heads, 64, demand.head_size) for heads in (demand.heads, demand.groups, demand.groups))
-    q, k, v = (torch.empty(shape, dtype=demand.dtype, device=demand.device) for shape in shapes)
-    return can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, True, demand.heads != demand.groups), False)
+    shapes = ((1, heads, 64, required.head_size) for heads in (required.heads, required.groups, required.groups))
+    q, k, v = (torch.empty(shape, dtype=required.dtype, device=required.device) for shape in shapes)
+    return can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, True, required.heads != required.groups), False)
 
 
-def _cudnn_limits(demand: Demand) -> str:
-    if (limit := _masks("causal")(demand)) or demand.device.type != "cuda" or _cudnn_is_missing(demand.device):
+def _cudnn_unsupported(required: Requirements) -> str:
+    if (limit := _masks("causal")(required)) or required.device.type != "cuda" or _cudnn_unavailable(required.device):
         return limit
-    if _torch_can_use_cudnn(demand):
+    if _torch_can_use_cudnn(required):
         return ""
-    grouped = f" in {demand.groups} groups" if demand.heads != demand.groups else ""
+    grouped = f" in {required.groups} groups" if required.heads != required.groups else ""
     version = torch.backends.cudnn.version()
-    return f"cannot do {demand.heads} heads of {demand.head_size}{grouped} (torch's own check, cuDNN {version})"
+    return f"cannot do {required.heads} heads of {required.head_size}{grouped} (torch's own check, cuDNN {version})"
 
 
-def _cudnn_is_preferred(demand: Demand) -> bool:
+def _cudnn_is_preferred(required: Requirements) -> bool:
     """On Hopper and Blackwell, as torch itself has it: there 1.7 to 2.3 times as fast as torch's flash kernels.
 
     Measured on an H100 in transformers' pull request 48163; on older chips nobody has, and torch prefers flash.
     """
-    return torch.cuda.get_device_capability(demand.device) in ((9, 0), (10, 0))
+    return torch.cuda.get_device_capability(required.device) in ((9, 0), (10, 0))
 
 
-def _masks(*able: str) -> Callable[[Demand], str]:
+def _masks(*able: str) -> Callable[[Requirements], str]:
     """The limit of a backend that can do these values of ``data.attention_mask`` and no others."""
 
-    def limit(demand: Demand) -> str:
-        return "" if demand.mask in able else f"cannot do data.attention_mask={demand.mask}"
+    def limit(required: Requirements) -> str:
+        return "" if required.mask in able else f"cannot do data.attention_mask={required.mask}"
 
     return limit
 
 
-def _varlen_limits(demand: Demand) -> str:
-    if limit := _masks("document")(demand):
+def _varlen_unsupported(required: Requirements) -> str:
+    if limit := _masks("document")(required):
         return limit
-    return f"takes heads of at most 256 elements, not {demand.head_size}" if demand.head_size > 256 else ""
+    return f"takes heads of at most 256 elements, not {required.head_size}" if required.head_size > 256 else ""
 
 
-def _fused_limits(demand: Demand) -> str:
-    if demand.compile == "layers" and demand.mask == "causal":
+def _fused(device: torch.device) -> AttentionFunction:
+    return partial(fused.attention, cpu.library())
+
+
+def _fused_unsupported(required: Requirements) -> str:
+    if required.compile == "layers" and required.mask == "causal":
         return "is not for kernels.compile=layers"
-    return attention_cpu.obstacle(demand.dtype)
+    return cpu.attention_unsupported(required.dtype)
 
 
-ROWS = (
-    Backend("fused", lambda device: attention_cpu.attention, frozenset({"cpu"}), limits=_fused_limits),
+BACKENDS = (
+    Backend("fused", _fused, CPU, unsupported=_fused_unsupported),
     Backend(
         "cudnn",
         lambda device: cudnn,
         CUDA,
         HALVES,
-        _cudnn_limits,
-        _cudnn_is_missing,
+        _cudnn_unsupported,
+        _cudnn_unavailable,
         preferred=_cudnn_is_preferred,
         deterministic=False,  # torch refuses it under use_deterministic_algorithms
     ),
-    Backend("sdpa", lambda device: whole_samples, limits=_masks("causal")),
-    Backend("varlen", lambda device: varlen, CUDA, HALVES, _varlen_limits, _varlen_is_missing),
-    Backend("sdpa-documents", lambda device: each_document, limits=_masks("document")),
-    *flash.ROWS,
-    Backend("te", lambda device: te.attention, CUDA, HALVES, missing=te.attention_obstacle, by_name_only=True),
+    Backend("sdpa", lambda device: whole_samples, unsupported=_masks("causal")),
+    Backend("varlen", lambda device: varlen, CUDA, HALVES, _varlen_unsupported, _varlen_unavailable),
+    Backend("sdpa-documents", lambda device: each_document, unsupported=_masks("document")),
+    *flash.BACKENDS,
+    Backend("te", lambda device: te.attention, CUDA, HALVES, unavailable=te.not_installed, by_name_only=True),
 )
+
+
+# ---- within a compiled layer ---------------------------------------------------------------------------------------
+
+
+def in_graph(backend: Backend, device: torch.device) -> AttentionFunction:
+    """The attention of a backend for layers that are compiled (``kernels.compile=layers``) with document masks.
+
+    Where documents are ``PackedSequences``, as in evaluation, it is the backend's own. ``GraphPackedSequences`` make it
+    one operation of the layer's graph, which the compiler calls and does not look into::
+
+        forward     out = attention(q, k, v)                      keeps q, k, v
+        backward    attention again, with its record; then that record's backward
+
+    which costs one forward pass of attention more than it does outside of a graph.
+    """
+    plain: AttentionFunction = backend.load(device)
+    operation = _operation(backend, device)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, documents: Any) -> Tensor:
+        if isinstance(documents, GraphPackedSequences):
+            within: Tensor = operation(q, k, v, *documents)
+            return within
+        return plain(q, k, v, documents)
+
+    return attention
+
+
+@cache
+def _operation(backend: Backend, device: torch.device) -> Callable[..., Tensor]:
+    """Operations of torch are known by name in a process, so each is made once."""
+    plain, name = backend.load(device), f"megatron_hammer::{backend.name.replace('-', '_')}_attention_{device.type}"
+
+    @torch.library.custom_op(name, mutates_args=())
+    def forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, cu_seqlens: Tensor, positions: Tensor) -> Tensor:
+        out: Tensor = plain(q, k, v, GraphPackedSequences(lengths, cu_seqlens, positions).documents())
+        return out.contiguous()
+
+    @torch.library.custom_op(f"{name}_backward", mutates_args=())
+    def backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, cu_seqlens: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # An operation runs below autograd; leaving "inference mode" is how torch lets it come back.
+        with torch.inference_mode(False), torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            out = plain(*inputs, GraphPackedSequences(lengths, cu_seqlens, positions).documents())
+            grad_q, grad_k, grad_v = torch.autograd.grad(out, inputs, grad)
+        return grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()
+
+    @forward.register_fake
+    def _(q: Tensor, *others: Tensor) -> Tensor:
+        return q.new_empty(q.shape)
+
+    @backward.register_fake
+    def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    def keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *backward(grad, *ctx.saved_tensors), None, None, None
+
+    forward.register_autograd(gradient, setup_context=keep)
+    return forward

@@ -201,7 +201,8 @@ class Fp8Products(Products):
         held = self._weights.get(weight)
         if held is None or held[0] != version:
             held = self._weights[weight] = version, self.quantise(weight, E4M3)
-        return held[1]
+        operand: Operand = held[1]
+        return operand
 
     def gradient(self, grad_y: Tensor) -> Operand:
         return self.quantise(grad_y, E5M2)
@@ -240,7 +241,7 @@ def select_products(kernels: KernelsConfig, device: torch.device) -> tuple[Produ
     if not any(chosen):
         return PLAIN, PLAIN
     fast = Fp8Products()
-    if kernels.compile != "layers" and not cuda.missing(device):  # the compiler fuses casts with what comes before
+    if kernels.compile != "layers" and not cuda.unavailable(device):  # the compiler fuses casts with what comes before
         fast = Fp8Products(fused_largest, fused_cast, measured=Measured(cuda.library()))
     return fast if chosen[0] else PLAIN, fast if chosen[1] else PLAIN
 
@@ -256,11 +257,11 @@ def measuring(products: Products) -> dict[str, Any]:
 def check_here(kernels: KernelsConfig, device: torch.device) -> None:
     """Raises ``ConfigError`` as ``select_products``: for each rank, before its first collective."""
     ours = kernels.fp8_head or (kernels.fp8 != "off" and kernels.layers == "torch")
-    if ours and (why := obstacle(device)):
+    if ours and (why := unavailable(device)):
         raise ConfigError(13, f"kernels.fp8={kernels.fp8}", f"cannot run here ({why})", "use kernels.fp8=off")
 
 
-def obstacle(device: torch.device) -> str:
+def unavailable(device: torch.device) -> str:
     """Why this device cannot multiply in 8 bits, or an empty string."""
     if device.type != "cuda":
         # torch 2.13 has it on a CPU too, right to the last bit and some 1,000 times slower than bf16 (Xeon, AMX).

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_hammer.kernels.native.memory import empty
+from megatron_hammer.kernels.native.cpu import empty
 from megatron_hammer.kernels.weight_gradient import add_weight_gradient, add_weight_gradient_in_graph
 
 

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_hammer.config import KernelsConfig
-from megatron_hammer.kernels.native import choice as native
-from megatron_hammer.kernels.table import CUDA, HALVES, Backend
+from megatron_hammer.kernels.arguments import Columns
+from megatron_hammer.kernels.backend import CPU, CUDA, HALVES, Backend
+from megatron_hammer.kernels.native import devices as native
 
 # Tokens whose logits exist at once. On an H200 each chunk costs 0.4 ms for 0.87 GB of fp32 gradient read and written
 # (1.4B model, predicted). On 2 Xeon cores 256 and 512 are as fast as 1024 at 8,192 and at 32,000 pieces, and 256 needs
@@ -34,27 +35,6 @@ CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 # Elements of one fp32 block: 1 MiB stays in a CPU core's own cache (a third faster than 4 MiB on a Xeon with 2 MiB a
 # core); on a GPU without Triton 8 MiB stay in its L2 cache, and a chunk stays within 0.5 GiB.
 BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**21}
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The part of the vocabulary that a rank's logits are of."""
-
-    start: int
-    """Token id of the first column."""
-    valid: int
-    """Columns that stand for a token; the others are padding."""
-
-    @classmethod
-    def of(cls, rank: int, width: int, vocab_size: int) -> Columns:
-        """Those of one rank, which holds ``width`` columns of the padded vocabulary."""
-        return cls(width * rank, max(0, min(width, vocab_size - width * rank)))
-
-    def find(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids [n] -> column of each (0 where another rank has it), and whether it is here."""
-        local = labels - self.start
-        here = (local >= 0) & (local < self.valid)
-        return torch.where(here, local, 0), here
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
@@ -116,7 +96,7 @@ def loss_and_gradient_(
 ) -> Tensor:
     """All of the above on a rank that holds the whole vocabulary, each logit exponentiated once: loss [n]."""
     rows = logits[:, : columns.valid]
-    lse, loss = torch.empty((2, len(labels)), dtype=_wide(logits), device=logits.device)
+    lse, loss = torch.empty((2, len(labels)), dtype=_wide(logits), device=logits.device).unbind()
     target = rows.gather(1, labels.unsqueeze(1)).squeeze(1)
     for c in _row_blocks(rows):
         block = rows[c].to(lse.dtype, copy=True)
@@ -172,7 +152,7 @@ def _triton(device: torch.device) -> LossKernels:
     )
 
 
-def _triton_is_missing(device: torch.device) -> str:
+def _triton_unavailable(device: torch.device) -> str:
     return "" if importlib.util.find_spec("triton") else "the package triton is not installed"
 
 
@@ -187,9 +167,9 @@ def _fused(device: torch.device) -> LossKernels:
     )
 
 
-ROWS = (
-    Backend("fused", _fused, frozenset({"cpu"}), native.DTYPES["cpu"], missing=native.missing),
-    Backend("triton", _triton, CUDA, HALVES | {torch.float32}, missing=_triton_is_missing),
+BACKENDS = (
+    Backend("fused", _fused, CPU, native.DTYPES["cpu"], unavailable=native.unavailable),
+    Backend("triton", _triton, CUDA, HALVES | {torch.float32}, unavailable=_triton_unavailable),
     Backend("torch", lambda device: LossKernels()),
 )
 

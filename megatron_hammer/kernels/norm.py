@@ -1,7 +1,7 @@
-"""Residual add and RMSNorm in one: x + update, and its normalised form, from one pass over memory where fused.
+"""Residual add and RMSNorm in one: x + branch, and its normalised form, from one pass over memory where fused.
 
-Bytes at best, in units of one hidden tensor: forward 4 (x, update, sum, normed), backward 4 (two
-gradients, sum, result).
+Bytes at best, in units of one hidden tensor: forward 4 (x, branch, sum, normed), backward 4 (two gradients,
+sum, result).
 
 Legend: s sequence, b micro-batch, h hidden.
 """
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_hammer.kernels.backend import ANYWHERE, CUDA, FLOATS, HALVES, Backend
 from megatron_hammer.kernels.libraries import apex, liger, te
 from megatron_hammer.kernels.native import autograd as fused
-from megatron_hammer.kernels.native import choice as native
-from megatron_hammer.kernels.table import ANYWHERE, CUDA, FLOATS, HALVES, Backend
+from megatron_hammer.kernels.native import devices as native
 
-AddRMSNorm = Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+AddRMSNormFunction = Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -35,13 +35,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * wide.to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The reference: (RMSNorm of x + update, x + update); without an update x itself is the second.
+def add_rms_norm(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The reference: (RMSNorm of x + branch, x + branch); without a branch x itself is the second.
 
     Args:
-        x: [s, b, h], the residual stream. update: [s, b, h], what the last sublayer adds to it. weight: [h].
+        x: [s, b, h], the residual stream. branch: [s, b, h], what the last sublayer adds to it. weight: [h].
     """
-    summed = x if update is None else x + update
+    summed = x if branch is None else x + branch
     return rms_norm(summed, weight, eps), summed
 
 
@@ -49,12 +49,12 @@ def _fused(device: torch.device) -> Any:
     return partial(fused.add_rms_norm, native.library(device))
 
 
-ROWS = (
-    Backend("fused", _fused, ANYWHERE, FLOATS, native.limits, native.missing),
+BACKENDS = (
+    Backend("fused", _fused, ANYWHERE, FLOATS, native.unsupported, native.unavailable),
     Backend("torch", lambda device: add_rms_norm, compiles=True),
-    Backend("te", lambda device: te.add_rms_norm, CUDA, HALVES | {torch.float32}, missing=te.attention_obstacle,
+    Backend("te", lambda device: te.add_rms_norm, CUDA, HALVES | {torch.float32}, unavailable=te.not_installed,
             by_name_only=True),
-    Backend("apex", lambda device: apex.add_rms_norm, CUDA, missing=apex.norm_is_missing, by_name_only=True),
-    Backend("liger", lambda device: liger.add_rms_norm, CUDA, HALVES | {torch.float32}, liger.not_whole_layers,
-            liger.missing, by_name_only=True),
+    Backend("apex", lambda device: apex.add_rms_norm, CUDA, unavailable=apex.norm_unavailable, by_name_only=True),
+    Backend("liger", lambda device: liger.add_rms_norm, CUDA, HALVES | {torch.float32}, liger.unsupported,
+            liger.unavailable, by_name_only=True),
 )  # fmt: skip

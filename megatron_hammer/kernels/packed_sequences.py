@@ -12,6 +12,7 @@ The end of a sample is the end of a document, so no document is longer than s, t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,3 +44,32 @@ class PackedSequences:
         arrays = (torch.from_numpy(a) for a in (cu_seqlens.astype(np.int32), positions.astype(np.int64)))
         on_device = [a.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else a for a in arrays]
         return cls(tuple(lengths.tolist()), *on_device)
+
+
+class GraphPackedSequences(NamedTuple):
+    """``PackedSequences`` for layers that torch.compile has made a graph of (``in_graph`` in attention.py).
+
+    A graph is made for shapes and host numbers that stay, and how many documents a micro-batch has and how long they
+    are is another matter every time. So these are tensors whose shapes depend on the size of the micro-batch alone.
+    """
+
+    lengths: Tensor
+    """[b s] int64 on the host: rows of each document, then zeros."""
+    cu_seqlens: Tensor
+    """[b s + 1] int32 on the device, the last value repeated."""
+    positions: Tensor
+    """[b s] int64 on the device."""
+
+    @classmethod
+    def of(cls, documents: PackedSequences) -> GraphPackedSequences:
+        """Without waiting for the device."""
+        rows, count = len(documents.positions), len(documents.lengths)
+        lengths = torch.zeros(rows, dtype=torch.int64)
+        lengths[:count] = torch.tensor(documents.lengths)
+        cu_seqlens = torch.cat((documents.cu_seqlens, documents.cu_seqlens[-1:].expand(rows - count)))
+        return cls(lengths, cu_seqlens, documents.positions)
+
+    def documents(self) -> PackedSequences:
+        """The inverse of ``of``."""
+        count = int(self.lengths.count_nonzero())
+        return PackedSequences(tuple(self.lengths[:count].tolist()), self.cu_seqlens[: count + 1], self.positions)

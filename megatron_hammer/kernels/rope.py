@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_hammer.kernels.backend import ANYWHERE, CUDA, FLOATS, HALVES, Backend
 from megatron_hammer.kernels.libraries import liger
 from megatron_hammer.kernels.native import autograd as fused
-from megatron_hammer.kernels.native import choice as native
-from megatron_hammer.kernels.table import ANYWHERE, CUDA, FLOATS, HALVES, Backend
+from megatron_hammer.kernels.native import devices as native
 
-Rope = Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, ...]]
+RopeFunction = Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, ...]]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -47,9 +47,9 @@ def _fused(device: torch.device) -> Any:
     return partial(fused.rope, native.library(device))
 
 
-ROWS = (
-    Backend("fused", _fused, ANYWHERE, FLOATS, native.limits, native.missing),
+BACKENDS = (
+    Backend("fused", _fused, ANYWHERE, FLOATS, native.unsupported, native.unavailable),
     Backend("torch", lambda device: rope, compiles=True),
-    Backend("liger", lambda device: liger.rope, CUDA, HALVES | {torch.float32}, liger.not_whole_layers, liger.missing,
+    Backend("liger", lambda device: liger.rope, CUDA, HALVES | {torch.float32}, liger.unsupported, liger.unavailable,
             by_name_only=True),
 )  # fmt: skip

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_hammer.kernels.backend import ANYWHERE, CUDA, FLOATS, HALVES, Backend
 from megatron_hammer.kernels.libraries import liger
 from megatron_hammer.kernels.native import autograd as fused
-from megatron_hammer.kernels.native import choice as native
-from megatron_hammer.kernels.table import ANYWHERE, CUDA, FLOATS, HALVES, Backend
+from megatron_hammer.kernels.native import devices as native
 
-SwiGLU = Callable[[Tensor], Tensor]
+SwiGLUFunction = Callable[[Tensor], Tensor]
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -32,9 +32,9 @@ def _fused(device: torch.device) -> Any:
     return partial(fused.swiglu, native.library(device))
 
 
-ROWS = (
-    Backend("fused", _fused, ANYWHERE, FLOATS, native.limits, native.missing),
+BACKENDS = (
+    Backend("fused", _fused, ANYWHERE, FLOATS, native.unsupported, native.unavailable),
     Backend("torch", lambda device: swiglu, compiles=True),
-    Backend("liger", lambda device: liger.swiglu, CUDA, HALVES | {torch.float32}, liger.not_whole_layers, liger.missing,
+    Backend("liger", lambda device: liger.swiglu, CUDA, HALVES | {torch.float32}, liger.unsupported, liger.unavailable,
             by_name_only=True),
 )  # fmt: skip

@@ -60,7 +60,7 @@ def add_weight_gradient(place: Tensor, grad_y: Tensor, x: Tensor, add: bool) -> 
     if place.dtype == x.dtype:
         torch.addmm(place, transposed, x, beta=int(add), out=place)
     elif place.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
-        torch.addmm(place, transposed, x, beta=int(add), out_dtype=place.dtype, out=place)  # type: ignore[call-overload]
+        torch.addmm(place, transposed, x, beta=int(add), out_dtype=place.dtype, out=place)
     else:
         rows = max(1, BLOCK_ELEMENTS // x.shape[1])
         for i in range(0, place.shape[0], rows):
@@ -93,7 +93,7 @@ def _put(place: Tensor, product: Tensor, add: bool) -> None:
 
     if not add:
         place.copy_(product)
-    elif place.device.type == "cpu" and product.dtype == torch.bfloat16 and not cpu.missing(place.device):
+    elif place.device.type == "cpu" and product.dtype == torch.bfloat16 and not cpu.unavailable(place.device):
         cpu.library().accumulate(place, product, True)
     else:
         place.add_(product)

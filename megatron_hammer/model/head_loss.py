@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_hammer.kernels.arguments import Columns
 from megatron_hammer.kernels.linear import Products
-from megatron_hammer.kernels.linear_cross_entropy import Columns, combine_statistics
-from megatron_hammer.kernels.native.memory import empty
+from megatron_hammer.kernels.linear_cross_entropy import combine_statistics
+from megatron_hammer.kernels.native.cpu import empty
 from megatron_hammer.model.layers import LayerOptions
 from megatron_hammer.parallel.collectives import Done, all_gather_rows, all_reduce, reduce_scatter_rows_async
 

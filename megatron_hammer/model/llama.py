@@ -25,9 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hammer.config import KernelsConfig, ModelConfig
-from megatron_hammer.kernels.attention_graph import GraphPackedSequences
 from megatron_hammer.kernels.operations import Operations
-from megatron_hammer.kernels.packed_sequences import PackedSequences
+from megatron_hammer.kernels.packed_sequences import GraphPackedSequences, PackedSequences
 from megatron_hammer.model import layers, layers_te
 from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.layers import LayerOptions

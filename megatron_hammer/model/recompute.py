@@ -42,12 +42,12 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.attention import AttentionFunction
+from megatron_hammer.kernels.backend import Backend
 from megatron_hammer.kernels.libraries import te
-from megatron_hammer.kernels.norm import AddRMSNorm
+from megatron_hammer.kernels.norm import AddRMSNormFunction
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import PackedSequences
-from megatron_hammer.kernels.swiglu import SwiGLU
-from megatron_hammer.kernels.table import Backend
+from megatron_hammer.kernels.swiglu import SwiGLUFunction
 
 Region = Callable[[], AbstractContextManager]
 Layer = Callable[..., tuple[Tensor, Tensor]]
@@ -234,13 +234,13 @@ class Selective(Recompute):
             self.marks = None
 
     def _add_rms_norm(
-        self, plain: AddRMSNorm, x: Tensor, update: Tensor | None, weight: Tensor, eps: float
+        self, plain: AddRMSNormFunction, x: Tensor, update: Tensor | None, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         if self.marks is None or not self.norms:
             return plain(x, update, weight, eps)
         return _RecomputedNorm.apply(self.marks, plain, eps, x, update, weight)  # type: ignore[no-any-return]
 
-    def _swiglu(self, plain: SwiGLU, gate_up: Tensor) -> Tensor:
+    def _swiglu(self, plain: SwiGLUFunction, gate_up: Tensor) -> Tensor:
         if self.marks is None:
             return plain(gate_up)
         return _Recomputed.apply(self.marks, plain, gate_up)  # type: ignore[no-any-return]
@@ -336,7 +336,7 @@ class _RecomputedNorm(torch.autograd.Function):
     def forward(
         ctx: Any,
         marks: dict[int, _Mark],
-        function: AddRMSNorm,
+        function: AddRMSNormFunction,
         eps: float,
         x: Tensor,
         update: Tensor | None,

@@ -45,8 +45,9 @@ from megatron_hammer.base.progress import say
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.libraries import te
 from megatron_hammer.kernels.linear import Products
-from megatron_hammer.kernels.operations import Operations, select_backends
+from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import PackedSequences
+from megatron_hammer.kernels.selection import select_backends
 from megatron_hammer.model import layers, layers_te, llama
 from megatron_hammer.model.llama import Stage
 from megatron_hammer.model.parameters import count_parameters
@@ -60,7 +61,7 @@ from megatron_hammer.profile.budget import Rates, StepShape, step_costs
 from megatron_hammer.profile.plots import digits, draw_profile
 from megatron_hammer.profile.trace import PREFIX, Measured, memory_of_step, read_trace
 from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train.loop import DTYPES, Run, build, kernel_demand
+from megatron_hammer.train.loop import DTYPES, Run, build, kernel_requirements
 from megatron_hammer.train.metrics import flops_per_token
 from megatron_hammer.train.prepare import Prepared, prepare
 from megatron_hammer.train.run import choose_device
@@ -465,7 +466,7 @@ def _report(
     threads = torch.get_num_threads()
     cpu = f"CPU, {threads} thread{'s' * (threads > 1)}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    kernels = {k: row.name for k, row in select_backends(config.kernels, kernel_demand(config, device)).items()}
+    kernels = {k: row.name for k, row in select_backends(config.kernels, kernel_requirements(config, device)).items()}
     needed, counted = sum(c.flops for c in costs.values()), sum(measured.flops.values()) / settings.steps
     products = sum(costs[p].flops for p in (budget.LAYER_PRODUCTS, budget.HEAD_PRODUCTS))
     report = {

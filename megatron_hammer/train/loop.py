@@ -24,8 +24,8 @@ from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.read import load_shards
 from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.config import Config, config_to_tree
-from megatron_hammer.kernels.operations import select_operations, select_optimizer_kernels
-from megatron_hammer.kernels.table import Demand
+from megatron_hammer.kernels.backend import Requirements
+from megatron_hammer.kernels.selection import select_operations, select_optimizer_kernels
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Stage, build_stage
 from megatron_hammer.model.parameters import parameter_table
@@ -314,10 +314,10 @@ class Run:
         return Reporter(config, self.progress.step, flops, peak_tflops(config, name), self.ctx.world.size)
 
 
-def kernel_demand(config: Config, device: torch.device) -> Demand:
+def kernel_requirements(config: Config, device: torch.device) -> Requirements:
     """What this run asks of its kernels on each rank."""
     at = config.placement()
-    return Demand(
+    return Requirements(
         device,
         DTYPES[config.train.precision],
         config.data.attention_mask,
@@ -331,13 +331,13 @@ def kernel_demand(config: Config, device: torch.device) -> Demand:
 
 def build(config: Config, ctx: ParallelContext) -> tuple[Stage, DistributedOptimizer]:
     """Model and optimizer of this rank, with the initial weights that the seed defines."""
-    placement, demand = config.placement(ctx.tp.rank), kernel_demand(config, ctx.device)
+    placement, required = config.placement(ctx.tp.rank), kernel_requirements(config, ctx.device)
     model = build_stage(
         config.model,
         ctx,
         placement,
         dtype=DTYPES[config.train.precision],
-        operations=select_operations(config.kernels, demand),
+        operations=select_operations(config.kernels, required),
         kernels=config.kernels,
         recompute=plan_recompute(config),
     )
@@ -350,6 +350,6 @@ def build(config: Config, ctx: ParallelContext) -> tuple[Stage, DistributedOptim
         ctx,
         config.parallel.gradient_bucket_bytes,
         loss_scaling=config.train.precision == "fp16",
-        kernels=select_optimizer_kernels(config.kernels, demand),
+        kernels=select_optimizer_kernels(config.kernels, required),
     )
     return model, optimizer

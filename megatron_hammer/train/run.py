@@ -15,14 +15,15 @@ from megatron_hammer.base.errors import ConfigError, HammerError, RefusedError, 
 from megatron_hammer.config import Config, to_yaml
 from megatron_hammer.kernels import fp8
 from megatron_hammer.kernels.libraries.te import check_here
-from megatron_hammer.kernels.operations import kernels_table, select_backends
+from megatron_hammer.kernels.report import kernels_table
+from megatron_hammer.kernels.selection import select_backends
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.model.recompute import activation_bytes
 from megatron_hammer.parallel.agreement import agree_before_start
 from megatron_hammer.parallel.context import build_parallel_context
 from megatron_hammer.parallel.rendezvous import Store, end_process_group, start_process_group
 from megatron_hammer.sampling.plan import format_plan
-from megatron_hammer.train.loop import kernel_demand, train
+from megatron_hammer.train.loop import kernel_requirements, train
 from megatron_hammer.train.prepare import Prepared, prepare
 
 
@@ -49,7 +50,7 @@ def run_rank(
             device = torch.device("cpu") if config.train.dry_run else choose_device(config, local_rank)
             if not config.train.dry_run:
                 check_here(config)
-                select_backends(config.kernels, kernel_demand(config, device))
+                select_backends(config.kernels, kernel_requirements(config, device))
                 fp8.check_here(config.kernels, device)
             if rank == 0 and not config.train.dry_run and not prepared.is_finished:
                 held.enter_context(only_writer(Path(config.train.output)))
@@ -125,9 +126,9 @@ def announcement(prepared: Prepared, world_size: int, device: torch.device) -> s
         f"{count_parameters(config.model):,} parameters in {config.train.precision} on {device.type}; "
         f"{layout_line(config, world_size)}"
     )
-    demand = kernel_demand(config, device)
-    lines.append(kernels_table(config.kernels, demand))
-    kept = activation_bytes(config, select_backends(config.kernels, demand)) / 2**30
+    required = kernel_requirements(config, device)
+    lines.append(kernels_table(config.kernels, required))
+    kept = activation_bytes(config, select_backends(config.kernels, required)) / 2**30
     lines.append(
         f"activations: about {kept:.2f} GiB kept of each micro-batch (train.recompute={config.train.recompute})"
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from megatron_hammer.kernels import attention, operations
+from megatron_hammer.kernels import attention, selection
 from megatron_hammer.kernels.native import cuda
 
 Pretend = Callable[[tuple[int, int]], None]
@@ -16,7 +16,7 @@ Pretend = Callable[[tuple[int, int]], None]
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
     """An H100 with cuDNN and without our CUDA kernels; calling the fixture sets another compute capability."""
-    asked = (attention._varlen_is_missing, attention._cudnn_is_missing)
+    asked = (attention._varlen_unavailable, attention._cudnn_unavailable)
 
     def pretend(capability: tuple[int, int]) -> None:
         for question in asked:
@@ -26,9 +26,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
-    monkeypatch.setattr(attention, "_torch_can_use_cudnn", lambda demand: demand.head_size <= 256)
-    monkeypatch.setattr(cuda, "missing", lambda device: "_cuda.so was not built")
-    monkeypatch.setattr(operations, "_be_deterministic", lambda: None)  # which would be for the whole process
+    monkeypatch.setattr(attention, "_torch_can_use_cudnn", lambda required: required.head_size <= 256)
+    monkeypatch.setattr(cuda, "unavailable", lambda device: "_cuda.so was not built")
+    monkeypatch.setattr(selection, "_be_deterministic", lambda: None)  # which would be for the whole process
     pretend((9, 0))
     yield pretend
     for question in asked:

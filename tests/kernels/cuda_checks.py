@@ -309,7 +309,7 @@ def cast_fp8(
 
 
 def through_autograd(k: Any, device: torch.device, dtype: torch.dtype, seed: int) -> None:
-    """Through ``fused.py``: outputs and gradients of the three operations, in a model's shapes."""
+    """Through ``autograd.py``: outputs and gradients of the three operations, in a model's shapes."""
     m = memory(device, seed)
     s, b, n, g, d, h = 5, 2, 4, 2, 16, 64
     angle = [x.view(s, 1, 1, d // 2) for x in turns(m, s, d // 2, dtype, 0)]

@@ -42,18 +42,18 @@ def machine() -> Iterator[str]:
 
     from megatron_hammer.base.errors import ConfigError
     from megatron_hammer.config import KernelsConfig
+    from megatron_hammer.kernels.backend import Requirements
     from megatron_hammer.kernels.native import cuda
-    from megatron_hammer.kernels.operations import kernels_table
-    from megatron_hammer.kernels.table import Demand
+    from megatron_hammer.kernels.report import kernels_table
 
     device = torch.device("cuda", 0)
     free, total = torch.cuda.mem_get_info(device)
     yield f"python {sys.version.split()[0]}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
     yield f"{torch.cuda.get_device_name(device)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
-    yield f"our CUDA kernels: {cuda.missing(device) or 'load and run'}"
+    yield f"our CUDA kernels: {cuda.unavailable(device) or 'load and run'}"
     for mask in ("causal", "document"):
         try:
-            yield kernels_table(KernelsConfig(), Demand(device, torch.bfloat16, mask, heads=32, groups=4))
+            yield kernels_table(KernelsConfig(), Requirements(device, torch.bfloat16, mask, heads=32, groups=4))
         except ConfigError as error:
             yield str(error)
 

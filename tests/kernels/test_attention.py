@@ -14,17 +14,17 @@ from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import ATTENTION_MASKS, DataConfig, KernelsConfig
 from megatron_hammer.kernels import attention
 from megatron_hammer.kernels.attention import (
+    BACKENDS,
     FP32_ELEMENTS_ON_CPU,
-    ROWS,
     causal_attention,
     each_document,
     varlen,
     whole_samples,
 )
-from megatron_hammer.kernels.native import attention as attention_cpu
-from megatron_hammer.kernels.operations import select_operations
+from megatron_hammer.kernels.backend import FLOATS, Backend, Requirements
+from megatron_hammer.kernels.native import cpu
 from megatron_hammer.kernels.packed_sequences import PackedSequences
-from megatron_hammer.kernels.table import FLOATS, Backend, Demand, select
+from megatron_hammer.kernels.selection import select, select_operations
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -124,8 +124,8 @@ def test_a_mask_is_never_ignored() -> None:
     inputs = qkv(6, 2, 2, torch.float32)
     with pytest.raises(AssertionError, match="knows no documents"):
         whole_samples(*inputs, documents_of(2, 4))
-    for row in ROWS:
-        if row.devices >= {"cpu"} and row.limits(Demand(mask="causal")):
+    for row in BACKENDS:
+        if row.devices >= {"cpu"} and row.unsupported(Requirements(mask="causal")):
             with pytest.raises(AssertionError, match="must be told where they are"):
                 row.load(CPU)(*inputs, None)
 
@@ -177,61 +177,69 @@ def test_varlen_of_torch_2_11_is_not_told_of_groups(gpu: Any, monkeypatch: pytes
 
 def test_config_names_the_table() -> None:
     masks = typing.get_args(typing.get_type_hints(DataConfig)["attention_mask"])
-    able = {row.name: tuple(mask for mask in masks if not row.limits(Demand(mask=mask))) for row in ROWS}
+    able = {row.name: tuple(mask for mask in masks if not row.unsupported(Requirements(mask=mask))) for row in BACKENDS}
     assert able == ATTENTION_MASKS and set(masks) == set().union(*able.values())
 
 
-def choose(name: str, demand: Demand) -> Backend:
-    return select("attention", name, ROWS, demand)
+def choose(name: str, required: Requirements) -> Backend:
+    return select("attention", name, BACKENDS, required)
 
 
 # fused is not for fp64: what a CPU without AVX-512 and AMX would do
-DEMANDS = {
+CHOSEN = {
     "sdpa": [
-        Demand(dtype=torch.float64),
-        Demand(compile="layers"),
-        Demand(CUDA),
-        Demand(CUDA, torch.bfloat16, heads=8, groups=2, deterministic=True),
-        Demand(CUDA, torch.bfloat16, head_size=512),
+        Requirements(dtype=torch.float64),
+        Requirements(compile="layers"),
+        Requirements(CUDA),
+        Requirements(CUDA, torch.bfloat16, heads=8, groups=2, deterministic=True),
+        Requirements(CUDA, torch.bfloat16, head_size=512),
     ],
-    "cudnn": [Demand(CUDA, torch.bfloat16, heads=8, groups=2), Demand(CUDA, torch.float16, head_size=256)],
+    "cudnn": [Requirements(CUDA, torch.bfloat16, heads=8, groups=2), Requirements(CUDA, torch.float16, head_size=256)],
     "sdpa-documents": [
-        Demand(dtype=torch.float64, mask="document"),
-        Demand(CUDA, mask="document"),
-        Demand(CUDA, torch.bfloat16, "document", head_size=512),
+        Requirements(dtype=torch.float64, mask="document"),
+        Requirements(CUDA, mask="document"),
+        Requirements(CUDA, torch.bfloat16, "document", head_size=512),
     ],
-    "varlen": [Demand(CUDA, torch.bfloat16, "document", heads=8, groups=2)],
+    "varlen": [Requirements(CUDA, torch.bfloat16, "document", heads=8, groups=2)],
 }
 
 
-@pytest.mark.parametrize("name, demand", [(n, d) for n, demands in DEMANDS.items() for d in demands], ids=str)
-def test_the_first_that_can_is_chosen(name: str, demand: Demand, gpu: Any) -> None:
-    assert choose("auto", demand).name == choose(name, demand).name == name
-    chosen = select_operations(KernelsConfig(norm="torch", rope="torch", swiglu="torch", loss="torch"), demand)
-    assert chosen.attention is choose(name, demand).load(demand.device)
+@pytest.mark.parametrize("name, required", [(n, d) for n, cases in CHOSEN.items() for d in cases], ids=str)
+def test_the_first_that_can_is_chosen(name: str, required: Requirements, gpu: Any) -> None:
+    assert choose("auto", required).name == choose(name, required).name == name
+    chosen = select_operations(KernelsConfig(norm="torch", rope="torch", swiglu="torch", loss="torch"), required)
+    assert chosen.attention is choose(name, required).load(required.device)
 
 
-HALF = Demand(CUDA, torch.bfloat16, "document", heads=8, groups=2)
-REFUSED = [  # name, demand, what the line must say
+HALF = Requirements(CUDA, torch.bfloat16, "document", heads=8, groups=2)
+REFUSED = [  # name, required, what the line must say
     (
         "sdpa",
-        Demand(dtype=torch.float64, mask="document"),
+        Requirements(dtype=torch.float64, mask="document"),
         ["cannot do data.attention_mask=document", "use auto or sdpa-documents"],
     ),
-    ("fused", Demand(dtype=torch.float64), ["does not compute in float64", "use auto or sdpa"]),
-    ("fused", Demand(compile="layers"), ["is not for kernels.compile=layers", "use auto or sdpa"]),
-    ("varlen", Demand(CUDA, torch.bfloat16), ["cannot do data.attention_mask=causal", "use auto or cudnn or sdpa"]),
-    ("sdpa-documents", Demand(), ["cannot do data.attention_mask=causal"]),
-    ("varlen", Demand(dtype=torch.bfloat16, mask="document"), ["does not run on cpu"]),
-    ("varlen", Demand(CUDA, mask="document"), ["does not compute in float32"]),
-    ("varlen", Demand(CUDA, torch.float16, "document", head_size=512), ["at most 256 elements, not 512"]),
+    ("fused", Requirements(dtype=torch.float64), ["does not compute in float64", "use auto or sdpa"]),
+    ("fused", Requirements(compile="layers"), ["is not for kernels.compile=layers", "use auto or sdpa"]),
+    (
+        "varlen",
+        Requirements(CUDA, torch.bfloat16),
+        ["cannot do data.attention_mask=causal", "use auto or cudnn or sdpa"],
+    ),
+    ("sdpa-documents", Requirements(), ["cannot do data.attention_mask=causal"]),
+    ("varlen", Requirements(dtype=torch.bfloat16, mask="document"), ["does not run on cpu"]),
+    ("varlen", Requirements(CUDA, mask="document"), ["does not compute in float32"]),
+    ("varlen", Requirements(CUDA, torch.float16, "document", head_size=512), ["at most 256 elements, not 512"]),
     ("cudnn", HALF, ["cannot do data.attention_mask=document", "use auto or varlen or sdpa-documents"]),
-    ("cudnn", Demand(CUDA), ["does not compute in float32", "use auto or sdpa"]),
-    ("cudnn", Demand(CUDA, torch.bfloat16, deterministic=True), ["is not the same from run to run"]),
-    ("cudnn", Demand(CUDA, torch.bfloat16, "causal", 8, 2, 512), ["cannot do 8 heads of 512 in 2 groups (torch's own"]),
+    ("cudnn", Requirements(CUDA), ["does not compute in float32", "use auto or sdpa"]),
+    ("cudnn", Requirements(CUDA, torch.bfloat16, deterministic=True), ["is not the same from run to run"]),
+    (
+        "cudnn",
+        Requirements(CUDA, torch.bfloat16, "causal", 8, 2, 512),
+        ["cannot do 8 heads of 512 in 2 groups (torch's own"],
+    ),
     ("flash-attn", HALF, ["the package flash-attn is not installed"]),
-    ("flash-attn-3", Demand(CUDA, torch.bfloat16), ["the package flash-attn-3 is not installed"]),
-    ("flash-attn-4", Demand(CUDA, torch.bfloat16, head_size=36), ["heads of a multiple of 8 elements, not 36"]),
+    ("flash-attn-3", Requirements(CUDA, torch.bfloat16), ["the package flash-attn-3 is not installed"]),
+    ("flash-attn-4", Requirements(CUDA, torch.bfloat16, head_size=36), ["heads of a multiple of 8 elements, not 36"]),
     ("flash-attn-4", HALF, ["the package flash-attn-4 is not installed"]),
 ]
 
@@ -239,14 +247,14 @@ REFUSED = [  # name, demand, what the line must say
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fused_one_is_first_where_it_can(dtype: torch.dtype) -> None:
     for mask, other in (("causal", "sdpa"), ("document", "sdpa-documents")):
-        demand = Demand(dtype=dtype, mask=mask, heads=8, groups=2)
-        assert choose("auto", demand).name == (other if attention_cpu.obstacle(dtype) else "fused")
+        required = Requirements(dtype=dtype, mask=mask, heads=8, groups=2)
+        assert choose("auto", required).name == (other if cpu.attention_unsupported(dtype) else "fused")
 
 
-@pytest.mark.parametrize("name, demand, says", REFUSED, ids=str)
-def test_a_named_backend_that_cannot(name: str, demand: Demand, says: list[str], gpu: Any) -> None:
+@pytest.mark.parametrize("name, required, says", REFUSED, ids=str)
+def test_a_named_backend_that_cannot(name: str, required: Requirements, says: list[str], gpu: Any) -> None:
     with pytest.raises(ConfigError) as caught:
-        choose(name, demand)
+        choose(name, required)
     for part in (f"error[E209]: kernels.attention={name} ", *says):
         assert part in str(caught.value)
 
@@ -268,26 +276,26 @@ def test_varlen_needs_the_chip_and_the_torch(gpu: Any, monkeypatch: pytest.Monke
 
 def test_cudnn_needs_the_chip_and_the_torch(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On an A100 by name only; below sm_80, or where somebody switched it off, not at all."""
-    demand = Demand(CUDA, torch.bfloat16)
+    required = Requirements(CUDA, torch.bfloat16)
     gpu((8, 0))
-    assert choose("auto", demand).name == "sdpa" and choose("cudnn", demand).name == "cudnn"
+    assert choose("auto", required).name == "sdpa" and choose("cudnn", required).name == "cudnn"
     gpu((7, 5))
     with pytest.raises(ConfigError, match=r"E209.*it needs sm_80, the GPU is sm_75"):
-        choose("cudnn", demand)
+        choose("cudnn", required)
     gpu((10, 0))
-    assert choose("auto", demand).name == "cudnn"
+    assert choose("auto", required).name == "cudnn"
     for name in ("is_available", "cudnn_sdp_enabled"):
         monkeypatch.setattr(torch.backends.cudnn if "is" in name else torch.backends.cuda, name, lambda: False)
         gpu((9, 0))
-        assert choose("auto", demand).name == "sdpa"
+        assert choose("auto", required).name == "sdpa"
         with pytest.raises(ConfigError, match=r"E209.*(comes without cuDNN|enable_cudnn_sdp\(False\))"):
-            choose("cudnn", demand)
+            choose("cudnn", required)
         monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
 
 
 def test_torch_can_be_asked_about_cudnn() -> None:
     """The true question, with the shapes that it wants: here the answer is no, and nothing is raised."""
-    assert attention._torch_can_use_cudnn(Demand(CPU, torch.bfloat16, heads=8, groups=2)) is False
+    assert attention._torch_can_use_cudnn(Requirements(CPU, torch.bfloat16, heads=8, groups=2)) is False
 
 
 def test_cudnn_is_forced() -> None:
@@ -308,15 +316,15 @@ def test_cudnn_is_forced() -> None:
 
 def test_without_grouped_queries() -> None:
     """What a backend declares decides: one that cannot share keys is passed over for a model that does."""
-    narrow = Backend("narrow", lambda device: whole_samples, dtypes=FLOATS, limits=lambda demand: (
-        f"needs as many groups ({demand.groups}) as heads" if demand.heads != demand.groups else ""))  # fmt: skip
-    rows = (narrow, *ROWS)
-    assert select("attention", "auto", rows, Demand(dtype=torch.float64, heads=4, groups=4)).name == "narrow"
-    assert select("attention", "auto", rows, Demand(dtype=torch.float64, heads=4, groups=2)).name == "sdpa"
+    narrow = Backend("narrow", lambda device: whole_samples, dtypes=FLOATS, unsupported=lambda required: (
+        f"needs as many groups ({required.groups}) as heads" if required.heads != required.groups else ""))  # fmt: skip
+    rows = (narrow, *BACKENDS)
+    assert select("attention", "auto", rows, Requirements(dtype=torch.float64, heads=4, groups=4)).name == "narrow"
+    assert select("attention", "auto", rows, Requirements(dtype=torch.float64, heads=4, groups=2)).name == "sdpa"
     with pytest.raises(ConfigError, match=r"E209.*as many groups \(2\) as heads"):
-        select("attention", "narrow", rows, Demand(heads=4, groups=2))
+        select("attention", "narrow", rows, Requirements(heads=4, groups=2))
 
 
 def test_none_can() -> None:
     with pytest.raises(ConfigError, match=r"E210.*sdpa does not run on xpu.*varlen does not run on xpu"):
-        choose("auto", Demand(torch.device("xpu")))
+        choose("auto", Requirements(torch.device("xpu")))

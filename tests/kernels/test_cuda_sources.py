@@ -106,13 +106,13 @@ def test_sources_compile_for_gpus(tmp_path: Path) -> None:
 def test_where_the_library_is_missing_it_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "_cuda.so")
     device = torch.device("cuda", 17)  # of which nothing is remembered
-    cuda.missing.cache_clear()
-    assert cuda.missing(device).startswith("_cuda.so was not built: it takes nvcc")
+    cuda.unavailable.cache_clear()
+    assert cuda.unavailable(device).startswith("_cuda.so was not built: it takes nvcc")
     (tmp_path / "broken.so").write_bytes(b"no library")
     monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "broken.so")
-    cuda.missing.cache_clear()
-    assert re.match("broken.so does not load: .*(too short|invalid ELF)", cuda.missing(device))
-    cuda.missing.cache_clear()
+    cuda.unavailable.cache_clear()
+    assert re.match("broken.so does not load: .*(too short|invalid ELF)", cuda.unavailable(device))
+    cuda.unavailable.cache_clear()
 
 
 def test_the_build_says_why_it_leaves_the_kernels_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,14 +16,16 @@ from torch import Tensor
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
 from megatron_hammer.kernels import fp8
+from megatron_hammer.kernels.backend import Requirements
 from megatron_hammer.kernels.fp8 import E4M3, E5M2, LARGEST, Fp8Products, Measured, Operand, emulated_multiply
 from megatron_hammer.kernels.linear import Products
 from megatron_hammer.kernels.linear_cross_entropy import LossKernels
 from megatron_hammer.kernels.native import cuda
 from megatron_hammer.kernels.norm import add_rms_norm
-from megatron_hammer.kernels.operations import Operations, kernels_table, select_operations
+from megatron_hammer.kernels.operations import Operations
+from megatron_hammer.kernels.report import kernels_table
+from megatron_hammer.kernels.selection import select_operations
 from megatron_hammer.kernels.swiglu import swiglu
-from megatron_hammer.kernels.table import Demand
 from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.layers import LayerOptions, column_parallel, linear
@@ -464,10 +466,10 @@ def test_a_step_never_waits_for_the_device() -> None:
 def test_a_machine_without_fp8_units_refuses_it() -> None:
     """Before the first collective and when a model is built: no product in software behind the user's back."""
     kernels, cpu = config_for(["kernels.fp8=current", "train.precision=bf16"]).kernels, torch.device("cpu")
-    for refuse in (lambda: fp8.check_here(kernels, cpu), lambda: select_operations(kernels, Demand(cpu))):
+    for refuse in (lambda: fp8.check_here(kernels, cpu), lambda: select_operations(kernels, Requirements(cpu))):
         with pytest.raises(ConfigError, match=r"E213.*kernels\.fp8=current cannot run here \(needs a GPU, not cpu\)"):
             refuse()
-    assert re.search(r"^ +fp8 +current$", kernels_table(kernels, Demand(cpu)), re.MULTILINE)
+    assert re.search(r"^ +fp8 +current$", kernels_table(kernels, Requirements(cpu)), re.MULTILINE)
     te = replace(kernels, layers="te", fp8="delayed")  # has answers of its own, but the head is ours
     fp8.check_here(te, cpu)
     with pytest.raises(ConfigError, match="E213"):
@@ -478,7 +480,7 @@ def test_a_machine_without_fp8_units_refuses_it() -> None:
 
 
 needs_fp8 = pytest.mark.skipif(
-    not torch.cuda.is_available() or bool(fp8.obstacle(torch.device("cuda"))), reason="needs a GPU with fp8 units"
+    not torch.cuda.is_available() or bool(fp8.unavailable(torch.device("cuda"))), reason="needs a GPU with fp8 units"
 )
 
 
@@ -488,7 +490,7 @@ needs_fp8 = pytest.mark.skipif(
 def test_a_gpu_multiplies_what_the_emulation_does(fused: bool) -> None:
     """Forward may accumulate in fewer bits than fp32; Hopper's 14 are far above bf16's 8 (arXiv 2412.19437, 3.3.2)."""
     device = torch.device("cuda")
-    if fused and (why := cuda.missing(device)):
+    if fused and (why := cuda.unavailable(device)):
         pytest.skip(why)
     real = Fp8Products(fp8.fused_largest, fp8.fused_cast) if fused else Fp8Products()
     x, weight, grad_y = (t.to(device) for t in (random(1, 8, 6, 64), random(2, 144, 64), random(3, 8, 6, 144)))

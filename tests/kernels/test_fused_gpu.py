@@ -23,7 +23,7 @@ BF16 = torch.bfloat16
 
 @pytest.fixture(scope="module")
 def k() -> Any:
-    assert not cuda.missing(GPU), cuda.missing(GPU)
+    assert not cuda.unavailable(GPU), cuda.unavailable(GPU)
     print(f"seed {SEED}")
     return cuda.library()
 

@@ -26,10 +26,11 @@ from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels import adamw, norm
 from megatron_hammer.kernels.adamw import AdamWState, OptimizerKernels
-from megatron_hammer.kernels.attention import ROWS, each_document, whole_samples
+from megatron_hammer.kernels.attention import BACKENDS, each_document, whole_samples
+from megatron_hammer.kernels.backend import Requirements
 from megatron_hammer.kernels.libraries import apex, flash, liger, te
 from megatron_hammer.kernels.packed_sequences import PackedSequences
-from megatron_hammer.kernels.table import Demand, select
+from megatron_hammer.kernels.selection import select
 from tests.model import te_double
 from tests.wheels import sources_of
 
@@ -194,18 +195,18 @@ def test_flash_attn_is_looked_for_where_it_is(tmp_path: Path, monkeypatch: pytes
     """A folder flash_attn alone may be version 2 or 4; chips and heads are those of each version; none is imported."""
     monkeypatch.syspath_prepend(str(tmp_path))
     names = ["flash-attn", "flash-attn-3", "flash-attn-4"]
-    demand = Demand(CUDA, torch.bfloat16, heads=8, groups=2)
+    required = Requirements(CUDA, torch.bfloat16, heads=8, groups=2)
 
     def able() -> list[str]:
         importlib.invalidate_caches()
-        return [row.name for row in ROWS if row.name in names and not row.obstacle(demand)]
+        return [row.name for row in BACKENDS if row.name in names and not row.unusable(required)]
 
     assert able() == []
     (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
     (tmp_path / "flash_attn" / "cute" / "interface.py").write_text("raise ImportError")
     assert able() == []
     with pytest.raises(ConfigError, match=r"flash-attn-4 needs the package nvidia-cutlass-dsl"):
-        select("attention", "flash-attn-4", ROWS, demand)
+        select("attention", "flash-attn-4", BACKENDS, required)
     for module in ("cutlass", "flash_attn_2_cuda", "flash_attn_interface"):
         (tmp_path / f"{module}.py").write_text("raise ImportError")
     assert able() == names and not {"cutlass", "flash_attn"} & set(sys.modules)
@@ -214,7 +215,7 @@ def test_flash_attn_is_looked_for_where_it_is(tmp_path: Path, monkeypatch: pytes
         assert able() == expected
     for capability, size, expected in (((10, 0), 192, names[:1]), ((9, 0), 192, names), ((9, 0), 20, [])):
         gpu(capability)
-        demand = Demand(CUDA, torch.bfloat16, head_size=size)
+        required = Requirements(CUDA, torch.bfloat16, head_size=size)
         assert able() == expected
 
 
@@ -269,7 +270,7 @@ def test_apex_updates_as_the_reference(skip: float, apex_double: None, monkeypat
     """Several states with and without decay, pieces, a divisor, the 16-bit copy; a skip changes nothing at all."""
     monkeypatch.setattr(apex, "LARGEST_PIECE", 100)
     config = OptimizerConfig(beta1=0.9, beta2=0.95, eps=1e-6, weight_decay=0.1)
-    fast = next(row for row in adamw.ROWS if row.name == "apex").load(CPU)
+    fast = next(row for row in adamw.BACKENDS if row.name == "apex").load(CPU)
     made = [[torch.randn(n), torch.randn(n), torch.randn(n) / 9, torch.rand(n) / 9] for n in (130, 7, 300)]
     results = []
     for kernels in (OptimizerKernels(), fast):
@@ -311,12 +312,12 @@ def test_apex_and_te_norms_are_the_reference(apex_double: None) -> None:
 def test_another_apex_is_told_from_nvidia_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On PyPI the name belongs to another project; and NVIDIA's may be built without its extensions."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    tables = {"norm": norm.ROWS, "adamw": adamw.ROWS}
+    tables = {"norm": norm.BACKENDS, "adamw": adamw.BACKENDS}
 
     def refused(operation: str) -> str:
         importlib.invalidate_caches()
         with pytest.raises(ConfigError) as caught:
-            select(operation, "apex", tables[operation], Demand(CUDA, torch.bfloat16))
+            select(operation, "apex", tables[operation], Requirements(CUDA, torch.bfloat16))
         return str(caught.value)
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -329,8 +330,8 @@ def test_another_apex_is_told_from_nvidia_s(tmp_path: Path, monkeypatch: pytest.
         assert f"NVIDIA's apex was built without its extension {extension}" in refused(operation)
         (tmp_path / f"{extension}.py").write_text("raise ImportError")
         importlib.invalidate_caches()
-        demand = Demand(CUDA, torch.bfloat16)
-        assert select(operation, "apex", tables[operation], demand).name == "apex" and "apex" not in sys.modules
+        required = Requirements(CUDA, torch.bfloat16)
+        assert select(operation, "apex", tables[operation], required).name == "apex" and "apex" not in sys.modules
         (tmp_path / "apex" / "optimizers").rmdir()
         (tmp_path / "apex" / "__init__.py").unlink()
         (tmp_path / "apex").rmdir()

@@ -19,6 +19,7 @@ from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import KernelsConfig
 from megatron_hammer.kernels import linear_cross_entropy as kernel
 from megatron_hammer.kernels import weight_gradient
+from megatron_hammer.kernels.backend import Requirements
 from megatron_hammer.kernels.linear_cross_entropy import (
     CHUNK_TOKENS,
     Columns,
@@ -30,8 +31,7 @@ from megatron_hammer.kernels.linear_cross_entropy import (
     softmax_gradient_,
     with_chunks,
 )
-from megatron_hammer.kernels.operations import select_operations
-from megatron_hammer.kernels.table import Demand, select
+from megatron_hammer.kernels.selection import select, select_operations
 from megatron_hammer.kernels.weight_gradient import add_weight_gradient
 
 # Largest error of the gradient, as a share of its norm: one rounding to the logits' type; in fp32 z - lse is rounded
@@ -144,26 +144,26 @@ def test_selection() -> None:
     """On a CPU: torch, and triton only refused; chunks are the device's or the user's, never the ranks'."""
     cuda = torch.device("cuda")
     assert select_operations(KernelsConfig(loss="torch")).loss == LossKernels("torch", CHUNK_TOKENS["cpu"])
-    row = select("loss", "torch", kernel.ROWS, Demand(cuda))
+    row = select("loss", "torch", kernel.BACKENDS, Requirements(cuda))
     assert with_chunks(row.load(cuda), KernelsConfig(loss_chunk_tokens=7), cuda) == LossKernels("torch", 7)
     assert with_chunks(row.load(cuda), KernelsConfig(), cuda) == LossKernels("torch", CHUNK_TOKENS["cuda"])
     assert select_operations(KernelsConfig(loss_chunk_tokens=9)).loss.chunk_tokens == 9
     with pytest.raises(ConfigError, match=r"error\[E209\]: kernels.loss=triton does not run on cpu; use auto or"):
-        select("loss", "triton", kernel.ROWS, Demand())
+        select("loss", "triton", kernel.BACKENDS, Requirements())
 
 
 def test_triton_is_chosen_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    demand = Demand(torch.device("cuda"), torch.bfloat16)
+    required = Requirements(torch.device("cuda"), torch.bfloat16)
     monkeypatch.setattr(kernel.importlib.util, "find_spec", lambda name: object())
-    chosen = select("loss", "auto", kernel.ROWS, demand).load(demand.device)
+    chosen = select("loss", "auto", kernel.BACKENDS, required).load(required.device)
     assert (chosen.name, chosen.chunk_tokens) == ("triton", CHUNK_TOKENS["cuda"])
     assert chosen.row_statistics is not row_statistics and chosen.loss_and_gradient_ is not loss_and_gradient_
     monkeypatch.setattr(kernel.importlib.util, "find_spec", lambda name: None)
-    assert select("loss", "auto", kernel.ROWS, demand).name == "torch"
+    assert select("loss", "auto", kernel.BACKENDS, required).name == "torch"
     with pytest.raises(ConfigError, match=r"E209.*the package triton is not installed"):
-        select("loss", "triton", kernel.ROWS, demand)
+        select("loss", "triton", kernel.BACKENDS, required)
     with pytest.raises(ConfigError, match=r"E209.*does not compute in float64"):
-        select("loss", "triton", kernel.ROWS, replace(demand, dtype=torch.float64))
+        select("loss", "triton", kernel.BACKENDS, replace(required, dtype=torch.float64))
 
 
 def _child(program: str, **environment: str) -> str:

@@ -12,20 +12,20 @@ from torch import Tensor
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels.adamw import AdamWState
 from megatron_hammer.kernels.attention import each_document, whole_samples
-from megatron_hammer.kernels.operations import TABLES
+from megatron_hammer.kernels.backend import Backend, Requirements
 from megatron_hammer.kernels.packed_sequences import PackedSequences
-from megatron_hammer.kernels.table import Backend, Demand
+from megatron_hammer.kernels.selection import TABLES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 LAYER = [(name, row) for name in ("norm", "rope", "swiglu") for row in TABLES[name]]
-DEMAND = Demand(torch.device("cuda"), torch.bfloat16, heads=8, groups=2)
+REQUIRED = Requirements(torch.device("cuda"), torch.bfloat16, heads=8, groups=2)
 
 
-def loaded(row: Backend, demand: Demand = DEMAND) -> Any:
-    if obstacle := row.obstacle(demand):
-        pytest.skip(f"{row.name} {obstacle}")
-    return row.load(demand.device)
+def loaded(row: Backend, required: Requirements = REQUIRED) -> Any:
+    if reason := row.unusable(required):
+        pytest.skip(f"{row.name} {reason}")
+    return row.load(required.device)
 
 
 def gradients(function: Any, leaves: list[Tensor], *rest: Any) -> list[Tensor]:
@@ -46,7 +46,7 @@ def near(mine: list[Tensor], reference: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("operation, row", LAYER, ids=[f"{name}={row.name}" for name, row in LAYER])
 def test_layer_operations(operation: str, row: Backend) -> None:
-    mine, reference = loaded(row), next(r for r in TABLES[operation] if r.name == "torch").load(DEMAND.device)
+    mine, reference = loaded(row), next(r for r in TABLES[operation] if r.name == "torch").load(REQUIRED.device)
     x, update = (torch.randn(33, 3, 256, device="cuda").bfloat16() for _ in range(2))
     if operation == "norm":
         weight = torch.nn.Parameter(torch.rand(256, device="cuda").bfloat16() + 0.5)
@@ -72,8 +72,8 @@ def test_layer_operations(operation: str, row: Backend) -> None:
 @pytest.mark.parametrize("mask", ["causal", "document"])
 @pytest.mark.parametrize("row", TABLES["attention"], ids=lambda row: row.name)
 def test_attention(row: Backend, mask: str) -> None:
-    function = loaded(row, Demand(DEMAND.device, DEMAND.dtype, mask, 8, 2))
-    documents = PackedSequences.from_cu_seqlens(np.cumsum([0, 1, 300, 17, 1000, 64]).astype(np.int32), DEMAND.device)
+    function = loaded(row, Requirements(REQUIRED.device, REQUIRED.dtype, mask, 8, 2))
+    documents = PackedSequences.from_cu_seqlens(np.cumsum([0, 1, 300, 17, 1000, 64]).astype(np.int32), REQUIRED.device)
     shape, given, reference = (
         ((512, 2), None, whole_samples) if mask == "causal" else ((1382, 1), documents, each_document)
     )
@@ -86,7 +86,7 @@ def test_adamw(row: Backend) -> None:
     """Two updates and a skip, with the 16-bit copy: nobody waits for the device."""
     kernels, results = loaded(row), []
     made = [[torch.randn(n, device="cuda") ** 2 for _ in range(4)] for n in (100_003, 64)]
-    for each in (next(r for r in TABLES["adamw"] if r.name == "torch").load(DEMAND.device), kernels):
+    for each in (next(r for r in TABLES["adamw"] if r.name == "torch").load(REQUIRED.device), kernels):
         states = [
             AdamWState(*(t.clone() for t in ts), i == 0, torch.zeros_like(ts[0]).bfloat16())
             for i, ts in enumerate(made)

@@ -21,11 +21,11 @@ from torch._dynamo.utils import counters
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
 from megatron_hammer.kernels import linear, weight_gradient
-from megatron_hammer.kernels.operations import select_backends
+from megatron_hammer.kernels.selection import select_backends
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import activation_bytes
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.train.loop import kernel_demand
+from megatron_hammer.train.loop import kernel_requirements
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.kernels.test_fp8 import fp8_config
@@ -263,7 +263,7 @@ def test_selective_keeps_what_the_formula_says(precision: str, tp: int) -> None:
             parallel__tensor_model_parallel_size=tp,
             parallel__sequence_parallel=tp > 1,
         )
-        rows = select_backends(config.kernels, kernel_demand(config, torch.device("cpu")))
+        rows = select_backends(config.kernels, kernel_requirements(config, torch.device("cpu")))
         sizes.append((run_distributed(tp, _kept_bytes, config)[0], activation_bytes(config, rows)))
     (less, less_said), (more, more_said) = sizes
     assert more - less == more_said - less_said > 0

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from megatron_hammer.config import KernelsConfig
 from megatron_hammer.kernels.attention import each_document
-from megatron_hammer.kernels.operations import Operations, select_operations
+from megatron_hammer.kernels.backend import Requirements
+from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import PackedSequences
-from megatron_hammer.kernels.table import Demand
+from megatron_hammer.kernels.selection import select_operations
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Stage, build_stage
 from megatron_hammer.model.parameters import parameter_table
@@ -146,7 +147,7 @@ def test_whole_samples_as_documents_are_the_causal_mask() -> None:
 def test_compiled_rope_takes_the_positions_of_documents() -> None:
     """The one fused operation that meets them, in the whole model: 1e-5 of the norm, as for the operation itself."""
     kernels = KernelsConfig(compile="operations", rope="torch")
-    operations = select_operations(kernels, Demand(mask="document", heads=8, groups=2))
+    operations = select_operations(kernels, Requirements(mask="document", heads=8, groups=2))
     results: list[Any] = []
     for fused in (
         Operations(attention=operations.attention, rope=operations.rope),

@@ -22,11 +22,12 @@ from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.checkpoint.read import load_shards
 from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.config import Config
-from megatron_hammer.kernels.attention import ROWS, causal_attention, each_document
+from megatron_hammer.kernels.attention import BACKENDS, causal_attention, each_document
+from megatron_hammer.kernels.backend import Requirements
 from megatron_hammer.kernels.libraries import te
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import PackedSequences
-from megatron_hammer.kernels.table import Demand, select
+from megatron_hammer.kernels.selection import select
 from megatron_hammer.model.llama import build_stage
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train import loop
@@ -346,21 +347,21 @@ def test_the_region_in_the_library_s_own_state(fp8: str, sources: Path) -> None:
 
 def test_the_row_in_the_table_of_attention_backends() -> None:
     """By name only, on a GPU in 16 bits, for either mask; a run without it never pays for its import."""
-    row, gpu = next(row for row in ROWS if row.name == "te"), torch.device("cuda")
+    row, gpu = next(row for row in BACKENDS if row.name == "te"), torch.device("cuda")
     for mask in ("causal", "document"):
-        assert "is not installed" in row.obstacle(Demand(gpu, torch.bfloat16, mask, 8, 2))
+        assert "is not installed" in row.unusable(Requirements(gpu, torch.bfloat16, mask, 8, 2))
         with te_double.installed():
-            assert row.obstacle(Demand(gpu, torch.bfloat16, mask, 8, 2)) == ""
-            assert "float32" in row.obstacle(Demand(gpu, torch.float32, mask))
-        assert select("attention", "auto", ROWS, Demand(mask=mask)).name != "te"
+            assert row.unusable(Requirements(gpu, torch.bfloat16, mask, 8, 2)) == ""
+            assert "float32" in row.unusable(Requirements(gpu, torch.float32, mask))
+        assert select("attention", "auto", BACKENDS, Requirements(mask=mask)).name != "te"
     with pytest.raises(ConfigError, match=r"E209.*does not run on cpu"):
-        select("attention", "te", ROWS, Demand())
+        select("attention", "te", BACKENDS, Requirements())
 
 
 def test_what_stands_in_the_way_is_said_in_the_library_s_words() -> None:
-    assert "transformer_engine" in te.obstacle()  # ModuleNotFoundError here
+    assert "transformer_engine" in te.unavailable()  # ModuleNotFoundError here
     with te_double.installed():
-        assert te.obstacle() == "torch sees no GPU"
+        assert te.unavailable() == "torch sees no GPU"
         module = sys.modules["transformer_engine.pytorch"]
         assert te.missing_names(module, te.USED) == []
         assert te.missing_names(module, {"Linear": ("bias", "tp_grup"), "Linear.forward": ("first",), "X": ()}) == [
@@ -368,7 +369,7 @@ def test_what_stands_in_the_way_is_said_in_the_library_s_words() -> None:
         module.is_fp8_available = lambda *args, **kwargs: True  # as behind a decorator that keeps no signature
         assert te.missing_names(module, te.USED) == []
         del module.autocast  # as in a version of two years ago
-        assert te.obstacle() == "the installed version has no autocast"
+        assert te.unavailable() == "the installed version has no autocast"
 
 
 def _package(folder: Path, text: str) -> str:

@@ -19,12 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.libraries.te import attention as te_attention
-from megatron_hammer.kernels.native import memory
-from megatron_hammer.kernels.operations import Operations, select_backends
+from megatron_hammer.kernels.native import cpu
+from megatron_hammer.kernels.operations import Operations
+from megatron_hammer.kernels.selection import select_backends
 from megatron_hammer.model import recompute
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train import loop
-from megatron_hammer.train.loop import kernel_demand
+from megatron_hammer.train.loop import kernel_requirements
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.model import te_double, te_sources
@@ -204,7 +205,7 @@ def kept_bytes(config: Config) -> int:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_kept_bytes_are_those_of_the_formula(precision: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exactly, for what one layer more keeps; embedding and last norm cancel."""
-    monkeypatch.setattr(memory, "LARGE_BYTES", 2**40)  # no block has room for an alignment of ours
+    monkeypatch.setattr(cpu, "LARGE_BYTES", 2**40)  # no block has room for an alignment of ours
     changes = {f"kernels__{name}": kernels for name in ("norm", "rope", "swiglu")}
     changes |= dict(train__precision=precision, train__global_batch_size=2, train__micro_batch_size=2)
     # Rows enough for torch's 16-bit attention on a CPU (FP32_ELEMENTS_ON_CPU).
@@ -212,7 +213,7 @@ def test_kept_bytes_are_those_of_the_formula(precision: str, kernels: str, monke
     changes |= dict(data__seq_length=200)
     for mode, layers in (("none", None), ("selective", None), ("full", None), ("full", 1)):
         more, less = (config_of(mode, layers, **changes, model__num_layers=n) for n in (3, 2))
-        rows = select_backends(more.kernels, kernel_demand(more, torch.device("cpu")))
+        rows = select_backends(more.kernels, kernel_requirements(more, torch.device("cpu")))
         expected = recompute.activation_bytes(more, rows) - recompute.activation_bytes(less, rows)
         assert kept_bytes(more) - kept_bytes(less) == expected, (mode, layers)
 
@@ -326,10 +327,10 @@ def _kept_on_sources(rank: int, root: Path, mode: str) -> tuple[int, int]:
     changes: dict[str, Any] = dict(kernels__layers="te", train__precision="bf16", train__global_batch_size=2, **sizes)
     with te_sources.imported(root):
         more, less = (config_of(mode, None, **changes, model__num_layers=n) for n in (3, 2))
-        rows = select_backends(more.kernels, kernel_demand(more, torch.device("cpu")))
+        rows = select_backends(more.kernels, kernel_requirements(more, torch.device("cpu")))
         said = recompute.activation_bytes(more, rows) - recompute.activation_bytes(less, rows)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(memory, "LARGE_BYTES", 2**40)
+            patch.setattr(cpu, "LARGE_BYTES", 2**40)
             return kept_bytes(more) - kept_bytes(less), said
 
 

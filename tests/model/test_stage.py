@@ -9,26 +9,26 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.config import Config
-from megatron_hammer.kernels.operations import select_operations
+from megatron_hammer.kernels.selection import select_operations
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Stage, build_stage
 from megatron_hammer.model.parameters import EMBEDDING, Parameter, logical_shapes, parameter_table
 from megatron_hammer.model.recompute import plan_recompute
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.placement import Placement, place
-from megatron_hammer.train.loop import kernel_demand
+from megatron_hammer.train.loop import kernel_requirements
 from tests.distributed import run_distributed
 from tests.model.tiny import make_context, rank_batches, tiny_config
 
 
 def _built(config: Config, ctx: ParallelContext, at: Placement) -> Stage:
-    demand = kernel_demand(config, ctx.device)
+    required = kernel_requirements(config, ctx.device)
     model = build_stage(
         config.model,
         ctx,
         at,
-        dtype=demand.dtype,
-        operations=select_operations(config.kernels, demand),
+        dtype=required.dtype,
+        operations=select_operations(config.kernels, required),
         kernels=config.kernels,
         recompute=plan_recompute(config),
     )

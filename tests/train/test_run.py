@@ -14,7 +14,7 @@ import torch
 from megatron_hammer.base.errors import HammerError
 from megatron_hammer.checkpoint.folder import find_checkpoints, latest_checkpoint
 from megatron_hammer.checkpoint.manifest import read_manifest
-from megatron_hammer.kernels.native import attention as attention_cpu
+from megatron_hammer.kernels.native import cpu
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank
 from tests.distributed import run_distributed
@@ -160,7 +160,7 @@ def test_the_attention_backend_is_said_or_refused_at_the_start(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for mask, backend in (("causal", "sdpa"), ("document", "sdpa-documents")):
-        backend = backend if attention_cpu.obstacle(torch.float32) else "fused"
+        backend = backend if cpu.attention_unsupported(torch.float32) else "fused"
         arguments = overrides(data, tmp_path / mask, f"data.attention_mask={mask}", "train.num_steps=1")
         assert run_rank(config_for(arguments), 0, 0, 1, None) == 0
         out = capsys.readouterr().out

@@ -38,17 +38,17 @@ LARGEST_PIECE = 2**30  # elements: older versions count in 32 bits
 DECOUPLED, CORRECTED = 1, 1  # weight decay as in AdamW, not as in Adam; bias correction
 
 
-def norm_is_missing(device: torch.device) -> str:
+def norm_unavailable(device: torch.device) -> str:
     """Why apex's RMSNorm cannot be imported here, or an empty string; imports nothing."""
-    return _is_missing("fused_layer_norm_cuda")
+    return _unavailable("fused_layer_norm_cuda")
 
 
-def adamw_is_missing(device: torch.device) -> str:
+def adamw_unavailable(device: torch.device) -> str:
     """Why apex's AdamW cannot be imported here, or an empty string; imports nothing."""
-    return _is_missing("amp_C")
+    return _unavailable("amp_C")
 
 
-def _is_missing(extension: str) -> str:
+def _unavailable(extension: str) -> str:
     found = find_spec("apex")
     if found is None:
         return "NVIDIA's apex is not installed"
@@ -58,11 +58,11 @@ def _is_missing(extension: str) -> str:
     return "" if find_spec(extension) else f"NVIDIA's apex was built without its extension {extension}"
 
 
-def add_rms_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As ``norm.add_rms_norm``."""
     from apex.normalization.fused_layer_norm import fused_rms_norm_affine
 
-    summed = x if update is None else x + update
+    summed = x if branch is None else x + branch
     return fused_rms_norm_affine(summed, weight, (weight.shape[0],), eps), summed
 
 

@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_hammer.kernels.backend import CUDA, HALVES, Backend, Requirements
 from megatron_hammer.kernels.packed_sequences import PackedSequences
-from megatron_hammer.kernels.table import CUDA, HALVES, Backend, Demand
 
 WHOLE = ("q", "k", "v", "causal", "deterministic")  # arguments of flash_attn_func that are used
 PACKED = (  # and of flash_attn_varlen_func
@@ -67,21 +67,21 @@ def _load(module: str, device: torch.device) -> Callable[..., Tensor]:
     return partial(attention, importlib.import_module(module))
 
 
-def _flash_2_is_missing(device: torch.device) -> str:
+def _flash_2_unavailable(device: torch.device) -> str:
     # The extension, for a folder flash_attn alone may be that of flash-attn-4.
     if not find_spec("flash_attn_2_cuda"):
         return "the package flash-attn is not installed"
     return _older_than(device, (8, 0))
 
 
-def _flash_3_is_missing(device: torch.device) -> str:
+def _flash_3_unavailable(device: torch.device) -> str:
     if not find_spec("flash_attn_interface"):
         return "the package flash-attn-3 is not installed"
     capability = torch.cuda.get_device_capability(device)
     return "" if capability == (9, 0) else f"it is for sm_90, the GPU is {_sm(capability)}"
 
 
-def _flash_4_is_missing(device: torch.device) -> str:
+def _flash_4_unavailable(device: torch.device) -> str:
     found = find_spec("flash_attn")  # a submodule cannot be looked for without importing what is above it
     folders = (found and found.submodule_search_locations) or []
     if not any((Path(folder) / "cute" / "interface.py").is_file() for folder in folders):
@@ -101,21 +101,21 @@ def _sm(capability: tuple[int, int]) -> str:
     return f"sm_{capability[0]}{capability[1]}"
 
 
-def _limits(demand: Demand, largest: int = 256) -> str:
-    if demand.head_size > largest:
-        return f"takes heads of at most {largest} elements, not {demand.head_size}"
-    return f"takes heads of a multiple of 8 elements, not {demand.head_size}" if demand.head_size % 8 else ""
+def _unsupported(required: Requirements, largest: int = 256) -> str:
+    if required.head_size > largest:
+        return f"takes heads of at most {largest} elements, not {required.head_size}"
+    return f"takes heads of a multiple of 8 elements, not {required.head_size}" if required.head_size % 8 else ""
 
 
-def _flash_4_limits(demand: Demand) -> str:
-    hopper = demand.device.type == "cuda" and torch.cuda.get_device_capability(demand.device)[0] == 9
-    return _limits(demand, 256 if hopper else 128)
+def _flash_4_unsupported(required: Requirements) -> str:
+    hopper = required.device.type == "cuda" and torch.cuda.get_device_capability(required.device)[0] == 9
+    return _unsupported(required, 256 if hopper else 128)
 
 
-ROWS = (
-    Backend("flash-attn", partial(_load, "flash_attn"), CUDA, HALVES, _limits, _flash_2_is_missing, True),
-    Backend("flash-attn-3", partial(_load, "flash_attn_interface"), CUDA, HALVES, _limits, _flash_3_is_missing, True),
-    Backend(
-        "flash-attn-4", partial(_load, "flash_attn.cute"), CUDA, HALVES, _flash_4_limits, _flash_4_is_missing, True
-    ),
-)
+BACKENDS = (
+    Backend("flash-attn", partial(_load, "flash_attn"), CUDA, HALVES, _unsupported, _flash_2_unavailable, True),
+    Backend("flash-attn-3", partial(_load, "flash_attn_interface"), CUDA, HALVES, _unsupported, _flash_3_unavailable,
+            True),
+    Backend("flash-attn-4", partial(_load, "flash_attn.cute"), CUDA, HALVES, _flash_4_unsupported, _flash_4_unavailable,
+            True),
+)  # fmt: skip

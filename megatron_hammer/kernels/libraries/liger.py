@@ -18,7 +18,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from megatron_hammer.kernels.table import Demand
+from megatron_hammer.kernels.backend import Requirements
 
 USED: Mapping[str, tuple[str, ...]] = {  # in liger_kernel.ops: function -> arguments of its forward, in their order
     "LigerRMSNormFunction": ("X", "W", "eps", "offset", "casting_mode", "in_place"),
@@ -28,23 +28,23 @@ USED: Mapping[str, tuple[str, ...]] = {  # in liger_kernel.ops: function -> argu
 }
 
 
-def missing(device: torch.device) -> str:
+def unavailable(device: torch.device) -> str:
     """Why liger-kernel cannot be imported here, or an empty string; does not import it."""
     return next((f"the package {p} is not installed" for p in ("liger_kernel", "triton") if not find_spec(p)), "")
 
 
-def not_whole_layers(demand: Demand) -> str:
+def unsupported(required: Requirements) -> str:
     """Limit of each of its rows: ``kernels.compile=layers`` would have to look into Triton launches of another hand."""
-    return "is not for kernels.compile=layers" if demand.compile == "layers" else ""
+    return "is not for kernels.compile=layers" if required.compile == "layers" else ""
 
 
-def add_rms_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As ``norm.add_rms_norm``; rounds as Hugging Face's Llama does ("llama"), and so do we."""
     from liger_kernel.ops import LigerFusedAddRMSNormFunction, LigerRMSNormFunction
 
-    if update is None:
+    if branch is None:
         return LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False), x
-    return LigerFusedAddRMSNormFunction.apply(x, update, weight, eps, 0.0, "llama", False)  # type: ignore[no-any-return]
+    return LigerFusedAddRMSNormFunction.apply(x, branch, weight, eps, 0.0, "llama", False)  # type: ignore[no-any-return]
 
 
 def rope(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int) -> tuple[Tensor, ...]:

@@ -77,7 +77,7 @@ def check_before_start(config: Config) -> None:
     if not _asked_for(config):
         return
     wants_fp8 = config.kernels.fp8 != "off"
-    code = f"import {__name__} as te\nprint('answer: ' + te.obstacle({wants_fp8}))"
+    code = f"import {__name__} as te\nprint('answer: ' + te.unavailable({wants_fp8}))"
     try:
         child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=IMPORT_SECONDS)
     except subprocess.TimeoutExpired:
@@ -96,7 +96,7 @@ def check_here(config: Config) -> None:
         ConfigError: Transformer Engine cannot run here, and why.
     """
     if _asked_for(config):
-        refuse(config, obstacle(config.kernels.fp8 != "off"))
+        refuse(config, unavailable(config.kernels.fp8 != "off"))
 
 
 def _asked_for(config: Config) -> str:
@@ -121,7 +121,7 @@ def refuse(config: Config, why: str) -> None:
     )
 
 
-def obstacle(fp8: bool = False) -> str:
+def unavailable(fp8: bool = False) -> str:
     """Why Transformer Engine, with or without fp8, cannot run in this process, or an empty string. Imports it."""
     try:
         import torch
@@ -198,10 +198,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | None
                 max_seqlen_q=documents.max_length,  # known on the host, or the library would wait for the device
                 max_seqlen_kv=documents.max_length,
             )
-    return out.reshape(q.shape)
+    result: Tensor = out.reshape(q.shape)
+    return result
 
 
-def attention_obstacle(device: Any) -> str:
+def not_installed(device: Any) -> str:
     """For the tables of attention and norm, which every run on a GPU asks: so without the import of many seconds.
 
     Whoever names the backend gets the whole answer of ``check_here``.
@@ -212,14 +213,14 @@ def attention_obstacle(device: Any) -> str:
 # ---- norm: a backend of kernels/norm.py -------------------------------------------------------------------------
 
 
-def add_rms_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Backend "te": as ``norm.add_rms_norm``; the residual is added before, by torch.
 
     The library offers a module, which owns its weight: one is made for each weight and kept there.
     """
     import transformer_engine.pytorch as te
 
-    summed = x if update is None else x + update
+    summed = x if branch is None else x + branch
     module = getattr(weight, "te_norm", None)
     if module is None:
         module = te.RMSNorm(weight.shape[0], eps=eps, device=weight.device, dtype=weight.dtype)
@@ -231,7 +232,7 @@ def add_rms_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -
 # ---- fp8 --------------------------------------------------------------------------------------------------------
 
 
-def fp8_region(fp8: str, world: Group) -> Callable[[], AbstractContextManager]:
+def fp8_region(fp8: str, world: Group) -> Callable[[], AbstractContextManager[None]]:
     """What to run a forward of the layers in: fp8 while gradients are recorded, off in evaluation.
 
     Args:
@@ -248,7 +249,7 @@ def fp8_region(fp8: str, world: Group) -> Callable[[], AbstractContextManager]:
     chosen = recipe.DelayedScaling() if fp8 == "delayed" else recipe.Float8CurrentScaling()
     group = None if world.size == 1 else world.process_group
 
-    def region() -> AbstractContextManager:
+    def region() -> AbstractContextManager[None]:
         return te.autocast(enabled=is_grad_enabled(), recipe=chosen, amax_reduction_group=group)  # type: ignore[no-any-return]
 
     return region

@@ -1,1 +1,1 @@
-"""Our own compiled operations (``csrc/``) as functions of torch tensors."""
+"""Our own compiled kernels (``csrc/``) as functions of torch tensors, and their backward passes."""

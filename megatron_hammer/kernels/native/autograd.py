@@ -1,11 +1,12 @@
 """Our fused operations in a model: autograd around the compiled kernels of a CPU (``cpu.py``) or a GPU (``cuda.py``).
 
-Each function has the signature of its reference after ``k``, the kernels' namespace, and keeps as little as backward
-can do with::
+Each function has the signature of its reference after ``kernels``, the compiled functions of a device, and keeps as
+little as backward can do with::
 
-    add_rms_norm   x + update and rstd [r]     d norm and the gradient of the residual stream, added in one pass
+    add_rms_norm   x + branch and rstd [r]     d norm and the gradient of the residual stream, added in one pass
     rope           cos, sin                    overwrites qkv; backward writes the gradient of qkv as one tensor
     swiglu         gate_up
+    attention      q, k, v, the result and, for each row and head, the logarithm of the sum of exponentials (CPU only)
 
 Statistics and arithmetic are fp32, so in 16 bits a result is rounded once where the reference rounds between steps.
 Backward cannot be differentiated again.
@@ -13,20 +14,23 @@ Backward cannot be differentiated again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_hammer.kernels.native.memory import empty
+from megatron_hammer.kernels.native.cpu import empty
+from megatron_hammer.kernels.packed_sequences import PackedSequences
 
 
-class Kernels(Protocol):
-    """What a device's kernels offer; results are written into the arguments that are named for them."""
+class LayerKernels(Protocol):
+    """What the compiled kernels of every device offer; results are written into the arguments named for them."""
 
     def add_rms_norm_forward(
-        self, x: Tensor, update: Tensor | None, weight: Tensor, eps: float, normed: Tensor, summed: Tensor | None,
+        self, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, normed: Tensor, summed: Tensor | None,
         rstd: Tensor, /,
     ) -> None: ...  # fmt: skip
     def add_rms_norm_backward(
@@ -41,23 +45,25 @@ class Kernels(Protocol):
     def swiglu_backward(self, grad: Tensor, gate_up: Tensor, grad_gate_up: Tensor, /) -> None: ...
 
 
-def add_rms_norm(k: Kernels, x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(RMSNorm of x + update, x + update); without an update the second is x, so that backward adds its gradient."""
-    return _AddRMSNorm.apply(k, x, update, weight, eps)  # type: ignore[no-any-return]
+def add_rms_norm(
+    kernels: LayerKernels, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(RMSNorm of x + branch, x + branch); without a branch the second is x, so that backward adds its gradient."""
+    return _AddRMSNorm.apply(kernels, x, branch, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, k: Kernels, x: Tensor, update: Tensor | None, weight: Tensor, eps: float
+        ctx: Any, kernels: LayerKernels, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.kernels, h = k, x.shape[-1]
+        ctx.kernels, h = kernels, x.shape[-1]
         rows = x.contiguous().view(-1, h)
-        other = None if update is None else update.contiguous().view(-1, h)
+        other = None if branch is None else branch.contiguous().view(-1, h)
         normed, rstd = empty(rows.shape, rows), rows.new_empty(rows.shape[0], dtype=torch.float32)
         summed = None if other is None else empty(rows.shape, rows)
-        k.add_rms_norm_forward(rows, other, weight, eps, normed, summed, rstd)
+        kernels.add_rms_norm_forward(rows, other, weight, eps, normed, summed, rstd)
         second = x if summed is None else summed.view(x.shape)
         ctx.save_for_backward(second, weight, rstd)
         return normed.view(x.shape), second
@@ -80,7 +86,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return None, grad_x, grad_x if ctx.needs_input_grad[2] else None, grad_weight, None
 
 
-def rope(k: Kernels, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int) -> tuple[Tensor, ...]:
+def rope(kernels: LayerKernels, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int) -> tuple[Tensor, ...]:
     """[s, b, n + 2g, d] -> rotated q, rotated k and v, which share the memory of qkv.
 
     qkv is written over, so whoever kept it for backward is told so; not where it is a leaf that wants a gradient, or
@@ -88,21 +94,21 @@ def rope(k: Kernels, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: 
     """
     if not qkv.is_contiguous() or (qkv.is_leaf and qkv.requires_grad):
         qkv = qkv.clone(memory_format=torch.contiguous_format)
-    return _Rope.apply(k, qkv, cos, sin, heads, groups)  # type: ignore[no-any-return]
+    return _Rope.apply(kernels, qkv, cos, sin, heads, groups)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, k: Kernels, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int
+        ctx: Any, kernels: LayerKernels, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int
     ) -> tuple[Tensor, ...]:
         s, _, _, d = qkv.shape
         rows = cos.contiguous().view(s, d // 2), sin.contiguous().view(s, d // 2)
-        k.rope_forward(qkv, *rows, heads + groups)
+        kernels.rope_forward(qkv, *rows, heads + groups)
         if not qkv.is_inference():
             torch.autograd.graph.increment_version(qkv)
         ctx.save_for_backward(*rows)
-        ctx.kernels, ctx.shape = k, qkv.shape
+        ctx.kernels, ctx.shape = kernels, qkv.shape
         # As tensors of their own: autograd would follow views of an input back to its own history.
         return tuple(
             qkv.new_empty(0).set_(qkv.untyped_storage(), x.storage_offset(), x.shape, x.stride())
@@ -119,20 +125,20 @@ class _Rope(torch.autograd.Function):
         return None, grad_qkv, None, None, None, None
 
 
-def swiglu(k: Kernels, gate_up: Tensor) -> Tensor:
+def swiglu(kernels: LayerKernels, gate_up: Tensor) -> Tensor:
     """silu(gate) * up: [..., 2f] -> [..., f]."""
-    return _SwiGLU.apply(k, gate_up)  # type: ignore[no-any-return]
+    return _SwiGLU.apply(kernels, gate_up)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, k: Kernels, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, kernels: LayerKernels, gate_up: Tensor) -> Tensor:
         f = gate_up.shape[-1] // 2
         rows = gate_up.contiguous().view(-1, 2 * f)
         product = empty((rows.shape[0], f), rows)
-        k.swiglu_forward(rows, product)
+        kernels.swiglu_forward(rows, product)
         ctx.save_for_backward(gate_up)
-        ctx.kernels = k
+        ctx.kernels = kernels
         return product.view(*gate_up.shape[:-1], f)
 
     @staticmethod
@@ -144,3 +150,45 @@ class _SwiGLU(torch.autograd.Function):
         grad = grads[0].contiguous().view(-1, rows.shape[1] // 2)
         ctx.kernels.swiglu_backward(grad, rows, grad_gate_up)
         return None, grad_gate_up.view(gate_up.shape)
+
+
+class AttentionKernels(Protocol):
+    """What the compiled kernels of a CPU offer besides; documents are rows ``bounds[i]`` to ``bounds[i + 1]``."""
+
+    def attention_forward(
+        self, bounds: Sequence[int], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, /
+    ) -> None: ...
+    def attention_backward(
+        self, bounds: Sequence[int], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor,
+        grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, /,
+    ) -> None: ...  # fmt: skip
+
+
+def attention(
+    kernels: AttentionKernels, q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | None = None
+) -> Tensor:
+    """q [s, b, n, d], k and v [s, b, g, d] -> [s, b, n, d]: causal, within documents where there are any."""
+    lengths = (len(q),) if documents is None else documents.lengths
+    assert sum(lengths) == len(q), f"documents of {sum(lengths)} rows do not divide {len(q)}"
+    return _Attention.apply(kernels, q, k, v, [0, *accumulate(lengths)])  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: AttentionKernels, q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int]) -> Tensor:
+        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+        s, b, n, _ = q.shape
+        out, lse = empty(q.shape, q), q.new_empty(b, n, s, dtype=torch.float32)
+        kernels.attention_forward(bounds, q, k, v, out, lse)
+        ctx.kernels, ctx.bounds = kernels, bounds
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grad = grads[0] if grads[0].stride(3) == 1 else grads[0].contiguous()
+        results = [empty(x.shape, x) for x in (q, k, v)]
+        ctx.kernels.attention_backward(ctx.bounds, q, k, v, out, lse, grad, *results)
+        return None, *results, None

@@ -1,8 +1,8 @@
 """Our fused operations on a GPU: the compiled kernels (``csrc/kernels``) as ``torch.ops.hammer_cuda``.
 
 ``_cuda.so`` is a library of torch operations on torch's stable C++ ABI, not a Python module. It is there where setup.py
-found nvcc and a torch for CUDA, and is loaded at the first question. Its operations check their arguments, write into
-what the caller made, run on the current stream and never wait for the device.
+found nvcc and a torch for CUDA, and is loaded when ``unavailable`` is first called. Its operations check their
+arguments, write into tensors that the caller has made, run on the current stream and never wait for the device.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 LIBRARY = Path(__file__).with_name("_cuda.so")
 OPERATIONS = (
     "add_rms_norm_forward",
@@ -42,7 +43,7 @@ def _load(path: Path) -> str:
 
 
 @cache
-def missing(device: torch.device) -> str:
+def unavailable(device: torch.device) -> str:
     """Why the compiled CUDA kernels cannot run on this device, or an empty string."""
     if why := _load(LIBRARY):
         return why
@@ -58,5 +59,5 @@ def missing(device: torch.device) -> str:
 
 
 def library() -> Any:
-    """The namespace of the operations; only where ``missing`` says nothing."""
+    """The namespace of the operations; only where ``unavailable`` says nothing."""
     return torch.ops.hammer_cuda

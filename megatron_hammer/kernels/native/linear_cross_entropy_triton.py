@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.kernels.linear_cross_entropy import Columns
+from megatron_hammer.kernels.arguments import Columns
 
 try:
     import triton
     import triton.language as tl
-except ImportError:  # then nobody calls what follows: select_loss asks first
+except ImportError:  # then nobody calls what follows: the backend is unavailable
     triton = None
 
 EACH = 8  # neighbouring columns of a thread: 16 bytes in 16 bits
@@ -182,6 +182,6 @@ def loss_and_gradient_(
     logits: Tensor, labels: Tensor, columns: Columns, weights: Tensor, z_loss: float = 0.0
 ) -> Tensor:
     """As the torch function."""
-    lse, loss = torch.empty((2, len(labels)), dtype=torch.float32, device=logits.device)
+    lse, loss = torch.empty((2, len(labels)), dtype=torch.float32, device=logits.device).unbind()
     _launch(logits, labels, columns, lse, lse, loss, weights.contiguous(), z_loss, total=True, gradient=True)
     return loss

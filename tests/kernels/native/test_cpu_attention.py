@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.kernels.attention import causal_attention, each_document
-from megatron_hammer.kernels.native import attention as attention_cpu
+from megatron_hammer.kernels.native import autograd as fused
+from megatron_hammer.kernels.native import cpu
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 
 CPU = torch.device("cpu")
@@ -32,11 +33,13 @@ SHAPES = [
 # most that was seen.
 ERRORS = {torch.float32: 3e-6, torch.bfloat16: 5e-3}
 
-needs = {
-    dtype: pytest.mark.skipif(bool(attention_cpu.obstacle(dtype)), reason=attention_cpu.obstacle(dtype) or "can run")
-    for dtype in ERRORS
-}
+reasons = {dtype: cpu.attention_unsupported(dtype) for dtype in ERRORS}
+needs = {dtype: pytest.mark.skipif(bool(why), reason=why or "can run") for dtype, why in reasons.items()}
 DTYPES = [pytest.param(dtype, marks=needs[dtype], id=str(dtype).removeprefix("torch.")) for dtype in ERRORS]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | None = None) -> Tensor:
+    return fused.attention(cpu.library(), q, k, v, documents)
 
 
 def tensors(shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
@@ -68,7 +71,7 @@ def assert_near(ours: Sequence[Tensor], truth: Sequence[Tensor], bound: float, k
 def test_values_and_gradients(shape: Sequence[int], dtype: torch.dtype) -> None:
     inputs = tensors(shape, dtype)
     truth = with_gradients(causal_attention, [x.double() for x in inputs])
-    assert_near(with_gradients(attention_cpu.attention, inputs), truth, ERRORS[dtype])
+    assert_near(with_gradients(attention, inputs), truth, ERRORS[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -78,20 +81,20 @@ def test_documents(dtype: torch.dtype) -> None:
     documents = PackedSequences.from_cu_seqlens(np.cumsum([0, *lengths]).astype(np.int32), CPU)
     inputs = tensors((sum(lengths), 1, 4, 2, 48), dtype)
     truth = with_gradients(each_document, [x.double() for x in inputs], documents)
-    assert_near(with_gradients(attention_cpu.attention, inputs, documents), truth, ERRORS[dtype])
+    assert_near(with_gradients(attention, inputs, documents), truth, ERRORS[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_result_depends_on_threads_or_strides(dtype: torch.dtype) -> None:
     """Equal bits from one and three threads, from slices, contiguous copies and tensors that are laid out otherwise."""
     inputs = tensors((150, 2, 6, 3, 64), dtype)
-    expected = with_gradients(attention_cpu.attention, inputs)
+    expected = with_gradients(attention, inputs)
     layouts = [[x.contiguous() for x in inputs], [x.mT.contiguous().mT for x in inputs]]
-    results = [with_gradients(attention_cpu.attention, layout) for layout in layouts]
+    results = [with_gradients(attention, layout) for layout in layouts]
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        results.append(with_gradients(attention_cpu.attention, inputs))
+        results.append(with_gradients(attention, inputs))
     finally:
         torch.set_num_threads(before)
     for result in results:
@@ -103,12 +106,12 @@ def test_no_result_depends_on_threads_or_strides(dtype: torch.dtype) -> None:
 def test_later_rows_are_not_seen(dtype: torch.dtype) -> None:
     """What comes later changes no bit of a row, not even where it is not finite; what is seen and NaN shows."""
     q, k, v, _ = tensors((200, 1, 4, 2, 32), dtype)
-    expected = attention_cpu.attention(q, k, v)
+    expected = attention(q, k, v)
     k, v = k.clone(), v.clone()
     k[130:] = 1e4
     v[130:] = 1e4
     k[190] = torch.nan
-    result = attention_cpu.attention(q, k, v)
+    result = attention(q, k, v)
     assert torch.equal(result[:130], expected[:130]) and not torch.equal(result[131:], expected[131:])
     assert result[:190].isfinite().all() and result[190:].isnan().all()
 
@@ -120,7 +123,7 @@ def test_first_rows(dtype: torch.dtype) -> None:
     documents = PackedSequences.from_cu_seqlens(np.array([0, 1, 2, 42, 43, 300], np.int32), CPU)
     alone, first = [0, 1, 42], [0, 1, 2, 42, 43]
     inputs = q, _, v, grad = tensors((300, 2, 4, 2, 64), dtype)
-    out, grad_q, grad_k, grad_v = with_gradients(attention_cpu.attention, inputs, documents)
+    out, grad_q, grad_k, grad_v = with_gradients(attention, inputs, documents)
     ours = [out[first], grad_q[first], grad_k[alone], grad_v[alone]]
     heads = grad[alone].double().unflatten(2, (2, 2)).sum(3)  # a head of k and v serves two of q
     truth = [v[first].double().repeat_interleave(2, dim=2), 0 * q[first].double(), 0 * heads, heads]
@@ -154,9 +157,9 @@ def test_large_scores(dtype: torch.dtype) -> None:
     *qk, v, grad = tensors((300, 2, 2, 1, 64), dtype)
     inputs = [(25 * qk[0]).round(), (4 * qk[1]).round(), v, grad]
     truth = with_gradients(causal_attention, [x.double() for x in inputs])
-    assert_near(with_gradients(attention_cpu.attention, inputs), truth, ERRORS[dtype], known_errors(inputs))
+    assert_near(with_gradients(attention, inputs), truth, ERRORS[dtype], known_errors(inputs))
 
 
 def test_dtypes_that_it_leaves_to_torch() -> None:
     for dtype in (torch.float64, torch.float16):
-        assert "does not compute in" in attention_cpu.obstacle(dtype)
+        assert "does not compute in" in cpu.attention_unsupported(dtype)

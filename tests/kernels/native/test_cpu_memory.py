@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_hammer.kernels.native import cpu
-from megatron_hammer.kernels.native.memory import ALIGNMENT, LARGE_BYTES, empty
+from megatron_hammer.kernels.native.cpu import ALIGNMENT, LARGE_BYTES, empty
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,7 +42,7 @@ def test_a_second_micro_batch_takes_the_holes_of_the_first() -> None:
     """What stays is pinned by small blocks in between, as Python's objects are in a step; 3 MB: below glibc's limit for
     blocks of their own once a larger one was freed."""
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallinfo2") or cpu.missing(torch.device("cpu")):
+    if not hasattr(libc, "mallinfo2") or cpu.unavailable(torch.device("cpu")):
         pytest.skip("without glibc 2.33 or our compiled kernels memory is torch's")
     libc.mallinfo2.restype = _MallInfo
     like, size = torch.empty(0, dtype=torch.uint8), 3 * 2**20

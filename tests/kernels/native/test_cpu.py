@@ -1,6 +1,6 @@
 """The compiled kernels of a CPU, for every instruction set that this machine has, against references in fp64.
 
-What autograd makes of them (``fused.py``) is tested along the way. Inputs are fresh; a failure shows its seed.
+What autograd makes of them (``autograd.py``) is tested along the way. Inputs are fresh; a failure shows its seed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels import linear_cross_entropy as losses
 from megatron_hammer.kernels.adamw import AdamWState, adamw_, add_square_sum
-from megatron_hammer.kernels.linear_cross_entropy import Columns, combine_statistics
+from megatron_hammer.kernels.arguments import Columns
+from megatron_hammer.kernels.linear_cross_entropy import combine_statistics
 from megatron_hammer.kernels.native import autograd as fused
 from megatron_hammer.kernels.native import cpu
 from megatron_hammer.kernels.norm import rms_norm
@@ -31,7 +32,7 @@ from megatron_hammer.kernels.swiglu import swiglu
 
 SOURCES = Path(__file__).parents[3] / "csrc" / "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
-VERSIONS = [cpu.Kernels(version) for version in cpu.COMPILED.versions()] if cpu.COMPILED else []
+VERSIONS = [cpu.CpuKernels(version) for version in cpu.COMPILED.versions()] if cpu.COMPILED else []
 
 pytestmark = pytest.mark.skipif(not VERSIONS, reason="the compiled kernels are missing")
 every_version = pytest.mark.parametrize("k", VERSIONS, ids=lambda k: k.name)
@@ -510,9 +511,9 @@ def test_arguments_are_checked() -> None:
 
 
 def test_missing_or_outdated(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cpu.missing(torch.device("cpu")) == "" and cpu.COMPILED.INTERFACE == cpu.INTERFACE
+    assert cpu.unavailable(torch.device("cpu")) == "" and cpu.COMPILED.INTERFACE == cpu.INTERFACE
     monkeypatch.setattr(cpu, "COMPILED", None)
-    assert "is missing or outdated: reinstall" in cpu.missing(torch.device("cpu"))
+    assert "is missing or outdated: reinstall" in cpu.unavailable(torch.device("cpu"))
 
 
 def test_one_openmp_runtime() -> None:

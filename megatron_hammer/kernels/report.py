@@ -1,0 +1,75 @@
+"""The table of kernels that rank 0 prints at start: which backend runs each operation, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import zip_longest
+from textwrap import wrap
+
+from megatron_hammer.config import ATTENTION_MASKS, KernelsConfig
+from megatron_hammer.kernels.backend import Backend, Requirements
+from megatron_hammer.kernels.selection import TABLES, select_backends
+
+WIDTHS = (10, 19, 22, 42)  # of the table's columns: 98 with what lies between
+
+
+def kernels_table(kernels: KernelsConfig, required: Requirements) -> str:
+    """What runs each operation, what else could, and why the other backends for this device cannot.
+
+    Raises:
+        ConfigError: as ``select_backends``.
+    """
+    precision = str(required.dtype).removeprefix("torch.")
+    title = f"kernels for {precision} on {required.device.type}, data.attention_mask={required.mask}:"
+    rows, notes = [("kernels.", "runs", "could run", "cannot run here")], list[str]()
+    for operation, chosen in select_backends(kernels, required).items():
+        if operation == "norm" and kernels.layers == "te":
+            rows.append((operation, "te (kernels.layers)", "", ""))
+            continue
+        usable, unusable = _others(operation, chosen, required, notes)
+        compiled = " (compiled)" if _is_compiled(kernels, operation, chosen, required.mask) else ""
+        rows.append((operation, chosen.name + compiled, usable, unusable))
+    if kernels.fp8 != "off":
+        rows.append(("fp8", kernels.fp8 + (", head too" if kernels.fp8_head else ""), "", ""))
+    below = (line for i, note in enumerate(notes, 1) for line in wrap(f"[{i}] {note}", 98))
+    return "\n".join([title, *(line for row in rows for line in _lines(row)), *(f"  {line}" for line in below)])
+
+
+def _others(operation: str, chosen: Backend, required: Requirements, notes: list[str]) -> tuple[str, str]:
+    """The names of the backends that could run as well, and those that cannot, with the reasons."""
+    usable, reasons = list[str](), dict[str, list[str]]()
+    for backend in TABLES[operation]:
+        if backend is chosen or required.device.type not in backend.devices:
+            continue
+        if not (reason := backend.unusable(required)):
+            usable.append(backend.name)
+        elif operation != "attention" or required.mask in ATTENTION_MASKS[backend.name]:  # else it was never meant
+            reasons.setdefault(_short(reason, notes), []).append(backend.name)
+    return ", ".join(usable), "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+
+
+def _lines(row: tuple[str, ...]) -> Iterator[str]:
+    """A row of the table, each cell wrapped in its column."""
+    cells = (wrap(cell, width, break_on_hyphens=False) for cell, width in zip(row, WIDTHS, strict=True))
+    for parts in zip_longest(*cells, fillvalue=""):
+        yield " " + "".join(f" {part:<{width}}" for part, width in zip(parts, WIDTHS, strict=True)).rstrip()
+
+
+def _short(reason: str, notes: list[str]) -> str:
+    """The gist of a reason, so that backends with the same one share a line; a long one becomes a note below."""
+    gist = reason.removeprefix("cannot run here (").removesuffix(")") if "cannot run" in reason else reason
+    if gist.endswith("is not installed"):
+        return "not installed"
+    if len(gist) <= WIDTHS[-1]:
+        return gist
+    if gist not in notes:
+        notes.append(gist)
+    return f"see [{notes.index(gist) + 1}]"
+
+
+def _is_compiled(kernels: KernelsConfig, operation: str, chosen: Backend, mask: str) -> bool:
+    """By itself, or as part of its layer."""
+    if kernels.compile == "operations":
+        return chosen.compiles
+    inside = ("norm", "rope", "swiglu") if mask == "document" else ("attention", "norm", "rope", "swiglu")
+    return kernels.compile == "layers" and operation in inside
