@@ -56,7 +56,7 @@ def make_dataset(prefix: Path, documents: int) -> None:
 
 def _ours(prefix: str) -> dict[str, Any]:
     from megatron_hammer.dataset.reader import IndexedDataset
-    from megatron_hammer.sampling import native as index
+    from megatron_hammer.sampling import index_builder as index
     from megatron_hammer.sampling.order import build_megatron_index
 
     with Measured() as opening:

@@ -11,7 +11,7 @@ import numpy as np
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.sampling import blend as _blend
-from megatron_hammer.sampling import native as _index
+from megatron_hammer.sampling import index_builder as _index
 from megatron_hammer.sampling import order as _order
 
 
@@ -67,7 +67,7 @@ def get_sample(seqs, doc, sam, shu, i, seq, extra=1, pad=-1):
     lengths = np.array([len(sequence) for sequence in seqs], np.int32)
     tokens = np.full(seq + extra, pad, np.int64)
     filled = 0
-    for sequence, offset, length in _order.megatron_pieces(built, lengths, int(built.shuffle[i]), int(extra)):
+    for sequence, offset, length in _order.megatron_spans(built, lengths, int(built.shuffle[i]), int(extra)):
         tokens[filled : filled + length] = seqs[sequence][offset : offset + length]
         filled += length
     return tokens

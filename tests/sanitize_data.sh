@@ -17,6 +17,6 @@ cd "$copy"
 # Leaks: Python itself keeps memory until it ends. The C++ library comes along, lest exceptions pass the sanitizer by.
 ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=$copy OMP_NUM_THREADS=1 \
     LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so) $(gcc -print-file-name=libstdc++.so.6)" \
-    "$python" -m pytest -q -p no:cacheprovider --rootdir="$copy" tests/sampling/test_native.py tests/sampling/test_blend.py \
+    "$python" -m pytest -q -p no:cacheprovider --rootdir="$copy" tests/sampling/test_index_builder.py tests/sampling/test_blend.py \
     tests/sampling/test_order.py tests/sampling/test_reading.py tests/sampling/test_samples.py tests/dataset/make/test_merge.py \
     -k "not program and not 32_bits"

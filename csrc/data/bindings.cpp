@@ -254,8 +254,8 @@ void shuffle(hammer::MersenneTwister& twister, py::array values) {
 }  // namespace
 
 PYBIND11_MODULE(_index, module) {
-  module.doc() = "Compiled half of megatron_hammer.sampling.native, which documents the functions.";
-  module.attr("INTERFACE") = 2;  // sampling/native.py refuses a module of another number
+  module.doc() = "Compiled half of megatron_hammer.sampling.index_builder, which documents the functions.";
+  module.attr("INTERFACE") = 2;  // sampling/index_builder.py refuses a module of another number
   module.def("permute", &permute, py::arg("n"), py::arg("key"), py::arg("start"), py::arg("count"));
   module.def("epoch_marks", &epoch_marks, py::arg("lengths"), py::arg("key"), py::arg("stride"));
   module.def("find_pieces", &find_pieces, py::arg("lengths"), py::arg("marks"), py::arg("stride"), py::arg("key"),

@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_hammer.sampling import native as index
+from megatron_hammer.sampling import index_builder as index
 from megatron_hammer.sampling.cache import IndexStore, Key
 
 Rule = Literal["chairman", "greedy"]

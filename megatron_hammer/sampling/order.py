@@ -22,21 +22,19 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.sampling import native as index
+from megatron_hammer.sampling import index_builder as index
 from megatron_hammer.sampling.cache import IndexStore, Key
 
 _STRIDE = 64  # documents between two token counts: 1/8 byte a document, and a window is found among 64 documents
 _EPOCHS_KEPT = 4  # the current one, the next (which its last window reads) and the past ones of a look back
 
 
-@dataclass(frozen=True)
-class SampleId:
+class SampleId(NamedTuple):
     """Names a sample whatever its number in the run: a window of a source, and the epoch in which it begins."""
 
     source: int
@@ -44,8 +42,8 @@ class SampleId:
     window: int
 
 
-class Piece(NamedTuple):
-    """Consecutive tokens of one document."""
+class DocumentSpan(NamedTuple):
+    """Consecutive tokens of one document, which a sample reads."""
 
     document: int
     offset: int
@@ -75,48 +73,42 @@ class IndependentOrder:
         self._marks: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
         self._lock = threading.Lock()  # a thread may read ahead while another locates samples
 
-    def sample(self, position: int) -> tuple[int, int]:
-        """Epoch and window of sample ``position`` (from 0, without end)."""
-        epoch = position * self.seq_length // self.num_tokens  # windows are permuted within the epoch they start in
-        first, end = self._first_window(epoch), self._first_window(epoch + 1)
-        key = index.derive_key(self._seed, "windows", self._fingerprint, epoch)
-        return epoch, first + int(index.permute(end - first, key, position - first, 1)[0])
-
-    def windows(self, first: int, count: int) -> list[tuple[int, np.ndarray]]:
-        """(epoch, windows int64) of samples [first, first + count), cut where an epoch ends."""
+    def windows(self, first: int, count: int) -> np.ndarray:
+        """Windows of samples [first, first + count) of the source (from 0, without end): int64."""
         parts = []
         while count > 0:
-            epoch = first * self.seq_length // self.num_tokens
+            epoch = first * self.seq_length // self.num_tokens  # windows are permuted within the epoch they start in
             begin, end = self._first_window(epoch), self._first_window(epoch + 1)
             taken = min(count, end - first)
             key = index.derive_key(self._seed, "windows", self._fingerprint, epoch)
-            parts.append((epoch, begin + index.permute(end - begin, key, first - begin, taken)))
+            parts.append(begin + index.permute(end - begin, key, first - begin, taken))
             first, count = first + taken, count - taken
-        return parts
+        return np.concatenate(parts)
 
-    def locate_all(self, epoch: int, windows: np.ndarray) -> index.Located:
-        """What ``locate`` says of each of some windows that begin in one epoch: all pieces, and how many each has."""
-        # From the first window on: the numbers themselves, times seq_length, may leave 64 bits in a far epoch.
-        begin = self._first_window(epoch)
-        offsets = (windows - begin) * self.seq_length + (begin * self.seq_length - epoch * self.num_tokens)
-        if int(offsets.max()) + self.seq_length >= self.num_tokens:  # one goes on into the next epoch: seldom
+    def locate_all(self, windows: np.ndarray) -> index.Located:
+        """What ``locate`` says of each of some windows: all spans, and how many each window has."""
+        first, last, s, total = int(windows.min()), int(windows.max()), self.seq_length, self.num_tokens
+        epoch = first * s // total
+        if (last + 1) * s // total > epoch:  # seldom: they begin in several epochs, or one goes on into the next
             located = [np.array(self.locate(window), np.int64) for window in windows.tolist()]
-            return np.concatenate(located), np.array([len(pieces) for pieces in located], np.int64)
+            return np.concatenate(located), np.array([len(spans) for spans in located], np.int64)
+        # From the first of them on: in a far epoch, a window's number times seq_length may leave 64 bits.
+        offsets = (windows - first) * s + (first * s - epoch * total)
         key, marks = self._epoch(epoch)
-        return index.locate_windows(self.lengths, marks, _STRIDE, key, offsets, self.seq_length + 1)
+        return index.locate_windows(self.lengths, marks, _STRIDE, key, offsets, s + 1)
 
-    def locate(self, window: int) -> list[Piece]:
+    def locate(self, window: int) -> list[DocumentSpan]:
         """The seq_length + 1 tokens of a window, in order."""
         epoch, offset = divmod(window * self.seq_length, self.num_tokens)
         missing = self.seq_length + 1
-        pieces: list[Piece] = []
+        spans: list[DocumentSpan] = []
         while missing > 0:
             key, marks = self._epoch(epoch)
             found = index.find_pieces(self.lengths, marks, _STRIDE, key, offset, missing)
-            pieces.extend(Piece(*row) for row in found.tolist())
+            spans.extend(DocumentSpan(*row) for row in found.tolist())
             missing -= int(found[:, 2].sum())
             epoch, offset = epoch + 1, 0
-        return pieces
+        return spans
 
     def documents(self, epoch: int, first: int, count: int) -> np.ndarray:
         """Documents ``first`` to ``first + count`` of an epoch, in the order of its stream: int64."""
@@ -209,25 +201,20 @@ class MegatronOrder:
         self.num_samples = len(self.index.shuffle)
         """Samples in the epochs that were needed: num_samples or a few more."""
 
-    def sample(self, position: int) -> tuple[int, int]:
-        """Epoch and window of sample ``position``; epochs are shuffled together, so "epoch" is whole passes."""
-        window = int(self.index.shuffle[position])
-        return window * self.seq_length // self.num_tokens, window
-
     def prepare(self, first: int, last: int) -> None:
         """Nothing: all was built, or found, at once."""
 
-    def windows(self, first: int, count: int) -> list[tuple[int, np.ndarray]]:
-        """Windows (int64) of samples [first, first + count), as one part: epochs are shuffled together."""
-        return [(0, self.index.shuffle[first : first + count].astype(np.int64))]
+    def windows(self, first: int, count: int) -> np.ndarray:
+        """Windows of samples [first, first + count) of the source: int64; epochs are shuffled together."""
+        return self.index.shuffle[first : first + count].astype(np.int64)
 
-    def locate_all(self, epoch: int, windows: np.ndarray) -> index.Located:
-        """What ``locate`` says of each of some windows: pieces, and how many each window has."""
+    def locate_all(self, windows: np.ndarray) -> index.Located:
+        """What ``locate`` says of each of some windows: all spans, and how many each window has."""
         return index.megatron_windows(self.lengths, self.index.documents, self.index.samples, windows)
 
-    def locate(self, window: int) -> list[Piece]:
+    def locate(self, window: int) -> list[DocumentSpan]:
         """The seq_length + 1 tokens of a window; ``document`` stands for the sequence."""
-        return megatron_pieces(self.index, self.lengths, window)
+        return megatron_spans(self.index, self.lengths, window)
 
 
 def num_epochs(tokens: int, num_samples: int | None, seq_length: int, extra: int = 1) -> int:
@@ -285,10 +272,10 @@ def build_megatron_index(
     return MegatronIndex(documents, samples, shuffle)
 
 
-def megatron_pieces(built: MegatronIndex, lengths: np.ndarray, window: int, extra: int = 1) -> list[Piece]:
+def megatron_spans(built: MegatronIndex, lengths: np.ndarray, window: int, extra: int = 1) -> list[DocumentSpan]:
     """Where the tokens of sample ``window`` (before the shuffle) lie; ``document`` stands for the sequence."""
     found, _ = index.megatron_windows(lengths, built.documents, built.samples, np.array([window], np.int64), extra)
-    return [Piece(*row) for row in found.tolist()]
+    return [DocumentSpan(*row) for row in found.tolist()]
 
 
 def split_ranges(sequences: int, split: str) -> list[tuple[int, int] | None]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.sampling.order import IndependentOrder, MegatronOrder, Piece, SampleId
+from megatron_hammer.sampling.order import DocumentSpan, IndependentOrder, MegatronOrder, SampleId
 from megatron_hammer.sampling.samples import TrainData
 
 _DOCUMENTS_AT_ONCE = 1 << 20
@@ -28,7 +28,7 @@ class Read:
     sample: int
     epoch: int
     window: int
-    pieces: list[Piece]
+    spans: list[DocumentSpan]
     """Of this document only."""
 
 
@@ -73,9 +73,9 @@ def document_reads(data: TrainData, source: int, document: int, start: int, end:
     for position, sample_id in windows:
         i = _sample_of(data, SampleId(source, *sample_id), position, share, start, end)
         if i is not None:
-            pieces = [piece for piece in data.locate(i) if piece.document == document]
-            if pieces:
-                reads.append(Read(i, *sample_id, pieces))
+            spans = [span for span in data.locate(i) if span.document == document]
+            if spans:
+                reads.append(Read(i, *sample_id, spans))
     return sorted(reads, key=lambda read: read.sample)
 
 
@@ -96,7 +96,7 @@ def _independent_windows(
     found = []
     for epoch, of_epoch in wanted.items():
         position, behind = (-(-e * total // s) for e in (epoch, epoch + 1))  # samples before this epoch and the next
-        ((_, windows),) = order.windows(position, behind - position)
+        windows = order.windows(position, behind - position)
         at = np.flatnonzero(np.isin(windows, of_epoch))
         found += [(position + int(place), (epoch, int(windows[place]))) for place in at]
     return found
@@ -124,7 +124,8 @@ def _megatron_windows(order: MegatronOrder, first: int, last: int) -> list[tuple
     high = np.searchsorted(boundaries, places, side="right") - 1
     windows = sorted({w for a, b in zip(low.tolist(), high.tolist()) for w in range(max(a, 0), b + 1)})
     at = np.flatnonzero(np.isin(order.index.shuffle, windows))
-    return [(int(position), order.sample(int(position))) for position in at]
+    found = order.index.shuffle[at].tolist()
+    return [(p, (w * order.seq_length // order.num_tokens, w)) for p, w in zip(at.tolist(), found)]
 
 
 def _sample_of(data: TrainData, wanted: SampleId, position: int, share: float, start: int, end: int) -> int | None:
@@ -142,5 +143,5 @@ def describe_read(read: Read, global_batch_size: int) -> dict[str, Any]:
         "sample": read.sample,
         "epoch": read.epoch,
         "window": read.window,
-        "pieces": [piece._asdict() for piece in read.pieces],
+        "pieces": [span._asdict() for span in read.spans],
     }

@@ -9,7 +9,7 @@ one; the loss runs across the documents in it, and so does attention unless a ba
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,16 +21,16 @@ from megatron_hammer.base.progress import say
 from megatron_hammer.config import Config
 from megatron_hammer.dataset.format import REMAKE
 from megatron_hammer.dataset.reader import IndexedDataset
-from megatron_hammer.sampling import native as index
+from megatron_hammer.sampling import index_builder as index
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.blend import Blend
 from megatron_hammer.sampling.cache import IndexStore
-from megatron_hammer.sampling.order import IndependentOrder, MegatronOrder, Piece, SampleId
+from megatron_hammer.sampling.order import DocumentSpan, IndependentOrder, MegatronOrder, SampleId
 from megatron_hammer.sampling.plan import WeightUnit, sampling_weights
 
 __all__ = [
+    "DocumentSpan",
     "Order",
-    "Piece",
     "SampleId",
     "TrainData",
     "ValidData",
@@ -102,6 +102,10 @@ class TrainData:
         stores = [IndexStore(index_folder or f"{dataset.prefix}.index", note) for dataset in self.sources]
         self._blend = Blend(shares, "chairman" if order == "independent" else "greedy", stores[0], num_samples)
         self._by_document = order == "independent"
+        self._memory = [
+            (dataset.tokens, dataset.pointers, dataset.boundaries if self._by_document else None)
+            for dataset in self.sources
+        ]
         self._orders: list[IndependentOrder] | list[MegatronOrder]
         if order == "independent":
             self._orders = [
@@ -129,7 +133,8 @@ class TrainData:
 
     def prepare(self, first: int, count: int) -> None:
         """Build, or find, every index that samples [first, first + count) need, so that reading them builds none."""
-        before, after = self._blend.counts(first), self._blend.counts(first + count)
+        end = first + count if self.num_samples is None else min(first + count, self.num_samples)
+        before, after = self._blend.counts(first), self._blend.counts(end)
         for source, (position, end) in enumerate(zip(before.tolist(), after.tolist())):
             if end > position:
                 self._orders[source].prepare(position, end - 1)
@@ -151,22 +156,40 @@ class TrainData:
 
     def sample_id(self, i: int) -> SampleId:
         """Which window of which source is sample ``i`` of the run (from 0)."""
-        if i < 0 or (self.num_samples is not None and i >= self.num_samples):
-            raise IndexError(f"sample {i} is not in [0, {self.num_samples})")
-        source, position = self._blend[i]
-        return SampleId(source, *self._orders[source].sample(position))
+        return self.sample_ids(i, 1)[0]
 
-    def locate(self, i: int) -> list[Piece]:
+    def sample_ids(self, first: int, count: int) -> list[SampleId]:
+        """The same of each of samples [first, first + count), at once."""
+        ids: list[Any] = [None] * count
+        for source, rows, windows in self._windows(first, count):
+            total = self._orders[source].num_tokens
+            for row, window in zip(rows.tolist(), windows.tolist()):
+                ids[row] = SampleId(source, window * self.seq_length // total, window)
+        return ids
+
+    def _windows(self, first: int, count: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(source, which of samples [first, first + count) it gives, counted from ``first``, the windows they are)."""
+        if first < 0 or count < 1 or (self.num_samples is not None and first + count > self.num_samples):
+            raise IndexError(f"samples [{first}, {first + count}) are not in [0, {self.num_samples})")
+        if len(self.sources) == 1:
+            yield 0, np.arange(count), self._orders[0].windows(first, count)
+            return
+        sources, positions = self._blend.range(first, count)
+        for source in np.unique(sources).tolist():
+            rows = np.flatnonzero(sources == source)  # the samples of one source follow each other
+            yield source, rows, self._orders[source].windows(int(positions[rows[0]]), len(rows))
+
+    def locate(self, i: int) -> list[DocumentSpan]:
         """The documents that sample ``i`` reads: (document, offset in it, length), in order."""
         sample = self.sample_id(i)
-        pieces = self._orders[sample.source].locate(sample.window)
+        spans = self._orders[sample.source].locate(sample.window)
         if self._by_document:
-            return pieces
+            return spans
         dataset = self.sources[sample.source]
         located = []
-        for sequence, offset, length in pieces:
+        for sequence, offset, length in spans:
             document, before = dataset.document_of(sequence)
-            located.append(Piece(document, before + offset, length))
+            located.append(DocumentSpan(document, before + offset, length))
         return located
 
     def read(self, first: int, count: int, out: np.ndarray | None = None) -> Batch[np.ndarray]:
@@ -180,33 +203,20 @@ class TrainData:
             out: [count, seq_length + 1] int64 or int32 to fill instead of a new array (pinned memory, say); int32 does
                 not do for datasets of 64-bit ids.
         """
-        if first < 0 or count < 1 or (self.num_samples is not None and first + count > self.num_samples):
-            raise IndexError(f"samples [{first}, {first + count}) are not in [0, {self.num_samples})")
         s = self.seq_length
-        if out is None:
-            out = np.empty((count, s + 1), np.int64)
+        out = np.empty((count, s + 1), np.int64) if out is None else out
         assert out.shape == (count, s + 1), f"out is {out.shape} for {count} samples"
-        sources, positions = self._blend.range(first, count)
-        ends = []  # of documents, among the count * s inputs
-        for source, dataset in enumerate(self.sources):
-            rows = np.arange(count) if len(self.sources) == 1 else np.flatnonzero(sources == source)
-            if len(rows) == 0:
-                continue
-            done = 0
-            # The samples of one source in a row of numbers follow each other.
-            for epoch, windows in self._orders[source].windows(int(positions[rows[0]]), len(rows)):
-                pieces, found = self._orders[source].locate_all(epoch, windows)
-                taken = rows[done : done + len(windows)]
-                boundaries = dataset.boundaries if self._by_document else None
-                index.copy_windows(dataset.tokens, dataset.pointers, boundaries, pieces, found, taken, out)
-                done += len(windows)
-                if self._document_mask:
-                    in_window = np.cumsum(pieces[:, 2]) - np.repeat(np.arange(len(found)) * (s + 1), found)
-                    ends.append(
-                        np.repeat(taken * s, found) + np.minimum(in_window, s)
-                    )  # the last token is a label only
+        sources, ends = np.empty(count, np.int64), []
+        for source, rows, windows in self._windows(first, count):
+            spans, counts = self._orders[source].locate_all(windows)
+            index.copy_windows(*self._memory[source], spans, counts, rows, out)
+            sources[rows] = source
+            if self._document_mask:
+                in_window = np.cumsum(spans[:, 2]) - np.repeat(np.arange(len(rows)) * (s + 1), counts)
+                # The last token of a window is a label only.
+                ends.append(np.repeat(rows * s, counts) + np.minimum(in_window, s))
         documents = cumulative_lengths(ends) if self._document_mask else None
-        return Batch.from_windows(out, documents=documents, sources=sources.astype(np.int64))
+        return Batch.from_windows(out, documents=documents, sources=sources)
 
     def tokens(self, i: int) -> np.ndarray:
         """Tokens of sample ``i``: [seq_length + 1] int64."""
@@ -241,7 +251,7 @@ def describe_samples(data: TrainData, start: int, count: int) -> list[dict[str, 
                 "source": str(data.sources[sample.source].prefix),
                 "epoch": sample.epoch,
                 "window": sample.window,
-                "pieces": [piece._asdict() for piece in data.locate(i)],
+                "pieces": [span._asdict() for span in data.locate(i)],
             }
         )
     return described

@@ -147,6 +147,7 @@ class Run:
         self.model, self.optimizer = build(config, ctx)
         self.progress = self._load_state()
         self.data = open_train_data(config, note=say if ctx.world.rank == 0 else lambda text: None)
+        self.data.prepare(self.progress.consumed_samples, config.train.global_batch_size)
         self.batches = ReadAhead(
             self.data,
             config.train.num_steps * config.train.global_batch_size,
@@ -214,11 +215,9 @@ class Run:
     def _launched(self, step: int, report: StepReport, stop_received: bool) -> None:
         """Account for a step whose numbers may still be under way; ask all ranks whether one must stop."""
         progress, size = self.progress, self.config.train.global_batch_size
-        samples = range(progress.consumed_samples, progress.consumed_samples + size)
-        progress.step, progress.consumed_samples = step, samples.stop
-        progress.samples_digest = chain_digest(
-            progress.samples_digest, map(self.data.sample_id, samples), self.data.fingerprints
-        )
+        ids = self.data.sample_ids(progress.consumed_samples, size)
+        progress.step, progress.consumed_samples = step, progress.consumed_samples + size
+        progress.samples_digest = chain_digest(progress.samples_digest, ids, self.data.fingerprints)
         stop = torch.full((), float(stop_received), device=self.ctx.device)  # a fill: no copy to wait for
         all_reduce(stop, self.ctx.world)
         self.pending.append(PendingStep(step, report, stop, progress.consumed_samples, progress.samples_digest))

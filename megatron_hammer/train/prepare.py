@@ -17,7 +17,7 @@ from megatron_hammer.checkpoint.manifest import Manifest, read_manifest
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.kernels.libraries.te import check_before_start
-from megatron_hammer.sampling import native as index
+from megatron_hammer.sampling import index_builder as index
 from megatron_hammer.sampling.plan import Plan, make_plan
 from megatron_hammer.sampling.samples import check_tokenizer, open_train_data
 from megatron_hammer.tokenizer.load import Tokenizer, load_tokenizer
@@ -144,8 +144,7 @@ def _build_indices(config: Config, resume: Manifest | None, notes: list[str]) ->
     """Have the indices of large datasets built and kept before the ranks start, which then only open them."""
     data = open_train_data(config, note=notes.append)
     consumed = 0 if resume is None else resume.state["consumed_samples"]
-    if data.num_samples is None or consumed < data.num_samples:
-        data.prepare(consumed, config.train.global_batch_size)
+    data.prepare(consumed, config.train.global_batch_size)
 
 
 def _check_same_run(config: Config, manifest: Manifest) -> list[str]:

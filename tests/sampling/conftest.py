@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_hammer.sampling import native as index
+from megatron_hammer.sampling import index_builder as index
 from tests.dataset.conftest import tokenizer  # noqa: F401
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hammer.sampling import native as index
+from megatron_hammer.sampling import index_builder as index
 from megatron_hammer.sampling.blend import _BLOCK, Blend, blend_exhaustive
 
 WEIGHTS = [

@@ -27,6 +27,7 @@ from megatron_hammer.sampling.prebuild import IndexPlan, build_indices, plan_of
 from megatron_hammer.sampling.samples import TrainData
 from megatron_hammer.train.prepare import prepare
 from tests.dataset.written import write_dataset
+from tests.sampling.order_samples import sample
 
 ROOT = Path(__file__).parents[2]
 KEY = {"dataset": "f" * 32, "seed": 3}
@@ -213,12 +214,12 @@ def test_marks_of_later_epochs_are_kept_when_they_are_reached(tmp_path, monkeypa
     kept = IndependentOrder(lengths, "abc", 32, 3, store)
     per_epoch = int(lengths.sum()) // 32
     for position in (0, per_epoch // 2, 2 * per_epoch + 1):
-        assert kept.locate(kept.sample(position)[1]) == plain.locate(plain.sample(position)[1])
+        assert kept.locate(sample(kept, position)[1]) == plain.locate(sample(plain, position)[1])
     assert len(list(tmp_path.glob("marks-*.index"))) == 2
     monkeypatch.setattr(order.index, "epoch_marks", None)  # nothing may be built now
     again = IndependentOrder(lengths, "abc", 32, 3, store)
     again.prepare(2 * per_epoch + 1, 2 * per_epoch + 5)
-    assert again.locate(again.sample(5)[1]) == plain.locate(plain.sample(5)[1])
+    assert again.locate(sample(again, 5)[1]) == plain.locate(sample(plain, 5)[1])
 
 
 def test_megatrons_arrays_are_kept(tmp_path, monkeypatch):
@@ -231,7 +232,7 @@ def test_megatrons_arrays_are_kept(tmp_path, monkeypatch):
     assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(kept.index, plain.index))
     assert not kept.index.documents.flags.writeable
     for position in range(0, 500, 7):
-        assert kept.locate(kept.sample(position)[1]) == plain.locate(plain.sample(position)[1])
+        assert kept.locate(sample(kept, position)[1]) == plain.locate(sample(plain, position)[1])
 
 
 def test_a_far_sample_of_a_kept_mix_counts_nothing(tmp_path, monkeypatch):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.sampling import native as index
+from megatron_hammer.sampling import index_builder as index
 from megatron_hammer.sampling.order import IndependentOrder, MegatronOrder, build_megatron_index, split_ranges
+from tests.sampling.order_samples import sample
 
 CASES = [  # lengths of the documents, seq_length
     ([5, 0, 3, 9, 1, 0, 7], 4),
@@ -55,7 +56,7 @@ def test_every_epoch_reads_each_of_its_windows_once(lengths, seq_length, backend
     total = sum(lengths)
     order = IndependentOrder(np.array(lengths, np.int32), "abc", seq_length, 7)
     positions = 3 * total // seq_length + 3
-    samples = [order.sample(p) for p in range(positions)]
+    samples = [sample(order, p) for p in range(positions)]
     epochs = [epoch for epoch, _ in samples]
     assert epochs == sorted(epochs)
     for epoch in range(epochs[-1]):  # the last one may be cut
@@ -71,7 +72,7 @@ def test_an_epoch_reads_every_token_once_as_input():
     total = int(lengths.sum())
     seen = []
     for position in range(3 * total // 8):
-        seen += places(order.locate(order.sample(position)[1]))[:-1]
+        seen += places(order.locate(sample(order, position)[1]))[:-1]
     expected = [(d, o) for d in range(50) for o in range(lengths[d])]
     assert sorted(seen) == sorted(expected * 3)
 
@@ -81,13 +82,13 @@ def test_order_depends_on_seed_content_and_epoch_only():
 
     def order(fingerprint, seed):
         made = IndependentOrder(lengths, fingerprint, 10, seed)
-        return [places(made.locate(made.sample(p)[1])) for p in range(150)]
+        return [places(made.locate(sample(made, p)[1])) for p in range(150)]
 
     one = order("abc", 1)
     assert one == order("abc", 1)
     assert one != order("abc", 2) and one != order("abd", 1)
     made = IndependentOrder(lengths, "abc", 10, 1)
-    second = [places(made.locate(made.sample(p)[1])) for p in range(150, 300)]
+    second = [places(made.locate(sample(made, p)[1])) for p in range(150, 300)]
     assert second != one
     assert sorted(place for w in second for place in w[:10]) == sorted(place for w in one for place in w[:10])
 
@@ -96,16 +97,16 @@ def test_order_is_read_from_anywhere(backend):
     """Reading far ahead, back, or in another process gives the same: there is no hidden cursor."""
     lengths = np.random.default_rng(1).integers(0, 60, 200).astype(np.int32)
     forward = IndependentOrder(lengths, "abc", 32, 3)
-    expected = [(forward.sample(p), forward.locate(forward.sample(p)[1])) for p in range(1200)]
+    expected = [(sample(forward, p), forward.locate(sample(forward, p)[1])) for p in range(1200)]
     other = IndependentOrder(lengths, "abc", 32, 3)
     for p in [1199, 0, 600, 5, 1198, *np.random.default_rng(2).integers(0, 1200, 100).tolist()]:
-        assert (other.sample(p), other.locate(other.sample(p)[1])) == expected[p]
+        assert (sample(other, p), other.locate(sample(other, p)[1])) == expected[p]
     assert len(other._marks) <= 4  # epochs in memory
 
 
 def test_far_epochs_cost_nothing(compiled):
     order = IndependentOrder(np.full(1000, 700, np.int32), "abc", 2048, 3)
-    epoch, window = order.sample(10**12)
+    epoch, window = sample(order, 10**12)
     assert epoch == 10**12 * 2048 // 700_000
     assert sum(piece.length for piece in order.locate(window)) == 2049
 
@@ -113,8 +114,8 @@ def test_far_epochs_cost_nothing(compiled):
 def test_documents_and_windows_are_mixed():
     """Neighbouring samples come from all over the source, in each epoch in another way."""
     order = IndependentOrder(np.full(10_000, 64, np.int32), "abc", 64, 3)
-    first = np.array([order.locate(order.sample(p)[1])[0].document for p in range(4000)])
-    second = np.array([order.locate(order.sample(p)[1])[0].document for p in range(10_000, 14_000)])
+    first = np.array([order.locate(sample(order, p)[1])[0].document for p in range(4000)])
+    second = np.array([order.locate(sample(order, p)[1])[0].document for p in range(10_000, 14_000)])
     for documents in (first, second):
         assert abs(np.corrcoef(documents[:-1], documents[1:])[0, 1]) < 0.08  # 5 deviations
     assert (first == second).sum() < 8

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.dataset.writer import IndexedWriter
-from megatron_hammer.sampling import native as index
+from megatron_hammer.sampling import index_builder as index
 from megatron_hammer.sampling.blend import _BLOCK, Blend
 from megatron_hammer.sampling.samples import TrainData
 from tests.dataset.written import write_dataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from pathlib import Path
 
@@ -163,6 +164,21 @@ def test_what_fails_while_reading_ahead_is_raised(sources, monkeypatch):
     ahead.get(0)
     with pytest.raises(OSError, match="Input/output"):
         ahead.get(8)
+
+
+@pytest.mark.parametrize("order", ["independent", "megatron"])
+def test_samples_named_at_once_have_the_digest_of_samples_named_one_by_one(sources, order, backend):
+    """Checkpoints keep the digest: it is that of one update a sample, whose name is stated here once more."""
+    data = TrainData(sources[0], SEQ, 1, order, 1200)
+    digest = hashlib.blake2b(b"before", digest_size=16)
+    for i in range(100, 1124):  # several epochs of every source
+        sample = data.sample_id(i)
+        position = data._blend[i][1]
+        window = int(data.orders[sample.source].windows(position, 1)[0])
+        epoch = window * SEQ // data.sources[sample.source].num_tokens
+        assert sample == (data._blend[i][0], epoch, window)
+        digest.update(f"\n{data.fingerprints[sample.source]} {epoch} {window}".encode())
+    assert chain_digest("before", data.sample_ids(100, 1024), data.fingerprints) == digest.hexdigest()
 
 
 def test_digest_tells_samples_order_and_past_apart():

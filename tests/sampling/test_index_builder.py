@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_hammer.sampling import native as index
+from megatron_hammer.sampling import index_builder as index
 
 SIZES = sorted({0, 1, 2, 3, 5, 6, 7, 10, 1000, *(2**k + d for k in range(2, 17) for d in (-1, 0, 1))})
 
