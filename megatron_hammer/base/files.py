@@ -6,12 +6,13 @@ the disk (``publish``). Linux; no torch.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from pathlib import Path
 from typing import IO
 
 import xxhash
+
+from megatron_hammer.base.locks import take_lock
 
 BUFFER_BYTES = 2**20  # read at once while hashing
 
@@ -69,12 +70,7 @@ def open_alone(path: Path) -> int | None:
         a descriptor, whose closing gives up the lock; None where another process writes the file.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
-    except BlockingIOError:
-        ours = False
-    if ours:
+    if take_lock(descriptor, path) and path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
         return descriptor
     os.close(descriptor)  # locked, or renamed to its final name between opening and locking
     return None

@@ -22,7 +22,6 @@ a network disk.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import mmap
 import os
@@ -37,6 +36,7 @@ import xxhash
 
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.files import sync_folder
+from megatron_hammer.base.locks import take_lock
 from megatron_hammer.base.progress import say
 
 MAGIC = b"HMRINDEX"
@@ -141,15 +141,11 @@ class IndexStore:
         try:
             waited, since = False, time.monotonic()
             while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if take_lock(descriptor, self.folder / "lock", self.note):
                     break
-                except BlockingIOError:
-                    if not waited:
-                        self.note(
-                            f"{path}: waiting for another process that builds it (at most {self.wait_seconds:g} s)"
-                        )
-                        waited = True
+                if not waited:
+                    self.note(f"{path}: waiting for another process that builds it (at most {self.wait_seconds:g} s)")
+                    waited = True
                 if time.monotonic() - since > self.wait_seconds:
                     raise DataError(
                         57,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_hammer.base.errors import ConfigError, HammerError, RefusedError, from_os_error
+from megatron_hammer.base.locks import take_lock
 from megatron_hammer.config import Config, to_yaml
 from megatron_hammer.kernels import fp8
 from megatron_hammer.kernels.libraries.te import check_here
@@ -145,22 +145,20 @@ def announcement(prepared: Prepared, world_size: int, device: torch.device) -> s
 
 @contextmanager
 def only_writer(output: Path) -> Iterator[None]:
-    """Hold the run's lock: a kernel lock that ends with the process, however it ends.
+    """Hold the run's lock, which ends with the process, however it ends.
 
     Raises:
-        RefusedError: another process of this machine is writing to the same folder.
+        RefusedError: another process is writing to the same folder.
     """
     output.mkdir(parents=True, exist_ok=True)
     with (output / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not take_lock(lock.fileno(), output / ".lock"):
             raise RefusedError(
                 81,
                 f"train.output={output}",
                 "is in use by another run",
                 "wait for that run to end or choose another folder",
-            ) from None
+            )
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()

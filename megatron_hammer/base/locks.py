@@ -1,0 +1,71 @@
+"""Locks that say "one process only": the kernel's, which end with the process, however it ends.
+
+Some file systems have none (Lustre in its default mount, some NFS). There the owner is written down beside the file
+instead, by host, process and the time that the process started, so that a dead owner is recognised on its own machine.
+Nothing can be known of a process of another machine: that is remarked, and the work goes on. Linux; no torch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_hammer.base.progress import say
+
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # what such file systems answer
+
+
+def take_lock(descriptor: int, path: Path, note: Callable[[str], None] = say) -> bool:
+    """Take the exclusive lock of an open file without waiting; closing it gives the lock up.
+
+    Args:
+        path: of that file.
+        note: gets a line where the file system has no locks.
+
+    Returns:
+        False where another process holds it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return _claim(path.with_name(f".{path.name}.owner"), path, error.strerror or str(error), note)
+
+
+def _claim(owner_path: Path, path: Path, reason: str, note: Callable[[str], None]) -> bool:
+    """Write ourselves down as the owner of ``path``; False where one that lives is there."""
+    ours = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+    try:
+        theirs = json.loads(owner_path.read_text())
+    except (FileNotFoundError, ValueError):
+        theirs = None
+    remark = ""
+    if isinstance(theirs, dict) and theirs != ours:
+        if theirs.get("host") == ours["host"]:
+            if theirs.get("started") is not None and _started(theirs.get("pid")) == theirs["started"]:
+                return False
+        else:
+            remark = f"; process {theirs.get('pid')} of {theirs.get('host')} was the last: make sure that it has ended"
+    note(f"note: {path}: its file system has no locks ({reason}){remark}")
+    owner_path.write_text(json.dumps(ours))
+    atexit.register(owner_path.unlink, missing_ok=True)
+    return True
+
+
+def _started(pid: object) -> str | None:
+    """When a process of this machine started, in the kernel's count; None where there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return stat.rpartition(")")[2].split()[19]  # field 22, counted behind the name, which may hold anything
