@@ -206,7 +206,8 @@ def _trace_layer(rank: int) -> list[Function]:
         model(*(batch[:2] if isinstance(batch, tuple) else (batch.tokens, batch.labels)))
     hook.remove()
     arguments = [x.detach().requires_grad_() if isinstance(x, torch.Tensor) else x for x in given]
-    optimizer.start_micro_batch(first=True, last=True)
+    begin = optimizer.store.begin if hasattr(optimizer, "store") else optimizer.start_micro_batch  # of older trees
+    begin(first=True, last=True)
     recorder = Recorder()
     with recorder.running():
         outputs = layer(*arguments)

@@ -24,6 +24,7 @@ from megatron_hammer.train.loop import build
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank
 from megatron_hammer.train.step import train_step
+from tests.kernels.one_gradient import OneGradient
 from tests.model.tiny import rank_batches, tiny_config
 from tests.train.runs import config_for, metrics, overrides, run, write_dataset
 
@@ -66,19 +67,6 @@ def test_a_step_does_not_synchronise() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-class _Keeper:
-    """A place for the head's gradient."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.sum = torch.full(weight.shape, torch.nan, dtype=torch.float32, device="cuda")
-
-    def place(self, weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        return self.sum, False
-
-    def arrived(self, weight: torch.Tensor) -> None:
-        """Nobody waits for it."""
-
-
 def loss_operations(name: Literal["torch", "triton"], dtype: torch.dtype, chunk: int | None = None) -> Operations:
     kernels = KernelsConfig(loss=name, loss_chunk_tokens=chunk)
     return select_operations(kernels, Requirements(torch.device("cuda"), dtype))
@@ -96,17 +84,17 @@ def test_head_and_loss(backend: Literal["torch", "triton"]) -> None:
     for name, dtype in (("torch", torch.float32), (backend, torch.bfloat16)):
         options = LayerOptions(dtype, cuda, operations=loss_operations(name, dtype, 128))
         mine, head = (t.to(dtype, copy=True).requires_grad_() for t in (x, weight))
-        keeper = head.gradients = _Keeper(head)  # type: ignore[attr-defined]
+        gradient = OneGradient(head)
         for sync in ("default", "error"):  # the first round compiles
             torch.cuda.set_sync_debug_mode(sync)
             try:
                 objective = Objective(weights, z_loss=1e-3)
-                losses = head_loss(mine, head, labels, 2997, options, objective)
+                losses = head_loss(mine, head, labels, 2997, options, objective, gradient)
                 (losses * weights).sum().backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        assert mine.grad is not None and not keeper.sum[2997:].any()
-        results.append((losses.detach(), mine.grad.float() / 2, keeper.sum))
+        assert mine.grad is not None and not gradient.main_grad[2997:].any()
+        results.append((losses.detach(), mine.grad.float() / 2, gradient.main_grad / 2))
     for reference, found in zip(*results, strict=True):
         assert (found - reference).norm() < 1e-2 * reference.norm()
 
@@ -121,12 +109,14 @@ def test_memory_of_head_and_loss(backend: Literal["torch", "triton"]) -> None:
     x = torch.randn(2048, 8, 2048, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(105_856, 2048, device="cuda", dtype=torch.bfloat16).mul_(0.02).requires_grad_()
     labels = torch.randint(0, 105_789, (8, 2048), device="cuda")
-    weight.gradients = _Keeper(weight)
+    gradient = OneGradient(weight)
     objective = Objective(torch.ones((), device="cuda") / labels.numel())
-    head_loss(x[:1], weight, labels[:, :1], 105_789, options, objective)  # the matrix library takes its workspace
+    head_loss(
+        x[:1], weight, labels[:, :1], 105_789, options, objective, gradient
+    )  # the matrix library takes its workspace
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    head_loss(x, weight, labels, 105_789, options, objective)
+    head_loss(x, weight, labels, 105_789, options, objective, gradient)
     assert torch.cuda.max_memory_allocated() - before <= 2**29
 
 
@@ -199,7 +189,10 @@ def test_te_layers_equal_the_torch_layers(precision: str, tolerance: float) -> N
             batches = [Batch(b.tokens.cuda(), b.labels.cuda()) for b in rank_batches(config, step, ctx)]
             losses[layers].append(float(train_step(model, optimizer, batches, config, step, ctx).loss))
             if step == 1:
-                gradients[layers] = {n: w.main_grad.clone() for n, w in model.named_parameters()}
+                gradients[layers] = {
+                    row.name: gradient.main_grad.clone()
+                    for row, gradient in zip(optimizer.store.table, optimizer.store.gradients, strict=True)
+                }
     assert list(gradients["te"]) == list(gradients["torch"])
     for name, mine in gradients["te"].items():
         assert (mine - gradients["torch"][name]).norm() < 2 * tolerance * gradients["torch"][name].norm(), name

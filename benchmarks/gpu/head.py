@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from roofline import padded
@@ -29,28 +30,29 @@ CCE = {"CCE, all gradients": True, "CCE": False}  # on random inputs the second 
 Pass = Callable[[Tensor, Tensor, Tensor], object]  # (hidden, weight, labels): forward and backward once
 
 
-class Place:
-    """Where the head's gradient is summed, as the optimizer's buffer is."""
+class Sum:
+    """Where the head's gradient is summed, as in the optimizer's buffer."""
+
+    version, begun = 0, torch.tensor(True)
 
     def __init__(self, weight: Tensor) -> None:
-        self.sum = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        self.main_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
 
-    def place(self, weight: Tensor) -> tuple[Tensor, bool]:
-        return self.sum, True
+    def add(self, write: Callable[[Tensor, bool], Any], last: bool = True) -> Any:
+        return write(self.main_grad, True)
 
-    def arrived(self, weight: Tensor) -> None:
+    def ready(self) -> None:
         """Nobody waits for it."""
 
 
 def ours(bench: Bench, name: str, weight: Tensor) -> Pass:
     loss = with_chunks(row_function(bench, "loss", name), KernelsConfig(), bench.device)
     options = LayerOptions(torch.bfloat16, bench.device, operations=Operations(loss=loss))
-    place, tokens = Place(weight), bench.shape.micro_batch * bench.shape.sequence
-    weight.gradients = place  # type: ignore[attr-defined]
+    gradient, tokens = Sum(weight), bench.shape.micro_batch * bench.shape.sequence
     objective = Objective(torch.full((), 1 / tokens, device=bench.device))
 
     def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
-        losses = head_loss(hidden, weight, labels, bench.shape.vocabulary, options, objective)
+        losses = head_loss(hidden, weight, labels, bench.shape.vocabulary, options, objective, gradient)
         (losses * objective.weight).sum().backward()
 
     return run

@@ -1,7 +1,7 @@
 """Every matrix product of the 1.4B step, as our layers call it; the head at the odd and at the padded vocabulary.
 
 forward   x W^T                    dgrad   dy W
-wgrad     dy^T x, added in fp32 to the optimizer's buffer (``add_weight_gradient``), and beside it the plain bf16 one
+wgrad     dy^T x, added in fp32 to the optimizer's buffer (``add_wgrad``), and beside it the plain bf16 one
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from roofline import Product, products
 
 from gpu.measure import Bench, Item, Result, summary, times
-from megatron_hammer.kernels.weight_gradient import add_weight_gradient
+from megatron_hammer.kernels.linear import add_wgrad
 
 
 def measure(bench: Bench, product: Product, plain: bool = False) -> Result:
@@ -28,7 +28,7 @@ def measure(bench: Bench, product: Product, plain: bool = False) -> Result:
         if plain:
             run = lambda: torch.mm(grad_y.t(), x, out=place)  # noqa: E731
         else:
-            run = lambda: add_weight_gradient(place, grad_y, x, True)  # noqa: E731
+            run = lambda: add_wgrad(place, grad_y, x, True)  # noqa: E731
     else:
         a = bench.random(m, k)
         b = bench.random(n, k, scale=0.02).t() if kind == "forward" else bench.random(k, n, scale=0.02)

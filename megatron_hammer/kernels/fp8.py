@@ -28,14 +28,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.weak import WeakIdKeyDictionary
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import KernelsConfig
-from megatron_hammer.kernels.linear import Products
+from megatron_hammer.kernels.linear import Gradient, Products, accumulate_in_graph
 from megatron_hammer.kernels.native import autograd as fused
 from megatron_hammer.kernels.native import cuda
-from megatron_hammer.kernels.weight_gradient import sum_weight_gradient_in_graph
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}  # arXiv 2209.05433, table 1
@@ -169,7 +167,7 @@ class Fp8Products(Products):
         measured: Measured | None = None,
     ) -> None:
         self.largest, self.cast, self.multiply, self.measured = largest, cast, multiply, measured
-        self._weights = WeakIdKeyDictionary()  # weight -> (its version, Operand)
+        self._weights: dict[Gradient, tuple[tuple[int, int], Operand]] = {}  # of each weight: its version, quantised
 
     def now(self) -> Products:
         return self if torch.is_grad_enabled() else PLAIN
@@ -189,35 +187,33 @@ class Fp8Products(Products):
     def kept(self, x: Operand) -> tuple[Tensor, ...]:
         return x.columns, x.scale
 
-    def weight(self, weight: Tensor) -> Operand:
-        """Quantised anew only after it has changed, where its optimizer says when: 2 bytes a weight are held.
+    def weight(self, weight: Tensor, gradient: Gradient | None) -> Operand:
+        """Quantised anew only after it has changed, where its ``gradient`` says when: 2 bytes a weight are held.
 
         A compiled layer quantises for each micro-batch: what a graph takes for a constant must not change.
         """
-        keeper = getattr(weight, "gradients", None)
-        if keeper is None or torch.compiler.is_compiling():
+        if gradient is None or torch.compiler.is_compiling():
             return self.quantise(weight, E4M3)
-        version = keeper.weights_version, weight._version
-        held = self._weights.get(weight)
+        version = gradient.version, weight._version
+        held = self._weights.get(gradient)
         if held is None or held[0] != version:
-            held = self._weights[weight] = version, self.quantise(weight, E4M3)
-        operand: Operand = held[1]
-        return operand
+            held = self._weights[gradient] = version, self.quantise(weight, E4M3)
+        return held[1]
 
     def gradient(self, grad_y: Tensor) -> Operand:
         return self.quantise(grad_y, E5M2)
 
-    def forward(self, x: Operand, weight: Operand, out: Tensor | None = None) -> Tensor:
+    def fprop(self, x: Operand, weight: Operand, out: Tensor | None = None) -> Tensor:
         y = self.multiply(x.rows, x.scale, weight.rows, weight.scale, torch.bfloat16, True, out)
         return y.view(*x.shape[:-1], -1)
 
-    def input_gradient(self, grad: Operand, weight: Operand, out: Tensor | None = None) -> Tensor:
+    def dgrad(self, grad: Operand, weight: Operand, out: Tensor | None = None) -> Tensor:
         dx = self.multiply(grad.rows, grad.scale, weight.columns, weight.scale, torch.bfloat16, False, out)
         return dx.view(*grad.shape[:-1], -1)
 
-    def add_weight_gradient(self, place: Tensor, grad: Operand, kept: tuple[Tensor, ...], add: bool) -> None:
+    def wgrad(self, place: Tensor, grad: Operand, kept: tuple[Tensor, ...], begun: bool) -> None:
         x, x_scale = kept
-        if not add:
+        if not begun:
             self.multiply(grad.columns, grad.scale, x, x_scale, place.dtype, False, place)
             return
         rows = max(1, BLOCK_ELEMENTS // place.shape[1])
@@ -225,9 +221,9 @@ class Fp8Products(Products):
             part = grad.columns[i : i + rows]
             place[i : i + rows].add_(self.multiply(part, grad.scale, x, x_scale, place.dtype, False))
 
-    def add_in_graph(self, place: Tensor, begun: Tensor, grad: Operand, kept: tuple[Tensor, ...]) -> None:
-        product = self.multiply(grad.columns, grad.scale, *kept, place.dtype, False)
-        sum_weight_gradient_in_graph(place, begun, product)
+    def wgrad_in_graph(self, gradient: Gradient, grad: Operand, kept: tuple[Tensor, ...]) -> None:
+        product = self.multiply(grad.columns, grad.scale, *kept, gradient.main_grad.dtype, False)
+        accumulate_in_graph(gradient.main_grad, gradient.begun, product)
 
 
 def select_products(kernels: KernelsConfig, device: torch.device) -> tuple[Products, Products]:

@@ -1,25 +1,83 @@
-"""The three matrix products of a linear layer y = x W^T, as one object that a model is built with.
+"""Linear layers y = x W^T: their three matrix products, and where the gradient of a weight goes.
 
-::
+The products are one object that a model is built with, ``Products``, with the field's names for them::
 
-    forward           y  [.., out]   = x W^T
-    input_gradient    dx [.., in]    = dy W
-    weight_gradient   dW [out, in]  += dy^T x      in fp32, straight into the optimizer's buffer where there is one
+    fprop   y  [.., out]   = x W^T
+    dgrad   dx [.., in]    = dy W
+    wgrad   dW [out, in]  += dy^T x      summed in fp32 over the chunks of a micro-batch and the micro-batches of a step
 
 x, W and dy first become operands, each once for the two products it takes part in: ``input``, ``weight``, ``gradient``.
 Plain products take the tensors as they are, compute in their dtype, and are the reference; ``fp8.py`` has others.
+
+A layer is given each weight together with a ``Gradient``, which says where wgrad is summed: in the fp32 buffer of
+whoever updates the weight, straight from the matrix product, without a copy in another place or dtype. A GPU's product
+does this in one pass, adding to fp32 from 16-bit inputs (``addmm`` with ``out_dtype``, torch 2.8 and newer). A CPU's
+writes 16 bits, so there the product takes a block of rows at a time and is added in cache.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron_hammer.kernels.native import cpu
 from megatron_hammer.kernels.native.cpu import empty
-from megatron_hammer.kernels.weight_gradient import add_weight_gradient, add_weight_gradient_in_graph
+
+# Elements of one block of wgrad on a CPU: 2 MiB in 16 bits, added while in cache (measured: 5-30 % against one block).
+BLOCK_ELEMENTS = 2**20
+
+Result = TypeVar("Result")
+
+
+class Gradient(Protocol):
+    """The gradient of one weight, summed over the micro-batches of a step by a ``GradientStore``.
+
+    A layer without one (None) returns the gradient to autograd, which leaves it in ``weight.grad``.
+    """
+
+    main_grad: Tensor
+    """The sum, in fp32 and shaped as the weight; for graphs and libraries that write it by themselves, else ``add``."""
+
+    @property
+    def begun(self) -> Tensor:
+        """Whether the sum holds earlier micro-batches of the step: a bool scalar on the host, an input of graphs."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Counts the updates of the weight: what was computed from the weight holds until the next one."""
+        ...
+
+    def add(self, write: Callable[[Tensor, bool], Result], last: bool = True) -> Result:
+        """Have ``write(place, begun)`` write what it computes over ``place``, or add it where ``begun``.
+
+        Args:
+            last: nothing more is added in this micro-batch; false for the head of a model whose embedding is the same
+                weight.
+        """
+        ...
+
+    def ready(self) -> None:
+        """Say that a graph or a library has written all of this micro-batch into ``main_grad``."""
+        ...
+
+
+class GradientStore(Protocol):
+    """Who owns the weights of a model and sums their gradients; ``optim/store.py`` has one.
+
+    Another way of sharding is another store: a layer only ever sees these two classes.
+    """
+
+    def weight(self, *shape: int) -> tuple[nn.Parameter, Gradient]:
+        """The next weight of the parameter table, of which this must be the shape, and its gradient.
+
+        The parts of a model ask for their weights in the order of the table, which is the order of forward.
+        """
+        ...
 
 
 class Products:
@@ -39,8 +97,8 @@ class Products:
         """What backward needs of an input."""
         return (x,)
 
-    def weight(self, weight: Tensor) -> Any:
-        """W [out, in] as an operand."""
+    def weight(self, weight: Tensor, gradient: Gradient | None) -> Any:
+        """W [out, in] as an operand; its ``Gradient`` knows when it was updated."""
         return weight
 
     def gradient(self, grad_y: Tensor) -> Any:
@@ -49,7 +107,7 @@ class Products:
 
     # ---- products ------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Any, weight: Any, out: Tensor | None = None) -> Tensor:
+    def fprop(self, x: Any, weight: Any, out: Tensor | None = None) -> Tensor:
         """y [.., out]; into ``out`` where it is given."""
         if torch.compiler.is_compiling():  # which finds the memory
             return F.linear(x, weight)
@@ -57,7 +115,7 @@ class Products:
         torch.mm(x.flatten(0, -2), weight.t(), out=y.flatten(0, -2))
         return y
 
-    def input_gradient(self, grad: Any, weight: Any, out: Tensor | None = None) -> Tensor:
+    def dgrad(self, grad: Any, weight: Any, out: Tensor | None = None) -> Tensor:
         """dx [.., in]; into ``out`` where it is given."""
         if torch.compiler.is_compiling():
             return torch.matmul(grad, weight)
@@ -65,29 +123,72 @@ class Products:
         torch.mm(grad.flatten(0, -2), weight, out=dx.flatten(0, -2))
         return dx
 
-    def add_weight_gradient(self, place: Tensor, grad: Any, kept: tuple[Tensor, ...], add: bool) -> None:
-        """place [out, in] = dy^T x, or += with ``add``."""
-        add_weight_gradient(place, grad.flatten(0, -2), kept[0].flatten(0, -2), add)
+    def wgrad(self, place: Tensor, grad: Any, kept: tuple[Tensor, ...], begun: bool) -> None:
+        """place [out, in] = dy^T x, or += where it has begun."""
+        add_wgrad(place, grad.flatten(0, -2), kept[0].flatten(0, -2), begun)
 
-    def add_in_graph(self, place: Tensor, begun: Tensor, grad: Any, kept: tuple[Tensor, ...]) -> None:
-        """``add_weight_gradient`` where torch.compile makes a graph; begun: bool on the host."""
-        add_weight_gradient_in_graph(place, begun, grad.flatten(0, -2), kept[0].flatten(0, -2))
+    def wgrad_in_graph(self, gradient: Gradient, grad: Any, kept: tuple[Tensor, ...]) -> None:
+        """``wgrad`` where torch.compile makes a graph of a layer, into ``gradient.main_grad``."""
+        x = kept[0].flatten(0, -2)
+        add_wgrad_in_graph(gradient.main_grad, gradient.begun, grad.flatten(0, -2), x)
 
-    def weight_gradient(self, weight: Tensor, grad: Any, kept: tuple[Tensor, ...]) -> Tensor | None:
-        """dW in the weight's dtype; None where ``weight.gradients`` has taken it.
-
-        ``weight.gradients`` (a ``WeightGradients``) is set by whoever sums the gradients: the optimizer.
-        """
-        keeper = getattr(weight, "gradients", None)
-        if keeper is None:
+    def give_wgrad(
+        self, weight: Tensor, gradient: Gradient | None, grad: Any, kept: tuple[Tensor, ...]
+    ) -> Tensor | None:
+        """Add dW to ``gradient``; without one return it, in the weight's dtype, for autograd."""
+        if gradient is None:
             grad_weight = torch.empty_like(weight)
-            self.add_weight_gradient(grad_weight, grad, kept, False)
+            self.wgrad(grad_weight, grad, kept, False)
             return grad_weight
         if torch.compiler.is_compiling():
-            place, begun = keeper.place_in_graph(weight)
-            self.add_in_graph(place, begun, grad, kept)
-            return None
-        place, add = keeper.place(weight)
-        self.add_weight_gradient(place, grad, kept, add)
-        keeper.arrived(weight)
+            self.wgrad_in_graph(gradient, grad, kept)
+        else:
+            gradient.add(lambda place, begun: self.wgrad(place, grad, kept, begun))
         return None
+
+
+def add_wgrad(place: Tensor, grad_y: Tensor, x: Tensor, begun: bool) -> None:
+    """place = dy^T x, or += where it has begun.
+
+    Args:
+        place: [out, in] fp32, or the dtype of the others.
+        grad_y: [r, out]. x: [r, in], of one dtype.
+    """
+    transposed = grad_y.t()
+    if place.dtype == x.dtype:
+        torch.addmm(place, transposed, x, beta=int(begun), out=place)
+    elif place.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.addmm(place, transposed, x, beta=int(begun), out_dtype=place.dtype, out=place)
+    else:
+        rows = max(1, BLOCK_ELEMENTS // x.shape[1])
+        for i in range(0, place.shape[0], rows):
+            accumulate(place[i : i + rows], torch.mm(transposed[i : i + rows], x), begun)
+
+
+def accumulate(place: Tensor, values: Tensor, begun: bool) -> None:
+    """place = values, or += where it has begun: 16 bits to fp32 on a CPU in half of torch's time by our kernels."""
+    if not begun:
+        place.copy_(values)
+    elif place.device.type == "cpu" and values.dtype == torch.bfloat16 and not cpu.unavailable(place.device):
+        cpu.library().accumulate(place, values, True)
+    else:
+        place.add_(values)
+
+
+# ---- in the graph of a compiled layer: operations that the compiler calls and does not look into --------------------
+
+
+@torch.library.custom_op("megatron_hammer::add_wgrad", mutates_args={"place"})
+def add_wgrad_in_graph(place: Tensor, begun: Tensor, grad_y: Tensor, x: Tensor) -> None:
+    """``add_wgrad``; begun: bool scalar on the host."""
+    add_wgrad(place, grad_y, x, bool(begun))
+
+
+@torch.library.custom_op("megatron_hammer::accumulate", mutates_args={"place"})
+def accumulate_in_graph(place: Tensor, begun: Tensor, values: Tensor) -> None:
+    """``accumulate``; begun: bool scalar on the host."""
+    accumulate(place, values, bool(begun))
+
+
+add_wgrad_in_graph.register_fake(lambda place, begun, grad_y, x: None)
+accumulate_in_graph.register_fake(lambda place, begun, values: None)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from megatron_hammer.kernels.libraries.te import add_rms_norm, fp8_region
 from megatron_hammer.kernels.operations import Operations
-from megatron_hammer.model.layers import LayerOptions, RMSNorm, VocabParallelEmbedding, column_parallel
+from megatron_hammer.model.layers import LayerOptions, RMSNorm, VocabParallelEmbedding, column_parallel, ready_after
 
 __all__ = [
     "ColumnParallelLinear",
@@ -56,7 +56,7 @@ class _Linear(nn.Module):
             in_features,
             out_features,
             sequence_parallel=options.sequence_parallel,
-            fuse_wgrad_accumulation=True,  # into weight.main_grad, which the optimizer sets
+            fuse_wgrad_accumulation=options.store is not None,
             tp_group=tp.handle if tp.size > 1 else None,
             tp_size=tp.size,
             init_method=nn.init.zeros_,
@@ -66,12 +66,19 @@ class _Linear(nn.Module):
             device=options.device,
         )
         self.hidden = (linear,)
-        self.weight = linear.weight
+        self.weight, self.gradient = options.weight(*linear.weight.shape)
+        linear.register_parameter("weight", self.weight)
+        if self.gradient is not None:
+            # The library's protocol: it writes the gradient to this attribute, and returns none to autograd from a
+            # weight without an attribute ``grad_added_to_main_grad``.
+            self.weight.main_grad = self.gradient.main_grad  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         # True has the fp8 copy of the weight made anew and its gradient overwritten, False the copy used again and the
         # gradient added to. None, outside of training: no copy is kept, for the weight may have changed since.
-        first = getattr(self.weight, "overwrite_main_grad", None) if torch.is_grad_enabled() else None
+        first = None
+        if self.gradient is not None and torch.is_grad_enabled():
+            first, x = not bool(self.gradient.begun), ready_after(x, [self.gradient])
         return self.hidden[0](x, is_first_microbatch=first)  # type: ignore[no-any-return]
 
 

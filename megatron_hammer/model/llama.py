@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hammer.config import KernelsConfig, ModelConfig
+from megatron_hammer.kernels.linear import Gradient, GradientStore
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import GraphPackedSequences, PackedSequences
 from megatron_hammer.model import layers, layers_te
 from megatron_hammer.model.head_loss import Objective, head_loss
-from megatron_hammer.model.layers import LayerOptions
+from megatron_hammer.model.layers import LayerOptions, ready_after
 from megatron_hammer.model.recompute import Recompute
 from megatron_hammer.parallel.collectives import all_gather_rows
 from megatron_hammer.parallel.context import ParallelContext
@@ -138,6 +139,11 @@ class Stage(nn.Module):
         """[v/t, h], padding rows included."""
         return self.embedding.weight if self.is_tied else self.head.weight
 
+    @property
+    def head_gradient(self) -> Gradient | None:
+        """Where the gradient of ``head_weight`` is summed."""
+        return self.embedding.gradient if self.is_tied else self.head.gradient
+
     def hidden(
         self, tokens: Tensor, documents: PackedSequences | None = None, received: Tensor | None = None
     ) -> Tensor:
@@ -162,6 +168,8 @@ class Stage(nn.Module):
         with self.layers_region(), self.recompute.region():
             for i, layer in zip(range(*self.placement.layers), self.layers.values(), strict=True):
                 forward = layer if run is None else partial(run, layer)
+                if run is not None:
+                    x = ready_after(x, gradients_of(layer))
                 x, update = self.recompute.layer(i, forward, self.layers_region, x, update, rope, told)
         if not self.placement.has_head:
             return x if update is None else x + update
@@ -194,7 +202,8 @@ class Stage(nn.Module):
         x = self.hidden(tokens, documents, received)
         if not self.placement.has_head:
             return x
-        return head_loss(x, self.head_weight, labels, self.vocab_size, self.options, objective, self.is_tied)
+        weight, gradient = self.head_weight, self.head_gradient
+        return head_loss(x, weight, labels, self.vocab_size, self.options, objective, gradient, self.is_tied)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, documents: PackedSequences | None = None) -> Tensor:
@@ -203,6 +212,12 @@ class Stage(nn.Module):
         columns = columns.permute(2, 1, 0)  # [v/t, b, s]
         gathered = all_gather_rows(columns, self.options.tp)[: self.vocab_size]
         return gathered.permute(1, 2, 0).reshape(*tokens.shape, -1)
+
+
+def gradients_of(layer: nn.Module) -> list[Gradient]:
+    """Where the gradients of all weights of a layer are summed; empty where autograd keeps them."""
+    gradients = (getattr(module, "gradient", None) for module in layer.modules())
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
@@ -233,6 +248,7 @@ def build_stage(
     operations: Operations | None = None,
     kernels: KernelsConfig | None = None,
     recompute: Recompute | None = None,
+    store: GradientStore | None = None,
 ) -> Stage:
     """This rank's part of the model, all weights zero until ``initialise`` or a checkpoint fills them.
 
@@ -241,6 +257,7 @@ def build_stage(
 
     Args:
         placement: what this rank holds; None: its tensor-parallel share of all layers, without sequence parallelism.
+        store: who owns the weights and sums their gradients; None: the layers and autograd.
     """
     kernels, recompute = kernels or KernelsConfig(), recompute or Recompute()
     placement = placement or place(config, ctx.tp.rank, ctx.tp.size)
@@ -254,6 +271,7 @@ def build_stage(
         recompute.operations(parts.operations(operations or Operations())),
         fp8=kernels.fp8,
         world=ctx.world,
+        store=store,
     )
     model = Stage(config, placement, options, parts, recompute)
     if kernels.compile == "layers":

@@ -52,7 +52,7 @@ from megatron_hammer.model import layers, layers_te, llama
 from megatron_hammer.model.llama import Stage
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.model.recompute import Recompute
-from megatron_hammer.optim.distributed import DistributedOptimizer
+from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.placement import padded_vocab_size
 from megatron_hammer.profile import budget
@@ -237,7 +237,7 @@ def _resolved(config: Config) -> Prepared:
 
 
 @contextmanager
-def instrumented(model: Stage, optimizer: DistributedOptimizer, config: Config) -> Iterator[None]:
+def instrumented(model: Stage, optimizer: Optimizer, config: Config) -> Iterator[None]:
     """Ranges around the parts of a step while the ``with`` block runs; afterwards everything is as it was."""
     with ExitStack() as stack:
 
@@ -262,7 +262,7 @@ def instrumented(model: Stage, optimizer: DistributedOptimizer, config: Config) 
                 wrap(module, "swiglu", budget.SWIGLU)
         _replace(stack, model, "options", options)  # what the head gets
         wrap(llama, "head_loss", profile_trace.HEAD)
-        wrap(optimizer, "_take_gradient", budget.GRADIENTS)
+        wrap(layers, "accumulate", budget.GRADIENTS)
         wrap(optimizer, "clip_grad_norm", budget.OPTIMIZER)
         wrap(optimizer, "step", budget.OPTIMIZER)
         yield
@@ -289,7 +289,7 @@ def _ranged_operations(operations: Operations) -> Operations:
 
 def _ranged_products(products: Products) -> Products:
     ranged = copy.copy(products)
-    vars(ranged)["add_weight_gradient"] = _ranged(ranged.add_weight_gradient, profile_trace.WEIGHT_GRADIENT)
+    vars(ranged)["wgrad"] = _ranged(ranged.wgrad, profile_trace.WEIGHT_GRADIENT)
     return ranged
 
 
@@ -368,12 +368,15 @@ def _memory(job: Job, settings: Settings, peak: int, before: int) -> dict[str, A
         at_head, most = memory_of_step(read_trace(path), device.type)
     finally:
         path.unlink(missing_ok=True)
-    optimizer = job.optimizer
-    masters = [] if optimizer.masters is optimizer.params else [optimizer.masters]
+    store, states = job.optimizer.store, job.optimizer.adamw.states
     kinds = {
-        "weights": _bytes(optimizer.params),
-        "gradients": _bytes(optimizer.grads),
-        "optimizer state": sum(map(_bytes, [*masters, optimizer.exp_avg, optimizer.exp_avg_sq])),
+        "weights": _bytes(store.params),
+        "gradients": _bytes(store.grads),
+        "optimizer state": sum(
+            _bytes(tensor)
+            for state in states
+            for tensor in ([] if state.param is None else [state.weight]) + [state.exp_avg, state.exp_avg_sq]
+        ),
         "activations": at_head,
         "temporary": most - at_head,
     }

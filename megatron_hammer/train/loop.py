@@ -30,7 +30,8 @@ from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Stage, build_stage
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import plan_recompute
-from megatron_hammer.optim.distributed import DistributedOptimizer
+from megatron_hammer.optim.optimizer import Optimizer
+from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
@@ -61,7 +62,7 @@ class Progress:
     consumed_samples: int = 0
     samples_digest: str = ""
 
-    def to_state(self, optimizer: DistributedOptimizer) -> dict[str, Any]:
+    def to_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """As JSON values."""
         return {
             "consumed_samples": self.consumed_samples,
@@ -328,27 +329,23 @@ def kernel_requirements(config: Config, device: torch.device) -> Requirements:
     )
 
 
-def build(config: Config, ctx: ParallelContext) -> tuple[Stage, DistributedOptimizer]:
+def build(config: Config, ctx: ParallelContext) -> tuple[Stage, Optimizer]:
     """Model and optimizer of this rank, with the initial weights that the seed defines."""
-    placement, required = config.placement(ctx.tp.rank), kernel_requirements(config, ctx.device)
+    placement, dtype = config.placement(ctx.tp.rank), DTYPES[config.train.precision]
+    required = kernel_requirements(config, ctx.device)
+    table = parameter_table(config.model, placement)
+    store = FlatStore(table, dtype, ctx, config.parallel.gradient_bucket_bytes)
     model = build_stage(
         config.model,
         ctx,
         placement,
-        dtype=DTYPES[config.train.precision],
+        dtype=dtype,
         operations=select_operations(config.kernels, required),
         kernels=config.kernels,
         recompute=plan_recompute(config),
+        store=store,
     )
-    table = parameter_table(config.model, placement)
+    store.check(model)
     initialise(model, table, config.train.seed)
-    optimizer = DistributedOptimizer(
-        model,
-        table,
-        config.optimizer,
-        ctx,
-        config.parallel.gradient_bucket_bytes,
-        loss_scaling=config.train.precision == "fp16",
-        kernels=select_optimizer_kernels(config.kernels, required),
-    )
-    return model, optimizer
+    loss_scaling, kernels = config.train.precision == "fp16", select_optimizer_kernels(config.kernels, required)
+    return model, Optimizer(store, config.optimizer, loss_scaling, kernels)

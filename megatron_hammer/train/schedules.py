@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_hammer.model.head_loss import Objective
 from megatron_hammer.model.llama import Stage
-from megatron_hammer.optim.distributed import DistributedOptimizer
+from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
@@ -19,7 +19,7 @@ SMALLEST_SUM = 1e-20  # of weights that mean something; a loss scale of 2^60 div
 
 def forward_backward(
     model: Stage,
-    optimizer: DistributedOptimizer,
+    optimizer: Optimizer,
     micro_batches: Sequence[Batch[Tensor]],
     ctx: ParallelContext,
     z_loss: float = 0.0,
@@ -36,7 +36,7 @@ def forward_backward(
     share = optimizer.loss_scale / whole  # of a token of weight 1
     total = torch.zeros((), device=ctx.device)
     for i, batch in enumerate(micro_batches):
-        optimizer.start_micro_batch(first=i == 0, last=i == len(micro_batches) - 1)
+        optimizer.store.begin(first=i == 0, last=i == len(micro_batches) - 1)
         weights = batch.loss_weights
         objective = Objective(share if weights is None else weights * share, z_loss)
         losses = model(batch.tokens, batch.labels, batch.documents, objective)  # [b, s] fp32

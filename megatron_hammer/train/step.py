@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_hammer.config import Config
 from megatron_hammer.model.llama import Stage
-from megatron_hammer.optim.distributed import DistributedOptimizer
+from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
@@ -31,7 +31,7 @@ class StepReport:
 
 def train_step(
     model: Stage,
-    optimizer: DistributedOptimizer,
+    optimizer: Optimizer,
     micro_batches: Sequence[Batch[Tensor]],
     config: Config,
     step: int,

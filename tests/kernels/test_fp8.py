@@ -18,7 +18,7 @@ from megatron_hammer.config import Config
 from megatron_hammer.kernels import fp8
 from megatron_hammer.kernels.backend import Requirements
 from megatron_hammer.kernels.fp8 import E4M3, E5M2, LARGEST, Fp8Products, Measured, Operand, emulated_multiply
-from megatron_hammer.kernels.linear import Products
+from megatron_hammer.kernels.linear import Gradient, Products
 from megatron_hammer.kernels.linear_cross_entropy import LossKernels
 from megatron_hammer.kernels.native import cuda
 from megatron_hammer.kernels.norm import add_rms_norm
@@ -32,12 +32,13 @@ from megatron_hammer.model.layers import LayerOptions, column_parallel, linear
 from megatron_hammer.model.llama import Stage, build_stage
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import plan_recompute
-from megatron_hammer.optim.distributed import DistributedOptimizer
+from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.host_waits import OperationNames
+from tests.kernels.one_gradient import OneGradient
 from tests.model.tiny import build, logical_parts, make_context, merged, rank_batches, tiny_config
 from tests.train.runs import config_for
 
@@ -105,9 +106,9 @@ def test_values_beyond_the_scale_stay_at_the_largest_number(dtype: torch.dtype) 
 def test_zeros_stay_zeros() -> None:
     products, weight = emulated(), random(1, 16, 32)
     for x, w in ((torch.zeros(16, 32).bfloat16(), weight), (random(2, 16, 32), torch.zeros_like(weight))):
-        assert not products.forward(products.input(x), products.weight(w)).any()
+        assert not products.fprop(products.input(x), products.weight(w, None)).any()
     tiny = torch.full((16, 32), 1e-38).bfloat16()  # too small to be scaled to the largest number, but no division by 0
-    assert products.forward(products.input(tiny), products.weight(weight)).isfinite().all()
+    assert products.fprop(products.input(tiny), products.weight(weight, None)).isfinite().all()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -118,12 +119,12 @@ def test_what_is_not_finite_is_seen(bad: float, multiply: Any) -> None:
     products = Fp8Products(multiply=multiply)
     broken = x.clone()
     broken[3, 5] = bad
-    assert products.forward(products.input(broken), products.weight(weight)).isnan().all()
+    assert products.fprop(products.input(broken), products.weight(weight, None)).isnan().all()
     broken = grad_y.clone()
     broken[3, 5] = bad
     grad, place = products.gradient(broken), torch.zeros(48, 32)
-    products.add_weight_gradient(place, grad, products.kept(products.input(x)), True)
-    assert products.input_gradient(grad, products.weight(weight)).isnan().all() and place.isnan().all()
+    products.wgrad(place, grad, products.kept(products.input(x)), True)
+    assert products.dgrad(grad, products.weight(weight, None)).isnan().all() and place.isnan().all()
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -144,22 +145,6 @@ def test_the_emulation_is_torch_s_own_product(types: tuple[torch.dtype, torch.dt
         assert ((out[0] - out[1]).double().abs() <= rounding * sums).all()
 
 
-class Keeper:
-    """Sums gradients as the optimizer does, in two places of a run."""
-
-    weights_version = 0
-
-    def __init__(self, weight: Tensor) -> None:
-        self.sum, self.begun, self.seen = torch.full(weight.shape, torch.nan), False, 0
-
-    def place(self, weight: Tensor) -> tuple[Tensor, bool]:
-        begun, self.begun = self.begun, True
-        return self.sum, begun
-
-    def arrived(self, weight: Tensor) -> None:
-        self.seen += 1
-
-
 @pytest.mark.parametrize("shape", [(16,), (4, 12), (2, 5, 48)])
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_linear_layer_is_within_what_the_formats_give(
@@ -170,16 +155,18 @@ def test_a_linear_layer_is_within_what_the_formats_give(
     options = LayerOptions(torch.bfloat16, operations=Operations(products=emulated()))
     x, weight = random(6, *shape, 32), torch.nn.Parameter(random(7, 80, 32))
     grad_y = random(8, *shape, 80) * 1e-6
-    keeper = Keeper(weight)
-    if kept:
-        weight.gradients = keeper  # type: ignore[attr-defined]
+    gradient = OneGradient(weight) if kept else None
     for _ in range(2):
         x = x.detach().requires_grad_()
-        y = linear(x, weight, options)
+        y = linear(x, weight, options, gradient)
         y.backward(grad_y)
     assert x.grad is not None and y.shape == grad_y.shape and x.grad.shape == x.shape
     products = options.operations.products
-    types = [products.input(x).rows.dtype, products.weight(weight).columns.dtype, products.gradient(grad_y).rows.dtype]
+    types = [
+        products.input(x).rows.dtype,
+        products.weight(weight, gradient).columns.dtype,
+        products.gradient(grad_y).rows.dtype,
+    ]
     assert types == [E4M3, E4M3, E5M2]
     rows, grads, w = x.detach().flatten(0, -2), grad_y.flatten(0, -2), weight.detach()
     exact = rows.double() @ w.double().t()
@@ -187,8 +174,8 @@ def test_a_linear_layer_is_within_what_the_formats_give(
     assert (error <= product_bound(rows, E4M3, w, E4M3)).all() and error.norm() > 0.01 * exact.norm()
     error = (x.grad.flatten(0, -2).double() - grads.double() @ w.double()).abs()
     assert (error <= product_bound(grads, E5M2, w.t(), E4M3)).all()
-    found = keeper.sum if kept else weight.grad
-    assert found is not None and (keeper.seen == 2) == kept
+    found = gradient.main_grad if gradient else weight.grad
+    assert found is not None and (gradient is None or gradient.complete == 2)
     exact, bound = 2 * grads.double().t() @ rows.double(), 2 * product_bound(grads.t(), E5M2, rows.t(), E4M3)
     assert ((found.double() - exact).abs() <= bound + (0 if kept else 2 * BF16_ROUNDING * exact.abs())).all()
 
@@ -315,7 +302,7 @@ def fp8_config(**changes: Any) -> Config:
     )
 
 
-def in_fp8(config: Config, ctx: ParallelContext, **changes: Any) -> tuple[Stage, DistributedOptimizer]:
+def in_fp8(config: Config, ctx: ParallelContext, **changes: Any) -> tuple[Stage, Optimizer]:
     """A built model whose products, head included, are emulated ones: a config cannot ask for that on a CPU."""
     model, optimizer = build(config, ctx)
     products = emulated(**changes)
@@ -401,7 +388,7 @@ def test_a_weight_is_quantised_once_a_step() -> None:
         return fp8.largest(x)
 
     class Forgetful(Fp8Products):
-        def weight(self, weight: Tensor) -> Operand:
+        def weight(self, weight: Tensor, gradient: Gradient | None) -> Operand:
             return self.quantise(weight, E4M3)
 
     model, optimizer = in_fp8(config, ctx, largest=counting)
@@ -496,12 +483,12 @@ def test_a_gpu_multiplies_what_the_emulation_does(fused: bool) -> None:
     x, weight, grad_y = (t.to(device) for t in (random(1, 8, 6, 64), random(2, 144, 64), random(3, 8, 6, 144)))
     results = []
     for products in (emulated(), real):
-        operands = products.input(x), products.weight(weight), products.gradient(grad_y)
+        operands = products.input(x), products.weight(weight, None), products.gradient(grad_y)
         place = torch.ones(144, 64, device=device)
         for add in (False, True):
-            products.add_weight_gradient(place, operands[2], products.kept(operands[0]), add)
-        grad_x = products.input_gradient(operands[2], operands[1])
-        results.append((operands, products.forward(*operands[:2]), grad_x, place))
+            products.wgrad(place, operands[2], products.kept(operands[0]), add)
+        grad_x = products.dgrad(operands[2], operands[1])
+        results.append((operands, products.fprop(*operands[:2]), grad_x, place))
     for mine, theirs in zip(*(r[0] for r in results), strict=True):
         assert all(torch.equal(a.float(), b.float()) for a, b in zip(mine[:3], theirs[:3], strict=True))
     for mine, theirs in zip(*(r[1:] for r in results), strict=True):

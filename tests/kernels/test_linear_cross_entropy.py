@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import KernelsConfig
+from megatron_hammer.kernels import linear
 from megatron_hammer.kernels import linear_cross_entropy as kernel
-from megatron_hammer.kernels import weight_gradient
 from megatron_hammer.kernels.backend import Requirements
+from megatron_hammer.kernels.linear import add_wgrad
 from megatron_hammer.kernels.linear_cross_entropy import (
     CHUNK_TOKENS,
     Columns,
@@ -32,7 +33,6 @@ from megatron_hammer.kernels.linear_cross_entropy import (
     with_chunks,
 )
 from megatron_hammer.kernels.selection import select, select_operations
-from megatron_hammer.kernels.weight_gradient import add_weight_gradient
 
 # Largest error of the gradient, as a share of its norm: one rounding to the logits' type; in fp32 z - lse is rounded
 # where both are near 40, and exp makes the absolute error of 4e-6 a relative one.
@@ -127,16 +127,16 @@ def test_weight_gradient_is_summed_in_fp32(dtype: torch.dtype, block: int, monke
 
     16 bits: each product is rounded once, the sum never. fp32: 64 roundings.
     """
-    monkeypatch.setattr(weight_gradient, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(linear, "BLOCK_ELEMENTS", block)
     wide = torch.promote_types(dtype, torch.float32)
     grad, x = torch.randn(13, 37).to(dtype), torch.randn(13, 6).to(dtype)
     place = torch.full((37, 6), torch.nan, dtype=wide)
-    add_weight_gradient(place, grad, x, add=False)
+    add_wgrad(place, grad, x, begun=False)
     product = grad.double().t() @ x.double()
     tolerance = {torch.float64: 1e-13, torch.float32: 5e-6}.get(dtype, torch.finfo(dtype).eps / 2)
     close(place, product, tolerance)
     for _ in range(63):
-        add_weight_gradient(place, grad / 64, x, add=True)
+        add_wgrad(place, grad / 64, x, begun=True)
     close(place, product * (1 + 63 / 64), tolerance)
 
 

@@ -20,8 +20,9 @@ from torch._dynamo.utils import counters
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
-from megatron_hammer.kernels import linear, weight_gradient
+from megatron_hammer.kernels import linear
 from megatron_hammer.kernels.selection import select_backends
+from megatron_hammer.model.llama import gradients_of
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import activation_bytes
 from megatron_hammer.parallel.context import ParallelContext
@@ -187,26 +188,26 @@ def test_gradients_of_weights_are_added_unrounded(monkeypatch: pytest.MonkeyPatc
     Three micro-batches, the first of which writes over what the step before has left.
     """
 
-    def as_on_a_gpu(place: Tensor, grad_y: Tensor, x: Tensor, add: bool) -> None:
+    def as_on_a_gpu(place: Tensor, grad_y: Tensor, x: Tensor, begun: bool) -> None:
         product = grad_y.float().t() @ x.float()
-        place.copy_(place + product if add else product)
+        place.copy_(place + product if begun else product)
 
-    for module in (weight_gradient, linear):
-        monkeypatch.setattr(module, "add_weight_gradient", as_on_a_gpu)
+    monkeypatch.setattr(linear, "add_wgrad", as_on_a_gpu)
     ctx, found = ParallelContext.single(), []
     for changes in (PLAIN, COMPILED):
         changes = {**changes, "train__global_batch_size": 6, "kernels__attention": "sdpa"}
         config = tiny_config(**changes, train__precision="bf16")
         with replayed():
             model, optimizer = build(config, ctx)
-            optimizer.grads.fill_(1000.0)
+            optimizer.store.grads.fill_(1000.0)
             batches = rank_batches(config, 1, ctx)
             for i, batch in enumerate(batches):
-                optimizer.start_micro_batch(first=i == 0, last=i == len(batches) - 1)
+                optimizer.store.begin(first=i == 0, last=i == len(batches) - 1)
                 model(batch.tokens, batch.labels).mean().backward()
             assert all(weight.grad is None for weight in model.parameters())
-            optimizer.finish_reduction()  # all have arrived
-        found.append([w.main_grad for layer in model.layers.values() for w in layer.parameters() if w.dim() == 2])  # type: ignore[attr-defined]
+            optimizer.store.reduce()  # all have arrived
+        sums = [gradient.main_grad for layer in model.layers.values() for gradient in gradients_of(layer)]
+        found.append([main_grad for main_grad in sums if main_grad.dim() == 2])
     for expected, got in zip(*found, strict=True):
         assert torch.equal(got, expected) and not torch.equal(got, got.bfloat16().float())
 
@@ -216,10 +217,10 @@ def test_the_sums_have_version_counters_of_their_own() -> None:
     2.13 lets that pass, but checks tensors that are held in other ways.
     """
     model, _ = build(tiny_config(), ParallelContext.single())
-    one, other = (layer.mlp.down.weight.main_grad for layer in model.layers.values())  # type: ignore[union-attr]
-    before = other._version  # type: ignore[union-attr]
-    one.add_(1.0)  # type: ignore[union-attr, operator]
-    assert other._version == before  # type: ignore[union-attr]
+    one, other = (gradients_of(layer)[-1].main_grad for layer in model.layers.values())
+    before = other._version
+    one.add_(1.0)
+    assert other._version == before
 
 
 # ---- what is kept -------------------------------------------------------------------------------------------------
@@ -231,11 +232,11 @@ def _kept_bytes(rank: int, config: Config) -> int:
     torch._dynamo.reset()
     with replayed():
         model, optimizer = build(config, ctx)
-        optimizer.start_micro_batch(first=True, last=True)
+        optimizer.store.begin(first=True, last=True)
         tokens = rank_batches(config, 1, ctx)[0].tokens
         hidden = model.hidden(tokens)
     known = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.rope(tokens.shape[1]))}
-    known |= {optimizer.grads.untyped_storage().data_ptr(), optimizer.begun.untyped_storage().data_ptr()}
+    known |= {optimizer.store.grads.untyped_storage().data_ptr(), optimizer.store.begun.untyped_storage().data_ptr()}
     kept: dict[int, int] = {}
     nodes, seen = [hidden.grad_fn], set[Any]()
     while nodes:

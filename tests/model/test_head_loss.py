@@ -15,35 +15,17 @@ from megatron_hammer.kernels.linear_cross_entropy import LossKernels, linear_cro
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.layers import LayerOptions
+from megatron_hammer.model.llama import build_stage
 from megatron_hammer.parallel import collectives
 from megatron_hammer.parallel.context import Group
 from megatron_hammer.parallel.placement import padded_vocab_size
 from megatron_hammer.train.loop import build
 from megatron_hammer.train.schedules import forward_backward
 from tests.distributed import run_distributed
+from tests.kernels.one_gradient import OneGradient
 from tests.model.tiny import logical_parts, make_context, merged, rank_batches, tiny_config
 
 VOCABULARY, HIDDEN = 301, 24  # padded to 384 rows on one rank, 512 on two or four
-
-
-class Keeper:
-    """A place for one weight's gradient, which holds garbage until it is written."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.sum, self.begun, self.came = torch.full(weight.shape, torch.nan, dtype=torch.float32), False, 0
-
-    def place(self, weight: Tensor) -> tuple[Tensor, bool]:
-        begun, self.begun = self.begun, True
-        return self.sum, begun
-
-    def arrived(self, weight: Tensor) -> None:
-        self.came += 1
-
-
-def kept_by(keeper: Keeper, weight: Any) -> Keeper:
-    """Say to the weight who keeps its gradient, as the optimizer does."""
-    weight.gradients = keeper
-    return keeper
 
 
 def options(chunk: int = 5, **changes: Any) -> LayerOptions:
@@ -82,26 +64,26 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("way", ["early", "early, kept", "late"])
+@pytest.mark.parametrize("way", ["early", "early, kept", "late", "late, kept"])
 @pytest.mark.parametrize("chunk", [1, 5, 24, 1000])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 1e-6)])
 def test_equals_torch(dtype: torch.dtype, tolerance: float, chunk: int, way: str) -> None:
     """Sums of 301 and 24 terms in another order. The kept gradient is fp32 whatever the weight is."""
     x, weight, labels, weights = problem(dtype)
     mine, x_mine = shard(weight), x.clone().requires_grad_()
-    keeper = kept_by(Keeper(mine), mine) if "kept" in way else None
-    objective = None if way == "late" else Objective(weights)
-    losses = head_loss(x_mine, mine, labels, VOCABULARY, options(chunk), objective)
+    gradient = OneGradient(mine) if "kept" in way else None
+    objective = None if way.startswith("late") else Objective(weights)
+    losses = head_loss(x_mine, mine, labels, VOCABULARY, options(chunk), objective, gradient)
     assert losses.shape == labels.shape and losses.dtype == dtype
     (losses * weights).sum().backward()
     loss, grad_x, grad_weight = reference(x, weight, labels, weights)
-    found = mine.grad if keeper is None else keeper.sum
+    found = mine.grad if gradient is None else gradient.main_grad
     assert x_mine.grad is not None and found is not None
     assert error(losses.detach(), loss) < tolerance and error(x_mine.grad, grad_x) < tolerance
-    assert error(found[:VOCABULARY], grad_weight) < max(tolerance, 1e-6 if keeper else 0)
+    assert error(found[:VOCABULARY], grad_weight) < max(tolerance, 1e-6 if gradient else 0)
     assert not found[VOCABULARY:].any(), "padding must get no gradient"
     assert not x_mine.grad[::4].any(), "tokens that do not count must give none"
-    assert keeper is None or (keeper.came == 1 and mine.grad is None)
+    assert gradient is None or (gradient.complete == 1 and mine.grad is None)
 
 
 @pytest.mark.parametrize(
@@ -120,10 +102,10 @@ def test_16_bits_err_no_more_than_the_plain_way(dtype: torch.dtype, chunk: int, 
     plain_losses = plain(plain_x, plain_weight, labels)
     (plain_losses * weights).sum().backward()
     mine, x_mine = shard(weight), x.clone().requires_grad_()
-    keeper = kept_by(Keeper(mine), mine) if kept else None
-    losses = head_loss(x_mine, mine, labels, VOCABULARY, options(chunk), Objective(weights))
+    gradient = OneGradient(mine) if kept else None
+    losses = head_loss(x_mine, mine, labels, VOCABULARY, options(chunk), Objective(weights), gradient)
     (losses * weights).sum().backward()
-    found = keeper.sum if keeper else mine.grad
+    found = gradient.main_grad if gradient else mine.grad
     assert found is not None and x_mine.grad is not None and plain_x.grad is not None and plain_weight.grad is not None
     errors = [
         error(t.detach(), truth) for t, truth in zip((losses, x_mine.grad, found[:VOCABULARY]), exact, strict=True)
@@ -205,10 +187,10 @@ def test_a_loss_scale_scales_the_gradient() -> None:
     sums = []
     for scale in (1.0, 2.0**14):
         mine, x_mine = shard(weight), x.clone().requires_grad_()
-        keeper, objective = kept_by(Keeper(mine), mine), Objective(torch.tensor(scale / labels.numel()))
-        losses = head_loss(x_mine, mine, labels, VOCABULARY, options(), objective)
+        gradient, objective = OneGradient(mine), Objective(torch.tensor(scale / labels.numel()))
+        losses = head_loss(x_mine, mine, labels, VOCABULARY, options(), objective, gradient)
         (losses * objective.weight).sum().backward()
-        sums.append((keeper.sum, x_mine.grad))
+        sums.append((gradient.main_grad, x_mine.grad))
     for one, scaled in zip(*sums, strict=True):
         assert one is not None and torch.equal(one * 2**14, scaled)
 
@@ -279,11 +261,11 @@ def test_memory_at_full_size() -> None:
         x = torch.empty(2048, 8, 2048, dtype=torch.bfloat16, requires_grad=True)
         weight = torch.empty(padded_vocab_size(105_789, 1), 2048, dtype=torch.bfloat16, requires_grad=True)
         labels = torch.empty(8, 2048, dtype=torch.int64)
-        keeper, scale = Keeper(weight), torch.empty(())
-    keeper.sum = kept_by(keeper, weight).sum.to("meta")
+        scale = torch.empty(())
+    gradient = OneGradient(weight)
     setting = options(2048, dtype=torch.bfloat16, device=torch.device("meta"))
     with _LiveBytes() as memory:
-        losses = head_loss(x, weight, labels, 105_789, setting, Objective(scale))
+        losses = head_loss(x, weight, labels, 105_789, setting, Objective(scale), gradient)
     assert losses.shape == (8, 2048)
     assert 0.4 * 2**30 < memory.peak <= 0.5 * 2**30, f"{memory.peak / 2**30:.3f} GiB"
 
@@ -303,18 +285,20 @@ def _gradients(rank: int, tp: int, sp: bool, tied: bool, kept: bool) -> dict[str
     if kept:
         for _ in range(2):  # the second time over what the first one left
             forward_backward(model, optimizer, batches, ctx)
-            optimizer.finish_reduction()
+            optimizer.store.reduce()
     else:
         count = sum(batch.labels.numel() for batch in batches)
-        for w in optimizer.weights:
-            del w.gradients
-        for i, batch in enumerate(batches):
-            optimizer.start_micro_batch(first=i == 0, last=i + 1 == len(batches))
-            (model(batch.tokens, batch.labels).sum() / count).backward()
-        optimizer.finish_reduction()
-    for index, w in enumerate(optimizer.weights):
-        start = optimizer.offsets[index]
-        w.grad = optimizer.grads[start : start + w.numel()].view_as(w)
+        plain = build_stage(config.model, ctx, model.placement, operations=model.options.operations)
+        plain.load_state_dict(model.state_dict())
+        for batch in batches:
+            (plain(batch.tokens, batch.labels).sum() / count).backward()
+        optimizer.store.begin(first=True, last=True)
+        for weight, gradient in zip(plain.parameters(), optimizer.store.gradients, strict=True):
+            assert weight.grad is not None
+            gradient.add(lambda place, begun, grad=weight.grad: place.copy_(grad))  # type: ignore[misc]
+        optimizer.store.reduce()
+    for weight, gradient in zip(model.parameters(), optimizer.store.gradients, strict=True):
+        weight.grad = gradient.main_grad
     return logical_parts(model, config, ctx, grads=True)
 
 

@@ -162,18 +162,21 @@ def test_gradients_overwrite_first_and_then_add_in_fp32() -> None:
         batch = rank_batches(config, 1, ctx)[0]
         sums = {}
         for count in (3, 1):
-            optimizer.grads.fill_(1e4)
+            optimizer.store.grads.fill_(1e4)
             for i in range(count):
-                optimizer.start_micro_batch(first=i == 0, last=i == count - 1)
+                optimizer.store.begin(first=i == 0, last=i == count - 1)
                 model(batch.tokens, batch.labels).mean().backward()
-            optimizer.finish_reduction()
-            sums[count] = {p.name: w.main_grad.clone() for p, w in zip(optimizer.table, optimizer.weights, strict=True)}
+            optimizer.store.reduce()
+            sums[count] = {
+                p.name: gradient.main_grad.clone()
+                for p, gradient in zip(optimizer.store.table, optimizer.store.gradients, strict=True)
+            }
     for name, once in sums[1].items():
         assert once.dtype == torch.float32 and 0 < once.norm() < 1e2, name
         assert torch.equal(sums[3][name], once + once + once), name
-    for weight in optimizer.weights:
-        assert weight.grad is None and not weight.grad_added_to_main_grad
-        assert weight.main_grad.untyped_storage().data_ptr() == optimizer.grads.untyped_storage().data_ptr()
+    for weight, gradient in zip(optimizer.store.weights, optimizer.store.gradients, strict=True):
+        assert weight.grad is None
+        assert gradient.main_grad.untyped_storage().data_ptr() == optimizer.store.grads.untyped_storage().data_ptr()
 
 
 def _saved_by_one_and_loaded_by_the_other(rank: int, tp: int, sp: bool, first: str, folder: str) -> list[float]:
@@ -270,10 +273,10 @@ def _bf16_on_sources(rank: int, root: Path, config: Config) -> tuple[list[float]
     with te_sources.imported(root):
         reports, _ = train(rank, config, 4)
         model, optimizer = build(config, ParallelContext.single())
-        optimizer.start_micro_batch(first=True, last=True)
+        optimizer.store.begin(first=True, last=True)
         batch = rank_batches(config, 1, ParallelContext.single())[0]
         model(batch.tokens, batch.labels).mean().backward()
-        return [r[0] for r in reports], model.layers["0"].mlp.down.weight.main_grad.clone()
+        return [r[0] for r in reports], model.layers["0"].mlp.down.gradient.main_grad.clone()
 
 
 def test_bf16_on_the_library_s_own_code(sources: Path) -> None:

@@ -71,26 +71,26 @@ def _watch_reduction(rank: int, config: Config) -> list[str]:
     ctx = make_context(config)
     model, optimizer = build(config, ctx)
     events: list[str] = []
-    start = optimizer._start_reduction
+    start = optimizer.store.start_reduction
 
     def record(bucket: Any) -> None:
         events.append("reduce-scatter")
         start(bucket)
 
-    optimizer._start_reduction = record  # type: ignore[method-assign]
+    optimizer.store.start_reduction = record  # type: ignore[method-assign]
     for i, layer in enumerate(model.layers.values()):
         layer.register_full_backward_hook(lambda *_, i=i: events.append(f"layer {i}"))
     batches = rank_batches(config, 1, ctx)
-    begin = optimizer.start_micro_batch
+    begin = optimizer.store.begin
 
     def note(first: bool, last: bool) -> None:
         events.append(f"micro-batch {0 if first else 1}")
         begin(first, last)
 
-    optimizer.start_micro_batch = note  # type: ignore[method-assign]
+    optimizer.store.begin = note  # type: ignore[method-assign]
     assert len(batches) == 2
     forward_backward(model, optimizer, batches, ctx)
-    optimizer.finish_reduction()
+    optimizer.store.reduce()
     return events
 
 
@@ -125,7 +125,7 @@ def _observe(rank: int, config: Config) -> tuple[list[tuple[int, ...]], list[tup
     with _Shapes() as shapes:
         model, optimizer = build(config, ctx)
         batch = rank_batches(config, 1, ctx)[0]
-        optimizer.start_micro_batch(first=True, last=True)
+        optimizer.store.begin(first=True, last=True)
         model(batch.tokens, batch.labels).sum().backward()
         forward_backward(model, optimizer, rank_batches(config, 1, ctx), ctx)
         optimizer.clip_grad_norm(1.0)

@@ -190,7 +190,7 @@ def kept_bytes(config: Config) -> int:
     ctx = ParallelContext.single()
     model, optimizer = build(config, ctx)
     tokens = rank_batches(config, 1, ctx)[0].tokens
-    known = [tokens, optimizer.grads, *model.parameters(), *model.rope(tokens.shape[1])]
+    known = [tokens, optimizer.store.grads, *model.parameters(), *model.rope(tokens.shape[1])]
     gc.disable()
     try:
         with Alive(known) as alive:

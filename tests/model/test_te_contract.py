@@ -194,13 +194,14 @@ def _class(read: Sources, name: str) -> str:
 
 
 def test_the_protocol_of_main_grad_is_the_library_s(sources: Path) -> None:
-    """The three attributes of a weight that the optimizer sets, and where the library reads and sets them."""
+    """Where the library reads the attribute of a weight that layers_te.py sets, and how it behaves without others."""
     text = ast.unparse(Sources(sources).tree(f"{TE}.module.linear")[1])
     for line in (
         "getattr(weight, 'overwrite_main_grad', False)",
         "lambda: weight.main_grad",
         "hasattr(origin_weight_python_object, 'grad_added_to_main_grad')",
         "origin_weight_python_object.grad_added_to_main_grad = True",
+        "elif bwd_args.fuse_wgrad_accumulation:\n            wgrad = None",
         "accumulate_wgrad_into_param_main_grad if not origin_weight_overwrites_main_grad else False",
         "bwd_args.fuse_wgrad_accumulation and (not bwd_args.is_first_microbatch)",
         "'out': main_grad if bwd_args.fuse_wgrad_accumulation else None",
@@ -241,4 +242,5 @@ def test_both_modules_of_layers_have_the_same_names_and_arguments() -> None:
         ours, theirs = getattr(layers_te, name), getattr(layers, name)
         assert [*inspect.signature(ours).parameters] == [*inspect.signature(theirs).parameters], name
     defined = {n for n, c in vars(layers).items() if getattr(c, "__module__", "") == layers.__name__ and n[0] != "_"}
-    assert defined == {*layers_te.__all__, "linear"}, "which the torch layers are made of"
+    shared = {"linear", "stored", "ready_after"}
+    assert defined == {*layers_te.__all__} | shared, "what layers are made of, and how gradients reach the store"

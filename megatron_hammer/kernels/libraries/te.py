@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ USED: Mapping[str, tuple[str, ...]] = {  # in transformer_engine.pytorch: name, 
         "device",
     ),
     "Linear.forward": ("inp", "is_first_microbatch"),
-    "RMSNorm": ("normalized_shape", "eps", "device", "dtype"),
+    "RMSNorm": ("normalized_shape", "eps", "device"),
     "RMSNorm.forward": ("input",),
     "DotProductAttention": ("num_attention_heads", "kv_channels", "num_gqa_groups", "qkv_format", "attn_mask_type"),
     "DotProductAttention.forward": (
@@ -214,19 +215,23 @@ def not_installed(device: Any) -> str:
 
 
 def add_rms_norm(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Backend "te": as ``norm.add_rms_norm``; the residual is added before, by torch.
-
-    The library offers a module, which owns its weight: one is made for each weight and kept there.
-    """
+    """Backend "te": as ``norm.add_rms_norm``; the residual is added before, by torch."""
     import transformer_engine.pytorch as te
 
     summed = x if branch is None else x + branch
-    module = getattr(weight, "te_norm", None)
-    if module is None:
-        module = te.RMSNorm(weight.shape[0], eps=eps, device=weight.device, dtype=weight.dtype)
-        module.weight = weight
-        weight.te_norm = module  # type: ignore[attr-defined]
+    # The library offers a module that owns its weight and reads it again in backward, so each call has one of its own:
+    # a shallow copy, which shares everything else.
+    module = copy(_norm(te, weight.shape[0], eps))
+    module._parameters = {"weight": weight}
     return module(summed), summed
+
+
+@cache
+def _norm(te: Any, size: int, eps: float) -> Any:
+    """The module that those of a size are copied from, without a weight."""
+    module = te.RMSNorm(size, eps=eps, device="meta")
+    module._parameters = {}
+    return module
 
 
 # ---- fp8 --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from megatron_hammer.config import Config
-from megatron_hammer.optim.distributed import lay_out
+from megatron_hammer.model.llama import gradients_of
+from megatron_hammer.optim.store import lay_out
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
@@ -42,7 +43,7 @@ def test_fifty_recipe_steps_equal_a_plain_loop() -> None:
     ctx = ParallelContext.single()
     model, optimizer = build(config, ctx)
     carry_weights(model, dict(theirs.named_parameters()))
-    optimizer.copy_masters_from_params()
+    optimizer.adamw.copy_masters_from_params()
     reference = torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     losses: list[tuple[float, float]] = []
     for step in range(1, 51):
@@ -68,7 +69,7 @@ def test_weight_decay_on_matrices_only(decay: float) -> None:
     config = tiny_config(optimizer__weight_decay=decay, optimizer__lr=0.1)
     model, optimizer = build(config, ParallelContext.single())
     before = {k: v.detach().clone() for k, v in model.named_parameters()}
-    optimizer.start_micro_batch(first=True, last=True)
+    optimizer.store.begin(first=True, last=True)
     tokens, labels = random_batch(config, 1)
     (model(tokens, labels).sum() * 0).backward()
     optimizer.clip_grad_norm(1.0)
@@ -83,19 +84,21 @@ def _poisoned(rank: int, config: Config) -> tuple[bool, bool, bool]:
     ctx = make_context(config)
     model, optimizer = build(config, ctx)
     train_step(model, optimizer, rank_batches(config, 1, ctx), config, 1, ctx)
-    state = [optimizer.params, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.updates]
+    states = optimizer.adamw.states
+    state = [optimizer.store.params, optimizer.adamw.updates]
+    state += [tensor for s in states for tensor in (s.weight, s.exp_avg, s.exp_avg_sq)]
     before = [x.clone() for x in state]
-    arrived, victim = optimizer.arrived, model.layers["1"].mlp.down.weight
+    victim = gradients_of(model.layers["1"])[-1]  # of mlp.down
+    ready = victim.ready
 
-    def poison(weight: Any) -> None:
-        if weight is victim:
-            weight.main_grad.view(-1)[-1] = torch.nan
-        arrived(weight)
+    def poison() -> None:
+        victim.main_grad.view(-1)[-1] = torch.nan
+        ready()
 
     if rank == ctx.world.size - 1:
-        optimizer.arrived = poison  # type: ignore[method-assign]
+        victim.ready = poison  # type: ignore[method-assign]
     applied = bool(train_step(model, optimizer, rank_batches(config, 2, ctx), config, 2, ctx).applied)
-    optimizer.arrived = arrived  # type: ignore[method-assign]
+    victim.ready = ready  # type: ignore[method-assign]
     same = all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
     report = train_step(model, optimizer, rank_batches(config, 3, ctx), config, 3, ctx)
     return applied, same, bool(report.applied)
@@ -176,7 +179,7 @@ def _gradient_norm(rank: int, config: Config) -> tuple[float, Any]:
     model, optimizer = build(config, ctx)
     batches = rank_batches(config, 1, ctx)
     for i, batch in enumerate(batches):
-        optimizer.start_micro_batch(first=i == 0, last=i == len(batches) - 1)
+        optimizer.store.begin(first=i == 0, last=i == len(batches) - 1)
         model(batch.tokens, batch.labels).sum().backward()
     return float(optimizer.clip_grad_norm(1.0)), None
 

@@ -1,0 +1,92 @@
+"""What a training step and a checkpoint see of the optimizer: the store, AdamW on its shards and the loss scale.
+
+One step, as ``train/step.py`` runs it: the micro-batches' backward fills the store (``store.begin``), and the last one
+starts the reduction of the gradients; ``clip_grad_norm`` finishes it and takes the norm; ``step`` updates the shards,
+or not, on every rank, where the norm is not finite, and gathers the weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.config import OptimizerConfig
+from megatron_hammer.kernels.adamw import OptimizerKernels
+from megatron_hammer.optim.adamw import AdamW
+from megatron_hammer.optim.loss_scaler import LossScaler
+from megatron_hammer.optim.store import FlatStore
+from megatron_hammer.parallel.sharding import Shard
+
+
+class Optimizer:
+    """The optimizer of one rank, made when the model's weights have their first values.
+
+    Args:
+        loss_scaling: for fp16: multiply the loss by a scale, and adapt that.
+        kernels: what the update computes with.
+    """
+
+    def __init__(
+        self,
+        store: FlatStore,
+        config: OptimizerConfig,
+        loss_scaling: bool = False,
+        kernels: OptimizerKernels | None = None,
+    ) -> None:
+        device = store.params.device
+        self.store, self.adamw = store, AdamW(store, config, kernels)
+        self.scaler = LossScaler(config, device, loss_scaling)
+        self.divisor, self.applied = torch.ones((), device=device), torch.ones((), dtype=torch.bool, device=device)
+
+    @property
+    def loss_scale(self) -> Tensor:
+        """What the loss is multiplied by before backward: fp32 device scalar."""
+        return self.scaler.scale
+
+    @torch.no_grad()
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """Norm of the whole model's gradient before clipping (fp32 device scalar); the update will divide accordingly.
+
+        Finishes the reduction of the gradients. Communicates over dp, tp and the world.
+        """
+        self.store.reduce()
+        norm = self.adamw.grad_norm() / self.loss_scale
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
+        self.applied = norm.isfinite()
+        self.divisor = self.loss_scale / factor
+        return norm
+
+    @torch.no_grad()
+    def step(self, lr: float) -> Tensor:
+        """Update the weights everywhere; returns a device bool, equal on all ranks: was it applied?"""
+        self.adamw.step(lr, self.divisor, self.applied)
+        self.scaler.adapt(self.applied)
+        return self.applied
+
+    # ---- state for checkpoints -------------------------------------------------------------------------------------
+
+    def shards(self) -> list[Shard]:
+        """This rank's part of the logical state: views, so that loading writes straight into the optimizer."""
+        return self.adamw.shards()
+
+    def copy_params_from_masters(self) -> None:
+        """The model's weights from what has been loaded into the shards. Communicates over dp."""
+        self.adamw.copy_params_from_masters()
+
+    def scalar_state(self) -> dict[str, float]:
+        """The few numbers beside the tensors; waits for the device."""
+        scalars = {
+            "updates": self.adamw.updates,
+            "loss_scale": self.scaler.scale,
+            "good_steps": self.scaler.good_steps,
+        }
+        return {name: float(value) for name, value in scalars.items()}
+
+    def load_scalar_state(self, state: dict[str, float]) -> None:
+        """The inverse of ``scalar_state``."""
+        for owner, attribute, name in (
+            (self.adamw, "updates", "updates"),
+            (self.scaler, "scale", "loss_scale"),
+            (self.scaler, "good_steps", "good_steps"),
+        ):
+            setattr(owner, attribute, torch.full_like(getattr(owner, attribute), state[name]))

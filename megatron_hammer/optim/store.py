@@ -1,0 +1,305 @@
+"""The flat store: the weights of a rank, and the sums of their gradients, in contiguous buffers (ZeRO stage 1).
+
+All local weights lie in one buffer in the model's dtype, their gradients in one fp32 buffer of the same layout, in the
+order in which backward finishes them. The buffers are cut into buckets, each bucket into dp equal shards (arXiv
+1910.02054)::
+
+                 bucket 0                        bucket 1
+    params  [ head | norm | layer n ...  |pad] [ ... | layer 0 | embedding |pad]     model dtype
+    grads   [ rank 0 | rank 1 | ... dp shards] [ rank 0 | rank 1 | ...         ]     fp32
+              ^ this rank's shard                ^ and here: what this rank updates
+
+It is made from the parameter table, before the model, which takes its weights from it (``weight``). In a step::
+
+    begin       before each micro-batch
+    add         the layers' backward: each gradient into its place; a bucket whose last gradient of the last micro-batch
+                has arrived starts its reduce-scatter, while backward still runs
+    reduce      waits for the buckets, and sums what tensor-parallel ranks hold in common
+    stretches   what an optimizer updates: this rank's shards of weights and gradients
+    gather      brings every rank's updated shards together
+
+On one rank it is the same code with groups of size 1. Nothing here waits for the device. Another way of sharding is
+another class with these methods: ZeRO stage 2 would keep no gradient after its bucket's reduce-scatter than the rank's
+own shard, so it would reduce in each micro-batch and add the shard; stage 3 would keep no weight either, and gather
+those of a layer when it is asked for them. Layers and optimizer would not notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from megatron_hammer.parallel.collectives import all_gather_into, all_reduce, reduce_scatter_into
+from megatron_hammer.parallel.context import Group, ParallelContext
+from megatron_hammer.parallel.sharding import ParameterLike, SliceLike
+
+ALIGNMENT = 64  # elements: every shard starts at a multiple of 256 bytes, what vector units and NCCL like
+
+Result = TypeVar("Result")
+
+
+class SummedSlice(SliceLike, Protocol):
+    """What the store needs of ``model.parameters.Slice``."""
+
+    @property
+    def sum_over(self) -> str: ...
+
+
+class Row(ParameterLike, Protocol):
+    """What the store needs of ``model.parameters.Parameter``, a row of the parameter table."""
+
+    @property
+    def slices(self) -> Sequence[SummedSlice]: ...
+    @property
+    def decay(self) -> bool: ...
+
+
+@dataclass(eq=False)
+class Bucket:
+    """One stretch of the buffers that is reduced and gathered as a whole."""
+
+    start: int
+    stop: int
+    parameters: list[int]
+    """Positions in the table."""
+    missing: set[int] = field(default_factory=set)
+    """Those of which the gradient of the running micro-batch has not arrived yet."""
+    handle: Any = None
+    """Of the reduce-scatter under way."""
+
+
+class StoredGradient:
+    """The gradient of one weight (``Gradient`` in ``kernels/linear.py``)."""
+
+    def __init__(self, store: FlatStore, index: int, bucket: Bucket, main_grad: Tensor) -> None:
+        self.store, self.index, self.bucket, self.main_grad = store, index, bucket, main_grad
+        self.written = False  # in the running micro-batch
+
+    @property
+    def begun(self) -> Tensor:
+        return self.store.begun
+
+    @property
+    def version(self) -> int:
+        return self.store.version
+
+    def add(self, write: Callable[[Tensor, bool], Result], last: bool = True) -> Result:
+        begun, self.written = self.written or not self.store.first, True
+        result = write(self.main_grad, begun)
+        if last:
+            self.ready()
+        return result
+
+    def ready(self) -> None:
+        missing = self.bucket.missing
+        assert self.index in missing, f"{self.store.table[self.index].name} got a gradient after its last one"
+        missing.remove(self.index)
+        if self.store.last and not missing:
+            self.store.start_reduction(self.bucket)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank's shards hold of one parameter."""
+
+    parameter: Row
+    start: int
+    stop: int
+    """Range in the flattened parameter."""
+    offset: int
+    """Of the parameter in the buffers."""
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """In the buffers."""
+        return self.offset + self.start, self.offset + self.stop
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbouring parts with the same weight decay: an optimizer runs over few long tensors."""
+
+    parts: tuple[Part, ...]
+    """One after the other; together they fill the stretch."""
+    decay: bool
+    param: Tensor
+    """[n] in the model's dtype: a view of the weights."""
+    grad: Tensor
+    """[n] fp32: a view of the gradients."""
+
+
+class FlatStore:
+    """Weights and gradients of one rank (``GradientStore`` in ``kernels/linear.py``).
+
+    Args:
+        table: the parameter table of this rank.
+        dtype: of the weights.
+        bucket_bytes: size of a bucket's gradients, at least.
+    """
+
+    def __init__(self, table: Sequence[Row], dtype: torch.dtype, ctx: ParallelContext, bucket_bytes: int) -> None:
+        self.table, self.ctx = tuple(table), ctx
+        self.offsets, self.buckets = lay_out([p.numel for p in self.table], bucket_bytes // 4, ctx.dp.size)
+        total = self.buckets[-1].stop
+        self.params = torch.zeros(total, dtype=dtype, device=ctx.device)
+        self.grads = torch.zeros(total, dtype=torch.float32, device=ctx.device)
+        self.weights = [nn.Parameter(self._own_view(self.params, i)) for i in range(len(self.table))]
+        bucket_of = {i: bucket for bucket in self.buckets for i in bucket.parameters}
+        self.gradients = [
+            StoredGradient(self, i, bucket_of[i], self._own_view(self.grads, i)) for i in range(len(self.table))
+        ]
+        self._untaken = iter(range(len(self.table)))
+        self.version = 0
+        self.first = self.last = False
+        self.begun = torch.tensor(False)
+        self._shared = {over: list(self._slices_summed_over(over)) for over in ("tp", "kv")}
+
+    # ---- for the layers --------------------------------------------------------------------------------------------
+
+    def weight(self, *shape: int) -> tuple[nn.Parameter, StoredGradient]:
+        """The next weight of the table, zero at first, and its gradient."""
+        index = next(self._untaken, None)
+        assert index is not None, f"the model has more weights than the {len(self.table)} of the parameter table"
+        row = self.table[index]
+        assert shape == tuple(row.shape), f"{row.name} is {shape} in the model, {tuple(row.shape)} in the table"
+        return self.weights[index], self.gradients[index]
+
+    def check(self, model: nn.Module) -> None:
+        """That a model has taken its weights from here, each under its name in the table."""
+        found = {name: id(weight) for name, weight in model.named_parameters()}
+        expected = {row.name: id(weight) for row, weight in zip(self.table, self.weights, strict=True)}
+        assert found == expected, "the parameter table and the model must name the same tensors"
+
+    # ---- a step ----------------------------------------------------------------------------------------------------
+
+    def begin(self, first: bool, last: bool) -> None:
+        """Say which micro-batch of the step comes; after the last one's backward the reduction is under way."""
+        self.first, self.last, self.begun = first, last, torch.tensor(not first)
+        for gradient in self.gradients:
+            gradient.written = False
+        for bucket in self.buckets:
+            bucket.missing.update(bucket.parameters)
+
+    def start_reduction(self, bucket: Bucket) -> None:
+        """Sum a bucket's gradients over the data-parallel ranks, into each rank's shard. Communicates over dp."""
+        shard = self.grads[self._shard_range(bucket)]
+        bucket.handle = reduce_scatter_into(shard, self.grads[bucket.start : bucket.stop], self.ctx.dp)
+
+    def reduce(self) -> None:
+        """Wait for the buckets, then sum what tensor-parallel ranks hold in common."""
+        for bucket in self.buckets:
+            assert bucket.handle is not None, f"no gradient for {[self.table[i].name for i in bucket.parameters]}"
+            bucket.handle.wait()
+            bucket.handle = None
+        for group, views in ((self.ctx.tp, self._shared["tp"]), (self.ctx.kv, self._shared["kv"])):
+            _sum_in_one_message(views, group)
+
+    def gather(self) -> None:
+        """Bring every rank's shards of the weights together: after an update. Communicates over dp."""
+        self.version += 1
+        handles = [
+            all_gather_into(self.params[b.start : b.stop], self.params[self._shard_range(b)], self.ctx.dp)
+            for b in self.buckets
+        ]
+        for handle in handles:
+            handle.wait()
+
+    # ---- for the optimizer -----------------------------------------------------------------------------------------
+
+    def stretches(self) -> list[Stretch]:
+        """This rank's shards, neighbours with the same weight decay together."""
+        groups: list[list[Part]] = []
+        for part in self._parts():
+            last = groups[-1][-1] if groups else None
+            if last and last.range[1] == part.range[0] and last.parameter.decay == part.parameter.decay:
+                groups[-1].append(part)
+            else:
+                groups.append([part])
+        spans = [slice(parts[0].range[0], parts[-1].range[1]) for parts in groups]
+        return [
+            Stretch(tuple(parts), parts[0].parameter.decay, self.params[span], self.grads[span])
+            for parts, span in zip(groups, spans, strict=True)
+        ]
+
+    def counted(self) -> list[Tensor]:
+        """The gradients that this rank counts in the norm of the whole model, flat: each logical element once.
+
+        Copies on other tensor-parallel ranks are left out; neighbours are joined to keep the list short.
+        """
+        ranges: list[list[int]] = []
+        for s, start, stop in self._slice_ranges():
+            if s.owned and ranges and ranges[-1][1] == start:
+                ranges[-1][1] = stop
+            elif s.owned:
+                ranges.append([start, stop])
+        return [self.grads[start:stop] for start, stop in ranges]
+
+    # ---- layout ----------------------------------------------------------------------------------------------------
+
+    def _own_view(self, buffer: Tensor, index: int) -> Tensor:
+        """A parameter's place in a buffer, in its shape, with a version counter of its own (``.data``).
+
+        A graph holds its weights and sums from forward to backward, while other layers write to theirs.
+        """
+        start, row = self.offsets[index], self.table[index]
+        return buffer[start : start + row.numel].view(tuple(row.shape)).data
+
+    def _shard_range(self, bucket: Bucket) -> slice:
+        size = (bucket.stop - bucket.start) // self.ctx.dp.size
+        return slice(bucket.start + size * self.ctx.dp.rank, bucket.start + size * (self.ctx.dp.rank + 1))
+
+    def _parts(self) -> Iterator[Part]:
+        """What of each parameter falls into this rank's shards, in the order of the buffers."""
+        for bucket in self.buckets:
+            shard = self._shard_range(bucket)
+            for i in bucket.parameters:
+                row, offset = self.table[i], self.offsets[i]
+                start, stop = max(shard.start - offset, 0), min(shard.stop - offset, row.numel)
+                if start < stop:
+                    yield Part(row, start, stop, offset)
+
+    def _slice_ranges(self) -> Iterator[tuple[SummedSlice, int, int]]:
+        """Each slice of the table that this rank's shards touch, with its range in the buffers."""
+        for part in self._parts():
+            first, last = part.range
+            cols = part.parameter.shape[1] if len(part.parameter.shape) > 1 else 1
+            for s in part.parameter.slices:
+                start = max(first, part.offset + s.local_row * cols)
+                stop = min(last, part.offset + (s.local_row + s.num_rows) * cols)
+                if start < stop:
+                    yield s, start, stop
+
+    def _slices_summed_over(self, group: str) -> Iterator[Tensor]:
+        return (self.grads[start:stop] for s, start, stop in self._slice_ranges() if s.sum_over == group)
+
+
+def lay_out(sizes: Sequence[int], bucket_elements: int, dp_size: int) -> tuple[list[int], list[Bucket]]:
+    """Place parameters, last first, and close a bucket once it has ``bucket_elements``.
+
+    Returns:
+        the offset of each parameter (in the order given) and the buckets, each a multiple of 64 x dp elements long.
+    """
+    offsets, buckets, at = [0] * len(sizes), [Bucket(0, 0, [])], 0
+    for i in reversed(range(len(sizes))):
+        offsets[i] = at
+        buckets[-1].parameters.append(i)
+        at += sizes[i]
+        if at - buckets[-1].start >= bucket_elements or i == 0:
+            at = -(-at // (ALIGNMENT * dp_size)) * ALIGNMENT * dp_size
+            buckets[-1].stop = at
+            if i:
+                buckets.append(Bucket(at, at, []))
+    return offsets, buckets
+
+
+def _sum_in_one_message(views: list[Tensor], group: Group) -> None:
+    if not views or group.size == 1:
+        return
+    message = torch.cat(views)
+    all_reduce(message, group)
+    for view, part in zip(views, message.split([v.numel() for v in views]), strict=True):
+        view.copy_(part)
