@@ -6,6 +6,7 @@ one process runs the same code as many.
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,25 +49,33 @@ class ParallelContext:
         return cls(torch.device(device))
 
 
-def build_parallel_context(grid: Grid, device: torch.device) -> ParallelContext:
+def build_parallel_context(grid: Grid, device: torch.device, timeout_seconds: float | None = None) -> ParallelContext:
     """Cut torch's default process group into the groups of the grid; a grid of one rank needs none.
 
-    Every rank makes every group, in the same order, as torch demands.
+    Every rank makes every group, in the same order, as torch demands. A group of the whole world is torch's default
+    group and no second communicator.
+
+    Args:
+        timeout_seconds: after which a collective of any of these groups fails; None: torch's default (30 minutes on
+            gloo, 10 on NCCL), whatever the default group has.
     """
     if grid.world_size == 1:
         return ParallelContext.single(device)
     rank, size = dist.get_rank(), dist.get_world_size()
     assert size == grid.world_size, f"the process group has {size} ranks, the grid {grid.world_size}"
     order: tuple[Axis, ...] = ("tp", "cp", "dp", "pp", "kv")
-    groups = {axis: _own_group(grid.groups(axis), rank) for axis in order}
+    timeout = None if timeout_seconds is None else datetime.timedelta(seconds=timeout_seconds)
+    groups = {axis: _own_group(grid.groups(axis), rank, timeout) for axis in order}
     return ParallelContext(device, Group(rank, size), **groups)
 
 
-def _own_group(partition: list[list[int]], rank: int) -> Group:
+def _own_group(partition: list[list[int]], rank: int, timeout: datetime.timedelta | None) -> Group:
     """Make all groups of a partition of the world; return the one that holds ``rank``."""
     own = Group()
     for members in partition:
-        handle = dist.new_group(members) if len(members) > 1 else None
+        handle = None
+        if len(members) > 1:
+            handle = dist.group.WORLD if len(partition) == 1 else dist.new_group(members, timeout=timeout)
         if rank in members:
             own = Group(members.index(rank), len(members), handle)
     return own

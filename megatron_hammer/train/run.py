@@ -71,7 +71,7 @@ def run_rank(
             return 0
         if store is not None and world_size > 1:
             start_process_group(store, rank, world_size, device, config.parallel.timeout_seconds)
-        code = train(prepared, build_parallel_context(config.grid(world_size), device))
+        code = train(prepared, build_parallel_context(config.grid(world_size), device, config.parallel.timeout_seconds))
         end_process_group()  # at a clean end only: after a failure NCCL would wait here for ranks that never come
         return code
 

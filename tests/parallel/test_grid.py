@@ -70,3 +70,26 @@ def test_the_context_is_made_of_the_grid() -> None:
         for axis in (*AXES, "kv"):
             members = next(group for group in grid.groups(axis) if rank in group)
             assert found[axis] == (members.index(rank), len(members), float(sum(members))), (rank, axis)
+
+
+def _timeouts(rank: int) -> list[float | None]:
+    """Of the tp, kv and dp groups on TP 2 x DP 2 with one query group; None for the world's own group."""
+    ctx = build_parallel_context(build_grid(4, tp=2, num_query_groups=1), torch.device("cpu"), timeout_seconds=7)
+    found: list[float | None] = []
+    for group in (ctx.tp, ctx.kv, ctx.dp):
+        backend = group.process_group._get_backend(torch.device("cpu"))
+        found.append(backend.options._timeout.total_seconds())
+    return found
+
+
+def test_every_group_has_the_run_s_timeout() -> None:
+    assert run_distributed(4, _timeouts) == 4 * [[7.0, 7.0, 7.0]]
+
+
+def _is_the_world(rank: int) -> tuple[bool, bool]:
+    ctx = build_parallel_context(build_grid(2, tp=1), torch.device("cpu"))
+    return ctx.dp.process_group is dist.group.WORLD, ctx.tp.handle is None
+
+
+def test_a_group_of_the_whole_world_is_no_second_communicator() -> None:
+    assert run_distributed(2, _is_the_world) == 2 * [(True, True)]
