@@ -69,7 +69,7 @@ def main() -> int:
     args = arguments.parse_args()
     if args.engine == "local" and (args.address, args.workers_per_task) != (None, None):
         arguments.error("--address and --workers-per-task need --engine ray")
-    from megatron_hammer.dataset.make.job import Stopped, build_datasets, prepare_job
+    from megatron_hammer.dataset.make.job import Stopped, prepare_job
 
     if args.engine == "ray":
         from megatron_hammer.dataset.make.ray import build_datasets_on_ray
@@ -77,6 +77,8 @@ def main() -> int:
         tasks = 1 if args.workers_per_task is None else args.workers_per_task
         build = functools.partial(build_datasets_on_ray, workers=args.workers, address=args.address, task_workers=tasks)
     else:
+        from megatron_hammer.dataset.make.local import build_datasets
+
         workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
         build = functools.partial(build_datasets, workers=workers)
     with StopRequest((signal.SIGINT, signal.SIGTERM), once=True) as signals:

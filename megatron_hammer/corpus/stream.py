@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import zlib
 from pathlib import Path
 from typing import Any
@@ -201,3 +202,14 @@ def file_identity(path: Path) -> dict[str, Any]:
     """What tells that a file is still the one that was read: size and time of the last change."""
     status = os.stat(path)
     return {"path": str(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def check_unchanged(path: Path, identity: dict[str, Any]) -> None:
+    """Refuse a file that is not the one any more whose ``file_identity`` was taken: E349. A pipe is never refused."""
+    if stat.S_ISREG(os.stat(path).st_mode) and file_identity(path) != identity:
+        raise file_changed(path)
+
+
+def file_changed(path: Path) -> DataError:
+    """E349: somebody wrote to a file while it was read."""
+    return DataError(49, str(path), "was changed while it was read", "run again when nothing writes to it")

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.dataset.make import job as build
+from megatron_hammer.dataset.make import local
+from megatron_hammer.dataset.make.job import OnError, prepare_job
+from megatron_hammer.dataset.make.output import BuildSummary
 
 
 @pytest.fixture(name="tmp_path")
@@ -28,13 +30,13 @@ def build_datasets(
     append_eod: bool,
     prepend_bos: bool = False,
     workers: int | None = None,
-    on_error: build.OnError = "stop",
+    on_error: OnError = "stop",
     text_documents: str = "file",
-    engine: Callable[..., list[build.BuildSummary]] = build.build_datasets,
+    engine: Callable[..., list[BuildSummary]] = local.build_datasets,
     **options: object,
-) -> list[build.BuildSummary]:
+) -> list[BuildSummary]:
     """``prepare_job``, then the engine; arguments as theirs, which have their own default for ``workers``."""
-    job = build.prepare_job(inputs, json_keys, tokenizer_path, append_eod, prepend_bos, on_error, text_documents)
+    job = prepare_job(inputs, json_keys, tokenizer_path, append_eod, prepend_bos, on_error, text_documents)
     if workers is not None:
         options["workers"] = workers
     return engine(job, output_prefix, **options)

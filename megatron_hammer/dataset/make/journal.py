@@ -14,36 +14,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import DataError, RefusedError
 from megatron_hammer.base.files import sync_folder
+from megatron_hammer.dataset.make.encoding import Tally
 
 JOURNAL_FORMAT = "megatron_hammer preprocessing journal"
 JOURNAL_VERSION = 1
-
-
-@dataclass
-class Tally:
-    """What was taken from one input so far."""
-
-    documents: int = 0
-    tokens: dict[str, int] = field(default_factory=dict)
-    """For each JSON key."""
-    rejected: dict[str, int] = field(default_factory=dict)
-    """For each cause."""
-    xxh3: str | None = None
-    """Of the raw file, once it is read to its end."""
-
-    def add(self, documents: int, tokens: Mapping[str, int], rejected: Mapping[str, int]) -> None:
-        """Account for some more documents of this input."""
-        self.documents += documents
-        for mine, more in ((self.tokens, tokens), (self.rejected, rejected)):
-            for name, count in more.items():
-                mine[name] = mine.get(name, 0) + count
 
 
 @dataclass
@@ -71,25 +51,21 @@ class Journal:
     seconds: float = 0.0
     """Worked so far, over all runs."""
 
+    @staticmethod
+    def temporary_of(path: Path) -> Path:
+        """Where a journal is written before it gets its name: the next run overwrites what a killed one has left."""
+        return path.with_name(f"{path.name}.tmp")
+
     def save(self, path: Path) -> None:
+        """Replace the journal as a whole, durably."""
         tree = {"format": JOURNAL_FORMAT, "version": JOURNAL_VERSION, **asdict(self)}
-        temporary = _temporary(path)  # of a fixed name: the next run overwrites what a killed one leaves
+        temporary = self.temporary_of(path)
         with open(temporary, "wb") as file:
             file.write(json.dumps(tree, ensure_ascii=False).encode("utf-8", "surrogateescape"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.tmp")
-
-
-def remove_journal(path: Path) -> None:
-    """The work it is about is done, or dropped."""
-    path.unlink(missing_ok=True)
-    _temporary(path).unlink(missing_ok=True)
 
 
 def load_journal(path: Path) -> Journal | None:
@@ -132,7 +108,7 @@ def check_journal(path: Path, journal: Journal, current: Journal) -> None:
 
 
 def input_changed(journal: Path, path: object) -> RefusedError:
-    """E535."""
+    """E535: an input was changed where an interrupted run has read it already."""
     return RefusedError(
         35, str(path), f"has changed since {journal} was written, in a part that is read already",
         "restore it, or give --restart to begin again",
@@ -140,7 +116,7 @@ def input_changed(journal: Path, path: object) -> RefusedError:
 
 
 def other_command(path: Path, difference: str) -> RefusedError:
-    """E534."""
+    """E534: what an interrupted run has left belongs to another command."""
     return RefusedError(34, str(path), f"was left by another command: {difference}",
                         "give that command again to finish it, or --restart to drop it and begin this one")  # fmt: skip
 

@@ -26,7 +26,6 @@ import shutil
 import socket
 import time
 import uuid
-from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -42,17 +41,10 @@ from megatron_hammer.base.files import sync_folder
 from megatron_hammer.base.progress import say
 from megatron_hammer.corpus import readers
 from megatron_hammer.corpus.readers import Position, Shard
-from megatron_hammer.corpus.stream import check_file, file_identity, open_stream
-from megatron_hammer.dataset.make.job import (
-    Job,
-    OnError,
-    Stopped,
-    encode_blocks,
-    file_changed,
-    tokenizer_record,
-    write_documents,
-)
-from megatron_hammer.dataset.make.journal import Tally
+from megatron_hammer.corpus.stream import check_file, check_unchanged, file_changed, file_identity, open_stream
+from megatron_hammer.dataset.make.encoding import Tally, encode_blocks, write_documents
+from megatron_hammer.dataset.make.job import Job, OnError, Stopped
+from megatron_hammer.dataset.make.output import tokenizer_record
 from megatron_hammer.dataset.make.quarantine import RejectedFile
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
@@ -217,8 +209,7 @@ def _make_hash(task: HashTask) -> dict[str, Any]:
     identity = _identity_here(task)
     with open_stream(task.path) as stream:
         digest = stream.hash_of_all()
-    if file_identity(task.path) != identity:
-        raise file_changed(task.path)
+    check_unchanged(task.path, identity)
     attempt = _new_attempt(task.folder)
     with open(attempt, "xb") as file:
         file.write(digest.encode())
@@ -243,8 +234,7 @@ def _make_part(task: PartTask) -> dict[str, Any]:
     attempt.mkdir()
     try:
         facts = _write_part(job, task, attempt)
-        if file_identity(task.path) != identity:
-            raise file_changed(task.path)
+        check_unchanged(task.path, identity)
         try:
             os.rename(attempt, task.folder / task.name)
         except OSError as error:
@@ -278,8 +268,7 @@ def _write_part(job: Job, task: PartTask, folder: Path) -> dict[str, Any]:
             rejected = stack.enter_context(RejectedFile(folder / REJECTED, None))
         for item in encode_blocks(job, blocks, task.threads):
             block = item.block
-            tokens, documents = write_documents(job, item, writers, task.threads)
-            tally.add(documents, tokens, Counter(note.code for note in item.rejected))
+            write_documents(job, item, writers, tally, task.threads)
             tally.xxh3 = block.file_hash
             if rejected is not None:
                 rejected.write(task.path, item.rejected)

@@ -42,18 +42,11 @@ import orjson
 from megatron_hammer import __version__
 from megatron_hammer.base.errors import ConfigError, DataError, HammerError, from_fields, to_fields
 from megatron_hammer.base.progress import say
-from megatron_hammer.corpus.stream import file_identity
-from megatron_hammer.dataset.make.job import (
-    SHARD_BYTES,
-    BuildProgress,
-    BuildSummary,
-    Job,
-    Output,
-    Stopped,
-    check_numbers,
-    file_changed,
-)
-from megatron_hammer.dataset.make.journal import Tally, load_journal, other_command
+from megatron_hammer.corpus.stream import check_unchanged
+from megatron_hammer.dataset.make.encoding import Tally
+from megatron_hammer.dataset.make.job import SHARD_BYTES, Job, Stopped, check_numbers
+from megatron_hammer.dataset.make.journal import load_journal, other_command
+from megatron_hammer.dataset.make.output import BuildSummary, Output
 from megatron_hammer.dataset.make.parts import (
     REJECTED,
     UNKNOWN_LINE,
@@ -65,6 +58,7 @@ from megatron_hammer.dataset.make.parts import (
     plan_tasks,
     run_task,
 )
+from megatron_hammer.dataset.make.progress import BuildProgress
 from megatron_hammer.dataset.reader import IndexedDataset
 
 _MAX_RETRIES = 3  # of a task whose worker or node is lost
@@ -87,7 +81,7 @@ def build_datasets_on_ray(
     address: str | None = None,
     task_workers: int = 1,
 ) -> list[BuildSummary]:
-    """As ``build.build_datasets``, on a Ray cluster; the same files.
+    """As ``local.build_datasets``, on a Ray cluster; the same files.
 
     Args:
         workers: threads at work at once, in all; None: as many as the cluster has CPUs.
@@ -348,7 +342,7 @@ def _join(job: Job, output: Output, parts: Parts, plan: list[list[PartTask | Has
             try:
                 flight.wait(task)
             except HammerError as error:
-                raise _told_by_driver(error, path, task, lines) from None
+                raise _with_true_place(error, path, task, lines) from None
             facts = parts.await_visible(task)
             _append(output, source, parts.folder / task.name, facts, task, lines)
             lines += facts["lines"]
@@ -357,8 +351,7 @@ def _join(job: Job, output: Output, parts: Parts, plan: list[list[PartTask | Has
         if isinstance(tasks[0], HashTask):
             flight.wait(tasks[0])
             output.journal.tallies[source].xxh3 = parts.await_visible(tasks[0])["xxh3"]
-        if file_identity(path) != output.journal.files[source]:
-            raise file_changed(path)
+        check_unchanged(path, output.journal.files[source])
     output.journal.source = len(plan)
 
 
@@ -386,7 +379,7 @@ def _append(
             output.rejected.write_record(record)
 
 
-def _told_by_driver(error: HammerError, given: Path, task: PartTask, lines_before: int) -> HammerError:
+def _with_true_place(error: HammerError, given: Path, task: PartTask, lines_before: int) -> HammerError:
     fields = to_fields(error)
     fields["what"] = _true_place(error.what, str(given), str(task.path), task, lines_before)
     return from_fields(fields)

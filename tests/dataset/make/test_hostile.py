@@ -12,7 +12,7 @@ import zstandard
 
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.corpus import jsonl, parse, readers
-from megatron_hammer.dataset.make.job import BuildSummary
+from megatron_hammer.dataset.make.output import BuildSummary
 from tests.dataset.built import build_datasets
 
 # ---- what a reader of JSON lines meets in the wild ----

@@ -15,10 +15,9 @@ import pytest
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.corpus import readers
-from megatron_hammer.dataset.make import job as build
 from megatron_hammer.dataset.make import parts
 from megatron_hammer.dataset.make import ray as build_ray
-from megatron_hammer.dataset.make.job import Stopped
+from megatron_hammer.dataset.make.job import Stopped, prepare_job
 from megatron_hammer.dataset.make.journal import Journal
 from megatron_hammer.dataset.make.ray import build_datasets_on_ray
 from tests.dataset.built import build_datasets, memory_path  # noqa: F401  its name as a fixture is tmp_path
@@ -420,7 +419,7 @@ def test_without_ray(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.Monkey
 @pytest.fixture
 def task(tmp_path: Path, tokenizer: Path) -> parts.PartTask:
     (tmp_path / "a.jsonl").write_bytes(lines(30, 1, bad=0.1))
-    job = build.prepare_job([tmp_path / "a.jsonl"], ["text"], tokenizer, True, True, "quarantine", "file")
+    job = prepare_job([tmp_path / "a.jsonl"], ["text"], tokenizer, True, True, "quarantine", "file")
     ((found,),) = parts.plan_tasks(job, tmp_path / "parts", 1 << 20, 2)
     (tmp_path / "parts").mkdir()
     assert isinstance(found, parts.PartTask)

@@ -20,7 +20,9 @@ import zstandard
 
 from megatron_hammer.base.errors import DataError, HammerError, RefusedError
 from megatron_hammer.corpus import readers
-from megatron_hammer.dataset.make import job as build
+from megatron_hammer.dataset.make.encoding import EncodedBlock
+from megatron_hammer.dataset.make.job import Stopped
+from megatron_hammer.dataset.make.output import BuildSummary, Output
 from megatron_hammer.dataset.reader import IndexedDataset
 from tests.dataset.built import build_datasets, memory_path  # noqa: F401  its name as a fixture is tmp_path
 
@@ -60,7 +62,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def run(corpus: list[Path], tokenizer: Path, prefix: Path, **options: object) -> list[build.BuildSummary]:
+def run(corpus: list[Path], tokenizer: Path, prefix: Path, **options: object) -> list[BuildSummary]:
     settings = {"on_error": "quarantine", "shard_bytes": SHARD_BYTES, "workers": 2, "keys": ["text"]} | options
     keys = settings.pop("keys")
     return build_datasets(corpus, keys, tokenizer, prefix, True, True, **settings)  # type: ignore[arg-type]
@@ -257,19 +259,19 @@ def test_the_lock_keeps_a_second_run_and_its_journal_away(
     tmp_path: Path, corpus: list[Path], tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused: list[HammerError] = []
-    append = build.Output.append
+    append = Output.append
 
-    def meanwhile(self: build.Output, item: build.Encoded) -> None:
+    def meanwhile(self: Output, item: EncodedBlock) -> None:
         append(self, item)
         if not refused and self.journal_path.exists():
-            monkeypatch.setattr(build.Output, "append", append)
+            monkeypatch.setattr(Output, "append", append)
             for restart in (False, True):
                 try:
                     run(corpus, tokenizer, tmp_path / "p", restart=restart)
                 except HammerError as error:
                     refused.append(error)
 
-    monkeypatch.setattr(build.Output, "append", meanwhile)
+    monkeypatch.setattr(Output, "append", meanwhile)
     run(corpus, tokenizer, tmp_path / "p")
     run(corpus, tokenizer, tmp_path / "whole")
     assert [error.code for error in refused] == ["E342", "E342"]
@@ -279,14 +281,14 @@ def test_the_lock_keeps_a_second_run_and_its_journal_away(
 def test_an_input_that_changes_meanwhile_is_an_error(
     tmp_path: Path, corpus: list[Path], tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    append = build.Output.append
+    append = Output.append
 
-    def meanwhile(self: build.Output, item: build.Encoded) -> None:
+    def meanwhile(self: Output, item: EncodedBlock) -> None:
         with open(corpus[0], "ab") as file:
             file.write(b'{"text": "more"}\n')
         append(self, item)
 
-    monkeypatch.setattr(build.Output, "append", meanwhile)
+    monkeypatch.setattr(Output, "append", meanwhile)
     with pytest.raises(DataError, match=r"E349.*a.jsonl"):
         run(corpus[:1], tokenizer, tmp_path / "p", shard_bytes=1 << 30)
     assert outputs(tmp_path / "p") == {}
@@ -365,6 +367,6 @@ def test_a_signal_keeps_everything_that_is_done(
 def test_stop_before_the_first_document_leaves_nothing(tmp_path: Path, corpus: list[Path], tokenizer: Path) -> None:
     stop = threading.Event()
     stop.set()
-    with pytest.raises(build.Stopped, match="before the first document"):
+    with pytest.raises(Stopped, match="before the first document"):
         run(corpus, tokenizer, tmp_path / "p", stop=stop)
     assert outputs(tmp_path / "p") == {}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_hammer.dataset.make.pipeline import in_order
+from megatron_hammer.dataset.make.encoding import in_order
 
 
 @pytest.fixture(autouse=True)

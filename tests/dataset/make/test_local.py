@@ -316,7 +316,8 @@ def test_help_is_quick_and_light(tool, tmp_path):
 def test_data_modules_import_without_torch():
     script = (
         "import sys\n"
-        "from megatron_hammer.data import blend, build, index, indexed, loader, order, samples\n"
+        "from megatron_hammer.dataset.make import local, merge\n"
+        "from megatron_hammer.sampling import blend, loader, native, order, samples\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

@@ -1,0 +1,193 @@
+"""From blocks of text to tokens: each block is parsed and encoded, several at a time, and they stay in their order.
+
+::
+
+    blocks --the calling thread--> [room for a few] --N threads: parse, encode--> EncodedBlock, in order
+
+Threads and not processes: parser and encoder are compiled code that gives up the interpreter's lock where it takes
+time, and nothing has to be copied from one process to another. The room is a number of bytes, so memory does not grow
+with the corpus. The calling thread also writes what comes out.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from megatron_hammer.corpus import readers
+from megatron_hammer.corpus.long import LongText
+from megatron_hammer.corpus.parse import Rejected, parse_block
+from megatron_hammer.corpus.readers import Block
+from megatron_hammer.dataset.make.job import Job
+from megatron_hammer.dataset.writer import IndexedWriter
+
+T = TypeVar("T")
+R = TypeVar("R")
+Array = np.ndarray[Any, Any]
+
+_ROOM_BLOCKS = 2  # in flight for each worker, beside the one in work
+_GLANCE_SECONDS = 0.2  # how long the caller waits before it looks at `stop`
+
+
+@dataclass
+class EncodedBlock:
+    """What a block has become."""
+
+    block: Block
+    """Without its data."""
+    documents: list[tuple[Array, Array]]
+    """For each key the ids, [sum of lengths] int32, and the lengths, [documents] int64."""
+    rejected: list[Rejected]
+    long: list[str | LongText] | None = None
+    """For each key the text of a long document, still to be encoded, piece by piece: it would not fit in memory."""
+
+
+@dataclass
+class Tally:
+    """What was taken from one input so far."""
+
+    documents: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)
+    """For each JSON key."""
+    rejected: dict[str, int] = field(default_factory=dict)
+    """For each cause."""
+    xxh3: str | None = None
+    """Of the raw file, once it is read to its end."""
+
+    def add(self, documents: int, tokens: Mapping[str, int], rejected: Mapping[str, int]) -> None:
+        """Account for some more documents of this input."""
+        self.documents += documents
+        for mine, more in ((self.tokens, tokens), (self.rejected, rejected)):
+            for name, count in more.items():
+                mine[name] = mine.get(name, 0) + count
+
+
+# ---- one block ----
+
+
+def encode_block(job: Job, block: Block, threads: int = 1) -> EncodedBlock:
+    """Parse and encode: a pure function of the block, for any thread.
+
+    Raises:
+        DataError: a bad document, where these end the work.
+    """
+    parsed = parse_block(block, job.files[block.source], job.keys, job.on_error == "stop", in_pieces=True)
+    block.data = None  # a long document needs the memory
+    if parsed.long is not None:
+        return EncodedBlock(block, [], parsed.rejected, parsed.long)
+    documents = []
+    for texts in parsed.texts:
+        nothing = np.empty(0, np.int32), np.empty(0, np.int64)
+        documents.append(job.tokenizer.encode_documents(texts, threads, job.first, job.last) if texts else nothing)
+        if texts is not parsed.texts[-1]:  # plain text: all keys have one list
+            texts.clear()
+    return EncodedBlock(block, documents, parsed.rejected)
+
+
+def write_documents(
+    job: Job, item: EncodedBlock, writers: Mapping[str, IndexedWriter], tally: Tally, threads: int
+) -> None:
+    """Append the documents of a block to each key's dataset, and count them."""
+    tokens, documents = {}, 1
+    if item.long is not None:
+        tokens = {key: _write_long(job, text, writers[key], threads) for key, text in zip(job.keys, item.long)}
+    for key, (ids, lengths) in zip(job.keys, item.documents):
+        writers[key].add(ids, lengths)
+        tokens[key], documents = len(ids), len(lengths)
+    tally.add(documents, tokens, Counter(rejected.code for rejected in item.rejected))
+
+
+def _write_long(job: Job, text: str | LongText, writer: IndexedWriter, threads: int) -> int:
+    """Encode and write a long document, piece by piece; its tokens."""
+    count = 0
+    for ids in job.tokenizer.encode_pieces([text] if isinstance(text, str) else text.pieces(), threads):
+        if not len(ids):
+            continue
+        if count == 0 and job.first is not None:
+            writer.add_part(np.array([job.first]))
+            count += 1
+        writer.add_part(ids)
+        count += len(ids)
+    if count and job.last is not None:
+        writer.add_part(np.array([job.last]))
+        count += 1
+    writer.add(np.empty(0, np.int32), np.array([count]))
+    return count
+
+
+# ---- several at a time ----
+
+
+def encode_blocks(
+    job: Job, blocks: Iterator[Block], workers: int, stop: threading.Event | None = None
+) -> Generator[EncodedBlock, None, None]:
+    """What each block becomes, in order; several are worked on at once."""
+    # The C++ encoder runs in as many calls at once as we like, each with its own caches; other libraries spread one
+    # call over their own threads.
+    calls, threads = (workers, 1) if job.tokenizer.encoder.startswith("C++") else (1, workers)
+
+    def work(block: Block) -> EncodedBlock:
+        alone = block.text_bytes > 2 * readers.BLOCK_BYTES
+        return encode_block(job, block, workers if alone else threads)
+
+    room = (calls * (1 + _ROOM_BLOCKS)) * readers.BLOCK_BYTES
+    return in_order(blocks, work, calls, lambda block: block.text_bytes, room, stop)
+
+
+def in_order(
+    items: Iterator[T],
+    work: Callable[[T], R],
+    workers: int,
+    size_of: Callable[[T], int],
+    room: int,
+    stop: threading.Event | None = None,
+) -> Generator[R, None, None]:
+    """Yield ``work(item)`` of every item, in order.
+
+    Args:
+        items: drawn by the caller's thread. An exception of it, or of ``work``, is raised in the item's turn.
+        size_of: of an item, in the unit of ``room``.
+        room: no item is drawn while items of this size in all are drawn and not done with. One that is larger is
+            worked on alone.
+        stop: when it is set, no more results are given.
+
+    Closing the generator ends the threads; what a worker has begun it finishes first.
+    """
+    pool = ThreadPoolExecutor(workers)
+    waiting: deque[tuple[Future[R], int]] = deque()  # drawn, in order, and not done with
+    held, more = 0, True
+    try:
+        while stop is None or not stop.is_set():
+            while more and held < room:
+                try:
+                    item = next(items)
+                    size = size_of(item)
+                    waiting.append((pool.submit(work, item), size))
+                    held += size
+                except StopIteration:
+                    more = False
+                except Exception as error:
+                    waiting.append((_failed(error), 0))
+                    more = False
+            if not waiting:
+                return
+            if stop is None or wait([waiting[0][0]], _GLANCE_SECONDS).done:
+                size = waiting[0][1]
+                yield waiting.popleft()[0].result()  # not kept in a variable: it may be large
+                held -= size
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if isinstance(items, Generator):
+            items.close()
+
+
+def _failed(error: Exception) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return future

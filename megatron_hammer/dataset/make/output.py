@@ -1,0 +1,262 @@
+"""What a run has on disk: the datasets in the making, the file of rejected documents, and how far both are.
+
+::
+
+    EncodedBlock --append--> P_KEY_document.{bin,idx,meta.json}      one dataset for each JSON key
+                             P_KEY_document.rejected.jsonl           on demand (quarantine.py)
+                             P_KEY_document.journal.json             after each `shard_bytes` of text (journal.py)
+
+Everything is published whole when the work is complete. A run that is killed or stopped leaves its temporary files and
+a journal, from which the same command goes on to the same bytes; one that ends at a bad document before the first
+journal leaves nothing, and never touches what had the output's name before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from megatron_hammer.base.errors import DataError
+from megatron_hammer.base.progress import say
+from megatron_hammer.corpus.readers import TEXT_DOCUMENTS, kind_of
+from megatron_hammer.corpus.stream import file_identity
+from megatron_hammer.dataset.format import SourceRecord, TokenizerRecord, dtype_for, path_of
+from megatron_hammer.dataset.make.encoding import EncodedBlock, Tally, write_documents
+from megatron_hammer.dataset.make.job import Job, Stopped
+from megatron_hammer.dataset.make.journal import Journal, check_journal, load_journal, other_command
+from megatron_hammer.dataset.make.quarantine import RejectedFile
+from megatron_hammer.dataset.writer import IndexedWriter, StaleState
+from megatron_hammer.tokenizer.load import Tokenizer
+
+
+@dataclass(frozen=True)
+class BuildSummary:
+    """What became of one JSON key."""
+
+    prefix: Path
+    documents: int
+    empty_documents: int
+    tokens: int
+    token_bytes: int
+    """Of one token on disk."""
+    text_bytes: int
+    """Of the input lines, uncompressed."""
+    seconds: float
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Documents that were left out, for each cause."""
+    encoder: str = ""
+
+    def __str__(self) -> str:
+        rate = max(self.seconds, 1e-9)
+        causes = ", ".join(f"{code} {count:,}" for code, count in sorted(self.rejected.items()))
+        rejected = f", {sum(self.rejected.values()):,} rejected ({causes})" if self.rejected else ""
+        return (
+            f"{self.prefix}: {self.documents:,} documents ({self.empty_documents:,} empty){rejected}, {self.tokens:,} "
+            f"tokens of {self.token_bytes} bytes from {self.text_bytes / 1e6:,.1f} MB in {self.seconds:,.1f} s: "
+            f"{self.text_bytes / rate / 1e6:,.2f} MB/s, {self.tokens / rate:,.0f} tokens/s; encoder: {self.encoder}"
+        )
+
+
+def tokenizer_record(tokenizer: Tokenizer) -> TokenizerRecord:
+    """What a dataset's header says about its tokenizer."""
+    special = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id
+    return TokenizerRecord(tokenizer.fingerprint, tokenizer.vocab_size, *special)
+
+
+class Output:
+    """The files of one run. Its ``with`` block, after ``open``, publishes them or keeps what a journal stands for.
+
+    Args:
+        shard_bytes: of text between two journals.
+        workers: threads that encode a document too long to be held.
+    """
+
+    def __init__(self, job: Job, output_prefix: str | Path, shard_bytes: int, workers: int) -> None:
+        self.job, self.shard_bytes, self.workers = job, shard_bytes, workers
+        self.prefixes = {key: Path(f"{output_prefix}_{key}_document") for key in job.keys}
+        base = self.prefixes[job.keys[0]]
+        self.journal_path = path_of(base, ".journal.json")
+        self.rejected_path = path_of(base, ".rejected.jsonl")
+        self.parts_path = path_of(base, ".parts")
+        """Of a run on a cluster: ``ray.py``."""
+        identity = {
+            "inputs": [str(path) for path in job.files],
+            "json_keys": list(job.keys),
+            "append_eod": job.append_eod,
+            "prepend_bos": job.prepend_bos,
+            "text_documents": job.text_documents,
+            "tokenizer": job.tokenizer.fingerprint,
+        }
+        files = [file_identity(path) for path in job.files]
+        self.journal = Journal(identity, files, job.on_error, tallies=[Tally() for _ in files])
+        self._kept = False  # whether a journal of this run is on disk
+        self._text_bytes_kept = 0
+        self._started = time.monotonic()
+        self._stack = ExitStack()
+        self.writers: dict[str, IndexedWriter] = {}
+        self.rejected: RejectedFile | None = None
+
+    # ---- begin ----
+
+    def open(self) -> None:
+        """Go on from the journal of an interrupted run, or begin where there is none."""
+        if self.parts_path.exists():
+            raise other_command(self.parts_path, "engine ray, now local")
+        if self.journal_path.exists() and (found := load_journal(self.journal_path)) is not None:
+            self._go_on(found)
+        else:
+            self.open_new()
+
+    def open_new(self) -> None:
+        """Begin with nothing."""
+        self._open_files(None)
+        self._remove_journal()  # only now: the lock is ours
+
+    def _go_on(self, found: Journal) -> None:
+        check_journal(self.journal_path, found, self.journal)
+        found.files, found.on_error = self.journal.files, self.journal.on_error
+        try:
+            self._open_files(found)
+        except StaleState as reason:
+            say(f"{self.journal_path}: {reason}: beginning again")
+            return self.open_new()
+        self.journal, self._kept, self._text_bytes_kept = found, True, found.text_bytes
+        self._started -= found.seconds
+        say(f"going on from {self.journal_path}: {found.text_bytes / 1e6:,.0f} MB of text are done")
+
+    def _open_files(self, journal: Journal | None) -> None:
+        """Open everything for writing, anew or behind what a journal states."""
+        self.writers, self.rejected = {}, None
+        with ExitStack() as stack:
+            for key, prefix in self.prefixes.items():
+                if self._is_published(journal, path_of(prefix, ".idx"), path_of(prefix, ".bin.tmp")):
+                    continue  # killed between the datasets of two keys
+                writer = IndexedWriter(
+                    prefix,
+                    self.job.tokenizer.vocab_size,
+                    tokenizer=tokenizer_record(self.job.tokenizer),
+                    options=self._header_options(key),
+                    resume=None if journal is None else journal.writers[key],
+                )
+                writer.keep_temporaries = journal is not None
+                self.writers[key] = stack.enter_context(writer)
+            if self.job.on_error == "quarantine":
+                self._open_rejected(journal, stack)
+            self._stack = stack.pop_all()
+
+    def _open_rejected(self, journal: Journal | None, stack: ExitStack) -> None:
+        if not self._is_published(journal, self.rejected_path, RejectedFile.temporary_of(self.rejected_path)):
+            self.rejected = RejectedFile(self.rejected_path, None if journal is None else journal.rejected_bytes)
+            stack.enter_context(self.rejected)
+
+    def _is_published(self, journal: Journal | None, path: Path, temporary: Path) -> bool:
+        complete = journal is not None and journal.source == len(self.job.files)
+        return complete and path.exists() and not temporary.exists()
+
+    def _header_options(self, key: str) -> dict[str, object]:
+        """What the dataset's header says about how it was made."""
+        job = self.job
+        options: dict[str, object] = {"json_key": key, "append_eod": job.append_eod, "prepend_bos": job.prepend_bos}
+        options["on_error"] = job.on_error
+        if any(kind_of(path, job.text_documents) in TEXT_DOCUMENTS for path in job.files):
+            options["text_documents"] = job.text_documents
+        return options
+
+    # ---- on the way ----
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all datasets together, those of the run before included."""
+        return sum(writer.num_tokens for writer in self.writers.values())
+
+    def append(self, item: EncodedBlock) -> None:
+        """Write a block's documents, and a journal where one is due."""
+        journal, block = self.journal, item.block
+        tally = journal.tallies[block.source]
+        write_documents(self.job, item, self.writers, tally, self.workers)
+        if self.rejected is not None:
+            self.rejected.write(self.job.files[block.source], item.rejected)
+        journal.text_bytes += block.text_bytes
+        journal.raw_bytes += block.raw_bytes
+        journal.source, (journal.offset, journal.line) = block.source, block.end
+        journal.content_hash = block.content_hash
+        if block.last:
+            tally.xxh3 = block.file_hash
+            journal.source, journal.offset, journal.line, journal.content_hash = block.source + 1, 0, 1, None
+        if journal.text_bytes - self._text_bytes_kept >= self.shard_bytes:
+            self.save_journal()
+
+    def save_journal(self) -> None:
+        """Make everything durable up to here, and say so."""
+        for key, writer in self.writers.items():
+            self.journal.writers[key] = writer.save_state()
+            writer.keep_temporaries = True
+        if self.rejected is not None:
+            self.journal.rejected_bytes = self.rejected.save_state()
+        self.journal.seconds = time.monotonic() - self._started
+        self.journal.save(self.journal_path)
+        self._kept, self._text_bytes_kept = True, self.journal.text_bytes
+
+    def stop(self) -> str:
+        """Keep what is done; what to tell the user."""
+        if self.journal.text_bytes == 0:
+            return "stopped before the first document"
+        self.save_journal()
+        return f"stopped after {self.journal.text_bytes / 1e6:,.0f} MB of text; the same command goes on from there"
+
+    # ---- end ----
+
+    def check_complete(self) -> None:
+        """All input is read: nothing is published where there is no text."""
+        for key, writer in self.writers.items():
+            if writer.num_tokens == 0:
+                raise self._no_text(key)
+            for identity, tally in zip(self.journal.files, self.journal.tallies):
+                rejected = dict(sorted(tally.rejected.items()))
+                taken = tally.documents, tally.tokens.get(key, 0), tally.xxh3, rejected
+                writer.sources.append(SourceRecord(identity["path"], identity["bytes"], *taken))
+        if self._kept:
+            self.save_journal()  # a kill while the datasets get their names must find them finished
+
+    def _no_text(self, key: str) -> DataError:
+        inputs = ", ".join(map(str, self.job.files[:4])) + (" ..." if len(self.job.files) > 4 else "")
+        return DataError(43, f'key "{key}" of {inputs}', "holds no text", "give a corpus with text")
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Publish everything, or keep what a journal stands for, or leave no trace."""
+        if kind is not None and self._kept and not isinstance(error, Stopped):
+            done = f"{self._text_bytes_kept / 1e6:,.0f} MB"
+            say(f"{self.journal_path} keeps what was done, {done} of text: the same command goes on from there")
+        self._stack.__exit__(kind, error, trace)
+        if kind is None:
+            self._remove_journal()
+
+    def _remove_journal(self) -> None:
+        self.journal_path.unlink(missing_ok=True)
+        Journal.temporary_of(self.journal_path).unlink(missing_ok=True)
+
+    def summaries(self) -> list[BuildSummary]:
+        """For each key, in order."""
+        tallies = self.journal.tallies
+        documents = sum(tally.documents for tally in tallies)
+        rejected = sum((Counter(tally.rejected) for tally in tallies), Counter[str]())
+        facts = self.journal.text_bytes, time.monotonic() - self._started, dict(rejected), self.job.tokenizer.encoder
+        token_bytes = dtype_for(self.job.tokenizer.vocab_size).itemsize
+        found = []
+        for key in self.job.keys:
+            writer = self.writers.get(key)  # None: published by the run before
+            sequences = self.journal.writers[key]["sequences"] if writer is None else writer.num_sequences
+            tokens = sum(tally.tokens.get(key, 0) for tally in tallies)
+            found.append(
+                BuildSummary(self.prefixes[key], documents, documents - sequences, tokens, token_bytes, *facts)
+            )
+        return found
