@@ -121,7 +121,7 @@ class DatasetHeader:
         if tree.get("version") not in (HEADER_VERSION, *_OLD_HEADER_VERSIONS):
             raise ValueError(f"it has version {tree.get('version')!r}, this program reads version {HEADER_VERSION}")
 
-        def take(source: dict, name: str, kind: type, optional: bool = False) -> Any:
+        def take(source: dict[str, Any], name: str, kind: type, optional: bool = False) -> Any:
             value: Any = source.get(name)
             if value is None and optional:
                 return None
@@ -165,15 +165,6 @@ class DatasetHeader:
                 for s in sources
             ),
         )
-
-
-def hash_file(path: Path) -> str:
-    """XXH3-128 of a whole file, 32 hex digits."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(8 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def fingerprint_of(idx_hash: str, bin_path: Path) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from megatron_hammer.base.errors import DataError
+from megatron_hammer.base.files import hash_file
 from megatron_hammer.dataset.format import (
     DTYPES,
     FIRST_LENGTH,
@@ -28,7 +29,6 @@ from megatron_hammer.dataset.format import (
     VERSION,
     DatasetHeader,
     fingerprint_of,
-    hash_file,
     path_of,
 )
 
@@ -112,7 +112,7 @@ class IndexedDataset:
     def _document_starts(self) -> np.ndarray:
         """int64 [documents + 1], first token of each document in ``tokens``, then their number."""
         starts = np.append(self.pointers // self.dtype.itemsize, self.num_tokens)
-        return starts[self.document_indices]
+        return np.asarray(starts[self.document_indices])
 
     @cached_property
     def _aligned_boundaries(self) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from megatron_hammer.base.errors import DataError
-from megatron_hammer.base.files import open_alone, sync_folder
+from megatron_hammer.base.files import hash_file, open_alone, sync_folder
 from megatron_hammer.dataset.format import (
     BLOCK_BYTES,
     CODES,
@@ -32,7 +32,6 @@ from megatron_hammer.dataset.format import (
     TokenizerRecord,
     dtype_for,
     fingerprint_of,
-    hash_file,
     path_of,
 )
 from megatron_hammer.dataset.reader import IndexedDataset

@@ -119,4 +119,4 @@ class Characters:
 
 def _of(table: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """A property of pieces for some ids; False where there is none (-1)."""
-    return table[ids] & (ids >= 0)
+    return np.asarray(table[ids] & (ids >= 0))

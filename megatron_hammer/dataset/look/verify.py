@@ -29,8 +29,9 @@ import numpy as np
 import xxhash
 
 from megatron_hammer.base.errors import DataError
+from megatron_hammer.base.files import hash_file
 from megatron_hammer.base.progress import Progress
-from megatron_hammer.dataset.format import BLOCK_BYTES, DatasetHeader, hash_file, path_of
+from megatron_hammer.dataset.format import BLOCK_BYTES, DatasetHeader, path_of
 from megatron_hammer.dataset.look.contamination import Overlap, read_held_out
 from megatron_hammer.dataset.look.inspect import (
     TokenMap,

@@ -2,20 +2,21 @@
 
 ::
 
-    blocks --the calling thread--> [room for a few] --N threads: parse, encode--> EncodedBlock, in order
+    blocks --one thread--> [room for a few] --N threads: parse, encode--> EncodedBlock, in order --> the caller
 
 Threads and not processes: parser and encoder are compiled code that gives up the interpreter's lock where it takes
 time, and nothing has to be copied from one process to another. The room is a number of bytes, so memory does not grow
-with the corpus. The calling thread also writes what comes out.
+with the corpus.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,7 +30,7 @@ from megatron_hammer.dataset.writer import IndexedWriter
 
 T = TypeVar("T")
 R = TypeVar("R")
-Array = np.ndarray[Any, Any]
+
 
 _ROOM_BLOCKS = 2  # in flight for each worker, beside the one in work
 _GLANCE_SECONDS = 0.2  # how long the caller waits before it looks at `stop`
@@ -41,7 +42,7 @@ class EncodedBlock:
 
     block: Block
     """Without its data."""
-    documents: list[tuple[Array, Array]]
+    documents: list[tuple[np.ndarray, np.ndarray]]
     """For each key the ids, [sum of lengths] int32, and the lengths, [documents] int64."""
     rejected: list[Rejected]
     long: list[str | LongText] | None = None
@@ -151,7 +152,7 @@ def in_order(
     """Yield ``work(item)`` of every item, in order.
 
     Args:
-        items: drawn by the caller's thread. An exception of it, or of ``work``, is raised in the item's turn.
+        items: drawn in a thread of its own. An exception of it, or of ``work``, is raised here, in the item's turn.
         size_of: of an item, in the unit of ``room``.
         room: no item is drawn while items of this size in all are drawn and not done with. One that is larger is
             worked on alone.
@@ -159,35 +160,54 @@ def in_order(
 
     Closing the generator ends the threads; what a worker has begun it finishes first.
     """
-    pool = ThreadPoolExecutor(workers)
-    waiting: deque[tuple[Future[R], int]] = deque()  # drawn, in order, and not done with
-    held, more = 0, True
+    futures: SimpleQueue[tuple[Future[R] | None, int]] = SimpleQueue()  # in order, each with its item's size; then None
+    changed = threading.Condition()
+    held, ended = 0, False  # guarded by `changed`
+    pool = ThreadPoolExecutor(workers + 1)
+
+    def draw() -> None:
+        nonlocal held
+        try:
+            for item in items:
+                size = size_of(item)
+                futures.put((pool.submit(work, item), size))
+                del item
+                with changed:
+                    held += size
+                    while held >= room and not ended:
+                        changed.wait()
+                    if ended:
+                        return
+            futures.put((None, 0))
+        except BaseException as error:
+            futures.put((_failed(error), 0))
+
+    pool.submit(draw)
     try:
         while stop is None or not stop.is_set():
-            while more and held < room:
-                try:
-                    item = next(items)
-                    size = size_of(item)
-                    waiting.append((pool.submit(work, item), size))
-                    held += size
-                except StopIteration:
-                    more = False
-                except Exception as error:
-                    waiting.append((_failed(error), 0))
-                    more = False
-            if not waiting:
+            try:
+                future, size = futures.get(timeout=_GLANCE_SECONDS)
+            except Empty:
+                continue
+            if future is None:
                 return
-            if stop is None or wait([waiting[0][0]], _GLANCE_SECONDS).done:
-                size = waiting[0][1]
-                yield waiting.popleft()[0].result()  # not kept in a variable: it may be large
+            result = future.result()
+            del future  # it keeps the result, which may be large
+            yield result
+            del result
+            with changed:
                 held -= size
+                changed.notify()
     finally:
+        with changed:
+            ended = True
+            changed.notify()
         pool.shutdown(cancel_futures=True)
         if isinstance(items, Generator):
             items.close()
 
 
-def _failed(error: Exception) -> Future[Any]:
+def _failed(error: BaseException) -> Future[Any]:
     future: Future[Any] = Future()
     future.set_exception(error)
     return future

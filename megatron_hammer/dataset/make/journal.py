@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import DataError, RefusedError
-from megatron_hammer.base.files import sync_folder
+from megatron_hammer.base.files import publish
 from megatron_hammer.dataset.make.encoding import Tally
 
 JOURNAL_FORMAT = "megatron_hammer preprocessing journal"
@@ -64,8 +64,7 @@ class Journal:
             file.write(json.dumps(tree, ensure_ascii=False).encode("utf-8", "surrogateescape"))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        publish(temporary, path)
 
 
 def load_journal(path: Path) -> Journal | None:

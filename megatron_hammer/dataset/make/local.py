@@ -21,13 +21,13 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+from megatron_hammer.base.progress import Progress
 from megatron_hammer.corpus.readers import Block, Position, Shard, read_shard
 from megatron_hammer.corpus.stream import check_unchanged
 from megatron_hammer.dataset.make.encoding import encode_blocks
 from megatron_hammer.dataset.make.job import SHARD_BYTES, Job, Stopped, check_numbers
 from megatron_hammer.dataset.make.journal import input_changed
-from megatron_hammer.dataset.make.output import BuildSummary, Output
-from megatron_hammer.dataset.make.progress import BuildProgress
+from megatron_hammer.dataset.make.output import BuildSummary, Output, rates
 
 
 def build_datasets(
@@ -61,13 +61,15 @@ def build_datasets(
     else:
         output.open()
     with output:
-        total = sum(identity["bytes"] for identity in output.journal.files)
+        journal, text_bytes, tokens = output.journal, output.journal.text_bytes, output.num_tokens  # of the run before
+        total = sum(identity["bytes"] for identity in journal.files)
         encoded = encode_blocks(job, _remaining_blocks(job, output), workers, stop)
-        progress = BuildProgress(" ".join(job.keys), total, output.journal.raw_bytes, output.num_tokens)
-        with closing(encoded), progress:
+        with closing(encoded), Progress(" ".join(job.keys), total, done=journal.raw_bytes) as progress:
             for item in encoded:
                 output.append(item)
-                progress.advance(item.block.raw_bytes, item.block.text_bytes, output.num_tokens)
+                made = journal.text_bytes - text_bytes, output.num_tokens - tokens
+                progress.note = f"text: {rates(*made, progress.seconds)}"
+                progress.advance(item.block.raw_bytes)
         if stop is not None and stop.is_set() and output.journal.source < len(job.files):
             raise Stopped(output.stop())
         output.check_complete()

@@ -51,14 +51,18 @@ class BuildSummary:
     encoder: str = ""
 
     def __str__(self) -> str:
-        rate = max(self.seconds, 1e-9)
         causes = ", ".join(f"{code} {count:,}" for code, count in sorted(self.rejected.items()))
         rejected = f", {sum(self.rejected.values()):,} rejected ({causes})" if self.rejected else ""
         return (
             f"{self.prefix}: {self.documents:,} documents ({self.empty_documents:,} empty){rejected}, {self.tokens:,} "
             f"tokens of {self.token_bytes} bytes from {self.text_bytes / 1e6:,.1f} MB in {self.seconds:,.1f} s: "
-            f"{self.text_bytes / rate / 1e6:,.2f} MB/s, {self.tokens / rate:,.0f} tokens/s; encoder: {self.encoder}"
+            f"{rates(self.text_bytes, self.tokens, max(self.seconds, 1e-9))}; encoder: {self.encoder}"
         )
+
+
+def rates(text_bytes: int, tokens: int, seconds: float) -> str:
+    """How fast text, uncompressed, has become tokens."""
+    return f"{text_bytes / seconds / 1e6:,.2f} MB/s, {tokens / seconds:,.0f} tokens/s"
 
 
 def tokenizer_record(tokenizer: Tokenizer) -> TokenizerRecord:

@@ -37,7 +37,7 @@ import xxhash
 
 from megatron_hammer import __version__
 from megatron_hammer.base.errors import DataError, HammerError, from_exception, to_fields
-from megatron_hammer.base.files import sync_folder
+from megatron_hammer.base.files import publish, write_durably
 from megatron_hammer.base.progress import say
 from megatron_hammer.corpus import readers
 from megatron_hammer.corpus.readers import Position, Shard
@@ -211,12 +211,8 @@ def _make_hash(task: HashTask) -> dict[str, Any]:
         digest = stream.hash_of_all()
     check_unchanged(task.path, identity)
     attempt = _new_attempt(task.folder)
-    with open(attempt, "xb") as file:
-        file.write(digest.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(attempt, task.folder / task.name)
-    sync_folder(task.folder)
+    write_durably(attempt, digest.encode())
+    publish(attempt, task.folder / task.name)
     return {}
 
 
@@ -236,20 +232,15 @@ def _make_part(task: PartTask) -> dict[str, Any]:
         facts = _write_part(job, task, attempt)
         check_unchanged(task.path, identity)
         try:
-            os.rename(attempt, task.folder / task.name)
+            publish(attempt, task.folder / task.name)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another attempt has made the same
                 raise
-        sync_folder(task.folder)
     finally:
         shutil.rmtree(attempt, ignore_errors=True)
-    return {**part_counts(facts), "encoder": tokenizer.encoder}
-
-
-def part_counts(facts: dict[str, Any]) -> dict[str, int]:
-    """What a progress bar wants to know about a part."""
     tokens = sum(facts["tally"]["tokens"].values())
-    return {"raw_bytes": facts["raw_bytes"], "text_bytes": facts["text_bytes"], "tokens": tokens}
+    sizes = {"raw_bytes": facts["raw_bytes"], "text_bytes": facts["text_bytes"], "tokens": tokens}
+    return {**sizes, "encoder": tokenizer.encoder}
 
 
 def _write_part(job: Job, task: PartTask, folder: Path) -> dict[str, Any]:

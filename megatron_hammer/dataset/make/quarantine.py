@@ -15,7 +15,7 @@ from types import TracebackType
 
 import orjson
 
-from megatron_hammer.base.files import sync_folder
+from megatron_hammer.base.files import publish
 from megatron_hammer.corpus.parse import Rejected
 from megatron_hammer.dataset.writer import StaleState
 
@@ -83,7 +83,6 @@ class RejectedFile:
             os.fsync(self._file.fileno())
         self._file.close()
         if kind is None:
-            os.replace(self.temporary, self.path)
-            sync_folder(self.path.parent)
+            publish(self.temporary, self.path)
         elif not self._keep:
             self.temporary.unlink(missing_ok=True)

@@ -41,12 +41,12 @@ import orjson
 
 from megatron_hammer import __version__
 from megatron_hammer.base.errors import ConfigError, DataError, HammerError, from_fields, to_fields
-from megatron_hammer.base.progress import say
+from megatron_hammer.base.progress import Progress, say
 from megatron_hammer.corpus.stream import check_unchanged
 from megatron_hammer.dataset.make.encoding import Tally
 from megatron_hammer.dataset.make.job import SHARD_BYTES, Job, Stopped, check_numbers
 from megatron_hammer.dataset.make.journal import load_journal, other_command
-from megatron_hammer.dataset.make.output import BuildSummary, Output
+from megatron_hammer.dataset.make.output import BuildSummary, Output, rates
 from megatron_hammer.dataset.make.parts import (
     REJECTED,
     UNKNOWN_LINE,
@@ -54,11 +54,9 @@ from megatron_hammer.dataset.make.parts import (
     Parts,
     PartTask,
     number_of,
-    part_counts,
     plan_tasks,
     run_task,
 )
-from megatron_hammer.dataset.make.progress import BuildProgress
 from megatron_hammer.dataset.reader import IndexedDataset
 
 _MAX_RETRIES = 3  # of a task whose worker or node is lost
@@ -187,10 +185,10 @@ class _Flight:
         self._failed = False
         self._room, self._room_until = 0, 0.0
         self._lost_since: float | None = None
-        self._tokens = 0
+        self._text_bytes = self._tokens = 0  # of this run
         options = {"num_cpus": task_workers, "max_retries": _MAX_RETRIES, "scheduling_strategy": "SPREAD"}
         self._remote = ray.remote(**options)(_task_with_node)
-        self._progress = BuildProgress(" ".join(job.keys), sum(path.stat().st_size for path in job.files), 0, 0)
+        self._progress = Progress(" ".join(job.keys), sum(path.stat().st_size for path in job.files))
 
     def __enter__(self) -> _Flight:
         self._check_nodes()
@@ -200,7 +198,7 @@ class _Flight:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.__exit__()
+        self._progress.__exit__(kind, error, trace)
         for reference in self._running:
             self.ray.cancel(reference, force=True)
         if self._running:
@@ -247,9 +245,7 @@ class _Flight:
             self._done[task.name] = None
             if isinstance(task, PartTask):
                 self._found += 1
-                counts = part_counts(facts)
-                self._tokens += counts["tokens"]
-                self._progress.pass_over(counts["raw_bytes"], counts["tokens"])
+                self._progress.pass_over(facts["raw_bytes"])
 
     def _most_running(self) -> int:
         """Twice what the cluster can work on, so that no node waits for us; nodes come and go."""
@@ -274,10 +270,13 @@ class _Flight:
         if error is None and isinstance(task, PartTask):
             self._nodes[result["node"]] = self._nodes.get(result["node"], 0) + 1
             self.encoders.add(result["encoder"])
+            self._text_bytes += result["text_bytes"]
             self._tokens += result["tokens"]
-            self._progress.advance(result["raw_bytes"], result["text_bytes"], self._tokens)
+            self._progress.note = f"text: {rates(self._text_bytes, self._tokens, self._progress.seconds)}"
+            self._progress.advance(result["raw_bytes"])
 
     def _result(self, reference: Any, task: PartTask | HashTask) -> dict[str, Any]:
+        result: dict[str, Any]
         try:
             result = self.ray.get(reference)
         except self.ray.exceptions.RayTaskError as error:
