@@ -64,10 +64,10 @@ class Memory {
 };
 
 void add_rms_norm_forward(const Version& version, int threads, bool half, int64_t rows, int64_t h, Address x,
-                          Address update, Address weight, float eps, Address normed, Address summed, Address rstd) {
+                          Address branch, Address weight, float eps, Address normed, Address summed, Address rstd) {
   with_type(half, [&](auto type) {
     using T = decltype(type);
-    hammer::add_rms_norm_forward(version, threads, rows, h, at<const T>(x), at<const T>(update), at<const T>(weight),
+    hammer::add_rms_norm_forward(version, threads, rows, h, at<const T>(x), at<const T>(branch), at<const T>(weight),
                                  eps, at<T>(normed), at<T>(summed), at<float>(rstd));
   });
 }

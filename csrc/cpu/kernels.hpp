@@ -40,9 +40,9 @@ struct Columns {
 
 template <class T>
 struct Table {
-  // summed = x + update in T, rstd = 1 / sqrt(mean(summed^2) + eps), normed = weight * T(summed * rstd).
-  // Without an update nothing is written to summed.
-  void (*add_rms_norm_forward)(int64_t rows, int64_t h, const T* x, const T* update, const T* weight, float eps,
+  // summed = x + branch in T, rstd = 1 / sqrt(mean(summed^2) + eps), normed = weight * T(summed * rstd).
+  // Without a branch nothing is written to summed.
+  void (*add_rms_norm_forward)(int64_t rows, int64_t h, const T* x, const T* branch, const T* weight, float eps,
                                T* normed, T* summed, float* rstd);
   // With n = summed * rstd and g = grad_normed * weight: grad_x = rstd (g - n mean(g n)) + grad_summed;
   // partial [h] += grad_normed * n.

@@ -174,31 +174,31 @@ HAMMER_INLINE V sigmoid(V x) {
 // ---- residual add and RMSNorm ------------------------------------------------------------------------------------
 
 template <class T>
-void add_rms_norm_forward(int64_t rows, int64_t h, const T* x, const T* update, const T* weight, float eps, T* normed,
+void add_rms_norm_forward(int64_t rows, int64_t h, const T* x, const T* branch, const T* weight, float eps, T* normed,
                           T* summed, float* rstd) {
   for (int64_t row = 0; row < rows; ++row) {
     V squares{};
-    if (update == nullptr) {
+    if (branch == nullptr) {
       each(h, [&](int64_t i, auto lanes) {
         const V value = lanes.load(x + i);
         squares += value * value;
       });
     } else {
       each(h, [&](int64_t i, auto lanes) {
-        ahead(x + i), ahead(update + i);
-        const V value = rounded<T>(lanes.load(x + i) + lanes.load(update + i));
+        ahead(x + i), ahead(branch + i);
+        const V value = rounded<T>(lanes.load(x + i) + lanes.load(branch + i));
         lanes.store(summed + i, value);
         squares += value * value;
       });
     }
     const float scale = 1.0f / __builtin_sqrtf(total(squares) / static_cast<float>(h) + eps);
-    const T* source = update == nullptr ? x : summed;
+    const T* source = branch == nullptr ? x : summed;
     each(h, [&](int64_t i, auto lanes) {
       lanes.store(normed + i, lanes.load(weight + i) * rounded<T>(lanes.load(source + i) * scale));
     });
     rstd[row] = scale;
     x += h, normed += h;
-    if (update != nullptr) update += h, summed += h;
+    if (branch != nullptr) branch += h, summed += h;
   }
 }
 

@@ -42,11 +42,11 @@ void in_blocks(int64_t count, int64_t size, int threads, Work work) {
 }
 
 template <class T>
-void add_rms_norm_forward(const Version& version, int threads, int64_t rows, int64_t h, const T* x, const T* update,
+void add_rms_norm_forward(const Version& version, int threads, int64_t rows, int64_t h, const T* x, const T* branch,
                           const T* weight, float eps, T* normed, T* summed, float* rstd) {
   divide(rows, h, threads, [&](int64_t first, int64_t last) {
     const int64_t start = first * h;
-    version.table<T>().add_rms_norm_forward(last - first, h, x + start, update ? update + start : nullptr, weight, eps,
+    version.table<T>().add_rms_norm_forward(last - first, h, x + start, branch ? branch + start : nullptr, weight, eps,
                                             normed + start, summed ? summed + start : nullptr, rstd + first);
   });
 }

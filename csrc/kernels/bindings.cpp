@@ -115,8 +115,8 @@ class Call {
 
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
-// x [.., h], update, weight [h] -> normed, summed (with update only), rstd [rows] fp32.
-void add_rms_norm_forward(const Tensor& x, const std::optional<Tensor>& update, const Tensor& weight, double eps,
+// x [.., h], branch, weight [h] -> normed, summed (with branch only), rstd [rows] fp32.
+void add_rms_norm_forward(const Tensor& x, const std::optional<Tensor>& branch, const Tensor& weight, double eps,
                           const Tensor& normed, const std::optional<Tensor>& summed, const Tensor& rstd,
                           const std::optional<Tensor>& amax) {
   const Call call("add_rms_norm_forward", x);
@@ -126,9 +126,9 @@ void add_rms_norm_forward(const Tensor& x, const std::optional<Tensor>& update, 
   call.dense(weight, "weight", type, h);
   call.dense(normed, "normed", type, rows * h);
   call.dense(rstd, "rstd", ScalarType::Float, rows);
-  call.require(update.has_value() == summed.has_value(), "summed",
-               "is written where there is an update, and only there");
-  const void* added = call.optional_dense(update, "update", type, rows * h);
+  call.require(branch.has_value() == summed.has_value(), "summed",
+               "is written where there is a branch, and only there");
+  const void* added = call.optional_dense(branch, "branch", type, rows * h);
   void* sums = call.optional_dense(summed, "summed", type, rows * h);
   hammer::rms_norm_forward(type_of(x), x.data_ptr(), added, weight.data_ptr(), static_cast<float>(eps), rows, h,
                            normed.data_ptr(), sums, floats(rstd), call.optional_scalar(amax, "amax"), call.stream());
@@ -285,7 +285,7 @@ void cast_fp8(const Tensor& x, const Tensor& scale, const Tensor& out, const std
 
 STABLE_TORCH_LIBRARY(HAMMER_LIBRARY, library) {
   library.def(
-      "add_rms_norm_forward(Tensor x, Tensor? update, Tensor weight, float eps, Tensor(a!) normed, "
+      "add_rms_norm_forward(Tensor x, Tensor? branch, Tensor weight, float eps, Tensor(a!) normed, "
       "Tensor(b!)? summed, Tensor(c!) rstd, Tensor(d!)? amax=None) -> ()");
   library.def(
       "add_rms_norm_backward(Tensor grad_normed, Tensor? grad_summed, Tensor summed, Tensor weight, Tensor rstd, "

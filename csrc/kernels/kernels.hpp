@@ -11,8 +11,8 @@ namespace hammer {
 
 enum class Type { fp32, bf16, fp16, e4m3, e5m2 };
 
-// rms_norm.cu. update and summed together, or neither.
-void rms_norm_forward(Type type, const void* x, const void* update, const void* weight, float eps, int64_t rows,
+// rms_norm.cu. branch and summed together, or neither.
+void rms_norm_forward(Type type, const void* x, const void* branch, const void* weight, float eps, int64_t rows,
                       int64_t h, void* normed, void* summed, float* rstd, float* amax, cudaStream_t stream);
 // Blocks that share the rows in backward: partial is [blocks, h] fp32.
 int64_t rms_norm_backward_blocks(Type type, int64_t rows, int64_t h);

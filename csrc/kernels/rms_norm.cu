@@ -1,12 +1,12 @@
 // Residual add and RMSNorm (arXiv 1910.07467), forward and backward, over rows of h elements of T = fp32, bf16, fp16.
 //
-//   forward    s = T(x + update)    r = 1 / sqrt(mean(s^2) + eps)    normed = weight T(s r)         s and r are kept
+//   forward    s = T(x + branch)    r = 1 / sqrt(mean(s^2) + eps)    normed = weight T(s r)         s and r are kept
 //   backward   c = mean(weight dn s r)    dx = r (weight dn - s r c) + ds    dweight = sum over rows of dn T(s r)
 //
 // with dn, ds the gradients of normed and s. All arithmetic is fp32, rounded to T where T is written, T(s r) as in
 // Hugging Face.
 //
-// Memory, in units of rows x h elements: forward reads x, update and writes s, normed: 4, or 2 without update. Backward
+// Memory, in units of rows x h elements: forward reads x, branch and writes s, normed: 4, or 2 without branch. Backward
 // reads dn, ds, s and writes dx: 4, or 3 without ds. The weight's gradient costs 4 h bytes a block written and read.
 //
 // A block works on one row at a time, each thread on the same two vectors of 16 bytes of every row (with one, what a
@@ -35,7 +35,7 @@ constexpr int64_t kBackwardVectors = 1024;
 
 template <typename T>
 __global__ void __launch_bounds__(kPlainThreads)
-    forward_plain(const T* x, const T* update, const T* weight, float eps, int64_t rows, int64_t h, float inverse_h,
+    forward_plain(const T* x, const T* branch, const T* weight, float eps, int64_t rows, int64_t h, float inverse_h,
                   T* normed, T* summed, float* rstd, float* amax) {
   __shared__ float places[2][kMaxWarps];
   unsigned largest = 0, parity = 0;
@@ -44,12 +44,12 @@ __global__ void __launch_bounds__(kPlainThreads)
     float square = 0.f;
     for (int64_t i = threadIdx.x; i < h; i += blockDim.x) {
       T sum = x[start + i];
-      if (update != nullptr) summed[start + i] = sum = rounded<T>(to_float(sum) + to_float(update[start + i]));
+      if (branch != nullptr) summed[start + i] = sum = rounded<T>(to_float(sum) + to_float(branch[start + i]));
       square += to_float(sum) * to_float(sum);
     }
     const float r = rsqrtf(block_sum(square, places[parity]) * inverse_h + eps);
     if (threadIdx.x == 0) rstd[row] = r;
-    const T* sums = update != nullptr ? summed : x;  // each thread reads what it wrote itself
+    const T* sums = branch != nullptr ? summed : x;  // each thread reads what it wrote itself
     for (int64_t i = threadIdx.x; i < h; i += blockDim.x) {
       const float scaled = to_float(rounded<T>(to_float(sums[start + i]) * r));
       const T out = rounded<T>(to_float(weight[i]) * scaled);
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kPlainThreads)
 
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
-    forward(const T* __restrict__ x, const T* __restrict__ update, const T* __restrict__ weight, float eps,
+    forward(const T* __restrict__ x, const T* __restrict__ branch, const T* __restrict__ weight, float eps,
             int64_t rows, int64_t h, float inverse_h, T* __restrict__ normed, T* __restrict__ summed,
             float* __restrict__ rstd, float* __restrict__ amax) {
   constexpr int N = kWide<T>;
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       const int64_t at = (v * blockDim.x + threadIdx.x) * N;
       if (at >= h) continue;
       sum[v] = load<N>(x + row * h + at);
-      if (update != nullptr) added[v] = load<N>(update + row * h + at);
+      if (branch != nullptr) added[v] = load<N>(branch + row * h + at);
       scale[v] = load<N>(weight + at);
     }
     float square = 0.f;
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     for (int v = 0; v < V; ++v) {
       const int64_t at = (v * blockDim.x + threadIdx.x) * N;
       if (at >= h) continue;
-      if (update != nullptr) {
+      if (branch != nullptr) {
         Floats<N> both = to_floats(sum[v]);
         const Floats<N> other = to_floats(added[v]);
         for (int i = 0; i < N; ++i) both.at[i] += other.at[i];
@@ -258,16 +258,16 @@ float inverse(int64_t h) { return static_cast<float>(1.0 / static_cast<double>(h
 
 }  // namespace
 
-void rms_norm_forward(Type type, const void* x, const void* update, const void* weight, float eps, int64_t rows,
+void rms_norm_forward(Type type, const void* x, const void* branch, const void* weight, float eps, int64_t rows,
                       int64_t h, void* normed, void* summed, float* rstd, float* amax, cudaStream_t stream) {
   if (amax != nullptr) check(cudaMemsetAsync(amax, 0, sizeof(float), stream));
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t fast = threads_for<T>(h, aligned({x, update, weight, normed, summed}));
+    const int64_t fast = threads_for<T>(h, aligned({x, branch, weight, normed, summed}));
     const int64_t threads = fast > 0 ? fast : kPlainThreads;
     const int64_t most = amax != nullptr ? multiprocessors() * kForwardWaves * (2048 / threads) : kMaxGridX;
     launch(fast > 0 ? forward<T> : forward_plain<T>, grid(rows < most ? rows : most), static_cast<unsigned>(threads),
-           stream, static_cast<const T*>(x), static_cast<const T*>(update), static_cast<const T*>(weight), eps, rows, h,
+           stream, static_cast<const T*>(x), static_cast<const T*>(branch), static_cast<const T*>(weight), eps, rows, h,
            inverse(h), static_cast<T*>(normed), static_cast<T*>(summed), rstd, amax);
   });
 }

@@ -18,22 +18,10 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from megatron_hammer.config import OptimizerConfig
+from megatron_hammer.kernels.arguments import AdamWState
 from megatron_hammer.kernels.backend import ANYWHERE, CUDA, FLOATS, Backend, Requirements
 from megatron_hammer.kernels.libraries import apex
 from megatron_hammer.kernels.native import devices as native
-
-
-@dataclass(frozen=True)
-class AdamWState:
-    """Equally shaped flat fp32 tensors of some weights; ``weight`` is the master."""
-
-    weight: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    decay: bool
-    param: Tensor | None = None
-    """The model's own copy of the weight, in its 16-bit dtype; None where that is the master itself."""
 
 
 @torch.no_grad()

@@ -30,3 +30,16 @@ class Columns:
         local = labels - self.start
         here = (local >= 0) & (local < self.valid)
         return torch.where(here, local, 0), here
+
+
+@dataclass(frozen=True)
+class AdamWState:
+    """Equally shaped flat fp32 tensors of some weights; ``weight`` is the master."""
+
+    weight: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    decay: bool
+    param: Tensor | None = None
+    """The model's own copy of the weight, in its 16-bit dtype; None where that is the master itself."""

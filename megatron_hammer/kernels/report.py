@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import zip_longest
 from textwrap import wrap
 
+from megatron_hammer.base.tables import align_wrapped
 from megatron_hammer.config import ATTENTION_MASKS, KernelsConfig
 from megatron_hammer.kernels.backend import Backend, Requirements
 from megatron_hammer.kernels.selection import TABLES, select_backends
@@ -32,7 +31,9 @@ def kernels_table(kernels: KernelsConfig, required: Requirements) -> str:
     if kernels.fp8 != "off":
         rows.append(("fp8", kernels.fp8 + (", head too" if kernels.fp8_head else ""), "", ""))
     below = (line for i, note in enumerate(notes, 1) for line in wrap(f"[{i}] {note}", 98))
-    return "\n".join([title, *(line for row in rows for line in _lines(row)), *(f"  {line}" for line in below)])
+    return "\n".join(
+        [title, *(line for row in rows for line in align_wrapped(row, WIDTHS)), *(f"  {line}" for line in below)]
+    )
 
 
 def _others(operation: str, chosen: Backend, required: Requirements, notes: list[str]) -> tuple[str, str]:
@@ -46,13 +47,6 @@ def _others(operation: str, chosen: Backend, required: Requirements, notes: list
         elif operation != "attention" or required.mask in ATTENTION_MASKS[backend.name]:  # else it was never meant
             reasons.setdefault(_short(reason, notes), []).append(backend.name)
     return ", ".join(usable), "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
-
-
-def _lines(row: tuple[str, ...]) -> Iterator[str]:
-    """A row of the table, each cell wrapped in its column."""
-    cells = (wrap(cell, width, break_on_hyphens=False) for cell, width in zip(row, WIDTHS, strict=True))
-    for parts in zip_longest(*cells, fillvalue=""):
-        yield " " + "".join(f" {part:<{width}}" for part, width in zip(parts, WIDTHS, strict=True)).rstrip()
 
 
 def _short(reason: str, notes: list[str]) -> str:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.config import OptimizerConfig
-from megatron_hammer.kernels.adamw import AdamWState, OptimizerKernels
+from megatron_hammer.kernels.adamw import OptimizerKernels
+from megatron_hammer.kernels.arguments import AdamWState
 from megatron_hammer.optim.store import FlatStore, Stretch
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.sharding import Shard

@@ -16,15 +16,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megatron_hammer.config import OptimizerConfig
-
-if TYPE_CHECKING:
-    from megatron_hammer.kernels.adamw import AdamWState
+from megatron_hammer.kernels.arguments import AdamWState
 
 USED: Mapping[str, tuple[str, ...]] = {  # module and name -> arguments, in their order
     "apex.normalization.fused_layer_norm.fused_rms_norm_affine": ("input", "weight", "normalized_shape", "eps"),
