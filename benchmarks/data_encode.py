@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megatron_hammer.tokenizer.load import SentencePieceTokenizer, load_processor
+from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, load_processor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -103,14 +103,9 @@ def show_stats(args: argparse.Namespace) -> None:
 
 
 def show_documents(args: argparse.Namespace) -> None:
-    from megatron_hammer.dataset.look.inspect import (
-        SHOWN_TOKENS,
-        Speller,
-        describe_document,
-        format_document,
-        load_matching,
-    )
+    from megatron_hammer.dataset.look.inspect import SHOWN_TOKENS, describe_document, format_document, load_matching
     from megatron_hammer.dataset.reader import IndexedDataset
+    from megatron_hammer.tokenizer.spelling import Speller
 
     if args.pieces and args.tokenizer is None:
         raise ConfigError(1, "--pieces", "needs --tokenizer", "name the tokenizer that made the dataset")
@@ -146,8 +141,9 @@ def verify(args: argparse.Namespace) -> None:
 def find_text(args: argparse.Namespace) -> None:
     from megatron_hammer.base.progress import Progress
     from megatron_hammer.dataset.look.find import TextSearch, describe_match, format_match
-    from megatron_hammer.dataset.look.inspect import Speller, load_matching
+    from megatron_hammer.dataset.look.inspect import load_matching
     from megatron_hammer.dataset.reader import IndexedDataset
+    from megatron_hammer.tokenizer.spelling import Speller
 
     if args.limit < 1:
         raise ConfigError(1, f"--limit {args.limit}", "must be at least 1", "raise it, or leave it out for 10")

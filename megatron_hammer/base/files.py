@@ -6,9 +6,10 @@ the disk (``publish``). Linux; no torch.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import xxhash
 
@@ -74,6 +75,11 @@ def open_alone(path: Path) -> int | None:
         return descriptor
     os.close(descriptor)  # locked, or renamed to its final name between opening and locking
     return None
+
+
+def dump_json(value: Any) -> bytes:
+    """JSON for people to read: indented, characters beyond ASCII as they are, with a line break at the end."""
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
 
 
 def hash_bytes(content: bytes | memoryview) -> str:

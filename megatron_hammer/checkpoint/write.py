@@ -67,7 +67,7 @@ from megatron_hammer.parallel.agreement import raise_together
 from megatron_hammer.parallel.collectives import broadcast
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.sharding import Range, Shard, rectangles
-from megatron_hammer.tokenizer.load import Tokenizer
+from megatron_hammer.tokenizer.interface import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -19,7 +19,7 @@ from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedErr
 from megatron_hammer.base.files import write_durably
 from megatron_hammer.checkpoint.tensor_files import open_regular
 from megatron_hammer.config import ModelConfig, RopeScaling
-from megatron_hammer.tokenizer.load import Tokenizer
+from megatron_hammer.tokenizer.interface import Tokenizer
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 MAX_JSON_BYTES = 32 * 2**20  # far above any config or index

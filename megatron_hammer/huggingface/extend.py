@@ -65,7 +65,8 @@ from megatron_hammer.huggingface.importing import write_preset
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors, progress, write_weight_files
 from megatron_hammer.model.parameters import EMBEDDING, HEAD, logical_shapes
 from megatron_hammer.tokenizer.convert import convert_tokenizer
-from megatron_hammer.tokenizer.load import Tokenizer, load_tokenizer
+from megatron_hammer.tokenizer.interface import Tokenizer
+from megatron_hammer.tokenizer.load import load_tokenizer
 
 REPORT = "extension.json"
 TOKEN_IDS = {"bos_token_id": "bos_id", "eos_token_id": "eos_id", "pad_token_id": "pad_id"}

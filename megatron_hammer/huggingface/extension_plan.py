@@ -27,17 +27,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_hammer.tokenizer.load import (
-    SPACE,
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    decode_token,
-    flatten_decoders,
-    is_fallback_byte,
-    load_processor,
-    parse_model,
-)
+from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
+from megatron_hammer.tokenizer.interface import Tokenizer
+from megatron_hammer.tokenizer.pieces import SPACE, decode_token, flatten_decoders, is_fallback_byte
+from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, load_processor, parse_model
 
 ORIGINS = ("copied", "role", "pieces", "bytes", "mean")
 """The rules above, in the order in which they are tried."""

@@ -59,18 +59,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_hammer.base.errors import RefusedError
-from megatron_hammer.base.files import replace_file, sync_folder
+from megatron_hammer.base.files import dump_json, replace_file, sync_folder
+from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
+from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.lab.fuzz import FIXED_TEXTS, join_pieces, noise
-from megatron_hammer.tokenizer.load import (
-    SPACE,
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    dump_json,
-    load_processor,
-    load_tokenizer,
-    parse_model,
-)
+from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.pieces import SPACE
+from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, load_processor, parse_model
 
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 

@@ -7,8 +7,8 @@
   ``unsupported()`` says why the encoder is not for it ("" where it is): it must be BPE with byte fallback, without
   normalisation of characters and without whitespace suffixes.
 - ``Encoder(model)``: ``encode_documents(texts, threads, first, last)`` and ``encode_batch(texts, threads)`` as in
-  ``load.Tokenizer``, without the GIL; ``UnicodeError`` for half of a surrogate pair. Calls from several Python threads
-  at once are safe.
+  ``interface.Tokenizer``, without the GIL; ``UnicodeError`` for half of a surrogate pair. Calls from several Python
+  threads at once are safe.
 
 Ids are those of sentencepiece 0.2.3. Older releases differ in one thing: where a model has a NUL piece (a merged one
 has), a NUL in a text becomes that piece there; since 0.2.3, and here, it becomes its byte.

@@ -32,14 +32,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.base.files import replace_file
-from megatron_hammer.tokenizer.load import (
-    SPACE,
-    SentencePieceTokenizer,
-    dump_json,
-    parse_model,
-    quiet_sentencepiece,
-)
+from megatron_hammer.base.files import dump_json, replace_file
+from megatron_hammer.tokenizer.pieces import SPACE
+from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, parse_model, quiet_sentencepiece
 
 MAX_SENTENCE_BYTES = 8384
 """HammerLLM's max_sentence_length."""

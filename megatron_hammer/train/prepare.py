@@ -20,7 +20,8 @@ from megatron_hammer.kernels.libraries.te import check_before_start
 from megatron_hammer.sampling import index_builder as index
 from megatron_hammer.sampling.plan import Plan, make_plan
 from megatron_hammer.sampling.samples import check_tokenizer, open_train_data
-from megatron_hammer.tokenizer.load import Tokenizer, load_tokenizer
+from megatron_hammer.tokenizer.interface import Tokenizer
+from megatron_hammer.tokenizer.load import load_tokenizer
 
 # A change of these makes the samples already consumed other samples than the checkpoint says. A sample is its tokens
 # and what each of them may attend to.

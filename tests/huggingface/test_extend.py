@@ -32,7 +32,8 @@ from megatron_hammer.huggingface.extension_plan import plan_extension
 from megatron_hammer.huggingface.extension_rows import grown_rows, mean_row
 from megatron_hammer.huggingface.importing import import_hf
 from megatron_hammer.model.parameters import EMBEDDING, HEAD, logical_shapes
-from megatron_hammer.tokenizer.load import Tokenizer, load_tokenizer
+from megatron_hammer.tokenizer.interface import Tokenizer
+from megatron_hammer.tokenizer.load import load_tokenizer
 from tests.checkpoint.layouts import random_logical, tiny_model, write_layout
 from tests.huggingface.test_convert import assert_same_bits, make_hf, weights_of
 from tests.tokenizer.texts import handmade_model, model_proto, real_model, write_model
@@ -164,7 +165,7 @@ def test_without_byte_fallback_unknown_parts_are_left_out(tmp_path: Path, new: T
 
 def byte_level(folder: Path, *tokens: bytes, specials: tuple[str, ...] = ("<|begin_of_text|>", "<|end_of_text|>")):
     """A byte-level BPE as Llama 3 has one, with ``tokens`` merged byte by byte from the left."""
-    from megatron_hammer.tokenizer.load import BYTE_LEVEL_ALPHABET
+    from megatron_hammer.tokenizer.pieces import BYTE_LEVEL_ALPHABET
 
     spelling = {byte: character for character, byte in BYTE_LEVEL_ALPHABET.items()}
     vocabulary, merges = {spelling[b]: b for b in range(256)}, []

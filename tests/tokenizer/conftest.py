@@ -9,9 +9,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_hammer.tokenizer.convert import convert_tokenizer
-from megatron_hammer.tokenizer.load import SentencePieceTokenizer, load_tokenizer
+from megatron_hammer.tokenizer.interface import Tokenizer
+from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
 from megatron_hammer.tokenizer.train import train_tokenizer
 from tests.tokenizer.texts import SYMBOLS, Texts, real_model, training_texts
 
@@ -46,3 +50,30 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         return folder
 
     return convert
+
+
+@pytest.fixture(scope="session")
+def converted_plain(plain: SentencePieceTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("converted")
+    convert_tokenizer(plain, folder)
+    return load_tokenizer(folder / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(training_texts(), trainer)
+    path = tmp_path_factory.mktemp("byte_level") / "tokenizer.json"
+    backend.save(str(path))
+    return load_tokenizer(path)
+
+
+@pytest.fixture(params=["plain", "with_symbols", "converted_plain", "byte_level"])
+def any_kind(request: pytest.FixtureRequest) -> Tokenizer:
+    return request.getfixturevalue(request.param)

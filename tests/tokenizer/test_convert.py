@@ -16,7 +16,8 @@ from tokenizers import Tokenizer as Backend
 from megatron_hammer.base.errors import RefusedError
 from megatron_hammer.tokenizer import convert
 from megatron_hammer.tokenizer.convert import FIXED_TEXTS, convert_tokenizer, derive_merges
-from megatron_hammer.tokenizer.load import SentencePieceTokenizer, load_tokenizer
+from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
 from tests.tokenizer.faults import plant
 from tests.tokenizer.test_load import byte_level_backend, write_folder
 from tests.tokenizer.texts import handmade_model, model_proto, real_model, training_texts, write_model

@@ -26,9 +26,10 @@ from sentencepiece import sentencepiece_model_pb2 as pb
 
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.tokenizer import encode as fast
-from megatron_hammer.tokenizer import load
+from megatron_hammer.tokenizer import sentencepiece_backend
+from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.lab.fuzz import fuzz_texts
-from megatron_hammer.tokenizer.load import SentencePieceTokenizer, load_processor
+from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, load_processor
 from tests.tokenizer.texts import REPOSITORY, any_text, handmade_model, model_proto, real_model, write_model
 
 SOURCES = REPOSITORY / "csrc/tokenizer"
@@ -191,7 +192,7 @@ def test_marks_around_documents(
     texts = ["", "a<br>b", "中文\u2581", "", "", " ", "\U0001f600" * 3, "\u00e9", "x" * 70_000, ""]
     ids, lengths = with_symbols.encode_documents(texts, threads, first, last)
     assert ids.dtype == np.int32 and lengths.dtype == np.int64 and ids.flags.owndata | (ids.base is not None)
-    expected_ids, expected_lengths = load.Tokenizer.encode_documents(with_symbols, texts, threads, first, last)
+    expected_ids, expected_lengths = Tokenizer.encode_documents(with_symbols, texts, threads, first, last)
     assert ids.tolist() == expected_ids.tolist() and lengths.tolist() == expected_lengths.tolist()
     assert lengths[0] == 0
 
@@ -234,7 +235,7 @@ def test_a_huge_document_is_divided_exactly(model: SentencePieceTokenizer, unit:
 @compiled
 def test_a_text_that_comes_in_pieces(model: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ids do not depend on how it is handed over; only the first part can have a dummy prefix."""
-    monkeypatch.setattr(load, "_CUT_CHARACTERS", 4)  # cuts are looked for at almost every place
+    monkeypatch.setattr(sentencepiece_backend, "_CUT_CHARACTERS", 4)  # cuts are looked for at almost every place
     seed = random.SystemRandom().randrange(1 << 32)
     rng = random.Random(seed)
     pieces = [piece.piece.replace("\u2581", " ") for piece in model_proto(model.path).pieces if piece.piece]
@@ -477,7 +478,7 @@ def test_garbled_files_are_refused_or_read_as_protobuf_reads_them() -> None:
         except ValueError:
             model = None
         try:
-            proto: Any = load.parse_model(bytes(content), Path("garbled"))
+            proto: Any = sentencepiece_backend.parse_model(bytes(content), Path("garbled"))
             texts = [piece.piece.encode() for piece in proto.pieces]
             pieces = b"".join(struct.pack("<IfB", len(t), p.score, p.type) + t for t, p in zip(texts, proto.pieces))
         except (DataError, AttributeError):  # a piece that is no UTF-8 comes as bytes

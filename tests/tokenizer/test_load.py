@@ -16,7 +16,9 @@ from tokenizers import Tokenizer as Backend
 
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.tokenizer.convert import FIXED_TEXTS
-from megatron_hammer.tokenizer.load import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
+from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
+from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
 from tests.tokenizer.texts import any_text, handmade_model, model_proto, real_model, training_texts, write_model
 
 # ---- sentencepiece ----

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.tokenizer import train
 from megatron_hammer.tokenizer.convert import convert_tokenizer
-from megatron_hammer.tokenizer.load import SentencePieceTokenizer, load_tokenizer
+from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
 from megatron_hammer.tokenizer.train import HashSample, read_characters, read_symbols, split_sentences, train_tokenizer
 from tests.tokenizer.texts import REPOSITORY, SYMBOLS, Texts, model_proto, training_texts
 

@@ -18,7 +18,7 @@ import pytest
 
 from megatron_hammer.tokenizer.convert import publish_tokenizer
 from megatron_hammer.tokenizer.lab.fuzz import fuzz_texts
-from megatron_hammer.tokenizer.load import load_processor
+from megatron_hammer.tokenizer.sentencepiece_backend import load_processor
 from tests.tokenizer.texts import REAL_MODELS, model_proto, real_model
 
 CACHE = Path.home() / ".cache" / "megatron_hammer" / "transformers-4"

@@ -19,7 +19,7 @@ from megatron_hammer.corpus.documents import read_texts
 from megatron_hammer.dataset.look.inspect import document_starts
 from megatron_hammer.dataset.look.verify_report import EXAMPLES, Report
 from megatron_hammer.dataset.reader import IndexedDataset
-from megatron_hammer.tokenizer.load import Tokenizer
+from megatron_hammer.tokenizer.interface import Tokenizer
 
 NGRAM = 50
 """Consecutive ids that count as an overlap: some 35 words of English, 75 Chinese characters; no accident."""

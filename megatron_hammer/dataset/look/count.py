@@ -26,7 +26,8 @@ from megatron_hammer.corpus.documents import read_texts
 from megatron_hammer.corpus.readers import expand_inputs
 from megatron_hammer.dataset.format import path_of
 from megatron_hammer.dataset.reader import IndexedDataset
-from megatron_hammer.tokenizer.load import Tokenizer, load_tokenizer
+from megatron_hammer.tokenizer.interface import Tokenizer
+from megatron_hammer.tokenizer.load import load_tokenizer
 
 BATCH_BYTES = 8 << 20  # of text encoded at once: enough for many threads
 _TOKENS_AT_ONCE = 1 << 22

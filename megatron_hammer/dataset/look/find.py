@@ -21,8 +21,9 @@ import numpy as np
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.dataset.format import BLOCK_BYTES
-from megatron_hammer.dataset.look.inspect import Speller, TokenMap, document_of_token, document_source, document_starts
+from megatron_hammer.dataset.look.inspect import TokenMap, document_of_token, document_source, document_starts
 from megatron_hammer.dataset.reader import IndexedDataset
+from megatron_hammer.tokenizer.spelling import Speller
 
 _TOKENS_AT_ONCE = 1 << 14  # their two 64-bit words each stay in the cache
 _CONTEXT_TOKENS = 24

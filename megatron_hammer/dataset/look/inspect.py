@@ -7,19 +7,17 @@ nothing is stripped, joined or mended, and bytes that are no character are writt
 
 from __future__ import annotations
 
-import json
 import mmap
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from megatron_hammer.base.errors import ConfigError, RefusedError
 from megatron_hammer.dataset.reader import IndexedDataset
-from megatron_hammer.tokenizer.load import Tokenizer, load_tokenizer
-
-if TYPE_CHECKING:
-    from megatron_hammer.tokenizer.lab.analyze import Pieces
+from megatron_hammer.tokenizer.interface import Tokenizer
+from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.spelling import Speller, special_names
 
 DOCUMENTS_AT_ONCE = 1 << 20
 """Of the index looked at together: some tens of megabytes."""
@@ -28,7 +26,6 @@ SHOWN_TOKENS = 400
 
 _COUNTED_LENGTH = 1 << 20  # lengths below it are counted one by one, longer ones are few and kept
 _BAR_CHARACTERS = 40
-_MARK = "\u2502"  # between two pieces: a vertical line that texts hardly use
 
 
 # ---- the index ----
@@ -226,61 +223,6 @@ def plain(value: Any) -> str:
 
 
 # ---- show ----
-
-
-class Speller:
-    """What ids spell.
-
-    Args:
-        tokenizer: of the ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        from megatron_hammer.tokenizer.lab.analyze import read_pieces
-
-        self.pieces: Pieces = read_pieces(tokenizer)
-        self.names = special_names(tokenizer)
-
-    def text(self, ids: Sequence[int]) -> str:
-        """The text of some ids; those that stand for no text by name, as ``<eos>``."""
-        parts: list[str] = []
-        waiting = b""
-        for token in ids:
-            content = self._content(token)
-            if content:
-                waiting += content
-                continue
-            parts += [waiting.decode(errors="backslashreplace"), self._name(token)]
-            waiting = b""
-        return "".join(parts) + waiting.decode(errors="backslashreplace")
-
-    def marked(self, ids: Sequence[int]) -> str:
-        """The pieces of some ids, a mark between them; line ends and other controls as JSON escapes, bytes as hex."""
-        return _MARK.join(self._piece(token) for token in ids)
-
-    def _piece(self, token: int) -> str:
-        content = self._content(token)
-        if not content:
-            return self._name(token)
-        if self.pieces.is_byte[token]:
-            return "".join(f"<0x{byte:02X}>" for byte in content)
-        return json.dumps(content.decode(errors="backslashreplace"), ensure_ascii=False)[1:-1]
-
-    def _content(self, token: int) -> bytes:
-        return self.pieces.content[token] if 0 <= token < len(self.pieces.content) else b""
-
-    def _name(self, token: int) -> str:
-        return f"<{self.names.get(token, f'id {token}')}>"
-
-
-def special_names(owner: Any) -> dict[int, str]:
-    """id -> "bos", "eos", "pad" or "unk" of a tokenizer, or of the record that a dataset keeps of one."""
-    names: dict[int, str] = {}
-    for name in ("unk", "pad", "eos", "bos"):
-        token = getattr(owner, f"{name}_id")
-        if token is not None:
-            names[token] = name if token not in names else f"{name}/{names[token]}"  # one id may be two
-    return names
 
 
 def describe_document(

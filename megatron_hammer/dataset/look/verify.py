@@ -41,10 +41,10 @@ from megatron_hammer.dataset.look.inspect import (
     document_starts,
     iterate_starts,
 )
-from megatron_hammer.dataset.look.scripts import Characters
+from megatron_hammer.dataset.look.script_counts import ScriptCounts
 from megatron_hammer.dataset.look.verify_report import EXAMPLES, Report, counted
 from megatron_hammer.dataset.reader import IndexedDataset
-from megatron_hammer.tokenizer.load import Tokenizer
+from megatron_hammer.tokenizer.interface import Tokenizer
 
 IN_MEMORY = 1 << 23
 """Documents whose digests stay in memory: 128 MB."""
@@ -110,7 +110,7 @@ def verify_dataset(
         ids = _IdCounter(vocab_size)
         tokens = TokenMap(dataset)
         documents = _DocumentChecker(dataset, tokens.all, bos, eod, Path(folder), Overlap(sets) if sets else None)
-        characters = None if tokenizer is None else Characters(tokenizer)
+        characters = None if tokenizer is None else ScriptCounts(tokenizer)
         hashes = _block_hashes(dataset.header, report)
         with Progress(f"verifying {dataset.bin_path}", dataset.num_tokens * dataset.dtype.itemsize) as progress:
             for block, first, part in tokens.blocks(BLOCK_BYTES):

@@ -13,7 +13,8 @@ from typing import Literal, get_args
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.corpus.readers import TEXT_DOCUMENTS, expand_inputs
-from megatron_hammer.tokenizer.load import Tokenizer, load_tokenizer
+from megatron_hammer.tokenizer.interface import Tokenizer
+from megatron_hammer.tokenizer.load import load_tokenizer
 
 OnError = Literal["stop", "skip", "quarantine"]
 SHARD_BYTES = 1 << 30  # of text between two journals: ten to twenty seconds of work for two cores

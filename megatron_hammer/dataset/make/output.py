@@ -30,7 +30,7 @@ from megatron_hammer.dataset.make.job import Job, Stopped
 from megatron_hammer.dataset.make.journal import Journal, check_journal, load_journal, other_command
 from megatron_hammer.dataset.make.quarantine import RejectedFile
 from megatron_hammer.dataset.writer import IndexedWriter, StaleState
-from megatron_hammer.tokenizer.load import Tokenizer
+from megatron_hammer.tokenizer.interface import Tokenizer
 
 
 @dataclass(frozen=True)

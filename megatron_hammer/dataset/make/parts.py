@@ -48,7 +48,8 @@ from megatron_hammer.dataset.make.output import tokenizer_record
 from megatron_hammer.dataset.make.quarantine import RejectedFile
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
-from megatron_hammer.tokenizer.load import Tokenizer, load_tokenizer
+from megatron_hammer.tokenizer.interface import Tokenizer
+from megatron_hammer.tokenizer.load import load_tokenizer
 
 REJECTED = "rejected.jsonl"
 UNKNOWN_LINE = 2

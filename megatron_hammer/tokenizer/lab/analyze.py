@@ -23,7 +23,6 @@ import functools
 import html
 import os
 import time
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,17 +33,10 @@ import numpy as np
 
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.tables import align
-from megatron_hammer.tokenizer.load import (
-    SPACE,
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    decode_token,
-    flatten_decoders,
-    is_fallback_byte,
-    load_tokenizer,
-    parse_model,
-)
+from megatron_hammer.tokenizer.interface import Tokenizer
+from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.pieces import Pieces
+from megatron_hammer.tokenizer.scripts import SCRIPTS, script_of
 
 OVERALL = "overall"
 BATCH_CHARACTERS = 4_000_000
@@ -66,12 +58,6 @@ HAN_BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {
 }
 LENGTH_GROUPS = ((1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (7, 8), (9, 12), (13, 16), (17, 24), (25, None))
 """Bytes of a piece, first to last, as the table groups them."""
-SCRIPTS = ("Han", "Latin", "Kana", "Hangul", "Cyrillic", "Greek", "Arabic", "other script", "mixed scripts", "digits",
-           "symbols", "punctuation", "white space", "bytes", "control")  # fmt: skip
-_SCRIPT_OF_NAME = {
-    "CJK": "Han", "IDEOGRAPHIC": "Han", "LATIN": "Latin", "HIRAGANA": "Kana", "KATAKANA": "Kana",
-    "KATAKANA-HIRAGANA": "Kana", "HANGUL": "Hangul", "CYRILLIC": "Cyrillic", "GREEK": "Greek", "ARABIC": "Arabic",
-}  # fmt: skip
 
 
 # ---- what to analyse ----
@@ -125,76 +111,6 @@ def prepare_outputs(folder: Path | None, page: Path | None) -> None:
         raise ConfigError(37, f"--report {page}", "is a folder", "name the page, as in report.html")
     for parent in [*([folder] if folder else []), *([page.parent] if page else [])]:
         parent.mkdir(parents=True, exist_ok=True)
-
-
-# ---- pieces ----
-
-
-class Pieces(NamedTuple):
-    """What each id of a tokenizer stands for."""
-
-    content: list[bytes]
-    """UTF-8, spaces as spaces; empty for control pieces and unused ids."""
-    is_byte: np.ndarray
-    """[vocab_size] bool: byte pieces."""
-    is_text: np.ndarray
-    """[vocab_size] bool: pieces of whole characters; False for byte, control and unknown pieces."""
-
-
-def read_pieces(tokenizer: Tokenizer) -> Pieces:
-    """The content of every piece, read from the tokenizer's file."""
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        found = _pieces_of_model(tokenizer)
-    else:
-        assert isinstance(tokenizer, HuggingFaceTokenizer), type(tokenizer)
-        found = _pieces_of_definition(tokenizer.definition)
-    content = [b""] * tokenizer.vocab_size
-    is_byte = np.zeros(tokenizer.vocab_size, dtype=bool)
-    for index, text, byte in found:
-        content[index], is_byte[index] = text, byte
-    return Pieces(content, is_byte, np.array([bool(text) for text in content]) & ~is_byte)
-
-
-def _pieces_of_model(tokenizer: SentencePieceTokenizer) -> Iterator[tuple[int, bytes, bool]]:
-    proto = parse_model(tokenizer.model_bytes, tokenizer.path)
-    kinds = proto.SentencePiece
-    for index, piece in enumerate(proto.pieces):
-        if piece.type == kinds.BYTE:
-            yield index, bytes([int(piece.piece[3:5], 16)]), True
-        elif piece.type in (kinds.NORMAL, kinds.USER_DEFINED):
-            yield index, piece.piece.replace(SPACE, " ").encode(), False
-
-
-def _pieces_of_definition(definition: dict[str, Any]) -> Iterator[tuple[int, bytes, bool]]:
-    vocabulary = definition["model"].get("vocab", {})
-    if isinstance(vocabulary, list):  # Unigram: [piece, score] in order of ids
-        vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
-        unknown = next((t for t, i in vocabulary.items() if i == definition["model"].get("unk_id")), None)
-    else:
-        unknown = definition["model"].get("unk_token")
-    added = {token["content"]: token for token in definition.get("added_tokens") or []}
-    decoders = flatten_decoders(definition.get("decoder"))
-    for token, index in vocabulary.items():
-        if token not in added and token != unknown:
-            yield index, *_decoded(token, decoders)
-    for token, entry in added.items():
-        if not entry.get("special") and token != unknown:
-            yield vocabulary.get(token, entry["id"]), token.encode(), False
-
-
-def _decoded(token: str, decoders: list[dict[str, Any]]) -> tuple[bytes, bool]:
-    """(bytes that a token stands for, whether it is a byte piece: the fallback's, or no whole characters)."""
-    content = decode_token(token, decoders)
-    fallback = is_fallback_byte(token) and any(step.get("type") == "ByteFallback" for step in decoders)
-    return content, fallback or not _is_whole(content)
-
-
-def _is_whole(content: bytes) -> bool:
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 # ---- texts: compression, dead tokens, byte fallback ----
@@ -349,7 +265,7 @@ def measure_coverage(tokenizer: Tokenizer, table: Sequence[tuple[str, int]]) -> 
         tokenizer: any.
         table: characters with their levels (``characters.load_table``).
     """
-    pieces = read_pieces(tokenizer)
+    pieces = tokenizer.read_pieces()
     tokens = encode_characters(tokenizer, pieces, [character for character, _ in table])
     level_of = np.array([level for _, level in table])
     levels = {int(level): _share(tokens.is_whole[level_of == level]) for level in np.unique(level_of)}
@@ -402,7 +318,7 @@ def describe_vocabulary(tokenizer: Tokenizer, usage: Mapping[str, Usage] | None 
         tokenizer: any.
         usage: its texts by domain, from ``count_tokens`` with ``count_ids``.
     """
-    pieces = read_pieces(tokenizer)
+    pieces = tokenizer.read_pieces()
     lengths = Counter(len(content) for content, is_text in zip(pieces.content, pieces.is_text) if is_text)
     scripts = Counter(dict.fromkeys(SCRIPTS, 0))
     for content, is_byte in zip(pieces.content, pieces.is_byte):
@@ -418,37 +334,6 @@ def describe_vocabulary(tokenizer: Tokenizer, usage: Mapping[str, Usage] | None 
             "byte_fallback_rate": fallback / found.tokens,
         }
     return Vocabulary(dict(sorted(lengths.items())), dict(scripts), of_domain)
-
-
-def script_of(text: str) -> str:
-    """The one of ``SCRIPTS`` that a piece belongs to.
-
-    Letters decide; a piece without any goes by its digits, then symbols, then punctuation, then white space.
-    """
-    kinds = {_kind_of(character) for character in text}
-    letters = kinds - {"digits", "symbols", "punctuation", "white space"}
-    if len(letters) > 1:
-        return "mixed scripts"
-    if letters:
-        return letters.pop()
-    return next((kind for kind in ("digits", "symbols", "punctuation") if kind in kinds), "white space")
-
-
-@functools.cache
-def _kind_of(character: str) -> str:
-    category = unicodedata.category(character)
-    word = unicodedata.name(character, "").removeprefix("FULLWIDTH ").removeprefix("HALFWIDTH ").split(" ")[0]
-    if category[0] == "L" or (word == "IDEOGRAPHIC" and category == "Nl"):
-        return _SCRIPT_OF_NAME.get(word, "other script")
-    if category[0] == "M":  # a combining mark takes no side, unless it belongs to one script alone
-        return "symbols" if word in ("COMBINING", "VARIATION") else _SCRIPT_OF_NAME.get(word, "other script")
-    if category[0] == "N":
-        return "digits"
-    if category[0] == "P":
-        return "punctuation"
-    if category[0] == "Z" or character in "\t\n\r\v\f":
-        return "white space"
-    return "symbols"  # controls, private and unassigned characters among them
 
 
 # ---- tables ----

@@ -16,7 +16,7 @@ import random
 from collections.abc import Iterator, Sequence
 from functools import cache
 
-from megatron_hammer.tokenizer.load import SPACE
+from megatron_hammer.tokenizer.pieces import SPACE
 
 FIXED_TEXTS = (
     "",

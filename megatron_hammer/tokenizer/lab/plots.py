@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from megatron_hammer.config import Config
-from megatron_hammer.tokenizer.lab.analyze import OVERALL, SCRIPTS, Coverage, Vocabulary
+from megatron_hammer.tokenizer.lab.analyze import OVERALL, Coverage, Vocabulary
 from megatron_hammer.tokenizer.lab.price import Price, token_flops
+from megatron_hammer.tokenizer.scripts import SCRIPTS
 
 COLUMNS = 100  # cells of a row: whole hundreds can be counted at a glance
 # One piece is what one looks for: dark green. The more tokens, the redder; told apart by lightness too.

@@ -42,15 +42,12 @@ import numpy as np
 
 from megatron_hammer.config import Config
 from megatron_hammer.parallel.placement import padded_vocab_size
+from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
+from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.lab.analyze import OVERALL, Table, Usage, count_tokens
-from megatron_hammer.tokenizer.load import (
-    SPACE,
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    parse_model,
-)
+from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.pieces import SPACE
+from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, parse_model
 from megatron_hammer.tokenizer.train import HashSample
 
 SAMPLE_BYTES = 8_000_000

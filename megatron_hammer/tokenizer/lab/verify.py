@@ -9,7 +9,7 @@ How each form is loaded and asked:
 form                        loaded by        asked
 --------------------------  ---------------  ---------------------------------------------------------------------------
 sentencepiece ``.model``    sentencepiece    ``encode``; bytes that are no UTF-8 too, if both are of this form
-``tokenizer.json``          tokenizers       ``encode`` without special tokens, literal ones staying text (``load.py``)
+``tokenizer.json``          tokenizers       ``encode`` without special tokens, literal ones staying text
 Hugging Face folder         AutoTokenizer    ``tokenizer(text, add_special_tokens=False)``; and ``tokenizer(text)`` if
                                              its tokenizer_config.json says that nothing is added (``add_bos_token``
                                              and ``add_eos_token`` are false): then both must give the ids
@@ -37,16 +37,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import ConfigError, RefusedError
+from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
 from megatron_hammer.tokenizer.lab.fuzz import break_utf8, fuzz_texts
-from megatron_hammer.tokenizer.load import (
-    BYTE_LEVEL_ALPHABET,
-    SPACE,
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    load_processor,
-    load_tokenizer,
-    parse_model,
-)
+from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.pieces import BYTE_LEVEL_ALPHABET, SPACE
+from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, load_processor, parse_model
 
 SPECIAL_NAMES = ("bos", "eos", "unk", "pad")
 

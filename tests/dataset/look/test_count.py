@@ -14,7 +14,7 @@ from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.dataset.format import TokenizerRecord, path_of
 from megatron_hammer.dataset.look.count import count_tokens
 from megatron_hammer.dataset.writer import IndexedWriter
-from megatron_hammer.tokenizer.load import SentencePieceTokenizer
+from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
 from megatron_hammer.tokenizer.train import train_tokenizer
 from tests.tokenizer.texts import Texts, training_texts
 

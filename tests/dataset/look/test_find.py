@@ -10,9 +10,9 @@ import pytest
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.dataset.look import find
 from megatron_hammer.dataset.look.find import TextSearch, describe_match, format_match
-from megatron_hammer.dataset.look.inspect import Speller
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.spelling import Speller
 from tests.dataset.inspected import (  # noqa: F401  the fixtures
     HARD,
     WORDS,

@@ -14,7 +14,6 @@ import pytest
 from megatron_hammer.base.errors import ConfigError, RefusedError
 from megatron_hammer.dataset.look import inspect
 from megatron_hammer.dataset.look.inspect import (
-    Speller,
     describe_dataset,
     describe_document,
     describe_lengths,
@@ -27,6 +26,7 @@ from megatron_hammer.dataset.look.inspect import (
 )
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
+from megatron_hammer.tokenizer.spelling import Speller
 from tests.dataset.inspected import (  # noqa: F401  the fixtures
     random_texts,
     tokenizer,
@@ -113,16 +113,6 @@ def test_documents_as_text(tmp_path, tokenizer):  # noqa: F811
     for number, span in ((-1, (0, 4)), (30, (0, 4)), (0, (4, 4))):
         with pytest.raises(ConfigError, match="E295"):
             describe_document(dataset, number, span, speller)
-
-
-def test_ids_that_spell_nothing(tokenizers):  # noqa: F811
-    spm = tokenizers["sentencepiece"]
-    speller = Speller(spm)
-    smile = spm.encode("\U0001f600")
-    assert speller.text([1, *spm.encode("世界"), 2, 10**6, -1, 0]) == "<bos>世界<eos><id 1000000><id -1><unk>"
-    assert speller.text(smile[:2]) == "\\xf0\\x9f", "bytes that are no character"
-    assert speller.marked([1, *smile, *spm.encode("\n")]).startswith("<bos>\u2502<0xF0>\u2502<0x9F>\u2502")
-    assert speller.marked(spm.encode("\n")) in ("\\n", "<0x0A>")
 
 
 def test_another_tokenizer_is_refused(tmp_path, tokenizers):  # noqa: F811

@@ -14,12 +14,12 @@ from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.dataset import writer as writer_module
 from megatron_hammer.dataset.format import TokenizerRecord, path_of
 from megatron_hammer.dataset.look import contamination as held_out
-from megatron_hammer.dataset.look import scripts, verify
+from megatron_hammer.dataset.look import script_counts, verify
 from megatron_hammer.dataset.look.verify import verify_dataset
 from megatron_hammer.dataset.look.verify_report import format_report
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
-from megatron_hammer.tokenizer.lab.analyze import read_pieces, script_of
+from megatron_hammer.tokenizer.scripts import script_of
 from tests.dataset.inspected import (  # noqa: F401  the fixtures
     random_texts,
     record_of,
@@ -37,7 +37,7 @@ def small_pieces(monkeypatch):
         monkeypatch.setattr(module, "BLOCK_BYTES", 4096)
     monkeypatch.setattr(verify, "_TOKENS_AT_ONCE", 37)
     monkeypatch.setattr(held_out, "_WINDOWS_AT_ONCE", 41)
-    monkeypatch.setattr(scripts, "_TOKENS_AT_ONCE", 43)
+    monkeypatch.setattr(script_counts, "_TOKENS_AT_ONCE", 43)
     monkeypatch.setattr(verify, "_DOCUMENTS_AT_ONCE", 5)
     monkeypatch.setattr(verify, "IN_MEMORY", 64)
 
@@ -79,7 +79,7 @@ def test_characters_as_decoding_counts_them(tmp_path, tokenizer, pieces):  # noq
     assert all(counted[name] <= expected[name] for name in counted)
     assert counted["Latin"] >= expected["Latin"] - text.count("é") - text.count("ß")
     ids = [token for document in documents for token in document]
-    assert found["byte_token_share"] == read_pieces(tokenizer).is_byte[ids].mean()
+    assert found["byte_token_share"] == tokenizer.read_pieces().is_byte[ids].mean()
     assert report.facts["ids"] == {"used": len(set(ids)), "largest": max(ids), "outside": 0,
                                    "vocabulary": tokenizer.vocab_size}  # fmt: skip
     assert report.facts["document_marks"]["empty"] == 1

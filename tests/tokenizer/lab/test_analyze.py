@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 import inspect
 import json
 import random
@@ -18,18 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.tokenizer.characters import load_table
-from megatron_hammer.tokenizer.convert import convert_tokenizer
+from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.lab import analyze
 from megatron_hammer.tokenizer.lab import plots as analyze_plots
-from megatron_hammer.tokenizer.load import SentencePieceTokenizer, Tokenizer, load_tokenizer
-from tests.tokenizer.texts import REPOSITORY, any_text, handmade_model, model_proto, real_model, training_texts
+from megatron_hammer.tokenizer.load import load_tokenizer
+from tests.tokenizer.texts import REPOSITORY, handmade_model, model_proto, real_model, training_texts
 from tests.tokenizer.texts import write_model as write
 
 PROGRAM = REPOSITORY / "tools" / "analyze_tokenizer.py"
@@ -40,69 +35,9 @@ TEXTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def converted(plain: SentencePieceTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("converted")
-    convert_tokenizer(plain, folder)
-    return load_tokenizer(folder / "tokenizer.json")
-
-
-@pytest.fixture(scope="module")
-def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1500, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(training_texts(), trainer)
-    path = tmp_path_factory.mktemp("byte_level") / "tokenizer.json"
-    backend.save(str(path))
-    return load_tokenizer(path)
-
-
-@pytest.fixture(params=["plain", "with_symbols", "converted", "byte_level"])
-def any_kind(request: pytest.FixtureRequest) -> Tokenizer:
-    return request.getfixturevalue(request.param)
-
-
 def texts_file(path: Path, texts: list[str]) -> Path:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
-
-
-# ---- pieces ----
-
-
-def test_pieces_have_the_bytes_that_the_tokenizer_counts(any_kind: Tokenizer) -> None:
-    pieces = analyze.read_pieces(any_kind)
-    assert [len(content) for content in pieces.content] == any_kind.piece_bytes().tolist()
-    assert not (pieces.is_byte & pieces.is_text).any()
-
-
-@given(text=any_text())
-@settings(max_examples=60, deadline=None)
-def test_pieces_of_ids_spell_the_text(plain: Any, converted: Any, byte_level: Any, text: str) -> None:
-    for tokenizer in (plain, converted, byte_level):
-        pieces = pieces_of(tokenizer)
-        expected = text if tokenizer is byte_level else text.replace("\u2581", " ")
-        assert b"".join(pieces.content[i] for i in tokenizer.encode(text)) == expected.encode()
-
-
-pieces_of = functools.cache(analyze.read_pieces)
-
-
-def test_byte_pieces(plain: Tokenizer, byte_level: Tokenizer) -> None:
-    proto = model_proto(plain.path)
-    expected = [piece.type == proto.SentencePiece.BYTE for piece in proto.pieces]
-    assert analyze.read_pieces(plain).is_byte.tolist() == expected
-    pieces = analyze.read_pieces(byte_level)
-    for content, is_byte in zip(pieces.content, pieces.is_byte):
-        assert is_byte == ("\ufffd" in content.decode(errors="replace"))
-
-
-# ---- coverage ----
 
 
 def covered_by_sentencepiece(path: Path, character: str) -> bool:
@@ -122,7 +57,7 @@ def some_characters() -> list[str]:
     return [*random.Random(0).sample(sorted(seen), 60), *"鹈鹕龘㐀𠀀é☃가д7a"]
 
 
-def test_coverage_is_the_published_definition(plain: Tokenizer, converted: Tokenizer, tmp_path: Path) -> None:
+def test_coverage_is_the_published_definition(plain: Tokenizer, converted_plain: Tokenizer, tmp_path: Path) -> None:
     pieces = [("▁", -1.0), ("中", -2.0), ("国", -3.0), ("▁国", -4.0), ("文", -5.0)]
     prefixed = load_tokenizer(write(handmade_model(pieces, dummy_prefix=True), tmp_path / "prefixed.model"))
     table = [(character, 1 + i % 3) for i, character in enumerate(some_characters() + list("中国文"))]
@@ -136,13 +71,13 @@ def test_coverage_is_the_published_definition(plain: Tokenizer, converted: Token
             assert (share.covered, share.characters) == (sum(of_level), len(of_level))
             assert share.percent == pytest.approx(100 * np.mean(of_level))
     assert analyze.measure_coverage(prefixed, [("中", 1), ("国", 1)]).levels[1].percent == 100
-    same = analyze.measure_coverage(converted, table)
+    same = analyze.measure_coverage(converted_plain, table)
     assert same.tokens.counts.tolist() == analyze.measure_coverage(plain, table).tokens.counts.tolist()
 
 
 def test_coverage_of_byte_level(byte_level: Tokenizer) -> None:
     characters = some_characters()
-    found = analyze.encode_characters(byte_level, analyze.read_pieces(byte_level), characters)
+    found = analyze.encode_characters(byte_level, byte_level.read_pieces(), characters)
     lengths = [len(byte_level.encode(character)) for character in characters]
     assert found.counts.tolist() == lengths and found.is_whole.tolist() == [n == 1 for n in lengths]
     assert 0 < found.is_whole.sum() < len(characters)
@@ -155,7 +90,7 @@ def test_unknown_characters_are_not_covered(tmp_path: Path) -> None:
     proto.pieces.extend(kept)
     proto.trainer_spec.byte_fallback = False
     tokenizer = load_tokenizer(write(proto, tmp_path / "unknown.model"))
-    found = analyze.encode_characters(tokenizer, analyze.read_pieces(tokenizer), ["中", "国"])
+    found = analyze.encode_characters(tokenizer, tokenizer.read_pieces(), ["中", "国"])
     assert found.counts.tolist() == [1, 0] and found.is_whole.tolist() == [True, False]
 
 
@@ -238,23 +173,6 @@ def test_vocabulary_recounted(plain: Tokenizer) -> None:
     assert sum(found.scripts.values()) == plain.vocab_size
     assert found.scripts["bytes"] == 256 and found.scripts["control"] == 3 and found.scripts["Han"] > 100
     assert analyze.describe_vocabulary(plain).usage == {}
-
-
-@pytest.mark.parametrize("text, script", [
-    ("中国", "Han"), ("〇", "Han"), ("々", "Han"), (" the", "Latin"), ("ｆ", "Latin"), ("naïve", "Latin"),
-    ("e\u0301", "Latin"), ("の", "Kana"), ("ｱ", "Kana"), ("가", "Hangul"), ("д", "Cyrillic"), ("Ω", "Greek"),
-    ("ع", "Arabic"), ("ก", "other script"), ("漢の", "mixed scripts"), ("12", "digits"), ("½", "digits"),
-    ("７", "digits"), ("。", "punctuation"), ("):\n", "punctuation"), (" +=", "symbols"), ("😀", "symbols"),
-    ("   ", "white space"), ("\n\n", "white space"), ("<br>", "Latin"), ("x1", "Latin"), ("1.", "digits"),
-])  # fmt: skip
-def test_scripts(text: str, script: str) -> None:
-    assert analyze.script_of(text) == script
-
-
-@given(text=st.text(min_size=1))
-@settings(max_examples=200, deadline=None)
-def test_every_piece_has_a_script(text: str) -> None:
-    assert analyze.script_of(text) in analyze.SCRIPTS[: analyze.SCRIPTS.index("bytes")]
 
 
 # ---- names, arguments, program ----

@@ -19,9 +19,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.config import Config, DataConfig, ModelConfig, TrainConfig, load_config
 from megatron_hammer.tokenizer.convert import convert_tokenizer
+from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.lab import price
 from megatron_hammer.tokenizer.lab.analyze import count_tokens
-from megatron_hammer.tokenizer.load import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
 from megatron_hammer.tokenizer.train import train_tokenizer
 from tests.tokenizer.texts import REPOSITORY, Texts, handmade_model, real_model, training_texts
 from tests.tokenizer.texts import write_model as write

@@ -20,7 +20,9 @@ from megatron_hammer.tokenizer.convert import publish_tokenizer
 from megatron_hammer.tokenizer.lab import verify
 from megatron_hammer.tokenizer.lab.fuzz import FIXED_TEXTS, break_utf8, fuzz_texts
 from megatron_hammer.tokenizer.lab.verify import compare_tokenizers
-from megatron_hammer.tokenizer.load import SPACE, SentencePieceTokenizer, load_tokenizer
+from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.pieces import SPACE
+from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
 from tests.tokenizer.faults import plant
 from tests.tokenizer.test_load import byte_level_backend, write_folder
 from tests.tokenizer.texts import REPOSITORY, SYMBOLS, handmade_model, model_proto, real_model, write_model

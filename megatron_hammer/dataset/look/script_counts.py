@@ -12,24 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hammer.tokenizer.load import Tokenizer
+from megatron_hammer.tokenizer.interface import Tokenizer
+from megatron_hammer.tokenizer.scripts import SCRIPTS, script_of
 
 _REPLACEMENT = "\ufffd".encode()  # EF BF BD
 _TOKENS_AT_ONCE = 1 << 18  # their temporaries stay in the cache
 _COMPARED = 8  # so many comparisons cost no more than one look-up
 
 
-class Characters:
-    """Counts for the ids of one tokenizer.
+class ScriptCounts:
+    """Counts the characters of a dataset, whose ids are of one tokenizer, by script.
 
     Args:
         tokenizer: of the ids.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        from megatron_hammer.tokenizer.lab.analyze import read_pieces
-
-        self.pieces = read_pieces(tokenizer)
+        self.pieces = tokenizer.read_pieces()
         self.unk_id = tokenizer.unk_id
         self.spelt_replacements = 0
         """U+FFFD that no piece holds whole."""
@@ -88,8 +87,6 @@ class Characters:
         Args:
             counts: int64, how often each id occurs in the whole dataset.
         """
-        from megatron_hammer.tokenizer.lab.analyze import SCRIPTS, script_of
-
         scripts: Counter[str] = Counter()
         replacements = self.spelt_replacements
         of_character: dict[str, str] = {}
