@@ -23,7 +23,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_hammer.base.cli import ArgumentParser, report
@@ -182,7 +184,7 @@ def _meet(node: Node, timeout_seconds: int) -> Meeting:
 
 
 def _set_environment(node: Node, meeting: Meeting | None) -> None:
-    """What the ranks inherit, where the user has not said otherwise: network interfaces, and a share of the cores.
+    """What the ranks inherit, where the user has not said otherwise: network interfaces, a share of the cores, a cache.
 
     On one node nothing but loopback is used. On several, gloo would take the interface that this machine's own name
     resolves to, which may be loopback; it gets the one on the way to node 0.
@@ -197,6 +199,8 @@ def _set_environment(node: Node, meeting: Meeting | None) -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // node.nproc)))
+    # Triton's default is the home folder, which the ranks of all nodes may share.
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"triton-{os.getuid()}"))
 
 
 def _note_few_cores(config: Config, nproc: int) -> None:

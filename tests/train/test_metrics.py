@@ -45,6 +45,21 @@ def test_peaks() -> None:
     assert peak_tflops(tiny_config(log__peak_tflops=1.5), "cpu") == 1.5
 
 
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 NVL", 835.5), ("NVIDIA H200 NVL", 835.5), ("NVIDIA H200", 989), ("NVIDIA H800", 989),
+        ("NVIDIA H20", 148), ("NVIDIA L20", 119.5), ("NVIDIA L40S", 362.05), ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA GeForce RTX 5090", 209.5),
+        ("NVIDIA B200", 2250), ("NVIDIA B300 SXM6 AC", 2250), ("AMD Instinct MI300X", 1307.4), ("NVIDIA L4", None),
+        ("NVIDIA GH200 480GB", 989), ("Tesla T4", None),
+    ],
+)  # fmt: skip
+def test_peaks_by_whole_words_of_the_name(name: str, peak: float | None) -> None:
+    """H20 is no H200, and an H100 NVL no H100 SXM."""
+    assert peak_tflops(tiny_config(train__precision="bf16"), name) == peak
+
+
 def test_metrics_file_writes_exact_numbers(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl", 0)
     values = {"step": 1, "a": 0.1 + 0.2, "b": math.nan, "c": math.inf, "d": None, "e": True, "f": 1 / 3}
