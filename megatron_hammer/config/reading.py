@@ -6,21 +6,23 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.base.progress import say
 from megatron_hammer.config.help import describe_fields
+from megatron_hammer.config.retired import without_retired
 from megatron_hammer.config.tree import Config
 
 
 class _StrictLoader(yaml.SafeLoader):
     """PyYAML's safe loader, but a key given twice is an error instead of a silent loss of the first."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
@@ -36,10 +38,13 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(8, where, f"is not valid YAML ({error})", "mend the syntax") from None
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), note: Callable[[str], None] | None = say) -> Config:
     """Read a YAML preset, apply ``group.field=value`` overrides in order, and check names and types.
 
     Ranges and relations are checked by ``Config.validate``.
+
+    Args:
+        note: is told of settings that are of no use any more; on stderr, unless the caller has another place.
 
     Raises:
         ConfigError: missing or malformed file, unknown or misspelt key (the nearest is named), wrong type.
@@ -56,10 +61,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(8, str(path), "must hold groups (model:, train:, ...)", "see examples/configs/tiny.yaml")
     for override in overrides:
         _apply_override(tree, override)
-    return config_from_tree(tree)
+    return config_from_tree(tree, note)
 
 
-def _apply_override(tree: dict, override: str) -> None:
+def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or len(parts) < 2 or not all(parts):
@@ -76,12 +81,13 @@ def _apply_override(tree: dict, override: str) -> None:
     node[parts[-1]] = value
 
 
-def config_from_tree(tree: Mapping) -> Config:
+def config_from_tree(tree: Mapping[str, Any], note: Callable[[str], None] | None = None) -> Config:
     """Build a ``Config`` from nested plain values, as ``load_config`` reads them and checkpoints store them."""
-    return _build(Config, tree, "")
+    config: Config = _build(Config, without_retired(tree, note), "")
+    return config
 
 
-def config_to_tree(config: Config) -> dict:
+def config_to_tree(config: Config) -> dict[str, Any]:
     """The inverse: nested plain values, every field filled in."""
     return dataclasses.asdict(config)
 
@@ -145,7 +151,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     raise ConfigError(3, f"{name}={value!r}", f"must be of type {hint.__name__}", "correct the value")
 
 
-def _convert_dict(value_hint: Any, value: Any, name: str) -> dict | None:
+def _convert_dict(value_hint: Any, value: Any, name: str) -> dict[str, Any] | None:
     if value_hint is float and isinstance(value, str):
         return {value: 1.0}  # one prefix
     if not isinstance(value, dict) or not value:

@@ -104,8 +104,6 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer's matrices (TP)."""
-    pipeline_model_parallel_size: int = 1
-    """Ranks that share the stack of layers (PP). Only 1 is possible in this version."""
     sequence_parallel: bool = False
     """Between the matrices, keep only seq_length / TP rows on each rank (arXiv 2205.05198). Needs TP of 2 or more."""
     gradient_bucket_bytes: int = 64 * 2**20
@@ -124,13 +122,6 @@ class ParallelConfig:
                 "timeout_seconds": self.timeout_seconds,
             },
             1,
-        )
-        pp = self.pipeline_model_parallel_size
-        require(
-            pp == 1,
-            f"parallel.pipeline_model_parallel_size={pp}",
-            "must be 1 in this version",
-            "use tensor and data parallelism",
         )
         require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from megatron_hammer.base.cli import ArgumentParser, report, run
 from megatron_hammer.base.errors import ParallelError, from_exception
+from megatron_hammer.base.progress import say
 from megatron_hammer.config import help_text, load_config
 
 
@@ -30,11 +31,11 @@ def build_parser() -> ArgumentParser:
 def main() -> int:
     """Run the rank that torchrun's variables describe, or the only one."""
     arguments = build_parser().parse_args()
-    config = load_config(arguments.config, arguments.overrides)
     rank, local_rank, world_size = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
     )
+    config = load_config(arguments.config, arguments.overrides, note=say if rank == 0 else None)
     from megatron_hammer.train.run import run_rank
 
     store = None
