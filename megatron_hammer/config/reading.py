@@ -106,7 +106,7 @@ def _build(cls: type, tree: Any, where: str) -> Any:
         if f.name in tree and not (tree[f.name] is None and dataclasses.is_dataclass(hints[f.name])):
             values[f.name] = _convert(hints[f.name], tree[f.name], name)
         elif dataclasses.is_dataclass(hints[f.name]) and f.default_factory is dataclasses.MISSING:
-            values[f.name] = _build(hints[f.name], {}, name)  # type: ignore[arg-type]  # names the first missing field
+            values[f.name] = _build(hints[f.name], {}, name)  # names the first missing field
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(7, name, "is not set and has no default", f"add {name} to the YAML file or the arguments")
     return cls(**values)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import GraphPackedSequences, PackedSequences
 from megatron_hammer.model import layers, layers_te
 from megatron_hammer.model.head_loss import Objective, head_loss
+from megatron_hammer.model.layer_interface import LayerModule
 from megatron_hammer.model.layers import LayerOptions, ready_after
 from megatron_hammer.model.recompute import Recompute
 from megatron_hammer.parallel.collectives import all_gather_rows
@@ -42,7 +42,7 @@ Rope = tuple[Tensor, Tensor]  # cos and sin, [s, 1, 1, d/2] each; [b s, 1, 1, d/
 class Attention(nn.Module):
     """Causal self-attention, within documents where they are given: [s/t, b, h] -> [s/t, b, h]."""
 
-    def __init__(self, config: ModelConfig, at: Placement, options: LayerOptions, parts: ModuleType) -> None:
+    def __init__(self, config: ModelConfig, at: Placement, options: LayerOptions, parts: LayerModule) -> None:
         super().__init__()
         h, d = config.hidden_size, config.head_size
         self.operations = options.operations
@@ -58,7 +58,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU feed-forward: [s/t, b, h] -> [s/t, b, h]."""
 
-    def __init__(self, config: ModelConfig, at: Placement, options: LayerOptions, parts: ModuleType) -> None:
+    def __init__(self, config: ModelConfig, at: Placement, options: LayerOptions, parts: LayerModule) -> None:
         super().__init__()
         self.swiglu = options.operations.swiglu
         self.gate_up = parts.ColumnParallelLinear(config.hidden_size, 2 * at.ffn_local, options)
@@ -75,7 +75,7 @@ class DecoderLayer(nn.Module):
     the same two after this layer.
     """
 
-    def __init__(self, config: ModelConfig, at: Placement, options: LayerOptions, parts: ModuleType) -> None:
+    def __init__(self, config: ModelConfig, at: Placement, options: LayerOptions, parts: LayerModule) -> None:
         super().__init__()
         self.attention_norm = parts.RMSNorm(config.hidden_size, config.norm_eps, options)
         self.attention = Attention(config, at, options, parts)
@@ -99,7 +99,7 @@ class Stage(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, at: Placement, options: LayerOptions, parts: ModuleType, recompute: Recompute
+        self, config: ModelConfig, at: Placement, options: LayerOptions, parts: LayerModule, recompute: Recompute
     ) -> None:
         super().__init__()
         assert config.vocab_size is not None, "model.vocab_size must be resolved before a model is built"
@@ -174,7 +174,7 @@ class Stage(nn.Module):
         if not self.placement.has_head:
             return x if update is None else x + update
         normed, _ = self.final_norm(x, update)
-        return normed  # type: ignore[no-any-return]
+        return normed
 
     def forward(
         self,
@@ -262,7 +262,9 @@ def build_stage(
     kernels, recompute = kernels or KernelsConfig(), recompute or Recompute()
     placement = placement or place(config, ctx.tp.rank, ctx.tp.size)
     assert (placement.tp_rank, placement.tp_size) == (ctx.tp.rank, ctx.tp.size), "a placement of another rank"
-    parts = layers_te if kernels.layers == "te" else layers
+    parts: LayerModule = layers
+    if kernels.layers == "te":
+        parts = layers_te  # an assignment of its own: mypy holds each module to the interface
     options = LayerOptions(
         dtype,
         ctx.device,
