@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import mmap
 import os
 import platform
@@ -112,14 +113,15 @@ def make(folder: Path, small: bool) -> dict[str, Any]:
 
 def write_ranks(folder: Path, model: Any, value: Callable[[str, str], Any], kinds: tuple[str, ...]) -> None:
     """A checkpoint as two tensor-parallel ranks write it, one after the other."""
-    from megatron_hammer.checkpoint.folder import new_id, staging_folder
+    from megatron_hammer.base.files import staging_path
+    from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES
     from megatron_hammer.checkpoint.manifest import Layout
-    from megatron_hammer.checkpoint.write import DTYPE_NAMES, Piece, commit, write_rank
+    from megatron_hammer.checkpoint.write import SliceToWrite, commit, write_rank
     from megatron_hammer.model.parameters import parameter_table
     from megatron_hammer.parallel.placement import place
 
     target = folder / "checkpoints" / "step-00000001"
-    staging = staging_folder(target, new_id())
+    staging = staging_path(target)
     staging.mkdir(parents=True)
     dtype = DTYPE_NAMES[value("model.norm.weight", "weight").dtype]
 
@@ -137,7 +139,7 @@ def write_ranks(folder: Path, model: Any, value: Callable[[str, str], Any], kind
             for s in owned
         ]  # fmt: skip
         pieces = [
-            Piece(s.tensor, kind, s.rows, s.cols, shape, dtype, part(s, kind))
+            SliceToWrite(s.tensor, kind, s.rows, s.cols, shape, dtype, part(s, kind))
             for kind in kinds
             for s, shape in zip(owned, shapes)
         ]
@@ -441,10 +443,9 @@ def report(folder: Path, rounds: int, proof: bool, small: bool) -> str:
     facts = make(folder, small) if small else run("conversion.py", "--one", "make", str(folder), str(folder))
     size = {"out": 2 * facts["parameters"]}
     few = model_of(small, STATE_LAYERS)
-    from megatron_hammer.checkpoint.tensor_files import count
     from megatron_hammer.model.parameters import logical_shapes
 
-    size["state_out"] = 2 * sum(map(count, logical_shapes(few).values()))
+    size["state_out"] = 2 * sum(map(math.prod, logical_shapes(few).values()))
     size["state_in"] = 2 * size["state_out"]  # the fp32 weights; moments are passed over
     tasks = ["import", "peer-import", "export", "peer-export", "state"]
     runs: dict[tuple[str, bool], list[dict[str, Any]]] = {(t, c): [] for c in (True, False) for t in tasks}

@@ -15,8 +15,7 @@ import pytest
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
-from megatron_hammer.checkpoint.folder import resolve_checkpoint
-from megatron_hammer.checkpoint.manifest import read_manifest
+from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.huggingface.certificate import prove
 from megatron_hammer.huggingface.export import export_hf
@@ -94,7 +93,7 @@ def test_a_tokenizer_of_these_tools_goes_through_the_whole_job(job: tuple[Path, 
         assert dataset.header is not None and dataset.header.tokenizer.fingerprint == merged.fingerprint
     lines = metrics(out / "run")
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["valid/zh/bits_per_byte"] > 0
-    manifest = read_manifest(resolve_checkpoint(out / "run"))
+    manifest = open_checkpoint(out / "run")
     assert manifest.tokenizer is not None and manifest.tokenizer.fingerprint == merged.fingerprint
     certificate = json.loads((out / "hf" / "certificate.json").read_text())
     assert certificate["verdict"] == "passed"

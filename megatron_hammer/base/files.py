@@ -1,13 +1,23 @@
 """Files that survive a power cut, and names that never stand for half a file nor for two writers; hashes of files.
 
 A file that takes long to make is written under a temporary name beside its own and renamed when it is complete and on
-the disk (``publish``). Linux; no torch.
+the disk (``publish``). So is a folder (``staged_folder``), under one of these names::
+
+    NAME.tmp-5f0c...   being written, or left by a program that crashed
+    NAME.old-91ab...   what was there before, set aside while it is replaced; counts if there is no NAME
+
+Linux; no torch.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,6 +72,90 @@ def replace_file(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def staging_path(target: Path, identity: str | None = None) -> Path:
+    """Where what will become ``target`` is put together: beside it, so that a rename moves it.
+
+    Args:
+        identity: 16 hex digits that tell it from what others write there; drawn where it is None.
+    """
+    return target.with_name(f"{target.name}.tmp-{identity or secrets.token_hex(8)}")
+
+
+def replace_folder(staged: Path, target: Path) -> None:
+    """Rename a finished folder to ``target``, durably. What is in the way is set aside first and removed last.
+
+    At every moment the old or the new content is there, under its name or as ``.old-``.
+    """
+    sync_folder(staged)
+    old = target.with_name(f"{target.name}.old-{secrets.token_hex(8)}") if os.path.lexists(target) else None
+    if old is not None:
+        os.rename(target, old)
+    try:
+        os.rename(staged, target)
+    except OSError:
+        if old is not None:
+            os.rename(old, target)
+        raise
+    sync_folder(target.parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that a crash half-way leaves a staging name, not half of what was there."""
+    doomed = staging_path(folder)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(folder: Path, names: str) -> list[str]:
+    """Remove what crashed programs left in ``folder``; bring back what was set aside and not replaced.
+
+    Only for the one program that writes there.
+
+    Args:
+        names: a regular expression for the names of the finished folders.
+
+    Returns:
+        the names of what was found, for a note.
+    """
+    pattern, found = re.compile(rf"(?P<target>{names})\.(?P<kind>tmp|old)-[0-9a-f]{{16}}"), []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = pattern.fullmatch(path.name)
+        if match is None or path.is_symlink() or not path.is_dir():
+            continue
+        found.append(path.name)
+        if match["kind"] == "old" and not os.path.lexists(folder / match["target"]):
+            os.rename(path, folder / match["target"])
+        else:
+            shutil.rmtree(path)
+    return found
+
+
+@contextmanager
+def staged_folder(target: Path, replace: bool = False) -> Iterator[Path]:
+    """A new folder beside ``target`` that takes its name when the block ends; after an error nothing of it is left.
+
+    Args:
+        target: its parent is made where it is missing, what crashed programs left beside it is removed.
+        replace: whether ``target`` may be there already. Otherwise it may only be an empty folder.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target.parent, re.escape(target.name))
+    staging = staging_path(target)
+    staging.mkdir()
+    try:
+        yield staging
+        if replace:
+            replace_folder(staging, target)
+        else:
+            sync_folder(staging)
+            publish(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def open_alone(path: Path) -> int | None:

@@ -8,37 +8,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from megatron_hammer.base.errors import CheckpointError, ConfigError
-from megatron_hammer.checkpoint.manifest import MANIFEST, Manifest
-from megatron_hammer.config import ModelConfig, config_from_tree
+from megatron_hammer.base.errors import CheckpointError
+from megatron_hammer.checkpoint.manifest import Manifest, saved_model
+from megatron_hammer.config import ModelConfig
 from megatron_hammer.model.parameters import logical_shapes
-
-
-def saved_model(manifest: Manifest) -> ModelConfig:
-    """The model as it was when saved, with the longest context filled in.
-
-    Raises:
-        CheckpointError: the checkpoint's config has a setting that this version does not know.
-    """
-    try:
-        config = config_from_tree(manifest.config)
-        config.model.check()
-    except ConfigError as error:
-        raise CheckpointError(
-            6,
-            str(manifest.folder / MANIFEST),
-            f"holds a config of another version ({error})",
-            "read it with the version of the program that wrote it",
-        ) from None
-    model = config.model
-    if model.vocab_size is None:
-        raise CheckpointError(
-            6, str(manifest.folder / MANIFEST), "does not state model.vocab_size", "use another checkpoint"
-        )
-    if model.max_position_embeddings is None:
-        tree = {**manifest.config["model"], "max_position_embeddings": config.data.seq_length}
-        model = config_from_tree({**manifest.config, "model": tree}).model
-    return model
 
 
 def check_fits(manifest: Manifest, model: ModelConfig, kinds: Collection[str]) -> None:

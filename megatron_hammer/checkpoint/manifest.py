@@ -19,32 +19,28 @@ from __future__ import annotations
 
 import bisect
 import json
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.base.errors import CheckpointError
-from megatron_hammer.base.files import write_durably
-from megatron_hammer.checkpoint.tensor_files import (
-    ITEM_BYTES,
-    MAX_HEADER_BYTES,
-    count,
-    digest,
-    digest_file,
-    open_regular,
-)
+from megatron_hammer.base.errors import CheckpointError, ConfigError
+from megatron_hammer.base.files import hash_bytes, hash_content, hash_file, write_durably
+from megatron_hammer.checkpoint.tensor_files import ITEM_BYTES, MAX_HEADER_BYTES, open_regular
+from megatron_hammer.config import ModelConfig, config_from_tree
 
 FORMAT, VERSION = "megatron_hammer.checkpoint", 1
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
 MAX_MANIFEST_BYTES = 2 * MAX_HEADER_BYTES  # half a million slices; a limit for what a hostile file can make us parse
 
-STEP_NAME = re.compile(r"step-(\d{8,12})")
+STEP_NAME = r"step-(\d{8,12})"
 _RANK_FILE = re.compile(r"rank-\d{5,7}\.safetensors")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _HASH = re.compile(r"[0-9a-f]{32}")
+_USE_ANOTHER = "restore the file or use another checkpoint"
 
 Range = tuple[int, int]
 
@@ -137,11 +133,6 @@ class Manifest:
         """Kinds of tensors that are there."""
         return {t.kind for t in self.tensors}
 
-    def key(self, piece: SavedSlice) -> str:
-        """Name of a slice in its file, such as ``weight:model.norm.weight[0:64]``."""
-        tensor = self.tensors[piece.tensor]
-        return slice_key(tensor.name, tensor.kind, piece.rows, piece.cols)
-
 
 def slice_key(name: str, kind: str, rows: Range, cols: Range | None) -> str:
     """Name under which a rectangle of a logical tensor is stored."""
@@ -152,11 +143,6 @@ def slice_key(name: str, kind: str, rows: Range, cols: Range | None) -> str:
 def canonical_json(tree: Any) -> bytes:
     """The one text of a JSON value: sorted keys, no spaces, ASCII, finite numbers only."""
     return json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def pack_slice(piece: SavedSlice) -> list[Any]:
-    """A slice as the row of numbers that the manifest holds."""
-    return [piece.tensor, *piece.rows, *(piece.cols or ()), piece.hash]
 
 
 def write_manifest(manifest: Manifest) -> None:
@@ -173,7 +159,7 @@ def write_manifest(manifest: Manifest) -> None:
         "weights_dtype": manifest.weights_dtype,
         "tensors": [[t.name, t.kind, list(t.shape), t.dtype] for t in manifest.tensors],
         "files": [
-            {"name": f.name, "size": f.size, "header": f.header_hash, "slices": [pack_slice(s) for s in f.slices]}
+            {"name": f.name, "size": f.size, "header": f.header_hash, "slices": [_pack(s) for s in f.slices]}
             for f in manifest.files
         ],
         "tokenizer": tokenizer
@@ -182,8 +168,13 @@ def write_manifest(manifest: Manifest) -> None:
             "files": {name: list(entry) for name, entry in tokenizer.files.items()},
         },
     }
-    tree["digest"] = digest(canonical_json(tree))
+    tree["digest"] = hash_bytes(canonical_json(tree))
     write_durably(manifest.folder / MANIFEST, canonical_json(tree) + b"\n")
+
+
+def _pack(saved: SavedSlice) -> list[Any]:
+    """A slice as the row of numbers that the manifest holds."""
+    return [saved.tensor, *saved.rows, *(saved.cols or ()), saved.hash]
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -196,110 +187,84 @@ def read_manifest(folder: str | Path) -> Manifest:
     path = folder / MANIFEST
     with open_regular(path) as file:
         text = file.read(MAX_MANIFEST_BYTES + 1)
-    _check(len(text) <= MAX_MANIFEST_BYTES, path, f"has more than {MAX_MANIFEST_BYTES} bytes", number=3)
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(3, str(path), f"has more than {MAX_MANIFEST_BYTES} bytes", _USE_ANOTHER)
     try:
         tree = json.loads(text)
         canonical = canonical_json(tree) + b"\n"
     except (ValueError, RecursionError) as error:
         raise CheckpointError(3, str(path), f"is not valid JSON ({type(error).__name__})", _USE_ANOTHER) from None
-    _check(isinstance(tree, dict) and tree.get("format") == FORMAT, path, "is not a manifest of this program", number=3)
-    if tree.get("version") != VERSION:
-        raise CheckpointError(
-            5,
-            f"{path} of version {tree.get('version')!r}",
-            f"must be of version {VERSION}",
-            "read it with the version of the program that wrote it",
-        )
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        raise CheckpointError(3, str(path), "is not a manifest of this program", _USE_ANOTHER)
+    if (version := tree.get("version")) != VERSION:
+        remedy = "read it with the version of the program that wrote it"
+        raise CheckpointError(5, f"{path} of version {version!r}", f"must be of version {VERSION}", remedy)
     claimed = tree.pop("digest", None)
-    _check(
-        canonical == text and claimed == digest(canonical_json(tree)), path, "does not match its own digest", number=4
-    )
+    if canonical != text or claimed != hash_bytes(canonical_json(tree)):
+        raise CheckpointError(4, str(path), "does not match its own digest", _USE_ANOTHER)
     try:
-        manifest = _parse(folder, tree, str(claimed))
+        manifest = _parse(folder, tree, claimed)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(6, str(path), f"has a field of the wrong form ({error})", _USE_ANOTHER) from None
     check_tiling(manifest)
-    named = STEP_NAME.fullmatch(folder.name)
-    _check(named is None or int(named[1]) == manifest.step, path, f"is that of step {manifest.step}", number=6)
+    named = re.fullmatch(STEP_NAME, folder.name)
+    if named is not None and int(named[1]) != manifest.step:
+        raise CheckpointError(6, str(path), f"is that of step {manifest.step}", _USE_ANOTHER)
     return manifest
-
-
-_USE_ANOTHER = "restore the file or use another checkpoint"
-
-
-def _check(condition: bool, path: Path, rule: str, number: int) -> None:
-    if not condition:
-        raise CheckpointError(number, str(path), rule, _USE_ANOTHER)
 
 
 def _parse(folder: Path, tree: dict[str, Any], claimed: str) -> Manifest:
     """The tree as dataclasses; a wrong form is a ``ValueError`` or what Python raises for it."""
-    tensors = tuple(_parse_tensor(*fields) for fields in tree["tensors"])
-    files = tuple(_parse_file(fields, tensors) for fields in tree["files"])
-    _demand(len({f.name for f in files}) == len(files), "two files have one name")
-    _demand(len({(t.name, t.kind) for t in tensors}) == len(tensors), "two tensors have one name")
-    _demand(tree["weights_dtype"] in ITEM_BYTES, "weights_dtype")
-    _demand(isinstance(tree["config"], dict) and isinstance(tree["state"], dict), "config or state is not a mapping")
-    layout = Layout(**tree["layout"])
-    tokenizer = tree["tokenizer"] and TokenizerFiles(
-        _hash(tree["tokenizer"]["fingerprint"]),
-        {_plain_name(n): (_size(s), _hash(h)) for n, (s, h) in tree["tokenizer"]["files"].items()},
-    )
-    return Manifest(
-        folder,
-        _size(tree["step"]),
-        layout,
-        tree["config"],
-        tree["state"],
-        tree["weights_dtype"],
-        tensors,
-        files,
-        tokenizer,
-        claimed,
-    )
-
-
-def _parse_tensor(name: str, kind: str, shape: list[int], dtype: str) -> LogicalTensor:
-    _demand(isinstance(name, str) and isinstance(kind, str) and dtype in ITEM_BYTES, f"tensor {name!r}")
-    _demand(isinstance(shape, list) and len(shape) in (1, 2) and all(_size(n) > 0 for n in shape), f"shape of {name!r}")
-    return LogicalTensor(name, kind, tuple(shape), dtype)
-
-
-def _parse_file(fields: dict[str, Any], tensors: Sequence[LogicalTensor]) -> SavedFile:
-    name = fields["name"]
-    _demand(isinstance(name, str) and _RANK_FILE.fullmatch(name) is not None, f"file name {name!r}")
-    slices = tuple(_parse_slice(row, tensors) for row in fields["slices"])
-    return SavedFile(name, _size(fields["size"]), _hash(fields["header"]), slices)
+    tensors = []
+    for name, kind, shape, dtype in tree["tensors"]:
+        if not (isinstance(name, str) and isinstance(kind, str) and dtype in ITEM_BYTES):
+            raise ValueError(f"tensor {name!r}")
+        if not (isinstance(shape, list) and len(shape) in (1, 2) and all(_count(n) > 0 for n in shape)):
+            raise ValueError(f"shape of {name!r}")
+        tensors.append(LogicalTensor(name, kind, tuple(shape), dtype))
+    files = []
+    for entry in tree["files"]:
+        name, slices = _text(entry["name"], _RANK_FILE), tuple(_parse_slice(row, tensors) for row in entry["slices"])
+        files.append(SavedFile(name, _count(entry["size"]), _text(entry["header"], _HASH), slices))
+    tokenizer = None
+    if saved := tree["tokenizer"]:
+        copies = {_text(n, _PLAIN_NAME): (_count(size), _text(h, _HASH)) for n, (size, h) in saved["files"].items()}
+        tokenizer = TokenizerFiles(_text(saved["fingerprint"], _HASH), copies)
+    config, state, dtype = tree["config"], tree["state"], tree["weights_dtype"]
+    for right, what in (
+        (len({f.name for f in files}) == len(files), "two files have one name"),
+        (len({(t.name, t.kind) for t in tensors}) == len(tensors), "two tensors have one name"),
+        (dtype in ITEM_BYTES, "weights_dtype"),
+        (isinstance(config, dict) and isinstance(state, dict), "config or state is not a mapping"),
+    ):
+        if not right:
+            raise ValueError(what)
+    step, layout = _count(tree["step"]), Layout(**tree["layout"])
+    return Manifest(folder, step, layout, config, state, dtype, tuple(tensors), tuple(files), tokenizer, claimed)
 
 
 def _parse_slice(row: list[Any], tensors: Sequence[LogicalTensor]) -> SavedSlice:
     index, *bounds, hashed = row
-    bounds = [_size(b) for b in bounds]
-    tensor = tensors[_size(index)]
-    _demand(len(bounds) == 2 * len(tensor.shape), f"slice of {tensor}")
-    for start, stop, size in zip(bounds[::2], bounds[1::2], tensor.shape):
-        _demand(start < stop <= size, f"slice of {tensor}")
-    cols = (bounds[2], bounds[3]) if len(bounds) == 4 else None
-    return SavedSlice(index, (bounds[0], bounds[1]), cols, _hash(hashed))
+    tensor = tensors[_count(index)]
+    ranges = list(zip(bounds[::2], bounds[1::2]))
+    if len(bounds) != 2 * len(tensor.shape) or not all(
+        _count(start) < _count(stop) <= size for (start, stop), size in zip(ranges, tensor.shape)
+    ):
+        raise ValueError(f"slice of {tensor}")
+    return SavedSlice(index, ranges[0], ranges[1] if len(ranges) == 2 else None, _text(hashed, _HASH))
 
 
-def _demand(condition: bool, what: str) -> None:
-    if not condition:
-        raise ValueError(what)
-
-
-def _size(value: Any) -> int:
-    _demand(type(value) is int and 0 <= value < 2**53, f"{value!r} is not a count")  # True and 1.0 are not
+def _count(value: Any) -> int:
+    """A number of the manifest."""
+    if type(value) is not int or not 0 <= value < 2**53:  # True and 1.0 are not
+        raise ValueError(f"{value!r} is not a count")
     return value
 
 
-def _hash(value: Any) -> str:
-    _demand(isinstance(value, str) and _HASH.fullmatch(value) is not None, f"{value!r} is not a hash")
-    return value
-
-
-def _plain_name(value: str) -> str:
-    _demand(_PLAIN_NAME.fullmatch(value) is not None, f"file name {value!r}")
+def _text(value: Any, form: re.Pattern[str]) -> str:
+    """A hash or the name of a file."""
+    if not isinstance(value, str) or form.fullmatch(value) is None:
+        raise ValueError(f"{value!r} is not a hash" if form is _HASH else f"file name {value!r}")
     return value
 
 
@@ -311,19 +276,19 @@ def check_tiling(manifest: Manifest) -> None:
     """
     slices: list[list[SavedSlice]] = [[] for _ in manifest.tensors]
     for file in manifest.files:
-        for piece in file.slices:
-            slices[piece.tensor].append(piece)
-    for tensor, pieces in zip(manifest.tensors, slices):
-        overlap = _overlapping(pieces)
-        missing = count(tensor.shape) - sum(count(p.shape) for p in pieces)
+        for saved in file.slices:
+            slices[saved.tensor].append(saved)
+    for tensor, parts in zip(manifest.tensors, slices):
+        overlap, size = _overlapping(parts), math.prod(tensor.shape)
+        missing = size - sum(math.prod(part.shape) for part in parts)
         if overlap or missing:
-            rule = "is saved twice in part" if overlap else f"lacks {missing} of its {count(tensor.shape)} elements"
+            rule = "is saved twice in part" if overlap else f"lacks {missing} of its {size} elements"
             raise CheckpointError(7, f"{manifest.folder / MANIFEST}: {tensor}", rule, "use another checkpoint")
 
 
-def _overlapping(pieces: Sequence[SavedSlice]) -> bool:
-    events = [(p.rows[1], 0, *(p.cols or (0, 1))) for p in pieces]  # leaving comes before entering at the same row
-    events += [(p.rows[0], 1, *(p.cols or (0, 1))) for p in pieces]
+def _overlapping(parts: Sequence[SavedSlice]) -> bool:
+    events = [(p.rows[1], 0, *(p.cols or (0, 1))) for p in parts]  # leaving comes before entering at the same row
+    events += [(p.rows[0], 1, *(p.cols or (0, 1))) for p in parts]
     cut: list[Range] = []  # column ranges under the line
     for _, enters, left, right in sorted(events):
         at = bisect.bisect_left(cut, (left, right))
@@ -336,9 +301,29 @@ def _overlapping(pieces: Sequence[SavedSlice]) -> bool:
     return False
 
 
+def saved_model(manifest: Manifest) -> ModelConfig:
+    """The model as it was when saved, with the longest context filled in.
+
+    Raises:
+        CheckpointError: the checkpoint's config has a setting that this version does not know.
+    """
+    path = str(manifest.folder / MANIFEST)
+    try:
+        config = config_from_tree(manifest.config)
+        config.model.check()
+    except ConfigError as error:
+        remedy = "read it with the version of the program that wrote it"
+        raise CheckpointError(6, path, f"holds a config of another version ({error})", remedy) from None
+    if config.model.vocab_size is None:
+        raise CheckpointError(6, path, "does not state model.vocab_size", "use another checkpoint")
+    if config.model.max_position_embeddings is None:
+        return replace(config.model, max_position_embeddings=config.data.seq_length)
+    return config.model
+
+
 def describe_tokenizer_files(folder: Path, fingerprint: str) -> TokenizerFiles:
     """Sizes and hashes of what a tokenizer wrote into ``folder``."""
-    files = {p.name: (p.stat().st_size, digest_file(p)) for p in sorted(folder.iterdir())}
+    files = {p.name: (p.stat().st_size, hash_file(p)) for p in sorted(folder.iterdir())}
     assert all(_PLAIN_NAME.fullmatch(name) for name in files), f"unexpected file names in {folder}: {sorted(files)}"
     return TokenizerFiles(fingerprint, files)
 
@@ -358,8 +343,11 @@ def checked_tokenizer_folder(manifest: Manifest) -> Path | None:
         raise CheckpointError(15, str(folder / name), rule, "restore the tokenizer folder or use another checkpoint")
     for name, (size, hashed) in expected.items():
         path = folder / name
-        if path.stat(follow_symlinks=False).st_size != size or digest_file(path) != hashed:
-            raise CheckpointError(
-                15, str(path), "has changed since it was saved", "restore it or use another checkpoint"
-            )
+        same = path.lstat().st_size == size
+        if same:
+            with open_regular(path) as file:
+                same = hash_content(file) == hashed
+        if not same:
+            remedy = "restore it or use another checkpoint"
+            raise CheckpointError(15, str(path), "has changed since it was saved", remedy)
     return folder

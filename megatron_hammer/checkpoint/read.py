@@ -11,6 +11,7 @@ tensor named. Vocabulary padding belongs to no logical tensor and is left as it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +21,10 @@ import xxhash
 from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError, HammerError, from_os_error
+from megatron_hammer.checkpoint.dtypes import DTYPES
 from megatron_hammer.checkpoint.fit import check_fits
-from megatron_hammer.checkpoint.manifest import Manifest, SavedFile, SavedSlice
-from megatron_hammer.checkpoint.tensor_files import CHUNK_BYTES, TensorFileReader, count
-from megatron_hammer.checkpoint.write import DTYPES
+from megatron_hammer.checkpoint.manifest import Manifest, SavedFile, SavedSlice, slice_key
+from megatron_hammer.checkpoint.tensor_files import CHUNK_BYTES, TensorFileReader
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.model.llama import Stage
 from megatron_hammer.model.parameters import Parameter
@@ -42,12 +43,12 @@ class _Place:
     cols: Range | None
     data: Tensor
 
-    def common(self, piece: SavedSlice) -> tuple[Range, Range | None] | None:
+    def common(self, saved: SavedSlice) -> tuple[Range, Range | None] | None:
         """Rows and columns that this place and a saved slice share."""
-        rows = intersect(self.rows, piece.rows)
-        if rows is None or self.cols is None or piece.cols is None:
+        rows = intersect(self.rows, saved.rows)
+        if rows is None or self.cols is None or saved.cols is None:
             return None if rows is None else (rows, None)
-        cols = intersect(self.cols, piece.cols)
+        cols = intersect(self.cols, saved.cols)
         return None if cols is None else (rows, cols)
 
 
@@ -114,9 +115,7 @@ def read_logical(manifest: Manifest, name: str, kind: str = "weight") -> Tensor:
 
     Memory: the tensor, and one of its slices where these are cut by columns.
     """
-    at = manifest.index.get((name, kind))
-    if at is None:
-        raise _missing(manifest, name, kind)
+    at = _find(manifest, name, kind)
     tensor = manifest.tensors[at]
     data = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
     cols = (0, tensor.shape[1]) if len(tensor.shape) == 2 else None
@@ -133,11 +132,10 @@ class LogicalReader:
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
         self._readers: dict[str, TensorFileReader] = {}
-        self._memory = [torch.empty(CHUNK_BYTES, dtype=torch.uint8) for _ in range(2)]  # of a band, of a slice's part
         self._where: dict[int, list[tuple[SavedFile, SavedSlice]]] = {}
         for file in manifest.files:
-            for piece in file.slices:
-                self._where.setdefault(piece.tensor, []).append((file, piece))
+            for saved in file.slices:
+                self._where.setdefault(saved.tensor, []).append((file, saved))
 
     def bands(self, name: str, kind: str = "weight") -> Iterator[Tensor]:
         """The tensor's rows in order, ``[n, cols]`` (``[n]`` of a vector) in the type in which it is stored.
@@ -148,40 +146,30 @@ class LogicalReader:
         Raises:
             CheckpointError: there is no such tensor, or a slice or file of it is not as it was saved.
         """
-        at = self._manifest.index.get((name, kind))
-        if at is None:
-            raise _missing(self._manifest, name, kind)
-        tensor = self._manifest.tensors[at]
-        dtype, rows = DTYPES[tensor.dtype], tensor.shape[0]
-        cols = (0, tensor.shape[1]) if len(tensor.shape) == 2 else None
-        height = min(rows, max(1, CHUNK_BYTES // (dtype.itemsize * count(tensor.shape[1:]))))
-        buffer, scratch = (self._buffer(k, (height, *tensor.shape[1:]), dtype) for k in range(2))
-        hashers = [(file, piece, xxhash.xxh3_128()) for file, piece in self._where[at]]
+        at = _find(self._manifest, name, kind)
+        (rows, *cols), dtype = self._manifest.tensors[at].shape, DTYPES[self._manifest.tensors[at].dtype]
+        height = min(rows, max(1, CHUNK_BYTES // (dtype.itemsize * math.prod(cols))))
+        whole, scratch = (torch.empty((height, *cols), dtype=dtype) for _ in range(2))
+        hashers = [(file, saved, xxhash.xxh3_128()) for file, saved in self._where[at]]
         for start in range(0, rows, height):
-            band = _Place((start, min(start + height, rows)), cols, buffer[: min(height, rows - start)])
-            for file, piece, hasher in hashers:
-                common = band.common(piece)
-                if common is None:
+            band = whole[: rows - start]
+            for file, saved, hasher in hashers:
+                first, last = max(start, saved.rows[0]), min(start + height, saved.rows[1])
+                if first >= last:
                     continue
-                target = _window(band.data, band, *common)
+                target = band[first - start : last - start]
+                target = target if saved.cols is None else target[:, saved.cols[0] : saved.cols[1]]
                 data = target if target.is_contiguous() else scratch.view(-1)[: target.numel()].view(target.shape)
                 reader = self._reader(file)
-                key, offset = _expect(self._manifest, reader, piece), common[0][0] - piece.rows[0]
+                key = _expect(self._manifest, reader, saved)
                 view: Any = data.view(-1).view(torch.uint8).numpy()
-                reader.read_part(key, offset * (view.nbytes // len(data)), view)
+                reader.read_part(key, (first - saved.rows[0]) * (view.nbytes // len(data)), view)
                 hasher.update(view)
                 if data is not target:
                     target.copy_(data)
-                if common[0][1] == piece.rows[1]:
-                    _compare(self._manifest, reader, piece, hasher.hexdigest())
-            yield band.data
-
-    def _buffer(self, which: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """One of the two buffers, made larger where one row is more than it holds."""
-        size = count(shape) * dtype.itemsize
-        if size > len(self._memory[which]):
-            self._memory[which] = torch.empty(size, dtype=torch.uint8)
-        return self._memory[which][:size].view(dtype).view(shape)
+                if last == saved.rows[1]:
+                    _compare(reader, key, saved, hasher.hexdigest())
+            yield band
 
     def _reader(self, file: SavedFile) -> TensorFileReader:
         """The open file; the least recently used is closed where there would be too many."""
@@ -189,7 +177,7 @@ class LogicalReader:
         if reader is None:
             if len(self._readers) == MAX_OPEN_FILES:
                 self._readers.pop(next(iter(self._readers))).close()
-            reader = _open(self._manifest, file)
+            reader = TensorFileReader(self._manifest.folder / file.name, file.size, file.header_hash)
         self._readers[file.name] = reader
         return reader
 
@@ -210,59 +198,60 @@ def verify_checkpoint(manifest: Manifest, watch: Callable[[Sequence[SavedFile]],
     """
     for file in watch(manifest.files):
         with _open(manifest, file) as reader:
-            for piece in file.slices:
-                _compare(manifest, reader, piece, reader.hash_of(_expect(manifest, reader, piece)))
+            for saved in file.slices:
+                key = _expect(manifest, reader, saved)
+                _compare(reader, key, saved, reader.hash_of(key))
 
 
 def _fill(manifest: Manifest, wanted: dict[int, list[_Place]]) -> None:
     for file in manifest.files:
         hits = [(s, [p for p in wanted.get(s.tensor, ()) if p.common(s)]) for s in file.slices if s.tensor in wanted]
-        hits = [(piece, places) for piece, places in hits if places]
+        hits = [(saved, places) for saved, places in hits if places]
         if hits:
             with _open(manifest, file) as reader:
-                for piece, places in hits:
-                    _read(manifest, reader, piece, places)
+                for saved, places in hits:
+                    _read(manifest, reader, saved, places)
 
 
-def _read(manifest: Manifest, reader: TensorFileReader, piece: SavedSlice, places: list[_Place]) -> None:
+def _read(manifest: Manifest, reader: TensorFileReader, saved: SavedSlice, places: list[_Place]) -> None:
     """Read one slice, verify it, and copy what each place wants of it."""
-    key, dtype = _expect(manifest, reader, piece), DTYPES[manifest.tensors[piece.tensor].dtype]
+    key, dtype = _expect(manifest, reader, saved), DTYPES[manifest.tensors[saved.tensor].dtype]
     first = places[0]
-    target = _window(first.data, first, *first.common(piece))  # type: ignore[misc]
-    direct = len(places) == 1 and target.shape == piece.shape and target.dtype == dtype
+    target = _window(first.data, first, *first.common(saved))  # type: ignore[misc]
+    direct = len(places) == 1 and target.shape == saved.shape and target.dtype == dtype
     direct = direct and target.is_contiguous() and target.device.type == "cpu"
-    data = target if direct else torch.empty(piece.shape, dtype=dtype)
-    _compare(manifest, reader, piece, reader.read_into(key, data.view(-1).view(torch.uint8).numpy()))
+    data = target if direct else torch.empty(saved.shape, dtype=dtype)
+    _compare(reader, key, saved, reader.read_into(key, data.view(-1).view(torch.uint8).numpy()))
     if not direct:
         for place in places:
-            rows, cols = place.common(piece)  # type: ignore[misc]
-            _window(place.data, place, rows, cols).copy_(_window(data, piece, rows, cols))
+            rows, cols = place.common(saved)  # type: ignore[misc]
+            _window(place.data, place, rows, cols).copy_(_window(data, saved, rows, cols))
 
 
 def _open(manifest: Manifest, file: SavedFile) -> TensorFileReader:
     return TensorFileReader(manifest.folder / file.name, file.size, file.header_hash)
 
 
-def _expect(manifest: Manifest, reader: TensorFileReader, piece: SavedSlice) -> str:
+def _find(manifest: Manifest, name: str, kind: str) -> int:
+    """Position of a tensor in the manifest."""
+    at = manifest.index.get((name, kind))
+    if at is None:
+        raise CheckpointError(13, f"{manifest.folder}: {kind} {name}", "is missing", "use another checkpoint")
+    return at
+
+
+def _expect(manifest: Manifest, reader: TensorFileReader, saved: SavedSlice) -> str:
     """The key of a slice, after checking that the file has it as the manifest says."""
-    key, tensor = manifest.key(piece), manifest.tensors[piece.tensor]
+    tensor = manifest.tensors[saved.tensor]
+    key = slice_key(tensor.name, tensor.kind, saved.rows, saved.cols)
     entry = reader.tensors.get(key)
-    if entry is None or entry.dtype != tensor.dtype or entry.shape != piece.shape:
-        raise CheckpointError(
-            10, f"{reader.path}: {key}", "is not there as the manifest describes it", "use another checkpoint"
-        )
+    if entry is None or entry.dtype != tensor.dtype or entry.shape != saved.shape:
+        rule = "is not there as the manifest describes it"
+        raise CheckpointError(10, f"{reader.path}: {key}", rule, "use another checkpoint")
     return key
 
 
-def _missing(manifest: Manifest, name: str, kind: str) -> CheckpointError:
-    return CheckpointError(13, f"{manifest.folder}: {kind} {name}", "is missing", "use another checkpoint")
-
-
-def _compare(manifest: Manifest, reader: TensorFileReader, piece: SavedSlice, found: str) -> None:
-    if found != piece.hash:
-        raise CheckpointError(
-            11,
-            f"{reader.path}: {manifest.key(piece)}",
-            "has changed since it was saved",
-            "restore the file or use another checkpoint",
-        )
+def _compare(reader: TensorFileReader, key: str, saved: SavedSlice, found: str) -> None:
+    if found != saved.hash:
+        remedy = "restore the file or use another checkpoint"
+        raise CheckpointError(11, f"{reader.path}: {key}", "has changed since it was saved", remedy)

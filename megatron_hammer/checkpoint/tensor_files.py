@@ -16,6 +16,7 @@ Needs neither torch nor the ``safetensors`` package, which reads these files too
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ from typing import IO, Any
 import xxhash
 
 from megatron_hammer.base.errors import CheckpointError
+from megatron_hammer.base.files import hash_bytes
 from megatron_hammer.checkpoint.direct import DirectReader, DirectWriter
 
 CHUNK_BYTES = 4 * 2**20  # hashed, converted and copied at a time: enough for full disk speed, small beside a tensor
@@ -51,20 +53,6 @@ _CODE_BYTES = {
 }
 
 
-def digest(data: Any) -> str:
-    """XXH3-128 of bytes in memory, 32 hex digits."""
-    return xxhash.xxh3_128_hexdigest(data)
-
-
-def digest_file(path: Path) -> str:
-    """XXH3-128 of a whole regular file; symbolic links and devices are refused."""
-    hasher = xxhash.xxh3_128()
-    with open_regular(path) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            hasher.update(chunk)
-    return hasher.hexdigest()
-
-
 def open_regular(path: Path) -> IO[bytes]:
     """Open a file for reading, but no symbolic link (it may point out of the folder), pipe or device.
 
@@ -86,14 +74,6 @@ def open_regular(path: Path) -> IO[bytes]:
         os.close(descriptor)
         raise CheckpointError(8, str(path), "is not a regular file", "restore the file or use another checkpoint")
     return os.fdopen(descriptor, "rb")
-
-
-def count(shape: Sequence[int]) -> int:
-    """Number of elements."""
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 @dataclass(frozen=True)
@@ -123,14 +103,14 @@ class TensorFileWriter:
         header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
         position = 0
         for name, dtype, shape in tensors:
-            end = position + count(shape) * ITEM_BYTES[dtype]
+            end = position + math.prod(shape) * ITEM_BYTES[dtype]
             header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data starts aligned
         head = len(text).to_bytes(8, "little") + text
-        self.path, self.header_hash, self.size = path, digest(head), len(head) + position
-        self._left = [(name, count(shape) * ITEM_BYTES[dtype]) for name, dtype, shape in reversed(tensors)]
+        self.path, self.header_hash, self.size = path, hash_bytes(head), len(head) + position
+        self._left = [(name, math.prod(shape) * ITEM_BYTES[dtype]) for name, dtype, shape in reversed(tensors)]
         self._file = DirectWriter(path)
         self._file.write(head)
 
@@ -195,7 +175,7 @@ class TensorFileReader:
         if length > MAX_HEADER_BYTES:
             raise self._malformed(f"announces a header of {length} bytes, more than the {MAX_HEADER_BYTES} allowed")
         text = self._file.read(length)
-        if header_hash is not None and digest(start + text) != header_hash:
+        if header_hash is not None and hash_bytes(start + text) != header_hash:
             raise CheckpointError(
                 10,
                 str(self.path),
@@ -229,7 +209,7 @@ class TensorFileReader:
         if code not in _CODE_BYTES:
             raise self._malformed(f"has tensor {name!r} of the unknown type {code!r}")
         num_bytes = offsets[1] - offsets[0]
-        if count(shape) * _CODE_BYTES[code] != num_bytes or offsets[1] > self.size:
+        if math.prod(shape) * _CODE_BYTES[code] != num_bytes or offsets[1] > self.size:
             raise self._malformed(f"has tensor {name!r} whose shape and place disagree")
         dtype = next((d for d, c in _CODES.items() if c == code), code)
         return TensorEntry(dtype, tuple(shape), data_start + offsets[0], num_bytes)

@@ -3,7 +3,7 @@
 ::
 
     all ranks   stage      rank 0 makes step-N.tmp-ID, with the tokenizer
-    all ranks   write      pieces_of(shards) -> rank-NNNNN.safetensors, hashed before, fsynced, read back
+    all ranks   write      slices_to_write(shards) -> rank-NNNNN.safetensors, hashed before, fsynced, read back
     rank 0      commit     the ranks' reports -> manifest.json, fsync, rename to step-N, fsync
     rank 0      prune      checkpoints older than the last ``keep_last``
 
@@ -11,8 +11,8 @@ A failure in any phase (a full disk on one rank, say) is raised on all ranks, th
 checkpoints are untouched. What two ranks hold in common (norms, copies of key/value heads) is written by the one whose
 slice is ``owned``; vocabulary padding belongs to no slice and is written by nobody.
 
-Snapshot and writing are apart: ``pieces_of`` gives views into the optimizer, ``write_rank`` needs no communication, and
-ranks report through small files. A save in the background would hand ``write_rank`` copies of the pieces.
+Snapshot and writing are apart: ``slices_to_write`` gives views into the optimizer, ``write_rank`` needs no
+communication, and ranks report through small files. A save in the background would hand ``write_rank`` copies of them.
 
 Memory: 16 MiB beside the state.
 """
@@ -31,18 +31,19 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError, HammerError, from_os_error
-from megatron_hammer.base.files import sync_file, sync_folder, write_durably
-from megatron_hammer.checkpoint.folder import (
-    Note,
-    new_id,
-    print_note,
-    prune,
-    publish,
+from megatron_hammer.base.files import (
     remove_leftovers,
-    staging_folder,
-    step_name,
+    replace_folder,
+    staging_path,
+    sync_file,
+    sync_folder,
+    write_durably,
 )
+from megatron_hammer.base.progress import say
+from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES, PRECISION_DTYPES
+from megatron_hammer.checkpoint.folder import Note, prune, step_name
 from megatron_hammer.checkpoint.manifest import (
+    STEP_NAME,
     TOKENIZER,
     Layout,
     LogicalTensor,
@@ -69,14 +70,10 @@ from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.sharding import Range, Shard, rectangles
 from megatron_hammer.tokenizer.interface import Tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PRECISION_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
 
 @dataclass(frozen=True)
-class Piece:
-    """A rectangle of a logical tensor that one rank will write."""
+class SliceToWrite:
+    """A rectangle of a logical tensor that one rank will write; it becomes a ``SavedSlice`` of the manifest."""
 
     name: str
     kind: str
@@ -85,7 +82,7 @@ class Piece:
     shape: tuple[int, ...]
     dtype: str
     parts: Callable[[], Iterable[Tensor]]
-    """Gives its elements, row by row, in one or more tensors; called once, when it is this piece's turn. A part may be
+    """Gives its elements, row by row, in one or more tensors; called once, when it is this slice's turn. A part may be
     gone when the next is asked for."""
 
     @property
@@ -98,10 +95,14 @@ class Piece:
         return (chunk for part in self.parts() for chunk in chunks_of(part))
 
 
-def pieces_of(shards: Sequence[Shard]) -> list[Piece]:
+Watch = Callable[[Sequence[SliceToWrite]], Iterable[SliceToWrite]]
+"""Wraps the loop over slices, for a progress bar."""
+
+
+def slices_to_write(shards: Sequence[Shard]) -> list[SliceToWrite]:
     """The owned rectangles in a rank's shards, as views into the optimizer: weights first, then the moments."""
     kinds = list(dict.fromkeys(kind for shard in shards for kind in shard.tensors))
-    pieces = []
+    slices = []
     for kind in kinds:
         for shard in shards:
             flat = shard.tensors[kind]
@@ -109,8 +110,8 @@ def pieces_of(shards: Sequence[Shard]) -> list[Piece]:
                 for box in rectangles(part, shard.start, shard.stop):
                     parts = _giving(flat[box.position : box.position + box.numel])
                     dtype = DTYPE_NAMES[flat.dtype]
-                    pieces.append(Piece(part.tensor, kind, box.rows, box.cols, box.shape, dtype, parts))
-    return pieces
+                    slices.append(SliceToWrite(part.tensor, kind, box.rows, box.cols, box.shape, dtype, parts))
+    return slices
 
 
 def _giving(view: Tensor) -> Callable[[], Iterable[Tensor]]:
@@ -130,33 +131,31 @@ def rank_file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def write_rank(
-    folder: Path, rank: int, pieces: Sequence[Piece], watch: Callable[[Sequence[Piece]], Iterable[Piece]] = iter
-) -> None:
+def write_rank(folder: Path, rank: int, slices: Sequence[SliceToWrite], watch: Watch = iter) -> None:
     """Write one rank's file and its report, and read the file back; no communication.
 
     Args:
-        watch: wraps the loop over the pieces, for a progress bar.
+        watch: wraps the loop over the slices, for a progress bar.
 
     Raises:
         CheckpointError: the disk gives back something else than was written.
     """
     path = folder / rank_file_name(rank)
     hashes = []
-    with TensorFileWriter(path, [(p.key, p.dtype, p.shape) for p in pieces]) as writer:
-        for piece in watch(pieces):
-            hashes.append(writer.write(piece.key, piece.chunks()))
+    with TensorFileWriter(path, [(s.key, s.dtype, s.shape) for s in slices]) as writer:
+        for wanted in watch(slices):
+            hashes.append(writer.write(wanted.key, wanted.chunks()))
     with TensorFileReader(path, writer.size, writer.header_hash) as reader:
-        for piece, hashed in zip(pieces, hashes):
-            if reader.hash_of(piece.key) != hashed:
+        for wanted, hashed in zip(slices, hashes):
+            if reader.hash_of(wanted.key) != hashed:
                 raise CheckpointError(
                     16,
-                    f"{path}: {piece.key}",
+                    f"{path}: {wanted.key}",
                     "reads back differently than it was written",
                     "suspect the disk or the memory of this machine",
                 )
-    slices = [[p.name, p.kind, p.dtype, *p.rows, *(p.cols or ()), h] for p, h in zip(pieces, hashes)]
-    report = {"size": writer.size, "header": writer.header_hash, "slices": slices}
+    rows = [[s.name, s.kind, s.dtype, *s.rows, *(s.cols or ()), h] for s, h in zip(slices, hashes)]
+    report = {"size": writer.size, "header": writer.header_hash, "slices": rows}
     write_durably(_report_path(folder, rank), canonical_json(report))
 
 
@@ -213,7 +212,7 @@ def commit(
             tokenizer,
         )
     )
-    publish(staging, target)
+    replace_folder(staging, target)
 
 
 def stage_tokenizer(tokenizer: Tokenizer, staging: Path) -> TokenizerFiles:
@@ -229,21 +228,21 @@ def stage_tokenizer(tokenizer: Tokenizer, staging: Path) -> TokenizerFiles:
 
 def write_first_checkpoint(
     folder: Path,
-    pieces: Sequence[Piece],
+    slices: Sequence[SliceToWrite],
     *,
     model: ModelConfig,
     state: Mapping[str, Any],
     weights_dtype: str,
     tokenizer: Tokenizer | None,
-    watch: Callable[[Sequence[Piece]], Iterable[Piece]] = iter,
+    watch: Watch = iter,
 ) -> Path:
     """Write weights from elsewhere as ``folder/step-00000000``, whole or not at all; no communication.
 
     Args:
         folder: of checkpoints; made where it is missing, what crashed programs left in it is removed.
-        pieces: together all weights of ``model``. Wider types are written first, so that every tensor starts aligned.
+        slices: together all weights of ``model``. Wider types are written first, so that every tensor starts aligned.
         state: JSON values.
-        watch: wraps the loop over the pieces, for a progress bar.
+        watch: wraps the loop over the slices, for a progress bar.
 
     Returns:
         the committed folder.
@@ -253,11 +252,11 @@ def write_first_checkpoint(
     """
     target = folder / step_name(0)
     folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    staging = staging_folder(target, new_id())
+    remove_leftovers(folder, STEP_NAME)
+    staging = staging_path(target)
     staging.mkdir()
     try:
-        write_rank(staging, 0, sorted(pieces, key=lambda p: -ITEM_BYTES[p.dtype]), watch)
+        write_rank(staging, 0, sorted(slices, key=lambda s: -ITEM_BYTES[s.dtype]), watch)
         commit(
             staging,
             target,
@@ -286,7 +285,7 @@ def save_checkpoint(
     tokenizer: Tokenizer | None,
     ctx: ParallelContext,
     keep_last: int,
-    note: Note = print_note,
+    note: Note = say,
 ) -> Path:
     """Save the ranks' shards as ``checkpoints_dir/step-NNNNNNNN``; all ranks call it. Communicates over the world.
 
@@ -311,13 +310,13 @@ def save_checkpoint(
             raise AssertionError(f"{name} must be finite JSON values: {error}") from None
     folder = Path(checkpoints_dir)
     target = folder / step_name(step)
-    staging = staging_folder(target, _agreed_id(ctx))
+    staging = staging_path(target, _agreed_id(ctx))
     leader = ctx.world.rank == 0
     files: list[TokenizerFiles] = []
 
     def stage() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in remove_leftovers(folder):
+        for name in remove_leftovers(folder, STEP_NAME):
             note(f"cleaned up {folder / name}, left by a save that was cut short")
         staging.mkdir()
         if tokenizer is not None:
@@ -339,7 +338,7 @@ def save_checkpoint(
 
     try:
         _together(stage if leader else _nothing, ctx, target)
-        _together(lambda: write_rank(staging, ctx.world.rank, pieces_of(shards)), ctx, target)
+        _together(lambda: write_rank(staging, ctx.world.rank, slices_to_write(shards)), ctx, target)
         _together(finish if leader else _nothing, ctx, target)
     except HammerError:
         if leader:

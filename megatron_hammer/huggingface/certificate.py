@@ -28,17 +28,17 @@ from typing import TYPE_CHECKING, Any
 from megatron_hammer import __version__
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.base.errors import CheckpointError, HammerError, RefusedError, to_fields
-from megatron_hammer.base.files import write_durably
-from megatron_hammer.checkpoint.fit import architecture, saved_model
-from megatron_hammer.checkpoint.folder import resolve_checkpoint
-from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, read_manifest
+from megatron_hammer.base.files import hash_bytes, hash_file, write_durably
+from megatron_hammer.base.progress import track
+from megatron_hammer.checkpoint.dtypes import DTYPES
+from megatron_hammer.checkpoint.fit import architecture
+from megatron_hammer.checkpoint.folder import open_checkpoint
+from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, read_manifest, saved_model
 from megatron_hammer.checkpoint.read import LogicalReader, load_model
-from megatron_hammer.checkpoint.tensor_files import digest, digest_file
-from megatron_hammer.checkpoint.write import DTYPES
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.huggingface.config import CONFIG, GENERATION_CONFIG, model_config_from_hf, read_json
 from megatron_hammer.huggingface.export import CERTIFICATE, certificate_line
-from megatron_hammer.huggingface.weights import HfWeights, check_tensors, one_thread, progress
+from megatron_hammer.huggingface.weights import HfWeights, check_tensors, one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,7 +123,7 @@ def prove(checkpoint: Path, folder: Path, dtype: str) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
         "files": {
-            str(p.relative_to(folder)): {"size": p.stat().st_size, "xxh3_128": digest_file(p)}
+            str(p.relative_to(folder)): {"size": p.stat().st_size, "xxh3_128": hash_file(p)}
             for p in sorted(folder.rglob("*"))
             if p.is_file() and p.name != CERTIFICATE
         },
@@ -151,7 +151,8 @@ def check_weights(manifest: Manifest, model: ModelConfig, folder: Path, dtype: s
             check_tensors(weights, model)
             if extra := sorted(set(weights.where) - {t.name for t in manifest.tensors}):
                 raise RefusedError(23, extra[0], "was exported but is not in the checkpoint", _REPORT)
-            for name in progress(sorted(weights.where, key=weights.place), "comparing weights"):
+            names = sorted(weights.where, key=weights.place)
+            for name in track(names, "comparing weights", len(names), "tensors"):
                 found = weights.entry(name).dtype
                 if found != dtype or not _same_bits(reader.bands(name), dtype, weights, name):
                     raise RefusedError(
@@ -196,7 +197,7 @@ def prepare_inputs(manifest: Manifest, model: ModelConfig, folder: Path) -> tupl
         return drawn, {"present": False, "inputs": "ids drawn by a fixed rule: the checkpoint has no tokenizer"}
     texts = check_tokenizer(manifest, tokenizer_folder, folder)
     inputs = {name: ids[:length] for name, ids in texts.items()}
-    facts = {name: {"xxh3_128": digest(text.encode()), "num_tokens": len(texts[name])} for name, text in TEXTS.items()}
+    facts = {n: {"xxh3_128": hash_bytes(text.encode()), "num_tokens": len(texts[n])} for n, text in TEXTS.items()}
     fingerprint = manifest.tokenizer.fingerprint if manifest.tokenizer else ""
     return inputs, {"present": True, "fingerprint": fingerprint, "inputs": facts}
 
@@ -329,9 +330,8 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="print certificate or error as JSON on stdout")
     arguments = parser.parse_args()
     try:
-        checkpoint = resolve_checkpoint(arguments.checkpoint)
-        dtype = arguments.dtype or read_manifest(checkpoint).weights_dtype
-        certificate = prove(checkpoint, arguments.folder, dtype)
+        manifest = open_checkpoint(arguments.checkpoint)
+        certificate = prove(manifest.folder, arguments.folder, arguments.dtype or manifest.weights_dtype)
     except HammerError as error:
         if arguments.report:
             print(json.dumps({"error": to_fields(error)}))

@@ -13,29 +13,21 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_hammer.base.errors import ConfigError, RefusedError, from_fields
-from megatron_hammer.base.files import sync_file
-from megatron_hammer.checkpoint.fit import saved_model
-from megatron_hammer.checkpoint.folder import (
-    Note,
-    new_id,
-    print_note,
-    publish,
-    remove_leftovers,
-    resolve_checkpoint,
-    staging_folder,
-)
-from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, read_manifest
+from megatron_hammer.base.files import staged_folder, sync_file
+from megatron_hammer.base.progress import say
+from megatron_hammer.checkpoint.dtypes import DTYPES
+from megatron_hammer.checkpoint.folder import Note, open_checkpoint
+from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, saved_model
 from megatron_hammer.checkpoint.read import LogicalReader
-from megatron_hammer.checkpoint.write import DTYPES, chunks_of
-from megatron_hammer.config import ModelConfig
 from megatron_hammer.huggingface.config import (
     CONFIG,
     GENERATION_CONFIG,
@@ -45,7 +37,6 @@ from megatron_hammer.huggingface.config import (
     write_json,
 )
 from megatron_hammer.huggingface.weights import DEFAULT_SHARD_BYTES, one_thread, write_weight_files
-from megatron_hammer.model.parameters import logical_shapes
 from megatron_hammer.tokenizer.convert import convert_tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 
@@ -75,7 +66,7 @@ def export_hf(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     *,
     prove: Prove | None = None,
-    note: Note = print_note,
+    note: Note = say,
 ) -> dict[str, Any]:
     """Write a checkpoint as a Hugging Face folder, prove it, and only then give it its name.
 
@@ -93,23 +84,14 @@ def export_hf(
         RefusedError: the output belongs to somebody else, or the written folder is not the checkpoint's model.
             Nothing is left at ``output``, or what was there before.
     """
-    manifest = read_manifest(resolve_checkpoint(checkpoint))
+    manifest = open_checkpoint(checkpoint)
     dtype = dtype or manifest.weights_dtype
     output = Path(output).resolve()  # a link to a folder stays a link
     check_output(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(output.parent, re.compile(f"({re.escape(output.name)})" + r"\.(tmp|old)-[0-9a-f]{16}"))
-    staging = staging_folder(output, new_id())
-    staging.mkdir()
-    try:
+    with staged_folder(output, replace=True) as staging:
         write_hf(manifest, staging, dtype, max_shard_bytes, note)
         (prove or prove_in_child_process)(manifest.folder, staging, dtype)
-        certificate = read_json(staging / CERTIFICATE)
-        publish(staging, output)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return certificate
+        return read_json(staging / CERTIFICATE)
 
 
 def check_output(output: Path) -> None:
@@ -131,7 +113,7 @@ def check_output(output: Path) -> None:
         )
 
 
-def write_hf(manifest: Manifest, folder: Path, dtype: str, max_shard_bytes: int, note: Note = print_note) -> None:
+def write_hf(manifest: Manifest, folder: Path, dtype: str, max_shard_bytes: int, note: Note = say) -> None:
     """Write weights, configs and tokenizer into an empty folder, without any proof."""
     model = saved_model(manifest)
     tokenizer_folder = checked_tokenizer_folder(manifest)
@@ -151,17 +133,17 @@ def write_hf(manifest: Manifest, folder: Path, dtype: str, max_shard_bytes: int,
         sync_file(path)
     write_json(folder / CONFIG, hf_config_from_model(model, token_ids, dtype))
     write_json(folder / GENERATION_CONFIG, {name: value for name, value in token_ids.items() if value is not None})
-    write_weights(manifest, model, folder, dtype, max_shard_bytes)
+    write_weights(manifest, folder, dtype, max_shard_bytes)
 
 
-def write_weights(manifest: Manifest, model: ModelConfig, folder: Path, dtype: str, max_shard_bytes: int) -> None:
-    """Stream the logical weights, in one type, into one file, or into shards with an index."""
-    tensors = {name: (dtype, shape) for name, shape in logical_shapes(model).items()}
+def write_weights(manifest: Manifest, folder: Path, dtype: str, max_shard_bytes: int) -> None:
+    """Stream the logical weights, in one type, into one file, or into several with an index."""
+    tensors = {tensor.name: (dtype, tensor.shape) for tensor in manifest.tensors if tensor.kind == "weight"}
     with LogicalReader(manifest) as reader, one_thread():
 
         def chunks(name: str) -> Iterator[Any]:
             for band in reader.bands(name):
-                yield from chunks_of(band, DTYPES[dtype])
+                yield band.to(DTYPES[dtype]).view(-1).view(torch.uint8).numpy()
 
         write_weight_files(folder, tensors, chunks, max_shard_bytes)
 

@@ -23,8 +23,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -37,20 +35,12 @@ import numpy as np
 from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedError
-from megatron_hammer.base.files import sync_file, sync_folder
-from megatron_hammer.checkpoint.fit import saved_model
-from megatron_hammer.checkpoint.folder import (
-    Note,
-    new_id,
-    print_note,
-    remove_leftovers,
-    resolve_checkpoint,
-    staging_folder,
-    step_name,
-)
-from megatron_hammer.checkpoint.manifest import TOKENIZER, checked_tokenizer_folder, read_manifest
+from megatron_hammer.base.files import staged_folder, sync_file
+from megatron_hammer.base.progress import say, track
+from megatron_hammer.checkpoint.folder import Note, open_checkpoint, step_name
+from megatron_hammer.checkpoint.manifest import TOKENIZER, checked_tokenizer_folder, saved_model
 from megatron_hammer.checkpoint.read import LogicalReader, read_logical
-from megatron_hammer.checkpoint.write import Piece, write_first_checkpoint
+from megatron_hammer.checkpoint.write import SliceToWrite, write_first_checkpoint
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.huggingface.config import (
     CONFIG,
@@ -62,7 +52,7 @@ from megatron_hammer.huggingface.config import (
 from megatron_hammer.huggingface.extension_plan import ORIGINS, ExtensionPlan, plan_extension
 from megatron_hammer.huggingface.extension_rows import GrownMatrix
 from megatron_hammer.huggingface.importing import write_preset
-from megatron_hammer.huggingface.weights import HfWeights, check_tensors, progress, write_weight_files
+from megatron_hammer.huggingface.weights import HfWeights, check_tensors, write_weight_files
 from megatron_hammer.model.parameters import EMBEDDING, HEAD, logical_shapes
 from megatron_hammer.tokenizer.convert import convert_tokenizer
 from megatron_hammer.tokenizer.interface import Tokenizer
@@ -100,7 +90,7 @@ def _open_hf(folder: Path, stack: ExitStack) -> _Source:
 
 
 def _open_checkpoint(path: Path, stack: ExitStack) -> _Source:
-    manifest = read_manifest(resolve_checkpoint(path))
+    manifest = open_checkpoint(path)
     reader = stack.enter_context(LogicalReader(manifest))
 
     def dtype(name: str) -> str:
@@ -118,7 +108,7 @@ def extend_model(
     new_tokenizer: str | Path,
     output: str | Path,
     old_tokenizer: str | Path | None = None,
-    note: Note = print_note,
+    note: Note = say,
 ) -> dict[str, Any]:
     """Write ``model`` with the vocabulary of ``new_tokenizer`` to ``output``, whole or not at all.
 
@@ -155,11 +145,7 @@ def extend_model(
             if old.path.name == "tokenizer.model" and old.path.with_name("tokenizer.json").is_file():
                 note(f"if {old.path.with_name('tokenizer.json')} has tokens for them, name it with --old-tokenizer")
         report = _describe(source, old, new, plan)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(output.parent, re.compile(f"({re.escape(output.name)})" + r"\.(tmp|old)-[0-9a-f]{16}"))
-        staging = staging_folder(output, new_id())
-        staging.mkdir()
-        try:
+        with staged_folder(output) as staging:  # renamed over an empty folder, never over one that was filled meanwhile
             write_report(staging / REPORT, report, plan)
             extended = replace(source.model, vocab_size=plan.size)
             if is_hf:
@@ -169,12 +155,6 @@ def extend_model(
                 _write_checkpoint(source, extended, new, plan, staging)
                 tokenizer = output / "checkpoints" / step_name(0) / TOKENIZER  # where it will be, not where it is
                 write_preset(staging / "model.yaml", extended, tokenizer)
-            sync_folder(staging)
-            os.rename(staging, output)  # over an empty folder, but never over one that was filled meanwhile
-            sync_folder(output.parent)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
     return report
 
 
@@ -215,20 +195,20 @@ def _same_vocabulary(new: Tokenizer, old: Tokenizer) -> RefusedError:
     )  # fmt: skip
 
 
-def _pieces(source: _Source, extended: ModelConfig, plan: ExtensionPlan) -> list[Piece]:
+def _slices(source: _Source, extended: ModelConfig, plan: ExtensionPlan) -> list[SliceToWrite]:
     """All tensors of the new model as what is to be written one after the other, the grown ones in blocks of rows."""
-    pieces = []
+    slices = []
     for name, shape in logical_shapes(extended).items():
         dtype = source.dtype(name)
         if name in (EMBEDDING, HEAD):
             grown = GrownMatrix(partial(source.read, name), plan, shape[1])
             for start, stop in grown.ranges:
                 box, parts = (stop - start, shape[1]), partial(grown.blocks, start, stop)
-                pieces.append(Piece(name, "weight", (start, stop), (0, shape[1]), box, dtype, parts))
+                slices.append(SliceToWrite(name, "weight", (start, stop), (0, shape[1]), box, dtype, parts))
         else:
             cols = (0, shape[1]) if len(shape) == 2 else None
-            pieces.append(Piece(name, "weight", (0, shape[0]), cols, shape, dtype, partial(source.parts, name)))
-    return pieces
+            slices.append(SliceToWrite(name, "weight", (0, shape[0]), cols, shape, dtype, partial(source.parts, name)))
+    return slices
 
 
 def _write_hf(source: _Source, extended: ModelConfig, new: Tokenizer, plan: ExtensionPlan, folder: Path) -> None:
@@ -242,18 +222,18 @@ def _write_hf(source: _Source, extended: ModelConfig, new: Tokenizer, plan: Exte
     if (source.folder / GENERATION_CONFIG).is_file():
         generation = read_json(source.folder / GENERATION_CONFIG)
         write_json(folder / GENERATION_CONFIG, _renumbered(generation, plan, new))
-    by_name: dict[str, list[Piece]] = {}
-    for piece in _pieces(source, extended, plan):
-        by_name.setdefault(piece.name, []).append(piece)
+    by_name: dict[str, list[SliceToWrite]] = {}
+    for part in _slices(source, extended, plan):
+        by_name.setdefault(part.name, []).append(part)
     tensors = {name: (source.dtype(name), shape) for name, shape in logical_shapes(extended).items()}
     hashes = write_weight_files(
         folder,
         tensors,
-        lambda name: (chunk for piece in by_name[name] for chunk in piece.chunks()),
+        lambda name: (chunk for part in by_name[name] for chunk in part.chunks()),
     )
     with HfWeights(folder) as written:
         check_tensors(written, extended)
-        for name in progress(list(hashes), "reading back"):
+        for name in track(hashes, "reading back", len(hashes), "tensors"):
             if written.hash_of(name) != hashes[name]:
                 raise CheckpointError(
                     16, f"{folder / written.where[name]}: {name}", "reads back differently than it was written",
@@ -284,12 +264,12 @@ def _write_checkpoint(
     """``checkpoints/step-00000000``, as ``import_hf`` leaves it."""
     write_first_checkpoint(
         folder / "checkpoints",
-        _pieces(source, extended, plan),
+        _slices(source, extended, plan),
         model=extended,
         state={"token_ids": {key: getattr(new, role) for key, role in TOKEN_IDS.items()}},
         weights_dtype=source.weights_dtype,
         tokenizer=new,
-        watch=lambda items: progress(items, "writing weights"),
+        watch=lambda items: track(items, "writing weights", len(items), "blocks"),
     )
 
 

@@ -11,24 +11,26 @@ A feature that our model does not have is refused by its name, never dropped. Me
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_hammer.base.errors import CheckpointError, RefusedError
-from megatron_hammer.base.files import write_durably
-from megatron_hammer.checkpoint.folder import Note, find_checkpoints, new_id, print_note, step_name
+from megatron_hammer.base.files import replace_file
+from megatron_hammer.base.progress import say, track
+from megatron_hammer.checkpoint.folder import Note, find_checkpoints, step_name
 from megatron_hammer.checkpoint.manifest import TOKENIZER
-from megatron_hammer.checkpoint.write import Piece, write_first_checkpoint
+from megatron_hammer.checkpoint.write import SliceToWrite, write_first_checkpoint
 from megatron_hammer.config import DataConfig, ModelConfig
 from megatron_hammer.huggingface.config import CONFIG, check_vocabulary, model_config_from_hf, read_json
-from megatron_hammer.huggingface.weights import HfWeights, check_tensors, progress
+from megatron_hammer.huggingface.weights import HfWeights, check_tensors
 from megatron_hammer.model.parameters import logical_shapes
 from megatron_hammer.tokenizer.load import load_tokenizer
 
 
-def import_hf(hf_dir: str | Path, save_dir: str | Path, note: Note = print_note) -> Path:
+def import_hf(hf_dir: str | Path, save_dir: str | Path, note: Note = say) -> Path:
     """Write a Hugging Face Llama as ``save_dir/checkpoints/step-00000000``: weights only, in their own types.
 
     ``save_dir`` can then be named wherever a checkpoint or run can: ``--load`` and ``checkpoint.init_from``. Its
@@ -57,16 +59,16 @@ def import_hf(hf_dir: str | Path, save_dir: str | Path, note: Note = print_note)
     with HfWeights(source) as weights:
         check_tensors(weights, model)
         shapes = logical_shapes(model)
-        pieces = [_whole(weights, name, shapes[name]) for name in sorted(shapes, key=weights.place)]
-        dtypes = {p.dtype for p in pieces}
+        slices = [_whole(weights, name, shapes[name]) for name in sorted(shapes, key=weights.place)]
+        dtypes = {s.dtype for s in slices}
         write_first_checkpoint(
             folder,
-            pieces,
+            slices,
             model=model,
             state={"token_ids": {k: tree.get(k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}},
             weights_dtype=dtypes.pop() if len(dtypes) == 1 else "float32",  # fp32 holds any mixture exactly
             tokenizer=tokenizer,
-            watch=lambda items: progress(items, "reading weights"),
+            watch=lambda items: track(items, "reading weights", len(items), "tensors"),
         )
     write_preset(Path(save_dir) / "model.yaml", model, target / TOKENIZER if tokenizer else None)
     return target
@@ -79,11 +81,10 @@ def write_preset(path: Path, model: ModelConfig, tokenizer: Path | None) -> None
     preset["data"] = {"seq_length": min(DataConfig.seq_length, model.max_position_embeddings)}
     if tokenizer is not None:
         preset["tokenizer"] = {"path": str(tokenizer)}
-    staged = path.with_name(f"{path.name}.tmp-{new_id()}")
-    write_durably(staged, yaml.safe_dump(preset, sort_keys=False).encode())
-    staged.replace(path)
+    replace_file(path, yaml.safe_dump(preset, sort_keys=False).encode())
 
 
-def _whole(weights: HfWeights, name: str, shape: tuple[int, ...]) -> Piece:
+def _whole(weights: HfWeights, name: str, shape: tuple[int, ...]) -> SliceToWrite:
     cols = (0, shape[1]) if len(shape) == 2 else None
-    return Piece(name, "weight", (0, shape[0]), cols, shape, weights.entry(name).dtype, lambda: weights.parts(name))
+    dtype = weights.entry(name).dtype
+    return SliceToWrite(name, "weight", (0, shape[0]), cols, shape, dtype, partial(weights.parts, name))

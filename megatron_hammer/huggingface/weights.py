@@ -7,30 +7,26 @@ unless one is asked for.
 
 from __future__ import annotations
 
+import math
 import re
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError
-from megatron_hammer.checkpoint.folder import print_note
-from megatron_hammer.checkpoint.tensor_files import ITEM_BYTES, TensorEntry, TensorFileReader, TensorFileWriter, count
-from megatron_hammer.checkpoint.write import DTYPES
+from megatron_hammer.base.progress import Progress
+from megatron_hammer.checkpoint.dtypes import DTYPES
+from megatron_hammer.checkpoint.tensor_files import ITEM_BYTES, TensorEntry, TensorFileReader, TensorFileWriter
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.huggingface.config import read_json, write_json
 from megatron_hammer.model.parameters import EMBEDDING, HEAD, logical_shapes
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 5 * 10**9  # transformers' own long-time default
-
-T = TypeVar("T")
 
 
 def write_weight_files(
@@ -48,25 +44,24 @@ def write_weight_files(
     Returns:
         name -> XXH3-128 of its bytes, taken before they were written.
     """
-    sizes = {name: count(shape) * ITEM_BYTES[dtype] for name, (dtype, shape) in tensors.items()}
-    plan = plan_shards(sizes, max_shard_bytes)
-    names = (
-        [WEIGHTS] if len(plan) == 1 else [f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]
-    )
+    sizes = {name: math.prod(shape) * ITEM_BYTES[dtype] for name, (dtype, shape) in tensors.items()}
+    plan = plan_files(sizes, max_shard_bytes)
+    files = [f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))] if plan[1:] else [WEIGHTS]
     hashes = {}
-    order = progress(list(sizes), "writing weights")
-    for file_name, content in zip(names, plan):
-        entries = [(name, *tensors[name]) for name in content]
-        with TensorFileWriter(folder / file_name, entries, {"format": "pt"}) as writer:
-            for name in islice(order, len(content)):
-                hashes[name] = writer.write(name, chunks(name))
-    if len(plan) > 1:
-        weight_map = {name: file_name for file_name, content in zip(names, plan) for name in content}
+    with Progress("writing weights", sum(sizes.values())) as progress:
+        for file_name, names in zip(files, plan):
+            entries = [(name, *tensors[name]) for name in names]
+            with TensorFileWriter(folder / file_name, entries, {"format": "pt"}) as writer:
+                for name in names:
+                    hashes[name] = writer.write(name, chunks(name))
+                    progress.advance(sizes[name])
+    if plan[1:]:
+        weight_map = {name: file_name for file_name, names in zip(files, plan) for name in names}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
     return hashes
 
 
-def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+def plan_files(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Tensors in order, cut where a file would exceed ``limit`` bytes; a larger tensor has a file of its own."""
     plan: list[list[str]] = [[]]
     used = 0
@@ -218,18 +213,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def progress(items: Sequence[T], what: str) -> Iterator[T]:
-    """Go through ``items`` with a bar on stderr in a terminal, else with a line every 10 seconds."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        yield from tqdm(items, desc=what, unit="tensor", dynamic_ncols=True)
-        return
-    told = time.monotonic()
-    for done, item in enumerate(items):
-        if time.monotonic() - told > 10:
-            told = time.monotonic()
-            print_note(f"{what}: {done} of {len(items)} tensors")
-        yield item

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from megatron_hammer.base.errors import ConfigError, RefusedError
 from megatron_hammer.checkpoint.fit import check_fits
-from megatron_hammer.checkpoint.folder import latest_checkpoint, resolve_checkpoint
-from megatron_hammer.checkpoint.manifest import Manifest, read_manifest
+from megatron_hammer.checkpoint.folder import newest_checkpoint, open_checkpoint
+from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.kernels.libraries.te import check_before_start
@@ -80,14 +80,13 @@ def prepare(config: Config, world_size: int, check_data: bool = True) -> Prepare
             7, "data.train", "is not set", "name the prefix of an indexed dataset: data.train=P_text_document"
         )
     data_notes, plan = _check_data(config, tokenizer, check_data)
-    newest = latest_checkpoint(checkpoints_folder(config), note=notes.append)
-    resume = None if newest is None else read_manifest(newest)
+    resume = newest_checkpoint(checkpoints_folder(config), note=notes.append)
     init_from = None
     if resume is not None:
         check_fits(resume, config.model, STATE_KINDS)
         notes += _check_same_run(config, resume)
     elif config.checkpoint.init_from is not None:
-        init_from = read_manifest(resolve_checkpoint(config.checkpoint.init_from))
+        init_from = open_checkpoint(config.checkpoint.init_from)
         check_fits(init_from, config.model, {"weight"})
     if check_data:
         _build_indices(config, resume, data_notes)

@@ -1,4 +1,4 @@
-"""Publishing by rename, and hashes of files."""
+"""Publishing by rename, folders that appear whole, and hashes of files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from megatron_hammer.base.files import hash_bytes, hash_file, publish
+from megatron_hammer.base.files import hash_bytes, hash_file, publish, replace_folder, staged_folder
 
 
 def test_hash_of_a_file_longer_than_the_buffer(tmp_path: Path) -> None:
@@ -29,3 +29,31 @@ def test_publish_replaces_a_file_but_no_filled_folder(tmp_path: Path) -> None:
     (tmp_path / "folder.tmp").mkdir()
     with pytest.raises(OSError, match="not empty"):
         publish(tmp_path / "folder.tmp", tmp_path / "folder")
+
+
+def test_a_folder_is_replaced(tmp_path: Path) -> None:
+    for name in ("staging", "target"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "which").write_text(name)
+    replace_folder(tmp_path / "staging", tmp_path / "target")
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
+    assert (tmp_path / "target" / "which").read_text() == "staging"
+
+
+def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "folder"
+    with staged_folder(target) as staging:
+        (staging / "file").write_text("1")
+        assert not target.exists()
+    assert [p.name for p in target.parent.iterdir()] == ["folder"]
+    with pytest.raises(OSError, match="not empty"), staged_folder(target):
+        pass  # somebody's folder is not replaced unasked
+    with pytest.raises(KeyboardInterrupt), staged_folder(target, replace=True):
+        raise KeyboardInterrupt
+    assert (target / "file").read_text() == "1"
+    (tmp_path / "new" / "folder.tmp-0123456789abcdef").mkdir()
+    target.rename(tmp_path / "new" / "folder.old-0123456789abcdef")  # a crash between two renames
+    with staged_folder(target, replace=True) as staging:
+        assert (target / "file").read_text() == "1"
+        (staging / "file").write_text("2")
+    assert [p.name for p in target.parent.iterdir()] == ["folder"] and (target / "file").read_text() == "2"

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.folder import new_id, staging_folder, step_name
+from megatron_hammer.base.files import staging_path
+from megatron_hammer.checkpoint.dtypes import PRECISION_DTYPES
+from megatron_hammer.checkpoint.folder import step_name
 from megatron_hammer.checkpoint.manifest import Layout, Manifest, TokenizerFiles, read_manifest
 from megatron_hammer.checkpoint.read import load_shards
-from megatron_hammer.checkpoint.write import PRECISION_DTYPES, commit, pieces_of, stage_tokenizer, write_rank
+from megatron_hammer.checkpoint.write import commit, slices_to_write, stage_tokenizer, write_rank
 from megatron_hammer.config import ModelConfig, RopeScaling, config_from_tree, config_to_tree
 from megatron_hammer.model.parameters import Parameter, logical_shapes, parameter_table
 from megatron_hammer.parallel.context import ParallelContext
@@ -102,10 +104,10 @@ def write_layout(
     folder.mkdir(parents=True, exist_ok=True)
     kinds = tuple(dict.fromkeys(kind for _, kind in tensors))
     target = folder / step_name(step)
-    staging = staging_folder(target, new_id())
+    staging = staging_path(target)
     staging.mkdir()
     for rank in range(tp * dp):
-        write_rank(staging, rank, pieces_of(rank_shards(model, rank, tp, dp, tensors, kinds)))
+        write_rank(staging, rank, slices_to_write(rank_shards(model, rank, tp, dp, tensors, kinds)))
     files: TokenizerFiles | None = None if tokenizer is None else stage_tokenizer(tokenizer, staging)
     commit(staging, target, step=step, model=model, config_tree=config_tree(model, precision=precision),
            state={"consumed_samples": 3}, weights_dtype=PRECISION_DTYPES[precision],

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.base.errors import CheckpointError
+from megatron_hammer.base.files import hash_bytes
 from megatron_hammer.checkpoint import manifest as checkpoint_format
 from megatron_hammer.checkpoint.manifest import canonical_json, checked_tokenizer_folder, read_manifest
 from megatron_hammer.checkpoint.read import verify_checkpoint
-from megatron_hammer.checkpoint.tensor_files import TensorFileReader, TensorFileWriter, digest
+from megatron_hammer.checkpoint.tensor_files import TensorFileReader, TensorFileWriter
 from tests.checkpoint.layouts import FakeTokenizer, load_layout, random_logical, tiny_model, write_layout
 
 FLIPS = 200  # in every file
@@ -142,7 +143,7 @@ def forge(folder: Path, change) -> None:
     tree = json.loads(path.read_bytes())
     del tree["digest"]
     change(tree)
-    tree["digest"] = digest(canonical_json(tree))
+    tree["digest"] = hash_bytes(canonical_json(tree))
     path.write_bytes(canonical_json(tree) + b"\n")
 
 
@@ -261,7 +262,7 @@ def test_a_header_longer_than_the_file_is_not_allocated(tmp_path, length):
 
 def test_the_hash_is_of_memory_and_a_lying_disk_is_noticed(tmp_path, monkeypatch):
     """What the writer is given counts, not what reached the file."""
-    from megatron_hammer.checkpoint.write import pieces_of, write_rank
+    from megatron_hammer.checkpoint.write import slices_to_write, write_rank
     from tests.checkpoint.layouts import rank_shards
 
     original = TensorFileWriter.__exit__
@@ -276,7 +277,7 @@ def test_the_hash_is_of_memory_and_a_lying_disk_is_noticed(tmp_path, monkeypatch
 
     monkeypatch.setattr(TensorFileWriter, "__exit__", lie)
     with pytest.raises(CheckpointError, match=r"E416.*rank-00000"):
-        write_rank(tmp_path, 0, pieces_of(rank_shards(MODEL, 0, 1, 1, random_logical(MODEL))))
+        write_rank(tmp_path, 0, slices_to_write(rank_shards(MODEL, 0, 1, 1, random_logical(MODEL))))
 
 
 def test_reading_needs_no_torch_and_no_pickle():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,15 +13,14 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.base.errors import CheckpointError, DiskError
+from megatron_hammer.base.files import remove_leftovers
 from megatron_hammer.checkpoint import manifest
 from megatron_hammer.checkpoint import write as save
 from megatron_hammer.checkpoint.folder import (
     find_checkpoints,
-    latest_checkpoint,
+    newest_checkpoint,
+    open_checkpoint,
     prune,
-    publish,
-    remove_leftovers,
-    resolve_checkpoint,
     step_name,
 )
 from megatron_hammer.checkpoint.manifest import read_manifest
@@ -72,35 +72,36 @@ def test_unreadable_checkpoints_do_not_count_as_kept(tmp_path):
 
 def test_the_latest_is_found_by_looking_and_what_is_skipped_is_told(tmp_path):
     run = tmp_path / "run"
-    assert latest_checkpoint(run) is None
+    assert newest_checkpoint(run) is None
     for step in (99, 100, 100_000_000):
         write_layout(run / "checkpoints", MODEL, random_logical(MODEL), step=step)
-    (run / "checkpoints" / "step-00000200.tmp-0a1b").mkdir()
+    (run / "checkpoints" / "step-00000200.tmp-0000000000000a1b").mkdir()
     (run / "checkpoints" / "step-00000300").symlink_to(run / "checkpoints" / step_name(99))
     (run / "checkpoints" / "notes").mkdir()
     told: list[str] = []
     newest = run / "checkpoints" / step_name(100_000_000)
-    assert latest_checkpoint(run, told.append) == latest_checkpoint(run / "checkpoints") == newest
-    assert resolve_checkpoint(run) == resolve_checkpoint(run / "checkpoints") == resolve_checkpoint(newest) == newest
+    assert newest_checkpoint(run, told.append).folder == newest_checkpoint(run / "checkpoints").folder == newest
+    for meant in (run, run / "checkpoints", newest):
+        assert open_checkpoint(meant).folder == newest
     assert told == []
     break_manifest(newest)
-    assert latest_checkpoint(run, told.append) == run / "checkpoints" / step_name(100)
+    assert newest_checkpoint(run, told.append).folder == run / "checkpoints" / step_name(100)
     assert len(told) == 1 and str(newest) in told[0] and "E403" in told[0]
     for path in find_checkpoints(run):
         break_manifest(path)
     with pytest.raises(CheckpointError, match="3 checkpoints, none with a readable"):
-        latest_checkpoint(run, told.append)
+        newest_checkpoint(run, told.append)
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"E401.*nowhere"):
-        resolve_checkpoint(tmp_path / "nowhere")
+        open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"E401.*holds no checkpoint"):
-        resolve_checkpoint(tmp_path)
-    staging = tmp_path / "step-00000007.tmp-0123"
+        open_checkpoint(tmp_path)
+    staging = tmp_path / "step-00000007.tmp-0000000000000123"
     write_layout(tmp_path, MODEL, random_logical(MODEL)).folder.rename(staging)
     with pytest.raises(CheckpointError, match=r"E402.*never committed"):
-        resolve_checkpoint(staging)
+        open_checkpoint(staging)
 
 
 class Killed(BaseException):
@@ -122,7 +123,7 @@ def kill_at(monkeypatch, module, name: str, call: int = 1):
 
 PHASES = [
     (save, "stage_tokenizer", 1), (save, "write_rank", 1), (save, "chunks_of", 5), (save, "write_durably", 1),
-    (save, "commit", 1), (save, "write_manifest", 1), (save, "publish", 1),
+    (save, "commit", 1), (save, "write_manifest", 1), (save, "replace_folder", 1),
     (os, "rename", 1), (os, "rename", 2), (shutil, "rmtree", 1), (save, "prune", 1),
 ]  # fmt: skip
 
@@ -143,9 +144,9 @@ def test_a_crash_at_any_phase_leaves_old_or_new_and_the_next_save_cleans(tmp_pat
     assert found in (before, {**before, step: 3}, {20: 2, 30: 3}), found
     for path in find_checkpoints(run):
         verify_checkpoint(read_manifest(path))
-    assert read_manifest(latest_checkpoint(run)).state["seed"] in (2, 3)
+    assert newest_checkpoint(run).state["seed"] in (2, 3)
     save_step(run, 40, seed=4, keep_last=9)
-    assert all(manifest.STEP_NAME.fullmatch(p.name) for p in run.iterdir()), "left-overs remain"
+    assert all(re.fullmatch(manifest.STEP_NAME, p.name) for p in run.iterdir()), "left-overs remain"
     assert set(found) | {40} == set(steps(run)), "a committed checkpoint was lost by cleaning"
 
 
@@ -200,23 +201,20 @@ def test_files_are_synced_before_the_rename_and_the_parent_after(tmp_path, monke
 def test_leftovers_are_removed_and_what_was_set_aside_comes_back(tmp_path):
     for step in (10, 20):
         write_layout(tmp_path, MODEL, random_logical(MODEL), step=step)
-    (tmp_path / step_name(10)).rename(tmp_path / "step-00000010.old-ab")
-    (tmp_path / "step-00000020.old-cd").mkdir()
-    (tmp_path / "step-00000030.tmp-ef").mkdir()
-    (tmp_path / "other.tmp-ef").mkdir()
+    (tmp_path / step_name(10)).rename(tmp_path / "step-00000010.old-abababababababab")
+    (tmp_path / "step-00000020.old-cdcdcdcdcdcdcdcd").mkdir()
+    (tmp_path / "step-00000030.tmp-efefefefefefefef").mkdir()
+    (tmp_path / "other.tmp-efefefefefefefef").mkdir()
     assert steps(tmp_path) == [10, 20]
-    assert remove_leftovers(tmp_path) == ["step-00000010.old-ab", "step-00000020.old-cd", "step-00000030.tmp-ef"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.tmp-ef", step_name(10), step_name(20)]
-    assert remove_leftovers(tmp_path) == [] == remove_leftovers(tmp_path / "nowhere")
-
-
-def test_publishing_replaces_a_folder(tmp_path):
-    for name in ("staging", "target"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "which").write_text(name)
-    publish(tmp_path / "staging", tmp_path / "target")
-    assert [p.name for p in tmp_path.iterdir()] == ["target"]
-    assert (tmp_path / "target" / "which").read_text() == "staging"
+    found = remove_leftovers(tmp_path, manifest.STEP_NAME)
+    assert found == [
+        "step-00000010.old-abababababababab",
+        "step-00000020.old-cdcdcdcdcdcdcdcd",
+        "step-00000030.tmp-efefefefefefefef",
+    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.tmp-efefefefefefefef", step_name(10), step_name(20)]
+    assert remove_leftovers(tmp_path, manifest.STEP_NAME) == []
+    assert remove_leftovers(tmp_path / "nowhere", manifest.STEP_NAME) == []
 
 
 def test_incomplete_slices_are_not_committed(tmp_path):

@@ -11,8 +11,7 @@ from safetensors import safe_open
 
 from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.checkpoint import read as load
-from megatron_hammer.checkpoint.fit import saved_model
-from megatron_hammer.checkpoint.manifest import read_manifest
+from megatron_hammer.checkpoint.manifest import read_manifest, saved_model, slice_key
 from megatron_hammer.checkpoint.read import (
     LogicalReader,
     load_model,
@@ -117,12 +116,18 @@ def test_files_are_readable_by_the_safetensors_package(saved):
     manifest = manifests[2, 3]
     for file in manifest.files:
         with safe_open(manifest.folder / file.name, framework="pt") as reader:
-            assert set(reader.keys()) == {manifest.key(s) for s in file.slices}
-            for piece in file.slices:
-                tensor = manifest.tensors[piece.tensor]
-                part = tensors[tensor.name, tensor.kind][piece.rows[0] : piece.rows[1]]
-                part = part if piece.cols is None else part[:, piece.cols[0] : piece.cols[1]]
-                assert torch.equal(reader.get_tensor(manifest.key(piece)), part)
+            keys = {
+                s: slice_key(tensor.name, tensor.kind, s.rows, s.cols) for s, tensor in _with_tensors(manifest, file)
+            }
+            assert set(reader.keys()) == set(keys.values())
+            for saved, tensor in _with_tensors(manifest, file):
+                part = tensors[tensor.name, tensor.kind][saved.rows[0] : saved.rows[1]]
+                part = part if saved.cols is None else part[:, saved.cols[0] : saved.cols[1]]
+                assert torch.equal(reader.get_tensor(keys[saved]), part)
+
+
+def _with_tensors(manifest, file):
+    return [(saved, manifest.tensors[saved.tensor]) for saved in file.slices]
 
 
 def test_a_slice_is_read_at_most_once_and_in_place_where_it_fits(saved, monkeypatch):

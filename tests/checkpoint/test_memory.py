@@ -23,11 +23,11 @@ CHILD = """
 import resource, sys
 import torch, numpy, tqdm, megatron_hammer.huggingface.certificate
 from pathlib import Path
-from megatron_hammer.checkpoint.folder import resolve_checkpoint
+from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.huggingface.export import export_hf
 from megatron_hammer.huggingface.importing import import_hf
-from megatron_hammer.checkpoint.fit import saved_model
+from megatron_hammer.checkpoint.manifest import saved_model
 from megatron_hammer.checkpoint.read import load_shards
 from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.model.parameters import parameter_table
@@ -44,7 +44,7 @@ def reset():
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts from what is resident now
 
 def growth(task, source, target):
-    manifest = read_manifest(resolve_checkpoint(source)) if task != "import" else None
+    manifest = open_checkpoint(source) if task != "import" else None
     if task in ("load", "save"):
         model = saved_model(manifest)
         shards = [Shard(p, 0, p.numel, {"weight": torch.ones(p.numel)}) for p in parameter_table(model)]

@@ -15,15 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_hammer.base.errors import CheckpointError, RefusedError
-from megatron_hammer.checkpoint.fit import saved_model
-from megatron_hammer.checkpoint.folder import resolve_checkpoint
-from megatron_hammer.checkpoint.manifest import read_manifest
+from megatron_hammer.checkpoint.folder import open_checkpoint
+from megatron_hammer.checkpoint.manifest import read_manifest, saved_model
 from megatron_hammer.checkpoint.read import read_logical
 from megatron_hammer.config import load_config
 from megatron_hammer.huggingface.certificate import prove
 from megatron_hammer.huggingface.export import export_hf
 from megatron_hammer.huggingface.importing import import_hf
-from megatron_hammer.huggingface.weights import plan_shards
+from megatron_hammer.huggingface.weights import plan_files
 from megatron_hammer.model.parameters import logical_shapes
 from tests.checkpoint.layouts import random_logical, tiny_model, write_layout
 
@@ -74,7 +73,7 @@ def test_the_round_trip_is_bit_equal(tmp_path, changes, dtype, shard):
     source = make_hf(tmp_path / "hf", dtype, shard, **changes)
     assert (len(list(source.glob("*.safetensors"))) > 1) == (shard != "5GB")
     target = import_hf(source, tmp_path / "run", note=lambda text: None)
-    assert target == resolve_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step-00000000"
+    assert target == open_checkpoint(tmp_path / "run").folder == tmp_path / "run" / "checkpoints" / "step-00000000"
     certificate = export_hf(tmp_path / "run", tmp_path / "back", prove=prove, note=lambda text: None)
     assert certificate["verdict"] == "passed" and certificate["dtype"] == str(dtype).removeprefix("torch.")
     assert_same_bits(weights_of(source), weights_of(tmp_path / "back"))
@@ -91,7 +90,7 @@ def test_a_mixture_of_types_keeps_every_value(tmp_path):
     weights = {k: v.float() * 1.001 if "norm" in k else v for k, v in weights.items()}
     save_file(weights, source / "model.safetensors")
     import_hf(source, tmp_path / "run", note=lambda text: None)
-    manifest = read_manifest(resolve_checkpoint(tmp_path / "run"))
+    manifest = open_checkpoint(tmp_path / "run")
     assert manifest.weights_dtype == "float32"
     for name, weight in weights.items():
         assert torch.equal(read_logical(manifest, name), weight)
@@ -159,10 +158,10 @@ def test_shards_are_those_of_the_index_and_of_the_metadata(tmp_path):
             assert name in set(reader.keys()) and reader.metadata() == {"format": "pt"}
 
 
-def test_the_plan_of_shards_keeps_order_and_limit():
+def test_the_plan_of_files_keeps_order_and_limit():
     sizes = {"a": 5, "b": 4, "c": 9, "d": 30, "e": 1}
-    assert plan_shards(sizes, 10) == [["a", "b"], ["c"], ["d"], ["e"]]
-    assert plan_shards(sizes, 100) == [list(sizes)]
+    assert plan_files(sizes, 10) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert plan_files(sizes, 100) == [list(sizes)]
 
 
 def test_an_output_of_somebody_else_is_left_alone(tmp_path):

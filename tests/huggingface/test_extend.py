@@ -18,9 +18,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, HammerError, RefusedError
-from megatron_hammer.checkpoint.fit import saved_model
-from megatron_hammer.checkpoint.folder import resolve_checkpoint
-from megatron_hammer.checkpoint.manifest import read_manifest
+from megatron_hammer.checkpoint.folder import open_checkpoint
+from megatron_hammer.checkpoint.manifest import saved_model
 from megatron_hammer.checkpoint.read import read_logical, verify_checkpoint
 from megatron_hammer.config import load_config
 from megatron_hammer.dataset.writer import IndexedWriter
@@ -305,7 +304,7 @@ def test_new_rows_that_are_equal_are_counted(tmp_path):
     write_layout(tmp_path / "run", model, random_logical(model), tokenizer=old)
     report = extend_model(tmp_path / "run", new, tmp_path / "out")
     assert report["averaged_ids_equal_to_another"] == 2 and report["pieces_per_averaged_id"] == {"3": 3}
-    embedding = read_logical(read_manifest(resolve_checkpoint(tmp_path / "out")), EMBEDDING)
+    embedding = read_logical(open_checkpoint(tmp_path / "out"), EMBEDDING)
     assert torch.allclose(embedding[260], embedding[261]) and not torch.allclose(embedding[260], embedding[262])
 
 
@@ -360,7 +359,7 @@ def test_a_checkpoint_becomes_a_start_for_a_run(tmp_path, old, new, tp, dp, tied
     tensors = random_logical(model)
     write_layout(tmp_path / "run" / "checkpoints", model, tensors, tp, dp, tokenizer=old)
     extend_model(tmp_path / name, new.path, tmp_path / "out", note=lambda text: None)
-    manifest = read_manifest(resolve_checkpoint(tmp_path / "out"))
+    manifest = open_checkpoint(tmp_path / "out")
     verify_checkpoint(manifest)
     assert manifest.step == 0 and manifest.kinds == {"weight"} and manifest.weights_dtype == "bfloat16"
     assert load_tokenizer(manifest.folder / "tokenizer").fingerprint == new.fingerprint
@@ -383,7 +382,7 @@ def test_large_matrices_are_written_in_blocks(tmp_path, old, new, monkeypatch):
     tensors = random_logical(model, kinds=("weight",))
     write_layout(tmp_path / "run", model, tensors, tokenizer=old)
     extend_model(tmp_path / "run", new.path, tmp_path / "out")
-    manifest = read_manifest(resolve_checkpoint(tmp_path / "out"))
+    manifest = open_checkpoint(tmp_path / "out")
     ranges = [s.rows for s in manifest.files[0].slices if manifest.tensors[s.tensor].name == HEAD]
     assert ranges == [(0, 100), (100, 200), (200, 270)]
     assert torch.equal(read_logical(manifest, HEAD), reference_rows(tensors[HEAD, "weight"], old, new))
@@ -415,7 +414,7 @@ def test_training_continues_with_the_new_vocabulary(tmp_path, old, new):
     ours, theirs = metrics(tmp_path / "a"), metrics(tmp_path / "b")
     assert [line["loss"] for line in ours] == [line["loss"] for line in theirs] and len(ours) == 6
     assert ours[-1]["loss"] < ours[0]["loss"] - 0.1
-    trained = read_manifest(resolve_checkpoint(tmp_path / "a"))
+    trained = open_checkpoint(tmp_path / "a")
     assert trained.step == 6 and saved_model(trained).vocab_size == new.vocab_size
 
 
@@ -514,7 +513,7 @@ def test_internlm_grows_to_hammerllm(tmp_path):
     import_hf(model, tmp_path / "run")  # as a checkpoint: the conversion of hammerllm.model is test_convert's
     report = extend_model(tmp_path / "run", new.path, tmp_path / "out")
     assert report["origins"] == {"copied": 103168, "role": 0, "pieces": 85, "bytes": 2536, "mean": 0}
-    before, manifest = weights_of(model), read_manifest(resolve_checkpoint(tmp_path / "out"))
+    before, manifest = weights_of(model), open_checkpoint(tmp_path / "out")
     contents = [token.content.decode() for token in extension_plan.read_vocabulary(new)[103168:]]
     spelt = extension_plan.inner_encoder(old)(contents)
     for name in (EMBEDDING, HEAD):

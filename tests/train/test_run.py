@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from megatron_hammer.base.errors import HammerError
-from megatron_hammer.checkpoint.folder import find_checkpoints, latest_checkpoint
-from megatron_hammer.checkpoint.manifest import read_manifest
+from megatron_hammer.checkpoint.folder import find_checkpoints, newest_checkpoint
 from megatron_hammer.kernels.native import cpu
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank
@@ -63,11 +62,11 @@ def test_killed_and_resumed_is_bit_equal(name: str, data: Path, tmp_path: Path) 
     assert set(run_distributed(ranks, train_here, overrides(data, whole, *extra, *steps))) == {0}
     code = _kill_after(ranks, overrides(data, torn, *extra, *steps), torn / "metrics.jsonl", 7, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    resumed_from = latest_checkpoint(torn)
-    assert resumed_from is not None and len(metrics(whole)) == 24
+    resumed = newest_checkpoint(torn)
+    assert resumed is not None and len(metrics(whole)) == 24
     again = run(ranks, overrides(data, torn, *extra, *steps))
     assert again.returncode == 0, again.stderr
-    assert f"resuming from {resumed_from}" in again.stdout
+    assert f"resuming from {resumed.folder}" in again.stdout
     assert metrics(torn) == metrics(whole)
     assert checkpoint_bytes(torn, 24) == checkpoint_bytes(whole, 24)
     assert "valid/x/loss" in metrics(whole)[3] and "valid/y/perplexity" in metrics(whole)[23]
@@ -79,9 +78,9 @@ def test_sigterm_saves_and_exits_75(data: Path, tmp_path: Path) -> None:
                           "checkpoint.save_interval_steps=null", "schedule.style=constant")  # fmt: skip
     code = _kill_after(2, arguments, tmp_path / "run" / "metrics.jsonl", 3, signal.SIGTERM)
     assert code == 75
-    folder = latest_checkpoint(tmp_path / "run")
-    assert folder is not None
-    step = int(folder.name.split("-")[1])
+    saved = newest_checkpoint(tmp_path / "run")
+    assert saved is not None
+    step = saved.step
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, step + 1)), "every line up to the checkpoint, none beyond"
     assert 3 <= step < 3000
@@ -149,8 +148,8 @@ def test_document_masks_resume_bit_equal(data: Path, tmp_path: Path) -> None:
     both = [metrics(out) for out in (whole, causal)]
     assert len({tuple(line["samples_digest"] for line in lines) for lines in both}) == 1
     assert len({tuple(line["loss"] for line in lines) for lines in both}) == 2
-    newest = latest_checkpoint(whole)
-    assert newest is not None and read_manifest(newest).config["data"]["attention_mask"] == "document"
+    newest = newest_checkpoint(whole)
+    assert newest is not None and newest.config["data"]["attention_mask"] == "document"
     for run_folder, changed in ((whole, "causal"), (causal, "document")):
         with pytest.raises(HammerError, match=rf"error\[E580\].*data\.attention_mask={changed}"):
             prepare(config_for(overrides(data, run_folder, f"data.attention_mask={changed}")), 1)
@@ -220,7 +219,7 @@ def test_one_step_run_and_tensorboard(data: Path, tmp_path: Path) -> None:
     line = metrics(out)[0]
     for key in ("loss", "grad_norm", "lr", "valid/x/loss", "valid/y/perplexity"):
         assert events.Scalars(key)[0].value == pytest.approx(line[key], rel=1e-6)
-    assert latest_checkpoint(out) is not None
+    assert newest_checkpoint(out) is not None
 
 
 def test_dry_run_prints_and_writes_nothing(data: Path, tmp_path: Path) -> None:
