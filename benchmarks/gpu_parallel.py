@@ -31,7 +31,7 @@ from megatron_hammer.parallel import collectives
 from megatron_hammer.parallel.collectives import Done
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train.loop import build
+from megatron_hammer.train.build import build
 from megatron_hammer.train.step import train_step
 
 SHAPE = Shape(1024, 2816, 4, 16, 4, 512, 10_007, 2, 4, 8)  # heads of 64, an odd vocabulary

@@ -40,7 +40,7 @@ from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.train import train_tokenizer
-from megatron_hammer.train.loop import build, kernel_requirements
+from megatron_hammer.train.build import build, kernel_requirements
 from megatron_hammer.train.step import train_step
 
 SIDES = ("fp32", "bf16", "fp8", "fp8-head")

@@ -11,7 +11,7 @@ from shapes import SHAPES, peak_mb, report
 from megatron_hammer.config import config_from_tree
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train.loop import build
+from megatron_hammer.train.build import build
 from megatron_hammer.train.step import train_step
 
 

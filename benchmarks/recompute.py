@@ -38,7 +38,7 @@ def measure(variant: str, size: str, precision: str, steps: int) -> None:
     from megatron_hammer.model.recompute import activation_bytes
     from megatron_hammer.parallel.context import ParallelContext
     from megatron_hammer.sampling.batch import Batch
-    from megatron_hammer.train.loop import build, kernel_requirements
+    from megatron_hammer.train.build import build, kernel_requirements
     from megatron_hammer.train.step import train_step
 
     imported, shape = peak_mb(), SHAPES[size]

@@ -20,7 +20,7 @@ from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.layers import LayerOptions
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train.loop import build
+from megatron_hammer.train.build import build
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank
 from megatron_hammer.train.step import train_step

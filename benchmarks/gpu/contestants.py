@@ -29,7 +29,7 @@ from megatron_hammer.kernels.attention import causal_attention
 from megatron_hammer.kernels.libraries import te
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train.loop import build
+from megatron_hammer.train.build import build
 from megatron_hammer.train.step import train_step
 
 Contestant = Callable[[Bench, Shape, int], list[Span]]

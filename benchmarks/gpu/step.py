@@ -34,7 +34,7 @@ from megatron_hammer.kernels.selection import TABLES
 from megatron_hammer.model.parameters import logical_shapes
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train.loop import build
+from megatron_hammer.train.build import build
 from megatron_hammer.train.schedules import forward_backward
 
 ROUNDS = 2

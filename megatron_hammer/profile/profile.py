@@ -61,7 +61,8 @@ from megatron_hammer.profile.budget import Rates, StepShape, step_costs
 from megatron_hammer.profile.plots import digits, draw_profile
 from megatron_hammer.profile.trace import PREFIX, Measured, memory_of_step, read_trace
 from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train.loop import DTYPES, Run, build, kernel_requirements
+from megatron_hammer.train.build import DTYPES, build, kernel_requirements
+from megatron_hammer.train.loop import Run
 from megatron_hammer.train.metrics import flops_per_token
 from megatron_hammer.train.prepare import Prepared, prepare
 from megatron_hammer.train.run import choose_device
@@ -208,7 +209,8 @@ class Job:
         if self.run is None:
             return [self._random_batch() for _ in range(self.config.grad_accum(1))]
         batches = self.run._next_batches()
-        self.run.progress.consumed_samples += self.config.train.global_batch_size
+        consumed = self.run.state.consumed_samples + self.config.train.global_batch_size
+        self.run.state = dataclasses.replace(self.run.state, consumed_samples=consumed)
         return batches
 
     def _random_batch(self) -> Batch[Tensor]:

@@ -23,7 +23,8 @@ from megatron_hammer.parallel.agreement import agree_before_start
 from megatron_hammer.parallel.context import build_parallel_context
 from megatron_hammer.parallel.rendezvous import Store, end_process_group, start_process_group
 from megatron_hammer.sampling.plan import format_plan
-from megatron_hammer.train.loop import kernel_requirements, train
+from megatron_hammer.train.build import kernel_requirements
+from megatron_hammer.train.loop import train
 from megatron_hammer.train.prepare import Prepared, prepare
 
 

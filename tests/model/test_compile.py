@@ -26,7 +26,7 @@ from megatron_hammer.model.llama import gradients_of
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import activation_bytes
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.train.loop import kernel_requirements
+from megatron_hammer.train.build import kernel_requirements
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.kernels.test_fp8 import fp8_config

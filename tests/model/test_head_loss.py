@@ -19,7 +19,7 @@ from megatron_hammer.model.llama import build_stage
 from megatron_hammer.parallel import collectives
 from megatron_hammer.parallel.context import Group
 from megatron_hammer.parallel.placement import padded_vocab_size
-from megatron_hammer.train.loop import build
+from megatron_hammer.train.build import build
 from megatron_hammer.train.schedules import forward_backward
 from tests.distributed import run_distributed
 from tests.kernels.one_gradient import OneGradient

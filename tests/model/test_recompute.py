@@ -25,7 +25,7 @@ from megatron_hammer.kernels.selection import select_backends
 from megatron_hammer.model import recompute
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train import loop
-from megatron_hammer.train.loop import kernel_requirements
+from megatron_hammer.train.build import kernel_requirements
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.model import te_double, te_sources

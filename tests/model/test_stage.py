@@ -16,7 +16,7 @@ from megatron_hammer.model.parameters import EMBEDDING, Parameter, logical_shape
 from megatron_hammer.model.recompute import plan_recompute
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.placement import Placement, place
-from megatron_hammer.train.loop import kernel_requirements
+from megatron_hammer.train.build import kernel_requirements
 from tests.distributed import run_distributed
 from tests.model.tiny import make_context, rank_batches, tiny_config
 

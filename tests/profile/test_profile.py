@@ -18,7 +18,7 @@ from megatron_hammer.profile import budget
 from megatron_hammer.profile.plots import draw_profile
 from megatron_hammer.profile.profile import Settings, instrumented, profile_step, table
 from megatron_hammer.profile.trace import measure, memory_of_step, read_trace
-from megatron_hammer.train.loop import build
+from megatron_hammer.train.build import build
 from megatron_hammer.train.metrics import flops_per_token
 from tests.train.runs import ROOT, TINY, environment
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_hammer.train import loop
+from megatron_hammer.train.garbage import garbage_collected_by_hand
 from tests.train.runs import overrides, train_here
 
 
@@ -42,7 +43,7 @@ def test_the_collector_runs_at_fixed_steps_only(data: Path, tmp_path: Path, monk
 def test_the_collector_is_restored_after_an_error() -> None:
     for was_enabled in (False, True):
         (gc.enable if was_enabled else gc.disable)()
-        with pytest.raises(ValueError, match="inside"), loop.garbage_collected_by_hand():
+        with pytest.raises(ValueError, match="inside"), garbage_collected_by_hand():
             assert not gc.isenabled()
             raise ValueError("inside")
         assert gc.isenabled() == was_enabled and gc.get_freeze_count() == 0

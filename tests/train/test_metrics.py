@@ -17,8 +17,8 @@ from megatron_hammer.model.llama import build_stage
 from megatron_hammer.model.parameters import count_parameters, parameter_table
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.samples import ValidData
+from megatron_hammer.train.build import build
 from megatron_hammer.train.evaluate import evaluate
-from megatron_hammer.train.loop import build
 from megatron_hammer.train.metrics import MetricsFile, flops_per_token, peak_tflops
 from megatron_hammer.train.step import train_step
 from tests.host_waits import OperationNames

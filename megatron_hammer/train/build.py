@@ -1,0 +1,55 @@
+"""Model and optimizer of one rank, made from a config: what kernels they need, and the initial weights."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_hammer.config import Config
+from megatron_hammer.kernels.backend import Requirements
+from megatron_hammer.kernels.selection import select_operations, select_optimizer_kernels
+from megatron_hammer.model.initialise import initialise
+from megatron_hammer.model.llama import Stage, build_stage
+from megatron_hammer.model.parameters import parameter_table
+from megatron_hammer.model.recompute import plan_recompute
+from megatron_hammer.optim.optimizer import Optimizer
+from megatron_hammer.optim.store import FlatStore
+from megatron_hammer.parallel.context import ParallelContext
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def kernel_requirements(config: Config, device: torch.device) -> Requirements:
+    """What this run asks of its kernels on each rank."""
+    at = config.placement()
+    return Requirements(
+        device,
+        DTYPES[config.train.precision],
+        config.data.attention_mask,
+        heads=at.heads_local,
+        groups=at.groups_local,
+        head_size=config.model.head_size,
+        deterministic=config.kernels.deterministic,
+        compile=config.kernels.compile,
+    )
+
+
+def build(config: Config, ctx: ParallelContext) -> tuple[Stage, Optimizer]:
+    """Model and optimizer of this rank, with the initial weights that the seed defines."""
+    placement, dtype = config.placement(ctx.tp.rank), DTYPES[config.train.precision]
+    required = kernel_requirements(config, ctx.device)
+    table = parameter_table(config.model, placement)
+    store = FlatStore(table, dtype, ctx, config.parallel.gradient_bucket_bytes)
+    model = build_stage(
+        config.model,
+        ctx,
+        placement,
+        dtype=dtype,
+        operations=select_operations(config.kernels, required),
+        kernels=config.kernels,
+        recompute=plan_recompute(config),
+        store=store,
+    )
+    store.check(model)
+    initialise(model, table, config.train.seed)
+    loss_scaling, kernels = config.train.precision == "fp16", select_optimizer_kernels(config.kernels, required)
+    return model, Optimizer(store, config.optimizer, loss_scaling, kernels)

@@ -1,0 +1,39 @@
+"""Saving checkpoints of a run.
+
+The loop says when, and with which state; here is what goes into a checkpoint and where it lies. ``save`` returns when
+the checkpoint is committed on all ranks. A saver that returns earlier and writes while the next steps run would be
+another class with this method.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_hammer.checkpoint.write import save_checkpoint
+from megatron_hammer.config import config_to_tree
+from megatron_hammer.optim.optimizer import Optimizer
+from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.train.prepare import Prepared, checkpoints_folder
+from megatron_hammer.train.state import RunState
+
+
+class Saver:
+    """Writes this rank's part of the run's checkpoints."""
+
+    def __init__(self, prepared: Prepared, optimizer: Optimizer, ctx: ParallelContext) -> None:
+        self._config, self._tokenizer = prepared.config, prepared.tokenizer
+        self._optimizer, self._ctx = optimizer, ctx
+
+    def save(self, state: RunState) -> Path:
+        """Write the checkpoint of a state whose step is over; the folder. Communicates over all ranks."""
+        return save_checkpoint(
+            checkpoints_folder(self._config),
+            state.step,
+            self._optimizer.shards(),
+            model=self._config.model,
+            config_tree=config_to_tree(self._config),
+            state=state.to_manifest(self._optimizer),
+            tokenizer=self._tokenizer,
+            ctx=self._ctx,
+            keep_last=self._config.checkpoint.keep_last,
+        )
