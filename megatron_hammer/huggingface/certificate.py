@@ -99,7 +99,8 @@ def prove(checkpoint: Path, folder: Path, dtype: str) -> dict[str, Any]:
     import torch
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    hide_progress_bar: Any = transformers.utils.logging.disable_progress_bar
+    hide_progress_bar()
     manifest = read_manifest(checkpoint)
     model = saved_model(manifest)
     check_config(model, folder)

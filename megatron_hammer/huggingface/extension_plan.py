@@ -153,7 +153,8 @@ class ExtensionPlan:
 
     def sources_of(self, index: int) -> list[int]:
         """The old ids of a new one."""
-        return self.sources[self.offsets[index] : self.offsets[index + 1]].tolist()
+        found: list[int] = self.sources[self.offsets[index] : self.offsets[index + 1]].tolist()
+        return found
 
 
 class _OldVocabulary:

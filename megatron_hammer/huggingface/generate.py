@@ -48,9 +48,10 @@ def generate(
         )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils import logging
 
-    disable_progress_bar()  # loading takes seconds, and the texts alone are the output
+    hide_progress_bar: Any = logging.disable_progress_bar
+    hide_progress_bar()  # loading takes seconds, and the texts alone are the output
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         model: Any = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, dtype="auto")

@@ -23,8 +23,8 @@ from megatron_hammer.checkpoint.folder import (
     prune,
     step_name,
 )
+from megatron_hammer.checkpoint.inspect import verify_checkpoint
 from megatron_hammer.checkpoint.manifest import read_manifest
-from megatron_hammer.checkpoint.read import verify_checkpoint
 from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.parallel.context import ParallelContext
 from tests.checkpoint.layouts import FakeTokenizer, config_tree, random_logical, rank_shards, tiny_model, write_layout

@@ -11,13 +11,13 @@ from safetensors import safe_open
 
 from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.checkpoint import read as load
+from megatron_hammer.checkpoint.inspect import verify_checkpoint
 from megatron_hammer.checkpoint.manifest import read_manifest, saved_model, slice_key
 from megatron_hammer.checkpoint.read import (
     LogicalReader,
     load_model,
     load_shards,
     read_logical,
-    verify_checkpoint,
 )
 from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.model.llama import build_stage

@@ -19,8 +19,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, HammerError, RefusedError
 from megatron_hammer.checkpoint.folder import open_checkpoint
+from megatron_hammer.checkpoint.inspect import verify_checkpoint
 from megatron_hammer.checkpoint.manifest import saved_model
-from megatron_hammer.checkpoint.read import read_logical, verify_checkpoint
+from megatron_hammer.checkpoint.read import read_logical
 from megatron_hammer.config import load_config
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.huggingface import extend, extension_plan, extension_rows
