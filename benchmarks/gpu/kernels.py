@@ -54,7 +54,7 @@ def case(bench: Bench, operation: str) -> Case:
         weight = bench.random(h).requires_grad_()
         gradients = [bench.random(s, b, h), bench.random(s, b, h)]
         return Case(
-            [*leaves, weight], lambda norm, x, update, w: norm(x, update, w, EPS), gradients, 4 * hidden, 4 * hidden
+            [*leaves, weight], lambda norm, x, branch, w: norm(x, branch, w, EPS), gradients, 4 * hidden, 4 * hidden
         )
     if operation == "rope":
         qkv = bench.random(s, b, n + 2 * g, d).requires_grad_()

@@ -111,7 +111,7 @@ def ready_after(x: Tensor, gradients: Sequence[Gradient]) -> Tensor:
 class RMSNorm(nn.Module):
     """Add what the last sublayer computed to the residual stream and normalise over h; the weight is on all ranks.
 
-    x, update [s/t, b, h] -> normed, x + update; without an update x itself is the second.
+    x, branch [s/t, b, h] -> normed, x + branch; without a branch x itself is the second.
     """
 
     def __init__(self, hidden_size: int, eps: float, options: LayerOptions) -> None:
@@ -119,8 +119,8 @@ class RMSNorm(nn.Module):
         self.eps, self.add_rms_norm = eps, options.operations.add_rms_norm
         self.weight, self.gradient = options.weight(hidden_size)
 
-    def forward(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.add_rms_norm(x, update, stored(self.weight, self.gradient), self.eps)
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.add_rms_norm(x, branch, stored(self.weight, self.gradient), self.eps)
 
 
 class _Linear(torch.autograd.Function):

@@ -71,7 +71,7 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """One layer with its two residual connections, each added by the norm that comes next.
 
-    x [s/t, b, h], the residual stream, and update [s/t, b, h], what the sublayer before adds to it (None: nothing) ->
+    x [s/t, b, h], the residual stream, and branch [s/t, b, h], what the sublayer before adds to it (None: nothing) ->
     the same two after this layer.
     """
 
@@ -83,9 +83,9 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config, at, options, parts)
 
     def forward(
-        self, x: Tensor, update: Tensor | None, rope: Rope, documents: PackedSequences | None
+        self, x: Tensor, branch: Tensor | None, rope: Rope, documents: PackedSequences | None
     ) -> tuple[Tensor, Tensor]:
-        normed, x = self.attention_norm(x, update)
+        normed, x = self.attention_norm(x, branch)
         normed, x = self.mlp_norm(x, self.attention(normed, rope, documents))
         return x, self.mlp(normed)
 
@@ -159,21 +159,21 @@ class Stage(nn.Module):
             tokens = tokens.reshape(1, -1)  # [1, b s]
             rope = (rope[0][documents.positions], rope[1][documents.positions])
         assert (received is None) == self.placement.has_embedding, "the first stage receives nothing, all others do"
-        x, update, told = self.embedding(tokens.t()) if received is None else received, None, documents  # [s/t, b, h]
+        x, branch, told = self.embedding(tokens.t()) if received is None else received, None, documents  # [s/t, b, h]
         # Evaluation comes in many shapes: it is never compiled.
         run = self.run_layer if torch.is_grad_enabled() else None
         if run is not None:
-            update = torch.zeros_like(x).requires_grad_()  # so that the first layer can run the code of the others
+            branch = torch.zeros_like(x).requires_grad_()  # so that the first layer can run the code of the others
             told = None if documents is None else GraphPackedSequences.of(documents)
         with self.layers_region(), self.recompute.region():
             for i, layer in zip(range(*self.placement.layers), self.layers.values(), strict=True):
                 forward = layer if run is None else partial(run, layer)
                 if run is not None:
                     x = ready_after(x, gradients_of(layer))
-                x, update = self.recompute.layer(i, forward, self.layers_region, x, update, rope, told)
+                x, branch = self.recompute.layer(i, forward, self.layers_region, x, branch, rope, told)
         if not self.placement.has_head:
-            return x if update is None else x + update
-        normed, _ = self.final_norm(x, update)
+            return x if branch is None else x + branch
+        normed, _ = self.final_norm(x, branch)
         return normed
 
     def forward(

@@ -65,10 +65,10 @@ class Recompute:
         return nullcontext()
 
     def layer(
-        self, index: int, layer: Layer, region: Region, x: Tensor, update: Tensor | None, *rest: Any
+        self, index: int, layer: Layer, region: Region, x: Tensor, branch: Tensor | None, *rest: Any
     ) -> tuple[Tensor, Tensor]:
         """Run one layer; ``region`` is what the forward of the layers runs in."""
-        return layer(x, update, *rest)
+        return layer(x, branch, *rest)
 
     @staticmethod
     def body(layer: Layer, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -133,12 +133,12 @@ class Full(Recompute):
         self.layers, self.fp8_by_library = layers, fp8_by_library
 
     def layer(
-        self, index: int, layer: Layer, region: Region, x: Tensor, update: Tensor | None, *rest: Any
+        self, index: int, layer: Layer, region: Region, x: Tensor, branch: Tensor | None, *rest: Any
     ) -> tuple[Tensor, Tensor]:
         if index >= self.layers or not torch.is_grad_enabled():
-            return layer(x, update, *rest)
-        if update is not None:
-            x = x + update  # one tensor to keep instead of two
+            return layer(x, branch, *rest)
+        if branch is not None:
+            x = x + branch  # one tensor to keep instead of two
         if self.fp8_by_library:
             return te.checkpoint(lambda x: layer(x, None, *rest), x)  # type: ignore[no-any-return]
 
@@ -234,11 +234,11 @@ class Selective(Recompute):
             self.marks = None
 
     def _add_rms_norm(
-        self, plain: AddRMSNormFunction, x: Tensor, update: Tensor | None, weight: Tensor, eps: float
+        self, plain: AddRMSNormFunction, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         if self.marks is None or not self.norms:
-            return plain(x, update, weight, eps)
-        return _RecomputedNorm.apply(self.marks, plain, eps, x, update, weight)  # type: ignore[no-any-return]
+            return plain(x, branch, weight, eps)
+        return _RecomputedNorm.apply(self.marks, plain, eps, x, branch, weight)  # type: ignore[no-any-return]
 
     def _swiglu(self, plain: SwiGLUFunction, gate_up: Tensor) -> Tensor:
         if self.marks is None:
@@ -339,15 +339,15 @@ class _RecomputedNorm(torch.autograd.Function):
         function: AddRMSNormFunction,
         eps: float,
         x: Tensor,
-        update: Tensor | None,
+        branch: Tensor | None,
         weight: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.updates = update is not None
-        if update is None:
+        ctx.branches = branch is not None
+        if branch is None:
             outputs = _run(lambda x: function(x, None, weight, eps), (x,))[1]
             normed, summed = outputs[0].detach(), x  # x as it is: autograd makes it an output of this node
         else:
-            outputs = _run(lambda x, update: function(x, update, weight, eps), (x, update))[1]
+            outputs = _run(lambda x, branch: function(x, branch, weight, eps), (x, branch))[1]
             normed, summed = (output.detach() for output in outputs)
         ctx.save_for_backward(summed)
         _prepare(ctx, lambda summed: function(summed, None, weight, eps), weight)
@@ -357,7 +357,7 @@ class _RecomputedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_sum, grad_weight = _gradients(ctx, grads)
-        return None, None, None, grad_sum, grad_sum if ctx.updates else None, grad_weight
+        return None, None, None, grad_sum, grad_sum if ctx.branches else None, grad_weight
 
 
 def _prepare(ctx: Any, again: Callable[..., tuple[Tensor, ...]], *leaves: Tensor) -> None:

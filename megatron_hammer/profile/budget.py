@@ -8,7 +8,7 @@ element, L layers)::
     layer products   6 T (h (n + 2g) d + n d h + 3 h f) L FLOPs; the three tensors of each of the three products
     head products    6 T h v FLOPs, v without its padding
     attention        6 T n d s L FLOPs, half of the square (s: documents' mean length where they are masked)
-    norm, residual   forward 4 T h e (x and update read, sum and normed written), backward 4 T h e; 2 L + 1 of them
+    norm, residual   forward 4 T h e (x and branch read, sum and normed written), backward 4 T h e; 2 L + 1 of them
     RoPE             queries and keys read and written, forward and backward: 4 T (n + g) d e L
     SwiGLU           forward 3 T f e, backward 5 T f e, L of them
     embedding        rows read and written, their gradients read and added in fp32
@@ -147,7 +147,7 @@ def _micro_batch_costs(shape: StepShape) -> dict[str, Cost]:
         LAYER_PRODUCTS: _times(products, layers),
         HEAD_PRODUCTS: Cost(6 * t * h * v, head.bytes),
         ATTENTION: Cost(6 * t * n * d * shape.attention_length * layers, 6 * t * (n + g) * d * e * layers),
-        # The first norm has no update to add; the last one's sum has no reader and so no gradient.
+        # The first norm has no branch to add; the last one's sum has no reader and so no gradient.
         NORM: Cost(0, (8 * norms - 3) * t * h * e),
         ROPE: Cost(0, 4 * t * (n + g) * d * e * layers),
         SWIGLU: Cost(0, 8 * t * f * e * layers),

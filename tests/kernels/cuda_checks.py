@@ -113,18 +113,18 @@ def norm(
     """Forward and backward; the sum is exact, the norm rounds twice, its gradients once."""
     m = memory(device, seed)
     x, weight = m.random((rows, h), dtype, offset), m.random((h,), dtype, offset)
-    update = m.random((rows, h), dtype, offset) if updated else None
+    branch = m.random((rows, h), dtype, offset) if updated else None
     normed, rstd = m.empty((rows, h), dtype, offset), m.empty((rows,), torch.float32)
     summed = m.empty((rows, h), dtype, offset) if updated else None
     amax = m.empty((), torch.float32)
-    k.add_rms_norm_forward(x, update, weight, 1e-5, normed, summed, rstd, amax)
+    k.add_rms_norm_forward(x, branch, weight, 1e-5, normed, summed, rstd, amax)
     again, without = m.empty((rows, h), dtype, offset), m.empty((rows,), torch.float32)
-    k.add_rms_norm_forward(x, update, weight, 1e-5, again, summed, without)
+    k.add_rms_norm_forward(x, branch, weight, 1e-5, again, summed, without)
     assert same(normed, again) and same(rstd, without), "twice the same, with amax and without"
 
     residual = x if summed is None else summed
-    if update is not None:
-        assert same(residual, x + update), "the sum is rounded to the type first"
+    if branch is not None:
+        assert same(residual, x + branch), "the sum is rounded to the type first"
     expected, _ = add_rms_norm(residual.double(), None, weight.double(), 1e-5)
     near(normed, expected, roundings=2.02)
     near(rstd, torch.rsqrt(residual.double().square().mean(-1) + 1e-5), roundings=4, noise=1e-6)

@@ -99,11 +99,11 @@ def close(case, mine, reference):
 
 print("seed", torch.seed())
 for s, b, h in ((5, 3, 40), (1, 1, 64)):
-    x, update, weight = torch.randn(s, b, h), torch.randn(s, b, h), torch.rand(h) + 0.5
-    close("norm", *(gradients(f, [x, update, weight], 1e-5) for f in (liger.add_rms_norm, norm.add_rms_norm)))
+    x, branch, weight = torch.randn(s, b, h), torch.randn(s, b, h), torch.rand(h) + 0.5
+    close("norm", *(gradients(f, [x, branch, weight], 1e-5) for f in (liger.add_rms_norm, norm.add_rms_norm)))
     first = [lambda x, w, f=f: f(x, None, w, 1e-5) for f in (liger.add_rms_norm, norm.add_rms_norm)]
     close("norm alone", *(gradients(f, [x, weight]) for f in first))
-    close("swiglu", *(gradients(f, [torch.cat((x, update), -1)]) for f in (liger.swiglu, swiglu.swiglu)))
+    close("swiglu", *(gradients(f, [torch.cat((x, branch), -1)]) for f in (liger.swiglu, swiglu.swiglu)))
 for s, b, n, g, d in ((7, 3, 5, 2, 12), (4, 1, 4, 1, 16), (1, 1, 2, 2, 8)):
     angles = torch.randn(s, 1, 1, d // 2)
     arguments = ([torch.randn(s, b, n + 2 * g, d)], angles.cos(), angles.sin(), n, g)
@@ -292,11 +292,11 @@ def test_apex_updates_as_the_reference(skip: float, apex_double: None, monkeypat
 
 
 def test_apex_and_te_norms_are_the_reference(apex_double: None) -> None:
-    """Values and gradients with and without an update, also for a weight that is no parameter."""
-    x, update = torch.randn(5, 3, 16, requires_grad=True), torch.randn(5, 3, 16, requires_grad=True)
+    """Values and gradients with and without a branch, also for a weight that is no parameter."""
+    x, branch = torch.randn(5, 3, 16, requires_grad=True), torch.randn(5, 3, 16, requires_grad=True)
     parameter = torch.nn.Parameter(torch.rand(16) + 0.5)
     with te_double.installed():
-        for other, weight in ((update, parameter), (None, parameter), (None, parameter.view_as(parameter))):
+        for other, weight in ((branch, parameter), (None, parameter), (None, parameter.view_as(parameter))):
             leaves = [t for t in (x, other, weight) if t is not None]
             results = []
             for function in (norm.add_rms_norm, apex.add_rms_norm, te.add_rms_norm, te.add_rms_norm):

@@ -17,17 +17,17 @@ def test_rms_norm() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_sum_is_rounded_before_it_is_normalised(dtype: torch.dtype) -> None:
-    """The residual stream is what the norm reads, bit by bit; without an update it is x itself."""
-    x, update, weight = (
+    """The residual stream is what the norm reads, bit by bit; without a branch it is x itself."""
+    x, branch, weight = (
         torch.randn(*shape, dtype=torch.float64).to(dtype) for shape in ((5, 3, 16), (5, 3, 16), (16,))
     )
-    normed, summed = add_rms_norm(x, update, weight, 1e-5)
-    assert torch.equal(summed, x + update) and torch.equal(normed, rms_norm(summed, weight, 1e-5))
+    normed, summed = add_rms_norm(x, branch, weight, 1e-5)
+    assert torch.equal(summed, x + branch) and torch.equal(normed, rms_norm(summed, weight, 1e-5))
     normed, summed = add_rms_norm(x, None, weight, 1e-5)
     assert summed is x and torch.equal(normed, rms_norm(x, weight, 1e-5))
 
 
 def test_gradients_of_both_results() -> None:
-    """dx = d norm + d sum, the same for x and the update: numerically in fp64."""
+    """dx = d norm + d sum, the same for x and the branch: numerically in fp64."""
     inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 6), (2, 3, 6), (6,))]
-    assert torch.autograd.gradcheck(lambda x, update, weight: add_rms_norm(x, update, weight, 1e-3), inputs)
+    assert torch.autograd.gradcheck(lambda x, branch, weight: add_rms_norm(x, branch, weight, 1e-3), inputs)

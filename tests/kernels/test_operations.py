@@ -27,11 +27,11 @@ def _with_gradients(function: Callable[..., Any], inputs: list[Tensor], *rest: A
 def test_compiled_operations_equal_the_reference(dtype: torch.dtype, tolerance: float) -> None:
     """Forward and backward, odd shapes and a view; bf16: fused kernels keep fp32 where eager rounds between steps."""
     fused = select_operations(KernelsConfig(compile="operations", norm="torch", rope="torch", swiglu="torch"))
-    x, update, weight = (torch.randn(*shape, dtype=dtype) for shape in ((7, 3, 24), (7, 3, 24), (24,)))
+    x, branch, weight = (torch.randn(*shape, dtype=dtype) for shape in ((7, 3, 24), (7, 3, 24), (24,)))
     qkv = torch.randn(7, 3, 7 * 16, dtype=dtype).view(7, 3, 7, 16)[:, :, 1:6]  # strided
     cos, sin = torch.randn(7, 1, 1, 8, dtype=dtype), torch.randn(7, 1, 1, 8, dtype=dtype)
     for reference, compiled, inputs, rest in (
-        (add_rms_norm, fused.add_rms_norm, [x, update, weight], (1e-5,)),
+        (add_rms_norm, fused.add_rms_norm, [x, branch, weight], (1e-5,)),
         (lambda x, weight: add_rms_norm(x, None, weight, 1e-5)[0],
          lambda x, weight: fused.add_rms_norm(x, None, weight, 1e-5)[0], [x, weight], ()),
         (rope, fused.rope, [qkv], (cos, sin, 3, 1)),

@@ -47,10 +47,10 @@ def near(mine: list[Tensor], reference: list[Tensor]) -> None:
 @pytest.mark.parametrize("operation, row", LAYER, ids=[f"{name}={row.name}" for name, row in LAYER])
 def test_layer_operations(operation: str, row: Backend) -> None:
     mine, reference = loaded(row), next(r for r in TABLES[operation] if r.name == "torch").load(REQUIRED.device)
-    x, update = (torch.randn(33, 3, 256, device="cuda").bfloat16() for _ in range(2))
+    x, branch = (torch.randn(33, 3, 256, device="cuda").bfloat16() for _ in range(2))
     if operation == "norm":
         weight = torch.nn.Parameter(torch.rand(256, device="cuda").bfloat16() + 0.5)
-        for other in ([update], []):
+        for other in ([branch], []):
 
             def call(f: Any, other: list[Tensor] = other) -> list[Tensor]:
                 leaves = [t.clone().requires_grad_() for t in (x, *other)]

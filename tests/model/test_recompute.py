@@ -77,7 +77,7 @@ def test_equal_bits_on_several_ranks(tp: int, sp: bool, mask: str) -> None:
 
 
 def test_compiled_operations_agree() -> None:
-    """Not bit for bit: compiled, x + update is normalised before it is rounded to 16 bits, and the kept sum after.
+    """Not bit for bit: compiled, x + branch is normalised before it is rounded to 16 bits, and the kept sum after.
 
     A bf16 rounding is 0.4 %, and one of every few normalised elements moves by one; a loss averages 64 of them.
     """
@@ -99,16 +99,16 @@ def test_equal_bits_of_one_chain(dtype: torch.dtype) -> None:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
-    x, update, weight, wide, narrow = random(7, 3, 20), random(7, 3, 20), random(20), random(20, 60), random(10, 20)
+    x, branch, weight, wide, narrow = random(7, 3, 20), random(7, 3, 20), random(20), random(20, 60), random(10, 20)
 
     def chain(operations: Operations) -> Tensor:
-        normed, summed = operations.add_rms_norm(x, update, weight, 1e-5)
+        normed, summed = operations.add_rms_norm(x, branch, weight, 1e-5)
         q, k, v = (normed @ wide).view(7, 3, 6, 10).split((2, 2, 2), 2)
         out = operations.attention(q, k, v, None).flatten(2)
         normed, summed = operations.add_rms_norm(summed, out, weight, 1e-5)
         return (operations.swiglu(normed) @ narrow).sum() + summed.square().sum()
 
-    leaves = (x, update, weight, wide, narrow)
+    leaves = (x, branch, weight, wide, narrow)
     expected = chain(Operations())
     gradients = torch.autograd.grad(expected, leaves)
     selective = recompute.Selective()

@@ -78,20 +78,20 @@ def gradients(outputs: Any, inputs: list[Tensor], grads: list[Tensor]) -> tuple[
 @every_version
 @every_dtype
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 7), (1, 3, 257), (5, 2, 64), (150, 3, 256)], ids=str)
-@pytest.mark.parametrize("kind", ["update", "alone", "strided"])
+@pytest.mark.parametrize("kind", ["branch", "alone", "strided"])
 def test_add_rms_norm(k: Any, dtype: torch.dtype, shape: tuple[int, ...], kind: str) -> None:
-    x, update, grad_normed, grad_summed = (normal(*shape, dtype=dtype) for _ in range(4))
+    x, branch, grad_normed, grad_summed = (normal(*shape, dtype=dtype) for _ in range(4))
     weight = normal(shape[-1], dtype=dtype).requires_grad_()
     if kind == "strided":
         x, grad_normed = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, grad_normed))
-    leaves = [x.requires_grad_(), update.requires_grad_(), weight]
+    leaves = [x.requires_grad_(), branch.requires_grad_(), weight]
     if kind == "alone":
         del leaves[1]
-    other = None if kind == "alone" else update
+    other = None if kind == "alone" else branch
     normed, summed = fused.add_rms_norm(k, x, other, weight, 1e-5)
     found = gradients((normed, summed), leaves, [grad_normed, grad_summed])
 
-    rounded = (x if other is None else x + update).detach()
+    rounded = (x if other is None else x + branch).detach()
     assert torch.equal(summed, rounded), "the sum is that of the type, bit by bit"
     wide, wide_weight = rounded.double().requires_grad_(), weight.detach().double().requires_grad_()
     expected = rms_norm(wide, wide_weight, 1e-5)
@@ -384,13 +384,13 @@ def everything(k: Any, dtype: torch.dtype, poison: float = 1.0) -> list[Tensor]:
     """Results of every function, on inputs large enough for several threads; one input element is multiplied."""
     torch.manual_seed(7)
     s, b, h, n, g = 96, 2, 520, 6, 1
-    x, update, weight = normal(s, b, h, dtype=dtype), normal(s, b, h, dtype=dtype), normal(h, dtype=dtype)
+    x, branch, weight = normal(s, b, h, dtype=dtype), normal(s, b, h, dtype=dtype), normal(h, dtype=dtype)
     qkv, gate_up = normal(s, b, n + 2 * g, 64, dtype=dtype), normal(s, b, 2 * h, dtype=dtype)
     for t in (x, qkv, gate_up):
         t.view(-1)[3] *= poison
-    leaves = [t.requires_grad_() for t in (x, update, weight, qkv, gate_up)]
+    leaves = [t.requires_grad_() for t in (x, branch, weight, qkv, gate_up)]
     out = (
-        *fused.add_rms_norm(k, x, update, weight, 1e-5),
+        *fused.add_rms_norm(k, x, branch, weight, 1e-5),
         *fused.rope(k, qkv, *rotations(s, 64, dtype), n, g),
         fused.swiglu(k, gate_up),
     )
