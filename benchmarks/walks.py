@@ -20,7 +20,8 @@ jsonl
 
 Counted are the functions and methods of the package that the run enters, in all its threads. A function inside another
 belongs to the outer one; lambdas and comprehensions do so too. Not counted are module and class bodies, what they call
-while a module is imported, generated methods (of dataclasses), and ``cli.py``, which every program has at its edge.
+while a module is imported, generated methods (of dataclasses), and ``cli.py`` and ``signals.py``, which every program
+has at its edge.
 
 files
     that hold these functions.
@@ -62,7 +63,7 @@ from typing import Any
 ROOT = Path.cwd()
 PACKAGE = ROOT / "megatron_hammer"
 COMPILED = ("_cpu", "_encoder", "_index")
-EDGE = "cli.py"  # the file, in whatever folder, that is not counted
+EDGE = ("cli.py", "signals.py")  # files, in whatever folder, that are not counted; the second was part of the first
 CONFIG = ROOT / "examples" / "configs" / "tiny.yaml"
 
 
@@ -165,7 +166,7 @@ class Recorder:
             raise SystemExit(f"no call of {self._begin} and return of {self._end}: have they been renamed?")
         codes = [code for thread in sorted(self._entered) for code in self._entered[thread]]
         found = (functions_in(code.co_filename).get((code.co_name, code.co_firstlineno)) for code in codes)
-        counted = (function for function in found if function is not None and Path(function.file).name != EDGE)
+        counted = (function for function in found if function is not None and Path(function.file).name not in EDGE)
         return list(dict.fromkeys(counted))
 
 

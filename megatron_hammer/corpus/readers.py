@@ -26,7 +26,7 @@ import xxhash
 
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.corpus import jsonl, long
-from megatron_hammer.corpus.stream import StreamDamage, check_file, is_compressed, open_stream
+from megatron_hammer.corpus.stream import StreamDamage, check_file, is_compressed, no_such_file, open_stream
 
 TEXT_DOCUMENTS = ("file", "line", "blank-line")
 """What a document of a ``.txt`` file is: all of it, each line (empty ones are none), or what stands between empty
@@ -100,21 +100,29 @@ def expand_inputs(inputs: Iterable[str | Path]) -> list[Path]:
     for item in map(str, inputs):
         path = Path(item)
         if path.is_dir():
-            found = sorted(
-                Path(folder) / name for folder, _, names in os.walk(path) for name in names if _is_corpus(name)
-            )
-            if not found:
-                raise DataError(1, item, f"is a folder without a file that ends in {', '.join(_SUFFIXES)}",
-                                "name the files in it")  # fmt: skip
-        elif not path.exists() and glob.has_magic(item):
-            found = sorted(Path(name) for name in glob.glob(item, recursive=True) if not os.path.isdir(name))
-            if not found:
-                raise DataError(1, item, "matches no file", "check the pattern")
+            files += _corpora_in(path)
+        elif path.exists():
+            files.append(path)
+        elif glob.has_magic(item):
+            files += _matches_of(item)
         else:
-            check_file(path)
-            found = [path]
-        files.extend(found)
+            raise no_such_file(path)
     return files
+
+
+def _corpora_in(path: Path) -> list[Path]:
+    found = sorted(Path(folder) / name for folder, _, names in os.walk(path) for name in names if _is_corpus(name))
+    if not found:
+        raise DataError(1, str(path), f"is a folder without a file that ends in {', '.join(_SUFFIXES)}",
+                        "name the files in it")  # fmt: skip
+    return found
+
+
+def _matches_of(pattern: str) -> list[Path]:
+    found = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if not os.path.isdir(name))
+    if not found:
+        raise DataError(1, pattern, "matches no file", "check the pattern")
+    return found
 
 
 def _is_corpus(name: str) -> bool:
@@ -200,11 +208,8 @@ def read_shard(
     """
     kind = kind_of(path, text_documents)
     if kind == "parquet":
-        return _read_parquet(path, shard, keys, resume, lenient)
-    return _read_bytes(path, shard, kind, resume, lenient)
-
-
-def _read_bytes(path: Path, shard: Shard, kind: str, resume: Position | None, lenient: bool) -> Iterator[Block]:
+        yield from _read_parquet(path, shard, keys, resume, lenient)
+        return
     cutter = _Cutter(path, shard, kind, lenient)
     with cutter.stream:
         if resume is not None:
@@ -295,11 +300,15 @@ class _Cutter:
                     break
                 filled += count
         del buffer[filled:]
-        if damage is not None:  # what stands between the last separator and the damage is a piece of a document
-            cut = self._last_separator(buffer)
-            place = Position(self._place.offset + cut, self._place.line + buffer.count(b"\n", 0, cut))
-            self._trouble = jsonl.damaged(self.path, place.line, place.offset, damage), place
+        if damage is not None:
+            self._note_damage(buffer, damage)
         return at_end
+
+    def _note_damage(self, buffer: bytearray, damage: StreamDamage) -> None:
+        """What stands between the last separator and the damage is a piece of a document."""
+        cut = self._last_separator(buffer)
+        place = Position(self._place.offset + cut, self._place.line + buffer.count(b"\n", 0, cut))
+        self._trouble = jsonl.damaged(self.path, place.line, place.offset, damage), place
 
     def _fill(self, view: memoryview) -> int:
         if self.shard.end is not None:

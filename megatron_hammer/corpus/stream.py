@@ -36,7 +36,12 @@ def check_file(path: Path) -> None:
     if path.is_dir():
         raise DataError(1, str(path), "is a folder, not a JSON lines file", "name the files in it")
     if not path.exists():
-        raise DataError(1, str(path), "does not exist", "check the path of the input file")
+        raise no_such_file(path)
+
+
+def no_such_file(path: Path) -> DataError:
+    """E301: an input that is not there."""
+    return DataError(1, str(path), "does not exist", "check the path of the input file")
 
 
 def is_compressed(path: Path) -> bool:
@@ -74,24 +79,11 @@ class SourceStream(io.RawIOBase):
         self.raw_bytes += count
         return count
 
-    def hash_so_far(self) -> str:
-        """XXH3-128 of the raw bytes read so far, 32 hex digits."""
-        return self._hash.hexdigest()
-
     def hash_of_all(self) -> str:
         """XXH3-128 of the whole file: reads what is left of it (behind a damage, say)."""
         while self._read_raw(1 << 20):
             pass
         return self._hash.hexdigest()
-
-    def seek_hashed(self, offset: int) -> None:
-        """Go to a byte of the uncompressed stream by reading all before it, so that the hash covers it."""
-        buffer = bytearray(1 << 20)
-        while offset:
-            count = self.readinto(memoryview(buffer)[: min(len(buffer), offset)])
-            if count == 0:
-                return
-            offset -= count
 
     def seek_unhashed(self, offset: int) -> None:
         """Go to a byte of a plain file; the hash is that of what is read from here on."""
@@ -184,7 +176,7 @@ class _ZstdStream(SourceStream):
         return count
 
     def _decompress(self, piece: bytes) -> bytes:
-        output = []
+        output: list[bytes] = []
         while piece:
             if self._frame is None:
                 self._frame = self._decompressor.decompressobj()

@@ -82,28 +82,35 @@ class IndexedWriter:
         self._published = False
         self.keep_temporaries = False
         """Whether the temporaries stay when the ``with`` block ends with an exception: for ``resume``."""
-        self._blocks = _BlockHasher()
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._idx = _open_locked(path_of(prefix, ".idx.tmp"))  # the last file to get its final name guards them all
+        descriptor = open_alone(path_of(prefix, ".idx.tmp"))  # the last file to get its final name guards them all
+        if descriptor is None:
+            raise _in_use(path_of(prefix, ".idx.tmp"))
+        self._idx = os.fdopen(descriptor, "w+b")
+        self._blocks = _BlockHasher()
         try:
-            if resume:
-                self._take_back(resume)
-            mode = "r+b" if resume else "w+b"
-            self._bin = open(path_of(prefix, ".bin.tmp"), mode)  # noqa: SIM115  closed by __exit__
-            self._documents = open(path_of(prefix, ".documents.tmp"), mode)  # noqa: SIM115  appended to .idx in the end
-            if resume:
-                self._restore(resume)
-            else:
-                self._idx.truncate(0)
-                self._idx.write(bytes(FIRST_LENGTH))  # the counts are known at the end
-                self._documents.write(struct.pack("<q", 0))
-        except FileNotFoundError as error:
-            self._idx.close()
-            raise StaleState(f"{error.filename} is gone") from None
+            self._open_new() if resume is None else self._go_on(resume)
         except BaseException:
             self._idx.close()
             raise
         self._background = _BackgroundSync(self._bin.fileno())
+
+    def _open_new(self) -> None:
+        self._bin = open(path_of(self.prefix, ".bin.tmp"), "w+b")  # noqa: SIM115  closed by __exit__
+        self._documents = open(path_of(self.prefix, ".documents.tmp"), "w+b")  # noqa: SIM115  appended to .idx in the end
+        self._idx.truncate(0)
+        self._idx.write(bytes(FIRST_LENGTH))  # the counts are known at the end
+        self._documents.write(struct.pack("<q", 0))
+
+    def _go_on(self, state: Mapping[str, Any]) -> None:
+        """Open what a former writer has left, cut to the state that it saved."""
+        try:
+            self._take_back(state)
+            self._bin = open(path_of(self.prefix, ".bin.tmp"), "r+b")  # noqa: SIM115  closed by __exit__
+            self._documents = open(path_of(self.prefix, ".documents.tmp"), "r+b")  # noqa: SIM115
+        except FileNotFoundError as error:
+            raise StaleState(f"{error.filename} is gone") from None
+        self._restore(state)
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -142,9 +149,7 @@ class IndexedWriter:
             f"{len(tokens) + parts} tokens for lengths of {lengths.sum()} in all"
         )
         if len(lengths) and lengths.max() > np.iinfo(np.int32).max:
-            document = self.num_documents + int(np.argmax(lengths))
-            raise DataError(46, f"document {document} of {lengths.max():,} tokens",
-                            "is longer than the format's 2,147,483,647", "split this text")  # fmt: skip
+            raise self._too_long(lengths)
         self._add_tokens(tokens, lengths)
         if sequences_per_document is None:
             sequences = (lengths > 0).astype(np.int64)
@@ -156,6 +161,11 @@ class IndexedWriter:
         self._documents.write((self.num_sequences + np.cumsum(sequences)).astype("<i8").tobytes())
         self.num_documents += len(sequences)
         self.num_sequences += len(lengths)
+
+    def _too_long(self, lengths: np.ndarray) -> DataError:
+        document = self.num_documents + int(np.argmax(lengths))
+        return DataError(46, f"document {document} of {lengths.max():,} tokens",
+                         "is longer than the format's 2,147,483,647", "split this text")  # fmt: skip
 
     def add_part(self, tokens: np.ndarray) -> None:
         """Append some tokens of a sequence that is too long to be held; ``add`` ends it, with the length of it all."""
@@ -212,12 +222,15 @@ class IndexedWriter:
         highest = int(limits.max) if self.vocab_size is None else min(self.vocab_size - 1, int(limits.max))
         smallest, largest = int(tokens.min()), int(tokens.max())
         if smallest < lowest or largest > highest:
-            place = int(np.argmax((tokens < lowest) | (tokens > highest)))
-            document = self.num_documents + int(np.searchsorted(np.cumsum(lengths), place, side="right"))
-            raise DataError(41, f"{self.prefix}: token id {tokens[place]} in document {document}",
-                            f"must be in [{lowest}, {highest}]", "use the tokenizer of these ids")  # fmt: skip
+            raise self._foreign_id(tokens, lengths, lowest, highest)
         self._max_token_id = max(self._max_token_id, largest)
         self._min_token_id = min(self._min_token_id, smallest)
+
+    def _foreign_id(self, tokens: np.ndarray, lengths: np.ndarray, lowest: int, highest: int) -> DataError:
+        place = int(np.argmax((tokens < lowest) | (tokens > highest)))
+        document = self.num_documents + int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+        return DataError(41, f"{self.prefix}: token id {tokens[place]} in document {document}",
+                         f"must be in [{lowest}, {highest}]", "use the tokenizer of these ids")  # fmt: skip
 
     def save_state(self) -> dict[str, Any]:
         """Make all that was added durable; plain values with which another writer goes on from here."""
@@ -304,6 +317,7 @@ class IndexedWriter:
         self._idx.seek(0, os.SEEK_END)
 
     def _write_header(self) -> None:
+        block_hashes = tuple(self._blocks.finish())
         idx_hash = hash_file(path_of(self.prefix, ".idx.tmp"))
         header = DatasetHeader(
             dtype=self.dtype.name,
@@ -313,7 +327,7 @@ class IndexedWriter:
             bin_bytes=self.num_tokens * self.dtype.itemsize,
             idx_hash=idx_hash,
             block_bytes=BLOCK_BYTES,
-            block_hashes=tuple(self._blocks.finish()),
+            block_hashes=block_hashes,
             fingerprint=fingerprint_of(idx_hash, path_of(self.prefix, ".bin.tmp")),
             max_token_id=self._max_token_id if self._max_token_id >= 0 and self._min_token_id >= 0 else None,
             tokenizer=self.tokenizer,
@@ -388,9 +402,5 @@ class _BackgroundSync:
             raise self._error
 
 
-def _open_locked(path: Path) -> IO[bytes]:
-    """Open a temporary file that only one process may write; what a killed one left in it is still there."""
-    descriptor = open_alone(path)
-    if descriptor is None:
-        raise DataError(42, str(path), "is being written by another process", "wait for it, or choose another prefix")
-    return os.fdopen(descriptor, "w+b")
+def _in_use(path: Path) -> DataError:
+    return DataError(42, str(path), "is being written by another process", "wait for it, or choose another prefix")

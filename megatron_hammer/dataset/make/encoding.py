@@ -12,10 +12,9 @@ with the corpus.
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -26,7 +25,6 @@ from megatron_hammer.corpus.long import LongText
 from megatron_hammer.corpus.parse import Rejected, parse_block
 from megatron_hammer.corpus.readers import Block
 from megatron_hammer.dataset.make.job import Job
-from megatron_hammer.dataset.writer import IndexedWriter
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -49,27 +47,12 @@ class EncodedBlock:
     """For each key the text of a long document, still to be encoded, piece by piece: it would not fit in memory."""
 
 
-@dataclass
-class Tally:
-    """What was taken from one input so far."""
-
-    documents: int = 0
-    tokens: dict[str, int] = field(default_factory=dict)
-    """For each JSON key."""
-    rejected: dict[str, int] = field(default_factory=dict)
-    """For each cause."""
-    xxh3: str | None = None
-    """Of the raw file, once it is read to its end."""
-
-    def add(self, documents: int, tokens: Mapping[str, int], rejected: Mapping[str, int]) -> None:
-        """Account for some more documents of this input."""
-        self.documents += documents
-        for mine, more in ((self.tokens, tokens), (self.rejected, rejected)):
-            for name, count in more.items():
-                mine[name] = mine.get(name, 0) + count
-
-
 # ---- one block ----
+
+
+def marks_of(job: Job) -> tuple[int | None, int | None]:
+    """The ids that begin and end every document; None where the job wants none."""
+    return job.tokenizer.bos_id if job.prepend_bos else None, job.tokenizer.eos_id if job.append_eod else None
 
 
 def encode_block(job: Job, block: Block, threads: int = 1) -> EncodedBlock:
@@ -78,6 +61,7 @@ def encode_block(job: Job, block: Block, threads: int = 1) -> EncodedBlock:
     Raises:
         DataError: a bad document, where these end the work.
     """
+    first, last = marks_of(job)
     parsed = parse_block(block, job.files[block.source], job.keys, job.on_error == "stop", in_pieces=True)
     block.data = None  # a long document needs the memory
     if parsed.long is not None:
@@ -85,41 +69,10 @@ def encode_block(job: Job, block: Block, threads: int = 1) -> EncodedBlock:
     documents = []
     for texts in parsed.texts:
         nothing = np.empty(0, np.int32), np.empty(0, np.int64)
-        documents.append(job.tokenizer.encode_documents(texts, threads, job.first, job.last) if texts else nothing)
+        documents.append(job.tokenizer.encode_documents(texts, threads, first, last) if texts else nothing)
         if texts is not parsed.texts[-1]:  # plain text: all keys have one list
             texts.clear()
     return EncodedBlock(block, documents, parsed.rejected)
-
-
-def write_documents(
-    job: Job, item: EncodedBlock, writers: Mapping[str, IndexedWriter], tally: Tally, threads: int
-) -> None:
-    """Append the documents of a block to each key's dataset, and count them."""
-    tokens, documents = {}, 1
-    if item.long is not None:
-        tokens = {key: _write_long(job, text, writers[key], threads) for key, text in zip(job.keys, item.long)}
-    for key, (ids, lengths) in zip(job.keys, item.documents):
-        writers[key].add(ids, lengths)
-        tokens[key], documents = len(ids), len(lengths)
-    tally.add(documents, tokens, Counter(rejected.code for rejected in item.rejected))
-
-
-def _write_long(job: Job, text: str | LongText, writer: IndexedWriter, threads: int) -> int:
-    """Encode and write a long document, piece by piece; its tokens."""
-    count = 0
-    for ids in job.tokenizer.encode_pieces([text] if isinstance(text, str) else text.pieces(), threads):
-        if not len(ids):
-            continue
-        if count == 0 and job.first is not None:
-            writer.add_part(np.array([job.first]))
-            count += 1
-        writer.add_part(ids)
-        count += len(ids)
-    if count and job.last is not None:
-        writer.add_part(np.array([job.last]))
-        count += 1
-    writer.add(np.empty(0, np.int32), np.array([count]))
-    return count
 
 
 # ---- several at a time ----

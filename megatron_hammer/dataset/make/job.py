@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.corpus.readers import TEXT_DOCUMENTS, expand_inputs
+from megatron_hammer.corpus.readers import TEXT_DOCUMENTS, expand_inputs, kind_of
+from megatron_hammer.corpus.stream import file_identity
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 
@@ -29,22 +30,21 @@ class Job:
     """The datasets to make, one for each JSON key."""
 
     files: tuple[Path, ...]
+    kinds: tuple[str, ...]
+    """How each file is read: ``readers.kind_of``."""
+    identities: tuple[dict[str, Any], ...]
+    """Of each file when the job was prepared, to notice that it has changed: ``stream.file_identity``."""
     keys: tuple[str, ...]
+    """JSON fields (parquet: columns) that hold text; plain text files are the text of every key."""
     tokenizer: Tokenizer
     append_eod: bool
+    """The tokenizer's eos id ends every document."""
     prepend_bos: bool
+    """Its bos id begins every document."""
     on_error: OnError
+    """What to do with a bad document: end the work, leave it out, or leave it out and write it down."""
     text_documents: str
-
-    @property
-    def first(self) -> int | None:
-        """The id that begins every document."""
-        return self.tokenizer.bos_id if self.prepend_bos else None
-
-    @property
-    def last(self) -> int | None:
-        """The id that ends every document."""
-        return self.tokenizer.eos_id if self.append_eod else None
+    """What a document of a ``.txt`` file is, one of ``readers.TEXT_DOCUMENTS``."""
 
 
 def prepare_job(
@@ -56,15 +56,10 @@ def prepare_job(
     on_error: OnError = "stop",
     text_documents: str = "file",
 ) -> Job:
-    """Check what the user asks for, find the files, load the tokenizer.
+    """Check what the user asks for (see ``Job``), find the files, load the tokenizer.
 
     Args:
         inputs: files, folders and patterns, in the order their documents shall have (``corpus/readers.py``).
-        json_keys: fields (parquet: columns) that hold text; plain text files are the text of every key.
-        append_eod: the tokenizer's eos id ends every document.
-        prepend_bos: its bos id begins every document.
-        on_error: what to do with a bad document: end the work, leave it out, or leave it out and write it down.
-        text_documents: what a document of a ``.txt`` file is, one of ``readers.TEXT_DOCUMENTS``.
 
     Raises:
         ConfigError: a needed special id is missing in the tokenizer, a key is named twice, an unknown choice.
@@ -76,13 +71,16 @@ def prepare_job(
         raise _unknown_choice("--on-error", on_error, get_args(OnError))
     if text_documents not in TEXT_DOCUMENTS:
         raise _unknown_choice("--text-documents", text_documents, TEXT_DOCUMENTS)
-    files = expand_inputs(inputs)  # a file that is missing should not be found out after an hour
+    files = tuple(expand_inputs(inputs))  # a file that is missing should not be found out after an hour
+    kinds = tuple(kind_of(path, text_documents) for path in files)
+    identities = tuple(file_identity(path) for path in files)
     tokenizer = load_tokenizer(tokenizer_path)
     if prepend_bos and tokenizer.bos_id is None:
         raise _missing_id("--prepend-bos", "beginning-of-document", tokenizer)
     if append_eod and tokenizer.eos_id is None:
         raise _missing_id("--append-eod", "end-of-document", tokenizer)
-    return Job(tuple(files), tuple(json_keys), tokenizer, append_eod, prepend_bos, on_error, text_documents)
+    keys = tuple(json_keys)
+    return Job(files, kinds, identities, keys, tokenizer, append_eod, prepend_bos, on_error, text_documents)
 
 
 def _unknown_choice(option: str, value: str, choices: Sequence[str]) -> ConfigError:
@@ -92,11 +90,3 @@ def _unknown_choice(option: str, value: str, choices: Sequence[str]) -> ConfigEr
 def _missing_id(option: str, meaning: str, tokenizer: Tokenizer) -> ConfigError:
     return ConfigError(70, f"{option} with {tokenizer.path}", f"needs a {meaning} id, which this tokenizer lacks",
                        f"leave {option} out, or use a tokenizer that has one")  # fmt: skip
-
-
-def check_numbers(workers: int, shard_bytes: int) -> None:
-    """Refuse a number of threads, or of bytes between two journals, with which nothing would be done."""
-    if workers < 1:
-        raise ConfigError(75, f"--workers={workers}", "must be at least 1", "give the number of threads that encode")
-    if shard_bytes < 1:
-        raise ConfigError(78, f"--shard-mb={shard_bytes / 1e6:g}", "must be above 0", "give megabytes of text")

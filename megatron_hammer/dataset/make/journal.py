@@ -20,10 +20,22 @@ from typing import Any
 
 from megatron_hammer.base.errors import DataError, RefusedError
 from megatron_hammer.base.files import publish
-from megatron_hammer.dataset.make.encoding import Tally
 
 JOURNAL_FORMAT = "megatron_hammer preprocessing journal"
 JOURNAL_VERSION = 1
+
+
+@dataclass
+class Tally:
+    """What was taken from one input so far."""
+
+    documents: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)
+    """For each JSON key."""
+    rejected: dict[str, int] = field(default_factory=dict)
+    """For each cause."""
+    xxh3: str | None = None
+    """Of the raw file, once it is read to its end."""
 
 
 @dataclass
@@ -51,15 +63,10 @@ class Journal:
     seconds: float = 0.0
     """Worked so far, over all runs."""
 
-    @staticmethod
-    def temporary_of(path: Path) -> Path:
-        """Where a journal is written before it gets its name: the next run overwrites what a killed one has left."""
-        return path.with_name(f"{path.name}.tmp")
-
     def save(self, path: Path) -> None:
         """Replace the journal as a whole, durably."""
         tree = {"format": JOURNAL_FORMAT, "version": JOURNAL_VERSION, **asdict(self)}
-        temporary = self.temporary_of(path)
+        temporary = Path(f"{path}.tmp")  # of a fixed name: the next run overwrites what a killed one leaves
         with open(temporary, "wb") as file:
             file.write(json.dumps(tree, ensure_ascii=False).encode("utf-8", "surrogateescape"))
             file.flush()

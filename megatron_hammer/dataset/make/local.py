@@ -25,9 +25,9 @@ from megatron_hammer.base.progress import Progress
 from megatron_hammer.corpus.readers import Block, Position, Shard, read_shard
 from megatron_hammer.corpus.stream import check_unchanged
 from megatron_hammer.dataset.make.encoding import encode_blocks
-from megatron_hammer.dataset.make.job import SHARD_BYTES, Job, Stopped, check_numbers
+from megatron_hammer.dataset.make.job import SHARD_BYTES, Job, Stopped
 from megatron_hammer.dataset.make.journal import input_changed
-from megatron_hammer.dataset.make.output import BuildSummary, Output, rates
+from megatron_hammer.dataset.make.output import BuildSummary, Output, check_numbers
 
 
 def build_datasets(
@@ -61,14 +61,14 @@ def build_datasets(
     else:
         output.open()
     with output:
-        journal, text_bytes, tokens = output.journal, output.journal.text_bytes, output.num_tokens  # of the run before
-        total = sum(identity["bytes"] for identity in journal.files)
-        encoded = encode_blocks(job, _remaining_blocks(job, output), workers, stop)
-        with closing(encoded), Progress(" ".join(job.keys), total, done=journal.raw_bytes) as progress:
+        total = sum(identity["bytes"] for identity in job.identities)
+        with (
+            Progress(" ".join(job.keys), total, done=output.journal.raw_bytes) as progress,
+            closing(encode_blocks(job, _remaining_blocks(job, output), workers, stop)) as encoded,
+        ):
             for item in encoded:
+                progress.note = output.describe_rates()
                 output.append(item)
-                made = journal.text_bytes - text_bytes, output.num_tokens - tokens
-                progress.note = f"text: {rates(*made, progress.seconds)}"
                 progress.advance(item.block.raw_bytes)
         if stop is not None and stop.is_set() and output.journal.source < len(job.files):
             raise Stopped(output.stop())
@@ -87,5 +87,5 @@ def _remaining_blocks(job: Job, output: Output) -> Iterator[Block]:
             if resume is not None and number == 0 and block.content_hash != expected:
                 raise input_changed(output.journal_path, path)
             if block.last:
-                check_unchanged(path, journal.files[source])
+                check_unchanged(path, job.identities[source])
             yield block

@@ -13,21 +13,25 @@ journal leaves nothing, and never touches what had the output's name before.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from megatron_hammer.base.errors import DataError
+import numpy as np
+
+from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.progress import say
-from megatron_hammer.corpus.readers import TEXT_DOCUMENTS, kind_of
-from megatron_hammer.corpus.stream import file_identity
-from megatron_hammer.dataset.format import SourceRecord, TokenizerRecord, dtype_for, path_of
-from megatron_hammer.dataset.make.encoding import EncodedBlock, Tally, write_documents
+from megatron_hammer.corpus.long import LongText
+from megatron_hammer.corpus.readers import TEXT_DOCUMENTS
+from megatron_hammer.dataset.format import SourceRecord, TokenizerRecord, dtype_for
+from megatron_hammer.dataset.make.encoding import EncodedBlock, marks_of
 from megatron_hammer.dataset.make.job import Job, Stopped
-from megatron_hammer.dataset.make.journal import Journal, check_journal, load_journal, other_command
+from megatron_hammer.dataset.make.journal import Journal, Tally, check_journal, load_journal, other_command
 from megatron_hammer.dataset.make.quarantine import RejectedFile
 from megatron_hammer.dataset.writer import IndexedWriter, StaleState
 from megatron_hammer.tokenizer.interface import Tokenizer
@@ -56,12 +60,13 @@ class BuildSummary:
         return (
             f"{self.prefix}: {self.documents:,} documents ({self.empty_documents:,} empty){rejected}, {self.tokens:,} "
             f"tokens of {self.token_bytes} bytes from {self.text_bytes / 1e6:,.1f} MB in {self.seconds:,.1f} s: "
-            f"{rates(self.text_bytes, self.tokens, max(self.seconds, 1e-9))}; encoder: {self.encoder}"
+            f"{rates(self.text_bytes, self.tokens, self.seconds)}; encoder: {self.encoder}"
         )
 
 
 def rates(text_bytes: int, tokens: int, seconds: float) -> str:
     """How fast text, uncompressed, has become tokens."""
+    seconds = max(seconds, 1e-9)
     return f"{text_bytes / seconds / 1e6:,.2f} MB/s, {tokens / seconds:,.0f} tokens/s"
 
 
@@ -69,6 +74,50 @@ def tokenizer_record(tokenizer: Tokenizer) -> TokenizerRecord:
     """What a dataset's header says about its tokenizer."""
     special = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id
     return TokenizerRecord(tokenizer.fingerprint, tokenizer.vocab_size, *special)
+
+
+def check_numbers(workers: int, shard_bytes: int) -> None:
+    """Refuse a number of threads, or of bytes between two journals, with which nothing would be done."""
+    if workers < 1:
+        raise ConfigError(75, f"--workers={workers}", "must be at least 1", "give the number of threads that encode")
+    if shard_bytes < 1:
+        raise ConfigError(78, f"--shard-mb={shard_bytes / 1e6:g}", "must be above 0", "give megabytes of text")
+
+
+def write_documents(
+    job: Job, item: EncodedBlock, writers: Mapping[str, IndexedWriter], tally: Tally, threads: int
+) -> None:
+    """Append the documents of a block to each key's dataset, and count them.
+
+    Args:
+        threads: that encode a document too long to be held.
+    """
+    for rejected in item.rejected:
+        tally.rejected[rejected.code] = tally.rejected.get(rejected.code, 0) + 1
+    tally.documents += 1 if item.long is not None else len(item.documents[0][1])
+    for key, text in zip(job.keys, item.long or ()):
+        tally.tokens[key] = tally.tokens.get(key, 0) + _write_long(job, text, writers[key], threads)
+    for key, (ids, lengths) in zip(job.keys, item.documents):
+        writers[key].add(ids, lengths)
+        tally.tokens[key] = tally.tokens.get(key, 0) + len(ids)
+
+
+def _write_long(job: Job, text: str | LongText, writer: IndexedWriter, threads: int) -> int:
+    """Encode and write a long document, piece by piece; its tokens."""
+    (first, last), count = marks_of(job), 0
+    for ids in job.tokenizer.encode_pieces([text] if isinstance(text, str) else text.pieces(), threads):
+        if not len(ids):
+            continue
+        if count == 0 and first is not None:
+            writer.add_part(np.array([first]))
+            count += 1
+        writer.add_part(ids)
+        count += len(ids)
+    if count and last is not None:
+        writer.add_part(np.array([last]))
+        count += 1
+    writer.add(np.empty(0, np.int32), np.array([count]))
+    return count
 
 
 class Output:
@@ -83,9 +132,9 @@ class Output:
         self.job, self.shard_bytes, self.workers = job, shard_bytes, workers
         self.prefixes = {key: Path(f"{output_prefix}_{key}_document") for key in job.keys}
         base = self.prefixes[job.keys[0]]
-        self.journal_path = path_of(base, ".journal.json")
-        self.rejected_path = path_of(base, ".rejected.jsonl")
-        self.parts_path = path_of(base, ".parts")
+        self.journal_path = Path(f"{base}.journal.json")
+        self.rejected_path = Path(f"{base}.rejected.jsonl")
+        self.parts_path = Path(f"{base}.parts")
         """Of a run on a cluster: ``ray.py``."""
         identity = {
             "inputs": [str(path) for path in job.files],
@@ -95,11 +144,11 @@ class Output:
             "text_documents": job.text_documents,
             "tokenizer": job.tokenizer.fingerprint,
         }
-        files = [file_identity(path) for path in job.files]
-        self.journal = Journal(identity, files, job.on_error, tallies=[Tally() for _ in files])
+        self.journal = Journal(identity, list(job.identities), job.on_error, tallies=[Tally() for _ in job.files])
         self._kept = False  # whether a journal of this run is on disk
         self._text_bytes_kept = 0
-        self._started = time.monotonic()
+        self._started = self._started_now = time.monotonic()
+        self._done_before = 0, 0  # by the run that left the journal: bytes of text, tokens
         self._stack = ExitStack()
         self.writers: dict[str, IndexedWriter] = {}
         self.rejected: RejectedFile | None = None
@@ -130,51 +179,52 @@ class Output:
             return self.open_new()
         self.journal, self._kept, self._text_bytes_kept = found, True, found.text_bytes
         self._started -= found.seconds
+        self._done_before = found.text_bytes, self._num_tokens()
         say(f"going on from {self.journal_path}: {found.text_bytes / 1e6:,.0f} MB of text are done")
 
     def _open_files(self, journal: Journal | None) -> None:
         """Open everything for writing, anew or behind what a journal states."""
+        job = self.job
+        options: dict[str, object] = {"append_eod": job.append_eod, "prepend_bos": job.prepend_bos}
+        options["on_error"] = job.on_error
+        if set(job.kinds) & set(TEXT_DOCUMENTS):
+            options["text_documents"] = job.text_documents
         self.writers, self.rejected = {}, None
         with ExitStack() as stack:
             for key, prefix in self.prefixes.items():
-                if self._is_published(journal, path_of(prefix, ".idx"), path_of(prefix, ".bin.tmp")):
+                if journal is not None and self._is_published(journal, f"{prefix}.idx", f"{prefix}.bin.tmp"):
                     continue  # killed between the datasets of two keys
                 writer = IndexedWriter(
                     prefix,
-                    self.job.tokenizer.vocab_size,
-                    tokenizer=tokenizer_record(self.job.tokenizer),
-                    options=self._header_options(key),
+                    job.tokenizer.vocab_size,
+                    tokenizer=tokenizer_record(job.tokenizer),
+                    options={"json_key": key, **options},
                     resume=None if journal is None else journal.writers[key],
                 )
                 writer.keep_temporaries = journal is not None
                 self.writers[key] = stack.enter_context(writer)
-            if self.job.on_error == "quarantine":
+            if job.on_error == "quarantine":
                 self._open_rejected(journal, stack)
             self._stack = stack.pop_all()
 
     def _open_rejected(self, journal: Journal | None, stack: ExitStack) -> None:
-        if not self._is_published(journal, self.rejected_path, RejectedFile.temporary_of(self.rejected_path)):
+        temporary = RejectedFile.temporary_of(self.rejected_path)
+        if journal is None or not self._is_published(journal, self.rejected_path, temporary):
             self.rejected = RejectedFile(self.rejected_path, None if journal is None else journal.rejected_bytes)
             stack.enter_context(self.rejected)
 
-    def _is_published(self, journal: Journal | None, path: Path, temporary: Path) -> bool:
-        complete = journal is not None and journal.source == len(self.job.files)
-        return complete and path.exists() and not temporary.exists()
-
-    def _header_options(self, key: str) -> dict[str, object]:
-        """What the dataset's header says about how it was made."""
-        job = self.job
-        options: dict[str, object] = {"json_key": key, "append_eod": job.append_eod, "prepend_bos": job.prepend_bos}
-        options["on_error"] = job.on_error
-        if any(kind_of(path, job.text_documents) in TEXT_DOCUMENTS for path in job.files):
-            options["text_documents"] = job.text_documents
-        return options
+    def _is_published(self, journal: Journal, path: str | Path, temporary: str | Path) -> bool:
+        return journal.source == len(self.job.files) and os.path.exists(path) and not os.path.exists(temporary)
 
     # ---- on the way ----
 
-    @property
-    def num_tokens(self) -> int:
-        """Of all datasets together, those of the run before included."""
+    def describe_rates(self) -> str:
+        """How fast this run makes tokens of text."""
+        text_bytes, tokens = self._done_before
+        made = self.journal.text_bytes - text_bytes, self._num_tokens() - tokens
+        return f"text: {rates(*made, time.monotonic() - self._started_now)}"
+
+    def _num_tokens(self) -> int:
         return sum(writer.num_tokens for writer in self.writers.values())
 
     def append(self, item: EncodedBlock) -> None:
@@ -246,7 +296,7 @@ class Output:
 
     def _remove_journal(self) -> None:
         self.journal_path.unlink(missing_ok=True)
-        Journal.temporary_of(self.journal_path).unlink(missing_ok=True)
+        Path(f"{self.journal_path}.tmp").unlink(missing_ok=True)
 
     def summaries(self) -> list[BuildSummary]:
         """For each key, in order."""

@@ -42,9 +42,10 @@ from megatron_hammer.base.progress import say
 from megatron_hammer.corpus import readers
 from megatron_hammer.corpus.readers import Position, Shard
 from megatron_hammer.corpus.stream import check_file, check_unchanged, file_changed, file_identity, open_stream
-from megatron_hammer.dataset.make.encoding import Tally, encode_blocks, write_documents
+from megatron_hammer.dataset.make.encoding import encode_blocks
 from megatron_hammer.dataset.make.job import Job, OnError, Stopped
-from megatron_hammer.dataset.make.output import tokenizer_record
+from megatron_hammer.dataset.make.journal import Tally
+from megatron_hammer.dataset.make.output import tokenizer_record, write_documents
 from megatron_hammer.dataset.make.quarantine import RejectedFile
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
@@ -226,7 +227,9 @@ def _make_part(task: PartTask) -> dict[str, Any]:
     """Read, parse, encode and write a shard, and give it its name."""
     identity = _identity_here(task)
     tokenizer = _tokenizer(task.tokenizer_path, task.fingerprint)
-    job = Job((task.path,), task.keys, tokenizer, task.append_eod, task.prepend_bos, task.on_error, task.text_documents)
+    kinds = (readers.kind_of(task.path, task.text_documents),)
+    marks = task.append_eod, task.prepend_bos
+    job = Job((task.path,), kinds, (identity,), task.keys, tokenizer, *marks, task.on_error, task.text_documents)
     attempt = _new_attempt(task.folder)
     attempt.mkdir()
     try:

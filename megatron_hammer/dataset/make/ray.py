@@ -43,10 +43,9 @@ from megatron_hammer import __version__
 from megatron_hammer.base.errors import ConfigError, DataError, HammerError, from_fields, to_fields
 from megatron_hammer.base.progress import Progress, say
 from megatron_hammer.corpus.stream import check_unchanged
-from megatron_hammer.dataset.make.encoding import Tally
-from megatron_hammer.dataset.make.job import SHARD_BYTES, Job, Stopped, check_numbers
-from megatron_hammer.dataset.make.journal import load_journal, other_command
-from megatron_hammer.dataset.make.output import BuildSummary, Output, rates
+from megatron_hammer.dataset.make.job import SHARD_BYTES, Job, Stopped
+from megatron_hammer.dataset.make.journal import Tally, load_journal, other_command
+from megatron_hammer.dataset.make.output import BuildSummary, Output, check_numbers, rates
 from megatron_hammer.dataset.make.parts import (
     REJECTED,
     UNKNOWN_LINE,
@@ -361,8 +360,12 @@ def _append(
     for k, writer in enumerate(output.writers.values()):
         writer.append(IndexedDataset(folder / str(k)))
     part = Tally(**facts["tally"])
-    journal.tallies[source].add(part.documents, part.tokens, part.rejected)
-    journal.tallies[source].xxh3 = part.xxh3
+    tally = journal.tallies[source]
+    tally.documents += part.documents
+    tally.xxh3 = part.xxh3
+    for counts, more in ((tally.tokens, part.tokens), (tally.rejected, part.rejected)):
+        for name, count in more.items():
+            counts[name] = counts.get(name, 0) + count
     journal.text_bytes += facts["text_bytes"]
     journal.raw_bytes += facts["raw_bytes"]
     if output.rejected is None or not part.rejected:

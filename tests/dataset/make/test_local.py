@@ -317,7 +317,7 @@ def test_data_modules_import_without_torch():
     script = (
         "import sys\n"
         "from megatron_hammer.dataset.make import local, merge\n"
-        "from megatron_hammer.sampling import blend, loader, native, order, samples\n"
+        "from megatron_hammer.sampling import blend, index_builder, loader, order, samples\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
