@@ -1,1 +1,1 @@
-"""Raw text: readers, reformatting, sampling, splitting, shuffling, and the sample corpus of the quick start."""
+"""Text corpora: files of documents, and the programs that read, convert, split, sample and shuffle them."""

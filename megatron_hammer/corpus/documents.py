@@ -1,9 +1,10 @@
-"""Documents with everything that stands beside their text, and the files that programs make of them.
+"""Documents as the programs of this room and the tokenizer's read them, and the files that the programs write.
 
-``read_documents`` gives for each document its text, all its fields and its line: what reformatting and splitting need.
-``read_texts`` gives texts alone, which is quicker; ``TextCorpus`` is the texts of several files as one stream.
-``LineWriter`` publishes a file whole or not at all, compressed by what its name ends in, and knows afterwards what it
-wrote.
+``read_texts`` gives the texts of a file, ``TextCorpus`` those of several files as one stream. ``read_documents`` is
+slower and gives each document with all its fields and its line, which reformatting and splitting need.
+
+``LineWriter`` writes a file of documents, one a line, and ``write_manifest`` the JSON file beside it that says from
+which inputs and how it was made. Both appear under their names only when they are complete.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import orjson
 import xxhash
 
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.base.files import replace_file, sync_folder
+from megatron_hammer.base.files import publish, replace_file
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.corpus import jsonl
 from megatron_hammer.corpus.parse import parse_block
@@ -219,7 +220,7 @@ class LineWriter:
         self._stream: Any = self._file
         if self.path.suffix == ".gz":
             # Without name and time: the same text gives the same bytes.
-            self._stream = gzip.GzipFile("", "wb", 6, self._file, mtime=0)  # type: ignore[arg-type]
+            self._stream = gzip.GzipFile("", "wb", 6, self._file, mtime=0)
         elif self.path.suffix == ".zst":
             import zstandard
 
@@ -248,8 +249,7 @@ class LineWriter:
                 self._file.sync()
             self._file.close()
             if kind is None:
-                os.replace(self._temporary, self.path)
-                sync_folder(self.path.parent)
+                publish(self._temporary, self.path)
         finally:
             self._temporary.unlink(missing_ok=True)  # gone already after the rename
 

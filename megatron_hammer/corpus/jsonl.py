@@ -1,12 +1,11 @@
-"""JSON lines, one document a line: the limits of the format, and the name of what is wrong with a line.
+"""The format JSON lines, one document a line: its limits, and the errors that say what is wrong with a line.
 
     {"text": "first document", "anything": "else"}
     {"text": "second document"}
 
-Lines end with LF or CRLF; plain, gzip and Zstandard files alike (``stream.py``). ``parse.py`` reads them with orjson,
-which refuses invalid UTF-8, NaN and lone surrogates. Only after it has refused a line do the slower checks here find
-out which rule was broken, so that a bad line has one name and one message wherever it is met. Without torch or any
-tokenizer library.
+Lines end with LF or CRLF. The library orjson parses them (``parse.py``); it refuses invalid UTF-8, NaN and lone
+surrogates, too. Only for a line that it has refused do the slower checks here find out which rule was broken, so that
+a bad line gets the same error wherever it is met.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def place_of(path: Path, line_number: int, offset: int) -> str:
 
 
 def too_long(path: Path, line_number: int, offset: int) -> DataError:
-    """E304 for a line that nobody would call a document."""
+    """E304: a line is longer than a document can be."""
     return DataError(
         4, place_of(path, line_number, offset), f"is longer than {MAX_LINE_BYTES:,} bytes",
         "put one JSON object on each line",
@@ -43,7 +42,7 @@ def too_long(path: Path, line_number: int, offset: int) -> DataError:
 
 
 def damaged(path: Path, line_number: int, offset: int, error: Exception) -> DataError:
-    """E309, with the first line that could not be read."""
+    """E309: a compressed file is damaged; ``line_number`` is the first line that could not be read."""
     return DataError(
         9, place_of(path, line_number, offset), f"could not be decompressed ({error})", "fetch or compress it again"
     )

@@ -1,12 +1,12 @@
-"""Documents far longer than others: checked and decoded in pieces, so that memory holds their bytes once.
+"""Very long documents, of many megabytes: checked and decoded in pieces, so that memory holds their bytes once.
 
-A parser makes a copy of its input and a string of up to four bytes a character: six times a line of a gigabyte. Here
-long strings are taken out of the line before it is parsed, checked piece by piece, and decoded again by whoever needs
-the text, piece by piece::
+A JSON parser copies its input and makes a string of up to four bytes a character: six times a line of a gigabyte. Here
+long strings are taken out of a line before it is parsed. They are checked piece by piece, and decoded again piece by
+piece when the text is needed (``LongText.pieces``)::
 
     {"text": "......1 GB......", "id": 7}  ->  {"text": "mark 0", "id": 7}  +  the places where string 0 can be cut
 
-The rules are those of ``jsonl.py``; the parser that judges the pieces is the same.
+The rules and the parser are the same as for short lines (``jsonl.py``).
 """
 
 from __future__ import annotations

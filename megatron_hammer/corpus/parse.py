@@ -1,8 +1,8 @@
-"""What a block holds: the texts of its documents, and those that are not taken, each with its place and cause.
+"""From a block of a file (``readers.py``) to the texts of its documents, and to those that are rejected, with causes.
 
-A pure function of the block (``readers.py``), in two speeds: all lines of a block are parsed at once; only where one of
-them is refused is each looked at, and the refused ones are named as ``jsonl.py`` names them. A document of many
-megabytes is taken in pieces (``long.py``).
+``parse_block`` is a pure function of the block, so several threads can parse several blocks. It parses all lines of a
+block at once, which is fast. Only where one of them is refused does it look at each line by itself, and ``jsonl.py``
+says what is wrong with it. A document of many megabytes is taken in pieces (``long.py``).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Rejected(NamedTuple):
 
 @dataclass
 class Parsed:
-    """What a block holds."""
+    """The documents of a block."""
 
     texts: list[list[str]]
     """For each key the texts, in order; all lists are of one length."""
@@ -161,7 +161,7 @@ def _parse_lines(block: Block, path: Path, keys: Sequence[str], strict: bool) ->
 def _parse_line_by_line(
     block: Block, path: Path, keys: Sequence[str], strict: bool, lines: Sequence[bytes | bytearray]
 ) -> Parsed:
-    """As above where a line is bad."""
+    """The same result as ``_parse_lines``, for a block with a bad line: each line is parsed by itself."""
     parsed = Parsed([[] for _ in keys])
     offset = block.start.offset
     for number, line in enumerate(lines, block.start.line):

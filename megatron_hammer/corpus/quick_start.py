@@ -1,4 +1,8 @@
-"""The quick start's corpus: real Chinese, English and code text that a fresh machine has or can get with pip alone.
+"""A small sample corpus of real text, made from what a fresh machine has or can get with pip: the quick start's corpus.
+
+``tools/make_sample_corpus.py`` makes it for the examples. It stands in this room because its product is a corpus like
+any other, written by the same ``LineWriter``; but it is a source of text and no tool for corpora, so nothing else in
+the room imports it. (``sample.py`` draws a sample from a corpus that is there already.)
 
     zh    the prose in the interface descriptions of a small published SDK (from pip), and this repository's essays
     en    the help topics of pydoc and the longer module docstrings of the standard library
@@ -7,10 +11,9 @@
     own text, pip, standard library --> documents --> duplicates out --> order by hash --> valid | train
         --> {zh,en,code}.jsonl, {zh,en,code}.valid.jsonl, manifest.json
 
-Everything follows from the texts and the settings: the same sources give the same bytes. The order is that of the
-texts' hashes, the held-out documents are the first in that order, and the manifest, which is written last, records
-source, version, licence and hash of everything. None of the fetched text belongs into a repository; it is made where it
-is used.
+The same sources and settings give the same bytes. The documents are in the order of the hashes of their texts, and the
+held-out ones are the first in that order. The manifest, which is written last, records source, version, licence and
+hash of everything. The fetched text is kept in no repository; it is made where it is used.
 """
 
 from __future__ import annotations
@@ -66,15 +69,20 @@ _SKIPPED_FOLDERS = {
 
 @dataclass(frozen=True)
 class Document:
+    """One text of the corpus."""
+
     text: str
     source: str
+    """Where it is from, for the reader of the corpus: the field ``source`` of its line."""
 
     @property
     def digest(self) -> str:
+        """SHA-256 of the text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     @property
     def size(self) -> int:
+        """UTF-8 bytes of the text."""
         return len(self.text.encode())
 
 
@@ -96,8 +104,8 @@ def make_sample_corpus(
 ) -> dict[str, Any]:
     """Write ``{zh,en,code}.jsonl``, ``{zh,en,code}.valid.jsonl`` and ``manifest.json`` into ``output``.
 
-    Where all of it is there already, made with the same settings and unchanged, nothing is done, and ``report`` is told
-    so: a corpus must not change under a tokenizer that was trained on it.
+    Where all of it is there already, made with the same settings and unchanged, nothing is done but to report so: a
+    corpus must not change under a tokenizer that was trained on it.
 
     Args:
         output: a folder, made if needed.
@@ -194,7 +202,7 @@ def _write(path: Path, documents: list[Document]) -> dict[str, Any]:
 def _read_complete(output: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest, where it was made with these settings and every file is as it says."""
     try:
-        manifest = orjson.loads((output / MANIFEST).read_bytes())
+        manifest: dict[str, Any] = orjson.loads((output / MANIFEST).read_bytes())
         if manifest["settings"] != settings or len(manifest["files"]) != 2 * len(DOMAINS):
             return None
         for name, entry in manifest["files"].items():
@@ -279,7 +287,6 @@ def chinese_prose(docstring: str) -> Iterator[str]:
         line = " ".join(line.split())
         han = len(_HAN.findall(line))
         solid = len(line) - line.count(" ")
-        # Ten characters make a phrase; where they are less than half of the line, it is a value list or an example.
         # Eight characters make a phrase; where they are under two fifths of a line, it is a value list or an example
         # (both limits chosen by eye: looser ones add a tenth of text, and little of it is prose).
         if han >= 8 and han >= 0.4 * solid and "|" not in line:

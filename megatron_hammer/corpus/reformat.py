@@ -1,4 +1,4 @@
-"""The shapes in which sources are published --> one document a line, ``{"text": ...}``: ``tools/reformat_corpus.py``.
+"""Published corpora, each in its own format, rewritten as JSON lines ``{"text": ...}``: ``tools/reformat_corpus.py``.
 
 | kind | files | text | a record, as published |
 |---|---|---|---|
@@ -7,8 +7,8 @@
 | pile | jsonl | ``text`` | ``{"text", "meta": {"pile_set_name"}}``: an output a set, or chosen sets in one |
 | jsonl, parquet | | ``--key``, ``--column`` | any |
 
-Text is not changed, and documents keep their order. Empty texts are left out and counted. What is worth keeping is for
-the user's own filter to say: fields such as a score can be carried along for it. One pass, memory for one block.
+Texts are not changed, and documents keep their order. Empty texts are left out and counted. Nothing is filtered:
+fields such as a score can be kept beside the text for a filter of the user's own. One pass, memory for one block.
 """
 
 from __future__ import annotations

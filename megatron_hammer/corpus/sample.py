@@ -1,9 +1,9 @@
-"""Text to train a tokenizer on and to judge it by: a uniform sample of a corpus, ``tools/sample_corpus.py``.
+"""A uniform sample of a corpus, to train a tokenizer on and to judge it by: ``tools/sample_corpus.py``.
 
 Every distinct text has a hash of (seed, text). In the order of these hashes, ``valid`` is the first texts that reach
 its size, ``train`` the following that reach theirs. So the sample is uniform over distinct texts, the two parts share
 none, and the result depends on the set of texts alone: not on files, order or copies, and ``valid`` not on the size of
-``train``. (``sample.py`` is something else: the quick start's corpus.)
+``train``.
 
 One pass. A text is kept while it may still be wanted, that is while the kept texts before it do not fill both parts;
 kept texts lie in a temporary file, memory holds some 200 bytes for each. As more texts are read, fewer are kept: of n
@@ -38,8 +38,10 @@ class _Kept(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleSummary:
+    """What was written into the two parts."""
+
     train: dict[str, Any]
-    """``LineWriter.describe``."""
+    """``LineWriter.describe`` of each part."""
     valid: dict[str, Any]
     documents: int
     """Read, copies and empty ones included."""

@@ -1,4 +1,4 @@
-"""Held-out documents, chosen by a hash of their text: ``tools/split_corpus.py``.
+"""A corpus split into documents to train on and held-out documents, by a hash of their text: ``tools/split_corpus.py``.
 
     F.jsonl --> P.train.jsonl, P.valid.jsonl, P.split.json
 
@@ -45,6 +45,8 @@ def content_hash(text: bytes, seed: int) -> int:
 
 @dataclass(frozen=True)
 class SplitSummary:
+    """What was written on the two sides."""
+
     train: dict[str, Any]
     """``LineWriter.describe`` of the training set."""
     valid: dict[str, Any]
@@ -53,7 +55,8 @@ class SplitSummary:
 
     @property
     def fraction(self) -> float:
-        return self.threshold / 2**HASH_BITS
+        """Share of all hashes below the threshold."""
+        return self.threshold / float(1 << HASH_BITS)
 
     def __str__(self) -> str:
         parts = [f"{p['name']}: {p['documents']:,} documents, {p['text_bytes'] / 1e6:,.3f} MB of text"

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from megatron_hammer.base.errors import ConfigError, DataError, DiskError
 from megatron_hammer.corpus import shuffle as module
+from megatron_hammer.corpus import shuffle_input
 from megatron_hammer.corpus.shuffle import MIN_MEMORY_BYTES, Shuffle, shuffle_lines
 
 
@@ -60,7 +61,7 @@ def test_the_same_bytes_for_any_memory(
     tmp_path: Path, block: int, bucket: int, segment: int, several: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_BUCKET_BITS", 3)
-    monkeypatch.setattr(module, "_SCAN_BYTES", 128)
+    monkeypatch.setattr(shuffle_input, "_SCAN_BYTES", 128)
     source = corpus(tmp_path, 900)
     buckets = run_small([source], tmp_path / "out", 5, block, bucket, segment)
     assert (tmp_path / "out").read_bytes() == expected([source], 5)
@@ -229,7 +230,7 @@ def test_blank_lines_behind_file_borders_have_the_right_number(tmp_path: Path) -
 
 
 def test_a_line_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(shuffle_input, "MAX_LINE_BYTES", 1000)
     source = tmp_path / "a"
     source.write_bytes(b"x\n" + b"y" * 3000 + b"\n")
     with pytest.raises(DataError, match="E304"):
