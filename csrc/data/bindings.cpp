@@ -254,7 +254,7 @@ void shuffle(hammer::MersenneTwister& twister, py::array values) {
 }  // namespace
 
 PYBIND11_MODULE(_index, module) {
-  module.doc() = "Compiled half of megatron_hammer.sampling.index_builder, which documents the functions.";
+  module.doc() = "Compiled twin of megatron_hammer.sampling.index_builder_numpy, which documents the functions.";
   module.attr("INTERFACE") = 2;  // sampling/index_builder.py refuses a module of another number
   module.def("permute", &permute, py::arg("n"), py::arg("key"), py::arg("start"), py::arg("count"));
   module.def("epoch_marks", &epoch_marks, py::arg("lengths"), py::arg("key"), py::arg("stride"));

@@ -1,6 +1,6 @@
 // Sample index, keyed permutation and blending for indexed datasets. No torch, no CUDA, no Python.
 //
-// Everything here is deterministic and single-threaded; the NumPy twins in megatron_hammer/sampling/index_builder.py state the
+// Everything here is deterministic and single-threaded; the NumPy twins in sampling/index_builder_numpy.py state the
 // same functions in a few lines each and give identical results. Counts and offsets are int64_t throughout.
 //
 //   Permutation      p: [0, n) -> [0, n), a bijection chosen by a 64-bit key, O(1) memory, random access

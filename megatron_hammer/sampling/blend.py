@@ -8,7 +8,7 @@ Two rules, both greedy and online, so the mix of a longer run begins with the mi
 Nothing as long as the run is kept: samples are drawn in blocks when asked for, and the counts at the start of each
 block are remembered, so going back is cheap. The first look at sample i counts through all blocks before it: 6 ns a
 sample in C++ (five sources, a Sapphire Rapids core), so a second for a run of 170 million samples; the counts of a long
-run can be kept (``index_files.py``).
+run can be kept (``cache.py``).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Blend:
         assert len(values) > 0 and np.isfinite(values).all() and (values > 0).all(), (
             f"weights {weights} must be positive"
         )
-        self.weights = values / values.sum()
+        self.weights: np.ndarray = values / values.sum()
         """Shares that sum to one, float64."""
         self._chairman = rule == "chairman"
         self._draw = index.chairman_blend if self._chairman else index.greedy_blend

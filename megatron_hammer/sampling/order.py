@@ -18,6 +18,7 @@ apart), then all samples, by one MT19937. It needs the number of samples in adva
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import threading
 from collections import OrderedDict
@@ -50,6 +51,12 @@ class DocumentSpan(NamedTuple):
     length: int
 
 
+def derive_key(*parts: int | str) -> int:
+    """A 64-bit key for ``index.permute`` from a seed, a purpose and whatever else it must depend on."""
+    text = "\0".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
 class IndependentOrder:
     """Our own order of one source.
 
@@ -80,7 +87,7 @@ class IndependentOrder:
             epoch = first * self.seq_length // self.num_tokens  # windows are permuted within the epoch they start in
             begin, end = self._first_window(epoch), self._first_window(epoch + 1)
             taken = min(count, end - first)
-            key = index.derive_key(self._seed, "windows", self._fingerprint, epoch)
+            key = derive_key(self._seed, "windows", self._fingerprint, epoch)
             parts.append(begin + index.permute(end - begin, key, first - begin, taken))
             first, count = first + taken, count - taken
         return np.concatenate(parts)
@@ -112,7 +119,7 @@ class IndependentOrder:
 
     def documents(self, epoch: int, first: int, count: int) -> np.ndarray:
         """Documents ``first`` to ``first + count`` of an epoch, in the order of its stream: int64."""
-        key = index.derive_key(self._seed, "documents", self._fingerprint, epoch)
+        key = derive_key(self._seed, "documents", self._fingerprint, epoch)
         return index.permute(len(self.lengths), key, first, count)
 
     def _first_window(self, epoch: int) -> int:
@@ -122,7 +129,7 @@ class IndependentOrder:
         """Key of the epoch's permutation of documents, and its token counts."""
         with self._lock:
             if epoch not in self._marks:
-                key = index.derive_key(self._seed, "documents", self._fingerprint, epoch)
+                key = derive_key(self._seed, "documents", self._fingerprint, epoch)
                 self._marks[epoch] = key, self._find_marks(epoch, key)
                 if len(self._marks) > _EPOCHS_KEPT:
                     self._marks.popitem(last=False)
@@ -210,7 +217,7 @@ class MegatronOrder:
 
     def locate_all(self, windows: np.ndarray) -> index.Located:
         """What ``locate`` says of each of some windows: all spans, and how many each window has."""
-        return index.megatron_windows(self.lengths, self.index.documents, self.index.samples, windows)
+        return index.megatron_windows(self.lengths, self.index.documents, self.index.samples, windows, 1)
 
     def locate(self, window: int) -> list[DocumentSpan]:
         """The seq_length + 1 tokens of a window; ``document`` stands for the sequence."""

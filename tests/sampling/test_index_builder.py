@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_hammer.sampling import index_builder as index
+from megatron_hammer.sampling.order import derive_key
 
 SIZES = sorted({0, 1, 2, 3, 5, 6, 7, 10, 1000, *(2**k + d for k in range(2, 17) for d in (-1, 0, 1))})
 
@@ -19,14 +20,14 @@ def test_backend_is_compiled_here(compiled):
 
 @pytest.mark.parametrize("n", SIZES)
 def test_permutation_is_a_bijection_and_equals_the_twin(n, compiled, twin):
-    for key in (0, 1, 2**64 - 1, index.derive_key("key", n)):
-        values = index.permute(n, key)
+    for key in (0, 1, 2**64 - 1, derive_key("key", n)):
+        values = index.permute(n, key, 0, n)
         assert np.array_equal(np.sort(values), np.arange(n))
-        assert np.array_equal(values, twin(index.permute, n, key))
+        assert np.array_equal(values, twin(index.permute, n, key, 0, n))
 
 
 def test_permutation_has_random_access(backend):
-    whole = index.permute(10_007, 3)
+    whole = index.permute(10_007, 3, 0, 10_007)
     for start, count in ((0, 1), (63, 2), (64, 64), (5000, 777), (10_006, 1), (10_007, 0)):
         assert np.array_equal(index.permute(10_007, 3, start, count), whole[start : start + count])
 
@@ -42,7 +43,7 @@ def test_permutation_of_a_large_range_equals_the_twin(n, compiled, twin):
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
 def test_small_permutations_come_out_evenly(n, compiled):
     trials = 12_000
-    counts = Counter(tuple(index.permute(n, index.derive_key("even", k)).tolist()) for k in range(trials))
+    counts = Counter(tuple(index.permute(n, derive_key("even", k), 0, n).tolist()) for k in range(trials))
     orders = math.factorial(n)
     expected = trials / orders
     chi_square = sum((count - expected) ** 2 / expected for count in counts.values()) + expected * (
@@ -56,7 +57,7 @@ def test_where_a_position_goes_is_uniform(n, compiled):
     cells, keys = 16, max(20, 200_000 // n)
     table = np.zeros((cells, cells))
     for k in range(keys):
-        values = index.permute(n, index.derive_key("uniform", n, k))
+        values = index.permute(n, derive_key("uniform", n, k), 0, n)
         np.add.at(table, (np.arange(n) * cells // n, values * cells // n), 1)
     sides = np.bincount(np.arange(n) * cells // n)
     expected = np.outer(sides, sides) * keys / n
@@ -66,10 +67,10 @@ def test_where_a_position_goes_is_uniform(n, compiled):
 
 
 def test_neighbours_do_not_stay_neighbours(compiled):
-    values = index.permute(100_000, 5)
+    values = index.permute(100_000, 5, 0, 100_000)
     assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 5 / math.sqrt(len(values))
     assert (np.abs(np.diff(values)) == 1).sum() < 20  # 2 expected
-    other = index.permute(100_000, 6)
+    other = index.permute(100_000, 6, 0, 100_000)
     assert (values == other).sum() < 12  # 1 expected
 
 
@@ -79,8 +80,8 @@ def test_marks_and_pieces_equal_a_plain_walk(dtype, backend):
     for n in (1, 2, 63, 64, 65, 500):
         lengths = (rng.integers(0, 40, n) * rng.integers(0, 2, n)).astype(dtype)
         lengths[0] += 1
-        key = index.derive_key("walk", n)
-        order = index.permute(n, key)
+        key = derive_key("walk", n)
+        order = index.permute(n, key, 0, n)
         stream = [(d, o) for d in order.tolist() for o in range(lengths[d])]
         marks = index.epoch_marks(lengths, key, 8)
         starts = np.concatenate([[0], np.cumsum(lengths[order], dtype=np.int64)])

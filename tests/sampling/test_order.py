@@ -9,7 +9,13 @@ import pytest
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.sampling import index_builder as index
-from megatron_hammer.sampling.order import IndependentOrder, MegatronOrder, build_megatron_index, split_ranges
+from megatron_hammer.sampling.order import (
+    IndependentOrder,
+    MegatronOrder,
+    build_megatron_index,
+    derive_key,
+    split_ranges,
+)
 from tests.sampling.order_samples import sample
 
 CASES = [  # lengths of the documents, seq_length
@@ -28,8 +34,8 @@ def plain_stream(lengths, fingerprint, seed, epochs):
     """(document, offset) of every token of the first epochs."""
     stream = []
     for epoch in range(epochs):
-        key = index.derive_key(seed, "documents", fingerprint, epoch)
-        for document in index.permute(len(lengths), key).tolist():
+        key = derive_key(seed, "documents", fingerprint, epoch)
+        for document in index.permute(len(lengths), key, 0, len(lengths)).tolist():
             stream += [(document, offset) for offset in range(lengths[document])]
     return stream
 

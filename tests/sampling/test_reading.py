@@ -204,7 +204,13 @@ def test_windows_that_cannot_be(backend):
         return lambda: index.locate_windows(**(arguments | change))
 
     def megatron(**change):
-        arguments = {"lengths": lengths, "documents": documents, "samples": samples, "windows": np.array([0])}
+        arguments = {
+            "lengths": lengths,
+            "documents": documents,
+            "samples": samples,
+            "windows": np.array([0]),
+            "extra": 1,
+        }
         return lambda: index.megatron_windows(**(arguments | change))
 
     bad = samples.copy()
