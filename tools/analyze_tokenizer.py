@@ -114,9 +114,9 @@ def compression(args: argparse.Namespace) -> Analysis:
 
 
 def coverage(args: argparse.Namespace) -> Analysis:
-    from megatron_hammer.tokenizer.characters import load_table
     from megatron_hammer.tokenizer.lab import analyze
     from megatron_hammer.tokenizer.lab import plots as analyze_plots
+    from megatron_hammer.tokenizer.required_characters import load_table
 
     tokenizers = analyze.load_named(args.tokenizers)
     table = load_table()

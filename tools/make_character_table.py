@@ -15,20 +15,20 @@ from pathlib import Path
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.base.files import replace_file
-from megatron_hammer.tokenizer import characters
+from megatron_hammer.tokenizer import required_characters
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--unihan", type=Path, default=characters.UNIHAN_FOLDER, metavar="FILE_OR_DIR",
+    parser.add_argument("--unihan", type=Path, default=required_characters.UNIHAN_FOLDER, metavar="FILE_OR_DIR",
                         help="Unihan_OtherMappings.txt, its .bz2, or their folder (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--output", type=Path, default=characters.TABLE_PATH, metavar="FILE",
+    parser.add_argument("--output", type=Path, default=required_characters.TABLE_PATH, metavar="FILE",
                         help="table to write (default: the package's own)")  # fmt: skip
     args = parser.parse_args()
-    table = characters.build_table(args.unihan)
+    table = required_characters.build_table(args.unihan)
     changed = not args.output.is_file() or args.output.read_bytes() != table
     replace_file(args.output, table)
-    print(f"{args.output}: {characters.TABLE_SIZE:,} characters, {'written' if changed else 'as it was'}")
+    print(f"{args.output}: {required_characters.TABLE_SIZE:,} characters, {'written' if changed else 'as it was'}")
 
 
 if __name__ == "__main__":

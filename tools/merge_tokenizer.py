@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.tokenizer import merge
-from megatron_hammer.tokenizer.characters import TABLE_NAME, read_required
+from megatron_hammer.tokenizer.required_characters import TABLE_NAME, read_required
 
 
 def main() -> None:

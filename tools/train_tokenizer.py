@@ -21,7 +21,8 @@ from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus.documents import TextCorpus
 from megatron_hammer.corpus.readers import TEXT_DOCUMENTS
 from megatron_hammer.tokenizer import train
-from megatron_hammer.tokenizer.characters import TABLE_NAME, read_required
+from megatron_hammer.tokenizer.required_characters import TABLE_NAME, read_required
+from megatron_hammer.tokenizer.symbols import read_symbols
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def main() -> None:
         args.vocab_size,
         model_type=args.model_type,
         character_coverage=args.character_coverage,
-        user_defined_symbols=train.read_symbols(args.user_defined_symbols) if args.user_defined_symbols else (),
+        user_defined_symbols=read_symbols(args.user_defined_symbols) if args.user_defined_symbols else (),
         required_characters=read_required(args.required_characters).characters if args.required_characters else "",
         max_sentence_bytes=args.max_sentence_bytes,
         sample_bytes=args.sample_bytes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,10 +30,14 @@ class Progress:
         total: of all the work, or None where nobody knows.
         unit: what is counted: "B" for bytes, which are shown as GB and MB/s, or a word such as "tensors".
         done: what an earlier run had done; it does not count for the speed.
+        report: gets the plain lines.
     """
 
-    def __init__(self, name: str, total: int | None, unit: str = "B", done: int = 0) -> None:
+    def __init__(
+        self, name: str, total: int | None, unit: str = "B", done: int = 0, report: Callable[[str], None] = say
+    ) -> None:
         self.name, self.total, self.unit, self.done = name, total, unit, done
+        self._report = report
         self.note = ""
         """Shown behind the numbers, such as another rate."""
         self._done_before = done
@@ -78,7 +82,7 @@ class Progress:
         now = time.monotonic()
         if now >= self._next_line:
             self._next_line = now + LINE_SECONDS
-            say(self._line(now - self._started))
+            self._report(self._line(now - self._started))
 
     def pass_over(self, count: int) -> None:
         """Account for something that was done before this run: it does not count for the speed."""

@@ -1,4 +1,4 @@
-"""Give a tokenizer to Hugging Face: a folder whose ids equal ours on every text, proved before it is handed over.
+"""Writes a tokenizer as a Hugging Face folder whose ids equal ours on every text, which is proved before it is used.
 
 The stock conversion of a sentencepiece model goes wrong for merged vocabularies (HammerLLM's is one): it ranks merges
 by piece id, where id order is not score order, and it prepends a space that the model does not ask for. Here the
@@ -9,21 +9,11 @@ sentencepiece                                           tokenizer.json
 space becomes U+2581; perhaps one is put in front       normalizer: [Prepend,] Replace
 user-defined symbols: longest match, never merged       added tokens, not special, matched after the normalizer
 merge the adjacent pair whose piece scores best;        one merge a piece, ranked by score; among equal scores in an
-of equal scores the leftmost                            order that keeps "leftmost" (below)
+of equal scores the leftmost                            order that keeps "leftmost" (``bpe_merges.py``)
 a character without a piece becomes bytes               byte_fallback
 a NUL piece, or a single character declared unused,     its entry has a name that no text can spell
 is never emitted
 ``<s>`` in a text is text                               ``split_special_tokens`` in tokenizer_config.json
-
-*One merge a piece.* While a stretch of text is merged into piece p, nothing outside takes part, so the steps are those
-of encoding p alone, and the last of them is always the same pair. All other ways to split p never win a merge and can
-be left out; so can every p that encoding p alone does not reach.
-
-*Equal scores.* tokenizers gives each merge a rank of its own, so one of two equal merges always goes first, wherever it
-stands. That makes a difference only where performing one can prevent or precede the other:
-(a) they share a symbol: X = (x, y), Y = (y, z) on x y z; (b) Y = (xy, x) grows what X = (x, y) made, as in runs of
-spaces; (c) X's piece is a part of an equal or better piece that takes a symbol which Y needs too. Each demands one
-order; a topological sort meets all demands. Should they contradict each other, the final proof decides.
 
 *Unigram models are refused.* The tokenizers library has that algorithm too, but adds up scores in float64 where
 sentencepiece does in float32, and of splits that are equal but for rounding (``oc|ation`` against ``oca|tion``; a long
@@ -31,8 +21,8 @@ run of spaces in two pieces) it finds another one. Tried with a 6,000-piece mode
 the reach of text and user-defined symbols scored as sentencepiece does: 1 % of 100,000 fuzz strings, 0.6 % of Chinese,
 2 % of English and 7 % of code documents still differed.
 
-*The proof.* The folder is loaded with ``AutoTokenizer`` and compared with the source on fixed texts, on every piece, on
-random joins of pieces, on noise, and on the texts that the equal scores call for.
+The folder is loaded with ``AutoTokenizer`` and compared with the source before it is handed over
+(``conversion_proof.py``).
 
 A default call adds no special tokens (no post-processor, ``add_bos_token: false``): ``tokenizer(text)`` equals
 sentencepiece's ``encode``. Documents were trained as ``<s> ... </s>``, so a prompt for a model should begin with
@@ -46,30 +36,23 @@ in transformers 4.50, 4.57 and 5.23, with and without a Llama ``config.json`` be
 
 from __future__ import annotations
 
-import heapq
 import json
-import math
 import os
-import random
-import re
 import shutil
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_hammer.base.errors import RefusedError
-from megatron_hammer.base.files import dump_json, replace_file, sync_folder
+from megatron_hammer.base.files import dump_json, publish, replace_file, sync_folder
+from megatron_hammer.tokenizer.bpe_merges import Pair, derive_merges, is_never_emitted, not_expressible
+from megatron_hammer.tokenizer.conversion_proof import prove_conversion
 from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
 from megatron_hammer.tokenizer.interface import Tokenizer
-from megatron_hammer.tokenizer.lab.fuzz import FIXED_TEXTS, join_pieces, noise
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.pieces import SPACE
-from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, load_processor, parse_model
+from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, parse_model
 
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
-
-Pair = tuple[str, str]
 
 
 def convert_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
@@ -88,7 +71,7 @@ def convert_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     pieces: list[str] = []
     if isinstance(tokenizer, SentencePieceTokenizer):
         proto = parse_model(tokenizer.model_bytes, tokenizer.path)
-        _refuse_what_cannot_be_expressed(proto, tokenizer.path)
+        _check_expressible(proto, tokenizer.path)
         merges, directed = derive_merges(proto, tokenizer.path)
         pieces = [piece.piece.replace(SPACE, " ") for piece in proto.pieces]
         tokenizer.save_files(directory)
@@ -123,7 +106,7 @@ def convert_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         config["tokenizer_class"] = TOKENIZER_CLASS
         config.pop("auto_map", None)  # would run code from elsewhere instead of tokenizer.json
         replace_file(config_path, dump_json(config))
-    _prove(tokenizer, directory, pieces, directed)
+    prove_conversion(tokenizer, directory, pieces, directed)
 
 
 def publish_tokenizer(source: str | Path, output: str | Path) -> Tokenizer:
@@ -148,8 +131,7 @@ def publish_tokenizer(source: str | Path, output: str | Path) -> Tokenizer:
     try:
         convert_tokenizer(tokenizer, staging)
         sync_folder(staging)
-        os.rename(staging, target)  # over an empty folder, but never over one that was filled meanwhile
-        sync_folder(target.parent)
+        publish(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # gone already after the rename
     return tokenizer
@@ -158,7 +140,7 @@ def publish_tokenizer(source: str | Path, output: str | Path) -> Tokenizer:
 # ---- what tokenizer.json can express ----
 
 
-def _refuse_what_cannot_be_expressed(proto: Any, path: Path) -> None:
+def _check_expressible(proto: Any, path: Path) -> None:
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     symbols = any(piece.type == piece.USER_DEFINED for piece in proto.pieces)
     if trainer.model_type == trainer.UNIGRAM:
@@ -180,148 +162,7 @@ def _refuse_what_cannot_be_expressed(proto: Any, path: Path) -> None:
     )
     for found, rule in reasons:
         if found:
-            raise _cannot(path, rule)
-
-
-def _cannot(path: Path, rule: str) -> RefusedError:
-    return RefusedError(
-        1, str(path), f"{rule}, which a tokenizer.json cannot reproduce exactly",
-        "train or choose a BPE model with byte fallback, identity normalisation and whitespace kept",
-    )  # fmt: skip
-
-
-def _is_never_emitted(piece: Any) -> bool:
-    """Single characters that sentencepiece has a piece for and yet spells in bytes."""
-    return len(piece.piece) == 1 and (piece.type == piece.UNUSED or piece.piece == "\0")
-
-
-# ---- merges ----
-
-
-def derive_merges(proto: Any, path: Path) -> tuple[list[Pair], list[str]]:
-    """The merges of a sentencepiece BPE model in tokenizers' order, and texts on which that order matters.
-
-    Raises:
-        RefusedError: E501 where a merge cannot be written down.
-    """
-    mergeable = [p for p in proto.pieces if p.type in (p.NORMAL, p.USER_DEFINED, p.UNUSED) and p.piece != "\0"]
-    scores = {piece.piece: piece.score for piece in mergeable}
-    ids = {piece.piece: index for index, piece in enumerate(proto.pieces)}
-    emitted = {piece.piece for piece in mergeable if not _is_never_emitted(piece)}
-    symbols = [p.piece for p in mergeable if p.type == p.USER_DEFINED and " " not in p.piece]
-    has_symbol = re.compile("|".join(map(re.escape, symbols)) if symbols else "(?!)").search
-
-    last_pairs: dict[str, Pair] = {}  # piece: the pair that always makes it
-    for piece in mergeable:
-        text = piece.piece
-        # A symbol in the text is cut out before merging: no merge can span it.
-        if len(text) < 2 or has_symbol(text) or (pair := _last_merge(text, scores)) is None:
-            continue
-        if piece.type == piece.UNUSED:
-            raise _cannot(path, f"merges into the unused piece {text!r} and takes it apart again")
-        if missing := [part for part in pair if part not in emitted]:
-            raise _cannot(path, f"merges the character {missing[0]!r}, which has no piece, into {text!r}")
-        last_pairs[text] = pair
-
-    by_score = defaultdict(list)
-    for text in last_pairs:
-        by_score[scores[text]].append(text)
-    demands, directed = _order_demands(last_pairs, scores)
-    merges = []
-    for score in sorted(by_score, reverse=True):
-        for text in _sort_equals(by_score[score], ids, demands):
-            merges.append(last_pairs[text])
-    return merges, directed
-
-
-def _last_merge(text: str, scores: Mapping[str, float]) -> Pair | None:
-    """The last of the merges that make ``text`` one piece; None where merging ends earlier.
-
-    Quadratic in the length, which is a few dozen characters at most.
-    """
-    parts = list(text)
-    while len(parts) > 2:
-        best, at = None, -1
-        for index in range(len(parts) - 1):
-            score = scores.get(parts[index] + parts[index + 1])
-            if score is not None and (best is None or score > best):  # ">": of equals the leftmost
-                best, at = score, index
-        if best is None:
-            return None
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts[0], parts[1]
-
-
-def _order_demands(
-    last_pairs: Mapping[str, Pair], scores: Mapping[str, float]
-) -> tuple[dict[str, set[str]], list[str]]:
-    """For each piece the equal-scored pieces that must be ranked after it, by the module's rules (a), (b), (c)."""
-    by_left, by_right = defaultdict(list), defaultdict(list)  # (symbol, score): pieces that have it as that part
-    for text, (left, right) in last_pairs.items():
-        by_left[left, scores[text]].append(text)
-        by_right[right, scores[text]].append(text)
-    # The worst score among the merges inside a piece: merging gets to it after everything better is done.
-    levels: dict[str, float] = {}
-    for text in sorted(last_pairs, key=len):
-        left, right = last_pairs[text]
-        levels[text] = min(scores[text], levels.get(left, math.inf), levels.get(right, math.inf))
-    demands: dict[str, set[str]] = defaultdict(set)
-    directed: list[str] = []
-
-    def level(*parts: str) -> float:
-        return min((levels.get(part, math.inf) for part in parts), default=math.inf)
-
-    def demand(first: str, second: str, left: Sequence[str], shared: Sequence[str], right: Sequence[str]) -> None:
-        """Rank ``first`` before ``second``, if the symbols left + shared + right can wait side by side for both.
-
-        They cannot where one side comes to be only when the other pair is long merged, or where the right side holds
-        what ``first`` makes: of the same merge, the one on the left happens first anyway.
-        """
-        if first == second:
-            return
-        late_right = level(*right) < min(level(*left, *shared), scores[first])
-        late_left = level(*left) < min(level(*shared, *right), scores[first])
-        directed.append("".join((*left, *shared, *right)).replace(SPACE, " "))
-        if not late_right and not late_left and first not in right:
-            demands[first].add(second)
-
-    for text, pair in last_pairs.items():
-        left, right = pair
-        for other in by_left[right, scores[text]]:  # (a)
-            demand(text, other, (left,), (right,), (last_pairs[other][1],))
-        if left in last_pairs and scores[left] == scores[text] and last_pairs[left][0] == right:  # (b)
-            demands[text].add(left)
-        if left in last_pairs and scores[left] <= scores[text]:  # (c), on the right side: left is made, then taken
-            for other in by_left[right, scores[left]]:
-                if other != text:
-                    demand(left, other, last_pairs[left], (), last_pairs[other])
-        if right in last_pairs and scores[right] < scores[text]:  # (c), on the left side; equal scores are (a)
-            for other in by_right[left, scores[right]]:
-                demand(other, right, last_pairs[other], (), last_pairs[right])
-    return demands, directed
-
-
-def _sort_equals(texts: list[str], ids: Mapping[str, int], demands: Mapping[str, set[str]]) -> Iterator[str]:
-    """Pieces of one score in an order that meets the demands; otherwise by id (Kahn's algorithm)."""
-    waiting_for = dict.fromkeys(texts, 0)
-    for text in texts:
-        for later in demands.get(text, ()):
-            if later in waiting_for:
-                waiting_for[later] += 1
-    ready = [(ids[text], text) for text in texts if waiting_for[text] == 0]
-    heapq.heapify(ready)
-    while waiting_for:
-        if ready:
-            text = heapq.heappop(ready)[1]
-        else:  # the demands contradict each other: go on somewhere, and leave the verdict to the proof
-            text = min(waiting_for, key=lambda t: (waiting_for[t], ids[t]))
-        del waiting_for[text]
-        yield text
-        for later in demands.get(text, ()):
-            if later in waiting_for:
-                waiting_for[later] -= 1
-                if waiting_for[later] == 0:
-                    heapq.heappush(ready, (ids[later], later))
+            raise not_expressible(path, rule)
 
 
 # ---- tokenizer.json ----
@@ -385,100 +226,10 @@ def _vocabulary_names(proto: Any) -> list[str]:
     names = []
     for index, piece in enumerate(proto.pieces):
         name = piece.piece
-        if _is_never_emitted(piece):
+        if is_never_emitted(piece):
             name = f"<unused_{index}>"
             while name in taken:
                 name = f"<{name}>"
             taken.add(name)
         names.append(name)
     return names
-
-
-# ---- the proof ----
-
-_RANDOM_JOINS = 20_000  # of pieces; with all pieces and the noise, some 10 s for 105,789 pieces on one EPYC core
-_RANDOM_NOISE = 2_000
-
-
-class Difference(NamedTuple):
-    text: str
-    expected: Any
-    found: Any
-
-
-def _prove(tokenizer: Tokenizer, directory: Path, pieces: list[str], directed: list[str]) -> None:
-    """Load the folder as users will, and compare ids and decoding on all texts of the proof."""
-    from transformers import AutoTokenizer
-
-    try:
-        converted = AutoTokenizer.from_pretrained(str(directory))
-    except (ValueError, OSError, TypeError) as error:
-        raise RefusedError(
-            2, str(tokenizer.path), f"is refused by transformers: {error}", "choose another tokenizer"
-        ) from None
-    if difference := _find_difference(tokenizer, converted, pieces, directed):
-        text, expected, found = difference
-        raise RefusedError(
-            2, str(tokenizer.path),
-            f"and its Hugging Face form differ on the text {text[:60]!r}: {expected} against {found}",
-            "this tokenizer cannot be exported exactly; report it with the file",
-        )  # fmt: skip
-
-
-def _find_difference(tokenizer: Tokenizer, converted: Any, pieces: list[str], directed: list[str]) -> Difference | None:
-    exact_call = isinstance(tokenizer, SentencePieceTokenizer)
-    # The library itself, not our encoder: the proof is about its ids.
-    encode: Callable[[list[str]], list[list[int]]] = tokenizer.encode_batch
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        encode = load_processor(tokenizer.model_bytes, tokenizer.path).encode
-    # A sentencepiece export needs no arguments to be equal; a given tokenizer.json keeps its owner's defaults.
-    arguments = {} if exact_call else {"add_special_tokens": False, "split_special_tokens": True}
-    marks = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
-    for text in FIXED_TEXTS:
-        expected = encode([text])[0]
-        found = converted(text, **arguments)["input_ids"]
-        if found != expected:
-            return Difference(text, *_first_difference(expected, found))
-        if exact_call and converted(text, add_special_tokens=False)["input_ids"] != expected:
-            return Difference(text, "ids as by default", "others with add_special_tokens=False")
-        decoded = converted.decode(
-            [*marks, *found, *marks], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        if decoded != (wanted := tokenizer.decode(found)):
-            return Difference(text, wanted, decoded)
-
-    # The calls above have set the backend's switches; from here on it is asked directly, in batches.
-    backend = converted.backend_tokenizer
-    texts = list(_random_texts(pieces)) + directed + pieces
-    for start in range(0, len(texts), 4096):
-        batch = texts[start : start + 4096]
-        expected_ids = encode(batch)
-        found_ids = [e.ids for e in backend.encode_batch_fast(batch, add_special_tokens=exact_call)]
-        found_texts = backend.decode_batch(found_ids, skip_special_tokens=True)
-        for text, expected, found, decoded in zip(batch, expected_ids, found_ids, found_texts):
-            if found != expected:
-                return Difference(text, *_first_difference(expected, found))
-            if decoded != (wanted := tokenizer.decode(expected)):
-                return Difference(text, wanted, decoded)
-    return None
-
-
-def _random_texts(pieces: list[str]) -> Iterator[str]:
-    generator = random.Random(3407)  # the same proof every time
-    for _ in range(_RANDOM_NOISE):
-        yield noise(generator)
-    if not pieces:
-        return
-    for _ in range(_RANDOM_JOINS):
-        yield join_pieces(generator, pieces)
-
-
-def _first_difference(expected: list[int], found: list[int]) -> tuple[str, str]:
-    """Both lists from the first place where they differ, shortened."""
-    at = next((i for i, (a, b) in enumerate(zip(expected, found)) if a != b), min(len(expected), len(found)))
-    return f"id {at} on {_shorten(expected[at:])}", f"{_shorten(found[at:])}"
-
-
-def _shorten(ids: Iterable[int]) -> str:
-    ids = list(ids)
-    return str(ids[:6])[:-1] + (", ...]" if len(ids) > 6 else "]")

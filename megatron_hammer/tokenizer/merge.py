@@ -34,10 +34,10 @@ from typing import Any
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.base.files import dump_json, replace_file
-from megatron_hammer.tokenizer.characters import RequiredCharacters
 from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.required_characters import RequiredCharacters
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, load_processor, parse_model
-from megatron_hammer.tokenizer.train import check_symbols, read_symbols
+from megatron_hammer.tokenizer.symbols import check_symbols, read_symbols
 
 MODEL_NAME = "tokenizer.model"
 REPORT_NAME = "tokenizer.merge.json"

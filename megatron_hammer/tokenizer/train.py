@@ -20,10 +20,8 @@ no exact ``tokenizer.json`` (``convert.py`` says why), so a model trained with i
 from __future__ import annotations
 
 import hashlib
-import heapq
 import io
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +31,10 @@ from typing import Any, Literal, Protocol, get_args
 
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.files import dump_json, replace_file
-from megatron_hammer.tokenizer.pieces import SPACE
+from megatron_hammer.base.progress import Progress
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, parse_model, quiet_sentencepiece
+from megatron_hammer.tokenizer.sentences import HashSample, split_sentences
+from megatron_hammer.tokenizer.symbols import CONTROL_PIECES, check_symbols
 
 MAX_SENTENCE_BYTES = 8384
 """HammerLLM's max_sentence_length."""
@@ -48,13 +48,6 @@ eye; on fewer cores they take turns."""
 REPORT_SECONDS = 10
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 BYTE_PIECES = 256
-_CONTROL_PIECES = ("<unk>", "<s>", "</s>")
-
-# The trainer drops a whole sentence that holds its word boundary (tab) or its mark for unknown characters (U+2585),
-# and no piece may hold NUL. A literal U+2581 would be counted as a space. Cutting there costs nothing: no piece can
-# span one.
-_RESERVED = re.compile("[\t\0\u2585" + SPACE + "]+")
-_SENTENCE_ENDS = tuple(mark.encode() for mark in "。！？；，")
 
 
 class TextSource(Protocol):
@@ -107,7 +100,7 @@ def train_tokenizer(
         raise ConfigError(62, f"model_type={model_type}", "is neither bpe nor unigram", "choose one of the two")
     _check_settings(vocab_size, character_coverage, max_sentence_bytes, sample_bytes, threads)
     symbols = check_symbols(user_defined_symbols)
-    minimum = len(_CONTROL_PIECES) + BYTE_PIECES + len(symbols) + 1
+    minimum = len(CONTROL_PIECES) + BYTE_PIECES + len(symbols) + 1
     if vocab_size < minimum:
         raise ConfigError(
             60, f"vocab_size={vocab_size}",
@@ -153,35 +146,6 @@ def train_tokenizer(
     return tokenizer
 
 
-def read_symbols(path: str | Path) -> list[str]:
-    """User-defined symbols from a file: one literal string a line (no escapes are decoded), empty lines left out.
-
-    Raises:
-        ConfigError: E261.
-    """
-    return [line for line in _read_text(Path(path)).split("\n") if line]
-
-
-def read_characters(path: str | Path) -> str:
-    """Required characters from a file: every character that is not white space counts.
-
-    Raises:
-        ConfigError: E261.
-    """
-    return "".join(dict.fromkeys("".join(_read_text(Path(path)).split())))
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
-    except OSError as error:
-        raise ConfigError(61, str(path), f"cannot be read: {error.strerror}", "check the path") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            61, str(path), f"is not valid UTF-8 at byte {error.start}", "save it as UTF-8, one entry a line"
-        ) from None
-
-
 # ---- settings ----
 
 
@@ -200,114 +164,19 @@ def _check_settings(
             raise ConfigError(62, f"{name}={value}", f"must be from {low} to {high}", "choose a value in that range")
 
 
-def check_symbols(symbols: Sequence[str]) -> list[str]:
-    """The symbols as pieces: spaces escaped as in every piece, so that they match where the text has a space."""
-    pieces: list[str] = []
-    for symbol in symbols:
-        piece = symbol.replace(" ", SPACE)
-        rule = None
-        if not piece:
-            rule = "is empty"
-        elif "\0" in piece:
-            rule = "holds NUL, which no piece may"
-        elif piece in _CONTROL_PIECES or re.fullmatch("<0x[0-9A-F]{2}>", piece):
-            rule = "is the name of a control or byte piece"
-        elif piece in pieces:
-            rule = "occurs twice"
-        if rule:
-            raise ConfigError(61, f"user-defined symbol {symbol!r}", rule, "remove it from the list")
-        pieces.append(piece)
-    return pieces
-
-
 # ---- text ----
-
-
-def split_sentences(text: str, max_bytes: int) -> Iterator[bytes]:
-    """Cut a document into stretches of UTF-8 of at most ``max_bytes``, at places where training loses least.
-
-    The best place is before a run of spaces, where the trainer cuts words anyway; then after a line break, then after
-    Chinese punctuation; failing all, between two characters.
-    """
-    for stretch in _RESERVED.split(text):
-        rest = stretch.encode("utf-8")
-        while len(rest) > max_bytes:
-            cut = _find_cut(rest, max_bytes)
-            yield rest[:cut]
-            rest = rest[cut:]
-        if rest:
-            yield rest
-
-
-def _find_cut(data: bytes, max_bytes: int) -> int:
-    half = max_bytes // 2  # a cut further left would make too many short stretches
-    window = data[:max_bytes]
-    space = window.rfind(b" ")
-    if space >= 0:
-        start = len(window[: space + 1].rstrip(b" "))  # of the run of spaces
-        if start > half:
-            return start
-    newline = window.rfind(b"\n") + 1
-    if newline > half:
-        return newline
-    mark = max(window.rfind(mark) + len(mark) if mark in window else 0 for mark in _SENTENCE_ENDS)
-    if mark > half:
-        return mark
-    cut = max_bytes
-    while data[cut] & 0xC0 == 0x80:  # inside a character
-        cut -= 1
-    return cut
-
-
-class HashSample:
-    """The sentences with the smallest hashes that fit into ``limit`` bytes: a random choice that depends on them alone.
-
-    Streaming: a heap keeps the largest hash on top; once a hash was too large it stays so, whatever comes later, and
-    therefore the outcome is the same for every order of the input.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.seen_bytes = self.kept_bytes = 0
-        self._cut: bytes | None = None
-        self._heap: list[tuple[bytes, bytes]] = []  # (inverted hash, sentence)
-
-    def add(self, sentence: bytes, key: bytes = b"") -> None:
-        """Offer a sentence; with a key of its own (its place, say), equal ones are chosen one by one."""
-        self.seen_bytes += len(sentence)
-        inverted = bytes(255 - byte for byte in hashlib.blake2b(sentence, digest_size=8, key=key).digest())
-        if self._cut is not None and inverted <= self._cut:
-            return
-        heapq.heappush(self._heap, (inverted, sentence))
-        self.kept_bytes += len(sentence)
-        while self.kept_bytes > self.limit:
-            self._cut, dropped = heapq.heappop(self._heap)
-            self.kept_bytes -= len(dropped)
-            while self._heap and self._heap[0][0] == self._cut:  # equal sentences stay or go together
-                self.kept_bytes -= len(heapq.heappop(self._heap)[1])
-
-    @property
-    def sentences(self) -> list[bytes]:
-        return [sentence for _, sentence in sorted(self._heap)]
 
 
 def _sample_sentences(
     source: TextSource, max_sentence_bytes: int, sample_bytes: int, report: Callable[[str], None]
 ) -> HashSample:
-    from tqdm import tqdm
-
     sample = HashSample(sample_bytes)
-    next_report = time.monotonic() + REPORT_SECONDS
-    # On a terminal a bar, in a log a line every ten seconds.
-    with tqdm(desc="reading text", unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False) as bar:
+    with Progress("reading text", None, report=report) as progress:
         for text in source:
             before = sample.seen_bytes
             for sentence in split_sentences(text, max_sentence_bytes):
                 sample.add(sentence)
-            bar.update(sample.seen_bytes - before)
-            if time.monotonic() > next_report:
-                next_report += REPORT_SECONDS
-                report(f"read {sample.seen_bytes / 1e6:.0f} MB of text")
+            progress.advance(sample.seen_bytes - before)
     return sample
 
 

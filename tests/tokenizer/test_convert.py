@@ -15,7 +15,9 @@ from tokenizers import Tokenizer as Backend
 
 from megatron_hammer.base.errors import RefusedError
 from megatron_hammer.tokenizer import convert
-from megatron_hammer.tokenizer.convert import FIXED_TEXTS, convert_tokenizer, derive_merges
+from megatron_hammer.tokenizer.bpe_merges import derive_merges
+from megatron_hammer.tokenizer.convert import convert_tokenizer, publish_tokenizer
+from megatron_hammer.tokenizer.hard_texts import FIXED_TEXTS
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
 from tests.tokenizer.faults import plant
@@ -259,3 +261,30 @@ def test_given_definition_that_transformers_reads_otherwise(tmp_path: Path, monk
     monkeypatch.setattr(tokenizer, "encode", lambda text: [5])
     with pytest.raises(RefusedError, match="E502"):
         convert_tokenizer(tokenizer, tmp_path / "b")
+
+
+def test_conversion_is_published_whole_or_not_at_all(
+    with_symbols: SentencePieceTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("kept")
+    for name, rule in (("full", "is not empty"), ("full/mine.txt", "is a file")):
+        with pytest.raises(RefusedError, match=f"E506.*{rule}"):
+            publish_tokenizer(with_symbols.path, tmp_path / name)
+    contradicting = handmade_model([("ab", -1.0), ("ba", -1.0), ("a", -2.0), ("b", -3.0)])
+    model = write_model(contradicting, tmp_path / "m.model")
+    with pytest.raises(RefusedError, match="E502"):
+        publish_tokenizer(model, tmp_path / "refused")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "m.model"]
+    assert (tmp_path / "full" / "mine.txt").read_text() == "kept"
+
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(convert, "prove_conversion", lambda *_: (tmp_path / "empty" / "late.txt").write_text("x"))
+    with pytest.raises(OSError):  # filled while we worked: a rename does not replace it
+        publish_tokenizer(with_symbols.path, tmp_path / "empty")
+    assert [path.name for path in (tmp_path / "empty").iterdir()] == ["late.txt"]
+    (tmp_path / "empty" / "late.txt").unlink()
+    monkeypatch.setattr(convert, "prove_conversion", lambda *_: None)
+    publish_tokenizer(with_symbols.path, tmp_path / "empty")
+    assert load_tokenizer(tmp_path / "empty").fingerprint == with_symbols.fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "m.model"]

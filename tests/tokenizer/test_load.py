@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from megatron_hammer.base.errors import DataError
-from megatron_hammer.tokenizer.convert import FIXED_TEXTS
+from megatron_hammer.tokenizer.hard_texts import FIXED_TEXTS
 from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from megatron_hammer.base.errors import ConfigError, DataError, HammerError, RefusedError
-from megatron_hammer.tokenizer.characters import RequiredCharacters, read_required
 from megatron_hammer.tokenizer.convert import convert_tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.merge import Merge, merge_files, merge_models
+from megatron_hammer.tokenizer.required_characters import RequiredCharacters, read_required
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
 from megatron_hammer.tokenizer.train import train_tokenizer
 from tests.tokenizer.texts import (

@@ -12,15 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from megatron_hammer.base import progress
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.tokenizer import train
 from megatron_hammer.tokenizer.convert import convert_tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.required_characters import read_characters
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
-from megatron_hammer.tokenizer.train import HashSample, read_characters, read_symbols, split_sentences, train_tokenizer
+from megatron_hammer.tokenizer.train import train_tokenizer
 from tests.tokenizer.texts import REPOSITORY, SYMBOLS, Texts, model_proto, training_texts
 
 
@@ -116,6 +116,8 @@ def test_unigram_is_not_converted(unigram: SentencePieceTokenizer, tmp_path: Pat
 
 def test_training_says_that_it_is_at_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(train, "REPORT_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
     lines: list[str] = []
 
     class Slow(Texts):
@@ -125,7 +127,7 @@ def test_training_says_that_it_is_at_work(monkeypatch: pytest.MonkeyPatch, tmp_p
                 yield text
 
     train_tokenizer(Slow(training_texts()), tmp_path, 1500, report=lines.append)
-    reading = [line for line in lines if re.fullmatch(r"read \d+ MB of text", line)]
+    reading = [line for line in lines if re.fullmatch(r"reading text: 0\.\d\d GB, \d+ MB/s", line)]
     at_work = [line for line in lines if re.fullmatch(r"training: still at work, \d+ s so far", line)]
     phase = [line for line in lines if line.startswith("training 1,500 bpe pieces on 0.")]
     assert reading and at_work and len(phase) == 1 and len(lines) == len(reading) + len(at_work) + 1
@@ -197,49 +199,6 @@ def test_no_text_and_a_failing_source(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="E304"):
         train_tokenizer(Failing([]), tmp_path / "out", 1000)
     assert not (tmp_path / "out").exists()
-
-
-def test_symbol_files(tmp_path: Path) -> None:
-    path = tmp_path / "s.txt"
-    path.write_bytes(b"<br>\r\n\\357\n\n two words \n")
-    assert read_symbols(path) == ["<br>", "\\357", " two words "]
-    with pytest.raises(ConfigError, match=r"E261.*cannot be read"):
-        read_symbols(tmp_path / "none")
-    path.write_bytes(b"\xff")
-    with pytest.raises(ConfigError, match=r"E261.*not valid UTF-8 at byte 0"):
-        read_symbols(path)
-
-
-@given(st.text(st.sampled_from("ab 中。\n😀é\t\0\u2581\u2585"), max_size=400), st.integers(64, 120))
-def test_sentences_hold_the_whole_text(text: str, limit: int) -> None:
-    sentences = list(split_sentences(text, limit))
-    assert all(0 < len(s) <= limit for s in sentences)
-    joined = b"".join(sentences).decode()  # each is whole UTF-8, or this fails
-    assert all(s.decode() for s in sentences)
-    assert joined == text.translate(dict.fromkeys(map(ord, "\t\0\u2581\u2585")))
-
-
-def test_sentences_are_cut_where_words_begin() -> None:
-    sentences = list(split_sentences("word    another " * 50, 100))
-    assert len(sentences) > 5
-    assert all(s.startswith((b" ", b"word")) and not s.endswith(b" ") for s in sentences[:-1])
-    assert next(split_sentences("一句话。" * 30, 100)).decode().endswith("。")
-
-
-def test_sample_is_a_choice_by_content() -> None:
-    generator = random.Random(3)
-    sentences = [generator.randbytes(generator.randint(1, 200)).hex().encode() for _ in range(400)]
-    sentences += sentences[:100]  # repeated ones stay or go together
-    chosen = []
-    for _ in range(4):
-        generator.shuffle(sentences)
-        sample = HashSample(20_000)
-        for sentence in sentences:
-            sample.add(sentence)
-        assert sample.kept_bytes == sum(map(len, sample.sentences)) <= 20_000 < sample.seen_bytes
-        chosen.append(sample.sentences)
-    assert chosen[0] == chosen[1] == chosen[2] == chosen[3]
-    assert sample.kept_bytes > 18_000
 
 
 def test_sampled_training(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ from megatron_hammer.tokenizer.lab.analyze import OVERALL, Table, Usage, count_t
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.pieces import SPACE
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, parse_model
-from megatron_hammer.tokenizer.train import HashSample
+from megatron_hammer.tokenizer.sentences import HashSample
 
 SAMPLE_BYTES = 8_000_000
 """Text of each domain that is encoded at each size. Such samples of 27 MB of Chinese, 131 MB of English and 524 MB of

@@ -29,7 +29,6 @@ import itertools
 import json
 import os
 import random
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import ConfigError, RefusedError
+from megatron_hammer.base.progress import track
 from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
 from megatron_hammer.tokenizer.lab.fuzz import break_utf8, fuzz_texts
 from megatron_hammer.tokenizer.load import load_tokenizer
@@ -303,34 +303,19 @@ def _sources(
 ) -> Iterator[tuple[str, Iterable[Text]]]:
     """What to compare, a source at a time: its name, and its strings under a progress bar."""
     for name, given in texts.items():
-        yield f"{name}, line", _progress(given, name, None)
+        yield f"{name}, line", track(given, name, None, "texts")
     if not fuzz:
         return
     names = "pieces", "symbols", "specials"
     # Each once, in a fixed order: the corpus is a function of its arguments.
     pieces, symbols, specials = (list(dict.fromkeys(getattr(a, name) + getattr(b, name))) for name in names)
     fuzzed = fuzz_texts(fuzz, seed, pieces, symbols, specials)
-    yield f"fuzz (seed {seed}), text", _progress(fuzzed, "fuzz texts", fuzz)
+    yield f"fuzz (seed {seed}), text", track(fuzzed, "fuzz", fuzz, "texts")
     if a.encode_bytes and b.encode_bytes:
         count = -(-fuzz // 10)
         generator = random.Random(seed)
         broken = (break_utf8(text, generator) for text in fuzz_texts(count, seed + 1, pieces, symbols, specials))
-        yield f"fuzz (seed {seed}), byte string", _progress(broken, "byte strings", count)
-
-
-def _progress(strings: Iterable[Text], name: str, total: int | None) -> Iterator[Text]:
-    """The strings; meanwhile a bar on a terminal, or in a log a line every ten seconds."""
-    from tqdm import tqdm
-
-    next_report = time.monotonic() + 10
-    terminal = sys.stderr.isatty()
-    for count, string in enumerate(
-        tqdm(strings, name, total, unit=" texts", unit_scale=True, leave=False, disable=not terminal)
-    ):
-        if not terminal and time.monotonic() > next_report:
-            next_report += 10
-            print(f"{name}: {count:,} of {f'{total:,}' if total else 'all'} compared", file=sys.stderr, flush=True)
-        yield string
+        yield f"fuzz (seed {seed}), byte string", track(broken, "fuzz", count, "byte strings")
 
 
 def _find_difference(comparison: Comparison, source: str, strings: Iterable[Text]) -> bool:

@@ -19,11 +19,11 @@ import pytest
 import sentencepiece
 
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.tokenizer.characters import load_table
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.lab import analyze
 from megatron_hammer.tokenizer.lab import plots as analyze_plots
 from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.required_characters import load_table
 from tests.tokenizer.texts import REPOSITORY, handmade_model, model_proto, real_model, training_texts
 from tests.tokenizer.texts import write_model as write
 

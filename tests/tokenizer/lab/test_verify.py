@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
-from megatron_hammer.tokenizer import convert
 from megatron_hammer.tokenizer.convert import publish_tokenizer
+from megatron_hammer.tokenizer.hard_texts import FIXED_TEXTS
 from megatron_hammer.tokenizer.lab import verify
-from megatron_hammer.tokenizer.lab.fuzz import FIXED_TEXTS, break_utf8, fuzz_texts
+from megatron_hammer.tokenizer.lab.fuzz import break_utf8, fuzz_texts
 from megatron_hammer.tokenizer.lab.verify import compare_tokenizers
-from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.pieces import SPACE
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
 from tests.tokenizer.faults import plant
@@ -249,33 +248,6 @@ def test_programs(with_symbols: SentencePieceTokenizer, plain: SentencePieceToke
     other = run_tool("verify_tokenizer.py", plain.path, output, "--fuzz", 300)
     assert other.returncode == 5 and other.stderr.startswith("error[E507]") and other.stderr.count("\n") == 1
     assert "first difference: fuzz (seed 3407), text " in other.stdout and "equal" not in other.stdout
-
-
-def test_conversion_is_published_whole_or_not_at_all(
-    with_symbols: SentencePieceTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("kept")
-    for name, rule in (("full", "is not empty"), ("full/mine.txt", "is a file")):
-        with pytest.raises(RefusedError, match=f"E506.*{rule}"):
-            publish_tokenizer(with_symbols.path, tmp_path / name)
-    contradicting = handmade_model([("ab", -1.0), ("ba", -1.0), ("a", -2.0), ("b", -3.0)])
-    model = write_model(contradicting, tmp_path / "m.model")
-    with pytest.raises(RefusedError, match="E502"):
-        publish_tokenizer(model, tmp_path / "refused")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "m.model"]
-    assert (tmp_path / "full" / "mine.txt").read_text() == "kept"
-
-    (tmp_path / "empty").mkdir()
-    monkeypatch.setattr(convert, "_prove", lambda *_: (tmp_path / "empty" / "late.txt").write_text("x"))
-    with pytest.raises(OSError):  # filled while we worked: a rename does not replace it
-        publish_tokenizer(with_symbols.path, tmp_path / "empty")
-    assert [path.name for path in (tmp_path / "empty").iterdir()] == ["late.txt"]
-    (tmp_path / "empty" / "late.txt").unlink()
-    monkeypatch.setattr(convert, "_prove", lambda *_: None)
-    publish_tokenizer(with_symbols.path, tmp_path / "empty")
-    assert load_tokenizer(tmp_path / "empty").fingerprint == with_symbols.fingerprint
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "m.model"]
 
 
 # ---- the real ones ----

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.tokenizer.train import read_characters
+from megatron_hammer.tokenizer.symbols import read_text_file
 
 TABLE_NAME = "tgh2013"
 """What stands for the table wherever a program takes a file of characters."""
@@ -83,6 +83,15 @@ def read_required(name: str | Path) -> RequiredCharacters:
     if not characters:
         raise ConfigError(66, str(name), "holds no character", f"fill it, or give the word {TABLE_NAME}")
     return RequiredCharacters(Path(name).name, characters, characters)
+
+
+def read_characters(path: str | Path) -> str:
+    """Required characters from a file: every character that is not white space counts.
+
+    Raises:
+        ConfigError: E261.
+    """
+    return "".join(dict.fromkeys("".join(read_text_file(Path(path)).split())))
 
 
 # ---- making the data file ----

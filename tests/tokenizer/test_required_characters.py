@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.tokenizer.characters import (
+from megatron_hammer.tokenizer.required_characters import (
     LEVEL_SIZES,
     TABLE_PATH,
     UNIHAN_FOLDER,
