@@ -181,11 +181,9 @@ class Fp8Products(Products):
         factor = LARGEST[dtype] / (self.largest(rows) if amax is None else amax).clamp(min=SMALLEST)
         return Operand(*self.cast(rows, factor, dtype), factor.reciprocal(), x.shape)
 
-    def input(self, x: Tensor) -> Operand:
-        return self.quantise(x, E4M3, self.measured.largest_of(x) if self.measured else None)
-
-    def kept(self, x: Operand) -> tuple[Tensor, ...]:
-        return x.columns, x.scale
+    def input(self, x: Tensor) -> tuple[Operand, tuple[Tensor, ...]]:
+        operand = self.quantise(x, E4M3, self.measured.largest_of(x) if self.measured else None)
+        return operand, (operand.columns, operand.scale)
 
     def weight(self, weight: Tensor, gradient: Gradient | None) -> Operand:
         """Quantised anew only after it has changed, where its ``gradient`` says when: 2 bytes a weight are held.

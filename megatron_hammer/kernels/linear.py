@@ -89,13 +89,9 @@ class Products:
 
     # ---- operands ------------------------------------------------------------------------------------------------
 
-    def input(self, x: Tensor) -> Any:
-        """x [.., in] as an operand."""
-        return x
-
-    def kept(self, x: Any) -> tuple[Tensor, ...]:
-        """What backward needs of an input."""
-        return (x,)
+    def input(self, x: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
+        """x [.., in] as an operand, and what wgrad will need of it."""
+        return x, (x,)
 
     def weight(self, weight: Tensor, gradient: Gradient | None) -> Any:
         """W [out, in] as an operand; its ``Gradient`` knows when it was updated."""

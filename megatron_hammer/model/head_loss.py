@@ -162,8 +162,8 @@ class _Head:
         buffer = empty((size, self.weight.shape[0]), rows)
         for start in range(0, len(rows), size):
             c = slice(start, min(start + size, len(rows)))
-            chunk = products.input(rows[c])
-            yield c, products.kept(chunk), products.fprop(chunk, weight, out=buffer[: c.stop - c.start])
+            chunk, kept = products.input(rows[c])
+            yield c, kept, products.fprop(chunk, weight, out=buffer[: c.stop - c.start])
 
     def _chunk_losses(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         """Loss of a chunk's rows; with weights the logits become their gradient."""

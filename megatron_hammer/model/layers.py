@@ -124,70 +124,64 @@ class RMSNorm(nn.Module):
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T for x that all ranks of the group hold.
+    """y = x W^T with the collectives of tensor parallelism, which backward hides behind the matrix products.
 
-    The sum of dx over the group overlaps the weight's gradient; a group of one never communicates.
+    ::
+
+        x                                       forward        gradient of x
+        this rank's alone (no group)
+        the same on all ranks of the group                     all-reduce beside wgrad
+        its rows divided over the group         all-gather     reduce-scatter beside wgrad
+
+    Of divided rows only the rank's own are kept; backward gathers them again beside dgrad.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, gradient: Gradient | None, products: Products, group: Group
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gradient: Gradient | None,
+        products: Products,
+        group: Group | None,
+        by_rows: bool,
     ) -> Tensor:
-        ctx.weight, ctx.gradient, ctx.products, ctx.group = weight, gradient, products, group
-        operand = products.input(x)
-        ctx.save_for_backward(*products.kept(operand))
+        ctx.weight, ctx.gradient, ctx.group, ctx.by_rows = weight, gradient, group, by_rows
+        operand, kept = products.input(all_gather_rows(x, group) if by_rows and group else x)
+        ctx.save_for_backward(*((x,) if by_rows else kept))
+        ctx.products = products
         return products.fprop(operand, products.weight(weight, gradient))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        products, grad_y, grad_x, summed = ctx.products, ctx.products.gradient(grads[0]), None, Done()
+        products, kept, summed = ctx.products, ctx.saved_tensors, Done()
+        grad_x: Any = None
+        if ctx.by_rows:
+            full, gathered = all_gather_rows_async(kept[0], ctx.group)  # launch
+        grad_y = products.gradient(grads[0])
         if ctx.needs_input_grad[0]:
             grad_x = products.dgrad(grad_y, products.weight(ctx.weight, ctx.gradient))
+        if ctx.by_rows:
+            gathered.wait()
+            grad_x, summed = reduce_scatter_rows_async(grad_x, ctx.group)  # launch
+            _, kept = products.input(full)
+        elif ctx.group is not None and grad_x is not None:
             summed = all_reduce(grad_x, ctx.group, async_op=True)  # launch
-        grad_weight = products.give_wgrad(ctx.weight, ctx.gradient, grad_y, ctx.saved_tensors)
+        grad_weight = products.give_wgrad(ctx.weight, ctx.gradient, grad_y, kept)
         summed.wait()
-        return grad_x, grad_weight, None, None, None
-
-
-class _SequenceParallelLinear(torch.autograd.Function):
-    """y = gather(x) W^T, which keeps only the rank's own rows of x for backward and gathers them again there.
-
-    Backward overlaps both of its collectives with the two matrix products.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, gradient: Gradient | None, products: Products, group: Group
-    ) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.weight, ctx.gradient, ctx.products, ctx.group = weight, gradient, products, group
-        return products.fprop(products.input(all_gather_rows(x, group)), products.weight(weight, gradient))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), products = ctx.saved_tensors, ctx.products
-        full, gathered = all_gather_rows_async(x, ctx.group)  # launch
-        grad_y = products.gradient(grads[0])
-        grad_full = products.dgrad(grad_y, products.weight(ctx.weight, ctx.gradient))  # [s, b, h], a part of the sum
-        gathered.wait()
-        grad_x, scattered = reduce_scatter_rows_async(grad_full, ctx.group)  # launch
-        kept = products.kept(products.input(full))
-        grad_weight = products.give_wgrad(ctx.weight, ctx.gradient, grad_y, kept)  # [out/t, h]
-        scattered.wait()
-        return grad_x, grad_weight, None, None, None
+        return grad_x, grad_weight, None, None, None, None
 
 
 def linear(x: Tensor, weight: Tensor, options: LayerOptions, gradient: Gradient | None = None) -> Tensor:
     """[.., in] x [out, in] -> [.., out], without communication."""
-    return _Linear.apply(x, weight, gradient, options.operations.products.now(), Group())  # type: ignore[no-any-return]
+    return _Linear.apply(x, weight, gradient, options.operations.products.now(), None, False)  # type: ignore[no-any-return]
 
 
 def column_parallel(x: Tensor, weight: Tensor, options: LayerOptions, gradient: Gradient | None = None) -> Tensor:
     """[s/t or s, b, h] x [out/t, h] -> [s, b, out/t]. Communicates over ``options.tp`` in both directions."""
-    function = _SequenceParallelLinear if options.sequence_parallel and options.tp.size > 1 else _Linear
-    return function.apply(x, weight, gradient, options.operations.products.now(), options.tp)  # type: ignore[no-any-return]
+    products, tp = options.operations.products.now(), options.tp
+    return _Linear.apply(x, weight, gradient, products, tp, options.sequence_parallel)  # type: ignore[no-any-return]
 
 
 class ColumnParallelLinear(nn.Module):

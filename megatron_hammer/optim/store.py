@@ -89,17 +89,16 @@ class StoredGradient:
 
     def add(self, write: Callable[[Tensor, bool], Result], last: bool = True) -> Result:
         begun, self.written = self.written or not self.store.first, True
-        result = write(self.main_grad, begun)
+        result, missing = write(self.main_grad, begun), self.bucket.missing
+        assert self.index in missing, f"{self.store.table[self.index].name} got a gradient after its last one"
         if last:
-            self.ready()
+            missing.remove(self.index)
+            if self.store.last and not missing:
+                self.store.start_reduction(self.bucket)
         return result
 
     def ready(self) -> None:
-        missing = self.bucket.missing
-        assert self.index in missing, f"{self.store.table[self.index].name} got a gradient after its last one"
-        missing.remove(self.index)
-        if self.store.last and not missing:
-            self.store.start_reduction(self.bucket)
+        self.add(lambda main_grad, begun: None)  # it has been written
 
 
 @dataclass(frozen=True)

@@ -106,9 +106,9 @@ def test_values_beyond_the_scale_stay_at_the_largest_number(dtype: torch.dtype) 
 def test_zeros_stay_zeros() -> None:
     products, weight = emulated(), random(1, 16, 32)
     for x, w in ((torch.zeros(16, 32).bfloat16(), weight), (random(2, 16, 32), torch.zeros_like(weight))):
-        assert not products.fprop(products.input(x), products.weight(w, None)).any()
+        assert not products.fprop(products.input(x)[0], products.weight(w, None)).any()
     tiny = torch.full((16, 32), 1e-38).bfloat16()  # too small to be scaled to the largest number, but no division by 0
-    assert products.fprop(products.input(tiny), products.weight(weight, None)).isfinite().all()
+    assert products.fprop(products.input(tiny)[0], products.weight(weight, None)).isfinite().all()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -119,11 +119,11 @@ def test_what_is_not_finite_is_seen(bad: float, multiply: Any) -> None:
     products = Fp8Products(multiply=multiply)
     broken = x.clone()
     broken[3, 5] = bad
-    assert products.fprop(products.input(broken), products.weight(weight, None)).isnan().all()
+    assert products.fprop(products.input(broken)[0], products.weight(weight, None)).isnan().all()
     broken = grad_y.clone()
     broken[3, 5] = bad
     grad, place = products.gradient(broken), torch.zeros(48, 32)
-    products.wgrad(place, grad, products.kept(products.input(x)), True)
+    products.wgrad(place, grad, products.input(x)[1], True)
     assert products.dgrad(grad, products.weight(weight, None)).isnan().all() and place.isnan().all()
 
 
@@ -163,7 +163,7 @@ def test_a_linear_layer_is_within_what_the_formats_give(
     assert x.grad is not None and y.shape == grad_y.shape and x.grad.shape == x.shape
     products = options.operations.products
     types = [
-        products.input(x).rows.dtype,
+        products.input(x)[0].rows.dtype,
         products.weight(weight, gradient).columns.dtype,
         products.gradient(grad_y).rows.dtype,
     ]
@@ -483,10 +483,11 @@ def test_a_gpu_multiplies_what_the_emulation_does(fused: bool) -> None:
     x, weight, grad_y = (t.to(device) for t in (random(1, 8, 6, 64), random(2, 144, 64), random(3, 8, 6, 144)))
     results = []
     for products in (emulated(), real):
-        operands = products.input(x), products.weight(weight, None), products.gradient(grad_y)
+        operand, kept = products.input(x)
+        operands = operand, products.weight(weight, None), products.gradient(grad_y)
         place = torch.ones(144, 64, device=device)
         for add in (False, True):
-            products.wgrad(place, operands[2], products.kept(operands[0]), add)
+            products.wgrad(place, operands[2], kept, add)
         grad_x = products.dgrad(operands[2], operands[1])
         results.append((operands, products.fprop(*operands[:2]), grad_x, place))
     for mine, theirs in zip(*(r[0] for r in results), strict=True):

@@ -1,0 +1,114 @@
+"""The flat store: its layout, what layers are given, and what a rank counts."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_hammer.config import Config
+from megatron_hammer.model.llama import build_stage, gradients_of
+from megatron_hammer.model.parameters import parameter_table
+from megatron_hammer.optim.store import FlatStore, lay_out
+from megatron_hammer.parallel.context import ParallelContext
+from tests.distributed import run_distributed
+from tests.model.tiny import build, make_context, rank_batches, tiny_config
+
+
+@pytest.mark.parametrize("dp", [1, 2, 3, 8])
+def test_layout_properties(dp: int) -> None:
+    """Parameters do not overlap, buckets tile the buffer, shards are equal and aligned."""
+    rng = np.random.default_rng(dp)
+    for _ in range(50):
+        sizes = rng.integers(1, 5000, rng.integers(1, 20)).tolist()
+        offsets, buckets = lay_out(sizes, int(rng.integers(1, 8000)), dp)
+        assert sorted(i for b in buckets for i in b.parameters) == list(range(len(sizes)))
+        assert buckets[0].start == 0 and all(a.stop == b.start for a, b in pairwise(buckets))
+        for b in buckets:
+            assert (b.stop - b.start) % (64 * dp) == 0
+            at = b.start
+            for i in b.parameters:
+                assert offsets[i] == at
+                at += sizes[i]
+            assert at <= b.stop
+
+
+def _store(config: Config) -> FlatStore:
+    table = parameter_table(config.model, config.placement())
+    return FlatStore(table, torch.float32, ParallelContext.single(), config.parallel.gradient_bucket_bytes)
+
+
+def test_weights_are_views_of_one_buffer_in_the_order_of_the_table() -> None:
+    config, ctx = tiny_config(), ParallelContext.single()
+    store = _store(config)
+    model = build_stage(config.model, ctx, store=store)
+    store.check(model)
+    buffer = store.params.untyped_storage().data_ptr()
+    assert all(weight.untyped_storage().data_ptr() == buffer for weight in model.parameters())
+    assert [name for name, _ in model.named_parameters()] == [row.name for row in store.table]
+    with pytest.raises(AssertionError, match="more weights than"):
+        build_stage(config.model, ctx, store=store)
+    with pytest.raises(AssertionError, match=r"embedding.weight is \(384, 64\) in the model, \(384, 32\) in the table"):
+        build_stage(config.model, ctx, store=_store(tiny_config(model__hidden_size=32)))
+    with pytest.raises(AssertionError, match="must name the same tensors"):
+        store.check(build_stage(config.model, ctx))
+
+
+def test_a_gradient_is_written_over_at_first_and_then_added() -> None:
+    store = _store(tiny_config())
+    gradient, one = store.gradients[0], torch.ones(store.table[0].shape)
+
+    def write(place: torch.Tensor, begun: bool) -> None:
+        place.copy_(place + one if begun else one)
+
+    store.grads.fill_(torch.nan)
+    store.begin(first=True, last=False)
+    assert not gradient.begun
+    gradient.add(write, last=False)  # a head, say, and then the embedding that shares its weight
+    gradient.add(write)
+    assert (gradient.main_grad == 2).all()
+    with pytest.raises(AssertionError, match=r"embedding.weight got a gradient after its last one"):
+        gradient.add(write)
+    store.begin(first=False, last=True)
+    assert gradient.begun
+    write(gradient.main_grad, True)  # as a graph or a library does
+    gradient.ready()
+    assert (gradient.main_grad == 4).all()
+    with pytest.raises(AssertionError, match="no gradient for"):
+        store.reduce()
+
+
+def test_no_attribute_hangs_on_a_weight() -> None:
+    """Nor a hook."""
+    config, ctx = tiny_config(), ParallelContext.single()
+    model, optimizer = build(config, ctx)
+    optimizer.store.begin(first=True, last=True)
+    batch = rank_batches(config, 1, ctx)[0]
+    model(batch.tokens, batch.labels).sum().backward()
+    optimizer.store.reduce()
+    for weight in model.parameters():
+        assert not vars(weight) and weight.grad is None
+        assert not weight._backward_hooks and not weight._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+    assert sum(len(gradients_of(layer)) for layer in model.layers.values()) == 6 * config.model.num_layers
+
+
+def _gradient_norm(rank: int, config: Config) -> tuple[float, Any]:
+    ctx = make_context(config)
+    model, optimizer = build(config, ctx)
+    batches = rank_batches(config, 1, ctx)
+    for i, batch in enumerate(batches):
+        optimizer.store.begin(first=i == 0, last=i == len(batches) - 1)
+        model(batch.tokens, batch.labels).sum().backward()
+    return float(optimizer.clip_grad_norm(1.0)), None
+
+
+@pytest.mark.parametrize("tp, sp", [(2, True), (4, True), (8, False), (8, True)])
+def test_norm_counts_copies_once(tp: int, sp: bool) -> None:
+    """Query groups held by several ranks and norms under sequence parallelism: the norm is that of one process."""
+    expected, _ = _gradient_norm(0, tiny_config())
+    config = tiny_config(parallel__tensor_model_parallel_size=tp, parallel__sequence_parallel=sp)
+    for norm, _ in run_distributed(tp, _gradient_norm, config):
+        assert norm == pytest.approx(expected, rel=1e-6)
