@@ -66,16 +66,12 @@ class DirectWriter:
 
     def _hand_over(self, length: int) -> None:
         """Give the filled block to the thread, once it is done with the other."""
-        self._wait()
+        if self._pending is not None:
+            self._pending.result()
         self._pending = self._thread.submit(self._store, self._blocks[0][:length], self._written)
         self._written += length
         self._used = 0
         self._blocks.reverse()
-
-    def _wait(self) -> None:
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
 
     def _store(self, block: memoryview, offset: int) -> None:
         while block:
@@ -98,7 +94,8 @@ class DirectWriter:
         padding = -self._used % ALIGNMENT
         self._blocks[0][self._used : self._used + padding] = bytes(padding)
         self._hand_over(self._used + padding)
-        self._wait()
+        assert self._pending is not None
+        self._pending.result()
         os.ftruncate(self._descriptor, size)
         os.fsync(self._descriptor)
 
@@ -159,7 +156,7 @@ class DirectReader:
             done += count
         self._end = offset + done
         if self._end == self._size:
-            self._stop()  # whoever reads many files one after the other has the memory of one
+            self.close()  # whoever reads many files one after the other has the memory of one
         return done
 
     def _read_small(self, view: memoryview, offset: int) -> int:
@@ -203,7 +200,8 @@ class DirectReader:
             done += got
         return min(done, length)
 
-    def _stop(self) -> None:
+    def close(self) -> None:
+        """Wait for the threads and give the memory back; a later read takes both again."""
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
             self._threads = None
@@ -212,10 +210,6 @@ class DirectReader:
         if self._direct is not None:
             os.close(self._direct)
             self._direct = None
-
-    def close(self) -> None:
-        """Wait for the threads and give the memory back."""
-        self._stop()
 
 
 def _new_block(size: int) -> mmap.mmap:

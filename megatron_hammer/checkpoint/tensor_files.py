@@ -33,6 +33,7 @@ from megatron_hammer.checkpoint.direct import DirectReader, DirectWriter
 CHUNK_BYTES = 4 * 2**20  # hashed, converted and copied at a time: enough for full disk speed, small beside a tensor
 MAX_HEADER_BYTES = 32 * 2**20  # 300,000 tensors; parsing JSON costs ten times its size in memory
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_RESTORE = "restore the file or use another checkpoint"
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _CODE_BYTES = {
     "BOOL": 1,
@@ -63,16 +64,15 @@ def open_regular(path: Path) -> IO[bytes]:
         # Without O_NONBLOCK a named pipe would make us wait for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise CheckpointError(8, str(path), "is missing", "restore the file or use another checkpoint") from None
+        raise CheckpointError(8, str(path), "is missing", _RESTORE) from None
     except OSError as error:
         if not path.is_symlink():
             raise
-        raise CheckpointError(
-            8, str(path), f"is a symbolic link ({error.strerror})", "put the file itself there"
-        ) from None
+        rule = f"is a symbolic link ({error.strerror})"
+        raise CheckpointError(8, str(path), rule, "put the file itself there") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise CheckpointError(8, str(path), "is not a regular file", "restore the file or use another checkpoint")
+        raise CheckpointError(8, str(path), "is not a regular file", _RESTORE)
     return os.fdopen(descriptor, "rb")
 
 
@@ -155,12 +155,8 @@ class TensorFileReader:
         try:
             self.size = os.fstat(self._file.fileno()).st_size
             if size is not None and size != self.size:
-                raise CheckpointError(
-                    9,
-                    f"{path} of {self.size} bytes",
-                    f"must have {size} bytes as its manifest says",
-                    "restore the file or use another checkpoint",
-                )
+                rule = f"must have {size} bytes as its manifest says"
+                raise CheckpointError(9, f"{path} of {self.size} bytes", rule, _RESTORE)
             self.tensors = self._read_header(header_hash)
             self._data = DirectReader(self._file.fileno(), self.size)
         except BaseException:
@@ -176,12 +172,8 @@ class TensorFileReader:
             raise self._malformed(f"announces a header of {length} bytes, more than the {MAX_HEADER_BYTES} allowed")
         text = self._file.read(length)
         if header_hash is not None and hash_bytes(start + text) != header_hash:
-            raise CheckpointError(
-                10,
-                str(self.path),
-                "has another header than its manifest says (damaged or swapped)",
-                "restore the file or use another checkpoint",
-            )
+            rule = "has another header than its manifest says (damaged or swapped)"
+            raise CheckpointError(10, str(self.path), rule, _RESTORE)
         try:
             header = json.loads(text, object_pairs_hook=_no_duplicates)
         except (ValueError, RecursionError) as error:
