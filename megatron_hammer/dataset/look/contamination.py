@@ -1,7 +1,8 @@
-"""Held-out sets against a dataset: which of their documents, and of their runs of ids, it holds; for ``verify.py``.
+"""Contamination: finds the documents of held-out sets, and long runs of their ids, in a dataset; for ``verify.py``.
 
-Documents are met by a 64-bit XXH3 of their ids without bos and eod; every run of ``NGRAM`` consecutive ids inside one
-document by a 64-bit polynomial hash modulo 2^64 over random values of the ids. Memory: 30 bytes or so a held-out token.
+Equal documents are found by a 64-bit XXH3 of their ids without bos and eod. Runs of ``NGRAM`` consecutive ids within
+one document are found by a 64-bit polynomial hash, modulo 2^64, over random values of the ids. Memory is about 30
+bytes for each held-out token.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _RATIO = 0x9E3779B97F4A7C15  # odd; of the polynomial and of splitmix64
 
 @dataclass(frozen=True)
 class HeldOut:
+    """A held-out set: documents that the training data must not hold."""
+
     name: str
     documents: list[np.ndarray]
     """Ids of each document, without bos and eod, in the dataset's type; none is empty."""
@@ -72,8 +75,8 @@ def read_held_out(
     return HeldOut(str(path), kept)
 
 
-class Overlap:
-    """Held-out sets, and how much of them has been met so far."""
+class HeldOutSearch:
+    """Searches a dataset for held-out sets; it is shown the documents one group after the other."""
 
     def __init__(self, sets: list[HeldOut]) -> None:
         self.sets = sets

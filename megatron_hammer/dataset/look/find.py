@@ -1,13 +1,13 @@
-"""Where is this text: the places of an indexed dataset whose pieces spell it, however the tokenizer cut it there.
+"""Finds a text in an indexed dataset: the places where the pieces of the ids spell it, however it was cut into pieces.
 
-The ids of a text on its own are not the ids it has inside another one: pieces reach over both its ends. So what is
-searched is the string of bytes that the ids spell. It is never written out; a place can only be one that
+The ids of a text by itself are not the ids that it has inside another text: pieces reach over both its ends. So the
+search is for the bytes that the ids spell. These are never written out. A match can begin at a place only if
 
     one piece holds the whole text   or   a piece ends with the first k bytes of it, and the next one goes on from there
 
-Two tables say for every id at which k it may be the first of such a pair and at which the second, as bits of a 64-bit
-word. One look at each table, an AND, and what is left (few of a million tokens) is spelt out and compared. The search
-is exact; it stays inside a document, and ids that spell nothing (bos, eod, unknown) end a match.
+Two tables say for every id, as bits of a 64-bit word, for which k it can be the first of such a pair and for which the
+second. Two look-ups and one AND leave a few of a million tokens, which are spelt out and compared. The search is exact.
+It stays inside a document, and ids that spell nothing (bos, eod, unknown) end a match.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Full verification of an indexed dataset: every byte against its checksum, every id, every document, once.
+"""Verifies an indexed dataset as a whole: every byte against its checksum, every id and every document, in one pass.
 
 ::
 
@@ -7,15 +7,16 @@
                                                                    | digest of what is between, n-grams
     counts of ids x pieces --> characters by script, U+FFFD, byte fallback
 
-What is found goes into one report (``verify_report.py``). Methods:
+What is found goes into one report (``verify_report.py``). The methods:
 
-- Exact duplicates: 64-bit XXH3 of a document's ids without its first bos and last eod. Two different documents among n
-  are taken for equal with a chance of n^2 / 2^65 (0.03 at 10^9). 16 bytes a document: in memory up to ``IN_MEMORY`` of
-  them, beyond that in ``BUCKETS`` files of the scratch folder, sorted one by one. Nothing is sampled.
-- Held-out sets: the same digests, and runs of ids (``held_out.py``).
-- Scripts: no text is decoded. Each id is counted once, and each piece knows its characters.
+- Exact duplicates are found by a 64-bit XXH3 of a document's ids without its first bos and last eod. The chance that
+  any two different documents among n are taken for equal is n^2 / 2^65 (0.03 at 10^9). A document takes 16 bytes: in
+  memory for up to ``IN_MEMORY`` documents, beyond that in ``BUCKETS`` files of the scratch folder, which are sorted one
+  by one. Nothing is sampled.
+- Held-out sets are searched by the same digests and by runs of ids (``contamination.py``).
+- Scripts are counted without decoding: each id is counted, and it is known which characters its piece has.
 
-A block's pages are given back once it is done, so memory does not grow with the dataset. No torch.
+The pages of a block are given back once it is done, so memory does not grow with the dataset. No torch.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.files import hash_file
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.dataset.format import BLOCK_BYTES, DatasetHeader, path_of
-from megatron_hammer.dataset.look.contamination import Overlap, read_held_out
+from megatron_hammer.dataset.look.contamination import HeldOutSearch, read_held_out
 from megatron_hammer.dataset.look.inspect import (
     TokenMap,
     check_matching,
@@ -109,7 +110,7 @@ def verify_dataset(
     with tempfile.TemporaryDirectory(prefix="hammer-verify-", dir=scratch) as folder:
         ids = _IdCounter(vocab_size)
         tokens = TokenMap(dataset)
-        documents = _DocumentChecker(dataset, tokens.all, bos, eod, Path(folder), Overlap(sets) if sets else None)
+        documents = _DocumentChecker(dataset, tokens.all, bos, eod, Path(folder), HeldOutSearch(sets) if sets else None)
         characters = None if tokenizer is None else ScriptCounts(tokenizer)
         hashes = _block_hashes(dataset.header, report)
         with Progress(f"verifying {dataset.bin_path}", dataset.num_tokens * dataset.dtype.itemsize) as progress:
@@ -275,7 +276,7 @@ class _DocumentChecker:
         bos: int | None,
         eod: int | None,
         folder: Path,
-        overlap: Overlap | None,
+        overlap: HeldOutSearch | None,
     ) -> None:
         self.dataset, self.tokens, self.bos, self.eod, self.overlap = dataset, tokens, bos, eod, overlap
         self.empty = self.with_bos = self.with_eod = self.without_text = 0

@@ -1,4 +1,4 @@
-"""What ``verify.py`` finds: problems, which make a dataset unsound, remarks, which do not, and facts."""
+"""The report of ``verify.py``: problems, which make a dataset unsound, remarks, which do not, and facts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""From text to an indexed dataset.
+"""Makes indexed datasets: from text and a tokenizer, on one machine or a Ray cluster, and from other datasets.
 
-The job, encoding, output with journal and quarantine, one machine or a Ray cluster..
+``job.py`` says what is to be made, ``encoding.py`` turns blocks of text into tokens, ``output.py`` writes them with a
+journal (``journal.py``) and the documents that were left out (``quarantine.py``). ``local.py`` and ``ray.py`` carry a
+job out; ``parts.py`` is one task of a cluster. ``merge.py`` joins datasets.
 """

@@ -1,13 +1,13 @@
-"""How far a preprocessing run has come: a small file beside its temporaries, from which a killed run goes on.
+"""The journal of a preprocessing run: how far it has come, so that a run that was killed can go on.
 
 ::
 
-    P_KEY_document.bin.tmp, .idx.tmp, .documents.tmp    what was written (synced first)
-    P_KEY_document.journal.json                         up to where that is good, and for which inputs and options
+    P_KEY_document.bin.tmp, .idx.tmp, .documents.tmp    what was written so far; synced before the journal
+    P_KEY_document.journal.json                         how much of that is good, and for which inputs and options
 
-The journal is replaced as a whole after its data is on the disk, so at any moment there is one, and what it states is
-there. A run that finds one cuts the temporaries to what it states and goes on at its place; it never goes on from the
-journal of another command (other inputs, options or tokenizer): that is refused, with the difference named.
+The journal is replaced as a whole after the data is on the disk. So there is always one whole journal, and what it
+states is there. A run that finds a journal cuts the temporary files to what it states and goes on from there. The
+journal of another command (other inputs, options or tokenizer) is refused, and the difference named.
 """
 
 from __future__ import annotations

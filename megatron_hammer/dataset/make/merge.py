@@ -1,12 +1,12 @@
-"""Several indexed datasets -> one: what ``tools/merge_datasets.py`` does.
+"""Joins indexed datasets into one: what ``tools/merge_datasets.py`` does.
 
 ::
 
     P1.{bin,idx}  P2.{bin,idx}  ... -> P.{bin,idx,meta.json}     the documents of P1, then those of P2, ...
 
-Tokens are copied as bytes, lengths as they are; byte offsets and document boundaries are made anew. So the result is
-what Megatron-LM's ``add_index`` gives, byte for byte, in memory that does not grow with the datasets. It is published
-whole, or not at all.
+Tokens and lengths are copied as they are; byte offsets and document boundaries are made anew. So the result is what
+Megatron-LM's ``add_index`` gives, byte for byte, in memory that does not grow with the datasets. It is published whole,
+or not at all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A part of a dataset: what a task of a cluster makes from one shard, and how the driver finds it on the disk.
+"""Parts of a dataset: each is what one task of a cluster makes from one shard of the text; the driver joins them.
 
 ::
 
@@ -9,12 +9,12 @@
       attempt-...                               being made
 
 NAME is a hash of all that decides the bytes: the file with its size and time of change, the place in it, the options,
-the tokenizer, our version. A part gets its name by one rename, whole; the headers of its datasets hold the facts that
-made the hash, and counts. So what has the right name and opens is done, whoever made it, and another run's parts are
-never taken.
+the tokenizer, our version. A part gets its name by one rename when it is whole, and the headers of its datasets repeat
+what was hashed. So a part that has the right name and opens is done, whoever made it, and another run's parts are never
+taken.
 
-The worker of a node that was given up may still write when its task is repeated on another: each attempt has a folder
-of its own, and the first that is done gives the name. Nothing here knows Ray.
+When a node is given up, its worker may still write while the task is repeated on another node. So each attempt has a
+folder of its own, and the first that is done gives the name. Nothing in this module knows Ray.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The documents that preprocessing left out, a JSON object a line: ``P_KEY_document.rejected.jsonl``.
+"""The file of the documents that preprocessing left out: ``P_KEY_document.rejected.jsonl``, one JSON object a line.
 
     {"file": "zh.jsonl", "line": 17, "byte": 5120, "cause": "E304", "message": "...", "raw": "the line"}
 
-``raw_hex`` stands for ``raw`` where the line is not valid UTF-8; ``raw_bytes`` tells the size of a line too long to be
-kept whole. Line and byte (of the uncompressed file, row number in parquet) find it.
+``line`` and ``byte`` are the place in the uncompressed file; in parquet both are the row. ``raw_hex`` stands for
+``raw`` where the line is not valid UTF-8, and ``raw_bytes`` is the size of a line that is too long to be kept whole.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Corpus + tokenizer -> indexed dataset on a Ray cluster: ``tools/preprocess_data.py --engine ray``.
+"""Makes the datasets of a job on a Ray cluster: what ``tools/preprocess_data.py --engine ray`` does.
 
 ::
 
