@@ -30,7 +30,6 @@ from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.selection import select
 from megatron_hammer.model.llama import build_stage
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.train import loop
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank
 from megatron_hammer.train.step import train_step
@@ -64,7 +63,7 @@ def torch_config(config: Config) -> Config:
 def _trained(rank: int, config: Config, steps: int) -> Trained:
     """Train on the double, its attention included, and say what it recorded (a group by its size)."""
     with te_double.installed() as events, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "select_operations", lambda *_: Operations(attention=te.attention))
+        patch.setattr("megatron_hammer.train.build.select_operations", lambda *_: Operations(attention=te.attention))
         reports, parts = train(rank, config, steps)
         for event in events:
             for key in ("group", "tp_group"):

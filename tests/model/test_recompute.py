@@ -24,7 +24,6 @@ from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.selection import select_backends
 from megatron_hammer.model import recompute
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.train import loop
 from megatron_hammer.train.build import kernel_requirements
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
@@ -142,7 +141,7 @@ class Counted:
 def test_each_operation_runs_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """selective: not for the linear layer and again for its own backward. Evaluation: once, with nothing kept."""
     counted = Counted()
-    monkeypatch.setattr(loop, "select_operations", lambda *_: counted.operations())
+    monkeypatch.setattr("megatron_hammer.train.build.select_operations", lambda *_: counted.operations())
     ctx = ParallelContext.single()
     more = {"none": 0, "selective": 3, "full": 3}
     for mode, rope_again in (("none", 0), ("selective", 0), ("full", 3)):
@@ -287,7 +286,7 @@ def test_backward_can_run_twice() -> None:
 
 def _on_the_double(rank: int, config: Config) -> Any:
     with te_double.installed() as events, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "select_operations", lambda *_: Operations(attention=te_attention))
+        patch.setattr("megatron_hammer.train.build.select_operations", lambda *_: Operations(attention=te_attention))
         trained = train(rank, config, 2)
         return *trained, [e["fp8"] for e in events if e["event"] == "linear"]
 
