@@ -102,9 +102,7 @@ class Config:
 
     def grid(self, world_size: int) -> Grid:
         """How ``world_size`` ranks share the work."""
-        return build_grid(
-            world_size, tp=self.parallel.tensor_model_parallel_size, num_query_groups=self.model.query_groups
-        )
+        return build_grid(world_size, tp=self.parallel.tensor_model_parallel_size, query_groups=self.model.query_groups)
 
     def placement(self, tp_rank: int = 0, stage: int = 0) -> Placement:
         """What a rank holds of the model; the sizes are the same on all tensor-parallel ranks."""

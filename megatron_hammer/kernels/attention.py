@@ -8,7 +8,7 @@
 
 Where documents lie is a ``PackedSequences``. ``BACKENDS`` is the whole table.
 
-Legend: s sequence, b micro-batch, n query heads, g query groups, d head_dim (local ones).
+Legend: s sequence, b micro-batch, n query heads, g query groups, d size of a head (local ones).
 """
 
 from __future__ import annotations

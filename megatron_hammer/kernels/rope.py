@@ -3,7 +3,7 @@
 Bytes at best, in units of one hidden tensor: 2.25 each way (queries and keys read and written in place; the values are
 not touched), and backward writes the gradient of all three as one tensor, which the product before it wants.
 
-Legend: s sequence, b micro-batch, n query heads, g query groups, d head_dim.
+Legend: s sequence, b micro-batch, n query heads, g query groups, d size of a head.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class _Stored(torch.autograd.Function):
 
 def stored(weight: Tensor, gradient: Gradient | None) -> Tensor:
     """A weight for an operation whose autograd returns its gradient: this hands it to the store."""
-    return weight if gradient is None else _Stored.apply(weight, gradient)  # type: ignore[no-any-return]
+    return weight if gradient is None else _Stored.apply(weight, gradient)  # type: ignore[no-untyped-call]
 
 
 class _Ready(torch.autograd.Function):
@@ -105,7 +105,7 @@ def ready_after(x: Tensor, gradients: Sequence[Gradient]) -> Tensor:
 
     When the gradient of x comes out of its backward, they have been written, and the store hears of it.
     """
-    return _Ready.apply(x, gradients) if gradients else x  # type: ignore[no-any-return]
+    return _Ready.apply(x, gradients) if gradients else x  # type: ignore[no-untyped-call]
 
 
 class RMSNorm(nn.Module):
@@ -175,13 +175,13 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, options: LayerOptions, gradient: Gradient | None = None) -> Tensor:
     """[.., in] x [out, in] -> [.., out], without communication."""
-    return _Linear.apply(x, weight, gradient, options.operations.products.now(), None, False)  # type: ignore[no-any-return]
+    return _Linear.apply(x, weight, gradient, options.operations.products.now(), None, False)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def column_parallel(x: Tensor, weight: Tensor, options: LayerOptions, gradient: Gradient | None = None) -> Tensor:
     """[s/t or s, b, h] x [out/t, h] -> [s, b, out/t]. Communicates over ``options.tp`` in both directions."""
     products, tp = options.operations.products.now(), options.tp
-    return _Linear.apply(x, weight, gradient, products, tp, options.sequence_parallel)  # type: ignore[no-any-return]
+    return _Linear.apply(x, weight, gradient, products, tp, options.sequence_parallel)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class ColumnParallelLinear(nn.Module):
@@ -209,7 +209,8 @@ class QKVLinear(ColumnParallelLinear):
         self.heads_local, self.groups_local, self.head_size = heads_local, groups_local, head_size
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).unflatten(-1, (-1, self.head_size))
+        heads: Tensor = super().forward(x).unflatten(-1, (-1, self.head_size))
+        return heads
 
 
 class RowParallelLinear(nn.Module):
@@ -236,7 +237,7 @@ def operations(chosen: Operations) -> Operations:
     return chosen
 
 
-def forward_region(options: LayerOptions) -> Callable[[], AbstractContextManager]:
+def forward_region(options: LayerOptions) -> Callable[[], AbstractContextManager[Any]]:
     """What to run a forward of the layers in: nothing here, fp8's context in ``layers_te.py``."""
     return nullcontext
 
@@ -286,8 +287,8 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.options.tp.size == 1:
-            return _Embedding.apply(self.weight, self.gradient, tokens)  # type: ignore[no-any-return]
+            return _Embedding.apply(self.weight, self.gradient, tokens)  # type: ignore[no-any-return, no-untyped-call]
         local = tokens - self.rows_local * self.options.tp.rank
         elsewhere = (local < 0) | (local >= self.rows_local)
-        found = _Embedding.apply(self.weight, self.gradient, local.masked_fill(elsewhere, 0))
+        found = _Embedding.apply(self.weight, self.gradient, local.masked_fill(elsewhere, 0))  # type: ignore[no-untyped-call]
         return _sum_parts(found.masked_fill(elsewhere.unsqueeze(-1), 0), self.options)

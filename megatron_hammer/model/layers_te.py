@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,8 @@ class QKVLinear(ColumnParallelLinear):
         self.heads_local, self.groups_local, self.head_size = heads_local, groups_local, head_size
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).unflatten(-1, (-1, self.head_size))
+        heads: Tensor = super().forward(x).unflatten(-1, (-1, self.head_size))
+        return heads
 
 
 def operations(chosen: Operations) -> Operations:
@@ -118,6 +120,6 @@ def operations(chosen: Operations) -> Operations:
     return replace(chosen, add_rms_norm=add_rms_norm)
 
 
-def forward_region(options: LayerOptions) -> Callable[[], AbstractContextManager]:
+def forward_region(options: LayerOptions) -> Callable[[], AbstractContextManager[Any]]:
     """What to run a forward of the layers in: fp8 where the config asks for it."""
     return nullcontext if options.fp8 == "off" else fp8_region(options.fp8, options.world)

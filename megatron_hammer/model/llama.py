@@ -36,7 +36,8 @@ from megatron_hammer.parallel.collectives import all_gather_rows
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.placement import Placement, place
 
-Rope = tuple[Tensor, Tensor]  # cos and sin, [s, 1, 1, d/2] each; [b s, 1, 1, d/2] of a packed micro-batch
+CosSin = tuple[Tensor, Tensor]
+"""Of the angles of RoPE: [s, 1, 1, d/2] each; [b s, 1, 1, d/2] of a packed micro-batch."""
 
 
 class Attention(nn.Module):
@@ -49,7 +50,7 @@ class Attention(nn.Module):
         self.qkv = parts.QKVLinear(h, at.heads_local, at.groups_local, d, options)
         self.output = parts.RowParallelLinear(at.heads_local * d, h, options)
 
-    def forward(self, x: Tensor, rope: Rope, documents: PackedSequences | None) -> Tensor:
+    def forward(self, x: Tensor, rope: CosSin, documents: PackedSequences | None) -> Tensor:
         qkv = self.qkv(x)  # [s, b, n + 2g, d]
         q, k, v = self.operations.rope(qkv, *rope, self.qkv.heads_local, self.qkv.groups_local)  # [s, b, heads, d] each
         return self.output(self.operations.attention(q, k, v, documents).flatten(2))
@@ -83,7 +84,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config, at, options, parts)
 
     def forward(
-        self, x: Tensor, branch: Tensor | None, rope: Rope, documents: PackedSequences | None
+        self, x: Tensor, branch: Tensor | None, rope: CosSin, documents: PackedSequences | None
     ) -> tuple[Tensor, Tensor]:
         normed, x = self.attention_norm(x, branch)
         normed, x = self.mlp_norm(x, self.attention(normed, rope, documents))
@@ -115,14 +116,14 @@ class Stage(nn.Module):
             if not self.is_tied:
                 self.head = layers.ColumnParallelLinear(h, rows, options)
         self.rope_frequencies = rope_frequencies(config).to(options.device)  # [d/2] fp32; not saved
-        self.rope_cache: dict[int, Rope] = {}
+        self.rope_cache: dict[int, CosSin] = {}
 
     @property
     def is_tied(self) -> bool:
         """Whether head and embedding are one parameter here; a last stage without embedding has a copy of its own."""
         return self.config.tie_word_embeddings and self.placement.has_embedding and self.placement.has_head
 
-    def rope(self, length: int) -> Rope:
+    def rope(self, length: int) -> CosSin:
         """cos and sin of every position below ``length``, computed in fp32 and then rounded, as in Hugging Face."""
         if length not in self.rope_cache:
             positions = torch.arange(length, dtype=torch.float32, device=self.options.device)

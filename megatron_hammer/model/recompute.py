@@ -49,7 +49,7 @@ from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.swiglu import SwiGLUFunction
 
-Region = Callable[[], AbstractContextManager]
+Region = Callable[[], AbstractContextManager[Any]]
 Layer = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -60,7 +60,7 @@ class Recompute:
         """The operations that the layers are built with."""
         return plain
 
-    def region(self) -> AbstractContextManager:
+    def region(self) -> AbstractContextManager[Any]:
         """What to run a forward of all layers in."""
         return nullcontext()
 
@@ -146,7 +146,7 @@ class Full(Recompute):
             with region():
                 return layer(x, None, *rest)
 
-        return _Again.apply(run, x)  # type: ignore[no-any-return]
+        return _Again.apply(run, x)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Again(torch.autograd.Function):
@@ -238,12 +238,12 @@ class Selective(Recompute):
     ) -> tuple[Tensor, Tensor]:
         if self.marks is None or not self.norms:
             return plain(x, branch, weight, eps)
-        return _RecomputedNorm.apply(self.marks, plain, eps, x, branch, weight)  # type: ignore[no-any-return]
+        return _RecomputedNorm.apply(self.marks, plain, eps, x, branch, weight)  # type: ignore[no-any-return, no-untyped-call]
 
     def _swiglu(self, plain: SwiGLUFunction, gate_up: Tensor) -> Tensor:
         if self.marks is None:
             return plain(gate_up)
-        return _Recomputed.apply(self.marks, plain, gate_up)  # type: ignore[no-any-return]
+        return _Recomputed.apply(self.marks, plain, gate_up)  # type: ignore[no-any-return, no-untyped-call]
 
     def _attention(
         self, plain: AttentionFunction, q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | None
@@ -256,7 +256,7 @@ class Selective(Recompute):
             out = plain(q, k, v, documents)
             return out if out.stride(2) == out.shape[3] * out.stride(3) else out.contiguous()
 
-        return _Recomputed.apply(self.marks, flat, q, k, v)  # type: ignore[no-any-return]
+        return _Recomputed.apply(self.marks, flat, q, k, v)  # type: ignore[no-any-return, no-untyped-call]
 
     def _pack(self, tensor: Tensor) -> Any:
         """A note in place of a marked tensor or a view of it, else the tensor.
@@ -279,7 +279,7 @@ class _Mark:
     other storage can get that while the mark is there; the version tells whether somebody wrote over the contents.
     """
 
-    node: weakref.ref
+    node: weakref.ref[Any]
     storage: StorageWeakRef
     dtype: torch.dtype
     stride: tuple[int, ...]
@@ -290,7 +290,7 @@ class _Mark:
         """The tensor, from the operation's record: its own backward has not run yet, or the graph would be gone."""
         node = self.node()
         assert node is not None, "the operation behind a saved tensor is a part of the same graph"
-        output = _record(node)[1][0].detach()
+        output: Tensor = _record(node)[1][0].detach()
         assert output.stride() == self.stride, "an operation laid its output out in another way the second time"
         return output
 
@@ -310,7 +310,7 @@ class _Note:
 
 
 def _unpack(packed: Any) -> Tensor:
-    return packed.tensor() if isinstance(packed, _Note) else packed  # type: ignore[no-any-return]
+    return packed.tensor() if isinstance(packed, _Note) else packed
 
 
 class _Recomputed(torch.autograd.Function):

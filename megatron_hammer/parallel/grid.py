@@ -65,18 +65,18 @@ class Grid:
         return [list(range(first, first + size * stride, stride)) for first in firsts]
 
 
-def build_grid(world_size: int, *, tp: int = 1, cp: int = 1, pp: int = 1, num_query_groups: int | None = None) -> Grid:
+def build_grid(world_size: int, *, tp: int = 1, cp: int = 1, pp: int = 1, query_groups: int | None = None) -> Grid:
     """The grid of ``world_size`` ranks; what the other axes leave is data-parallel.
 
     Args:
         tp, cp, pp: sizes of these axes; their product divides the world.
-        num_query_groups: of the model; None: at least as many as ``tp``.
+        query_groups: of the model; None: at least as many as ``tp``.
     """
     dp, left = divmod(world_size, tp * cp * pp)
     assert left == 0, f"world size {world_size} must be a multiple of TP {tp} x CP {cp} x PP {pp}"
-    return Grid(pp, dp, cp, tp, kv_copies(tp, num_query_groups or tp))
+    return Grid(pp, dp, cp, tp, kv_copies(tp, query_groups or tp))
 
 
-def kv_copies(tp: int, num_query_groups: int) -> int:
+def kv_copies(tp: int, query_groups: int) -> int:
     """How many tensor-parallel ranks hold the same key and value heads."""
-    return max(1, tp // num_query_groups)
+    return max(1, tp // query_groups)

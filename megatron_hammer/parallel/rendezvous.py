@@ -198,7 +198,7 @@ def interface_towards(meeting: Meeting) -> str | None:
 
 def torchrun_store(rank: int, world_size: int) -> Store:
     """The store of ranks that torchrun started, whose environment variables say where it is."""
-    store, *_ = next(iter(dist.rendezvous("env://", rank, world_size)))
+    store: Store = next(iter(dist.rendezvous("env://", rank, world_size)))[0]
     return store
 
 

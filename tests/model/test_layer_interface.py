@@ -26,7 +26,7 @@ def test_names_and_arguments(module: ModuleType, name: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-@pytest.mark.parametrize("name, protocol", CLASSES.items())
+@pytest.mark.parametrize("name, protocol", list(CLASSES.items()))
 def test_layers_are_modules_with_the_same_forward(module: ModuleType, name: str, protocol: type) -> None:
     layer = getattr(module, name)
     assert issubclass(layer, nn.Module)

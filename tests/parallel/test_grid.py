@@ -14,7 +14,7 @@ from tests.distributed import run_distributed
 
 
 def test_groups_of_the_drawing() -> None:
-    grid = build_grid(8, tp=4, num_query_groups=2)
+    grid = build_grid(8, tp=4, query_groups=2)
     assert grid == Grid(pp=1, dp=2, cp=1, tp=4, kv=2)
     assert grid.groups("tp") == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert grid.groups("dp") == [[0, 4], [1, 5], [2, 6], [3, 7]]
@@ -30,7 +30,7 @@ def test_all_four_axes() -> None:
     assert starts == {"pp": [0, 8], "dp": [0, 4], "cp": [0, 2], "tp": [0, 1]}
 
 
-@pytest.mark.parametrize("sizes", itertools.product((1, 2, 3), repeat=4))
+@pytest.mark.parametrize("sizes", list(itertools.product((1, 2, 3), repeat=4)))
 def test_every_axis_partitions_the_world(sizes: tuple[int, int, int, int]) -> None:
     pp, dp, cp, tp = sizes
     grid = build_grid(pp * dp * cp * tp, tp=tp, cp=cp, pp=pp)
@@ -49,12 +49,12 @@ def test_two_ranks_share_at_most_one_axis() -> None:
 
 @pytest.mark.parametrize("tp, groups, copies", [(1, 1, 1), (2, 8, 1), (4, 4, 1), (8, 2, 4), (8, 1, 8)])
 def test_copies_of_key_and_value_heads(tp: int, groups: int, copies: int) -> None:
-    assert build_grid(8, tp=tp, num_query_groups=groups).kv == copies
+    assert build_grid(8, tp=tp, query_groups=groups).kv == copies
 
 
 def _own_groups(rank: int) -> dict[str, tuple[int, int, float]]:
     """(position, size, sum of the members' ranks over a real collective) on each axis."""
-    ctx = build_parallel_context(build_grid(8, tp=4, num_query_groups=2), torch.device("cpu"))
+    ctx = build_parallel_context(build_grid(8, tp=4, query_groups=2), torch.device("cpu"))
     found = {}
     for axis in (*AXES, "kv"):
         group, total = getattr(ctx, axis), torch.tensor(float(rank))
@@ -65,7 +65,7 @@ def _own_groups(rank: int) -> dict[str, tuple[int, int, float]]:
 
 
 def test_the_context_is_made_of_the_grid() -> None:
-    grid = build_grid(8, tp=4, num_query_groups=2)
+    grid = build_grid(8, tp=4, query_groups=2)
     for rank, found in enumerate(run_distributed(8, _own_groups)):
         for axis in (*AXES, "kv"):
             members = next(group for group in grid.groups(axis) if rank in group)
@@ -74,7 +74,7 @@ def test_the_context_is_made_of_the_grid() -> None:
 
 def _timeouts(rank: int) -> list[float | None]:
     """Of the tp, kv and dp groups on TP 2 x DP 2 with one query group; None for the world's own group."""
-    ctx = build_parallel_context(build_grid(4, tp=2, num_query_groups=1), torch.device("cpu"), timeout_seconds=7)
+    ctx = build_parallel_context(build_grid(4, tp=2, query_groups=1), torch.device("cpu"), timeout_seconds=7)
     found: list[float | None] = []
     for group in (ctx.tp, ctx.kv, ctx.dp):
         backend = group.process_group._get_backend(torch.device("cpu"))

@@ -56,7 +56,7 @@ def test_rows_of_the_vocabulary(tp: int, vocab_size: int) -> None:
         assert start == stop or start == at.tp_rank * at.vocab_rows_local(vocab_size)
 
 
-@pytest.mark.parametrize("num_layers, num_stages", itertools.product((4, 5, 7), (1, 2, 3, 4)))
+@pytest.mark.parametrize("num_layers, num_stages", list(itertools.product((4, 5, 7), (1, 2, 3, 4))))
 def test_stages_make_up_the_model(num_layers: int, num_stages: int) -> None:
     stages = [place(model(num_layers=num_layers), stage=i, num_stages=num_stages) for i in range(num_stages)]
     assert [i for at in stages for i in range(*at.layers)] == list(range(num_layers))
