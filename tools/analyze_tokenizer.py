@@ -89,49 +89,55 @@ def count(args: argparse.Namespace, tokenizers: dict[str, Any], domains: dict[st
 
 def load_compared(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The tokenizers, the reference among them, and its name."""
-    from megatron_hammer.tokenizer.lab import analyze
+    from megatron_hammer.tokenizer.lab.arguments import load_named
 
     named = [Path(path).resolve() for path in args.tokenizers]
     if args.reference and Path(args.reference).resolve() not in named:
         args.tokenizers.append(args.reference)
         named.append(Path(args.reference).resolve())
-    tokenizers = analyze.load_named(args.tokenizers)
+    tokenizers = load_named(args.tokenizers)
     return tokenizers, list(tokenizers)[named.index(Path(args.reference).resolve()) if args.reference else -1]
 
 
 def compression(args: argparse.Namespace) -> Analysis:
     from megatron_hammer.tokenizer.lab import analyze
     from megatron_hammer.tokenizer.lab import plots as analyze_plots
+    from megatron_hammer.tokenizer.lab.arguments import parse_texts
+    from megatron_hammer.tokenizer.lab.report import compression_table
 
-    domains = analyze.parse_texts(args.texts)
+    domains = parse_texts(args.texts)
     tokenizers, reference = load_compared(args)
     described = analyze.describe_compression(count(args, tokenizers, domains), reference)
     for name, tokenizer in tokenizers.items():
         described[name]["encoder"] = tokenizer.encoder
     facts = {"reference": reference, "threads": args.threads, "tokenizers": _rows(tokenizers, described)}
-    tables = [analyze.compression_table(described, reference)]
+    tables = [compression_table(described, reference)]
     return Analysis(facts, tables, lambda: analyze_plots.draw_compression(described, reference))
 
 
 def coverage(args: argparse.Namespace) -> Analysis:
     from megatron_hammer.tokenizer.lab import analyze
     from megatron_hammer.tokenizer.lab import plots as analyze_plots
+    from megatron_hammer.tokenizer.lab.arguments import load_named
+    from megatron_hammer.tokenizer.lab.report import coverage_table
     from megatron_hammer.tokenizer.required_characters import load_table
 
-    tokenizers = analyze.load_named(args.tokenizers)
+    tokenizers = load_named(args.tokenizers)
     table = load_table()
     measured = {name: analyze.measure_coverage(tokenizer, table) for name, tokenizer in tokenizers.items()}
     described = {name: analyze.describe_coverage(of) for name, of in measured.items()}
     facts = {"tokenizers": _rows(tokenizers, described)}
-    return Analysis(facts, [analyze.coverage_table(measured)], lambda: analyze_plots.draw_coverage(measured))
+    return Analysis(facts, [coverage_table(measured)], lambda: analyze_plots.draw_coverage(measured))
 
 
 def vocabulary(args: argparse.Namespace) -> Analysis:
     from megatron_hammer.tokenizer.lab import analyze
     from megatron_hammer.tokenizer.lab import plots as analyze_plots
+    from megatron_hammer.tokenizer.lab.arguments import load_named, parse_texts
+    from megatron_hammer.tokenizer.lab.report import vocabulary_tables
 
-    domains = analyze.parse_texts(args.texts or [])
-    tokenizers = analyze.load_named(args.tokenizers)
+    domains = parse_texts(args.texts or [])
+    tokenizers = load_named(args.tokenizers)
     usage = count(args, tokenizers, domains) if domains else {}
     measured = {name: analyze.describe_vocabulary(of, usage.get(name)) for name, of in tokenizers.items()}
     described = {
@@ -139,22 +145,25 @@ def vocabulary(args: argparse.Namespace) -> Analysis:
         for name, of in measured.items()
     }
     facts = {"tokenizers": _rows(tokenizers, described)}
-    return Analysis(facts, analyze.vocabulary_tables(measured), lambda: analyze_plots.draw_vocabulary(measured))
+    return Analysis(facts, vocabulary_tables(measured), lambda: analyze_plots.draw_vocabulary(measured))
 
 
 def price(args: argparse.Namespace) -> Analysis:
     from megatron_hammer.base.progress import Progress
     from megatron_hammer.config import load_config
     from megatron_hammer.corpus.documents import TextCorpus
-    from megatron_hammer.tokenizer.lab import analyze, price
     from megatron_hammer.tokenizer.lab import plots as analyze_plots
+    from megatron_hammer.tokenizer.lab import price
+    from megatron_hammer.tokenizer.lab.arguments import parse_texts
+    from megatron_hammer.tokenizer.lab.cost import check_config
+    from megatron_hammer.tokenizer.lab.curve import SAMPLE_BYTES, sample_texts
 
     config = load_config(args.config)
-    price.check_config(config)
-    texts = {name: TextCorpus(paths) for name, paths in analyze.parse_texts(args.texts).items()}
+    check_config(config)
+    texts = {name: TextCorpus(paths) for name, paths in parse_texts(args.texts).items()}
     tokenizers, reference = load_compared(args)
     with Progress("reading", None) as shown:
-        sample = price.sample_texts(texts, args.sample_bytes or price.SAMPLE_BYTES, shown.advance)
+        sample = sample_texts(texts, args.sample_bytes or SAMPLE_BYTES, shown.advance)
     with Progress("encoding", None) as shown:
         prices = price.price_tokenizers(tokenizers, config, sample, args.threads, shown.advance)
     facts = {
@@ -189,21 +198,22 @@ def main() -> None:
     if getattr(args, "sample_bytes", None) is not None and args.sample_bytes < 1:
         command_line.error(f"argument --sample-bytes: {args.sample_bytes} is less than 1")
     from megatron_hammer.base.files import replace_file
-    from megatron_hammer.tokenizer.lab import analyze
+    from megatron_hammer.tokenizer.lab.arguments import prepare_outputs
+    from megatron_hammer.tokenizer.lab.report import format_report, format_table
 
-    analyze.prepare_outputs(args.pictures, args.report)
+    prepare_outputs(args.pictures, args.report)
     command = {"compression": compression, "coverage": coverage, "vocabulary": vocabulary, "price": price}[args.command]
     found = command(args)
     picture = found.draw() if args.pictures or args.report else b""
     if args.pictures:
         replace_file(args.pictures / f"{args.command}.png", picture)
     if args.report:
-        page = analyze.format_report(f"Tokenizers: {args.command}", found.tables, picture, found.notes)
+        page = format_report(f"Tokenizers: {args.command}", found.tables, picture, found.notes)
         replace_file(args.report, page.encode())
     if args.json:
         print(json.dumps({"command": args.command, **found.facts}, ensure_ascii=False))
     else:
-        tables = [f"{table.title}:\n{analyze.format_table(table)}" for table in found.tables]
+        tables = [f"{table.title}:\n{format_table(table)}" for table in found.tables]
         print("\n\n".join([*tables, *(["\n".join(found.notes)] if found.notes else [])]))
 
 

@@ -134,7 +134,7 @@ class _GzipStream(SourceStream):
 
     def _decompress(self, limit: int) -> bytes:
         try:
-            output = self._member.decompress(self._input, limit)
+            output: bytes = self._member.decompress(self._input, limit)
         except zlib.error as error:
             raise StreamDamage(str(error)) from None
         self._input, self._more_inside = self._member.unconsumed_tail, len(output) == limit

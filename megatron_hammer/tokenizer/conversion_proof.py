@@ -20,7 +20,7 @@ _RANDOM_JOINS = 20_000  # of pieces; with all pieces and the noise, some 10 s fo
 _RANDOM_NOISE = 2_000
 
 
-class Difference(NamedTuple):
+class Mismatch(NamedTuple):
     """A text on which the two differ: its ids, or what they are decoded to."""
 
     text: str
@@ -57,7 +57,7 @@ def prove_conversion(tokenizer: Tokenizer, directory: Path, pieces: list[str], d
         )  # fmt: skip
 
 
-def _find_difference(tokenizer: Tokenizer, converted: Any, pieces: list[str], directed: list[str]) -> Difference | None:
+def _find_difference(tokenizer: Tokenizer, converted: Any, pieces: list[str], directed: list[str]) -> Mismatch | None:
     exact_call = isinstance(tokenizer, SentencePieceTokenizer)
     # The library itself, not our encoder: the proof is about its ids.
     encode: Callable[[list[str]], list[list[int]]] = tokenizer.encode_batch
@@ -70,14 +70,14 @@ def _find_difference(tokenizer: Tokenizer, converted: Any, pieces: list[str], di
         expected = encode([text])[0]
         found = converted(text, **arguments)["input_ids"]
         if found != expected:
-            return Difference(text, *_first_difference(expected, found))
+            return Mismatch(text, *_first_difference(expected, found))
         if exact_call and converted(text, add_special_tokens=False)["input_ids"] != expected:
-            return Difference(text, "ids as by default", "others with add_special_tokens=False")
+            return Mismatch(text, "ids as by default", "others with add_special_tokens=False")
         decoded = converted.decode(
             [*marks, *found, *marks], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         if decoded != (wanted := tokenizer.decode(found)):
-            return Difference(text, wanted, decoded)
+            return Mismatch(text, wanted, decoded)
 
     # The calls above have set the backend's switches; from here on it is asked directly, in batches.
     backend = converted.backend_tokenizer
@@ -89,9 +89,9 @@ def _find_difference(tokenizer: Tokenizer, converted: Any, pieces: list[str], di
         found_texts = backend.decode_batch(found_ids, skip_special_tokens=True)
         for text, expected, found, decoded in zip(batch, expected_ids, found_ids, found_texts):
             if found != expected:
-                return Difference(text, *_first_difference(expected, found))
+                return Mismatch(text, *_first_difference(expected, found))
             if decoded != (wanted := tokenizer.decode(expected)):
-                return Difference(text, wanted, decoded)
+                return Mismatch(text, wanted, decoded)
     return None
 
 

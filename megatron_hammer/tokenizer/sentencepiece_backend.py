@@ -72,26 +72,27 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor
 
     def encode(self, text: str) -> list[int]:
-        if self._encoder is not None:
-            return self._call(self._encoder.encode_batch, [text], 1)[0]
-        try:
-            return self._sentencepiece.encode(text)
-        except (RuntimeError, TypeError, UnicodeError) as error:
-            raise refuse_surrogates([text], error) from None
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
+        ids: list[list[int]]
         if self._encoder is not None:
-            return self._call(self._encoder.encode_batch, texts, threads)
+            ids = self._call(self._encoder.encode_batch, texts, threads)
+            return ids
         try:
-            return self._sentencepiece.encode(list(texts), num_threads=threads)
+            ids = self._sentencepiece.encode(list(texts), num_threads=threads)
         except (RuntimeError, TypeError, UnicodeError) as error:
             raise refuse_surrogates(texts, error) from None
+        return ids
 
     def encode_documents(
         self, texts: Sequence[str], threads: int = 1, first: int | None = None, last: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         if self._encoder is not None:
-            return self._call(self._encoder.encode_documents, texts, threads, first, last)
+            documents: tuple[np.ndarray, np.ndarray] = self._call(
+                self._encoder.encode_documents, texts, threads, first, last
+            )
+            return documents
         return super().encode_documents(texts, threads, first, last)
 
     def encode_pieces(self, pieces: Iterable[str], threads: int = 1) -> Iterator[np.ndarray]:
@@ -116,7 +117,8 @@ class SentencePieceTokenizer(Tokenizer):
             raise refuse_surrogates(texts, error) from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._sentencepiece.decode([int(i) for i in ids])
+        text: str = self._sentencepiece.decode([int(i) for i in ids])
+        return text
 
     def read_pieces(self) -> Pieces:
         return pieces_of_model(self._facts.packed_pieces, self.vocab_size)

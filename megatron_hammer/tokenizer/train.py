@@ -235,7 +235,8 @@ def _run_sentencepiece(sentences: list[bytes], settings: dict[str, Any], threads
     proto.trainer_spec.ClearField("num_threads")  # the file must not depend on it either
     found = [piece.piece for piece in proto.pieces if piece.type == proto.SentencePiece.USER_DEFINED]
     assert found == settings["user_defined_symbols"], f"symbols {settings['user_defined_symbols']} became {found}"
-    return proto.SerializeToString(deterministic=True)
+    model: bytes = proto.SerializeToString(deterministic=True)
+    return model
 
 
 def _name_complaint(message: str, vocab_size: int) -> ConfigError:

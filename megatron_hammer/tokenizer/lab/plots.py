@@ -13,7 +13,8 @@ import numpy as np
 
 from megatron_hammer.config import Config
 from megatron_hammer.tokenizer.lab.analyze import OVERALL, Coverage, Vocabulary
-from megatron_hammer.tokenizer.lab.price import Price, token_flops
+from megatron_hammer.tokenizer.lab.cost import token_flops
+from megatron_hammer.tokenizer.lab.price import Price
 from megatron_hammer.tokenizer.scripts import SCRIPTS
 
 COLUMNS = 100  # cells of a row: whole hundreds can be counted at a glance

@@ -4,20 +4,7 @@
                                           | no
                                           +--> the first difference, in context
 
-How each form is loaded and asked:
-
-form                        loaded by        asked
---------------------------  ---------------  ---------------------------------------------------------------------------
-sentencepiece ``.model``    sentencepiece    ``encode``; bytes that are no UTF-8 too, if both are of this form
-``tokenizer.json``          tokenizers       ``encode`` without special tokens, literal ones staying text
-Hugging Face folder         AutoTokenizer    ``tokenizer(text, add_special_tokens=False)``; and ``tokenizer(text)`` if
-                                             its tokenizer_config.json says that nothing is added (``add_bos_token``
-                                             and ``add_eos_token`` are false): then both must give the ids
-
-A folder is what its users get: a ``tokenizer.model`` in it is not looked at (name that file to compare it), and literal
-special tokens become what the folder's own settings make of them. A folder with a ``tokenizer.model`` alone is no
-Hugging Face folder but a name for that file. A ``tokenizer.json`` need not state all special ids: those that it does
-not state are not compared.
+How a tokenizer is loaded and asked is ``forms.py``.
 
 100,000 texts of HammerLLM's model against its conversion took 13 s of one Intel Xeon core's time, and 0.44 GB.
 Imports transformers only for a folder.
@@ -26,55 +13,24 @@ Imports transformers only for a folder.
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import ConfigError, RefusedError
 from megatron_hammer.base.progress import track
-from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
+from megatron_hammer.tokenizer.lab.forms import SPECIAL_NAMES, Form, load_form
 from megatron_hammer.tokenizer.lab.fuzz import break_utf8, fuzz_texts
-from megatron_hammer.tokenizer.load import load_tokenizer
-from megatron_hammer.tokenizer.pieces import BYTE_LEVEL_ALPHABET, SPACE
-from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, load_processor, parse_model
-
-SPECIAL_NAMES = ("bos", "eos", "unk", "pad")
 
 _BATCH_TEXTS = 2048
 _BATCH_CHARACTERS = 1 << 21  # a batch of long documents is one document or a few: some 100 MB of lists at most
-_THREADS = len(os.sched_getaffinity(0))  # for sentencepiece; the tokenizers library has a pool of its own
 _CONTEXT_CHARACTERS = 30
 _CONTEXT_TOKENS = 4
 
-Ids = list[list[int]]
 Text = str | bytes
-
-
-@dataclass(frozen=True)
-class Form:
-    """A tokenizer in one of its forms, reduced to what a comparison asks of it."""
-
-    path: Path
-    kind: str
-    vocab_size: int
-    special_ids: dict[str, int | None]
-    pieces: list[str]
-    """The vocabulary as text, for the fuzz corpus."""
-    symbols: list[str]
-    """User-defined symbols, or added tokens that are not special."""
-    specials: list[str]
-    """Control pieces, or special added tokens."""
-    encode: Mapping[str, Callable[[list[str]], Ids]]
-    """The ways in which users ask for ids, by name: all of them must agree."""
-    encode_bytes: Mapping[str, Callable[[list[bytes]], Ids]]
-    """Likewise for bytes, where the form takes them."""
-    decode: Callable[[list[int]], str]
-    piece: Callable[[int], str]
 
 
 @dataclass(frozen=True)
@@ -173,117 +129,6 @@ def compare_tokenizers(
             break
     comparison.seconds = time.monotonic() - started
     return comparison
-
-
-# ---- the three forms ----
-
-
-def load_form(path: str | Path) -> Form:
-    """Load a tokenizer as its users do."""
-    path = Path(path)
-    if path.is_dir() and any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return _load_folder(path)
-    tokenizer = load_tokenizer(path)
-    special_ids = {name: getattr(tokenizer, f"{name}_id") for name in SPECIAL_NAMES}
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        return _sentencepiece_form(tokenizer, special_ids)
-    assert isinstance(tokenizer, HuggingFaceTokenizer), f"no comparison for {tokenizer!r}"
-    from tokenizers import Tokenizer as Backend
-
-    backend = Backend.from_file(str(tokenizer.path))  # for pieces and decoding; ids come from our own loader
-    added = tokenizer.definition.get("added_tokens") or []
-    return Form(
-        path=path,
-        kind="tokenizer.json",
-        vocab_size=tokenizer.vocab_size,
-        special_ids=special_ids,
-        pieces=_texts_of(backend.get_vocab(), lambda token_id: backend.decode([token_id])),
-        symbols=[token["content"] for token in added if not token.get("special")],
-        specials=[token["content"] for token in added if token.get("special")],
-        encode={"encode": lambda batch: tokenizer.encode_batch(batch, threads=_THREADS)},
-        encode_bytes={},
-        decode=lambda ids: backend.decode(ids, skip_special_tokens=False),
-        piece=lambda token_id: str(backend.id_to_token(token_id)),
-    )
-
-
-def _sentencepiece_form(tokenizer: SentencePieceTokenizer, special_ids: dict[str, int | None]) -> Form:
-    proto = parse_model(tokenizer.model_bytes, tokenizer.path)
-    processor = load_processor(tokenizer.model_bytes, tokenizer.path)
-    kinds = proto.SentencePiece
-    return Form(
-        path=tokenizer.path,
-        kind="sentencepiece model",
-        vocab_size=tokenizer.vocab_size,
-        special_ids=special_ids,
-        pieces=[piece.piece.replace(SPACE, " ") for piece in proto.pieces if piece.piece],
-        symbols=[piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED],
-        specials=[piece.piece for piece in proto.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)],
-        encode={"encode": lambda batch: processor.encode(batch, num_threads=_THREADS)},  # the truth, not our encoder
-        encode_bytes={"encode": processor.encode},
-        decode=tokenizer.decode,
-        piece=lambda token_id: proto.pieces[token_id].piece,
-    )
-
-
-def _load_folder(path: Path) -> Form:
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # long documents are no mistake here
-    try:
-        # Never code from the folder: without the argument, a folder that brings some would ask on the terminal.
-        loaded: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as error:  # the Rust library raises bare Exception
-        if (path / "tokenizer.json").is_file():
-            load_tokenizer(path / "tokenizer.json")  # where the file is to blame, this names the fault
-        raise RefusedError(
-            9, str(path), f"cannot be loaded by transformers.AutoTokenizer ({error})",
-            "mend the folder, or compare the tokenizer.json or tokenizer.model in it",
-        ) from None  # fmt: skip
-    vocabulary = loaded.get_vocab()
-    added = loaded.added_tokens_decoder.values()
-
-    def plain(batch: list[str]) -> Ids:
-        return loaded(batch, add_special_tokens=False)["input_ids"]
-
-    def by_default(batch: list[str]) -> Ids:
-        return loaded(batch)["input_ids"]
-
-    ways = {"tokenizer(text, add_special_tokens=False)": plain}
-    if _says_it_adds_nothing(path):
-        ways["tokenizer(text)"] = by_default
-    return Form(
-        path=path,
-        kind=f"Hugging Face folder ({type(loaded).__name__})",
-        vocab_size=max(vocabulary.values(), default=-1) + 1,
-        special_ids={name: getattr(loaded, f"{name}_token_id") for name in SPECIAL_NAMES},
-        pieces=_texts_of(vocabulary, lambda token_id: loaded.decode([token_id])),
-        symbols=[token.content for token in added if not token.special],
-        specials=[token.content for token in added if token.special],
-        encode=ways,
-        encode_bytes={},
-        decode=lambda ids: loaded.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
-        piece=lambda token_id: str(loaded.convert_ids_to_tokens(token_id)),
-    )
-
-
-def _says_it_adds_nothing(folder: Path) -> bool:
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_bytes()) if path.is_file() else {}
-    return all(config.get(name) is False for name in ("add_bos_token", "add_eos_token"))
-
-
-def _texts_of(vocabulary: dict[str, int], decode: Callable[[int], str]) -> list[str]:
-    """The vocabulary as text, by id. Byte-level pieces are decoded; halves of characters are no text and left out."""
-    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-    if sum(all(c in BYTE_LEVEL_ALPHABET for c in token) for token in tokens) > 0.9 * len(tokens):
-        texts = [decode(vocabulary[token]) for token in tokens]
-        return [text for text in texts if text and "\ufffd" not in text]
-    return [token.replace(SPACE, " ") for token in tokens if token]
-
-
-# ---- the comparison ----
 
 
 def _compare_settings(a: Form, b: Form) -> list[str]:

@@ -22,6 +22,7 @@ from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.lab import analyze
 from megatron_hammer.tokenizer.lab import plots as analyze_plots
+from megatron_hammer.tokenizer.lab.arguments import load_named, parse_texts
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.required_characters import load_table
 from tests.tokenizer.texts import REPOSITORY, handmade_model, model_proto, real_model, training_texts
@@ -184,19 +185,19 @@ def test_rows_are_named_by_stem_or_folder(plain: Tokenizer, tmp_path: Path) -> N
         plain.save_files(tmp_path / name)
     write(model_proto(plain.path), tmp_path / "zh.v2.model")
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    assert list(analyze.load_named([one, two, str(tmp_path / "zh.v2.model")])) == ["one", "two", "zh.v2"]
+    assert list(load_named([one, two, str(tmp_path / "zh.v2.model")])) == ["one", "two", "zh.v2"]
     files = [f"{one}/tokenizer.model", f"{two}/tokenizer.model"]
-    assert list(analyze.load_named(files)) == ["one/tokenizer", "two/tokenizer"]
+    assert list(load_named(files)) == ["one/tokenizer", "two/tokenizer"]
     with pytest.raises(ConfigError, match="E236"):
-        analyze.load_named([one, f"{two}/../one"])
+        load_named([one, f"{two}/../one"])
 
 
 def test_texts_arguments() -> None:
-    found = analyze.parse_texts(["zh=a.jsonl", "en=b=c.jsonl", "zh=d.jsonl"])
+    found = parse_texts(["zh=a.jsonl", "en=b=c.jsonl", "zh=d.jsonl"])
     assert found == {"zh": [Path("a.jsonl"), Path("d.jsonl")], "en": [Path("b=c.jsonl")]}
     for wrong in ("zh", "=a", "zh=", "overall=a"):
         with pytest.raises(ConfigError, match="E235"):
-            analyze.parse_texts([wrong])
+            parse_texts([wrong])
 
 
 def call(*arguments: Any) -> subprocess.CompletedProcess:

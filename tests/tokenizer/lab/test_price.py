@@ -22,6 +22,9 @@ from megatron_hammer.tokenizer.convert import convert_tokenizer
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.lab import price
 from megatron_hammer.tokenizer.lab.analyze import count_tokens
+from megatron_hammer.tokenizer.lab.cost import check_config, count_cost, token_flops
+from megatron_hammer.tokenizer.lab.curve import GRID_SIZES, Curve, find_best, interpolate_monotone, sample_texts
+from megatron_hammer.tokenizer.lab.prefixes import Prefixes, find_prefixes
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
 from megatron_hammer.tokenizer.train import train_tokenizer
@@ -57,7 +60,7 @@ def count(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
 
 def test_the_published_counts() -> None:
     """HammerLLM 1.4B at s = 2048 in GFLOP a token, forward and backward; parameters; logits."""
-    cost = price.count_cost(load_config(HAMMER), 105_789)
+    cost = count_cost(load_config(HAMMER), 105_789)
     flops = [cost.layer_flops, cost.head_flops, cost.attention_flops, cost.flops]
     assert [f"{of / 1e9:.4f}" for of in flops] == ["5.8133", "1.2999", "0.5536", "7.6669"]
     assert cost.parameters == 1_402_288_128 and cost.vocabulary_parameters == 433_311_744
@@ -73,7 +76,7 @@ def test_counts_equal_a_model_of_transformers(tied: bool) -> None:
 
     model = dataclasses.replace(SMALL, head_dim=24, tie_word_embeddings=tied)
     config = Config(model=model, data=DataConfig(seq_length=32), train=TrainConfig(precision="fp32"))
-    cost = price.count_cost(config, 300)
+    cost = count_cost(config, 300)
     peer = LlamaForCausalLM(LlamaConfig(
         vocab_size=300, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=24, tie_word_embeddings=tied,
@@ -87,7 +90,7 @@ def test_counts_equal_a_model_of_transformers(tied: bool) -> None:
     assert cost.attention_flops == pytest.approx(3 * 2 * 2 * 24 * pairs, rel=1 / 32)
     assert cost.logits_bytes == 32 * 384 * 4  # padded to 128
     sizes = np.array([1, 300, 105_789])
-    assert price.token_flops(config, sizes).tolist() == [price.count_cost(config, size).flops for size in sizes]
+    assert token_flops(config, sizes).tolist() == [count_cost(config, size).flops for size in sizes]
 
 
 # ---- texts ----
@@ -95,14 +98,14 @@ def test_counts_equal_a_model_of_transformers(tied: bool) -> None:
 
 def test_small_texts_are_taken_whole() -> None:
     texts = {"zh": ["中文。" * 500, "短"], "en": ["a"]}
-    sample = price.sample_texts(texts, 10_000)
+    sample = sample_texts(texts, 10_000)
     assert sample.texts == texts and sample.kept_bytes == sample.seen_bytes == {"zh": 4503 + 0, "en": 1}
 
 
 def test_samples_are_a_choice_by_hash() -> None:
     documents = [f"{i} " + "word\n" * (i % 7) for i in range(2000)] + ["".join(f"line {i}\n" for i in range(6000))]
-    sample = price.sample_texts({"a": documents, "b": ["x"]}, 8000)
-    assert sample == price.sample_texts({"a": documents, "b": ["x"]}, 8000)
+    sample = sample_texts({"a": documents, "b": ["x"]}, 8000)
+    assert sample == sample_texts({"a": documents, "b": ["x"]}, 8000)
     assert sample.seen_bytes["a"] == len("".join(documents)) and 7000 < sample.kept_bytes["a"] <= 8000
     assert sample.kept_bytes["a"] == len("".join(sample.texts["a"]).encode())
     stretches = {text for text in sample.texts["a"] if text not in documents}
@@ -111,7 +114,7 @@ def test_samples_are_a_choice_by_hash() -> None:
 
 def test_domains_count_by_what_was_seen(plain: Tokenizer) -> None:
     texts = {"zh": ["模型的大小。" * 20] * 200, "en": ["Hello, world! "] * 3}
-    sample = price.sample_texts(texts, 4000)
+    sample = sample_texts(texts, 4000)
     usage = count_tokens({"plain": plain}, sample.texts)["plain"]
     found = sample.tokens_per_byte(usage)
     total = sum(sample.seen_bytes.values())
@@ -126,8 +129,8 @@ def test_domains_count_by_what_was_seen(plain: Tokenizer) -> None:
 def test_a_smaller_vocabulary_is_the_one_that_training_makes(plain: SentencePieceTokenizer, tmp_path: Path) -> None:
     """The claim behind the curve, where the trainer's set of characters is the same: here, always."""
     smaller = train_tokenizer(Texts(training_texts()), tmp_path / "trained", 2200)
-    prefixes = price.find_prefixes(plain)
-    assert isinstance(prefixes, price.Prefixes)
+    prefixes = find_prefixes(plain)
+    assert isinstance(prefixes, Prefixes)
     cut = prefixes.cut(2200, tmp_path)
     assert cut.vocab_size == 2200
     texts = training_texts()
@@ -142,8 +145,8 @@ def test_cutting(kind: str, plain: Any, with_symbols: Any, byte_level: Any, tmp_
         tokenizer: Tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     else:
         tokenizer = {"plain": plain, "with_symbols": with_symbols, "byte_level": byte_level}[kind]
-    prefixes = price.find_prefixes(tokenizer)
-    assert isinstance(prefixes, price.Prefixes) and prefixes.full == tokenizer.vocab_size
+    prefixes = find_prefixes(tokenizer)
+    assert isinstance(prefixes, Prefixes) and prefixes.full == tokenizer.vocab_size
     texts = [text[:3000] for text in training_texts()]
     counts = []
     for size in np.geomspace(prefixes.fixed, prefixes.full, 5).round().astype(int):
@@ -163,11 +166,11 @@ def test_cutting(kind: str, plain: Any, with_symbols: Any, byte_level: Any, tmp_
 
 def test_model_and_its_conversion_are_cut_alike(with_symbols: SentencePieceTokenizer, tmp_path: Path) -> None:
     convert_tokenizer(with_symbols, tmp_path)
-    both = [price.find_prefixes(with_symbols), price.find_prefixes(load_tokenizer(tmp_path / "tokenizer.json"))]
+    both = [find_prefixes(with_symbols), find_prefixes(load_tokenizer(tmp_path / "tokenizer.json"))]
     (tmp_path / "cut").mkdir()
     texts = training_texts()[:20]
     for size in (1400, 2000):
-        found = [prefixes.cut(size, tmp_path / "cut") for prefixes in both if isinstance(prefixes, price.Prefixes)]
+        found = [prefixes.cut(size, tmp_path / "cut") for prefixes in both if isinstance(prefixes, Prefixes)]
         (tmp_path / "cut" / "tokenizer.model").unlink()
         assert len(found) == 2 and count(found[0], texts) == count(found[1], texts)
 
@@ -177,20 +180,20 @@ def test_runs_of_spaces_behind_all_merges_stay(tmp_path: Path) -> None:
     characters = [(character, -9.0) for character in "\u2581abc"]
     pieces = [("\u2581\u2581", -1e9), ("ab", -1.0), ("abc", -2.0), *characters]
     tokenizer = load_tokenizer(write(handmade_model(pieces), tmp_path / "m.model"))
-    prefixes = price.find_prefixes(tokenizer)
-    assert isinstance(prefixes, price.Prefixes) and prefixes.full - prefixes.fixed == 2
+    prefixes = find_prefixes(tokenizer)
+    assert isinstance(prefixes, Prefixes) and prefixes.full - prefixes.fixed == 2
     assert count(prefixes.cut(prefixes.full - 1, tmp_path), ["abc", "  ", "ab"]) == [2, 1, 1]
 
 
 def test_what_has_no_curve_says_why(unigram: SentencePieceTokenizer, tmp_path: Path) -> None:
-    why = price.find_prefixes(unigram)
+    why = find_prefixes(unigram)
     assert isinstance(why, str) and why.startswith("is a unigram model")
     words = Backend(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
     words.save(str(tmp_path / "tokenizer.json"))
-    why = price.find_prefixes(load_tokenizer(tmp_path / "tokenizer.json"))
+    why = find_prefixes(load_tokenizer(tmp_path / "tokenizer.json"))
     assert isinstance(why, str) and "WordLevel" in why
     single = load_tokenizer(write(handmade_model([("中", -1.0)]), tmp_path / "single.model"))
-    assert price.find_prefixes(single) == "has no piece that can be left out"
+    assert find_prefixes(single) == "has no piece that can be left out"
 
 
 # ---- the curve and the best size ----
@@ -201,8 +204,8 @@ def test_what_has_no_curve_says_why(unigram: SentencePieceTokenizer, tmp_path: P
 def test_interpolation_is_monotone_between_points(y: list[float], seed: int) -> None:
     x = np.cumsum(np.random.default_rng(seed).uniform(0.1, 2, len(y)))
     at = np.linspace(x[0], x[-1], 500)
-    found = price.interpolate_monotone(x, np.array(y), at)
-    assert price.interpolate_monotone(x, np.array(y), x) == pytest.approx(y, abs=1e-12)
+    found = interpolate_monotone(x, np.array(y), at)
+    assert interpolate_monotone(x, np.array(y), x) == pytest.approx(y, abs=1e-12)
     for i in range(len(x) - 1):
         between = found[(at >= x[i]) & (at <= x[i + 1])]
         steps = np.diff(between) * (1 if y[i + 1] >= y[i] else -1)
@@ -213,39 +216,39 @@ def test_best_size_of_a_known_curve() -> None:
     """tokens = (V - 300)^-0.1 and FLOPs = 1000 + V: by calculus the best V is 0.1 x 1000 / 0.9 + 300 / 0.9."""
     sizes = tuple(int(size) for size in 300 + np.geomspace(10, 20_000, 14))
     tokens = tuple({"overall": (size - 300) ** -0.1, "zh": 1.0} for size in sizes)
-    curve = price.Curve(300, sizes, tokens)
-    best = price.find_best(curve, lambda v: 1000.0 + v)
+    curve = Curve(300, sizes, tokens)
+    best = find_best(curve, lambda v: 1000.0 + v)
     exact = (0.1 * 1000 + 300) / 0.9
     assert best.size == pytest.approx(exact, abs=2) and best.edge == ""
     rate = lambda v: (v - 300) ** 0.1 / (1000 + v)  # noqa: E731
     assert best.gain == pytest.approx(rate(exact) / rate(sizes[-1]), rel=1e-3)
     for size in best.near:
         assert rate(size) == pytest.approx(0.99 * rate(exact), rel=1e-3)
-    assert price.find_best(curve, lambda v: 1e9 + v).edge == "or more"
-    assert price.find_best(curve, lambda v: v, "zh").edge == "or fewer"
-    assert price.find_best(curve, lambda v: 1e9 + v).size == sizes[-1]
+    assert find_best(curve, lambda v: 1e9 + v).edge == "or more"
+    assert find_best(curve, lambda v: v, "zh").edge == "or fewer"
+    assert find_best(curve, lambda v: 1e9 + v).size == sizes[-1]
 
 
 def test_prices(plain: Tokenizer, byte_level: Tokenizer, unigram: Tokenizer) -> None:
     texts = {"text": training_texts()[:30], "more": training_texts()[-2:]}
     config = Config(model=dataclasses.replace(SMALL, ffn_hidden_size=16, num_layers=1), data=DataConfig(seq_length=64))
-    sample = price.sample_texts(texts, 100_000)
+    sample = sample_texts(texts, 100_000)
     tokenizers = {"plain": plain, "byte_level": byte_level, "unigram": unigram}
     seen: list[int] = []
     prices = price.price_tokenizers(tokenizers, config, sample, threads=2, progress=seen.append)
     for name, tokenizer in tokenizers.items():
         of = prices[name]
-        assert of.cost == price.count_cost(config, tokenizer.vocab_size)
+        assert of.cost == count_cost(config, tokenizer.vocab_size)
         tokens = sum(count(tokenizer, sample.texts["more"]))
         assert of.tokens_per_byte["more"] == pytest.approx(tokens / sample.kept_bytes["more"])
         assert of.flops_per_byte["more"] == pytest.approx(of.tokens_per_byte["more"] * of.cost.flops)
-    assert prices["unigram"].best is None and prices["unigram"].curve == price.find_prefixes(unigram)
+    assert prices["unigram"].best is None and prices["unigram"].curve == find_prefixes(unigram)
     for name in ("plain", "byte_level"):
         curve, best = prices[name].curve, prices[name].best
-        assert isinstance(curve, price.Curve) and best is not None
-        assert len(curve.sizes) > price.GRID_SIZES and curve.tokens_per_byte[-1] == prices[name].tokens_per_byte
+        assert isinstance(curve, Curve) and best is not None
+        assert len(curve.sizes) > GRID_SIZES and curve.tokens_per_byte[-1] == prices[name].tokens_per_byte
         # A model as small as this pays for a large head: less than the full vocabulary is better.
-        rates = [1 / (found["overall"] * price.count_cost(config, size).flops)
+        rates = [1 / (found["overall"] * count_cost(config, size).flops)
                  for size, found in zip(curve.sizes, curve.tokens_per_byte)]  # fmt: skip
         assert best["overall"].gain >= 0.9999 * max(rates) / rates[-1] and best["overall"].gain > 1
         assert best["overall"].size < curve.sizes[-1]
@@ -258,9 +261,9 @@ def test_prices(plain: Tokenizer, byte_level: Tokenizer, unigram: Tokenizer) -> 
 
 def test_a_domain_without_text_is_refused(plain: Tokenizer) -> None:
     with pytest.raises(DataError, match="E322"):
-        price.price_tokenizers({"plain": plain}, Config(model=SMALL), price.sample_texts({"zh": []}))
+        price.price_tokenizers({"plain": plain}, Config(model=SMALL), sample_texts({"zh": []}))
     with pytest.raises(ConfigError, match="E204"):
-        price.check_config(Config(model=dataclasses.replace(SMALL, num_query_groups=3)))
+        check_config(Config(model=dataclasses.replace(SMALL, num_query_groups=3)))
 
 
 # ---- the program ----
@@ -321,9 +324,9 @@ def test_price_of_the_published_vocabulary() -> None:
     """The head's share as published; HammerLLM's merge keeps nearly all ranked pieces of InternLM-7B."""
     tokenizers = {n: load_tokenizer(real_model(f"{n}.model")) for n in ("hammerllm", "internlm-7b", "llama2-7b")}
     config = load_config(HAMMER)
-    costs = {name: price.count_cost(config, of.vocab_size) for name, of in tokenizers.items()}
+    costs = {name: count_cost(config, of.vocab_size) for name, of in tokenizers.items()}
     assert [f"{100 * cost.head_share:.2f}" for cost in costs.values()] == ["16.96", "16.60", "5.82"]
-    prefixes = {name: price.find_prefixes(of) for name, of in tokenizers.items()}
-    fixed = {name: of.fixed for name, of in prefixes.items() if isinstance(of, price.Prefixes)}
+    prefixes = {name: find_prefixes(of) for name, of in tokenizers.items()}
+    fixed = {name: of.fixed for name, of in prefixes.items() if isinstance(of, Prefixes)}
     # HammerLLM is InternLM with 2,536 characters and some symbols more: as many pieces may go, less the new symbols.
     assert 0 <= (103_168 - fixed["internlm-7b"]) - (105_789 - fixed["hammerllm"]) <= 101
