@@ -74,8 +74,8 @@ def head_loss(
     products, z_loss = options.operations.head_products.now(), objective.z_loss if objective else 0.0
     head = _Head(weight, gradient, not shared, vocab_size, options, products, z_loss)
     differentiable = weight if gradient is None else weight.detach()
-    losses = _HeadLoss.apply(x, differentiable, rows, weights, head)
-    return losses.view(-1, batch).t().reshape(labels.shape)  # type: ignore[no-any-return]
+    losses: Tensor = _HeadLoss.apply(x, differentiable, rows, weights, head)  # type: ignore[no-untyped-call]
+    return losses.view(-1, batch).t().reshape(labels.shape)
 
 
 class _HeadLoss(torch.autograd.Function):
