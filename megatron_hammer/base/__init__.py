@@ -1,1 +1,1 @@
-"""What every other room uses and what knows none of them: errors, files, progress, command lines."""
+"""What all other rooms use: errors, files, locks, progress, signals, tables, command lines. Imports no other room."""

@@ -1,6 +1,7 @@
-"""What all programs share at their edges: argument errors in our one-line form, and the exit code.
+"""What all command-line programs share: an argument parser with one-line errors, and ``run``, which ends a program.
 
-Imports nothing heavy, so that ``--help`` of every program answers in well under a second.
+``run`` calls a program's ``main`` and turns an error of the user's into one line on stderr and a documented exit code.
+Nothing heavy is imported here, so that ``--help`` of every program answers in well under a second.
 """
 
 from __future__ import annotations

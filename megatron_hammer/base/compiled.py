@@ -1,4 +1,4 @@
-"""Finds the modules that ``setup.py`` compiles: each is there in an installation, or Python does its work."""
+"""Finds the extension modules that ``setup.py`` compiles. Where one is missing, Python code does its work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mistakes a user can make, as exceptions that become one line and a documented exit code.
+"""The exceptions for what a user or the machine can cause: each becomes one line on stderr and a documented exit code.
 
 Every message has the same four parts, so that a reader always finds the same things in the same place::
 
@@ -12,7 +12,7 @@ Exit codes of every program of this project (``docs/errors.md`` lists the number
     6 disk or I/O | 7 a rank died | 8 a rank hung | 9 non-finite | 10 out of memory
     75 stopped by a signal, saved: run the same command again
 
-``assert`` is for what only we can cause.
+What only a mistake in this code can cause is an ``assert``, and ends in a traceback.
 """
 
 from __future__ import annotations

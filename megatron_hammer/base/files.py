@@ -1,7 +1,8 @@
-"""Files that survive a power cut, and names that never stand for half a file nor for two writers; hashes of files.
+"""Writing files so that a crash never leaves half a file under its final name, and the checksums of files.
 
-A file that takes long to make is written under a temporary name beside its own and renamed when it is complete and on
-the disk (``publish``). So is a folder (``staged_folder``), under one of these names::
+A file is written under a temporary name beside its final one, and renamed when it is complete and its content is on the
+disk (``publish``; ``replace_file`` for short content). ``open_alone`` keeps two processes from writing the same
+temporary file. A folder is made in the same way (``staged_folder``), under one of these names::
 
     NAME.tmp-5f0c...   being written, or left by a program that crashed
     NAME.old-91ab...   what was there before, set aside while it is replaced; counts if there is no NAME

@@ -1,8 +1,9 @@
-"""Locks that say "one process only": the kernel's, which end with the process, however it ends.
+"""A lock on a file that one process holds at a time: the kernel's ``flock``, which ends with the process in any case.
 
-Some file systems have none (Lustre in its default mount, some NFS). There the owner is written down beside the file
-instead, by host, process and the time that the process started, so that a dead owner is recognised on its own machine.
-Nothing can be known of a process of another machine: that is remarked, and the work goes on. Linux; no torch.
+Some file systems have no such locks (Lustre in its default mount, some NFS). There a small file beside the locked one
+names its owner instead: host, process, and the time that the process started, so that an owner that has died is
+recognised on its own machine. Whether a process of another machine still lives cannot be known: then a note says so,
+and the work goes on. Linux; no torch.
 """
 
 from __future__ import annotations

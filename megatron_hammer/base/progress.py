@@ -1,4 +1,7 @@
-"""Progress of long work, on stderr: a bar on a terminal, else a plain line now and then; nothing for quick work."""
+"""The progress of long work, shown on stderr: a bar on a terminal, else a plain line every ten seconds.
+
+Work that takes less than five seconds shows nothing.
+"""
 
 from __future__ import annotations
 

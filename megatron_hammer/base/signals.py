@@ -1,4 +1,4 @@
-"""Signals that ask a program to stop, and how a program that wants to finish first takes them."""
+"""The signals that ask a program to stop, and ``StopRequest``, for a program that wants to finish something first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain text tables: columns as wide as their widest cell, or of given widths with cells that wrap."""
+"""Tables in plain text: with columns as wide as their widest cell, or of given widths with cells that wrap."""
 
 from __future__ import annotations
 
