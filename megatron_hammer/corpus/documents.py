@@ -25,8 +25,9 @@ from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.files import publish, replace_file
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.corpus import jsonl
+from megatron_hammer.corpus.file_blocks import Block, FileRange
 from megatron_hammer.corpus.parse import parse_block
-from megatron_hammer.corpus.readers import Block, Shard, expand_inputs, read_shard
+from megatron_hammer.corpus.readers import expand_inputs, read_range
 
 _BUFFER_BYTES = 1 << 20
 _ZSTD_LEVEL = 3  # the library's default; one thread, so that the same text gives the same bytes everywhere
@@ -109,7 +110,7 @@ def read_texts(
 
     Arguments and errors are those of ``read_documents``; ``text_documents`` says what a document of a ``.txt`` file is.
     """
-    for block in read_shard(path, Shard(0), [key], text_documents):
+    for block in read_range(path, FileRange(0), [key], text_documents):
         yield parse_block(block, path, [key], strict=True).texts[0], block.text_bytes
         _note(block, path, progress, hashes)
 
@@ -143,7 +144,7 @@ def read_documents(
         on_bad(error)
 
     names = list(dict.fromkeys([key, *columns]))
-    for block in read_shard(path, Shard(0), names, "line", lenient=on_bad is not None):
+    for block in read_range(path, FileRange(0), names, "line", lenient=on_bad is not None):
         if block.kind == "parquet":
             yield from _rows(block, path, key, names, bad)
         else:

@@ -1,4 +1,4 @@
-"""From a block of a file (``readers.py``) to the texts of its documents, and to those that are rejected, with causes.
+"""From a block (``file_blocks.py``) to the texts of its documents, and to those that are rejected, each with a cause.
 
 ``parse_block`` is a pure function of the block, so several threads can parse several blocks. It parses all lines of a
 block at once, which is fast. Only where one of them is refused does it look at each line by itself, and ``jsonl.py``
@@ -17,8 +17,8 @@ import orjson
 
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.corpus import jsonl, long
+from megatron_hammer.corpus.file_blocks import Block, Position
 from megatron_hammer.corpus.long import LongText
-from megatron_hammer.corpus.readers import Block, Position
 
 _RAW_BYTES = 16 << 20  # of a rejected line that are kept: file, line and byte find the rest
 _EMPTY_LINES = re.compile(rb"\r?\n(?:\r?\n)+")

@@ -1,8 +1,8 @@
-"""One face over all inputs of preprocessing: JSON lines, plain text (both also ``.gz``, ``.zst``) and parquet.
+"""From the names of input files to blocks of documents: JSON lines, plain text (both also ``.gz``, ``.zst``), parquet.
 
 ::
 
-    folders, globs -> expand_inputs -> files -> plan_shards -> read_shard -> Block -> parse.parse_block -> texts
+    folders, globs -> expand_inputs -> files -> plan_ranges -> read_range -> Block -> parse.parse_block -> texts
                                                                one thread, in order   any thread
 
 A block is about a megabyte of whole lines, or one longer line by itself. Reading cuts blocks and hashes; parsing, which
@@ -18,73 +18,21 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import xxhash
 
-from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.corpus import jsonl, long
-from megatron_hammer.corpus.stream import StreamDamage, check_file, is_compressed, no_such_file, open_stream
+from megatron_hammer.base.errors import DataError
+from megatron_hammer.corpus import file_blocks, jsonl, parquet
+from megatron_hammer.corpus.file_blocks import START, Block, FileRange, Position
+from megatron_hammer.corpus.stream import StreamDamage, is_compressed, no_such_file, open_stream
 
 TEXT_DOCUMENTS = ("file", "line", "blank-line")
 """What a document of a ``.txt`` file is: all of it, each line (empty ones are none), or what stands between empty
 lines. Nothing is stripped except the line endings that separate documents."""
 
-BLOCK_BYTES = 1 << 20  # of text in a block: 13 ms of encoding for one thread, well beyond what handing it on costs
 _BLOCK_LINES = 16384  # most in a block: half a kilobyte of notes each, should all be bad
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt", ".parquet")  # taken from a folder, the first two also compressed
-_PARQUET_ROWS = 4096  # most rows in a block
-
-
-class Position(NamedTuple):
-    """A place between two documents of a file."""
-
-    offset: int
-    """Bytes of the uncompressed text before it; rows of a parquet file."""
-    line: int
-    """Number of the next line or row, from 1."""
-
-
-START = Position(0, 1)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A part of one file that can be read by itself."""
-
-    source: int
-    """Number of the file among the inputs."""
-    start: Position = START
-    """``line`` counts from the shard's start where that is not known: 1."""
-    end: int | None = None
-    """Offset behind its last document; None: the end of the file."""
-
-
-@dataclass
-class Block:
-    """Whole documents as they lie in a file."""
-
-    source: int
-    kind: str
-    """jsonl, file, line, blank-line or parquet."""
-    start: Position
-    end: Position
-    data: Any
-    """bytes or bytearray; a pyarrow RecordBatch of the wanted columns."""
-    text_bytes: int
-    """Of ``data``, uncompressed, line endings included."""
-    raw_bytes: int
-    """Bytes of the file on disk that were read for it: they add up to the file's size."""
-    content_hash: str | None
-    """XXH3-128 of the uncompressed text up to ``end``; None for parquet."""
-    last: bool = False
-    """The file ends here."""
-    file_hash: str | None = None
-    """On the last block of a file read from its start: XXH3-128 of the raw file."""
-    trouble: tuple[DataError, Position] | None = None
-    """What is wrong, and where, behind the block's documents: a damaged file, an empty one, a line beyond the limit."""
 
 
 # ---- which files ----
@@ -137,31 +85,33 @@ def kind_of(path: Path, text_documents: str) -> str:
     return text_documents if name.endswith(".txt") else "jsonl"
 
 
-def plan_shards(files: Sequence[Path], text_documents: str = "file", shard_bytes: int | None = None) -> Iterator[Shard]:
-    """The files in order, each as one shard, or cut into shards of about so many bytes where a file can be cut.
+def plan_ranges(
+    files: Sequence[Path], text_documents: str = "file", range_bytes: int | None = None
+) -> Iterator[FileRange]:
+    """The files in order, each as one range, or as ranges of about so many bytes where a file can be cut.
 
     Plain files whose documents are lines are cut behind a line, parquet files between row groups; others stay whole.
     """
     for source, path in enumerate(files):
         kind = kind_of(path, text_documents)
         cuts: list[int] = []
-        if shard_bytes is not None and kind == "parquet":
-            cuts = _parquet_cuts(path, shard_bytes)
-        elif shard_bytes is not None and kind in ("jsonl", "line") and not is_compressed(path):
-            cuts = _line_cuts(path, shard_bytes)
+        if range_bytes is not None and kind == "parquet":
+            cuts = parquet.row_group_cuts(path, range_bytes)
+        elif range_bytes is not None and kind in ("jsonl", "line") and not is_compressed(path):
+            cuts = _line_cuts(path, range_bytes)
         starts = [START, *(Position(cut, cut + 1 if kind == "parquet" else 1) for cut in cuts)]
         for start, end in zip(starts, [*cuts, None]):
-            yield Shard(source, start, end)
+            yield FileRange(source, start, end)
 
 
-def _line_cuts(path: Path, shard_bytes: int) -> list[int]:
+def _line_cuts(path: Path, range_bytes: int) -> list[int]:
     size, cuts = path.stat().st_size, [0]
     with open(path, "rb") as file:
-        for place in range(shard_bytes, size, shard_bytes):
+        for place in range(range_bytes, size, range_bytes):
             if place <= cuts[-1]:
-                continue  # inside a line longer than a shard
+                continue  # inside a line longer than a range
             file.seek(place - 1)
-            while piece := file.readline(BLOCK_BYTES):
+            while piece := file.readline(file_blocks.BLOCK_BYTES):
                 if piece.endswith(b"\n"):
                     break
             if file.tell() < size:
@@ -169,38 +119,26 @@ def _line_cuts(path: Path, shard_bytes: int) -> list[int]:
     return cuts[1:]
 
 
-def _parquet_cuts(path: Path, shard_bytes: int) -> list[int]:
-    with _open_parquet(path) as file:
-        cuts, rows, filled = [], 0, 0
-        for group in range(file.metadata.num_row_groups):
-            if filled >= shard_bytes:
-                cuts.append(rows)
-                filled = 0
-            rows += file.metadata.row_group(group).num_rows
-            filled += file.metadata.row_group(group).total_byte_size
-    return cuts
-
-
 # ---- reading ----
 
 
-def read_shard(
+def read_range(
     path: Path,
-    shard: Shard,
+    file_range: FileRange,
     keys: Sequence[str],
     text_documents: str = "file",
     resume: Position | None = None,
     lenient: bool = False,
 ) -> Iterator[Block]:
-    """The shard's documents in blocks, in order; at least one block, the last one of a file says so.
+    """The range's documents in blocks, in order; at least one block. The last block of a file has ``Block.last`` set.
 
     Args:
         keys: the columns to read from a parquet file.
-        resume: go on from this place of the shard, which a former run reached. What lies before is read again, for
+        resume: go on from this place of the range, which a former run reached. What lies before is read again, for
             the hashes and because compressed data has no other way; the first block is empty, ends there and carries
             the hash of what was read again.
-        lenient: a line beyond the limit, and a parquet file that cannot be opened, are passed over (``Block.trouble``
-            tells); else they end the reading.
+        lenient: a line beyond the limit, and a parquet file that cannot be opened, are passed over and noted in
+            ``Block.trouble``; else they end the reading.
 
     Raises:
         DataError: E301, E347 for a parquet file that cannot be opened or lacks a column.
@@ -208,9 +146,9 @@ def read_shard(
     """
     kind = kind_of(path, text_documents)
     if kind == "parquet":
-        yield from _read_parquet(path, shard, keys, resume, lenient)
+        yield from parquet.read_parquet(path, file_range, keys, resume, lenient)
         return
-    cutter = _Cutter(path, shard, kind, lenient)
+    cutter = _Cutter(path, file_range, kind, lenient)
     with cutter.stream:
         if resume is not None:
             yield cutter.skip_to(resume)
@@ -221,27 +159,27 @@ def read_shard(
 class _Cutter:
     """Cuts a stream of bytes into blocks behind a separator."""
 
-    def __init__(self, path: Path, shard: Shard, kind: str, lenient: bool) -> None:
-        self.path, self.shard, self.kind, self.lenient = path, shard, kind, lenient
+    def __init__(self, path: Path, file_range: FileRange, kind: str, lenient: bool) -> None:
+        self.path, self.file_range, self.kind, self.lenient = path, file_range, kind, lenient
         self.stream = open_stream(path)
         self.finished = False
-        self._place = shard.start
+        self._place = file_range.start
         self._content = xxhash.xxh3_128()
-        self._whole = shard.start.offset == 0 and shard.end is None
+        self._whole = file_range.start.offset == 0 and file_range.end is None
         self._rest = b""  # read, and not in a block yet
-        self._read = shard.start.offset  # uncompressed bytes read
-        self._raw_told = 0
+        self._read = file_range.start.offset  # uncompressed bytes read
+        self._raw_counted = 0
         self._trouble: tuple[DataError, Position] | None = None
-        if shard.start.offset:
+        if file_range.start.offset:
             assert not is_compressed(path), f"{path}: only plain files are cut"
-            self.stream.seek_unhashed(shard.start.offset)
+            self.stream.seek_unhashed(file_range.start.offset)
 
     def skip_to(self, place: Position) -> Block:
         """Read what lies before a place; an empty block."""
-        buffer = memoryview(bytearray(BLOCK_BYTES))
+        buffer = memoryview(bytearray(file_blocks.BLOCK_BYTES))
         while self._read < place.offset:
             try:
-                count = self._fill(buffer[: min(BLOCK_BYTES, place.offset - self._read)])
+                count = self._fill(buffer[: min(file_blocks.BLOCK_BYTES, place.offset - self._read)])
             except StreamDamage:
                 break  # the hash will not be the one that is expected
             if count == 0:
@@ -255,7 +193,7 @@ class _Cutter:
         buffer = bytearray(self._rest)
         self._rest = b""
         while True:
-            searched = len(buffer) if len(buffer) >= BLOCK_BYTES else 0  # no separator up to here
+            searched = len(buffer) if len(buffer) >= file_blocks.BLOCK_BYTES else 0  # no separator up to here
             at_end = self._extend(buffer)
             if self._trouble is not None:
                 self.finished = True
@@ -265,7 +203,7 @@ class _Cutter:
                 cut = self._first_separator(buffer, searched) or (len(buffer) if at_end else 0)
             else:
                 cut = len(buffer) if at_end else self._last_separator(buffer)
-            if (cut or len(buffer)) > max(jsonl.MAX_LINE_BYTES, BLOCK_BYTES):
+            if (cut or len(buffer)) > max(jsonl.MAX_LINE_BYTES, file_blocks.BLOCK_BYTES):
                 return self._pass_over(buffer, at_end)
             if cut or at_end:
                 cut = self._few_lines(buffer, cut)
@@ -285,7 +223,8 @@ class _Cutter:
         The buffer grows in place, its content is never copied.
         """
         filled = len(buffer)
-        buffer.extend(bytes(BLOCK_BYTES - filled if filled < BLOCK_BYTES else BLOCK_BYTES))
+        size = file_blocks.BLOCK_BYTES
+        buffer.extend(bytes(size - filled if filled < size else size))
         at_end = False
         damage: StreamDamage | None = None
         with memoryview(buffer) as view:
@@ -311,8 +250,8 @@ class _Cutter:
         self._trouble = jsonl.damaged(self.path, place.line, place.offset, damage), place
 
     def _fill(self, view: memoryview) -> int:
-        if self.shard.end is not None:
-            view = view[: max(self.shard.end - self._read, 0)]
+        if self.file_range.end is not None:
+            view = view[: max(self.file_range.end - self._read, 0)]
         count = self.stream.readinto(view) if len(view) else 0
         self._read += count
         return count
@@ -343,12 +282,12 @@ class _Cutter:
         start = self._place
         lines = data.count(b"\n") + (1 if data and data[-1] != 0x0A else 0)  # the file's last line may lack its ending
         self._place = Position(start.offset + len(data), start.line + lines)
-        last = self.finished and self.shard.end is None
+        last = self.finished and self.file_range.end is None
         if last and self._place.offset == 0 and self._trouble is None:
             self._trouble = DataError(2, str(self.path), "holds no document", _no_document(self.kind)), START
-        raw, self._raw_told = self.stream.raw_bytes - self._raw_told, self.stream.raw_bytes
+        raw, self._raw_counted = self.stream.raw_bytes - self._raw_counted, self.stream.raw_bytes
         block = Block(
-            self.shard.source,
+            self.file_range.source,
             self.kind,
             start,
             self._place,
@@ -390,105 +329,3 @@ _GAPS = (b"\n\n", b"\n\r\n")
 
 def _no_document(kind: str) -> str:
     return "give a file with one JSON object a line" if kind == "jsonl" else "give a file with text"
-
-
-# ---- parquet ----
-
-
-def _open_parquet(path: Path) -> Any:
-    check_file(path)
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigError(76, str(path), "needs the library pyarrow, which this Python lacks",
-                          "run: pip install 'megatron_hammer[parquet]'") from None  # fmt: skip
-    try:
-        return pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK_BYTES, pre_buffer=False)
-    except _parquet_errors() as error:
-        raise _damaged_parquet(path, 1, error) from None
-
-
-def _parquet_errors() -> tuple[type[Exception], ...]:
-    import pyarrow
-
-    return (pyarrow.ArrowException, OSError)
-
-
-def _damaged_parquet(path: Path, row: int, error: Exception) -> DataError:
-    return DataError(47, f"{path}:{row}", f"could not be read as parquet ({error})", "fetch or write it again")
-
-
-def _read_parquet(
-    path: Path, shard: Shard, keys: Sequence[str], resume: Position | None, lenient: bool
-) -> Iterator[Block]:
-    """Row groups one after the other, each in batches: memory holds a batch, and what the library buffers."""
-    size = path.stat().st_size
-    place = shard.start if resume is None else resume
-    trouble: tuple[DataError, Position] | None = None
-    try:
-        opened = _open_parquet(path)
-    except DataError as error:
-        if not lenient or error.number != 47:
-            raise
-        yield Block(shard.source, "parquet", place, place, None, 0, size, None, True, _hash_file(path), (error, START))
-        return
-    with opened as file:
-        rows = file.metadata.num_rows
-        told = size * place.offset // max(rows, 1)
-        _check_columns(path, file.schema_arrow, keys)
-        if resume is not None:
-            yield Block(shard.source, "parquet", resume, resume, None, 0, 0, None)
-        try:
-            for first, batch in _batches(file, keys, place.offset, rows if shard.end is None else shard.end):
-                start, place = place, Position(first + batch.num_rows, first + batch.num_rows + 1)
-                raw, told = size * place.offset // rows - told, size * place.offset // rows
-                yield Block(shard.source, "parquet", start, place, batch, batch.nbytes, raw, None)
-        except _parquet_errors() as error:
-            trouble = _damaged_parquet(path, place.line, error), place
-    last = shard.end is None
-    if last and rows == 0:
-        trouble = DataError(2, str(path), "holds no document", "give a file with rows"), START
-    file_hash = _hash_file(path) if last and shard.start.offset == 0 else None
-    left = size - told if last else 0
-    yield Block(shard.source, "parquet", place, place, None, 0, left, None, last, file_hash, trouble)
-
-
-def _hash_file(path: Path) -> str:
-    with open_stream(path) as stream:
-        return stream.hash_of_all()
-
-
-def _batches(file: Any, keys: Sequence[str], start: int, end: int) -> Iterator[tuple[int, Any]]:
-    """(first row, batch) of the rows [start, end); ``end`` is that of a row group."""
-    behind = 0
-    for group in range(file.metadata.num_row_groups):
-        facts = file.metadata.row_group(group)
-        row, behind = behind, behind + facts.num_rows
-        if behind <= start or row >= end:
-            continue
-        average = facts.total_byte_size // max(facts.num_rows, 1) + 1
-        rows = max(1, min(_PARQUET_ROWS, BLOCK_BYTES // average))
-        for batch in file.iter_batches(rows, [group], list(keys), use_threads=False):
-            if row + batch.num_rows > start:
-                skipped = max(start - row, 0)
-                step = 1 if batch.nbytes >= long.LONG_BYTES else batch.num_rows  # a long document by itself
-                for first in range(skipped, batch.num_rows, step):
-                    yield row + first, batch.slice(first, step)
-            row += batch.num_rows
-
-
-def _check_columns(path: Path, schema: Any, keys: Sequence[str]) -> None:
-    import pyarrow.types as types
-
-    for key in keys:
-        index = schema.get_field_index(key)
-        if index < 0:
-            names = ", ".join(sorted(schema.names)[:8]) or "none"
-            raise DataError(7, str(path), f"has no column {key!r} (its columns: {names})",
-                            "name the column that holds the text")  # fmt: skip
-        kind = schema.field(index).type
-        if types.is_dictionary(kind):
-            kind = kind.value_type
-        if not (types.is_string(kind) or types.is_large_string(kind)):
-            raise DataError(7, str(path), f"has {kind} in the column {key!r}", "the text must be a string")

@@ -1,4 +1,4 @@
-"""The bytes of an input file, decompressed on the way: one stream for plain, gzip (``.gz``) and Zstandard (``.zst``).
+"""Input files as streams of uncompressed bytes: plain, gzip (``.gz``) and Zstandard (``.zst``) files are read alike.
 
     file --raw bytes--> [XXH3-128, count] --> [decompress] --> readinto
 

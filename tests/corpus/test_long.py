@@ -94,8 +94,8 @@ def test_memory_holds_the_bytes_once(tmp_path: Path) -> None:
     path.write_bytes(b'{"text": "\xf0\x9f\x98\x80' + b"x\\ny " * (size // 5) + b'"}\n')
     tracemalloc.start()
     characters = 0
-    for shard in readers.plan_shards([path]):
-        for block in readers.read_shard(path, shard, ["text"]):
+    for whole_file in readers.plan_ranges([path]):
+        for block in readers.read_range(path, whole_file, ["text"]):
             parsed = parse.parse_block(block, path, ["text"], True, in_pieces=True)
             for text in parsed.long or []:
                 assert isinstance(text, LongText)

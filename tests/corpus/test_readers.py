@@ -1,4 +1,4 @@
-"""Inputs of preprocessing: every cut into blocks and shards gives the same texts, from every kind of file."""
+"""Inputs of preprocessing: every cut into blocks and ranges gives the same texts, from every kind of file."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.corpus import jsonl, long, parse, readers, stream
+from megatron_hammer.corpus import file_blocks, jsonl, long, parse, readers, stream
+from megatron_hammer.corpus.file_blocks import Block, Position
 from megatron_hammer.corpus.parse import Rejected
-from megatron_hammer.corpus.readers import Block, Position
 
 GOOD = [json.dumps({"text": f"document {k} " + "字" * (k % 7)}, ensure_ascii=False).encode() for k in range(40)]
 
 
 def blocks_of(
-    path: Path, text_documents: str = "file", shard_bytes: int | None = None, lenient: bool = False,
+    path: Path, text_documents: str = "file", range_bytes: int | None = None, lenient: bool = False,
     keys: Sequence[str] = ("text",),
 ) -> list[Block]:  # fmt: skip
-    shards = list(readers.plan_shards([path], text_documents, shard_bytes))
-    return [b for s in shards for b in readers.read_shard(path, s, keys, text_documents, lenient=lenient)]
+    ranges = list(readers.plan_ranges([path], text_documents, range_bytes))
+    return [b for s in ranges for b in readers.read_range(path, s, keys, text_documents, lenient=lenient)]
 
 
 def texts_of(path: Path, blocks: list[Block]) -> list[str]:
@@ -64,7 +64,7 @@ def test_any_cut_gives_the_same_documents(
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(compress(content, suffix, rng))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "BLOCK_BYTES", block_bytes)
+        patch.setattr(file_blocks, "BLOCK_BYTES", block_bytes)
         whole = blocks_of(path)
         assert texts_of(path, whole) == expected
         assert [b.last for b in whole] == [False] * (len(whole) - 1) + [True]
@@ -78,10 +78,10 @@ def test_any_cut_gives_the_same_documents(
             assert place.line == 1 + content.count(b"\n", 0, place.offset) + (
                 place.offset == len(content) and not ending
             )
-        assert texts_of(path, blocks_of(path, shard_bytes=rng.randint(1, 400))) == expected
-        shard = next(readers.plan_shards([path]))
+        assert texts_of(path, blocks_of(path, range_bytes=rng.randint(1, 400))) == expected
+        whole_file = next(readers.plan_ranges([path]))
         stop = rng.choice(whole)  # a run that comes back goes on anywhere
-        again = list(readers.read_shard(path, shard, ["text"], resume=stop.end))
+        again = list(readers.read_range(path, whole_file, ["text"], resume=stop.end))
         assert again[0].content_hash == stop.content_hash and again[0].text_bytes == 0
         done = texts_of(path, whole[: whole.index(stop) + 1])
         assert done + texts_of(path, again) == expected
@@ -95,11 +95,11 @@ def test_a_long_line_stands_alone_and_is_held_once(tmp_path: Path) -> None:
     long = b'{"text": "' + b"x" * 30_000_000 + b'"}'
     path.write_bytes(b"\n".join([*GOOD, long, *GOOD]) + b"\n")
     tracemalloc.start()
-    sizes = [b.text_bytes for s in readers.plan_shards([path]) for b in readers.read_shard(path, s, ["text"])]
+    sizes = [b.text_bytes for s in readers.plan_ranges([path]) for b in readers.read_range(path, s, ["text"])]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(long) + 1 in sizes and sum(sizes) == path.stat().st_size
-    assert peak < 1.2 * len(long) + 4 * readers.BLOCK_BYTES, peak
+    assert peak < 1.2 * len(long) + 4 * file_blocks.BLOCK_BYTES, peak
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -144,7 +144,7 @@ def test_cut_compressed_file(tmp_path: Path, name: str, cut: int) -> None:
 
 
 def test_lines_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(file_blocks, "BLOCK_BYTES", 64)
     monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 200)
     path = tmp_path / "a.jsonl"
     for position in (0, 7, 40):
@@ -169,7 +169,7 @@ def test_bad_lines_are_noted_with_their_place(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n")
     for block_bytes in (1, 100, 1 << 20):
-        monkeypatch.setattr(readers, "BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(file_blocks, "BLOCK_BYTES", block_bytes)
         found = rejected_of(path, blocks_of(path))
         offsets = [sum(len(line) + 1 for line in lines[:place]) for place in bad]
         assert [(r.place.line - 1, r.place.offset, r.code, r.raw) for r in found] == [
@@ -208,10 +208,10 @@ def test_documents_of_plain_text(
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(compress(TEXT, suffix, random.Random(1)))
     for block_bytes in (1, 2, 5, 13, 1 << 20):
-        monkeypatch.setattr(readers, "BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(file_blocks, "BLOCK_BYTES", block_bytes)
         assert texts_of(path, blocks_of(path, mode)) == expected, block_bytes
         if mode == "line":
-            assert texts_of(path, blocks_of(path, mode, shard_bytes=9)) == expected
+            assert texts_of(path, blocks_of(path, mode, range_bytes=9)) == expected
 
 
 def test_bad_text_is_named(tmp_path: Path) -> None:
@@ -245,15 +245,15 @@ def test_parquet_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = ["字" * k + "x" for k in range(57)]
     path = write_parquet(tmp_path / "a.parquet", list(expected))
     for block_bytes in (1, 300, 1 << 20):
-        monkeypatch.setattr(readers, "BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(file_blocks, "BLOCK_BYTES", block_bytes)
         whole = blocks_of(path)
         assert texts_of(path, whole) == expected
         assert whole[-1].last and whole[-1].file_hash == xxhash.xxh3_128_hexdigest(path.read_bytes())
         assert sum(b.raw_bytes for b in whole) == path.stat().st_size
-        shards = list(readers.plan_shards([path], shard_bytes=900))
-        assert len(shards) > 2 and texts_of(path, blocks_of(path, shard_bytes=900)) == expected
+        ranges = list(readers.plan_ranges([path], range_bytes=900))
+        assert len(ranges) > 2 and texts_of(path, blocks_of(path, range_bytes=900)) == expected
         for stop in whole[:-1]:
-            again = list(readers.read_shard(path, next(readers.plan_shards([path])), ["text"], resume=stop.end))
+            again = list(readers.read_range(path, next(readers.plan_ranges([path])), ["text"], resume=stop.end))
             assert texts_of(path, again) == expected[stop.end.offset :]
 
 

@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from megatron_hammer.corpus import readers
+from megatron_hammer.corpus import file_blocks
+from megatron_hammer.corpus.file_blocks import Block
 from megatron_hammer.corpus.long import LongText
 from megatron_hammer.corpus.parse import Rejected, parse_block
-from megatron_hammer.corpus.readers import Block
 from megatron_hammer.dataset.make.job import Job
 
 T = TypeVar("T")
@@ -87,10 +87,10 @@ def encode_blocks(
     calls, threads = (workers, 1) if job.tokenizer.encoder.startswith("C++") else (1, workers)
 
     def work(block: Block) -> EncodedBlock:
-        alone = block.text_bytes > 2 * readers.BLOCK_BYTES
+        alone = block.text_bytes > 2 * file_blocks.BLOCK_BYTES
         return encode_block(job, block, workers if alone else threads)
 
-    room = (calls * (1 + _ROOM_BLOCKS)) * readers.BLOCK_BYTES
+    room = (calls * (1 + _ROOM_BLOCKS)) * file_blocks.BLOCK_BYTES
     return in_order(blocks, work, calls, lambda block: block.text_bytes, room, stop)
 
 

@@ -22,7 +22,8 @@ from contextlib import closing
 from pathlib import Path
 
 from megatron_hammer.base.progress import Progress
-from megatron_hammer.corpus.readers import Block, Position, Shard, read_shard
+from megatron_hammer.corpus.file_blocks import Block, FileRange, Position
+from megatron_hammer.corpus.readers import read_range
 from megatron_hammer.corpus.stream import check_unchanged
 from megatron_hammer.dataset.make.encoding import encode_blocks
 from megatron_hammer.dataset.make.job import SHARD_BYTES, Job, Stopped
@@ -82,7 +83,7 @@ def _remaining_blocks(job: Job, output: Output) -> Iterator[Block]:
     first, place, expected = journal.source, Position(journal.offset, journal.line), journal.content_hash
     for source, path in enumerate(job.files[first:], first):
         resume = place if source == first and place.offset else None
-        blocks = read_shard(path, Shard(source), job.keys, job.text_documents, resume, job.on_error != "stop")
+        blocks = read_range(path, FileRange(source), job.keys, job.text_documents, resume, job.on_error != "stop")
         for number, block in enumerate(blocks):
             if resume is not None and number == 0 and block.content_hash != expected:
                 raise input_changed(output.journal_path, path)

@@ -1,11 +1,11 @@
-"""Parts of a dataset: each is what one task of a cluster makes from one shard of the text; the driver joins them.
+"""Parts of a dataset: each is what one task of a cluster makes from one range of a file; the driver joins them.
 
 ::
 
     P_KEY_document.parts/                       in a file system that all nodes see
       NAME/  0.{bin,idx,meta.json}  1....       a dataset for each JSON key
              rejected.jsonl                     on demand
-      hash-NAME                                 XXH3-128 of a file that is cut into several shards
+      hash-NAME                                 XXH3-128 of a file that is cut into several ranges
       attempt-...                               being made
 
 NAME is a hash of all that decides the bytes: the file with its size and time of change, the place in it, the options,
@@ -40,7 +40,7 @@ from megatron_hammer.base.errors import DataError, HammerError, from_exception, 
 from megatron_hammer.base.files import publish, write_durably
 from megatron_hammer.base.progress import say
 from megatron_hammer.corpus import readers
-from megatron_hammer.corpus.readers import Position, Shard
+from megatron_hammer.corpus.file_blocks import FileRange, Position
 from megatron_hammer.corpus.stream import check_file, check_unchanged, file_changed, file_identity, open_stream
 from megatron_hammer.dataset.make.encoding import encode_blocks
 from megatron_hammer.dataset.make.job import Job, OnError, Stopped
@@ -54,7 +54,7 @@ from megatron_hammer.tokenizer.load import load_tokenizer
 
 REJECTED = "rejected.jsonl"
 UNKNOWN_LINE = 2
-"""Where a shard inside a file begins to count: not at 1, since in a first line marks of an encoding are looked for."""
+"""Where a range inside a file begins to count: not at 1, since in a first line marks of an encoding are looked for."""
 
 _VISIBLE_SECONDS = 60.0  # so late a network file system may show a new folder to another node
 _AT_A_NODE = {"E276", "E301", "E309", "E310", "E311"}  # may be the mistake of one node: the message says which
@@ -62,7 +62,7 @@ _AT_A_NODE = {"E276", "E301", "E309", "E310", "E311"}  # may be the mistake of o
 
 @dataclass(frozen=True)
 class HashTask:
-    """XXH3-128 of a file that is cut into shards: it cannot be joined from hashes of them."""
+    """XXH3-128 of a file that is cut into ranges: it cannot be joined from hashes of them."""
 
     path: Path
     """Absolute: a task has another working folder."""
@@ -78,13 +78,13 @@ class HashTask:
 
 @dataclass(frozen=True)
 class PartTask:
-    """One shard, and what to do with it."""
+    """One range of a file, and what to do with it."""
 
     path: Path
     folder: Path
     identity: dict[str, Any]
     """All that decides the part's bytes."""
-    shard: Shard
+    file_range: FileRange
     """Of the file by itself: its ``source`` is 0."""
     keys: tuple[str, ...]
     tokenizer_path: Path
@@ -102,8 +102,8 @@ class PartTask:
 
     @property
     def counts_lines(self) -> bool:
-        """Whether line numbers are those of the shard, from ``UNKNOWN_LINE``."""
-        return self.shard.start.line == UNKNOWN_LINE and self.path.suffix != ".parquet"
+        """Whether line numbers are those of the range, from ``UNKNOWN_LINE``."""
+        return self.file_range.start.line == UNKNOWN_LINE and self.path.suffix != ".parquet"
 
 
 def _digest(identity: dict[str, Any]) -> str:
@@ -115,16 +115,16 @@ def plan_tasks(job: Job, folder: Path, shard_bytes: int, threads: int) -> list[l
     plan = []
     for path in job.files:
         identity = file_identity(path.absolute())
-        shards = _shards_of(path, job.text_documents, shard_bytes)
+        ranges = _ranges_of(path, job.text_documents, shard_bytes)
         tasks: list[PartTask | HashTask] = []
-        if len(shards) > 1:
+        if len(ranges) > 1:
             tasks.append(HashTask(path.absolute(), folder, identity))
-        for shard in shards:
+        for file_range in ranges:
             facts = {
                 "version": __version__,
                 "file": identity,
-                "start": shard.start.offset,
-                "end": shard.end,
+                "start": file_range.start.offset,
+                "end": file_range.end,
                 "json_keys": list(job.keys),
                 "append_eod": job.append_eod,
                 "prepend_bos": job.prepend_bos,
@@ -136,7 +136,7 @@ def plan_tasks(job: Job, folder: Path, shard_bytes: int, threads: int) -> list[l
                     path.absolute(),
                     folder,
                     facts,
-                    shard,
+                    file_range,
                     job.keys,
                     job.tokenizer.path.absolute(),
                     job.tokenizer.fingerprint,
@@ -151,16 +151,16 @@ def plan_tasks(job: Job, folder: Path, shard_bytes: int, threads: int) -> list[l
     return plan
 
 
-def _shards_of(path: Path, text_documents: str, shard_bytes: int) -> list[Shard]:
-    """The shards of one file, as of the only input."""
+def _ranges_of(path: Path, text_documents: str, shard_bytes: int) -> list[FileRange]:
+    """The ranges of one file, as of the only input."""
     try:
-        shards = list(readers.plan_shards([path], text_documents, shard_bytes))
+        ranges = list(readers.plan_ranges([path], text_documents, shard_bytes))
     except HammerError:  # a parquet file that cannot be opened: its task says so, in the order of the documents
-        return [Shard(0)]
+        return [FileRange(0)]
     if path.suffix == ".parquet":
-        return shards
-    unknown = [replace(shard, start=Position(shard.start.offset, UNKNOWN_LINE)) for shard in shards[1:]]
-    return [shards[0], *unknown]
+        return ranges
+    unknown = [replace(r, start=Position(r.start.offset, UNKNOWN_LINE)) for r in ranges[1:]]
+    return [ranges[0], *unknown]
 
 
 # ---- a task, in a worker process of some node ----
@@ -224,7 +224,7 @@ def _new_attempt(folder: Path) -> Path:
 
 
 def _make_part(task: PartTask) -> dict[str, Any]:
-    """Read, parse, encode and write a shard, and give it its name."""
+    """Read, parse, encode and write a range of a file, and give it its name."""
     identity = _identity_here(task)
     tokenizer = _tokenizer(task.tokenizer_path, task.fingerprint)
     kinds = (readers.kind_of(task.path, task.text_documents),)
@@ -249,9 +249,9 @@ def _make_part(task: PartTask) -> dict[str, Any]:
 
 def _write_part(job: Job, task: PartTask, folder: Path) -> dict[str, Any]:
     """A dataset for each key, and on demand the rejected documents; the facts that the headers hold."""
-    tally, damaged, text_bytes, raw_bytes, end = Tally(), False, 0, 0, task.shard.start
+    tally, damaged, text_bytes, raw_bytes, end = Tally(), False, 0, 0, task.file_range.start
     lenient = job.on_error != "stop"
-    blocks = readers.read_shard(task.path, task.shard, job.keys, job.text_documents, None, lenient)
+    blocks = readers.read_range(task.path, task.file_range, job.keys, job.text_documents, None, lenient)
     with ExitStack() as stack:
         writers = {}
         for k, key in enumerate(job.keys):
@@ -274,7 +274,7 @@ def _write_part(job: Job, task: PartTask, folder: Path) -> dict[str, Any]:
             "on_error": job.on_error,
             "tally": asdict(tally),
             "damaged": damaged,
-            "lines": end.line - task.shard.start.line,
+            "lines": end.line - task.file_range.start.line,
             "text_bytes": text_bytes,
             "raw_bytes": raw_bytes,
         }

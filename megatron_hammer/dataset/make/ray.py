@@ -2,7 +2,7 @@
 
 ::
 
-    files -> shards (plan_shards) -> Ray tasks: read, parse, encode -> a part a shard (parts.py)
+    files -> ranges (plan_ranges) -> Ray tasks: read, parse, encode -> a part a range (parts.py)
                                                                             |
     P_KEY_document.{bin,idx,meta.json} <-- the driver appends the parts, in the order of the documents
 
@@ -12,7 +12,7 @@ another kind. Inputs, tokenizer and output lie in a file system that all nodes s
 one version. The files are those of a local run, byte for byte:
 
 - A run after a kill makes only the parts that are missing.
-- A shard inside a file does not know its line number. The driver, which knows the lines of the shards before it, puts
+- A range inside a file does not know its line number. The driver, which knows the lines of the ranges before it, puts
   the true number into its messages and rejected documents; nothing is read for that.
 - A file that is cut is read once more by a task that hashes it: XXH3 cannot be joined from hashes of pieces.
 - Of several errors the first in the order of the documents is raised.
@@ -228,7 +228,7 @@ class _Flight:
     def _fill(self) -> None:
         """Send tasks while there is room. After an error no more are: all that come before it are on their way.
 
-        It need not end the work: behind the damage of a file what its shards hold does not count.
+        It need not end the work: behind the damage of a file what its ranges hold does not count.
         """
         while len(self._running) < (min(self._most_running(), 1) if self._failed else self._most_running()):
             task = next(self._todo, None)

@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from megatron_hammer.base.errors import DataError
-from megatron_hammer.corpus import jsonl, parse, readers
+from megatron_hammer.corpus import file_blocks, jsonl, parse
 from megatron_hammer.dataset.make.output import BuildSummary
 from tests.dataset.built import build_datasets
 
@@ -127,7 +127,7 @@ def test_the_good_lines_alone_decide_the_bytes(
     expected = {cause: causes.count(cause) for cause in causes}
     quarantines, headers = set(), set()
     for workers, block_bytes in ((1, 1 << 20), (2, 5000), (4, 300), (16, 2000)):
-        monkeypatch.setattr(readers, "BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(file_blocks, "BLOCK_BYTES", block_bytes)
         summary = build_one([mixed], tokenizer, tmp_path / "p", "quarantine", workers)
         assert content(tmp_path / "p") == content(tmp_path / "clean"), (workers, block_bytes)
         assert summary.rejected == expected and summary.documents == 121

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.corpus import long, readers
+from megatron_hammer.corpus import file_blocks, long
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
 from tests.dataset.built import build_datasets
@@ -116,7 +116,7 @@ def test_same_bytes_for_any_number_of_workers_and_any_batches(tmp_path, tokenize
     sources = [write_jsonl(tmp_path / f"{k}.jsonl", records[k::3]) for k in range(3)]
     seen = set()
     for workers, batch in ((1, 1 << 22), (2, 1 << 22), (4, 1 << 22), (2, 3000), (1, 1)):
-        monkeypatch.setattr(readers, "BLOCK_BYTES", batch)
+        monkeypatch.setattr(file_blocks, "BLOCK_BYTES", batch)
         prefix = tmp_path / f"out{workers}-{batch}"
         build_datasets(sources, ["text"], tokenizer, prefix, True, True, workers)
         seen.add(tuple(Path(f"{prefix}_text_document{s}").read_bytes() for s in (".bin", ".idx", ".meta.json")))
@@ -161,7 +161,7 @@ def test_long_documents_are_written_in_pieces(tmp_path, tokenizer, dummy_prefix,
         ]
 
     whole = made("whole")
-    monkeypatch.setattr(readers, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(file_blocks, "BLOCK_BYTES", 500)
     monkeypatch.setattr(long, "LONG_BYTES", 1000)
     monkeypatch.setattr(long, "_LONG_STRING", 700)
     monkeypatch.setattr(long, "_PIECE_BYTES", 333)

@@ -191,12 +191,12 @@ def test_the_first_error_has_its_true_line_and_spoils_nothing(
 
 
 @pytest.mark.parametrize("raw", [b"\xef\xbb\xbf{}", b"\x1f\x8bno gzip"])
-def test_a_shard_does_not_begin_as_a_file_does(tmp_path: Path, tokenizer: Path, ray: FakeRay, raw: bytes) -> None:
+def test_a_range_does_not_begin_as_a_file_does(tmp_path: Path, tokenizer: Path, ray: FakeRay, raw: bytes) -> None:
     """Its first line is not searched for the marks of an encoding or of compression."""
     (tmp_path / "a.jsonl").write_bytes(lines(300, 1, bad=0))
     content = (tmp_path / "a.jsonl").read_bytes()
-    for shard in list(readers.plan_shards([tmp_path / "a.jsonl"], "file", SHARD_BYTES))[1:]:
-        start, end = shard.start.offset, content.index(b"\n", shard.start.offset)
+    for part in list(readers.plan_ranges([tmp_path / "a.jsonl"], "file", SHARD_BYTES))[1:]:
+        start, end = part.start.offset, content.index(b"\n", part.start.offset)
         content = content[:start] + raw.ljust(end - start) + content[end:]
     (tmp_path / "a.jsonl").write_bytes(content)
     local(["a.jsonl"], tokenizer, tmp_path / "whole", on_error="quarantine")
@@ -237,7 +237,7 @@ def test_parts_of_rejected_documents_serve_only_runs_that_want_them(
         before = len(ray.made)
 
         def fail(task: object, calls: int) -> None:
-            if isinstance(task, parts.PartTask) and task.shard.end is None:
+            if isinstance(task, parts.PartTask) and task.file_range.end is None:
                 raise RayError("worker died")
 
         ray.fail = fail

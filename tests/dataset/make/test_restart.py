@@ -19,7 +19,7 @@ import pytest
 import zstandard
 
 from megatron_hammer.base.errors import DataError, HammerError, RefusedError
-from megatron_hammer.corpus import readers
+from megatron_hammer.corpus import file_blocks
 from megatron_hammer.dataset.make.encoding import EncodedBlock
 from megatron_hammer.dataset.make.job import Stopped
 from megatron_hammer.dataset.make.output import BuildSummary, Output
@@ -38,7 +38,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     import pyarrow
     import pyarrow.parquet
 
-    monkeypatch.setattr(readers, "BLOCK_BYTES", 700)
+    monkeypatch.setattr(file_blocks, "BLOCK_BYTES", 700)
     rng = random.Random(0)
     words = ["model ", "world", "世界", "你好", "x", " ", "\n", "text"]
 
