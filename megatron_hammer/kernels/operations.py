@@ -7,13 +7,14 @@ for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_hammer.kernels import attention, norm, rope, swiglu
 from megatron_hammer.kernels.attention import AttentionFunction
 from megatron_hammer.kernels.linear import Products
 from megatron_hammer.kernels.linear_cross_entropy import LossKernels
 from megatron_hammer.kernels.norm import AddRMSNormFunction
+from megatron_hammer.kernels.ranges import ATTENTION, NORM, ROPE, SWIGLU, Range, within
 from megatron_hammer.kernels.rope import RopeFunction
 from megatron_hammer.kernels.swiglu import SwiGLUFunction
 
@@ -31,3 +32,13 @@ class Operations:
     """Matrix products of the decoder layers."""
     head_products: Products = field(default_factory=Products)
     """Matrix products of the output head."""
+
+    def within(self, range_of: Range) -> Operations:
+        """The same operations, each in its range; the products are in the ranges of their layers."""
+        return replace(
+            self,
+            add_rms_norm=within(range_of, NORM, self.add_rms_norm),
+            rope=within(range_of, ROPE, self.rope),
+            swiglu=within(range_of, SWIGLU, self.swiglu),
+            attention=within(range_of, ATTENTION, self.attention),
+        )

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from megatron_hammer.kernels.linear import Gradient, GradientStore, Products, accumulate, accumulate_in_graph
 from megatron_hammer.kernels.operations import Operations
+from megatron_hammer.kernels.ranges import LINEAR, Range, no_range
 from megatron_hammer.parallel.collectives import (
     Done,
     all_gather_rows,
@@ -53,6 +54,8 @@ class LayerOptions:
     """Who owns the weights and sums their gradients; None: each layer owns its own, and autograd leaves the gradients
     in ``weight.grad``, as in certificates and tests.
     """
+    range_of: Range = no_range
+    """Entered around what a layer does, for a profiler."""
 
     def weight(self, *shape: int) -> tuple[nn.Parameter, Gradient | None]:
         """A zero weight of this local shape, filled by initialisation or a checkpoint, and where its gradient goes."""
@@ -193,7 +196,8 @@ class ColumnParallelLinear(nn.Module):
         self.weight, self.gradient = options.weight(out_local, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return column_parallel(x, self.weight, self.options, self.gradient)
+        with self.options.range_of(LINEAR):
+            return column_parallel(x, self.weight, self.options, self.gradient)
 
 
 class QKVLinear(ColumnParallelLinear):
@@ -222,7 +226,8 @@ class RowParallelLinear(nn.Module):
         self.weight, self.gradient = options.weight(out_features, in_local)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _sum_parts(linear(x, self.weight, self.options, self.gradient), self.options)
+        with self.options.range_of(LINEAR):
+            return _sum_parts(linear(x, self.weight, self.options, self.gradient), self.options)
 
 
 def _sum_parts(partial: Tensor, options: LayerOptions) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from megatron_hammer.kernels.libraries.te import add_rms_norm, fp8_region
 from megatron_hammer.kernels.operations import Operations
+from megatron_hammer.kernels.ranges import LINEAR
 from megatron_hammer.model.layers import LayerOptions, RMSNorm, VocabParallelEmbedding, column_parallel, ready_after
 
 __all__ = [
@@ -67,6 +68,7 @@ class _Linear(nn.Module):
             device=options.device,
         )
         self.hidden = (linear,)
+        self.range_of = options.range_of
         self.weight, self.gradient = options.weight(*linear.weight.shape)
         linear.register_parameter("weight", self.weight)
         if self.gradient is not None:
@@ -80,7 +82,8 @@ class _Linear(nn.Module):
         first = None
         if self.gradient is not None and torch.is_grad_enabled():
             first, x = not bool(self.gradient.begun), ready_after(x, [self.gradient])
-        return self.hidden[0](x, is_first_microbatch=first)  # type: ignore[no-any-return]
+        with self.range_of(LINEAR):
+            return self.hidden[0](x, is_first_microbatch=first)  # type: ignore[no-any-return]
 
 
 class ColumnParallelLinear(_Linear):

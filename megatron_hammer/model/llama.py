@@ -27,6 +27,7 @@ from megatron_hammer.config import KernelsConfig, ModelConfig
 from megatron_hammer.kernels.linear import Gradient, GradientStore
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import GraphPackedSequences, PackedSequences
+from megatron_hammer.kernels.ranges import EMBEDDING, HEAD, NORM, Range, no_range
 from megatron_hammer.model import layers, layers_te
 from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.layer_interface import LayerModule
@@ -100,9 +101,16 @@ class Stage(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, at: Placement, options: LayerOptions, parts: LayerModule, recompute: Recompute
+        self,
+        config: ModelConfig,
+        at: Placement,
+        options: LayerOptions,
+        parts: LayerModule,
+        recompute: Recompute,
+        range_of: Range = no_range,
     ) -> None:
         super().__init__()
+        self.range_of = range_of
         assert config.vocab_size is not None, "model.vocab_size must be resolved before a model is built"
         self.config, self.placement, self.options, self.vocab_size = config, at, options, config.vocab_size
         rows, h = at.vocab_rows_local(config.vocab_size), config.hidden_size
@@ -160,7 +168,8 @@ class Stage(nn.Module):
             tokens = tokens.reshape(1, -1)  # [1, b s]
             rope = (rope[0][documents.positions], rope[1][documents.positions])
         assert (received is None) == self.placement.has_embedding, "the first stage receives nothing, all others do"
-        x, branch, told = self.embedding(tokens.t()) if received is None else received, None, documents  # [s/t, b, h]
+        with self.range_of(EMBEDDING):
+            x, branch, told = self.embedding(tokens.t()) if received is None else received, None, documents
         # Evaluation comes in many shapes: it is never compiled.
         run = self.run_layer if torch.is_grad_enabled() else None
         if run is not None:
@@ -174,7 +183,8 @@ class Stage(nn.Module):
                 x, branch = self.recompute.layer(i, forward, self.layers_region, x, branch, rope, told)
         if not self.placement.has_head:
             return x if branch is None else x + branch
-        normed, _ = self.final_norm(x, branch)
+        with self.range_of(NORM):
+            normed, _ = self.final_norm(x, branch)
         return normed
 
     def forward(
@@ -204,7 +214,8 @@ class Stage(nn.Module):
         if not self.placement.has_head:
             return x
         weight, gradient = self.head_weight, self.head_gradient
-        return head_loss(x, weight, labels, self.vocab_size, self.options, objective, gradient, self.is_tied)
+        with self.range_of(HEAD):
+            return head_loss(x, weight, labels, self.vocab_size, self.options, objective, gradient, self.is_tied)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, documents: PackedSequences | None = None) -> Tensor:
@@ -250,6 +261,7 @@ def build_stage(
     kernels: KernelsConfig | None = None,
     recompute: Recompute | None = None,
     store: GradientStore | None = None,
+    range_of: Range = no_range,
 ) -> Stage:
     """This rank's part of the model, all weights zero until ``initialise`` or a checkpoint fills them.
 
@@ -259,6 +271,7 @@ def build_stage(
     Args:
         placement: what this rank holds; None: its tensor-parallel share of all layers, without sequence parallelism.
         store: who owns the weights and sums their gradients; None: the layers and autograd.
+        range_of: entered around the parts of a forward, for a profiler; not inside of layers that are compiled.
     """
     kernels, recompute = kernels or KernelsConfig(), recompute or Recompute()
     placement = placement or place(config, ctx.tp.rank, ctx.tp.size)
@@ -266,17 +279,20 @@ def build_stage(
     parts: LayerModule = layers
     if kernels.layers == "te":
         parts = layers_te  # an assignment of its own: mypy holds each module to the interface
+    inside = no_range if kernels.compile == "layers" else range_of
+    plain = parts.operations(operations or Operations()).within(inside)  # what is done again is in its range, too
     options = LayerOptions(
         dtype,
         ctx.device,
         ctx.tp,
         placement.sequence_parallel,
-        recompute.operations(parts.operations(operations or Operations())),
+        recompute.operations(plain).within(inside),
         fp8=kernels.fp8,
         world=ctx.world,
         store=store,
+        range_of=inside,
     )
-    model = Stage(config, placement, options, parts, recompute)
+    model = Stage(config, placement, options, parts, recompute, range_of)
     if kernels.compile == "layers":
         model.compile_layers()
     return model

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels.adamw import OptimizerKernels
+from megatron_hammer.kernels.ranges import OPTIMIZER, Range, no_range
 from megatron_hammer.optim.adamw import AdamW
 from megatron_hammer.optim.loss_scaler import LossScaler
 from megatron_hammer.optim.store import FlatStore
@@ -24,6 +25,7 @@ class Optimizer:
     Args:
         loss_scaling: for fp16: multiply the loss by a scale, and adapt that.
         kernels: what the update computes with.
+        range_of: entered around the norm and the update, for a profiler.
     """
 
     def __init__(
@@ -32,7 +34,9 @@ class Optimizer:
         config: OptimizerConfig,
         loss_scaling: bool = False,
         kernels: OptimizerKernels | None = None,
+        range_of: Range = no_range,
     ) -> None:
+        self.range_of = range_of
         device = store.params.device
         self.store, self.adamw = store, AdamW(store, config, kernels)
         self.scaler = LossScaler(config, device, loss_scaling)
@@ -49,18 +53,20 @@ class Optimizer:
 
         Finishes the reduction of the gradients. Communicates over dp, tp and the world.
         """
-        self.store.reduce()
-        norm = self.adamw.grad_norm() / self.loss_scale
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
-        self.applied = norm.isfinite()
-        self.divisor = self.loss_scale / factor
+        with self.range_of(OPTIMIZER):
+            self.store.reduce()
+            norm = self.adamw.grad_norm() / self.loss_scale
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
+            self.applied = norm.isfinite()
+            self.divisor = self.loss_scale / factor
         return norm
 
     @torch.no_grad()
     def step(self, lr: float) -> Tensor:
         """Update the weights everywhere; returns a device bool, equal on all ranks: was it applied?"""
-        self.adamw.step(lr, self.divisor, self.applied)
-        self.scaler.adapt(self.applied)
+        with self.range_of(OPTIMIZER):
+            self.adamw.step(lr, self.divisor, self.applied)
+            self.scaler.adapt(self.applied)
         return self.applied
 
     # ---- state for checkpoints -------------------------------------------------------------------------------------

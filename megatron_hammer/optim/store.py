@@ -33,6 +33,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from megatron_hammer.kernels.ranges import GRADIENT, Range, no_range
 from megatron_hammer.parallel.collectives import all_gather_into, all_reduce, reduce_scatter_into
 from megatron_hammer.parallel.context import Group, ParallelContext
 from megatron_hammer.parallel.sharding import ParameterLike, SliceLike
@@ -89,7 +90,9 @@ class StoredGradient:
 
     def add(self, write: Callable[[Tensor, bool], Result], last: bool = True) -> Result:
         begun, self.written = self.written or not self.store.first, True
-        result, missing = write(self.main_grad, begun), self.bucket.missing
+        with self.store.range_of(GRADIENT):
+            result = write(self.main_grad, begun)
+        missing = self.bucket.missing
         assert self.index in missing, f"{self.store.table[self.index].name} got a gradient after its last one"
         if last:
             missing.remove(self.index)
@@ -138,9 +141,18 @@ class FlatStore:
         table: the parameter table of this rank.
         dtype: of the weights.
         bucket_bytes: size of a bucket's gradients, at least.
+        range_of: entered around each addition to a gradient, for a profiler.
     """
 
-    def __init__(self, table: Sequence[Row], dtype: torch.dtype, ctx: ParallelContext, bucket_bytes: int) -> None:
+    def __init__(
+        self,
+        table: Sequence[Row],
+        dtype: torch.dtype,
+        ctx: ParallelContext,
+        bucket_bytes: int,
+        range_of: Range = no_range,
+    ) -> None:
+        self.range_of = range_of
         self.table, self.ctx = tuple(table), ctx
         self.offsets, self.buckets = lay_out([p.numel for p in self.table], bucket_bytes // 4, ctx.dp.size)
         total = self.buckets[-1].stop

@@ -26,22 +26,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_hammer.config import Config, ModelConfig
+
+# Parts that are ranges of the model and the optimizer, under the same names.
+from megatron_hammer.kernels.ranges import ATTENTION as ATTENTION
+from megatron_hammer.kernels.ranges import EMBEDDING as EMBEDDING
+from megatron_hammer.kernels.ranges import NORM as NORM
+from megatron_hammer.kernels.ranges import OPTIMIZER as OPTIMIZER
+from megatron_hammer.kernels.ranges import ROPE as ROPE
+from megatron_hammer.kernels.ranges import SWIGLU as SWIGLU
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.parallel.placement import padded_vocab_size
 
 LAYER_PRODUCTS = "layer products"
 HEAD_PRODUCTS = "head products"
-ATTENTION = "attention"
-NORM = "norm, residual"
-ROPE = "RoPE"
-SWIGLU = "SwiGLU"
 ELEMENTWISE = "norm, RoPE, SwiGLU"
 """The three above in one, where a compiler has fused whole layers."""
-EMBEDDING = "embedding"
 LOSS = "loss"
 CASTS = "fp8 casts"
 GRADIENTS = "gradient accumulation"
-OPTIMIZER = "optimizer, clipping"
 COMMUNICATION = "communication"
 DATA = "data"
 OTHER = "other operations"

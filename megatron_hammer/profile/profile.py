@@ -3,17 +3,16 @@
 ::
 
     config -> model, optimizer, batches as training has them -> warm-up -> N steps, timed
-           -> N steps under torch.profiler, with ranges -> trace.json.gz -> time by part (profile_trace.py)
+           -> N steps under torch.profiler, with ranges -> trace.json.gz -> time by part (trace.py)
            -> 1 step with memory events -> memory by kind
     rates of the device (measured or given) -> limits of the parts (budget.py)
-                                            => profile.json, profile.png (profile_plot.py), a table
+                                            => profile.json, profile.png (plots.py), a table
 
-The ranges are put around what the model and the optimizer call, for the length of the profile: linear layers, norms and
-embedding, the model's ``Operations``, output head and loss, the sum of weight gradients, the optimizer's methods. The
-model file knows nothing of it. How events find their part, and what is left as "gaps" and "other operations", is told
-in ``profile_trace.py``. With ``kernels.compile=layers`` nothing is put inside a layer, which is compiled as it is in
-training; in it parts are told by the names of operations, and norm, RoPE and SwiGLU are one. What is recomputed counts
-for the part that it is of.
+The ranges are those that the model and the optimizer offer (``kernels/ranges.py``); ``workload.py`` builds both with
+ranges that can be recorded. How events find their part, and what is left as "gaps" and "other operations", says
+``trace.py``. With ``kernels.compile=layers`` no range is inside a layer, which is compiled as it is in training: its
+parts are told apart by the names of operations, and norm, RoPE and SwiGLU are one. What is recomputed counts for the
+part that it belongs to.
 
 One process only: what is profiled is a rank's work without its communication. Under the profiler a step of small
 operations is slower; the time without it stands beside.
@@ -22,51 +21,36 @@ operations is slower; the time without it stands beside.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import json
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import replace_file
 from megatron_hammer.base.progress import say
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.libraries import te
-from megatron_hammer.kernels.linear import Products
-from megatron_hammer.kernels.operations import Operations
-from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.selection import select_backends
-from megatron_hammer.model import layers, layers_te, llama
-from megatron_hammer.model.llama import Stage
 from megatron_hammer.model.parameters import count_parameters
-from megatron_hammer.model.recompute import Recompute
-from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.placement import padded_vocab_size
 from megatron_hammer.profile import budget
-from megatron_hammer.profile import trace as profile_trace
 from megatron_hammer.profile.budget import Rates, StepShape, step_costs
 from megatron_hammer.profile.plots import digits, draw_profile
-from megatron_hammer.profile.trace import PREFIX, Measured, memory_of_step, read_trace
-from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train.build import DTYPES, build, kernel_requirements
-from megatron_hammer.train.loop import Run
+from megatron_hammer.profile.trace import PREFIX, Measured, measure, memory_of_step, read_trace
+from megatron_hammer.profile.workload import Workload, wait
+from megatron_hammer.train.build import DTYPES, kernel_requirements
 from megatron_hammer.train.metrics import flops_per_token
-from megatron_hammer.train.prepare import Prepared, prepare
 from megatron_hammer.train.run import choose_device
-from megatron_hammer.train.step import train_step
 
 WARM_UP_STEPS = 3  # the first compiles and fills caches, the second meets optimizer state for the first time
 MEASURE_SECONDS = {"cpu": 0.5, "cuda": 0.2}  # for each of the two rates
@@ -106,38 +90,38 @@ def profile_step(config: Config, settings: Settings, note: Callable[[str], None]
         ConfigError, DataError: as for a training run on one process.
     """
     settings.check()
-    progress = Progress(note)
+    progress = TimedNotes(note)
     config = _for_profiling(config, settings)
     device = choose_device(config, 0)
     te.check_here(config)
     settings.output.mkdir(parents=True, exist_ok=True)
     before = _resident_bytes()
     progress(f"building the model on {device.type}")
-    job = Job(config, ParallelContext.single(device))
+    workload = Workload(config, ParallelContext.single(device))
     progress("measuring the device's rates")
-    rates = Rates(settings.flops or _product_rate(job.config, device), settings.bandwidth or _copy_rate(device))
+    rates = Rates(settings.flops or _product_rate(workload.config, device), settings.bandwidth or _copy_rate(device))
     progress("warming up")
     for i in range(WARM_UP_STEPS):
         progress.now_and_then(f"warm-up, step {i + 1} of {WARM_UP_STEPS}")
-        job.step()
-        _wait(device)
+        workload.step()
+        wait(device)
     progress(f"timing {settings.steps} steps")
     _reset_peak(device)
-    seconds = _timed(job, settings.steps, progress)
+    seconds = _timed(workload, settings.steps, progress)
     peak = _peak_bytes(device)
     progress(f"profiling {settings.steps} steps of {seconds:.2f} s")
-    with instrumented(job.model, job.optimizer, job.config):
-        measured = _measured(job, settings, progress)
+    with workload.ranges.recorded():
+        measured = _measured(workload, settings, progress)
         progress.now_and_then("measuring memory")
-        memory = _memory(job, settings, peak, before)
-    report = _report(job, settings, rates, measured, seconds, memory)
+        memory = _memory(workload, settings, peak, before)
+    report = _report(workload, settings, rates, measured, seconds, memory)
     replace_file(settings.output / "profile.json", (json.dumps(report, indent=1) + "\n").encode())
     draw_profile(report, settings.output / "profile.png")
     progress(f"wrote {settings.output}/profile.png, profile.json and trace.json.gz")
     return report
 
 
-class Progress:
+class TimedNotes:
     """Lines for people, each with the seconds since the start."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
@@ -169,180 +153,27 @@ def _for_profiling(config: Config, settings: Settings) -> Config:
     return dataclasses.replace(config, train=train, checkpoint=checkpoint)
 
 
-# ---- what is profiled ------------------------------------------------------------------------------------------------
-
-
-class Job:
-    """Model, optimizer and batches, as training has them: real data where the config names some, else random tokens."""
-
-    def __init__(self, config: Config, ctx: ParallelContext) -> None:
-        self.ctx, self.steps, self.document_squares, self.document_tokens = ctx, 0, 0, 0
-        self.run: Run | None = None
-        if config.data.train:
-            prepared = prepare(config, 1)
-            self.config, self.run = prepared.config, Run(prepared, ctx)
-            self.model, self.optimizer = self.run.model, self.run.optimizer
-        else:
-            self.config = _resolved(config).config
-            self.model, self.optimizer = build(self.config, ctx)
-            self.generator = torch.Generator().manual_seed(config.train.seed)
-
-    def step(self, name: str = profile_trace.STEP, finish: bool = False) -> None:
-        """One step in a range of this name; with ``finish`` the range ends when the device has done it."""
-        self.steps += 1
-        with record_function(PREFIX + name):
-            with record_function(PREFIX + budget.DATA):
-                batches = self._batches()
-            for documents in (b.documents for b in batches if isinstance(b.documents, PackedSequences)):
-                self.document_squares += sum(n * n for n in documents.lengths)
-                self.document_tokens += sum(documents.lengths)
-            train_step(self.model, self.optimizer, batches, self.config, self.steps, self.ctx)
-            if finish:
-                _wait(self.ctx.device)
-
-    @property
-    def attention_length(self) -> float | None:
-        """Mean length of the documents that a token is in; None where they are not masked."""
-        return self.document_squares / self.document_tokens if self.document_tokens else None
-
-    def _batches(self) -> list[Batch[Tensor]]:
-        if self.run is None:
-            return [self._random_batch() for _ in range(self.config.grad_accum(1))]
-        batches = self.run._next_batches()
-        consumed = self.run.state.consumed_samples + self.config.train.global_batch_size
-        self.run.state = dataclasses.replace(self.run.state, consumed_samples=consumed)
-        return batches
-
-    def _random_batch(self) -> Batch[Tensor]:
-        """Random tokens, and documents of 1 to s tokens where they are masked."""
-        b, s, device = self.config.train.micro_batch_size, self.config.data.seq_length, self.ctx.device
-        assert self.config.model.vocab_size is not None
-        windows = torch.randint(self.config.model.vocab_size, (b, s + 1), generator=self.generator).to(device)
-        documents = None
-        if self.config.data.attention_mask == "document":
-            cuts = (
-                torch.randint(1, max(2, s), (b, 1 if s < 64 else 3), generator=self.generator)
-                + s * torch.arange(b)[:, None]
-            )
-            ends = torch.cat([cuts.flatten(), s * torch.arange(b + 1)]).unique()
-            documents = PackedSequences.from_cu_seqlens(ends.int().numpy(), device)
-        return Batch.from_windows(windows, documents=documents)
-
-
-def _resolved(config: Config) -> Prepared:
-    """A config without data, checked, with its vocabulary: what a dry run prepares."""
-    dry = dataclasses.replace(config, train=dataclasses.replace(config.train, dry_run=True))
-    return prepare(dry, 1)
-
-
-# ---- ranges ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def instrumented(model: Stage, optimizer: Optimizer, config: Config) -> Iterator[None]:
-    """Ranges around the parts of a step while the ``with`` block runs; afterwards everything is as it was."""
-    with ExitStack() as stack:
-
-        def wrap(owner: Any, name: str, part: str) -> None:
-            _replace(stack, owner, name, _ranged(getattr(owner, name), part))
-
-        options = dataclasses.replace(model.options, operations=_ranged_operations(model.options.operations))
-        compiled = config.kernels.compile == "layers"
-        outside = [model.embedding, model.final_norm]
-        for module in outside if compiled else model.modules():
-            if isinstance(module, layers.RMSNorm):
-                wrap(module, "add_rms_norm", budget.NORM)
-            elif isinstance(module, layers.VocabParallelEmbedding):
-                wrap(module, "forward", budget.EMBEDDING)
-            elif isinstance(module, LINEAR_LAYERS):
-                wrap(module, "forward", profile_trace.LINEAR)
-                if hasattr(module, "options"):
-                    _replace(stack, module, "options", options)
-            elif isinstance(module, llama.Attention):
-                _replace(stack, module, "operations", options.operations)
-            elif isinstance(module, llama.MLP):
-                wrap(module, "swiglu", budget.SWIGLU)
-        _replace(stack, model, "options", options)  # what the head gets
-        wrap(llama, "head_loss", profile_trace.HEAD)
-        wrap(layers, "accumulate", budget.GRADIENTS)
-        wrap(optimizer, "clip_grad_norm", budget.OPTIMIZER)
-        wrap(optimizer, "step", budget.OPTIMIZER)
-        yield
-
-
-LINEAR_LAYERS = (
-    layers.ColumnParallelLinear,
-    layers.RowParallelLinear,
-    layers_te.ColumnParallelLinear,
-    layers_te.RowParallelLinear,
-    layers_te.QKVLinear,
-)
-
-
-def _ranged_operations(operations: Operations) -> Operations:
-    return dataclasses.replace(
-        operations,
-        rope=_ranged(operations.rope, budget.ROPE),
-        attention=_ranged(operations.attention, budget.ATTENTION),
-        products=_ranged_products(operations.products),
-        head_products=_ranged_products(operations.head_products),
-    )
-
-
-def _ranged_products(products: Products) -> Products:
-    ranged = copy.copy(products)
-    vars(ranged)["wgrad"] = _ranged(ranged.wgrad, profile_trace.WEIGHT_GRADIENT)
-    return ranged
-
-
-def _ranged(function: Callable[..., Any], part: str) -> Callable[..., Any]:
-    """``function`` in a range; of one that backward runs again, what it runs again too."""
-    if isinstance(function, partial) and isinstance(getattr(function.func, "__self__", None), Recompute):
-        plain, *rest = function.args
-        function = partial(function.func, _ranged(plain, part), *rest)
-
-    def ranged(*args: Any, **kwargs: Any) -> Any:
-        with record_function(PREFIX + part):
-            return function(*args, **kwargs)
-
-    return ranged
-
-
-def _replace(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Set an attribute until the stack unwinds."""
-    if name in vars(owner):
-        stack.callback(setattr, owner, name, getattr(owner, name))
-    else:
-        stack.callback(delattr, owner, name)
-    setattr(owner, name, value)
-
-
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _timed(job: Job, steps: int, progress: Progress) -> float:
+def _timed(workload: Workload, steps: int, progress: TimedNotes) -> float:
     """Seconds of a step, mean; the device is waited for at the end only, as in training."""
     start = time.perf_counter()
     for i in range(steps):
-        job.step()
+        workload.step()
         progress.now_and_then(f"timing, step {i + 1} of {steps}")
-    _wait(job.ctx.device)
+    wait(workload.ctx.device)
     return (time.perf_counter() - start) / steps
 
 
-def _measured(job: Job, settings: Settings, progress: Progress) -> Measured:
+def _measured(workload: Workload, settings: Settings, progress: TimedNotes) -> Measured:
     """Time by part of the profiled steps, whose trace is left in the output folder."""
-    device, path = job.ctx.device, settings.output / "trace.json.gz"
+    device, path = workload.ctx.device, settings.output / "trace.json.gz"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with profile(activities=activities, record_shapes=True) as recorder:
-        job.step("warm-up", finish=True)  # the profiler's own start
+        workload.step("warm-up", finish=True)  # the profiler's own start
         for i in range(settings.steps):
-            job.step(finish=i == settings.steps - 1)
+            workload.step(finish=i == settings.steps - 1)
             progress.now_and_then(f"profiling, step {i + 1} of {settings.steps}")
     progress.now_and_then("reading the trace")
     staging = path.with_name(f".{os.getpid()}.{path.name}")
@@ -351,26 +182,26 @@ def _measured(job: Job, settings: Settings, progress: Progress) -> Measured:
         os.replace(staging, path)
     finally:
         staging.unlink(missing_ok=True)
-    return profile_trace.measure(read_trace(path), device.type, casts=job.config.kernels.fp8 != "off")
+    return measure(read_trace(path), device.type, casts=workload.config.kernels.fp8 != "off")
 
 
-def _memory(job: Job, settings: Settings, peak: int, before: int) -> dict[str, Any]:
+def _memory(workload: Workload, settings: Settings, peak: int, before: int) -> dict[str, Any]:
     """Bytes by kind at the peak of a step.
 
     Weights, gradients and optimizer state are the optimizer's buffers. Activations are what a step has allocated when
     its head begins; temporary is what it allocates beyond. The rest is what the measured peak has besides: on a CPU
     the interpreter and its libraries stand on their own, as resident before the model was built.
     """
-    device, path = job.ctx.device, settings.output / f".{os.getpid()}.memory.json"
+    device, path = workload.ctx.device, settings.output / f".{os.getpid()}.memory.json"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     try:
         with profile(activities=activities, profile_memory=True) as recorder:
-            job.step(finish=True)
+            workload.step(finish=True)
         recorder.export_chrome_trace(str(path))
         at_head, most = memory_of_step(read_trace(path), device.type)
     finally:
         path.unlink(missing_ok=True)
-    store, states = job.optimizer.store, job.optimizer.adamw.states
+    store, states = workload.optimizer.store, workload.optimizer.adamw.states
     kinds = {
         "weights": _bytes(store.params),
         "gradients": _bytes(store.grads),
@@ -441,11 +272,11 @@ def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
         run()
     best, until = float("inf"), time.perf_counter() + MEASURE_SECONDS[device.type]
     while best == float("inf") or time.perf_counter() < until:
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         for _ in range(repeats):
             run()
-        _wait(device)
+        wait(device)
         best = min(best, (time.perf_counter() - start) / repeats)
     return best
 
@@ -454,11 +285,11 @@ def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _report(
-    job: Job, settings: Settings, rates: Rates, measured: Measured, seconds: float, memory: dict[str, Any]
+    workload: Workload, settings: Settings, rates: Rates, measured: Measured, seconds: float, memory: dict[str, Any]
 ) -> dict[str, Any]:
     """``profile.json``: plain values, times in milliseconds a step."""
-    config, device = job.config, job.ctx.device
-    shape = StepShape.of(config, job.attention_length, fused_accumulation=device.type == "cuda")
+    config, device = workload.config, workload.ctx.device
+    shape = StepShape.of(config, workload.attention_length, fused_accumulation=device.type == "cuda")
     costs = step_costs(shape)
     if config.kernels.compile == "layers":
         fused = (budget.NORM, budget.ROPE, budget.SWIGLU)
@@ -482,7 +313,7 @@ def _report(
         "micro_batch_size": config.train.micro_batch_size,
         "micro_batches": config.grad_accum(1),
         "seq_length": config.data.seq_length,
-        "data": "random tokens" if job.run is None else "data.train",
+        "data": "random tokens" if workload.run is None else "data.train",
         "kernels": kernels | {name: getattr(config.kernels, name) for name in ("compile", "layers", "fp8")},
         "recompute": config.train.recompute,
         "steps": settings.steps,

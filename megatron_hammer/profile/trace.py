@@ -36,6 +36,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from megatron_hammer.kernels.ranges import GRADIENT, HEAD, LINEAR, NORM
 from megatron_hammer.profile.budget import (
     ATTENTION,
     CASTS,
@@ -49,16 +50,13 @@ from megatron_hammer.profile.budget import (
     OTHER,
 )
 
-PREFIX = "hammer/"  # of the names of ranges; the rest is a part of ``budget.PARTS`` or one of these:
+# Of the names of ranges; the rest is one of ``kernels/ranges.py`` or one of these. In the range of a linear layer all
+# is layer products (in fp8 all but the products are casts), in that of the head products and loss are told apart by
+# name, and in that of a gradient what is no product is gradient accumulation.
+PREFIX = "hammer/"
 STEP = "step"
-LINEAR = "linear"
-"""A linear layer of the decoder: layer products; in fp8 all but the products are casts."""
-HEAD = "head"
-"""Output head and loss: head products and loss, told apart by name."""
 LAYER = "layer"
-"""A whole layer: parts are told apart by name."""
-WEIGHT_GRADIENT = "weight gradient"
-"""In one of the above: what is not a product here is gradient accumulation."""
+"""A whole compiled layer: its parts are told apart by the names of operations."""
 
 HOST = {"cpu_op", "user_annotation", "cuda_runtime", "cuda_driver"}
 DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
@@ -93,7 +91,7 @@ class Place:
             return OTHER if self.operation else GAPS
         if kind in (LINEAR, HEAD, LAYER) and self.product:
             return HEAD_PRODUCTS if kind == HEAD else LAYER_PRODUCTS
-        if kind in (LINEAR, HEAD, LAYER) and self.gradient:
+        if kind in (LINEAR, HEAD, LAYER, NORM) and self.gradient:
             return GRADIENTS
         if kind == LINEAR:
             return CASTS if casts and self.operation else LAYER_PRODUCTS
@@ -205,7 +203,7 @@ def _place_in(around: Place, event: Event, made: Mapping[int, Place]) -> Place:
     name = event.name
     if name.startswith(PREFIX):
         kind = name.removeprefix(PREFIX)
-        return replace(around, gradient=True) if kind == WEIGHT_GRADIENT else Place(kind)
+        return replace(around, gradient=True) if kind == GRADIENT else Place(kind)
     place = replace(around, operation=True)
     if any(word in name for word in COMMUNICATION_WORDS):
         return replace(place, range=COMMUNICATION)

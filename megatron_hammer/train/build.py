@@ -6,6 +6,7 @@ import torch
 
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.backend import Requirements
+from megatron_hammer.kernels.ranges import Range, no_range
 from megatron_hammer.kernels.selection import select_operations, select_optimizer_kernels
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Stage, build_stage
@@ -33,12 +34,16 @@ def kernel_requirements(config: Config, device: torch.device) -> Requirements:
     )
 
 
-def build(config: Config, ctx: ParallelContext) -> tuple[Stage, Optimizer]:
-    """Model and optimizer of this rank, with the initial weights that the seed defines."""
+def build(config: Config, ctx: ParallelContext, range_of: Range = no_range) -> tuple[Stage, Optimizer]:
+    """Model and optimizer of this rank, with the initial weights that the seed defines.
+
+    Args:
+        range_of: entered around the parts of a step, for a profiler.
+    """
     placement, dtype = config.placement(ctx.tp.rank), DTYPES[config.train.precision]
     required = kernel_requirements(config, ctx.device)
     table = parameter_table(config.model, placement)
-    store = FlatStore(table, dtype, ctx, config.parallel.gradient_bucket_bytes)
+    store = FlatStore(table, dtype, ctx, config.parallel.gradient_bucket_bytes, range_of)
     model = build_stage(
         config.model,
         ctx,
@@ -48,8 +53,9 @@ def build(config: Config, ctx: ParallelContext) -> tuple[Stage, Optimizer]:
         kernels=config.kernels,
         recompute=plan_recompute(config),
         store=store,
+        range_of=range_of,
     )
     store.check(model)
     initialise(model, table, config.train.seed)
     loss_scaling, kernels = config.train.precision == "fp16", select_optimizer_kernels(config.kernels, required)
-    return model, Optimizer(store, config.optimizer, loss_scaling, kernels)
+    return model, Optimizer(store, config.optimizer, loss_scaling, kernels, range_of)

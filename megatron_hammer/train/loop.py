@@ -19,6 +19,7 @@ from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL, NonFiniteError
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.signals import StopRequest
 from megatron_hammer.config import Config
+from megatron_hammer.kernels.ranges import Range, no_range
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
@@ -65,12 +66,16 @@ def train(prepared: Prepared, ctx: ParallelContext) -> int:
 
 
 class Run:
-    """One process's part of a run: the objects that live as long as the loop."""
+    """One process's part of a run: the objects that live as long as the loop.
 
-    def __init__(self, prepared: Prepared, ctx: ParallelContext) -> None:
+    Args:
+        range_of: entered around the parts of a step, for a profiler.
+    """
+
+    def __init__(self, prepared: Prepared, ctx: ParallelContext, range_of: Range = no_range) -> None:
         config = prepared.config
         self.prepared, self.config, self.ctx = prepared, config, ctx
-        self.model, self.optimizer = build(config, ctx)
+        self.model, self.optimizer = build(config, ctx, range_of)
         self.state = load_state(prepared, self.optimizer, ctx)
         self.saver = Saver(prepared, self.optimizer, ctx)
         self.data = open_train_data(config, note=say if ctx.world.rank == 0 else lambda text: None)

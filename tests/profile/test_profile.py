@@ -13,11 +13,13 @@ import torch
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import load_config
+from megatron_hammer.kernels.ranges import GRADIENT, HEAD, LINEAR
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.profile import budget
 from megatron_hammer.profile.plots import draw_profile
-from megatron_hammer.profile.profile import Settings, instrumented, profile_step, table
-from megatron_hammer.profile.trace import measure, memory_of_step, read_trace
+from megatron_hammer.profile.profile import Settings, profile_step, table
+from megatron_hammer.profile.trace import PREFIX, measure, memory_of_step, read_trace
+from megatron_hammer.profile.workload import RecordedRanges
 from megatron_hammer.train.build import build
 from megatron_hammer.train.metrics import flops_per_token
 from tests.train.runs import ROOT, TINY, environment
@@ -113,14 +115,29 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     assert memory["optimizer state"] == 3 * memory["gradients"] and memory["activations"] > 0
 
 
-def test_nothing_stays_behind() -> None:
+def test_ranges_are_recorded_in_their_block_only() -> None:
+    """A step looks the same to a profiler as without ranges, until they are recorded; then every part has its own."""
     config = load_config(TINY, ["model.vocab_size=300", "train.device=cpu"])
-    model, optimizer = build(config, ParallelContext.single())
-    before = [dict(vars(m)) for m in [*model.modules(), optimizer]]
-    with pytest.raises(RuntimeError), instrumented(model, optimizer, config):
-        changed = [dict(vars(m)) for m in [*model.modules(), optimizer]]
+    ranges = RecordedRanges()
+    model, optimizer = build(config, ParallelContext.single(), ranges)
+    tokens = torch.randint(300, (2, 9))
+
+    def names() -> set[str]:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorder:
+            optimizer.store.begin(first=True, last=True)
+            model(tokens[:, :-1], tokens[:, 1:]).sum().backward()
+            optimizer.clip_grad_norm(1.0)
+            optimizer.step(1e-3)
+        return {event.name.removeprefix(PREFIX) for event in recorder.events() if event.name.startswith(PREFIX)}
+
+    assert names() == set()
+    with pytest.raises(RuntimeError), ranges.recorded():
+        assert names() == {
+            budget.EMBEDDING, LINEAR, budget.ATTENTION, budget.NORM, budget.ROPE, budget.SWIGLU, HEAD, GRADIENT,
+            budget.OPTIMIZER,
+        }  # fmt: skip
         raise RuntimeError
-    assert changed != before and [dict(vars(m)) for m in [*model.modules(), optimizer]] == before
+    assert names() == set()
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"flops": -1.0}, {"bandwidth": float("nan")}])

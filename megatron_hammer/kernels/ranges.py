@@ -1,0 +1,50 @@
+"""Named ranges: the model and the optimizer say which part of a step runs, and a profiler may listen.
+
+A ``Range`` is a function from a name to a context manager. Models and optimizers are built with one and enter it around
+their parts; the default does nothing. ``profile/`` builds them with torch's ``record_function``.
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+Range = Callable[[str], AbstractContextManager[Any]]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+NORM = "norm, residual"
+ROPE = "RoPE"
+SWIGLU = "SwiGLU"
+ATTENTION = "attention"
+EMBEDDING = "embedding"
+LINEAR = "linear"
+"""A linear layer of the decoder."""
+HEAD = "head"
+"""Output head and loss."""
+GRADIENT = "weight gradient"
+"""Computing and summing the gradient of one weight."""
+OPTIMIZER = "optimizer, clipping"
+
+_NOTHING = nullcontext()
+
+
+def no_range(name: str) -> AbstractContextManager[Any]:
+    """The range of whoever is not profiled."""
+    return _NOTHING
+
+
+def within(range_of: Range, name: str, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """``function``, each call in the range of this name."""
+    if range_of is no_range:
+        return function
+
+    @wraps(function)
+    def ranged(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with range_of(name):
+            return function(*args, **kwargs)
+
+    return ranged
