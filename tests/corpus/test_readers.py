@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import random
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,28 +13,10 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.corpus import file_blocks, jsonl, long, parse, readers, stream
-from megatron_hammer.corpus.file_blocks import Block, Position
-from megatron_hammer.corpus.parse import Rejected
-
-GOOD = [json.dumps({"text": f"document {k} " + "字" * (k % 7)}, ensure_ascii=False).encode() for k in range(40)]
-
-
-def blocks_of(
-    path: Path, text_documents: str = "file", range_bytes: int | None = None, lenient: bool = False,
-    keys: Sequence[str] = ("text",),
-) -> list[Block]:  # fmt: skip
-    ranges = list(readers.plan_ranges([path], text_documents, range_bytes))
-    return [b for s in ranges for b in readers.read_range(path, s, keys, text_documents, lenient=lenient)]
-
-
-def texts_of(path: Path, blocks: list[Block]) -> list[str]:
-    return [text for block in blocks for text in parse.parse_block(block, path, ["text"], True).texts[0]]
-
-
-def rejected_of(path: Path, blocks: list[Block]) -> list[Rejected]:
-    return [r for block in blocks for r in parse.parse_block(block, path, ["text"], False).rejected]
+from megatron_hammer.base.errors import DataError
+from megatron_hammer.corpus import file_blocks, jsonl, parse, readers, stream
+from megatron_hammer.corpus.file_blocks import Position
+from tests.corpus.reading import GOOD, blocks_of, rejected_of, texts_of
 
 
 def compress(content: bytes, suffix: str, rng: random.Random) -> bytes:
@@ -160,34 +140,6 @@ def test_lines_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert blocks[-1].last and blocks[-1].file_hash == xxhash.xxh3_128_hexdigest(path.read_bytes())
 
 
-def test_bad_lines_are_noted_with_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = {4: (b"", "E305"), 9: (b'{"text": "\xff"}', "E303"), 10: (b"{", "E304"), 11: (b"[1]", "E306"),
-           30: (b'{"text": 1}', "E307"), 44: (b'{"text": "\\ud800"}', "E308")}  # fmt: skip
-    lines = list(GOOD)
-    for place, (line, _) in bad.items():
-        lines.insert(place, line)
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\n".join(lines) + b"\n")
-    for block_bytes in (1, 100, 1 << 20):
-        monkeypatch.setattr(file_blocks, "BLOCK_BYTES", block_bytes)
-        found = rejected_of(path, blocks_of(path))
-        offsets = [sum(len(line) + 1 for line in lines[:place]) for place in bad]
-        assert [(r.place.line - 1, r.place.offset, r.code, r.raw) for r in found] == [
-            (place, offset, code, line) for offset, (place, (line, code)) in zip(offsets, bad.items())
-        ]
-        with pytest.raises(DataError, match=r"E305.*a.jsonl:5 \(byte"):
-            texts_of(path, blocks_of(path))
-
-
-def test_a_key_that_is_bad_rejects_the_document_for_all(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"a": "1", "b": "2"}\n{"a": "3"}\n{"a": 4, "b": "5"}\n{"a": "6", "b": "7"}\n')
-    (block,) = [b for b in blocks_of(path) if b.data]
-    parsed = parse.parse_block(block, path, ["a", "b"], False)
-    assert parsed.texts == [["1", "6"], ["2", "7"]]
-    assert [(r.place.line, r.code) for r in parsed.rejected] == [(2, "E307"), (3, "E307")]
-
-
 # ---- plain text ----
 
 TEXT = "first line\nsecond  \r\n\n\nthird 字\n \nfourth\n\r\nlast".encode()
@@ -212,91 +164,6 @@ def test_documents_of_plain_text(
         assert texts_of(path, blocks_of(path, mode)) == expected, block_bytes
         if mode == "line":
             assert texts_of(path, blocks_of(path, mode, range_bytes=9)) == expected
-
-
-def test_bad_text_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"good\n\xff\xfebad\ngood too\n")
-    with pytest.raises(DataError, match=r"E303.*a.txt:2 \(byte 5\) is not valid UTF-8: byte 0xff at offset 0"):
-        texts_of(path, blocks_of(path, "line"))
-    (rejected,) = rejected_of(path, blocks_of(path, "line"))
-    assert rejected.place == (5, 2) and rejected.raw == b"\xff\xfebad"
-    path.write_bytes(b"\xef\xbb\xbfmarked\n")
-    with pytest.raises(DataError, match=r"E303.*byte order mark"):
-        texts_of(path, blocks_of(path))
-    path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"E302"):
-        texts_of(path, blocks_of(path))
-
-
-# ---- parquet ----
-
-
-def write_parquet(path: Path, texts: list[str | None], group: int = 10) -> Path:
-    import pyarrow
-    import pyarrow.parquet
-
-    table = pyarrow.table({"n": list(range(len(texts))), "text": pyarrow.array(texts, pyarrow.string())})
-    pyarrow.parquet.write_table(table, path, row_group_size=group)
-    return path
-
-
-def test_parquet_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = ["字" * k + "x" for k in range(57)]
-    path = write_parquet(tmp_path / "a.parquet", list(expected))
-    for block_bytes in (1, 300, 1 << 20):
-        monkeypatch.setattr(file_blocks, "BLOCK_BYTES", block_bytes)
-        whole = blocks_of(path)
-        assert texts_of(path, whole) == expected
-        assert whole[-1].last and whole[-1].file_hash == xxhash.xxh3_128_hexdigest(path.read_bytes())
-        assert sum(b.raw_bytes for b in whole) == path.stat().st_size
-        ranges = list(readers.plan_ranges([path], range_bytes=900))
-        assert len(ranges) > 2 and texts_of(path, blocks_of(path, range_bytes=900)) == expected
-        for stop in whole[:-1]:
-            again = list(readers.read_range(path, next(readers.plan_ranges([path])), ["text"], resume=stop.end))
-            assert texts_of(path, again) == expected[stop.end.offset :]
-
-
-def test_bad_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_parquet(tmp_path / "a.parquet", ["a", None, "b"] * 10)
-    with pytest.raises(DataError, match=r"E307.*a.parquet:2 has null"):
-        texts_of(path, blocks_of(path))
-    assert [(r.place, r.code) for r in rejected_of(path, blocks_of(path))] == [
-        ((k, k + 1), "E307") for k in range(1, 30, 3)
-    ]
-    for key, words in (("nothing", "has no column 'nothing' .its columns: n, text"), ("n", "has int64 in the column")):
-        with pytest.raises(DataError, match=f"E307.*{words}"):
-            blocks_of(path, keys=[key])
-    write_parquet(path, [])
-    with pytest.raises(DataError, match=r"E302"):
-        texts_of(path, blocks_of(path))
-    content = write_parquet(path, [random.Random(k).randbytes(400).hex() for k in range(40)]).read_bytes()
-    path.write_bytes(content[:-100])
-    with pytest.raises(DataError, match=r"E347"):
-        blocks_of(path)
-    assert [r.code for r in rejected_of(path, blocks_of(path, lenient=True))] == ["E347"]
-    path.write_bytes(content[:200] + bytes(9000) + content[9200:])  # the footer is whole
-    with pytest.raises(DataError, match=r"E347"):
-        texts_of(path, blocks_of(path))
-    assert [r.code for r in rejected_of(path, blocks_of(path))] == ["E347"]
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match=r"E276.*pip install"):
-        blocks_of(path)
-
-
-def test_long_rows_are_taken_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(long, "LONG_BYTES", 3000)
-    monkeypatch.setattr(long, "_PIECE_BYTES", 100)
-    expected = ["short", "字" * 2000, "", "x" * 5000, "more"]
-    path = write_parquet(tmp_path / "a.parquet", list(expected))
-    found = []
-    for block in blocks_of(path):
-        parsed = parse.parse_block(block, path, ["text"], True, in_pieces=True)
-        found += parsed.texts[0]
-        found += [t if isinstance(t, str) else "".join(t.pieces()) for t in parsed.long or []]
-        assert (parsed.long is not None) == (block.text_bytes > 3000)
-    assert found == expected
-    assert texts_of(path, blocks_of(path)) == expected
 
 
 # ---- which files ----
