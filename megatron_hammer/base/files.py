@@ -12,6 +12,7 @@ Linux; no torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -194,3 +195,9 @@ def hash_content(file: IO[bytes]) -> str:
     while chunk := file.read(BUFFER_BYTES):
         hasher.update(chunk)
     return hasher.hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content: for manifests that other programs may check."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

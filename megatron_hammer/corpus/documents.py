@@ -10,7 +10,6 @@ which inputs and how it was made. Both appear under their names only when they a
 from __future__ import annotations
 
 import gzip
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ import orjson
 import xxhash
 
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.base.files import publish, replace_file
+from megatron_hammer.base.files import publish, replace_file, sha256_file
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.corpus import jsonl
 from megatron_hammer.corpus.file_blocks import Block, FileRange
@@ -91,12 +90,7 @@ class TextCorpus:
 
     def describe(self) -> list[dict[str, Any]]:
         """``[{"name", "bytes", "sha256"}, ...]``; reads every file once."""
-        described = []
-        for path in self.paths:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            described.append({"name": path.name, "bytes": path.stat().st_size, "sha256": digest})
-        return described
+        return [{"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in self.paths]
 
 
 def read_texts(

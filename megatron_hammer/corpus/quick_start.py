@@ -37,7 +37,7 @@ from typing import Any
 import orjson
 
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.base.files import replace_file
+from megatron_hammer.base.files import replace_file, sha256_file
 from megatron_hammer.corpus.documents import LineWriter, text_line
 
 DOMAINS = ("zh", "en", "code")
@@ -195,7 +195,7 @@ def _write(path: Path, documents: list[Document]) -> dict[str, Any]:
     return {
         "documents": writer.documents,
         "text_bytes": writer.text_bytes,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": sha256_file(path),
     }
 
 
@@ -206,7 +206,7 @@ def _read_complete(output: Path, settings: dict[str, Any]) -> dict[str, Any] | N
         if manifest["settings"] != settings or len(manifest["files"]) != 2 * len(DOMAINS):
             return None
         for name, entry in manifest["files"].items():
-            if hashlib.sha256((output / name).read_bytes()).hexdigest() != entry["sha256"]:
+            if sha256_file(output / name) != entry["sha256"]:
                 return None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -25,7 +25,7 @@ from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.corpus.documents import LineWriter, describe_sources, read_texts, text_line, write_manifest
 from megatron_hammer.corpus.readers import expand_inputs
-from megatron_hammer.corpus.split import hash_seed
+from megatron_hammer.corpus.seeds import hash_seed
 
 
 class _Kept(NamedTuple):

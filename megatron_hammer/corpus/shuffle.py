@@ -46,6 +46,7 @@ import numpy as np
 from megatron_hammer.base.errors import ConfigError, DataError, DiskError
 from megatron_hammer.base.files import open_alone, publish
 from megatron_hammer.base.progress import Progress
+from megatron_hammer.corpus.seeds import hash_seed
 from megatron_hammer.corpus.shuffle_buckets import LINE_OVERHEAD, Bucket, Buckets, Lines
 from megatron_hammer.corpus.shuffle_input import LineBlock, LineReader, check_lines, line_ends, no_line_break
 from megatron_hammer.corpus.stream import check_file, is_compressed
@@ -139,7 +140,7 @@ class Shuffle:
         self.buckets = 0
         """Bucket files made."""
         self.lines = self.bytes = 0
-        self._keys = np.random.Philox(key=int.from_bytes(_digest(seed), "little"))
+        self._keys = np.random.Philox(key=hash_seed(seed, "shuffle", 16))
         self._lines_before = 0  # in the blocks before, of the file with which the block begins
         self._published = False
         self._whole: Lines | None = None
@@ -305,11 +306,6 @@ def _open_locked(path: Path) -> int:
         raise DataError(63, str(path), "is being written by another process", "wait for it, or name another output")
     os.ftruncate(descriptor, 0)
     return descriptor
-
-
-def _digest(seed: int) -> bytes:
-    """16 bytes for the generator's key."""
-    return hashlib.blake2b(f"megatron_hammer shuffle {seed}".encode(), digest_size=16).digest()
 
 
 def _check_names(inputs: list[Path], output: Path) -> None:

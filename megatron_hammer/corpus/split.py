@@ -13,7 +13,6 @@ the corpus: it is written to the manifest as a fraction, which gives the same si
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import math
 from collections.abc import Sequence
@@ -27,15 +26,10 @@ from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.corpus.documents import LineWriter, describe_sources, read_documents, write_manifest
 from megatron_hammer.corpus.readers import expand_inputs, kind_of
+from megatron_hammer.corpus.seeds import hash_seed
 
 HASH_BITS = 53
 """A fraction with this many bits is a floating-point number exactly: what the manifest says can be given again."""
-
-
-def hash_seed(seed: int, purpose: str) -> int:
-    """64 bits that no other purpose gets from the same seed."""
-    digest = hashlib.blake2b(f"megatron_hammer {purpose} {seed}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
 
 
 def content_hash(text: bytes, seed: int) -> int:

@@ -21,6 +21,7 @@ import numpy as np
 
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.files import hash_file
+from megatron_hammer.base.progress import track
 from megatron_hammer.dataset.format import (
     DTYPES,
     FIRST_LENGTH,
@@ -175,12 +176,10 @@ class IndexedDataset:
 
     @cached_property
     def _scanned_max_token_id(self) -> int:
-        from tqdm import tqdm
-
         largest = -1
         step = 64 * _CHUNK
         blocks = range(0, self.num_tokens, step)
-        for first in tqdm(blocks, f"reading the ids of {self.bin_path}", delay=5, disable=None):  # None: terminals only
+        for first in track(blocks, f"reading the ids of {self.bin_path}", len(blocks), "blocks"):
             block = self.tokens[first : first + step]
             if self.dtype.kind == "i" and block.min() < 0:
                 place = first + int(np.argmax(block < 0))

@@ -35,7 +35,7 @@ import numpy as np
 import xxhash
 
 from megatron_hammer.base.errors import DataError
-from megatron_hammer.base.files import sync_folder
+from megatron_hammer.base.files import publish
 from megatron_hammer.base.locks import take_lock
 from megatron_hammer.base.progress import say
 
@@ -183,8 +183,7 @@ def write_index(path: Path, kind: str, key: Key, arrays: Arrays) -> None:
                 file.write(bytes(-array.nbytes % _ALIGNMENT))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -14,7 +14,7 @@ import xxhash
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.corpus import sample as tokenizer_text
 from megatron_hammer.corpus.sample import sample_corpus
-from megatron_hammer.corpus.split import hash_seed
+from megatron_hammer.corpus.seeds import hash_seed
 
 
 def write(path: Path, texts: list[str]) -> Path:

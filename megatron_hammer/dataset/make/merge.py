@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
+from megatron_hammer.base.progress import Progress
 from megatron_hammer.dataset.format import TokenizerRecord, path_of
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
@@ -67,12 +68,8 @@ def merge_datasets(
     same = all(header is not None and header.options == first for header in headers)
     options = {**(first if same else {}), "merged": [str(prefix) for prefix in prefixes]}
     with IndexedWriter(output, dtype=kind, tokenizer=record, options=options) as writer:
-        from tqdm import tqdm
-
         total = sum(dataset.num_tokens for dataset in datasets)
-        with tqdm(
-            total=total, desc=f"merging into {output}", unit=" tokens", unit_scale=True, delay=5, disable=None
-        ) as bar:
+        with Progress(f"merging into {output}", total, "tokens") as progress:
             for dataset in datasets:
                 if dataset.dtype == kind:
                     writer.append(dataset)
@@ -80,7 +77,7 @@ def merge_datasets(
                     _append_converted(writer, dataset)
                 if dataset.header is not None:
                     writer.sources.extend(dataset.header.sources)
-                bar.update(dataset.num_tokens)
+                progress.advance(dataset.num_tokens)
     return MergeSummary(Path(output), len(datasets), writer.num_documents, writer.num_tokens, notes)
 
 
