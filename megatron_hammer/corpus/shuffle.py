@@ -215,7 +215,7 @@ class Shuffle:
                     spare = spare if len(spare) == self.block_bytes else bytearray(self.block_bytes)
                     ahead = self._reading.submit(reader.fill, spare)
                 for lines in self._lines_of(block):
-                    if reader.finished and self.lines == 0 and lines.bytes == block.used:
+                    if block.last and self.lines == 0 and lines.bytes == block.used:
                         self._whole = lines
                     else:
                         buckets.add(lines)

@@ -11,7 +11,9 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -68,6 +70,27 @@ def test_the_same_bytes_for_any_memory(
     assert (tmp_path / "out").read_bytes() == expected([source], 5)
     assert (buckets > 2) == several
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"], "temporary files are gone"
+
+
+class ReadsAtOnce(ThreadPoolExecutor):
+    """A read-ahead that has always ended before the block in hand is looked at."""
+
+    def submit(self, *arguments: Any, **named: Any) -> Future[Any]:
+        future = super().submit(*arguments, **named)
+        wait([future])
+        return future
+
+
+def test_a_quick_reader_does_not_make_the_first_block_the_whole(tmp_path: Path) -> None:
+    """Two blocks, the second read to the end of the input while the first is in hand: no line may be lost."""
+    source = corpus(tmp_path, 3, longest=90)
+    shuffle = Shuffle([source], tmp_path / "out", 5)
+    shuffle.block_bytes = source.stat().st_size - 1
+    shuffle._reading = ReadsAtOnce(1)
+    with shuffle:
+        shuffle.scatter()
+        assert shuffle.gather().lines == 3
+    assert (tmp_path / "out").read_bytes() == expected([source], 5)
 
 
 @settings(max_examples=40, deadline=None)
