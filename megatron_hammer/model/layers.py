@@ -22,18 +22,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megatron_hammer.kernels.linear import Gradient, GradientStore, Products, accumulate, accumulate_in_graph
+from megatron_hammer.kernels.linear import Gradient, GradientStore, accumulate, accumulate_in_graph, linear
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.ranges import LINEAR, Range, no_range
-from megatron_hammer.parallel.collectives import (
-    Done,
-    all_gather_rows,
-    all_gather_rows_async,
-    all_reduce,
-    reduce_scatter_rows_async,
-    scatter_sum,
-    sum_over_ranks,
-)
+from megatron_hammer.parallel.collectives import scatter_sum, sum_over_ranks
 from megatron_hammer.parallel.context import Group
 
 
@@ -126,65 +118,10 @@ class RMSNorm(nn.Module):
         return self.add_rms_norm(x, branch, stored(self.weight, self.gradient), self.eps)
 
 
-class _Linear(torch.autograd.Function):
-    """y = x W^T with the collectives of tensor parallelism, which backward hides behind the matrix products.
-
-    ::
-
-        x                                       forward        gradient of x
-        this rank's alone (no group)
-        the same on all ranks of the group                     all-reduce beside wgrad
-        its rows divided over the group         all-gather     reduce-scatter beside wgrad
-
-    Of divided rows only the rank's own are kept; backward gathers them again beside dgrad.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        gradient: Gradient | None,
-        products: Products,
-        group: Group | None,
-        by_rows: bool,
-    ) -> Tensor:
-        ctx.weight, ctx.gradient, ctx.group, ctx.by_rows = weight, gradient, group, by_rows
-        operand, kept = products.input(all_gather_rows(x, group) if by_rows and group else x)
-        ctx.save_for_backward(*((x,) if by_rows else kept))
-        ctx.products = products
-        return products.fprop(operand, products.weight(weight, gradient))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        products, kept, summed = ctx.products, ctx.saved_tensors, Done()
-        grad_x: Any = None
-        if ctx.by_rows:
-            full, gathered = all_gather_rows_async(kept[0], ctx.group)  # launch
-        grad_y = products.gradient(grads[0])
-        if ctx.needs_input_grad[0]:
-            grad_x = products.dgrad(grad_y, products.weight(ctx.weight, ctx.gradient))
-        if ctx.by_rows:
-            gathered.wait()
-            grad_x, summed = reduce_scatter_rows_async(grad_x, ctx.group)  # launch
-            _, kept = products.input(full)
-        elif ctx.group is not None and grad_x is not None:
-            summed = all_reduce(grad_x, ctx.group, async_op=True)  # launch
-        grad_weight = products.give_wgrad(ctx.weight, ctx.gradient, grad_y, kept)
-        summed.wait()
-        return grad_x, grad_weight, None, None, None, None
-
-
-def linear(x: Tensor, weight: Tensor, options: LayerOptions, gradient: Gradient | None = None) -> Tensor:
-    """[.., in] x [out, in] -> [.., out], without communication."""
-    return _Linear.apply(x, weight, gradient, options.operations.products.now(), None, False)  # type: ignore[no-any-return, no-untyped-call]
-
-
 def column_parallel(x: Tensor, weight: Tensor, options: LayerOptions, gradient: Gradient | None = None) -> Tensor:
     """[s/t or s, b, h] x [out/t, h] -> [s, b, out/t]. Communicates over ``options.tp`` in both directions."""
-    products, tp = options.operations.products.now(), options.tp
-    return _Linear.apply(x, weight, gradient, products, tp, options.sequence_parallel)  # type: ignore[no-any-return, no-untyped-call]
+    products = options.operations.products
+    return linear(x, weight, gradient, products, "column", options.tp, options.sequence_parallel)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -226,8 +163,9 @@ class RowParallelLinear(nn.Module):
         self.weight, self.gradient = options.weight(out_features, in_local)
 
     def forward(self, x: Tensor) -> Tensor:
+        products, tp = self.options.operations.products, self.options.tp
         with self.options.range_of(LINEAR):
-            return _sum_parts(linear(x, self.weight, self.options, self.gradient), self.options)
+            return linear(x, self.weight, self.gradient, products, "row", tp, self.options.sequence_parallel)
 
 
 def _sum_parts(partial: Tensor, options: LayerOptions) -> Tensor:

@@ -7,10 +7,10 @@ Megatron-LM (arXiv 1909.08053 section 3, and 2205.05198 section 4.2 for the sequ
     sum_over_ranks   all-reduce            identity
     scatter_sum      reduce-scatter rows   all-gather rows
 
-The linear layers have fused forms of their inverses (model/layers.py). In a graph that torch.compile makes of a layer
-they are torch's functional collectives, each waited for at once: what hides them is the compiler's choice. Rows are
-dimension 0, the sequence inside the model. torch 2.13 renames two collectives; this module picks the name that torch
-has.
+The linear layers have fused forms of these and of their inverses (kernels/linear.py). In a graph that torch.compile
+makes of a layer they are torch's functional collectives, each waited for at once: what hides them is the compiler's
+choice. Rows are dimension 0, the sequence inside the model. torch 2.13 renames two collectives; this module picks the
+name that torch has.
 """
 
 from __future__ import annotations

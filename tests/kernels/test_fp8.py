@@ -28,7 +28,7 @@ from megatron_hammer.kernels.selection import select_operations
 from megatron_hammer.kernels.swiglu import swiglu
 from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.initialise import initialise
-from megatron_hammer.model.layers import LayerOptions, column_parallel, linear
+from megatron_hammer.model.layers import LayerOptions, column_parallel
 from megatron_hammer.model.llama import Stage, build_stage
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import plan_recompute
@@ -158,7 +158,7 @@ def test_a_linear_layer_is_within_what_the_formats_give(
     gradient = OneGradient(weight) if kept else None
     for _ in range(2):
         x = x.detach().requires_grad_()
-        y = linear(x, weight, options, gradient)
+        y = column_parallel(x, weight, options, gradient)
         y.backward(grad_y)
     assert x.grad is not None and y.shape == grad_y.shape and x.grad.shape == x.shape
     products = options.operations.products
@@ -186,10 +186,10 @@ def test_evaluation_is_bf16_to_the_bit() -> None:
     plain, options = LayerOptions(torch.bfloat16), LayerOptions(torch.bfloat16, operations=operations)
     labels = torch.arange(64).view(16, 4)
     with torch.no_grad():
-        assert torch.equal(linear(x, weight, options), linear(x, weight, plain))
+        assert torch.equal(column_parallel(x, weight, options), column_parallel(x, weight, plain))
         assert torch.equal(head_loss(x, weight, labels, 120, options), head_loss(x, weight, labels, 120, plain))
     weight.requires_grad_()
-    assert not torch.equal(linear(x, weight, options), linear(x, weight, plain))
+    assert not torch.equal(column_parallel(x, weight, options), column_parallel(x, weight, plain))
 
 
 @pytest.mark.parametrize("objective", [False, True])
