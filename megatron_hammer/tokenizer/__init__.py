@@ -1,1 +1,1 @@
-"""Text to ids and back: ``load`` (use one), ``train`` (make one), ``convert`` (give one to Hugging Face)."""
+"""Tokenizers, which turn text into ids and ids into text: loading, training, merging, converting to Hugging Face."""

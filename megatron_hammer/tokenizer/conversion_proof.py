@@ -1,4 +1,4 @@
-"""The proof that a Hugging Face folder gives the same ids and the same decoding as the tokenizer that it was made from.
+"""Tests that a Hugging Face folder gives the same ids and the same decoding as the tokenizer that it was made from.
 
 The folder is loaded with ``AutoTokenizer`` and compared with the source on fixed texts, on every piece, on random joins
 of pieces, on noise, and on texts made for the merges whose order matters (``bpe_merges.derive_merges``).

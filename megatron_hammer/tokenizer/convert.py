@@ -1,4 +1,4 @@
-"""Writes a tokenizer as a Hugging Face folder whose ids equal ours on every text, which is proved before it is used.
+"""Writes a tokenizer as a Hugging Face folder that gives the same ids, and tests that before it is used.
 
 The stock conversion of a sentencepiece model goes wrong for merged vocabularies (HammerLLM's is one): it ranks merges
 by piece id, where id order is not score order, and it prepends a space that the model does not ask for. Here the

@@ -1,6 +1,6 @@
 """Loads a tokenizer from a file or folder, of whichever of the two kinds it is.
 
-    tokenizer.model   --> SentencePieceTokenizer   (sentencepiece's own ids: the truth for what we train ourselves)
+    tokenizer.model   --> SentencePieceTokenizer   (the ids that sentencepiece gives)
     tokenizer.json    --> HuggingFaceTokenizer     (the file's own rules, never rebuilt by a transformers class)
     folder            --> the tokenizer.model in it, else the tokenizer.json
 

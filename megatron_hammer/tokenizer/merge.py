@@ -1,4 +1,4 @@
-"""Give a sentencepiece model the characters of another one and symbols of its own, as HammerLLM's was made.
+"""Adds the characters of another sentencepiece model, and symbols, to a sentencepiece model, as HammerLLM's was made.
 
     base  ---+--> calibrate --> append characters --> set symbols --> tokenizer.model
     donor --'     (the ratio)   (donor x ratio)       (score 0)       tokenizer.merge.json, tokenizer.calibration.png

@@ -1,6 +1,6 @@
 """Ids as text for people to read: what the pieces of the ids spell, byte for byte.
 
-Not what a decoder makes of them: nothing is stripped, joined or mended, bytes that are no character are written
+A decoder would strip, join and mend pieces; here nothing is. Bytes that are no character are written
 ``\\xe4``, and ids that stand for no text are shown by name, as ``<eos>``.
 """
 

@@ -1,1 +1,1 @@
-"""Judging tokenizers: compression, coverage, price in FLOPs, equality."""
+"""Measurements of tokenizers: compression, coverage, cost in FLOPs, and whether two give the same ids."""

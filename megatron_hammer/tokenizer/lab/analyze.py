@@ -1,4 +1,4 @@
-"""What a tokenizer is worth: compression on texts, coverage of Chinese characters, make-up of its vocabulary.
+"""Measures how good a tokenizer is: compression of texts, coverage of Chinese characters, make-up of its vocabulary.
 
     texts           --> count_tokens        --> bytes per token, compared compression, throughput, use of each id
     character table --> measure_coverage    --> share of characters that are one piece

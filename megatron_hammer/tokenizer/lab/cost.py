@@ -1,7 +1,7 @@
 """What a vocabulary of some size costs a model: FLOPs of a token, memory of the logits, parameters.
 
-Exact counts from the config; the formula is that of ``price.py``. Without torch: the config is asked for sizes only, so
-that this room need not know the model.
+Exact counts from the config; ``price.py`` explains the formula. Only sizes are read from the config, so that this room
+need not know the model; no torch.
 """
 
 from __future__ import annotations

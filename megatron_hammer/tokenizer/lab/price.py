@@ -1,13 +1,12 @@
-"""What a vocabulary costs a model and what it saves: the size at which training reads most bytes a second.
+"""The best size of a vocabulary for a model: the one with which training reads most bytes of text a second.
 
-    config, vocabulary size --> count_cost     --> FLOPs of a token, logits, parameters     (exact)
-    texts                   --> sample_texts   --> some megabytes of each domain            (chosen by hash)
-    tokenizer, sample       --> measure_curve  --> tokens a byte against vocabulary size    (encoded again at each size)
-    cost, curve             --> find_best      --> size of most bytes per FLOP
+    config, vocabulary size --> cost.py   --> FLOPs of a token, logits, parameters     (exact)
+    tokenizer, texts        --> curve.py  --> tokens a byte against vocabulary size    (measured on a sample)
+    cost, curve             --> here      --> size of most bytes per FLOP, for each tokenizer and domain, as tables
 
-A larger vocabulary makes every token dearer (the head grows) and needs fewer tokens for a byte of text. Bytes a second
-are taken as proportional to 1 / (tokens a byte x FLOPs a token): an equal share of the device's peak for all matrix
-products. FLOPs of one token, forward and backward (``count_cost``), with the shape letters of ``model/``::
+A larger vocabulary makes every token more expensive (the head grows) and needs fewer tokens for a byte of text. Bytes
+a second are taken as proportional to 1 / (tokens a byte x FLOPs a token): an equal share of the device's peak for all
+matrix products. FLOPs of one token, forward and backward (``count_cost``), with the shape letters of ``model/``::
 
     6 x weights in matrix products + causal attention
       = 6 L (h (n + 2g) d + n d h + 3 h f)     layers

@@ -1,4 +1,4 @@
-"""Are two tokenizers one and the same? Compared id by id on given texts and on a seeded corpus of hard ones.
+"""Compares two tokenizers id by id, on given texts and on a seeded corpus of hard ones, to show that they are the same.
 
     A, B --> load as a user would --> same ids on every text? --> same size, same special ids? --> counts
                                           | no
