@@ -6,9 +6,9 @@ Data flows one way, and so do the imports (the arrow reads "imports")::
     corpus/     tokenizer/   dataset/           sampling/   model/   optim/       checkpoint/   huggingface/
 
     supervise, profile > train > huggingface > checkpoint > sampling, model, optim > dataset, kernels
-                       > corpus, tokenizer, parallel > config > base
+                       > corpus, tokenizer > config > parallel > base
 
 This module imports nothing; ``docs/architecture.md`` is the map.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
