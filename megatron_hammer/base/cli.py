@@ -7,6 +7,7 @@ Nothing heavy is imported here, so that ``--help`` of every program answers in w
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
 from collections.abc import Callable
@@ -46,6 +47,18 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = report(known)
     sys.stdout.flush()
     sys.exit(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End a process whose work is done, or has failed: exit functions and output, but no teardown of the interpreter.
+
+    One rank among several ends like this. After a failure a tidy end would wait for the other ranks, and at the very
+    end of a good run a thread of a communication library that is still there has the whole process abort.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def report(error: HammerError) -> int:

@@ -12,6 +12,7 @@ import time
 import traceback
 from multiprocessing.connection import Connection
 
+from megatron_hammer.base.cli import leave
 from megatron_hammer.base.errors import ParallelError, from_exception, to_fields
 from megatron_hammer.base.signals import STOP_SIGNALS, on_signals
 from megatron_hammer.config import Config
@@ -55,7 +56,7 @@ def rank_main(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(known.exit_code if known is not None else ParallelError.exit_code)  # no teardown with a broken peer
-    sys.exit(code)
+    leave(code)
 
 
 def _die_with(launcher: int) -> None:

@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import os
-import sys
 import traceback
-from typing import NoReturn
 
-from megatron_hammer.base.cli import ArgumentParser, report, run
+from megatron_hammer.base.cli import ArgumentParser, leave, report, run
 from megatron_hammer.base.errors import ParallelError, from_exception
 from megatron_hammer.base.progress import say
 from megatron_hammer.config import help_text, load_config
@@ -43,24 +41,17 @@ def main() -> int:
         from megatron_hammer.parallel.rendezvous import torchrun_store
 
         store = torchrun_store(rank, world_size)
-    try:
+    if world_size == 1:
         return run_rank(config, rank, local_rank, world_size, store)
+    try:
+        code = run_rank(config, rank, local_rank, world_size, store)
     except Exception as error:
-        if world_size == 1:
-            raise
-        leave(error, f"rank {rank}")
-
-
-def leave(error: Exception, name: str) -> NoReturn:
-    """Report a failure of one rank among several and end at once: a tidy end would wait for the others."""
-    known = from_exception(error, name)
-    if known is None:
-        traceback.print_exception(error)
-        known = ParallelError(2, name, f"raised {type(error).__name__}", "its traceback is above")
-    code = report(known)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        known = from_exception(error, f"rank {rank}")
+        if known is None:
+            traceback.print_exception(error)
+            known = ParallelError(2, f"rank {rank}", f"raised {type(error).__name__}", "its traceback is above")
+        code = report(known)
+    leave(code)
 
 
 if __name__ == "__main__":
