@@ -101,7 +101,8 @@ class StoredGradient:
         return result
 
     def ready(self) -> None:
-        self.add(lambda main_grad, begun: None)  # it has been written
+        if self.index in self.bucket.missing:  # else the layer was not compiled after all, and has added by itself
+            self.add(lambda main_grad, begun: None)  # it has been written
 
 
 @dataclass(frozen=True)
