@@ -56,7 +56,7 @@ COMPETITORS: dict[str, Contestant] = {  # in the order of what should be known f
     "torchtitan 0.2.2": torchtitan(),
     "Megatron core, local": megatron_core(fused_attention=False),
 }
-MICRO_BATCH_16 = "micro-batch 16"
+MICRO_BATCHES = {"micro-batch 16": 2.0, "micro-batch 1": 0.125, "micro-batch 1, cuda_graph": 0.125}  # of the usual 8
 CHOICES: dict[str, dict[str, dict[str, Any]]] = {
     "plain torch": {
         "kernels": {"norm": "torch", "rope": "torch", "swiglu": "torch", "adamw": "torch", "loss": "torch"}
@@ -66,7 +66,9 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
     "recompute=selective": {"train": {"recompute": "selective"}},
     "recompute=full": {"train": {"recompute": "full"}},
     "fp8 + head": {"kernels": {**FP8, "fp8_head": True}},
-    MICRO_BATCH_16: {},
+    "micro-batch 16": {},
+    "micro-batch 1": {},
+    "micro-batch 1, cuda_graph": {"kernels": {"cuda_graph": True}},
     "layers=te": {"kernels": {"layers": "te"}},
     "layers=te, fp8": {"kernels": {"layers": "te", "fp8": "current"}},
 }
@@ -159,7 +161,7 @@ def choices(bench: Bench) -> dict[str, Item]:
     found: dict[str, Item] = {}
     settings: dict[str, dict[str, dict[str, Any]]] = {"default": {}, **CHOICES, **attention}
     for name, groups in settings.items():
-        shape = bench.shape.at(2 * bench.shape.micro_batch) if name == MICRO_BATCH_16 else bench.shape
+        shape = bench.shape.at(max(1, int(bench.shape.micro_batch * MICRO_BATCHES.get(name, 1))))
         found[name] = partial(measure, bench, name, ours(**groups), shape)
     return found
 

@@ -283,6 +283,10 @@ class KernelsConfig:
     """operations: torch.compile fuses those of norm, RoPE and SwiGLU that have no kernel of their own. layers: each
     decoder layer is compiled whole, once for all; not with kernels.layers=te, whose modules the compiler cannot look
     into. Either costs seconds at start; on a CPU it needs a C++ compiler."""
+    cuda_graph: bool = False
+    """Launch each micro-batch's forward and backward as one CUDA graph: for steps so small that a GPU waits for Python.
+    For causal masks and the torch layers without fp8. Under data parallelism the last backward does not hide the
+    reduction of the gradients."""
     norm: Literal["auto", "torch", "fused", "te", "apex", "liger"] = "auto"
     """Residual add and RMSNorm. auto: fused where it can run, else torch; the same for the next three. fused: our own
     compiled kernel, C++ on a CPU, CUDA on a GPU. te, apex, liger: that library's, where it is installed."""

@@ -88,7 +88,9 @@ class Config:
             f"use {' or '.join(('auto', *able))}",
             number=9,
         )
-        obstacles = {12: _te_obstacle, 13: _fp8_obstacle, 14: _recompute_obstacle, 15: _compile_obstacle}
+        obstacles = {
+            12: _te_obstacle, 13: _fp8_obstacle, 14: _recompute_obstacle, 15: _compile_obstacle, 16: _graph_obstacle
+        }  # fmt: skip
         for number, (what, rule, remedy) in ((n, find(self)) for n, find in obstacles.items()):
             require(not what, what, rule, remedy, number)
         longest = model.max_position_embeddings
@@ -220,3 +222,23 @@ def _compile_obstacle(config: Config) -> tuple[str, str, str]:
         return "", "", ""
     rule = f"is not for kernels.layers={config.kernels.layers}, whose modules the compiler cannot look into"
     return "kernels.compile=layers", rule, "use kernels.compile=operations"
+
+
+def _graph_obstacle(config: Config) -> tuple[str, str, str]:
+    """Why a micro-batch cannot be one CUDA graph (setting, rule, remedy), or empty strings."""
+    kernels, what = config.kernels, "kernels.cuda_graph=true"
+    if not kernels.cuda_graph:
+        return "", "", ""
+    if config.train.device == "cpu":
+        return what, "does not run with train.device=cpu", "leave it out"
+    if config.data.attention_mask == "document":
+        rule = "is not for data.attention_mask=document, where shapes differ from one micro-batch to the next"
+        return what, rule, "leave it out or use data.attention_mask=causal"
+    if kernels.fp8 != "off":
+        rule = f"is not for kernels.fp8={kernels.fp8}, where a weight is quantised once a step and then kept"
+        return what, rule, "leave it out or use kernels.fp8=off"
+    if kernels.layers == "te":
+        return what, "is not for kernels.layers=te, whose modules keep state of their own", "use kernels.layers=torch"
+    if kernels.compile == "layers":
+        return what, "is not for kernels.compile=layers", "use kernels.compile=operations or none"
+    return "", "", ""

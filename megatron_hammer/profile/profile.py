@@ -92,6 +92,8 @@ def profile_step(config: Config, settings: Settings, note: Callable[[str], None]
     settings.check()
     progress = TimedNotes(note)
     config = _for_profiling(config, settings)
+    if config.kernels.cuda_graph:
+        progress("kernels.cuda_graph is left out: a replay has no parts that a profile could name")
     device = choose_device(config, 0)
     te.check_here(config)
     settings.output.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.loader import ReadAhead
 from megatron_hammer.sampling.samples import open_train_data, open_valid_data
 from megatron_hammer.train.build import build
+from megatron_hammer.train.cuda_graph import micro_batch_runner
 from megatron_hammer.train.evaluate import evaluate
 from megatron_hammer.train.garbage import garbage_collected_by_hand
 from megatron_hammer.train.metrics import Reporter, flops_per_token, peak_tflops
@@ -76,6 +77,7 @@ class Run:
         config = prepared.config
         self.prepared, self.config, self.ctx = prepared, config, ctx
         self.model, self.optimizer = build(config, ctx, range_of)
+        self.micro_batch = micro_batch_runner(config.kernels, self.optimizer.store)
         self.state = load_state(prepared, self.optimizer, ctx)
         self.saver = Saver(prepared, self.optimizer, ctx)
         self.data = open_train_data(config, note=say if ctx.world.rank == 0 else lambda text: None)
@@ -105,7 +107,7 @@ class Run:
         with StopRequest() as stop_request, self._reporter() as self.reporter, garbage_collected_by_hand():
             self.clock = time.perf_counter()
             for step in range(self.state.step + 1, config.train.num_steps + 1):
-                report = train_step(self.model, self.optimizer, self._next_batches(), config, step, ctx)
+                report = self._step(step)
                 self._launched(report, stop_request.received)
                 evaluates = bool(self.valid) and every(config.train.eval_interval_steps, step, config)
                 saves = every(config.checkpoint.save_interval_steps, step, config)
@@ -125,6 +127,10 @@ class Run:
     def _next_batches(self) -> list[Batch[Tensor]]:
         """This rank's micro-batches of the next step, on the device."""
         return [batch.to(self.ctx.device) for batch in self.batches.get(self.state.consumed_samples)]
+
+    def _step(self, step: int) -> StepReport:
+        batches = self._next_batches()
+        return train_step(self.model, self.optimizer, batches, self.config, step, self.ctx, self.micro_batch)
 
     def _launched(self, report: StepReport, stop_received: bool) -> None:
         """Account for a step whose numbers may still be under way; ask all ranks whether one must stop."""

@@ -23,6 +23,7 @@ from megatron_hammer.parallel.agreement import agree_before_start
 from megatron_hammer.parallel.context import build_parallel_context
 from megatron_hammer.parallel.rendezvous import Store, end_process_group, start_process_group
 from megatron_hammer.sampling.plan import format_plan
+from megatron_hammer.train import cuda_graph
 from megatron_hammer.train.build import kernel_requirements
 from megatron_hammer.train.loop import train
 from megatron_hammer.train.prepare import Prepared, prepare
@@ -53,6 +54,7 @@ def run_rank(
                 check_here(config)
                 select_backends(config.kernels, kernel_requirements(config, device))
                 fp8.check_here(config.kernels, device)
+                cuda_graph.check_here(config.kernels, device)
             if rank == 0 and not config.train.dry_run and not prepared.is_finished:
                 held.enter_context(only_writer(Path(config.train.output)))
         except HammerError as found:

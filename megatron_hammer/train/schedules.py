@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,26 @@ from megatron_hammer.sampling.batch import Batch
 
 SMALLEST_SUM = 1e-20  # of weights that mean something; a loss scale of 2^60 divided by it is still finite in fp32
 
+MicroBatch = Callable[[Stage, Batch[Tensor], Tensor, float], Tensor]
+"""``micro_batch``, or something else that does the same (``cuda_graph.py``)."""
+
+
+def micro_batch(model: Stage, batch: Batch[Tensor], share: Tensor, z_loss: float) -> Tensor:
+    """Forward and backward of one micro-batch; its gradients go to the store.
+
+    Args:
+        share: what the loss of a token of weight 1 is multiplied by: fp32 device scalar.
+
+    Returns:
+        sum of weight x loss: fp32 device scalar.
+    """
+    weights = batch.loss_weights
+    objective = Objective(share if weights is None else weights * share, z_loss)
+    losses = model(batch.tokens, batch.labels, batch.documents, objective)  # [b, s] fp32
+    (losses * objective.weight).sum().backward()
+    counted: Tensor = losses.detach() if weights is None else losses.detach() * weights
+    return counted.sum()
+
 
 def forward_backward(
     model: Stage,
@@ -23,6 +43,7 @@ def forward_backward(
     micro_batches: Sequence[Batch[Tensor]],
     ctx: ParallelContext,
     z_loss: float = 0.0,
+    run: MicroBatch = micro_batch,
 ) -> Tensor:
     """Accumulate the gradient of the mean loss over the global batch, weighted where the batches have loss weights.
 
@@ -37,12 +58,7 @@ def forward_backward(
     total = torch.zeros((), device=ctx.device)
     for i, batch in enumerate(micro_batches):
         optimizer.store.begin(first=i == 0, last=i == len(micro_batches) - 1)
-        weights = batch.loss_weights
-        objective = Objective(share if weights is None else weights * share, z_loss)
-        losses = model(batch.tokens, batch.labels, batch.documents, objective)  # [b, s] fp32
-        (losses * objective.weight).sum().backward()
-        counted = losses.detach() if weights is None else losses.detach() * weights
-        total += counted.sum() / whole
+        total += run(model, batch, share, z_loss) / whole
     all_reduce(total, ctx.dp)
     return total
 

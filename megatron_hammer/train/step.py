@@ -13,7 +13,7 @@ from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train.schedules import forward_backward
+from megatron_hammer.train.schedules import MicroBatch, forward_backward, micro_batch
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,15 @@ def train_step(
     config: Config,
     step: int,
     ctx: ParallelContext,
+    run: MicroBatch = micro_batch,
 ) -> StepReport:
-    """One parameter update from grad_accum micro-batches ([b, s] tokens each). Never waits for the device."""
+    """One parameter update from grad_accum micro-batches ([b, s] tokens each). Never waits for the device.
+
+    Args:
+        run: what runs each micro-batch; ``cuda_graph.micro_batch_runner`` knows what the config asks for.
+    """
     # The last micro-batch starts the reduction.
-    loss = forward_backward(model, optimizer, micro_batches, ctx, config.train.z_loss)
+    loss = forward_backward(model, optimizer, micro_batches, ctx, config.train.z_loss, run)
     grad_norm = optimizer.clip_grad_norm(config.optimizer.clip_grad)
     lr = learning_rate(config, step)
     applied = optimizer.step(lr)
