@@ -98,17 +98,64 @@ def open_checkpoint(checkpoint_or_run: str | Path) -> Manifest:
     return newest
 
 
-def prune(folder: Path, keep_last: int, note: Note = say) -> None:
+class KnownCheckpoints:
+    """Which checkpoints have been found readable or not, so that a run reads each manifest at most once.
+
+    To read and check one takes more than a second where hundreds of ranks have written, and all of them wait for it at
+    each save. What is remembered holds for the manifest as it was; one that has been written again is read again.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[Path, tuple[tuple[int, ...], bool]] = {}
+
+    def add(self, checkpoint: Path) -> None:
+        """Remember one whose manifest has just been read, or written."""
+        self._found[checkpoint] = (_signature(checkpoint), True)
+
+    def is_readable(self, checkpoint: Path, note: Note) -> bool:
+        """Whether its manifest can be read; what cannot is told to ``note``, once."""
+        signature = _signature(checkpoint)
+        known = self._found.get(checkpoint)
+        if known is None or known[0] != signature:
+            try:
+                read_manifest(checkpoint)
+                known = (signature, True)
+            except CheckpointError as error:
+                note(f"skipped checkpoint {checkpoint}: {error}")
+                known = (signature, False)
+            self._found[checkpoint] = known
+        return known[1]
+
+
+def _signature(checkpoint: Path) -> tuple[int, ...]:
+    """What changes when a manifest is written again; nothing where there is none."""
+    try:
+        status = os.lstat(checkpoint / MANIFEST)
+    except OSError:
+        return ()
+    return (status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def prune(folder: Path, keep_last: int, note: Note = say, known: KnownCheckpoints | None = None) -> None:
     """Remove what is older than the ``keep_last`` (at least two) newest readable checkpoints.
 
     A folder that cannot be removed is only noted: the save that calls this has succeeded.
+
+    Args:
+        known: remembers from one call to the next which checkpoints can be read.
     """
-    readable = [m.folder for m in readable_checkpoints(folder, note)]
-    wanted = max(FEWEST_KEPT, keep_last)
-    if len(readable) <= wanted:
-        return
+    known = KnownCheckpoints() if known is None else known
+    wanted, readable = max(FEWEST_KEPT, keep_last), 0
     found = find_checkpoints(folder)
-    for path in found[: found.index(readable[wanted - 1])]:
+    if len(found) <= wanted:
+        return  # nothing to remove, so nothing to read
+    for position in reversed(range(len(found))):
+        readable += known.is_readable(found[position], note)
+        if readable == wanted:
+            break
+    else:
+        return
+    for path in found[:position]:
         try:
             remove_folder(path)
         except OSError as error:

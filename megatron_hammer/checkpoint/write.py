@@ -41,7 +41,7 @@ from megatron_hammer.base.files import (
 )
 from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES, PRECISION_DTYPES
-from megatron_hammer.checkpoint.folder import Note, prune, step_name
+from megatron_hammer.checkpoint.folder import KnownCheckpoints, Note, prune, step_name
 from megatron_hammer.checkpoint.manifest import (
     STEP_NAME,
     TOKENIZER,
@@ -286,6 +286,7 @@ def save_checkpoint(
     ctx: ParallelContext,
     keep_last: int,
     note: Note = say,
+    known: KnownCheckpoints | None = None,
 ) -> Path:
     """Save the ranks' shards as ``checkpoints_dir/step-NNNNNNNN``; all ranks call it. Communicates over the world.
 
@@ -296,6 +297,7 @@ def save_checkpoint(
         state: JSON values, the same on all ranks.
         keep_last: newest checkpoints to keep, this one included; never fewer than two.
         note: told on rank 0 what was removed beyond the plan.
+        known: of this run, remembers from one save to the next which checkpoints can be read.
 
     Returns:
         the committed folder, on every rank.
@@ -345,7 +347,9 @@ def save_checkpoint(
             shutil.rmtree(staging, ignore_errors=True)
         raise
     if leader:
-        prune(folder, keep_last, note)
+        known = KnownCheckpoints() if known is None else known
+        known.add(target)
+        prune(folder, keep_last, note, known)
     return target
 
 

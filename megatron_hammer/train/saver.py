@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_hammer.checkpoint.folder import KnownCheckpoints
 from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.config import config_to_tree
 from megatron_hammer.optim.optimizer import Optimizer
@@ -23,6 +24,9 @@ class Saver:
     def __init__(self, prepared: Prepared, optimizer: Optimizer, ctx: ParallelContext) -> None:
         self._config, self._tokenizer = prepared.config, prepared.tokenizer
         self._optimizer, self._ctx = optimizer, ctx
+        self._known = KnownCheckpoints()
+        if prepared.resume is not None:
+            self._known.add(prepared.resume.folder)
 
     def save(self, state: RunState) -> Path:
         """Write the checkpoint of a state whose step is over; the folder. Communicates over all ranks."""
@@ -36,4 +40,5 @@ class Saver:
             tokenizer=self._tokenizer,
             ctx=self._ctx,
             keep_last=self._config.checkpoint.keep_last,
+            known=self._known,
         )

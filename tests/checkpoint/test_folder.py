@@ -14,9 +14,11 @@ import pytest
 
 from megatron_hammer.base.errors import CheckpointError, DiskError
 from megatron_hammer.base.files import remove_leftovers
+from megatron_hammer.checkpoint import folder as folders
 from megatron_hammer.checkpoint import manifest
 from megatron_hammer.checkpoint import write as save
 from megatron_hammer.checkpoint.folder import (
+    KnownCheckpoints,
     find_checkpoints,
     newest_checkpoint,
     open_checkpoint,
@@ -32,10 +34,11 @@ from tests.checkpoint.layouts import FakeTokenizer, config_tree, random_logical,
 MODEL = tiny_model(hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=1, vocab_size=33)
 
 
-def save_step(folder: Path, step: int, seed: int = 0, keep_last: int = 2) -> Path:
+def save_step(folder: Path, step: int, seed: int = 0, keep_last: int = 2, known=None) -> Path:
     shards = rank_shards(MODEL, 0, 1, 1, random_logical(MODEL, seed))
     return save_checkpoint(folder, step, shards, model=MODEL, config_tree=config_tree(MODEL), state={"seed": seed},
-                           tokenizer=FakeTokenizer(), ctx=ParallelContext.single(), keep_last=keep_last)  # fmt: skip
+                           tokenizer=FakeTokenizer(), ctx=ParallelContext.single(), keep_last=keep_last,
+                           known=known)  # fmt: skip
 
 
 def steps(folder: Path) -> list[int]:
@@ -54,6 +57,36 @@ def test_the_last_ones_are_kept_and_never_fewer_than_two(tmp_path):
     save_step(run, 50, keep_last=3)
     assert steps(run) == [30, 40, 50]
     assert sorted(p.name for p in run.iterdir()) == [step_name(s) for s in (30, 40, 50)]
+
+
+def count_reads(monkeypatch) -> list[str]:
+    """Names of the checkpoints whose manifests are read from now on."""
+    read, original = [], folders.read_manifest
+    monkeypatch.setattr(folders, "read_manifest", lambda path: read.append(Path(path).name) or original(path))
+    return read
+
+
+def test_a_save_reads_no_manifest_that_is_known(tmp_path, monkeypatch):
+    """Of what the run has written or read itself nothing is read again; what was there before it, once."""
+    for step in (10, 20, 30):
+        save_step(tmp_path, step, keep_last=9)
+    read, known = count_reads(monkeypatch), KnownCheckpoints()
+    for step in (40, 50, 60, 70):
+        save_step(tmp_path, step, keep_last=4, known=known)
+    assert steps(tmp_path) == [40, 50, 60, 70]
+    assert read == [step_name(20), step_name(30)] or read == [step_name(30), step_name(20)]
+
+
+def test_what_is_known_of_a_checkpoint_ends_when_it_is_written_again(tmp_path, monkeypatch):
+    known, told = KnownCheckpoints(), []
+    for step in (10, 20, 30):
+        save_step(tmp_path, step, keep_last=3, known=known)
+    break_manifest(tmp_path / step_name(20))
+    read = count_reads(monkeypatch)
+    for _ in range(2):
+        prune(tmp_path, 2, told.append, known)
+        assert [p.name for p in find_checkpoints(tmp_path)] == [step_name(s) for s in (10, 20, 30)]
+    assert read == [step_name(20)] and len(told) == 1 and "E403" in told[0], "the broken one is read and told once"
 
 
 def test_unreadable_checkpoints_do_not_count_as_kept(tmp_path):

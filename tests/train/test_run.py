@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from megatron_hammer.base.errors import HammerError
+from megatron_hammer.checkpoint import folder
 from megatron_hammer.checkpoint.folder import find_checkpoints, newest_checkpoint
+from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.kernels.native import cpu
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank
@@ -269,6 +271,22 @@ def test_resume_refuses_another_order_and_another_model(data: Path, tmp_path: Pa
     write_dataset(data / "c", 5, seed=9)
     prepared = prepare(config_for(overrides(data, out, f"data.train={data}/c")), 1)
     assert any("data.train" in note for note in prepared.notes), "a changed mix is allowed, and said"
+
+
+def test_a_run_reads_each_manifest_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest at the start; none of its own at any save, however many are kept; the older ones once."""
+    arguments = overrides(data, tmp_path / "run", "checkpoint.save_interval_steps=1", "schedule.style=constant")
+    assert train_here(0, [*arguments, "train.num_steps=4", "checkpoint.keep_last=4"]) == 0
+    read, original = list[int](), folder.read_manifest
+
+    def counted(path: str | Path) -> Manifest:
+        manifest = original(path)
+        read.append(manifest.step)
+        return manifest
+
+    monkeypatch.setattr(folder, "read_manifest", counted)
+    assert train_here(0, [*arguments, "train.num_steps=10", "checkpoint.keep_last=3"]) == 0
+    assert read[0] == 4 and sorted(read) == [3, 4], "one at the start, and one that was there before, when it counted"
 
 
 def test_endless_skips_end_the_run(data: Path, tmp_path: Path) -> None:
