@@ -139,6 +139,9 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return value
     if origin is dict:
         return _convert_dict(args[1], value, name)
+    if origin is tuple:
+        values = value if isinstance(value, list | tuple) else [value]  # one may stand alone
+        return tuple(_convert(args[0], v, name) for v in values)
     number = _number(value)
     if hint is bool and isinstance(value, bool):
         return value

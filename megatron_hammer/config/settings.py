@@ -407,12 +407,29 @@ class LogConfig:
     """Steps between two printed lines (a terminal gets a progress bar)."""
     tensorboard: bool = True
     """Write OUT/tensorboard/ too."""
+    trackers: tuple[Literal["wandb", "swanlab", "mlflow"], ...] = ()
+    """Services that get what metrics.jsonl has: [wandb, swanlab, mlflow], any of them. One that is named and not
+    installed is an error; one that fails later costs a warning and no step."""
+    tracker_project: str = "megatron_hammer"
+    """The project (MLflow: experiment) under which the services show the run."""
+    tracker_run_name: str | None = None
+    """The run's name there; absent: that of the folder train.output."""
+    trackers_offline: bool = False
+    """Write the services' files to OUT/trackers/ and send nothing, to be sent later with their own commands. false:
+    online, or as the clients' own variables say (WANDB_MODE=offline)."""
     peak_tflops: float | None = None
     """Dense peak of one device in the run's precision, for MFU; absent: known data-centre GPUs, else MFU is null."""
 
     def check(self) -> None:
         """Raise ``ConfigError`` for values outside their range."""
         at_least("log", {"interval_steps": self.interval_steps}, 1)
+        require(
+            len(set(self.trackers)) == len(self.trackers),
+            f"log.trackers={list(self.trackers)}",
+            "must name each service once",
+            "take the second one out",
+        )
+        require(bool(self.tracker_project), "log.tracker_project", "must not be empty", "name a project")
         peak = self.peak_tflops
         require(
             peak is None or peak > 0, f"log.peak_tflops={peak}", "must be positive", "state the device's dense peak"

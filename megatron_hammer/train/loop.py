@@ -212,4 +212,4 @@ class Run:
         config, device = self.config, self.ctx.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         flops = flops_per_token(config.model, config.data.seq_length)
-        return Reporter(config, self.state.step, flops, peak_tflops(config, name), self.ctx.world.size)
+        return Reporter(config, self.state.step, flops, peak_tflops(config, name), self.ctx.world.size, name)

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl (every step, full precision), TensorBoard, and lines or a progress bar for people.
+"""What a run tells: metrics.jsonl (every step, full precision), TensorBoard, trackers, and lines or a progress bar.
 
 One JSON object a step. Floats are shortest exact decimals; what is not finite is null. MFU (model FLOPs utilisation)
 is stated twice, because two counts are in use::
@@ -24,8 +24,10 @@ from types import TracebackType
 from typing import Any
 
 from megatron_hammer.base.files import replace_file
+from megatron_hammer.base.progress import say
 from megatron_hammer.config import Config, ModelConfig
 from megatron_hammer.model.parameters import EMBEDDING, logical_shapes
+from megatron_hammer.train.trackers import Trackers, environment_of
 
 # Dense peak of one device in bf16 with fp32 accumulation, TFLOP/s: words of the device's name, and the figure. Data
 # sheets mostly print twice as much, with structured sparsity. The first row whose words are all in the name counts.
@@ -85,7 +87,7 @@ class MetricsFile:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one object and hand it to the operating system."""
-        self.file.write(json.dumps({k: _finite(v) for k, v in line.items()}, ensure_ascii=False).encode() + b"\n")
+        self.file.write(json.dumps(finite(line), ensure_ascii=False).encode() + b"\n")
         self.file.flush()
 
     def sync(self) -> None:
@@ -104,15 +106,22 @@ def _whole_lines(path: Path) -> list[bytes]:
     return [line for line in path.read_bytes().split(b"\n")[:-1] if line]
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def finite(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The line as JSON can have it: what is not finite is None."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
 
 
 class Reporter:
     """All outputs of rank 0. A context manager: closes them in any case."""
 
     def __init__(
-        self, config: Config, first_step: int, flops: tuple[float, float], peak: float | None, devices: int
+        self,
+        config: Config,
+        first_step: int,
+        flops: tuple[float, float],
+        peak: float | None,
+        devices: int,
+        device_name: str = "cpu",
     ) -> None:
         self.config, self.flops, self.devices = config, flops, devices
         self.peak = None if peak is None else peak * 1e12 * devices
@@ -128,6 +137,7 @@ class Reporter:
             from tqdm import tqdm
 
             self.bar = tqdm(total=config.train.num_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self.trackers = Trackers(config, first_step > 0, environment_of(device_name, devices), self.warn)
 
     def __enter__(self) -> Reporter:
         return self
@@ -138,6 +148,7 @@ class Reporter:
         for output in (self.file, self.board, self.bar):
             if output is not None:
                 output.close()
+        self.trackers.close(failed=kind is not None)
 
     def step(self, line: dict[str, Any], valid: Mapping[str, float | None]) -> None:
         """Record one step, with its evaluation if there was one."""
@@ -146,6 +157,7 @@ class Reporter:
             line[name] = None if self.peak is None else rate * flops / self.peak
         line |= valid
         self.file.write(line)
+        self.trackers.log(finite(line))
         if self.board is not None:
             for key, value in line.items():
                 if isinstance(value, int | float) and key not in ("step", "skipped") and math.isfinite(value):
@@ -168,6 +180,13 @@ class Reporter:
             self.bar.write(text)
         else:
             print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """A warning, on stderr; also from a tracker's thread."""
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            say(text)
 
 
 def _sentence(line: Mapping[str, Any], num_steps: int) -> str:

@@ -27,6 +27,7 @@ from megatron_hammer.train import cuda_graph
 from megatron_hammer.train.build import kernel_requirements
 from megatron_hammer.train.loop import train
 from megatron_hammer.train.prepare import Prepared, prepare
+from megatron_hammer.train.trackers import check_trackers
 
 
 def run_rank(
@@ -49,6 +50,8 @@ def run_rank(
         try:
             prepared = prepare(config, world_size, check_data)
             config = prepared.config
+            if rank == 0:  # the one that reports
+                check_trackers(config.log.trackers)
             device = torch.device("cpu") if config.train.dry_run else choose_device(config, local_rank)
             if not config.train.dry_run:
                 check_here(config)
