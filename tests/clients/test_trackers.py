@@ -1,8 +1,4 @@
-"""The real client libraries, offline, each in a virtual environment of its own: what they wrote is read back.
-
-Nightly: it downloads the libraries. ``HAMMER_TRACKER_VENVS=FOLDER pytest tests/train/test_tracker_clients.py`` makes
-the environments in FOLDER, or takes those that are there.
-"""
+"""The clients of the experiment trackers, offline: what they wrote is read back."""
 
 from __future__ import annotations
 
@@ -15,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.clients.conftest import CACHE
+
 ROOT = Path(__file__).parents[2]
-VENVS = os.environ.get("HAMMER_TRACKER_VENVS")
 LOSS = 0.1 + 0.2  # a float that fewer than 17 digits do not tell
 
 START = """
@@ -51,10 +48,8 @@ print(json.dumps([run.info.run_id, run.info.status, run.info.run_name, run.data.
 @pytest.fixture(scope="module", params=["wandb", "swanlab", "mlflow"])
 def client(request: pytest.FixtureRequest) -> tuple[str, Path]:
     """Name and interpreter."""
-    if VENVS is None:
-        pytest.skip("set HAMMER_TRACKER_VENVS=FOLDER to install the real clients there and run them")
     name: str = request.param
-    python = Path(VENVS) / name / "bin" / "python"
+    python = CACHE / f"tracker-{name}" / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "-q", name, "PyYAML", "xxhash", "numpy"], check=True)
