@@ -14,8 +14,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.progress import say
 from megatron_hammer.tokenizer import merge
 from megatron_hammer.tokenizer.required_characters import TABLE_NAME, read_required
+from megatron_hammer.tokenizer.symbols import doubtful_symbols, read_symbols
 
 
 def main() -> None:
@@ -29,6 +31,10 @@ def main() -> None:
     args = parser.parse_args()
 
     required = read_required(args.required_chars)
+    symbols = read_symbols(args.user_defined_symbols) if args.user_defined_symbols else []
+    for symbol, meant in doubtful_symbols(symbols).items():
+        say(f"note: {args.user_defined_symbols}: symbol {symbol!r} is taken as it stands; HammerLLM's published model "
+            f"corrects such to {meant!r}: mend the file if that was meant")  # fmt: skip
     result = merge.merge_files(args.base, args.donor, required, args.user_defined_symbols, args.output)
     mean, ratios = result.calibration.mean, result.calibration.ratios
     print(f"calibration: {len(ratios):,} of {len(required.common):,} characters, ratio mean {mean!r}, "

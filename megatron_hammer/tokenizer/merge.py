@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from typing import Any
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.base.files import dump_json, replace_file
 from megatron_hammer.tokenizer.load import load_tokenizer
-from megatron_hammer.tokenizer.required_characters import RequiredCharacters
+from megatron_hammer.tokenizer.required_characters import TABLE_NAME, RequiredCharacters, load_table
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, load_processor, parse_model
 from megatron_hammer.tokenizer.symbols import check_symbols, read_symbols
 
@@ -43,7 +43,7 @@ MODEL_NAME = "tokenizer.model"
 REPORT_NAME = "tokenizer.merge.json"
 PICTURE_NAME = "tokenizer.calibration.png"
 
-_NAMED_CHARACTERS = 5  # of a longer list in an error line: chosen by eye
+_NAMED_CHARACTERS = 200  # of a longer list in an error line: more means another list than was meant
 _HISTOGRAM_BINS = 60  # chosen by eye
 
 
@@ -168,11 +168,7 @@ def merge_models(
     # 2. characters
     missing = _missing_characters(pieces, required, base.path)
     if absent := [character for character in missing if character not in donor_scores]:
-        shown = "".join(absent[:_NAMED_CHARACTERS]) + ("..." if len(absent) > _NAMED_CHARACTERS else "")
-        raise RefusedError(
-            3, str(donor.path), f"lacks {len(absent)} of the {len(missing)} required characters that the base lacks "
-            f"({shown})", "train the donor with these as --required-characters",
-        )  # fmt: skip
+        raise _lacking(absent, len(missing), donor.path, required.name, pieces.keys() | donor_scores.keys())
     for character in missing:
         # NORMAL is the format's default; left unsaid, the file equals the published one byte for byte.
         append(character, donor_scores[character] * calibration.mean)
@@ -217,6 +213,21 @@ def _missing_characters(pieces: dict[str, tuple[int, Any]], required: RequiredCh
                 "unused)", "take another base, or remove the character from the list",
             )  # fmt: skip
     return missing
+
+
+def _lacking(absent: list[str], missing: int, donor: Path, name: str, known: Set[str]) -> RefusedError:
+    """The donor lacks characters; where it has those of the standard table, that is the list to take."""
+    shown = "".join(absent[:_NAMED_CHARACTERS])
+    if len(absent) > _NAMED_CHARACTERS:
+        shown += f" and {len(absent) - _NAMED_CHARACTERS} more"
+    remedy = "train the donor with these as --required-characters, or leave them out of the list"
+    if name != TABLE_NAME and all(character in known for character, _ in load_table()):
+        remedy = (
+            f"take --required-chars {TABLE_NAME}, the table of 8,105 standard characters, which base and donor know "
+            f"(HammerLLM's list and ratio), or {remedy}"
+        )
+    rule = f"lacks {len(absent)} of the {missing} required characters of {name} that the base lacks ({shown})"
+    return RefusedError(3, str(donor), rule, remedy)
 
 
 # ---- what is written beside the model ----

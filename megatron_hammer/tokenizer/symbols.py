@@ -56,3 +56,13 @@ def check_symbols(symbols: Sequence[str]) -> list[str]:
             raise ConfigError(61, f"user-defined symbol {symbol!r}", rule, "remove it from the list")
         pieces.append(piece)
     return pieces
+
+
+def doubtful_symbols(symbols: Sequence[str]) -> dict[str, str]:
+    """Symbols that look like a tag with a slip of the pen -> the tag; a published list has ``CLS>`` and ``</p >``."""
+    doubtful = {}
+    for symbol in symbols:
+        meant = re.sub(r"\s+", "", symbol) if symbol.startswith("<") else f"<{symbol}"
+        if re.fullmatch(r"<?/?[A-Za-z][A-Za-z0-9]*\s*/?>", symbol) and meant != symbol and meant not in symbols:
+            doubtful[symbol] = meant
+    return doubtful

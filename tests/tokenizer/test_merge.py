@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,9 @@ from megatron_hammer.base.errors import ConfigError, DataError, HammerError, Ref
 from megatron_hammer.tokenizer.convert import convert_tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.merge import Merge, merge_files, merge_models
-from megatron_hammer.tokenizer.required_characters import RequiredCharacters, read_required
+from megatron_hammer.tokenizer.required_characters import RequiredCharacters, load_table, read_required
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
+from megatron_hammer.tokenizer.symbols import doubtful_symbols
 from megatron_hammer.tokenizer.train import train_tokenizer
 from tests.tokenizer.texts import (
     REPOSITORY,
@@ -32,6 +34,7 @@ from tests.tokenizer.texts import (
     write_model,
 )
 
+MODELS = REPOSITORY.parent / "shared" / "tokenizers"
 NAMES = ["tokenizer.calibration.png", "tokenizer.merge.json", "tokenizer.model"]
 RARE = "龘靐齉爩麤灪龖厵"
 
@@ -279,7 +282,7 @@ def test_bad_symbols(tmp_path: Path) -> None:
 
 def test_models_that_do_not_fit(tmp_path: Path) -> None:
     refuse(tmp_path, RefusedError, r"E503.*d\.model lacks 1 of the 2 required .*\(丙\)", characters="甲乙丙")
-    refuse(tmp_path, RefusedError, r"E503.*lacks 6 of .*\(丙丁戊己庚\.\.\.\)", characters="甲乙丙丁戊己庚辛")
+    refuse(tmp_path, RefusedError, r"E503.*lacks 6 of .*\(丙丁戊己庚辛\)", characters="甲乙丙丁戊己庚辛")
     refuse(tmp_path, RefusedError, r"E504.*none of the 1 calibration characters", characters="乙")
     unigram = small({"甲": -2.0, "乙": -3.0})
     unigram.trainer_spec.model_type = 1
@@ -288,6 +291,35 @@ def test_models_that_do_not_fit(tmp_path: Path) -> None:
     base = small({"甲": -1.0, "乙": -2.0})
     base.pieces[-1].type = base.SentencePiece.UNUSED
     refuse(tmp_path, DataError, r"E318.*'乙'", base=base)
+
+
+def test_a_list_that_the_donor_was_not_trained_for_names_the_right_one(tmp_path: Path) -> None:
+    """As the published common_char_file.txt, which has characters beyond the table and beyond the donor."""
+    table = "".join(character for character, _ in load_table())
+    strange = "".join(map(chr, range(0x3400, 0x3400 + 30)))
+    base, donor = small({"甲": -1.0, "乙": -2.0}), small(dict.fromkeys(table, -1.0))
+    rule = rf"lacks 30 of the 31 required characters of x that the base lacks \({strange}\); take --required-chars tgh"
+    refuse(tmp_path, RefusedError, rule, characters="甲丙" + strange, base=base, donor=donor)
+    refuse(
+        tmp_path, RefusedError, r"\(.{200} and 50 more\)", characters="甲" + "".join(map(chr, range(0x20000, 0x200FA)))
+    )
+
+
+def test_symbols_with_a_slip_of_the_pen() -> None:
+    listed = ["<SEP>", "CLS>", "</p >", "<br>", "br>", "</td>", "</td >", "->", "a > b", "x>y", ">", "<h2/>"]
+    assert doubtful_symbols(listed) == {"CLS>": "<CLS>", "</p >": "</p>"}
+
+
+@pytest.mark.skipif(not MODELS.is_dir(), reason="needs the real tokenizers beside the checkout")
+def test_the_published_lists_are_answered_with_the_right_ones(tmp_path: Path) -> None:
+    words = ["merge_tokenizer.py", "--base", MODELS / "internlm-7b.model", "--donor", MODELS / "llama_zh_128k.model",
+             "--user-defined-symbols", MODELS / "user_defined_symbols.txt", "--output", tmp_path / "out"]  # fmt: skip
+    failed = run_tool(*words, "--required-chars", MODELS / "common_char_file.txt")
+    assert failed.returncode == 5 and "take --required-chars tgh2013" in failed.stderr
+    (named,) = re.findall(r"lacks 30 of the 1491 .*\((.+?)\); ", failed.stderr)
+    assert len(named) == 30
+    notes = failed.stderr.splitlines()[:-1]
+    assert [note.split("symbol ")[1].split()[0] for note in notes] == ["'CLS>'", "'</p"]
 
 
 def test_bad_files(tmp_path: Path, plain: SentencePieceTokenizer) -> None:
