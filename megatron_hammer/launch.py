@@ -4,7 +4,8 @@ Needs no torch.
 """
 
 from megatron_hammer.base.cli import run
+from megatron_hammer.base.streams import Output
 from megatron_hammer.supervise.start import main
 
 if __name__ == "__main__":
-    run(main)
+    run(main, Output.LOG)

@@ -19,13 +19,12 @@ byte), and the size at which training reads most bytes a second, from smaller vo
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, print_json, run
 
 
 def parser() -> ArgumentParser:
@@ -211,7 +210,7 @@ def main() -> None:
         page = format_report(f"Tokenizers: {args.command}", found.tables, picture, found.notes)
         replace_file(args.report, page.encode())
     if args.json:
-        print(json.dumps({"command": args.command, **found.facts}, ensure_ascii=False))
+        print_json({"command": args.command, **found.facts})
     else:
         tables = [f"{table.title}:\n{format_table(table)}" for table in found.tables]
         print("\n\n".join([*tables, *(["\n".join(found.notes)] if found.notes else [])]))

@@ -20,6 +20,7 @@ import os
 from pathlib import Path
 
 from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.streams import only_list
 
 
 def main() -> None:
@@ -31,6 +32,7 @@ def main() -> None:
                         help="threads that encode (default: all cores of this process)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
+    only_list()
     import orjson
 
     from megatron_hammer.dataset.look.count import count_tokens

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.streams import only_list
 
 
 def main() -> None:
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=40, metavar="K", help="sample among the K likeliest (default: 40)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="same seed, same texts (default: 0)")
     args = parser.parse_args()
+    only_list()
     from megatron_hammer.huggingface.generate import generate
 
     texts = generate(args.hf, args.prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from megatron_hammer.base.cli import ArgumentParser, report, run
 from megatron_hammer.base.errors import CheckpointError
+from megatron_hammer.base.streams import only_list
 
 
 def parser() -> ArgumentParser:
@@ -32,6 +33,8 @@ def main() -> int:
     from megatron_hammer.checkpoint.folder import open_checkpoint
     from megatron_hammer.checkpoint.inspect import describe, list_checkpoints, summarize, verify_checkpoint
 
+    if arguments.command != "verify":
+        only_list()
     if arguments.command == "list":
         print(*list_checkpoints(arguments.run), sep="\n")
         return 0

@@ -22,12 +22,12 @@ Several answers with --json are one JSON document a line.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, print_json, run
 from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.base.streams import only_list
 
 if TYPE_CHECKING:
     from megatron_hammer.config import Config
@@ -98,8 +98,10 @@ def show_stats(args: argparse.Namespace) -> None:
 
     for number, prefix in enumerate(args.prefixes):
         facts = describe_dataset(IndexedDataset(prefix))
-        text = json.dumps(facts, ensure_ascii=False) if args.json else "\n" * (number > 0) + format_stats(facts)
-        print(text, flush=True)
+        if args.json:
+            print_json(facts)
+        else:
+            print("\n" * (number > 0) + format_stats(facts), flush=True)
 
 
 def show_documents(args: argparse.Namespace) -> None:
@@ -114,8 +116,10 @@ def show_documents(args: argparse.Namespace) -> None:
     speller = None if args.tokenizer is None else Speller(load_matching(dataset, args.tokenizer))
     for number, document in enumerate(args.documents):
         facts = describe_document(dataset, document, span, speller, args.pieces)
-        text = "\n" * (number > 0) + format_document(args.prefix, facts)
-        print(json.dumps(facts, ensure_ascii=False) if args.json else text)
+        if args.json:
+            print_json(facts)
+        else:
+            print("\n" * (number > 0) + format_document(args.prefix, facts))
     if speller is None and not args.json:
         print("note: ids only; --tokenizer T shows the text")
 
@@ -134,7 +138,10 @@ def verify(args: argparse.Namespace) -> None:
 
     tokenizer = None if args.tokenizer is None else load_tokenizer(args.tokenizer)
     report = verify_dataset(args.prefix, tokenizer, args.held_out, args.scratch)
-    print(json.dumps(report.describe(), ensure_ascii=False) if args.json else format_report(report), flush=True)
+    if args.json:
+        print_json(report.describe())
+    else:
+        print(format_report(report), flush=True)
     report.raise_if_unsound()
 
 
@@ -155,7 +162,10 @@ def find_text(args: argparse.Namespace) -> None:
     with Progress(f"searching {dataset.bin_path}", size) as progress:
         for match in search.matches(dataset, progress):
             facts = describe_match(dataset, match, speller)
-            print(json.dumps(facts, ensure_ascii=False) if args.json else format_match(facts), flush=True)
+            if args.json:
+                print_json(facts)
+            else:
+                print(format_match(facts), flush=True)
             found += 1
             if found == args.limit:
                 break
@@ -205,7 +215,7 @@ def show_order(args: argparse.Namespace) -> None:
         return
     samples = describe_samples(data, start, 8 if count is None else count)
     if args.json:
-        print(json.dumps(samples, ensure_ascii=False))
+        print_json(samples)
         return
     print(f"{'sample':>10} {'epoch':>5} {'window':>10}  source: document[offset : offset + length] ...")
     for sample in samples:
@@ -224,7 +234,7 @@ def show_reads(args: argparse.Namespace, data: Any, start: int, end: int, batch:
     reads = document_reads(data, find_source(data, name), int(number), start, end)
     described = [describe_read(read, batch) for read in reads]
     if args.json:
-        print(json.dumps(described, ensure_ascii=False))
+        print_json(described)
         return
     print(f"{'step':>8} {'sample':>10} {'epoch':>5} {'window':>10}  document[offset : offset + length] ...")
     for read in described:
@@ -252,11 +262,16 @@ def show_plan(args: argparse.Namespace) -> None:
         config.tokens_per_step,
         config.data.max_epochs,
     )
-    print(json.dumps(plan.describe(), ensure_ascii=False) if args.json else format_plan(plan))
+    if args.json:
+        print_json(plan.describe())
+    else:
+        print(format_plan(plan))
 
 
 def main() -> None:
     args = parse_arguments()
+    if args.command != "verify":
+        only_list()
     {
         "stats": show_stats,
         "show": show_documents,

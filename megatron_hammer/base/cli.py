@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
+import json
 import os
+import resource
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from megatron_hammer.base.errors import ConfigError, HammerError, from_exception
+from megatron_hammer.base.streams import Output, Vanished, flush_streams, guard_streams, only_list
 
 TRACEBACK_VARIABLE = "HAMMER_TRACEBACK"  # set to 1: show where an error line came from
 
@@ -26,27 +30,65 @@ class ArgumentParser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**kwargs)
 
+    def print_help(self, file: Any = None) -> None:
+        """Print the help, all that the program is for once it is asked for it."""
+        only_list()
+        super().print_help(file)
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(1, self.prog, f"was called wrongly: {message}", f"see {self.prog} --help")
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a program's ``main`` and leave with its documented exit code; a user's mistake is one line on stderr."""
+def run(main: Callable[[], int | None], output: Output = Output.REPORT) -> NoReturn:
+    """Run a program's ``main`` and leave with its documented exit code; a user's mistake is one line on stderr.
+
+    Args:
+        main: returns the exit code, None for 0.
+        output: what standard output is to this program, and so what a failure of it means (``base/streams.py``). A
+            program that only lists says so by ``only_list`` when it knows.
+    """
+    guard_streams(output)
+    raise_open_files_limit()
+    code = end_of(main)
+    lost = flush_streams()
+    if lost is not None and code == 0:
+        code = report(lost)
+    sys.exit(code)
+
+
+def end_of(main: Callable[[], int | None]) -> int:
+    """The exit code with which ``main`` ends, however it does; what there is to say about it is on stderr."""
     try:
-        code = main() or 0
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        return main() or 0
+    except SystemExit as ending:  # argparse, after --help
+        if isinstance(ending.code, str):
+            print(ending.code, file=sys.stderr)
+            return 1
+        return int(ending.code or 0)  # argparse and we give integers
+    except Vanished:  # the reader of a listing
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
+        return 130
     except Exception as error:
         known = from_exception(error, "the program")
         if known is None:
             raise  # a mistake of ours: the traceback belongs to the report
-        code = report(known)
-    sys.stdout.flush()
-    sys.exit(code)
+        return report(known)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document a line on standard output; ASCII only where that is not UTF-8: every reader can take it."""
+    unicode = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    print(json.dumps(value, ensure_ascii=not unicode), flush=True)
+
+
+def raise_open_files_limit() -> None:
+    """Let the process and its children have as many open files as the system grants them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # macOS reports a limit that it does not grant
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def leave(code: int) -> NoReturn:
@@ -56,8 +98,7 @@ def leave(code: int) -> NoReturn:
     end of a good run a thread of a communication library that is still there has the whole process abort.
     """
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_streams()
     os._exit(code)
 
 

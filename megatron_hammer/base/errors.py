@@ -17,6 +17,8 @@ What only a mistake in this code can cause is an ``assert``, and ends in a trace
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -129,15 +131,84 @@ def from_fields(fields: Mapping[str, Any]) -> HammerError:
     return cls(int(fields["number"]), fields["what"], fields["rule"], fields["remedy"])
 
 
-def from_os_error(error: OSError, doing: str) -> DiskError:
-    """A ``DiskError`` that says which path the operating system refused, and why."""
-    path = error.filename if error.filename is not None else doing
-    return DiskError(
-        1,
-        str(path),
-        f"could not be used while {doing}: {error.strerror or error}",
-        "free space or mend the permissions, then run the same command again",
-    )
+# What a user can do about a refusal of the operating system, by errno.
+_OS_REMEDIES: dict[int, str] = {
+    errno.ENOSPC: "free space there, then run the same command again",
+    errno.EDQUOT: "free space within your quota, then run the same command again",
+    errno.EFBIG: "write to a file system (or raise `ulimit -f`) that takes files of this size",
+    errno.EACCES: "mend its permissions, or name a path that you may use",
+    errno.EPERM: "mend its permissions, or name a path that you may use",
+    errno.EROFS: "name a path on a file system that can be written to",
+    errno.ENOENT: "check the path: a file or one of its folders is not there",
+    errno.ENOTDIR: "check the path: a part of it is a file, not a folder",
+    errno.EISDIR: "name a file, not a folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EINVAL: "check the path and whether its file system can do this",
+    errno.ELOOP: "mend the symbolic links, which lead in a circle",
+    errno.EEXIST: "move away what is there, or name another path",
+    errno.ENOTEMPTY: "move away what is there, or name another path",
+    errno.EXDEV: "keep both paths on one file system",
+    errno.EBUSY: "end the program that uses it, then run the same command again",
+    errno.ETXTBSY: "end the program that uses it, then run the same command again",
+    errno.EMFILE: "raise the limit of open files of this process (`ulimit -n`)",
+    errno.ENFILE: "raise the limit of open files of this machine (fs.file-max), or end other programs",
+    errno.EAGAIN: "raise the limit of processes and threads (`ulimit -u`), or end other programs",
+    errno.EIO: "the device or its connection is failing: see dmesg, and copy what can still be read",
+    errno.ENXIO: "the device is gone: see dmesg",
+    errno.ENODEV: "use a file system that can map files, or connect the device again",
+    errno.ESTALE: "the network file system lost the file: mount it again, then run the same command again",
+    errno.ENOTCONN: "mount the network file system again, then run the same command again",
+    errno.ENOLCK: "the file system has no locks (see its mount options): use another one",
+    errno.ENOSYS: "use a file system that can do this",
+    errno.EOPNOTSUPP: "use a file system that can do this",
+}
+_OS_REMEDY = "see to the cause that the system names, then run the same command again"
+_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def os_remedy(error: OSError) -> str:
+    """What a user can do about what the operating system refused."""
+    return _OS_REMEDIES.get(error.errno or 0, _OS_REMEDY)
+
+
+def from_os_error(
+    error: OSError, doing: str, who: str | None = None, place: str | os.PathLike[str] | None = None
+) -> DiskError | MemoryShortage:
+    """What the operating system refused, why, and what helps against that.
+
+    Args:
+        doing: what was under way, such as "reading X" or "rank 0 was running".
+        who: the subject where the error names no file; None: ``doing`` itself.
+        place: a path on the file system that was in use, where the error names none.
+    """
+    why = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    paths = [os.fsdecode(p) for p in (error.filename, error.filename2) if isinstance(p, str | bytes | os.PathLike)]
+    if error.errno == errno.ENOMEM:
+        return MemoryShortage(
+            1,
+            paths[0] if paths else who or doing,
+            f"found no memory ({why})",
+            "use less memory or more ranks; where memory is free, raise vm.max_map_count and `ulimit -v`",
+        )
+    used = paths[0] if paths else place
+    if error.errno in _OUT_OF_SPACE and used is not None and (free := _free_bytes(used)) is not None:
+        why += f", {free / 1e6:,.1f} MB free"
+    remedy = os_remedy(error)
+    if not paths:
+        return DiskError(1, who or doing, f"failed: {why}", remedy.replace("free space there", "free disk space"))
+    return DiskError(1, " -> ".join(paths), f"could not be used while {doing}: {why}", remedy)
+
+
+def _free_bytes(path: str | os.PathLike[str]) -> int | None:
+    """What a user may still write on the file system of a path that may not exist; None where nobody knows."""
+    folder = os.path.abspath(path)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    try:
+        status = os.statvfs(folder)
+    except OSError:
+        return None
+    return status.f_bavail * status.f_frsize
 
 
 def from_exception(error: BaseException, who: str) -> HammerError | None:
@@ -156,5 +227,5 @@ def from_exception(error: BaseException, who: str) -> HammerError | None:
             "lower train.micro_batch_size or data.seq_length, or use more ranks",
         )
     if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
-        return from_os_error(error, f"{who} was running")
+        return from_os_error(error, f"{who} was running", who)
     return None

@@ -361,7 +361,7 @@ def _together(work: Callable[[], None], ctx: ParallelContext, target: Path) -> N
     except HammerError as error:
         failure = error
     except OSError as error:
-        failure = from_os_error(error, f"saving {target}")
+        failure = from_os_error(error, f"saving {target}", place=target)
     raise_together(ctx, failure)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.base.errors import ConfigError, os_remedy
 from megatron_hammer.base.progress import say
 from megatron_hammer.config.help import describe_fields
 from megatron_hammer.config.retired import without_retired
@@ -54,7 +54,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), note: Callable[
     except UnicodeDecodeError as error:
         raise ConfigError(8, str(path), f"is not UTF-8 text ({error.reason})", "name a YAML file") from None
     except OSError as error:
-        raise ConfigError(6, str(path), f"could not be read ({error.strerror})", "name an existing YAML file") from None
+        remedy = "name an existing YAML file" if isinstance(error, FileNotFoundError) else os_remedy(error)
+        raise ConfigError(6, str(path), f"could not be read ({error.strerror})", remedy) from None
     tree = parse_yaml(text, str(path))
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):

@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import signal
-import sys
 import time
 import traceback
 from multiprocessing.connection import Connection
@@ -15,6 +14,7 @@ from multiprocessing.connection import Connection
 from megatron_hammer.base.cli import leave
 from megatron_hammer.base.errors import ParallelError, from_exception, to_fields
 from megatron_hammer.base.signals import STOP_SIGNALS, on_signals
+from megatron_hammer.base.streams import Output, flush_streams, guard_streams
 from megatron_hammer.config import Config
 from megatron_hammer.parallel.rendezvous import join_store
 
@@ -34,6 +34,7 @@ def rank_main(
 ) -> None:
     """First function of a new process: run ``entry``, hand any error to the launcher, exit with its code."""
     _die_with(launcher)
+    guard_streams(Output.LOG)
     # What the training loop gives back at its end: a late signal changes nothing.
     on_signals(STOP_SIGNALS, lambda *_: None)
     try:
@@ -53,8 +54,7 @@ def rank_main(
                 }
             ).encode()
         )
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_streams()
         os._exit(known.exit_code if known is not None else ParallelError.exit_code)  # no teardown with a broken peer
     leave(code)
 

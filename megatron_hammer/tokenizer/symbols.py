@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.base.errors import ConfigError, os_remedy
 from megatron_hammer.tokenizer.pieces import SPACE
 
 CONTROL_PIECES = ("<unk>", "<s>", "</s>")
@@ -31,7 +31,7 @@ def read_text_file(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
     except OSError as error:
-        raise ConfigError(61, str(path), f"cannot be read: {error.strerror}", "check the path") from None
+        raise ConfigError(61, str(path), f"cannot be read: {error.strerror}", os_remedy(error)) from None
     except UnicodeDecodeError as error:
         raise ConfigError(
             61, str(path), f"is not valid UTF-8 at byte {error.start}", "save it as UTF-8, one entry a line"

@@ -11,6 +11,7 @@ import traceback
 from megatron_hammer.base.cli import ArgumentParser, leave, report, run
 from megatron_hammer.base.errors import ParallelError, from_exception
 from megatron_hammer.base.progress import say
+from megatron_hammer.base.streams import Output
 from megatron_hammer.config import help_text, load_config
 
 
@@ -55,4 +56,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, Output.LOG)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_hammer.base.errors import DataError
+from megatron_hammer.base.errors import DataError, os_remedy
 
 MAX_POINTS = 4000  # more than a picture of this size has columns: longer runs are thinned
 WINDOW_SHARE = 50  # the moving average spans a fiftieth of the run: chosen by eye
@@ -47,9 +47,8 @@ def read_curves(path: Path) -> Curves:
                 if line.endswith(b"\n"):
                     _add_step(curves, line, f"{path}:{number}")
     except OSError as error:
-        raise DataError(
-            80, str(path), f"could not be read ({error.strerror})", "name the folder of a run (train.output)"
-        ) from None
+        remedy = "name the folder of a run (train.output)" if isinstance(error, FileNotFoundError) else os_remedy(error)
+        raise DataError(80, str(path), f"could not be read ({error.strerror})", remedy) from None
     if not curves.steps:
         raise DataError(81, str(path), "holds no finished step", "wait until the run has done a step")
     return curves

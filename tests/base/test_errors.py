@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from megatron_hammer.base.errors import (
     DataError,
     DiskError,
     HammerError,
+    MemoryShortage,
+    from_exception,
     from_fields,
     from_os_error,
     to_fields,
@@ -38,6 +42,48 @@ def test_operating_system_errors_become_exit_code_6(tmp_path: Path) -> None:
         (tmp_path / "absent" / "file").write_text("")
     error = from_os_error(caught.value, "testing")
     assert isinstance(error, DiskError) and "absent" in str(error) and "testing" in str(error)
+
+
+@pytest.mark.parametrize(
+    "number, remedy",
+    [
+        (errno.EMFILE, "ulimit -n"),
+        (errno.ENFILE, "fs.file-max"),
+        (errno.ENOSPC, "free disk space"),
+        (errno.EDQUOT, "quota"),
+        (errno.EACCES, "permissions"),
+        (errno.EROFS, "can be written to"),
+        (errno.EIO, "dmesg"),
+        (errno.ENOENT, "is not there"),
+        (errno.ENOTDIR, "a file, not a folder"),
+        (errno.EISDIR, "not a folder"),
+        (errno.ENAMETOOLONG, "shorter name"),
+        (errno.ESTALE, "mount it again"),
+        (errno.EAGAIN, "ulimit -u"),
+        (errno.EFBIG, "files of this size"),
+        (errno.EXFULL, "the cause that the system names"),
+    ],
+)
+def test_subject_and_remedy_fit_what_the_system_refused(number: int, remedy: str) -> None:
+    """Without a file name the subject is what was under way, said once; with one it is the file."""
+    error = OSError(number, os.strerror(number))
+    rank, doing = str(from_exception(error, "rank 0")), str(from_os_error(error, "saving runs/x"))
+    assert rank.startswith(f"error[E601]: rank 0 failed: {os.strerror(number)}") and remedy in rank
+    assert doing.startswith(f"error[E601]: saving runs/x failed: {os.strerror(number)}")
+    named = str(from_exception(OSError(number, os.strerror(number), "/a/b", None, "/a/c"), "rank 0"))
+    assert named.startswith("error[E601]: /a/b -> /a/c could not be used while rank 0 was running: ")
+    assert ("permissions" in rank) == (number in (errno.EACCES, errno.EPERM))
+
+
+def test_free_space_is_stated_and_no_memory_is_an_error_of_its_own(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "absent" / "file"))
+    assert re.search(r"No space left on device, [\d,.]+ MB free; free space there", str(from_os_error(full, "writing")))
+    nowhere = str(from_os_error(OSError(errno.EDQUOT, "Disk quota exceeded"), "saving x", place=tmp_path))
+    assert re.search(r"saving x failed: Disk quota exceeded, [\d,.]+ MB free; ", nowhere)
+    memory = from_exception(OSError(errno.ENOMEM, "Cannot allocate memory"), "rank 3")
+    assert isinstance(memory, MemoryShortage) and "max_map_count" in str(memory) and memory.what == "rank 3"
+    numbered = from_os_error(OSError(errno.EBADF, "Bad file descriptor", 7), "reading x")
+    assert numbered.what == "reading x"  # a descriptor's number is no name
 
 
 def _codes_in_python() -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import time
@@ -319,3 +320,17 @@ def test_the_plan_is_printed_once_and_guards_the_start(data: Path, tmp_path: Pat
     assert (metrics(out), checkpoint_bytes(out, 2)) == before, "a finished run changes nothing"
     changed = prepare(config_for(overrides(data, out, *weights[:1], "train.num_steps=3")), 1)
     assert any("data.weights differs" in note for note in changed.notes) and changed.plan is not None
+
+
+def test_training_goes_on_without_anybody_who_reads(data: Path, tmp_path: Path) -> None:
+    """``| head -1`` and closed streams: every step is made and saved, under the launcher and without it."""
+    for name, ranks, redirected in (("head", 2, "2>&1 | head -1"), ("closed", 0, "<&- >&- 2>&-")):
+        arguments = command(ranks, overrides(data, tmp_path / name, "train.eval_interval_steps=null"))
+        if ranks == 0:
+            arguments = [arguments[0], "-m", "megatron_hammer.train", *arguments[5:]]
+        line = shlex.join(arguments) + f" {redirected}; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", line], stdout=subprocess.PIPE, timeout=120, env=environment())
+        assert done.returncode == 0, (name, done.stdout)
+        assert len(metrics(tmp_path / name)) == 12
+        newest = newest_checkpoint(tmp_path / name / "checkpoints")
+        assert newest is not None and newest.step == 12
