@@ -7,7 +7,6 @@ Megatron-LM writes it, is accepted.
 
 from __future__ import annotations
 
-import mmap
 import os
 import stat
 import struct
@@ -21,6 +20,7 @@ import numpy as np
 
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.files import hash_file
+from megatron_hammer.base.mapping import FileMap
 from megatron_hammer.base.progress import track
 from megatron_hammer.dataset.format import (
     DTYPES,
@@ -52,23 +52,24 @@ class IndexedDataset:
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = Path(prefix)
         """P."""
-        index = _map_file(self.idx_path)
+        index_map = _map_file(self.idx_path)
+        index = index_map.array()
         code, sequences, boundaries = _check_start(self.idx_path, index)
         self.dtype = DTYPES[code]
         """Of the tokens on disk."""
-        self._mapped = [part for part in (index,) if isinstance(part, mmap.mmap)]
-        buffer = memoryview(index)
-        self.lengths = np.frombuffer(buffer, "<i4", sequences, FIRST_LENGTH)
+        self._mapped = [index_map]
+        self.lengths = np.frombuffer(index, "<i4", sequences, FIRST_LENGTH)
         """int32 [S], tokens of each sequence."""
-        self.pointers = np.frombuffer(buffer, "<i8", sequences, FIRST_LENGTH + 4 * sequences)
+        self.pointers = np.frombuffer(index, "<i8", sequences, FIRST_LENGTH + 4 * sequences)
         """int64 [S], byte offset of each sequence in .bin."""
-        self.document_indices = np.frombuffer(buffer, "<i8", boundaries, FIRST_LENGTH + 12 * sequences)
+        self.document_indices = np.frombuffer(index, "<i8", boundaries, FIRST_LENGTH + 12 * sequences)
         """int64 [documents + 1], first sequence of each document, then S."""
         itemsize = self.dtype.itemsize
         self.num_tokens = _check_sequences(self.idx_path, self.lengths, self.pointers, itemsize, self.forget)
         self._one_sequence_each = _check_documents(self.idx_path, self.document_indices, sequences, self.forget)
 
-        tokens = _map_file(self.bin_path)
+        token_map = _map_file(self.bin_path)
+        tokens = token_map.array()
         if len(tokens) != self.num_tokens * self.dtype.itemsize:
             raise DataError(
                 38,
@@ -78,7 +79,7 @@ class IndexedDataset:
             )
         self.tokens = np.frombuffer(tokens, self.dtype, self.num_tokens)
         """[num_tokens], all sequences one after the other."""
-        self._mapped += [part for part in (tokens,) if isinstance(part, mmap.mmap)]
+        self._mapped.append(token_map)
         self.header = _read_header(path_of(self.prefix, ".meta.json"))
         """None: written by another program."""
         self._check_header()
@@ -86,7 +87,7 @@ class IndexedDataset:
     def forget(self) -> None:
         """Give the pages that were looked at back: they need not count as our memory, the system keeps them cached."""
         for part in self._mapped:
-            part.madvise(mmap.MADV_DONTNEED)
+            part.forget()
 
     @property
     def bin_path(self) -> Path:
@@ -219,8 +220,8 @@ class IndexedDataset:
                 raise _foreign_header(self.prefix, name, getattr(self.header, name), expected)
 
 
-def _map_file(path: Path) -> mmap.mmap | bytes:
-    """The bytes of a regular file, mapped; an empty file cannot be mapped and is b""."""
+def _map_file(path: Path) -> FileMap:
+    """A regular file, mapped; its descriptor is closed again."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not make us wait for a writer
     except FileNotFoundError:
@@ -231,16 +232,16 @@ def _map_file(path: Path) -> mmap.mmap | bytes:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise DataError(30, str(path), "is not a regular file", "give the prefix P of P.bin and P.idx")
-        return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ) if status.st_size else b""
+        return FileMap(descriptor, status.st_size, path)
     finally:
         os.close(descriptor)
 
 
-def _check_start(path: Path, index: mmap.mmap | bytes) -> tuple[int, int, int]:
+def _check_start(path: Path, index: np.ndarray) -> tuple[int, int, int]:
     """dtype code, number of sequences and of document boundaries, checked against the size of the file."""
-    if len(index) < FIRST_LENGTH or index[: len(MAGIC)] != MAGIC:
+    if len(index) < FIRST_LENGTH or index[: len(MAGIC)].tobytes() != MAGIC:
         raise DataError(31, str(path), 'does not start as an index does, with "MMIDIDX"', REMAKE)
-    version, code, sequences, boundaries = struct.unpack_from("<QBQQ", index, len(MAGIC))
+    version, code, sequences, boundaries = struct.unpack_from("<QBQQ", index.data, len(MAGIC))
     if version != VERSION:
         raise DataError(32, f"{path}: version {version}", f"must be {VERSION}", REMAKE)
     if code not in DTYPES:

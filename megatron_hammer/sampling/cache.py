@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import os
 import struct
 import time
@@ -37,6 +36,7 @@ import xxhash
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.files import publish
 from megatron_hammer.base.locks import take_lock
+from megatron_hammer.base.mapping import FileMap
 from megatron_hammer.base.progress import say
 
 MAGIC = b"HMRINDEX"
@@ -199,11 +199,11 @@ def read_index(path: Path, kind: str, key: Key) -> Arrays:
         size = os.fstat(file.fileno()).st_size
         if size < _START.size:
             raise BadIndexFile(f"is cut to {size} bytes")
-        content = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-    magic, version, length, checksum = _START.unpack_from(content)
+        content = FileMap(file.fileno(), size, path).array()
+    magic, version, length, checksum = _START.unpack_from(content.data)
     if magic != MAGIC or version != VERSION:
         raise BadIndexFile(f"is not an index of version {VERSION}")
-    text = content[_START.size : _START.size + length]
+    text = content[_START.size : _START.size + length].tobytes()
     if xxhash.xxh3_64_intdigest(text) != checksum:
         raise BadIndexFile("has a damaged header")
     tree: dict[str, Any] = json.loads(text)  # ours, as its checksum says
@@ -213,7 +213,7 @@ def read_index(path: Path, kind: str, key: Key) -> Arrays:
     start += -start % _ALIGNMENT
     if size != start + tree["payload"]:
         raise BadIndexFile(f"has {size:,} bytes where {start + tree['payload']:,} belong")
-    if xxhash.xxh3_128_hexdigest(memoryview(content)[start:]) != tree["xxh3"]:
+    if xxhash.xxh3_128_hexdigest(content[start:].data) != tree["xxh3"]:
         raise BadIndexFile("does not have the checksum it should")
     arrays = {}
     for entry in tree["arrays"]:

@@ -336,3 +336,11 @@ def test_the_program(tmp_path, arguments, code):
         assert "d: 3 documents, 150 tokens" in done.stdout and "all indices are there" in done.stdout
     else:
         assert done.returncode == int(code[1]) and done.stderr.startswith(f"error[{code}]")
+
+
+def test_a_kept_index_holds_no_descriptor(tmp_path: Path) -> None:
+    store = IndexStore(tmp_path, smallest=0)
+    before = len(os.listdir("/proc/self/fd"))
+    kept = [store.get("k", {"n": n}, 1, lambda: {"a": np.arange(100)}) for n in range(20)]
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert all(np.array_equal(arrays["a"], np.arange(100)) for arrays in kept)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -324,3 +326,19 @@ def test_the_order_of_naming_and_the_paths_do_not_matter(tmp_path: Path) -> None
     there = TrainData({str(tmp_path / "there" / f"there-{n}"): w for n, w in backwards}, 16, seed=1)
     for i in range(200):
         assert np.array_equal(here.tokens(i), there.tokens(i))
+
+
+def test_more_sources_than_open_files(tmp_path: Path) -> None:
+    """Datasets, and the indices that are kept of them, hold no descriptor: 300 of them under a limit of 100 more."""
+    prefixes = {}
+    for number in range(300):
+        with IndexedWriter(tmp_path / f"d{number}", vocab_size=100) as writer:
+            writer.add(np.full(40, number % 100), [40])
+        prefixes[tmp_path / f"d{number}"] = 1.0
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, hard))
+    try:
+        data = TrainData(prefixes, 16, 1)
+        assert sorted(set(data.read(0, 600).sources.tolist())) == list(range(300))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
