@@ -16,7 +16,7 @@ import torch
 
 PACKAGE = Path(__file__).parent.parent / "megatron_hammer"
 ROWS = [  # what stands above may import what stands below
-    {"launch"},
+    {"launch", "verify"},
     {"profile", "supervise"},
     {"train"},
     {"huggingface"},

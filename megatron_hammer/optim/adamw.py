@@ -41,11 +41,11 @@ class AdamW:
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
-        """Norm of the whole model's gradient as it is summed, scaled by the loss scale: an fp32 device scalar.
+        """Norm of the whole model's gradient as it is summed, scaled by the loss scale: a device scalar of its type (fp32).
 
         Each logical element counts once: copies on other tensor-parallel ranks do not. Communicates over the world.
         """
-        squares = torch.zeros_like(self.updates)
+        squares = torch.zeros((), dtype=self.store.grads.dtype, device=self.updates.device)
         for part in self._counted:
             self.kernels.add_square_sum(part, squares)
         all_reduce(squares, self.store.ctx.world)
@@ -94,6 +94,6 @@ class AdamW:
 def _state(stretch: Stretch) -> AdamWState:
     """Moments of zero; in 16 bits a master, in fp32 the weights themselves."""
     param, grad, exp_avg, exp_avg_sq = stretch.param, stretch.grad, *(torch.zeros_like(stretch.grad) for _ in range(2))
-    if param.dtype == torch.float32:
+    if param.dtype == grad.dtype:
         return AdamWState(param, grad, exp_avg, exp_avg_sq, stretch.decay)
     return AdamWState(param.float(), grad, exp_avg, exp_avg_sq, stretch.decay, param)

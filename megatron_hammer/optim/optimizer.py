@@ -58,7 +58,7 @@ class Optimizer:
             norm = self.adamw.grad_norm() / self.loss_scale
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
             self.applied = norm.isfinite()
-            self.divisor = self.loss_scale / factor
+            self.divisor = (self.loss_scale / factor).float()
         return norm
 
     @torch.no_grad()

@@ -158,7 +158,7 @@ class FlatStore:
         self.offsets, self.buckets = lay_out([p.numel for p in self.table], bucket_bytes // 4, ctx.dp.size)
         total = self.buckets[-1].stop
         self.params = torch.zeros(total, dtype=dtype, device=ctx.device)
-        self.grads = torch.zeros(total, dtype=torch.float32, device=ctx.device)
+        self.grads = torch.zeros(total, dtype=torch.promote_types(dtype, torch.float32), device=ctx.device)
         self.weights = [nn.Parameter(self._own_view(self.params, i)) for i in range(len(self.table))]
         bucket_of = {i: bucket for bucket in self.buckets for i in bucket.parameters}
         self.gradients = [

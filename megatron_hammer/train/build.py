@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from megatron_hammer.config import Config
@@ -34,14 +36,17 @@ def kernel_requirements(config: Config, device: torch.device) -> Requirements:
     )
 
 
-def build(config: Config, ctx: ParallelContext, range_of: Range = no_range) -> tuple[Stage, Optimizer]:
+def build(
+    config: Config, ctx: ParallelContext, range_of: Range = no_range, dtype: torch.dtype | None = None
+) -> tuple[Stage, Optimizer]:
     """Model and optimizer of this rank, with the initial weights that the seed defines.
 
     Args:
         range_of: entered around the parts of a step, for a profiler.
+        dtype: of the weights, in place of ``train.precision``: fp64 for proofs, with sums and moments in fp64 too.
     """
-    placement, dtype = config.placement(ctx.tp.rank), DTYPES[config.train.precision]
-    required = kernel_requirements(config, ctx.device)
+    placement, dtype = config.placement(ctx.tp.rank), dtype or DTYPES[config.train.precision]
+    required = dataclasses.replace(kernel_requirements(config, ctx.device), dtype=dtype)
     table = parameter_table(config.model, placement)
     store = FlatStore(table, dtype, ctx, config.parallel.gradient_bucket_bytes, range_of)
     model = build_stage(

@@ -1,0 +1,198 @@
+"""Ranks held against whole tensors: what differs, by how much, on which ranks, and what the pattern says of the cause.
+
+A difference is relative to the largest value of the whole tensor. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_hammer.verify.outcome import Outcome, Piece
+
+Key = tuple[str, str]
+"""Kind and logical tensor."""
+
+# Relative to the largest value. Sums in another order differ by the rounding of some hundred terms: seen are 3e-15 in
+# fp64 and 1e-6 in fp32. In 16 bits activations are rounded too, and other kernels round elsewhere: some 25 roundings.
+BOUNDS = {"fp64": 1e-10, "fp32": 2e-5, "bf16": 0.1, "fp16": 0.02}
+NUMBER_BOUNDS = {"fp64": 1e-6, "fp32": 1e-5, "bf16": 0.05, "fp16": 0.01}  # losses and norms are fp32 scalars in all
+KINDS = ("gradient", "weight", "exp_avg", "exp_avg_sq", "model")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a layout, whose factors a difference may show."""
+
+    tp: int
+    dp: int
+    accumulated: int
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A quantity that differs."""
+
+    what: str
+    """Kind, and the logical tensor."""
+    ranks: tuple[int, ...]
+    difference: float
+    cause: str
+    """What the pattern says, or an empty string."""
+
+
+def whole_tensors(pieces: Iterable[Piece]) -> dict[Key, np.ndarray]:
+    """Logical tensors from pieces of one process, which has all of them."""
+    parts: dict[Key, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        parts[piece.kind, piece.tensor].append(piece)
+    whole = {}
+    for key, found in parts.items():
+        shape = tuple(max(p.place[i].stop for p in found) for i in range(len(found[0].place)))
+        tensor = np.full(shape, np.nan)
+        for piece in found:
+            tensor[piece.place] = piece.values
+        assert not np.isnan(tensor).any(), f"{key} is not whole"
+        whole[key] = tensor
+    return whole
+
+
+def compare_pieces(
+    ranks: Sequence[Outcome], whole: Mapping[Key, np.ndarray], bound: float, sizes: Sizes
+) -> tuple[dict[str, float], list[Finding]]:
+    """The largest difference of each kind, and what is beyond the bound, in the order of the model.
+
+    Every element of every tensor must be on some rank, else that is a finding.
+    """
+    worst: dict[str, float] = dict.fromkeys(dict.fromkeys(kind for kind, _ in whole), 0.0)
+    by_key: dict[Key, list[tuple[int, Piece]]] = defaultdict(list)
+    for rank, outcome in enumerate(ranks):
+        for piece in outcome.pieces:
+            by_key[piece.kind, piece.tensor].append((rank, piece))
+    findings = []
+    for key, expected in whole.items():
+        kind, tensor = key
+        scale = max(float(np.abs(expected).max()), 1e-300)
+        seen, wrong, largest = np.zeros(expected.shape, dtype=bool), [], 0.0
+        for rank, piece in by_key[key]:
+            seen[piece.place] = True
+            difference = float(np.abs(piece.values - expected[piece.place]).max()) / scale
+            difference = difference if np.isfinite(difference) else np.inf
+            largest = max(largest, difference)
+            if difference > bound:
+                wrong.append((rank, piece))
+        worst[kind] = max(worst[kind], largest)
+        if wrong:
+            at = tuple(sorted({rank for rank, _ in wrong}))
+            findings.append(Finding(f"{kind} of {tensor}", at, largest, likely_cause(wrong, expected, sizes)))
+        if not seen.all():
+            missing = f"{int((~seen).sum())} of {seen.size} elements are on no rank"
+            findings.append(Finding(f"{kind} of {tensor}", (), np.inf, missing))
+    return worst, findings
+
+
+def compare_numbers(
+    ranks: Sequence[Outcome], expected: Outcome, bound: float, sizes: Sizes
+) -> tuple[float, list[Finding]]:
+    """Losses and norms: the largest relative difference, and what is beyond the bound."""
+    worst, findings = 0.0, []
+    for name in ("losses", "norms"):
+        for step, reference in enumerate(getattr(expected, name), start=1):
+            values = [getattr(outcome, name)[step - 1] for outcome in ranks]
+            differences = [abs(value / reference - 1) if np.isfinite(value) else np.inf for value in values]
+            worst = max(worst, *differences)
+            at = tuple(rank for rank, difference in enumerate(differences) if not difference <= bound)
+            if at:
+                what = f"{'loss' if name == 'losses' else 'gradient norm'} of step {step}"
+                cause = _factor(values[at[0]] / reference, sizes)
+                if not cause and name == "losses":
+                    cause = _shift(values[at[0]] - reference, sizes)
+                findings.append(Finding(what, at, differences[at[0]], cause))
+    return worst, findings
+
+
+# ---- causes ----------------------------------------------------------------------------------------------------------
+
+
+def likely_cause(wrong: Sequence[tuple[int, Piece]], expected: np.ndarray, sizes: Sizes) -> str:
+    """What the pattern of the differing pieces says: a factor, a part of a sum, rows of another place."""
+    ratios = [_ratio(piece.values, expected[piece.place]) for _, piece in wrong]
+    factors = [ratio for ratio in ratios if ratio is not None]
+    if len(factors) == len(ratios) and max(factors) - min(factors) <= 1e-3 * abs(factors[0]):
+        return _factor(factors[0], sizes) or f"all of it times {factors[0]:.4g}"
+    if cause := _missing_sum(wrong, expected):
+        return cause
+    if all(not piece.values.any() for _, piece in wrong):
+        return "it is zero: nothing was computed, sent or copied"
+    if all(_is_elsewhere(piece, expected) for _, piece in wrong):
+        return "right values in another place: rows or shards are swapped"
+    rows = sorted({int(i) + piece.rows[0] for _, piece in wrong for i in _rows_that_differ(piece, expected)})
+    if expected.ndim == 2 and rows and len(rows) <= expected.shape[0] // 4:
+        shown = ", ".join(map(str, rows[:6])) + (", ..." if len(rows) > 6 else "")
+        return f"{len(rows)} of {expected.shape[0]} rows differ ({shown})"
+    return ""
+
+
+def _ratio(values: np.ndarray, expected: np.ndarray) -> float | None:
+    """The factor between them if there is one, else None."""
+    square = float((expected * expected).sum())
+    if square == 0 or not np.isfinite(values).all():
+        return None
+    factor = float((values * expected).sum()) / square
+    rest = float(np.abs(values - factor * expected).max())
+    return factor if factor != 0 and rest <= 1e-3 * abs(factor) * float(np.abs(expected).max()) else None
+
+
+def _factor(factor: float, sizes: Sizes) -> str:
+    """The size of the layout that a factor is, or its inverse."""
+    names = {"data_parallel_size": sizes.dp, "tensor_model_parallel_size": sizes.tp,
+             "the number of micro-batches": sizes.accumulated}  # fmt: skip
+    for name, size in names.items():
+        for times, value in ((f"times {name}={size}", float(size)), (f"divided by {name}={size}", 1 / size)):
+            if size > 1 and abs(factor / value - 1) < 1e-2:
+                return f"{times}: a sum where a mean belongs, or a sum that is missing or done twice"
+    return ""
+
+
+def _shift(shift: float, sizes: Sizes) -> str:
+    """The logarithm of a size that a loss is off by."""
+    for name, size in {"tensor_model_parallel_size": sizes.tp, "data_parallel_size": sizes.dp}.items():
+        if size > 1 and abs(abs(shift) / np.log(size) - 1) < 1e-2:
+            return f"off by log({name}={size}): the sum of exponentials counts ranks, or misses them"
+    return ""
+
+
+def _missing_sum(wrong: Sequence[tuple[int, Piece]], expected: np.ndarray) -> str:
+    """Whether the values of several ranks for one place add up to what they should be."""
+    by_place: dict[tuple[tuple[int, int], ...], list[np.ndarray]] = defaultdict(list)
+    for _, piece in wrong:
+        by_place[tuple((s.start, s.stop) for s in piece.place)].append(piece.values)
+    sums = [(place, np.sum(values, axis=0)) for place, values in by_place.items() if len(values) > 1]
+    for place, total in sums:
+        target = expected[tuple(slice(*r) for r in place)]
+        if float(np.abs(total - target).max()) > 1e-3 * float(np.abs(expected).max()):
+            return ""
+    return "each rank has a part of it: their sum is missing" if sums else ""
+
+
+def _is_elsewhere(piece: Piece, expected: np.ndarray) -> bool:
+    """Whether the rows of a piece (or its values, of a vector) are rows of the whole tensor, at another place."""
+    columns = piece.place[1] if piece.cols is not None else None
+    there = expected[:, columns] if columns is not None else expected[:, None]
+    have = piece.values if columns is not None else piece.values[:, None]
+    scale = max(float(np.abs(expected).max()), 1e-300)
+    sums = np.sort(there.sum(1))
+    wanted = have.sum(1)
+    nearest = np.clip(np.searchsorted(sums, wanted), 1, max(1, len(sums) - 1))
+    distance = np.minimum(np.abs(sums[np.minimum(nearest, len(sums) - 1)] - wanted), np.abs(sums[nearest - 1] - wanted))
+    return bool((distance <= 1e-6 * scale * have.shape[1]).all())
+
+
+def _rows_that_differ(piece: Piece, expected: np.ndarray) -> np.ndarray:
+    difference = np.abs(piece.values - expected[piece.place])
+    scale = max(float(np.abs(expected).max()), 1e-300)
+    per_row = difference.reshape(len(difference), -1).max(1)
+    return np.flatnonzero(per_row > 1e-6 * scale)

@@ -1,0 +1,63 @@
+"""What a rank reports of its steps, in memory and in files.
+
+Every tensor is kept in *pieces*, rectangles of logical tensors (``model/parameters.py``), so that ranks of any layout
+can be held against whole tensors. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+Range = tuple[int, int]
+"""From the first up to, and without, the second."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a logical tensor as one rank has it."""
+
+    kind: str
+    tensor: str
+    """Name of the logical tensor."""
+    rows: Range
+    cols: Range | None
+    """None for a vector."""
+    values: np.ndarray
+
+    @property
+    def place(self) -> tuple[slice, ...]:
+        """In the logical tensor."""
+        return tuple(slice(*r) for r in (self.rows, self.cols) if r is not None)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank reports of its two steps in one precision."""
+
+    losses: list[float]
+    norms: list[float]
+    pieces: list[Piece]
+
+
+def write_outcome(prefix: Path, outcome: Outcome) -> None:
+    """As a JSON file and one of arrays."""
+    names = [[p.kind, p.tensor, p.rows, p.cols] for p in outcome.pieces]
+    np.savez(f"{prefix}.npz", *[p.values for p in outcome.pieces])
+    text = json.dumps({"losses": outcome.losses, "norms": outcome.norms, "pieces": names})
+    Path(f"{prefix}.json").write_text(text, encoding="utf-8")
+
+
+def read_outcome(prefix: Path) -> Outcome:
+    """The inverse."""
+    head = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
+    with np.load(f"{prefix}.npz", allow_pickle=False) as arrays:
+        values = [arrays[f"arr_{i}"] for i in range(len(head["pieces"]))]
+    pieces = [
+        Piece(kind, tensor, (rows[0], rows[1]), None if cols is None else (cols[0], cols[1]), array)
+        for (kind, tensor, rows, cols), array in zip(head["pieces"], values, strict=True)
+    ]
+    return Outcome(head["losses"], head["norms"], pieces)

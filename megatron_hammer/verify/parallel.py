@@ -1,0 +1,158 @@
+"""A layout against one process: starts the ranks, makes both references, and says what differs.
+
+::
+
+    the user's config -- shrink --> all ranks, two steps in fp64 and fp32 --------------------+
+                               |--> one process of ours, the same steps, fp64 and fp32 -------+--> table, findings
+                               '--> transformers and AdamW written out, fp64, one process ----+
+
+One process of ours shares its code with the ranks and is equal to many digits; transformers shares nothing and shows
+what both have wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_hammer.base.tables import align
+from megatron_hammer.checkpoint.folder import open_checkpoint
+from megatron_hammer.checkpoint.manifest import saved_model
+from megatron_hammer.checkpoint.read import read_logical
+from megatron_hammer.config import Config, KernelsConfig
+from megatron_hammer.model.parameters import logical_shapes
+from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.supervise.nodes import Node
+from megatron_hammer.supervise.start import launch
+from megatron_hammer.train.build import build
+from megatron_hammer.verify.compare import (
+    BOUNDS,
+    NUMBER_BOUNDS,
+    Finding,
+    Sizes,
+    compare_numbers,
+    compare_pieces,
+    whole_tensors,
+)
+from megatron_hammer.verify.outcome import Outcome, Piece, read_outcome
+from megatron_hammer.verify.reference import reference_steps
+from megatron_hammer.verify.shrink import STEPS, shrink
+from megatron_hammer.verify.steps import (
+    EXACT,
+    model_pieces,
+    precisions,
+    take_steps,
+)
+
+RANK_ENTRY = "megatron_hammer.verify.steps:rank_main"
+CHECKPOINT_KINDS = ("weight", "exp_avg", "exp_avg_sq")
+AGAINST_TRANSFORMERS = 5e-6  # its cos and sin are made in fp32 in another way, our losses are divided by an fp32 scalar
+Row = tuple[str, str, str, str, str]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What came of a comparison."""
+
+    config: Config
+    """The small one."""
+    left_out: list[str]
+    """Settings that took no part."""
+    rows: list[Row]
+    """Quantity, reference, precision, largest difference, bound."""
+    findings: list[Finding]
+    """In the order of the model; empty where the layout computes what one process computes."""
+
+    def table(self) -> list[str]:
+        """For people."""
+        return align([("quantity", "against", "in", "difference", "bound"), *self.rows])
+
+
+def prove_layout(config: Config, world_size: int, note: Callable[[str], None], real: bool = False) -> Proof | int:
+    """Compare ``world_size`` ranks of the shrunk config with one process.
+
+    Args:
+        real: the ranks keep the config's device, precision and kernels; the references are the same.
+
+    Returns:
+        the proof, or the exit code of the launcher where a rank failed (its line is on stderr).
+    """
+    small, left_out = shrink(config, world_size, real)
+    small.validate(world_size)
+    tp, dp = config.parallel.tensor_model_parallel_size, config.data_parallel_size(world_size)
+    sizes, names = Sizes(tp, dp, small.grad_accum(world_size)), precisions(small)
+    with tempfile.TemporaryDirectory(prefix="verify-parallel-") as folder:
+        note(f"{world_size} ranks: {STEPS} steps in {' and in '.join(names)}")
+        placed = dataclasses.replace(small, train=dataclasses.replace(small.train, output=folder))
+        if code := launch(placed, Node(world_size), RANK_ENTRY):
+            return code
+        ranks = {name: [read_outcome(Path(folder) / f"{name}-{r}") for r in range(world_size)] for name in names}
+        saved = Outcome([], [], _saved_pieces(Path(folder) / "checkpoints"))
+    note("one process: the same")
+    alone, initial = _one_process(small)
+    note("transformers: the same in fp64")
+    theirs, (exact, *_, last) = reference_steps(small, initial), (*names, *names)
+    compared = [
+        _against("one process", alone.get(name, alone["fp32"]), name, ranks[name], BOUNDS[name], sizes)
+        for name in names
+    ]
+    bound = max(BOUNDS[exact], AGAINST_TRANSFORMERS)
+    compared.append(_against("transformers", theirs, exact, ranks[exact], bound, sizes))
+    compared.append(_checkpoint_against(saved, alone["fp32"], last, sizes))
+    rows, findings = ([part for parts in column for part in parts] for column in zip(*compared, strict=True))
+    return Proof(small, left_out, rows, findings)
+
+
+def _one_process(small: Config) -> tuple[dict[str, Outcome], dict[str, np.ndarray]]:
+    """Our own steps on whole tensors on a CPU, and the initial weights of the model."""
+    parallel = dataclasses.replace(small.parallel, tensor_model_parallel_size=1, sequence_parallel=False)
+    train = dataclasses.replace(small.train, precision="fp32", device="cpu")
+    config = dataclasses.replace(small, parallel=parallel, train=train, kernels=KernelsConfig())
+    ctx = ParallelContext.single()
+    _, optimizer = build(config, ctx, dtype=EXACT["fp64"])
+    initial = {tensor: values for (_, tensor), values in whole_tensors(model_pieces(optimizer)).items()}
+    return {name: take_steps(config, ctx, dtype) for name, dtype in EXACT.items()}, initial
+
+
+def _saved_pieces(folder: Path) -> list[Piece]:
+    """The logical tensors of the checkpoint that the ranks wrote."""
+    manifest = open_checkpoint(folder)
+    assert manifest.step == STEPS
+    pieces = []
+    for name in logical_shapes(saved_model(manifest)):
+        for kind in CHECKPOINT_KINDS:
+            values = read_logical(manifest, name, kind).double().numpy()
+            rows, *cols = values.shape
+            pieces.append(Piece(kind, name, (0, rows), (0, cols[0]) if cols else None, values))
+    return pieces
+
+
+def _against(
+    name: str, reference: Outcome, precision: str, ranks: list[Outcome], bound: float, sizes: Sizes
+) -> tuple[list[Row], list[Finding]]:
+    numbers = max(NUMBER_BOUNDS[precision], NUMBER_BOUNDS["fp32"] if name == "transformers" else 0.0)
+    difference, findings = compare_numbers(ranks, reference, numbers, sizes)
+    rows = [_row("losses, gradient norms", name, precision, difference, numbers)]
+    worst, found = compare_pieces(ranks, whole_tensors(reference.pieces), bound, sizes)
+    rows += [_row(kind, name, precision, value, bound) for kind, value in worst.items()]
+    return rows, [dataclasses.replace(f, what=f"{f.what}, against {name} in {precision},") for f in findings + found]
+
+
+def _checkpoint_against(
+    saved: Outcome, alone: Outcome, precision: str, sizes: Sizes
+) -> tuple[list[Row], list[Finding]]:
+    """What the ranks saved, put together by our reader, against the state of one process."""
+    whole = {key: value for key, value in whole_tensors(alone.pieces).items() if key[0] in CHECKPOINT_KINDS}
+    worst, found = compare_pieces([saved], whole, BOUNDS[precision], sizes)
+    rows = [_row(f"checkpoint's {kind}", "one process", precision, value, BOUNDS[precision])
+            for kind, value in worst.items()]  # fmt: skip
+    return rows, [dataclasses.replace(f, what=f"checkpoint's {f.what}", ranks=()) for f in found]
+
+
+def _row(what: str, reference: str, precision: str, difference: float, bound: float) -> Row:
+    return what, reference, precision, f"{difference:.1e}", f"{bound:.0e}"

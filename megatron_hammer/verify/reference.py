@@ -1,0 +1,92 @@
+"""The same two steps by code that shares nothing with ours: Hugging Face's Llama in fp64 and AdamW written out.
+
+One process, whole tensors, no padding, no buckets, one document at a time. What our own process and all ranks have in
+common, and have wrong, shows here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_hammer.config import Config
+from megatron_hammer.huggingface.config import hf_config_from_model
+from megatron_hammer.optim.schedule import learning_rate
+from megatron_hammer.verify.outcome import Outcome, Piece
+from megatron_hammer.verify.shrink import STEPS
+from megatron_hammer.verify.steps import global_batch
+
+
+def reference_steps(config: Config, initial: dict[str, np.ndarray]) -> Outcome:
+    """Two steps from these weights (logical tensors by name)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tree = hf_config_from_model(config.model, {}, "float32")
+    settings: Any = LlamaConfig(**tree)
+    settings._attn_implementation = "eager"  # plain products; in fp64 the others are no faster
+    model = LlamaForCausalLM(settings).double()
+    rope: Any = model.model.rotary_emb
+    rope.inv_freq = rope.inv_freq.double()
+    weights = {name: weight for name, weight in model.named_parameters() if name in initial}
+    assert weights.keys() == initial.keys(), "transformers names other tensors"
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(torch.from_numpy(initial[name]))
+    moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in weights.items()}
+    losses, norms, pieces = [], [], []
+    for step in range(1, STEPS + 1):
+        loss, objective = _loss(model, config, step)
+        model.zero_grad()
+        objective.backward()
+        gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+        norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
+        losses.append(float(loss.detach()))
+        norms.append(float(norm))
+        if step == 1:
+            pieces += [_whole("gradient", name, g) for name, g in gradients.items()]
+        _adamw(config, step, weights, gradients, moments, float(norm))
+    for name, weight in weights.items():
+        first, second = moments[name]
+        kinds = {"weight": weight, "exp_avg": first, "exp_avg_sq": second, "model": weight}
+        pieces += [_whole(kind, name, tensor) for kind, tensor in kinds.items()]
+    return Outcome(losses, norms, pieces)
+
+
+def _loss(model: Any, config: Config, step: int) -> tuple[Tensor, Tensor]:
+    """Mean loss over the global batch, and what is minimised, z-loss included."""
+    tokens, documents = global_batch(config, step)
+    total, extra, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0
+    for sample, lengths in zip(tokens, documents, strict=True):
+        start = 0
+        for length in lengths if config.data.attention_mask == "document" else [config.data.seq_length]:
+            inputs, labels = sample[start : start + length], sample[start + 1 : start + length + 1]
+            logits = model(inputs[None]).logits[0]
+            total = total + F.cross_entropy(logits, labels, reduction="sum")
+            extra = extra + logits.logsumexp(-1).square().sum()
+            start, count = start + length, count + length
+    return total / count, (total + config.train.z_loss * extra) / count
+
+
+@torch.no_grad()
+def _adamw(
+    config: Config, step: int, weights: dict[str, Any], gradients: dict[str, Any], moments: dict[str, Any], norm: float
+) -> None:
+    """Clipping by the global norm and decoupled decay on matrices (arXiv 1711.05101), element by element."""
+    o, lr = config.optimizer, learning_rate(config, step)
+    factor = min(1.0, o.clip_grad / (norm + 1e-6)) if o.clip_grad > 0 else 1.0
+    for name, weight in weights.items():
+        gradient, (first, second) = gradients[name] * factor, moments[name]
+        first.mul_(o.beta1).add_(gradient, alpha=1 - o.beta1)
+        second.mul_(o.beta2).add_(gradient.square(), alpha=1 - o.beta2)
+        update = (first / (1 - o.beta1**step)) / ((second / (1 - o.beta2**step)).sqrt() + o.eps)
+        decay = o.weight_decay if weight.ndim > 1 else 0.0
+        weight.sub_(lr * (update + decay * weight))
+
+
+def _whole(kind: str, name: str, tensor: Tensor) -> Piece:
+    rows, *cols = tensor.shape
+    return Piece(kind, name, (0, rows), (0, cols[0]) if cols else None, tensor.detach().numpy().copy())

@@ -1,0 +1,83 @@
+"""A user's config made small enough to be proved in a minute on CPUs, with everything that ranks share left as it is.
+
+Widths, layers, vocabulary, length and batch shrink. What stays: every axis of the layout and what it divides (heads,
+query groups, sequence, padding of the vocabulary), mask, tying, RoPE's scaling, recompute, clipping, decay and the
+z-loss. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron_hammer.config import Config, KernelsConfig
+from megatron_hammer.parallel.placement import VOCAB_PADDING_MULTIPLE
+
+HEAD_SIZE, FFN_PER_RANK, LAYERS, LENGTH_PER_RANK, SHORTEST = 8, 24, 2, 8, 32
+MICRO_BATCH, ACCUMULATED, BUCKETS = 2, 2, 5
+STEPS = 2
+
+
+def shrink(config: Config, world_size: int, real: bool = False) -> tuple[Config, list[str]]:
+    """A small config of the same structure that is valid for ``world_size`` ranks, and what was left out of it.
+
+    Args:
+        config: valid for ``world_size`` ranks.
+        real: keep device, precision and kernels too.
+    """
+    model, tp, train = config.model, config.parallel.tensor_model_parallel_size, config.train
+    assert model.vocab_size is not None, "model.vocab_size must be resolved"
+    head = min(64, model.head_size) if real else HEAD_SIZE  # GPU kernels want usual sizes
+    padding = VOCAB_PADDING_MULTIPLE * tp
+    length = min(config.data.seq_length, max(SHORTEST, LENGTH_PER_RANK * tp))
+    small_model = dataclasses.replace(
+        model,
+        hidden_size=model.num_attention_heads * head,
+        head_dim=None if model.head_dim is None else head,
+        ffn_hidden_size=(FFN_PER_RANK, 64)[real] * tp,
+        num_layers=min(model.num_layers, LAYERS),
+        vocab_size=model.vocab_size % padding + padding if model.vocab_size > 2 * padding else model.vocab_size,
+        max_position_embeddings=length,
+        init_std=0.1,
+    )
+    micro_batch = min(train.micro_batch_size, MICRO_BATCH)
+    accumulated = min(config.grad_accum(world_size), ACCUMULATED)
+    layers = None if train.recompute_layers is None else min(train.recompute_layers, small_model.num_layers)
+    small_train = dataclasses.replace(
+        train,
+        num_steps=STEPS,
+        micro_batch_size=micro_batch,
+        global_batch_size=micro_batch * accumulated * config.data_parallel_size(world_size),
+        recompute_layers=layers,
+        precision=train.precision if real else "fp32",
+        device=train.device if real else "cpu",
+        dry_run=False,
+    )
+    elements = 4 * small_model.num_layers * small_model.hidden_size * (small_model.hidden_size + 24) // tp
+    small = dataclasses.replace(
+        config,
+        model=small_model,
+        train=small_train,
+        tokenizer=dataclasses.replace(config.tokenizer, path=None),
+        data=dataclasses.replace(config.data, train=None, valid=None, seq_length=length),
+        # Large steps at once: an update that differs must show after two of them. A large eps: without it AdamW's first
+        # step is the sign of the gradient, which rounding decides where a gradient is near zero.
+        optimizer=dataclasses.replace(config.optimizer, lr=0.01, min_lr=0.01, eps=max(1e-3, config.optimizer.eps)),
+        schedule=dataclasses.replace(config.schedule, style="constant", warmup_steps=0, decay_steps=None,
+                                     anneal_steps=None),
+        parallel=dataclasses.replace(config.parallel, gradient_bucket_bytes=max(1, 4 * elements // BUCKETS)),
+        kernels=config.kernels if real else KernelsConfig(loss_chunk_tokens=max(1, length * micro_batch // 2 + 1)),
+        checkpoint=dataclasses.replace(config.checkpoint, init_from=None),
+    )  # fmt: skip
+    return small, [] if real else _left_out(config)
+
+
+def _left_out(config: Config) -> list[str]:
+    """What of the user's config takes no part in the proof on CPUs."""
+    default, kernels = KernelsConfig(), config.kernels
+    names = [
+        f.name for f in dataclasses.fields(kernels) if getattr(kernels, f.name) != getattr(default, f.name)
+    ]  # fmt: skip
+    notes = [f"kernels.{name}={getattr(kernels, name)}" for name in names if name != "loss_chunk_tokens"]
+    if config.train.precision != "fp32":
+        notes.append(f"train.precision={config.train.precision}")
+    return notes

@@ -1,0 +1,161 @@
+"""Two training steps of one rank, and all that they leave: what a proof compares.
+
+The kinds of pieces (``outcome.py``) are::
+
+    gradient           this rank's shard of the first step's gradient, summed over all ranks
+    weight             this rank's shard of the masters after two steps
+    exp_avg, exp_avg_sq   of the moments
+    model              what the rank's model computes with after two steps, gathered from all shards
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_hammer.checkpoint.write import save_checkpoint
+from megatron_hammer.config import Config, config_to_tree
+from megatron_hammer.kernels.packed_sequences import PackedSequences
+from megatron_hammer.optim.optimizer import Optimizer
+from megatron_hammer.optim.schedule import learning_rate
+from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
+from megatron_hammer.parallel.rendezvous import end_process_group, start_process_group
+from megatron_hammer.parallel.sharding import rectangles
+from megatron_hammer.sampling.batch import Batch
+from megatron_hammer.train.build import DTYPES, build
+from megatron_hammer.train.run import choose_device
+from megatron_hammer.train.schedules import forward_backward
+from megatron_hammer.train.state import RunState
+from megatron_hammer.verify.outcome import Outcome, Piece, write_outcome
+from megatron_hammer.verify.shrink import STEPS
+
+EXACT = {"fp64": torch.float64, "fp32": torch.float32}
+
+
+# ---- the steps -------------------------------------------------------------------------------------------------------
+
+
+def take_steps(config: Config, ctx: ParallelContext, dtype: torch.dtype, checkpoint: Path | None = None) -> Outcome:
+    """Train ``STEPS`` steps on samples that the seed defines, the same global batch for every layout.
+
+    Args:
+        checkpoint: a folder for a checkpoint of the end.
+    """
+    model, optimizer = build(config, ctx, dtype=dtype)
+    losses: list[float] = []
+    norms: list[float] = []
+    pieces: list[Piece] = []
+    for step in range(1, STEPS + 1):
+        # As ``train_step`` does it, in halves: the update may use the gradients' memory.
+        loss = forward_backward(model, optimizer, micro_batches(config, step, ctx), ctx, config.train.z_loss)
+        norm = optimizer.clip_grad_norm(config.optimizer.clip_grad)
+        losses.append(float(loss))
+        norms.append(float(norm))
+        if step == 1:
+            pieces += gradient_pieces(optimizer)
+        optimizer.step(learning_rate(config, step))
+    pieces += state_pieces(optimizer)
+    pieces += model_pieces(optimizer)
+    if checkpoint is not None:
+        state = RunState(STEPS, STEPS * config.train.global_batch_size, "").to_manifest(optimizer)
+        save_checkpoint(
+            checkpoint, STEPS, optimizer.shards(), model=config.model, config_tree=config_to_tree(config), state=state,
+            tokenizer=None, ctx=ctx, keep_last=2,
+        )  # fmt: skip
+    return Outcome(losses, norms, pieces)
+
+
+def global_batch(config: Config, step: int) -> tuple[Tensor, list[list[int]]]:
+    """Tokens [samples, s + 1] of a step, and the lengths of each sample's documents."""
+    assert config.model.vocab_size is not None
+    generator = torch.Generator().manual_seed(config.train.seed % 2**31 + step)
+    samples, s, v = config.train.global_batch_size, config.data.seq_length, config.model.vocab_size
+    tokens = torch.randint(0, v, (samples, s + 1), generator=generator)
+    # Common tokens as in real text, and the highest ids, which lie beside the padding of the last rank.
+    common = torch.rand(tokens.shape, generator=generator) < 0.5
+    tokens = torch.where(common, tokens % 7, tokens)
+    tokens[:, ::9] = v - 1 - tokens[:, ::9] % 5
+    documents: list[list[int]] = []
+    for _ in range(samples):
+        lengths: list[int] = []
+        while (left := s - sum(lengths)) > 0:
+            lengths.append(min(left, int(torch.randint(1, s // 2 + 2, (), generator=generator))))
+        documents.append(lengths)
+    return tokens, documents
+
+
+def micro_batches(config: Config, step: int, ctx: ParallelContext) -> list[Batch[Tensor]]:
+    """This rank's part of the global batch, in the order of the loader."""
+    tokens, documents = global_batch(config, step)
+    b, masked = config.train.micro_batch_size, config.data.attention_mask == "document"
+    batches = []
+    for start in range(b * ctx.dp.rank, len(tokens), b * ctx.dp.size):
+        windows = tokens[start : start + b].to(ctx.device)
+        lengths = [n for sample in documents[start : start + b] for n in sample]
+        ends = np.cumsum([0, *lengths]).astype(np.int32)
+        packed = PackedSequences.from_cu_seqlens(ends, ctx.device) if masked else None
+        batches.append(Batch.from_windows(windows, documents=packed))
+    return batches
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def gradient_pieces(optimizer: Optimizer) -> Iterator[Piece]:
+    """Of this rank's shards, as they are after the step: summed, neither clipped nor scaled."""
+    scale = float(optimizer.loss_scale)
+    for stretch in optimizer.store.stretches():
+        at = 0
+        for part in stretch.parts:
+            flat = stretch.grad[at : at + part.stop - part.start].double() / scale
+            yield from _cut("gradient", part.parameter, part.start, part.stop, flat)
+            at += part.stop - part.start
+
+
+def state_pieces(optimizer: Optimizer) -> Iterator[Piece]:
+    """Masters and moments of this rank's shards."""
+    for shard in optimizer.shards():
+        for kind, flat in shard.tensors.items():
+            yield from _cut(kind, shard.parameter, shard.start, shard.stop, flat)
+
+
+def model_pieces(optimizer: Optimizer) -> Iterator[Piece]:
+    """All weights that this rank's model has, copies included."""
+    for row, weight in zip(optimizer.store.table, optimizer.store.weights, strict=True):
+        yield from _cut("model", row, 0, row.numel, weight.detach().flatten())
+
+
+def _cut(kind: str, parameter: Any, start: int, stop: int, flat: Tensor) -> Iterator[Piece]:
+    for s in parameter.slices:
+        for r in rectangles(s, start, stop):
+            values = flat[r.position : r.position + r.numel].reshape(r.shape)
+            yield Piece(kind, s.tensor, r.rows, r.cols, values.double().cpu().numpy().copy())
+
+
+# ---- a rank of its own -----------------------------------------------------------------------------------------------
+
+
+def rank_main(config: Config, rank: int, local_rank: int, world_size: int, store: Any, check_data: bool) -> int:
+    """Entry of a rank that the launcher starts: all precisions of the proof; writes them to ``train.output``."""
+    folder, device = Path(config.train.output), choose_device(config, local_rank)
+    torch.set_num_threads(1)
+    if store is not None:
+        start_process_group(store, rank, world_size, device, config.parallel.timeout_seconds)
+    ctx = build_parallel_context(config.grid(world_size), device, config.parallel.timeout_seconds)
+    for name, dtype in precisions(config).items():
+        # Masters are fp32 in checkpoints, so the fp64 steps have none.
+        checkpoint = None if dtype == torch.float64 else folder / "checkpoints"
+        write_outcome(folder / f"{name}-{rank}", take_steps(config, ctx, dtype, checkpoint))
+    end_process_group()
+    return 0
+
+
+def precisions(config: Config) -> dict[str, torch.dtype]:
+    """In which types the ranks take the steps: fp64 and fp32 on CPUs, else what the config says."""
+    exact = config.train.device == "cpu" and config.train.precision == "fp32"
+    return EXACT if exact else {config.train.precision: DTYPES[config.train.precision]}

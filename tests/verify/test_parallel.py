@@ -1,0 +1,282 @@
+"""The proof of a layout: equal where nothing is wrong, and seeded faults, one at a time, found and named."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_hammer.config import Config
+from megatron_hammer.kernels import arguments
+from megatron_hammer.kernels.packed_sequences import PackedSequences
+from megatron_hammer.model import llama, parameters
+from megatron_hammer.optim.store import FlatStore
+from megatron_hammer.parallel import placement
+from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
+from megatron_hammer.train import schedules
+from megatron_hammer.verify import parallel, steps
+from megatron_hammer.verify.compare import BOUNDS, NUMBER_BOUNDS, Finding, Sizes, compare_numbers, compare_pieces
+from megatron_hammer.verify.compare import whole_tensors as whole
+from megatron_hammer.verify.outcome import Outcome, Piece, read_outcome, write_outcome
+from megatron_hammer.verify.reference import reference_steps
+from megatron_hammer.verify.shrink import shrink
+from megatron_hammer.verify.steps import take_steps
+from tests.distributed import run_distributed
+from tests.model.tiny import tiny_config
+
+FP64 = torch.float64
+
+
+def config_of(world_size: int = 4, **changes: Any) -> Config:
+    """TP 2 with sequence parallelism x DP 2, shrunk."""
+    layout = dict(parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True, model__vocab_size=1001)
+    small, left_out = shrink(tiny_config(**(layout | changes)), world_size)
+    small.validate(world_size)
+    assert not left_out
+    return small
+
+
+# ---- faults: each replaces one function while the steps are taken ---------------------------------------------------
+
+
+def _norms_not_summed() -> Any:
+    real = parameters._norm
+    return mock.patch.object(
+        parameters, "_norm", lambda *a: dataclasses.replace(
+            row := real(*a), slices=tuple(dataclasses.replace(s, sum_over="none") for s in row.slices)))  # fmt: skip
+
+
+def _scaled(factor: float) -> Any:
+    real = schedules.sum_of_weights
+    return mock.patch.object(schedules, "sum_of_weights", lambda *a: real(*a) * factor)
+
+
+def _padding_counts() -> Any:
+    real = arguments.Columns.of
+    return mock.patch.object(arguments.Columns, "of", lambda rank, local, vocab: real(rank, local, 10**6))
+
+
+def _wrong_groups() -> Any:
+    """Query groups dealt out from the other end."""
+    real = placement._share
+    return mock.patch.object(
+        placement, "_share", lambda total, i, n: real(total, n - 1 - i if total == 2 and n > 1 else i, n))  # fmt: skip
+
+
+def _gathered_early() -> Any:
+    """The first bucket goes out before the update."""
+
+    def gather(self: FlatStore) -> None:
+        old = self.params[: self.buckets[0].stop].clone() if not self.version else None
+        real(self)
+        if old is not None:
+            self.params[: self.buckets[0].stop] = old
+
+    real = FlatStore.gather
+    return mock.patch.object(FlatStore, "gather", gather)
+
+
+def _shards_swapped() -> Any:
+    """What a rank updates lands where the other's shard belongs."""
+
+    def gather(self: FlatStore) -> None:
+        real(self)
+        for bucket in self.buckets:
+            half = (bucket.stop - bucket.start) // 2
+            first = self.params[bucket.start : bucket.start + half].clone()
+            self.params[bucket.start : bucket.start + half] = self.params[bucket.start + half : bucket.stop]
+            self.params[bucket.start + half : bucket.stop] = first
+
+    real = FlatStore.gather
+    return mock.patch.object(FlatStore, "gather", gather)
+
+
+def _boundary_one_off() -> Any:
+    real = PackedSequences.from_cu_seqlens
+
+    def shifted(ends: np.ndarray, device: torch.device) -> PackedSequences:
+        moved = ends.copy()
+        moved[1:-1] = np.minimum(moved[1:-1] + 1, moved[2:] - 1) if len(moved) > 2 else moved[1:-1]
+        return real(np.unique(moved), device)
+
+    return mock.patch.object(steps.PackedSequences, "from_cu_seqlens", shifted)
+
+
+def _positions_shifted() -> Any:
+    real = llama.Stage.rope
+    return mock.patch.object(
+        llama.Stage, "rope", lambda self, n: tuple(t[1:] for t in real(self, n + 1)))  # fmt: skip
+
+
+def _positions_stretched() -> Any:
+    real = llama.Stage.rope
+    return mock.patch.object(
+        llama.Stage, "rope", lambda self, n: tuple(t[::2] for t in real(self, 2 * n)))  # fmt: skip
+
+
+FAULTS: dict[str, Callable[[], Any]] = {
+    "none": partial(mock.patch.object, steps, "STEPS", steps.STEPS),
+    "norms": _norms_not_summed,
+    "times DP": partial(_scaled, 0.5),
+    "accumulated twice": partial(_scaled, 2.0),
+    "padding": _padding_counts,
+    "groups": _wrong_groups,
+    "early": _gathered_early,
+    "swapped": _shards_swapped,
+    "boundary": _boundary_one_off,
+    "stretched": _positions_stretched,
+    "shifted": _positions_shifted,
+}
+
+
+def faulty_steps(rank: int, config: Config, fault: str) -> Outcome:
+    """This rank's steps with a fault in them."""
+    ctx = build_parallel_context(config.grid(4), torch.device("cpu"))
+    with FAULTS[fault]():
+        return take_steps(config, ctx, FP64)
+
+
+@cache
+def references(mask: str) -> tuple[Outcome, Outcome]:
+    """Our own one process, and transformers."""
+    small = config_of(data__attention_mask=mask)
+    alone = dataclasses.replace(
+        small, parallel=dataclasses.replace(small.parallel, tensor_model_parallel_size=1, sequence_parallel=False)
+    )
+    ours, initial = parallel._one_process(alone)
+    return ours["fp64"], reference_steps(small, initial)
+
+
+def found(fault: str, mask: str) -> list[Finding]:
+    ranks = run_distributed(4, faulty_steps, config_of(data__attention_mask=mask), fault)
+    ours, theirs = references(mask)
+    findings: list[Finding] = []
+    for reference, bound in ((ours, BOUNDS["fp64"]), (theirs, parallel.AGAINST_TRANSFORMERS)):
+        findings += compare_numbers(ranks, reference, NUMBER_BOUNDS["fp32"], Sizes(2, 2, 2))[1]
+        findings += compare_pieces(ranks, whole(reference.pieces), bound, Sizes(2, 2, 2))[1]
+    return findings
+
+
+@pytest.mark.parametrize("mask", ["causal", "document"])
+def test_without_a_fault_nothing_is_found(mask: str) -> None:
+    assert found("none", mask) == []
+
+
+@pytest.mark.parametrize(
+    "fault, mask, what, cause",
+    [
+        ("norms", "causal", "gradient of model.layers.0.input_layernorm.weight", "their sum is missing"),
+        ("times DP", "causal", "loss of step 1", "times data_parallel_size=2"),
+        ("accumulated twice", "causal", "loss of step 1", "divided by data_parallel_size=2"),
+        ("padding", "causal", "loss of step 1", ""),
+        ("groups", "causal", "loss of step 1", ""),
+        ("early", "causal", "model of lm_head.weight", ""),
+        ("swapped", "causal", "model of ", ""),
+        ("boundary", "document", "loss of step 1", ""),
+        ("stretched", "causal", "gradient of model.layers.0.self_attn.q_proj.weight", ""),
+        ("stretched", "document", "gradient of model.layers.1.self_attn.k_proj.weight", ""),
+    ],
+)
+def test_a_seeded_fault_is_found_and_named(fault: str, mask: str, what: str, cause: str) -> None:
+    findings = found(fault, mask)
+    named = [finding for finding in findings if finding.what.startswith(what)]
+    assert named and cause in named[0].cause, findings[:5]
+
+
+def test_positions_that_all_shift_are_no_fault() -> None:
+    """RoPE is relative: the proof compares what is computed, not how."""
+    assert [f for f in found("shifted", "causal") if f.difference > 1e-6] == []
+
+
+# ---- causes by themselves -------------------------------------------------------------------------------------------
+
+
+def _pieces(values: np.ndarray, kind: str = "gradient") -> list[Piece]:
+    return [Piece(kind, "w", (0, len(values)), (0, values.shape[1]), values)]
+
+
+@pytest.mark.parametrize(
+    "change, cause",
+    [
+        (lambda w: w * 8, "times data_parallel_size=8"),
+        (lambda w: w / 4, "divided by tensor_model_parallel_size=4"),
+        (lambda w: w * 1.5, "all of it times 1.5"),
+        (lambda w: w[::-1], "right values in another place"),
+        (lambda w: w * 0, "it is zero"),
+        (lambda w: w + np.eye(*w.shape)[:, ::-1] * (np.arange(len(w)) == 3)[:, None], "1 of 16 rows differ (3)"),
+        (lambda w: w * np.nan, ""),
+    ],
+)
+def test_causes(change: Callable[[np.ndarray], np.ndarray], cause: str) -> None:
+    expected = np.random.default_rng(1).normal(size=(16, 16))
+    outcome = Outcome([], [], _pieces(np.ascontiguousarray(change(expected))))
+    _, findings = compare_pieces([outcome], {("gradient", "w"): expected}, 1e-10, Sizes(4, 8, 2))
+    assert len(findings) == 1 and cause in findings[0].cause, findings
+
+
+def test_what_no_rank_holds_is_a_finding() -> None:
+    outcome = Outcome([], [], [Piece("weight", "w", (0, 3), (0, 4), np.ones((3, 4)))])
+    _, findings = compare_pieces([outcome], {("weight", "w"): np.ones((5, 4))}, 1e-10, Sizes(1, 1, 1))
+    assert [f.cause for f in findings] == ["8 of 20 elements are on no rank"]
+
+
+def test_a_loss_with_too_many_ranks_in_its_sum() -> None:
+    _, findings = compare_numbers([Outcome([5 + np.log(2)], [], [])], Outcome([5.0], [], []), 1e-6, Sizes(2, 4, 1))
+    assert "off by log(tensor_model_parallel_size=2)" in findings[0].cause
+
+
+def test_an_outcome_comes_back_from_its_files(tmp_path: Path) -> None:
+    config, _ = shrink(tiny_config(), 1)
+    outcome = take_steps(config, ParallelContext.single(), FP64)
+    write_outcome(tmp_path / "a", outcome)
+    back = read_outcome(tmp_path / "a")
+    assert (back.losses, back.norms, len(back.pieces)) == (outcome.losses, outcome.norms, len(outcome.pieces))
+    for a, b in zip(back.pieces, outcome.pieces, strict=True):
+        assert (a.kind, a.tensor, a.rows, a.cols) == (b.kind, b.tensor, b.rows, b.cols)
+        assert np.array_equal(a.values, b.values)
+
+
+# ---- shrinking ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "world_size, changes",
+    [
+        (1, {}),
+        (8, dict(parallel__tensor_model_parallel_size=8, parallel__sequence_parallel=True)),
+        (4, dict(model__tie_word_embeddings=True, data__attention_mask="document", train__global_batch_size=16)),
+        (2, dict(train__recompute="full", train__recompute_layers=2, model__head_dim=24)),
+        (2, dict(kernels__adamw="torch", train__precision="bf16")),
+    ],
+)
+def test_a_small_config_keeps_the_structure(world_size: int, changes: dict[str, Any]) -> None:
+    config = tiny_config(**changes)
+    small, left_out = shrink(config, world_size)
+    small.validate(world_size)
+    for name in ("num_attention_heads", "query_groups", "tie_word_embeddings", "rope_scaling", "norm_eps"):
+        assert getattr(small.model, name) == getattr(config.model, name)
+    assert small.grid(world_size) == config.grid(world_size)
+    assert small.parallel.sequence_parallel == config.parallel.sequence_parallel
+    assert (small.train.recompute, small.data.attention_mask) == (config.train.recompute, config.data.attention_mask)
+    assert (small.grad_accum(world_size) > 1) == (config.grad_accum(world_size) > 1)
+    padding = 128 * config.parallel.tensor_model_parallel_size
+    assert (small.model.vocab_size or 0) % padding == (config.model.vocab_size or 0) % padding
+    assert left_out == (["kernels.adamw=torch", "train.precision=bf16"] if "kernels__adamw" in changes else [])
+
+
+def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two ranks through the launcher, one of them with a checkpoint that differs: the table, and the exit codes."""
+    config = tiny_config(parallel__tensor_model_parallel_size=2)
+    proof = parallel.prove_layout(config, 2, lambda text: None)
+    assert isinstance(proof, parallel.Proof) and not proof.findings, proof
+    assert {(row[1], row[2]) for row in proof.rows} == {
+        ("one process", "fp64"), ("one process", "fp32"), ("transformers", "fp64")}  # fmt: skip
+    assert sum(row[0].startswith("checkpoint's") for row in proof.rows) == 3
+    assert len(proof.table()) == len(proof.rows) + 1
