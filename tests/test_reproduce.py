@@ -1,4 +1,4 @@
-"""docs/reproduce.md: every command runs in its order at toy size; the Chinese page has the same; no flag is left out."""
+"""docs/reproduce.md: every command runs at toy size, in order; the Chinese page has the same; no flag is left out."""
 
 from __future__ import annotations
 
