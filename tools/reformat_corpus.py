@@ -7,11 +7,12 @@
     python tools/reformat_corpus.py pile pile/train/ --output sets/
     python tools/reformat_corpus.py jsonl my/*.jsonl.gz --key body --output my.jsonl
     python tools/reformat_corpus.py parquet my.parquet --key content --keep url score --output my.jsonl
+    python tools/reformat_corpus.py text novels/ --output novels.jsonl
 
 chinesewebtext is jsonl with "text", refinedweb parquet with "content", pile jsonl with "text" and meta.pile_set_name
-(without --set every set becomes a file in the folder --output). jsonl files may be .gz or .zst; a folder stands for all
-files of the kind's format in and below it, in sorted order. Texts are not changed and keep their order; empty ones are
-left out and counted.
+(without --set every set becomes a file in the folder --output); text is .txt, whose documents stand between empty lines
+(--text-documents). jsonl and .txt files may be .gz or .zst; a folder stands for all files of the kind's format in and
+below it, in sorted order. Texts are not changed and keep their order; empty ones are left out and counted.
 
 --max-gb counts 10^9 UTF-8 bytes of text in an output, which ends before the first document that does not fit.
 
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus import reformat
+from megatron_hammer.corpus.readers import TEXT_DOCUMENTS
 
 
 def main() -> None:
@@ -40,6 +42,9 @@ def main() -> None:
                         help="pile only, may be repeated: take this pile_set_name")  # fmt: skip
     parser.add_argument("--keep", nargs="+", default=[], metavar="FIELD", help="fields to copy beside the text")
     parser.add_argument("--max-gb", type=float, metavar="N", help="most text in an output (default: all)")
+    parser.add_argument("--text-documents", choices=TEXT_DOCUMENTS, default="blank-line",
+                        help="a document of a .txt file is: all of it, each line, or what stands between empty lines "
+                        "(default: blank-line)")  # fmt: skip
     parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="(default: stop)")
     args = parser.parse_args()
     if args.sets and args.kind != "pile":
@@ -53,6 +58,7 @@ def main() -> None:
         keep=args.keep,
         max_bytes=None if args.max_gb is None else round(args.max_gb * 1e9),
         on_error=args.on_error,
+        text_documents=args.text_documents,
     )
     print("\n".join(summary.lines()))
 

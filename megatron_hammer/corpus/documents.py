@@ -13,6 +13,7 @@ import gzip
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -116,16 +117,18 @@ def read_documents(
     on_bad: Callable[[DataError], None] | None = None,
     progress: Progress | None = None,
     hashes: dict[Path, str] | None = None,
+    text_documents: str = "blank-line",
 ) -> Iterator[Document]:
     """The documents of a file in order, whose text may be empty.
 
     Args:
-        path: ``.jsonl``, also ``.gz`` and ``.zst``, or ``.parquet``.
+        path: ``.jsonl`` or ``.txt``, also ``.gz`` and ``.zst``, or ``.parquet``.
         key: the field or column that holds the text.
         columns: further columns to read from a parquet file.
         on_bad: gets the error of each document (or rest of a file) that cannot be used. None: it is raised.
         progress: advanced by the bytes on disk.
         hashes: gets the XXH3-128 of the file (of the bytes on disk) when it has been read to its end.
+        text_documents: what a document of a ``.txt`` file is.
 
     Raises:
         DataError: E301 to E309, E347 as ``readers.py``; those that concern a whole file in any case.
@@ -138,11 +141,13 @@ def read_documents(
         on_bad(error)
 
     names = list(dict.fromkeys([key, *columns]))
-    for block in read_range(path, FileRange(0), names, "line", lenient=on_bad is not None):
+    for block in read_range(path, FileRange(0), names, text_documents, lenient=on_bad is not None):
         if block.kind == "parquet":
             yield from _rows(block, path, key, names, bad)
-        else:
+        elif block.kind == "jsonl":
             yield from _objects(block, path, key, bad)
+        else:
+            yield from _texts(block, path, key, bad)
         if block.trouble is not None:
             bad(block.trouble[0])
         _note(block, path, progress, hashes)
@@ -174,6 +179,16 @@ def _objects(block: Block, path: Path, key: str, bad: Callable[[DataError], None
                 raise error  # the whole file is something else than its name says
             bad(error)
         offset += len(line) + 1
+
+
+def _texts(block: Block, path: Path, key: str, bad: Callable[[DataError], None]) -> Iterator[Document]:
+    try:
+        texts = parse_block(replace(block, trouble=None), path, [key], strict=True).texts[0]
+    except DataError as error:  # not UTF-8: a text file has no lines to leave out one by one
+        bad(error)
+        return
+    for text in texts:
+        yield Document(text, {key: text}, b"", str(path))
 
 
 def _rows(

@@ -6,6 +6,7 @@
 | refinedweb | parquet | ``content`` | ``content, url, timestamp, dump, segment, image_urls`` |
 | pile | jsonl | ``text`` | ``{"text", "meta": {"pile_set_name"}}``: an output a set, or chosen sets in one |
 | jsonl, parquet | | ``--key``, ``--column`` | any |
+| text | txt | what ``--text-documents`` says: a paragraph, a line or all of a file | |
 
 Texts are not changed, and documents keep their order. Empty texts are left out and counted. Nothing is filtered:
 fields such as a score can be kept beside the text for a filter of the user's own. One pass, memory for one block.
@@ -35,9 +36,10 @@ from megatron_hammer.corpus.documents import (
 )
 from megatron_hammer.corpus.readers import expand_inputs, kind_of
 
-KINDS = ("chinesewebtext", "refinedweb", "pile", "jsonl", "parquet")
-DEFAULT_KEYS = {"chinesewebtext": "text", "refinedweb": "content", "pile": "text", "jsonl": "text", "parquet": "text"}
+KINDS = ("chinesewebtext", "refinedweb", "pile", "jsonl", "parquet", "text")
+DEFAULT_KEYS = dict.fromkeys(KINDS, "text") | {"refinedweb": "content"}
 _PARQUET_KINDS = ("refinedweb", "parquet")
+_FORMATS = {"parquet": "parquet", "jsonl": "jsonl", "text": ".txt"}
 MAX_SETS = 256
 """The Pile has 22; far more are a sign that the field is something else."""
 
@@ -69,6 +71,7 @@ class _Job:
     keep: Sequence[str]
     max_bytes: int | None
     output: Path
+    text_documents: str
     skipped: Skipped = field(default_factory=Skipped)
     writers: dict[str, LineWriter] = field(default_factory=dict)
     """By set; by the empty string where there is one output."""
@@ -87,6 +90,7 @@ def reformat_corpus(
     keep: Sequence[str] = (),
     max_bytes: int | None = None,
     on_error: Literal["stop", "skip"] = "stop",
+    text_documents: str = "blank-line",
 ) -> ReformatSummary:
     """Write the documents of a published source as JSON lines, with a manifest beside.
 
@@ -100,6 +104,7 @@ def reformat_corpus(
         keep: fields that are copied beside the text where a document has them.
         max_bytes: most UTF-8 bytes of text in an output; it ends before the first document that does not fit.
         on_error: ``skip`` leaves bad documents out and counts them by the code of their error.
+        text_documents: what a document of a ``.txt`` file is, see ``readers.TEXT_DOCUMENTS``.
 
     Raises:
         ConfigError: E287 a limit out of range, E288 a bad output or fields, E276 parquet without its library.
@@ -109,7 +114,7 @@ def reformat_corpus(
         raise ConfigError(87, f"--max-gb={max_bytes / 1e9:g}", "must be positive", "leave it out to take everything")
     if "text" in keep:
         raise ConfigError(88, "--keep text", "is what the text itself is called", "leave it out")
-    job = _Job(kind, key or DEFAULT_KEYS[kind], sets, keep, max_bytes, Path(output))
+    job = _Job(kind, key or DEFAULT_KEYS[kind], sets, keep, max_bytes, Path(output), text_documents)
     by_set = kind == "pile" and not sets
     if by_set and job.output.is_file():
         raise ConfigError(88, f"--output {output}", "is a file, and the sets need a folder", "name a folder, or --set")
@@ -126,7 +131,7 @@ def reformat_corpus(
     content = {
         "kind": kind,
         "options": {"key": job.key, "sets": list(sets), "keep": list(keep), "max_bytes": max_bytes,
-                    "on_error": on_error},
+                    "on_error": on_error} | ({"text_documents": text_documents} if kind == "text" else {}),
         "sources": describe_sources(paths, job.hashes),
         "outputs": outputs,
         "full": full,
@@ -139,17 +144,19 @@ def reformat_corpus(
 def _input_files(kind: str, inputs: Sequence[str | Path]) -> list[Path]:
     """The files, all of the kind's format."""
     paths = expand_inputs(inputs)
-    wanted = "parquet" if kind in _PARQUET_KINDS else "jsonl"
+    wanted = "parquet" if kind in _PARQUET_KINDS else "text" if kind == "text" else "jsonl"
     folders = [Path(item) for item in inputs if Path(item).is_dir()]
     fitting = []
     for path in paths:
         if kind_of(path, "text") == wanted:
             fitting.append(path)
         elif not any(folder in path.parents for folder in folders):  # a folder may hold a README and the like
-            raise ConfigError(88, str(path), f"is no {wanted} file, which {kind} consists of",
+            raise ConfigError(88, str(path), f"is no {_FORMATS[wanted]} file, which {kind} consists of",
                               "name files of this format, or another kind")  # fmt: skip
     if not fitting:
-        raise DataError(1, ", ".join(map(str, inputs)), f"holds no {wanted} file", "check the inputs and the kind")
+        raise DataError(
+            1, ", ".join(map(str, inputs)), f"holds no {_FORMATS[wanted]} file", "check the inputs and the kind"
+        )
     return fitting
 
 
@@ -159,7 +166,7 @@ def _copy(job: _Job, paths: list[Path], by_set: bool, lenient: bool, stack: Exit
     columns = job.keep if job.kind in _PARQUET_KINDS else ()
     for path in paths:
         on_bad = job.skipped.add if lenient else None
-        for document in read_documents(path, job.key, columns, on_bad, progress, job.hashes):
+        for document in read_documents(path, job.key, columns, on_bad, progress, job.hashes, job.text_documents):
             name = ""
             if job.kind == "pile":
                 found = _set_of(document)

@@ -137,7 +137,9 @@ def jsonl_files(inputs: Sequence[str | Path]) -> list[Path]:
     seen = set()
     for path in paths:
         if kind_of(path, "text") != "jsonl":
-            raise ConfigError(88, str(path), "is no JSON lines file", "turn it into one with tools/reformat_corpus.py")
+            raise ConfigError(
+                88, str(path), "is no JSON lines file", "turn it into one with tools/reformat_corpus.py text or jsonl"
+            )
         if path in seen:
             raise ConfigError(88, str(path), "is named twice", "name every input once")
         seen.add(path)

@@ -212,3 +212,26 @@ def test_the_program(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("o.jsonl: 1 documents")
     wrong = run("jsonl", str(source), "--set", "A", "--output", str(tmp_path / "o.jsonl"))
     assert wrong.returncode == 2 and wrong.stderr.startswith("error[E201]") and wrong.stderr.count("\n") == 1
+
+
+def test_plain_text_becomes_documents(tmp_path: Path) -> None:
+    """Paragraphs, lines or whole files; line breaks of Windows; a file that is not UTF-8 is refused or left out."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "b.txt").write_bytes("一\r\n二\r\n\r\n三\r\n".encode())
+    (folder / "a.txt").write_text("one\n\n\ntwo  \n", encoding="utf-8")
+    (folder / "c.jsonl").write_text("not of this kind")
+    reformat_corpus("text", [folder], tmp_path / "x.jsonl")
+    assert [d["text"].split() for d in read(tmp_path / "x.jsonl")] == [["one"], ["two"], ["一", "二"], ["三"]]
+    reformat_corpus("text", [folder], tmp_path / "x.jsonl", text_documents="line")
+    assert [d["text"].strip() for d in read(tmp_path / "x.jsonl")] == ["one", "two", "一", "二", "三"]
+    reformat_corpus("text", [folder], tmp_path / "x.jsonl", text_documents="file")
+    assert len(read(tmp_path / "x.jsonl")) == 2
+    (folder / "a2.txt").write_bytes("中文".encode("gbk"))
+    with pytest.raises(DataError, match=r"E303.*a2\.txt"):
+        reformat_corpus("text", [folder], tmp_path / "x.jsonl")
+    assert reformat_corpus("text", [folder], tmp_path / "x.jsonl", on_error="skip").skipped.counts == {"E303": 1}
+    assert len(read(tmp_path / "x.jsonl")) == 4
+    with pytest.raises(DataError, match=r"E301.*holds no \.txt file"):
+        write_jsonl(tmp_path / "only" / "a.jsonl", [{"text": "x"}])
+        reformat_corpus("text", [tmp_path / "only"], tmp_path / "y.jsonl")
