@@ -3,23 +3,27 @@
 #
 #   bash examples/pretrain_1b4.sh [group.field=value ...]          arguments go to the training program
 #
+#   TEXT       a folder (or file) of your own .txt or .jsonl: tokenizer, datasets and a small model are made of it, on a
+#              CPU too
 #   DATA       indexed datasets with their weights, "142 /p/zh_text_document 128 /p/en_text_document", or one prefix
 #   VALID      validation sets by name, "zh=/p/zv_text_document en=/p/ev_text_document"; absent: no evaluation
 #   TOKENIZER  what made the data: a sentencepiece .model, a tokenizer.json or a Hugging Face folder
-#   OUT        folder of the run (train.output); default runs/pretrain_1b4
+#   OUT        folder of the run (train.output); default runs/pretrain_1b4, with TEXT runs/my_text
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    for more than one node: start it on each, or let Slurm do so:
 #              srun --ntasks-per-node=1 --cpus-per-task=64 bash examples/pretrain_1b4.sh    (more: examples/slurm/)
 #   PYTHON, TORCH_INDEX_URL    see tools/make_venv.sh, which makes .venv on first use
 #
 # With GPUs, DATA and TOKENIZER this is examples/configs/hammerllm_1b4.yaml on all GPUs. Otherwise the first line says
-# why not, and examples/configs/quick_start.yaml runs on a sample corpus through the same programs.
+# why not, and the same programs train the small model of examples/configs/quick_start.yaml: on DATA, on TEXT, or on a
+# sample corpus.
 #
 # Running it again continues where it stopped: stages whose result is complete are skipped, training resumes.
 # Exit codes: those of the programs (megatron_hammer/errors.py); 75: stopped by a signal and saved, run it again.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-readonly root python=$root/.venv/bin/python out=${OUT:-runs/pretrain_1b4}
+text_out=${TEXT:+runs/my_text}
+readonly root python=$root/.venv/bin/python out=${OUT:-${text_out:-runs/pretrain_1b4}}
 readonly languages=(zh en code)
 
 fail() {
@@ -138,6 +142,43 @@ make_corpus() {
     done
 }
 
+# The first file of one ending, plain or compressed, in or below TEXT; nothing where there is none.
+text_files() { find "$TEXT" -type f \( -name "*.$1" -o -name "*.$1.gz" -o -name "*.$1.zst" \) 2>/dev/null | head -n 1; }
+
+# TEXT -> corpus/txt.jsonl and corpus/jsonl.jsonl, with held-out documents (a twentieth) beside where there are enough.
+make_corpus_of_text() {
+    stage "corpus of $TEXT"
+    if [[ -e $out/corpus/manifest.json ]]; then
+        fail 19 "OUT=$out holds a run on the sample corpus; set OUT to another folder for TEXT=$TEXT"
+    elif [[ -e $out/corpus/source ]]; then
+        [[ $(<"$out/corpus/source") == "$TEXT" ]] ||
+            fail 19 "OUT=$out holds a run on TEXT=$(<"$out/corpus/source"); set OUT to another folder for TEXT=$TEXT"
+        done_already "$out/corpus"
+    else
+        local ending kind documents
+        for ending in txt jsonl; do
+            if [[ -z $(text_files "$ending") ]]; then continue; fi
+            kind=${ending/txt/text}
+            tool reformat_corpus.py "$kind" "$TEXT" --output "$out/corpus/$ending.all.jsonl"
+            documents=$(wc -l <"$out/corpus/$ending.all.jsonl")
+            if ((documents < 20)); then
+                echo "$documents documents are too few to hold some out: no validation set of .$ending"
+                mv "$out/corpus/$ending.all.jsonl" "$out/corpus/$ending.jsonl"
+            else
+                tool split_corpus.py "$out/corpus/$ending.all.jsonl" --output-prefix "$out/corpus/$ending" \
+                    --valid-documents "$((documents / 20))" --seed 3407
+                mv "$out/corpus/$ending.train.jsonl" "$out/corpus/$ending.jsonl"
+                rm "$out/corpus/$ending.all.jsonl"
+            fi
+        done
+        printf '%s\n' "$TEXT" >"$out/corpus/source"
+    fi
+    present=()
+    for ending in txt jsonl; do
+        if [[ -s $out/corpus/$ending.jsonl ]]; then present+=("$ending"); fi
+    done
+}
+
 make_tokenizer() {
     stage "tokenizer"
     if [[ -e $out/tokenizer/tokenizer.model ]]; then
@@ -145,7 +186,9 @@ make_tokenizer() {
     else
         local language texts=()
         for language in "${present[@]}"; do texts+=("$out/corpus/$language.jsonl"); done
-        tool train_tokenizer.py --input "${texts[@]}" --output "$out/tokenizer" --vocab-size 4096
+        local size=4096
+        if (($(cat "${texts[@]}" | wc -c) < 20000)); then size=1024; fi # so little text has no 4,096 pieces
+        tool train_tokenizer.py --input "${texts[@]}" --output "$out/tokenizer" --vocab-size "$size"
     fi
 }
 
@@ -155,6 +198,7 @@ make_datasets() {
     mkdir -p "$out/data"
     for language in "${present[@]}"; do
         for part in "$language" "$language.valid"; do
+            if [[ ! -s $out/corpus/$part.jsonl ]]; then continue; fi
             if [[ -e $out/data/${part/./_}_text_document.idx ]]; then
                 done_already "$out/data/${part/./_}_text_document"
             else
@@ -166,13 +210,21 @@ make_datasets() {
     done
 }
 
+# The command that was given, its variables included.
+same_command() {
+    local name
+    for name in TEXT DATA VALID TOKENIZER OUT; do
+        if [[ -n ${!name:-} ]]; then printf '%s=%q ' "$name" "${!name}"; fi
+    done
+    printf 'bash examples/pretrain_1b4.sh'
+    if ((${#given[@]})); then printf ' %q' "${given[@]}"; fi
+}
+
 train() {
     stage "training"
     local code=0
     run "$python" -m megatron_hammer.launch "$@" || code=$?
-    if ((code == 75)); then
-        echo "Stopped and saved. The same command goes on from there: bash examples/pretrain_1b4.sh"
-    fi
+    if ((code == 75)); then echo "Stopped and saved. The same command goes on from there: $(same_command)"; fi
     return "$code"
 }
 
@@ -215,7 +267,7 @@ What to run next:
 END
     if $quick; then
         cat <<END
-  ${OUT:+OUT=$OUT }bash examples/pretrain_1b4.sh train.num_steps=800      # the same run, on to step 800
+  $(same_command) train.num_steps=800 schedule.decay_steps=400      # the same run, on to step 800
   DATA="142 P_zh_text_document 128 P_en_text_document" TOKENIZER=M.model OUT=runs/my_1b4 \\
       bash examples/pretrain_1b4.sh                      # the 1.4B recipe, on GPUs; README.md says how to make the data
 END
@@ -224,28 +276,55 @@ END
 
 # --------------------------------------------------------------------------------------------------------------------
 
+# The datasets and the tokenizer of the small run, as settings: those given, or made of TEXT or the sample corpus.
+small_run_data() {
+    local language train='' valid=''
+    if [[ -n ${DATA:-} ]]; then
+        settings+=("tokenizer.path=$(quote "$TOKENIZER")" "data.train=$(train_sources)")
+        if [[ -n ${VALID:-} ]]; then settings+=("data.valid=$(valid_sets)"); fi
+        return
+    fi
+    if [[ -n ${TEXT:-} ]]; then make_corpus_of_text; else make_corpus; fi
+    make_tokenizer
+    make_datasets
+    for language in "${present[@]}"; do
+        train+="${train:+, }$(quote "$out/data/${language}_text_document"): 1"
+        if [[ -e $out/data/${language}_valid_text_document.idx ]]; then
+            valid+="${valid:+, }$(quote "$language"): $(quote "$out/data/${language}_valid_text_document")"
+        fi
+    done
+    settings+=("tokenizer.path=$(quote "$out/tokenizer")" "data.train={$train}")
+    if [[ -n $valid ]]; then settings+=("data.valid={$valid}"); fi
+}
+
 quick_start() {
-    local gpus=$1 nproc=2 layout=()
+    local gpus=$1 nproc=2 layout=() settings=()
     shift
     bash "$root/tools/make_venv.sh"
     if ((gpus == 1)); then
         nproc=1 layout=(parallel.tensor_model_parallel_size=1 parallel.sequence_parallel=false)
     fi
-    make_corpus
-    make_tokenizer
-    make_datasets
-    local language train='' valid=''
-    for language in "${present[@]}"; do
-        train+="${train:+, }$(quote "$out/data/${language}_text_document"): 1"
-        valid+="${valid:+, }$(quote "$language"): $(quote "$out/data/${language}_valid_text_document")"
-    done
+    small_run_data
     train --nproc "$nproc" "$root/examples/configs/quick_start.yaml" "${layout[@]}" "train.output=$(quote "$out")" \
-        "tokenizer.path=$(quote "$out/tokenizer")" "data.train={$train}" "data.valid={$valid}" "$@"
+        "${settings[@]}" "$@"
 }
+
+show_help() { sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 
 main() {
     local gpus quick=true argument newest
+    given=("$@")
+    for argument in "$@"; do
+        if [[ $argument == --help || $argument == -h ]]; then show_help && exit 0; fi
+    done
     gpus=$(count_gpus)
+    if [[ -n ${TEXT:-} && -n ${DATA:-} ]]; then
+        fail 18 "TEXT and DATA are both set; TEXT is raw text that a dataset is made of, DATA names datasets: unset one"
+    fi
+    if [[ -n ${TEXT:-} && ! -e $TEXT ]]; then fail 18 "TEXT=$TEXT is not there; name a folder of .txt or .jsonl files"; fi
+    if [[ -n ${TEXT:-} && -z $(text_files txt)$(text_files jsonl) ]]; then
+        fail 18 "TEXT=$TEXT holds no .txt and no .jsonl file (nor .gz or .zst of them); name a folder that does"
+    fi
     if [[ -n ${DATA:-} && -z ${TOKENIZER:-} ]]; then
         fail 56 "TOKENIZER is not set but DATA is; set TOKENIZER to the tokenizer that made the data"
     fi
@@ -253,8 +332,12 @@ main() {
         if [[ $argument == train.output=* ]]; then fail 57 "$argument must be given as OUT; set OUT=${argument#*=}"; fi
     done
     find_nodes
-    if ((gpus == 0)); then
-        echo "No NVIDIA GPU found${DATA:+: DATA is left aside}. The same chain runs on a sample corpus, at a size for this machine."
+    if [[ -n ${TEXT:-} ]]; then
+        echo "TEXT=$TEXT: a tokenizer and a small model are made of your text, at a size for this machine."
+    elif ((gpus == 0)) && [[ -n ${DATA:-} ]]; then
+        echo "No NVIDIA GPU found. The quick start's small model is trained on DATA, at a size for this machine."
+    elif ((gpus == 0)); then
+        echo "No NVIDIA GPU found. The same chain runs on a sample corpus, at a size for this machine."
     elif [[ -z ${DATA:-} ]]; then
         echo "DATA is not set. The same chain runs on a sample corpus, at a size for minutes."
     else

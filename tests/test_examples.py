@@ -39,6 +39,10 @@ if name == "make_sample_corpus.py":
     for part in os.environ.get("LANGUAGES", "zh en code").split():
         make(f"{after('--out')}/{part}.jsonl"); make(f"{after('--out')}/{part}.valid.jsonl")
     make(f"{after('--out')}/manifest.json")
+elif name == "reformat_corpus.py":
+    make(after("--output"), "x\n" * (40 if words[1] == "text" else 3))
+elif name == "split_corpus.py":
+    for part in ("train", "valid"): make(f"{after('--output-prefix')}.{part}.jsonl")
 elif name == "train_tokenizer.py":
     make(f"{after('--output')}/tokenizer.model")
 elif name == "preprocess_data.py":
@@ -84,7 +88,18 @@ class Tree:
 
     def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         self.calls_file.write_text("")
-        hidden = ("NNODES", "NODE_RANK", "MASTER_", "SLURM_", "CUDA_VISIBLE", "DATA", "VALID", "TOKENIZER", "OUT")
+        hidden = (
+            "TEXT",
+            "NNODES",
+            "NODE_RANK",
+            "MASTER_",
+            "SLURM_",
+            "CUDA_VISIBLE",
+            "DATA",
+            "VALID",
+            "TOKENIZER",
+            "OUT",
+        )
         environment = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
         environment |= {"PATH": f"{self.path}/bin:{os.environ['PATH']}", "CALLS": str(self.calls_file)} | variables
         command = ["bash", str(self.path / "examples/pretrain_1b4.sh"), *arguments]
@@ -164,10 +179,54 @@ def test_a_single_gpu_takes_no_tensor_parallelism(tree: Tree) -> None:
     assert config.parallel.tensor_model_parallel_size == 1 and not config.parallel.sequence_parallel
 
 
-def test_data_without_a_gpu_is_left_aside_and_said(tree: Tree) -> None:
-    code, out, _ = tree.run(DATA="p", TOKENIZER="t", CUDA_VISIBLE_DEVICES="", GPUS="0 1")
-    assert code == 0 and out.startswith("No NVIDIA GPU found: DATA is left aside. ")
-    assert tree.launch[:2] == ["--nproc", "2"] and tree.launch[2].endswith("/quick_start.yaml")
+def test_data_without_a_gpu_trains_the_small_model(tree: Tree) -> None:
+    code, out, _ = tree.run(DATA="2 p 1 q", VALID="v=/p/v", TOKENIZER="t", CUDA_VISIBLE_DEVICES="", GPUS="0 1")
+    assert code == 0 and out.startswith("No NVIDIA GPU found. The quick start's small model is trained on DATA, ")
+    options, config = tree.config()
+    assert options == ["--nproc", "2"] and config.model.num_layers == 4
+    assert config.data.train == {"p": 2, "q": 1} and config.data.valid == {"v": "/p/v"} and config.tokenizer.path == "t"
+    assert names(tree.calls) == ["-m", *LAST]
+
+
+def test_own_text_becomes_a_model(tree: Tree) -> None:
+    """Both kinds of files, one of them with too few documents to hold some out; again, another text, no text."""
+    texts = tree.path / "my texts"
+    (texts / "below").mkdir(parents=True)
+    (texts / "below" / "a.txt").write_text("x\n" * 40)
+    (texts / "b.jsonl").write_text("x\n")
+    code, out, err = tree.run(TEXT="my texts", GPUS="")
+    assert (code, err) == (0, "") and out.startswith(
+        "TEXT=my texts: a tokenizer and a small model are made of your text"
+    )
+    assert names(tree.calls) == [
+        "reformat_corpus.py", "split_corpus.py", "reformat_corpus.py", "train_tokenizer.py",
+        *3 * ["preprocess_data.py"], "-m", *LAST,
+    ]  # fmt: skip
+    assert tree.calls[0][1:3] == ["text", "my texts"] and tree.calls[2][1:3] == ["jsonl", "my texts"]
+    _, config = tree.config()
+    assert config.data.train == {f"runs/my_text/data/{n}_text_document": 1.0 for n in ("txt", "jsonl")}
+    assert config.data.valid == {"txt": "runs/my_text/data/txt_valid_text_document"}
+    assert "TEXT=my\\ texts bash examples/pretrain_1b4.sh train.num_steps=800 schedule.decay_steps=400" in out
+    assert tree.run(TEXT="my texts", GPUS="")[0] == 0 and names(tree.calls) == ["-m", "generate.py", "plot_loss.py"]
+    code, _, err = tree.run(TEXT="my texts/below", GPUS="")
+    assert code == 2 and err.startswith(
+        "error[E219]: OUT=runs/my_text holds a run on TEXT=my texts; set OUT to another"
+    )
+    (tree.path / "runs/sample/corpus").mkdir(parents=True)
+    (tree.path / "runs/sample/corpus/manifest.json").touch()
+    code, _, err = tree.run(TEXT="my texts", OUT="runs/sample")
+    assert code == 2 and err.startswith("error[E219]: OUT=runs/sample holds a run on the sample corpus; set OUT")
+    code, _, err = tree.run(TEXT="my texts", DATA="p", TOKENIZER="t")
+    assert code == 2 and err.startswith("error[E218]: TEXT and DATA are both set; ")
+    code, _, err = tree.run(TEXT="nothing", GPUS="")
+    assert code == 2 and err.startswith("error[E218]: TEXT=nothing is not there; ") and tree.calls == []
+    code, _, err = tree.run(TEXT="examples/configs", GPUS="")
+    assert code == 2 and err.startswith("error[E218]: TEXT=examples/configs holds no .txt and no .jsonl file ")
+
+
+def test_help_runs_nothing(tree: Tree) -> None:
+    code, out, err = tree.run("--help")
+    assert (code, err, tree.calls) == (0, "", []) and "TEXT       a folder" in out and out.startswith("From raw text")
 
 
 @pytest.mark.parametrize(
@@ -304,13 +363,16 @@ def test_a_dry_run_exports_nothing(tree: Tree) -> None:
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_training_program(tree: Tree, signum: signal.Signals) -> None:
-    process = tree.start(WAIT="1")
+    process = tree.start("a.b=1", WAIT="1", OUT="a run")
     assert process.stdout is not None
     while "waiting" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signum)
     out, _ = process.communicate(timeout=20)
-    assert process.returncode == 75 and "Stopped and saved." in out
+    assert process.returncode == 75
+    assert (
+        "Stopped and saved. The same command goes on from there: OUT=a\\ run bash examples/pretrain_1b4.sh a.b=1" in out
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
