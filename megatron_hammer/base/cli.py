@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable
@@ -36,7 +37,10 @@ class ArgumentParser(argparse.ArgumentParser):
         super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(1, self.prog, f"was called wrongly: {message}", f"see {self.prog} --help")
+        remedy = f"see {self.prog} --help"
+        if setting := re.search(r"(?<!\S)--?([a-z_]+\.[a-z0-9_.]+(=\S*)?)", message):
+            remedy = f"settings have no dashes: write {setting[1] if setting[2] else setting[1] + '=VALUE'}"
+        raise ConfigError(1, self.prog, f"was called wrongly: {message}", remedy)
 
 
 def run(main: Callable[[], int | None], output: Output = Output.REPORT) -> NoReturn:

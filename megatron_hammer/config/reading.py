@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,14 @@ import yaml
 from megatron_hammer.base.errors import ConfigError, os_remedy
 from megatron_hammer.base.progress import say
 from megatron_hammer.config.help import describe_fields
+from megatron_hammer.config.mistakes import (
+    config_remedy,
+    nearest_choice,
+    nearest_setting,
+    number_remedy,
+    setting_of_argument,
+    sources_remedy,
+)
 from megatron_hammer.config.retired import without_retired
 from megatron_hammer.config.tree import Config
 
@@ -54,7 +61,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), note: Callable[
     except UnicodeDecodeError as error:
         raise ConfigError(8, str(path), f"is not UTF-8 text ({error.reason})", "name a YAML file") from None
     except OSError as error:
-        remedy = "name an existing YAML file" if isinstance(error, FileNotFoundError) else os_remedy(error)
+        remedy = config_remedy(str(path)) if isinstance(error, FileNotFoundError) else os_remedy(error)
         raise ConfigError(6, str(path), f"could not be read ({error.strerror})", remedy) from None
     tree = parse_yaml(text, str(path))
     tree = {} if tree is None else tree
@@ -69,7 +76,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or len(parts) < 2 or not all(parts):
-        raise ConfigError(1, f"argument {override!r}", "is not group.field=value", "see --help for every field")
+        remedy = setting_of_argument(override, _known_settings())
+        raise ConfigError(1, f"argument {override!r}", "is not group.field=value", remedy)
     value = parse_yaml(text, key)
     node = tree
     for depth, part in enumerate(parts[:-1]):
@@ -100,7 +108,9 @@ def _build(cls: type, tree: Any, where: str) -> Any:
     for key in tree:
         if key not in hints:
             name = f"{where}.{key}" if where else str(key)
-            raise ConfigError(2, name, "is not a known setting", f"did you mean {_nearest(name)}?")
+            raise ConfigError(
+                2, name, "is not a known setting", f"did you mean {nearest_setting(name, _known_settings())}?"
+            )
     values = {}
     for f in dataclasses.fields(cls):
         name = f"{where}.{f.name}" if where else f.name
@@ -113,12 +123,8 @@ def _build(cls: type, tree: Any, where: str) -> Any:
     return cls(**values)
 
 
-def _nearest(name: str) -> str:
-    known = [f"{g}.{f}" for g, fields in describe_fields().items() for f in fields] + list(describe_fields())
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    last = name.rsplit(".", 1)[-1]
-    elsewhere = [k for k in known if k.rsplit(".", 1)[-1] == last]  # the right field in the wrong group
-    return (elsewhere or match)[0]
+def _known_settings() -> list[str]:
+    return [f"{g}.{f}" for g, fields in describe_fields().items() for f in fields] + list(describe_fields())
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
@@ -134,8 +140,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         if value is False and "off" in args:
             return "off"  # YAML 1.1 reads off as a bool
         if value not in args:
-            near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
-            hinted = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(map(str, args))}"
+            near = nearest_choice(value, args)
+            hinted = f"did you mean {near}?" if near else f"choose one of {', '.join(map(str, args))}"
             raise ConfigError(3, f"{name}={value}", f"must be one of {', '.join(map(str, args))}", hinted)
         return value
     if origin is dict:
@@ -152,15 +158,26 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return float(number)
     if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
-    raise ConfigError(3, f"{name}={value!r}", f"must be of type {hint.__name__}", "correct the value")
+    remedy = number_remedy(value) if hint in (int, float) else "correct the value"
+    raise ConfigError(3, f"{name}={value!r}", f"must be of type {hint.__name__}", remedy)
 
 
 def _convert_dict(value_hint: Any, value: Any, name: str) -> dict[str, Any] | None:
     if value_hint is float and isinstance(value, str):
+        if remedy := sources_remedy(value):
+            raise ConfigError(3, f"{name}={value!r}", "must be one prefix or {prefix: weight}", remedy)
         return {value: 1.0}  # one prefix
     if not isinstance(value, dict) or not value:
         wanted = "one prefix or {prefix: weight}" if value_hint is float else "{name: prefix}"
-        raise ConfigError(3, f"{name}={value!r}", f"must be {wanted}", "write it as a YAML mapping")
+        remedy = ""
+        if isinstance(value, list) and value and value_hint is float:  # Megatron's pairs, or sources of equal weight
+            equal = "write {" + ", ".join(f"{prefix}: 1" for prefix in value) + "}"
+            remedy = sources_remedy(" ".join(map(str, value))) or equal
+        raise ConfigError(3, f"{name}={value!r}", f"must be {wanted}", remedy or "write it as a YAML mapping")
+    for key, given in value.items():
+        if given is None:  # {a 1} and {a, b}: YAML reads keys without values
+            example = "{" + str(key).replace(" ", ": ", 1) + "}" if " " in str(key) else f"{{{key}: 1}}"
+            raise ConfigError(3, f"{name}[{key}]", "has no value", f"write {example}, with a colon and a blank")
     return {str(k): _convert(value_hint, v, f"{name}[{k}]") for k, v in value.items()}
 
 

@@ -7,6 +7,7 @@ Megatron-LM writes it, is accepted.
 
 from __future__ import annotations
 
+import difflib
 import os
 import stat
 import struct
@@ -225,9 +226,7 @@ def _map_file(path: Path) -> FileMap:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not make us wait for a writer
     except FileNotFoundError:
-        raise DataError(
-            30, str(path), "is missing", "give the prefix P of P.bin and P.idx, without the suffix"
-        ) from None
+        raise DataError(30, str(path), "is missing", prefix_remedy(path)) from None
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -235,6 +234,25 @@ def _map_file(path: Path) -> FileMap:
         return FileMap(descriptor, status.st_size, path)
     finally:
         os.close(descriptor)
+
+
+def prefix_remedy(path: Path) -> str:
+    """What to name in place of the dataset that has no such file: P.bin or P.idx for the prefix P."""
+    prefix = path.with_suffix("")
+    if prefix.suffix in (".bin", ".idx") and path_of(prefix.with_suffix(""), ".idx").is_file():
+        return f"name the prefix without the suffix: {prefix.with_suffix('')}"
+    if prefix.is_file():
+        return f"{prefix} is no dataset: make one with tools/preprocess_data.py --input {prefix}, and name its prefix"
+    folder = prefix if prefix.is_dir() else prefix.parent
+    there = sorted(p.with_suffix("").name for p in folder.glob("*.idx")) if folder.is_dir() else []
+    if f"{prefix.name}_text_document" in there:
+        return f"did you mean {prefix}_text_document?"
+    if prefix.is_dir() and there:
+        shown = ", ".join(str(folder / name) for name in there[:3]) + (", ..." if len(there) > 3 else "")
+        return f"{prefix} is a folder: name datasets in it, such as {shown}"
+    if close := difflib.get_close_matches(prefix.name, there, n=1):
+        return f"did you mean {folder / close[0]}?"
+    return "give the prefix P of P.bin and P.idx, without the suffix"
 
 
 def _check_start(path: Path, index: np.ndarray) -> tuple[int, int, int]:

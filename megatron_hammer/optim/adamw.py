@@ -41,7 +41,7 @@ class AdamW:
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
-        """Norm of the whole model's gradient as it is summed, scaled by the loss scale: a device scalar of its type (fp32).
+        """Norm of the whole model's gradient as it is summed, scaled by the loss scale: a device scalar in fp32.
 
         Each logical element counts once: copies on other tensor-parallel ranks do not. Communicates over the world.
         """

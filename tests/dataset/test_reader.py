@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -402,3 +403,22 @@ def test_memory_does_not_grow_with_the_number_of_documents(tmp_path):
         assert current < 200_000 and peak < 4_000_000, (current, peak)  # 400,000 documents in lists: 40 MB
         assert time.monotonic() - started < 10
     assert IndexedDataset(tmp_path / "d").num_documents == 420_000
+
+
+def test_a_missing_dataset_names_what_is_meant(tmp_path: Path) -> None:
+    for name in ("zh_text_document", "en_text_document"):
+        for suffix in (".bin", ".idx"):
+            (tmp_path / f"{name}{suffix}").touch()
+    (tmp_path / "zh.jsonl").touch()
+    for named, cure in (
+        ("zh", "did you mean {}/zh_text_document?"),
+        ("zh_text_documnet", "did you mean {}/zh_text_document?"),
+        ("zh_text_document.bin", "name the prefix without the suffix: {}/zh_text_document"),
+        ("zh_text_document.idx", "name the prefix without the suffix: {}/zh_text_document"),
+        ("zh.jsonl", "{0}/zh.jsonl is no dataset: make one with tools/preprocess_data.py --input {0}/zh.jsonl"),
+        ("", "is a folder: name datasets in it, such as {0}/en_text_document, {0}/zh_text_document"),
+        ("qqqqqqqqq", "give the prefix P of P.bin and P.idx"),
+    ):
+        with pytest.raises(DataError) as error:
+            IndexedDataset(tmp_path / named if named else tmp_path)
+        assert cure.format(tmp_path) in str(error.value), named

@@ -1,0 +1,245 @@
+"""What people write where our settings have other names or other forms, and the remedy that an error line gives.
+
+Other programs' names are those of Megatron-LM, Hugging Face's Trainer and configs, torchtitan and GPT-NeoX, and what is
+usual in speech. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+PRESETS = Path(__file__).parents[2] / "examples" / "configs"
+TEXT_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".gz", ".zst", ".csv", ".md", ".docx", ".pdf")
+DATASET_SUFFIXES = (".bin", ".idx", ".meta.json")
+NUMBER_WITH_UNIT = re.compile(r"\s*([0-9.,_ ]+)\s*([kKmMbBgGtT])[bB]?\s*")
+UNITS = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+
+OTHER_NAMES = {  # last part of a name, without - and _ -> our setting, or one of its values
+    "learningrate": "optimizer.lr",
+    "maxlr": "optimizer.lr",
+    "minlearningrate": "optimizer.min_lr",
+    "wd": "optimizer.weight_decay",
+    "adambeta1": "optimizer.beta1",
+    "adambeta2": "optimizer.beta2",
+    "adameps": "optimizer.eps",
+    "adamepsilon": "optimizer.eps",
+    "epsilon": "optimizer.eps",
+    "gradclip": "optimizer.clip_grad",
+    "gradientclipping": "optimizer.clip_grad",
+    "maxgradnorm": "optimizer.clip_grad",
+    "maxnorm": "optimizer.clip_grad",
+    "lrdecaystyle": "schedule.style",
+    "lrscheduler": "schedule.style",
+    "lrschedulertype": "schedule.style",
+    "scheduler": "schedule.style",
+    "warmup": "schedule.warmup_steps",
+    "warmupiters": "schedule.warmup_steps",
+    "lrwarmupiters": "schedule.warmup_steps",
+    "lrdecayiters": "schedule.decay_steps",
+    "decayiters": "schedule.decay_steps",
+    "steps": "train.num_steps",
+    "maxsteps": "train.num_steps",
+    "trainiters": "train.num_steps",
+    "trainsteps": "train.num_steps",
+    "iters": "train.num_steps",
+    "iterations": "train.num_steps",
+    "totalsteps": "train.num_steps",
+    "batchsize": "train.global_batch_size",
+    "perdevicetrainbatchsize": "train.micro_batch_size",
+    "microbatch": "train.micro_batch_size",
+    "mbs": "train.micro_batch_size",
+    "gbs": "train.global_batch_size",
+    "outputdir": "train.output",
+    "out": "train.output",
+    "save": "train.output",
+    "bf16": "train.precision=bf16",
+    "fp16": "train.precision=fp16",
+    "dtype": "train.precision",
+    "torchdtype": "train.precision",
+    "mixedprecision": "train.precision",
+    "gradientcheckpointing": "train.recompute",
+    "activationcheckpointing": "train.recompute",
+    "recomputeactivations": "train.recompute",
+    "recomputegranularity": "train.recompute",
+    "evalinterval": "train.eval_interval_steps",
+    "evalsteps": "train.eval_interval_steps",
+    "evaliters": "train.eval_samples",
+    "saveinterval": "checkpoint.save_interval_steps",
+    "savesteps": "checkpoint.save_interval_steps",
+    "savetotallimit": "checkpoint.keep_last",
+    "load": "checkpoint.init_from",
+    "loggingsteps": "log.interval_steps",
+    "loginterval": "log.interval_steps",
+    "wandb": "log.trackers=[wandb]",
+    "swanlab": "log.trackers=[swanlab]",
+    "mlflow": "log.trackers=[mlflow]",
+    "reportto": "log.trackers",
+    "tp": "parallel.tensor_model_parallel_size",
+    "tpsize": "parallel.tensor_model_parallel_size",
+    "tensorparallel": "parallel.tensor_model_parallel_size",
+    "tensorparallelsize": "parallel.tensor_model_parallel_size",
+    "tensorparalleldegree": "parallel.tensor_model_parallel_size",
+    "modelparallelsize": "parallel.tensor_model_parallel_size",
+    "sp": "parallel.sequence_parallel",
+    "dim": "model.hidden_size",
+    "dmodel": "model.hidden_size",
+    "nembd": "model.hidden_size",
+    "hidden": "model.hidden_size",
+    "intermediatesize": "model.ffn_hidden_size",
+    "ffn": "model.ffn_hidden_size",
+    "layers": "model.num_layers",
+    "nlayers": "model.num_layers",
+    "nlayer": "model.num_layers",
+    "numhiddenlayers": "model.num_layers",
+    "heads": "model.num_attention_heads",
+    "nheads": "model.num_attention_heads",
+    "nhead": "model.num_attention_heads",
+    "numheads": "model.num_attention_heads",
+    "kvheads": "model.num_query_groups",
+    "nkvheads": "model.num_query_groups",
+    "numkvheads": "model.num_query_groups",
+    "numkeyvalueheads": "model.num_query_groups",
+    "kvchannels": "model.head_dim",
+    "rmsnormeps": "model.norm_eps",
+    "layernormepsilon": "model.norm_eps",
+    "rotarybase": "model.rope_theta",
+    "ropebase": "model.rope_theta",
+    "initmethodstd": "model.init_std",
+    "initializerrange": "model.init_std",
+    "tieembeddings": "model.tie_word_embeddings",
+    "seqlen": "data.seq_length",
+    "maxseqlen": "data.seq_length",
+    "sequencelength": "data.seq_length",
+    "contextlength": "data.seq_length",
+    "blocksize": "data.seq_length",
+    "datapath": "data.train",
+    "trainpath": "data.train",
+    "trainfile": "data.train",
+    "traindata": "data.train",
+    "dataset": "data.train",
+    "validdata": "data.valid",
+    "validationfile": "data.valid",
+    "tokenizermodel": "tokenizer.path",
+    "tokenizernameorpath": "tokenizer.path",
+    "flashattention": "kernels.attention",
+    "useflashattn": "kernels.attention",
+    "attnimplementation": "kernels.attention",
+    "torchcompile": "kernels.compile",
+    "cudagraphs": "kernels.cuda_graph",
+}
+OTHER_VALUES = {  # of a choice
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+    "float32": "fp32",
+    "float": "fp32",
+    "flashattn2": "flash-attn",
+    "flashattention2": "flash-attn",
+    "flashattention": "flash-attn",
+    "flashattn3": "flash-attn-3",
+    "flashattn4": "flash-attn-4",
+    "transformerengine": "te",
+    "true": "",
+    "warmupstabledecay": "wsd",
+}
+
+
+def nearest_setting(name: str, known: Sequence[str]) -> str:
+    """The setting that a name which is none probably means: known elsewhere, of another group, or spelt alike."""
+    last = name.rsplit(".", 1)[-1]
+    other = OTHER_NAMES.get(_plain(last), "")
+    if other.partition("=")[0] in known:
+        return other
+    elsewhere = [k for k in known if _plain(k.rsplit(".", 1)[-1]) == _plain(last)]
+    if elsewhere:
+        return elsewhere[0]
+    groups = [k for k in known if "." not in k]
+    if "." not in name and (close := difflib.get_close_matches(name, groups, n=1)):
+        return close[0]
+    in_group = [k for k in known if k.startswith(name.rsplit(".", 1)[0] + ".")]
+    close = difflib.get_close_matches(name, in_group, n=1, cutoff=0.75)
+    by_last = {k.rsplit(".", 1)[-1]: k for k in known if "." in k}
+    close = close or [by_last[m] for m in difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.7)]
+    return (close or difflib.get_close_matches(name, known, n=1, cutoff=0.0))[0]
+
+
+def nearest_choice(value: object, choices: Sequence[object]) -> str:
+    """The choice that a wrong value means, or an empty string."""
+    texts = [str(choice) for choice in choices]
+    known = OTHER_VALUES.get(_plain(str(value)))
+    if known is not None:
+        return known if known in texts else ""
+    return next(iter(difflib.get_close_matches(str(value), texts, n=1)), "")
+
+
+def setting_of_argument(argument: str, known: Sequence[str]) -> str:
+    """What an argument that is no ``group.field=value`` should be: the whole remedy."""
+    key, equals, value = argument.partition("=")
+    if equals and key and "." not in key.strip("."):
+        return f"write {nearest_setting(key, known).partition('=')[0]}={value}"
+    if not equals and key in known:
+        return f"write {key}=VALUE"
+    return "see --help for every field"
+
+
+def config_remedy(path: str) -> str:
+    """How to name a config file that is not there under this name."""
+    name = Path(path).name
+    for candidate in (f"{path}.yaml", f"{path}.yml", str(PRESETS / name), str(PRESETS / f"{name}.yaml")):
+        if Path(candidate).is_file():
+            return f"did you mean {_short(candidate)}?"
+    folder = Path(path).parent
+    here = [str(p) for p in [*folder.glob("*.y*ml"), *PRESETS.glob("*.yaml")]]
+    close = difflib.get_close_matches(name, [Path(p).name for p in here], n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {_short(next(p for p in here if Path(p).name == close[0]))}?"
+    return "name an existing YAML file" + (
+        f", such as {_short(str(PRESETS / 'tiny.yaml'))}" if PRESETS.is_dir() else ""
+    )
+
+
+def sources_remedy(text: str) -> str:
+    """The mapping that ``142 P 128 Q`` (Megatron's form, either way round) means, or an empty string.
+
+    A prefix may have blanks in it: without numbers, or where such a dataset is there, it is one.
+    """
+    words = text.split()
+    if len(words) < 2 or Path(f"{text}.idx").exists():
+        return ""
+    pairs = [words[i : i + 2] for i in range(0, len(words), 2)]
+    if all(len(p) == 2 and _is_number(p[0]) and not _is_number(p[1]) for p in pairs):
+        return "write {" + ", ".join(f"{prefix}: {weight}" for weight, prefix in pairs) + "}"
+    if all(len(p) == 2 and _is_number(p[1]) and not _is_number(p[0]) for p in pairs):
+        return "write {" + ", ".join(f"{prefix}: {weight}" for prefix, weight in pairs) + "}"
+    return ""
+
+
+def number_remedy(value: object) -> str:
+    """The digits that ``1k`` or ``1,000`` means."""
+    match = NUMBER_WITH_UNIT.fullmatch(str(value))
+    digits = str(value).replace(",", "").replace("_", "").replace(" ", "")
+    if match and _is_number(match[1].replace(",", "").replace(" ", "")):
+        number = float(match[1].replace(",", "").replace(" ", "")) * UNITS[match[2].lower()]
+        return f"write {number:.0f}"
+    return f"write {digits}" if _is_number(digits) else "correct the value"
+
+
+def _plain(name: str) -> str:
+    return name.replace("-", "").replace("_", "").lower()
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _short(path: str) -> str:
+    """Relative to the current folder where it lies below."""
+    whole, here = Path(path).resolve(), Path.cwd()
+    return str(whole.relative_to(here)) if whole.is_relative_to(here) else str(path)

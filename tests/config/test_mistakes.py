@@ -1,0 +1,104 @@
+"""A newcomer's mistakes in settings: each is answered by the line that cures it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.base.cli import ArgumentParser
+from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.config import load_config
+from megatron_hammer.config.help import describe_fields
+from megatron_hammer.config.mistakes import OTHER_NAMES
+
+TINY = Path(__file__).parents[2] / "examples" / "configs" / "tiny.yaml"
+
+
+def said(*overrides: str, path: str | Path = TINY) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override, cure",
+    [
+        ("num_steps=5", "write train.num_steps=5"),
+        ("lr=3", "write optimizer.lr=3"),
+        ("train-iters=3", "write train.num_steps=3"),
+        ("train.num_steps", "write train.num_steps=VALUE"),
+        ("data.train=142 P 128 Q", "write {P: 142, Q: 128}"),
+        ("data.train=P 142 Q 128", "write {P: 142, Q: 128}"),
+        ("data.train=[142, P, 128, Q]", "write {P: 142, Q: 128}"),
+        ("data.train=[P, Q]", "write {P: 1, Q: 1}"),
+        ("data.train={a 1}", "write {a: 1}, with a colon and a blank"),
+        ("data.train={a, b}", "write {a: 1}"),
+        ("log.wandb=true", "did you mean log.trackers=[wandb]?"),
+        ("train.bf16=true", "did you mean train.precision=bf16?"),
+        ("kernels.attention=flash-attn-2", "did you mean flash-attn?"),
+        ("kernels.attention=flash_attention_2", "did you mean flash-attn?"),
+        ("train.precision=bfloat16", "did you mean bf16?"),
+        ("train.precision=float", "did you mean fp32?"),
+        ("optimizer.learning_rate=1", "did you mean optimizer.lr?"),
+        ("train.lr=1", "did you mean optimizer.lr?"),
+        ("parallel.tp=2", "did you mean parallel.tensor_model_parallel_size?"),
+        ("train.seq_length=2", "did you mean data.seq_length?"),
+        ("model.num_hidden_layers=2", "did you mean model.num_layers?"),
+        ("model.num_key_value_heads=2", "did you mean model.num_query_groups?"),
+        ("train.num_stesp=3", "did you mean train.num_steps?"),
+        ("trian.num_steps=3", "did you mean train?"),
+        ("model.hidden_size=1k", "write 1000"),
+        ("train.num_steps=1,000", "write 1000"),
+        ("train.num_steps=0.5M", "write 500000"),
+        ("train.num_steps=many", "correct the value"),
+    ],
+)
+def test_settings(override: str, cure: str) -> None:
+    line = said(override)
+    assert cure in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "name, cure",
+    [
+        ("tiny", "examples/configs/tiny.yaml?"),
+        ("tiny.yaml", "examples/configs/tiny.yaml?"),
+        ("examples/configs/tiny", "examples/configs/tiny.yaml?"),
+        ("somewhere/tny.yaml", "examples/configs/tiny.yaml?"),
+        ("zzzzzzzzzzzzzz", "name an existing YAML file, such as"),
+    ],
+)
+def test_config_files(name: str, cure: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if "/" not in name:
+        monkeypatch.chdir(tmp_path)
+    assert cure in said(path=name)
+
+
+def test_a_prefix_with_blanks_is_one_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config(TINY, ["data.train=my data/zh one_text_document"]).data.train
+    (tmp_path / "1 a.idx").touch()
+    assert load_config(TINY, ["data.train=1 a"]).data.train == {"1 a": 1.0}
+
+
+@pytest.mark.parametrize(
+    "arguments, cure",
+    [
+        (["--train.num_steps=5"], "settings have no dashes: write train.num_steps=5"),
+        (["--data.train", "x"], "settings have no dashes: write data.train=VALUE"),
+        (["-data.train="], "settings have no dashes: write data.train="),
+        (["--colour"], "see x --help"),
+    ],
+)
+def test_dashes(arguments: list[str], cure: str) -> None:
+    parser = ArgumentParser(prog="x")
+    parser.add_argument("overrides", nargs="*")
+    with pytest.raises(ConfigError) as error:
+        parser.parse_args(arguments)
+    assert str(error.value).endswith(cure)
+
+
+def test_other_names_lead_to_settings() -> None:
+    known = {f"{group}.{field}" for group, fields in describe_fields().items() for field in fields}
+    assert {setting.partition("=")[0] for setting in OTHER_NAMES.values()} <= known
