@@ -6,12 +6,12 @@ Needs no torch.
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_hammer.base.pictures import save_png
 from megatron_hammer.profile import budget
 
 # Families of parts by colour: products blue, attention purple, elementwise orange, vocabulary red, update green, the
@@ -64,12 +64,7 @@ def draw_profile(profile: Mapping[str, Any], output: Path) -> None:
     _draw_step(panels[1], profile)
     _draw_parts(panels[2], rows)
     _draw_memory(panels[3], profile["memory"])
-    staging = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(staging, format="png")
-        os.replace(staging, output)
-    finally:
-        staging.unlink(missing_ok=True)
+    save_png(figure, output)
 
 
 def _draw_heading(axes: Any, title: str, subtitle: Sequence[str]) -> None:

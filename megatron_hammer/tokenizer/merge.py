@@ -26,7 +26,6 @@ the three inputs alone. Source: the published HammerLLM tokenizer, which ``test_
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from typing import Any
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.base.files import dump_json, replace_file
+from megatron_hammer.base.pictures import png_of
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.required_characters import TABLE_NAME, RequiredCharacters, load_table
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, load_processor, parse_model
@@ -251,9 +251,7 @@ def draw_calibration(calibration: Calibration, title: str) -> bytes:
     axes.grid(color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    written = io.BytesIO()
-    figure.savefig(written, format="png")
-    return written.getvalue()
+    return png_of(figure)
 
 
 def _describe(

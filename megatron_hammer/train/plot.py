@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from megatron_hammer.base.errors import DataError, os_remedy
+from megatron_hammer.base.pictures import save_png
 
 MAX_POINTS = 4000  # more than a picture of this size has columns: longer runs are thinned
 WINDOW_SHARE = 50  # the moving average spans a fiftieth of the run: chosen by eye
@@ -106,8 +106,9 @@ def plot_loss(run: Path, output: Path) -> Curves:
         above.plot(at, losses, color=VALID_COLOURS[i % len(VALID_COLOURS)], linewidth=1.2, marker="o", markersize=4,
                    label=f"{name}: {_last(np.array(losses))}")  # fmt: skip
     above.set_ylabel("loss (nats per token)")
-    above.set_title(run.resolve().name, loc="left", fontsize=11)
-    above.legend(frameon=False, title="last value", alignment="left")
+    above.set_title(run.resolve().name, loc="left", fontsize=11, parse_math=False)
+    for text in above.legend(frameon=False, title="last value", alignment="left").get_texts():
+        text.set_parse_math(False)  # a set may be named $x
     below.plot(steps[thin], lr[thin], color="black", linewidth=1.2)
     below.set_ylabel("learning rate")
     below.set_xlabel("step")
@@ -119,12 +120,7 @@ def plot_loss(run: Path, output: Path) -> Curves:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
 
-    staging = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(staging, format="png")
-        os.replace(staging, output)
-    finally:
-        staging.unlink(missing_ok=True)
+    save_png(figure, output)
     return curves
 
 

@@ -5,12 +5,12 @@ Each ``draw_`` function returns one PNG. matplotlib without pyplot: no window sy
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from megatron_hammer.base.pictures import png_of
 from megatron_hammer.config import Config
 from megatron_hammer.tokenizer.lab.analyze import OVERALL, Coverage, Vocabulary
 from megatron_hammer.tokenizer.lab.cost import token_flops
@@ -83,7 +83,7 @@ def draw_coverage(coverages: Mapping[str, Coverage]) -> bytes:
         handles=[Patch(color=colour, label=label) for label, colour in STATES],
         loc="outside lower center", ncols=len(STATES) if across > 1 else 3, frameon=False,
     )  # fmt: skip
-    return _png(figure)
+    return png_of(figure)
 
 
 def draw_compression(described: Mapping[str, dict[str, Any]], reference: str) -> bytes:
@@ -103,7 +103,7 @@ def draw_compression(described: Mapping[str, dict[str, Any]], reference: str) ->
         axes.set_ylabel(label)
         _tidy(axes)
     figure.legend(*above.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    return _png(figure)
+    return png_of(figure)
 
 
 def _bars(axes: Any, groups: Sequence[str], values: Mapping[str, Sequence[float]]) -> None:
@@ -146,7 +146,7 @@ def draw_vocabulary(vocabularies: Mapping[str, Vocabulary]) -> bytes:
     below.set_xlabel("% of the vocabulary")
     below.spines[["top", "right"]].set_visible(False)
     figure.legend(*below.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False, fontsize=8)
-    return _png(figure)
+    return png_of(figure)
 
 
 def draw_price(prices: Mapping[str, Price], config: Config) -> bytes:
@@ -197,16 +197,10 @@ def draw_price(prices: Mapping[str, Price], config: Config) -> bytes:
     for axes in panels:
         _tidy(axes)
     figure.legend(*tokens.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-    return _png(figure)
+    return png_of(figure)
 
 
 def _tidy(axes: Any) -> None:
     axes.grid(axis="y", color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _png(figure: Any) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()

@@ -1,0 +1,113 @@
+"""Pictures as PNG, with characters of any script that an installed font has.
+
+matplotlib draws a box for what its own font lacks, whatever else is installed: a family is taken by name, and its list
+of fonts may be older than the fonts. So the characters of a finished figure are compared with its font, and families
+that have the missing ones are added to all of its texts as fallbacks (matplotlib takes each character from the first
+family that has it). Nothing is searched where nothing is missing. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.base.progress import say
+
+# A family for several scripts comes before one for a single letter, and one without serifs, whose Chinese is of the
+# mainland, before others: words of its name.
+PREFERRED = ("Sans CJK SC", "Sans SC", "Sans CN", "YaHei", "MicroHei", "Micro Hei", "SimHei", "PingFang", "Hei", "Sans")
+
+
+def png_of(figure: Any) -> bytes:
+    """The content of a PNG file of a matplotlib figure."""
+    _use_fallbacks(figure)
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # said once, in a line of ours
+        figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+def save_png(figure: Any, output: Path) -> None:
+    """Write a matplotlib figure into a PNG file, which appears complete or not at all."""
+    content = png_of(figure)
+    staging = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        staging.write_bytes(content)
+        os.replace(staging, output)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def _use_fallbacks(figure: Any) -> None:
+    from matplotlib import font_manager
+    from matplotlib.text import Text
+
+    texts = figure.findobj(Text)
+    own = _characters_of(font_manager.findfont(font_manager.FontProperties()))
+    missing = {c for text in texts for c in text.get_text() if not c.isspace()} - own
+    if not missing:
+        return
+    families, lacking = fallback_families(missing)
+    if lacking:
+        say(f"note: no installed font has {''.join(sorted(lacking))}: the picture shows boxes; install one that has "
+            "(Debian: apt-get install fonts-noto-cjk)")  # fmt: skip
+    for text in texts:
+        text.set_fontfamily([*text.get_fontfamily(), *families])
+
+
+def fallback_families(missing: set[str]) -> tuple[list[str], set[str]]:
+    """Families that have these characters between them, and the characters that none has."""
+    families: list[str] = []
+    left = set(missing)
+    candidates = [(name, left & _characters_of(path)) for name, path in _installed()]
+    while left:
+        name, known = max(candidates, key=lambda candidate: len(candidate[1] & left), default=("", set()))
+        if not known & left:
+            break
+        families.append(name)
+        left -= known
+    return families, left
+
+
+def _installed() -> Iterator[tuple[str, str]]:
+    """Name and file of each family, those that are new since matplotlib made its list too; the preferred ones first."""
+    from matplotlib import font_manager
+
+    manager = font_manager.fontManager
+    listed = {entry.fname for entry in manager.ttflist}
+    for path in sorted(set(font_manager.findSystemFonts()) - listed):
+        try:
+            manager.addfont(path)
+        except (OSError, RuntimeError, ValueError):  # a format that matplotlib does not read
+            continue
+
+    def rank(entry: Any) -> tuple[int, bool, int, str]:
+        place = next((i for i, words in enumerate(PREFERRED) if words in entry.name), len(PREFERRED))
+        return place, entry.style != "normal", abs(_weight(entry.weight) - 400), entry.name
+
+    seen = set()
+    for entry in sorted(manager.ttflist, key=rank):
+        if entry.name not in seen and "Last Resort" not in entry.name:  # which has a box for every character
+            seen.add(entry.name)
+            yield entry.name, entry.fname
+
+
+def _weight(weight: int | str) -> int:
+    from matplotlib import font_manager
+
+    return weight if isinstance(weight, int) else font_manager.weight_dict.get(weight, 400)
+
+
+def _characters_of(path: str) -> set[str]:
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        font = FT2Font(path)
+        return {chr(code) for code in font.get_charmap()} if font.scalable else set()  # colour bitmaps are not drawn
+    except (OSError, RuntimeError):
+        return set()
