@@ -138,6 +138,12 @@ class Config:
                 f"schedule.warmup_steps={self.schedule.warmup_steps} is longer than the run: clamped to "
                 f"train.num_steps={self.train.num_steps}"
             )
+        horizon, last = self.schedule.decay_steps, self.train.num_steps
+        if horizon is not None and horizon > 2 * last and self.schedule.style != "constant":
+            notes.append(
+                f"schedule.decay_steps={horizon} lies far beyond train.num_steps={last}: the learning rate stays near "
+                f"its peak to the end; leave schedule.decay_steps out to have it follow the run"
+            )
         if not self.data.valid:
             notes.append("data.valid is absent: no evaluation")
         if self.kernels.fp8 == "delayed":

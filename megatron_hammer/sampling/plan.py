@@ -22,6 +22,7 @@ from megatron_hammer.base.tables import align
 
 WeightUnit = Literal["share", "tokens", "epochs"]
 
+MANY_EPOCHS = 40  # where the returns of repeating have gone (arXiv 2305.16264, figure 5)
 _ROUNDING = 1e-9  # relative: 3 epochs of float64 arithmetic must not exceed a limit of 3
 
 
@@ -177,6 +178,12 @@ def format_plan(plan: Plan) -> str:
         lines.append(
             f"note: data.weights={plan.unit} asks for {asked:,.0f} tokens; this run draws {plan.drawn / asked:.4g} "
             f"times that, from every source; train.num_steps={plan.fitting_steps} fits"
+        )
+    worst = max(plan.sources, key=lambda source: source.epochs)
+    if worst.epochs > MANY_EPOCHS:
+        lines.append(
+            f"note: {worst.prefix} is read {worst.epochs:,.0f} times: beyond some {MANY_EPOCHS} passes a text teaches "
+            "next to nothing new (arXiv 2305.16264); add data, lower its weight or shorten the run"
         )
     return "\n".join(lines)
 

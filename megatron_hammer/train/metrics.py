@@ -55,6 +55,17 @@ PEAK_TFLOPS: dict[str, float | None] = {
 }
 
 
+# TensorBoard shows groups by their names: what a run learns comes before how far and how fast it is.
+BOARD_GROUPS = {
+    "consumed_samples": "progress/",
+    "consumed_tokens": "progress/",
+    "skipped": "progress/",
+    "tokens_per_second": "speed/",
+    "mfu": "speed/",
+    "mfu_causal": "speed/",
+}
+
+
 def peak_tflops(config: Config, device_name: str) -> float | None:
     """Dense peak of one device in the run's precision: the config's, else the table's, else None."""
     if config.log.peak_tflops is not None:
@@ -160,8 +171,8 @@ class Reporter:
         self.trackers.log(finite(line))
         if self.board is not None:
             for key, value in line.items():
-                if isinstance(value, int | float) and key not in ("step", "skipped") and math.isfinite(value):
-                    self.board.add_scalar(key, value, line["step"])
+                if isinstance(value, int | float) and key != "step" and math.isfinite(value):
+                    self.board.add_scalar(BOARD_GROUPS.get(key, "") + key, value, line["step"])
         if self.bar is not None:
             self.bar.update(1)
             self.bar.set_postfix(loss=f"{line['loss']:.4f}", tok_s=f"{rate:,.0f}", refresh=False)
@@ -189,10 +200,18 @@ class Reporter:
             say(text)
 
 
+def _perplexity(loss: float) -> str:
+    """exp(loss), in four digits."""
+    if math.isnan(loss):
+        return "nan"
+    return f"{math.exp(loss):,.4g}" if loss < 100 else "inf"
+
+
 def _sentence(line: Mapping[str, Any], num_steps: int) -> str:
     parts = [
         f"step {line['step']}/{num_steps}",
         f"loss {line['loss']:.4f}",
+        f"perplexity {_perplexity(line['loss'])}",
         f"grad norm {line['grad_norm']:.3f}",
         f"lr {line['lr']:.3e}",
         f"{line['tokens_per_second']:,.0f} tokens/s",
@@ -203,8 +222,7 @@ def _sentence(line: Mapping[str, Any], num_steps: int) -> str:
         parts.append("skipped: gradient not finite")
     names = [key.split("/")[1] for key in line if key.startswith("valid/") and key.endswith("/loss")]
     for name in names:
-        bits = line[f"valid/{name}/bits_per_byte"]
-        parts.append(
-            f"{name} loss {line[f'valid/{name}/loss']:.4f}" + ("" if bits is None else f", {bits:.3f} bits/byte")
-        )
+        loss, bits = line[f"valid/{name}/loss"], line[f"valid/{name}/bits_per_byte"]
+        more = "" if bits is None else f", {bits:.3f} bits/byte"
+        parts.append(f"{name} loss {loss:.4f}, perplexity {_perplexity(loss)}{more}")
     return " | ".join(parts)

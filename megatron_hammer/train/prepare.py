@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_hammer.base.errors import ConfigError, RefusedError
+from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.checkpoint.fit import check_fits
 from megatron_hammer.checkpoint.folder import newest_checkpoint, open_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest
@@ -45,8 +45,8 @@ class Prepared:
     data_notes: list[str]
     """Remarks on the datasets; empty where ``check_data`` was False."""
     plan: Plan | None = None
-    """What the run draws from each source; None for a dry run, and where ``check_data`` was False: it is printed once,
-    before the ranks start."""
+    """What the run draws from each source; None where ``check_data`` was False, it is printed once, before the ranks
+    start; and for a dry run without data."""
 
     @property
     def is_finished(self) -> bool:
@@ -72,7 +72,7 @@ def prepare(config: Config, world_size: int, check_data: bool = True) -> Prepare
     tokenizer = None if config.tokenizer.path is None else load_tokenizer(config.tokenizer.path)
     config = _with_vocab_size(config, tokenizer)
     if config.train.dry_run:
-        return Prepared(config, tokenizer, None, None, notes, [])
+        return Prepared(config, tokenizer, None, None, notes, *_look_at_data(config, tokenizer))
     if check_data:
         check_before_start(config)
     if not config.data.train:
@@ -91,6 +91,16 @@ def prepare(config: Config, world_size: int, check_data: bool = True) -> Prepare
     if check_data:
         _build_indices(config, resume, data_notes)
     return Prepared(config, tokenizer, resume, init_from, notes, data_notes, plan if check_data else None)
+
+
+def _look_at_data(config: Config, tokenizer: Tokenizer | None) -> tuple[list[str], Plan | None]:
+    """Remarks and plan for a dry run, which goes through without data, too: a layout may be looked at anywhere."""
+    if not config.data.train:
+        return ["data.train is not set: no plan of the data"], None
+    try:
+        return _check_data(config, tokenizer, read_ids=True)
+    except (DataError, ConfigError, RefusedError) as error:
+        return [f"a run would stop here: {error}"], None
 
 
 def _with_vocab_size(config: Config, tokenizer: Tokenizer | None) -> Config:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +18,7 @@ from megatron_hammer.config import Config, to_yaml
 from megatron_hammer.kernels import fp8
 from megatron_hammer.kernels.libraries.te import check_here
 from megatron_hammer.kernels.report import kernels_table
-from megatron_hammer.kernels.selection import select_backends
+from megatron_hammer.kernels.selection import TABLES, select_backends
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.model.recompute import activation_bytes
 from megatron_hammer.parallel.agreement import agree_before_start
@@ -25,6 +27,7 @@ from megatron_hammer.parallel.rendezvous import Store, end_process_group, start_
 from megatron_hammer.sampling.plan import format_plan
 from megatron_hammer.train import cuda_graph
 from megatron_hammer.train.build import kernel_requirements
+from megatron_hammer.train.forecast import forecast
 from megatron_hammer.train.loop import train
 from megatron_hammer.train.prepare import Prepared, prepare
 from megatron_hammer.train.trackers import check_trackers
@@ -114,12 +117,18 @@ def layout_line(config: Config, world_size: int) -> str:
 def describe(prepared: Prepared, world_size: int) -> str:
     """What ``train.dry_run=true`` prints."""
     config = prepared.config
+    required = kernel_requirements(config, torch.device("cpu"))
+    automatic: dict[str, Any] = dict.fromkeys(TABLES, "auto")  # this machine need not be the one
+    plain = dataclasses.replace(config.kernels, **automatic)
     lines = [
         to_yaml(config),
         f"parameters: {count_parameters(config.model):,}",
         f"layout: {layout_line(config, world_size)}",
+        *forecast(config, world_size, select_backends(plain, required)),
     ]
-    return "\n".join(lines + [f"note: {note}" for note in prepared.notes])
+    if prepared.plan is not None:
+        lines.append(format_plan(prepared.plan))
+    return "\n".join(lines + [f"note: {note}" for note in prepared.notes + prepared.data_notes])
 
 
 def announcement(prepared: Prepared, world_size: int, device: torch.device) -> str:

@@ -1,0 +1,78 @@
+"""What a run will need, worked out before it starts: memory of a rank, disk, and time.
+
+Memory is that of weights, sums of gradients, masters and moments, which is exact, and of what the decoder layers keep
+of a micro-batch (``model/recompute.py``); what libraries and allocators take comes on top. Time is stated for rates of
+devices that are named, since nothing has been measured yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_hammer.config import Config
+from megatron_hammer.kernels.backend import Backend
+from megatron_hammer.model.parameters import count_parameters, parameter_table
+from megatron_hammer.model.recompute import activation_bytes
+from megatron_hammer.train.metrics import PEAK_TFLOPS, flops_per_token
+
+GIB = 2**30
+CHECKPOINT_BYTES = 12  # of a parameter: fp32 master and two moments
+ASSUMED_MFU = 0.5
+NAMED_DEVICES = ("H100", "A100", "4090")
+CPU_TFLOPS = 0.2  # of two cores with 512-bit vectors: an order of magnitude
+
+
+def forecast(config: Config, world_size: int, backends: Mapping[str, Backend]) -> list[str]:
+    """Lines for people."""
+    return [_memory(config, world_size, backends), _disk(config), _time(config, world_size)]
+
+
+def state_bytes(config: Config, world_size: int) -> dict[str, int]:
+    """Bytes of one rank (the one with most): weights, gradients, and its share of masters and moments."""
+    local = sum(row.numel for row in parameter_table(config.model, config.placement()))
+    width = 4 if config.train.precision == "fp32" else 2
+    sharded = 8 if width == 4 else 12  # in fp32 the weights are the masters
+    return {
+        "weights": width * local,
+        "gradients": 4 * local,
+        "optimizer": sharded * local // config.data_parallel_size(world_size),
+    }
+
+
+def _memory(config: Config, world_size: int, backends: Mapping[str, Backend]) -> str:
+    parts = {**state_bytes(config, world_size), "activations": activation_bytes(config, backends)}
+    shown = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
+    return f"memory of a rank: at least {_gib(sum(parts.values()))} GiB ({shown})"
+
+
+def _disk(config: Config) -> str:
+    one, kept = CHECKPOINT_BYTES * count_parameters(config.model), config.checkpoint.keep_last
+    return (
+        f"disk: {_gib(one)} GiB a checkpoint, {_gib(one * (kept + 1))} GiB while one more than "
+        f"checkpoint.keep_last={kept} is written"
+    )
+
+
+def _time(config: Config, world_size: int) -> str:
+    tokens = config.train.num_steps * config.tokens_per_step
+    full, _ = flops_per_token(config.model, config.data.seq_length)
+    flops = full * tokens
+    what = f"time: {tokens:,} tokens, {flops:.2e} FLOPs"
+    if flops < 1e17:
+        return f"{what}; on two CPU cores at {CPU_TFLOPS} TFLOP/s about {_duration(flops / (CPU_TFLOPS * 1e12))}"
+    parts = []
+    for name in NAMED_DEVICES:
+        rate = world_size * (PEAK_TFLOPS[name] or 0.0) * 1e12 * ASSUMED_MFU
+        parts.append(f"{_duration(flops / rate)} on {world_size} x {name}")
+    return f"{what}; at {ASSUMED_MFU:.0%} of the bf16 peak about {', '.join(parts)}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f}" if size >= 10 * GIB else f"{size / GIB:.2g}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.{0 if seconds >= 100 * length else 1}f} {unit}"
+    return f"{seconds:.2g} seconds"
