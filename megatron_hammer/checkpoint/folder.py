@@ -94,6 +94,10 @@ def open_checkpoint(checkpoint_or_run: str | Path) -> Manifest:
     newest = newest_checkpoint(path)
     if newest is None:
         rule = "holds no checkpoint (no manifest.json, no step-NNNNNNNN folder)"
+        if (path / "config.json").is_file():
+            remedy = "it is a Hugging Face model: make a checkpoint of it with tools/hf_to_checkpoint.py first"
+        elif runs := [p.parent for p in sorted(path.glob("*/checkpoints"))]:
+            remedy = f"name a run in it: {', '.join(map(str, runs[:3]))}"
         raise CheckpointError(1, str(path), rule, remedy)
     return newest
 

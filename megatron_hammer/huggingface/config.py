@@ -243,6 +243,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, or not such a file.
     """
+    if not path.exists() and (inside := _model_inside(path.parent)):
+        raise CheckpointError(8, str(path), "is missing", inside)
     with open_regular(path) as file:
         text = file.read(MAX_JSON_BYTES + 1)
     try:
@@ -252,6 +254,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise CheckpointError(20, str(path), "is not a JSON mapping", "name the folder of a Hugging Face model")
     return tree
+
+
+def _model_inside(folder: Path) -> str:
+    """What to name in place of a folder that is no Hugging Face model: where one is near, or how it is made."""
+    found = sorted(p.parent for p in folder.glob(f"*/{CONFIG}"))
+    if found:
+        return f"name the folder of the model: {found[0]}"
+    if (folder / "checkpoints").is_dir() or (folder / "manifest.json").is_file():
+        return f"{folder} is a run of ours, no Hugging Face model: export it with tools/checkpoint_to_hf.py first"
+    return ""
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:

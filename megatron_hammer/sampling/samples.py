@@ -311,7 +311,9 @@ class ValidData:
         return np.cumsum(self.dataset.document_lengths, dtype=np.int64)
 
 
-def check_tokenizer(dataset: IndexedDataset, fingerprint: str | None, vocab_size: int) -> str | None:
+def check_tokenizer(
+    dataset: IndexedDataset, fingerprint: str | None, vocab_size: int, name: str = "the run's tokenizer"
+) -> str | None:
     """Refuse a dataset whose ids another tokenizer made, or that holds ids beyond the vocabulary.
 
     A dataset without a header does not say who made it; its ids are read once (seconds a gigabyte).
@@ -319,6 +321,7 @@ def check_tokenizer(dataset: IndexedDataset, fingerprint: str | None, vocab_size
     Args:
         fingerprint: of the run's tokenizer; None where the run has none and only the ids can be checked.
         vocab_size: of the model, without padding.
+        name: of the run's tokenizer, for the error.
 
     Returns:
         A note for the user where the tokenizer could not be compared, else None.
@@ -331,8 +334,8 @@ def check_tokenizer(dataset: IndexedDataset, fingerprint: str | None, vocab_size
     if recorded is not None and fingerprint not in (None, recorded.fingerprint):
         raise RefusedError(
             10,
-            f"{dataset.prefix}.meta.json: tokenizer fingerprint {recorded.fingerprint}",
-            f"is not that of the run's tokenizer, {fingerprint}",
+            f"{dataset.prefix}.meta.json: the tokenizer that made it, of {recorded.vocab_size:,} ids",
+            f"is not {name} (fingerprints {recorded.fingerprint} and {fingerprint})",
             "set tokenizer.path to the tokenizer that prepared this dataset, or prepare it again",
         )
     largest = dataset.max_token_id()

@@ -142,7 +142,8 @@ def _check_data(config: Config, tokenizer: Tokenizer | None, read_ids: bool) -> 
             notes.append(f"{prefix} is a single document: data.attention_mask=document changes nothing in it")
         if dataset.header is None and not read_ids:
             continue
-        note = check_tokenizer(dataset, fingerprint, config.model.vocab_size)
+        named = "" if tokenizer is None else f"{tokenizer.path} of {tokenizer.vocab_size:,} ids"
+        note = check_tokenizer(dataset, fingerprint, config.model.vocab_size, named)
         if note and read_ids:
             notes.append(note)
     return notes, make_plan(

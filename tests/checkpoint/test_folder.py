@@ -258,3 +258,16 @@ def test_incomplete_slices_are_not_committed(tmp_path):
         save_checkpoint(tmp_path, 1, shards, model=MODEL, config_tree=config_tree(MODEL), state={}, tokenizer=None,
                         ctx=ParallelContext.single(), keep_last=2)  # fmt: skip
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_run_names_what_is_meant(tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    (tmp_path / "runs" / "a" / "checkpoints").mkdir(parents=True)
+    for name, cure in (
+        ("hf", "with tools/hf_to_checkpoint.py first"),
+        ("runs", f"name a run in it: {tmp_path}/runs/a"),
+    ):
+        with pytest.raises(CheckpointError, match="E401") as error:
+            open_checkpoint(tmp_path / name)
+        assert str(error.value).endswith(cure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_hammer.base.errors import CheckpointError, ConfigError
 from megatron_hammer.checkpoint.fit import architecture
 from megatron_hammer.config import ModelConfig, RopeScaling
-from megatron_hammer.huggingface.config import hf_config_from_model, model_config_from_hf
+from megatron_hammer.huggingface.config import hf_config_from_model, model_config_from_hf, read_json
 from megatron_hammer.huggingface.export import parse_size
 from megatron_hammer.model.llama import rope_frequencies
 from tests.checkpoint.layouts import LLAMA3_ROPE, tiny_model
@@ -141,3 +142,13 @@ def test_sizes_are_read_as_people_write_them():
     for text in ("", "GB", "-1", "5TB", "0", "5GBs", "1e9"):
         with pytest.raises(ConfigError, match=r"E280"):
             parse_size(text)
+
+
+def test_a_folder_that_is_no_model_names_what_is_meant(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"E408.*is a run of ours.*checkpoint_to_hf.py first"):
+        read_json(tmp_path / "run" / "config.json")
+    (tmp_path / "run" / "hf").mkdir()
+    (tmp_path / "run" / "hf" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"E408.*name the folder of the model: .*run/hf"):
+        read_json(tmp_path / "run" / "config.json")

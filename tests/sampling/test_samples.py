@@ -299,8 +299,8 @@ def test_tokenizer_check(tmp_path):
     largest = data.max_token_id()
     assert check_tokenizer(data, "a" * 32, 300) is None
     with pytest.raises(RefusedError) as refused:
-        check_tokenizer(data, "b" * 32, 300)
-    for part in ("E510", str(tmp_path / "d"), "a" * 32, "b" * 32, "tokenizer.path"):
+        check_tokenizer(data, "b" * 32, 300, "other.model of 300 ids")
+    for part in ("E510", "other.model of 300 ids", str(tmp_path / "d"), "a" * 32, "b" * 32, "tokenizer.path"):
         assert part in str(refused.value)
     with pytest.raises(DataError, match=f"E341.*token id {largest}"):
         check_tokenizer(data, "a" * 32, largest)
