@@ -24,6 +24,7 @@ TRAIN_SH = [
     "save_total_limit", "learning_rate", "lr_scheduler_type", "output_dir", "report", "run_name", "bf16", "seed",
     "data_seed", "deepspeed",
 ]  # fmt: skip
+pytestmark = pytest.mark.timeout(600)  # the walk takes 40 seconds alone on two cores
 VARIABLES = ["WANDB_PROJECT", "WANDB_MODE", "CUDA_VISIBLE_DEVICES", "TOKENIZERS_PARALLELISM"]
 
 
@@ -33,7 +34,7 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = prepare_folder(tmp_path_factory.mktemp("reproduce"))
     (folder / "bin" / "hf").write_text('#!/bin/sh\necho "hf was told: $*"\n')
     (folder / "bin" / "hf").chmod(0o755)
-    return folder / "lab" / "hammerllm", run_block("\n".join(blocks_of(PAGE)), folder, HUB_REPO="me/toy")
+    return folder / "lab" / "hammerllm", run_block("\n".join(blocks_of(PAGE)), folder, timeout=560, HUB_REPO="me/toy")
 
 
 def test_from_raw_text_to_the_hub(reproduced: tuple[Path, str]) -> None:

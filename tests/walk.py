@@ -26,7 +26,7 @@ def prepare_folder(folder: Path) -> Path:
     return folder
 
 
-def run_block(block: str, folder: Path, **variables: str) -> str:
+def run_block(block: str, folder: Path, timeout: float = 280, **variables: str) -> str:
     """What one block prints; its first command that fails ends it and the test."""
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
@@ -34,7 +34,7 @@ def run_block(block: str, folder: Path, **variables: str) -> str:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=timeout,
         env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables,
     )
     assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
