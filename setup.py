@@ -57,7 +57,10 @@ EXTENSIONS = [
         + [f"csrc/cpu/version_{name}.cpp" for name in ("portable", "avx2", "avx512", "avx512_bf16")],
         depends=[
             f"csrc/cpu/{name}"
-            for name in ("kernels.hpp", "kernels.inl", "operations.hpp", "attention.hpp", "attention_bindings.hpp")
+            for name in (
+                *("kernels.hpp", "kernels.inl", "operations.hpp", "tensor.hpp"),
+                *("attention.hpp", "attention_bindings.hpp"),
+            )
         ],
         cxx_std=17,
         # Nobody reads errno or traps floating-point exceptions, so square roots become vectors; values do not change.

@@ -1,55 +1,104 @@
-// Python bindings of the attention kernels: pointers and strides come from the Python side, which has checked them.
+// Python bindings of the attention kernels: they check the tensors (tensor.hpp) and release the GIL.
 #include "attention_bindings.hpp"
 
 #include <pybind11/stl.h>
 
-#include <array>
+#include <algorithm>
+#include <cmath>
 #include <new>
+#include <string>
 #include <vector>
 
 #include "attention.hpp"
+#include "tensor.hpp"
 
 namespace py = pybind11;
 
 namespace {
 
-using Tensor = std::array<int64_t, 4>;  // address, strides of rows, batches and heads
+using hammer::Argument;
+using hammer::Tensor;
+using Bounds = std::vector<int64_t>;
 
-hammer::Strided strided(const Tensor& x) { return {reinterpret_cast<void*>(x[0]), x[1], x[2], x[3]}; }
+// What `attention_obstacle` says, asked once for each type: it takes a system call.
+const char* obstacle(bool half) {
+  if (half) {
+    static const char* const of_bf16 = hammer::attention_obstacle(true);
+    return of_bf16;
+  }
+  static const char* const of_float = hammer::attention_obstacle(false);
+  return of_float;
+}
 
-// bounds, [batches, heads, groups, size], scale, bfloat16, threads, address of lse, tensors in the order of
-// `Attention`.
-void call(bool (*pass)(const hammer::Attention&), const std::vector<int64_t>& bounds, const Tensor& sizes, float scale,
-          bool half, int threads, int64_t lse, const std::vector<Tensor>& tensors) {
-  hammer::Attention attention{};
-  hammer::Strided* const slots[] = {&attention.q,        &attention.k,      &attention.v,      &attention.out,
-                                    &attention.grad_out, &attention.grad_q, &attention.grad_k, &attention.grad_v};
-  if (tensors.size() > 8) throw py::value_error("too many tensors");
-  for (size_t i = 0; i < tensors.size(); ++i) *slots[i] = strided(tensors[i]);
-  attention.lse = reinterpret_cast<float*>(lse);
-  attention.bounds = bounds.data();
-  attention.documents = static_cast<int64_t>(bounds.size()) - 1;
-  attention.batches = sizes[0];
-  attention.heads = sizes[1];
-  attention.groups = sizes[2];
-  attention.size = sizes[3];
-  attention.scale = scale;
-  attention.half = half;
-  attention.threads = threads;
+// q, out and their gradients are [s, b, n, d], k, v and theirs [s, b, g, d], each with a contiguous last dimension; lse
+// is [b, n, s]. Document i is the rows [bounds[i], bounds[i + 1]).
+hammer::Attention describe(const Bounds& bounds, const Tensor& q, const Tensor& k, const Tensor& lse,
+                           std::initializer_list<Argument> as_q, std::initializer_list<Argument> as_k) {
+  q.expect_computable("q", 4);
+  k.expect_computable("k", 4);
+  const int64_t s = q.size(0), b = q.size(1), n = q.size(2), g = k.size(2), d = q.size(3);
+  for (const auto& [name, tensor] : as_q) tensor.expect(name, q.type(), {s, b, n, d}, /*only_last=*/true);
+  for (const auto& [name, tensor] : as_k) tensor.expect(name, q.type(), {s, b, g, d}, /*only_last=*/true);
+  lse.expect("lse", hammer::Type::kFloat, {b, n, s});
+  if (g < 1 || n % g) hammer::fail(std::to_string(n) + " heads do not divide into " + std::to_string(g) + " groups");
+  if (bounds.size() < 2 || bounds.front() != 0 || bounds.back() != s || !std::is_sorted(bounds.begin(), bounds.end())) {
+    hammer::fail("the bounds of documents must rise from 0 to " + std::to_string(s));
+  }
+  hammer::Attention call{};
+  call.lse = lse.data<float>();
+  call.bounds = bounds.data();
+  call.documents = static_cast<int64_t>(bounds.size()) - 1;
+  call.batches = b;
+  call.heads = n;
+  call.groups = g;
+  call.size = d;
+  call.scale = static_cast<float>(std::pow(static_cast<double>(d), -0.5));
+  call.half = q.type() == hammer::Type::kBf16;
+  call.threads = hammer::threads();
+  if (const char* reason = obstacle(call.half); *reason) {
+    hammer::fail(std::string("fused attention cannot run here: ") + reason);
+  }
+  return call;
+}
+
+hammer::Strided strided(const Tensor& x) { return {x.data<void>(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+void run(bool (*pass)(const hammer::Attention&), const hammer::Attention& call) {
   const py::gil_scoped_release release;
-  if (!pass(attention)) throw std::bad_alloc();
+  if (!pass(call)) throw std::bad_alloc();
+}
+
+void forward(const Bounds& bounds, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+             const Tensor& lse) {
+  hammer::Attention call = describe(bounds, q, k, lse, {{"q", q}, {"out", out}}, {{"k", k}, {"v", v}});
+  call.q = strided(q);
+  call.k = strided(k);
+  call.v = strided(v);
+  call.out = strided(out);
+  run(hammer::attention_forward, call);
+}
+
+void backward(const Bounds& bounds, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+              const Tensor& lse, const Tensor& grad_out, const Tensor& grad_q, const Tensor& grad_k,
+              const Tensor& grad_v) {
+  hammer::Attention call =
+      describe(bounds, q, k, lse, {{"q", q}, {"out", out}, {"grad_out", grad_out}, {"grad_q", grad_q}},
+               {{"k", k}, {"v", v}, {"grad_k", grad_k}, {"grad_v", grad_v}});
+  call.q = strided(q);
+  call.k = strided(k);
+  call.v = strided(v);
+  call.out = strided(out);
+  call.grad_out = strided(grad_out);
+  call.grad_q = strided(grad_q);
+  call.grad_k = strided(grad_k);
+  call.grad_v = strided(grad_v);
+  run(hammer::attention_backward, call);
 }
 
 }  // namespace
 
 void bind_attention(py::module_& module) {
-  module.def("attention_obstacle", &hammer::attention_obstacle, py::arg("half"));
-  module.def("attention_forward", [](const std::vector<int64_t>& bounds, const Tensor& sizes, float scale, bool half,
-                                     int threads, int64_t lse, const std::vector<Tensor>& tensors) {
-    call(hammer::attention_forward, bounds, sizes, scale, half, threads, lse, tensors);
-  });
-  module.def("attention_backward", [](const std::vector<int64_t>& bounds, const Tensor& sizes, float scale, bool half,
-                                      int threads, int64_t lse, const std::vector<Tensor>& tensors) {
-    call(hammer::attention_backward, bounds, sizes, scale, half, threads, lse, tensors);
-  });
+  module.def("attention_obstacle", &obstacle, py::arg("half"));
+  module.def("attention_forward", &forward);
+  module.def("attention_backward", &backward);
 }

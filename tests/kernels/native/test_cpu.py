@@ -508,6 +508,33 @@ def test_arguments_are_checked() -> None:
         k.row_statistics(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int32), Columns(0, 4))
     with pytest.raises(AssertionError):
         k.accumulate(torch.zeros(4, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.bfloat16), True)
+    with pytest.raises(AssertionError, match="rise from 0 to 3"):
+        k.attention_forward([0, 5], *attention_arguments())
+    with pytest.raises(AssertionError, match=r"expected torch.float32 .*found lse: torch.float64"):
+        k.attention_forward([0, 3], *attention_arguments()[:4], torch.empty(1, 2, 3, dtype=torch.float64))
+    with pytest.raises(AssertionError, match="2 heads do not divide into 0 groups"):
+        q, k_, v, out, lse = attention_arguments()
+        k.attention_forward([0, 3], q, k_[:, :, :0], v[:, :, :0], out, lse)
+
+
+def attention_arguments() -> list[Tensor]:
+    """q, k, v, out and lse of 3 rows, 2 heads in 1 group."""
+    q, kv = torch.zeros(3, 1, 2, 8), torch.zeros(3, 1, 1, 8)
+    return [q, kv, kv, torch.empty_like(q), torch.empty(1, 2, 3)]
+
+
+def test_a_wrong_argument_is_named() -> None:
+    k, x, weight = cpu.library(), torch.zeros(4, 6), torch.ones(6)
+    with pytest.raises(AssertionError) as raised:
+        k.add_rms_norm_forward(x, None, weight.bfloat16(), 1e-5, torch.empty(4, 6), None, torch.empty(4))
+    found = "found weight: torch.bfloat16 (6), strides (1), on cpu"
+    assert str(raised.value) == f"expected torch.float32 (6) on a CPU, contiguous, {found}"
+    with pytest.raises(AssertionError, match=r"compute in float32 and bfloat16, found product: torch.float64 \(4, 3\)"):
+        k.swiglu_forward(x.double(), x[:, :3].double())
+    with pytest.raises(AssertionError, match="found weight: None"):
+        k.add_rms_norm_forward(x, None, None, 1e-5, torch.empty(4, 6), None, torch.empty(4))
+    with pytest.raises(TypeError, match=r"torch\.Tensor"):
+        k.accumulate(x, [1.0], True)
 
 
 def test_missing_or_outdated(monkeypatch: pytest.MonkeyPatch) -> None:
