@@ -13,6 +13,8 @@ and .zst are decompressed), parquet (.parquet: the keys are columns), plain text
 A malformed document ends the program with its file, line and byte; --on-error skip or quarantine leaves it out and
 counts it. A program that was killed or stopped goes on when the same command is given again.
 
+The command lines of Megatron-LM's and GPT-NeoX's programs of this name run here as they are.
+
     python tools/preprocess_data.py ... --engine ray --address auto
 
 makes the same files on a Ray cluster. Every node needs megatron_hammer[ray] of one version, and sees inputs, tokenizer
@@ -29,19 +31,21 @@ import signal
 import sys
 
 from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.progress import say
 from megatron_hammer.base.signals import StopRequest
+from megatron_hammer.dataset.make import megatron
 
 
 def parser() -> ArgumentParser:
     parser = ArgumentParser(prog="preprocess_data.py", description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files, folders or quoted patterns")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY",
+    parser.add_argument("--json-keys", "--jsonl-keys", "--json-key", nargs="+", default=["text"], metavar="KEY",
                         help="fields or columns that hold text, each becomes a dataset (default: text)")  # fmt: skip
     parser.add_argument("--text-documents", choices=("file", "line", "blank-line"), default="file",
                         help="a document of a .txt file is: all of it, each line that is not empty, or what stands "
                         "between empty lines (default: file)")  # fmt: skip
-    parser.add_argument("--tokenizer-model", required=True, metavar="PATH",
-                        help="sentencepiece .model, tokenizer.json or Hugging Face folder")  # fmt: skip
+    parser.add_argument("--tokenizer-model", metavar="PATH",
+                        help="sentencepiece .model, tokenizer.json or Hugging Face folder; needed")  # fmt: skip
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.{bin,idx,meta.json}")
     parser.add_argument("--append-eod", action="store_true", help="end every document with the tokenizer's eos id")
     parser.add_argument("--prepend-bos", action="store_true", help="begin every document with its bos id")
@@ -61,6 +65,7 @@ def parser() -> ArgumentParser:
                         help="with --engine ray: a running cluster, host:port, or auto for this machine's")  # fmt: skip
     parser.add_argument("--workers-per-task", type=int, metavar="N",
                         help="with --engine ray: threads of a task, which takes as many CPUs (default: 1)")  # fmt: skip
+    megatron.add_options(parser)
     return parser
 
 
@@ -69,6 +74,7 @@ def main() -> int:
     args = arguments.parse_args()
     if args.engine == "local" and (args.address, args.workers_per_task) != (None, None):
         arguments.error("--address and --workers-per-task need --engine ray")
+    command = megatron.translate(args)
     from megatron_hammer.dataset.make.job import Stopped, prepare_job
 
     if args.engine == "ray":
@@ -84,14 +90,17 @@ def main() -> int:
     with StopRequest((signal.SIGINT, signal.SIGTERM), once=True) as signals:
         try:
             job = prepare_job(
-                args.input,
+                command.inputs,
                 args.json_keys,
-                args.tokenizer_model,
+                command.tokenizer,
                 args.append_eod,
                 args.prepend_bos,
                 args.on_error,
                 args.text_documents,
             )
+            job, notes = megatron.fit_job(command, job)
+            for note in (*notes, *command.notes):
+                say(f"note: {note}")
             summaries = build(
                 job,
                 args.output_prefix,

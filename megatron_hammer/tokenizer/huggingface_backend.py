@@ -67,6 +67,14 @@ class HuggingFaceTokenizer(Tokenizer):
         except (TypeError, UnicodeError) as error:
             raise refuse_surrogates(texts, error) from None
 
+    def template_ids(self) -> list[int]:
+        """As the interface says. A tokenizer_config.json that speaks of bos has the last word, as in transformers."""
+        ids: list[int] = self._backend.encode("", add_special_tokens=True).ids
+        wants_bos = _read_json_object(self.path.with_name("tokenizer_config.json")).get("add_bos_token")
+        if self.bos_id is None or not isinstance(wants_bos, bool) or wants_bos == (ids[:1] == [self.bos_id]):
+            return ids
+        return [self.bos_id, *ids] if wants_bos else ids[1:]
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 

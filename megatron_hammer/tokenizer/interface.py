@@ -77,6 +77,10 @@ class Tokenizer(ABC):
         """
         yield self.encode_documents(["".join(pieces)], threads)[0]
 
+    def template_ids(self) -> list[int]:
+        """The ids that the tokenizer itself puts around a text for those who ask it to, as Hugging Face's can."""
+        return []
+
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text that the ids stand for; special ids stand for nothing."""
