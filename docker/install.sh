@@ -19,7 +19,7 @@ torch() {
     "$python" -m pip install --disable-pip-version-check ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
 }
 
-environment() { bash tools/make_venv.sh; } # finds torch there
+environment() { HAMMER_CUDA_ARCHS=none bash tools/make_venv.sh; } # finds torch there; kernels is a step of its own
 
 # Without build isolation: a build of its own would compile against another torch, or none.
 accelerators() {

@@ -438,6 +438,89 @@ def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
     assert code == 2 and err.startswith("error[E252]: a C++ compiler (c++, g++) was not found; apt-get install g++")
 
 
+CUDA_TORCH = 'cuda = "13.0"\n__version__ = "2.15.0+cu130"\n'
+
+VENV_STUB = r"""
+# A Python that does what make_venv.sh asks of one, without the network. pip installs the stub of torch, and builds the
+# package by running the true setup.py: in an environment that sees torch only where the build is not isolated.
+import os, pathlib, runpy, subprocess, sys
+words, root = sys.argv[1:], pathlib.Path.cwd()
+with open(root / "calls", "a") as calls:
+    print(*words, file=calls)
+if words[:2] == ["-m", "venv"]:
+    place = root / words[2] / "bin/python"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(pathlib.Path(os.environ["STUB"]))
+elif words[0] == "--version":
+    print("Python 3.12.0")
+elif words[:3] == ["-m", "pip", "install"] and "--editable" in words:
+    seen = {"PYTHONPATH": os.environ["STUB_PACKAGES"]} if "--no-build-isolation" in words else {}
+    done = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], env={**os.environ, **seen})
+    sys.exit(done.returncode)
+elif words[0] == "-c" and words[1] != "import pip":
+    sys.path[:0] = ["", os.environ["STUB_PACKAGES"]]
+    exec(words[1])
+"""
+
+
+def make_venv_of(tmp_path: Path, torch_version: str, nvcc: bool, **variables: str) -> tuple[str, list[str]]:
+    """The whole of make_venv.sh with the true setup.py, and compilers that only make the file they are asked for."""
+    tree = tmp_path / "tree"
+    for name in ("pyproject.toml", "setup.py", "tools/make_venv.sh"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text((ROOT / name).read_text())
+    (tree / "csrc").symlink_to(ROOT / "csrc")
+    for room in ("kernels/native", "sampling", "tokenizer"):
+        (tree / "megatron_hammer" / room).mkdir(parents=True)
+    (tree / "megatron_hammer/__init__.py").write_text('__version__ = "0"\n')
+    packages = tmp_path / "packages"
+    script(packages / "torch/__init__.py", "raise SystemExit('a build imports no torch')\n")
+    (packages / "torch/version.py").write_text(torch_version)
+    compiler = '#!/bin/sh\nwhile [ $# -gt 1 ]; do if [ "$1" = -o ]; then : >"$2"; fi; shift; done\n'
+    for name in ("c++", *(["nvcc"] if nvcc else [])):
+        script(tmp_path / "bin" / name, compiler)
+    script(tmp_path / "bin/python3.12", f"#!{sys.executable}\n{VENV_STUB}")
+    for name in ("python3.11", "python3.13", "nvidia-smi"):
+        script(tmp_path / "bin" / name, "exit 1\n")
+    environment = {
+        "PATH": f"{tmp_path}/bin:/usr/bin:/bin", "STUB": str(tmp_path / "bin/python3.12"), "HOME": str(tmp_path),
+        "STUB_PACKAGES": str(packages), "CC": f"{tmp_path}/bin/c++", "CXX": f"{tmp_path}/bin/c++",
+        "CUDA_HOME": str(tmp_path / "no_cuda"), **variables,
+    }  # fmt: skip
+    done = subprocess.run(["bash", str(tree / "tools/make_venv.sh")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, (tree / "calls").read_text().splitlines()
+
+
+def test_nvcc_and_a_cuda_torch_give_the_cuda_kernels(tmp_path: Path) -> None:
+    """The build sees the torch that it is for: torch, what builds the package, then the package, in one environment."""
+    out, calls = make_venv_of(tmp_path, CUDA_TORCH, nvcc=True)
+    built = tmp_path / "tree/megatron_hammer/kernels/native/_cuda.so"
+    assert built.exists() and "the CUDA kernels are built: megatron_hammer/kernels/native/_cuda.so\n" in out
+    assert "WARNING" not in out
+    installs = [call for call in calls if call.startswith("-m pip install")]
+    assert [install.split()[-1] for install in installs] == ["torch>=2.11,<2.16", "pybind11>=2.12", ".[dev]"]
+    assert "--no-build-isolation" in installs[-1]
+
+
+@pytest.mark.parametrize(
+    "torch_version, nvcc, variables, said",
+    [
+        (CUDA_TORCH, False, {}, "WARNING: the CUDA kernels are left out: nvcc was not found on PATH or under CUDA_"),
+        (CUDA_TORCH, True, {"HAMMER_CUDA_ARCHS": "none"}, "\nno CUDA kernels: HAMMER_CUDA_ARCHS=none\n"),
+        (CUDA_TORCH, True, {"HAMMER_NO_EXTENSIONS": "1"}, "\nno compiled kernels: HAMMER_NO_EXTENSIONS=1\n"),
+        ("cuda = None\n__version__ = '2.15.0+cpu'\n", True, {}, ""),
+    ],
+)  # fmt: skip
+def test_what_was_not_built_is_said(
+    tmp_path: Path, torch_version: str, nvcc: bool, variables: dict[str, str], said: str
+) -> None:
+    """After a quiet pip, with the reason; nothing where no GPU is meant."""
+    out, _ = make_venv_of(tmp_path, torch_version, nvcc, **variables)
+    assert not (tmp_path / "tree/megatron_hammer/kernels/native/_cuda.so").exists()
+    assert said in out and ("WARNING" in out) == ("WARNING" in said)
+
+
 def test_torch_range_is_stated_once_and_the_same() -> None:
     (ours,) = re.findall(r"torch_range='(.+?)'", (ROOT / "tools/make_venv.sh").read_text())
     assert f'"{ours}"' in (ROOT / "pyproject.toml").read_text()

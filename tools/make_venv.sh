@@ -6,16 +6,19 @@
 #   TORCH_INDEX_URL=URL bash tools/make_venv.sh                        torch from another index, such as a CPU build
 #   TORCH_VERSION='2.11.*' bash tools/make_venv.sh                     one version of torch within our range
 #   HAMMER_NO_EXTENSIONS=1 bash tools/make_venv.sh                     without the C++ index builder (see setup.py)
+#   HAMMER_CUDA_ARCHS=90 bash tools/make_venv.sh                       the CUDA kernels for these GPUs (see setup.py)
 #
 # What is missing on the machine is named before anything is downloaded (exit code 2). torch goes in first, in a step of
 # its own: pip would otherwise be free to take a version outside our range, or a CUDA build of some gigabytes where the
-# CPU build was asked for. The file .venv/.complete, written last, holds a hash of what was installed from: after an
-# interruption the next call starts afresh, after a change of pyproject.toml, setup.py or csrc/ it installs again.
+# CPU build was asked for. The package is built without isolation, in the environment that it will run in, because the
+# CUDA kernels are compiled against its torch: with nvcc and a torch for CUDA they are built, and otherwise the last
+# lines say why not. The file .venv/.complete, written last, holds a hash of what was installed from: after an
+# interruption the next call starts afresh, after a change of pyproject.toml, setup.py, csrc/ or nvcc it installs again.
 set -euo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 readonly venv=.venv complete=.venv/.complete unfinished=.venv/.unfinished
-readonly torch_range='torch>=2.11,<2.14' # as in pyproject.toml; tests/test_examples.py compares them
+readonly torch_range='torch>=2.11,<2.16' # as in pyproject.toml; tests/test_examples.py compares them
 
 fail() {
     printf 'error[E2%s]: %s\n' "$1" "$2" >&2
@@ -71,22 +74,65 @@ find_compiler() {
         fail 52 "a C++ compiler (${CXX:-c++, g++}) was not found; apt-get install g++, or set CXX"
 }
 
-# The tree that the installation depends on, as one hash.
+# The compiler of the CUDA kernels, where setup.py looks for it.
+find_nvcc() { type -P nvcc || PATH=${CUDA_HOME:-/usr/local/cuda}/bin type -P nvcc || true; }
+
+# The tree and the compiler that the installation depends on, as one hash.
 wanted() {
     {
         find pyproject.toml setup.py csrc -type f ! -name '*.so' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
         echo "torch ${TORCH_VERSION:-}"
+        echo "nvcc $(find_nvcc)"
     } | sha256sum | cut -d' ' -f1
 }
 
 is_complete() {
-    [[ -x $venv/bin/python && ! -e $unfinished && -f $complete && $(<"$complete") == "$hash" ]]
+    local made archs
+    [[ -x $venv/bin/python && ! -e $unfinished && -f $complete ]] || return 1
+    read -r made archs <"$complete"
+    [[ $made == "$hash" && (-z ${HAMMER_CUDA_ARCHS:-} || $archs == "$HAMMER_CUDA_ARCHS") ]]
 }
 
 pip_install() {
     local quiet=(--quiet)
     if [[ -t 2 ]]; then quiet=(); fi # a terminal gets pip's progress bars
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-input ${quiet[@]+"${quiet[@]}"} "$@"
+}
+
+# What builds the package, one requirement a line.
+readonly build_requirements='
+import tomllib
+print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")
+'
+
+install_package() {
+    local needed
+    mapfile -t needed < <("$venv/bin/python" -c "$build_requirements")
+    pip_install "${needed[@]}"
+    pip_install --no-build-isolation --editable '.[dev]'
+}
+
+# Why the CUDA kernels were not built; nothing where they were, or where no GPU is meant.
+readonly obstacle='
+import runpy
+setup = runpy.run_path("setup.py", run_name="setup")
+torch = setup["find_torch"]()[1]
+print(setup["cuda_obstacle"]() if torch.get("cuda") else "")
+'
+
+say_what_was_built() {
+    local library=megatron_hammer/kernels/native/_cuda.so why
+    why=$("$venv/bin/python" -c "$obstacle")
+    if [[ ${HAMMER_NO_EXTENSIONS:-} == 1 ]]; then
+        echo "no compiled kernels: HAMMER_NO_EXTENSIONS=1"
+    elif [[ ${HAMMER_CUDA_ARCHS:-} == none ]]; then
+        echo "no CUDA kernels: HAMMER_CUDA_ARCHS=none"
+    elif [[ -n $why ]]; then
+        echo "WARNING: the CUDA kernels are left out: $why. On a GPU runs take Triton's (kernels.norm=triton) instead."
+        echo "         To build them: install nvcc (CUDA's toolkit), or set CUDA_HOME, and call $0 again."
+    elif [[ -e $library ]]; then
+        echo "the CUDA kernels are built: $library"
+    fi
 }
 
 main() {
@@ -112,8 +158,9 @@ main() {
     fi
     pip_install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch_range${TORCH_VERSION:+,==$TORCH_VERSION}"
     echo "[3/3] megatron_hammer and what it needs"
-    pip_install --editable '.[dev]'
-    echo "$hash" >"$complete"
+    install_package
+    say_what_was_built
+    echo "$hash ${HAMMER_CUDA_ARCHS:-}" >"$complete"
     rm "$unfinished" # last: until here the next call starts afresh
     echo "$venv is complete"
 }
