@@ -287,14 +287,15 @@ class KernelsConfig:
     """Launch each micro-batch's forward and backward as one CUDA graph: for steps so small that a GPU waits for Python.
     For causal masks and the torch layers without fp8. Under data parallelism the last backward does not hide the
     reduction of the gradients."""
-    norm: Literal["auto", "torch", "fused", "te", "apex", "liger"] = "auto"
-    """Residual add and RMSNorm. auto: fused where it can run, else torch; the same for the next three. fused: our own
-    compiled kernel, C++ on a CPU, CUDA on a GPU. te, apex, liger: that library's, where it is installed."""
-    rope: Literal["auto", "torch", "fused", "liger"] = "auto"
+    norm: Literal["auto", "torch", "fused", "triton", "te", "apex", "liger"] = "auto"
+    """Residual add and RMSNorm. auto: fused where it can run, else triton, else torch; the same for the next three.
+    fused: our own compiled kernel, C++ on a CPU, CUDA on a GPU. triton: its twin, which needs no nvcc. te, apex, liger:
+    that library's, where it is installed."""
+    rope: Literal["auto", "torch", "fused", "triton", "liger"] = "auto"
     """Rotary position embedding."""
-    swiglu: Literal["auto", "torch", "fused", "liger"] = "auto"
+    swiglu: Literal["auto", "torch", "fused", "triton", "liger"] = "auto"
     """SwiGLU's product."""
-    adamw: Literal["auto", "torch", "fused", "apex"] = "auto"
+    adamw: Literal["auto", "torch", "fused", "triton", "apex"] = "auto"
     """The update, with clipping and the 16-bit copy in the same pass, and the gradient's norm."""
     attention: Literal[
         "auto", "fused", "cudnn", "sdpa", "varlen", "sdpa-documents", "flash-attn", "flash-attn-3", "flash-attn-4", "te"

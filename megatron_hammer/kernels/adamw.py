@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels.arguments import AdamWState
-from megatron_hammer.kernels.backend import ANYWHERE, CUDA, FLOATS, Backend, Requirements
+from megatron_hammer.kernels.backend import ANYWHERE, CUDA, FLOATS, HALVES, Backend, Requirements
 from megatron_hammer.kernels.libraries import apex
+from megatron_hammer.kernels.native import adamw_triton, triton_rows
 from megatron_hammer.kernels.native import devices as native
 
 
@@ -79,9 +81,8 @@ class OptimizerKernels:
     add_square_sum: Callable[[Tensor, Tensor], None] = add_square_sum
 
 
-def _fused(device: torch.device) -> OptimizerKernels:
-    """One pass over each state by our own kernel."""
-    kernels = native.library(device)
+def _in_one_pass(name: str, kernels: Any) -> OptimizerKernels:
+    """One pass over each state by a kernel of our own."""
 
     @torch.no_grad()
     def update(
@@ -93,7 +94,15 @@ def _fused(device: torch.device) -> OptimizerKernels:
             kernels.adamw(*buffers, lr, config.beta1, config.beta2, config.eps, decay, divisor, skip, updates)
         updates.add_(1 - skip)
 
-    return OptimizerKernels("fused", update, kernels.add_square_sum)
+    return OptimizerKernels(name, update, kernels.add_square_sum)
+
+
+def _fused(device: torch.device) -> OptimizerKernels:
+    return _in_one_pass("fused", native.library(device))
+
+
+def _triton(device: torch.device) -> OptimizerKernels:
+    return _in_one_pass("triton", adamw_triton)
 
 
 def _apex(device: torch.device) -> OptimizerKernels:
@@ -106,6 +115,7 @@ def _fused_unsupported(required: Requirements) -> str:
 
 BACKENDS = (
     Backend("fused", _fused, ANYWHERE, FLOATS, _fused_unsupported, native.unavailable),
+    Backend("triton", _triton, CUDA, HALVES | {torch.float32}, unavailable=triton_rows.unavailable),
     Backend("torch", lambda device: OptimizerKernels()),
     Backend("apex", _apex, CUDA, unavailable=apex.adamw_unavailable, by_name_only=True),
 )

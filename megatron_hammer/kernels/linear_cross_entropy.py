@@ -14,7 +14,6 @@ on one rank is one read and one write of each logit where such a block stays in 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -26,6 +25,7 @@ from megatron_hammer.config import KernelsConfig
 from megatron_hammer.kernels.arguments import Columns
 from megatron_hammer.kernels.backend import CPU, CUDA, HALVES, Backend
 from megatron_hammer.kernels.native import devices as native
+from megatron_hammer.kernels.native import triton_rows
 
 # Tokens whose logits exist at once. On an H200 each chunk costs 0.4 ms for 0.87 GB of fp32 gradient read and written
 # (1.4B model, predicted). On 2 Xeon cores 256 and 512 are as fast as 1024 at 8,192 and at 32,000 pieces, and 256 needs
@@ -152,10 +152,6 @@ def _triton(device: torch.device) -> LossKernels:
     )
 
 
-def _triton_unavailable(device: torch.device) -> str:
-    return "" if importlib.util.find_spec("triton") else "the package triton is not installed"
-
-
 def _fused(device: torch.device) -> LossKernels:
     kernels = native.library(device)
     return LossKernels(
@@ -169,7 +165,7 @@ def _fused(device: torch.device) -> LossKernels:
 
 BACKENDS = (
     Backend("fused", _fused, CPU, native.DTYPES["cpu"], unavailable=native.unavailable),
-    Backend("triton", _triton, CUDA, HALVES | {torch.float32}, unavailable=_triton_unavailable),
+    Backend("triton", _triton, CUDA, HALVES | {torch.float32}, unavailable=triton_rows.unavailable),
     Backend("torch", lambda device: LossKernels()),
 )
 

@@ -19,6 +19,7 @@ from megatron_hammer.kernels.backend import ANYWHERE, CUDA, FLOATS, HALVES, Back
 from megatron_hammer.kernels.libraries import apex, liger, te
 from megatron_hammer.kernels.native import autograd as fused
 from megatron_hammer.kernels.native import devices as native
+from megatron_hammer.kernels.native import layers_triton, triton_rows
 
 AddRMSNormFunction = Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
 
@@ -49,8 +50,13 @@ def _fused(device: torch.device) -> Any:
     return partial(fused.add_rms_norm, native.library(device))
 
 
+def _triton(device: torch.device) -> Any:
+    return partial(fused.add_rms_norm, layers_triton)
+
+
 BACKENDS = (
     Backend("fused", _fused, ANYWHERE, FLOATS, native.unsupported, native.unavailable),
+    Backend("triton", _triton, CUDA, HALVES | {torch.float32}, triton_rows.unsupported, triton_rows.unavailable),
     Backend("torch", lambda device: add_rms_norm, compiles=True),
     Backend("te", lambda device: te.add_rms_norm, CUDA, HALVES | {torch.float32}, unavailable=te.not_installed,
             by_name_only=True),

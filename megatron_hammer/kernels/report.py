@@ -7,9 +7,40 @@ from textwrap import wrap
 from megatron_hammer.base.tables import align_wrapped
 from megatron_hammer.config import ATTENTION_MASKS, KernelsConfig
 from megatron_hammer.kernels.backend import Backend, Requirements
+from megatron_hammer.kernels.native import cuda
 from megatron_hammer.kernels.selection import TABLES, select_backends
 
 WIDTHS = (10, 19, 22, 42)  # of the table's columns: 98 with what lies between
+
+
+OURS = ("norm", "rope", "swiglu", "adamw")  # operations that our CUDA kernels compute
+
+
+def missing_kernels(kernels: KernelsConfig, required: Requirements) -> str:
+    """A warning where a run on a GPU would have taken our CUDA kernels had they been there, with the command that
+    mends it; else an empty string.
+
+    Raises:
+        ConfigError: as ``select_backends``.
+    """
+    why = cuda.unavailable(required.device) if required.device.type == "cuda" else ""
+    if not why:
+        return ""
+    chosen, instead = select_backends(kernels, required), dict[str, list[str]]()
+    for operation in OURS:
+        ours = next(row for row in TABLES[operation] if row.name == "fused")
+        elsewhere = operation == "norm" and kernels.layers == "te"
+        if getattr(kernels, operation) == "auto" and not (ours.unsupported(required) or elsewhere):
+            instead.setdefault(chosen[operation].name, []).append(operation)
+    if not instead:
+        return ""
+    what = " and ".join(f"{name} for {', '.join(operations)}" for name, operations in instead.items())
+    slower = ", about a quarter slower" if "torch" in instead else ""
+    return (
+        f"WARNING: our CUDA kernels cannot run here: {why}.\n"
+        f"WARNING: this run takes {what} instead{slower}. With nvcc (CUDA's toolkit) on PATH, build them by\n"
+        f"WARNING:   {cuda.how_to_build()}"
+    )
 
 
 def kernels_table(kernels: KernelsConfig, required: Requirements) -> str:

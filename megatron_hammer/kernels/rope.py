@@ -19,6 +19,7 @@ from megatron_hammer.kernels.backend import ANYWHERE, CUDA, FLOATS, HALVES, Back
 from megatron_hammer.kernels.libraries import liger
 from megatron_hammer.kernels.native import autograd as fused
 from megatron_hammer.kernels.native import devices as native
+from megatron_hammer.kernels.native import layers_triton, triton_rows
 
 RopeFunction = Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, ...]]
 
@@ -47,8 +48,13 @@ def _fused(device: torch.device) -> Any:
     return partial(fused.rope, native.library(device))
 
 
+def _triton(device: torch.device) -> Any:
+    return partial(fused.rope, layers_triton)
+
+
 BACKENDS = (
     Backend("fused", _fused, ANYWHERE, FLOATS, native.unsupported, native.unavailable),
+    Backend("triton", _triton, CUDA, HALVES | {torch.float32}, triton_rows.unsupported, triton_rows.unavailable),
     Backend("torch", lambda device: rope, compiles=True),
     Backend("liger", lambda device: liger.rope, CUDA, HALVES | {torch.float32}, liger.unsupported, liger.unavailable,
             by_name_only=True),

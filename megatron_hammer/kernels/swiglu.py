@@ -18,6 +18,7 @@ from megatron_hammer.kernels.backend import ANYWHERE, CUDA, FLOATS, HALVES, Back
 from megatron_hammer.kernels.libraries import liger
 from megatron_hammer.kernels.native import autograd as fused
 from megatron_hammer.kernels.native import devices as native
+from megatron_hammer.kernels.native import layers_triton, triton_rows
 
 SwiGLUFunction = Callable[[Tensor], Tensor]
 
@@ -32,8 +33,13 @@ def _fused(device: torch.device) -> Any:
     return partial(fused.swiglu, native.library(device))
 
 
+def _triton(device: torch.device) -> Any:
+    return partial(fused.swiglu, layers_triton)
+
+
 BACKENDS = (
     Backend("fused", _fused, ANYWHERE, FLOATS, native.unsupported, native.unavailable),
+    Backend("triton", _triton, CUDA, HALVES | {torch.float32}, triton_rows.unsupported, triton_rows.unavailable),
     Backend("torch", lambda device: swiglu, compiles=True),
     Backend("liger", lambda device: liger.swiglu, CUDA, HALVES | {torch.float32}, liger.unsupported, liger.unavailable,
             by_name_only=True),

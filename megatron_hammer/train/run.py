@@ -17,7 +17,7 @@ from megatron_hammer.base.locks import take_lock
 from megatron_hammer.config import Config, to_yaml
 from megatron_hammer.kernels import fp8
 from megatron_hammer.kernels.libraries.te import check_here
-from megatron_hammer.kernels.report import kernels_table
+from megatron_hammer.kernels.report import kernels_table, missing_kernels
 from megatron_hammer.kernels.selection import TABLES, select_backends
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.model.recompute import activation_bytes
@@ -143,6 +143,8 @@ def announcement(prepared: Prepared, world_size: int, device: torch.device) -> s
     )
     required = kernel_requirements(config, device)
     lines.append(kernels_table(config.kernels, required))
+    if warning := missing_kernels(config.kernels, required):
+        lines.append(warning)
     kept = activation_bytes(config, select_backends(config.kernels, required)) / 2**30
     lines.append(
         f"activations: about {kept:.2f} GiB kept of each micro-batch (train.recompute={config.train.recompute})"

@@ -32,6 +32,7 @@ from megatron_hammer.kernels.linear_cross_entropy import (
     softmax_gradient_,
     with_chunks,
 )
+from megatron_hammer.kernels.native import triton_rows
 from megatron_hammer.kernels.selection import select, select_operations
 
 # Largest error of the gradient, as a share of its norm: one rounding to the logits' type; in fp32 z - lse is rounded
@@ -154,11 +155,11 @@ def test_selection() -> None:
 
 def test_triton_is_chosen_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     required = Requirements(torch.device("cuda"), torch.bfloat16)
-    monkeypatch.setattr(kernel.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(triton_rows.importlib.util, "find_spec", lambda name: object())
     chosen = select("loss", "auto", kernel.BACKENDS, required).load(required.device)
     assert (chosen.name, chosen.chunk_tokens) == ("triton", CHUNK_TOKENS["cuda"])
     assert chosen.row_statistics is not row_statistics and chosen.loss_and_gradient_ is not loss_and_gradient_
-    monkeypatch.setattr(kernel.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton_rows.importlib.util, "find_spec", lambda name: None)
     assert select("loss", "auto", kernel.BACKENDS, required).name == "torch"
     with pytest.raises(ConfigError, match=r"E209.*the package triton is not installed"):
         select("loss", "triton", kernel.BACKENDS, required)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +14,12 @@ import torch
 
 from megatron_hammer.config import ATTENTION_MASKS, KernelsConfig
 from megatron_hammer.kernels.backend import Requirements
-from megatron_hammer.kernels.native import cuda
-from megatron_hammer.kernels.report import kernels_table
+from megatron_hammer.kernels.native import cuda, triton_rows
+from megatron_hammer.kernels.report import kernels_table, missing_kernels
 from megatron_hammer.kernels.selection import TABLES
 
 CUDA = torch.device("cuda", 0)
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_table_at_start(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,9 +41,35 @@ def test_the_table_at_start(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "  norm       te (kernels.layers)\n" in text and "  rope       torch (compiled)" in text
     text = kernels_table(KernelsConfig(), required)
     assert "  attention  cudnn               sdpa                   flash-attn, flash-attn-3, flash-attn-4,\n" in text
-    assert "  adamw      torch                                      fused: _cuda.so was not built; apex: not" in text
+    assert "  adamw      torch                                      fused: _cuda.so was not built; triton," in text
     monkeypatch.setattr(cuda, "unavailable", lambda device: "a long story " * 12)
     text = kernels_table(KernelsConfig(), required)
     assert text.count("fused: see [1]") == 4 and text.count("  [1] a long story a") == 1
     assert max(map(len, text.splitlines())) <= 100
     assert "flash" not in kernels_table(KernelsConfig(), Requirements()), "what no CPU has is no news on one"
+
+
+def test_a_gpu_run_without_our_kernels_says_so(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loudly, with what runs instead and the command that mends it; silent where nothing is lost."""
+    required = Requirements(CUDA, torch.bfloat16, heads=32, groups=4)
+    text = missing_kernels(KernelsConfig(), required)
+    assert all(line.startswith("WARNING: ") for line in text.splitlines())
+    assert "_cuda.so was not built" in text and "takes torch for norm, rope, swiglu, adamw instead, about a" in text
+    assert f"{sys.executable} -m pip install --no-build-isolation" in text and text.endswith(f"--editable {ROOT}")
+    monkeypatch.setattr(triton_rows, "_missing", lambda: "")
+    text = missing_kernels(KernelsConfig(rope="torch"), required)
+    assert "takes triton for norm, swiglu, adamw instead. With" in text
+    for kernels, wanted in (
+        (KernelsConfig(norm="torch", rope="torch", swiglu="triton", adamw="torch"), required),  # as the user wishes
+        (KernelsConfig(compile="layers", adamw="torch"), replace(required, compile="layers")),  # the compiler's work
+        (KernelsConfig(), Requirements()),  # on a CPU
+    ):
+        assert missing_kernels(kernels, wanted) == ""
+    monkeypatch.setattr(cuda, "unavailable", lambda device: "")
+    assert missing_kernels(KernelsConfig(), required) == ""
+
+
+def test_the_command_installs_what_pyproject_builds_with() -> None:
+    (build,) = re.findall(r"^requires = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    for requirement in json.loads(f"[{build}]"):
+        assert requirement in cuda.how_to_build()

@@ -7,6 +7,8 @@ arguments, write into tensors that the caller has made, run on the current strea
 
 from __future__ import annotations
 
+import shlex
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,16 @@ def unavailable(device: torch.device) -> str:
         reason = str(error).splitlines()[0]
         return f"{reason}, on {torch.cuda.get_device_name(device)}; reinstall with HAMMER_CUDA_ARCHS={major}{minor}"
     return ""
+
+
+def how_to_build() -> str:
+    """The command that builds the library for this interpreter and its torch."""
+    python, root = shlex.quote(sys.executable), Path(__file__).parents[3]
+    place = shlex.quote(str(root)) if (root / "setup.py").exists() else "A_CLONE_OF_THE_REPOSITORY"
+    return (
+        f"{python} -m pip install 'setuptools>=68,<82' wheel 'pybind11>=2.12' && "
+        f"{python} -m pip install --no-build-isolation --no-deps --force-reinstall --editable {place}"
+    )
 
 
 def library() -> Any:

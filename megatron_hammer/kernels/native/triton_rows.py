@@ -1,0 +1,38 @@
+"""What the rows "triton" of the tables need: the package triton and a C compiler; shared by all operations.
+
+Triton comes with every torch for CUDA on Linux and makes GPU code without nvcc. What it does compile with the machine's
+own C compiler is the small program that launches a kernel, once for each machine and cache: so a container without gcc
+cannot run it, which is better said before the first step than by it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+import torch
+
+from megatron_hammer.kernels.backend import Requirements
+
+
+def unavailable(device: torch.device) -> str:
+    """Why Triton's kernels cannot be made here, or an empty string; does not import it."""
+    return _missing()
+
+
+def _missing() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # as triton.runtime.build looks
+    if compiler is None:
+        return "triton finds no C compiler: apt-get install gcc, or set CC"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return "" if header.exists() else f"triton needs Python's headers ({header}): apt-get install python3-dev"
+
+
+def unsupported(required: Requirements) -> str:
+    """Limit of its rows for layers: ``kernels.compile=layers`` would have to look into their launches."""
+    return "is not for kernels.compile=layers" if required.compile == "layers" else ""
