@@ -25,11 +25,13 @@ def main() -> None:
     parser.add_argument("--new-tokenizer", required=True, metavar="TOKENIZER",
                         help="sentencepiece .model, tokenizer.json or a Hugging Face folder")  # fmt: skip
     parser.add_argument("--output", required=True, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--ignore", action="append", default=[], metavar="KEY",
+                        help="an unknown key of MODEL's config.json that does not change what it computes")  # fmt: skip
     args = parser.parse_args()
 
     from megatron_hammer.huggingface.extend import REPORT, extend_model, summary
 
-    report = extend_model(args.model, args.new_tokenizer, args.output, args.old_tokenizer)
+    report = extend_model(args.model, args.new_tokenizer, args.output, args.old_tokenizer, ignore=args.ignore)
     print(summary(report))
     print(f"wrote {args.output}, and {args.output}/{REPORT}")
     if report["model"]["kind"] == "checkpoint":

@@ -2,7 +2,8 @@
 
 The result is DIR/checkpoints/step-00000000 with the weights in their own type, and DIR/model.yaml with the model's
 settings. Start a new run from it with checkpoint.init_from=DIR, or convert it back with checkpoint_to_hf.py --load DIR.
-A feature of the model that ours does not have is refused by name.
+A feature of the model that ours does not have is refused by name. Keys of config.json that change nothing that the
+model computes are passed over, and named; one that is unknown is refused until --ignore names it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,18 @@ def main() -> None:
     parser = ArgumentParser(prog="hf_to_checkpoint.py", description=__doc__)
     parser.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder with safetensors weights")
     parser.add_argument("--save", required=True, metavar="DIR", help="folder for the checkpoint")
+    parser.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="an unknown key of config.json that does not change what the model computes; may be repeated",
+    )
     arguments = parser.parse_args()
 
     from megatron_hammer.huggingface.importing import import_hf
 
-    checkpoint = import_hf(arguments.hf, arguments.save)
+    checkpoint = import_hf(arguments.hf, arguments.save, ignore=arguments.ignore)
     print(f"wrote {checkpoint}")
     preset = f"{arguments.save}/model.yaml checkpoint.init_from={arguments.save}"
     print(f"continue from it: python -m megatron_hammer.train {preset} data.train=PREFIX train.output=RUN")

@@ -10,6 +10,8 @@ which inputs and how it was made. Both appear under their names only when they a
 from __future__ import annotations
 
 import gzip
+import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -167,17 +169,15 @@ def _objects(block: Block, path: Path, key: str, bad: Callable[[DataError], None
         lines.pop()
     for number, line in enumerate(lines, block.start.line):
         try:
-            fields = orjson.loads(line)
-            text = fields[key]
-        except (orjson.JSONDecodeError, KeyError, TypeError, IndexError):
-            text = None
-        if type(text) is str:
-            yield Document(text, fields, bytes(line), f"{path}:{number}")
-        else:
+            fields, exact = jsonl.parse_line(line)
+            (text,) = jsonl.texts_of(fields, [key], exact)
+        except (ValueError, jsonl.UnusableText):
             error = jsonl.diagnose(path, number, offset, line, key)
             if error.number == 9:
-                raise error  # the whole file is something else than its name says
+                raise error from None  # the whole file is something else than its name says
             bad(error)
+        else:
+            yield Document(text, fields, bytes(line), f"{path}:{number}")
         offset += len(line) + 1
 
 
@@ -297,8 +297,23 @@ class _HashedFile:
 
 
 def text_line(text: str, fields: dict[str, Any] | None = None) -> bytes:
-    """``{"text": ...}`` and further fields as JSON."""
-    return orjson.dumps({"text": text} | (fields or {}), default=str)  # str: for decimals and their like
+    """``{"text": ...}`` and further fields as JSON; what is no strict JSON stays as Python's own json writes it."""
+    content = {"text": text} | (fields or {})
+    if not _has_odd_number(fields):
+        try:
+            return orjson.dumps(content, default=str)  # str: for decimals and their like
+        except TypeError:  # integers beyond 64 bits, halves of surrogate pairs
+            pass
+    return json.dumps(content, default=str, separators=(",", ":")).encode()
+
+
+def _has_odd_number(value: Any) -> bool:
+    """Whether a parsed value holds NaN or an infinity, for which orjson writes null."""
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    if isinstance(value, dict):
+        return any(map(_has_odd_number, value.values()))
+    return isinstance(value, list) and any(map(_has_odd_number, value))
 
 
 def describe_sources(paths: Sequence[Path], hashes: dict[Path, str]) -> list[dict[str, Any]]:

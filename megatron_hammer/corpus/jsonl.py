@@ -3,15 +3,18 @@
     {"text": "first document", "anything": "else"}
     {"text": "second document"}
 
-Lines end with LF or CRLF. The library orjson parses them (``parse.py``); it refuses invalid UTF-8, NaN and lone
-surrogates, too. Only for a line that it has refused do the slower checks here find out which rule was broken, so that
-a bad line gets the same error wherever it is met.
+Lines end with LF or CRLF. The library orjson parses them. What it refuses is tried once more by Python's own parser,
+which also takes NaN, Infinity, numbers of any length and halves of surrogate pairs, as Megatron-LM's tools do: only
+the text under the keys that are used is judged, whatever stands beside it. For a line that both refuse, or whose text
+cannot be used, the slower checks here find out which rule was broken, so that a bad line gets the same error wherever
+it is met.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,65 @@ def damaged(path: Path, line_number: int, offset: int, error: Exception) -> Data
     )
 
 
+# ---- parsing a line ----
+
+
+def parse_line(line: bytes | bytearray) -> tuple[Any, bool]:
+    """The JSON value of a line, and whether it is strict JSON (else a text in it may hold half of a surrogate pair).
+
+    Raises:
+        ValueError: neither parser can read it.
+    """
+    try:
+        return orjson.loads(line), True
+    except orjson.JSONDecodeError:
+        value = _by_python(line)
+        if value is None:
+            raise
+        return value, False
+
+
+def texts_of(value: Any, keys: Sequence[str], strict: bool) -> list[str]:
+    """The texts under the keys of a parsed line.
+
+    Raises:
+        UnusableText: names the first key whose text cannot be used.
+    """
+    found: list[str] = []
+    for key in keys:
+        text = value.get(key) if type(value) is dict else None
+        if type(text) is not str or (not strict and _LONE_SURROGATE.search(text)):
+            raise UnusableText(key)
+        found.append(text)
+    return found
+
+
+class UnusableText(Exception):
+    """There is no text under a key, or one that cannot be encoded; ``diagnose`` says why."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _by_python(line: bytes | bytearray) -> Any:
+    """The value that Python's parser finds, or None; a number that no Python integer may have is a float."""
+    try:
+        return _PYTHON.decode(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _whole_number(digits: str) -> int | float:
+    try:
+        return int(digits)
+    except ValueError:  # more digits than Python converts
+        return float(digits)
+
+
+_PYTHON = json.JSONDecoder(parse_int=_whole_number)
+
+
 # ---- naming what is wrong with a line ----
 
 
@@ -68,7 +130,7 @@ def diagnose(path: Path, line_number: int, offset: int, line: bytes | bytearray,
     if not line or line.isspace():
         return DataError(5, where, "is a blank line", "remove it: every line must be one JSON object")
     try:
-        decoded = line.decode("utf-8")
+        line.decode("utf-8")
     except UnicodeDecodeError as error:
         byte = line[error.start]
         return DataError(
@@ -78,37 +140,18 @@ def diagnose(path: Path, line_number: int, offset: int, line: bytes | bytearray,
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as refused:
-        try:
-            value = json.loads(decoded)  # it lets lone surrogates pass, which orjson does not
-        except (ValueError, RecursionError):
-            value = None
-        if value is not None and (surrogate := _find_surrogate(value)):
-            return DataError(
-                8, where, f"holds half of a surrogate pair (\\u{ord(surrogate):04x}), which is no character",
-                "remove the escape or restore its other half",
-            )  # fmt: skip
-        return DataError(4, where, f"is not valid JSON: {refused.msg} at column {refused.colno}", "mend the line")
+        value = _by_python(line)
+        if not isinstance(value, dict) or isinstance(value.get(key), float):  # such as NaN, in place of a text
+            return DataError(4, where, f"is not valid JSON: {refused.msg} at column {refused.colno}", "mend the line")
     if not isinstance(value, dict):
         return DataError(6, where, f"holds {_kind(value)}, not a JSON object", f'write it as {{"{key}": "..."}}')
     if key not in value:
         keys = ", ".join(sorted(value)[:8]) or "none"
         return DataError(7, where, f"has no key {key!r} (its keys: {keys})", "name the key that holds the text")
+    if isinstance(value[key], str) and (half := _LONE_SURROGATE.search(value[key])):
+        rule = f"holds half of a surrogate pair (\\u{ord(half.group()):04x}), which is no character, under {key!r}"
+        return DataError(8, where, rule, "remove the escape or restore its other half")
     return DataError(7, where, f"has {_kind(value[key])} under {key!r}", "the text must be a string")
-
-
-def _find_surrogate(value: Any) -> str | None:
-    """The first lone surrogate in any string of a parsed JSON value; nested objects without recursion."""
-    todo = [value]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, str) and (found := _LONE_SURROGATE.search(item)):
-            return found.group()
-        if isinstance(item, dict):
-            todo.extend(item.keys())
-            todo.extend(item.values())
-        elif isinstance(item, list):
-            todo.extend(item)
-    return None
 
 
 def _kind(value: Any) -> str:

@@ -88,27 +88,43 @@ def parse_long_line(
     """
     mark = secrets.token_hex(16)  # no line can spell it
     rest = bytearray()
-    texts: dict[str, LongText] = {}
+    texts: dict[str, LongText | DataError] = {}
     place = 0  # of the line, up to where it is in `rest`
     try:
         for start, end in _strings(line):
             if end - start >= _LONG_STRING and not _AFTER_KEY.match(line, end + 1):
                 name = f"{mark}{len(texts)}"
-                texts[name] = _check_string(path, line_number, offset, line, start, end)
+                texts[name] = _string_or_error(path, line_number, offset, line, start, end)
                 rest += memoryview(line)[place:start]
                 rest += name.encode()
                 place = end
         rest += memoryview(line)[place:]
-        value = orjson.loads(rest)
-    except orjson.JSONDecodeError:
+        value, strict = jsonl.parse_line(rest)
+    except ValueError:
         raise jsonl.diagnose(path, line_number, offset, rest, keys[0]) from None
     found: list[str | LongText] = []
     for key in keys:
-        text = value.get(key) if isinstance(value, dict) else None
-        if type(text) is not str:
-            raise jsonl.diagnose(path, line_number, offset, rest, key)
-        found.append(texts.get(text, text))
+        try:
+            (mark_or_text,) = jsonl.texts_of(value, [key], strict)
+        except jsonl.UnusableText:
+            raise jsonl.diagnose(path, line_number, offset, rest, key) from None
+        text = texts.get(mark_or_text, mark_or_text)
+        if isinstance(text, DataError):
+            raise text
+        found.append(text)
     return found
+
+
+def _string_or_error(
+    path: Path, line_number: int, offset: int, line: bytes | bytearray, start: int, end: int
+) -> LongText | DataError:
+    """A long string, or why it cannot be used as a text: that matters only under a key that is used."""
+    try:
+        return _check_string(path, line_number, offset, line, start, end)
+    except DataError as error:
+        if error.number != 8:  # half of a surrogate pair
+            raise
+        return error
 
 
 def _strings(line: bytes | bytearray) -> Iterator[tuple[int, int]]:

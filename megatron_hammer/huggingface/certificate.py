@@ -148,7 +148,7 @@ def check_config(model: ModelConfig, folder: Path) -> None:
 def check_weights(manifest: Manifest, model: ModelConfig, folder: Path, dtype: str) -> None:
     """Every exported tensor must equal the checkpoint's, rounded, bit for bit; a few MiB in memory at a time."""
     try:
-        with HfWeights(folder) as weights, LogicalReader(manifest) as reader, one_thread():
+        with HfWeights(folder, model.tie_word_embeddings) as weights, LogicalReader(manifest) as reader, one_thread():
             check_tensors(weights, model)
             if extra := sorted(set(weights.where) - {t.name for t in manifest.tensors}):
                 raise RefusedError(23, extra[0], "was exported but is not in the checkpoint", _REPORT)

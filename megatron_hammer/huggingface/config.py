@@ -2,7 +2,7 @@
 
 Logical tensors have Hugging Face's names and shapes already, and RoPE is half-split as there, so the config is the only
 part of a model that needs a mapping. A feature of a Hugging Face config that our model does not have is refused by its
-name, never dropped.
+name, never dropped; keys that have no effect are passed over and named (``extra_keys.py``).
 
 Needs no torch.
 """
@@ -10,7 +10,7 @@ Needs no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedErr
 from megatron_hammer.base.files import write_durably
 from megatron_hammer.checkpoint.tensor_files import open_regular
 from megatron_hammer.config import ModelConfig, RopeScaling
+from megatron_hammer.huggingface.extra_keys import Judgement, judge_key
 from megatron_hammer.tokenizer.interface import Tokenizer
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -40,56 +41,14 @@ _NUMBERS = {"rms_norm_eps": ("norm_eps", 1e-6), "initializer_range": ("init_std"
 _ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}
 _ONLY = {  # features that change the function, and the values at which they do not
     "model_type": ("llama",),
-    "architectures": (["LlamaForCausalLM"],),
+    "architectures": (["LlamaForCausalLM"], ["LLaMAForCausalLM"]),
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "attention_dropout": (0,),
     "pretraining_tp": (1,),
     "partial_rotary_factor": (1,),
-}
-# Say nothing about the function that the weights compute.
-_NEUTRAL = {
-    "torch_dtype",
-    "dtype",
-    "transformers_version",
-    "_name_or_path",
-    "use_cache",
-    "tie_word_embeddings",
-    "return_dict",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "unk_token_id",
-    "sep_token_id",
-    "id2label",
-    "label2id",
-    "task_specific_params",
-    "problem_type",
-    "finetuning_task",
-    "use_return_dict",
-    "output_attentions",
-    "output_hidden_states",
-    "_attn_implementation",
-    "_attn_implementation_autoset",
-    "_commit_hash",
-    "tokenizer_class",
-    "prefix",
-    "is_decoder",
-    "chunk_size_feed_forward",
-    "max_length",
-    "min_length",
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-    "typical_p",
-    "num_beams",
-    "num_beam_groups",
-    "num_return_sequences",
-    "repetition_penalty",
-    "length_penalty",
-    "diversity_penalty",
+    "is_causal": (True,),
 }
 
 
@@ -127,8 +86,17 @@ def hf_config_from_model(model: ModelConfig, token_ids: Mapping[str, Any], dtype
     }
 
 
-def model_config_from_hf(tree: Mapping[str, Any], where: str = CONFIG) -> ModelConfig:
+def model_config_from_hf(
+    tree: Mapping[str, Any],
+    where: str = CONFIG,
+    ignore: Collection[str] = (),
+    note: Callable[[str], None] | None = None,
+) -> ModelConfig:
     """Our config of an HF Llama.
+
+    Args:
+        ignore: unknown keys that the user says do not change what the model computes.
+        note: told which keys were passed over.
 
     Raises:
         CheckpointError: a feature that our model does not have, a missing or impossible value; ``where`` is named.
@@ -142,10 +110,8 @@ def model_config_from_hf(tree: Mapping[str, Any], where: str = CONFIG) -> ModelC
     kinds = tree.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise _no_feature(where, "layer_types", kinds, "only full_attention can be converted")
-    known = {*_SIZES, *_OPTIONAL_SIZES, *_NUMBERS, *_ROPE_KEYS, *_ONLY, *_NEUTRAL, "layer_types"}
-    for name, value in tree.items():
-        if name not in known and value:  # off, zero and empty ask for nothing
-            raise _no_feature(where, name, value, "it is not known to this program")
+    known = {*_SIZES, *_OPTIONAL_SIZES, *_NUMBERS, *_ROPE_KEYS, *_ONLY, "layer_types"}
+    _pass_over({name: value for name, value in tree.items() if name not in known}, where, ignore, note)
     values: dict[str, Any] = {ours: _count(tree, theirs, where) for theirs, ours in _SIZES.items()}
     for theirs, (ours, default) in _OPTIONAL_SIZES.items():
         values[ours] = default if tree.get(theirs) is None else _count(tree, theirs, where)
@@ -161,6 +127,32 @@ def model_config_from_hf(tree: Mapping[str, Any], where: str = CONFIG) -> ModelC
     except ConfigError as error:
         raise CheckpointError(22, f"{where} ({error.what})", error.rule, "name the folder of a working model") from None
     return model
+
+
+def _pass_over(
+    others: Mapping[str, Any], where: str, ignore: Collection[str], note: Callable[[str], None] | None
+) -> None:
+    """Judge the keys that this program does not read: refuse what may change the function, name the rest."""
+    noted = []
+    for name, value in others.items():
+        if not value:  # off, zero and empty ask for nothing
+            continue
+        judgement = judge_key(name)
+        if judgement is Judgement.CHANGES:
+            raise _no_feature(where, name, value, "it changes what the model computes")
+        if judgement is Judgement.SUSPECT and name not in ignore:
+            raise CheckpointError(
+                21,
+                f"{where}: {name}={json.dumps(value)[:80]}",
+                "is not known to this program and may change what the model computes",
+                f"pass --ignore {name} if it does not; transformers' own Llama reads no such key",
+            )
+        if judgement is not Judgement.USUAL:
+            noted.append(name)
+    if noted and note is not None:
+        note(f"{where}: passed over, as they change nothing that the model computes: {', '.join(noted)}")
+    if unused := sorted(set(ignore) - set(others)):
+        raise ConfigError(82, f"--ignore {unused[0]}", f"is no key of {where} that could be passed over", "remove it")
 
 
 def _rope_from_hf(tree: Mapping[str, Any], longest: int, where: str) -> tuple[float, RopeScaling | None]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -78,9 +78,9 @@ class _Source:
     """Of a checkpoint: that in which the model computes."""
 
 
-def _open_hf(folder: Path, stack: ExitStack) -> _Source:
-    model = model_config_from_hf(read_json(folder / CONFIG), str(folder / CONFIG))
-    weights = stack.enter_context(HfWeights(folder))
+def _open_hf(folder: Path, stack: ExitStack, ignore: Collection[str], note: Note) -> _Source:
+    model = model_config_from_hf(read_json(folder / CONFIG), str(folder / CONFIG), ignore, note)
+    weights = stack.enter_context(HfWeights(folder, model.tie_word_embeddings))
     check_tensors(weights, model)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
     tokenizer = folder if has_tokenizer else None
@@ -109,6 +109,7 @@ def extend_model(
     output: str | Path,
     old_tokenizer: str | Path | None = None,
     note: Note = say,
+    ignore: Collection[str] = (),
 ) -> dict[str, Any]:
     """Write ``model`` with the vocabulary of ``new_tokenizer`` to ``output``, whole or not at all.
 
@@ -117,6 +118,7 @@ def extend_model(
         output: does not exist, or is an empty folder.
         old_tokenizer: that of ``model``; None: the one in it.
         note: told what the user should know beside the report.
+        ignore: unknown keys of ``config.json`` that do not change what the model computes.
 
     Returns:
         the report, which is ``extension.json`` in ``output`` but for the list ``rows``.
@@ -133,7 +135,11 @@ def extend_model(
         raise RefusedError(32, f"--output {output}", "exists already", "name a new folder")
     with ExitStack() as stack:
         is_hf = (source_path / CONFIG).is_file()
-        source = _open_hf(source_path, stack) if is_hf else _open_checkpoint(source_path, stack)
+        if ignore and not is_hf:
+            raise ConfigError(
+                82, f"--ignore {min(ignore)}", f"is for Hugging Face folders; {model} is none", "remove it"
+            )
+        source = _open_hf(source_path, stack, ignore, note) if is_hf else _open_checkpoint(source_path, stack)
         old, new = _load_tokenizers(source, old_tokenizer, new_tokenizer)
         plan = plan_extension(old, new)
         assert source.model.vocab_size is not None

@@ -5,11 +5,13 @@
     HF folder --4 MiB by 4 MiB--> SAVE/checkpoints/step-00000000/
                                   SAVE/model.yaml   a preset with the model's settings, for the run that continues
 
-A feature that our model does not have is refused by its name, never dropped. Memory: 30 MiB.
+A feature that our model does not have is refused by its name, never dropped; keys without effect are named.
+Memory: 30 MiB.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,11 +32,14 @@ from megatron_hammer.model.parameters import logical_shapes
 from megatron_hammer.tokenizer.load import load_tokenizer
 
 
-def import_hf(hf_dir: str | Path, save_dir: str | Path, note: Note = say) -> Path:
+def import_hf(hf_dir: str | Path, save_dir: str | Path, note: Note = say, ignore: Collection[str] = ()) -> Path:
     """Write a Hugging Face Llama as ``save_dir/checkpoints/step-00000000``: weights only, in their own types.
 
     ``save_dir`` can then be named wherever a checkpoint or run can: ``--load`` and ``checkpoint.init_from``. Its
     ``model.yaml`` is a preset with the model's settings, for the run that continues.
+
+    Args:
+        ignore: unknown keys of ``config.json`` that do not change what the model computes.
 
     Raises:
         CheckpointError: a feature, tensor or type that cannot be converted, by name.
@@ -45,7 +50,7 @@ def import_hf(hf_dir: str | Path, save_dir: str | Path, note: Note = say) -> Pat
     if not source.is_dir():
         raise CheckpointError(20, str(source), "is not a folder", "name the folder of a Hugging Face model")
     tree = read_json(source / CONFIG)
-    model = model_config_from_hf(tree, str(source / CONFIG))
+    model = model_config_from_hf(tree, str(source / CONFIG), ignore, note)
     if trained := [p for p in find_checkpoints(folder) if p.name != target.name]:
         raise RefusedError(
             27, f"--save {save_dir}", f"already holds {trained[-1].name} of a run", "name another folder"
@@ -56,7 +61,7 @@ def import_hf(hf_dir: str | Path, save_dir: str | Path, note: Note = say) -> Pat
         check_vocabulary(tokenizer, model)
     else:
         note(f"{source} has no tokenizer: only the weights are converted")
-    with HfWeights(source) as weights:
+    with HfWeights(source, model.tie_word_embeddings) as weights:
         check_tensors(weights, model)
         shapes = logical_shapes(model)
         slices = [_whole(weights, name, shapes[name]) for name in sorted(shapes, key=weights.place)]

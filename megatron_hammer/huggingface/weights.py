@@ -74,15 +74,28 @@ def plan_files(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return plan
 
 
+_ROTARY = "rotary_emb.inv_freq"  # old Llamas stored these; they are computed
+
+
+def _is_redundant(name: str) -> bool:
+    """Whether a tensor may be in the index and not in the files, or the other way round: what a model needs of these is
+    found missing by ``check_tensors``."""
+    return name == HEAD or name.endswith(_ROTARY)
+
+
 class HfWeights:
     """The safetensors files of a Hugging Face folder, single or sharded; a context manager.
+
+    Programs differ in what they leave of a tied model's two names for one matrix: the embedding, the head or both, and
+    an index may list what the files lack. Where ``tied`` is set, the embedding is there under its own name in any case.
 
     Raises:
         CheckpointError: none, only pickled ones, or files that do not hold what the index says.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._stack = folder, ExitStack()
+    def __init__(self, folder: Path, tied: bool = False) -> None:
+        self.folder, self._tied, self._stack = folder, tied, ExitStack()
+        self._stored_as: dict[str, str] = {}
         self._readers: dict[str, TensorFileReader] = {}
         self.where: dict[str, str] = {}
         """Tensor -> file."""
@@ -93,6 +106,8 @@ class HfWeights:
                 self.where = self._read_index(stack)
             else:
                 raise self._no_weights()
+            if tied and EMBEDDING not in self.where and HEAD in self.where:
+                self.where[EMBEDDING], self._stored_as[EMBEDDING] = self.where.pop(HEAD), HEAD
             self._stack = stack.pop_all()
 
     def _open(self, stack: ExitStack, name: str) -> TensorFileReader:
@@ -110,14 +125,18 @@ class HfWeights:
                     28, f"{where}: {name!r}", "is not the plain name of a safetensors file", "fetch the model again"
                 )
             for tensor in self._open(stack, name).tensors:
-                if weight_map.get(tensor) != name:
+                if tensor not in weight_map and (_is_redundant(tensor) or (self._tied and tensor == EMBEDDING)):
+                    weight_map[tensor] = name
+                if weight_map.get(tensor) != name and not (self._tied and tensor in (EMBEDDING, HEAD)):
                     raise CheckpointError(
                         28, f"{self.folder / name}: {tensor}", "is not where the index says", "fetch the model again"
                     )
-        for tensor, name in weight_map.items():
-            if tensor not in self._readers[name].tensors:
+        absent = {tensor for tensor, name in weight_map.items() if tensor not in self._readers[name].tensors}
+        for tensor in sorted(absent):
+            if not (_is_redundant(tensor) or (self._tied and tensor == EMBEDDING and HEAD in weight_map)):
+                name = weight_map[tensor]
                 raise CheckpointError(24, f"{self.folder / name}: {tensor}", "is missing", "fetch the model again")
-        return weight_map
+        return {tensor: name for tensor, name in weight_map.items() if tensor not in absent}
 
     def _no_weights(self) -> CheckpointError:
         pickled = sorted(p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
@@ -134,28 +153,32 @@ class HfWeights:
 
     def entry(self, name: str) -> TensorEntry:
         """Type, shape and place of a tensor."""
-        return self._readers[self.where[name]].tensors[name]
+        return self._readers[self.where[name]].tensors[self._stored(name)]
+
+    def _stored(self, name: str) -> str:
+        """The name under which the file has a tensor."""
+        return self._stored_as.get(name, name)
 
     def hash_of(self, name: str) -> str:
         """Hash of a tensor's bytes."""
-        return self._readers[self.where[name]].hash_of(name)
+        return self._readers[self.where[name]].hash_of(self._stored(name))
 
     def read(self, name: str) -> Tensor:
         """One whole tensor."""
         entry = self.entry(name)
         data = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        self._readers[self.where[name]].read_into(name, data.view(-1).view(torch.uint8).numpy())
+        self._readers[self.where[name]].read_into(self._stored(name), data.view(-1).view(torch.uint8).numpy())
         return data
 
     def parts(self, name: str) -> Iterator[Tensor]:
         """A tensor's elements in order, 4 MiB at a time in flat tensors; each is gone when the next is asked for."""
         dtype = DTYPES[self.entry(name).dtype]
-        for chunk in self._readers[self.where[name]].chunks(name):
+        for chunk in self._readers[self.where[name]].chunks(self._stored(name)):
             yield torch.frombuffer(chunk, dtype=dtype)
 
     def read_part(self, name: str, start: int, buffer: Any) -> None:
         """Fill ``buffer`` (flat bytes) with a tensor's bytes from its byte ``start`` on."""
-        self._readers[self.where[name]].read_part(name, start, buffer)
+        self._readers[self.where[name]].read_part(self._stored(name), start, buffer)
 
     def place(self, name: str) -> tuple[str, int]:
         """File and first byte of a tensor: sorted by it, tensors are read from front to back."""
@@ -172,9 +195,7 @@ def check_tensors(weights: HfWeights, model: ModelConfig) -> None:
     """Raise ``CheckpointError`` unless the files hold exactly the tensors of this model, in types that we can keep."""
     shapes, where = logical_shapes(model), str(weights.folder)
     for name in weights.where:
-        if name not in shapes and not name.endswith(
-            "rotary_emb.inv_freq"
-        ):  # old Llamas stored these; they are computed
+        if name not in shapes and not name.endswith(_ROTARY):
             tied = name == HEAD and EMBEDDING in weights.where and weights.hash_of(HEAD) == weights.hash_of(EMBEDDING)
             if not tied:
                 raise CheckpointError(

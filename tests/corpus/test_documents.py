@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from megatron_hammer.base import progress
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.corpus.documents import LineWriter, Skipped, read_documents, read_texts
+from megatron_hammer.corpus.documents import LineWriter, Skipped, read_documents, read_texts, text_line
 
 BAD = {
     b"": "E305", b" ": "E305", b"{": "E304", b"3": "E306", b"[]": "E306", b'"text"': "E306", b'{"a": 1}': "E307",
@@ -109,3 +109,22 @@ def test_progress_is_quiet_then_says_rate_and_what_is_left(
             for now[0] in (1.0, 4.9, 6.0, 7.0):
                 shown.advance(400_000_000)
         assert capsys.readouterr().err == line
+
+
+def test_odd_fields_beside_the_text_are_kept(tmp_path: Path) -> None:
+    """Only the text is judged: every other field is read, and written again as Python's json has it."""
+    lines = [
+        b'{"text": "a", "n": NaN}',
+        b'{"text": "b", "n": [1, {"m": -Infinity}]}',
+        b'{"text": "c", "n": "x\\ud800"}',
+        b'{"text": "d", "n": ' + b"7" * 400 + b"}",
+        b'{"text": "e", "n": 1e400}',
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    documents = list(read_documents(path, "text"))
+    assert [d.text for d in documents] == list("abcde")
+    assert [d.line for d in documents] == lines
+    for document, line in zip(documents, lines, strict=True):
+        again = text_line(document.text, document.fields)
+        assert repr(json.loads(again)) == repr(json.loads(line)), "nan is not equal to itself"

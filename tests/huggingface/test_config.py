@@ -92,7 +92,7 @@ def test_rope_forms_that_disagree_are_refused():
     {"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}, {"pretraining_tp": 2},
     {"attention_dropout": 0.1},
     {"model_type": "mistral"}, {"architectures": ["LlamaForSequenceClassification"]}, {"sliding_window": 4096},
-    {"quantization_config": {"bits": 4}}, {"auto_map": {"AutoModel": "x.Y"}}, {"partial_rotary_factor": 0.5},
+    {"quantization_config": {"bits": 4}}, {"is_causal": False}, {"partial_rotary_factor": 0.5},
     {"layer_types": ["sliding_attention"]}, {"rope_scaling": {"type": "linear", "factor": 2.0}},
     {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
     {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
@@ -113,6 +113,42 @@ def test_a_feature_that_we_do_not_have_is_refused_by_its_name(feature):
 ], ids=str)  # fmt: skip
 def test_a_feature_that_is_off_is_no_feature(harmless):
     assert model_config_from_hf({**PLAIN, **harmless}) == model_config_from_hf(PLAIN)
+
+
+HARMLESS = {
+    "is_llama_config": True, "unsloth_fixed": True, "unsloth_version": "2025.3", "_comment": "mine", "num_labels": 2,
+    "auto_map": {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}, "transformers.js_config": {"dtype": "q4"},
+    "torchscript": True, "model_max_length": 4096, "max_sequence_length": 2048, "use_flash_attn": True,
+    "license": "mit", "base_model_name_or_path": "x/y", "tensor_parallel_size": 2,
+    "attn_implementation": "sdpa", "created": "2024-05-01", "tokenizer_model": "x", "padding_side": "left",
+    "use_liger_kernel": True, "_flash_attn_2_enabled": True, "training_args": {"lr": 1e-3}, "wandb_run": "x",
+}  # fmt: skip
+
+
+def test_keys_without_effect_are_passed_over_and_named():
+    """transformers loads every one of these; most programs leave a few behind."""
+    told: list[str] = []
+    assert model_config_from_hf({**PLAIN, **HARMLESS}, note=told.append) == model_config_from_hf(PLAIN)
+    assert len(told) == 1 and set(HARMLESS) - {"num_labels", "torchscript"} == set(told[0].split(": ")[-1].split(", "))
+    assert model_config_from_hf({**PLAIN, **hf_config_from_model(tiny_model(), IDS, "bfloat16")}, note=pytest.fail)
+
+
+@pytest.mark.parametrize("key, value", [("head_dropout", 0.1), ("vNormScale", 2.0), ("num_memory_layers", 2)])
+def test_an_unknown_key_about_the_model_is_passed_over_when_it_is_named(key, value):
+    tree = {**PLAIN, key: value}
+    with pytest.raises(CheckpointError, match=rf"E421.*config\.json: {key}=.*pass --ignore {key}"):
+        model_config_from_hf(tree)
+    told: list[str] = []
+    assert model_config_from_hf(tree, ignore=[key], note=told.append) == model_config_from_hf(PLAIN)
+    assert told[0].endswith(f": {key}")
+
+
+def test_what_changes_the_mathematics_cannot_be_ignored():
+    for key in ("sliding_window", "logit_scale", "hidden_act"):
+        with pytest.raises(CheckpointError, match=rf"E421.*{key}"):
+            model_config_from_hf({**PLAIN, key: 2}, ignore=[key])
+    with pytest.raises(ConfigError, match=r"E282.*--ignore qk_nrom is no key"):
+        model_config_from_hf(PLAIN, ignore=["qk_nrom"])
 
 
 @pytest.mark.parametrize("name, value", [

@@ -22,8 +22,8 @@ from megatron_hammer.config import load_config
 from megatron_hammer.huggingface.certificate import prove
 from megatron_hammer.huggingface.export import export_hf
 from megatron_hammer.huggingface.importing import import_hf
-from megatron_hammer.huggingface.weights import plan_files
-from megatron_hammer.model.parameters import logical_shapes
+from megatron_hammer.huggingface.weights import HfWeights, check_tensors, plan_files
+from megatron_hammer.model.parameters import EMBEDDING, HEAD, logical_shapes
 from tests.checkpoint.layouts import random_logical, tiny_model, write_layout
 
 ROOT = Path(__file__).parents[2]
@@ -265,6 +265,62 @@ def test_old_buffers_and_a_redundant_tied_head_are_passed_over(tmp_path):
     edit(source, lambda w: w.update({"lm_head.weight": embedding + 1}))
     with pytest.raises(CheckpointError, match=r"E425.*lm_head\.weight"):
         import_hf(source, tmp_path / "run", note=lambda text: None)
+
+
+def leave_of_a_tied_model(folder: Path, listed: tuple[str, ...], kept: tuple[str, ...]) -> None:
+    """The index lists some names of the one matrix, and the file has some."""
+    weights = weights_of(folder)
+    matrix = weights.pop(EMBEDDING)
+    (folder / "model.safetensors").unlink()
+    save_file({**weights, **{name: matrix.clone() for name in kept}}, folder / "part.safetensors", {"format": "pt"})
+    index = {"weight_map": dict.fromkeys([*weights, *listed], "part.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("listed, kept", [
+    ((EMBEDDING, HEAD), (EMBEDDING,)), ((EMBEDDING,), (EMBEDDING, HEAD)), ((EMBEDDING, HEAD), (HEAD,)),
+    ((HEAD,), (HEAD,)), ((HEAD,), (EMBEDDING,)), ((EMBEDDING,), (HEAD,)),
+], ids=str)  # fmt: skip
+def test_a_tied_matrix_is_found_under_either_name(tmp_path, listed, kept):
+    source = make_hf(tmp_path / "hf", tie_word_embeddings=True)
+    expected = weights_of(source)
+    leave_of_a_tied_model(source, listed, kept)
+    import_hf(source, tmp_path / "run", note=lambda text: None)
+    manifest = open_checkpoint(tmp_path / "run")
+    assert {t.name for t in manifest.tensors} == set(expected)
+    for name, weight in expected.items():
+        assert torch.equal(read_logical(manifest, name), weight)
+
+
+def test_a_tied_folder_with_the_head_alone_is_imported_and_extended(tmp_path, tokenizer_model, tokenizer):
+    source = make_hf(tmp_path / "hf", tie_word_embeddings=True, vocab_size=700)
+    matrix = weights_of(source)[EMBEDDING]
+    edit(source, lambda w: w.update({HEAD: w.pop(EMBEDDING)}))
+    import_hf(source, tmp_path / "run", note=lambda text: None)
+    assert torch.equal(read_logical(open_checkpoint(tmp_path / "run"), EMBEDDING), matrix)
+    with HfWeights(source, tied=True) as weights:
+        check_tensors(weights, saved_model(open_checkpoint(tmp_path / "run")))
+        assert torch.equal(weights.read(EMBEDDING), matrix)
+        assert weights.hash_of(EMBEDDING) and weights.entry(EMBEDDING).shape == (700, 16)
+
+
+def test_a_model_that_is_not_tied_needs_both_matrices(tmp_path):
+    for absent in (EMBEDDING, HEAD):
+        source = make_hf(tmp_path / absent)
+        edit(source, lambda w, name=absent: w.pop(name))
+        with pytest.raises(CheckpointError, match=rf"E424.*{absent}"):
+            import_hf(source, tmp_path / "run", note=lambda text: None)
+
+
+def test_keys_without_effect_are_named_and_the_unknown_can_be_ignored(tmp_path):
+    source = make_hf(tmp_path / "hf")
+    tree = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**tree, "unsloth_fixed": True, "odd_scale": 2.0}))
+    with pytest.raises(CheckpointError, match=r"E421.*odd_scale=2.0.*--ignore odd_scale"):
+        import_hf(source, tmp_path / "run")
+    told: list[str] = []
+    import_hf(source, tmp_path / "run", told.append, ignore=["odd_scale"])
+    assert "unsloth_fixed, odd_scale" in told[0]
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, tokenizer_model, tokenizer):
