@@ -179,6 +179,30 @@ def accumulate(place: Tensor, values: Tensor, begun: bool) -> None:
         place.add_(values)
 
 
+class _Stored(torch.autograd.Function):
+    """The weight itself; backward adds its gradient to the store, and autograd gets none."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, gradient: Gradient) -> Tensor:
+        ctx.gradient = gradient
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        gradient, (grad,) = ctx.gradient, grads
+        if torch.compiler.is_compiling():
+            accumulate_in_graph(gradient.main_grad, gradient.begun, grad)
+        else:
+            gradient.add(lambda place, begun: accumulate(place, grad, begun))
+        return None, None
+
+
+def stored(weight: Tensor, gradient: Gradient | None) -> Tensor:
+    """A weight for an operation whose autograd returns its gradient: this hands it to the store."""
+    return weight if gradient is None else _Stored.apply(weight, gradient)  # type: ignore[no-untyped-call]
+
+
 # ---- the layer -------------------------------------------------------------------------------------------------------
 
 

@@ -10,18 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_hammer.kernels.backend import ANYWHERE, CUDA, FLOATS, HALVES, Backend
 from megatron_hammer.kernels.libraries import apex, liger, te
+from megatron_hammer.kernels.linear import Gradient, stored
 from megatron_hammer.kernels.native import autograd as fused
 from megatron_hammer.kernels.native import devices as native
 from megatron_hammer.kernels.native import layers_triton, triton_rows
 
-AddRMSNormFunction = Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+
+class AddRMSNormFunction(Protocol):
+    """What a layer calls: ``add_rms_norm``, and where the gradient of the weight is summed (None: autograd has it)."""
+
+    def __call__(
+        self, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, gradient: Gradient | None = None, /
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -44,6 +51,17 @@ def add_rms_norm(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -
     """
     summed = x if branch is None else x + branch
     return rms_norm(summed, weight, eps), summed
+
+
+def with_gradient(function: Callable[..., tuple[Tensor, Tensor]]) -> AddRMSNormFunction:
+    """What a layer calls, from a backend whose autograd returns the gradient of the weight: all but "fused"."""
+
+    def called(
+        x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, gradient: Gradient | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return function(x, branch, stored(weight, gradient), eps)
+
+    return called
 
 
 def _fused(device: torch.device) -> Any:

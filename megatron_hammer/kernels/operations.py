@@ -23,7 +23,7 @@ from megatron_hammer.kernels.swiglu import SwiGLUFunction
 class Operations:
     """The functions that a model computes with; each has the signature of its reference."""
 
-    add_rms_norm: AddRMSNormFunction = norm.add_rms_norm
+    add_rms_norm: AddRMSNormFunction = field(default_factory=lambda: norm.with_gradient(norm.add_rms_norm))
     rope: RopeFunction = rope.rope
     swiglu: SwiGLUFunction = swiglu.swiglu
     attention: AttentionFunction = attention.whole_samples

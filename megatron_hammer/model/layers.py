@@ -1,8 +1,8 @@
 """The parallel layers in plain torch, on any device; ``layers_te.py`` has the same names on Transformer Engine.
 
 Every layer takes the sizes of its rank's part of the weight, as the placement says (``parallel/placement.py``), and the
-tensor-parallel group. Activations are
-``[s, b, ...]``; under sequence parallelism what lies between the linear layers is ``[s/t, b, h]``::
+tensor-parallel group. Activations are ``[s, b, ...]``; under sequence parallelism what lies between the linear layers
+is ``[s/t, b, h]``::
 
     [s/t, b, h] --ColumnParallelLinear--> [s, b, out/t] --...--> [s, b, in/t] --RowParallelLinear--> [s/t, b, h]
                  gather rows, x W^T                               x W^T, sum and scatter rows
@@ -15,14 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megatron_hammer.kernels.linear import Gradient, GradientStore, accumulate, accumulate_in_graph, linear
+from megatron_hammer.kernels.linear import Gradient, GradientStore, linear
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.ranges import LINEAR, Range, no_range
 from megatron_hammer.parallel.collectives import scatter_sum, sum_over_ranks
@@ -54,30 +54,6 @@ class LayerOptions:
         if self.store is not None:
             return self.store.weight(*shape)
         return nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=self.device)), None
-
-
-class _Stored(torch.autograd.Function):
-    """The weight itself; backward adds its gradient to the store, and autograd gets none."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, gradient: Gradient) -> Tensor:
-        ctx.gradient = gradient
-        return weight.view_as(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        gradient, (grad,) = ctx.gradient, grads
-        if torch.compiler.is_compiling():
-            accumulate_in_graph(gradient.main_grad, gradient.begun, grad)
-        else:
-            gradient.add(lambda place, begun: accumulate(place, grad, begun))
-        return None, None
-
-
-def stored(weight: Tensor, gradient: Gradient | None) -> Tensor:
-    """A weight for an operation whose autograd returns its gradient: this hands it to the store."""
-    return weight if gradient is None else _Stored.apply(weight, gradient)  # type: ignore[no-untyped-call]
 
 
 class _Ready(torch.autograd.Function):
@@ -115,26 +91,43 @@ class RMSNorm(nn.Module):
         self.weight, self.gradient = options.weight(hidden_size)
 
     def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.add_rms_norm(x, branch, stored(self.weight, self.gradient), self.eps)
+        return self.add_rms_norm(x, branch, self.weight, self.eps, self.gradient)
 
 
-def column_parallel(x: Tensor, weight: Tensor, options: LayerOptions, gradient: Gradient | None = None) -> Tensor:
-    """[s/t or s, b, h] x [out/t, h] -> [s, b, out/t]. Communicates over ``options.tp`` in both directions."""
+def column_parallel(x: Tensor, weight: Tensor, options: LayerOptions) -> Tensor:
+    """What ``ColumnParallelLinear`` computes, with a weight of somebody else: [s/t or s, b, h] -> [s, b, out/t]."""
     products = options.operations.products
-    return linear(x, weight, gradient, products, "column", options.tp, options.sequence_parallel)
+    return linear(x, weight, None, products, "column", options.tp, options.sequence_parallel)
 
 
-class ColumnParallelLinear(nn.Module):
+class _Linear(nn.Module):
+    """x W^T with a matrix [out_features, in_features] on this rank, divided by ``kind`` as ``linear`` says."""
+
+    def __init__(
+        self, in_features: int, out_features: int, kind: Literal["column", "row"], options: LayerOptions
+    ) -> None:
+        super().__init__()
+        self.options, self.kind = options, kind
+        self.weight, self.gradient = options.weight(out_features, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        options, products = self.options, self.options.operations.products
+        with options.range_of(LINEAR):
+            return linear(x, self.weight, self.gradient, products, self.kind, options.tp, options.sequence_parallel)
+
+
+class ColumnParallelLinear(_Linear):
     """x W^T with the rows of W, the outputs, divided over the ranks: [s/t, b, in] -> [s, b, out/t]."""
 
     def __init__(self, in_features: int, out_local: int, options: LayerOptions) -> None:
-        super().__init__()
-        self.options = options
-        self.weight, self.gradient = options.weight(out_local, in_features)
+        super().__init__(in_features, out_local, "column", options)
 
-    def forward(self, x: Tensor) -> Tensor:
-        with self.options.range_of(LINEAR):
-            return column_parallel(x, self.weight, self.options, self.gradient)
+
+class RowParallelLinear(_Linear):
+    """x W^T with the columns of W, the inputs, divided over the ranks: [s, b, in/t] -> [s/t, b, out], summed."""
+
+    def __init__(self, in_local: int, out_features: int, options: LayerOptions) -> None:
+        super().__init__(in_local, out_features, "row", options)
 
 
 class QKVLinear(ColumnParallelLinear):
@@ -152,20 +145,6 @@ class QKVLinear(ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         heads: Tensor = super().forward(x).unflatten(-1, (-1, self.head_size))
         return heads
-
-
-class RowParallelLinear(nn.Module):
-    """x W^T with the columns of W, the inputs, divided over the ranks: [s, b, in/t] -> [s/t, b, out], summed."""
-
-    def __init__(self, in_local: int, out_features: int, options: LayerOptions) -> None:
-        super().__init__()
-        self.options = options
-        self.weight, self.gradient = options.weight(out_features, in_local)
-
-    def forward(self, x: Tensor) -> Tensor:
-        products, tp = self.options.operations.products, self.options.tp
-        with self.options.range_of(LINEAR):
-            return linear(x, self.weight, self.gradient, products, "row", tp, self.options.sequence_parallel)
 
 
 def _sum_parts(partial: Tensor, options: LayerOptions) -> Tensor:

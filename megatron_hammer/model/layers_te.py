@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hammer.kernels.libraries.te import add_rms_norm, fp8_region
+from megatron_hammer.kernels.norm import with_gradient
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.ranges import LINEAR
 from megatron_hammer.model.layers import LayerOptions, RMSNorm, VocabParallelEmbedding, column_parallel, ready_after
@@ -120,7 +121,7 @@ class QKVLinear(ColumnParallelLinear):
 
 def operations(chosen: Operations) -> Operations:
     """What these layers compute with: the library's RMSNorm, and the rest as chosen."""
-    return replace(chosen, add_rms_norm=add_rms_norm)
+    return replace(chosen, add_rms_norm=with_gradient(add_rms_norm))
 
 
 def forward_region(options: LayerOptions) -> Callable[[], AbstractContextManager[Any]]:

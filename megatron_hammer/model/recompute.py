@@ -57,6 +57,7 @@ from megatron_hammer.config import Config
 from megatron_hammer.kernels.attention import AttentionFunction
 from megatron_hammer.kernels.backend import Backend
 from megatron_hammer.kernels.libraries import te
+from megatron_hammer.kernels.linear import Gradient
 from megatron_hammer.kernels.norm import AddRMSNormFunction
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import PackedSequences
@@ -247,11 +248,12 @@ class Selective(Recompute):
             self.marks = None
 
     def _add_rms_norm(
-        self, plain: AddRMSNormFunction, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+        self, plain: AddRMSNormFunction, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float,
+        gradient: Gradient | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if self.marks is None or not self.norms:
-            return plain(x, branch, weight, eps)
-        return _RecomputedNorm.apply(self.marks, plain, eps, x, branch, weight)  # type: ignore[no-any-return, no-untyped-call]
+            return plain(x, branch, weight, eps, gradient)
+        return _RecomputedNorm.apply(self.marks, plain, eps, gradient, x, branch, weight)  # type: ignore[no-any-return, no-untyped-call]
 
     def _swiglu(self, plain: SwiGLUFunction, gate_up: Tensor) -> Tensor:
         if self.marks is None:
@@ -351,26 +353,27 @@ class _RecomputedNorm(torch.autograd.Function):
         marks: dict[int, _Mark],
         function: AddRMSNormFunction,
         eps: float,
+        gradient: Gradient | None,
         x: Tensor,
         branch: Tensor | None,
         weight: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.branches = branch is not None
         if branch is None:
-            outputs = _run(lambda x: function(x, None, weight, eps), (x,))[1]
+            outputs = _run(lambda x: function(x, None, weight, eps, gradient), (x,))[1]
             normed, summed = outputs[0].detach(), x  # x as it is: autograd makes it an output of this node
         else:
-            outputs = _run(lambda x, branch: function(x, branch, weight, eps), (x, branch))[1]
+            outputs = _run(lambda x, branch: function(x, branch, weight, eps, gradient), (x, branch))[1]
             normed, summed = (output.detach() for output in outputs)
         ctx.save_for_backward(summed)
-        _prepare(ctx, lambda summed: function(summed, None, weight, eps), weight)
+        _prepare(ctx, lambda summed: function(summed, None, weight, eps, gradient), weight)
         return _marked(ctx, normed, marks), summed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_sum, grad_weight = _gradients(ctx, grads)
-        return None, None, None, grad_sum, grad_sum if ctx.branches else None, grad_weight
+        return None, None, None, None, grad_sum, grad_sum if ctx.branches else None, grad_weight
 
 
 def _prepare(ctx: Any, again: Callable[..., tuple[Tensor, ...]], *leaves: Tensor) -> None:

@@ -51,7 +51,9 @@ def all_reduce(tensor: Tensor, group: Group, op: Any = SUM, async_op: bool = Fal
 
 def all_gather_rows(shard: Tensor, group: Group) -> Tensor:
     """[r, ...] on each rank -> [r * size, ...] on all, in rank order; a new tensor unless size is 1."""
-    return _waited(*all_gather_rows_async(shard, group))
+    full, handle = all_gather_rows_async(shard, group)
+    handle.wait()
+    return full
 
 
 def all_gather_rows_async(shard: Tensor, group: Group) -> tuple[Tensor, Any]:
@@ -99,11 +101,6 @@ def broadcast(tensor: Tensor, group: Group) -> None:
         dist.broadcast(tensor, src=first, group=group.handle)
 
 
-def _waited(tensor: Tensor, handle: Any) -> Tensor:
-    handle.wait()
-    return tensor
-
-
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
@@ -120,7 +117,9 @@ class _ScatterSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        return _waited(*reduce_scatter_rows_async(x, group))
+        shard, handle = reduce_scatter_rows_async(x, group)
+        handle.wait()
+        return shard
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

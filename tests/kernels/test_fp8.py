@@ -18,7 +18,7 @@ from megatron_hammer.config import Config
 from megatron_hammer.kernels import fp8
 from megatron_hammer.kernels.backend import Requirements
 from megatron_hammer.kernels.fp8 import E4M3, E5M2, LARGEST, Fp8Products, Measured, Operand, emulated_multiply
-from megatron_hammer.kernels.linear import Gradient, Products
+from megatron_hammer.kernels.linear import Gradient, Products, linear
 from megatron_hammer.kernels.linear_cross_entropy import LossKernels
 from megatron_hammer.kernels.native import cuda
 from megatron_hammer.kernels.norm import add_rms_norm
@@ -158,7 +158,7 @@ def test_a_linear_layer_is_within_what_the_formats_give(
     gradient = OneGradient(weight) if kept else None
     for _ in range(2):
         x = x.detach().requires_grad_()
-        y = column_parallel(x, weight, options, gradient)
+        y = linear(x, weight, gradient, options.operations.products, "column", options.tp)
         y.backward(grad_y)
     assert x.grad is not None and y.shape == grad_y.shape and x.grad.shape == x.shape
     products = options.operations.products

@@ -14,14 +14,15 @@ Backward cannot be differentiated again.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_hammer.kernels.linear import Gradient, accumulate
 from megatron_hammer.kernels.native.cpu import empty
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 
@@ -46,19 +47,21 @@ class LayerKernels(Protocol):
 
 
 def add_rms_norm(
-    kernels: LayerKernels, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    kernels: LayerKernels, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float,
+    gradient: Gradient | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(RMSNorm of x + branch, x + branch); without a branch the second is x, so that backward adds its gradient."""
-    return _AddRMSNorm.apply(kernels, x, branch, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
+    return _AddRMSNorm.apply(kernels, x, branch, weight, eps, gradient)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kernels: LayerKernels, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, kernels: LayerKernels, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float,
+        gradient: Gradient | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.kernels, h = kernels, x.shape[-1]
+        ctx.kernels, ctx.gradient, h = kernels, gradient, x.shape[-1]
         rows = x.contiguous().view(-1, h)
         other = None if branch is None else branch.contiguous().view(-1, h)
         normed, rstd = empty(rows.shape, rows), rows.new_empty(rows.shape[0], dtype=torch.float32)
@@ -73,7 +76,7 @@ class _AddRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_normed, grad_summed = grads
         if grad_normed is None:
-            return None, grad_summed, grad_summed, None, None
+            return None, grad_summed, grad_summed, None, None, None
         summed, weight, rstd = ctx.saved_tensors
         h = summed.shape[-1]
         rows = summed.contiguous().view(-1, h)
@@ -82,8 +85,11 @@ class _AddRMSNorm(torch.autograd.Function):
         ctx.kernels.add_rms_norm_backward(
             grad_normed.contiguous().view(-1, h), beside, rows, weight, rstd, grad_x, grad_weight
         )
+        if ctx.gradient is not None:
+            ctx.gradient.add(lambda place, begun: accumulate(place, grad_weight, begun))
         grad_x = grad_x.view(summed.shape)
-        return None, grad_x, grad_x if ctx.needs_input_grad[2] else None, grad_weight, None
+        grad_branch = grad_x if ctx.needs_input_grad[2] else None
+        return None, grad_x, grad_branch, grad_weight if ctx.gradient is None else None, None, None
 
 
 def rope(kernels: LayerKernels, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int) -> tuple[Tensor, ...]:
@@ -170,7 +176,7 @@ def attention(
     """q [s, b, n, d], k and v [s, b, g, d] -> [s, b, n, d]: causal, within documents where there are any."""
     lengths = (len(q),) if documents is None else documents.lengths
     assert sum(lengths) == len(q), f"documents of {sum(lengths)} rows do not divide {len(q)}"
-    return _Attention.apply(kernels, q, k, v, [0, *accumulate(lengths)])  # type: ignore[no-any-return, no-untyped-call]
+    return _Attention.apply(kernels, q, k, v, [0, *itertools.accumulate(lengths)])  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Attention(torch.autograd.Function):
