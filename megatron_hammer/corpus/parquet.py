@@ -82,7 +82,8 @@ def read_parquet(
             for first, batch in _batches(file, keys, place.offset, rows if file_range.end is None else file_range.end):
                 start, place = place, Position(first + batch.num_rows, first + batch.num_rows + 1)
                 raw, counted = size * place.offset // rows - counted, size * place.offset // rows
-                yield Block(file_range.source, "parquet", start, place, batch, batch.nbytes, raw, None)
+                texts = _as_strings(batch, keys)
+                yield Block(file_range.source, "parquet", start, place, texts, texts.nbytes, raw, None)
         except _parquet_errors() as error:
             trouble = _damaged_parquet(path, place.line, error), place
     last = file_range.end is None
@@ -113,16 +114,52 @@ def _batches(file: Any, keys: Sequence[str], start: int, end: int) -> Iterator[t
 
 
 def _check_columns(path: Path, schema: Any, keys: Sequence[str]) -> None:
-    import pyarrow.types as types
-
     for key in keys:
+        if schema.names.count(key) > 1:
+            raise DataError(7, str(path), f"has {schema.names.count(key)} columns {key!r}", "give them different names")
         index = schema.get_field_index(key)
         if index < 0:
             names = ", ".join(sorted(schema.names)[:8]) or "none"
             raise DataError(7, str(path), f"has no column {key!r} (its columns: {names})",
                             "name the column that holds the text")  # fmt: skip
-        kind = schema.field(index).type
-        if types.is_dictionary(kind):
-            kind = kind.value_type
-        if not (types.is_string(kind) or types.is_large_string(kind)):
+        if not _is_text(kind := schema.field(index).type):
             raise DataError(7, str(path), f"has {kind} in the column {key!r}", "the text must be a string")
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether values of this type are strings, or bytes that may be UTF-8, however they are stored."""
+    import pyarrow
+
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _is_text(kind.storage_type)
+    if isinstance(kind, pyarrow.DictionaryType):
+        return _is_text(kind.value_type)
+    return str(kind) in ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+
+
+def _as_strings(batch: Any, keys: Sequence[str]) -> Any:
+    """The batch with these columns as plain strings, which are checked for UTF-8 when they are taken out."""
+    for key in keys:
+        index = batch.schema.get_field_index(key)
+        column = batch.column(index)
+        plain = _plain_strings(column)
+        if plain is not column:
+            batch = batch.set_column(index, key, plain)
+    return batch
+
+
+def _plain_strings(column: Any) -> Any:
+    import pyarrow
+
+    if isinstance(column, pyarrow.ExtensionArray):
+        return _plain_strings(column.storage)
+    if isinstance(column, pyarrow.DictionaryArray):
+        return _plain_strings(column.dictionary_decode())
+    kind = str(column.type)
+    if kind == "binary":
+        return column.view(pyarrow.string())  # the same memory: whether it is UTF-8 shows row by row
+    if kind == "large_binary":
+        return column.view(pyarrow.large_string())
+    if kind in ("string_view", "binary_view"):  # offsets and pieces in several buffers: copied into one
+        return column.cast(pyarrow.large_binary()).view(pyarrow.large_string())
+    return column

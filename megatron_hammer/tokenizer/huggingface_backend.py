@@ -112,6 +112,13 @@ def _read_definition(path: Path) -> dict[str, Any]:
         raise _not_a_tokenizer(path, f"not valid JSON: {error}") from None
     if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
         raise _not_a_tokenizer(path, "it describes no tokenizer model")
+    if dropout := definition["model"].get("dropout"):
+        raise DataError(
+            13,
+            str(path),
+            f"has BPE dropout (model.dropout={dropout}): the same text would get other ids in every run",
+            'set "dropout": null in its "model"; training on random segmentations is not supported',
+        )
     return definition
 
 

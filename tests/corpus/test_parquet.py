@@ -11,6 +11,7 @@ import xxhash
 
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.corpus import file_blocks, long, parse, readers
+from megatron_hammer.corpus.documents import read_documents
 from tests.corpus.reading import blocks_of, rejected_of, texts_of
 
 
@@ -79,3 +80,55 @@ def test_long_rows_are_taken_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
         assert (parsed.long is not None) == (block.text_bytes > 3000)
     assert found == expected
     assert texts_of(path, blocks_of(path)) == expected
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["string", "large_string", "string_view", "binary", "large_binary", "binary_view", "dictionary",
+     "dictionary of bytes", "extension"],
+)  # fmt: skip
+def test_every_type_that_holds_text(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """string_view is what Polars writes; bytes are texts where they are UTF-8."""
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = ["plain", "今天", "", "\U0001f600 naïve", "x" * 100, "今天"]
+    values: list[str] | list[bytes] = [t.encode() for t in texts] if "binary" in kind or "bytes" in kind else texts
+    if kind.startswith("dictionary"):
+        column = pyarrow.array(values).dictionary_encode()
+    elif kind == "extension":
+        column = pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(values))
+    else:
+        column = pyarrow.array(values, getattr(pyarrow, kind)())
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"n": list(range(6)), "text": column}), path, row_group_size=4)
+    assert texts_of(path, blocks_of(path)) == texts
+    assert [d.text for d in read_documents(path, "text")] == texts
+    monkeypatch.setattr(file_blocks, "BLOCK_BYTES", 20)
+    monkeypatch.setattr(long, "LONG_BYTES", 50)
+    assert texts_of(path, blocks_of(path)) == texts
+
+
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "binary_view"])
+def test_bytes_that_are_no_text_cost_their_row(kind: str, tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    column = pyarrow.array([b"a", b"\xff\xfe", None, b"b"], getattr(pyarrow, kind)())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    with pytest.raises(DataError, match=r"E303.*a.parquet:2 is not valid UTF-8"):
+        texts_of(path, blocks_of(path))
+    errors: list[DataError] = []
+    assert [d.text for d in read_documents(path, "text", on_bad=errors.append)] == ["a", "b"]
+    assert [error.code for error in errors] == ["E303", "E307"]
+
+
+def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), path)
+    with pytest.raises(DataError, match=r"E307.*has 2 columns 'text'; give them different names"):
+        texts_of(path, blocks_of(path))

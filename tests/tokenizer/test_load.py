@@ -282,3 +282,17 @@ def test_damaged_configuration_beside_it(tmp_path: Path) -> None:
         (folder / "tokenizer_config.json").write_text(content)
         with pytest.raises(DataError, match=r"E313.*tokenizer_config\.json"):
             load_tokenizer(folder)
+
+
+def test_dropout_is_refused(tmp_path: Path) -> None:
+    """Two runs of preprocessing would differ."""
+    folder = write_folder(tmp_path, byte_level_backend())
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    for dropout, refused in ((0.1, True), (1.0, True), (0.0, False), (None, False)):
+        definition["model"]["dropout"] = dropout
+        (folder / "tokenizer.json").write_text(json.dumps(definition))
+        if refused:
+            with pytest.raises(DataError, match=rf"E313.*tokenizer.json has BPE dropout \(model.dropout={dropout}\)"):
+                load_tokenizer(folder)
+        else:
+            load_tokenizer(folder)
