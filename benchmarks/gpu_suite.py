@@ -71,7 +71,7 @@ class Part:
         return found[0] if found else 60 * self.minutes / entries
 
 
-END_TO_END = {"HammerLLM": 125, "compile": 110, "both": 100, "torchtitan": 65, "Megatron": 60, "": 42}
+END_TO_END = {"HammerLLM": 125, "compile": 110, "both": 100, "torchtitan": 65, "FSDP2": 65, "Megatron": 60, "": 42}
 PARTS = {  # in the order of their use
     "ceilings": Part("copy bandwidth; 8192^3 products in bf16 and fp8, burst and 5 s", 0.5, "ceilings:items"),
     "matmul": Part("every product of the step, the head at both vocabularies", 0.4, "matmul:items"),

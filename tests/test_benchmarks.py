@@ -81,6 +81,8 @@ def test_the_gpu_suite_runs_every_part_at_toy_size(suite: Any) -> None:
         ("kernels", "norm: torch", "backward_gb_per_second"),
         ("attention", "document: sdpa-documents", "backward_tflops"),
         ("head", "ours: torch", "tflops"),
+        *[("head", "torch's linear_cross_entropy, padded", "tflops")] * hasattr(torch.nn, "LinearCrossEntropyOptions"),
+        ("step", "FSDP2 (round 1)", "tokens_per_second"),
         ("step", "ours bf16, 32,000 pieces (round 2)", "tokens_per_second"),
         ("loop", "ours", "step_s_p99"),
         ("loop", "ours", "wait_ms"),

@@ -83,6 +83,8 @@ def ours(**groups: dict[str, Any]) -> Contestant:
         config, ctx = our_config(shape, **groups), ParallelContext.single(bench.device)
         te.check_here(config)
         fp8.check_here(config.kernels, bench.device)
+        if config.kernels.cuda_graph and not bench.cuda:
+            raise Missing("CUDA graphs need a GPU")
         model, optimizer = build(config, ctx)
         micro_batch = micro_batch_runner(config.kernels, optimizer.store)
         done = 0
@@ -362,6 +364,67 @@ def torchtitan(tuned: bool = False) -> Contestant:
             for tokens, labels in batches:
                 backward(tokens, labels, count)
             torch.nn.utils.clip_grad_norm_(parameters, CLIP, foreach=True)
+            optimizer.step()
+
+        return _timed(bench, step, shape, steps)
+
+    return run
+
+
+# ---- FSDP2: what torch alone has -------------------------------------------------------------------------------------
+
+
+class WithLoss(torch.nn.Module):
+    """Hugging Face's model up to the head, then torch's own head and loss in one where it has them."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        hidden, weight = self.model.model(input_ids=tokens).last_hidden_state.flatten(0, 1), self.model.lm_head.weight
+        if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            return F.cross_entropy(F.linear(hidden, weight).float(), labels.flatten())
+        options = torch.nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(hidden, weight, labels.flatten(), options=options)  # type: ignore[attr-defined]
+
+
+def fsdp2() -> Contestant:
+    """LlamaForCausalLM under ``fully_shard``: fp32 weights that each layer casts to bf16, gradients reduced in fp32,
+    each layer compiled, cuDNN's SDPA first, a padded vocabulary, ``F.linear_cross_entropy``, fused AdamW. On one rank
+    it gathers from itself: what FSDP2 costs beside communication.
+    """
+
+    def run(bench: Bench, shape: Shape, steps: int) -> list[Span]:
+        needed("transformers")
+        import torch.distributed as dist
+        from hf_trainer import llama
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(MASKLESS, maskless_sdpa)
+        if not dist.is_initialized():
+            store, device = dist.FileStore(tempfile.mkstemp()[1], 1), {"device_id": bench.device} if bench.cuda else {}
+            dist.init_process_group("nccl" if bench.cuda else "gloo", store=store, rank=0, world_size=1, **device)
+        mesh = init_device_mesh(bench.device.type, (1,))
+        with torch.device(bench.device):
+            model = WithLoss(llama(replace(shape, vocabulary=padded(shape.vocabulary)), MASKLESS))
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for layer in model.model.model.layers:
+            layer.compile()
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+        order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
+        def step(batches: list[tuple[Tensor, Tensor]]) -> None:
+            optimizer.zero_grad()
+            with sdpa_kernel(order, set_priority=True):
+                for i, (tokens, labels) in enumerate(batches):
+                    model.set_requires_gradient_sync(i == len(batches) - 1)
+                    (model(tokens, labels) / len(batches)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP, foreach=True)
             optimizer.step()
 
         return _timed(bench, step, shape, steps)

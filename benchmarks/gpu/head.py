@@ -27,6 +27,7 @@ from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.layers import LayerOptions
 
 CCE = {"CCE, all gradients": True, "CCE": False}  # on random inputs the second computes next to no gradient
+TORCHS_OWN = ("torch's linear_cross_entropy", "torch's linear_cross_entropy, padded")
 Pass = Callable[[Tensor, Tensor, Tensor], object]  # (hidden, weight, labels): forward and backward once
 
 
@@ -85,6 +86,13 @@ def cut_cross_entropy(bench: Bench, exact: bool) -> Pass:
     return run
 
 
+def torchs_own(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """torch's head and loss in one, a chunk of tokens at a time, with its own choice of chunk and sums."""
+    return F.linear_cross_entropy(  # type: ignore[attr-defined, no-any-return]
+        hidden.flatten(0, 1), weight, labels.t().flatten(), options=torch.nn.LinearCrossEntropyOptions()
+    )
+
+
 def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """bf16 logits, fp32 loss."""
     return F.cross_entropy(F.linear(hidden.flatten(0, 1), weight).float(), labels.t().flatten())
@@ -111,9 +119,11 @@ def measure(bench: Bench, name: str) -> Result:
     elif name in CCE:
         run = cut_cross_entropy(bench, CCE[name])
     else:
-        loss_of = hugging_face if name.startswith("HF") else plain
+        loss_of = torchs_own if name in TORCHS_OWN else hugging_face if name.startswith("HF") else plain
         if loss_of is hugging_face:
             needed("transformers")
+        elif loss_of is torchs_own and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            raise Missing(f"torch {torch.__version__} has no chunked F.linear_cross_entropy")
         compiled = torch.compile(loss_of, dynamic=False) if "compiled" in name else loss_of
         run = lambda x, w, y: compiled(x, w, y).backward()  # noqa: E731
 
@@ -135,5 +145,5 @@ def measure(bench: Bench, name: str) -> Result:
 
 def items(bench: Bench) -> dict[str, Item]:
     ours_first = [f"ours: {row.name}" for row in TABLES["loss"]]
-    peers = ["Liger", *CCE, "HF compiled", "HF compiled, padded", "HF", "plain", "plain compiled, padded"]
+    peers = ["Liger", *CCE, *TORCHS_OWN, "HF compiled", "HF compiled, padded", "HF", "plain", "plain compiled, padded"]
     return {name: partial(measure, bench, name) for name in ours_first + peers}

@@ -31,13 +31,14 @@ PEAK = 989.0  # TFLOP/s, the datasheet's dense bf16 of H100 SXM and H200
 OURS, OURS_SMALL, RECIPE = "ours bf16", "ours bf16, 32,000 pieces", "HammerLLM's recipe"
 TITAN = ("torchtitan 0.2.2", "torchtitan 0.2.2 tuned (chunked loss written here)")
 MEGATRON = ("Megatron core, local", "Megatron core, local + SDPA")
+FSDP2 = "FSDP2"
 PREDICTED = {  # contestant -> scenario of roofline.py
     OURS: "ours",
     "ours fp8": "ours fp8",
     OURS_SMALL: "ours",
     RECIPE: "HammerLLM",
     f"{RECIPE} tuned": "HF tuned",
-    **dict.fromkeys(TITAN, "torchtitan"),
+    **dict.fromkeys((*TITAN, FSDP2), "torchtitan"),
     **dict.fromkeys(MEGATRON, "Megatron core"),
 }
 OURS_SCENARIO = "ours"

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gpu.contestants import (
     Contestant,
+    fsdp2,
     hugging_face,
     hugging_face_memory_gib,
     megatron_core,
@@ -52,6 +53,7 @@ COMPETITORS: dict[str, Contestant] = {  # in the order of what should be known f
     "HammerLLM's recipe tuned": hugging_face("cudnn", tuned=True),
     "Megatron core, local + SDPA": megatron_core(fused_attention=True),
     "ours fp8": ours(kernels=FP8),
+    "FSDP2": fsdp2(),
     "ours bf16, 32,000 pieces": ours(),
     "torchtitan 0.2.2": torchtitan(),
     "Megatron core, local": megatron_core(fused_attention=False),

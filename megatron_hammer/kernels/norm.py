@@ -54,7 +54,7 @@ def add_rms_norm(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -
 
 
 def with_gradient(function: Callable[..., tuple[Tensor, Tensor]]) -> AddRMSNormFunction:
-    """What a layer calls, from a backend whose autograd returns the gradient of the weight: all but "fused"."""
+    """What a layer calls, from a backend whose autograd returns the gradient of the weight: all but ours."""
 
     def called(
         x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, gradient: Gradient | None = None

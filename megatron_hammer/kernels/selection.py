@@ -92,7 +92,7 @@ def select_operations(kernels: KernelsConfig, required: Requirements | None = No
 
     in_graph = kernels.compile == "layers" and required.mask == "document"
     return Operations(
-        load("norm") if chosen["norm"].name == "fused" else norm.with_gradient(load("norm")),
+        load("norm") if chosen["norm"].name in ("fused", "triton") else norm.with_gradient(load("norm")),
         load("rope"),
         load("swiglu"),
         attention.in_graph(chosen["attention"], device) if in_graph else chosen["attention"].load(device),
