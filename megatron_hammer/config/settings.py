@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -400,6 +401,14 @@ class CheckpointConfig:
         at_least("checkpoint", {"keep_last": self.keep_last}, 2)
 
 
+# What each service takes as the name of a project, and that in words.
+_PROJECT_NAMES = {
+    "wandb": (r"[^/\\#?%:]{1,128}", "1 to 128 characters, none of / \\ # ? % :,"),
+    "swanlab": (r"[0-9A-Za-z_\-+.]{1,100}", "1 to 100 letters, digits and _ - + ."),
+    "mlflow": (r".+", "not empty"),
+}
+
+
 @dataclass(frozen=True)
 class LogConfig:
     """What is shown; metrics.jsonl has every step whatever stands here."""
@@ -430,7 +439,13 @@ class LogConfig:
             "must name each service once",
             "take the second one out",
         )
-        require(bool(self.tracker_project), "log.tracker_project", "must not be empty", "name a project")
+        for service, (allowed, words) in _PROJECT_NAMES.items():
+            require(
+                service not in self.trackers or re.fullmatch(allowed, self.tracker_project) is not None,
+                f"log.tracker_project={self.tracker_project!r}",
+                f"must be {words} for {service}",
+                "choose another name",
+            )
         peak = self.peak_tflops
         require(
             peak is None or peak > 0, f"log.peak_tflops={peak}", "must be positive", "state the device's dense peak"

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import sys
@@ -134,6 +135,12 @@ class SwanLabClient:
         self.library.finish(**({"state": "crashed", "error": "the run failed"} if failed else {}))
 
 
+def mlflow_name(key: str) -> str:
+    """A key as MLflow takes it for a metric or parameter: a clean relative path of letters, digits and a few marks."""
+    parts = [part for part in re.sub(r"[^\w\-. :/]", "_", key).split("/") if part not in ("", ".", "..")]
+    return "/".join(parts) or "_"
+
+
 class MlflowClient:
     """MLflow. Parameters cannot change there: a later start's config is a file beside the first one's."""
 
@@ -145,8 +152,10 @@ class MlflowClient:
         self.client = library.tracking.MlflowClient(f"sqlite:///{folder}/mlflow.db" if run.offline else None)
         if run_id is None:
             run_id = self.client.create_run(self._experiment(run, folder), run_name=run.name).info.run_id
-            params = [Param(key, str(value)[:6000]) for key, value in flat(run.config).items()]  # the service's limit
-            for start in range(0, len(params), 100):  # another limit, of one request
+            params = list(
+                {mlflow_name(k): Param(mlflow_name(k), str(v)[:6000]) for k, v in flat(run.config).items()}.values()
+            )
+            for start in range(0, len(params), 100):  # the service's limit of a request, as 6,000 is of a value
                 self.client.log_batch(run_id, params=params[start : start + 100])
         self.run_id: str = run_id
         self.client.update_run(run_id, status="RUNNING")
@@ -163,9 +172,9 @@ class MlflowClient:
     def log(self, step: int, line: Line) -> None:
         """Numbers as metrics, text as tags, which keep the last."""
         now = int(time.time() * 1000)
-        metrics = [self.metric(key, value, now, step) for key, value in numbers(line).items()]
+        metrics = [self.metric(mlflow_name(key), value, now, step) for key, value in numbers(line).items()]
         self.client.log_batch(
-            self.run_id, metrics=metrics, tags=[self.tag(key, value) for key, value in texts(line).items()]
+            self.run_id, metrics=metrics, tags=[self.tag(mlflow_name(key), value) for key, value in texts(line).items()]
         )
 
     def close(self, failed: bool) -> None:

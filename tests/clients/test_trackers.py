@@ -23,12 +23,12 @@ from megatron_hammer.train.trackers import Trackers, check_trackers, environment
 name, output, first, last = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 check_trackers([name])
 config = load_config("examples/configs/tiny.yaml", [f"log.trackers={name}", "log.trackers_offline=true",
-    "log.tracker_run_name=锤子 1", f"train.output={output}", f"train.num_steps={last}"])
+    "log.tracker_run_name=锤子 1", "data.train={/a//数据 (1): 1}", f"train.output={output}", f"train.num_steps={last}"])
 said = []
 trackers = Trackers(config, first > 1, environment_of("cpu", 1), said.append)
 for step in range(first, last + 1):
     trackers.log({"step": step, "loss": 0.1 + 0.2, "skipped": False, "mfu": None, "samples_digest": f"digest{step}",
-                  "valid/zh/loss": float(step)})
+                  "valid/zh/loss": float(step), "valid/金融 (A)/loss": 0.5})
 trackers.close()
 assert not said, said
 """
@@ -75,7 +75,8 @@ def test_offline_files_of_the_real_client(client: tuple[str, Path], tmp_path: Pa
         read = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
         run_id, status, run_name, metrics, params, tags, history, files = read
         assert (run_id, status, run_name) == (ids[0], "FINISHED", "锤子 1")
-        assert metrics == {"loss": LOSS, "skipped": 0.0, "valid/zh/loss": 5.0} and tags["samples_digest"] == "digest5"
+        assert metrics == {"loss": LOSS, "skipped": 0.0, "valid/zh/loss": 5.0, "valid/金融 _A_/loss": 0.5}
+        assert tags["samples_digest"] == "digest5"
         assert history == [[step, float(step)] for step in range(1, 6)]
         assert params["model.hidden_size"] == "64" and params["train.num_steps"] == "3"
         assert len(files) == 2 and all(f.startswith("start-") for f in files)

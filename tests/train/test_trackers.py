@@ -19,6 +19,7 @@ from megatron_hammer.config import config_to_tree, load_config, to_yaml
 from megatron_hammer.train import trackers
 from megatron_hammer.train.metrics import Reporter
 from megatron_hammer.train.run import run_rank
+from megatron_hammer.train.tracker_process import mlflow_name
 from megatron_hammer.train.trackers import Trackers, check_trackers
 from tests.model.tiny import tiny_config
 from tests.train.runs import TINY, config_for, metrics, overrides, train_here
@@ -65,6 +66,23 @@ def test_config_takes_one_or_several() -> None:
         load_config(TINY, ["log.trackers=[swan]"])
     with pytest.raises(ConfigError, match=r"error\[E204\]: log\.trackers=.*once"):
         tiny_config(log__trackers=("wandb", "wandb")).validate(1)
+
+
+@pytest.mark.parametrize(
+    ("service", "project", "words"),
+    [("swanlab", "计划", "1 to 100 letters, digits"), ("swanlab", "a b", "1 to 100"), ("swanlab", "", "1 to 100"),
+     ("wandb", "a/b", "1 to 128 characters"), ("wandb", "x" * 129, "1 to 128"), ("mlflow", "", "not empty")],
+)  # fmt: skip
+def test_a_project_name_that_the_service_refuses_is_refused_at_once(service: str, project: str, words: str) -> None:
+    config = tiny_config(log__trackers=(service,), log__tracker_project=project)
+    with pytest.raises(ConfigError, match=rf"E204.*log\.tracker_project='{project}' must be {words}.* for {service}"):
+        config.validate(1)
+    tiny_config(log__tracker_project=project).validate(1)  # nobody reads it
+
+
+def test_names_that_mlflow_takes() -> None:
+    assert mlflow_name("valid/金融 (A)/loss") == "valid/金融 _A_/loss" and mlflow_name("a.b-c_d:e") == "a.b-c_d:e"
+    assert mlflow_name("data.train./tmp//x/../y/") == "data.train./tmp/x/y" and mlflow_name("/..") == "_"
 
 
 def test_a_run_tells_what_metrics_jsonl_has_and_goes_on_under_its_id(
@@ -156,6 +174,7 @@ def test_a_run_that_is_killed_is_told_as_failed(tmp_path: Path, told: Callable[[
     code = f"""
 import os, time
 from tests.model.tiny import tiny_config
+from megatron_hammer.train.tracker_process import mlflow_name
 from megatron_hammer.train.trackers import Trackers
 config = tiny_config(log__trackers=('wandb',), train__output={str(tmp_path / "run")!r})
 Trackers(config, False, {{}}, print).log({{'step': 1}})
