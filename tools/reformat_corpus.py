@@ -16,8 +16,9 @@ below it, in sorted order. Texts are not changed and keep their order; empty one
 
 --max-gb counts 10^9 UTF-8 bytes of text in an output, which ends before the first document that does not fit.
 
-Bad records end the program with file and line; --on-error skip leaves them out, with exact counts for each cause. A
-manifest beside the output (OUT.manifest.json) says sources, sizes, hashes and counts.
+Bad records end the program with file and line; --on-error skip leaves them out, with exact counts for each cause, and
+quarantine writes them to OUT.rejected.jsonl too. A manifest beside the output (OUT.manifest.json) says sources, sizes,
+hashes and counts.
 
 Quality filters are your own program's: keep the fields that it needs and pipe the lines through it, for example
     python tools/reformat_corpus.py chinesewebtext in/ --keep score --output all.jsonl
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus import reformat
+from megatron_hammer.corpus.documents import ON_ERROR
 from megatron_hammer.corpus.readers import TEXT_DOCUMENTS
 
 
@@ -45,7 +47,7 @@ def main() -> None:
     parser.add_argument("--text-documents", choices=TEXT_DOCUMENTS, default="blank-line",
                         help="a document of a .txt file is: all of it, each line, or what stands between empty lines "
                         "(default: blank-line)")  # fmt: skip
-    parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="(default: stop)")
+    parser.add_argument("--on-error", choices=ON_ERROR, default="stop", help="(default: stop)")
     args = parser.parse_args()
     if args.sets and args.kind != "pile":
         parser.error("--set is for pile")

@@ -6,7 +6,8 @@
 
 Every order is equally likely. Several inputs are merged at random in proportion to their lines: that is what a shuffle
 of all their lines is, so no second shuffle is needed. The same inputs (in the same order) and seed give the same bytes,
-whatever the memory and the compression. Lines are not parsed; they must not be empty and must end in a line break.
+whatever the memory and the compression. Lines are not parsed; they must not be empty and must end in a line break
+(or --on-error leaves them out).
 
 Text that does not fit into --memory-mb goes through temporary files of the same size beside the output: two reads and
 two writes in all. They are removed at the end and after errors; those of a killed run are removed by the next run with
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus import shuffle
+from megatron_hammer.corpus.documents import ON_ERROR
 
 
 def main() -> None:
@@ -27,8 +29,12 @@ def main() -> None:
     parser.add_argument("--memory-mb", type=int, default=shuffle.DEFAULT_MEMORY_BYTES // 1_000_000, metavar="M",
                         help="10^6 bytes of memory to use, beside the longest line (default: %(default)s)")  # fmt: skip
     parser.add_argument("--temporary", metavar="DIR", help="folder for temporary files (default: the output's)")
+    parser.add_argument("--on-error", choices=ON_ERROR, default="stop",
+                        help="an empty line, or a last one without a line break: end, leave it out, or also write it "
+                        "to OUT.rejected.jsonl (default: stop)")  # fmt: skip
     args = parser.parse_args()
-    print(shuffle.shuffle_lines(args.inputs, args.output, args.seed, args.memory_mb * 1_000_000, args.temporary))
+    memory = args.memory_mb * 1_000_000
+    print(shuffle.shuffle_lines(args.inputs, args.output, args.seed, memory, args.temporary, args.on_error))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ exactly N distinct texts and their copies; P.split.json then says the fraction t
 from __future__ import annotations
 
 from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.corpus.documents import ON_ERROR
 from megatron_hammer.corpus.split import split_corpus
 
 
@@ -25,6 +26,9 @@ def main() -> None:
     held_out = parser.add_mutually_exclusive_group(required=True)
     held_out.add_argument("--valid-fraction", type=float, metavar="F", help="expected share of texts held out")
     held_out.add_argument("--valid-documents", type=int, metavar="N", help="distinct texts held out")
+    parser.add_argument("--on-error", choices=ON_ERROR, default="stop",
+                        help="a document that cannot be used: end, leave it out, or also write it to P.rejected.jsonl "
+                        "(default: stop)")  # fmt: skip
     args = parser.parse_args()
     summary = split_corpus(
         args.inputs,
@@ -33,6 +37,7 @@ def main() -> None:
         valid_fraction=args.valid_fraction,
         valid_documents=args.valid_documents,
         key=args.json_key,
+        on_error=args.on_error,
     )
     print(summary)
 

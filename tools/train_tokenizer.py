@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import get_args
 
 from megatron_hammer.base.cli import ArgumentParser, run
-from megatron_hammer.corpus.documents import TextCorpus
+from megatron_hammer.corpus.documents import ON_ERROR, Skipped, TextCorpus
 from megatron_hammer.corpus.readers import TEXT_DOCUMENTS
 from megatron_hammer.tokenizer import train
 from megatron_hammer.tokenizer.required_characters import TABLE_NAME, read_required
@@ -54,24 +55,30 @@ def main() -> None:
     parser.add_argument("--sample-bytes", type=int, default=train.SAMPLE_BYTES,
                         help="of more text than this, a sample is used (default: %(default)s)")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1, help="threads for counting, BPE only (default: 1)")
+    parser.add_argument("--on-error", choices=ON_ERROR, default="stop",
+                        help="a document that cannot be used: end, leave it out, or also write it to "
+                        "OUTPUT.rejected.jsonl (default: stop)")  # fmt: skip
     args = parser.parse_args()
 
     started = time.monotonic()
-    tokenizer = train.train_tokenizer(
-        TextCorpus(args.input, args.json_key, args.text_documents),
-        args.output,
-        args.vocab_size,
-        model_type=args.model_type,
-        character_coverage=args.character_coverage,
-        user_defined_symbols=read_symbols(args.user_defined_symbols) if args.user_defined_symbols else (),
-        required_characters=read_required(args.required_characters).characters if args.required_characters else "",
-        max_sentence_bytes=args.max_sentence_bytes,
-        sample_bytes=args.sample_bytes,
-        threads=args.threads,
-        report=lambda line: print(line, file=sys.stderr, flush=True),
-    )
+    skipped = Skipped(args.on_error, Path(f"{args.output.rstrip('/')}.rejected.jsonl"))
+    with skipped:
+        tokenizer = train.train_tokenizer(
+            TextCorpus(args.input, args.json_key, args.text_documents, skipped.on_bad),
+            args.output,
+            args.vocab_size,
+            model_type=args.model_type,
+            character_coverage=args.character_coverage,
+            user_defined_symbols=read_symbols(args.user_defined_symbols) if args.user_defined_symbols else (),
+            required_characters=read_required(args.required_characters).characters if args.required_characters else "",
+            max_sentence_bytes=args.max_sentence_bytes,
+            sample_bytes=args.sample_bytes,
+            threads=args.threads,
+            report=lambda line: print(line, file=sys.stderr, flush=True),
+        )
     print(f"{tokenizer.path}: {tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint}, "
           f"{time.monotonic() - started:.1f} s")  # fmt: skip
+    print(*skipped.lines(), sep="\n", end="\n" if skipped.counts else "")
 
 
 if __name__ == "__main__":

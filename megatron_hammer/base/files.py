@@ -30,6 +30,10 @@ from megatron_hammer.base.locks import take_lock
 BUFFER_BYTES = 2**20  # read at once while hashing
 
 
+class StaleState(Exception):
+    """What an interrupted run left is gone, or another run's: its work cannot be gone on with."""
+
+
 def sync_folder(path: Path) -> None:
     """Make the names in a folder (files made, renamed, removed) durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

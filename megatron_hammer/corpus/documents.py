@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import orjson
 import xxhash
@@ -27,8 +27,9 @@ from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.files import publish, replace_file, sha256_file
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.corpus import jsonl
-from megatron_hammer.corpus.file_blocks import Block, FileRange
-from megatron_hammer.corpus.parse import parse_block
+from megatron_hammer.corpus.file_blocks import START, Block, FileRange, Position
+from megatron_hammer.corpus.parse import Rejected, note_of, parse_block
+from megatron_hammer.corpus.quarantine import RejectedFile
 from megatron_hammer.corpus.readers import expand_inputs, read_range
 
 _BUFFER_BYTES = 1 << 20
@@ -45,19 +46,43 @@ class Document(NamedTuple):
     """The JSON line without its LF, as it is in the file; empty for parquet."""
     where: str
     """File and line, for messages."""
+    place: Position = START
+
+
+OnError = Literal["stop", "skip", "quarantine"]
+"""What happens at a document that cannot be used: the program ends, or it is left out, or written to a file too."""
+ON_ERROR: tuple[OnError, ...] = get_args(OnError)
+OnBad = Callable[[Rejected], None]
 
 
 class Skipped:
-    """Counts what is left out: bad documents by the code of their error, and what else the caller names."""
+    """Counts what is left out: bad documents by the code of their error, and what else the caller names.
 
-    def __init__(self) -> None:
+    A context manager: the quarantine file gets its name when the ``with`` block ends well.
+
+    Args:
+        on_error: what the user asked for.
+        quarantine: the file for ``quarantine``; one of an earlier run is replaced, or removed where none is asked for.
+    """
+
+    def __init__(self, on_error: OnError = "skip", quarantine: Path | None = None) -> None:
         self.counts: Counter[str] = Counter()
         self.first: dict[str, str] = {}
         """The first message of each code."""
+        self.on_bad: OnBad | None = None if on_error == "stop" else self.add
+        """For the reading functions."""
+        self._file: RejectedFile | None = None
+        if quarantine is not None:
+            quarantine.unlink(missing_ok=True)
+            if on_error == "quarantine":
+                quarantine.parent.mkdir(parents=True, exist_ok=True)
+                self._file = RejectedFile(quarantine)
 
-    def add(self, error: DataError) -> None:
-        self.counts[error.code] += 1
-        self.first.setdefault(error.code, f"{error.what} {error.rule}")
+    def add(self, rejected: Rejected) -> None:
+        self.counts[rejected.code] += 1
+        self.first.setdefault(rejected.code, rejected.message)
+        if self._file is not None:
+            self._file.write(rejected.path, [rejected])
 
     def lines(self) -> list[str]:
         """For people: a line a cause, sorted."""
@@ -65,6 +90,25 @@ class Skipped:
             f"left out for {cause}: {count:,}" + (f" (first: {self.first[cause]})" if cause in self.first else "")
             for cause, count in sorted(self.counts.items())
         ]
+
+    def describe(self) -> dict[str, int]:
+        """For a manifest."""
+        return dict(sorted(self.counts.items()))
+
+    def __enter__(self) -> Skipped:
+        if self._file is not None:
+            self._file.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.__exit__(kind, error, trace)
+
+
+def ignore(rejected: Rejected) -> None:
+    """For another reading of the same documents."""
 
 
 class TextCorpus:
@@ -77,18 +121,28 @@ class TextCorpus:
         inputs: files, folders, patterns.
         key: field or column that holds the text.
         text_documents: what a document of a ``.txt`` file is, see ``readers.TEXT_DOCUMENTS``.
+        on_bad: gets each document that cannot be used, in the first reading; None: it is an error.
 
     Raises:
         DataError: E301 an input that names no file.
     """
 
-    def __init__(self, inputs: Iterable[str | Path], key: str = "text", text_documents: str = "file") -> None:
+    def __init__(
+        self,
+        inputs: Iterable[str | Path],
+        key: str = "text",
+        text_documents: str = "file",
+        on_bad: OnBad | None = None,
+    ) -> None:
         self.paths = expand_inputs(inputs)  # a name that is wrong should not be found out after an hour's reading
-        self.key, self.text_documents = key, text_documents
+        self.key, self.text_documents, self._on_bad = key, text_documents, on_bad
 
     def __iter__(self) -> Iterator[str]:
+        on_bad = self._on_bad
+        if on_bad is not None:
+            self._on_bad = ignore
         for path in self.paths:
-            for texts, _ in read_texts(path, self.key, text_documents=self.text_documents):
+            for texts, _ in read_texts(path, self.key, text_documents=self.text_documents, on_bad=on_bad):
                 yield from filter(None, texts)
 
     def describe(self) -> list[dict[str, Any]]:
@@ -102,13 +156,18 @@ def read_texts(
     progress: Progress | None = None,
     hashes: dict[Path, str] | None = None,
     text_documents: str = "file",
+    on_bad: OnBad | None = None,
 ) -> Iterator[tuple[list[str], int]]:
-    """The texts of any file, strictly, some at once, with the uncompressed bytes that hold them.
+    """The texts of any file, some at once, with the uncompressed bytes that hold them.
 
     Arguments and errors are those of ``read_documents``; ``text_documents`` says what a document of a ``.txt`` file is.
     """
-    for block in read_range(path, FileRange(0), [key], text_documents):
-        yield parse_block(block, path, [key], strict=True).texts[0], block.text_bytes
+    for block in read_range(path, FileRange(0), [key], text_documents, lenient=on_bad is not None):
+        parsed = parse_block(block, path, [key], strict=on_bad is None)
+        yield parsed.texts[0], block.text_bytes
+        for rejected in parsed.rejected:
+            assert on_bad is not None, "strict parsing raises"
+            on_bad(rejected._replace(path=path))
         _note(block, path, progress, hashes)
 
 
@@ -116,7 +175,7 @@ def read_documents(
     path: Path,
     key: str,
     columns: Sequence[str] = (),
-    on_bad: Callable[[DataError], None] | None = None,
+    on_bad: OnBad | None = None,
     progress: Progress | None = None,
     hashes: dict[Path, str] | None = None,
     text_documents: str = "blank-line",
@@ -127,7 +186,7 @@ def read_documents(
         path: ``.jsonl`` or ``.txt``, also ``.gz`` and ``.zst``, or ``.parquet``.
         key: the field or column that holds the text.
         columns: further columns to read from a parquet file.
-        on_bad: gets the error of each document (or rest of a file) that cannot be used. None: it is raised.
+        on_bad: gets each document (or rest of a file) that cannot be used. None: its error is raised.
         progress: advanced by the bytes on disk.
         hashes: gets the XXH3-128 of the file (of the bytes on disk) when it has been read to its end.
         text_documents: what a document of a ``.txt`` file is.
@@ -137,10 +196,10 @@ def read_documents(
         ConfigError: E276 parquet without its library.
     """
 
-    def bad(error: DataError) -> None:
+    def bad(error: DataError, place: Position, raw: bytes | bytearray | None) -> None:
         if on_bad is None:
             raise error
-        on_bad(error)
+        on_bad(note_of(error, place, raw, path))
 
     names = list(dict.fromkeys([key, *columns]))
     for block in read_range(path, FileRange(0), names, text_documents, lenient=on_bad is not None):
@@ -151,8 +210,11 @@ def read_documents(
         else:
             yield from _texts(block, path, key, bad)
         if block.trouble is not None:
-            bad(block.trouble[0])
+            bad(*block.trouble, None)
         _note(block, path, progress, hashes)
+
+
+_Bad = Callable[[DataError, Position, "bytes | bytearray | None"], None]
 
 
 def _note(block: Block, path: Path, progress: Progress | None, hashes: dict[Path, str] | None) -> None:
@@ -162,7 +224,7 @@ def _note(block: Block, path: Path, progress: Progress | None, hashes: dict[Path
         hashes[path] = block.file_hash
 
 
-def _objects(block: Block, path: Path, key: str, bad: Callable[[DataError], None]) -> Iterator[Document]:
+def _objects(block: Block, path: Path, key: str, bad: _Bad) -> Iterator[Document]:
     offset = block.start.offset
     lines = block.data.split(b"\n")
     if not lines[-1]:
@@ -175,36 +237,39 @@ def _objects(block: Block, path: Path, key: str, bad: Callable[[DataError], None
             error = jsonl.diagnose(path, number, offset, line, key)
             if error.number == 9:
                 raise error from None  # the whole file is something else than its name says
-            bad(error)
+            bad(error, Position(offset, number), line)
         else:
-            yield Document(text, fields, bytes(line), f"{path}:{number}")
+            yield Document(text, fields, bytes(line), f"{path}:{number}", Position(offset, number))
         offset += len(line) + 1
 
 
-def _texts(block: Block, path: Path, key: str, bad: Callable[[DataError], None]) -> Iterator[Document]:
+def _texts(block: Block, path: Path, key: str, bad: _Bad) -> Iterator[Document]:
     try:
         texts = parse_block(replace(block, trouble=None), path, [key], strict=True).texts[0]
     except DataError as error:  # not UTF-8: a text file has no lines to leave out one by one
-        bad(error)
+        bad(error, block.start, block.data)
         return
     for text in texts:
         yield Document(text, {key: text}, b"", str(path))
 
 
-def _rows(
-    block: Block, path: Path, key: str, names: Sequence[str], bad: Callable[[DataError], None]
-) -> Iterator[Document]:
+def _rows(block: Block, path: Path, key: str, names: Sequence[str], bad: _Bad) -> Iterator[Document]:
     if block.data is None:
         return
     for row in range(block.data.num_rows):
-        where = f"{path}:{block.start.line + row}"
+        place = Position(block.start.offset + row, block.start.line + row)
+        where = f"{path}:{place.line}"
         try:
             fields = {name: block.data.column(name)[row].as_py() for name in names}
         except UnicodeDecodeError as error:
-            bad(DataError(3, where, f"is not valid UTF-8 at byte {error.start}", "convert the text to UTF-8"))
+            bad(
+                DataError(3, where, f"is not valid UTF-8 at byte {error.start}", "convert the text to UTF-8"),
+                place,
+                None,
+            )
             continue
         if fields[key] is None:
-            bad(DataError(7, where, f"has null under {key!r}", "the text must be a string"))
+            bad(DataError(7, where, f"has null under {key!r}", "the text must be a string"), place, None)
         else:
             yield Document(fields[key], fields, b"", where)
 

@@ -35,6 +35,8 @@ class Rejected(NamedTuple):
     """The line, or the begin of a long one; None where there is none (a damaged file, say)."""
     size: int
     """Bytes of the whole line."""
+    path: Path = Path()
+    """The file, where the receiver does not know it."""
 
 
 @dataclass
@@ -71,14 +73,15 @@ def parse_block(block: Block, path: Path, keys: Sequence[str], strict: bool, in_
     if block.trouble is not None:
         if strict:
             raise block.trouble[0]
-        parsed.rejected.append(_note(*block.trouble, None))
+        parsed.rejected.append(note_of(*block.trouble, None))
     return parsed
 
 
-def _note(error: DataError, place: Position, raw: bytes | bytearray | None) -> Rejected:
+def note_of(error: DataError, place: Position, raw: bytes | bytearray | None, path: Path | None = None) -> Rejected:
+    """What is kept of a document that is not taken."""
     size = 0 if raw is None else len(raw) - (raw[-1:] == b"\n")
     line = None if raw is None else bytes(memoryview(raw)[: min(size, _RAW_BYTES)])
-    return Rejected(place, error.code, f"{error.what} {error.rule}", line, size)
+    return Rejected(place, error.code, f"{error.what} {error.rule}", line, size, path or Path())
 
 
 def _is_one_document(block: Block) -> bool:
@@ -108,7 +111,7 @@ def _parse_long(block: Block, path: Path, keys: Sequence[str], strict: bool) -> 
     except DataError as error:
         if strict or error.number == 9:
             raise
-        parsed.rejected.append(_note(error, block.start, None if block.kind == "parquet" else block.data))
+        parsed.rejected.append(note_of(error, block.start, None if block.kind == "parquet" else block.data))
     return parsed
 
 
@@ -176,7 +179,7 @@ def _parse_line_by_line(
             error = jsonl.diagnose(path, number, offset, line, key)
             if strict or error.number == 9:
                 raise error from None
-            parsed.rejected.append(_note(error, Position(offset, number), line))
+            parsed.rejected.append(note_of(error, Position(offset, number), line))
         else:
             for column, text in zip(parsed.texts, found):
                 column.append(text)
@@ -208,7 +211,7 @@ def _parse_text(block: Block, path: Path, num_keys: int, strict: bool) -> Parsed
             )
             if strict:
                 raise error_line
-            parsed.rejected.append(_note(error_line, place, piece))
+            parsed.rejected.append(note_of(error_line, place, piece))
     return parsed
 
 
@@ -261,5 +264,5 @@ def _parse_rows(block: Block, path: Path, keys: Sequence[str], strict: bool) -> 
         elif strict:
             raise error
         else:
-            parsed.rejected.append(_note(error, place, None))
+            parsed.rejected.append(note_of(error, place, None))
     return parsed

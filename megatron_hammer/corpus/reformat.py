@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import xxhash
 
@@ -28,12 +28,14 @@ from megatron_hammer.base.progress import Progress
 from megatron_hammer.corpus.documents import (
     Document,
     LineWriter,
+    OnError,
     Skipped,
     describe_sources,
     read_documents,
     text_line,
     write_manifest,
 )
+from megatron_hammer.corpus.parse import note_of
 from megatron_hammer.corpus.readers import expand_inputs, kind_of
 
 KINDS = ("chinesewebtext", "refinedweb", "pile", "jsonl", "parquet", "text")
@@ -72,7 +74,7 @@ class _Job:
     max_bytes: int | None
     output: Path
     text_documents: str
-    skipped: Skipped = field(default_factory=Skipped)
+    skipped: Skipped
     writers: dict[str, LineWriter] = field(default_factory=dict)
     """By set; by the empty string where there is one output."""
     full: set[str] = field(default_factory=set)
@@ -89,7 +91,7 @@ def reformat_corpus(
     sets: Sequence[str] = (),
     keep: Sequence[str] = (),
     max_bytes: int | None = None,
-    on_error: Literal["stop", "skip"] = "stop",
+    on_error: OnError = "stop",
     text_documents: str = "blank-line",
 ) -> ReformatSummary:
     """Write the documents of a published source as JSON lines, with a manifest beside.
@@ -103,7 +105,8 @@ def reformat_corpus(
         sets: of the Pile, the ``pile_set_name`` of the sets to take, into one file.
         keep: fields that are copied beside the text where a document has them.
         max_bytes: most UTF-8 bytes of text in an output; it ends before the first document that does not fit.
-        on_error: ``skip`` leaves bad documents out and counts them by the code of their error.
+        on_error: ``skip`` leaves bad documents out and counts them by the code of their error; ``quarantine`` writes
+            them to a file beside the output too.
         text_documents: what a document of a ``.txt`` file is, see ``readers.TEXT_DOCUMENTS``.
 
     Raises:
@@ -114,15 +117,18 @@ def reformat_corpus(
         raise ConfigError(87, f"--max-gb={max_bytes / 1e9:g}", "must be positive", "leave it out to take everything")
     if "text" in keep:
         raise ConfigError(88, "--keep text", "is what the text itself is called", "leave it out")
-    job = _Job(kind, key or DEFAULT_KEYS[kind], sets, keep, max_bytes, Path(output), text_documents)
-    by_set = kind == "pile" and not sets
-    if by_set and job.output.is_file():
+    by_set, target = kind == "pile" and not sets, Path(output)
+    if by_set and target.is_file():
         raise ConfigError(88, f"--output {output}", "is a file, and the sets need a folder", "name a folder, or --set")
     paths = _input_files(kind, inputs)
+    rejected = target / "rejected.jsonl" if by_set else target.with_name(f"{target.name}.rejected.jsonl")
+    skipped = Skipped(on_error, rejected)
+    job = _Job(kind, key or DEFAULT_KEYS[kind], sets, keep, max_bytes, target, text_documents, skipped)
     manifest = job.output / "manifest.json" if by_set else job.output.with_name(f"{job.output.name}.manifest.json")
     manifest.unlink(missing_ok=True)  # from here on it would not describe what lies beside it
     with ExitStack() as stack, Progress(f"reformatting {kind}", sum(p.stat().st_size for p in paths)) as progress:
-        _copy(job, paths, by_set, on_error == "skip", stack, progress)
+        stack.enter_context(job.skipped)
+        _copy(job, paths, by_set, stack, progress)
         if not any(writer.documents for writer in job.writers.values()):
             raise DataError(2, ", ".join(map(str, inputs)), "holds no document to write",
                             "check the inputs, --set and --max-gb")  # fmt: skip
@@ -135,7 +141,7 @@ def reformat_corpus(
         "sources": describe_sources(paths, job.hashes),
         "outputs": outputs,
         "full": full,
-        "left_out": dict(sorted(job.skipped.counts.items())),
+        "left_out": job.skipped.describe(),
     }  # fmt: skip
     write_manifest(manifest, content)
     return ReformatSummary(outputs, job.skipped, full)
@@ -160,21 +166,21 @@ def _input_files(kind: str, inputs: Sequence[str | Path]) -> list[Path]:
     return fitting
 
 
-def _copy(job: _Job, paths: list[Path], by_set: bool, lenient: bool, stack: ExitStack, progress: Progress) -> None:
+def _copy(job: _Job, paths: list[Path], by_set: bool, stack: ExitStack, progress: Progress) -> None:
     if not by_set:
         job.writers[""] = stack.enter_context(LineWriter(job.output))
     columns = job.keep if job.kind in _PARQUET_KINDS else ()
     for path in paths:
-        on_bad = job.skipped.add if lenient else None
-        for document in read_documents(path, job.key, columns, on_bad, progress, job.hashes, job.text_documents):
+        on_bad, kind = job.skipped.on_bad, job.text_documents
+        for document in read_documents(path, job.key, columns, on_bad, progress, job.hashes, kind):
             name = ""
             if job.kind == "pile":
                 found = _set_of(document)
                 if found is None:
                     error = DataError(7, document.where, "has no string under meta.pile_set_name", "mend the line")
-                    if not lenient:
+                    if on_bad is None:
                         raise error
-                    job.skipped.add(error)
+                    on_bad(note_of(error, document.place, document.line, path))
                     continue
                 if job.sets and found not in job.sets:
                     job.skipped.counts["another set"] += 1

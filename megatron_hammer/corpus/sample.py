@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,7 +23,16 @@ import xxhash
 
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.progress import Progress
-from megatron_hammer.corpus.documents import LineWriter, describe_sources, read_texts, text_line, write_manifest
+from megatron_hammer.corpus.documents import (
+    LineWriter,
+    OnBad,
+    OnError,
+    Skipped,
+    describe_sources,
+    read_texts,
+    text_line,
+    write_manifest,
+)
 from megatron_hammer.corpus.readers import expand_inputs
 from megatron_hammer.corpus.seeds import hash_seed
 
@@ -47,12 +56,13 @@ class SampleSummary:
     """Read, copies and empty ones included."""
     whole: bool
     """The corpus ended before ``train`` was full."""
+    skipped: Skipped = field(default_factory=Skipped)
 
     def __str__(self) -> str:
         parts = [f"{p['name']}: {p['documents']:,} documents, {p['text_bytes'] / 1e6:,.3f} MB of text"
                  for p in (self.train, self.valid)]  # fmt: skip
         note = ", which hold less than asked for: all of it was taken" if self.whole else ""
-        return "\n".join([*parts, f"from {self.documents:,} documents{note}"])
+        return "\n".join([*parts, f"from {self.documents:,} documents{note}", *self.skipped.lines()])
 
 
 def sample_corpus(
@@ -63,6 +73,7 @@ def sample_corpus(
     seed: int,
     *,
     key: str = "text",
+    on_error: OnError = "stop",
 ) -> SampleSummary:
     """Write ``train.jsonl``, ``valid.jsonl`` and ``manifest.json`` into the folder ``output``, texts by their hashes.
 
@@ -71,6 +82,8 @@ def sample_corpus(
         train_bytes: UTF-8 bytes of text; each part ends with the document that reaches its size.
         valid_bytes: the same; 0 for none.
         key: the field or column that holds the text.
+        on_error: a document that cannot be used is an error, or left out and counted, or written to
+            ``rejected.jsonl`` too.
 
     Raises:
         ConfigError: E287 a size out of range, E288 a bad output.
@@ -85,8 +98,9 @@ def sample_corpus(
     paths = expand_inputs(inputs)
     folder.mkdir(parents=True, exist_ok=True)
     hashes: dict[Path, str] = {}
-    with tempfile.TemporaryFile(dir=folder) as spool, Progress("sampling", sum(p.stat().st_size for p in paths)) as bar:
-        documents, kept = _collect(paths, key, seed, train_bytes + valid_bytes, spool, bar, hashes)
+    skipped, size = Skipped(on_error, folder / "rejected.jsonl"), sum(p.stat().st_size for p in paths)
+    with tempfile.TemporaryFile(dir=folder) as spool, skipped, Progress("sampling", size) as bar:
+        documents, kept = _collect(paths, key, seed, train_bytes + valid_bytes, spool, bar, hashes, skipped.on_bad)
         valid = _cut(kept, valid_bytes)
         train = _cut(kept[len(valid) :], train_bytes)
         if not train or (valid_bytes and not valid):
@@ -94,7 +108,7 @@ def sample_corpus(
                             "lower --valid-mb, or give more text")  # fmt: skip
         (folder / "manifest.json").unlink(missing_ok=True)  # it would not describe what lies beside it
         written = [_write(folder / f"{name}.jsonl", part, spool) for name, part in (("train", train), ("valid", valid))]
-    summary = SampleSummary(written[0], written[1], documents, sum(k.size for k in train) < train_bytes)
+    summary = SampleSummary(written[0], written[1], documents, sum(k.size for k in train) < train_bytes, skipped)
     content = {
         "seed": seed,
         "key": key,
@@ -103,7 +117,7 @@ def sample_corpus(
         "documents_read": documents,
         "sources": describe_sources(paths, hashes),
         "outputs": written,
-    }
+    } | ({"left_out": skipped.describe()} if skipped.counts else {})
     write_manifest(folder / "manifest.json", content)
     return summary
 
@@ -116,6 +130,7 @@ def _collect(
     spool: BinaryIO,
     progress: Progress,
     hashes: dict[Path, str],
+    on_bad: OnBad | None,
 ) -> tuple[int, list[_Kept]]:
     """How many documents there are, and those with the smallest hashes, in the order of their hashes."""
     hashing = hash_seed(seed, "sample")
@@ -123,7 +138,8 @@ def _collect(
     held: set[int] = set()
     documents = total = longest = written = 0
     for path in paths:
-        for text in (text for texts, _ in read_texts(path, key, progress, hashes) for text in texts):
+        read = read_texts(path, key, progress, hashes, on_bad=on_bad)
+        for text in (text for texts, _ in read for text in texts):
             documents += 1
             content = text.encode()
             # 128 bits: here an accidental equality would lose a text.

@@ -37,7 +37,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -46,6 +46,7 @@ import numpy as np
 from megatron_hammer.base.errors import ConfigError, DataError, DiskError
 from megatron_hammer.base.files import open_alone, publish
 from megatron_hammer.base.progress import Progress
+from megatron_hammer.corpus.documents import OnError, Skipped
 from megatron_hammer.corpus.seeds import hash_seed
 from megatron_hammer.corpus.shuffle_buckets import LINE_OVERHEAD, Bucket, Buckets, Lines
 from megatron_hammer.corpus.shuffle_input import LineBlock, LineReader, check_lines, line_ends, no_line_break
@@ -72,6 +73,7 @@ class ShuffleSummary:
     buckets: int
     """0: all was held in memory, without temporary files."""
     seconds: float
+    skipped: Skipped = field(default_factory=Skipped)
 
     def __str__(self) -> str:
         way = f"{self.buckets:,} buckets on disk" if self.buckets else "in memory"
@@ -79,7 +81,7 @@ class ShuffleSummary:
         return (
             f"{self.output}: {self.lines:,} lines, {self.bytes / 1e6:,.1f} MB, seed {self.seed}, {way}, "
             f"{self.seconds:,.1f} s: {rate:,.0f} MB/s"
-        )
+        ) + "".join(f"\n{line}" for line in self.skipped.lines())
 
 
 def shuffle_lines(
@@ -88,6 +90,7 @@ def shuffle_lines(
     seed: int,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     temporary: str | Path | None = None,
+    on_error: OnError = "stop",
 ) -> ShuffleSummary:
     """Write the lines of all inputs in random order.
 
@@ -97,6 +100,8 @@ def shuffle_lines(
         seed: any integer; the order is a function of the seed and of the lines' numbers.
         memory_bytes: what the process may use, a few times the longest line on top; the result does not depend on it.
         temporary: a folder for the buckets, which take as much disk as the uncompressed text (default: the output's).
+        on_error: an empty line, and a last line without a line break, is an error, or left out and counted, or written
+            to ``OUT.rejected.jsonl`` too.
 
     Raises:
         ConfigError: E287 too little memory, E288 bad output or an input named twice.
@@ -104,7 +109,7 @@ def shuffle_lines(
             break; E363 another process writes this output.
         DiskError: E601 the disk has too little room.
     """
-    with Shuffle(inputs, output, seed, memory_bytes, temporary) as shuffle:
+    with Shuffle(inputs, output, seed, memory_bytes, temporary, on_error) as shuffle, shuffle.skipped:
         shuffle.scatter()
         return shuffle.gather()
 
@@ -119,6 +124,7 @@ class Shuffle:
         seed: int,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
         temporary: str | Path | None = None,
+        on_error: OnError = "stop",
     ) -> None:
         self.inputs = [Path(path) for path in inputs]
         self.output, self.seed = Path(output), seed
@@ -126,7 +132,8 @@ class Shuffle:
             raise ConfigError(87, f"--memory-mb={memory_bytes / 1e6:g}", "is too little to work with",
                               f"give {MIN_MEMORY_BYTES / 1e6:.0f} or more")  # fmt: skip
         _check_names(self.inputs, self.output)
-        sizes = _check_inputs(self.inputs)
+        sizes = _check_inputs(self.inputs, on_error != "stop")
+        self.skipped = Skipped(on_error, self.output.with_name(f"{self.output.name}.rejected.jsonl"))
         self.plain = not any(map(is_compressed, self.inputs))
         self.total_bytes = sum(sizes)  # of text; an estimate where compressed
         if not self.plain:
@@ -204,7 +211,7 @@ class Shuffle:
         bits = 0
         while bits < MAX_BUCKET_BITS and self.total_bytes > 0.7 * self.bucket_weight * (1 << bits):
             bits += 1  # 0.7: buckets differ in size, few of them should need another pass
-        reader = LineReader(self.inputs)
+        reader = LineReader(self.inputs, self.skipped.on_bad is not None)
         buckets = Buckets(self.folder, "", bits)
         ahead = self._reading.submit(reader.fill, bytearray(self.block_bytes))
         try:
@@ -240,10 +247,13 @@ class Shuffle:
         last = block.files[-1]
         for ends in line_ends(block.buffer, block.used, self.segment_lines):
             starts = np.concatenate([[start], ends[:-1]])
-            check_lines(block, starts, ends, self._lines_before)
             start = int(ends[-1])
             of_last_file += len(ends) - int(np.searchsorted(ends, last.offset, side="right"))
-            yield Lines(block.buffer, starts, ends, self._keys.random_raw(len(ends)))
+            starts, ends = check_lines(block, starts, ends, self._lines_before, self.skipped.on_bad)
+            if len(ends):
+                yield Lines(block.buffer, starts, ends, self._keys.random_raw(len(ends)))
+        for rejected in block.cut_off:
+            self.skipped.add(rejected)
         self._lines_before = of_last_file + (self._lines_before if last.continued else 0)
 
     # ---- second pass ----
@@ -263,7 +273,7 @@ class Shuffle:
         publish(self._result, self.output)
         self._published = True
         seconds = time.monotonic() - self._started
-        return ShuffleSummary(self.output, self.lines, self.bytes, self.seed, self.buckets, seconds)
+        return ShuffleSummary(self.output, self.lines, self.bytes, self.seed, self.buckets, seconds, self.skipped)
 
     def _sorted_parts(self) -> Iterator[Lines]:
         """Parts of the corpus by rising ranges of keys; the next is read while one is in use."""
@@ -320,13 +330,13 @@ def _check_names(inputs: list[Path], output: Path) -> None:
         seen.add(path)
 
 
-def _check_inputs(inputs: list[Path]) -> list[int]:
+def _check_inputs(inputs: list[Path], lenient: bool) -> list[int]:
     """Their sizes; what is wrong with a plain file's end is found here, not after an hour."""
     sizes = []
     for path in inputs:
         check_file(path)
         sizes.append(os.stat(path).st_size)
-        if sizes[-1] and not is_compressed(path):
+        if sizes[-1] and not is_compressed(path) and not lenient:
             with open(path, "rb") as file:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":

@@ -13,7 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_hammer.base.errors import DataError
+from megatron_hammer.corpus.documents import OnBad
+from megatron_hammer.corpus.file_blocks import Position
 from megatron_hammer.corpus.jsonl import MAX_LINE_BYTES
+from megatron_hammer.corpus.parse import Rejected, note_of
 from megatron_hammer.corpus.stream import SourceStream, StreamDamage, open_stream
 
 _SCAN_BYTES = 1 << 20  # searched for line breaks at once: stays in the cache
@@ -35,19 +38,26 @@ class LineBlock(NamedTuple):
     used: int
     files: list[FileStart]
     last: bool
+    cut_off: list[Rejected]
+    """Last lines of files without a line break, where they are left out."""
 
-    def locate(self, offset: int, lines_before: int) -> str:
-        """``file:line`` of the line that begins at ``offset``."""
+    def locate(self, offset: int, lines_before: int) -> tuple[FileStart, int]:
+        """File and number of the line that begins at ``offset``."""
         file = [start for start in self.files if start.offset <= offset][-1]
         before = lines_before if file.continued else 0
-        return f"{file.path}:{before + self.buffer.count(_LINE_BREAK, file.offset, offset) + 1}"
+        return file, before + self.buffer.count(_LINE_BREAK, file.offset, offset) + 1
 
 
 class LineReader:
-    """Fills buffers with whole lines of the inputs, one after the other. Its ``fill`` runs in a thread."""
+    """Fills buffers with whole lines of the inputs, one after the other. Its ``fill`` runs in a thread.
 
-    def __init__(self, paths: list[Path]) -> None:
-        self.finished = False
+    Args:
+        lenient: a last line without a line break is left out and noted; else it is an error.
+    """
+
+    def __init__(self, paths: list[Path], lenient: bool = False) -> None:
+        self.finished, self.lenient = False, lenient
+        self._cut_off: list[Rejected] = []
         self._waiting = list(reversed(paths))
         self._carry = b""  # the beginning of a line that did not fit into the buffer before
         self._stream: SourceStream | None = None
@@ -66,20 +76,34 @@ class LineReader:
             if self._stream is None:
                 if not self._waiting:
                     self.finished = True
-                    return LineBlock(buffer, used, files, last=True)
+                    return LineBlock(buffer, used, files, True, self._take_cut_off())
                 self._open_next()
                 files.append(FileStart(used, self._path, False))
             if used == len(buffer):
                 if end := buffer.rfind(b"\n", searched) + 1:
                     self._carry = bytes(memoryview(buffer)[end:])
-                    return LineBlock(buffer, end, files, last=False)
+                    return LineBlock(buffer, end, files, False, self._take_cut_off())
                 searched = used
                 buffer = self._grown(buffer)
             if (count := self._read_into(buffer, used)) == 0:
                 if used and buffer[used - 1] != _LINE_BREAK:
-                    raise no_line_break(self._path)
+                    used = self._leave_out_rest(buffer, used)
                 self.close_stream()
             used += count
+
+    def _leave_out_rest(self, buffer: bytearray, used: int) -> int:
+        """Note what stands behind the last line break; where the buffer ends without it."""
+        error = no_line_break(self._path)
+        if not self.lenient:
+            raise error
+        end = buffer.rfind(b"\n", 0, used) + 1
+        place = Position(self._read_bytes - (used - end), 0)  # its line was not counted
+        self._cut_off.append(note_of(error, place, buffer[end:used], self._path))
+        return end
+
+    def _take_cut_off(self) -> list[Rejected]:
+        taken, self._cut_off = self._cut_off, []
+        return taken
 
     def _grown(self, buffer: bytearray) -> bytearray:
         """Twice the room, for a line that is longer than a block."""
@@ -126,16 +150,22 @@ def line_ends(buffer: bytearray, used: int, limit: int) -> Iterator[np.ndarray]:
         yield np.concatenate(found)
 
 
-def check_lines(block: LineBlock, starts: np.ndarray, ends: np.ndarray, lines_before: int) -> None:
-    """Refuse empty lines."""
+def check_lines(
+    block: LineBlock, starts: np.ndarray, ends: np.ndarray, lines_before: int, on_bad: OnBad | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The lines that are not empty; an empty one is an error, or goes to ``on_bad``."""
     lengths = ends - starts
-    if int(lengths.min()) > 2:
-        return
+    if int(lengths.min(initial=3)) > 2:
+        return starts, ends
     content = np.frombuffer(block.buffer, np.uint8)
     empty = (lengths == 1) | ((lengths == 2) & (content[starts] == _CARRIAGE_RETURN))
-    if empty.any():
-        where = block.locate(int(starts[np.argmax(empty)]), lines_before)
-        raise DataError(5, where, "is a blank line", "remove it: every line must be a document")
+    for start, end in zip(starts[empty].tolist(), ends[empty].tolist(), strict=True):
+        file, line = block.locate(start, lines_before)
+        error = DataError(5, f"{file.path}:{line}", "is a blank line", "remove it: every line must be a document")
+        if on_bad is None:
+            raise error
+        on_bad(note_of(error, Position(0, line), block.buffer[start:end], file.path))
+    return starts[~empty], ends[~empty]
 
 
 def no_line_break(path: Path) -> DataError:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,15 @@ import xxhash
 
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.progress import Progress
-from megatron_hammer.corpus.documents import LineWriter, describe_sources, read_documents, write_manifest
+from megatron_hammer.corpus.documents import (
+    LineWriter,
+    OnError,
+    Skipped,
+    describe_sources,
+    ignore,
+    read_documents,
+    write_manifest,
+)
 from megatron_hammer.corpus.readers import expand_inputs, kind_of
 from megatron_hammer.corpus.seeds import hash_seed
 
@@ -46,6 +54,7 @@ class SplitSummary:
     valid: dict[str, Any]
     threshold: int
     """Held out are the texts whose hash is below it."""
+    skipped: Skipped = field(default_factory=Skipped)
 
     @property
     def fraction(self) -> float:
@@ -55,7 +64,7 @@ class SplitSummary:
     def __str__(self) -> str:
         parts = [f"{p['name']}: {p['documents']:,} documents, {p['text_bytes'] / 1e6:,.3f} MB of text"
                  for p in (self.train, self.valid)]  # fmt: skip
-        return "\n".join(parts)
+        return "\n".join(parts + self.skipped.lines())
 
 
 def split_corpus(
@@ -66,6 +75,7 @@ def split_corpus(
     valid_fraction: float | None = None,
     valid_documents: int | None = None,
     key: str = "text",
+    on_error: OnError = "stop",
 ) -> SplitSummary:
     """Write ``P.train.jsonl``, ``P.valid.jsonl`` and the manifest ``P.split.json``.
 
@@ -75,6 +85,8 @@ def split_corpus(
         valid_fraction: expected share of the distinct texts that is held out.
         valid_documents: exactly this many distinct texts instead; copies of them are held out too.
         key: the field that holds the text.
+        on_error: a document that cannot be used is an error, or left out and counted, or written to
+            ``P.rejected.jsonl`` too.
 
     Raises:
         ConfigError: E287 fraction or number out of range, E288 a file that is not JSON lines.
@@ -93,7 +105,8 @@ def split_corpus(
     hashing = hash_seed(seed, "split")
     size = sum(path.stat().st_size for path in paths)
     if valid_documents is not None:
-        threshold = _threshold(paths, key, hashing, valid_documents, Progress("choosing", size))
+        lenient = on_error != "stop"
+        threshold = _threshold(paths, key, hashing, valid_documents, lenient, Progress("choosing", size))
     else:
         assert valid_fraction is not None
         threshold = math.floor(valid_fraction * 2**HASH_BITS)
@@ -103,9 +116,10 @@ def split_corpus(
     manifest = prefix.with_name(f"{prefix.name}.split.json")
     manifest.unlink(missing_ok=True)  # from here on it would not describe what lies beside it
     hashes: dict[Path, str] = {}
-    with train, valid, Progress("splitting", size) as progress:
+    skipped = Skipped(on_error, prefix.with_name(f"{prefix.name}.rejected.jsonl"))
+    with train, valid, skipped, Progress("splitting", size) as progress:
         for path in paths:
-            for document in read_documents(path, key, progress=progress, hashes=hashes):
+            for document in read_documents(path, key, (), skipped.on_bad, progress, hashes):
                 content = document.text.encode()
                 held_out = content_hash(content, hashing) < threshold
                 (valid if held_out else train).write(document.line, len(content))
@@ -113,7 +127,7 @@ def split_corpus(
             if writer.documents == 0:
                 raise DataError(65, ", ".join(map(str, inputs)), f"has no document {side} at this share",
                                 "change --valid-fraction or --valid-documents, or give more text")  # fmt: skip
-    summary = SplitSummary(train.describe(), valid.describe(), threshold)
+    summary = SplitSummary(train.describe(), valid.describe(), threshold, skipped)
     content_of_manifest = {
         "seed": seed,
         "key": key,
@@ -121,7 +135,7 @@ def split_corpus(
         "valid_documents": valid_documents,
         "sources": describe_sources(paths, hashes),
         "outputs": [summary.train, summary.valid],
-    }
+    } | ({"left_out": skipped.describe()} if skipped.counts else {})
     write_manifest(manifest, content_of_manifest)
     return summary
 
@@ -146,13 +160,14 @@ def jsonl_files(inputs: Sequence[str | Path]) -> list[Path]:
     return paths
 
 
-def _threshold(paths: Sequence[Path], key: str, hashing: int, count: int, progress: Progress) -> int:
+def _threshold(paths: Sequence[Path], key: str, hashing: int, count: int, lenient: bool, progress: Progress) -> int:
     """The smallest threshold below which ``count`` distinct texts lie."""
     largest: list[int] = []  # of the smallest hashes, negated: a heap whose first is the largest of them
     held: set[int] = set()
     with progress:
         for path in paths:
-            for document in read_documents(path, key, progress=progress):
+            on_bad = ignore if lenient else None  # the pass that writes counts them
+            for document in read_documents(path, key, (), on_bad, progress):
                 found = content_hash(document.text.encode(), hashing)
                 if found in held or (len(largest) == count and found > -largest[0]):
                     continue

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from megatron_hammer.base.errors import DataError
-from megatron_hammer.base.files import hash_file, open_alone, sync_folder
+from megatron_hammer.base.files import StaleState, hash_file, open_alone, sync_folder
 from megatron_hammer.dataset.format import (
     BLOCK_BYTES,
     CODES,
@@ -38,10 +38,6 @@ from megatron_hammer.dataset.reader import IndexedDataset
 
 _CHUNK = 1 << 20  # entries of the index written or copied at once
 _SYNC_BYTES = 32 << 20  # of tokens written between two syncs: a tenth of a second's work for this disk
-
-
-class StaleState(Exception):
-    """A writer's temporaries are gone, or another writer's."""
 
 
 class IndexedWriter:

@@ -25,15 +25,16 @@ from types import TracebackType
 import numpy as np
 
 from megatron_hammer.base.errors import ConfigError, DataError
+from megatron_hammer.base.files import StaleState
 from megatron_hammer.base.progress import say
 from megatron_hammer.corpus.long import LongText
+from megatron_hammer.corpus.quarantine import RejectedFile
 from megatron_hammer.corpus.readers import TEXT_DOCUMENTS
 from megatron_hammer.dataset.format import SourceRecord, TokenizerRecord, dtype_for
 from megatron_hammer.dataset.make.encoding import EncodedBlock, marks_of
 from megatron_hammer.dataset.make.job import Job, Stopped
 from megatron_hammer.dataset.make.journal import Journal, Tally, check_journal, load_journal, other_command
-from megatron_hammer.dataset.make.quarantine import RejectedFile
-from megatron_hammer.dataset.writer import IndexedWriter, StaleState
+from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.tokenizer.interface import Tokenizer
 
 

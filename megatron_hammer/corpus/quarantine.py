@@ -1,4 +1,4 @@
-"""The file of the documents that preprocessing left out: ``P_KEY_document.rejected.jsonl``, one JSON object a line.
+"""The file of the documents that a program left out, such as ``P_KEY_document.rejected.jsonl``: a JSON object a line.
 
     {"file": "zh.jsonl", "line": 17, "byte": 5120, "cause": "E304", "message": "...", "raw": "the line"}
 
@@ -15,9 +15,8 @@ from types import TracebackType
 
 import orjson
 
-from megatron_hammer.base.files import publish
+from megatron_hammer.base.files import StaleState, publish
 from megatron_hammer.corpus.parse import Rejected
-from megatron_hammer.dataset.writer import StaleState
 
 
 class RejectedFile:
@@ -27,7 +26,7 @@ class RejectedFile:
         size: None for a new file; else go on behind so many bytes of the temporary.
     """
 
-    def __init__(self, path: Path, size: int | None) -> None:
+    def __init__(self, path: Path, size: int | None = None) -> None:
         self.path, self.temporary = path, self.temporary_of(path)
         self._keep = size is not None
         if size is not None and not self.temporary.exists():
