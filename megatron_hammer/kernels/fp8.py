@@ -140,6 +140,7 @@ def multiply(
     Args:
         fast: let the fp8 units accumulate with fewer bits than fp32 (as Transformer Engine does in forward only).
     """
+    # Private, and the same in torch 2.11 to 2.15 (tests/test_private_torch.py).
     return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=dtype, use_fast_accum=fast, out=out)
 
 

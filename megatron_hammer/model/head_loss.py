@@ -95,7 +95,8 @@ class _HeadLoss(torch.autograd.Function):
         if ctx.early:
             weights, grad_x, grad_weight = ctx.saved_tensors
             wrong = "backward must start from (losses * objective.weight).sum(): the gradient is that of this sum"
-            torch._assert_async((grads[0] == weights).all(), wrong)  # waits for no device
+            # Private, the same in torch 2.11 to 2.15; waits for no device.
+            torch._assert_async((grads[0] == weights).all(), wrong)
         else:
             x, _, labels = ctx.saved_tensors
             _, grad_x, grad_weight = ctx.head.losses_and_gradients(x, labels, grads[0])

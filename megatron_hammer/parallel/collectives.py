@@ -10,7 +10,7 @@ Megatron-LM (arXiv 1909.08053 section 3, and 2205.05198 section 4.2 for the sequ
 The linear layers have fused forms of these and of their inverses (kernels/linear.py). In a graph that torch.compile
 makes of a layer they are torch's functional collectives, each waited for at once: what hides them is the compiler's
 choice. Rows are dimension 0, the sequence inside the model. torch 2.13 renames two collectives; this module picks the
-name that torch has.
+name that torch has. The functional ones are private, and the same in torch 2.11 to 2.15 (tests/test_private_torch.py).
 """
 
 from __future__ import annotations

@@ -293,6 +293,10 @@ def test_cudnn_needs_the_chip_and_the_torch(gpu: Any, monkeypatch: pytest.Monkey
         monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
 
 
+@pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="a torch for CUDA without a GPU raises its missing driver; only runs on a GPU ask",
+)
 def test_torch_can_be_asked_about_cudnn() -> None:
     """The true question, with the shapes that it wants: here the answer is no, and nothing is raised."""
     assert attention._torch_can_use_cudnn(Requirements(CPU, torch.bfloat16, heads=8, groups=2)) is False

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -34,6 +32,7 @@ from megatron_hammer.kernels.linear_cross_entropy import (
 )
 from megatron_hammer.kernels.native import triton_rows
 from megatron_hammer.kernels.selection import select, select_operations
+from tests.kernels.triton_here import needs_interpreter, needs_triton
 
 # Largest error of the gradient, as a share of its norm: one rounding to the logits' type; in fp32 z - lse is rounded
 # where both are near 40, and exp makes the absolute error of 4e-6 a relative one.
@@ -176,20 +175,13 @@ def _child(program: str, **environment: str) -> str:
     return done.stdout
 
 
-def _interpreter_fails() -> bool:
-    """Triton 3.6 with NumPy 2.5: no loop whose bounds are no constants (int of an array of one element)."""
-    found = [metadata.version(name) if importlib.util.find_spec(name) else "" for name in ("triton", "numpy")]
-    return found[0].startswith("3.6.") and found[1] >= "2.5"
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
-@pytest.mark.skipif(_interpreter_fails(), reason="the interpreter of triton 3.6 does not work with this NumPy")
+@needs_interpreter
 def test_triton_interpreted() -> None:
     """Fewer and more columns than a block, padding, all ranks' parts, zero weights, z-loss, a row stride."""
     assert _child(INTERPRETED, TRITON_INTERPRET="1").strip() == "36 cases"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
+@needs_triton
 def test_triton_compiles_for_gpus(tmp_path: Path) -> None:
     """An odd vocabulary in rows that are not: 16 bytes an access, but for the label's logit and its gradient."""
     assert _child(COMPILED, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0").strip() == "6 kernels"

@@ -4,7 +4,6 @@ compile for one. Skipped, visibly, where triton is not installed.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -21,8 +20,8 @@ from megatron_hammer.config import KernelsConfig
 from megatron_hammer.kernels.backend import Requirements
 from megatron_hammer.kernels.native import adamw_triton, cuda, layers_triton, triton_rows
 from megatron_hammer.kernels.selection import TABLES, select, select_backends
+from tests.kernels.triton_here import needs_interpreter, needs_triton
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
 GPU = Requirements(torch.device("cuda", 0), torch.bfloat16, heads=32, groups=4)
 TWINS = ("norm", "rope", "swiglu", "adamw")
 
@@ -94,7 +93,7 @@ print("as the reference")
 """
 
 
-@needs_triton
+@needs_interpreter
 def test_the_twins_compute_what_the_cuda_kernels_do() -> None:
     """The checks of ``csrc/kernels`` in Triton's interpreter: odd shapes, addresses, strides, empty arrays, and that
     nothing outside of the results is written."""
