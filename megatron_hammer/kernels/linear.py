@@ -11,8 +11,8 @@ Plain products take the tensors as they are, compute in their dtype, and are the
 
 A layer is given each weight together with a ``Gradient``, which says where wgrad is summed: in the fp32 buffer of
 whoever updates the weight, straight from the matrix product, without a copy in another place or dtype. A GPU's product
-does this in one pass, adding to fp32 from 16-bit inputs (``addmm`` with ``out_dtype``, torch 2.8 and newer). A CPU's
-writes 16 bits, so there the product takes a block of rows at a time and is added in cache.
+does this in one pass, adding to fp32 from 16-bit inputs (``addmm`` with ``out_dtype``, in every torch that the
+package takes). A CPU's writes 16 bits, so there the product takes a block of rows at a time and is added in cache.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def add_wgrad(place: Tensor, grad_y: Tensor, x: Tensor, begun: bool) -> None:
     transposed = grad_y.t()
     if place.dtype == x.dtype:
         torch.addmm(place, transposed, x, beta=int(begun), out=place)
-    elif place.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+    elif place.is_cuda:
         torch.addmm(place, transposed, x, beta=int(begun), out_dtype=place.dtype, out=place)
     else:
         rows = max(1, BLOCK_ELEMENTS // x.shape[1])
