@@ -73,7 +73,7 @@ def test_transformers_loads_the_model(finished: tuple[Path, str]) -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(finished[0] / "tokenizer" / "tokenizer.model"))
     for text in ("服务器返回的结果，<s> 字面。", "def main():\n    return  1\n", "Plain text, 12 words."):
-        assert tokenizer(text)["input_ids"] == reference.encode(text)
+        assert tokenizer(text)["input_ids"] == [1, *reference.encode(text)]
     assert model.config.vocab_size == reference.vocab_size() == model.lm_head.weight.shape[0], "no padding rows"
     ids = tokenizer("def main(", return_tensors="pt")
     assert model.generate(**ids, max_new_tokens=4, do_sample=False).shape[1] > ids["input_ids"].shape[1]

@@ -5,8 +5,8 @@
 
 Each is a sentencepiece .model, a tokenizer.json, or a Hugging Face folder. A folder is loaded as its users load it,
 AutoTokenizer.from_pretrained(FOLDER), and asked with add_special_tokens=False; where its tokenizer_config.json says
-that it adds nothing, the default call tokenizer(text) must give the same ids too. Vocabulary sizes and special ids are
-compared as well.
+what is added (at most bos), the default call tokenizer(text) must give the same ids too, behind bos. Vocabulary sizes
+and special ids are compared as well.
 
 The fuzz corpus holds simplified and traditional Chinese, English, code, emoji, control bytes, NUL, literal special
 tokens, runs of spaces, U+2581, pieces of both vocabularies glued at random, and user-defined symbols whole and broken.

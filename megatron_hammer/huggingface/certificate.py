@@ -238,7 +238,7 @@ def check_tokenizer(manifest: Manifest, ours_folder: Path, folder: Path) -> dict
     ids = {}
     for name, text in TEXTS.items():
         ids[name] = ours.encode(text)
-        found = theirs(text, add_special_tokens=False)["input_ids"]
+        found = theirs(text, add_special_tokens=False, verbose=False)["input_ids"]
         if found != ids[name]:
             at = next((i for i, (a, b) in enumerate(zip(ids[name], found)) if a != b), min(len(found), len(ids[name])))
             raise RefusedError(

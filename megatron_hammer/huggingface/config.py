@@ -76,10 +76,11 @@ def hf_config_from_model(model: ModelConfig, token_ids: Mapping[str, Any], dtype
         "attention_dropout": 0.0,
         "mlp_bias": False,
         "pretraining_tp": 1,
-        # transformers 4 reads the first two and passes over the third, 5 the other way round.
+        # transformers 4 reads the first two; 5 reads the third, or the first two where it is absent.
         "rope_theta": model.rope_theta,
         "rope_scaling": scaling,
-        "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": model.rope_theta},
+        # llama.cpp takes any other scaling than null for one that it does not know.
+        **({} if scaling is None else {"rope_parameters": {**scaling, "rope_theta": model.rope_theta}}),
         **{name: token_ids.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         "use_cache": True,
         "torch_dtype": dtype,

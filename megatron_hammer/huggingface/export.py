@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 
-from megatron_hammer.base.errors import ConfigError, RefusedError, from_fields
+from megatron_hammer.base.errors import ConfigError, DataError, RefusedError, from_fields
 from megatron_hammer.base.files import staged_folder, sync_file
 from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.dtypes import DTYPES
 from megatron_hammer.checkpoint.folder import Note, open_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, saved_model
 from megatron_hammer.checkpoint.read import LogicalReader
+from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.huggingface.config import (
     CONFIG,
     GENERATION_CONFIG,
@@ -39,6 +40,7 @@ from megatron_hammer.huggingface.config import (
 from megatron_hammer.huggingface.weights import DEFAULT_SHARD_BYTES, one_thread, write_weight_files
 from megatron_hammer.tokenizer.convert import convert_tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.reader_settings import padding_id
 
 CERTIFICATE = "certificate.json"
 
@@ -123,17 +125,37 @@ def write_hf(manifest: Manifest, folder: Path, dtype: str, max_shard_bytes: int,
     else:
         tokenizer = load_tokenizer(tokenizer_folder)
         check_vocabulary(tokenizer, model)
-        convert_tokenizer(tokenizer, folder)
+        convert_tokenizer(
+            tokenizer, folder, documents_begin_with(manifest, tokenizer.bos_id), model.max_position_embeddings
+        )
         token_ids = {
             "bos_token_id": tokenizer.bos_id,
             "eos_token_id": tokenizer.eos_id,
-            "pad_token_id": tokenizer.pad_id,
+            "pad_token_id": padding_id(tokenizer),
         }
     for path in folder.iterdir():
         sync_file(path)
     write_json(folder / CONFIG, hf_config_from_model(model, token_ids, dtype))
     write_json(folder / GENERATION_CONFIG, {name: value for name, value in token_ids.items() if value is not None})
     write_weights(manifest, folder, dtype, max_shard_bytes)
+
+
+def documents_begin_with(manifest: Manifest, token: int | None) -> bool | None:
+    """Whether the documents that a checkpoint was trained on begin with a token; None where none of them is there now.
+
+    Of several sources, one that begins so is enough: the model has learnt what the token means.
+    """
+    found = []
+    for prefix in (manifest.config.get("data") or {}).get("train") or {}:
+        try:
+            dataset = IndexedDataset(prefix)
+        except (DataError, OSError):  # moved, or never on this machine
+            continue
+        if dataset.header is not None and "prepend_bos" in dataset.header.options:
+            found.append(token is not None and bool(dataset.header.options["prepend_bos"]))
+        elif dataset.num_tokens:
+            found.append(int(dataset.tokens[0]) == token)
+    return any(found) if found else None
 
 
 def write_weights(manifest: Manifest, folder: Path, dtype: str, max_shard_bytes: int) -> None:

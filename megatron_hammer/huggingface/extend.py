@@ -219,7 +219,7 @@ def _slices(source: _Source, extended: ModelConfig, plan: ExtensionPlan) -> list
 
 def _write_hf(source: _Source, extended: ModelConfig, new: Tokenizer, plan: ExtensionPlan, folder: Path) -> None:
     """Config with the new sizes and ids, tokenizer, weights; each tensor is read back."""
-    convert_tokenizer(new, folder)  # first: it may refuse
+    convert_tokenizer(new, folder, max_length=extended.max_position_embeddings)  # first: it may refuse
     for path in folder.iterdir():
         sync_file(path)
     tree = read_json(source.folder / CONFIG)

@@ -28,7 +28,14 @@ class Mismatch(NamedTuple):
     found: Any
 
 
-def prove_conversion(tokenizer: Tokenizer, directory: Path, pieces: list[str], directed: list[str]) -> None:
+def prove_conversion(
+    tokenizer: Tokenizer,
+    directory: Path,
+    pieces: list[str],
+    directed: list[str],
+    *,
+    begins_with_bos: bool | None = None,
+) -> None:
     """Load the folder as users will, and compare ids and decoding on all texts of the proof.
 
     Args:
@@ -36,6 +43,8 @@ def prove_conversion(tokenizer: Tokenizer, directory: Path, pieces: list[str], d
         directory: the folder that was made of it.
         pieces: the pieces of the source as text.
         directed: texts on which the order of merges matters.
+        begins_with_bos: whether a call without arguments puts bos before the ids and nothing else, or adds nothing;
+            None: not looked at.
 
     Raises:
         RefusedError: E502.
@@ -48,7 +57,7 @@ def prove_conversion(tokenizer: Tokenizer, directory: Path, pieces: list[str], d
         raise RefusedError(
             2, str(tokenizer.path), f"is refused by transformers: {error}", "choose another tokenizer"
         ) from None
-    if difference := _find_difference(tokenizer, converted, pieces, directed):
+    if difference := _find_difference(tokenizer, converted, pieces, directed, begins_with_bos):
         text, expected, found = difference
         raise RefusedError(
             2, str(tokenizer.path),
@@ -57,22 +66,27 @@ def prove_conversion(tokenizer: Tokenizer, directory: Path, pieces: list[str], d
         )  # fmt: skip
 
 
-def _find_difference(tokenizer: Tokenizer, converted: Any, pieces: list[str], directed: list[str]) -> Mismatch | None:
-    exact_call = isinstance(tokenizer, SentencePieceTokenizer)
+def _find_difference(
+    tokenizer: Tokenizer, converted: Any, pieces: list[str], directed: list[str], begins_with_bos: bool | None
+) -> Mismatch | None:
     # The library itself, not our encoder: the proof is about its ids.
     encode: Callable[[list[str]], list[list[int]]] = tokenizer.encode_batch
     if isinstance(tokenizer, SentencePieceTokenizer):
         encode = load_processor(tokenizer.model_bytes, tokenizer.path).encode
-    # A sentencepiece export needs no arguments to be equal; a given tokenizer.json keeps its owner's defaults.
-    arguments = {} if exact_call else {"add_special_tokens": False, "split_special_tokens": True}
+    before = [tokenizer.bos_id] if begins_with_bos and tokenizer.bos_id is not None else []
+    arguments = {"add_special_tokens": False, "verbose": False}  # no word on texts that are longer than the context
+    if not isinstance(tokenizer, SentencePieceTokenizer):  # a given tokenizer.json keeps its owner's default
+        arguments["split_special_tokens"] = True
     marks = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
     for text in FIXED_TEXTS:
         expected = encode([text])[0]
         found = converted(text, **arguments)["input_ids"]
         if found != expected:
             return Mismatch(text, *_first_difference(expected, found))
-        if exact_call and converted(text, add_special_tokens=False)["input_ids"] != expected:
-            return Mismatch(text, "ids as by default", "others with add_special_tokens=False")
+        if begins_with_bos is not None:
+            by_default = converted(text, **(arguments | {"add_special_tokens": True}))["input_ids"]
+            if by_default != [*before, *expected]:
+                return Mismatch(text, *_first_difference([*before, *expected], by_default))
         decoded = converted.decode(
             [*marks, *found, *marks], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -85,7 +99,7 @@ def _find_difference(tokenizer: Tokenizer, converted: Any, pieces: list[str], di
     for start in range(0, len(texts), 4096):
         batch = texts[start : start + 4096]
         expected_ids = encode(batch)
-        found_ids = [e.ids for e in backend.encode_batch_fast(batch, add_special_tokens=exact_call)]
+        found_ids = [e.ids for e in backend.encode_batch_fast(batch, add_special_tokens=False)]
         found_texts = backend.decode_batch(found_ids, skip_special_tokens=True)
         for text, expected, found, decoded in zip(batch, expected_ids, found_ids, found_texts):
             if found != expected:

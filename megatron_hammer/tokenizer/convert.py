@@ -24,10 +24,9 @@ the reach of text and user-defined symbols scored as sentencepiece does: 1 % of 
 The folder is loaded with ``AutoTokenizer`` and compared with the source before it is handed over
 (``conversion_proof.py``).
 
-A default call adds no special tokens (no post-processor, ``add_bos_token: false``): ``tokenizer(text)`` equals
-sentencepiece's ``encode``. Documents were trained as ``<s> ... </s>``, so a prompt for a model should begin with
-``tokenizer.bos_token_id``. Who wants that by default loads with ``add_bos_token=True`` (transformers 5; older ones
-ignore it for this class), and who wants ``<s>`` in a text to be a control token passes ``split_special_tokens=False``.
+Documents are trained as ``<s> ... </s>``, so by default a prompt begins with ``<s>`` and has nothing behind it, in
+every program that reads the folder (``reader_settings.py``). ``add_special_tokens=False`` gives sentencepiece's
+``encode``. Who wants ``<s>`` in a text to be a control token passes ``split_special_tokens=False``.
 
 The class named in the folder is ``PreTrainedTokenizerFast`` (an alias of ``TokenizersBackend`` in transformers 5): it
 takes tokenizer.json as it is. ``LlamaTokenizer`` would rebuild normalizer and merges by its own rules. Ids were equal
@@ -46,29 +45,38 @@ from megatron_hammer.base.errors import RefusedError
 from megatron_hammer.base.files import dump_json, publish, replace_file, sync_folder
 from megatron_hammer.tokenizer.bpe_merges import Pair, derive_merges, is_never_emitted, not_expressible
 from megatron_hammer.tokenizer.conversion_proof import prove_conversion
-from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
+from megatron_hammer.tokenizer.huggingface_backend import STAND_IN_PAD, HuggingFaceTokenizer
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.pieces import SPACE
+from megatron_hammer.tokenizer.reader_settings import begin_with, padding_id, settings_for_readers
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, parse_model
 
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 
 
-def convert_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+def convert_tokenizer(
+    tokenizer: Tokenizer, directory: Path, begin_with_bos: bool | None = None, max_length: int | None = None
+) -> None:
     """Write a Hugging Face tokenizer folder and prove that its ids and its decoding equal the tokenizer's.
 
     Writes ``tokenizer.json`` and ``tokenizer_config.json``; for sentencepiece also ``tokenizer.model`` (unchanged) and
-    ``special_tokens_map.json``. A ``tokenizer.json`` that is given is copied, not rebuilt. The folder must exist, and
-    what is in it after an error is the caller's to remove.
+    ``special_tokens_map.json``. Of a ``tokenizer.json`` that is given, at most the post-processor is changed. The
+    folder must exist, and what is in it after an error is the caller's to remove.
+
+    Args:
+        begin_with_bos: whether prompts begin with bos by default; None: as a tokenizer.json that is given says, and
+            where there is a bos, for sentencepiece.
+        max_length: tokens that the model reads at most.
 
     Raises:
         RefusedError: E501 the model uses something that tokenizer.json cannot express; E502 the proof found a text with
             other ids or another decoding.
     """
     directory = Path(directory)
-    directed: list[str] = []
+    config: dict[str, Any]
     pieces: list[str] = []
+    directed: list[str] = []
     if isinstance(tokenizer, SentencePieceTokenizer):
         proto = parse_model(tokenizer.model_bytes, tokenizer.path)
         _check_expressible(proto, tokenizer.path)
@@ -76,37 +84,54 @@ def convert_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         pieces = [piece.piece.replace(SPACE, " ") for piece in proto.pieces]
         tokenizer.save_files(directory)
         definition = _build_definition(proto, merges)
-        replace_file(directory / "tokenizer.json", json.dumps(definition, ensure_ascii=False).encode())
-        special = {
-            name: proto.pieces[token_id].piece
-            for name, token_id in (
-                ("bos_token", tokenizer.bos_id),
-                ("eos_token", tokenizer.eos_id),
-                ("unk_token", tokenizer.unk_id),
-                ("pad_token", tokenizer.pad_id),
-            )
-            if token_id is not None
-        }
         config = {
-            "tokenizer_class": TOKENIZER_CLASS,
-            **special,
-            "add_bos_token": False,
-            "add_eos_token": False,
             "split_special_tokens": True,
             "model_input_names": ["input_ids", "attention_mask"],  # a Llama takes no token_type_ids
             "clean_up_tokenization_spaces": False,
         }
-        replace_file(directory / "tokenizer_config.json", dump_json(config))
-        replace_file(directory / "special_tokens_map.json", dump_json(special))
+        begin_with_bos = begin_with_bos is not False
     else:
         assert isinstance(tokenizer, HuggingFaceTokenizer), f"no conversion for {tokenizer!r}"
         tokenizer.save_files(directory)
-        config_path = directory / "tokenizer_config.json"
-        config = json.loads(config_path.read_bytes())
-        config["tokenizer_class"] = TOKENIZER_CLASS
+        definition = json.loads((directory / "tokenizer.json").read_bytes())
+        config = json.loads((directory / "tokenizer_config.json").read_bytes())
         config.pop("auto_map", None)  # would run code from elsewhere instead of tokenizer.json
-        replace_file(config_path, dump_json(config))
-    prove_conversion(tokenizer, directory, pieces, directed)
+    backend = _write_definition(tokenizer, directory, definition, begin_with_bos)
+    special = {
+        name: backend.id_to_token(token_id)
+        for name, token_id in (
+            ("bos_token", tokenizer.bos_id),
+            ("eos_token", tokenizer.eos_id),
+            ("unk_token", tokenizer.unk_id),
+            ("pad_token", padding_id(tokenizer)),
+        )
+        if token_id is not None
+    }
+    if tokenizer.pad_id is None:
+        config[STAND_IN_PAD] = True
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        config = special | config
+        replace_file(directory / "special_tokens_map.json", dump_json(special))
+    config |= settings_for_readers(definition, backend, tokenizer, max_length)
+    replace_file(directory / "tokenizer_config.json", dump_json({**config, "tokenizer_class": TOKENIZER_CLASS}))
+    prove_conversion(tokenizer, directory, pieces, directed, begins_with_bos=begin_with_bos)
+
+
+def _write_definition(
+    tokenizer: Tokenizer, directory: Path, definition: dict[str, Any], begin_with_bos: bool | None
+) -> Any:
+    """Write tokenizer.json where it is made or changed here, and load it with the tokenizers library."""
+    from tokenizers import Tokenizer as Backend
+
+    path = directory / "tokenizer.json"
+    backend = Backend.from_str(json.dumps(definition))
+    if begin_with_bos is not None:
+        bos = tokenizer.bos_id if begin_with_bos else None
+        begin_with(definition, {} if bos is None else {str(backend.id_to_token(bos)): bos})
+        backend = Backend.from_str(json.dumps(definition))
+    if not path.is_file() or json.loads(path.read_bytes()) != definition:
+        replace_file(path, json.dumps(definition, ensure_ascii=False).encode())
+    return backend
 
 
 def publish_tokenizer(source: str | Path, output: str | Path) -> Tokenizer:

@@ -21,6 +21,10 @@ _WELL_KNOWN_BOS = ("<s>", "<|begin_of_text|>")
 _WELL_KNOWN_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>")
 
 
+STAND_IN_PAD = "pad_token_stands_in"
+"""In a tokenizer_config.json of ours: true where the tokenizer has no pad, and ``pad_token`` is another one's."""
+
+
 class HuggingFaceTokenizer(Tokenizer):
     """A ``tokenizer.json``, run by the tokenizers library.
 
@@ -86,6 +90,7 @@ class HuggingFaceTokenizer(Tokenizer):
         directory = Path(directory)
         replace_file(directory / "tokenizer.json", self.path.read_bytes())
         config = _read_json_object(self.path.with_name("tokenizer_config.json"))
+        config.pop(STAND_IN_PAD, None)
         names = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self.unk_id, "pad_token": self.pad_id}
         for name, token_id in names.items():
             if token_id is None:
@@ -158,7 +163,8 @@ def _find_special_ids(folder: Path, vocabulary: dict[str, int], definition: dict
         return next((vocabulary[token] for token in well_known if token in vocabulary), None)
 
     unknown = definition["model"].get("unk_token")
-    return find("bos", _WELL_KNOWN_BOS), find("eos", _WELL_KNOWN_EOS), find("unk", (unknown,)), find("pad", ())
+    pad = None if by_token[0].get(STAND_IN_PAD) else find("pad", ())
+    return find("bos", _WELL_KNOWN_BOS), find("eos", _WELL_KNOWN_EOS), find("unk", (unknown,)), pad
 
 
 def _fingerprint_definition(definition: dict[str, Any], special_ids: Sequence[int | None]) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -19,8 +20,9 @@ from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.checkpoint.manifest import read_manifest, saved_model
 from megatron_hammer.checkpoint.read import read_logical
 from megatron_hammer.config import load_config
+from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.huggingface.certificate import prove
-from megatron_hammer.huggingface.export import export_hf
+from megatron_hammer.huggingface.export import documents_begin_with, export_hf, write_hf
 from megatron_hammer.huggingface.importing import import_hf
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors, plan_files
 from megatron_hammer.model.parameters import EMBEDDING, HEAD, logical_shapes
@@ -142,6 +144,28 @@ def test_a_trained_checkpoint_exports_its_rounded_weights(tmp_path, tokenizer, t
     assert set(certificate["files"]) == files - {"certificate.json"}
     assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json"} <= files
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("bos, header", [(True, True), (False, True), (True, False), (False, False), (None, False)])
+def test_prompts_of_the_export_begin_as_the_documents_of_the_run(tmp_path, tokenizer, bos, header):
+    """As the dataset's header says, else as its first document begins; without a dataset, with bos."""
+    model, prefix = tiny_model(vocab_size=tokenizer.vocab_size), tmp_path / "d"
+    manifest = write_layout(tmp_path / "run", model, random_logical(model), tokenizer=tokenizer)
+    if bos is not None:
+        with IndexedWriter(prefix, 700, options={"prepend_bos": bos} if header else None) as writer:
+            tokens = np.array([*([1] if bos else []), 5, 6, 2], np.int32)
+            writer.add(tokens, np.array([len(tokens)]))
+        if not header:
+            prefix.with_name("d.meta.json").unlink()
+    manifest.config["data"] = {"train": {str(prefix): 1.0}}
+    assert documents_begin_with(manifest, 1) is bos
+    (tmp_path / "hf").mkdir()
+    write_hf(manifest, tmp_path / "hf", "float32", 10**9)
+    settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert settings["add_bos_token"] is (bos is not False)
+    assert settings["model_max_length"] == model.max_position_embeddings
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["pad_token_id"] == 0 and "rope_parameters" not in config and config["rope_scaling"] is None
 
 
 def test_shards_are_those_of_the_index_and_of_the_metadata(tmp_path):

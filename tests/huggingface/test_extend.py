@@ -280,7 +280,7 @@ def test_a_hugging_face_folder_gets_the_new_vocabulary(tmp_path, old, new, tied,
     assert b.config.vocab_size == new.vocab_size == b.lm_head.weight.shape[0]
     # id 263 was <SPACE>, which the new vocabulary has at another place
     assert b.config.eos_token_id == b.generation_config.eos_token_id == [2, theirs[SPACE]]
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")("ab 中国")["input_ids"] == new.encode("ab 中国")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("ab 中国")["input_ids"] == [1, *new.encode("ab 中国")]
     import_hf(tmp_path / "out", tmp_path / "run")  # and further into our own
 
 

@@ -24,7 +24,8 @@ def plant(fault: str, definition: dict[str, Any]) -> None:
         case "bos":
             definition["post_processor"] = {
                 "type": "TemplateProcessing",
-                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}] * 2
+                + [{"Sequence": {"id": "A", "type_id": 0}}],
                 "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
                 "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
             }

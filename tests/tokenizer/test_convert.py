@@ -48,18 +48,65 @@ def test_folder_is_equal_by_default_and_beside_a_llama_config(
         assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
         for text in texts:
             ids = reference.encode(text)
-            assert tokenizer(text)["input_ids"] == ids
+            assert tokenizer(text)["input_ids"] == [1, *ids]
             assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
             assert tokenizer.decode([1, *ids, 2], skip_special_tokens=True) == reference.decode(ids)
-        assert tokenizer(texts)["input_ids"] == reference.encode(texts)
+        assert tokenizer(texts, add_special_tokens=False)["input_ids"] == reference.encode(texts)
+        batch = tokenizer(texts, padding=True)["input_ids"]
+        assert len({len(ids) for ids in batch}) == 1 and min(batch, key=lambda ids: -ids.count(0))[-1] == 0
 
 
-def test_special_tokens_only_when_asked_for(plain: SentencePieceTokenizer, tmp_path: Path) -> None:
+def test_text_cannot_spell_special_tokens_by_default(plain: SentencePieceTokenizer, tmp_path: Path) -> None:
     convert_tokenizer(plain, tmp_path)
     x = plain.encode("x")
-    assert 1 not in auto(tmp_path)("<s>x")["input_ids"]
-    assert auto(tmp_path)("<s>x", split_special_tokens=False)["input_ids"] == [1, *x]
-    assert auto(tmp_path, add_bos_token=True)("x")["input_ids"] == [1, *x]
+    assert 1 not in auto(tmp_path)("<s>x", add_special_tokens=False)["input_ids"]
+    assert auto(tmp_path)("<s>x", split_special_tokens=False)["input_ids"] == [1, 1, *x]
+    assert auto(tmp_path, add_bos_token=False)("x")["input_ids"] == x
+
+
+@pytest.mark.parametrize("begin, prefix", [(None, False), (True, True), (False, False)], ids=str)
+def test_all_readers_begin_prompts_as_documents_began(begin: bool | None, prefix: bool, tmp_path: Path) -> None:
+    """transformers and those around it read the tokenizer.json, llama.cpp and Ollama the settings beside it."""
+    proto = handmade_model([("ab", -1.0), ("a", -2.0), ("b", -3.0), ("\u2581", -4.0)], dummy_prefix=prefix)
+    tokenizer = load_tokenizer(write_model(proto, tmp_path / "m.model"))
+    (tmp_path / "out").mkdir()
+    convert_tokenizer(tokenizer, tmp_path / "out", begin, max_length=77)
+    expected = tokenizer.encode("ab") if begin is False else [1, *tokenizer.encode("ab")]
+    loaded = auto(tmp_path / "out")
+    assert loaded("ab")["input_ids"] == expected and loaded.model_max_length == 77
+    assert Backend.from_file(str(tmp_path / "out" / "tokenizer.json")).encode("ab").ids == expected
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["add_bos_token"] is (begin is not False) and settings["add_eos_token"] is False
+    assert settings["add_prefix_space"] is prefix and settings["pad_token"] == loaded.pad_token == "<unk>"
+    gguf = pytest.importorskip("gguf", reason="llama.cpp's reader")
+    special = gguf.vocab.SpecialVocab(tmp_path / "out", n_vocab=tokenizer.vocab_size)
+    assert {"bos": begin is not False, "eos": False}.items() <= special.add_special_token.items()
+    assert special.special_token_ids == {"bos": 1, "eos": 2, "unk": 0, "pad": 0}
+
+
+@pytest.mark.parametrize("begin", [None, True, False], ids=str)
+@pytest.mark.parametrize("processor", [
+    None, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    {"type": "RobertaProcessing", "sep": ["<|endoftext|>", 0], "cls": ["<|im_start|>", 1], "trim_offsets": True,
+     "add_prefix_space": False},
+], ids=["none", "bytes", "roberta"])  # fmt: skip
+def test_a_given_definition_begins_prompts_as_documents_began(
+    processor: dict[str, Any] | None, begin: bool | None, tmp_path: Path
+) -> None:
+    source = write_folder(tmp_path / "a", byte_level_backend(), config={"bos_token_id": 1, "eos_token_id": 0})
+    definition = json.loads((source / "tokenizer.json").read_text())
+    (source / "tokenizer.json").write_text(json.dumps(definition | {"post_processor": processor}))
+    tokenizer = load_tokenizer(source)
+    (tmp_path / "b").mkdir()
+    convert_tokenizer(tokenizer, tmp_path / "b", begin)
+    x = tokenizer.encode("x y")
+    roberta = begin is None and processor is not None and processor["type"].startswith("Roberta")
+    expected = [1, *x, 0] if roberta else [1, *x] if begin else x
+    assert auto(tmp_path / "b")("x y")["input_ids"] == expected
+    settings = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
+    assert (settings["add_bos_token"], settings["add_eos_token"]) == (expected[0] == 1, expected[-1] == 0)
+    assert settings["add_prefix_space"] is False and settings["pad_token"] == "<|endoftext|>"
+    assert load_tokenizer(tmp_path / "b").fingerprint == tokenizer.fingerprint
 
 
 def test_saved_again_by_transformers(with_symbols: SentencePieceTokenizer, tmp_path: Path) -> None:
@@ -68,7 +115,7 @@ def test_saved_again_by_transformers(with_symbols: SentencePieceTokenizer, tmp_p
     auto(tmp_path / "a").save_pretrained(tmp_path / "b")
     again = auto(tmp_path / "b")
     for text in FIXED_TEXTS:
-        assert again(text)["input_ids"] == with_symbols.encode(text)
+        assert again(text)["input_ids"] == [1, *with_symbols.encode(text)]
 
 
 @pytest.mark.parametrize("name", ["llama2-7b", "internlm-7b", "hammerllm"])
@@ -153,7 +200,7 @@ def test_dummy_prefix_and_unused_characters(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_model(proto, tmp_path / "m.model"))
     assert tokenizer.encode("\u00e9") == [263, 3 + 0xC3, 3 + 0xA9]
     convert_tokenizer(tokenizer, tmp_path)
-    assert auto(tmp_path)("\u00e9 ab")["input_ids"] == tokenizer.encode("\u00e9 ab")
+    assert auto(tmp_path)("\u00e9 ab")["input_ids"][1:] == tokenizer.encode("\u00e9 ab")
 
 
 # ---- refusals ----
@@ -228,6 +275,8 @@ def test_the_proof_sees_planted_faults(
         return json.dumps(settings).encode()
 
     monkeypatch.setattr(convert, "_build_definition", planted)
+    if fault == "bos":  # planted, and then not set right
+        monkeypatch.setattr(convert, "begin_with", lambda *_: None)
     monkeypatch.setattr(convert, "dump_json", planted_settings)
     with pytest.raises(RefusedError, match=r"E502.*differ on the text"):
         convert_tokenizer(with_symbols, tmp_path)
@@ -279,12 +328,12 @@ def test_conversion_is_published_whole_or_not_at_all(
     assert (tmp_path / "full" / "mine.txt").read_text() == "kept"
 
     (tmp_path / "empty").mkdir()
-    monkeypatch.setattr(convert, "prove_conversion", lambda *_: (tmp_path / "empty" / "late.txt").write_text("x"))
+    monkeypatch.setattr(convert, "prove_conversion", lambda *_, **__: (tmp_path / "empty" / "late.txt").write_text("x"))
     with pytest.raises(OSError):  # filled while we worked: a rename does not replace it
         publish_tokenizer(with_symbols.path, tmp_path / "empty")
     assert [path.name for path in (tmp_path / "empty").iterdir()] == ["late.txt"]
     (tmp_path / "empty" / "late.txt").unlink()
-    monkeypatch.setattr(convert, "prove_conversion", lambda *_: None)
+    monkeypatch.setattr(convert, "prove_conversion", lambda *_, **__: None)
     publish_tokenizer(with_symbols.path, tmp_path / "empty")
     assert load_tokenizer(tmp_path / "empty").fingerprint == with_symbols.fingerprint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "m.model"]

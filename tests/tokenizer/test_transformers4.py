@@ -106,4 +106,4 @@ def test_ids_are_those_of_sentencepiece(
     assert answers[name].keys() == {"True", "False"}
     for use_fast, found in answers[name].items():
         for text, theirs, ours in zip(texts, found, expected, strict=True):
-            assert theirs == ours, f"use_fast={use_fast}: {text!r}"
+            assert theirs == [1, *ours], f"use_fast={use_fast}: {text!r}"

@@ -7,8 +7,9 @@ form                        loaded by        asked
 sentencepiece ``.model``    sentencepiece    ``encode``; bytes that are no UTF-8 too, if both are of this form
 ``tokenizer.json``          tokenizers       ``encode`` without special tokens, literal ones staying text
 Hugging Face folder         AutoTokenizer    ``tokenizer(text, add_special_tokens=False)``; and ``tokenizer(text)`` if
-                                             its tokenizer_config.json says that nothing is added (``add_bos_token``
-                                             and ``add_eos_token`` are false): then both must give the ids
+                                             its tokenizer_config.json says what is added (``add_bos_token`` is
+                                             stated and ``add_eos_token`` false): then both must give the ids,
+                                             but for one bos in front where it says so
 
 A folder is what its users get: a ``tokenizer.model`` in it is not looked at (name that file to compare it), and literal
 special tokens become what the folder's own settings make of them. A folder with a ``tokenizer.model`` alone is no
@@ -133,10 +134,12 @@ def _load_folder(path: Path) -> Form:
 
     def by_default(batch: list[str]) -> Ids:
         ids: Ids = loaded(batch)["input_ids"]
-        return ids
+        bos = [loaded.bos_token_id]
+        return [one[1:] if adds_bos and one[:1] == bos else one for one in ids]
 
     ways = {"tokenizer(text, add_special_tokens=False)": plain}
-    if _says_it_adds_nothing(path):
+    adds_bos, adds_eos = (_settings(path).get(name) for name in ("add_bos_token", "add_eos_token"))
+    if isinstance(adds_bos, bool) and adds_eos is False:
         ways["tokenizer(text)"] = by_default
     return Form(
         path=path,
@@ -153,10 +156,10 @@ def _load_folder(path: Path) -> Form:
     )
 
 
-def _says_it_adds_nothing(folder: Path) -> bool:
+def _settings(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_bytes()) if path.is_file() else {}
-    return all(config.get(name) is False for name in ("add_bos_token", "add_eos_token"))
+    settings: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    return settings
 
 
 def _texts_of(vocabulary: dict[str, int], decode: Callable[[int], str]) -> list[str]:
