@@ -54,12 +54,12 @@ EXTENSIONS = [
     Pybind11Extension(
         "megatron_hammer.kernels.native._cpu",
         [f"csrc/cpu/{name}.cpp" for name in ("bindings", "attention", "attention_bindings")]
-        + [f"csrc/cpu/version_{name}.cpp" for name in ("portable", "avx2", "avx512", "avx512_bf16")],
+        + [f"csrc/cpu/version_{name}.cpp" for name in ("portable", "avx2", "avx512", "avx512_bf16", "amx")],
         depends=[
             f"csrc/cpu/{name}"
             for name in (
-                *("kernels.hpp", "kernels.inl", "operations.hpp", "tensor.hpp"),
-                *("attention.hpp", "attention_bindings.hpp"),
+                *("kernels.hpp", "kernels.inl", "vectors.inl", "operations.hpp", "tensor.hpp"),
+                *("attention.hpp", "attention.inl", "attention_bindings.hpp"),
             )
         ],
         cxx_std=17,

@@ -1,7 +1,9 @@
-// Causal attention with query groups on a CPU, forward and backward; attention.cpp says how.
+// Causal attention with query groups on a CPU, forward and backward; attention.inl says how.
 #pragma once
 
 #include <cstdint>
+
+#include "kernels.hpp"
 
 namespace hammer {
 
@@ -24,11 +26,41 @@ struct Attention {
   int threads;
 };
 
-// Why this processor cannot run the kernels, or an empty string. Asks the kernel for the tile registers.
-const char* attention_obstacle(bool half);
+// The rows of one document in one batch, and one query group: what a thread takes at a time.
+struct Unit {
+  int64_t first, rows, batch, group;
+};
+
+using Pass = void (*)(const Attention& call, const Unit& unit, char* memory);
+
+// Both passes over a unit for one type of tensor, and the bytes of working memory that each needs for a document of so
+// many rows and heads of a size. A version that cannot compute in a type has none.
+struct Passes {
+  int64_t (*forward_bytes)(int64_t rows, int64_t size);
+  Pass forward;
+  int64_t (*backward_bytes)(int64_t rows, int64_t size);
+  Pass backward;
+};
+
+// The passes of one instruction set.
+struct AttentionVersion {
+  const char* name;
+  bool (*runs_here)();
+  Passes fp32, bf16;
+
+  const Passes& passes(bool half) const { return half ? bf16 : fp32; }
+};
+
+extern const AttentionVersion kAttentionPortable;
+#ifdef HAMMER_X86
+extern const AttentionVersion kAttentionAvx2, kAttentionAvx512, kAttentionAvx512Bf16;
+#ifdef __linux__
+extern const AttentionVersion kAttentionAmx;
+#endif
+#endif
 
 // Each returns false where memory for its working buffers was not to be had.
-bool attention_forward(const Attention& call);
-bool attention_backward(const Attention& call);
+bool attention_forward(const AttentionVersion& version, const Attention& call);
+bool attention_backward(const AttentionVersion& version, const Attention& call);
 
 }  // namespace hammer

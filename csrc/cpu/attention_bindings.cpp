@@ -17,23 +17,36 @@ namespace py = pybind11;
 namespace {
 
 using hammer::Argument;
+using hammer::AttentionVersion;
 using hammer::Tensor;
 using Bounds = std::vector<int64_t>;
 
-// What `attention_obstacle` says, asked once for each type: it takes a system call.
-const char* obstacle(bool half) {
-  if (half) {
-    static const char* const of_bf16 = hammer::attention_obstacle(true);
-    return of_bf16;
+// Those that this machine can run in a type, the fastest first; asked once for each type, as AMX takes a system call.
+std::vector<const AttentionVersion*> find_versions(bool half) {
+  std::vector<const AttentionVersion*> found;
+  for (const AttentionVersion* version : {
+#ifdef HAMMER_X86
+#ifdef __linux__
+           &hammer::kAttentionAmx,
+#endif
+           &hammer::kAttentionAvx512Bf16, &hammer::kAttentionAvx512, &hammer::kAttentionAvx2,
+#endif
+           &hammer::kAttentionPortable}) {
+    if (version->passes(half).forward != nullptr && version->runs_here()) found.push_back(version);
   }
-  static const char* const of_float = hammer::attention_obstacle(false);
-  return of_float;
+  return found;
+}
+
+const std::vector<const AttentionVersion*>& versions(bool half) {
+  static const std::vector<const AttentionVersion*> of_float = find_versions(false), of_bf16 = find_versions(true);
+  return half ? of_bf16 : of_float;
 }
 
 // q, out and their gradients are [s, b, n, d], k, v and theirs [s, b, g, d], each with a contiguous last dimension; lse
 // is [b, n, s]. Document i is the rows [bounds[i], bounds[i + 1]).
-hammer::Attention describe(const Bounds& bounds, const Tensor& q, const Tensor& k, const Tensor& lse,
-                           std::initializer_list<Argument> as_q, std::initializer_list<Argument> as_k) {
+hammer::Attention describe(const AttentionVersion& version, const Bounds& bounds, const Tensor& q, const Tensor& k,
+                           const Tensor& lse, std::initializer_list<Argument> as_q,
+                           std::initializer_list<Argument> as_k) {
   q.expect_computable("q", 4);
   k.expect_computable("k", 4);
   const int64_t s = q.size(0), b = q.size(1), n = q.size(2), g = k.size(2), d = q.size(3);
@@ -55,34 +68,36 @@ hammer::Attention describe(const Bounds& bounds, const Tensor& q, const Tensor& 
   call.scale = static_cast<float>(std::pow(static_cast<double>(d), -0.5));
   call.half = q.type() == hammer::Type::kBf16;
   call.threads = hammer::threads();
-  if (const char* reason = obstacle(call.half); *reason) {
-    hammer::fail(std::string("fused attention cannot run here: ") + reason);
+  const auto& able = versions(call.half);
+  if (std::find(able.begin(), able.end(), &version) == able.end()) {
+    hammer::fail(std::string("attention by ") + version.name + " cannot run here in this type");
   }
   return call;
 }
 
 hammer::Strided strided(const Tensor& x) { return {x.data<void>(), x.stride(0), x.stride(1), x.stride(2)}; }
 
-void run(bool (*pass)(const hammer::Attention&), const hammer::Attention& call) {
+void run(bool (*pass)(const AttentionVersion&, const hammer::Attention&), const AttentionVersion& version,
+         const hammer::Attention& call) {
   const py::gil_scoped_release release;
-  if (!pass(call)) throw std::bad_alloc();
+  if (!pass(version, call)) throw std::bad_alloc();
 }
 
-void forward(const Bounds& bounds, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-             const Tensor& lse) {
-  hammer::Attention call = describe(bounds, q, k, lse, {{"q", q}, {"out", out}}, {{"k", k}, {"v", v}});
+void forward(const AttentionVersion& version, const Bounds& bounds, const Tensor& q, const Tensor& k, const Tensor& v,
+             const Tensor& out, const Tensor& lse) {
+  hammer::Attention call = describe(version, bounds, q, k, lse, {{"q", q}, {"out", out}}, {{"k", k}, {"v", v}});
   call.q = strided(q);
   call.k = strided(k);
   call.v = strided(v);
   call.out = strided(out);
-  run(hammer::attention_forward, call);
+  run(hammer::attention_forward, version, call);
 }
 
-void backward(const Bounds& bounds, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-              const Tensor& lse, const Tensor& grad_out, const Tensor& grad_q, const Tensor& grad_k,
+void backward(const AttentionVersion& version, const Bounds& bounds, const Tensor& q, const Tensor& k, const Tensor& v,
+              const Tensor& out, const Tensor& lse, const Tensor& grad_out, const Tensor& grad_q, const Tensor& grad_k,
               const Tensor& grad_v) {
   hammer::Attention call =
-      describe(bounds, q, k, lse, {{"q", q}, {"out", out}, {"grad_out", grad_out}, {"grad_q", grad_q}},
+      describe(version, bounds, q, k, lse, {{"q", q}, {"out", out}, {"grad_out", grad_out}, {"grad_q", grad_q}},
                {{"k", k}, {"v", v}, {"grad_k", grad_k}, {"grad_v", grad_v}});
   call.q = strided(q);
   call.k = strided(k);
@@ -92,13 +107,15 @@ void backward(const Bounds& bounds, const Tensor& q, const Tensor& k, const Tens
   call.grad_q = strided(grad_q);
   call.grad_k = strided(grad_k);
   call.grad_v = strided(grad_v);
-  run(hammer::attention_backward, call);
+  run(hammer::attention_backward, version, call);
 }
 
 }  // namespace
 
 void bind_attention(py::module_& module) {
-  module.def("attention_obstacle", &obstacle, py::arg("half"));
-  module.def("attention_forward", &forward);
-  module.def("attention_backward", &backward);
+  py::class_<AttentionVersion>(module, "AttentionVersion")
+      .def_property_readonly("name", [](const AttentionVersion& version) { return version.name; })
+      .def("attention_forward", &forward)
+      .def("attention_backward", &backward);
+  module.def("attention_versions", &versions, py::return_value_policy::reference, py::arg("half"));
 }

@@ -1,116 +1,16 @@
-// The arithmetic of kernels.hpp, compiled once for each instruction set: the including file has set the target by a
-// pragma and defines HAMMER_VERSION (a namespace) and HAMMER_LANES (floats of a vector register).
+// The arithmetic of kernels.hpp, compiled once for each instruction set (vectors.inl says what the including file
+// sets).
 //
-// Vectors are those of GCC and Clang, so one text serves every machine. Bytes moved are the least that each operation
-// can do with (kernels/norm.py, rope.py, swiglu.py, adamw.py); what a row needs twice comes from the core's own cache
-// the second time. Sums have a fixed order, so results depend on the instruction set but never on the threads.
+// Bytes moved are the least that each operation can do with (kernels/norm.py, rope.py, swiglu.py, adamw.py); what a row
+// needs twice comes from the core's own cache the second time. Sums have a fixed order, so results depend on the
+// instruction set but never on the threads.
 // Infinities and NaN pass through every function: the training step that meets them is skipped, not hidden.
-//
-// No templates of the standard library in here: the linker keeps one copy of each for the whole module, and might keep
-// one that was compiled for a machine wider than the one it runs on.
+
+#include "vectors.inl"
 
 namespace hammer {
 namespace HAMMER_VERSION {
 namespace {
-
-#define HAMMER_INLINE inline __attribute__((always_inline))
-
-constexpr int kLanes = HAMMER_LANES;
-typedef float V __attribute__((vector_size(kLanes * 4)));
-typedef int32_t I __attribute__((vector_size(kLanes * 4)));
-typedef uint32_t U __attribute__((vector_size(kLanes * 4)));
-typedef uint16_t H __attribute__((vector_size(kLanes * 2)));
-
-// ---- memory ----------------------------------------------------------------------------------------------------
-
-// GCC 12 writes the two conversions of 16 lanes as shuffles of halves, hence the instructions by name (with masks that
-// keep all, as its headers warn of themselves in the plain ones).
-HAMMER_INLINE V widen(H bits) {
-#if HAMMER_LANES == 16
-  return (V)((U)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits) << 16);
-#else
-  return (V)(__builtin_convertvector(bits, U) << 16);
-#endif
-}
-
-// To the nearest, ties to even; NaN stays one, as the rounding of its bits could make it infinite. (The instruction
-// takes what is below 2^-126 as 0.)
-HAMMER_INLINE H narrow(V x) {
-#ifdef HAMMER_BF16_INSTRUCTION
-  return (H)_mm512_cvtneps_pbh(x);
-#else
-  const U bits = (U)x;
-  const U kept = x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : U{} + 0x7fc00000u;
-#if HAMMER_LANES == 16
-  return (H)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)(kept >> 16));
-#else
-  return __builtin_convertvector(kept >> 16, H);
-#endif
-#endif
-}
-
-HAMMER_INLINE V load(const float* p) {
-  V x;
-  __builtin_memcpy(&x, p, sizeof x);
-  return x;
-}
-
-HAMMER_INLINE V load(const Bf16* p) {
-  H x;
-  __builtin_memcpy(&x, p, sizeof x);
-  return widen(x);
-}
-
-HAMMER_INLINE void store(float* p, V x) { __builtin_memcpy(p, &x, sizeof x); }
-
-HAMMER_INLINE void store(Bf16* p, V x) {
-  const H bits = narrow(x);
-  __builtin_memcpy(p, &bits, sizeof bits);
-}
-
-// Asks for what lies 2 KiB on, as the machine's own prefetching stops at every page: 10 % in SwiGLU, half the time of
-// softmax_gradient (Xeon, Sapphire Rapids). An address beyond the end does no harm.
-HAMMER_INLINE void ahead(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + 2048); }
-
-// What a T keeps of x.
-template <class T>
-HAMMER_INLINE V rounded(V x) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return x;
-  } else {
-    return widen(narrow(x));
-  }
-}
-
-// One vector of elements, and the shorter one at the end of a row; absent lanes read as `fill`.
-struct Whole {
-  template <class T>
-  HAMMER_INLINE V load(const T* p, float = 0) const {
-    return HAMMER_VERSION::load(p);
-  }
-  template <class T>
-  HAMMER_INLINE void store(T* p, V x) const {
-    HAMMER_VERSION::store(p, x);
-  }
-};
-
-struct Part {
-  int count;
-  template <class T>
-  HAMMER_INLINE V load(const T* p, float fill = 0) const {
-    T values[kLanes] = {};
-    for (int i = 0; i < count; ++i) values[i] = p[i];
-    V x = HAMMER_VERSION::load(values);
-    for (int i = count; i < kLanes; ++i) x[i] = fill;
-    return x;
-  }
-  template <class T>
-  HAMMER_INLINE void store(T* p, V x) const {
-    T values[kLanes];
-    HAMMER_VERSION::store(values, x);
-    for (int i = 0; i < count; ++i) p[i] = values[i];
-  }
-};
 
 // Calls work(i, lanes) for all elements of a row, a vector at a time.
 template <class Work>
@@ -118,13 +18,6 @@ HAMMER_INLINE void each(int64_t n, Work work) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) work(i, Whole{});
   if (i < n) work(i, Part{static_cast<int>(n - i)});
-}
-
-HAMMER_INLINE float total(V x) {
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) x[i] += x[i + width];
-  }
-  return x[0];
 }
 
 HAMMER_INLINE float largest_of(V x) {
@@ -443,8 +336,6 @@ constexpr Table<T> table() {
           rope_backward<T>,        swiglu_forward<T>,        swiglu_backward<T>, row_statistics<T>,
           softmax_gradient<T>,     loss_and_gradient<T>,     adamw<T>,           accumulate<T>};
 }
-
-#undef HAMMER_INLINE
 
 }  // namespace
 }  // namespace HAMMER_VERSION

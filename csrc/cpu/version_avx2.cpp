@@ -1,5 +1,6 @@
 // The kernels for x86-64 with AVX2 and FMA (2013 and later).
 
+#include "attention.hpp"
 #include "kernels.hpp"
 
 #ifdef HAMMER_X86
@@ -16,11 +17,15 @@ bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 #endif
 #define HAMMER_VERSION avx2
 #define HAMMER_LANES 8
+#include "attention.inl"
 #include "kernels.inl"
 
 namespace hammer {
 
 constexpr Version kAvx2 = {"avx2", runs_here, avx2::table<float>(), avx2::table<Bf16>(), avx2::square_sum};
+
+constexpr AttentionVersion kAttentionAvx2 = {"avx2", runs_here, avx2::attention::passes<float>(),
+                                             avx2::attention::passes<Bf16>()};
 
 }  // namespace hammer
 #ifdef __clang__

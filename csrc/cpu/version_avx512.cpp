@@ -1,5 +1,6 @@
 // The kernels for x86-64 with AVX-512 (servers from 2017 on, AMD from 2022 on).
 
+#include "attention.hpp"
 #include "kernels.hpp"
 
 #ifdef HAMMER_X86
@@ -22,11 +23,18 @@ bool runs_here() {
 #endif
 #define HAMMER_VERSION avx512
 #define HAMMER_LANES 16
+// GCC 12 takes the intrinsics' own undefined values for a mistake of ours.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include "attention.inl"
 #include "kernels.inl"
 
 namespace hammer {
 
 constexpr Version kAvx512 = {"avx512", runs_here, avx512::table<float>(), avx512::table<Bf16>(), avx512::square_sum};
+
+constexpr AttentionVersion kAttentionAvx512 = {"avx512", runs_here, avx512::attention::passes<float>(),
+                                               avx512::attention::passes<Bf16>()};
 
 }  // namespace hammer
 #ifdef __clang__

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -160,8 +160,9 @@ def _varlen_unsupported(required: Requirements) -> str:
     return f"takes heads of at most 256 elements, not {required.head_size}" if required.head_size > 256 else ""
 
 
-def _fused(device: torch.device) -> AttentionFunction:
-    return partial(fused.attention, cpu.library())
+def own(q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | None = None) -> Tensor:
+    """Backend "fused": our kernels for CPUs (``csrc/cpu/attention.inl``), by the machine's best instructions."""
+    return fused.attention(cpu.attention_versions(q.dtype)[0], q, k, v, documents)
 
 
 def _fused_unsupported(required: Requirements) -> str:
@@ -171,7 +172,14 @@ def _fused_unsupported(required: Requirements) -> str:
 
 
 BACKENDS = (
-    Backend("fused", _fused, CPU, unsupported=_fused_unsupported),
+    Backend(
+        "fused",
+        lambda device: own,
+        CPU,
+        unsupported=_fused_unsupported,
+        preferred=lambda required: cpu.attention_is_fast(required.dtype),
+        variant=lambda required: cpu.attention_versions(required.dtype)[0].name,
+    ),
     Backend(
         "cudnn",
         lambda device: cudnn,

@@ -44,6 +44,11 @@ def supports_all(required: Requirements) -> str:
     return ""
 
 
+def one_version(required: Requirements) -> str:
+    """For a backend that is the same on every machine."""
+    return ""
+
+
 def needs_nothing(device: torch.device) -> str:
     """For a backend that needs nothing but torch."""
     return ""
@@ -73,6 +78,8 @@ class Backend:
     preferred: Callable[[Requirements], bool] = always
     """Whether "auto" may take it, asked where it can be used: false where another was measured to be faster or nobody
     has measured."""
+    variant: Callable[[Requirements], str] = one_version
+    """Which of its versions this machine takes, for the table at start, or an empty string; of the chosen only."""
     deterministic: bool = True
     """Equal bits from run to run, with torch's own switch on (``_be_deterministic`` in selection.py)."""
     compiles: bool = False

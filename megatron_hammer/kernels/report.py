@@ -58,7 +58,8 @@ def kernels_table(kernels: KernelsConfig, required: Requirements) -> str:
             continue
         usable, unusable = _others(operation, chosen, required, notes)
         compiled = " (compiled)" if _is_compiled(kernels, operation, chosen, required.mask) else ""
-        rows.append((operation, chosen.name + compiled, usable, unusable))
+        variant = f" ({name})" if (name := chosen.variant(required)) else ""
+        rows.append((operation, chosen.name + variant + compiled, usable, unusable))
     if kernels.fp8 != "off":
         rows.append(("fp8", kernels.fp8 + (", head too" if kernels.fp8_head else ""), "", ""))
     below = (line for i, note in enumerate(notes, 1) for line in wrap(f"[{i}] {note}", 98))

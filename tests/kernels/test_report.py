@@ -14,7 +14,7 @@ import torch
 
 from megatron_hammer.config import ATTENTION_MASKS, KernelsConfig
 from megatron_hammer.kernels.backend import Requirements
-from megatron_hammer.kernels.native import cuda, triton_rows
+from megatron_hammer.kernels.native import cpu, cuda, triton_rows
 from megatron_hammer.kernels.report import kernels_table, missing_kernels
 from megatron_hammer.kernels.selection import TABLES
 
@@ -73,3 +73,12 @@ def test_the_command_installs_what_pyproject_builds_with() -> None:
     (build,) = re.findall(r"^requires = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     for requirement in json.loads(f"[{build}]"):
         assert requirement in cuda.how_to_build()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_table_names_the_instructions_of_attention(dtype: torch.dtype) -> None:
+    if reason := cpu.attention_unsupported(dtype):
+        pytest.skip(reason)
+    version = cpu.attention_versions(dtype)[0].name
+    text = kernels_table(KernelsConfig(attention="fused"), Requirements(dtype=dtype))
+    assert f"\n  attention  fused ({version})" in text

@@ -508,6 +508,10 @@ def test_arguments_are_checked() -> None:
         k.row_statistics(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int32), Columns(0, 4))
     with pytest.raises(AssertionError):
         k.accumulate(torch.zeros(4, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.bfloat16), True)
+
+
+def test_attention_checks_its_arguments() -> None:
+    k = cpu.attention_versions(torch.float32)[0]
     with pytest.raises(AssertionError, match="rise from 0 to 3"):
         k.attention_forward([0, 5], *attention_arguments())
     with pytest.raises(AssertionError, match=r"expected torch.float32 .*found lse: torch.float64"):

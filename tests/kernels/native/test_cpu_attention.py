@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,13 +36,20 @@ SHAPES = [
 # most that was seen.
 ERRORS = {torch.float32: 3e-6, torch.bfloat16: 5e-3}
 
-reasons = {dtype: cpu.attention_unsupported(dtype) for dtype in ERRORS}
-needs = {dtype: pytest.mark.skipif(bool(why), reason=why or "can run") for dtype, why in reasons.items()}
-DTYPES = [pytest.param(dtype, marks=needs[dtype], id=str(dtype).removeprefix("torch.")) for dtype in ERRORS]
+# Every version that this machine can run, in each of its types.
+VERSIONS = [
+    pytest.param(version, dtype, id=f"{version.name}-{str(dtype).removeprefix('torch.')}")
+    for dtype in ERRORS
+    if not cpu.attention_unsupported(dtype)
+    for version in cpu.attention_versions(dtype)
+]
+pytestmark = pytest.mark.skipif(bool(why := cpu.unavailable(CPU)), reason=why or "can run")
+each_version = pytest.mark.parametrize(("version", "dtype"), VERSIONS)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | None = None) -> Tensor:
-    return fused.attention(cpu.library(), q, k, v, documents)
+def by(version: Any) -> Callable[..., Tensor]:
+    """Attention by the kernels of one instruction set."""
+    return partial(fused.attention, version)
 
 
 def tensors(shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
@@ -66,35 +76,35 @@ def assert_near(ours: Sequence[Tensor], truth: Sequence[Tensor], bound: float, k
         assert error <= allowed, f"{('out', 'grad q', 'grad k', 'grad v')[i]}: {error:.1e}, allowed {allowed:.1e}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_version
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_and_gradients(shape: Sequence[int], dtype: torch.dtype) -> None:
+def test_values_and_gradients(shape: Sequence[int], dtype: torch.dtype, version: Any) -> None:
     inputs = tensors(shape, dtype)
     truth = with_gradients(causal_attention, [x.double() for x in inputs])
-    assert_near(with_gradients(attention, inputs), truth, ERRORS[dtype])
+    assert_near(with_gradients(by(version), inputs), truth, ERRORS[dtype])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_documents(dtype: torch.dtype) -> None:
+@each_version
+def test_documents(dtype: torch.dtype, version: Any) -> None:
     """Each document attends to itself alone, whatever its length."""
     lengths = (1, 40, 32, 2, 300, 129)
     documents = PackedSequences.from_cu_seqlens(np.cumsum([0, *lengths]).astype(np.int32), CPU)
     inputs = tensors((sum(lengths), 1, 4, 2, 48), dtype)
     truth = with_gradients(each_document, [x.double() for x in inputs], documents)
-    assert_near(with_gradients(attention, inputs, documents), truth, ERRORS[dtype])
+    assert_near(with_gradients(by(version), inputs, documents), truth, ERRORS[dtype])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_no_result_depends_on_threads_or_strides(dtype: torch.dtype) -> None:
+@each_version
+def test_no_result_depends_on_threads_or_strides(dtype: torch.dtype, version: Any) -> None:
     """Equal bits from one and three threads, from slices, contiguous copies and tensors that are laid out otherwise."""
     inputs = tensors((150, 2, 6, 3, 64), dtype)
-    expected = with_gradients(attention, inputs)
+    expected = with_gradients(by(version), inputs)
     layouts = [[x.contiguous() for x in inputs], [x.mT.contiguous().mT for x in inputs]]
-    results = [with_gradients(attention, layout) for layout in layouts]
+    results = [with_gradients(by(version), layout) for layout in layouts]
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        results.append(with_gradients(attention, inputs))
+        results.append(with_gradients(by(version), inputs))
     finally:
         torch.set_num_threads(before)
     for result in results:
@@ -102,28 +112,28 @@ def test_no_result_depends_on_threads_or_strides(dtype: torch.dtype) -> None:
             assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_later_rows_are_not_seen(dtype: torch.dtype) -> None:
+@each_version
+def test_later_rows_are_not_seen(dtype: torch.dtype, version: Any) -> None:
     """What comes later changes no bit of a row, not even where it is not finite; what is seen and NaN shows."""
     q, k, v, _ = tensors((200, 1, 4, 2, 32), dtype)
-    expected = attention(q, k, v)
+    expected = by(version)(q, k, v)
     k, v = k.clone(), v.clone()
     k[130:] = 1e4
     v[130:] = 1e4
     k[190] = torch.nan
-    result = attention(q, k, v)
+    result = by(version)(q, k, v)
     assert torch.equal(result[:130], expected[:130]) and not torch.equal(result[131:], expected[131:])
     assert result[:190].isfinite().all() and result[190:].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_first_rows(dtype: torch.dtype) -> None:
+@each_version
+def test_first_rows(dtype: torch.dtype, version: Any) -> None:
     """The first row of a document sees itself alone: nothing that q and k could change, so their gradients are 0, in
     bits. delta, from a rounded result, would leave rounding in their place."""
     documents = PackedSequences.from_cu_seqlens(np.array([0, 1, 2, 42, 43, 300], np.int32), CPU)
     alone, first = [0, 1, 42], [0, 1, 2, 42, 43]
     inputs = q, _, v, grad = tensors((300, 2, 4, 2, 64), dtype)
-    out, grad_q, grad_k, grad_v = with_gradients(attention, inputs, documents)
+    out, grad_q, grad_k, grad_v = with_gradients(by(version), inputs, documents)
     ours = [out[first], grad_q[first], grad_k[alone], grad_v[alone]]
     heads = grad[alone].double().unflatten(2, (2, 2)).sum(3)  # a head of k and v serves two of q
     truth = [v[first].double().repeat_interleave(2, dim=2), 0 * q[first].double(), 0 * heads, heads]
@@ -149,17 +159,34 @@ def known_errors(inputs: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(out), from_lse[0] + from_out[0], from_lse[1] + from_out[1], from_lse[2]]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_large_scores(dtype: torch.dtype) -> None:
+@each_version
+def test_large_scores(dtype: torch.dtype, version: Any) -> None:
     """Scores reach 1000, so that one key takes most rows' weight. In fp32 their last bit alone would be a large error,
     but q and k are whole numbers, so that their products are exact in any order, and what remains is known: of a row
     with one key nothing, of the others half a last bit of lse."""
     *qk, v, grad = tensors((300, 2, 2, 1, 64), dtype)
     inputs = [(25 * qk[0]).round(), (4 * qk[1]).round(), v, grad]
     truth = with_gradients(causal_attention, [x.double() for x in inputs])
-    assert_near(with_gradients(attention, inputs), truth, ERRORS[dtype], known_errors(inputs))
+    assert_near(with_gradients(by(version), inputs), truth, ERRORS[dtype], known_errors(inputs))
 
 
 def test_dtypes_that_it_leaves_to_torch() -> None:
     for dtype in (torch.float64, torch.float16):
         assert "does not compute in" in cpu.attention_unsupported(dtype)
+
+
+@pytest.mark.parametrize("dtype", ERRORS)
+def test_every_instruction_set_that_the_processor_names_has_a_version(dtype: torch.dtype) -> None:
+    """Each has its own; AMX multiplies bf16 only, and takes Linux's permission besides."""
+    flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split()) if Path("/proc/cpuinfo").exists() else set()
+    if not {"avx2", "fma"} <= flags:
+        pytest.skip("this processor has no instructions of which /proc/cpuinfo and our versions both know")
+    wide = {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags
+    expected = [
+        *(["avx512_bf16"] if wide and "avx512_bf16" in flags else []),
+        *(["avx512"] if wide else []),
+        "avx2",
+        "portable",
+    ]
+    names = [version.name for version in cpu.attention_versions(dtype)]
+    assert [name for name in names if name != "amx"] == expected
