@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import difflib
 import json
 import os
 import re
@@ -40,6 +41,10 @@ class ArgumentParser(argparse.ArgumentParser):
         remedy = f"see {self.prog} --help"
         if setting := re.search(r"(?<!\S)--?([a-z_]+\.[a-z0-9_.]+(=\S*)?)", message):
             remedy = f"settings have no dashes: write {setting[1] if setting[2] else setting[1] + '=VALUE'}"
+        elif "unrecognized arguments: -" in message:
+            option = message.partition("unrecognized arguments: ")[2].split()[0].partition("=")[0]
+            if near := difflib.get_close_matches(option, list(self._option_string_actions), n=1, cutoff=0.7):
+                remedy = f"did you mean {near[0]}? (see {self.prog} --help)"
         raise ConfigError(1, self.prog, f"was called wrongly: {message}", remedy)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PRESETS = Path(__file__).parents[2] / "examples" / "configs"
@@ -172,6 +172,8 @@ def nearest_choice(value: object, choices: Sequence[object]) -> str:
     known = OTHER_VALUES.get(_plain(str(value)))
     if known is not None:
         return known if known in texts else ""
+    if alike := [text for text in texts if _plain(text) == _plain(str(value))]:
+        return alike[0]  # BF16, flash_attn
     return next(iter(difflib.get_close_matches(str(value), texts, n=1)), "")
 
 
@@ -179,7 +181,8 @@ def setting_of_argument(argument: str, known: Sequence[str]) -> str:
     """What an argument that is no ``group.field=value`` should be: the whole remedy."""
     key, equals, value = argument.partition("=")
     if equals and key and "." not in key.strip("."):
-        return f"write {nearest_setting(key, known).partition('=')[0]}={value}"
+        setting, fixed, meant = nearest_setting(key, known).partition("=")
+        return f"write {setting}={meant if fixed else value}"
     if not equals and key in known:
         return f"write {key}=VALUE"
     return "see --help for every field"
@@ -187,6 +190,8 @@ def setting_of_argument(argument: str, known: Sequence[str]) -> str:
 
 def config_remedy(path: str) -> str:
     """How to name a config file that is not there under this name."""
+    if "=" in path:
+        return "name the YAML file first, then settings: CONFIG.yaml group.field=value"
     name = Path(path).name
     for candidate in (f"{path}.yaml", f"{path}.yml", str(PRESETS / name), str(PRESETS / f"{name}.yaml")):
         if Path(candidate).is_file():
@@ -206,7 +211,7 @@ def sources_remedy(text: str) -> str:
 
     A prefix may have blanks in it: without numbers, or where such a dataset is there, it is one.
     """
-    words = text.split()
+    words = re.split(r"[\s,]+", text.strip())
     if len(words) < 2 or Path(f"{text}.idx").exists():
         return ""
     pairs = [words[i : i + 2] for i in range(0, len(words), 2)]
@@ -214,7 +219,22 @@ def sources_remedy(text: str) -> str:
         return "write {" + ", ".join(f"{prefix}: {weight}" for weight, prefix in pairs) + "}"
     if all(len(p) == 2 and _is_number(p[1]) and not _is_number(p[0]) for p in pairs):
         return "write {" + ", ".join(f"{prefix}: {weight}" for prefix, weight in pairs) + "}"
+    names = [word for word in re.split(r"[\s,]+", text) if word]
+    if len(names) > 1 and all(Path(f"{name}.idx").exists() for name in names):
+        return "write {" + ", ".join(f"{prefix}: 1" for prefix in names) + "}"
     return ""
+
+
+def pairs_remedy(mapping: Mapping[object, object], of_weights: bool) -> str:
+    """The mapping that ``{a 1}`` or ``{a:1, b: 2}`` means: YAML reads keys without values there."""
+    if not of_weights:
+        return "write {NAME: PREFIX}, with a colon and a blank"
+    pairs = []
+    for key, given in mapping.items():
+        prefix, _, weight = str(key).replace(":", " ").rpartition(" ")
+        parted = given is None and prefix and _is_number(weight)
+        pairs.append(f"{prefix.strip()}: {weight}" if parted else f"{key}: {1 if given is None else given}")
+    return "write {" + ", ".join(pairs) + "}, with a colon and a blank"
 
 
 def number_remedy(value: object) -> str:

@@ -19,6 +19,7 @@ from megatron_hammer.config.mistakes import (
     nearest_choice,
     nearest_setting,
     number_remedy,
+    pairs_remedy,
     setting_of_argument,
     sources_remedy,
 )
@@ -173,11 +174,13 @@ def _convert_dict(value_hint: Any, value: Any, name: str) -> dict[str, Any] | No
         if isinstance(value, list) and value and value_hint is float:  # Megatron's pairs, or sources of equal weight
             equal = "write {" + ", ".join(f"{prefix}: 1" for prefix in value) + "}"
             remedy = sources_remedy(" ".join(map(str, value))) or equal
+        elif isinstance(value, str) and value:
+            remedy = f"give the set a name: {{valid: {value}}}"
         raise ConfigError(3, f"{name}={value!r}", f"must be {wanted}", remedy or "write it as a YAML mapping")
     for key, given in value.items():
         if given is None:  # {a 1} and {a, b}: YAML reads keys without values
-            example = "{" + str(key).replace(" ", ": ", 1) + "}" if " " in str(key) else f"{{{key}: 1}}"
-            raise ConfigError(3, f"{name}[{key}]", "has no value", f"write {example}, with a colon and a blank")
+            remedy = pairs_remedy(value, value_hint is float)
+            raise ConfigError(3, f"{name}[{key}]", "has no value", remedy)
     return {str(k): _convert(value_hint, v, f"{name}[{k}]") for k, v in value.items()}
 
 

@@ -221,6 +221,17 @@ class IndexedDataset:
                 raise _foreign_header(self.prefix, name, getattr(self.header, name), expected)
 
 
+def check_prefix(prefix: str | Path) -> None:
+    """Refuse a prefix without an index before anything is loaded.
+
+    Raises:
+        DataError: E330, with what was probably meant.
+    """
+    index = path_of(Path(prefix), ".idx")
+    if not index.exists():
+        raise DataError(30, str(index), "is missing", prefix_remedy(index))
+
+
 def _map_file(path: Path) -> FileMap:
     """A regular file, mapped; its descriptor is closed again."""
     try:
@@ -250,6 +261,8 @@ def prefix_remedy(path: Path) -> str:
     if prefix.is_dir() and there:
         shown = ", ".join(str(folder / name) for name in there[:3]) + (", ..." if len(there) > 3 else "")
         return f"{prefix} is a folder: name datasets in it, such as {shown}"
+    if prefix.is_dir() and any(p.is_file() for p in prefix.iterdir()):
+        return f"{prefix} is a folder without datasets: make one with tools/preprocess_data.py --input {prefix}"
     if close := difflib.get_close_matches(prefix.name, there, n=1):
         return f"did you mean {folder / close[0]}?"
     return "give the prefix P of P.bin and P.idx, without the suffix"

@@ -15,7 +15,7 @@ from megatron_hammer.checkpoint.fit import check_fits
 from megatron_hammer.checkpoint.folder import newest_checkpoint, open_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.config import Config, config_from_tree
-from megatron_hammer.dataset.reader import IndexedDataset
+from megatron_hammer.dataset.reader import IndexedDataset, check_prefix
 from megatron_hammer.kernels.libraries.te import check_before_start
 from megatron_hammer.sampling import index_builder as index
 from megatron_hammer.sampling.plan import Plan, make_plan
@@ -69,6 +69,9 @@ def prepare(config: Config, world_size: int, check_data: bool = True) -> Prepare
     notes = config.notes()
     if index.BACKEND != "C++":
         notes.append(f"index builder: {index.BACKEND}")
+    if not config.train.dry_run:  # which may describe a run whose data is elsewhere
+        for prefix in [*(config.data.train or {}), *(config.data.valid or {}).values()]:
+            check_prefix(prefix)  # before a tokenizer or its absence is spoken of: text as data is named first
     tokenizer = None if config.tokenizer.path is None else load_tokenizer(config.tokenizer.path)
     config = _with_vocab_size(config, tokenizer)
     if config.train.dry_run:

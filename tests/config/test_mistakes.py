@@ -33,7 +33,15 @@ def said(*overrides: str, path: str | Path = TINY) -> str:
         ("data.train=[142, P, 128, Q]", "write {P: 142, Q: 128}"),
         ("data.train=[P, Q]", "write {P: 1, Q: 1}"),
         ("data.train={a 1}", "write {a: 1}, with a colon and a blank"),
-        ("data.train={a, b}", "write {a: 1}"),
+        ("data.train={a, b}", "write {a: 1, b: 1}"),
+        ("data.train={a:1, b: 2}", "write {a: 1, b: 2}"),
+        ("data.train={a 1, b 2}", "write {a: 1, b: 2}"),
+        ("data.train=0.5 a, 0.5 b", "write {a: 0.5, b: 0.5}"),
+        ("data.valid={zh}", "write {NAME: PREFIX}"),
+        ("data.valid=p_text_document", "give the set a name: {valid: p_text_document}"),
+        ("wandb=true", "write log.trackers=[wandb]"),
+        ("train.precision=BF16", "did you mean bf16?"),
+        ("kernels.attention=Flash_Attn", "did you mean flash-attn?"),
         ("log.wandb=true", "did you mean log.trackers=[wandb]?"),
         ("train.bf16=true", "did you mean train.precision=bf16?"),
         ("kernels.attention=flash-attn-2", "did you mean flash-attn?"),
@@ -102,3 +110,22 @@ def test_dashes(arguments: list[str], cure: str) -> None:
 def test_other_names_lead_to_settings() -> None:
     known = {f"{group}.{field}" for group, fields in describe_fields().items() for field in fields}
     assert {setting.partition("=")[0] for setting in OTHER_NAMES.values()} <= known
+
+
+def test_a_setting_in_place_of_the_config() -> None:
+    assert "CONFIG.yaml group.field=value" in said(path="data.train=/a/b")
+
+
+def test_prefixes_that_exist_are_several_datasets(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.idx").touch()
+    for between in (" ", ",", ", "):
+        line = said(f"data.train={tmp_path}/a{between}{tmp_path}/b")
+        assert f"write {{{tmp_path}/a: 1, {tmp_path}/b: 1}}" in line
+
+
+def test_an_option_nearly_so_is_named() -> None:
+    parser = ArgumentParser(prog="p")
+    parser.add_argument("--nproc")
+    with pytest.raises(ConfigError, match=r"did you mean --nproc\?"):
+        parser.parse_args(["--npoc=2"])

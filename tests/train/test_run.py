@@ -334,3 +334,10 @@ def test_training_goes_on_without_anybody_who_reads(data: Path, tmp_path: Path) 
         assert len(metrics(tmp_path / name)) == 12
         newest = newest_checkpoint(tmp_path / name / "checkpoints")
         assert newest is not None and newest.step == 12
+
+
+def test_text_in_place_of_a_dataset_is_named_before_a_tokenizer_is_missed(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n')
+    for named in (tmp_path / "x.jsonl", tmp_path):
+        with pytest.raises(HammerError, match=r"E330.*preprocess_data\.py --input"):
+            prepare(config_for([f"data.train={named}"]), 1)
