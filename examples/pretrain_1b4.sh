@@ -2,6 +2,7 @@
 # From raw text to a Hugging Face model: the 1.4B recipe on GPUs, or the same chain at a size for this machine.
 #
 #   bash examples/pretrain_1b4.sh [group.field=value ...]          arguments go to the training program
+#   bash examples/pretrain_1b4.sh optimizer.lr=1e-3 --accept optimizer.lr      go on with another setting
 #
 #   TEXT       a folder (or file) of your own .txt or .jsonl: tokenizer, datasets and a small model are made of it, on a
 #              CPU too
@@ -267,7 +268,7 @@ What to run next:
 END
     if $quick; then
         cat <<END
-  $(same_command) train.num_steps=800 schedule.decay_steps=400      # the same run, on to step 800
+  $(same_command) train.num_steps=800      # the same run, on to step 800, at the learning rate where it ended
   DATA="142 P_zh_text_document 128 P_en_text_document" TOKENIZER=M.model OUT=runs/my_1b4 \\
       bash examples/pretrain_1b4.sh                      # the 1.4B recipe, on GPUs; README.md says how to make the data
 END

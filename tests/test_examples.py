@@ -206,7 +206,7 @@ def test_own_text_becomes_a_model(tree: Tree) -> None:
     _, config = tree.config()
     assert config.data.train == {f"runs/my_text/data/{n}_text_document": 1.0 for n in ("txt", "jsonl")}
     assert config.data.valid == {"txt": "runs/my_text/data/txt_valid_text_document"}
-    assert "TEXT=my\\ texts bash examples/pretrain_1b4.sh train.num_steps=800 schedule.decay_steps=400" in out
+    assert "TEXT=my\\ texts bash examples/pretrain_1b4.sh train.num_steps=800" in out
     assert tree.run(TEXT="my texts", GPUS="")[0] == 0 and names(tree.calls) == ["-m", "generate.py", "plot_loss.py"]
     code, _, err = tree.run(TEXT="my texts/below", GPUS="")
     assert code == 2 and err.startswith(

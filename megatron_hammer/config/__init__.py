@@ -7,13 +7,15 @@
     reading.py                                     settings.py           settings.py, tree.py
 
 The settings, all of them, stand in ``settings.py``: the docstring under a field is its documentation and what
-``--help`` prints (``help.py``). ``tree.py`` joins the groups to one ``Config`` and says what must hold between them.
+``--help`` prints (``help.py``), and its type says what changing it means for a run that goes on (``effects.py``).
+``tree.py`` joins the groups to one ``Config`` and says what must hold between them.
 What can be computed is not a field: ``data_parallel_size``, ``grad_accum``, ``grid`` and ``placement`` are methods of
 ``Config``. Nothing mutates a config; the resolved one (with ``model.vocab_size`` filled in from the tokenizer) is
 stored in each checkpoint and logged once. Imports neither torch nor numpy.
 """
 
-from megatron_hammer.config.help import FieldHelp, describe_fields, help_text
+from megatron_hammer.config.effects import Effect
+from megatron_hammer.config.help import FieldHelp, add_accept, describe_fields, help_text, setting_effects
 from megatron_hammer.config.reading import config_from_tree, config_to_tree, load_config, parse_yaml, to_yaml
 from megatron_hammer.config.settings import (
     ATTENTION_MASKS,
@@ -37,6 +39,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "Effect",
     "FieldHelp",
     "KernelsConfig",
     "LogConfig",
@@ -47,11 +50,13 @@ __all__ = [
     "ScheduleConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "add_accept",
     "config_from_tree",
     "config_to_tree",
     "describe_fields",
     "help_text",
     "load_config",
     "parse_yaml",
+    "setting_effects",
     "to_yaml",
 ]

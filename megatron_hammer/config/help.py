@@ -10,7 +10,9 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_hammer.base.cli import ArgumentParser
 from megatron_hammer.config import settings
+from megatron_hammer.config.effects import Effect, effect_of
 from megatron_hammer.config.tree import Config
 
 
@@ -21,18 +23,34 @@ class FieldHelp:
     type: str
     default: str
     text: str
+    effect: Effect
+    """What a change of it means for a run that goes on."""
 
 
 def describe_fields() -> dict[str, dict[str, FieldHelp]]:
     """Group -> field -> type, default and the docstring under the field, read from the source of ``settings.py``."""
-    docs = _field_docstrings()
+    docs, effects = _field_docstrings(), setting_effects()
     described: dict[str, dict[str, FieldHelp]] = {}
     for group, hint in typing.get_type_hints(Config).items():
         described[group] = {}
         for f in dataclasses.fields(hint):
             default = "required" if f.default is dataclasses.MISSING else _plain(f.default)
-            described[group][f.name] = FieldHelp(str(f.type), default, docs[hint.__name__][f.name])
+            effect = effects[f"{group}.{f.name}"]
+            spelled = str(f.type).removeprefix(f"{effect.name.capitalize()}[")[:-1]
+            described[group][f.name] = FieldHelp(spelled, default, docs[hint.__name__][f.name], effect)
     return described
+
+
+def setting_effects() -> dict[str, Effect]:
+    """``group.field`` -> what a change of it means, for every setting."""
+    effects = {}
+    for group, hint in typing.get_type_hints(Config).items():
+        stated = typing.get_type_hints(hint, include_extras=True)
+        for f in dataclasses.fields(hint):
+            effect = effect_of(stated[f.name])
+            assert effect is not None, f"{group}.{f.name} does not say what a change of it means (config/effects.py)"
+            effects[f"{group}.{f.name}"] = effect
+    return effects
 
 
 def _plain(value: Any) -> str:
@@ -59,12 +77,28 @@ def _field_docstrings() -> dict[str, dict[str, str]]:
     return docs
 
 
+def add_accept(parser: ArgumentParser) -> None:
+    """The option ``--accept`` of the programs that train."""
+    parser.add_argument(
+        "--accept",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of a run that goes on: let this setting (optimizer.lr) differ from the checkpoint, or the content of the "
+        "datasets (data) or the tokenizer (tokenizer); may be repeated",
+    )
+
+
 def help_text() -> str:
     """Every field with its type, default and meaning, for ``--help``."""
-    lines = ["settings (in the YAML file, or as group.field=value arguments; the last one wins):"]
+    lines = [
+        "settings (in the YAML file, or as group.field=value arguments; the last one wins); a run that goes on with "
+        "another value of one marked * needs --accept group.field:"
+    ]
     for group, fields in describe_fields().items():
         lines.append(f"\n{group}:")
         for name, entry in fields.items():
-            lines.append(f"  {group}.{name} ({entry.type}) = {entry.default}")
+            mark = " *" if entry.effect.must_be_accepted else ""
+            lines.append(f"  {group}.{name} ({entry.type}) = {entry.default}{mark}")
             lines += textwrap.wrap(entry.text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)

@@ -1,7 +1,8 @@
 """The settings: a frozen dataclass for each group, a docstring under each field, and what a group checks by itself.
 
-A field's docstring says its meaning, its unit and the reason of its default; ``--help`` prints it. What must hold
-between groups is in ``tree.py``.
+A field's docstring says its meaning, its unit and the reason of its default; ``--help`` prints it. Its type says what
+a change of it means for a run that goes on (``effects.py``): ``Free[int]`` may change at any time,
+``Mathematics[float]`` must be accepted by name. What must hold between groups is in ``tree.py``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_hammer.config.checks import at_least, divisors, require
+from megatron_hammer.config.effects import Content, Free, Length, Mathematics, Model, Place, Samples
 
 
 @dataclass(frozen=True)
@@ -33,31 +35,31 @@ class RopeScaling:
 class ModelConfig:
     """The Llama: sizes are global, never those of one rank."""
 
-    hidden_size: int
+    hidden_size: Model[int]
     """Width h of the residual stream."""
-    ffn_hidden_size: int
+    ffn_hidden_size: Model[int]
     """Width f of the SwiGLU feed-forward layer (Hugging Face: intermediate_size)."""
-    num_layers: int
+    num_layers: Model[int]
     """Number of decoder layers."""
-    num_attention_heads: int
+    num_attention_heads: Model[int]
     """Number n of query heads."""
-    num_query_groups: int | None = None
+    num_query_groups: Model[int | None] = None
     """Number g of key/value heads (Hugging Face: num_key_value_heads); absent: as many as query heads."""
-    head_dim: int | None = None
+    head_dim: Model[int | None] = None
     """Width d of one head; absent: hidden_size / num_attention_heads."""
-    vocab_size: int | None = None
+    vocab_size: Model[int | None] = None
     """True number v of token ids, without padding; absent: that of the tokenizer."""
-    norm_eps: float = 1e-5
+    norm_eps: Model[float] = 1e-5
     """Added to the mean square in RMSNorm."""
-    rope_theta: float = 10000.0
+    rope_theta: Model[float] = 10000.0
     """Base of the rotary position embedding."""
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: Model[RopeScaling | None] = None
     """Llama 3's RoPE scaling; absent: none."""
-    max_position_embeddings: int | None = None
+    max_position_embeddings: Free[int | None] = None
     """Longest context written to the exported model's config; absent: data.seq_length."""
-    tie_word_embeddings: bool = False
+    tie_word_embeddings: Model[bool] = False
     """Use the embedding matrix as output head too."""
-    init_std: float = 0.02
+    init_std: Free[float] = 0.02
     """Standard deviation of the initial weights, N(0, std); norms start at one."""
 
     @property
@@ -103,13 +105,13 @@ class ModelConfig:
 class ParallelConfig:
     """How the ranks share the work. data_parallel_size is what is left: world size / tensor_model_parallel_size."""
 
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: Free[int] = 1
     """Ranks that share each layer's matrices (TP)."""
-    sequence_parallel: bool = False
+    sequence_parallel: Free[bool] = False
     """Between the matrices, keep only seq_length / TP rows on each rank (arXiv 2205.05198). Needs TP of 2 or more."""
-    gradient_bucket_bytes: int = 64 * 2**20
+    gradient_bucket_bytes: Free[int] = 64 * 2**20
     """Size of one fp32 gradient bucket: a bucket's reduce-scatter starts as soon as its last gradient is there."""
-    timeout_seconds: int = 600
+    timeout_seconds: Free[int] = 600
     """How long a rank waits for the others in one collective."""
 
     def check(self) -> None:
@@ -136,7 +138,7 @@ class ParallelConfig:
 class TokenizerConfig:
     """Which tokenizer made the data and goes into the exported model."""
 
-    path: str | None = None
+    path: Content[str | None] = None
     """A sentencepiece .model, a tokenizer.json, or a Hugging Face folder."""
 
 
@@ -144,25 +146,25 @@ class TokenizerConfig:
 class DataConfig:
     """Indexed datasets (prefix P of P.bin and P.idx) and how samples are cut from them."""
 
-    train: dict[str, float] | None = None
+    train: Content[dict[str, float] | None] = None
     """One prefix, or {prefix: weight, ...}; data.weights says what a weight is."""
-    weights: Literal["share", "tokens", "epochs"] = "share"
+    weights: Samples[Literal["share", "tokens", "epochs"]] = "share"
     """What the weights of data.train are. share: of the samples, in proportion. tokens: tokens to draw (142e9). epochs:
     passes over the source (1.5). train.num_steps stays the length of the run: all sources are scaled to it alike, and
     the plan printed before training says what each one gives and which length fits."""
-    max_epochs: float | None = None
+    max_epochs: Free[float | None] = None
     """Refuse a run that would read a source more often than this, counted from step 1; absent: no limit."""
-    valid: dict[str, str] | None = None
+    valid: Content[dict[str, str] | None] = None
     """{name: prefix, ...}: validation sets, each reported under its name; absent: no evaluation."""
-    seq_length: int = 2048
+    seq_length: Samples[int] = 2048
     """Targets s in one sample; a sample holds s + 1 tokens."""
-    order: Literal["independent", "megatron"] = "independent"
+    order: Samples[Literal["independent", "megatron"]] = "independent"
     """independent: a pure function of (seed, sources and weights, epoch, position), unchanged when a run is extended.
     megatron: Megatron-LM's own order, for those who move a run; it depends on train.num_steps."""
-    index_folder: str | None = None
+    index_folder: Place[str | None] = None
     """Where the indices of large datasets are kept, built once and shared by all processes; absent: P.index beside each
     dataset P. Set it where the datasets cannot be written."""
-    attention_mask: Literal["causal", "document"] = "causal"
+    attention_mask: Mathematics[Literal["causal", "document"]] = "causal"
     """causal: each sample is one stretch of text, attention crosses the documents in it (HammerLLM's recipe).
     document: no attention across documents, and positions restart at 0 in each. What a sample holds of a document
     counts as a whole one: where it was cut, positions begin at 0 too. In the order megatron a document is one sequence
@@ -198,23 +200,23 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW (arXiv 1711.05101) with global-norm clipping, sharded over the data-parallel ranks (ZeRO-1)."""
 
-    lr: float = 5e-4
+    lr: Mathematics[float] = 5e-4
     """Peak learning rate."""
-    min_lr: float = 5e-5
+    min_lr: Mathematics[float] = 5e-5
     """Floor of the learning rate."""
-    weight_decay: float = 0.0
+    weight_decay: Mathematics[float] = 0.0
     """Decoupled weight decay, on matrices only."""
-    beta1: float = 0.9
+    beta1: Mathematics[float] = 0.9
     """Decay of the first moment."""
-    beta2: float = 0.999
+    beta2: Mathematics[float] = 0.999
     """Decay of the second moment."""
-    eps: float = 1e-8
+    eps: Mathematics[float] = 1e-8
     """Added to the root of the second moment."""
-    clip_grad: float = 1.0
+    clip_grad: Mathematics[float] = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
-    initial_loss_scale: float = 65536.0
+    initial_loss_scale: Free[float] = 65536.0
     """fp16 only: first loss scale; halved at an overflow, doubled after loss_scale_window good steps."""
-    loss_scale_window: int = 1000
+    loss_scale_window: Mathematics[int] = 1000
     """fp16 only: good steps before the loss scale is doubled."""
 
     def check(self) -> None:
@@ -241,14 +243,14 @@ class OptimizerConfig:
 class ScheduleConfig:
     """Learning rate as a pure function of the step (optim/schedule.py draws the shapes)."""
 
-    style: Literal["cosine", "cosine-clamped", "wsd", "linear", "constant"] = "cosine"
+    style: Mathematics[Literal["cosine", "cosine-clamped", "wsd", "linear", "constant"]] = "cosine"
     """cosine: between lr and min_lr. cosine-clamped: to zero, held at min_lr (HammerLLM's). wsd: constant, then a
     linear descent over anneal_steps. linear: to min_lr. constant: lr. Each after the warm-up."""
-    warmup_steps: int = 0
+    warmup_steps: Mathematics[int] = 0
     """Steps of linear warm-up; step warmup_steps is the first at the peak."""
-    decay_steps: int | None = None
+    decay_steps: Mathematics[int | None] = None
     """Step at which the descent ends, warm-up included; absent: train.num_steps."""
-    anneal_steps: int | None = None
+    anneal_steps: Mathematics[int | None] = None
     """wsd only: length of the final descent; absent: a tenth of decay_steps."""
 
     def check(self) -> None:
@@ -280,26 +282,37 @@ ATTENTION_MASKS = {  # backend -> the values of data.attention_mask that it can 
 class KernelsConfig:
     """Which implementation runs the hot operations."""
 
-    compile: Literal["none", "operations", "layers"] = "none"
+    compile: Free[Literal["none", "operations", "layers"]] = "none"
     """operations: torch.compile fuses those of norm, RoPE and SwiGLU that have no kernel of their own. layers: each
     decoder layer is compiled whole, once for all; not with kernels.layers=te, whose modules the compiler cannot look
     into. Either costs seconds at start; on a CPU it needs a C++ compiler."""
-    cuda_graph: bool = False
+    cuda_graph: Free[bool] = False
     """Launch each micro-batch's forward and backward as one CUDA graph: for steps so small that a GPU waits for Python.
     For causal masks and the torch layers without fp8. Under data parallelism the last backward does not hide the
     reduction of the gradients."""
-    norm: Literal["auto", "torch", "fused", "triton", "te", "apex", "liger"] = "auto"
+    norm: Free[Literal["auto", "torch", "fused", "triton", "te", "apex", "liger"]] = "auto"
     """Residual add and RMSNorm. auto: fused where it can run, else triton, else torch; the same for the next three.
     fused: our own compiled kernel, C++ on a CPU, CUDA on a GPU. triton: its twin, which needs no nvcc. te, apex, liger:
     that library's, where it is installed."""
-    rope: Literal["auto", "torch", "fused", "triton", "liger"] = "auto"
+    rope: Free[Literal["auto", "torch", "fused", "triton", "liger"]] = "auto"
     """Rotary position embedding."""
-    swiglu: Literal["auto", "torch", "fused", "triton", "liger"] = "auto"
+    swiglu: Free[Literal["auto", "torch", "fused", "triton", "liger"]] = "auto"
     """SwiGLU's product."""
-    adamw: Literal["auto", "torch", "fused", "triton", "apex"] = "auto"
+    adamw: Free[Literal["auto", "torch", "fused", "triton", "apex"]] = "auto"
     """The update, with clipping and the 16-bit copy in the same pass, and the gradient's norm."""
-    attention: Literal[
-        "auto", "fused", "cudnn", "sdpa", "varlen", "sdpa-documents", "flash-attn", "flash-attn-3", "flash-attn-4", "te"
+    attention: Free[
+        Literal[
+            "auto",
+            "fused",
+            "cudnn",
+            "sdpa",
+            "varlen",
+            "sdpa-documents",
+            "flash-attn",
+            "flash-attn-3",
+            "flash-attn-4",
+            "te",
+        ]
     ] = "auto"
     """auto: the first of the others that can do what the config asks for; one that is named and cannot is an error.
     fused: our own, for either mask on a CPU. cudnn: cuDNN's by way of torch, causal, on a GPU in 16 bits; auto takes it
@@ -307,22 +320,22 @@ class KernelsConfig:
     document masks, on a GPU in 16 bits. sdpa-documents: one sdpa call a document, anywhere. flash-attn, flash-attn-3,
     flash-attn-4: those packages, te: what Transformer Engine chooses; for either mask on a GPU in 16 bits, by name
     only."""
-    layers: Literal["torch", "te"] = "torch"
+    layers: Free[Literal["torch", "te"]] = "torch"
     """torch: the layers in plain torch. te: linear layers and norms of NVIDIA's Transformer Engine, on a GPU; the
     weight's gradient is accumulated in the matrix product. Checkpoints are the same."""
-    fp8: Literal["off", "delayed", "current"] = "off"
+    fp8: Mathematics[Literal["off", "delayed", "current"]] = "off"
     """8-bit matrix products of the layers in training, with bf16 on a GPU. current: each tensor scaled by its own
     largest value. delayed: by those of past steps, which no checkpoint holds, so that a resumed run scales anew; with
     kernels.layers=te only."""
-    fp8_head: bool = False
+    fp8_head: Mathematics[bool] = False
     """With kernels.fp8: the output head's products too. It is the layer that 8 bits disturb most; hence an option."""
-    deterministic: bool = False
+    deterministic: Free[bool] = False
     """Equal bits from run to run on one machine and layout: takes only backends that can, and tells torch's own kernels
     to. On a CPU all do without it."""
-    loss: Literal["auto", "fused", "triton", "torch"] = "auto"
+    loss: Free[Literal["auto", "fused", "triton", "torch"]] = "auto"
     """Softmax and gradient of the logits. auto: on a CPU fused, our own compiled kernel, on a GPU triton, where it is
     there, else torch."""
-    loss_chunk_tokens: int | None = None
+    loss_chunk_tokens: Free[int | None] = None
     """Tokens of a micro-batch whose logits exist at once, [tokens, vocabulary / TP]; absent: 2048 on a GPU, 256 on a
     CPU. Fewer take less memory and more time: the gradient of the output head is read and written once a chunk."""
 
@@ -335,36 +348,36 @@ class KernelsConfig:
 class TrainConfig:
     """Length, sizes and place of the run."""
 
-    output: str = "runs/default"
+    output: Place[str] = "runs/default"
     """Folder of the run: checkpoints/, metrics.jsonl, tensorboard/."""
-    num_steps: int = 1000
+    num_steps: Length[int] = 1000
     """Total number of steps, counted from 1 over all restarts."""
-    micro_batch_size: int = 1
+    micro_batch_size: Free[int] = 1
     """Samples b that one rank processes at once."""
-    global_batch_size: int = 8
+    global_batch_size: Mathematics[int] = 8
     """Samples a step over all ranks; a multiple of micro_batch_size x data_parallel_size."""
-    seed: int = 1234
+    seed: Samples[int] = 1234
     """Seeds the initial weights and the order of the data."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Mathematics[Literal["fp32", "bf16", "fp16"]] = "bf16"
     """Type of weights and activations; masters, moments and gradient sums are always fp32."""
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Free[Literal["none", "selective", "full"]] = "none"
     """What backward computes again instead of keeping it; the results are the same. selective: the outputs of norms,
     attention and SwiGLU. full: whole layers, of which only the input is kept; a third more of their work."""
-    recompute_layers: int | None = None
+    recompute_layers: Free[int | None] = None
     """With full: the first so many layers; absent: all."""
-    z_loss: float = 0.0
+    z_loss: Mathematics[float] = 0.0
     """Weight c of c log^2(sum of exponentials) in what is minimised, which keeps logits small (arXiv 2204.02311; usual:
     1e-4). No reported loss contains it."""
-    eval_interval_steps: int | None = None
+    eval_interval_steps: Free[int | None] = None
     """Evaluate every set of data.valid after so many steps and after the last; absent: after the last only."""
-    eval_samples: int = 256
+    eval_samples: Free[int] = 256
     """Samples of each validation set (all of them when it has fewer)."""
-    max_consecutive_skips: int = 30
+    max_consecutive_skips: Free[int] = 30
     """End the run (exit code 9) after so many skipped steps in a row; a step is skipped when its gradient is not
     finite."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Free[Literal["auto", "cpu", "cuda"]] = "auto"
     """auto: the GPU of this local rank when torch sees one, else the CPU."""
-    dry_run: bool = False
+    dry_run: Free[bool] = False
     """Print the resolved config, the parameter count, the parallel layout and the step's tokens, and stop."""
 
     def check(self) -> None:
@@ -388,11 +401,11 @@ class TrainConfig:
 class CheckpointConfig:
     """When to save, what to keep, where to start."""
 
-    save_interval_steps: int | None = None
+    save_interval_steps: Free[int | None] = None
     """Save after so many steps, and always after the last; absent: after the last only."""
-    keep_last: int = 2
+    keep_last: Free[int] = 2
     """Newest checkpoints kept; older ones are removed after a newer one is committed."""
-    init_from: str | None = None
+    init_from: Place[str | None] = None
     """Checkpoint (or run) whose weights a new run starts from; ignored once the run has checkpoints of its own."""
 
     def check(self) -> None:
@@ -413,21 +426,21 @@ _PROJECT_NAMES = {
 class LogConfig:
     """What is shown; metrics.jsonl has every step whatever stands here."""
 
-    interval_steps: int = 10
+    interval_steps: Free[int] = 10
     """Steps between two printed lines (a terminal gets a progress bar)."""
-    tensorboard: bool = True
+    tensorboard: Free[bool] = True
     """Write OUT/tensorboard/ too."""
-    trackers: tuple[Literal["wandb", "swanlab", "mlflow"], ...] = ()
+    trackers: Free[tuple[Literal["wandb", "swanlab", "mlflow"], ...]] = ()
     """Services that get what metrics.jsonl has: [wandb, swanlab, mlflow], any of them. One that is named and not
     installed is an error; one that fails later costs a warning and no step."""
-    tracker_project: str = "megatron_hammer"
+    tracker_project: Free[str] = "megatron_hammer"
     """The project (MLflow: experiment) under which the services show the run."""
-    tracker_run_name: str | None = None
+    tracker_run_name: Free[str | None] = None
     """The run's name there; absent: that of the folder train.output."""
-    trackers_offline: bool = False
+    trackers_offline: Free[bool] = False
     """Write the services' files to OUT/trackers/ and send nothing, to be sent later with their own commands. false:
     online, or as the clients' own variables say (WANDB_MODE=offline)."""
-    peak_tflops: float | None = None
+    peak_tflops: Free[float | None] = None
     """Dense peak of one device in the run's precision, for MFU; absent: known data-centre GPUs, else MFU is null."""
 
     def check(self) -> None:

@@ -14,21 +14,37 @@ Step w is the first at the peak. Needs no torch.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from megatron_hammer.config import Config
 
 
+@dataclass(frozen=True)
+class Shape:
+    """The lengths of a schedule with their defaults filled in, in steps."""
+
+    warmup: int
+    horizon: int
+    anneal: int
+
+
+def shape(config: Config) -> Shape:
+    """The lengths that a config's schedule has; what is absent follows from ``train.num_steps``."""
+    schedule, num_steps = config.schedule, config.train.num_steps
+    warmup = min(schedule.warmup_steps, num_steps)
+    horizon = max(schedule.decay_steps or num_steps, warmup)
+    return Shape(warmup, horizon, schedule.anneal_steps or max(1, horizon // 10))
+
+
 def learning_rate(config: Config, step: int) -> float:
     """Learning rate of ``step`` (1 is the first)."""
-    optimizer, schedule, num_steps = config.optimizer, config.schedule, config.train.num_steps
-    peak, floor = optimizer.lr, optimizer.min_lr
-    warmup = min(schedule.warmup_steps, num_steps)
+    peak, floor, lengths = config.optimizer.lr, config.optimizer.min_lr, shape(config)
+    warmup, horizon = lengths.warmup, lengths.horizon
     if step < warmup:
         return peak * step / warmup
-    horizon = max(schedule.decay_steps or num_steps, warmup)
     step = min(step, horizon)
     progress = (step - warmup) / max(1, horizon - warmup)  # 0 at the end of the warm-up, 1 at the horizon
-    match schedule.style:
+    match config.schedule.style:
         case "constant":
             return peak
         case "linear":
@@ -38,5 +54,4 @@ def learning_rate(config: Config, step: int) -> float:
         case "cosine-clamped":
             return max(floor, peak * 0.5 * (1 + math.cos(math.pi * progress)))
         case "wsd":
-            anneal = schedule.anneal_steps or max(1, horizon // 10)
-            return peak + (floor - peak) * max(0.0, 1 - (horizon - step) / anneal)
+            return peak + (floor - peak) * max(0.0, 1 - (horizon - step) / lengths.anneal)

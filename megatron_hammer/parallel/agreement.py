@@ -1,17 +1,21 @@
 """How ranks agree on an error: all of them raise it, or none does.
 
 A rank that raises alone would leave the others waiting in their next collective. So work in which a single rank may
-fail (reading or writing files) ends in ``raise_together``, and start-up in ``agree_before_start``, which needs no
+fail (reading or writing files) ends in ``raise_together``, and start-up in rounds of ``BeforeStart``, which need no
 process group yet.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
-from megatron_hammer.base.errors import HammerError, from_fields, to_fields
+from megatron_hammer.base.errors import HammerError, RefusedError, from_fields, from_os_error, to_fields
 from megatron_hammer.parallel.collectives import MAX, all_gather_rows, all_reduce
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.rendezvous import Store
@@ -37,10 +41,112 @@ def raise_together(ctx: ParallelContext, error: HammerError | None) -> None:
             raise from_fields(json.loads(text))
 
 
-def agree_before_start(store: Store, rank: int, world_size: int, error: HammerError | None) -> None:
-    """Like ``raise_together``, over the rendezvous store: usable before any process group exists."""
-    store.set(f"before-start/{rank}", json.dumps(to_fields(error)) if error is not None else "{}")
-    for other in range(world_size):
-        fields = json.loads(store.get(f"before-start/{other}"))
-        if fields:
-            raise from_fields(fields)
+@dataclass(frozen=True)
+class Fact:
+    """Something that must be the same on every rank, with what people need to find it where it is not."""
+
+    what: str
+    """What is compared: it has this name on all ranks."""
+    where: str
+    """The file or the setting, as this rank knows it: ``/data/zh.bin has the content``."""
+    value: str
+    remedy: str
+    """What to do where it differs."""
+
+
+@dataclass
+class Report:
+    """What one rank brings to a round before the start, and, after it, what it heard."""
+
+    facts: list[Fact] = field(default_factory=list)
+    """Compared with those of rank 0."""
+    told: Any = None
+    """A JSON value that rank 0 lets all ranks know."""
+    heard: Any = None
+    """What rank 0 told; there when the round is over."""
+
+
+class BeforeStart:
+    """Rounds of agreement over the rendezvous store: usable before any process group exists.
+
+    In each round every rank does some work of its own. If it fails on one, or ranks find different facts, all ranks
+    raise the same error. Rank 0 collects the reports and gives the verdict, so that a round costs each other rank one
+    write and one read. A single process has no store and agrees with itself.
+    """
+
+    def __init__(self, store: Store | None, rank: int, world_size: int) -> None:
+        self._store, self.rank, self.world_size = store, rank, world_size
+
+    @contextmanager
+    def round(self, name: str) -> Iterator[Report]:
+        """The block is this rank's work; afterwards all ranks go on, or all raise.
+
+        Raises:
+            HammerError: that of the lowest rank that failed, else a ``RefusedError`` on a fact that differs.
+        """
+        report, error = Report(), None
+        try:
+            yield report
+        except HammerError as found:
+            error = found
+        except OSError as found:
+            error = from_os_error(found, "preparing the run")
+        if self._store is None:
+            if error is not None:
+                raise error
+            report.heard = report.told
+            return
+        verdict = self._exchange(self._store, name, report, error)
+        if verdict["error"] is not None:
+            raise from_fields(verdict["error"])
+        report.heard = verdict["told"]
+
+    def _exchange(self, store: Store, name: str, report: Report, error: HammerError | None) -> dict[str, Any]:
+        """Hand this rank's report in and return the verdict."""
+        place = f"before-start/{name}"
+        mine = {
+            "error": None if error is None else to_fields(error),
+            "facts": [asdict(fact) for fact in report.facts],
+            "told": report.told,
+        }
+        store.set(f"{place}/{self.rank}", json.dumps(mine))
+        if self.rank == 0:
+            reports = [json.loads(store.get(f"{place}/{rank}")) for rank in range(self.world_size)]
+            store.set(f"{place}/verdict", json.dumps(_verdict(reports)))
+        verdict: dict[str, Any] = json.loads(store.get(f"{place}/verdict"))
+        return verdict
+
+
+def _verdict(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The error that all ranks raise, if there is one, and what rank 0 tells them."""
+    error = next((report["error"] for report in reports if report["error"] is not None), None)
+    if error is None:
+        first, *others = ({fact["what"]: Fact(**fact) for fact in report["facts"]} for report in reports)
+        found = (_difference(first, facts, rank) for rank, facts in enumerate(others, start=1))
+        different = next((refusal for refusal in found if refusal is not None), None)
+        error = None if different is None else to_fields(different)
+    return {"error": error, "told": reports[0]["told"]}
+
+
+def _difference(ours: Mapping[str, Fact], theirs: Mapping[str, Fact], rank: int) -> RefusedError | None:
+    """The first fact of rank 0 (``ours``) that this other rank finds otherwise, does not have, or has alone."""
+    for what in [*ours, *(what for what in theirs if what not in ours)]:
+        mine, other = ours.get(what), theirs.get(what)
+        if mine is None or other is None:
+            there = mine or other
+            assert there is not None
+            lacks, has = (rank, 0) if other is None else (0, rank)
+            return RefusedError(
+                85,
+                f"rank {lacks}: {what}",
+                f"is not there, where rank {has}'s {there.where} {there.value}",
+                there.remedy,
+            )
+        if mine.value != other.value:
+            return RefusedError(
+                85,
+                f"rank {rank}: {other.where} {other.value}",
+                f"where rank 0's {mine.where} {mine.value}",
+                mine.remedy,
+            )
+    return None

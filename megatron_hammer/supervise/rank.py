@@ -10,6 +10,7 @@ import signal
 import time
 import traceback
 from multiprocessing.connection import Connection
+from typing import Any
 
 from megatron_hammer.base.cli import leave
 from megatron_hammer.base.errors import ParallelError, from_exception, to_fields
@@ -29,6 +30,7 @@ def rank_main(
     local_rank: int,
     world_size: int,
     place: Place,
+    options: dict[str, Any],
     launcher: int,
     pipe: Connection,
 ) -> None:
@@ -41,7 +43,8 @@ def rank_main(
         store = None if place is None else join_store(*place, config.parallel.timeout_seconds).store
         module, _, function = entry.partition(":")
         run_rank = getattr(importlib.import_module(module), function)
-        code = run_rank(config, rank, local_rank, world_size, store, False)  # the launcher has checked the data
+        check_data = False  # the launcher has
+        code = run_rank(config, rank, local_rank, world_size, store, check_data, **options)
     except BaseException as error:
         known = from_exception(error, f"rank {rank}")
         pipe.send_bytes(

@@ -24,22 +24,23 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Mapping
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_hammer.base.cli import ArgumentParser, report
 from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL, ConfigError
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.signals import STOP_SIGNALS, on_signals
-from megatron_hammer.config import Config, help_text, load_config
+from megatron_hammer.config import Config, add_accept, help_text, load_config
 from megatron_hammer.supervise.nodes import Node
 from megatron_hammer.supervise.watch import Rank, forward_signal, kill, watch
 
 if TYPE_CHECKING:
     from megatron_hammer.parallel.rendezvous import Meeting
 
-# (config, rank, local_rank, world_size, store, check_data) -> 0 or 75
+# (config, rank, local_rank, world_size, store, check_data, **options) -> 0 or 75
 RANK_ENTRY = "megatron_hammer.train.run:run_rank"
 CORES_A_RANK = 2  # the fewest that let reading, saving and launching kernels go on beside each other
 
@@ -60,6 +61,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--master-addr", metavar="A", help="address of node 0, as the others reach it")
     parser.add_argument("--master-port", type=int, metavar="P", help="free port of node 0")
+    add_accept(parser)
     return parser
 
 
@@ -73,14 +75,15 @@ def main() -> int:
     _check_slurm_step()
     node = _node(args.nproc, args.nnodes, args.node_rank, args.master_addr, args.master_port)
     config = load_config(args.config, args.overrides)
-    prepared = prepare(config, node.world_size)
+    accepted = tuple(args.accept)
+    prepared = prepare(config, node.world_size, accepted=accepted, first_node=node.node_rank == 0)
     for note in prepared.data_notes:  # rank 0 says the rest; it does not read the data again
         print(f"note: {note}", flush=True)
     if prepared.plan is not None and not prepared.is_finished and node.node_rank == 0:
         print(format_plan(prepared.plan), flush=True)
     _check_gpus(config, node.nproc)
     _note_few_cores(config, node.nproc)
-    return launch(config, node)
+    return launch(config, node, options={"accepted": accepted})
 
 
 def _node(nproc: int, nnodes: int, node_rank: int, addr: str | None, port: int | None) -> Node:
@@ -121,13 +124,14 @@ def _stop_early(signum: int, frame: object) -> NoReturn:
     raise SystemExit(EXIT_STOPPED_BY_SIGNAL)
 
 
-def launch(config: Config, node: Node, entry: str = RANK_ENTRY) -> int:
+def launch(config: Config, node: Node, entry: str = RANK_ENTRY, options: Mapping[str, Any] | None = None) -> int:
     """Run ``entry`` on every rank of ``node`` and return the exit code of the whole.
 
     Args:
         config: handed to each rank as it is; validate it first.
         node: the ranks to start.
         entry: ``module:function`` with the signature of ``RANK_ENTRY``; tests put small functions here.
+        options: further arguments of it, by name.
 
     Returns:
         0, 75, or the exit code of the failure whose line was printed to stderr.
@@ -149,7 +153,17 @@ def launch(config: Config, node: Node, entry: str = RANK_ENTRY) -> int:
         for local_rank in range(node.nproc):
             rank = node.node_rank * node.nproc + local_rank
             pipe, rank_end = spawn.Pipe(duplex=False)
-            arguments = (entry, config, rank, local_rank, node.world_size, place, os.getpid(), rank_end)
+            arguments = (
+                entry,
+                config,
+                rank,
+                local_rank,
+                node.world_size,
+                place,
+                dict(options or {}),
+                os.getpid(),
+                rank_end,
+            )
             process = spawn.Process(target=rank_main, args=arguments, name=f"rank {rank}")
             process.start()
             rank_end.close()  # the rank's copy is the only one left: its death closes the pipe

@@ -12,7 +12,7 @@ from megatron_hammer.base.cli import ArgumentParser, leave, report, run
 from megatron_hammer.base.errors import ParallelError, from_exception
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.streams import Output
-from megatron_hammer.config import help_text, load_config
+from megatron_hammer.config import add_accept, help_text, load_config
 
 
 def build_parser() -> ArgumentParser:
@@ -24,12 +24,13 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="preset, for example examples/configs/tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="group.field=value", help="settings that replace the preset's")
+    add_accept(parser)
     return parser
 
 
 def main() -> int:
     """Run the rank that torchrun's variables describe, or the only one."""
-    arguments = build_parser().parse_args()
+    arguments = build_parser().parse_intermixed_args()
     rank, local_rank, world_size = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
@@ -43,9 +44,9 @@ def main() -> int:
 
         store = torchrun_store(rank, world_size)
     if world_size == 1:
-        return run_rank(config, rank, local_rank, world_size, store)
+        return run_rank(config, rank, local_rank, world_size, store, accepted=arguments.accept)
     try:
-        code = run_rank(config, rank, local_rank, world_size, store)
+        code = run_rank(config, rank, local_rank, world_size, store, accepted=arguments.accept)
     except Exception as error:
         known = from_exception(error, f"rank {rank}")
         if known is None:

@@ -1,16 +1,24 @@
 """Everything that can be found wrong before a rank starts is found here: config, tokenizer, data, checkpoint.
 
-Imports no torch and communicates nothing. The launcher calls it once; each rank calls it again to get the resolved
-config and the tokenizer (with ``check_data=False`` where the launcher has read ids already).
+::
+
+    look_at_inputs      config, tokenizer, datasets -> Inputs
+    find_start          the checkpoint to go on from, or whose weights to take -> Start      (rank 0 decides for all)
+    settle              both together: do they fit, what has changed, is that accepted -> Prepared
+
+Imports no torch and communicates nothing. The launcher calls ``prepare``, all three; each rank calls them one by one,
+agreeing with the others in between (``start.py``), with ``check_data=False`` where the launcher has read ids already.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
+from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError, RefusedError
 from megatron_hammer.checkpoint.fit import check_fits
 from megatron_hammer.checkpoint.folder import newest_checkpoint, open_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest
@@ -22,11 +30,46 @@ from megatron_hammer.sampling.plan import Plan, make_plan
 from megatron_hammer.sampling.samples import check_tokenizer, open_train_data
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.train.changes import (
+    changed_data,
+    changed_settings,
+    changed_tokenizer,
+    check_names,
+    hold_horizon,
+    ledger_entries,
+    settle_changes,
+)
+from megatron_hammer.train.identity import DataIdentity, DatasetIdentity, identify
 
-# A change of these makes the samples already consumed other samples than the checkpoint says. A sample is its tokens
-# and what each of them may attend to.
-ORDER_FIELDS = ("train.seed", "data.seq_length", "data.order", "data.attention_mask")
 STATE_KINDS = {"weight", "exp_avg", "exp_avg_sq"}  # what a run goes on from; a new one takes weights only
+IDENTITY, LEDGER = "data", "accepted"  # in the state of a checkpoint: the datasets, and the changes that were accepted
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A run's config, tokenizer and datasets, looked at."""
+
+    config: Config
+    """Resolved: model.vocab_size is set."""
+    tokenizer: Tokenizer | None
+    identity: DataIdentity
+    """What is in the datasets."""
+    notes: list[str]
+    """Remarks on the config."""
+    data_notes: list[str]
+    """Remarks on the datasets; empty where ``check_data`` was False."""
+    plan: Plan | None
+    """See ``Prepared.plan``."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run begins from; of a new run with new weights, none."""
+
+    resume: Manifest | None = None
+    """Newest checkpoint of this run."""
+    init_from: Manifest | None = None
+    """Checkpoint whose weights a new run starts from."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +77,7 @@ class Prepared:
     """A run whose inputs have been looked at."""
 
     config: Config
-    """Resolved: model.vocab_size is set."""
+    """Resolved: model.vocab_size is set, and of a run that goes on the end of its schedule."""
     tokenizer: Tokenizer | None
     resume: Manifest | None
     """Newest checkpoint of this run, or None for a new one."""
@@ -47,11 +90,21 @@ class Prepared:
     plan: Plan | None = None
     """What the run draws from each source; None where ``check_data`` was False, it is printed once, before the ranks
     start; and for a dry run without data."""
+    identity: DataIdentity = field(default_factory=DataIdentity)
+    """What is in the datasets, for the checkpoints."""
+    changes: tuple[str, ...] = ()
+    """What is not as in ``resume``, in lines."""
+    ledger: tuple[dict[str, Any], ...] = ()
+    """All changes that were accepted in the course of the run, for the checkpoints."""
 
     @property
     def is_finished(self) -> bool:
         """Whether the run has done all its steps."""
         return self.resume is not None and self.resume.step >= self.config.train.num_steps
+
+    def to_state(self) -> dict[str, Any]:
+        """What every checkpoint of the run says of its datasets and of accepted changes, as JSON values."""
+        return {IDENTITY: self.identity.to_tree(), LEDGER: list(self.ledger)}
 
 
 def checkpoints_folder(config: Config) -> Path:
@@ -59,13 +112,44 @@ def checkpoints_folder(config: Config) -> Path:
     return Path(config.train.output) / "checkpoints"
 
 
-def prepare(config: Config, world_size: int, check_data: bool = True) -> Prepared:
-    """Check all inputs of a run on ``world_size`` ranks; ``check_data=False`` opens the datasets without reading ids.
+def prepare(
+    config: Config, world_size: int, check_data: bool = True, accepted: Collection[str] = (), first_node: bool = True
+) -> Prepared:
+    """Check all inputs of a run on ``world_size`` ranks, as far as one process can.
+
+    Args:
+        check_data: False to open the datasets without reading ids.
+        accepted: names of what may differ from the checkpoint that the run resumes from (``--accept``).
+        first_node: False on the others of several nodes: which checkpoint the run goes on from is for rank 0 to see,
+            and nothing is judged by what this node sees.
 
     Raises:
         ConfigError, DataError, CheckpointError, RefusedError: the first thing found wrong.
     """
+    inputs = look_at_inputs(config, world_size, check_data, accepted)
+    if config.train.dry_run:
+        return Prepared(inputs.config, inputs.tokenizer, None, None, inputs.notes, inputs.data_notes, inputs.plan)
+    if not first_node:
+        build_indices(inputs.config, _seen_here(inputs.config), inputs.data_notes)
+        return settle(inputs, Start())
+    prepared = settle(inputs, find_start(inputs.config, inputs.notes.append), accepted)
+    if check_data:
+        build_indices(prepared.config, prepared.resume, prepared.data_notes)
+    return prepared
+
+
+def _seen_here(config: Config) -> Manifest | None:
+    """A checkpoint near the one that rank 0 will choose: says which indices are likely to be needed."""
+    try:
+        return newest_checkpoint(checkpoints_folder(config), note=lambda text: None)
+    except CheckpointError:
+        return None
+
+
+def look_at_inputs(config: Config, world_size: int, check_data: bool = True, accepted: Collection[str] = ()) -> Inputs:
+    """Check what does not depend on any checkpoint. A dry run goes through without data, too."""
     config.validate(world_size)
+    check_names(accepted)
     notes = config.notes()
     if index.BACKEND != "C++":
         notes.append(f"index builder: {index.BACKEND}")
@@ -75,25 +159,67 @@ def prepare(config: Config, world_size: int, check_data: bool = True) -> Prepare
     tokenizer = None if config.tokenizer.path is None else load_tokenizer(config.tokenizer.path)
     config = _with_vocab_size(config, tokenizer)
     if config.train.dry_run:
-        return Prepared(config, tokenizer, None, None, notes, *_look_at_data(config, tokenizer))
+        return Inputs(config, tokenizer, DataIdentity(), notes, *_look_at_data(config, tokenizer))
     if check_data:
         check_before_start(config)
     if not config.data.train:
         raise ConfigError(
             7, "data.train", "is not set", "name the prefix of an indexed dataset: data.train=P_text_document"
         )
-    data_notes, plan = _check_data(config, tokenizer, check_data)
-    resume = newest_checkpoint(checkpoints_folder(config), note=notes.append)
-    init_from = None
-    if resume is not None:
-        check_fits(resume, config.model, STATE_KINDS)
-        notes += _check_same_run(config, resume)
-    elif config.checkpoint.init_from is not None:
-        init_from = open_checkpoint(config.checkpoint.init_from)
-        check_fits(init_from, config.model, {"weight"})
-    if check_data:
-        _build_indices(config, resume, data_notes)
-    return Prepared(config, tokenizer, resume, init_from, notes, data_notes, plan if check_data else None)
+    identity, data_notes, plan = _check_data(config, tokenizer, check_data)
+    return Inputs(config, tokenizer, identity, notes, data_notes, plan if check_data else None)
+
+
+def find_start(config: Config, note: Callable[[str], None]) -> Start:
+    """Look for the checkpoint that the run begins from; what cannot be read is told to ``note``."""
+    resume = newest_checkpoint(checkpoints_folder(config), note=note)
+    if resume is None and config.checkpoint.init_from is not None:
+        return Start(init_from=open_checkpoint(config.checkpoint.init_from))
+    return Start(resume)
+
+
+def settle(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prepared:
+    """Hold the inputs against the checkpoint that the run begins from.
+
+    Raises:
+        CheckpointError: the model is not the checkpoint's.
+        RefusedError: settings, datasets or the tokenizer have changed in a way that is not accepted.
+    """
+    config, resume = inputs.config, start.resume
+    prepared = Prepared(
+        config, inputs.tokenizer, resume, start.init_from, inputs.notes, inputs.data_notes, inputs.plan, inputs.identity
+    )
+    if start.init_from is not None:
+        check_fits(start.init_from, config.model, {"weight"})
+    if resume is None:
+        remarks = [f"--accept {name} accepts nothing: no checkpoint is resumed" for name in dict.fromkeys(accepted)]
+        return dataclasses.replace(prepared, notes=inputs.notes + remarks)
+    check_fits(resume, config.model, STATE_KINDS)
+    saved, step = config_from_tree(resume.config), resume.step + 1
+    config, notes = hold_horizon(config, saved)
+    ours = None if inputs.tokenizer is None else inputs.tokenizer.fingerprint
+    changes = changed_settings(saved, config)
+    changes += changed_tokenizer(None if resume.tokenizer is None else resume.tokenizer.fingerprint, ours)
+    of_data, remarks = changed_data(_saved_identity(resume), inputs.identity, saved, config)
+    changes += of_data
+    lines = settle_changes(changes, accepted, str(resume.folder), saved, config, step)
+    ledger = (*resume.state.get(LEDGER, ()), *ledger_entries(changes, step))
+    return dataclasses.replace(
+        prepared, config=config, notes=inputs.notes + notes + remarks, changes=tuple(lines), ledger=ledger
+    )
+
+
+def _saved_identity(manifest: Manifest) -> DataIdentity | None:
+    """What the checkpoint was trained on; None where it does not say."""
+    tree = manifest.state.get(IDENTITY)
+    if tree is None:
+        return None
+    try:
+        return DataIdentity.from_tree(tree)
+    except (TypeError, KeyError, AttributeError) as error:
+        rule = f"has a state whose {IDENTITY} is of the wrong form ({error})"
+        remedy = "read it with the version of the program that wrote it"
+        raise CheckpointError(6, str(manifest.folder), rule, remedy) from None
 
 
 def _look_at_data(config: Config, tokenizer: Tokenizer | None) -> tuple[list[str], Plan | None]:
@@ -101,7 +227,7 @@ def _look_at_data(config: Config, tokenizer: Tokenizer | None) -> tuple[list[str
     if not config.data.train:
         return ["data.train is not set: no plan of the data"], None
     try:
-        return _check_data(config, tokenizer, read_ids=True)
+        return _check_data(config, tokenizer, read_ids=True)[1:]
     except (DataError, ConfigError, RefusedError) as error:
         return [f"a run would stop here: {error}"], None
 
@@ -128,19 +254,19 @@ def _with_vocab_size(config: Config, tokenizer: Tokenizer | None) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
 
 
-def _check_data(config: Config, tokenizer: Tokenizer | None, read_ids: bool) -> tuple[list[str], Plan]:
-    """Open every dataset and hold it against tokenizer and vocabulary; return remarks, and the plan of the mix.
+def _check_data(config: Config, tokenizer: Tokenizer | None, read_ids: bool) -> tuple[DataIdentity, list[str], Plan]:
+    """Open every dataset and hold it against tokenizer and vocabulary; what they hold, remarks, the plan of the mix.
 
     A rank of the launcher opens them too (a file may be missing on its node alone), but reads no ids: a header says the
     largest.
     """
     assert config.model.vocab_size is not None
-    train = config.data.train or {}
-    notes, tokens = [], {}
-    for prefix in [*train, *(config.data.valid or {}).values()]:
+    train, valid = config.data.train or {}, config.data.valid or {}
+    notes, found = [], dict[str, DatasetIdentity]()
+    for prefix in dict.fromkeys([*train, *valid.values()]):
         fingerprint = None if tokenizer is None else tokenizer.fingerprint
         dataset = IndexedDataset(prefix)
-        tokens[prefix] = dataset.num_tokens
+        found[prefix] = identify(dataset, prefix)
         if read_ids and config.data.attention_mask == "document" and dataset.num_documents == 1:
             notes.append(f"{prefix} is a single document: data.attention_mask=document changes nothing in it")
         if dataset.header is None and not read_ids:
@@ -149,39 +275,16 @@ def _check_data(config: Config, tokenizer: Tokenizer | None, read_ids: bool) -> 
         note = check_tokenizer(dataset, fingerprint, config.model.vocab_size, named)
         if note and read_ids:
             notes.append(note)
-    return notes, make_plan(
+    tokens = {prefix: dataset.tokens for prefix, dataset in found.items()}
+    plan = make_plan(
         train, config.data.weights, tokens, config.train.num_steps, config.tokens_per_step, config.data.max_epochs
     )
+    sources = (dataclasses.replace(found[source.prefix], share=source.share) for source in plan.sources)
+    return DataIdentity(tuple(sources), {name: found[prefix] for name, prefix in valid.items()}), notes, plan
 
 
-def _build_indices(config: Config, resume: Manifest | None, notes: list[str]) -> None:
+def build_indices(config: Config, resume: Manifest | None, notes: list[str]) -> None:
     """Have the indices of large datasets built and kept before the ranks start, which then only open them."""
     data = open_train_data(config, note=notes.append)
     consumed = 0 if resume is None else resume.state["consumed_samples"]
     data.prepare(consumed, config.train.global_batch_size)
-
-
-def _check_same_run(config: Config, manifest: Manifest) -> list[str]:
-    """Refuse to resume with another order of samples; remark on a changed mix."""
-    saved = config_from_tree(manifest.config)
-    for name in ORDER_FIELDS:
-        group, field = name.split(".")
-        ours, theirs = (getattr(getattr(c, group), field) for c in (config, saved))
-        if ours != theirs:
-            raise RefusedError(
-                80,
-                f"{name}={ours}",
-                f"differs from {theirs} in {manifest.folder}: the samples already consumed would be others",
-                f"set {name}={theirs} or start a new train.output",
-            )
-    notes = []
-    for name in ("train", "weights"):
-        if getattr(config.data, name) != getattr(saved.data, name):
-            notes.append(
-                f"data.{name} differs from that of {manifest.folder}: the order of samples changes from now on"
-            )
-    if config.data.order == "megatron" and config.train.num_steps != saved.train.num_steps:
-        notes.append(
-            "data.order=megatron depends on train.num_steps, which has changed: samples may repeat or be left out"
-        )
-    return notes

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_hammer.base.errors import ConfigError, HammerError, RefusedError, from_os_error
+from megatron_hammer.base.errors import ConfigError, RefusedError
 from megatron_hammer.base.locks import take_lock
 from megatron_hammer.config import Config, to_yaml
 from megatron_hammer.kernels import fp8
@@ -21,7 +20,7 @@ from megatron_hammer.kernels.report import kernels_table, missing_kernels
 from megatron_hammer.kernels.selection import TABLES, select_backends
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.model.recompute import activation_bytes
-from megatron_hammer.parallel.agreement import agree_before_start
+from megatron_hammer.parallel.agreement import BeforeStart
 from megatron_hammer.parallel.context import build_parallel_context
 from megatron_hammer.parallel.rendezvous import Store, end_process_group, start_process_group
 from megatron_hammer.sampling.plan import format_plan
@@ -29,18 +28,34 @@ from megatron_hammer.train import cuda_graph
 from megatron_hammer.train.build import kernel_requirements
 from megatron_hammer.train.forecast import forecast
 from megatron_hammer.train.loop import train
-from megatron_hammer.train.prepare import Prepared, prepare
+from megatron_hammer.train.prepare import (
+    Prepared,
+    Start,
+    build_indices,
+    find_start,
+    look_at_inputs,
+    prepare,
+    settle,
+)
+from megatron_hammer.train.start import facts_of, look_for_probe, name_start, open_start, probe_file
 from megatron_hammer.train.trackers import check_trackers
 
 
 def run_rank(
-    config: Config, rank: int, local_rank: int, world_size: int, store: Store | None, check_data: bool = True
+    config: Config,
+    rank: int,
+    local_rank: int,
+    world_size: int,
+    store: Store | None,
+    check_data: bool = True,
+    accepted: Collection[str] = (),
 ) -> int:
     """Run this rank to the end.
 
     Args:
         store: where the ranks meet; None for a single process.
         check_data: False when the launcher has looked through the datasets already.
+        accepted: names of what may differ from the checkpoint that the run resumes from.
 
     Returns:
         0 when the run is complete, 75 when a signal stopped it after a save.
@@ -48,41 +63,66 @@ def run_rank(
     Raises:
         HammerError: the same on all ranks, and for faulty inputs before the first collective.
     """
-    error: HammerError | None = None
-    with ExitStack() as held:
-        try:
-            prepared = prepare(config, world_size, check_data)
-            config = prepared.config
-            if rank == 0:  # the one that reports
+    ranks = BeforeStart(store, rank, world_size)
+    if config.train.dry_run:
+        with ranks.round("inputs"):
+            prepared = prepare(config, world_size, check_data, accepted)
+            if rank == 0:
                 check_trackers(config.log.trackers)
-            device = torch.device("cpu") if config.train.dry_run else choose_device(config, local_rank)
-            if not config.train.dry_run:
-                check_here(config)
-                select_backends(config.kernels, kernel_requirements(config, device))
-                fp8.check_here(config.kernels, device)
-                cuda_graph.check_here(config.kernels, device)
-            if rank == 0 and not config.train.dry_run and not prepared.is_finished:
-                held.enter_context(only_writer(Path(config.train.output)))
-        except HammerError as found:
-            error = found
-        except OSError as found:
-            error = from_os_error(found, "preparing the run")
-        if store is not None:
-            agree_before_start(store, rank, world_size, error)
-        if error is not None:
-            raise error
         if rank == 0:
-            print(
-                describe(prepared, world_size) if config.train.dry_run else announcement(prepared, world_size, device)
-            )
-            sys.stdout.flush()
-        if config.train.dry_run or prepared.is_finished:
+            print(describe(prepared, world_size), flush=True)
+        return 0
+    with ExitStack() as held:
+        prepared, device = agree_on_start(ranks, held, config, local_rank, check_data, accepted)
+        config = prepared.config
+        if rank == 0:
+            print(announcement(prepared, world_size, device), flush=True)
+        if prepared.is_finished:
             return 0
         if store is not None and world_size > 1:
             start_process_group(store, rank, world_size, device, config.parallel.timeout_seconds)
         code = train(prepared, build_parallel_context(config.grid(world_size), device, config.parallel.timeout_seconds))
         end_process_group()  # at a clean end only: after a failure NCCL would wait here for ranks that never come
         return code
+
+
+def agree_on_start(
+    ranks: BeforeStart, held: ExitStack, config: Config, local_rank: int, check_data: bool, accepted: Collection[str]
+) -> tuple[Prepared, torch.device]:
+    """Find out together what the run starts with (``start.py`` draws the rounds); rank 0's lock goes into ``held``."""
+    rank, output = ranks.rank, Path(config.train.output)
+    with ranks.round("inputs") as mine:
+        inputs = look_at_inputs(config, ranks.world_size, check_data, accepted)
+        mine.facts = facts_of(inputs)
+        start = find_start(inputs.config, inputs.notes.append) if rank == 0 else Start()
+        mine.told = name_start(start, inputs.config)
+    names = mine.heard
+    with ExitStack() as probing:
+        with ranks.round("checkpoint") as mine:
+            start = start if rank == 0 else open_start(names, inputs.config, rank)
+            prepared = settle(inputs, start, accepted)
+            if check_data:
+                build_indices(prepared.config, prepared.resume, prepared.data_notes)
+            device = choose_device(prepared.config, local_rank)
+            check_machine(prepared.config, device)
+            if rank == 0:  # the one that reports
+                check_trackers(config.log.trackers)
+            if rank == 0 and not prepared.is_finished:
+                held.enter_context(only_writer(output))
+                mine.told = probing.enter_context(probe_file(output))
+        if not prepared.is_finished:
+            with ranks.round("folder"):
+                if rank:
+                    look_for_probe(output, mine.heard, rank)
+    return prepared, device
+
+
+def check_machine(config: Config, device: torch.device) -> None:
+    """Refuse what this rank's device or libraries cannot do."""
+    check_here(config)
+    select_backends(config.kernels, kernel_requirements(config, device))
+    fp8.check_here(config.kernels, device)
+    cuda_graph.check_here(config.kernels, device)
 
 
 def choose_device(config: Config, local_rank: int) -> torch.device:
@@ -155,6 +195,7 @@ def announcement(prepared: Prepared, world_size: int, device: torch.device) -> s
         )
     elif resume is not None:
         lines.append(f"resuming from {resume.folder}")
+        lines += prepared.changes
     elif prepared.init_from is not None:
         lines.append(f"starting from the weights of {prepared.init_from.folder}")
     return "\n".join(lines)

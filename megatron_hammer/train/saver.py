@@ -22,7 +22,7 @@ class Saver:
     """Writes this rank's part of the run's checkpoints."""
 
     def __init__(self, prepared: Prepared, optimizer: Optimizer, ctx: ParallelContext) -> None:
-        self._config, self._tokenizer = prepared.config, prepared.tokenizer
+        self._prepared, self._config, self._tokenizer = prepared, prepared.config, prepared.tokenizer
         self._optimizer, self._ctx = optimizer, ctx
         self._known = KnownCheckpoints()
         if prepared.resume is not None:
@@ -36,7 +36,7 @@ class Saver:
             self._optimizer.shards(),
             model=self._config.model,
             config_tree=config_to_tree(self._config),
-            state=state.to_manifest(self._optimizer),
+            state=state.to_manifest(self._optimizer) | self._prepared.to_state(),
             tokenizer=self._tokenizer,
             ctx=self._ctx,
             keep_last=self._config.checkpoint.keep_last,

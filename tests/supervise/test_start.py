@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +145,11 @@ def rank_fails_in_training(
         dist.all_reduce(torch.zeros(1))
         return 0
 
+    device = torch.device("cpu")
     replaced = {
         "train": train,
-        "prepare": lambda *_: SimpleNamespace(config=config, is_finished=False),
+        "agree_on_start": lambda *_: (SimpleNamespace(config=config, is_finished=False), device),
         "announcement": lambda *_: "",
-        "only_writer": lambda output: nullcontext(),
     }
     for name, stand_in in replaced.items():
         setattr(run, name, stand_in)

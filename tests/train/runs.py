@@ -63,14 +63,19 @@ def run(ranks: int, arguments: Sequence[str], timeout: float = 120) -> subproces
 
 def config_for(arguments: Sequence[str]) -> Config:
     """The config of those arguments."""
-    return load_config(TINY, arguments)
+    return load_config(TINY, [argument for argument in arguments if not argument.startswith("--")])
+
+
+def accepted_by(arguments: Sequence[str]) -> list[str]:
+    """The names that the arguments accept, each as ``--accept=NAME``."""
+    return [argument.removeprefix("--accept=") for argument in arguments if argument.startswith("--accept=")]
 
 
 def train_here(rank: int, arguments: Sequence[str]) -> int:
     """Run in this process, in torch's default group if there is one: for ``run_distributed``."""
     config = config_for(arguments)
     ctx: ParallelContext = make_context(config)
-    return train(prepare(config, ctx.world.size), ctx)
+    return train(prepare(config, ctx.world.size, accepted=accepted_by(arguments)), ctx)
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

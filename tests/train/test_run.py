@@ -131,7 +131,8 @@ def test_another_layout_goes_on(data: Path, tmp_path: Path) -> None:
 def test_another_batch_size_goes_on_in_the_same_order(data: Path, tmp_path: Path) -> None:
     """Consumed samples, not steps, are the loader's state."""
     assert train_here(0, overrides(data, tmp_path / "a", "train.num_steps=4")) == 0
-    assert train_here(0, overrides(data, tmp_path / "a", "train.num_steps=6", "train.global_batch_size=16")) == 0
+    larger = ("train.num_steps=6", "train.global_batch_size=16", "--accept=train.global_batch_size")
+    assert train_here(0, overrides(data, tmp_path / "a", *larger)) == 0
     assert [line["consumed_samples"] for line in metrics(tmp_path / "a")] == [8, 16, 24, 32, 48, 64]
 
 
@@ -264,14 +265,11 @@ def test_a_mistake_is_one_line_and_its_exit_code(data: Path, tmp_path: Path) -> 
 
 def test_resume_refuses_another_order_and_another_model(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert train_here(0, overrides(data, out, "train.num_steps=1")) == 0
+    assert train_here(0, overrides(data, out, "train.num_steps=2")) == 0
     for change, code in (("train.seed=5", 5), ("data.seq_length=16", 5), ("model.num_layers=3", 4)):
         with pytest.raises(HammerError) as caught:
             prepare(config_for(overrides(data, out, change)), 1)
         assert caught.value.exit_code == code and change.split("=")[0] in str(caught.value)
-    write_dataset(data / "c", 5, seed=9)
-    prepared = prepare(config_for(overrides(data, out, f"data.train={data}/c")), 1)
-    assert any("data.train" in note for note in prepared.notes), "a changed mix is allowed, and said"
 
 
 def test_a_run_reads_each_manifest_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,8 +316,8 @@ def test_the_plan_is_printed_once_and_guards_the_start(data: Path, tmp_path: Pat
     finished = run(2, overrides(data, out, *weights))
     assert finished.returncode == 0 and "finished" in finished.stdout and "plan of" not in finished.stdout
     assert (metrics(out), checkpoint_bytes(out, 2)) == before, "a finished run changes nothing"
-    changed = prepare(config_for(overrides(data, out, *weights[:1], "train.num_steps=3")), 1)
-    assert any("data.weights differs" in note for note in changed.notes) and changed.plan is not None
+    changed = prepare(config_for(overrides(data, out, *weights[:1], "train.num_steps=3")), 1, accepted=["data.weights"])
+    assert any("data.weights: epochs -> share" in line for line in changed.changes) and changed.plan is not None
 
 
 def test_training_goes_on_without_anybody_who_reads(data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,197 @@
+"""All ranks start from one checkpoint, with one set of inputs, in one folder; else all of them are refused alike.
+
+Each rank is a thread with a config of its own, as two nodes have paths of their own that should be the same folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.checkpoint.folder import newest_checkpoint
+from megatron_hammer.parallel.agreement import BeforeStart
+from megatron_hammer.train import start
+from megatron_hammer.train.prepare import Prepared, prepare
+from megatron_hammer.train.run import agree_on_start
+from tests.parallel.test_agreement import start_together
+from tests.train.runs import config_for, overrides, train_here, write_dataset
+from tests.train.test_changes import rewrite
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A node with ``data`` and ``run``, which has checkpoints of the steps 3 and 4 of 12."""
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "data").mkdir()
+    for seed, (name, documents) in enumerate({"a": 60, "b": 40, "x": 8, "y": 5}.items()):
+        write_dataset(folder / "data" / name, documents, seed)
+    assert (
+        train_here(0, overrides(folder / "data", folder / "run", "train.num_steps=4", "schedule.decay_steps=12")) == 0
+    )
+    return folder
+
+
+@pytest.fixture
+def node(shared: Path, tmp_path: Path) -> Path:
+    """A second node with files of its own."""
+    shutil.copytree(shared, tmp_path / "node")
+    return tmp_path / "node"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start.look_for_probe, "__defaults__", (0.3,))
+
+
+def started(arguments: Callable[[int], list[str]], size: int = 2) -> list[Prepared | str]:
+    """Each rank with its own arguments: what it is prepared for, or the error it raised."""
+
+    def work(ranks: BeforeStart) -> Prepared:
+        threading.current_thread().name = f"rank {ranks.rank}"
+        with ExitStack() as held:
+            return agree_on_start(ranks, held, config_for(arguments(ranks.rank)), 0, False, ())[0]
+
+    found = start_together(size, work)
+    return [result if isinstance(result, Prepared) else str(result) for result in found]
+
+
+def refused(arguments: Callable[[int], list[str]], code: str) -> str:
+    """The one line with which all ranks end."""
+    lines = set(map(str, started(arguments)))
+    assert len(lines) == 1
+    line = lines.pop()
+    assert line.startswith(f"error[{code}]: rank 1: "), line
+    return line
+
+
+def test_a_stale_listing_on_one_rank_decides_nothing(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1's listing lacks the newest folder; it opens it all the same, by the name that rank 0 tells."""
+    listing = Path.iterdir
+
+    def stale(path: Path) -> Iterator[Path]:
+        hidden = "step-00000004" if threading.current_thread().name == "rank 1" else ""
+        return (entry for entry in listing(path) if entry.name != hidden)
+
+    monkeypatch.setattr(Path, "iterdir", stale)
+    threading.current_thread().name, own = "rank 1", threading.current_thread().name
+    seen = newest_checkpoint(shared / "run")
+    threading.current_thread().name = own
+    assert seen is not None and seen.step == 3, "the stand-in hides it"
+    both = started(lambda rank: overrides(shared / "data", shared / "run"))
+    assert [p.resume.step for p in both if isinstance(p, Prepared) and p.resume] == [4, 4]
+    assert not list((shared / "run").glob(".probe-*")), "the probe is gone"
+
+
+def test_a_checkpoint_that_one_rank_cannot_see_refuses_all(shared: Path, node: Path) -> None:
+    shutil.rmtree(node / "run" / "checkpoints" / "step-00000004")
+    line = refused(lambda rank: overrides(shared / "data", (shared, node)[rank] / "run"), "E583")
+    assert f"{node}/run/checkpoints/step-00000004 cannot be read, but rank 0 starts from its step 4" in line
+
+
+def test_another_checkpoint_of_the_same_name_refuses_all(shared: Path, node: Path) -> None:
+    shutil.rmtree(node / "run")
+    others = overrides(node / "data", node / "run", "train.num_steps=4", "schedule.decay_steps=12", "optimizer.lr=1e-3")
+    assert train_here(0, others) == 0
+    line = refused(lambda rank: overrides(shared / "data", (shared, node)[rank] / "run"), "E583")
+    assert "differs from the checkpoint of that name" in line
+
+
+def test_no_checkpoint_is_a_decision_too(shared: Path, node: Path) -> None:
+    """Rank 0 begins anew although another rank sees checkpoints: then this is not its folder."""
+    shutil.rmtree(shared / "fresh", ignore_errors=True)
+    line = refused(lambda rank: overrides(shared / "data", (shared / "fresh", node / "run")[rank]), "E584")
+    assert f"train.output={node}/run is not the folder of rank 0" in line
+
+
+def test_a_folder_that_is_not_shared_refuses_all(shared: Path, node: Path) -> None:
+    """Equal copies of the checkpoints lie on both nodes: only the probe shows that they are two folders."""
+    line = refused(lambda rank: overrides(shared / "data", (shared, node)[rank] / "run"), "E584")
+    assert "cannot be seen; put train.output on a file system that all nodes share" in line
+    assert not list((shared / "run").glob(".probe-*"))
+
+
+def test_a_slow_folder_is_waited_for(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start.look_for_probe, "__defaults__", (20.0,))
+    looks, exists = list[str](), Path.exists
+
+    def late(path: Path, **more: bool) -> bool:
+        if path.name.startswith(".probe-"):
+            looks.append(path.name)
+            return len(looks) > 2 and exists(path, **more)
+        return exists(path, **more)
+
+    monkeypatch.setattr(Path, "exists", late)
+    both = started(lambda rank: overrides(shared / "data", shared / "run"))
+    assert all(isinstance(p, Prepared) for p in both) and len(looks) == 3
+
+
+def test_weights_to_begin_with_are_rank_0_s_too(shared: Path, node: Path) -> None:
+    """checkpoint.init_from may name a run, whose newest checkpoint counts."""
+    new = [f"checkpoint.init_from={folder}/run" for folder in (shared, node)]
+    both = started(lambda rank: overrides(shared / "data", shared / "new", new[rank]))
+    assert [p.init_from.step for p in both if isinstance(p, Prepared) and p.init_from] == [4, 4]
+    shutil.rmtree(node / "run" / "checkpoints" / "step-00000004")
+    assert "rank 0 starts from its step 4" in refused(
+        lambda r: overrides(shared / "data", shared / "new", new[r]), "E583"
+    )
+
+
+@pytest.mark.parametrize("name", ["a", "b", "x", "y"])
+@pytest.mark.parametrize("how", ["other text", "grown"])
+def test_a_dataset_that_differs_names_rank_and_file(shared: Path, node: Path, name: str, how: str) -> None:
+    rewrite(node / "data" / name, how)
+    line = refused(lambda rank: overrides((shared, node)[rank] / "data", shared / "run"), "E585")
+    assert f"rank 1: {node}/data/{name}.bin has fingerprint " in line
+    assert f" where rank 0's {shared}/data/{name}.bin has fingerprint " in line and "copy the same dataset" in line
+
+
+def test_equal_datasets_may_lie_elsewhere(shared: Path, node: Path) -> None:
+    both = started(lambda rank: overrides((shared, node)[rank] / "data", shared / "run"))
+    assert all(isinstance(p, Prepared) for p in both)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["optimizer.lr=1e-3", "train.seed=3", "train.micro_batch_size=4", "log.interval_steps=3", "data.valid=null"],
+)
+def test_settings_that_differ_between_nodes_refuse_all(shared: Path, change: str) -> None:
+    line = refused(lambda rank: overrides(shared / "data", shared / "run", *[change][:rank]), "E585")
+    name = change.split("=")[0]
+    assert f"rank 1: {name}" in line
+
+
+def test_another_mix_on_one_node_refuses_all(shared: Path) -> None:
+    data = shared / "data"
+    line = refused(
+        lambda rank: overrides(data, shared / "run", f"data.train={{{data}/a: {2 + rank}, {data}/b: 1}}"), "E585"
+    )
+    assert f"{data}/a gives 0.75 of the samples where rank 0's {data}/a gives 0.666666666667 of the samples" in line
+
+
+def test_another_tokenizer_on_one_node_refuses_all(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_hammer.train import prepare as prepare_module
+    from tests.checkpoint.layouts import FakeTokenizer
+
+    class Named(FakeTokenizer):
+        def __init__(self, path: str) -> None:
+            self.path, self.fingerprint, self.vocab_size = Path(path), path[-1] * 32, 301
+
+    monkeypatch.setattr(prepare_module, "load_tokenizer", Named)
+    line = refused(lambda rank: overrides(shared / "data", shared / "new", f"tokenizer.path=/t/{rank}"), "E585")
+    assert (
+        "rank 1: tokenizer /t/1 has fingerprint 1111" in line and "rank 0's tokenizer /t/0 has fingerprint 0000" in line
+    )
+    prepared = prepare(config_for(overrides(shared / "data", shared / "new", "tokenizer.path=/t/0")), 1, False)
+    assert prepared.tokenizer is not None and dataclasses.is_dataclass(prepared)
+
+
+def test_the_launcher_of_another_node_judges_nothing_by_its_own_listing(shared: Path) -> None:
+    """Which checkpoint counts is for rank 0 to see; a change that it accepts must not be refused elsewhere."""
+    config = config_for(overrides(shared / "data", shared / "run", "optimizer.lr=1e-3"))
+    assert prepare(config, 2, first_node=False).resume is None
