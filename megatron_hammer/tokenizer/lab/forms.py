@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import RefusedError
-from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
+from megatron_hammer.tokenizer.huggingface_backend import STAND_IN_PAD, HuggingFaceTokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.pieces import BYTE_LEVEL_ALPHABET, SPACE
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, load_processor, parse_model
@@ -138,14 +138,18 @@ def _load_folder(path: Path) -> Form:
         return [one[1:] if adds_bos and one[:1] == bos else one for one in ids]
 
     ways = {"tokenizer(text, add_special_tokens=False)": plain}
-    adds_bos, adds_eos = (_settings(path).get(name) for name in ("add_bos_token", "add_eos_token"))
+    settings = _settings(path)
+    adds_bos, adds_eos = (settings.get(name) for name in ("add_bos_token", "add_eos_token"))
+    special_ids = {name: getattr(loaded, f"{name}_token_id") for name in SPECIAL_NAMES}
+    if settings.get(STAND_IN_PAD):
+        special_ids["pad"] = None
     if isinstance(adds_bos, bool) and adds_eos is False:
         ways["tokenizer(text)"] = by_default
     return Form(
         path=path,
         kind=f"Hugging Face folder ({type(loaded).__name__})",
         vocab_size=max(vocabulary.values(), default=-1) + 1,
-        special_ids={name: getattr(loaded, f"{name}_token_id") for name in SPECIAL_NAMES},
+        special_ids=special_ids,
         pieces=_texts_of(vocabulary, lambda token_id: loaded.decode([token_id])),
         symbols=[token.content for token in added if not token.special],
         specials=[token.content for token in added if token.special],
