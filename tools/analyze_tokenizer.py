@@ -44,7 +44,7 @@ def parser() -> ArgumentParser:
             command.add_argument("--texts", nargs="+", action="extend", metavar="name=F.jsonl",
                                  required=name in ("compression", "price"),
                                  help="text by domain; a name may have several files")  # fmt: skip
-            command.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+            command.add_argument("--workers", "--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
                                  help="threads that encode (default: all cores of this process)")  # fmt: skip
         if name == "price":
             command.add_argument("--config", required=True, metavar="YAML",
@@ -82,7 +82,7 @@ def count(args: argparse.Namespace, tokenizers: dict[str, Any], domains: dict[st
     texts = {name: TextCorpus(paths) for name, paths in domains.items()}
     with Progress("encoding", None) as shown:
         return count_tokens(
-            tokenizers, texts, args.threads, count_ids=args.command == "vocabulary", progress=shown.advance
+            tokenizers, texts, args.workers, count_ids=args.command == "vocabulary", progress=shown.advance
         )
 
 
@@ -109,7 +109,7 @@ def compression(args: argparse.Namespace) -> Analysis:
     described = analyze.describe_compression(count(args, tokenizers, domains), reference)
     for name, tokenizer in tokenizers.items():
         described[name]["encoder"] = tokenizer.encoder
-    facts = {"reference": reference, "threads": args.threads, "tokenizers": _rows(tokenizers, described)}
+    facts = {"reference": reference, "threads": args.workers, "tokenizers": _rows(tokenizers, described)}
     tables = [compression_table(described, reference)]
     return Analysis(facts, tables, lambda: analyze_plots.draw_compression(described, reference))
 
@@ -164,7 +164,7 @@ def price(args: argparse.Namespace) -> Analysis:
     with Progress("reading", None) as shown:
         sample = sample_texts(texts, args.sample_bytes or SAMPLE_BYTES, shown.advance)
     with Progress("encoding", None) as shown:
-        prices = price.price_tokenizers(tokenizers, config, sample, args.threads, shown.advance)
+        prices = price.price_tokenizers(tokenizers, config, sample, args.workers, shown.advance)
     facts = {
         "config": args.config,
         "reference": reference,
@@ -192,8 +192,8 @@ def _rows(tokenizers: dict[str, Any], described: dict[str, dict[str, Any]]) -> l
 def main() -> None:
     command_line = parser()
     args = command_line.parse_args()
-    if getattr(args, "threads", 1) < 1:
-        command_line.error(f"argument --threads: {args.threads} is less than 1")
+    if getattr(args, "workers", 1) < 1:
+        command_line.error(f"argument --workers: {args.workers} is less than 1")
     if getattr(args, "sample_bytes", None) is not None and args.sample_bytes < 1:
         command_line.error(f"argument --sample-bytes: {args.sample_bytes} is less than 1")
     from megatron_hammer.base.files import replace_file

@@ -27,8 +27,15 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("sources", nargs="+", metavar="[NAME=]PATH", help="dataset prefix or text")
     parser.add_argument("--tokenizer", metavar="T", help="sentencepiece .model, tokenizer.json or their folder")
-    parser.add_argument("--json-key", default="text", help="field or column that holds the text (default: text)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+    parser.add_argument(
+        "--json-keys",
+        "--json-key",
+        dest="json_key",
+        metavar="KEY",
+        default="text",
+        help="field or column that holds the text (default: text)",
+    )
+    parser.add_argument("--workers", "--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
                         help="threads that encode (default: all cores of this process)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
@@ -42,7 +49,7 @@ def main() -> None:
         name, equals, path = item.partition("=")
         named = equals and name and path and "/" not in name  # else the "=" is part of a path
         sources.append((name, path) if named else (Path(item).name, item))
-    table = count_tokens(sources, args.tokenizer, args.json_key, args.threads)
+    table = count_tokens(sources, args.tokenizer, args.json_key, args.workers)
     print(orjson.dumps(table.to_json(), option=orjson.OPT_INDENT_2).decode() if args.json else table)
 
 

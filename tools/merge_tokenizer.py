@@ -2,7 +2,7 @@
 """Merge characters of a donor, and symbols, into a sentencepiece model, as HammerLLM's tokenizer was made.
 
     python tools/merge_tokenizer.py --base internlm-7b.model --donor llama_zh_128k.model \\
-        --required-chars tgh2013 --user-defined-symbols symbols.txt --output merged/
+        --required-characters tgh2013 --user-defined-symbols symbols.txt --output merged/
 
 Each required character that the base lacks is appended with the donor's score times a ratio: the mean of base score /
 donor score over the characters that both have (of the table tgh2013 its 3,500 common ones). Then the symbols become
@@ -24,13 +24,13 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--base", required=True, metavar="B.model", help="model whose pieces keep their ids")
     parser.add_argument("--donor", required=True, metavar="D.model", help="model that knows the required characters")
-    parser.add_argument("--required-chars", default=TABLE_NAME, metavar=f"FILE|{TABLE_NAME}",
+    parser.add_argument("--required-characters", "--required-chars", default=TABLE_NAME, metavar=f"FILE|{TABLE_NAME}",
                         help="characters that must have a piece: a file, or the table's 8,105 (default)")  # fmt: skip
     parser.add_argument("--user-defined-symbols", metavar="FILE", help="literal strings that stay whole, one a line")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the merged model")
     args = parser.parse_args()
 
-    required = read_required(args.required_chars)
+    required = read_required(args.required_characters)
     symbols = read_symbols(args.user_defined_symbols) if args.user_defined_symbols else []
     for symbol, meant in doubtful_symbols(symbols).items():
         say(f"note: {args.user_defined_symbols}: symbol {symbol!r} is taken as it stands; HammerLLM's published model "

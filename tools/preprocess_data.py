@@ -39,17 +39,17 @@ from megatron_hammer.dataset.make import megatron
 def parser() -> ArgumentParser:
     parser = ArgumentParser(prog="preprocess_data.py", description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files, folders or quoted patterns")
-    parser.add_argument("--json-keys", "--jsonl-keys", "--json-key", nargs="+", default=["text"], metavar="KEY",
+    parser.add_argument("--json-keys", "--json-key", "--jsonl-keys", nargs="+", default=["text"], metavar="KEY",
                         help="fields or columns that hold text, each becomes a dataset (default: text)")  # fmt: skip
-    parser.add_argument("--text-documents", choices=("file", "line", "blank-line"), default="file",
+    parser.add_argument("--text-documents", choices=("file", "line", "blank-line"), default="blank-line",
                         help="a document of a .txt file is: all of it, each line that is not empty, or what stands "
-                        "between empty lines (default: file)")  # fmt: skip
+                        "between empty lines (default: blank-line, as in all programs)")  # fmt: skip
     parser.add_argument("--tokenizer-model", metavar="PATH",
                         help="sentencepiece .model, tokenizer.json or Hugging Face folder; needed")  # fmt: skip
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.{bin,idx,meta.json}")
     parser.add_argument("--append-eod", action="store_true", help="end every document with the tokenizer's eos id")
     parser.add_argument("--prepend-bos", action="store_true", help="begin every document with its bos id")
-    parser.add_argument("--workers", type=int, metavar="N",
+    parser.add_argument("--workers", "--threads", type=int, metavar="N",
                         help="threads that parse and encode, on a cluster in all (default: all cores of this process, "
                         "with --address all of the cluster)")  # fmt: skip
     parser.add_argument("--on-error", choices=("stop", "skip", "quarantine"), default="stop",
@@ -75,7 +75,7 @@ def main() -> int:
     if args.engine == "local" and (args.address, args.workers_per_task) != (None, None):
         arguments.error("--address and --workers-per-task need --engine ray")
     command = megatron.translate(args)
-    from megatron_hammer.dataset.make.job import Stopped, prepare_job
+    from megatron_hammer.dataset.make.job import Stopped, prepare_job, remarks
 
     if args.engine == "ray":
         from megatron_hammer.dataset.make.ray import build_datasets_on_ray
@@ -99,7 +99,7 @@ def main() -> int:
                 args.text_documents,
             )
             job, notes = megatron.fit_job(command, job)
-            for note in (*notes, *command.notes):
+            for note in (*notes, *command.notes, *remarks(job)):
                 say(f"note: {note}")
             summaries = build(
                 job,

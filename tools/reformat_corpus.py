@@ -5,8 +5,8 @@
     python tools/reformat_corpus.py refinedweb falcon-refinedweb/data/ --output en.jsonl.zst --max-gb 504
     python tools/reformat_corpus.py pile pile/train/ --set ArXiv --output arxiv.jsonl
     python tools/reformat_corpus.py pile pile/train/ --output sets/
-    python tools/reformat_corpus.py jsonl my/*.jsonl.gz --key body --output my.jsonl
-    python tools/reformat_corpus.py parquet my.parquet --key content --keep url score --output my.jsonl
+    python tools/reformat_corpus.py jsonl my/*.jsonl.gz --json-keys body --output my.jsonl
+    python tools/reformat_corpus.py parquet my.parquet --json-keys content --keep url score --output my.jsonl
     python tools/reformat_corpus.py text novels/ --output novels.jsonl
 
 chinesewebtext is jsonl with "text", refinedweb parquet with "content", pile jsonl with "text" and meta.pile_set_name
@@ -30,7 +30,7 @@ from __future__ import annotations
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus import reformat
 from megatron_hammer.corpus.documents import ON_ERROR
-from megatron_hammer.corpus.readers import TEXT_DOCUMENTS
+from megatron_hammer.corpus.readers import DEFAULT_TEXT_DOCUMENTS, TEXT_DOCUMENTS
 
 
 def main() -> None:
@@ -38,13 +38,13 @@ def main() -> None:
     parser.add_argument("kind", choices=reformat.KINDS)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or patterns")
     parser.add_argument("--output", required=True, metavar="F.jsonl", help="also .gz, .zst; a folder for pile sets")
-    parser.add_argument("--key", "--column", metavar="NAME", help="field or column that holds the text "
-                        "(default: text; refinedweb: content)")  # fmt: skip
+    parser.add_argument("--json-keys", "--json-key", "--key", "--column", dest="key", metavar="KEY",
+                        help="field or column that holds the text (default: text; refinedweb: content)")  # fmt: skip
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="NAME",
                         help="pile only, may be repeated: take this pile_set_name")  # fmt: skip
     parser.add_argument("--keep", nargs="+", default=[], metavar="FIELD", help="fields to copy beside the text")
     parser.add_argument("--max-gb", type=float, metavar="N", help="most text in an output (default: all)")
-    parser.add_argument("--text-documents", choices=TEXT_DOCUMENTS, default="blank-line",
+    parser.add_argument("--text-documents", choices=TEXT_DOCUMENTS, default=DEFAULT_TEXT_DOCUMENTS,
                         help="a document of a .txt file is: all of it, each line, or what stands between empty lines "
                         "(default: blank-line)")  # fmt: skip
     parser.add_argument("--on-error", choices=ON_ERROR, default="stop", help="(default: stop)")

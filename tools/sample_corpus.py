@@ -26,7 +26,8 @@ def main() -> None:
     parser.add_argument("--train-mb", required=True, type=float, metavar="N")
     parser.add_argument("--valid-mb", required=True, type=float, metavar="M", help="0: none")
     parser.add_argument("--seed", required=True, type=int, help="any integer")
-    parser.add_argument("--json-key", default="text", help="field or column that holds the text (default: text)")
+    parser.add_argument("--json-keys", "--json-key", dest="json_key", metavar="KEY", default="text",
+                        help="field or column that holds the text (default: text)")  # fmt: skip
     parser.add_argument("--on-error", choices=ON_ERROR, default="stop",
                         help="a document that cannot be used: end, leave it out, or also write it to "
                         "DIR/rejected.jsonl (default: stop)")  # fmt: skip

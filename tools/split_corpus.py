@@ -22,7 +22,14 @@ def main() -> None:
     parser.add_argument("inputs", nargs="+", metavar="F.jsonl", help="also .gz, .zst; folders, patterns")
     parser.add_argument("--output-prefix", required=True, metavar="P")
     parser.add_argument("--seed", required=True, type=int, help="any integer")
-    parser.add_argument("--json-key", default="text", help="the field that holds the text (default: text)")
+    parser.add_argument(
+        "--json-keys",
+        "--json-key",
+        dest="json_key",
+        metavar="KEY",
+        default="text",
+        help="the field that holds the text (default: text)",
+    )
     held_out = parser.add_mutually_exclusive_group(required=True)
     held_out.add_argument("--valid-fraction", type=float, metavar="F", help="expected share of texts held out")
     held_out.add_argument("--valid-documents", type=int, metavar="N", help="distinct texts held out")

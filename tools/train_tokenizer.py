@@ -20,7 +20,7 @@ from typing import get_args
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus.documents import ON_ERROR, Skipped, TextCorpus
-from megatron_hammer.corpus.readers import TEXT_DOCUMENTS
+from megatron_hammer.corpus.readers import DEFAULT_TEXT_DOCUMENTS, TEXT_DOCUMENTS
 from megatron_hammer.tokenizer import train
 from megatron_hammer.tokenizer.required_characters import TABLE_NAME, read_required
 from megatron_hammer.tokenizer.symbols import read_symbols
@@ -32,8 +32,15 @@ def main() -> None:
         "--input", nargs="+", required=True, metavar="FILE",
         help=".jsonl, .parquet or .txt, the first and the last also .gz and .zst; folders, patterns",
     )  # fmt: skip
-    parser.add_argument("--json-key", default="text", help="field or column that holds the text (default: text)")
-    parser.add_argument("--text-documents", choices=TEXT_DOCUMENTS, default="blank-line",
+    parser.add_argument(
+        "--json-keys",
+        "--json-key",
+        dest="json_key",
+        metavar="KEY",
+        default="text",
+        help="field or column that holds the text (default: text)",
+    )
+    parser.add_argument("--text-documents", choices=TEXT_DOCUMENTS, default=DEFAULT_TEXT_DOCUMENTS,
                         help="a document of a .txt file is: all of it, each line, or what stands between empty lines "
                              "(default: %(default)s)")  # fmt: skip
     parser.add_argument(
@@ -54,7 +61,8 @@ def main() -> None:
                         help="longest stretch of text seen at once (default: %(default)s)")  # fmt: skip
     parser.add_argument("--sample-bytes", type=int, default=train.SAMPLE_BYTES,
                         help="of more text than this, a sample is used (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--threads", type=int, default=1, help="threads for counting, BPE only (default: 1)")
+    parser.add_argument("--workers", "--threads", type=int, default=1, metavar="N",
+                        help="threads for counting, BPE only (default: 1)")  # fmt: skip
     parser.add_argument("--on-error", choices=ON_ERROR, default="stop",
                         help="a document that cannot be used: end, leave it out, or also write it to "
                         "OUTPUT.rejected.jsonl (default: stop)")  # fmt: skip
@@ -73,7 +81,7 @@ def main() -> None:
             required_characters=read_required(args.required_characters).characters if args.required_characters else "",
             max_sentence_bytes=args.max_sentence_bytes,
             sample_bytes=args.sample_bytes,
-            threads=args.threads,
+            threads=args.workers,
             report=lambda line: print(line, file=sys.stderr, flush=True),
         )
     print(f"{tokenizer.path}: {tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint}, "

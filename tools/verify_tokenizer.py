@@ -34,7 +34,14 @@ def main() -> None:
         metavar="FILE",
         help="texts: .jsonl, .parquet, .txt, folders, patterns",
     )
-    parser.add_argument("--json-key", default="text", help="field or column that holds the text (default: text)")
+    parser.add_argument(
+        "--json-keys",
+        "--json-key",
+        dest="json_key",
+        metavar="KEY",
+        default="text",
+        help="field or column that holds the text (default: text)",
+    )
     parser.add_argument(
         "--fuzz", type=int, default=10_000, metavar="N", help="how many fuzz texts (default: %(default)s)"
     )

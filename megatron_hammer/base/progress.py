@@ -25,6 +25,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def size_of(count: float) -> str:
+    """Bytes for people, in the largest unit that leaves something before the point: ``1.20 GB``, ``7.30 KB``."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count:,.0f} bytes"
+
+
 class Progress:
     """How much of some work is done, how fast it goes, and how long the rest takes.
 

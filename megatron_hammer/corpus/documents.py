@@ -30,7 +30,7 @@ from megatron_hammer.corpus import jsonl
 from megatron_hammer.corpus.file_blocks import START, Block, FileRange, Position
 from megatron_hammer.corpus.parse import Rejected, note_of, parse_block
 from megatron_hammer.corpus.quarantine import RejectedFile
-from megatron_hammer.corpus.readers import expand_inputs, read_range
+from megatron_hammer.corpus.readers import DEFAULT_TEXT_DOCUMENTS, expand_inputs, read_range
 
 _BUFFER_BYTES = 1 << 20
 _ZSTD_LEVEL = 3  # the library's default; one thread, so that the same text gives the same bytes everywhere
@@ -131,7 +131,7 @@ class TextCorpus:
         self,
         inputs: Iterable[str | Path],
         key: str = "text",
-        text_documents: str = "file",
+        text_documents: str = DEFAULT_TEXT_DOCUMENTS,
         on_bad: OnBad | None = None,
     ) -> None:
         self.paths = expand_inputs(inputs)  # a name that is wrong should not be found out after an hour's reading
@@ -155,7 +155,7 @@ def read_texts(
     key: str = "text",
     progress: Progress | None = None,
     hashes: dict[Path, str] | None = None,
-    text_documents: str = "file",
+    text_documents: str = DEFAULT_TEXT_DOCUMENTS,
     on_bad: OnBad | None = None,
 ) -> Iterator[tuple[list[str], int]]:
     """The texts of any file, some at once, with the uncompressed bytes that hold them.
@@ -178,7 +178,7 @@ def read_documents(
     on_bad: OnBad | None = None,
     progress: Progress | None = None,
     hashes: dict[Path, str] | None = None,
-    text_documents: str = "blank-line",
+    text_documents: str = DEFAULT_TEXT_DOCUMENTS,
 ) -> Iterator[Document]:
     """The documents of a file in order, whose text may be empty.
 

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import xxhash
 
 from megatron_hammer.base.errors import DataError
+from megatron_hammer.base.progress import say
 from megatron_hammer.corpus import file_blocks, jsonl, parquet
 from megatron_hammer.corpus.file_blocks import START, Block, FileRange, Position
 from megatron_hammer.corpus.stream import StreamDamage, is_compressed, no_such_file, open_stream
@@ -30,7 +32,12 @@ from megatron_hammer.corpus.stream import StreamDamage, is_compressed, no_such_f
 TEXT_DOCUMENTS = ("file", "line", "blank-line")
 """What a document of a ``.txt`` file is: all of it, each line (empty ones are none), or what stands between empty
 lines. Nothing is stripped except the line endings that separate documents."""
+DEFAULT_TEXT_DOCUMENTS = "blank-line"
+"""Of every program, so that a tokenizer is trained on the documents that are preprocessed later."""
 
+# What files of a corpus are called that are not trained on: as a part of the name of its own.
+_HELD_OUT = re.compile(r"(?:^|[._-])(?:valid|validation|val|dev|test|eval|heldout|held-out|held_out)(?=[._-]|$)")
+_ENDINGS = re.compile(r"(?:\.(?:jsonl|json|ndjson|txt|parquet|gz|zst))+$")
 _BLOCK_LINES = 16384  # most in a block: half a kilobyte of notes each, should all be bad
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt", ".parquet")  # taken from a folder, the first two also compressed
 
@@ -39,7 +46,7 @@ _SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt", ".parquet")  # taken from a f
 
 
 def expand_inputs(inputs: Iterable[str | Path]) -> list[Path]:
-    """The files that the inputs name: a folder means all corpora in and below it, a pattern those that match, sorted.
+    """The files that the inputs name: a folder means the corpora in and below it, a pattern those that match, sorted.
 
     Raises:
         DataError: E301 an input that names no file.
@@ -59,7 +66,23 @@ def expand_inputs(inputs: Iterable[str | Path]) -> list[Path]:
 
 
 def _corpora_in(path: Path) -> list[Path]:
-    found = sorted(Path(folder) / name for folder, _, names in os.walk(path) for name in names if _is_corpus(name))
+    """The corpora in and below a folder; notes name what has a corpus's name and is none, or is held out from one."""
+    found: list[Path] = []
+    aside: list[Path] = []
+    held_out: list[Path] = []
+    for folder, folders, names in os.walk(path):
+        beside = [*folders, *names]
+        held_out += [Path(folder) / name for name in folders if is_held_out(name, beside)]
+        folders[:] = [name for name in folders if not is_held_out(name, beside)]
+        for name in filter(_is_corpus, names):
+            file = Path(folder) / name
+            (held_out if is_held_out(name, beside) else aside if _is_about(file) else found).append(file)
+    for files, why in ((aside, "describe other files and hold no documents"),
+                       (held_out, "are held out from those beside them; to read them too, name them")):  # fmt: skip
+        if files and found:
+            shown = ", ".join(map(str, sorted(files)[:5])) + (f" and {len(files) - 5:,} more" if files[5:] else "")
+            say(f"note: of {path} left aside, for they {why}: {shown}")
+    found.sort()
     if not found:
         raise DataError(1, str(path), f"is a folder without a file that ends in {', '.join(_SUFFIXES)}",
                         "name the files in it")  # fmt: skip
@@ -71,6 +94,38 @@ def _matches_of(pattern: str) -> list[Path]:
     if not found:
         raise DataError(1, pattern, "matches no file", "check the pattern")
     return found
+
+
+def is_held_out(name: str, names: Iterable[str]) -> bool:
+    """Whether a name says validation or test, and the text to train on is beside it: zh.valid.jsonl by zh.jsonl.
+
+    Args:
+        name: of a file or folder.
+        names: of all that is in its folder.
+    """
+    stem = _stem(name)
+    marked = _HELD_OUT.search(stem)
+    if marked is None:
+        return False
+    before, behind = stem[: marked.start()], stem[marked.end() :]
+    others = {f"{before}{mark}{behind}" for mark in (".train", "-train", "_train", "train", "")} - {""}
+    return not others.isdisjoint(map(_stem, names))
+
+
+def _stem(name: str) -> str:
+    return _ENDINGS.sub("", name)
+
+
+def _is_about(path: Path) -> bool:
+    """Whether a file of a folder is a description, such as our manifests: one JSON object over several lines."""
+    if path.name == "rejected.jsonl" or path.name.endswith(
+        (".rejected.jsonl", ".journal.json", ".meta.json", ".split.json")
+    ):
+        return True
+    if path.suffix != ".json":
+        return False
+    with open(path, "rb") as file:
+        return file.read(4096).split(b"\n", 1)[0].strip() == b"{"
 
 
 def _is_corpus(name: str) -> bool:
@@ -86,7 +141,7 @@ def kind_of(path: Path, text_documents: str) -> str:
 
 
 def plan_ranges(
-    files: Sequence[Path], text_documents: str = "file", range_bytes: int | None = None
+    files: Sequence[Path], text_documents: str = DEFAULT_TEXT_DOCUMENTS, range_bytes: int | None = None
 ) -> Iterator[FileRange]:
     """The files in order, each as one range, or as ranges of about so many bytes where a file can be cut.
 
@@ -126,7 +181,7 @@ def read_range(
     path: Path,
     file_range: FileRange,
     keys: Sequence[str],
-    text_documents: str = "file",
+    text_documents: str = DEFAULT_TEXT_DOCUMENTS,
     resume: Position | None = None,
     lenient: bool = False,
 ) -> Iterator[Block]:

@@ -24,7 +24,7 @@ from typing import Any
 import xxhash
 
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.base.progress import Progress
+from megatron_hammer.base.progress import Progress, size_of
 from megatron_hammer.corpus.documents import (
     Document,
     LineWriter,
@@ -36,7 +36,7 @@ from megatron_hammer.corpus.documents import (
     write_manifest,
 )
 from megatron_hammer.corpus.parse import note_of
-from megatron_hammer.corpus.readers import expand_inputs, kind_of
+from megatron_hammer.corpus.readers import DEFAULT_TEXT_DOCUMENTS, expand_inputs, kind_of
 
 KINDS = ("chinesewebtext", "refinedweb", "pile", "jsonl", "parquet", "text")
 DEFAULT_KEYS = dict.fromkeys(KINDS, "text") | {"refinedweb": "content"}
@@ -58,7 +58,7 @@ class ReformatSummary:
 
     def lines(self) -> list[str]:
         written = [
-            f"{o['name']}: {o['documents']:,} documents, {o['text_bytes'] / 1e9:,.3f} GB of text"
+            f"{o['name']}: {o['documents']:,} documents, {size_of(o['text_bytes'])} of text"
             + (", full" if o["name"] in self.full else "")
             for o in self.outputs
         ]
@@ -92,7 +92,7 @@ def reformat_corpus(
     keep: Sequence[str] = (),
     max_bytes: int | None = None,
     on_error: OnError = "stop",
-    text_documents: str = "blank-line",
+    text_documents: str = DEFAULT_TEXT_DOCUMENTS,
 ) -> ReformatSummary:
     """Write the documents of a published source as JSON lines, with a manifest beside.
 

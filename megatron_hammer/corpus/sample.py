@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 import xxhash
 
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.base.progress import Progress
+from megatron_hammer.base.progress import Progress, size_of
 from megatron_hammer.corpus.documents import (
     LineWriter,
     OnBad,
@@ -59,7 +59,7 @@ class SampleSummary:
     skipped: Skipped = field(default_factory=Skipped)
 
     def __str__(self) -> str:
-        parts = [f"{p['name']}: {p['documents']:,} documents, {p['text_bytes'] / 1e6:,.3f} MB of text"
+        parts = [f"{p['name']}: {p['documents']:,} documents, {size_of(p['text_bytes'])} of text"
                  for p in (self.train, self.valid)]  # fmt: skip
         note = ", which hold less than asked for: all of it was taken" if self.whole else ""
         return "\n".join([*parts, f"from {self.documents:,} documents{note}", *self.skipped.lines()])

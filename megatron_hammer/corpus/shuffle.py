@@ -45,7 +45,7 @@ import numpy as np
 
 from megatron_hammer.base.errors import ConfigError, DataError, DiskError
 from megatron_hammer.base.files import open_alone, publish
-from megatron_hammer.base.progress import Progress
+from megatron_hammer.base.progress import Progress, size_of
 from megatron_hammer.corpus.documents import OnError, Skipped
 from megatron_hammer.corpus.seeds import hash_seed
 from megatron_hammer.corpus.shuffle_buckets import LINE_OVERHEAD, Bucket, Buckets, Lines
@@ -79,7 +79,7 @@ class ShuffleSummary:
         way = f"{self.buckets:,} buckets on disk" if self.buckets else "in memory"
         rate = self.bytes / max(self.seconds, 1e-9) / 1e6
         return (
-            f"{self.output}: {self.lines:,} lines, {self.bytes / 1e6:,.1f} MB, seed {self.seed}, {way}, "
+            f"{self.output}: {self.lines:,} lines, {size_of(self.bytes)}, seed {self.seed}, {way}, "
             f"{self.seconds:,.1f} s: {rate:,.0f} MB/s"
         ) + "".join(f"\n{line}" for line in self.skipped.lines())
 

@@ -23,7 +23,7 @@ from typing import Any
 import xxhash
 
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.base.progress import Progress
+from megatron_hammer.base.progress import Progress, size_of
 from megatron_hammer.corpus.documents import (
     LineWriter,
     OnError,
@@ -62,7 +62,7 @@ class SplitSummary:
         return self.threshold / float(1 << HASH_BITS)
 
     def __str__(self) -> str:
-        parts = [f"{p['name']}: {p['documents']:,} documents, {p['text_bytes'] / 1e6:,.3f} MB of text"
+        parts = [f"{p['name']}: {p['documents']:,} documents, {size_of(p['text_bytes'])} of text"
                  for p in (self.train, self.valid)]  # fmt: skip
         return "\n".join(parts + self.skipped.lines())
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from megatron_hammer.base import progress
-from megatron_hammer.base.progress import Progress, track
+from megatron_hammer.base.progress import Progress, size_of, track
+
+
+def test_bytes_are_shown_in_a_unit_that_says_something() -> None:
+    assert [size_of(count) for count in (0, 999, 1000, 45_678, 7 * 10**6, 1_234 * 10**9)] == [
+        "0 bytes", "999 bytes", "1.00 KB", "45.68 KB", "7.00 MB", "1,234.00 GB",
+    ]  # fmt: skip
 
 
 @pytest.fixture

@@ -131,6 +131,7 @@ def test_a_corpus_describes_its_files(tmp_path: Path) -> None:
 
 def test_documents_of_plain_text(tmp_path: Path) -> None:
     path = write(tmp_path, "one\nmore\n\n二\n".encode(), "a.txt")
-    assert list(TextCorpus([path])) == ["one\nmore\n\n二\n"]
+    assert list(TextCorpus([path])) == ["one\nmore", "二"]
+    assert list(TextCorpus([path], text_documents="file")) == ["one\nmore\n\n二\n"]
     assert list(TextCorpus([path], text_documents="line")) == ["one", "more", "二"]
     assert list(TextCorpus([path], text_documents="blank-line")) == ["one\nmore", "二"]

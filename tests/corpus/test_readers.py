@@ -187,3 +187,37 @@ def test_folders_and_patterns_are_expanded_in_order(tmp_path: Path, monkeypatch:
     ):
         with pytest.raises(DataError, match=f"E301.*{words}"):
             readers.expand_inputs([wrong])
+
+
+# What lies in a folder of text, and what of it is text to train on.
+FOLDERS = {
+    "the quick start's": ("zh.jsonl zh.valid.jsonl en.jsonl en.valid.jsonl manifest.json", "en.jsonl zh.jsonl"),
+    "split_corpus": ("zh.train.jsonl.gz zh.valid.jsonl.gz zh.split.json", "zh.train.jsonl.gz"),
+    "sample_corpus": ("train.jsonl valid.jsonl manifest.json", "train.jsonl"),
+    "reformat_corpus": ("my.jsonl my.jsonl.manifest.json", "my.jsonl"),
+    "the Pile's": ("train/00.jsonl.zst train/01.jsonl.zst val.jsonl.zst test.jsonl.zst",
+                   "train/00.jsonl.zst train/01.jsonl.zst"),
+    "folders": ("train/a.parquet validation/a.parquet dataset_info.json", "train/a.parquet"),
+    "dashes": ("c4-train.jsonl c4-validation.jsonl", "c4-train.jsonl"),
+    "quarantine": ("a.jsonl a_text_document.rejected.jsonl", "a.jsonl"),
+    "held out alone": ("zh.valid.jsonl en.valid.jsonl", "en.valid.jsonl zh.valid.jsonl"),
+    "words that only begin so": ("testimony.jsonl validity.jsonl developer.txt train.jsonl",
+                                 "developer.txt testimony.jsonl train.jsonl validity.jsonl"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_of_a_folder_only_text_to_train_on_is_taken(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture) -> None:
+    there, taken = (text.split() for text in FOLDERS[kind])
+    for name in there:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{\n  "kind": "manifest"\n}\n' if name.endswith(".json") else GOOD_LINE)
+    assert [path.relative_to(tmp_path).as_posix() for path in readers.expand_inputs([tmp_path])] == taken
+    note = capsys.readouterr().err
+    for name in set(there) - set(taken):
+        assert (tmp_path / name).name in note or (tmp_path / name).parent.name in note
+    for name in there:  # what is named is read
+        assert readers.expand_inputs([tmp_path / name]) == [tmp_path / name]
+
+
+GOOD_LINE = '{"text": "a"}\n'

@@ -66,7 +66,10 @@ def test_chinesewebtext_with_its_score_kept(tmp_path: Path) -> None:
     expected = [{"text": t, "score": 0.95} for t in WITH_TEXT] + [{"text": "x", "score": 0.5}]
     assert read(tmp_path / "zh.jsonl") == expected
     assert summary.skipped.counts == {"empty text": 1} and summary.full == []
-    assert summary.lines()[0] == "zh.jsonl: 5 documents, 0.000 GB of text"
+    assert (
+        summary.lines()[0]
+        == f"zh.jsonl: 5 documents, {sum(map(len, map(str.encode, [*WITH_TEXT, 'x'])))} bytes of text"
+    )
     manifest = json.loads((tmp_path / "zh.jsonl.manifest.json").read_bytes())
     content = (tmp_path / "zh.jsonl").read_bytes()
     (output,) = manifest["outputs"]

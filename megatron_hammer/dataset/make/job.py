@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.corpus.readers import TEXT_DOCUMENTS, expand_inputs, kind_of
+from megatron_hammer.corpus.readers import DEFAULT_TEXT_DOCUMENTS, TEXT_DOCUMENTS, expand_inputs, kind_of
 from megatron_hammer.corpus.stream import file_identity
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 
 OnError = Literal["stop", "skip", "quarantine"]
 SHARD_BYTES = 1 << 30  # of text between two journals: ten to twenty seconds of work for two cores
+_TEXT_DOCUMENT_NAMES = {"file": "all of a file", "line": "a line", "blank-line": "what stands between empty lines"}
 
 
 class Stopped(Exception):
@@ -54,7 +55,7 @@ def prepare_job(
     append_eod: bool,
     prepend_bos: bool = False,
     on_error: OnError = "stop",
-    text_documents: str = "file",
+    text_documents: str = DEFAULT_TEXT_DOCUMENTS,
 ) -> Job:
     """Check what the user asks for (see ``Job``), find the files, load the tokenizer.
 
@@ -81,6 +82,28 @@ def prepare_job(
         raise _missing_id("--append-eod", "end-of-document", tokenizer)
     keys = tuple(json_keys)
     return Job(files, kinds, identities, keys, tokenizer, append_eod, prepend_bos, on_error, text_documents)
+
+
+def remarks(job: Job) -> list[str]:
+    """What a user may not expect of the datasets of a job, for people."""
+    found = []
+    if not job.append_eod:
+        option = "--append-eod" if job.tokenizer.eos_id is not None else "--prepend-bos"
+        if job.prepend_bos:
+            found.append("documents begin with bos, and nothing marks their end (no --append-eod): a model does not "
+                         "learn to stop")  # fmt: skip
+        else:
+            found.append(f"nothing marks where a document ends and the next begins (no {option}): a model reads across "
+                         "documents as if they were one, and does not learn to stop")  # fmt: skip
+    texts = [path for path, kind in zip(job.files, job.kinds) if kind in TEXT_DOCUMENTS]
+    if texts:
+        names = f"{texts[0]}" + (f" and {len(texts) - 1:,} more" if len(texts) > 1 else "")
+        found.append(f"{names}: plain text, {_TEXT_DOCUMENT_NAMES[job.text_documents]} is a document "
+                     f"(--text-documents {job.text_documents})")  # fmt: skip
+        if job.keys != ("text",):
+            found.append(f"{names}: plain text has no fields: --json-keys {' '.join(job.keys)} only names the output, "
+                         "and all of the text goes into each dataset")  # fmt: skip
+    return found
 
 
 def _unknown_choice(option: str, value: str, choices: Sequence[str]) -> ConfigError:

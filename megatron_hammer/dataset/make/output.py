@@ -26,7 +26,7 @@ import numpy as np
 
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.files import StaleState
-from megatron_hammer.base.progress import say
+from megatron_hammer.base.progress import say, size_of
 from megatron_hammer.corpus.long import LongText
 from megatron_hammer.corpus.quarantine import RejectedFile
 from megatron_hammer.corpus.readers import TEXT_DOCUMENTS
@@ -60,7 +60,7 @@ class BuildSummary:
         rejected = f", {sum(self.rejected.values()):,} rejected ({causes})" if self.rejected else ""
         return (
             f"{self.prefix}: {self.documents:,} documents ({self.empty_documents:,} empty){rejected}, {self.tokens:,} "
-            f"tokens of {self.token_bytes} bytes from {self.text_bytes / 1e6:,.1f} MB in {self.seconds:,.1f} s: "
+            f"tokens of {self.token_bytes} bytes from {size_of(self.text_bytes)} in {self.seconds:,.1f} s: "
             f"{rates(self.text_bytes, self.tokens, self.seconds)}; encoder: {self.encoder}"
         )
 

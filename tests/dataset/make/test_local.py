@@ -277,8 +277,8 @@ def test_preprocess_then_inspect(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("tool", "arguments", "code", "words"),
     [
-        ("preprocess_data.py", ["--input", "bad.jsonl", "--tokenizer-model", "T", "--output-prefix", "p"], "E304",
-         "bad.jsonl:1"),
+        ("preprocess_data.py", ["--input", "bad.jsonl", "--tokenizer-model", "T", "--append-eod", "--output-prefix",
+         "p"], "E304", "bad.jsonl:1"),
         ("preprocess_data.py", ["--input", "a.jsonl", "--output-prefix", "p"], "E201", "--tokenizer-model"),
         ("inspect_dataset.py", ["stats", "nothing"], "E330", "nothing.idx"),
         ("inspect_dataset.py", ["stats", "nothing", "--a=b"], "E201", "--a=b"),

@@ -132,3 +132,49 @@ def test_what_would_be_another_dataset_is_refused(preprocess, options, words):
 def test_a_tokenizer_is_needed(preprocess):
     with pytest.raises(ConfigError, match="--tokenizer-model"):
         preprocess("--input c.jsonl --output-prefix p")
+
+
+def test_what_is_left_open_is_said(preprocess, folder):
+    assert "--append-eod" in preprocess("--input c.jsonl --output-prefix open --tokenizer-model t.model")
+    assert "no --append-eod" in preprocess("--input c.jsonl --output-prefix o --tokenizer-model t.model --prepend-bos")
+    assert not preprocess("--input c.jsonl --output-prefix o --tokenizer-model t.model --append-eod")
+    (folder / "plain.txt").write_text("one fish\n\ntwo fish\n")
+    line = "--input plain.txt --output-prefix txt --tokenizer-model t.model --append-eod"
+    assert "between empty lines is a document" in preprocess(line)
+    assert len(documents("txt_text_document")) == 2
+    assert "--json-keys body only names the output" in preprocess(f"{line} --json-key body")
+    assert documents("txt_body_document") == documents("txt_text_document")
+
+
+TOOLS = {
+    "preprocess_data": "--json-keys --json-key --workers --threads --text-documents",
+    "split_corpus": "--json-keys --json-key",
+    "sample_corpus": "--json-keys --json-key",
+    "reformat_corpus": "--json-keys --json-key --key --column --text-documents",
+    "verify_tokenizer": "--json-keys --json-key",
+    "train_tokenizer": "--json-keys --json-key --workers --threads --required-characters --required-chars "
+                       "--text-documents",
+    "count_tokens": "--json-keys --json-key --workers --threads",
+    "merge_tokenizer": "--required-characters --required-chars",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_an_option_has_one_name_in_all_programs(tool, monkeypatch):
+    from megatron_hammer.base.cli import ArgumentParser
+
+    found: dict[str, object] = {}
+
+    def note(parser: ArgumentParser) -> None:
+        found.update({option: action.default for action in parser._actions for option in action.option_strings})
+        raise SystemExit
+
+    monkeypatch.setattr(ArgumentParser, "parse_args", note)
+    spec = importlib.util.spec_from_file_location(tool, REPOSITORY / "tools" / f"{tool}.py")
+    assert spec is not None and spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    with pytest.raises(SystemExit):
+        program.main()
+    assert set(TOOLS[tool].split()) <= set(found)
+    assert found.get("--text-documents", "blank-line") == "blank-line"
