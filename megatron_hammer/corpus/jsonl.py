@@ -21,13 +21,13 @@ from typing import Any
 import orjson
 
 from megatron_hammer.base.errors import DataError
+from megatron_hammer.corpus import foreign
 
 MAX_LINE_BYTES = 2 << 30
 """Longest line read, line ending included: a document of a gigabyte with its escapes. What is longer is a file without
 line breaks, not a document."""
 
 _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-_BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -121,9 +121,11 @@ def diagnose(path: Path, line_number: int, offset: int, line: bytes | bytearray,
     """
     where = place_of(path, line_number, offset)
     if line_number == 1:
-        for mark, encoding in _BYTE_ORDER_MARKS.items():
-            if line.startswith(mark):
-                return DataError(3, where, f"begins with a byte order mark ({encoding})", "save it as plain UTF-8")
+        if encoding := foreign.byte_order_mark(line):
+            remedy = foreign.without_mark(path, encoding)
+            return DataError(3, where, f"begins with a byte order mark ({encoding})", remedy)
+        if other := foreign.format_of(path, line):
+            return DataError(9, str(path), f"is {other[0]}", other[1])
         if line.startswith((_GZIP_MAGIC, _ZSTD_MAGIC)):
             kind = ".gz" if line.startswith(_GZIP_MAGIC) else ".zst"
             return DataError(9, str(path), "is compressed, but its name does not say so", f"rename it to end in {kind}")
@@ -135,14 +137,15 @@ def diagnose(path: Path, line_number: int, offset: int, line: bytes | bytearray,
         byte = line[error.start]
         return DataError(
             3, where, f"is not valid UTF-8: byte 0x{byte:02x} at offset {error.start} of the line ({error.reason})",
-            "convert the file to UTF-8",
+            foreign.to_utf8(path, line),
         )  # fmt: skip
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as refused:
         value = _by_python(line)
         if not isinstance(value, dict) or isinstance(value.get(key), float):  # such as NaN, in place of a text
-            return DataError(4, where, f"is not valid JSON: {refused.msg} at column {refused.colno}", "mend the line")
+            return DataError(4, where, f"is not valid JSON: {refused.msg} at column {refused.colno}",
+                             _not_json_remedy(line_number, line))  # fmt: skip
     if not isinstance(value, dict):
         return DataError(6, where, f"holds {_kind(value)}, not a JSON object", f'write it as {{"{key}": "..."}}')
     if key not in value:
@@ -152,6 +155,12 @@ def diagnose(path: Path, line_number: int, offset: int, line: bytes | bytearray,
         rule = f"holds half of a surrogate pair (\\u{ord(half.group()):04x}), which is no character, under {key!r}"
         return DataError(8, where, rule, "remove the escape or restore its other half")
     return DataError(7, where, f"has {_kind(value[key])} under {key!r}", "the text must be a string")
+
+
+def _not_json_remedy(line_number: int, line: bytes | bytearray) -> str:
+    if line_number == 1 and line[:1] not in (b"{", b"["):
+        return "mend the line; plain text must be in a file whose name ends in .txt"
+    return "mend the line"
 
 
 def _kind(value: Any) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from megatron_hammer.base.errors import DataError
-from megatron_hammer.corpus import jsonl, long
+from megatron_hammer.corpus import foreign, jsonl, long
 from megatron_hammer.corpus.file_blocks import Block, Position
 from megatron_hammer.corpus.long import LongText
 
@@ -103,11 +103,14 @@ def _parse_long(block: Block, path: Path, keys: Sequence[str], strict: bool) -> 
         elif block.kind == "parquet":
             where = f"{path}:{block.start.line}"
             columns = [block.data.column(block.data.schema.get_field_index(key)) for key in keys]
-            parsed.long = [_long_text(where, _first_value(column), False) for column in columns]
+            parsed.long = [_long_text(path, where, _first_value(column)) for column in columns]
         else:
             offset, document = next((place, piece) for place, piece in _text_documents(block) if piece)
-            where = jsonl.place_of(path, block.start.line, block.start.offset + offset)
-            parsed.long = [_long_text(where, document, block.start.offset + offset == 0)] * len(keys)
+            place = Position(block.start.offset + offset, block.start.line)
+            if place.offset == 0 and (fault := _fault_of_begin(path, document)) is not None:
+                raise fault
+            where = jsonl.place_of(path, place.line, place.offset)
+            parsed.long = [_long_text(path, where, _line_feeds(document))] * len(keys)
     except DataError as error:
         if strict or error.number == 9:
             raise
@@ -125,13 +128,28 @@ def _first_value(column: Any) -> memoryview:
     return memoryview(data)[start:end] if data is not None else memoryview(b"")
 
 
-def _long_text(where: str, document: bytes | bytearray | memoryview, first: bool) -> LongText:
-    if first and bytes(document[:3]) == b"\xef\xbb\xbf":
-        raise DataError(3, where, "begins with a byte order mark (UTF-8)", "convert the file to plain UTF-8")
+def _long_text(path: Path, where: str, document: bytes | bytearray | memoryview) -> LongText:
     try:
         return long.long_text(document)
     except UnicodeDecodeError as error:
-        raise DataError(3, where, f"is not valid UTF-8: {error.reason}", "convert the file to plain UTF-8") from None
+        remedy = foreign.to_utf8(path, bytes(document[: 1 << 16]))
+        raise DataError(3, where, f"is not valid UTF-8: {error.reason}", remedy) from None
+
+
+def _fault_of_begin(path: Path, document: bytes | bytearray) -> DataError | None:
+    """What a file says by its first bytes, where that is not plain text; E309 for another format, else E303."""
+    if (other := foreign.format_of(path, document)) is not None:
+        return DataError(9, str(path), f"is {other[0]}", other[1])
+    if (encoding := foreign.byte_order_mark(document)) is not None:
+        where = jsonl.place_of(path, 1, 0)
+        remedy = foreign.without_mark(path, encoding)
+        return DataError(3, where, f"begins with a byte order mark ({encoding})", remedy)
+    return None
+
+
+def _line_feeds(document: bytes | bytearray) -> bytes | bytearray:
+    """A document of a text file with LF at the ends of its lines, as a file from Windows has CRLF."""
+    return document.replace(b"\r\n", b"\n") if b"\r\n" in document else document
 
 
 def _split(data: bytes | bytearray) -> Sequence[bytes | bytearray]:
@@ -194,25 +212,27 @@ def _parse_text(block: Block, path: Path, num_keys: int, strict: bool) -> Parsed
         if not piece:
             continue
         place = Position(block.start.offset + offset, block.start.line + block.data.count(b"\n", 0, offset))
-        rule = ""
-        if place.offset == 0 and piece.startswith(b"\xef\xbb\xbf"):
-            rule = "begins with a byte order mark (UTF-8)"
-        else:
+        fault = _fault_of_begin(path, piece) if place.offset == 0 else None
+        if fault is None:
             try:
-                texts.append(piece.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                rule = (
-                    f"is not valid UTF-8: byte 0x{piece[error.start]:02x} at offset {error.start} of the document "
-                    f"({error.reason})"
-                )
-        if rule:
-            error_line = DataError(
-                3, jsonl.place_of(path, place.line, place.offset), rule, "convert the file to plain UTF-8"
-            )
-            if strict:
-                raise error_line
-            parsed.rejected.append(note_of(error_line, place, piece))
+                texts.append(_line_feeds(piece).decode("utf-8"))
+                continue
+            except UnicodeDecodeError:
+                fault = _not_utf8(path, place, piece)
+        if strict or fault.number == 9:
+            raise fault
+        parsed.rejected.append(note_of(fault, place, piece))
     return parsed
+
+
+def _not_utf8(path: Path, place: Position, piece: bytes | bytearray) -> DataError:
+    try:
+        piece.decode("utf-8")
+    except UnicodeDecodeError as error:
+        rule = f"is not valid UTF-8: byte 0x{piece[error.start]:02x} at offset {error.start} of the document"
+        where = jsonl.place_of(path, place.line, place.offset)
+        return DataError(3, where, f"{rule} ({error.reason})", foreign.to_utf8(path, piece))
+    raise AssertionError("only for what is no UTF-8")
 
 
 def _text_documents(block: Block) -> Iterator[tuple[int, bytes | bytearray]]:

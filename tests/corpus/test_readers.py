@@ -148,7 +148,7 @@ TEXT = "first line\nsecond  \r\n\n\nthird 字\n \nfourth\n\r\nlast".encode()
 @pytest.mark.parametrize(
     ("mode", "expected"),
     [
-        ("file", [TEXT.decode()]),
+        ("file", [TEXT.decode().replace("\r\n", "\n")]),
         ("line", ["first line", "second  ", "third 字", " ", "fourth", "last"]),
         ("blank-line", ["first line\nsecond  ", "third 字\n \nfourth", "last"]),
     ],
