@@ -247,6 +247,8 @@ def _texts(block: Block, path: Path, key: str, bad: _Bad) -> Iterator[Document]:
     try:
         texts = parse_block(replace(block, trouble=None), path, [key], strict=True).texts[0]
     except DataError as error:  # not UTF-8: a text file has no lines to leave out one by one
+        if error.number == 9:
+            raise  # the whole file is something else than its name says
         bad(error, block.start, block.data)
         return
     for text in texts:
