@@ -181,7 +181,7 @@ def test_sizes_and_special_ids_count_too(folder: Path, tmp_path: Path) -> None:
     copy = copy_folder(folder, tmp_path / "hf")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         content = json.loads((copy / name).read_bytes())
-        (copy / name).write_text(json.dumps(content | {"bos_token": "</s>"}))
+        (copy / name).write_text(json.dumps(content | {"bos_token": "</s>", "add_bos_token": None}))
     error = compare_tokenizers(folder, copy, fuzz=50).error()
     assert error is not None and error.code == "E508" and "bos id (1 against 2)" in str(error)
 
