@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.base.progress import Progress
@@ -73,7 +74,7 @@ def describe(manifest: Manifest) -> Iterator[str]:
     yield f"model      {parameters:,} parameters, computes in {manifest.weights_dtype}; {model}"
     yield f"tokenizer  {manifest.tokenizer.fingerprint if manifest.tokenizer else 'none'}"
     for name, value in sorted(manifest.state.items()):
-        yield f"state      {name}: {value}"
+        yield from _state_lines(f"state      {name}", value)
     files: dict[int, list[str]] = {}
     for file in manifest.files:
         for saved in file.slices:
@@ -83,6 +84,20 @@ def describe(manifest: Manifest) -> Iterator[str]:
         shape = " x ".join(map(str, tensor.shape))
         rows.append((tensor.name, tensor.kind, shape, tensor.dtype, str(len(set(files[index])))))
     yield from align(rows)
+
+
+def _state_lines(name: str, value: Any) -> Iterator[str]:
+    """A value of the state; of records (datasets, accepted changes), each on a line of its own."""
+    if isinstance(value, dict) and any(isinstance(part, dict | list) for part in value.values()):
+        for key, part in value.items():
+            yield from _state_lines(f"{name}.{key}", part)
+    elif isinstance(value, list) and value:
+        for part in value:
+            yield from _state_lines(name, part)
+    elif isinstance(value, dict):
+        yield f"{name}: " + ", ".join(f"{key} {part}" for key, part in value.items())
+    else:
+        yield f"{name}: {value}"
 
 
 def _size(manifest: Manifest) -> int:

@@ -102,7 +102,7 @@ def test_a_run_tells_what_metrics_jsonl_has_and_goes_on_under_its_id(
     assert len(configs) == 2, "once a start"
     environment = configs[1].pop("environment")
     assert environment["ranks"] == 1 and environment["device"] == "cpu" and environment["versions"]["torch"]
-    wanted = config_for(overrides(data, run, *arguments, "train.num_steps=9"))
+    wanted = config_for(overrides(data, run, *arguments, "train.num_steps=9", "schedule.decay_steps=6"))  # it is held
     assert configs[1] == json.loads(json.dumps(config_to_tree(wanted)))
     logged = [{"step": c[1], **c[2]} for c in calls if c[0] == "log"]
     written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
