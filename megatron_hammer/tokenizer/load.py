@@ -38,4 +38,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         )
     if path.suffix == ".json":
         return HuggingFaceTokenizer(path)
+    if path.suffix == ".tiktoken":
+        raise DataError(
+            12, str(path), "is a .tiktoken vocabulary, which lacks the rule that cuts text into words and the special "
+            "tokens", "name the model's tokenizer.json, which is the same tokenizer with both",
+        )  # fmt: skip
     return SentencePieceTokenizer(path)
