@@ -110,7 +110,8 @@ class ParallelConfig:
     sequence_parallel: Free[bool] = False
     """Between the matrices, keep only seq_length / TP rows on each rank (arXiv 2205.05198). Needs TP of 2 or more."""
     gradient_bucket_bytes: Free[int] = 64 * 2**20
-    """Size of one fp32 gradient bucket: a bucket's reduce-scatter starts as soon as its last gradient is there."""
+    """Size of one fp32 gradient bucket: a bucket's reduce-scatter starts as soon as its last gradient is there. On more
+    than 64 data-parallel ranks a bucket grows with them, so that a rank's share of it (1 MiB) does not shrink."""
     timeout_seconds: Free[int] = 600
     """How long a rank waits for the others in one collective."""
 

@@ -121,9 +121,10 @@ def _cudnn_unavailable(device: torch.device) -> str:
 
 
 def _torch_can_use_cudnn(required: Requirements) -> bool:
-    """Torch's own check, which knows cuDNN's version and the heads that it can do on this chip."""
+    """Torch's own check, which knows cuDNN's version and the heads that it can do on this chip, in backward too."""
     shapes = ((1, heads, 64, required.head_size) for heads in (required.heads, required.groups, required.groups))
-    q, k, v = (torch.empty(shape, dtype=required.dtype, device=required.device) for shape in shapes)
+    # Without requires_grad torch checks forward alone, which can do more heads than backward.
+    q, k, v = (torch.empty(s, dtype=required.dtype, device=required.device, requires_grad=True) for s in shapes)
     return can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, True, required.heads != required.groups), False)
 
 

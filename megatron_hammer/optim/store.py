@@ -38,6 +38,7 @@ from megatron_hammer.parallel.collectives import all_gather_into, all_reduce, re
 from megatron_hammer.parallel.context import Group, ParallelContext
 from megatron_hammer.parallel.sharding import ParameterLike, SliceLike
 
+SAME_BUCKETS_UP_TO = 64  # data-parallel ranks
 ALIGNMENT = 64  # elements: every shard starts at a multiple of 256 bytes, what vector units and NCCL like
 
 Result = TypeVar("Result")
@@ -141,7 +142,7 @@ class FlatStore:
     Args:
         table: the parameter table of this rank.
         dtype: of the weights.
-        bucket_bytes: size of a bucket's gradients, at least.
+        bucket_bytes: size of a bucket's gradients, at least; with many ranks more (``bucket_elements``).
         range_of: entered around each addition to a gradient, for a profiler.
     """
 
@@ -155,7 +156,9 @@ class FlatStore:
     ) -> None:
         self.range_of = range_of
         self.table, self.ctx = tuple(table), ctx
-        self.offsets, self.buckets = lay_out([p.numel for p in self.table], bucket_bytes // 4, ctx.dp.size)
+        self.offsets, self.buckets = lay_out(
+            [p.numel for p in self.table], bucket_elements(bucket_bytes, ctx.dp.size), ctx.dp.size
+        )
         total = self.buckets[-1].stop
         self.params = torch.zeros(total, dtype=dtype, device=ctx.device)
         self.grads = torch.zeros(total, dtype=torch.promote_types(dtype, torch.float32), device=ctx.device)
@@ -287,6 +290,15 @@ class FlatStore:
 
     def _slices_summed_over(self, group: str) -> Iterator[Tensor]:
         return (self.grads[start:stop] for s, start, stop in self._slice_ranges() if s.sum_over == group)
+
+
+def bucket_elements(bucket_bytes: int, dp_size: int) -> int:
+    """Elements of a bucket in fp32: of ``bucket_bytes`` on up to 64 ranks, and in proportion to the ranks beyond.
+
+    A bucket of 64 MiB on 512 ranks would be shards of 0.13 MiB, too small to fill a network; so a shard keeps its size,
+    1 MiB of the default's.
+    """
+    return bucket_bytes // 4 * max(SAME_BUCKETS_UP_TO, dp_size) // SAME_BUCKETS_UP_TO
 
 
 def lay_out(sizes: Sequence[int], bucket_elements: int, dp_size: int) -> tuple[list[int], list[Bucket]]:

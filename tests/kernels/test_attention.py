@@ -332,3 +332,13 @@ def test_without_grouped_queries() -> None:
 def test_none_can() -> None:
     with pytest.raises(ConfigError, match=r"E210.*sdpa does not run on xpu.*varlen does not run on xpu"):
         choose("auto", Requirements(torch.device("xpu")))
+
+
+def test_cudnn_is_asked_about_backward_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's check looks at backward's limits only where a gradient is wanted."""
+    asked: list[Any] = []
+    monkeypatch.setattr(attention, "SDPAParams", lambda *params: params)
+    monkeypatch.setattr(attention, "can_use_cudnn_attention", lambda params, debug: asked.extend(params[:3]) or True)
+    required = Requirements(dtype=torch.bfloat16, heads=8, groups=2, head_size=64)
+    assert attention._torch_can_use_cudnn(required)
+    assert [x.requires_grad for x in asked] == [True] * 3 and [x.shape[1] for x in asked] == [8, 2, 2]

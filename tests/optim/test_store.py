@@ -12,7 +12,7 @@ import torch
 from megatron_hammer.config import Config
 from megatron_hammer.model.llama import build_stage, gradients_of
 from megatron_hammer.model.parameters import parameter_table
-from megatron_hammer.optim.store import FlatStore, lay_out
+from megatron_hammer.optim.store import FlatStore, bucket_elements, lay_out
 from megatron_hammer.parallel.context import ParallelContext
 from tests.distributed import run_distributed
 from tests.model.tiny import build, make_context, rank_batches, tiny_config
@@ -112,3 +112,8 @@ def test_norm_counts_copies_once(tp: int, sp: bool) -> None:
     config = tiny_config(parallel__tensor_model_parallel_size=tp, parallel__sequence_parallel=sp)
     for norm, _ in run_distributed(tp, _gradient_norm, config):
         assert norm == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_shard_does_not_shrink_with_many_ranks() -> None:
+    sizes = [bucket_elements(64 * 2**20, dp) for dp in (1, 8, 64, 128, 512, 4096)]
+    assert sizes[:3] == [2**24] * 3 and [n * 4 // dp for n, dp in zip(sizes[3:], (128, 512, 4096))] == [2**20] * 3
