@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import statistics
+from pathlib import Path
 
 from sides import run
 
@@ -21,6 +22,20 @@ LIMIT, OURS, PEERS = (
     ("our_step.py", "eager"),
     (("hf_trainer.py", "compile"), ("hf_trainer.py", "eager")),
 )
+
+
+# What decides how fast products and our kernels are, by the names that Linux gives.
+FEATURES = ("amx_tile", "amx_bf16", "avx512_bf16", "avx512f", "avx2", "fma", "asimd", "bf16", "sve")
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The model and which of ``FEATURES`` it has, as Linux tells; without Linux what Python knows."""
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    fields = dict(line.split(":", 1) for line in reversed(text.splitlines()) if ":" in line)
+    values = {name.strip(): value.strip() for name, value in fields.items()}
+    flags = (values.get("flags") or values.get("Features", "")).split()
+    model = values.get("model name") or platform.processor() or platform.machine()
+    return f"{model} ({', '.join(name for name in FEATURES if name in flags) or 'its instructions are not known'})"
 
 
 def printed(line: dict) -> dict:
@@ -40,7 +55,7 @@ def main() -> None:
     import transformers
 
     print(
-        f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, Python {platform.python_version()}, "
+        f"{os.cpu_count()} cores, {processor()}, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}"
     )
     table = [
