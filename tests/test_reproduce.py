@@ -48,7 +48,7 @@ def test_from_raw_text_to_the_hub(reproduced: tuple[Path, str]) -> None:
         assert lines[-1][f"valid/{name}/perplexity"] > 1 and lines[-1][f"valid/{name}/bits_per_byte"] > 0
     assert json.loads((work / "hf" / "certificate.json").read_text())["verdict"] == "passed"
     assert (work / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert "\n北京理工大学是" in said and said.endswith("hf was told: upload me/toy lab/hammerllm/hf\n")
+    assert "\n<s>北京理工大学是" in said and said.endswith("hf was told: upload me/toy lab/hammerllm/hf\n")
 
 
 def test_the_published_example_reads_the_export(reproduced: tuple[Path, str]) -> None:
@@ -60,9 +60,10 @@ def test_the_published_example_reads_the_export(reproduced: tuple[Path, str]) ->
     tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False)
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.bfloat16)
     input_ids = tokenizer("北京理工大学是", return_tensors="pt").input_ids
-    assert input_ids[0].tolist() == load_tokenizer(reproduced[0] / "tokenizer_hf").encode("北京理工大学是")
+    own = load_tokenizer(reproduced[0] / "tokenizer_hf")
+    assert own.bos_id is not None and input_ids[0].tolist() == [own.bos_id, *own.encode("北京理工大学是")]
     output = model.generate(input_ids=input_ids, max_length=len(input_ids[0]) + 5, do_sample=True, top_p=0.95).tolist()
-    assert tokenizer.decode(output[0]).startswith("北京理工大学是")
+    assert tokenizer.decode(output[0]).startswith("<s>北京理工大学是")
 
 
 def test_both_pages_have_the_same_commands() -> None:
