@@ -29,7 +29,7 @@
 //
 // Against torch 2.13's own attention on a Xeon with AMX, one thread, forward and backward: in bfloat16 4.9 times as
 // fast at s 256, d 32 (b 4, n 8, g 2), 5.2 at s 512, d 64 and 4.0 at s 2048, d 64 (b 1); in float 2.0, 2.0 and 1.4
-// times. benchmarks/results holds the figures of other processors.
+// times. docs/speed.md has the figures of other processors.
 #include <cstring>
 
 #include "attention.hpp"

@@ -161,11 +161,6 @@ def _varlen_unsupported(required: Requirements) -> str:
     return f"takes heads of at most 256 elements, not {required.head_size}" if required.head_size > 256 else ""
 
 
-def own(q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | None = None) -> Tensor:
-    """Backend "fused": our kernels for CPUs (``csrc/cpu/attention.inl``), by the machine's best instructions."""
-    return fused.attention(cpu.attention_versions(q.dtype)[0], q, k, v, documents)
-
-
 def _fused_unsupported(required: Requirements) -> str:
     if required.compile == "layers" and required.mask == "causal":
         return "is not for kernels.compile=layers"
@@ -175,7 +170,7 @@ def _fused_unsupported(required: Requirements) -> str:
 BACKENDS = (
     Backend(
         "fused",
-        lambda device: own,
+        lambda device: fused.attention,
         CPU,
         unsupported=_fused_unsupported,
         preferred=lambda required: cpu.attention_is_fast(required.dtype),

@@ -42,7 +42,7 @@ def all_reduce(tensor: Tensor, group: Group, op: Any = SUM, async_op: bool = Fal
     if group.size == 1:
         return Done()
     if torch.compiler.is_compiling():
-        assert op == SUM, "layers sum"
+        assert op is SUM, "layers sum"  # is: torch 2.11 cannot compare these in a graph
         tensor.copy_(functional.all_reduce(tensor, "sum", group.process_group))
         return Done()
     work = dist.all_reduce(tensor, op=op, group=group.handle, async_op=async_op)

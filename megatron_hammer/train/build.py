@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.backend import Requirements
 from megatron_hammer.kernels.ranges import Range, no_range
@@ -34,6 +35,23 @@ def kernel_requirements(config: Config, device: torch.device) -> Requirements:
         deterministic=config.kernels.deterministic,
         compile=config.kernels.compile,
     )
+
+
+def check_compiler(config: Config, version: str = torch.__version__) -> None:
+    """Refuse what a version of torch compiles wrongly: a sum over ranks inside a graph, before torch 2.13.
+
+    Seen with 2.11.0: the gradients of compiled layers were wrong on TP 2 without sequence parallelism, right with it.
+
+    Raises:
+        ConfigError: E215.
+    """
+    parallel, (major, minor) = config.parallel, (int(part) for part in version.split(".")[:2])
+    sums = parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel
+    if config.kernels.compile == "layers" and sums and (major, minor) < (2, 13):
+        rule = f"gives wrong gradients with torch {version} under tensor parallelism without sequence parallelism"
+        raise ConfigError(
+            15, "kernels.compile=layers", rule, "set parallel.sequence_parallel=true, or use torch 2.13 or newer"
+        )
 
 
 def build(

@@ -25,7 +25,7 @@ from megatron_hammer.parallel.context import build_parallel_context
 from megatron_hammer.parallel.rendezvous import Store, end_process_group, start_process_group
 from megatron_hammer.sampling.plan import format_plan
 from megatron_hammer.train import cuda_graph
-from megatron_hammer.train.build import kernel_requirements
+from megatron_hammer.train.build import check_compiler, kernel_requirements
 from megatron_hammer.train.forecast import forecast
 from megatron_hammer.train.loop import train
 from megatron_hammer.train.prepare import (
@@ -123,6 +123,7 @@ def check_machine(config: Config, device: torch.device) -> None:
     select_backends(config.kernels, kernel_requirements(config, device))
     fp8.check_here(config.kernels, device)
     cuda_graph.check_here(config.kernels, device)
+    check_compiler(config)
 
 
 def choose_device(config: Config, local_rank: int) -> torch.device:

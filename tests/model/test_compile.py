@@ -26,7 +26,7 @@ from megatron_hammer.model.llama import gradients_of
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import activation_bytes
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.train.build import kernel_requirements
+from megatron_hammer.train.build import check_compiler, kernel_requirements
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.kernels.test_fp8 import fp8_config
@@ -160,6 +160,8 @@ def test_with_masks_and_recompute(recompute: str, layers: int | None, mask: str,
     ],
 )
 def test_on_several_ranks(tp: int, sp: bool, recompute: str, mask: str) -> None:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13) and not sp:
+        pytest.skip("torch before 2.13 compiles this wrongly, and a run is refused (check_compiler)")
     changes: dict[str, Any] = dict(parallel__tensor_model_parallel_size=tp, parallel__sequence_parallel=sp)
     changes |= dict(data__attention_mask=mask, kernels__attention="sdpa" if mask == "causal" else "auto")
     config = tiny_config(**COMPILED, **changes, train__recompute=recompute)
@@ -168,6 +170,16 @@ def test_on_several_ranks(tp: int, sp: bool, recompute: str, mask: str) -> None:
     expected = run_distributed(tp, train, tiny_config(**PLAIN, **changes), 3)
     for rank in range(tp):
         assert_close(got[rank], expected[rank])
+
+
+def test_what_an_older_torch_compiles_wrongly_is_refused() -> None:
+    config = tiny_config(kernels__compile="layers", parallel__tensor_model_parallel_size=2)
+    with pytest.raises(ConfigError, match=r"E215\].*wrong gradients with torch 2.11.0\+cu130 under tensor parallelism"):
+        check_compiler(config, "2.11.0+cu130")
+    check_compiler(config, "2.13.0")
+    for changes in (dict(kernels__compile="operations"), dict(parallel__sequence_parallel=True)):
+        parallel = dict(parallel__tensor_model_parallel_size=2, kernels__compile="layers")
+        check_compiler(tiny_config(**(parallel | changes)), "2.11.0")
 
 
 @pytest.mark.parametrize("tp, recompute", [(1, "none"), (1, "selective"), (2, "full")])

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_hammer.kernels.linear import Gradient, accumulate
-from megatron_hammer.kernels.native.cpu import empty
+from megatron_hammer.kernels.native.cpu import attention_versions, empty
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 
 
@@ -171,9 +171,18 @@ class AttentionKernels(Protocol):
 
 
 def attention(
-    kernels: AttentionKernels, q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: PackedSequences | None = None,
+    kernels: AttentionKernels | None = None,
 ) -> Tensor:
-    """q [s, b, n, d], k and v [s, b, g, d] -> [s, b, n, d]: causal, within documents where there are any."""
+    """q [s, b, n, d], k and v [s, b, g, d] -> [s, b, n, d]: causal, within documents where there are any.
+
+    Args:
+        kernels: of ``csrc/cpu/attention.inl``; absent: those of the machine's best instructions.
+    """
+    kernels = kernels or attention_versions(q.dtype)[0]
     lengths = (len(q),) if documents is None else documents.lengths
     assert sum(lengths) == len(q), f"documents of {sum(lengths)} rows do not divide {len(q)}"
     return _Attention.apply(kernels, q, k, v, [0, *itertools.accumulate(lengths)])  # type: ignore[no-any-return, no-untyped-call]

@@ -49,7 +49,7 @@ each_version = pytest.mark.parametrize(("version", "dtype"), VERSIONS)
 
 def by(version: Any) -> Callable[..., Tensor]:
     """Attention by the kernels of one instruction set."""
-    return partial(fused.attention, version)
+    return partial(fused.attention, kernels=version)
 
 
 def tensors(shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
