@@ -153,7 +153,7 @@ def test_a_killed_driver_goes_on(cluster, tmp_path: Path, large: list[str], toke
     there = len(parts_of(tmp_path / "p"))
     start_workers()
     capfd.readouterr()
-    spread(large, tokenizer, tmp_path / "p", shard_bytes=LARGE_SHARD)
+    spread(large, tokenizer, tmp_path / "p", shard_bytes=LARGE_SHARD, text_documents="blank-line")  # as the program
     stderr = capfd.readouterr().err
     taken = re.search(r"made on \d nodes? of the Ray cluster, (\d+) were there", stderr)
     assert "going on from" in stderr and taken, stderr
@@ -217,7 +217,7 @@ def test_a_cluster_for_one_run_and_a_signal(cluster, tmp_path: Path, large: list
     stop.set()
     with pytest.raises(Stopped, match="the same command goes on from there"):
         spread(large, tokenizer, tmp_path / "p", shard_bytes=LARGE_SHARD, stop=stop)
-    spread(large, tokenizer, tmp_path / "p", shard_bytes=LARGE_SHARD)
+    spread(large, tokenizer, tmp_path / "p", shard_bytes=LARGE_SHARD, text_documents="blank-line")  # as the program
     local(large, tokenizer, tmp_path / "whole")
     assert outputs(tmp_path / "p") == outputs(tmp_path / "whole")
 
