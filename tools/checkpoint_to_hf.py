@@ -18,12 +18,16 @@ def main() -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder, or an earlier export to replace")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: that of the training run")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one weights file (default: 5GB)")
+    parser.add_argument("--tokenizer", choices=("exact", "as-is", "none"), default="exact",
+                        help="exact: one that transformers loads, proved to give the same ids (default). For a "
+                        "tokenizer of which there is none (unigram, normalising): as-is, its files unchanged, or none; "
+                        "the certificate then says why")  # fmt: skip
     arguments = parser.parse_args()
 
     from megatron_hammer.huggingface.export import certificate_line, export_hf, parse_size
 
     size = parse_size(arguments.max_shard_size)
-    certificate = export_hf(arguments.load, arguments.output, arguments.dtype, size)
+    certificate = export_hf(arguments.load, arguments.output, arguments.dtype, size, tokenizer=arguments.tokenizer)
     print(certificate_line(certificate))
     print(f"wrote {arguments.output}, for transformers.AutoModelForCausalLM.from_pretrained")
 

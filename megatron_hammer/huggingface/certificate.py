@@ -89,8 +89,11 @@ TEXTS = {
 }
 
 
-def prove(checkpoint: Path, folder: Path, dtype: str) -> dict[str, Any]:
+def prove(checkpoint: Path, folder: Path, dtype: str, unproved: str = "") -> dict[str, Any]:
     """Compare an exported folder with the checkpoint and write ``certificate.json`` into it.
+
+    Args:
+        unproved: why the folder has no tokenizer that could be compared; empty: it has, as far as the checkpoint does.
 
     Raises:
         RefusedError: they are not the same model or tokenizer; no certificate is written.
@@ -105,7 +108,7 @@ def prove(checkpoint: Path, folder: Path, dtype: str) -> dict[str, Any]:
     model = saved_model(manifest)
     check_config(model, folder)
     check_weights(manifest, model, folder, dtype)
-    inputs, tokenizer = prepare_inputs(manifest, model, folder)
+    inputs, tokenizer = prepare_inputs(manifest, model, folder, unproved)
     ours = our_logits(manifest, model, dtype, list(inputs.values()))
     gc.collect()  # our model goes before theirs comes
     theirs = load_transformers_model(folder)
@@ -185,7 +188,9 @@ def _same_bits(bands: Iterable[Tensor], dtype: str, weights: HfWeights, name: st
 _REPORT = "this is a fault of the export: please report it"
 
 
-def prepare_inputs(manifest: Manifest, model: ModelConfig, folder: Path) -> tuple[dict[str, list[int]], dict[str, Any]]:
+def prepare_inputs(
+    manifest: Manifest, model: ModelConfig, folder: Path, unproved: str = ""
+) -> tuple[dict[str, list[int]], dict[str, Any]]:
     """Token ids to compare logits on, and what the certificate says of the tokenizer.
 
     Without a tokenizer the ids are drawn by a fixed rule over the whole vocabulary.
@@ -196,6 +201,13 @@ def prepare_inputs(manifest: Manifest, model: ModelConfig, folder: Path) -> tupl
     if tokenizer_folder is None:
         drawn = {f"ids-{k}": [(i * 2654435761 + k * 40503) % model.vocab_size for i in range(length)] for k in range(3)}
         return drawn, {"present": False, "inputs": "ids drawn by a fixed rule: the checkpoint has no tokenizer"}
+    if unproved:
+        from megatron_hammer.tokenizer.load import load_tokenizer
+
+        ours = load_tokenizer(tokenizer_folder)
+        present = any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
+        ids = {name: ours.encode(text)[:length] for name, text in TEXTS.items()}
+        return ids, {"present": present, "proved": False, "reason": unproved, "fingerprint": ours.fingerprint}
     texts = check_tokenizer(manifest, tokenizer_folder, folder)
     inputs = {name: ids[:length] for name, ids in texts.items()}
     facts = {n: {"xxh3_128": hash_bytes(text.encode()), "num_tokens": len(texts[n])} for n, text in TEXTS.items()}
@@ -328,11 +340,15 @@ def main() -> int:
     parser.add_argument(
         "--dtype", choices=sorted(DTYPES), help="type of the exported weights (default: the checkpoint's)"
     )
+    parser.add_argument(
+        "--unproved-tokenizer", default="", metavar="WHY", help="compare the model alone, and write why (default: all)"
+    )
     parser.add_argument("--report", action="store_true", help="print certificate or error as JSON on stdout")
     arguments = parser.parse_args()
     try:
         manifest = open_checkpoint(arguments.checkpoint)
-        certificate = prove(manifest.folder, arguments.folder, arguments.dtype or manifest.weights_dtype)
+        dtype, unproved = arguments.dtype or manifest.weights_dtype, arguments.unproved_tokenizer
+        certificate = prove(manifest.folder, arguments.folder, dtype, unproved)
     except HammerError as error:
         if arguments.report:
             print(json.dumps({"error": to_fields(error)}))

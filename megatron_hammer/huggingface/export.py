@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,6 +28,7 @@ from megatron_hammer.checkpoint.dtypes import DTYPES
 from megatron_hammer.checkpoint.folder import Note, open_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, saved_model
 from megatron_hammer.checkpoint.read import LogicalReader
+from megatron_hammer.config import ModelConfig
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.huggingface.config import (
     CONFIG,
@@ -38,13 +39,16 @@ from megatron_hammer.huggingface.config import (
     write_json,
 )
 from megatron_hammer.huggingface.weights import DEFAULT_SHARD_BYTES, one_thread, write_weight_files
-from megatron_hammer.tokenizer.convert import convert_tokenizer
+from megatron_hammer.tokenizer.convert import conversion_obstacle, convert_tokenizer
+from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.reader_settings import padding_id
 
 CERTIFICATE = "certificate.json"
 
 Prove = Callable[[Path, Path, str], None]
+TokenizerForm = Literal["exact", "as-is", "none"]
+"""Of an export: one that transformers loads, proved to give the same ids; the checkpoint's files unchanged; none."""
 
 
 def parse_size(text: str) -> int:
@@ -69,6 +73,7 @@ def export_hf(
     *,
     prove: Prove | None = None,
     note: Note = say,
+    tokenizer: TokenizerForm = "exact",
 ) -> dict[str, Any]:
     """Write a checkpoint as a Hugging Face folder, prove it, and only then give it its name.
 
@@ -77,6 +82,7 @@ def export_hf(
         output: a folder that does not exist, is empty, or is an earlier export, which is then replaced.
         dtype: of the written weights; None: that in which the model was trained.
         prove: writes ``certificate.json`` into the folder or raises; None: ``prove_in_child_process``.
+        tokenizer: what is written of it; where it is not exact, the certificate says so and why.
 
     Returns:
         the certificate.
@@ -91,8 +97,12 @@ def export_hf(
     output = Path(output).resolve()  # a link to a folder stays a link
     check_output(output)
     with staged_folder(output, replace=True) as staging:
-        write_hf(manifest, staging, dtype, max_shard_bytes, note)
-        (prove or prove_in_child_process)(manifest.folder, staging, dtype)
+        unproved = write_hf(manifest, staging, dtype, max_shard_bytes, note, tokenizer)
+        if unproved:
+            note(f"the tokenizer is not proved: {unproved}")
+            (prove or prove_in_child_process)(manifest.folder, staging, dtype, unproved)  # type: ignore[call-arg]
+        else:
+            (prove or prove_in_child_process)(manifest.folder, staging, dtype)
         return read_json(staging / CERTIFICATE)
 
 
@@ -115,8 +125,20 @@ def check_output(output: Path) -> None:
         )
 
 
-def write_hf(manifest: Manifest, folder: Path, dtype: str, max_shard_bytes: int, note: Note = say) -> None:
-    """Write weights, configs and tokenizer into an empty folder, without any proof."""
+def write_hf(
+    manifest: Manifest,
+    folder: Path,
+    dtype: str,
+    max_shard_bytes: int,
+    note: Note = say,
+    form: TokenizerForm = "exact",
+) -> str:
+    """Write weights, configs and tokenizer into an empty folder, without any proof.
+
+    Returns:
+        why the tokenizer is not one that can be compared with the checkpoint's; an empty string where it is.
+    """
+    unproved = ""
     model = saved_model(manifest)
     tokenizer_folder = checked_tokenizer_folder(manifest)
     token_ids = dict(manifest.state.get("token_ids") or {})  # of an imported model
@@ -125,9 +147,12 @@ def write_hf(manifest: Manifest, folder: Path, dtype: str, max_shard_bytes: int,
     else:
         tokenizer = load_tokenizer(tokenizer_folder)
         check_vocabulary(tokenizer, model)
-        convert_tokenizer(
-            tokenizer, folder, documents_begin_with(manifest, tokenizer.bos_id), model.max_position_embeddings
-        )
+        if form == "exact":
+            _convert(tokenizer, folder, documents_begin_with(manifest, tokenizer.bos_id), model)
+        else:
+            unproved = conversion_obstacle(tokenizer) or f"--tokenizer {form} was asked for"
+            if form == "as-is":
+                tokenizer.save_files(folder)
         token_ids = {
             "bos_token_id": tokenizer.bos_id,
             "eos_token_id": tokenizer.eos_id,
@@ -138,6 +163,16 @@ def write_hf(manifest: Manifest, folder: Path, dtype: str, max_shard_bytes: int,
     write_json(folder / CONFIG, hf_config_from_model(model, token_ids, dtype))
     write_json(folder / GENERATION_CONFIG, {name: value for name, value in token_ids.items() if value is not None})
     write_weights(manifest, folder, dtype, max_shard_bytes)
+    return unproved
+
+
+def _convert(tokenizer: Tokenizer, folder: Path, begin_with_bos: bool | None, model: ModelConfig) -> None:
+    """``convert_tokenizer``, whose refusal names the other forms too."""
+    try:
+        convert_tokenizer(tokenizer, folder, begin_with_bos, model.max_position_embeddings)
+    except RefusedError as error:
+        remedy = f"{error.remedy}; or export the weights with --tokenizer as-is or none"
+        raise RefusedError(error.number, error.what, error.rule, remedy) from None
 
 
 def documents_begin_with(manifest: Manifest, token: int | None) -> bool | None:
@@ -170,7 +205,7 @@ def write_weights(manifest: Manifest, folder: Path, dtype: str, max_shard_bytes:
         write_weight_files(folder, tensors, chunks, max_shard_bytes)
 
 
-def prove_in_child_process(checkpoint: Path, folder: Path, dtype: str) -> None:
+def prove_in_child_process(checkpoint: Path, folder: Path, dtype: str, unproved: str = "") -> None:
     """Run ``prove`` in a fresh process, so that its memory goes with it and nothing of the export's state is reused.
 
     Raises:
@@ -186,7 +221,10 @@ def prove_in_child_process(checkpoint: Path, folder: Path, dtype: str) -> None:
         "MALLOC_MMAP_THRESHOLD_": str(2**20),
     }
     child = subprocess.run(
-        [*command, "--dtype", dtype, "--report"], env=environment, stdout=subprocess.PIPE, check=False
+        [*command, "--dtype", dtype, "--report", "--unproved-tokenizer", unproved],
+        env=environment,
+        stdout=subprocess.PIPE,
+        check=False,
     )
     try:
         report = json.loads(child.stdout)

@@ -165,6 +165,28 @@ def publish_tokenizer(source: str | Path, output: str | Path) -> Tokenizer:
 # ---- what tokenizer.json can express ----
 
 
+def conversion_obstacle(tokenizer: Tokenizer) -> str:
+    """Why a tokenizer cannot be exported exactly, or an empty string: what is known without converting it."""
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return ""
+    try:
+        _check_expressible(parse_model(tokenizer.model_bytes, tokenizer.path), tokenizer.path)
+    except RefusedError as error:
+        return f"{error.what} {error.rule}"
+    return ""
+
+
+def export_note(tokenizer: Tokenizer) -> str:
+    """What whoever begins to use a tokenizer should know of its export, or an empty string."""
+    obstacle = conversion_obstacle(tokenizer)
+    if not obstacle:
+        return ""
+    return (
+        f"{obstacle}: a model trained with it is exported with the .model as it is or without a tokenizer "
+        "(checkpoint_to_hf.py --tokenizer as-is|none), not with one that transformers loads"
+    )
+
+
 def _check_expressible(proto: Any, path: Path) -> None:
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     symbols = any(piece.type == piece.USER_DEFINED for piece in proto.pieces)

@@ -28,6 +28,7 @@ from megatron_hammer.kernels.libraries.te import check_before_start
 from megatron_hammer.sampling import index_builder as index
 from megatron_hammer.sampling.plan import Plan, make_plan
 from megatron_hammer.sampling.samples import check_tokenizer, open_train_data
+from megatron_hammer.tokenizer.convert import export_note
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.train.changes import (
@@ -157,6 +158,8 @@ def look_at_inputs(config: Config, world_size: int, check_data: bool = True, acc
         for prefix in [*(config.data.train or {}), *(config.data.valid or {}).values()]:
             check_prefix(prefix)  # before a tokenizer or its absence is spoken of: text as data is named first
     tokenizer = None if config.tokenizer.path is None else load_tokenizer(config.tokenizer.path)
+    if tokenizer is not None and (note := export_note(tokenizer)):
+        notes.append(note)
     config = _with_vocab_size(config, tokenizer)
     if config.train.dry_run:
         return Inputs(config, tokenizer, DataIdentity(), notes, *_look_at_data(config, tokenizer))

@@ -26,6 +26,8 @@ from megatron_hammer.huggingface.export import documents_begin_with, export_hf, 
 from megatron_hammer.huggingface.importing import import_hf
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors, plan_files
 from megatron_hammer.model.parameters import EMBEDDING, HEAD, logical_shapes
+from megatron_hammer.tokenizer.convert import export_note
+from megatron_hammer.tokenizer.load import load_tokenizer
 from tests.checkpoint.layouts import random_logical, tiny_model, write_layout
 
 ROOT = Path(__file__).parents[2]
@@ -417,3 +419,68 @@ def test_help_needs_no_torch(tool):
     code = HELP.format(path=str(ROOT / "tools" / tool))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("False\n"), done.stderr
+
+
+@pytest.fixture(scope="module")
+def normalising(tmp_path_factory):
+    """Tokenizers of which there is no exact form: unigram, and BPE with sentencepiece's default normalisation."""
+    import sentencepiece
+
+    from megatron_hammer.huggingface.certificate import TEXTS
+
+    folder, found = tmp_path_factory.mktemp("kinds"), {}
+    (folder / "text.txt").write_text("\n".join(TEXTS.values()) * 3)
+    for name, kind, rule in (("unigram", "unigram", "identity"), ("nmt_nfkc", "bpe", "nmt_nfkc")):
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(folder / "text.txt"), model_prefix=str(folder / name), vocab_size=500, model_type=kind,
+            character_coverage=0.99, byte_fallback=True, normalization_rule_name=rule, hard_vocab_limit=False,
+            minloglevel=2,
+        )  # fmt: skip
+        found[name] = load_tokenizer(folder / f"{name}.model")
+    return found
+
+
+@pytest.mark.parametrize("kind, why", [("unigram", "is a unigram model"), ("nmt_nfkc", "normalises characters")])
+@pytest.mark.parametrize("form", ["as-is", "none"])
+def test_a_tokenizer_without_an_exact_form_costs_no_model(tmp_path, normalising, kind, why, form):
+    """The weights are proved all the same; the certificate says why the tokenizer is not."""
+    tokenizer, told = normalising[kind], []
+    model = tiny_model(vocab_size=tokenizer.vocab_size)
+    write_layout(tmp_path / "run" / "checkpoints", model, random_logical(model), tokenizer=tokenizer)
+    with pytest.raises(RefusedError, match=rf"E501.*{why}.*or export the weights with --tokenizer as-is or none"):
+        export_hf(tmp_path / "run", tmp_path / "hf", prove=prove)
+    assert not (tmp_path / "hf").exists()
+    certificate = export_hf(tmp_path / "run", tmp_path / "hf", prove=prove, note=told.append, tokenizer=form)
+    assert certificate["verdict"] == "passed" and set(certificate["texts"]) == {"zh", "en", "code"}
+    facts = certificate["tokenizer"]
+    assert (facts["present"], facts["proved"]) == (form == "as-is", False) and why in facts["reason"]
+    assert len(told) == 1 and why in told[0]
+    files = {path.name for path in (tmp_path / "hf").iterdir()}
+    assert ("tokenizer.model" in files) == (form == "as-is") and "tokenizer.json" not in files
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == tokenizer.eos_id
+    if form == "as-is":
+        assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
+
+
+def test_what_cannot_be_exported_is_said_beforehand(tmp_path, normalising, tokenizer):
+    """By preprocessing and by the start of training, not after weeks."""
+    from megatron_hammer.dataset.make.job import prepare_job, remarks
+    from megatron_hammer.train.prepare import prepare
+    from tests.model.tiny import tiny_config
+
+    assert export_note(tokenizer) == ""
+    note = export_note(normalising["unigram"])
+    assert "is a unigram model" in note and "--tokenizer as-is|none" in note
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    job = prepare_job([tmp_path / "a.jsonl"], ["text"], normalising["unigram"].path, True, True)
+    assert remarks(job) == [note]
+    config = tiny_config(tokenizer__path=str(normalising["unigram"].path), model__vocab_size=None, train__dry_run=True)
+    assert note in prepare(config, 1).notes
+
+
+def test_the_child_process_proves_the_model_alone(tmp_path, normalising):
+    tokenizer = normalising["unigram"]
+    model = tiny_model(vocab_size=tokenizer.vocab_size)
+    write_layout(tmp_path / "run" / "checkpoints", model, random_logical(model), tokenizer=tokenizer)
+    certificate = export_hf(tmp_path / "run", tmp_path / "hf", note=lambda text: None, tokenizer="none")
+    assert certificate["tokenizer"]["present"] is False and "unigram" in certificate["tokenizer"]["reason"]

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.corpus.readers import DEFAULT_TEXT_DOCUMENTS, TEXT_DOCUMENTS, expand_inputs, kind_of
 from megatron_hammer.corpus.stream import file_identity
+from megatron_hammer.tokenizer.convert import export_note
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 
@@ -86,7 +87,7 @@ def prepare_job(
 
 def remarks(job: Job) -> list[str]:
     """What a user may not expect of the datasets of a job, for people."""
-    found = []
+    found = [note] if (note := export_note(job.tokenizer)) else []
     if not job.append_eod:
         option = "--append-eod" if job.tokenizer.eos_id is not None else "--prepend-bos"
         if job.prepend_bos:
