@@ -88,8 +88,11 @@ def hold_horizon(config: Config, saved: Config) -> tuple[Config, list[str]]:
     """
     if config.schedule.decay_steps is not None or "constant" in (config.schedule.style, saved.schedule.style):
         return config, []
-    horizon = shape(saved).horizon
-    held = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, decay_steps=horizon))
+    horizon, warmup = shape(saved).horizon, config.schedule.warmup_steps
+    if shape(saved).warmup == horizon < warmup:  # the warm-up was cut to the length of the run
+        warmup = horizon
+    schedule = dataclasses.replace(config.schedule, decay_steps=horizon, warmup_steps=warmup)
+    held = dataclasses.replace(config, schedule=schedule)
     if config.train.num_steps == saved.train.num_steps:
         return held, []
     steps = config.train.num_steps

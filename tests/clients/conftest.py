@@ -67,7 +67,9 @@ def asked_for() -> None:
 
 @pytest.fixture(scope="session")
 def exported(asked_for: None, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """The quick start at 60 steps."""
+    """The quick start at 60 steps, or the finished quick start that HAMMER_CLIENTS_RUN names."""
+    if given := os.environ.get("HAMMER_CLIENTS_RUN"):
+        return _exported(Path(given))
     if not (ROOT / ".venv" / ".complete").exists():
         pytest.skip("needs the .venv that tests/run.sh makes")
     run = tmp_path_factory.mktemp("clients") / "run"
@@ -77,6 +79,10 @@ def exported(asked_for: None, tmp_path_factory: pytest.TempPathFactory) -> Expor
         env=os.environ | {"OUT": str(run), "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+    return _exported(run)
+
+
+def _exported(run: Path) -> Exported:
     generator = torch.Generator().manual_seed(3)
     prompts = [[1, *torch.randint(3, 4096, (2 + i,), generator=generator).tolist()] for i in range(12)]
     texts = ["", "Plain text, 12 words.", "今天的天气：晴。", "  two  spaces", "def main(x):\n    return x", "a\tb\n\n",

@@ -88,7 +88,7 @@ def ids_of(text: str, add_special: bool) -> list:
 result = {
     "greedy": [
         ask("/completion", prompt=ids, n_predict=asked["new_tokens"], temperature=0, top_k=1, return_tokens=True,
-            cache_prompt=False, ignore_eos=True)["tokens"]
+            cache_prompt=False)["tokens"]
         for ids in asked["prompts"]
     ],
     "ids": [ids_of(text, add_special=False) for text in asked["texts"]],

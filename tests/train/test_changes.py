@@ -18,9 +18,10 @@ from megatron_hammer.config import Config, Effect, setting_effects
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.optim.schedule import learning_rate
-from megatron_hammer.train.changes import changed_settings, changed_tokenizer
+from megatron_hammer.train.changes import changed_settings, changed_tokenizer, hold_horizon
 from megatron_hammer.train.prepare import Prepared, prepare
 from megatron_hammer.train.run import run_rank
+from tests.model.tiny import tiny_config
 from tests.train.runs import accepted_by, config_for, metrics, overrides, run, train_here, write_dataset
 
 
@@ -371,3 +372,17 @@ def test_the_launcher_passes_it_through(here: Path, capsys: pytest.CaptureFixtur
     back = config_for(overrides(here / "data", here / "run", "train.num_steps=6"))
     assert run_rank(back, 0, 0, 1, None, accepted=["optimizer.lr"]) == 0
     assert "  optimizer.lr: 0.001 -> 0.003   (accepted)\n" in capsys.readouterr().out
+
+
+def test_a_warm_up_that_was_cut_to_the_run_stays_so() -> None:
+    """A run of 8 steps with a warm-up of 20, lengthened, and lengthened once more."""
+    first = tiny_config(train__num_steps=8, schedule__warmup_steps=20)
+    saved, asked = first, tiny_config(train__num_steps=10, schedule__warmup_steps=20)
+    for _ in range(2):
+        held, _ = hold_horizon(asked, saved)
+        assert not [c for c in changed_settings(saved, held) if c.accepted_by]
+        assert [learning_rate(held, step) for step in range(1, 9)] == [learning_rate(first, s) for s in range(1, 9)]
+        saved, asked = held, dataclasses.replace(asked, train=dataclasses.replace(asked.train, num_steps=30))
+    other = tiny_config(train__num_steps=10, schedule__warmup_steps=5)
+    held, _ = hold_horizon(other, first)
+    assert [c.accepted_by for c in changed_settings(first, held)][:1] == [("schedule.warmup_steps",)]
