@@ -21,20 +21,14 @@ from pathlib import Path
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.base.streams import only_list
+from megatron_hammer.corpus.arguments import add_json_key
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("sources", nargs="+", metavar="[NAME=]PATH", help="dataset prefix or text")
     parser.add_argument("--tokenizer", metavar="T", help="sentencepiece .model, tokenizer.json or their folder")
-    parser.add_argument(
-        "--json-keys",
-        "--json-key",
-        dest="json_key",
-        metavar="KEY",
-        default="text",
-        help="field or column that holds the text (default: text)",
-    )
+    add_json_key(parser)
     parser.add_argument("--workers", "--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
                         help="threads that encode (default: all cores of this process)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -33,6 +33,7 @@ import sys
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.signals import StopRequest
+from megatron_hammer.corpus.arguments import add_on_error
 from megatron_hammer.dataset.make import megatron
 
 
@@ -52,9 +53,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--workers", "--threads", type=int, metavar="N",
                         help="threads that parse and encode, on a cluster in all (default: all cores of this process, "
                         "with --address all of the cluster)")  # fmt: skip
-    parser.add_argument("--on-error", choices=("stop", "skip", "quarantine"), default="stop",
-                        help="a malformed document: end, leave it out, or also write it to "
-                        "P_KEY_document.rejected.jsonl, KEY being the first (default: stop)")  # fmt: skip
+    add_on_error(parser, "P_KEY_document.rejected.jsonl, KEY being the first", "a malformed document")
     parser.add_argument("--shard-mb", type=float, default=1024, metavar="MB",
                         help="text between two points to go on from after a kill; with --engine ray, text of a task "
                         "(default: 1024)")  # fmt: skip

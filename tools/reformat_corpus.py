@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus import reformat
-from megatron_hammer.corpus.documents import ON_ERROR
+from megatron_hammer.corpus.arguments import ON_ERROR
 from megatron_hammer.corpus.readers import DEFAULT_TEXT_DOCUMENTS, TEXT_DOCUMENTS
 
 

@@ -15,7 +15,7 @@ with the document that reaches its size. To sample each source with a share of i
 from __future__ import annotations
 
 from megatron_hammer.base.cli import ArgumentParser, run
-from megatron_hammer.corpus.documents import ON_ERROR
+from megatron_hammer.corpus.arguments import add_json_key, add_on_error
 from megatron_hammer.corpus.sample import sample_corpus
 
 
@@ -26,11 +26,8 @@ def main() -> None:
     parser.add_argument("--train-mb", required=True, type=float, metavar="N")
     parser.add_argument("--valid-mb", required=True, type=float, metavar="M", help="0: none")
     parser.add_argument("--seed", required=True, type=int, help="any integer")
-    parser.add_argument("--json-keys", "--json-key", dest="json_key", metavar="KEY", default="text",
-                        help="field or column that holds the text (default: text)")  # fmt: skip
-    parser.add_argument("--on-error", choices=ON_ERROR, default="stop",
-                        help="a document that cannot be used: end, leave it out, or also write it to "
-                        "DIR/rejected.jsonl (default: stop)")  # fmt: skip
+    add_json_key(parser)
+    add_on_error(parser, "DIR/rejected.jsonl")
     args = parser.parse_args()
     train, valid = round(args.train_mb * 1e6), round(args.valid_mb * 1e6)
     print(sample_corpus(args.inputs, args.output, train, valid, args.seed, key=args.json_key, on_error=args.on_error))

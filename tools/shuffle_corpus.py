@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus import shuffle
-from megatron_hammer.corpus.documents import ON_ERROR
+from megatron_hammer.corpus.arguments import add_on_error
 
 
 def main() -> None:
@@ -29,9 +29,7 @@ def main() -> None:
     parser.add_argument("--memory-mb", type=int, default=shuffle.DEFAULT_MEMORY_BYTES // 1_000_000, metavar="M",
                         help="10^6 bytes of memory to use, beside the longest line (default: %(default)s)")  # fmt: skip
     parser.add_argument("--temporary", metavar="DIR", help="folder for temporary files (default: the output's)")
-    parser.add_argument("--on-error", choices=ON_ERROR, default="stop",
-                        help="an empty line, or a last one without a line break: end, leave it out, or also write it "
-                        "to OUT.rejected.jsonl (default: stop)")  # fmt: skip
+    add_on_error(parser, "OUT.rejected.jsonl", "an empty line, or a last one without a line break")
     args = parser.parse_args()
     memory = args.memory_mb * 1_000_000
     print(shuffle.shuffle_lines(args.inputs, args.output, args.seed, memory, args.temporary, args.on_error))

@@ -13,7 +13,7 @@ exactly N distinct texts and their copies; P.split.json then says the fraction t
 from __future__ import annotations
 
 from megatron_hammer.base.cli import ArgumentParser, run
-from megatron_hammer.corpus.documents import ON_ERROR
+from megatron_hammer.corpus.arguments import add_json_key, add_on_error
 from megatron_hammer.corpus.split import split_corpus
 
 
@@ -22,20 +22,11 @@ def main() -> None:
     parser.add_argument("inputs", nargs="+", metavar="F.jsonl", help="also .gz, .zst; folders, patterns")
     parser.add_argument("--output-prefix", required=True, metavar="P")
     parser.add_argument("--seed", required=True, type=int, help="any integer")
-    parser.add_argument(
-        "--json-keys",
-        "--json-key",
-        dest="json_key",
-        metavar="KEY",
-        default="text",
-        help="the field that holds the text (default: text)",
-    )
+    add_json_key(parser, "the field that holds the text")
     held_out = parser.add_mutually_exclusive_group(required=True)
     held_out.add_argument("--valid-fraction", type=float, metavar="F", help="expected share of texts held out")
     held_out.add_argument("--valid-documents", type=int, metavar="N", help="distinct texts held out")
-    parser.add_argument("--on-error", choices=ON_ERROR, default="stop",
-                        help="a document that cannot be used: end, leave it out, or also write it to P.rejected.jsonl "
-                        "(default: stop)")  # fmt: skip
+    add_on_error(parser, "P.rejected.jsonl")
     args = parser.parse_args()
     summary = split_corpus(
         args.inputs,

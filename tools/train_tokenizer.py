@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import get_args
 
 from megatron_hammer.base.cli import ArgumentParser, run
-from megatron_hammer.corpus.documents import ON_ERROR, Skipped, TextCorpus
+from megatron_hammer.corpus.arguments import add_json_key, add_on_error
+from megatron_hammer.corpus.documents import Skipped, TextCorpus
 from megatron_hammer.corpus.readers import DEFAULT_TEXT_DOCUMENTS, TEXT_DOCUMENTS
 from megatron_hammer.tokenizer import train
 from megatron_hammer.tokenizer.required_characters import TABLE_NAME, read_required
@@ -33,14 +34,7 @@ def main() -> None:
         "--input", nargs="+", required=True, metavar="FILE",
         help=".jsonl, .parquet or .txt, the first and the last also .gz and .zst; folders, patterns",
     )  # fmt: skip
-    parser.add_argument(
-        "--json-keys",
-        "--json-key",
-        dest="json_key",
-        metavar="KEY",
-        default="text",
-        help="field or column that holds the text (default: text)",
-    )
+    add_json_key(parser)
     parser.add_argument("--text-documents", choices=TEXT_DOCUMENTS, default=DEFAULT_TEXT_DOCUMENTS,
                         help="a document of a .txt file is: all of it, each line, or what stands between empty lines "
                              "(default: %(default)s)")  # fmt: skip
@@ -64,9 +58,7 @@ def main() -> None:
                         help="of more text than this, a sample is used (default: %(default)s)")  # fmt: skip
     parser.add_argument("--workers", "--threads", type=int, default=1, metavar="N",
                         help="threads for counting, BPE only (default: 1)")  # fmt: skip
-    parser.add_argument("--on-error", choices=ON_ERROR, default="stop",
-                        help="a document that cannot be used: end, leave it out, or also write it to "
-                        "OUTPUT.rejected.jsonl (default: stop)")  # fmt: skip
+    add_on_error(parser, "OUTPUT.rejected.jsonl")
     args = parser.parse_args()
 
     started = time.monotonic()

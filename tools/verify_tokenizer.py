@@ -18,6 +18,7 @@ Exit code 0: equal, with counts. Exit code 5: they differ, and the first differe
 from __future__ import annotations
 
 from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.corpus.arguments import add_json_key
 from megatron_hammer.corpus.documents import read_texts
 from megatron_hammer.corpus.readers import expand_inputs
 from megatron_hammer.tokenizer.lab.verify import compare_tokenizers
@@ -34,14 +35,7 @@ def main() -> None:
         metavar="FILE",
         help="texts: .jsonl, .parquet, .txt, folders, patterns",
     )
-    parser.add_argument(
-        "--json-keys",
-        "--json-key",
-        dest="json_key",
-        metavar="KEY",
-        default="text",
-        help="field or column that holds the text (default: text)",
-    )
+    add_json_key(parser)
     parser.add_argument(
         "--fuzz", type=int, default=10_000, metavar="N", help="how many fuzz texts (default: %(default)s)"
     )

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import orjson
 import xxhash
@@ -27,6 +27,7 @@ from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.files import publish, replace_file, sha256_file
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.corpus import jsonl
+from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.file_blocks import START, Block, FileRange, Position
 from megatron_hammer.corpus.parse import Rejected, note_of, parse_block
 from megatron_hammer.corpus.quarantine import RejectedFile
@@ -49,9 +50,6 @@ class Document(NamedTuple):
     place: Position = START
 
 
-OnError = Literal["stop", "skip", "quarantine"]
-"""What happens at a document that cannot be used: the program ends, or it is left out, or written to a file too."""
-ON_ERROR: tuple[OnError, ...] = get_args(OnError)
 OnBad = Callable[[Rejected], None]
 
 

@@ -25,10 +25,10 @@ import xxhash
 
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.progress import Progress, size_of
+from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.documents import (
     Document,
     LineWriter,
-    OnError,
     Skipped,
     describe_sources,
     read_documents,

@@ -46,7 +46,8 @@ import numpy as np
 from megatron_hammer.base.errors import ConfigError, DataError, DiskError
 from megatron_hammer.base.files import open_alone, publish
 from megatron_hammer.base.progress import Progress, size_of
-from megatron_hammer.corpus.documents import OnError, Skipped
+from megatron_hammer.corpus.arguments import OnError
+from megatron_hammer.corpus.documents import Skipped
 from megatron_hammer.corpus.seeds import hash_seed
 from megatron_hammer.corpus.shuffle_buckets import LINE_OVERHEAD, Bucket, Buckets, Lines
 from megatron_hammer.corpus.shuffle_input import LineBlock, LineReader, check_lines, line_ends, no_line_break

@@ -24,9 +24,9 @@ import xxhash
 
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.progress import Progress, size_of
+from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.documents import (
     LineWriter,
-    OnError,
     Skipped,
     describe_sources,
     ignore,

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_hammer.base.errors import DataError
-from megatron_hammer.corpus.documents import OnError, Skipped, TextCorpus
+from megatron_hammer.corpus.arguments import OnError
+from megatron_hammer.corpus.documents import Skipped, TextCorpus
 from megatron_hammer.corpus.reformat import reformat_corpus
 from megatron_hammer.corpus.sample import sample_corpus
 from megatron_hammer.corpus.shuffle import shuffle_lines

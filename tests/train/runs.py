@@ -90,3 +90,12 @@ def checkpoint_bytes(output: Path, step: int) -> dict[str, bytes]:
     """Every tensor file of one checkpoint."""
     folder = output / "checkpoints" / f"step-{step:08d}"
     return {p.name: p.read_bytes() for p in sorted(folder.glob("*.safetensors"))}
+
+
+def begin_run(folder: Path) -> None:
+    """Datasets ``data/a, b, x, y`` in the folder, and ``run``, which has done 4 of 12 steps on them."""
+    (folder / "data").mkdir()
+    for seed, (name, documents) in enumerate({"a": 60, "b": 40, "x": 8, "y": 5}.items()):
+        write_dataset(folder / "data" / name, documents, seed)
+    more = ("train.num_steps=4", "schedule.decay_steps=12")
+    assert train_here(0, overrides(folder / "data", folder / "run", *more)) == 0

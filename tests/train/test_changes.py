@@ -22,19 +22,14 @@ from megatron_hammer.train.changes import changed_settings, changed_tokenizer, h
 from megatron_hammer.train.prepare import Prepared, prepare
 from megatron_hammer.train.run import run_rank
 from tests.model.tiny import tiny_config
-from tests.train.runs import accepted_by, config_for, metrics, overrides, run, train_here, write_dataset
+from tests.train.runs import accepted_by, begin_run, config_for, metrics, overrides, run, train_here, write_dataset
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with datasets ``data/a, b, x, y`` and ``run``, which has done 4 of 12 steps on them."""
     folder = tmp_path_factory.mktemp("changes")
-    for seed, (name, documents) in enumerate({"a": 60, "b": 40, "x": 8, "y": 5}.items()):
-        (folder / "data").mkdir(exist_ok=True)
-        write_dataset(folder / "data" / name, documents, seed)
-    assert (
-        train_here(0, overrides(folder / "data", folder / "run", "train.num_steps=4", "schedule.decay_steps=12")) == 0
-    )
+    begin_run(folder)
     return folder
 
 

@@ -20,7 +20,7 @@ from megatron_hammer.train import start
 from megatron_hammer.train.prepare import Prepared, prepare
 from megatron_hammer.train.run import agree_on_start
 from tests.parallel.test_agreement import start_together
-from tests.train.runs import config_for, overrides, train_here, write_dataset
+from tests.train.runs import begin_run, config_for, overrides, train_here
 from tests.train.test_changes import rewrite
 
 
@@ -28,12 +28,7 @@ from tests.train.test_changes import rewrite
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A node with ``data`` and ``run``, which has checkpoints of the steps 3 and 4 of 12."""
     folder = tmp_path_factory.mktemp("shared")
-    (folder / "data").mkdir()
-    for seed, (name, documents) in enumerate({"a": 60, "b": 40, "x": 8, "y": 5}.items()):
-        write_dataset(folder / "data" / name, documents, seed)
-    assert (
-        train_here(0, overrides(folder / "data", folder / "run", "train.num_steps=4", "schedule.decay_steps=12")) == 0
-    )
+    begin_run(folder)
     return folder
 
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.corpus.arguments import ON_ERROR, OnError
 from megatron_hammer.corpus.readers import DEFAULT_TEXT_DOCUMENTS, TEXT_DOCUMENTS, expand_inputs, kind_of
 from megatron_hammer.corpus.stream import file_identity
 from megatron_hammer.tokenizer.convert import export_note
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 
-OnError = Literal["stop", "skip", "quarantine"]
 SHARD_BYTES = 1 << 30  # of text between two journals: ten to twenty seconds of work for two cores
 _TEXT_DOCUMENT_NAMES = {"file": "all of a file", "line": "a line", "blank-line": "what stands between empty lines"}
 
@@ -69,8 +69,8 @@ def prepare_job(
     """
     if len(set(json_keys)) != len(json_keys):
         raise ConfigError(74, f"--json-keys {' '.join(json_keys)}", "must not name a key twice", "name each key once")
-    if on_error not in get_args(OnError):
-        raise _unknown_choice("--on-error", on_error, get_args(OnError))
+    if on_error not in ON_ERROR:
+        raise _unknown_choice("--on-error", on_error, ON_ERROR)
     if text_documents not in TEXT_DOCUMENTS:
         raise _unknown_choice("--text-documents", text_documents, TEXT_DOCUMENTS)
     files = tuple(expand_inputs(inputs))  # a file that is missing should not be found out after an hour
