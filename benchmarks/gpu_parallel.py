@@ -26,6 +26,7 @@ from gpu.measure import Bench, versions
 from shapes import TOY, Shape
 from torch import Tensor
 
+from megatron_hammer.base.cli import leave
 from megatron_hammer.config import Config
 from megatron_hammer.parallel import collectives
 from megatron_hammer.parallel.collectives import Done
@@ -109,6 +110,7 @@ def rank_main(rank: int, store: str, device: str, shape: Shape, results: Any) ->
     if rank == 0:
         results.put(found)
     dist.destroy_process_group()
+    leave(0)  # gloo's threads do not always survive the interpreter's teardown
 
 
 def compare(device: torch.device, shape: Shape) -> list[dict[str, Any]]:

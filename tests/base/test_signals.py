@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import threading
 
 import pytest
 
@@ -14,23 +14,23 @@ def test_a_signal_is_noted_and_repeating_it_changes_nothing() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest((signal.SIGTERM,)) as request:
         assert not request.received and request.exit_code == 0
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
         assert request.received and request.exit_code == 75
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_once_gives_the_signals_back_with_the_first() -> None:
     with StopRequest((signal.SIGINT,), once=True) as request:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
         assert request.received and request.exit_code == 130
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 
 
 def test_a_blocked_signal_arrives_when_the_block_begins() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
-    os.kill(os.getpid(), signal.SIGUSR1)
+    signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
     with StopRequest((signal.SIGUSR1,)) as request:
         assert request.received
 

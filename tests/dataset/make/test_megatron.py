@@ -27,8 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     (folder / "d.jsonl").write_text(json.dumps({"text": "one dish"}) + "\n")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS * 20), model_prefix=str(folder / "t"), vocab_size=40, hard_vocab_limit=False,
-        minloglevel=2,
+        sentence_iterator=iter(TEXTS * 20), model_prefix=str(folder / "t"), vocab_size=285, hard_vocab_limit=False,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2,
     )  # fmt: skip
     words = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>", "one", "two", "red", "blue", "fish", "dish"])}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
