@@ -6,7 +6,8 @@ its hash is compared, and the common part is copied. Files are opened one after 
 
 Memory: the rank's own state plus at most one saved slice; none where a slice fits its place (same layout, CPU), since
 then it is read right there. Loading is strict: what is missing, of another shape or damaged ends it with file and
-tensor named. Vocabulary padding belongs to no logical tensor and is left as it is.
+tensor named, and what is wanted must have been filled to the last element. Vocabulary padding belongs to no logical
+tensor and is left as it is.
 """
 
 from __future__ import annotations
@@ -203,17 +204,24 @@ def check_file(manifest: Manifest, file: SavedFile) -> None:
 
 
 def _fill(manifest: Manifest, wanted: dict[int, list[_Place]]) -> None:
+    """Read what is wanted, all of it: a place that no slice has filled would be a weight that nothing has given."""
+    left = {at: sum(place.data.numel() for place in places) for at, places in wanted.items()}
     for file in manifest.files:
         hits = [(s, [p for p in wanted.get(s.tensor, ()) if p.common(s)]) for s in file.slices if s.tensor in wanted]
         hits = [(saved, places) for saved, places in hits if places]
         if hits:
             with _open(manifest, file) as reader:
                 for saved, places in hits:
-                    _read(manifest, reader, saved, places)
+                    left[saved.tensor] -= _read(manifest, reader, saved, places)
+    for at, elements in left.items():
+        if elements:
+            tensor = manifest.tensors[at]
+            what, rule = f"{manifest.folder}: {tensor}", f"lacks {elements} elements that this rank needs"
+            raise CheckpointError(13, what, rule, "use another checkpoint")
 
 
-def _read(manifest: Manifest, reader: TensorFileReader, saved: SavedSlice, places: list[_Place]) -> None:
-    """Read one slice, verify it, and copy what each place wants of it."""
+def _read(manifest: Manifest, reader: TensorFileReader, saved: SavedSlice, places: list[_Place]) -> int:
+    """Read one slice, verify it, and copy what each place wants of it; how many elements that were."""
     key, dtype = _expect(manifest, reader, saved), DTYPES[manifest.tensors[saved.tensor].dtype]
     first = places[0]
     target = _window(first.data, first, *first.common(saved))  # type: ignore[misc]
@@ -221,10 +229,15 @@ def _read(manifest: Manifest, reader: TensorFileReader, saved: SavedSlice, place
     direct = direct and target.is_contiguous() and target.device.type == "cpu"
     data = target if direct else torch.empty(saved.shape, dtype=dtype)
     _compare(reader, key, saved, reader.read_into(key, data.view(-1).view(torch.uint8).numpy()))
-    if not direct:
-        for place in places:
-            rows, cols = place.common(saved)  # type: ignore[misc]
-            _window(place.data, place, rows, cols).copy_(_window(data, saved, rows, cols))
+    if direct:
+        return target.numel()
+    filled = 0
+    for place in places:
+        rows, cols = place.common(saved)  # type: ignore[misc]
+        window = _window(place.data, place, rows, cols)
+        window.copy_(_window(data, saved, rows, cols))
+        filled += window.numel()
+    return filled
 
 
 def _open(manifest: Manifest, file: SavedFile) -> TensorFileReader:

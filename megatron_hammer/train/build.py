@@ -55,13 +55,19 @@ def check_compiler(config: Config, version: str = torch.__version__) -> None:
 
 
 def build(
-    config: Config, ctx: ParallelContext, range_of: Range = no_range, dtype: torch.dtype | None = None
+    config: Config,
+    ctx: ParallelContext,
+    range_of: Range = no_range,
+    dtype: torch.dtype | None = None,
+    initial: bool = True,
 ) -> tuple[Stage, Optimizer]:
     """Model and optimizer of this rank, with the initial weights that the seed defines.
 
     Args:
         range_of: entered around the parts of a step, for a profiler.
         dtype: of the weights, in place of ``train.precision``: fp64 for proofs, with sums and moments in fp64 too.
+        initial: False where a checkpoint is loaded next (``state.load_state``), which fills every weight or fails: no
+            number is drawn (of a 1.4B model that would take 10 to 20 s), all weights are zero until then.
     """
     placement, dtype = config.placement(ctx.tp.rank), dtype or DTYPES[config.train.precision]
     required = dataclasses.replace(kernel_requirements(config, ctx.device), dtype=dtype)
@@ -79,6 +85,7 @@ def build(
         range_of=range_of,
     )
     store.check(model)
-    initialise(model, table, config.train.seed)
+    if initial:
+        initialise(model, table, config.train.seed)
     loss_scaling, kernels = config.train.precision == "fp16", select_optimizer_kernels(config.kernels, required)
     return model, Optimizer(store, config.optimizer, loss_scaling, kernels, range_of)

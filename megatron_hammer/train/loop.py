@@ -76,7 +76,7 @@ class Run:
     def __init__(self, prepared: Prepared, ctx: ParallelContext, range_of: Range = no_range) -> None:
         config = prepared.config
         self.prepared, self.config, self.ctx = prepared, config, ctx
-        self.model, self.optimizer = build(config, ctx, range_of)
+        self.model, self.optimizer = build(config, ctx, range_of, initial=prepared.begins_anew)
         self.micro_batch = micro_batch_runner(config.kernels, self.optimizer.store)
         self.state = load_state(prepared, self.optimizer, ctx)
         self.saver = Saver(prepared, self.optimizer, ctx)

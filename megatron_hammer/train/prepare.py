@@ -103,6 +103,11 @@ class Prepared:
         """Whether the run has done all its steps."""
         return self.resume is not None and self.resume.step >= self.config.train.num_steps
 
+    @property
+    def begins_anew(self) -> bool:
+        """Whether the run starts with weights that its seed defines, and not with those of a checkpoint."""
+        return self.resume is None and self.init_from is None
+
     def to_state(self) -> dict[str, Any]:
         """What every checkpoint of the run says of its datasets and of accepted changes, as JSON values."""
         return {IDENTITY: self.identity.to_tree(), LEDGER: list(self.ledger)}

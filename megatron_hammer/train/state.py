@@ -51,11 +51,13 @@ class RunState:
 def load_state(prepared: Prepared, optimizer: Optimizer, ctx: ParallelContext) -> RunState:
     """Fill the optimizer and the model's weights from where the run begins; the state there.
 
-    That is the newest checkpoint of this run, else the weights of ``checkpoint.init_from``, else a new model.
+    That is the newest checkpoint of this run, else the weights of ``checkpoint.init_from``, else a new model. Of a
+    checkpoint every weight is loaded, or none and all ranks raise: a model that was built for it has no other values.
     """
-    manifest = prepared.resume or prepared.init_from
-    if manifest is None:
+    if prepared.begins_anew:
         return RunState()
+    manifest = prepared.resume or prepared.init_from
+    assert manifest is not None
     resumed = manifest is prepared.resume
     kinds = STATE_KINDS if resumed else {"weight"}
     load_shards(manifest, optimizer.shards(), model=prepared.config.model, kinds=kinds, ctx=ctx)
