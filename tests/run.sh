@@ -31,6 +31,11 @@ check() {
     summary+=$(printf '%-12s %s, %d s' "$name" "$result" $((SECONDS - began)))$'\n'
 }
 
+# Two files of tests at a time; with a GPU, whose memory some tests measure, one. More would starve the eight ranks that
+# tests start. An argument -n 0 takes precedence: one process, for a debugger.
+at_once=2
+if [ -e /dev/nvidia0 ]; then at_once=0; fi
+
 # Types beside the tests, most of which use one core: without its cache mypy takes half a minute.
 said=$(mktemp)
 trap 'rm -f "$said"' EXIT
@@ -46,7 +51,7 @@ types() {
 check lint "$bin/ruff" check .
 check format "$bin/ruff" format --check .
 check clang-format "$bin/clang-format" --dry-run --Werror csrc/*/*.cpp csrc/*/*.hpp csrc/*/*.cu csrc/*/*.cuh
-check tests "$bin/python" -m pytest "$@"
+check tests "$bin/python" -m pytest --numprocesses="$at_once" --dist=loadfile --no-loadscope-reorder "$@"
 check types types
 
 printf '\n%s' "$summary"
