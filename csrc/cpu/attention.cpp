@@ -16,8 +16,8 @@ constexpr int64_t kPage = 4096;
 bool run(const Attention& call, int64_t (*bytes)(int64_t, int64_t), Pass pass) {
   int64_t longest = 0;
   for (int64_t i = 0; i < call.documents; ++i) {
-    const int64_t rows = call.bounds[i + 1] - call.bounds[i];
-    if (rows > longest) longest = rows;
+    const int64_t keys = call.key_bounds[i + 1] - call.key_bounds[i];
+    if (keys > longest) longest = keys;
   }
   const int64_t units = call.documents * call.batches * call.groups;
   const int threads = static_cast<int>(units < call.threads ? units : call.threads);
@@ -33,8 +33,10 @@ bool run(const Attention& call, int64_t (*bytes)(int64_t, int64_t), Pass pass) {
 #endif
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < units; ++i) {
-      const int64_t document = i / (call.batches * call.groups), first = call.bounds[document];
-      pass(call, Unit{first, call.bounds[document + 1] - first, i / call.groups % call.batches, i % call.groups}, own);
+      const int64_t document = i / (call.batches * call.groups);
+      const int64_t first = call.bounds[document], key_first = call.key_bounds[document];
+      const int64_t rows = call.bounds[document + 1] - first, keys = call.key_bounds[document + 1] - key_first;
+      pass(call, Unit{first, rows, key_first, keys, i / call.groups % call.batches, i % call.groups}, own);
     }
   }
   free(memory);

@@ -25,7 +25,8 @@
 //   A [M x K]  panels of W columns [K/W][M][W]
 //   B [K x N]  float: [N/W][K][W]; bfloat16: tiles [N/16][K/2][16][2], pairs of rows side by side
 //   C [M x N]  float, [N/W][M][W]
-// Blocks of W x W above the diagonal are skipped: the cost is half of that of the full products.
+// Blocks of W x W above the diagonal are skipped: the cost is half of that of the full products. Query j of a document
+// stands at its key j + o, with o = keys - queries (`offset`), and sees the keys up to that one.
 //
 // Against torch 2.13's own attention on a Xeon with AMX, one thread, forward and backward: in bfloat16 4.9 times as
 // fast at s 256, d 32 (b 4, n 8, g 2), 5.2 at s 512, d 64 and 4.0 at s 2048, d 64 (b 1); in float 2.0, 2.0 and 1.4
@@ -483,9 +484,14 @@ struct BackwardBuffers {
         delta(from.take<float>(QUERIES<E>)) {}
 };
 
+// Row `row` of the queries of a unit, and of its keys.
 template <class T>
 inline T* rows_of(const Strided& x, const Unit& unit, int64_t head, int64_t row) {
   return (T*)x.data + (unit.first + row) * x.row + unit.batch * x.batch + head * x.head;
+}
+template <class T>
+inline T* keys_of(const Strided& x, const Unit& unit, int64_t row) {
+  return (T*)x.data + (unit.key_first + row) * x.row + unit.batch * x.batch + unit.group * x.head;
 }
 
 inline float* lse_of(const Attention& call, const Unit& unit, int64_t head) {
@@ -531,13 +537,13 @@ inline void softmax(const float* scores, int64_t keys, float c, Running& running
   }
 }
 
-// Key i of a block on the diagonal is seen by its queries i, i + 1, ...
-inline void mask_diagonal(float* scores) {
+// Hides the keys of a block that come after a query; its first key stands `ahead` places after its first query.
+inline void mask(float* scores, int64_t ahead) {
   const V never = V{} - __builtin_inff();
   for (int64_t i = 0; i < W; ++i) {
     for (int j = 0; j < N; ++j) {
       float* x = scores + i * W + kLanes * j;
-      store(x, columns(j) < static_cast<int32_t>(i) ? never : load(x));
+      store(x, columns(j) < static_cast<int32_t>(i + ahead) ? never : load(x));
     }
   }
 }
@@ -545,8 +551,9 @@ inline void mask_diagonal(float* scores) {
 // The result of the queries i to i + W of one head, from packed keys and values.
 template <class T, class E>
 inline void attend(const Attention& call, const Unit& unit, const ForwardBuffers<E>& at, int64_t head, int64_t i) {
-  const int64_t size = call.size, padded = round_up(size), rows = round_up(unit.rows);
-  const int64_t count = smaller(unit.rows - i, W);
+  const int64_t size = call.size, padded = round_up(size), rows = round_up(unit.keys);
+  const int64_t count = smaller(unit.rows - i, W), at_key = i + unit.offset();
+  const int64_t seen = smaller(round_up(at_key + W), rows);  // keys, up to the end of a block
   const float c = call.scale * LOG2_E;
   const Rows<E> q(rows_of<T>(call.q, unit, head, i), call.q.row, count, size, padded, at.copy);
   pack_columns_b(at.qt_b, 0, padded, q, padded);
@@ -555,12 +562,12 @@ inline void attend(const Attention& call, const Unit& unit, const ForwardBuffers
     running.largest[j] = V{} - 3e38f;  // finite: the difference of two is a number
     running.sum[j] = V{};
   }
-  for (int64_t first = 0; first <= i; first += KEYS_FORWARD) {
-    const int64_t keys = smaller(KEYS_FORWARD, i + W - first);
+  for (int64_t first = 0; first < seen; first += KEYS_FORWARD) {
+    const int64_t keys = smaller(KEYS_FORWARD, seen - first);
     for (int64_t m = 0; m < keys; m += W) {
       product(at.scores + m * W, false, at_a(at.k_a, first + m, 0, rows), rows, at.qt_b, padded, padded);
+      if (first + m + W > at_key) mask(at.scores + m * W, first + m - at_key);
     }
-    if (first + keys > i) mask_diagonal(at.scores + (i - first) * W);
     V factor[N];
     softmax(at.scores, keys, c, running, at.pt_b, KEYS_FORWARD, factor);
     for (int64_t d = 0; first > 0 && d < padded; ++d) {
@@ -593,13 +600,13 @@ template <class T>
 void forward(const Attention& call, const Unit& unit, char* memory) {
   using E = typename Packed<T>::Type;
   const Tiles tiles;
-  const int64_t size = call.size, padded = round_up(size), rows = round_up(unit.rows);
+  const int64_t size = call.size, padded = round_up(size), rows = round_up(unit.keys);
   Scratch scratch{memory};
   const ForwardBuffers<E> at(scratch, rows, padded);
-  for (int64_t i = 0; i < unit.rows; i += W) {
-    const T *k = rows_of<T>(call.k, unit, unit.group, i), *v = rows_of<T>(call.v, unit, unit.group, i);
-    pack_a(at.k_a, i, rows, Rows<E>(k, call.k.row, unit.rows - i, size, padded, at.copy), padded);
-    pack_columns_a(at.vt_a, i, padded, Rows<E>(v, call.v.row, unit.rows - i, size, padded, at.copy), padded);
+  for (int64_t i = 0; i < unit.keys; i += W) {
+    const T *k = keys_of<T>(call.k, unit, i), *v = keys_of<T>(call.v, unit, i);
+    pack_a(at.k_a, i, rows, Rows<E>(k, call.k.row, unit.keys - i, size, padded, at.copy), padded);
+    pack_columns_a(at.vt_a, i, padded, Rows<E>(v, call.v.row, unit.keys - i, size, padded, at.copy), padded);
   }
   const int64_t heads = call.heads / call.groups;
   for (int64_t head = unit.group * heads; head < (unit.group + 1) * heads; ++head) {
@@ -622,11 +629,12 @@ inline void row_sums(float* delta, const T* grad_out, int64_t stride, const T* o
   }
 }
 
-// P^T and dS^T (without the scale) of a W x W block from scores and dP^T.
+// P^T and dS^T (without the scale) of a W x W block from scores and dP^T; `ahead` as in `mask`.
 template <class E>
 inline void gradients(const float* scores, const float* dp, const float* lse, const float* delta, float c,
-                      bool diagonal, E* p_a, E* ds_a, E* ds_b, int64_t depth) {
+                      int64_t ahead, E* p_a, E* ds_a, E* ds_b, int64_t depth) {
   constexpr bool half = sizeof(E) == 2;
+  const bool masked = ahead > -W;
   V base[N], less[N];
   for (int j = 0; j < N; ++j) {
     base[j] = half ? load(lse + kLanes * j) * c : load(lse + kLanes * j);
@@ -639,7 +647,7 @@ inline void gradients(const float* scores, const float* dp, const float* lse, co
         const int64_t x = (i + r) * W + kLanes * j;
         const V score = load(scores + x);
         p[r][j] = exp2<E>(half ? score * c - base[j] : (score - base[j]) * c);
-        if (diagonal) p[r][j] = columns(j) < static_cast<int32_t>(i + r) ? V{} : p[r][j];
+        if (masked) p[r][j] = columns(j) < static_cast<int32_t>(i + r + ahead) ? V{} : p[r][j];
         ds[r][j] = p[r][j] * (load(dp + x) - less[j]);
       }
     }
@@ -670,19 +678,21 @@ inline void pack_queries(const Attention& call, const Unit& unit, const Backward
   }
 }
 
-// What the keys k0 to k0 + `keys` and the packed queries from q0 on add to the gradients of both.
+// What the keys k0 to k0 + `keys` and the packed queries, whose first stands at key `at_key`, add to the gradients of
+// both.
 template <class E>
-inline void add_gradients(float c, const BackwardBuffers<E>& at, int64_t rows, int64_t padded, int64_t q0,
+inline void add_gradients(float c, const BackwardBuffers<E>& at, int64_t rows, int64_t padded, int64_t at_key,
                           int64_t queries, int64_t k0, int64_t keys) {
   for (int64_t m = 0; m < keys; m += W) {
-    const int64_t from = larger(k0 + m - q0, 0);  // the first of these queries that sees these keys
+    const int64_t from = larger(k0 + m - at_key, 0) / W * W;  // the first block of queries that sees one of these keys
     for (int64_t n = from; n < queries; n += W) {
       product(at.scores, false, at_a(at.k_a, k0 + m, 0, rows), rows, at_b(at.qt_b, 0, n, padded), padded, padded);
       product(at.dp, false, at_a(at.v_a, k0 + m, 0, rows), rows, at_b(at.dot_b, 0, n, padded), padded, padded);
-      gradients(at.scores, at.dp, at.lse + n, at.delta + n, c, k0 + m == q0 + n, at_a(at.p_a, m, n, KEYS),
+      gradients(at.scores, at.dp, at.lse + n, at.delta + n, c, k0 + m - at_key - n, at_a(at.p_a, m, n, KEYS),
                 at_a(at.ds_a, m, n, KEYS), at_b(at.ds_b, m, n, KEYS), KEYS);
-      // The first query sees one key, whose P is 1: dS is 0, where dP - delta would keep what O lost in rounding.
-      if (k0 + m + q0 + n == 0) *at.ds_a = *at.ds_b = 0;
+      // The query at the first key sees one key, whose P is 1: dS is 0, where dP - delta would keep what O lost in
+      // rounding.
+      if (k0 + m + at_key + n == 0) *at.ds_a = *at.ds_b = 0;
     }
     for (int64_t d = 0; d < padded; d += W) {
       product(at_c(at.dv_c, k0 + m, d, rows), true, at_a(at.p_a, m, from, KEYS), KEYS,
@@ -691,8 +701,8 @@ inline void add_gradients(float c, const BackwardBuffers<E>& at, int64_t rows, i
               at_b(at.q_b, from, d, QUERIES<E>), QUERIES<E>, queries - from);
     }
   }
-  for (int64_t n = larger(k0 - q0, 0); n < queries; n += W) {
-    const int64_t depth = smaller(keys, q0 + n + W - k0);  // of these keys, those that the queries see
+  for (int64_t n = larger(k0 - at_key, 0) / W * W; n < queries; n += W) {
+    const int64_t depth = smaller(keys, round_up(at_key + n + W - k0));  // of these keys, the blocks that queries see
     for (int64_t d = 0; d < padded; d += W) {
       product(at_c(at.dqt_c, d, n, padded), k0 > 0, at_a(at.kt_a, d, k0, padded), padded, at_b(at.ds_b, 0, n, KEYS),
               KEYS, depth);
@@ -704,15 +714,15 @@ template <class T>
 void backward(const Attention& call, const Unit& unit, char* memory) {
   using E = typename Packed<T>::Type;
   const Tiles tiles;
-  const int64_t size = call.size, padded = round_up(size), rows = round_up(unit.rows);
+  const int64_t size = call.size, padded = round_up(size), rows = round_up(unit.keys);
   Scratch scratch{memory};
   const BackwardBuffers<E> at(scratch, rows, padded);
   memset(at.dk_c, 0, rows * padded * sizeof(float));
   memset(at.dv_c, 0, rows * padded * sizeof(float));
-  for (int64_t i = 0; i < unit.rows; i += W) {
-    const T* v = rows_of<T>(call.v, unit, unit.group, i);
-    pack_a(at.v_a, i, rows, Rows<E>(v, call.v.row, unit.rows - i, size, padded, at.copy), padded);
-    const Rows<E> k(rows_of<T>(call.k, unit, unit.group, i), call.k.row, unit.rows - i, size, padded, at.copy);
+  for (int64_t i = 0; i < unit.keys; i += W) {
+    const T* v = keys_of<T>(call.v, unit, i);
+    pack_a(at.v_a, i, rows, Rows<E>(v, call.v.row, unit.keys - i, size, padded, at.copy), padded);
+    const Rows<E> k(keys_of<T>(call.k, unit, i), call.k.row, unit.keys - i, size, padded, at.copy);
     pack_a(at.k_a, i, rows, k, padded);
     pack_columns_a(at.kt_a, i, padded, k, padded);
   }
@@ -723,9 +733,9 @@ void backward(const Attention& call, const Unit& unit, char* memory) {
     for (int64_t q0 = 0; q0 < unit.rows; q0 += QUERIES<E>) {
       const int64_t queries = smaller(round_up(unit.rows - q0), QUERIES<E>);
       pack_queries<T>(call, unit, at, head, q0, queries);
-      for (int64_t k0 = 0; k0 < q0 + queries; k0 += KEYS) {
-        const int64_t keys = smaller(KEYS, q0 + queries - k0);
-        add_gradients(call.scale * LOG2_E, at, rows, padded, q0, queries, k0, keys);
+      const int64_t at_key = q0 + unit.offset(), seen = smaller(round_up(at_key + queries), rows);
+      for (int64_t k0 = 0; k0 < seen; k0 += KEYS) {
+        add_gradients(call.scale * LOG2_E, at, rows, padded, at_key, queries, k0, smaller(KEYS, seen - k0));
       }
       for (int64_t i = 0; i < queries; i += W) {
         write_columns(rows_of<T>(call.grad_q, unit, head, q0 + i), call.grad_q.row, unit.rows - q0 - i, size,
@@ -733,15 +743,15 @@ void backward(const Attention& call, const Unit& unit, char* memory) {
       }
     }
   }
-  T *grad_k = rows_of<T>(call.grad_k, unit, unit.group, 0), *grad_v = rows_of<T>(call.grad_v, unit, unit.group, 0);
-  write_rows(grad_k, call.grad_k.row, unit.rows, size, at.dk_c, rows, call.scale);
-  write_rows(grad_v, call.grad_v.row, unit.rows, size, at.dv_c, rows, 1.f);
+  T *grad_k = keys_of<T>(call.grad_k, unit, 0), *grad_v = keys_of<T>(call.grad_v, unit, 0);
+  write_rows(grad_k, call.grad_k.row, unit.keys, size, at.dk_c, rows, call.scale);
+  write_rows(grad_v, call.grad_v.row, unit.keys, size, at.dv_c, rows, 1.f);
 }
 
 template <class Buffers>
-int64_t bytes(int64_t rows, int64_t size) {
+int64_t bytes(int64_t keys, int64_t size) {
   Scratch counted;
-  const Buffers sizes(counted, round_up(rows), round_up(size));
+  const Buffers sizes(counted, round_up(keys), round_up(size));
   return counted.used;
 }
 

@@ -42,24 +42,37 @@ const std::vector<const AttentionVersion*>& versions(bool half) {
   return half ? of_bf16 : of_float;
 }
 
-// q, out and their gradients are [s, b, n, d], k, v and theirs [s, b, g, d], each with a contiguous last dimension; lse
-// is [b, n, s]. Document i is the rows [bounds[i], bounds[i + 1]).
-hammer::Attention describe(const AttentionVersion& version, const Bounds& bounds, const Tensor& q, const Tensor& k,
-                           const Tensor& lse, std::initializer_list<Argument> as_q,
+void expect_bounds(const Bounds& bounds, const char* of, int64_t rows) {
+  if (bounds.size() < 2 || bounds.front() != 0 || bounds.back() != rows ||
+      !std::is_sorted(bounds.begin(), bounds.end())) {
+    hammer::fail(std::string("the bounds of ") + of + " must rise from 0 to " + std::to_string(rows));
+  }
+}
+
+// q, out and their gradients are [s, b, n, d], k, v and theirs [keys, b, g, d], each with a contiguous last dimension;
+// lse is [b, n, s]. Document i has the rows [bounds[i], bounds[i + 1]), and its keys lie within `key_bounds` alike.
+hammer::Attention describe(const AttentionVersion& version, const Bounds& bounds, const Bounds& key_bounds,
+                           const Tensor& q, const Tensor& k, const Tensor& lse, std::initializer_list<Argument> as_q,
                            std::initializer_list<Argument> as_k) {
   q.expect_computable("q", 4);
   k.expect_computable("k", 4);
   const int64_t s = q.size(0), b = q.size(1), n = q.size(2), g = k.size(2), d = q.size(3);
   for (const auto& [name, tensor] : as_q) tensor.expect(name, q.type(), {s, b, n, d}, /*only_last=*/true);
-  for (const auto& [name, tensor] : as_k) tensor.expect(name, q.type(), {s, b, g, d}, /*only_last=*/true);
+  for (const auto& [name, tensor] : as_k) tensor.expect(name, q.type(), {k.size(0), b, g, d}, /*only_last=*/true);
   lse.expect("lse", hammer::Type::kFloat, {b, n, s});
   if (g < 1 || n % g) hammer::fail(std::to_string(n) + " heads do not divide into " + std::to_string(g) + " groups");
-  if (bounds.size() < 2 || bounds.front() != 0 || bounds.back() != s || !std::is_sorted(bounds.begin(), bounds.end())) {
-    hammer::fail("the bounds of documents must rise from 0 to " + std::to_string(s));
+  expect_bounds(bounds, "documents", s);
+  expect_bounds(key_bounds, "keys", k.size(0));
+  if (bounds.size() != key_bounds.size()) hammer::fail("documents of queries and of keys are not the same number");
+  for (size_t i = 1; i < bounds.size(); ++i) {
+    if (bounds[i] - bounds[i - 1] > key_bounds[i] - key_bounds[i - 1]) {
+      hammer::fail("document " + std::to_string(i - 1) + " has more queries than keys");
+    }
   }
   hammer::Attention call{};
   call.lse = lse.data<float>();
   call.bounds = bounds.data();
+  call.key_bounds = key_bounds.data();
   call.documents = static_cast<int64_t>(bounds.size()) - 1;
   call.batches = b;
   call.heads = n;
@@ -83,9 +96,10 @@ void run(bool (*pass)(const AttentionVersion&, const hammer::Attention&), const 
   if (!pass(version, call)) throw std::bad_alloc();
 }
 
-void forward(const AttentionVersion& version, const Bounds& bounds, const Tensor& q, const Tensor& k, const Tensor& v,
-             const Tensor& out, const Tensor& lse) {
-  hammer::Attention call = describe(version, bounds, q, k, lse, {{"q", q}, {"out", out}}, {{"k", k}, {"v", v}});
+void forward(const AttentionVersion& version, const Bounds& bounds, const Bounds& key_bounds, const Tensor& q,
+             const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse) {
+  hammer::Attention call =
+      describe(version, bounds, key_bounds, q, k, lse, {{"q", q}, {"out", out}}, {{"k", k}, {"v", v}});
   call.q = strided(q);
   call.k = strided(k);
   call.v = strided(v);
@@ -93,12 +107,12 @@ void forward(const AttentionVersion& version, const Bounds& bounds, const Tensor
   run(hammer::attention_forward, version, call);
 }
 
-void backward(const AttentionVersion& version, const Bounds& bounds, const Tensor& q, const Tensor& k, const Tensor& v,
-              const Tensor& out, const Tensor& lse, const Tensor& grad_out, const Tensor& grad_q, const Tensor& grad_k,
-              const Tensor& grad_v) {
-  hammer::Attention call =
-      describe(version, bounds, q, k, lse, {{"q", q}, {"out", out}, {"grad_out", grad_out}, {"grad_q", grad_q}},
-               {{"k", k}, {"v", v}, {"grad_k", grad_k}, {"grad_v", grad_v}});
+void backward(const AttentionVersion& version, const Bounds& bounds, const Bounds& key_bounds, const Tensor& q,
+              const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& grad_out,
+              const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v) {
+  hammer::Attention call = describe(version, bounds, key_bounds, q, k, lse,
+                                    {{"q", q}, {"out", out}, {"grad_out", grad_out}, {"grad_q", grad_q}},
+                                    {{"k", k}, {"v", v}, {"grad_k", grad_k}, {"grad_v", grad_v}});
   call.q = strided(q);
   call.k = strided(k);
   call.v = strided(v);

@@ -275,7 +275,7 @@ std::vector<const Version*> versions() {
 
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "Compiled half of megatron_hammer.kernels.native.cpu; csrc/cpu/kernels.hpp documents the functions.";
-  module.attr("INTERFACE") = 5;  // kernels/native/cpu.py refuses a module of another number
+  module.attr("INTERFACE") = 6;  // kernels/native/cpu.py refuses a module of another number
   py::class_<Memory>(module, "Memory", py::buffer_protocol()).def(py::init<size_t>()).def_buffer(&Memory::buffer);
   py::class_<Version>(module, "Version")
       .def_property_readonly("name", [](const Version& version) { return version.name; })

@@ -6,7 +6,8 @@
     data.attention_mask=document    [b s, 1, heads, d]   the samples of a micro-batch one after the other; each token
                                                          attends to the past of its own document
 
-Where documents lie is a ``PackedSequences``. ``BACKENDS`` is the whole table.
+Where documents lie is a ``PackedSequences``. With its ``keys`` (context parallelism) there are other rows of k and v
+than of q, and the queries of a document are the end of its keys. ``BACKENDS`` is the whole table.
 
 Legend: s sequence, b micro-batch, n query heads, g query groups, d size of a head (local ones).
 """
@@ -40,15 +41,21 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor, PackedSequences | None], T
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over earlier positions: q [s, b, n, d], k and v [s, b, g, d] -> [s, b, n, d].
+    """Softmax attention over earlier positions: q [s, b, n, d], k and v [keys, b, g, d] -> [s, b, n, d].
 
+    The last query is at the place of the last key. Where there are as many keys as queries torch masks by itself; its
+    own causal mask would have the first query at the first key, so fewer queries than keys are given a mask.
     On a CPU, short 16-bit inputs are computed in fp32: see ``FP32_ELEMENTS_ON_CPU``.
     """
     dtype = q.dtype
     if q.device.type == "cpu" and dtype.itemsize == 2 and len(q) * q.shape[-1] < FP32_ELEMENTS_ON_CPU:
         return causal_attention(q.float(), k.float(), v.float()).to(dtype)
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [b, heads, s, d], no copy
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    queries, keys = q.shape[2], k.shape[2]
+    how: dict[str, Any] = {"is_causal": True}
+    if queries < keys:
+        how = {"attn_mask": torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)}
+    out = F.scaled_dot_product_attention(q, k, v, **how, enable_gqa=q.shape[1] != k.shape[1])
     return out.permute(2, 0, 1, 3)
 
 
@@ -70,8 +77,8 @@ def each_document(q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | 
     It is the reference of the other backends for documents.
     """
     assert documents is not None, "this backend masks documents and must be told where they are"
-    lengths = list(documents.lengths)
-    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)  # [rows, 1, heads, d]
+    lengths, keys = list(documents.lengths), list(documents.key_lengths)
+    parts = zip(q.split(lengths), k.split(keys), v.split(keys), strict=True)  # [rows, 1, heads, d]
     return torch.cat([causal_attention(q_i, k_i, v_i) for q_i, k_i, v_i in parts])
 
 
@@ -81,11 +88,12 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | None) -
 
     assert documents is not None, "this backend masks documents and must be told where they are"
     q, k, v = (x.squeeze(1) for x in (q, k, v))  # [b s, heads, d], no copy
-    bounds, longest = documents.cu_seqlens, documents.max_length
-    how: dict[str, Any] = {"window_size": (-1, 0)}  # everything before and nothing after
+    bounds = documents.cu_seqlens, documents.key_cu_seqlens
+    longest = documents.max_length, documents.max_key_length
+    how: dict[str, Any] = {"window_size": (-1, 0)}  # everything before and nothing after, seen from the end of the keys
     if "enable_gqa" in _parameters(varlen_attn):  # torch 2.11 shares keys without being told
         how["enable_gqa"] = q.shape[1] != k.shape[1]
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, **how)
+    out = varlen_attn(q, k, v, *bounds, *longest, **how)
     assert isinstance(out, Tensor)
     return out.unsqueeze(1)
 

@@ -7,6 +7,14 @@ in flash-attn, which is what every attention kernel for variable lengths takes::
     positions    0 1 2 3 4 0 1 2 0 1 2 3 4 5 6 7         start anew with each document, for RoPE
 
 The end of a sample is the end of a document, so no document is longer than s, the length of a sample.
+
+Under context parallelism a rank has only some rows of the micro-batch, in stretches that each lie within one document
+(``parallel/sequence_split.py``), while the keys of all ranks are gathered. A stretch then stands in the place of a
+document here: its queries are the rank's rows, its keys are those of its document from the first up to its own last
+row (``PackedKeys``). So the queries are the end of the keys, which is what kernels for variable lengths mean by a
+causal mask where there are fewer queries than keys::
+
+    document 0 1 2 3 4 5 6 7, stretch 4 5       queries   4: keys 0 1 2 3 4      5: keys 0 1 2 3 4 5
 """
 
 from __future__ import annotations
@@ -20,6 +28,21 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class PackedKeys:
+    """The keys of each stretch of a rank's rows, where other ranks have some of them."""
+
+    lengths: tuple[int, ...]
+    """Keys of each stretch, at least as many as it has rows; on the host."""
+    cu_seqlens: Tensor
+    """[stretches + 1] int32 on the device, as of the rows."""
+    rows: Tensor
+    """[sum of lengths] int64 on the device: which of the rows that are gathered from all ranks, in the order of the
+    ranks, each key is. A key of two stretches is there twice, and no key is of more."""
+    shards: int
+    """Ranks that share the samples."""
+
+
+@dataclass(frozen=True)
 class PackedSequences:
     """The documents of one micro-batch of b s tokens. Made on the host, so that nothing ever waits for the device."""
 
@@ -29,21 +52,44 @@ class PackedSequences:
     """[documents + 1] int32 on the device: document i is the rows [cu_seqlens[i], cu_seqlens[i + 1])."""
     positions: Tensor
     """[b s] int64 on the device: place of each row in its document."""
+    keys: PackedKeys | None = None
+    """Under context parallelism, with b s / cp rows and stretches of them; None: the rows are queries and keys."""
 
     @property
     def max_length(self) -> int:
         """Rows of the longest document."""
         return max(self.lengths)
 
+    @property
+    def key_lengths(self) -> tuple[int, ...]:
+        """Keys of each document."""
+        return self.lengths if self.keys is None else self.keys.lengths
+
+    @property
+    def key_cu_seqlens(self) -> Tensor:
+        """As ``cu_seqlens``, of the keys."""
+        return self.cu_seqlens if self.keys is None else self.keys.cu_seqlens
+
+    @property
+    def max_key_length(self) -> int:
+        """Keys of the document that has most."""
+        return max(self.key_lengths)
+
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: np.ndarray, device: torch.device) -> PackedSequences:
         """From int32 [documents + 1] on the host; the copies to a GPU are asynchronous."""
         lengths = np.diff(cu_seqlens)
         assert cu_seqlens[0] == 0 and (lengths > 0).all(), f"cumulative lengths {cu_seqlens} must rise from 0"
-        positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
-        arrays = (torch.from_numpy(a) for a in (cu_seqlens.astype(np.int32), positions.astype(np.int64)))
-        on_device = [a.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else a for a in arrays]
-        return cls(tuple(lengths.tolist()), *on_device)
+        positions = np.arange(cu_seqlens[-1], dtype=np.int64) - np.repeat(cu_seqlens[:-1], lengths)
+        return cls(
+            tuple(lengths.tolist()), on_device(cu_seqlens.astype(np.int32), device), on_device(positions, device)
+        )
+
+
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy to a GPU goes through pinned memory and nothing waits for it; a CPU shares."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class GraphPackedSequences(NamedTuple):
@@ -63,6 +109,7 @@ class GraphPackedSequences(NamedTuple):
     @classmethod
     def of(cls, documents: PackedSequences) -> GraphPackedSequences:
         """Without waiting for the device."""
+        assert documents.keys is None, "layers are not compiled under context parallelism"
         rows, count = len(documents.positions), len(documents.lengths)
         lengths = torch.zeros(rows, dtype=torch.int64)
         lengths[:count] = torch.tensor(documents.lengths)

@@ -25,6 +25,7 @@ from megatron_hammer.kernels.backend import FLOATS, Backend, Requirements
 from megatron_hammer.kernels.native import cpu
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.selection import select, select_operations
+from tests.kernels.stretches import stretches
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -41,9 +42,11 @@ def qkv(rows: int, heads: int, groups: int, dtype: torch.dtype, d: int = 8) -> l
 
 def reference(q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences) -> Tensor:
     """Scores of all pairs, those of other documents and of later rows at minus infinity."""
-    document = torch.repeat_interleave(torch.tensor(documents.lengths))
-    row = torch.arange(len(document))
-    allowed = (document[:, None] == document[None, :]) & (row[:, None] >= row[None, :])
+    document, key_document = (
+        torch.repeat_interleave(torch.tensor(lengths)) for lengths in (documents.lengths, documents.key_lengths)
+    )
+    key = torch.cat([torch.arange(n) for n in documents.key_lengths])
+    allowed = (document[:, None] == key_document[None, :]) & (documents.positions[:, None] >= key[None, :])
     copies = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(copies, dim=2) for x in (k, v))
     scores = torch.einsum("qbnd,kbnd->bnqk", q, k) / q.shape[-1] ** 0.5
@@ -91,6 +94,18 @@ def test_each_document_in_fp64(lengths: tuple[int, ...], heads: int, groups: int
     inputs = qkv(sum(lengths), heads, groups, torch.float64)
     found = with_gradients(each_document, inputs, documents)
     for mine, expected in zip(found, with_gradients(reference, inputs, documents), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+
+
+STRETCHES = [[(1, 1), (1, 9), (4, 4), (7, 30)], [(16, 64)], [(5, 6), (40, 41), (2, 100)]]
+
+
+@pytest.mark.parametrize("parts", STRETCHES, ids=str)
+def test_queries_are_the_end_of_the_keys(parts: list[tuple[int, int]]) -> None:
+    documents = stretches(parts)
+    (q, _, _), (_, k, v) = (qkv(sum(n), 4, 2, torch.float64) for n in (documents.lengths, documents.key_lengths))
+    found = with_gradients(each_document, [q, k, v], documents)
+    for mine, expected in zip(found, with_gradients(reference, [q, k, v], documents), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -147,15 +162,19 @@ def test_varlen_means_each_document(monkeypatch: pytest.MonkeyPatch) -> None:
         q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *,
         window_size: tuple[int, int], enable_gqa: bool,
     ) -> Tensor:  # fmt: skip
-        assert q.dim() == 3 and cu_q.dtype == torch.int32 and torch.equal(cu_q, cu_k) and window_size == (-1, 0)
-        assert max_q == max_k == int(cu_q.diff().max()) and enable_gqa == (q.shape[1] != k.shape[1])
-        lengths = PackedSequences.from_cu_seqlens(cu_q.numpy(), CPU)
+        assert q.dim() == 3 and cu_q.dtype == cu_k.dtype == torch.int32 and window_size == (-1, 0)
+        assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+        assert enable_gqa == (q.shape[1] != k.shape[1])
+        lengths = stretches([*zip(cu_q.diff().tolist(), cu_k.diff().tolist(), strict=True)])
         return reference(*(x.unsqueeze(1) for x in (q, k, v)), lengths).squeeze(1)
 
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", double)
     for heads, groups in ((4, 2), (3, 3)):
         inputs, documents = qkv(16, heads, groups, torch.float64), documents_of(5, 3, 8)
         torch.testing.assert_close(varlen(*inputs, documents), each_document(*inputs, documents))
+        parts = stretches([(5, 9), (3, 3), (8, 20)])
+        inputs[1:] = qkv(32, heads, groups, torch.float64)[1:]
+        torch.testing.assert_close(varlen(*inputs, parts), each_document(*inputs, parts))
 
 
 def test_varlen_of_torch_2_11_is_not_told_of_groups(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,8 @@
 
 Three packages with two functions of one meaning each, which take [b, s, heads, d] or, for documents, [b s, heads, d]
 with cumulative lengths, share keys between heads by themselves and want only the last dimension contiguous: so no
-tensor is copied. Backward is deterministic on request, which follows torch's own switch
-(``torch.use_deterministic_algorithms``).
+tensor is copied. Their causal mask has the last query at the last key (since 2.1), as ``PackedSequences`` means it.
+Backward is deterministic on request, which follows torch's own switch (``torch.use_deterministic_algorithms``).
 
 ::
 
@@ -44,15 +44,14 @@ def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, documents: PackedSeq
     if documents is None:
         out = module.flash_attn_func(q=q.transpose(0, 1), k=k.transpose(0, 1), v=v.transpose(0, 1), **how)
         return _output(out).transpose(0, 1)
-    bounds, longest = documents.cu_seqlens, documents.max_length
     out = module.flash_attn_varlen_func(
         q=q.squeeze(1),
         k=k.squeeze(1),
         v=v.squeeze(1),
-        cu_seqlens_q=bounds,
-        cu_seqlens_k=bounds,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
+        cu_seqlens_q=documents.cu_seqlens,
+        cu_seqlens_k=documents.key_cu_seqlens,
+        max_seqlen_q=documents.max_length,
+        max_seqlen_k=documents.max_key_length,
         **how,
     )
     return _output(out).unsqueeze(1)

@@ -185,6 +185,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | None
 
     core = _core_attention(q.shape[2], k.shape[2], q.shape[3])
     with te.autocast(enabled=False):  # in 16 bits under fp8 too, as the recipes have it unless told otherwise
+        assert documents is None or documents.keys is None, "not for context parallelism"
         if documents is None:
             out = core(q, k, v)  # [s, b, n d]
         else:

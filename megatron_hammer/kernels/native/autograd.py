@@ -159,14 +159,18 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class AttentionKernels(Protocol):
-    """What the compiled kernels of a CPU offer besides; documents are rows ``bounds[i]`` to ``bounds[i + 1]``."""
+    """What the compiled kernels of a CPU offer besides.
+
+    Documents are rows ``bounds[i]`` to ``bounds[i + 1]``, their keys and values rows ``key_bounds[i]`` and on.
+    """
 
     def attention_forward(
-        self, bounds: Sequence[int], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, /
-    ) -> None: ...
+        self, bounds: Sequence[int], key_bounds: Sequence[int], q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+        lse: Tensor, /,
+    ) -> None: ...  # fmt: skip
     def attention_backward(
-        self, bounds: Sequence[int], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor,
-        grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, /,
+        self, bounds: Sequence[int], key_bounds: Sequence[int], q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+        lse: Tensor, grad: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, /,
     ) -> None: ...  # fmt: skip
 
 
@@ -177,24 +181,32 @@ def attention(
     documents: PackedSequences | None = None,
     kernels: AttentionKernels | None = None,
 ) -> Tensor:
-    """q [s, b, n, d], k and v [s, b, g, d] -> [s, b, n, d]: causal, within documents where there are any.
+    """q [s, b, n, d], k and v [keys, b, g, d] -> [s, b, n, d]: causal, within documents where there are any.
 
     Args:
         kernels: of ``csrc/cpu/attention.inl``; absent: those of the machine's best instructions.
     """
     kernels = kernels or attention_versions(q.dtype)[0]
-    lengths = (len(q),) if documents is None else documents.lengths
+    lengths, keys = ((len(q),), (len(k),)) if documents is None else (documents.lengths, documents.key_lengths)
     assert sum(lengths) == len(q), f"documents of {sum(lengths)} rows do not divide {len(q)}"
-    return _Attention.apply(kernels, q, k, v, [0, *itertools.accumulate(lengths)])  # type: ignore[no-any-return, no-untyped-call]
+    bounds = [0, *itertools.accumulate(lengths)], [0, *itertools.accumulate(keys)]
+    return _Attention.apply(kernels, q, k, v, bounds)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernels: AttentionKernels, q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int]) -> Tensor:
+    def forward(
+        ctx: Any,
+        kernels: AttentionKernels,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bounds: tuple[Sequence[int], Sequence[int]],
+    ) -> Tensor:
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
         s, b, n, _ = q.shape
         out, lse = empty(q.shape, q), q.new_empty(b, n, s, dtype=torch.float32)
-        kernels.attention_forward(bounds, q, k, v, out, lse)
+        kernels.attention_forward(*bounds, q, k, v, out, lse)
         ctx.kernels, ctx.bounds = kernels, bounds
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -205,5 +217,5 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         grad = grads[0] if grads[0].stride(3) == 1 else grads[0].contiguous()
         results = [empty(x.shape, x) for x in (q, k, v)]
-        ctx.kernels.attention_backward(ctx.bounds, q, k, v, out, lse, grad, *results)
+        ctx.kernels.attention_backward(*ctx.bounds, q, k, v, out, lse, grad, *results)
         return None, *results, None

@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_hammer.base.compiled import find_compiled
 from megatron_hammer.kernels.arguments import Columns
 
-INTERFACE = 5  # raised with every change of the compiled functions: an old build must not be called with new arguments
+INTERFACE = 6  # raised with every change of the compiled functions: an old build must not be called with new arguments
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 COMPILED: Any = find_compiled("megatron_hammer.kernels.native._cpu", INTERFACE)

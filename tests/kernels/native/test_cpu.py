@@ -513,12 +513,18 @@ def test_arguments_are_checked() -> None:
 def test_attention_checks_its_arguments() -> None:
     k = cpu.attention_versions(torch.float32)[0]
     with pytest.raises(AssertionError, match="rise from 0 to 3"):
-        k.attention_forward([0, 5], *attention_arguments())
+        k.attention_forward([0, 5], [0, 3], *attention_arguments())
+    with pytest.raises(AssertionError, match="keys must rise from 0 to 3"):
+        k.attention_forward([0, 3], [0, 5], *attention_arguments())
+    with pytest.raises(AssertionError, match="not the same number"):
+        k.attention_forward([0, 1, 3], [0, 3], *attention_arguments())
+    with pytest.raises(AssertionError, match="document 1 has more queries than keys"):
+        k.attention_forward([0, 1, 3], [0, 2, 3], *attention_arguments())
     with pytest.raises(AssertionError, match=r"expected torch.float32 .*found lse: torch.float64"):
-        k.attention_forward([0, 3], *attention_arguments()[:4], torch.empty(1, 2, 3, dtype=torch.float64))
+        k.attention_forward([0, 3], [0, 3], *attention_arguments()[:4], torch.empty(1, 2, 3, dtype=torch.float64))
     with pytest.raises(AssertionError, match="2 heads do not divide into 0 groups"):
         q, k_, v, out, lse = attention_arguments()
-        k.attention_forward([0, 3], q, k_[:, :, :0], v[:, :, :0], out, lse)
+        k.attention_forward([0, 3], [0, 3], q, k_[:, :, :0], v[:, :, :0], out, lse)
 
 
 def attention_arguments() -> list[Tensor]:
