@@ -6,7 +6,8 @@
     python tools/analyze_tokenizer.py vocabulary A.model tokenizer.json --texts zh=zh.jsonl
     python tools/analyze_tokenizer.py price A.model B.model --config config.yaml --texts zh=zh.jsonl
 
-A tokenizer is a sentencepiece .model, a tokenizer.json or a Hugging Face folder; each is a row of the table.
+A tokenizer is a sentencepiece .model, a tokenizer.json, a .tiktoken vocabulary or a Hugging Face folder; each is a row
+of the table. A .tiktoken vocabulary does not say how it cuts texts into words: --tiktoken-pattern does, else its name.
 
 compression: bytes per token, and tokens compared with the reference (lower is better), by domain and overall; MB/s.
 coverage: share of the characters that are one piece, by level of the Table of General Standard Chinese Characters
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_hammer.base.cli import ArgumentParser, print_json, run
+from megatron_hammer.tokenizer.tiktoken_backend import add_tiktoken_pattern
 
 
 def parser() -> ArgumentParser:
@@ -38,8 +40,12 @@ def parser() -> ArgumentParser:
     ):
         command = commands.add_parser(name, help=explanation)
         command.add_argument(
-            "tokenizers", nargs="+", metavar="TOKENIZER", help=".model, tokenizer.json or Hugging Face folder"
+            "tokenizers",
+            nargs="+",
+            metavar="TOKENIZER",
+            help=".model, tokenizer.json, .tiktoken or a folder",
         )
+        add_tiktoken_pattern(command)
         if name != "coverage":
             command.add_argument("--texts", nargs="+", action="extend", metavar="name=F.jsonl",
                                  required=name in ("compression", "price"),
@@ -94,7 +100,7 @@ def load_compared(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.reference and Path(args.reference).resolve() not in named:
         args.tokenizers.append(args.reference)
         named.append(Path(args.reference).resolve())
-    tokenizers = load_named(args.tokenizers)
+    tokenizers = load_named(args.tokenizers, args.tiktoken_pattern)
     return tokenizers, list(tokenizers)[named.index(Path(args.reference).resolve()) if args.reference else -1]
 
 
@@ -111,7 +117,9 @@ def compression(args: argparse.Namespace) -> Analysis:
         described[name]["encoder"] = tokenizer.encoder
     facts = {"reference": reference, "threads": args.workers, "tokenizers": _rows(tokenizers, described)}
     tables = [compression_table(described, reference)]
-    return Analysis(facts, tables, lambda: analyze_plots.draw_compression(described, reference))
+    return Analysis(
+        facts, tables, lambda: analyze_plots.draw_compression(described, reference), assumptions(tokenizers)
+    )
 
 
 def coverage(args: argparse.Namespace) -> Analysis:
@@ -121,7 +129,7 @@ def coverage(args: argparse.Namespace) -> Analysis:
     from megatron_hammer.tokenizer.lab.report import coverage_table
     from megatron_hammer.tokenizer.required_characters import load_table
 
-    tokenizers = load_named(args.tokenizers)
+    tokenizers = load_named(args.tokenizers, args.tiktoken_pattern)
     table = load_table()
     measured = {name: analyze.measure_coverage(tokenizer, table) for name, tokenizer in tokenizers.items()}
     described = {name: analyze.describe_coverage(of) for name, of in measured.items()}
@@ -136,7 +144,7 @@ def vocabulary(args: argparse.Namespace) -> Analysis:
     from megatron_hammer.tokenizer.lab.report import vocabulary_tables
 
     domains = parse_texts(args.texts or [])
-    tokenizers = load_named(args.tokenizers)
+    tokenizers = load_named(args.tokenizers, args.tiktoken_pattern)
     usage = count(args, tokenizers, domains) if domains else {}
     measured = {name: analyze.describe_vocabulary(of, usage.get(name)) for name, of in tokenizers.items()}
     described = {
@@ -144,7 +152,8 @@ def vocabulary(args: argparse.Namespace) -> Analysis:
         for name, of in measured.items()
     }
     facts = {"tokenizers": _rows(tokenizers, described)}
-    return Analysis(facts, vocabulary_tables(measured), lambda: analyze_plots.draw_vocabulary(measured))
+    notes = assumptions(tokenizers) if usage else []
+    return Analysis(facts, vocabulary_tables(measured), lambda: analyze_plots.draw_vocabulary(measured), notes)
 
 
 def price(args: argparse.Namespace) -> Analysis:
@@ -177,8 +186,13 @@ def price(args: argparse.Namespace) -> Analysis:
         "tokenizers": _rows(tokenizers, price.describe_prices(prices, config, reference)),
     }
     tables = price.price_tables(prices, config, reference)
-    notes = price.price_notes(prices, sample)
+    notes = [*price.price_notes(prices, sample), *assumptions(tokenizers)]
     return Analysis(facts, tables, lambda: analyze_plots.draw_price(prices, config), notes)
+
+
+def assumptions(tokenizers: dict[str, Any]) -> list[str]:
+    """What was assumed of the tokenizers that decides the ids of texts."""
+    return [f"note: {of.assumption}" for of in tokenizers.values() if of.assumption]
 
 
 def _rows(tokenizers: dict[str, Any], described: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,9 +3,12 @@
 
     python tools/convert_tokenizer.py tokenizer.model hf_tokenizer/
 
-From a sentencepiece .model, tokenizer.json is derived; a given tokenizer.json (or a folder with one) is copied and its
-settings are completed. The folder appears under its name only after AutoTokenizer has loaded it and given equal ids and
-equal text on all that the proof compares; otherwise nothing is left. tools/verify_tokenizer.py compares more texts.
+    python tools/convert_tokenizer.py qwen.tiktoken hf_qwen/ --special-tokens '<|endoftext|>' '<|im_start|>'
+
+From a sentencepiece .model or a .tiktoken vocabulary, tokenizer.json is derived; a given tokenizer.json (or a folder
+with one) is copied and its settings are completed. The folder appears under its name only after AutoTokenizer has
+loaded it and given equal ids and equal text on all that the proof compares; otherwise nothing is left. More texts are
+compared by tools/verify_tokenizer.py.
 """
 
 from __future__ import annotations
@@ -14,16 +17,23 @@ import time
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.tokenizer.convert import publish_tokenizer
+from megatron_hammer.tokenizer.tiktoken_backend import add_tiktoken_pattern
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("tokenizer", metavar="TOKENIZER", help="sentencepiece .model, tokenizer.json or a folder")
+    parser.add_argument("tokenizer", metavar="TOKENIZER", help=".model, tokenizer.json, .tiktoken or a folder")
     parser.add_argument("output", metavar="DIR", help="a new or empty folder")
+    add_tiktoken_pattern(parser)
+    parser.add_argument("--special-tokens", nargs="+", default=[], metavar="NAME",
+                        help="of a .tiktoken vocabulary, whose file leaves them out: in order of their ids, which "
+                        "follow the last rank; <|endoftext|> among them is what ends documents")  # fmt: skip
     args = parser.parse_args()
 
     started = time.monotonic()
-    tokenizer = publish_tokenizer(args.tokenizer, args.output)
+    tokenizer = publish_tokenizer(args.tokenizer, args.output, args.tiktoken_pattern, args.special_tokens)
+    if tokenizer.assumption:
+        print(f"note: {tokenizer.assumption}")
     print(f"{args.output}: {tokenizer.vocab_size:,} ids, proved equal to {tokenizer.path}, "
           f"{time.monotonic() - started:.1f} s")  # fmt: skip
 

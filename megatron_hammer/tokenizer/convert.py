@@ -38,6 +38,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +135,15 @@ def _write_definition(
     return backend
 
 
-def publish_tokenizer(source: str | Path, output: str | Path) -> Tokenizer:
+def publish_tokenizer(
+    source: str | Path, output: str | Path, tiktoken_pattern: str | None = None, special_tokens: Sequence[str] = ()
+) -> Tokenizer:
     """Convert into a folder that appears at ``output`` only when it is proved.
 
     It is put together beside ``output`` and renamed; after an error nothing is left there.
+
+    Args:
+        tiktoken_pattern: as ``load_tokenizer``; ``special_tokens`` too.
 
     Returns:
         the source, loaded.
@@ -150,7 +156,7 @@ def publish_tokenizer(source: str | Path, output: str | Path) -> Tokenizer:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         rule = "is not empty" if target.is_dir() else "is a file"
         raise RefusedError(6, str(output), rule, "name a new folder, or move that away")
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, tiktoken_pattern, special_tokens)
     staging = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     staging.mkdir(parents=True)
     try:

@@ -36,11 +36,12 @@ class HuggingFaceTokenizer(Tokenizer):
     kind = "tokenizers"
     encoder = "tokenizers (a tokenizer.json)"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, definition: dict[str, Any] | None = None) -> None:
+        """``definition`` is the content where ``path`` is a file of another form that stands for it."""
         from tokenizers import Tokenizer as Backend
 
         self.path = path
-        self.definition = _read_definition(path)
+        self.definition = _read_definition(path) if definition is None else definition
         try:
             self._backend = Backend.from_str(json.dumps(self.definition))
         except Exception as error:  # the Rust library raises bare Exception
@@ -89,6 +90,10 @@ class HuggingFaceTokenizer(Tokenizer):
         """``tokenizer.json`` as it is, and a ``tokenizer_config.json`` that states the special tokens found."""
         directory = Path(directory)
         replace_file(directory / "tokenizer.json", self.path.read_bytes())
+        self.save_config(directory)
+
+    def save_config(self, directory: Path) -> None:
+        """The ``tokenizer_config.json`` of ``save_files``, and the chat template where there is one."""
         config = _read_json_object(self.path.with_name("tokenizer_config.json"))
         config.pop(STAND_IN_PAD, None)
         names = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self.unk_id, "pad_token": self.pad_id}

@@ -42,6 +42,8 @@ class Tokenizer(ABC):
     """32 hex digits: BLAKE2b-128 of vocabulary, scores or merges, normaliser and special ids."""
     encoder: str
     """What makes the ids, and why it is not our own encoder where it is not: for programs to print."""
+    assumption: str = ""
+    """What was assumed because the file does not say it, in a sentence for people, or nothing."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

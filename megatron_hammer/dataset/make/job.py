@@ -18,6 +18,7 @@ from megatron_hammer.corpus.stream import file_identity
 from megatron_hammer.tokenizer.convert import export_note
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.tiktoken_backend import TiktokenTokenizer
 
 SHARD_BYTES = 1 << 30  # of text between two journals: ten to twenty seconds of work for two cores
 _TEXT_DOCUMENT_NAMES = {"file": "all of a file", "line": "a line", "blank-line": "what stands between empty lines"}
@@ -87,7 +88,7 @@ def prepare_job(
 
 def remarks(job: Job) -> list[str]:
     """What a user may not expect of the datasets of a job, for people."""
-    found = [note] if (note := export_note(job.tokenizer)) else []
+    found = [note for note in (export_note(job.tokenizer), job.tokenizer.assumption) if note]
     if not job.append_eod:
         option = "--append-eod" if job.tokenizer.eos_id is not None else "--prepend-bos"
         if job.prepend_bos:
@@ -112,5 +113,10 @@ def _unknown_choice(option: str, value: str, choices: Sequence[str]) -> ConfigEr
 
 
 def _missing_id(option: str, meaning: str, tokenizer: Tokenizer) -> ConfigError:
-    return ConfigError(70, f"{option} with {tokenizer.path}", f"needs a {meaning} id, which this tokenizer lacks",
-                       f"leave {option} out, or use a tokenizer that has one")  # fmt: skip
+    remedy = f"leave {option} out, or use a tokenizer that has one"
+    if isinstance(tokenizer, TiktokenTokenizer):
+        remedy = (f"its special tokens are in no .tiktoken file: python tools/convert_tokenizer.py {tokenizer.path} "
+                  "hf_tokenizer --special-tokens '<|endoftext|>', then --tokenizer-model hf_tokenizer")  # fmt: skip
+    return ConfigError(
+        70, f"{option} with {tokenizer.path}", f"needs a {meaning} id, which this tokenizer lacks", remedy
+    )

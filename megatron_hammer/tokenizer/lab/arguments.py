@@ -9,14 +9,18 @@ from pathlib import Path
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.lab.analyze import OVERALL
-from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.load import find_file, load_tokenizer
+from megatron_hammer.tokenizer.tiktoken_backend import is_tiktoken
 
 
-def load_named(paths: Sequence[str]) -> dict[str, Tokenizer]:
+def load_named(paths: Sequence[str], tiktoken_pattern: str | None = None) -> dict[str, Tokenizer]:
     """Load tokenizers under the names of their rows: file stem, or folder; where two are equal, with the folder above.
 
+    Args:
+        tiktoken_pattern: how those that are tiktoken vocabularies cut texts into words; None: by their names.
+
     Raises:
-        ConfigError: E236 the same tokenizer twice.
+        ConfigError: E236 the same tokenizer twice, E299 a pattern and no tiktoken vocabulary.
         DataError: as ``load_tokenizer``.
     """
     places = [Path(os.path.abspath(path)) for path in paths]  # "." has a name; links keep theirs
@@ -28,7 +32,15 @@ def load_named(paths: Sequence[str]) -> dict[str, Tokenizer]:
         names = [f"{place.parent.name}/{name}" for place, name in zip(places, names)]
     if len(set(names)) < len(names):
         names = list(paths)
-    return {name: load_tokenizer(path) for name, path in zip(names, paths)}
+    files = [find_file(Path(path)) for path in paths]
+    lacking = [is_tiktoken(path) for path in files]
+    if tiktoken_pattern and not any(lacking):
+        option = f"--tiktoken-pattern {tiktoken_pattern}"
+        raise ConfigError(99, option, "is for tiktoken vocabularies, and none is named", "leave it out")
+    return {
+        name: load_tokenizer(path, tiktoken_pattern if lacks_pattern else None)
+        for name, path, lacks_pattern in zip(names, paths, lacking)
+    }
 
 
 def parse_texts(arguments: Sequence[str]) -> dict[str, list[Path]]:

@@ -74,7 +74,7 @@ def load_form(path: str | Path) -> Form:
     assert isinstance(tokenizer, HuggingFaceTokenizer), f"no comparison for {tokenizer!r}"
     from tokenizers import Tokenizer as Backend
 
-    backend = Backend.from_file(str(tokenizer.path))  # for pieces and decoding; ids come from our own loader
+    backend = Backend.from_str(json.dumps(tokenizer.definition))  # for pieces and decoding, not for ids
     added = tokenizer.definition.get("added_tokens") or []
     return Form(
         path=path,
