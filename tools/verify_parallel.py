@@ -11,16 +11,26 @@ beyond its bound: the first tensor that differs, on which ranks, by how much, an
 With --gpu the ranks run on GPUs in the precision and with the kernels of the config, against one process in fp32 on the
 CPU: the bound is then that of 16-bit rounding, and finds swapped rows, factors and missing sums, no last bits.
 
+    python tools/verify_parallel.py CONFIG.yaml --world 4096 [--rank 77] [group.field=value ...]
+
+A layout of any size without its machines, and the config as it is: one rank is built and takes a step on tensors that
+have no memory, in a world of which only this rank exists. The table shows the bytes of its weights, gradients,
+optimizer and activations and every collective of a step, counted in the program and by the formulas of the forecast.
+
 Exit code 0: equal within the bounds; 5: something differs.
 """
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.progress import say
+
+if TYPE_CHECKING:
+    from megatron_hammer.config import Config
 
 SHOWN = 12
 
@@ -29,33 +39,57 @@ def main() -> int:
     parser = ArgumentParser(prog="verify_parallel.py", description=__doc__)
     parser.add_argument("config", metavar="CONFIG.yaml", help="the config of the run")
     parser.add_argument("overrides", metavar="group.field=value", nargs="*", help="settings that replace the file's")
-    parser.add_argument(
-        "--nproc", type=int, required=True, metavar="N", help="ranks of the layout (all nodes together)"
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument(
+        "--nproc", type=int, metavar="N", help="ranks of the layout (all nodes together), all of them run"
     )
+    size.add_argument("--world", type=int, metavar="N", help="the same, of which one is built and counted")
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="the one that is built (default: 0)")
     parser.add_argument(
         "--gpu",
         action="store_true",
         help="on the GPUs of this machine, with the config's precision and kernels; --nproc is then their number",
     )
     arguments = parser.parse_intermixed_args()
-    if arguments.nproc < 1:
-        raise ConfigError(40, f"--nproc={arguments.nproc}", "must be at least 1", "raise --nproc")
+    name, ranks = ("nproc", arguments.nproc) if arguments.world is None else ("world", arguments.world)
+    if ranks < 1:
+        raise ConfigError(40, f"--{name}={ranks}", "must be at least 1", f"raise --{name}")
+    if not 0 <= arguments.rank < ranks:
+        raise ConfigError(40, f"--rank={arguments.rank}", f"must be from 0 to {ranks - 1}", "choose one of the ranks")
     from megatron_hammer.config import load_config
     from megatron_hammer.train.prepare import prepare
 
     asked = load_config(arguments.config, [*arguments.overrides, "train.dry_run=true"])
-    config = prepare(asked, arguments.nproc).config  # checked, with the tokenizer's vocabulary
+    config = prepare(asked, ranks).config  # checked, with the tokenizer's vocabulary
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return count(config, ranks, arguments.rank) if name == "world" else prove(config, ranks, arguments.gpu)
+
+
+def count(config: Config, world_size: int, rank: int) -> int:
+    """One rank, by the program and by formulas."""
+    from megatron_hammer.verify.one_rank import compare_rank
+
+    say(f"rank {rank} of {world_size}: a step without memory")
+    comparison = compare_rank(config, world_size, rank)
+    print(*comparison.table(), *comparison.summary(), sep="\n")
+    if comparison.left_out:
+        print(f"not part of the count: {', '.join(comparison.left_out)}")
+    print("DIFFERENT" if comparison.differs else f"equal: rank {rank} needs what the formulas say")
+    return 5 if comparison.differs else 0
+
+
+def prove(config: Config, world_size: int, real: bool) -> int:
+    """All ranks against one process."""
     from megatron_hammer.verify.parallel import Proof, prove_layout
 
-    proof = prove_layout(config, arguments.nproc, say, real=arguments.gpu)
+    proof = prove_layout(config, world_size, say, real=real)
     if not isinstance(proof, Proof):
         return proof
     print(*proof.table(), sep="\n")
     if proof.left_out:
         print(f"not part of the proof: {', '.join(proof.left_out)}")
     if not proof.findings:
-        print(f"equal: {arguments.nproc} ranks compute what one process computes")
+        print(f"equal: {world_size} ranks compute what one process computes")
         return 0
     print(f"DIFFERENT in {len(proof.findings)} places; the first:")
     for finding in proof.findings[:SHOWN]:

@@ -117,7 +117,7 @@ def activation_bytes(config: Config, backends: Mapping[str, Backend]) -> int:
     inputs = size * (2 * h + (n + 2 * g) * d + 2 * f)
     rotated = size * (n + g) * d if "rope" in references else 0  # once more: not turned in place
     outputs = (1 if config.kernels.fp8 != "off" else size) * (2 * h + n * d + f)  # in 8 bits they cannot be made again
-    inner = 4 * (2 + n)  # fp32 statistics: of each norm, and of each head's softmax
+    inner = 4 * (2 / at.sequence_shards + n)  # fp32 statistics: of each norm, and of each head's softmax
     # The normalised rows before the weight; and in 16 bits an fp32 copy of the sum in the place of the sum.
     inner += 2 * h * 4 if "norm" in plain else 0
     inner += size * f if "swiglu" in plain else 0  # silu(gate)
@@ -129,7 +129,7 @@ def activation_bytes(config: Config, backends: Mapping[str, Backend]) -> int:
     layers = again[train.recompute]
     each = selective if train.recompute == "selective" else size * h
     rows = train.micro_batch_size * config.data.seq_length
-    return rows * (layers * each + (model.num_layers - layers) * whole)
+    return round(rows * (layers * each + (model.num_layers - layers) * whole))
 
 
 # ---- full -------------------------------------------------------------------------------------------------------

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 import torch
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
+from megatron_hammer.kernels.adamw import OptimizerKernels
 from megatron_hammer.kernels.backend import Requirements
+from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.ranges import Range, no_range
 from megatron_hammer.kernels.selection import select_operations, select_optimizer_kernels
 from megatron_hammer.model.initialise import initialise
@@ -20,6 +23,14 @@ from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel.context import ParallelContext
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StepKernels:
+    """What a step computes with."""
+
+    operations: Operations
+    optimizer: OptimizerKernels
 
 
 def kernel_requirements(config: Config, device: torch.device) -> Requirements:
@@ -60,6 +71,7 @@ def build(
     range_of: Range = no_range,
     dtype: torch.dtype | None = None,
     initial: bool = True,
+    kernels: StepKernels | None = None,
 ) -> tuple[Stage, Optimizer]:
     """Model and optimizer of this rank, with the initial weights that the seed defines.
 
@@ -68,9 +80,10 @@ def build(
         dtype: of the weights, in place of ``train.precision``: fp64 for proofs, with sums and moments in fp64 too.
         initial: False where a checkpoint is loaded next (``state.load_state``), which fills every weight or fails: no
             number is drawn (of a 1.4B model that would take 10 to 20 s), all weights are zero until then.
+        kernels: in place of those that the config and the device choose.
     """
     placement, dtype = config.placement(ctx.tp.rank), dtype or DTYPES[config.train.precision]
-    required = dataclasses.replace(kernel_requirements(config, ctx.device), dtype=dtype)
+    kernels = kernels or _chosen(config, dataclasses.replace(kernel_requirements(config, ctx.device), dtype=dtype))
     table = parameter_table(config.model, placement)
     store = FlatStore(table, dtype, ctx, config.parallel.gradient_bucket_bytes, range_of)
     model = build_stage(
@@ -78,7 +91,7 @@ def build(
         ctx,
         placement,
         dtype=dtype,
-        operations=select_operations(config.kernels, required),
+        operations=kernels.operations,
         kernels=config.kernels,
         recompute=plan_recompute(config),
         store=store,
@@ -87,5 +100,9 @@ def build(
     store.check(model)
     if initial:
         initialise(model, table, config.train.seed)
-    loss_scaling, kernels = config.train.precision == "fp16", select_optimizer_kernels(config.kernels, required)
-    return model, Optimizer(store, config.optimizer, loss_scaling, kernels, range_of)
+    loss_scaling = config.train.precision == "fp16"
+    return model, Optimizer(store, config.optimizer, loss_scaling, kernels.optimizer, range_of)
+
+
+def _chosen(config: Config, required: Requirements) -> StepKernels:
+    return StepKernels(select_operations(config.kernels, required), select_optimizer_kernels(config.kernels, required))

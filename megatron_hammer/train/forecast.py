@@ -11,9 +11,10 @@ from collections.abc import Mapping
 
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.backend import Backend
-from megatron_hammer.model.parameters import count_parameters, parameter_table
+from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.model.recompute import activation_bytes
 from megatron_hammer.train.metrics import PEAK_TFLOPS, flops_per_token
+from megatron_hammer.train.rank_costs import state_bytes
 
 GIB = 2**30
 CHECKPOINT_BYTES = 12  # of a parameter: fp32 master and two moments
@@ -25,18 +26,6 @@ CPU_TFLOPS = 0.2  # of two cores with 512-bit vectors: an order of magnitude
 def forecast(config: Config, world_size: int, backends: Mapping[str, Backend]) -> list[str]:
     """Lines for people."""
     return [_memory(config, world_size, backends), _disk(config), _time(config, world_size)]
-
-
-def state_bytes(config: Config, world_size: int) -> dict[str, int]:
-    """Bytes of one rank (the one with most): weights, gradients, and its share of masters and moments."""
-    local = sum(row.numel for row in parameter_table(config.model, config.placement()))
-    width = 4 if config.train.precision == "fp32" else 2
-    sharded = 8 if width == 4 else 12  # in fp32 the weights are the masters
-    return {
-        "weights": width * local,
-        "gradients": 4 * local,
-        "optimizer": sharded * local // config.data_parallel_size(world_size),
-    }
 
 
 def _memory(config: Config, world_size: int, backends: Mapping[str, Backend]) -> str:

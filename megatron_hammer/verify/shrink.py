@@ -71,13 +71,16 @@ def shrink(config: Config, world_size: int, real: bool = False) -> tuple[Config,
     return small, [] if real else _left_out(config)
 
 
-def _left_out(config: Config) -> list[str]:
-    """What of the user's config takes no part in the proof on CPUs."""
+def chosen_kernels(config: Config) -> list[str]:
+    """The settings of kernels that take no part in a proof by other kernels, as they would be written."""
     default, kernels = KernelsConfig(), config.kernels
     names = [
         f.name for f in dataclasses.fields(kernels) if getattr(kernels, f.name) != getattr(default, f.name)
     ]  # fmt: skip
-    notes = [f"kernels.{name}={getattr(kernels, name)}" for name in names if name != "loss_chunk_tokens"]
-    if config.train.precision != "fp32":
-        notes.append(f"train.precision={config.train.precision}")
-    return notes
+    return [f"kernels.{name}={getattr(kernels, name)}" for name in names if name != "loss_chunk_tokens"]
+
+
+def _left_out(config: Config) -> list[str]:
+    """What of the user's config takes no part in the proof on CPUs."""
+    precision = config.train.precision
+    return [*chosen_kernels(config), *([] if precision == "fp32" else [f"train.precision={precision}"])]

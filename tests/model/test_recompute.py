@@ -229,8 +229,9 @@ def test_bytes_of_the_target_model() -> None:
     for changed in ({"parallel__sequence_parallel": False}, {"parallel__sequence_parallel": True}):
         whole = config_of("none", None, **changes, **changed, parallel__tensor_model_parallel_size=2)
         rows = whole.train.micro_batch_size * whole.data.seq_length * 22
-        shared = 16 * 1024 / (2 if whole.parallel.sequence_parallel else 1)  # sums and normed rows
-        assert recompute.activation_bytes(whole, {}) == rows * (shared + 42 * 1024 / 2 + 4 * (2 + 16))
+        # Sums and normed rows, and their statistics; the heads' are 4 x 16.
+        shared = (16 * 1024 + 4 * 2) / (2 if whole.parallel.sequence_parallel else 1)
+        assert recompute.activation_bytes(whole, {}) == rows * (shared + 42 * 1024 / 2 + 4 * 16)
 
 
 def test_recompute_does_not_import_the_compiler() -> None:

@@ -15,9 +15,10 @@ from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.parallel.context import Group, ParallelContext
 from megatron_hammer.sampling.plan import format_plan, make_plan
 from megatron_hammer.train.build import build, kernel_requirements
-from megatron_hammer.train.forecast import forecast, state_bytes
+from megatron_hammer.train.forecast import forecast
 from megatron_hammer.train.metrics import _perplexity
 from megatron_hammer.train.prepare import prepare
+from megatron_hammer.train.rank_costs import state_bytes
 from megatron_hammer.train.run import describe
 from tests.model.tiny import tiny_config
 

@@ -1,0 +1,166 @@
+"""What one rank of a layout needs, by formulas: bytes of its state and of its activations, and what it communicates.
+
+``verify/one_rank.py`` counts the same in a step of the program itself (``tools/verify_parallel.py --world``), and the
+forecast before a run takes its numbers from here. Legend: L layers, n micro-batches of a step, t tensor-parallel ranks,
+s sequence, b micro-batch, h hidden, e bytes of an element of the model's dtype.
+
+Collectives of a step, with the bytes of the whole tensor [s, b, h] where nothing else is said::
+
+    tp   sequence parallel   a layer: all-gather 2 forward, 4 backward (two of them the kept inputs of wgrad again),
+                                      reduce-scatter 2 forward, 2 backward
+                             once:    embedding and head, all-gather 1 and reduce-scatter 1 each
+    tp   without             a layer: all-reduce 2 forward, 2 backward; once: embedding and head, 1 each
+    tp   both                a chunk of the head: all-gather of three fp32 numbers a row from each rank
+         full recompute      the forward of a recomputed layer once more
+         sequence parallel   once a step: all-reduce of the norms' gradients that this rank updates
+    kv   copies of key and value heads, once a step: all-reduce of their gradients that this rank updates
+    dp   a bucket, once a step: reduce-scatter of fp32 gradients, all-gather of weights; all-reduce of the loss
+    world  once a step: all-reduce of the gradient's squared norm
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from megatron_hammer.config import Config
+from megatron_hammer.kernels.backend import Backend
+from megatron_hammer.model.parameters import Parameter, parameter_table
+from megatron_hammer.model.recompute import activation_bytes
+from megatron_hammer.optim.store import Bucket, bucket_elements, lay_out
+from megatron_hammer.parallel.fake_world import LABELS, Collective
+from megatron_hammer.parallel.grid import Grid
+
+ROW_STATISTICS = 12  # bytes a row of a chunk of logits: three fp32 numbers
+
+
+def element_bytes(config: Config) -> int:
+    """e."""
+    return 4 if config.train.precision == "fp32" else 2
+
+
+def state_bytes(config: Config, world_size: int, rank: int = 0) -> dict[str, int]:
+    """Bytes of one rank (of all, the first has most): weights, gradients, and its share of masters and moments."""
+    grid = config.grid(world_size)
+    table, offsets, buckets = _layout(config, grid, rank)
+    width = element_bytes(config)
+    own = sum(
+        max(0, min(offsets[i] + table[i].numel, shard[1]) - max(offsets[i], shard[0]))
+        for bucket in buckets
+        for shard in [_shard(bucket, grid, rank)]
+        for i in bucket.parameters
+    )
+    sharded = 8 if width == 4 else 12  # in fp32 the weights are the masters
+    return {"weights": width * buckets[-1].stop, "gradients": 4 * buckets[-1].stop, "optimizer": sharded * own}
+
+
+def kept_bytes(config: Config, backends: Mapping[str, Backend]) -> int:
+    """Activations of a micro-batch when its head begins: what layers keep, the final norm, the embedding's indices.
+
+    With document masks RoPE's cos and sin of each token too. And two scalars: a token's weight and the sum of losses.
+    """
+    at, rows = config.placement(), config.train.micro_batch_size * config.data.seq_length
+    final_norm = 2 * element_bytes(config) * config.model.hidden_size + 4  # the sum and its normalised form, rstd
+    packed = config.data.attention_mask == "document"
+    angles = element_bytes(config) * config.model.head_size if packed else 0
+    indices = 8 if packed and config.train.micro_batch_size > 1 else 0  # the tokens of all samples in one row
+    if at.tp_size > 1:
+        indices = 9  # rows of this rank's shard, and which tokens have one
+    around = rows * final_norm // at.sequence_shards + rows * (indices + angles) + 8
+    return activation_bytes(config, backends) + around
+
+
+def collectives(config: Config, world_size: int, rank: int, chunk_tokens: int) -> Counter[Collective]:
+    """Every collective of a step of ``rank``, and how often.
+
+    Args:
+        chunk_tokens: rows of the head's logits that exist at once (``kernels.loss_chunk_tokens``).
+    """
+    grid = config.grid(world_size)
+    counted: Counter[tuple[str, str, int]] = Counter()
+    if grid.tp > 1:
+        for kind, number in _tensor_parallel(config).items():
+            counted["tp", kind, _hidden_bytes(config)] = number * config.grad_accum(world_size)
+        for rows in _chunks(config, chunk_tokens):
+            counted["tp", "all-gather", grid.tp * ROW_STATISTICS * rows] += config.grad_accum(world_size)
+    counted += _data_parallel(config, grid, rank)
+    counted["world", "all-reduce", 4] += 1  # the gradient's squared norm
+    labelled: Counter[Collective] = Counter()
+    for (axis, kind, size), number in counted.items():
+        if _ranks(grid, axis) > 1 and number:
+            first = next(label for label in LABELS if _same_ranks(grid, label, axis))
+            labelled[Collective(first, kind, size)] += number
+    return labelled
+
+
+def _tensor_parallel(config: Config) -> Counter[str]:
+    """Calls of a micro-batch that take a whole [s, b, h]."""
+    model, train = config.model, config.train
+    layers = model.num_layers
+    again = (train.recompute_layers or layers) if train.recompute == "full" else 0
+    if config.parallel.sequence_parallel:
+        return Counter({"all-gather": 6 * layers + 2 * again + 2, "reduce-scatter": 4 * layers + 2 * again + 2})
+    return Counter({"all-reduce": 4 * layers + 2 * again + 2})
+
+
+def _data_parallel(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, str, int]]:
+    """Gradients and weights, bucket by bucket; what tensor-parallel ranks sum of their shards; the loss."""
+    table, offsets, buckets = _layout(config, grid, rank)
+    counted: Counter[tuple[str, str, int]] = Counter({("dp", "all-reduce", 4): 1})
+    shared: Counter[str] = Counter()
+    for bucket in buckets:
+        elements = bucket.stop - bucket.start
+        counted["dp", "reduce-scatter", 4 * elements] += 1
+        counted["dp", "all-gather", element_bytes(config) * elements] += 1
+        shard = _shard(bucket, grid, rank)
+        for i in bucket.parameters:
+            for axis, start, stop in _summed(table[i], offsets[i]):
+                shared[axis] += max(0, min(stop, shard[1]) - max(start, shard[0]))
+    for axis, elements in shared.items():
+        if elements:
+            counted[axis, "all-reduce", 4 * elements] += 1
+    return counted
+
+
+def _layout(config: Config, grid: Grid, rank: int) -> tuple[tuple[Parameter, ...], list[int], list[Bucket]]:
+    """The parameter table of a rank, and where the store puts its rows."""
+    table = parameter_table(config.model, config.placement(rank % grid.tp))
+    size = bucket_elements(config.parallel.gradient_bucket_bytes, grid.dp)
+    return table, *lay_out([row.numel for row in table], size, grid.dp)
+
+
+def _shard(bucket: Bucket, grid: Grid, rank: int) -> tuple[int, int]:
+    """The range of a bucket that a rank updates."""
+    dp_rank, share = rank // (grid.tp * grid.cp) % grid.dp, (bucket.stop - bucket.start) // grid.dp
+    return bucket.start + share * dp_rank, bucket.start + share * (dp_rank + 1)
+
+
+def _summed(row: Parameter, offset: int) -> Iterator[tuple[str, int, int]]:
+    """Ranges in the buffers whose gradients a group of ranks sums."""
+    columns = row.shape[1] if len(row.shape) > 1 else 1
+    for s in row.slices:
+        if s.sum_over in ("tp", "kv"):
+            start = offset + s.local_row * columns
+            yield s.sum_over, start, start + s.num_rows * columns
+
+
+def _hidden_bytes(config: Config) -> int:
+    return config.train.micro_batch_size * config.data.seq_length * config.model.hidden_size * element_bytes(config)
+
+
+def _chunks(config: Config, chunk_tokens: int) -> list[int]:
+    """Rows of each chunk of a micro-batch."""
+    rows = config.train.micro_batch_size * config.data.seq_length
+    return [min(chunk_tokens, rows - start) for start in range(0, rows, chunk_tokens)]
+
+
+def _ranks(grid: Grid, label: str) -> int:
+    return grid.world_size if label == "world" else getattr(grid, label)
+
+
+def _same_ranks(grid: Grid, label: str, axis: str) -> bool:
+    """Two labels mean the same group where they are equal, or where both have all ranks (kv: all of its axis)."""
+    if label == axis:
+        return True
+    whole = {name: _ranks(grid, name) for name in (label, axis)}
+    return whole[label] == whole[axis] == grid.world_size or ({label, axis} == {"tp", "kv"} and grid.kv == grid.tp)

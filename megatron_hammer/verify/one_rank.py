@@ -1,0 +1,208 @@
+"""One rank of a layout of any size, built and run without its machines, and what it keeps and sends counted.
+
+The program's own build and step run on torch's meta device in a world of which only this rank exists
+(``parallel/fake_world.py``), with kernels that compute nothing (``shapes.py``). Every new tensor and every collective
+passes by a counter. The result is compared with the formulas of ``train/rank_costs.py``, which predict runs.
+
+Of the micro-batches of a step all but the first are equal, so steps of one and of two are run and the rest is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_hammer.base.tables import align
+from megatron_hammer.config import Config, KernelsConfig
+from megatron_hammer.kernels.linear_cross_entropy import CHUNK_TOKENS
+from megatron_hammer.kernels.packed_sequences import PackedSequences
+from megatron_hammer.kernels.ranges import HEAD
+from megatron_hammer.kernels.selection import TABLES
+from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
+from megatron_hammer.parallel.fake_world import Collective, fake_world, find_collective
+from megatron_hammer.sampling.batch import Batch
+from megatron_hammer.train.build import build
+from megatron_hammer.train.rank_costs import collectives, kept_bytes, state_bytes
+from megatron_hammer.train.step import train_step
+from megatron_hammer.verify.shapes import shape_kernels
+from megatron_hammer.verify.shrink import chosen_kernels
+
+GIB = 2**30
+OUTSIDE = "layers"
+"""Where no range of the model is entered: sums of residuals, inputs of recomputed layers."""
+
+
+@dataclass
+class Counted:
+    """What one rank needs."""
+
+    state: dict[str, int]
+    """Bytes of weights, gradients and optimizer."""
+    kept: dict[str, int]
+    """Bytes of the activations that are kept when the head of the first micro-batch begins, by part of the model."""
+    peak: int
+    """Bytes beyond the state at the worst moment of a step."""
+    collectives: Counter[Collective]
+    """Of a step."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was counted beside the formulas."""
+
+    counted: Counted
+    rows: list[tuple[str, str, str, str]]
+    """Quantity, counted, by the formula, "" or that they differ."""
+    left_out: list[str]
+    """Settings that took no part."""
+
+    @property
+    def differs(self) -> bool:
+        """Whether a formula is wrong, or the program."""
+        return any(row[3] for row in self.rows)
+
+    def table(self) -> list[str]:
+        """For people."""
+        return align([("quantity", "counted", "formula", ""), *self.rows])
+
+    def summary(self) -> list[str]:
+        """Lines for people: memory, and what a rank receives in a step."""
+        state, kept = self.counted.state, self.counted.kept
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in kept.items() if size >= GIB / 200)
+        received: Counter[str] = Counter()
+        for c, times in self.counted.collectives.items():
+            received[c.axis] += c.bytes * times
+        return [
+            f"memory: {sum(state.values()) / GIB:.2f} GiB of state and {self.counted.peak / GIB:.2f} GiB at the worst "
+            f"moment of a step; kept of a micro-batch {sum(kept.values()) / GIB:.2f} GiB ({parts})",
+            "tensors communicated in a step, their whole size: "
+            + (", ".join(f"{axis} {size / GIB:.2f} GiB" for axis, size in received.items()) or "none"),
+        ]
+
+
+class _Counter(TorchDispatchMode):
+    """Sees every operator: new memory by the range in which it was made, and collectives."""
+
+    def __init__(self, ctx: ParallelContext) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ctx, self.ranges, self.calls = ctx, [OUTSIDE], Counter[Collective]()
+        self.alive, self.bytes, self.peak = Counter[str](), 0, 0
+        self.kept: dict[str, int] | None = None
+        self._known = weakref.WeakValueDictionary[int, torch.UntypedStorage]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if called := find_collective(func, args, self.ctx):
+            self.calls[called] += 1
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._known:
+            return
+        self._known[storage._cdata] = storage
+        size, part = storage.nbytes(), self.ranges[-1]
+        self.alive[part] += size
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._forget, part, size)
+
+    def _forget(self, part: str, size: int) -> None:
+        self.alive[part] -= size
+        self.bytes -= size
+
+    @contextmanager
+    def range_of(self, name: str) -> Iterator[None]:
+        """The model and the optimizer say which part runs."""
+        if name == HEAD and self.kept is None:
+            self.kept = {part: size for part, size in self.alive.items() if size}
+        self.ranges.append(name)
+        try:
+            yield
+        finally:
+            self.ranges.pop()
+
+    def begin(self) -> None:
+        """What is there now belongs to nobody."""
+        self.alive.clear()
+        self.calls.clear()
+        self.peak, self.kept = self.bytes, None
+
+
+def count_rank(config: Config, world_size: int, rank: int) -> Counted:
+    """Build and run ``rank`` of ``world_size``; the config is valid for them. Kernels are ours, whatever it chooses."""
+    config = dataclasses.replace(config, kernels=KernelsConfig(loss_chunk_tokens=_chunk_tokens(config)))
+    with fake_world(rank, world_size) if world_size > 1 else _no_world():
+        ctx = build_parallel_context(config.grid(world_size), torch.device("meta"))
+        with _Counter(ctx) as counter:
+            model, optimizer = build(
+                config, ctx, counter.range_of, initial=False, kernels=shape_kernels(_chunk_tokens(config))
+            )
+            model.rope(config.data.seq_length)  # made once
+            store, states = optimizer.store, optimizer.adamw.states
+            own = sum(s.exp_avg.nbytes + s.exp_avg_sq.nbytes + (s.weight.nbytes if s.param is not None else 0)
+                      for s in states)  # fmt: skip
+            state = {"weights": store.params.nbytes, "gradients": store.grads.nbytes, "optimizer": own}
+            steps = []
+            for micro_batches in range(1, min(2, config.grad_accum(world_size)) + 1):
+                batches = [_batch(config) for _ in range(micro_batches)]
+                counter.begin()
+                before = counter.bytes
+                train_step(model, optimizer, batches, config, 1, ctx)
+                steps.append((counter.calls.copy(), counter.peak - before, counter.kept or {}))
+    first, last = steps[0], steps[-1]
+    calls = {c: n + (config.grad_accum(world_size) - 1) * (last[0][c] - n) for c, n in first[0].items()}
+    return Counted(state, first[2], max(first[1], last[1]), Counter(calls))
+
+
+def compare_rank(config: Config, world_size: int, rank: int) -> Comparison:
+    """``count_rank`` beside the formulas, which are exact."""
+    counted = count_rank(config, world_size, rank)
+    rows = []
+    for name, size in state_bytes(config, world_size, rank).items():
+        rows.append(_row(f"bytes of {name}", counted.state[name], size))
+    plain = dataclasses.replace(config, kernels=KernelsConfig())
+    backends = {name: next(row for row in table if row.name != "torch") for name, table in TABLES.items()}
+    rows.append(_row("bytes of activations", sum(counted.kept.values()), kept_bytes(plain, backends)))
+    predicted = collectives(config, world_size, rank, _chunk_tokens(config))
+    for c in sorted({*counted.collectives, *predicted}):
+        what = f"{c.axis}: {c.kind} of {c.bytes:,} bytes, times"
+        rows.append(_row(what, counted.collectives[c], predicted[c]))
+    return Comparison(counted, rows, chosen_kernels(config))
+
+
+def _row(what: str, counted: int, formula: int) -> tuple[str, str, str, str]:
+    return what, f"{counted:,}", f"{formula:,}", "" if counted == formula else "DIFFERENT"
+
+
+def _chunk_tokens(config: Config) -> int:
+    return config.kernels.loss_chunk_tokens or CHUNK_TOKENS["cuda"]
+
+
+def _batch(config: Config) -> Batch[Tensor]:
+    """The shape of a micro-batch; with document masks a sample is one document."""
+    b, s = config.train.micro_batch_size, config.data.seq_length
+    windows = torch.empty((b, s + 1), dtype=torch.int64, device="meta")
+    if config.data.attention_mask != "document":
+        return Batch.from_windows(windows)
+    import numpy as np
+
+    ends = np.arange(0, b * s + 1, s, dtype=np.int32)
+    return Batch.from_windows(windows, documents=PackedSequences.from_cu_seqlens(ends, torch.device("meta")))
+
+
+@contextmanager
+def _no_world() -> Iterator[None]:
+    yield
