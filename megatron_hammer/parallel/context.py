@@ -1,6 +1,6 @@
 """This rank's groups: with whom it shares what. Groups are passed to whatever needs them, never looked up.
 
-``ParallelContext`` has one ``Group`` for each axis of the grid (``grid.py``). A group of size 1 never communicates, so
+``ParallelContext`` has one ``Group`` for each axis of the grid (``grid.py``), and for what sums gradients. A group of size 1 never communicates, so
 one process runs the same code as many.
 """
 
@@ -40,6 +40,10 @@ class ParallelContext:
     tp: Group = field(default_factory=Group)
     cp: Group = field(default_factory=Group)
     dp: Group = field(default_factory=Group)
+    """All ranks that hold the same weights, the ``replicas`` of the grid: those that see other samples or, under context
+    parallelism, another part of the same ones. Gradients and losses are summed over it, without any factor."""
+    samples: Group = field(default_factory=Group)
+    """The grid's axis dp alone: ranks that read different samples. The same group as ``dp`` where cp is 1."""
     pp: Group = field(default_factory=Group)
     kv: Group = field(default_factory=Group)
 
@@ -63,10 +67,12 @@ def build_parallel_context(grid: Grid, device: torch.device, timeout_seconds: fl
         return ParallelContext.single(device)
     rank, size = dist.get_rank(), dist.get_world_size()
     assert size == grid.world_size, f"the process group has {size} ranks, the grid {grid.world_size}"
-    order: tuple[Axis, ...] = ("tp", "cp", "dp", "pp", "kv")
+    order: tuple[Axis, ...] = ("tp", "cp", "replicas", "pp", "kv")
     timeout = None if timeout_seconds is None else datetime.timedelta(seconds=timeout_seconds)
-    groups = {axis: _own_group(grid.groups(axis), rank, timeout) for axis in order}
-    return ParallelContext(device, Group(rank, size), **groups)
+    groups = {str(axis): _own_group(grid.groups(axis), rank, timeout) for axis in order}
+    dp = groups.pop("replicas")
+    samples = dp if grid.cp == 1 else _own_group(grid.groups("dp"), rank, timeout)
+    return ParallelContext(device, Group(rank, size), dp=dp, samples=samples, **groups)
 
 
 def _own_group(partition: list[list[int]], rank: int, timeout: datetime.timedelta | None) -> Group:

@@ -17,9 +17,10 @@ Every rank has one place on each of four axes, and the ranks are counted with th
 What talks most lies side by side, on the fastest links; what talks least, the pipeline, is cut first. An axis of size 1
 never communicates.
 
-The fifth name, ``kv``, is no axis of its own. With more tensor-parallel ranks than query groups, each query group's key
-and value heads are held by ``kv`` neighbouring tensor-parallel ranks, which are a group of their own: with TP 4 and 2
-query groups, {0 1} {2 3} {4 5} {6 7} above.
+Two more names are no axes of their own. ``replicas`` are the axes dp and cp together: the ranks that hold the same
+weights, over which gradients and the counts of a loss are summed and the optimizer's state is divided. And with more
+tensor-parallel ranks than query groups, each query group's key and value heads are held by ``kv`` neighbouring
+tensor-parallel ranks, which are a group of their own: with TP 4 and 2 query groups, {0 1} {2 3} {4 5} {6 7} above.
 
 Pure arithmetic: nothing here communicates; ``context.py`` makes the groups. Needs no torch.
 """
@@ -30,7 +31,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Axis = Literal["pp", "dp", "cp", "tp", "kv"]
+Axis = Literal["pp", "dp", "cp", "tp", "kv", "replicas"]
 AXES: tuple[Axis, ...] = ("pp", "dp", "cp", "tp")
 """Slowest first: the rank changes by one along the last."""
 
@@ -51,6 +52,11 @@ class Grid:
         """Number of ranks."""
         return math.prod(self.size(axis) for axis in AXES)
 
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights."""
+        return self.dp * self.cp
+
     def size(self, axis: Axis) -> int:
         """Number of ranks along an axis."""
         return int(getattr(self, axis))
@@ -60,7 +66,8 @@ class Grid:
         if axis == "kv":
             starts = range(0, self.tp, self.kv)
             return [row[start : start + self.kv] for row in self.groups("tp") for start in starts]
-        size, stride = self.size(axis), math.prod(self.size(a) for a in AXES[AXES.index(axis) + 1 :])
+        last: Axis = "cp" if axis == "replicas" else axis
+        size, stride = self.size(axis), math.prod(self.size(a) for a in AXES[AXES.index(last) + 1 :])
         firsts = [rank for rank in range(self.world_size) if rank // stride % size == 0]
         return [list(range(first, first + size * stride, stride)) for first in firsts]
 

@@ -23,11 +23,12 @@ def test_groups_of_the_drawing() -> None:
 
 
 def test_all_four_axes() -> None:
-    """World 16 as [pp, dp, cp, tp] = [2, 2, 2, 2]: each axis strides over those after it."""
+    """World 16 as [pp, dp, cp, tp] = [2, 2, 2, 2]: each axis strides over those after it; dp x cp are the replicas."""
     grid = build_grid(16, tp=2, cp=2, pp=2)
     assert grid.dp == 2 and grid.world_size == 16
     starts = {axis: grid.groups(axis)[0] for axis in AXES}
     assert starts == {"pp": [0, 8], "dp": [0, 4], "cp": [0, 2], "tp": [0, 1]}
+    assert grid.groups("replicas") == [[0, 2, 4, 6], [1, 3, 5, 7], [8, 10, 12, 14], [9, 11, 13, 15]]
 
 
 @pytest.mark.parametrize("sizes", list(itertools.product((1, 2, 3), repeat=4)))
@@ -35,7 +36,7 @@ def test_every_axis_partitions_the_world(sizes: tuple[int, int, int, int]) -> No
     pp, dp, cp, tp = sizes
     grid = build_grid(pp * dp * cp * tp, tp=tp, cp=cp, pp=pp)
     assert grid.dp == dp
-    for axis in AXES:
+    for axis in (*AXES, "replicas"):
         groups = grid.groups(axis)
         assert sorted(rank for group in groups for rank in group) == list(range(grid.world_size))
         assert {len(group) for group in groups} == {grid.size(axis)}
@@ -52,11 +53,15 @@ def test_copies_of_key_and_value_heads(tp: int, groups: int, copies: int) -> Non
     assert build_grid(8, tp=tp, query_groups=groups).kv == copies
 
 
-def _own_groups(rank: int) -> dict[str, tuple[int, int, float]]:
-    """(position, size, sum of the members' ranks over a real collective) on each axis."""
-    ctx = build_parallel_context(build_grid(8, tp=4, query_groups=2), torch.device("cpu"))
+GROUPS = {"pp": "pp", "dp": "replicas", "samples": "dp", "cp": "cp", "tp": "tp", "kv": "kv"}
+"""What each group of the context is in the grid."""
+
+
+def _own_groups(rank: int, grid: Grid) -> dict[str, tuple[int, int, float]]:
+    """(position, size, sum of the members' ranks over a real collective) of each group."""
+    ctx = build_parallel_context(grid, torch.device("cpu"))
     found = {}
-    for axis in (*AXES, "kv"):
+    for axis in GROUPS:
         group, total = getattr(ctx, axis), torch.tensor(float(rank))
         if group.size > 1:
             dist.all_reduce(total, group=group.handle)
@@ -64,12 +69,12 @@ def _own_groups(rank: int) -> dict[str, tuple[int, int, float]]:
     return found
 
 
-def test_the_context_is_made_of_the_grid() -> None:
-    grid = build_grid(8, tp=4, query_groups=2)
-    for rank, found in enumerate(run_distributed(8, _own_groups)):
-        for axis in (*AXES, "kv"):
+@pytest.mark.parametrize("grid", [build_grid(8, tp=4, query_groups=2), build_grid(8, tp=2, cp=2)], ids=str)
+def test_the_context_is_made_of_the_grid(grid: Grid) -> None:
+    for rank, found in enumerate(run_distributed(8, _own_groups, grid)):
+        for name, axis in GROUPS.items():
             members = next(group for group in grid.groups(axis) if rank in group)
-            assert found[axis] == (members.index(rank), len(members), float(sum(members))), (rank, axis)
+            assert found[name] == (members.index(rank), len(members), float(sum(members))), (rank, name)
 
 
 def _timeouts(rank: int) -> list[float | None]:
