@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_hammer.parallel.sequence_split import SequenceShare
+
 
 @dataclass(frozen=True)
 class PackedKeys:
@@ -83,6 +85,20 @@ class PackedSequences:
         positions = np.arange(cu_seqlens[-1], dtype=np.int64) - np.repeat(cu_seqlens[:-1], lengths)
         return cls(
             tuple(lengths.tolist()), on_device(cu_seqlens.astype(np.int32), device), on_device(positions, device)
+        )
+
+    @classmethod
+    def from_share(cls, share: SequenceShare, device: torch.device) -> PackedSequences:
+        """From a rank's share of a micro-batch on the host; the copies to a GPU are asynchronous."""
+        lengths, keys = share.lengths, share.key_lengths
+        ends, key_ends = (np.concatenate(([0], of.cumsum())).astype(np.int32) for of in (lengths, keys))
+        return cls(
+            tuple(lengths.tolist()),
+            on_device(ends, device),
+            on_device(share.positions, device),
+            PackedKeys(
+                tuple(keys.tolist()), on_device(key_ends, device), on_device(share.key_rows, device), share.shards
+            ),
         )
 
 

@@ -1,7 +1,7 @@
 """This rank's groups: with whom it shares what. Groups are passed to whatever needs them, never looked up.
 
-``ParallelContext`` has one ``Group`` for each axis of the grid (``grid.py``), and for what sums gradients. A group of size 1 never communicates, so
-one process runs the same code as many.
+``ParallelContext`` has one ``Group`` for each axis of the grid (``grid.py``), and one for what sums gradients. A group
+of size 1 never communicates, so one process runs the same code as many.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class ParallelContext:
     tp: Group = field(default_factory=Group)
     cp: Group = field(default_factory=Group)
     dp: Group = field(default_factory=Group)
-    """All ranks that hold the same weights, the ``replicas`` of the grid: those that see other samples or, under context
-    parallelism, another part of the same ones. Gradients and losses are summed over it, without any factor."""
+    """All ranks that hold the same weights, the ``replicas`` of the grid: those that see other samples and, under
+    context parallelism, other parts of the same ones. Gradients and losses are summed over it, without any factor."""
     samples: Group = field(default_factory=Group)
     """The grid's axis dp alone: ranks that read different samples. The same group as ``dp`` where cp is 1."""
     pp: Group = field(default_factory=Group)

@@ -48,3 +48,21 @@ def test_batches_are_made_without_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_part_of_a_batch() -> None:
+    """Under context parallelism: tokens, labels, weights and sources of the same places, documents as stretches."""
+    windows = np.arange(34).reshape(2, 17)
+    weights = windows[:, 1:] / np.float32(100)
+    for documents in (None, np.array([0, 3, 16, 27, 32], np.int32)):
+        whole = Batch.from_windows(windows, weights, documents, np.array([7, 9]))
+        parts = [whole.shard(rank, 4) for rank in range(4)]
+        for part in parts:
+            assert part.tokens.shape == part.labels.shape == (2, 4) and np.array_equal(part.labels, part.tokens + 1)
+            assert part.loss_weights is not None and np.array_equal(part.loss_weights, part.labels / np.float32(100))
+            assert part.sources is not None and np.array_equal(part.sources, np.where(part.tokens < 17, 7, 9))
+            packed = part.to(CPU).documents
+            assert isinstance(packed, PackedSequences) and packed.keys is not None and packed.keys.shards == 4
+            assert sum(packed.lengths) == 8 and packed.positions.shape == (8,)
+        assert sorted(np.concatenate([part.tokens.ravel() for part in parts])) == sorted(whole.tokens.ravel())
+    assert whole.shard(0, 1) is whole
