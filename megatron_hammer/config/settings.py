@@ -112,6 +112,9 @@ class ParallelConfig:
     gradient_bucket_bytes: Free[int] = 64 * 2**20
     """Size of one fp32 gradient bucket: a bucket's reduce-scatter starts as soon as its last gradient is there. On more
     than 64 data-parallel ranks a bucket grows with them, so that a rank's share of it (1 MiB) does not shrink."""
+    overlap_param_gather: Free[bool] = True
+    """After an update, let the gather of the new weights run beside the next forward, which waits for each bucket when
+    its first layer needs it. false: wait for all of them at once. The numbers are the same."""
     timeout_seconds: Free[int] = 600
     """How long a rank waits for the others in one collective."""
 

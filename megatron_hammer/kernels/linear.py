@@ -87,6 +87,10 @@ class GradientStore(Protocol):
         """
         ...
 
+    def acquire(self, part: str) -> None:
+        """Say that a part of the model (``Parameter.part``) computes next: its weights are there on return."""
+        ...
+
 
 class Products:
     """Products in the dtype of the tensors, accumulated in fp32 by the matrix library."""

@@ -153,6 +153,11 @@ class Stage(nn.Module):
         """Where the gradient of ``head_weight`` is summed."""
         return self.embedding.gradient if self.is_tied else self.head.gradient
 
+    def _acquire(self, part: str) -> None:
+        """Have the store see to it that the weights of a part, which computes next, are there."""
+        if self.options.store is not None:
+            self.options.store.acquire(part)
+
     def hidden(
         self, tokens: Tensor, documents: PackedSequences | None = None, received: Tensor | None = None
     ) -> Tensor:
@@ -168,6 +173,8 @@ class Stage(nn.Module):
             tokens = tokens.reshape(1, -1)  # [1, b s]
             rope = (rope[0][documents.positions], rope[1][documents.positions])
         assert (received is None) == self.placement.has_embedding, "the first stage receives nothing, all others do"
+        if received is None:
+            self._acquire("embedding")
         with self.range_of(EMBEDDING):
             x, branch, told = self.embedding(tokens.t()) if received is None else received, None, documents
         # Evaluation comes in many shapes: it is never compiled.
@@ -180,9 +187,11 @@ class Stage(nn.Module):
                 forward = layer if run is None else partial(run, layer)
                 if run is not None:
                     x = ready_after(x, gradients_of(layer))
+                self._acquire(f"layers.{i}")
                 x, branch = self.recompute.layer(i, forward, self.layers_region, x, branch, rope, told)
         if not self.placement.has_head:
             return x if branch is None else x + branch
+        self._acquire("final_norm")
         with self.range_of(NORM):
             normed, _ = self.final_norm(x, branch)
         return normed
@@ -213,6 +222,7 @@ class Stage(nn.Module):
         x = self.hidden(tokens, documents, received)
         if not self.placement.has_head:
             return x
+        self._acquire("embedding" if self.is_tied else "head")
         weight, gradient = self.head_weight, self.head_gradient
         with self.range_of(HEAD):
             return head_loss(x, weight, labels, self.vocab_size, self.options, objective, gradient, self.is_tied)
@@ -220,7 +230,9 @@ class Stage(nn.Module):
     @torch.no_grad()
     def logits(self, tokens: Tensor, documents: PackedSequences | None = None) -> Tensor:
         """[b, s] int64 -> [b, s, v] over the true vocabulary, gathered on every rank: for proofs, not for training."""
-        columns = layers.column_parallel(self.hidden(tokens, documents), self.head_weight, self.options)
+        x = self.hidden(tokens, documents)
+        self._acquire("embedding" if self.is_tied else "head")
+        columns = layers.column_parallel(x, self.head_weight, self.options)
         columns = columns.permute(2, 1, 0)  # [v/t, b, s]
         gathered = all_gather_rows(columns, self.options.tp)[: self.vocab_size]
         return gathered.permute(1, 2, 0).reshape(*tokens.shape, -1)

@@ -67,6 +67,12 @@ class Parameter:
     """Whether weight decay applies: matrices yes, norms no."""
 
     @property
+    def part(self) -> str:
+        """The part of the model that computes with it: embedding, layers.3, final_norm or head."""
+        first, second, *_ = self.name.split(".")
+        return f"{first}.{second}" if first == "layers" else first
+
+    @property
     def numel(self) -> int:
         """Number of local elements, padding included."""
         rows, *cols = self.shape

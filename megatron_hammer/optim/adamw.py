@@ -53,18 +53,20 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float, divisor: Tensor, applied: Tensor) -> None:
-        """Update the shards and gather the new weights. Communicates over dp.
+        """Update the shards and start to gather the new weights. Communicates over dp.
 
         Args:
             divisor: fp32 device scalar by which gradients are divided.
             applied: device bool, equal on all ranks; where false nothing changes.
         """
+        self.store.wait()  # for an update that no forward has read: it may still be on its way to the others
         self.kernels.update(self.states, self.updates, lr, self.config, divisor, (~applied).float())
         self.store.gather()
 
     @torch.no_grad()
     def copy_params_from_masters(self) -> None:
         """Round this rank's masters to the model's dtype and gather everybody's. Communicates over dp."""
+        self.store.wait()
         for state in self.states:
             if state.param is not None:
                 state.param.copy_(state.weight)
@@ -73,12 +75,14 @@ class AdamW:
     @torch.no_grad()
     def copy_masters_from_params(self) -> None:
         """Start from the weights that the model has now."""
+        self.store.wait()
         for state in self.states:
             if state.param is not None:
                 state.weight.copy_(state.param)
 
     def shards(self) -> list[Shard]:
         """This rank's part of the logical state: views, so that loading writes straight into the optimizer."""
+        self.store.wait()
         return list(self._shards())
 
     def _shards(self) -> Iterator[Shard]:

@@ -2,7 +2,7 @@
 
 One step, as ``train/step.py`` runs it: the micro-batches' backward fills the store (``store.begin``), and the last one
 starts the reduction of the gradients; ``clip_grad_norm`` finishes it and takes the norm; ``step`` updates the shards,
-or not, on every rank, where the norm is not finite, and gathers the weights.
+or not, on every rank, where the norm is not finite, and starts to gather the weights, which forward waits for.
 """
 
 from __future__ import annotations

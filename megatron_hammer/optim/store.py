@@ -16,7 +16,10 @@ It is made from the parameter table, before the model, which takes its weights f
                 has arrived starts its reduce-scatter, while backward still runs
     reduce      waits for the buckets, and sums what tensor-parallel ranks hold in common
     stretches   what an optimizer updates: this rank's shards of weights and gradients
-    gather      brings every rank's updated shards together
+    gather      starts to bring every rank's updated shards together, the bucket that forward needs first before the
+                others
+    acquire     before a part of the model computes, in the next forward: waits for its buckets
+    wait        before anybody else reads or writes weights: waits for all
 
 On one rank it is the same code with groups of size 1. Nothing here waits for the device. Another way of sharding is
 another class with these methods: ZeRO stage 2 would keep no gradient after its bucket's reduce-scatter than the rank's
@@ -58,6 +61,8 @@ class Row(ParameterLike, Protocol):
     def slices(self) -> Sequence[SummedSlice]: ...
     @property
     def decay(self) -> bool: ...
+    @property
+    def part(self) -> str: ...
 
 
 @dataclass(eq=False)
@@ -72,6 +77,8 @@ class Bucket:
     """Those of which the gradient of the running micro-batch has not arrived yet."""
     handle: Any = None
     """Of the reduce-scatter under way."""
+    gathering: Any = None
+    """Handle of the all-gather under way."""
 
 
 class StoredGradient:
@@ -144,6 +151,7 @@ class FlatStore:
         dtype: of the weights.
         bucket_bytes: size of a bucket's gradients, at least; with many ranks more (``bucket_elements``).
         range_of: entered around each addition to a gradient, for a profiler.
+        overlap_gather: leave the gather of updated weights under way until forward needs them; false: wait at once.
     """
 
     def __init__(
@@ -153,8 +161,9 @@ class FlatStore:
         ctx: ParallelContext,
         bucket_bytes: int,
         range_of: Range = no_range,
+        overlap_gather: bool = True,
     ) -> None:
-        self.range_of = range_of
+        self.range_of, self.overlap_gather = range_of, overlap_gather
         self.table, self.ctx = tuple(table), ctx
         self.offsets, self.buckets = lay_out(
             [p.numel for p in self.table], bucket_elements(bucket_bytes, ctx.dp.size), ctx.dp.size
@@ -167,6 +176,10 @@ class FlatStore:
         self.gradients = [
             StoredGradient(self, i, bucket_of[i], self._own_view(self.grads, i)) for i in range(len(self.table))
         ]
+        self._buckets_of: dict[str, list[Bucket]] = {}
+        for bucket in reversed(self.buckets):  # as they are gathered
+            for part in {self.table[i].part for i in bucket.parameters}:
+                self._buckets_of.setdefault(part, []).append(bucket)
         self._untaken = iter(range(len(self.table)))
         self.version = 0
         self.first = self.last = False
@@ -182,6 +195,11 @@ class FlatStore:
         row = self.table[index]
         assert shape == tuple(row.shape), f"{row.name} is {shape} in the model, {tuple(row.shape)} in the table"
         return self.weights[index], self.gradients[index]
+
+    def acquire(self, part: str) -> None:
+        """Wait for the weights of a part of the model, which were updated and may be on their way."""
+        for bucket in self._buckets_of[part]:
+            _wait_for(bucket)
 
     def check(self, model: nn.Module) -> None:
         """That a model has taken its weights from here, each under its name in the table."""
@@ -214,14 +232,19 @@ class FlatStore:
             _sum_in_one_message(views, group)
 
     def gather(self) -> None:
-        """Bring every rank's shards of the weights together: after an update. Communicates over dp."""
+        """Start to bring every rank's shards of the weights together: after an update. Communicates over dp."""
+        self.wait()
         self.version += 1
-        handles = [
-            all_gather_into(self.params[b.start : b.stop], self.params[self._shard_range(b)], self.ctx.dp)
-            for b in self.buckets
-        ]
-        for handle in handles:
-            handle.wait()
+        for b in reversed(self.buckets):  # the order of forward
+            shard = self.params[self._shard_range(b)]
+            b.gathering = all_gather_into(self.params[b.start : b.stop], shard, self.ctx.dp)
+        if not self.overlap_gather:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until all weights are there: before anybody but the model reads them, or writes them."""
+        for bucket in self.buckets:
+            _wait_for(bucket)
 
     # ---- for the optimizer -----------------------------------------------------------------------------------------
 
@@ -318,6 +341,12 @@ def lay_out(sizes: Sequence[int], bucket_elements: int, dp_size: int) -> tuple[l
             if i:
                 buckets.append(Bucket(at, at, []))
     return offsets, buckets
+
+
+def _wait_for(bucket: Bucket) -> None:
+    if bucket.gathering is not None:
+        bucket.gathering.wait()
+        bucket.gathering = None
 
 
 def _sum_in_one_message(views: list[Tensor], group: Group) -> None:

@@ -85,7 +85,8 @@ def build(
     placement, dtype = config.placement(ctx.tp.rank), dtype or DTYPES[config.train.precision]
     kernels = kernels or _chosen(config, dataclasses.replace(kernel_requirements(config, ctx.device), dtype=dtype))
     table = parameter_table(config.model, placement)
-    store = FlatStore(table, dtype, ctx, config.parallel.gradient_bucket_bytes, range_of)
+    parallel = config.parallel
+    store = FlatStore(table, dtype, ctx, parallel.gradient_bucket_bytes, range_of, parallel.overlap_param_gather)
     model = build_stage(
         config.model,
         ctx,

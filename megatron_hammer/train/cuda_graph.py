@@ -92,6 +92,7 @@ class GraphedMicroBatch:
         if not self.replays:
             self._record(model, batch, inputs, z_loss, firsts=[True] if last else [True, False])
         store.begin(first, last)
+        store.wait()  # what is recorded waits for nothing that was started outside
         assert len(inputs) == len(self.inputs), "some micro-batches have loss weights and others have none"
         for place, value in zip(self.inputs, inputs, strict=True):
             assert place.shape == value.shape, f"recorded for {tuple(place.shape)}, given {tuple(value.shape)}"
@@ -107,6 +108,7 @@ class GraphedMicroBatch:
     ) -> None:
         """For the first micro-batch of a step and for the others; what this leaves in the sums is written over."""
         assert batch.documents is None, "under document masks the shapes differ from one micro-batch to the next"
+        self.store.wait()
         self.inputs = tuple(t.clone(memory_format=torch.contiguous_format) for t in inputs)
         share, tokens, labels = self.inputs[:3]
         placed = Batch(tokens, labels, None if batch.loss_weights is None else self.inputs[3])

@@ -126,6 +126,7 @@ def state_pieces(optimizer: Optimizer) -> Iterator[Piece]:
 
 def model_pieces(optimizer: Optimizer) -> Iterator[Piece]:
     """All weights that this rank's model has, copies included."""
+    optimizer.store.wait()
     for row, weight in zip(optimizer.store.table, optimizer.store.weights, strict=True):
         yield from _cut("model", row, 0, row.numel, weight.detach().flatten())
 

@@ -100,6 +100,8 @@ def logical_parts(model: Stage, config: Config, ctx: ParallelContext, grads: boo
     weights = dict(model.named_parameters())
     parts: dict[str, Tensor] = {}
     for p in parameter_table(config.model, model.placement):
+        if model.options.store is not None:
+            model.options.store.acquire(p.part)
         local = weights[p.name].grad if grads else weights[p.name].detach()
         assert local is not None
         for s in p.slices:

@@ -69,6 +69,7 @@ def _poisoned(rank: int, config: Config) -> tuple[bool, bool, bool]:
     states = optimizer.adamw.states
     state = [optimizer.store.params, optimizer.adamw.updates]
     state += [tensor for s in states for tensor in (s.weight, s.exp_avg, s.exp_avg_sq)]
+    optimizer.store.wait()
     before = [x.clone() for x in state]
     victim = gradients_of(model.layers["1"])[-1]  # of mlp.down
     add = victim.add
@@ -84,6 +85,7 @@ def _poisoned(rank: int, config: Config) -> tuple[bool, bool, bool]:
         victim.add = poisoned  # type: ignore[method-assign]
     applied = bool(train_step(model, optimizer, rank_batches(config, 2, ctx), config, 2, ctx).applied)
     victim.add = add  # type: ignore[method-assign]
+    optimizer.store.wait()
     same = all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
     report = train_step(model, optimizer, rank_batches(config, 3, ctx), config, 3, ctx)
     return applied, same, bool(report.applied)

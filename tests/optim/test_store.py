@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,8 +14,11 @@ import torch
 from megatron_hammer.config import Config
 from megatron_hammer.model.llama import build_stage, gradients_of
 from megatron_hammer.model.parameters import parameter_table
+from megatron_hammer.optim import store as store_module
 from megatron_hammer.optim.store import FlatStore, bucket_elements, lay_out
+from megatron_hammer.parallel.collectives import all_gather_into
 from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.model.tiny import build, make_context, rank_batches, tiny_config
 
@@ -103,6 +108,49 @@ def _gradient_norm(rank: int, config: Config) -> tuple[float, Any]:
         optimizer.store.begin(first=i == 0, last=i == len(batches) - 1)
         model(batch.tokens, batch.labels).sum().backward()
     return float(optimizer.clip_grad_norm(1.0)), None
+
+
+class _Lazy:
+    """A gather that happens when somebody waits for it, and not before."""
+
+    def __init__(self, waited: list[int], full: torch.Tensor, *rest: Any) -> None:
+        self.waited, self.full, self.rest = waited, full, rest
+
+    def wait(self) -> None:
+        all_gather_into(self.full, *self.rest).wait()
+        self.waited.append(self.full.data_ptr())
+
+
+def _weights_after(rank: int, config: Config) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
+    """Weights after two steps, and which buckets were waited for: in the update, and before each part of a forward."""
+    ctx, waited = make_context(config), list[int]()
+    with mock.patch.object(store_module, "all_gather_into", partial(_Lazy, waited)):
+        model, optimizer = build(config, ctx)
+        store, batches = optimizer.store, rank_batches(config, 1, ctx)
+        order = [b.start * 4 + store.params.data_ptr() for b in store.buckets]
+        seen: list[list[int]] = []
+        for step in (1, 2):
+            train_step(model, optimizer, batches, config, step, ctx)
+            seen.append([order.index(at) for at in waited])
+            waited.clear()
+        with torch.no_grad():
+            for part in ("embedding", "layers.0"):
+                store.acquire(part)
+                seen.append([order.index(at) for at in waited])
+        store.wait()
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}, seen
+
+
+def test_forward_waits_for_a_bucket_when_it_needs_it() -> None:
+    """The gather of updated weights runs beside the next forward; equal bits, whether it is waited for at once."""
+    late = run_distributed(2, _weights_after, tiny_config())
+    at_once = run_distributed(2, _weights_after, tiny_config(parallel__overlap_param_gather=False))
+    for (weights, seen), (expected, seen_at_once) in zip(late, at_once, strict=True):
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+        last = max(seen[1])  # buckets are numbered from the head to the embedding
+        assert seen[0] == [] and seen[1] == list(range(last, -1, -1)), "each once, in the order of forward"
+        assert seen[2] == [last] and 0 < len(seen[3]) < last, "what the embedding needs, then what the next layer does"
+        assert seen_at_once[0] and not seen_at_once[2]
 
 
 @pytest.mark.parametrize("tp, sp", [(2, True), (4, True), (8, False), (8, True)])

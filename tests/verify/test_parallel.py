@@ -76,6 +76,7 @@ def _gathered_early() -> Any:
     def gather(self: FlatStore) -> None:
         old = self.params[: self.buckets[0].stop].clone() if not self.version else None
         real(self)
+        self.wait()
         if old is not None:
             self.params[: self.buckets[0].stop] = old
 
@@ -88,6 +89,7 @@ def _shards_swapped() -> Any:
 
     def gather(self: FlatStore) -> None:
         real(self)
+        self.wait()
         for bucket in self.buckets:
             half = (bucket.stop - bucket.start) // 2
             first = self.params[bucket.start : bucket.start + half].clone()
