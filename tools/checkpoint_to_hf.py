@@ -19,9 +19,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: that of the training run")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one weights file (default: 5GB)")
     parser.add_argument("--tokenizer", choices=("exact", "as-is", "none"), default="exact",
-                        help="exact: one that transformers loads, proved to give the same ids (default). For a "
-                        "tokenizer of which there is none (unigram, normalising): as-is, its files unchanged, or none; "
-                        "the certificate then says why")  # fmt: skip
+                        help="exact: one that transformers loads, proved to give the same ids (default): a "
+                        "tokenizer.json, or the sentencepiece model where there is none. For a tokenizer that has "
+                        "neither: as-is, its files unchanged, or none; the certificate then says why")  # fmt: skip
     arguments = parser.parse_args()
 
     from megatron_hammer.huggingface.export import certificate_line, export_hf, parse_size

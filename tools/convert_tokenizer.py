@@ -5,10 +5,11 @@
 
     python tools/convert_tokenizer.py qwen.tiktoken hf_qwen/ --special-tokens '<|endoftext|>' '<|im_start|>'
 
-From a sentencepiece .model or a .tiktoken vocabulary, tokenizer.json is derived; a given tokenizer.json (or a folder
-with one) is copied and its settings are completed. The folder appears under its name only after AutoTokenizer has
-loaded it and given equal ids and equal text on all that the proof compares; otherwise nothing is left. More texts are
-compared by tools/verify_tokenizer.py.
+From a sentencepiece .model or a .tiktoken vocabulary, tokenizer.json is derived; where none can give the ids of a
+.model (unigram, word, models that normalise characters), the folder holds that, and AutoTokenizer loads a class that
+calls sentencepiece. A given tokenizer.json (or a folder with one) is copied and its settings are completed. The folder
+appears under its name only after AutoTokenizer has loaded it and given equal ids, and with a tokenizer.json equal text,
+on all that the proof compares; otherwise nothing is left. More texts are compared by tools/verify_tokenizer.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import time
 
 from megatron_hammer.base.cli import ArgumentParser, run
-from megatron_hammer.tokenizer.convert import publish_tokenizer
+from megatron_hammer.tokenizer.convert import form_line, publish_tokenizer
 from megatron_hammer.tokenizer.tiktoken_backend import add_tiktoken_pattern
 
 
@@ -31,11 +32,12 @@ def main() -> None:
     args = parser.parse_args()
 
     started = time.monotonic()
-    tokenizer = publish_tokenizer(args.tokenizer, args.output, args.tiktoken_pattern, args.special_tokens)
+    tokenizer, why = publish_tokenizer(args.tokenizer, args.output, args.tiktoken_pattern, args.special_tokens)
     if tokenizer.assumption:
         print(f"note: {tokenizer.assumption}")
     print(f"{args.output}: {tokenizer.vocab_size:,} ids, proved equal to {tokenizer.path}, "
           f"{time.monotonic() - started:.1f} s")  # fmt: skip
+    print(f"form: {form_line(why)}")
 
 
 if __name__ == "__main__":

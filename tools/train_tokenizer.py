@@ -8,8 +8,8 @@ normalisation, no dummy prefix; unk 0, bos 1, eos 2. Line breaks inside document
 same model, whatever the order of the files and the number of threads. Beside it a manifest says what it was made of:
 inputs with their hashes, settings, sizes.
 
-Unigram models can be used wherever a .model can, but not converted to a tokenizer.json: a model trained with one is
-exported with the .model as it is, or without a tokenizer (checkpoint_to_hf.py --tokenizer as-is|none).
+Unigram models can be used wherever a .model can, but not converted to a tokenizer.json: an export holds the .model, and
+transformers loads it in a class that calls sentencepiece.
 """
 
 from __future__ import annotations

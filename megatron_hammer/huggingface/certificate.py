@@ -39,6 +39,7 @@ from megatron_hammer.config import ModelConfig
 from megatron_hammer.huggingface.config import CONFIG, GENERATION_CONFIG, model_config_from_hf, read_json
 from megatron_hammer.huggingface.export import CERTIFICATE, certificate_line
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors, one_thread
+from megatron_hammer.tokenizer.model_folder import form_of_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -212,7 +213,7 @@ def prepare_inputs(
     inputs = {name: ids[:length] for name, ids in texts.items()}
     facts = {n: {"xxh3_128": hash_bytes(text.encode()), "num_tokens": len(texts[n])} for n, text in TEXTS.items()}
     fingerprint = manifest.tokenizer.fingerprint if manifest.tokenizer else ""
-    return inputs, {"present": True, "fingerprint": fingerprint, "inputs": facts}
+    return inputs, {"present": True, **form_of_folder(folder), "fingerprint": fingerprint, "inputs": facts}
 
 
 def check_tokenizer(manifest: Manifest, ours_folder: Path, folder: Path) -> dict[str, list[int]]:

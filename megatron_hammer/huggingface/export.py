@@ -39,7 +39,7 @@ from megatron_hammer.huggingface.config import (
     write_json,
 )
 from megatron_hammer.huggingface.weights import DEFAULT_SHARD_BYTES, one_thread, write_weight_files
-from megatron_hammer.tokenizer.convert import conversion_obstacle, convert_tokenizer
+from megatron_hammer.tokenizer.convert import conversion_obstacle, convert_tokenizer, form_line
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.reader_settings import padding_id
@@ -148,7 +148,9 @@ def write_hf(
         tokenizer = load_tokenizer(tokenizer_folder)
         check_vocabulary(tokenizer, model)
         if form == "exact":
-            _convert(tokenizer, folder, documents_begin_with(manifest, tokenizer.bos_id), model)
+            begin_with_bos = documents_begin_with(manifest, tokenizer.bos_id)
+            if why := _convert(tokenizer, folder, begin_with_bos, model):
+                note(f"the tokenizer is exported as {form_line(why)}")
         else:
             unproved = conversion_obstacle(tokenizer) or f"--tokenizer {form} was asked for"
             if form == "as-is":
@@ -166,10 +168,10 @@ def write_hf(
     return unproved
 
 
-def _convert(tokenizer: Tokenizer, folder: Path, begin_with_bos: bool | None, model: ModelConfig) -> None:
+def _convert(tokenizer: Tokenizer, folder: Path, begin_with_bos: bool | None, model: ModelConfig) -> str:
     """``convert_tokenizer``, whose refusal names the other forms too."""
     try:
-        convert_tokenizer(tokenizer, folder, begin_with_bos, model.max_position_embeddings)
+        return convert_tokenizer(tokenizer, folder, begin_with_bos, model.max_position_embeddings)
     except RefusedError as error:
         remedy = f"{error.remedy}; or export the weights with --tokenizer as-is or none"
         raise RefusedError(error.number, error.what, error.rule, remedy) from None

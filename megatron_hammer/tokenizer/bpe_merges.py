@@ -36,7 +36,7 @@ def not_expressible(path: Path, rule: str) -> RefusedError:
     """E501: the error for a model that uses something which no tokenizer.json has."""
     return RefusedError(
         1, str(path), f"{rule}, which a tokenizer.json cannot reproduce exactly",
-        "train or choose a BPE model with byte fallback, identity normalisation and whitespace kept",
+        "the folder gets the model itself, in a class that calls sentencepiece",
     )  # fmt: skip
 
 
@@ -51,11 +51,16 @@ def derive_merges(proto: Any, path: Path) -> tuple[list[Pair], list[str]]:
     Raises:
         RefusedError: E501 where a merge cannot be written down.
     """
-    mergeable = [p for p in proto.pieces if p.type in (p.NORMAL, p.USER_DEFINED, p.UNUSED) and p.piece != "\0"]
+    # A piece with a raw space is never met: spaces are escaped before.
+    mergeable = [
+        p
+        for p in proto.pieces
+        if p.type in (p.NORMAL, p.USER_DEFINED, p.UNUSED) and p.piece != "\0" and " " not in p.piece
+    ]
     scores = {piece.piece: piece.score for piece in mergeable}
     ids = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     emitted = {piece.piece for piece in mergeable if not is_never_emitted(piece)}
-    symbols = [p.piece for p in mergeable if p.type == p.USER_DEFINED and " " not in p.piece]
+    symbols = [p.piece for p in mergeable if p.type == p.USER_DEFINED]
     has_symbol = re.compile("|".join(map(re.escape, symbols)) if symbols else "(?!)").search
 
     last_pairs: dict[str, Pair] = {}  # piece: the pair that always makes it

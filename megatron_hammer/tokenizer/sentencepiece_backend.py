@@ -65,6 +65,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.fingerprint = _fingerprint_model(facts)
 
     @property
+    def removes_extra_spaces(self) -> bool:
+        """Whether the model drops spaces at both ends of a text and all but one of each run."""
+        return bool(self._facts.settings["remove_extra_whitespaces"])
+
+    @property
     def _sentencepiece(self) -> Any:
         """The library's processor, loaded when it is first needed."""
         if self._processor is None:

@@ -26,6 +26,7 @@ from megatron_hammer.huggingface.export import documents_begin_with, export_hf, 
 from megatron_hammer.huggingface.importing import import_hf
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors, plan_files
 from megatron_hammer.model.parameters import EMBEDDING, HEAD, logical_shapes
+from megatron_hammer.tokenizer import conversion_proof
 from megatron_hammer.tokenizer.convert import export_note
 from megatron_hammer.tokenizer.load import load_tokenizer
 from tests.checkpoint.layouts import random_logical, tiny_model, write_layout
@@ -422,29 +423,52 @@ def test_help_needs_no_torch(tool):
 
 
 @pytest.fixture(scope="module")
-def normalising(tmp_path_factory):
-    """Tokenizers of which there is no exact form: unigram, and BPE with sentencepiece's default normalisation."""
+def kinds(tmp_path_factory):
+    """Tokenizers without a tokenizer.json: unigram, sentencepiece's default, and one without any exact form."""
     import sentencepiece
 
     from megatron_hammer.huggingface.certificate import TEXTS
 
     folder, found = tmp_path_factory.mktemp("kinds"), {}
     (folder / "text.txt").write_text("\n".join(TEXTS.values()) * 3)
-    for name, kind, rule in (("unigram", "unigram", "identity"), ("nmt_nfkc", "bpe", "nmt_nfkc")):
+    for name, settings in (
+        ("unigram", {"model_type": "unigram", "normalization_rule_name": "identity"}),
+        ("nmt_nfkc", {"model_type": "bpe"}),
+        ("word", {"model_type": "word", "byte_fallback": False, "add_dummy_prefix": False}),
+    ):
         sentencepiece.SentencePieceTrainer.train(
-            input=str(folder / "text.txt"), model_prefix=str(folder / name), vocab_size=500, model_type=kind,
-            character_coverage=0.99, byte_fallback=True, normalization_rule_name=rule, hard_vocab_limit=False,
-            minloglevel=2,
+            input=str(folder / "text.txt"), model_prefix=str(folder / name), vocab_size=500, character_coverage=0.99,
+            hard_vocab_limit=False, minloglevel=2, **{"byte_fallback": True, **settings},
         )  # fmt: skip
         found[name] = load_tokenizer(folder / f"{name}.model")
     return found
 
 
+@pytest.fixture
+def short_proof(monkeypatch):
+    monkeypatch.setattr(conversion_proof, "_RANDOM_NOISE", 200)
+    monkeypatch.setattr(conversion_proof, "_RANDOM_JOINS_OF_A_MODEL", 200)
+
+
 @pytest.mark.parametrize("kind, why", [("unigram", "is a unigram model"), ("nmt_nfkc", "normalises characters")])
+def test_a_tokenizer_without_a_tokenizer_json_is_exported_with_its_model(tmp_path, kinds, short_proof, kind, why):
+    """Whole and proved; the certificate and a note say which form it has and why."""
+    tokenizer, told = kinds[kind], []
+    model = tiny_model(vocab_size=tokenizer.vocab_size)
+    write_layout(tmp_path / "run" / "checkpoints", model, random_logical(model), tokenizer=tokenizer)
+    facts = export_hf(tmp_path / "run", tmp_path / "hf", prove=prove, note=told.append)["tokenizer"]
+    assert (facts["form"], facts["class"]) == ("sentencepiece", "SentencePieceBackend") and why in facts["reason"]
+    assert len(told) == 1 and why in told[0] and tokenizer.fingerprint == facts["fingerprint"]
+    assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")("今天 x")["input_ids"] == [1, *tokenizer.encode("今天 x")]
+
+
 @pytest.mark.parametrize("form", ["as-is", "none"])
-def test_a_tokenizer_without_an_exact_form_costs_no_model(tmp_path, normalising, kind, why, form):
+def test_a_tokenizer_without_an_exact_form_costs_no_model(tmp_path, kinds, form):
     """The weights are proved all the same; the certificate says why the tokenizer is not."""
-    tokenizer, told = normalising[kind], []
+    tokenizer, why, told = kinds["word"], "has no piece for the characters of '<s>'", []
     model = tiny_model(vocab_size=tokenizer.vocab_size)
     write_layout(tmp_path / "run" / "checkpoints", model, random_logical(model), tokenizer=tokenizer)
     with pytest.raises(RefusedError, match=rf"E501.*{why}.*or export the weights with --tokenizer as-is or none"):
@@ -462,25 +486,26 @@ def test_a_tokenizer_without_an_exact_form_costs_no_model(tmp_path, normalising,
         assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
 
 
-def test_what_cannot_be_exported_is_said_beforehand(tmp_path, normalising, tokenizer):
-    """By preprocessing and by the start of training, not after weeks."""
+def test_what_cannot_be_exported_is_said_beforehand(tmp_path, kinds, tokenizer):
+    """By preprocessing and by the start of training, not after weeks; where there is an exact form, nothing is."""
     from megatron_hammer.dataset.make.job import prepare_job, remarks
     from megatron_hammer.train.prepare import prepare
     from tests.model.tiny import tiny_config
 
     assert export_note(tokenizer) == ""
-    note = export_note(normalising["unigram"])
-    assert "is a unigram model" in note and "--tokenizer as-is|none" in note
+    note = export_note(kinds["word"])
+    assert "is a word model" in note and "--tokenizer as-is|none" in note
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
-    job = prepare_job([tmp_path / "a.jsonl"], ["text"], normalising["unigram"].path, True, True)
-    assert remarks(job) == [note]
-    config = tiny_config(tokenizer__path=str(normalising["unigram"].path), model__vocab_size=None, train__dry_run=True)
-    assert note in prepare(config, 1).notes
+    for kind, expected in (("word", [note]), ("unigram", []), ("nmt_nfkc", [])):
+        job = prepare_job([tmp_path / "a.jsonl"], ["text"], kinds[kind].path, True, True)
+        assert remarks(job) == expected
+        config = tiny_config(tokenizer__path=str(kinds[kind].path), model__vocab_size=None, train__dry_run=True)
+        assert [text for text in prepare(config, 1).notes if "exported" in text] == expected
 
 
-def test_the_child_process_proves_the_model_alone(tmp_path, normalising):
-    tokenizer = normalising["unigram"]
+def test_the_child_process_proves_the_model_alone(tmp_path, kinds):
+    tokenizer = kinds["unigram"]
     model = tiny_model(vocab_size=tokenizer.vocab_size)
     write_layout(tmp_path / "run" / "checkpoints", model, random_logical(model), tokenizer=tokenizer)
     certificate = export_hf(tmp_path / "run", tmp_path / "hf", note=lambda text: None, tokenizer="none")
-    assert certificate["tokenizer"]["present"] is False and "unigram" in certificate["tokenizer"]["reason"]
+    assert certificate["tokenizer"]["present"] is False and "--tokenizer none" in certificate["tokenizer"]["reason"]

@@ -14,7 +14,7 @@ import sentencepiece
 from tokenizers import Tokenizer as Backend
 
 from megatron_hammer.base.errors import RefusedError
-from megatron_hammer.tokenizer import convert
+from megatron_hammer.tokenizer import convert, definition
 from megatron_hammer.tokenizer.bpe_merges import derive_merges
 from megatron_hammer.tokenizer.convert import convert_tokenizer, publish_tokenizer
 from megatron_hammer.tokenizer.hard_texts import FIXED_TEXTS
@@ -153,7 +153,7 @@ ALL_SHORT_TEXTS = ["".join(t) for n in range(1, 8) for t in itertools.product("a
 def differing_texts(proto: Any) -> list[str]:
     processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
     merges, _ = derive_merges(proto, Path("m"))
-    backend = Backend.from_str(json.dumps(convert._build_definition(proto, merges)))
+    backend = Backend.from_str(json.dumps(definition.build_definition(proto, merges)))
     found = backend.encode_batch_fast(ALL_SHORT_TEXTS, add_special_tokens=False)
     expected = processor.encode(ALL_SHORT_TEXTS)
     return [t for t, a, b in zip(ALL_SHORT_TEXTS, expected, found) if a != b.ids]
@@ -203,26 +203,23 @@ def test_dummy_prefix_and_unused_characters(tmp_path: Path) -> None:
     assert auto(tmp_path)("\u00e9 ab")["input_ids"][1:] == tokenizer.encode("\u00e9 ab")
 
 
-# ---- refusals ----
+# ---- what has no tokenizer.json ----
 
 
 def spoil(kind: str, proto: Any) -> None:
     match kind:
-        case "is not a BPE model":
-            proto.trainer_spec.model_type = proto.trainer_spec.CHAR
-        case "has no byte fallback":
-            for index in range(258, 2, -1):
-                del proto.pieces[index]
-            proto.trainer_spec.byte_fallback = False
+        case "is a word model":
+            proto.trainer_spec.model_type = proto.trainer_spec.WORD
         case "normalises characters":
             spec = model_proto(real_model("llama_zh_128k.model")).normalizer_spec
             proto.normalizer_spec.CopyFrom(spec)
-        case "removes extra spaces":
+        case "has user-defined symbols and removes extra spaces":
             proto.normalizer_spec.remove_extra_whitespaces = True
+            proto.pieces.add(piece="<sym>", score=0.0, type=proto.SentencePiece.USER_DEFINED)
         case "does not escape spaces":
             proto.normalizer_spec.escape_whitespaces = False
-        case "puts spaces at the end":
-            proto.trainer_spec.treat_whitespace_as_suffix = True
+        case "puts a space at the end of every text":
+            proto.trainer_spec.treat_whitespace_as_suffix = proto.normalizer_spec.add_dummy_prefix = True
         case "both a dummy prefix and user-defined symbols":
             proto.normalizer_spec.add_dummy_prefix = True
             proto.pieces.add(piece="<sym>", score=0.0, type=proto.SentencePiece.USER_DEFINED)
@@ -230,29 +227,29 @@ def spoil(kind: str, proto: Any) -> None:
             proto.pieces[259].type = proto.SentencePiece.UNUSED
         case "merges the character 'b', which has no piece":
             proto.pieces[261].piece = "z"
+        case "differ on the text":
+            proto.pieces.add(piece="ba", score=-1.0)  # "aba" and "bab" demand two orders
 
 
 @pytest.mark.parametrize(
     "rule",
     [
-        "is not a BPE model", "has no byte fallback", "normalises characters", "removes extra spaces",
-        "does not escape spaces", "puts spaces at the end", "both a dummy prefix and user-defined symbols",
-        "merges into the unused piece 'ab'", "merges the character 'b', which has no piece",
+        "is a word model", "normalises characters", "has user-defined symbols and removes extra spaces",
+        "does not escape spaces", "puts a space at the end of every text",
+        "both a dummy prefix and user-defined symbols", "merges into the unused piece 'ab'",
+        "merges the character 'b', which has no piece", "differ on the text",
     ],
 )  # fmt: skip
-def test_what_cannot_be_expressed_is_refused_by_name(rule: str, tmp_path: Path) -> None:
+def test_what_cannot_be_expressed_is_written_with_the_model(rule: str, tmp_path: Path) -> None:
     proto = handmade_model([("ab", -1.0), ("a", -2.0), ("b", -3.0)])
     spoil(rule, proto)
     tokenizer = load_tokenizer(write_model(proto, tmp_path / "m.model"))
-    with pytest.raises(RefusedError, match=f"E501.*{rule}"):
-        convert_tokenizer(tokenizer, tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["m.model"]
-
-
-def test_contradicting_equals_are_refused_with_the_text(tmp_path: Path) -> None:
-    proto = handmade_model([("ab", -1.0), ("ba", -1.0), ("a", -2.0), ("b", -3.0)])
-    with pytest.raises(RefusedError, match=r"E502.*differ on the text '.*(aba|bab)"):
-        convert_tokenizer(load_tokenizer(write_model(proto, tmp_path / "m.model")), tmp_path)
+    (tmp_path / "out").mkdir()
+    assert rule in convert_tokenizer(tokenizer, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "spiece.model", "tokenizer.model", "tokenizer_config.json",
+    ]  # fmt: skip
+    assert auto(tmp_path / "out")("bab aba")["input_ids"] == [1, *tokenizer.encode("bab aba")]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +259,7 @@ def test_the_proof_sees_planted_faults(
     fault: str, with_symbols: SentencePieceTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of the stock conversion's mistakes, and some others, planted into what is written."""
-    build = convert._build_definition
+    build = definition.build_definition
 
     def planted(proto: Any, merges: list[tuple[str, str]]) -> dict[str, Any]:
         definition = build(proto, merges)
@@ -274,12 +271,13 @@ def test_the_proof_sees_planted_faults(
             settings["split_special_tokens"] = fault != "specials match"
         return json.dumps(settings).encode()
 
-    monkeypatch.setattr(convert, "_build_definition", planted)
+    monkeypatch.setattr(definition, "build_definition", planted)
     if fault == "bos":  # planted, and then not set right
         monkeypatch.setattr(convert, "begin_with", lambda *_: None)
     monkeypatch.setattr(convert, "dump_json", planted_settings)
+    proto = model_proto(with_symbols.path)
     with pytest.raises(RefusedError, match=r"E502.*differ on the text"):
-        convert_tokenizer(with_symbols, tmp_path)
+        convert._convert_to_json(with_symbols, proto, tmp_path, True, None)  # the model takes no refused file's place
 
 
 # ---- a given tokenizer.json ----
@@ -320,10 +318,12 @@ def test_conversion_is_published_whole_or_not_at_all(
     for name, rule in (("full", "is not empty"), ("full/mine.txt", "is a file")):
         with pytest.raises(RefusedError, match=f"E506.*{rule}"):
             publish_tokenizer(with_symbols.path, tmp_path / name)
-    contradicting = handmade_model([("ab", -1.0), ("ba", -1.0), ("a", -2.0), ("b", -3.0)])
-    model = write_model(contradicting, tmp_path / "m.model")
-    with pytest.raises(RefusedError, match="E502"):
-        publish_tokenizer(model, tmp_path / "refused")
+    model = write_model(handmade_model([("ab", -1.0), ("a", -2.0), ("b", -3.0)]), tmp_path / "m.model")
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "model_obstacle", lambda *_: "cannot be read")
+        patch.setattr(convert, "json_obstacle", lambda *_: "is of another world")
+        with pytest.raises(RefusedError, match=r"E501.*is of another world, and cannot be read"):
+            publish_tokenizer(model, tmp_path / "refused")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "m.model"]
     assert (tmp_path / "full" / "mine.txt").read_text() == "kept"
 

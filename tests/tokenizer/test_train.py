@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.base import progress
-from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
+from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.tokenizer import train
-from megatron_hammer.tokenizer.convert import convert_tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.required_characters import read_characters
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
@@ -106,12 +105,6 @@ def test_unigram_depends_on_text_alone(unigram: SentencePieceTokenizer, tmp_path
     settings = {"model_type": "unigram", "user_defined_symbols": SYMBOLS, "required_characters": "龘靐"}
     other = train_tokenizer(Texts(texts), tmp_path, 1600, threads=3, **settings)
     assert other.path.read_bytes() == unigram.path.read_bytes()
-
-
-def test_unigram_is_not_converted(unigram: SentencePieceTokenizer, tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match=r"E501.*unigram model.*use the \.model itself.*--model-type bpe"):
-        convert_tokenizer(unigram, tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_training_says_that_it_is_at_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

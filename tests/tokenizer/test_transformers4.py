@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.tokenizer.convert import publish_tokenizer
+from megatron_hammer.tokenizer.convert import convert_tokenizer, publish_tokenizer
 from megatron_hammer.tokenizer.lab.fuzz import fuzz_texts
 from megatron_hammer.tokenizer.sentencepiece_backend import load_processor
 from tests.tokenizer.texts import REAL_MODELS, model_proto, real_model
@@ -24,7 +24,7 @@ from tests.tokenizer.texts import REAL_MODELS, model_proto, real_model
 CACHE = Path.home() / ".cache" / "megatron_hammer" / "transformers-4"
 WANTED = ("transformers>=4.57,<5", "huggingface-hub<1", "tokenizers<0.23")  # the rest is what version 5 brings, too
 
-SMALL, REAL = ("plain", "with_symbols"), ("hammerllm", "internlm-7b", "llama2-7b")
+SMALL, REAL, WITH_MODEL = ("plain", "with_symbols"), ("hammerllm", "internlm-7b", "llama2-7b"), "unigram"
 ASK = """
 import json, sys
 import transformers
@@ -79,6 +79,10 @@ def answers(
         model = request.getfixturevalue(name).path
         publish_tokenizer(model, folder / name)
         questions[name] = (str(folder / name), texts_for(model))
+    unigram = request.getfixturevalue(WITH_MODEL)  # whose prompts begin with bos in version 5 alone
+    (folder / WITH_MODEL).mkdir()
+    assert convert_tokenizer(unigram, folder / WITH_MODEL, begin_with_bos=False)
+    questions[WITH_MODEL] = (str(folder / WITH_MODEL), texts_for(unigram.path))
     (folder / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-c", ASK, folder / "questions.json", folder / "found.json"],
@@ -96,14 +100,15 @@ def there(name: str) -> bool:
     return (REAL_MODELS / f"{name}.model").is_file()
 
 
-@pytest.mark.parametrize("name", [*SMALL, *REAL])
+@pytest.mark.parametrize("name", [*SMALL, WITH_MODEL, *REAL])
 def test_ids_are_those_of_sentencepiece(
     name: str, answers: dict[str, dict[str, list[list[int]]]], request: pytest.FixtureRequest
 ) -> None:
-    model = request.getfixturevalue(name).path if name in SMALL else real_model(f"{name}.model")
+    model = request.getfixturevalue(name).path if name not in REAL else real_model(f"{name}.model")
     texts = texts_for(model)
     expected = load_processor(model.read_bytes(), model).encode(texts)
+    before = [] if name == WITH_MODEL else [1]
     assert answers[name].keys() == {"True", "False"}
     for use_fast, found in answers[name].items():
         for text, theirs, ours in zip(texts, found, expected, strict=True):
-            assert theirs == [1, *ours], f"use_fast={use_fast}: {text!r}"
+            assert theirs == [*before, *ours], f"use_fast={use_fast}: {text!r}"
