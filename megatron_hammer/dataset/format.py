@@ -64,6 +64,12 @@ class TokenizerRecord:
     eos_id: int | None = None
     pad_id: int | None = None
     unk_id: int | None = None
+    path: str | None = None
+    """The file, as it was named when the dataset was made; None: not recorded."""
+
+    def __str__(self) -> str:
+        """For people, who cannot tell two fingerprints apart."""
+        return f"{self.path or 'an unnamed tokenizer'} of {self.vocab_size:,} ids"
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,7 @@ class DatasetHeader:
                 take(tokenizer, "fingerprint", str),
                 take(tokenizer, "vocab_size", int),
                 **{name: take(tokenizer, name, int, optional=True) for name in special},
+                path=take(tokenizer, "path", str, optional=True),
             ),
             options=take(tree, "options", dict),
             sources=tuple(

@@ -334,7 +334,7 @@ def check_tokenizer(
     if recorded is not None and fingerprint not in (None, recorded.fingerprint):
         raise RefusedError(
             10,
-            f"{dataset.prefix}.meta.json: the tokenizer that made it, of {recorded.vocab_size:,} ids",
+            f"{dataset.prefix}.meta.json: the tokenizer that made it, {recorded},",
             f"is not {name} (fingerprints {recorded.fingerprint} and {fingerprint})",
             "set tokenizer.path to the tokenizer that prepared this dataset, or prepare it again",
         )

@@ -217,11 +217,14 @@ def _changed_mix(saved: DataIdentity, ours: DataIdentity, saved_config: Config, 
     return changes
 
 
-def changed_tokenizer(saved: str | None, ours: str | None) -> list[Change]:
-    """Whether the tokenizer, by its fingerprint, is another one."""
+def changed_tokenizer(saved: str | None, ours: str | None, paths: tuple[str | None, str | None]) -> list[Change]:
+    """Whether the tokenizer, by its fingerprint, is another one; ``paths``: what the two configs call it."""
     if saved == ours:
         return []
-    told = ["no tokenizer" if fingerprint is None else f"fingerprint {fingerprint}" for fingerprint in (saved, ours)]
+    told = [
+        "no tokenizer" if fingerprint is None else f"{path or 'a tokenizer'} (fingerprint {fingerprint})"
+        for path, fingerprint in zip(paths, (saved, ours))
+    ]
     return [Change(TOKENIZER, told[0], told[1], (TOKENIZER,))]
 
 

@@ -293,14 +293,22 @@ def test_validation_set_without_a_target(tmp_path):
 
 
 def test_tokenizer_check(tmp_path):
-    record = TokenizerRecord("a" * 32, 300)
+    record = TokenizerRecord("a" * 32, 300, path="made/with.model")
     write_dataset(tmp_path / "d", [50, 50], vocab_size=300, tokenizer=record)
     data = TrainData({str(tmp_path / "d"): 1.0}, SEQ, 1).sources[0]
     largest = data.max_token_id()
     assert check_tokenizer(data, "a" * 32, 300) is None
     with pytest.raises(RefusedError) as refused:
         check_tokenizer(data, "b" * 32, 300, "other.model of 300 ids")
-    for part in ("E510", "other.model of 300 ids", str(tmp_path / "d"), "a" * 32, "b" * 32, "tokenizer.path"):
+    for part in (
+        "E510",
+        "made/with.model of 300 ids",
+        "other.model of 300 ids",
+        str(tmp_path / "d"),
+        "a" * 32,
+        "b" * 32,
+        "tokenizer.path",
+    ):
         assert part in str(refused.value)
     with pytest.raises(DataError, match=f"E341.*token id {largest}"):
         check_tokenizer(data, "a" * 32, largest)

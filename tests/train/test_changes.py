@@ -345,9 +345,11 @@ def test_an_older_checkpoint_goes_on_with_a_note(here: Path) -> None:
 
 def test_another_tokenizer_is_a_change() -> None:
     """Where vocabulary and datasets fit; elsewhere E414 and E510 come first."""
-    assert changed_tokenizer("aa", "aa") == [] and changed_tokenizer(None, None) == []
+    assert changed_tokenizer("aa", "aa", ("a", "b")) == [] == changed_tokenizer(None, None, (None, None))
     for old, new in (("aa", "bb"), (None, "bb"), ("aa", None)):
-        (change,) = changed_tokenizer(old, new)
+        (change,) = changed_tokenizer(old, new, (f"{old}.model", f"{new}.model"))
+        assert [side != "no tokenizer" for side in (change.old, change.new)] == [old is not None, new is not None]
+        assert new is None or change.new == "bb.model (fingerprint bb)"
         assert change.is_open([]) and change.is_open(["data", "tokenizer.path"]) and not change.is_open(["tokenizer"])
         assert change.is_of_content
 

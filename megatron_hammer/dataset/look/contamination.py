@@ -55,13 +55,9 @@ def read_held_out(
         )
     else:
         other = IndexedDataset(path)
-        prints = {
-            set_.header.tokenizer.fingerprint
-            for set_ in (dataset, other)
-            if set_.header is not None and set_.header.tokenizer is not None
-        }
-        if len(prints) > 1:
-            raise RefusedError(10, f"held-out set {path}", f"was made with another tokenizer than {dataset.prefix}",
+        ours, theirs = (None if set_.header is None else set_.header.tokenizer for set_ in (dataset, other))
+        if ours is not None and theirs is not None and ours.fingerprint != theirs.fingerprint:
+            raise RefusedError(10, f"held-out set {path}", f"was made with {theirs}, and {dataset.prefix} with {ours}",
                                "prepare it with the same one, or give its text and --tokenizer")  # fmt: skip
         starts = document_starts(other, 0, other.num_documents)
         documents = (other.tokens[a:b] for a, b in zip(starts[:-1].tolist(), starts[1:].tolist()))

@@ -174,8 +174,8 @@ def _count_dataset(
     text_bytes = None
     if tokenizer is not None:
         if record is not None and record.fingerprint != tokenizer.fingerprint:
-            raise RefusedError(10, f"{dataset.prefix}: tokenizer {record.fingerprint[:12]}",
-                               f"is not the one given ({tokenizer.fingerprint[:12]})",
+            raise RefusedError(10, f"{dataset.prefix}: the tokenizer that made it, {record},",
+                               f"is not the one given, {tokenizer.path} of {tokenizer.vocab_size:,} ids",
                                "give the tokenizer of this dataset, or none")  # fmt: skip
         text_bytes = _bytes_of_ids(dataset, tokenizer, progress)
     return SourceCount(name, dataset.num_documents - empty, dataset.num_documents, text_bytes, dataset.num_tokens)

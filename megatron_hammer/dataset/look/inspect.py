@@ -129,7 +129,7 @@ def check_matching(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
     if recorded is not None and recorded.fingerprint != tokenizer.fingerprint:
         raise RefusedError(
             10,
-            f"{dataset.prefix}.meta.json: the tokenizer that made it, of {recorded.vocab_size:,} ids",
+            f"{dataset.prefix}.meta.json: the tokenizer that made it, {recorded},",
             f"is not {tokenizer.path} of {tokenizer.vocab_size:,} ids "
             f"(fingerprints {recorded.fingerprint} and {tokenizer.fingerprint})",
             "name the tokenizer that prepared this dataset",

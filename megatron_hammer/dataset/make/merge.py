@@ -115,8 +115,8 @@ def _common_tokenizer(datasets: Sequence[IndexedDataset]) -> tuple[TokenizerReco
         if record.fingerprint != records[0].fingerprint:
             raise RefusedError(
                 36,
-                f"{dataset.prefix}: tokenizer fingerprint {record.fingerprint}",
-                f"is not that of {known[0].prefix}, {records[0].fingerprint}",
+                f"{dataset.prefix}: the tokenizer that made it, {record} (fingerprint {record.fingerprint}),",
+                f"is not that of {known[0].prefix}, {records[0]} (fingerprint {records[0].fingerprint})",
                 "merge only datasets of one tokenizer",
             )
     if not silent:

@@ -74,7 +74,7 @@ def rates(text_bytes: int, tokens: int, seconds: float) -> str:
 def tokenizer_record(tokenizer: Tokenizer) -> TokenizerRecord:
     """What a dataset's header says about its tokenizer."""
     special = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id
-    return TokenizerRecord(tokenizer.fingerprint, tokenizer.vocab_size, *special)
+    return TokenizerRecord(tokenizer.fingerprint, tokenizer.vocab_size, *special, str(tokenizer.path))
 
 
 def check_numbers(workers: int, shard_bytes: int) -> None:

@@ -95,7 +95,8 @@ def test_token_types(tmp_path, adapter, monkeypatch, together):
 
 
 def test_tokenizers(tmp_path):
-    one, other = TokenizerRecord("a" * 32, 300, eos_id=2), TokenizerRecord("b" * 32, 300)
+    one = TokenizerRecord("a" * 32, 300, eos_id=2, path="one.model")
+    other = TokenizerRecord("b" * 32, 300)
     for name, record in (("a", one), ("b", one), ("c", other), ("d", None)):
         with IndexedWriter(tmp_path / name, 300, tokenizer=record, options={"json_key": "text"}) as writer:
             writer.add(np.array([1, 2]), np.array([2]))
@@ -104,7 +105,7 @@ def test_tokenizers(tmp_path):
     header = IndexedDataset(tmp_path / "m").header
     assert header.tokenizer == one and [source.path for source in header.sources] == ["a.jsonl", "b.jsonl"]
     assert header.options == {"json_key": "text", "merged": [str(tmp_path / "a"), str(tmp_path / "b")]}
-    with pytest.raises(RefusedError, match=r"E536.*bbbb.*aaaa"):
+    with pytest.raises(RefusedError, match=r"E536.*an unnamed .*bbbb.*one\.model of 300 ids .*aaaa"):
         merge_datasets([tmp_path / "d", tmp_path / "a", tmp_path / "c"], tmp_path / "n")
     summary = merge_datasets([tmp_path / "a", tmp_path / "d"], tmp_path / "n")
     assert IndexedDataset(tmp_path / "n").header.tokenizer is None and str(tmp_path / "d") in summary.notes[0]
