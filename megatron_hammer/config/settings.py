@@ -433,7 +433,7 @@ class LogConfig:
     interval_steps: Free[int] = 10
     """Steps between two printed lines (a terminal gets a progress bar)."""
     tensorboard: Free[bool] = True
-    """Write OUT/tensorboard/ too."""
+    """Write OUT/tensorboard/NAME/ too, NAME being OUT's own: TensorBoard calls the run so."""
     trackers: Free[tuple[Literal["wandb", "swanlab", "mlflow"], ...]] = ()
     """Services that get what metrics.jsonl has: [wandb, swanlab, mlflow], any of them. One that is named and not
     installed is an error; one that fails later costs a warning and no step."""

@@ -55,8 +55,10 @@ PEAK_TFLOPS: dict[str, float | None] = {
 }
 
 
-# TensorBoard shows groups by their names: what a run learns comes before how far and how fast it is.
+# TensorBoard shows groups by their names, and opens the first: that is the loss.
 BOARD_GROUPS = {
+    "grad_norm": "optimizer/",
+    "lr": "optimizer/",
     "consumed_samples": "progress/",
     "consumed_tokens": "progress/",
     "skipped": "progress/",
@@ -64,6 +66,9 @@ BOARD_GROUPS = {
     "mfu": "speed/",
     "mfu_causal": "speed/",
 }
+
+
+_EVENTS = "events.out.tfevents.*"
 
 
 def peak_tflops(config: Config, device_name: str) -> float | None:
@@ -122,6 +127,24 @@ def finite(line: Mapping[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
 
 
+def board_folder(output: Path) -> Path:
+    """Where a run's events for TensorBoard go, which calls a run by the folder below the one it is pointed at.
+
+    ``OUT/tensorboard/NAME``, NAME being that of OUT: a run has its own name where TensorBoard is pointed at its folder.
+    A run that goes on in a folder that was renamed keeps the name that it began with. Events of older versions, in
+    ``OUT/tensorboard`` itself, are moved.
+    """
+    board = output / "tensorboard"
+    events = sorted(board.glob(_EVENTS))
+    begun = sorted({path.parent for path in board.glob(f"*/{_EVENTS}")})
+    folder = begun[0] if len(begun) == 1 else board / output.resolve().name
+    if events:
+        folder.mkdir(parents=True, exist_ok=True)
+    for path in events:
+        path.rename(folder / path.name)
+    return folder
+
+
 class Reporter:
     """All outputs of rank 0. A context manager: closes them in any case."""
 
@@ -142,7 +165,7 @@ class Reporter:
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
+            self.board = SummaryWriter(str(board_folder(output)), purge_step=first_step + 1)
         self.bar: Any = None
         if sys.stderr.isatty():
             from tqdm import tqdm

@@ -19,7 +19,7 @@ from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.samples import ValidData
 from megatron_hammer.train.build import build
 from megatron_hammer.train.evaluate import evaluate
-from megatron_hammer.train.metrics import MetricsFile, flops_per_token, peak_tflops
+from megatron_hammer.train.metrics import MetricsFile, board_folder, flops_per_token, peak_tflops
 from megatron_hammer.train.step import train_step
 from tests.host_waits import OperationNames
 from tests.model.tiny import rank_batches, tiny_config
@@ -138,3 +138,16 @@ def test_a_step_never_waits_for_the_device(precision: str, mask: str) -> None:
         train_step(model, optimizer, batches, config, 1, ctx)
     assert not seen.waits()
     assert "aten::_fused_adamw_" in seen.names or "aten::_fused_adamw" in seen.names, "the mode must see the update too"
+
+
+def test_tensorboard_calls_a_run_by_its_name(tmp_path: Path) -> None:
+    """Also one that older versions began, and one whose folder was renamed since."""
+    run, old = tmp_path / "中文 run", tmp_path / "old"
+    assert board_folder(run) == run / "tensorboard" / "中文 run" and not run.exists()
+    (old / "tensorboard").mkdir(parents=True)
+    (old / "tensorboard" / "events.out.tfevents.1.host.2.0").write_bytes(b"x")
+    assert board_folder(old) == old / "tensorboard" / "old"
+    assert [path.name for path in (old / "tensorboard").iterdir()] == ["old"]
+    assert (old / "tensorboard" / "old" / "events.out.tfevents.1.host.2.0").read_bytes() == b"x"
+    renamed = old.rename(tmp_path / "new")
+    assert board_folder(renamed) == renamed / "tensorboard" / "old"

@@ -17,6 +17,7 @@ from megatron_hammer.checkpoint import folder
 from megatron_hammer.checkpoint.folder import find_checkpoints, newest_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.kernels.native import cpu
+from megatron_hammer.train.metrics import BOARD_GROUPS
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank
 from tests.distributed import run_distributed
@@ -218,11 +219,12 @@ def test_one_step_run_and_tensorboard(data: Path, tmp_path: Path) -> None:
     assert train_here(0, overrides(data, out, "train.num_steps=1", "log.tensorboard=true")) == 0
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(out / "tensorboard"))
+    events = EventAccumulator(str(out / "tensorboard" / "run"))
     events.Reload()
+    assert min(tag for tag in events.Tags()["scalars"]) == "loss"  # TensorBoard opens the first group
     line = metrics(out)[0]
     for key in ("loss", "grad_norm", "lr", "valid/x/loss", "valid/y/perplexity"):
-        assert events.Scalars(key)[0].value == pytest.approx(line[key], rel=1e-6)
+        assert events.Scalars(BOARD_GROUPS.get(key, "") + key)[0].value == pytest.approx(line[key], rel=1e-6)
     assert newest_checkpoint(out) is not None
 
 
