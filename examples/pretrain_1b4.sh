@@ -4,7 +4,7 @@
 #   bash examples/pretrain_1b4.sh [group.field=value ...]          arguments go to the training program
 #   bash examples/pretrain_1b4.sh optimizer.lr=1e-3 --accept optimizer.lr      go on with another setting
 #
-#   TEXT       a folder (or file) of your own .txt or .jsonl: tokenizer, datasets and a small model are made of it, on a
+#   TEXT       a folder (or file) of your own .txt, .md or .jsonl: tokenizer, datasets and a small model are made of it, on a
 #              CPU too
 #   DATA       indexed datasets with their weights, "142 /p/zh_text_document 128 /p/en_text_document", or one prefix
 #   VALID      validation sets by name, "zh=/p/zv_text_document en=/p/ev_text_document"; absent: no evaluation
@@ -143,8 +143,11 @@ make_corpus() {
     done
 }
 
-# The first file of one ending, plain or compressed, in or below TEXT; nothing where there is none.
-text_files() { find "$TEXT" -type f \( -name "*.$1" -o -name "*.$1.gz" -o -name "*.$1.zst" \) 2>/dev/null | head -n 1; }
+# The first file of one kind, txt (.md too) or jsonl, plain or compressed, in or below TEXT; nothing where there is none.
+text_files() {
+    find -H "$TEXT" -regextype posix-extended -xtype f \
+        -iregex ".*\.(${1/#txt/txt|text|md|markdown})(\.gz|\.zst)?" 2>/dev/null | head -n 1
+}
 
 # TEXT -> corpus/txt.jsonl and corpus/jsonl.jsonl, with held-out documents (a twentieth) beside where there are enough.
 make_corpus_of_text() {
@@ -322,9 +325,9 @@ main() {
     if [[ -n ${TEXT:-} && -n ${DATA:-} ]]; then
         fail 18 "TEXT and DATA are both set; TEXT is raw text that a dataset is made of, DATA names datasets: unset one"
     fi
-    if [[ -n ${TEXT:-} && ! -e $TEXT ]]; then fail 18 "TEXT=$TEXT is not there; name a folder of .txt or .jsonl files"; fi
+    if [[ -n ${TEXT:-} && ! -e $TEXT ]]; then fail 18 "TEXT=$TEXT is not there; name a folder of .txt, .md or .jsonl files"; fi
     if [[ -n ${TEXT:-} && -z $(text_files txt)$(text_files jsonl) ]]; then
-        fail 18 "TEXT=$TEXT holds no .txt and no .jsonl file (nor .gz or .zst of them); name a folder that does"
+        fail 18 "TEXT=$TEXT holds no .txt, .md or .jsonl file (nor .gz or .zst of them); name a folder that does"
     fi
     if [[ -n ${DATA:-} && -z ${TOKENIZER:-} ]]; then
         fail 56 "TOKENIZER is not set but DATA is; set TOKENIZER to the tokenizer that made the data"

@@ -8,7 +8,7 @@ the files are the same for any number of workers. What the output's name held be
 complete.
 
 Inputs are files, folders (all corpora in them, sorted) or quoted patterns: JSON lines (.jsonl and any other name; .gz
-and .zst are decompressed), parquet (.parquet: the keys are columns), plain text (.txt, also .gz, .zst).
+and .zst are decompressed), parquet (.parquet: the keys are columns), plain text (.txt, .md, also .gz, .zst).
 
 A malformed document ends the program with its file, line and byte; --on-error skip or quarantine leaves it out and
 counts it. A program that was killed or stopped goes on when the same command is given again.
@@ -33,7 +33,7 @@ import sys
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.signals import StopRequest
-from megatron_hammer.corpus.arguments import add_on_error
+from megatron_hammer.corpus.arguments import add_on_error, add_text_documents
 from megatron_hammer.dataset.make import megatron
 
 
@@ -42,9 +42,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files, folders or quoted patterns")
     parser.add_argument("--json-keys", "--json-key", "--jsonl-keys", nargs="+", default=["text"], metavar="KEY",
                         help="fields or columns that hold text, each becomes a dataset (default: text)")  # fmt: skip
-    parser.add_argument("--text-documents", choices=("file", "line", "blank-line"), default="blank-line",
-                        help="a document of a .txt file is: all of it, each line that is not empty, or what stands "
-                        "between empty lines (default: blank-line, as in all programs)")  # fmt: skip
+    add_text_documents(parser)
     parser.add_argument("--tokenizer-model", metavar="PATH",
                         help="sentencepiece .model, tokenizer.json or Hugging Face folder; needed")  # fmt: skip
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.{bin,idx,meta.json}")

@@ -10,9 +10,9 @@
     python tools/reformat_corpus.py text novels/ --output novels.jsonl
 
 chinesewebtext is jsonl with "text", refinedweb parquet with "content", pile jsonl with "text" and meta.pile_set_name
-(without --set every set becomes a file in the folder --output); text is .txt, whose documents stand between empty lines
-(--text-documents). jsonl and .txt files may be .gz or .zst; a folder stands for all files of the kind's format in and
-below it, in sorted order. Texts are not changed and keep their order; empty ones are left out and counted.
+(without --set every set becomes a file in the folder --output); text is .txt or .md, whose documents stand between
+empty lines (--text-documents). jsonl and text files may be .gz or .zst; a folder stands for all files of the kind's
+format in and below it, sorted. Texts are not changed and keep their order; empty ones are left out and counted.
 
 --max-gb counts 10^9 UTF-8 bytes of text in an output, which ends before the first document that does not fit.
 
@@ -29,8 +29,7 @@ from __future__ import annotations
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus import reformat
-from megatron_hammer.corpus.arguments import ON_ERROR
-from megatron_hammer.corpus.readers import DEFAULT_TEXT_DOCUMENTS, TEXT_DOCUMENTS
+from megatron_hammer.corpus.arguments import ON_ERROR, add_text_documents
 
 
 def main() -> None:
@@ -44,9 +43,7 @@ def main() -> None:
                         help="pile only, may be repeated: take this pile_set_name")  # fmt: skip
     parser.add_argument("--keep", nargs="+", default=[], metavar="FIELD", help="fields to copy beside the text")
     parser.add_argument("--max-gb", type=float, metavar="N", help="most text in an output (default: all)")
-    parser.add_argument("--text-documents", choices=TEXT_DOCUMENTS, default=DEFAULT_TEXT_DOCUMENTS,
-                        help="a document of a .txt file is: all of it, each line, or what stands between empty lines "
-                        "(default: blank-line)")  # fmt: skip
+    add_text_documents(parser)
     parser.add_argument("--on-error", choices=ON_ERROR, default="stop", help="(default: stop)")
     args = parser.parse_args()
     if args.sets and args.kind != "pile":

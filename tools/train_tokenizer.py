@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import get_args
 
 from megatron_hammer.base.cli import ArgumentParser, run
-from megatron_hammer.corpus.arguments import add_json_key, add_on_error
+from megatron_hammer.corpus.arguments import add_json_key, add_on_error, add_text_documents
 from megatron_hammer.corpus.documents import Skipped, TextCorpus
-from megatron_hammer.corpus.readers import DEFAULT_TEXT_DOCUMENTS, TEXT_DOCUMENTS
 from megatron_hammer.tokenizer import train
 from megatron_hammer.tokenizer.required_characters import TABLE_NAME, read_required
 from megatron_hammer.tokenizer.symbols import read_symbols
@@ -32,12 +31,10 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--input", nargs="+", required=True, metavar="FILE",
-        help=".jsonl, .parquet or .txt, the first and the last also .gz and .zst; folders, patterns",
+        help=".jsonl, .parquet, .txt or .md, all but parquet also .gz and .zst; folders, patterns",
     )  # fmt: skip
     add_json_key(parser)
-    parser.add_argument("--text-documents", choices=TEXT_DOCUMENTS, default=DEFAULT_TEXT_DOCUMENTS,
-                        help="a document of a .txt file is: all of it, each line, or what stands between empty lines "
-                             "(default: %(default)s)")  # fmt: skip
+    add_text_documents(parser)
     parser.add_argument(
         "--output", required=True, metavar="DIR_OR_MODEL", help="a folder, or a name that ends in .model"
     )

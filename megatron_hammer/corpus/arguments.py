@@ -19,6 +19,13 @@ def add_json_key(parser: ArgumentParser, what: str = "field or column that holds
                         help=f"{what} (default: text)")  # fmt: skip
 
 
+def add_text_documents(parser: ArgumentParser) -> None:
+    """``--text-documents``, alike in all programs (``readers.TEXT_DOCUMENTS``)."""
+    parser.add_argument("--text-documents", choices=("file", "line", "blank-line"), default="blank-line",
+                        help="a document of plain text (.txt, .md) is: all of a file, each line that is not empty, or "
+                        "what stands between empty lines (default: blank-line, as in all programs)")  # fmt: skip
+
+
 def add_on_error(parser: ArgumentParser, quarantine: str, what: str = "a document that cannot be used") -> None:
     """``--on-error``; ``quarantine`` names the file of what was left out."""
     choices = f"{what}: end, leave it out, or also write it to {quarantine} (default: stop)"

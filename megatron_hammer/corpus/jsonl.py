@@ -159,7 +159,7 @@ def diagnose(path: Path, line_number: int, offset: int, line: bytes | bytearray,
 
 def _not_json_remedy(line_number: int, line: bytes | bytearray) -> str:
     if line_number == 1 and line[:1] not in (b"{", b"["):
-        return "mend the line; plain text must be in a file whose name ends in .txt"
+        return "mend the line; plain text must be in a file whose name ends in .txt or .md"
     return "mend the line"
 
 

@@ -9,8 +9,8 @@ A block is about a megabyte of whole lines, or one longer line by itself. Readin
 costs ten times as much, is a pure function of one block, so several threads can do it and the result does not depend on
 how many. Memory holds a block, and for a long line its bytes once while it is read.
 
-What a name ends in decides how a file is read: ``.parquet``; ``.txt`` (plain text: see ``TEXT_DOCUMENTS``); everything
-else is JSON lines.
+What a name ends in, in capitals or not, decides how a file is read: ``.parquet``; plain text (``TEXT_SUFFIXES``, see
+``TEXT_DOCUMENTS``); everything else is JSON lines.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ from megatron_hammer.corpus import file_blocks, jsonl, parquet
 from megatron_hammer.corpus.file_blocks import START, Block, FileRange, Position
 from megatron_hammer.corpus.stream import StreamDamage, is_compressed, no_such_file, open_stream
 
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown")
 TEXT_DOCUMENTS = ("file", "line", "blank-line")
-"""What a document of a ``.txt`` file is: all of it, each line (empty ones are none), or what stands between empty
+"""What a document of a file of plain text is: all of it, each line (empty ones are none), or what stands between empty
 lines. Nothing is stripped except the line endings that separate documents."""
 DEFAULT_TEXT_DOCUMENTS = "blank-line"
 """Of every program, so that a tokenizer is trained on the documents that are preprocessed later."""
 
 # What files of a corpus are called that are not trained on: as a part of the name of its own.
 _HELD_OUT = re.compile(r"(?:^|[._-])(?:valid|validation|val|dev|test|eval|heldout|held-out|held_out)(?=[._-]|$)")
-_ENDINGS = re.compile(r"(?:\.(?:jsonl|json|ndjson|txt|parquet|gz|zst))+$")
+_ENDINGS = re.compile(r"(?:\.(?:jsonl|json|ndjson|txt|text|md|markdown|parquet|gz|zst))+$", re.IGNORECASE)
 _BLOCK_LINES = 16384  # most in a block: half a kilobyte of notes each, should all be bad
-_SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt", ".parquet")  # taken from a folder, the first two also compressed
+_SUFFIXES = (".jsonl", ".json", ".ndjson", *TEXT_SUFFIXES, ".parquet")  # taken from a folder
+_NOTES = ("readme", "license", "licence", "notice", "changelog", "contributing")  # .md and .txt that describe a folder
 
 
 # ---- which files ----
@@ -77,7 +79,10 @@ def _corpora_in(path: Path) -> list[Path]:
         for name in filter(_is_corpus, names):
             file = Path(folder) / name
             (held_out if is_held_out(name, beside) else aside if _is_about(file) else found).append(file)
-    for files, why in ((aside, "describe other files and hold no documents"),
+    if any(kind_of(path, "text") != "text" for path in found):  # a data set's cards lie beside its .jsonl or parquet
+        aside += [path for path in found if _is_markdown(path)]
+        found = [path for path in found if not _is_markdown(path)]
+    for files, why in ((aside, "describe other files and hold no documents; to read one, name it"),
                        (held_out, "are held out from those beside them; to read them too, name them")):  # fmt: skip
         if files and found:
             shown = ", ".join(map(str, sorted(files)[:5])) + (f" and {len(files) - 5:,} more" if files[5:] else "")
@@ -116,8 +121,15 @@ def _stem(name: str) -> str:
     return _ENDINGS.sub("", name)
 
 
+def _is_markdown(path: Path) -> bool:
+    return _plain_name(path.name).endswith((".md", ".markdown"))
+
+
 def _is_about(path: Path) -> bool:
-    """Whether a file of a folder is a description, such as our manifests: one JSON object over several lines."""
+    """Whether a file of a folder is a description: a README, or such as our manifests, one JSON object over lines."""
+    name = _plain_name(path.name)
+    if name.endswith(TEXT_SUFFIXES) and _stem(name) in _NOTES:
+        return True
     if path.name == "rejected.jsonl" or path.name.endswith(
         (".rejected.jsonl", ".journal.json", ".meta.json", ".split.json")
     ):
@@ -129,15 +141,19 @@ def _is_about(path: Path) -> bool:
 
 
 def _is_corpus(name: str) -> bool:
-    return not name.startswith(".") and name.removesuffix(".gz").removesuffix(".zst").endswith(_SUFFIXES)
+    return not name.startswith(".") and _plain_name(name).endswith(_SUFFIXES)
+
+
+def _plain_name(name: str) -> str:
+    """In small letters and without what says that it is compressed."""
+    return name.lower().removesuffix(".gz").removesuffix(".zst")
 
 
 def kind_of(path: Path, text_documents: str) -> str:
     """How a file is read: jsonl, parquet, or for text what its documents are."""
-    name = path.name.removesuffix(".gz").removesuffix(".zst")
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return "parquet"
-    return text_documents if name.endswith(".txt") else "jsonl"
+    return text_documents if _plain_name(path.name).endswith(TEXT_SUFFIXES) else "jsonl"
 
 
 def plan_ranges(

@@ -41,7 +41,7 @@ from megatron_hammer.corpus.readers import DEFAULT_TEXT_DOCUMENTS, expand_inputs
 KINDS = ("chinesewebtext", "refinedweb", "pile", "jsonl", "parquet", "text")
 DEFAULT_KEYS = dict.fromkeys(KINDS, "text") | {"refinedweb": "content"}
 _PARQUET_KINDS = ("refinedweb", "parquet")
-_FORMATS = {"parquet": "parquet", "jsonl": "jsonl", "text": ".txt"}
+_FORMATS = {"parquet": "parquet", "jsonl": "jsonl", "text": ".txt or .md"}
 MAX_SETS = 256
 """The Pile has 22; far more are a sign that the field is something else."""
 

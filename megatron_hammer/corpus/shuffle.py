@@ -48,6 +48,7 @@ from megatron_hammer.base.files import open_alone, publish
 from megatron_hammer.base.progress import Progress, size_of
 from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.documents import Skipped
+from megatron_hammer.corpus.readers import kind_of
 from megatron_hammer.corpus.seeds import hash_seed
 from megatron_hammer.corpus.shuffle_buckets import LINE_OVERHEAD, Bucket, Buckets, Lines
 from megatron_hammer.corpus.shuffle_input import LineBlock, LineReader, check_lines, line_ends, no_line_break
@@ -319,6 +320,9 @@ def _open_locked(path: Path) -> int:
     return descriptor
 
 
+_NOT_LINES = {"text": "plain text, whose lines are no documents", "parquet": "parquet, whose rows are no lines"}
+
+
 def _check_names(inputs: list[Path], output: Path) -> None:
     if is_compressed(output):
         raise ConfigError(88, f"--output {output}", "must be a plain file", "compress it afterwards")
@@ -326,6 +330,10 @@ def _check_names(inputs: list[Path], output: Path) -> None:
         raise ConfigError(88, f"--output {output}", "is a folder", "name a file")
     seen = set()
     for path in inputs:
+        kind = kind_of(path, "text")
+        if kind != "jsonl" and kind_of(output, "text") != kind:
+            made = f"python tools/reformat_corpus.py {kind} {path} --output {path.with_suffix('.jsonl')}"
+            raise ConfigError(88, str(path), f"is {_NOT_LINES[kind]}", f"turn it into lines first: {made}")
         if path in seen:
             raise ConfigError(88, str(path), "is named twice", "name every input once")
         seen.add(path)

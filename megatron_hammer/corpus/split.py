@@ -1,10 +1,11 @@
 """A corpus split into documents to train on and held-out documents, by a hash of their text: ``tools/split_corpus.py``.
 
-    F.jsonl --> P.train.jsonl, P.valid.jsonl, P.split.json
+    F.jsonl or F.txt --> P.train.jsonl, P.valid.jsonl, P.split.json
 
 The side of a document is a function of (seed, text, fraction) alone: the same text falls on the same side in every file
 and every run, so copies of a held-out text never stay in the training set, and a corpus that grows keeps its held-out
-set. Lines are copied as they are, with all their fields, in their order; one pass, memory for one block.
+set. Lines are copied as they are, with all their fields, in their order; a document of plain text becomes a line that
+holds it under ``text``. One pass, memory for one block.
 
 With a number of documents instead of a fraction, the threshold is the hash of the N-th text in the order of the hashes;
 finding it takes a pass of its own and memory for N hashes. Copies still fall on one side, but the threshold depends on
@@ -15,25 +16,28 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import orjson
 import xxhash
 
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.progress import Progress, size_of
 from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.documents import (
+    Document,
     LineWriter,
+    OnBad,
     Skipped,
     describe_sources,
     ignore,
     read_documents,
     write_manifest,
 )
-from megatron_hammer.corpus.readers import expand_inputs, kind_of
+from megatron_hammer.corpus.readers import DEFAULT_TEXT_DOCUMENTS, expand_inputs, kind_of
 from megatron_hammer.corpus.seeds import hash_seed
 
 HASH_BITS = 53
@@ -76,20 +80,22 @@ def split_corpus(
     valid_documents: int | None = None,
     key: str = "text",
     on_error: OnError = "stop",
+    text_documents: str = DEFAULT_TEXT_DOCUMENTS,
 ) -> SplitSummary:
     """Write ``P.train.jsonl``, ``P.valid.jsonl`` and the manifest ``P.split.json``.
 
     Args:
-        inputs: JSON lines files, folders or patterns.
+        inputs: files of JSON lines or plain text, folders or patterns.
         output_prefix: P.
         valid_fraction: expected share of the distinct texts that is held out.
         valid_documents: exactly this many distinct texts instead; copies of them are held out too.
         key: the field that holds the text.
         on_error: a document that cannot be used is an error, or left out and counted, or written to
             ``P.rejected.jsonl`` too.
+        text_documents: what a document of plain text is, see ``readers.TEXT_DOCUMENTS``.
 
     Raises:
-        ConfigError: E287 fraction or number out of range, E288 a file that is not JSON lines.
+        ConfigError: E287 fraction or number out of range, E288 a file that is neither JSON lines nor text.
         DataError: E301 to E309 bad input; E365 fewer distinct texts than shall be held out, or a side without any.
     """
     assert (valid_fraction is None) != (valid_documents is None), "one of fraction and number"
@@ -101,12 +107,13 @@ def split_corpus(
         raise ConfigError(
             87, f"--valid-documents={valid_documents}", "must be at least 1", "give a number of documents"
         )
-    paths = jsonl_files(inputs)
+    paths = _files(inputs)
     hashing = hash_seed(seed, "split")
     size = sum(path.stat().st_size for path in paths)
     if valid_documents is not None:
-        lenient = on_error != "stop"
-        threshold = _threshold(paths, key, hashing, valid_documents, lenient, Progress("choosing", size))
+        on_bad = None if on_error == "stop" else ignore  # the pass that writes counts them
+        reading = _Reading(key, text_documents, on_bad, Progress("choosing", size))
+        threshold = _threshold(paths, reading, hashing, valid_documents)
     else:
         assert valid_fraction is not None
         threshold = math.floor(valid_fraction * 2**HASH_BITS)
@@ -117,12 +124,14 @@ def split_corpus(
     manifest.unlink(missing_ok=True)  # from here on it would not describe what lies beside it
     hashes: dict[Path, str] = {}
     skipped = Skipped(on_error, prefix.with_name(f"{prefix.name}.rejected.jsonl"))
-    with train, valid, skipped, Progress("splitting", size) as progress:
+    reading = _Reading(key, text_documents, skipped.on_bad, Progress("splitting", size), hashes)
+    with train, valid, skipped, reading.progress:
         for path in paths:
-            for document in read_documents(path, key, (), skipped.on_bad, progress, hashes):
+            for document in reading.documents(path):
                 content = document.text.encode()
                 held_out = content_hash(content, hashing) < threshold
-                (valid if held_out else train).write(document.line, len(content))
+                line = document.line or orjson.dumps({key: document.text})  # of plain text there is no line
+                (valid if held_out else train).write(line, len(content))
         for writer, side in ((train, "to train on"), (valid, "to hold out")):
             if writer.documents == 0:
                 raise DataError(65, ", ".join(map(str, inputs)), f"has no document {side} at this share",
@@ -140,8 +149,21 @@ def split_corpus(
     return summary
 
 
-def jsonl_files(inputs: Sequence[str | Path]) -> list[Path]:
-    """The JSON lines files that the inputs name.
+class _Reading(NamedTuple):
+    """How the documents of all files are read."""
+
+    key: str
+    text_documents: str
+    on_bad: OnBad | None
+    progress: Progress
+    hashes: dict[Path, str] | None = None
+
+    def documents(self, path: Path) -> Iterator[Document]:
+        return read_documents(path, self.key, (), self.on_bad, self.progress, self.hashes, self.text_documents)
+
+
+def _files(inputs: Sequence[str | Path]) -> list[Path]:
+    """The files that the inputs name, all of JSON lines or plain text.
 
     Raises:
         ConfigError: E288 a file of another format, or one that is named twice.
@@ -150,24 +172,25 @@ def jsonl_files(inputs: Sequence[str | Path]) -> list[Path]:
     paths = expand_inputs(inputs)
     seen = set()
     for path in paths:
-        if kind_of(path, "text") != "jsonl":
+        if kind_of(path, "text") == "parquet":
             raise ConfigError(
-                88, str(path), "is no JSON lines file", "turn it into one with tools/reformat_corpus.py text or jsonl"
-            )
+                88, str(path), "is parquet, whose rows are no lines",
+                "turn it into lines: python tools/reformat_corpus.py parquet "
+                f"{path} --output {path.with_suffix('.jsonl')}",
+            )  # fmt: skip
         if path in seen:
             raise ConfigError(88, str(path), "is named twice", "name every input once")
         seen.add(path)
     return paths
 
 
-def _threshold(paths: Sequence[Path], key: str, hashing: int, count: int, lenient: bool, progress: Progress) -> int:
+def _threshold(paths: Sequence[Path], reading: _Reading, hashing: int, count: int) -> int:
     """The smallest threshold below which ``count`` distinct texts lie."""
     largest: list[int] = []  # of the smallest hashes, negated: a heap whose first is the largest of them
     held: set[int] = set()
-    with progress:
+    with reading.progress:
         for path in paths:
-            on_bad = ignore if lenient else None  # the pass that writes counts them
-            for document in read_documents(path, key, (), on_bad, progress):
+            for document in reading.documents(path):
                 found = content_hash(document.text.encode(), hashing)
                 if found in held or (len(largest) == count and found > -largest[0]):
                     continue

@@ -35,7 +35,7 @@ FORMATS = {
     "named.txt": (b"PK\x03\x04\x14\0\x06\0rest", "is a zip archive"),
     "table.jsonl": (b"PAR1\x15\x04", "is a parquet file"),
     "a.jsonl.bz2": (b"BZh91AY&SY", "bzip2"),
-    "a.md": (b"# A title\n\nText.\n", "plain text must be in a file whose name ends in .txt"),
+    "a.org": (b"# A title\n\nText.\n", "plain text must be in a file whose name ends in .txt"),
 }
 
 

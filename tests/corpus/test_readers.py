@@ -200,6 +200,8 @@ FOLDERS = {
     "folders": ("train/a.parquet validation/a.parquet dataset_info.json", "train/a.parquet"),
     "dashes": ("c4-train.jsonl c4-validation.jsonl", "c4-train.jsonl"),
     "quarantine": ("a.jsonl a_text_document.rejected.jsonl", "a.jsonl"),
+    "a data set's cards": ("README.md zh.jsonl zh.md", "zh.jsonl"),
+    "texts of all kinds": ("LICENSE.txt README.md a.MD b.TXT c.markdown d.text.gz", "a.MD b.TXT c.markdown d.text.gz"),
     "held out alone": ("zh.valid.jsonl en.valid.jsonl", "en.valid.jsonl zh.valid.jsonl"),
     "words that only begin so": ("testimony.jsonl validity.jsonl developer.txt train.jsonl",
                                  "developer.txt testimony.jsonl train.jsonl validity.jsonl"),

@@ -235,6 +235,6 @@ def test_plain_text_becomes_documents(tmp_path: Path) -> None:
         reformat_corpus("text", [folder], tmp_path / "x.jsonl")
     assert reformat_corpus("text", [folder], tmp_path / "x.jsonl", on_error="skip").skipped.counts == {"E303": 1}
     assert len(read(tmp_path / "x.jsonl")) == 4
-    with pytest.raises(DataError, match=r"E301.*holds no \.txt file"):
+    with pytest.raises(DataError, match=r"E301.*holds no \.txt or \.md file"):
         write_jsonl(tmp_path / "only" / "a.jsonl", [{"text": "x"}])
         reformat_corpus("text", [tmp_path / "only"], tmp_path / "y.jsonl")

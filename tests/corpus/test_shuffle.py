@@ -268,6 +268,7 @@ def test_bad_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ([source], "out.gz", MIN_MEMORY_BYTES, "E288"),
         ([source], ".", MIN_MEMORY_BYTES, "E288"),
         ([source, source], "out", MIN_MEMORY_BYTES, "E288"),
+        ([source.with_suffix(".txt")], "out.jsonl", MIN_MEMORY_BYTES, "E288"),
     ):
         with pytest.raises(ConfigError) as caught:
             shuffle_lines(inputs, tmp_path / output, 1, memory)

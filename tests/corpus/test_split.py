@@ -95,16 +95,46 @@ def test_a_number_of_documents(tmp_path: Path) -> None:
 
 def test_refusals_leave_nothing(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", ["x", "y", "x"])
-    (tmp_path / "b.txt").write_text("x")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1")
     for fraction, count, code in ((0.0, None, "E287"), (1.0, None, "E287"), (None, 0, "E287"), (1e-12, None, "E365"),
                                   (None, 2, "E365"), (None, 3, "E365")):  # fmt: skip
         with pytest.raises((ConfigError, DataError)) as caught:
             split(source, tmp_path / "p", fraction=fraction, count=count)
         assert caught.value.code == code, (fraction, count)
-    for inputs in ([tmp_path / "b.txt"], [source, source]):
+    for inputs in ([tmp_path / "b.parquet"], [source, source]):
         with pytest.raises(ConfigError, match="E288"):
             split_corpus(inputs, tmp_path / "p", 1, valid_fraction=0.5)
     (tmp_path / "c.jsonl").write_text('{"text": "x"}\nnonsense\n')
     with pytest.raises(DataError, match=r"E304\].*c.jsonl:2 "):
         split(tmp_path / "c.jsonl", tmp_path / "p", fraction=0.5)
-    assert {p.name for p in tmp_path.iterdir()} == {"a.jsonl", "b.txt", "c.jsonl"}
+    assert {p.name for p in tmp_path.iterdir()} == {"a.jsonl", "b.parquet", "c.jsonl"}
+
+
+def test_folders_of_plain_text_go_through(tmp_path: Path) -> None:
+    """Documents between empty lines, CRLF as LF; their sides are those of the same texts as JSON lines."""
+    folder = tmp_path / "文 本"
+    (folder / "deep").mkdir(parents=True)
+    known = [f"第 {i} 篇\n第二行" for i in range(300)]
+    (folder / "a.txt").write_bytes("\r\n\r\n".join(known[:200]).replace("\n第", "\r\n第").encode())
+    (folder / "deep" / "b.MD").write_text("\n\n".join(known[200:]))
+    summary = split_corpus([folder], tmp_path / "t", 1, valid_documents=30, key="content")
+    assert (summary.train["documents"], summary.valid["documents"]) == (270, 30)
+    found = [json.loads(line)["content"] for side in ("train", "valid")
+             for line in (tmp_path / f"t.{side}.jsonl").read_text().splitlines()]  # fmt: skip
+    assert sorted(found) == sorted(known)
+    split(write(tmp_path / "same.jsonl", known), tmp_path / "l", count=30)
+    assert sides(tmp_path / "l")[1] == set(found[270:])
+    whole = split_corpus([folder], tmp_path / "w", 1, valid_documents=1, text_documents="file")
+    assert whole.train["documents"] == 1
+
+
+def test_text_in_another_encoding_is_named(tmp_path: Path) -> None:
+    for name, content, rule in (
+        ("gbk.txt", "这是一段用国标编码写成的中文文本，".encode("gbk") * 9, "it looks like GB18030.*iconv -f GB18030"),
+        ("mark.md", b"\xef\xbb\xbftext", "byte order mark"),
+        ("word.txt", b"%PDF-1.7", "a PDF file.*pdftotext"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=rf"E30\d.*{name}.*{rule}"):
+            split(tmp_path / name, tmp_path / "p", fraction=0.5)
+        assert not list(tmp_path.glob("p.*"))
