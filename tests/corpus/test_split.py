@@ -115,7 +115,7 @@ def test_folders_of_plain_text_go_through(tmp_path: Path) -> None:
     folder = tmp_path / "文 本"
     (folder / "deep").mkdir(parents=True)
     known = [f"第 {i} 篇\n第二行" for i in range(300)]
-    (folder / "a.txt").write_bytes("\r\n\r\n".join(known[:200]).replace("\n第", "\r\n第").encode())
+    (folder / "a.txt").write_bytes("\n\n".join(known[:200]).replace("\n", "\r\n").encode())
     (folder / "deep" / "b.MD").write_text("\n\n".join(known[200:]))
     summary = split_corpus([folder], tmp_path / "t", 1, valid_documents=30, key="content")
     assert (summary.train["documents"], summary.valid["documents"]) == (270, 30)
