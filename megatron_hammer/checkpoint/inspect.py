@@ -69,7 +69,8 @@ def describe(manifest: Manifest) -> Iterator[str]:
     parameters = sum(math.prod(tensor.shape) for tensor in manifest.tensors if tensor.kind == "weight")
     yield f"{manifest.folder}: {summarize(manifest)}"
     yield f"digest     {manifest.digest}"
-    parallel = f"tp {layout.tp}, dp {layout.dp}, sequence_parallel {layout.sequence_parallel}"
+    context_parallel = f"cp {layout.cp}, " if layout.cp > 1 else ""
+    parallel = f"tp {layout.tp}, {context_parallel}dp {layout.dp}, sequence_parallel {layout.sequence_parallel}"
     yield f"written by {layout.world} ranks, {parallel}"
     yield f"model      {parameters:,} parameters, computes in {manifest.weights_dtype}; {model}"
     yield f"tokenizer  {manifest.tokenizer.fingerprint if manifest.tokenizer else 'none'}"

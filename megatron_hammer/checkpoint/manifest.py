@@ -95,6 +95,8 @@ class Layout:
     tp: int = 1
     dp: int = 1
     sequence_parallel: bool = False
+    cp: int = 1
+    """Not written where it is 1."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def write_manifest(manifest: Manifest) -> None:
         "format": FORMAT,
         "version": VERSION,
         "step": manifest.step,
-        "layout": asdict(manifest.layout),
+        "layout": {name: value for name, value in asdict(manifest.layout).items() if (name, value) != ("cp", 1)},
         "config": manifest.config,
         "state": manifest.state,
         "weights_dtype": manifest.weights_dtype,

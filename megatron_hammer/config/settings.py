@@ -103,12 +103,16 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the ranks share the work. data_parallel_size is what is left: world size / tensor_model_parallel_size."""
+    """How the ranks share the work. data_parallel_size is what is left: world size / (tensor_model_parallel_size x
+    context_parallel_size)."""
 
     tensor_model_parallel_size: Free[int] = 1
     """Ranks that share each layer's matrices (TP)."""
     sequence_parallel: Free[bool] = False
     """Between the matrices, keep only seq_length / TP rows on each rank (arXiv 2205.05198). Needs TP of 2 or more."""
+    context_parallel_size: Free[int] = 1
+    """Ranks that share the tokens of each sample (CP): each has seq_length / CP of them, and gathers the others' keys
+    and values in attention (arXiv 2407.21783). For sequences whose activations do not fit on a rank."""
     gradient_bucket_bytes: Free[int] = 64 * 2**20
     """Size of one fp32 gradient bucket: a bucket's reduce-scatter starts as soon as its last gradient is there. On more
     than 64 data-parallel ranks a bucket grows with them, so that a rank's share of it (1 MiB) does not shrink."""
@@ -125,6 +129,7 @@ class ParallelConfig:
             "parallel",
             {
                 "tensor_model_parallel_size": self.tensor_model_parallel_size,
+                "context_parallel_size": self.context_parallel_size,
                 "gradient_bucket_bytes": self.gradient_bucket_bytes,
                 "timeout_seconds": self.timeout_seconds,
             },

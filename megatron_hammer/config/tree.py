@@ -63,6 +63,8 @@ class Config:
             f"start a multiple of {tp} ranks or use {divisors(world_size)}",
             number=5,
         )
+        what, rule, remedy, number = _cp_obstacle(self, world_size)
+        require(not what, what, rule, remedy, number=number)
         train = self.train
         samples = train.micro_batch_size * self.data_parallel_size(world_size)
         require(
@@ -82,7 +84,7 @@ class Config:
         attention, mask = self.kernels.attention, self.data.attention_mask
         able = [name for name, masks in ATTENTION_MASKS.items() if mask in masks]
         require(
-            attention in ("auto", *able),
+            attention in ("auto", *able) or self.parallel.context_parallel_size > 1,
             f"kernels.attention={attention}",
             f"cannot do data.attention_mask={mask}",
             f"use {' or '.join(('auto', *able))}",
@@ -104,7 +106,13 @@ class Config:
 
     def grid(self, world_size: int) -> Grid:
         """How ``world_size`` ranks share the work."""
-        return build_grid(world_size, tp=self.parallel.tensor_model_parallel_size, query_groups=self.model.query_groups)
+        parallel = self.parallel
+        return build_grid(
+            world_size,
+            tp=parallel.tensor_model_parallel_size,
+            cp=parallel.context_parallel_size,
+            query_groups=self.model.query_groups,
+        )
 
     def placement(self, tp_rank: int = 0, stage: int = 0) -> Placement:
         """What a rank holds of the model; the sizes are the same on all tensor-parallel ranks."""
@@ -116,6 +124,11 @@ class Config:
             sequence_parallel=parallel.sequence_parallel,
             stage=stage,
         )
+
+    @property
+    def tokens_per_rank(self) -> int:
+        """Tokens of a micro-batch on one rank: its share under context parallelism; tensor parallelism divides none."""
+        return self.train.micro_batch_size * self.data.seq_length // self.parallel.context_parallel_size
 
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that process different samples."""
@@ -163,9 +176,37 @@ def _tp_obstacle(config: Config, tp: int) -> str:
         return f"must divide model.num_query_groups={groups} or be a multiple of it"
     if model.ffn_hidden_size % tp:
         return f"must divide model.ffn_hidden_size={model.ffn_hidden_size}"
-    if config.parallel.sequence_parallel and config.data.seq_length % tp:
-        return f"must divide data.seq_length={config.data.seq_length} under sequence parallelism"
+    cp, length = config.parallel.context_parallel_size, config.data.seq_length
+    if config.parallel.sequence_parallel and length % (tp * cp):
+        shared = "" if cp == 1 else f" / parallel.context_parallel_size={cp}"
+        return f"must divide data.seq_length={length}{shared} under sequence parallelism"
     return ""
+
+
+def _cp_obstacle(config: Config, world_size: int) -> tuple[str, str, str, int]:
+    """Why ranks cannot share the tokens of samples (setting, rule, remedy, number), or empty strings."""
+    parallel, kernels, length = config.parallel, config.kernels, config.data.seq_length
+    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    what, leave_out = f"parallel.context_parallel_size={cp}", "leave one of them out"
+    if cp == 1:
+        return "", "", "", 5
+    if world_size % (tp * cp):
+        rule = f"x parallel.tensor_model_parallel_size={tp} must divide the {world_size} ranks"
+        return what, rule, f"start a multiple of {tp * cp} ranks or use {divisors(world_size // tp)}", 5
+    if length % (2 * cp):
+        rule = f"x 2, the chunks of a sample, must divide data.seq_length={length}"
+        return what, rule, f"use a data.seq_length of a multiple of {2 * cp}", 5
+    able = [name for name, masks in ATTENTION_MASKS.items() if "document" in masks and name != "te"]
+    if kernels.attention not in ("auto", *able):
+        rule = f"cannot do {what}, where a rank has fewer queries than keys"
+        return f"kernels.attention={kernels.attention}", rule, f"use {' or '.join(('auto', *able))}", 9
+    if kernels.compile == "layers":
+        return "kernels.compile=layers", f"is not for {what}, whose keys are of another number each time", leave_out, 15
+    if kernels.cuda_graph:
+        return "kernels.cuda_graph=true", f"is not for {what}, where shapes differ between micro-batches", leave_out, 16
+    if kernels.layers == "te":
+        return "kernels.layers=te", f"is not for {what}: nobody has run it", "use kernels.layers=torch", 12
+    return "", "", "", 5
 
 
 def _te_obstacle(config: Config) -> tuple[str, str, str]:
@@ -194,7 +235,7 @@ def _fp8_obstacle(config: Config) -> tuple[str, str, str]:
         return what, f"is not for train.precision={train.precision}", "use bf16 or kernels.fp8=off"
     at, d = config.placement(), model.head_size
     shards = at.sequence_shards if kernels.layers == "te" else 1  # Transformer Engine quantises before it gathers
-    rows = train.micro_batch_size * config.data.seq_length // shards
+    rows = config.tokens_per_rank // shards
     sizes = {
         "train.micro_batch_size x data.seq_length": rows,
         "model.hidden_size": model.hidden_size,

@@ -158,6 +158,9 @@ def _masks(*able: str) -> Callable[[Requirements], str]:
     """The limit of a backend that can do these values of ``data.attention_mask`` and no others."""
 
     def limit(required: Requirements) -> str:
+        if required.context_parallel > 1:
+            size = f"parallel.context_parallel_size={required.context_parallel}"
+            return "" if "document" in able else f"cannot do {size}, where a rank has fewer queries than keys"
         return "" if required.mask in able else f"cannot do data.attention_mask={required.mask}"
 
     return limit
@@ -173,6 +176,11 @@ def _fused_unsupported(required: Requirements) -> str:
     if required.compile == "layers" and required.mask == "causal":
         return "is not for kernels.compile=layers"
     return cpu.attention_unsupported(required.dtype)
+
+
+def _te_unsupported(required: Requirements) -> str:
+    """Its masks for packed sequences have the first query at the first key."""
+    return _masks()(required) if required.context_parallel > 1 else ""
 
 
 BACKENDS = (
@@ -198,7 +206,7 @@ BACKENDS = (
     Backend("varlen", lambda device: varlen, CUDA, HALVES, _varlen_unsupported, _varlen_unavailable),
     Backend("sdpa-documents", lambda device: each_document, unsupported=_masks("document")),
     *flash.BACKENDS,
-    Backend("te", lambda device: te.attention, CUDA, HALVES, unavailable=te.not_installed, by_name_only=True),
+    Backend("te", lambda device: te.attention, CUDA, HALVES, _te_unsupported, te.not_installed, by_name_only=True),
 )
 
 

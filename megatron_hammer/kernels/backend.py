@@ -30,6 +30,8 @@ class Requirements:
     dtype: torch.dtype = torch.float32
     mask: str = "causal"
     """``data.attention_mask``."""
+    context_parallel: int = 1
+    """``parallel.context_parallel_size``: above 1 documents have fewer queries than keys, whatever the mask."""
     heads: int = 1
     groups: int = 1
     head_size: int = 64

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field, replace
 
 from megatron_hammer.kernels import attention, norm, rope, swiglu
 from megatron_hammer.kernels.attention import AttentionFunction
+from megatron_hammer.kernels.context_parallel import across_ranks
 from megatron_hammer.kernels.linear import Products
 from megatron_hammer.kernels.linear_cross_entropy import LossKernels
 from megatron_hammer.kernels.norm import AddRMSNormFunction
 from megatron_hammer.kernels.ranges import ATTENTION, NORM, ROPE, SWIGLU, Range, within
 from megatron_hammer.kernels.rope import RopeFunction
 from megatron_hammer.kernels.swiglu import SwiGLUFunction
+from megatron_hammer.parallel.context import Group
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Operations:
     """Matrix products of the decoder layers."""
     head_products: Products = field(default_factory=Products)
     """Matrix products of the output head."""
+
+    def across(self, context_parallel: Group) -> Operations:
+        """The same operations for ranks that share samples: attention gathers their keys and values."""
+        return replace(self, attention=across_ranks(self.attention, context_parallel))
 
     def within(self, range_of: Range) -> Operations:
         """The same operations, each in its range; the products are in the ranges of their layers."""

@@ -58,6 +58,11 @@ class PackedSequences:
     """Under context parallelism, with b s / cp rows and stretches of them; None: the rows are queries and keys."""
 
     @property
+    def shards(self) -> int:
+        """Ranks that share the samples: a sample is so many times as long as a rank's part."""
+        return 1 if self.keys is None else self.keys.shards
+
+    @property
     def max_length(self) -> int:
         """Rows of the longest document."""
         return max(self.lengths)
@@ -105,7 +110,7 @@ class PackedSequences:
 def on_device(array: np.ndarray, device: torch.device) -> Tensor:
     """A copy to a GPU goes through pinned memory and nothing waits for it; a CPU shares."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class GraphPackedSequences(NamedTuple):

@@ -168,9 +168,9 @@ class Stage(nn.Module):
             received: what this method returned on the stage before; None on the first.
         """
         told: PackedSequences | GraphPackedSequences | None  # what attention is told
-        rope = self.rope(tokens.shape[1])
+        rope = self.rope(tokens.shape[1] * (1 if documents is None else documents.shards))
         if documents is not None:
-            tokens = tokens.reshape(1, -1)  # [1, b s]
+            tokens = tokens.reshape(1, -1)  # [1, b s]; of a context-parallel rank's share s is the rank's part
             rope = (rope[0][documents.positions], rope[1][documents.positions])
         assert (received is None) == self.placement.has_embedding, "the first stage receives nothing, all others do"
         if received is None:
@@ -292,7 +292,8 @@ def build_stage(
     if kernels.layers == "te":
         parts = layers_te  # an assignment of its own: mypy holds each module to the interface
     inside = no_range if kernels.compile == "layers" else range_of
-    plain = parts.operations(operations or Operations()).within(inside)  # what is done again is in its range, too
+    chosen = parts.operations(operations or Operations()).across(ctx.cp)
+    plain = chosen.within(inside)  # what is done again is in its range, too
     options = LayerOptions(
         dtype,
         ctx.device,

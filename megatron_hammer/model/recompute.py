@@ -46,6 +46,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -62,6 +63,7 @@ from megatron_hammer.kernels.norm import AddRMSNormFunction
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.swiglu import SwiGLUFunction
+from megatron_hammer.parallel.sequence_split import share
 
 Region = Callable[[], AbstractContextManager[Any]]
 Layer = Callable[..., tuple[Tensor, Tensor]]
@@ -100,11 +102,22 @@ def plan_recompute(config: Config) -> Recompute:
     return Recompute()
 
 
-def activation_bytes(config: Config, backends: Mapping[str, Backend]) -> int:
+def keys_seen(config: Config, cp_rank: int = 0) -> int:
+    """Keys that attention of a context-parallel rank is given of a micro-batch in which each sample is one document.
+
+    Of the ranks the first has most; with shorter documents it has fewer.
+    """
+    b, s, cp = config.train.micro_batch_size, config.data.seq_length, config.parallel.context_parallel_size
+    whole = config.data.attention_mask == "document"
+    return len(share(np.arange(b + 1) * s, cp_rank, cp, keep_whole=whole).key_rows)
+
+
+def activation_bytes(config: Config, backends: Mapping[str, Backend], cp_rank: int = 0) -> int:
     """What the decoder layers of one rank keep of a micro-batch until its backward, by the table above.
 
     The reference of an operation ("torch") keeps what lies between its steps; every other backend is taken to keep its
-    inputs and the few numbers a row that its backward needs, and so are compiled ones.
+    inputs and the few numbers a row that its backward needs, and so are compiled ones. Under context parallelism a rank
+    has its share of the tokens, but attention keeps the keys and values that it was given of all.
     """
     model, train, at = config.model, config.train, config.placement()
     size = 4 if train.precision == "fp32" else 2
@@ -128,8 +141,10 @@ def activation_bytes(config: Config, backends: Mapping[str, Backend]) -> int:
     again = {"none": 0, "selective": model.num_layers, "full": train.recompute_layers or model.num_layers}
     layers = again[train.recompute]
     each = selective if train.recompute == "selective" else size * h
-    rows = train.micro_batch_size * config.data.seq_length
-    return round(rows * (layers * each + (model.num_layers - layers) * whole))
+    rows, gathered = config.tokens_per_rank, 0
+    if config.parallel.context_parallel_size > 1:
+        gathered = size * 2 * g * d * keys_seen(config, cp_rank)
+    return round(layers * rows * each + (model.num_layers - layers) * (rows * whole + gathered))
 
 
 # ---- full -------------------------------------------------------------------------------------------------------

@@ -47,9 +47,9 @@ def evaluate(
         piece_bytes: [v] int64 on the device, UTF-8 bytes that each id stands for.
     """
     totals = torch.zeros(3, dtype=torch.float64, device=ctx.device)  # loss, targets, bytes
-    mine = range(ctx.dp.rank, len(data), ctx.dp.size)
+    mine = range(ctx.samples.rank, len(data), ctx.samples.size)
     for start in range(0, len(mine), micro_batch_size):
-        batch = data.read(mine[start : start + micro_batch_size]).to(ctx.device)
+        batch = data.read(mine[start : start + micro_batch_size]).shard(ctx.cp.rank, ctx.cp.size).to(ctx.device)
         assert batch.loss_weights is not None
         mask = batch.loss_weights.double()  # [b, s]
         losses = model(batch.tokens, batch.labels, batch.documents)

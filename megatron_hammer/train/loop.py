@@ -87,8 +87,8 @@ class Run:
             config.train.num_steps * config.train.global_batch_size,
             config.train.micro_batch_size,
             config.grad_accum(ctx.world.size),
-            ctx.dp.rank,
-            ctx.dp.size,
+            ctx.samples.rank,
+            ctx.samples.size,
         )
         self.valid = open_valid_data(config)
         tokenizer = prepared.tokenizer
@@ -126,7 +126,8 @@ class Run:
 
     def _next_batches(self) -> list[Batch[Tensor]]:
         """This rank's micro-batches of the next step, on the device."""
-        return [batch.to(self.ctx.device) for batch in self.batches.get(self.state.consumed_samples)]
+        cp, batches = self.ctx.cp, self.batches.get(self.state.consumed_samples)
+        return [batch.shard(cp.rank, cp.size).to(self.ctx.device) for batch in batches]
 
     def _step(self, step: int) -> StepReport:
         batches = self._next_batches()

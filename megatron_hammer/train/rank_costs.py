@@ -2,7 +2,8 @@
 
 ``verify/one_rank.py`` counts the same in a step of the program itself (``tools/verify_parallel.py --world``), and the
 forecast before a run takes its numbers from here. Legend: L layers, n micro-batches of a step, t tensor-parallel ranks,
-s sequence, b micro-batch, h hidden, e bytes of an element of the model's dtype.
+s sequence, b micro-batch, h hidden, g query groups of d of a rank, e bytes of an element of the model's dtype. Under
+context parallelism s is a rank's share of the sequence, but for cp itself.
 
 Collectives of a step, with the bytes of the whole tensor [s, b, h] where nothing else is said::
 
@@ -13,8 +14,11 @@ Collectives of a step, with the bytes of the whole tensor [s, b, h] where nothin
     tp   both                a chunk of the head: all-gather of three fp32 numbers a row from each rank
          full recompute      the forward of a recomputed layer once more
          sequence parallel   once a step: all-reduce of the norms' gradients that this rank updates
+    cp   a layer: all-gather of keys and values [s, b, 2g, d] forward, reduce-scatter of their fp32 gradients backward;
+         recompute, selective or full: the all-gather of a recomputed layer once more
     kv   copies of key and value heads, once a step: all-reduce of their gradients that this rank updates
-    dp   a bucket, once a step: reduce-scatter of fp32 gradients, all-gather of weights; all-reduce of the loss
+    dp   and cp together, once a step: a bucket, reduce-scatter of fp32 gradients and all-gather of weights; all-reduce
+         of the loss
     world  once a step: all-reduce of the gradient's squared norm
 """
 
@@ -54,20 +58,22 @@ def state_bytes(config: Config, world_size: int, rank: int = 0) -> dict[str, int
     return {"weights": width * buckets[-1].stop, "gradients": 4 * buckets[-1].stop, "optimizer": sharded * own}
 
 
-def kept_bytes(config: Config, backends: Mapping[str, Backend]) -> int:
+def kept_bytes(config: Config, backends: Mapping[str, Backend], rank: int = 0) -> int:
     """Activations of a micro-batch when its head begins: what layers keep, the final norm, the embedding's indices.
 
-    With document masks RoPE's cos and sin of each token too. And two scalars: a token's weight and the sum of losses.
+    With document masks and under context parallelism RoPE's cos and sin of each token too. And two scalars: a token's
+    weight and the sum of losses.
     """
-    at, rows = config.placement(), config.train.micro_batch_size * config.data.seq_length
+    at, rows, cp = config.placement(), config.tokens_per_rank, config.parallel.context_parallel_size
     final_norm = 2 * element_bytes(config) * config.model.hidden_size + 4  # the sum and its normalised form, rstd
-    packed = config.data.attention_mask == "document"
+    packed = config.data.attention_mask == "document" or cp > 1
     angles = element_bytes(config) * config.model.head_size if packed else 0
-    indices = 8 if packed and config.train.micro_batch_size > 1 else 0  # the tokens of all samples in one row
+    several = config.train.micro_batch_size > 1
+    indices = 8 if packed and several and cp == 1 else 0  # the tokens of all samples in one row
     if at.tp_size > 1:
         indices = 9  # rows of this rank's shard, and which tokens have one
     around = rows * final_norm // at.sequence_shards + rows * (indices + angles) + 8
-    return activation_bytes(config, backends) + around
+    return activation_bytes(config, backends, rank // at.tp_size % cp) + around
 
 
 def collectives(config: Config, world_size: int, rank: int, chunk_tokens: int) -> Counter[Collective]:
@@ -83,6 +89,8 @@ def collectives(config: Config, world_size: int, rank: int, chunk_tokens: int) -
             counted["tp", kind, _hidden_bytes(config)] = number * config.grad_accum(world_size)
         for rows in _chunks(config, chunk_tokens):
             counted["tp", "all-gather", grid.tp * ROW_STATISTICS * rows] += config.grad_accum(world_size)
+    for (kind, size), number in _context_parallel(config).items():
+        counted["cp", kind, size] += number * config.grad_accum(world_size)
     counted += _data_parallel(config, grid, rank)
     counted["world", "all-reduce", 4] += 1  # the gradient's squared norm
     labelled: Counter[Collective] = Counter()
@@ -101,6 +109,16 @@ def _tensor_parallel(config: Config) -> Counter[str]:
     if config.parallel.sequence_parallel:
         return Counter({"all-gather": 6 * layers + 2 * again + 2, "reduce-scatter": 4 * layers + 2 * again + 2})
     return Counter({"all-reduce": 4 * layers + 2 * again + 2})
+
+
+def _context_parallel(config: Config) -> Counter[tuple[str, int]]:
+    """Calls of a micro-batch that take the keys and values of all its tokens, or their gradients."""
+    model, train, at = config.model, config.train, config.placement()
+    again = {"none": 0, "selective": model.num_layers, "full": train.recompute_layers or model.num_layers}
+    elements = train.micro_batch_size * config.data.seq_length * 2 * at.groups_local * model.head_size
+    gathers = model.num_layers + again[train.recompute]
+    return Counter({("all-gather", element_bytes(config) * elements): gathers,
+                    ("reduce-scatter", 4 * elements): model.num_layers})  # fmt: skip
 
 
 def _data_parallel(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, str, int]]:
@@ -125,14 +143,14 @@ def _data_parallel(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, 
 def _layout(config: Config, grid: Grid, rank: int) -> tuple[tuple[Parameter, ...], list[int], list[Bucket]]:
     """The parameter table of a rank, and where the store puts its rows."""
     table = parameter_table(config.model, config.placement(rank % grid.tp))
-    size = bucket_elements(config.parallel.gradient_bucket_bytes, grid.dp)
-    return table, *lay_out([row.numel for row in table], size, grid.dp)
+    size = bucket_elements(config.parallel.gradient_bucket_bytes, grid.replicas)
+    return table, *lay_out([row.numel for row in table], size, grid.replicas)
 
 
 def _shard(bucket: Bucket, grid: Grid, rank: int) -> tuple[int, int]:
     """The range of a bucket that a rank updates."""
-    dp_rank, share = rank // (grid.tp * grid.cp) % grid.dp, (bucket.stop - bucket.start) // grid.dp
-    return bucket.start + share * dp_rank, bucket.start + share * (dp_rank + 1)
+    replica, share = rank // grid.tp % grid.replicas, (bucket.stop - bucket.start) // grid.replicas
+    return bucket.start + share * replica, bucket.start + share * (replica + 1)
 
 
 def _summed(row: Parameter, offset: int) -> Iterator[tuple[str, int, int]]:
@@ -145,17 +163,17 @@ def _summed(row: Parameter, offset: int) -> Iterator[tuple[str, int, int]]:
 
 
 def _hidden_bytes(config: Config) -> int:
-    return config.train.micro_batch_size * config.data.seq_length * config.model.hidden_size * element_bytes(config)
+    return config.tokens_per_rank * config.model.hidden_size * element_bytes(config)
 
 
 def _chunks(config: Config, chunk_tokens: int) -> list[int]:
     """Rows of each chunk of a micro-batch."""
-    rows = config.train.micro_batch_size * config.data.seq_length
+    rows = config.tokens_per_rank
     return [min(chunk_tokens, rows - start) for start in range(0, rows, chunk_tokens)]
 
 
 def _ranks(grid: Grid, label: str) -> int:
-    return grid.world_size if label == "world" else getattr(grid, label)
+    return grid.world_size if label == "world" else getattr(grid, "replicas" if label == "dp" else label)
 
 
 def _same_ranks(grid: Grid, label: str, axis: str) -> bool:

@@ -147,8 +147,9 @@ def layout_line(config: Config, world_size: int) -> str:
     """The parallel layout and the size of a step, in one line."""
     parallel, run = config.parallel, config.train
     sequence_parallel = " with sequence parallelism" if parallel.sequence_parallel else ""
+    context_parallel = f"CP {parallel.context_parallel_size} x " if parallel.context_parallel_size > 1 else ""
     return (
-        f"{world_size} ranks = TP {parallel.tensor_model_parallel_size}{sequence_parallel} x "
+        f"{world_size} ranks = TP {parallel.tensor_model_parallel_size}{sequence_parallel} x {context_parallel}"
         f"DP {config.data_parallel_size(world_size)}; "
         f"step = {run.global_batch_size} samples x {config.data.seq_length} tokens = {config.tokens_per_step:,} tokens "
         f"(micro-batch {run.micro_batch_size}, {config.grad_accum(world_size)} accumulated)"

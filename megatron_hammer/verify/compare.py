@@ -30,6 +30,7 @@ class Sizes:
     tp: int
     dp: int
     accumulated: int
+    cp: int = 1
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _ratio(values: np.ndarray, expected: np.ndarray) -> float | None:
 def _factor(factor: float, sizes: Sizes) -> str:
     """The size of the layout that a factor is, or its inverse."""
     names = {"data_parallel_size": sizes.dp, "tensor_model_parallel_size": sizes.tp,
-             "the number of micro-batches": sizes.accumulated}  # fmt: skip
+             "context_parallel_size": sizes.cp, "the number of micro-batches": sizes.accumulated}  # fmt: skip
     for name, size in names.items():
         for times, value in ((f"times {name}={size}", float(size)), (f"divided by {name}={size}", 1 / size)):
             if size > 1 and abs(factor / value - 1) < 1e-2:
@@ -159,7 +160,8 @@ def _factor(factor: float, sizes: Sizes) -> str:
 
 def _shift(shift: float, sizes: Sizes) -> str:
     """The logarithm of a size that a loss is off by."""
-    for name, size in {"tensor_model_parallel_size": sizes.tp, "data_parallel_size": sizes.dp}.items():
+    names = {"tensor_model_parallel_size": sizes.tp, "data_parallel_size": sizes.dp, "context_parallel_size": sizes.cp}
+    for name, size in names.items():
         if size > 1 and abs(abs(shift) / np.log(size) - 1) < 1e-2:
             return f"off by log({name}={size}): the sum of exponentials counts ranks, or misses them"
     return ""

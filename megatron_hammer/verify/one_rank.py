@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +26,6 @@ from torch.utils._pytree import tree_leaves
 from megatron_hammer.base.tables import align
 from megatron_hammer.config import Config, KernelsConfig
 from megatron_hammer.kernels.linear_cross_entropy import CHUNK_TOKENS
-from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.ranges import HEAD
 from megatron_hammer.kernels.selection import TABLES
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
@@ -157,7 +157,7 @@ def count_rank(config: Config, world_size: int, rank: int) -> Counted:
             state = {"weights": store.params.nbytes, "gradients": store.grads.nbytes, "optimizer": own}
             steps = []
             for micro_batches in range(1, min(2, config.grad_accum(world_size)) + 1):
-                batches = [_batch(config) for _ in range(micro_batches)]
+                batches = [_batch(config, ctx) for _ in range(micro_batches)]
                 counter.begin()
                 before = counter.bytes
                 train_step(model, optimizer, batches, config, 1, ctx)
@@ -175,7 +175,7 @@ def compare_rank(config: Config, world_size: int, rank: int) -> Comparison:
         rows.append(_row(f"bytes of {name}", counted.state[name], size))
     plain = dataclasses.replace(config, kernels=KernelsConfig())
     backends = {name: next(row for row in table if row.name != "torch") for name, table in TABLES.items()}
-    rows.append(_row("bytes of activations", sum(counted.kept.values()), kept_bytes(plain, backends)))
+    rows.append(_row("bytes of activations", sum(counted.kept.values()), kept_bytes(plain, backends, rank)))
     predicted = collectives(config, world_size, rank, _chunk_tokens(config))
     for c in sorted({*counted.collectives, *predicted}):
         what = f"{c.axis}: {c.kind} of {c.bytes:,} bytes, times"
@@ -191,16 +191,12 @@ def _chunk_tokens(config: Config) -> int:
     return config.kernels.loss_chunk_tokens or CHUNK_TOKENS["cuda"]
 
 
-def _batch(config: Config) -> Batch[Tensor]:
-    """The shape of a micro-batch; with document masks a sample is one document."""
+def _batch(config: Config, ctx: ParallelContext) -> Batch[Tensor]:
+    """The shape of a micro-batch, or of a rank's share of it; with document masks a sample is one document."""
     b, s = config.train.micro_batch_size, config.data.seq_length
-    windows = torch.empty((b, s + 1), dtype=torch.int64, device="meta")
-    if config.data.attention_mask != "document":
-        return Batch.from_windows(windows)
-    import numpy as np
-
-    ends = np.arange(0, b * s + 1, s, dtype=np.int32)
-    return Batch.from_windows(windows, documents=PackedSequences.from_cu_seqlens(ends, torch.device("meta")))
+    ends = np.arange(0, b * s + 1, s, dtype=np.int32) if config.data.attention_mask == "document" else None
+    whole = Batch.from_windows(np.zeros((b, s + 1), dtype=np.int64), documents=ends)
+    return whole.shard(ctx.cp.rank, ctx.cp.size).to(ctx.device)
 
 
 @contextmanager

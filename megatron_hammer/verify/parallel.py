@@ -24,7 +24,7 @@ from megatron_hammer.base.tables import align
 from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.checkpoint.manifest import saved_model
 from megatron_hammer.checkpoint.read import read_logical
-from megatron_hammer.config import Config, KernelsConfig
+from megatron_hammer.config import Config, KernelsConfig, ParallelConfig
 from megatron_hammer.model.parameters import logical_shapes
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.supervise.nodes import Node
@@ -85,7 +85,8 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
     small, left_out = shrink(config, world_size, real)
     small.validate(world_size)
     tp, dp = config.parallel.tensor_model_parallel_size, config.data_parallel_size(world_size)
-    sizes, names = Sizes(tp, dp, small.grad_accum(world_size)), precisions(small)
+    sizes = Sizes(tp, dp, small.grad_accum(world_size), config.parallel.context_parallel_size)
+    names = precisions(small)
     with tempfile.TemporaryDirectory(prefix="verify-parallel-") as folder:
         note(f"{world_size} ranks: {STEPS} steps in {' and in '.join(names)}")
         placed = dataclasses.replace(small, train=dataclasses.replace(small.train, output=folder))
@@ -110,7 +111,7 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
 
 def _one_process(small: Config) -> tuple[dict[str, Outcome], dict[str, np.ndarray]]:
     """Our own steps on whole tensors on a CPU, and the initial weights of the model."""
-    parallel = dataclasses.replace(small.parallel, tensor_model_parallel_size=1, sequence_parallel=False)
+    parallel = ParallelConfig(gradient_bucket_bytes=small.parallel.gradient_bucket_bytes)
     train = dataclasses.replace(small.train, precision="fp32", device="cpu")
     config = dataclasses.replace(small, parallel=parallel, train=train, kernels=KernelsConfig())
     ctx = ParallelContext.single()

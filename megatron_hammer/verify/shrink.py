@@ -28,7 +28,8 @@ def shrink(config: Config, world_size: int, real: bool = False) -> tuple[Config,
     assert model.vocab_size is not None, "model.vocab_size must be resolved"
     head = min(64, model.head_size) if real else HEAD_SIZE  # GPU kernels want usual sizes
     padding = VOCAB_PADDING_MULTIPLE * tp
-    length = min(config.data.seq_length, max(SHORTEST, LENGTH_PER_RANK * tp))
+    unit = LENGTH_PER_RANK * tp * config.parallel.context_parallel_size
+    length = min(config.data.seq_length, -(-SHORTEST // unit) * unit)
     small_model = dataclasses.replace(
         model,
         hidden_size=model.num_attention_heads * head,

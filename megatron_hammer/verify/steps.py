@@ -20,7 +20,6 @@ from torch import Tensor
 
 from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.config import Config, config_to_tree
-from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
@@ -94,12 +93,11 @@ def micro_batches(config: Config, step: int, ctx: ParallelContext) -> list[Batch
     tokens, documents = global_batch(config, step)
     b, masked = config.train.micro_batch_size, config.data.attention_mask == "document"
     batches = []
-    for start in range(b * ctx.dp.rank, len(tokens), b * ctx.dp.size):
-        windows = tokens[start : start + b].to(ctx.device)
+    for start in range(b * ctx.samples.rank, len(tokens), b * ctx.samples.size):
         lengths = [n for sample in documents[start : start + b] for n in sample]
-        ends = np.cumsum([0, *lengths]).astype(np.int32)
-        packed = PackedSequences.from_cu_seqlens(ends, ctx.device) if masked else None
-        batches.append(Batch.from_windows(windows, documents=packed))
+        ends = np.cumsum([0, *lengths]).astype(np.int32) if masked else None
+        batch = Batch.from_windows(tokens[start : start + b].numpy(), documents=ends)
+        batches.append(batch.shard(ctx.cp.rank, ctx.cp.size).to(ctx.device))
     return batches
 
 

@@ -103,6 +103,8 @@ REFUSED = [  # argument, code, what the line must name
     ("parallel.pipeline_model_parallel_size=2", "E204", ["pipeline_model_parallel_size"]),
     ("parallel.sequence_parallel=true", "E204", ["sequence_parallel"]),
     ("parallel.tensor_model_parallel_size=3", "E205", ["num_attention_heads=8", "1, 2, 4 or 8"]),
+    ("parallel.context_parallel_size=0", "E204", ["context_parallel_size=0"]),
+    ("parallel.context_parallel_size=3", "E205", ["context_parallel_size=3", "must divide the 4 ranks"]),
     ("model.ffn_hidden_size=126", None, []),
     ("model.num_query_groups=3", "E204", ["num_query_groups=3", "num_attention_heads=8"]),
     ("model.head_dim=7", "E204", ["head_dim"]),
@@ -155,6 +157,43 @@ def test_tensor_parallel_obstacles(preset: Path) -> None:
             config.validate(world)
     with pytest.raises(ConfigError, match="must divide the 3 ranks"):
         load_config(preset, ["parallel.tensor_model_parallel_size=2"]).validate(3)
+
+
+@pytest.mark.parametrize(
+    "arguments, code, names",
+    [
+        (["data.seq_length=2046"], "E205", ["context_parallel_size=2 x 2", "seq_length=2046", "multiple of 4"]),
+        (["data.seq_length=2044", "parallel.tensor_model_parallel_size=8", "parallel.sequence_parallel=true"], "E205",
+         ["tensor_model_parallel_size=8", "seq_length=2044 / parallel.context_parallel_size=2"]),
+        (["kernels.attention=sdpa"], "E209", ["kernels.attention=sdpa", "context_parallel_size=2", "varlen"]),
+        (["kernels.attention=te", "train.device=cuda"], "E209", ["kernels.attention=te", "context_parallel_size=2"]),
+        (["kernels.compile=layers"], "E215", ["kernels.compile=layers", "context_parallel_size=2"]),
+        (["kernels.cuda_graph=true", "train.device=cuda"], "E216", ["cuda_graph=true", "context_parallel_size=2"]),
+        (["kernels.layers=te", "train.device=cuda"], "E212", ["kernels.layers=te", "context_parallel_size=2"]),
+        (["kernels.attention=sdpa-documents"], None, []),
+        (["kernels.attention=fused", "data.attention_mask=document"], None, []),
+    ],
+)  # fmt: skip
+def test_what_context_parallelism_does_not_go_with(
+    preset: Path, arguments: list[str], code: str | None, names: list[str]
+) -> None:
+    config = load_config(preset, ["parallel.context_parallel_size=2", *arguments])
+    if code is None:
+        config.validate(4)
+        return
+    with pytest.raises(ConfigError) as caught:
+        config.validate(16)
+    for name in (f"error[{code}]: ", *names):
+        assert name in str(caught.value), caught.value
+
+
+def test_context_parallel_ranks_share_samples(preset: Path) -> None:
+    """They are no data-parallel ranks: the global batch and what each rank computes of it."""
+    config = load_config(preset, ["parallel.context_parallel_size=2"])
+    config.validate(4)
+    grid = config.grid(4)
+    assert (grid.cp, grid.dp, grid.replicas, config.data_parallel_size(4)) == (2, 2, 4, 2)
+    assert config.tokens_per_rank * 2 == config.train.micro_batch_size * config.data.seq_length
 
 
 @pytest.mark.parametrize(

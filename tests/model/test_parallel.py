@@ -16,8 +16,13 @@ from tests.distributed import run_distributed
 from tests.model.tiny import build, make_context, merged, rank_batches, tiny_config, train
 
 LAYOUTS = [
-    (tp, sp, dp) for tp in (1, 2, 4, 8) for sp in (False, True) for dp in (1, 2) if tp * dp <= 8 and (tp > 1 or not sp)
-]
+    (tp, sp, dp, 1)
+    for tp in (1, 2, 4, 8)
+    for sp in (False, True)
+    for dp in (1, 2)
+    if 1 < tp * dp <= 8 and (tp > 1 or not sp)
+] + [(1, False, 2, 2), (1, False, 1, 4), (2, True, 1, 2)]
+"""TP, sequence parallelism, DP, CP."""
 
 
 STEPS = 10  # the loss falls to less than a third of its start
@@ -28,12 +33,21 @@ def single() -> tuple[list[tuple[float, float, bool]], dict[str, torch.Tensor]]:
     return train(0, tiny_config(), STEPS)
 
 
-@pytest.mark.parametrize("tp, sp, dp", [layout for layout in LAYOUTS if layout[0] * layout[2] > 1])
-def test_layouts_equal_one_process(tp: int, sp: bool, dp: int, single: Any) -> None:
+def layout_config(tp: int, sp: bool, dp: int, cp: int, **changes: Any) -> Config:
+    config = tiny_config(
+        parallel__tensor_model_parallel_size=tp,
+        parallel__sequence_parallel=sp,
+        parallel__context_parallel_size=cp,
+        **changes,
+    )
+    config.validate(tp * dp * cp)
+    return config
+
+
+@pytest.mark.parametrize("tp, sp, dp, cp", LAYOUTS)
+def test_layouts_equal_one_process(tp: int, sp: bool, dp: int, cp: int, single: Any) -> None:
     """1e-5 relative is about 80 fp32 roundings, and the loss falls by a factor, so errors would grow."""
-    config = tiny_config(parallel__tensor_model_parallel_size=tp, parallel__sequence_parallel=sp)
-    config.validate(tp * dp)
-    results = run_distributed(tp * dp, train, config, STEPS)
+    results = run_distributed(tp * dp * cp, train, layout_config(tp, sp, dp, cp), STEPS)
     expected, weights = single
     assert expected[-1][0] < expected[0][0] / 3, "the run must be one in which something is learnt"
     for rank_steps, _ in results:
@@ -47,16 +61,18 @@ def test_layouts_equal_one_process(tp: int, sp: bool, dp: int, single: Any) -> N
         assert error < 1e-4, f"{name}: {error}"
 
 
-@pytest.mark.parametrize("tp, sp, dp", [(1, False, 2), (2, True, 1), (2, False, 2), (4, True, 2)])
-def test_layouts_equal_one_process_with_documents(tp: int, sp: bool, dp: int) -> None:
-    """Each rank holds all positions of its heads, so documents cut nothing; tolerances as above."""
+@pytest.mark.parametrize(
+    "tp, sp, dp, cp",
+    [(1, False, 2, 1), (2, True, 1, 1), (2, False, 2, 1), (4, True, 2, 1),
+     (1, False, 2, 2), (1, False, 1, 4), (2, True, 1, 2), (2, True, 2, 2)],
+)  # fmt: skip
+def test_layouts_equal_one_process_with_documents(tp: int, sp: bool, dp: int, cp: int) -> None:
+    """A tensor-parallel rank holds all positions of its heads; of context-parallel ranks each has some documents."""
     changes: dict[str, Any] = {"data__attention_mask": "document"}
     causal, _ = train(0, tiny_config(), 1)
     expected, weights = train(0, tiny_config(**changes), 6)
     assert abs(expected[0][0] - causal[0][0]) > 1e-4 * causal[0][0], "the mask must matter here"
-    config = tiny_config(parallel__tensor_model_parallel_size=tp, parallel__sequence_parallel=sp, **changes)
-    config.validate(tp * dp)
-    results = run_distributed(tp * dp, train, config, 6)
+    results = run_distributed(tp * dp * cp, train, layout_config(tp, sp, dp, cp, **changes), 6)
     for rank_steps, _ in results:
         for (loss, norm, applied), (loss_1, norm_1, _) in zip(rank_steps, expected, strict=True):
             assert loss == pytest.approx(loss_1, rel=1e-5)

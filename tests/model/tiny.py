@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_hammer.config import Config, config_from_tree
-from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.model.llama import Stage
 from megatron_hammer.model.parameters import logical_shapes, parameter_table
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
@@ -51,7 +50,7 @@ def random_batch(config: Config, step: int) -> tuple[Tensor, Tensor]:
     return samples[:, :-1], samples[:, 1:]
 
 
-def random_documents(config: Config, step: int, samples: range) -> PackedSequences:
+def random_documents(config: Config, step: int, samples: range) -> np.ndarray:
     """Documents of 1 to 20 tokens in some samples of the global batch, packed: the same for every layout."""
     lengths: list[int] = []
     for sample in samples:
@@ -59,21 +58,23 @@ def random_documents(config: Config, step: int, samples: range) -> PackedSequenc
         while left:
             lengths.append(min(left, int(rng.integers(1, 21))))
             left -= lengths[-1]
-    return PackedSequences.from_cu_seqlens(np.cumsum([0, *lengths]).astype(np.int32), torch.device("cpu"))
+    return np.cumsum([0, *lengths]).astype(np.int32)
 
 
 def rank_batches(config: Config, step: int, ctx: ParallelContext) -> list[Batch[Tensor]]:
     """This rank's micro-batches of the step, in the order that the loader defines; with documents if it masks them."""
     tokens, labels = random_batch(config, step)
-    b, stride = config.train.micro_batch_size, config.train.micro_batch_size * ctx.dp.size
-    starts = range(b * ctx.dp.rank, config.train.global_batch_size, stride)
+    b, stride = config.train.micro_batch_size, config.train.micro_batch_size * ctx.samples.size
+    starts = range(b * ctx.samples.rank, config.train.global_batch_size, stride)
     masked = config.data.attention_mask == "document"
     return [
         Batch(
-            tokens[i : i + b].contiguous(),
-            labels[i : i + b].contiguous(),
+            tokens[i : i + b].contiguous().numpy(),
+            labels[i : i + b].contiguous().numpy(),
             documents=random_documents(config, step, range(i, i + b)) if masked else None,
         )
+        .shard(ctx.cp.rank, ctx.cp.size)
+        .to(torch.device("cpu"))
         for i in starts
     ]
 

@@ -28,6 +28,11 @@ LAYOUTS = [  # changes, data-parallel ranks; together every pair of values that 
           train__recompute="selective"), 4),
     (dict(parallel__tensor_model_parallel_size=4, parallel__sequence_parallel=True, train__recompute="full",
           data__attention_mask="document"), 1),
+    (dict(parallel__context_parallel_size=2), 2),
+    (dict(parallel__context_parallel_size=4, parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True,
+          train__precision="bf16", train__recompute="selective", data__attention_mask="document"), 2),
+    (dict(parallel__context_parallel_size=2, parallel__tensor_model_parallel_size=4, train__recompute="full",
+          train__recompute_layers=1, train__precision="bf16", data__attention_mask="document"), 1),
     (dict(parallel__tensor_model_parallel_size=8, train__precision="fp16", model__tie_word_embeddings=True), 2),
     (dict(parallel__tensor_model_parallel_size=8, parallel__sequence_parallel=True, kernels__loss_chunk_tokens=24), 64),
 ]  # fmt: skip
@@ -36,7 +41,7 @@ LAYOUTS = [  # changes, data-parallel ranks; together every pair of values that 
 @pytest.mark.parametrize("changes, dp", LAYOUTS)
 def test_the_formulas_are_exact(changes: dict[str, Any], dp: int) -> None:
     config = tiny_config(train__micro_batch_size=2, train__global_batch_size=6 * dp, **changes)
-    world = dp * config.parallel.tensor_model_parallel_size
+    world = dp * config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size
     config.validate(world)
     for rank in {0, world // 2, world - 1}:
         compared = compare_rank(config, world, rank)

@@ -108,7 +108,7 @@ def _boundary_one_off() -> Any:
         moved[1:-1] = np.minimum(moved[1:-1] + 1, moved[2:] - 1) if len(moved) > 2 else moved[1:-1]
         return real(np.unique(moved), device)
 
-    return mock.patch.object(steps.PackedSequences, "from_cu_seqlens", shifted)
+    return mock.patch.object(PackedSequences, "from_cu_seqlens", shifted)
 
 
 def _positions_shifted() -> Any:
