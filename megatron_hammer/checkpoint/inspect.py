@@ -15,7 +15,7 @@ from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.tables import align
 from megatron_hammer.checkpoint.folder import find_checkpoints
-from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, read_manifest, saved_model
+from megatron_hammer.checkpoint.manifest import Layout, Manifest, checked_tokenizer_folder, read_manifest, saved_model
 from megatron_hammer.checkpoint.read import check_file
 
 
@@ -56,7 +56,7 @@ def list_checkpoints(run_or_folder: str | Path) -> list[str]:
             rows.append((path.name, "-", "-", "-", str(error)))
             continue
         layout, size = manifest.layout, f"{_size(manifest) / 1e9:,.2f}"
-        rows.append((path.name, f"{layout.world} (tp {layout.tp})", str(len(manifest.tensors)), size, ""))
+        rows.append((path.name, f"{layout.world} (tp {layout.tp}{_pp(layout)})", str(len(manifest.tensors)), size, ""))
     if len(rows) == 1:
         remedy = "name the output folder of a run or its checkpoints folder"
         raise CheckpointError(1, str(run_or_folder), "holds no checkpoint (no step-NNNNNNNN folder)", remedy)
@@ -70,7 +70,8 @@ def describe(manifest: Manifest) -> Iterator[str]:
     yield f"{manifest.folder}: {summarize(manifest)}"
     yield f"digest     {manifest.digest}"
     context_parallel = f"cp {layout.cp}, " if layout.cp > 1 else ""
-    parallel = f"tp {layout.tp}, {context_parallel}dp {layout.dp}, sequence_parallel {layout.sequence_parallel}"
+    tensor_parallel = f"tp {layout.tp}{_pp(layout)}"
+    parallel = f"{tensor_parallel}, {context_parallel}dp {layout.dp}, sequence_parallel {layout.sequence_parallel}"
     yield f"written by {layout.world} ranks, {parallel}"
     yield f"model      {parameters:,} parameters, computes in {manifest.weights_dtype}; {model}"
     yield f"tokenizer  {manifest.tokenizer.fingerprint if manifest.tokenizer else 'none'}"
@@ -104,3 +105,8 @@ def _state_lines(name: str, value: Any) -> Iterator[str]:
 def _size(manifest: Manifest) -> int:
     """Bytes of the tensors' files."""
     return sum(file.size for file in manifest.files)
+
+
+def _pp(layout: Layout) -> str:
+    """The pipeline, where there is one."""
+    return f", pp {layout.pp}" if layout.pp > 1 else ""

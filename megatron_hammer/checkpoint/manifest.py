@@ -97,6 +97,8 @@ class Layout:
     sequence_parallel: bool = False
     cp: int = 1
     """Not written where it is 1."""
+    pp: int = 1
+    """The same."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,9 @@ def write_manifest(manifest: Manifest) -> None:
         "format": FORMAT,
         "version": VERSION,
         "step": manifest.step,
-        "layout": {name: value for name, value in asdict(manifest.layout).items() if (name, value) != ("cp", 1)},
+        "layout": {
+            name: value for name, value in asdict(manifest.layout).items() if name not in ("cp", "pp") or value != 1
+        },
         "config": manifest.config,
         "state": manifest.state,
         "weights_dtype": manifest.weights_dtype,

@@ -334,7 +334,7 @@ def save_checkpoint(
             config_tree=config_tree,
             state=state,
             weights_dtype=PRECISION_DTYPES[config_tree["train"]["precision"]],
-            layout=Layout(ctx.world.size, ctx.tp.size, ctx.samples.size, sequence_parallel, ctx.cp.size),
+            layout=Layout(ctx.world.size, ctx.tp.size, ctx.samples.size, sequence_parallel, ctx.cp.size, ctx.pp.size),
             tokenizer=files[0] if files else None,
         )
 

@@ -23,7 +23,7 @@ from megatron_hammer.config.mistakes import (
     setting_of_argument,
     sources_remedy,
 )
-from megatron_hammer.config.retired import without_retired
+from megatron_hammer.config.other_names import with_present_names
 from megatron_hammer.config.tree import Config
 
 
@@ -93,7 +93,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def config_from_tree(tree: Mapping[str, Any], note: Callable[[str], None] | None = None) -> Config:
     """Build a ``Config`` from nested plain values, as ``load_config`` reads them and checkpoints store them."""
-    config: Config = _build(Config, without_retired(tree, note), "")
+    config: Config = _build(Config, with_present_names(tree, note), "")
     return config
 
 

@@ -104,7 +104,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class ParallelConfig:
     """How the ranks share the work. data_parallel_size is what is left: world size / (tensor_model_parallel_size x
-    context_parallel_size)."""
+    context_parallel_size x pipeline_model_parallel_size)."""
 
     tensor_model_parallel_size: Free[int] = 1
     """Ranks that share each layer's matrices (TP)."""
@@ -113,6 +113,14 @@ class ParallelConfig:
     context_parallel_size: Free[int] = 1
     """Ranks that share the tokens of each sample (CP): each has seq_length / CP of them, and gathers the others' keys
     and values in attention (arXiv 2407.21783). For sequences whose activations do not fit on a rank."""
+    pipeline_model_parallel_size: Free[int] = 1
+    """Groups of ranks that have different layers (PP), one stage of the model after the other (1F1B)."""
+    virtual_pipeline_stages: Free[int] = 1
+    """Stages of each rank (interleaved 1F1B): with v of them ranks wait for each other a v-th of the time, and keep and
+    send more. Needs PP of 2 or more, and micro-batches a step that are a multiple of it."""
+    pipeline_split: Free[tuple[int, ...] | None] = None
+    """Layers of each stage, first to last: [13, 9]. Absent: as alike in work as whole layers allow, counting the head
+    and the embedding."""
     gradient_bucket_bytes: Free[int] = 64 * 2**20
     """Size of one fp32 gradient bucket: a bucket's reduce-scatter starts as soon as its last gradient is there. On more
     than 64 data-parallel ranks a bucket grows with them, so that a rank's share of it (1 MiB) does not shrink."""
@@ -124,22 +132,19 @@ class ParallelConfig:
 
     def check(self) -> None:
         """Raise ``ConfigError`` for impossible sizes."""
-        at_least("parallel", {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, 0)
-        at_least(
-            "parallel",
-            {
-                "tensor_model_parallel_size": self.tensor_model_parallel_size,
-                "context_parallel_size": self.context_parallel_size,
-                "gradient_bucket_bytes": self.gradient_bucket_bytes,
-                "timeout_seconds": self.timeout_seconds,
-            },
-            1,
-        )
+        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "Free[int]"}
+        at_least("parallel", sizes, 1)
         require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "parallel.sequence_parallel=true",
             "needs parallel.tensor_model_parallel_size of 2 or more",
             "set it to false or raise the size",
+        )
+        require(
+            self.virtual_pipeline_stages == 1 or self.pipeline_model_parallel_size > 1,
+            f"parallel.virtual_pipeline_stages={self.virtual_pipeline_stages}",
+            "needs parallel.pipeline_model_parallel_size of 2 or more",
+            "leave it out or raise the size",
         )
 
 

@@ -20,6 +20,7 @@ from megatron_hammer.config.settings import (
     TrainConfig,
 )
 from megatron_hammer.parallel.grid import Grid, build_grid
+from megatron_hammer.parallel.pipeline import Costs, Pipeline, split_layers
 from megatron_hammer.parallel.placement import Placement, place
 
 FP8_MULTIPLE = 16  # elements: both sides of an fp8 matrix, or cuBLAS refuses it (Transformer Engine's autocast)
@@ -65,6 +66,14 @@ class Config:
         )
         what, rule, remedy, number = _cp_obstacle(self, world_size)
         require(not what, what, rule, remedy, number=number)
+        pp, others = self.parallel.pipeline_model_parallel_size, tp * self.parallel.context_parallel_size
+        require(
+            world_size % (others * pp) == 0,
+            f"parallel.pipeline_model_parallel_size={pp}",
+            f"x {others}, the ranks of tensor and context parallelism, must divide the {world_size} ranks",
+            f"start a multiple of {others * pp} ranks or use {divisors(world_size // others)}",
+            number=5,
+        )
         train = self.train
         samples = train.micro_batch_size * self.data_parallel_size(world_size)
         require(
@@ -75,6 +84,8 @@ class Config:
             f"use a multiple of {samples}",
             number=5,
         )
+        what, rule, remedy = _pipeline_obstacle(self, world_size)
+        require(not what, what, rule, remedy, number=5)
         require(
             train.precision != "fp16" or self.optimizer.initial_loss_scale >= 1,
             "optimizer.initial_loss_scale",
@@ -111,11 +122,27 @@ class Config:
             world_size,
             tp=parallel.tensor_model_parallel_size,
             cp=parallel.context_parallel_size,
+            pp=parallel.pipeline_model_parallel_size,
             query_groups=self.model.query_groups,
         )
 
+    def pipeline(self, pp_rank: int = 0) -> Pipeline:
+        """The stages of a pipeline rank, and the order of its work."""
+        return Pipeline(pp_rank, self.parallel.pipeline_model_parallel_size, self.parallel.virtual_pipeline_stages)
+
+    def stage_costs(self) -> Costs:
+        """What each part of the model costs a token."""
+        again = 0
+        if self.train.recompute == "full":
+            again = self.train.recompute_layers or self.model.num_layers
+        return Costs.of(self.model, self.data.seq_length, again)
+
+    def layer_split(self) -> tuple[int, ...]:
+        """Layers of each stage: ``parallel.pipeline_split``, or by cost."""
+        return self.parallel.pipeline_split or split_layers(self.stage_costs(), self.pipeline().num_stages)
+
     def placement(self, tp_rank: int = 0, stage: int = 0) -> Placement:
-        """What a rank holds of the model; the sizes are the same on all tensor-parallel ranks."""
+        """What a stage of a rank holds of the model; the sizes are the same on all tensor-parallel ranks."""
         parallel = self.parallel
         return place(
             self.model,
@@ -123,6 +150,8 @@ class Config:
             parallel.tensor_model_parallel_size,
             sequence_parallel=parallel.sequence_parallel,
             stage=stage,
+            num_stages=self.pipeline().num_stages,
+            split=self.layer_split(),
         )
 
     @property
@@ -207,6 +236,37 @@ def _cp_obstacle(config: Config, world_size: int) -> tuple[str, str, str, int]:
     if kernels.layers == "te":
         return "kernels.layers=te", f"is not for {what}: nobody has run it", "use kernels.layers=torch", 12
     return "", "", "", 5
+
+
+def _pipeline_obstacle(config: Config, world_size: int) -> tuple[str, str, str]:
+    """Why the layers or a step cannot be divided over the stages (setting, rule, remedy), or empty strings."""
+    parallel, layers, kernels = config.parallel, config.model.num_layers, config.kernels
+    pp, v, split = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_stages, parallel.pipeline_split
+    size, stages = f"parallel.pipeline_model_parallel_size={pp}", pp * v
+    product = "" if v == 1 else f" x parallel.virtual_pipeline_stages={v}"
+    if stages > layers:
+        return f"{size}{product}", f"must not exceed model.num_layers={layers}", f"use at most {layers} stages"
+    if split is not None:
+        what = f"parallel.pipeline_split={list(split)}"
+        if len(split) != stages:
+            return what, f"must have one number for each of the {stages} stages, {size}{product}", "write one for each"
+        if sum(split) != layers:
+            return what, f"has {sum(split)} layers, model.num_layers={layers}", f"make them {layers} together"
+        if min(split[:-1], default=1) < 1 or split[-1] < (0 if stages > 1 else 1):
+            return what, "must give every stage a layer, but the last, which has the head", "use 1 or more"
+    accumulated = config.grad_accum(world_size)
+    if v > 1 and accumulated % pp:
+        rule = f"needs micro-batches a step that are a multiple of {size}, not {accumulated}"
+        samples = config.train.micro_batch_size * config.data_parallel_size(world_size) * pp
+        return f"parallel.virtual_pipeline_stages={v}", rule, f"use train.global_batch_size of a multiple of {samples}"
+    if pp > 1 and kernels.cuda_graph:
+        return size, "is not for kernels.cuda_graph=true", "leave one of them out"
+    if pp > 1 and kernels.layers == "te" and kernels.fp8 != "off":
+        rule = (
+            f"is not for kernels.layers=te with kernels.fp8={kernels.fp8}, which scales over all ranks in each forward"
+        )
+        return size, rule, "use kernels.layers=torch with kernels.fp8=current"
+    return "", "", ""
 
 
 def _te_obstacle(config: Config) -> tuple[str, str, str]:

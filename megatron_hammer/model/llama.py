@@ -17,7 +17,7 @@ transformers, and ``tests/model/test_llama.py`` holds it to that. A layer reads 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -196,6 +196,13 @@ class Stage(nn.Module):
             normed, _ = self.final_norm(x, branch)
         return normed
 
+    def empty_hidden(self, tokens: Tensor, packed: bool) -> Tensor:
+        """A place for what ``hidden`` receives of these tokens; packed: with documents."""
+        b, s = tokens.shape
+        rows, b = (b * s, 1) if packed else (s, b)
+        shape = rows // self.placement.sequence_shards, b, self.config.hidden_size
+        return torch.empty(shape, dtype=self.options.dtype, device=self.options.device)
+
     def forward(
         self,
         tokens: Tensor,
@@ -236,6 +243,15 @@ class Stage(nn.Module):
         columns = columns.permute(2, 1, 0)  # [v/t, b, s]
         gathered = all_gather_rows(columns, self.options.tp)[: self.vocab_size]
         return gathered.permute(1, 2, 0).reshape(*tokens.shape, -1)
+
+
+Model = Stage | Sequence[Stage]
+"""What a rank runs: a stage, or several of an interleaved pipeline, first to last."""
+
+
+def stages_of(model: Model) -> list[Stage]:
+    """The stages of a rank."""
+    return [model] if isinstance(model, Stage) else list(model)
 
 
 def gradients_of(layer: nn.Module) -> list[Gradient]:

@@ -112,8 +112,12 @@ def keys_seen(config: Config, cp_rank: int = 0) -> int:
     return len(share(np.arange(b + 1) * s, cp_rank, cp, keep_whole=whole).key_rows)
 
 
-def activation_bytes(config: Config, backends: Mapping[str, Backend], cp_rank: int = 0) -> int:
-    """What the decoder layers of one rank keep of a micro-batch until its backward, by the table above.
+def activation_bytes(
+    config: Config, backends: Mapping[str, Backend], cp_rank: int = 0, pp_rank: int = 0, micro_batches: int = 1
+) -> int:
+    """What the decoder layers of one rank keep of its micro-batches until their backward, by the table above.
+
+    Of one micro-batch without a pipeline; of those in flight (``parallel/pipeline.py``) with one.
 
     The reference of an operation ("torch") keeps what lies between its steps; every other backend is taken to keep its
     inputs and the few numbers a row that its backward needs, and so are compiled ones. Under context parallelism a rank
@@ -139,12 +143,17 @@ def activation_bytes(config: Config, backends: Mapping[str, Backend], cp_rank: i
     if config.kernels.compile == "layers":  # both summands of the first norm; what is quantised is quantised again
         selective = inputs + size * h
     again = {"none": 0, "selective": model.num_layers, "full": train.recompute_layers or model.num_layers}
-    layers = again[train.recompute]
+    recomputed = again[train.recompute]
     each = selective if train.recompute == "selective" else size * h
     rows, gathered = config.tokens_per_rank, 0
     if config.parallel.context_parallel_size > 1:
         gathered = size * 2 * g * d * keys_seen(config, cp_rank)
-    return round(layers * rows * each + (model.num_layers - layers) * (rows * whole + gathered))
+    pipeline, total = config.pipeline(pp_rank), 0.0
+    for stage, in_flight in zip(pipeline.stages, pipeline.most_in_flight(micro_batches), strict=True):
+        start, stop = config.placement(stage=stage).layers
+        fewer = max(0, min(stop, recomputed) - start)
+        total += in_flight * (fewer * rows * each + (stop - start - fewer) * (rows * whole + gathered))
+    return round(total)
 
 
 # ---- full -------------------------------------------------------------------------------------------------------

@@ -19,9 +19,12 @@ from torch import Tensor
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels.adamw import OptimizerKernels
 from megatron_hammer.kernels.arguments import AdamWState
+from megatron_hammer.optim.stage_stores import StageStores
 from megatron_hammer.optim.store import FlatStore, Stretch
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.sharding import Shard
+
+AnyStore = FlatStore | StageStores
 
 
 class AdamW:
@@ -31,11 +34,11 @@ class AdamW:
         kernels: what to compute with.
     """
 
-    def __init__(self, store: FlatStore, config: OptimizerConfig, kernels: OptimizerKernels | None = None) -> None:
+    def __init__(self, store: AnyStore, config: OptimizerConfig, kernels: OptimizerKernels | None = None) -> None:
         self.store, self.config, self.kernels = store, config, kernels or OptimizerKernels()
         self.stretches = store.stretches()
         self.states = [_state(stretch) for stretch in self.stretches]
-        self.updates = torch.zeros((), device=store.params.device)
+        self.updates = torch.zeros((), device=store.ctx.device)
         """Updates applied so far, fp32 scalar."""
         self._counted = store.counted()
 
@@ -45,7 +48,7 @@ class AdamW:
 
         Each logical element counts once: copies on other tensor-parallel ranks do not. Communicates over the world.
         """
-        squares = torch.zeros((), dtype=self.store.grads.dtype, device=self.updates.device)
+        squares = torch.zeros((), dtype=self.store.sum_dtype, device=self.updates.device)
         for part in self._counted:
             self.kernels.add_square_sum(part, squares)
         all_reduce(squares, self.store.ctx.world)

@@ -13,9 +13,8 @@ from torch import Tensor
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels.adamw import OptimizerKernels
 from megatron_hammer.kernels.ranges import OPTIMIZER, Range, no_range
-from megatron_hammer.optim.adamw import AdamW
+from megatron_hammer.optim.adamw import AdamW, AnyStore
 from megatron_hammer.optim.loss_scaler import LossScaler
-from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel.sharding import Shard
 
 
@@ -30,14 +29,14 @@ class Optimizer:
 
     def __init__(
         self,
-        store: FlatStore,
+        store: AnyStore,
         config: OptimizerConfig,
         loss_scaling: bool = False,
         kernels: OptimizerKernels | None = None,
         range_of: Range = no_range,
     ) -> None:
         self.range_of = range_of
-        device = store.params.device
+        device = store.ctx.device
         self.store, self.adamw = store, AdamW(store, config, kernels)
         self.scaler = LossScaler(config, device, loss_scaling)
         self.divisor, self.applied = torch.ones((), device=device), torch.ones((), dtype=torch.bool, device=device)

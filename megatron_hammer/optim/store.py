@@ -14,7 +14,7 @@ It is made from the parameter table, before the model, which takes its weights f
     begin       before each micro-batch
     add         the layers' backward: each gradient into its place; a bucket whose last gradient of the last micro-batch
                 has arrived starts its reduce-scatter, while backward still runs
-    reduce      waits for the buckets, and sums what tensor-parallel ranks hold in common
+    reduce      waits for the buckets, and sums what other ranks hold in common with this one
     stretches   what an optimizer updates: this rank's shards of weights and gradients
     gather      starts to bring every rank's updated shards together, the bucket that forward needs first before the
                 others
@@ -29,7 +29,7 @@ those of a layer when it is asked for them. Layers and optimizer would not notic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -166,7 +166,10 @@ class FlatStore:
         self.range_of, self.overlap_gather = range_of, overlap_gather
         self.table, self.ctx = tuple(table), ctx
         self.offsets, self.buckets = lay_out(
-            [p.numel for p in self.table], bucket_elements(bucket_bytes, ctx.dp.size), ctx.dp.size
+            [p.numel for p in self.table],
+            bucket_elements(bucket_bytes, ctx.dp.size),
+            ctx.dp.size,
+            summed_over_stages(self.table),
         )
         total = self.buckets[-1].stop
         self.params = torch.zeros(total, dtype=dtype, device=ctx.device)
@@ -184,7 +187,17 @@ class FlatStore:
         self.version = 0
         self.first = self.last = False
         self.begun = torch.tensor(False)
-        self._shared = {over: list(self._slices_summed_over(over)) for over in ("tp", "kv")}
+        self._shared = {over: list(self._slices_summed_over(over)) for over in ("tp", "kv", "stages")}
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """Of the sums of gradients."""
+        return self.grads.dtype
+
+    @property
+    def of_stages(self) -> list[FlatStore]:
+        """The stores of this rank's stages (``stage_stores.py``): it has one."""
+        return [self]
 
     # ---- for the layers --------------------------------------------------------------------------------------------
 
@@ -223,13 +236,13 @@ class FlatStore:
         bucket.handle = reduce_scatter_into(shard, self.grads[bucket.start : bucket.stop], self.ctx.dp)
 
     def reduce(self) -> None:
-        """Wait for the buckets, then sum what tensor-parallel ranks hold in common."""
+        """Wait for the buckets, then sum what tensor-parallel ranks, and first and last stage, hold in common."""
         for bucket in self.buckets:
             assert bucket.handle is not None, f"no gradient for {[self.table[i].name for i in bucket.parameters]}"
             bucket.handle.wait()
             bucket.handle = None
-        for group, views in ((self.ctx.tp, self._shared["tp"]), (self.ctx.kv, self._shared["kv"])):
-            _sum_in_one_message(views, group)
+        for over, group in (("tp", self.ctx.tp), ("kv", self.ctx.kv), ("stages", self.ctx.ends)):
+            _sum_in_one_message(self._shared[over], group)
 
     def gather(self) -> None:
         """Start to bring every rank's shards of the weights together: after an update. Communicates over dp."""
@@ -266,7 +279,7 @@ class FlatStore:
     def counted(self) -> list[Tensor]:
         """The gradients that this rank counts in the norm of the whole model, flat: each logical element once.
 
-        Copies on other tensor-parallel ranks are left out; neighbours are joined to keep the list short.
+        Copies of what other ranks hold are left out; neighbours are joined to keep the list short.
         """
         ranges: list[list[int]] = []
         for s, start, stop in self._slice_ranges():
@@ -324,8 +337,21 @@ def bucket_elements(bucket_bytes: int, dp_size: int) -> int:
     return bucket_bytes // 4 * max(SAME_BUCKETS_UP_TO, dp_size) // SAME_BUCKETS_UP_TO
 
 
-def lay_out(sizes: Sequence[int], bucket_elements: int, dp_size: int) -> tuple[list[int], list[Bucket]]:
+def summed_over_stages(table: Sequence[Row]) -> list[int]:
+    """Parameters that the first and the last stage both have: each gets a bucket of its own.
+
+    So a rank has the same shard of it as its partner on the other stage.
+    """
+    return [i for i, row in enumerate(table) if any(s.sum_over == "stages" for s in row.slices)]
+
+
+def lay_out(
+    sizes: Sequence[int], bucket_elements: int, dp_size: int, alone: Collection[int] = ()
+) -> tuple[list[int], list[Bucket]]:
     """Place parameters, last first, and close a bucket once it has ``bucket_elements``.
+
+    Args:
+        alone: parameters that get a bucket of their own.
 
     Returns:
         the offset of each parameter (in the order given) and the buckets, each a multiple of 64 x dp elements long.
@@ -335,7 +361,7 @@ def lay_out(sizes: Sequence[int], bucket_elements: int, dp_size: int) -> tuple[l
         offsets[i] = at
         buckets[-1].parameters.append(i)
         at += sizes[i]
-        if at - buckets[-1].start >= bucket_elements or i == 0:
+        if at - buckets[-1].start >= bucket_elements or i == 0 or {i, i - 1} & set(alone):
             at = -(-at // (ALIGNMENT * dp_size)) * ALIGNMENT * dp_size
             buckets[-1].stop = at
             if i:

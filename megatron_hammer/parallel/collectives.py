@@ -101,6 +101,16 @@ def broadcast(tensor: Tensor, group: Group) -> None:
         dist.broadcast(tensor, src=first, group=group.handle)
 
 
+def start_send(tensor: Tensor, link: Group) -> Any:
+    """Start to send to the other rank of a link: a handle; the tensor is left as it is until the handle is done."""
+    return dist.isend(tensor, dist.get_global_rank(link.process_group, 1 - link.rank), group=link.handle)
+
+
+def start_receive(tensor: Tensor, link: Group) -> Any:
+    """Start to receive into ``tensor`` what the other rank of a link sends next: a handle."""
+    return dist.irecv(tensor, dist.get_global_rank(link.process_group, 1 - link.rank), group=link.handle)
+
+
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:

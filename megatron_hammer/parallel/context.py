@@ -32,6 +32,25 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Links:
+    """The ways to the neighbouring stages of a pipeline, whose ranks are a ring: one for each direction of each kind.
+
+    A link is a group of two ranks on which one sends and the other receives, first in, first out. With NCCL a group is
+    a queue of a GPU: were a receive that waits and a send that could go in the same one, the send would wait too, and
+    with both neighbours doing so, for ever.
+    """
+
+    forward_in: Group = field(default_factory=Group)
+    """From the stage before: hidden states."""
+    forward_out: Group = field(default_factory=Group)
+    """To the stage after."""
+    backward_in: Group = field(default_factory=Group)
+    """From the stage after: the gradient of the hidden states."""
+    backward_out: Group = field(default_factory=Group)
+    """To the stage before."""
+
+
+@dataclass(frozen=True)
 class ParallelContext:
     """This rank's place in the grid; built once, passed to whatever needs a group."""
 
@@ -46,6 +65,9 @@ class ParallelContext:
     """The grid's axis dp alone: ranks that read different samples. The same group as ``dp`` where cp is 1."""
     pp: Group = field(default_factory=Group)
     kv: Group = field(default_factory=Group)
+    ends: Group = field(default_factory=Group)
+    """First and last pipeline rank; size 1 on the others."""
+    links: Links = field(default_factory=Links)
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
@@ -67,12 +89,34 @@ def build_parallel_context(grid: Grid, device: torch.device, timeout_seconds: fl
         return ParallelContext.single(device)
     rank, size = dist.get_rank(), dist.get_world_size()
     assert size == grid.world_size, f"the process group has {size} ranks, the grid {grid.world_size}"
-    order: tuple[Axis, ...] = ("tp", "cp", "replicas", "pp", "kv")
+    order: tuple[Axis, ...] = ("tp", "cp", "replicas", "pp", "kv", "ends")
     timeout = None if timeout_seconds is None else datetime.timedelta(seconds=timeout_seconds)
     groups = {str(axis): _own_group(grid.groups(axis), rank, timeout) for axis in order}
     dp = groups.pop("replicas")
     samples = dp if grid.cp == 1 else _own_group(grid.groups("dp"), rank, timeout)
-    return ParallelContext(device, Group(rank, size), dp=dp, samples=samples, **groups)
+    links = _build_links(grid, rank, device, timeout)
+    return ParallelContext(device, Group(rank, size), dp=dp, samples=samples, links=links, **groups)
+
+
+def _build_links(grid: Grid, rank: int, device: torch.device, timeout: datetime.timedelta | None) -> Links:
+    """Make all links of the world, as torch demands, and open this rank's: send something over each.
+
+    So none has to be opened in the middle of a step. Both ends of each come to it in the same order.
+    """
+    found = {}
+    for ring in grid.groups("pp") if grid.pp > 1 else []:
+        for kind, ahead in (("forward", 1), ("backward", -1)):
+            for place, source in enumerate(ring):
+                target = ring[(place + ahead) % len(ring)]
+                members = sorted((source, target))  # as torch counts them
+                handle = dist.new_group(members, timeout=timeout)
+                if rank == source:
+                    found[f"{kind}_out"] = Group(members.index(rank), 2, handle)
+                    dist.send(torch.zeros(1, device=device), target, group=handle)
+                elif rank == target:
+                    found[f"{kind}_in"] = Group(members.index(rank), 2, handle)
+                    dist.recv(torch.zeros(1, device=device), source, group=handle)
+    return Links(**found)
 
 
 def _own_group(partition: list[list[int]], rank: int, timeout: datetime.timedelta | None) -> Group:

@@ -27,7 +27,7 @@ KINDS = {
     "recv_": "receive",
 }
 
-LABELS = (*AXES, "kv", "world")
+LABELS = (*AXES, "kv", "ends", "world")
 
 
 @dataclass(frozen=True, order=True)
@@ -68,6 +68,7 @@ def _axis(arguments: Sequence[Any], ctx: ParallelContext) -> str:
     names = {
         group.process_group.group_name: label for label in reversed(LABELS) if (group := getattr(ctx, label)).size > 1
     }
+    names |= {link.process_group.group_name: "pp" for link in vars(ctx.links).values() if link.size > 1}
     groups = (argument for argument in arguments if isinstance(argument, torch.ScriptObject))
     found = (names.get(_group_name(group)) for group in groups)
     return next(axis for axis in found if axis is not None)

@@ -17,10 +17,11 @@ Every rank has one place on each of four axes, and the ranks are counted with th
 What talks most lies side by side, on the fastest links; what talks least, the pipeline, is cut first. An axis of size 1
 never communicates.
 
-Two more names are no axes of their own. ``replicas`` are the axes dp and cp together: the ranks that hold the same
-weights, over which gradients and the counts of a loss are summed and the optimizer's state is divided. And with more
+Three more names are no axes of their own. ``replicas`` are the axes dp and cp together: the ranks that hold the same
+weights, over which gradients and the counts of a loss are summed and the optimizer's state is divided. With more
 tensor-parallel ranks than query groups, each query group's key and value heads are held by ``kv`` neighbouring
-tensor-parallel ranks, which are a group of their own: with TP 4 and 2 query groups, {0 1} {2 3} {4 5} {6 7} above.
+tensor-parallel ranks, which are a group of their own: with TP 4 and 2 query groups, {0 1} {2 3} {4 5} {6 7} above. And
+``ends`` are the first and the last rank along pp, which both hold an embedding that is the head too.
 
 Pure arithmetic: nothing here communicates; ``context.py`` makes the groups. Needs no torch.
 """
@@ -31,7 +32,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Axis = Literal["pp", "dp", "cp", "tp", "kv", "replicas"]
+Axis = Literal["pp", "dp", "cp", "tp", "kv", "replicas", "ends"]
 AXES: tuple[Axis, ...] = ("pp", "dp", "cp", "tp")
 """Slowest first: the rank changes by one along the last."""
 
@@ -59,13 +60,16 @@ class Grid:
 
     def size(self, axis: Axis) -> int:
         """Number of ranks along an axis."""
-        return int(getattr(self, axis))
+        return min(2, self.pp) if axis == "ends" else int(getattr(self, axis))
 
     def groups(self, axis: Axis) -> list[list[int]]:
         """The world cut into groups of ranks that differ in their place on this axis only."""
         if axis == "kv":
             starts = range(0, self.tp, self.kv)
             return [row[start : start + self.kv] for row in self.groups("tp") for start in starts]
+        if axis == "ends":
+            rows = self.groups("pp")
+            return [part for row in rows for part in ([row[0], *row[1:][-1:]], *([rank] for rank in row[1:-1]))]
         last: Axis = "cp" if axis == "replicas" else axis
         size, stride = self.size(axis), math.prod(self.size(a) for a in AXES[AXES.index(last) + 1 :])
         firsts = [rank for rank in range(self.world_size) if rank // stride % size == 0]

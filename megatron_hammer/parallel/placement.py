@@ -18,6 +18,7 @@ Pure arithmetic on the sizes of a model. Needs no torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -109,17 +110,23 @@ def place(
     sequence_parallel: bool = False,
     stage: int = 0,
     num_stages: int = 1,
+    split: Sequence[int] | None = None,
 ) -> Placement:
     """What a rank holds of ``model``; without further arguments, the whole of it.
 
     Args:
         tp_size: must be possible for the model (``Config.validate``).
-        stage: number of the stage, counted from 0; a stage may be one of several on a rank. Stages differ by at most
-            one layer.
+        stage: number of the stage, counted from 0; a stage may be one of several on a rank.
+        split: layers of each stage (``pipeline.py`` finds good ones); None: stages differ by at most one layer.
     """
+    if split is None:
+        ends = [model.num_layers * i // num_stages for i in range(num_stages + 1)]
+    else:
+        assert len(split) == num_stages and sum(split) == model.num_layers, f"{split} are not {num_stages} stages"
+        ends = [sum(split[:i]) for i in range(num_stages + 1)]
     copies = kv_copies(tp_size, model.query_groups)
     return Placement(
-        layers=(model.num_layers * stage // num_stages, model.num_layers * (stage + 1) // num_stages),
+        layers=(ends[stage], ends[stage + 1]),
         has_embedding=stage == 0,
         has_head=stage == num_stages - 1,
         heads=_share(model.num_attention_heads, tp_rank, tp_size),

@@ -141,14 +141,15 @@ class TimedNotes:
 
 def _for_profiling(config: Config, settings: Settings) -> Config:
     """The config with steps enough, and no checkpoint to resume from: the output is the profile's own folder."""
-    tp = config.parallel.tensor_model_parallel_size
-    if tp > 1:
-        raise ConfigError(
-            48,
-            f"parallel.tensor_model_parallel_size={tp}",
-            "cannot be profiled: a profile is of one process",
-            "add parallel.tensor_model_parallel_size=1 parallel.sequence_parallel=false",
-        )
+    parallel = config.parallel
+    for what, size, remedy in (
+        ("tensor", parallel.tensor_model_parallel_size, "parallel.sequence_parallel=false"),
+        ("pipeline", parallel.pipeline_model_parallel_size, "parallel.virtual_pipeline_stages=1"),
+    ):
+        if size > 1:
+            name = f"parallel.{what}_model_parallel_size"
+            rule = "cannot be profiled: a profile is of one process"
+            raise ConfigError(48, f"{name}={size}", rule, f"add {name}=1 {remedy}")
     steps = max(config.train.num_steps, WARM_UP_STEPS + 2 * settings.steps + 2)
     train = dataclasses.replace(config.train, num_steps=steps, output=str(settings.output / "run"), dry_run=False)
     checkpoint = dataclasses.replace(config.checkpoint, init_from=None)
@@ -203,7 +204,7 @@ def _memory(workload: Workload, settings: Settings, peak: int, before: int) -> d
         at_head, most = memory_of_step(read_trace(path), device.type)
     finally:
         path.unlink(missing_ok=True)
-    store, states = workload.optimizer.store, workload.optimizer.adamw.states
+    (store,), states = workload.optimizer.store.of_stages, workload.optimizer.adamw.states
     kinds = {
         "weights": _bytes(store.params),
         "gradients": _bytes(store.grads),

@@ -62,7 +62,7 @@ class Workload:
         if config.data.train:
             prepared = prepare(config, 1)
             self.config, self.run = prepared.config, Run(prepared, ctx, self.ranges)
-            self.model, self.optimizer = self.run.model, self.run.optimizer
+            (self.model,), self.optimizer = self.run.stages, self.run.optimizer
         else:
             self.config = _resolved(config).config
             self.model, self.optimizer = build(self.config, ctx, self.ranges)

@@ -19,6 +19,7 @@ from megatron_hammer.model.llama import Stage, build_stage
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import plan_recompute
 from megatron_hammer.optim.optimizer import Optimizer
+from megatron_hammer.optim.stage_stores import StageStores
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel.context import ParallelContext
 
@@ -74,7 +75,20 @@ def build(
     initial: bool = True,
     kernels: StepKernels | None = None,
 ) -> tuple[Stage, Optimizer]:
-    """Model and optimizer of this rank, with the initial weights that the seed defines.
+    """``build_stages`` where a rank has one stage: all layouts but interleaved pipelines."""
+    (stage,), optimizer = build_stages(config, ctx, range_of, dtype, initial, kernels)
+    return stage, optimizer
+
+
+def build_stages(
+    config: Config,
+    ctx: ParallelContext,
+    range_of: Range = no_range,
+    dtype: torch.dtype | None = None,
+    initial: bool = True,
+    kernels: StepKernels | None = None,
+) -> tuple[list[Stage], Optimizer]:
+    """The stages of this rank, first to last, and their optimizer, with the initial weights that the seed defines.
 
     Args:
         range_of: entered around the parts of a step, for a profiler.
@@ -83,27 +97,31 @@ def build(
             number is drawn (of a 1.4B model that would take 10 to 20 s), all weights are zero until then.
         kernels: in place of those that the config and the device choose.
     """
-    placement, dtype = config.placement(ctx.tp.rank), dtype or DTYPES[config.train.precision]
+    dtype, parallel = dtype or DTYPES[config.train.precision], config.parallel
     kernels = kernels or _chosen(config, dataclasses.replace(kernel_requirements(config, ctx.device), dtype=dtype))
-    table = parameter_table(config.model, placement)
-    parallel = config.parallel
-    store = FlatStore(table, dtype, ctx, parallel.gradient_bucket_bytes, range_of, parallel.overlap_param_gather)
-    model = build_stage(
-        config.model,
-        ctx,
-        placement,
-        dtype=dtype,
-        operations=kernels.operations,
-        kernels=config.kernels,
-        recompute=plan_recompute(config),
-        store=store,
-        range_of=range_of,
-    )
-    store.check(model)
-    if initial:
-        initialise(model, table, config.train.seed)
-    loss_scaling = config.train.precision == "fp16"
-    return model, Optimizer(store, config.optimizer, loss_scaling, kernels.optimizer, range_of)
+    stages, stores = [], []
+    for number in config.pipeline(ctx.pp.rank).stages:
+        placement = config.placement(ctx.tp.rank, number)
+        table = parameter_table(config.model, placement)
+        store = FlatStore(table, dtype, ctx, parallel.gradient_bucket_bytes, range_of, parallel.overlap_param_gather)
+        stage = build_stage(
+            config.model,
+            ctx,
+            placement,
+            dtype=dtype,
+            operations=kernels.operations,
+            kernels=config.kernels,
+            recompute=plan_recompute(config),
+            store=store,
+            range_of=range_of,
+        )
+        store.check(stage)
+        if initial:
+            initialise(stage, table, config.train.seed)
+        stages.append(stage)
+        stores.append(store)
+    loss_scaling, together = config.train.precision == "fp16", stores[0] if len(stores) == 1 else StageStores(stores)
+    return stages, Optimizer(together, config.optimizer, loss_scaling, kernels.optimizer, range_of)
 
 
 def _chosen(config: Config, required: Requirements) -> StepKernels:

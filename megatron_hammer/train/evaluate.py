@@ -13,10 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_hammer.model.llama import Stage
+from megatron_hammer.model.llama import Model, stages_of
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.samples import ValidData
+from megatron_hammer.train.pipeline import pipelined_losses
+
+PIPELINED_AT_ONCE = 32  # micro-batches: stages wait for each other once for so many, and their tokens are in memory
 
 
 @dataclass(frozen=True)
@@ -35,29 +39,39 @@ class ValidResult:
 
 @torch.no_grad()
 def evaluate(
-    model: Stage,
+    model: Model,
     data: ValidData,
     micro_batch_size: int,
     piece_bytes: Tensor | None,
     ctx: ParallelContext,
 ) -> ValidResult:
-    """Mean loss over all targets of a set, computed in shares by the data-parallel ranks. Communicates over dp.
+    """Mean loss over all targets of a set, computed in shares by the data-parallel ranks. Communicates over dp and pp.
 
     Args:
         piece_bytes: [v] int64 on the device, UTF-8 bytes that each id stands for.
     """
     totals = torch.zeros(3, dtype=torch.float64, device=ctx.device)  # loss, targets, bytes
     mine = range(ctx.samples.rank, len(data), ctx.samples.size)
-    for start in range(0, len(mine), micro_batch_size):
-        batch = data.read(mine[start : start + micro_batch_size]).shard(ctx.cp.rank, ctx.cp.size).to(ctx.device)
+
+    def count(batch: Batch[Tensor], losses: Tensor) -> None:
         assert batch.loss_weights is not None
         mask = batch.loss_weights.double()  # [b, s]
-        losses = model(batch.tokens, batch.labels, batch.documents)
         totals[0] += (losses.double() * mask).sum()
         totals[1] += mask.sum()
         if piece_bytes is not None:
             totals[2] += (piece_bytes[batch.labels] * mask).sum()
+
+    at_once = micro_batch_size * (1 if ctx.pp.size == 1 else PIPELINED_AT_ONCE)
+    for first in range(0, len(mine), at_once):
+        shares = (mine[first : first + at_once][i : i + micro_batch_size] for i in range(0, at_once, micro_batch_size))
+        batches = [data.read(share).shard(ctx.cp.rank, ctx.cp.size).to(ctx.device) for share in shares if share]
+        if ctx.pp.size > 1:
+            pipelined_losses(stages_of(model), batches, ctx, count)  # on the ranks of the last stage
+        else:
+            (whole,), (batch,) = stages_of(model), batches
+            count(batch, whole(batch.tokens, batch.labels, batch.documents))
     all_reduce(totals, ctx.dp)
+    all_reduce(totals, ctx.pp)
     loss_sum, targets, byte_count = totals.tolist()
     loss = loss_sum / targets
     bits = loss_sum / math.log(2) / byte_count if byte_count else None

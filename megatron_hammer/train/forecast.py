@@ -29,9 +29,18 @@ def forecast(config: Config, world_size: int, backends: Mapping[str, Backend]) -
 
 
 def _memory(config: Config, world_size: int, backends: Mapping[str, Backend]) -> str:
-    parts = {**state_bytes(config, world_size), "activations": activation_bytes(config, backends)}
-    shown = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
-    return f"memory of a rank: at least {_gib(sum(parts.values()))} GiB ({shown})"
+    ranks, accumulated = config.parallel.pipeline_model_parallel_size, config.grad_accum(world_size)
+    each = [
+        {
+            **state_bytes(config, world_size, rank * world_size // ranks),
+            "activations": activation_bytes(config, backends, rank, accumulated),
+        }
+        for rank in range(ranks)
+    ]
+    rank = max(range(ranks), key=lambda rank: sum(each[rank].values()))
+    shown = ", ".join(f"{name} {_gib(size)}" for name, size in each[rank].items())
+    where = "" if ranks == 1 else f" of pipeline rank {rank}, the one with most,"
+    return f"memory of a rank{where}: at least {_gib(sum(each[rank].values()))} GiB ({shown})"
 
 
 def _disk(config: Config) -> str:

@@ -25,7 +25,7 @@ from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.loader import ReadAhead
 from megatron_hammer.sampling.samples import open_train_data, open_valid_data
-from megatron_hammer.train.build import build
+from megatron_hammer.train.build import build_stages
 from megatron_hammer.train.cuda_graph import micro_batch_runner
 from megatron_hammer.train.evaluate import evaluate
 from megatron_hammer.train.garbage import garbage_collected_by_hand
@@ -76,8 +76,8 @@ class Run:
     def __init__(self, prepared: Prepared, ctx: ParallelContext, range_of: Range = no_range) -> None:
         config = prepared.config
         self.prepared, self.config, self.ctx = prepared, config, ctx
-        self.model, self.optimizer = build(config, ctx, range_of, initial=prepared.begins_anew)
-        self.micro_batch = micro_batch_runner(config.kernels, self.optimizer.store)
+        self.stages, self.optimizer = build_stages(config, ctx, range_of, initial=prepared.begins_anew)
+        self.micro_batch = micro_batch_runner(config.kernels, self.optimizer.store.of_stages[0])
         self.state = load_state(prepared, self.optimizer, ctx)
         self.saver = Saver(prepared, self.optimizer, ctx)
         self.data = open_train_data(config, note=say if ctx.world.rank == 0 else lambda text: None)
@@ -131,7 +131,7 @@ class Run:
 
     def _step(self, step: int) -> StepReport:
         batches = self._next_batches()
-        return train_step(self.model, self.optimizer, batches, self.config, step, self.ctx, self.micro_batch)
+        return train_step(self.stages, self.optimizer, batches, self.config, step, self.ctx, self.micro_batch)
 
     def _launched(self, report: StepReport, stop_received: bool) -> None:
         """Account for a step whose numbers may still be under way; ask all ranks whether one must stop."""
@@ -186,7 +186,7 @@ class Run:
     def _evaluate(self) -> dict[str, float | None]:
         results: dict[str, float | None] = {}
         for data in self.valid:
-            result = evaluate(self.model, data, self.config.train.micro_batch_size, self.piece_bytes, self.ctx)
+            result = evaluate(self.stages, data, self.config.train.micro_batch_size, self.piece_bytes, self.ctx)
             results |= result.metrics(data.name)
         return results
 

@@ -19,21 +19,26 @@ Collectives of a step, with the bytes of the whole tensor [s, b, h] where nothin
     kv   copies of key and value heads, once a step: all-reduce of their gradients that this rank updates
     dp   and cp together, once a step: a bucket, reduce-scatter of fp32 gradients and all-gather of weights; all-reduce
          of the loss
+    pp   a stage and micro-batch: forward a receive, but on the first stage, and a send, but on the last; backward the
+         other way round, [s/t, b, h] each; once a step: all-reduce of the loss
+    ends tied embedding, first and last stage, once a step: all-reduce of its gradient that this rank updates
     world  once a step: all-reduce of the gradient's squared norm
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.backend import Backend
 from megatron_hammer.model.parameters import Parameter, parameter_table
 from megatron_hammer.model.recompute import activation_bytes
-from megatron_hammer.optim.store import Bucket, bucket_elements, lay_out
+from megatron_hammer.optim.store import Bucket, bucket_elements, lay_out, summed_over_stages
 from megatron_hammer.parallel.fake_world import LABELS, Collective
 from megatron_hammer.parallel.grid import Grid
+from megatron_hammer.parallel.placement import Placement
 
 ROW_STATISTICS = 12  # bytes a row of a chunk of logits: three fp32 numbers
 
@@ -46,16 +51,17 @@ def element_bytes(config: Config) -> int:
 def state_bytes(config: Config, world_size: int, rank: int = 0) -> dict[str, int]:
     """Bytes of one rank (of all, the first has most): weights, gradients, and its share of masters and moments."""
     grid = config.grid(world_size)
-    table, offsets, buckets = _layout(config, grid, rank)
-    width = element_bytes(config)
+    layouts, width = _layouts(config, grid, rank), element_bytes(config)
     own = sum(
         max(0, min(offsets[i] + table[i].numel, shard[1]) - max(offsets[i], shard[0]))
+        for table, offsets, buckets in layouts
         for bucket in buckets
         for shard in [_shard(bucket, grid, rank)]
         for i in bucket.parameters
     )
     sharded = 8 if width == 4 else 12  # in fp32 the weights are the masters
-    return {"weights": width * buckets[-1].stop, "gradients": 4 * buckets[-1].stop, "optimizer": sharded * own}
+    elements = sum(buckets[-1].stop for _, _, buckets in layouts)
+    return {"weights": width * elements, "gradients": 4 * elements, "optimizer": sharded * own}
 
 
 def kept_bytes(config: Config, backends: Mapping[str, Backend], rank: int = 0) -> int:
@@ -84,13 +90,21 @@ def collectives(config: Config, world_size: int, rank: int, chunk_tokens: int) -
     """
     grid = config.grid(world_size)
     counted: Counter[tuple[str, str, int]] = Counter()
+    accumulated, placements = config.grad_accum(world_size), _placements(config, grid, rank)
     if grid.tp > 1:
-        for kind, number in _tensor_parallel(config).items():
-            counted["tp", kind, _hidden_bytes(config)] = number * config.grad_accum(world_size)
-        for rows in _chunks(config, chunk_tokens):
-            counted["tp", "all-gather", grid.tp * ROW_STATISTICS * rows] += config.grad_accum(world_size)
-    for (kind, size), number in _context_parallel(config).items():
-        counted["cp", kind, size] += number * config.grad_accum(world_size)
+        for kind, number in _tensor_parallel(config, placements).items():
+            counted["tp", kind, _hidden_bytes(config)] = number * accumulated
+        for rows in _chunks(config, chunk_tokens) if placements[-1].has_head else []:
+            counted["tp", "all-gather", grid.tp * ROW_STATISTICS * rows] += accumulated
+    for (kind, size), number in _context_parallel(config, placements).items():
+        counted["cp", kind, size] += number * accumulated
+    if grid.pp > 1:
+        counted["pp", "all-reduce", 4] += 1
+        arrive = len(placements) - placements[0].has_embedding
+        leave = len(placements) - placements[-1].has_head
+        for kind in ("receive", "send"):  # forward from one side, backward from the other
+            size = _hidden_bytes(config) // placements[0].sequence_shards
+            counted["pp", kind, size] += (arrive + leave) * accumulated
     counted += _data_parallel(config, grid, rank)
     counted["world", "all-reduce", 4] += 1  # the gradient's squared norm
     labelled: Counter[Collective] = Counter()
@@ -101,50 +115,62 @@ def collectives(config: Config, world_size: int, rank: int, chunk_tokens: int) -
     return labelled
 
 
-def _tensor_parallel(config: Config) -> Counter[str]:
+def _tensor_parallel(config: Config, placements: Sequence[Placement]) -> Counter[str]:
     """Calls of a micro-batch that take a whole [s, b, h]."""
-    model, train = config.model, config.train
-    layers = model.num_layers
-    again = (train.recompute_layers or layers) if train.recompute == "full" else 0
+    layers, again = sum(at.layers_local for at in placements), _recomputed(config, placements)
+    once = placements[0].has_embedding + placements[-1].has_head
     if config.parallel.sequence_parallel:
-        return Counter({"all-gather": 6 * layers + 2 * again + 2, "reduce-scatter": 4 * layers + 2 * again + 2})
-    return Counter({"all-reduce": 4 * layers + 2 * again + 2})
+        return Counter({"all-gather": 6 * layers + 2 * again + once, "reduce-scatter": 4 * layers + 2 * again + once})
+    return Counter({"all-reduce": 4 * layers + 2 * again + once})
 
 
-def _context_parallel(config: Config) -> Counter[tuple[str, int]]:
+def _context_parallel(config: Config, placements: Sequence[Placement]) -> Counter[tuple[str, int]]:
     """Calls of a micro-batch that take the keys and values of all its tokens, or their gradients."""
-    model, train, at = config.model, config.train, config.placement()
-    again = {"none": 0, "selective": model.num_layers, "full": train.recompute_layers or model.num_layers}
-    elements = train.micro_batch_size * config.data.seq_length * 2 * at.groups_local * model.head_size
-    gathers = model.num_layers + again[train.recompute]
-    return Counter({("all-gather", element_bytes(config) * elements): gathers,
-                    ("reduce-scatter", 4 * elements): model.num_layers})  # fmt: skip
+    train, layers = config.train, sum(at.layers_local for at in placements)
+    again = {"none": 0, "selective": layers, "full": _recomputed(config, placements)}
+    elements = train.micro_batch_size * config.data.seq_length * 2 * placements[0].groups_local * config.model.head_size
+    return Counter({("all-gather", element_bytes(config) * elements): layers + again[train.recompute],
+                    ("reduce-scatter", 4 * elements): layers})  # fmt: skip
+
+
+def _recomputed(config: Config, placements: Sequence[Placement]) -> int:
+    """Layers of a rank that run their forward twice."""
+    first = (config.train.recompute_layers or config.model.num_layers) if config.train.recompute == "full" else 0
+    return sum(max(0, min(at.layers[1], first) - at.layers[0]) for at in placements)
 
 
 def _data_parallel(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, str, int]]:
     """Gradients and weights, bucket by bucket; what tensor-parallel ranks sum of their shards; the loss."""
-    table, offsets, buckets = _layout(config, grid, rank)
     counted: Counter[tuple[str, str, int]] = Counter({("dp", "all-reduce", 4): 1})
-    shared: Counter[str] = Counter()
-    for bucket in buckets:
-        elements = bucket.stop - bucket.start
-        counted["dp", "reduce-scatter", 4 * elements] += 1
-        counted["dp", "all-gather", element_bytes(config) * elements] += 1
-        shard = _shard(bucket, grid, rank)
-        for i in bucket.parameters:
-            for axis, start, stop in _summed(table[i], offsets[i]):
-                shared[axis] += max(0, min(stop, shard[1]) - max(start, shard[0]))
-    for axis, elements in shared.items():
-        if elements:
-            counted[axis, "all-reduce", 4 * elements] += 1
+    for table, offsets, buckets in _layouts(config, grid, rank):
+        shared: Counter[str] = Counter()
+        for bucket in buckets:
+            elements = bucket.stop - bucket.start
+            counted["dp", "reduce-scatter", 4 * elements] += 1
+            counted["dp", "all-gather", element_bytes(config) * elements] += 1
+            shard = _shard(bucket, grid, rank)
+            for i in bucket.parameters:
+                for axis, start, stop in _summed(table[i], offsets[i]):
+                    shared[axis] += max(0, min(stop, shard[1]) - max(start, shard[0]))
+        for axis, elements in shared.items():
+            if elements:
+                counted[axis, "all-reduce", 4 * elements] += 1
     return counted
 
 
-def _layout(config: Config, grid: Grid, rank: int) -> tuple[tuple[Parameter, ...], list[int], list[Bucket]]:
-    """The parameter table of a rank, and where the store puts its rows."""
-    table = parameter_table(config.model, config.placement(rank % grid.tp))
-    size = bucket_elements(config.parallel.gradient_bucket_bytes, grid.replicas)
-    return table, *lay_out([row.numel for row in table], size, grid.replicas)
+def _placements(config: Config, grid: Grid, rank: int) -> list[Placement]:
+    """What the stages of a rank hold."""
+    stages = config.pipeline(rank // (grid.world_size // grid.pp)).stages
+    return [config.placement(rank % grid.tp, stage) for stage in stages]
+
+
+def _layouts(config: Config, grid: Grid, rank: int) -> list[tuple[tuple[Parameter, ...], list[int], list[Bucket]]]:
+    """The parameter table of each of a rank's stages, and where its store puts the rows."""
+    size, layouts = bucket_elements(config.parallel.gradient_bucket_bytes, grid.replicas), []
+    for placement in _placements(config, grid, rank):
+        table = parameter_table(config.model, placement)
+        layouts.append((table, *lay_out([row.numel for row in table], size, grid.replicas, summed_over_stages(table))))
+    return layouts
 
 
 def _shard(bucket: Bucket, grid: Grid, rank: int) -> tuple[int, int]:
@@ -157,9 +183,9 @@ def _summed(row: Parameter, offset: int) -> Iterator[tuple[str, int, int]]:
     """Ranges in the buffers whose gradients a group of ranks sums."""
     columns = row.shape[1] if len(row.shape) > 1 else 1
     for s in row.slices:
-        if s.sum_over in ("tp", "kv"):
+        if s.sum_over != "none":
             start = offset + s.local_row * columns
-            yield s.sum_over, start, start + s.num_rows * columns
+            yield {"stages": "ends"}.get(s.sum_over, s.sum_over), start, start + s.num_rows * columns
 
 
 def _hidden_bytes(config: Config) -> int:
@@ -172,8 +198,8 @@ def _chunks(config: Config, chunk_tokens: int) -> list[int]:
     return [min(chunk_tokens, rows - start) for start in range(0, rows, chunk_tokens)]
 
 
-def _ranks(grid: Grid, label: str) -> int:
-    return grid.world_size if label == "world" else getattr(grid, "replicas" if label == "dp" else label)
+def _ranks(grid: Grid, label: Any) -> int:
+    return grid.world_size if label == "world" else grid.size("replicas" if label == "dp" else label)
 
 
 def _same_ranks(grid: Grid, label: str, axis: str) -> bool:

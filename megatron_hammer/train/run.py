@@ -146,14 +146,31 @@ def choose_device(config: Config, local_rank: int) -> torch.device:
 def layout_line(config: Config, world_size: int) -> str:
     """The parallel layout and the size of a step, in one line."""
     parallel, run = config.parallel, config.train
+    pp = parallel.pipeline_model_parallel_size
+    pipeline = "" if pp == 1 else f"PP {pp} x "
     sequence_parallel = " with sequence parallelism" if parallel.sequence_parallel else ""
     context_parallel = f"CP {parallel.context_parallel_size} x " if parallel.context_parallel_size > 1 else ""
     return (
-        f"{world_size} ranks = TP {parallel.tensor_model_parallel_size}{sequence_parallel} x {context_parallel}"
+        f"{world_size} ranks = TP {parallel.tensor_model_parallel_size}{sequence_parallel} x {pipeline}{context_parallel}"
         f"DP {config.data_parallel_size(world_size)}; "
         f"step = {run.global_batch_size} samples x {config.data.seq_length} tokens = {config.tokens_per_step:,} tokens "
         f"(micro-batch {run.micro_batch_size}, {config.grad_accum(world_size)} accumulated)"
     )
+
+
+def pipeline_lines(config: Config, world_size: int) -> list[str]:
+    """What each stage of a pipeline has, how alike they are, and how long ranks wait for each other; or nothing."""
+    pipeline, split = config.pipeline(), config.layer_split()
+    if pipeline.ranks == 1:
+        return []
+    imbalance, accumulated = config.stage_costs().imbalance(split, pipeline.ranks), config.grad_accum(world_size)
+    whose = "by work" if config.parallel.pipeline_split is None else "parallel.pipeline_split"
+    several = "" if pipeline.stages_per_rank == 1 else f", {pipeline.stages_per_rank} on each rank"
+    return [
+        f"pipeline: {pipeline.num_stages} stages{several}, layers {' '.join(map(str, split))} ({whose}), embedding "
+        f"with the first and head with the last; the busiest rank has {imbalance:.2f} times the mean work; with "
+        f"{accumulated} micro-batches a rank waits {pipeline.idle_share(accumulated):.0%} of a step for others"
+    ]
 
 
 def describe(prepared: Prepared, world_size: int) -> str:
@@ -166,6 +183,7 @@ def describe(prepared: Prepared, world_size: int) -> str:
         to_yaml(config),
         f"parameters: {count_parameters(config.model):,}",
         f"layout: {layout_line(config, world_size)}",
+        *pipeline_lines(config, world_size),
         *forecast(config, world_size, select_backends(plain, required)),
     ]
     if prepared.plan is not None:
@@ -183,14 +201,16 @@ def announcement(prepared: Prepared, world_size: int, device: torch.device) -> s
         f"{count_parameters(config.model):,} parameters in {config.train.precision} on {device.type}; "
         f"{layout_line(config, world_size)}"
     )
+    lines += pipeline_lines(config, world_size)
     required = kernel_requirements(config, device)
     lines.append(kernels_table(config.kernels, required))
     if warning := missing_kernels(config.kernels, required):
         lines.append(warning)
-    kept = activation_bytes(config, select_backends(config.kernels, required)) / 2**30
-    lines.append(
-        f"activations: about {kept:.2f} GiB kept of each micro-batch (train.recompute={config.train.recompute})"
-    )
+    rows, micro_batches = select_backends(config.kernels, required), config.grad_accum(world_size)
+    pp = config.parallel.pipeline_model_parallel_size
+    kept = max(activation_bytes(config, rows, rank, micro_batches) for rank in range(pp)) / 2**30
+    of = "each micro-batch" if pp == 1 else "the micro-batches in flight, on the rank with most"
+    lines.append(f"activations: about {kept:.2f} GiB kept of {of} (train.recompute={config.train.recompute})")
     if resume is not None and prepared.is_finished:
         lines.append(
             f"finished: {resume.folder} is at step {resume.step} of {config.train.num_steps}; nothing left to do"

@@ -1,4 +1,5 @@
-"""Forward and backward over the micro-batches of one step; a pipeline schedule would be another function here."""
+"""Forward and backward over the micro-batches of one step on a rank that has the whole model; ``pipeline.py`` has the
+one for stages."""
 
 from __future__ import annotations
 
@@ -29,12 +30,21 @@ def micro_batch(model: Stage, batch: Batch[Tensor], share: Tensor, z_loss: float
     Returns:
         sum of weight x loss: fp32 device scalar.
     """
-    weights = batch.loss_weights
-    objective = Objective(share if weights is None else weights * share, z_loss)
+    objective = objective_of(batch, share, z_loss)
     losses = model(batch.tokens, batch.labels, batch.documents, objective)  # [b, s] fp32
     (losses * objective.weight).sum().backward()
-    counted: Tensor = losses.detach() if weights is None else losses.detach() * weights
-    return counted.sum()
+    return counted(batch, losses.detach())
+
+
+def objective_of(batch: Batch[Tensor], share: Tensor, z_loss: float) -> Objective:
+    """What is minimised of a micro-batch."""
+    weights = batch.loss_weights
+    return Objective(share if weights is None else weights * share, z_loss)
+
+
+def counted(batch: Batch[Tensor], losses: Tensor) -> Tensor:
+    """Sum of weight x loss: fp32 device scalar."""
+    return (losses if batch.loss_weights is None else losses * batch.loss_weights).sum()
 
 
 def forward_backward(
@@ -55,9 +65,9 @@ def forward_backward(
     """
     whole = sum_of_weights(micro_batches, ctx)
     share = optimizer.loss_scale / whole  # of a token of weight 1
-    total = torch.zeros((), device=ctx.device)
+    total, (store,) = torch.zeros((), device=ctx.device), optimizer.store.of_stages
     for i, batch in enumerate(micro_batches):
-        optimizer.store.begin(first=i == 0, last=i == len(micro_batches) - 1)
+        store.begin(first=i == 0, last=i == len(micro_batches) - 1)
         total += run(model, batch, share, z_loss) / whole
     all_reduce(total, ctx.dp)
     return total

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_hammer.config import Config
-from megatron_hammer.model.llama import Stage
+from megatron_hammer.model.llama import Model, stages_of
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
+from megatron_hammer.train.pipeline import pipelined_forward_backward
 from megatron_hammer.train.schedules import MicroBatch, forward_backward, micro_batch
 
 
@@ -30,7 +31,7 @@ class StepReport:
 
 
 def train_step(
-    model: Stage,
+    model: Model,
     optimizer: Optimizer,
     micro_batches: Sequence[Batch[Tensor]],
     config: Config,
@@ -41,11 +42,27 @@ def train_step(
     """One parameter update from grad_accum micro-batches ([b, s] tokens each). Never waits for the device.
 
     Args:
-        run: what runs each micro-batch; ``cuda_graph.micro_batch_runner`` knows what the config asks for.
+        run: what runs each micro-batch of a whole model; ``cuda_graph.micro_batch_runner`` knows what the config asks
+            for.
     """
     # The last micro-batch starts the reduction.
-    loss = forward_backward(model, optimizer, micro_batches, ctx, config.train.z_loss, run)
+    loss = accumulate(model, optimizer, micro_batches, ctx, config.train.z_loss, run)
     grad_norm = optimizer.clip_grad_norm(config.optimizer.clip_grad)
     lr = learning_rate(config, step)
     applied = optimizer.step(lr)
     return StepReport(loss, grad_norm, lr, applied)
+
+
+def accumulate(
+    model: Model,
+    optimizer: Optimizer,
+    micro_batches: Sequence[Batch[Tensor]],
+    ctx: ParallelContext,
+    z_loss: float = 0.0,
+    run: MicroBatch = micro_batch,
+) -> Tensor:
+    """Forward and backward of all micro-batches, by the schedule for this rank's part of the model: the mean loss."""
+    if ctx.pp.size > 1:
+        return pipelined_forward_backward(stages_of(model), optimizer, micro_batches, ctx, z_loss)
+    (whole,) = stages_of(model)
+    return forward_backward(whole, optimizer, micro_batches, ctx, z_loss, run)

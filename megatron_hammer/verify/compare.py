@@ -31,6 +31,9 @@ class Sizes:
     dp: int
     accumulated: int
     cp: int = 1
+    pp: int = 1
+    tied: bool = False
+    """Head and embedding are one weight, which first and last stage both have."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,8 @@ def _ratio(values: np.ndarray, expected: np.ndarray) -> float | None:
 def _factor(factor: float, sizes: Sizes) -> str:
     """The size of the layout that a factor is, or its inverse."""
     names = {"data_parallel_size": sizes.dp, "tensor_model_parallel_size": sizes.tp,
-             "context_parallel_size": sizes.cp, "the number of micro-batches": sizes.accumulated}  # fmt: skip
+             "context_parallel_size": sizes.cp, "the number of micro-batches": sizes.accumulated,
+             "pipeline_model_parallel_size": sizes.pp}  # fmt: skip
     for name, size in names.items():
         for times, value in ((f"times {name}={size}", float(size)), (f"divided by {name}={size}", 1 / size)):
             if size > 1 and abs(factor / value - 1) < 1e-2:

@@ -4,7 +4,8 @@ The program's own build and step run on torch's meta device in a world of which 
 (``parallel/fake_world.py``), with kernels that compute nothing (``shapes.py``). Every new tensor and every collective
 passes by a counter. The result is compared with the formulas of ``train/rank_costs.py``, which predict runs.
 
-Of the micro-batches of a step all but the first are equal, so steps of one and of two are run and the rest is computed.
+Of the micro-batches of a step all but the first are equal, so steps of one and of two are run and the rest is computed;
+of a pipeline, steps of so many that all its stages are at work.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from megatron_hammer.kernels.selection import TABLES
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.parallel.fake_world import Collective, fake_world, find_collective
 from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train.build import build
+from megatron_hammer.train.build import build_stages
 from megatron_hammer.train.rank_costs import collectives, kept_bytes, state_bytes
 from megatron_hammer.train.step import train_step
 from megatron_hammer.verify.shapes import shape_kernels
@@ -79,12 +80,13 @@ class Comparison:
         """Lines for people: memory, and what a rank receives in a step."""
         state, kept = self.counted.state, self.counted.kept
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in kept.items() if size >= GIB / 200)
+        of_one = f"; kept of a micro-batch {sum(kept.values()) / GIB:.2f} GiB ({parts})" if kept else ""
         received: Counter[str] = Counter()
         for c, times in self.counted.collectives.items():
             received[c.axis] += c.bytes * times
         return [
             f"memory: {sum(state.values()) / GIB:.2f} GiB of state and {self.counted.peak / GIB:.2f} GiB at the worst "
-            f"moment of a step; kept of a micro-batch {sum(kept.values()) / GIB:.2f} GiB ({parts})",
+            f"moment of a step{of_one}",
             "tensors communicated in a step, their whole size: "
             + (", ".join(f"{axis} {size / GIB:.2f} GiB" for axis, size in received.items()) or "none"),
         ]
@@ -144,27 +146,34 @@ class _Counter(TorchDispatchMode):
 def count_rank(config: Config, world_size: int, rank: int) -> Counted:
     """Build and run ``rank`` of ``world_size``; the config is valid for them. Kernels are ours, whatever it chooses."""
     config = dataclasses.replace(config, kernels=KernelsConfig(loss_chunk_tokens=_chunk_tokens(config)))
+    pipeline = config.pipeline()
+    fewest = 1 if pipeline.stages_per_rank == 1 else pipeline.ranks  # micro-batches that come together
+    accumulated = config.grad_accum(world_size)
+    most = min(accumulated, 2 * pipeline.ranks)
     with fake_world(rank, world_size) if world_size > 1 else _no_world():
         ctx = build_parallel_context(config.grid(world_size), torch.device("meta"))
         with _Counter(ctx) as counter:
-            model, optimizer = build(
+            stages, optimizer = build_stages(
                 config, ctx, counter.range_of, initial=False, kernels=shape_kernels(_chunk_tokens(config))
             )
-            model.rope(config.data.seq_length)  # made once
-            store, states = optimizer.store, optimizer.adamw.states
+            for stage in stages:
+                stage.rope(config.data.seq_length)  # made once
+            stores, states = optimizer.store.of_stages, optimizer.adamw.states
             own = sum(s.exp_avg.nbytes + s.exp_avg_sq.nbytes + (s.weight.nbytes if s.param is not None else 0)
                       for s in states)  # fmt: skip
-            state = {"weights": store.params.nbytes, "gradients": store.grads.nbytes, "optimizer": own}
+            state = {"weights": sum(store.params.nbytes for store in stores),
+                     "gradients": sum(store.grads.nbytes for store in stores), "optimizer": own}  # fmt: skip
             steps = []
-            for micro_batches in range(1, min(2, config.grad_accum(world_size)) + 1):
+            for micro_batches in sorted({fewest, most}):
                 batches = [_batch(config, ctx) for _ in range(micro_batches)]
                 counter.begin()
                 before = counter.bytes
-                train_step(model, optimizer, batches, config, 1, ctx)
+                train_step(stages, optimizer, batches, config, 1, ctx)
                 steps.append((counter.calls.copy(), counter.peak - before, counter.kept or {}))
     first, last = steps[0], steps[-1]
-    calls = {c: n + (config.grad_accum(world_size) - 1) * (last[0][c] - n) for c, n in first[0].items()}
-    return Counted(state, first[2], max(first[1], last[1]), Counter(calls))
+    calls = {c: n + (accumulated - fewest) * (last[0][c] - n) // max(1, most - fewest) for c, n in first[0].items()}
+    # Of a pipeline's ranks not all have a head, and several micro-batches are kept when it begins.
+    return Counted(state, first[2] if pipeline.ranks == 1 else {}, max(first[1], last[1]), Counter(calls))
 
 
 def compare_rank(config: Config, world_size: int, rank: int) -> Comparison:
@@ -175,7 +184,8 @@ def compare_rank(config: Config, world_size: int, rank: int) -> Comparison:
         rows.append(_row(f"bytes of {name}", counted.state[name], size))
     plain = dataclasses.replace(config, kernels=KernelsConfig())
     backends = {name: next(row for row in table if row.name != "torch") for name, table in TABLES.items()}
-    rows.append(_row("bytes of activations", sum(counted.kept.values()), kept_bytes(plain, backends, rank)))
+    if counted.kept:
+        rows.append(_row("bytes of activations", sum(counted.kept.values()), kept_bytes(plain, backends, rank)))
     predicted = collectives(config, world_size, rank, _chunk_tokens(config))
     for c in sorted({*counted.collectives, *predicted}):
         what = f"{c.axis}: {c.kind} of {c.bytes:,} bytes, times"

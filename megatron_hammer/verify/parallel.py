@@ -84,8 +84,15 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
     """
     small, left_out = shrink(config, world_size, real)
     small.validate(world_size)
-    tp, dp = config.parallel.tensor_model_parallel_size, config.data_parallel_size(world_size)
-    sizes = Sizes(tp, dp, small.grad_accum(world_size), config.parallel.context_parallel_size)
+    parallel = config.parallel
+    sizes = Sizes(
+        parallel.tensor_model_parallel_size,
+        config.data_parallel_size(world_size),
+        small.grad_accum(world_size),
+        parallel.context_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        small.model.tie_word_embeddings,
+    )
     names = precisions(small)
     with tempfile.TemporaryDirectory(prefix="verify-parallel-") as folder:
         note(f"{world_size} ranks: {STEPS} steps in {' and in '.join(names)}")

@@ -26,6 +26,7 @@ def shrink(config: Config, world_size: int, real: bool = False) -> tuple[Config,
     """
     model, tp, train = config.model, config.parallel.tensor_model_parallel_size, config.train
     assert model.vocab_size is not None, "model.vocab_size must be resolved"
+    pipeline = config.pipeline()
     head = min(64, model.head_size) if real else HEAD_SIZE  # GPU kernels want usual sizes
     padding = VOCAB_PADDING_MULTIPLE * tp
     unit = LENGTH_PER_RANK * tp * config.parallel.context_parallel_size
@@ -35,13 +36,15 @@ def shrink(config: Config, world_size: int, real: bool = False) -> tuple[Config,
         hidden_size=model.num_attention_heads * head,
         head_dim=None if model.head_dim is None else head,
         ffn_hidden_size=(FFN_PER_RANK, 64)[real] * tp,
-        num_layers=min(model.num_layers, LAYERS),
+        num_layers=min(model.num_layers, max(LAYERS, pipeline.num_stages + 1)),  # no even split
         vocab_size=model.vocab_size % padding + padding if model.vocab_size > 2 * padding else model.vocab_size,
         max_position_embeddings=length,
         init_std=0.1,
     )
     micro_batch = min(train.micro_batch_size, MICRO_BATCH)
-    accumulated = min(config.grad_accum(world_size), ACCUMULATED)
+    # A pipeline with all its stages at work at once; where a rank has several, whole groups of its ranks.
+    most = pipeline.ranks + 1 if pipeline.stages_per_rank == 1 else 2 * pipeline.ranks
+    accumulated = min(config.grad_accum(world_size), max(ACCUMULATED, most))
     layers = None if train.recompute_layers is None else min(train.recompute_layers, small_model.num_layers)
     small_train = dataclasses.replace(
         train,
@@ -52,6 +55,9 @@ def shrink(config: Config, world_size: int, real: bool = False) -> tuple[Config,
         precision=train.precision if real else "fp32",
         device=train.device if real else "cpu",
         dry_run=False,
+    )
+    split = (
+        None if config.parallel.pipeline_split is None else _small_split(small_model.num_layers, pipeline.num_stages)
     )
     elements = 4 * small_model.num_layers * small_model.hidden_size * (small_model.hidden_size + 24) // tp
     small = dataclasses.replace(
@@ -65,11 +71,18 @@ def shrink(config: Config, world_size: int, real: bool = False) -> tuple[Config,
         optimizer=dataclasses.replace(config.optimizer, lr=0.01, min_lr=0.01, eps=max(1e-3, config.optimizer.eps)),
         schedule=dataclasses.replace(config.schedule, style="constant", warmup_steps=0, decay_steps=None,
                                      anneal_steps=None),
-        parallel=dataclasses.replace(config.parallel, gradient_bucket_bytes=max(1, 4 * elements // BUCKETS)),
+        parallel=dataclasses.replace(
+            config.parallel, gradient_bucket_bytes=max(1, 4 * elements // BUCKETS), pipeline_split=split
+        ),
         kernels=config.kernels if real else KernelsConfig(loss_chunk_tokens=max(1, length * micro_batch // 2 + 1)),
         checkpoint=dataclasses.replace(config.checkpoint, init_from=None),
     )  # fmt: skip
     return small, [] if real else _left_out(config)
+
+
+def _small_split(layers: int, stages: int) -> tuple[int, ...]:
+    """One layer in each stage, and what is left in the first."""
+    return (layers - stages + 1, *(1 for _ in range(stages - 1)))
 
 
 def chosen_kernels(config: Config) -> list[str]:

@@ -26,10 +26,10 @@ from megatron_hammer.parallel.context import ParallelContext, build_parallel_con
 from megatron_hammer.parallel.rendezvous import end_process_group, start_process_group
 from megatron_hammer.parallel.sharding import rectangles
 from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train.build import DTYPES, build
+from megatron_hammer.train.build import DTYPES, build_stages
 from megatron_hammer.train.run import choose_device
-from megatron_hammer.train.schedules import forward_backward
 from megatron_hammer.train.state import RunState
+from megatron_hammer.train.step import accumulate
 from megatron_hammer.verify.outcome import Outcome, Piece, write_outcome
 from megatron_hammer.verify.shrink import STEPS
 
@@ -45,13 +45,13 @@ def take_steps(config: Config, ctx: ParallelContext, dtype: torch.dtype, checkpo
     Args:
         checkpoint: a folder for a checkpoint of the end.
     """
-    model, optimizer = build(config, ctx, dtype=dtype)
+    model, optimizer = build_stages(config, ctx, dtype=dtype)
     losses: list[float] = []
     norms: list[float] = []
     pieces: list[Piece] = []
     for step in range(1, STEPS + 1):
         # As ``train_step`` does it, in halves: the update may use the gradients' memory.
-        loss = forward_backward(model, optimizer, micro_batches(config, step, ctx), ctx, config.train.z_loss)
+        loss = accumulate(model, optimizer, micro_batches(config, step, ctx), ctx, config.train.z_loss)
         norm = optimizer.clip_grad_norm(config.optimizer.clip_grad)
         losses.append(float(loss))
         norms.append(float(norm))

@@ -100,7 +100,8 @@ REFUSED = [  # argument, code, what the line must name
     ("optimizer.min_lr=1", "E204", ["optimizer.min_lr", "optimizer.lr"]),
     ("optimizer.lr=.nan", "E204", ["optimizer.lr"]),
     ("checkpoint.keep_last=1", "E204", ["checkpoint.keep_last", "2"]),
-    ("parallel.pipeline_model_parallel_size=2", "E204", ["pipeline_model_parallel_size"]),
+    ("parallel.pipeline_model_parallel_size=0", "E204", ["pipeline_model_parallel_size"]),
+    ("parallel.virtual_pipeline_stages=2", "E204", ["virtual_pipeline_stages=2 needs", "pipeline_model_parallel_size"]),
     ("parallel.sequence_parallel=true", "E204", ["sequence_parallel"]),
     ("parallel.tensor_model_parallel_size=3", "E205", ["num_attention_heads=8", "1, 2, 4 or 8"]),
     ("parallel.context_parallel_size=0", "E204", ["context_parallel_size=0"]),
@@ -239,3 +240,41 @@ def test_every_field_is_documented() -> None:
 def test_padding(vocab_size: int, tp: int, padded: int) -> None:
     """The sizes that Megatron-LM pads to as well."""
     assert padded_vocab_size(vocab_size, tp) == padded
+
+
+PP = "parallel.pipeline_model_parallel_size"
+INTERLEAVED = ["parallel.virtual_pipeline_stages=2"]
+
+
+@pytest.mark.parametrize(
+    "world_size, overrides, words",
+    [
+        (2, [f"{PP}=3"], [f"{PP}=3 x parallel.tensor_model_parallel_size=1 must divide the 2 ranks"]),
+        (4, [f"{PP}=4", "model.num_layers=3"], [f"{PP}=4 must not exceed model.num_layers=3"]),
+        (2, [f"{PP}=2", *INTERLEAVED, "model.num_layers=3"], ["virtual_pipeline_stages=2 must not exceed"]),
+        (2, [f"{PP}=2", "parallel.pipeline_split=[1,1,2]"], ["[1, 1, 2] must have", "the 2 stages"]),
+        (2, [f"{PP}=2", "parallel.pipeline_split=[1,2]"], ["has 3 layers", "num_layers=4", "make them 4"]),
+        (2, [f"{PP}=2", "parallel.pipeline_split=[0,4]"], ["must give every stage a layer, but the last"]),
+        (2, [f"{PP}=2", "parallel.pipeline_split=[5,-1]"], ["must give every stage a layer"]),
+        (2, [f"{PP}=2", *INTERLEAVED, "train.global_batch_size=5"], ["not 5", "a multiple of 2"]),
+        (2, [f"{PP}=2", "kernels.cuda_graph=true", "train.device=cuda"], ["is not for kernels.cuda_graph=true"]),
+        (2, [f"{PP}=2", "kernels.layers=te", "kernels.fp8=current", "train.device=cuda"], ["kernels.fp8=current"]),
+    ],
+)  # fmt: skip
+def test_what_a_pipeline_cannot_do_is_refused(
+    preset: Path, world_size: int, overrides: list[str], words: list[str]
+) -> None:
+    config = load_config(preset, ["model.num_layers=4", *overrides])
+    with pytest.raises(ConfigError) as caught:
+        config.validate(world_size)
+    assert "error[E205]" in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_pipeline_that_fits(preset: Path) -> None:
+    for world_size, overrides in (
+        (2, [f"{PP}=2", "parallel.pipeline_split=[4,0]"]),
+        (8, [f"{PP}=2", *INTERLEAVED, "parallel.tensor_model_parallel_size=2", "train.global_batch_size=16"]),
+    ):
+        config = load_config(preset, ["model.num_layers=4", *overrides])
+        config.validate(world_size)
+        assert config.grid(world_size).pp == 2 and sum(config.layer_split()) == 4

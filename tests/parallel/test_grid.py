@@ -40,6 +40,9 @@ def test_every_axis_partitions_the_world(sizes: tuple[int, int, int, int]) -> No
         groups = grid.groups(axis)
         assert sorted(rank for group in groups for rank in group) == list(range(grid.world_size))
         assert {len(group) for group in groups} == {grid.size(axis)}
+    ends = grid.groups("ends")
+    assert sorted(rank for group in ends for rank in group) == list(range(grid.world_size))
+    assert [group for group in ends if len(group) > 1] == [[row[0], row[-1]] for row in grid.groups("pp") if pp > 1]
 
 
 def test_two_ranks_share_at_most_one_axis() -> None:

@@ -48,7 +48,7 @@ def test_only_a_run_with_new_weights_draws_them(data: Path, done: Path, tmp_path
     with Draws() as draws:
         run = Run(prepared, ParallelContext.single())
     assert (draws.count > 0) == (start == "anew")
-    assert all(bool(weight.any()) for weight in run.model.parameters()), "all weights have values"
+    assert all(bool(weight.any()) for weight in run.stages[0].parameters()), "all weights have values"
 
 
 def _without_a_slice(manifest: Manifest) -> Manifest:

@@ -35,13 +35,19 @@ LAYOUTS = [  # changes, data-parallel ranks; together every pair of values that 
           train__recompute_layers=1, train__precision="bf16", data__attention_mask="document"), 1),
     (dict(parallel__tensor_model_parallel_size=8, train__precision="fp16", model__tie_word_embeddings=True), 2),
     (dict(parallel__tensor_model_parallel_size=8, parallel__sequence_parallel=True, kernels__loss_chunk_tokens=24), 64),
+    (dict(parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True, model__tie_word_embeddings=True,
+          parallel__pipeline_model_parallel_size=2, data__attention_mask="document", model__num_layers=3), 2),
+    (dict(parallel__pipeline_model_parallel_size=3, parallel__virtual_pipeline_stages=2, model__num_layers=7,
+          train__recompute="full", train__recompute_layers=2, model__tie_word_embeddings=True), 1),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("changes, dp", LAYOUTS)
 def test_the_formulas_are_exact(changes: dict[str, Any], dp: int) -> None:
     config = tiny_config(train__micro_batch_size=2, train__global_batch_size=6 * dp, **changes)
-    world = dp * config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size
+    parallel = config.parallel
+    world = dp * parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    world *= parallel.pipeline_model_parallel_size
     config.validate(world)
     for rank in {0, world // 2, world - 1}:
         compared = compare_rank(config, world, rank)

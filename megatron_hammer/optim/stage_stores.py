@@ -1,0 +1,66 @@
+"""The stores of a rank that has several stages of a pipeline, as one: what the optimizer sees of them.
+
+Micro-batches pass through a rank's stages at different times, so that one stage has begun a sum of gradients while the
+other has not: each has a store of its own (``store.py``), to which its layers write and which the schedule tells what
+comes (``begin``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megatron_hammer.optim.store import FlatStore, Row, Stretch
+from megatron_hammer.parallel.context import ParallelContext
+
+
+class StageStores:
+    """One store for each stage of this rank, first to last."""
+
+    def __init__(self, stores: Sequence[FlatStore]) -> None:
+        self.of_stages = list(stores)
+
+    @property
+    def ctx(self) -> ParallelContext:
+        """The groups of this rank."""
+        return self.of_stages[0].ctx
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """Of the sums of gradients."""
+        return self.of_stages[0].sum_dtype
+
+    @property
+    def table(self) -> tuple[Row, ...]:
+        """The rows of all stages."""
+        return tuple(row for store in self.of_stages for row in store.table)
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The weight of each row."""
+        return [weight for store in self.of_stages for weight in store.weights]
+
+    def reduce(self) -> None:
+        """Finish the sums of all stages."""
+        for store in self.of_stages:
+            store.reduce()
+
+    def gather(self) -> None:
+        """Start to bring every rank's shards of the weights together. Communicates over dp."""
+        for store in self.of_stages:
+            store.gather()
+
+    def wait(self) -> None:
+        """Wait until all weights are there."""
+        for store in self.of_stages:
+            store.wait()
+
+    def stretches(self) -> list[Stretch]:
+        """What an optimizer updates."""
+        return [stretch for store in self.of_stages for stretch in store.stretches()]
+
+    def counted(self) -> list[Tensor]:
+        """What this rank counts in the norm of the whole model's gradient."""
+        return [part for store in self.of_stages for part in store.counted()]

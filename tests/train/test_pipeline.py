@@ -1,0 +1,76 @@
+"""Pipelines on real ranks: what they compute equals one process, whatever else the layout does."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_hammer.config import Config, ParallelConfig
+from megatron_hammer.train.build import build_stages
+from megatron_hammer.train.step import train_step
+from megatron_hammer.verify.compare import Sizes, compare_numbers, compare_pieces, whole_tensors
+from megatron_hammer.verify.outcome import Outcome
+from megatron_hammer.verify.steps import take_steps
+from tests.distributed import run_distributed
+from tests.model.tiny import make_context, rank_batches, tiny_config
+
+TP2 = dict(parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True)
+TIED = dict(model__tie_word_embeddings=True)
+DOCUMENTS = dict(data__attention_mask="document")
+
+
+def pipeline_config(pp: int, v: int = 1, **changes: Any) -> Config:
+    config = tiny_config(
+        **dict(model__num_layers=5, train__global_batch_size=16)
+        | dict(parallel__pipeline_model_parallel_size=pp, parallel__virtual_pipeline_stages=v)
+        | changes
+    )
+    return config
+
+
+LAYOUTS: dict[str, tuple[int, Config]] = {
+    "PP 2, tied": (2, pipeline_config(2, **TIED)),
+    "PP 4, documents, a split of one's own": (
+        4, pipeline_config(4, **DOCUMENTS, parallel__pipeline_split=[1, 2, 2, 0])),
+    "PP 2 interleaved, TP 2 + SP, tied": (4, pipeline_config(2, 2, **TP2, **TIED)),
+    "PP 2, DP 2, tied, full recompute, z-loss": (
+        4, pipeline_config(2, **TIED, train__recompute="full", train__recompute_layers=3, train__z_loss=1e-3)),
+    "PP 2 interleaved, DP 2, selective": (4, pipeline_config(2, 2, train__recompute="selective", **DOCUMENTS)),
+}  # fmt: skip
+
+
+def alone(config: Config) -> Config:
+    """The same on one process."""
+    parallel = ParallelConfig(gradient_bucket_bytes=config.parallel.gradient_bucket_bytes)
+    return dataclasses.replace(config, parallel=parallel)
+
+
+def exact_steps(rank: int, config: Config) -> Outcome:
+    """Two steps in fp64."""
+    return take_steps(config, make_context(config), torch.float64)
+
+
+def losses_and_norms(rank: int, config: Config, steps: int) -> list[tuple[float, float, bool]]:
+    """Steps in the config's precision."""
+    ctx = make_context(config)
+    stages, optimizer = build_stages(config, ctx)
+    reports = [train_step(stages, optimizer, rank_batches(config, n, ctx), config, n, ctx) for n in range(1, steps + 1)]
+    return [(float(r.loss), float(r.grad_norm), bool(r.applied)) for r in reports]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_pipeline_equals_one_process(layout: str) -> None:
+    """Gradients, masters, moments and weights after two steps in fp64; losses and norms of several in fp32."""
+    ranks, config = LAYOUTS[layout]
+    config.validate(ranks)
+    expected = exact_steps(0, alone(config))
+    found = run_distributed(ranks, exact_steps, config)
+    worst, findings = compare_pieces(found, whole_tensors(expected.pieces), 1e-10, Sizes(1, 1, 1))
+    assert findings == [] and set(worst) == {"gradient", "weight", "exp_avg", "exp_avg_sq", "model"}
+    assert compare_numbers(found, expected, 1e-6, Sizes(1, 1, 1))[1] == []
+    for reports in run_distributed(ranks, losses_and_norms, config, 6):
+        for report, wanted in zip(reports, losses_and_norms(0, alone(config), 6), strict=True):
+            assert report == pytest.approx(wanted, rel=1e-5)
