@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megatron_hammer.model.llama import Stage
+from megatron_hammer.model.llama import Model, Stage, stages_of
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.parallel.collectives import all_reduce, start_receive, start_send
 from megatron_hammer.parallel.context import Links, ParallelContext
@@ -32,6 +32,21 @@ from megatron_hammer.train import schedules
 def pipeline_of(stages: Sequence[Stage], ctx: ParallelContext) -> Pipeline:
     """The pipeline that this rank's stages are a part of."""
     return Pipeline(ctx.pp.rank, ctx.pp.size, len(stages))
+
+
+def accumulate(
+    model: Model,
+    optimizer: Optimizer,
+    micro_batches: Sequence[Batch[Tensor]],
+    ctx: ParallelContext,
+    z_loss: float = 0.0,
+    run: schedules.MicroBatch = schedules.micro_batch,
+) -> Tensor:
+    """Forward and backward of all micro-batches, by the schedule for this rank's part of the model: the mean loss."""
+    if ctx.pp.size > 1:
+        return pipelined_forward_backward(stages_of(model), optimizer, micro_batches, ctx, z_loss)
+    (whole,) = stages_of(model)
+    return schedules.forward_backward(whole, optimizer, micro_batches, ctx, z_loss, run)
 
 
 def pipelined_forward_backward(

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_hammer.config import Config
-from megatron_hammer.model.llama import Model, stages_of
+from megatron_hammer.model.llama import Model
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train.pipeline import pipelined_forward_backward
-from megatron_hammer.train.schedules import MicroBatch, forward_backward, micro_batch
+from megatron_hammer.train.pipeline import accumulate
+from megatron_hammer.train.schedules import MicroBatch, micro_batch
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,3 @@ def train_step(
     lr = learning_rate(config, step)
     applied = optimizer.step(lr)
     return StepReport(loss, grad_norm, lr, applied)
-
-
-def accumulate(
-    model: Model,
-    optimizer: Optimizer,
-    micro_batches: Sequence[Batch[Tensor]],
-    ctx: ParallelContext,
-    z_loss: float = 0.0,
-    run: MicroBatch = micro_batch,
-) -> Tensor:
-    """Forward and backward of all micro-batches, by the schedule for this rank's part of the model: the mean loss."""
-    if ctx.pp.size > 1:
-        return pipelined_forward_backward(stages_of(model), optimizer, micro_batches, ctx, z_loss)
-    (whole,) = stages_of(model)
-    return forward_backward(whole, optimizer, micro_batches, ctx, z_loss, run)

@@ -15,7 +15,7 @@ from megatron_hammer.config import config_from_tree
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.train import rank_costs
-from megatron_hammer.train.build import build
+from megatron_hammer.train.build import build_stages
 from megatron_hammer.verify import one_rank
 from megatron_hammer.verify.one_rank import compare_rank
 from tests.model.tiny import tiny_config
@@ -82,7 +82,7 @@ def _one_more(store: FlatStore, real: Callable[[FlatStore], None]) -> None:
          "dp: all-reduce of 32"),
         (mock.patch.object(FlatStore, "gather", lambda s: None), "dp: all-gather"),
         (mock.patch.object(rank_costs, "ROW_STATISTICS", 8), "tp: all-gather"),
-        (mock.patch.object(one_rank, "build", lambda config, *a, **k: build(with_full_recompute(config), *a, **k)),
+        (mock.patch.object(one_rank, "build_stages", lambda c, *a, **k: build_stages(with_full_recompute(c), *a, **k)),
          "bytes of activations"),
     ],
 )  # fmt: skip
