@@ -66,12 +66,12 @@ class Config:
         )
         what, rule, remedy, number = _cp_obstacle(self, world_size)
         require(not what, what, rule, remedy, number=number)
-        pp, others = self.parallel.pipeline_model_parallel_size, tp * self.parallel.context_parallel_size
+        pp, cp = self.parallel.pipeline_model_parallel_size, self.parallel.context_parallel_size
         require(
-            world_size % (others * pp) == 0,
+            world_size % (tp * cp * pp) == 0,
             f"parallel.pipeline_model_parallel_size={pp}",
-            f"x {others}, the ranks of tensor and context parallelism, must divide the {world_size} ranks",
-            f"start a multiple of {others * pp} ranks or use {divisors(world_size // others)}",
+            f"x TP {tp} x CP {cp} must divide the {world_size} ranks",
+            f"start a multiple of {tp * cp * pp} ranks or use {divisors(world_size // (tp * cp))}",
             number=5,
         )
         train = self.train

@@ -33,7 +33,7 @@ def _memory(config: Config, world_size: int, backends: Mapping[str, Backend]) ->
     each = [
         {
             **state_bytes(config, world_size, rank * world_size // ranks),
-            "activations": activation_bytes(config, backends, rank, accumulated),
+            "activations": activation_bytes(config, backends, pp_rank=rank, micro_batches=accumulated),
         }
         for rank in range(ranks)
     ]

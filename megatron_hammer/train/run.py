@@ -151,7 +151,8 @@ def layout_line(config: Config, world_size: int) -> str:
     sequence_parallel = " with sequence parallelism" if parallel.sequence_parallel else ""
     context_parallel = f"CP {parallel.context_parallel_size} x " if parallel.context_parallel_size > 1 else ""
     return (
-        f"{world_size} ranks = TP {parallel.tensor_model_parallel_size}{sequence_parallel} x {pipeline}{context_parallel}"
+        f"{world_size} ranks = TP {parallel.tensor_model_parallel_size}{sequence_parallel} x "
+        f"{context_parallel}{pipeline}"
         f"DP {config.data_parallel_size(world_size)}; "
         f"step = {run.global_batch_size} samples x {config.data.seq_length} tokens = {config.tokens_per_step:,} tokens "
         f"(micro-batch {run.micro_batch_size}, {config.grad_accum(world_size)} accumulated)"
@@ -208,7 +209,7 @@ def announcement(prepared: Prepared, world_size: int, device: torch.device) -> s
         lines.append(warning)
     rows, micro_batches = select_backends(config.kernels, required), config.grad_accum(world_size)
     pp = config.parallel.pipeline_model_parallel_size
-    kept = max(activation_bytes(config, rows, rank, micro_batches) for rank in range(pp)) / 2**30
+    kept = max(activation_bytes(config, rows, pp_rank=rank, micro_batches=micro_batches) for rank in range(pp)) / 2**30
     of = "each micro-batch" if pp == 1 else "the micro-batches in flight, on the rank with most"
     lines.append(f"activations: about {kept:.2f} GiB kept of {of} (train.recompute={config.train.recompute})")
     if resume is not None and prepared.is_finished:

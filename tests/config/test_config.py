@@ -249,7 +249,7 @@ INTERLEAVED = ["parallel.virtual_pipeline_stages=2"]
 @pytest.mark.parametrize(
     "world_size, overrides, words",
     [
-        (2, [f"{PP}=3"], [f"{PP}=3 x parallel.tensor_model_parallel_size=1 must divide the 2 ranks"]),
+        (2, [f"{PP}=3"], [f"{PP}=3 x TP 1 x CP 1 must divide the 2 ranks", "1 or 2"]),
         (4, [f"{PP}=4", "model.num_layers=3"], [f"{PP}=4 must not exceed model.num_layers=3"]),
         (2, [f"{PP}=2", *INTERLEAVED, "model.num_layers=3"], ["virtual_pipeline_stages=2 must not exceed"]),
         (2, [f"{PP}=2", "parallel.pipeline_split=[1,1,2]"], ["[1, 1, 2] must have", "the 2 stages"]),
