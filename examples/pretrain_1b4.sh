@@ -6,6 +6,7 @@
 #
 #   TEXT       a folder (or file) of your own .txt, .md or .jsonl: tokenizer, datasets and a small model are made of it, on a
 #              CPU too
+#   VOCAB_SIZE pieces of the tokenizer of TEXT or of the sample corpus, 4096 where absent; less where the text has less
 #   DATA       indexed datasets with their weights, "142 /p/zh_text_document 128 /p/en_text_document", or one prefix
 #   VALID      validation sets by name, "zh=/p/zv_text_document en=/p/ev_text_document"; absent: no evaluation
 #   TOKENIZER  what made the data: a sentencepiece .model, a tokenizer.json or a Hugging Face folder
@@ -190,9 +191,8 @@ make_tokenizer() {
     else
         local language texts=()
         for language in "${present[@]}"; do texts+=("$out/corpus/$language.jsonl"); done
-        local size=4096
-        if (($(cat "${texts[@]}" | wc -c) < 20000)); then size=1024; fi # so little text has no 4,096 pieces
-        tool train_tokenizer.py --input "${texts[@]}" --output "$out/tokenizer" --vocab-size "$size"
+        tool train_tokenizer.py --input "${texts[@]}" --output "$out/tokenizer" --allow-fewer \
+            --vocab-size "${VOCAB_SIZE:-4096}"
     fi
 }
 
@@ -214,14 +214,16 @@ make_datasets() {
     done
 }
 
-# The command that was given, its variables included.
+# The command that was given, its variables included; with --longer without its number of steps.
 same_command() {
-    local name
-    for name in TEXT DATA VALID TOKENIZER OUT; do
+    local name argument
+    for name in TEXT VOCAB_SIZE DATA VALID TOKENIZER OUT; do
         if [[ -n ${!name:-} ]]; then printf '%s=%q ' "$name" "${!name}"; fi
     done
     printf 'bash examples/pretrain_1b4.sh'
-    if ((${#given[@]})); then printf ' %q' "${given[@]}"; fi
+    for argument in ${given[@]+"${given[@]}"}; do
+        if [[ ${1:-} != --longer || $argument != train.num_steps=* ]]; then printf ' %q' "$argument"; fi
+    done
 }
 
 train() {
@@ -271,7 +273,7 @@ What to run next:
 END
     if $quick; then
         cat <<END
-  $(same_command) train.num_steps=800      # the same run, on to step 800, at the learning rate where it ended
+  $(same_command --longer) train.num_steps=800      # the same run, on to step 800, at the learning rate where it ended
   DATA="142 P_zh_text_document 128 P_en_text_document" TOKENIZER=M.model OUT=runs/my_1b4 \\
       bash examples/pretrain_1b4.sh                      # the 1.4B recipe, on GPUs; README.md says how to make the data
 END

@@ -221,7 +221,7 @@ def test_own_text_becomes_a_model(tree: Tree) -> None:
     code, _, err = tree.run(TEXT="nothing", GPUS="")
     assert code == 2 and err.startswith("error[E218]: TEXT=nothing is not there; ") and tree.calls == []
     code, _, err = tree.run(TEXT="examples/configs", GPUS="")
-    assert code == 2 and err.startswith("error[E218]: TEXT=examples/configs holds no .txt and no .jsonl file ")
+    assert code == 2 and err.startswith("error[E218]: TEXT=examples/configs holds no .txt, .md or .jsonl file ")
 
 
 def test_help_runs_nothing(tree: Tree) -> None:

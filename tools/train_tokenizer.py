@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument(
         "--vocab-size", type=int, required=True, help="number of pieces, control and byte pieces included"
     )
+    parser.add_argument("--allow-fewer", action="store_true",
+                        help="train as many pieces as the text has where it cannot fill --vocab-size")  # fmt: skip
     parser.add_argument("--model-type", choices=get_args(train.ModelType), default="bpe",
                         help="the algorithm (default: bpe, HammerLLM's)")  # fmt: skip
     parser.add_argument("--character-coverage", type=float, default=0.9995,
@@ -72,6 +74,7 @@ def main() -> None:
             max_sentence_bytes=args.max_sentence_bytes,
             sample_bytes=args.sample_bytes,
             threads=args.workers,
+            allow_fewer=args.allow_fewer,
             report=lambda line: print(line, file=sys.stderr, flush=True),
         )
     print(f"{tokenizer.path}: {tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint}, "

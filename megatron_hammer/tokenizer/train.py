@@ -31,7 +31,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.files import dump_json, replace_file
-from megatron_hammer.base.progress import Progress
+from megatron_hammer.base.progress import Progress, size_of
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, parse_model, quiet_sentencepiece
 from megatron_hammer.tokenizer.sentences import HashSample, split_sentences
 from megatron_hammer.tokenizer.symbols import CONTROL_PIECES, check_symbols
@@ -70,6 +70,7 @@ def train_tokenizer(
     max_sentence_bytes: int = MAX_SENTENCE_BYTES,
     sample_bytes: int = SAMPLE_BYTES,
     threads: int = 1,
+    allow_fewer: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> SentencePieceTokenizer:
     """Train on ``source`` and write the model and a manifest of what it was made of.
@@ -86,6 +87,7 @@ def train_tokenizer(
         max_sentence_bytes: longest stretch of text that the trainer sees at once.
         sample_bytes: of more text than this, sentences are chosen by their hash.
         threads: helps only the counting; the result is the same. Of no effect on unigram (``UNIGRAM_THREADS``).
+        allow_fewer: train as many pieces as the text has where it cannot fill ``vocab_size``; else that is an error.
         report: gets a line at each phase, and one every ten seconds meanwhile.
 
     Returns:
@@ -116,8 +118,8 @@ def train_tokenizer(
     if not sample.sentences:
         raise DataError(15, "the input", "holds no text to train a tokenizer on", "give documents that are not empty")
     report(
-        f"training {vocab_size:,} {model_type} pieces on {sample.kept_bytes / 1e6:.1f} of "
-        f"{sample.seen_bytes / 1e6:.1f} MB of text, read in {time.monotonic() - started:.1f} s"
+        f"training {vocab_size:,} {model_type} pieces on {size_of(sample.kept_bytes)} of "
+        f"{size_of(sample.seen_bytes)} of text, read in {time.monotonic() - started:.1f} s"
     )
     settings = {
         "model_type": model_type,
@@ -128,7 +130,15 @@ def train_tokenizer(
         "max_sentence_length": max_sentence_bytes,
     }
     with _report_meanwhile("training", report):
-        model = _run_sentencepiece(sample.sentences, settings, threads if model_type == "bpe" else UNIGRAM_THREADS)
+        threads = threads if model_type == "bpe" else UNIGRAM_THREADS
+        try:
+            model = _run_sentencepiece(sample.sentences, settings, threads)
+        except _MoreThanTextHas as error:
+            if not allow_fewer:
+                raise
+            report(f"this text has {error.pieces:,} pieces and no more: {error.pieces:,} are trained")
+            settings["vocab_size"] = error.pieces
+            model = _run_sentencepiece(sample.sentences, settings, threads)
 
     model_path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(model_path, model)
@@ -239,13 +249,19 @@ def _run_sentencepiece(sentences: list[bytes], settings: dict[str, Any], threads
     return model
 
 
+class _MoreThanTextHas(ConfigError):
+    """The vocabulary is larger than the number of pieces that the text has."""
+
+    def __init__(self, what: str, pieces: int) -> None:
+        rule = f"is more than this text can fill: it has {pieces} pieces"
+        super().__init__(60, what, rule, f"use at most {pieces} (or --allow-fewer), or train on more text")
+        self.pieces = pieces
+
+
 def _name_complaint(message: str, vocab_size: int) -> ConfigError:
     what = f"vocab_size={vocab_size}"
     if found := re.search(r"too high \(\d+\).*?<= ?(\d+)", message):
-        return ConfigError(
-            60, what, f"is more than this text can fill: it has {found[1]} pieces",
-            f"use at most {found[1]}, or train on more text",
-        )  # fmt: skip
+        return _MoreThanTextHas(what, int(found[1]))
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return ConfigError(
             60, what,

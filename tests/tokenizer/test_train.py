@@ -177,7 +177,10 @@ def test_largest_vocabulary_that_fits(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         train_tokenizer(texts, tmp_path, 100_000)
     most = int(caught.value.remedy.split()[3].rstrip(","))
-    assert train_tokenizer(texts, tmp_path, most).vocab_size == most
+    asked, allowed = tmp_path / "asked.model", tmp_path / "allowed.model"
+    assert train_tokenizer(texts, asked, most).vocab_size == most
+    train_tokenizer(texts, allowed, 100_000, allow_fewer=True)
+    assert allowed.read_bytes() == asked.read_bytes()
 
 
 def test_no_text_and_a_failing_source(tmp_path: Path) -> None:
