@@ -30,8 +30,6 @@ class Requirements:
     dtype: torch.dtype = torch.float32
     mask: str = "causal"
     """``data.attention_mask``."""
-    context_parallel: int = 1
-    """``parallel.context_parallel_size``: above 1 documents have fewer queries than keys, whatever the mask."""
     heads: int = 1
     groups: int = 1
     head_size: int = 64
@@ -39,6 +37,8 @@ class Requirements:
     """``kernels.deterministic``: equal bits from run to run."""
     compile: str = "none"
     """``kernels.compile``."""
+    context_parallel: int = 1
+    """``parallel.context_parallel_size``: above 1 documents have fewer queries than keys, whatever the mask."""
 
 
 def supports_all(required: Requirements) -> str:

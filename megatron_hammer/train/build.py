@@ -41,12 +41,12 @@ def kernel_requirements(config: Config, device: torch.device) -> Requirements:
         device,
         DTYPES[config.train.precision],
         config.data.attention_mask,
-        config.parallel.context_parallel_size,
         heads=at.heads_local,
         groups=at.groups_local,
         head_size=config.model.head_size,
         deterministic=config.kernels.deterministic,
         compile=config.kernels.compile,
+        context_parallel=config.parallel.context_parallel_size,
     )
 
 

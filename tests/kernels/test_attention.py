@@ -219,7 +219,10 @@ CHOSEN = {
         Requirements(CUDA, mask="document"),
         Requirements(CUDA, torch.bfloat16, "document", head_size=512),
     ],
-    "varlen": [Requirements(CUDA, torch.bfloat16, "document", heads=8, groups=2)],
+    "varlen": [
+        Requirements(CUDA, torch.bfloat16, "document", heads=8, groups=2),
+        Requirements(CUDA, torch.bfloat16, heads=8, groups=2, context_parallel=2),
+    ],
 }
 
 
@@ -245,6 +248,8 @@ REFUSED = [  # name, required, what the line must say
         ["cannot do data.attention_mask=causal", "use auto or cudnn or sdpa"],
     ),
     ("sdpa-documents", Requirements(), ["cannot do data.attention_mask=causal"]),
+    ("sdpa", Requirements(context_parallel=2), ["parallel.context_parallel_size=2", "fewer queries than keys"]),
+    ("te", Requirements(CUDA, torch.bfloat16, "document", context_parallel=2), ["parallel.context_parallel_size=2"]),
     ("varlen", Requirements(dtype=torch.bfloat16, mask="document"), ["does not run on cpu"]),
     ("varlen", Requirements(CUDA, mask="document"), ["does not compute in float32"]),
     ("varlen", Requirements(CUDA, torch.float16, "document", head_size=512), ["at most 256 elements, not 512"]),
