@@ -9,7 +9,7 @@ Every message has the same four parts, so that a reader always finds the same th
 Exit codes of every program of this project (``docs/errors.md`` lists the numbers):
 
     0 done | 2 usage or config | 3 data or input text | 4 checkpoint | 5 refused (fingerprint, certificate)
-    6 disk or I/O | 7 a rank died | 8 a rank hung | 9 non-finite | 10 out of memory
+    6 disk or I/O | 7 a rank died | 8 a rank hung | 9 non-finite | 10 out of memory | 11 ranks drifted apart
     75 stopped by a signal, saved: run the same command again
 
 What only a mistake in this code can cause is an ``assert``, and ends in a traceback.
@@ -99,6 +99,12 @@ class MemoryShortage(HammerError):
     exit_code = 10
 
 
+class DriftError(HammerError):
+    """Ranks no longer hold the same bits of what they hold in common."""
+
+    exit_code = 11
+
+
 ERRORS_BY_EXIT_CODE: dict[int, type[HammerError]] = {
     cls.exit_code: cls
     for cls in (
@@ -110,6 +116,7 @@ ERRORS_BY_EXIT_CODE: dict[int, type[HammerError]] = {
         ParallelError,
         NonFiniteError,
         MemoryShortage,
+        DriftError,
     )
 }
 

@@ -27,6 +27,7 @@ from megatron_hammer.sampling.loader import ReadAhead
 from megatron_hammer.sampling.samples import open_train_data, open_valid_data
 from megatron_hammer.train.build import build_stages
 from megatron_hammer.train.cuda_graph import micro_batch_runner
+from megatron_hammer.train.drift import DriftCheck
 from megatron_hammer.train.evaluate import evaluate
 from megatron_hammer.train.garbage import garbage_collected_by_hand
 from megatron_hammer.train.metrics import Reporter, flops_per_token, peak_tflops
@@ -80,6 +81,8 @@ class Run:
         self.micro_batch = micro_batch_runner(config.kernels, self.optimizer.store.of_stages[0])
         self.state = load_state(prepared, self.optimizer, ctx)
         self.saver = Saver(prepared, self.optimizer, ctx)
+        self.drift = DriftCheck(config, self.optimizer, ctx) if config.train.drift_check_interval_steps else None
+        self.first_step = self.state.step + 1
         self.data = open_train_data(config, note=say if ctx.world.rank == 0 else lambda text: None)
         self.data.prepare(self.state.consumed_samples, config.train.global_batch_size)
         self.batches = ReadAhead(
@@ -106,7 +109,7 @@ class Run:
         config, ctx = self.config, self.ctx
         with StopRequest() as stop_request, self._reporter() as self.reporter, garbage_collected_by_hand():
             self.clock = time.perf_counter()
-            for step in range(self.state.step + 1, config.train.num_steps + 1):
+            for step in range(self.first_step, config.train.num_steps + 1):
                 report = self._step(step)
                 self._launched(report, stop_request.received)
                 evaluates = bool(self.valid) and every(config.train.eval_interval_steps, step, config)
@@ -131,7 +134,10 @@ class Run:
 
     def _step(self, step: int) -> StepReport:
         batches = self._next_batches()
-        return train_step(self.stages, self.optimizer, batches, self.config, step, self.ctx, self.micro_batch)
+        interval = self.config.train.drift_check_interval_steps
+        due = self.drift is not None and (step == self.first_step or step % interval == 0)
+        drift = self.drift if due else None
+        return train_step(self.stages, self.optimizer, batches, self.config, step, self.ctx, self.micro_batch, drift)
 
     def _launched(self, report: StepReport, stop_received: bool) -> None:
         """Account for a step whose numbers may still be under way; ask all ranks whether one must stop."""
@@ -149,6 +155,8 @@ class Run:
         stopped = False
         while len(self.pending) > lag:
             done = self.pending.pop(0)
+            if self.drift is not None and done.report.drift is not None:
+                self.drift.raise_on(done.report.drift)
             loss, grad_norm = done.report.loss.item(), done.report.grad_norm.item()
             applied = bool(done.report.applied.item())
             stopped |= done.stop.item() > 0
@@ -191,8 +199,10 @@ class Run:
         return results
 
     def _save(self) -> None:
-        """Write a checkpoint of the present step; its time does not count as training."""
+        """Write a checkpoint of the present step, unless ranks differ; its time does not count as training."""
         start = time.perf_counter()
+        if self.drift is not None:
+            self.drift.raise_on(self.drift.check(self.state.step), saving=True)
         if self.reporter is not None:
             self.reporter.sync()
         folder = self.saver.save(self.state)

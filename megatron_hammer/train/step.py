@@ -13,6 +13,7 @@ from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
+from megatron_hammer.train.drift import DriftCheck, DriftReport
 from megatron_hammer.train.pipeline import accumulate
 from megatron_hammer.train.schedules import MicroBatch, micro_batch
 
@@ -28,6 +29,8 @@ class StepReport:
     lr: float
     applied: Tensor
     """False: the gradient was not finite and nothing changed."""
+    drift: DriftReport | None = None
+    """What the drift check of this step has found, if there was one."""
 
 
 def train_step(
@@ -38,16 +41,19 @@ def train_step(
     step: int,
     ctx: ParallelContext,
     run: MicroBatch = micro_batch,
+    drift: DriftCheck | None = None,
 ) -> StepReport:
     """One parameter update from grad_accum micro-batches ([b, s] tokens each). Never waits for the device.
 
     Args:
         run: what runs each micro-batch of a whole model; ``cuda_graph.micro_batch_runner`` knows what the config asks
             for.
+        drift: where it is time for it.
     """
     # The last micro-batch starts the reduction.
     loss = accumulate(model, optimizer, micro_batches, ctx, config.train.z_loss, run)
     grad_norm = optimizer.clip_grad_norm(config.optimizer.clip_grad)
     lr = learning_rate(config, step)
+    found = None if drift is None else drift.check(step)  # before the update repairs copies of what has changed
     applied = optimizer.step(lr)
-    return StepReport(loss, grad_norm, lr, applied)
+    return StepReport(loss, grad_norm, lr, applied, found)

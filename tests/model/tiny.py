@@ -15,6 +15,7 @@ from megatron_hammer.model.parameters import logical_shapes, parameter_table
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.build import build
+from megatron_hammer.train.drift import DriftCheck
 from megatron_hammer.train.step import StepReport, train_step
 
 
@@ -86,12 +87,21 @@ def make_context(config: Config) -> ParallelContext:
 
 
 def train(rank: int, config: Config, steps: int) -> tuple[list[tuple[float, float, bool]], dict[str, Tensor]]:
-    """Train ``steps`` steps; (loss, grad norm, applied) of each, and this rank's pieces of the logical weights."""
+    """Train ``steps`` steps, each with a drift check.
+
+    Returns:
+        (loss, grad norm, applied) of each, and this rank's pieces of the logical weights.
+    """
     ctx = make_context(config)
     model, optimizer = build(config, ctx)
+    drift = DriftCheck(config, optimizer, ctx)
     reports: list[StepReport] = [
-        train_step(model, optimizer, rank_batches(config, n, ctx), config, n, ctx) for n in range(1, steps + 1)
+        train_step(model, optimizer, rank_batches(config, n, ctx), config, n, ctx, drift=drift)
+        for n in range(1, steps + 1)
     ]
+    for found in (*(r.drift for r in reports), drift.check(steps)):
+        assert found is not None
+        drift.raise_on(found)
     return [(float(r.loss), float(r.grad_norm), bool(r.applied)) for r in reports], logical_parts(model, config, ctx)
 
 
