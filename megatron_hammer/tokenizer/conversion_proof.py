@@ -7,6 +7,9 @@ Decoding is compared where no id is unk: the text that was unknown is lost, and 
 Nor are spaces at the beginning where the model removes extra ones: sentencepiece then drops one of every leading piece,
 which only a text with a literal U+2581 has several of. It is not compared at all for a folder around a sentencepiece
 model (``model_folder.py``).
+
+A given tokenizer.json may hold a token as an ordinary one, which a text matches, that its settings make special (an
+eos, say). By default transformers matches it too, with ``split_special_tokens`` not: it is compared by default alone.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any, NamedTuple
 
 from megatron_hammer.base.errors import RefusedError
 from megatron_hammer.tokenizer.hard_texts import FIXED_TEXTS, join_pieces, noise
+from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, load_processor
 
@@ -119,7 +123,8 @@ def _find_difference(
     if not isinstance(tokenizer, SentencePieceTokenizer):  # a given tokenizer.json keeps its owner's default
         arguments["split_special_tokens"] = True
     marks = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
-    for text in FIXED_TEXTS:
+    made_special = _made_special(tokenizer, converted)
+    for text in _without(made_special, FIXED_TEXTS):
         expected = encode([text])[0]
         found = converted(text, **arguments)["input_ids"]
         if found != expected:
@@ -136,7 +141,7 @@ def _find_difference(
 
     # The calls above have set the backend's switches; from here on it is asked directly, in batches.
     backend = converted.backend_tokenizer
-    texts = list(_random_texts(pieces, _RANDOM_JOINS)) + directed + pieces
+    texts = _without(made_special, [*_random_texts(pieces, _RANDOM_JOINS), *directed, *pieces])
     for start in range(0, len(texts), 4096):
         batch = texts[start : start + 4096]
         expected_ids = encode(batch)
@@ -147,7 +152,25 @@ def _find_difference(
                 return Mismatch(text, *_first_difference(expected, found))
             if tokenizer.unk_id not in expected and trim(decoded) != trim(wanted := tokenizer.decode(expected)):
                 return Mismatch(text, wanted, decoded)
+    for text in (around.format(token) for token in made_special for around in ("{0}", "a {0} b", "{0}{0}")):
+        expected = encode([text])[0]
+        found = converted(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if found != expected:
+            return Mismatch(text, *_first_difference(expected, found))
     return None
+
+
+def _made_special(tokenizer: Tokenizer, converted: Any) -> list[str]:
+    """Ordinary added tokens of a given tokenizer.json that are special to transformers."""
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return []
+    ordinary = {t["content"] for t in tokenizer.definition.get("added_tokens") or () if not t.get("special")}
+    return sorted(ordinary.intersection(converted.all_special_tokens))
+
+
+def _without(tokens: list[str], texts: Iterable[str]) -> list[str]:
+    """The texts that hold none of the tokens."""
+    return [text for text in texts if not any(token in text for token in tokens)]
 
 
 def _random_texts(pieces: list[str], joins: int) -> Iterator[str]:

@@ -302,6 +302,20 @@ def test_given_definition_is_copied_and_proved(tmp_path: Path) -> None:
     assert loaded("a<|endoftext|>")["input_ids"][-1] == 0  # its owner's default is kept
 
 
+def test_a_given_definition_may_hold_its_eos_as_an_ordinary_token(tmp_path: Path) -> None:
+    """transformers makes it special; by default a text matches it there as it does here."""
+    source = write_folder(tmp_path / "a", byte_level_backend())
+    definition = json.loads((source / "tokenizer.json").read_text())
+    for token in definition["added_tokens"]:
+        token["special"] = token["content"] != "<|endoftext|>"
+    (source / "tokenizer.json").write_text(json.dumps(definition))
+    tokenizer = load_tokenizer(source)
+    (tmp_path / "b").mkdir()
+    assert convert_tokenizer(tokenizer, tmp_path / "b") == "" and tokenizer.encode("<|endoftext|>") == [0]
+    for text in ("a<|endoftext|> b", "<|endoftext|><|endoftext|>"):
+        assert auto(tmp_path / "b")(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
+
+
 def test_given_definition_that_transformers_reads_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer(write_folder(tmp_path / "a", byte_level_backend()))
     (tmp_path / "b").mkdir()
