@@ -113,7 +113,7 @@ def compare_numbers(
                 what = f"{'loss' if name == 'losses' else 'gradient norm'} of step {step}"
                 cause = _factor(values[at[0]] / reference, sizes)
                 if not cause and name == "losses":
-                    cause = _shift(values[at[0]] - reference, sizes)
+                    cause = off_by_log(values[at[0]] - reference, sizes)
                 findings.append(Finding(what, at, differences[at[0]], cause))
     return worst, findings
 
@@ -155,20 +155,18 @@ def _factor(factor: float, sizes: Sizes) -> str:
     names = {"data_parallel_size": sizes.dp, "tensor_model_parallel_size": sizes.tp,
              "context_parallel_size": sizes.cp, "the number of micro-batches": sizes.accumulated,
              "pipeline_model_parallel_size": sizes.pp}  # fmt: skip
-    for name, size in names.items():
-        for times, value in ((f"times {name}={size}", float(size)), (f"divided by {name}={size}", 1 / size)):
-            if size > 1 and abs(factor / value - 1) < 1e-2:
-                return f"{times}: a sum where a mean belongs, or a sum that is missing or done twice"
+    for word, power in (("times", 1), ("divided by", -1)):
+        of = [f"{name}={size}" for name, size in names.items() if size > 1 and abs(factor / size**power - 1) < 1e-2]
+        if of:
+            return f"{word} {' or '.join(of)}: a sum where a mean belongs, or a sum that is missing or done twice"
     return ""
 
 
-def _shift(shift: float, sizes: Sizes) -> str:
+def off_by_log(shift: float, sizes: Sizes) -> str:
     """The logarithm of a size that a loss is off by."""
     names = {"tensor_model_parallel_size": sizes.tp, "data_parallel_size": sizes.dp, "context_parallel_size": sizes.cp}
-    for name, size in names.items():
-        if size > 1 and abs(abs(shift) / np.log(size) - 1) < 1e-2:
-            return f"off by log({name}={size}): the sum of exponentials counts ranks, or misses them"
-    return ""
+    of = [f"log({name}={n})" for name, n in names.items() if n > 1 and abs(abs(shift) / np.log(n) - 1) < 1e-2]
+    return f"off by {' or '.join(of)}: the sum of exponentials counts ranks, or misses them" if of else ""
 
 
 def _missing_sum(wrong: Sequence[tuple[int, Piece]], expected: np.ndarray) -> str:

@@ -7,7 +7,7 @@ can be held against whole tensors. Needs no torch.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +41,17 @@ class Outcome:
     losses: list[float]
     norms: list[float]
     pieces: list[Piece]
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """Which tokens of the first step's global batch, [samples s] one sample after the other, this rank computes."""
+    token_losses: np.ndarray = field(default_factory=lambda: np.empty(0))
+    """Their losses before the step, one for each of ``tokens``."""
 
 
 def write_outcome(prefix: Path, outcome: Outcome) -> None:
     """As a JSON file and one of arrays."""
     names = [[p.kind, p.tensor, p.rows, p.cols] for p in outcome.pieces]
-    np.savez(f"{prefix}.npz", *[p.values for p in outcome.pieces])
+    values = [p.values for p in outcome.pieces]
+    np.savez(f"{prefix}.npz", *values, tokens=outcome.tokens, token_losses=outcome.token_losses)
     text = json.dumps({"losses": outcome.losses, "norms": outcome.norms, "pieces": names})
     Path(f"{prefix}.json").write_text(text, encoding="utf-8")
 
@@ -56,8 +61,9 @@ def read_outcome(prefix: Path) -> Outcome:
     head = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
     with np.load(f"{prefix}.npz", allow_pickle=False) as arrays:
         values = [arrays[f"arr_{i}"] for i in range(len(head["pieces"]))]
+        tokens, token_losses = arrays["tokens"], arrays["token_losses"]
     pieces = [
         Piece(kind, tensor, (rows[0], rows[1]), None if cols is None else (cols[0], cols[1]), array)
         for (kind, tensor, rows, cols), array in zip(head["pieces"], values, strict=True)
     ]
-    return Outcome(head["losses"], head["norms"], pieces)
+    return Outcome(head["losses"], head["norms"], pieces, tokens, token_losses)

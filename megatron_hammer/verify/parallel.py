@@ -47,7 +47,9 @@ from megatron_hammer.verify.steps import (
     model_pieces,
     precisions,
     take_steps,
+    token_positions,
 )
+from megatron_hammer.verify.tokens import compare_tokens
 
 RANK_ENTRY = "megatron_hammer.verify.steps:rank_main"
 CHECKPOINT_KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -105,10 +107,12 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
     alone, initial = _one_process(small)
     note("transformers: the same in fp64")
     theirs, (exact, *_, last) = reference_steps(small, initial), (*names, *names)
-    compared = [
-        _against("one process", alone.get(name, alone["fp32"]), name, ranks[name], BOUNDS[name], sizes)
-        for name in names
-    ]
+    positions = token_positions(small)
+    compared = []
+    for name in names:
+        reference = alone.get(name, alone["fp32"])
+        compared.append(_tokens_against(reference, name, ranks[name], positions, sizes))
+        compared.append(_against("one process", reference, name, ranks[name], BOUNDS[name], sizes))
     bound = max(BOUNDS[exact], AGAINST_TRANSFORMERS)
     compared.append(_against("transformers", theirs, exact, ranks[exact], bound, sizes))
     compared.append(_checkpoint_against(saved, alone["fp32"], last, sizes))
@@ -149,6 +153,16 @@ def _against(
     worst, found = compare_pieces(ranks, whole_tensors(reference.pieces), bound, sizes)
     rows += [_row(kind, name, precision, value, bound) for kind, value in worst.items()]
     return rows, [dataclasses.replace(f, what=f"{f.what}, against {name} in {precision},") for f in findings + found]
+
+
+def _tokens_against(
+    reference: Outcome, precision: str, ranks: list[Outcome], positions: np.ndarray, sizes: Sizes
+) -> tuple[list[Row], list[Finding]]:
+    """The loss of each token before the first step, against one process."""
+    bound = BOUNDS[precision]
+    worst, found = compare_tokens(ranks, reference, positions, bound, sizes)
+    found = [dataclasses.replace(f, what=f"{f.what}, against one process in {precision},") for f in found]
+    return [_row("loss of each token", "one process", precision, worst, bound)], found
 
 
 def _checkpoint_against(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.config import Config, config_to_tree
+from megatron_hammer.model.llama import Model, stages_of
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
@@ -27,7 +28,7 @@ from megatron_hammer.parallel.rendezvous import end_process_group, start_process
 from megatron_hammer.parallel.sharding import rectangles
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.build import DTYPES, build_stages
-from megatron_hammer.train.pipeline import accumulate
+from megatron_hammer.train.pipeline import accumulate, pipelined_losses
 from megatron_hammer.train.run import choose_device
 from megatron_hammer.train.state import RunState
 from megatron_hammer.verify.outcome import Outcome, Piece, write_outcome
@@ -46,6 +47,7 @@ def take_steps(config: Config, ctx: ParallelContext, dtype: torch.dtype, checkpo
         checkpoint: a folder for a checkpoint of the end.
     """
     model, optimizer = build_stages(config, ctx, dtype=dtype)
+    tokens = token_losses(model, config, ctx)
     losses: list[float] = []
     norms: list[float] = []
     pieces: list[Piece] = []
@@ -66,7 +68,7 @@ def take_steps(config: Config, ctx: ParallelContext, dtype: torch.dtype, checkpo
             checkpoint, STEPS, optimizer.shards(), model=config.model, config_tree=config_to_tree(config), state=state,
             tokenizer=None, ctx=ctx, keep_last=2,
         )  # fmt: skip
-    return Outcome(losses, norms, pieces)
+    return Outcome(losses, norms, pieces, *tokens)
 
 
 def global_batch(config: Config, step: int) -> tuple[Tensor, list[list[int]]]:
@@ -90,15 +92,47 @@ def global_batch(config: Config, step: int) -> tuple[Tensor, list[list[int]]]:
 
 def micro_batches(config: Config, step: int, ctx: ParallelContext) -> list[Batch[Tensor]]:
     """This rank's part of the global batch, in the order of the loader."""
-    tokens, documents = global_batch(config, step)
+    windows, documents = global_batch(config, step)
+    shares = _shares(config, windows[:, :-1].numpy(), windows[:, 1:].numpy(), documents, ctx)
+    return [batch.to(ctx.device) for batch in shares]
+
+
+def _shares(
+    config: Config, tokens: np.ndarray, labels: np.ndarray, documents: list[list[int]], ctx: ParallelContext
+) -> Iterator[Batch[np.ndarray]]:
     b, masked = config.train.micro_batch_size, config.data.attention_mask == "document"
-    batches = []
     for start in range(b * ctx.samples.rank, len(tokens), b * ctx.samples.size):
         lengths = [n for sample in documents[start : start + b] for n in sample]
         ends = np.cumsum([0, *lengths]).astype(np.int32) if masked else None
-        batch = Batch.from_windows(tokens[start : start + b].numpy(), documents=ends)
-        batches.append(batch.shard(ctx.cp.rank, ctx.cp.size).to(ctx.device))
-    return batches
+        whole = Batch(tokens[start : start + b], labels[start : start + b], documents=ends)
+        yield whole.shard(ctx.cp.rank, ctx.cp.size)
+
+
+@torch.no_grad()
+def token_losses(model: Model, config: Config, ctx: ParallelContext) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, losses) of ``Outcome``: of the first step's batches; empty on a stage without a head."""
+    windows, documents = global_batch(config, 1)
+    numbers = np.arange(windows[:, 1:].numel()).reshape(len(windows), -1)  # take the same way as the tokens
+    places = [share.tokens for share in _shares(config, numbers, numbers, documents, ctx)]
+    losses: list[Tensor] = []
+    batches = micro_batches(config, 1, ctx)
+    if ctx.pp.size > 1:
+        pipelined_losses(stages_of(model), batches, ctx, lambda batch, found: losses.append(found))
+    else:
+        (whole,) = stages_of(model)
+        losses = [whole(batch.tokens, batch.labels, batch.documents) for batch in batches]
+    if not losses:
+        return np.empty(0, dtype=np.int64), np.empty(0)
+    found = torch.cat([x.flatten() for x in losses]).double().cpu().numpy()
+    return np.concatenate([place.ravel() for place in places]), found
+
+
+def token_positions(config: Config) -> np.ndarray:
+    """Place of each token of the first step's global batch in its document, or in its sample under a causal mask."""
+    windows, documents = global_batch(config, 1)
+    s = windows.shape[1] - 1
+    masked = config.data.attention_mask == "document"
+    return np.concatenate([np.arange(n) for sample in documents for n in (sample if masked else [s])])
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from megatron_hammer.model import llama, parameters
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel import placement
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
+from megatron_hammer.parallel.sequence_split import SequenceShare
+from megatron_hammer.sampling import batch
 from megatron_hammer.train import schedules
 from megatron_hammer.verify import parallel, steps
 from megatron_hammer.verify.compare import BOUNDS, NUMBER_BOUNDS, Finding, Sizes, compare_numbers, compare_pieces
@@ -28,6 +30,7 @@ from megatron_hammer.verify.outcome import Outcome, Piece, read_outcome, write_o
 from megatron_hammer.verify.reference import reference_steps
 from megatron_hammer.verify.shrink import shrink
 from megatron_hammer.verify.steps import take_steps
+from megatron_hammer.verify.tokens import compare_tokens
 from tests.distributed import run_distributed
 from tests.model.tiny import tiny_config
 
@@ -123,6 +126,29 @@ def _positions_stretched() -> Any:
         llama.Stage, "rope", lambda self, n: tuple(t[::2] for t in real(self, 2 * n)))  # fmt: skip
 
 
+def _share(change: Callable[[SequenceShare], SequenceShare]) -> Any:
+    """What a context-parallel rank is told of its share."""
+    real = batch.share
+    return mock.patch.object(batch, "share", lambda *a, **k: change(real(*a, **k)))
+
+
+def _boundary_one_off_in_a_share() -> Any:
+    real = batch.share
+
+    def shifted(ends: np.ndarray, *a: Any, **k: Any) -> SequenceShare:
+        moved = ends.copy()
+        moved[2:-1] = np.minimum(moved[2:-1] + 1, moved[3:] - 1)
+        right = real(ends, *a, **k)
+        return right if len(np.unique(moved)) < len(ends) else real(moved, *a, **k)
+
+    return mock.patch.object(batch, "share", shifted)
+
+
+def _log_added() -> Any:
+    real = llama.head_loss
+    return mock.patch.object(llama, "head_loss", lambda *a: real(*a) + np.log(2))
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
     "none": partial(mock.patch.object, steps, "STEPS", steps.STEPS),
     "norms": _norms_not_summed,
@@ -135,12 +161,19 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "boundary": _boundary_one_off,
     "stretched": _positions_stretched,
     "shifted": _positions_shifted,
+    "log CP": _log_added,
+    "positions of a share": lambda: _share(
+        lambda share: dataclasses.replace(share, positions=np.arange(len(share.rows)))
+    ),
+    "boundary of a share": _boundary_one_off_in_a_share,
+    "keys of a share": lambda: _share(lambda share: dataclasses.replace(share, key_rows=np.sort(share.key_rows))),
 }
 
 
 def faulty_steps(rank: int, config: Config, fault: str) -> Outcome:
     """This rank's steps with a fault in them."""
-    ctx = build_parallel_context(config.grid(4), torch.device("cpu"))
+    world = torch.distributed.get_world_size()
+    ctx = build_parallel_context(config.grid(world), torch.device("cpu"))
     with FAULTS[fault]():
         return take_steps(config, ctx, FP64)
 
@@ -190,6 +223,49 @@ def test_a_seeded_fault_is_found_and_named(fault: str, mask: str, what: str, cau
     findings = found(fault, mask)
     named = [finding for finding in findings if finding.what.startswith(what)]
     assert named and cause in named[0].cause, findings[:5]
+
+
+def shared_config(mask: str) -> Config:
+    """CP 2 and nothing else, shrunk."""
+    return config_of(
+        2,
+        parallel__tensor_model_parallel_size=1,
+        parallel__sequence_parallel=False,
+        parallel__context_parallel_size=2,
+        data__attention_mask=mask,
+    )
+
+
+@cache
+def alone(mask: str) -> Outcome:
+    return parallel._one_process(shared_config(mask))[0]["fp64"]
+
+
+@pytest.mark.parametrize(
+    "fault, mask, what, cause",
+    [
+        ("none", "causal", "", ""),
+        ("none", "document", "", ""),
+        ("times DP", "document", "loss of step 1", "times context_parallel_size=2"),
+        ("log CP", "causal", "loss of step 1", "off by log(context_parallel_size=2)"),
+        ("positions of a share", "causal", "loss of ", "positions (RoPE)"),
+        ("positions of a share", "document", "loss of ", "positions (RoPE)"),
+        ("boundary of a share", "document", "loss of ", "a boundary of documents"),
+        ("keys of a share", "causal", "loss of ", "the order of gathered keys"),
+    ],
+)
+def test_faults_of_context_parallelism(fault: str, mask: str, what: str, cause: str) -> None:
+    config, sizes = shared_config(mask), Sizes(1, 1, 2, 2)
+    ranks, reference = run_distributed(2, faulty_steps, config, fault), alone(mask)
+    findings = compare_tokens(ranks, reference, steps.token_positions(config), BOUNDS["fp64"], sizes)[1]
+    findings += compare_numbers(ranks, reference, NUMBER_BOUNDS["fp32"], sizes)[1]
+    findings += compare_pieces(ranks, whole(reference.pieces), BOUNDS["fp64"], sizes)[1]
+    if fault == "none":
+        assert findings == [] and sorted(np.concatenate([r.tokens for r in ranks])) == list(
+            range(len(reference.tokens))
+        )
+    else:
+        assert any(f.what.startswith(what) and cause in f.cause for f in findings), findings[:5]
 
 
 def test_positions_that_all_shift_are_no_fault() -> None:
