@@ -322,6 +322,57 @@ def test_slurm_examples(tree: Tree, habit: str) -> None:
         assert tree.calls == 2 * [["-m", "megatron_hammer.train", "my.yaml", "train.num_steps=7"]]
 
 
+SSH = """#!/usr/bin/env bash
+# ssh, as far as the example uses it: the command of a shell on a machine, which is this one.
+[ "$1 $2" = "-o BatchMode=yes" ] && shift 2
+echo "$1" >>"$HOSTS_SEEN"
+exec bash -c "$2"
+"""
+
+
+def by_ssh(tree: Tree, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    (tree.path / "examples/ssh").symlink_to(ROOT / "examples/ssh")
+    script(tree.path / "bin/ssh", SSH)
+    script(tree.path / "tools/make_venv.sh", "exit 0")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OUT", "MASTER_"))} | {
+        "PATH": f"{tree.path}/bin:{os.environ['PATH']}", "CALLS": str(tree.calls_file), "HOSTS": "gpu0 gpu1",
+        "HOSTS_SEEN": str(tree.path / "hosts"), "GPUS": "0 1", "DATA": "1 a b/x 2 c", "TOKENIZER": "t",
+        "HAMMER_ROOT": str(tree.path), **variables,
+    }  # fmt: skip
+    return subprocess.Popen(["bash", "examples/ssh/launch.sh", *arguments], cwd=tree.path, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+
+
+def test_ssh_starts_a_launcher_on_each_machine(tree: Tree) -> None:
+    process = by_ssh(tree, "train.num_steps=7", DATA="1 /data/a 2 /data/c")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    launched = [call for call in tree.calls if call[:2] == ["-m", "megatron_hammer.launch"]]
+    nodes = sorted(call[call.index("--node-rank") + 1] for call in launched)
+    assert nodes == ["0", "1"] and all(call[call.index("--master-addr") + 1] == "gpu0" for call in launched)
+    assert all("train.num_steps=7" in call and call[call.index("--nnodes") + 1] == "2" for call in launched)
+    assert all(line.startswith(("[gpu0] ", "[gpu1] ")) for line in out.splitlines()) and out
+    assert set((tree.path / "hosts").read_text().split()) == {"gpu0", "gpu1"}
+    assert not list(Path("/tmp").glob(f"hammer-*-{process.pid}.*"))
+
+
+def test_a_signal_reaches_every_machine(tree: Tree) -> None:
+    process = by_ssh(tree, WAIT="1", DATA="/data/a")
+    assert process.stdout is not None
+    waiting = 0
+    while waiting < 2:
+        waiting += "waiting" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+
+
+def test_ssh_without_machines_is_refused(tree: Tree) -> None:
+    process = by_ssh(tree, HOSTS="")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and err.startswith("error[E255]: HOSTS is not set; ")
+
+
 @pytest.mark.parametrize(
     ("variables", "line"),
     [

@@ -100,6 +100,15 @@ def raise_open_files_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def keep_torch_quiet() -> None:
+    """Of what torch's C++ side writes to stderr by itself leave errors only; before torch is imported.
+
+    Its warnings (a peer's name that does not resolve, a store that is not there yet) are no matter of the user's, and
+    what they lead to is said in our own words. A value that the user has set stays.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def leave(code: int) -> NoReturn:
     """End a process whose work is done, or has failed: exit functions and output, but no teardown of the interpreter.
 

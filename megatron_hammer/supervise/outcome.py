@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from megatron_hammer.base.errors import ConfigError, ParallelError, from_fields, to_fields
+from megatron_hammer.parallel.heartbeat import node_0_is_gone
 from megatron_hammer.parallel.rendezvous import Meeting, Store, Waiting
 from megatron_hammer.supervise.nodes import Node
 from megatron_hammer.supervise.watch import GRACE_SECONDS, Failure
@@ -40,7 +41,7 @@ def wait_for_all_nodes(meeting: Meeting, node: Node, timeout_seconds: float, not
         for other in range(node.nnodes):
             _check_alike(node, other, json.loads(meeting.store.get(f"{PRESENT_KEY}/{other}")))
     except RuntimeError:  # the store's host has closed it
-        raise _node_0_is_gone() from None
+        raise node_0_is_gone() from None
 
 
 def _announce(store: Store, node: Node) -> None:
@@ -60,25 +61,21 @@ def _check_alike(node: Node, other: int, theirs: list[int]) -> None:
             raise ConfigError(40, f"--{name}={ours}", f"is {its} on node {other}", "start all nodes alike")
 
 
-def _node_0_is_gone() -> ParallelError:
-    return ParallelError(6, "the launcher of node 0", "is gone", "see its output; run the same command on every node")
-
-
-def failed_elsewhere(store: Store | None) -> bool:
-    """Whether another node's launcher has reported a failure, or node 0's is gone. Communicates with the store."""
-    if store is None:
-        return False
-    try:
-        return bool(store.check([FAILURE_KEY]))
-    except RuntimeError:
-        return True
-
-
-def agree_with_other_nodes(store: Store, node: Node, failure: Failure | None) -> Failure | None:
+def agree_with_other_nodes(
+    store: Store, node: Node, failure: Failure | None, lost: ParallelError | None = None
+) -> Failure | None:
     """Print the same cause on every node; node 0 keeps the store open until all launchers have read it.
 
     A consequence (severity 2 and 3: a peer's death seen from here) gives way to a cause that another node reports.
+
+    Args:
+        lost: the node that does not answer any more. Then nothing is asked of it, and all that fails here is the
+            consequence: what node 0 says to the nodes that are left is this.
     """
+    if lost is not None and (failure is None or failure.severity >= 2):
+        failure = Failure(1, 0, lost)
+        if node.node_rank:
+            return failure  # the store is where it cannot be reached
     try:
         if failure is not None and failure.severity >= 2:
             _wait_until(lambda: store.check([FAILURE_KEY]), 2 * GRACE_SECONDS)
@@ -88,9 +85,10 @@ def agree_with_other_nodes(store: Store, node: Node, failure: Failure | None) ->
             store.set(FAILURE_KEY, json.dumps(to_fields(failure.error)))
         store.add(ENDED_KEY, 1)
         if node.node_rank == 0:
-            _wait_until(lambda: store.add(ENDED_KEY, 0) >= node.nnodes, 10 * GRACE_SECONDS)
+            others = GRACE_SECONDS if lost is not None else 10 * GRACE_SECONDS
+            _wait_until(lambda: store.add(ENDED_KEY, 0) >= node.nnodes, others)
     except RuntimeError:
-        return failure or Failure(3, 0, _node_0_is_gone())
+        return failure or Failure(3, 0, node_0_is_gone())
     return failure
 
 

@@ -29,7 +29,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_hammer.base.cli import ArgumentParser, report
+from megatron_hammer.base.cli import ArgumentParser, keep_torch_quiet, report
 from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL, ConfigError
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.signals import STOP_SIGNALS, on_signals
@@ -69,6 +69,7 @@ def main() -> int:
     """Parse, validate, launch."""
     args = build_parser().parse_intermixed_args()
     on_signals(STOP_SIGNALS, _stop_early)
+    keep_torch_quiet()
     from megatron_hammer.sampling.plan import format_plan
     from megatron_hammer.train.prepare import prepare
 
@@ -138,11 +139,15 @@ def launch(config: Config, node: Node, entry: str = RANK_ENTRY, options: Mapping
     """
     import torch.multiprocessing  # one import for all: the ranks find the files in the page cache
 
-    from megatron_hammer.supervise.outcome import agree_with_other_nodes, failed_elsewhere
+    from megatron_hammer.parallel.heartbeat import Heartbeat
+    from megatron_hammer.supervise.outcome import FAILURE_KEY, agree_with_other_nodes
     from megatron_hammer.supervise.rank import rank_main
 
     meeting = None if node.world_size == 1 else _meet(node, config.parallel.timeout_seconds)
-    shared = meeting.store if meeting is not None and node.nnodes > 1 else None
+    others = None
+    if meeting is not None and node.nnodes > 1:
+        timeout = config.parallel.timeout_seconds
+        others = Heartbeat(meeting, node.node_rank, node.nnodes, node.nproc, timeout, FAILURE_KEY)
     place = None if meeting is None else (meeting.address, meeting.port)
     _set_environment(node, meeting)
     spawn = torch.multiprocessing.get_context("spawn")
@@ -170,12 +175,14 @@ def launch(config: Config, node: Node, entry: str = RANK_ENTRY, options: Mapping
             ranks.append(Rank(rank, process, pipe))
         on_signals(STOP_SIGNALS, lambda signum, _: forward_signal(ranks, signum))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        failure = watch(ranks, lambda: failed_elsewhere(shared), config.parallel.timeout_seconds)
+        failed_elsewhere = others.failed if others is not None else lambda: False
+        failure = watch(ranks, failed_elsewhere, config.parallel.timeout_seconds)
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # for good: the outcome stands, nothing is left to stop
         kill(ranks)
-    if shared is not None:
-        failure = agree_with_other_nodes(shared, node, failure)
+    if others is not None and meeting is not None:
+        failure = agree_with_other_nodes(meeting.store, node, failure, others.lost())
+        others.stop()
     if failure is None:
         return EXIT_STOPPED_BY_SIGNAL if any(r.code for r in ranks) else 0
     if failure.traceback:

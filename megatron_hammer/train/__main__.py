@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import traceback
 
-from megatron_hammer.base.cli import ArgumentParser, leave, report, run
+from megatron_hammer.base.cli import ArgumentParser, keep_torch_quiet, leave, report, run
 from megatron_hammer.base.errors import ParallelError, from_exception
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.streams import Output
@@ -31,6 +31,7 @@ def build_parser() -> ArgumentParser:
 def main() -> int:
     """Run the rank that torchrun's variables describe, or the only one."""
     arguments = build_parser().parse_intermixed_args()
+    keep_torch_quiet()
     rank, local_rank, world_size = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
@@ -38,20 +39,20 @@ def main() -> int:
     config = load_config(arguments.config, arguments.overrides, note=say if rank == 0 else None)
     from megatron_hammer.train.run import run_rank
 
-    store = None
-    if world_size > 1:
-        from megatron_hammer.parallel.rendezvous import torchrun_store
-
-        store = torchrun_store(rank, world_size)
     if world_size == 1:
-        return run_rank(config, rank, local_rank, world_size, store, accepted=arguments.accept)
+        return run_rank(config, rank, local_rank, world_size, None, accepted=arguments.accept)
+    from megatron_hammer.parallel.torchrun import Surroundings
+
+    nodes = Surroundings(rank, world_size, config.parallel.timeout_seconds)
     try:
-        code = run_rank(config, rank, local_rank, world_size, store, accepted=arguments.accept)
+        code = run_rank(config, rank, local_rank, world_size, nodes.store, accepted=arguments.accept)
     except Exception as error:
         known = from_exception(error, f"rank {rank}")
         if known is None:
-            traceback.print_exception(error)
-            known = ParallelError(2, f"rank {rank}", f"raised {type(error).__name__}", "its traceback is above")
+            lost = nodes.lost()
+            if lost is None:
+                traceback.print_exception(error)
+            known = lost or ParallelError(2, f"rank {rank}", f"raised {type(error).__name__}", "its traceback is above")
         code = report(known)
     leave(code)
 

@@ -1,0 +1,40 @@
+"""What a rank does for itself where torchrun or srun started it and no launcher of ours watches.
+
+It joins the store that the variables of its environment name, and says over which network gloo talks: by itself gloo
+takes the interface that this machine's own name resolves to, which may be loopback. The first rank of every node also
+keeps a heartbeat, so that a node which is cut off is named and not the healthy rank that waited for it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from megatron_hammer.parallel.heartbeat import Heartbeat
+from megatron_hammer.parallel.rendezvous import Meeting, Store, interface_towards, torchrun_store
+
+if TYPE_CHECKING:
+    from megatron_hammer.base.errors import ParallelError
+
+
+class Surroundings:
+    """The other ranks of this one.
+
+    Args:
+        timeout_seconds: of collectives (``parallel.timeout_seconds``).
+    """
+
+    def __init__(self, rank: int, world_size: int, timeout_seconds: int) -> None:
+        self.store: Store = torchrun_store(rank, world_size)
+        meeting = Meeting(self.store, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        name = "lo" if here == world_size else interface_towards(meeting)
+        if name:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        self._heartbeat = None
+        if here < world_size and rank % here == 0:
+            self._heartbeat = Heartbeat(meeting, rank // here, world_size // here, here, timeout_seconds)
+
+    def lost(self) -> ParallelError | None:
+        """A node that does not answer any more, as far as this rank has heard."""
+        return None if self._heartbeat is None else self._heartbeat.lost()
