@@ -28,7 +28,7 @@ def measure(bench: Bench, product: Product, plain: bool = False) -> Result:
         if plain:
             run = lambda: torch.mm(grad_y.t(), x, out=place)  # noqa: E731
         else:
-            run = lambda: add_wgrad(place, grad_y, x, True)  # noqa: E731
+            run = lambda: add_wgrad(grad_y, x, place, True)  # noqa: E731
     else:
         a = bench.random(m, k)
         b = bench.random(n, k, scale=0.02).t() if kind == "forward" else bench.random(k, n, scale=0.02)

@@ -31,7 +31,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import KernelsConfig
-from megatron_hammer.kernels.linear import Gradient, Products, accumulate_in_graph
+from megatron_hammer.kernels.linear import PLAIN, Gradient, Products, accumulate_in_graph
 from megatron_hammer.kernels.native import autograd as fused
 from megatron_hammer.kernels.native import cuda
 
@@ -55,9 +55,6 @@ class Operand(NamedTuple):
     scale: Tensor
     """fp32 scalar on the device."""
     shape: torch.Size
-
-
-PLAIN = Products()
 
 
 # ---- casts -----------------------------------------------------------------------------------------------------------
@@ -160,18 +157,20 @@ class Fp8Products(Products):
     rank.
     """
 
+    makes_operands = True
+
     def __init__(
         self,
         largest: Callable[[Tensor], Tensor] = largest,
         cast: Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]] = cast,
         multiply: Callable[..., Tensor] = multiply,
         measured: Measured | None = None,
+        in_graph: bool = False,
     ) -> None:
+        super().__init__(in_graph)
+        self.evaluation = PLAIN
         self.largest, self.cast, self.multiply, self.measured = largest, cast, multiply, measured
         self._weights: dict[Gradient, tuple[tuple[int, int], Operand]] = {}  # of each weight: its version, quantised
-
-    def now(self) -> Products:
-        return self if torch.is_grad_enabled() else PLAIN
 
     def quantise(self, x: Tensor, dtype: torch.dtype, amax: Tensor | None = None) -> Operand:
         """x [.., c] scaled by its own largest value, which may be known.
@@ -191,7 +190,7 @@ class Fp8Products(Products):
 
         A compiled layer quantises for each micro-batch: what a graph takes for a constant must not change.
         """
-        if gradient is None or torch.compiler.is_compiling():
+        if gradient is None or self.in_graph:
             return self.quantise(weight, E4M3)
         version = gradient.version, weight._version
         held = self._weights.get(gradient)
@@ -210,7 +209,7 @@ class Fp8Products(Products):
         dx = self.multiply(grad.rows, grad.scale, weight.columns, weight.scale, torch.bfloat16, False, out)
         return dx.view(*grad.shape[:-1], -1)
 
-    def wgrad(self, place: Tensor, grad: Operand, kept: tuple[Tensor, ...], begun: bool) -> None:
+    def wgrad(self, grad: Operand, kept: tuple[Tensor, ...], place: Tensor, begun: bool) -> None:
         x, x_scale = kept
         if not begun:
             self.multiply(grad.columns, grad.scale, x, x_scale, place.dtype, False, place)
@@ -232,13 +231,14 @@ def select_products(kernels: KernelsConfig, device: torch.device) -> tuple[Produ
         ConfigError: the config asks for 8 bits, which this device cannot multiply.
     """
     check_here(kernels, device)
-    chosen = kernels.fp8 != "off" and kernels.layers == "torch", kernels.fp8_head
-    if not any(chosen):
-        return PLAIN, PLAIN
+    in_graph, layers = kernels.compile == "layers", kernels.fp8 != "off" and kernels.layers == "torch"
+    if not (layers or kernels.fp8_head):
+        return Products(in_graph), PLAIN
     fast = Fp8Products()
-    if kernels.compile != "layers" and not cuda.unavailable(device):  # the compiler fuses casts with what comes before
+    if not in_graph and not cuda.unavailable(device):  # the compiler fuses casts with what comes before
         fast = Fp8Products(fused_largest, fused_cast, measured=Measured(cuda.library()))
-    return fast if chosen[0] else PLAIN, fast if chosen[1] else PLAIN
+    in_layers = Fp8Products(in_graph=True) if in_graph else fast
+    return in_layers if layers else Products(in_graph), fast if kernels.fp8_head else PLAIN
 
 
 def measuring(products: Products) -> dict[str, Any]:

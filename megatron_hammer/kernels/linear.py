@@ -18,11 +18,12 @@ package takes). A CPU's writes 16 bits, so there the product takes a block of ro
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import function as torch_function
 from torch.nn import functional as F
 
 from megatron_hammer.kernels.native import cpu
@@ -39,6 +40,30 @@ from megatron_hammer.parallel.context import Group
 BLOCK_ELEMENTS = 2**20
 
 Result = TypeVar("Result")
+
+
+# ---- what the layers' autograd functions share: no Python call of torch's that they can do without ------------------
+# (benchmarks/calls.py counts them)
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's decorator of this name, which refuses second derivatives; nine Python calls fewer where none are made."""
+    refusing = torch_function.once_differentiable(backward)
+
+    @wraps(backward)
+    def once(ctx: Any, *grads: Any) -> Any:
+        return refusing(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return once
+
+
+def direct(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without what torch does before it for functorch (vmap, jvp), under which no layer is run.
+
+    That takes some ten Python calls. torch.compile knows ``apply`` only.
+    """
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
 
 
 class Gradient(Protocol):
@@ -93,11 +118,19 @@ class GradientStore(Protocol):
 
 
 class Products:
-    """Products in the dtype of the tensors, accumulated in fp32 by the matrix library."""
+    """Products in the dtype of the tensors, accumulated in fp32 by the matrix library.
 
-    def now(self) -> Products:
-        """Those to use at this moment: others may differ between training and evaluation."""
-        return self
+    Args:
+        in_graph: for layers that torch.compile makes a graph of; what it does not compile are evaluations.
+    """
+
+    makes_operands = False
+    """Whether operands are anything else than the tensors; ``linear`` makes none where they are not."""
+
+    def __init__(self, in_graph: bool = False) -> None:
+        self.in_graph = in_graph
+        self.evaluation: Products = PLAIN if in_graph else self
+        """Those to use where no gradient is recorded."""
 
     # ---- operands ------------------------------------------------------------------------------------------------
 
@@ -117,23 +150,23 @@ class Products:
 
     def fprop(self, x: Any, weight: Any, out: Tensor | None = None) -> Tensor:
         """y [.., out]; into ``out`` where it is given."""
-        if torch.compiler.is_compiling():  # which finds the memory
+        if self.in_graph:  # the compiler finds the memory
             return F.linear(x, weight)
-        y = empty((*x.shape[:-1], len(weight)), x) if out is None else out
+        y = empty((*x.shape[:-1], weight.shape[0]), x) if out is None else out
         torch.mm(x.flatten(0, -2), weight.t(), out=y.flatten(0, -2))
         return y
 
     def dgrad(self, grad: Any, weight: Any, out: Tensor | None = None) -> Tensor:
         """dx [.., in]; into ``out`` where it is given."""
-        if torch.compiler.is_compiling():
+        if self.in_graph:
             return torch.matmul(grad, weight)
         dx = empty((*grad.shape[:-1], weight.shape[1]), grad) if out is None else out
         torch.mm(grad.flatten(0, -2), weight, out=dx.flatten(0, -2))
         return dx
 
-    def wgrad(self, place: Tensor, grad: Any, kept: tuple[Tensor, ...], begun: bool) -> None:
+    def wgrad(self, grad: Any, kept: tuple[Tensor, ...], place: Tensor, begun: bool) -> None:
         """place [out, in] = dy^T x, or += where it has begun."""
-        add_wgrad(place, grad.flatten(0, -2), kept[0].flatten(0, -2), begun)
+        add_wgrad(grad.flatten(0, -2), kept[0].flatten(0, -2), place, begun)
 
     def wgrad_in_graph(self, gradient: Gradient, grad: Any, kept: tuple[Tensor, ...]) -> None:
         """``wgrad`` where torch.compile makes a graph of a layer, into ``gradient.main_grad``."""
@@ -146,21 +179,24 @@ class Products:
         """Add dW to ``gradient``; without one return it, in the weight's dtype, for autograd."""
         if gradient is None:
             grad_weight = torch.empty_like(weight)
-            self.wgrad(grad_weight, grad, kept, False)
+            self.wgrad(grad, kept, grad_weight, False)
             return grad_weight
-        if torch.compiler.is_compiling():
+        if self.in_graph:
             self.wgrad_in_graph(gradient, grad, kept)
         else:
-            gradient.add(lambda place, begun: self.wgrad(place, grad, kept, begun))
+            gradient.add(partial(self.wgrad, grad, kept))
         return None
 
 
-def add_wgrad(place: Tensor, grad_y: Tensor, x: Tensor, begun: bool) -> None:
+PLAIN = Products()
+
+
+def add_wgrad(grad_y: Tensor, x: Tensor, place: Tensor, begun: bool) -> None:
     """place = dy^T x, or += where it has begun.
 
     Args:
-        place: [out, in] fp32, or the dtype of the others.
         grad_y: [r, out]. x: [r, in], of one dtype.
+        place: [out, in] fp32, or the dtype of the others.
     """
     transposed = grad_y.t()
     if place.dtype == x.dtype:
@@ -170,14 +206,14 @@ def add_wgrad(place: Tensor, grad_y: Tensor, x: Tensor, begun: bool) -> None:
     else:
         rows = max(1, BLOCK_ELEMENTS // x.shape[1])
         for i in range(0, place.shape[0], rows):
-            accumulate(place[i : i + rows], torch.mm(transposed[i : i + rows], x), begun)
+            accumulate(torch.mm(transposed[i : i + rows], x), place[i : i + rows], begun)
 
 
-def accumulate(place: Tensor, values: Tensor, begun: bool) -> None:
+def accumulate(values: Tensor, place: Tensor, begun: bool) -> None:
     """place = values, or += where it has begun: 16 bits to fp32 on a CPU in half of torch's time by our kernels."""
     if not begun:
         place.copy_(values)
-    elif place.device.type == "cpu" and values.dtype == torch.bfloat16 and not cpu.unavailable(place.device):
+    elif place.device.type == "cpu" and values.dtype == torch.bfloat16 and cpu.COMPILED:
         cpu.library().accumulate(place, values, True)
     else:
         place.add_(values)
@@ -198,7 +234,7 @@ class _Stored(torch.autograd.Function):
         if torch.compiler.is_compiling():
             accumulate_in_graph(gradient.main_grad, gradient.begun, grad)
         else:
-            gradient.add(lambda place, begun: accumulate(place, grad, begun))
+            gradient.add(partial(accumulate, grad))
         return None, None
 
 
@@ -210,18 +246,31 @@ def stored(weight: Tensor, gradient: Gradient | None) -> Tensor:
 # ---- the layer -------------------------------------------------------------------------------------------------------
 
 
-def linear(
-    x: Tensor, weight: Tensor, gradient: Gradient | None, products: Products, kind: Literal["column", "row"],
-    group: Group, sequence_parallel: bool = False,
-) -> Tensor:  # fmt: skip
-    """A linear layer whose weight is divided over the group, by its rows [out/t, in] or its columns [out, in/t].
+class Division:
+    """How the matrix of a linear layer is divided over a group, and what it is computed with: made with the layer.
 
-    column: x [s, b, in], or [s/t, b, in] under sequence parallelism -> [s, b, out/t].
-    row: x [s, b, in/t] -> [s, b, out], or [s/t, b, out] under sequence parallelism.
+    column: by its rows, [out/t, in]; x [s, b, in], or [s/t, b, in] under sequence parallelism -> [s, b, out/t].
+    row: by its columns, [out, in/t]; x [s, b, in/t] -> [s, b, out], or [s/t, b, out] under sequence parallelism.
     """
-    by_rows = sequence_parallel and group.size > 1
-    result = _Linear.apply(x, weight, gradient, products.now(), kind, group, by_rows)  # type: ignore[no-untyped-call]
-    return result  # type: ignore[no-any-return]
+
+    def __init__(
+        self, gradient: Gradient | None, products: Products, kind: Literal["column", "row"], group: Group,
+        sequence_parallel: bool = False,
+    ) -> None:  # fmt: skip
+        self.gradient, self.products, self.group = gradient, products, group
+        column, divided = kind == "column", group.size > 1
+        by_rows = divided and sequence_parallel
+        self.gathers, self.scatters = column and by_rows, not column and by_rows
+        self.sums_input_gradient = column and divided and not by_rows
+        self.sums_output = not column and divided and not by_rows
+
+
+def linear(x: Tensor, weight: Tensor, division: Division) -> Tensor:
+    """A linear layer whose weight is divided over a group."""
+    products = division.products if torch.is_grad_enabled() else division.products.evaluation
+    if products.in_graph:
+        return _Linear.apply(x, weight, division, products)  # type: ignore[no-any-return, no-untyped-call]
+    return _linear(x, weight, division, products)  # type: ignore[no-any-return]
 
 
 class _Linear(torch.autograd.Function):
@@ -239,46 +288,48 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, gradient: Gradient | None, products: Products, kind: str, group: Group,
-        by_rows: bool,
-    ) -> Tensor:  # fmt: skip
-        ctx.weight, ctx.gradient, ctx.products, ctx.group = weight, gradient, products, group
-        ctx.column, ctx.gathers, ctx.scatters = (
-            kind == "column",
-            kind == "column" and by_rows,
-            kind == "row" and by_rows,
-        )
-        operand, kept = products.input(all_gather_rows(x, group) if ctx.gathers else x)
-        ctx.save_for_backward(*((x,) if ctx.gathers else kept))
-        y = products.fprop(operand, products.weight(weight, gradient))
-        if ctx.scatters:
-            y, summed = reduce_scatter_rows_async(y, group)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, division: Division, products: Products) -> Tensor:
+        ctx.weight, ctx.division, ctx.products = weight, division, products
+        full: Any = all_gather_rows(x, division.group) if division.gathers else x
+        kept: tuple[Tensor, ...] = (x,)
+        operand: Any = weight
+        if products.makes_operands:
+            (full, kept), operand = products.input(full), products.weight(weight, division.gradient)
+        ctx.save_for_backward(*((x,) if division.gathers else kept))
+        y = products.fprop(full, operand)
+        if division.scatters:
+            y, summed = reduce_scatter_rows_async(y, division.group)
             summed.wait()
-        elif not ctx.column:
-            all_reduce(y, group)
+        elif division.sums_output:
+            all_reduce(y, division.group)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        products, kept, summed = ctx.products, ctx.saved_tensors, None
+        division, products, kept, summed = ctx.division, ctx.products, ctx.saved_tensors, None
         grad_x: Any = None
-        if ctx.gathers:
-            full, gathered = all_gather_rows_async(kept[0], ctx.group)  # launch
-        grad_y = products.gradient(all_gather_rows(grads[0], ctx.group) if ctx.scatters else grads[0])
+        if division.gathers:
+            full, gathered = all_gather_rows_async(kept[0], division.group)  # launch
+        grad_y: Any = all_gather_rows(grads[0], division.group) if division.scatters else grads[0]
+        weight: Any = ctx.weight
+        if products.makes_operands:
+            grad_y, weight = products.gradient(grad_y), products.weight(weight, division.gradient)
         if ctx.needs_input_grad[0]:
-            grad_x = products.dgrad(grad_y, products.weight(ctx.weight, ctx.gradient))
-        if ctx.gathers:
+            grad_x = products.dgrad(grad_y, weight)
+        if division.gathers:
             gathered.wait()
-            grad_x, summed = reduce_scatter_rows_async(grad_x, ctx.group)  # launch
-            _, kept = products.input(full)
-        elif ctx.column and grad_x is not None:
-            summed = all_reduce(grad_x, ctx.group, async_op=True)  # launch
-        grad_weight = products.give_wgrad(ctx.weight, ctx.gradient, grad_y, kept)
+            grad_x, summed = reduce_scatter_rows_async(grad_x, division.group)  # launch
+            kept = products.input(full)[1] if products.makes_operands else (full,)
+        elif division.sums_input_gradient and grad_x is not None:
+            summed = all_reduce(grad_x, division.group, async_op=True)  # launch
+        grad_weight = products.give_wgrad(ctx.weight, division.gradient, grad_y, kept)
         if summed is not None:
             summed.wait()
-        return grad_x, grad_weight, None, None, None, None, None
+        return grad_x, grad_weight, None, None
+
+
+_linear = direct(_Linear)
 
 
 # ---- in the graph of a compiled layer: operations that the compiler calls and does not look into --------------------
@@ -287,13 +338,13 @@ class _Linear(torch.autograd.Function):
 @torch.library.custom_op("megatron_hammer::add_wgrad", mutates_args={"place"})
 def add_wgrad_in_graph(place: Tensor, begun: Tensor, grad_y: Tensor, x: Tensor) -> None:
     """``add_wgrad``; begun: bool scalar on the host."""
-    add_wgrad(place, grad_y, x, bool(begun))
+    add_wgrad(grad_y, x, place, bool(begun))
 
 
 @torch.library.custom_op("megatron_hammer::accumulate", mutates_args={"place"})
 def accumulate_in_graph(place: Tensor, begun: Tensor, values: Tensor) -> None:
     """``accumulate``; begun: bool scalar on the host."""
-    accumulate(place, values, bool(begun))
+    accumulate(values, place, bool(begun))
 
 
 add_wgrad_in_graph.register_fake(lambda place, begun, grad_y, x: None)

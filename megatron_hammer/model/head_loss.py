@@ -71,7 +71,8 @@ def head_loss(
     rows = labels.reshape(batch, -1).t().flatten()  # [s b], as the model's rows
     if objective is not None and torch.is_grad_enabled():
         weights = objective.weight.expand_as(labels).reshape(batch, -1).t().flatten()
-    products, z_loss = options.operations.head_products.now(), objective.z_loss if objective else 0.0
+    products, z_loss = options.operations.head_products, objective.z_loss if objective else 0.0
+    products = products if torch.is_grad_enabled() else products.evaluation
     head = _Head(weight, gradient, not shared, vocab_size, options, products, z_loss)
     differentiable = weight if gradient is None else weight.detach()
     losses: Tensor = _HeadLoss.apply(x, differentiable, rows, weights, head)  # type: ignore[no-untyped-call]
@@ -141,7 +142,7 @@ class _Head:
                 products.dgrad(grad_logits, operand, out=grad_rows[c])
                 if c.stop >= len(rows):  # launch: the weight's gradient hides it
                     grad_x, summed = _sum_over_ranks(grad_rows.view(-1, *x.shape[1:]), self.options)
-                products.wgrad(place, grad_logits, kept, begun)
+                products.wgrad(grad_logits, kept, place, begun)
                 begun = True
             summed.wait()
             return grad_x

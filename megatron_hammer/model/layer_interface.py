@@ -36,9 +36,6 @@ class Linear(Protocol):
 class HeadsLinear(Protocol):
     """The matrix of queries, keys and values: [s/t, b, h] -> [s, b, heads + 2 groups, d] of this rank."""
 
-    heads_local: int
-    groups_local: int
-
     def forward(self, x: Tensor) -> Tensor: ...
     def __call__(self, x: Tensor) -> Tensor: ...
 

@@ -19,13 +19,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megatron_hammer.kernels.embedding import add_rows
-from megatron_hammer.kernels.linear import Gradient, GradientStore, linear
+from megatron_hammer.kernels.linear import Division, Gradient, GradientStore, linear, once_differentiable
 from megatron_hammer.kernels.operations import Operations
-from megatron_hammer.kernels.ranges import LINEAR, Range, no_range
+from megatron_hammer.kernels.ranges import LINEAR, Range, no_range, within
 from megatron_hammer.parallel.collectives import scatter_sum, sum_over_ranks
 from megatron_hammer.parallel.context import Group
 
@@ -98,7 +97,7 @@ class RMSNorm(nn.Module):
 def column_parallel(x: Tensor, weight: Tensor, options: LayerOptions) -> Tensor:
     """What ``ColumnParallelLinear`` computes, with a weight of somebody else: [s/t or s, b, h] -> [s, b, out/t]."""
     products = options.operations.products
-    return linear(x, weight, None, products, "column", options.tp, options.sequence_parallel)
+    return linear(x, weight, Division(None, products, "column", options.tp, options.sequence_parallel))
 
 
 class _Linear(nn.Module):
@@ -108,13 +107,13 @@ class _Linear(nn.Module):
         self, in_features: int, out_features: int, kind: Literal["column", "row"], options: LayerOptions
     ) -> None:
         super().__init__()
-        self.options, self.kind = options, kind
         self.weight, self.gradient = options.weight(out_features, in_features)
+        products = options.operations.products
+        self.division = Division(self.gradient, products, kind, options.tp, options.sequence_parallel)
+        self.linear = within(options.range_of, LINEAR, linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        options, products = self.options, self.options.operations.products
-        with options.range_of(LINEAR):
-            return linear(x, self.weight, self.gradient, products, self.kind, options.tp, options.sequence_parallel)
+        return self.linear(x, self.weight, self.division)
 
 
 class ColumnParallelLinear(_Linear):
@@ -141,11 +140,11 @@ class QKVLinear(ColumnParallelLinear):
         self, hidden_size: int, heads_local: int, groups_local: int, head_size: int, options: LayerOptions
     ) -> None:
         super().__init__(hidden_size, (heads_local + 2 * groups_local) * head_size, options)
-        self.heads_local, self.groups_local, self.head_size = heads_local, groups_local, head_size
+        self.head_size = head_size
 
     def forward(self, x: Tensor) -> Tensor:
-        heads: Tensor = super().forward(x).unflatten(-1, (-1, self.head_size))
-        return heads
+        y: Tensor = super().forward(x)
+        return y.view(*y.shape[:-1], -1, self.head_size)
 
 
 def _sum_parts(partial: Tensor, options: LayerOptions) -> Tensor:

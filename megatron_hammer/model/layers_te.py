@@ -112,7 +112,7 @@ class QKVLinear(ColumnParallelLinear):
         self, hidden_size: int, heads_local: int, groups_local: int, head_size: int, options: LayerOptions
     ) -> None:
         super().__init__(hidden_size, (heads_local + 2 * groups_local) * head_size, options)
-        self.heads_local, self.groups_local, self.head_size = heads_local, groups_local, head_size
+        self.head_size = head_size
 
     def forward(self, x: Tensor) -> Tensor:
         heads: Tensor = super().forward(x).unflatten(-1, (-1, self.head_size))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hammer.config import KernelsConfig, ModelConfig
-from megatron_hammer.kernels.linear import Gradient, GradientStore
+from megatron_hammer.kernels.linear import Gradient, GradientStore, Products
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import GraphPackedSequences, PackedSequences
 from megatron_hammer.kernels.ranges import EMBEDDING, HEAD, NORM, Range, no_range
@@ -47,14 +47,15 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, at: Placement, options: LayerOptions, parts: LayerModule) -> None:
         super().__init__()
         h, d = config.hidden_size, config.head_size
-        self.operations = options.operations
+        self.rope, self.attend = options.operations.rope, options.operations.attention
+        self.heads_local, self.groups_local = at.heads_local, at.groups_local
         self.qkv = parts.QKVLinear(h, at.heads_local, at.groups_local, d, options)
         self.output = parts.RowParallelLinear(at.heads_local * d, h, options)
 
     def forward(self, x: Tensor, rope: CosSin, documents: PackedSequences | None) -> Tensor:
         qkv = self.qkv(x)  # [s, b, n + 2g, d]
-        q, k, v = self.operations.rope(qkv, *rope, self.qkv.heads_local, self.qkv.groups_local)  # [s, b, heads, d] each
-        return self.output(self.operations.attention(q, k, v, documents).flatten(2))
+        q, k, v = self.rope(qkv, *rope, self.heads_local, self.groups_local)  # [s, b, heads, d] each
+        return self.output(self.attend(q, k, v, documents).flatten(2))
 
 
 class MLP(nn.Module):
@@ -308,8 +309,8 @@ def build_stage(
     if kernels.layers == "te":
         parts = layers_te  # an assignment of its own: mypy holds each module to the interface
     inside = no_range if kernels.compile == "layers" else range_of
-    chosen = parts.operations(operations or Operations()).across(ctx.cp)
-    plain = chosen.within(inside)  # what is done again is in its range, too
+    operations = operations or Operations(products=Products(in_graph=kernels.compile == "layers"))
+    plain = parts.operations(operations).across(ctx.cp).within(inside)  # what is done again is in its range, too
     options = LayerOptions(
         dtype,
         ctx.device,

@@ -98,8 +98,11 @@ class StoredGradient:
 
     def add(self, write: Callable[[Tensor, bool], Result], last: bool = True) -> Result:
         begun, self.written = self.written or not self.store.first, True
-        with self.store.range_of(GRADIENT):
+        if self.store.range_of is no_range:
             result = write(self.main_grad, begun)
+        else:
+            with self.store.range_of(GRADIENT):
+                result = write(self.main_grad, begun)
         missing = self.bucket.missing
         assert self.index in missing, f"{self.store.table[self.index].name} got a gradient after its last one"
         if last:

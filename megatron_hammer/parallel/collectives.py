@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from megatron_hammer.parallel.context import Group
 
@@ -41,7 +42,7 @@ def all_reduce(tensor: Tensor, group: Group, op: Any = SUM, async_op: bool = Fal
     """Reduce ``tensor`` in place over the group; with ``async_op`` return a handle to wait for."""
     if group.size == 1:
         return Done()
-    if torch.compiler.is_compiling():
+    if is_dynamo_compiling():
         assert op is SUM, "layers sum"  # is: torch 2.11 cannot compare these in a graph
         tensor.copy_(functional.all_reduce(tensor, "sum", group.process_group))
         return Done()
@@ -60,7 +61,7 @@ def all_gather_rows_async(shard: Tensor, group: Group) -> tuple[Tensor, Any]:
     """``all_gather_rows`` under way: (result, handle); the result is valid after ``handle.wait()``."""
     if group.size == 1:
         return shard, Done()
-    if torch.compiler.is_compiling():
+    if is_dynamo_compiling():
         return functional.all_gather_tensor(shard.contiguous(), 0, group.process_group), Done()
     full = shard.new_empty((shard.shape[0] * group.size, *shard.shape[1:]))
     return full, _all_gather_into(full, shard.contiguous(), group=group.handle, async_op=True)
@@ -70,7 +71,7 @@ def reduce_scatter_rows_async(full: Tensor, group: Group) -> tuple[Tensor, Any]:
     """Sum [r * size, ...] over the ranks and keep this rank's r rows: (result, handle)."""
     if group.size == 1:
         return full, Done()
-    if torch.compiler.is_compiling():
+    if is_dynamo_compiling():
         return functional.reduce_scatter_tensor(full.contiguous(), "sum", 0, group.process_group), Done()
     shard = full.new_empty((full.shape[0] // group.size, *full.shape[1:]))
     return shard, _reduce_scatter_into(shard, full.contiguous(), group=group.handle, async_op=True)

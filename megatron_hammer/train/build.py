@@ -98,7 +98,7 @@ def build_stages(
         kernels: in place of those that the config and the device choose.
     """
     dtype, parallel = dtype or DTYPES[config.train.precision], config.parallel
-    kernels = kernels or _chosen(config, dataclasses.replace(kernel_requirements(config, ctx.device), dtype=dtype))
+    kernels = kernels or choose_kernels(config, ctx.device, dtype)
     stages, stores = [], []
     for number in config.pipeline(ctx.pp.rank).stages:
         placement = config.placement(ctx.tp.rank, number)
@@ -124,5 +124,8 @@ def build_stages(
     return stages, Optimizer(together, config.optimizer, loss_scaling, kernels.optimizer, range_of)
 
 
-def _chosen(config: Config, required: Requirements) -> StepKernels:
+def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype | None = None) -> StepKernels:
+    """Those that the config asks for, or that this device does best; ``dtype`` as in ``build``."""
+    required = kernel_requirements(config, device)
+    required = required if dtype is None else dataclasses.replace(required, dtype=dtype)
     return StepKernels(select_operations(config.kernels, required), select_optimizer_kernels(config.kernels, required))

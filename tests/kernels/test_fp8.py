@@ -6,7 +6,9 @@ On a CPU the 8-bit numbers are multiplied in fp32 (``emulated_multiply``), once 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from megatron_hammer.config import Config
 from megatron_hammer.kernels import fp8
 from megatron_hammer.kernels.backend import Requirements
 from megatron_hammer.kernels.fp8 import E4M3, E5M2, LARGEST, Fp8Products, Measured, Operand, emulated_multiply
-from megatron_hammer.kernels.linear import Gradient, Products, linear
+from megatron_hammer.kernels.linear import Division, Gradient, Products, linear
 from megatron_hammer.kernels.linear_cross_entropy import LossKernels
 from megatron_hammer.kernels.native import cuda
 from megatron_hammer.kernels.norm import add_rms_norm
@@ -35,6 +37,7 @@ from megatron_hammer.model.recompute import plan_recompute
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
+from megatron_hammer.train.build import choose_kernels
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.host_waits import OperationNames
@@ -123,7 +126,7 @@ def test_what_is_not_finite_is_seen(bad: float, multiply: Any) -> None:
     broken = grad_y.clone()
     broken[3, 5] = bad
     grad, place = products.gradient(broken), torch.zeros(48, 32)
-    products.wgrad(place, grad, products.input(x)[1], True)
+    products.wgrad(grad, products.input(x)[1], place, True)
     assert products.dgrad(grad, products.weight(weight, None)).isnan().all() and place.isnan().all()
 
 
@@ -158,7 +161,7 @@ def test_a_linear_layer_is_within_what_the_formats_give(
     gradient = OneGradient(weight) if kept else None
     for _ in range(2):
         x = x.detach().requires_grad_()
-        y = linear(x, weight, gradient, options.operations.products, "column", options.tp)
+        y = linear(x, weight, Division(gradient, options.operations.products, "column", options.tp))
         y.backward(grad_y)
     assert x.grad is not None and y.shape == grad_y.shape and x.grad.shape == x.shape
     products = options.operations.products
@@ -304,13 +307,15 @@ def fp8_config(**changes: Any) -> Config:
 
 def in_fp8(config: Config, ctx: ParallelContext, **changes: Any) -> tuple[Stage, Optimizer]:
     """A built model whose products, head included, are emulated ones: a config cannot ask for that on a CPU."""
-    model, optimizer = build(config, ctx)
-    products = emulated(**changes)
-    for module in model.modules():
-        if isinstance(options := getattr(module, "options", None), LayerOptions):
-            changed = replace(options.operations, products=products, head_products=products)
-            module.options = replace(options, operations=changed)  # type: ignore[assignment]
-    return model, optimizer
+    return with_products(config, ctx, partial(emulated, **changes))
+
+
+def with_products(config: Config, ctx: ParallelContext, make: Callable[..., Products]) -> tuple[Stage, Optimizer]:
+    """Of layers and head."""
+    chosen, in_graph = choose_kernels(config, ctx.device), config.kernels.compile == "layers"
+    head = make()
+    operations = replace(chosen.operations, products=make(in_graph=True) if in_graph else head, head_products=head)
+    return build(config, ctx, kernels=replace(chosen, operations=operations))
 
 
 def train(rank: int, config: Config, steps: int) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
@@ -392,12 +397,7 @@ def test_a_weight_is_quantised_once_a_step() -> None:
             return self.quantise(weight, E4M3)
 
     model, optimizer = in_fp8(config, ctx, largest=counting)
-    other, other_optimizer = build(config, ctx)
-    for module, twin in zip(other.modules(), model.modules(), strict=True):
-        if isinstance(options := getattr(twin, "options", None), LayerOptions):
-            products = Forgetful(multiply=emulated_multiply)
-            operations = replace(options.operations, products=products, head_products=products)
-            module.options = replace(options, operations=operations)  # type: ignore[assignment]
+    other, other_optimizer = with_products(config, ctx, partial(Forgetful, multiply=emulated_multiply))
     weights = [tuple(p.shape) for p in model.parameters() if p.dim() == 2][1:]  # without the embedding
     assert len(weights) == 4 * 2 + 1
     for step in (1, 2, 3):
@@ -487,7 +487,7 @@ def test_a_gpu_multiplies_what_the_emulation_does(fused: bool) -> None:
         operands = operand, products.weight(weight, None), products.gradient(grad_y)
         place = torch.ones(144, 64, device=device)
         for add in (False, True):
-            products.wgrad(place, operands[2], kept, add)
+            products.wgrad(operands[2], kept, place, add)
         grad_x = products.dgrad(operands[2], operands[1])
         results.append((operands, products.fprop(*operands[:2]), grad_x, place))
     for mine, theirs in zip(*(r[0] for r in results), strict=True):

@@ -131,12 +131,12 @@ def test_weight_gradient_is_summed_in_fp32(dtype: torch.dtype, block: int, monke
     wide = torch.promote_types(dtype, torch.float32)
     grad, x = torch.randn(13, 37).to(dtype), torch.randn(13, 6).to(dtype)
     place = torch.full((37, 6), torch.nan, dtype=wide)
-    add_wgrad(place, grad, x, begun=False)
+    add_wgrad(grad, x, place, begun=False)
     product = grad.double().t() @ x.double()
     tolerance = {torch.float64: 1e-13, torch.float32: 5e-6}.get(dtype, torch.finfo(dtype).eps / 2)
     close(place, product, tolerance)
     for _ in range(63):
-        add_wgrad(place, grad / 64, x, begun=True)
+        add_wgrad(grad / 64, x, place, begun=True)
     close(place, product * (1 + 63 / 64), tolerance)
 
 

@@ -200,7 +200,7 @@ def test_gradients_of_weights_are_added_unrounded(monkeypatch: pytest.MonkeyPatc
     Three micro-batches, the first of which writes over what the step before has left.
     """
 
-    def as_on_a_gpu(place: Tensor, grad_y: Tensor, x: Tensor, begun: bool) -> None:
+    def as_on_a_gpu(grad_y: Tensor, x: Tensor, place: Tensor, begun: bool) -> None:
         product = grad_y.float().t() @ x.float()
         place.copy_(place + product if begun else product)
 

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from megatron_hammer.kernels.linear import Gradient, accumulate
+from megatron_hammer.kernels.linear import Gradient, accumulate, direct, once_differentiable
 from megatron_hammer.kernels.native.cpu import attention_versions, empty
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 
@@ -51,7 +51,7 @@ def add_rms_norm(
     gradient: Gradient | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(RMSNorm of x + branch, x + branch); without a branch the second is x, so that backward adds its gradient."""
-    return _AddRMSNorm.apply(kernels, x, branch, weight, eps, gradient)  # type: ignore[no-any-return, no-untyped-call]
+    return _add_rms_norm(kernels, x, branch, weight, eps, gradient)  # type: ignore[no-any-return]
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -86,10 +86,13 @@ class _AddRMSNorm(torch.autograd.Function):
             grad_normed.contiguous().view(-1, h), beside, rows, weight, rstd, grad_x, grad_weight
         )
         if ctx.gradient is not None:
-            ctx.gradient.add(lambda place, begun: accumulate(place, grad_weight, begun))
+            ctx.gradient.add(partial(accumulate, grad_weight))
         grad_x = grad_x.view(summed.shape)
         grad_branch = grad_x if ctx.needs_input_grad[2] else None
         return None, grad_x, grad_branch, grad_weight if ctx.gradient is None else None, None, None
+
+
+_add_rms_norm = direct(_AddRMSNorm)
 
 
 def rope(kernels: LayerKernels, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int) -> tuple[Tensor, ...]:
@@ -100,7 +103,7 @@ def rope(kernels: LayerKernels, qkv: Tensor, cos: Tensor, sin: Tensor, heads: in
     """
     if not qkv.is_contiguous() or (qkv.is_leaf and qkv.requires_grad):
         qkv = qkv.clone(memory_format=torch.contiguous_format)
-    return _Rope.apply(kernels, qkv, cos, sin, heads, groups)  # type: ignore[no-any-return, no-untyped-call]
+    return _rope(kernels, qkv, cos, sin, heads, groups)  # type: ignore[no-any-return]
 
 
 class _Rope(torch.autograd.Function):
@@ -108,7 +111,7 @@ class _Rope(torch.autograd.Function):
     def forward(
         ctx: Any, kernels: LayerKernels, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int
     ) -> tuple[Tensor, ...]:
-        s, _, _, d = qkv.shape
+        s, b, _, d = qkv.shape
         rows = cos.contiguous().view(s, d // 2), sin.contiguous().view(s, d // 2)
         kernels.rope_forward(qkv, *rows, heads + groups)
         if not qkv.is_inference():
@@ -116,10 +119,11 @@ class _Rope(torch.autograd.Function):
         ctx.save_for_backward(*rows)
         ctx.kernels, ctx.shape = kernels, qkv.shape
         # As tensors of their own: autograd would follow views of an input back to its own history.
-        return tuple(
-            qkv.new_empty(0).set_(qkv.untyped_storage(), x.storage_offset(), x.shape, x.stride())
-            for x in qkv.split((heads, groups, groups), dim=2)
-        )
+        memory, start, strides = qkv.untyped_storage(), qkv.storage_offset(), qkv.stride()
+        q = qkv.new_empty(0).set_(memory, start, (s, b, heads, d), strides)
+        k = qkv.new_empty(0).set_(memory, start + heads * d, (s, b, groups, d), strides)
+        v = qkv.new_empty(0).set_(memory, start + (heads + groups) * d, (s, b, groups, d), strides)
+        return q, k, v
 
     @staticmethod
     @once_differentiable
@@ -131,9 +135,12 @@ class _Rope(torch.autograd.Function):
         return None, grad_qkv, None, None, None, None
 
 
+_rope = direct(_Rope)
+
+
 def swiglu(kernels: LayerKernels, gate_up: Tensor) -> Tensor:
     """silu(gate) * up: [..., 2f] -> [..., f]."""
-    return _SwiGLU.apply(kernels, gate_up)  # type: ignore[no-any-return, no-untyped-call]
+    return _swiglu(kernels, gate_up)  # type: ignore[no-any-return]
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -156,6 +163,9 @@ class _SwiGLU(torch.autograd.Function):
         grad = grads[0].contiguous().view(-1, rows.shape[1] // 2)
         ctx.kernels.swiglu_backward(grad, rows, grad_gate_up)
         return None, grad_gate_up.view(gate_up.shape)
+
+
+_swiglu = direct(_SwiGLU)
 
 
 class AttentionKernels(Protocol):
@@ -187,10 +197,11 @@ def attention(
         kernels: of ``csrc/cpu/attention.inl``; absent: those of the machine's best instructions.
     """
     kernels = kernels or attention_versions(q.dtype)[0]
-    lengths, keys = ((len(q),), (len(k),)) if documents is None else (documents.lengths, documents.key_lengths)
-    assert sum(lengths) == len(q), f"documents of {sum(lengths)} rows do not divide {len(q)}"
+    whole = q.shape[:1], k.shape[:1]
+    lengths, keys = whole if documents is None else (documents.lengths, documents.key_lengths)
+    assert sum(lengths) == q.shape[0], f"documents of {sum(lengths)} rows do not divide {q.shape[0]}"
     bounds = [0, *itertools.accumulate(lengths)], [0, *itertools.accumulate(keys)]
-    return _Attention.apply(kernels, q, k, v, bounds)  # type: ignore[no-any-return, no-untyped-call]
+    return _attention(kernels, q, k, v, bounds)  # type: ignore[no-any-return]
 
 
 class _Attention(torch.autograd.Function):
@@ -203,7 +214,9 @@ class _Attention(torch.autograd.Function):
         v: Tensor,
         bounds: tuple[Sequence[int], Sequence[int]],
     ) -> Tensor:
-        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+        q = q if q.stride(3) == 1 else q.contiguous()
+        k = k if k.stride(3) == 1 else k.contiguous()
+        v = v if v.stride(3) == 1 else v.contiguous()
         s, b, n, _ = q.shape
         out, lse = empty(q.shape, q), q.new_empty(b, n, s, dtype=torch.float32)
         kernels.attention_forward(*bounds, q, k, v, out, lse)
@@ -219,3 +232,6 @@ class _Attention(torch.autograd.Function):
         results = [empty(x.shape, x) for x in (q, k, v)]
         ctx.kernels.attention_backward(*ctx.bounds, q, k, v, out, lse, grad, *results)
         return None, *results, None
+
+
+_attention = direct(_Attention)
