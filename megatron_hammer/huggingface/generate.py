@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError
+from megatron_hammer.tokenizer.model_folder import text_of
 
 
 def generate(
@@ -83,4 +84,4 @@ def generate(
                 pad_token_id=tokenizer.eos_token_id,
                 **sampling,
             )
-        yield str(tokenizer.decode(output[0], skip_special_tokens=True))
+        yield text_of(tokenizer, output[0].tolist())

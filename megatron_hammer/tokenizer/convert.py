@@ -191,7 +191,10 @@ def form_line(why: str) -> str:
     """For people: the form that ``convert_tokenizer`` wrote, from what it returned."""
     if not why:
         return "tokenizer.json"
-    return f"the sentencepiece model, which transformers hands to the sentencepiece library, for it {why}"
+    return (
+        f"the sentencepiece model, which transformers hands to the sentencepiece library, for it {why}; "
+        "tokenizer.sp_model.decode(ids) is the text of ids"
+    )
 
 
 # ---- what is known without converting ----

@@ -83,6 +83,13 @@ def form_of_folder(directory: Path) -> dict[str, str]:
     return {"form": "sentencepiece", "class": settings["tokenizer_class"], "reason": settings[WHY_NOT_JSON]}
 
 
+def text_of(loaded: Any, ids: list[int]) -> str:
+    """The text of ids, special ones left out, by a tokenizer that transformers loaded; sentencepiece's as above."""
+    if type(loaded).__name__ in (WITH_BOS, WITHOUT_BOS):
+        return str(loaded.sp_model.decode(ids))
+    return str(loaded.decode(ids, skip_special_tokens=True))
+
+
 def model_obstacle(tokenizer: SentencePieceTokenizer, proto: Any) -> str:
     """Why such a folder would give other ids, or an empty string.
 

@@ -16,7 +16,7 @@ from megatron_hammer.tokenizer.hard_texts import FIXED_TEXTS
 from megatron_hammer.tokenizer.lab.fuzz import fuzz_texts
 from megatron_hammer.tokenizer.lab.verify import compare_tokenizers
 from megatron_hammer.tokenizer.load import load_tokenizer
-from megatron_hammer.tokenizer.model_folder import WITH_BOS, WITHOUT_BOS, form_of_folder
+from megatron_hammer.tokenizer.model_folder import WITH_BOS, WITHOUT_BOS, form_of_folder, text_of
 
 SYMBOLS = ["a b", "  ", "\t\t", "<x y>", "\u2581q", "<br>", "e"]
 PREFIX, EXTRA, SUFFIX = (
@@ -144,7 +144,8 @@ def test_prompts_begin_as_documents_began(begin: bool | None, tmp_path: Path) ->
     assert loaded("x <mask></s>")["input_ids"] == ([1, *x] if begins else x)
     assert loaded("<mask>", split_special_tokens=False, add_special_tokens=False)["input_ids"] == [3]
     assert "<mask>" not in loaded.decode([3, *x], skip_special_tokens=True)[:6]
-    assert loaded.sp_model.decode(x) == tokenizer.decode(x)
+    lines = tokenizer.encode("  两行\n\U0001f600 ")  # bytes, and spaces at both ends
+    assert loaded.decode(lines) != text_of(loaded, [1, *lines, 2]) == tokenizer.decode(lines) == "  两行\n\U0001f600 "
     loaded.save_pretrained(tmp_path / "again")
     again = AutoTokenizer.from_pretrained(str(tmp_path / "again"))
     for text in FIXED_TEXTS:
