@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_hammer.model.parameters import EMBEDDING, FINAL_NORM
 from megatron_hammer.verify.outcome import Outcome, Piece
 
 Key = tuple[str, str]
@@ -20,6 +21,8 @@ Key = tuple[str, str]
 # fp64 and 1e-6 in fp32. In 16 bits activations are rounded too, and other kernels round elsewhere: some 25 roundings.
 BOUNDS = {"fp64": 1e-10, "fp32": 2e-5, "bf16": 0.1, "fp16": 0.02}
 NUMBER_BOUNDS = {"fp64": 1e-6, "fp32": 1e-5, "bf16": 0.05, "fp16": 0.01}  # losses and norms are fp32 scalars in all
+TIED = "first and last stage both have this weight, and their gradients are summed once"
+AFTER_ALL_LAYERS = 2**31
 KINDS = ("gradient", "weight", "exp_avg", "exp_avg_sq", "model")
 
 
@@ -32,6 +35,7 @@ class Sizes:
     accumulated: int
     cp: int = 1
     pp: int = 1
+    stages_per_rank: int = 1
     tied: bool = False
     """Head and embedding are one weight, which first and last stage both have."""
 
@@ -91,11 +95,41 @@ def compare_pieces(
         worst[kind] = max(worst[kind], largest)
         if wrong:
             at = tuple(sorted({rank for rank, _ in wrong}))
-            findings.append(Finding(f"{kind} of {tensor}", at, largest, likely_cause(wrong, expected, sizes)))
+            cause = likely_cause(wrong, expected, sizes)
+            if tensor == EMBEDDING and sizes.tied and sizes.pp > 1:
+                cause = f"{cause}; {TIED}" if cause else TIED
+            findings.append(Finding(f"{kind} of {tensor}", at, largest, cause))
         if not seen.all():
             missing = f"{int((~seen).sum())} of {seen.size} elements are on no rank"
             findings.append(Finding(f"{kind} of {tensor}", (), np.inf, missing))
     return worst, findings
+
+
+def compare_stages(ranks: Sequence[Outcome], sizes: Sizes) -> list[Finding]:
+    """Whether the layers lie on the ranks of a pipeline in the order in which these work, one round after the other.
+
+    The losses of stages in another order look normal.
+    """
+    if sizes.pp == 1:
+        return []
+    owners: dict[int, int] = {}  # layer -> place in the pipeline; the final norm comes after all layers
+    for rank, outcome in enumerate(ranks):
+        for piece in outcome.pieces:
+            if piece.kind == "model" and (layer := _layer(piece.tensor)) is not None:
+                owners[layer] = rank * sizes.pp // len(ranks)
+    order = [owner for _, owner in sorted(owners.items())]
+    visits = [owner for i, owner in enumerate(order) if i == 0 or order[i - 1] != owner]
+    if visits == [*range(sizes.pp)] * sizes.stages_per_rank:
+        return []
+    cause = f"the layers, first to last, are on pipeline ranks {' '.join(map(str, visits))}: stages are swapped"
+    return [Finding("order of the stages", tuple(range(len(ranks))), np.inf, cause)]
+
+
+def _layer(tensor: str) -> int | None:
+    if tensor == FINAL_NORM:
+        return AFTER_ALL_LAYERS
+    parts = tensor.split(".")
+    return int(parts[2]) if parts[1] == "layers" else None
 
 
 def compare_numbers(

@@ -37,6 +37,7 @@ from megatron_hammer.verify.compare import (
     Sizes,
     compare_numbers,
     compare_pieces,
+    compare_stages,
     whole_tensors,
 )
 from megatron_hammer.verify.outcome import Outcome, Piece, read_outcome
@@ -93,6 +94,7 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
         small.grad_accum(world_size),
         parallel.context_parallel_size,
         parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_stages,
         small.model.tie_word_embeddings,
     )
     names = precisions(small)
@@ -117,7 +119,7 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
     compared.append(_against("transformers", theirs, exact, ranks[exact], bound, sizes))
     compared.append(_checkpoint_against(saved, alone["fp32"], last, sizes))
     rows, findings = ([part for parts in column for part in parts] for column in zip(*compared, strict=True))
-    return Proof(small, left_out, rows, findings)
+    return Proof(small, left_out, rows, compare_stages(ranks[exact], sizes) + findings)
 
 
 def _one_process(small: Config) -> tuple[dict[str, Outcome], dict[str, np.ndarray]]:

@@ -17,6 +17,7 @@ from megatron_hammer.config import Config
 from megatron_hammer.kernels import arguments
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.model import llama, parameters
+from megatron_hammer.optim import store
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel import placement
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
@@ -24,7 +25,15 @@ from megatron_hammer.parallel.sequence_split import SequenceShare
 from megatron_hammer.sampling import batch
 from megatron_hammer.train import schedules
 from megatron_hammer.verify import parallel, steps
-from megatron_hammer.verify.compare import BOUNDS, NUMBER_BOUNDS, Finding, Sizes, compare_numbers, compare_pieces
+from megatron_hammer.verify.compare import (
+    BOUNDS,
+    NUMBER_BOUNDS,
+    Finding,
+    Sizes,
+    compare_numbers,
+    compare_pieces,
+    compare_stages,
+)
 from megatron_hammer.verify.compare import whole_tensors as whole
 from megatron_hammer.verify.outcome import Outcome, Piece, read_outcome, write_outcome
 from megatron_hammer.verify.reference import reference_steps
@@ -149,6 +158,26 @@ def _log_added() -> Any:
     return mock.patch.object(llama, "head_loss", lambda *a: real(*a) + np.log(2))
 
 
+def _stages_swapped() -> Any:
+    """The second and the third have each other's layers."""
+    real = Config.placement
+    return mock.patch.object(
+        Config, "placement", lambda self, tp=0, stage=0: real(self, tp, {1: 2, 2: 1}.get(stage, stage)))  # fmt: skip
+
+
+def _tied_gradients_summed(times: int) -> Any:
+    def reduce(self: FlatStore) -> None:
+        tied = self._shared["stages"]
+        self._shared["stages"] = []
+        real(self)
+        self._shared["stages"] = tied
+        for _ in range(times):
+            store._sum_in_one_message(tied, self.ctx.ends)
+
+    real = FlatStore.reduce
+    return mock.patch.object(FlatStore, "reduce", reduce)
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
     "none": partial(mock.patch.object, steps, "STEPS", steps.STEPS),
     "norms": _norms_not_summed,
@@ -167,6 +196,9 @@ FAULTS: dict[str, Callable[[], Any]] = {
     ),
     "boundary of a share": _boundary_one_off_in_a_share,
     "keys of a share": lambda: _share(lambda share: dataclasses.replace(share, key_rows=np.sort(share.key_rows))),
+    "stages": _stages_swapped,
+    "tied twice": partial(_tied_gradients_summed, 2),
+    "tied never": partial(_tied_gradients_summed, 0),
 }
 
 
@@ -271,6 +303,40 @@ def test_faults_of_context_parallelism(fault: str, mask: str, what: str, cause: 
 def test_positions_that_all_shift_are_no_fault() -> None:
     """RoPE is relative: the proof compares what is computed, not how."""
     assert [f for f in found("shifted", "causal") if f.difference > 1e-6] == []
+
+
+@cache
+def pipelined() -> tuple[Config, Outcome]:
+    """Two stages on each of PP 2, DP 2, a tied embedding; and one process of that."""
+    layout = dict(parallel__pipeline_model_parallel_size=2, parallel__virtual_pipeline_stages=2)
+    small, _ = shrink(tiny_config(**layout, model__tie_word_embeddings=True, model__num_layers=8), 4)
+    small.validate(4)
+    return small, parallel._one_process(small)[0]["fp64"]
+
+
+@pytest.mark.parametrize(
+    "fault, what, cause",
+    [
+        ("none", "", ""),
+        ("stages", "order of the stages", "on pipeline ranks 0 1: stages are swapped"),
+        (
+            "tied twice",
+            "gradient of model.embed_tokens.weight",
+            "done twice; first and last stag",
+        ),
+        ("tied never", "gradient of model.embed_tokens.weight", "their sum is missing; first and last stage"),
+    ],
+)
+def test_faults_of_a_pipeline(fault: str, what: str, cause: str) -> None:
+    config, expected = pipelined()
+    ranks, sizes = run_distributed(4, faulty_steps, config, fault), Sizes(1, 2, 2, pp=2, stages_per_rank=2, tied=True)
+    findings = compare_stages(ranks, sizes) + compare_numbers(ranks, expected, NUMBER_BOUNDS["fp64"], sizes)[1]
+    findings += compare_pieces(ranks, whole(expected.pieces), BOUNDS["fp64"], sizes)[1]
+    if fault == "none":
+        assert findings == []
+        return
+    named = [finding for finding in findings if finding.what == what]
+    assert named and cause in named[0].cause, findings[:5]
 
 
 # ---- causes by themselves -------------------------------------------------------------------------------------------
