@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_hammer.config import ModelConfig
+from megatron_hammer.config import Config, ModelConfig
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import build_stage
 from megatron_hammer.model.parameters import count_parameters, parameter_table
@@ -21,8 +21,9 @@ from megatron_hammer.train.build import build
 from megatron_hammer.train.evaluate import evaluate
 from megatron_hammer.train.metrics import MetricsFile, board_folder, flops_per_token, peak_tflops
 from megatron_hammer.train.step import train_step
+from tests.distributed import run_distributed
 from tests.host_waits import OperationNames
-from tests.model.tiny import rank_batches, tiny_config
+from tests.model.tiny import make_context, rank_batches, tiny_config
 
 HAMMERLLM = ModelConfig(2048, 5632, 22, 32, 4, vocab_size=105_789)
 
@@ -115,6 +116,16 @@ def test_evaluation_reads_each_document_alone(data: Path) -> None:
     for micro_batch_size in (1, 3):
         result = evaluate(model, valid, micro_batch_size, None, ctx)
         assert result.loss == pytest.approx(total / targets, rel=1e-5)
+    shared = tiny_config(data__attention_mask="document", parallel__context_parallel_size=2)
+    for loss in run_distributed(2, _evaluated, shared, data / "x"):
+        assert loss == pytest.approx(total / targets, rel=1e-5)
+
+
+def _evaluated(rank: int, config: Config, prefix: Path) -> float:
+    """Loss of this set with the initial weights."""
+    ctx = make_context(config)
+    model, _ = build(config, ctx)
+    return evaluate(model, ValidData("x", prefix, 32, document_mask=True), 3, None, ctx).loss
 
 
 @pytest.mark.parametrize(

@@ -97,9 +97,10 @@ def test_sigterm_saves_and_exits_75(data: Path, tmp_path: Path) -> None:
 
 
 def test_sample_digests_do_not_depend_on_the_layout(data: Path, tmp_path: Path) -> None:
-    """DP 1 and 2, TP 2 x DP 2 and PP 2 x DP 2 consume the same samples in the same order, and learn the same."""
+    """DP 1 and 2, and TP, PP and CP 2 x DP 2 consume the same samples in the same order, and learn the same."""
     layouts = {"dp1": (1, []), "dp2": (2, []), "tp2dp2": (4, ["parallel.tensor_model_parallel_size=2"]),
-               "pp2dp2": (4, ["parallel.pipeline_model_parallel_size=2"])}  # fmt: skip
+               "pp2dp2": (4, ["parallel.pipeline_model_parallel_size=2"]),
+               "cp2dp2": (4, ["parallel.context_parallel_size=2"])}  # fmt: skip
     seen = {}
     for name, (ranks, extra) in layouts.items():
         arguments = overrides(data, tmp_path / name, *extra)
@@ -120,7 +121,8 @@ def test_sample_digests_do_not_depend_on_the_layout(data: Path, tmp_path: Path) 
 def test_another_layout_goes_on(data: Path, tmp_path: Path) -> None:
     """A few steps on each of some layouts, and on one rank: the loss goes on as if nothing had happened."""
     out, tp, pp = tmp_path / "moved", "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
-    for steps, ranks, extra in ((2, 2, []), (5, 2, [pp]), (7, 2, [tp]), (10, 4, [pp, tp]), (12, 1, [])):
+    cp = "parallel.context_parallel_size=2"
+    for steps, ranks, extra in ((2, 2, [cp]), (5, 2, [pp]), (7, 2, [tp]), (10, 4, [pp, tp]), (12, 1, [])):
         arguments = overrides(data, out, "schedule.style=constant", f"train.num_steps={steps}", *extra)
         codes = run_distributed(ranks, train_here, arguments) if ranks > 1 else [train_here(0, arguments)]
         assert codes == [0] * ranks
