@@ -394,6 +394,11 @@ class TrainConfig:
     weights on data-parallel ranks, norms and copied key and value rows on tensor-parallel ones, their optimizer state.
     The run ends where they do not (exit code 11), and nothing is saved. A check is a pass over the weights: at 100 it
     costs 0.1 % of the time. 0: never."""
+    deterministic_reduction: Free[Literal["off", "tree"]] = "off"
+    """tree: losses, gradients and their norm are summed in a fixed tree over the global batch's micro-batches, so that
+    the loss curve and the checkpoints are the same bit for bit on 1, 2, 4, 8 ... data-parallel ranks, also when
+    their number changes in mid-run (with the same micro_batch_size and, on a GPU, kernels.deterministic=true). Takes
+    a buffer of gradients more for each doubling of the accumulated micro-batches."""
     device: Free[Literal["auto", "cpu", "cuda"]] = "auto"
     """auto: the GPU of this local rank when torch sees one, else the CPU."""
     dry_run: Free[bool] = False

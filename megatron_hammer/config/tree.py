@@ -84,8 +84,8 @@ class Config:
             f"use a multiple of {samples}",
             number=5,
         )
-        what, rule, remedy = _pipeline_obstacle(self, world_size)
-        require(not what, what, rule, remedy, number=5)
+        for what, rule, remedy in (_pipeline_obstacle(self, world_size), _tree_obstacle(self, world_size)):
+            require(not what, what, rule, remedy, number=5)
         require(
             train.precision != "fp16" or self.optimizer.initial_loss_scale >= 1,
             "optimizer.initial_loss_scale",
@@ -186,6 +186,11 @@ class Config:
                 f"schedule.decay_steps={horizon} lies far beyond train.num_steps={last}: the learning rate stays near "
                 f"its peak to the end; leave schedule.decay_steps out to have it follow the run"
             )
+        on_gpu = self.train.device != "cpu" and not self.kernels.deterministic
+        if self.train.deterministic_reduction == "tree" and on_gpu:
+            notes.append(
+                "train.deterministic_reduction=tree: on a GPU bits are equal with kernels.deterministic=true only"
+            )
         if not self.data.valid:
             notes.append("data.valid is absent: no evaluation")
         if self.kernels.fp8 == "delayed":
@@ -266,6 +271,34 @@ def _pipeline_obstacle(config: Config, world_size: int) -> tuple[str, str, str]:
             f"is not for kernels.layers=te with kernels.fp8={kernels.fp8}, which scales over all ranks in each forward"
         )
         return size, rule, "use kernels.layers=torch with kernels.fp8=current"
+    return "", "", ""
+
+
+def _tree_obstacle(config: Config, world_size: int) -> tuple[str, str, str]:
+    """Why sums cannot be made in one fixed tree (setting, rule, remedy), or empty strings."""
+    what, parallel, kernels = "train.deterministic_reduction=tree", config.parallel, config.kernels
+    if config.train.deterministic_reduction == "off":
+        return "", "", ""
+    dp = config.data_parallel_size(world_size)
+    if dp & (dp - 1):
+        powers = [2**i for i in range(dp.bit_length())]
+        rule = f"needs a power of two of data-parallel ranks, not data_parallel_size={dp}"
+        return what, rule, f"use {choices(powers)} of them"
+    others = {
+        "parallel.pipeline_model_parallel_size": (parallel.pipeline_model_parallel_size, 1),
+        "parallel.context_parallel_size": (parallel.context_parallel_size, 1),
+        "parallel.shard": (getattr(parallel, "shard", "optimizer"), "optimizer"),
+        "kernels.cuda_graph": (kernels.cuda_graph, False),
+        "kernels.fp8": (kernels.fp8, "off"),
+        "kernels.layers": (kernels.layers, "torch"),
+    }
+    for name, (value, possible) in others.items():
+        if value != possible:
+            return (
+                what,
+                f"is not for {name}={str(value).lower()}",
+                f"leave one of them out ({name}={str(possible).lower()})",
+            )
     return "", "", ""
 
 

@@ -21,7 +21,6 @@ from megatron_hammer.kernels.adamw import OptimizerKernels
 from megatron_hammer.kernels.arguments import AdamWState
 from megatron_hammer.optim.stage_stores import StageStores
 from megatron_hammer.optim.store import FlatStore, Stretch
-from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.sharding import Shard
 
 AnyStore = FlatStore | StageStores
@@ -40,7 +39,6 @@ class AdamW:
         self.states = [_state(stretch) for stretch in self.stretches]
         self.updates = torch.zeros((), device=store.ctx.device)
         """Updates applied so far, fp32 scalar."""
-        self._counted = store.counted()
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
@@ -48,11 +46,7 @@ class AdamW:
 
         Each logical element counts once: copies on other tensor-parallel ranks do not. Communicates over the world.
         """
-        squares = torch.zeros((), dtype=self.store.sum_dtype, device=self.updates.device)
-        for part in self._counted:
-            self.kernels.add_square_sum(part, squares)
-        all_reduce(squares, self.store.ctx.world)
-        return squares.sqrt()
+        return self.store.square_sum(self.kernels.add_square_sum).sqrt()
 
     @torch.no_grad()
     def step(self, lr: float, divisor: Tensor, applied: Tensor) -> None:

@@ -7,12 +7,13 @@ comes (``begin``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from megatron_hammer.optim.store import FlatStore, Row, Stretch
+from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
 
 
@@ -42,6 +43,10 @@ class StageStores:
         """The weight of each row."""
         return [weight for store in self.of_stages for weight in store.weights]
 
+    def total(self, values: Sequence[Tensor]) -> Tensor:
+        """The sum over the global batch of a scalar that each micro-batch of this rank has. Communicates over dp."""
+        return self.of_stages[0].total(values)
+
     def reduce(self) -> None:
         """Finish the sums of all stages."""
         for store in self.of_stages:
@@ -61,6 +66,8 @@ class StageStores:
         """What an optimizer updates."""
         return [stretch for store in self.of_stages for stretch in store.stretches()]
 
-    def counted(self) -> list[Tensor]:
-        """What this rank counts in the norm of the whole model's gradient."""
-        return [part for store in self.of_stages for part in store.counted()]
+    def square_sum(self, add: Callable[[Tensor, Tensor], None]) -> Tensor:
+        """The sum of the squares of the whole model's gradient. Communicates over the world."""
+        squares = torch.stack([store.local_square_sum(add) for store in self.of_stages]).sum()
+        all_reduce(squares, self.ctx.world)
+        return squares

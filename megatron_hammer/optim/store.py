@@ -29,6 +29,7 @@ those of a layer when it is asked for them. Layers and optimizer would not notic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -157,6 +158,9 @@ class FlatStore:
         overlap_gather: leave the gather of updated weights under way until forward needs them; false: wait at once.
     """
 
+    block = 1
+    """Elements: a parameter starts at, and a shard is of, a multiple of so many."""
+
     def __init__(
         self,
         table: Sequence[Row],
@@ -173,6 +177,7 @@ class FlatStore:
             bucket_elements(bucket_bytes, ctx.dp.size),
             ctx.dp.size,
             summed_over_stages(self.table),
+            self.block,
         )
         total = self.buckets[-1].stop
         self.params = torch.zeros(total, dtype=dtype, device=ctx.device)
@@ -190,6 +195,7 @@ class FlatStore:
         self.version = 0
         self.first = self.last = False
         self.begun = torch.tensor(False)
+        self._counted = self.counted()
         self._shared = {over: list(self._slices_summed_over(over)) for over in ("tp", "kv", "stages")}
 
     @property
@@ -224,6 +230,18 @@ class FlatStore:
         assert found == expected, "the parameter table and the model must name the same tensors"
 
     # ---- a step ----------------------------------------------------------------------------------------------------
+
+    def order(self, count: int) -> list[int]:
+        """In which order this rank's micro-batches are to be computed."""
+        return list(range(count))
+
+    def total(self, values: Sequence[Tensor]) -> Tensor:
+        """The sum over the global batch of a scalar that each micro-batch of this rank has. Communicates over dp."""
+        total = torch.zeros((), device=self.ctx.device)
+        for value in values:
+            total += value
+        all_reduce(total, self.ctx.dp)
+        return total
 
     def begin(self, first: bool, last: bool) -> None:
         """Say which micro-batch of the step comes; after the last one's backward the reduction is under way."""
@@ -292,6 +310,23 @@ class FlatStore:
                 ranges.append([start, stop])
         return [self.grads[start:stop] for start, stop in ranges]
 
+    def square_sum(self, add: Callable[[Tensor, Tensor], None]) -> Tensor:
+        """The sum of the squares of the whole model's gradient, each logical element once. Communicates over the world.
+
+        Args:
+            add: (part, out) adds the squares of a flat part to a scalar.
+        """
+        squares = self.local_square_sum(add)
+        all_reduce(squares, self.ctx.world)
+        return squares
+
+    def local_square_sum(self, add: Callable[[Tensor, Tensor], None]) -> Tensor:
+        """What this rank counts of it."""
+        squares = torch.zeros((), dtype=self.sum_dtype, device=self.ctx.device)
+        for part in self._counted:
+            add(part, squares)
+        return squares
+
     # ---- layout ----------------------------------------------------------------------------------------------------
 
     def _own_view(self, buffer: Tensor, index: int) -> Tensor:
@@ -349,12 +384,13 @@ def summed_over_stages(table: Sequence[Row]) -> list[int]:
 
 
 def lay_out(
-    sizes: Sequence[int], bucket_elements: int, dp_size: int, alone: Collection[int] = ()
+    sizes: Sequence[int], bucket_elements: int, dp_size: int, alone: Collection[int] = (), block: int = 1
 ) -> tuple[list[int], list[Bucket]]:
     """Place parameters, last first, and close a bucket once it has ``bucket_elements``.
 
     Args:
         alone: parameters that get a bucket of their own.
+        block: of which the offsets and the lengths of shards are multiples.
 
     Returns:
         the offset of each parameter (in the order given) and the buckets, each a multiple of 64 x dp elements long.
@@ -363,9 +399,10 @@ def lay_out(
     for i in reversed(range(len(sizes))):
         offsets[i] = at
         buckets[-1].parameters.append(i)
-        at += sizes[i]
+        at += -(-sizes[i] // block) * block
         if at - buckets[-1].start >= bucket_elements or i == 0 or {i, i - 1} & set(alone):
-            at = -(-at // (ALIGNMENT * dp_size)) * ALIGNMENT * dp_size
+            unit = math.lcm(ALIGNMENT, block) * dp_size
+            at = -(-at // unit) * unit
             buckets[-1].stop = at
             if i:
                 buckets.append(Bucket(at, at, []))

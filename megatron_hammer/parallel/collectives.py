@@ -28,6 +28,7 @@ from megatron_hammer.parallel.context import Group
 SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
 
 _all_gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_exchange: Any = dist.all_to_all_single
 _reduce_scatter_into: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -93,6 +94,15 @@ def all_gather_into(full: Tensor, shard: Tensor, group: Group) -> Any:
             full.copy_(shard)
         return Done()
     return _all_gather_into(full, shard, group=group.handle, async_op=True)
+
+
+def start_exchange(received: Tensor, sent: Tensor, group: Group) -> Any:
+    """Start to send the r-th of ``size`` equal parts of ``sent`` to rank r, and to receive one from each: a handle."""
+    if group.size == 1:
+        if received.data_ptr() != sent.data_ptr():
+            received.copy_(sent)
+        return Done()
+    return _exchange(received, sent, group=group.handle, async_op=True)
 
 
 def broadcast(tensor: Tensor, group: Group) -> None:

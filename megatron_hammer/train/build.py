@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +17,12 @@ from megatron_hammer.kernels.ranges import Range, no_range
 from megatron_hammer.kernels.selection import select_operations, select_optimizer_kernels
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Stage, build_stage
-from megatron_hammer.model.parameters import parameter_table
+from megatron_hammer.model.parameters import Parameter, parameter_table
 from megatron_hammer.model.recompute import plan_recompute
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.stage_stores import StageStores
 from megatron_hammer.optim.store import FlatStore
+from megatron_hammer.optim.tree_store import TreeStore
 from megatron_hammer.parallel.context import ParallelContext
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -97,13 +99,13 @@ def build_stages(
             number is drawn (of a 1.4B model that would take 10 to 20 s), all weights are zero until then.
         kernels: in place of those that the config and the device choose.
     """
-    dtype, parallel = dtype or DTYPES[config.train.precision], config.parallel
+    dtype = dtype or DTYPES[config.train.precision]
     kernels = kernels or choose_kernels(config, ctx.device, dtype)
     stages, stores = [], []
     for number in config.pipeline(ctx.pp.rank).stages:
         placement = config.placement(ctx.tp.rank, number)
         table = parameter_table(config.model, placement)
-        store = FlatStore(table, dtype, ctx, parallel.gradient_bucket_bytes, range_of, parallel.overlap_param_gather)
+        store = _store(config, table, dtype, ctx, range_of)
         stage = build_stage(
             config.model,
             ctx,
@@ -122,6 +124,17 @@ def build_stages(
         stores.append(store)
     loss_scaling, together = config.train.precision == "fp16", stores[0] if len(stores) == 1 else StageStores(stores)
     return stages, Optimizer(together, config.optimizer, loss_scaling, kernels.optimizer, range_of)
+
+
+def _store(
+    config: Config, table: Sequence[Parameter], dtype: torch.dtype, ctx: ParallelContext, range_of: Range
+) -> FlatStore:
+    """The weights of a stage and the sums of their gradients."""
+    bucket_bytes, overlap = config.parallel.gradient_bucket_bytes, config.parallel.overlap_param_gather
+    if config.train.deterministic_reduction == "tree":
+        accumulated = config.grad_accum(ctx.world.size)
+        return TreeStore(table, dtype, ctx, bucket_bytes, accumulated, range_of, overlap)
+    return FlatStore(table, dtype, ctx, bucket_bytes, range_of, overlap)
 
 
 def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype | None = None) -> StepKernels:

@@ -3,6 +3,9 @@
 For the targets t of a set (specials included in the loss, but they stand for no bytes)::
 
     loss = mean of -ln p(t)      perplexity = e^loss      bits_per_byte = sum of -log2 p(t) / UTF-8 bytes of the targets
+
+The samples of a micro-batch are the same for every number of ranks, and the micro-batches are summed in the order of
+their numbers, so the results are, too.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor
 from megatron_hammer.model.llama import Model, stages_of
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.parallel.tree import fold
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.samples import ValidData
 from megatron_hammer.train.pipeline import pipelined_losses
@@ -50,28 +54,33 @@ def evaluate(
     Args:
         piece_bytes: [v] int64 on the device, UTF-8 bytes that each id stands for.
     """
-    totals = torch.zeros(3, dtype=torch.float64, device=ctx.device)  # loss, targets, bytes
-    mine = range(ctx.samples.rank, len(data), ctx.samples.size)
+    starts = range(0, len(data), micro_batch_size)
+    sums = torch.zeros(len(starts), 3, dtype=torch.float64, device=ctx.device)  # loss, targets, bytes
+    mine = range(ctx.samples.rank, len(starts), ctx.samples.size)
 
     def count(batch: Batch[Tensor], losses: Tensor) -> None:
         assert batch.loss_weights is not None
         mask = batch.loss_weights.double()  # [b, s]
-        totals[0] += (losses.double() * mask).sum()
-        totals[1] += mask.sum()
+        found = sums[number[id(batch)]]
+        found[0] = (losses.double() * mask).sum()
+        found[1] = mask.sum()
         if piece_bytes is not None:
-            totals[2] += (piece_bytes[batch.labels] * mask).sum()
+            found[2] = (piece_bytes[batch.labels] * mask).sum()
 
-    at_once = micro_batch_size * (1 if ctx.pp.size == 1 else PIPELINED_AT_ONCE)
+    at_once = 1 if ctx.pp.size == 1 else PIPELINED_AT_ONCE
     for first in range(0, len(mine), at_once):
-        shares = (mine[first : first + at_once][i : i + micro_batch_size] for i in range(0, at_once, micro_batch_size))
-        batches = [data.read(share).shard(ctx.cp.rank, ctx.cp.size).to(ctx.device) for share in shares if share]
+        numbers = mine[first : first + at_once]
+        shares = [range(starts[i], min(starts[i] + micro_batch_size, len(data))) for i in numbers]
+        batches = [data.read(share).shard(ctx.cp.rank, ctx.cp.size).to(ctx.device) for share in shares]
+        number = {id(batch): i for batch, i in zip(batches, numbers, strict=True)}
         if ctx.pp.size > 1:
             pipelined_losses(stages_of(model), batches, ctx, count)  # on the ranks of the last stage
         else:
             (whole,), (batch,) = stages_of(model), batches
             count(batch, whole(batch.tokens, batch.labels, batch.documents))
-    all_reduce(totals, ctx.dp)
-    all_reduce(totals, ctx.pp)
+    all_reduce(sums, ctx.dp)
+    all_reduce(sums, ctx.pp)
+    totals = fold(sums)
     loss_sum, targets, byte_count = totals.tolist()
     loss = loss_sum / targets
     bits = loss_sum / math.log(2) / byte_count if byte_count else None

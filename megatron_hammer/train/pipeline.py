@@ -61,7 +61,7 @@ def pipelined_forward_backward(
     Returns:
         Mean loss of the global batch, fp32 device scalar, the same on all ranks. Communicates over dp and pp.
     """
-    whole = schedules.sum_of_weights(micro_batches, ctx)
+    whole = schedules.sum_of_weights(micro_batches, optimizer, ctx)
     share = optimizer.loss_scale / whole  # of a token of weight 1
     total = torch.zeros((), device=ctx.device)
     stores, last = optimizer.store.of_stages, len(micro_batches) - 1

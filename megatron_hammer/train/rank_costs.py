@@ -36,9 +36,11 @@ from megatron_hammer.kernels.backend import Backend
 from megatron_hammer.model.parameters import Parameter, parameter_table
 from megatron_hammer.model.recompute import activation_bytes
 from megatron_hammer.optim.store import Bucket, bucket_elements, lay_out, summed_over_stages
+from megatron_hammer.optim.tree_store import TreeStore
 from megatron_hammer.parallel.fake_world import LABELS, Collective
 from megatron_hammer.parallel.grid import Grid
 from megatron_hammer.parallel.placement import Placement
+from megatron_hammer.parallel.tree import most_waiting
 
 ROW_STATISTICS = 12  # bytes a row of a chunk of logits: three fp32 numbers
 
@@ -61,7 +63,10 @@ def state_bytes(config: Config, world_size: int, rank: int = 0) -> dict[str, int
     )
     sharded = 8 if width == 4 else 12  # in fp32 the weights are the masters
     elements = sum(buckets[-1].stop for _, _, buckets in layouts)
-    return {"weights": width * elements, "gradients": 4 * elements, "optimizer": sharded * own}
+    sums = 1
+    if config.train.deterministic_reduction == "tree":
+        sums += most_waiting(config.grad_accum(world_size))
+    return {"weights": width * elements, "gradients": 4 * elements * sums, "optimizer": sharded * own}
 
 
 def kept_bytes(config: Config, backends: Mapping[str, Backend], rank: int = 0) -> int:
@@ -169,7 +174,11 @@ def _layouts(config: Config, grid: Grid, rank: int) -> list[tuple[tuple[Paramete
     size, layouts = bucket_elements(config.parallel.gradient_bucket_bytes, grid.replicas), []
     for placement in _placements(config, grid, rank):
         table = parameter_table(config.model, placement)
-        layouts.append((table, *lay_out([row.numel for row in table], size, grid.replicas, summed_over_stages(table))))
+        alone, block = (
+            summed_over_stages(table),
+            1 if config.train.deterministic_reduction == "off" else TreeStore.block,
+        )
+        layouts.append((table, *lay_out([row.numel for row in table], size, grid.replicas, alone, block)))
     return layouts
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from megatron_hammer.model.head_loss import Objective
 from megatron_hammer.model.llama import Stage
 from megatron_hammer.optim.optimizer import Optimizer
-from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
 
@@ -63,17 +62,16 @@ def forward_backward(
     Returns:
         Mean loss of the global batch, fp32 device scalar, the same on all ranks. Communicates over dp.
     """
-    whole = sum_of_weights(micro_batches, ctx)
+    whole = sum_of_weights(micro_batches, optimizer, ctx)
     share = optimizer.loss_scale / whole  # of a token of weight 1
-    total, (store,) = torch.zeros((), device=ctx.device), optimizer.store.of_stages
-    for i, batch in enumerate(micro_batches):
-        store.begin(first=i == 0, last=i == len(micro_batches) - 1)
-        total += run(model, batch, share, z_loss) / whole
-    all_reduce(total, ctx.dp)
-    return total
+    losses, (store,) = list(torch.zeros(len(micro_batches), device=ctx.device)), optimizer.store.of_stages
+    for turn, i in enumerate(store.order(len(micro_batches))):
+        store.begin(first=turn == 0, last=turn == len(micro_batches) - 1)
+        losses[i] = run(model, micro_batches[i], share, z_loss) / whole
+    return store.total(losses)
 
 
-def sum_of_weights(micro_batches: Sequence[Batch[Tensor]], ctx: ParallelContext) -> int | Tensor:
+def sum_of_weights(micro_batches: Sequence[Batch[Tensor]], optimizer: Optimizer, ctx: ParallelContext) -> int | Tensor:
     """By how much all tokens of the global batch count together.
 
     Without loss weights each token counts 1, every rank has as many, and their number is known on the host. With them
@@ -81,8 +79,10 @@ def sum_of_weights(micro_batches: Sequence[Batch[Tensor]], ctx: ParallelContext)
     """
     if all(batch.loss_weights is None for batch in micro_batches):
         return sum(batch.labels.numel() for batch in micro_batches) * ctx.dp.size
-    whole = torch.zeros((), device=ctx.device)
-    for batch in micro_batches:
-        whole += batch.labels.numel() if batch.loss_weights is None else batch.loss_weights.sum()
-    all_reduce(whole, ctx.dp)
-    return whole.clamp_min(SMALLEST_SUM)
+    weights = [
+        torch.full((), float(batch.labels.numel()), device=ctx.device)
+        if batch.loss_weights is None
+        else batch.loss_weights.sum()
+        for batch in micro_batches
+    ]
+    return optimizer.store.total(weights).clamp_min(SMALLEST_SUM)

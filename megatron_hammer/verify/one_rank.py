@@ -178,6 +178,8 @@ def count_rank(config: Config, world_size: int, rank: int) -> Counted:
 
 def compare_rank(config: Config, world_size: int, rank: int) -> Comparison:
     """``count_rank`` beside the formulas, which are exact."""
+    plain_sums = dataclasses.replace(config.train, deterministic_reduction="off")  # whose tree is of all micro-batches
+    config = dataclasses.replace(config, train=plain_sums)
     counted = count_rank(config, world_size, rank)
     rows = []
     for name, size in state_bytes(config, world_size, rank).items():

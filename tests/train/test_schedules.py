@@ -114,8 +114,9 @@ def test_a_batch_that_counts_nothing_has_no_gradient() -> None:
 
 def _communicates(rank: int, config: Config) -> tuple[int | float, float]:
     ctx = make_context(config)
-    return sum_of_weights(rank_batches(config, 1, ctx), ctx), float(
-        sum_of_weights(weighted_batches(config, "mask", ctx), ctx)
+    _, optimizer = build(config, ctx)
+    return sum_of_weights(rank_batches(config, 1, ctx), optimizer, ctx), float(
+        sum_of_weights(weighted_batches(config, "mask", ctx), optimizer, ctx)
     )
 
 
