@@ -77,7 +77,7 @@ def convert_tokenizer(
             _convert_to_json(tokenizer, proto, directory, begins, max_length)
             return ""
         except RefusedError as error:
-            why = error.rule
+            why = error.rule.replace("and its Hugging Face form", "and a tokenizer.json")
             for name in ("tokenizer.json", "special_tokens_map.json"):
                 (directory / name).unlink(missing_ok=True)
     if obstacle := model_obstacle(tokenizer, proto):
@@ -205,9 +205,15 @@ def conversion_obstacle(tokenizer: Tokenizer) -> str:
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return ""
     proto = parse_model(tokenizer.model_bytes, tokenizer.path)
-    if (why := json_obstacle(proto)) and (obstacle := model_obstacle(tokenizer, proto)):
-        return f"{tokenizer.path} {why}, and {obstacle}"
-    return ""
+    if not (obstacle := model_obstacle(tokenizer, proto)):
+        return ""
+    if not (why := json_obstacle(proto)):
+        try:
+            definition_of(proto, tokenizer.path)
+            return ""
+        except RefusedError as error:
+            why = error.rule
+    return f"{tokenizer.path} {why}, and {obstacle}"
 
 
 def export_note(tokenizer: Tokenizer) -> str:

@@ -13,8 +13,8 @@ of equal scores the leftmost                            order that keeps "leftmo
 char: every character is a piece                        no merges
 a character without a piece becomes bytes, or, without  byte_fallback, fuse_unk
 byte fallback, one unk for all that stand together
-a NUL piece, or a single character declared unused,     its entry has a name that no text can spell
-is never emitted
+a NUL piece, or a single character declared unused or   its entry has a name that no text can spell
+a control piece, is never emitted
 ``<s>`` in a text is text                               ``split_special_tokens`` in tokenizer_config.json
 
 What it cannot express, ``json_obstacle`` names:
@@ -148,12 +148,12 @@ def _replace(pattern: str | dict[str, str], content: str) -> dict[str, Any]:
 
 
 def _vocabulary_names(proto: Any) -> list[str]:
-    """The pieces by id; those that are never emitted under a name that is too long to be met as a character."""
+    """The pieces by id; those that a text never emits under a name that is too long to be met as a character."""
     taken = {piece.piece for piece in proto.pieces}
     names = []
     for index, piece in enumerate(proto.pieces):
         name = piece.piece
-        if is_never_emitted(piece):
+        if is_never_emitted(piece) or (len(name) == 1 and piece.type in (piece.CONTROL, piece.UNKNOWN)):
             name = f"<unused_{index}>"
             while name in taken:
                 name = f"<{name}>"

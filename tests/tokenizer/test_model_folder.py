@@ -17,6 +17,7 @@ from megatron_hammer.tokenizer.lab.fuzz import fuzz_texts
 from megatron_hammer.tokenizer.lab.verify import compare_tokenizers
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.model_folder import WITH_BOS, WITHOUT_BOS, form_of_folder, text_of
+from tests.tokenizer.texts import model_proto, write_model
 
 SYMBOLS = ["a b", "  ", "\t\t", "<x y>", "\u2581q", "<br>", "e"]
 PREFIX, EXTRA, SUFFIX = (
@@ -44,6 +45,8 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "symbols, extra spaces": ({"user_defined_symbols": SYMBOLS} | EXTRA, "symbols and removes extra spaces"),
     "controls": ({"control_symbols": ["<mask>", "[SEP]", "ab"]}, JSON),
     "controls, unigram": ({"control_symbols": ["<mask>", "[SEP]", "ab"], "model_type": "unigram"}, UNIGRAM),
+    "one-character controls": ({"control_symbols": ["\u9f98", "Q"], "unk_piece": "?"}, JSON),
+    "one-character controls, no fallback": ({"control_symbols": ["\u9f98", "Q"]} | LOOSE, JSON),
     "nmt_nfkc": ({"normalization_rule_name": "nmt_nfkc"} | PREFIX | EXTRA, NORMAL),
     "nfkc": ({"normalization_rule_name": "nfkc"} | PREFIX, NORMAL),
     "nfkc_cf": ({"normalization_rule_name": "nfkc_cf"}, NORMAL),
@@ -165,6 +168,11 @@ def test_a_text_that_could_spell_a_control_piece_is_refused_and_said_beforehand(
     tokenizer = load_tokenizer(train(tmp_path, model_type="word", byte_fallback=False))
     assert "could spell that control piece" in export_note(tokenizer)
     (tmp_path / "out").mkdir()
+    proto = model_proto(train(tmp_path, control_symbols=["\u9f98\u9f98"], byte_fallback=False))
+    merged = next(piece for piece in proto.pieces if piece.type == piece.NORMAL and len(piece.piece) == 2)
+    merged.type = merged.UNUSED  # merged and taken apart again: no list of merges can say so
+    unused = load_tokenizer(write_model(proto, tmp_path / "unused.model"))
+    assert "into the unused piece" in export_note(unused) and "characters of '\u9f98\u9f98'" in export_note(unused)
     with pytest.raises(RefusedError, match=r"E501.*is a word model, and has no piece for the characters of '<s>'"):
         convert_tokenizer(tokenizer, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
