@@ -119,6 +119,21 @@ def test_copies_of_data_parallel_ranks(precision: str) -> None:
     assert norm.startswith(f"step 5: exp_avg of {THEIR_NORM} is not the same on ranks ")
 
 
+def test_copies_of_stages_and_of_context_parallel_ranks() -> None:
+    """A tied embedding on the first and the last stage, and a weight of two ranks with other parts of a sample."""
+    tied = tiny_config(parallel__pipeline_model_parallel_size=2, model__tie_word_embeddings=True)
+    flips = [((0,), "embedding.weight", "weight", 9), ((1,), "head.weight", "exp_avg_sq", 70)]
+    every = run_distributed(2, _messages, tied, flips)
+    name = "model.embed_tokens.weight[0:301, 0:64]"
+    assert every[0] == every[1] == [
+        f"step 5: {name} is not the same on ranks 0 and 1",
+        f"step 5: exp_avg_sq of {name} is not the same on ranks 0 and 1",
+    ]  # fmt: skip
+    split = tiny_config(parallel__context_parallel_size=2, data__attention_mask="document")
+    every = run_distributed(2, _messages, split, [((1,), NORM, "weight", 3)])
+    assert every[0] == every[1] and every[0][0].startswith(f"step 5: {THEIR_NORM} ")
+
+
 # ---- a run ----------------------------------------------------------------------------------------------------------
 
 
