@@ -27,6 +27,7 @@ FEATURES: dict[str, list[str]] = {  # as the page names them: settings
     "fp8": ["kernels.fp8=current"],
     "layers=te": ["kernels.layers=te"],
     "attention=te": ["kernels.attention=te"],
+    "tree": ["train.deterministic_reduction=tree"],
 }
 MODEL = """
 model:
