@@ -153,6 +153,13 @@ def _boundary_one_off_in_a_share() -> Any:
     return mock.patch.object(batch, "share", shifted)
 
 
+def _without_first_key(share: SequenceShare) -> SequenceShare:
+    """Of every stretch that has more keys than queries: of documents that are cut."""
+    cut, firsts = share.key_lengths > share.lengths, np.cumsum(share.key_lengths) - share.key_lengths
+    rows = np.delete(share.key_rows, firsts[cut])
+    return dataclasses.replace(share, key_lengths=share.key_lengths - cut, key_rows=rows)
+
+
 def _log_added() -> Any:
     real = llama.head_loss
     return mock.patch.object(llama, "head_loss", lambda *a: real(*a) + np.log(2))
@@ -195,6 +202,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
         lambda share: dataclasses.replace(share, positions=np.arange(len(share.rows)))
     ),
     "boundary of a share": _boundary_one_off_in_a_share,
+    "first key of a share missing": lambda: _share(_without_first_key),
     "keys of a share": lambda: _share(lambda share: dataclasses.replace(share, key_rows=np.sort(share.key_rows))),
     "stages": _stages_swapped,
     "tied twice": partial(_tied_gradients_summed, 2),
@@ -284,6 +292,7 @@ def alone(mask: str) -> Outcome:
         ("positions of a share", "document", "loss of ", "positions (RoPE)"),
         ("boundary of a share", "document", "loss of ", "a boundary of documents"),
         ("keys of a share", "causal", "loss of ", "the order of gathered keys"),
+        ("first key of a share missing", "document", "loss of ", "missing keys"),
     ],
 )
 def test_faults_of_context_parallelism(fault: str, mask: str, what: str, cause: str) -> None:
