@@ -104,7 +104,7 @@ def slices_to_write(shards: Sequence[Shard]) -> list[SliceToWrite]:
     kinds = list(dict.fromkeys(kind for shard in shards for kind in shard.tensors))
     slices = []
     for kind in kinds:
-        for shard in shards:
+        for shard in (s for s in shards if not s.is_copy):
             flat = shard.tensors[kind]
             for part in (s for s in shard.parameter.slices if s.owned):
                 for box in rectangles(part, shard.start, shard.stop):

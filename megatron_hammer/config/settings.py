@@ -124,16 +124,36 @@ class ParallelConfig:
     gradient_bucket_bytes: Free[int] = 64 * 2**20
     """Size of one fp32 gradient bucket: a bucket's reduce-scatter starts as soon as its last gradient is there. On more
     than 64 data-parallel ranks a bucket grows with them, so that a rank's share of it (1 MiB) does not shrink."""
+    shard: Free[Literal["optimizer", "gradients", "weights"]] = "optimizer"
+    """What data-parallel ranks divide instead of holding it each (ZeRO, arXiv 1910.02054). optimizer: masters and
+    moments (ZeRO 1, Megatron's distributed optimizer). gradients: the fp32 sums too (ZeRO 2); each micro-batch is
+    reduced, which communicates more where several are accumulated. weights: these too (ZeRO 3, FSDP); a layer's are
+    gathered ahead of its use, given up after it and gathered again in backward. Checkpoints are the same."""
+    shard_size: Free[int | None] = None
+    """Divide over so many neighbouring data-parallel ranks only, those of one node say, and keep copies on the others
+    (hybrid sharding): gathers stay within the node, and gradients are summed over the copies afterwards. Divides the
+    data-parallel ranks; absent: all of them."""
+    reshard_after_forward: Free[bool] = True
+    """With shard=weights: give a layer's weights up after its forward. false: keep them until its backward, which saves
+    a gather and costs the memory of all weights of a micro-batch."""
     overlap_param_gather: Free[bool] = True
     """After an update, let the gather of the new weights run beside the next forward, which waits for each bucket when
-    its first layer needs it. false: wait for all of them at once. The numbers are the same."""
+    its first layer needs it; with shard=weights, gather the next layer while one computes. false: wait for what is
+    asked for, at once. The numbers are the same."""
     timeout_seconds: Free[int] = 600
     """How long a rank waits for the others in one collective."""
 
     def check(self) -> None:
         """Raise ``ConfigError`` for impossible sizes."""
-        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "Free[int]"}
-        at_least("parallel", sizes, 1)
+        sizes = [f.name for f in dataclasses.fields(self) if f.type in ("Free[int]", "Free[int | None]")]
+        at_least("parallel", {name: getattr(self, name) for name in sizes}, 1)
+        require(
+            self.reshard_after_forward or self.shard == "weights",
+            "parallel.reshard_after_forward=false",
+            "is for parallel.shard=weights only",
+            "leave it out or set parallel.shard=weights",
+            number=5,
+        )
         require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "parallel.sequence_parallel=true",

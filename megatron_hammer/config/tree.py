@@ -74,6 +74,16 @@ class Config:
             f"start a multiple of {tp * cp * pp} ranks or use {divisors(world_size // (tp * cp))}",
             number=5,
         )
+        shard_size = self.parallel.shard_size
+        whole = dataclasses.replace(self, parallel=dataclasses.replace(self.parallel, shard_size=None))
+        replicas = whole.grid(world_size).replicas
+        require(
+            shard_size is None or replicas % shard_size == 0,
+            f"parallel.shard_size={shard_size}",
+            f"must divide the {replicas} ranks that hold the same weights",
+            f"use {divisors(replicas)} or leave it out",
+            number=5,
+        )
         train = self.train
         samples = train.micro_batch_size * self.data_parallel_size(world_size)
         require(
@@ -102,7 +112,8 @@ class Config:
             number=9,
         )
         obstacles = {
-            12: _te_obstacle, 13: _fp8_obstacle, 14: _recompute_obstacle, 15: _compile_obstacle, 16: _graph_obstacle
+            12: _te_obstacle, 13: _fp8_obstacle, 14: _recompute_obstacle, 15: _compile_obstacle, 16: _graph_obstacle,
+            21: _shard_obstacle,
         }  # fmt: skip
         for number, (what, rule, remedy) in ((n, find(self)) for n, find in obstacles.items()):
             require(not what, what, rule, remedy, number)
@@ -124,6 +135,7 @@ class Config:
             cp=parallel.context_parallel_size,
             pp=parallel.pipeline_model_parallel_size,
             query_groups=self.model.query_groups,
+            shard_size=parallel.shard_size,
         )
 
     def pipeline(self, pp_rank: int = 0) -> Pipeline:
@@ -287,7 +299,8 @@ def _tree_obstacle(config: Config, world_size: int) -> tuple[str, str, str]:
     others = {
         "parallel.pipeline_model_parallel_size": (parallel.pipeline_model_parallel_size, 1),
         "parallel.context_parallel_size": (parallel.context_parallel_size, 1),
-        "parallel.shard": (getattr(parallel, "shard", "optimizer"), "optimizer"),
+        "parallel.shard": (parallel.shard, "optimizer"),
+        "parallel.shard_size": (parallel.shard_size, None),
         "kernels.cuda_graph": (kernels.cuda_graph, False),
         "kernels.fp8": (kernels.fp8, "off"),
         "kernels.layers": (kernels.layers, "torch"),
@@ -362,6 +375,20 @@ def _compile_obstacle(config: Config) -> tuple[str, str, str]:
         return "", "", ""
     rule = f"is not for kernels.layers={config.kernels.layers}, whose modules the compiler cannot look into"
     return "kernels.compile=layers", rule, "use kernels.compile=operations"
+
+
+def _shard_obstacle(config: Config) -> tuple[str, str, str]:
+    """Why gradients or weights cannot be sharded (setting, rule, remedy), or empty strings."""
+    kernels, what = config.kernels, f"parallel.shard={config.parallel.shard}"
+    if config.parallel.shard == "optimizer":
+        return "", "", ""
+    if kernels.layers == "te":
+        rule = "is not for kernels.layers=te, whose modules hold weights and sums of gradients as they were made"
+        return what, rule, "use kernels.layers=torch or parallel.shard=optimizer"
+    if kernels.cuda_graph:
+        rule = "is not for kernels.cuda_graph=true: memory that comes and goes cannot be recorded"
+        return what, rule, "leave the graph out or use parallel.shard=optimizer"
+    return "", "", ""
 
 
 def _graph_obstacle(config: Config) -> tuple[str, str, str]:

@@ -190,7 +190,7 @@ class Fp8Products(Products):
 
         A compiled layer quantises for each micro-batch: what a graph takes for a constant must not change.
         """
-        if gradient is None or self.in_graph:
+        if gradient is None or self.in_graph or gradient.version is None:
             return self.quantise(weight, E4M3)
         version = gradient.version, weight._version
         held = self._weights.get(gradient)

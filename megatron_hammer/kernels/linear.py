@@ -17,7 +17,8 @@ package takes). A CPU's writes 16 bits, so there the product takes a block of ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -81,8 +82,11 @@ class Gradient(Protocol):
         ...
 
     @property
-    def version(self) -> int:
-        """Counts the updates of the weight: what was computed from the weight holds until the next one."""
+    def version(self) -> int | None:
+        """Counts the updates of the weight: what was computed from the weight holds until the next one.
+
+        None: the weight is there only while it is used, and nothing that was computed from it should be held longer.
+        """
         ...
 
     def add(self, write: Callable[[Tensor, bool], Result], last: bool = True) -> Result:
@@ -112,8 +116,34 @@ class GradientStore(Protocol):
         """
         ...
 
-    def acquire(self, part: str) -> None:
-        """Say that a part of the model (``Parameter.part``) computes next: its weights are there on return."""
+    @property
+    def weights_stay(self) -> bool:
+        """Whether all weights are always there; else those of a part of the model are, from acquire to release."""
+        ...
+
+    @property
+    def sums_are_new(self) -> bool:
+        """Whether ``main_grad`` has no earlier micro-batches in it, and no room before ``add`` or ``open_sums``."""
+        ...
+
+    def acquire(self, part: str, then: Sequence[str] = ()) -> None:
+        """Say that a part of the model (``Parameter.part``) computes next: its weights are there on return.
+
+        Args:
+            then: parts that come after it, whose weights may come meanwhile.
+        """
+        ...
+
+    def release(self, part: str, last: bool = True) -> None:
+        """Say that it has computed; last: and that its backward does not come later, or is over."""
+        ...
+
+    def open_sums(self, part: str) -> None:
+        """Say that the backward of a part comes, which writes to ``main_grad`` by itself."""
+        ...
+
+    def writing(self, part: str) -> AbstractContextManager[None]:
+        """Have the weights of a part, and keep what is written to them."""
         ...
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from megatron_hammer.config import ModelConfig
 from megatron_hammer.model.llama import Stage
 from megatron_hammer.model.parameters import Parameter, Slice, logical_shapes
 
@@ -20,19 +23,26 @@ BLOCK_ROWS = 256  # small enough that sharing a block between two ranks is cheap
 
 @torch.no_grad()
 def initialise(model: Stage, table: Sequence[Parameter], seed: int) -> None:
-    """Fill the model in place: norms with one, everything else with N(0, init_std) drawn on the CPU in fp32."""
-    weights, shapes = dict(model.named_parameters()), logical_shapes(model.config)
-    for parameter in table:
-        weight = weights[parameter.name]
-        assert tuple(weight.shape) == parameter.shape, (
-            f"{parameter.name} is {tuple(weight.shape)}, table: {parameter.shape}"
-        )
-        for s in parameter.slices:
-            rows = weight[s.local_row : s.local_row + s.num_rows]
-            if s.cols is None:
-                rows.fill_(1.0)
-            else:
-                _fill_normal(rows, s, shapes[s.tensor][1], seed, model.config.init_std)
+    """Fill the model in place: norms with one, everything else with N(0, init_std) drawn on the CPU in fp32.
+
+    One part of the model at a time, since its store may have no more of it at once.
+    """
+    weights, store = dict(model.named_parameters()), model.options.store
+    for part, parameters in groupby(table, key=lambda parameter: parameter.part):
+        with store.writing(part) if store is not None else nullcontext():
+            for parameter in parameters:
+                _fill(weights[parameter.name], parameter, model.config, seed)
+
+
+def _fill(weight: Tensor, parameter: Parameter, config: ModelConfig, seed: int) -> None:
+    assert tuple(weight.shape) == parameter.shape, f"{parameter.name} is {tuple(weight.shape)}, not {parameter.shape}"
+    shapes = logical_shapes(config)
+    for s in parameter.slices:
+        rows = weight[s.local_row : s.local_row + s.num_rows]
+        if s.cols is None:
+            rows.fill_(1.0)
+        else:
+            _fill_normal(rows, s, shapes[s.tensor][1], seed, config.init_std)
 
 
 def _fill_normal(rows: Tensor, s: Slice, logical_cols: int, seed: int, std: float) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.layer_interface import LayerModule
 from megatron_hammer.model.layers import LayerOptions, ready_after
 from megatron_hammer.model.recompute import Recompute
+from megatron_hammer.model.residence import uses_of, with_weights
 from megatron_hammer.parallel.collectives import all_gather_rows
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.placement import Placement, place
@@ -124,6 +126,7 @@ class Stage(nn.Module):
             self.final_norm = parts.RMSNorm(h, config.norm_eps, options)
             if not self.is_tied:
                 self.head = layers.ColumnParallelLinear(h, rows, options)
+        self.uses = uses_of(at.layers, at.has_embedding, at.has_head, self.is_tied)
         self.rope_frequencies = rope_frequencies(config).to(options.device)  # [d/2] fp32; not saved
         self.rope_cache: dict[int, CosSin] = {}
 
@@ -154,11 +157,6 @@ class Stage(nn.Module):
         """Where the gradient of ``head_weight`` is summed."""
         return self.embedding.gradient if self.is_tied else self.head.gradient
 
-    def _acquire(self, part: str) -> None:
-        """Have the store see to it that the weights of a part, which computes next, are there."""
-        if self.options.store is not None:
-            self.options.store.acquire(part)
-
     def hidden(
         self, tokens: Tensor, documents: PackedSequences | None = None, received: Tensor | None = None
     ) -> Tensor:
@@ -174,10 +172,11 @@ class Stage(nn.Module):
             tokens = tokens.reshape(1, -1)  # [1, b s]; of a context-parallel rank's share s is the rank's part
             rope = (rope[0][documents.positions], rope[1][documents.positions])
         assert (received is None) == self.placement.has_embedding, "the first stage receives nothing, all others do"
-        if received is None:
-            self._acquire("embedding")
-        with self.range_of(EMBEDDING):
-            x, branch, told = self.embedding(tokens.t()) if received is None else received, None, documents
+        x, told = received, documents
+        branch: Tensor | None = None
+        if x is None:
+            with self.range_of(EMBEDDING):
+                (x,) = self._with_weights("embedding", self._embed, tokens, again=False)
         # Evaluation comes in many shapes: it is never compiled.
         run = self.run_layer if torch.is_grad_enabled() else None
         if run is not None:
@@ -188,13 +187,16 @@ class Stage(nn.Module):
                 forward = layer if run is None else partial(run, layer)
                 if run is not None:
                     x = ready_after(x, gradients_of(layer))
-                self._acquire(f"layers.{i}")
-                x, branch = self.recompute.layer(i, forward, self.layers_region, x, branch, rope, told)
+                body = partial(self.recompute.layer, i, forward, self.layers_region)
+                use = self.uses[f"layers.{i}"]
+                x, branch = with_weights(
+                    self.options.store, use, body, x, branch, rope, told, by_itself=run is not None
+                )
         if not self.placement.has_head:
             return x if branch is None else x + branch
-        self._acquire("final_norm")
+        normed: Tensor
         with self.range_of(NORM):
-            normed, _ = self.final_norm(x, branch)
+            normed, _ = self._with_weights("final_norm", self.final_norm, x, branch)
         return normed
 
     def empty_hidden(self, tokens: Tensor, packed: bool) -> Tensor:
@@ -230,17 +232,28 @@ class Stage(nn.Module):
         x = self.hidden(tokens, documents, received)
         if not self.placement.has_head:
             return x
-        self._acquire("embedding" if self.is_tied else "head")
+        with self.range_of(HEAD):  # with an objective nothing is left for backward to compute
+            (losses,) = self._with_weights("head", self._head_loss, x, labels, objective, again=objective is None)
+        return losses  # type: ignore[no-any-return]
+
+    def _embed(self, tokens: Tensor) -> tuple[Tensor]:
+        return (self.embedding(tokens.t()),)
+
+    def _head_loss(self, x: Tensor, labels: Tensor, objective: Objective | None) -> tuple[Tensor]:
         weight, gradient = self.head_weight, self.head_gradient
-        with self.range_of(HEAD):
-            return head_loss(x, weight, labels, self.vocab_size, self.options, objective, gradient, self.is_tied)
+        return (head_loss(x, weight, labels, self.vocab_size, self.options, objective, gradient, self.is_tied),)
+
+    def _head_columns(self, x: Tensor) -> tuple[Tensor]:
+        return (layers.column_parallel(x, self.head_weight, self.options),)
+
+    def _with_weights(self, part: str, run: Callable[..., Any], *inputs: Any, **how: bool) -> Any:
+        """What ``run`` returns, a tuple, while the store has the weights of a part there (``residence.py``)."""
+        return with_weights(self.options.store, self.uses[part], run, *inputs, **how)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, documents: PackedSequences | None = None) -> Tensor:
         """[b, s] int64 -> [b, s, v] over the true vocabulary, gathered on every rank: for proofs, not for training."""
-        x = self.hidden(tokens, documents)
-        self._acquire("embedding" if self.is_tied else "head")
-        columns = layers.column_parallel(x, self.head_weight, self.options)
+        (columns,) = self._with_weights("head", self._head_columns, self.hidden(tokens, documents))
         columns = columns.permute(2, 1, 0)  # [v/t, b, s]
         gathered = all_gather_rows(columns, self.options.tp)[: self.vocab_size]
         return gathered.permute(1, 2, 0).reshape(*tokens.shape, -1)

@@ -19,8 +19,9 @@ from torch import Tensor
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels.adamw import OptimizerKernels
 from megatron_hammer.kernels.arguments import AdamWState
+from megatron_hammer.optim.layout import Stretch
 from megatron_hammer.optim.stage_stores import StageStores
-from megatron_hammer.optim.store import FlatStore, Stretch
+from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel.sharding import Shard
 
 AnyStore = FlatStore | StageStores
@@ -83,12 +84,13 @@ class AdamW:
         return list(self._shards())
 
     def _shards(self) -> Iterator[Shard]:
+        is_copy = self.store.ctx.copies.rank > 0
         for stretch, state in zip(self.stretches, self.states, strict=True):
             kinds, at = {"weight": state.weight, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}, 0
             for part in stretch.parts:
                 n = part.stop - part.start
                 tensors = {kind: tensor[at : at + n] for kind, tensor in kinds.items()}
-                yield Shard(part.parameter, part.start, part.stop, tensors)
+                yield Shard(part.parameter, part.start, part.stop, tensors, is_copy)
                 at += n
 
 

@@ -1,85 +1,54 @@
-"""The flat store: the weights of a rank, and the sums of their gradients, in contiguous buffers (ZeRO stage 1).
+"""The flat store: the weights of a rank, and the sums of their gradients, in buckets (ZeRO, arXiv 1910.02054).
 
-All local weights lie in one buffer in the model's dtype, their gradients in one fp32 buffer of the same layout, in the
-order in which backward finishes them. The buffers are cut into buckets, each bucket into dp equal shards (arXiv
-1910.02054)::
+``layout.py`` says where each parameter lies, ``buffers.py`` has the memory. Ranks that hold the same weights share a
+bucket in equal shards, and a rank updates its shard of each. What it keeps of the rest is ``shard``::
 
-                 bucket 0                        bucket 1
-    params  [ head | norm | layer n ...  |pad] [ ... | layer 0 | embedding |pad]     model dtype
-    grads   [ rank 0 | rank 1 | ... dp shards] [ rank 0 | rank 1 | ...         ]     fp32
-              ^ this rank's shard                ^ and here: what this rank updates
+                            weights         sums of gradients    bytes of a parameter in bf16 on n ranks
+    optimizer  (ZeRO 1)     all of them     all of them          2 + 4 + 12/n
+    gradients  (ZeRO 2)     all of them     its shards           2 + (4 + 12)/n
+    weights    (ZeRO 3)     its shards      its shards           (2 + 4 + 12)/n
 
-It is made from the parameter table, before the model, which takes its weights from it (``weight``). In a step::
+The store is made from the parameter table, before the model, which takes its weights from it (``weight``). In a step::
 
     begin       before each micro-batch
-    add         the layers' backward: each gradient into its place; a bucket whose last gradient of the last micro-batch
-                has arrived starts its reduce-scatter, while backward still runs
-    reduce      waits for the buckets, and sums what other ranks hold in common with this one
+    acquire     before a part of the model computes: its weights are there on return. Those that an update has changed
+                may still be on their way; those of which the rank keeps its shard only are gathered, and the gather of
+                the part that comes next begins
+    release     when it has computed: what is gathered for it alone is given up. Backward does both again
+    add         the layers' backward: each gradient into its place; a bucket whose last gradient has arrived starts its
+                reduce-scatter, while backward still runs. Of whole sums that is once a step, in the last micro-batch;
+                else in each micro-batch, whose shard is then added in fp32 and the bucket's buffer given up
+    reduce      waits for the buckets, and sums what other ranks hold in common
     stretches   what an optimizer updates: this rank's shards of weights and gradients
     gather      starts to bring every rank's updated shards together, the bucket that forward needs first before the
-                others
-    acquire     before a part of the model computes, in the next forward: waits for its buckets
+                others; nothing where weights are gathered for each use
     wait        before anybody else reads or writes weights: waits for all
 
-On one rank it is the same code with groups of size 1. Nothing here waits for the device. Another way of sharding is
-another class with these methods: ZeRO stage 2 would keep no gradient after its bucket's reduce-scatter than the rank's
-own shard, so it would reduce in each micro-batch and add the shard; stage 3 would keep no weight either, and gather
-those of a layer when it is asked for them. Layers and optimizer would not notice.
+States may be divided over some of the ranks only (``parallel.shard_size``): ``ctx.shard`` are those, and ``ctx.copies``
+the ranks that hold the same shards as this one, over which gradients are summed afterwards.
+
+On one rank it is the same code with groups of size 1. Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from megatron_hammer.kernels.ranges import GRADIENT, Range, no_range
+from megatron_hammer.optim.buffers import Buffers
+from megatron_hammer.optim.layout import Bucket, Layout, Part, Row, Stretch
 from megatron_hammer.parallel.collectives import all_gather_into, all_reduce, reduce_scatter_into
 from megatron_hammer.parallel.context import Group, ParallelContext
-from megatron_hammer.parallel.sharding import ParameterLike, SliceLike
 
-SAME_BUCKETS_UP_TO = 64  # data-parallel ranks
-ALIGNMENT = 64  # elements: every shard starts at a multiple of 256 bytes, what vector units and NCCL like
+Sharded = Literal["optimizer", "gradients", "weights"]
+"""What is divided over the ranks; each includes those before it."""
 
 Result = TypeVar("Result")
-
-
-class SummedSlice(SliceLike, Protocol):
-    """What the store needs of ``model.parameters.Slice``."""
-
-    @property
-    def sum_over(self) -> str: ...
-
-
-class Row(ParameterLike, Protocol):
-    """What the store needs of ``model.parameters.Parameter``, a row of the parameter table."""
-
-    @property
-    def slices(self) -> Sequence[SummedSlice]: ...
-    @property
-    def decay(self) -> bool: ...
-    @property
-    def part(self) -> str: ...
-
-
-@dataclass(eq=False)
-class Bucket:
-    """One stretch of the buffers that is reduced and gathered as a whole."""
-
-    start: int
-    stop: int
-    parameters: list[int]
-    """Positions in the table."""
-    missing: set[int] = field(default_factory=set)
-    """Those of which the gradient of the running micro-batch has not arrived yet."""
-    handle: Any = None
-    """Of the reduce-scatter under way."""
-    gathering: Any = None
-    """Handle of the all-gather under way."""
 
 
 class StoredGradient:
@@ -94,57 +63,30 @@ class StoredGradient:
         return self.store.begun
 
     @property
-    def version(self) -> int:
-        return self.store.version
+    def version(self) -> int | None:
+        return self.store.version if self.store.weights_stay else None
 
     def add(self, write: Callable[[Tensor, bool], Result], last: bool = True) -> Result:
-        begun, self.written = self.written or not self.store.first, True
-        if self.store.range_of is no_range:
+        store = self.store
+        begun, self.written = self.written or not (store.first or store.sums_are_new), True
+        if store.sums_are_new:
+            store.open_sum(self.bucket)
+        if store.range_of is no_range:
             result = write(self.main_grad, begun)
         else:
-            with self.store.range_of(GRADIENT):
+            with store.range_of(GRADIENT):
                 result = write(self.main_grad, begun)
         missing = self.bucket.missing
-        assert self.index in missing, f"{self.store.table[self.index].name} got a gradient after its last one"
+        assert self.index in missing, f"{store.table[self.index].name} got a gradient after its last one"
         if last:
             missing.remove(self.index)
-            if self.store.last and not missing:
-                self.store.start_reduction(self.bucket)
+            if not missing and (store.last or store.sums_are_new):
+                store.start_reduction(self.bucket)
         return result
 
     def ready(self) -> None:
         if self.index in self.bucket.missing:  # else the layer was not compiled after all, and has added by itself
             self.add(lambda main_grad, begun: None)  # it has been written
-
-
-@dataclass(frozen=True)
-class Part:
-    """What this rank's shards hold of one parameter."""
-
-    parameter: Row
-    start: int
-    stop: int
-    """Range in the flattened parameter."""
-    offset: int
-    """Of the parameter in the buffers."""
-
-    @property
-    def range(self) -> tuple[int, int]:
-        """In the buffers."""
-        return self.offset + self.start, self.offset + self.stop
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Neighbouring parts with the same weight decay: an optimizer runs over few long tensors."""
-
-    parts: tuple[Part, ...]
-    """One after the other; together they fill the stretch."""
-    decay: bool
-    param: Tensor
-    """[n] in the model's dtype: a view of the weights."""
-    grad: Tensor
-    """[n] fp32: a view of the gradients."""
 
 
 class FlatStore:
@@ -155,7 +97,10 @@ class FlatStore:
         dtype: of the weights.
         bucket_bytes: size of a bucket's gradients, at least; with many ranks more (``bucket_elements``).
         range_of: entered around each addition to a gradient, for a profiler.
-        overlap_gather: leave the gather of updated weights under way until forward needs them; false: wait at once.
+        overlap_gather: leave the gather of weights under way until somebody needs them; false: wait at once.
+        shard: what is divided over the ranks.
+        reshard_after_forward: give up gathered weights after forward and gather them again in backward; false: keep
+            them until backward has used them.
     """
 
     block = 1
@@ -169,29 +114,34 @@ class FlatStore:
         bucket_bytes: int,
         range_of: Range = no_range,
         overlap_gather: bool = True,
+        shard: Sharded = "optimizer",
+        reshard_after_forward: bool = True,
     ) -> None:
-        self.range_of, self.overlap_gather = range_of, overlap_gather
+        self.range_of, self.overlap_gather, self.reshard = range_of, overlap_gather, reshard_after_forward
         self.table, self.ctx = tuple(table), ctx
-        self.offsets, self.buckets = lay_out(
-            [p.numel for p in self.table],
-            bucket_elements(bucket_bytes, ctx.dp.size),
-            ctx.dp.size,
-            summed_over_stages(self.table),
-            self.block,
-        )
-        total = self.buckets[-1].stop
-        self.params = torch.zeros(total, dtype=dtype, device=ctx.device)
-        self.grads = torch.zeros(total, dtype=torch.promote_types(dtype, torch.float32), device=ctx.device)
-        self.weights = [nn.Parameter(self._own_view(self.params, i)) for i in range(len(self.table))]
+        self.group = ctx.dp if ctx.copies.size == 1 else ctx.shard
+        by_part = shard == "weights"
+        self.layout = Layout(self.table, bucket_bytes, self.group.size, self.group.rank, by_part, self.block)
+        self.offsets, self.buckets = self.layout.offsets, self.layout.buckets
+        self.weight_buffers = Buffers(self.layout, dtype, ctx.device, whole=shard != "weights")
+        sum_dtype = torch.promote_types(dtype, torch.float32)
+        self.sum_buffers = Buffers(self.layout, sum_dtype, ctx.device, whole=shard == "optimizer")
+        self.params, self.grads = self.weight_buffers.kept, self.sum_buffers.kept
+        self.weights_stay = self.weight_buffers.whole
+        """Whether this rank keeps all its weights; else a part of the model has them from acquire to release."""
+        self.sums_are_new = not self.sum_buffers.whole
+        """Whether each micro-batch writes its gradients over what was there, because sums are kept in shards."""
         bucket_of = {i: bucket for bucket in self.buckets for i in bucket.parameters}
+        self.weights = [nn.Parameter(self.weight_buffers.views[i]) for i in range(len(self.table))]
         self.gradients = [
-            StoredGradient(self, i, bucket_of[i], self._own_view(self.grads, i)) for i in range(len(self.table))
+            StoredGradient(self, i, bucket_of[i], self.sum_buffers.views[i]) for i in range(len(self.table))
         ]
         self._buckets_of: dict[str, list[Bucket]] = {}
         for bucket in reversed(self.buckets):  # as they are gathered
             for part in {self.table[i].part for i in bucket.parameters}:
                 self._buckets_of.setdefault(part, []).append(bucket)
         self._untaken = iter(range(len(self.table)))
+        self._reducing: Bucket | None = None
         self.version = 0
         self.first = self.last = False
         self.begun = torch.tensor(False)
@@ -218,10 +168,38 @@ class FlatStore:
         assert shape == tuple(row.shape), f"{row.name} is {shape} in the model, {tuple(row.shape)} in the table"
         return self.weights[index], self.gradients[index]
 
-    def acquire(self, part: str) -> None:
-        """Wait for the weights of a part of the model, which were updated and may be on their way."""
+    def acquire(self, part: str, then: Sequence[str] = ()) -> None:
+        """Have the weights of a part of the model; start to gather those of the parts that come next."""
         for bucket in self._buckets_of[part]:
-            _wait_for(bucket)
+            if not self.weights_stay:
+                self._start_gather(bucket)
+            if bucket.gathering is not None:
+                _wait_for(bucket)
+        if self.overlap_gather and not self.weights_stay:
+            for following in then:
+                for bucket in self._buckets_of[following]:
+                    self._start_gather(bucket)
+
+    def release(self, part: str, last: bool = True) -> None:
+        """Say that a part has computed; last: nobody needs its weights again before they are acquired again."""
+        if not self.weights_stay and (last or self.reshard):
+            for bucket in self._buckets_of[part]:
+                self._close(bucket)
+
+    def open_sums(self, part: str) -> None:
+        """Make room for the gradients of a part whose backward writes them by itself, without ``add``."""
+        for bucket in self._buckets_of[part]:
+            self.open_sum(bucket)
+
+    @contextmanager
+    def writing(self, part: str) -> Iterator[None]:
+        """Have the weights of a part, and keep what is written to them."""
+        self.acquire(part)
+        yield
+        if not self.weights_stay:
+            for bucket in self._buckets_of[part]:
+                self.weight_buffers.shard(bucket).copy_(self.weight_buffers.own(bucket))
+        self.release(part)
 
     def check(self, model: nn.Module) -> None:
         """That a model has taken its weights from here, each under its name in the table."""
@@ -245,38 +223,57 @@ class FlatStore:
 
     def begin(self, first: bool, last: bool) -> None:
         """Say which micro-batch of the step comes; after the last one's backward the reduction is under way."""
-        self.first, self.last, self.begun = first, last, torch.tensor(not first)
+        self.first, self.last = first, last
+        self.begun = torch.tensor(not (first or self.sums_are_new))
         for gradient in self.gradients:
             gradient.written = False
         for bucket in self.buckets:
             bucket.missing.update(bucket.parameters)
 
+    def open_sum(self, bucket: Bucket) -> None:
+        """Make room for the gradients of a bucket, whose last ones may still be on their way to the shards."""
+        if bucket is self._reducing:
+            self._finish(bucket)
+        self.sum_buffers.open(bucket)
+
     def start_reduction(self, bucket: Bucket) -> None:
-        """Sum a bucket's gradients over the data-parallel ranks, into each rank's shard. Communicates over dp."""
-        shard = self.grads[self._shard_range(bucket)]
-        bucket.handle = reduce_scatter_into(shard, self.grads[bucket.start : bucket.stop], self.ctx.dp)
+        """Sum a bucket's gradients over the ranks that share it, into each rank's shard. Communicates over dp."""
+        if self._reducing is not None:
+            self._finish(self._reducing)  # its buffer goes before the next one comes: two at a time
+        bucket.first, bucket.reduced = self.first, self.last
+        bucket.handle = reduce_scatter_into(self.sum_buffers.own(bucket), self.sum_buffers.full(bucket), self.group)
+        if self.sums_are_new:
+            self._reducing = bucket
 
     def reduce(self) -> None:
-        """Wait for the buckets, then sum what tensor-parallel ranks, and first and last stage, hold in common."""
+        """Wait for the buckets, then sum what copies of shards, tensor-parallel ranks and end stages have in common."""
         for bucket in self.buckets:
-            assert bucket.handle is not None, f"no gradient for {[self.table[i].name for i in bucket.parameters]}"
-            bucket.handle.wait()
-            bucket.handle = None
+            assert bucket.reduced, f"no gradient for {[self.table[i].name for i in bucket.parameters]}"
+            self._finish(bucket)
+            bucket.reduced = False
+        if self.ctx.copies.size > 1:
+            shards = [self.sum_buffers.shard(bucket) for bucket in self.buckets]
+            for handle in [all_reduce(shard, self.ctx.copies, async_op=True) for shard in shards]:
+                handle.wait()
         for over, group in (("tp", self.ctx.tp), ("kv", self.ctx.kv), ("stages", self.ctx.ends)):
             _sum_in_one_message(self._shared[over], group)
 
     def gather(self) -> None:
-        """Start to bring every rank's shards of the weights together: after an update. Communicates over dp."""
+        """Say that the shards of the weights have changed. Communicates over dp where weights stay."""
         self.wait()
         self.version += 1
-        for b in reversed(self.buckets):  # the order of forward
-            shard = self.params[self._shard_range(b)]
-            b.gathering = all_gather_into(self.params[b.start : b.stop], shard, self.ctx.dp)
+        if not self.weights_stay:
+            for bucket in self.buckets:
+                self._close(bucket)  # a forward without a backward may have left old weights there
+            return
+        for bucket in reversed(self.buckets):  # the order of forward
+            buffers = self.weight_buffers
+            bucket.gathering = all_gather_into(buffers.full(bucket), buffers.shard(bucket), self.group)
         if not self.overlap_gather:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until all weights are there: before anybody but the model reads them, or writes them."""
+        """Wait until nothing is on its way to the weights: before anybody but the model reads or writes them."""
         for bucket in self.buckets:
             _wait_for(bucket)
 
@@ -285,29 +282,35 @@ class FlatStore:
     def stretches(self) -> list[Stretch]:
         """This rank's shards, neighbours with the same weight decay together."""
         groups: list[list[Part]] = []
-        for part in self._parts():
+        for part in self.layout.parts():
             last = groups[-1][-1] if groups else None
-            if last and last.range[1] == part.range[0] and last.parameter.decay == part.parameter.decay:
+            if last and last.parameter.decay == part.parameter.decay and self._are_neighbours(last, part):
                 groups[-1].append(part)
             else:
                 groups.append([part])
-        spans = [slice(parts[0].range[0], parts[-1].range[1]) for parts in groups]
-        return [
-            Stretch(tuple(parts), parts[0].parameter.decay, self.params[span], self.grads[span])
-            for parts, span in zip(groups, spans, strict=True)
-        ]
+        stretches = []
+        for parts in groups:
+            param, grad = (
+                buffers.kept[self._place(buffers, parts[0]).start : self._place(buffers, parts[-1]).stop]
+                for buffers in (self.weight_buffers, self.sum_buffers)
+            )
+            stretches.append(Stretch(tuple(parts), parts[0].parameter.decay, param, grad))
+        return stretches
 
     def counted(self) -> list[Tensor]:
         """The gradients that this rank counts in the norm of the whole model, flat: each logical element once.
 
         Copies of what other ranks hold are left out; neighbours are joined to keep the list short.
         """
+        if self.ctx.copies.rank > 0:
+            return []
         ranges: list[list[int]] = []
-        for s, start, stop in self._slice_ranges():
-            if s.owned and ranges and ranges[-1][1] == start:
-                ranges[-1][1] = stop
+        for s, bucket, start, stop in self.layout.slices():
+            place = self.sum_buffers.place(bucket, start, stop)
+            if s.owned and ranges and ranges[-1][1] == place.start:
+                ranges[-1][1] = place.stop
             elif s.owned:
-                ranges.append([start, stop])
+                ranges.append([place.start, place.stop])
         return [self.grads[start:stop] for start, stop in ranges]
 
     def square_sum(self, add: Callable[[Tensor, Tensor], None]) -> Tensor:
@@ -327,89 +330,50 @@ class FlatStore:
             add(part, squares)
         return squares
 
-    # ---- layout ----------------------------------------------------------------------------------------------------
-
-    def _own_view(self, buffer: Tensor, index: int) -> Tensor:
-        """A parameter's place in a buffer, in its shape, with a version counter of its own (``.data``).
-
-        A graph holds its weights and sums from forward to backward, while other layers write to theirs.
-        """
-        start, row = self.offsets[index], self.table[index]
-        return buffer[start : start + row.numel].view(tuple(row.shape)).data
-
-    def _shard_range(self, bucket: Bucket) -> slice:
-        size = (bucket.stop - bucket.start) // self.ctx.dp.size
-        return slice(bucket.start + size * self.ctx.dp.rank, bucket.start + size * (self.ctx.dp.rank + 1))
-
-    def _parts(self) -> Iterator[Part]:
-        """What of each parameter falls into this rank's shards, in the order of the buffers."""
-        for bucket in self.buckets:
-            shard = self._shard_range(bucket)
-            for i in bucket.parameters:
-                row, offset = self.table[i], self.offsets[i]
-                start, stop = max(shard.start - offset, 0), min(shard.stop - offset, row.numel)
-                if start < stop:
-                    yield Part(row, start, stop, offset)
-
-    def _slice_ranges(self) -> Iterator[tuple[SummedSlice, int, int]]:
-        """Each slice of the table that this rank's shards touch, with its range in the buffers."""
-        for part in self._parts():
-            first, last = part.range
-            cols = part.parameter.shape[1] if len(part.parameter.shape) > 1 else 1
-            for s in part.parameter.slices:
-                start = max(first, part.offset + s.local_row * cols)
-                stop = min(last, part.offset + (s.local_row + s.num_rows) * cols)
-                if start < stop:
-                    yield s, start, stop
-
     def _slices_summed_over(self, group: str) -> Iterator[Tensor]:
-        return (self.grads[start:stop] for s, start, stop in self._slice_ranges() if s.sum_over == group)
+        for s, bucket, start, stop in self.layout.slices():
+            if s.sum_over == group:
+                yield self.grads[self.sum_buffers.place(bucket, start, stop)]
 
+    def _are_neighbours(self, one: Part, other: Part) -> bool:
+        return all(
+            self._place(buffers, one).stop == self._place(buffers, other).start
+            for buffers in (self.weight_buffers, self.sum_buffers)
+        )
 
-def bucket_elements(bucket_bytes: int, dp_size: int) -> int:
-    """Elements of a bucket in fp32: of ``bucket_bytes`` on up to 64 ranks, and in proportion to the ranks beyond.
+    @staticmethod
+    def _place(buffers: Buffers, part: Part) -> slice:
+        return buffers.place(part.bucket, *part.range)
 
-    A bucket of 64 MiB on 512 ranks would be shards of 0.13 MiB, too small to fill a network; so a shard keeps its size,
-    1 MiB of the default's.
-    """
-    return bucket_bytes // 4 * max(SAME_BUCKETS_UP_TO, dp_size) // SAME_BUCKETS_UP_TO
+    # ---- buckets ---------------------------------------------------------------------------------------------------
 
+    def _start_gather(self, bucket: Bucket) -> None:
+        """Gather a bucket of weights of which only the shard is there."""
+        buffers = self.weight_buffers
+        if not buffers.is_open(bucket):
+            buffers.open(bucket)
+            bucket.gathering = all_gather_into(buffers.full(bucket), buffers.shard(bucket), self.group)
 
-def summed_over_stages(table: Sequence[Row]) -> list[int]:
-    """Parameters that the first and the last stage both have: each gets a bucket of its own.
+    def _close(self, bucket: Bucket) -> None:
+        _wait_for(bucket)  # nothing may arrive where no room is
+        self.weight_buffers.close(bucket)
 
-    So a rank has the same shard of it as its partner on the other stage.
-    """
-    return [i for i, row in enumerate(table) if any(s.sum_over == "stages" for s in row.slices)]
-
-
-def lay_out(
-    sizes: Sequence[int], bucket_elements: int, dp_size: int, alone: Collection[int] = (), block: int = 1
-) -> tuple[list[int], list[Bucket]]:
-    """Place parameters, last first, and close a bucket once it has ``bucket_elements``.
-
-    Args:
-        alone: parameters that get a bucket of their own.
-        block: of which the offsets and the lengths of shards are multiples.
-
-    Returns:
-        the offset of each parameter (in the order given) and the buckets, each a multiple of 64 x dp elements long.
-    """
-    offsets, buckets, at = [0] * len(sizes), [Bucket(0, 0, [])], 0
-    for i in reversed(range(len(sizes))):
-        offsets[i] = at
-        buckets[-1].parameters.append(i)
-        at += -(-sizes[i] // block) * block
-        if at - buckets[-1].start >= bucket_elements or i == 0 or {i, i - 1} & set(alone):
-            unit = math.lcm(ALIGNMENT, block) * dp_size
-            at = -(-at // unit) * unit
-            buckets[-1].stop = at
-            if i:
-                buckets.append(Bucket(at, at, []))
-    return offsets, buckets
+    def _finish(self, bucket: Bucket) -> None:
+        """Wait for a reduction; where only shards are kept, add it to this rank's."""
+        if bucket.handle is None:
+            return
+        bucket.handle.wait()
+        bucket.handle = None
+        if self.sums_are_new:
+            buffers = self.sum_buffers
+            shard, arrived = buffers.shard(bucket), buffers.own(bucket)
+            shard.copy_(arrived) if bucket.first else shard.add_(arrived)
+            buffers.close(bucket)
+            self._reducing = None
 
 
 def _wait_for(bucket: Bucket) -> None:
+    """Wait for the gather of a bucket's weights, if one is under way."""
     if bucket.gathering is not None:
         bucket.gathering.wait()
         bucket.gathering = None

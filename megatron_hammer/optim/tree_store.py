@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.kernels.ranges import Range, no_range
-from megatron_hammer.optim.store import Bucket, FlatStore, Row
+from megatron_hammer.optim.layout import Bucket, Row
+from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel.collectives import all_reduce, start_exchange
 from megatron_hammer.parallel.context import Group, ParallelContext
 from megatron_hammer.parallel.tree import fold, sum_over_copies, tree_sum, turns
@@ -110,7 +111,7 @@ class TreeStore(FlatStore):
             bucket.handle = None
             pieces = self._pieces.pop(bucket.start)
             if self.ctx.dp.size > 1:
-                self.grads[self._shard_range(bucket)].copy_(fold(pieces))
+                self.grads[self.layout.shard(bucket)].copy_(fold(pieces))
         self._free += self.waiting
         self.waiting = []
         for over, group in (("tp", self.ctx.tp), ("kv", self.ctx.kv)):
@@ -133,7 +134,7 @@ class TreeStore(FlatStore):
     def _squares(self) -> Iterator[tuple[int, Tensor]]:
         """Squares of what this rank counts, in whole blocks with zeros around it, and the number of the first block."""
         index = {row.name: i for i, row in enumerate(self.table)}
-        for part in self._parts():
+        for part in self.layout.parts():
             first_block, cols = (
                 self._first_block[index[part.parameter.name]],
                 part.parameter.numel // part.parameter.shape[0],

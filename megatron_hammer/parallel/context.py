@@ -68,6 +68,10 @@ class ParallelContext:
     ends: Group = field(default_factory=Group)
     """First and last pipeline rank; size 1 on the others."""
     links: Links = field(default_factory=Links)
+    shard: Group = field(default_factory=Group)
+    """Where states are divided over a part of ``dp`` only: this part. Else a group of one rank."""
+    copies: Group = field(default_factory=Group)
+    """Ranks of ``dp`` that hold the same shards as this one."""
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
@@ -94,6 +98,9 @@ def build_parallel_context(grid: Grid, device: torch.device, timeout_seconds: fl
     groups = {str(axis): _own_group(grid.groups(axis), rank, timeout) for axis in order}
     dp = groups.pop("replicas")
     samples = dp if grid.cp == 1 else _own_group(grid.groups("dp"), rank, timeout)
+    if grid.copies > 1:
+        divided: tuple[Axis, ...] = ("shard", "copies")
+        groups |= {str(axis): _own_group(grid.groups(axis), rank, timeout) for axis in divided}
     links = _build_links(grid, rank, device, timeout)
     return ParallelContext(device, Group(rank, size), dp=dp, samples=samples, links=links, **groups)
 

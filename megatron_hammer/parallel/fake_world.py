@@ -27,7 +27,7 @@ KINDS = {
     "recv_": "receive",
 }
 
-LABELS = (*AXES, "kv", "ends", "world")
+LABELS = (*AXES, "kv", "ends", "shard", "copies", "world")
 
 
 @dataclass(frozen=True, order=True)

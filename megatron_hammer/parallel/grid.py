@@ -23,6 +23,9 @@ tensor-parallel ranks than query groups, each query group's key and value heads 
 tensor-parallel ranks, which are a group of their own: with TP 4 and 2 query groups, {0 1} {2 3} {4 5} {6 7} above. And
 ``ends`` are the first and the last rank along pp, which both hold an embedding that is the head too.
 
+Replicas may divide what they hold among some of them only (``parallel.shard_size``): ``shard`` are neighbours among the
+replicas, who have one shard each, and ``copies`` are the replicas that have the same shard.
+
 Pure arithmetic: nothing here communicates; ``context.py`` makes the groups. Needs no torch.
 """
 
@@ -32,7 +35,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Axis = Literal["pp", "dp", "cp", "tp", "kv", "replicas", "ends"]
+Axis = Literal["pp", "dp", "cp", "tp", "kv", "replicas", "ends", "shard", "copies"]
 AXES: tuple[Axis, ...] = ("pp", "dp", "cp", "tp")
 """Slowest first: the rank changes by one along the last."""
 
@@ -47,6 +50,8 @@ class Grid:
     tp: int = 1
     kv: int = 1
     """Tensor-parallel ranks that hold the same key and value heads; divides tp."""
+    copies: int = 1
+    """Replicas that hold the same shard of optimizer state, gradients or weights; divides the replicas."""
 
     @property
     def world_size(self) -> int:
@@ -57,6 +62,11 @@ class Grid:
     def replicas(self) -> int:
         """Ranks that hold the same weights."""
         return self.dp * self.cp
+
+    @property
+    def shard(self) -> int:
+        """Replicas that divide one copy of optimizer state, gradients or weights."""
+        return self.replicas // self.copies
 
     def size(self, axis: Axis) -> int:
         """Number of ranks along an axis."""
@@ -70,22 +80,38 @@ class Grid:
         if axis == "ends":
             rows = self.groups("pp")
             return [part for row in rows for part in ([row[0], *row[1:][-1:]], *([rank] for rank in row[1:-1]))]
+        if axis == "shard":
+            starts = range(0, self.replicas, self.shard)
+            return [row[start : start + self.shard] for row in self.groups("replicas") for start in starts]
+        if axis == "copies":
+            return [row[place :: self.shard] for row in self.groups("replicas") for place in range(self.shard)]
         last: Axis = "cp" if axis == "replicas" else axis
         size, stride = self.size(axis), math.prod(self.size(a) for a in AXES[AXES.index(last) + 1 :])
         firsts = [rank for rank in range(self.world_size) if rank // stride % size == 0]
         return [list(range(first, first + size * stride, stride)) for first in firsts]
 
 
-def build_grid(world_size: int, *, tp: int = 1, cp: int = 1, pp: int = 1, query_groups: int | None = None) -> Grid:
+def build_grid(
+    world_size: int,
+    *,
+    tp: int = 1,
+    cp: int = 1,
+    pp: int = 1,
+    query_groups: int | None = None,
+    shard_size: int | None = None,
+) -> Grid:
     """The grid of ``world_size`` ranks; what the other axes leave is data-parallel.
 
     Args:
         tp, cp, pp: sizes of these axes; their product divides the world.
         query_groups: of the model; None: at least as many as ``tp``.
+        shard_size: replicas that divide one copy of the states; None: all of them.
     """
     dp, left = divmod(world_size, tp * cp * pp)
     assert left == 0, f"world size {world_size} must be a multiple of TP {tp} x CP {cp} x PP {pp}"
-    return Grid(pp, dp, cp, tp, kv_copies(tp, query_groups or tp))
+    copies, left = divmod(dp * cp, shard_size or dp * cp)
+    assert left == 0, f"shard_size {shard_size} must divide the {dp * cp} replicas"
+    return Grid(pp, dp, cp, tp, kv_copies(tp, query_groups or tp), copies)
 
 
 def kv_copies(tp: int, query_groups: int) -> int:

@@ -64,6 +64,8 @@ class Shard:
     """Range in the flattened local parameter."""
     tensors: dict[str, Tensor]
     """Kind -> flat [stop - start] view into the optimizer, so that loading writes in place."""
+    is_copy: bool = False
+    """Another rank has the same share, and saves it."""
 
 
 @dataclass(frozen=True)

@@ -130,11 +130,13 @@ def _store(
     config: Config, table: Sequence[Parameter], dtype: torch.dtype, ctx: ParallelContext, range_of: Range
 ) -> FlatStore:
     """The weights of a stage and the sums of their gradients."""
-    bucket_bytes, overlap = config.parallel.gradient_bucket_bytes, config.parallel.overlap_param_gather
+    parallel = config.parallel
+    bucket_bytes, overlap = parallel.gradient_bucket_bytes, parallel.overlap_param_gather
     if config.train.deterministic_reduction == "tree":
         accumulated = config.grad_accum(ctx.world.size)
         return TreeStore(table, dtype, ctx, bucket_bytes, accumulated, range_of, overlap)
-    return FlatStore(table, dtype, ctx, bucket_bytes, range_of, overlap)
+    reshard = parallel.reshard_after_forward
+    return FlatStore(table, dtype, ctx, bucket_bytes, range_of, overlap, parallel.shard, reshard)
 
 
 def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype | None = None) -> StepKernels:

@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -103,7 +104,8 @@ class DriftCheck:
     def __init__(self, config: Config, optimizer: Optimizer, ctx: ParallelContext) -> None:
         self.optimizer, self.ctx = optimizer, ctx
         # The ranks that hold one copy of the optimizer's state in parts; all such groups.
-        self.sharing, self.groups = ctx.dp, config.grid(ctx.world.size).groups("replicas")
+        self.sharing = ctx.dp if ctx.copies.size == 1 else ctx.shard
+        self.groups = config.grid(ctx.world.size).groups("shard")
         table, adamw = optimizer.store.table, optimizer.adamw
         in_16_bits = any(state.param is not None for state in adamw.states)
         kinds = [WEIGHT, *STATES, ROUNDED] if in_16_bits else [WEIGHT, *(kind for kind in STATES if kind != MASTER)]
@@ -166,10 +168,9 @@ class DriftCheck:
     def check(self, step: int) -> DriftReport:
         """Compare. Never waits for the device; communicates over the world, and over dp where that shares state."""
         shards, states = self.optimizer.shards(), self.optimizer.adamw.states  # which waits for weights on their way
-        weights = [weight.view(-1) for weight in self.optimizer.store.weights]
         updated = [state.weight if state.param is None else state.param for state in states]
         hashes = torch.zeros((2, len(self.items)), dtype=torch.int64, device=self.ctx.device)
-        self._add_hashes(hashes[0], self.weights, weights)
+        self._add_hashes_of_weights(hashes[0])
         self._add_hashes(hashes[1], self.updated, updated)
         for kind, pieces in self.states.items():
             self._add_hashes(hashes[0], pieces, [shard.tensors[STATES[kind]] for shard in shards])
@@ -182,6 +183,20 @@ class DriftCheck:
                 hashes[0, item] = self.hash(scalar)
         hashes[0].masked_fill_(self.absent, ABSENT)
         return DriftReport(step, self._compare(hashes[0].clone()), hashes)
+
+    def _add_hashes_of_weights(self, hashes: Tensor) -> None:
+        """As the model has them; a part of it at a time, where they are there only while they are used."""
+        rows = [
+            (store, row.part, weight)
+            for store in self.optimizer.store.of_stages
+            for row, weight in zip(store.table, store.weights, strict=True)
+        ]
+        for (store, part), pieces in groupby(self.weights, key=lambda piece: rows[piece.source][:2]):
+            store.acquire(part)
+            for piece in pieces:
+                flat = rows[piece.source][2].view(-1)
+                hashes[piece.item] += self.hash(flat[piece.start : piece.stop], piece.first)
+            store.release(part)
 
     def _add_hashes(self, hashes: Tensor, pieces: Sequence[_Piece], tensors: Sequence[Tensor]) -> None:
         for piece in pieces:

@@ -14,7 +14,7 @@ from megatron_hammer.kernels.backend import Backend
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.model.recompute import activation_bytes
 from megatron_hammer.train.metrics import PEAK_TFLOPS, flops_per_token
-from megatron_hammer.train.rank_costs import state_bytes
+from megatron_hammer.train.rank_costs import state_bytes, working_bytes
 
 GIB = 2**30
 CHECKPOINT_BYTES = 12  # of a parameter: fp32 master and two moments
@@ -33,6 +33,7 @@ def _memory(config: Config, world_size: int, backends: Mapping[str, Backend]) ->
     each = [
         {
             **state_bytes(config, world_size, rank * world_size // ranks),
+            **_comes_and_goes(config, world_size, rank * world_size // ranks),
             "activations": activation_bytes(config, backends, pp_rank=rank, micro_batches=accumulated),
         }
         for rank in range(ranks)
@@ -41,6 +42,11 @@ def _memory(config: Config, world_size: int, backends: Mapping[str, Backend]) ->
     shown = ", ".join(f"{name} {_gib(size)}" for name, size in each[rank].items())
     where = "" if ranks == 1 else f" of pipeline rank {rank}, the one with most,"
     return f"memory of a rank{where}: at least {_gib(sum(each[rank].values()))} GiB ({shown})"
+
+
+def _comes_and_goes(config: Config, world_size: int, rank: int) -> dict[str, int]:
+    working = working_bytes(config, world_size, rank)
+    return {"gathered and reduced": working} if working else {}
 
 
 def _disk(config: Config) -> str:

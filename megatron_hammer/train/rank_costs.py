@@ -19,6 +19,10 @@ Collectives of a step, with the bytes of the whole tensor [s, b, h] where nothin
     kv   copies of key and value heads, once a step: all-reduce of their gradients that this rank updates
     dp   and cp together, once a step: a bucket, reduce-scatter of fp32 gradients and all-gather of weights; all-reduce
          of the loss
+         sharded gradients    a bucket: reduce-scatter in each micro-batch
+         sharded weights      a bucket: all-gather in each micro-batch, for forward and for backward; of embedding and
+                              head for forward only
+    shard, copies  with shard_size: those of a bucket are over shard, and once a step its shard is summed over copies
     pp   a stage and micro-batch: forward a receive, but on the first stage, and a send, but on the last; backward the
          other way round, [s/t, b, h] each; once a step: all-reduce of the loss
     ends tied embedding, first and last stage, once a step: all-reduce of its gradient that this rank updates
@@ -28,14 +32,15 @@ Collectives of a step, with the bytes of the whole tensor [s, b, h] where nothin
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.backend import Backend
-from megatron_hammer.model.parameters import Parameter, parameter_table
+from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import activation_bytes
-from megatron_hammer.optim.store import Bucket, bucket_elements, lay_out, summed_over_stages
+from megatron_hammer.optim.layout import Layout
+from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.optim.tree_store import TreeStore
 from megatron_hammer.parallel.fake_world import LABELS, Collective
 from megatron_hammer.parallel.grid import Grid
@@ -51,22 +56,54 @@ def element_bytes(config: Config) -> int:
 
 
 def state_bytes(config: Config, world_size: int, rank: int = 0) -> dict[str, int]:
-    """Bytes of one rank (of all, the first has most): weights, gradients, and its share of masters and moments."""
-    grid = config.grid(world_size)
+    """Bytes of one rank (of all, the first has most): weights, gradients, and its share of masters and moments.
+
+    With W bytes of the layout's N elements in the model's dtype and n ranks that share them (``parallel.shard``)::
+
+        optimizer   W + 4 N + 12 N / n        gradients   W + (4 N + 12 N) / n        weights   (W + 4 N + 12 N) / n
+
+    where 12 is 8 in fp32, whose weights are the masters. Buckets are rounded up, which the numbers contain.
+    """
+    grid, mode = config.grid(world_size), config.parallel.shard
     layouts, width = _layouts(config, grid, rank), element_bytes(config)
-    own = sum(
-        max(0, min(offsets[i] + table[i].numel, shard[1]) - max(offsets[i], shard[0]))
-        for table, offsets, buckets in layouts
-        for bucket in buckets
-        for shard in [_shard(bucket, grid, rank)]
-        for i in bucket.parameters
-    )
-    sharded = 8 if width == 4 else 12  # in fp32 the weights are the masters
-    elements = sum(buckets[-1].stop for _, _, buckets in layouts)
-    sums = 1
-    if config.train.deterministic_reduction == "tree":
-        sums += most_waiting(config.grad_accum(world_size))
-    return {"weights": width * elements, "gradients": 4 * elements * sums, "optimizer": sharded * own}
+    own = sum(part.stop - part.start for layout in layouts for part in layout.parts())
+    elements = sum(layout.total for layout in layouts)
+    sums = 1 + (most_waiting(config.grad_accum(world_size)) if config.train.deterministic_reduction == "tree" else 0)
+    weights, gradients = width * elements, 4 * elements * sums
+    return {
+        "weights": weights // grid.shard if mode == "weights" else weights,
+        "gradients": gradients if mode == "optimizer" else gradients // grid.shard,
+        "optimizer": (8 if width == 4 else 12) * own,
+    }
+
+
+def working_bytes(config: Config, world_size: int, rank: int = 0) -> int:
+    """Bytes of the buffers that come and go where gradients or weights are sharded: the most there are at once.
+
+    Two buckets of gradients, one that fills and one that is reduced; the weights of a part of the model and of those
+    that come next. Each stage of an interleaved pipeline is counted as if it ran alone, and all are added.
+    """
+    grid = config.grid(world_size)
+    if config.parallel.shard == "optimizer" or grid.shard == 1:
+        return 0
+    placements = _placements(config, grid, rank)
+    layouts = zip(_layouts(config, grid, rank), placements, strict=True)
+    return sum(_working_bytes(config, layout, at.has_embedding and at.has_head) for layout, at in layouts)
+
+
+def _working_bytes(config: Config, layout: Layout, whole: bool) -> int:
+    sizes = [bucket.stop - bucket.start for bucket in layout.buckets]
+    gradients = 4 * max(a + b for a, b in zip([0, *sizes], [*sizes, 0], strict=True))
+    if config.model.tie_word_embeddings and whole:  # the head's part of its gradient stays until the embedding's comes
+        gradients += 4 * sizes[-1]
+    if config.parallel.shard == "gradients":
+        return gradients
+    parts: Counter[str] = Counter()
+    for bucket in reversed(layout.buckets):
+        parts[layout.table[bucket.parameters[0]].part] += bucket.stop - bucket.start
+    order = list(parts.values())
+    at_once = len(order) if not config.parallel.reshard_after_forward else 3  # the final norm beside two others
+    return gradients + element_bytes(config) * max(sum(order[i : i + at_once]) for i in range(len(order)))
 
 
 def kept_bytes(config: Config, backends: Mapping[str, Backend], rank: int = 0) -> int:
@@ -145,22 +182,33 @@ def _recomputed(config: Config, placements: Sequence[Placement]) -> int:
 
 
 def _data_parallel(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, str, int]]:
-    """Gradients and weights, bucket by bucket; what tensor-parallel ranks sum of their shards; the loss."""
+    """Gradients and weights, bucket by bucket; what other ranks sum of their shards; the loss."""
+    over, mode = "dp" if grid.copies == 1 else "shard", config.parallel.shard
+    micro_batches, placements = config.grad_accum(grid.world_size), _placements(config, grid, rank)
     counted: Counter[tuple[str, str, int]] = Counter({("dp", "all-reduce", 4): 1})
-    for table, offsets, buckets in _layouts(config, grid, rank):
-        shared: Counter[str] = Counter()
-        for bucket in buckets:
+    for layout, at in zip(_layouts(config, grid, rank), placements, strict=True):
+        tied = config.model.tie_word_embeddings and at.has_embedding and at.has_head
+        for bucket in layout.buckets:
             elements = bucket.stop - bucket.start
-            counted["dp", "reduce-scatter", 4 * elements] += 1
-            counted["dp", "all-gather", element_bytes(config) * elements] += 1
-            shard = _shard(bucket, grid, rank)
-            for i in bucket.parameters:
-                for axis, start, stop in _summed(table[i], offsets[i]):
-                    shared[axis] += max(0, min(stop, shard[1]) - max(start, shard[0]))
+            part = layout.table[bucket.parameters[0]].part
+            gathers = 1 if mode != "weights" else micro_batches * _uses(config, part, tied)
+            counted[over, "reduce-scatter", 4 * elements] += 1 if mode == "optimizer" else micro_batches
+            counted[over, "all-gather", element_bytes(config) * elements] += gathers
+            counted["copies", "all-reduce", 4 * elements // grid.shard] += 1
+        shared: Counter[str] = Counter()
+        for s, _, start, stop in layout.slices():
+            if s.sum_over != "none":
+                shared[{"stages": "ends"}.get(s.sum_over, s.sum_over)] += stop - start
         for axis, elements in shared.items():
-            if elements:
-                counted[axis, "all-reduce", 4 * elements] += 1
+            counted[axis, "all-reduce", 4 * elements] += 1
     return counted
+
+
+def _uses(config: Config, part: str, tied: bool) -> int:
+    """How often a micro-batch gathers the weights of a part that are not kept."""
+    if part == "embedding":
+        return 2 if tied else 1  # the head's gradients are made in forward
+    return 1 if part == "head" or not config.parallel.reshard_after_forward else 2
 
 
 def _placements(config: Config, grid: Grid, rank: int) -> list[Placement]:
@@ -169,32 +217,13 @@ def _placements(config: Config, grid: Grid, rank: int) -> list[Placement]:
     return [config.placement(rank % grid.tp, stage) for stage in stages]
 
 
-def _layouts(config: Config, grid: Grid, rank: int) -> list[tuple[tuple[Parameter, ...], list[int], list[Bucket]]]:
-    """The parameter table of each of a rank's stages, and where its store puts the rows."""
-    size, layouts = bucket_elements(config.parallel.gradient_bucket_bytes, grid.replicas), []
-    for placement in _placements(config, grid, rank):
-        table = parameter_table(config.model, placement)
-        alone, block = (
-            summed_over_stages(table),
-            1 if config.train.deterministic_reduction == "off" else TreeStore.block,
-        )
-        layouts.append((table, *lay_out([row.numel for row in table], size, grid.replicas, alone, block)))
-    return layouts
-
-
-def _shard(bucket: Bucket, grid: Grid, rank: int) -> tuple[int, int]:
-    """The range of a bucket that a rank updates."""
-    replica, share = rank // grid.tp % grid.replicas, (bucket.stop - bucket.start) // grid.replicas
-    return bucket.start + share * replica, bucket.start + share * (replica + 1)
-
-
-def _summed(row: Parameter, offset: int) -> Iterator[tuple[str, int, int]]:
-    """Ranges in the buffers whose gradients a group of ranks sums."""
-    columns = row.shape[1] if len(row.shape) > 1 else 1
-    for s in row.slices:
-        if s.sum_over != "none":
-            start = offset + s.local_row * columns
-            yield {"stages": "ends"}.get(s.sum_over, s.sum_over), start, start + s.num_rows * columns
+def _layouts(config: Config, grid: Grid, rank: int) -> list[Layout]:
+    """Where the store of each of a rank's stages puts its weights."""
+    place, parallel = rank // grid.tp % grid.shard, config.parallel
+    tables = [parameter_table(config.model, placement) for placement in _placements(config, grid, rank)]
+    by_part, size = parallel.shard == "weights", parallel.gradient_bucket_bytes
+    block = FlatStore.block if config.train.deterministic_reduction == "off" else TreeStore.block
+    return [Layout(table, size, grid.shard, place, by_part, block) for table in tables]
 
 
 def _hidden_bytes(config: Config) -> int:

@@ -149,11 +149,14 @@ def layout_line(config: Config, world_size: int) -> str:
     pp = parallel.pipeline_model_parallel_size
     pipeline = "" if pp == 1 else f"PP {pp} x "
     sequence_parallel = " with sequence parallelism" if parallel.sequence_parallel else ""
+    sharded = "" if parallel.shard_size is None else f" ({parallel.shard} sharded over {parallel.shard_size})"
+    if parallel.shard != "optimizer" and not sharded:
+        sharded = f" ({parallel.shard} sharded)"
     context_parallel = f"CP {parallel.context_parallel_size} x " if parallel.context_parallel_size > 1 else ""
     return (
         f"{world_size} ranks = TP {parallel.tensor_model_parallel_size}{sequence_parallel} x "
         f"{context_parallel}{pipeline}"
-        f"DP {config.data_parallel_size(world_size)}; "
+        f"DP {config.data_parallel_size(world_size)}{sharded}; "
         f"step = {run.global_batch_size} samples x {config.data.seq_length} tokens = {config.tokens_per_step:,} tokens "
         f"(micro-batch {run.micro_batch_size}, {config.grad_accum(world_size)} accumulated)"
     )

@@ -159,9 +159,12 @@ def state_pieces(optimizer: Optimizer) -> Iterator[Piece]:
 
 def model_pieces(optimizer: Optimizer) -> Iterator[Piece]:
     """All weights that this rank's model has, copies included."""
-    optimizer.store.wait()
-    for row, weight in zip(optimizer.store.table, optimizer.store.weights, strict=True):
-        yield from _cut("model", row, 0, row.numel, weight.detach().flatten())
+    for store in optimizer.store.of_stages:
+        for row, weight in zip(store.table, store.weights, strict=True):
+            store.acquire(row.part)
+            # A copy: torch lets nobody resize memory that NumPy has seen, and the store may want to give it up.
+            yield from _cut("model", row, 0, row.numel, weight.detach().flatten().clone())
+            store.release(row.part)
 
 
 def _cut(kind: str, parameter: Any, start: int, stop: int, flat: Tensor) -> Iterator[Piece]:

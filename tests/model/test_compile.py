@@ -172,6 +172,17 @@ def test_on_several_ranks(tp: int, sp: bool, recompute: str, mask: str) -> None:
         assert_close(got[rank], expected[rank])
 
 
+@pytest.mark.parametrize("shard, recompute", [("gradients", "none"), ("weights", "selective")])
+def test_with_sharded_gradients_and_weights(shard: str, recompute: str) -> None:
+    """The graph holds weights and sums whose memory comes and goes."""
+    config = tiny_config(**COMPILED, parallel__shard=shard, train__recompute=recompute, kernels__attention="sdpa")
+    config.validate(2)
+    got = run_distributed(2, compiled_training, config, 2, True)
+    expected = run_distributed(2, train, tiny_config(**PLAIN, kernels__attention="sdpa"), 2)
+    for rank in range(2):
+        assert_close(got[rank], expected[rank])
+
+
 def test_what_an_older_torch_compiles_wrongly_is_refused() -> None:
     config = tiny_config(kernels__compile="layers", parallel__tensor_model_parallel_size=2)
     with pytest.raises(ConfigError, match=r"E215\].*wrong gradients with torch 2.11.0\+cu130 under tensor parallelism"):

@@ -39,6 +39,11 @@ LAYOUTS: dict[str, tuple[int, Config]] = {
     "PP 2 interleaved, TP 2 + SP, tied": (4, pipeline_config(2, 2, **TP2, **TIED)),
     "PP 2, DP 2, tied, full recompute, z-loss": (
         4, pipeline_config(2, **TIED, train__recompute="full", train__recompute_layers=3, train__z_loss=1e-3)),
+    "PP 2, DP 2, sharded weights": (
+        4, pipeline_config(2, parallel__shard="weights", train__recompute="full", train__recompute_layers=3)),
+    "PP 2 interleaved, DP 2, sharded weights kept to backward": (
+        4, pipeline_config(2, 2, **TIED, parallel__shard="weights", parallel__reshard_after_forward=False)),
+    "PP 2 interleaved, DP 2, sharded gradients": (4, pipeline_config(2, 2, **TIED, parallel__shard="gradients")),
     "PP 2 interleaved, DP 2, selective": (4, pipeline_config(2, 2, train__recompute="selective", **DOCUMENTS)),
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from megatron_hammer.model import llama, parameters
 from megatron_hammer.optim import store
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel import placement
-from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
+from megatron_hammer.parallel.collectives import Done
+from megatron_hammer.parallel.context import Group, ParallelContext, build_parallel_context
 from megatron_hammer.parallel.sequence_split import SequenceShare
 from megatron_hammer.sampling import batch
 from megatron_hammer.train import schedules
@@ -99,17 +100,40 @@ def _gathered_early() -> Any:
 def _shards_swapped() -> Any:
     """What a rank updates lands where the other's shard belongs."""
 
-    def gather(self: FlatStore) -> None:
-        real(self)
-        self.wait()
-        for bucket in self.buckets:
-            half = (bucket.stop - bucket.start) // 2
-            first = self.params[bucket.start : bucket.start + half].clone()
-            self.params[bucket.start : bucket.start + half] = self.params[bucket.start + half : bucket.stop]
-            self.params[bucket.start + half : bucket.stop] = first
+    def gather(full: torch.Tensor, shard: torch.Tensor, group: Group) -> Any:
+        real(full, shard, group).wait()
+        full.copy_(torch.cat(full.chunk(group.size)[::-1]))
+        return Done()
 
-    real = FlatStore.gather
-    return mock.patch.object(FlatStore, "gather", gather)
+    real = store.all_gather_into
+    return mock.patch.object(store, "all_gather_into", gather)
+
+
+def _overwritten_early() -> Any:
+    """A prefetched layer's weights come into memory that is used until then by the layer before."""
+
+    def acquire(self: FlatStore, part: str, then: Sequence[str] = ()) -> None:
+        real(self, part, then)
+        if (part, tuple(then)) == ("layers.0", ("layers.1",)):
+            for here, other in zip(*(self._buckets_of[name] for name in (part, *then)), strict=True):
+                store._wait_for(other)
+                self.weight_buffers.full(here).copy_(self.weight_buffers.full(other))
+
+    real = FlatStore.acquire
+    return mock.patch.object(FlatStore, "acquire", acquire)
+
+
+def _released_early() -> Any:
+    """A bucket's buffer is written by the next micro-batch's gradients before its shard was added."""
+
+    def start_reduction(self: FlatStore, bucket: Any) -> None:
+        real(self, bucket)
+        if not self.last:
+            self._finish(bucket)
+            self.sum_buffers.shard(bucket).zero_()
+
+    real = FlatStore.start_reduction
+    return mock.patch.object(FlatStore, "start_reduction", start_reduction)
 
 
 def _boundary_one_off() -> Any:
@@ -194,6 +218,8 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "groups": _wrong_groups,
     "early": _gathered_early,
     "swapped": _shards_swapped,
+    "overwritten": _overwritten_early,
+    "released": _released_early,
     "boundary": _boundary_one_off,
     "stretched": _positions_stretched,
     "shifted": _positions_shifted,
@@ -229,8 +255,8 @@ def references(mask: str) -> tuple[Outcome, Outcome]:
     return ours["fp64"], reference_steps(small, initial)
 
 
-def found(fault: str, mask: str) -> list[Finding]:
-    ranks = run_distributed(4, faulty_steps, config_of(data__attention_mask=mask), fault)
+def found(fault: str, mask: str, shard: str = "optimizer") -> list[Finding]:
+    ranks = run_distributed(4, faulty_steps, config_of(data__attention_mask=mask, parallel__shard=shard), fault)
     ours, theirs = references(mask)
     findings: list[Finding] = []
     for reference, bound in ((ours, BOUNDS["fp64"]), (theirs, parallel.AGAINST_TRANSFORMERS)):
@@ -239,9 +265,12 @@ def found(fault: str, mask: str) -> list[Finding]:
     return findings
 
 
-@pytest.mark.parametrize("mask", ["causal", "document"])
-def test_without_a_fault_nothing_is_found(mask: str) -> None:
-    assert found("none", mask) == []
+@pytest.mark.parametrize(
+    "mask, shard",
+    [("causal", "optimizer"), ("document", "optimizer"), ("document", "gradients"), ("causal", "weights")],
+)
+def test_without_a_fault_nothing_is_found(mask: str, shard: str) -> None:
+    assert found("none", mask, shard) == []
 
 
 @pytest.mark.parametrize(
@@ -307,6 +336,21 @@ def test_faults_of_context_parallelism(fault: str, mask: str, what: str, cause: 
         )
     else:
         assert any(f.what.startswith(what) and cause in f.cause for f in findings), findings[:5]
+
+
+@pytest.mark.parametrize(
+    "fault, shard, what",
+    [
+        ("swapped", "gradients", "model of "),
+        ("swapped", "weights", "loss of step 1"),
+        ("overwritten", "weights", "loss of step 1"),
+        ("released", "gradients", "gradient of lm_head.weight"),
+        ("norms", "weights", "gradient of model.layers.0.input_layernorm.weight"),
+    ],
+)
+def test_a_seeded_fault_of_sharding_is_found_and_named(fault: str, shard: str, what: str) -> None:
+    findings = found(fault, "causal", shard)
+    assert any(finding.what.startswith(what) for finding in findings), findings[:5]
 
 
 def test_positions_that_all_shift_are_no_fault() -> None:

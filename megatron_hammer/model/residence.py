@@ -1,0 +1,114 @@
+"""Weights that are there only while a part of the model computes: when they are needed, and when no more.
+
+A store may keep this rank's shards only (ZeRO 3, ``optim/store.py``), or make room for gradients only while a part's
+backward writes them (ZeRO 2). The parts of a model are its embedding, each layer, the final norm and the head. Around
+each stand two nodes of autograd that do nothing but tell the store::
+
+    forward    acquire -> [entry] -> the part computes -> [exit] -> release
+    backward   release <- [entry] <- its backward      <- [exit] <- acquire
+
+While a part computes, the weights of the next one in the same direction are on their way. A store that keeps everything
+is told ``acquire`` and has no nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.kernels.linear import GradientStore
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of the weights of a part in a forward."""
+
+    part: str
+    following: tuple[str, ...] = ()
+    """Parts that forward needs next."""
+    preceding: tuple[str, ...] = ()
+    """Parts that backward needs next."""
+
+
+def uses_of(layers: tuple[int, int], has_embedding: bool, has_head: bool, is_tied: bool) -> dict[str, Use]:
+    """The uses of a stage's parts, by part; that of the head, whose weight may be the embedding's, under "head"."""
+    order = ["embedding"] * has_embedding + [f"layers.{i}" for i in range(*layers)]
+    order += ["final_norm", "embedding" if is_tied else "head"] if has_head else []
+    uses = {}
+    for i, part in enumerate(order):
+        is_head = has_head and i == len(order) - 1
+        # The final norm is too small to hide what comes after it: head and last layer are asked for one part earlier.
+        before, after = order[max(0, i - 1) : i], order[i + 1 : i + 2]
+        if after == ["final_norm"]:
+            after = order[i + 1 : i + 3]
+        if is_head:
+            before = order[max(0, i - 2) : i][::-1]
+        uses["head" if is_head else part] = Use(part, tuple(after), tuple(p for p in before if p != "embedding"))
+    return uses
+
+
+def with_weights(
+    store: GradientStore | None,
+    use: Use,
+    run: Callable[..., tuple[Any, ...]],
+    *inputs: Any,
+    again: bool = True,
+    by_itself: bool = False,
+) -> tuple[Any, ...]:
+    """``run(*inputs)`` while the weights of a part are there.
+
+    Args:
+        again: have them there in its backward too, which an embedding does not need.
+        by_itself: its backward writes gradients without ``Gradient.add``, as a compiled layer's does.
+    """
+    if store is None:
+        return run(*inputs)
+    store.acquire(use.part, use.following)
+    if not torch.is_grad_enabled() or not again or (store.weights_stay and not (by_itself and store.sums_are_new)):
+        result = run(*inputs)
+        store.release(use.part)
+        return result
+    entered = _Entry.apply(store, use, *inputs)  # type: ignore[no-untyped-call]
+    outputs: tuple[Any, ...] = _Exit.apply(store, use, by_itself, *run(*entered))  # type: ignore[no-untyped-call]
+    store.release(use.part, last=False)
+    return outputs
+
+
+def _as_they_are(values: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(x.view_as(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in values)
+
+
+class _Entry(torch.autograd.Function):
+    """The inputs themselves; their backward comes after that of the part."""
+
+    @staticmethod
+    def forward(ctx: Any, store: GradientStore, use: Use, *inputs: Any) -> tuple[Any, ...]:
+        ctx.store, ctx.use = store, use
+        ctx.set_materialize_grads(False)
+        return _as_they_are(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        ctx.store.release(ctx.use.part)
+        return None, None, *grads
+
+
+class _Exit(torch.autograd.Function):
+    """The outputs themselves; their backward comes before that of the part."""
+
+    @staticmethod
+    def forward(ctx: Any, store: GradientStore, use: Use, by_itself: bool, *outputs: Any) -> tuple[Any, ...]:
+        ctx.store, ctx.use, ctx.by_itself = store, use, by_itself
+        ctx.set_materialize_grads(False)
+        return _as_they_are(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        ctx.store.acquire(ctx.use.part, ctx.use.preceding)
+        if ctx.by_itself:
+            ctx.store.open_sums(ctx.use.part)
+        return None, None, None, *grads

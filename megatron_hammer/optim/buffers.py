@@ -1,0 +1,82 @@
+"""The memory of weights, or of gradients: for each bucket all of it, and this rank's shard.
+
+Whole buffers are there always, and a shard is a part of them. Where a rank keeps its shards only, a bucket has a buffer
+of its own that somebody opens to compute with all of it and closes again::
+
+    whole    kept  [ bucket 0: shard, shard, ... | bucket 1: shard, shard, ... ]        a shard is a view
+    shards   kept  [ my shard of bucket 0 | my shard of bucket 1 ]
+             full  [ bucket 0: shard, shard, ... ]    open, or of no bytes              the shard has to be copied
+
+Tensors that lie in a buffer (weights of a model, sums of gradients) are views that stay what they are: opening gives
+their storage its bytes, closing takes these away (FSDP does so too, arXiv 2304.11277). So a layer or a graph can hold
+them. A closed one has no memory: who reads it ends the process, as with any null pointer, and never reads old values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.optim.layout import Bucket, Layout
+
+
+class Buffers:
+    """Weights or gradients of all buckets of a rank.
+
+    Args:
+        whole: keep all of each bucket, not this rank's shard alone. One rank alone has nothing else.
+    """
+
+    def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device, whole: bool) -> None:
+        self.layout, self.whole = layout, whole or layout.ranks == 1
+        size = layout.total if self.whole else layout.total // layout.ranks
+        self.kept = torch.zeros(size, dtype=dtype, device=device)
+        self.views: dict[int, Tensor] = {}
+        """Each parameter's place, by its position in the table, with a version counter of its own (``.data``): a graph
+        holds its weights and sums from forward to backward, while other layers write to theirs."""
+        self._full: dict[Bucket, Tensor] = {}
+        self._own: dict[Bucket, Tensor] = {}
+        for bucket in layout.buckets:
+            length, shard = bucket.stop - bucket.start, layout.shard(bucket)
+            new = None if self.whole else torch.empty(length, dtype=dtype, device=device)
+            full = self._full[bucket] = self.kept[bucket.start : bucket.stop] if new is None else new
+            self._own[bucket] = full[shard.start - bucket.start : shard.stop - bucket.start]
+            for i in bucket.parameters:
+                row, start = layout.table[i], layout.offsets[i] - bucket.start
+                self.views[i] = full[start : start + row.numel].view(tuple(row.shape)).data
+            self.close(bucket)
+
+    def full(self, bucket: Bucket) -> Tensor:
+        """All of a bucket, open or not."""
+        return self._full[bucket]
+
+    def own(self, bucket: Bucket) -> Tensor:
+        """This rank's shard where it lies in ``full``."""
+        return self._own[bucket]
+
+    def shard(self, bucket: Bucket) -> Tensor:
+        """This rank's shard where it is kept; the same memory as ``own`` in whole buffers."""
+        shard = self.layout.shard(bucket)
+        return self.kept[self.place(bucket, shard.start, shard.stop)]
+
+    def place(self, bucket: Bucket, start: int, stop: int) -> slice:
+        """Where a range of this rank's shard, counted in whole buffers, is kept."""
+        if self.whole:
+            return slice(start, stop)
+        shift = bucket.start // self.layout.ranks - self.layout.shard(bucket).start
+        return slice(start + shift, stop + shift)
+
+    def is_open(self, bucket: Bucket) -> bool:
+        """Whether all of a bucket is there."""
+        return self.whole or self._full[bucket].untyped_storage().size() > 0
+
+    def open(self, bucket: Bucket) -> None:
+        """Make room for all of a bucket; what lies there then is undefined."""
+        if not self.is_open(bucket):
+            full = self._full[bucket]
+            full.untyped_storage().resize_(full.nbytes)
+
+    def close(self, bucket: Bucket) -> None:
+        """Give the room back; a shard that was not copied is gone."""
+        if not self.whole:
+            self._full[bucket].untyped_storage().resize_(0)
