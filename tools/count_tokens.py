@@ -27,7 +27,9 @@ from megatron_hammer.corpus.arguments import add_json_key
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("sources", nargs="+", metavar="[NAME=]PATH", help="dataset prefix or text")
-    parser.add_argument("--tokenizer", metavar="T", help="sentencepiece .model, tokenizer.json or their folder")
+    parser.add_argument(
+        "--tokenizer", "--tokenizer-model", metavar="T", help="sentencepiece .model, tokenizer.json or their folder"
+    )
     add_json_key(parser)
     parser.add_argument("--workers", "--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
                         help="threads that encode (default: all cores of this process)")  # fmt: skip

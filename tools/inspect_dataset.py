@@ -60,7 +60,9 @@ def parser() -> ArgumentParser:
     find.add_argument("--limit", type=int, default=10, metavar="N", help="stop after so many places (default: 10)")
 
     for command, required in ((show, False), (verify, False), (find, True)):
-        command.add_argument("--tokenizer", required=required, metavar="T", help="the one that made the dataset")
+        command.add_argument(
+            "--tokenizer", "--tokenizer-model", required=required, metavar="T", help="the one that made the dataset"
+        )
 
     order = commands.add_parser("order", help="what samples of a run read")
     order.add_argument("--start", type=int, metavar="I", help="first sample number, from 0 (default: 0)")
@@ -83,6 +85,7 @@ def parser() -> ArgumentParser:
 def parse_arguments() -> argparse.Namespace:
     """argparse takes overrides only directly after CONFIG; those that follow an option are picked up here."""
     command_line = parser()
+    args: argparse.Namespace
     args, rest = command_line.parse_known_args()
     late = [word for word in rest if "=" in word and not word.startswith("-")]
     if len(late) < len(rest) or (late and args.command not in COMMANDS_ON_CONFIGS):

@@ -43,7 +43,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--json-keys", "--json-key", "--jsonl-keys", nargs="+", default=["text"], metavar="KEY",
                         help="fields or columns that hold text, each becomes a dataset (default: text)")  # fmt: skip
     add_text_documents(parser)
-    parser.add_argument("--tokenizer-model", metavar="PATH",
+    parser.add_argument("--tokenizer-model", "--tokenizer", metavar="PATH",
                         help="sentencepiece .model, tokenizer.json or Hugging Face folder; needed")  # fmt: skip
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.{bin,idx,meta.json}")
     parser.add_argument("--append-eod", action="store_true", help="end every document with the tokenizer's eos id")

@@ -28,6 +28,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """``argparse`` whose usage errors are ``error[E201]`` lines; no abbreviated options."""
 
     def __init__(self, **kwargs: Any) -> None:
+        self._words: list[str] = []
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**kwargs)
@@ -37,15 +38,57 @@ class ArgumentParser(argparse.ArgumentParser):
         only_list()
         super().print_help(file)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse, but an option that is written with underscores is the one with dashes."""
+        self._words = [self._with_dashes(word) for word in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(self._words, namespace)
+
+    def _with_dashes(self, argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        dashed = name.replace("_", "-")
+        unknown = name.startswith("--") and name not in self._option_string_actions
+        return dashed + equals + value if unknown and dashed in self._option_string_actions else argument
+
+    def _given_for(self, missing: list[str]) -> str:
+        """What of the command line was probably meant to be the options that are missing."""
+        options = [word.partition("=")[0] for word in self._words if word.startswith("--")]
+        unknown = [option for option in options if option not in self._option_string_actions]
+        for option in unknown:
+            if near := difflib.get_close_matches(option, missing, n=1, cutoff=0.6):
+                return f"did you mean {near[0]}, not {option}?"
+        if options or len(self._words) != len(missing) or not all(name.startswith("-") for name in missing):
+            return ""
+        return "write " + " ".join(f"{name.split('/')[0]} {word}" for name, word in zip(missing, self._words))
+
     def error(self, message: str) -> NoReturn:
         remedy = f"see {self.prog} --help"
+        message = message.replace(", group.field=value", "")  # argparse counts it among what is required
         if setting := re.search(r"(?<!\S)--?([a-z_]+\.[a-z0-9_.]+(=\S*)?)", message):
             remedy = f"settings have no dashes: write {setting[1] if setting[2] else setting[1] + '=VALUE'}"
+        elif choice := re.search(r"argument (\w+(?:\|\w+)+): invalid choice: '([^']*)'", message):
+            commands = choice[1].split("|")
+            message = f"{choice[2]!r} is none of {', '.join(commands)}"
+            near = difflib.get_close_matches(choice[2], commands, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"say which first: {self.prog} {commands[0]} {choice[2]}"
+        elif "required: -" in message and (given := self._given_for(message.partition("required: ")[2].split(", "))):
+            remedy = f"{given} (see {self.prog} --help)"
+        elif wrong := re.search(r"invalid (int|float) value: '([^']*)'", message):
+            kind = "whole number" if wrong[1] == "int" else "number"
+            message = f"{message[: wrong.start()]}{wrong[2]!r} is no {kind}"
+            remedy = f"write digits, {_spelt_out(wrong[2]) or 'such as 1000'}"
         elif "unrecognized arguments: -" in message:
             option = message.partition("unrecognized arguments: ")[2].split()[0].partition("=")[0]
             if near := difflib.get_close_matches(option, list(self._option_string_actions), n=1, cutoff=0.7):
                 remedy = f"did you mean {near[0]}? (see {self.prog} --help)"
         raise ConfigError(1, self.prog, f"was called wrongly: {message}", remedy)
+
+
+def _spelt_out(value: str) -> str:
+    """The digits that ``8k`` or ``8,000`` means."""
+    plain = value.replace(",", "").replace("_", "").lower()
+    unit = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}.get(plain[-1:], 0)
+    number = plain[:-1] if unit else plain
+    return str(int(number) * (unit or 1)) if number.isdigit() else ""
 
 
 def run(main: Callable[[], int | None], output: Output = Output.REPORT) -> NoReturn:

@@ -141,6 +141,9 @@ OTHER_VALUES = {  # of a choice
     "bfloat16": "bf16",
     "float16": "fp16",
     "half": "fp16",
+    "gpu": "cuda",
+    "nvidia": "cuda",
+    "cuda:0": "cuda",
     "float32": "fp32",
     "float": "fp32",
     "flashattn2": "flash-attn",
@@ -191,7 +194,7 @@ def setting_of_argument(argument: str, known: Sequence[str]) -> str:
         setting, fixed, meant = nearest_setting(key, known).partition("=")
         return f"write {setting}={meant if fixed else value}"
     if not equals and key in known:
-        return f"write {key}=VALUE"
+        return f"write {key}=VALUE, without blanks around the equals sign"
     return "see --help for every field"
 
 

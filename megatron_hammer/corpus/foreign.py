@@ -9,12 +9,18 @@ import codecs
 from pathlib import Path
 
 _OFFICE = "save it as plain text (.txt, UTF-8) in the program that made it"
+_DATASET = "it is preprocessed already: name it in data.train, without its ending"
 _FORMATS = (
     (b"%PDF-", "a PDF file", "run: pdftotext -enc UTF-8 FILE NEW.txt"),
     (b"PK\x03\x04", "a zip archive", "unpack it, and name the text in it"),
     (b"\xd0\xcf\x11\xe0", "an old Office document (.doc, .xls)", _OFFICE),
     (b"{\\rtf", "a rich text document (.rtf)", _OFFICE),
     (b"PAR1", "a parquet file, but its name does not say so", "rename it to end in .parquet"),
+    (b"MMIDIDX", "the index of a dataset, which is made of text", _DATASET),
+    (b"\x89PNG", "a picture (.png)", "name files of text"),
+    (b"\xff\xd8\xff", "a picture (.jpg)", "name files of text"),
+    (b"SQLite format", "a database", "write its texts as JSON lines first"),
+    (b"\x80\x02", "a file of Python's pickle", "write its texts as JSON lines first"),
     (b"BZh", "compressed by bzip2, which is not read here", "run: bunzip2 FILE"),
     (b"\xfd7zXZ", "compressed by xz, which is not read here", "run: unxz FILE"),
     (b"7z\xbc\xaf", "a 7z archive", "unpack it, and name the text in it"),
@@ -34,6 +40,18 @@ def format_of(path: Path, data: bytes | bytearray) -> tuple[str, str] | None:
             if begin == b"PK\x03\x04" and path.suffix.lower() in _ZIPPED:
                 return f"{_ZIPPED[path.suffix.lower()]} ({path.suffix})", _OFFICE
             return what, remedy.replace("FILE", str(path))
+    if data[:1] == b"\n" and b"<unk>" in bytes(data[:64]):
+        return "a sentencepiece model", "name files of text; a tokenizer goes behind --tokenizer-model"
+    if path.suffix == ".bin" and path.with_suffix(".idx").is_file():
+        return "the tokens of a dataset, which are made of text", _DATASET
+    if path.suffix.lower() in (".csv", ".tsv", ".html", ".htm", ".xml") and data[:1] != b"{":
+        return (
+            f"no JSON lines and no plain text ({path.suffix})",
+            'write its texts as lines {"text": "..."} in a .jsonl',
+        )
+    head = bytes(data[:4096])
+    if b"\0" in head and not _decodes(head, "utf-8") and not (encoding_of(data) or "").startswith("UTF-16"):
+        return "no text: it has NUL bytes", "name files of text"
     return None
 
 

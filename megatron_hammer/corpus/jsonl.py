@@ -124,7 +124,7 @@ def diagnose(path: Path, line_number: int, offset: int, line: bytes | bytearray,
         if encoding := foreign.byte_order_mark(line):
             remedy = foreign.without_mark(path, encoding)
             return DataError(3, where, f"begins with a byte order mark ({encoding})", remedy)
-        if other := foreign.format_of(path, line):
+        if other := foreign.format_of(path, line or _beginning(path)):  # a file that is none may begin with LF
             return DataError(9, str(path), f"is {other[0]}", other[1])
         if line.startswith((_GZIP_MAGIC, _ZSTD_MAGIC)):
             kind = ".gz" if line.startswith(_GZIP_MAGIC) else ".zst"
@@ -155,6 +155,11 @@ def diagnose(path: Path, line_number: int, offset: int, line: bytes | bytearray,
         rule = f"holds half of a surrogate pair (\\u{ord(half.group()):04x}), which is no character, under {key!r}"
         return DataError(8, where, rule, "remove the escape or restore its other half")
     return DataError(7, where, f"has {_kind(value[key])} under {key!r}", "the text must be a string")
+
+
+def _beginning(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(64)
 
 
 def _not_json_remedy(line_number: int, line: bytes | bytearray) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import xxhash
 
 from megatron_hammer.base.errors import DataError
+from megatron_hammer.base.paths import missing_remedy
 
 _RAW_BYTES = 128 << 10  # compressed bytes read at once
 # A Zstandard block of 128 KiB can be four bytes long, and the library hands out all that a piece of input stands for:
@@ -41,7 +42,7 @@ def check_file(path: Path) -> None:
 
 def no_such_file(path: Path) -> DataError:
     """E301: an input that is not there."""
-    return DataError(1, str(path), "does not exist", "check the path of the input file")
+    return DataError(1, str(path), "does not exist", missing_remedy(path, "check the path of the input file"))
 
 
 def is_compressed(path: Path) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError
+from megatron_hammer.base.paths import missing_remedy
 from megatron_hammer.tokenizer.model_folder import text_of
 
 
@@ -41,12 +42,8 @@ def generate(
         if not value >= low:
             raise ConfigError(45, f"{name}={value}", f"must be at least {low}", f"raise {name}")
     if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            90,
-            str(folder),
-            "is no Hugging Face folder (it has no config.json)",
-            "make one with tools/checkpoint_to_hf.py",
-        )
+        rule = "is no Hugging Face folder (it has no config.json)" if folder.exists() else "does not exist"
+        raise CheckpointError(90, str(folder), rule, _folder_remedy(folder))
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -85,3 +82,13 @@ def generate(
                 **sampling,
             )
         yield text_of(tokenizer, output[0].tolist())
+
+
+def _folder_remedy(folder: Path) -> str:
+    """How to get at the Hugging Face folder that a run, or a part of one, means."""
+    runs = [folder, *folder.parents[:2]]  # a checkpoint's folder is two below its run
+    if made := [run / "hf" for run in runs if (run / "hf" / "config.json").is_file()]:
+        return f"did you mean {made[0]}?"
+    if of := [run for run in runs if (run / "checkpoints").is_dir()]:
+        return f"make one: python tools/checkpoint_to_hf.py --load {of[0]} --output {of[0] / 'hf'}"
+    return missing_remedy(folder, "make one with tools/checkpoint_to_hf.py")

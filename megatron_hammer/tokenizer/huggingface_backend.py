@@ -112,7 +112,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _not_a_tokenizer(path: Path, cause: str) -> DataError:
-    return DataError(13, str(path), f"is not a tokenizer ({cause})", "name a tokenizer.json of the tokenizers library")
+    beside = [path.with_name(name) for name in ("tokenizer.model", "tokenizer.json")]
+    near = next((file for file in beside if file.is_file() and file != path), None)
+    remedy = f"did you mean {near}?" if near else "name a tokenizer.json of the tokenizers library"
+    return DataError(13, str(path), f"is not a tokenizer ({cause})", remedy)
 
 
 def _read_definition(path: Path) -> dict[str, Any]:

@@ -10,10 +10,12 @@ Imports neither sentencepiece nor tokenizers before a file needs it; never torch
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hammer.base.errors import ConfigError, DataError
+from megatron_hammer.base.paths import missing_remedy, neighbour_of
 from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
@@ -43,6 +45,11 @@ def load_tokenizer(
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
 
 
+_BELOW = ("tokenizer", "hf")
+"""Folders of a run, and of a checkpoint, that hold its tokenizer."""
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
 def find_file(path: Path) -> Path:
     """The file that a path means, which may be its folder."""
     if path.is_dir():
@@ -51,11 +58,13 @@ def find_file(path: Path) -> Path:
         for candidate in candidates:
             if candidate.is_file():
                 return candidate
-        raise DataError(
-            11, str(path), "holds neither tokenizer.model nor tokenizer.json", "name a tokenizer file or its folder"
-        )
+        remedy = "name a tokenizer file or its folder"
+        if below := [path / name for name in _BELOW if (path / name / "tokenizer.model").is_file()]:
+            remedy = f"did you mean {below[0]}?"
+        raise DataError(11, str(path), "holds neither tokenizer.model nor tokenizer.json", remedy)
     if not path.exists():
-        raise DataError(
-            10, str(path), "does not exist", "name a sentencepiece .model, a tokenizer.json or a Hugging Face folder"
-        )
+        remedy = "name a sentencepiece .model, a tokenizer.json or a Hugging Face folder"
+        if _HUB_NAME.fullmatch(str(path)) and neighbour_of(path) is None:
+            remedy += f"; models of the Hub are fetched before: hf download {path} --local-dir {path.name}"
+        raise DataError(10, str(path), "does not exist", missing_remedy(path, remedy))
     return path

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hammer.base.errors import DataError, os_remedy
+from megatron_hammer.base.paths import missing_remedy
 from megatron_hammer.base.pictures import save_png
 
 MAX_POINTS = 4000  # more than a picture of this size has columns: longer runs are thinned
@@ -47,11 +48,21 @@ def read_curves(path: Path) -> Curves:
                 if line.endswith(b"\n"):
                     _add_step(curves, line, f"{path}:{number}")
     except OSError as error:
-        remedy = "name the folder of a run (train.output)" if isinstance(error, FileNotFoundError) else os_remedy(error)
+        remedy = os_remedy(error)
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            remedy = _run_near(path.parent)
         raise DataError(80, str(path), f"could not be read ({error.strerror})", remedy) from None
     if not curves.steps:
         raise DataError(81, str(path), "holds no finished step", "wait until the run has done a step")
     return curves
+
+
+def _run_near(folder: Path) -> str:
+    """The remedy for a folder, or a file, that is no run: the run that it is in, or those in it."""
+    runs = [run for run in folder.parents[:3] if (run / "metrics.jsonl").is_file()]
+    runs += sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
+    named = ", ".join(map(str, runs[:3]))
+    return f"did you mean {named}?" if runs else missing_remedy(folder, "name the folder of a run (train.output)")
 
 
 def _add_step(curves: Curves, line: bytes, where: str) -> None:

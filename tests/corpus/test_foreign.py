@@ -35,6 +35,18 @@ FORMATS = {
     "named.txt": (b"PK\x03\x04\x14\0\x06\0rest", "is a zip archive"),
     "table.jsonl": (b"PAR1\x15\x04", "is a parquet file"),
     "a.jsonl.bz2": (b"BZh91AY&SY", "bzip2"),
+    "a.idx": (
+        b"MMIDIDX\0\0",
+        "is the index of a dataset, which is made of text; it is preprocessed already: name it in",
+    ),
+    "a.model": (
+        b"\n\x0e\n\x05<unk>\x15\0\0",
+        "is a sentencepiece model; name files of text; a tokenizer goes behind --tok",
+    ),
+    "a.csv": (b"text,label\nx,1\n", 'no plain text (.csv); write its texts as lines {"text": "..."} in a .jsonl'),
+    "a.html": (b"<html>", "no plain text (.html); write its texts as lines"),
+    "a.png": (b"\x89PNG\r\n", "a picture (.png); name files of text"),
+    "a.dat": (b"\x93\5\xff\x81\0\7\xfe" * 9, "is no text: it has NUL bytes; name files of text"),
     "a.org": (b"# A title\n\nText.\n", "plain text must be in a file whose name ends in .txt"),
 }
 
@@ -58,6 +70,13 @@ def test_a_format_is_named_with_its_cure(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError) as caught:
         list(TextCorpus(expand_inputs([tmp_path / name])))
     assert words in str(caught.value)
+
+
+def test_a_dataset_given_as_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "p.idx").touch()
+    (tmp_path / "p.bin").write_bytes(b"\xff\x01" * 9)
+    with pytest.raises(DataError, match=r"E309.*p\.bin is the tokens of a dataset.*name it in data\.train"):
+        list(TextCorpus([tmp_path / "p.bin"]))
 
 
 @pytest.mark.parametrize("kind", ["file", "line", "blank-line"])

@@ -1,0 +1,57 @@
+"""Options that are nearly right, and values that are no numbers: one line that names the cure."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_hammer.base.cli import ArgumentParser
+from megatron_hammer.base.errors import ConfigError
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="p")
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="group.field=value")
+    parser.add_argument("--vocab-size", type=int)
+    parser.add_argument("--top_k", type=float)
+    return parser
+
+
+def test_underscores_are_dashes() -> None:
+    read = parser().parse_args(["c.yaml", "--vocab_size", "8", "--top_k=2"])
+    assert (read.vocab_size, read.top_k) == (8, 2.0)
+    assert parser().parse_args(["c.yaml", "--vocab_size=9"]).vocab_size == 9
+
+
+def test_options_and_commands_that_were_left_out() -> None:
+    tool = ArgumentParser(prog="t")
+    tool.add_argument("--load", required=True)
+    tool.add_argument("--output", required=True)
+    commands = ArgumentParser(prog="i")
+    commands.add_subparsers(required=True, metavar="stats|show").add_parser("stats")
+    for program, arguments, words in (
+        (tool, ["runs/a", "runs/b"], "write --load runs/a --output runs/b (see t --help)"),
+        (tool, ["--load", "x", "--output-prefix", "y"], "did you mean --output, not --output-prefix?"),
+        (commands, ["data/zh"], "'data/zh' is none of stats, show; say which first: i stats data/zh"),
+        (commands, ["stat"], "did you mean stats?"),
+    ):
+        with pytest.raises(ConfigError, match="E201") as caught:
+            program.parse_args(arguments)
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["c", "--vocab-size", "8k"], "'8k' is no whole number; write digits, 8000"),
+        (["c", "--vocab-size", "8,000"], "write digits, 8000"),
+        (["c", "--vocab-size", "two"], "'two' is no whole number; write digits, such as 1000"),
+        (["c", "--top_k", "x"], "'x' is no number"),
+        ([], "required: CONFIG.yaml; see p --help"),
+        (["c", "--vocabsize", "3"], "did you mean --vocab-size"),
+    ],
+)
+def test_what_is_wrong_and_the_cure(arguments: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match="E201") as caught:
+        parser().parse_args(arguments)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
