@@ -260,16 +260,18 @@ show_model() {
 }
 
 summary() {
+    local quoted
+    quoted=$(printf '%q' "$out") # in commands: a folder's name may have blanks
     cat <<END
 
 Done. Everything is in $out:
   checkpoints/   the newest is $(basename "$1")
   hf/            the model for transformers: AutoModelForCausalLM.from_pretrained("$out/hf")
   metrics.jsonl  one JSON object a step
-  tensorboard/   $root/.venv/bin/tensorboard --logdir $out/tensorboard
+  tensorboard/   $root/.venv/bin/tensorboard --logdir $quoted/tensorboard
   loss.png       the loss curve
 What to run next:
-  $python $root/tools/generate.py --hf $out/hf --prompt "import numpy"
+  $python $root/tools/generate.py --hf $quoted/hf --prompt "import numpy"
 END
     if $quick; then
         cat <<END

@@ -28,7 +28,10 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("sources", nargs="+", metavar="[NAME=]PATH", help="dataset prefix or text")
     parser.add_argument(
-        "--tokenizer", "--tokenizer-model", metavar="T", help="sentencepiece .model, tokenizer.json or their folder"
+        "--tokenizer",
+        "--tokenizer-model",
+        metavar="T",
+        help="sentencepiece .model, tokenizer.json or Hugging Face folder",
     )
     add_json_key(parser)
     parser.add_argument("--workers", "--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",

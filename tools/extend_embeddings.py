@@ -15,6 +15,8 @@ place in the data belong to the old run.
 
 from __future__ import annotations
 
+import shlex
+
 from megatron_hammer.base.cli import ArgumentParser, run
 
 
@@ -35,10 +37,11 @@ def main() -> None:
     print(summary(report))
     print(f"wrote {args.output}, and {args.output}/{REPORT}")
     if report["model"]["kind"] == "checkpoint":
-        preset = f"{args.output}/model.yaml checkpoint.init_from={args.output}"
+        folder = shlex.quote(str(args.output))
+        preset = f"{folder}/model.yaml checkpoint.init_from={folder}"
         print(f"continue from it: python -m megatron_hammer.train {preset} data.train=PREFIX train.output=RUN")
     else:
-        print(f"continue from it: python tools/hf_to_checkpoint.py --hf {args.output} --save DIR")
+        print(f"continue from it: python tools/hf_to_checkpoint.py --hf {shlex.quote(str(args.output))} --save DIR")
 
 
 if __name__ == "__main__":

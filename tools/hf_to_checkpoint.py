@@ -8,6 +8,8 @@ model computes are passed over, and named; one that is unknown is refused until 
 
 from __future__ import annotations
 
+import shlex
+
 from megatron_hammer.base.cli import ArgumentParser, run
 
 
@@ -28,7 +30,8 @@ def main() -> None:
 
     checkpoint = import_hf(arguments.hf, arguments.save, ignore=arguments.ignore)
     print(f"wrote {checkpoint}")
-    preset = f"{arguments.save}/model.yaml checkpoint.init_from={arguments.save}"
+    folder = shlex.quote(str(arguments.save))
+    preset = f"{folder}/model.yaml checkpoint.init_from={folder}"
     print(f"continue from it: python -m megatron_hammer.train {preset} data.train=PREFIX train.output=RUN")
 
 

@@ -17,6 +17,8 @@ order: for each sample number of the run, its source, epoch and window, and the 
     with --step those of one step; with --document the samples and steps that read that document.
 plan: tokens, epochs and repeats of each source in the whole run.
 Several answers with --json are one JSON document a line.
+
+A tokenizer is a sentencepiece .model, tokenizer.json or Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -61,7 +63,11 @@ def parser() -> ArgumentParser:
 
     for command, required in ((show, False), (verify, False), (find, True)):
         command.add_argument(
-            "--tokenizer", "--tokenizer-model", required=required, metavar="T", help="the one that made the dataset"
+            "--tokenizer",
+            "--tokenizer-model",
+            required=required,
+            metavar="T",
+            help="the one that made the dataset",
         )
 
     order = commands.add_parser("order", help="what samples of a run read")

@@ -6,6 +6,7 @@ Only for messages: nothing is converted. An encoding is a guess from which bytes
 from __future__ import annotations
 
 import codecs
+import shlex
 from pathlib import Path
 
 _OFFICE = "save it as plain text (.txt, UTF-8) in the program that made it"
@@ -39,7 +40,7 @@ def format_of(path: Path, data: bytes | bytearray) -> tuple[str, str] | None:
         if data.startswith(begin):
             if begin == b"PK\x03\x04" and path.suffix.lower() in _ZIPPED:
                 return f"{_ZIPPED[path.suffix.lower()]} ({path.suffix})", _OFFICE
-            return what, remedy.replace("FILE", str(path))
+            return what, remedy.replace("FILE", shlex.quote(str(path)))
     if data[:1] == b"\n" and b"<unk>" in bytes(data[:64]):
         return "a sentencepiece model", "name files of text; a tokenizer goes behind --tokenizer-model"
     if path.suffix == ".bin" and path.with_suffix(".idx").is_file():
@@ -87,14 +88,14 @@ def to_utf8(path: Path, data: bytes | bytearray) -> str:
     if encoding is None:
         return "convert the file to plain UTF-8"
     name = {"GB18030": "GB18030 (GBK, GB2312)"}.get(encoding, encoding)
-    return f"it looks like {name}: run iconv -f {encoding} -t UTF-8 {path} > NEW{path.suffix}"
+    return f"it looks like {name}: run iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > NEW{path.suffix}"
 
 
 def without_mark(path: Path, encoding: str) -> str:
     """The remedy for a byte order mark."""
     if encoding == "UTF-8":
-        return f"take its three bytes away: tail -c +4 {path} > NEW{path.suffix}"
-    return f"run iconv -f {encoding} -t UTF-8 {path} > NEW{path.suffix}"
+        return f"take its three bytes away: tail -c +4 {shlex.quote(str(path))} > NEW{path.suffix}"
+    return f"run iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > NEW{path.suffix}"
 
 
 def _pairs(sample: bytes) -> list[tuple[int, int]]:

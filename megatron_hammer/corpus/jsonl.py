@@ -124,11 +124,11 @@ def diagnose(path: Path, line_number: int, offset: int, line: bytes | bytearray,
         if encoding := foreign.byte_order_mark(line):
             remedy = foreign.without_mark(path, encoding)
             return DataError(3, where, f"begins with a byte order mark ({encoding})", remedy)
-        if other := foreign.format_of(path, line or _beginning(path)):  # a file that is none may begin with LF
-            return DataError(9, str(path), f"is {other[0]}", other[1])
         if line.startswith((_GZIP_MAGIC, _ZSTD_MAGIC)):
             kind = ".gz" if line.startswith(_GZIP_MAGIC) else ".zst"
             return DataError(9, str(path), "is compressed, but its name does not say so", f"rename it to end in {kind}")
+        if other := foreign.format_of(path, line or _beginning(path)):  # a file that is none may begin with LF
+            return DataError(9, str(path), f"is {other[0]}", other[1])
     if not line or line.isspace():
         return DataError(5, where, "is a blank line", "remove it: every line must be one JSON object")
     try:

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -332,7 +333,8 @@ def _check_names(inputs: list[Path], output: Path) -> None:
     for path in inputs:
         kind = kind_of(path, "text")
         if kind != "jsonl" and kind_of(output, "text") != kind:
-            made = f"python tools/reformat_corpus.py {kind} {path} --output {path.with_suffix('.jsonl')}"
+            made = f"python tools/reformat_corpus.py {kind} {shlex.quote(str(path))} --output "
+            made += shlex.quote(str(path.with_suffix(".jsonl")))
             raise ConfigError(88, str(path), f"is {_NOT_LINES[kind]}", f"turn it into lines first: {made}")
         if path in seen:
             raise ConfigError(88, str(path), "is named twice", "name every input once")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,7 +177,7 @@ def _files(inputs: Sequence[str | Path]) -> list[Path]:
             raise ConfigError(
                 88, str(path), "is parquet, whose rows are no lines",
                 "turn it into lines: python tools/reformat_corpus.py parquet "
-                f"{path} --output {path.with_suffix('.jsonl')}",
+                f"{shlex.quote(str(path))} --output {shlex.quote(str(path.with_suffix('.jsonl')))}",
             )  # fmt: skip
         if path in seen:
             raise ConfigError(88, str(path), "is named twice", "name every input once")

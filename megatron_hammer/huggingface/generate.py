@@ -5,6 +5,7 @@ Nothing of our model code takes part, so what comes out is what the exported fol
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,5 +91,6 @@ def _folder_remedy(folder: Path) -> str:
     if made := [run / "hf" for run in runs if (run / "hf" / "config.json").is_file()]:
         return f"did you mean {made[0]}?"
     if of := [run for run in runs if (run / "checkpoints").is_dir()]:
-        return f"make one: python tools/checkpoint_to_hf.py --load {of[0]} --output {of[0] / 'hf'}"
+        load, output = shlex.quote(str(of[0])), shlex.quote(str(of[0] / "hf"))
+        return f"make one: python tools/checkpoint_to_hf.py --load {load} --output {output}"
     return missing_remedy(folder, "make one with tools/checkpoint_to_hf.py")

@@ -55,12 +55,12 @@ FORMATS = {
 @pytest.mark.parametrize("ending", [".txt", ".jsonl"])
 def test_an_encoding_is_named_with_its_cure(tmp_path: Path, name: str, ending: str) -> None:
     content, words = ENCODED[name]
-    path = tmp_path / f"a{ending}"
+    path = tmp_path / f"a b{ending}"
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
         list(TextCorpus([path]))
     assert caught.value.code == "E303" and words in str(caught.value)
-    assert str(path) in caught.value.remedy  # the command can be given as it stands
+    assert f"'{path}'" in caught.value.remedy  # the command can be given as it stands
 
 
 @pytest.mark.parametrize("name", FORMATS)

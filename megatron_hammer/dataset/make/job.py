@@ -6,6 +6,7 @@ change them: ``local.py`` works in threads of this process, ``ray.py`` on a Ray 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,8 +116,9 @@ def _unknown_choice(option: str, value: str, choices: Sequence[str]) -> ConfigEr
 def _missing_id(option: str, meaning: str, tokenizer: Tokenizer) -> ConfigError:
     remedy = f"leave {option} out, or use a tokenizer that has one"
     if isinstance(tokenizer, TiktokenTokenizer):
-        remedy = (f"its special tokens are in no .tiktoken file: python tools/convert_tokenizer.py {tokenizer.path} "
-                  "hf_tokenizer --special-tokens '<|endoftext|>', then --tokenizer-model hf_tokenizer")  # fmt: skip
+        made = f"python tools/convert_tokenizer.py {shlex.quote(str(tokenizer.path))} hf_tokenizer"
+        remedy = (f"its special tokens are in no .tiktoken file: {made} --special-tokens '<|endoftext|>', then "
+                  "--tokenizer-model hf_tokenizer")  # fmt: skip
     return ConfigError(
         70, f"{option} with {tokenizer.path}", f"needs a {meaning} id, which this tokenizer lacks", remedy
     )
