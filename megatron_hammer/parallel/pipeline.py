@@ -5,10 +5,10 @@ The model is a chain of *stages*; rank r of p holds stage r, and with v stages a
 ``train/pipeline.py`` runs. 1F1B (arXiv 2104.04473 section 2.2) for 4 ranks and 6 micro-batches, forward 0 and backward
 0' of micro-batch 0, where a backward takes as long as a forward::
 
-    rank 0    0  1  2  3              0' 4  1' 5  2'    3'    4'    5'
-    rank 1       0  1  2        0' 3  1' 4  2' 5  3'    4'    5'
-    rank 2          0  1  0' 2  1' 3  2' 4  3' 5  4'    5'
-    rank 3             0  0' 1  1' 2  2' 3  3' 4  4' 5  5'
+    rank 0   0  1  2  3           0' 4  1' 5  2'    3'    4'    5'
+    rank 1      0  1  2        0' 3  1' 4  2' 5  3'    4'    5'
+    rank 2         0  1     0' 2  1' 3  2' 4  3' 5  4'    5'
+    rank 3            0  0' 1  1' 2  2' 3  3' 4  4' 5  5'
 
 Rank r keeps the activations of p - r micro-batches at most. Each rank waits (p - 1) / v times the forward and backward
 of its share: with m micro-batches the step takes m + (p - 1) / v of them. The interleaved order is Megatron-LM's (the

@@ -44,7 +44,8 @@ LAYOUTS: dict[str, tuple[int, Config]] = {
     "PP 2 interleaved, DP 2, sharded weights kept to backward": (
         4, pipeline_config(2, 2, **TIED, parallel__shard="weights", parallel__reshard_after_forward=False)),
     "PP 2 interleaved, DP 2, sharded gradients": (4, pipeline_config(2, 2, **TIED, parallel__shard="gradients")),
-    "PP 2 interleaved, DP 2, selective": (4, pipeline_config(2, 2, train__recompute="selective", **DOCUMENTS)),
+    "PP 2 interleaved, CP 2, selective": (
+        4, pipeline_config(2, 2, train__recompute="selective", **DOCUMENTS, parallel__context_parallel_size=2)),
 }  # fmt: skip
 
 
@@ -80,3 +81,14 @@ def test_a_pipeline_equals_one_process(layout: str) -> None:
     for reports in run_distributed(ranks, losses_and_norms, config, 6):
         for report, wanted in zip(reports, losses_and_norms(0, alone(config), 6), strict=True):
             assert report == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_step_that_overflows_is_skipped_on_all_ranks() -> None:
+    """fp16 with a scale that is too large: norms, losses and decisions are those of one process."""
+    half = dict(train__precision="fp16", optimizer__initial_loss_scale=2.0**24)
+    config = pipeline_config(2, **TIED, **half, train__global_batch_size=4)
+    expected = losses_and_norms(0, alone(config), 12)
+    assert {applied for _, _, applied in expected} == {True, False}
+    for reports in run_distributed(2, losses_and_norms, config, 12):
+        assert [applied for _, _, applied in reports] == [applied for _, _, applied in expected]
+        assert [loss for loss, _, _ in reports] == pytest.approx([loss for loss, _, _ in expected], rel=2e-3)
