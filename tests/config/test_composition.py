@@ -18,6 +18,8 @@ FEATURES: dict[str, list[str]] = {  # as the page names them: settings
     "PP": [PP],
     "interleaved": [PP, "parallel.virtual_pipeline_stages=2"],
     "CP": ["parallel.context_parallel_size=2"],
+    "gradients": ["parallel.shard=gradients"],
+    "weights": ["parallel.shard=weights"],
     "document masks": ["data.attention_mask=document"],
     "tied weights": ["model.tie_word_embeddings=true"],
     "recompute": ["train.recompute=full"],
