@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -233,6 +234,11 @@ def from_exception(error: BaseException, who: str) -> HammerError | None:
             f"has no memory left ({text or type(error).__name__})",
             "lower train.micro_batch_size or data.seq_length, or use more ranks",
         )
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "megatron_hammer").startswith("megatron_hammer"):
+        return ConfigError(
+            51, f"the module {error.name}", f"is not there for {sys.executable}, which runs {who}",
+            "use the Python that has all: source .venv/bin/activate (bash tools/make_venv.sh makes it)",
+        )  # fmt: skip
     if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
         return from_os_error(error, f"{who} was running", who)
     return None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
-from megatron_hammer.base.cli import ArgumentParser
+from megatron_hammer.base.cli import ArgumentParser, end_of
 from megatron_hammer.base.errors import ConfigError
 
 
@@ -55,3 +57,13 @@ def test_what_is_wrong_and_the_cure(arguments: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match="E201") as caught:
         parser().parse_args(arguments)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_another_python_is_named_with_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        importlib.import_module("a_library_that_is_not_there")
+
+    assert end_of(main) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error[E251]: the module a_library_that_is_not_there is not there for ")
+    assert "source .venv/bin/activate" in line and line.count("\n") == 1
