@@ -38,7 +38,7 @@ from megatron_hammer.parallel.collectives import (
 from megatron_hammer.parallel.context import Group
 
 # Elements of one block of wgrad on a CPU: 2 MiB in 16 bits, added while in cache (measured: 5-30 % against one block).
-# On an EPYC with 1 MiB of L2 smaller ones are no faster; there the sum costs 0 to 2 % of a layer's product, and 5 % of
+# On an EPYC with 1 MiB of L2 smaller ones are no faster; there the sum costs 0 to 3 % of a layer's product, and 5 % of
 # a head's of 32,000 x 512, which is what the memory gives one core (19 GB/s).
 BLOCK_ELEMENTS = 2**20
 

@@ -1,0 +1,108 @@
+"""Layouts against one process: steps in fp32, gradients in fp64, and the checkpoint of each goes on in the next.
+
+A subset of the grid runs in which every two values meet at least once, for 4 steps; the whole grid for 20 is under the
+marker ``slow``, which only HAMMER_FULL_GRID=1 runs.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_hammer.config import Config
+from megatron_hammer.verify.compare import NUMBER_BOUNDS, Sizes, compare_numbers, compare_pieces, whole_tensors
+from megatron_hammer.verify.outcome import Outcome
+from tests.distributed import run_distributed
+from tests.verify.grid import (
+    STEPS,
+    Layout,
+    alone,
+    config_of,
+    covering,
+    exact_steps,
+    many_steps,
+    pairs_of,
+    ranks_of,
+    whole_grid,
+)
+
+GRID = whole_grid()
+COVERING = covering(GRID)
+
+
+def name_of(layout: Layout) -> str:
+    short = {"tensor_model_parallel_size": "tp", "pipeline_model_parallel_size": "pp", "context_parallel_size": "cp",
+             "virtual_pipeline_stages": "v", "data": "dp"}  # fmt: skip
+    sizes = [f"{short[name]}{layout[name]}" for name in short if layout[name] > 1]
+    flags = ["sp"] if layout["sequence_parallel"] else []
+    return "-".join([*sizes, *flags, layout["shard"], layout["attention_mask"]])
+
+
+@cache
+def exact_alone(config: Config) -> Outcome:
+    return exact_steps(0, config)
+
+
+@cache
+def many_alone(config: Config, steps: int) -> list[tuple[float, float]]:
+    return many_steps(0, config, steps, None, None)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder, and in it the last layout's checkpoint of each model."""
+    return {"folder": tmp_path_factory.mktemp("grid")}
+
+
+def on_ranks(layout: Layout, function: Any, *arguments: Any) -> list[Any]:
+    if ranks_of(layout) == 1:
+        return [function(0, *arguments)]
+    return run_distributed(ranks_of(layout), function, *arguments, timeout=250)
+
+
+def check(layout: Layout, checkpoints: dict[str, Path], steps: int) -> None:
+    config = config_of(layout)
+    model = f"{config.model.num_layers} layers, {config.data.attention_mask}"
+    # Gradients, weights and moments in fp64: sums in another order. Losses are fp32 scalars.
+    outcomes, sizes = on_ranks(layout, exact_steps, config), Sizes(1, 1, 1)
+    reference = exact_alone(alone(config))
+    findings = compare_numbers(outcomes, reference, NUMBER_BOUNDS["fp64"], sizes)[1]
+    findings += compare_pieces(outcomes, whole_tensors(reference.pieces), 1e-10, sizes)[1]
+    assert not findings, findings[:5]
+    # Steps in fp32; the checkpoint of the half is what the next layout goes on from.
+    save = checkpoints["folder"] / name_of(layout)
+    expected = many_alone(alone(config), steps)
+    for step, values in enumerate(zip(*on_ranks(layout, many_steps, config, steps, None, save), expected, strict=True)):
+        *ranks, one = values
+        for found in ranks:
+            assert found == pytest.approx(one, rel=1e-5), f"loss and norm of step {step + 1}"
+    resume = checkpoints.get(model)
+    checkpoints[model] = save
+    if resume is not None:
+        for found in on_ranks(layout, many_steps, config, steps, resume, None):
+            assert len(found) == steps // 2
+            for step, (pair, one) in enumerate(zip(found, expected[steps // 2 :], strict=True)):
+                assert pair == pytest.approx(one, rel=1e-5), f"step {steps // 2 + step + 1}, resumed"
+
+
+def test_every_pair_of_values_is_covered() -> None:
+    covered = set().union(*map(pairs_of, COVERING))
+    assert covered == set().union(*map(pairs_of, GRID)) and len(COVERING) < len(GRID) // 4
+
+
+@pytest.mark.parametrize("layout", COVERING, ids=name_of)
+def test_covering_layouts(layout: Layout, checkpoints: dict[str, Path]) -> None:
+    check(layout, checkpoints, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("HAMMER_FULL_GRID") != "1", reason="the whole grid: HAMMER_FULL_GRID=1 runs it")
+@pytest.mark.timeout(0)
+def test_the_whole_grid(checkpoints: dict[str, Path]) -> None:
+    for layout in GRID:
+        check(layout, checkpoints, STEPS)
+        print(name_of(layout), "equal", flush=True)
