@@ -111,14 +111,14 @@ find_nodes() {
 
 # Run a program and pass stop signals on to it: bash alone would die of them and leave it running.
 run() {
-    local code
+    local code stopped
     "$@" &
     local child=$!
-    trap 'kill -s TERM "$child" 2>/dev/null || true' TERM INT HUP USR1
-    while :; do
-        code=0
+    trap 'stopped=true; kill -s TERM "$child" 2>/dev/null || true' TERM INT HUP USR1
+    while :; do # a signal ends wait early, with a code of its own, and the program goes on
+        stopped=false code=0
         wait "$child" || code=$?
-        kill -0 "$child" 2>/dev/null || break # a signal ends wait early, the program goes on
+        $stopped || break
     done
     trap - TERM INT HUP USR1
     return "$code"
@@ -312,6 +312,8 @@ quick_start() {
     if ((gpus == 1)); then
         nproc=1 layout=(parallel.tensor_model_parallel_size=1 parallel.sequence_parallel=false)
     fi
+    # A misspelt setting is refused before anything is made.
+    if (($#)); then "$python" -m megatron_hammer.config "$root/examples/configs/quick_start.yaml" "$@"; fi
     small_run_data
     train --nproc "$nproc" "$root/examples/configs/quick_start.yaml" "${layout[@]}" "train.output=$(quote "$out")" \
         "${settings[@]}" "$@"

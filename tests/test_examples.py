@@ -56,6 +56,8 @@ elif name == "megatron_hammer.launch":
     if "train.dry_run=true" not in words:
         pathlib.Path(output, "checkpoints/step-00000300").mkdir(parents=True, exist_ok=True)
     sys.exit(int(os.environ.get("CODE", 0)))
+elif name == "megatron_hammer.config":
+    sys.exit(2 if "train.num_step=7" in words else 0)
 elif name == "checkpoint_to_hf.py":
     time.sleep(0.02)
     make(f"{after('--output')}/certificate.json")
@@ -113,7 +115,9 @@ class Tree:
 
     @property
     def calls(self) -> list[list[str]]:
-        return [json.loads(line) for line in self.calls_file.read_text().splitlines()]
+        """What is made and run; that settings are checked before is no part of it."""
+        calls = [json.loads(line) for line in self.calls_file.read_text().splitlines()]
+        return [call for call in calls if call[:2] != ["-m", "megatron_hammer.config"]]
 
     @property
     def launch(self) -> list[str]:
@@ -140,6 +144,12 @@ PROGRAMS = ["make_sample_corpus.py", "train_tokenizer.py", *6 * ["preprocess_dat
 
 def names(calls: list[list[str]]) -> list[str]:
     return [Path(call[0]).name for call in calls]
+
+
+def test_a_misspelt_setting_is_refused_before_anything_is_made(tree: Tree) -> None:
+    code, _, _ = tree.run("train.num_step=7")
+    assert (code, tree.calls) == (2, []) and "megatron_hammer.config" in tree.calls_file.read_text()
+    assert not (tree.path / "runs").exists()
 
 
 def test_quick_start_runs_the_whole_chain_once(tree: Tree) -> None:

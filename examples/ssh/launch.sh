@@ -39,9 +39,10 @@ pid="/tmp/hammer-$(hostname)-$$" # on each machine: the process that a signal is
 stopped=0
 # shellcheck disable=SC2329  # called by the trap
 stop() {
+    local i
     stopped=1
-    for host in "${hosts[@]}"; do
-        "${ssh[@]}" "$host" "kill -TERM \$(cat $pid.*)" </dev/null 2>/dev/null || true
+    for i in "${!hosts[@]}"; do
+        "${ssh[@]}" "${hosts[i]}" "kill -TERM \$(cat $pid.$i)" </dev/null 2>/dev/null || true
     done
 }
 trap stop INT TERM HUP

@@ -73,6 +73,12 @@ class Heartbeat:
             "look at that machine and its network; the last committed checkpoint is safe",
         )
 
+    def wait_for_news(self, seconds: float) -> None:
+        """Return when another launcher has failed or is lost, or after this time. Communicates with nobody."""
+        deadline = time.monotonic() + seconds
+        while not self.failed() and time.monotonic() < deadline:
+            time.sleep(0.1)
+
     def stop(self) -> None:
         """Say nothing more; does not wait for an operation that hangs."""
         self._stop.set()

@@ -77,8 +77,6 @@ def agree_with_other_nodes(
         if node.node_rank:
             return failure  # the store is where it cannot be reached
     try:
-        if failure is not None and failure.severity >= 2:
-            _wait_until(lambda: store.check([FAILURE_KEY]), 2 * GRACE_SECONDS)
         if store.check([FAILURE_KEY]):
             failure = Failure(0, 0, from_fields(json.loads(store.get(FAILURE_KEY))))
         elif failure is not None:

@@ -35,7 +35,7 @@ from megatron_hammer.base.progress import say
 from megatron_hammer.base.signals import STOP_SIGNALS, on_signals
 from megatron_hammer.config import Config, add_accept, help_text, load_config
 from megatron_hammer.supervise.nodes import Node
-from megatron_hammer.supervise.watch import Rank, forward_signal, kill, watch
+from megatron_hammer.supervise.watch import GRACE_SECONDS, Rank, forward_signal, kill, watch
 
 if TYPE_CHECKING:
     from megatron_hammer.parallel.rendezvous import Meeting
@@ -181,6 +181,8 @@ def launch(config: Config, node: Node, entry: str = RANK_ENTRY, options: Mapping
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # for good: the outcome stands, nothing is left to stop
         kill(ranks)
     if others is not None and meeting is not None:
+        if failure is not None and failure.severity >= 2:  # it may be the consequence of what happened elsewhere
+            others.wait_for_news(2 * GRACE_SECONDS)
         failure = agree_with_other_nodes(meeting.store, node, failure, others.lost())
         others.stop()
     if failure is None:

@@ -129,3 +129,15 @@ def test_an_option_nearly_so_is_named() -> None:
     parser.add_argument("--nproc")
     with pytest.raises(ConfigError, match=r"did you mean --nproc\?"):
         parser.parse_args(["--npoc=2"])
+
+
+def test_settings_are_checked_by_a_program_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_hammer.config.__main__ import main
+
+    monkeypatch.setattr("sys.argv", ["config", str(TINY), "train.num_steps=5"])
+    assert main() == 0 and capsys.readouterr() == ("", "")
+    monkeypatch.setattr("sys.argv", ["config", str(TINY), "train.num_step=5"])
+    with pytest.raises(ConfigError, match=r"did you mean train\.num_steps"):
+        main()

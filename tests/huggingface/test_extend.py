@@ -444,9 +444,6 @@ def test_what_does_not_belong_together_is_refused_and_leaves_nothing(tmp_path, o
     retrained.pieces[-1].score -= 1  # another fingerprint, but no row would be another
     refused(RefusedError, "E531", model, write_model(retrained, tmp_path / "same.model"), old.path)
     refused(CheckpointError, "E401", tmp_path / "nowhere", new.path)
-    unigram = model_proto(new.path)
-    unigram.trainer_spec.model_type = unigram.trainer_spec.UNIGRAM
-    refused(RefusedError, "E501", model, write_model(unigram, tmp_path / "unigram.model"), old.path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     refused(RefusedError, "E532", model, new.path, old.path, output=tmp_path / "full")

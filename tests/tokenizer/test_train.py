@@ -122,7 +122,7 @@ def test_training_says_that_it_is_at_work(monkeypatch: pytest.MonkeyPatch, tmp_p
     train_tokenizer(Slow(training_texts()), tmp_path, 1500, report=lines.append)
     reading = [line for line in lines if re.fullmatch(r"reading text: 0\.\d\d GB, \d+ MB/s", line)]
     at_work = [line for line in lines if re.fullmatch(r"training: still at work, \d+ s so far", line)]
-    phase = [line for line in lines if line.startswith("training 1,500 bpe pieces on 0.")]
+    phase = [line for line in lines if re.match(r"training 1,500 bpe pieces on [\d.]+ [KMG]?B", line)]
     assert reading and at_work and len(phase) == 1 and len(lines) == len(reading) + len(at_work) + 1
     assert lines.index(phase[0]) < lines.index(at_work[0])
     count = len(lines)

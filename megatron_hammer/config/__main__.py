@@ -1,0 +1,25 @@
+"""``python -m megatron_hammer.config CONFIG.yaml [group.field=value ...]``: are these settings ones that exist?
+
+For scripts that prepare much before they train: a misspelt setting is refused first. Prints nothing where all is well.
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.config import add_accept, load_config
+
+
+def main() -> int:
+    """Read the settings as training does."""
+    parser = ArgumentParser(prog="python -m megatron_hammer.config", description="Check the settings of a run.")
+    parser.add_argument("config", metavar="CONFIG.yaml", help="preset, for example examples/configs/tiny.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="group.field=value", help="settings that replace the preset's")
+    add_accept(parser)
+    arguments = parser.parse_intermixed_args()
+    load_config(arguments.config, arguments.overrides)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
