@@ -116,7 +116,7 @@ def _build_links(grid: Grid, rank: int, device: torch.device, timeout: datetime.
             for place, source in enumerate(ring):
                 target = ring[(place + ahead) % len(ring)]
                 members = sorted((source, target))  # as torch counts them
-                handle = dist.new_group(members, timeout=timeout)
+                handle: Any = dist.new_group(members, timeout=timeout)
                 if rank == source:
                     found[f"{kind}_out"] = Group(members.index(rank), 2, handle)
                     dist.send(torch.zeros(1, device=device), target, group=handle)
