@@ -1,0 +1,106 @@
+"""Peak memory of a rank and time of a step with sharded optimizer, gradients and weights, against the formula.
+
+    python benchmarks/sharding.py [--steps 6] [--rounds 2]
+
+Two data-parallel ranks on gloo, one thread each, width 1024, in bf16; each mode in fresh processes, the modes in turn.
+Memory is the peak of the resident set (VmHWM) above what a rank had before it built the model, and stands beside the
+formula of ``train/rank_costs.py``: states, what comes and goes, activations. What libraries keep besides is the same in
+all modes, so that the differences between modes are what can be held against the formula's to the percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from megatron_hammer.config import Config, config_from_tree
+from megatron_hammer.kernels.selection import select_backends
+from megatron_hammer.model.recompute import activation_bytes
+from megatron_hammer.parallel.context import build_parallel_context
+from megatron_hammer.sampling.batch import Batch
+from megatron_hammer.train.build import build, kernel_requirements
+from megatron_hammer.train.rank_costs import state_bytes, working_bytes
+from megatron_hammer.train.step import train_step
+
+MODES, RANKS, MIB = ("optimizer", "gradients", "weights"), 2, 2**20
+
+
+def config_of(mode: str) -> Config:
+    """84 million parameters in 6 layers."""
+    return config_from_tree({
+        "model": dict(hidden_size=1024, ffn_hidden_size=2816, num_layers=6, num_attention_heads=16, num_query_groups=4,
+                      vocab_size=8192),
+        "data": dict(seq_length=256),
+        "train": dict(num_steps=100, micro_batch_size=1, global_batch_size=2, precision="bf16", device="cpu"),
+        "parallel": dict(shard=mode, gradient_bucket_bytes=16 * 2**20),
+    })  # fmt: skip
+
+
+def status(name: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    with open("/proc/self/status", encoding="ascii") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+
+def rank_main(rank: int, mode: str, steps: int, store: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", store=dist.FileStore(store, RANKS), rank=rank, world_size=RANKS)
+    config = config_of(mode)
+    ctx, before = build_parallel_context(config.grid(RANKS), torch.device("cpu")), status("VmRSS")
+    model, optimizer = build(config, ctx)
+    windows = torch.randint(0, 8192, (1, 257), generator=torch.Generator().manual_seed(rank))
+    times = []
+    for step in range(1, steps + 1):
+        dist.barrier()
+        start = time.perf_counter()
+        train_step(model, optimizer, [Batch.from_windows(windows)], config, step, ctx)
+        times.append(time.perf_counter() - start)
+    results.put((rank, status("VmHWM") - before, sorted(times)[len(times) // 4]))
+    dist.barrier()
+
+
+def measure(mode: str, steps: int) -> tuple[int, float]:
+    """Peak bytes of the rank with most, and seconds of a step (the lower quartile)."""
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(rank_main, (mode, steps, f"{folder}/store", results), RANKS, start_method="spawn")
+    found = [results.get() for _ in range(RANKS)]
+    return max(peak for _, peak, _ in found), max(seconds for _, _, seconds in found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2)
+    arguments = parser.parse_args()
+    found: dict[str, list[tuple[int, float]]] = {mode: [] for mode in MODES}
+    for _ in range(arguments.rounds):
+        for mode in MODES:
+            found[mode].append(measure(mode, arguments.steps))
+    print(
+        "| parallel.shard | formula MiB | measured MiB | difference to optimizer: formula, measured | step s | ratio |"
+    )
+    print("|---|---|---|---|---|---|")
+    first: tuple[float, float, float] | None = None
+    for mode in MODES:
+        config = config_of(mode)
+        required = kernel_requirements(config, torch.device("cpu"))
+        stated = sum(state_bytes(config, RANKS).values()) + working_bytes(config, RANKS)
+        stated += activation_bytes(config, select_backends(config.kernels, required))
+        peak, seconds = min(p for p, _ in found[mode]), min(s for _, s in found[mode])
+        first = first or (stated, peak, seconds)
+        less = f"{(first[0] - stated) / MIB:.0f}, {(first[1] - peak) / MIB:.0f}"
+        print(f"| {mode} | {stated / MIB:.0f} | {peak / MIB:.0f} | {less} | {seconds:.2f} | {seconds / first[2]:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
