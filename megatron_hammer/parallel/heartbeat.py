@@ -2,12 +2,12 @@
 
 A node that is switched off or cut off from the network closes no connection, so nothing ends and nothing fails until a
 collective's time is up, and what fails then is a healthy rank. So every launcher counts up a number of its own in the
-store once a second, and looks at those of the others::
+store once a second, and node 0 looks at those of the others::
 
     node 0   hosts the store     sees the node whose number stands still
     node k   reaches the store   or not: then node 0 is cut off from it, or it from node 0
 
-It does so in a thread of its own on a connection of its own, because an operation on a dead connection may never come
+Both do so in a thread of its own on a connection of its own, because an operation on a dead connection may never come
 back; the thread that watches the ranks only reads what has been heard, and when.
 """
 
@@ -17,7 +17,7 @@ import threading
 import time
 
 from megatron_hammer.base.errors import ParallelError
-from megatron_hammer.parallel.rendezvous import Meeting, join_store
+from megatron_hammer.parallel.rendezvous import Meeting, Store, join_store
 
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 60.0  # or the timeout of collectives, where that is shorter: no pause of a healthy machine is so long
@@ -43,7 +43,7 @@ class Heartbeat:
     ) -> None:
         self._meeting, self._node, self._nproc, self._failure_key = meeting, node, nproc, failure_key
         self._limit = min(SILENT_SECONDS, timeout_seconds)
-        self._heard = dict.fromkeys((i for i in range(nnodes) if i != node), time.monotonic())
+        self._heard = dict.fromkeys(range(1, nnodes) if node == 0 else (0,), time.monotonic())
         self._failed = self._refused = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -59,25 +59,16 @@ class Heartbeat:
             return node_0_is_gone()
         now = time.monotonic()
         silent = [i for i, heard in sorted(self._heard.items()) if now - heard > self._limit]
-        if self._node and 0 not in silent:
-            return None  # node 0 sees the others and says which
         if not silent:
             return None
-        gone = silent[:1] if self._node else silent
-        ranks = ", ".join(str(i * self._nproc + r) for i in gone for r in range(self._nproc))
+        ranks = ", ".join(str(i * self._nproc + r) for i in silent for r in range(self._nproc))
         return ParallelError(
             8,
-            f"node {', '.join(map(str, gone))} (rank {ranks})",
+            f"node {', '.join(map(str, silent))} (rank {ranks})",
             f"has not answered node {self._node} for {self._limit:g} s: it is off, or one of the two is cut "
             f"off from {self._meeting.address}",
             "look at that machine and its network; the last committed checkpoint is safe",
         )
-
-    def wait_for_news(self, seconds: float) -> None:
-        """Return when another launcher has failed or is lost, or after this time. Communicates with nobody."""
-        deadline = time.monotonic() + seconds
-        while not self.failed() and time.monotonic() < deadline:
-            time.sleep(0.1)
 
     def stop(self) -> None:
         """Say nothing more; does not wait for an operation that hangs."""
@@ -85,16 +76,23 @@ class Heartbeat:
         self._thread.join(2 * BEAT_SECONDS)
 
     def _beat(self) -> None:
-        own, counts = self._node, dict.fromkeys(self._heard, 0)
+        counts = dict.fromkeys(self._heard, 0)
         try:
             store = join_store(self._meeting.address, self._meeting.port, int(self._limit) + 1).store
             while not self._stop.wait(BEAT_SECONDS):
-                store.add(f"{BEAT_KEY}/{own}", 1)
-                for i in self._heard:
-                    count = store.add(f"{BEAT_KEY}/{i}", 0)
-                    if count > counts[i] or (i == 0 and own):  # whoever reaches the store reaches node 0
-                        counts[i], self._heard[i] = count, time.monotonic()
+                store.add(f"{BEAT_KEY}/{self._node}", 1)
+                if self._node:
+                    self._heard[0] = time.monotonic()  # whoever reaches the store reaches node 0
+                else:
+                    self._look_at(counts, store)
                 if self._failure_key and store.check([self._failure_key]):
                     self._failed = True
         except (RuntimeError, ParallelError):  # the connection was closed, unless it took as long as a silent one
             self._refused = self._node > 0 and time.monotonic() - self._heard[0] < self._limit
+
+    def _look_at(self, counts: dict[int, int], store: Store) -> None:
+        """Which of the other nodes' numbers have gone up."""
+        for i in counts:
+            count = store.add(f"{BEAT_KEY}/{i}", 0)
+            if count > counts[i]:
+                counts[i], self._heard[i] = count, time.monotonic()

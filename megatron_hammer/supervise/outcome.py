@@ -84,13 +84,14 @@ def agree_with_other_nodes(
         store.add(ENDED_KEY, 1)
         if node.node_rank == 0:
             others = GRACE_SECONDS if lost is not None else 10 * GRACE_SECONDS
-            _wait_until(lambda: store.add(ENDED_KEY, 0) >= node.nnodes, others)
+            wait_until(lambda: store.add(ENDED_KEY, 0) >= node.nnodes, others)
     except RuntimeError:
         return failure or Failure(3, 0, node_0_is_gone())
     return failure
 
 
-def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    """Return when it holds, or after this time."""
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.1)

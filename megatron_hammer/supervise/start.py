@@ -140,7 +140,7 @@ def launch(config: Config, node: Node, entry: str = RANK_ENTRY, options: Mapping
     import torch.multiprocessing  # one import for all: the ranks find the files in the page cache
 
     from megatron_hammer.parallel.heartbeat import Heartbeat
-    from megatron_hammer.supervise.outcome import FAILURE_KEY, agree_with_other_nodes
+    from megatron_hammer.supervise.outcome import FAILURE_KEY, agree_with_other_nodes, wait_until
     from megatron_hammer.supervise.rank import rank_main
 
     meeting = None if node.world_size == 1 else _meet(node, config.parallel.timeout_seconds)
@@ -182,7 +182,7 @@ def launch(config: Config, node: Node, entry: str = RANK_ENTRY, options: Mapping
         kill(ranks)
     if others is not None and meeting is not None:
         if failure is not None and failure.severity >= 2:  # it may be the consequence of what happened elsewhere
-            others.wait_for_news(2 * GRACE_SECONDS)
+            wait_until(others.failed, 2 * GRACE_SECONDS)
         failure = agree_with_other_nodes(meeting.store, node, failure, others.lost())
         others.stop()
     if failure is None:
