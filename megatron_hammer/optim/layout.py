@@ -171,8 +171,8 @@ class Layout:
                 if start < stop:
                     yield Part(row, start, stop, offset, bucket)
 
-    def slices(self) -> Iterator[tuple[SummedSlice, Bucket, int, int]]:
-        """Each slice of the table that this rank's shards touch, with its bucket and its range in the buffers."""
+    def slices(self) -> Iterator[tuple[SummedSlice, Part, int, int]]:
+        """Each slice of the table that this rank's shards touch, in which part, and its range in the buffers."""
         for part in self.parts():
             first, last = part.range
             cols = part.parameter.shape[1] if len(part.parameter.shape) > 1 else 1
@@ -180,4 +180,4 @@ class Layout:
                 start = max(first, part.offset + s.local_row * cols)
                 stop = min(last, part.offset + (s.local_row + s.num_rows) * cols)
                 if start < stop:
-                    yield s, part.bucket, start, stop
+                    yield s, part, start, stop

@@ -119,7 +119,7 @@ class FlatStore:
     ) -> None:
         self.range_of, self.overlap_gather, self.reshard = range_of, overlap_gather, reshard_after_forward
         self.table, self.ctx = tuple(table), ctx
-        self.group = ctx.dp if ctx.copies.size == 1 else ctx.shard
+        self.group = ctx.sharing
         by_part = shard == "weights"
         self.layout = Layout(self.table, bucket_bytes, self.group.size, self.group.rank, by_part, self.block)
         self.offsets, self.buckets = self.layout.offsets, self.layout.buckets
@@ -256,7 +256,7 @@ class FlatStore:
             for handle in [all_reduce(shard, self.ctx.copies, async_op=True) for shard in shards]:
                 handle.wait()
         for over, group in (("tp", self.ctx.tp), ("kv", self.ctx.kv), ("stages", self.ctx.ends)):
-            _sum_in_one_message(self._shared[over], group)
+            sum_in_one_message(self._shared[over], group)
 
     def gather(self) -> None:
         """Say that the shards of the weights have changed. Communicates over dp where weights stay."""
@@ -305,8 +305,8 @@ class FlatStore:
         if self.ctx.copies.rank > 0:
             return []
         ranges: list[list[int]] = []
-        for s, bucket, start, stop in self.layout.slices():
-            place = self.sum_buffers.place(bucket, start, stop)
+        for s, part, start, stop in self.layout.slices():
+            place = self.sum_buffers.place(part.bucket, start, stop)
             if s.owned and ranges and ranges[-1][1] == place.start:
                 ranges[-1][1] = place.stop
             elif s.owned:
@@ -331,9 +331,9 @@ class FlatStore:
         return squares
 
     def _slices_summed_over(self, group: str) -> Iterator[Tensor]:
-        for s, bucket, start, stop in self.layout.slices():
+        for s, part, start, stop in self.layout.slices():
             if s.sum_over == group:
-                yield self.grads[self.sum_buffers.place(bucket, start, stop)]
+                yield self.grads[self.sum_buffers.place(part.bucket, start, stop)]
 
     def _are_neighbours(self, one: Part, other: Part) -> bool:
         return all(
@@ -379,10 +379,19 @@ def _wait_for(bucket: Bucket) -> None:
         bucket.gathering = None
 
 
-def _sum_in_one_message(views: list[Tensor], group: Group) -> None:
+def _sum(message: Tensor, group: Group) -> Tensor:
+    all_reduce(message, group)
+    return message
+
+
+def sum_in_one_message(views: list[Tensor], group: Group, summed: Callable[[Tensor, Group], Tensor] = _sum) -> None:
+    """Sum views in place over a group, all of them at once.
+
+    Args:
+        summed: the sum of a flat tensor over the group; it may use the tensor's memory.
+    """
     if not views or group.size == 1:
         return
-    message = torch.cat(views)
-    all_reduce(message, group)
-    for view, part in zip(views, message.split([v.numel() for v in views]), strict=True):
+    total = summed(torch.cat(views), group)
+    for view, part in zip(views, total.split([v.numel() for v in views]), strict=True):
         view.copy_(part)

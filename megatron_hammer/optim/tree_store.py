@@ -24,9 +24,9 @@ from torch import Tensor
 
 from megatron_hammer.kernels.ranges import Range, no_range
 from megatron_hammer.optim.layout import Bucket, Row
-from megatron_hammer.optim.store import FlatStore
+from megatron_hammer.optim.store import FlatStore, sum_in_one_message
 from megatron_hammer.parallel.collectives import all_reduce, start_exchange
-from megatron_hammer.parallel.context import Group, ParallelContext
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.tree import fold, sum_over_copies, tree_sum, turns
 
 BLOCKS_AT_ONCE = 1024  # of the norm: 16 MiB in fp32
@@ -60,9 +60,11 @@ class TreeStore(FlatStore):
         self._free: list[Tensor] = []
         self._pieces: dict[int, Tensor] = {}
         """Of each bucket on its way, by its start: [dp, shard], what each rank has for this one's shard."""
-        blocks = [-(-row.numel // self.block) for row in self.table]
-        self._first_block = [sum(blocks[:i]) for i in range(len(blocks))]
-        self._blocks = sum(blocks)
+        self._first_block: dict[str, int] = {}
+        self._blocks = 0
+        for row in self.table:
+            self._first_block[row.name] = self._blocks
+            self._blocks += -(-row.numel // self.block)
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 
@@ -115,7 +117,7 @@ class TreeStore(FlatStore):
         self._free += self.waiting
         self.waiting = []
         for over, group in (("tp", self.ctx.tp), ("kv", self.ctx.kv)):
-            _sum_in_order(self._shared[over], group)
+            sum_in_one_message(self._shared[over], group, sum_over_copies)  # its cut into shards does not matter
 
     # ---- the norm --------------------------------------------------------------------------------------------------
 
@@ -133,29 +135,13 @@ class TreeStore(FlatStore):
 
     def _squares(self) -> Iterator[tuple[int, Tensor]]:
         """Squares of what this rank counts, in whole blocks with zeros around it, and the number of the first block."""
-        index = {row.name: i for i, row in enumerate(self.table)}
-        for part in self.layout.parts():
-            first_block, cols = (
-                self._first_block[index[part.parameter.name]],
-                part.parameter.numel // part.parameter.shape[0],
-            )
-            for s in part.parameter.slices:
-                start = max(part.start, s.local_row * cols)
-                stop = min(part.stop, (s.local_row + s.num_rows) * cols)
-                at = start // self.block * self.block
-                while s.owned and at < stop:
-                    end = min(at + BLOCKS_AT_ONCE * self.block, -(-stop // self.block) * self.block)
-                    squares = self.grads[part.offset + at : part.offset + end].square()
-                    squares[: max(0, start - at)] = 0
-                    squares[max(0, stop - at) :] = 0
-                    yield first_block + at // self.block, squares
-                    at = end
-
-
-def _sum_in_order(views: list[Tensor], group: Group) -> None:
-    """Sum over a group in one message, whose cut into shards does not matter."""
-    if not views or group.size == 1:
-        return
-    total = sum_over_copies(torch.cat(views), group)
-    for view, part in zip(views, total.split([v.numel() for v in views]), strict=True):
-        view.copy_(part)
+        for s, part, first, last in self.layout.slices():
+            start, stop = first - part.offset, last - part.offset  # in the parameter
+            at = start // self.block * self.block
+            while s.owned and at < stop:
+                end = min(at + BLOCKS_AT_ONCE * self.block, -(-stop // self.block) * self.block)
+                squares = self.grads[part.offset + at : part.offset + end].square()
+                squares[: max(0, start - at)] = 0
+                squares[max(0, stop - at) :] = 0
+                yield self._first_block[part.parameter.name] + at // self.block, squares
+                at = end

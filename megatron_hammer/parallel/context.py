@@ -73,6 +73,11 @@ class ParallelContext:
     copies: Group = field(default_factory=Group)
     """Ranks of ``dp`` that hold the same shards as this one."""
 
+    @property
+    def sharing(self) -> Group:
+        """The ranks that divide one copy of the states among them: ``shard`` where there are copies, else ``dp``."""
+        return self.dp if self.copies.size == 1 else self.shard
+
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
         """One process that never communicates."""

@@ -103,9 +103,8 @@ class DriftCheck:
 
     def __init__(self, config: Config, optimizer: Optimizer, ctx: ParallelContext) -> None:
         self.optimizer, self.ctx = optimizer, ctx
-        # The ranks that hold one copy of the optimizer's state in parts; all such groups.
-        self.sharing = ctx.dp if ctx.copies.size == 1 else ctx.shard
         self.groups = config.grid(ctx.world.size).groups("shard")
+        """Of ranks that hold one copy of the optimizer's state in parts, as ``ctx.sharing`` is one."""
         table, adamw = optimizer.store.table, optimizer.adamw
         in_16_bits = any(state.param is not None for state in adamw.states)
         kinds = [WEIGHT, *STATES, ROUNDED] if in_16_bits else [WEIGHT, *(kind for kind in STATES if kind != MASTER)]
@@ -120,7 +119,7 @@ class DriftCheck:
         self.weights = list(self._pieces(WEIGHT, [(row, 0, row.numel) for row in table]))
         shards: list[Part] = [(shard.parameter, shard.start, shard.stop) for shard in optimizer.shards()]
         self.states = {kind: list(self._pieces(kind, shards)) for kind in STATES}
-        self.updated = list(self._updated(WEIGHT)) if self.sharing.size > 1 else []
+        self.updated = list(self._updated(WEIGHT)) if self.ctx.sharing.size > 1 else []
         self.rounded = list(self._updated(ROUNDED))
         self.hash = BitHash(ctx.device, max(row.numel for row in table))
 
@@ -141,7 +140,7 @@ class DriftCheck:
         items += [Item(OPTIMIZER, name) for name in self._scalars()]
         holders = torch.tensor([item in held for item in items], dtype=torch.int64, device=self.ctx.device)
         all_reduce(holders, self.ctx.world)
-        enough = dict.fromkeys(STATES, 2 * self.sharing.size) | {ROUNDED: 1}
+        enough = dict.fromkeys(STATES, 2 * self.ctx.sharing.size) | {ROUNDED: 1}
         return [item for item, n in zip(items, holders.tolist(), strict=True) if n >= enough.get(item.kind, 2)]
 
     def _pieces(self, kind: str, parts: Sequence[Part]) -> Iterator[_Piece]:
@@ -206,7 +205,7 @@ class DriftCheck:
         """Bool scalar: whether two ranks hold something else, or a rank's weights are not its masters rounded."""
         if self.has_states:
             sums = torch.where(self.is_state, values, 0)
-            all_reduce(sums, self.sharing)
+            all_reduce(sums, self.ctx.sharing)
             values = torch.where(self.is_state, sums, values)
         # The largest of all, and the largest of all complements: the complement of the smallest.
         extremes = torch.stack([values, torch.where(self.absent, ABSENT, ~values)])

@@ -203,7 +203,7 @@ def _tied_gradients_summed(times: int) -> Any:
         real(self)
         self._shared["stages"] = tied
         for _ in range(times):
-            store._sum_in_one_message(tied, self.ctx.ends)
+            store.sum_in_one_message(tied, self.ctx.ends)
 
     real = FlatStore.reduce
     return mock.patch.object(FlatStore, "reduce", reduce)
