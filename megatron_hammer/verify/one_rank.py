@@ -14,7 +14,7 @@ import dataclasses
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,7 +150,7 @@ def count_rank(config: Config, world_size: int, rank: int) -> Counted:
     fewest = 1 if pipeline.stages_per_rank == 1 else pipeline.ranks  # micro-batches that come together
     accumulated = config.grad_accum(world_size)
     most = min(accumulated, 2 * pipeline.ranks)
-    with fake_world(rank, world_size) if world_size > 1 else _no_world():
+    with fake_world(rank, world_size) if world_size > 1 else nullcontext():
         ctx = build_parallel_context(config.grid(world_size), torch.device("meta"))
         with _Counter(ctx) as counter:
             stages, optimizer = build_stages(
@@ -209,8 +209,3 @@ def _batch(config: Config, ctx: ParallelContext) -> Batch[Tensor]:
     ends = np.arange(0, b * s + 1, s, dtype=np.int32) if config.data.attention_mask == "document" else None
     whole = Batch.from_windows(np.zeros((b, s + 1), dtype=np.int64), documents=ends)
     return whole.shard(ctx.cp.rank, ctx.cp.size).to(ctx.device)
-
-
-@contextmanager
-def _no_world() -> Iterator[None]:
-    yield

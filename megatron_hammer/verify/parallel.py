@@ -24,7 +24,7 @@ from megatron_hammer.base.tables import align
 from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.checkpoint.manifest import saved_model
 from megatron_hammer.checkpoint.read import read_logical
-from megatron_hammer.config import Config, KernelsConfig, ParallelConfig
+from megatron_hammer.config import Config, KernelsConfig
 from megatron_hammer.model.parameters import logical_shapes
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.supervise.nodes import Node
@@ -42,7 +42,7 @@ from megatron_hammer.verify.compare import (
 )
 from megatron_hammer.verify.outcome import Outcome, Piece, read_outcome
 from megatron_hammer.verify.reference import reference_steps
-from megatron_hammer.verify.shrink import STEPS, shrink
+from megatron_hammer.verify.shrink import STEPS, alone, shrink
 from megatron_hammer.verify.steps import (
     EXACT,
     model_pieces,
@@ -124,9 +124,8 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
 
 def _one_process(small: Config) -> tuple[dict[str, Outcome], dict[str, np.ndarray]]:
     """Our own steps on whole tensors on a CPU, and the initial weights of the model."""
-    parallel = ParallelConfig(gradient_bucket_bytes=small.parallel.gradient_bucket_bytes)
     train = dataclasses.replace(small.train, precision="fp32", device="cpu")
-    config = dataclasses.replace(small, parallel=parallel, train=train, kernels=KernelsConfig())
+    config = dataclasses.replace(alone(small), train=train, kernels=KernelsConfig())
     ctx = ParallelContext.single()
     _, optimizer = build(config, ctx, dtype=EXACT["fp64"])
     initial = {tensor: values for (_, tensor), values in whole_tensors(model_pieces(optimizer)).items()}

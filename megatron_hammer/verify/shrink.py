@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_hammer.config import Config, KernelsConfig
+from megatron_hammer.config import Config, KernelsConfig, ParallelConfig
 from megatron_hammer.parallel.placement import VOCAB_PADDING_MULTIPLE
 
 HEAD_SIZE, FFN_PER_RANK, LAYERS, LENGTH_PER_RANK, SHORTEST = 8, 24, 2, 8, 32
@@ -83,6 +83,12 @@ def shrink(config: Config, world_size: int, real: bool = False) -> tuple[Config,
 def _small_split(layers: int, stages: int) -> tuple[int, ...]:
     """One layer in each stage, and what is left in the first."""
     return (layers - stages + 1, *(1 for _ in range(stages - 1)))
+
+
+def alone(config: Config) -> Config:
+    """The same run on one process."""
+    parallel = ParallelConfig(gradient_bucket_bytes=config.parallel.gradient_bucket_bytes)
+    return dataclasses.replace(config, parallel=parallel)
 
 
 def chosen_kernels(config: Config) -> list[str]:

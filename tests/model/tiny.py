@@ -17,6 +17,8 @@ from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.build import build
 from megatron_hammer.train.drift import DriftCheck
 from megatron_hammer.train.step import StepReport, train_step
+from megatron_hammer.verify.outcome import Outcome
+from megatron_hammer.verify.steps import take_steps
 
 
 def tiny_config(**changes: Any) -> Config:
@@ -103,6 +105,11 @@ def train(rank: int, config: Config, steps: int) -> tuple[list[tuple[float, floa
         assert found is not None
         drift.raise_on(found)
     return [(float(r.loss), float(r.grad_norm), bool(r.applied)) for r in reports], logical_parts(model, config, ctx)
+
+
+def exact_steps(rank: int, config: Config) -> Outcome:
+    """Two steps in fp64 on the proof's batches, and what they leave."""
+    return take_steps(config, make_context(config), torch.float64)
 
 
 def logical_parts(model: Stage, config: Config, ctx: ParallelContext, grads: bool = False) -> dict[str, Tensor]:

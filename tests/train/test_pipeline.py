@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
-import torch
 
-from megatron_hammer.config import Config, ParallelConfig
+from megatron_hammer.config import Config
 from megatron_hammer.train.build import build_stages
 from megatron_hammer.train.step import train_step
 from megatron_hammer.verify.compare import Sizes, compare_numbers, compare_pieces, whole_tensors
-from megatron_hammer.verify.outcome import Outcome
-from megatron_hammer.verify.steps import take_steps
+from megatron_hammer.verify.shrink import alone
 from tests.distributed import run_distributed
-from tests.model.tiny import make_context, rank_batches, tiny_config
+from tests.model.tiny import exact_steps, make_context, rank_batches, tiny_config
 
 TP2 = dict(parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True)
 TIED = dict(model__tie_word_embeddings=True)
@@ -47,17 +44,6 @@ LAYOUTS: dict[str, tuple[int, Config]] = {
     "PP 2 interleaved, CP 2, selective": (
         4, pipeline_config(2, 2, train__recompute="selective", **DOCUMENTS, parallel__context_parallel_size=2)),
 }  # fmt: skip
-
-
-def alone(config: Config) -> Config:
-    """The same on one process."""
-    parallel = ParallelConfig(gradient_bucket_bytes=config.parallel.gradient_bucket_bytes)
-    return dataclasses.replace(config, parallel=parallel)
-
-
-def exact_steps(rank: int, config: Config) -> Outcome:
-    """Two steps in fp64."""
-    return take_steps(config, make_context(config), torch.float64)
 
 
 def losses_and_norms(rank: int, config: Config, steps: int) -> list[tuple[float, float, bool]]:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_hammer.base.errors import HammerError
 from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.checkpoint.read import load_shards
 from megatron_hammer.checkpoint.write import save_checkpoint
-from megatron_hammer.config import Config, ParallelConfig, config_to_tree
+from megatron_hammer.config import Config, config_to_tree
 from megatron_hammer.train.build import build_stages
 from megatron_hammer.train.prepare import STATE_KINDS
 from megatron_hammer.train.state import RunState
 from megatron_hammer.train.step import train_step
-from megatron_hammer.verify.outcome import Outcome
-from megatron_hammer.verify.steps import take_steps
 from tests.model.tiny import make_context, rank_batches, tiny_config
 
 Layout = dict[str, Any]
@@ -94,17 +89,6 @@ def covering(grid: Sequence[Layout]) -> list[Layout]:
         missing -= pairs_of(best)
         chosen.append(best)
     return chosen
-
-
-def alone(config: Config) -> Config:
-    """The same on one process."""
-    parallel = ParallelConfig(gradient_bucket_bytes=config.parallel.gradient_bucket_bytes)
-    return dataclasses.replace(config, parallel=parallel)
-
-
-def exact_steps(rank: int, config: Config) -> Outcome:
-    """Two steps in fp64, and what they leave."""
-    return take_steps(config, make_context(config), torch.float64)
 
 
 def many_steps(

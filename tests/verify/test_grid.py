@@ -16,14 +16,14 @@ import pytest
 from megatron_hammer.config import Config
 from megatron_hammer.verify.compare import NUMBER_BOUNDS, Sizes, compare_numbers, compare_pieces, whole_tensors
 from megatron_hammer.verify.outcome import Outcome
+from megatron_hammer.verify.shrink import alone
 from tests.distributed import run_distributed
+from tests.model.tiny import exact_steps
 from tests.verify.grid import (
     STEPS,
     Layout,
-    alone,
     config_of,
     covering,
-    exact_steps,
     many_steps,
     pairs_of,
     ranks_of,

@@ -248,10 +248,7 @@ def faulty_steps(rank: int, config: Config, fault: str) -> Outcome:
 def references(mask: str) -> tuple[Outcome, Outcome]:
     """Our own one process, and transformers."""
     small = config_of(data__attention_mask=mask)
-    alone = dataclasses.replace(
-        small, parallel=dataclasses.replace(small.parallel, tensor_model_parallel_size=1, sequence_parallel=False)
-    )
-    ours, initial = parallel._one_process(alone)
+    ours, initial = parallel._one_process(small)
     return ours["fp64"], reference_steps(small, initial)
 
 
