@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import meet
 from shapes import SHAPES, Shape
 from torch import Tensor
 
@@ -64,15 +65,9 @@ def random_batches(shape: Shape, config: Config, step: int, dp_rank: int) -> lis
     return [Batch.from_windows(windows)] * config.grad_accum(RANKS)
 
 
-def start(rank: int, folder: str) -> None:
-    """Meet the other rank."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
-
-
 def measure_tree(rank: int, size: str, rounds: int, folder: str) -> None:
     """One rank: plain steps and those with a tree; print the medians on rank 0."""
-    start(rank, folder)
+    meet(rank, RANKS, f"{folder}/store")
     shape, seconds = SHAPES[size], {"off": list[float](), "tree": list[float]()}
     configs = {kind: config_of(shape, "DP 2", ACCUMULATED, kind) for kind in seconds}
     ctx = build_parallel_context(configs["off"].grid(RANKS), torch.device("cpu"))
@@ -96,7 +91,7 @@ def measure_tree(rank: int, size: str, rounds: int, folder: str) -> None:
 
 def measure(rank: int, size: str, layout: str, rounds: int, folder: str) -> None:
     """One rank: steps and checks; print the medians on rank 0."""
-    start(rank, folder)
+    meet(rank, RANKS, f"{folder}/store")
     shape = SHAPES[size]
     config = config_of(shape, layout)
     ctx = build_parallel_context(config.grid(RANKS), torch.device("cpu"))

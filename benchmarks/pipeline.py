@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import meet
 from torch import Tensor
 
 from megatron_hammer.config import Config, config_from_tree
@@ -77,9 +78,8 @@ def config_of(ranks: int, virtual: int, micro_batches: int) -> Config:
 
 def rank_main(rank: int, store: str, config: Config, steps: int, results: Any) -> None:
     """One rank: seconds of each step, between barriers."""
-    torch.set_num_threads(1)
     ranks = config.parallel.pipeline_model_parallel_size
-    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+    meet(rank, ranks, store)
     ctx = build_parallel_context(config.grid(ranks), torch.device("cpu"))
     stages, optimizer = build_stages(config, ctx)
     for stage in stages:
@@ -115,7 +115,6 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     print(f"each stage {FORWARD * 1e3:.0f} + {BACKWARD * 1e3:.0f} ms, {options.micro_batches} micro-batches; {load}")
     print("| PP | stages a rank | step, ms | formula, ms | more |\n|---|---|---|---|---|")

@@ -11,7 +11,6 @@ all modes, so that the differences between modes are what can be held against th
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import meet
+from sides import memory_mb
 
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.kernels.selection import select_backends
@@ -43,18 +44,10 @@ def config_of(mode: str) -> Config:
     })  # fmt: skip
 
 
-def status(name: str) -> int:
-    """Bytes of a field of /proc/self/status."""
-    with open("/proc/self/status", encoding="ascii") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
-
-
 def rank_main(rank: int, mode: str, steps: int, store: str, results: Any) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", store=dist.FileStore(store, RANKS), rank=rank, world_size=RANKS)
+    meet(rank, RANKS, store)
     config = config_of(mode)
-    ctx, before = build_parallel_context(config.grid(RANKS), torch.device("cpu")), status("VmRSS")
+    ctx, before = build_parallel_context(config.grid(RANKS), torch.device("cpu")), memory_mb("VmRSS")
     model, optimizer = build(config, ctx)
     windows = torch.randint(0, 8192, (1, 257), generator=torch.Generator().manual_seed(rank))
     times = []
@@ -63,12 +56,12 @@ def rank_main(rank: int, mode: str, steps: int, store: str, results: Any) -> Non
         start = time.perf_counter()
         train_step(model, optimizer, [Batch.from_windows(windows)], config, step, ctx)
         times.append(time.perf_counter() - start)
-    results.put((rank, status("VmHWM") - before, sorted(times)[len(times) // 4]))
+    results.put((rank, memory_mb("VmHWM") - before, sorted(times)[len(times) // 4]))
     dist.barrier()
 
 
-def measure(mode: str, steps: int) -> tuple[int, float]:
-    """Peak bytes of the rank with most, and seconds of a step (the lower quartile)."""
+def measure(mode: str, steps: int) -> tuple[float, float]:
+    """Peak MiB of the rank with most, and seconds of a step (the lower quartile)."""
     context = mp.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +75,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
-    found: dict[str, list[tuple[int, float]]] = {mode: [] for mode in MODES}
+    found: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
     for _ in range(arguments.rounds):
         for mode in MODES:
             found[mode].append(measure(mode, arguments.steps))
@@ -94,12 +87,12 @@ def main() -> None:
     for mode in MODES:
         config = config_of(mode)
         required = kernel_requirements(config, torch.device("cpu"))
-        stated = sum(state_bytes(config, RANKS).values()) + working_bytes(config, RANKS)
-        stated += activation_bytes(config, select_backends(config.kernels, required))
+        needed = sum(state_bytes(config, RANKS).values()) + working_bytes(config, RANKS)
+        stated = (needed + activation_bytes(config, select_backends(config.kernels, required))) / MIB
         peak, seconds = min(p for p, _ in found[mode]), min(s for _, s in found[mode])
         first = first or (stated, peak, seconds)
-        less = f"{(first[0] - stated) / MIB:.0f}, {(first[1] - peak) / MIB:.0f}"
-        print(f"| {mode} | {stated / MIB:.0f} | {peak / MIB:.0f} | {less} | {seconds:.2f} | {seconds / first[2]:.2f} |")
+        less = f"{first[0] - stated:.0f}, {first[1] - peak:.0f}"
+        print(f"| {mode} | {stated:.0f} | {peak:.0f} | {less} | {seconds:.2f} | {seconds / first[2]:.2f} |")
 
 
 if __name__ == "__main__":
