@@ -15,7 +15,7 @@ stored in each checkpoint and logged once. Imports neither torch nor numpy.
 """
 
 from megatron_hammer.config.effects import Effect
-from megatron_hammer.config.help import FieldHelp, add_accept, describe_fields, help_text, setting_effects
+from megatron_hammer.config.help import FieldHelp, add_accept, add_settings, describe_fields, help_text, setting_effects
 from megatron_hammer.config.reading import config_from_tree, config_to_tree, load_config, parse_yaml, to_yaml
 from megatron_hammer.config.settings import (
     ATTENTION_MASKS,
@@ -51,6 +51,7 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "add_accept",
+    "add_settings",
     "config_from_tree",
     "config_to_tree",
     "describe_fields",

@@ -7,15 +7,13 @@ Needs no torch.
 from __future__ import annotations
 
 from megatron_hammer.base.cli import ArgumentParser, run
-from megatron_hammer.config import add_accept, load_config
+from megatron_hammer.config import add_settings, load_config
 
 
 def main() -> int:
     """Read the settings as training does."""
     parser = ArgumentParser(prog="python -m megatron_hammer.config", description="Check the settings of a run.")
-    parser.add_argument("config", metavar="CONFIG.yaml", help="preset, for example examples/configs/tiny.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="group.field=value", help="settings that replace the preset's")
-    add_accept(parser)
+    add_settings(parser)
     arguments = parser.parse_intermixed_args()
     load_config(arguments.config, arguments.overrides)
     return 0

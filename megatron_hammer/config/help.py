@@ -77,6 +77,13 @@ def _field_docstrings() -> dict[str, dict[str, str]]:
     return docs
 
 
+def add_settings(parser: ArgumentParser) -> None:
+    """Give a program the arguments that name a run's settings: a preset, what replaces it, and ``--accept``."""
+    parser.add_argument("config", metavar="CONFIG.yaml", help="preset, for example examples/configs/tiny.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="group.field=value", help="settings that replace the preset's")
+    add_accept(parser)
+
+
 def add_accept(parser: ArgumentParser) -> None:
     """The option ``--accept`` of the programs that train."""
     parser.add_argument(

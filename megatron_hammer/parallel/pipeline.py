@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Literal, Protocol
 
+from megatron_hammer.parallel.placement import ModelSizes
+
 ELEMENT_FLOPS = 300  # that a GPU computes in the time of one byte: 989 TFLOP/s and 3.35 TB/s of an H100
 RECEIVES_AHEAD = 2  # of a rank, in the order of need: in steady state the next of each direction
 SAME = 1e-9  # relative: costs that differ by less are equal
@@ -114,19 +116,11 @@ class Pipeline:
 # ---- the layers of each stage ----------------------------------------------------------------------------------------
 
 
-class LayerSizes(Protocol):
+class LayerSizes(ModelSizes, Protocol):
     """What the costs need of ``config.ModelConfig``: global sizes."""
 
     @property
     def hidden_size(self) -> int: ...
-    @property
-    def ffn_hidden_size(self) -> int: ...
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def query_groups(self) -> int: ...
     @property
     def head_size(self) -> int: ...
     @property

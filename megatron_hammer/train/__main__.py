@@ -12,7 +12,7 @@ from megatron_hammer.base.cli import ArgumentParser, keep_torch_quiet, leave, re
 from megatron_hammer.base.errors import ParallelError, from_exception
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.streams import Output
-from megatron_hammer.config import add_accept, help_text, load_config
+from megatron_hammer.config import add_settings, help_text, load_config
 
 
 def build_parser() -> ArgumentParser:
@@ -22,9 +22,7 @@ def build_parser() -> ArgumentParser:
         description="Train a Llama; the same command resumes.",
         epilog=help_text(),
     )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="preset, for example examples/configs/tiny.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="group.field=value", help="settings that replace the preset's")
-    add_accept(parser)
+    add_settings(parser)
     return parser
 
 
