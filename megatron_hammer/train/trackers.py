@@ -142,8 +142,14 @@ class Tracker:
         self._warn_once(f"had not taken everything {CLOSE_SECONDS:.0f} s after the end of the run")
         with self._changed:
             self._gone = True
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._end_process()
+
+    def _end_process(self) -> None:
+        """Kill the process if the run has given the service up. Both threads ask; the later one finds it."""
+        process = self._process
+        if self._gone and process is not None and process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def _next(self) -> Mapping[str, Any] | None:
         with self._changed:
@@ -162,6 +168,8 @@ class Tracker:
     def _serve(self) -> str:
         """Feed the process until the end or its failure; why it failed, or an empty string."""
         folder = Path(self._run.folder)
+        if self._gone:
+            return ""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             pipe = subprocess.PIPE
@@ -172,6 +180,7 @@ class Tracker:
                 )  # fmt: skip
         except OSError as error:
             return str(error)
+        self._end_process()  # it may have been given up while it started
         assert process.stdin is not None and process.stdout is not None
         try:
             message: Mapping[str, Any] | None = self._run.to_tree()

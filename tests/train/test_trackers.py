@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +162,41 @@ def test_a_full_list_costs_one_warning_and_no_wait(
     all_trackers.close()
     (warning,) = said
     assert "wandb has not taken the last 20 lines: later ones are left out" in warning
+
+
+@pytest.mark.parametrize("given_up", ["before", "while"])
+def test_a_service_given_up_before_its_process_has_started_never_serves(
+    tmp_path: Path, told: Callable[[], list[list[Any]]], given_up: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, asked = threading.Event(), threading.Event()
+    started: list[subprocess.Popen[str]] = []
+    start, serve = subprocess.Popen, trackers.Tracker._serve
+
+    def start_late(*arguments: Any, **options: Any) -> Any:
+        asked.set()
+        assert closed.wait(60)
+        started.append(start(*arguments, **options))
+        return started[0]
+
+    def serve_late(self: trackers.Tracker) -> str:
+        asked.set()
+        assert closed.wait(60)
+        return serve(self)
+
+    if given_up == "while":
+        monkeypatch.setattr(trackers.subprocess, "Popen", start_late)
+    else:
+        monkeypatch.setattr(trackers.Tracker, "_serve", serve_late)
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.0)
+    said: list[str] = []
+    run = Trackers(tiny_config(log__trackers=("wandb",), train__output=str(tmp_path / "run")), False, {}, said.append)
+    assert asked.wait(60)
+    run.close()
+    closed.set()
+    (tracker,) = run.trackers
+    tracker._thread.join(60)
+    assert [process.returncode for process in started] == ([-9] if given_up == "while" else [])
+    assert told() == [] and len(said) == 1
 
 
 def test_a_run_that_fails_is_told_as_failed(tmp_path: Path, told: Callable[[], list[list[Any]]]) -> None:
