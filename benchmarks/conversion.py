@@ -114,9 +114,10 @@ def make(folder: Path, small: bool) -> dict[str, Any]:
 def write_ranks(folder: Path, model: Any, value: Callable[[str, str], Any], kinds: tuple[str, ...]) -> None:
     """A checkpoint as two tensor-parallel ranks write it, one after the other."""
     from megatron_hammer.base.files import staging_path
+    from megatron_hammer.checkpoint.commit import SliceToWrite, commit, write_rank
     from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES
     from megatron_hammer.checkpoint.manifest import Layout
-    from megatron_hammer.checkpoint.write import SliceToWrite, commit, write_rank
+    from megatron_hammer.checkpoint.write import chunks_from
     from megatron_hammer.model.parameters import parameter_table
     from megatron_hammer.parallel.placement import place
 
@@ -139,7 +140,7 @@ def write_ranks(folder: Path, model: Any, value: Callable[[str, str], Any], kind
             for s in owned
         ]  # fmt: skip
         pieces = [
-            SliceToWrite(s.tensor, kind, s.rows, s.cols, shape, dtype, part(s, kind))
+            SliceToWrite(s.tensor, kind, s.rows, s.cols, shape, dtype, chunks_from(part(s, kind)))
             for kind in kinds
             for s, shape in zip(owned, shapes)
         ]

@@ -19,84 +19,44 @@ Memory: 16 MiB beside the state.
 
 from __future__ import annotations
 
-import json
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_hammer.base.errors import CheckpointError, HammerError, from_os_error
+from megatron_hammer.base.errors import HammerError, from_os_error
+from megatron_hammer.base.faults import fault_point
 from megatron_hammer.base.files import (
     remove_leftovers,
-    replace_folder,
     staging_path,
     sync_file,
     sync_folder,
-    write_durably,
 )
 from megatron_hammer.base.progress import say
+from megatron_hammer.checkpoint.commit import SliceToWrite, Watch, commit, write_rank
 from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES, PRECISION_DTYPES
 from megatron_hammer.checkpoint.folder import KnownCheckpoints, Note, prune, step_name
 from megatron_hammer.checkpoint.manifest import (
     STEP_NAME,
     TOKENIZER,
     Layout,
-    LogicalTensor,
-    Manifest,
-    SavedFile,
-    SavedSlice,
     TokenizerFiles,
     canonical_json,
     describe_tokenizer_files,
-    slice_key,
-    write_manifest,
 )
-from megatron_hammer.checkpoint.tensor_files import (
-    CHUNK_BYTES,
-    ITEM_BYTES,
-    TensorFileReader,
-    TensorFileWriter,
-)
+from megatron_hammer.checkpoint.tensor_files import CHUNK_BYTES, ITEM_BYTES
 from megatron_hammer.config import ModelConfig
-from megatron_hammer.model.parameters import logical_shapes
 from megatron_hammer.parallel.agreement import raise_together
 from megatron_hammer.parallel.collectives import broadcast
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.parallel.sharding import Range, Shard, rectangles
+from megatron_hammer.parallel.sharding import Shard, rectangles
 from megatron_hammer.tokenizer.interface import Tokenizer
-
-
-@dataclass(frozen=True)
-class SliceToWrite:
-    """A rectangle of a logical tensor that one rank will write; it becomes a ``SavedSlice`` of the manifest."""
-
-    name: str
-    kind: str
-    rows: Range
-    cols: Range | None
-    shape: tuple[int, ...]
-    dtype: str
-    parts: Callable[[], Iterable[Tensor]]
-    """Gives its elements, row by row, in one or more tensors; called once, when it is this slice's turn. A part may be
-    gone when the next is asked for."""
-
-    @property
-    def key(self) -> str:
-        """Name in the file."""
-        return slice_key(self.name, self.kind, self.rows, self.cols)
-
-    def chunks(self) -> Iterator[Any]:
-        """The bytes of its elements, row by row."""
-        return (chunk for part in self.parts() for chunk in chunks_of(part))
-
-
-Watch = Callable[[Sequence[SliceToWrite]], Iterable[SliceToWrite]]
-"""Wraps the loop over slices, for a progress bar."""
 
 
 def slices_to_write(shards: Sequence[Shard]) -> list[SliceToWrite]:
@@ -108,14 +68,15 @@ def slices_to_write(shards: Sequence[Shard]) -> list[SliceToWrite]:
             flat = shard.tensors[kind]
             for part in (s for s in shard.parameter.slices if s.owned):
                 for box in rectangles(part, shard.start, shard.stop):
-                    parts = _giving(flat[box.position : box.position + box.numel])
+                    chunks = partial(chunks_of, flat[box.position : box.position + box.numel])
                     dtype = DTYPE_NAMES[flat.dtype]
-                    slices.append(SliceToWrite(part.tensor, kind, box.rows, box.cols, box.shape, dtype, parts))
+                    slices.append(SliceToWrite(part.tensor, kind, box.rows, box.cols, box.shape, dtype, chunks))
     return slices
 
 
-def _giving(view: Tensor) -> Callable[[], Iterable[Tensor]]:
-    return lambda: (view,)
+def chunks_from(parts: Callable[[], Iterable[Tensor]]) -> Callable[[], Iterator[Any]]:
+    """The same for a slice in several tensors; one of them may be gone when the next is asked for."""
+    return lambda: (chunk for part in parts() for chunk in chunks_of(part))
 
 
 def chunks_of(tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[Any]:
@@ -124,95 +85,6 @@ def chunks_of(tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[Any]
     elements = CHUNK_BYTES // flat.element_size()
     for start in range(0, flat.numel(), elements):
         yield flat[start : start + elements].to(dtype or flat.dtype).cpu().contiguous().view(torch.uint8).numpy()
-
-
-def rank_file_name(rank: int) -> str:
-    """``rank-00003.safetensors``."""
-    return f"rank-{rank:05d}.safetensors"
-
-
-def write_rank(folder: Path, rank: int, slices: Sequence[SliceToWrite], watch: Watch = iter) -> None:
-    """Write one rank's file and its report, and read the file back; no communication.
-
-    Args:
-        watch: wraps the loop over the slices, for a progress bar.
-
-    Raises:
-        CheckpointError: the disk gives back something else than was written.
-    """
-    path = folder / rank_file_name(rank)
-    hashes = []
-    with TensorFileWriter(path, [(s.key, s.dtype, s.shape) for s in slices]) as writer:
-        for wanted in watch(slices):
-            hashes.append(writer.write(wanted.key, wanted.chunks()))
-    with TensorFileReader(path, writer.size, writer.header_hash) as reader:
-        for wanted, hashed in zip(slices, hashes):
-            if reader.hash_of(wanted.key) != hashed:
-                raise CheckpointError(
-                    16,
-                    f"{path}: {wanted.key}",
-                    "reads back differently than it was written",
-                    "suspect the disk or the memory of this machine",
-                )
-    rows = [[s.name, s.kind, s.dtype, *s.rows, *(s.cols or ()), h] for s, h in zip(slices, hashes)]
-    report = {"size": writer.size, "header": writer.header_hash, "slices": rows}
-    write_durably(_report_path(folder, rank), canonical_json(report))
-
-
-def _report_path(folder: Path, rank: int) -> Path:
-    return folder / f"rank-{rank:05d}.report"
-
-
-def commit(
-    staging: Path,
-    target: Path,
-    *,
-    step: int,
-    model: ModelConfig,
-    config_tree: Mapping[str, Any],
-    state: Mapping[str, Any],
-    weights_dtype: str,
-    layout: Layout,
-    tokenizer: TokenizerFiles | None,
-) -> None:
-    """Turn the ranks' reports into the manifest and the staging folder into the checkpoint; called by one rank.
-
-    Raises:
-        CheckpointError: the ranks' slices do not make up the logical tensors of ``model``.
-    """
-    reports = []
-    for rank in range(layout.world):
-        path = _report_path(staging, rank)
-        reports.append(json.loads(path.read_bytes()))
-        path.unlink()
-    dtypes = {(name, kind): dtype for r in reports for name, kind, dtype, *_ in r["slices"]}
-    kinds = list(dict.fromkeys(kind for _, kind in dtypes))
-    tensors = [
-        LogicalTensor(name, kind, shape, dtypes.get((name, kind), "float32"))
-        for kind in kinds
-        for name, shape in logical_shapes(model).items()
-    ]
-    index = {(t.name, t.kind): i for i, t in enumerate(tensors)}
-    files = []
-    for rank, report in enumerate(reports):
-        slices = []
-        for name, kind, _, first, end, *columns, hashed in report["slices"]:
-            slices.append(SavedSlice(index[name, kind], (first, end), tuple(columns) or None, hashed))
-        files.append(SavedFile(rank_file_name(rank), report["size"], report["header"], tuple(slices)))
-    write_manifest(
-        Manifest(
-            staging,
-            step,
-            layout,
-            dict(config_tree),
-            dict(state),
-            weights_dtype,
-            tuple(tensors),
-            tuple(files),
-            tokenizer,
-        )
-    )
-    replace_folder(staging, target)
 
 
 def stage_tokenizer(tokenizer: Tokenizer, staging: Path) -> TokenizerFiles:
@@ -321,6 +193,7 @@ def save_checkpoint(
         for name in remove_leftovers(folder, STEP_NAME):
             note(f"cleaned up {folder / name}, left by a save that was cut short")
         staging.mkdir()
+        fault_point("stage", 0, step)
         if tokenizer is not None:
             files.append(stage_tokenizer(tokenizer, staging))
 

@@ -37,10 +37,11 @@ from torch import Tensor
 from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedError
 from megatron_hammer.base.files import staged_folder, sync_file
 from megatron_hammer.base.progress import say, track
+from megatron_hammer.checkpoint.commit import SliceToWrite
 from megatron_hammer.checkpoint.folder import Note, open_checkpoint, step_name
 from megatron_hammer.checkpoint.manifest import TOKENIZER, checked_tokenizer_folder, saved_model
 from megatron_hammer.checkpoint.read import LogicalReader, read_logical
-from megatron_hammer.checkpoint.write import SliceToWrite, write_first_checkpoint
+from megatron_hammer.checkpoint.write import chunks_from, write_first_checkpoint
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.huggingface.config import (
     CONFIG,
@@ -209,11 +210,12 @@ def _slices(source: _Source, extended: ModelConfig, plan: ExtensionPlan) -> list
         if name in (EMBEDDING, HEAD):
             grown = GrownMatrix(partial(source.read, name), plan, shape[1])
             for start, stop in grown.ranges:
-                box, parts = (stop - start, shape[1]), partial(grown.blocks, start, stop)
-                slices.append(SliceToWrite(name, "weight", (start, stop), (0, shape[1]), box, dtype, parts))
+                box, chunks = (stop - start, shape[1]), chunks_from(partial(grown.blocks, start, stop))
+                slices.append(SliceToWrite(name, "weight", (start, stop), (0, shape[1]), box, dtype, chunks))
         else:
             cols = (0, shape[1]) if len(shape) == 2 else None
-            slices.append(SliceToWrite(name, "weight", (0, shape[0]), cols, shape, dtype, partial(source.parts, name)))
+            chunks = chunks_from(partial(source.parts, name))
+            slices.append(SliceToWrite(name, "weight", (0, shape[0]), cols, shape, dtype, chunks))
     return slices
 
 

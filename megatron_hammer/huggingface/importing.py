@@ -22,9 +22,10 @@ import yaml
 from megatron_hammer.base.errors import CheckpointError, RefusedError
 from megatron_hammer.base.files import replace_file
 from megatron_hammer.base.progress import say, track
+from megatron_hammer.checkpoint.commit import SliceToWrite
 from megatron_hammer.checkpoint.folder import Note, find_checkpoints, step_name
 from megatron_hammer.checkpoint.manifest import TOKENIZER
-from megatron_hammer.checkpoint.write import SliceToWrite, write_first_checkpoint
+from megatron_hammer.checkpoint.write import chunks_from, write_first_checkpoint
 from megatron_hammer.config import DataConfig, ModelConfig
 from megatron_hammer.huggingface.config import CONFIG, check_vocabulary, model_config_from_hf, read_json
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors
@@ -92,4 +93,4 @@ def write_preset(path: Path, model: ModelConfig, tokenizer: Path | None) -> None
 def _whole(weights: HfWeights, name: str, shape: tuple[int, ...]) -> SliceToWrite:
     cols = (0, shape[1]) if len(shape) == 2 else None
     dtype = weights.entry(name).dtype
-    return SliceToWrite(name, "weight", (0, shape[0]), cols, shape, dtype, partial(weights.parts, name))
+    return SliceToWrite(name, "weight", (0, shape[0]), cols, shape, dtype, chunks_from(partial(weights.parts, name)))

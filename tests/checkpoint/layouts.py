@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.base.files import staging_path
+from megatron_hammer.checkpoint.commit import commit, write_rank
 from megatron_hammer.checkpoint.dtypes import PRECISION_DTYPES
 from megatron_hammer.checkpoint.folder import step_name
 from megatron_hammer.checkpoint.manifest import Layout, Manifest, TokenizerFiles, read_manifest
 from megatron_hammer.checkpoint.read import load_shards
-from megatron_hammer.checkpoint.write import commit, slices_to_write, stage_tokenizer, write_rank
+from megatron_hammer.checkpoint.write import slices_to_write, stage_tokenizer
 from megatron_hammer.config import ModelConfig, RopeScaling, config_from_tree, config_to_tree
 from megatron_hammer.model.parameters import Parameter, logical_shapes, parameter_table
 from megatron_hammer.parallel.context import ParallelContext

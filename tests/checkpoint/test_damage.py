@@ -262,7 +262,8 @@ def test_a_header_longer_than_the_file_is_not_allocated(tmp_path, length):
 
 def test_the_hash_is_of_memory_and_a_lying_disk_is_noticed(tmp_path, monkeypatch):
     """What the writer is given counts, not what reached the file."""
-    from megatron_hammer.checkpoint.write import slices_to_write, write_rank
+    from megatron_hammer.checkpoint.commit import write_rank
+    from megatron_hammer.checkpoint.write import slices_to_write
     from tests.checkpoint.layouts import rank_shards
 
     original = TensorFileWriter.__exit__

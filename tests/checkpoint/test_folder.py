@@ -14,6 +14,7 @@ import pytest
 
 from megatron_hammer.base.errors import CheckpointError, DiskError
 from megatron_hammer.base.files import remove_leftovers
+from megatron_hammer.checkpoint import commit as commit_module
 from megatron_hammer.checkpoint import folder as folders
 from megatron_hammer.checkpoint import manifest
 from megatron_hammer.checkpoint import write as save
@@ -155,8 +156,9 @@ def kill_at(monkeypatch, module, name: str, call: int = 1):
 
 
 PHASES = [
-    (save, "stage_tokenizer", 1), (save, "write_rank", 1), (save, "chunks_of", 5), (save, "write_durably", 1),
-    (save, "commit", 1), (save, "write_manifest", 1), (save, "replace_folder", 1),
+    (save, "stage_tokenizer", 1), (save, "write_rank", 1), (save, "chunks_of", 5),
+    (commit_module, "write_durably", 1), (save, "commit", 1), (commit_module, "write_manifest", 1),
+    (commit_module, "replace_folder", 1),
     (os, "rename", 1), (os, "rename", 2), (shutil, "rmtree", 1), (save, "prune", 1),
 ]  # fmt: skip
 

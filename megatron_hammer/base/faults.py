@@ -1,0 +1,53 @@
+"""Faults for tests: a process that is told to fails at a chosen point of its work; nobody else notices them.
+
+``HAMMER_FAULT=KIND@PHASE[,rank=R][,step=S][,part=WORD]`` (several with ``;`` between) names what happens, where::
+
+    kill@rename,step=20          every rank that renames the checkpoint of step 20 is killed at that moment
+    full@write,rank=1            the disk of rank 1 is full in each of its saves
+    stop@write,part=background   the process that writes for a rank hangs
+
+Phases of a save, in order: ``stage`` (the staging folder is there), ``write`` (before the first byte of a rank's
+file), ``fsync`` (all its bytes are written), ``manifest``, ``rename`` (all is durable under its temporary name) and
+``after-rename``. Linux; needs no torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+
+VARIABLE = "HAMMER_FAULT"
+SLOW_SECONDS = 0.5
+KINDS = ("kill", "stop", "raise", "full", "io", "slow")
+
+
+def fault_point(phase: str, rank: int, step: int, part: str = "") -> None:
+    """Do here what ``HAMMER_FAULT`` asks for, if anything.
+
+    Args:
+        part: tells a process that works for a rank from the rank itself.
+    """
+    wanted = os.environ.get(VARIABLE)
+    if not wanted:
+        return
+    here = {"rank": str(rank), "step": str(step), "part": part}
+    for fault in wanted.split(";"):
+        kind, _, place = fault.partition("@")
+        where, *conditions = place.split(",")
+        assert kind in KINDS, f"{VARIABLE}: {kind!r} is none of {', '.join(KINDS)}"
+        if where == phase and all(here[name] == value for name, _, value in (c.partition("=") for c in conditions)):
+            _happen(kind, f"{VARIABLE}={fault}")
+
+
+def _happen(kind: str, why: str) -> None:
+    if kind in ("kill", "stop"):
+        os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+    elif kind in ("full", "io"):
+        number = errno.ENOSPC if kind == "full" else errno.EIO
+        raise OSError(number, os.strerror(number))
+    elif kind == "slow":
+        time.sleep(SLOW_SECONDS)
+    else:
+        raise RuntimeError(why)

@@ -1,0 +1,165 @@
+"""What becomes a checkpoint on the disk: a rank's file and its report, and the commit of all of them.
+
+::
+
+    STAGING/rank-NNNNN.safetensors   write_rank: hashed before it is written, fsynced, read back
+    STAGING/rank-NNNNN.report        what it wrote, for the one rank that commits; gone with the commit
+    STAGING -> step-NNNNNNNN         commit: reports -> manifest.json, fsync, rename, fsync of the parent
+
+Nothing here communicates, so that a process beside a rank can do it as well as the rank itself (``background.py``).
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.base.errors import CheckpointError
+from megatron_hammer.base.faults import fault_point
+from megatron_hammer.base.files import replace_folder, write_durably
+from megatron_hammer.checkpoint.manifest import (
+    STEP_NAME,
+    Layout,
+    LogicalTensor,
+    Manifest,
+    Range,
+    SavedFile,
+    SavedSlice,
+    TokenizerFiles,
+    canonical_json,
+    slice_key,
+    write_manifest,
+)
+from megatron_hammer.checkpoint.tensor_files import TensorFileReader, TensorFileWriter
+from megatron_hammer.config import ModelConfig
+from megatron_hammer.model.parameters import logical_shapes
+
+
+@dataclass(frozen=True)
+class SliceToWrite:
+    """A rectangle of a logical tensor that one rank will write; it becomes a ``SavedSlice`` of the manifest."""
+
+    name: str
+    kind: str
+    rows: Range
+    cols: Range | None
+    shape: tuple[int, ...]
+    dtype: str
+    chunks: Callable[[], Iterable[Any]]
+    """Gives the bytes of its elements, row by row, in one or more buffers; called once, when it is this slice's turn. A
+    buffer may be gone when the next is asked for."""
+
+    @property
+    def key(self) -> str:
+        """Name in the file."""
+        return slice_key(self.name, self.kind, self.rows, self.cols)
+
+
+Watch = Callable[[Sequence[SliceToWrite]], Iterable[SliceToWrite]]
+"""Wraps the loop over slices, for a progress bar."""
+
+
+def rank_file_name(rank: int) -> str:
+    """``rank-00003.safetensors``."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def write_rank(folder: Path, rank: int, slices: Sequence[SliceToWrite], watch: Watch = iter, part: str = "") -> None:
+    """Write one rank's file and its report, and read the file back; no communication.
+
+    Args:
+        watch: wraps the loop over the slices, for a progress bar.
+        part: of the rank, for ``fault_point``.
+
+    Raises:
+        CheckpointError: the disk gives back something else than was written.
+    """
+    path, step = folder / rank_file_name(rank), _step_of(folder)
+    fault_point("write", rank, step, part)
+    hashes = []
+    with TensorFileWriter(path, [(s.key, s.dtype, s.shape) for s in slices]) as writer:
+        for wanted in watch(slices):
+            hashes.append(writer.write(wanted.key, wanted.chunks()))
+        fault_point("fsync", rank, step, part)
+    with TensorFileReader(path, writer.size, writer.header_hash) as reader:
+        for wanted, hashed in zip(slices, hashes):
+            if reader.hash_of(wanted.key) != hashed:
+                raise CheckpointError(
+                    16,
+                    f"{path}: {wanted.key}",
+                    "reads back differently than it was written",
+                    "suspect the disk or the memory of this machine",
+                )
+    rows = [[s.name, s.kind, s.dtype, *s.rows, *(s.cols or ()), h] for s, h in zip(slices, hashes)]
+    report = {"size": writer.size, "header": writer.header_hash, "slices": rows}
+    write_durably(_report_path(folder, rank), canonical_json(report))
+
+
+def _step_of(staging: Path) -> int:
+    found = re.match(STEP_NAME, staging.name)
+    return int(found[1]) if found else 0
+
+
+def _report_path(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05d}.report"
+
+
+def commit(
+    staging: Path,
+    target: Path,
+    *,
+    step: int,
+    model: ModelConfig,
+    config_tree: Mapping[str, Any],
+    state: Mapping[str, Any],
+    weights_dtype: str,
+    layout: Layout,
+    tokenizer: TokenizerFiles | None,
+    part: str = "",
+) -> None:
+    """Turn the ranks' reports into the manifest and the staging folder into the checkpoint; called by one rank.
+
+    Raises:
+        CheckpointError: the ranks' slices do not make up the logical tensors of ``model``.
+    """
+    reports = []
+    for rank in range(layout.world):
+        path = _report_path(staging, rank)
+        reports.append(json.loads(path.read_bytes()))
+        path.unlink()
+    dtypes = {(name, kind): dtype for r in reports for name, kind, dtype, *_ in r["slices"]}
+    kinds = list(dict.fromkeys(kind for _, kind in dtypes))
+    tensors = [
+        LogicalTensor(name, kind, shape, dtypes.get((name, kind), "float32"))
+        for kind in kinds
+        for name, shape in logical_shapes(model).items()
+    ]
+    index = {(t.name, t.kind): i for i, t in enumerate(tensors)}
+    files = []
+    for rank, report in enumerate(reports):
+        slices = []
+        for name, kind, _, first, end, *columns, hashed in report["slices"]:
+            slices.append(SavedSlice(index[name, kind], (first, end), tuple(columns) or None, hashed))
+        files.append(SavedFile(rank_file_name(rank), report["size"], report["header"], tuple(slices)))
+    fault_point("manifest", 0, step, part)
+    write_manifest(
+        Manifest(
+            staging,
+            step,
+            layout,
+            dict(config_tree),
+            dict(state),
+            weights_dtype,
+            tuple(tensors),
+            tuple(files),
+            tokenizer,
+        )
+    )
+    fault_point("rename", 0, step, part)
+    replace_folder(staging, target)
+    fault_point("after-rename", 0, step, part)
