@@ -140,6 +140,11 @@ class ParallelConfig:
     """After an update, let the gather of the new weights run beside the next forward, which waits for each bucket when
     its first layer needs it; with shard=weights, gather the next layer while one computes. false: wait for what is
     asked for, at once. The numbers are the same."""
+    tp_comm_overlap: Free[Literal["off", "bulk", "chunks"]] = "bulk"
+    """How tensor-parallel collectives run beside the matrix products of a layer. off: each is waited for at once. bulk:
+    in backward, beside a product that does not need them. chunks: under sequence parallelism the others too, in chunks
+    of a rank's rows, each beside the product of another. Sums of chunks are made in another order; those of off and
+    bulk are the same to the bit."""
     timeout_seconds: Free[int] = 600
     """How long a rank waits for the others in one collective."""
 
@@ -159,6 +164,12 @@ class ParallelConfig:
             "parallel.sequence_parallel=true",
             "needs parallel.tensor_model_parallel_size of 2 or more",
             "set it to false or raise the size",
+        )
+        require(
+            self.tp_comm_overlap != "chunks" or self.sequence_parallel,
+            "parallel.tp_comm_overlap=chunks",
+            "needs parallel.sequence_parallel=true: chunks are the rows of a rank",
+            "set it, or use parallel.tp_comm_overlap=bulk",
         )
         require(
             self.virtual_pipeline_stages == 1 or self.pipeline_model_parallel_size > 1,

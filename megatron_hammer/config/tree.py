@@ -23,6 +23,7 @@ from megatron_hammer.parallel.grid import Grid, build_grid
 from megatron_hammer.parallel.pipeline import Costs, Pipeline, split_layers
 from megatron_hammer.parallel.placement import Placement, place
 
+BULK = "use parallel.tp_comm_overlap=bulk"
 FP8_MULTIPLE = 16  # elements: both sides of an fp8 matrix, or cuBLAS refuses it (Transformer Engine's autocast)
 
 
@@ -323,6 +324,9 @@ def _te_obstacle(config: Config) -> tuple[str, str, str]:
     norm = config.kernels.norm
     if config.kernels.layers == "te" and norm not in ("auto", "te"):
         return f"kernels.norm={norm}", "is not for kernels.layers=te, which has its own norms", "use kernels.norm=auto"
+    if config.kernels.layers == "te" and config.parallel.tp_comm_overlap != "bulk":
+        what = f"parallel.tp_comm_overlap={config.parallel.tp_comm_overlap}"
+        return what, "is not for kernels.layers=te, which overlaps by itself", BULK
     return "", "", ""
 
 
@@ -339,6 +343,9 @@ def _fp8_obstacle(config: Config) -> tuple[str, str, str]:
         return what, "does not run with train.device=cpu", "use kernels.fp8=off"
     if train.precision != "bf16":
         return what, f"is not for train.precision={train.precision}", "use bf16 or kernels.fp8=off"
+    if config.parallel.tp_comm_overlap == "chunks":
+        rule = f"is not for {what}, which scales a tensor as a whole"
+        return "parallel.tp_comm_overlap=chunks", rule, BULK
     at, d = config.placement(), model.head_size
     shards = at.sequence_shards if kernels.layers == "te" else 1  # Transformer Engine quantises before it gathers
     rows = config.tokens_per_rank // shards
@@ -371,7 +378,12 @@ def _recompute_obstacle(config: Config) -> tuple[str, str, str]:
 
 def _compile_obstacle(config: Config) -> tuple[str, str, str]:
     """Why whole layers cannot be compiled (setting, rule, remedy), or empty strings."""
-    if config.kernels.compile != "layers" or config.kernels.layers == "torch":
+    if config.kernels.compile != "layers":
+        return "", "", ""
+    if config.parallel.tp_comm_overlap != "bulk":
+        what = f"parallel.tp_comm_overlap={config.parallel.tp_comm_overlap}"
+        return what, "is not for kernels.compile=layers, where the compiler decides what overlaps", BULK
+    if config.kernels.layers == "torch":
         return "", "", ""
     rule = f"is not for kernels.layers={config.kernels.layers}, whose modules the compiler cannot look into"
     return "kernels.compile=layers", rule, "use kernels.compile=operations"
@@ -408,4 +420,6 @@ def _graph_obstacle(config: Config) -> tuple[str, str, str]:
         return what, "is not for kernels.layers=te, whose modules keep state of their own", "use kernels.layers=torch"
     if kernels.compile == "layers":
         return what, "is not for kernels.compile=layers", "use kernels.compile=operations or none"
+    if config.parallel.tp_comm_overlap == "chunks":
+        return "parallel.tp_comm_overlap=chunks", f"is not for {what}: nobody has recorded it", BULK
     return "", "", ""

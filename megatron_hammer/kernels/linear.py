@@ -36,6 +36,7 @@ from megatron_hammer.parallel.collectives import (
     reduce_scatter_rows_async,
 )
 from megatron_hammer.parallel.context import Group
+from megatron_hammer.parallel.in_chunks import multiply_gathered, multiply_scattered
 
 # Elements of one block of wgrad on a CPU: 2 MiB in 16 bits, added while in cache (measured: 5-30 % against one block).
 # On an EPYC with 1 MiB of L2 smaller ones are no faster; there the sum costs 0 to 3 % of a layer's product, and 5 % of
@@ -278,16 +279,24 @@ def stored(weight: Tensor, gradient: Gradient | None) -> Tensor:
 # ---- the layer -------------------------------------------------------------------------------------------------------
 
 
+Overlap = Literal["off", "bulk", "chunks"]
+
+
 class Division:
     """How the matrix of a linear layer is divided over a group, and what it is computed with: made with the layer.
 
     column: by its rows, [out/t, in]; x [s, b, in], or [s/t, b, in] under sequence parallelism -> [s, b, out/t].
     row: by its columns, [out, in/t]; x [s, b, in/t] -> [s, b, out], or [s/t, b, out] under sequence parallelism.
+
+    Args:
+        overlap: how collectives run beside products: "off", each is waited for at once; "bulk", whole ones beside a
+            product that does not need them, which backward has; "chunks", under sequence parallelism, in chunks beside
+            those that do need them too (not for operands in 8 bits, nor in a graph).
     """
 
     def __init__(
         self, gradient: Gradient | None, products: Products, kind: Literal["column", "row"], group: Group,
-        sequence_parallel: bool = False,
+        sequence_parallel: bool = False, overlap: Overlap = "bulk",
     ) -> None:  # fmt: skip
         self.gradient, self.products, self.group = gradient, products, group
         column, divided = kind == "column", group.size > 1
@@ -295,6 +304,7 @@ class Division:
         self.gathers, self.scatters = column and by_rows, not column and by_rows
         self.sums_input_gradient = column and divided and not by_rows
         self.sums_output = not column and divided and not by_rows
+        self.waits, self.in_chunks = overlap == "off", overlap == "chunks" and by_rows
 
 
 def linear(x: Tensor, weight: Tensor, division: Division) -> Tensor:
@@ -316,12 +326,21 @@ class _Linear(torch.autograd.Function):
         row                    fprop, all-reduce       dgrad, wgrad
         row, rows divided      fprop, reduce-scatter   all-gather dy, dgrad, wgrad
 
-    Of divided rows only the rank's own are kept.
+    Of divided rows only the rank's own are kept. In chunks the three pairs "all-gather x, fprop", "fprop,
+    reduce-scatter" and "all-gather dy, dgrad" run beside each other too (``parallel/in_chunks.py``).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, division: Division, products: Products) -> Tensor:
         ctx.weight, ctx.division, ctx.products = weight, division, products
+        if division.in_chunks:
+            ctx.save_for_backward(x)
+            multiply, t = partial(_into, products.fprop, weight), division.group.size
+            y = empty((len(x) * (t if division.gathers else 1), *x.shape[1:-1], len(weight)), x)
+            if division.scatters:
+                return multiply_scattered(multiply, x, y, division.group)
+            multiply_gathered(multiply, x, y, division.group)
+            return y
         full: Any = all_gather_rows(x, division.group) if division.gathers else x
         kept: tuple[Tensor, ...] = (x,)
         operand: Any = weight
@@ -341,9 +360,16 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         division, products, kept, summed = ctx.division, ctx.products, ctx.saved_tensors, None
         grad_x: Any = None
+        grad_y: Any
+        if division.scatters and division.in_chunks:
+            grad_x = empty((len(grads[0]) * division.group.size, *grads[0].shape[1:-1], ctx.weight.shape[1]), grads[0])
+            grad_y = multiply_gathered(partial(_into, products.dgrad, ctx.weight), grads[0], grad_x, division.group)
+            return grad_x, products.give_wgrad(ctx.weight, division.gradient, grad_y, kept), None, None
         if division.gathers:
             full, gathered = all_gather_rows_async(kept[0], division.group)  # launch
-        grad_y: Any = all_gather_rows(grads[0], division.group) if division.scatters else grads[0]
+            if division.waits:
+                gathered.wait()
+        grad_y = all_gather_rows(grads[0], division.group) if division.scatters else grads[0]
         weight: Any = ctx.weight
         if products.makes_operands:
             grad_y, weight = products.gradient(grad_y), products.weight(weight, division.gradient)
@@ -355,6 +381,8 @@ class _Linear(torch.autograd.Function):
             kept = products.input(full)[1] if products.makes_operands else (full,)
         elif division.sums_input_gradient and grad_x is not None:
             summed = all_reduce(grad_x, division.group, async_op=True)  # launch
+        if summed is not None and division.waits:
+            summed.wait()
         grad_weight = products.give_wgrad(ctx.weight, division.gradient, grad_y, kept)
         if summed is not None:
             summed.wait()
@@ -362,6 +390,10 @@ class _Linear(torch.autograd.Function):
 
 
 _linear = direct(_Linear)
+
+
+def _into(product: Callable[..., Tensor], weight: Tensor, rows: Tensor, out: Tensor) -> None:
+    product(rows, weight, out)
 
 
 # ---- in the graph of a compiled layer: operations that the compiler calls and does not look into --------------------

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_hammer.kernels.embedding import add_rows
-from megatron_hammer.kernels.linear import Division, Gradient, GradientStore, linear, once_differentiable
+from megatron_hammer.kernels.linear import Division, Gradient, GradientStore, Overlap, linear, once_differentiable
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.ranges import LINEAR, Range, no_range, within
 from megatron_hammer.parallel.collectives import scatter_sum, sum_over_ranks
@@ -48,6 +48,8 @@ class LayerOptions:
     """
     range_of: Range = no_range
     """Entered around what a layer does, for a profiler."""
+    tp_comm_overlap: Overlap = "bulk"
+    """How a linear layer's collectives run beside its products (``Division``)."""
 
     def weight(self, *shape: int) -> tuple[nn.Parameter, Gradient | None]:
         """A zero weight of this local shape, filled by initialisation or a checkpoint, and where its gradient goes."""
@@ -109,7 +111,9 @@ class _Linear(nn.Module):
         super().__init__()
         self.weight, self.gradient = options.weight(out_features, in_features)
         products = options.operations.products
-        self.division = Division(self.gradient, products, kind, options.tp, options.sequence_parallel)
+        self.division = Division(
+            self.gradient, products, kind, options.tp, options.sequence_parallel, options.tp_comm_overlap
+        )
         self.linear = within(options.range_of, LINEAR, linear)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hammer.config import KernelsConfig, ModelConfig
-from megatron_hammer.kernels.linear import Gradient, GradientStore, Products
+from megatron_hammer.kernels.linear import Gradient, GradientStore, Overlap, Products
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import GraphPackedSequences, PackedSequences
 from megatron_hammer.kernels.ranges import EMBEDDING, HEAD, NORM, Range, no_range
@@ -304,6 +304,7 @@ def build_stage(
     recompute: Recompute | None = None,
     store: GradientStore | None = None,
     range_of: Range = no_range,
+    tp_comm_overlap: Overlap = "bulk",
 ) -> Stage:
     """This rank's part of the model, all weights zero until ``initialise`` or a checkpoint fills them.
 
@@ -314,6 +315,7 @@ def build_stage(
         placement: what this rank holds; None: its tensor-parallel share of all layers, without sequence parallelism.
         store: who owns the weights and sums their gradients; None: the layers and autograd.
         range_of: entered around the parts of a forward, for a profiler; not inside of layers that are compiled.
+        tp_comm_overlap: ``parallel.tp_comm_overlap``.
     """
     kernels, recompute = kernels or KernelsConfig(), recompute or Recompute()
     placement = placement or place(config, ctx.tp.rank, ctx.tp.size)
@@ -334,6 +336,7 @@ def build_stage(
         world=ctx.world,
         store=store,
         range_of=inside,
+        tp_comm_overlap=tp_comm_overlap,
     )
     model = Stage(config, placement, options, parts, recompute, range_of)
     if kernels.compile == "layers":

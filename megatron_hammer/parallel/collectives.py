@@ -15,6 +15,7 @@ name that torch has. The functional ones are private, and the same in torch 2.11
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -120,6 +121,30 @@ def start_send(tensor: Tensor, link: Group) -> Any:
 def start_receive(tensor: Tensor, link: Group) -> Any:
     """Start to receive into ``tensor`` what the other rank of a link sends next: a handle."""
     return dist.irecv(tensor, dist.get_global_rank(link.process_group, 1 - link.rank), group=link.handle)
+
+
+class _Together:
+    """Several handles as one."""
+
+    def __init__(self, handles: Sequence[Any]) -> None:
+        self.handles = handles
+
+    def wait(self) -> None:
+        for handle in self.handles:
+            handle.wait()
+
+
+def start_swap(sent: Tensor, target: int, received: Tensor, source: int, group: Group) -> Any:
+    """Start to send to one rank of a group while receiving from another: a handle. The numbers are within the group.
+
+    All ranks of the group do so at once. ``sent`` is left as it is until the handle is done.
+    """
+    calls = [(dist.isend, sent, target), (dist.irecv, received, source)]
+    peers = [dist.get_global_rank(group.process_group, rank) for *_, rank in calls]
+    if sent.is_meta:  # in a world that only counts (fake_world.py); a batch asks for the backend of a real device
+        return _Together([call(x, p, group.handle) for (call, x, _), p in zip(calls, peers, strict=True)])
+    batch = [dist.P2POp(call, x, p, group.process_group) for (call, x, _), p in zip(calls, peers, strict=True)]
+    return _Together(dist.batch_isend_irecv(batch))
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -116,6 +116,7 @@ def build_stages(
             recompute=plan_recompute(config),
             store=store,
             range_of=range_of,
+            tp_comm_overlap=config.parallel.tp_comm_overlap,
         )
         store.check(stage)
         if initial:

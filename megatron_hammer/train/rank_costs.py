@@ -10,6 +10,8 @@ Collectives of a step, with the bytes of the whole tensor [s, b, h] where nothin
     tp   sequence parallel   a layer: all-gather 2 forward, 4 backward (two of them the kept inputs of wgrad again),
                                       reduce-scatter 2 forward, 2 backward
                              once:    embedding and head, all-gather 1 and reduce-scatter 1 each
+         in chunks           a layer: of these in forward, and of 1 all-gather in backward, none, but for each other
+                                      rank a send and a receive of a chunk [s/t, b, h]
     tp   without             a layer: all-reduce 2 forward, 2 backward; once: embedding and head, 1 each
     tp   both                a chunk of the head: all-gather of three fp32 numbers a row from each rank
          full recompute      the forward of a recomputed layer once more
@@ -134,8 +136,8 @@ def collectives(config: Config, world_size: int, rank: int, chunk_tokens: int) -
     counted: Counter[tuple[str, str, int]] = Counter()
     accumulated, placements = config.grad_accum(world_size), _placements(config, grid, rank)
     if grid.tp > 1:
-        for kind, number in _tensor_parallel(config, placements).items():
-            counted["tp", kind, _hidden_bytes(config)] = number * accumulated
+        for (kind, size), number in _tensor_parallel(config, placements).items():
+            counted["tp", kind, size] = number * accumulated
         for rows in _chunks(config, chunk_tokens) if placements[-1].has_head else []:
             counted["tp", "all-gather", grid.tp * ROW_STATISTICS * rows] += accumulated
     for (kind, size), number in _context_parallel(config, placements).items():
@@ -157,13 +159,19 @@ def collectives(config: Config, world_size: int, rank: int, chunk_tokens: int) -
     return labelled
 
 
-def _tensor_parallel(config: Config, placements: Sequence[Placement]) -> Counter[str]:
-    """Calls of a micro-batch that take a whole [s, b, h]."""
+def _tensor_parallel(config: Config, placements: Sequence[Placement]) -> Counter[tuple[str, int]]:
+    """Calls of a micro-batch that take a whole [s, b, h], or a chunk of it."""
     layers, again = sum(at.layers_local for at in placements), _recomputed(config, placements)
-    once = placements[0].has_embedding + placements[-1].has_head
-    if config.parallel.sequence_parallel:
-        return Counter({"all-gather": 6 * layers + 2 * again + once, "reduce-scatter": 4 * layers + 2 * again + once})
-    return Counter({"all-reduce": 4 * layers + 2 * again + once})
+    once, whole = placements[0].has_embedding + placements[-1].has_head, _hidden_bytes(config)
+    if not config.parallel.sequence_parallel:
+        return Counter({("all-reduce", whole): 4 * layers + 2 * again + once})
+    if config.parallel.tp_comm_overlap != "chunks":
+        gathers, scatters = 6 * layers + 2 * again + once, 4 * layers + 2 * again + once
+        return Counter({("all-gather", whole): gathers, ("reduce-scatter", whole): scatters})
+    tp = placements[0].tp_size
+    swaps = (tp - 1) * (6 * layers + 4 * again)
+    return Counter({("all-gather", whole): 2 * layers + once, ("reduce-scatter", whole): 2 * layers + once,
+                    ("send", whole // tp): swaps, ("receive", whole // tp): swaps})  # fmt: skip
 
 
 def _context_parallel(config: Config, placements: Sequence[Placement]) -> Counter[tuple[str, int]]:

@@ -15,6 +15,7 @@ TP, PP = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_paral
 FEATURES: dict[str, list[str]] = {  # as the page names them: settings
     "TP": [TP],
     "SP": [TP, "parallel.sequence_parallel=true"],
+    "chunks": [TP, "parallel.sequence_parallel=true", "parallel.tp_comm_overlap=chunks"],
     "PP": [PP],
     "interleaved": [PP, "parallel.virtual_pipeline_stages=2"],
     "CP": ["parallel.context_parallel_size=2"],

@@ -24,6 +24,7 @@ STEPS, MOST_RANKS = 20, 8
 VALUES: dict[str, Sequence[Any]] = {
     "tensor_model_parallel_size": (1, 2, 4, 8),
     "sequence_parallel": (False, True),
+    "tp_comm_overlap": ("bulk", "chunks"),
     "pipeline_model_parallel_size": (1, 2, 4),
     "virtual_pipeline_stages": (1, 2),
     "context_parallel_size": (1, 2, 4),

@@ -39,6 +39,7 @@ def name_of(layout: Layout) -> str:
              "virtual_pipeline_stages": "v", "data": "dp"}  # fmt: skip
     sizes = [f"{short[name]}{layout[name]}" for name in short if layout[name] > 1]
     flags = ["sp"] if layout["sequence_parallel"] else []
+    flags += ["chunks"] if layout["tp_comm_overlap"] == "chunks" else []
     return "-".join([*sizes, *flags, layout["shard"], layout["attention_mask"]])
 
 

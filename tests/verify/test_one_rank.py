@@ -28,6 +28,8 @@ LAYOUTS = [  # changes, data-parallel ranks; together every pair of values that 
           train__recompute="selective"), 4),
     (dict(parallel__tensor_model_parallel_size=4, parallel__sequence_parallel=True, train__recompute="full",
           data__attention_mask="document"), 1),
+    (dict(parallel__tensor_model_parallel_size=4, parallel__sequence_parallel=True, train__precision="bf16",
+          train__recompute="full", train__recompute_layers=1, parallel__tp_comm_overlap="chunks"), 2),
     (dict(parallel__context_parallel_size=2), 2),
     (dict(parallel__context_parallel_size=4, parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True,
           train__precision="bf16", train__recompute="selective", data__attention_mask="document"), 2),
