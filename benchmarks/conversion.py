@@ -160,7 +160,9 @@ def peer_import(hf: Path, output: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        hf, dtype=torch.bfloat16, trust_remote_code=False, use_safetensors=True
+    )
     config, state = model.config, model.state_dict()
     groups, per_group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
     output.mkdir()
@@ -192,7 +194,7 @@ def peer_export(pickles: Path, output: Path) -> None:
     import torch
     from transformers import AutoConfig, LlamaForCausalLM
 
-    config = AutoConfig.from_pretrained(pickles)
+    config = AutoConfig.from_pretrained(pickles, trust_remote_code=False, use_safetensors=True)
     parts = [torch.load(pickles / f"mp_rank_{rank:02d}.pt", map_location="cpu", weights_only=True) for rank in range(2)]
     groups, per_group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
     h, d = config.hidden_size, config.hidden_size // config.num_attention_heads

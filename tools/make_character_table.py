@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.base.files import replace_file
+from megatron_hammer.base.reading import read_regular
 from megatron_hammer.tokenizer import required_characters
 
 
@@ -26,7 +27,7 @@ def main() -> None:
                         help="table to write (default: the package's own)")  # fmt: skip
     args = parser.parse_args()
     table = required_characters.build_table(args.unihan)
-    changed = not args.output.is_file() or args.output.read_bytes() != table
+    changed = not args.output.is_file() or read_regular(args.output) != table
     replace_file(args.output, table)
     print(f"{args.output}: {required_characters.TABLE_SIZE:,} characters, {'written' if changed else 'as it was'}")
 

@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder, text = sys.argv[1:]
 device = "cuda" if torch.cuda.is_available() else "cpu"
-tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False, trust_remote_code=False, use_safetensors=True)
+model = AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.bfloat16, trust_remote_code=False, use_safetensors=True
+).to(device)
 ids = tokenizer(text, return_tensors="pt").input_ids.to(device)
 output = model.generate(input_ids=ids, max_length=ids.shape[1] + 100, do_sample=True, top_p=0.95)
 print(tokenizer.decode(output[0]))

@@ -48,8 +48,36 @@ class HammerError(Exception):
         return f"E{self.exit_code}{self.number:02d}"
 
     def __str__(self) -> str:
-        line = f"error[{self.code}]: {self.what} {self.rule}; {self.remedy}"
+        line = f"error[{self.code}]: {shortened(self.what)} {shortened(self.rule)}; {shortened(self.remedy)}"
         return " ".join(line.split())  # a value with a line break must not break the one-line promise
+
+
+_LONGEST_PART = 1200
+"""Characters of one part of a message: four long paths, or the names of all settings of a group."""
+
+
+def shortened(text: str) -> str:
+    """A part of a message, with the middle of an overlong value left out, and nothing that a terminal would obey."""
+    if (over := len(text) - _LONGEST_PART) > 0:
+        half = _LONGEST_PART // 2
+        text = f"{text[:half]}... ({over:,} characters left out) ...{text[-half:]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c.isspace() else c.encode("unicode_escape").decode() for c in text)
+
+
+class UnfitFile(OSError):
+    """A path that leads to something else than a regular file of a size that can be meant (``files.open_regular``).
+
+    An ``OSError``, so that whoever reads files says it in the words that it has for one that cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], why: str, remedy: str) -> None:
+        super().__init__(errno.EINVAL, why, os.fspath(path))
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 class ConfigError(HammerError):
@@ -176,12 +204,14 @@ _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 def os_remedy(error: OSError) -> str:
     """What a user can do about what the operating system refused."""
+    if isinstance(error, UnfitFile):
+        return error.remedy
     return _OS_REMEDIES.get(error.errno or 0, _OS_REMEDY)
 
 
 def from_os_error(
     error: OSError, doing: str, who: str | None = None, place: str | os.PathLike[str] | None = None
-) -> DiskError | MemoryShortage:
+) -> DataError | DiskError | MemoryShortage:
     """What the operating system refused, why, and what helps against that.
 
     Args:
@@ -189,6 +219,8 @@ def from_os_error(
         who: the subject where the error names no file; None: ``doing`` itself.
         place: a path on the file system that was in use, where the error names none.
     """
+    if isinstance(error, UnfitFile):
+        return DataError(99, str(error.filename), f"cannot be read: {error}", error.remedy)
     why = error.strerror or " ".join(str(error).split()) or type(error).__name__
     paths = [os.fsdecode(p) for p in (error.filename, error.filename2) if isinstance(p, str | bytes | os.PathLike)]
     if error.errno == errno.ENOMEM:

@@ -26,6 +26,7 @@ from typing import IO, Any
 import xxhash
 
 from megatron_hammer.base.locks import take_lock
+from megatron_hammer.base.reading import open_descriptor, open_regular
 
 BUFFER_BYTES = 2**20  # read at once while hashing
 
@@ -45,7 +46,7 @@ def sync_folder(path: Path) -> None:
 
 def sync_file(path: Path) -> None:
     """Make a file's content durable."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = open_descriptor(path)
     try:
         os.fsync(descriptor)
     finally:
@@ -170,7 +171,7 @@ def open_alone(path: Path) -> int | None:
     Returns:
         a descriptor, whose closing gives up the lock; None where another process writes the file.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     if take_lock(descriptor, path) and path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
         return descriptor
     os.close(descriptor)  # locked, or renamed to its final name between opening and locking
@@ -189,7 +190,7 @@ def hash_bytes(content: bytes | memoryview) -> str:
 
 def hash_file(path: Path) -> str:
     """XXH3-128 of a file's content."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hash_content(file)
 
 
@@ -203,5 +204,5 @@ def hash_content(file: IO[bytes]) -> str:
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's content: for manifests that other programs may check."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

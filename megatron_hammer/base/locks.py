@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_hammer.base.progress import say
+from megatron_hammer.base.reading import parse_json, read_regular
 
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # what such file systems answer
 
@@ -47,7 +48,7 @@ def _claim(owner_path: Path, path: Path, reason: str, note: Callable[[str], None
     """Write ourselves down as the owner of ``path``; False where one that lives is there."""
     ours = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
     try:
-        theirs = json.loads(owner_path.read_text())
+        theirs = parse_json(read_regular(owner_path, follow=False))
     except (FileNotFoundError, ValueError):
         theirs = None
     remark = ""

@@ -12,7 +12,6 @@ Needs no torch.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,10 @@ from typing import Any
 from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.base.faults import fault_point
 from megatron_hammer.base.files import replace_folder, write_durably
+from megatron_hammer.base.reading import parse_json, read_regular
 from megatron_hammer.checkpoint.manifest import (
+    MAX_MANIFEST_BYTES,
+    MAX_MANIFEST_VALUES,
     STEP_NAME,
     Layout,
     LogicalTensor,
@@ -130,7 +132,7 @@ def commit(
     reports = []
     for rank in range(layout.world):
         path = _report_path(staging, rank)
-        reports.append(json.loads(path.read_bytes()))
+        reports.append(parse_json(read_regular(path, MAX_MANIFEST_BYTES, follow=False), MAX_MANIFEST_VALUES))
         path.unlink()
     dtypes = {(name, kind): dtype for r in reports for name, kind, dtype, *_ in r["slices"]}
     kinds = list(dict.fromkeys(kind for _, kind in dtypes))

@@ -29,12 +29,14 @@ from typing import Any
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError
 from megatron_hammer.base.files import hash_bytes, hash_content, hash_file, write_durably
-from megatron_hammer.checkpoint.tensor_files import ITEM_BYTES, MAX_HEADER_BYTES, open_regular
+from megatron_hammer.base.reading import parse_json
+from megatron_hammer.checkpoint.tensor_files import ITEM_BYTES, open_regular
 from megatron_hammer.config import ModelConfig, config_from_tree
 
 FORMAT, VERSION = "megatron_hammer.checkpoint", 1
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
-MAX_MANIFEST_BYTES = 2 * MAX_HEADER_BYTES  # half a million slices; a limit for what a hostile file can make us parse
+MAX_MANIFEST_BYTES = 16 * 2**20  # 250,000 slices; a limit for what a hostile file can make us parse
+MAX_MANIFEST_VALUES = 2_000_000
 
 STEP_NAME = r"step-(\d{8,12})"
 _RANK_FILE = re.compile(r"rank-\d{5,7}\.safetensors")
@@ -196,9 +198,9 @@ def read_manifest(folder: str | Path) -> Manifest:
     if len(text) > MAX_MANIFEST_BYTES:
         raise CheckpointError(3, str(path), f"has more than {MAX_MANIFEST_BYTES} bytes", _USE_ANOTHER)
     try:
-        tree = json.loads(text)
+        tree = parse_json(text, MAX_MANIFEST_VALUES)
         canonical = canonical_json(tree) + b"\n"
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OverflowError) as error:
         raise CheckpointError(3, str(path), f"is not valid JSON ({type(error).__name__})", _USE_ANOTHER) from None
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise CheckpointError(3, str(path), "is not a manifest of this program", _USE_ANOTHER)

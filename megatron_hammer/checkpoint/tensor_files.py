@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +25,14 @@ from typing import IO, Any
 
 import xxhash
 
-from megatron_hammer.base.errors import CheckpointError
+from megatron_hammer.base import reading
+from megatron_hammer.base.errors import CheckpointError, UnfitFile
 from megatron_hammer.base.files import hash_bytes
+from megatron_hammer.base.reading import parse_json
 from megatron_hammer.checkpoint.direct import DirectReader, DirectWriter
 
 CHUNK_BYTES = 4 * 2**20  # hashed, converted and copied at a time: enough for full disk speed, small beside a tensor
-MAX_HEADER_BYTES = 32 * 2**20  # 300,000 tensors; parsing JSON costs ten times its size in memory
+MAX_HEADER_BYTES = 8 * 2**20  # 80,000 tensors in one file; parsing JSON costs ten times its size in memory
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _RESTORE = "restore the file or use another checkpoint"
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -61,19 +62,14 @@ def open_regular(path: Path) -> IO[bytes]:
         CheckpointError: there is no such regular file.
     """
     try:
-        # Without O_NONBLOCK a named pipe would make us wait for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return reading.open_regular(path, follow=False)
     except FileNotFoundError:
         raise CheckpointError(8, str(path), "is missing", _RESTORE) from None
-    except OSError as error:
-        if not path.is_symlink():
-            raise
-        rule = f"is a symbolic link ({error.strerror})"
-        raise CheckpointError(8, str(path), rule, "put the file itself there") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CheckpointError(8, str(path), "is not a regular file", _RESTORE)
-    return os.fdopen(descriptor, "rb")
+    except UnfitFile as error:
+        remedy = error.remedy if path.is_symlink() else _RESTORE
+        raise CheckpointError(8, str(path), f"is not a file of this folder ({error})", remedy) from None
+    except IsADirectoryError:
+        raise CheckpointError(8, str(path), "is not a regular file", _RESTORE) from None
 
 
 @dataclass(frozen=True)
@@ -175,8 +171,8 @@ class TensorFileReader:
             rule = "has another header than its manifest says (damaged or swapped)"
             raise CheckpointError(10, str(self.path), rule, _RESTORE)
         try:
-            header = json.loads(text, object_pairs_hook=_no_duplicates)
-        except (ValueError, RecursionError) as error:
+            header = parse_json(text, pairs=_no_duplicates)
+        except ValueError as error:
             raise self._malformed(f"has a header that is not JSON ({type(error).__name__})") from None
         if not isinstance(header, dict):
             raise self._malformed("has a header that is not a mapping")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from megatron_hammer.base.errors import ConfigError
+
+_MOST_TRIED = 100_000
+"""Divisors tried: all of a number up to 10^10."""
 
 
 def require(condition: bool, what: str, rule: str, remedy: str, number: int = 4) -> None:
@@ -20,9 +24,17 @@ def at_least(group: str, values: Mapping[str, float | None], minimum: float) -> 
             raise ConfigError(4, f"{group}.{name}={value}", f"must be at least {minimum}", f"raise {group}.{name}")
 
 
+def at_most(group: str, values: Mapping[str, float | None], maximum: int) -> None:
+    """Raise E204 for the first of a group's settings that is above ``maximum``; None, absent, never is."""
+    for name, value in values.items():
+        if value is not None and not value <= maximum:
+            raise ConfigError(4, f"{group}.{name}={value}", f"must be at most {maximum:,}", f"lower {group}.{name}")
+
+
 def divisors(number: int) -> str:
-    """All divisors, as ``choices`` spells them."""
-    return choices([d for d in range(1, number + 1) if number % d == 0])
+    """All divisors, as ``choices`` spells them; in square-root time, since a mistaken number may have any size."""
+    small = [d for d in range(1, min(math.isqrt(number), _MOST_TRIED) + 1) if number % d == 0]
+    return choices(sorted({*small, *(number // d for d in small)}))
 
 
 def choices(values: Sequence[int]) -> str:

@@ -13,8 +13,11 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_hammer.config.checks import at_least, divisors, require
+from megatron_hammer.config.checks import at_least, at_most, divisors, require
 from megatron_hammer.config.effects import Content, Free, Length, Mathematics, Model, Place, Samples
+
+MAX_LAYERS = 10_000
+"""Thirty times the deepest model known. Tables have a row for each layer, so a number from a file must have a limit."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class ModelConfig:
         """Raise ``ConfigError`` unless the shape is a possible Llama."""
         sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if "int" in str(f.type)}
         at_least("model", sizes, 1)
+        at_most("model", {"num_layers": self.num_layers}, MAX_LAYERS)
+        at_most("model", sizes, 2**31 - 1)
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
             require(value > 0, f"model.{name}={value}", "must be positive", f"raise model.{name}")

@@ -20,7 +20,8 @@ from typing import Any
 
 import orjson
 
-from megatron_hammer.base.errors import DataError
+from megatron_hammer.base.errors import DataError, UnfitFile
+from megatron_hammer.base.reading import open_regular
 from megatron_hammer.corpus import foreign
 
 MAX_LINE_BYTES = 2 << 30
@@ -158,8 +159,11 @@ def diagnose(path: Path, line_number: int, offset: int, line: bytes | bytearray,
 
 
 def _beginning(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(64)
+    try:
+        with open_regular(path) as file:
+            return file.read(64)
+    except UnfitFile:  # a pipe
+        return b""
 
 
 def _not_json_remedy(line_number: int, line: bytes | bytearray) -> str:

@@ -38,6 +38,7 @@ import orjson
 
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.files import replace_file, sha256_file
+from megatron_hammer.base.reading import read_regular
 from megatron_hammer.corpus.documents import LineWriter, text_line
 
 DOMAINS = ("zh", "en", "code")
@@ -202,7 +203,7 @@ def _write(path: Path, documents: list[Document]) -> dict[str, Any]:
 def _read_complete(output: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest, where it was made with these settings and every file is as it says."""
     try:
-        manifest: dict[str, Any] = orjson.loads((output / MANIFEST).read_bytes())
+        manifest: dict[str, Any] = orjson.loads(read_regular(output / MANIFEST))
         if manifest["settings"] != settings or len(manifest["files"]) != 2 * len(DOMAINS):
             return None
         for name, entry in manifest["files"].items():
@@ -218,7 +219,7 @@ def _read_complete(output: Path, settings: dict[str, Any]) -> dict[str, Any] | N
 
 def _collect_chinese(own_text: Path, report: Callable[[str], None]) -> list[tuple[Source, list[Document]]]:
     essays = [
-        Document(path.read_text(encoding="utf-8").strip(), f"examples/corpus/{path.name}")
+        Document(read_regular(path).decode("utf-8").strip(), f"examples/corpus/{path.name}")
         for path in sorted(own_text.glob("*.txt"))
     ]
     collected = [(Source("zh", "megatron_hammer essays", "1", "CC0-1.0"), essays)]
@@ -329,7 +330,7 @@ def _library_files() -> Iterator[tuple[str, str]]:
             if path.suffix != ".py" or name.startswith(("test_", "_sysconfigdata")):
                 continue
             try:
-                yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
+                yield path.relative_to(root).as_posix(), read_regular(path).decode("utf-8")
             except (OSError, UnicodeDecodeError):
                 continue  # a library is not ours to mend: a file in another encoding is no sample
 

@@ -25,6 +25,7 @@ import xxhash
 
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.progress import say
+from megatron_hammer.base.reading import open_regular
 from megatron_hammer.corpus import file_blocks, jsonl, parquet
 from megatron_hammer.corpus.file_blocks import START, Block, FileRange, Position
 from megatron_hammer.corpus.stream import StreamDamage, is_compressed, no_such_file, open_stream
@@ -136,7 +137,7 @@ def _is_about(path: Path) -> bool:
         return True
     if path.suffix != ".json":
         return False
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return file.read(4096).split(b"\n", 1)[0].strip() == b"{"
 
 
@@ -177,7 +178,7 @@ def plan_ranges(
 
 def _line_cuts(path: Path, range_bytes: int) -> list[int]:
     size, cuts = path.stat().st_size, [0]
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         for place in range(range_bytes, size, range_bytes):
             if place <= cuts[-1]:
                 continue  # inside a line longer than a range

@@ -47,6 +47,7 @@ import numpy as np
 from megatron_hammer.base.errors import ConfigError, DataError, DiskError
 from megatron_hammer.base.files import open_alone, publish
 from megatron_hammer.base.progress import Progress, size_of
+from megatron_hammer.base.reading import open_regular
 from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.documents import Skipped
 from megatron_hammer.corpus.readers import kind_of
@@ -348,7 +349,7 @@ def _check_inputs(inputs: list[Path], lenient: bool) -> list[int]:
         check_file(path)
         sizes.append(os.stat(path).st_size)
         if sizes[-1] and not is_compressed(path) and not lenient:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     raise no_line_break(path)

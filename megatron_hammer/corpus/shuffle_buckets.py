@@ -17,6 +17,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from megatron_hammer.base.reading import open_unbuffered
+
 LINE_OVERHEAD = 64
 """Bytes of memory for a line beside its text: key, start, end, order, and their copies while sorting."""
 _VIEWS_AT_ONCE = 1024  # Linux's limit for one writev
@@ -84,7 +86,7 @@ class Bucket:
         if len(buffer) < self.bytes:
             buffer = bytearray(self.bytes * 9 // 8)  # room for the next ones, of about the same size
         lines = used = 0
-        with open(self.path, "rb", buffering=0) as file:
+        with open_unbuffered(self.path, follow=False) as file:
             while lines < self.lines:
                 count, size = _CHUNK.unpack(file.read(_CHUNK.size))
                 _read_exactly(file, keys[lines : lines + count])
@@ -98,7 +100,7 @@ class Bucket:
 
     def chunks(self) -> Iterator[Lines]:
         """One chunk after the other, as they were written."""
-        with open(self.path, "rb", buffering=0) as file:
+        with open_unbuffered(self.path, follow=False) as file:
             while header := file.read(_CHUNK.size):
                 count, size = _CHUNK.unpack(header)
                 keys, lengths, buffer = np.empty(count, np.uint64), np.empty(count, np.uint32), bytearray(size)

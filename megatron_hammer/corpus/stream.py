@@ -20,6 +20,7 @@ import xxhash
 
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.paths import missing_remedy
+from megatron_hammer.base.reading import is_own_pipe, open_input
 
 _RAW_BYTES = 128 << 10  # compressed bytes read at once
 # A Zstandard block of 128 KiB can be four bytes long, and the library hands out all that a piece of input stands for:
@@ -38,6 +39,9 @@ def check_file(path: Path) -> None:
         raise DataError(1, str(path), "is a folder, not a JSON lines file", "name the files in it")
     if not path.exists():
         raise no_such_file(path)
+    if not path.is_file() and not is_own_pipe(path):
+        rule = "is a named pipe or a device, not a file"
+        raise DataError(1, str(path), rule, "name a file, or let the shell hand on the output of a program: <(zcat X)")
 
 
 def no_such_file(path: Path) -> DataError:
@@ -65,7 +69,7 @@ class SourceStream(io.RawIOBase):
     """A plain file. Knows how far it is in the raw bytes, and their hash."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closed by close
+        self._file = open_input(path)
         self._hash = xxhash.xxh3_128()
         self.raw_bytes = 0
         """Bytes of the file read so far, as they are on disk."""

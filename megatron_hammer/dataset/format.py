@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from megatron_hammer.base.reading import open_regular, parse_json, read_regular
+
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 FIRST_LENGTH = 34  # bytes before the lengths
@@ -38,6 +40,7 @@ SMALL_VOCABULARY = 65500  # below it Megatron-LM writes uint16, from it on int32
 HEADER_FORMAT = "megatron_hammer indexed dataset"
 HEADER_VERSION = 2
 _OLD_HEADER_VERSIONS = (1,)  # sources without tokens, hash and rejected; still read
+MAX_HEADER_BYTES = 16 << 20  # hashes of 20 TB, or 50,000 sources
 BLOCK_BYTES = 64 << 20  # of .bin under one checksum: small enough to name the damaged place, 16 hashes a gigabyte
 _SAMPLED_BLOCKS, _SAMPLED_BYTES = 16, 64 << 10
 
@@ -119,9 +122,14 @@ class DatasetHeader:
         return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
+    def read(cls, path: Path) -> DatasetHeader:
+        """Of a file; ``OSError`` or ``ValueError`` with the reason."""
+        return cls.from_json(read_regular(path, MAX_HEADER_BYTES).decode("utf-8", "surrogateescape"))
+
+    @classmethod
     def from_json(cls, text: str) -> DatasetHeader:
         """The inverse of ``to_json``; raises ``ValueError`` with the reason."""
-        tree = json.loads(text)
+        tree = parse_json(text)
         if not isinstance(tree, dict) or tree.get("format") != HEADER_FORMAT:
             raise ValueError(f'its "format" is not "{HEADER_FORMAT}"')
         if tree.get("version") not in (HEADER_VERSION, *_OLD_HEADER_VERSIONS):
@@ -177,7 +185,7 @@ class DatasetHeader:
 def fingerprint_of(idx_hash: str, bin_path: Path) -> str:
     """See ``IndexedDataset.fingerprint``; at most 1 MiB of the .bin is read, evenly spread, both ends included."""
     digest = xxhash.xxh3_128()
-    with open(bin_path, "rb") as file:
+    with open_regular(bin_path) as file:
         size = os.fstat(file.fileno()).st_size
         digest.update(f"{idx_hash} {size} ".encode())
         last = max(size - _SAMPLED_BYTES, 0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import stat
 import struct
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hammer.base.errors import DataError
+from megatron_hammer.base.errors import DataError, UnfitFile
 from megatron_hammer.base.files import hash_file
 from megatron_hammer.base.mapping import FileMap
 from megatron_hammer.base.progress import track
+from megatron_hammer.base.reading import open_descriptor
 from megatron_hammer.dataset.format import (
     DTYPES,
     FIRST_LENGTH,
@@ -235,14 +235,13 @@ def check_prefix(prefix: str | Path) -> None:
 def _map_file(path: Path) -> FileMap:
     """A regular file, mapped; its descriptor is closed again."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not make us wait for a writer
+        descriptor = open_descriptor(path)
     except FileNotFoundError:
         raise DataError(30, str(path), "is missing", prefix_remedy(path)) from None
+    except (UnfitFile, IsADirectoryError):
+        raise DataError(30, str(path), "is not a regular file", "give the prefix P of P.bin and P.idx") from None
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise DataError(30, str(path), "is not a regular file", "give the prefix P of P.bin and P.idx")
-        return FileMap(descriptor, status.st_size, path)
+        return FileMap(descriptor, os.fstat(descriptor).st_size, path)
     finally:
         os.close(descriptor)
 
@@ -335,11 +334,13 @@ def _check_documents(path: Path, boundaries: np.ndarray, sequences: int, forget:
 
 
 def _read_header(path: Path) -> DatasetHeader | None:
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
-        return DatasetHeader.from_json(path.read_text(encoding="utf-8", errors="surrogateescape"))
-    except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
+        return DatasetHeader.read(path)
+    except UnfitFile as error:
+        raise DataError(39, str(path), f"is not a dataset header: {error.strerror}", error.remedy) from None
+    except ValueError as error:  # JSONDecodeError is a ValueError
         remedy = "prepare this dataset again; without this file it is read as one of another program"
         raise DataError(39, str(path), f"is not a dataset header: {error}", remedy) from None
 

@@ -20,6 +20,7 @@ import xxhash
 
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.files import StaleState, hash_file, open_alone, sync_folder
+from megatron_hammer.base.reading import open_unbuffered
 from megatron_hammer.dataset.format import (
     BLOCK_BYTES,
     CODES,
@@ -187,7 +188,7 @@ class IndexedWriter:
             largest = dataset.max_token_id()
             assert self.vocab_size is None or largest < self.vocab_size, f"{largest} is not below {self.vocab_size}"
             self._max_token_id = max(self._max_token_id, largest)
-        with open(dataset.bin_path, "rb", buffering=0) as file:
+        with open_unbuffered(dataset.bin_path) as file:
             buffer = memoryview(bytearray(8 * _CHUNK))
             for first in range(0, dataset.num_tokens * self.dtype.itemsize, len(buffer)):
                 wanted = min(len(buffer), dataset.num_tokens * self.dtype.itemsize - first)

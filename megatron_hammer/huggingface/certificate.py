@@ -232,7 +232,9 @@ def check_tokenizer(manifest: Manifest, ours_folder: Path, folder: Path) -> dict
             "use the version of the program that wrote the checkpoint",
         )
     try:
-        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        theirs = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
     except Exception as error:
         raise RefusedError(
             22, "the exported tokenizer", f"cannot be loaded by transformers ({error})", _REPORT
@@ -287,7 +289,12 @@ def load_transformers_model(folder: Path) -> Any:
     argument = "dtype" if version >= (4, 56) else "torch_dtype"
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **{argument: torch.float32}
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **{argument: torch.float32},
         )
     except Exception as error:  # whatever it is, the folder is not fit to be published
         raise RefusedError(

@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedError
 from megatron_hammer.base.files import write_durably
+from megatron_hammer.base.reading import parse_json
 from megatron_hammer.checkpoint.tensor_files import open_regular
 from megatron_hammer.config import ModelConfig, RopeScaling
 from megatron_hammer.huggingface.extra_keys import Judgement, judge_key
@@ -241,8 +242,8 @@ def read_json(path: Path) -> dict[str, Any]:
     with open_regular(path) as file:
         text = file.read(MAX_JSON_BYTES + 1)
     try:
-        tree = json.loads(text) if len(text) <= MAX_JSON_BYTES else None
-    except (ValueError, RecursionError):
+        tree = parse_json(text) if len(text) <= MAX_JSON_BYTES else None
+    except ValueError:
         tree = None
     if not isinstance(tree, dict):
         raise CheckpointError(20, str(path), "is not a JSON mapping", "name the folder of a Hugging Face model")

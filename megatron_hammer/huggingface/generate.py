@@ -52,8 +52,12 @@ def generate(
     hide_progress_bar: Any = logging.disable_progress_bar
     hide_progress_bar()  # loading takes seconds, and the texts alone are the output
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        model: Any = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype="auto"
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(
             91,

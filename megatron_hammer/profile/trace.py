@@ -28,7 +28,6 @@ is "other operations".
 from __future__ import annotations
 
 import gzip
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,6 +35,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from megatron_hammer.base.errors import DataError
+from megatron_hammer.base.reading import open_regular, parse_json
 from megatron_hammer.kernels.ranges import GRADIENT, HEAD, LINEAR, NORM
 from megatron_hammer.profile.budget import (
     ATTENTION,
@@ -138,10 +139,18 @@ class Event:
     args: Mapping[str, Any]
 
 
+MAX_TRACE_BYTES = 2**31
+"""Of its text: a profile of some steps has a hundredth."""
+
+
 def read_trace(path: Path) -> list[dict[str, Any]]:
     """The events of a chrome trace, plain or .gz, in the order of their start."""
-    data = path.read_bytes()
-    events: list[dict[str, Any]] = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)["traceEvents"]
+    with open_regular(path) as file:
+        content = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+        text = content.read(MAX_TRACE_BYTES + 1)
+    if len(text) > MAX_TRACE_BYTES:
+        raise DataError(99, str(path), f"has more than {MAX_TRACE_BYTES:,} bytes", "record fewer steps")
+    events: list[dict[str, Any]] = parse_json(text, len(text))["traceEvents"]
     return sorted((e for e in events if "ts" in e), key=lambda e: (e["ts"], -e.get("dur", 0)))
 
 

@@ -38,6 +38,7 @@ from megatron_hammer.base.files import publish
 from megatron_hammer.base.locks import take_lock
 from megatron_hammer.base.mapping import FileMap
 from megatron_hammer.base.progress import say
+from megatron_hammer.base.reading import open_regular, parse_json
 
 MAGIC = b"HMRINDEX"
 VERSION = 1
@@ -195,7 +196,7 @@ def read_index(path: Path, kind: str, key: Key) -> Arrays:
         FileNotFoundError: there is none.
         BadIndexFile: it is cut, damaged, or another index.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size < _START.size:
             raise BadIndexFile(f"is cut to {size} bytes")
@@ -206,7 +207,7 @@ def read_index(path: Path, kind: str, key: Key) -> Arrays:
     text = content[_START.size : _START.size + length].tobytes()
     if xxhash.xxh3_64_intdigest(text) != checksum:
         raise BadIndexFile("has a damaged header")
-    tree: dict[str, Any] = json.loads(text)  # ours, as its checksum says
+    tree: dict[str, Any] = parse_json(text)  # ours, as its checksum says
     if tree["kind"] != kind or tree["key"] != dict(key):
         raise BadIndexFile("is the index of something else")
     start = _START.size + length

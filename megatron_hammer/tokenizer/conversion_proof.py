@@ -86,7 +86,9 @@ def _load(tokenizer: Tokenizer, directory: Path) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(directory))
+        return transformers.AutoTokenizer.from_pretrained(
+            str(directory), trust_remote_code=False, use_safetensors=True, local_files_only=True
+        )
     except (ValueError, OSError, TypeError) as error:
         raise RefusedError(
             2, str(tokenizer.path), f"is refused by transformers {transformers.__version__}: {error}",

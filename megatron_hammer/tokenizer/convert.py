@@ -30,6 +30,7 @@ from typing import Any
 
 from megatron_hammer.base.errors import RefusedError
 from megatron_hammer.base.files import dump_json, publish, replace_file, sync_folder
+from megatron_hammer.base.reading import parse_json, read_regular
 from megatron_hammer.tokenizer.conversion_proof import prove_conversion, prove_ids
 from megatron_hammer.tokenizer.definition import definition_of, json_obstacle
 from megatron_hammer.tokenizer.huggingface_backend import STAND_IN_PAD, HuggingFaceTokenizer
@@ -39,6 +40,7 @@ from megatron_hammer.tokenizer.model_folder import model_obstacle, write_model_f
 from megatron_hammer.tokenizer.pieces import SPACE
 from megatron_hammer.tokenizer.reader_settings import begin_with, padding_id, settings_for_readers
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, parse_model
+from megatron_hammer.tokenizer.tokenizer_files import read_tokenizer_json
 
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 
@@ -112,8 +114,8 @@ def _convert_given(
     tokenizer: HuggingFaceTokenizer, directory: Path, begin_with_bos: bool | None, max_length: int | None
 ) -> None:
     tokenizer.save_files(directory)
-    definition = json.loads((directory / "tokenizer.json").read_bytes())
-    settings = json.loads((directory / "tokenizer_config.json").read_bytes())
+    definition = read_tokenizer_json(directory / "tokenizer.json")
+    settings = parse_json(read_regular(directory / "tokenizer_config.json"))
     settings.pop("auto_map", None)  # would run code from elsewhere instead of tokenizer.json
     backend = _write_definition(tokenizer, directory, definition, begin_with_bos)
     _write_settings(tokenizer, directory, settings | settings_for_readers(definition, backend, tokenizer, max_length))
@@ -149,7 +151,7 @@ def _write_definition(
         bos = tokenizer.bos_id if begin_with_bos else None
         begin_with(definition, {} if bos is None else {str(backend.id_to_token(bos)): bos})
         backend = Backend.from_str(json.dumps(definition))
-    if not path.is_file() or json.loads(path.read_bytes()) != definition:
+    if not path.is_file() or read_tokenizer_json(path) != definition:
         replace_file(path, json.dumps(definition, ensure_ascii=False).encode())
     return backend
 

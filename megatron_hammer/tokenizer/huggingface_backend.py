@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.base.errors import DataError
+from megatron_hammer.base.errors import DataError, UnfitFile
 from megatron_hammer.base.files import dump_json, replace_file
+from megatron_hammer.base.reading import parse_json, read_regular
 from megatron_hammer.tokenizer.interface import SpecialIds, Tokenizer, refuse_surrogates
 from megatron_hammer.tokenizer.pieces import Pieces, pieces_of_definition
+from megatron_hammer.tokenizer.tokenizer_files import check_largest_id, read_tokenizer, read_tokenizer_json
 
 # Names that well-known models give their document marks; asked only where no configuration file says anything.
 _WELL_KNOWN_BOS = ("<s>", "<|begin_of_text|>")
@@ -53,6 +56,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if not vocabulary:
             raise _not_a_tokenizer(path, "its vocabulary is empty")
         self.vocab_size = max(vocabulary.values()) + 1
+        check_largest_id(path, self.vocab_size - 1)
         special = _find_special_ids(path.parent, vocabulary, self.definition)
         self.bos_id, self.eos_id, self.unk_id, self.pad_id = special
         self.fingerprint = _fingerprint_definition(self.definition, special)
@@ -89,7 +93,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def save_files(self, directory: Path) -> None:
         """``tokenizer.json`` as it is, and a ``tokenizer_config.json`` that states the special tokens found."""
         directory = Path(directory)
-        replace_file(directory / "tokenizer.json", self.path.read_bytes())
+        replace_file(directory / "tokenizer.json", read_tokenizer(self.path))
         self.save_config(directory)
 
     def save_config(self, directory: Path) -> None:
@@ -105,7 +109,7 @@ class HuggingFaceTokenizer(Tokenizer):
         replace_file(directory / "tokenizer_config.json", dump_json(config))
         template = self.path.with_name("chat_template.jinja")
         if template.is_file():
-            replace_file(directory / template.name, template.read_bytes())
+            replace_file(directory / template.name, read_regular(template))
 
 
 # ---- the file and those beside it ----
@@ -120,8 +124,8 @@ def _not_a_tokenizer(path: Path, cause: str) -> DataError:
 
 def _read_definition(path: Path) -> dict[str, Any]:
     try:
-        definition = json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        definition = read_tokenizer_json(path)
+    except (UnfitFile, ValueError) as error:
         raise _not_a_tokenizer(path, f"not valid JSON: {error}") from None
     if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
         raise _not_a_tokenizer(path, "it describes no tokenizer model")
@@ -137,11 +141,11 @@ def _read_definition(path: Path) -> dict[str, Any]:
 
 def _read_json_object(path: Path) -> dict[str, Any]:
     """A configuration file beside the tokenizer; absent means empty."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(read_regular(path))
+    except (UnfitFile, ValueError) as error:
         raise DataError(13, str(path), f"is not valid JSON: {error}", "mend or remove it") from None
     if not isinstance(value, dict):
         raise DataError(13, str(path), "is not a JSON object", "mend or remove it")

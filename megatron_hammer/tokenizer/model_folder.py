@@ -21,11 +21,11 @@ And its ``save_pretrained`` forgets that prompts begin with bos (``special_token
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.files import dump_json, replace_file
+from megatron_hammer.base.reading import parse_json, read_regular
 from megatron_hammer.tokenizer.huggingface_backend import STAND_IN_PAD
 from megatron_hammer.tokenizer.reader_settings import padding_id
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, load_processor
@@ -79,7 +79,7 @@ def write_model_folder(
 
 def form_of_folder(directory: Path) -> dict[str, str]:
     """For a certificate: the form of an exact tokenizer, and where it is not a tokenizer.json, its class and why."""
-    settings = json.loads((directory / "tokenizer_config.json").read_bytes())
+    settings = parse_json(read_regular(directory / "tokenizer_config.json"))
     if WHY_NOT_JSON not in settings:
         return {"form": "tokenizer.json"}
     return {"form": "sentencepiece", "class": settings["tokenizer_class"], "reason": settings[WHY_NOT_JSON]}

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_hammer.base.errors import ConfigError, DataError
+from megatron_hammer.base.reading import read_regular
 from megatron_hammer.tokenizer.symbols import read_text_file
 
 TABLE_NAME = "tgh2013"
@@ -30,6 +31,7 @@ TABLE_SIZE = sum(LEVEL_SIZES.values())
 UNIHAN_FOLDER = Path("/usr/share/unicode")
 """Where Debian's package unicode-data puts the database."""
 _UNIHAN_NAMES = ("Unihan_OtherMappings.txt", "Unihan_OtherMappings.txt.bz2")
+_MAX_UNIHAN_BYTES = 64 * 2**20  # fifteen times what the file has
 _CHARACTERS_A_LINE = 50  # chosen by eye
 _HEADER = """\
 # The Table of General Standard Chinese Characters (2013), in its own order.
@@ -42,7 +44,7 @@ def load_table() -> list[tuple[str, int]]:
     """The 8,105 characters in table order, each with its level (1, 2 or 3)."""
     table: list[tuple[str, int]] = []
     level = 0
-    for line in TABLE_PATH.read_text(encoding="utf-8").splitlines():
+    for line in read_regular(TABLE_PATH).decode("utf-8").splitlines():
         if line.startswith("#"):
             continue
         if line.startswith("level "):
@@ -124,10 +126,12 @@ def _find_unihan(path: Path) -> Path:
 
 def _read_numbers(path: Path) -> str:
     """All characters with a kTGH field, in the order of its numbers."""
-    content = path.read_bytes()
     try:
-        text = (bz2.decompress(content) if path.suffix == ".bz2" else content).decode("utf-8")
-    except (OSError, ValueError) as error:
+        content = read_regular(path, _MAX_UNIHAN_BYTES)
+        if path.suffix == ".bz2":
+            content = bz2.BZ2Decompressor().decompress(content, _MAX_UNIHAN_BYTES)
+        text = content.decode("utf-8")
+    except (OSError, EOFError, ValueError) as error:
         raise _not_unihan(path, f"cannot be decoded ({error})") from None
     by_number: dict[int, str] = {}
     for line, code, value in re.findall(r"^(U\+([0-9A-F]{4,6})\tkTGH\t(.*))$", text, re.MULTILINE):

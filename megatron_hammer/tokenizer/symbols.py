@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hammer.base.errors import ConfigError, os_remedy
+from megatron_hammer.base.reading import read_regular
 from megatron_hammer.tokenizer.pieces import SPACE
 
 CONTROL_PIECES = ("<unk>", "<s>", "</s>")
@@ -29,7 +30,7 @@ def read_text_file(path: Path) -> str:
         ConfigError: E261 it cannot be read or is not UTF-8.
     """
     try:
-        return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+        return read_regular(path).decode("utf-8").replace("\r\n", "\n")
     except OSError as error:
         raise ConfigError(61, str(path), f"cannot be read: {error.strerror}", os_remedy(error)) from None
     except UnicodeDecodeError as error:

@@ -34,8 +34,10 @@ from typing import Any
 
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.files import replace_file
+from megatron_hammer.base.reading import open_regular
 from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
 from megatron_hammer.tokenizer.pieces import BYTE_LEVEL_ALPHABET
+from megatron_hammer.tokenizer.tokenizer_files import read_tokenizer
 
 _SHORT_FORMS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
@@ -60,7 +62,7 @@ _CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_LEVEL_ALPHABET
 
 def is_tiktoken(path: Path) -> bool:
     """Whether a file, whatever it is called, begins with a line of base64 and a number."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return _LINE.fullmatch(file.readline(4096).rstrip(b"\r\n")) is not None
 
 
@@ -130,7 +132,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         DataError: E312 a line that is something else, a piece or rank that comes twice, a byte without a piece.
     """
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_tokenizer(path).splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -16,6 +16,7 @@ import numpy as np
 from megatron_hammer.base.errors import DataError, os_remedy
 from megatron_hammer.base.paths import missing_remedy
 from megatron_hammer.base.pictures import save_png
+from megatron_hammer.base.reading import open_regular
 
 MAX_POINTS = 4000  # more than a picture of this size has columns: longer runs are thinned
 WINDOW_SHARE = 50  # the moving average spans a fiftieth of the run: chosen by eye
@@ -43,7 +44,7 @@ def read_curves(path: Path) -> Curves:
     """
     curves = Curves()
     try:
-        with path.open("rb") as lines:
+        with open_regular(path) as lines:
             for number, line in enumerate(lines, start=1):
                 if line.endswith(b"\n"):
                     _add_step(curves, line, f"{path}:{number}")

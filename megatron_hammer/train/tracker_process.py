@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_hammer.base.files import replace_file
+from megatron_hammer.base.reading import parse_json, read_regular
 
 Line = Mapping[str, float | bool | str | None]
 
@@ -210,12 +211,20 @@ def import_library(name: str) -> Any:
     return library
 
 
+def _kept_id(path: Path) -> str:
+    """The id that an earlier start kept; ``ValueError`` where the file is damaged."""
+    kept = parse_json(read_regular(path, follow=False))
+    if not isinstance(kept, dict) or not isinstance(kept.get("run_id"), str):
+        raise ValueError(f"{path} does not hold the id of a run: remove it to begin a new one at the service")
+    return str(kept["run_id"])
+
+
 def open_client(name: str, run: TrackedRun) -> Client:
     """Begin or go on with the run at the service, and keep its id."""
     path = Path(run.folder) / f"{name}.json"
     run_id = None
     if run.resumed and path.exists():
-        run_id = json.loads(path.read_text(encoding="utf-8"))["run_id"]
+        run_id = _kept_id(path)
     client = CLIENTS[name].client(import_library(name), run, run_id)
     kept = {"project": run.project, "name": run.name, "run_id": client.run_id}
     replace_file(path, json.dumps(kept, ensure_ascii=False).encode() + b"\n")

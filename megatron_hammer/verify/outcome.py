@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_hammer.base.reading import open_regular, parse_json, read_regular
+
 Range = tuple[int, int]
 """From the first up to, and without, the second."""
 
@@ -58,8 +60,8 @@ def write_outcome(prefix: Path, outcome: Outcome) -> None:
 
 def read_outcome(prefix: Path) -> Outcome:
     """The inverse."""
-    head = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
-    with np.load(f"{prefix}.npz", allow_pickle=False) as arrays:
+    head = parse_json(read_regular(f"{prefix}.json"))
+    with open_regular(f"{prefix}.npz") as file, np.load(file, allow_pickle=False) as arrays:
         values = [arrays[f"arr_{i}"] for i in range(len(head["pieces"]))]
         tokens, token_losses = arrays["tokens"], arrays["token_losses"]
     pieces = [

@@ -207,7 +207,7 @@ def test_context_parallel_ranks_share_samples(preset: Path) -> None:
         ("\xff", "E208"),
         ("model: {hidden_size: 64}", "E207"),
         ("model: 5", "E203"),
-        ("model: &a {x: *a}", "E202"),
+        ("model: &a {x: *a}", "E208"),
         ("model: !!python/object/apply:os.system ['true']", "E208"),
     ],
 )

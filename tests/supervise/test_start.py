@@ -478,8 +478,11 @@ def test_more_ranks_than_gpus_are_refused(
 
 
 def test_a_signal_before_any_rank_exits_75(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "preset.yaml")  # reading it waits for ever
-    command = [sys.executable, "-m", "megatron_hammer.launch", "--nproc", "2", str(tmp_path / "preset.yaml")]
+    (tmp_path / "preset.yaml").write_text("x: 1")
+    waits = "from megatron_hammer.config import tree, reading; import runpy, sys, time; "
+    waits += "reading.read_regular = lambda *rest: time.sleep(60); "
+    waits += "sys.argv[0] = 'launch'; runpy.run_module('megatron_hammer.launch', run_name='__main__')"
+    command = [sys.executable, "-c", waits, "--nproc", "2", str(tmp_path / "preset.yaml")]
     environment = os.environ | {"PYTHONPATH": str(HERE.parents[2])}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     sigcgt = 0  # caught signals as a bit mask, from /proc: the handler stands once TERM is among them

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_hammer.base.errors import ConfigError, RefusedError
+from megatron_hammer.base.reading import open_regular
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
@@ -81,7 +82,7 @@ class TokenMap:
         self.all = dataset.tokens
         """[num_tokens]"""
         if len(self.all):
-            with open(dataset.bin_path, "rb") as file:
+            with open_regular(dataset.bin_path) as file:
                 self._mapped = mmap.mmap(file.fileno(), len(self.all) * self._size, access=mmap.ACCESS_READ)
             self.all = np.frombuffer(self._mapped, dataset.dtype)
 

@@ -32,6 +32,7 @@ import xxhash
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.files import hash_file
 from megatron_hammer.base.progress import Progress
+from megatron_hammer.base.reading import open_regular
 from megatron_hammer.dataset.format import BLOCK_BYTES, DatasetHeader, path_of
 from megatron_hammer.dataset.look.contamination import HeldOutSearch, read_held_out
 from megatron_hammer.dataset.look.inspect import (
@@ -167,8 +168,8 @@ def _check_unreadable(prefix: Path, report: Report) -> None:
     """Which file of a dataset that cannot be opened is the damaged one, as far as a header can tell."""
     path = path_of(prefix, ".meta.json")
     try:
-        header = DatasetHeader.from_json(path.read_text(encoding="utf-8", errors="surrogateescape"))
-    except (OSError, ValueError, RecursionError):
+        header = DatasetHeader.read(path)
+    except (OSError, ValueError):
         report.remarks.append(f"{path} cannot be read: nothing says which of .idx and .bin is the damaged one")
         return
     if hash_file(path_of(prefix, ".idx")) != header.idx_hash:
@@ -176,7 +177,7 @@ def _check_unreadable(prefix: Path, report: Report) -> None:
     hashes = _block_hashes(header, report)
     if hashes is None:
         return
-    with open(path_of(prefix, ".bin"), "rb") as file:
+    with open_regular(path_of(prefix, ".bin")) as file:
         for block, expected in enumerate(hashes):
             first = block * BLOCK_BYTES
             content = file.read(min(BLOCK_BYTES, header.bin_bytes - first))

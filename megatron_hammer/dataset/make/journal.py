@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_hammer.base.errors import DataError, RefusedError
 from megatron_hammer.base.files import publish
+from megatron_hammer.base.reading import parse_json, read_regular
 
 JOURNAL_FORMAT = "megatron_hammer preprocessing journal"
 JOURNAL_VERSION = 1
@@ -81,7 +82,7 @@ def load_journal(path: Path) -> Journal | None:
         DataError: E348 something else is there.
     """
     try:
-        tree = json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
+        tree = parse_json(read_regular(path, follow=False).decode("utf-8", "surrogateescape"))
         if tree.pop("format") != JOURNAL_FORMAT or tree.pop("version") != JOURNAL_VERSION:
             raise ValueError("of another format or version")
         tree["tallies"] = [Tally(**tally) for tally in tree["tallies"]]

@@ -39,6 +39,7 @@ from megatron_hammer import __version__
 from megatron_hammer.base.errors import DataError, HammerError, from_exception, to_fields
 from megatron_hammer.base.files import publish, write_durably
 from megatron_hammer.base.progress import say
+from megatron_hammer.base.reading import read_regular
 from megatron_hammer.corpus import readers
 from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.file_blocks import FileRange, Position
@@ -320,7 +321,7 @@ class Parts:
         if not path.exists():
             return None
         if isinstance(task, HashTask):
-            return {"xxh3": path.read_text()}
+            return {"xxh3": read_regular(path, follow=False).decode()}
         facts = None
         try:
             for k in range(len(task.keys)):

@@ -42,6 +42,7 @@ import orjson
 from megatron_hammer import __version__
 from megatron_hammer.base.errors import ConfigError, DataError, HammerError, from_fields, to_fields
 from megatron_hammer.base.progress import Progress, say
+from megatron_hammer.base.reading import open_regular
 from megatron_hammer.corpus.stream import check_unchanged
 from megatron_hammer.dataset.make.job import SHARD_BYTES, Job, Stopped
 from megatron_hammer.dataset.make.journal import Tally, load_journal, other_command
@@ -370,7 +371,7 @@ def _append(
     journal.raw_bytes += facts["raw_bytes"]
     if output.rejected is None or not part.rejected:
         return
-    with open(folder / REJECTED, "rb") as file:
+    with open_regular(folder / REJECTED, follow=False) as file:
         for line in file:
             record = orjson.loads(line)
             ours, theirs = (str(path).encode("utf-8", "backslashreplace").decode() for path in (given, task.path))

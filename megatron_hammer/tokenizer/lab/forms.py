@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import RefusedError
+from megatron_hammer.base.reading import parse_json, read_regular
 from megatron_hammer.tokenizer.huggingface_backend import STAND_IN_PAD, HuggingFaceTokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.pieces import BYTE_LEVEL_ALPHABET, SPACE
@@ -117,7 +118,9 @@ def _load_folder(path: Path) -> Form:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # long documents are no mistake here
     try:
         # Never code from the folder: without the argument, a folder that brings some would ask on the terminal.
-        loaded: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        loaded: Any = AutoTokenizer.from_pretrained(
+            str(path), trust_remote_code=False, use_safetensors=True, local_files_only=True
+        )
     except Exception as error:  # the Rust library raises bare Exception
         if (path / "tokenizer.json").is_file():
             load_tokenizer(path / "tokenizer.json")  # where the file is to blame, this names the fault
@@ -162,7 +165,7 @@ def _load_folder(path: Path) -> Form:
 
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    settings: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    settings: dict[str, Any] = parse_json(read_regular(path)) if path.is_file() else {}
     return settings
 
 

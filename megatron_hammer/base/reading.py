@@ -1,0 +1,111 @@
+"""Opening files with distrust: a damaged or hostile one costs an error line, never a hang or the machine's memory.
+
+``open_regular`` opens every file that the package reads (``tests/base/test_reading.py`` lists the few places that have
+a reason of their own): a regular file, never a pipe that would make us wait, a device without end or a folder.
+``read_regular`` reads a small one whole, up to the limit of its kind; ``parse_json`` parses one, up to a limit of
+values, since a text of some megabytes can stand for gigabytes of objects.
+
+A link is followed where the user named the file, and where data are usually linked (configs, corpora, tokenizers,
+datasets, indices). Not to a file of a checkpoint, of a Hugging Face model or of a run's output, which could lead out of
+the folder. The folders themselves may be links everywhere. What is refused is an ``UnfitFile``, an ``OSError`` with a
+remedy: whoever reads says it in the words that it has for a file that cannot be read.
+
+Linux; no torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import stat
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_hammer.base.errors import UnfitFile
+
+MAX_SMALL_BYTES = 16 * 2**20
+"""Of a small file that has no limit of its own kind."""
+MAX_JSON_VALUES = 1_000_000
+"""In one JSON text: Python takes some 100 bytes for each."""
+_NAME_A_FILE = "name a regular file"
+
+
+def open_descriptor(path: str | os.PathLike[str], follow: bool = True) -> int:
+    """A descriptor of a regular file, for reading.
+
+    Args:
+        follow: whether the path itself may be a symbolic link, which must lead to a regular file then.
+
+    Raises:
+        UnfitFile: something else is there (an ``OSError`` with a reason and a remedy).
+        OSError: the system refused.
+    """
+    # Without O_NONBLOCK a named pipe would make us wait for ever; O_NOCTTY: a terminal must not become ours.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow and os.path.islink(path):
+            raise UnfitFile(path, "it is a symbolic link", "put the file itself there") from None
+        if error.errno == errno.ENXIO:
+            raise UnfitFile(path, "it is a socket, not a regular file", _NAME_A_FILE) from None
+        raise
+    except ValueError:  # a NUL in it
+        raise FileNotFoundError(errno.ENOENT, "no file can have such a name", os.fspath(path)) from None
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    raise UnfitFile(path, f"it is a {'pipe' if stat.S_ISFIFO(mode) else 'device'}, not a regular file", _NAME_A_FILE)
+
+
+def open_regular(path: str | os.PathLike[str], follow: bool = True) -> io.BufferedReader:
+    """As ``open(path, "rb")``, of a regular file only; arguments and errors as in ``open_descriptor``."""
+    return open(open_descriptor(path, follow), "rb")
+
+
+def open_unbuffered(path: str | os.PathLike[str], follow: bool = True) -> io.FileIO:
+    """As ``open_regular``, without a buffer."""
+    return open(open_descriptor(path, follow), "rb", buffering=0)
+
+
+def read_regular(path: str | os.PathLike[str], limit: int = MAX_SMALL_BYTES, follow: bool = True) -> bytes:
+    """The content of a small regular file; more than ``limit`` bytes make it an ``UnfitFile``."""
+    with open_regular(path, follow) as file:
+        content = file.read(limit + 1)
+        size = os.fstat(file.fileno()).st_size
+    if len(content) > limit:
+        rule = f"it has {size:,} bytes, and such a file never has more than {limit:,}"
+        raise UnfitFile(path, rule, "name the file that was meant")
+    return content
+
+
+def is_own_pipe(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names a pipe that this process was given open (``/dev/stdin``, ``/dev/fd/63`` for ``<(...)``)."""
+    return os.path.basename(os.path.realpath(path)).startswith("pipe:[")
+
+
+def open_input(path: str | os.PathLike[str]) -> io.FileIO:
+    """As ``open_unbuffered``; or a pipe that this process was given, whose writer is there already."""
+    return open(path, "rb", buffering=0) if is_own_pipe(path) else open_unbuffered(path)
+
+
+def parse_json(text: str | bytes, most: int = MAX_JSON_VALUES, pairs: Callable[..., Any] | None = None) -> Any:
+    """``json.loads``, for a text that may be hostile: each failure is a ``ValueError``.
+
+    Args:
+        most: values in it; counted by commas, colons and brackets, also those inside of strings.
+        pairs: as ``object_pairs_hook`` of ``json.loads``.
+    """
+    count = text.count
+    marks: Sequence[Any] = (b",", b":", b"[", b"{") if isinstance(text, bytes) else (",", ":", "[", "{")
+    if sum(count(mark) for mark in marks) > most:
+        raise ValueError(f"more than {most:,} values")
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except RecursionError:
+        raise ValueError("nested too deep") from None

@@ -1,0 +1,43 @@
+"""Reading the files of tokenizers, which come from anywhere: how large one may be, and what it may make of itself.
+
+The largest that are published (262,000 pieces) have 34 MB of JSON with two million values. Ids are bounded too: arrays
+have a place for each id up to the largest, and four bytes of a file can say four billion.
+
+Imports neither sentencepiece nor tokenizers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.base.errors import DataError, UnfitFile
+from megatron_hammer.base.reading import parse_json, read_regular
+
+MAX_TOKENIZER_BYTES = 48 * 2**20
+MAX_TOKENIZER_VALUES = 3_000_000
+MAX_IDS = 2**24
+"""Sixteen million: far above any vocabulary, and the mark of a file that is damaged or means harm."""
+
+
+def read_tokenizer(path: Path) -> bytes:
+    """The content of a tokenizer's file.
+
+    Raises:
+        DataError: E312 it is no regular file, or larger than any.
+    """
+    try:
+        return read_regular(path, MAX_TOKENIZER_BYTES)
+    except UnfitFile as error:
+        raise DataError(12, str(path), f"is no tokenizer ({error.strerror})", error.remedy) from None
+
+
+def read_tokenizer_json(path: Path) -> Any:
+    """The value of a ``tokenizer.json``; ``OSError`` or ``ValueError`` with the reason."""
+    return parse_json(read_regular(path, MAX_TOKENIZER_BYTES), MAX_TOKENIZER_VALUES)
+
+
+def check_largest_id(path: Path, largest: int) -> None:
+    """Refuse ids for which nobody has memory: E313."""
+    if not 0 <= largest < MAX_IDS:
+        raise DataError(13, f"{path}: id {largest}", f"must be below {MAX_IDS:,}", "fetch the tokenizer again")
