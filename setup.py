@@ -4,7 +4,9 @@
 ``megatron_hammer.tokenizer._encoder``: the encoder of sentencepiece models; ``csrc/cpu`` ->
 ``megatron_hammer.kernels.native._cpu``: the fused operations on a CPU (all pybind11, no torch, no CUDA). NumPy,
 sentencepiece and torch do the same work, so ``HAMMER_NO_EXTENSIONS=1`` may leave them out; without that wish a failing
-compiler fails the installation, because a silent fall-back would only show as slowness later.
+compiler fails the installation, because a silent fall-back would only show as slowness later. ``csrc/base`` ->
+``megatron_hammer.base._mapping``: what happens when a mapped file is cut; without it that is seen a moment later, and a
+process that reads in this moment dies.
 
 ``csrc/kernels`` -> ``megatron_hammer/kernels/native/_cuda.so``: the fused operations on a GPU, a library of torch
 operations on torch's stable C++ ABI. It is built where nvcc and a torch for CUDA are present (the latter is not under
@@ -33,6 +35,12 @@ CUDA_SOURCES = [
 CUDA_HEADERS = ["csrc/kernels/common.cuh", "csrc/kernels/kernels.hpp"]
 
 EXTENSIONS = [
+    Pybind11Extension(
+        "megatron_hammer.base._mapping",
+        ["csrc/base/mapping.cpp"],
+        cxx_std=17,
+        extra_compile_args=["-O2", "-Wall", "-Wextra"],
+    ),
     Pybind11Extension(
         "megatron_hammer.sampling._index",
         ["csrc/data/bindings.cpp", "csrc/data/index_builder.cpp", "csrc/data/reading.cpp"],

@@ -53,7 +53,7 @@ class IndexedDataset:
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = Path(prefix)
         """P."""
-        index_map = _map_file(self.idx_path)
+        index_map = map_file(self.idx_path)
         index = index_map.array()
         code, sequences, boundaries = _check_start(self.idx_path, index)
         self.dtype = DTYPES[code]
@@ -69,7 +69,7 @@ class IndexedDataset:
         self.num_tokens = _check_sequences(self.idx_path, self.lengths, self.pointers, itemsize, self.forget)
         self._one_sequence_each = _check_documents(self.idx_path, self.document_indices, sequences, self.forget)
 
-        token_map = _map_file(self.bin_path)
+        token_map = map_file(self.bin_path)
         tokens = token_map.array()
         if len(tokens) != self.num_tokens * self.dtype.itemsize:
             raise DataError(
@@ -81,6 +81,7 @@ class IndexedDataset:
         self.tokens = np.frombuffer(tokens, self.dtype, self.num_tokens)
         """[num_tokens], all sequences one after the other."""
         self._mapped.append(token_map)
+        self.check_unchanged()  # all that was looked at was there
         self.header = _read_header(path_of(self.prefix, ".meta.json"))
         """None: written by another program."""
         self._check_header()
@@ -89,6 +90,15 @@ class IndexedDataset:
         """Give the pages that were looked at back: they need not count as our memory, the system keeps them cached."""
         for part in self._mapped:
             part.forget()
+
+    def check_unchanged(self) -> None:
+        """To be asked after reading, before what was read is used: are the files still those that were opened?
+
+        Raises:
+            DataError: E350 one of them was cut or overwritten.
+        """
+        for part in self._mapped:
+            part.check()
 
     @property
     def bin_path(self) -> Path:
@@ -188,7 +198,24 @@ class IndexedDataset:
                 raise DataError(41, f"{self.bin_path}: token {place:,} is {self.tokens[place]}", "must not be negative",
                                 REMAKE)  # fmt: skip
             largest = max(largest, int(block.max()))
+        self.check_unchanged()
         return largest
+
+    def position_of(self, document: int, offset: int) -> int:
+        """Which of ``tokens`` is token ``offset`` of a document."""
+        return int(self._document_starts[document]) + offset
+
+    def foreign_id(self, token_id: int, position: int, vocab_size: int) -> DataError:
+        """The error for an id that is not in the vocabulary, read as token ``position`` of ``tokens``."""
+        document = int(np.searchsorted(self._document_starts, position, side="right")) - 1
+        within = position - int(self._document_starts[document])
+        return DataError(
+            41,
+            f"{self.bin_path}: token id {token_id} (token {within} of document {document}, token {position} of all)",
+            f"must be at least 0 and below the vocabulary's size {vocab_size}",
+            "the file was damaged after it was made (tools/inspect_dataset.py verify says where): copy it again, or "
+            "prepare it again",
+        )
 
     def describe(self) -> dict[str, Any]:
         """Counts and origin as plain values; the largest id may need a scan of all tokens."""
@@ -232,7 +259,7 @@ def check_prefix(prefix: str | Path) -> None:
         raise DataError(30, str(index), "is missing", prefix_remedy(index))
 
 
-def _map_file(path: Path) -> FileMap:
+def map_file(path: Path) -> FileMap:
     """A regular file, mapped; its descriptor is closed again."""
     try:
         descriptor = open_descriptor(path)
@@ -244,6 +271,17 @@ def _map_file(path: Path) -> FileMap:
         return FileMap(descriptor, os.fstat(descriptor).st_size, path)
     finally:
         os.close(descriptor)
+
+
+def first_foreign_id(ids: np.ndarray, vocab_size: int) -> int | None:
+    """Place of the first id in a flat view of ``ids`` (contiguous) that is not in [0, vocab_size); None: all are.
+
+    One pass over ids that have just been written: 1 us for a sample of 2,049.
+    """
+    unsigned = ids.reshape(-1).view(f"u{ids.itemsize}")  # a negative id is a very large one
+    if unsigned.size == 0 or int(unsigned.max()) < vocab_size:
+        return None
+    return int(np.argmax(unsigned >= vocab_size))
 
 
 def prefix_remedy(path: Path) -> str:

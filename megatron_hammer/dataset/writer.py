@@ -206,6 +206,7 @@ class IndexedWriter:
             boundaries = dataset.document_indices[first : first + _CHUNK] + self.num_sequences
             self._documents.write(boundaries.data.cast("B"))
             dataset.forget()
+        dataset.check_unchanged()
         self.num_documents += dataset.num_documents
         self.num_sequences += dataset.num_sequences
         self.num_tokens += dataset.num_tokens

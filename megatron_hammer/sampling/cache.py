@@ -26,6 +26,7 @@ import json
 import os
 import struct
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ class IndexStore:
             nobody collects it.
         smallest: work (documents or samples) from which an index is kept.
         wait_seconds: how long to wait for another process that builds.
+        check_built: raises where what indices are built from changed meanwhile: then none is kept.
     """
 
     def __init__(
@@ -74,9 +76,12 @@ class IndexStore:
         note: Callable[[str], None] = say,
         smallest: int = SMALLEST,
         wait_seconds: float = WAIT_SECONDS,
+        *,
+        check_built: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.note = Path(folder), note
-        self.smallest, self.wait_seconds = smallest, wait_seconds
+        self.smallest, self.wait_seconds, self.check_built = smallest, wait_seconds, check_built
+        self._maps: list[weakref.ref[FileMap]] = []
 
     def path(self, kind: str, key: Key) -> Path:
         """The file of an index."""
@@ -110,6 +115,7 @@ class IndexStore:
                 for left in self.folder.glob("*.tmp"):  # by a process that was killed: we hold the lock
                     left.unlink(missing_ok=True)
                 arrays = build()
+                self.check_built()
                 try:
                     write_index(path, kind, key, arrays)
                 except OSError as error:
@@ -126,15 +132,26 @@ class IndexStore:
         )
         return arrays
 
-    @staticmethod
-    def _find(path: Path, kind: str, key: Key, note: Callable[[str], None]) -> Arrays | None:
+    def check_unchanged(self) -> None:
+        """To be asked after indices were used: are their files still those that were mapped?
+
+        Raises:
+            DataError: E350 one was cut or overwritten.
+        """
+        for known in self._maps:
+            if (mapped := known()) is not None:
+                mapped.check()
+
+    def _find(self, path: Path, kind: str, key: Key, note: Callable[[str], None]) -> Arrays | None:
         try:
-            return read_index(path, kind, key)
+            arrays, mapped = read_index(path, kind, key)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (BadIndexFile, OSError) as error:
             note(f"{path} {error}; it is built anew")
             return None
+        self._maps = [known for known in self._maps if known() is not None] + [weakref.ref(mapped)]
+        return arrays
 
     @contextlib.contextmanager
     def _lock(self, path: Path) -> Iterator[None]:
@@ -189,8 +206,8 @@ def write_index(path: Path, kind: str, key: Key, arrays: Arrays) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_index(path: Path, kind: str, key: Key) -> Arrays:
-    """Map a file and check all of it; the arrays are read-only views.
+def read_index(path: Path, kind: str, key: Key) -> tuple[Arrays, FileMap]:
+    """Map a file and check all of it; the arrays are read-only views of the map, which is returned too.
 
     Raises:
         FileNotFoundError: there is none.
@@ -200,7 +217,8 @@ def read_index(path: Path, kind: str, key: Key) -> Arrays:
         size = os.fstat(file.fileno()).st_size
         if size < _START.size:
             raise BadIndexFile(f"is cut to {size} bytes")
-        content = FileMap(file.fileno(), size, path).array()
+        mapped = FileMap(file.fileno(), size, path)
+        content = mapped.array()
     magic, version, length, checksum = _START.unpack_from(content.data)
     if magic != MAGIC or version != VERSION:
         raise BadIndexFile(f"is not an index of version {VERSION}")
@@ -221,4 +239,4 @@ def read_index(path: Path, kind: str, key: Key) -> Arrays:
         count = int(np.prod(entry["shape"], dtype=np.int64))
         array = np.frombuffer(content, entry["dtype"], count, start + entry["offset"])
         arrays[entry["name"]] = array.reshape(entry["shape"])
-    return arrays
+    return arrays, mapped

@@ -9,7 +9,7 @@ one; the loss runs across the documents in it, and so does attention unless a ba
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +17,11 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
+from megatron_hammer.base.mapping import SURVIVES_CUTS
 from megatron_hammer.base.progress import say
 from megatron_hammer.config import Config
 from megatron_hammer.dataset.format import REMAKE
-from megatron_hammer.dataset.reader import IndexedDataset
+from megatron_hammer.dataset.reader import IndexedDataset, first_foreign_id
 from megatron_hammer.sampling import index_builder as index
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.blend import Blend
@@ -64,6 +65,7 @@ class TrainData:
             ``P.index``.
         note: gets remarks about these files.
         document_mask: batches say where documents lie, so that attention keeps them apart.
+        vocab_size: all ids that are read must be below; None: nobody asks.
 
     Raises:
         DataError: a dataset is missing, damaged, empty or holds no token ids.
@@ -81,8 +83,10 @@ class TrainData:
         index_folder: str | Path | None = None,
         note: Callable[[str], None] = say,
         document_mask: bool = False,
+        vocab_size: int | None = None,
     ) -> None:
         assert sources, "training needs at least one source"
+        self.vocab_size = vocab_size
         self.seq_length, self.num_samples = seq_length, num_samples if order == "megatron" else None
         self._document_mask = document_mask
         self.sources = [_open_tokens(prefix) for prefix in sources]
@@ -99,7 +103,11 @@ class TrainData:
         """Content of each source."""
         shares = np.array([weights[dataset] for dataset in self.sources], np.float64)
         shares = shares / shares.sum()  # Blend divides by the sum once more, and so, in float64, does Megatron-LM
-        stores = [IndexStore(index_folder or f"{dataset.prefix}.index", note) for dataset in self.sources]
+        stores = [
+            IndexStore(index_folder or f"{dataset.prefix}.index", note, check_built=dataset.check_unchanged)
+            for dataset in self.sources
+        ]
+        self._stores = stores
         self._blend = Blend(shares, "chairman" if order == "independent" else "greedy", stores[0], num_samples)
         self._by_document = order == "independent"
         self._memory = [
@@ -202,21 +210,52 @@ class TrainData:
             count: at least one.
             out: [count, seq_length + 1] int64 or int32 to fill instead of a new array (pinned memory, say); int32 does
                 not do for datasets of 64-bit ids.
+
+        Raises:
+            DataError: E350 a file was cut or overwritten; E341 an id is not in the vocabulary, with its place.
         """
         s = self.seq_length
         out = np.empty((count, s + 1), np.int64) if out is None else out
         assert out.shape == (count, s + 1), f"out is {out.shape} for {count} samples"
         sources, ends = np.empty(count, np.int64), []
-        for source, rows, windows in self._windows(first, count):
-            spans, counts = self._orders[source].locate_all(windows)
-            index.copy_windows(*self._memory[source], spans, counts, rows, out)
-            sources[rows] = source
-            if self._document_mask:
-                in_window = np.cumsum(spans[:, 2]) - np.repeat(np.arange(len(rows)) * (s + 1), counts)
-                # The last token of a window is a label only.
-                ends.append(np.repeat(rows * s, counts) + np.minimum(in_window, s))
+        if not SURVIVES_CUTS:
+            self.check_unchanged(range(len(self.sources)))
+        try:
+            for source, rows, windows in self._windows(first, count):
+                spans, counts = self._orders[source].locate_all(windows)
+                index.copy_windows(*self._memory[source], spans, counts, rows, out)
+                sources[rows] = source
+                if self._document_mask:
+                    in_window = np.cumsum(spans[:, 2]) - np.repeat(np.arange(len(rows)) * (s + 1), counts)
+                    # The last token of a window is a label only.
+                    ends.append(np.repeat(rows * s, counts) + np.minimum(in_window, s))
+        except (ValueError, IndexError):
+            self.check_unchanged(range(len(self.sources)))  # else the samples are asked for wrongly
+            raise
+        self.check_unchanged(np.unique(sources).tolist())
+        if self.vocab_size is not None and (place := first_foreign_id(out, self.vocab_size)) is not None:
+            raise self._foreign_id(first + place // (s + 1), place % (s + 1), int(out.flat[place]), self.vocab_size)
         documents = cumulative_lengths(ends) if self._document_mask else None
         return Batch.from_windows(out, documents=documents, sources=sources)
+
+    def check_unchanged(self, sources: Iterable[int]) -> None:
+        """Whether the files of some sources are still those that were opened.
+
+        Raises:
+            DataError: E350 one was cut or overwritten.
+        """
+        for source in sources:
+            self.sources[source].check_unchanged()
+            self._stores[source].check_unchanged()
+
+    def _foreign_id(self, sample: int, column: int, token_id: int, vocab_size: int) -> DataError:
+        """The error for an id that is token ``column`` of a sample."""
+        for document, offset, length in self.locate(sample):
+            if column < length:
+                dataset = self.sources[self.sample_id(sample).source]
+                return dataset.foreign_id(token_id, dataset.position_of(document, offset + column), vocab_size)
+            column -= length
+        raise AssertionError("the pieces of a sample are all of its tokens")
 
     def tokens(self, i: int) -> np.ndarray:
         """Tokens of sample ``i``: [seq_length + 1] int64."""
@@ -266,6 +305,7 @@ class ValidData:
         seq_length: s; window j covers tokens [j s, j s + s].
         max_samples: only so many windows from the start; None: all.
         document_mask: batches say where documents lie, as in ``TrainData``.
+        vocab_size: as there.
 
     Raises:
         DataError: the dataset is missing, damaged or too short to have a target.
@@ -278,7 +318,9 @@ class ValidData:
         seq_length: int,
         max_samples: int | None = None,
         document_mask: bool = False,
+        vocab_size: int | None = None,
     ) -> None:
+        self.vocab_size = vocab_size
         self.name, self.seq_length, self._document_mask = name, seq_length, document_mask
         self.dataset = _open_tokens(prefix)
         if self.dataset.num_tokens < 2:
@@ -291,9 +333,15 @@ class ValidData:
         return self._num_samples
 
     def read(self, windows: Sequence[int]) -> Batch[np.ndarray]:
-        """Some of the windows; the end of the last one is padded with id 0, which counts nothing and is a document."""
+        """Some of the windows; the end of the last one is padded with id 0, which counts nothing and is a document.
+
+        Raises:
+            DataError: as for ``TrainData.read``.
+        """
         s, ends = self.seq_length, list[np.ndarray]()
         tokens, weights = np.zeros((len(windows), s + 1), np.int64), np.zeros((len(windows), s), np.float32)
+        if not SURVIVES_CUTS:
+            self.dataset.check_unchanged()
         for row, j in enumerate(windows):
             if not 0 <= j < len(self):
                 raise IndexError(f"window {j} is not in [0, {len(self)})")
@@ -303,6 +351,10 @@ class ValidData:
             if self._document_mask:
                 inside = np.searchsorted(self._document_ends, [j * s, (j + 1) * s], side="right")
                 ends += [self._document_ends[slice(*inside)] + (row - j) * s, np.array([(row + 1) * s])]
+        self.dataset.check_unchanged()
+        if self.vocab_size is not None and (place := first_foreign_id(tokens, self.vocab_size)) is not None:
+            position = windows[place // (s + 1)] * s + place % (s + 1)
+            raise self.dataset.foreign_id(int(tokens.flat[place]), position, self.vocab_size)
         return Batch.from_windows(tokens, weights, cumulative_lengths(ends) if self._document_mask else None)
 
     @cached_property
@@ -365,6 +417,7 @@ def open_train_data(config: Config, note: Callable[[str], None] = say) -> TrainD
         config.data.index_folder,
         note,
         config.data.attention_mask == "document",
+        config.model.vocab_size,
     )
 
 
@@ -377,6 +430,7 @@ def open_valid_data(config: Config) -> list[ValidData]:
             config.data.seq_length,
             config.train.eval_samples,
             config.data.attention_mask == "document",
+            config.model.vocab_size,
         )
         for name, prefix in (config.data.valid or {}).items()
     ]

@@ -15,6 +15,7 @@ from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.dataset.format import TokenizerRecord, path_of
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.sampling import loader
+from megatron_hammer.sampling.cache import IndexStore
 from megatron_hammer.sampling.loader import ReadAhead, chain_digest, micro_batches
 from megatron_hammer.sampling.samples import SampleId, TrainData, ValidData, check_tokenizer, describe_samples
 from tests.dataset.written import write_dataset
@@ -350,3 +351,91 @@ def test_more_sources_than_open_files(tmp_path: Path) -> None:
         assert sorted(set(data.read(0, 600).sources.tolist())) == list(range(300))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# ---- files that change under a run ----------------------------------------------------------------------------------
+
+
+def _write_id(prefix: str, token: int, token_id: int) -> None:
+    """Into .bin, as damage would."""
+    with open(f"{prefix}.bin", "r+b") as file:
+        file.seek(2 * token)
+        file.write(np.array([token_id], np.uint16).tobytes())
+
+
+@pytest.mark.parametrize("order", ["independent", "megatron"])
+def test_an_id_beyond_the_vocabulary_is_named_with_its_document(sources, order, backend):
+    """Under tensor parallelism such an id would be looked up as zeros and trained on in silence."""
+    weights, documents = sources
+    prefix = list(weights)[1]
+    place = next(i for i, document in enumerate(documents[prefix]) if i > 20 and len(document) > 7)
+    token = sum(map(len, documents[prefix][:place])) + 5
+    _write_id(prefix, token, 60_000)
+    path_of(prefix, ".meta.json").unlink()  # whose fingerprint sees all of so small a file
+    data = TrainData(weights, SEQ, 1, order, 400, vocab_size=50_000)
+    message = (
+        rf"E341.*{prefix}.bin: token id 60000 \(token 5 of document {place}, token.*below the vocabulary's size 50000"
+    )
+    with pytest.raises(DataError, match=message):
+        for first in range(0, 400, 8):
+            data.read(first, 8)
+    valid = ValidData("en", prefix, SEQ, vocab_size=50_000)
+    with pytest.raises(DataError, match=message):
+        valid.read(range(len(valid)))
+
+
+def test_a_negative_id_is_refused_too(tmp_path):
+    with IndexedWriter(tmp_path / "d", None) as writer:
+        writer.add(np.arange(100, dtype=np.int64), np.array([60, 40], np.int64))
+    with open(tmp_path / "d.bin", "r+b") as file:
+        file.seek(4 * 61)
+        file.write(np.array([-3], np.int32).tobytes())
+    (tmp_path / "d.meta.json").unlink()
+    data = TrainData({tmp_path / "d": 1}, SEQ, 1, vocab_size=100)
+    with pytest.raises(DataError, match=r"token id -3 \(token 1 of document 1,"):
+        data.read(0, 8)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+@pytest.mark.parametrize("order", ["independent", "megatron"])
+def test_a_file_that_is_cut_or_overwritten_under_a_run_is_named(sources, order, suffix, backend):
+    weights, _ = sources
+    prefix = next(iter(weights))
+    path = path_of(prefix, f".{suffix}")
+    content = path.read_bytes()
+
+    def read_all(data):
+        for first in range(0, 400, 8):
+            data.read(first, 8)
+
+    for change in (lambda: os.truncate(path, 0), lambda: path.open("r+b").write(bytes(len(content)))):
+        path.write_bytes(content)
+        os.utime(path, ns=(1, 1))
+        data, valid = TrainData(weights, SEQ, 1, order, 400), ValidData("zh", prefix, SEQ)
+        read_all(data)
+        change()
+        with pytest.raises(DataError, match=f"E350.*{path}"):
+            read_all(data)
+        with pytest.raises(DataError, match=f"E350.*{path}"):
+            valid.read([0])
+
+
+def test_an_index_that_is_overwritten_under_a_run_is_named_and_none_is_kept_of_a_changed_dataset(sources, monkeypatch):
+    weights, _ = sources
+    monkeypatch.setattr(IndexStore.__init__, "__defaults__", (lambda text: None, 1, 1.0))  # the smallest are kept too
+    prefix = next(iter(weights))
+    data = TrainData({prefix: 1}, SEQ, 1)
+    data.read(0, 8)
+    (kept,) = Path(f"{prefix}.index").glob("*.index")
+    data = TrainData({prefix: 1}, SEQ, 1)
+    data.read(0, 8)
+    with open(kept, "r+b") as file:
+        file.write(b"HMRINDEX")
+    with pytest.raises(DataError, match=f"E350.*{kept}"):
+        data.read(8, 8)
+    kept.unlink()
+    data = TrainData({prefix: 1}, SEQ, 1)
+    path_of(prefix, ".idx").open("r+b").write(b"MMIDIDX")
+    with pytest.raises(DataError, match=f"E350.*{prefix}.idx"):
+        data.read(0, 8)
+    assert not list(Path(f"{prefix}.index").glob("*.index"))

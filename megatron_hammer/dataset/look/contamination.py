@@ -43,7 +43,8 @@ def read_held_out(
 ) -> HeldOut:
     """A JSON lines file where ``path`` is a file, else an indexed dataset."""
     documents: Iterable[np.ndarray]
-    if Path(path).is_file():
+    other = None if Path(path).is_file() else IndexedDataset(path)
+    if other is None:
         if tokenizer is None:
             raise ConfigError(
                 94, f"--held-out {path}", "is text: it needs --tokenizer", "name the dataset's tokenizer, or a prefix"
@@ -54,7 +55,6 @@ def read_held_out(
             np.array(tokenizer.encode(text), np.int64) for texts, _ in read_texts(Path(path), key) for text in texts
         )
     else:
-        other = IndexedDataset(path)
         ours, theirs = (None if set_.header is None else set_.header.tokenizer for set_ in (dataset, other))
         if ours is not None and theirs is not None and ours.fingerprint != theirs.fingerprint:
             raise RefusedError(10, f"held-out set {path}", f"was made with {theirs}, and {dataset.prefix} with {ours}",
@@ -68,6 +68,8 @@ def read_held_out(
         ids = ids[:-1] if len(ids) and ids[-1] == eod else ids
         if len(ids) and limits.min <= int(ids.min()) and int(ids.max()) <= limits.max:  # else no document can be equal
             kept.append(ids.astype(dataset.dtype))
+    if other is not None:
+        other.check_unchanged()
     return HeldOut(str(path), kept)
 
 

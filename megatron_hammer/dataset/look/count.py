@@ -190,6 +190,7 @@ def _bytes_of_ids(dataset: IndexedDataset, tokenizer: Tokenizer, progress: Progr
                             f"must be in [0, {len(sizes) - 1}]", "give the tokenizer of this dataset")  # fmt: skip
         total += int(sizes[ids].sum(dtype=np.int64))
         progress.advance(ids.nbytes)
+    dataset.check_unchanged()
     return total
 
 

@@ -7,15 +7,13 @@ nothing is stripped, joined or mended, and bytes that are no character are writt
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from megatron_hammer.base.errors import ConfigError, RefusedError
-from megatron_hammer.base.reading import open_regular
-from megatron_hammer.dataset.reader import IndexedDataset
+from megatron_hammer.dataset.reader import IndexedDataset, map_file
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.spelling import Speller, special_names
@@ -77,23 +75,22 @@ class TokenMap:
     """The tokens of .bin on a mapping of our own, whose pages are given back after use: a scan needs little memory."""
 
     def __init__(self, dataset: IndexedDataset) -> None:
-        self._size = dataset.dtype.itemsize
-        self._mapped: mmap.mmap | None = None
-        self.all = dataset.tokens
+        self._size, self._mapped = dataset.dtype.itemsize, map_file(dataset.bin_path)
+        self.all = np.frombuffer(self._mapped.array(), dataset.dtype, dataset.num_tokens)
         """[num_tokens]"""
-        if len(self.all):
-            with open_regular(dataset.bin_path) as file:
-                self._mapped = mmap.mmap(file.fileno(), len(self.all) * self._size, access=mmap.ACCESS_READ)
-            self.all = np.frombuffer(self._mapped, dataset.dtype)
 
     def blocks(self, block_bytes: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(block, first token, tokens) from start to end; ``block_bytes``: whole pages and whole tokens."""
+        """(block, first token, tokens) from start to end; ``block_bytes``: whole pages and whole tokens.
+
+        Raises:
+            DataError: E350 the file was changed meanwhile.
+        """
         step = block_bytes // self._size
         for block, first in enumerate(range(0, len(self.all), step)):
             tokens = self.all[first : first + step]
             yield block, first, tokens
-            assert self._mapped is not None
-            self._mapped.madvise(mmap.MADV_DONTNEED, first * self._size, tokens.nbytes)
+            self._mapped.check()
+            self._mapped.forget(first * self._size, tokens.nbytes)
 
 
 def document_source(dataset: IndexedDataset, document: int) -> tuple[str, int] | None:

@@ -137,3 +137,4 @@ def _append_converted(writer: IndexedWriter, dataset: IndexedDataset) -> None:
         writer.add(tokens, dataset.lengths[boundaries[0] : boundaries[-1]], np.diff(boundaries))
         dataset.forget()
         document = last
+    dataset.check_unchanged()
