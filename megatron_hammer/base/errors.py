@@ -116,6 +116,12 @@ class ParallelError(HammerError):
     exit_code = 7
 
 
+class HangError(HammerError):
+    """A rank does nothing any more, and the others wait for it."""
+
+    exit_code = 8
+
+
 class NonFiniteError(HammerError):
     """The loss or the gradient stayed infinite or NaN."""
 
@@ -143,6 +149,7 @@ ERRORS_BY_EXIT_CODE: dict[int, type[HammerError]] = {
         RefusedError,
         DiskError,
         ParallelError,
+        HangError,
         NonFiniteError,
         MemoryShortage,
         DriftError,

@@ -212,8 +212,11 @@ def save_checkpoint(
         )
 
     try:
+        ctx.journal.mark("saving, staging")
         _together(stage if leader else _nothing, ctx, target)
-        _together(lambda: write_rank(staging, ctx.world.rank, slices_to_write(shards)), ctx, target)
+        slices = slices_to_write(shards)
+        _together(lambda: write_rank(staging, ctx.world.rank, slices, _marked(ctx)), ctx, target)
+        ctx.journal.mark("saving, committing")
         _together(finish if leader else _nothing, ctx, target)
     except HammerError:
         if leader:
@@ -236,6 +239,18 @@ def _together(work: Callable[[], None], ctx: ParallelContext, target: Path) -> N
     except OSError as error:
         failure = from_os_error(error, f"saving {target}", place=target)
     raise_together(ctx, failure)
+
+
+def _marked(ctx: ParallelContext) -> Watch:
+    """Note each slice: a rank that writes for long is not one that hangs."""
+
+    def watch(slices: Sequence[SliceToWrite]) -> Iterator[SliceToWrite]:
+        for number, wanted in enumerate(slices, start=1):
+            ctx.journal.mark(f"saving, slice {number} of {len(slices)}")
+            yield wanted
+        ctx.journal.mark("saving, making it durable and reading it back")
+
+    return watch
 
 
 def _nothing() -> None:

@@ -52,6 +52,7 @@ class Optimizer:
 
         Finishes the reduction of the gradients. Communicates over dp, tp and the world.
         """
+        self.store.ctx.journal.mark("reducing gradients, norm")
         with self.range_of(OPTIMIZER):
             self.store.reduce()
             norm = self.adamw.grad_norm() / self.loss_scale
@@ -63,6 +64,7 @@ class Optimizer:
     @torch.no_grad()
     def step(self, lr: float) -> Tensor:
         """Update the weights everywhere; returns a device bool, equal on all ranks: was it applied?"""
+        self.store.ctx.journal.mark("updating weights")
         with self.range_of(OPTIMIZER):
             self.adamw.step(lr, self.divisor, self.applied)
             self.scaler.adapt(self.applied)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_hammer.base.errors import HammerError, RefusedError, from_fields, from_os_error, to_fields
+from megatron_hammer.parallel.board import Journal
 from megatron_hammer.parallel.collectives import MAX, all_gather_rows, all_reduce
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.rendezvous import Store
@@ -74,8 +75,9 @@ class BeforeStart:
     write and one read. A single process has no store and agrees with itself.
     """
 
-    def __init__(self, store: Store | None, rank: int, world_size: int) -> None:
+    def __init__(self, store: Store | None, rank: int, world_size: int, journal: Journal | None = None) -> None:
         self._store, self.rank, self.world_size = store, rank, world_size
+        self._journal = Journal() if journal is None else journal
 
     @contextmanager
     def round(self, name: str) -> Iterator[Report]:
@@ -85,6 +87,7 @@ class BeforeStart:
             HammerError: that of the lowest rank that failed, else a ``RefusedError`` on a fact that differs.
         """
         report, error = Report(), None
+        self._journal.mark(f"start-up, {name}")
         try:
             yield report
         except HammerError as found:
@@ -96,7 +99,8 @@ class BeforeStart:
                 raise error
             report.heard = report.told
             return
-        verdict = self._exchange(self._store, name, report, error)
+        with self._journal.waits(f"agreement on {name}"):
+            verdict = self._exchange(self._store, name, report, error)
         if verdict["error"] is not None:
             raise from_fields(verdict["error"])
         report.heard = verdict["told"]

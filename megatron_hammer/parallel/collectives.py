@@ -15,7 +15,7 @@ name that torch has. The functional ones are private, and the same in torch 2.11
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from megatron_hammer.parallel.board import Journal
 from megatron_hammer.parallel.context import Group
 
 SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
@@ -40,6 +41,35 @@ class Done:
         """Nothing to wait for."""
 
 
+class Noted:
+    """The handle of a collective under way; that it is waited for is noted in the journal of this rank."""
+
+    def __init__(self, work: Any, journal: Journal) -> None:
+        self._work, self._journal = work, journal
+
+    def wait(self) -> None:
+        """Until it is done here."""
+        with self._journal.waits():
+            self._work.wait()
+
+
+def _start(group: Group, name: str, collective: Callable[..., Any], *tensors: Tensor, **more: Any) -> Any:
+    """Start a collective of the group, and note it: a handle."""
+    if group.journal is None:
+        return collective(*tensors, group=group.handle, async_op=True, **more)
+    group.journal.begin(name)
+    return Noted(collective(*tensors, group=group.handle, async_op=True, **more), group.journal)
+
+
+def _finish(group: Group, name: str, collective: Callable[..., Any], *tensors: Tensor, **more: Any) -> None:
+    """Run a collective of the group to its end (on a GPU: to its start), and note it."""
+    if group.journal is None:
+        collective(*tensors, group=group.handle, **more)
+        return
+    with group.journal.waits(name):
+        collective(*tensors, group=group.handle, **more)
+
+
 def all_reduce(tensor: Tensor, group: Group, op: Any = SUM, async_op: bool = False) -> Any:
     """Reduce ``tensor`` in place over the group; with ``async_op`` return a handle to wait for."""
     if group.size == 1:
@@ -48,8 +78,10 @@ def all_reduce(tensor: Tensor, group: Group, op: Any = SUM, async_op: bool = Fal
         assert op is SUM, "layers sum"  # is: torch 2.11 cannot compare these in a graph
         tensor.copy_(functional.all_reduce(tensor, "sum", group.process_group))
         return Done()
-    work = dist.all_reduce(tensor, op=op, group=group.handle, async_op=async_op)
-    return work if async_op else Done()
+    if async_op:
+        return _start(group, "all_reduce", dist.all_reduce, tensor, op=op)
+    _finish(group, "all_reduce", dist.all_reduce, tensor, op=op)
+    return Done()
 
 
 def all_gather_rows(shard: Tensor, group: Group) -> Tensor:
@@ -66,7 +98,7 @@ def all_gather_rows_async(shard: Tensor, group: Group) -> tuple[Tensor, Any]:
     if is_dynamo_compiling():
         return functional.all_gather_tensor(shard.contiguous(), 0, group.process_group), Done()
     full = shard.new_empty((shard.shape[0] * group.size, *shard.shape[1:]))
-    return full, _all_gather_into(full, shard.contiguous(), group=group.handle, async_op=True)
+    return full, _start(group, "all_gather", _all_gather_into, full, shard.contiguous())
 
 
 def reduce_scatter_rows_async(full: Tensor, group: Group) -> tuple[Tensor, Any]:
@@ -76,7 +108,7 @@ def reduce_scatter_rows_async(full: Tensor, group: Group) -> tuple[Tensor, Any]:
     if is_dynamo_compiling():
         return functional.reduce_scatter_tensor(full.contiguous(), "sum", 0, group.process_group), Done()
     shard = full.new_empty((full.shape[0] // group.size, *full.shape[1:]))
-    return shard, _reduce_scatter_into(shard, full.contiguous(), group=group.handle, async_op=True)
+    return shard, _start(group, "reduce_scatter", _reduce_scatter_into, shard, full.contiguous())
 
 
 def reduce_scatter_into(shard: Tensor, full: Tensor, group: Group) -> Any:
@@ -85,7 +117,7 @@ def reduce_scatter_into(shard: Tensor, full: Tensor, group: Group) -> Any:
         if shard.data_ptr() != full.data_ptr():
             shard.copy_(full)
         return Done()
-    return _reduce_scatter_into(shard, full, group=group.handle, async_op=True)
+    return _start(group, "reduce_scatter", _reduce_scatter_into, shard, full)
 
 
 def all_gather_into(full: Tensor, shard: Tensor, group: Group) -> Any:
@@ -94,7 +126,7 @@ def all_gather_into(full: Tensor, shard: Tensor, group: Group) -> Any:
         if shard.data_ptr() != full.data_ptr():
             full.copy_(shard)
         return Done()
-    return _all_gather_into(full, shard, group=group.handle, async_op=True)
+    return _start(group, "all_gather", _all_gather_into, full, shard)
 
 
 def start_exchange(received: Tensor, sent: Tensor, group: Group) -> Any:
@@ -103,24 +135,34 @@ def start_exchange(received: Tensor, sent: Tensor, group: Group) -> Any:
         if received.data_ptr() != sent.data_ptr():
             received.copy_(sent)
         return Done()
-    return _exchange(received, sent, group=group.handle, async_op=True)
+    return _start(group, "all_to_all", _exchange, received, sent)
 
 
 def broadcast(tensor: Tensor, group: Group) -> None:
     """Overwrite ``tensor`` with that of the group's first rank."""
     if group.size > 1:
         first = 0 if group.handle is None else dist.get_global_rank(group.handle, 0)
-        dist.broadcast(tensor, src=first, group=group.handle)
+        _finish(group, "broadcast", dist.broadcast, tensor, src=first)
 
 
 def start_send(tensor: Tensor, link: Group) -> Any:
     """Start to send to the other rank of a link: a handle; the tensor is left as it is until the handle is done."""
-    return dist.isend(tensor, dist.get_global_rank(link.process_group, 1 - link.rank), group=link.handle)
+    work = dist.isend(tensor, dist.get_global_rank(link.process_group, 1 - link.rank), group=link.handle)
+    return _noted(work, link, "send")
 
 
 def start_receive(tensor: Tensor, link: Group) -> Any:
     """Start to receive into ``tensor`` what the other rank of a link sends next: a handle."""
-    return dist.irecv(tensor, dist.get_global_rank(link.process_group, 1 - link.rank), group=link.handle)
+    work = dist.irecv(tensor, dist.get_global_rank(link.process_group, 1 - link.rank), group=link.handle)
+    return _noted(work, link, "receive")
+
+
+def _noted(work: Any, link: Group, name: str) -> Any:
+    """The handle of a message, noted."""
+    if link.journal is None:
+        return work
+    link.journal.begin(name)
+    return Noted(work, link.journal)
 
 
 class _Together:
@@ -144,7 +186,7 @@ def start_swap(sent: Tensor, target: int, received: Tensor, source: int, group: 
     if sent.is_meta:  # in a world that only counts (fake_world.py); a batch asks for the backend of a real device
         return _Together([call(x, p, group.handle) for (call, x, _), p in zip(calls, peers, strict=True)])
     batch = [dist.P2POp(call, x, p, group.process_group) for (call, x, _), p in zip(calls, peers, strict=True)]
-    return _Together(dist.batch_isend_irecv(batch))
+    return _noted(_Together(dist.batch_isend_irecv(batch)), group, "send and receive")
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_hammer.parallel.board import Journal
 from megatron_hammer.parallel.grid import Axis, Grid
 
 
@@ -24,6 +25,8 @@ class Group:
     size: int = 1
     handle: Any = field(default=None, repr=False, compare=False)
     """torch's process group; None when size is 1 or the group is the whole world."""
+    journal: Journal | None = field(default=None, repr=False, compare=False)
+    """Where the collectives of this group are noted, for whoever watches this rank."""
 
     @property
     def process_group(self) -> Any:
@@ -72,6 +75,8 @@ class ParallelContext:
     """Where states are divided over a part of ``dp`` only: this part. Else a group of one rank."""
     copies: Group = field(default_factory=Group)
     """Ranks of ``dp`` that hold the same shards as this one."""
+    journal: Journal = field(default_factory=Journal, compare=False)
+    """Where this rank notes what it does."""
 
     @property
     def sharing(self) -> Group:
@@ -84,7 +89,9 @@ class ParallelContext:
         return cls(torch.device(device))
 
 
-def build_parallel_context(grid: Grid, device: torch.device, timeout_seconds: float | None = None) -> ParallelContext:
+def build_parallel_context(
+    grid: Grid, device: torch.device, timeout_seconds: float | None = None, journal: Journal | None = None
+) -> ParallelContext:
     """Cut torch's default process group into the groups of the grid; a grid of one rank needs none.
 
     Every rank makes every group, in the same order, as torch demands. A group of the whole world is torch's default
@@ -93,24 +100,29 @@ def build_parallel_context(grid: Grid, device: torch.device, timeout_seconds: fl
     Args:
         timeout_seconds: after which a collective of any of these groups fails; None: torch's default (30 minutes on
             gloo, 10 on NCCL), whatever the default group has.
+        journal: of this rank; its collectives are noted there.
     """
+    journal = Journal() if journal is None else journal
     if grid.world_size == 1:
-        return ParallelContext.single(device)
+        return ParallelContext(device, journal=journal)
     rank, size = dist.get_rank(), dist.get_world_size()
     assert size == grid.world_size, f"the process group has {size} ranks, the grid {grid.world_size}"
     order: tuple[Axis, ...] = ("tp", "cp", "replicas", "pp", "kv", "ends")
     timeout = None if timeout_seconds is None else datetime.timedelta(seconds=timeout_seconds)
-    groups = {str(axis): _own_group(grid.groups(axis), rank, timeout) for axis in order}
+    groups = {str(axis): _own_group(grid.groups(axis), rank, timeout, journal) for axis in order}
     dp = groups.pop("replicas")
-    samples = dp if grid.cp == 1 else _own_group(grid.groups("dp"), rank, timeout)
+    samples = dp if grid.cp == 1 else _own_group(grid.groups("dp"), rank, timeout, journal)
     if grid.copies > 1:
         divided: tuple[Axis, ...] = ("shard", "copies")
-        groups |= {str(axis): _own_group(grid.groups(axis), rank, timeout) for axis in divided}
-    links = _build_links(grid, rank, device, timeout)
-    return ParallelContext(device, Group(rank, size), dp=dp, samples=samples, links=links, **groups)
+        groups |= {str(axis): _own_group(grid.groups(axis), rank, timeout, journal) for axis in divided}
+    links = _build_links(grid, rank, device, timeout, journal)
+    world = Group(rank, size, journal=journal)
+    return ParallelContext(device, world, dp=dp, samples=samples, links=links, journal=journal, **groups)
 
 
-def _build_links(grid: Grid, rank: int, device: torch.device, timeout: datetime.timedelta | None) -> Links:
+def _build_links(
+    grid: Grid, rank: int, device: torch.device, timeout: datetime.timedelta | None, journal: Journal
+) -> Links:
     """Make all links of the world, as torch demands, and open this rank's: send something over each.
 
     So none has to be opened in the middle of a step. Both ends of each come to it in the same order.
@@ -123,15 +135,15 @@ def _build_links(grid: Grid, rank: int, device: torch.device, timeout: datetime.
                 members = sorted((source, target))  # as torch counts them
                 handle: Any = dist.new_group(members, timeout=timeout)
                 if rank == source:
-                    found[f"{kind}_out"] = Group(members.index(rank), 2, handle)
+                    found[f"{kind}_out"] = Group(members.index(rank), 2, handle, journal)
                     dist.send(torch.zeros(1, device=device), target, group=handle)
                 elif rank == target:
-                    found[f"{kind}_in"] = Group(members.index(rank), 2, handle)
+                    found[f"{kind}_in"] = Group(members.index(rank), 2, handle, journal)
                     dist.recv(torch.zeros(1, device=device), source, group=handle)
     return Links(**found)
 
 
-def _own_group(partition: list[list[int]], rank: int, timeout: datetime.timedelta | None) -> Group:
+def _own_group(partition: list[list[int]], rank: int, timeout: datetime.timedelta | None, journal: Journal) -> Group:
     """Make all groups of a partition of the world; return the one that holds ``rank``."""
     own = Group()
     for members in partition:
@@ -139,5 +151,5 @@ def _own_group(partition: list[list[int]], rank: int, timeout: datetime.timedelt
         if len(members) > 1:
             handle = dist.group.WORLD if len(partition) == 1 else dist.new_group(members, timeout=timeout)
         if rank in members:
-            own = Group(members.index(rank), len(members), handle)
+            own = Group(members.index(rank), len(members), handle, journal)
     return own

@@ -29,6 +29,9 @@ TRY_SECONDS = 2.0  # for one attempt to reach the host
 PAUSE_SECONDS = 0.2  # between two attempts, and between two looks at what has arrived
 SAY_AFTER_SECONDS = 5.0  # of waiting, and again after each such time
 SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
+WATCHED_SECONDS = (
+    10.0  # later than their watcher's limit do ranks give up a collective: it knows which rank is to blame
+)
 ROUTE_PROBE = ("192.0.2.1", 9)  # an address of RFC 5737, for documentation: nothing is ever sent to it
 
 
@@ -58,6 +61,11 @@ class Waiting:
             self._say_at = now + SAY_AFTER_SECONDS
         time.sleep(PAUSE_SECONDS)
         return True
+
+
+def collective_timeout(timeout_seconds: int) -> int:
+    """How long a rank that is watched waits in a collective before it raises."""
+    return timeout_seconds + int(WATCHED_SECONDS)
 
 
 def host_store(address: str, port: int, timeout_seconds: int) -> Meeting:

@@ -17,7 +17,8 @@ from megatron_hammer.base.errors import ParallelError, from_exception, to_fields
 from megatron_hammer.base.signals import STOP_SIGNALS, on_signals
 from megatron_hammer.base.streams import Output, flush_streams, guard_streams
 from megatron_hammer.config import Config
-from megatron_hammer.parallel.rendezvous import join_store
+from megatron_hammer.parallel.board import Board
+from megatron_hammer.parallel.rendezvous import collective_timeout, join_store
 
 Place = tuple[str, int] | None
 """Address and port of the store; None for a rank that is alone."""
@@ -33,24 +34,31 @@ def rank_main(
     options: dict[str, Any],
     launcher: int,
     pipe: Connection,
+    board: Board,
 ) -> None:
-    """First function of a new process: run ``entry``, hand any error to the launcher, exit with its code."""
+    """First function of a new process: run ``entry``, hand any error to the launcher, exit with its code.
+
+    Args:
+        board: of the ranks of this machine, on which this one notes what it does.
+    """
     _die_with(launcher)
+    journal = board.journal(local_rank)
     guard_streams(Output.LOG)
     # What the training loop gives back at its end: a late signal changes nothing.
     on_signals(STOP_SIGNALS, lambda *_: None)
     try:
-        store = None if place is None else join_store(*place, config.parallel.timeout_seconds).store
+        store = None if place is None else join_store(*place, collective_timeout(config.parallel.timeout_seconds)).store
         module, _, function = entry.partition(":")
         run_rank = getattr(importlib.import_module(module), function)
         check_data = False  # the launcher has
-        code = run_rank(config, rank, local_rank, world_size, store, check_data, **options)
+        code = run_rank(config, rank, local_rank, world_size, store, check_data, journal=journal, **options)
     except BaseException as error:
         known = from_exception(error, f"rank {rank}")
         pipe.send_bytes(
             json.dumps(
                 {
                     "time": time.monotonic(),  # one clock for all processes of a machine
+                    "in_collective": journal.is_waiting,
                     "error": None if known is None else to_fields(known),
                     "exception": " ".join(traceback.format_exception_only(error)).strip(),
                     "traceback": "".join(traceback.format_exception(error))[-20_000:].rstrip(),

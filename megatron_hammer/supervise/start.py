@@ -5,7 +5,8 @@
     launcher --- reads and validates the config once, before any rank exists
        |-------- hosts the rendezvous store on a socket bound to 127.0.0.1 (more nodes: node 0, on the master address)
        |-------- rank 0 .. rank N-1   spawned by torch.multiprocessing; each hands its error back through a pipe
-       '-------- waits: forwards signals, ends the others when one fails, names the cause, returns the exit code
+       |                              and notes what it does on a board in shared memory (parallel/board.py)
+       '-------- waits: forwards signals, ends the others when one fails or hangs, names the cause, returns the code
 
     every rank 0 -> 0      one 75 and no failure -> 75      a failure -> its exit code (errors.py), one line on stderr
 
@@ -15,7 +16,8 @@ parent-death signal: Linux only), so that two runs never write to one folder.
 
 Signals: TERM, INT, HUP and USR1 are passed on to every rank and mean "save and stop" (exit code 75). A rank is born
 with them blocked and unblocks them once its handlers stand (``train`` does), so that none is lost and none kills it
-while it starts. Repeating a signal changes nothing. Needs no torch.
+while it starts; before the first step there is nothing to save, and the launcher ends the ranks at once. Repeating a
+signal changes nothing. USR2 has the launcher print what all ranks do, with their Python stacks. Needs no torch.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL, ConfigError
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.signals import STOP_SIGNALS, on_signals
 from megatron_hammer.config import Config, add_accept, help_text, load_config
+from megatron_hammer.parallel.board import STACKS_SIGNAL, Board
 from megatron_hammer.supervise.nodes import Node
+from megatron_hammer.supervise.observe import Observer
 from megatron_hammer.supervise.watch import GRACE_SECONDS, Rank, forward_signal, kill, watch
 
 if TYPE_CHECKING:
@@ -152,11 +156,18 @@ def launch(config: Config, node: Node, entry: str = RANK_ENTRY, options: Mapping
     _set_environment(node, meeting)
     spawn = torch.multiprocessing.get_context("spawn")
     ranks: list[Rank] = []
+    numbers = range(node.node_rank * node.nproc, (node.node_rank + 1) * node.nproc)
+    board, received = Board(node.nproc), list[int]()
+    observer = Observer(board, numbers, config.parallel.timeout_seconds, alone=node.nnodes == 1)
+
+    def pass_on(signum: int, frame: object) -> None:
+        received.append(signum)
+        forward_signal(ranks, signum)
+
     resource_tracker.ensure_running()  # its start would unblock the signals that are blocked next
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited by the ranks
     try:
-        for local_rank in range(node.nproc):
-            rank = node.node_rank * node.nproc + local_rank
+        for local_rank, rank in enumerate(numbers):
             pipe, rank_end = spawn.Pipe(duplex=False)
             arguments = (
                 entry,
@@ -168,18 +179,26 @@ def launch(config: Config, node: Node, entry: str = RANK_ENTRY, options: Mapping
                 dict(options or {}),
                 os.getpid(),
                 rank_end,
+                board,
             )
             process = spawn.Process(target=rank_main, args=arguments, name=f"rank {rank}")
             process.start()
             rank_end.close()  # the rank's copy is the only one left: its death closes the pipe
             ranks.append(Rank(rank, process, pipe))
-        on_signals(STOP_SIGNALS, lambda signum, _: forward_signal(ranks, signum))
+        on_signals(STOP_SIGNALS, pass_on)
+        on_signals((STACKS_SIGNAL,), lambda *_: observer.ask())
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         failed_elsewhere = others.failed if others is not None else lambda: False
-        failure = watch(ranks, failed_elsewhere, config.parallel.timeout_seconds)
+        alone = node.nnodes == 1
+        failure = watch(
+            ranks, failed_elsewhere, config.parallel.timeout_seconds, observer, lambda: alone and bool(received)
+        )
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # for good: the outcome stands, nothing is left to stop
         kill(ranks)
+        board.close()
+    if failure is None and received and any(r.ended_by_us for r in ranks):
+        say(f"stopped by {signal.Signals(received[0]).name} before the first step; run the same command again")
     if others is not None and meeting is not None:
         if failure is not None and failure.severity >= 2:  # it may be the consequence of what happened elsewhere
             wait_until(others.failed, 2 * GRACE_SECONDS)

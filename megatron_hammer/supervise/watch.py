@@ -2,25 +2,31 @@
 
 When one rank fails, the others mostly fail too: their peer is gone. So every failure becomes a candidate with a
 severity, and the smallest one is the cause that the launcher prints. After the first failure the others get a grace
-period in which to report; then they are killed. Needs no torch.
+period in which to report; then they are killed. A rank that hangs fails in nothing; the observer names it. Needs no
+torch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL, HammerError, ParallelError, from_fields
+from megatron_hammer.supervise.observe import Observer
 
 GRACE_SECONDS = 2.0  # after a failure: for the other ranks to report the same one; a dead peer is noticed in 0.0 s
+ABORT_SECONDS = (
+    1.0  # after another rank's report an abort is NCCL's answer to its end; one that is the cause comes first
+)
 POLL_SECONDS = 0.5  # longest sleep of the watching loop: bounds how late a deadline or another node's failure is seen
 
 
@@ -61,6 +67,8 @@ class Failure:
     order: float
     error: HammerError = field(compare=False)
     traceback: str = field(default="", compare=False)
+    rank: int | None = field(default=None, compare=False)
+    """That died without a word of its own."""
 
 
 def forward_signal(ranks: Sequence[Rank], signum: int) -> None:
@@ -71,7 +79,13 @@ def forward_signal(ranks: Sequence[Rank], signum: int) -> None:
                 os.kill(rank.pid, signum)
 
 
-def watch(ranks: Sequence[Rank], failed_elsewhere: Callable[[], bool], timeout_seconds: float) -> Failure | None:
+def watch(
+    ranks: Sequence[Rank],
+    failed_elsewhere: Callable[[], bool],
+    timeout_seconds: float,
+    observer: Observer,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> Failure | None:
     """Wait until every rank has ended; return why the run failed, or None.
 
     The first failure starts the grace period, the first clean end a longer one: ranks end together or not at all.
@@ -79,6 +93,9 @@ def watch(ranks: Sequence[Rank], failed_elsewhere: Callable[[], bool], timeout_s
     Args:
         failed_elsewhere: whether another node has reported a failure; asked at least every ``POLL_SECONDS``.
         timeout_seconds: how long the others may still run after the first rank has ended.
+        observer: of these ranks.
+        asked_to_stop: whether a stop signal has come and these are all ranks of the run: before the first step nothing
+            is there to be saved, and they are ended at once.
     """
     deadline: float | None = None
     failing = False
@@ -88,9 +105,16 @@ def watch(ranks: Sequence[Rank], failed_elsewhere: Callable[[], bool], timeout_s
         wait([*pipes, *(r.process.sentinel for r in living)], timeout)
         for rank in living:
             _listen(rank)
-        now = time.monotonic()
+        now, pids = time.monotonic(), {r.rank: r.pid for r in ranks if r.code is None and r.report is None}
         if not failing and (any(r.failed for r in ranks) or failed_elsewhere()):
             failing, deadline = True, now + GRACE_SECONDS
+            if observer.after_timeout([r.rank for r in ranks if r.report is not None], now, pids):
+                return _end_hung(ranks, *observer.describe_waited_for(pids))
+        if not failing and asked_to_stop() and not observer.began_training(pids):
+            kill(ranks)
+            return None
+        if not failing and (hang := observer.look(pids)) is not None:
+            return _end_hung(ranks, *hang)
         if deadline is None and any(r.ended_at is not None for r in ranks):
             deadline = now + timeout_seconds
         if deadline is not None and now >= deadline:
@@ -105,7 +129,25 @@ def watch(ranks: Sequence[Rank], failed_elsewhere: Callable[[], bool], timeout_s
                     "look for what it waits for; the last committed checkpoint is safe",
                 )
                 return Failure(0, 0, error)
-    return min((f for r in ranks if (f := _failure(r)) is not None), default=None)
+    return _cause(ranks, observer)
+
+
+def _end_hung(ranks: Sequence[Rank], error: HammerError, stacks: str) -> Failure:
+    kill(ranks)
+    return Failure(0, 0, error, stacks)
+
+
+def _cause(ranks: Sequence[Rank], observer: Observer) -> Failure | None:
+    """The failure to which the others give way, with what its rank wrote when it died."""
+    first_report = min((r.report["time"] for r in ranks if r.report is not None), default=math.inf)
+    found = [f for r in ranks if (f := _failure(r)) is not None]
+    late = [replace(f, severity=3) for f in found if f.severity == 2 and f.order > first_report + ABORT_SECONDS]
+    cause = min(
+        [*(f for f in found if f.severity != 2 or f.order <= first_report + ABORT_SECONDS), *late], default=None
+    )
+    if cause is None or cause.traceback or cause.rank is None:
+        return cause
+    return replace(cause, traceback=observer.last_stack(cause.rank))
 
 
 def _listen(rank: Rank) -> None:
@@ -122,12 +164,13 @@ def _listen(rank: Rank) -> None:
 def _failure(rank: Rank) -> Failure | None:
     """What this rank contributes to the search for the cause.
 
-    0: a user's mistake, said by the rank itself. 1: killed from outside or by a bad access. 2: an exception nobody
-    expected; ranks whose peer has just died raise one too. 3: ended in any other way; libraries abort when a peer dies.
+    0: a user's mistake, said by the rank itself. 1: killed from outside or by a bad access; an exception that nobody
+    expected. 2: it aborted, or ended without a word; libraries do so when a peer dies. 3: it raised in a collective, as
+    ranks do whose peer has just died, however that was. Of two that are alike the first one is the cause.
     """
     name = f"rank {rank.rank}"
     if rank.report is not None:
-        when = rank.report["time"]
+        when, severity = rank.report["time"], 3 if rank.report["in_collective"] else 1
         if rank.report["error"] is None:
             error: HammerError = ParallelError(
                 2,
@@ -135,9 +178,10 @@ def _failure(rank: Rank) -> Failure | None:
                 f"raised {rank.report['exception']}",
                 "its traceback is above; the last committed checkpoint is safe",
             )
-            return Failure(2, when, error, rank.report["traceback"])
+            return Failure(severity, when, error, rank.report["traceback"])
         error = from_fields(rank.report["error"])
-        return Failure(2, when, error) if isinstance(error, ParallelError) else Failure(0, rank.rank, error)
+        of_others = isinstance(error, ParallelError)
+        return Failure(max(severity, 2), when, error) if of_others else Failure(0, rank.rank, error)
     if rank.ended_by_us or not rank.failed:
         return None
     assert rank.code is not None and rank.ended_at is not None, f"{name} has not ended"
@@ -147,10 +191,10 @@ def _failure(rank: Rank) -> Failure | None:
             remedy += "; where nobody killed it, the kernel may have for want of memory (see dmesg)"
         number = -rank.code
         died = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-        severity = 3 if number == signal.SIGABRT else 1
-        return Failure(severity, rank.ended_at, ParallelError(1, name, f"died of {died}", remedy))
+        severity = 2 if number == signal.SIGABRT else 1
+        return Failure(severity, rank.ended_at, ParallelError(1, name, f"died of {died}", remedy), rank=rank.rank)
     error = ParallelError(3, name, f"ended with exit code {rank.code} and no report", "see its last output above")
-    return Failure(3, rank.ended_at, error)
+    return Failure(2, rank.ended_at, error)
 
 
 def kill(ranks: Sequence[Rank]) -> None:

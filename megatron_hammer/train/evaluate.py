@@ -69,6 +69,7 @@ def evaluate(
 
     at_once = 1 if ctx.pp.size == 1 else PIPELINED_AT_ONCE
     for first in range(0, len(mine), at_once):
+        ctx.journal.mark(f"evaluation, micro-batch {first + 1} of {len(mine)}")
         numbers = mine[first : first + at_once]
         shares = [range(starts[i], min(starts[i] + micro_batch_size, len(data))) for i in numbers]
         batches = [data.read(share).shard(ctx.cp.rank, ctx.cp.size).to(ctx.device) for share in shares]

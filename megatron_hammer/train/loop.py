@@ -129,10 +129,12 @@ class Run:
 
     def _next_batches(self) -> list[Batch[Tensor]]:
         """This rank's micro-batches of the next step, on the device."""
+        self.ctx.journal.mark("reading samples")
         cp, batches = self.ctx.cp, self.batches.get(self.state.consumed_samples)
         return [batch.shard(cp.rank, cp.size).to(self.ctx.device) for batch in batches]
 
     def _step(self, step: int) -> StepReport:
+        self.ctx.journal.step(step)
         batches = self._next_batches()
         interval = self.config.train.drift_check_interval_steps
         due = self.drift is not None and (step == self.first_step or step % interval == 0)
@@ -157,9 +159,10 @@ class Run:
             done = self.pending.pop(0)
             if self.drift is not None and done.report.drift is not None:
                 self.drift.raise_on(done.report.drift)
-            loss, grad_norm = done.report.loss.item(), done.report.grad_norm.item()
-            applied = bool(done.report.applied.item())
-            stopped |= done.stop.item() > 0
+            with self.ctx.journal.waits():  # on a GPU for the device, and so for the other ranks
+                loss, grad_norm = done.report.loss.item(), done.report.grad_norm.item()
+                applied = bool(done.report.applied.item())
+                stopped |= done.stop.item() > 0
             seconds = time.perf_counter() - self.clock
             valid = evaluate_last() if evaluate_last is not None and not self.pending else {}
             self.clock = time.perf_counter()  # evaluation does not count
@@ -201,6 +204,7 @@ class Run:
     def _save(self) -> None:
         """Write a checkpoint of the present step, unless ranks differ; its time does not count as training."""
         start = time.perf_counter()
+        self.ctx.journal.mark("saving, drift check")
         if self.drift is not None:
             self.drift.raise_on(self.drift.check(self.state.step), saving=True)
         if self.reporter is not None:

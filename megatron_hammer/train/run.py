@@ -21,8 +21,9 @@ from megatron_hammer.kernels.selection import TABLES, select_backends
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.model.recompute import activation_bytes
 from megatron_hammer.parallel.agreement import BeforeStart
+from megatron_hammer.parallel.board import Journal
 from megatron_hammer.parallel.context import build_parallel_context
-from megatron_hammer.parallel.rendezvous import Store, end_process_group, start_process_group
+from megatron_hammer.parallel.rendezvous import Store, collective_timeout, end_process_group, start_process_group
 from megatron_hammer.sampling.plan import format_plan
 from megatron_hammer.train import cuda_graph
 from megatron_hammer.train.build import check_compiler, kernel_requirements
@@ -49,6 +50,7 @@ def run_rank(
     store: Store | None,
     check_data: bool = True,
     accepted: Collection[str] = (),
+    journal: Journal | None = None,
 ) -> int:
     """Run this rank to the end.
 
@@ -56,6 +58,7 @@ def run_rank(
         store: where the ranks meet; None for a single process.
         check_data: False when the launcher has looked through the datasets already.
         accepted: names of what may differ from the checkpoint that the run resumes from.
+        journal: where this rank notes what it does, if it is watched.
 
     Returns:
         0 when the run is complete, 75 when a signal stopped it after a save.
@@ -63,7 +66,11 @@ def run_rank(
     Raises:
         HammerError: the same on all ranks, and for faulty inputs before the first collective.
     """
-    ranks = BeforeStart(store, rank, world_size)
+    timeout = (
+        config.parallel.timeout_seconds if journal is None else collective_timeout(config.parallel.timeout_seconds)
+    )
+    journal = Journal() if journal is None else journal
+    ranks = BeforeStart(store, rank, world_size, journal)
     if config.train.dry_run:
         with ranks.round("inputs"):
             prepared = prepare(config, world_size, check_data, accepted)
@@ -80,8 +87,9 @@ def run_rank(
         if prepared.is_finished:
             return 0
         if store is not None and world_size > 1:
-            start_process_group(store, rank, world_size, device, config.parallel.timeout_seconds)
-        code = train(prepared, build_parallel_context(config.grid(world_size), device, config.parallel.timeout_seconds))
+            with journal.waits("the process group"):
+                start_process_group(store, rank, world_size, device, timeout)
+        code = train(prepared, build_parallel_context(config.grid(world_size), device, timeout, journal))
         end_process_group()  # at a clean end only: after a failure NCCL would wait here for ranks that never come
         return code
 

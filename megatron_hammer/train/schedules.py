@@ -66,6 +66,7 @@ def forward_backward(
     share = optimizer.loss_scale / whole  # of a token of weight 1
     losses, (store,) = list(torch.zeros(len(micro_batches), device=ctx.device)), optimizer.store.of_stages
     for turn, i in enumerate(store.order(len(micro_batches))):
+        ctx.journal.mark(f"forward and backward, micro-batch {turn + 1} of {len(micro_batches)}")
         store.begin(first=turn == 0, last=turn == len(micro_batches) - 1)
         losses[i] = run(model, micro_batches[i], share, z_loss) / whole
     return store.total(losses)

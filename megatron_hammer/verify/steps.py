@@ -23,6 +23,7 @@ from megatron_hammer.config import Config, config_to_tree
 from megatron_hammer.model.llama import Model, stages_of
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.schedule import learning_rate
+from megatron_hammer.parallel.board import Journal
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.parallel.rendezvous import end_process_group, start_process_group
 from megatron_hammer.parallel.sharding import rectangles
@@ -177,13 +178,15 @@ def _cut(kind: str, parameter: Any, start: int, stop: int, flat: Tensor) -> Iter
 # ---- a rank of its own -----------------------------------------------------------------------------------------------
 
 
-def rank_main(config: Config, rank: int, local_rank: int, world_size: int, store: Any, check_data: bool) -> int:
+def rank_main(
+    config: Config, rank: int, local_rank: int, world_size: int, store: Any, check_data: bool, journal: Journal
+) -> int:
     """Entry of a rank that the launcher starts: all precisions of the proof; writes them to ``train.output``."""
     folder, device = Path(config.train.output), choose_device(config, local_rank)
     torch.set_num_threads(1)
     if store is not None:
         start_process_group(store, rank, world_size, device, config.parallel.timeout_seconds)
-    ctx = build_parallel_context(config.grid(world_size), device, config.parallel.timeout_seconds)
+    ctx = build_parallel_context(config.grid(world_size), device, config.parallel.timeout_seconds, journal)
     for name, dtype in precisions(config).items():
         # Masters are fp32 in checkpoints, so the fp64 steps have none.
         checkpoint = None if dtype == torch.float64 else folder / "checkpoints"

@@ -24,6 +24,7 @@ from megatron_hammer.base.errors import CheckpointError, ConfigError, MemoryShor
 from megatron_hammer.base.signals import STOP_SIGNALS, on_signals
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.parallel import rendezvous
+from megatron_hammer.parallel.board import Journal
 from megatron_hammer.supervise.nodes import Node
 from megatron_hammer.supervise.start import _check_gpus, _check_slurm_step, _stop_early, launch
 
@@ -31,7 +32,10 @@ HERE = Path(__file__).resolve()
 CONFIG = {
     "model": {"hidden_size": 16, "ffn_hidden_size": 16, "num_layers": 1, "num_attention_heads": 2},
 }
-TIMEOUTS = {"rank_stays": 3}  # seconds; others get 30, because a busy machine may start one rank long after another
+TIMEOUTS = {
+    "rank_stays": 3,
+    "rank_hangs": 3,
+}  # seconds; others get 30, because a busy machine may start one rank long after another
 PRESET = "model: {hidden_size: 16, ffn_hidden_size: 16, num_layers: 1, num_attention_heads: 2}\n"
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,18 +53,22 @@ def sleep_until_killed() -> None:
     time.sleep(60)
 
 
-def rank_done(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
+def rank_done(
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+) -> int:
     return 0
 
 
-def rank_mistake(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
+def rank_mistake(
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+) -> int:
     """Every rank raises, as ``raise_together`` makes them; the higher one first."""
     time.sleep(0.3 * (world_size - rank))
     raise CheckpointError(7, f"checkpoint-of-{rank}", "is damaged\nbadly", "remove it")
 
 
 def rank_mistake_of_one(
-    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
 ) -> int:
     if rank == 1:
         raise OSError(28, "No space left on device", "/some/file")
@@ -68,7 +76,9 @@ def rank_mistake_of_one(
     return 0
 
 
-def rank_killed(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
+def rank_killed(
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+) -> int:
     """Rank 1 is killed inside a collective; rank 0 sees its peer go, and raises."""
     import torch
     import torch.distributed as dist
@@ -80,7 +90,9 @@ def rank_killed(config: Config, rank: int, local_rank: int, world_size: int, sto
     return 0
 
 
-def rank_raises(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
+def rank_raises(
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+) -> int:
     """The same with an exception that nobody expected."""
     import torch
     import torch.distributed as dist
@@ -92,29 +104,59 @@ def rank_raises(config: Config, rank: int, local_rank: int, world_size: int, sto
     return 0
 
 
-def rank_exits(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
+def rank_exits(
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+) -> int:
     if rank == 1:
         os._exit(3)
     sleep_until_killed()  # a rank that is lost takes this one along
     return 0
 
 
-def rank_stays(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
-    """Rank 0 is done, rank 1 never ends."""
+def rank_stays(
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+) -> int:
+    """Rank 0 is done, rank 1 never ends, although it does something."""
     if rank == 1:
-        sleep_until_killed()
+        say("pid", os.getpid())
+        while True:
+            journal.mark("at it")
+            time.sleep(0.1)
     return 0
 
 
-def rank_sleeps(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
+def rank_hangs(
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+) -> int:
+    """Rank 1 stops in the middle of a step; rank 0 waits for it in a collective."""
+    say("pid", os.getpid())
+    journal.step(7)
+    while rank == 0 and not store.check(["there"]):  # type: ignore[attr-defined]
+        journal.mark("forward")
+        time.sleep(0.05)
+    journal.mark("forward")
+    if rank == 1:
+        store.set("there", "")  # type: ignore[attr-defined]
+        os.kill(os.getpid(), signal.SIGSTOP)
+    with journal.waits("all_reduce"):
+        time.sleep(60)
+    return 0
+
+
+def rank_sleeps(
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+) -> int:
     sleep_until_killed()
     return 0
 
 
-def rank_saves(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
+def rank_saves(
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+) -> int:
     """The training loop's manners: handlers that remember, a save that takes a while, the old handlers again, 75."""
     seen: list[int] = []
     before = {s: signal.signal(s, lambda number, _: seen.append(number)) for s in STOP_SIGNALS}
+    journal.step(1)
     say("pid", os.getpid())
     time.sleep(0.5)  # a signal that comes now must wait
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -129,7 +171,7 @@ def rank_saves(config: Config, rank: int, local_rank: int, world_size: int, stor
 
 
 def rank_fails_in_training(
-    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
 ) -> int:
     """The real ``run_rank`` where training fails on rank 1; taking the groups down would block, as NCCL's does."""
     from types import SimpleNamespace
@@ -154,10 +196,12 @@ def rank_fails_in_training(
     for name, stand_in in replaced.items():
         setattr(run, name, stand_in)
     dist.destroy_process_group = sleep_until_killed
-    return run.run_rank(config, rank, local_rank, world_size, store, check_data)  # type: ignore[arg-type]
+    return run.run_rank(config, rank, local_rank, world_size, store, check_data, journal=journal)  # type: ignore[arg-type]
 
 
-def rank_sockets(config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool) -> int:
+def rank_sockets(
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+) -> int:
     import torch
     import torch.distributed as dist
 
@@ -241,6 +285,7 @@ def assert_gone(numbers: list[int], seconds: float = 5.0) -> None:
         ("rank_fails_in_training", 2, 7, "error[E702]: rank 1 raised ZeroDivisionError: a defect of ours; "),
         ("rank_exits", 2, 7, "error[E703]: rank 1 ended with exit code 3 and no report; "),
         ("rank_stays", 2, 7, "error[E704]: rank 1 did not end within 3 s of the others; "),
+        ("rank_hangs", 2, 8, "error[E801]: rank 1 hung: step 7, forward; silent for "),
     ],
 )
 def test_exit_code_and_one_line(
@@ -259,6 +304,11 @@ def test_exit_code_and_one_line(
     ):  # a defect of ours: its traceback, and not that of the rank that lost its peer
         assert lines[0] == "Traceback (most recent call last):" and lines[-1].startswith(line)
         assert lines[-2] == "ZeroDivisionError: a defect of ours" and "Connection" not in "".join(lines)
+    elif entry == "rank_hangs":
+        assert lines[-1].startswith(line) and "(state T, stopped" in lines[-1]
+        said = "\n".join(lines)
+        assert "rank 0: step 7, forward: waits in all_reduce, its collective number 1; silent for " in said
+        assert "rank 0, Python stack:" in said and "in rank_hangs" in said and "rank 1, Python stack" not in said
     else:
         assert len(lines) == 1 and lines[0].startswith(line), lines
 
@@ -295,6 +345,16 @@ def test_an_ignored_signal_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, previous)
     code, out, _ = finish(process)
     assert (code, out.split()) == (75, ["saved", "after", "SIGTERM"])
+
+
+def test_before_the_first_step_a_signal_ends_all_at_once() -> None:
+    """There is nothing to save: the ranks may be at anything, deaf to signals too."""
+    process = start("rank_sleeps")
+    numbers = pids(process, 2)
+    process.send_signal(signal.SIGTERM)
+    code, _, lines = finish(process)
+    assert (code, lines) == (75, ["stopped by SIGTERM before the first step; run the same command again"])
+    assert_gone(numbers, seconds=0.5)
 
 
 def test_ranks_die_with_a_killed_launcher() -> None:

@@ -1,0 +1,184 @@
+"""Who hangs, who is slow, who died first: judged on what is known of the ranks, and once on real processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_hammer.base.errors import ParallelError, to_fields
+from megatron_hammer.parallel.board import Board, Doing
+from megatron_hammer.supervise.observe import Observer, Seen, Stragglers, hung
+from megatron_hammer.supervise.watch import Failure, Rank, _cause, watch
+
+LIMIT = 100.0
+
+
+def seen(rank: int, silent: float, waiting: bool = False, count: int = 5, **more: Any) -> Seen:
+    doing = Doing(0.0, 1, True, 3, count, waiting, more.pop("phase", "forward"), "all_reduce")
+    return Seen(rank, more.pop("doing", doing), silent, **more)
+
+
+# ---- hung ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "guilty"),
+    [
+        ([seen(0, 99, True), seen(1, 99)], []),  # not yet
+        ([seen(0, 100, True), seen(1, 99)], [1]),  # who works and is silent
+        ([seen(0, 60), seen(1, 101, True), seen(2, 101, True)], [0]),  # its last words came a little later
+        ([seen(0, 500, True), seen(1, 2)], []),  # slow, but it says something
+        ([seen(0, 100, True, state="T"), seen(1, 100, True)], [0]),  # stopped while it waited itself
+        ([seen(0, 100, True, 6), seen(1, 100, True, 5), seen(2, 100, True, 6)], [1]),  # who is behind
+        ([seen(0, 100, True), seen(1, 100, True)], [0, 1]),  # each waits for the other
+        ([seen(0, 500, is_busy=True), seen(1, 500, is_busy=True)], []),  # both compile, say
+        ([seen(0, 500, True), seen(1, 500, is_busy=True)], [1]),  # for too long for the others
+        ([seen(0, 100, True), seen(1, 100, doing=None)], [1]),  # never said anything
+        ([seen(0, 100)], [0]),
+        ([seen(0, 500, is_busy=True)], []),
+    ],
+)
+def test_who_hangs(ranks: list[Seen], guilty: list[int]) -> None:
+    assert [r.rank for r in hung(ranks, LIMIT)] == guilty
+
+
+def test_ranks_that_all_wait_for_another_node_are_not_to_blame() -> None:
+    assert hung([seen(0, 100, True), seen(1, 100, True)], LIMIT, alone=False) == []
+
+
+# ---- stragglers ------------------------------------------------------------------------------------------------------
+
+
+def judge(stragglers: Stragglers, look: Callable[[int], list[Seen]], seconds: int) -> list[tuple[float, int]]:
+    told = []
+    for tick in range(2 * seconds):
+        if (slow := stragglers.judge(1000 + tick / 2, look(tick))) is not None:
+            told.append((tick / 2, slow[0]))
+    return told
+
+
+def test_a_rank_that_is_stopped_again_and_again_is_named_once() -> None:
+    """One second stopped, one second not."""
+    pulses = lambda tick: [seen(0, 0.5, tick % 4 < 2), seen(1, 0.5, state="T" if tick % 4 < 2 else "R")]  # noqa: E731
+    told = judge(Stragglers(), pulses, 120)
+    assert [rank for _, rank in told] == [1] and told[0][0] < 30
+
+
+def test_pauses_of_two_seconds_and_saves_are_no_matter() -> None:
+    pause = lambda tick: [seen(0, 1, tick % 20 < 4), seen(1, 1)]  # noqa: E731
+    assert judge(Stragglers(), pause, 120) == []
+    saving = lambda tick: [seen(0, 1, phase="saving, slice 3 of 9"), seen(1, 9, True)]  # noqa: E731
+    assert judge(Stragglers(), saving, 120) == []
+    turns = lambda tick: [seen(0, 1, tick % 40 < 20), seen(1, 1, tick % 40 >= 20)]  # noqa: E731
+    told = judge(Stragglers(), turns, 120)
+    assert all(second < 25 for second, _ in told), "now the one, now the other: no rank is slow"
+
+
+# ---- who died first --------------------------------------------------------------------------------------------------
+
+
+def dead(rank: int, code: int, at: float, said: tuple[float, bool] | None = None) -> Rank:
+    """A rank that has ended; ``said``: when it reported an exception, and whether that came from a collective."""
+    report = None
+    if said is not None:
+        when, inside = said
+        report = {"time": when, "error": None, "exception": "RuntimeError: reset", "traceback": "t",
+                  "in_collective": inside}  # fmt: skip
+    process: Any = SimpleNamespace(exitcode=code)
+    return Rank(rank, process, None, report, at)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def silent() -> Any:
+    return SimpleNamespace(last_stack=lambda rank: f"stack of {rank}")
+
+
+DEADLY = sorted({int(s) for s in signal.Signals} - {signal.SIGCHLD, signal.SIGCONT, signal.SIGSTOP, signal.SIGTSTP,
+    signal.SIGTTIN, signal.SIGTTOU, signal.SIGURG, signal.SIGWINCH})  # fmt: skip
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_the_one_that_died_is_named_for_every_signal_and_rank(culprit: int, silent: Any) -> None:
+    """The other raises in its collective, a little before or after the launcher sees the death."""
+    for number in DEADLY:
+        for lag in (-0.4, -0.01, 0.01, 0.3):
+            ranks = [dead(culprit, -number, 10.0), dead(1 - culprit, 7, 10.2, (10.0 + lag, True))]
+            failure = _cause(ranks, silent)
+            assert failure is not None and failure.error.what == f"rank {culprit}", (number, lag)
+            assert signal.Signals(number).name in failure.error.rule
+            assert failure.traceback == f"stack of {culprit}"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "culprit"),
+    [
+        ([dead(0, 7, 10, (10, True)), dead(1, 7, 10.5, (10.4, False))], 1),  # a defect, and who lost its peer
+        ([dead(0, 7, 10, (9.9, True)), dead(1, -6, 12)], 0),  # an abort long after: NCCL's answer
+        ([dead(0, 3, 10), dead(1, 7, 9.9, (9.9, True))], 0),  # ended without a word
+        ([dead(0, -6, 12), dead(1, -9, 12.1)], 1),  # killed; the other aborts
+        ([dead(0, 7, 10, (10, True)), dead(1, 7, 10, (9.8, True))], 1),  # the first of two
+    ],
+)
+def test_the_cause_among_several(ranks: list[Rank], culprit: int, silent: Any) -> None:
+    failure = _cause(ranks, silent)
+    assert failure is not None and failure.error.what == f"rank {culprit}"
+
+
+def test_a_peer_that_cannot_be_reached_is_a_consequence(silent: Any) -> None:
+    lost = dead(0, 7, 10, (10, False))
+    assert lost.report is not None
+    lost.report["error"] = to_fields(ParallelError(5, "x", "y", "z"))
+    failure = _cause([lost], silent)
+    assert failure is not None and failure.severity == 2
+
+
+# ---- real processes --------------------------------------------------------------------------------------------------
+
+
+def stand_in(board: Board, rank: int, fault: str) -> None:
+    """A rank that is in step 4; rank 1 stops or sleeps in forward, rank 0 waits for it."""
+    journal = board.journal(rank)
+    journal.step(4)
+    journal.mark("forward and backward")
+    if rank == 1 and fault == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if rank == 1:
+        a_function_that_waits()
+    with journal.waits("all_reduce"):
+        a_function_that_waits()
+
+
+def a_function_that_waits() -> None:
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("fault", ["stop", "sleep"])
+def test_real_processes(fault: str) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    board, ranks = Board(2), []
+    for number in range(2):
+        pipe, theirs = spawn.Pipe(duplex=False)
+        process = spawn.Process(target=stand_in, args=(board, number, fault))
+        process.start()
+        theirs.close()
+        ranks.append(Rank(number, process, pipe))
+    deadline = time.monotonic() + 60
+    while not all((doing := board.read(n)) and doing.phase.startswith("forward") for n in range(2)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    failure = watch(ranks, lambda: False, 60, Observer(board, [0, 1], 0.5))
+    assert isinstance(failure, Failure) and failure.error.code == "E801"
+    assert str(failure.error).startswith("error[E801]: rank 1 hung: step 4, forward and backward; silent for ")
+    assert ("stopped" in failure.error.rule) == (fault == "stop")
+    assert "rank 0: step 4, forward and backward: waits in all_reduce, its collective number 1" in failure.traceback
+    assert "a_function_that_waits" in failure.traceback
+    assert ("rank 1, Python stack" in failure.traceback) == (fault == "sleep")
+    assert all(rank.code == -signal.SIGKILL for rank in ranks)
+    board.close()
