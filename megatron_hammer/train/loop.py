@@ -145,6 +145,7 @@ class Run:
         """Account for a step whose numbers may still be under way; ask all ranks whether one must stop."""
         ids = self.data.sample_ids(self.state.consumed_samples, self.config.train.global_batch_size)
         self.state = self.state.after_step(ids, self.data.fingerprints)
+        self.ctx.journal.mark("asking all ranks whether to stop")
         stop = torch.full((), float(stop_received), device=self.ctx.device)  # a fill: no copy to wait for
         all_reduce(stop, self.ctx.world)
         self.pending.append(PendingStep(self.state, report, stop))
