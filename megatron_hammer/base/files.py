@@ -6,6 +6,7 @@ temporary file. A folder is made in the same way (``staged_folder``), under one 
 
     NAME.tmp-5f0c...   being written, or left by a program that crashed
     NAME.old-91ab...   what was there before, set aside while it is replaced; counts if there is no NAME
+    NAME.aside-77d0... what was in the way, or damaged: kept for people to look at, read by no program
 
 Linux; no torch.
 """
@@ -77,6 +78,7 @@ def replace_file(path: Path, content: bytes) -> None:
     try:
         write_durably(temporary, content)
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -108,6 +110,14 @@ def replace_folder(staged: Path, target: Path) -> None:
     sync_folder(target.parent)
     if old is not None:
         shutil.rmtree(old)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file, link or folder to ``NAME.aside-HEX`` beside it, durably; its new path. Nothing is removed."""
+    aside = path.with_name(f"{path.name}.aside-{secrets.token_hex(8)}")
+    os.rename(path, aside)
+    sync_folder(path.parent)
+    return aside
 
 
 def remove_folder(folder: Path) -> None:

@@ -20,8 +20,9 @@ from typing import Any
 
 from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.base.faults import fault_point
-from megatron_hammer.base.files import replace_folder, write_durably
+from megatron_hammer.base.files import write_durably
 from megatron_hammer.base.reading import parse_json, read_regular
+from megatron_hammer.checkpoint.folder import publish_checkpoint
 from megatron_hammer.checkpoint.manifest import (
     MAX_MANIFEST_BYTES,
     MAX_MANIFEST_VALUES,
@@ -123,8 +124,11 @@ def commit(
     layout: Layout,
     tokenizer: TokenizerFiles | None,
     part: str = "",
-) -> None:
+) -> str | None:
     """Turn the ranks' reports into the manifest and the staging folder into the checkpoint; called by one rank.
+
+    Returns:
+        a line on what was there under the checkpoint's name, and is kept aside, if anything was.
 
     Raises:
         CheckpointError: the ranks' slices do not make up the logical tensors of ``model``.
@@ -163,5 +167,6 @@ def commit(
         )
     )
     fault_point("rename", 0, step, part)
-    replace_folder(staging, target)
+    replaced = publish_checkpoint(staging, target)
     fault_point("after-rename", 0, step, part)
+    return replaced

@@ -6,28 +6,47 @@
         step-00000100/               a checkpoint: complete by construction
         step-00000200.tmp-5f0c.../   being written, or left by a crash: never loaded, removed at the next start
         step-00000100.old-91ab.../   set aside while a step is saved again; counts if step-00000100 is not there
+        step-00000100.aside-77d0...  damaged, or in the way of a save: kept for people to look at, never loaded
 
 A folder becomes a checkpoint by one rename after everything in it was fsynced (``base/files.py``). The newest
-checkpoint is found by looking at what is there; no file states it that could disagree.
+checkpoint is found by looking at what is there; no file states it that could disagree. A run looks with
+``search``, which passes over what is damaged and says so; tools that are told a folder take ``open_checkpoint``.
 
 Needs no torch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
-from collections.abc import Callable, Iterator
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_hammer.base.errors import CheckpointError
-from megatron_hammer.base.files import remove_folder
+from megatron_hammer.base.errors import CheckpointError, HammerError
+from megatron_hammer.base.files import remove_folder, sync_folder
 from megatron_hammer.base.progress import say
-from megatron_hammer.checkpoint.manifest import MANIFEST, STEP_NAME, Manifest, read_manifest
+from megatron_hammer.checkpoint.manifest import (
+    MANIFEST,
+    STEP_NAME,
+    Manifest,
+    check_files,
+    checked_tokenizer_folder,
+    read_manifest,
+)
 
 FEWEST_KEPT = 2  # so that a checkpoint that turns out damaged is never the only one
 _COMMITTED = re.compile(rf"(?:{STEP_NAME})(?:\.old-[0-9a-f]{{16}})?")
 _NEVER_COMMITTED = re.compile(rf"(?:{STEP_NAME})\.tmp-[0-9a-f]+")
+_LEFT_BEHIND = re.compile(rf"(?P<target>{STEP_NAME})\.(?P<kind>tmp|old)-\w+")
+
+# Numbers of CheckpointError that say that a checkpoint is not as it was saved. The others say that it is not the right
+# one (of another version, of another model), where an older one is no remedy.
+DAMAGE = frozenset({3, 4, 6, 7, 8, 9, 10, 11, 15})
 
 Note = Callable[[str], None]
 """Told what the user should know, one line at a time."""
@@ -58,6 +77,144 @@ def readable_checkpoints(run_or_folder: str | Path, note: Note = say) -> Iterato
             yield read_manifest(path)
         except CheckpointError as error:
             note(f"skipped checkpoint {path}: {error}")
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A checkpoint that was passed over."""
+
+    path: Path
+    step: int
+    """As its name says."""
+    reason: str
+    """The line of the error: it names the file, and the tensor where one is concerned."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a run found in its folder of checkpoints."""
+
+    newest: Manifest | None
+    """Of the newest one that is not damaged, as far as that shows before its tensors are read; None without any."""
+    damaged: tuple[Damaged, ...] = ()
+    """All newer ones, the newest first."""
+
+
+def is_damage(error: HammerError) -> bool:
+    """Whether an error says that a checkpoint is not as it was saved, so that an older one is the remedy."""
+    return isinstance(error, CheckpointError) and error.number in DAMAGE
+
+
+def search(checkpoints: Path, known_damage: Mapping[str, str] | None = None) -> Search:
+    """Look for the checkpoint to go on from: the newest whose manifest, tokenizer and sizes of files are as saved.
+
+    Links and files that have the name of a step are damaged checkpoints too: whoever put them there moved the folder,
+    and to go on without it in silence would hide that. The tensors are verified when they are loaded.
+
+    Args:
+        checkpoints: the folder of a run's checkpoints; nothing in it is changed.
+        known_damage: name -> error of those that were found damaged when they were loaded.
+
+    Raises:
+        CheckpointError: the newest is intact, but cannot be used (one of another version).
+    """
+    damaged: list[Damaged] = []
+    for path, step in reversed(_candidates(checkpoints)):
+        reason = (known_damage or {}).get(path.name)
+        if reason is None:
+            try:
+                return Search(_quickly_checked(path), tuple(damaged))
+            except CheckpointError as error:
+                if not is_damage(error):
+                    raise
+                reason = str(error)
+        damaged.append(Damaged(path, step, reason))
+    return Search(None, tuple(damaged))
+
+
+def _candidates(checkpoints: Path) -> list[tuple[Path, int]]:
+    """Whatever has the name of a committed step, with the step, oldest first."""
+    found: dict[int, Path] = {}
+    for path in sorted(checkpoints.iterdir(), reverse=True) if checkpoints.is_dir() else ():
+        match = _COMMITTED.fullmatch(path.name)  # "step-N.old-..." comes before "step-N", which then wins
+        if match and (".old-" not in path.name or (path.is_dir() and not path.is_symlink())):
+            found[int(match[1])] = path
+    return [(found[step], step) for step in sorted(found)]
+
+
+def _quickly_checked(path: Path) -> Manifest:
+    """The manifest of a checkpoint, after everything but the content of its tensors has been checked."""
+    if path.is_symlink() or not path.is_dir():
+        rule = "is a symbolic link" if path.is_symlink() else "is not a folder"
+        raise CheckpointError(8, str(path), rule, "put the folder of the checkpoint itself there")
+    try:
+        manifest = read_manifest(path)
+        check_files(manifest)
+        checked_tokenizer_folder(manifest)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise CheckpointError(8, str(path), "cannot be read: Input/output error", "suspect the disk") from None
+    return manifest
+
+
+def clean_up(checkpoints: Path) -> list[str]:
+    """Remove what saves that were cut short have left; bring back, or keep aside, what they were replacing.
+
+    Only for the one program that writes there.
+
+    Returns:
+        a line for each.
+    """
+    lines = []
+    for path in sorted(checkpoints.iterdir()) if checkpoints.is_dir() else ():
+        match = _LEFT_BEHIND.fullmatch(path.name)
+        if match is None:
+            continue
+        if match["kind"] == "old":
+            target = checkpoints / match["target"]
+            if os.path.lexists(target):
+                aside = path.with_name(path.name.replace(".old-", ".aside-"))
+                os.rename(path, aside)
+                lines.append(f"kept as {aside} what a save has replaced")
+            else:
+                os.rename(path, target)
+                lines.append(f"brought back {target}, which a save that was cut short was replacing")
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        lines.append(f"cleaned up {path}, left by a save that was cut short")
+    return lines
+
+
+def publish_checkpoint(staging: Path, target: Path) -> str | None:
+    """Rename a finished staging folder to the checkpoint ``target``, durably. What is in the way is kept aside.
+
+    At every moment the old or the new is there. Once the new one has its name nothing fails any more.
+
+    Returns:
+        a line on what was in the way.
+    """
+    sync_folder(staging)
+    old = target.with_name(f"{target.name}.old-{secrets.token_hex(8)}") if os.path.lexists(target) else None
+    if old is not None:
+        os.rename(target, old)
+    try:
+        os.rename(staging, target)
+    except OSError:
+        if old is not None:
+            os.rename(old, target)
+        raise
+    sync_folder(target.parent)
+    if old is None:
+        return None
+    aside = target.with_name(old.name.replace(".old-", ".aside-"))
+    with contextlib.suppress(OSError):  # then the next start does it
+        os.rename(old, aside)
+        sync_folder(target.parent)
+    return f"{target} was there already: kept as {aside.name}"
 
 
 def newest_checkpoint(run_or_folder: str | Path, note: Note = say) -> Manifest | None:

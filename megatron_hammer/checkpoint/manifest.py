@@ -21,7 +21,8 @@ import bisect
 import json
 import math
 import re
-from collections.abc import Sequence
+import stat
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -202,17 +203,19 @@ def read_manifest(folder: str | Path) -> Manifest:
         canonical = canonical_json(tree) + b"\n"
     except (ValueError, OverflowError) as error:
         raise CheckpointError(3, str(path), f"is not valid JSON ({type(error).__name__})", _USE_ANOTHER) from None
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+    if not isinstance(tree, dict) or "digest" not in tree:
+        raise CheckpointError(3, str(path), "is not a manifest of this program", _USE_ANOTHER)
+    claimed = tree.pop("digest")
+    if canonical != text or claimed != hash_bytes(canonical_json(tree)):
+        raise CheckpointError(4, str(path), "does not match its own digest", _USE_ANOTHER)
+    if tree.get("format") != FORMAT:  # only now: a flipped bit does not make it one of another program or version
         raise CheckpointError(3, str(path), "is not a manifest of this program", _USE_ANOTHER)
     if (version := tree.get("version")) != VERSION:
         remedy = "read it with the version of the program that wrote it"
         raise CheckpointError(5, f"{path} of version {version!r}", f"must be of version {VERSION}", remedy)
-    claimed = tree.pop("digest", None)
-    if canonical != text or claimed != hash_bytes(canonical_json(tree)):
-        raise CheckpointError(4, str(path), "does not match its own digest", _USE_ANOTHER)
     try:
         manifest = _parse(folder, tree, claimed)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CheckpointError(6, str(path), f"has a field of the wrong form ({error})", _USE_ANOTHER) from None
     check_tiling(manifest)
     named = re.fullmatch(STEP_NAME, folder.name)
@@ -247,8 +250,46 @@ def _parse(folder: Path, tree: dict[str, Any], claimed: str) -> Manifest:
     ):
         if not right:
             raise ValueError(what)
+    _check_state(state)
     step, layout = _count(tree["step"]), Layout(**tree["layout"])
+    for name, value in asdict(layout).items():
+        if not (type(value) is bool if name == "sequence_parallel" else _count(value) > 0):
+            raise ValueError(f"layout.{name}={value!r:.60}")
     return Manifest(folder, step, layout, config, state, dtype, tuple(tensors), tuple(files), tokenizer, claimed)
+
+
+def _check_state(state: dict[str, Any]) -> None:
+    """The values that a run goes on from; others may stand beside them (an imported model has none of these)."""
+    forms: dict[str, Callable[[Any], bool]] = {
+        "consumed_samples": lambda value: type(value) is int and 0 <= value < 2**53,
+        "samples_digest": lambda value: isinstance(value, str) and (value == "" or _HASH.fullmatch(value) is not None),
+        "optimizer": lambda value: isinstance(value, dict) and all(map(_is_scalar, value.values())),
+        "data": lambda value: isinstance(value, dict),
+        "accepted": lambda value: isinstance(value, list) and all(isinstance(entry, dict) for entry in value),
+    }
+    for name, fits in forms.items():
+        if name in state and not fits(state[name]):
+            raise ValueError(f"state.{name}={state[name]!r:.60}")
+
+
+def _is_scalar(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+def check_resumable(manifest: Manifest) -> None:
+    """Make sure that the state holds what a run goes on from.
+
+    Raises:
+        CheckpointError: a value is missing.
+    """
+    state, path = manifest.state, str(manifest.folder / MANIFEST)
+    for name in ("consumed_samples", "samples_digest", "optimizer"):
+        if name not in state:
+            remedy = f"take its weights into a new run with checkpoint.init_from={manifest.folder}"
+            raise CheckpointError(6, path, f"holds no state.{name}, which a run goes on from", remedy)
+    for name in ("updates", "loss_scale", "good_steps"):
+        if name not in state["optimizer"]:
+            raise CheckpointError(6, path, f"holds no state.optimizer.{name}", _USE_ANOTHER)
 
 
 def _parse_slice(row: list[Any], tensors: Sequence[LogicalTensor]) -> SavedSlice:
@@ -334,6 +375,25 @@ def describe_tokenizer_files(folder: Path, fingerprint: str) -> TokenizerFiles:
     files = {p.name: (p.stat().st_size, hash_file(p)) for p in sorted(folder.iterdir())}
     assert all(_PLAIN_NAME.fullmatch(name) for name in files), f"unexpected file names in {folder}: {sorted(files)}"
     return TokenizerFiles(fingerprint, files)
+
+
+def check_files(manifest: Manifest) -> None:
+    """Look at every tensor file without opening it: a regular file that has the size which the manifest says.
+
+    Raises:
+        CheckpointError: names the first that is not.
+    """
+    for file in manifest.files:
+        path = manifest.folder / file.name
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            raise CheckpointError(8, str(path), "is missing", _USE_ANOTHER) from None
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(8, str(path), "is not a regular file", _USE_ANOTHER)
+        if status.st_size != file.size:
+            rule = f"must have {file.size} bytes as its manifest says"
+            raise CheckpointError(9, f"{path} of {status.st_size} bytes", rule, _USE_ANOTHER)
 
 
 def checked_tokenizer_folder(manifest: Manifest) -> Path | None:

@@ -33,7 +33,6 @@ from torch import Tensor
 from megatron_hammer.base.errors import HammerError, from_os_error
 from megatron_hammer.base.faults import fault_point
 from megatron_hammer.base.files import (
-    remove_leftovers,
     staging_path,
     sync_file,
     sync_folder,
@@ -41,9 +40,14 @@ from megatron_hammer.base.files import (
 from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.commit import SliceToWrite, Watch, commit, write_rank
 from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES, PRECISION_DTYPES
-from megatron_hammer.checkpoint.folder import KnownCheckpoints, Note, prune, step_name
+from megatron_hammer.checkpoint.folder import (
+    KnownCheckpoints,
+    Note,
+    clean_up,
+    prune,
+    step_name,
+)
 from megatron_hammer.checkpoint.manifest import (
-    STEP_NAME,
     TOKENIZER,
     Layout,
     TokenizerFiles,
@@ -124,7 +128,7 @@ def write_first_checkpoint(
     """
     target = folder / step_name(0)
     folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder, STEP_NAME)
+    clean_up(folder)
     staging = staging_path(target)
     staging.mkdir()
     try:
@@ -189,9 +193,11 @@ def save_checkpoint(
     files: list[TokenizerFiles] = []
 
     def stage() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in remove_leftovers(folder, STEP_NAME):
-            note(f"cleaned up {folder / name}, left by a save that was cut short")
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(folder.parent)
+        for line in clean_up(folder):
+            note(line)
         staging.mkdir()
         fault_point("stage", 0, step)
         if tokenizer is not None:
@@ -199,7 +205,7 @@ def save_checkpoint(
 
     def finish() -> None:
         sequence_parallel = bool(config_tree.get("parallel", {}).get("sequence_parallel", False))
-        commit(
+        replaced = commit(
             staging,
             target,
             step=step,
@@ -210,6 +216,8 @@ def save_checkpoint(
             layout=Layout(ctx.world.size, ctx.tp.size, ctx.samples.size, sequence_parallel, ctx.cp.size, ctx.pp.size),
             tokenizer=files[0] if files else None,
         )
+        if replaced is not None:
+            note(replaced)
 
     try:
         ctx.journal.mark("saving, staging")

@@ -465,6 +465,9 @@ class CheckpointConfig:
     """Save after so many steps, and always after the last; absent: after the last only."""
     keep_last: Free[int] = 2
     """Newest checkpoints kept; older ones are removed after a newer one is committed."""
+    fallback: Free[bool] = True
+    """Where the newest checkpoint is damaged, go on from the newest one that is not: the damaged one is named, with the
+    file and the tensor, and kept aside. false: refuse (exit code 4)."""
     init_from: Place[str | None] = None
     """Checkpoint (or run) whose weights a new run starts from; ignored once the run has checkpoints of its own."""
 

@@ -48,9 +48,9 @@ from megatron_hammer.profile.budget import Rates, StepShape, step_costs
 from megatron_hammer.profile.plots import digits, draw_profile
 from megatron_hammer.profile.trace import PREFIX, Measured, measure, memory_of_step, read_trace
 from megatron_hammer.profile.workload import Workload, wait
+from megatron_hammer.train.begin import choose_device
 from megatron_hammer.train.build import DTYPES, kernel_requirements
 from megatron_hammer.train.metrics import flops_per_token
-from megatron_hammer.train.run import choose_device
 
 WARM_UP_STEPS = 3  # the first compiles and fills caches, the second meets optimizer state for the first time
 MEASURE_SECONDS = {"cpu": 0.5, "cuda": 0.2}  # for each of the two rates

@@ -26,6 +26,7 @@ from megatron_hammer.optim.schedule import learning_rate, shape
 from megatron_hammer.train.identity import DataIdentity, DatasetIdentity, pair_up
 
 DATA, TOKENIZER = "data", "tokenizer"
+FRESH = "fresh"  # a new run in a folder where a run has been whose checkpoints are gone or damaged: train/traces.py
 SAME_SHARE = 1e-9  # relative rounding of two ways to write one mix, {a: 2, b: 1} and {a: 4, b: 2}
 
 
@@ -58,13 +59,13 @@ def check_names(accepted: Iterable[str]) -> None:
     """
     effects = setting_effects()
     for name in accepted:
-        if name in (DATA, TOKENIZER):
+        if name in (DATA, TOKENIZER, FRESH):
             continue
         if name not in effects:
-            known = [DATA, TOKENIZER, *(n for n, effect in effects.items() if effect.must_be_accepted)]
+            known = [DATA, TOKENIZER, FRESH, *(n for n, effect in effects.items() if effect.must_be_accepted)]
             last = [n for n in effects if n.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]  # in the wrong group
             nearest = (last or difflib.get_close_matches(name, [*known, *effects], n=1, cutoff=0.0))[0]
-            rule = "is neither a setting nor data or tokenizer"
+            rule = "is neither a setting nor data, tokenizer or fresh"
             raise ConfigError(20, f"--accept {name}", rule, f"did you mean --accept {nearest}?")
         if effects[name] is Effect.MODEL:
             raise ConfigError(
@@ -274,7 +275,7 @@ def _needless(changes: Sequence[Change], accepted: Collection[str]) -> list[str]
     """Remarks on accepted names that accept nothing; they are no mistake, because the same command resumes."""
     effects, used = setting_effects(), {name for change in changes for name in change.accepted_by}
     remarks = []
-    for name in (name for name in dict.fromkeys(accepted) if name not in used):
+    for name in (name for name in dict.fromkeys(accepted) if name not in used and name != FRESH):
         effect = effects.get(name)
         if effect is None or effect.must_be_accepted or effect is Effect.CONTENT:
             hint = {"tokenizer.path": " (--accept tokenizer is about what lies there)"}.get(name, "")

@@ -31,6 +31,7 @@ from megatron_hammer.train.drift import DriftCheck
 from megatron_hammer.train.evaluate import evaluate
 from megatron_hammer.train.garbage import garbage_collected_by_hand
 from megatron_hammer.train.metrics import Reporter, flops_per_token, peak_tflops
+from megatron_hammer.train.output import HeldOutput
 from megatron_hammer.train.prepare import Prepared
 from megatron_hammer.train.saver import Saver
 from megatron_hammer.train.state import RunState, load_state
@@ -72,15 +73,18 @@ class Run:
 
     Args:
         range_of: entered around the parts of a step, for a profiler.
+        output: on rank 0, the output folder whose lock it holds.
     """
 
-    def __init__(self, prepared: Prepared, ctx: ParallelContext, range_of: Range = no_range) -> None:
+    def __init__(
+        self, prepared: Prepared, ctx: ParallelContext, range_of: Range = no_range, output: HeldOutput | None = None
+    ) -> None:
         config = prepared.config
         self.prepared, self.config, self.ctx = prepared, config, ctx
         self.stages, self.optimizer = build_stages(config, ctx, range_of, initial=prepared.begins_anew)
         self.micro_batch = micro_batch_runner(config.kernels, self.optimizer.store.of_stages[0])
         self.state = load_state(prepared, self.optimizer, ctx)
-        self.saver = Saver(prepared, self.optimizer, ctx)
+        self.saver = Saver(prepared, self.optimizer, ctx, output)
         self.drift = DriftCheck(config, self.optimizer, ctx) if config.train.drift_check_interval_steps else None
         self.first_step = self.state.step + 1
         self.data = open_train_data(config, note=say if ctx.world.rank == 0 else lambda text: None)

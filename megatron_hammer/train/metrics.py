@@ -13,7 +13,6 @@ computed, and the true utilisation is lower than either says. Needs no torch.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -23,10 +22,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_hammer.base.files import replace_file
+from megatron_hammer.base.files import set_aside
 from megatron_hammer.base.progress import say
 from megatron_hammer.config import Config, ModelConfig
 from megatron_hammer.model.parameters import EMBEDDING, logical_shapes
+from megatron_hammer.train.metrics_file import METRICS, MetricsFile, finite
 from megatron_hammer.train.trackers import Trackers, environment_of
 
 # Dense peak of one device in bf16 with fp32 accumulation, TFLOP/s: words of the device's name, and the figure. Data
@@ -91,42 +91,6 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> tuple[float, float]:
     return 6.0 * weights + 2 * attention, 6.0 * weights + attention
 
 
-class MetricsFile:
-    """OUT/metrics.jsonl, open for appending after it has been cut back to the step from which the run goes on."""
-
-    def __init__(self, path: Path, last_step: int) -> None:
-        """Keep the whole lines of steps up to ``last_step`` (0: none)."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= last_step] if last_step else []
-        replace_file(path, b"".join(line + b"\n" for line in kept))
-        self.file = path.open("ab")
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        """Append one object and hand it to the operating system."""
-        self.file.write(json.dumps(finite(line), ensure_ascii=False).encode() + b"\n")
-        self.file.flush()
-
-    def sync(self) -> None:
-        """Make sure that the lines so far are on the disk: before a checkpoint is committed."""
-        os.fsync(self.file.fileno())
-
-    def close(self) -> None:
-        """Nothing more will be written."""
-        self.file.close()
-
-
-def _whole_lines(path: Path) -> list[bytes]:
-    """The lines of an earlier run; a torn last one (no line break) is dropped."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_bytes().split(b"\n")[:-1] if line]
-
-
-def finite(line: Mapping[str, Any]) -> dict[str, Any]:
-    """The line as JSON can have it: what is not finite is None."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-
-
 def board_folder(output: Path) -> Path:
     """Where a run's events for TensorBoard go, which calls a run by the folder below the one it is pointed at.
 
@@ -135,6 +99,8 @@ def board_folder(output: Path) -> Path:
     ``OUT/tensorboard`` itself, are moved.
     """
     board = output / "tensorboard"
+    if os.path.lexists(board) and not board.is_dir():
+        say(f"{board} is no folder: kept as {set_aside(board).name}")
     events = sorted(board.glob(_EVENTS))
     begun = sorted({path.parent for path in board.glob(f"*/{_EVENTS}")})
     folder = begun[0] if len(begun) == 1 else board / output.resolve().name
@@ -160,7 +126,7 @@ class Reporter:
         self.config, self.flops, self.devices = config, flops, devices
         self.peak = None if peak is None else peak * 1e12 * devices
         output = Path(config.train.output)
-        self.file = MetricsFile(output / "metrics.jsonl", first_step)
+        self.file = MetricsFile(output / METRICS, first_step)
         self.board: Any = None
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter

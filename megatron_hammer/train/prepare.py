@@ -13,15 +13,15 @@ agreeing with the others in between (``start.py``), with ``check_data=False`` wh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError, RefusedError
 from megatron_hammer.checkpoint.fit import check_fits
-from megatron_hammer.checkpoint.folder import newest_checkpoint, open_checkpoint
-from megatron_hammer.checkpoint.manifest import Manifest
+from megatron_hammer.checkpoint.folder import Damaged, newest_checkpoint, open_checkpoint, search
+from megatron_hammer.checkpoint.manifest import Manifest, check_resumable
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.dataset.reader import IndexedDataset, check_prefix
 from megatron_hammer.kernels.libraries.te import check_before_start
@@ -32,6 +32,7 @@ from megatron_hammer.tokenizer.convert import export_note
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.train.changes import (
+    FRESH,
     changed_data,
     changed_settings,
     changed_tokenizer,
@@ -41,6 +42,7 @@ from megatron_hammer.train.changes import (
     settle_changes,
 )
 from megatron_hammer.train.identity import DataIdentity, DatasetIdentity, identify
+from megatron_hammer.train.output import refuse_traces
 
 STATE_KINDS = {"weight", "exp_avg", "exp_avg_sq"}  # what a run goes on from; a new one takes weights only
 IDENTITY, LEDGER = "data", "accepted"  # in the state of a checkpoint: the datasets, and the changes that were accepted
@@ -71,6 +73,8 @@ class Start:
     """Newest checkpoint of this run."""
     init_from: Manifest | None = None
     """Checkpoint whose weights a new run starts from."""
+    damaged: tuple[Damaged, ...] = ()
+    """Newer checkpoints of this run that are passed over; known to rank 0."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,10 @@ class Prepared:
     """What is not as in ``resume``, in lines."""
     ledger: tuple[dict[str, Any], ...] = ()
     """All changes that were accepted in the course of the run, for the checkpoints."""
+    damaged: tuple[Damaged, ...] = ()
+    """Newer checkpoints of this run that are passed over; known to rank 0."""
+    is_fresh: bool = False
+    """Whether a new run may take the place of one whose checkpoints are lost (``--accept fresh``)."""
 
     @property
     def is_finished(self) -> bool:
@@ -138,7 +146,7 @@ def prepare(
     if not first_node:
         build_indices(inputs.config, _seen_here(inputs.config), inputs.data_notes)
         return settle(inputs, Start())
-    prepared = settle(inputs, find_start(inputs.config, inputs.notes.append), accepted)
+    prepared = settle(inputs, find_start(inputs.config, accepted), accepted)
     if check_data:
         build_indices(prepared.config, prepared.resume, prepared.data_notes)
     return prepared
@@ -178,12 +186,42 @@ def look_at_inputs(config: Config, world_size: int, check_data: bool = True, acc
     return Inputs(config, tokenizer, identity, notes, data_notes, plan if check_data else None)
 
 
-def find_start(config: Config, note: Callable[[str], None]) -> Start:
-    """Look for the checkpoint that the run begins from; what cannot be read is told to ``note``."""
-    resume = newest_checkpoint(checkpoints_folder(config), note=note)
-    if resume is None and config.checkpoint.init_from is not None:
-        return Start(init_from=open_checkpoint(config.checkpoint.init_from))
-    return Start(resume)
+def find_start(config: Config, accepted: Collection[str] = (), known_damage: Mapping[str, str] | None = None) -> Start:
+    """Look for the checkpoint that the run begins from; nothing is changed.
+
+    Args:
+        known_damage: name -> error of those that were found damaged when they were loaded.
+
+    Raises:
+        CheckpointError: all are damaged, or the newest is and may not be passed over.
+        RefusedError: there has been a run, and its checkpoints are gone.
+    """
+    folder = checkpoints_folder(config)
+    found = search(folder, known_damage)
+    is_fresh = FRESH in accepted
+    if found.damaged and not (is_fresh and found.newest is None):
+        _judge_damage(folder, found.damaged, found.newest, config.checkpoint.fallback)
+    if found.newest is not None:
+        return Start(found.newest, damaged=found.damaged)
+    refuse_traces(Path(config.train.output), config.checkpoint.save_interval_steps, accepted)
+    init_from = config.checkpoint.init_from
+    return Start(init_from=None if init_from is None else open_checkpoint(init_from), damaged=found.damaged)
+
+
+def _judge_damage(folder: Path, damaged: Sequence[Damaged], newest: Manifest | None, fallback: bool) -> None:
+    """Refuse to go on past damaged checkpoints where no intact one is left, or where the config forbids it."""
+    named = "; ".join(f"{d.path.name}: {d.reason}" for d in damaged)
+    if newest is None:
+        remedy = "restore one of them from a copy; to begin anew in this folder, --accept fresh"
+        raise CheckpointError(18, str(folder), f"holds {len(damaged)} checkpoints, all damaged ({named})", remedy)
+    if not fallback:
+        steps = damaged[0].step - newest.step
+        raise CheckpointError(
+            19,
+            "checkpoint.fallback=false",
+            f"forbids to go on from {newest.folder.name}, the newest that is not damaged ({named})",
+            f"restore {damaged[0].path}; or set checkpoint.fallback=true: it costs {steps} of the steps that were done",
+        )
 
 
 def settle(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prepared:
@@ -195,14 +233,28 @@ def settle(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prep
     """
     config, resume = inputs.config, start.resume
     prepared = Prepared(
-        config, inputs.tokenizer, resume, start.init_from, inputs.notes, inputs.data_notes, inputs.plan, inputs.identity
+        config,
+        inputs.tokenizer,
+        resume,
+        start.init_from,
+        inputs.notes,
+        inputs.data_notes,
+        inputs.plan,
+        inputs.identity,
+        damaged=start.damaged,
+        is_fresh=resume is None and FRESH in accepted,
     )
     if start.init_from is not None:
         check_fits(start.init_from, config.model, {"weight"})
     if resume is None:
-        remarks = [f"--accept {name} accepts nothing: no checkpoint is resumed" for name in dict.fromkeys(accepted)]
+        remarks = [
+            f"--accept {name} accepts nothing: no checkpoint is resumed"
+            for name in dict.fromkeys(accepted)
+            if name != FRESH
+        ]
         return dataclasses.replace(prepared, notes=inputs.notes + remarks)
     check_fits(resume, config.model, STATE_KINDS)
+    check_resumable(resume)
     saved, step = config_from_tree(resume.config), resume.step + 1
     config, notes = hold_horizon(config, saved)
     ours = None if inputs.tokenizer is None else inputs.tokenizer.fingerprint

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Collection
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from megatron_hammer.base.errors import ConfigError, RefusedError
-from megatron_hammer.base.locks import take_lock
 from megatron_hammer.config import Config, to_yaml
-from megatron_hammer.kernels import fp8
-from megatron_hammer.kernels.libraries.te import check_here
 from megatron_hammer.kernels.report import kernels_table, missing_kernels
 from megatron_hammer.kernels.selection import TABLES, select_backends
 from megatron_hammer.model.parameters import count_parameters
@@ -25,20 +19,10 @@ from megatron_hammer.parallel.board import Journal
 from megatron_hammer.parallel.context import build_parallel_context
 from megatron_hammer.parallel.rendezvous import Store, collective_timeout, end_process_group, start_process_group
 from megatron_hammer.sampling.plan import format_plan
-from megatron_hammer.train import cuda_graph
-from megatron_hammer.train.build import check_compiler, kernel_requirements
+from megatron_hammer.train.begin import Beginning, begin
+from megatron_hammer.train.build import kernel_requirements
 from megatron_hammer.train.forecast import forecast
-from megatron_hammer.train.loop import train
-from megatron_hammer.train.prepare import (
-    Prepared,
-    Start,
-    build_indices,
-    find_start,
-    look_at_inputs,
-    prepare,
-    settle,
-)
-from megatron_hammer.train.start import facts_of, look_for_probe, name_start, open_start, probe_file
+from megatron_hammer.train.prepare import Prepared, prepare
 from megatron_hammer.train.trackers import check_trackers
 
 
@@ -80,8 +64,9 @@ def run_rank(
             print(describe(prepared, world_size), flush=True)
         return 0
     with ExitStack() as held:
-        prepared, device = agree_on_start(ranks, held, config, local_rank, check_data, accepted)
-        config = prepared.config
+        beginning = Beginning(ranks, held, config, local_rank, check_data, accepted)
+        prepared = beginning.agree()
+        config, device = prepared.config, beginning.device
         if rank == 0:
             print(announcement(prepared, world_size, device), flush=True)
         if prepared.is_finished:
@@ -89,66 +74,16 @@ def run_rank(
         if store is not None and world_size > 1:
             with journal.waits("the process group"):
                 start_process_group(store, rank, world_size, device, timeout)
-        code = train(prepared, build_parallel_context(config.grid(world_size), device, timeout, journal))
+        ctx = build_parallel_context(config.grid(world_size), device, timeout, journal)
+        trained = begin(beginning, prepared, ctx, lambda other: _announce_other(other) if rank == 0 else None)
+        code = 0 if trained is None else trained.train()
         end_process_group()  # at a clean end only: after a failure NCCL would wait here for ranks that never come
         return code
 
 
-def agree_on_start(
-    ranks: BeforeStart, held: ExitStack, config: Config, local_rank: int, check_data: bool, accepted: Collection[str]
-) -> tuple[Prepared, torch.device]:
-    """Find out together what the run starts with (``start.py`` draws the rounds); rank 0's lock goes into ``held``."""
-    rank, output = ranks.rank, Path(config.train.output)
-    with ranks.round("inputs") as mine:
-        inputs = look_at_inputs(config, ranks.world_size, check_data, accepted)
-        mine.facts = facts_of(inputs)
-        start = find_start(inputs.config, inputs.notes.append) if rank == 0 else Start()
-        mine.told = name_start(start, inputs.config)
-    names = mine.heard
-    with ExitStack() as probing:
-        with ranks.round("checkpoint") as mine:
-            start = start if rank == 0 else open_start(names, inputs.config, rank)
-            prepared = settle(inputs, start, accepted)
-            if check_data:
-                build_indices(prepared.config, prepared.resume, prepared.data_notes)
-            device = choose_device(prepared.config, local_rank)
-            check_machine(prepared.config, device)
-            if rank == 0:  # the one that reports
-                check_trackers(config.log.trackers)
-            if rank == 0 and not prepared.is_finished:
-                held.enter_context(only_writer(output))
-                mine.told = probing.enter_context(probe_file(output))
-        if not prepared.is_finished:
-            with ranks.round("folder"):
-                if rank:
-                    look_for_probe(output, mine.heard, rank)
-    return prepared, device
-
-
-def check_machine(config: Config, device: torch.device) -> None:
-    """Refuse what this rank's device or libraries cannot do."""
-    check_here(config)
-    select_backends(config.kernels, kernel_requirements(config, device))
-    fp8.check_here(config.kernels, device)
-    cuda_graph.check_here(config.kernels, device)
-    check_compiler(config)
-
-
-def choose_device(config: Config, local_rank: int) -> torch.device:
-    """The GPU of this local rank, or the CPU."""
-    wanted = config.train.device
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError(4, "train.device=cuda", "needs a GPU that torch can see", "use train.device=auto or cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            5,
-            f"local rank {local_rank}",
-            f"has no GPU: this node has {torch.cuda.device_count()}",
-            "start as many ranks a node as it has GPUs",
-        )
-    return torch.device("cuda", local_rank)
+def _announce_other(prepared: Prepared) -> None:
+    """Say from what the run goes on instead of a checkpoint that turned out damaged when it was loaded."""
+    print("\n".join([*(f"note: {note}" for note in prepared.notes), *_start_lines(prepared)]), flush=True)
 
 
 def layout_line(config: Config, world_size: int) -> str:
@@ -205,7 +140,7 @@ def describe(prepared: Prepared, world_size: int) -> str:
 
 def announcement(prepared: Prepared, world_size: int, device: torch.device) -> str:
     """The first lines of a run."""
-    config, resume = prepared.config, prepared.resume
+    config = prepared.config
     lines = [f"note: {note}" for note in prepared.notes + prepared.data_notes]
     if prepared.plan is not None and not prepared.is_finished:
         lines.append(format_plan(prepared.plan))
@@ -223,35 +158,17 @@ def announcement(prepared: Prepared, world_size: int, device: torch.device) -> s
     kept = max(activation_bytes(config, rows, pp_rank=rank, micro_batches=micro_batches) for rank in range(pp)) / 2**30
     of = "each micro-batch" if pp == 1 else "the micro-batches in flight, on the rank with most"
     lines.append(f"activations: about {kept:.2f} GiB kept of {of} (train.recompute={config.train.recompute})")
+    return "\n".join(lines + _start_lines(prepared))
+
+
+def _start_lines(prepared: Prepared) -> list[str]:
+    """What the run begins from."""
+    resume = prepared.resume
     if resume is not None and prepared.is_finished:
-        lines.append(
-            f"finished: {resume.folder} is at step {resume.step} of {config.train.num_steps}; nothing left to do"
-        )
-    elif resume is not None:
-        lines.append(f"resuming from {resume.folder}")
-        lines += prepared.changes
-    elif prepared.init_from is not None:
-        lines.append(f"starting from the weights of {prepared.init_from.folder}")
-    return "\n".join(lines)
-
-
-@contextmanager
-def only_writer(output: Path) -> Iterator[None]:
-    """Hold the run's lock, which ends with the process, however it ends.
-
-    Raises:
-        RefusedError: another process is writing to the same folder.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / ".lock").open("a") as lock:
-        if not take_lock(lock.fileno(), output / ".lock"):
-            raise RefusedError(
-                81,
-                f"train.output={output}",
-                "is in use by another run",
-                "wait for that run to end or choose another folder",
-            )
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-        yield
+        steps = prepared.config.train.num_steps
+        return [f"finished: {resume.folder} is at step {resume.step} of {steps}; nothing left to do"]
+    if resume is not None:
+        return [f"resuming from {resume.folder}", *prepared.changes]
+    if prepared.init_from is not None:
+        return [f"starting from the weights of {prepared.init_from.folder}"]
+    return []

@@ -28,9 +28,9 @@ from megatron_hammer.parallel.context import ParallelContext, build_parallel_con
 from megatron_hammer.parallel.rendezvous import end_process_group, start_process_group
 from megatron_hammer.parallel.sharding import rectangles
 from megatron_hammer.sampling.batch import Batch
+from megatron_hammer.train.begin import choose_device
 from megatron_hammer.train.build import DTYPES, build_stages
 from megatron_hammer.train.pipeline import accumulate, pipelined_losses
-from megatron_hammer.train.run import choose_device
 from megatron_hammer.train.state import RunState
 from megatron_hammer.verify.outcome import Outcome, Piece, write_outcome
 from megatron_hammer.verify.shrink import STEPS

@@ -34,7 +34,10 @@ REASONS = {
     ("dataset/look/verify.py", "np.fromfile"): "a temporary file of this process",
     ("profile/profile.py", "read_text"): "/proc",
     ("sampling/cache.py", "os.open"): "to write the file of a lock",
-    ("train/metrics.py", "read_bytes"): "the run's own metrics, under the run's lock",
+    (
+        "train/output.py",
+        "os.open",
+    ): "the output folder; its lock: no link, a regular file",
     ("verify/outcome.py", "np.load"): "of a file that the guarded open opened, without pickle",
 }
 

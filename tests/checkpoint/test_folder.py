@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.base.errors import CheckpointError, DiskError
-from megatron_hammer.base.files import remove_leftovers
 from megatron_hammer.checkpoint import commit as commit_module
 from megatron_hammer.checkpoint import folder as folders
 from megatron_hammer.checkpoint import manifest
 from megatron_hammer.checkpoint import write as save
 from megatron_hammer.checkpoint.folder import (
     KnownCheckpoints,
+    clean_up,
     find_checkpoints,
     newest_checkpoint,
     open_checkpoint,
@@ -158,7 +158,7 @@ def kill_at(monkeypatch, module, name: str, call: int = 1):
 PHASES = [
     (save, "stage_tokenizer", 1), (save, "write_rank", 1), (save, "chunks_of", 5),
     (commit_module, "write_durably", 1), (save, "commit", 1), (commit_module, "write_manifest", 1),
-    (commit_module, "replace_folder", 1),
+    (commit_module, "publish_checkpoint", 1),
     (os, "rename", 1), (os, "rename", 2), (shutil, "rmtree", 1), (save, "prune", 1),
 ]  # fmt: skip
 
@@ -181,7 +181,8 @@ def test_a_crash_at_any_phase_leaves_old_or_new_and_the_next_save_cleans(tmp_pat
         verify_checkpoint(read_manifest(path))
     assert newest_checkpoint(run).state["seed"] in (2, 3)
     save_step(run, 40, seed=4, keep_last=9)
-    assert all(re.fullmatch(manifest.STEP_NAME, p.name) for p in run.iterdir()), "left-overs remain"
+    names = [p.name for p in run.iterdir() if ".aside-" not in p.name]
+    assert all(re.fullmatch(manifest.STEP_NAME, name) for name in names), "left-overs remain"
     assert set(found) | {40} == set(steps(run)), "a committed checkpoint was lost by cleaning"
 
 
@@ -241,15 +242,30 @@ def test_leftovers_are_removed_and_what_was_set_aside_comes_back(tmp_path):
     (tmp_path / "step-00000030.tmp-efefefefefefefef").mkdir()
     (tmp_path / "other.tmp-efefefefefefefef").mkdir()
     assert steps(tmp_path) == [10, 20]
-    found = remove_leftovers(tmp_path, manifest.STEP_NAME)
-    assert found == [
-        "step-00000010.old-abababababababab",
-        "step-00000020.old-cdcdcdcdcdcdcdcd",
-        "step-00000030.tmp-efefefefefefefef",
-    ]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.tmp-efefefefefefefef", step_name(10), step_name(20)]
-    assert remove_leftovers(tmp_path, manifest.STEP_NAME) == []
-    assert remove_leftovers(tmp_path / "nowhere", manifest.STEP_NAME) == []
+    lines = clean_up(tmp_path)
+    assert [re.search(r"step-\d+\.(old|tmp|aside)-|step-\d+", line)[0] for line in lines] == [
+        "step-00000010", "step-00000020.aside-", "step-00000030.tmp-"
+    ]  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "other.tmp-efefefefefefefef", step_name(10), step_name(20), "step-00000020.aside-cdcdcdcdcdcdcdcd"
+    ]  # fmt: skip
+    assert clean_up(tmp_path) == clean_up(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("make", ["file", "link", "folder"])
+def test_what_is_in_the_way_of_a_save_is_kept_and_costs_nothing(tmp_path, make):
+    run, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    run.mkdir()
+    elsewhere.mkdir()
+    target = run / step_name(10)
+    {"file": lambda: target.write_text("x"), "link": lambda: target.symlink_to(elsewhere), "folder": target.mkdir}[
+        make
+    ]()
+    save_step(run, 10)
+    verify_checkpoint(read_manifest(target))
+    (kept,) = (p for p in run.iterdir() if p != target)
+    assert kept.name.startswith("step-00000010.aside-") and elsewhere.is_dir()
+    assert kept.is_symlink() == (make == "link") and kept.is_file() == (make == "file")
 
 
 def test_incomplete_slices_are_not_committed(tmp_path):

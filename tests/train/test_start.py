@@ -17,8 +17,8 @@ import pytest
 from megatron_hammer.checkpoint.folder import newest_checkpoint
 from megatron_hammer.parallel.agreement import BeforeStart
 from megatron_hammer.train import start
+from megatron_hammer.train.begin import Beginning
 from megatron_hammer.train.prepare import Prepared, prepare
-from megatron_hammer.train.run import agree_on_start
 from tests.parallel.test_agreement import start_together
 from tests.train.runs import begin_run, config_for, overrides, train_here
 from tests.train.test_changes import rewrite
@@ -50,7 +50,7 @@ def started(arguments: Callable[[int], list[str]], size: int = 2) -> list[Prepar
     def work(ranks: BeforeStart) -> Prepared:
         threading.current_thread().name = f"rank {ranks.rank}"
         with ExitStack() as held:
-            return agree_on_start(ranks, held, config_for(arguments(ranks.rank)), 0, False, ())[0]
+            return Beginning(ranks, held, config_for(arguments(ranks.rank)), 0, False).agree()
 
     found = start_together(size, work)
     return [result if isinstance(result, Prepared) else str(result) for result in found]

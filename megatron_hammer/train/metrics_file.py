@@ -1,0 +1,131 @@
+"""OUT/metrics.jsonl: one JSON object a step, cut back where a run goes on from a checkpoint, and never in its way.
+
+What is damaged in it (a line that is no JSON, NULs, a digit that makes another step of it) costs no run: the file as it
+was is kept as ``metrics.jsonl.aside-HEX``, which is said, and training goes on with the lines that can be read. A torn
+last line is what every kill leaves and is dropped without a word. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.base.files import replace_file, set_aside
+from megatron_hammer.base.progress import say
+from megatron_hammer.base.reading import open_regular, parse_json
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class KeptLines:
+    """What an earlier run has written, as far as it can be read."""
+
+    lines: tuple[tuple[int, bytes], ...] = ()
+    """(step, the line without its end), by rising step."""
+    damaged: tuple[int, ...] = ()
+    """Numbers, from 1, of the lines that cannot be read."""
+
+    @property
+    def last_step(self) -> int:
+        """The last step that is there; 0 without any."""
+        return self.lines[-1][0] if self.lines else 0
+
+
+class MetricsFile:
+    """The file, open for appending after it has been cut back to the step from which the run goes on."""
+
+    def __init__(self, path: Path, last_step: int, note: Callable[[str], None] = say) -> None:
+        """Keep the whole lines of steps up to ``last_step`` (0: none)."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            found = read_lines(path)
+        except OSError as error:
+            kept, found = set_aside(path), KeptLines()
+            note(f"{path} cannot be read ({error.strerror}): kept as {kept.name}, and begun anew")
+        if found.damaged and last_step:
+            kept = copy_aside(path)
+            note(
+                f"{path}: {len(found.damaged)} lines cannot be read, the first is line {found.damaged[0]}: the file as "
+                f"it was is kept as {kept.name}; training goes on from its checkpoint"
+            )
+        lines = [line for step, line in found.lines if step <= last_step]
+        replace_file(path, b"".join(line + b"\n" for line in lines))
+        self.file = path.open("ab")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one object and hand it to the operating system."""
+        self.file.write(json.dumps(finite(line), ensure_ascii=False).encode() + b"\n")
+        self.file.flush()
+
+    def sync(self) -> None:
+        """Make sure that the lines so far are on the disk: before a checkpoint is committed."""
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Nothing more will be written."""
+        self.file.close()
+
+
+def finite(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The line as JSON can have it: what is not finite is None."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+
+
+def copy_aside(path: Path) -> Path:
+    """Keep a file as it is now under another name (``set_aside``), and leave an equal one in its place."""
+    kept = set_aside(path)
+    with open_regular(kept, follow=False) as file:
+        replace_file(path, file.read())
+    return kept
+
+
+def read_lines(path: Path) -> KeptLines:
+    """The lines that are there; none where there is no file.
+
+    Raises:
+        OSError: the file cannot be read, or something else has its name.
+    """
+    try:
+        with open_regular(path, follow=False) as file:
+            raw = file.read().split(b"\n")[:-1]  # behind the last end of line stands nothing, or a torn line
+    except FileNotFoundError:
+        return KeptLines()
+    steps = [(number, _step_of(line)) for number, line in enumerate(raw, start=1) if line]
+    good = [(number, step) for number, step in steps if step is not None]
+    rising = _longest_rising([step for _, step in good])
+    damaged = {number for number, step in steps if step is None} | {good[i][0] for i in set(range(len(good))) - rising}
+    kept = tuple((good[i][1], raw[good[i][0] - 1]) for i in sorted(rising))
+    return KeptLines(kept, tuple(sorted(damaged)))
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line; None where it is not one of ours."""
+    try:
+        value = parse_json(line)
+    except ValueError:
+        return None
+    step = value.get("step") if isinstance(value, dict) else None
+    return step if type(step) is int and step > 0 else None
+
+
+def _longest_rising(steps: Sequence[int]) -> set[int]:
+    """Positions of the longest strictly rising subsequence: a damaged digit takes its own line out, and no other."""
+    ends: list[int] = []  # the smallest last step of a rising subsequence of each length, and where that is
+    places: list[int] = []
+    before: list[int] = []
+    for at, step in enumerate(steps):
+        length = bisect.bisect_left(ends, step)
+        before.append(places[length - 1] if length else -1)
+        ends[length : length + 1], places[length : length + 1] = [step], [at]
+    kept, at = set[int](), places[-1] if places else -1
+    while at >= 0:
+        kept.add(at)
+        at = before[at]
+    return kept

@@ -1,0 +1,216 @@
+"""The output folder of a run: who may write there, and what earlier starts have left in it.
+
+::
+
+    OUT/.lock          held by the one run that writes here, for as long as its process lives; empty
+    OUT/.saved         there once a checkpoint was committed: then a start that finds none has lost something
+    OUT/checkpoints/   see checkpoint/folder.py
+    OUT/*.aside-HEX    kept for people: damaged, or of steps that are computed again
+
+The lock comes first: whoever has not got it has not looked either, so that two starts cannot take the same checkpoint
+and train on from it. It is two locks of the kernel, one on ``.lock`` and one on the folder itself, because a file can
+be deleted and made again. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+import stat
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_hammer.base.errors import RefusedError
+from megatron_hammer.base.files import replace_file, set_aside, sync_folder
+from megatron_hammer.base.locks import NO_LOCKS, take_lock
+from megatron_hammer.checkpoint.folder import Damaged, clean_up
+from megatron_hammer.train.changes import FRESH
+from megatron_hammer.train.metrics_file import METRICS, copy_aside, read_lines
+
+LOCK, SAVED = ".lock", ".saved"
+_LEFT_BEHIND = re.compile(r"(metrics\.jsonl|\.saved)\.tmp-\w+|\.probe-[0-9a-f]{32}")
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+# ---- the lock -------------------------------------------------------------------------------------------------------
+
+
+class HeldOutput:
+    """The output folder, which no other run of this program writes to while this one lives."""
+
+    def __init__(self, output: Path, folder: int, lock: int) -> None:
+        self._output, self._folder, self._lock = output, folder, lock
+
+    def check(self) -> None:
+        """Make sure that folder and lock are still those that the run has taken: before each save.
+
+        Raises:
+            RefusedError: one of them was deleted, moved or replaced while the run went on.
+        """
+        for path, descriptor in ((self._output, self._folder), (self._output / LOCK, self._lock)):
+            if not _is_still(path, descriptor):
+                raise RefusedError(
+                    87,
+                    f"train.output={self._output}: {path}",
+                    "was deleted, moved or replaced while the run went on: another run may write there",
+                    "see who did that, bring the folder back if it was moved, then run the same command again",
+                )
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    """Whether a path leads to what was opened there; the folder may be reached through a link."""
+    try:
+        found = path.lstat() if path.name == LOCK else path.stat()
+    except OSError:
+        return False
+    return os.path.samestat(found, os.fstat(descriptor))
+
+
+@contextmanager
+def only_writer(output: Path, is_new: bool = False) -> Iterator[HeldOutput]:
+    """Make the folder, durably, and hold its lock, which ends with the process, however it ends.
+
+    Args:
+        is_new: the folder was not there when this run looked, and must not have come since.
+
+    Raises:
+        RefusedError: another process is writing to the same folder, or what bears the lock's name is no plain file.
+    """
+    if is_new and output.is_dir():
+        raise _in_use(output)
+    if not output.is_dir():
+        output.mkdir(parents=True, exist_ok=not is_new)
+        sync_folder(output.parent)
+    folder = os.open(output, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        lock = _open_lock(output)
+        try:
+            if not (_lock_folder(folder) and take_lock(lock, output / LOCK)):
+                raise _in_use(output)
+            held = HeldOutput(output, folder, lock)
+            held.check()
+            os.fsync(folder)
+            yield held
+        finally:
+            os.close(lock)
+    finally:
+        os.close(folder)
+
+
+def _open_lock(output: Path) -> int:
+    """Open or make the lock's file, following no link and changing nothing in it."""
+    path, flags = output / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    remedy = "remove it: a run makes its lock itself"
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError:
+        if not (path.is_symlink() or path.is_dir()):
+            raise
+        what = "is a symbolic link" if path.is_symlink() else "is a folder"
+        raise RefusedError(87, str(path), f"{what}, where the lock of the run belongs", remedy) from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        what = "has other names" if stat.S_ISREG(status.st_mode) else "is not a regular file"
+        raise RefusedError(87, str(path), f"{what}, where the lock of the run belongs", remedy)
+    return descriptor
+
+
+def _lock_folder(descriptor: int) -> bool:
+    """Lock the folder itself, where its file system can; the file's lock counts everywhere."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (*NO_LOCKS, errno.EBADF):  # NFS locks files that are open for writing
+            raise
+    return True
+
+
+def _in_use(output: Path) -> RefusedError:
+    remedy = "wait for that run to end or choose another folder"
+    return RefusedError(81, f"train.output={output}", "is in use by another run", remedy)
+
+
+def is_read_only(error: OSError) -> bool:
+    """Whether a folder may not be written to: a finished run can still say that it is finished."""
+    return error.errno in _READ_ONLY
+
+
+# ---- what is there --------------------------------------------------------------------------------------------------
+
+
+def remove_leftovers(output: Path) -> list[str]:
+    """Remove what programs that were killed have left; a line for each. For the holder of the lock."""
+    lines = []
+    for path in sorted(output.iterdir()):
+        if _LEFT_BEHIND.fullmatch(path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+            lines.append(f"cleaned up {path}, left by a run that was cut short")
+    return lines + clean_up(output / "checkpoints")
+
+
+def mark_saved(output: Path, step: int) -> None:
+    """Remember that a checkpoint was committed here; only the first is written down."""
+    path = output / SAVED
+    if not os.path.lexists(path):
+        replace_file(path, f"step {step} was the first checkpoint of a run in this folder\n".encode())
+
+
+def refuse_traces(output: Path, save_interval_steps: int | None, accepted: Collection[str]) -> None:
+    """Refuse to begin anew where a run has been that had checkpoints: they were deleted, or moved away.
+
+    A run that was killed before its first checkpoint has left metrics only, of no more steps than lie between two.
+
+    Raises:
+        RefusedError: unless ``fresh`` is accepted.
+    """
+    traces = []
+    if os.path.lexists(output / SAVED):
+        traces.append(f"{output / SAVED} says that checkpoints were saved")
+    last = _last_step(output / METRICS)
+    if save_interval_steps is not None and last > save_interval_steps:
+        traces.append(f"{output / METRICS} has steps up to {last}")
+    if traces and FRESH not in accepted:
+        raise RefusedError(
+            86,
+            f"train.output={output}",
+            f"holds traces of a run ({'; '.join(traces)}), but {output / 'checkpoints'} holds no checkpoint",
+            "bring the folders step-NNNNNNNN back, or choose another train.output; to begin anew here, --accept fresh",
+        )
+
+
+def _last_step(metrics: Path) -> int:
+    """The last step of which there are metrics; 0 where there are none that can be read."""
+    try:
+        return read_lines(metrics).last_step
+    except OSError:
+        return 0
+
+
+def put_in_order(output: Path, damaged: Sequence[Damaged], is_fresh: bool) -> list[str]:
+    """Put aside what the run that now begins does not go on from; lines on that. For the holder of the lock.
+
+    Args:
+        damaged: checkpoints that were passed over.
+        is_fresh: whether a new run takes the place of one whose checkpoints are lost.
+    """
+    lines = []
+    for checkpoint in damaged:
+        if os.path.lexists(checkpoint.path):
+            kept = set_aside(checkpoint.path)
+            lines.append(f"{checkpoint.path}, which is damaged, is kept as {kept.name}")
+    metrics = output / METRICS
+    if (damaged or is_fresh) and metrics.is_file() and not metrics.is_symlink():
+        lines.append(f"{metrics} as it was is kept as {copy_aside(metrics).name}")
+    if is_fresh:
+        (output / SAVED).unlink(missing_ok=True)
+    return lines

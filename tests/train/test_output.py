@@ -1,0 +1,107 @@
+"""One writer in an output folder, whatever happens to its lock; and what kills leave there goes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.base.errors import RefusedError
+from megatron_hammer.train.output import only_writer, remove_leftovers
+from megatron_hammer.train.prepare import prepare
+from megatron_hammer.train.run import run_rank
+from tests.train.runs import config_for, overrides
+
+
+def test_a_second_run_is_refused_even_where_the_lock_was_deleted(tmp_path: Path) -> None:
+    with only_writer(tmp_path / "run") as held:
+        held.check()
+        for _ in range(2):
+            with pytest.raises(RefusedError, match=r"E581.*in use"), only_writer(tmp_path / "run"):
+                pass
+            (tmp_path / "run" / ".lock").unlink(missing_ok=True)
+        with pytest.raises(RefusedError, match=r"E587.*\.lock was deleted"):
+            held.check()
+    with only_writer(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.parametrize("make", ["link", "hard link", "pipe", "folder"])
+def test_a_lock_that_is_something_else_is_refused_and_untouched(tmp_path: Path, make: str) -> None:
+    precious, lock = tmp_path / "precious", tmp_path / ".lock"
+    precious.write_text("precious")
+    {"link": lambda: lock.symlink_to(precious), "hard link": lambda: os.link(precious, lock),
+     "pipe": lambda: os.mkfifo(lock), "folder": lock.mkdir}[make]()  # fmt: skip
+    with pytest.raises(RefusedError, match=r"E587.*\.lock.*where the lock of the run belongs"), only_writer(tmp_path):
+        pass
+    assert precious.read_text() == "precious"
+
+
+def test_a_folder_that_another_start_has_made_meanwhile_is_in_use(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(RefusedError, match=r"E581"), only_writer(tmp_path / "run", is_new=True):
+        pass
+
+
+def test_the_content_of_a_lock_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("4711\n")
+    with only_writer(tmp_path):
+        assert (tmp_path / ".lock").read_text() == "4711\n"
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced", "moved"])
+def test_a_folder_that_went_away_is_noticed(tmp_path: Path, how: str) -> None:
+    run = tmp_path / "run"
+    with only_writer(run) as held:
+        run.rename(tmp_path / "moved")
+        if how == "deleted":
+            shutil.rmtree(tmp_path / "moved")
+        if how == "replaced":
+            shutil.copytree(tmp_path / "moved", run)
+        with pytest.raises(RefusedError, match=rf"E587.*{run}"):
+            held.check()
+
+
+def test_nothing_is_saved_into_a_folder_that_went_away(data: Path, tmp_path: Path, monkeypatch) -> None:
+    """It is not made again either: the run ends with the reason."""
+    run = tmp_path / "run"
+    config = config_for(overrides(data, run, "train.num_steps=1", "data.valid=null"))
+    monkeypatch.setattr("megatron_hammer.train.loop.Run._collect_garbage", lambda self: None)
+    monkeypatch.setattr("megatron_hammer.train.metrics_file.MetricsFile.sync", lambda self: shutil.rmtree(run))
+    with pytest.raises(RefusedError, match=r"E587.*was deleted, moved or replaced"):
+        run_rank(config, 0, 0, 1, None)
+    assert not run.exists()
+
+
+def test_what_kills_leave_goes_at_every_start(data: Path, tmp_path: Path) -> None:
+    """Also at that of a finished run. What a save has replaced is kept, or comes back."""
+    run = tmp_path / "run"
+    arguments = overrides(data, run, "train.num_steps=1", "data.valid=null")
+    assert run_rank(config_for(arguments), 0, 0, 1, None) == 0
+    (run / "checkpoints" / "step-00000009.tmp-abc").mkdir()
+    (run / "checkpoints" / "step-00000009.tmp-abcd").write_text("x")
+    (run / "checkpoints" / "step-00000001.old-1234567890abcdef").mkdir()
+    (run / "metrics.jsonl.tmp-77").write_text("x")
+    (run / f".probe-{'0' * 32}").write_text("")
+    (run / "notes.tmp-1").write_text("somebody's")
+    assert run_rank(config_for(arguments), 0, 0, 1, None) == 0
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "step-00000001", "step-00000001.aside-1234567890abcdef"
+    ]  # fmt: skip
+    assert sorted(p.name for p in run.iterdir()) == [".lock", ".saved", "checkpoints", "metrics.jsonl", "notes.tmp-1"]
+    assert remove_leftovers(run) == []
+
+
+def test_a_finished_run_says_so_from_a_folder_that_nobody_may_write_to(data: Path, tmp_path: Path, monkeypatch) -> None:
+    run = tmp_path / "run"
+    arguments = overrides(data, run, "train.num_steps=1", "data.valid=null")
+    assert run_rank(config_for(arguments), 0, 0, 1, None) == 0
+
+    def forbidden(folder: Path, is_new: bool) -> None:
+        raise PermissionError(13, "Permission denied", str(folder / ".lock"))
+
+    monkeypatch.setattr("megatron_hammer.train.begin.only_writer", forbidden)
+    assert run_rank(config_for(arguments), 0, 0, 1, None) == 0
+    assert prepare(config_for(arguments), 1).is_finished
