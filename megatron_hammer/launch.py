@@ -3,9 +3,18 @@
 Needs no torch.
 """
 
-from megatron_hammer.base.cli import run
-from megatron_hammer.base.streams import Output
-from megatron_hammer.supervise.start import main
+from megatron_hammer.base.signals import end_at_once
+
+
+def _main() -> None:
+    """Handlers first: everything else is loaded behind them."""
+    end_at_once("before any rank started")
+    from megatron_hammer.base.cli import run
+    from megatron_hammer.base.streams import Output
+    from megatron_hammer.supervise.start import main
+
+    run(main, Output.LOG)
+
 
 if __name__ == "__main__":
-    run(main, Output.LOG)
+    _main()

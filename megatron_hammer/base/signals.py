@@ -1,8 +1,11 @@
-"""The signals that ask a program to stop, and ``StopRequest``, for a program that wants to finish something first."""
+"""The signals that ask a program to stop: ``end_at_once`` for one that has nothing to lose yet, ``StopRequest`` for one
+that wants to finish something first."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -32,6 +35,39 @@ def restore(handlers: dict[int, Any]) -> None:
         signal.signal(number, handler)
 
 
+def end_at_once(when: str) -> None:
+    """From now on a stop signal ends the program with code 75, whatever it is at, until ``take_over``.
+
+    Python runs a handler between two of its own instructions, so not while compiled code builds an index. But the
+    interpreter's part of it, which the kernel calls, also writes a byte into a pipe, and a thread that waits for the
+    byte ends the program.
+
+    Args:
+        when: for the line that says so: ``before any rank started``.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    on_signals(STOP_SIGNALS, lambda *_: None)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_end_when_told, args=(reading, when), name="stop signals", daemon=True).start()
+
+
+def _end_when_told(reading: int, when: str) -> None:
+    while told := os.read(reading, 1):
+        if told[0] in STOP_SIGNALS:
+            line = f"stopped by {signal.Signals(told[0]).name} {when}; run the same command again"
+            print(line, file=sys.stderr, flush=True)
+            os._exit(EXIT_STOPPED_BY_SIGNAL)
+    os.close(reading)
+
+
+def take_over() -> None:
+    """A stop signal no longer ends the program at once: whoever calls this has handlers of its own."""
+    writing = signal.set_wakeup_fd(-1)
+    if writing >= 0:
+        os.close(writing)
+
+
 class StopRequest:
     """While its ``with`` block runs, a signal only notes that the program should stop.
 
@@ -56,6 +92,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self._former = on_signals(self._signals, self._note)
+        take_over()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
         return self
 

@@ -76,11 +76,12 @@ def host_store(address: str, port: int, timeout_seconds: int) -> Meeting:
     address of the route out instead: on loopback nobody else would reach it.
 
     Raises:
-        ConfigError: the address or the port cannot be bound, or no other machine could reach it.
+        ConfigError: the address or the port cannot be bound, or nobody could reach it.
     """
     family, place = _resolve(address, port)
     if _is_loopback(place[0]) and not _names_loopback(address):
         family, place = socket.AF_INET, (_route_out(address, place[0]), port)
+    _check_reachable(family, place[0])
     try:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for TIME_WAIT to pass
@@ -134,6 +135,23 @@ def join_store(
     except dist.DistError as error:
         raise _unreachable(address, port, timeout_seconds, str(error).splitlines()[0]) from None
     return Meeting(store, place[0], port)
+
+
+def _check_reachable(family: socket.AddressFamily, address: str) -> None:
+    """Connect to ourselves, as torch's client will for minutes without a word: loopback may be down."""
+    try:
+        with socket.socket(family) as listener, socket.socket(family) as attempt:
+            listener.bind((address, 0))
+            listener.listen(1)
+            attempt.settimeout(TRY_SECONDS)
+            attempt.connect(listener.getsockname())
+    except OSError as error:
+        raise ConfigError(
+            44,
+            f"the address {address}, at which the ranks would meet,",
+            f"cannot be reached from this machine itself ({error.strerror or error})",
+            "bring its network up (`ip link set lo up`), or give another --master-addr",
+        ) from None
 
 
 def _unreachable(address: str, port: int, timeout_seconds: int, reason: str) -> ParallelError:

@@ -29,12 +29,12 @@ import tempfile
 from collections.abc import Mapping
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from megatron_hammer.base.cli import ArgumentParser, keep_torch_quiet, report
 from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL, ConfigError
 from megatron_hammer.base.progress import say
-from megatron_hammer.base.signals import STOP_SIGNALS, on_signals
+from megatron_hammer.base.signals import STOP_SIGNALS, on_signals, take_over
 from megatron_hammer.config import Config, add_accept, help_text, load_config
 from megatron_hammer.parallel.board import STACKS_SIGNAL, Board
 from megatron_hammer.supervise.nodes import Node
@@ -72,7 +72,6 @@ def build_parser() -> ArgumentParser:
 def main() -> int:
     """Parse, validate, launch."""
     args = build_parser().parse_intermixed_args()
-    on_signals(STOP_SIGNALS, _stop_early)
     keep_torch_quiet()
     from megatron_hammer.sampling.plan import format_plan
     from megatron_hammer.train.prepare import prepare
@@ -122,13 +121,6 @@ def _check_gpus(config: Config, nproc: int) -> None:
         raise ConfigError(43, f"--nproc={nproc}", f"must not exceed the {gpus} GPUs that torch sees", remedy)
 
 
-def _stop_early(signum: int, frame: object) -> NoReturn:
-    """Until ranks exist a stop signal simply ends the launcher, with the code that means "run me again"."""
-    name = signal.Signals(signum).name
-    print(f"stopped by {name} before any rank started; run the same command again", file=sys.stderr, flush=True)
-    raise SystemExit(EXIT_STOPPED_BY_SIGNAL)
-
-
 def launch(config: Config, node: Node, entry: str = RANK_ENTRY, options: Mapping[str, Any] | None = None) -> int:
     """Run ``entry`` on every rank of ``node`` and return the exit code of the whole.
 
@@ -166,6 +158,7 @@ def launch(config: Config, node: Node, entry: str = RANK_ENTRY, options: Mapping
 
     resource_tracker.ensure_running()  # its start would unblock the signals that are blocked next
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited by the ranks
+    take_over()
     try:
         for local_rank, rank in enumerate(numbers):
             pipe, rank_end = spawn.Pipe(duplex=False)

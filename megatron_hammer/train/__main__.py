@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 import traceback
+from typing import TYPE_CHECKING
 
-from megatron_hammer.base.cli import ArgumentParser, keep_torch_quiet, leave, report, run
-from megatron_hammer.base.errors import ParallelError, from_exception
-from megatron_hammer.base.progress import say
-from megatron_hammer.base.streams import Output
-from megatron_hammer.config import add_settings, help_text, load_config
+from megatron_hammer.base.signals import end_at_once
+
+if TYPE_CHECKING:
+    from megatron_hammer.base.cli import ArgumentParser
 
 
 def build_parser() -> ArgumentParser:
     """The command line; torch is not imported for it."""
+    from megatron_hammer.base.cli import ArgumentParser
+    from megatron_hammer.config import add_settings, help_text
+
     parser = ArgumentParser(
         prog="python -m megatron_hammer.train",
         description="Train a Llama; the same command resumes.",
@@ -28,6 +31,11 @@ def build_parser() -> ArgumentParser:
 
 def main() -> int:
     """Run the rank that torchrun's variables describe, or the only one."""
+    from megatron_hammer.base.cli import keep_torch_quiet, leave, report
+    from megatron_hammer.base.errors import ParallelError, from_exception
+    from megatron_hammer.base.progress import say
+    from megatron_hammer.config import load_config
+
     arguments = build_parser().parse_intermixed_args()
     keep_torch_quiet()
     rank, local_rank, world_size = (
@@ -55,5 +63,14 @@ def main() -> int:
     leave(code)
 
 
-if __name__ == "__main__":
+def _main() -> None:
+    """Handlers first: everything else is loaded behind them."""
+    end_at_once("before the first step")
+    from megatron_hammer.base.cli import run
+    from megatron_hammer.base.streams import Output
+
     run(main, Output.LOG)
+
+
+if __name__ == "__main__":
+    _main()

@@ -23,6 +23,7 @@ from megatron_hammer.parallel.tree import fold
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.samples import ValidData
 from megatron_hammer.train.pipeline import pipelined_losses
+from megatron_hammer.train.stopping import StopCheck
 
 PIPELINED_AT_ONCE = 32  # micro-batches: stages wait for each other once for so many, and their tokens are in memory
 
@@ -48,11 +49,16 @@ def evaluate(
     micro_batch_size: int,
     piece_bytes: Tensor | None,
     ctx: ParallelContext,
+    stop: StopCheck | None = None,
 ) -> ValidResult:
     """Mean loss over all targets of a set, computed in shares by the data-parallel ranks. Communicates over dp and pp.
 
     Args:
         piece_bytes: [v] int64 on the device, UTF-8 bytes that each id stands for.
+        stop: asked now and then; communicates over the world.
+
+    Raises:
+        CutShort: on all ranks alike, after a stop signal.
     """
     starts = range(0, len(data), micro_batch_size)
     sums = torch.zeros(len(starts), 3, dtype=torch.float64, device=ctx.device)  # loss, targets, bytes
@@ -68,7 +74,10 @@ def evaluate(
             found[2] = (piece_bytes[batch.labels] * mask).sum()
 
     at_once = 1 if ctx.pp.size == 1 else PIPELINED_AT_ONCE
+    every_rank_has = len(starts) // ctx.samples.size  # micro-batches; some have one more
     for first in range(0, len(mine), at_once):
+        if stop is not None and first < every_rank_has:
+            stop.now_and_then()
         ctx.journal.mark(f"evaluation, micro-batch {first + 1} of {len(mine)}")
         numbers = mine[first : first + at_once]
         shares = [range(starts[i], min(starts[i] + micro_batch_size, len(data))) for i in numbers]

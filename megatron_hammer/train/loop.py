@@ -7,9 +7,10 @@ never waits for Python. All ranks read the same numbers in the same order, and s
 from __future__ import annotations
 
 import gc
+import json
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from megatron_hammer.base.progress import say
 from megatron_hammer.base.signals import StopRequest
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.ranges import Range, no_range
-from megatron_hammer.parallel.collectives import all_reduce
+from megatron_hammer.parallel.collectives import all_reduce, broadcast
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.loader import ReadAhead
@@ -36,6 +37,7 @@ from megatron_hammer.train.prepare import Prepared
 from megatron_hammer.train.saver import Saver
 from megatron_hammer.train.state import RunState, load_state
 from megatron_hammer.train.step import StepReport, train_step
+from megatron_hammer.train.stopping import CutShort, StopCheck
 
 # Steps between a step and the reading of its numbers: on a GPU the next step is launched before the last one is read,
 # so that the device never waits for Python; on a CPU a step is over when its call returns.
@@ -112,6 +114,9 @@ class Run:
         """The loop."""
         config, ctx = self.config, self.ctx
         with StopRequest() as stop_request, self._reporter() as self.reporter, garbage_collected_by_hand():
+            self.stop = StopCheck(lambda: stop_request.received, ctx)
+            if self.state.owed and not self._pay():
+                return EXIT_STOPPED_BY_SIGNAL
             self.clock = time.perf_counter()
             for step in range(self.first_step, config.train.num_steps + 1):
                 report = self._step(step)
@@ -123,11 +128,26 @@ class Run:
                 if saves or stopped:
                     self._read(0)  # every line up to here is written before the checkpoint is committed
                     self._save()
+                    stopped = stopped or self.stop.now()  # a save may have been long: it is not followed by a step
                 if evaluates or saves or step % COLLECT_EVERY_STEPS == 0:
                     self._collect_garbage()
-                if stopped and step < config.train.num_steps:
+                if stopped and (step < config.train.num_steps or self.state.owed):
                     return EXIT_STOPPED_BY_SIGNAL
         return 0
+
+    def _pay(self) -> bool:
+        """Make up for the evaluation that a stop signal cut short; False where another one does."""
+        self.ctx.journal.step(self.state.step)
+        try:
+            valid = self._evaluate()
+        except CutShort:
+            return False
+        if self.reporter is not None:
+            self.reporter.step(json.loads(self.state.owed), valid)
+        self.state = replace(self.state, owed="")
+        if self.state.step == self.config.train.num_steps:
+            self._save()  # in the place of the one that owes
+        return True
 
     # ---- one step's surroundings -----------------------------------------------------------------------------------
 
@@ -169,25 +189,32 @@ class Run:
                 applied = bool(done.report.applied.item())
                 stopped |= done.stop.item() > 0
             seconds = time.perf_counter() - self.clock
-            valid = evaluate_last() if evaluate_last is not None and not self.pending else {}
+            line = {
+                "step": done.state.step,
+                "loss": loss,
+                "grad_norm": grad_norm,
+                "lr": done.report.lr,
+                "skipped": not applied,
+                "consumed_samples": done.state.consumed_samples,
+                "consumed_tokens": done.state.consumed_samples * self.config.data.seq_length,
+                "tokens_per_second": self.config.tokens_per_step / seconds,
+                "samples_digest": done.state.samples_digest,
+            }
+            try:
+                valid = evaluate_last() if evaluate_last is not None and not self.pending else {}
+                if self.reporter is not None:
+                    self.reporter.step(line, valid)
+            except CutShort:
+                stopped, self.state = True, replace(self.state, owed=self._as_rank_0(line))
             self.clock = time.perf_counter()  # evaluation does not count
-            if self.reporter is not None:
-                self.reporter.step(
-                    {
-                        "step": done.state.step,
-                        "loss": loss,
-                        "grad_norm": grad_norm,
-                        "lr": done.report.lr,
-                        "skipped": not applied,
-                        "consumed_samples": done.state.consumed_samples,
-                        "consumed_tokens": done.state.consumed_samples * self.config.data.seq_length,
-                        "tokens_per_second": self.config.tokens_per_step / seconds,
-                        "samples_digest": done.state.samples_digest,
-                    },
-                    valid,
-                )
             self._count_skips(done.state.step, applied, grad_norm)
         return stopped
+
+    def _as_rank_0(self, line: dict[str, Any]) -> str:
+        """The line as JSON, on all ranks with the speed that rank 0 has measured. Communicates over the world."""
+        speed = torch.tensor(line["tokens_per_second"], dtype=torch.float64, device=self.ctx.device)
+        broadcast(speed, self.ctx.world)
+        return json.dumps(line | {"tokens_per_second": speed.item()})
 
     def _count_skips(self, step: int, applied: bool, grad_norm: float) -> None:
         self.skips_in_a_row = 0 if applied else self.skips_in_a_row + 1
@@ -202,7 +229,9 @@ class Run:
     def _evaluate(self) -> dict[str, float | None]:
         results: dict[str, float | None] = {}
         for data in self.valid:
-            result = evaluate(self.stages, data, self.config.train.micro_batch_size, self.piece_bytes, self.ctx)
+            result = evaluate(
+                self.stages, data, self.config.train.micro_batch_size, self.piece_bytes, self.ctx, self.stop
+            )
             results |= result.metrics(data.name)
         return results
 
@@ -232,4 +261,5 @@ class Run:
         config, device = self.config, self.ctx.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         flops = flops_per_token(config.model, config.data.seq_length)
-        return Reporter(config, self.state.step, flops, peak_tflops(config, name), self.ctx.world.size, name)
+        written = self.state.step - bool(self.state.owed)
+        return Reporter(config, written, flops, peak_tflops(config, name), self.ctx.world.size, name)

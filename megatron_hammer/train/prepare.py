@@ -45,6 +45,7 @@ from megatron_hammer.train.identity import DataIdentity, DatasetIdentity, identi
 from megatron_hammer.train.output import refuse_traces
 
 STATE_KINDS = {"weight", "exp_avg", "exp_avg_sq"}  # what a run goes on from; a new one takes weights only
+OWED = "owed_line"  # in the state of a checkpoint: of metrics.jsonl, that of a step whose evaluation was cut short
 IDENTITY, LEDGER = "data", "accepted"  # in the state of a checkpoint: the datasets, and the changes that were accepted
 
 
@@ -108,8 +109,9 @@ class Prepared:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has done all its steps."""
-        return self.resume is not None and self.resume.step >= self.config.train.num_steps
+        """Whether the run has done all its steps and evaluations."""
+        resume = self.resume
+        return resume is not None and resume.step >= self.config.train.num_steps and OWED not in resume.state
 
     @property
     def begins_anew(self) -> bool:

@@ -17,7 +17,7 @@ from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.loader import chain_digest
 from megatron_hammer.sampling.order import SampleId
-from megatron_hammer.train.prepare import STATE_KINDS, Prepared
+from megatron_hammer.train.prepare import OWED, STATE_KINDS, Prepared
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class RunState:
     consumed_samples: int = 0
     samples_digest: str = ""
     """Over the names of all these samples (``chain_digest``)."""
+    owed: str = ""
+    """The line that metrics.jsonl lacks where a stop signal cut short the evaluation of this step: the run goes on
+    with that. JSON, which may hold NaN."""
 
     def after_step(self, ids: Sequence[SampleId], fingerprints: Sequence[str]) -> RunState:
         """The state one step later, which has consumed these samples; ``fingerprints`` are those of the sources."""
@@ -40,12 +43,13 @@ class RunState:
             "consumed_samples": self.consumed_samples,
             "samples_digest": self.samples_digest,
             "optimizer": optimizer.scalar_state(),
-        }
+        } | ({OWED: self.owed} if self.owed else {})
 
     @classmethod
     def from_manifest(cls, manifest: Manifest) -> RunState:
         """The inverse, for the optimizer's scalars see ``load_state``."""
-        return cls(manifest.step, manifest.state["consumed_samples"], manifest.state["samples_digest"])
+        state = manifest.state
+        return cls(manifest.step, state["consumed_samples"], state["samples_digest"], state.get(OWED, ""))
 
 
 def load_state(prepared: Prepared, optimizer: Optimizer, ctx: ParallelContext) -> RunState:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -43,3 +45,20 @@ def test_an_ignored_signal_stays_ignored() -> None:
         restore(handlers)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_stop_signal_ends_a_program_that_is_deep_in_compiled_code() -> None:
+    """Where no handler of Python's runs: in a wait that is started again after each signal, without the GIL."""
+    code = (
+        "from megatron_hammer.base.signals import end_at_once\n"
+        "end_at_once('before it began')\n"
+        "import ctypes\nprint('there', flush=True)\n"
+        "libc = ctypes.CDLL(None)\nwhile True: libc.pause()\n"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", f"{code}"], stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "there\n"
+        process.send_signal(signal.SIGHUP)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert err == "stopped by SIGHUP before it began; run the same command again\n"

@@ -21,12 +21,12 @@ import pytest
 
 from megatron_hammer.base.cli import run as run_and_exit
 from megatron_hammer.base.errors import CheckpointError, ConfigError, MemoryShortage, from_exception
-from megatron_hammer.base.signals import STOP_SIGNALS, on_signals
+from megatron_hammer.base.signals import STOP_SIGNALS, end_at_once
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.parallel import rendezvous
 from megatron_hammer.parallel.board import Journal
 from megatron_hammer.supervise.nodes import Node
-from megatron_hammer.supervise.start import _check_gpus, _check_slurm_step, _stop_early, launch
+from megatron_hammer.supervise.start import _check_gpus, _check_slurm_step, launch
 
 HERE = Path(__file__).resolve()
 CONFIG = {
@@ -451,6 +451,17 @@ def test_a_name_that_is_loopback_here_is_bound_to_the_way_out(monkeypatch: pytes
     )
 
 
+def test_loopback_that_is_down_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def down(self: object, place: object) -> None:
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(rendezvous.socket, "socket", type("Socket", (socket.socket,), {"connect": down}))
+    with pytest.raises(
+        ConfigError, match=re.escape("E244]: the address 127.0.0.1, at which the ranks would meet, can")
+    ):
+        rendezvous.host_store("127.0.0.1", 0, 600)
+
+
 def test_loopback_by_its_own_name_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("localhost", "127.0.0.1", "127.0.1.1"):
         assert rendezvous.host_store(name, 0, 5).address.startswith("127.0.")
@@ -575,5 +586,5 @@ if __name__ == "__main__":
     nnodes, node_rank, port = map(int, place or (1, 0, 0))
     node = Node(int(nproc), nnodes, node_rank, "127.0.0.1", port)
     config = config_from_tree(CONFIG | {"parallel": {"timeout_seconds": TIMEOUTS.get(name, 30)}})
-    on_signals(STOP_SIGNALS, _stop_early)  # as the program does
+    end_at_once("before any rank started")  # as the program does
     run_and_exit(lambda: launch(config, node, f"test_start:{name}"))
