@@ -22,6 +22,7 @@ from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.base.faults import fault_point
 from megatron_hammer.base.files import write_durably
 from megatron_hammer.base.reading import parse_json, read_regular
+from megatron_hammer.checkpoint.digest import MODULUS, RectangleSum, digest_of
 from megatron_hammer.checkpoint.folder import publish_checkpoint
 from megatron_hammer.checkpoint.manifest import (
     MAX_MANIFEST_BYTES,
@@ -84,10 +85,12 @@ def write_rank(folder: Path, rank: int, slices: Sequence[SliceToWrite], watch: W
     """
     path, step = folder / rank_file_name(rank), _step_of(folder)
     fault_point("write", rank, step, part)
-    hashes = []
+    hashes, sums = [], []
     with TensorFileWriter(path, [(s.key, s.dtype, s.shape) for s in slices]) as writer:
         for wanted in watch(slices):
-            hashes.append(writer.write(wanted.key, wanted.chunks()))
+            added = RectangleSum(wanted.rows, wanted.cols, wanted.dtype)
+            hashes.append(writer.write(wanted.key, added.watch(wanted.chunks())))
+            sums.append(added.total)
         fault_point("fsync", rank, step, part)
     with TensorFileReader(path, writer.size, writer.header_hash) as reader:
         for wanted, hashed in zip(slices, hashes):
@@ -99,7 +102,7 @@ def write_rank(folder: Path, rank: int, slices: Sequence[SliceToWrite], watch: W
                     "suspect the disk or the memory of this machine",
                 )
     rows = [[s.name, s.kind, s.dtype, *s.rows, *(s.cols or ()), h] for s, h in zip(slices, hashes)]
-    report = {"size": writer.size, "header": writer.header_hash, "slices": rows}
+    report = {"size": writer.size, "header": writer.header_hash, "slices": rows, "sums": sums}
     write_durably(_report_path(folder, rank), canonical_json(report))
 
 
@@ -146,10 +149,13 @@ def commit(
         for name, shape in logical_shapes(model).items()
     ]
     index = {(t.name, t.kind): i for i, t in enumerate(tensors)}
-    files = []
+    files, sums = [], [0] * len(tensors)
     for rank, report in enumerate(reports):
         slices = []
-        for name, kind, _, first, end, *columns, hashed in report["slices"]:
+        for (name, kind, _, first, end, *columns, hashed), part_sum in zip(
+            report["slices"], report["sums"], strict=True
+        ):
+            sums[index[name, kind]] = (sums[index[name, kind]] + part_sum) % MODULUS
             slices.append(SavedSlice(index[name, kind], (first, end), tuple(columns) or None, hashed))
         files.append(SavedFile(rank_file_name(rank), report["size"], report["header"], tuple(slices)))
     fault_point("manifest", 0, step, part)
@@ -164,6 +170,7 @@ def commit(
             tuple(tensors),
             tuple(files),
             tokenizer,
+            digest_of(tensors, sums, step, state),
         )
     )
     fault_point("rename", 0, step, part)

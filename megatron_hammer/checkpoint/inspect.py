@@ -1,38 +1,148 @@
-"""Looking into checkpoints without a run: which ones there are, what one holds, and whether it is as it was saved.
+"""Looking into checkpoints without a run: which ones there are, what one holds, whether it is as it was saved.
 
-Behind ``tools/inspect_checkpoint.py``. Only ``verify_checkpoint`` opens the tensors' files; it reads all their bytes.
+Behind ``tools/inspect_checkpoint.py``. Only what verifies, or takes a digest, opens the tensors' files, and reads all
+their bytes; two checkpoints are compared by the sums in their manifests.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.base.errors import CheckpointError
+import torch
+
+from megatron_hammer.base.errors import CheckpointError, ConfigError
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.tables import align
+from megatron_hammer.checkpoint.digest import MODULUS, STATE_VALUES, digest_of
 from megatron_hammer.checkpoint.folder import find_checkpoints
-from megatron_hammer.checkpoint.manifest import Layout, Manifest, checked_tokenizer_folder, read_manifest, saved_model
-from megatron_hammer.checkpoint.read import check_file
+from megatron_hammer.checkpoint.manifest import (
+    Layout,
+    LogicalTensor,
+    Manifest,
+    StateDigest,
+    canonical_json,
+    checked_tokenizer_folder,
+    read_manifest,
+    saved_model,
+)
+from megatron_hammer.checkpoint.read import LogicalReader, check_file
 
 
-def verify_checkpoint(manifest: Manifest) -> None:
+def verify_checkpoint(manifest: Manifest) -> StateDigest:
     """Read the whole checkpoint and compare every slice, header and tokenizer file with its hash, keeping nothing.
 
     That the slices make up the tensors was checked when the manifest was read.
+
+    Returns:
+        the digest of the state (``digest.py``), computed from the bytes in the files.
 
     Raises:
         CheckpointError: names the first file, and tensor, that is not as it was saved.
     """
     saved_model(manifest)
     checked_tokenizer_folder(manifest)
+    sums = [0] * len(manifest.tensors)
     with Progress(f"verifying {manifest.folder.name}", _size(manifest)) as progress:
         for file in manifest.files:
-            check_file(manifest, file)
+            for at, part in check_file(manifest, file):
+                sums[at] = (sums[at] + part) % MODULUS
             progress.advance(file.size)
+    found = digest_of(manifest.tensors, sums, manifest.step, manifest.state)
+    if (claimed := manifest.state_digest) is not None and found != claimed:
+        differing = [t for t, ours, theirs in zip(manifest.tensors, found.sums, claimed.sums) if ours != theirs]
+        what = f"{manifest.folder}: {differing[0] if differing else 'the state'}"
+        raise CheckpointError(17, what, "is not what its digest of the state was taken of", "use another checkpoint")
+    return found
+
+
+def expect_digest(manifest: Manifest, found: StateDigest, expected: str) -> None:
+    """Hold a checkpoint against a digest that was kept elsewhere, as ``digest`` printed it.
+
+    Raises:
+        ConfigError: it is neither of the two.
+        CheckpointError: it is that of another state.
+    """
+    expected = expected.strip().lower()
+    if re.fullmatch(r"[0-9a-f]{32}|[0-9a-f]{64}", expected) is None:
+        rule, remedy = (
+            "is neither a state digest (32 hex digits) nor a SHA-256 (64)",
+            "take it from `digest CHECKPOINT`",
+        )
+        raise ConfigError(3, f"--expect={expected:.80}", rule, remedy)
+    own = found.digest if len(expected) == 32 else sha256(manifest)
+    if own != expected:
+        raise CheckpointError(
+            17, f"{manifest.folder} of digest {own}", f"is not of {expected}", "use another checkpoint"
+        )
+
+
+def sha256(manifest: Manifest) -> str:
+    """SHA-256 over the tensors in the order of their names, and the state's values: a forger cannot meet it.
+
+    Every byte is read in the tensors' order, so that the layout and the files make no difference.
+    """
+    hasher = hashlib.sha256()
+    values = {name: manifest.state[name] for name in STATE_VALUES if name in manifest.state}
+    hasher.update(canonical_json({"step": manifest.step, "state": values}))
+    with LogicalReader(manifest) as reader, Progress(f"reading {manifest.folder.name}", _size(manifest)) as progress:
+        for tensor in sorted(manifest.tensors, key=lambda t: (t.name, t.kind)):
+            hasher.update(canonical_json([tensor.name, tensor.kind, list(tensor.shape), tensor.dtype]))
+            for band in reader.bands(tensor.name, tensor.kind):
+                content: Any = band.contiguous().view(-1).view(torch.uint8).numpy()
+                hasher.update(content)
+                progress.advance(content.nbytes)
+    return hasher.hexdigest()
+
+
+def digest_lines(manifest: Manifest, with_sha256: bool) -> Iterator[str]:
+    """What ``digest`` prints: computed from the files, which are verified on the way."""
+    yield f"state digest  {verify_checkpoint(manifest).digest}"
+    if with_sha256:
+        yield f"sha256        {sha256(manifest)}"
+
+
+def differences(a: Manifest, b: Manifest) -> list[str]:
+    """In what two checkpoints differ: step, state, settings and tensors; how they are cut into files does not count."""
+    lines = [] if a.step == b.step else [f"step: {a.step} -> {b.step}"]
+    flat = [dict(_flat("state", m.state)) | dict(_flat("config", m.config)) for m in (a, b)]
+    for name in dict.fromkeys([*flat[0], *flat[1]]):
+        old, new = (values.get(name, "absent") for values in flat)
+        if old != new:
+            lines.append(f"{name}: {old} -> {new}")
+    tensors = [dict(zip(map(_identity, m.tensors), _known_digest(m).sums)) for m in (a, b)]
+    for key in dict.fromkeys([*tensors[0], *tensors[1]]):
+        if tensors[0].get(key) != tensors[1].get(key):
+            name, kind, shape, dtype = key
+            where = (
+                "differs" if key in tensors[0] and key in tensors[1] else f"only in {(b, a)[key in tensors[0]].folder}"
+            )
+            lines.append(f"tensor {kind} {name} {' x '.join(map(str, shape))} {dtype}: {where}")
+    return lines
+
+
+def _identity(tensor: LogicalTensor) -> tuple[str, str, tuple[int, ...], str]:
+    return (tensor.name, tensor.kind, tensor.shape, tensor.dtype)
+
+
+def _known_digest(manifest: Manifest) -> StateDigest:
+    """That of the manifest; of an old checkpoint, of its files."""
+    return manifest.state_digest or verify_checkpoint(manifest)
+
+
+def _flat(name: str, tree: Any) -> Iterator[tuple[str, str]]:
+    """The leaves of a tree of JSON values, each with its path."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _flat(f"{name}.{key}", value)
+    else:
+        yield name, json.dumps(tree, sort_keys=True)
 
 
 def summarize(manifest: Manifest) -> str:
@@ -69,6 +179,8 @@ def describe(manifest: Manifest) -> Iterator[str]:
     parameters = sum(math.prod(tensor.shape) for tensor in manifest.tensors if tensor.kind == "weight")
     yield f"{manifest.folder}: {summarize(manifest)}"
     yield f"digest     {manifest.digest}"
+    state_digest = manifest.state_digest
+    yield f"of state   {'none: an older version wrote it' if state_digest is None else state_digest.digest}"
     context_parallel = f"cp {layout.cp}, " if layout.cp > 1 else ""
     tensor_parallel = f"tp {layout.tp}{_pp(layout)}"
     parallel = f"{tensor_parallel}, {context_parallel}dp {layout.dp}, sequence_parallel {layout.sequence_parallel}"

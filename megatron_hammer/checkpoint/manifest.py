@@ -42,7 +42,7 @@ MAX_MANIFEST_VALUES = 2_000_000
 STEP_NAME = r"step-(\d{8,12})"
 _RANK_FILE = re.compile(r"rank-\d{5,7}\.safetensors")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_HASH = re.compile(r"[0-9a-f]{32}")
+_HASH, _SUM = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{16}")
 _USE_ANOTHER = "restore the file or use another checkpoint"
 
 Range = tuple[int, int]
@@ -113,6 +113,15 @@ class TokenizerFiles:
 
 
 @dataclass(frozen=True)
+class StateDigest:
+    """Of the whole state, whatever the layout: see ``digest.py``."""
+
+    digest: str
+    sums: tuple[str, ...]
+    """Of each of ``Manifest.tensors``, 16 hex digits: they tell which one is another."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All that is known of a checkpoint without opening its tensors."""
 
@@ -128,6 +137,8 @@ class Manifest:
     tensors: tuple[LogicalTensor, ...]
     files: tuple[SavedFile, ...]
     tokenizer: TokenizerFiles | None = None
+    state_digest: StateDigest | None = None
+    """None where an older version wrote the checkpoint."""
     digest: str = field(default="", compare=False)
 
     @cached_property
@@ -177,6 +188,8 @@ def write_manifest(manifest: Manifest) -> None:
             "files": {name: list(entry) for name, entry in tokenizer.files.items()},
         },
     }
+    if manifest.state_digest is not None:
+        tree["state_digest"] = {"digest": manifest.state_digest.digest, "sums": list(manifest.state_digest.sums)}
     tree["digest"] = hash_bytes(canonical_json(tree))
     write_durably(manifest.folder / MANIFEST, canonical_json(tree) + b"\n")
 
@@ -255,7 +268,13 @@ def _parse(folder: Path, tree: dict[str, Any], claimed: str) -> Manifest:
     for name, value in asdict(layout).items():
         if not (type(value) is bool if name == "sequence_parallel" else _count(value) > 0):
             raise ValueError(f"layout.{name}={value!r:.60}")
-    return Manifest(folder, step, layout, config, state, dtype, tuple(tensors), tuple(files), tokenizer, claimed)
+    found = None
+    if "state_digest" in tree:
+        sums = tuple(_text(value, _SUM) for value in tree["state_digest"]["sums"])
+        found = StateDigest(_text(tree["state_digest"]["digest"], _HASH), sums)
+        if len(sums) != len(tensors):
+            raise ValueError("state_digest has another number of sums than there are tensors")
+    return Manifest(folder, step, layout, config, state, dtype, tuple(tensors), tuple(files), tokenizer, found, claimed)
 
 
 def _check_state(state: dict[str, Any]) -> None:
@@ -313,7 +332,7 @@ def _count(value: Any) -> int:
 def _text(value: Any, form: re.Pattern[str]) -> str:
     """A hash or the name of a file."""
     if not isinstance(value, str) or form.fullmatch(value) is None:
-        raise ValueError(f"{value!r} is not a hash" if form is _HASH else f"file name {value!r}")
+        raise ValueError(f"{value!r:.60} is not a hash" if form in (_HASH, _SUM) else f"file name {value!r:.60}")
     return value
 
 

@@ -22,6 +22,7 @@ import xxhash
 from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError, HammerError, from_os_error
+from megatron_hammer.checkpoint.digest import RectangleSum
 from megatron_hammer.checkpoint.dtypes import DTYPES
 from megatron_hammer.checkpoint.fit import check_fits
 from megatron_hammer.checkpoint.manifest import Manifest, SavedFile, SavedSlice, slice_key
@@ -191,16 +192,25 @@ class LogicalReader:
         self._readers.clear()
 
 
-def check_file(manifest: Manifest, file: SavedFile) -> None:
+def check_file(manifest: Manifest, file: SavedFile) -> list[tuple[int, int]]:
     """Compare every slice in one rank's file with its hash, keeping nothing.
+
+    Returns:
+        of each slice, its tensor's position in the manifest, and its part of that tensor's sum (``digest.py``).
 
     Raises:
         CheckpointError: names the file, and the first tensor, that is not as it was saved.
     """
+    parts = []
     with _open(manifest, file) as reader:
         for saved in file.slices:
-            key = _expect(manifest, reader, saved)
-            _compare(reader, key, saved, reader.hash_of(key))
+            key, hasher = _expect(manifest, reader, saved), xxhash.xxh3_128()
+            part = RectangleSum(saved.rows, saved.cols, manifest.tensors[saved.tensor].dtype)
+            for chunk in part.watch(reader.chunks(key)):
+                hasher.update(chunk)
+            _compare(reader, key, saved, hasher.hexdigest())
+            parts.append((saved.tensor, part.total))
+    return parts
 
 
 def _fill(manifest: Manifest, wanted: dict[int, list[_Place]]) -> None:

@@ -1,12 +1,14 @@
-"""How the ranks of a run agree on its start: one set of inputs, one checkpoint, one output folder.
+"""What the ranks of a run tell each other before its start: one set of inputs, one checkpoint, one output folder.
 
 ::
 
     round "inputs"       each rank looks at config, tokenizer, datasets    facts: settings, fingerprints
-                         rank 0 looks for the checkpoint                   told: its name and digest
-    round "checkpoint"   the others open that very one; what has changed; devices and kernels
-                         rank 0 takes the lock and writes a probe          told: the probe's name
+    round "search"       rank 0 looks for the checkpoint                   told: its name and digest
+    round "checkpoint"   the others open that very one
+                         rank 0 writes a probe                             told: the probe's name
     round "folder"       the others look for the probe in their train.output
+
+All rounds, in their order, are in ``begin.py``.
 
 Only rank 0 searches: on a network file system two nodes may list one folder differently for a while, and ranks that
 each took what they saw would train on masters of two different steps. A name, once known, is looked up without the

@@ -7,10 +7,11 @@ started again computes what it would have computed, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_hammer.checkpoint.live_state import check_live_state
 from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.checkpoint.read import load_shards
 from megatron_hammer.optim.optimizer import Optimizer
@@ -50,6 +51,21 @@ class RunState:
         """The inverse, for the optimizer's scalars see ``load_state``."""
         state = manifest.state
         return cls(manifest.step, state["consumed_samples"], state["samples_digest"], state.get(OWED, ""))
+
+
+def check_state(
+    prepared: Prepared, state: RunState, optimizer: Optimizer, ctx: ParallelContext, note: Callable[[str], None]
+) -> None:
+    """Compare the live state, right before the first step, with the digest of what was saved; new runs have none.
+
+    Raises:
+        CheckpointError: on all ranks, E417.
+    """
+    if prepared.resume is not None:
+        values = state.to_manifest(optimizer)
+        line = check_live_state(prepared.resume, optimizer.shards(), state.step, values, ctx)
+        if line is not None and ctx.world.rank == 0:
+            note(line)
 
 
 def load_state(prepared: Prepared, optimizer: Optimizer, ctx: ParallelContext) -> RunState:

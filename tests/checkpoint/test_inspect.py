@@ -61,3 +61,40 @@ def test_every_byte_is_verified(run, monkeypatch, capsys):
     (checkpoints[1] / "tokenizer" / "more").write_text("")
     assert inspect(monkeypatch, "verify", run) == 4
     assert "error[E415]" in capsys.readouterr().err
+
+
+def digest(monkeypatch, capsys, *arguments: object) -> list[str]:
+    assert inspect(monkeypatch, "digest", *arguments) == 0
+    return [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_digest_is_that_of_the_state_and_of_nothing_else(run, tmp_path, monkeypatch, capsys):
+    """Equal for every layout; both of its forms can be expected, and another one is refused."""
+    at = run / "checkpoints" / "step-00000020"
+    whole, strong = digest(monkeypatch, capsys, at, "--sha256")
+    assert (len(whole), len(strong)) == (32, 64)
+    other = write_layout(tmp_path / "other", MODEL, random_logical(MODEL), 1, 3, step=20).folder
+    assert digest(monkeypatch, capsys, other, "--sha256") == [whole, strong]
+    assert inspect(monkeypatch, "show", at) == 0
+    assert whole in capsys.readouterr().out
+    for expected in (whole, whole.upper(), strong):
+        assert inspect(monkeypatch, "verify", at, "--expect", expected) == 0
+    capsys.readouterr()
+    assert inspect(monkeypatch, "verify", run / "checkpoints" / "step-00000010", "--expect", whole) == 4
+    assert f"is not of {whole}" in capsys.readouterr().err
+    assert inspect(monkeypatch, "verify", at, "--expect", "abc") == 2
+    assert "error[E203]: --expect=abc" in capsys.readouterr().err
+
+
+def test_differences_are_named(run, tmp_path, monkeypatch, capsys):
+    changed = random_logical(MODEL)
+    changed["model.norm.weight", "exp_avg"][3] += 1
+    at = run / "checkpoints" / "step-00000020"
+    write_layout(tmp_path / "same", MODEL, random_logical(MODEL), 1, 2, step=20)
+    write_layout(tmp_path / "changed", MODEL, changed, 1, 2, step=21)
+    assert inspect(monkeypatch, "diff", at, tmp_path / "same") == 0
+    assert capsys.readouterr().out == "no difference\n"
+    assert inspect(monkeypatch, "diff", at, tmp_path / "changed") == 5
+    assert capsys.readouterr().out.splitlines() == [
+        "step: 20 -> 21", "tensor exp_avg model.norm.weight 8 float32: differs"
+    ]  # fmt: skip

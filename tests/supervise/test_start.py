@@ -181,16 +181,16 @@ def rank_fails_in_training(
 
     from megatron_hammer.train import run
 
-    def train(prepared: object, ctx: object) -> int:
+    def train() -> int:
         if rank == 1:
             raise ZeroDivisionError("a defect of ours")
         dist.all_reduce(torch.zeros(1))
         return 0
 
-    device = torch.device("cpu")
+    prepared = SimpleNamespace(config=config, is_finished=False)
     replaced = {
-        "train": train,
-        "agree_on_start": lambda *_: (SimpleNamespace(config=config, is_finished=False), device),
+        "begin": lambda *_: SimpleNamespace(train=train),
+        "Beginning": lambda *_: SimpleNamespace(agree=lambda: prepared, device=torch.device("cpu")),
         "announcement": lambda *_: "",
     }
     for name, stand_in in replaced.items():

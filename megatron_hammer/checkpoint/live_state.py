@@ -1,0 +1,113 @@
+"""The digest (``digest.py``) of the state that the ranks hold, taken from the live objects, against a checkpoint's.
+
+Each rank adds up the rectangles that it owns, as it would write them; one sum over all ranks makes the tensors' sums.
+On a GPU the sums are taken there, 64 MB at a time. What other ranks hold copies of is compared by the drift check of
+the first step (``train/drift.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.base.errors import CheckpointError
+from megatron_hammer.checkpoint.digest import (
+    MODULUS,
+    RectangleSum,
+    col_numbers,
+    places,
+    row_numbers,
+    state_digest,
+)
+from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES
+from megatron_hammer.checkpoint.manifest import Manifest
+from megatron_hammer.checkpoint.write import chunks_of
+from megatron_hammer.parallel.collectives import all_reduce
+from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.parallel.sharding import Range, Shard, rectangles
+
+ELEMENTS_AT_ONCE = 2**23  # of 8 bytes on a GPU
+
+
+def check_live_state(
+    manifest: Manifest, shards: Sequence[Shard], step: int, state: Mapping[str, Any], ctx: ParallelContext
+) -> str | None:
+    """Compare what the ranks hold with what the checkpoint says was saved. Communicates over the world.
+
+    Args:
+        step, state: as the loop will go on from them, in the form of the manifest.
+
+    Returns:
+        a line where they cannot be compared.
+
+    Raises:
+        CheckpointError: on all ranks; names the first tensor, or the value, that is not what was saved.
+    """
+    saved = manifest.state_digest
+    if saved is None:
+        return f"{manifest.folder} is of a version without a digest of the state: it is not compared after loading"
+    converted = sum(t.dtype != _dtype_of(shards, t.kind) for t in manifest.tensors if t.kind in _kinds(shards))
+    where = {(t.name, t.kind): at for at, t in enumerate(manifest.tensors)}
+    sums = torch.tensor([*live_sums(shards, where), converted], dtype=torch.int64).to(ctx.device)
+    all_reduce(sums, ctx.world)
+    *found, converted = (value % MODULUS for value in sums.tolist())
+    if converted:
+        return f"{manifest.folder} holds tensors in another type than this run: the state is not compared after loading"
+    remedy = "run the same command again; the same error again is one of this program or of a machine's memory"
+    for tensor, value, expected in zip(manifest.tensors, found, saved.sums):
+        if f"{value:016x}" != expected:
+            rule = "was loaded, but is not what was saved (its bytes in the file are)"
+            raise CheckpointError(17, f"{manifest.folder}: {tensor}", rule, remedy)
+    if state_digest(manifest.tensors, found, step, state) != saved.digest:
+        what = f"{manifest.folder}: step {step}, {dict(state)}"
+        raise CheckpointError(17, what, "is not the state that was saved", remedy)
+    return None
+
+
+def live_sums(shards: Sequence[Shard], where: Mapping[tuple[str, str], int]) -> list[int]:
+    """This rank's part of every tensor's sum, as signed numbers of 64 bits; of tensors that it has no part of, 0."""
+    sums = [0] * len(where)
+    for shard in (s for s in shards if not s.is_copy):
+        for kind, flat in shard.tensors.items():
+            for part in (s for s in shard.parameter.slices if s.owned):
+                for box in rectangles(part, shard.start, shard.stop):
+                    view = flat[box.position : box.position + box.numel]
+                    at = where.get((part.tensor, kind))
+                    if at is not None:
+                        sums[at] += _sum_of(view, box.rows, box.cols)
+    return [(value + MODULUS // 2) % MODULUS - MODULUS // 2 for value in sums]
+
+
+def _sum_of(view: Tensor, rows: Range, cols: Range | None) -> int:
+    if view.device.type == "cpu":
+        part = RectangleSum(rows, cols, DTYPE_NAMES[view.dtype])
+        for chunk in chunks_of(view):
+            part.add(chunk)
+        return part.total
+    return int(sum_on_device(view, rows, cols).item())
+
+
+@torch.no_grad()
+def sum_on_device(view: Tensor, rows: Range, cols: Range | None) -> Tensor:
+    """The same with torch alone, where the tensor is: int64 scalar."""
+    lines, columns = places(rows, cols)
+    row, col = (torch.from_numpy(n.view("int64")).to(view.device) for n in (row_numbers(lines), col_numbers(columns)))
+    bits = view.detach().view(torch.int16 if view.element_size() == 2 else torch.int32).view(len(row), len(col))
+    mask, total = 2 ** (8 * view.element_size()) - 1, torch.zeros((), dtype=torch.int64, device=view.device)
+    height, width = max(1, ELEMENTS_AT_ONCE // len(col)), min(len(col), ELEMENTS_AT_ONCE)
+    for top in range(0, len(row), height):
+        for left in range(0, len(col), width):
+            part = (bits[top : top + height, left : left + width].long() & mask) * col[left : left + width]
+            total += (part.sum(1) * row[top : top + height]).sum()
+    return total
+
+
+def _kinds(shards: Sequence[Shard]) -> set[str]:
+    return {kind for shard in shards for kind in shard.tensors}
+
+
+def _dtype_of(shards: Sequence[Shard], kind: str) -> str | None:
+    return next((DTYPE_NAMES[s.tensors[kind].dtype] for s in shards if kind in s.tensors), None)

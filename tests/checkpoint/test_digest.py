@@ -1,0 +1,125 @@
+"""The digest of a state: one value for any layout and either backend, another one for any change."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_hammer.base.errors import CheckpointError
+from megatron_hammer.checkpoint import digest
+from megatron_hammer.checkpoint.digest import MODULUS, RectangleSum, col_numbers, row_numbers
+from megatron_hammer.checkpoint.inspect import verify_checkpoint
+from megatron_hammer.checkpoint.live_state import check_live_state, live_sums, sum_on_device
+from megatron_hammer.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from megatron_hammer.parallel.context import ParallelContext
+from tests.checkpoint.layouts import load_layout, random_logical, rank_shards, tiny_model, write_layout
+
+MODEL = tiny_model(hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=1, vocab_size=33)
+LAYOUTS = [(1, 1), (2, 1), (1, 3), (2, 2)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Manifest]:
+    folder = tmp_path_factory.mktemp("digest")
+    return {at: write_layout(folder / f"{at}", MODEL, random_logical(MODEL), *at) for at in LAYOUTS}
+
+
+def test_every_layout_has_the_same(saved) -> None:
+    first, *others = (manifest.state_digest for manifest in saved.values())
+    assert first is not None and all(other == first for other in others)
+    assert len(set(first.sums)) == len(first.sums)
+    for manifest in saved.values():
+        assert verify_checkpoint(manifest) == first
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", ["C++", "NumPy", "torch"])
+def test_each_backend_sums_what_the_formula_says(dtype: str, backend: str, monkeypatch) -> None:
+    if backend == "C++" and digest._native is None:
+        pytest.skip("megatron_hammer.checkpoint._digest was not built")
+    if backend == "NumPy":
+        monkeypatch.setattr(digest, "_native", None)
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2**16 if dtype == "bfloat16" else 2**32, (7, 11)).astype(
+        "u2" if dtype == "bfloat16" else "u4"
+    )
+    rows, cols = row_numbers((20, 27)), col_numbers((5, 16))
+    expected = sum(int(bits[r, c]) * int(rows[r]) * int(cols[c]) for r in range(7) for c in range(11)) % MODULUS
+    if backend == "torch":
+        view = torch.from_numpy(bits.view(bits.dtype.str.replace("u", "i")).reshape(-1))
+        view = view.view(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+        for at_once in (2**23, 20, 4):
+            monkeypatch.setattr("megatron_hammer.checkpoint.live_state.ELEMENTS_AT_ONCE", at_once)
+            assert int(sum_on_device(view, (20, 27), (5, 16))) % MODULUS == expected
+        return
+    for cut in (1, 3, 11, 12, 30, 77):
+        part = RectangleSum((20, 27), (5, 16), dtype)
+        for start in range(0, 77, cut):
+            part.add(bits.reshape(-1)[start : start + cut].tobytes())
+        assert part.total == expected
+
+
+def test_any_change_is_another_sum() -> None:
+    """A bit, two places exchanged, rows or columns exchanged, a sign and another."""
+
+    def sum_of(values: np.ndarray) -> int:
+        part = RectangleSum((0, 6), (0, 9), "float32")
+        part.add(np.ascontiguousarray(values).tobytes())
+        return part.total
+
+    values = np.random.default_rng(1).standard_normal((6, 9)).astype("f4")
+    seen = {sum_of(values)}
+    changes = [values[::-1], values[:, ::-1], np.roll(values, 1), -values, np.zeros_like(values)]
+    for bit in range(32):
+        changed = values.copy()
+        changed.view("u4")[3, 4] ^= np.uint32(1 << bit)
+        changes.append(changed)
+    for changed in changes:
+        seen.add(sum_of(changed))
+    assert len(seen) == 1 + len(changes)
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (2, 2)])
+def test_what_was_loaded_is_compared_whatever_the_layout(saved, layout: tuple[int, int]) -> None:
+    """Ranks add up their parts; here one after the other."""
+    manifest = saved[2, 1]
+    where = {(t.name, t.kind): at for at, t in enumerate(manifest.tensors)}
+    sums = [0] * len(where)
+    for shards in load_layout(manifest, MODEL, *layout):
+        sums = [(a + b) % MODULUS for a, b in zip(sums, live_sums(shards, where))]
+    assert tuple(f"{value:016x}" for value in sums) == manifest.state_digest.sums
+
+
+def test_a_live_state_that_is_another_is_named(saved) -> None:
+    manifest, ctx = saved[1, 3], ParallelContext.single()
+    shards = rank_shards(MODEL, 0, 1, 1, random_logical(MODEL))
+    state = {"consumed_samples": 3}
+    assert check_live_state(manifest, shards, 7, state, ctx) is None
+    for step, other in ((8, state), (7, {"consumed_samples": 4})):
+        with pytest.raises(CheckpointError, match=r"E417.*is not the state that was saved"):
+            check_live_state(manifest, shards, step, other, ctx)
+    last = shards[-1].tensors["exp_avg_sq"]
+    last[0] = torch.nextafter(last[0], torch.tensor(9.0))
+    with pytest.raises(CheckpointError, match=r"E417.*exp_avg_sq of .*not what was saved"):
+        check_live_state(manifest, shards, 7, state, ctx)
+    old = dataclasses.replace(manifest, state_digest=None)
+    assert "without a digest" in str(check_live_state(old, shards, 7, state, ctx))
+
+
+def test_an_old_checkpoint_has_none_and_a_wrong_one_is_damage(saved, tmp_path: Path) -> None:
+    manifest = write_layout(tmp_path, MODEL, random_logical(MODEL))
+    path = manifest.folder / "manifest.json"
+    for known in (None, dataclasses.replace(manifest.state_digest, digest="0" * 32)):
+        path.unlink()
+        write_manifest(dataclasses.replace(manifest, state_digest=known))
+        again = read_manifest(manifest.folder)
+        assert again.state_digest == known
+        if known is None:
+            assert verify_checkpoint(again) == manifest.state_digest
+        else:
+            with pytest.raises(CheckpointError, match=r"E417.*the state is not what its digest"):
+                verify_checkpoint(again)
