@@ -1,10 +1,10 @@
-"""Start the ranks of one node, watch them, and end with one line and one exit code.
+"""The launcher: read and check what the user asks for, start the ranks of one node, and end with one line and one code.
 
 ::
 
     launcher --- reads and validates the config once, before any rank exists
        |-------- hosts the rendezvous store on a socket bound to 127.0.0.1 (more nodes: node 0, on the master address)
-       |-------- rank 0 .. rank N-1   spawned by torch.multiprocessing; each hands its error back through a pipe
+       |-------- rank 0 .. rank N-1   spawned (attempt.py); each hands its error back through a pipe
        |                              and notes what it does on a board in shared memory (parallel/board.py)
        '-------- waits: forwards signals, ends the others when one fails or hangs, names the cause, returns the code
 
@@ -23,26 +23,16 @@ signal changes nothing. USR2 has the launcher print what all ranks do, with thei
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import tempfile
 from collections.abc import Mapping
-from multiprocessing import resource_tracker
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_hammer.base.cli import ArgumentParser, keep_torch_quiet, report
-from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL, ConfigError
+from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.progress import say
-from megatron_hammer.base.signals import STOP_SIGNALS, on_signals, take_over
 from megatron_hammer.config import Config, add_accept, help_text, load_config
-from megatron_hammer.parallel.board import STACKS_SIGNAL, Board
 from megatron_hammer.supervise.nodes import Node
-from megatron_hammer.supervise.observe import Observer
-from megatron_hammer.supervise.watch import GRACE_SECONDS, Rank, forward_signal, kill, watch
-
-if TYPE_CHECKING:
-    from megatron_hammer.parallel.rendezvous import Meeting
+from megatron_hammer.supervise.restart import Restarts, make_restarts
 
 # (config, rank, local_rank, world_size, store, check_data, **options) -> 0 or 75
 RANK_ENTRY = "megatron_hammer.train.run:run_rank"
@@ -65,6 +55,19 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--master-addr", metavar="A", help="address of node 0, as the others reach it")
     parser.add_argument("--master-port", type=int, metavar="P", help="free port of node 0")
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start again from the last checkpoint, N times at most, when a rank has died or hung (default: 0)",
+    )
+    parser.add_argument(
+        "--min-nproc",
+        type=int,
+        metavar="N",
+        help="with fewer ranks, down to N, where the same one fails twice in a row (default: --nproc)",
+    )
     add_accept(parser)
     return parser
 
@@ -79,6 +82,7 @@ def main() -> int:
     _check_slurm_step()
     node = _node(args.nproc, args.nnodes, args.node_rank, args.master_addr, args.master_port)
     config = load_config(args.config, args.overrides)
+    restarts = make_restarts(config, node, args.max_restarts, args.min_nproc)
     accepted = tuple(args.accept)
     prepared = prepare(config, node.world_size, accepted=accepted, first_node=node.node_rank == 0)
     for note in prepared.data_notes:  # rank 0 says the rest; it does not read the data again
@@ -87,7 +91,7 @@ def main() -> int:
         print(format_plan(prepared.plan), flush=True)
     _check_gpus(config, node.nproc)
     _note_few_cores(config, node.nproc)
-    return launch(config, node, options={"accepted": accepted})
+    return launch(config, node, options={"accepted": accepted}, restarts=restarts)
 
 
 def _node(nproc: int, nnodes: int, node_rank: int, addr: str | None, port: int | None) -> Node:
@@ -121,7 +125,13 @@ def _check_gpus(config: Config, nproc: int) -> None:
         raise ConfigError(43, f"--nproc={nproc}", f"must not exceed the {gpus} GPUs that torch sees", remedy)
 
 
-def launch(config: Config, node: Node, entry: str = RANK_ENTRY, options: Mapping[str, Any] | None = None) -> int:
+def launch(
+    config: Config,
+    node: Node,
+    entry: str = RANK_ENTRY,
+    options: Mapping[str, Any] | None = None,
+    restarts: Restarts | None = None,
+) -> int:
     """Run ``entry`` on every rank of ``node`` and return the exit code of the whole.
 
     Args:
@@ -129,113 +139,24 @@ def launch(config: Config, node: Node, entry: str = RANK_ENTRY, options: Mapping
         node: the ranks to start.
         entry: ``module:function`` with the signature of ``RANK_ENTRY``; tests put small functions here.
         options: further arguments of it, by name.
+        restarts: how often to start again when a rank has died or hung; None: never.
 
     Returns:
         0, 75, or the exit code of the failure whose line was printed to stderr.
     """
-    import torch.multiprocessing  # one import for all: the ranks find the files in the page cache
+    from megatron_hammer.supervise.attempt import run_ranks
 
-    from megatron_hammer.parallel.heartbeat import Heartbeat
-    from megatron_hammer.supervise.outcome import FAILURE_KEY, agree_with_other_nodes, wait_until
-    from megatron_hammer.supervise.rank import rank_main
-
-    meeting = None if node.world_size == 1 else _meet(node, config.parallel.timeout_seconds)
-    others = None
-    if meeting is not None and node.nnodes > 1:
-        timeout = config.parallel.timeout_seconds
-        others = Heartbeat(meeting, node.node_rank, node.nnodes, node.nproc, timeout, FAILURE_KEY)
-    place = None if meeting is None else (meeting.address, meeting.port)
-    _set_environment(node, meeting)
-    spawn = torch.multiprocessing.get_context("spawn")
-    ranks: list[Rank] = []
-    numbers = range(node.node_rank * node.nproc, (node.node_rank + 1) * node.nproc)
-    board, received = Board(node.nproc), list[int]()
-    observer = Observer(board, numbers, config.parallel.timeout_seconds, alone=node.nnodes == 1)
-
-    def pass_on(signum: int, frame: object) -> None:
-        received.append(signum)
-        forward_signal(ranks, signum)
-
-    resource_tracker.ensure_running()  # its start would unblock the signals that are blocked next
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited by the ranks
-    take_over()
-    try:
-        for local_rank, rank in enumerate(numbers):
-            pipe, rank_end = spawn.Pipe(duplex=False)
-            arguments = (
-                entry,
-                config,
-                rank,
-                local_rank,
-                node.world_size,
-                place,
-                dict(options or {}),
-                os.getpid(),
-                rank_end,
-                board,
-            )
-            process = spawn.Process(target=rank_main, args=arguments, name=f"rank {rank}")
-            process.start()
-            rank_end.close()  # the rank's copy is the only one left: its death closes the pipe
-            ranks.append(Rank(rank, process, pipe))
-        on_signals(STOP_SIGNALS, pass_on)
-        on_signals((STACKS_SIGNAL,), lambda *_: observer.ask())
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        failed_elsewhere = others.failed if others is not None else lambda: False
-        alone = node.nnodes == 1
-        failure = watch(
-            ranks, failed_elsewhere, config.parallel.timeout_seconds, observer, lambda: alone and bool(received)
-        )
-    finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # for good: the outcome stands, nothing is left to stop
-        kill(ranks)
-        board.close()
-    if failure is None and received and any(r.ended_by_us for r in ranks):
-        say(f"stopped by {signal.Signals(received[0]).name} before the first step; run the same command again")
-    if others is not None and meeting is not None:
-        if failure is not None and failure.severity >= 2:  # it may be the consequence of what happened elsewhere
-            wait_until(others.failed, 2 * GRACE_SECONDS)
-        failure = agree_with_other_nodes(meeting.store, node, failure, others.lost())
-        others.stop()
-    if failure is None:
-        return EXIT_STOPPED_BY_SIGNAL if any(r.code for r in ranks) else 0
-    if failure.traceback:
-        print(failure.traceback, file=sys.stderr, flush=True)
-    return report(failure.error)
-
-
-def _meet(node: Node, timeout_seconds: int) -> Meeting:
-    """The open store through which all ranks find each other; with several nodes, when all of them are there."""
-    from megatron_hammer.parallel.rendezvous import host_store, join_store
-    from megatron_hammer.supervise.outcome import wait_for_all_nodes
-
-    if node.node_rank == 0:
-        meeting = host_store(node.master_addr, node.master_port, timeout_seconds)
-    else:
-        meeting = join_store(node.master_addr, node.master_port, timeout_seconds, say)
-    if node.nnodes > 1:
-        wait_for_all_nodes(meeting, node, timeout_seconds, say)
-    return meeting
-
-
-def _set_environment(node: Node, meeting: Meeting | None) -> None:
-    """What the ranks inherit, where the user has not said otherwise: network interfaces, a share of the cores, a cache.
-
-    On one node nothing but loopback is used. On several, gloo would take the interface that this machine's own name
-    resolves to, which may be loopback; it gets the one on the way to node 0.
-    """
-    if node.nnodes == 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    elif meeting is not None:
-        from megatron_hammer.parallel.rendezvous import interface_towards
-
-        if name := interface_towards(meeting):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // node.nproc)))
-    # Triton's default is the home folder, which the ranks of all nodes may share.
-    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"triton-{os.getuid()}"))
+    while True:
+        ended = run_ranks(config, node, entry, options or {})
+        if ended.failure is None:
+            return ended.code
+        if ended.failure.traceback:
+            print(ended.failure.traceback, file=sys.stderr, flush=True)
+        if restarts is None or ended.asked_to_stop or (again := restarts.after(ended.failure, node)) is None:
+            return report(ended.failure.error)
+        say(str(ended.failure.error))
+        say(f"restart {restarts.done} of {restarts.most}: {again.nproc} ranks go on from the last checkpoint")
+        node = again
 
 
 def _note_few_cores(config: Config, nproc: int) -> None:

@@ -1,0 +1,180 @@
+"""One start of the ranks of a node, from the meeting place to the last of them: ``run_ranks``.
+
+The ranks are spawned with the stop signals blocked and unblock them once their handlers stand. Whatever they start
+themselves (trackers, writers of checkpoints, compilers) comes to the launcher when its parent dies, and is ended with
+the last rank: no process of a run outlives it or writes beside the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL
+from megatron_hammer.base.progress import say
+from megatron_hammer.base.signals import STOP_SIGNALS, on_signals, take_over
+from megatron_hammer.config import Config
+from megatron_hammer.parallel.board import STACKS_SIGNAL, Board
+from megatron_hammer.parallel.heartbeat import Heartbeat
+from megatron_hammer.parallel.rendezvous import Meeting, host_store, interface_towards, join_store
+from megatron_hammer.supervise.nodes import Node
+from megatron_hammer.supervise.observe import Observer
+from megatron_hammer.supervise.outcome import FAILURE_KEY, agree_with_other_nodes, wait_for_all_nodes, wait_until
+from megatron_hammer.supervise.rank import rank_main
+from megatron_hammer.supervise.watch import GRACE_SECONDS, Failure, Rank, forward_signal, kill, watch
+
+GENERATIONS = 20  # of orphans' own children, which come to the launcher one after the other
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the ranks of one start have ended."""
+
+    code: int
+    """0, 75, or that of the failure."""
+    failure: Failure | None
+    asked_to_stop: bool
+    """Whether a stop signal came."""
+
+
+def run_ranks(config: Config, node: Node, entry: str, options: Mapping[str, Any]) -> Ended:
+    """Run ``entry`` on every rank of ``node``, until all have ended. The arguments are those of ``launch``."""
+    meeting = None if node.world_size == 1 else _meet(node, config.parallel.timeout_seconds)
+    others = None
+    if meeting is not None and node.nnodes > 1:
+        timeout = config.parallel.timeout_seconds
+        others = Heartbeat(meeting, node.node_rank, node.nnodes, node.nproc, timeout, FAILURE_KEY)
+    place = None if meeting is None else (meeting.address, meeting.port)
+    _set_environment(node, meeting)
+    spawn = multiprocessing.get_context("spawn")
+    ranks: list[Rank] = []
+    numbers = range(node.node_rank * node.nproc, (node.node_rank + 1) * node.nproc)
+    board, received = Board(node.nproc), list[int]()
+    observer = Observer(board, numbers, config.parallel.timeout_seconds, alone=node.nnodes == 1)
+
+    def pass_on(signum: int, frame: object) -> None:
+        received.append(signum)
+        forward_signal(ranks, signum)
+
+    pass_orphans_on(True)
+    resource_tracker.ensure_running()  # its start would unblock the signals that are blocked next
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited by the ranks
+    take_over()
+    others_children = children_of(os.getpid())
+    try:
+        for local_rank, rank in enumerate(numbers):
+            pipe, rank_end = spawn.Pipe(duplex=False)
+            arguments = (
+                entry,
+                config,
+                rank,
+                local_rank,
+                node.world_size,
+                place,
+                dict(options),
+                os.getpid(),
+                rank_end,
+                board,
+            )
+            process = spawn.Process(target=rank_main, args=arguments, name=f"rank {rank}")
+            process.start()
+            rank_end.close()  # the rank's copy is the only one left: its death closes the pipe
+            ranks.append(Rank(rank, process, pipe))
+        on_signals(STOP_SIGNALS, pass_on)
+        on_signals((STACKS_SIGNAL,), lambda *_: observer.ask())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        failed_elsewhere = others.failed if others is not None else lambda: False
+        alone = node.nnodes == 1
+        failure = watch(
+            ranks, failed_elsewhere, config.parallel.timeout_seconds, observer, lambda: alone and bool(received)
+        )
+    finally:
+        # Until ranks are started again: the outcome stands, nothing is left to stop.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        kill(ranks)
+        end_orphans(others_children)
+        pass_orphans_on(False)
+        board.close()
+    if failure is None and received and any(r.ended_by_us for r in ranks):
+        say(f"stopped by {signal.Signals(received[0]).name} before the first step; run the same command again")
+    if others is not None and meeting is not None:
+        if failure is not None and failure.severity >= 2:  # it may be the consequence of what happened elsewhere
+            wait_until(others.failed, 2 * GRACE_SECONDS)
+        failure = agree_with_other_nodes(meeting.store, node, failure, others.lost())
+        others.stop()
+    code = EXIT_STOPPED_BY_SIGNAL if any(r.code for r in ranks) else 0
+    return Ended(code if failure is None else failure.error.exit_code, failure, bool(received))
+
+
+def _meet(node: Node, timeout_seconds: int) -> Meeting:
+    """The open store through which all ranks find each other; with several nodes, when all of them are there."""
+    if node.node_rank == 0:
+        meeting = host_store(node.master_addr, node.master_port, timeout_seconds)
+    else:
+        meeting = join_store(node.master_addr, node.master_port, timeout_seconds, say)
+    if node.nnodes > 1:
+        wait_for_all_nodes(meeting, node, timeout_seconds, say)
+    return meeting
+
+
+def _set_environment(node: Node, meeting: Meeting | None) -> None:
+    """What the ranks inherit, where the user has not said otherwise: network interfaces, a share of the cores, a cache.
+
+    On one node nothing but loopback is used. On several, gloo would take the interface that this machine's own name
+    resolves to, which may be loopback; it gets the one on the way to node 0.
+    """
+    if node.nnodes == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    elif meeting is not None and (name := interface_towards(meeting)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // node.nproc)))
+    # Triton's default is the home folder, which the ranks of all nodes may share.
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"triton-{os.getuid()}"))
+
+
+# ---- orphans ---------------------------------------------------------------------------------------------------------
+
+
+def pass_orphans_on(here: bool) -> None:
+    """Have the kernel give this process the children of its descendants that die, or give that up. Linux only."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(here))
+
+
+def children_of(pid: int) -> set[int]:
+    """The processes that this one is the parent of, as the kernel sees it."""
+    found = set()
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[1]) == pid:
+                    found.add(int(folder.name))
+    return found
+
+
+def end_orphans(spared: set[int]) -> None:
+    """Kill what the ranks have left behind, and what that has.
+
+    Args:
+        spared: children of this process that were there before the ranks.
+    """
+    for _ in range(GENERATIONS):
+        orphans = children_of(os.getpid()) - spared
+        if not orphans:
+            return
+        for pid in orphans:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
