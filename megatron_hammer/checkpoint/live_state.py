@@ -8,6 +8,7 @@ the first step (``train/drift.py``).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def check_live_state(
 
 def live_sums(shards: Sequence[Shard], where: Mapping[tuple[str, str], int]) -> list[int]:
     """This rank's part of every tensor's sum, as signed numbers of 64 bits; of tensors that it has no part of, 0."""
-    sums = [0] * len(where)
+    sums, parts = [0] * len(where), []
     for shard in (s for s in shards if not s.is_copy):
         for kind, flat in shard.tensors.items():
             for part in (s for s in shard.parameter.slices if s.owned):
@@ -77,7 +78,10 @@ def live_sums(shards: Sequence[Shard], where: Mapping[tuple[str, str], int]) -> 
                     view = flat[box.position : box.position + box.numel]
                     at = where.get((part.tensor, kind))
                     if at is not None:
-                        sums[at] += _sum_of(view, box.rows, box.cols)
+                        parts.append((at, view, box.rows, box.cols))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # one core alone does not fill the memory's channels
+        for (at, *_), value in zip(parts, pool.map(lambda part: _sum_of(*part[1:]), parts)):
+            sums[at] += value
     return [(value + MODULUS // 2) % MODULUS - MODULUS // 2 for value in sums]
 
 
