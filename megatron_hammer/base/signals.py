@@ -3,6 +3,7 @@ that wants to finish something first."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import sys
@@ -45,7 +46,11 @@ def end_at_once(when: str) -> None:
     Args:
         when: for the line that says so: ``before any rank started``.
     """
-    reading, writing = os.pipe()
+    pipe = os.pipe()
+    # Not 0 to 2, where a program whose streams were closed from the start will write its output.
+    reading, writing = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 3) for end in pipe)
+    for end in pipe:
+        os.close(end)
     os.set_blocking(writing, False)
     on_signals(STOP_SIGNALS, lambda *_: None)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)

@@ -127,11 +127,11 @@ def commit(
     layout: Layout,
     tokenizer: TokenizerFiles | None,
     part: str = "",
-) -> str | None:
+) -> Path | None:
     """Turn the ranks' reports into the manifest and the staging folder into the checkpoint; called by one rank.
 
     Returns:
-        a line on what was there under the checkpoint's name, and is kept aside, if anything was.
+        where that is now which was there under the checkpoint's name, if anything was.
 
     Raises:
         CheckpointError: the ranks' slices do not make up the logical tensors of ``model``.

@@ -189,13 +189,13 @@ def clean_up(checkpoints: Path) -> list[str]:
     return lines
 
 
-def publish_checkpoint(staging: Path, target: Path) -> str | None:
+def publish_checkpoint(staging: Path, target: Path) -> Path | None:
     """Rename a finished staging folder to the checkpoint ``target``, durably. What is in the way is kept aside.
 
     At every moment the old or the new is there. Once the new one has its name nothing fails any more.
 
     Returns:
-        a line on what was in the way.
+        where what was in the way is now.
     """
     sync_folder(staging)
     old = target.with_name(f"{target.name}.old-{secrets.token_hex(8)}") if os.path.lexists(target) else None
@@ -214,7 +214,7 @@ def publish_checkpoint(staging: Path, target: Path) -> str | None:
     with contextlib.suppress(OSError):  # then the next start does it
         os.rename(old, aside)
         sync_folder(target.parent)
-    return f"{target} was there already: kept as {aside.name}"
+    return aside
 
 
 def newest_checkpoint(run_or_folder: str | Path, note: Note = say) -> Manifest | None:

@@ -48,6 +48,7 @@ from megatron_hammer.checkpoint.folder import (
     step_name,
 )
 from megatron_hammer.checkpoint.manifest import (
+    MANIFEST,
     TOKENIZER,
     Layout,
     TokenizerFiles,
@@ -133,7 +134,7 @@ def write_first_checkpoint(
     staging.mkdir()
     try:
         write_rank(staging, 0, sorted(slices, key=lambda s: -ITEM_BYTES[s.dtype]), watch)
-        commit(
+        replaced = commit(
             staging,
             target,
             step=0,
@@ -147,6 +148,8 @@ def write_first_checkpoint(
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    if replaced is not None and (replaced / MANIFEST).is_file() and not replaced.is_symlink():
+        shutil.rmtree(replaced, ignore_errors=True)  # an import of before, which the user has asked for once more
     return target
 
 
@@ -217,7 +220,7 @@ def save_checkpoint(
             tokenizer=files[0] if files else None,
         )
         if replaced is not None:
-            note(replaced)
+            note(f"{target} was there already: kept as {replaced.name}")
 
     try:
         ctx.journal.mark("saving, staging")
