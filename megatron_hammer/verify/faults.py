@@ -1,0 +1,171 @@
+"""What a drill does to a run: one function a fault, on real processes and real files.
+
+A fault is told the running launcher and the run's folder, waits for its moment, strikes, and says what the launcher's
+exit code must then be. Ranks are found as the launcher's children. Linux; needs no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+POLL_SECONDS = 0.002  # a step of a shrunk model takes some ten milliseconds
+SAVE_SECONDS = 0.02  # into a save: one of a shrunk model takes about as long
+
+
+@dataclass(frozen=True)
+class Target:
+    """A run that is to be hurt."""
+
+    launcher: subprocess.Popen[str]
+    output: Path
+    random: random.Random
+    seen: set[int] = field(default_factory=set)
+    """Its processes, as they were before the strike: none may outlive it."""
+
+    def send(self, pids: Sequence[int], number: signal.Signals) -> None:
+        """Strike: a signal to some of its processes."""
+        self.seen.update(descendants(self.launcher.pid))
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def steps(self) -> int:
+        """Steps whose numbers are in metrics.jsonl."""
+        with contextlib.suppress(OSError):
+            return (self.output / "metrics.jsonl").read_bytes().count(b"\n")
+        return 0
+
+    def wait_for(self, condition: Callable[[], bool]) -> bool:
+        """Until it holds; False where the run ends before."""
+        while self.launcher.poll() is None:
+            if condition():
+                return True
+            time.sleep(POLL_SECONDS)
+        return False
+
+    def ranks(self) -> list[int]:
+        """Process numbers of the ranks, in their order."""
+        return [pid for pid in descendants(self.launcher.pid) if b"spawn_main" in _command(pid)]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One kind of fault."""
+
+    name: str
+    strike: Callable[[Target], None]
+    codes: frozenset[int]
+    """Exit codes of the launcher that are right afterwards."""
+    before_start: bool = False
+    """It is done to the files of a run that does not run, and the next start must come to terms with it."""
+    file_limit: bool = False
+    """The run may write files up to a size only, which a checkpoint's exceed."""
+
+
+def descendants(pid: int) -> list[int]:
+    """A process's children, their children and so on, by number."""
+    parents = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    found, new = set[int](), {pid}
+    while new:
+        new = {child for child, parent in parents.items() if parent in new} - found
+        found |= new
+    return sorted(found)
+
+
+def _command(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def _some_step(target: Target) -> bool:
+    """Wait for a random one of the next steps, and a part of it."""
+    last = target.steps() + target.random.randint(1, 6)
+    reached = target.wait_for(lambda: target.steps() >= last)
+    time.sleep(target.random.random() * SAVE_SECONDS)
+    return reached
+
+
+def kill_rank(target: Target) -> None:
+    """SIGKILL to one rank."""
+    if _some_step(target):
+        target.send([target.random.choice(target.ranks())], signal.SIGKILL)
+
+
+def kill_launcher(target: Target) -> None:
+    """SIGKILL to the launcher alone: its ranks must go with it."""
+    if _some_step(target):
+        target.send([target.launcher.pid], signal.SIGKILL)
+
+
+def kill_all(target: Target) -> None:
+    """SIGKILL to everything at once."""
+    if _some_step(target):
+        target.send([target.launcher.pid, *descendants(target.launcher.pid)], signal.SIGKILL)
+
+
+def kill_in_save(target: Target) -> None:
+    """SIGKILL to everything while a checkpoint is being written."""
+    folder = target.output / "checkpoints"
+    started = target.steps()
+    if target.wait_for(lambda: target.steps() > started and any(folder.glob("step-*.tmp-*"))):
+        time.sleep(target.random.random() * SAVE_SECONDS)
+        target.send([target.launcher.pid, *descendants(target.launcher.pid)], signal.SIGKILL)
+
+
+def stop_signal(target: Target) -> None:
+    """One of the signals that mean "save and stop", to the launcher."""
+    number = target.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+    if _some_step(target):
+        target.send([target.launcher.pid], number)
+
+
+def stick(target: Target) -> None:
+    """SIGSTOP to one rank: it does nothing any more, and does not end."""
+    if _some_step(target):
+        target.send([target.random.choice(target.ranks())], signal.SIGSTOP)
+
+
+def flip_bit(target: Target) -> None:
+    """One bit of the newest checkpoint's tensors."""
+    path = target.random.choice(sorted(newest_folder(target.output).glob("*.safetensors")))
+    content = bytearray(path.read_bytes())
+    content[target.random.randrange(len(content) // 2, len(content))] ^= 1 << target.random.randrange(8)
+    path.write_bytes(content)
+
+
+def newest_folder(output: Path) -> Path:
+    """Of the run's checkpoints."""
+    return sorted(path for path in (output / "checkpoints").glob("step-*") if path.name[5:].isdigit())[-1]
+
+
+def nothing(target: Target) -> None:
+    """What is wrong lies in the run's surroundings."""
+    target.wait_for(lambda: False)
+
+
+LOST, KILLED, STOPPED = frozenset({7}), frozenset({-9}), frozenset({75})
+KILLS = (
+    Fault("kill a rank", kill_rank, LOST),
+    Fault("kill the launcher", kill_launcher, KILLED),
+    Fault("kill everything", kill_all, KILLED),
+    Fault("kill everything inside a save", kill_in_save, KILLED),
+)
+OTHERS = (
+    Fault("a stop signal", stop_signal, STOPPED),
+    Fault("a stuck rank", stick, frozenset({8})),
+    Fault("a flipped bit in the newest checkpoint", flip_bit, STOPPED, before_start=True),
+    Fault("a full disk", nothing, frozenset({6}), file_limit=True),
+)
