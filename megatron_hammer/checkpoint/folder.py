@@ -118,6 +118,12 @@ def search(checkpoints: Path, known_damage: Mapping[str, str] | None = None) -> 
     Raises:
         CheckpointError: the newest is intact, but cannot be used (one of another version).
     """
+    if os.path.lexists(checkpoints) and not checkpoints.is_dir():
+        rule, remedy = (
+            "is not a folder (a file, or a link that leads nowhere)",
+            "bring back what it led to, or remove it",
+        )
+        raise CheckpointError(1, str(checkpoints), rule, remedy)
     damaged: list[Damaged] = []
     for path, step in reversed(_candidates(checkpoints)):
         reason = (known_damage or {}).get(path.name)

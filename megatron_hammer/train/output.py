@@ -112,11 +112,9 @@ def _open_lock(output: Path) -> int:
             raise
         what = "is a symbolic link" if path.is_symlink() else "is a folder"
         raise RefusedError(87, str(path), f"{what}, where the lock of the run belongs", remedy) from None
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        what = "has other names" if stat.S_ISREG(status.st_mode) else "is not a regular file"
-        raise RefusedError(87, str(path), f"{what}, where the lock of the run belongs", remedy)
+        raise RefusedError(87, str(path), "is not a regular file, where the lock of the run belongs", remedy)
     return descriptor
 
 

@@ -5,6 +5,7 @@ A run of 3 steps with a checkpoint of each is copied and damaged; then it is tra
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -188,6 +189,26 @@ def test_step_folders_that_are_links_are_no_silent_new_start(data: Path, run: Pa
         step(run, number).symlink_to(run / f"moved-{number}")
     with pytest.raises(CheckpointError, match=r"E418.*is a symbolic link"):
         go(data, run)
+
+
+@pytest.mark.parametrize("mistake", ["a moment", "the position in the data"])
+def test_a_state_that_was_loaded_wrongly_trains_no_step(data: Path, run: Path, mistake: str, monkeypatch) -> None:
+    """All bytes in the files are right, so the checkpoint is not to blame, and is left alone."""
+    from megatron_hammer.train import loop
+
+    load = loop.load_state
+
+    def wrongly(prepared: Any, optimizer: Any, ctx: Any) -> Any:
+        state = load(prepared, optimizer, ctx)
+        if mistake == "a moment":
+            optimizer.shards()[-1].tensors["exp_avg"][:1] += 1
+            return state
+        return dataclasses.replace(state, consumed_samples=state.consumed_samples + 8)
+
+    monkeypatch.setattr(loop, "load_state", wrongly)
+    with pytest.raises(CheckpointError, match=r"E417.*(exp_avg of .* not what was saved|is not the state)"):
+        go(data, run)
+    assert asides(run) == asides(run / "checkpoints") == [] and len(metrics(run)) == 3
 
 
 def _two_ranks(rank: int, data: Path, output: Path, place: Path) -> tuple[int, list[str]]:
