@@ -283,6 +283,8 @@ def _check_state(state: dict[str, Any]) -> None:
         "consumed_samples": lambda value: type(value) is int and 0 <= value < 2**53,
         "samples_digest": lambda value: isinstance(value, str) and (value == "" or _HASH.fullmatch(value) is not None),
         "optimizer": lambda value: isinstance(value, dict) and all(map(_is_scalar, value.values())),
+        "next": lambda value: isinstance(value, dict),
+        "owed_line": lambda value: isinstance(value, str),
         "data": lambda value: isinstance(value, dict),
         "accepted": lambda value: isinstance(value, list) and all(isinstance(entry, dict) for entry in value),
     }

@@ -35,7 +35,7 @@ from megatron_hammer.train.metrics import Reporter, flops_per_token, peak_tflops
 from megatron_hammer.train.output import HeldOutput
 from megatron_hammer.train.prepare import Prepared
 from megatron_hammer.train.saver import Saver
-from megatron_hammer.train.state import RunState, check_state, load_state
+from megatron_hammer.train.state import RunState, check_state, load_state, upcoming
 from megatron_hammer.train.step import StepReport, train_step
 from megatron_hammer.train.stopping import CutShort, StopCheck
 
@@ -108,7 +108,7 @@ class Run:
             self.piece_bytes[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.piece_bytes()).to(ctx.device)
         self.pending: list[PendingStep] = []
         self.skips_in_a_row = 0
-        check_state(prepared, self.state, self.optimizer, ctx, say)
+        check_state(prepared, self.state, self.data, self.optimizer, ctx, say)
         self.clock = time.perf_counter()
 
     def train(self) -> int:
@@ -244,7 +244,8 @@ class Run:
             self.drift.raise_on(self.drift.check(self.state.step), saving=True)
         if self.reporter is not None:
             self.reporter.sync()
-        folder = self.saver.save(self.state)
+        coming = upcoming(self.state, self.data, self.config)
+        folder = self.saver.save(replace(self.state, upcoming=coming))
         if self.reporter is not None:
             self.reporter.say(f"saved {folder}")
         self.clock += time.perf_counter() - start

@@ -7,18 +7,24 @@ started again computes what it would have computed, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_hammer.base.errors import RefusedError
 from megatron_hammer.checkpoint.live_state import check_live_state
 from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.checkpoint.read import load_shards
+from megatron_hammer.config import Config
 from megatron_hammer.optim.optimizer import Optimizer
+from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.loader import chain_digest
 from megatron_hammer.sampling.order import SampleId
+from megatron_hammer.sampling.samples import TrainData
 from megatron_hammer.train.prepare import OWED, STATE_KINDS, Prepared
+
+UPCOMING = "next"  # in the state of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class RunState:
     owed: str = ""
     """The line that metrics.jsonl lacks where a stop signal cut short the evaluation of this step: the run goes on
     with that. JSON, which may hold NaN."""
+    upcoming: Mapping[str, Any] | None = None
+    """What the next step will read and with which learning rate, where that is to be saved: see ``upcoming``."""
 
     def after_step(self, ids: Sequence[SampleId], fingerprints: Sequence[str]) -> RunState:
         """The state one step later, which has consumed these samples; ``fingerprints`` are those of the sources."""
@@ -40,11 +48,13 @@ class RunState:
 
     def to_manifest(self, optimizer: Optimizer) -> dict[str, Any]:
         """What the manifest of a checkpoint keeps of it, with the optimizer's scalars, as JSON values."""
-        return {
+        values = {
             "consumed_samples": self.consumed_samples,
             "samples_digest": self.samples_digest,
             "optimizer": optimizer.scalar_state(),
-        } | ({OWED: self.owed} if self.owed else {})
+        }
+        values |= {OWED: self.owed} if self.owed else {}
+        return values | ({UPCOMING: dict(self.upcoming)} if self.upcoming is not None else {})
 
     @classmethod
     def from_manifest(cls, manifest: Manifest) -> RunState:
@@ -53,19 +63,50 @@ class RunState:
         return cls(manifest.step, state["consumed_samples"], state["samples_digest"], state.get(OWED, ""))
 
 
+def upcoming(state: RunState, data: TrainData, config: Config) -> dict[str, Any] | None:
+    """What the step after ``state`` reads, and with which learning rate; None after the last step.
+
+    Both are functions of config and datasets, so nothing is loaded of them. But a function may become another one with
+    a new version of this program or of a library, and a run that goes on would not notice.
+    """
+    if state.step >= config.train.num_steps:
+        return None
+    ids = data.sample_ids(state.consumed_samples, config.train.global_batch_size)
+    after = state.after_step(ids, data.fingerprints)
+    return {"samples_digest": after.samples_digest, "lr": learning_rate(config, after.step)}
+
+
 def check_state(
-    prepared: Prepared, state: RunState, optimizer: Optimizer, ctx: ParallelContext, note: Callable[[str], None]
+    prepared: Prepared,
+    state: RunState,
+    data: TrainData,
+    optimizer: Optimizer,
+    ctx: ParallelContext,
+    note: Callable[[str], None],
 ) -> None:
-    """Compare the live state, right before the first step, with the digest of what was saved; new runs have none.
+    """Compare the live state, right before the first step, with what was saved; a new run has nothing to compare.
 
     Raises:
-        CheckpointError: on all ranks, E417.
+        CheckpointError: on all ranks, E417: tensors, scalars or the position are not those that were saved.
+        RefusedError: on all ranks, E588: the next step would not be the one that the run had before it.
     """
-    if prepared.resume is not None:
-        values = state.to_manifest(optimizer)
-        line = check_live_state(prepared.resume, optimizer.shards(), state.step, values, ctx)
-        if line is not None and ctx.world.rank == 0:
-            note(line)
+    resume = prepared.resume
+    if resume is None:
+        return
+    line = check_live_state(resume, optimizer.shards(), state.step, state.to_manifest(optimizer), ctx)
+    if line is not None and ctx.world.rank == 0:
+        note(line)
+    saved, ours = resume.state.get(UPCOMING), upcoming(state, data, prepared.config)
+    if saved is None or ours is None or prepared.changes:
+        return  # changes are said, and judged, by themselves
+    for name, value in ours.items():
+        if saved.get(name) != value:
+            raise RefusedError(
+                88,
+                f"step {state.step + 1}: {name}={value}",
+                f"would have been {saved.get(name)} in the run of {resume.folder}, though nothing else has changed",
+                "go on with the versions of this program and of its libraries that wrote the checkpoint",
+            )
 
 
 def load_state(prepared: Prepared, optimizer: Optimizer, ctx: ParallelContext) -> RunState:

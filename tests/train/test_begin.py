@@ -20,6 +20,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_hammer.base.errors import CheckpointError, RefusedError
+from megatron_hammer.checkpoint.manifest import read_manifest, write_manifest
 from megatron_hammer.parallel.agreement import BeforeStart
 from megatron_hammer.train.begin import Beginning, begin
 from megatron_hammer.train.run import run_rank
@@ -209,6 +210,26 @@ def test_a_state_that_was_loaded_wrongly_trains_no_step(data: Path, run: Path, m
     with pytest.raises(CheckpointError, match=r"E417.*(exp_avg of .* not what was saved|is not the state)"):
         go(data, run)
     assert asides(run) == asides(run / "checkpoints") == [] and len(metrics(run)) == 3
+
+
+@pytest.mark.parametrize(("what", "named"), [("sample_ids", "samples_digest"), ("learning_rate", "lr")])
+def test_a_program_that_would_go_on_otherwise_is_refused(data: Path, run: Path, what, named, monkeypatch) -> None:
+    """As a new version of a library might; a run whose settings have changed is judged by these."""
+    from megatron_hammer.sampling.samples import TrainData
+    from megatron_hammer.train import state
+
+    ids, rate = TrainData.sample_ids, state.learning_rate
+    if what == "sample_ids":
+        monkeypatch.setattr(TrainData, "sample_ids", lambda self, first, count: ids(self, first, count)[::-1])
+    else:
+        monkeypatch.setattr(state, "learning_rate", lambda config, step: rate(config, step) * 2)
+    shutil.rmtree(step(run, 3))
+    manifest = read_manifest(step(run, 2))
+    (step(run, 2) / "manifest.json").unlink()
+    same_place = manifest.config | {"train": manifest.config["train"] | {"output": str(run)}}
+    write_manifest(dataclasses.replace(manifest, config=same_place))
+    with pytest.raises(RefusedError, match=rf"E588.*step 3: {named}=.* would have been"):
+        go(data, run, "train.num_steps=3")
 
 
 def _two_ranks(rank: int, data: Path, output: Path, place: Path) -> tuple[int, list[str]]:
