@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import re
 import secrets
@@ -37,7 +38,9 @@ from megatron_hammer.checkpoint.manifest import (
     check_files,
     checked_tokenizer_folder,
     read_manifest,
+    slice_key,
 )
+from megatron_hammer.checkpoint.tensor_files import TensorFileReader
 
 FEWEST_KEPT = 2  # so that a checkpoint that turns out damaged is never the only one
 _COMMITTED = re.compile(rf"(?:{STEP_NAME})(?:\.old-[0-9a-f]{{16}})?")
@@ -156,12 +159,30 @@ def _quickly_checked(path: Path) -> Manifest:
     try:
         manifest = read_manifest(path)
         check_files(manifest)
+        _check_a_slice(manifest)
         checked_tokenizer_folder(manifest)
     except OSError as error:
         if error.errno != errno.EIO:
             raise
         raise CheckpointError(8, str(path), "cannot be read: Input/output error", "suspect the disk") from None
     return manifest
+
+
+def _check_a_slice(manifest: Manifest) -> None:
+    """Compare one small slice with its hash: the manifest of another run fits in form, and would be judged as a change.
+
+    A moment is taken where there is one: no two runs have the same, while norms may have kept their first values.
+    """
+    file = next((file for file in manifest.files if file.slices), None)
+    if file is None:
+        return
+    saved = min(file.slices, key=lambda s: (manifest.tensors[s.tensor].kind == "weight", math.prod(s.shape)))
+    tensor = manifest.tensors[saved.tensor]
+    key = slice_key(tensor.name, tensor.kind, saved.rows, saved.cols)
+    with TensorFileReader(manifest.folder / file.name, file.size, file.header_hash) as reader:
+        if key not in reader.tensors or reader.hash_of(key) != saved.hash:
+            rule = f"is not what {MANIFEST} there says: it has changed, or the manifest is that of another checkpoint"
+            raise CheckpointError(11, f"{reader.path}: {key}", rule, "restore the file or use another checkpoint")
 
 
 def clean_up(checkpoints: Path) -> list[str]:
@@ -198,7 +219,7 @@ def clean_up(checkpoints: Path) -> list[str]:
 def publish_checkpoint(staging: Path, target: Path) -> Path | None:
     """Rename a finished staging folder to the checkpoint ``target``, durably. What is in the way is kept aside.
 
-    At every moment the old or the new is there. Once the new one has its name nothing fails any more.
+    At every moment the old or the new is there. Once the new one has its name, and that is durable, nothing fails.
 
     Returns:
         where what was in the way is now.

@@ -130,7 +130,8 @@ class Beginning:
         """Put aside what the run does not go on from, now that the state it goes on from is there."""
         with self._ranks.round("order"):
             if self.output is not None:
-                for line in put_in_order(self._folder, prepared.damaged, prepared.is_fresh):
+                resumed = None if prepared.resume is None else prepared.resume.step
+                for line in put_in_order(self._folder, prepared.damaged, prepared.is_fresh, resumed):
                     say(line)
 
     def _look_here(self, prepared: Prepared) -> None:

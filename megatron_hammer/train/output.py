@@ -3,7 +3,7 @@
 ::
 
     OUT/.lock          held by the one run that writes here, for as long as its process lives; empty
-    OUT/.saved         there once a checkpoint was committed: then a start that finds none has lost something
+    OUT/.saved         says whether a checkpoint was ever committed: then a start that finds none has lost something
     OUT/checkpoints/   see checkpoint/folder.py
     OUT/*.aside-HEX    kept for people: damaged, or of steps that are computed again
 
@@ -14,6 +14,7 @@ be deleted and made again. Needs no torch.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -27,11 +28,13 @@ from pathlib import Path
 from megatron_hammer.base.errors import RefusedError
 from megatron_hammer.base.files import replace_file, set_aside, sync_folder
 from megatron_hammer.base.locks import NO_LOCKS, take_lock
+from megatron_hammer.base.reading import read_regular
 from megatron_hammer.checkpoint.folder import Damaged, clean_up
 from megatron_hammer.train.changes import FRESH
 from megatron_hammer.train.metrics_file import METRICS, copy_aside, read_lines
 
 LOCK, SAVED = ".lock", ".saved"
+_NOTHING_SAVED = b"a run has begun in this folder and has no checkpoint yet\n"
 _LEFT_BEHIND = re.compile(r"(metrics\.jsonl|\.saved)\.tmp-\w+|\.probe-[0-9a-f]{32}")
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -83,7 +86,13 @@ def only_writer(output: Path, is_new: bool = False) -> Iterator[HeldOutput]:
     if is_new and output.is_dir():
         raise _in_use(output)
     if not output.is_dir():
-        output.mkdir(parents=True, exist_ok=not is_new)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            output.mkdir()
+        except FileExistsError:
+            if not output.is_dir():
+                raise
+            raise _in_use(output) from None  # another start was a moment faster
         sync_folder(output.parent)
     folder = os.open(output, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -157,25 +166,45 @@ def remove_leftovers(output: Path) -> list[str]:
 
 
 def mark_saved(output: Path, step: int) -> None:
-    """Remember that a checkpoint was committed here; only the first is written down."""
-    path = output / SAVED
-    if not os.path.lexists(path):
-        replace_file(path, f"step {step} was the first checkpoint of a run in this folder\n".encode())
+    """Remember that a checkpoint was committed here; only the first is written down. It never fails: that one counts.
+
+    A disk that is full now says so at the next save, and the next start that finds the checkpoint tries again.
+    """
+    with contextlib.suppress(OSError):
+        if _has_saved(output) is not True:
+            replace_file(output / SAVED, f"step {step} was the first checkpoint of a run in this folder\n".encode())
+
+
+def mark_begun(output: Path) -> None:
+    """Remember that a run has begun here which has no checkpoint yet."""
+    if _has_saved(output) is None:
+        replace_file(output / SAVED, _NOTHING_SAVED)
+
+
+def _has_saved(output: Path) -> bool | None:
+    """Whether a run here has committed a checkpoint, as far as it was written down; None: by no run of ours."""
+    try:
+        return read_regular(output / SAVED, follow=False) != _NOTHING_SAVED
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return True  # something is there, and nobody begins anew by mistake
 
 
 def refuse_traces(output: Path, save_interval_steps: int | None, accepted: Collection[str]) -> None:
     """Refuse to begin anew where a run has been that had checkpoints: they were deleted, or moved away.
 
-    A run that was killed before its first checkpoint has left metrics only, of no more steps than lie between two.
+    A run that was killed before its first checkpoint has left metrics only; where ``.saved`` is missing (an older
+    version), these are of no more steps than lie between two.
 
     Raises:
         RefusedError: unless ``fresh`` is accepted.
     """
-    traces = []
-    if os.path.lexists(output / SAVED):
+    traces, saved = [], _has_saved(output)
+    if saved:
         traces.append(f"{output / SAVED} says that checkpoints were saved")
     last = _last_step(output / METRICS)
-    if save_interval_steps is not None and last > save_interval_steps:
+    if saved is not False and save_interval_steps is not None and last > save_interval_steps:
         traces.append(f"{output / METRICS} has steps up to {last}")
     if traces and FRESH not in accepted:
         raise RefusedError(
@@ -194,12 +223,13 @@ def _last_step(metrics: Path) -> int:
         return 0
 
 
-def put_in_order(output: Path, damaged: Sequence[Damaged], is_fresh: bool) -> list[str]:
+def put_in_order(output: Path, damaged: Sequence[Damaged], is_fresh: bool, resumed: int | None) -> list[str]:
     """Put aside what the run that now begins does not go on from; lines on that. For the holder of the lock.
 
     Args:
         damaged: checkpoints that were passed over.
         is_fresh: whether a new run takes the place of one whose checkpoints are lost.
+        resumed: step of the checkpoint that it goes on from; None for a new run.
     """
     lines = []
     for checkpoint in damaged:
@@ -209,6 +239,10 @@ def put_in_order(output: Path, damaged: Sequence[Damaged], is_fresh: bool) -> li
     metrics = output / METRICS
     if (damaged or is_fresh) and metrics.is_file() and not metrics.is_symlink():
         lines.append(f"{metrics} as it was is kept as {copy_aside(metrics).name}")
-    if is_fresh:
-        (output / SAVED).unlink(missing_ok=True)
+    if resumed is not None:
+        mark_saved(output, resumed)
+        return lines
+    if is_fresh and os.path.lexists(output / SAVED):
+        (output / SAVED).unlink()
+    mark_begun(output)
     return lines

@@ -112,6 +112,19 @@ def _other_manifest(run: Path) -> None:
     shutil.copy(step(run, 2) / "manifest.json", step(run, 3) / "manifest.json")
 
 
+def _manifest_of_another_run(run: Path) -> None:
+    """With another seed, and as intact as its own: only its hashes are those of other bytes."""
+    manifest = read_manifest(step(run, 3))
+    slices = [
+        dataclasses.replace(s, hash=s.hash[::-1] if manifest.tensors[s.tensor].kind != "weight" else s.hash)
+        for s in manifest.files[0].slices
+    ]
+    (step(run, 3) / "manifest.json").unlink()
+    files = (dataclasses.replace(manifest.files[0], slices=tuple(slices)),)
+    config = manifest.config | {"train": manifest.config["train"] | {"seed": 4711}}
+    write_manifest(dataclasses.replace(manifest, files=files, config=config))
+
+
 def _swapped_step(run: Path) -> None:
     shutil.copy(step(run, 2) / FILE, step(run, 3) / FILE)
 
@@ -142,8 +155,18 @@ def _a_file_instead(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [_other_manifest, _swapped_step, _cut, _hole, _linked_file, _linked_folder, _a_file_instead]
-)
+    "damage",
+    [
+        _other_manifest,
+        _manifest_of_another_run,
+        _swapped_step,
+        _cut,
+        _hole,
+        _linked_file,
+        _linked_folder,
+        _a_file_instead,
+    ],
+)  # fmt: skip
 def test_whatever_the_damage_the_one_before_is_taken(data: Path, run: Path, damage, monkeypatch, capsys) -> None:
     """Nothing of the damaged one is lost: it is only renamed."""
     damage(run)

@@ -98,6 +98,20 @@ def test_checkpoints_that_are_no_folder_end_the_start(data: Path, tmp_path: Path
         run_rank(config_for(overrides(data, run, "train.num_steps=1")), 0, 0, 1, None)
 
 
+def test_a_run_that_never_had_a_checkpoint_begins_again(data: Path, tmp_path: Path, monkeypatch) -> None:
+    """However many steps it has done: its saves may have failed, and it may have been told to go on."""
+    run = tmp_path / "run"
+    arguments = overrides(data, run, "train.num_steps=2", "data.valid=null", "checkpoint.save_interval_steps=1")
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_hammer.train.loop.Run._save", lambda self, *more: None)
+        assert run_rank(config_for(arguments), 0, 0, 1, None) == 0
+    assert not (run / "checkpoints").exists() and len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    assert run_rank(config_for(arguments), 0, 0, 1, None) == 0
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    with pytest.raises(RefusedError, match=r"E586"):
+        run_rank(config_for(arguments), 0, 0, 1, None)
+
+
 def test_what_kills_leave_goes_at_every_start(data: Path, tmp_path: Path) -> None:
     """Also at that of a finished run. What a save has replaced is kept, or comes back."""
     run = tmp_path / "run"
