@@ -73,6 +73,13 @@ def find_checkpoints(run_or_folder: str | Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
+def kept_aside(run_or_folder: str | Path) -> list[Path]:
+    """What was damaged, or in the way of a save, and was kept for people to look at."""
+    folder = Path(run_or_folder)
+    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    return sorted(path for path in folder.glob("step-*.aside-*")) if folder.is_dir() else []
+
+
 def readable_checkpoints(run_or_folder: str | Path, note: Note = say) -> Iterator[Manifest]:
     """Manifests of the committed checkpoints, newest first; what cannot be read is skipped and told to ``note``."""
     for path in reversed(find_checkpoints(run_or_folder)):

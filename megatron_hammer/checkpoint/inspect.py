@@ -21,7 +21,7 @@ from megatron_hammer.base.errors import CheckpointError, ConfigError
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.tables import align
 from megatron_hammer.checkpoint.digest import MODULUS, STATE_VALUES, digest_of
-from megatron_hammer.checkpoint.folder import find_checkpoints
+from megatron_hammer.checkpoint.folder import find_checkpoints, kept_aside
 from megatron_hammer.checkpoint.manifest import (
     Layout,
     LogicalTensor,
@@ -167,6 +167,8 @@ def list_checkpoints(run_or_folder: str | Path) -> list[str]:
             continue
         layout, size = manifest.layout, f"{_size(manifest) / 1e9:,.2f}"
         rows.append((path.name, f"{layout.world} (tp {layout.tp}{_pp(layout)})", str(len(manifest.tensors)), size, ""))
+    for path in kept_aside(run_or_folder):
+        rows.append((path.name, "-", "-", "-", "damaged, or in the way of a save: kept aside, not loaded"))
     if len(rows) == 1:
         remedy = "name the output folder of a run or its checkpoints folder"
         raise CheckpointError(1, str(run_or_folder), "holds no checkpoint (no step-NNNNNNNN folder)", remedy)

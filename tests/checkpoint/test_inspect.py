@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -33,8 +34,11 @@ def test_a_run_is_listed_and_a_broken_manifest_named(run, monkeypatch, capsys):
     assert inspect(monkeypatch, "list", run) == 0
     header, first, second = capsys.readouterr().out.splitlines()
     assert header.split()[:2] == ["checkpoint", "ranks"]
+    (run / "checkpoints" / "step-00000020.aside-0123456789abcdef").mkdir()
     assert first.split()[0] == "step-00000010" and "2 (tp 2)" in first
     assert second.split()[0] == "step-00000020" and "error[E403]" in second
+    assert inspect(monkeypatch, "list", run) == 0
+    assert re.search(r"step-00000020\.aside-0123456789abcdef +- .*kept aside", capsys.readouterr().out)
     assert inspect(monkeypatch, "list", run / "checkpoints" / "step-00000010") == 4
     assert "error[E401]" in capsys.readouterr().err
 

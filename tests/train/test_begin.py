@@ -8,10 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import random
 import re
 import shutil
-from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ from megatron_hammer.checkpoint.manifest import read_manifest, write_manifest
 from megatron_hammer.parallel.agreement import BeforeStart
 from megatron_hammer.train.begin import Beginning, begin
 from megatron_hammer.train.run import run_rank
-from tests.checkpoint.layouts import FakeTokenizer
 from tests.distributed import run_distributed
 from tests.model.tiny import make_context
 from tests.train.runs import checkpoint_bytes, config_for, metrics, overrides
@@ -272,56 +269,3 @@ def test_ranks_take_the_same_other_one(data: Path, run: Path, from_second: Path,
     assert first == second == 3
     assert sum("is damaged: error[E411]" in line for line in told) == 1 and not any("damaged" in s for s in silent)
     assert [line["samples_digest"] for line in metrics(run)] == [x["samples_digest"] for x in metrics(from_second)]
-
-
-# ---- on demand ------------------------------------------------------------------------------------------------------
-
-FLIPS = int(os.environ.get("HAMMER_FLIPS", "0"))
-
-
-class Named(FakeTokenizer):
-    """A tokenizer for these ids, so that the checkpoints have its files too."""
-
-    vocab_size = 301
-
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not FLIPS, reason="HAMMER_FLIPS=1000 flips so many bits, and takes some minutes")
-def test_every_flipped_bit_is_seen_named_and_costs_one_step(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    """Uniform over files, then over bits; the run that goes on is compared in bits for each 20th."""
-    from megatron_hammer.train import loop, prepare
-
-    monkeypatch.setattr(prepare, "load_tokenizer", Named)
-    monkeypatch.setattr(prepare, "export_note", lambda tokenizer: None)
-    train, pristine, work = loop.Run.train, tmp_path / "pristine", tmp_path / "work"
-    tokenizer = f"tokenizer.path={tmp_path}"
-    assert go(data, pristine, "train.num_steps=3", tokenizer) == 0
-    expected = Path(shutil.copytree(pristine, tmp_path / "expected"))
-    shutil.rmtree(step(expected, 3))
-    assert go(data, expected, tokenizer) == 0
-    files = sorted(p.relative_to(pristine) for p in step(pristine, 3).rglob("*") if p.is_file())
-    assert {p.name for p in files} >= {FILE, "manifest.json", "tokenizer.model", "tokenizer_config.json"}
-    generator, seen = random.Random(17), Counter[str]()
-    for flip_number in range(FLIPS):
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(pristine, work)
-        path = work / generator.choice(files)
-        content = bytearray(path.read_bytes())
-        bit = generator.randrange(8 * len(content))
-        content[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(content)
-        whole = flip_number % 20 == 0
-        monkeypatch.setattr(loop.Run, "train", train if whole else lambda run: run.first_step)
-        assert go(data, work, tokenizer) == (0 if whole else 3), (path, bit)
-        (line,) = (line for line in capsys.readouterr().out.splitlines() if " is damaged: error[E" in line)
-        assert path.name in line, (path, bit, line)
-        seen[line.split("error[")[1][:4]] += 1
-        if whole:
-            equals(work, expected)
-    with capsys.disabled():
-        print(
-            f"\n{FLIPS} flipped bits in {len(files)} files, all seen and named: {dict(seen)}; {FLIPS // 20} runs equal"
-        )
