@@ -145,6 +145,10 @@ class ParallelConfig:
     """After an update, let the gather of the new weights run beside the next forward, which waits for each bucket when
     its first layer needs it; with shard=weights, gather the next layer while one computes. false: wait for what is
     asked for, at once. The numbers are the same."""
+    overlap_grad_reduce: Free[bool] = True
+    """Let the reduction of a bucket of gradients run beside backward: in the last micro-batch of a step, as a rank sums
+    the others by itself, or in each with shard=gradients|weights. false: wait for each at once. The numbers are the
+    same."""
     tp_comm_overlap: Free[Literal["off", "bulk", "chunks"]] = "bulk"
     """How tensor-parallel collectives run beside the matrix products of a layer. off: each is waited for at once. bulk:
     in backward, beside a product that does not need them. chunks: under sequence parallelism the others too, in chunks

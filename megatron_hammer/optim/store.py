@@ -82,6 +82,8 @@ class StoredGradient:
             missing.remove(self.index)
             if not missing and (store.last or store.sums_are_new):
                 store.start_reduction(self.bucket)
+                if not store.overlap_reduce:
+                    self.bucket.handle.wait()
         return result
 
     def ready(self) -> None:
@@ -98,6 +100,7 @@ class FlatStore:
         bucket_bytes: size of a bucket's gradients, at least; with many ranks more (``bucket_elements``).
         range_of: entered around each addition to a gradient, for a profiler.
         overlap_gather: leave the gather of weights under way until somebody needs them; false: wait at once.
+        overlap_reduce: leave the reduction of a bucket under way while backward runs; false: wait at once.
         shard: what is divided over the ranks.
         reshard_after_forward: give up gathered weights after forward and gather them again in backward; false: keep
             them until backward has used them.
@@ -116,8 +119,10 @@ class FlatStore:
         overlap_gather: bool = True,
         shard: Sharded = "optimizer",
         reshard_after_forward: bool = True,
+        overlap_reduce: bool = True,
     ) -> None:
         self.range_of, self.overlap_gather, self.reshard = range_of, overlap_gather, reshard_after_forward
+        self.overlap_reduce = overlap_reduce
         self.table, self.ctx = tuple(table), ctx
         self.group = ctx.sharing
         by_part = shard == "weights"
@@ -141,6 +146,9 @@ class FlatStore:
             for part in {self.table[i].part for i in bucket.parameters}:
                 self._buckets_of.setdefault(part, []).append(bucket)
         self._untaken = iter(range(len(self.table)))
+        # One bucket's reduction at a time where its buffer is given up after it, and on a CPU, where gloo copies what
+        # it reduces: with all buckets under way that would be a second buffer of gradients.
+        self._one_by_one = self.sums_are_new or ctx.device.type == "cpu"
         self._reducing: Bucket | None = None
         self.version = 0
         self.first = self.last = False
@@ -239,10 +247,10 @@ class FlatStore:
     def start_reduction(self, bucket: Bucket) -> None:
         """Sum a bucket's gradients over the ranks that share it, into each rank's shard. Communicates over dp."""
         if self._reducing is not None:
-            self._finish(self._reducing)  # its buffer goes before the next one comes: two at a time
+            self._finish(self._reducing)  # its buffer goes before the next one comes: two at a time, this one included
         bucket.first, bucket.reduced = self.first, self.last
         bucket.handle = reduce_scatter_into(self.sum_buffers.own(bucket), self.sum_buffers.full(bucket), self.group)
-        if self.sums_are_new:
+        if self._one_by_one:
             self._reducing = bucket
 
     def reduce(self) -> None:
@@ -369,6 +377,7 @@ class FlatStore:
             shard, arrived = buffers.shard(bucket), buffers.own(bucket)
             shard.copy_(arrived) if bucket.first else shard.add_(arrived)
             buffers.close(bucket)
+        if bucket is self._reducing:
             self._reducing = None
 
 

@@ -51,8 +51,9 @@ class TreeStore(FlatStore):
         accumulated: int,
         range_of: Range = no_range,
         overlap_gather: bool = True,
+        overlap_reduce: bool = True,
     ) -> None:
-        super().__init__(table, dtype, ctx, bucket_bytes, range_of, overlap_gather)
+        super().__init__(table, dtype, ctx, bucket_bytes, range_of, overlap_gather, overlap_reduce=overlap_reduce)
         self.additions = [turn.additions for turn in turns(accumulated)]
         self.turn = 0
         self.waiting: list[Tensor] = []

@@ -135,9 +135,9 @@ def _store(
     bucket_bytes, overlap = parallel.gradient_bucket_bytes, parallel.overlap_param_gather
     if config.train.deterministic_reduction == "tree":
         accumulated = config.grad_accum(ctx.world.size)
-        return TreeStore(table, dtype, ctx, bucket_bytes, accumulated, range_of, overlap)
-    reshard = parallel.reshard_after_forward
-    return FlatStore(table, dtype, ctx, bucket_bytes, range_of, overlap, parallel.shard, reshard)
+        return TreeStore(table, dtype, ctx, bucket_bytes, accumulated, range_of, overlap, parallel.overlap_grad_reduce)
+    reshard, reduce = parallel.reshard_after_forward, parallel.overlap_grad_reduce
+    return FlatStore(table, dtype, ctx, bucket_bytes, range_of, overlap, parallel.shard, reshard, reduce)
 
 
 def choose_kernels(config: Config, device: torch.device, dtype: torch.dtype | None = None) -> StepKernels:

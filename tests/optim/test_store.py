@@ -18,7 +18,7 @@ from megatron_hammer.optim import store as store_module
 from megatron_hammer.optim.layout import bucket_elements, lay_out
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel.collectives import all_gather_into
-from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.parallel.context import Group, ParallelContext
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.model.tiny import build, make_context, rank_batches, tiny_config
@@ -152,6 +152,35 @@ def test_forward_waits_for_a_bucket_when_it_needs_it() -> None:
         assert seen[0] == [] and seen[1] == list(range(last, -1, -1)), "each once, in the order of forward"
         assert seen[2] == [last] and 0 < len(seen[3]) < last, "what the embedding needs, then what the next layer does"
         assert seen_at_once[0] and not seen_at_once[2]
+
+
+@pytest.mark.parametrize("overlap, device", [(True, "cpu"), (False, "cpu"), (True, "meta"), (False, "meta")])
+def test_a_bucket_is_reduced_beside_backward(overlap: bool, device: str) -> None:
+    """On a CPU one at a time, since gloo copies what it reduces; elsewhere all that are ready; or each waited for."""
+    config, events = tiny_config(), list[tuple[str, int]]()
+    ctx = ParallelContext(torch.device(device), dp=Group(0, 2), samples=Group(0, 2))
+    table = parameter_table(config.model, config.placement())
+    store = FlatStore(table, torch.float32, ctx, 40_000, overlap_reduce=overlap)
+
+    def start(shard: torch.Tensor, full: torch.Tensor, group: Group) -> Any:
+        number = sum(kind == "start" for kind, _ in events)
+        events.append(("start", number))
+        return mock.Mock(wait=lambda: events.append(("wait", number)))
+
+    with mock.patch.object(store_module, "reduce_scatter_into", start):
+        for last in (False, True):
+            store.begin(first=not last, last=last)
+            assert not events, "micro-batches before the last one are summed by the rank itself"
+            for gradient in reversed(store.gradients):
+                gradient.add(lambda place, begun: None)
+    kinds, count = [kind for kind, _ in events], len(store.buckets)
+    assert count > 3 and kinds.count("start") == count
+    most, under_way = 0, set[int]()
+    for kind, number in events:
+        under_way = under_way | {number} if kind == "start" else under_way - {number}
+        most = max(most, len(under_way))
+    assert most == (count if overlap and device == "meta" else 1)
+    assert (kinds[-1] == "start") == overlap, "the last one is under way when backward is over"
 
 
 @pytest.mark.parametrize("tp, sp", [(2, True), (4, True), (8, False), (8, True)])
