@@ -1,4 +1,4 @@
-"""Convert a Hugging Face Llama to a checkpoint, so that pretraining can continue from it.
+"""Convert a Llama, Qwen2, Qwen3 or Mistral of Hugging Face to a checkpoint, so that pretraining can continue from it.
 
 The result is DIR/checkpoints/step-00000000 with the weights in their own type, and DIR/model.yaml with the model's
 settings. Start a new run from it with checkpoint.init_from=DIR, or convert it back with checkpoint_to_hf.py --load DIR.

@@ -60,4 +60,8 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
         "rope_theta": model.rope_theta,
         "rope_scaling": model.rope_scaling,
         "tie_word_embeddings": model.tie_word_embeddings,
+        "qkv_bias": model.qkv_bias,
+        "attention_output_bias": model.attention_output_bias,
+        "mlp_bias": model.mlp_bias,
+        "qk_norm": model.qk_norm,
     }

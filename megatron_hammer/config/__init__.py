@@ -19,6 +19,7 @@ from megatron_hammer.config.help import FieldHelp, add_accept, add_settings, des
 from megatron_hammer.config.reading import config_from_tree, config_to_tree, load_config, parse_yaml, to_yaml
 from megatron_hammer.config.settings import (
     ATTENTION_MASKS,
+    ROPE_FIELDS,
     CheckpointConfig,
     DataConfig,
     KernelsConfig,
@@ -30,12 +31,14 @@ from megatron_hammer.config.settings import (
     ScheduleConfig,
     TokenizerConfig,
     TrainConfig,
+    yarn_attention_factor,
 )
 from megatron_hammer.config.tree import FP8_MULTIPLE, Config
 
 __all__ = [
     "ATTENTION_MASKS",
     "FP8_MULTIPLE",
+    "ROPE_FIELDS",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -60,4 +63,5 @@ __all__ = [
     "parse_yaml",
     "setting_effects",
     "to_yaml",
+    "yarn_attention_factor",
 ]

@@ -22,21 +22,96 @@ MAX_LAYERS = 10_000
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretching of RoPE for longer contexts (Hugging Face ``rope_type: llama3``)."""
+    """How RoPE is stretched for longer contexts than the model was first trained for (Hugging Face: rope_parameters).
+
+    llama3: long wavelengths stretched, short ones left, between them a blend (arXiv 2407.21783). linear: all of them
+    stretched alike. yarn: as llama3 by numbers of turns, and queries and keys scaled (arXiv 2309.00071). dynamic: not
+    stretched up to model.max_position_embeddings; readers of the exported model stretch longer texts by their length.
+    """
 
     factor: float
-    """By how much the long wavelengths are stretched."""
-    low_freq_factor: float
-    """Wavelengths above original_max_position_embeddings / low_freq_factor are stretched in full."""
-    high_freq_factor: float
-    """Wavelengths below original_max_position_embeddings / high_freq_factor are left alone."""
-    original_max_position_embeddings: int
-    """Context length in tokens for which the model was first trained."""
+    """By how much the wavelengths are stretched."""
+    low_freq_factor: float | None = None
+    """llama3: wavelengths above original_max_position_embeddings / low_freq_factor are stretched in full."""
+    high_freq_factor: float | None = None
+    """llama3: wavelengths below original_max_position_embeddings / high_freq_factor are left alone."""
+    original_max_position_embeddings: int | None = None
+    """llama3, yarn: context length in tokens for which the model was first trained."""
+    rope_type: Literal["llama3", "linear", "yarn", "dynamic"] = "llama3"
+    """Which of them."""
+    beta_fast: float | None = None
+    """yarn: dimensions that turn more often than this over the first context are left alone; absent: 32."""
+    beta_slow: float | None = None
+    """yarn: dimensions that turn less often than this are stretched in full; absent: 1."""
+    attention_factor: float | None = None
+    """yarn: what cos and sin are multiplied by; absent: 0.1 ln(factor) + 1."""
+    truncate: bool | None = None
+    """yarn: round the bounds between the dimensions to whole ones; absent: true."""
+
+    @property
+    def cos_sin_factor(self) -> float:
+        """What cos and sin are multiplied by, and so queries and keys each: yarn's ``attention_factor``."""
+        if self.rope_type != "yarn":
+            return 1.0
+        return self.attention_factor or yarn_attention_factor(self.factor)
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` unless the type has the fields that it needs, and no others."""
+        where, fields = "model.rope_scaling", {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        needed, others = ROPE_FIELDS[self.rope_type]
+        for name, value in fields.items():
+            if name in needed:
+                require(value is not None, f"{where}.{name}", f"is needed by rope_type={self.rope_type}", "set it")
+            elif name not in (*others, "rope_type"):
+                require(
+                    value is None,
+                    f"{where}.{name}={value}",
+                    f"is nothing that rope_type={self.rope_type} has",
+                    "leave it out",
+                )
+        at_least(where, {"factor": self.factor}, 1)
+        at_least(where, {"original_max_position_embeddings": self.original_max_position_embeddings}, 1)
+        positive = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
+        for name in positive:
+            value = fields[name]
+            require(
+                value is None or 0 < value < math.inf,
+                f"{where}.{name}={value}",
+                "must be a positive number",
+                f"raise {where}.{name}",
+            )
+        if self.low_freq_factor is not None and self.high_freq_factor is not None:
+            require(
+                self.high_freq_factor > self.low_freq_factor,
+                f"{where}.high_freq_factor={self.high_freq_factor}",
+                f"must be above low_freq_factor={self.low_freq_factor}",
+                "1 and 4 are usual",
+            )
+
+
+def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
+    """What yarn multiplies cos and sin by for a stretching by ``factor`` (arXiv 2309.00071, with mscale 1)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "linear": (("factor",), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "attention_factor", "truncate"),
+    ),
+    "dynamic": (("factor",), ()),
+}
+"""Of each type of RoPE scaling: the fields that it needs, and those that it may have."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The Llama: sizes are global, never those of one rank."""
+    """A Llama, or what Qwen2 and Qwen3 make of it: sizes are global, never those of one rank.
+
+    The exported model's class follows from the fields (``family``).
+    """
 
     hidden_size: Model[int]
     """Width h of the residual stream."""
@@ -57,7 +132,15 @@ class ModelConfig:
     rope_theta: Model[float] = 10000.0
     """Base of the rotary position embedding."""
     rope_scaling: Model[RopeScaling | None] = None
-    """Llama 3's RoPE scaling; absent: none."""
+    """How RoPE is stretched for long contexts; absent: not at all."""
+    qkv_bias: Model[bool] = False
+    """Add a bias to queries, keys and values. By itself: Qwen2; with attention_output_bias: attention_bias of Llama."""
+    attention_output_bias: Model[bool] = False
+    """Add a bias to what attention adds to the residual stream."""
+    mlp_bias: Model[bool] = False
+    """Add a bias to the three matrices of the feed-forward layer."""
+    qk_norm: Model[bool] = False
+    """RMSNorm of each head's queries and keys before RoPE, with a weight that all heads of a layer share: Qwen3."""
     max_position_embeddings: Free[int | None] = None
     """Longest context written to the exported model's config; absent: data.seq_length."""
     tie_word_embeddings: Model[bool] = False
@@ -75,8 +158,18 @@ class ModelConfig:
         """``head_dim`` with its default filled in."""
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
+    @property
+    def family(self) -> Literal["llama", "qwen2", "qwen3"] | None:
+        """The class of transformers that computes this (its ``model_type``); None where none does."""
+        qkv, output, mlp = self.qkv_bias, self.attention_output_bias, self.mlp_bias
+        if self.qk_norm:
+            return "qwen3" if qkv == output and not mlp else None
+        if qkv == output:
+            return "llama"
+        return "qwen2" if qkv and not mlp else None
+
     def check(self) -> None:
-        """Raise ``ConfigError`` unless the shape is a possible Llama."""
+        """Raise ``ConfigError`` unless the shape is a possible model of a class of transformers."""
         sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if "int" in str(f.type)}
         at_least("model", sizes, 1)
         at_most("model", {"num_layers": self.num_layers}, MAX_LAYERS)
@@ -103,7 +196,21 @@ class ModelConfig:
             self.head_size % 2 == 0, f"model.head_dim={self.head_size}", "must be even for RoPE", "set model.head_dim"
         )
         if self.rope_scaling is not None:
-            at_least("model.rope_scaling", {"factor": self.rope_scaling.factor}, 1)
+            self.rope_scaling.check()
+            require(
+                self.head_size > 2 or self.rope_scaling.rope_type != "dynamic",
+                f"model.head_dim={self.head_size}",
+                "must be above 2 for model.rope_scaling.rope_type=dynamic",
+                "raise model.head_dim",
+            )
+        chosen = [n for n in ("qkv_bias", "attention_output_bias", "mlp_bias", "qk_norm") if getattr(self, n)]
+        require(
+            self.family is not None,
+            ", ".join(f"model.{name}=true" for name in chosen),
+            "is together what no class of transformers computes, so that the model could not be exported",
+            "a Llama has qkv_bias and attention_output_bias or none, and mlp_bias as you like; Qwen2 qkv_bias alone; "
+            "Qwen3 qk_norm, and both biases of attention or none",
+        )
 
 
 @dataclass(frozen=True)

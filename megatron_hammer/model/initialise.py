@@ -23,7 +23,7 @@ BLOCK_ROWS = 256  # small enough that sharing a block between two ranks is cheap
 
 @torch.no_grad()
 def initialise(model: Stage, table: Sequence[Parameter], seed: int) -> None:
-    """Fill the model in place: norms with one, everything else with N(0, init_std) drawn on the CPU in fp32.
+    """Fill the model in place: norms with one, biases with zero, matrices with N(0, init_std) drawn on the CPU in fp32.
 
     One part of the model at a time, since its store may have no more of it at once.
     """
@@ -39,8 +39,8 @@ def _fill(weight: Tensor, parameter: Parameter, config: ModelConfig, seed: int) 
     shapes = logical_shapes(config)
     for s in parameter.slices:
         rows = weight[s.local_row : s.local_row + s.num_rows]
-        if s.cols is None:
-            rows.fill_(1.0)
+        if parameter.initial != "normal":
+            rows.fill_(1.0 if parameter.initial == "ones" else 0.0)
         else:
             _fill_normal(rows, s, shapes[s.tensor][1], seed, config.init_std)
 

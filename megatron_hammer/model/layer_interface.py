@@ -41,20 +41,25 @@ class HeadsLinear(Protocol):
 
 
 class LayerModule(Protocol):
-    """A module of parallel layers, which are ``torch.nn.Module``s with a parameter ``weight`` each."""
+    """A module of parallel layers: each a ``torch.nn.Module`` with a parameter ``weight``, and ``bias`` where asked."""
 
     def RMSNorm(self, hidden_size: int, eps: float, options: LayerOptions, /) -> Norm:
         """Residual add and norm; the weight is on all ranks."""
 
-    def ColumnParallelLinear(self, in_features: int, out_local: int, options: LayerOptions, /) -> Linear:
+    def ColumnParallelLinear(
+        self, in_features: int, out_local: int, options: LayerOptions, bias: bool = False, /
+    ) -> Linear:
         """The outputs are divided over the ranks: [s/t, b, in] -> [s, b, out_local]."""
 
-    def RowParallelLinear(self, in_local: int, out_features: int, options: LayerOptions, /) -> Linear:
+    def RowParallelLinear(
+        self, in_local: int, out_features: int, options: LayerOptions, bias: bool = False, /
+    ) -> Linear:
         """The inputs are divided over the ranks: [s, b, in_local] -> [s/t, b, out], summed over them."""
 
     def QKVLinear(
-        self, hidden_size: int, heads_local: int, groups_local: int, head_size: int, options: LayerOptions, /
-    ) -> HeadsLinear:
+        self, hidden_size: int, heads_local: int, groups_local: int, head_size: int, options: LayerOptions,
+        bias: bool = False, /,
+    ) -> HeadsLinear:  # fmt: skip
         """Queries, keys and values in one product."""
 
     def operations(self, chosen: Operations, /) -> Operations:

@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_hammer.kernels.embedding import add_rows
-from megatron_hammer.kernels.linear import Division, Gradient, GradientStore, Overlap, linear, once_differentiable
+from megatron_hammer.kernels.linear import (
+    Division,
+    Gradient,
+    GradientStore,
+    Overlap,
+    linear,
+    once_differentiable,
+    stored,
+)
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.ranges import LINEAR, Range, no_range, within
 from megatron_hammer.parallel.collectives import scatter_sum, sum_over_ranks
@@ -102,14 +110,35 @@ def column_parallel(x: Tensor, weight: Tensor, options: LayerOptions) -> Tensor:
     return linear(x, weight, Division(None, products, "column", options.tp, options.sequence_parallel))
 
 
-class _Linear(nn.Module):
+class Bias(nn.Module):
+    """What a linear layer adds to each row of its result, if anything: the base of the layers of both modules."""
+
+    bias: nn.Parameter | None
+    bias_gradient: Gradient | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.bias_gradient = None, None
+
+    def add_bias_of(self, features: int, options: LayerOptions) -> None:
+        """Have a bias; after the weight, as in the parameter table."""
+        self.bias, self.bias_gradient = options.weight(features)
+
+    def with_bias(self, y: Tensor) -> Tensor:
+        """y + bias; of a row-parallel layer after the sum over ranks, so that it is added once."""
+        return y if self.bias is None else y + stored(self.bias, self.bias_gradient)
+
+
+class _Linear(Bias):
     """x W^T with a matrix [out_features, in_features] on this rank, divided by ``kind`` as ``linear`` says."""
 
     def __init__(
-        self, in_features: int, out_features: int, kind: Literal["column", "row"], options: LayerOptions
+        self, in_features: int, out_features: int, kind: Literal["column", "row"], options: LayerOptions, bias: bool
     ) -> None:
         super().__init__()
         self.weight, self.gradient = options.weight(out_features, in_features)
+        if bias:
+            self.add_bias_of(out_features, options)
         products = options.operations.products
         self.division = Division(
             self.gradient, products, kind, options.tp, options.sequence_parallel, options.tp_comm_overlap
@@ -117,21 +146,21 @@ class _Linear(nn.Module):
         self.linear = within(options.range_of, LINEAR, linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x, self.weight, self.division)
+        return self.with_bias(self.linear(x, self.weight, self.division))
 
 
 class ColumnParallelLinear(_Linear):
     """x W^T with the rows of W, the outputs, divided over the ranks: [s/t, b, in] -> [s, b, out/t]."""
 
-    def __init__(self, in_features: int, out_local: int, options: LayerOptions) -> None:
-        super().__init__(in_features, out_local, "column", options)
+    def __init__(self, in_features: int, out_local: int, options: LayerOptions, bias: bool = False) -> None:
+        super().__init__(in_features, out_local, "column", options, bias)
 
 
 class RowParallelLinear(_Linear):
     """x W^T with the columns of W, the inputs, divided over the ranks: [s, b, in/t] -> [s/t, b, out], summed."""
 
-    def __init__(self, in_local: int, out_features: int, options: LayerOptions) -> None:
-        super().__init__(in_local, out_features, "row", options)
+    def __init__(self, in_local: int, out_features: int, options: LayerOptions, bias: bool = False) -> None:
+        super().__init__(in_local, out_features, "row", options, bias)
 
 
 class QKVLinear(ColumnParallelLinear):
@@ -141,9 +170,10 @@ class QKVLinear(ColumnParallelLinear):
     """
 
     def __init__(
-        self, hidden_size: int, heads_local: int, groups_local: int, head_size: int, options: LayerOptions
-    ) -> None:
-        super().__init__(hidden_size, (heads_local + 2 * groups_local) * head_size, options)
+        self, hidden_size: int, heads_local: int, groups_local: int, head_size: int, options: LayerOptions,
+        bias: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(hidden_size, (heads_local + 2 * groups_local) * head_size, options, bias)
         self.head_size = head_size
 
     def forward(self, x: Tensor) -> Tensor:

@@ -31,7 +31,14 @@ from megatron_hammer.kernels.libraries.te import add_rms_norm, fp8_region
 from megatron_hammer.kernels.norm import with_gradient
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.ranges import LINEAR
-from megatron_hammer.model.layers import LayerOptions, RMSNorm, VocabParallelEmbedding, column_parallel, ready_after
+from megatron_hammer.model.layers import (
+    Bias,
+    LayerOptions,
+    RMSNorm,
+    VocabParallelEmbedding,
+    column_parallel,
+    ready_after,
+)
 
 __all__ = [
     "ColumnParallelLinear",
@@ -46,10 +53,15 @@ __all__ = [
 ]
 
 
-class _Linear(nn.Module):
-    """x W^T with ``parallel_mode`` "column" or "row"; the library is given the sizes of all ranks together."""
+class _Linear(Bias):
+    """x W^T with ``parallel_mode`` "column" or "row"; the library is given the sizes of all ranks together.
 
-    def __init__(self, in_features: int, out_features: int, parallel_mode: str, options: LayerOptions) -> None:
+    A bias is added here, not by the library, so that its gradient goes where all of them go.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, parallel_mode: str, options: LayerOptions, bias: bool
+    ) -> None:
         import transformer_engine.pytorch as te
 
         super().__init__()
@@ -76,6 +88,8 @@ class _Linear(nn.Module):
             # The library's protocol: it writes the gradient to this attribute, and returns none to autograd from a
             # weight without an attribute ``grad_added_to_main_grad``.
             self.weight.main_grad = self.gradient.main_grad  # type: ignore[attr-defined]
+        if bias:
+            self.add_bias_of(out_features // tp.size if parallel_mode == "column" else out_features, options)
 
     def forward(self, x: Tensor) -> Tensor:
         # True has the fp8 copy of the weight made anew and its gradient overwritten, False the copy used again and the
@@ -84,21 +98,21 @@ class _Linear(nn.Module):
         if self.gradient is not None and torch.is_grad_enabled():
             first, x = not bool(self.gradient.begun), ready_after(x, [self.gradient])
         with self.range_of(LINEAR):
-            return self.hidden[0](x, is_first_microbatch=first)  # type: ignore[no-any-return]
+            return self.with_bias(self.hidden[0](x, is_first_microbatch=first))
 
 
 class ColumnParallelLinear(_Linear):
     """x W^T with the rows of W, the outputs, divided over the ranks: [s/t, b, in] -> [s, b, out/t]."""
 
-    def __init__(self, in_features: int, out_local: int, options: LayerOptions) -> None:
-        super().__init__(in_features, out_local * options.tp.size, "column", options)
+    def __init__(self, in_features: int, out_local: int, options: LayerOptions, bias: bool = False) -> None:
+        super().__init__(in_features, out_local * options.tp.size, "column", options, bias)
 
 
 class RowParallelLinear(_Linear):
     """x W^T with the columns of W, the inputs, divided over the ranks: [s, b, in/t] -> [s/t, b, out], summed."""
 
-    def __init__(self, in_local: int, out_features: int, options: LayerOptions) -> None:
-        super().__init__(in_local * options.tp.size, out_features, "row", options)
+    def __init__(self, in_local: int, out_features: int, options: LayerOptions, bias: bool = False) -> None:
+        super().__init__(in_local * options.tp.size, out_features, "row", options, bias)
 
 
 class QKVLinear(ColumnParallelLinear):
@@ -109,9 +123,10 @@ class QKVLinear(ColumnParallelLinear):
     """
 
     def __init__(
-        self, hidden_size: int, heads_local: int, groups_local: int, head_size: int, options: LayerOptions
-    ) -> None:
-        super().__init__(hidden_size, (heads_local + 2 * groups_local) * head_size, options)
+        self, hidden_size: int, heads_local: int, groups_local: int, head_size: int, options: LayerOptions,
+        bias: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(hidden_size, (heads_local + 2 * groups_local) * head_size, options, bias)
         self.head_size = head_size
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,13 +10,12 @@
 Inside the model the sequence comes first (``[s, b, h]``): shards of it are contiguous. Only the embedding and the loss
 change the order. Under document masks the samples of a micro-batch lie one after the other, ``[b s, 1, h]``
 for every layer; only attention and the positions know of documents. The mathematics is that of ``LlamaForCausalLM`` in
-transformers, and ``tests/model/test_llama.py`` holds it to that. A layer reads from here through ``layers.py`` and
-``kernels/``.
+transformers, or with the config's biases and norms of heads that of ``Qwen2ForCausalLM`` or ``Qwen3ForCausalLM``, and
+``tests/model/test_llama.py`` holds it to that. A layer reads from here through ``layers.py`` and ``kernels/``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -35,6 +34,7 @@ from megatron_hammer.model.layer_interface import LayerModule
 from megatron_hammer.model.layers import LayerOptions, ready_after
 from megatron_hammer.model.recompute import Recompute
 from megatron_hammer.model.residence import uses_of, with_weights
+from megatron_hammer.model.rope import cos_and_sin
 from megatron_hammer.parallel.collectives import all_gather_rows
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.placement import Placement, place
@@ -51,11 +51,18 @@ class Attention(nn.Module):
         h, d = config.hidden_size, config.head_size
         self.rope, self.attend = options.operations.rope, options.operations.attention
         self.heads_local, self.groups_local = at.heads_local, at.groups_local
-        self.qkv = parts.QKVLinear(h, at.heads_local, at.groups_local, d, options)
-        self.output = parts.RowParallelLinear(at.heads_local * d, h, options)
+        self.qkv = parts.QKVLinear(h, at.heads_local, at.groups_local, d, options, config.qkv_bias)
+        self.has_norms = config.qk_norm
+        if self.has_norms:
+            self.q_norm = parts.RMSNorm(d, config.norm_eps, options)
+            self.k_norm = parts.RMSNorm(d, config.norm_eps, options)
+        self.output = parts.RowParallelLinear(at.heads_local * d, h, options, config.attention_output_bias)
 
     def forward(self, x: Tensor, rope: CosSin, documents: PackedSequences | None) -> Tensor:
         qkv = self.qkv(x)  # [s, b, n + 2g, d]
+        if self.has_norms:
+            q, k, v = qkv.split((self.heads_local, self.groups_local, self.groups_local), dim=2)
+            qkv = torch.cat((self.q_norm(q.contiguous())[0], self.k_norm(k.contiguous())[0], v), dim=2)
         q, k, v = self.rope(qkv, *rope, self.heads_local, self.groups_local)  # [s, b, heads, d] each
         return self.output(self.attend(q, k, v, documents).flatten(2))
 
@@ -66,8 +73,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, at: Placement, options: LayerOptions, parts: LayerModule) -> None:
         super().__init__()
         self.swiglu = options.operations.swiglu
-        self.gate_up = parts.ColumnParallelLinear(config.hidden_size, 2 * at.ffn_local, options)
-        self.down = parts.RowParallelLinear(at.ffn_local, config.hidden_size, options)
+        h, bias = config.hidden_size, config.mlp_bias
+        self.gate_up = parts.ColumnParallelLinear(h, 2 * at.ffn_local, options, bias)
+        self.down = parts.RowParallelLinear(at.ffn_local, h, options, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.swiglu(self.gate_up(x)))
@@ -127,7 +135,6 @@ class Stage(nn.Module):
             if not self.is_tied:
                 self.head = layers.ColumnParallelLinear(h, rows, options)
         self.uses = uses_of(at.layers, at.has_embedding, at.has_head, self.is_tied)
-        self.rope_frequencies = rope_frequencies(config).to(options.device)  # [d/2] fp32; not saved
         self.rope_cache: dict[int, CosSin] = {}
 
     @property
@@ -138,9 +145,7 @@ class Stage(nn.Module):
     def rope(self, length: int) -> CosSin:
         """cos and sin of every position below ``length``, computed in fp32 and then rounded, as in Hugging Face."""
         if length not in self.rope_cache:
-            positions = torch.arange(length, dtype=torch.float32, device=self.options.device)
-            angles = torch.outer(positions, self.rope_frequencies)[:, None, None, :]  # [s, 1, 1, d/2]
-            self.rope_cache[length] = (angles.cos().to(self.options.dtype), angles.sin().to(self.options.dtype))
+            self.rope_cache[length] = cos_and_sin(self.config, length, self.options.device, self.options.dtype)
         return self.rope_cache[length]
 
     def compile_layers(self) -> None:
@@ -270,27 +275,8 @@ def stages_of(model: Model) -> list[Stage]:
 
 def gradients_of(layer: nn.Module) -> list[Gradient]:
     """Where the gradients of all weights of a layer are summed; empty where autograd keeps them."""
-    gradients = (getattr(module, "gradient", None) for module in layer.modules())
-    return [gradient for gradient in gradients if gradient is not None]
-
-
-def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Angle per position of each pair of dimensions: [d/2] fp32, theta^(-2i/d), stretched as Llama 3 does if asked.
-
-    Llama 3 divides the frequencies of long wavelengths by ``factor``, leaves short ones, and interpolates between
-    (the ``llama3`` RoPE type of transformers).
-    """
-    d = config.head_size
-    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.int64).float() / d)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    wavelengths = 2 * math.pi / frequencies
-    context, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = (context / wavelengths - low) / (high - low)
-    between = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
-    stretched = torch.where(wavelengths > context / low, frequencies / scaling.factor, between)
-    return torch.where(wavelengths < context / high, frequencies, stretched)
+    places = [getattr(m, name, None) for m in layer.modules() for name in ("gradient", "bias_gradient")]
+    return [gradient for gradient in places if gradient is not None]
 
 
 def build_stage(

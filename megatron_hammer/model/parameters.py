@@ -1,9 +1,10 @@
 """The parameter table: for every tensor in memory, which rectangles of which logical tensors it holds.
 
-A *logical* tensor is one of Hugging Face's ``LlamaForCausalLM``: its name and its true global shape. A *local* one is
-what a rank keeps of it, as its placement says (``parallel/placement.py``): fused, sharded, padded. This table is the
-only place that knows how they relate; initialisation, gradient sums, gradient norm, weight decay, checkpoints and
-conversion all read it. For example, rank 1 of TP 2 with 8 heads and 2 groups holds (d = size of a head)::
+A *logical* tensor is one of Hugging Face's model (``LlamaForCausalLM``, say): its name and its true global shape. A
+*local* one is what a rank keeps of it, as its placement says (``parallel/placement.py``): fused, sharded, padded. This
+table is the only place that knows how they relate; initialisation, gradient sums, gradient norm, weight decay,
+checkpoints and conversion all read it. For example, rank 1 of TP 2 with 8 heads and 2 groups holds (d = size of a
+head)::
 
     layers.0.attention.qkv.weight  [6d, h]     q_proj rows [4d, 8d)  ->  local rows [0, 4d)
                                                k_proj rows [ d, 2d)  ->  local rows [4d, 5d)
@@ -15,7 +16,7 @@ Needs no torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_hammer.config import ModelConfig
@@ -63,8 +64,13 @@ class Parameter:
     """Local shape on this rank."""
     slices: tuple[Slice, ...]
     """The rectangles that it holds."""
-    decay: bool
-    """Whether weight decay applies: matrices yes, norms no."""
+    initial: Literal["normal", "ones", "zeros"]
+    """How initialisation fills it: matrices, weights of norms, biases."""
+
+    @property
+    def decay(self) -> bool:
+        """Whether weight decay applies: to matrices yes, to norms and biases no."""
+        return self.initial == "normal"
 
     @property
     def part(self) -> str:
@@ -120,21 +126,46 @@ def _layer(index: int, model: ModelConfig, at: Placement) -> list[Parameter]:
     """One decoder layer."""
     ours, theirs, d = f"layers.{index}.", f"model.layers.{index}.", model.head_size
     heads = (at.heads[0] * d, at.heads[1] * d)
-    return [
-        _norm(ours + "attention_norm.weight", theirs + "input_layernorm.weight", model, at),
-        _qkv(ours + "attention.qkv.weight", theirs + "self_attn.", model, at),
-        _columns(ours + "attention.output.weight", theirs + "self_attn.o_proj.weight", heads, model),
-        _norm(ours + "mlp_norm.weight", theirs + "post_attention_layernorm.weight", model, at),
-        _gate_up(ours + "mlp.gate_up.weight", theirs + "mlp.", model, at),
-        _columns(ours + "mlp.down.weight", theirs + "mlp.down_proj.weight", at.ffn, model),
-    ]
+    attention, mlp = (ours + "attention.", theirs + "self_attn."), (ours + "mlp.", theirs + "mlp.")
+    qkv, output = (attention[0] + "qkv.", attention[1]), (attention[0] + "output.", attention[1] + "o_proj.")
+    gate_up, down = (mlp[0] + "gate_up.", mlp[1]), (mlp[0] + "down.", mlp[1] + "down_proj.")
+    table = [_norm(ours + "attention_norm.weight", theirs + "input_layernorm.weight", model, at)]
+    table.append(_qkv(*qkv, "weight", model, at))
+    if model.qkv_bias:
+        table.append(_qkv(*qkv, "bias", model, at))
+    if model.qk_norm:
+        table += [_head_norm(attention[0] + n, attention[1] + n, d, at) for n in ("q_norm.weight", "k_norm.weight")]
+    table.append(_columns(output[0] + "weight", output[1] + "weight", heads, model))
+    if model.attention_output_bias:
+        table.append(_stream_vector(output[0] + "bias", output[1] + "bias", model, at, "zeros"))
+    table.append(_norm(ours + "mlp_norm.weight", theirs + "post_attention_layernorm.weight", model, at))
+    table.append(_gate_up(*gate_up, "weight", model, at))
+    if model.mlp_bias:
+        table.append(_gate_up(*gate_up, "bias", model, at))
+    table.append(_columns(down[0] + "weight", down[1] + "weight", at.ffn, model))
+    if model.mlp_bias:
+        table.append(_stream_vector(down[0] + "bias", down[1] + "bias", model, at, "zeros"))
+    return table
 
 
 def _norm(name: str, tensor: str, model: ModelConfig, at: Placement) -> Parameter:
+    return _stream_vector(name, tensor, model, at, "ones")
+
+
+def _stream_vector(
+    name: str, tensor: str, model: ModelConfig, at: Placement, initial: Literal["ones", "zeros"]
+) -> Parameter:
+    """A vector over the residual stream, which every tensor-parallel rank has."""
     # Under sequence parallelism each rank sees s/t rows only, so its gradient is a part of the sum.
     sum_over: SumOver = "tp" if at.sequence_shards > 1 else "none"
     h = model.hidden_size
-    return Parameter(name, (h,), (Slice(tensor, (0, h), None, 0, at.tp_rank == 0, sum_over),), decay=False)
+    return Parameter(name, (h,), (Slice(tensor, (0, h), None, 0, at.tp_rank == 0, sum_over),), initial)
+
+
+def _head_norm(name: str, tensor: str, d: int, at: Placement) -> Parameter:
+    """The weight of a norm of heads, which every tensor-parallel rank has for its own heads."""
+    sum_over: SumOver = "tp" if at.tp_size > 1 else "none"  # copies of a group's keys get a part of its gradient each
+    return Parameter(name, (d,), (Slice(tensor, (0, d), None, 0, at.tp_rank == 0, sum_over),), "ones")
 
 
 def _vocabulary(name: str, tensor: str, model: ModelConfig, at: Placement) -> Parameter:
@@ -144,34 +175,41 @@ def _vocabulary(name: str, tensor: str, model: ModelConfig, at: Placement) -> Pa
     sum_over: SumOver = "stages" if copied else "none"
     rows, h = at.vocab_rows(model.vocab_size), model.hidden_size
     slices = (Slice(tensor, rows, (0, h), 0, at.has_embedding or not copied, sum_over),) if rows[0] < rows[1] else ()
-    return Parameter(name, (at.vocab_rows_local(model.vocab_size), h), slices, decay=True)
+    return Parameter(name, (at.vocab_rows_local(model.vocab_size), h), slices, "normal")
 
 
 def _columns(name: str, tensor: str, columns: Range, model: ModelConfig) -> Parameter:
     """A matrix whose inputs are divided over the ranks."""
     h = model.hidden_size
-    return Parameter(name, (h, columns[1] - columns[0]), (Slice(tensor, (0, h), columns),), decay=True)
+    return Parameter(name, (h, columns[1] - columns[0]), (Slice(tensor, (0, h), columns),), "normal")
 
 
-def _qkv(name: str, theirs: str, model: ModelConfig, at: Placement) -> Parameter:
-    """Queries, keys and values in one matrix."""
+def _rows(name: str, rows: int, slices: tuple[Slice, ...], columns: int) -> Parameter:
+    """Matrices whose outputs are divided over the ranks, in one; or their biases, as the name says."""
+    if name.endswith(".weight"):
+        return Parameter(name, (rows, columns), slices, "normal")
+    return Parameter(name, (rows,), tuple(replace(s, cols=None) for s in slices), "zeros")
+
+
+def _qkv(ours: str, theirs: str, kind: str, model: ModelConfig, at: Placement) -> Parameter:
+    """Queries, keys and values in one: the "weight", or the "bias"."""
     h, d = model.hidden_size, model.head_size
     q_rows, kv_rows = ((first * d, last * d) for first, last in (at.heads, at.groups))
     q_end, k_end = at.heads_local * d, (at.heads_local + at.groups_local) * d
     sum_over: SumOver = "kv" if at.kv_copies > 1 else "none"  # each copy sees its own query heads' part only
     slices = (
-        Slice(theirs + "q_proj.weight", q_rows, (0, h)),
-        Slice(theirs + "k_proj.weight", kv_rows, (0, h), q_end, at.owns_groups, sum_over),
-        Slice(theirs + "v_proj.weight", kv_rows, (0, h), k_end, at.owns_groups, sum_over),
+        Slice(f"{theirs}q_proj.{kind}", q_rows, (0, h)),
+        Slice(f"{theirs}k_proj.{kind}", kv_rows, (0, h), q_end, at.owns_groups, sum_over),
+        Slice(f"{theirs}v_proj.{kind}", kv_rows, (0, h), k_end, at.owns_groups, sum_over),
     )
-    return Parameter(name, (k_end + at.groups_local * d, h), slices, decay=True)
+    return _rows(ours + kind, k_end + at.groups_local * d, slices, h)
 
 
-def _gate_up(name: str, theirs: str, model: ModelConfig, at: Placement) -> Parameter:
-    """The two matrices of the feed-forward layer that read its input, in one."""
+def _gate_up(ours: str, theirs: str, kind: str, model: ModelConfig, at: Placement) -> Parameter:
+    """The two matrices of the feed-forward layer that read its input, in one: the "weight", or the "bias"."""
     h, f_local = model.hidden_size, at.ffn_local
     slices = (
-        Slice(theirs + "gate_proj.weight", at.ffn, (0, h)),
-        Slice(theirs + "up_proj.weight", at.ffn, (0, h), f_local),
+        Slice(f"{theirs}gate_proj.{kind}", at.ffn, (0, h)),
+        Slice(f"{theirs}up_proj.{kind}", at.ffn, (0, h), f_local),
     )
-    return Parameter(name, (2 * f_local, h), slices, decay=True)
+    return _rows(ours + kind, 2 * f_local, slices, h)

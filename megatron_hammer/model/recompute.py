@@ -138,8 +138,11 @@ def activation_bytes(
     # The normalised rows before the weight; and in 16 bits an fp32 copy of the sum in the place of the sum.
     inner += 2 * h * 4 if "norm" in plain else 0
     inner += size * f if "swiglu" in plain else 0  # silu(gate)
-    whole = inputs + rotated + outputs + inner
-    selective = inputs + rotated + (outputs if config.kernels.fp8 != "off" else 0)
+    normed = 0.0  # what the norms of heads read; they write what RoPE turns
+    if model.qk_norm:
+        normed = (n + g) * (size * d + 4 + (4 * d if "norm" in plain else 0))
+    whole = inputs + rotated + normed + outputs + inner
+    selective = inputs + rotated + normed + (outputs if config.kernels.fp8 != "off" else 0)
     if config.kernels.compile == "layers":  # both summands of the first norm; what is quantised is quantised again
         selective = inputs + size * h
     again = {"none": 0, "selective": model.num_layers, "full": train.recompute_layers or model.num_layers}

@@ -1,4 +1,4 @@
-"""The same two steps by code that shares nothing with ours: Hugging Face's Llama in fp64 and AdamW written out.
+"""The same two steps by code that shares nothing with ours: Hugging Face's model in fp64 and AdamW written out.
 
 One process, whole tensors, no padding, no buckets, one document at a time. What our own process and all ranks have in
 common, and have wrong, shows here.
@@ -23,12 +23,11 @@ from megatron_hammer.verify.steps import global_batch
 
 def reference_steps(config: Config, initial: dict[str, np.ndarray]) -> Outcome:
     """Two steps from these weights (logical tensors by name)."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    tree = hf_config_from_model(config.model, {}, "float32")
-    settings: Any = LlamaConfig(**tree)
-    settings._attn_implementation = "eager"  # plain products; in fp64 the others are no faster
-    model = LlamaForCausalLM(settings).double()
+    settings: Any = AutoConfig.for_model(**hf_config_from_model(config.model, {}, "float32"))
+    build: Any = AutoModelForCausalLM.from_config
+    model: Any = build(settings, attn_implementation="eager").double()  # plain products: the others are no faster
     rope: Any = model.model.rotary_emb
     rope.inv_freq = rope.inv_freq.double()
     weights = {name: weight for name, weight in model.named_parameters() if name in initial}

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from megatron_hammer.base.errors import CheckpointError, RefusedError
 from megatron_hammer.checkpoint.manifest import read_manifest
+from megatron_hammer.config import RopeScaling
 from megatron_hammer.huggingface import certificate
 from megatron_hammer.huggingface.certificate import TEXTS, prove
 from megatron_hammer.huggingface.export import export_hf, prove_in_child_process
+from megatron_hammer.model import llama
 from megatron_hammer.model.parameters import logical_shapes
 from tests.checkpoint.layouts import LLAMA3_ROPE, tiny_model, write_layout
 
@@ -176,6 +178,84 @@ def test_a_fault_in_the_weights_turns_it_red(checkpoint, folder, monkeypatch, fa
     assert not (folder / "certificate.json").exists()
 
 
+# ---- faults of the parts that Qwen has ----
+
+YARN = RopeScaling(4.0, original_max_position_embeddings=16, rope_type="yarn")
+QWEN = tiny_model(hidden_size=32, ffn_hidden_size=40, num_layers=2, vocab_size=131, qk_norm=True, qkv_bias=True,
+                  attention_output_bias=True, rope_scaling=YARN)  # fmt: skip
+QK_NORMS = tuple(LAYER + f"self_attn.{x}_norm.weight" for x in "qk")
+
+
+def drop_query_norm(w, config):
+    w[QK_NORMS[0]].fill_(1)
+
+
+def swap_query_and_key_norm(w, config):
+    swap(w, *QK_NORMS)
+
+
+def lose_bias(w, config):
+    w[LAYER + "self_attn.v_proj.bias"].zero_()
+
+
+def bias_of_other_heads(w, config):
+    name = LAYER + "self_attn.q_proj.bias"
+    w[name] = w[name].view(-1, config["head_dim"]).flip(0).flatten()
+
+
+def other_yarn_factor(w, config):
+    config["rope_parameters"]["attention_factor"] = config["rope_scaling"]["attention_factor"] = 1.0
+
+
+QWEN_FAULTS = [drop_query_norm, swap_query_and_key_norm, lose_bias, bias_of_other_heads, other_yarn_factor]
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A checkpoint, and its export without a proof."""
+    folder = tmp_path_factory.mktemp("qwen")
+    tensors = realistic(QWEN)
+    for (name, kind), tensor in tensors.items():
+        if name.endswith(".bias"):
+            tensors[name, kind] = 0.5 * (tensor - 1) / 0.05
+        elif name in QK_NORMS:
+            tensors[name, kind] = 1 + 10 * (tensor - 1)
+    source = write_layout(folder / "run", QWEN, tensors, 2, 1).folder
+    export_hf(source, folder / "hf", prove=lambda c, f, d: (f / "certificate.json").write_text("{}"))  # type: ignore[arg-type, return-value]
+    return source, folder / "hf"
+
+
+def test_an_honest_qwen_is_proved(qwen, tmp_path):
+    folder = Path(shutil.copytree(qwen[1], tmp_path / "hf"))
+    assert prove(qwen[0], folder, "bfloat16")["verdict"] == "passed"
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+
+
+@pytest.mark.parametrize("logits_only", [False, True], ids=["whole proof", "logits alone"])
+@pytest.mark.parametrize("fault", QWEN_FAULTS, ids=lambda f: f.__name__)
+def test_a_fault_in_what_qwen_has_turns_it_red(qwen, tmp_path, monkeypatch, fault, logits_only):
+    folder = Path(shutil.copytree(qwen[1], tmp_path / "hf"))
+    config = json.loads((folder / "config.json").read_text())
+    edit(folder, lambda w: fault(w, config))
+    (folder / "config.json").write_text(json.dumps(config))
+    if logits_only:
+        monkeypatch.setattr(certificate, "check_weights", lambda *_: None)
+        monkeypatch.setattr(certificate, "check_config", lambda *_: None)
+    with pytest.raises(RefusedError, match=r"E520.*differ by" if logits_only else "E523|E524"):
+        prove(qwen[0], folder, "bfloat16")
+
+
+def test_a_norm_after_rope_turns_it_red(qwen, tmp_path, monkeypatch):
+    def forward(self, x, rope, documents):
+        q, k, v = self.rope(self.qkv(x), *rope, self.heads_local, self.groups_local)
+        q, k = self.q_norm(q.contiguous())[0], self.k_norm(k.contiguous())[0]
+        return self.output(self.attend(q, k, v, documents).flatten(2))
+
+    monkeypatch.setattr(llama.Attention, "forward", forward)
+    with pytest.raises(RefusedError, match=r"E520.*differ by"):
+        prove(qwen[0], Path(shutil.copytree(qwen[1], tmp_path / "hf")), "bfloat16")
+
+
 @pytest.mark.parametrize("logits_only", [False, True], ids=["whole proof", "logits alone"])
 def test_queries_and_keys_swapped_as_a_whole_turn_it_red(tmp_path, monkeypatch, logits_only):
     write_layout(tmp_path / "run", UNGROUPED, realistic(UNGROUPED))
@@ -241,6 +321,7 @@ def test_a_padded_vocabulary_turns_it_red(checkpoint, folder, monkeypatch, disab
 @pytest.mark.parametrize("change", [
     {"rope_theta": 50000.0, "rope_parameters": None}, {"rms_norm_eps": 1e-3}, {"max_position_embeddings": 2048},
     {"tie_word_embeddings": True}, {"head_dim": 4, "num_attention_heads": 16}, {"attention_bias": True},
+    {"mlp_bias": True},
 ], ids=str)  # fmt: skip
 def test_another_config_turns_it_red(checkpoint, folder, change):
     edit_json(folder / "config.json", lambda c: c.update({k: v for k, v in change.items() if c[k] != v}))

@@ -36,16 +36,19 @@ ROOT = Path(__file__).parents[2]
 
 def make_hf(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes) -> Path:
     """A tiny random model as transformers writes it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
               "num_key_value_heads": 2, "vocab_size": 131, "max_position_embeddings": 48,
               "initializer_range": 0.2}  # fmt: skip
     torch.manual_seed(5)
-    model = LlamaForCausalLM(LlamaConfig(**{**fields, **changes})).to(dtype)
+    settings = AutoConfig.for_model(**{"model_type": "llama", **fields, **changes})
+    model = AutoModelForCausalLM.from_config(settings).to(dtype)
     for name, weight in model.named_parameters():
         if "norm" in name:
             weight.data.uniform_(0.5, 1.5)
+        elif name.endswith(".bias"):
+            weight.data.uniform_(-0.5, 0.5)
     model.save_pretrained(folder, max_shard_size=shard)
     return folder
 
@@ -70,10 +73,17 @@ VARIANTS = [
                                           "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
      torch.bfloat16, "10KB"),
     ({"num_key_value_heads": 4, "vocab_size": 128}, torch.bfloat16, "5GB"),
+    ({"attention_bias": True, "mlp_bias": True}, torch.float32, "5GB"),
+    ({"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1e6,
+      "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 12}},
+     torch.bfloat16, "5GB"),
+    ({"model_type": "qwen3", "head_dim": 6, "rope_theta": 1e6, "tie_word_embeddings": True}, torch.bfloat16, "10KB"),
+    ({"model_type": "qwen3", "head_dim": 6, "attention_bias": True}, torch.float32, "5GB"),
 ]  # fmt: skip
+NAMES = ["plain", "tied", "head_dim", "llama3", "mha", "biases", "qwen2 yarn", "qwen3", "qwen3 biases"]
 
 
-@pytest.mark.parametrize("changes, dtype, shard", VARIANTS, ids=["plain", "tied", "head_dim", "llama3", "mha"])
+@pytest.mark.parametrize("changes, dtype, shard", VARIANTS, ids=NAMES)
 def test_the_round_trip_is_bit_equal(tmp_path, changes, dtype, shard):
     source = make_hf(tmp_path / "hf", dtype, shard, **changes)
     assert (len(list(source.glob("*.safetensors"))) > 1) == (shard != "5GB")
@@ -85,8 +95,17 @@ def test_the_round_trip_is_bit_equal(tmp_path, changes, dtype, shard):
     from transformers import AutoConfig
 
     a, b = (AutoConfig.from_pretrained(p).to_dict() for p in (source, tmp_path / "back"))
-    ignored = {"transformers_version", "_name_or_path"}
+    ignored = {"transformers_version", "_name_or_path", "max_window_layers"}  # there is no window
     assert {k: v for k, v in a.items() if k not in ignored} == {k: b.get(k) for k in a if k not in ignored}
+
+
+def test_a_mistral_without_window_becomes_a_llama_of_the_same_bits(tmp_path):
+    source = make_hf(tmp_path / "hf", torch.bfloat16, model_type="mistral", sliding_window=None)
+    import_hf(source, tmp_path / "run", note=lambda text: None)
+    certificate = export_hf(tmp_path / "run", tmp_path / "back", prove=prove, note=lambda text: None)
+    assert certificate["verdict"] == "passed"
+    assert_same_bits(weights_of(source), weights_of(tmp_path / "back"))
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "llama"
 
 
 def test_a_mixture_of_types_keeps_every_value(tmp_path):

@@ -83,7 +83,7 @@ def test_no_gradient_leaks() -> None:
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "dynamic rope"])  # that stretches by length
 def test_equals_each_document_alone(name: str, dtype: torch.dtype, tolerance: float) -> None:
     """Loss, logits and the gradient of all weights; of the norm, the rounding of sums in another order.
 
@@ -109,7 +109,7 @@ def test_equals_each_document_alone(name: str, dtype: torch.dtype, tolerance: fl
         assert (mine.grad - other.grad).norm() <= tolerance * other.grad.norm(), parameter
 
 
-@pytest.mark.parametrize("name", ["gqa", "llama3 rope"])
+@pytest.mark.parametrize("name", ["gqa", "llama3 rope", "qwen2", "qwen3 biases"])
 def test_equals_transformers_with_a_block_mask(name: str) -> None:
     """Position ids and a 4D mask there; 1e-5 of the norm in fp32, as without documents."""
     torch.manual_seed(5)

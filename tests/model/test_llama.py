@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from megatron_hammer.config import ModelConfig, RopeScaling
+from megatron_hammer.huggingface.config import hf_config_from_model
 from megatron_hammer.model.head_loss import Objective
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Stage, build_stage
@@ -17,6 +19,7 @@ from megatron_hammer.model.parameters import count_parameters, logical_shapes, p
 from megatron_hammer.parallel.context import Group, ParallelContext
 
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+YARN = RopeScaling(4.0, original_max_position_embeddings=32, rope_type="yarn")
 MODELS = {
     "gqa": ModelConfig(64, 176, 3, 8, 2, vocab_size=301),
     "mha": ModelConfig(64, 96, 2, 4, vocab_size=257),
@@ -24,35 +27,47 @@ MODELS = {
     "tied": ModelConfig(64, 176, 2, 8, 4, vocab_size=301, tie_word_embeddings=True),
     "head_dim": ModelConfig(64, 176, 2, 4, 2, head_dim=32, vocab_size=301, norm_eps=1e-6, rope_theta=5e5),
     "llama3 rope": ModelConfig(64, 176, 2, 4, 2, vocab_size=301, rope_scaling=SCALING, rope_theta=5e5),
-}
+    "linear rope": ModelConfig(64, 176, 2, 4, 2, vocab_size=301, rope_scaling=RopeScaling(4.0, rope_type="linear")),
+    "yarn rope": ModelConfig(64, 176, 2, 4, 2, vocab_size=301, rope_scaling=YARN, rope_theta=1e6),
+    "yarn by hand": ModelConfig(
+        64, 96, 2, 4, 2, vocab_size=301, norm_eps=1e-6,
+        rope_scaling=replace(YARN, beta_fast=8.0, beta_slow=2.0, attention_factor=1.3, truncate=False),
+    ),
+    "dynamic rope": ModelConfig(
+        64, 96, 2, 4, 2, vocab_size=301, rope_scaling=RopeScaling(2.0, rope_type="dynamic"), max_position_embeddings=24
+    ),
+    "biases": ModelConfig(
+        64, 176, 2, 8, 2, vocab_size=301, qkv_bias=True, attention_output_bias=True, mlp_bias=True
+    ),
+    "mlp bias": ModelConfig(48, 80, 1, 6, 1, vocab_size=129, mlp_bias=True),
+    "qwen2": ModelConfig(64, 176, 2, 8, 2, vocab_size=301, qkv_bias=True, tie_word_embeddings=True, rope_theta=1e6),
+    "qwen2 head_dim": ModelConfig(64, 96, 2, 4, 2, head_dim=24, vocab_size=129, qkv_bias=True, norm_eps=1e-6),
+    "qwen3": ModelConfig(64, 176, 2, 8, 2, head_dim=16, vocab_size=301, qk_norm=True, rope_theta=1e6, norm_eps=1e-6),
+    "qwen3 biases": ModelConfig(
+        64, 96, 2, 4, 1, vocab_size=301, qk_norm=True, qkv_bias=True, attention_output_bias=True,
+        tie_word_embeddings=True, rope_scaling=YARN,
+    ),
+}  # fmt: skip
+LONGEST = 24  # positions: the texts of these tests are longer, so that the dynamic RoPE is stretched
 
 
 def hugging_face(config: ModelConfig, attention: str = "sdpa") -> Any:
-    """A random ``LlamaForCausalLM`` of the same shape; norms away from one, so that they matter."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A random model of transformers of the same shape; norms away from one and biases from zero, so that they matter.
 
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling is not None:
-        rope |= {"rope_type": "llama3", **vars(config.rope_scaling)}
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.ffn_hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.query_groups,
-            head_dim=config.head_size,
-            max_position_embeddings=256,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters=rope,
-            tie_word_embeddings=config.tie_word_embeddings,
-            attn_implementation=attention,
-        )
-    )
+    Its config is what an export writes, read as a folder's is.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    words = hf_config_from_model(replace(config, max_position_embeddings=LONGEST), {}, "float32")
+    settings = AutoConfig.for_model(**words)
+    model = AutoModelForCausalLM.from_config(settings, attn_implementation=attention)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(1 + 0.2 * torch.randn_like(weight) if weight.dim() == 1 else 0.08 * torch.randn_like(weight))
+            noise = torch.randn_like(weight)
+            if name.endswith(".bias"):
+                weight.copy_(0.3 * noise)
+            else:
+                weight.copy_(1 + 0.2 * noise if weight.dim() == 1 else 0.08 * noise)
             assert name in logical_shapes(config)
     return model
 

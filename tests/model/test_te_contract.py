@@ -242,5 +242,5 @@ def test_both_modules_of_layers_have_the_same_names_and_arguments() -> None:
         ours, theirs = getattr(layers_te, name), getattr(layers, name)
         assert [*inspect.signature(ours).parameters] == [*inspect.signature(theirs).parameters], name
     defined = {n for n, c in vars(layers).items() if getattr(c, "__module__", "") == layers.__name__ and n[0] != "_"}
-    shared = {"ready_after"}
+    shared = {"Bias", "ready_after"}
     assert defined == {*layers_te.__all__} | shared, "what layers are made of, and what tells the store of a gradient"

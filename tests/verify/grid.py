@@ -43,7 +43,23 @@ def ranks_of(layout: Layout) -> int:
     return total
 
 
-def config_of(layout: Layout) -> Config:
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"model__qkv_bias": True},
+    "qwen3 with biases": {"model__qk_norm": True, "model__qkv_bias": True, "model__attention_output_bias": True},
+    "llama with biases": {"model__qkv_bias": True, "model__attention_output_bias": True, "model__mlp_bias": True},
+}
+
+
+def with_variants(layouts: Sequence[Layout]) -> list[tuple[Layout, str]]:
+    """Each layout with a kind of model: in turn, so that each kind meets every number of tensor-parallel ranks."""
+    turns: dict[int, itertools.cycle[str]] = {}
+    for layout in layouts:
+        turns.setdefault(layout["tensor_model_parallel_size"], itertools.cycle(VARIANTS))
+    return [(layout, next(turns[layout["tensor_model_parallel_size"]])) for layout in layouts]
+
+
+def config_of(layout: Layout, variant: str = "llama") -> Config:
     """A tiny model with that layout; the same global batch for each."""
     # Few layers and micro-batches: a layer for each stage (the last one may do with its head), and for interleaved
     # stages as many micro-batches as a pipeline has ranks.
@@ -52,7 +68,7 @@ def config_of(layout: Layout) -> Config:
     stages = layout["pipeline_model_parallel_size"] * layout["virtual_pipeline_stages"]
     settings = {f"parallel__{name}": value for name, value in layout.items() if name not in ("data", "attention_mask")}
     return tiny_config(
-        **settings,
+        **settings, **VARIANTS[variant],
         model__num_layers=max(4, stages), model__num_attention_heads=8, data__attention_mask=layout["attention_mask"],
         train__micro_batch_size=micro_batch, train__global_batch_size=8, train__num_steps=STEPS,
         parallel__gradient_bucket_bytes=400_000,

@@ -28,6 +28,7 @@ from tests.verify.grid import (
     pairs_of,
     ranks_of,
     whole_grid,
+    with_variants,
 )
 
 GRID = whole_grid()
@@ -65,9 +66,9 @@ def on_ranks(layout: Layout, function: Any, *arguments: Any) -> list[Any]:
     return run_distributed(ranks_of(layout), function, *arguments, timeout=250)
 
 
-def check(layout: Layout, checkpoints: dict[str, Path], steps: int) -> None:
-    config = config_of(layout)
-    model = f"{config.model.num_layers} layers, {config.data.attention_mask}"
+def check(layout: Layout, checkpoints: dict[str, Path], steps: int, variant: str = "llama") -> None:
+    config = config_of(layout, variant)
+    model = f"{variant}, {config.model.num_layers} layers, {config.data.attention_mask}"
     # Gradients, weights and moments in fp64: sums in another order. Losses are fp32 scalars.
     outcomes, sizes = on_ranks(layout, exact_steps, config), Sizes(1, 1, 1)
     reference = exact_alone(alone(config))
@@ -95,9 +96,11 @@ def test_every_pair_of_values_is_covered() -> None:
     assert covered == set().union(*map(pairs_of, GRID)) and len(COVERING) < len(GRID) // 4
 
 
-@pytest.mark.parametrize("layout", COVERING, ids=name_of)
-def test_covering_layouts(layout: Layout, checkpoints: dict[str, Path]) -> None:
-    check(layout, checkpoints, 4)
+@pytest.mark.parametrize(
+    "layout, variant", with_variants(COVERING), ids=[f"{name_of(at)}-{kind}" for at, kind in with_variants(COVERING)]
+)
+def test_covering_layouts(layout: Layout, variant: str, checkpoints: dict[str, Path]) -> None:
+    check(layout, checkpoints, 4, variant)
 
 
 @pytest.mark.slow
