@@ -5,6 +5,7 @@ A difference is relative to the largest value of the whole tensor. Needs no torc
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ Key = tuple[str, str]
 BOUNDS = {"fp64": 1e-10, "fp32": 2e-5, "bf16": 0.1, "fp16": 0.02}
 NUMBER_BOUNDS = {"fp64": 1e-6, "fp32": 1e-5, "bf16": 0.05, "fp16": 0.01}  # losses and norms are fp32 scalars in all
 TIED = "first and last stage both have this weight, and their gradients are summed once"
+KEY_SUMS = (
+    "queries are right: the sum over context-parallel ranks of the gradients of keys and values is missing or wrong"
+)
 AFTER_ALL_LAYERS = 2**31
 KINDS = ("gradient", "weight", "exp_avg", "exp_avg_sq", "model")
 
@@ -102,7 +106,25 @@ def compare_pieces(
         if not seen.all():
             missing = f"{int((~seen).sum())} of {seen.size} elements are on no rank"
             findings.append(Finding(f"{kind} of {tensor}", (), np.inf, missing))
-    return worst, findings
+    return worst, name_missing_key_sums(findings) if sizes.cp > 1 else findings
+
+
+def name_missing_key_sums(findings: list[Finding]) -> list[Finding]:
+    """Under context parallelism: where backward first goes wrong at keys and values, and queries are right.
+
+    Backward comes to the last layer first. A rank that has only its own queries' gradients for its keys and values is
+    wrong there in ``k_proj`` and ``v_proj``, and in all that comes before the layer.
+    """
+    wrong = {f.what.removeprefix("gradient of ") for f in findings if f.what.startswith("gradient of ")}
+    layers = [layer for tensor in wrong if (layer := _layer(tensor)) is not None]
+    if not layers or max(layers) == AFTER_ALL_LAYERS:
+        return findings
+    attention = f"model.layers.{max(layers)}.self_attn."
+    of_last = {tensor.removeprefix(attention) for tensor in wrong if tensor.startswith(attention)}
+    if not of_last or not of_last <= {"k_proj.weight", "v_proj.weight"}:
+        return findings
+    named = {f"gradient of {attention}{name}" for name in of_last}
+    return [dataclasses.replace(f, cause=KEY_SUMS) if f.what in named else f for f in findings]
 
 
 def compare_stages(ranks: Sequence[Outcome], sizes: Sizes) -> list[Finding]:

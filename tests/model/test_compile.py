@@ -172,6 +172,17 @@ def test_on_several_ranks(tp: int, sp: bool, recompute: str, mask: str) -> None:
         assert_close(got[rank], expected[rank])
 
 
+def test_the_stages_of_a_pipeline() -> None:
+    """Two of three layers on the first rank, one on the second, whose input is what the first sends."""
+    changes: dict[str, Any] = dict(parallel__pipeline_model_parallel_size=2, kernels__attention="sdpa")
+    config = tiny_config(**COMPILED, **changes)
+    config.validate(2)
+    got = run_distributed(2, compiled_training, config, 2, True)
+    expected = run_distributed(2, train, tiny_config(**PLAIN, **changes), 2)
+    for rank in range(2):
+        assert_close(got[rank], expected[rank])
+
+
 @pytest.mark.parametrize("shard, recompute", [("gradients", "none"), ("weights", "selective")])
 def test_with_sharded_gradients_and_weights(shard: str, recompute: str) -> None:
     """The graph holds weights and sums whose memory comes and goes."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_hammer.config import Config
-from megatron_hammer.kernels import arguments
+from megatron_hammer.kernels import arguments, context_parallel
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.model import llama, parameters
 from megatron_hammer.optim import store
@@ -184,6 +184,12 @@ def _without_first_key(share: SequenceShare) -> SequenceShare:
     return dataclasses.replace(share, key_lengths=share.key_lengths - cut, key_rows=rows)
 
 
+def _key_gradients_not_summed() -> Any:
+    """Each rank keeps what its own queries say of its keys and values."""
+    own = lambda x, group: (x.chunk(group.size)[group.rank], Done())  # noqa: E731
+    return mock.patch.object(context_parallel, "reduce_scatter_rows_async", own)
+
+
 def _log_added() -> Any:
     real = llama.head_loss
     return mock.patch.object(llama, "head_loss", lambda *a: real(*a) + np.log(2))
@@ -230,6 +236,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "boundary of a share": _boundary_one_off_in_a_share,
     "first key of a share missing": lambda: _share(_without_first_key),
     "keys of a share": lambda: _share(lambda share: dataclasses.replace(share, key_rows=np.sort(share.key_rows))),
+    "key gradients": _key_gradients_not_summed,
     "stages": _stages_swapped,
     "tied twice": partial(_tied_gradients_summed, 2),
     "tied never": partial(_tied_gradients_summed, 0),
@@ -319,6 +326,18 @@ def alone(mask: str) -> Outcome:
         ("boundary of a share", "document", "loss of ", "a boundary of documents"),
         ("keys of a share", "causal", "loss of ", "the order of gathered keys"),
         ("first key of a share missing", "document", "loss of ", "missing keys"),
+        (
+            "key gradients",
+            "causal",
+            "gradient of model.layers.1.self_attn.k_proj.weight",
+            "of keys and values is missing",
+        ),
+        (
+            "key gradients",
+            "document",
+            "gradient of model.layers.1.self_attn.v_proj.weight",
+            "of keys and values is missing",
+        ),
     ],
 )
 def test_faults_of_context_parallelism(fault: str, mask: str, what: str, cause: str) -> None:
