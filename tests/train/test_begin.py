@@ -18,9 +18,11 @@ import pytest
 import torch.distributed as dist
 
 from megatron_hammer.base.errors import CheckpointError, RefusedError
+from megatron_hammer.checkpoint import digest
 from megatron_hammer.checkpoint.manifest import read_manifest, write_manifest
 from megatron_hammer.parallel.agreement import BeforeStart
 from megatron_hammer.train.begin import Beginning, begin
+from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank
 from tests.distributed import run_distributed
 from tests.model.tiny import make_context
@@ -202,6 +204,13 @@ def test_all_damaged_is_an_error_and_a_fresh_start_is_asked_for_by_name(data: Pa
     assert go(data, run, "train.num_steps=1", accepted=("fresh",)) == 0
     assert [line["step"] for line in metrics(run)] == [1] and asides(run) == ["metrics.jsonl.aside"]
     assert "metrics.jsonl as it was is kept as metrics.jsonl.aside-" in capsys.readouterr().err
+
+
+def test_a_slow_digest_is_noted(data: Path, run: Path, monkeypatch) -> None:
+    for backend in ("C++", "NumPy"):
+        monkeypatch.setattr(digest, "BACKEND", backend)
+        notes = prepare(config_for(overrides(data, run, *STEPS)), 1).notes
+        assert any("digest of the state: NumPy" in note for note in notes) == (backend == "NumPy")
 
 
 def test_step_folders_that_are_links_are_no_silent_new_start(data: Path, run: Path) -> None:
