@@ -12,7 +12,6 @@ Needs no torch.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,10 @@ from megatron_hammer.base.faults import fault_point
 from megatron_hammer.base.files import write_durably
 from megatron_hammer.base.reading import parse_json, read_regular
 from megatron_hammer.checkpoint.digest import MODULUS, RectangleSum, digest_of
-from megatron_hammer.checkpoint.folder import publish_checkpoint
+from megatron_hammer.checkpoint.folder import publish_checkpoint, step_of
 from megatron_hammer.checkpoint.manifest import (
     MAX_MANIFEST_BYTES,
     MAX_MANIFEST_VALUES,
-    STEP_NAME,
     Layout,
     LogicalTensor,
     Manifest,
@@ -83,7 +81,7 @@ def write_rank(folder: Path, rank: int, slices: Sequence[SliceToWrite], watch: W
     Raises:
         CheckpointError: the disk gives back something else than was written.
     """
-    path, step = folder / rank_file_name(rank), _step_of(folder)
+    path, step = folder / rank_file_name(rank), step_of(folder)
     fault_point("write", rank, step, part)
     hashes, sums = [], []
     with TensorFileWriter(path, [(s.key, s.dtype, s.shape) for s in slices]) as writer:
@@ -104,11 +102,6 @@ def write_rank(folder: Path, rank: int, slices: Sequence[SliceToWrite], watch: W
     rows = [[s.name, s.kind, s.dtype, *s.rows, *(s.cols or ()), h] for s, h in zip(slices, hashes)]
     report = {"size": writer.size, "header": writer.header_hash, "slices": rows, "sums": sums}
     write_durably(_report_path(folder, rank), canonical_json(report))
-
-
-def _step_of(staging: Path) -> int:
-    found = re.match(STEP_NAME, staging.name)
-    return int(found[1]) if found else 0
 
 
 def _report_path(folder: Path, rank: int) -> Path:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hammer.base.errors import CheckpointError, HammerError
-from megatron_hammer.base.files import remove_folder, sync_folder
+from megatron_hammer.base.files import sync_folder
 from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.manifest import (
     MANIFEST,
@@ -42,7 +42,6 @@ from megatron_hammer.checkpoint.manifest import (
 )
 from megatron_hammer.checkpoint.tensor_files import TensorFileReader
 
-FEWEST_KEPT = 2  # so that a checkpoint that turns out damaged is never the only one
 _COMMITTED = re.compile(rf"(?:{STEP_NAME})(?:\.old-[0-9a-f]{{16}})?")
 _NEVER_COMMITTED = re.compile(rf"(?:{STEP_NAME})\.tmp-[0-9a-f]+")
 _LEFT_BEHIND = re.compile(rf"(?P<target>{STEP_NAME})\.(?P<kind>tmp|old)-\w+")
@@ -58,6 +57,12 @@ Note = Callable[[str], None]
 def step_name(step: int) -> str:
     """``step-00000100``."""
     return f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that the name of a checkpoint's folder, or of one that is set aside or staged, says; else 0."""
+    found = re.match(STEP_NAME, checkpoint.name)
+    return int(found[1]) if found else 0
 
 
 def find_checkpoints(run_or_folder: str | Path) -> list[Path]:
@@ -291,67 +296,3 @@ def open_checkpoint(checkpoint_or_run: str | Path) -> Manifest:
             remedy = f"name a run in it: {', '.join(map(str, runs[:3]))}"
         raise CheckpointError(1, str(path), rule, remedy)
     return newest
-
-
-class KnownCheckpoints:
-    """Which checkpoints have been found readable or not, so that a run reads each manifest at most once.
-
-    To read and check one takes more than a second where hundreds of ranks have written, and all of them wait for it at
-    each save. What is remembered holds for the manifest as it was; one that has been written again is read again.
-    """
-
-    def __init__(self) -> None:
-        self._found: dict[Path, tuple[tuple[int, ...], bool]] = {}
-
-    def add(self, checkpoint: Path) -> None:
-        """Remember one whose manifest has just been read, or written."""
-        self._found[checkpoint] = (_signature(checkpoint), True)
-
-    def is_readable(self, checkpoint: Path, note: Note) -> bool:
-        """Whether its manifest can be read; what cannot is told to ``note``, once."""
-        signature = _signature(checkpoint)
-        known = self._found.get(checkpoint)
-        if known is None or known[0] != signature:
-            try:
-                read_manifest(checkpoint)
-                known = (signature, True)
-            except CheckpointError as error:
-                note(f"skipped checkpoint {checkpoint}: {error}")
-                known = (signature, False)
-            self._found[checkpoint] = known
-        return known[1]
-
-
-def _signature(checkpoint: Path) -> tuple[int, ...]:
-    """What changes when a manifest is written again; nothing where there is none."""
-    try:
-        status = os.lstat(checkpoint / MANIFEST)
-    except OSError:
-        return ()
-    return (status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-def prune(folder: Path, keep_last: int, note: Note = say, known: KnownCheckpoints | None = None) -> None:
-    """Remove what is older than the ``keep_last`` (at least two) newest readable checkpoints.
-
-    A folder that cannot be removed is only noted: the save that calls this has succeeded.
-
-    Args:
-        known: remembers from one call to the next which checkpoints can be read.
-    """
-    known = KnownCheckpoints() if known is None else known
-    wanted, readable = max(FEWEST_KEPT, keep_last), 0
-    found = find_checkpoints(folder)
-    if len(found) <= wanted:
-        return  # nothing to remove, so nothing to read
-    for position in reversed(range(len(found))):
-        readable += known.is_readable(found[position], note)
-        if readable == wanted:
-            break
-    else:
-        return
-    for path in found[:position]:
-        try:
-            remove_folder(path)
-        except OSError as error:
-            note(f"could not remove the old checkpoint {path}: {error.strerror or error}")

@@ -5,14 +5,13 @@
     all ranks   stage      rank 0 makes step-N.tmp-ID, with the tokenizer
     all ranks   write      slices_to_write(shards) -> rank-NNNNN.safetensors, hashed before, fsynced, read back
     rank 0      commit     the ranks' reports -> manifest.json, fsync, rename to step-N, fsync
-    rank 0      prune      checkpoints older than the last ``keep_last``
+    rank 0      prune      what is old (``retention.py``)
 
 A failure in any phase (a full disk on one rank, say) is raised on all ranks, the staging folder goes, and the older
 checkpoints are untouched. What two ranks hold in common (norms, copies of key/value heads) is written by the one whose
 slice is ``owned``; vocabulary padding belongs to no slice and is written by nobody.
 
-Snapshot and writing are apart: ``slices_to_write`` gives views into the optimizer, ``write_rank`` needs no
-communication, and ranks report through small files. A save in the background would hand ``write_rank`` copies of them.
+A save in the background (``background.py``) does the same with a copy of the views that ``owned_views`` gives.
 
 Memory: 16 MiB beside the state.
 """
@@ -40,13 +39,7 @@ from megatron_hammer.base.files import (
 from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.commit import SliceToWrite, Watch, commit, write_rank
 from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES, PRECISION_DTYPES
-from megatron_hammer.checkpoint.folder import (
-    KnownCheckpoints,
-    Note,
-    clean_up,
-    prune,
-    step_name,
-)
+from megatron_hammer.checkpoint.folder import Note, clean_up, step_name
 from megatron_hammer.checkpoint.manifest import (
     MANIFEST,
     TOKENIZER,
@@ -55,6 +48,7 @@ from megatron_hammer.checkpoint.manifest import (
     canonical_json,
     describe_tokenizer_files,
 )
+from megatron_hammer.checkpoint.retention import LAST_TWO, KnownCheckpoints, Retention, prune
 from megatron_hammer.checkpoint.tensor_files import CHUNK_BYTES, ITEM_BYTES
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.parallel.agreement import raise_together
@@ -66,17 +60,23 @@ from megatron_hammer.tokenizer.interface import Tokenizer
 
 def slices_to_write(shards: Sequence[Shard]) -> list[SliceToWrite]:
     """The owned rectangles in a rank's shards, as views into the optimizer: weights first, then the moments."""
+    return owned_views(shards)[0]
+
+
+def owned_views(shards: Sequence[Shard]) -> tuple[list[SliceToWrite], list[Tensor]]:
+    """``slices_to_write``, and the flat view that each of them gives the bytes of."""
     kinds = list(dict.fromkeys(kind for shard in shards for kind in shard.tensors))
-    slices = []
+    slices, views = [], []
     for kind in kinds:
         for shard in (s for s in shards if not s.is_copy):
             flat = shard.tensors[kind]
+            dtype = DTYPE_NAMES[flat.dtype]
             for part in (s for s in shard.parameter.slices if s.owned):
                 for box in rectangles(part, shard.start, shard.stop):
-                    chunks = partial(chunks_of, flat[box.position : box.position + box.numel])
-                    dtype = DTYPE_NAMES[flat.dtype]
+                    views.append(flat[box.position : box.position + box.numel])
+                    chunks = partial(chunks_of, views[-1])
                     slices.append(SliceToWrite(part.tensor, kind, box.rows, box.cols, box.shape, dtype, chunks))
-    return slices
+    return slices, views
 
 
 def chunks_from(parts: Callable[[], Iterable[Tensor]]) -> Callable[[], Iterator[Any]]:
@@ -163,7 +163,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     tokenizer: Tokenizer | None,
     ctx: ParallelContext,
-    keep_last: int,
+    retention: Retention = LAST_TWO,
     note: Note = say,
     known: KnownCheckpoints | None = None,
 ) -> Path:
@@ -174,7 +174,7 @@ def save_checkpoint(
         model: says which logical tensors there must be.
         config_tree: the resolved config (``config_to_tree``).
         state: JSON values, the same on all ranks.
-        keep_last: newest checkpoints to keep, this one included; never fewer than two.
+        retention: what is kept beside this one.
         note: told on rank 0 what was removed beyond the plan.
         known: of this run, remembers from one save to the next which checkpoints can be read.
 
@@ -191,23 +191,16 @@ def save_checkpoint(
             raise AssertionError(f"{name} must be finite JSON values: {error}") from None
     folder = Path(checkpoints_dir)
     target = folder / step_name(step)
-    staging = staging_path(target, _agreed_id(ctx))
+    staging = staging_path(target, f"{agreed_number(ctx):016x}")
     leader = ctx.world.rank == 0
     files: list[TokenizerFiles] = []
 
-    def stage() -> None:
-        if not folder.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
-            sync_folder(folder.parent)
-        for line in clean_up(folder):
-            note(line)
-        staging.mkdir()
-        fault_point("stage", 0, step)
+    def begin() -> None:
+        stage(folder, staging, step, note)
         if tokenizer is not None:
             files.append(stage_tokenizer(tokenizer, staging))
 
     def finish() -> None:
-        sequence_parallel = bool(config_tree.get("parallel", {}).get("sequence_parallel", False))
         replaced = commit(
             staging,
             target,
@@ -216,7 +209,7 @@ def save_checkpoint(
             config_tree=config_tree,
             state=state,
             weights_dtype=PRECISION_DTYPES[config_tree["train"]["precision"]],
-            layout=Layout(ctx.world.size, ctx.tp.size, ctx.samples.size, sequence_parallel, ctx.cp.size, ctx.pp.size),
+            layout=layout_of(ctx, config_tree),
             tokenizer=files[0] if files else None,
         )
         if replaced is not None:
@@ -224,11 +217,11 @@ def save_checkpoint(
 
     try:
         ctx.journal.mark("saving, staging")
-        _together(stage if leader else _nothing, ctx, target)
+        together(begin if leader else _nothing, ctx, target)
         slices = slices_to_write(shards)
-        _together(lambda: write_rank(staging, ctx.world.rank, slices, _marked(ctx)), ctx, target)
+        together(lambda: write_rank(staging, ctx.world.rank, slices, _marked(ctx)), ctx, target)
         ctx.journal.mark("saving, committing")
-        _together(finish if leader else _nothing, ctx, target)
+        together(finish if leader else _nothing, ctx, target)
     except HammerError:
         if leader:
             shutil.rmtree(staging, ignore_errors=True)
@@ -236,11 +229,28 @@ def save_checkpoint(
     if leader:
         known = KnownCheckpoints() if known is None else known
         known.add(target)
-        prune(folder, keep_last, note, known)
+        prune(folder, retention, note, known)
     return target
 
 
-def _together(work: Callable[[], None], ctx: ParallelContext, target: Path) -> None:
+def stage(folder: Path, staging: Path, step: int, note: Note) -> None:
+    """Make the staging folder of a save; called by one rank."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
+    for line in clean_up(folder):
+        note(line)
+    staging.mkdir()
+    fault_point("stage", 0, step)
+
+
+def layout_of(ctx: ParallelContext, config_tree: Mapping[str, Any]) -> Layout:
+    """Who writes, for the manifest."""
+    sequence_parallel = bool(config_tree.get("parallel", {}).get("sequence_parallel", False))
+    return Layout(ctx.world.size, ctx.tp.size, ctx.samples.size, sequence_parallel, ctx.cp.size, ctx.pp.size)
+
+
+def together(work: Callable[[], None], ctx: ParallelContext, target: Path) -> None:
     """Do this rank's work; if it failed on any rank, fail on all. Communicates over the world."""
     failure: HammerError | None = None
     try:
@@ -268,8 +278,8 @@ def _nothing() -> None:
     """What the other ranks do while rank 0 works."""
 
 
-def _agreed_id(ctx: ParallelContext) -> str:
-    """Random hex digits, the same on all ranks. Communicates over the world."""
+def agreed_number(ctx: ParallelContext) -> int:
+    """A random number of 62 bits, the same on all ranks. Communicates over the world."""
     drawn = torch.tensor([secrets.randbits(62)], device=ctx.device)  # training's generators are not touched
     broadcast(drawn, ctx.world)
-    return f"{int(drawn.item()):016x}"
+    return int(drawn.item())

@@ -570,12 +570,29 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, what to keep, where to start."""
+    """When and how to save, what to keep, where to start."""
 
     save_interval_steps: Free[int | None] = None
     """Save after so many steps, and always after the last; absent: after the last only."""
     keep_last: Free[int] = 2
-    """Newest checkpoints kept; older ones are removed after a newer one is committed."""
+    """Newest checkpoints kept; older ones are removed after a newer one is committed. Only those count that were
+    written whole and have not been touched since; the last two of these are never removed."""
+    keep_every_steps: Free[int | None] = None
+    """Checkpoints of a multiple of so many steps are never removed; absent: keep_last alone decides."""
+    pinned_steps: Free[tuple[int, ...] | None] = None
+    """Steps to save after whatever save_interval_steps says, whose checkpoints are never removed: [1000, 5000]."""
+    mode: Free[Literal["blocking", "background"]] = "blocking"
+    """blocking: training waits until a checkpoint is committed. background: each rank copies its part to host memory
+    while the next step goes forward and backward, and a process beside it writes the copy; the files have the same
+    bytes. Costs the memory of a rank's part of a checkpoint (12 bytes for each parameter, over all ranks)."""
+    background_timeout_seconds: Free[float] = 1800.0
+    """A save in the background that takes longer is given up, and a blocking one follows. Far above what any healthy
+    disk needs: 1.4 billion parameters are 16 GB."""
+    on_save_error: Free[Literal["stop", "continue"]] = "stop"
+    """What a save means that fails on a full or failing disk. stop: the run ends with its error. continue: a warning,
+    and the next save tries again; the last save of a run must succeed in any case."""
+    max_save_errors: Free[int] = 3
+    """With on_save_error=continue: so many saves that fail one after the other end the run all the same."""
     fallback: Free[bool] = True
     """Where the newest checkpoint is damaged, go on from the newest one that is not: the damaged one is named, with the
     file and the tensor, and kept aside. false: refuse (exit code 4)."""
@@ -584,8 +601,22 @@ class CheckpointConfig:
 
     def check(self) -> None:
         """Raise ``ConfigError`` for values outside their range."""
-        at_least("checkpoint", {"save_interval_steps": self.save_interval_steps}, 1)
+        counts = {"save_interval_steps": self.save_interval_steps, "keep_every_steps": self.keep_every_steps}
+        at_least("checkpoint", counts | {"max_save_errors": self.max_save_errors}, 1)
         at_least("checkpoint", {"keep_last": self.keep_last}, 2)
+        seconds = self.background_timeout_seconds
+        require(
+            0 < seconds < math.inf,
+            f"checkpoint.background_timeout_seconds={seconds}",
+            "must be a positive number of seconds",
+            "leave it out for half an hour",
+        )
+        require(
+            all(step >= 1 for step in self.pinned_steps or ()),
+            f"checkpoint.pinned_steps={list(self.pinned_steps or ())}",
+            "must name steps, which count from 1",
+            "take the others out",
+        )
 
 
 # What each service takes as the name of a project, and that in words.

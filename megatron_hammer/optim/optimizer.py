@@ -7,6 +7,8 @@ or not, on every rank, where the norm is not finite, and starts to gather the we
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,8 @@ class Optimizer:
         self.range_of = range_of
         device = store.ctx.device
         self.store, self.adamw = store, AdamW(store, config, kernels)
+        self.before_update: Callable[[], None] = lambda: None
+        """Called before weights and moments change: whoever copies them has that wait (``train/saver.py``)."""
         self.scaler = LossScaler(config, device, loss_scaling)
         self.divisor, self.applied = torch.ones((), device=device), torch.ones((), dtype=torch.bool, device=device)
 
@@ -65,6 +69,7 @@ class Optimizer:
     def step(self, lr: float) -> Tensor:
         """Update the weights everywhere; returns a device bool, equal on all ranks: was it applied?"""
         self.store.ctx.journal.mark("updating weights")
+        self.before_update()
         with self.range_of(OPTIMIZER):
             self.adamw.step(lr, self.divisor, self.applied)
             self.scaler.adapt(self.applied)

@@ -14,7 +14,7 @@ from megatron_hammer.kernels.backend import Backend
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.model.recompute import activation_bytes
 from megatron_hammer.train.metrics import PEAK_TFLOPS, flops_per_token
-from megatron_hammer.train.rank_costs import state_bytes, working_bytes
+from megatron_hammer.train.rank_costs import owned_elements, state_bytes, working_bytes
 
 GIB = 2**30
 CHECKPOINT_BYTES = 12  # of a parameter: fp32 master and two moments
@@ -25,7 +25,8 @@ CPU_TFLOPS = 0.2  # of two cores with 512-bit vectors: an order of magnitude
 
 def forecast(config: Config, world_size: int, backends: Mapping[str, Backend]) -> list[str]:
     """Lines for people."""
-    return [_memory(config, world_size, backends), _disk(config), _time(config, world_size)]
+    snapshot = [_snapshot(config, world_size)] if config.checkpoint.mode == "background" else []
+    return [_memory(config, world_size, backends), *snapshot, _disk(config), _time(config, world_size)]
 
 
 def _memory(config: Config, world_size: int, backends: Mapping[str, Backend]) -> str:
@@ -42,6 +43,15 @@ def _memory(config: Config, world_size: int, backends: Mapping[str, Backend]) ->
     shown = ", ".join(f"{name} {_gib(size)}" for name, size in each[rank].items())
     where = "" if ranks == 1 else f" of pipeline rank {rank}, the one with most,"
     return f"memory of a rank{where}: at least {_gib(sum(each[rank].values()))} GiB ({shown})"
+
+
+def _snapshot(config: Config, world_size: int) -> str:
+    """Of the rank with the largest part of a checkpoint, which no two ranks have in common but for roundings."""
+    ranks = config.parallel.pipeline_model_parallel_size
+    parts = [owned_elements(config, world_size, rank * world_size // ranks) for rank in range(ranks)]
+    return (
+        f"host memory of a rank for snapshots (checkpoint.mode=background): {_gib(CHECKPOINT_BYTES * max(parts))} GiB"
+    )
 
 
 def _comes_and_goes(config: Config, world_size: int, rank: int) -> dict[str, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ from megatron_hammer.train.garbage import garbage_collected_by_hand
 from megatron_hammer.train.metrics import Reporter, flops_per_token, peak_tflops
 from megatron_hammer.train.output import HeldOutput
 from megatron_hammer.train.prepare import Prepared
-from megatron_hammer.train.saver import Saver
+from megatron_hammer.train.saver import MASK, Saver
 from megatron_hammer.train.state import RunState, check_state, load_state, upcoming
 from megatron_hammer.train.step import StepReport, train_step
 from megatron_hammer.train.stopping import CutShort, StopCheck
@@ -56,8 +56,10 @@ class PendingStep:
     state: RunState
     """That after it."""
     report: StepReport
-    stop: Tensor
-    """Device scalar: how many ranks had received a stop signal."""
+    words: Tensor
+    """Device scalar: how many ranks had received a stop signal, and what they had to say of a save in flight."""
+    saving: int
+    """Which save that was (``Saver.phase``)."""
 
 
 def every(interval: int | None, step: int, config: Config) -> bool:
@@ -86,7 +88,8 @@ class Run:
         self.stages, self.optimizer = build_stages(config, ctx, range_of, initial=prepared.begins_anew)
         self.micro_batch = micro_batch_runner(config.kernels, self.optimizer.store.of_stages[0])
         self.state = load_state(prepared, self.optimizer, ctx)
-        self.saver = Saver(prepared, self.optimizer, ctx, output)
+        self.reporter: Reporter | None = None
+        self.saver = Saver(prepared, self.optimizer, ctx, output, self._say, self._note, self._sync_metrics)
         self.drift = DriftCheck(config, self.optimizer, ctx) if config.train.drift_check_interval_steps else None
         self.first_step = self.state.step + 1
         self.data = open_train_data(config, note=say if ctx.world.rank == 0 else lambda text: None)
@@ -114,7 +117,12 @@ class Run:
     def train(self) -> int:
         """The loop."""
         config, ctx = self.config, self.ctx
-        with StopRequest() as stop_request, self._reporter() as self.reporter, garbage_collected_by_hand():
+        with (
+            StopRequest() as stop_request,
+            self._reporter() as self.reporter,
+            closing(self.saver),
+            garbage_collected_by_hand(),
+        ):
             self.stop = StopCheck(lambda: stop_request.received, ctx)
             if self.state.owed and not self._pay():
                 return EXIT_STOPPED_BY_SIGNAL
@@ -123,13 +131,15 @@ class Run:
                 report = self._step(step)
                 self._launched(report, stop_request.received)
                 evaluates = bool(self.valid) and every(config.train.eval_interval_steps, step, config)
-                saves = every(config.checkpoint.save_interval_steps, step, config)
+                saves = every(config.checkpoint.save_interval_steps, step, config) or self.saver.is_due(step)
                 lag = 0 if evaluates or saves else READ_LAG_STEPS[ctx.device.type]
                 stopped = self._read(lag, self._evaluate if evaluates else None)
-                if saves or stopped:
+                if saves or stopped or self.saver.must_save:
                     self._read(0)  # every line up to here is written before the checkpoint is committed
-                    self._save()
-                    stopped = stopped or self.stop.now()  # a save may have been long: it is not followed by a step
+                    self._save(last=stopped or step == config.train.num_steps)
+                    if not stopped and self.stop.now():  # a save may have been long: it is not followed by a step
+                        stopped = True
+                        self._wait_for_save()
                 if evaluates or saves or step % COLLECT_EVERY_STEPS == 0:
                     self._collect_garbage()
                 if stopped and (step < config.train.num_steps or self.state.owed):
@@ -147,7 +157,7 @@ class Run:
             self.reporter.step(json.loads(self.state.owed), valid)
         self.state = replace(self.state, owed="")
         if self.state.step == self.config.train.num_steps:
-            self._save()  # in the place of the one that owes
+            self._save(last=True)  # in the place of the one that owes
         return True
 
     # ---- one step's surroundings -----------------------------------------------------------------------------------
@@ -171,9 +181,10 @@ class Run:
         ids = self.data.sample_ids(self.state.consumed_samples, self.config.train.global_batch_size)
         self.state = self.state.after_step(ids, self.data.fingerprints)
         self.ctx.journal.mark("asking all ranks whether to stop")
-        stop = torch.full((), float(stop_received), device=self.ctx.device)  # a fill: no copy to wait for
-        all_reduce(stop, self.ctx.world)
-        self.pending.append(PendingStep(self.state, report, stop))
+        word = int(stop_received) | self.saver.word()
+        words = torch.full((), word, dtype=torch.int64, device=self.ctx.device)  # a fill: no copy to wait for
+        all_reduce(words, self.ctx.world)
+        self.pending.append(PendingStep(self.state, report, words, self.saver.phase))
 
     def _read(self, lag: int, evaluate_last: Any = None) -> bool:
         """Read launched steps, oldest first, until ``lag`` are left; return whether some rank must stop.
@@ -188,7 +199,8 @@ class Run:
             with self.ctx.journal.waits():  # on a GPU for the device, and so for the other ranks
                 loss, grad_norm = done.report.loss.item(), done.report.grad_norm.item()
                 applied = bool(done.report.applied.item())
-                stopped |= done.stop.item() > 0
+                words = int(done.words.item())
+            stopped |= words & MASK > 0
             seconds = time.perf_counter() - self.clock
             line = {
                 "step": done.state.step,
@@ -209,6 +221,7 @@ class Run:
                 stopped, self.state = True, replace(self.state, owed=self._as_rank_0(line))
             self.clock = time.perf_counter()  # evaluation does not count
             self._count_skips(done.state.step, applied, grad_norm)
+            self.saver.heard(done.saving, words)
         return stopped
 
     def _as_rank_0(self, line: dict[str, Any]) -> str:
@@ -236,19 +249,33 @@ class Run:
             results |= result.metrics(data.name)
         return results
 
-    def _save(self) -> None:
-        """Write a checkpoint of the present step, unless ranks differ; its time does not count as training."""
+    def _save(self, last: bool) -> None:
+        """Save the present step, unless ranks differ; the time that it takes does not count as training."""
         start = time.perf_counter()
         self.ctx.journal.mark("saving, drift check")
         if self.drift is not None:
             self.drift.raise_on(self.drift.check(self.state.step), saving=True)
+        coming = upcoming(self.state, self.data, self.config)
+        self.saver.save(replace(self.state, upcoming=coming), last)
+        self.clock += time.perf_counter() - start
+
+    def _sync_metrics(self) -> None:
         if self.reporter is not None:
             self.reporter.sync()
-        coming = upcoming(self.state, self.data, self.config)
-        folder = self.saver.save(replace(self.state, upcoming=coming))
+
+    def _wait_for_save(self) -> None:
+        """Before the run ends: what is in flight is committed, or the present step is saved now."""
+        self.saver.finish()
+        if self.saver.must_save:
+            self._save(last=True)
+
+    def _say(self, text: str) -> None:
         if self.reporter is not None:
-            self.reporter.say(f"saved {folder}")
-        self.clock += time.perf_counter() - start
+            self.reporter.say(text)
+
+    def _note(self, text: str) -> None:
+        if self.reporter is not None:
+            self.reporter.warn(text)
 
     def _collect_garbage(self) -> None:
         """Its time does not count as training; on a GPU the step that has been launched goes on behind."""

@@ -68,7 +68,7 @@ def state_bytes(config: Config, world_size: int, rank: int = 0) -> dict[str, int
     """
     grid, mode = config.grid(world_size), config.parallel.shard
     layouts, width = _layouts(config, grid, rank), element_bytes(config)
-    own = sum(part.stop - part.start for layout in layouts for part in layout.parts())
+    own = owned_elements(config, world_size, rank)
     elements = sum(layout.total for layout in layouts)
     sums = 1 + (most_waiting(config.grad_accum(world_size)) if config.train.deterministic_reduction == "tree" else 0)
     weights, gradients = width * elements, 4 * elements * sums
@@ -77,6 +77,12 @@ def state_bytes(config: Config, world_size: int, rank: int = 0) -> dict[str, int
         "gradients": gradients if mode == "optimizer" else gradients // grid.shard,
         "optimizer": (8 if width == 4 else 12) * own,
     }
+
+
+def owned_elements(config: Config, world_size: int, rank: int = 0) -> int:
+    """Elements whose masters and moments one rank has."""
+    layouts = _layouts(config, config.grid(world_size), rank)
+    return sum(part.stop - part.start for layout in layouts for part in layout.parts())
 
 
 def working_bytes(config: Config, world_size: int, rank: int = 0) -> int:

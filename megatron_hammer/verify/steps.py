@@ -67,7 +67,7 @@ def take_steps(config: Config, ctx: ParallelContext, dtype: torch.dtype, checkpo
         state = RunState(STEPS, STEPS * config.train.global_batch_size, "").to_manifest(optimizer)
         save_checkpoint(
             checkpoint, STEPS, optimizer.shards(), model=config.model, config_tree=config_to_tree(config), state=state,
-            tokenizer=None, ctx=ctx, keep_last=2,
+            tokenizer=None, ctx=ctx,
         )  # fmt: skip
     return Outcome(losses, norms, pieces, *tokens)
 

@@ -14,20 +14,18 @@ import pytest
 
 from megatron_hammer.base.errors import CheckpointError, DiskError
 from megatron_hammer.checkpoint import commit as commit_module
-from megatron_hammer.checkpoint import folder as folders
-from megatron_hammer.checkpoint import manifest
+from megatron_hammer.checkpoint import manifest, retention
 from megatron_hammer.checkpoint import write as save
 from megatron_hammer.checkpoint.folder import (
-    KnownCheckpoints,
     clean_up,
     find_checkpoints,
     newest_checkpoint,
     open_checkpoint,
-    prune,
     step_name,
 )
 from megatron_hammer.checkpoint.inspect import verify_checkpoint
 from megatron_hammer.checkpoint.manifest import read_manifest
+from megatron_hammer.checkpoint.retention import LAST_TWO, KnownCheckpoints, Retention, prune
 from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.parallel.context import ParallelContext
 from tests.checkpoint.layouts import FakeTokenizer, config_tree, random_logical, rank_shards, tiny_model, write_layout
@@ -38,7 +36,7 @@ MODEL = tiny_model(hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, num_
 def save_step(folder: Path, step: int, seed: int = 0, keep_last: int = 2, known=None) -> Path:
     shards = rank_shards(MODEL, 0, 1, 1, random_logical(MODEL, seed))
     return save_checkpoint(folder, step, shards, model=MODEL, config_tree=config_tree(MODEL), state={"seed": seed},
-                           tokenizer=FakeTokenizer(), ctx=ParallelContext.single(), keep_last=keep_last,
+                           tokenizer=FakeTokenizer(), ctx=ParallelContext.single(), retention=Retention(keep_last),
                            known=known)  # fmt: skip
 
 
@@ -62,8 +60,8 @@ def test_the_last_ones_are_kept_and_never_fewer_than_two(tmp_path):
 
 def count_reads(monkeypatch) -> list[str]:
     """Names of the checkpoints whose manifests are read from now on."""
-    read, original = [], folders.read_manifest
-    monkeypatch.setattr(folders, "read_manifest", lambda path: read.append(Path(path).name) or original(path))
+    read, original = [], retention.read_manifest
+    monkeypatch.setattr(retention, "read_manifest", lambda path: read.append(Path(path).name) or original(path))
     return read
 
 
@@ -85,7 +83,7 @@ def test_what_is_known_of_a_checkpoint_ends_when_it_is_written_again(tmp_path, m
     break_manifest(tmp_path / step_name(20))
     read = count_reads(monkeypatch)
     for _ in range(2):
-        prune(tmp_path, 2, told.append, known)
+        prune(tmp_path, LAST_TWO, told.append, known)
         assert [p.name for p in find_checkpoints(tmp_path)] == [step_name(s) for s in (10, 20, 30)]
     assert read == [step_name(20)] and len(told) == 1 and "E403" in told[0], "the broken one is read and told once"
 
@@ -96,11 +94,11 @@ def test_unreadable_checkpoints_do_not_count_as_kept(tmp_path):
     break_manifest(tmp_path / step_name(40))
     break_manifest(tmp_path / step_name(20))
     told: list[str] = []
-    prune(tmp_path, 2, told.append)
+    prune(tmp_path, LAST_TWO, told.append)
     assert [p.name for p in find_checkpoints(tmp_path)] == [step_name(s) for s in (10, 20, 30, 40)]
     assert len(told) == 2 and step_name(40) in told[0]
     write_layout(tmp_path, MODEL, random_logical(MODEL), step=50)
-    prune(tmp_path, 2, told.append)
+    prune(tmp_path, LAST_TWO, told.append)
     assert [p.name for p in find_checkpoints(tmp_path)] == [step_name(s) for s in (30, 40, 50)]
 
 
@@ -274,7 +272,7 @@ def test_incomplete_slices_are_not_committed(tmp_path):
     shards.pop()
     with pytest.raises(CheckpointError, match=r"E407.*lm_head\.weight lacks"):
         save_checkpoint(tmp_path, 1, shards, model=MODEL, config_tree=config_tree(MODEL), state={}, tokenizer=None,
-                        ctx=ParallelContext.single(), keep_last=2)  # fmt: skip
+                        ctx=ParallelContext.single())  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 
 

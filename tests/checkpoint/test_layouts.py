@@ -195,7 +195,7 @@ def _save_and_load(rank: int, tp: int, precision: str, folder: str) -> list[tupl
     steps(1, 2)
     generator = torch.get_rng_state()
     path = save_checkpoint(folder, 2, optimizer.shards(), model=config.model, config_tree=config_tree(config.model),
-                           state=optimizer.scalar_state(), tokenizer=None, ctx=ctx, keep_last=2)  # fmt: skip
+                           state=optimizer.scalar_state(), tokenizer=None, ctx=ctx)  # fmt: skip
     assert torch.equal(generator, torch.get_rng_state()), "a save must not draw random numbers"
     after = steps(3, 4)
     manifest = read_manifest(path)
@@ -237,7 +237,7 @@ def _fail_on_one_rank(rank: int, folder: str) -> str:
         save.write_rank = fail
     try:
         save_checkpoint(folder, 5, optimizer.shards(), model=config.model, config_tree=config_tree(config.model),
-                        state={}, tokenizer=None, ctx=ctx, keep_last=2)  # fmt: skip
+                        state={}, tokenizer=None, ctx=ctx)  # fmt: skip
     except HammerError as error:
         return str(error)
     finally:

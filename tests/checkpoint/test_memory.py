@@ -58,7 +58,7 @@ def growth(task, source, target):
         load_shards(manifest, shards, model=model, kinds=("weight",), ctx=ParallelContext.single())
     else:
         save_checkpoint(target, 1, shards, model=model, config_tree=manifest.config, state={}, tokenizer=None,
-                        ctx=ParallelContext.single(), keep_last=2)
+                        ctx=ParallelContext.single())
     return peak() - before
 
 task, warm_source, source, target = sys.argv[1:]

@@ -189,7 +189,7 @@ def _saved_by_one_and_loaded_by_the_other(rank: int, tp: int, sp: bool, first: s
             model, optimizer = build(config, ctx)
             for step in range(1, 5):
                 if broken and step == 3:
-                    path = save_checkpoint(folder, 2, optimizer.shards(), model=config.model, keep_last=2, ctx=ctx,
+                    path = save_checkpoint(folder, 2, optimizer.shards(), model=config.model, ctx=ctx,
                                            config_tree=config_tree(config.model), state=optimizer.scalar_state(),
                                            tokenizer=None)  # fmt: skip
                     model, optimizer = build(te_config(tp, sp, kernels__layers=other, train__seed=99), ctx)

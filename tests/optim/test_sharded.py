@@ -147,7 +147,7 @@ def _save(rank: int, config: Config, folder: str) -> tuple[float, int]:
         train_step(model, optimizer, rank_batches(config, step, ctx), config, step, ctx)
     save_checkpoint(
         folder, 2, optimizer.shards(), model=config.model, config_tree=config_to_tree(config),
-        state={"optimizer": optimizer.scalar_state()}, tokenizer=None, ctx=ctx, keep_last=2,
+        state={"optimizer": optimizer.scalar_state()}, tokenizer=None, ctx=ctx,
     )  # fmt: skip
     report = train_step(model, optimizer, rank_batches(config, 3, ctx), config, 3, ctx)
     return float(report.loss), sum(shard.is_copy for shard in optimizer.shards())

@@ -133,6 +133,6 @@ def many_steps(
             save_checkpoint(
                 save, step, optimizer.shards(), model=config.model, config_tree=config_to_tree(config),
                 state=RunState(step, step * config.train.global_batch_size, "").to_manifest(optimizer),
-                tokenizer=None, ctx=ctx, keep_last=2,
+                tokenizer=None, ctx=ctx,
             )  # fmt: skip
     return reports

@@ -1,0 +1,106 @@
+"""Saves of a run: in the background as while training waits, what is kept, and what a save that fails means."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.base.errors import DiskError
+from megatron_hammer.base.faults import VARIABLE
+from megatron_hammer.checkpoint.folder import find_checkpoints, step_of
+from megatron_hammer.checkpoint.inspect import verify_checkpoint
+from megatron_hammer.checkpoint.manifest import read_manifest
+from tests.distributed import run_distributed
+from tests.train.runs import checkpoint_bytes, metrics, overrides, train_here
+
+BACKGROUND = "checkpoint.mode=background"
+QUICK = ("train.num_steps=8", "checkpoint.save_interval_steps=2", "train.eval_interval_steps=null",
+         "checkpoint.keep_last=9", "log.interval_steps=100")  # fmt: skip
+
+
+def saved(output: Path) -> list[int]:
+    return [step_of(path) for path in find_checkpoints(output)]
+
+
+@pytest.mark.parametrize("ranks, layout", [(1, []), (2, ["parallel.tensor_model_parallel_size=2"])])
+def test_a_save_in_the_background_has_the_bytes_of_a_blocking_one(
+    data: Path, tmp_path: Path, ranks: int, layout: list[str]
+) -> None:
+    """And training computes what it would have computed."""
+    blocking, background = tmp_path / "blocking", tmp_path / "background"
+    for output, more in ((blocking, []), (background, [BACKGROUND])):
+        arguments = overrides(data, output, *QUICK, *layout, *more)
+        assert set(run_distributed(ranks, train_here, arguments) if ranks > 1 else [train_here(0, arguments)]) == {0}
+    assert metrics(background) == metrics(blocking)
+    assert saved(background) == saved(blocking) == [2, 4, 6, 8]
+    for step in (2, 4, 6, 8):
+        assert checkpoint_bytes(background, step) == checkpoint_bytes(blocking, step)
+        ours, theirs = (read_manifest(out / "checkpoints" / f"step-{step:08d}") for out in (background, blocking))
+        assert (ours.files, ours.tensors, ours.state) == (theirs.files, theirs.tensors, theirs.state)
+        verify_checkpoint(ours)
+    assert not [p for p in (background / "checkpoints").iterdir() if ".tmp-" in p.name]
+
+
+@pytest.mark.parametrize("fault, why", [
+    ("kill@rename,step=2", "was killed by SIGKILL"),
+    ("kill@after-rename,step=2", "was killed by SIGKILL"), ("stop@fsync,step=2", r"has not written .* in 0\.5 s"),
+    ("full@write,step=2", "No space left"),
+])  # fmt: skip
+def test_a_save_in_the_background_that_fails_is_followed_by_a_blocking_one(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fault: str,
+    why: str,
+) -> None:
+    monkeypatch.setenv(VARIABLE, f"{fault},part=background")
+    more = ["checkpoint.background_timeout_seconds=0.5"] if fault.startswith("stop") else []
+    assert train_here(0, overrides(data, tmp_path / "run", *QUICK, BACKGROUND, *more)) == 0
+    said = capsys.readouterr().err
+    assert re.search(rf"warning: saving .*step-00000002 in the background has failed.*{why}", said), said
+    found = saved(tmp_path / "run")
+    renamed = "after-rename" in fault
+    assert (2 in found) is renamed and found[-1] == 8
+    assert len(found) >= 2, "a blocking save has followed, and others after it"
+    for path in find_checkpoints(tmp_path / "run"):
+        verify_checkpoint(read_manifest(path))
+    assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if ".tmp-" in p.name]
+
+
+@pytest.mark.parametrize("mode", ["blocking", "background"])
+def test_a_full_disk_ends_the_run_or_costs_a_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    arguments = overrides(data, tmp_path / "run", *QUICK, f"checkpoint.mode={mode}", "checkpoint.max_save_errors=2")
+    monkeypatch.setenv(VARIABLE, "full@stage,step=4")
+    with pytest.raises(DiskError, match=r"E601.*No space left"):
+        train_here(0, arguments)
+    assert saved(tmp_path / "run") == [2]
+    goes_on = [*arguments, "checkpoint.on_save_error=continue"]
+    assert train_here(0, goes_on) == 0
+    assert saved(tmp_path / "run") == [2, 6, 8] and len(metrics(tmp_path / "run")) == 8
+    assert "warning: step 4 was not saved (1 of at most 1 in a row" in capsys.readouterr().err
+    further = [*goes_on, "train.num_steps=14", "schedule.style=constant", "--accept=schedule.style"]
+    monkeypatch.setenv(VARIABLE, "full@stage,step=10;full@stage,step=12")
+    with pytest.raises(DiskError, match="E601"):
+        train_here(0, further)
+    assert saved(tmp_path / "run") == [2, 6, 8]
+    monkeypatch.setenv(VARIABLE, "full@stage,step=14")
+    with pytest.raises(DiskError, match="E601"):  # the last save of a run must succeed
+        train_here(0, further)
+    monkeypatch.delenv(VARIABLE)
+    assert train_here(0, further) == 0
+    assert saved(tmp_path / "run") == [2, 6, 8, 10, 12, 14]
+
+
+def test_pinned_steps_and_every_nth_are_kept(data: Path, tmp_path: Path) -> None:
+    for mode in ("blocking", "background"):
+        arguments = overrides(
+            data, tmp_path / mode, *QUICK, f"checkpoint.mode={mode}", "checkpoint.keep_last=2",
+            "checkpoint.keep_every_steps=4", "checkpoint.pinned_steps=[1, 3]", "train.num_steps=10",
+        )  # fmt: skip
+        assert train_here(0, arguments) == 0
+        assert saved(tmp_path / mode) == [1, 3, 4, 8, 10]
