@@ -497,7 +497,7 @@ class KernelsConfig:
     """Softmax and gradient of the logits. auto: on a CPU fused, our own compiled kernel, on a GPU triton, where it is
     there, else torch."""
     loss_chunk_tokens: Free[int | None] = None
-    """Tokens of a micro-batch whose logits exist at once, [tokens, vocabulary / TP]; absent: 2048 on a GPU, 256 on a
+    """Tokens of a micro-batch whose logits exist at once, [tokens, vocabulary / TP]; absent: 2048 on a GPU, 512 on a
     CPU. Fewer take less memory and more time: the gradient of the output head is read and written once a chunk."""
 
     def check(self) -> None:

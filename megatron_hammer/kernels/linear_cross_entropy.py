@@ -29,8 +29,9 @@ from megatron_hammer.kernels.native import triton_rows
 
 # Tokens whose logits exist at once. On an H200 each chunk costs 0.4 ms for 0.87 GB of fp32 gradient read and written
 # (1.4B model, predicted). On 2 Xeon cores 256 and 512 are as fast as 1024 at 8,192 and at 32,000 pieces, and 256 needs
-# 40 (bf16) to 120 MB (fp32) less at 32,000.
-CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
+# 40 (bf16) to 120 MB (fp32) less at 32,000. On an EPYC without AMX a bf16 step with 512 takes 0.8 % less than with 256
+# at 8,192 pieces and 2.3 % less at 32,000 (benchmarks/results/cpu_parts-epyc-2cores-2026-11-29.md).
+CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}
 
 # Elements of one fp32 block: 1 MiB stays in a CPU core's own cache (a third faster than 4 MiB on a Xeon with 2 MiB a
 # core); on a GPU without Triton 8 MiB stay in its L2 cache, and a chunk stays within 0.5 GiB.
