@@ -97,6 +97,11 @@ class Journal:
         self._collective = collective.encode()[:24]
         self._write()
 
+    def leave(self) -> None:
+        """The rank has done its work: its slot is empty again."""
+        self._pid = 0
+        self._write()
+
     @contextmanager
     def waits(self, collective: str | None = None) -> Iterator[None]:
         """Within the block this rank waits for others.

@@ -2,7 +2,8 @@
 
 It joins the store that the variables of its environment name, and says over which network gloo talks: by itself gloo
 takes the interface that this machine's own name resolves to, which may be loopback. The first rank of every node also
-keeps a heartbeat, so that a node which is cut off is named and not the healthy rank that waited for it.
+keeps a heartbeat, so that a node which is cut off is named and not the healthy rank that waited for it; and the ranks
+of a node watch each other for one that hangs (``watchman.py``).
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from megatron_hammer.base.progress import say
+from megatron_hammer.parallel.board import Journal
 from megatron_hammer.parallel.heartbeat import Heartbeat
 from megatron_hammer.parallel.rendezvous import Meeting, Store, interface_towards, torchrun_store
+from megatron_hammer.parallel.watchman import Watchman, share_board
 
 if TYPE_CHECKING:
     from megatron_hammer.base.errors import ParallelError
@@ -34,7 +38,26 @@ class Surroundings:
         self._heartbeat = None
         if here < world_size and rank % here == 0:
             self._heartbeat = Heartbeat(meeting, rank // here, world_size // here, here, timeout_seconds)
+        self._watchman = None
+        node, local_rank = divmod(rank, here)
+        try:
+            board = share_board(self.store, node, local_rank, here)
+            numbers = range(node * here, (node + 1) * here)
+            self._watchman = Watchman(board, numbers, rank, timeout_seconds, here == world_size)
+        except OSError as error:
+            say(f"note: rank {rank} cannot be watched by its neighbours ({error.strerror}): a hang will not be named")
+
+    @property
+    def journal(self) -> Journal | None:
+        """Where this rank notes what it does; None where nobody can read it."""
+        return None if self._watchman is None else self._watchman.journal
 
     def lost(self) -> ParallelError | None:
-        """A node that does not answer any more, as far as this rank has heard."""
-        return None if self._heartbeat is None else self._heartbeat.lost()
+        """A node that does not answer any more, or a rank of this node that has died, as far as this rank knows."""
+        lost = None if self._heartbeat is None else self._heartbeat.lost()
+        return self._watchman.dead() if lost is None and self._watchman is not None else lost
+
+    def leave(self) -> None:
+        """This rank has done its work, or has failed and said so."""
+        if self._watchman is not None:
+            self._watchman.stop()

@@ -25,9 +25,9 @@ from megatron_hammer.base.signals import STOP_SIGNALS, on_signals, take_over
 from megatron_hammer.config import Config
 from megatron_hammer.parallel.board import STACKS_SIGNAL, Board
 from megatron_hammer.parallel.heartbeat import Heartbeat
+from megatron_hammer.parallel.observe import Observer
 from megatron_hammer.parallel.rendezvous import Meeting, host_store, interface_towards, join_store
 from megatron_hammer.supervise.nodes import Node
-from megatron_hammer.supervise.observe import Observer
 from megatron_hammer.supervise.outcome import FAILURE_KEY, agree_with_other_nodes, wait_for_all_nodes, wait_until
 from megatron_hammer.supervise.rank import rank_main
 from megatron_hammer.supervise.watch import GRACE_SECONDS, Failure, Rank, forward_signal, kill, watch

@@ -21,7 +21,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL, HammerError, ParallelError, from_fields
-from megatron_hammer.supervise.observe import Observer
+from megatron_hammer.parallel.observe import Observer
 
 GRACE_SECONDS = 2.0  # after a failure: for the other ranks to report the same one; a dead peer is noticed in 0.0 s
 ABORT_SECONDS = (

@@ -51,7 +51,9 @@ def main() -> int:
 
     nodes = Surroundings(rank, world_size, config.parallel.timeout_seconds)
     try:
-        code = run_rank(config, rank, local_rank, world_size, nodes.store, accepted=arguments.accept)
+        code = run_rank(
+            config, rank, local_rank, world_size, nodes.store, accepted=arguments.accept, journal=nodes.journal
+        )
     except Exception as error:
         known = from_exception(error, f"rank {rank}")
         if known is None:
@@ -60,6 +62,7 @@ def main() -> int:
                 traceback.print_exception(error)
             known = lost or ParallelError(2, f"rank {rank}", f"raised {type(error).__name__}", "its traceback is above")
         code = report(known)
+    nodes.leave()
     leave(code)
 
 

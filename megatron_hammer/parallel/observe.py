@@ -56,6 +56,11 @@ class Seen:
         """By SIGSTOP, or by a debugger."""
         return self.state in ("T", "t")
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is no more."""
+        return self.state == "Z"
+
     def __str__(self) -> str:
         what = "start-up, before its first words" if self.doing is None else str(self.doing)
         state = {"T": "stopped", "t": "stopped by a debugger", "D": "waits for a device"}.get(self.state, "")
@@ -167,8 +172,17 @@ class Observer:
         if self._asked:
             self._asked = False
             self._note(self.stacks(pids))
-        if guilty := hung(seen, self.limit, self.alone):
+        if guilty := self._judge(seen):
             return self.describe(guilty, pids)
+        return None
+
+    def find(self, pids: Mapping[int, int]) -> list[Seen]:
+        """The ranks that hang, among those that live; notes stragglers."""
+        return self._judge(self.see(pids))
+
+    def _judge(self, seen: Sequence[Seen]) -> list[Seen]:
+        if guilty := hung(seen, self.limit, self.alone):
+            return guilty
         if slow := self._stragglers.judge(time.monotonic(), seen):
             rank, share = slow
             (where,) = (r for r in seen if r.rank == rank)
@@ -176,7 +190,7 @@ class Observer:
                 f"note: rank {rank} is slow: the others have waited for it in {share:.0%} of the last "
                 f"{WINDOW_SECONDS:.0f} s; it is in {where}"
             )
-        return None
+        return []
 
     def after_timeout(self, failed: Sequence[int], waited_until: float, pids: Mapping[int, int]) -> bool:
         """Whether a rank has failed because its time in a collective was up, while ranks that live kept it waiting.

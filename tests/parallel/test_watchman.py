@@ -1,0 +1,83 @@
+"""Ranks without a launcher of ours: one that stops is named and killed by another, and all leave with code 8."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.parallel.board import Board
+from megatron_hammer.parallel.watchman import Watchman, share_board
+
+
+class Folder:
+    """A store of values, in files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def set(self, key: str, value: str) -> None:
+        staged = self.path / "staged"
+        staged.write_text(value)
+        staged.rename(self.path / key.replace("/", "-"))
+
+    def get(self, key: str) -> bytes:
+        while True:
+            try:
+                return (self.path / key.replace("/", "-")).read_bytes()
+            except FileNotFoundError:
+                pass
+
+
+def stand_in(path: Path, rank: int, stopped: int) -> None:
+    """In step 3; one of two ranks stops, the other waits for it."""
+    sys.stderr = (path / f"said-{rank}").open("w")
+    watchman = Watchman(share_board(Folder(path), 0, rank, 2), range(2), rank, 1.0, alone=True)
+    watchman.journal.step(3)
+    watchman.journal.mark("forward")
+    if rank == stopped:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    with watchman.journal.waits("all_reduce"):
+        time.sleep(60)  # goes on after a signal
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_one_that_stops_is_named_by_the_other(stopped: int, tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    ranks = [spawn.Process(target=stand_in, args=(tmp_path, rank, stopped)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(30)
+    assert [process.exitcode for process in ranks] == [-9 if rank == stopped else 8 for rank in range(2)]
+    said = (tmp_path / f"said-{1 - stopped}").read_text().splitlines()
+    assert said[-1].startswith(f"error[E801]: rank {stopped} hung: step 3, forward; silent for ")
+    assert f"rank {1 - stopped}, Python stack:" in said and not (tmp_path / f"said-{stopped}").read_text()
+
+
+def test_a_rank_that_has_left_is_not_dead_and_one_that_has_died_is(tmp_path: Path) -> None:
+    board = Board(2)
+    watchman = Watchman(board, range(2), 0, 60.0, alone=True)
+    assert watchman.dead() is None
+    other = board.journal(1)
+    other._pid = 2**22 + 1  # beyond what the kernel gives
+    other.mark("forward")
+    dead = watchman.dead()
+    assert dead is not None and dead.code == "E701" and dead.what == "rank 1"
+    other.leave()
+    assert watchman.dead() is None
+    watchman.stop()
+    assert board.read(0) is None
+
+
+def test_a_board_that_cannot_be_opened_is_an_error_of_the_system(tmp_path: Path) -> None:
+    store = Folder(tmp_path)
+    store.set("board/0", json.dumps([2**22 + 1, [3, 4, 5]]))
+    with pytest.raises(OSError):
+        share_board(store, 0, 1, 2)
