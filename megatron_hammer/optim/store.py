@@ -166,6 +166,11 @@ class FlatStore:
         """The stores of this rank's stages (``stage_stores.py``): it has one."""
         return [self]
 
+    @property
+    def waiting_bytes(self) -> int:
+        """Of partial sums beside ``grads`` (``tree_store.py``): there are none."""
+        return 0
+
     # ---- for the layers --------------------------------------------------------------------------------------------
 
     def weight(self, *shape: int) -> tuple[nn.Parameter, StoredGradient]:

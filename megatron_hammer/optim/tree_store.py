@@ -67,6 +67,11 @@ class TreeStore(FlatStore):
             self._first_block[row.name] = self._blocks
             self._blocks += -(-row.numel // self.block)
 
+    @property
+    def waiting_bytes(self) -> int:
+        """Of the buffers of partial sums: as many as have been needed so far."""
+        return sum(buffer.nbytes for buffer in (*self.waiting, *self._free))
+
     # ---- a step ----------------------------------------------------------------------------------------------------
 
     def order(self, count: int) -> list[int]:

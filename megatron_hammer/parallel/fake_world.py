@@ -23,6 +23,7 @@ KINDS = {
     "_allgather_base_": "all-gather",
     "_reduce_scatter_base_": "reduce-scatter",
     "broadcast_": "broadcast",
+    "alltoall_base_": "all-to-all",
     "send": "send",
     "recv_": "receive",
 }

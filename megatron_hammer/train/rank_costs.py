@@ -29,6 +29,8 @@ Collectives of a step, with the bytes of the whole tensor [s, b, h] where nothin
          other way round, [s/t, b, h] each; once a step: all-reduce of the loss
     ends tied embedding, first and last stage, once a step: all-reduce of its gradient that this rank updates
     world  once a step: all-reduce of the gradient's squared norm
+    deterministic_reduction=tree, in place of these: dp all-to-all of a bucket for its reduce-scatter, all-gather of the
+           micro-batches' losses, all-reduce of the squares of each block; tp and kv all-gather of what they sum
 """
 
 from __future__ import annotations
@@ -156,7 +158,8 @@ def collectives(config: Config, world_size: int, rank: int, chunk_tokens: int) -
             size = _hidden_bytes(config) // placements[0].sequence_shards
             counted["pp", kind, size] += (arrive + leave) * accumulated
     counted += _data_parallel(config, grid, rank)
-    counted["world", "all-reduce", 4] += 1  # the gradient's squared norm
+    if config.train.deterministic_reduction == "off":
+        counted["world", "all-reduce", 4] += 1  # the gradient's squared norm
     labelled: Counter[Collective] = Counter()
     for (axis, kind, size), number in counted.items():
         if _ranks(grid, axis) > 1 and number:
@@ -200,13 +203,22 @@ def _data_parallel(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, 
     over, mode = "dp" if grid.copies == 1 else "shard", config.parallel.shard
     micro_batches, placements = config.grad_accum(grid.world_size), _placements(config, grid, rank)
     counted: Counter[tuple[str, str, int]] = Counter({("dp", "all-reduce", 4): 1})
+    tree = config.train.deterministic_reduction == "tree"
+    if tree:
+        blocks = sum(
+            -(-row.numel // TreeStore.block) for layout in _layouts(config, grid, rank) for row in layout.table
+        )
+        counted = Counter({("dp", "all-gather", 4 * grid.replicas * micro_batches): 1,
+                           ("dp", "all-reduce", 4 * blocks): 1, ("tp", "all-gather", 4 * grid.tp): 1})  # fmt: skip
     for layout, at in zip(_layouts(config, grid, rank), placements, strict=True):
         tied = config.model.tie_word_embeddings and at.has_embedding and at.has_head
         for bucket in layout.buckets:
             elements = bucket.stop - bucket.start
             part = layout.table[bucket.parameters[0]].part
             gathers = 1 if mode != "weights" else micro_batches * _uses(config, part, tied)
-            counted[over, "reduce-scatter", 4 * elements] += 1 if mode == "optimizer" else micro_batches
+            counted[over, "all-to-all" if tree else "reduce-scatter", 4 * elements] += (
+                1 if mode == "optimizer" else micro_batches
+            )
             counted[over, "all-gather", element_bytes(config) * elements] += gathers
             counted["copies", "all-reduce", 4 * elements // grid.shard] += 1
         shared: Counter[str] = Counter()
@@ -214,7 +226,8 @@ def _data_parallel(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, 
             if s.sum_over != "none":
                 shared[{"stages": "ends"}.get(s.sum_over, s.sum_over)] += stop - start
         for axis, elements in shared.items():
-            counted[axis, "all-reduce", 4 * elements] += 1
+            kind, ranks = ("all-gather", _ranks(grid, axis)) if tree else ("all-reduce", 1)
+            counted[axis, kind, 4 * elements * ranks] += 1
     return counted
 
 

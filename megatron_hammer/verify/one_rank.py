@@ -5,7 +5,7 @@ The program's own build and step run on torch's meta device in a world of which 
 passes by a counter. The result is compared with the formulas of ``train/rank_costs.py``, which predict runs.
 
 Of the micro-batches of a step all but the first are equal, so steps of one and of two are run and the rest is computed;
-of a pipeline, steps of so many that all its stages are at work.
+of a pipeline, steps of so many that all its stages are at work; where sums are made in one tree, the step itself.
 """
 
 from __future__ import annotations
@@ -150,6 +150,8 @@ def count_rank(config: Config, world_size: int, rank: int) -> Counted:
     fewest = 1 if pipeline.stages_per_rank == 1 else pipeline.ranks  # micro-batches that come together
     accumulated = config.grad_accum(world_size)
     most = min(accumulated, 2 * pipeline.ranks)
+    if config.train.deterministic_reduction == "tree":
+        fewest = most = accumulated  # one tree is made of all
     with fake_world(rank, world_size) if world_size > 1 else nullcontext():
         ctx = build_parallel_context(config.grid(world_size), torch.device("meta"))
         with _Counter(ctx) as counter:
@@ -170,6 +172,7 @@ def count_rank(config: Config, world_size: int, rank: int) -> Counted:
                 before = counter.bytes
                 train_step(stages, optimizer, batches, config, 1, ctx)
                 steps.append((counter.calls.copy(), counter.peak - before, counter.kept or {}))
+            state["gradients"] += sum(store.waiting_bytes for store in stores)
     first, last = steps[0], steps[-1]
     calls = {c: n + (accumulated - fewest) * (last[0][c] - n) // max(1, most - fewest) for c, n in first[0].items()}
     # Of a pipeline's ranks not all have a head, and several micro-batches are kept when it begins.
@@ -178,8 +181,6 @@ def count_rank(config: Config, world_size: int, rank: int) -> Counted:
 
 def compare_rank(config: Config, world_size: int, rank: int) -> Comparison:
     """``count_rank`` beside the formulas, which are exact."""
-    plain_sums = dataclasses.replace(config.train, deterministic_reduction="off")  # whose tree is of all micro-batches
-    config = dataclasses.replace(config, train=plain_sums)
     counted = count_rank(config, world_size, rank)
     rows = []
     for name, size in state_bytes(config, world_size, rank).items():
@@ -187,7 +188,10 @@ def compare_rank(config: Config, world_size: int, rank: int) -> Comparison:
     plain = dataclasses.replace(config, kernels=KernelsConfig())
     backends = {name: next(row for row in table if row.name != "torch") for name, table in TABLES.items()}
     if counted.kept:
-        rows.append(_row("bytes of activations", sum(counted.kept.values()), kept_bytes(plain, backends, rank)))
+        tree = config.train.deterministic_reduction == "tree"
+        losses = 4 * (config.grad_accum(world_size) - 1) if tree else 0  # a scalar of each micro-batch that was run
+        kept = kept_bytes(plain, backends, rank) + losses
+        rows.append(_row("bytes of activations", sum(counted.kept.values()), kept))
     predicted = collectives(config, world_size, rank, _chunk_tokens(config))
     for c in sorted({*counted.collectives, *predicted}):
         what = f"{c.axis}: {c.kind} of {c.bytes:,} bytes, times"

@@ -41,6 +41,8 @@ LAYOUTS = [  # changes, data-parallel ranks; together every pair of values that 
           parallel__pipeline_model_parallel_size=2, data__attention_mask="document", model__num_layers=3), 2),
     (dict(parallel__pipeline_model_parallel_size=3, parallel__virtual_pipeline_stages=2, model__num_layers=7,
           train__recompute="full", train__recompute_layers=2, model__tie_word_embeddings=True), 1),
+    (dict(train__deterministic_reduction="tree", parallel__tensor_model_parallel_size=4,
+          parallel__sequence_parallel=True), 2),
     (dict(parallel__shard="gradients", parallel__shard_size=2, train__precision="bf16"), 4),
     (dict(parallel__shard="weights", parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True,
           train__recompute="full", model__tie_word_embeddings=True), 3),
