@@ -43,7 +43,9 @@ from megatron_hammer.checkpoint.folder import Note, step_name
 from megatron_hammer.checkpoint.manifest import canonical_json
 from megatron_hammer.checkpoint.retention import Retention
 from megatron_hammer.checkpoint.snapshot import Snapshot, places_of
-from megatron_hammer.checkpoint.write import agreed_number, layout_of, owned_views, stage, together
+from megatron_hammer.checkpoint.space import check_space
+from megatron_hammer.checkpoint.write import agreed_number, bytes_to_write, layout_of, owned_views, stage, together
+from megatron_hammer.config import config_from_tree
 from megatron_hammer.parallel.agreement import raise_together
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
@@ -225,6 +227,7 @@ class BackgroundSaver:
         ]
         files = {} if tokenizer is None or not self._leader else _files_of(tokenizer)
         self._plan = {"slices": rows, "tokenizer": files, "fingerprint": tokenizer.fingerprint if tokenizer else ""}
+        self._needed = bytes_to_write(config_from_tree(dict(config_tree)).model, shards)
         self._number = agreed_number(ctx)
         self._snapshot = self._taken_together(size)
         self._writer: WriterProcess | None = self._start()
@@ -260,7 +263,12 @@ class BackgroundSaver:
         staging = staging_path(target, f"{self._number:016x}")
         views = owned_views(shards)[1]
         assert [view.numel() for view in views] == self._numels, "the slices have changed"
-        together(lambda: self._stage(staging, step), self._ctx, target)
+        try:
+            together(lambda: self._stage(staging, step), self._ctx, target)
+        except HammerError:
+            if self._leader:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
         self._writer = writer = self._healthy_writer()
         self.save = InFlight(step, target, staging, state, time.monotonic() + self._timeout)
         self.phase += 1
@@ -278,6 +286,7 @@ class BackgroundSaver:
     def _stage(self, staging: Path, step: int) -> None:
         if self._leader:
             stage(self._folder, staging, step, self._note)
+            check_space(self._folder, self._needed, self._ctx.world.size)
 
     def before_update(self) -> None:
         """Wait until the weights may change."""

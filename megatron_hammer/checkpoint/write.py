@@ -49,6 +49,7 @@ from megatron_hammer.checkpoint.manifest import (
     describe_tokenizer_files,
 )
 from megatron_hammer.checkpoint.retention import LAST_TWO, KnownCheckpoints, Retention, prune
+from megatron_hammer.checkpoint.space import check_space, checkpoint_bytes
 from megatron_hammer.checkpoint.tensor_files import CHUNK_BYTES, ITEM_BYTES
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.parallel.agreement import raise_together
@@ -195,8 +196,11 @@ def save_checkpoint(
     leader = ctx.world.rank == 0
     files: list[TokenizerFiles] = []
 
+    needed = bytes_to_write(model, shards)
+
     def begin() -> None:
         stage(folder, staging, step, note)
+        check_space(folder, needed, ctx.world.size)
         if tokenizer is not None:
             files.append(stage_tokenizer(tokenizer, staging))
 
@@ -242,6 +246,12 @@ def stage(folder: Path, staging: Path, step: int, note: Note) -> None:
         note(line)
     staging.mkdir()
     fault_point("stage", 0, step)
+
+
+def bytes_to_write(model: ModelConfig, shards: Sequence[Shard]) -> int:
+    """What a checkpoint of all ranks takes, by the types of this rank's part."""
+    kinds = {kind: tensor.element_size() for shard in shards for kind, tensor in shard.tensors.items()}
+    return checkpoint_bytes(model, kinds)
 
 
 def layout_of(ctx: ParallelContext, config_tree: Mapping[str, Any]) -> Layout:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -104,3 +108,24 @@ def test_pinned_steps_and_every_nth_are_kept(data: Path, tmp_path: Path) -> None
         )  # fmt: skip
         assert train_here(0, arguments) == 0
         assert saved(tmp_path / mode) == [1, 3, 4, 8, 10]
+
+
+@pytest.mark.parametrize("mode", ["blocking", "background"])
+def test_a_checkpoint_that_does_not_fit_is_not_begun(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    real = os.statvfs
+    for field, rule in (("f_bavail", r"has 0\.0 MB free where .* needs \d+\.\d MB"), ("f_favail", "has 0 inodes free")):
+        arguments = overrides(data, tmp_path / field, *QUICK, f"checkpoint.mode={mode}")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "statvfs", partial(_with_none, real, field))
+            with pytest.raises(DiskError, match=f"E603.*checkpoints {rule}"):
+                train_here(0, arguments)
+        assert list((tmp_path / field / "checkpoints").iterdir()) == []
+
+
+def _with_none(real: Any, field: str, path: Any) -> SimpleNamespace:
+    """The file system of a path as it would be with nothing left of one thing."""
+    found = real(path)
+    names = [name for name in dir(found) if name.startswith("f_")]
+    return SimpleNamespace(**{name: getattr(found, name) for name in names} | {field: 0})

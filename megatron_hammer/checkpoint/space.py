@@ -1,0 +1,37 @@
+"""Whether a checkpoint fits on its disk: asked before anything of it is written. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_hammer.base.errors import DiskError
+from megatron_hammer.config import ModelConfig
+from megatron_hammer.model.parameters import logical_shapes
+
+BESIDE_BYTES = 2**20  # manifest and headers: 90 bytes for each slice
+BESIDE_FILES = 16  # manifest, tokenizer, folders
+
+
+def checkpoint_bytes(model: ModelConfig, kinds: Mapping[str, int]) -> int:
+    """Bytes of a model's checkpoint, where an element of each kind of tensor takes so many."""
+    elements = sum(math.prod(shape) for shape in logical_shapes(model).values())
+    return elements * sum(kinds.values()) + BESIDE_BYTES
+
+
+def check_space(folder: Path, needed: int, ranks: int) -> None:
+    """Refuse to begin a checkpoint of so many bytes, of so many ranks, that does not fit.
+
+    Raises:
+        DiskError: with both numbers.
+    """
+    status = os.statvfs(folder)
+    free, files = status.f_bavail * status.f_frsize, 2 * ranks + BESIDE_FILES
+    remedy = "free space there, or keep fewer checkpoints (checkpoint.keep_last); then run the same command again"
+    if free < needed:
+        rule = f"has {free / 1e6:,.1f} MB free where the next checkpoint needs {needed / 1e6:,.1f} MB"
+        raise DiskError(3, str(folder), rule, remedy)
+    if status.f_files > 0 and status.f_favail < files:  # some file systems count no files
+        raise DiskError(3, str(folder), f"has {status.f_favail} inodes free where a checkpoint needs {files}", remedy)
