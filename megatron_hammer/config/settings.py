@@ -536,6 +536,17 @@ class TrainConfig:
     max_consecutive_skips: Free[int] = 30
     """End the run (exit code 9) after so many skipped steps in a row; a step is skipped when its gradient is not
     finite."""
+    on_nonfinite: Free[Literal["skip", "stop"]] = "skip"
+    """A step whose loss or gradient is not finite changes nothing. skip: the run goes on; stop: it ends (exit code 9).
+    The first of several in a row is written to OUT/incidents/: first bad layer, rank, documents."""
+    on_spike: Free[Literal["report", "skip", "stop"]] = "report"
+    """What to do where the loss or the gradient norm is far above what it was in the last steps. report: say so; skip:
+    leave the step's update out; stop: leave it out and end the run (exit code 9). skip and stop write to
+    OUT/incidents/ too."""
+    spike_z_score: Free[float] = 12.0
+    """How far is far: robust standard deviations (of the median distance from the median) above the median."""
+    spike_window_steps: Free[int] = 128
+    """Steps that median and distance are of; nothing is a spike before 20 are known."""
     drift_check_interval_steps: Free[int] = 100
     """Steps between two checks, and before each checkpoint, that ranks hold the same bits of what they hold in common:
     weights on data-parallel ranks, norms and copied key and value rows on tensor-parallel ones, their optimizer state.
@@ -562,6 +573,9 @@ class TrainConfig:
             "eval_samples",
             "max_consecutive_skips",
         )
+        at_least("train", {"spike_window_steps": self.spike_window_steps}, 20)
+        z = self.spike_z_score
+        require(z > 0, f"train.spike_z_score={z}", "must be above 0", "12 is the default; a larger one reports less")
         at_least("train", {k: getattr(self, k) for k in names}, 1)
         at_least("train", {k: getattr(self, k) for k in ("z_loss", "drift_check_interval_steps")}, 0)
         require(0 <= self.seed < 2**32, f"train.seed={self.seed}", "must lie in [0, 2^32)", "choose a smaller seed")

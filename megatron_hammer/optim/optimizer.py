@@ -44,6 +44,9 @@ class Optimizer:
         """Called before weights and moments change: whoever copies them has that wait (``train/saver.py``)."""
         self.scaler = LossScaler(config, device, loss_scaling)
         self.divisor, self.applied = torch.ones((), device=device), torch.ones((), dtype=torch.bool, device=device)
+        self.finite, self.norm = self.applied, torch.zeros((), device=device)
+        self.limits: tuple[float, float] | None = None
+        """What loss and norm of the next step may be at most, or nothing is updated; None: whatever they are."""
 
     @property
     def loss_scale(self) -> Tensor:
@@ -61,18 +64,26 @@ class Optimizer:
             self.store.reduce()
             norm = self.adamw.grad_norm() / self.loss_scale
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
-            self.applied = norm.isfinite()
+            self.applied = self.finite = norm.isfinite()
+            self.norm = norm
             self.divisor = (self.loss_scale / factor).float()
         return norm
 
     @torch.no_grad()
-    def step(self, lr: float) -> Tensor:
-        """Update the weights everywhere; returns a device bool, equal on all ranks: was it applied?"""
+    def step(self, lr: float, loss: Tensor | None = None) -> Tensor:
+        """Update the weights everywhere; returns a device bool, equal on all ranks: was it applied?
+
+        Args:
+            loss: of the step, held against ``limits``; a device scalar, equal on all ranks.
+        """
+        if self.limits is not None and loss is not None:
+            most_loss, most_norm = self.limits
+            self.applied = self.applied & (loss <= most_loss) & (self.norm <= most_norm)
         self.store.ctx.journal.mark("updating weights")
         self.before_update()
         with self.range_of(OPTIMIZER):
             self.adamw.step(lr, self.divisor, self.applied)
-            self.scaler.adapt(self.applied)
+            self.scaler.adapt(self.finite)
         return self.applied
 
     # ---- state for checkpoints -------------------------------------------------------------------------------------

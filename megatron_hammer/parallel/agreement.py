@@ -42,6 +42,16 @@ def raise_together(ctx: ParallelContext, error: HammerError | None) -> None:
             raise from_fields(json.loads(text))
 
 
+def gather_values(ctx: ParallelContext, value: Any) -> list[Any]:
+    """A JSON value of each rank, on all ranks, in the order of ranks. Communicates over the world."""
+    payload = json.dumps(value).encode()
+    size = torch.tensor([len(payload)], device=ctx.device)
+    all_reduce(size, ctx.world, MAX)
+    mine = torch.zeros(1, int(size.item()), dtype=torch.uint8, device=ctx.device)
+    mine[0, : len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    return [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in all_gather_rows(mine, ctx.world)]
+
+
 @dataclass(frozen=True)
 class Fact:
     """Something that must be the same on every rank, with what people need to find it where it is not."""

@@ -11,6 +11,7 @@ import json
 import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +32,10 @@ from megatron_hammer.train.cuda_graph import micro_batch_runner
 from megatron_hammer.train.drift import DriftCheck
 from megatron_hammer.train.evaluate import evaluate
 from megatron_hammer.train.garbage import garbage_collected_by_hand
+from megatron_hammer.train.health import Health, Limits
+from megatron_hammer.train.incidents import write_incident
 from megatron_hammer.train.metrics import Reporter, flops_per_token, peak_tflops
+from megatron_hammer.train.metrics_file import finite
 from megatron_hammer.train.output import HeldOutput
 from megatron_hammer.train.prepare import Prepared
 from megatron_hammer.train.saver import MASK, Saver
@@ -60,6 +64,8 @@ class PendingStep:
     """Device scalar: how many ranks had received a stop signal, and what they had to say of a save in flight."""
     saving: int
     """Which save that was (``Saver.phase``)."""
+    limits: Limits | None
+    """What its loss and its norm may be at most."""
 
 
 def every(interval: int | None, step: int, config: Config) -> bool:
@@ -110,7 +116,9 @@ class Run:
             self.piece_bytes = torch.zeros(config.model.vocab_size, dtype=torch.int64, device=ctx.device)
             self.piece_bytes[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.piece_bytes()).to(ctx.device)
         self.pending: list[PendingStep] = []
-        self.skips_in_a_row = 0
+        self.health = Health(config.train.spike_window_steps, config.train.spike_z_score)
+        self.health.load(self.state.health or {})
+        self.save_is_due = False  # it was put off while steps were skipped
         check_state(prepared, self.state, self.data, self.optimizer, ctx, say)
         self.clock = time.perf_counter()
 
@@ -132,11 +140,12 @@ class Run:
                 self._launched(report, stop_request.received)
                 evaluates = bool(self.valid) and every(config.train.eval_interval_steps, step, config)
                 saves = every(config.checkpoint.save_interval_steps, step, config) or self.saver.is_due(step)
+                saves = saves or self.save_is_due
                 lag = 0 if evaluates or saves else READ_LAG_STEPS[ctx.device.type]
                 stopped = self._read(lag, self._evaluate if evaluates else None)
                 if saves or stopped or self.saver.must_save:
                     self._read(0)  # every line up to here is written before the checkpoint is committed
-                    self._save(last=stopped or step == config.train.num_steps)
+                    self._save_if_healthy(stopped, step == config.train.num_steps)
                     if not stopped and self.stop.now():  # a save may have been long: it is not followed by a step
                         stopped = True
                         self._wait_for_save()
@@ -174,6 +183,9 @@ class Run:
         interval = self.config.train.drift_check_interval_steps
         due = self.drift is not None and (step == self.first_step or step % interval == 0)
         drift = self.drift if due else None
+        self.limits = limits = self.health.limits(step)
+        holds = limits is not None and self.config.train.on_spike in ("skip", "stop")
+        self.optimizer.limits = (limits.loss, limits.grad_norm) if limits is not None and holds else None
         return train_step(self.stages, self.optimizer, batches, self.config, step, self.ctx, self.micro_batch, drift)
 
     def _launched(self, report: StepReport, stop_received: bool) -> None:
@@ -184,7 +196,7 @@ class Run:
         word = int(stop_received) | self.saver.word()
         words = torch.full((), word, dtype=torch.int64, device=self.ctx.device)  # a fill: no copy to wait for
         all_reduce(words, self.ctx.world)
-        self.pending.append(PendingStep(self.state, report, words, self.saver.phase))
+        self.pending.append(PendingStep(self.state, report, words, self.saver.phase, self.limits))
 
     def _read(self, lag: int, evaluate_last: Any = None) -> bool:
         """Read launched steps, oldest first, until ``lag`` are left; return whether some rank must stop.
@@ -220,8 +232,8 @@ class Run:
             except CutShort:
                 stopped, self.state = True, replace(self.state, owed=self._as_rank_0(line))
             self.clock = time.perf_counter()  # evaluation does not count
-            self._count_skips(done.state.step, applied, grad_norm)
             self.saver.heard(done.saving, words)
+            self._judge(done, loss, grad_norm, applied)
         return stopped
 
     def _as_rank_0(self, line: dict[str, Any]) -> str:
@@ -230,15 +242,59 @@ class Run:
         broadcast(speed, self.ctx.world)
         return json.dumps(line | {"tokens_per_second": speed.item()})
 
-    def _count_skips(self, step: int, applied: bool, grad_norm: float) -> None:
-        self.skips_in_a_row = 0 if applied else self.skips_in_a_row + 1
-        if self.skips_in_a_row >= self.config.train.max_consecutive_skips:
+    def _judge(self, done: PendingStep, loss: float, grad_norm: float, applied: bool) -> None:
+        """What is to be done about a step that has been read, where something is: the same on all ranks."""
+        train, step, health, limits = self.config.train, done.state.step, self.health, done.limits
+        finding = health.take(step, loss, grad_norm, applied, limits, scaled=self.optimizer.scaler.adapts)
+        action = {"": "", "nonfinite": train.on_nonfinite, "spike": train.on_spike}[finding]
+        what = f"step {step}: loss={loss:.6g} grad_norm={grad_norm:.6g}"
+        rule = "is not finite" if finding == "nonfinite" else "is a spike"
+        if finding == "spike" and limits is not None:
+            rule += (
+                f" (limits {limits.loss:.6g} and {limits.grad_norm:.6g}, train.spike_z_score={train.spike_z_score:g})"
+            )
+        if action == "report":
+            self._say(f"{what} {rule}: nothing is done about it (train.on_spike=report)")
+        elif action and (health.streak == 1 or action == "stop"):
+            self._say(f"{what} {rule}: see {self._write_incident(done, finding, action, loss, grad_norm)}")
+        if action == "stop":
+            remedy = f"see {train.output}/incidents; look at these samples, lower optimizer.lr or lengthen the warm-up"
+            raise NonFiniteError(2 if finding == "nonfinite" else 3, what, f"{rule} (train.on_{finding}=stop)", remedy)
+        if health.skips >= train.max_consecutive_skips:
             raise NonFiniteError(
                 1,
                 f"step {step}: grad_norm={grad_norm}",
-                f"was not finite for {self.skips_in_a_row} steps in a row (train.max_consecutive_skips)",
+                f"was not finite, or a spike, for {health.skips} steps in a row (train.max_consecutive_skips)",
                 "lower optimizer.lr, lengthen the warm-up or look at these samples",
             )
+
+    def _write_incident(self, done: PendingStep, finding: str, action: str, loss: float, grad_norm: float) -> Path:
+        limits = None if done.limits is None else vars(done.limits)
+        record = {"step": done.state.step, "finding": finding, "action": action, "limits": limits}
+        record |= finite({"loss": loss, "grad_norm": grad_norm})
+        first = done.state.consumed_samples - self.config.train.global_batch_size
+        optimizer = None if self.pending else self.optimizer
+        return write_incident(self.config, record, first, self.stages, optimizer, self.data, self.ctx)
+
+    def _save_if_healthy(self, stopped: bool, last: bool) -> None:
+        """Save, but not while steps are skipped one after the other: what made them bad may be in the weights.
+
+        The last step is saved in any case, and then no older checkpoint is removed.
+        """
+        in_a_row, step = self.health.streak, self.state.step
+        if in_a_row and not last:
+            self.save_is_due = True
+            self._say(
+                f"step {step} is not saved: {in_a_row} steps in a row were skipped; the first that is not will be"
+            )
+            if stopped:
+                self._wait_for_save()
+            return
+        self.saver.keeps_all = in_a_row > 0
+        self._save(last=stopped or last)
+        self.save_is_due = False
+        if in_a_row:
+            self._say(f"the last {in_a_row} steps were skipped: no older checkpoint was removed")
 
     def _evaluate(self) -> dict[str, float | None]:
         results: dict[str, float | None] = {}
@@ -256,7 +312,7 @@ class Run:
         if self.drift is not None:
             self.drift.raise_on(self.drift.check(self.state.step), saving=True)
         coming = upcoming(self.state, self.data, self.config)
-        self.saver.save(replace(self.state, upcoming=coming), last)
+        self.saver.save(replace(self.state, upcoming=coming, health=self.health.to_tree()), last)
         self.clock += time.perf_counter() - start
 
     def _sync_metrics(self) -> None:

@@ -208,7 +208,7 @@ def _sentence(line: Mapping[str, Any], num_steps: int) -> str:
     if line["mfu"] is not None:
         parts.append(f"MFU {line['mfu']:.1%} ({line['mfu_causal']:.1%} causal)")
     if line["skipped"]:
-        parts.append("skipped: gradient not finite")
+        parts.append("skipped")
     names = [key.split("/")[1] for key in line if key.startswith("valid/") and key.endswith("/loss")]
     for name in names:
         loss, bits = line[f"valid/{name}/loss"], line[f"valid/{name}/bits_per_byte"]

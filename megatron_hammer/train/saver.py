@@ -10,8 +10,10 @@ begins, before a blocking one, and before a run ends, what is in flight is waite
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,8 @@ class Saver:
         if prepared.resume is not None:
             self._known.add(prepared.resume.folder)
         self._failures = 0
+        self.keeps_all = False
+        """Whether the next blocking save removes no older checkpoint."""
         self.must_save = False
         """Whether a save in the background has failed, so that a blocking one must follow now; on all ranks alike."""
         self._background: BackgroundSaver | None = None
@@ -150,7 +154,7 @@ class Saver:
             state=self._manifest_state(state),
             tokenizer=self._prepared.tokenizer,
             ctx=self._ctx,
-            retention=self._retention,
+            retention=replace(self._retention, keep_last=sys.maxsize) if self.keeps_all else self._retention,
             note=self._note,
             known=self._known,
         )

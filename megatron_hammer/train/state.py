@@ -24,7 +24,7 @@ from megatron_hammer.sampling.order import SampleId
 from megatron_hammer.sampling.samples import TrainData
 from megatron_hammer.train.prepare import OWED, STATE_KINDS, Prepared
 
-UPCOMING = "next"  # in the state of a checkpoint
+UPCOMING, HEALTH = "next", "health"  # in the state of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class RunState:
     with that. JSON, which may hold NaN."""
     upcoming: Mapping[str, Any] | None = None
     """What the next step will read and with which learning rate, where that is to be saved: see ``upcoming``."""
+    health: Mapping[str, Any] | None = None
+    """What is remembered of the last steps (``Health.to_tree``), where that is to be saved or was loaded."""
 
     def after_step(self, ids: Sequence[SampleId], fingerprints: Sequence[str]) -> RunState:
         """The state one step later, which has consumed these samples; ``fingerprints`` are those of the sources."""
@@ -54,13 +56,15 @@ class RunState:
             "optimizer": optimizer.scalar_state(),
         }
         values |= {OWED: self.owed} if self.owed else {}
+        values |= {HEALTH: dict(self.health)} if self.health is not None else {}
         return values | ({UPCOMING: dict(self.upcoming)} if self.upcoming is not None else {})
 
     @classmethod
     def from_manifest(cls, manifest: Manifest) -> RunState:
         """The inverse, for the optimizer's scalars see ``load_state``."""
         state = manifest.state
-        return cls(manifest.step, state["consumed_samples"], state["samples_digest"], state.get(OWED, ""))
+        position = manifest.step, state["consumed_samples"], state["samples_digest"]
+        return cls(*position, state.get(OWED, ""), health=state.get(HEALTH))
 
 
 def upcoming(state: RunState, data: TrainData, config: Config) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ class StepReport:
     """Of the whole model, before clipping."""
     lr: float
     applied: Tensor
-    """False: the gradient was not finite and nothing changed."""
+    """False: the gradient was not finite, or the step is a spike that is skipped, and nothing changed."""
     drift: DriftReport | None = None
     """What the drift check of this step has found, if there was one."""
 
@@ -55,5 +55,5 @@ def train_step(
     grad_norm = optimizer.clip_grad_norm(config.optimizer.clip_grad)
     lr = learning_rate(config, step)
     found = None if drift is None else drift.check(step)  # before the update repairs copies of what has changed
-    applied = optimizer.step(lr)
+    applied = optimizer.step(lr, loss)
     return StepReport(loss, grad_norm, lr, applied, found)
