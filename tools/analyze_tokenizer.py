@@ -25,6 +25,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import require_package  # noqa: F401
+
 from megatron_hammer.base.cli import ArgumentParser, print_json, run
 from megatron_hammer.tokenizer.tiktoken_backend import add_tiktoken_pattern
 

@@ -11,6 +11,8 @@ first E passes over every source are built, else those that the run's samples re
 
 from __future__ import annotations
 
+import require_package  # noqa: F401
+
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.base.errors import ConfigError
 

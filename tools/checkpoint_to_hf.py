@@ -7,6 +7,8 @@ what was compared. On a mismatch the exit code is 5 and nothing is left at --out
 
 from __future__ import annotations
 
+import require_package  # noqa: F401
+
 from megatron_hammer.base.cli import ArgumentParser, run
 
 
@@ -15,6 +17,7 @@ def main() -> None:
     parser.add_argument(
         "--load", required=True, metavar="CKPT_OR_RUN", help="checkpoint folder, or a run for its latest"
     )
+    parser.add_argument("--step", type=int, metavar="N", help="of a run: the checkpoint of this step, not the latest")
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder, or an earlier export to replace")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: that of the training run")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one weights file (default: 5GB)")
@@ -24,10 +27,12 @@ def main() -> None:
                         "neither: as-is, its files unchanged, or none; the certificate then says why")  # fmt: skip
     arguments = parser.parse_args()
 
+    from megatron_hammer.checkpoint.folder import checkpoint_of_step
     from megatron_hammer.huggingface.export import certificate_line, export_hf, parse_size
 
     size = parse_size(arguments.max_shard_size)
-    certificate = export_hf(arguments.load, arguments.output, arguments.dtype, size, tokenizer=arguments.tokenizer)
+    checkpoint = checkpoint_of_step(arguments.load, arguments.step)
+    certificate = export_hf(checkpoint, arguments.output, arguments.dtype, size, tokenizer=arguments.tokenizer)
     print(certificate_line(certificate))
     print(f"wrote {arguments.output}, for transformers.AutoModelForCausalLM.from_pretrained")
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import time
 
+import require_package  # noqa: F401
+
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.tokenizer.convert import form_line, publish_tokenizer
 from megatron_hammer.tokenizer.tiktoken_backend import add_tiktoken_pattern

@@ -17,12 +17,15 @@ from __future__ import annotations
 
 import shlex
 
+import require_package  # noqa: F401
+
 from megatron_hammer.base.cli import ArgumentParser, run
 
 
 def main() -> None:
     parser = ArgumentParser(prog="extend_embeddings.py", description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="Hugging Face folder, checkpoint or run")
+    parser.add_argument("--step", type=int, metavar="N", help="of a run: the checkpoint of this step, not the latest")
     parser.add_argument("--old-tokenizer", metavar="TOKENIZER", help="that of MODEL (default: the one in it)")
     parser.add_argument("--new-tokenizer", required=True, metavar="TOKENIZER",
                         help="sentencepiece .model, tokenizer.json or a Hugging Face folder")  # fmt: skip
@@ -31,9 +34,11 @@ def main() -> None:
                         help="an unknown key of MODEL's config.json that does not change what it computes")  # fmt: skip
     args = parser.parse_args()
 
+    from megatron_hammer.checkpoint.folder import checkpoint_of_step
     from megatron_hammer.huggingface.extend import REPORT, extend_model, summary
 
-    report = extend_model(args.model, args.new_tokenizer, args.output, args.old_tokenizer, ignore=args.ignore)
+    model = checkpoint_of_step(args.model, args.step)
+    report = extend_model(model, args.new_tokenizer, args.output, args.old_tokenizer, ignore=args.ignore)
     print(summary(report))
     print(f"wrote {args.output}, and {args.output}/{REPORT}")
     if report["model"]["kind"] == "checkpoint":

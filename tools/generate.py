@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import require_package  # noqa: F401
+
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.base.streams import only_list
 

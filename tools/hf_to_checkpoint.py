@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import shlex
 
+import require_package  # noqa: F401
+
 from megatron_hammer.base.cli import ArgumentParser, run
 
 

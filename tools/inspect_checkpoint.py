@@ -20,6 +20,8 @@ Where CHECKPOINT is a run (or its checkpoints folder), its newest one is meant.
 
 from __future__ import annotations
 
+import require_package  # noqa: F401
+
 from megatron_hammer.base.cli import ArgumentParser, report, run
 from megatron_hammer.base.errors import CheckpointError, RefusedError
 from megatron_hammer.base.streams import only_list
@@ -29,7 +31,9 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(prog="inspect_checkpoint.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="list|show|verify|diff|digest")
     commands.add_parser("list", help="the checkpoints of a run").add_argument("run", metavar="RUN")
-    commands.add_parser("show", help="what one holds").add_argument("checkpoint", metavar="CHECKPOINT")
+    show = commands.add_parser("show", help="what one holds")
+    show.add_argument("checkpoint", metavar="CHECKPOINT")
+    show.add_argument("--step", type=int, metavar="N", help="of a run: the checkpoint of this step, not the newest")
     verify = commands.add_parser("verify", help="read every byte and compare all hashes")
     verify.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
     verify.add_argument("--expect", metavar="DIGEST", help="what digest printed: 32 hex digits, or a SHA-256")
@@ -44,7 +48,7 @@ def parser() -> ArgumentParser:
 def main() -> int:
     arguments = parser().parse_args()
     from megatron_hammer.checkpoint import inspect
-    from megatron_hammer.checkpoint.folder import open_checkpoint
+    from megatron_hammer.checkpoint.folder import checkpoint_of_step, open_checkpoint
 
     if arguments.command not in ("verify", "digest"):
         only_list()
@@ -52,7 +56,7 @@ def main() -> int:
         print(*inspect.list_checkpoints(arguments.run), sep="\n")
         return 0
     if arguments.command == "show":
-        print(*inspect.describe(open_checkpoint(arguments.checkpoint)), sep="\n")
+        print(*inspect.describe(open_checkpoint(checkpoint_of_step(arguments.checkpoint, arguments.step))), sep="\n")
         return 0
     if arguments.command == "digest":
         for line in inspect.digest_lines(open_checkpoint(arguments.checkpoint), arguments.sha256):

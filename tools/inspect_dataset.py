@@ -27,6 +27,8 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
+import require_package  # noqa: F401
+
 from megatron_hammer.base.cli import ArgumentParser, print_json, run
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.streams import only_list

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import sys
 
+import require_package  # noqa: F401
+
 from megatron_hammer.base.cli import ArgumentParser, run
 
 DTYPES = ("uint8", "int8", "int16", "uint16", "int32", "int64", "float32", "float64")
@@ -19,7 +21,7 @@ DTYPES = ("uint8", "int8", "int16", "uint16", "int32", "int64", "float32", "floa
 def parser() -> ArgumentParser:
     parser = ArgumentParser(prog="merge_datasets.py", description=__doc__)
     parser.add_argument("prefixes", nargs="+", metavar="P", help="datasets to join, in this order")
-    parser.add_argument("--output", required=True, metavar="P", help="prefix of the result")
+    parser.add_argument("--output", "--output-prefix", required=True, metavar="P", help="prefix of the result")
     parser.add_argument("--dtype", choices=DTYPES, help="token type of the result, where the datasets differ in theirs")
     return parser
 

@@ -30,7 +30,10 @@ import os
 import signal
 import sys
 
+import require_package  # noqa: F401
+
 from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.paths import check_prefix
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.signals import StopRequest
 from megatron_hammer.corpus.arguments import add_on_error, add_text_documents
@@ -71,6 +74,7 @@ def main() -> int:
     args = arguments.parse_args()
     if args.engine == "local" and (args.address, args.workers_per_task) != (None, None):
         arguments.error("--address and --workers-per-task need --engine ray")
+    check_prefix("--output-prefix", args.output_prefix, f"_{args.json_keys[0]}_document.idx")
     command = megatron.translate(args)
     from megatron_hammer.dataset.make.job import Stopped, prepare_job, remarks
 

@@ -27,6 +27,8 @@ Quality filters are your own program's: keep the fields that it needs and pipe t
 
 from __future__ import annotations
 
+import require_package  # noqa: F401
+
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus import reformat
 from megatron_hammer.corpus.arguments import ON_ERROR, add_text_documents

@@ -14,6 +14,8 @@ with the document that reaches its size. To sample each source with a share of i
 
 from __future__ import annotations
 
+import require_package  # noqa: F401
+
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus.arguments import add_json_key, add_on_error
 from megatron_hammer.corpus.sample import sample_corpus

@@ -16,6 +16,8 @@ the same output, which begins anew. Up to about 1000 times the memory this way t
 
 from __future__ import annotations
 
+import require_package  # noqa: F401
+
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus import shuffle
 from megatron_hammer.corpus.arguments import add_on_error

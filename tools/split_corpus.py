@@ -14,6 +14,8 @@ exactly N distinct texts and their copies; P.split.json then says the fraction t
 
 from __future__ import annotations
 
+import require_package  # noqa: F401
+
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus.arguments import add_json_key, add_on_error, add_text_documents
 from megatron_hammer.corpus.split import split_corpus

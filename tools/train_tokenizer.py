@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import get_args
 
+import require_package  # noqa: F401
+
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus.arguments import add_json_key, add_on_error, add_text_documents
 from megatron_hammer.corpus.documents import Skipped, TextCorpus

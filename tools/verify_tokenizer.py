@@ -17,6 +17,8 @@ Exit code 0: equal, with counts. Exit code 5: they differ, and the first differe
 
 from __future__ import annotations
 
+import require_package  # noqa: F401
+
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus.arguments import add_json_key
 from megatron_hammer.corpus.documents import read_texts

@@ -21,6 +21,18 @@ from typing import Any, NoReturn
 from megatron_hammer.base.errors import ConfigError, HammerError, from_exception
 from megatron_hammer.base.streams import Output, Vanished, flush_streams, guard_streams, only_list
 
+READ_ELSEWHERE = (
+    "--input",
+    "--inputs",
+    "--data",
+    "--file",
+    "--load",
+    "--model",
+    "--path",
+    "--hf",
+    "--run",
+    "--tokenizer",
+)
 TRACEBACK_VARIABLE = "HAMMER_TRACEBACK"  # set to 1: show where an error line came from
 
 
@@ -56,9 +68,20 @@ class ArgumentParser(argparse.ArgumentParser):
         for option in unknown:
             if near := difflib.get_close_matches(option, missing, n=1, cutoff=0.6):
                 return f"did you mean {near[0]}, not {option}?"
-        if options or len(self._words) != len(missing) or not all(name.startswith("-") for name in missing):
-            return ""
+        if len(unknown) == len(missing) == 1:
+            return f"did you mean {missing[0]}, not {unknown[0]}?"
+        takes_words = any(not action.option_strings for action in self._actions)
+        if takes_words or options or len(self._words) != len(missing) or not missing[0].startswith("-"):
+            return "add " + ", ".join(self._shown(name) for name in missing)
         return "write " + " ".join(f"{name.split('/')[0]} {word}" for name, word in zip(missing, self._words))
+
+    def _shown(self, name: str) -> str:
+        """``--seed S`` of ``--seed``, as the help shows it; positional arguments are their own names."""
+        action = self._option_string_actions.get(name.split("/")[0])
+        if action is None or action.nargs == 0:
+            return name
+        value = action.metavar or (action.dest.upper() if action.choices is None else next(iter(action.choices)))
+        return f"{name.split('/')[0]} {value if isinstance(value, str) else ' '.join(value)}"
 
     def error(self, message: str) -> NoReturn:
         remedy = f"see {self.prog} --help"
@@ -70,7 +93,7 @@ class ArgumentParser(argparse.ArgumentParser):
             message = f"{choice[2]!r} is none of {', '.join(commands)}"
             near = difflib.get_close_matches(choice[2], commands, n=1)
             remedy = f"did you mean {near[0]}?" if near else f"say which first: {self.prog} {commands[0]} {choice[2]}"
-        elif "required: -" in message and (given := self._given_for(message.partition("required: ")[2].split(", "))):
+        elif "required: " in message and (given := self._given_for(message.partition("required: ")[2].split(", "))):
             remedy = f"{given} (see {self.prog} --help)"
         elif wrong := re.search(r"invalid (int|float) value: '([^']*)'", message):
             kind = "whole number" if wrong[1] == "int" else "number"
@@ -80,6 +103,8 @@ class ArgumentParser(argparse.ArgumentParser):
             option = message.partition("unrecognized arguments: ")[2].split()[0].partition("=")[0]
             if near := difflib.get_close_matches(option, list(self._option_string_actions), n=1, cutoff=0.7):
                 remedy = f"did you mean {near[0]}? (see {self.prog} --help)"
+            elif option in READ_ELSEWHERE and (names := [a for a in self._actions if not a.option_strings]):
+                remedy = f"what it reads stands without an option's name: {self.prog} {names[0].metavar} ..."
         raise ConfigError(1, self.prog, f"was called wrongly: {message}", remedy)
 
 

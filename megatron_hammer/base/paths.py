@@ -1,10 +1,13 @@
-"""What a path that is not there probably means: one spelt alike, or one below another folder."""
+"""What a path probably means: one that is not there, and a folder where the beginning of files' names is asked for."""
 
 from __future__ import annotations
 
 import difflib
 import os
 from pathlib import Path
+
+from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.base.progress import say
 
 
 def neighbour_of(path: Path) -> Path | None:
@@ -31,3 +34,23 @@ def missing_remedy(path: Path, otherwise: str) -> str:
     if near is not None:
         return f"did you mean {near}?"
     return otherwise if path.is_absolute() else f"{otherwise} (looked for {Path.cwd() / path})"
+
+
+def check_prefix(option: str, prefix: str | Path, ending: str) -> Path:
+    """The prefix of files to write, which ends in a name.
+
+    Args:
+        ending: what follows it in the first file's name, such as ``_text_document.idx``.
+
+    Raises:
+        ConfigError: E288 it ends in a slash, or is a folder's other name.
+    """
+    text = os.fspath(prefix)
+    if text.endswith(os.sep) or Path(text).name in ("", ".."):
+        remedy = f"name the files too: {option} {Path(text) / 'NAME'}"
+        raise ConfigError(
+            88, f"{option}={text}", f"names a folder, and the files in it would be called {ending}", remedy
+        )
+    if Path(text).is_dir():
+        say(f"note: {text} is a folder: {text}{ending} is written beside it; {Path(text) / 'NAME'} would be in it")
+    return Path(text)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.progress import say
 
 # A family for several scripts comes before one for a single letter, and one without serifs, whose Chinese is of the
@@ -34,6 +35,8 @@ def png_of(figure: Any) -> bytes:
 
 def save_png(figure: Any, output: Path) -> None:
     """Write a matplotlib figure into a PNG file, which appears complete or not at all."""
+    if output.is_dir():
+        raise ConfigError(88, f"output {output}", "is a folder", f"name a file in it: {output / 'NAME.png'}")
     content = png_of(figure)
     staging = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:

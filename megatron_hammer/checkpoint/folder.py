@@ -30,6 +30,7 @@ from pathlib import Path
 
 from megatron_hammer.base.errors import CheckpointError, HammerError
 from megatron_hammer.base.files import sync_folder
+from megatron_hammer.base.paths import missing_remedy
 from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.manifest import (
     MANIFEST,
@@ -273,15 +274,49 @@ def newest_checkpoint(run_or_folder: str | Path, note: Note = say) -> Manifest |
     return newest
 
 
+def checkpoint_of_step(run_or_folder: str | Path, step: int | None) -> Path:
+    """The checkpoint of one step of a run (or of its ``checkpoints`` folder), what was named where no step is.
+
+    Raises:
+        CheckpointError: E401 there is none of this step.
+    """
+    if step is None:
+        return Path(run_or_folder)
+    found = find_checkpoints(run_or_folder)
+    for path in found:
+        if path.name.startswith(step_name(step)):
+            return path
+    raise CheckpointError(1, f"{run_or_folder}: step {step}", "has no checkpoint", _steps_there(found))
+
+
+def _steps_there(found: list[Path]) -> str:
+    """A remedy: the steps that there are, the newest six of them."""
+    steps = [str(int(path.name[5:13])) for path in found]
+    if not steps:
+        return "name a run that has checkpoints"
+    return f"choose a step that is there: {'... ' if len(steps) > 6 else ''}{', '.join(steps[-6:])}"
+
+
+def _missing_remedy(path: Path) -> str:
+    """What a checkpoint's path that is not there probably means."""
+    match = re.match(r"(?:step-?)?(\d+)$", path.name)  # step-00000100, step-100, 100; its folder left out, perhaps
+    found = find_checkpoints(path.parent) if match else []
+    same = [p for p in found if match and p.name.startswith(step_name(int(match[1])))]
+    if same:
+        return f"did you mean {same[0]}?"
+    return _steps_there(found) if found else missing_remedy(path, "name a checkpoint or the output folder of a run")
+
+
 def open_checkpoint(checkpoint_or_run: str | Path) -> Manifest:
     """The checkpoint that a user means: the folder itself, or the newest of a run or of its ``checkpoints`` folder.
 
     Raises:
         CheckpointError: there is none, or its manifest cannot be read.
     """
-    path, remedy = Path(checkpoint_or_run), "name a checkpoint or the output folder of a run"
+    path = Path(checkpoint_or_run)
     if not path.is_dir():
-        raise CheckpointError(1, str(path), "is not a folder", remedy)
+        rule = "is a file, not a folder" if path.exists() else "is not there"
+        raise CheckpointError(1, str(path), rule, _missing_remedy(path))
     if _NEVER_COMMITTED.fullmatch(path.name):
         remedy = "name a committed step-NNNNNNNN folder"
         raise CheckpointError(2, str(path), "was never committed and may be incomplete", remedy)
@@ -290,6 +325,7 @@ def open_checkpoint(checkpoint_or_run: str | Path) -> Manifest:
     newest = newest_checkpoint(path)
     if newest is None:
         rule = "holds no checkpoint (no manifest.json, no step-NNNNNNNN folder)"
+        remedy = "name a checkpoint or the output folder of a run"
         if (path / "config.json").is_file():
             remedy = "it is a Hugging Face model: make a checkpoint of it with tools/hf_to_checkpoint.py first"
         elif runs := [p.parent for p in sorted(path.glob("*/checkpoints"))]:

@@ -202,6 +202,8 @@ def config_remedy(path: str) -> str:
     """How to name a config file that is not there under this name."""
     if "=" in path:
         return "name the YAML file first, then settings: CONFIG.yaml group.field=value"
+    if Path(path).is_dir():
+        return _folder_remedy(Path(path))
     name = Path(path).name
     for candidate in (f"{path}.yaml", f"{path}.yml", str(PRESETS / name), str(PRESETS / f"{name}.yaml")):
         if Path(candidate).is_file():
@@ -214,6 +216,22 @@ def config_remedy(path: str) -> str:
     return "name an existing YAML file" + (
         f", such as {_short(str(PRESETS / 'tiny.yaml'))}" if PRESETS.is_dir() else ""
     )
+
+
+def _folder_remedy(folder: Path) -> str:
+    """How to name the config that a folder in its place stands for."""
+    if configs := sorted(folder.glob("*.y*ml")):
+        return f"name a file in it: {', '.join(_short(str(path)) for path in configs[:4])}"
+    names = (folder.name, *(path.name for path in folder.iterdir()))
+    if any(name in ("checkpoints", "metrics.jsonl") or name.startswith("step-") for name in names):
+        run = next((p.parent for p in (folder, *folder.parents) if p.name == "checkpoints"), folder)
+        return (
+            f"it belongs to a run: to go on with it give the YAML file and the settings that began it, with "
+            f"train.output={_short(str(run))}"
+        )
+    if "config.json" in names:
+        return "it is a Hugging Face model: tools/hf_to_checkpoint.py makes a checkpoint of it, and a config"
+    return "name a YAML file" + (f", such as {_short(str(PRESETS / 'tiny.yaml'))}" if PRESETS.is_dir() else "")
 
 
 def sources_remedy(text: str) -> str:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from megatron_hammer.base.errors import ConfigError, os_remedy
 from megatron_hammer.base.progress import say
@@ -29,77 +27,18 @@ from megatron_hammer.config.tree import Config
 
 MAX_CONFIG_BYTES = 2**18
 """A mix of 2,500 sources with paths of 100 characters; PyYAML takes a second for the worst text of this length."""
-_MAX_VALUES = 10_000
-"""Keys and values, each alias counted as what it stands for: 5,000 sources. PyYAML takes 80 us for one."""
-_MAX_DEPTH = 20
-"""Groups in groups; settings have three."""
-_MAX_DIGITS = 400
-"""Of a whole number, written out; the largest float has 309."""
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, with limits for what a hostile text could make of itself, and one more rule.
-
-    A key given twice is an error instead of a silent loss of the first. A few lines of aliases can stand for billions
-    of values: they are counted where they are used.
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._values = self._depth = 0
-        self._sizes: dict[str, int] = {}  # of what an anchor names, in values, once it is complete
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """As PyYAML does, counting."""
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        before, anchor = self._values, event.anchor
-        is_alias = isinstance(event, yaml.AliasEvent)
-        if is_alias and anchor in self.anchors and anchor not in self._sizes:
-            raise self._refusal(f"*{anchor} stands inside of what it names", event)
-        self._values += self._sizes.get(anchor, 1) if is_alias else 1
-        self._depth += 1
-        if self._values > _MAX_VALUES:
-            raise self._refusal(f"it has more than {_MAX_VALUES:,} values, aliases written out", event)
-        if self._depth > _MAX_DEPTH:
-            raise self._refusal(f"it is nested more than {_MAX_DEPTH} deep", event)
-        node: yaml.Node | None = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
-        self._depth -= 1
-        if anchor is not None and not is_alias:
-            self._sizes[anchor] = self._values - before
-        return node
-
-    @staticmethod
-    def _refusal(rule: str, event: yaml.Event) -> yaml.YAMLError:
-        mark: Any = event.start_mark
-        return yaml.composer.ComposerError(None, None, rule, mark)
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """A whole number, of a length that can be written out again."""
-        if len(node.value) > _MAX_DIGITS:
-            raise yaml.constructor.ConstructorError(None, None, "a number has too many digits", node.start_mark)
-        number: int = super().construct_yaml_int(node)  # type: ignore[no-untyped-call]
-        return number
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping whose keys are all different."""
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                continue  # PyYAML says so
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+_MAX_PARTS = 20
+"""Of a name in an argument; settings have three."""
 
 
 def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML text; ``where`` names it in the error."""
+    import yaml
+
+    from megatron_hammer.config.strict_yaml import StrictLoader
+
     try:
-        return yaml.load(text, Loader=_StrictLoader)  # derived from the safe loader
+        return yaml.load(text, Loader=StrictLoader)  # derived from the safe loader
     except (yaml.YAMLError, ValueError, RecursionError, ArithmeticError, TypeError, LookupError) as error:
         raise ConfigError(8, where, f"is not valid YAML ({error})", "mend the syntax") from None
 
@@ -120,7 +59,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), note: Callable[
     except UnicodeDecodeError as error:
         raise ConfigError(8, str(path), f"is not UTF-8 text ({error.reason})", "name a YAML file") from None
     except OSError as error:
-        remedy = config_remedy(str(path)) if isinstance(error, FileNotFoundError) else os_remedy(error)
+        shown = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+        remedy = config_remedy(str(path)) if shown else os_remedy(error)
         raise ConfigError(6, str(path), f"could not be read ({error.strerror})", remedy) from None
     tree = parse_yaml(text, str(path))
     tree = {} if tree is None else tree
@@ -134,7 +74,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), note: Callable[
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.split(".")
-    if not equals or not 2 <= len(parts) <= _MAX_DEPTH or not all(parts):
+    if not equals or not 2 <= len(parts) <= _MAX_PARTS or not all(parts):
         remedy = setting_of_argument(override, _known_settings())
         raise ConfigError(1, f"argument {override!r}", "is not group.field=value", remedy)
     value = parse_yaml(text, key)
@@ -258,4 +198,6 @@ def _number(value: Any) -> int | float | None:
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML text that ``load_config`` reads back to an equal config."""
+    import yaml
+
     return yaml.safe_dump(config_to_tree(config), sort_keys=False, allow_unicode=True, width=1000)

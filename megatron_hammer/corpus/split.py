@@ -26,6 +26,7 @@ import orjson
 import xxhash
 
 from megatron_hammer.base.errors import ConfigError, DataError
+from megatron_hammer.base.paths import check_prefix
 from megatron_hammer.base.progress import Progress, size_of
 from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.documents import (
@@ -108,6 +109,7 @@ def split_corpus(
         raise ConfigError(
             87, f"--valid-documents={valid_documents}", "must be at least 1", "give a number of documents"
         )
+    prefix = check_prefix("--output-prefix", output_prefix, ".train.jsonl")
     paths = _files(inputs)
     hashing = hash_seed(seed, "split")
     size = sum(path.stat().st_size for path in paths)
@@ -118,7 +120,6 @@ def split_corpus(
     else:
         assert valid_fraction is not None
         threshold = math.floor(valid_fraction * 2**HASH_BITS)
-    prefix = Path(output_prefix)
     train = LineWriter(prefix.with_name(f"{prefix.name}.train.jsonl"))
     valid = LineWriter(prefix.with_name(f"{prefix.name}.valid.jsonl"))
     manifest = prefix.with_name(f"{prefix.name}.split.json")

@@ -44,7 +44,7 @@ def import_hf(hf_dir: str | Path, save_dir: str | Path, note: Note = say, ignore
 
     Raises:
         CheckpointError: a feature, tensor or type that cannot be converted, by name.
-        RefusedError: ``save_dir`` holds checkpoints of a training run.
+        RefusedError: ``save_dir`` holds checkpoints of a training run, or a Hugging Face model.
     """
     source, folder = Path(hf_dir), Path(save_dir) / "checkpoints"
     target = folder / step_name(0)
@@ -56,6 +56,9 @@ def import_hf(hf_dir: str | Path, save_dir: str | Path, note: Note = say, ignore
         raise RefusedError(
             27, f"--save {save_dir}", f"already holds {trained[-1].name} of a run", "name another folder"
         )
+    if (Path(save_dir) / CONFIG).is_file():
+        rule = "is a Hugging Face model, and a checkpoint beside its files would be part of it"
+        raise RefusedError(27, f"--save {save_dir}", rule, f"name a new folder, such as {Path(save_dir)}-checkpoint")
     tokenizer = None
     if any((source / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         tokenizer = load_tokenizer(source)

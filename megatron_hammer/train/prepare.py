@@ -335,6 +335,11 @@ def _check_data(config: Config, tokenizer: Tokenizer | None, read_ids: bool) -> 
         found[prefix] = identify(dataset, prefix)
         if read_ids and config.data.attention_mask == "document" and dataset.num_documents == 1:
             notes.append(f"{prefix} is a single document: data.attention_mask=document changes nothing in it")
+        if read_ids and prefix in train and 0 < found[prefix].tokens <= config.data.seq_length:
+            notes.append(
+                f"data.seq_length={config.data.seq_length:,} is longer than all of {prefix} "
+                f"({found[prefix].tokens:,} tokens): each of its samples repeats it; shorten it, or add data"
+            )
         if dataset.header is None and not read_ids:
             continue
         named = "" if tokenizer is None else f"{tokenizer.path} of {tokenizer.vocab_size:,} ids"

@@ -29,11 +29,17 @@ def test_options_and_commands_that_were_left_out() -> None:
     tool = ArgumentParser(prog="t")
     tool.add_argument("--load", required=True)
     tool.add_argument("--output", required=True)
+    joining = ArgumentParser(prog="m")
+    joining.add_argument("prefixes", nargs="+", metavar="P")
+    joining.add_argument("--seed", type=int, required=True, metavar="S")
     commands = ArgumentParser(prog="i")
     commands.add_subparsers(required=True, metavar="stats|show").add_parser("stats")
     for program, arguments, words in (
         (tool, ["runs/a", "runs/b"], "write --load runs/a --output runs/b (see t --help)"),
         (tool, ["--load", "x", "--output-prefix", "y"], "did you mean --output, not --output-prefix?"),
+        (tool, ["--checkpoint", "x", "--output", "y"], "did you mean --load, not --checkpoint?"),
+        (joining, ["a", "b"], "required: --seed; add --seed S (see m --help)"),  # a and b are what it takes
+        (joining, ["--seed", "1", "--input", "a"], "what it reads stands without an option's name: m P ..."),
         (commands, ["data/zh"], "'data/zh' is none of stats, show; say which first: i stats data/zh"),
         (commands, ["stat"], "did you mean stats?"),
     ):
@@ -49,7 +55,7 @@ def test_options_and_commands_that_were_left_out() -> None:
         (["c", "--vocab-size", "8,000"], "write digits, 8000"),
         (["c", "--vocab-size", "two"], "'two' is no whole number; write digits, such as 1000"),
         (["c", "--top_k", "x"], "'x' is no number"),
-        ([], "required: CONFIG.yaml; see p --help"),
+        ([], "required: CONFIG.yaml; add CONFIG.yaml (see p --help)"),
         (["c", "--vocabsize", "3"], "did you mean --vocab-size"),
     ],
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import errno
+import importlib.util
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -134,7 +136,8 @@ PROGRAMS = sorted((ROOT / "tools").glob("*.py"))
 def test_tools_explain_themselves_and_refuse_in_one_line(program: Path) -> None:
     """--help works and loads no torch; a wrong call is one line and exit code 2."""
     code = (
-        f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_path({str(program)!r}, run_name='__main__')\n"
+        f"import sys, runpy; sys.argv = ['x', '--help']; sys.path.insert(0, {str(program.parent)!r})\n"
+        f"try: runpy.run_path({str(program)!r}, run_name='__main__')\n"
     )
     code += "except SystemExit as end: assert end.code in (0, None), end\nassert 'torch' not in sys.modules"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -143,9 +146,31 @@ def test_tools_explain_themselves_and_refuse_in_one_line(program: Path) -> None:
     assert wrong.returncode == 2 and wrong.stderr.startswith("error[E2") and wrong.stderr.count("\n") == 1, wrong.stderr
 
 
+def test_a_python_without_what_is_needed_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Python of the machine, where .venv was not activated: before any import of the package."""
+    there = importlib.util.find_spec
+    for name in ("megatron_hammer", "orjson"):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda n, name=name: None if n == name else there(n))
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(ROOT / "tools/require_package/__init__.py"))
+        said = capsys.readouterr().err
+        assert caught.value.code == 2 and said.startswith(f"error[E251]: the module {name} is not there")
+        assert "source .venv/bin/activate" in said and said.count("\n") == 1
+    for program in PROGRAMS:
+        imports = [line for line in program.read_text().splitlines() if line.startswith(("import ", "from "))]
+        ours = next(i for i, line in enumerate(imports) if "megatron_hammer" in line)
+        assert "require_package" in imports[ours - 1], program
+
+
 @pytest.mark.parametrize("module", ["megatron_hammer.train", "megatron_hammer.launch"])
-def test_training_programs_explain_themselves(module: str) -> None:
-    shown = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=60)
+def test_training_programs_explain_themselves(module: str, tmp_path: Path) -> None:
+    """Where PyYAML is missing too."""
+    (tmp_path / "yaml.py").write_text("raise ModuleNotFoundError(\"No module named 'yaml'\", name='yaml')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", module, "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert shown.returncode == 0
     for field in ("optimizer.lr (float) = 0.0005", "parallel.tensor_model_parallel_size", "data.valid"):
         assert field in shown.stdout

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.base.errors import CheckpointError, DataError
-from megatron_hammer.base.paths import missing_remedy, neighbour_of
+from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError
+from megatron_hammer.base.paths import check_prefix, missing_remedy, neighbour_of
 from megatron_hammer.corpus.readers import expand_inputs
 from megatron_hammer.huggingface.generate import generate
 from megatron_hammer.tokenizer.load import load_tokenizer
@@ -67,3 +67,14 @@ def test_a_run_given_for_its_hugging_face_model(run: Path) -> None:
     (run / "hf" / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"E490.*did you mean runs/mine/hf\?"):
         next(generate(run / "checkpoints" / "step-00000003", ["x"]))
+
+
+def test_a_folder_in_place_of_a_prefix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for given, name in (("data/", "data/NAME"), (".", "NAME"), ("..", "../NAME"), ("data/zh/..", "data/zh/../NAME")):
+        with pytest.raises(ConfigError, match="E288") as caught:
+            check_prefix("--output-prefix", given, "_text_document.idx")
+        assert str(caught.value).endswith(f"called _text_document.idx; name the files too: --output-prefix {name}")
+    assert check_prefix("--output-prefix", "data/zh", "_text_document.idx") == Path("data/zh")
+    assert capsys.readouterr().err == ""
+    check_prefix("--output-prefix", tmp_path, "_text_document.idx")  # may be meant
+    assert f"{tmp_path}_text_document.idx is written beside it" in capsys.readouterr().err

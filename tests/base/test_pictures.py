@@ -13,6 +13,7 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.pictures import PREFERRED, fallback_families, png_of, save_png
 from tests.test_examples import write_metrics
 
@@ -56,6 +57,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def ink(figure: Figure, tmp_path: Path) -> float:
     save_png(figure, tmp_path / "picture.png")
+    with pytest.raises(ConfigError, match=r"E288: output .* is a folder; name a file in it"):
+        save_png(figure, tmp_path)
     return float(np.mean(imread(tmp_path / "picture.png")[..., :3] < 0.5))
 
 

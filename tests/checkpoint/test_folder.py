@@ -17,6 +17,7 @@ from megatron_hammer.checkpoint import commit as commit_module
 from megatron_hammer.checkpoint import manifest, retention
 from megatron_hammer.checkpoint import write as save
 from megatron_hammer.checkpoint.folder import (
+    checkpoint_of_step,
     clean_up,
     find_checkpoints,
     newest_checkpoint,
@@ -126,7 +127,7 @@ def test_the_latest_is_found_by_looking_and_what_is_skipped_is_told(tmp_path):
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"E401.*nowhere"):
+    with pytest.raises(CheckpointError, match=r"E401.*nowhere is not there; name a checkpoint"):
         open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"E401.*holds no checkpoint"):
         open_checkpoint(tmp_path)
@@ -286,4 +287,25 @@ def test_what_is_no_run_names_what_is_meant(tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match="E401") as error:
             open_checkpoint(tmp_path / name)
+        assert str(error.value).endswith(cure)
+
+
+def test_a_step_that_is_named_in_another_way(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in (100, 200):
+        (run / "checkpoints" / step_name(step)).mkdir(parents=True)
+    hundred = run / "checkpoints" / step_name(100)
+    assert checkpoint_of_step(run, 100) == checkpoint_of_step(run / "checkpoints", 100) == hundred
+    assert checkpoint_of_step(run, None) == run
+    with pytest.raises(CheckpointError, match=r"E401.*step 150 has no checkpoint; choose .* there: 100, 200"):
+        checkpoint_of_step(run, 150)
+    for wrong, cure in (
+        ("step-100", f"did you mean {hundred}?"),
+        ("checkpoints/step-100", f"did you mean {hundred}?"),
+        ("checkpoints/100", f"did you mean {hundred}?"),
+        ("checkpoints/step-00000150", "choose a step that is there: 100, 200"),
+        ("checkpoint", f"did you mean {run}/checkpoints?"),
+    ):
+        with pytest.raises(CheckpointError, match=r"E401.*is not there") as error:
+            open_checkpoint(run / wrong)
         assert str(error.value).endswith(cure)

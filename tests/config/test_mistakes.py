@@ -141,3 +141,21 @@ def test_settings_are_checked_by_a_program_of_its_own(
     monkeypatch.setattr("sys.argv", ["config", str(TINY), "train.num_step=5"])
     with pytest.raises(ConfigError, match=r"did you mean train\.num_steps"):
         main()
+
+
+@pytest.mark.parametrize(
+    "inside, name, cure",
+    [
+        ("run/checkpoints/step-00000002", "run", "it belongs to a run: to go on with it give the YAML file"),
+        ("run/checkpoints/step-00000002", "run/checkpoints/step-00000002", "with train.output=run"),
+        ("hf/config.json", "hf", "tools/hf_to_checkpoint.py makes a checkpoint of it, and a config"),
+        ("imported/model.yaml", "imported", "name a file in it: imported/model.yaml"),
+        ("empty/x", "empty", "name a YAML file, such as"),
+    ],
+)
+def test_a_folder_in_place_of_the_config(
+    inside: str, name: str, cure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / inside).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert cure in said(path=name)

@@ -137,6 +137,9 @@ def test_the_import_is_a_start_for_a_run(tmp_path, tokenizer_model):
     write_layout(tmp_path / "run" / "checkpoints", model, random_logical(model, kinds=("weight",)), step=4)
     with pytest.raises(RefusedError, match=r"E527.*step-00000004"):
         import_hf(source, tmp_path / "run")
+    with pytest.raises(RefusedError, match=r"E527.*is a Hugging Face model.*such as .*hf-checkpoint"):
+        import_hf(source, source)
+    assert not (source / "checkpoints").exists()
 
 
 def test_an_import_without_tokenizer_says_so_and_keeps_the_token_ids(tmp_path):
@@ -427,6 +430,7 @@ def test_mistakes_are_one_line_and_a_documented_exit_code(tool, arguments, code,
 HELP = """
 import runpy, sys
 sys.argv = ["tool", "--help"]
+sys.path.insert(0, {folder!r})
 try:
     runpy.run_path({path!r}, run_name="__main__")
 except SystemExit:
@@ -436,7 +440,7 @@ except SystemExit:
 
 @pytest.mark.parametrize("tool", ["checkpoint_to_hf.py", "hf_to_checkpoint.py"])
 def test_help_needs_no_torch(tool):
-    code = HELP.format(path=str(ROOT / "tools" / tool))
+    code = HELP.format(path=str(ROOT / "tools" / tool), folder=str(ROOT / "tools"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("False\n"), done.stderr
 

@@ -185,6 +185,10 @@ def test_a_dataset_of_one_document_is_noted(data: Path, tmp_path: Path) -> None:
     write_dataset(tmp_path / "one", 1, seed=0)
     arguments = [*overrides(data, tmp_path / "run"), f"data.train={tmp_path}/one"]
     assert not any("single document" in note for note in prepare(config_for(arguments), 1).data_notes)
+    long = [*arguments, "data.seq_length=4000", "model.max_position_embeddings=4000"]
+    assert any(
+        "data.seq_length=4,000 is longer than all of" in note for note in prepare(config_for(long), 1).data_notes
+    )
     noted = prepare(config_for([*arguments, DOCUMENT]), 1).data_notes
     assert any(f"{tmp_path}/one is a single document" in note for note in noted)
 

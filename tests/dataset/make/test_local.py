@@ -300,7 +300,7 @@ def test_mistakes_are_one_line(tmp_path, tokenizer, tool, arguments, code, words
 @pytest.mark.parametrize("tool", ["preprocess_data.py", "inspect_dataset.py"])
 def test_help_is_quick_and_light(tool, tmp_path):
     script = (
-        "import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
+        "import os, runpy, sys; sys.argv = [sys.argv[1], '--help']; sys.path.insert(0, os.path.dirname(sys.argv[0]))\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit as stop: assert stop.code == 0, stop.code\n"
         "heavy = {'numpy', 'torch', 'transformers', 'sentencepiece', 'tokenizers', 'matplotlib'} & set(sys.modules)\n"
