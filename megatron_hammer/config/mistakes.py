@@ -234,6 +234,18 @@ def _folder_remedy(folder: Path) -> str:
     return "name a YAML file" + (f", such as {_short(str(PRESETS / 'tiny.yaml'))}" if PRESETS.is_dir() else "")
 
 
+def foreign_remedy(path: str, tree: object) -> str:
+    """What to name in place of a file that is no config, or an empty string."""
+    name = Path(path).name
+    if name.endswith(DATASET_SUFFIXES):
+        return "it is a part of a dataset: name the config first, then data.train=PREFIX"
+    if isinstance(tree, dict) and "architectures" in tree:
+        return "it is the config of a Hugging Face model: tools/hf_to_checkpoint.py makes a checkpoint of it, and ours"
+    if name.lower().endswith(TEXT_SUFFIXES):
+        return "it is no config: name a YAML file first, then settings: CONFIG.yaml group.field=value"
+    return ""
+
+
 def sources_remedy(text: str) -> str:
     """The mapping that ``142 P 128 Q`` (Megatron's form, either way round) means, or an empty string.
 
@@ -265,14 +277,15 @@ def pairs_remedy(mapping: Mapping[object, object], of_weights: bool) -> str:
     return "write {" + ", ".join(pairs) + "}, with a colon and a blank"
 
 
-def number_remedy(value: object) -> str:
+def number_remedy(value: object, whole: bool) -> str:
     """The digits that ``1k`` or ``1,000`` means."""
     match = NUMBER_WITH_UNIT.fullmatch(str(value))
     digits = str(value).replace(",", "").replace("_", "").replace(" ", "")
     if match and _is_number(match[1].replace(",", "").replace(" ", "")):
         number = float(match[1].replace(",", "").replace(" ", "")) * UNITS[match[2].lower()]
         return f"write {number:.0f}"
-    return f"write {digits}" if _is_number(digits) else "correct the value"
+    meant = f"write {digits}" if _is_number(digits) and not (whole and "." in digits) else ""
+    return meant or f"write a {'whole ' if whole else ''}number"
 
 
 def _plain(name: str) -> str:

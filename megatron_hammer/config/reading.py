@@ -15,6 +15,7 @@ from megatron_hammer.base.reading import read_regular
 from megatron_hammer.config.help import describe_fields
 from megatron_hammer.config.mistakes import (
     config_remedy,
+    foreign_remedy,
     nearest_choice,
     nearest_setting,
     number_remedy,
@@ -62,7 +63,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), note: Callable[
         shown = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
         remedy = config_remedy(str(path)) if shown else os_remedy(error)
         raise ConfigError(6, str(path), f"could not be read ({error.strerror})", remedy) from None
-    tree = parse_yaml(text, str(path))
+    try:
+        tree = parse_yaml(text, str(path))
+    except ConfigError as error:
+        error.remedy = foreign_remedy(str(path), None) or error.remedy
+        raise
+    has_groups = isinstance(tree, dict) and not describe_fields().keys().isdisjoint(tree)
+    if tree is not None and not has_groups and (remedy := foreign_remedy(str(path), tree)):
+        raise ConfigError(8, str(path), "is no config of ours", remedy)
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ConfigError(8, str(path), "must hold groups (model:, train:, ...)", "see examples/configs/tiny.yaml")
@@ -157,7 +165,9 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return float(number)
     if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
-    remedy = number_remedy(value) if hint in (int, float) else "correct the value"
+    remedy = number_remedy(value, hint is int) if hint in (int, float) else "correct the value"
+    if value is None:
+        raise ConfigError(3, f"{name}=", "has no value", f"write {name}=VALUE, or leave it out")
     raise ConfigError(3, f"{name}={value!r}", f"must be of type {hint.__name__}", remedy)
 
 

@@ -59,7 +59,10 @@ def said(*overrides: str, path: str | Path = TINY) -> str:
         ("model.hidden_size=1k", "write 1000"),
         ("train.num_steps=1,000", "write 1000"),
         ("train.num_steps=0.5M", "write 500000"),
-        ("train.num_steps=many", "correct the value"),
+        ("train.num_steps=many", "write a whole number"),
+        ("model.hidden_size=0.5", "write a whole number"),
+        ("optimizer.lr=small", "write a number"),
+        ("train.output=", "has no value; write train.output=VALUE, or leave it out"),
     ],
 )
 def test_settings(override: str, cure: str) -> None:
@@ -141,6 +144,22 @@ def test_settings_are_checked_by_a_program_of_its_own(
     monkeypatch.setattr("sys.argv", ["config", str(TINY), "train.num_step=5"])
     with pytest.raises(ConfigError, match=r"did you mean train\.num_steps"):
         main()
+
+
+@pytest.mark.parametrize(
+    "name, content, cure",
+    [
+        ("config.json", '{"architectures": ["LlamaForCausalLM"]}', "tools/hf_to_checkpoint.py makes a checkpoint"),
+        ("README.md", "# a\n**b**: c (d). e: f", "it is no config: name a YAML file first"),
+        ("zh.jsonl", '{"text": "a"}', "it is no config: name a YAML file first"),
+        ("zh.idx", "MMIDIDX", "name the config first, then data.train=PREFIX"),
+    ],
+)
+def test_a_file_that_is_no_config(name: str, content: str, cure: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    assert cure in said(path=tmp_path / name)
+    (tmp_path / "mine.json").write_text('{"train": {"num_steps": 7}}')  # JSON is YAML
+    assert "model" in said(path=tmp_path / "mine.json")
 
 
 @pytest.mark.parametrize(
