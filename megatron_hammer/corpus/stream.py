@@ -24,9 +24,12 @@ from megatron_hammer.base.reading import is_own_pipe, open_input
 
 _RAW_BYTES = 128 << 10  # compressed bytes read at once
 # A Zstandard block of 128 KiB can be four bytes long, and the library hands out all that a piece of input stands for:
-# pieces of this size bound it to 256 MiB, at a cost of 2 us a piece.
-_ZSTD_PIECE = 8 << 10
+# pieces of this size bound it to 64 MiB, at a cost of 2 us a piece.
+_ZSTD_PIECE = 2 << 10
 _MOST_AT_ONCE = 1 << 20  # decompressed bytes handed out at once
+# A file that stands for so many times its bytes is no text, but made to fill a memory: text takes a fifth to a
+# thirtieth of its size. Asked from so many bytes on.
+_MOST_EXPANSION, _EXPANSION_FROM = 200, 32 << 20
 
 
 class StreamDamage(Exception):
@@ -73,6 +76,7 @@ class SourceStream(io.RawIOBase):
         self._hash = xxhash.xxh3_128()
         self.raw_bytes = 0
         """Bytes of the file read so far, as they are on disk."""
+        self._expanded = 0
 
     def readable(self) -> bool:
         return True
@@ -99,6 +103,12 @@ class SourceStream(io.RawIOBase):
         self._hash.update(data)
         self.raw_bytes += len(data)
         return data
+
+    def _check_expansion(self, count: int) -> None:
+        """Note ``count`` decompressed bytes; raise ``StreamDamage`` where they are too many for those on disk."""
+        self._expanded += count
+        if self._expanded > max(_EXPANSION_FROM, _MOST_EXPANSION * self.raw_bytes):
+            raise StreamDamage(f"it stands for more than {_MOST_EXPANSION} times its bytes, which no text does")
 
     def close(self) -> None:
         if not self.closed:
@@ -133,6 +143,7 @@ class _GzipStream(SourceStream):
                 self._member, self._first = zlib.decompressobj(wbits=31), False
             output = self._decompress(limit)
             if output:
+                self._check_expansion(len(output))
                 buffer[: len(output)] = output
                 return len(output)
         return 0
@@ -176,6 +187,7 @@ class _ZstdStream(SourceStream):
                     return 0
             piece, self._input = self._input[:_ZSTD_PIECE], self._input[_ZSTD_PIECE:]
             self._output = memoryview(self._decompress(bytes(piece)))
+            self._check_expansion(len(self._output))
         count = min(len(buffer), len(self._output))
         buffer[:count], self._output = self._output[:count], self._output[count:]
         return count

@@ -47,7 +47,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.definition = _read_definition(path) if definition is None else definition
         try:
             self._backend = Backend.from_str(json.dumps(self.definition))
-        except Exception as error:  # the Rust library raises bare Exception
+        except BaseException as error:  # the Rust library raises bare Exception, and one of its own where it panics
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise _not_a_tokenizer(path, str(error)) from None
         self._backend.no_truncation()
         self._backend.no_padding()

@@ -23,7 +23,7 @@ from megatron_hammer.base.files import replace_file
 from megatron_hammer.tokenizer import encode as fast
 from megatron_hammer.tokenizer.interface import SpecialIds, Tokenizer, refuse_surrogates
 from megatron_hammer.tokenizer.pieces import Pieces, pack_pieces, pieces_of_model
-from megatron_hammer.tokenizer.tokenizer_files import read_tokenizer
+from megatron_hammer.tokenizer.tokenizer_files import MAX_MODEL_BYTES, read_tokenizer
 
 _CUT_CHARACTERS = 4096  # at the end of a part of a text, in which a place to cut is looked for
 
@@ -39,7 +39,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.model_bytes = read_tokenizer(path)
+        self.model_bytes = read_tokenizer(path, MAX_MODEL_BYTES)
         self._processor: Any = None
         self._encoder: Any = None
         if fast.COMPILED is None:

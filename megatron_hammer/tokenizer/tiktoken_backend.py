@@ -37,7 +37,7 @@ from megatron_hammer.base.files import replace_file
 from megatron_hammer.base.reading import open_regular
 from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
 from megatron_hammer.tokenizer.pieces import BYTE_LEVEL_ALPHABET
-from megatron_hammer.tokenizer.tokenizer_files import read_tokenizer
+from megatron_hammer.tokenizer.tokenizer_files import MAX_TIKTOKEN_BYTES, read_tokenizer
 
 _SHORT_FORMS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
@@ -132,7 +132,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         DataError: E312 a line that is something else, a piece or rank that comes twice, a byte without a piece.
     """
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(read_tokenizer(path).splitlines(), 1):
+    for number, line in enumerate(read_tokenizer(path, MAX_TIKTOKEN_BYTES).splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -16,18 +16,22 @@ from megatron_hammer.base.reading import parse_json, read_regular
 
 MAX_TOKENIZER_BYTES = 48 * 2**20
 MAX_TOKENIZER_VALUES = 3_000_000
-MAX_IDS = 2**24
-"""Sixteen million: far above any vocabulary, and the mark of a file that is damaged or means harm."""
+MAX_IDS = 2**22
+"""Four million: four times any vocabulary, and the mark of a file that is damaged or means harm."""
+MAX_MODEL_BYTES = 12 * 2**20
+"""Of a sentencepiece model: 700,000 pieces. The largest published has 5 MB."""
+MAX_TIKTOKEN_BYTES = 8 * 2**20
+"""400,000 pieces; the largest published has 3.6 MB. Its merges are found anew at each load."""
 
 
-def read_tokenizer(path: Path) -> bytes:
+def read_tokenizer(path: Path, limit: int = MAX_TOKENIZER_BYTES) -> bytes:
     """The content of a tokenizer's file.
 
     Raises:
         DataError: E312 it is no regular file, or larger than any.
     """
     try:
-        return read_regular(path, MAX_TOKENIZER_BYTES)
+        return read_regular(path, limit)
     except UnfitFile as error:
         raise DataError(12, str(path), f"is no tokenizer ({error.strerror})", error.remedy) from None
 

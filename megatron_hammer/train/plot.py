@@ -6,7 +6,6 @@ rate. Skipped steps and values that are not finite leave gaps. Needs no torch.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +15,17 @@ import numpy as np
 from megatron_hammer.base.errors import DataError, os_remedy
 from megatron_hammer.base.paths import missing_remedy
 from megatron_hammer.base.pictures import save_png
-from megatron_hammer.base.reading import open_regular
+from megatron_hammer.base.reading import open_regular, parse_json
 
 MAX_POINTS = 4000  # more than a picture of this size has columns: longer runs are thinned
 WINDOW_SHARE = 50  # the moving average spans a fiftieth of the run: chosen by eye
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; black is the training loss.
 VALID_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+MAX_STEP_BYTES = 2**20
+"""Of one line: a thousand figures."""
 
 
 @dataclass
@@ -45,9 +48,14 @@ def read_curves(path: Path) -> Curves:
     curves = Curves()
     try:
         with open_regular(path) as lines:
-            for number, line in enumerate(lines, start=1):
+            number = 1
+            while line := lines.readline(MAX_STEP_BYTES + 1):
                 if line.endswith(b"\n"):
                     _add_step(curves, line, f"{path}:{number}")
+                elif len(line) > MAX_STEP_BYTES:
+                    rule = f"is longer than {MAX_STEP_BYTES:,} bytes, so not a step of a run"
+                    raise DataError(82, f"{path}:{number}", rule, "name the folder of a run")
+                number += 1
     except OSError as error:
         remedy = os_remedy(error)
         if isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -68,7 +76,7 @@ def _run_near(folder: Path) -> str:
 
 def _add_step(curves: Curves, line: bytes, where: str) -> None:
     try:
-        values = json.loads(line)
+        values = parse_json(line)
         curves.steps.append(int(values["step"]))
         curves.loss.append(_number(values["loss"]))
         curves.lr.append(_number(values["lr"]))
@@ -77,7 +85,7 @@ def _add_step(curves: Curves, line: bytes, where: str) -> None:
                 steps, losses = curves.valid.setdefault(key[len("valid/") : -len("/loss")], ([], []))
                 steps.append(curves.steps[-1])
                 losses.append(_number(value))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise DataError(82, where, f"is not a step of a run ({error!r})", "name the folder of a run") from None
 
 

@@ -1,0 +1,267 @@
+"""Hostile files, of every kind that is read: each ends in one documented line, at little cost, and nothing in it runs.
+
+No time is asserted: what is refused before it is parsed or built cannot be slow, so each case says by its words which
+rule refused it. ``HAMMER_HOSTILE_LIMITS=1`` runs each in a process of its own and holds it to 2 s and 200 MB.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import gzip
+import json
+import os
+import struct
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_hammer.base.errors import HammerError, from_exception
+from megatron_hammer.base.files import hash_bytes
+from megatron_hammer.checkpoint.manifest import canonical_json, read_manifest, saved_model
+from megatron_hammer.config import load_config
+from megatron_hammer.corpus.documents import read_texts
+from megatron_hammer.dataset.reader import IndexedDataset
+from megatron_hammer.huggingface.config import model_config_from_hf, read_json
+from megatron_hammer.huggingface.weights import HfWeights, check_tensors
+from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.train.plot import read_curves
+
+PICKLE = b"cos\nsystem\n(S'touch ran'\ntR."
+Make = Callable[[Path], object]
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 100,
+}  # fmt: skip
+TOKENIZER: dict[str, Any] = {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
+MODEL = "model: {hidden_size: 64, ffn_hidden_size: 64, num_attention_heads: 8, num_layers: 2}\n"
+RANKS = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
+
+
+# ---- what reads each kind ----
+
+
+def config(folder: Path) -> object:
+    load_config(folder / "f.yaml").validate(1)
+    return None
+
+
+def huggingface(folder: Path) -> object:
+    model = model_config_from_hf(read_json(folder / "config.json"))
+    return check_tensors(HfWeights(folder), model)
+
+
+def curves(folder: Path) -> object:
+    return read_curves(folder / "metrics.jsonl")
+
+
+def corpus(folder: Path) -> object:
+    return [None for path in sorted(folder.iterdir()) for _ in read_texts(path, "text")]
+
+
+def checkpoint(folder: Path) -> object:
+    return saved_model(read_manifest(folder))
+
+
+def dataset(folder: Path) -> object:
+    return IndexedDataset(folder / "p")
+
+
+def tokenizer(folder: Path) -> object:
+    return load_tokenizer(next(path for path in sorted(folder.iterdir()) if "config" not in path.name)).read_pieces()
+
+
+# ---- what makes them ----
+
+
+def text(name: str, content: str | bytes) -> Make:
+    return lambda folder: (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def pipe(name: str) -> Make:
+    return lambda folder: os.mkfifo(folder / name)
+
+
+def endless(name: str) -> Make:
+    return lambda folder: (folder / name).symlink_to("/dev/zero")
+
+
+def sparse(name: str) -> Make:
+    def make(folder: Path) -> None:
+        (folder / name).touch()
+        os.truncate(folder / name, 10**11)
+
+    return make
+
+
+def both(*makers: Make) -> Make:
+    return lambda folder: [make(folder) for make in makers]
+
+
+def llama(**changed: object) -> Make:
+    return text("config.json", json.dumps(LLAMA | changed))
+
+
+def tensors(header: bytes, length: int | None = None) -> Make:
+    stated = struct.pack("<Q", len(header) if length is None else length)
+    return both(llama(), text("model.safetensors", stated + header))
+
+
+def index(*names: str) -> Make:
+    weight_map = {f"t{number}": name for number, name in enumerate(names)}
+    return both(llama(), text("model.safetensors.index.json", json.dumps({"weight_map": weight_map})))
+
+
+def manifest(**changed: object) -> Make:
+    tree: dict[str, Any] = {
+        "format": "megatron_hammer.checkpoint", "version": 1, "step": 1, "layout": {}, "config": {"model": {}},
+        "state": {}, "weights_dtype": "float32", "tensors": [], "files": [], "tokenizer": None, **changed,
+    }  # fmt: skip
+    tree["digest"] = hash_bytes(canonical_json(tree))
+    return text("manifest.json", canonical_json(tree) + b"\n")
+
+
+def vocabulary(**entries: object) -> Make:
+    return text("tokenizer.json", json.dumps(TOKENIZER | {"model": TOKENIZER["model"] | {"vocab": entries}}))
+
+
+def indexed(*more: Make) -> Make:
+    start = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 1, 2) + struct.pack("<iqqq", 4, 0, 0, 1)
+    return both(text("p.idx", start), text("p.bin", b"\0" * 8), *more)
+
+
+DEEP, WIDE = "[" * 200_000, "[" + "[]," * 3_500_000 + "0]"
+ANCHORS = "abcdefghi"
+BOMB = "a: &a [x]\n" + "".join(f"{b}: &{b} [{f'*{a}, ' * 9}*{a}]\n" for a, b in pairwise(ANCHORS))
+KEYS = "".join(f"k{number}: 1, " for number in range(20_000))
+CASES: dict[str, tuple[Callable[[Path], object], Make, str]] = {
+    "yaml aliases": (config, text("f.yaml", BOMB), "E208 10,000 values"),
+    "yaml aliases in a value": (config, text("f.yaml", MODEL + "train: {output: [*a]}\n" + BOMB), "E208"),
+    "yaml aliases of keys": (config, text("f.yaml", "a: &a {x: 1}\nb: {<<: [" + "*a, " * 9_000 + "]}"), "E208 10,000"),
+    "yaml in itself": (config, text("f.yaml", "train: &a [*a]"), "E208 stands inside"),
+    "yaml deep": (config, text("f.yaml", "train: " + DEEP), "E208 nested"),
+    "yaml deep by indents": (config, text("f.yaml", "".join(" " * i + "a:\n" for i in range(600))), "E208 nested"),
+    "yaml keys": (config, text("f.yaml", "train: {" + KEYS + "}"), "E208 10,000"),
+    "yaml large": (config, text("f.yaml", "#" * 2**20), "E206 bytes"),
+    "yaml digits": (config, text("f.yaml", MODEL + "train: {seed: 0x" + "f" * 5_000 + "}"), "E208 digits"),
+    "yaml base 60": (config, text("f.yaml", MODEL + "train: {seed: 1" + ":1" * 5_000 + "}"), "E208 digits"),
+    "yaml infinite": (config, text("f.yaml", MODEL + "train: {seed: 1" + ":1" * 5_000 + ".0}"), "E208"),
+    "yaml tag": (config, text("f.yaml", "model: !!python/object/apply:os.system ['touch ran']"), "E208"),
+    "yaml layers": (config, text("f.yaml", MODEL.replace("layers: 2", "layers: 1000000000")), "E204 10,000"),
+    "yaml divisors": (config, text("f.yaml", MODEL.replace("heads: 8", "heads: 2147483646")), "E204|E205"),
+    "yaml pipe": (config, pipe("f.yaml"), "E206 pipe"),
+    "yaml endless": (config, endless("f.yaml"), "E206 device"),
+    "yaml name with nul": (lambda folder: load_config(f"{folder}/a\0b"), text("x", ""), "E206"),
+    "hf layers": (huggingface, llama(num_hidden_layers=10**9), "E422 10,000"),
+    "hf sizes": (huggingface, llama(hidden_size=10**400), "E422"),
+    "hf deep": (huggingface, text("config.json", DEEP), "E420"),
+    "hf wide": (huggingface, text("config.json", WIDE), "E420"),
+    "hf pipe": (huggingface, pipe("config.json"), "E408 pipe"),
+    "hf endless": (huggingface, endless("config.json"), "E408 link"),
+    "hf pickle": (huggingface, both(llama(), text("pytorch_model.bin", PICKLE)), "E423 pickle"),
+    "hf index leads out": (huggingface, index("../../etc/passwd"), "E428 plain name"),
+    "hf index absolute": (huggingface, index("/etc/x.safetensors"), "E428 plain name"),
+    "hf shard is a pipe": (huggingface, both(index("a.safetensors"), pipe("a.safetensors")), "E408 pipe"),
+    "hf shard is a link": (huggingface, both(index("a.safetensors"), endless("a.safetensors")), "E408 link"),
+    "safetensors announces 2^63": (huggingface, tensors(b"{}", 2**63), "E410 too short"),
+    "safetensors large header": (huggingface, tensors(b"[" * (9 << 20)), "E410 allowed"),
+    "safetensors deep": (huggingface, tensors(DEEP.encode()), "E410 JSON"),
+    "safetensors wide": (huggingface, tensors(b'{"a":[' + b"[]," * 2_000_000 + b"0]}"), "E410 JSON"),
+    "safetensors shapes": (
+        huggingface,
+        tensors(b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,0]}}' % (b"9" * 4_000)),
+        "E410 malformed",
+    ),
+    "manifest deep": (checkpoint, text("manifest.json", DEEP), "E403 JSON"),
+    "manifest wide": (checkpoint, text("manifest.json", WIDE), "E403 JSON"),
+    "manifest pipe": (checkpoint, pipe("manifest.json"), "E408 pipe"),
+    "manifest sparse": (checkpoint, sparse("manifest.json"), "E403 bytes"),
+    "manifest leads out": (
+        checkpoint, manifest(files=[{"name": "../x", "size": 1, "header": "0" * 32, "slices": []}]), "E406 file name"
+    ),
+    "manifest's tokenizer leads out": (
+        checkpoint, manifest(tokenizer={"fingerprint": "0" * 32, "files": {"../x": [1, "0" * 32]}}), "E406 file name"
+    ),
+    "manifest layers": (
+        checkpoint,
+        manifest(config={"model": {"hidden_size": 64, "ffn_hidden_size": 64, "num_attention_heads": 8,
+                                   "num_layers": 10**9}}),
+        "E406 10,000",
+    ),
+    "header pipe": (dataset, indexed(pipe("p.meta.json")), "E339 pipe"),
+    "header endless": (dataset, indexed(endless("p.meta.json")), "E339 device"),
+    "header sparse": (dataset, indexed(sparse("p.meta.json")), "E339 never has more"),
+    "header deep": (dataset, indexed(text("p.meta.json", DEEP)), "E339 deep"),
+    "header wide": (dataset, indexed(text("p.meta.json", WIDE)), "E339 values"),
+    "idx pipe": (dataset, pipe("p.idx"), "E330"),
+    "idx endless": (dataset, endless("p.idx"), "E330"),
+    "idx sparse": (dataset, both(sparse("p.idx"), text("p.bin", "")), "E331"),
+    "tokenizer of four billion": (tokenizer, vocabulary(a=4_000_000_000), "E313 below"),
+    "tokenizer deep": (tokenizer, text("tokenizer.json", DEEP), "E313 deep"),
+    "tokenizer wide": (tokenizer, text("tokenizer.json", WIDE), "E313 values"),
+    "tokenizer that panics": (
+        tokenizer,
+        text("tokenizer.json", json.dumps(
+            TOKENIZER | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}})),
+        "E313",
+    ),
+    "tokenizer pipe": (tokenizer, pipe("tokenizer.json"), "E399"),
+    "tokenizer endless": (tokenizer, endless("tokenizer.json"), "E399"),
+    "tokenizer's config is a pipe": (tokenizer, both(vocabulary(a=0), pipe("tokenizer_config.json")), "E313 pipe"),
+    "tokenizer's config deep": (tokenizer, both(vocabulary(a=0), text("tokenizer_config.json", DEEP)), "E313 deep"),
+    "model of a pickle": (tokenizer, text("t.model", PICKLE), "E312"),
+    "model sparse": (tokenizer, sparse("t.model"), "E312 never has more"),
+    "model of empty pieces": (tokenizer, text("t.model", b"\x0a\x00" * (7 << 20)), "E312 never has more"),
+    "tiktoken of a billion": (tokenizer, text("t.tiktoken", RANKS + b"YWI= 1000000000\n"), "E313 below"),
+    "tiktoken digits": (tokenizer, text("t.tiktoken", RANKS + b"YWI= " + b"9" * 5_000 + b"\n"), "E312"),
+    "metrics deep": (curves, text("metrics.jsonl", DEEP + "\n"), "E382 deep"),
+    "metrics line without end": (curves, endless("metrics.jsonl"), "E380 device"),
+    "metrics long line": (curves, text("metrics.jsonl", b"x" * (3 << 20)), "E382 longer"),
+    "metrics infinite": (curves, text("metrics.jsonl", '{"step": 1e999, "loss": 1, "lr": 1}\n'), "E382"),
+    "metrics digits": (curves, text("metrics.jsonl", '{"step": 1, "loss": 1%s, "lr": 1}\n' % ("0" * 400)), "E382"),
+    "metrics pipe": (curves, pipe("metrics.jsonl"), "E380 pipe"),
+    "corpus pipe": (corpus, pipe("a.jsonl"), "E301 pipe"),
+    "corpus endless": (corpus, endless("a.jsonl"), "E301 device"),
+    "corpus of parquet that is a pipe": (corpus, pipe("a.parquet"), "E301 pipe"),
+    "corpus deep": (corpus, text("a.jsonl", '{"text": ' + DEEP + "\n"), "E304"),
+    "corpus of one line": (corpus, text("a.jsonl.gz", gzip.compress(b"x" * (40 << 20), 9)), "E304|E309"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_and_nothing_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use, make, words = CASES[name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    make(tmp_path / "folder")
+    if os.environ.get("HAMMER_HOSTILE_LIMITS"):
+        _hold_to_limits(lambda: use(tmp_path / "folder"))
+    with pytest.raises(Exception) as caught:
+        use(tmp_path / "folder")
+    error = from_exception(caught.value, "the test")
+    assert isinstance(error, HammerError) and 2 <= error.exit_code <= 5, repr(caught.value)
+    line, (code, _, word) = str(error), words.partition(" ")
+    assert error.code in code.split("|") and word in line, line
+    assert line.isprintable() and len(line) < 4_000 and not (tmp_path / "ran").exists()
+
+
+def _hold_to_limits(use: Callable[[], object]) -> None:
+    """In a process of its own: at most 2 s of the processor, and 200 MB beyond what the process had."""
+    child = os.fork()
+    if child == 0:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before, started = _peak_kilobytes(), time.process_time()
+        with contextlib.suppress(BaseException):  # the caller looks at it
+            use()
+        fits = time.process_time() - started < 2 and _peak_kilobytes() - before < 200_000
+        os._exit(0 if fits else 1)
+    assert os.waitpid(child, 0)[1] == 0, "took more than 2 s or 200 MB"
+
+
+def _peak_kilobytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
