@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError, RefusedError
+from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.checkpoint import digest
 from megatron_hammer.checkpoint.fit import check_fits
 from megatron_hammer.checkpoint.folder import Damaged, newest_checkpoint, open_checkpoint, search
@@ -47,6 +48,7 @@ from megatron_hammer.train.output import refuse_traces
 
 STATE_KINDS = {"weight", "exp_avg", "exp_avg_sq"}  # what a run goes on from; a new one takes weights only
 OWED = "owed_line"  # in the state of a checkpoint: of metrics.jsonl, that of a step whose evaluation was cut short
+VERSIONS = "versions"  # in the state of a checkpoint: of the libraries that it was computed with
 IDENTITY, LEDGER = "data", "accepted"  # in the state of a checkpoint: the datasets, and the changes that were accepted
 
 
@@ -121,7 +123,7 @@ class Prepared:
 
     def to_state(self) -> dict[str, Any]:
         """What every checkpoint of the run says of its datasets and of accepted changes, as JSON values."""
-        return {IDENTITY: self.identity.to_tree(), LEDGER: list(self.ledger)}
+        return {IDENTITY: self.identity.to_tree(), LEDGER: list(self.ledger), VERSIONS: installed_versions()}
 
 
 def checkpoints_folder(config: Config) -> Path:

@@ -23,11 +23,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.config import Config, config_to_tree
 from megatron_hammer.train.tracker_process import TrackedRun
 
@@ -82,19 +82,13 @@ def _reason(process: subprocess.Popen[str]) -> str:
 
 def environment_of(device: str, ranks: int) -> dict[str, Any]:
     """Where a run computes: versions, machine, device."""
-    versions = {}
-    for package in ("megatron_hammer", "torch", "numpy", "transformers", "sentencepiece", "tokenizers"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),
         "device": device,
         "ranks": ranks,
-        "versions": versions,
+        "versions": installed_versions(),
     }
 
 

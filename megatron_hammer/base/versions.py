@@ -1,0 +1,19 @@
+"""The versions of the libraries that decide what a run computes: for checkpoints, trackers and the doctor. No torch."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+PACKAGES = ("megatron_hammer", "torch", "numpy", "transformers", "sentencepiece", "tokenizers")
+
+
+def installed_versions() -> dict[str, str]:
+    """Python's version, and that of each of ``PACKAGES`` that is installed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
