@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,10 +118,10 @@ def _checks(config: Config | None, world_size: int, note: Callable[[str], None])
     if config is None:
         return checks
     prefixes = dict.fromkeys([*(config.data.train or {}), *(config.data.valid or {}).values()])
-    checks += [("data", Path(prefix).name, lambda prefix=prefix: _dataset(config, prefix)) for prefix in prefixes]
+    checks += [("data", Path(prefix).name, partial(_dataset, config, prefix)) for prefix in prefixes]
     with contextlib.suppress(OSError):
         folders = find_checkpoints(checkpoints_folder(config))
-        checks += [("checkpoints", folder.name, lambda folder=folder: _checkpoint(folder)) for folder in folders]
+        checks += [("checkpoints", folder.name, partial(_checkpoint, folder)) for folder in folders]
     checks.append(("checkpoints", "resume", lambda: _resume(config, world_size)))
     checks.append(("steps", "two dry steps", lambda: _steps(config, world_size, note)))
     return checks
