@@ -23,6 +23,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_hammer.base.writing import FULL, WriteFailed
+
 EXIT_STOPPED_BY_SIGNAL = 75
 
 
@@ -240,6 +242,8 @@ def from_os_error(
     used = paths[0] if paths else place
     if error.errno in _OUT_OF_SPACE and used is not None and (free := _free_bytes(used)) is not None:
         why += f", {free / 1e6:,.1f} MB free"
+    if isinstance(error, WriteFailed) and error.errno in FULL:
+        why += f", {error.needed:,} bytes needed for this file"
     remedy = os_remedy(error)
     if not paths:
         return DiskError(1, who or doing, f"failed: {why}", remedy.replace("free space there", "free disk space"))

@@ -28,6 +28,7 @@ import xxhash
 
 from megatron_hammer.base.locks import take_lock
 from megatron_hammer.base.reading import open_descriptor, open_regular
+from megatron_hammer.base.writing import writing
 
 BUFFER_BYTES = 2**20  # read at once while hashing
 
@@ -56,7 +57,7 @@ def sync_file(path: Path) -> None:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file that must not exist yet (in a staging folder, say) and make its content durable."""
-    with open(path, "xb") as file:
+    with writing(path, len(content)), open(path, "xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

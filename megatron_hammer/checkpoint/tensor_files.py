@@ -29,6 +29,7 @@ from megatron_hammer.base import reading
 from megatron_hammer.base.errors import CheckpointError, UnfitFile
 from megatron_hammer.base.files import hash_bytes
 from megatron_hammer.base.reading import parse_json
+from megatron_hammer.base.writing import writing
 from megatron_hammer.checkpoint.direct import DirectReader, DirectWriter
 
 CHUNK_BYTES = 4 * 2**20  # hashed, converted and copied at a time: enough for full disk speed, small beside a tensor
@@ -117,7 +118,8 @@ class TensorFileWriter:
         hasher = xxhash.xxh3_128()
         for chunk in chunks:
             hasher.update(chunk)
-            self._file.write(chunk)
+            with writing(self.path, self.size):
+                self._file.write(chunk)
             size -= memoryview(chunk).nbytes
         assert size == 0, f"{self.path}: {name} is {-size} bytes longer than announced"
         return hasher.hexdigest()
@@ -129,7 +131,8 @@ class TensorFileWriter:
         try:
             if kind is None:
                 assert not self._left, f"{self.path}: {self._left[-1][0]} was announced but not written"
-                self._file.finish()
+                with writing(self.path, self.size):
+                    self._file.finish()
         finally:
             self._file.close()
 

@@ -19,6 +19,7 @@ from typing import Any
 from megatron_hammer.base.files import replace_file, set_aside
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.reading import open_regular, parse_json
+from megatron_hammer.base.writing import writing
 
 METRICS = "metrics.jsonl"
 
@@ -61,8 +62,10 @@ class MetricsFile:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one object and hand it to the operating system."""
-        self.file.write(json.dumps(finite(line), ensure_ascii=False).encode() + b"\n")
-        self.file.flush()
+        content = json.dumps(finite(line), ensure_ascii=False).encode() + b"\n"
+        with writing(self.file.name, len(content)):
+            self.file.write(content)
+            self.file.flush()
 
     def sync(self) -> None:
         """Make sure that the lines so far are on the disk: before a checkpoint is committed."""
