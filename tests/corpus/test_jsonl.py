@@ -55,8 +55,8 @@ def test_any_text_comes_back(
 def test_compressed_files_read_alike(tmp_path: Path) -> None:
     plain = read(write(tmp_path, GOOD * 5000))
     for content, name in (
-        (gzip.compress(GOOD * 5000), "a.jsonl.gz"),
-        (gzip.compress(GOOD * 2000) + gzip.compress(GOOD * 3000), "two_members.jsonl.gz"),
+        (gzip.compress(GOOD * 5000, mtime=0), "a.jsonl.gz"),
+        (gzip.compress(GOOD * 2000, mtime=0) + gzip.compress(GOOD * 3000, mtime=0), "two_members.jsonl.gz"),
         (zstandard.compress(GOOD * 5000), "a.jsonl.zst"),
         (zstandard.compress(GOOD * 2000) + zstandard.compress(GOOD * 3000), "two_frames.jsonl.zst"),
     ):
