@@ -192,7 +192,9 @@ def _failure(rank: Rank) -> Failure | None:
         number = -rank.code
         died = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         severity = 2 if number == signal.SIGABRT else 1
-        return Failure(severity, rank.ended_at, ParallelError(1, name, f"died of {died}", remedy), rank=rank.rank)
+        # No library sends SIGKILL. Its peers may raise before the launcher has seen the death.
+        when = -math.inf if number == signal.SIGKILL else rank.ended_at
+        return Failure(severity, when, ParallelError(1, name, f"died of {died}", remedy), rank=rank.rank)
     error = ParallelError(3, name, f"ended with exit code {rank.code} and no report", "see its last output above")
     return Failure(2, rank.ended_at, error)
 

@@ -59,6 +59,7 @@ def test_the_one_that_died_is_named_for_every_signal_and_rank(culprit: int, sile
         ([dead(0, 3, 10), dead(1, 7, 9.9, (9.9, True))], 0),  # ended without a word
         ([dead(0, -6, 12), dead(1, -9, 12.1)], 1),  # killed; the other aborts
         ([dead(0, 7, 10, (10, True)), dead(1, 7, 10, (9.8, True))], 1),  # the first of two
+        ([dead(0, 7, 10, (9.7, False)), dead(1, -9, 10)], 1),  # its peer was quicker than the launcher
     ],
 )
 def test_the_cause_among_several(ranks: list[Rank], culprit: int, silent: Any) -> None:
