@@ -345,8 +345,9 @@ def same_weights(hf: Path, exported: Path) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 START = """
-import runpy, sys
+import os, runpy, sys
 sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as end:

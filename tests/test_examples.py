@@ -531,7 +531,7 @@ def make_venv_of(tmp_path: Path, torch_version: str, nvcc: bool, **variables: st
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text((ROOT / name).read_text())
     (tree / "csrc").symlink_to(ROOT / "csrc")
-    for room in ("kernels/native", "sampling", "tokenizer"):
+    for room in ("base", "checkpoint", "kernels/native", "sampling", "tokenizer"):
         (tree / "megatron_hammer" / room).mkdir(parents=True)
     (tree / "megatron_hammer/__init__.py").write_text('__version__ = "0"\n')
     packages = tmp_path / "packages"

@@ -16,6 +16,8 @@ Exit code 0: nothing failed; else that of the first failure, as the run itself w
 
 from __future__ import annotations
 
+import require_package  # noqa: F401
+
 from megatron_hammer.base.cli import ArgumentParser, print_json, run
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.progress import say

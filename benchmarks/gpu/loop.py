@@ -62,7 +62,7 @@ class MeasuredRun(Run):
         self.points.add()
         return batches
 
-    def _save(self) -> None:
+    def _save(self, last: bool) -> None:
         """Its time is measured elsewhere."""
 
 

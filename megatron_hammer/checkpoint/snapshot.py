@@ -108,7 +108,7 @@ class Snapshot:
     def wait(self) -> None:
         """Return when what was copied may change: at once on a GPU, whose next work waits instead."""
         if self._event is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._event)
+            self._event.wait(torch.cuda.current_stream(self._device))
             self._event = None
         elif self._taken is not None and self._stream is None:
             self._taken.result()

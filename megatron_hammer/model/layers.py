@@ -126,7 +126,8 @@ class Bias(nn.Module):
 
     def with_bias(self, y: Tensor) -> Tensor:
         """y + bias; of a row-parallel layer after the sum over ranks, so that it is added once."""
-        return y if self.bias is None else y + stored(self.bias, self.bias_gradient)
+        assert self.bias is not None
+        return y + stored(self.bias, self.bias_gradient)
 
 
 class _Linear(Bias):
@@ -146,7 +147,8 @@ class _Linear(Bias):
         self.linear = within(options.range_of, LINEAR, linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.with_bias(self.linear(x, self.weight, self.division))
+        y = self.linear(x, self.weight, self.division)
+        return y if self.bias is None else self.with_bias(y)
 
 
 class ColumnParallelLinear(_Linear):

@@ -98,7 +98,8 @@ class _Linear(Bias):
         if self.gradient is not None and torch.is_grad_enabled():
             first, x = not bool(self.gradient.begun), ready_after(x, [self.gradient])
         with self.range_of(LINEAR):
-            return self.with_bias(self.hidden[0](x, is_first_microbatch=first))
+            y: Tensor = self.hidden[0](x, is_first_microbatch=first)
+        return y if self.bias is None else self.with_bias(y)
 
 
 class ColumnParallelLinear(_Linear):

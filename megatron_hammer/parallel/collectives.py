@@ -49,8 +49,9 @@ class Noted:
 
     def wait(self) -> None:
         """Until it is done here."""
-        with self._journal.waits():
-            self._work.wait()
+        self._journal.begin_wait()
+        self._work.wait()
+        self._journal.end_wait()
 
 
 def _start(group: Group, name: str, collective: Callable[..., Any], *tensors: Tensor, **more: Any) -> Any:
@@ -66,8 +67,10 @@ def _finish(group: Group, name: str, collective: Callable[..., Any], *tensors: T
     if group.journal is None:
         collective(*tensors, group=group.handle, **more)
         return
-    with group.journal.waits(name):
-        collective(*tensors, group=group.handle, **more)
+    group.journal.begin(name)
+    group.journal.begin_wait()
+    collective(*tensors, group=group.handle, **more)
+    group.journal.end_wait()
 
 
 def all_reduce(tensor: Tensor, group: Group, op: Any = SUM, async_op: bool = False) -> Any:

@@ -129,7 +129,10 @@ def _read_numbers(path: Path) -> str:
     try:
         content = read_regular(path, _MAX_UNIHAN_BYTES)
         if path.suffix == ".bz2":
-            content = bz2.BZ2Decompressor().decompress(content, _MAX_UNIHAN_BYTES)
+            unpacking = bz2.BZ2Decompressor()
+            content = unpacking.decompress(content, _MAX_UNIHAN_BYTES)
+            if not unpacking.eof:
+                raise EOFError("it is cut, or holds more than such a file does")
         text = content.decode("utf-8")
     except (OSError, EOFError, ValueError) as error:
         raise _not_unihan(path, f"cannot be decoded ({error})") from None

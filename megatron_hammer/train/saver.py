@@ -145,6 +145,7 @@ class Saver:
         if self._background is not None:
             self._background.wait_for_pruning()
         self._sync()
+        self._check_output()
         folder = save_checkpoint(
             self._folder,
             state.step,

@@ -141,10 +141,10 @@ def _run_with_flip(rank: int, arguments: list[str], method: str, step: int) -> s
     """The error of a run on whose rank 1 a bit of a weight flips before that method of the loop in that step."""
     original = getattr(Run, method)
 
-    def flipping(run: Run, *args: object) -> object:
+    def flipping(run: Run, *args: object, **more: object) -> object:
         if rank == 1 and run.state.step == step:
             run.optimizer.store.weights[1].detach().view(-1).view(torch.int16)[3] ^= 1
-        return original(run, *args)
+        return original(run, *args, **more)
 
     setattr(Run, method, flipping)
     try:

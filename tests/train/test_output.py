@@ -103,7 +103,7 @@ def test_a_run_that_never_had_a_checkpoint_begins_again(data: Path, tmp_path: Pa
     run = tmp_path / "run"
     arguments = overrides(data, run, "train.num_steps=2", "data.valid=null", "checkpoint.save_interval_steps=1")
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_hammer.train.loop.Run._save", lambda self, *more: None)
+        patch.setattr("megatron_hammer.train.loop.Run._save", lambda self, last: None)
         assert run_rank(config_for(arguments), 0, 0, 1, None) == 0
     assert not (run / "checkpoints").exists() and len((run / "metrics.jsonl").read_text().splitlines()) == 2
     assert run_rank(config_for(arguments), 0, 0, 1, None) == 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_hammer.base.errors import HammerError
-from megatron_hammer.checkpoint import folder
+from megatron_hammer.checkpoint import folder, retention
 from megatron_hammer.checkpoint.folder import find_checkpoints, newest_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.kernels.native import cpu
@@ -293,6 +293,7 @@ def test_a_run_reads_each_manifest_once(data: Path, tmp_path: Path, monkeypatch:
         return manifest
 
     monkeypatch.setattr(folder, "read_manifest", counted)
+    monkeypatch.setattr(retention, "read_manifest", counted)
     assert train_here(0, [*arguments, "train.num_steps=10", "checkpoint.keep_last=3"]) == 0
     assert read[0] == 4 and sorted(read) == [3, 4], "one at the start, and one that was there before, when it counted"
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.checkpoint.folder import newest_checkpoint
+from megatron_hammer.config import describe_fields
 from megatron_hammer.parallel.agreement import BeforeStart
 from megatron_hammer.train import start
 from megatron_hammer.train.begin import Beginning
@@ -46,6 +47,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def started(arguments: Callable[[int], list[str]], size: int = 2) -> list[Prepared | str]:
     """Each rank with its own arguments: what it is prepared for, or the error it raised."""
+
+    describe_fields()  # once before the threads: CPython 3.11 does not parse in two of them at a time
 
     def work(ranks: BeforeStart) -> Prepared:
         threading.current_thread().name = f"rank {ranks.rank}"
