@@ -284,6 +284,7 @@ def run_python(*arguments: str) -> None:
 
 def trace_tool(name: str, arguments: list[str]) -> list[Function]:
     """Trace ``main`` of a program in tools/."""
+    sys.path.insert(0, str(ROOT / "tools"))  # as where it is started by its name
     main, recorder = runpy.run_path(str(ROOT / "tools" / name))["main"], Recorder()
     with recorder.running():
         call(main, arguments)
