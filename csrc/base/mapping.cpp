@@ -37,8 +37,8 @@ struct Block {
 std::array<std::atomic<Block*>, kBlocks> blocks{};
 std::atomic<int64_t> used{0};  // ranges that may be in use are below it
 std::mutex changing;           // held by watch and unwatch, never by the handler
-struct sigaction before;
-bool installed = false;
+struct sigaction before;       // what else was to be done about SIGBUS; never our own handler
+std::atomic<bool> passing{false};
 
 Range& range_at(int64_t index) {
   return blocks[static_cast<size_t>(index / kInBlock)].load()->ranges[static_cast<size_t>(index % kInBlock)];
@@ -65,7 +65,10 @@ void on_bus_error(int number, siginfo_t* info, void* context) {
     errno = kept;
     return;
   }
-  if ((before.sa_flags & SA_SIGINFO) != 0 && before.sa_sigaction != nullptr) {
+  if (passing.exchange(true)) {  // whom it was passed on to has passed it back
+    signal(number, SIG_DFL);
+    raise(number);
+  } else if ((before.sa_flags & SA_SIGINFO) != 0 && before.sa_sigaction != nullptr) {
     before.sa_sigaction(number, info, context);
   } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
     before.sa_handler(number);
@@ -78,13 +81,16 @@ void on_bus_error(int number, siginfo_t* info, void* context) {
 
 int64_t watch(uintptr_t address, uintptr_t size) {
   const std::lock_guard<std::mutex> lock(changing);
-  if (!installed) {
+  struct sigaction now{};
+  if (sigaction(SIGBUS, nullptr, &now) != 0) throw std::system_error(errno, std::generic_category());
+  // Python's faulthandler, say, may have been enabled since the last file was mapped.
+  if ((now.sa_flags & SA_SIGINFO) == 0 || now.sa_sigaction != on_bus_error) {
     struct sigaction action{};
     action.sa_sigaction = on_bus_error;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigemptyset(&action.sa_mask);
-    if (sigaction(SIGBUS, &action, &before) != 0) throw std::system_error(errno, std::generic_category());
-    installed = true;
+    before = now;
+    if (sigaction(SIGBUS, &action, nullptr) != 0) throw std::system_error(errno, std::generic_category());
   }
   int64_t index = 0;
   while (index < used.load() && range_at(index).end.load() != 0) ++index;

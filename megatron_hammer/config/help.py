@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
 import typing
@@ -59,7 +60,9 @@ def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+@functools.cache
 def _field_docstrings() -> dict[str, dict[str, str]]:
+    """Read once: each reading of a config asks for the names of settings. Nobody changes what it returns."""
     docs: dict[str, dict[str, str]] = {}
     for node in ast.parse(inspect.getsource(settings)).body:
         if not isinstance(node, ast.ClassDef):

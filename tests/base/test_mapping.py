@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +77,18 @@ def test_a_cut_file_reads_as_zeros_and_says_so_for_ever(tmp_path: Path) -> None:
         mapped.check()
     other.check()
     assert other.array().all()
+
+
+@pytest.mark.skipif(not SURVIVES_CUTS, reason="needs the compiled module")
+def test_whoever_took_the_signal_since_does_not_matter(tmp_path: Path) -> None:
+    """As a rank does that answers with its stacks, after files were mapped."""
+    earlier = _write(tmp_path / "earlier")
+    faulthandler.disable()
+    faulthandler.enable(sys.__stderr__)
+    mapped = _write(tmp_path / "cut")
+    for name in ("cut", "earlier"):
+        os.truncate(tmp_path / name, 5000)
+    assert not mapped.array()[8192:].any() and not earlier.array()[8192:].any()
 
 
 @pytest.mark.parametrize(
