@@ -94,9 +94,18 @@ def staging_path(target: Path, identity: str | None = None) -> Path:
 
 
 def replace_folder(staged: Path, target: Path) -> None:
-    """Rename a finished folder to ``target``, durably. What is in the way is set aside first and removed last.
+    """Rename a finished folder to ``target``, durably. What is in the way is set aside first and removed last."""
+    if (old := exchange_folder(staged, target)) is not None:
+        shutil.rmtree(old)
+
+
+def exchange_folder(staged: Path, target: Path) -> Path | None:
+    """Rename a finished folder to ``target``, durably.
 
     At every moment the old or the new content is there, under its name or as ``.old-``.
+
+    Returns:
+        where what was in the way is now, ``NAME.old-HEX``; None where nothing was.
     """
     sync_folder(staged)
     old = target.with_name(f"{target.name}.old-{secrets.token_hex(8)}") if os.path.lexists(target) else None
@@ -109,8 +118,7 @@ def replace_folder(staged: Path, target: Path) -> None:
             os.rename(old, target)
         raise
     sync_folder(target.parent)
-    if old is not None:
-        shutil.rmtree(old)
+    return old
 
 
 def set_aside(path: Path) -> Path:

@@ -17,6 +17,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_hammer.base.processes import STARTED, stat_fields
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.reading import parse_json, read_regular
 
@@ -66,8 +67,5 @@ def _claim(owner_path: Path, path: Path, reason: str, note: Callable[[str], None
 
 def _started(pid: object) -> str | None:
     """When a process of this machine started, in the kernel's count; None where there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    return stat.rpartition(")")[2].split()[19]  # field 22, counted behind the name, which may hold anything
+    fields = stat_fields(pid)
+    return None if fields is None else fields[STARTED]

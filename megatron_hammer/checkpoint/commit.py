@@ -19,13 +19,14 @@ from typing import Any
 
 from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.base.faults import fault_point
-from megatron_hammer.base.files import write_durably
+from megatron_hammer.base.files import sync_file, sync_folder, write_durably
 from megatron_hammer.base.reading import parse_json, read_regular
 from megatron_hammer.checkpoint.digest import MODULUS, RectangleSum, digest_of
 from megatron_hammer.checkpoint.folder import publish_checkpoint, step_of
 from megatron_hammer.checkpoint.manifest import (
     MAX_MANIFEST_BYTES,
     MAX_MANIFEST_VALUES,
+    TOKENIZER,
     Layout,
     LogicalTensor,
     Manifest,
@@ -34,6 +35,7 @@ from megatron_hammer.checkpoint.manifest import (
     SavedSlice,
     TokenizerFiles,
     canonical_json,
+    describe_tokenizer_files,
     slice_key,
     write_manifest,
 )
@@ -106,6 +108,17 @@ def write_rank(folder: Path, rank: int, slices: Sequence[SliceToWrite], watch: W
 
 def _report_path(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.report"
+
+
+def stage_tokenizer_files(save: Callable[[Path], object], fingerprint: str, staging: Path) -> TokenizerFiles:
+    """Have ``save`` write a tokenizer's files into the staging folder, and make them durable."""
+    folder = staging / TOKENIZER
+    folder.mkdir()
+    save(folder)
+    for path in folder.iterdir():
+        sync_file(path)
+    sync_folder(folder)
+    return describe_tokenizer_files(folder, fingerprint)
 
 
 def commit(

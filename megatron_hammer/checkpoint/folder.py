@@ -22,14 +22,13 @@ import errno
 import math
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hammer.base.errors import CheckpointError, HammerError
-from megatron_hammer.base.files import sync_folder
+from megatron_hammer.base.files import exchange_folder, sync_folder
 from megatron_hammer.base.paths import missing_remedy
 from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.manifest import (
@@ -237,18 +236,7 @@ def publish_checkpoint(staging: Path, target: Path) -> Path | None:
     Returns:
         where what was in the way is now.
     """
-    sync_folder(staging)
-    old = target.with_name(f"{target.name}.old-{secrets.token_hex(8)}") if os.path.lexists(target) else None
-    if old is not None:
-        os.rename(target, old)
-    try:
-        os.rename(staging, target)
-    except OSError:
-        if old is not None:
-            os.rename(old, target)
-        raise
-    sync_folder(target.parent)
-    if old is None:
+    if (old := exchange_folder(staging, target)) is None:
         return None
     aside = target.with_name(old.name.replace(".old-", ".aside-"))
     with contextlib.suppress(OSError):  # then the next start does it

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError
+from megatron_hammer.checkpoint.commit import SliceToWrite
 from megatron_hammer.checkpoint.digest import (
     MODULUS,
     RectangleSum,
@@ -25,10 +26,10 @@ from megatron_hammer.checkpoint.digest import (
 )
 from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES
 from megatron_hammer.checkpoint.manifest import Manifest
-from megatron_hammer.checkpoint.write import chunks_of
+from megatron_hammer.checkpoint.write import owned_views
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.parallel.sharding import Range, Shard, rectangles
+from megatron_hammer.parallel.sharding import Range, Shard
 
 ELEMENTS_AT_ONCE = 2**23  # of 8 bytes on a GPU
 
@@ -70,28 +71,21 @@ def check_live_state(
 
 def live_sums(shards: Sequence[Shard], where: Mapping[tuple[str, str], int]) -> list[int]:
     """This rank's part of every tensor's sum, as signed numbers of 64 bits; of tensors that it has no part of, 0."""
-    sums, parts = [0] * len(where), []
-    for shard in (s for s in shards if not s.is_copy):
-        for kind, flat in shard.tensors.items():
-            for part in (s for s in shard.parameter.slices if s.owned):
-                for box in rectangles(part, shard.start, shard.stop):
-                    view = flat[box.position : box.position + box.numel]
-                    at = where.get((part.tensor, kind))
-                    if at is not None:
-                        parts.append((at, view, box.rows, box.cols))
+    sums, owned = [0] * len(where), zip(*owned_views(shards), strict=True)
+    parts = [(where[s.name, s.kind], s, view) for s, view in owned if (s.name, s.kind) in where]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # one core alone does not fill the memory's channels
         for (at, *_), value in zip(parts, pool.map(lambda part: _sum_of(*part[1:]), parts)):
             sums[at] += value
     return [(value + MODULUS // 2) % MODULUS - MODULUS // 2 for value in sums]
 
 
-def _sum_of(view: Tensor, rows: Range, cols: Range | None) -> int:
+def _sum_of(owned: SliceToWrite, view: Tensor) -> int:
     if view.device.type == "cpu":
-        part = RectangleSum(rows, cols, DTYPE_NAMES[view.dtype])
-        for chunk in chunks_of(view):
+        part = RectangleSum(owned.rows, owned.cols, owned.dtype)
+        for chunk in owned.chunks():
             part.add(chunk)
         return part.total
-    return int(sum_on_device(view, rows, cols).item())
+    return int(sum_on_device(view, owned.rows, owned.cols).item())
 
 
 @torch.no_grad()

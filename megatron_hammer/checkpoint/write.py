@@ -33,20 +33,17 @@ from megatron_hammer.base.errors import HammerError, from_os_error
 from megatron_hammer.base.faults import fault_point
 from megatron_hammer.base.files import (
     staging_path,
-    sync_file,
     sync_folder,
 )
 from megatron_hammer.base.progress import say
-from megatron_hammer.checkpoint.commit import SliceToWrite, Watch, commit, write_rank
+from megatron_hammer.checkpoint.commit import SliceToWrite, Watch, commit, stage_tokenizer_files, write_rank
 from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES, PRECISION_DTYPES
 from megatron_hammer.checkpoint.folder import Note, clean_up, step_name
 from megatron_hammer.checkpoint.manifest import (
     MANIFEST,
-    TOKENIZER,
     Layout,
     TokenizerFiles,
     canonical_json,
-    describe_tokenizer_files,
 )
 from megatron_hammer.checkpoint.retention import LAST_TWO, KnownCheckpoints, Retention, prune
 from megatron_hammer.checkpoint.space import check_space, checkpoint_bytes
@@ -95,13 +92,7 @@ def chunks_of(tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[Any]
 
 def stage_tokenizer(tokenizer: Tokenizer, staging: Path) -> TokenizerFiles:
     """Copy the tokenizer into the staging folder, durably."""
-    folder = staging / TOKENIZER
-    folder.mkdir()
-    tokenizer.save_files(folder)
-    for path in folder.iterdir():
-        sync_file(path)
-    sync_folder(folder)
-    return describe_tokenizer_files(folder, tokenizer.fingerprint)
+    return stage_tokenizer_files(tokenizer.save_files, tokenizer.fingerprint, staging)
 
 
 def write_first_checkpoint(

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import HammerError, from_os_error, to_fields
-from megatron_hammer.base.files import sync_file, sync_folder, write_durably
+from megatron_hammer.base.files import sync_file
 from megatron_hammer.base.signals import die_with_parent
-from megatron_hammer.checkpoint.commit import SliceToWrite, commit, write_rank
-from megatron_hammer.checkpoint.manifest import TOKENIZER, Layout, TokenizerFiles, describe_tokenizer_files
+from megatron_hammer.checkpoint.commit import SliceToWrite, commit, stage_tokenizer_files, write_rank
+from megatron_hammer.checkpoint.manifest import Layout
 from megatron_hammer.checkpoint.retention import KnownCheckpoints, Retention, prune
 from megatron_hammer.checkpoint.tensor_files import CHUNK_BYTES
 from megatron_hammer.config import config_from_tree
@@ -86,7 +86,9 @@ class Writer:
     def _commit(self, request: dict[str, Any]) -> Path | None:
         for path in request["sync_first"]:
             sync_file(Path(path))
-        staging, tree = Path(request["staging"]), request["config"]
+        staging, tree, files = Path(request["staging"]), request["config"], None
+        if self._tokenizer:
+            files = stage_tokenizer_files(self._save_tokenizer, self._fingerprint, staging)
         return commit(
             staging,
             Path(request["target"]),
@@ -96,17 +98,13 @@ class Writer:
             state=request["state"],
             weights_dtype=request["weights_dtype"],
             layout=Layout(**request["layout"]),
-            tokenizer=self._stage_tokenizer(staging) if self._tokenizer else None,
+            tokenizer=files,
             part=PART,
         )
 
-    def _stage_tokenizer(self, staging: Path) -> TokenizerFiles:
-        folder = staging / TOKENIZER
-        folder.mkdir()
+    def _save_tokenizer(self, folder: Path) -> None:
         for name, content in self._tokenizer.items():
-            write_durably(folder / name, content)
-        sync_folder(folder)
-        return describe_tokenizer_files(folder, self._fingerprint)
+            (folder / name).write_bytes(content)
 
 
 class _Chunks:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hammer.base.errors import HangError
+from megatron_hammer.base.processes import STATE, SYSTEM_TICKS, USER_TICKS, stat_fields
 from megatron_hammer.base.progress import say
 from megatron_hammer.parallel.board import STACKS_SIGNAL, START, Board, Doing
 
@@ -264,12 +265,10 @@ def _without_addresses(text: str) -> str:
 
 def process_state(pid: int) -> tuple[str, float]:
     """The kernel's letter for a process and the CPU seconds it has used; ``Z`` where there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
+    fields = stat_fields(pid)
+    if fields is None:
         return "Z", 0.0
-    fields = stat.rpartition(")")[2].split()  # behind the name, which may hold anything
-    return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return fields[STATE], (int(fields[USER_TICKS]) + int(fields[SYSTEM_TICKS])) / os.sysconf("SC_CLK_TCK")
 
 
 def wait_channel(pid: int) -> str:

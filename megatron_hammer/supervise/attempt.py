@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL
+from megatron_hammer.base.processes import parents
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.signals import STOP_SIGNALS, on_signals, take_over
 from megatron_hammer.config import Config
@@ -59,8 +60,8 @@ def run_ranks(config: Config, node: Node, entry: str, options: Mapping[str, Any]
     spawn = multiprocessing.get_context("spawn")
     ranks: list[Rank] = []
     numbers = range(node.node_rank * node.nproc, (node.node_rank + 1) * node.nproc)
-    board, received = Board(node.nproc), list[int]()
-    observer = Observer(board, numbers, config.parallel.timeout_seconds, alone=node.nnodes == 1)
+    board, received, alone = Board(node.nproc), list[int](), node.nnodes == 1
+    observer = Observer(board, numbers, config.parallel.timeout_seconds, alone=alone)
 
     def pass_on(signum: int, frame: object) -> None:
         received.append(signum)
@@ -94,7 +95,6 @@ def run_ranks(config: Config, node: Node, entry: str, options: Mapping[str, Any]
         on_signals((STACKS_SIGNAL,), lambda *_: observer.ask())
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         failed_elsewhere = others.failed if others is not None else lambda: False
-        alone = node.nnodes == 1
         failure = watch(
             ranks, failed_elsewhere, config.parallel.timeout_seconds, observer, lambda: alone and bool(received)
         )
@@ -154,14 +154,7 @@ def pass_orphans_on(here: bool) -> None:
 
 def children_of(pid: int) -> set[int]:
     """The processes that this one is the parent of, as the kernel sees it."""
-    found = set()
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[1]) == pid:
-                    found.add(int(folder.name))
-    return found
+    return {child for child, parent in parents().items() if parent == pid}
 
 
 def end_orphans(spared: set[int]) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
-import signal
 import time
 import traceback
 from multiprocessing.connection import Connection
@@ -14,7 +12,7 @@ from typing import Any
 
 from megatron_hammer.base.cli import leave
 from megatron_hammer.base.errors import ParallelError, from_exception, to_fields
-from megatron_hammer.base.signals import STOP_SIGNALS, on_signals
+from megatron_hammer.base.signals import STOP_SIGNALS, die_with_parent, on_signals
 from megatron_hammer.base.streams import Output, flush_streams, guard_streams
 from megatron_hammer.config import Config
 from megatron_hammer.parallel.board import Board
@@ -41,7 +39,7 @@ def rank_main(
     Args:
         board: of the ranks of this machine, on which this one notes what it does.
     """
-    _die_with(launcher)
+    die_with_parent(launcher)
     journal = board.journal(local_rank)
     guard_streams(Output.LOG)
     # What the training loop gives back at its end: a late signal changes nothing.
@@ -68,11 +66,3 @@ def rank_main(
         flush_streams()
         os._exit(known.exit_code if known is not None else ParallelError.exit_code)  # no teardown with a broken peer
     leave(code)
-
-
-def _die_with(launcher: int) -> None:
-    """Have the kernel kill this process when its launcher dies, however that happens. Linux only."""
-    pr_set_pdeathsig = 1  # linux/prctl.h
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != launcher:  # it died before the line above
-        os._exit(ParallelError.exit_code)

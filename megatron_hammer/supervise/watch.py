@@ -24,9 +24,7 @@ from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL, HammerError, Par
 from megatron_hammer.parallel.observe import Observer
 
 GRACE_SECONDS = 2.0  # after a failure: for the other ranks to report the same one; a dead peer is noticed in 0.0 s
-ABORT_SECONDS = (
-    1.0  # after another rank's report an abort is NCCL's answer to its end; one that is the cause comes first
-)
+ABORT_SECONDS = 1.0  # after another rank's report an abort is NCCL's answer to its end; a cause comes first
 POLL_SECONDS = 0.5  # longest sleep of the watching loop: bounds how late a deadline or another node's failure is seen
 
 
@@ -141,10 +139,8 @@ def _cause(ranks: Sequence[Rank], observer: Observer) -> Failure | None:
     """The failure to which the others give way, with what its rank wrote when it died."""
     first_report = min((r.report["time"] for r in ranks if r.report is not None), default=math.inf)
     found = [f for r in ranks if (f := _failure(r)) is not None]
-    late = [replace(f, severity=3) for f in found if f.severity == 2 and f.order > first_report + ABORT_SECONDS]
-    cause = min(
-        [*(f for f in found if f.severity != 2 or f.order <= first_report + ABORT_SECONDS), *late], default=None
-    )
+    late = first_report + ABORT_SECONDS
+    cause = min((replace(f, severity=3) if f.severity == 2 and f.order > late else f for f in found), default=None)
     if cause is None or cause.traceback or cause.rank is None:
         return cause
     return replace(cause, traceback=observer.last_stack(cause.rank))

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_hammer.base.processes import STATE, stat_fields
 from megatron_hammer.base.tables import align
 from megatron_hammer.checkpoint.folder import newest_checkpoint
 from megatron_hammer.config import Config, to_yaml
@@ -219,10 +220,8 @@ def outliving(pids: set[int]) -> list[int]:
 
 
 def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    fields = stat_fields(pid)
+    return fields is not None and fields[STATE] != "Z"
 
 
 def _steps(output: Path) -> int:

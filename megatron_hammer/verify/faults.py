@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_hammer.base.processes import parents
+
 POLL_SECONDS = 0.002  # a step of a shrunk model takes some ten milliseconds
 SAVE_SECONDS = 0.02  # into a save: one of a shrunk model takes about as long
 
@@ -72,14 +74,9 @@ class Fault:
 
 def descendants(pid: int) -> list[int]:
     """A process's children, their children and so on, by number."""
-    parents = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    found, new = set[int](), {pid}
+    parent_of, found, new = parents(), set[int](), {pid}
     while new:
-        new = {child for child, parent in parents.items() if parent in new} - found
+        new = {child for child, parent in parent_of.items() if parent in new} - found
         found |= new
     return sorted(found)
 

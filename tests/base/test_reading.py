@@ -24,7 +24,7 @@ REASONS = {
     ("base/reading.py", "os.open"): "the guarded open itself",
     ("base/reading.py", "open"): "of the guarded descriptor; a pipe that this process was given",
     ("base/files.py", "os.open"): "a folder, to sync it; a temporary file, to write it",
-    ("base/locks.py", "read_text"): "/proc",
+    ("base/processes.py", "read_text"): "/proc",
     ("base/streams.py", "os.open"): "/dev/null",
     ("checkpoint/direct.py", "os.open"): "to write a new file; a descriptor that is open, once more",
     ("config/reading.py", "yaml.load"): "of a text, by a loader with limits",
@@ -38,13 +38,11 @@ REASONS = {
         "train/output.py",
         "os.open",
     ): "the output folder; its lock: no link, a regular file",
-    ("supervise/attempt.py", "read_text"): "/proc",
     ("parallel/observe.py", "read_text"): "/proc",
     ("parallel/watchman.py", "os.open"): "/proc: the board of the first rank of the node",
     ("verify/drill.py", "read_bytes"): "what the drill's own runs have written",
     ("verify/drill.py", "read_text"): "the same, and /proc",
     ("verify/faults.py", "read_bytes"): "the same, and /proc",
-    ("verify/faults.py", "read_text"): "/proc",
     ("verify/outcome.py", "np.load"): "of a file that the guarded open opened, without pickle",
 }
 
