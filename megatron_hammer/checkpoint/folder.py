@@ -65,11 +65,15 @@ def step_of(checkpoint: Path) -> int:
     return int(found[1]) if found else 0
 
 
+def _folder_of(run_or_folder: str | Path) -> Path:
+    """A run's folder of checkpoints, or the folder itself."""
+    folder = Path(run_or_folder) / "checkpoints"
+    return folder if folder.is_dir() else Path(run_or_folder)
+
+
 def find_checkpoints(run_or_folder: str | Path) -> list[Path]:
     """Committed checkpoints of a run (or of its ``checkpoints`` folder), oldest first; none is opened."""
-    folder = Path(run_or_folder)
-    if (folder / "checkpoints").is_dir():
-        folder = folder / "checkpoints"
+    folder = _folder_of(run_or_folder)
     found: dict[int, Path] = {}
     for path in sorted(folder.iterdir(), reverse=True) if folder.is_dir() else ():
         match = _COMMITTED.fullmatch(path.name)  # "step-N.old-..." comes before "step-N", which then wins
@@ -80,9 +84,8 @@ def find_checkpoints(run_or_folder: str | Path) -> list[Path]:
 
 def kept_aside(run_or_folder: str | Path) -> list[Path]:
     """What was damaged, or in the way of a save, and was kept for people to look at."""
-    folder = Path(run_or_folder)
-    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    return sorted(path for path in folder.glob("step-*.aside-*")) if folder.is_dir() else []
+    folder = _folder_of(run_or_folder)
+    return sorted(folder.glob("step-*.aside-*")) if folder.is_dir() else []
 
 
 def readable_checkpoints(run_or_folder: str | Path, note: Note = say) -> Iterator[Manifest]:
@@ -272,14 +275,14 @@ def checkpoint_of_step(run_or_folder: str | Path, step: int | None) -> Path:
         return Path(run_or_folder)
     found = find_checkpoints(run_or_folder)
     for path in found:
-        if path.name.startswith(step_name(step)):
+        if step_of(path) == step:
             return path
     raise CheckpointError(1, f"{run_or_folder}: step {step}", "has no checkpoint", _steps_there(found))
 
 
 def _steps_there(found: list[Path]) -> str:
     """A remedy: the steps that there are, the newest six of them."""
-    steps = [str(int(path.name[5:13])) for path in found]
+    steps = [str(step_of(path)) for path in found]
     if not steps:
         return "name a run that has checkpoints"
     return f"choose a step that is there: {'... ' if len(steps) > 6 else ''}{', '.join(steps[-6:])}"
@@ -289,7 +292,7 @@ def _missing_remedy(path: Path) -> str:
     """What a checkpoint's path that is not there probably means."""
     match = re.match(r"(?:step-?)?(\d+)$", path.name)  # step-00000100, step-100, 100; its folder left out, perhaps
     found = find_checkpoints(path.parent) if match else []
-    same = [p for p in found if match and p.name.startswith(step_name(int(match[1])))]
+    same = [p for p in found if match and step_of(p) == int(match[1])]
     if same:
         return f"did you mean {same[0]}?"
     return _steps_there(found) if found else missing_remedy(path, "name a checkpoint or the output folder of a run")

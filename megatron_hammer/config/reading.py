@@ -68,7 +68,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), note: Callable[
     except ConfigError as error:
         error.remedy = foreign_remedy(str(path), None) or error.remedy
         raise
-    has_groups = isinstance(tree, dict) and not describe_fields().keys().isdisjoint(tree)
+    has_groups = isinstance(tree, dict) and any(f.name in tree for f in dataclasses.fields(Config))
     if tree is not None and not has_groups and (remedy := foreign_remedy(str(path), tree)):
         raise ConfigError(8, str(path), "is no config of ours", remedy)
     tree = {} if tree is None else tree

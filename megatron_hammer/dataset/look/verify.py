@@ -35,7 +35,6 @@ from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.reading import open_regular
 from megatron_hammer.dataset.format import BLOCK_BYTES, DatasetHeader, path_of
 from megatron_hammer.dataset.look.contamination import HeldOutSearch, read_held_out
-from megatron_hammer.dataset.look.damage import block_hashes, describe_damage
 from megatron_hammer.dataset.look.inspect import (
     TokenMap,
     check_matching,
@@ -114,11 +113,11 @@ def verify_dataset(
         tokens = TokenMap(dataset)
         documents = _DocumentChecker(dataset, tokens.all, bos, eod, Path(folder), HeldOutSearch(sets) if sets else None)
         characters = None if tokenizer is None else ScriptCounts(tokenizer)
-        hashes = block_hashes(dataset.header, BLOCK_BYTES, report.problems)
+        hashes = _block_hashes(dataset.header, report)
         with Progress(f"verifying {dataset.bin_path}", dataset.num_tokens * dataset.dtype.itemsize) as progress:
             for block, first, part in tokens.blocks(BLOCK_BYTES):
                 if hashes is not None and xxhash.xxh3_128(part.data).hexdigest() != hashes[block]:
-                    report.problems.append(describe_damage(dataset, block, first, first + len(part)))
+                    report.problems.append(_damaged(dataset, block, first, first + len(part)))
                 counts = ids.add(first, part)
                 if characters is not None:
                     characters.add_spelt(counts, tokens.all, first, first + len(part))
@@ -175,7 +174,7 @@ def _check_unreadable(prefix: Path, report: Report) -> None:
         return
     if hash_file(path_of(prefix, ".idx")) != header.idx_hash:
         report.problems.append(f"{path_of(prefix, '.idx')} has changed since it was written: its checksum differs")
-    hashes = block_hashes(header, BLOCK_BYTES, report.problems)
+    hashes = _block_hashes(header, report)
     if hashes is None:
         return
     with open_regular(path_of(prefix, ".bin")) as file:
@@ -190,6 +189,28 @@ def _check_unreadable(prefix: Path, report: Report) -> None:
                 )
         if file.read(1):
             report.problems.append(f"{path_of(prefix, '.bin')} goes on after the {header.bin_bytes:,} bytes written")
+
+
+def _block_hashes(header: DatasetHeader | None, report: Report) -> tuple[str, ...] | None:
+    """The checksums of the blocks of .bin, or None where there are none to use."""
+    if header is None:
+        return None
+    if header.block_bytes != BLOCK_BYTES or len(header.block_hashes) != -(-header.bin_bytes // BLOCK_BYTES):
+        report.problems.append(
+            f"{counted(len(header.block_hashes), 'checksum')} of blocks of {header.block_bytes:,} bytes in the header "
+            f"do not fit a .bin of {header.bin_bytes:,} bytes"
+        )
+        return None
+    return header.block_hashes
+
+
+def _damaged(dataset: IndexedDataset, block: int, first: int, end: int) -> str:
+    low, high = (document_of_token(dataset, token)[0] for token in (first, end - 1))
+    size = dataset.dtype.itemsize
+    return (
+        f"{dataset.bin_path}: block {block} (bytes {first * size:,} to {end * size:,}, documents {low:,} to {high:,}) "
+        "has changed since it was written: its checksum differs"
+    )
 
 
 # ---- ids ----
