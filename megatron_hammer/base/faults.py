@@ -5,6 +5,7 @@
     kill@rename,step=20          every rank that renames the checkpoint of step 20 is killed at that moment
     full@write,rank=1            the disk of rank 1 is full in each of its saves
     stop@write,part=background   the process that writes for a rank hangs
+    kill-all@fsync,step=20       a rank's whole process group is killed with it
 
 Phases of a save, in order: ``stage`` (the staging folder is there), ``write`` (before the first byte of a rank's
 file), ``fsync`` (all its bytes are written), ``manifest``, ``rename`` (all is durable under its temporary name) and
@@ -20,7 +21,7 @@ import time
 
 VARIABLE = "HAMMER_FAULT"
 SLOW_SECONDS = 0.5
-KINDS = ("kill", "stop", "raise", "full", "io", "slow")
+KINDS = ("kill", "kill-all", "stop", "raise", "full", "io", "slow")
 
 
 def fault_point(phase: str, rank: int, step: int, part: str = "") -> None:
@@ -42,7 +43,9 @@ def fault_point(phase: str, rank: int, step: int, part: str = "") -> None:
 
 
 def _happen(kind: str, why: str) -> None:
-    if kind in ("kill", "stop"):
+    if kind == "kill-all":
+        os.killpg(0, signal.SIGKILL)
+    elif kind in ("kill", "stop"):
         os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
     elif kind in ("full", "io"):
         number = errno.ENOSPC if kind == "full" else errno.EIO

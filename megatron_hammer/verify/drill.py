@@ -125,15 +125,23 @@ class Drill:
     """Runs the launcher on one config, again and again.
 
     Args:
+        faults: what happens, in this order.
+        chance: of the moments and of who is hit.
         folder: for the config, the dataset and both runs.
         note: gets a line on what is under way.
     """
 
     def __init__(
-        self, config: Config, world_size: int, kills: int, seed: int, folder: Path, note: Callable[[str], None]
+        self,
+        config: Config,
+        world_size: int,
+        faults: Sequence[Fault],
+        chance: random.Random,
+        folder: Path,
+        note: Callable[[str], None],
     ) -> None:
-        self._random, self._folder, self._note, self._world_size = random.Random(seed), folder, note, world_size
-        self._faults = plan_faults(kills, self._random)
+        self._random, self._folder, self._note, self._world_size = chance, folder, note, world_size
+        self._faults = faults
         self._config, self._left_out = small_config(config, world_size, folder, len(self._faults))
         (folder / "config.yaml").write_text(to_yaml(self._config))
         self._file_limit = 0
@@ -195,6 +203,9 @@ class Drill:
         wrong = "" if code in fault.codes else f"exit code {code}, not {', '.join(map(str, fault.codes))}"
         if left := outliving(target.seen):
             wrong = f"left {len(left)} processes behind"
+        last = newest_checkpoint(output / "checkpoints") if target.committed else None
+        if target.committed and (last is None or last.step < target.committed):
+            wrong = f"the checkpoint of step {target.committed} was committed, and is gone"
         return Strike(fault.name, _steps(output), code, said, wrong)
 
     def _start_on_damage(self, fault: Fault, target: Target) -> Strike:
@@ -279,8 +290,9 @@ def smallest_world(config: Config, at_least: int = 2, most: int = 8) -> int:
 def run_drill(
     config: Config, world_size: int, kills: int, seed: int, folder: Path, note: Callable[[str], None]
 ) -> Report:
-    """Drill a config that is valid for ``world_size`` ranks, its vocabulary known; arguments as of ``Drill``."""
-    return Drill(config, world_size, kills, seed, folder, note).run()
+    """Drill a config that is valid for ``world_size`` ranks, its vocabulary known, by kills and other faults."""
+    chance = random.Random(seed)
+    return Drill(config, world_size, plan_faults(kills, chance), chance, folder, note).run()
 
 
 def summary(report: Report) -> Sequence[str]:

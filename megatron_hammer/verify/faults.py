@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_hammer.base.processes import parents
+from megatron_hammer.checkpoint.folder import find_checkpoints, step_of
 
 POLL_SECONDS = 0.002  # a step of a shrunk model takes some ten milliseconds
 SAVE_SECONDS = 0.02  # into a save: one of a shrunk model takes about as long
 
 
-@dataclass(frozen=True)
+@dataclass
 class Target:
     """A run that is to be hurt."""
 
@@ -31,9 +32,12 @@ class Target:
     random: random.Random
     seen: set[int] = field(default_factory=set)
     """Its processes, as they were before the strike: none may outlive it."""
+    committed: int = 0
+    """Step of the newest checkpoint before the strike: it must be there afterwards."""
 
     def send(self, pids: Sequence[int], number: signal.Signals) -> None:
         """Strike: a signal to some of its processes."""
+        self.committed = max(map(step_of, find_checkpoints(self.output)), default=0)
         self.seen.update(descendants(self.launcher.pid))
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):

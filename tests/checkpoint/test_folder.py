@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import resource
-import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
 from megatron_hammer.base.errors import CheckpointError, DiskError
-from megatron_hammer.checkpoint import commit as commit_module
-from megatron_hammer.checkpoint import manifest, retention
-from megatron_hammer.checkpoint import write as save
+from megatron_hammer.checkpoint import retention
 from megatron_hammer.checkpoint.folder import (
     checkpoint_of_step,
     clean_up,
@@ -135,54 +131,6 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
     write_layout(tmp_path, MODEL, random_logical(MODEL)).folder.rename(staging)
     with pytest.raises(CheckpointError, match=r"E402.*never committed"):
         open_checkpoint(staging)
-
-
-class Killed(BaseException):
-    """The process ends here: nothing after it runs, not even cleaning up."""
-
-
-def kill_at(monkeypatch, module, name: str, call: int = 1):
-    """Let the process "die" when ``module.name`` is called for the ``call``-th time."""
-    original, calls = getattr(module, name), []
-
-    def dying(*args, **kwargs):
-        calls.append(name)
-        if len(calls) >= call:
-            raise Killed
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, dying)
-
-
-PHASES = [
-    (save, "stage_tokenizer", 1), (save, "write_rank", 1), (save, "chunks_of", 5),
-    (commit_module, "write_durably", 1), (save, "commit", 1), (commit_module, "write_manifest", 1),
-    (commit_module, "publish_checkpoint", 1),
-    (os, "rename", 1), (os, "rename", 2), (shutil, "rmtree", 1), (save, "prune", 1),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("again", [False, True], ids=["new step", "same step again"])
-@pytest.mark.parametrize("phase", PHASES, ids=lambda p: f"{p[1]}-{p[2]}")
-def test_a_crash_at_any_phase_leaves_old_or_new_and_the_next_save_cleans(tmp_path, monkeypatch, phase, again):
-    run = tmp_path / "checkpoints"
-    save_step(run, 10, seed=1)
-    save_step(run, 20, seed=2)
-    step = 20 if again else 30
-    with monkeypatch.context() as patch:
-        kill_at(patch, *phase)
-        with contextlib.suppress(Killed):
-            save_step(run, step, seed=3)
-    found = {m.step: m.state["seed"] for m in map(read_manifest, find_checkpoints(run))}
-    before = {10: 1, 20: 2}
-    assert found in (before, {**before, step: 3}, {20: 2, 30: 3}), found
-    for path in find_checkpoints(run):
-        verify_checkpoint(read_manifest(path))
-    assert newest_checkpoint(run).state["seed"] in (2, 3)
-    save_step(run, 40, seed=4, keep_last=9)
-    names = [p.name for p in run.iterdir() if ".aside-" not in p.name]
-    assert all(re.fullmatch(manifest.STEP_NAME, name) for name in names), "left-overs remain"
-    assert set(found) | {40} == set(steps(run)), "a committed checkpoint was lost by cleaning"
 
 
 def test_replacing_keeps_the_old_when_the_rename_fails(tmp_path, monkeypatch):

@@ -1,0 +1,182 @@
+"""Processes that are killed at a chosen operation, phase or moment, and what must be left of their files.
+
+Everything is forked from the test's own process, which has imported torch already: a start costs some ten milliseconds
+in place of seconds. A job's ranks, and the processes that write for them, form a process group, so that one signal
+reaches all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_hammer.base.faults import VARIABLE
+from megatron_hammer.checkpoint.folder import find_checkpoints, step_of
+from megatron_hammer.checkpoint.inspect import verify_checkpoint
+from megatron_hammer.checkpoint.manifest import read_manifest
+from megatron_hammer.parallel.board import Journal
+from megatron_hammer.train.loop import train
+from megatron_hammer.train.prepare import prepare
+from tests.model.tiny import make_context
+from tests.train.runs import accepted_by, config_for
+
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
+"""Audit events of what changes a folder; files that are opened to be written, and fsyncs, count beside them."""
+KILLED = -signal.SIGKILL
+RUN_SECONDS = 120.0
+
+
+def forked(work: Callable[[], int]) -> int:
+    """Process number of a child that does the work, and ends with its result, 99 where it raises."""
+    child = os.fork()
+    if child:
+        return child
+    code = 99
+    try:
+        code = work()
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def ended(child: int) -> int:
+    """Wait for a child; its exit code, or the negative number of the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_at(operation: int, work: Callable[[], Any]) -> int:
+    """Do the work in a child that is killed just before its n-th operation on files; how the child has ended."""
+
+    def counted() -> int:
+        left = [operation]
+
+        def count() -> None:
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def heard(event: str, arguments: tuple[Any, ...]) -> None:
+            opens = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            if opens or event in CHANGES:
+                count()
+
+        def sync(descriptor: int, real: Callable[[int], None] = os.fsync) -> None:
+            count()
+            real(descriptor)
+
+        os.fsync = sync
+        sys.addaudithook(heard)
+        work()
+        return 0
+
+    return ended(forked(counted))
+
+
+def committed(folder: Path) -> list[int]:
+    """Steps of the checkpoints that are there, each verified to its last byte."""
+    found = find_checkpoints(folder)
+    for path in found:
+        verify_checkpoint(read_manifest(path))
+    return [step_of(path) for path in found]
+
+
+class DeadlyJournal(Journal):
+    """Kills its process where it notes that a step reaches a phase.
+
+    Args:
+        phase: how the note starts.
+    """
+
+    def __init__(self, step: int, phase: str) -> None:
+        self._deadly = (step, phase)
+        super().__init__()
+
+    def mark(self, phase: str) -> None:
+        """As in ``Journal``, if the process lives on."""
+        if self._step == self._deadly[0] and phase.startswith(self._deadly[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().mark(phase)
+
+
+class Job:
+    """A run of some ranks, forked.
+
+    Args:
+        folder: for what the ranks say, and where they meet.
+        arguments: the run's, as of ``tests.train.runs``.
+        fault: of ``HAMMER_FAULT``.
+        deadly: rank, step and phase of the journal at which that rank is killed.
+    """
+
+    def __init__(
+        self,
+        ranks: int,
+        folder: Path,
+        arguments: Sequence[str],
+        fault: str = "",
+        deadly: tuple[int, int, str] | None = None,
+    ) -> None:
+        self._folder = folder
+        folder.mkdir()
+        self._children: dict[int, int] = {}
+        for rank in range(ranks):
+            child = forked(lambda rank=rank: self._rank(rank, ranks, arguments, fault, deadly))  # type: ignore[misc]
+            self._children[rank] = child
+            with contextlib.suppress(OSError):
+                os.setpgid(child, self._children[0])
+
+    def _rank(
+        self, rank: int, ranks: int, arguments: Sequence[str], fault: str, deadly: tuple[int, int, str] | None
+    ) -> int:
+        os.setpgid(0, self._children.get(0, 0))
+        said = os.open(self._folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT, 0o666)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        os.environ |= {"GLOO_SOCKET_IFNAME": "lo", VARIABLE: fault}
+        if ranks > 1:
+            store = dist.FileStore(str(self._folder / "store"), ranks)
+            patience = datetime.timedelta(seconds=RUN_SECONDS)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=patience)
+        config = config_for(arguments)
+        ctx = make_context(config)
+        if deadly is not None and deadly[0] == rank:
+            ctx = replace(ctx, journal=DeadlyJournal(*deadly[1:]))
+        return train(prepare(config, ranks, accepted=accepted_by(arguments)), ctx)
+
+    def kill(self) -> None:
+        """SIGKILL to everything."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._children[0], signal.SIGKILL)
+
+    def wait(self, seconds: float = RUN_SECONDS) -> list[int]:
+        """Exit codes of all ranks; when one of them fails, or time is up, everything is killed, as a launcher does."""
+        codes: dict[int, int] = {}
+        until = time.monotonic() + seconds
+        while len(codes) < len(self._children):
+            for rank, child in self._children.items():
+                if rank not in codes and (found := os.waitpid(child, os.WNOHANG))[0]:
+                    codes[rank] = os.waitstatus_to_exitcode(found[1])
+                    if codes[rank]:
+                        self.kill()
+            if time.monotonic() > until:
+                self.kill()
+            time.sleep(0.005)
+        if any(codes.values()):
+            self.kill()
+        return [codes[rank] for rank in sorted(codes)]
+
+    def said(self) -> str:
+        """All that the ranks have said."""
+        return "".join(path.read_text(errors="replace") for path in sorted(self._folder.glob("*.log")))
