@@ -14,6 +14,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# The files that take a minute or more alone, the longest first. tests/run.sh gives each of two processes the next file:
+# a long one among the last would leave the other process with nothing to do.
+LONGEST = (
+    "test_readme.py",
+    "verify/test_grid.py",
+    "test_benchmarks.py",
+    "train/test_run.py",
+    "test_walks.py",
+    "supervise/test_start.py",
+    "model/test_compile.py",
+    "model/test_parallel.py",
+    "tokenizer/test_convert.py",
+    "tokenizer/lab/test_verify.py",
+    "model/test_layers_te.py",
+    "model/test_recompute.py",
+    "test_reproduce.py",
+    "test_tokenizer_job.py",
+)
+
 # Under nohup, or in the background of a script, a process is born with these ignored, and so would be what tests start.
 for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
     if signal.getsignal(number) is signal.SIG_IGN:
@@ -29,3 +48,9 @@ def adapter() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, the others in their order."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))

@@ -100,11 +100,12 @@ def pairs_of(layout: Layout) -> set[tuple[str, Any, str, Any]]:
 def covering(grid: Sequence[Layout]) -> list[Layout]:
     """Few layouts in which every pair of values of the grid meets at least once: the best next one, again and again."""
     chosen: list[Layout] = []
-    missing = set().union(*map(pairs_of, grid))
+    pairs = [pairs_of(layout) for layout in grid]
+    missing = set().union(*pairs)
     while missing:
-        best = max(grid, key=lambda layout: len(pairs_of(layout) & missing))
-        missing -= pairs_of(best)
-        chosen.append(best)
+        best = max(range(len(grid)), key=lambda i: len(pairs[i] & missing))
+        missing -= pairs[best]
+        chosen.append(grid[best])
     return chosen
 
 
