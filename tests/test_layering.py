@@ -17,7 +17,7 @@ import torch
 PACKAGE = Path(__file__).parent.parent / "megatron_hammer"
 ROWS = [  # what stands above may import what stands below
     {"launch", "verify"},
-    {"profile", "supervise"},
+    {"profile", "supervise", "evaluation"},
     {"train"},
     {"huggingface"},
     {"checkpoint"},

@@ -38,6 +38,7 @@ from megatron_hammer.checkpoint.read import LogicalReader, load_model
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.huggingface.config import CONFIG, GENERATION_CONFIG, model_config_from_hf, read_json
 from megatron_hammer.huggingface.export import CERTIFICATE, certificate_line
+from megatron_hammer.huggingface.transformers_model import load_causal
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors, one_thread
 from megatron_hammer.tokenizer.model_folder import form_of_folder
 
@@ -282,29 +283,11 @@ def our_logits(manifest: Manifest, model: ModelConfig, dtype: str, inputs: Seque
 def load_transformers_model(folder: Path) -> Any:
     """``AutoModelForCausalLM`` of the folder in fp32; nothing may be missing, unexpected or of another shape."""
     import torch
-    import transformers
 
-    # The argument was renamed in 4.56; both versions reject the other's name or pass over it in silence.
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    argument = "dtype" if version >= (4, 56) else "torch_dtype"
     try:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            **{argument: torch.float32},
-        )
-    except Exception as error:  # whatever it is, the folder is not fit to be published
-        raise RefusedError(
-            21, f"{folder.name}", f"cannot be loaded by transformers ({type(error).__name__}: {error})", _REPORT
-        ) from None
-    model, info = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if found := sorted(map(str, info.get(kind) or ())):
-            raise RefusedError(21, f"{folder.name}: {found[0]}", f"is among the {kind} of transformers", _REPORT)
-    return model.eval()
+        return load_causal(folder, torch.float32)
+    except CheckpointError as error:  # whatever it is, the folder is not fit to be published
+        raise RefusedError(21, error.what.replace(str(folder), folder.name), error.rule, _REPORT) from None
 
 
 def compare(name: str, ours: Any, model: Any, ids: list[int]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from megatron_hammer.checkpoint.dtypes import DTYPES
 from megatron_hammer.checkpoint.tensor_files import ITEM_BYTES, TensorEntry, TensorFileReader, TensorFileWriter
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.huggingface.config import read_json, write_json
-from megatron_hammer.model.parameters import EMBEDDING, HEAD, logical_shapes
+from megatron_hammer.model.llama import Stage
+from megatron_hammer.model.parameters import EMBEDDING, HEAD, Parameter, logical_shapes
+from megatron_hammer.parallel.sharding import Rectangle, rectangles
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 5 * 10**9  # transformers' own long-time default
@@ -222,6 +224,29 @@ def check_tensors(weights: HfWeights, model: ModelConfig) -> None:
                 f"must be one of {', '.join(ITEM_BYTES)}",
                 "save the model in one of these types",
             )
+
+
+def fill_stage(stage: Stage, table: Sequence[Parameter], weights: HfWeights) -> None:
+    """Fill a model's weights from the folder, converting to its types; one whole tensor in memory at a time.
+
+    The tensors must be those of the model (``check_tensors``).
+
+    Args:
+        table: of the stage; names and shapes as in it.
+    """
+    places = {name: parameter.detach().view(-1) for name, parameter in stage.named_parameters()}
+    wanted: dict[str, list[tuple[Rectangle, Tensor]]] = {}
+    for parameter in table:
+        flat = places[parameter.name]
+        for part in parameter.slices:
+            for box in rectangles(part, 0, parameter.numel):
+                view = flat[box.position : box.position + box.numel].view(box.shape)
+                wanted.setdefault(part.tensor, []).append((box, view))
+    for name in sorted(wanted, key=weights.place):
+        tensor = weights.read(name)
+        for box, view in wanted[name]:
+            rows = tensor[box.rows[0] : box.rows[1]]
+            view.copy_(rows if box.cols is None else rows[:, box.cols[0] : box.cols[1]])
 
 
 @contextmanager
