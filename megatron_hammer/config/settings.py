@@ -506,6 +506,57 @@ class KernelsConfig:
 
 
 @dataclass(frozen=True)
+class EvaluatorConfig:
+    """Evaluation of committed checkpoints by a process of its own beside the run, which training never waits for."""
+
+    interval_steps: int | None = None
+    """Of checkpoints whose step is a multiple of this, and of the last; absent: of every checkpoint. While one is being
+    evaluated only the newest of the next waits its turn; the others are passed over, which is said."""
+    sets: dict[str, str] | None = None
+    """{name: path, ...}: prefixes of indexed datasets, or text files; absent: data.valid."""
+    samples: int | None = None
+    """Windows of each set; absent: all."""
+    command: tuple[str, ...] | None = None
+    """A program to run in place of our own evaluation: [python, my_eval.py, "{checkpoint}", "{step}"]. It prints one
+    JSON object of numbers as its last line."""
+    device: str = "cpu"
+    """Where our own evaluation computes: cpu, cuda or cuda:N (one that the run leaves memory on)."""
+    threads: int = 1
+    """Of the process, on a CPU."""
+    nice: int = 10
+    """Added to the niceness of the process: 19 computes only when nobody else wants to."""
+    timeout_seconds: float = 3600.0
+    """An evaluation that takes longer is ended; the next checkpoint is evaluated as usual."""
+    finish_seconds: float = 30.0
+    """How long a run that has done all its steps waits for the evaluation of its last checkpoint."""
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` for values outside their range."""
+        group = "train.evaluator"
+        counts = {"interval_steps": self.interval_steps, "samples": self.samples, "threads": self.threads}
+        at_least(group, counts, 1)
+        at_least(group, {"nice": self.nice, "finish_seconds": self.finish_seconds}, 0)
+        at_most(group, {"nice": self.nice}, 19)
+        at_most(group, {"finish_seconds": self.finish_seconds}, 3600)
+        seconds = self.timeout_seconds
+        require(
+            0 < seconds < math.inf, f"{group}.timeout_seconds={seconds}", "must be a positive number", "leave it out"
+        )
+        require(
+            re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None,
+            f"{group}.device={self.device}",
+            "must be cpu, cuda or cuda:N",
+            "use cpu",
+        )
+        require(
+            self.command is None or (len(self.command) > 0 and self.sets is None and self.samples is None),
+            f"{group}.command",
+            "must name a program, and stands in the place of train.evaluator.sets and samples",
+            "leave out one of them",
+        )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Length, sizes and place of the run."""
 
@@ -533,6 +584,10 @@ class TrainConfig:
     """Evaluate every set of data.valid after so many steps and after the last; absent: after the last only."""
     eval_samples: Free[int] = 256
     """Samples of each validation set (all of them when it has fewer)."""
+    evaluator: Free[EvaluatorConfig | None] = None
+    """Evaluate committed checkpoints in a process of its own, while training goes on: {interval_steps, sets, samples,
+    command, device, threads, nice, timeout_seconds, finish_seconds}, each with a default ({} has all of them). Results
+    go to OUT/evaluations.jsonl, TensorBoard and trackers. Its death, slowness or full disk costs no step."""
     max_consecutive_skips: Free[int] = 30
     """End the run (exit code 9) after so many skipped steps in a row; a step is skipped when its gradient is not
     finite."""
@@ -573,6 +628,8 @@ class TrainConfig:
             "eval_samples",
             "max_consecutive_skips",
         )
+        if self.evaluator is not None:
+            self.evaluator.check()
         at_least("train", {"spike_window_steps": self.spike_window_steps}, 20)
         z = self.spike_z_score
         require(z > 0, f"train.spike_z_score={z}", "must be above 0", "12 is the default; a larger one reports less")

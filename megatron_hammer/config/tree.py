@@ -118,12 +118,33 @@ class Config:
         }  # fmt: skip
         for number, (what, rule, remedy) in ((n, find(self)) for n, find in obstacles.items()):
             require(not what, what, rule, remedy, number)
+        self._check_evaluator()
         longest = model.max_position_embeddings
         require(
             longest is None or longest >= self.data.seq_length,
             f"data.seq_length={self.data.seq_length}",
             f"must not exceed model.max_position_embeddings={longest}",
             "shorten it or raise the limit",
+            number=5,
+        )
+
+    def _check_evaluator(self) -> None:
+        """What ``train.evaluator`` reads must be there: sets, and checkpoints of its steps."""
+        evaluator, saved = self.train.evaluator, self.checkpoint.save_interval_steps
+        if evaluator is None:
+            return
+        require(
+            bool(evaluator.command or evaluator.sets or self.data.valid),
+            "train.evaluator",
+            "has nothing to evaluate on: data.valid is absent",
+            "set train.evaluator.sets={name: path}",
+        )
+        interval = evaluator.interval_steps
+        require(
+            interval is None or (saved is not None and interval % saved == 0),
+            f"train.evaluator.interval_steps={interval}",
+            f"must be a multiple of checkpoint.save_interval_steps={saved}: committed checkpoints are evaluated",
+            "set checkpoint.save_interval_steps to a divisor of it",
             number=5,
         )
 

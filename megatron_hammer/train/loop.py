@@ -31,6 +31,7 @@ from megatron_hammer.train.build import build_stages
 from megatron_hammer.train.cuda_graph import micro_batch_runner
 from megatron_hammer.train.drift import DriftCheck
 from megatron_hammer.train.evaluate import evaluate
+from megatron_hammer.train.evaluator import Evaluator
 from megatron_hammer.train.garbage import garbage_collected_by_hand
 from megatron_hammer.train.health import Health, Limits
 from megatron_hammer.train.incidents import write_incident
@@ -95,7 +96,10 @@ class Run:
         self.micro_batch = micro_batch_runner(config.kernels, self.optimizer.store.of_stages[0])
         self.state = load_state(prepared, self.optimizer, ctx)
         self.reporter: Reporter | None = None
-        self.saver = Saver(prepared, self.optimizer, ctx, output, self._say, self._note, self._sync_metrics)
+        self.evaluator: Evaluator | None = None
+        self.saver = Saver(
+            prepared, self.optimizer, ctx, output, self._say, self._note, self._sync_metrics, self._committed
+        )
         self.drift = DriftCheck(config, self.optimizer, ctx) if config.train.drift_check_interval_steps else None
         self.first_step = self.state.step + 1
         self.data = open_train_data(config, note=say if ctx.world.rank == 0 else lambda text: None)
@@ -129,6 +133,7 @@ class Run:
             StopRequest() as stop_request,
             self._reporter() as self.reporter,
             closing(self.saver),
+            self._evaluator() as self.evaluator,
             garbage_collected_by_hand(),
         ):
             self.stop = StopCheck(lambda: stop_request.received, ctx)
@@ -149,6 +154,8 @@ class Run:
                     if not stopped and self.stop.now():  # a save may have been long: it is not followed by a step
                         stopped = True
                         self._wait_for_save()
+                if self.evaluator is not None:
+                    self.evaluator.poll()
                 if evaluates or saves or step % COLLECT_EVERY_STEPS == 0:
                     self._collect_garbage()
                 if stopped and (step < config.train.num_steps or self.state.owed):
@@ -319,6 +326,10 @@ class Run:
         if self.reporter is not None:
             self.reporter.sync()
 
+    def _committed(self, folder: Path) -> None:
+        if self.evaluator is not None:
+            self.evaluator.committed(folder)
+
     def _wait_for_save(self) -> None:
         """Before the run ends: what is in flight is committed, or the present step is saved now."""
         self.saver.finish()
@@ -338,6 +349,14 @@ class Run:
         start = time.perf_counter()
         gc.collect()
         self.clock += time.perf_counter() - start
+
+    def _evaluator(self) -> Any:
+        """Rank 0 has checkpoints evaluated beside the run, where the config asks for it; the others get None."""
+        resume = self.prepared.resume
+        if self.reporter is None or self.config.train.evaluator is None:
+            return nullcontext(None)
+        start = None if resume is None else resume.folder
+        return Evaluator(self.config, start, self.reporter.evaluation, self.reporter.warn)
 
     def _reporter(self) -> Any:
         """Rank 0 reports; the others get None."""

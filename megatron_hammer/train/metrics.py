@@ -127,6 +127,7 @@ class Reporter:
         self.peak = None if peak is None else peak * 1e12 * devices
         output = Path(config.train.output)
         self.file = MetricsFile(output / METRICS, first_step)
+        self._last_step = first_step
         self.board: Any = None
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -156,6 +157,7 @@ class Reporter:
         for name, flops in zip(("mfu", "mfu_causal"), self.flops, strict=True):
             line[name] = None if self.peak is None else rate * flops / self.peak
         line |= valid
+        self._last_step = line["step"]
         self.file.write(line)
         self.trackers.log(finite(line))
         if self.board is not None:
@@ -167,6 +169,20 @@ class Reporter:
             self.bar.set_postfix(loss=f"{line['loss']:.4f}", tok_s=f"{rate:,.0f}", refresh=False)
         if line["step"] % self.config.log.interval_steps == 0 or valid or line["step"] == self.config.train.num_steps:
             self.say(_sentence(line, self.config.train.num_steps))
+
+    def evaluation(self, line: Mapping[str, Any]) -> None:
+        """What ``train.evaluator`` found of a checkpoint, some steps later: TensorBoard has it at the checkpoint's
+        step, trackers, which take steps in order only, at the present one with ``evaluation/step`` beside it."""
+        values = {key: value for key, value in line.items() if key != "step"}
+        self.trackers.log({"step": self._last_step, "evaluation/step": line["step"], **values})
+        if self.board is not None:
+            for key, value in values.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(key, value, line["step"])
+        shown = ", ".join(
+            f"{key.removeprefix('evaluation/')} {value:.4f}" for key, value in values.items() if value is not None
+        )
+        self.say(f"evaluation of step {line['step']}: {shown}")
 
     def sync(self) -> None:
         """Before a checkpoint is committed: all lines up to it are on the disk."""

@@ -43,6 +43,7 @@ class Saver:
         say: told on rank 0 what has been saved.
         note: told on rank 0 what went wrong, or took long.
         sync: on rank 0, makes durable what must be on the disk before a checkpoint is committed.
+        committed: on rank 0, told the folder of each checkpoint that is there now.
     """
 
     def __init__(
@@ -54,13 +55,14 @@ class Saver:
         say: Callable[[str], None] = lambda text: None,
         note: Callable[[str], None] = lambda text: None,
         sync: Callable[[], None] = lambda: None,
+        committed: Callable[[Path], None] = lambda folder: None,
     ) -> None:
         config = prepared.config
         self._output = output
         self._prepared, self._settings, self._model = prepared, config.checkpoint, config.model
         self._optimizer, self._ctx, self._tree = optimizer, ctx, config_to_tree(config)
         self._folder, self._sync = checkpoints_folder(config), sync
-        self._say, self._note = say, note
+        self._say, self._note, self._committed = say, note, committed
         settings = config.checkpoint
         self._retention = Retention(settings.keep_last, settings.keep_every_steps, settings.pinned_steps or ())
         self._known = KnownCheckpoints()
@@ -165,6 +167,7 @@ class Saver:
     def _saved(self, folder: Path, step: int) -> None:
         if self._ctx.world.rank == 0:
             mark_saved(folder.parents[1], step)
+            self._committed(folder)
         self._say(f"saved {folder}")
 
     def _check_output(self) -> None:

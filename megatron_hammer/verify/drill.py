@@ -98,7 +98,12 @@ def small_config(config: Config, world_size: int, folder: Path, faults: int) -> 
     data = dataclasses.replace(small.data, train={str(folder / "train"): 1.0}, weights="share", max_epochs=None,
                                valid={"held-out": str(folder / "valid")}, index_folder=None)  # fmt: skip
     train = dataclasses.replace(
-        small.train, num_steps=steps, eval_interval_steps=EVALUATE_EVERY, eval_samples=16, drift_check_interval_steps=10
+        small.train,
+        num_steps=steps,
+        eval_interval_steps=EVALUATE_EVERY,
+        eval_samples=16,
+        drift_check_interval_steps=10,
+        evaluator=None,
     )
     return dataclasses.replace(
         small,
