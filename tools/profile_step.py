@@ -11,6 +11,10 @@ writes into FOLDER
 and prints the table. Model, optimizer and kernels are those of a training run with this config on one process (a GPU
 where torch sees one); the data is data.train where it is set, else random tokens. Nothing of train.output is touched.
 
+With --nproc N the step is that of N ranks, as the launcher starts them. Each writes its trace, trace-rankR.json.gz, and
+the table says of rank 0 what it communicates, and how much of that is under way while it does something else. There are
+no limits then: they are those of one process.
+
 The limit of a part is the longer of its floating-point operations at the rate of a large matrix product and of its
 least bytes at the rate of a large copy. Both rates are measured first (one second), unless they are given.
 
@@ -31,7 +35,7 @@ from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.config import load_config
 
 
-def main() -> None:
+def main() -> int:
     parser = ArgumentParser(prog="profile_step.py", description=__doc__)
     parser.add_argument("config", metavar="CONFIG.yaml", help="a preset, for example examples/configs/tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="group.field=value", help="settings that replace the file's")
@@ -40,15 +44,26 @@ def main() -> None:
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="limit of matrix products (default: measured)")
     parser.add_argument("--bandwidth", type=float, metavar="GB/s",
                         help="limit of bytes read and written, in 10^9 a second (default: measured)")  # fmt: skip
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="ranks (default: %(default)s)")
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its notes about itself; read when torch is imported
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # memory freed under the profiler that is older than it
-    from megatron_hammer.profile.profile import Settings, profile_step, table
+    from megatron_hammer.profile.profile import Settings, for_profiling, profile_step, table
 
     flops = None if args.peak_tflops is None else args.peak_tflops * 1e12
     bandwidth = None if args.bandwidth is None else args.bandwidth * 1e9
-    print(table(profile_step(config, Settings(args.out, args.steps, flops, bandwidth))))
+    settings = Settings(args.out, args.steps, flops, bandwidth, args.nproc)
+    settings.check()
+    if args.nproc == 1:
+        print(table(profile_step(config, settings)))
+        return 0
+    from megatron_hammer.supervise.nodes import Node
+    from megatron_hammer.supervise.start import launch
+
+    config = for_profiling(config, settings)
+    config.validate(args.nproc)
+    return launch(config, Node(args.nproc), "megatron_hammer.profile.profile:rank_main", {"settings": settings})
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def draw_profile(profile: Mapping[str, Any], output: Path) -> None:
     subtitle = [row for line in profile["subtitle"] for row in textwrap.wrap(line, SUBTITLE_CHARACTERS)]
     heights = [
         0.32 + 0.155 * len(subtitle),
-        1.05,
+        1.05 if profile["limit_ms"] is not None else 0.55,
         ROW_INCHES * (len(rows) + 1),
         ROW_INCHES * (len(kinds) + 1),
     ]  # inches, from above
@@ -76,8 +76,9 @@ def _draw_heading(axes: Any, title: str, subtitle: Sequence[str]) -> None:
 
 def _draw_step(axes: Any, profile: Mapping[str, Any]) -> None:
     """Two stacked bars on one scale: the step as measured, and the sum of the parts' limits."""
-    width = max(profile["step_ms"], profile["limit_ms"])
-    for y, key in enumerate(("ms", "limit_ms")):
+    bars = ("ms",) if profile["limit_ms"] is None else ("ms", "limit_ms")
+    width = max(profile["step_ms"], profile["limit_ms"] or 0.0)
+    for y, key in enumerate(bars):
         left = 0.0
         for part in profile["parts"]:
             name, size = part["name"], part[key] or 0.0
@@ -86,9 +87,9 @@ def _draw_step(axes: Any, profile: Mapping[str, Any]) -> None:
                 _label(axes, left + size / 2, y, name, size / width)
             left += size
         axes.text(left + width * 0.012, y, f"{left:,.{digits(left)}f} ms", va="center", fontsize=9)
-    axes.set_yticks([0, 1], ["measured", "at the limit"], fontsize=9.5)
+    axes.set_yticks([0, 1][: len(bars)], ["measured", "at the limit"][: len(bars)], fontsize=9.5)
     axes.set_xlim(0, width)
-    axes.invert_yaxis()
+    axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -113,7 +114,8 @@ def _width(text: str) -> int:
 def _draw_parts(axes: Any, parts: Sequence[Mapping[str, Any]]) -> None:
     """One bar a part with its limit as a mark, and the numbers beside it."""
     width = max(max(p["ms"], p["limit_ms"] or 0.0) for p in parts) * 1.02
-    decimals = digits(width)
+    decimals, has_limits = digits(width), any(p["limit_ms"] for p in parts)
+    columns = COLUMNS if has_limits else COLUMNS[:2]
     for y, part in enumerate(parts):
         axes.barh(y, part["ms"], color=COLOURS[part["name"]], height=0.66)
         limit = part["limit_ms"]
@@ -126,9 +128,10 @@ def _draw_parts(axes: Any, parts: Sequence[Mapping[str, Any]]) -> None:
             "-" if limit is None else f"{limit:,.{decimals}f}",
             "-" if part["of_limit"] is None else f"{part['of_limit']:.0%}",
         )
-        for (x, _), cell in zip(COLUMNS, cells, strict=True):
+        for (x, _), cell in zip(columns, cells, strict=False):
             axes.text(x, y, cell, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=9)
-    _heading(axes, "time by part, ms a step; the mark is the part's limit", COLUMNS)
+    mark = "; the mark is the part's limit" if has_limits else ""
+    _heading(axes, f"time by part, ms a step{mark}", columns)
     _style_rows(axes, [p["name"] for p in parts], width)
 
 

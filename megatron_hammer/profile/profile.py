@@ -14,8 +14,9 @@ ranges that can be recorded. How events find their part, and what is left as "ga
 parts are told apart by the names of operations, and norm, RoPE and SwiGLU are one. What is recomputed counts for the
 part that it belongs to.
 
-One process only: what is profiled is a rank's work without its communication. Under the profiler a step of small
-operations is slower; the time without it stands beside.
+On one process it is a rank's work without its communication. With several ranks (``rank_main``) each has a trace, and
+rank 0 the report: what it sends and receives, how much of that is under way while it computes, and no limits, which are
+those of one process. Under the profiler a step of small operations is slower; the time without it stands beside.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ from megatron_hammer.config import Config
 from megatron_hammer.kernels.libraries import te
 from megatron_hammer.kernels.selection import select_backends
 from megatron_hammer.model.parameters import count_parameters
-from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.parallel.board import Journal
+from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.parallel.placement import padded_vocab_size
+from megatron_hammer.parallel.rendezvous import end_process_group, start_process_group
 from megatron_hammer.profile import budget
 from megatron_hammer.profile.budget import Rates, StepShape, step_costs
 from megatron_hammer.profile.plots import digits, draw_profile
-from megatron_hammer.profile.trace import PREFIX, Measured, measure, memory_of_step, read_trace
-from megatron_hammer.profile.workload import Workload, wait
+from megatron_hammer.profile.trace import PREFIX, Measured, Traffic, measure, memory_of_step, read_trace, traffic
+from megatron_hammer.profile.workload import RecordedRanges, RecordedWaits, Workload, wait
 from megatron_hammer.train.begin import choose_device
 from megatron_hammer.train.build import DTYPES, kernel_requirements
 from megatron_hammer.train.metrics import flops_per_token
@@ -56,6 +59,7 @@ WARM_UP_STEPS = 3  # the first compiles and fills caches, the second meets optim
 MEASURE_SECONDS = {"cpu": 0.5, "cuda": 0.2}  # for each of the two rates
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # far beyond the last cache
 QUIET_SECONDS = 5.0  # between two lines about steps
+FUSED = (budget.NORM, budget.ROPE, budget.SWIGLU)  # one part where a compiler has made whole layers
 SMALL_SHARE = 0.0005  # of the step: a part below it that has no limit either is left out
 MIB = 2**20
 
@@ -72,10 +76,12 @@ class Settings:
     """Limit of matrix products, FLOP/s; None: measured."""
     bandwidth: float | None = None
     """Limit of copies, bytes/s read and written; None: measured."""
+    ranks: int = 1
+    """Processes that the step is divided over."""
 
     def check(self) -> None:
         """Raise ``ConfigError`` for a number that can be no such thing."""
-        values = {"steps": self.steps, "peak-tflops": self.flops, "bandwidth": self.bandwidth}
+        values = {"steps": self.steps, "peak-tflops": self.flops, "bandwidth": self.bandwidth, "nproc": self.ranks}
         units = {"peak-tflops": 1e12, "bandwidth": 1e9}
         for name, value in values.items():
             if value is not None and not 0 < value < float("inf"):
@@ -90,18 +96,52 @@ def profile_step(config: Config, settings: Settings, note: Callable[[str], None]
         ConfigError, DataError: as for a training run on one process.
     """
     settings.check()
-    progress = TimedNotes(note)
-    config = _for_profiling(config, settings)
+    config = for_profiling(config, settings)
+    return _profile(config, settings, ParallelContext.single(choose_device(config, 0)), RecordedRanges(), note)
+
+
+def rank_main(
+    config: Config,
+    rank: int,
+    local_rank: int,
+    world_size: int,
+    store: Any,
+    check_data: bool,
+    journal: Journal,
+    settings: Settings,
+) -> int:
+    """Entry of a rank that the launcher starts: profile what this rank does; rank 0 writes the report and prints it.
+
+    Args:
+        config: as ``for_profiling`` gives it.
+    """
+    device, ranges = choose_device(config, local_rank), RecordedRanges()
+    start_process_group(store, rank, world_size, device, config.parallel.timeout_seconds)
+    recorded = RecordedWaits(journal, ranges)
+    ctx = build_parallel_context(config.grid(world_size), device, config.parallel.timeout_seconds, recorded)
+    report = _profile(config, settings, ctx, ranges, say if rank == 0 else lambda text: None)
+    if rank == 0:
+        print(table(report), flush=True)
+    end_process_group()
+    return 0
+
+
+def _profile(
+    config: Config, settings: Settings, ctx: ParallelContext, ranges: RecordedRanges, note: Callable[[str], None]
+) -> dict[str, Any]:
+    progress, device = TimedNotes(note), ctx.device
     if config.kernels.cuda_graph:
         progress("kernels.cuda_graph is left out: a replay has no parts that a profile could name")
-    device = choose_device(config, 0)
     te.check_here(config)
     settings.output.mkdir(parents=True, exist_ok=True)
     before = _resident_bytes()
     progress(f"building the model on {device.type}")
-    workload = Workload(config, ParallelContext.single(device))
-    progress("measuring the device's rates")
-    rates = Rates(settings.flops or _product_rate(workload.config, device), settings.bandwidth or _copy_rate(device))
+    workload = Workload(config, ctx, ranges)
+    rates = None
+    if settings.ranks == 1:
+        progress("measuring the device's rates")
+        flops, bandwidth = settings.flops or _product_rate(workload.config, device), settings.bandwidth
+        rates = Rates(flops, bandwidth or _copy_rate(device))
     progress("warming up")
     for i in range(WARM_UP_STEPS):
         progress.now_and_then(f"warm-up, step {i + 1} of {WARM_UP_STEPS}")
@@ -113,13 +153,16 @@ def profile_step(config: Config, settings: Settings, note: Callable[[str], None]
     peak = _peak_bytes(device)
     progress(f"profiling {settings.steps} steps of {seconds:.2f} s")
     with workload.ranges.recorded():
-        measured = _measured(workload, settings, progress)
+        measured, sent = _measured(workload, settings, progress)
         progress.now_and_then("measuring memory")
         memory = _memory(workload, settings, peak, before)
-    report = _report(workload, settings, rates, measured, seconds, memory)
+    report = _report(workload, settings, rates, measured, sent, seconds, memory)
+    if ctx.world.rank > 0:
+        return report
     replace_file(settings.output / "profile.json", (json.dumps(report, indent=1) + "\n").encode())
     draw_profile(report, settings.output / "profile.png")
-    progress(f"wrote {settings.output}/profile.png, profile.json and trace.json.gz")
+    traces = "trace.json.gz" if settings.ranks == 1 else f"{_trace_name(ctx)} with those of the other ranks"
+    progress(f"wrote {settings.output}/profile.png, profile.json and {traces}")
     return report
 
 
@@ -139,17 +182,23 @@ class TimedNotes:
             self(text)
 
 
-def _for_profiling(config: Config, settings: Settings) -> Config:
-    """The config with steps enough, and no checkpoint to resume from: the output is the profile's own folder."""
+def for_profiling(config: Config, settings: Settings) -> Config:
+    """The config with steps enough, and no checkpoint to resume from: the output is the profile's own folder.
+
+    Raises:
+        ConfigError: it needs more ranks than are profiled.
+    """
     parallel = config.parallel
-    for what, size, remedy in (
-        ("tensor", parallel.tensor_model_parallel_size, "parallel.sequence_parallel=false"),
-        ("pipeline", parallel.pipeline_model_parallel_size, "parallel.virtual_pipeline_stages=1"),
+    for name, remedy in (
+        ("tensor_model_parallel_size", "parallel.sequence_parallel=false"),
+        ("pipeline_model_parallel_size", "parallel.virtual_pipeline_stages=1"),
+        ("context_parallel_size", ""),
     ):
-        if size > 1:
-            name = f"parallel.{what}_model_parallel_size"
-            rule = "cannot be profiled: a profile is of one process"
-            raise ConfigError(48, f"{name}={size}", rule, f"add {name}=1 {remedy}")
+        size = getattr(parallel, name)
+        if size > settings.ranks:
+            rule = f"cannot be profiled on {settings.ranks} process{'es' * (settings.ranks > 1)}"
+            cure = f"give --nproc {size} or a multiple of it, or add parallel.{name}=1 {remedy}".rstrip()
+            raise ConfigError(48, f"parallel.{name}={size}", rule, cure)
     steps = max(config.train.num_steps, WARM_UP_STEPS + 2 * settings.steps + 2)
     train = dataclasses.replace(config.train, num_steps=steps, output=str(settings.output / "run"), dry_run=False)
     checkpoint = dataclasses.replace(config.checkpoint, init_from=None)
@@ -169,9 +218,13 @@ def _timed(workload: Workload, steps: int, progress: TimedNotes) -> float:
     return (time.perf_counter() - start) / steps
 
 
-def _measured(workload: Workload, settings: Settings, progress: TimedNotes) -> Measured:
-    """Time by part of the profiled steps, whose trace is left in the output folder."""
-    device, path = workload.ctx.device, settings.output / "trace.json.gz"
+def _trace_name(ctx: ParallelContext) -> str:
+    return "trace.json.gz" if ctx.world.size == 1 else f"trace-rank{ctx.world.rank}.json.gz"
+
+
+def _measured(workload: Workload, settings: Settings, progress: TimedNotes) -> tuple[Measured, dict[str, Traffic]]:
+    """Time by part of the profiled steps, and what was communicated; their trace is left in the output folder."""
+    device, path = workload.ctx.device, settings.output / _trace_name(workload.ctx)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with profile(activities=activities, record_shapes=True) as recorder:
         workload.step("warm-up", finish=True)  # the profiler's own start
@@ -185,7 +238,9 @@ def _measured(workload: Workload, settings: Settings, progress: TimedNotes) -> M
         os.replace(staging, path)
     finally:
         staging.unlink(missing_ok=True)
-    return measure(read_trace(path), device.type, casts=workload.config.kernels.fp8 != "off")
+    trace = read_trace(path)
+    casts = workload.config.kernels.fp8 != "off"
+    return measure(trace, device.type, casts), traffic(trace, device.type)
 
 
 def _memory(workload: Workload, settings: Settings, peak: int, before: int) -> dict[str, Any]:
@@ -204,10 +259,10 @@ def _memory(workload: Workload, settings: Settings, peak: int, before: int) -> d
         at_head, most = memory_of_step(read_trace(path), device.type)
     finally:
         path.unlink(missing_ok=True)
-    (store,), states = workload.optimizer.store.of_stages, workload.optimizer.adamw.states
+    stores, states = workload.optimizer.store.of_stages, workload.optimizer.adamw.states
     kinds = {
-        "weights": _bytes(store.params),
-        "gradients": _bytes(store.grads),
+        "weights": sum(_bytes(store.params) for store in stores),
+        "gradients": sum(_bytes(store.grads) for store in stores),
         "optimizer state": sum(
             _bytes(tensor)
             for state in states
@@ -288,33 +343,37 @@ def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _report(
-    workload: Workload, settings: Settings, rates: Rates, measured: Measured, seconds: float, memory: dict[str, Any]
+    workload: Workload,
+    settings: Settings,
+    rates: Rates | None,
+    measured: Measured,
+    sent: Mapping[str, Traffic],
+    seconds: float,
+    memory: dict[str, Any],
 ) -> dict[str, Any]:
-    """``profile.json``: plain values, times in milliseconds a step."""
+    """``profile.json``: plain values, times in milliseconds a step; limits are None where there are several ranks."""
     config, device = workload.config, workload.ctx.device
-    shape = StepShape.of(config, workload.attention_length, fused_accumulation=device.type == "cuda")
-    costs = step_costs(shape)
+    costs = _costs(workload) if settings.ranks == 1 else {}
     if config.kernels.compile == "layers":
-        fused = (budget.NORM, budget.ROPE, budget.SWIGLU)
-        costs[budget.ELEMENTWISE] = sum((costs.pop(part) for part in fused), budget.Cost())
-        measured.merge(fused, budget.ELEMENTWISE)
-    limits = {part: 1e3 * rates.seconds(cost) for part, cost in costs.items()}
+        measured.merge(FUSED, budget.ELEMENTWISE)
+    limits = {part: 1e3 * rates.seconds(cost) for part, cost in costs.items()} if rates else {}
     step_ms = measured.wall / settings.steps / 1e3
     parts = [_part(part, measured, limits.get(part), settings.steps, step_ms) for part in budget.PARTS]
-    limit_ms, tokens = sum(limits.values()), config.train.global_batch_size * config.data.seq_length
+    limit_ms, tokens = sum(limits.values()) if limits else None, config.train.global_batch_size * config.data.seq_length
     threads = torch.get_num_threads()
     cpu = f"CPU, {threads} thread{'s' * (threads > 1)}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     kernels = {k: row.name for k, row in select_backends(config.kernels, kernel_requirements(config, device)).items()}
     needed, counted = sum(c.flops for c in costs.values()), sum(measured.flops.values()) / settings.steps
-    products = sum(costs[p].flops for p in (budget.LAYER_PRODUCTS, budget.HEAD_PRODUCTS))
+    products = sum(costs[p].flops for p in (budget.LAYER_PRODUCTS, budget.HEAD_PRODUCTS) if p in costs)
     report = {
         "device": name,
         "torch": torch.__version__,
         "precision": config.train.precision,
         "parameters": count_parameters(config.model),
         "micro_batch_size": config.train.micro_batch_size,
-        "micro_batches": config.grad_accum(1),
+        "ranks": settings.ranks,
+        "micro_batches": config.grad_accum(settings.ranks),
         "seq_length": config.data.seq_length,
         "data": "random tokens" if workload.run is None else "data.train",
         "kernels": kernels | {name: getattr(config.kernels, name) for name in ("compile", "layers", "fp8")},
@@ -324,11 +383,21 @@ def _report(
         "step_ms_without_profiler": 1e3 * seconds,
         "tokens_per_second": tokens / seconds,
         "limit_ms": limit_ms,
-        "rates": {
+        "rates": rates
+        and {
             "tflops": rates.flops / 1e12,
             "gb_per_second": rates.bandwidth / 1e9,
             "measured": [n for n in ("flops", "bandwidth") if getattr(settings, n) is None],
         },
+        "communication": [
+            {
+                "name": name,
+                "count": t.count / settings.steps,
+                "ms": t.time / settings.steps / 1e3,
+                "beside_ms": t.beside / settings.steps / 1e3,
+            }
+            for name, t in sent.items()
+        ],
         "flops_per_token": dict(zip(("full", "causal"), flops_per_token(config.model, config.data.seq_length))),
         "flops_needed": needed,
         "product_flops_needed": products,
@@ -339,6 +408,15 @@ def _report(
         "memory": memory,
     }
     return report | {"title": _title(report), "subtitle": _subtitle(report)}
+
+
+def _costs(workload: Workload) -> dict[str, budget.Cost]:
+    """What each part needs at least, on one process."""
+    fused = workload.ctx.device.type == "cuda"
+    costs = step_costs(StepShape.of(workload.config, workload.attention_length, fused_accumulation=fused))
+    if workload.config.kernels.compile == "layers":
+        costs[budget.ELEMENTWISE] = sum((costs.pop(part) for part in FUSED), budget.Cost())
+    return costs
 
 
 def _part(part: str, measured: Measured, limit: float | None, steps: int, step_ms: float) -> dict[str, Any]:
@@ -362,16 +440,26 @@ def _title(report: Mapping[str, Any]) -> str:
 def _subtitle(report: Mapping[str, Any]) -> list[str]:
     tokens = report["micro_batch_size"] * report["micro_batches"] * report["seq_length"]
     rates, without = report["rates"], report["step_ms_without_profiler"]
-    source = ("given", "in part given", "measured here")[len(rates["measured"])]
     kernels = ", ".join(f"{k} {v}" for k, v in report["kernels"].items())
-    return [
+    step = (
         f"{report['micro_batches']} x micro-batch {report['micro_batch_size']} x {report['seq_length']} = {tokens:,} "
         f"tokens ({report['data']}); without the profiler {without:,.{digits(without)}f} ms = "
-        f"{report['tokens_per_second']:,.0f} tokens/s, {report['limit_ms'] / without:.0%} of the limit",
-        f"limit: matrix products at {flops_text(rates['tflops'])}, bytes at {rates['gb_per_second']:,.1f} GB/s "
-        f"({source})",
-        f"kernels: {kernels}; recompute {report['recompute']}",
-    ]
+        f"{report['tokens_per_second']:,.0f} tokens/s{' of all ranks' * (report['ranks'] > 1)}"
+    )
+    if rates is None:
+        time, beside = (sum(c[key] for c in report["communication"]) for key in ("ms", "beside_ms"))
+        lines = [
+            f"rank 0 of {report['ranks']}: {step}",
+            f"communication: {time:,.{digits(time)}f} ms under way, {beside:,.{digits(time)}f} of it beside other work",
+        ]
+    else:
+        source = ("given", "in part given", "measured here")[len(rates["measured"])]
+        lines = [
+            f"{step}, {report['limit_ms'] / without:.0%} of the limit",
+            f"limit: matrix products at {flops_text(rates['tflops'])}, bytes at {rates['gb_per_second']:,.1f} GB/s "
+            f"({source})",
+        ]
+    return [*lines, f"kernels: {kernels}; recompute {report['recompute']}"]
 
 
 def flops_text(tflops: float) -> str:
@@ -384,8 +472,9 @@ def table(report: Mapping[str, Any]) -> str:
     decimals = digits(report["step_ms"])
     lines = [report["title"], *report["subtitle"], ""]
     lines.append(f"{'part':<24}{'ms':>11}{'share':>8}{'limit, ms':>12}{'of limit':>10}   mostly")
+    of_limit = None if report["limit_ms"] is None else report["limit_ms"] / report["step_ms"]
     total = {"name": "step", "ms": report["step_ms"], "share": 1.0, "limit_ms": report["limit_ms"],
-             "of_limit": report["limit_ms"] / report["step_ms"], "tflops": None, "operations": []}  # fmt: skip
+             "of_limit": of_limit, "tflops": None, "operations": []}  # fmt: skip
     for part in [*report["parts"], total]:
         limit = "" if part["limit_ms"] is None else f"{part['limit_ms']:,.{decimals}f}"
         of_limit = "" if part["of_limit"] is None else f"{part['of_limit']:.0%}"
@@ -393,8 +482,14 @@ def table(report: Mapping[str, Any]) -> str:
         mostly += part["operations"][0][0].removeprefix(PREFIX)[:50] if part["operations"] else ""
         lines.append(f"{part['name']:<24}{part['ms']:>11,.{decimals}f}{part['share']:>8.1%}{limit:>12}{of_limit:>10}   "
                      f"{mostly}".rstrip())  # fmt: skip
-    ratio = report["product_flops_counted"] / report["product_flops_needed"]
-    lines += ["", f"matrix products: {ratio:.3f} of the FLOPs needed were seen (vocabulary padding, recompute)"]
+    if report["communication"]:
+        lines += ["", f"{'communication':<24}{'times':>11}{'ms':>12}{'beside other work':>21}"]
+    for row in report["communication"]:
+        beside = f"{row['beside_ms']:,.{decimals}f} ms, {row['beside_ms'] / max(row['ms'], 1e-9):.0%}"
+        lines.append(f"{row['name']:<24}{row['count']:>11,.0f}{row['ms']:>12,.{decimals}f}{beside:>21}")
+    if report["ranks"] == 1:
+        ratio = report["product_flops_counted"] / report["product_flops_needed"]
+        lines += ["", f"matrix products: {ratio:.3f} of the FLOPs needed were seen (vocabulary padding, recompute)"]
     memory = report["memory"]
     lines += ["", f"memory at the peak, {memory['peak_mib']:,.0f} MiB ({memory['source']}):"]
     lines += [f"{k['name']:<24}{k['mib']:>11,.1f} MiB{k['share']:>8.1%}" for k in memory["kinds"]]

@@ -28,6 +28,7 @@ is "other operations".
 from __future__ import annotations
 
 import gzip
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -70,7 +71,9 @@ FACTORS = {
 }
 """Matrix products that compute themselves, and which inputs are their factors."""
 ATTENTION_WORDS = ("scaled_dot_product", "flash_attention", "efficient_attention", "_flash_attn", "varlen_attn")
-COMMUNICATION_WORDS = ("c10d::", "nccl", "gloo:", "record_param_comms")
+COMMUNICATION_WORDS = ("c10d::", "nccl", "record_param_comms")
+UNDER_WAY = "gloo:"
+"""Begins the names of gloo's messages from start to end: they lie in whatever thread, over what it does meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +157,8 @@ def read_trace(path: Path) -> list[dict[str, Any]]:
     return sorted((e for e in events if "ts" in e), key=lambda e: (e["ts"], -e.get("dur", 0)))
 
 
-def measure(trace: Sequence[Mapping[str, Any]], device: str, casts: bool = False) -> Measured:
-    """The parts of all steps in a trace (as ``read_trace`` gives it) together.
-
-    Args:
-        device: "cpu" or "cuda", whose time it is.
-        casts: what a linear layer does beside its products are fp8 casts.
-    """
+def _events_and_steps(trace: Sequence[Mapping[str, Any]]) -> tuple[list[Event], list[Event]]:
+    """All complete events of host and device, and those of them that are whole steps."""
     events = [
         Event(e["name"], e["cat"], e.get("tid"), e["ts"], e["ts"] + e.get("dur", 0), e.get("args") or {})
         for e in trace
@@ -168,8 +166,20 @@ def measure(trace: Sequence[Mapping[str, Any]], device: str, casts: bool = False
     ]
     steps = [e for e in events if e.name == PREFIX + STEP]
     assert steps, "the trace holds no range of a step"
+    return events, steps
+
+
+def measure(trace: Sequence[Mapping[str, Any]], device: str, casts: bool = False) -> Measured:
+    """The parts of all steps in a trace (as ``read_trace`` gives it) together.
+
+    Args:
+        device: "cpu" or "cuda", whose time it is.
+        casts: what a linear layer does beside its products are fp8 casts.
+    """
+    events, steps = _events_and_steps(trace)
     window = steps[0].start, steps[-1].stop
-    host = list(_places((e for e in events if e.category in HOST), steps[0].thread))
+    nested = (e for e in events if e.category in HOST and not e.name.startswith(UNDER_WAY))
+    host = list(_places(nested, steps[0].thread))
     measured = Measured(window[1] - window[0])
     if device == "cpu":
         main = [(e, place) for e, place in host if e.thread == steps[0].thread]
@@ -184,6 +194,69 @@ def measure(trace: Sequence[Mapping[str, Any]], device: str, casts: bool = False
         if event.name in FACTORS and window[0] <= event.start < window[1]:
             measured.flops[place.part(casts)] += _product_flops(event)
     return measured
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Communication of one kind in some steps."""
+
+    count: int
+    time: float
+    """Microseconds in which it was under way; that of several at once counts for each."""
+    beside: float
+    """Of these, microseconds in which something else was done: a CPU's main thread did not wait for other ranks, a GPU
+    ran another kernel."""
+
+
+def traffic(trace: Sequence[Mapping[str, Any]], device: str) -> dict[str, Traffic]:
+    """What was sent and received in the steps of a trace, by the name of the collective, the longest first.
+
+    On a CPU these are gloo's messages from start to end, on a GPU NCCL's kernels.
+    """
+    events, steps = _events_and_steps(trace)
+    start, stop, main = steps[0].start, steps[-1].stop, steps[0].thread
+    if device == "cpu":
+        sent = [e for e in events if e.name.startswith(UNDER_WAY)]
+        waits = _union((e.start, e.stop) for e in events if e.thread == main and e.name == PREFIX + COMMUNICATION)
+        busy = [(one[1], other[0]) for one, other in pairwise([(start, start), *waits, (stop, stop)])]
+    else:
+        kernels = [e for e in events if e.category in DEVICE]
+        sent = [e for e in kernels if any(word in e.name for word in COMMUNICATION_WORDS)]
+        busy = _union((e.start, e.stop) for e in kernels if not any(word in e.name for word in COMMUNICATION_WORDS))
+    found: dict[str, list[Event]] = defaultdict(list)
+    for event in sent:
+        if start <= event.start < stop:
+            found[event.name.removeprefix(UNDER_WAY)].append(event)
+    rows = {
+        name: Traffic(
+            len(calls),
+            sum(e.stop - e.start for e in calls),
+            sum(_shared(e, busy) for e in calls),
+        )
+        for name, calls in found.items()
+    }
+    return dict(sorted(rows.items(), key=lambda item: -item[1].time))
+
+
+def _shared(event: Event, intervals: Sequence[tuple[float, float]]) -> float:
+    """How long an event lasts within some intervals, which are in their order and apart."""
+    shared = 0.0
+    for start, stop in intervals[bisect_right(intervals, event.start, key=lambda interval: interval[1]) :]:
+        if start >= event.stop:
+            break
+        shared += min(event.stop, stop) - max(event.start, start)
+    return shared
+
+
+def _union(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The same instants as intervals that do not touch, in their order."""
+    joined: list[tuple[float, float]] = []
+    for start, stop in sorted(intervals):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(joined[-1][1], stop)
+        else:
+            joined.append((start, stop))
+    return joined
 
 
 def _places(events: Iterable[Event], forward_thread: Any) -> Iterator[tuple[Event, Place]]:

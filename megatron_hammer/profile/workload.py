@@ -1,7 +1,8 @@
 """What is profiled: model, optimizer and batches as training has them, with ranges that can be recorded.
 
-The model and the optimizer are built with named ranges (``kernels/ranges.py``). They do nothing until ``recorded``: so
-the same objects are first timed without a profiler and then measured part by part.
+The model and the optimizer are built with named ranges (``kernels/ranges.py``), and waiting for other ranks is one
+(``RecordedWaits``). They do nothing until ``recorded``: so the same objects are first timed without a profiler and then
+measured part by part.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from torch.profiler import record_function
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.ranges import no_range
+from megatron_hammer.parallel.board import Journal
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.profile import budget, trace
 from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train.build import build
+from megatron_hammer.train.build import build_stages
 from megatron_hammer.train.loop import Run
 from megatron_hammer.train.prepare import Prepared, prepare
 from megatron_hammer.train.step import train_step
@@ -52,21 +54,48 @@ class RecordedRanges:
             self._recording = False
 
 
-class Workload:
-    """Model, optimizer and batches, as training has them: real data where the config names some, else random tokens."""
+class RecordedWaits(Journal):
+    """The journal of a rank that also shows torch's profiler when it waits for others.
 
-    def __init__(self, config: Config, ctx: ParallelContext) -> None:
+    Args:
+        journal: the rank's; this one takes its place.
+    """
+
+    def __init__(self, journal: Journal, ranges: RecordedRanges) -> None:
+        vars(self).update(vars(journal))  # the same slot, and what was noted so far
+        self._ranges, self._range = ranges, no_range(budget.COMMUNICATION)
+
+    def begin_wait(self) -> None:
+        super().begin_wait()
+        self._range = self._ranges(budget.COMMUNICATION)
+        self._range.__enter__()
+
+    def end_wait(self) -> None:
+        self._range.__exit__(None, None, None)
+        super().end_wait()
+
+
+class Workload:
+    """Model, optimizer and batches, as training has them: real data where the config names some, else random tokens.
+
+    Args:
+        config: valid for as many ranks as ``ctx`` has.
+        ranges: those that ``ctx`` waits in, if it has others to wait for.
+    """
+
+    def __init__(self, config: Config, ctx: ParallelContext, ranges: RecordedRanges) -> None:
         self.ctx, self.steps, self.document_squares, self.document_tokens = ctx, 0, 0, 0
         self.run: Run | None = None
-        self.ranges = RecordedRanges()
+        self.ranges, size = ranges, ctx.world.size
         if config.data.train:
-            prepared = prepare(config, 1)
+            prepared = prepare(config, size)
             self.config, self.run = prepared.config, Run(prepared, ctx, self.ranges)
-            (self.model,), self.optimizer = self.run.stages, self.run.optimizer
+            self.stages, self.optimizer = self.run.stages, self.run.optimizer
         else:
-            self.config = _resolved(config).config
-            self.model, self.optimizer = build(self.config, ctx, self.ranges)
-            self.generator = torch.Generator().manual_seed(config.train.seed)
+            self.config = _resolved(config, size).config
+            self.stages, self.optimizer = build_stages(self.config, ctx, self.ranges)
+            # Ranks of one replica see the same tokens, whatever they compute of them.
+            self.generator = torch.Generator().manual_seed(config.train.seed + ctx.samples.rank)
 
     def step(self, name: str = trace.STEP, finish: bool = False) -> None:
         """One step in a range of this name; with ``finish`` the range ends when the device has done it."""
@@ -77,7 +106,7 @@ class Workload:
             for documents in (b.documents for b in batches if isinstance(b.documents, PackedSequences)):
                 self.document_squares += sum(n * n for n in documents.lengths)
                 self.document_tokens += sum(documents.lengths)
-            train_step(self.model, self.optimizer, batches, self.config, self.steps, self.ctx)
+            train_step(self.stages, self.optimizer, batches, self.config, self.steps, self.ctx)
             if finish:
                 wait(self.ctx.device)
 
@@ -88,7 +117,7 @@ class Workload:
 
     def _batches(self) -> list[Batch[Tensor]]:
         if self.run is None:
-            return [self._random_batch() for _ in range(self.config.grad_accum(1))]
+            return [self._random_batch() for _ in range(self.config.grad_accum(self.ctx.world.size))]
         batches = self.run._next_batches()
         consumed = self.run.state.consumed_samples + self.config.train.global_batch_size
         self.run.state = dataclasses.replace(self.run.state, consumed_samples=consumed)
@@ -96,9 +125,9 @@ class Workload:
 
     def _random_batch(self) -> Batch[Tensor]:
         """Random tokens, and documents of 1 to s tokens where they are masked."""
-        b, s, device = self.config.train.micro_batch_size, self.config.data.seq_length, self.ctx.device
+        b, s, cp = self.config.train.micro_batch_size, self.config.data.seq_length, self.ctx.cp
         assert self.config.model.vocab_size is not None
-        windows = torch.randint(self.config.model.vocab_size, (b, s + 1), generator=self.generator).to(device)
+        windows = torch.randint(self.config.model.vocab_size, (b, s + 1), generator=self.generator).numpy()
         documents = None
         if self.config.data.attention_mask == "document":
             cuts = (
@@ -106,11 +135,11 @@ class Workload:
                 + s * torch.arange(b)[:, None]
             )
             ends = torch.cat([cuts.flatten(), s * torch.arange(b + 1)]).unique()
-            documents = PackedSequences.from_cu_seqlens(ends.int().numpy(), device)
-        return Batch.from_windows(windows, documents=documents)
+            documents = ends.int().numpy()
+        return Batch.from_windows(windows, documents=documents).shard(cp.rank, cp.size).to(self.ctx.device)
 
 
-def _resolved(config: Config) -> Prepared:
+def _resolved(config: Config, world_size: int) -> Prepared:
     """A config without data, checked, with its vocabulary: what a dry run prepares."""
     dry = dataclasses.replace(config, train=dataclasses.replace(config.train, dry_run=True))
-    return prepare(dry, 1)
+    return prepare(dry, world_size)

@@ -14,14 +14,16 @@ import torch
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import load_config
 from megatron_hammer.kernels.ranges import GRADIENT, HEAD, LINEAR
-from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.parallel.board import Journal
+from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.profile import budget
 from megatron_hammer.profile.plots import draw_profile
-from megatron_hammer.profile.profile import Settings, profile_step, table
-from megatron_hammer.profile.trace import PREFIX, measure, memory_of_step, read_trace
-from megatron_hammer.profile.workload import RecordedRanges
+from megatron_hammer.profile.profile import Settings, _profile, for_profiling, profile_step, table
+from megatron_hammer.profile.trace import PREFIX, Traffic, measure, memory_of_step, read_trace, traffic
+from megatron_hammer.profile.workload import RecordedRanges, RecordedWaits
 from megatron_hammer.train.build import build
 from megatron_hammer.train.metrics import flops_per_token
+from tests.distributed import run_distributed
 from tests.train.runs import ROOT, TINY, environment
 
 ALWAYS = (
@@ -147,10 +149,45 @@ def test_numbers_are_checked(wrong: dict[str, Any], tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def test_one_process_only(tmp_path: Path) -> None:
+def test_a_layout_needs_its_ranks(tmp_path: Path) -> None:
     config = load_config(TINY, ["model.vocab_size=384", "parallel.tensor_model_parallel_size=2"])
-    with pytest.raises(ConfigError, match=r"E248.*tensor_model_parallel_size=2 .*tensor_model_parallel_size=1 "):
+    with pytest.raises(ConfigError, match=r"E248.*tensor_model_parallel_size=2 .*--nproc 2 .*parallel_size=1 "):
         profile_step(config, Settings(tmp_path))
+
+
+def _profiled(rank: int, overrides: list[str], folder: Path) -> dict[str, Any] | None:
+    settings, ranges = Settings(folder, steps=1, ranks=2), RecordedRanges()
+    config = for_profiling(load_config(TINY, ["model.vocab_size=384", "train.device=cpu", *overrides]), settings)
+    config.validate(2)
+    ctx = build_parallel_context(config.grid(2), torch.device("cpu"), journal=RecordedWaits(Journal(), ranges))
+    return _profile(config, settings, ctx, ranges, lambda text: None)
+
+
+@pytest.mark.parametrize(
+    "overrides, kinds",
+    [
+        (["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
+          "parallel.tp_comm_overlap=chunks"], {"send", "recv", "all_gather", "all_reduce"}),
+        (["parallel.shard=weights"], {"all_gather", "all_reduce"}),
+        (["parallel.context_parallel_size=2", "data.attention_mask=document"], {"all_gather", "all_reduce"}),
+        (["parallel.pipeline_model_parallel_size=2"], {"send", "recv", "all_reduce"}),
+    ],
+    ids=["tp", "weights", "cp", "pp"],
+)  # fmt: skip
+def test_what_two_ranks_communicate(overrides: list[str], kinds: set[str], tmp_path: Path) -> None:
+    """Each rank leaves a trace; waiting is the part "communication", and no more than all of it is beside work."""
+    report, _ = run_distributed(2, _profiled, overrides, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "profile.json", "profile.png", "trace-rank0.json.gz", "trace-rank1.json.gz",
+    ]  # fmt: skip
+    rows = {row["name"]: row for row in report["communication"]}
+    assert set(rows) == kinds
+    assert all(row["count"] > 0 and 0 <= row["beside_ms"] <= row["ms"] for row in rows.values())
+    assert sum(row["beside_ms"] for row in rows.values()) > 0
+    parts = {part["name"]: part["ms"] for part in report["parts"]}
+    assert parts[budget.COMMUNICATION] > 0 and report["limit_ms"] is None
+    assert sum(parts.values()) + report["left_out_ms"] == pytest.approx(report["step_ms"], rel=1e-6)
+    assert "rank 0 of 2" in table(report) and all(name in table(report) for name in kinds)
 
 
 # ---- traces written by hand ------------------------------------------------------------------------------------------
@@ -257,6 +294,22 @@ def test_a_gpu_trace() -> None:
     assert measured.parts == expected and sum(expected.values()) == 100
     casts = measure(_sorted(events), "cuda", casts=True)
     assert casts.parts[budget.CASTS] == 10, "the kernel of backward that no product launched"
+
+
+def test_what_is_under_way_while_something_else_is_done() -> None:
+    """On a CPU: not while the main thread waits. Messages lie over what it does, and belong to no part."""
+    events = [
+        *FORWARD,
+        _event("gloo:all_reduce", 15, 45, "user_annotation", thread=9),  # waited for from 40 on
+        _event("gloo:recv", 50, 70, "user_annotation"),  # in the main thread, which goes on with a product
+        _event("aten::mm", 52, 60),
+        _range("communication", 40, 45),
+        _range("communication", 60, 69),
+        _event("gloo:all_reduce", 140, 150, "user_annotation", thread=9),  # after the step
+    ]
+    assert traffic(_sorted(events), "cpu") == {"all_reduce": Traffic(1, 30, 25), "recv": Traffic(1, 20, 11)}
+    parts = measure(_sorted(events), "cpu").parts
+    assert parts[budget.COMMUNICATION] == 5 + 9 and parts[budget.OTHER] == 8
 
 
 def test_a_compiled_layer() -> None:
