@@ -1,4 +1,7 @@
-"""README.md: every block of commands runs, in order, verbatim; the Chinese one has the same; what it lists is there."""
+"""README.md: every block of commands runs, in order, verbatim; the Chinese one has the same; what it lists is there.
+
+What follows from the results of its first command, the main job with the real programs, is tested here, too.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,11 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer import __version__
+from megatron_hammer.base.errors import RefusedError
+from megatron_hammer.config import load_config
+from megatron_hammer.train.prepare import prepare
 from tests.walk import ROOT, blocks_of, run_block
+from tests.warm_python import write_python
 
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")}
 PAGE, CHINESE = PAGES.values()
@@ -23,6 +30,7 @@ pytestmark = pytest.mark.timeout(900)  # the walk takes one to two minutes alone
 
 def prepare_clone(folder: Path) -> Path:
     """What the README's commands need of a clone, with a complete .venv; short runs; the tests do not run twice."""
+    folder.mkdir()
     for name in ("tools", "csrc"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     shutil.copytree(ROOT / "examples", folder / "examples")
@@ -42,8 +50,7 @@ def prepare_clone(folder: Path) -> Path:
     (folder / "tests" / "run.sh").write_text("echo the tests run\n")
     binaries = folder / ".venv" / "bin"
     binaries.mkdir(parents=True)
-    (binaries / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (binaries / "python").chmod(0o755)
+    write_python(binaries / "python")
     (binaries / "activate").write_text(f'PATH="{binaries}:$PATH"\n')
     here = '"$(dirname -- "${BASH_SOURCE[0]}")/.."'
     script = (folder / "tools" / "make_venv.sh").read_text(encoding="utf-8").replace(here, f"'{folder}'")
@@ -55,7 +62,7 @@ def prepare_clone(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """All blocks in one shell."""
-    folder = prepare_clone(tmp_path_factory.mktemp("readme"))
+    folder = prepare_clone(tmp_path_factory.mktemp("a clone") / "with blanks 中")
     return folder, run_block("\n".join(blocks_of(PAGE)), folder, timeout=840)
 
 
@@ -76,6 +83,86 @@ def test_every_block_runs_in_order(walked: tuple[Path, str]) -> None:
     assert "is made of your text" not in said and "made of your text, at a size for this machine." in said
     lines = [json.loads(line) for line in (runs / "shrunk" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5 and lines[-1]["lr"] == pytest.approx(4e-4)
+
+
+# ---- what the first command leaves -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def first(walked: tuple[Path, str]) -> Path:
+    """The folder of its run."""
+    return walked[0] / "runs" / "pretrain_1b4"
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_leaves_everything(walked: tuple[Path, str], first: Path) -> None:
+    said = walked[1][: walked[1].index("the tests run")]
+    assert said.splitlines()[0].startswith("No NVIDIA GPU found")
+    for name in ("checkpoints", "hf", "metrics.jsonl", "tensorboard", "loss.png"):
+        assert (first / name).exists() and name in said[said.index("Done.") :]
+    lines = losses(first)
+    for name in ("zh", "en", "code"):
+        assert lines[1][f"valid/{name}/loss"] > 0 and lines[-1][f"valid/{name}/bits_per_byte"] > 0
+        assert f"valid/{name}/loss" not in lines[0]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert (first / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_transformers_loads_the_model(first: Path) -> None:
+    """From the exported folder alone: tokenizer ids, vocabulary and a continuation."""
+    import sentencepiece
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = first / "hf"
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(first / "tokenizer" / "tokenizer.model"))
+    for text in ("服务器返回的结果，<s> 字面。", "def main():\n    return  1\n", "Plain text, 12 words."):
+        assert tokenizer(text)["input_ids"] == [1, *reference.encode(text)]
+    assert model.config.vocab_size == reference.vocab_size() == model.lm_head.weight.shape[0], "no padding rows"
+    ids = tokenizer("def main(", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=4, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+
+
+def test_the_imported_model_is_pretrained_further(first: Path) -> None:
+    """HF folder -> checkpoint -> init_from: the first loss is that of the trained model, not of a new one."""
+    trained, further = losses(first), losses(first.parent / "continued")
+    assert further[0]["loss"] < (trained[0]["loss"] + trained[-1]["loss"]) / 2
+
+
+def test_a_foreign_tokenizer_is_refused(walked: tuple[Path, str], first: Path) -> None:
+    """That of the third block, on the datasets of the first."""
+    arguments = [f"data.train={first}/data/en_text_document", f"tokenizer.path={walked[0]}/tokenizer",
+                 f"train.output={walked[0]}/refused", "parallel.tensor_model_parallel_size=2"]  # fmt: skip
+    with pytest.raises(RefusedError, match=r"error\[E510\]"):
+        prepare(load_config(ROOT / "examples" / "configs" / "tiny.yaml", arguments), 2)
+    assert not (walked[0] / "refused").exists()
+
+
+def test_torchrun_starts_the_same_program(walked: tuple[Path, str], first: Path) -> None:
+    arguments = [f"data.train={first}/data/en_text_document", f"tokenizer.path={first}/tokenizer",
+                 f"train.output={walked[0]}/torchrun", "train.num_steps=2", "log.tensorboard=false",
+                 "parallel.tensor_model_parallel_size=2"]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
+               "--master-port", "29611", "-m", "megatron_hammer.train", "examples/configs/tiny.yaml"]  # fmt: skip
+    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert steps(walked[0] / "torchrun") == [1, 2]
+
+
+def test_more_steps_continue_and_are_exported(walked: tuple[Path, str], first: Path) -> None:
+    """The same command with two steps more, and its folder by another name."""
+    command = f"OUT='{first}' bash examples/pretrain_1b4.sh train.num_steps=6"
+    said = run_block(command, walked[0])
+    assert said.count("done already") == 8 and "resuming from" in said  # corpus, tokenizer and six datasets
+    assert steps(first) == [1, 2, 3, 4, 5, 6]
+    certificate = json.loads((first / "hf" / "certificate.json").read_text())
+    assert certificate["step"] == 6 and certificate["verdict"] == "passed", "the export follows the newest checkpoint"
+
+
+# ---- the pages -------------------------------------------------------------------------------------------------------
 
 
 def test_both_pages_have_the_same_commands() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.warm_python import write_python
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,12 +18,11 @@ def blocks_of(text: str) -> list[str]:
 
 
 def prepare_folder(folder: Path) -> Path:
-    """Tools and examples of the repository, and ``python`` as the interpreter that runs the tests."""
+    """Tools and examples of the repository, and ``python`` as the interpreter that runs the tests, libraries warm."""
     for name in ("tools", "examples"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "bin").mkdir()
-    (folder / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (folder / "bin" / "python").chmod(0o755)
+    write_python(folder / "bin" / "python")
     return folder
 
 
