@@ -10,6 +10,8 @@ of its own that somebody opens to compute with all of it and closes again::
 Tensors that lie in a buffer (weights of a model, sums of gradients) are views that stay what they are: opening gives
 their storage its bytes, closing takes these away (FSDP does so too, arXiv 2304.11277). So a layer or a graph can hold
 them. A closed one has no memory: who reads it ends the process, as with any null pointer, and never reads old values.
+On a CPU the storage keeps its address and loses its pages (``base/pages.py``), because blocks of this size that come
+and go leave holes in malloc's heap; elsewhere torch's allocator has the memory back.
 """
 
 from __future__ import annotations
@@ -17,7 +19,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_hammer.base import pages
+from megatron_hammer.base.pages import Pages
 from megatron_hammer.optim.layout import Bucket, Layout
+
+
+class _Room:
+    """The memory of one bucket, open at first: a flat tensor that stays, with or without its bytes."""
+
+    def __init__(self, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        on_pages = device.type == "cpu" and pages.HERE
+        self._pages = Pages(length * dtype.itemsize) if on_pages else None
+        if self._pages is None:
+            self.tensor = torch.empty(length, dtype=dtype, device=device)
+        else:
+            self.tensor = torch.frombuffer(self._pages.memory, dtype=dtype, count=length)
+
+    @property
+    def is_open(self) -> bool:
+        return self._pages.is_open if self._pages else self.tensor.untyped_storage().size() > 0
+
+    def open(self) -> None:
+        self._pages.open() if self._pages else self.tensor.untyped_storage().resize_(self.tensor.nbytes)
+
+    def close(self) -> None:
+        self._pages.close() if self._pages else self.tensor.untyped_storage().resize_(0)
 
 
 class Buffers:
@@ -36,10 +62,15 @@ class Buffers:
         holds its weights and sums from forward to backward, while other layers write to theirs."""
         self._full: dict[Bucket, Tensor] = {}
         self._own: dict[Bucket, Tensor] = {}
+        self._rooms: dict[Bucket, _Room] = {}
         for bucket in layout.buckets:
             length, shard = bucket.stop - bucket.start, layout.shard(bucket)
-            new = None if self.whole else torch.empty(length, dtype=dtype, device=device)
-            full = self._full[bucket] = self.kept[bucket.start : bucket.stop] if new is None else new
+            if self.whole:
+                full = self.kept[bucket.start : bucket.stop]
+            else:
+                full = (room := _Room(length, dtype, device)).tensor
+                self._rooms[bucket] = room
+            self._full[bucket] = full
             self._own[bucket] = full[shard.start - bucket.start : shard.stop - bucket.start]
             for i in bucket.parameters:
                 row, start = layout.table[i], layout.offsets[i] - bucket.start
@@ -68,15 +99,14 @@ class Buffers:
 
     def is_open(self, bucket: Bucket) -> bool:
         """Whether all of a bucket is there."""
-        return self.whole or self._full[bucket].untyped_storage().size() > 0
+        return self.whole or self._rooms[bucket].is_open
 
     def open(self, bucket: Bucket) -> None:
         """Make room for all of a bucket; what lies there then is undefined."""
         if not self.is_open(bucket):
-            full = self._full[bucket]
-            full.untyped_storage().resize_(full.nbytes)
+            self._rooms[bucket].open()
 
     def close(self, bucket: Bucket) -> None:
         """Give the room back; a shard that was not copied is gone."""
         if not self.whole:
-            self._full[bucket].untyped_storage().resize_(0)
+            self._rooms[bucket].close()

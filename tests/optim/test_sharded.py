@@ -74,10 +74,10 @@ def _memory(rank: int, config: Config) -> tuple[dict[str, int], int, int, list[s
 
     def note(method: Any, buffers: Buffers, bucket: Bucket) -> None:
         nonlocal now, most
-        before = buffers.full(bucket).untyped_storage().size()
+        before = buffers.is_open(bucket)
         method(buffers, bucket)
         if not buffers.whole:
-            now += buffers.full(bucket).untyped_storage().size() - before
+            now += (buffers.is_open(bucket) - before) * buffers.full(bucket).nbytes
             most = max(most, now)
 
     model, optimizer = build(config, ctx)
@@ -96,8 +96,9 @@ def _memory(rank: int, config: Config) -> tuple[dict[str, int], int, int, list[s
     states = optimizer.adamw.states
     own = sum(s.exp_avg.nbytes + s.exp_avg_sq.nbytes + (s.weight.nbytes if s.param is not None else 0) for s in states)
     kept = {"weights": optimizer.store.params.nbytes, "gradients": optimizer.store.grads.nbytes, "optimizer": own}
-    there = [row.name for row, w in zip(optimizer.store.table, optimizer.store.weights, strict=True)
-             if w.untyped_storage().size()]  # fmt: skip
+    store = optimizer.store
+    there = [store.table[i].name for bucket in store.buckets for i in bucket.parameters
+             if store.weight_buffers.is_open(bucket)]  # fmt: skip
     return kept, most, left, there
 
 
