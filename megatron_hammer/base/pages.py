@@ -7,6 +7,7 @@ given back, and come as huge ones, in two steps of the kernel for 4 MiB and not 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -29,10 +30,8 @@ class Pages:
         self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._size = len(self._map)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        try:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
             self._map.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without huge pages
         self._open = True
 
     @property
