@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "megatron_hammer"
 ROWS = [  # what stands above may import what stands below
     {"launch", "verify"},
     {"profile", "supervise", "evaluation"},
-    {"train"},
+    {"train", "megatron"},
     {"huggingface"},
     {"checkpoint"},
     {"sampling", "model", "optim"},

@@ -52,13 +52,7 @@ def import_hf(hf_dir: str | Path, save_dir: str | Path, note: Note = say, ignore
         raise CheckpointError(20, str(source), "is not a folder", "name the folder of a Hugging Face model")
     tree = read_json(source / CONFIG)
     model = model_config_from_hf(tree, str(source / CONFIG), ignore, note)
-    if trained := [p for p in find_checkpoints(folder) if p.name != target.name]:
-        raise RefusedError(
-            27, f"--save {save_dir}", f"already holds {trained[-1].name} of a run", "name another folder"
-        )
-    if (Path(save_dir) / CONFIG).is_file():
-        rule = "is a Hugging Face model, and a checkpoint beside its files would be part of it"
-        raise RefusedError(27, f"--save {save_dir}", rule, f"name a new folder, such as {Path(save_dir)}-checkpoint")
+    check_save(Path(save_dir))
     tokenizer = None
     if any((source / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         tokenizer = load_tokenizer(source)
@@ -81,6 +75,21 @@ def import_hf(hf_dir: str | Path, save_dir: str | Path, note: Note = say, ignore
         )
     write_preset(Path(save_dir) / "model.yaml", model, target / TOKENIZER if tokenizer else None)
     return target
+
+
+def check_save(save_dir: Path) -> None:
+    """Refuse to write a first checkpoint into the folder of a run, or of a Hugging Face model.
+
+    Raises:
+        RefusedError: E527.
+    """
+    if trained := [p for p in find_checkpoints(save_dir / "checkpoints") if p.name != step_name(0)]:
+        raise RefusedError(
+            27, f"--save {save_dir}", f"already holds {trained[-1].name} of a run", "name another folder"
+        )
+    if (save_dir / CONFIG).is_file():
+        rule = "is a Hugging Face model, and a checkpoint beside its files would be part of it"
+        raise RefusedError(27, f"--save {save_dir}", rule, f"name a new folder, such as {save_dir}-checkpoint")
 
 
 def write_preset(path: Path, model: ModelConfig, tokenizer: Path | None) -> None:

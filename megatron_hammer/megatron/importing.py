@@ -1,0 +1,288 @@
+"""A checkpoint of Megatron-LM becomes one of ours, of step 0 with weights alone, in the types in which they were.
+
+::
+
+    mp_rank_* or torch_dist --merged, one tensor at a time--> SAVE/checkpoints/step-00000000/
+                                                              SAVE/model.yaml, the preset for the run that continues
+    with a Hugging Face twin: logits of both compared before the checkpoint counts
+
+The model follows from the arguments that the checkpoint holds; a feature that ours lacks is refused by its name, and so
+is a tensor that the model has no place for. Padding rows of the vocabulary are cut off. The optimizer's state is left
+behind in every format, which is said: moments are of use to the run only whose samples and schedule they belong to.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.base.errors import CheckpointError, ConfigError
+from megatron_hammer.base.files import remove_folder
+from megatron_hammer.base.progress import say, track
+from megatron_hammer.base.reading import parse_json, read_regular
+from megatron_hammer.checkpoint.commit import SliceToWrite
+from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES
+from megatron_hammer.checkpoint.folder import Note, step_name
+from megatron_hammer.checkpoint.manifest import TOKENIZER, read_manifest
+from megatron_hammer.checkpoint.write import chunks_of, write_first_checkpoint
+from megatron_hammer.config import ModelConfig
+from megatron_hammer.huggingface.certificate import compare, our_logits
+from megatron_hammer.huggingface.config import CONFIG, check_vocabulary, read_json
+from megatron_hammer.huggingface.importing import check_save, write_preset
+from megatron_hammer.huggingface.transformers_model import load_causal
+from megatron_hammer.megatron.distributed import DistributedSource
+from megatron_hammer.megatron.layout import (
+    EMBEDDING_THERE,
+    OUTPUT_THERE,
+    Place,
+    merged_rows,
+    model_of,
+    place_of,
+    rows_of,
+)
+from megatron_hammer.megatron.legacy import LegacySource
+from megatron_hammer.model.parameters import logical_shapes
+from megatron_hammer.tokenizer.interface import Tokenizer
+from megatron_hammer.tokenizer.load import load_tokenizer
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_ITERATION = re.compile(r"iter_\d{7,}|release")
+_COMPUTED = ("inv_freq",)  # old versions stored these; they follow from the arguments
+_TWIN_TOKENS = 64
+
+
+class Source(Protocol):
+    """A checkpoint in either layout."""
+
+    kind: str
+    folder: Path
+    args: dict[str, Any]
+    iteration: int
+    optimizer: str
+    """What there is of its state, in words; empty: nothing."""
+
+    def names(self) -> Iterable[tuple[str, int | None]]:
+        """All tensors, each with its layer."""
+
+    def dtype(self, name: str, layer: int | None) -> torch.dtype:
+        """Of a tensor."""
+
+    def tensor(self, name: str, layer: int | None) -> Tensor:
+        """A whole tensor, padding included."""
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The folder of one iteration: the path itself, or the newest of a run.
+
+    Raises:
+        CheckpointError: E430 there is none.
+    """
+    if (path / "metadata.json").is_file() or any(path.glob("mp_rank_*")):
+        return path
+    remedy = "name a folder iter_NNNNNNN of Megatron-LM, or the one above it"
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        rule = "is no checkpoint of Megatron-LM (mp_rank_* or torch_dist)" if path.is_dir() else "is not a folder"
+        raise CheckpointError(30, str(path), rule, remedy)
+    text = read_regular(tracker, 100, follow=False).decode(errors="replace").strip()
+    name = text if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else ""
+    if not _ITERATION.fullmatch(name) or not (path / name).is_dir():
+        raise CheckpointError(30, f"{tracker}: {text[:40]!r}", "names no checkpoint that is there", remedy)
+    return find_checkpoint(path / name)
+
+
+def open_source(folder: Path) -> Source:
+    """The checkpoint in a folder, in whichever layout.
+
+    Raises:
+        CheckpointError: E430 another layout, or what reading it raises.
+    """
+    if not (folder / "metadata.json").is_file():
+        return LegacySource(folder)
+    try:
+        tree = parse_json(read_regular(folder / "metadata.json", follow=False))
+    except ValueError:
+        tree = None
+    backend = tree.get("sharded_backend") if isinstance(tree, dict) else None
+    if backend != "torch_dist":
+        remedy = "save it with --ckpt-format torch_dist"
+        raise CheckpointError(30, f"{folder / 'metadata.json'}: sharded_backend={backend}", "is not torch_dist", remedy)
+    return DistributedSource(folder)
+
+
+def import_megatron(
+    load: str | Path,
+    save: str | Path,
+    tokenizer_path: str | Path | None = None,
+    vocab_size: int | None = None,
+    twin: str | Path | None = None,
+    note: Note = say,
+) -> Path:
+    """Write a checkpoint of Megatron-LM as ``save/checkpoints/step-00000000``.
+
+    Args:
+        tokenizer_path: goes into the checkpoint, and says how many rows of the vocabulary are real.
+        vocab_size: the same number, where no tokenizer is given.
+        twin: a Hugging Face folder of the same weights; the checkpoint stays only if the logits are equal.
+
+    Raises:
+        CheckpointError: E430 to E435: what cannot be read or converted, by its name.
+        RefusedError: E527 ``save`` holds something else; E520 the logits are not those of the twin.
+    """
+    check_save(Path(save))
+    source = open_source(find_checkpoint(Path(load)))
+    padded = source.tensor(EMBEDDING_THERE, None).shape[0] if (EMBEDDING_THERE, None) in set(source.names()) else 0
+    if not padded:
+        raise CheckpointError(
+            34, f"{source.folder}: {EMBEDDING_THERE}", "is missing", "name a checkpoint of a GPT model"
+        )
+    tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
+    rows = true_vocabulary(source, padded, tokenizer, vocab_size, twin, note)
+    model = model_of(source.args, rows, str(source.folder))
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model)
+    slices = _slices(source, model)
+    dtypes = {piece.dtype for piece in slices}
+    cut = f"{padded - rows} padding rows of {padded} are cut off"
+    note(f"{source.folder}: {source.kind}, iteration {source.iteration}; {cut}")
+    if source.optimizer:
+        note(f"optimizer state {source.optimizer}: it is not taken over, weights alone are")
+    target = write_first_checkpoint(
+        Path(save) / "checkpoints",
+        slices,
+        model=model,
+        state={"token_ids": _token_ids(tokenizer), "megatron": {"iteration": source.iteration, "format": source.kind}},
+        weights_dtype=dtypes.pop() if len(dtypes) == 1 else "float32",  # fp32 holds any mixture exactly
+        tokenizer=tokenizer,
+        watch=lambda items: track(items, "merging weights", len(items), "tensors"),
+    )
+    if twin is not None:
+        try:
+            note(prove_twin(target, model, Path(twin)))
+        except BaseException:
+            remove_folder(target)
+            raise
+    write_preset(Path(save) / "model.yaml", model, target / TOKENIZER if tokenizer else None)
+    assert target.name == step_name(0)
+    return target
+
+
+def true_vocabulary(
+    source: Source,
+    padded: int,
+    tokenizer: Tokenizer | None,
+    vocab_size: int | None,
+    twin: str | Path | None,
+    note: Note = say,
+) -> int:
+    """How many rows of the embedding are no padding: as the user says, else the tokenizer, the twin, the arguments.
+
+    Raises:
+        ConfigError: E233 more than there are.
+    """
+    said: int | None = vocab_size
+    if said is None and twin is not None:
+        said = read_json(Path(twin) / CONFIG).get("vocab_size")
+    if said is None and tokenizer is not None:
+        said = tokenizer.vocab_size
+    if said is None and type(source.args.get("vocab_size")) is int:
+        said = source.args["vocab_size"]
+    if said is None:
+        note(f"nothing says how many of the {padded} rows of the vocabulary are padding: all are kept (--vocab-size)")
+        return padded
+    if not 1 <= said <= padded:
+        rule = f"must be between 1 and the {padded} rows of the embedding"
+        raise ConfigError(32, f"vocabulary of {said}", rule, "give the tokenizer that the model was trained with")
+    return said
+
+
+def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    names = ("bos", "eos", "pad")
+    return {f"{name}_token_id": None if tokenizer is None else getattr(tokenizer, f"{name}_id") for name in names}
+
+
+class _Merged:
+    """The merged tensor that was asked for last: q, k and v follow each other."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self._last = source, ("", -1, torch.empty(0))
+
+    def __call__(self, name: str, layer: int | None) -> Tensor:
+        if self._last[:2] != (name, layer):
+            self._last = ("", -1, torch.empty(0))  # one at a time
+            self._last = (name, layer, self._source.tensor(name, layer))  # type: ignore[assignment]
+        return self._last[2]
+
+
+def _slices(source: Source, model: ModelConfig) -> list[SliceToWrite]:
+    """All logical tensors of the model, each with how its bytes come about; all that is there must be used."""
+    there, used = set(source.names()), set[tuple[str, int | None]]()
+    merged, slices = _Merged(source), []
+    for tensor, shape in logical_shapes(model).items():
+        place = place_of(tensor)
+        found = next(((name, place.layer) for name in place.names if (name, place.layer) in there), None)
+        if found is None:
+            shown = place.names[0] if place.layer is None else f"decoder.layers.{place.layer}.{place.names[0]}"
+            raise CheckpointError(34, f"{source.folder}: {shown}", "is missing", "restore the checkpoint")
+        used.add(found)
+        dtype = DTYPE_NAMES.get(source.dtype(*found))
+        if dtype is None:
+            rule = f"is of type {source.dtype(*found)}: only {', '.join(DTYPE_NAMES.values())} can be converted"
+            raise CheckpointError(34, f"{source.folder}: {found[0]}", rule, "save the model in one of these types")
+        cols = (0, shape[1]) if len(shape) == 2 else None
+        read = partial(_part, source, merged, found, place, model, shape)
+        slices.append(SliceToWrite(tensor, "weight", (0, shape[0]), cols, shape, dtype, _chunks(read)))
+    for name, layer in sorted(there - used, key=str):
+        if not (name.endswith(_COMPUTED) or (name == OUTPUT_THERE and model.tie_word_embeddings)):
+            shown = name if layer is None else f"decoder.layers.{layer}.{name}"
+            rule = "is no tensor of the model that the arguments describe"
+            raise CheckpointError(34, f"{source.folder}: {shown}", rule, "convert a Llama-like model")
+    return slices
+
+
+def _chunks(read: Callable[[], Tensor]) -> Callable[[], Iterable[Any]]:
+    return lambda: chunks_of(read())
+
+
+def _part(
+    source: Source,
+    merged: _Merged,
+    found: tuple[str, int | None],
+    place: Place,
+    model: ModelConfig,
+    shape: tuple[int, ...],
+) -> Tensor:
+    """A logical tensor, cut out of the merged one."""
+    whole = merged(*found)
+    rows = merged_rows(place.part, model)
+    least = shape[0] if place.part == "vocabulary" else 0
+    expected = rows if rows is not None else (whole.shape[0] if place.part == "vocabulary" else shape[0])
+    if tuple(whole.shape) != (expected, *shape[1:]) or whole.shape[0] < least:
+        rule = f"has the shape {list(whole.shape)}, where the arguments ask for {[expected, *shape[1:]]}"
+        raise CheckpointError(34, f"{source.folder}: {found[0]}, layer {found[1]}", rule, "restore the checkpoint")
+    return torch.cat([whole[first:last] for first, last in rows_of(place.part, whole.shape[0], model)])
+
+
+def prove_twin(checkpoint: Path, model: ModelConfig, twin: Path) -> str:
+    """Compare logits of the checkpoint and of a Hugging Face folder; what was found, in a line.
+
+    Raises:
+        RefusedError: E520 they differ.
+        CheckpointError: E491 the twin cannot be loaded.
+    """
+    assert model.vocab_size is not None and model.max_position_embeddings is not None
+    manifest, length = read_manifest(checkpoint), min(_TWIN_TOKENS, model.max_position_embeddings)
+    ids = [[(i * 2654435761 + k * 40503) % model.vocab_size for i in range(length)] for k in range(2)]
+    ours = our_logits(manifest, model, manifest.weights_dtype, ids)
+    theirs = load_causal(twin, torch.float32)
+    found = [compare(f"ids-{k}", ours[k], theirs, row) for k, row in enumerate(ids)]
+    worst = max(found, key=lambda result: result["max_difference"])
+    return (
+        f"logits equal {twin}'s: max |difference| {worst['max_difference']:.2g} at max |logit| {worst['max_logit']:.3g}"
+    )

@@ -1,0 +1,175 @@
+"""``mp_rank_*`` checkpoints of Megatron-LM: a torch file for each rank of TP and PP, merged tensor by tensor.
+
+::
+
+    iter_0000100/mp_rank_00/model_optim_rng.pt        TP 0          args, iteration, model (and optimizer)
+    iter_0000100/mp_rank_01_002/model_optim_rng.pt    TP 1, PP 2    model0, model1 ... where stages are interleaved
+
+Layers are counted anew on each stage. Of tensor parallelism: qkv, embedding and head are cut by rows, as are gate and
+up, each by itself; attention output and down projection by columns; norms and the biases of the last two are copies,
+which must have the same bits on all ranks. The files stay mapped: memory holds one merged tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.base.errors import CheckpointError
+from megatron_hammer.megatron.pickles import Record, load_pt
+
+_RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
+_FILES = ("model_optim_rng.pt", "model_rng.pt")  # the second: beside optim.pt of very old versions
+_BY_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
+_COPIED = ("linear_proj.bias", "linear_fc2.bias", "norm.weight", "layer_norm_weight", "norm.bias", "layer_norm_bias")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+
+
+class LegacySource:
+    """The tensors of a checkpoint, merged.
+
+    Raises:
+        CheckpointError: a rank is missing, a file cannot be read, or ranks contradict each other.
+    """
+
+    kind = "legacy mp_rank_* files"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._shards: dict[tuple[str, int | None], list[Tensor]] = {}
+        ranks = _ranks(folder)
+        tp, pp = (max(r[axis] for r in ranks) + 1 for axis in (0, 1))
+        for rank in ((t, p) for p in range(pp) for t in range(tp)):
+            if rank not in ranks:
+                rule = f"has no file of TP rank {rank[0]}, PP rank {rank[1]}"
+                raise CheckpointError(33, str(folder), rule, "copy the whole checkpoint")
+        states = {rank: self._load(path) for rank, path in ranks.items()}
+        self.args = arguments_of(states[0, 0], ranks[0, 0])
+        self.iteration = int(states[0, 0].get("iteration") or 0)
+        self.tensor_parallel, self.pipeline_parallel = tp, pp
+        self._check_layout()
+        self.optimizer = ""
+        if "optimizer" in states[0, 0] or any(folder.glob("mp_rank_*/distrib_optim.pt")):
+            self.optimizer = "of the legacy format, whose flat buffers depend on the ranks that wrote them"
+        first = 0
+        for chunk in _chunks(states[0, 0]):
+            for p in range(pp):
+                models = [states[t, p].get(chunk) for t in range(tp)]
+                first += self._take(models, first, f"PP rank {p}, {chunk}")
+
+    def _load(self, path: Path) -> Mapping[str, Any]:
+        state = load_pt(path)
+        if not isinstance(state, dict) or not _chunks(state):
+            raise CheckpointError(33, str(path), "holds no model of Megatron-LM", "name a checkpoint of Megatron-LM")
+        version = state.get("checkpoint_version", 0)
+        if version != 3.0:
+            rule = f"is of checkpoint_version {version}, in which rows of qkv have another order: only 3.0 is read"
+            raise CheckpointError(30, str(path), rule, "load and save it with a newer Megatron-LM")
+        return state
+
+    def _check_layout(self) -> None:
+        names = {
+            "tensor_model_parallel_size": self.tensor_parallel,
+            "pipeline_model_parallel_size": self.pipeline_parallel,
+        }
+        for name, found in names.items():
+            if self.args.get(name, found) != found:
+                rule = f"must be {found}, the ranks whose files are there"
+                raise CheckpointError(
+                    33, f"{self.folder}: args.{name}={self.args[name]}", rule, "copy the whole checkpoint"
+                )
+
+    def _take(self, models: list[Any], first: int, what: str) -> int:
+        """Note the tensors of one stage, whose layers begin with ``first``; how many layers it has."""
+        layers = set()
+        for t, model in enumerate(models):
+            if not isinstance(model, dict):
+                raise CheckpointError(
+                    33, f"{self.folder}: TP rank {t}, {what}", "is missing", "copy the whole checkpoint"
+                )
+            for name, tensor in model.items():
+                if not isinstance(tensor, Tensor) or name.endswith("_extra_state"):
+                    continue
+                place: tuple[str, int | None] = (name, None)
+                if match := _LAYER.fullmatch(name):
+                    layers.add(int(match[1]))
+                    place = (match[2], first + int(match[1]))
+                shards = self._shards.setdefault(place, [])
+                if len(shards) == t:
+                    shards.append(tensor)
+        if layers != set(range(len(layers))):
+            raise CheckpointError(
+                34, f"{self.folder}: {what}", f"has the layers {sorted(layers)}, not all", "restore it"
+            )
+        return len(layers)
+
+    def names(self) -> Iterable[tuple[str, int | None]]:
+        """All tensors, each with its layer over the whole model."""
+        return self._shards.keys()
+
+    def dtype(self, name: str, layer: int | None) -> torch.dtype:
+        """Of a tensor."""
+        return self._shards[name, layer][0].dtype
+
+    def tensor(self, name: str, layer: int | None) -> Tensor:
+        """A whole tensor, padding included."""
+        shards = self._shards[name, layer]
+        if len(shards) != self.tensor_parallel:
+            rule = f"is on {len(shards)} of {self.tensor_parallel} tensor-parallel ranks"
+            raise CheckpointError(34, f"{self.folder}: {_shown(name, layer)}", rule, "copy the whole checkpoint")
+        if name.endswith(_COPIED):
+            for t, shard in enumerate(shards[1:], start=1):
+                if not torch.equal(shards[0].view(-1).view(torch.uint8), shard.view(-1).view(torch.uint8)):
+                    rule = f"differs between TP rank 0 and {t}, which must have copies of it"
+                    raise CheckpointError(35, f"{self.folder}: {_shown(name, layer)}", rule, "use an intact checkpoint")
+            return shards[0]
+        if name.endswith(_BY_COLUMNS):
+            return torch.cat(shards, dim=1)
+        if "linear_fc1" in name:
+            halves = [shard.chunk(2) for shard in shards]
+            return torch.cat([half[0] for half in halves] + [half[1] for half in halves])
+        return torch.cat(shards)
+
+
+def _shown(name: str, layer: int | None) -> str:
+    return name if layer is None else f"decoder.layers.{layer}.{name}"
+
+
+def _ranks(folder: Path) -> dict[tuple[int, int], Path]:
+    found: dict[tuple[int, int], Path] = {}
+    for path in sorted(folder.glob("mp_rank_*")):
+        match = _RANK.fullmatch(path.name)
+        if match is None:
+            rule = "has files of a rank of experts, which our model has not"
+            raise CheckpointError(32, str(path), rule, "convert a model without experts")
+        file = next((path / name for name in _FILES if (path / name).exists()), None)
+        if file is not None:
+            found[int(match[1]), int(match[2] or 0)] = file
+    if (0, 0) not in found:
+        raise CheckpointError(33, str(folder), "has no file of TP rank 0, PP rank 0", "copy the whole checkpoint")
+    return found
+
+
+def _chunks(state: Mapping[str, Any]) -> list[str]:
+    """The keys of a rank's stages: model, or model0, model1 and so on where they are interleaved."""
+    if "model" in state:
+        return ["model"]
+    numbers = [int(match[1]) for key in state if (match := re.fullmatch(r"model(\d+)", str(key)))]
+    return [f"model{number}" for number in sorted(numbers)]
+
+
+def arguments_of(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The training arguments that a file holds.
+
+    Raises:
+        CheckpointError: E434 it has none.
+    """
+    args = state.get("args")
+    if not isinstance(args, Record):
+        raise CheckpointError(34, f"{path}: args", "is missing", "name a checkpoint that has its arguments")
+    return {name: value for name, value in vars(args).items() if name not in ("args", "state")}

@@ -1,0 +1,261 @@
+"""Checkpoints of Megatron-LM, in either layout of any ranks, give the weights they were made of; hostile ones none."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedError
+from megatron_hammer.checkpoint.manifest import read_manifest, saved_model
+from megatron_hammer.checkpoint.read import LogicalReader
+from megatron_hammer.config import ModelConfig, load_config
+from megatron_hammer.huggingface.export import write_hf
+from megatron_hammer.megatron.importing import find_checkpoint, import_megatron, open_source
+from tests.checkpoint.layouts import write_layout
+from tests.megatron.makes import logical_weights, model_for_tests, write_distributed, write_legacy
+
+PLAIN = model_for_tests()
+QWEN2 = model_for_tests(qkv_bias=True, tie_word_embeddings=True)
+QWEN3 = model_for_tests(qk_norm=True)
+BIASES = model_for_tests(qkv_bias=True, attention_output_bias=True, mlp_bias=True)
+
+
+def weights_of(checkpoint: Path) -> dict[str, Tensor]:
+    manifest = read_manifest(checkpoint)
+    with LogicalReader(manifest) as reader:
+        return {t.name: torch.cat(list(reader.bands(t.name))).clone() for t in manifest.tensors}
+
+
+def convert(load: Path, save: Path, **more: Any) -> tuple[Path, list[str]]:
+    notes: list[str] = []
+    return import_megatron(load, save, note=notes.append, **more), notes
+
+
+def check(checkpoint: Path, model: ModelConfig, logical: dict[str, Tensor]) -> None:
+    found = weights_of(checkpoint)
+    assert found.keys() == logical.keys()
+    for name, tensor in logical.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name].view(tensor.shape), tensor), name
+    saved = saved_model(read_manifest(checkpoint))
+    for name in ("num_query_groups", "head_dim", "qk_norm", "qkv_bias", "mlp_bias", "tie_word_embeddings", "norm_eps"):
+        assert getattr(saved, name) == getattr(model, name), name
+    assert load_config(checkpoint.parents[1] / "model.yaml").model == saved
+
+
+@pytest.mark.parametrize(
+    "model, tp, pp, vpp, local_spec",
+    [
+        (PLAIN, 1, 1, 1, False),
+        (PLAIN, 2, 2, 1, True),
+        (PLAIN, 4, 1, 1, False),  # more ranks than query groups: each has half of a group
+        (PLAIN, 2, 1, 2, False),  # interleaved: model0 and model1
+        (QWEN2, 2, 2, 1, False),
+        (QWEN3, 2, 1, 1, True),
+        (BIASES, 2, 1, 1, False),
+    ],
+)
+def test_legacy_files_of_any_ranks(
+    model: ModelConfig, tp: int, pp: int, vpp: int, local_spec: bool, tmp_path: Path
+) -> None:
+    logical = logical_weights(model)
+    write_legacy(tmp_path / "run", model, logical, tp, pp, vpp, local_spec)
+    checkpoint, notes = convert(tmp_path / "run", tmp_path / "ours", vocab_size=131)
+    check(checkpoint, model, logical)
+    assert "iteration 100" in notes[0] and f"{256 * tp - 131} padding rows of {256 * tp}" in notes[0]
+    assert "legacy format" in notes[1] and "not taken over" in notes[1]
+
+
+@pytest.mark.parametrize(
+    "model, tp, stacked, halves",
+    [(PLAIN, 1, True, False), (PLAIN, 2, True, False), (QWEN3, 2, False, True), (BIASES, 4, False, False)],
+)
+def test_torch_dist_of_any_ranks(model: ModelConfig, tp: int, stacked: bool, halves: bool, tmp_path: Path) -> None:
+    logical = logical_weights(model)
+    optimizer = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_x.bucket_idx_0.exp_avg"
+    write_distributed(tmp_path / "iter_0000100", model, logical, tp, stacked, halves, optimizer)
+    checkpoint, notes = convert(tmp_path / "iter_0000100", tmp_path / "ours", vocab_size=131)
+    check(checkpoint, model, logical)
+    assert "torch_dist" in notes[0] and "dp_reshardable" in notes[1]
+
+
+def test_the_chunks_are_read_as_torchs_own_reader_does(tmp_path: Path) -> None:
+    """Which also says that the test's files are what torch calls a distributed checkpoint."""
+    import torch.distributed.checkpoint as dcp
+
+    folder = write_distributed(tmp_path / "iter_0000100", PLAIN, logical_weights(PLAIN), tp=2)
+    source = open_source(folder)
+    name = "mlp.linear_fc1.weight"
+    shape = (PLAIN.num_layers, 2 * PLAIN.ffn_hidden_size, PLAIN.hidden_size)
+    state = {f"decoder.layers.{name}": torch.empty(shape, dtype=torch.bfloat16)}
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    for layer in range(PLAIN.num_layers):
+        assert torch.equal(source.tensor(name, layer), state[f"decoder.layers.{name}"][layer])
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder of the weights that the tests' Megatron-LM checkpoints are made of."""
+    folder = tmp_path_factory.mktemp("twin")
+    logical = {(name, "weight"): tensor.float() for name, tensor in logical_weights(QWEN3).items()}
+    manifest = write_layout(folder / "run", QWEN3, logical, 1, 1)
+    (folder / "hf").mkdir()
+    write_hf(manifest, folder / "hf", "bfloat16", 10**9, note=lambda text: None)
+    return folder / "hf"
+
+
+def test_a_twin_proves_the_logits(twin: Path, tmp_path: Path) -> None:
+    logical = logical_weights(QWEN3)
+    write_legacy(tmp_path / "run", QWEN3, logical, tp=2)
+    checkpoint, notes = convert(tmp_path / "run", tmp_path / "ours", twin=twin)  # which says the vocabulary, too
+    check(checkpoint, QWEN3, logical)
+    assert notes[-1].startswith("logits equal")
+    name = "model.layers.1.self_attn.k_norm.weight"
+    write_legacy(tmp_path / "other", QWEN3, logical | {name: logical[name] * 1.5}, tp=2)
+    with pytest.raises(RefusedError, match=r"error\[E520\]"):
+        convert(tmp_path / "other", tmp_path / "no", twin=twin)
+    assert not list((tmp_path / "no" / "checkpoints").iterdir()) and not (tmp_path / "no" / "model.yaml").exists()
+
+
+def test_the_vocabulary_is_that_of_whoever_knows_it(tokenizer_model: Path, tmp_path: Path) -> None:
+    logical = logical_weights(PLAIN)
+    write_legacy(tmp_path / "said", PLAIN, logical, vocab_size=131)
+    check(convert(tmp_path / "said", tmp_path / "1")[0], PLAIN, logical)
+    write_legacy(tmp_path / "run", PLAIN, logical)
+    checkpoint, notes = convert(tmp_path / "run", tmp_path / "2")
+    assert len(weights_of(checkpoint)["lm_head.weight"]) == 256 and "nothing says" in notes[0]
+    with pytest.raises(ConfigError, match="must be between 1 and the 256 rows"):
+        convert(tmp_path / "run", tmp_path / "3", tokenizer_path=tokenizer_model)  # of 700 ids
+    write_legacy(
+        tmp_path / "wide", model_for_tests(vocab_size=700), logical_weights(model_for_tests(vocab_size=700)), 4
+    )
+    checkpoint, _ = convert(tmp_path / "wide", tmp_path / "4", tokenizer_path=tokenizer_model)
+    assert len(weights_of(checkpoint)["lm_head.weight"]) == 700 and (checkpoint / "tokenizer").is_dir()
+
+
+class Hostile:
+    """Runs a command where it is unpickled by somebody who trusts it."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+class HostileState(Hostile):
+    """The same through a state."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return eval, (f"open({str(self.marker)!r}, 'w')",)
+
+
+@pytest.mark.parametrize("kind", [Hostile, HostileState])
+@pytest.mark.parametrize("place", ["args", "model", "common", "metadata", "chunk"])
+def test_nothing_that_a_pickle_names_is_run(kind: type[Hostile], place: str, tmp_path: Path) -> None:
+    marker, logical = tmp_path / "run-by-the-pickle", logical_weights(PLAIN)
+    evil = kind(marker)
+
+    def change(state: dict[str, Any], t: int, p: int) -> None:
+        if place == "model":
+            state["model"]["decoder.layers.0.evil"] = evil
+        else:
+            state["args"].evil = evil
+
+    folder = tmp_path / "run"
+    if place in ("args", "model"):
+        write_legacy(folder, PLAIN, logical, change=change)
+    elif place == "common":
+        write_distributed(folder, PLAIN, logical, change=change)
+    else:
+        write_distributed(folder, PLAIN, logical)
+        if place == "metadata":
+            metadata = pickle.loads((folder / ".metadata").read_bytes())
+            metadata.planner_data = evil
+            (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        else:
+            metadata = pickle.loads((folder / ".metadata").read_bytes())
+            info = next(i for i in metadata.storage_data.values())
+            with (folder / "__0_0.distcp").open("r+b") as file:
+                file.seek(0, os.SEEK_END)
+                info.offset = file.tell()
+                torch.save(evil, file)
+                info.length = file.tell() - info.offset
+            (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError) as refused:
+        convert(folder, tmp_path / "ours", vocab_size=131)
+    assert not marker.exists() and not (tmp_path / "ours" / "checkpoints" / "step-00000000").exists()
+    named = {Hostile: "posix.system", HostileState: "builtins.eval"}[kind]
+    assert refused.value.code == "E431" and named in str(refused.value)
+
+
+def remove(name: str) -> Any:
+    return lambda state, t, p: state["model"].pop(name)
+
+
+def replace_copy(state: dict[str, Any], t: int, p: int) -> None:
+    if t == 1:
+        state["model"]["decoder.final_layernorm.weight"][0] += 1
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({"num_experts": 8}, r"E432.*args.num_experts=8"),
+        ({"normalization": "LayerNorm"}, r"E432.*args.normalization=LayerNorm"),
+        ({"rotary_percent": 0.5}, r"E432.*args.rotary_percent=0.5"),
+        ({"apply_layernorm_1p": True}, r"E432.*args.apply_layernorm_1p=True"),
+        ({"swiglu": False}, r"E432.*args.swiglu=False"),
+        ({"hidden_size": "16"}, r"E434.*args.hidden_size=16 must be a positive"),
+        ({"ffn_hidden_size": 32}, r"E434.*mlp.linear_fc1.weight.*has the shape \[48, 16\]"),
+        ({"tensor_model_parallel_size": 4}, r"E433.*tensor_model_parallel_size=4 must be 2"),
+        (
+            {"change": remove("decoder.layers.0.mlp.linear_fc2.weight")},
+            r"E434.*layers.0.mlp.linear_fc2.weight is missing",
+        ),
+        (
+            {"change": lambda s, t, p: s["model"].update({"adapter.weight": torch.zeros(1)})},
+            r"E434: adapter.weight|adapter.weight is no",
+        ),
+        ({"change": lambda s, t, p: s.update(checkpoint_version=1.0)}, r"E430.*checkpoint_version 1.0"),
+        ({"change": replace_copy}, r"E435.*final_layernorm.weight differs between TP rank 0 and 1"),
+    ],
+)
+def test_what_cannot_be_converted_is_named(more: dict[str, Any], said: str, tmp_path: Path) -> None:
+    write_legacy(tmp_path / "run", PLAIN, logical_weights(PLAIN), tp=2, **more)
+    with pytest.raises(CheckpointError, match=said):
+        convert(tmp_path / "run", tmp_path / "ours", vocab_size=131)
+    assert not (tmp_path / "ours" / "checkpoints" / "step-00000000").exists()
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    run = write_legacy(tmp_path / "run", PLAIN, logical_weights(PLAIN), tp=2)
+    file = run / "iter_0000100" / "mp_rank_01" / "model_optim_rng.pt"
+    content = file.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"\x80\x04N."):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"error\[E433\].*mp_rank_01"):
+            convert(run, tmp_path / "ours")
+    shutil.rmtree(file.parent)
+    (run / "iter_0000100" / "mp_rank_02").mkdir()
+    shutil.copy(run / "iter_0000100" / "mp_rank_00" / "model_optim_rng.pt", run / "iter_0000100" / "mp_rank_02")
+    with pytest.raises(CheckpointError, match=r"error\[E433\].*no file of TP rank 1"):
+        convert(run, tmp_path / "ours")
+    dist = write_distributed(tmp_path / "dist", PLAIN, logical_weights(PLAIN), tp=2)
+    metadata = pickle.loads((dist / ".metadata").read_bytes())
+    next(iter(metadata.storage_data.values())).relative_path = "../../etc/passwd"
+    (dist / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"error\[E433\].*no file of a distributed checkpoint"):
+        convert(dist, tmp_path / "ours")
+    for text in ("../run", "7", "x"):
+        (run / "latest_checkpointed_iteration.txt").write_text(text)
+        with pytest.raises(CheckpointError, match="E430"):
+            find_checkpoint(run)
+    with pytest.raises(CheckpointError, match="E430"):
+        find_checkpoint(tmp_path / "nowhere")

@@ -1,0 +1,47 @@
+"""Convert a checkpoint of Megatron-LM (a GPT that is a Llama, Qwen2 or Qwen3) to one of ours, without Megatron-LM.
+
+    python tools/megatron_to_checkpoint.py --load RUN --save runs/converted --tokenizer TOKENIZER [--twin HF]
+
+RUN is a folder iter_NNNNNNN, or the one above it (its newest). Read are mp_rank_* files (model_optim_rng.pt,
+checkpoint_version 3.0) and torch_dist, of any TP and PP, also interleaved. Nothing that their pickles name is run: what
+is not on a short list is refused by its name. The result is DIR/checkpoints/step-00000000 with the weights in their own
+types and DIR/model.yaml; start from it with checkpoint.init_from=DIR, or export it with checkpoint_to_hf.py.
+
+The rows of the vocabulary that are padding are cut off: --vocab-size says how many are real, else the twin, the
+tokenizer or the checkpoint's arguments do. --twin compares the logits with those of a Hugging Face folder of the same
+weights (E520 where they differ; then nothing is left). Optimizer state is not taken over; which format it has is said.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+import require_package  # noqa: F401
+
+from megatron_hammer.base.cli import ArgumentParser, run
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="megatron_to_checkpoint.py", description=__doc__)
+    parser.add_argument(
+        "--load", required=True, metavar="DIR", help="checkpoint of Megatron-LM, or a run's folder of them"
+    )
+    parser.add_argument("--save", required=True, metavar="DIR", help="folder for the checkpoint")
+    parser.add_argument("--tokenizer", metavar="PATH", help="the model's tokenizer, which goes into the checkpoint")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="rows of the vocabulary that are no padding")
+    parser.add_argument("--twin", metavar="HF", help="Hugging Face folder of the same weights, to compare logits with")
+    arguments = parser.parse_args()
+
+    from megatron_hammer.megatron.importing import import_megatron
+
+    checkpoint = import_megatron(
+        arguments.load, arguments.save, arguments.tokenizer, arguments.vocab_size, arguments.twin
+    )
+    print(f"wrote {checkpoint}")
+    folder = shlex.quote(str(arguments.save))
+    preset = f"{folder}/model.yaml checkpoint.init_from={folder}"
+    print(f"continue from it: python -m megatron_hammer.train {preset} data.train=PREFIX train.output=RUN")
+
+
+if __name__ == "__main__":
+    run(main)
