@@ -45,7 +45,7 @@ def main() -> None:
             raise ConfigError(85, "build_index.py --prefix", "needs --seq-length, --seed and --samples",
                               "give those of the run, or its config")  # fmt: skip
         plan = IndexPlan(
-            sources=dict(_weighted(text) for text in args.prefix),
+            phases=dict(_weighted(text) for text in args.prefix),
             seq_length=args.seq_length,
             seed=args.seed,
             num_samples=args.samples,

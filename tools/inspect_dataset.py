@@ -77,7 +77,7 @@ def parser() -> ArgumentParser:
     order.add_argument("--count", type=int, metavar="N",
                        help="how many samples (default: 8; with --document to the end of the run)")  # fmt: skip
     order.add_argument("--step", type=int, metavar="N",
-                       help="the samples of step N, from 1, all steps having train.global_batch_size")  # fmt: skip
+                       help="the samples of step N, from 1, as train.global_batch_size has it")  # fmt: skip
     order.add_argument("--document", metavar="SOURCE:N", help="when document N of this source of data.train is read")
     plan = commands.add_parser("plan", help="what a run draws from each source")
     for command in (order, plan):
@@ -191,7 +191,7 @@ def read_config(args: argparse.Namespace) -> Config:
     from megatron_hammer.config import load_config
 
     config = load_config(args.config, args.overrides)
-    if not config.data.train:
+    if not config.data.mixes:
         raise ConfigError(73, "data.train", "is absent, so there is no order", "add data.train=PREFIX")
     config.data.check()
     config.train.check()
@@ -199,30 +199,22 @@ def read_config(args: argparse.Namespace) -> Config:
 
 
 def show_order(args: argparse.Namespace) -> None:
-    from megatron_hammer.sampling.samples import TrainData, describe_samples
+    from megatron_hammer.sampling.samples import describe_samples, open_train_data
 
     config = read_config(args)
-    assert config.data.train
-    batch, total = config.train.global_batch_size, config.train.num_steps * config.train.global_batch_size
+    batches, total = config.batch_sizes, config.num_samples
     start, count = args.start, args.count
     if args.step is not None:
         if start is not None or count is not None:
             raise ConfigError(1, "--step", "excludes --start and --count", "give the one or the others")
         if args.step < 1:
             raise ConfigError(73, f"--step {args.step}", "must be at least 1", "count steps from 1")
-        start, count = (args.step - 1) * batch, batch
+        start = batches.samples(args.step - 1)
+        count = batches.at(start)
     start = 0 if start is None else start
-    data = TrainData(
-        config.data.train,
-        config.data.seq_length,
-        config.train.seed,
-        config.data.order,
-        total,
-        config.data.weights,
-        config.data.index_folder,
-    )
+    data = open_train_data(config)
     if args.document is not None:
-        show_reads(args, data, start, total if count is None else start + count, batch)
+        show_reads(args, data, start, total if count is None else start + count, batches)
         return
     samples = describe_samples(data, start, 8 if count is None else count)
     if args.json:
@@ -236,14 +228,14 @@ def show_order(args: argparse.Namespace) -> None:
         )
 
 
-def show_reads(args: argparse.Namespace, data: Any, start: int, end: int, batch: int) -> None:
+def show_reads(args: argparse.Namespace, data: Any, start: int, end: int, batches: Any) -> None:
     from megatron_hammer.sampling.reads import describe_read, document_reads, find_source
 
     name, colon, number = args.document.rpartition(":")
     if not (colon and name and number.isdecimal()):
         raise ConfigError(1, f"--document {args.document}", "is not SOURCE:N", "write it as P_text_document:17")
     reads = document_reads(data, find_source(data, name), int(number), start, end)
-    described = [describe_read(read, batch) for read in reads]
+    described = [describe_read(read, batches) for read in reads]
     if args.json:
         print_json(described)
         return
@@ -260,23 +252,15 @@ def format_pieces(pieces: list[dict[str, Any]]) -> str:
 
 def show_plan(args: argparse.Namespace) -> None:
     from megatron_hammer.dataset.reader import IndexedDataset
-    from megatron_hammer.sampling.plan import format_plan, make_plan
+    from megatron_hammer.sampling.plan import Content, format_run_plan, plan_run
 
     config = read_config(args)
-    assert config.data.train
-    tokens = {prefix: IndexedDataset(prefix).num_tokens for prefix in config.data.train}
-    plan = make_plan(
-        config.data.train,
-        config.data.weights,
-        tokens,
-        config.train.num_steps,
-        config.tokens_per_step,
-        config.data.max_epochs,
-    )
+    datasets = [(prefix, IndexedDataset(prefix)) for prefix in config.data.train_prefixes]
+    plan = plan_run(config, [Content(prefix, dataset.num_tokens, dataset.fingerprint) for prefix, dataset in datasets])
     if args.json:
         print_json(plan.describe())
     else:
-        print(format_plan(plan))
+        print(format_run_plan(plan))
 
 
 def main() -> None:

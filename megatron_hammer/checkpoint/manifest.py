@@ -379,7 +379,7 @@ def saved_model(manifest: Manifest) -> ModelConfig:
     """
     path = str(manifest.folder / MANIFEST)
     try:
-        config = config_from_tree(manifest.config)
+        config = config_from_tree(manifest.config).after_samples(manifest.state.get("consumed_samples", 0))
         config.model.check()
     except ConfigError as error:
         remedy = "read it with the version of the program that wrote it"

@@ -116,9 +116,8 @@ def _build(cls: type, tree: Any, where: str) -> Any:
     for key in tree:
         if key not in hints:
             name = f"{where}.{key}" if where else str(key)
-            raise ConfigError(
-                2, name, "is not a known setting", f"did you mean {nearest_setting(name, _known_settings())}?"
-            )
+            known = [f"{where}.{own}" for own in hints] if "[" in where else _known_settings()
+            raise ConfigError(2, name, "is not a known setting", f"did you mean {nearest_setting(name, known)}?")
     values = {}
     for f in dataclasses.fields(cls):
         name = f"{where}.{f.name}" if where else f.name
@@ -162,6 +161,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return _convert_dict(args[1], value, name)
     if origin is tuple:
         values = value if isinstance(value, list | tuple) else [value]  # one may stand alone
+        if dataclasses.is_dataclass(args[0]):
+            return tuple(_convert(args[0], v, f"{name}[{i}]") for i, v in enumerate(values))
         return tuple(_convert(args[0], v, name) for v in values)
     number = _number(value)
     if hint is bool and isinstance(value, bool):

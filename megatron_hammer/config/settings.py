@@ -304,6 +304,61 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
+class PhaseConfig:
+    """A stretch of the run with a mix of its own; each source goes on where the phases before have left it."""
+
+    train: dict[str, float]
+    """As data.train."""
+    tokens: int | None = None
+    """Length in tokens (targets): as many samples as hold them; to the end of a step where the next phase differs in
+    seq_length or RoPE."""
+    samples: int | None = None
+    """Length in samples, exact: it says the same at every train.global_batch_size."""
+    steps: int | None = None
+    """Length in steps of train.global_batch_size samples."""
+    weights: Literal["share", "tokens", "epochs"] | None = None
+    """As data.weights; absent: that."""
+    seq_length: int | None = None
+    """As data.seq_length; absent: that."""
+    rope_theta: float | None = None
+    """model.rope_theta from this phase on, for a longer context; absent: as before."""
+    rope_scaling: RopeScaling | None = None
+    """model.rope_scaling from this phase on; absent: as before."""
+
+    @property
+    def length(self) -> int | None:
+        """In whatever unit; None where none is given."""
+        return next((n for n in (self.tokens, self.samples, self.steps) if n is not None), None)
+
+    def check(self, where: str, is_last: bool) -> None:
+        """Raise ``ConfigError`` for an impossible mix or length."""
+        lengths = {name: getattr(self, name) for name in ("tokens", "samples", "steps")}
+        given = [name for name, value in lengths.items() if value is not None]
+        require(
+            len(given) == 1 or (is_last and not given),
+            f"{where}: {' and '.join(given) or 'no length'}",
+            "must be one length: tokens, samples or steps; the last phase alone may have none and runs to the end",
+            f"give {where} one of the three",
+        )
+        at_least(where, lengths | {"seq_length": self.seq_length}, 1)
+        _check_mix(f"{where}.train", self.train)
+        theta = self.rope_theta
+        require(theta is None or theta > 0, f"{where}.rope_theta={theta}", "must be positive", "raise it")
+        if self.rope_scaling is not None:
+            self.rope_scaling.check()
+
+
+def _check_mix(where: str, mix: dict[str, float]) -> None:
+    for prefix, weight in mix.items():
+        require(
+            0 < weight < math.inf,
+            f"{where}[{prefix}]={weight}",
+            "must be a positive number",
+            "give every source a weight above zero or leave it out",
+        )
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Indexed datasets (prefix P of P.bin and P.idx) and how samples are cut from them."""
 
@@ -313,8 +368,13 @@ class DataConfig:
     """What the weights of data.train are. share: of the samples, in proportion. tokens: tokens to draw (142e9). epochs:
     passes over the source (1.5). train.num_steps stays the length of the run: all sources are scaled to it alike, and
     the plan printed before training says what each one gives and which length fits."""
+    phases: Content[tuple[PhaseConfig, ...] | None] = None
+    """In place of data.train: [{tokens: N, train: {prefix: weight, ...}}, ..., {train: ...}], mixes one after the
+    other. A phase has a length in tokens, samples or steps (the last without one runs to the end), and may have
+    weights, seq_length, rope_theta and rope_scaling of its own. Each source goes on where it stood, so that nothing of
+    an unfinished pass is read twice or left out. What has not been consumed may be changed at any time."""
     max_epochs: Free[float | None] = None
-    """Refuse a run that would read a source more often than this, counted from step 1; absent: no limit."""
+    """Refuse a run that would read a source more often than this over all its phases; absent: no limit."""
     valid: Content[dict[str, str] | None] = None
     """{name: prefix, ...}: validation sets, each reported under its name; absent: no evaluation."""
     seq_length: Samples[int] = 2048
@@ -341,13 +401,9 @@ class DataConfig:
             "must be positive",
             "leave it out for no limit",
         )
-        for prefix, weight in (self.train or {}).items():
-            require(
-                0 < weight < math.inf,
-                f"data.train[{prefix}]={weight}",
-                "must be a positive number",
-                "give every source a weight above zero or leave it out",
-            )
+        _check_mix("data.train", self.train or {})
+        if self.phases is not None:
+            self._check_phases(self.phases)
         for name in self.valid or {}:
             require(
                 name != "" and "/" not in name,
@@ -355,6 +411,32 @@ class DataConfig:
                 "must be a name without '/'",
                 "rename this validation set",
             )
+
+    def _check_phases(self, phases: tuple[PhaseConfig, ...]) -> None:
+        require(
+            bool(phases) and not self.train,
+            "data.phases" if not phases else f"data.train={self.train}",
+            "is empty" if not phases else "cannot stand beside data.phases, which name their own mixes",
+            "leave one of them out; data.train=null takes it from a preset",
+        )
+        require(
+            self.order == "independent",
+            "data.order=megatron",
+            "cannot have data.phases: its order is of one mix, shuffled for the length of the whole run",
+            "use data.order=independent, or a new run with checkpoint.init_from for each mix",
+        )
+        for i, phase in enumerate(phases):
+            phase.check(f"data.phases[{i}]", i == len(phases) - 1)
+
+    @property
+    def mixes(self) -> tuple[PhaseConfig, ...]:
+        """The phases; ``data.train`` alone is one. None where no data are named."""
+        return self.phases or (() if not self.train else (PhaseConfig(self.train),))
+
+    @property
+    def train_prefixes(self) -> list[str]:
+        """All training sources, each once, in the order in which they are named."""
+        return list(dict.fromkeys(prefix for mix in self.mixes for prefix in mix.train))
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 
+from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config.checks import choices, divisors, require
+from megatron_hammer.config.phases import BatchSizes, Phase, phase_at, phases_of
 from megatron_hammer.config.settings import (
     ATTENTION_MASKS,
     CheckpointConfig,
@@ -52,6 +55,12 @@ class Config:
             check = getattr(getattr(self, group.name), "check", None)
             if check is not None:
                 check()
+        for phase in self.phases:
+            if phase.shape != (self.data.seq_length, self.model.rope_theta, self.model.rope_scaling):
+                try:
+                    self.in_phase(phase).validate(world_size)
+                except ConfigError as error:
+                    raise ConfigError(error.number, f"{phase.name}: {error.what}", error.rule, error.remedy) from None
         model, tp = self.model, self.parallel.tensor_model_parallel_size
         allowed = [t for t in range(1, model.num_attention_heads + 1) if not _tp_obstacle(self, t)]
         obstacle = _tp_obstacle(self, tp)
@@ -147,6 +156,50 @@ class Config:
             "set checkpoint.save_interval_steps to a divisor of it",
             number=5,
         )
+
+    def check_phase_ends(self, consumed: int = 0) -> None:
+        """Whether steps that begin at sample ``consumed`` never hold samples of two shapes.
+
+        Raises:
+            ConfigError: names the phase that would end within a step.
+        """
+        for before, phase in itertools.pairwise(self.phases):
+            if phase.first > consumed and not phase.has_shape_of(before):
+                over = self.batch_sizes.step_end(phase.first, consumed) - phase.first
+                require(
+                    over == 0,
+                    f"{before.name}, which ends at sample {phase.first:,}",
+                    f"must end with a step, since {phase.name} has another seq_length or RoPE",
+                    f"make it samples={phase.first - before.first + over}",
+                )
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """How many samples each step has."""
+        return BatchSizes.of(self.train)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the whole run."""
+        return self.batch_sizes.samples(self.train.num_steps)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases of the run; ``data.train`` alone is one. Empty where no data are named."""
+        return phases_of(self.data, self.model, self.batch_sizes)
+
+    def in_phase(self, phase: Phase) -> Config:
+        """The config of a run that has this phase alone: its mix, its length and its RoPE."""
+        data = dataclasses.replace(
+            self.data, phases=None, train=dict(phase.train), weights=phase.unit, seq_length=phase.seq_length
+        )
+        model = dataclasses.replace(self.model, rope_theta=phase.rope_theta, rope_scaling=phase.rope_scaling)
+        return dataclasses.replace(self, data=data, model=model)
+
+    def after_samples(self, consumed: int) -> Config:
+        """``in_phase`` of the phase of the last of ``consumed`` samples: what has been trained then."""
+        phases = self.phases
+        return self.in_phase(phase_at(phases, max(0, consumed - 1))) if phases else self
 
     def grid(self, world_size: int) -> Grid:
         """How ``world_size`` ranks share the work."""

@@ -148,6 +148,11 @@ class Stage(nn.Module):
             self.rope_cache[length] = cos_and_sin(self.config, length, self.options.device, self.options.dtype)
         return self.rope_cache[length]
 
+    def change_rope(self, config: ModelConfig) -> None:
+        """Compute with the RoPE of another config from now on, whose weights mean the same otherwise."""
+        self.config = config
+        self.rope_cache.clear()
+
     def compile_layers(self) -> None:
         """Have the first training step compile a layer, whole; the others run that code, on their own weights."""
         self.run_layer = torch.compile(self.recompute.body, fullgraph=True, dynamic=False)

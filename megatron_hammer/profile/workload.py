@@ -87,7 +87,7 @@ class Workload:
         self.ctx, self.steps, self.document_squares, self.document_tokens = ctx, 0, 0, 0
         self.run: Run | None = None
         self.ranges, size = ranges, ctx.world.size
-        if config.data.train:
+        if config.data.mixes:
             prepared = prepare(config, size)
             self.config, self.run = prepared.config, Run(prepared, ctx, self.ranges)
             self.stages, self.optimizer = self.run.stages, self.run.optimizer

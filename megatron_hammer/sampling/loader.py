@@ -2,7 +2,7 @@
 
 ::
 
-    global batch of a step = samples [consumed, consumed + global_batch_size)
+    global batch of a step = samples [consumed, consumed + batch size at this sample)
 
     grad_accum 2, dp 2, micro-batch 2:     samples   0 1 | 2 3 | 4 5 | 6 7
                                            rank       0     1     0     1
@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from megatron_hammer.config.phases import BatchSizes
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.order import SampleId
 from megatron_hammer.sampling.samples import TrainData
@@ -44,15 +45,15 @@ class ReadAhead:
 
     Args:
         end: number of the sample at which the run ends: nothing beyond is read ahead.
-        data, micro_batch_size, grad_accum, dp_rank, dp_size: as for ``micro_batches``.
+        batches: samples of each step.
+        data, micro_batch_size, dp_rank, dp_size: as for ``micro_batches``.
     """
 
     def __init__(
-        self, data: TrainData, end: int, micro_batch_size: int, grad_accum: int, dp_rank: int, dp_size: int
+        self, data: TrainData, end: int, micro_batch_size: int, batches: BatchSizes, dp_rank: int, dp_size: int
     ) -> None:
-        self._data, self._end = data, end
-        self._layout = micro_batch_size, grad_accum, dp_rank, dp_size
-        self._step_samples = micro_batch_size * grad_accum * dp_size
+        self._data, self._end, self._batches = data, end, batches
+        self._micro_batch_size, self._dp = micro_batch_size, (dp_rank, dp_size)
         self._thread = ThreadPoolExecutor(1, "read-ahead")
         self._next: tuple[int, Future[list[Batch[np.ndarray]]]] | None = None
 
@@ -61,11 +62,16 @@ class ReadAhead:
         if self._next is not None and self._next[0] == first_sample:
             batches = self._next[1].result()
         else:
-            batches = micro_batches(self._data, first_sample, *self._layout)
-        following, self._next = first_sample + self._step_samples, None
-        if following + self._step_samples <= self._end:
-            self._next = following, self._thread.submit(micro_batches, self._data, following, *self._layout)
+            batches = self._read(first_sample)
+        following, self._next = first_sample + self._batches.at(first_sample), None
+        if following + self._batches.at(following) <= self._end:
+            self._next = following, self._thread.submit(self._read, following)
         return batches
+
+    def _read(self, first_sample: int) -> list[Batch[np.ndarray]]:
+        size = self._micro_batch_size
+        accumulated = self._batches.at(first_sample) // (size * self._dp[1])
+        return micro_batches(self._data, first_sample, size, accumulated, *self._dp)
 
 
 def chain_digest(previous: str, ids: Iterable[SampleId], fingerprints: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ permutation; windows of s + 1 tokens start every s tokens and are read, epoch by
 All of it follows from (seed, content of the source, s, p): extending a run, another batch size or another number of
 ranks changes nothing that came before. No token is dropped at the end of an epoch: its last window goes on into the
 next one. A permutation is a keyed function with random access (``index.permute``); all that is stored is one token
-count every 64 documents, for the epochs in use.
+count every 64 documents, for the epochs in use. A run of several lengths goes on with what is unread (``rest.py``).
 
 "megatron", Megatron-LM's order, for those who move a run: all epochs' documents are shuffled together (or the last one
 apart), then all samples, by one MT19937. It needs the number of samples in advance and changes when that does.
@@ -22,7 +22,8 @@ import hashlib
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ import numpy as np
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.sampling import index_builder as index
 from megatron_hammer.sampling.cache import IndexStore, Key
+from megatron_hammer.sampling.rest import WHOLE, Rest, read_windows
 
 _STRIDE = 64  # documents between two token counts: 1/8 byte a document, and a window is found among 64 documents
 _EPOCHS_KEPT = 4  # the current one, the next (which its last window reads) and the past ones of a look back
@@ -67,12 +69,19 @@ class IndependentOrder:
         seq_length: s; a sample holds s + 1 tokens.
         seed: of the run.
         store: where the token counts of large sources are kept; None: in memory only.
+        rest: finds, when it is asked for, what samples of another length have left of the source (``rest_after``).
     """
 
     def __init__(
-        self, lengths: np.ndarray, fingerprint: str, seq_length: int, seed: int, store: IndexStore | None = None
+        self,
+        lengths: np.ndarray,
+        fingerprint: str,
+        seq_length: int,
+        seed: int,
+        store: IndexStore | None = None,
+        rest: Callable[[], Rest] = lambda: WHOLE,
     ) -> None:
-        self.lengths, self.seq_length = lengths, seq_length
+        self.lengths, self.seq_length, self._find_rest = lengths, seq_length, rest
         self._store = store
         self.num_tokens = int(lengths.sum(dtype=np.int64))
         assert self.num_tokens > 0 and seq_length > 0, f"{self.num_tokens} tokens, seq_length {seq_length}"
@@ -80,34 +89,90 @@ class IndependentOrder:
         self._marks: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
         self._lock = threading.Lock()  # a thread may read ahead while another locates samples
 
+    @cached_property
+    def rest(self) -> Rest:
+        """The targets that the windows are cut from."""
+        return self._find_rest()
+
     def windows(self, first: int, count: int) -> np.ndarray:
         """Windows of samples [first, first + count) of the source (from 0, without end): int64."""
         parts = []
         while count > 0:
-            epoch = first * self.seq_length // self.num_tokens  # windows are permuted within the epoch they start in
-            begin, end = self._first_window(epoch), self._first_window(epoch + 1)
+            begin, end, key = self._pass(first)
             taken = min(count, end - first)
-            key = derive_key(self._seed, "windows", self._fingerprint, epoch)
             parts.append(begin + index.permute(end - begin, key, first - begin, taken))
             first, count = first + taken, count - taken
         return np.concatenate(parts)
 
+    def _pass(self, position: int) -> tuple[int, int, int]:
+        """The windows [begin, end) among which that of a sample is permuted, and the key: those that start in an epoch,
+        or in what an earlier length has left of one."""
+        s, rest = self.seq_length, self.rest
+        tag = [rest.tag] if rest.tag else []
+        behind = -(-rest.unfinished // s)  # the first window behind the unfinished pass
+        if position < behind:
+            return 0, behind, derive_key(self._seed, "windows", self._fingerprint, "rest", *tag)
+        epoch = (position * s + rest.shift) // self.num_tokens
+        begin, end = (max(behind, -(-(e * self.num_tokens - rest.shift) // s)) for e in (epoch, epoch + 1))
+        return begin, end, derive_key(self._seed, "windows", self._fingerprint, epoch, *tag)
+
+    def passes(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """(begin, end) of the windows, and so of the samples, of the passes that hold samples [first, last]."""
+        while first <= last:
+            begin, end, _ = self._pass(first)
+            yield begin, end
+            first = end
+
+    def rest_after(self, position: int) -> Rest:
+        """What the first ``position`` samples have left of the source."""
+        begin, end, key = self._pass(position)
+        s, rest = self.seq_length, self.rest
+        tag = f"{rest.tag} {s}:{position}".strip()
+        if position == begin:  # no pass is unfinished, or nothing of it is read
+            return rest if position == 0 else rest.behind(begin * s, tag)
+
+        def build() -> dict[str, np.ndarray]:
+            left = rest.without(end - begin, read_windows(end - begin, key, position - begin), begin * s, s, tag)
+            return {"pieces": left.pieces, "firsts": left.firsts, "at": np.array([left.unfinished, left.goes_on_at])}
+
+        follows_from: Key = {"dataset": self._fingerprint, "seed": self._seed, "read": tag}
+        kept = build() if self._store is None else self._store.get("rest", follows_from, end - begin, build)
+        return Rest(kept["pieces"], kept["firsts"], int(kept["at"][0]), int(kept["at"][1]), tag)
+
+    def epochs(self, windows: np.ndarray) -> list[int]:
+        """The epoch in whose stream each of some windows begins."""
+        s, rest = self.seq_length, self.rest
+        if rest.unfinished == 0:  # a window's number times seq_length may leave 64 bits
+            return [(window * s + rest.shift) // self.num_tokens for window in windows.tolist()]
+        found: list[int] = ((rest.positions(windows * s) - 1) // self.num_tokens).tolist()
+        return found
+
     def locate_all(self, windows: np.ndarray) -> index.Located:
         """What ``locate`` says of each of some windows: all spans, and how many each window has."""
-        first, last, s, total = int(windows.min()), int(windows.max()), self.seq_length, self.num_tokens
-        epoch = first * s // total
-        if (last + 1) * s // total > epoch:  # seldom: they begin in several epochs, or one goes on into the next
+        s, total, shift = self.seq_length, self.num_tokens, self.rest.shift
+        first, last = int(windows.min()), int(windows.max())
+        epoch = (first * s + shift) // total
+        if first * s < self.rest.unfinished or ((last + 1) * s + shift) // total > epoch:
+            # Seldom: pieces of a rest, or windows that begin in several epochs or go on into the next.
             located = [np.array(self.locate(window), np.int64) for window in windows.tolist()]
             return np.concatenate(located), np.array([len(spans) for spans in located], np.int64)
         # From the first of them on: in a far epoch, a window's number times seq_length may leave 64 bits.
-        offsets = (windows - first) * s + (first * s - epoch * total)
+        offsets = (windows - first) * s + (first * s + shift - epoch * total)
         key, marks = self._epoch(epoch)
         return index.locate_windows(self.lengths, marks, _STRIDE, key, offsets, s + 1)
 
     def locate(self, window: int) -> list[DocumentSpan]:
-        """The seq_length + 1 tokens of a window, in order."""
-        epoch, offset = divmod(window * self.seq_length, self.num_tokens)
-        missing = self.seq_length + 1
+        """The seq_length + 1 tokens of a window, in order: its targets, and the token before the first of them."""
+        spans: list[DocumentSpan] = []
+        before = 1
+        for position, count in self.rest.intervals(window * self.seq_length, self.seq_length):
+            spans += self._locate_tokens(position - before, count + before)
+            before = 0
+        return spans
+
+    def _locate_tokens(self, position: int, missing: int) -> list[DocumentSpan]:
+        """Consecutive tokens of the stream."""
+        epoch, offset = divmod(position, self.num_tokens)
         spans: list[DocumentSpan] = []
         while missing > 0:
             key, marks = self._epoch(epoch)
@@ -121,9 +186,6 @@ class IndependentOrder:
         """Documents ``first`` to ``first + count`` of an epoch, in the order of its stream: int64."""
         key = derive_key(self._seed, "documents", self._fingerprint, epoch)
         return index.permute(len(self.lengths), key, first, count)
-
-    def _first_window(self, epoch: int) -> int:
-        return -(-epoch * self.num_tokens // self.seq_length)
 
     def _epoch(self, epoch: int) -> tuple[int, np.ndarray]:
         """Key of the epoch's permutation of documents, and its token counts."""
@@ -147,8 +209,10 @@ class IndependentOrder:
 
     def prepare(self, first: int, last: int) -> None:
         """Build, or find, what reading samples [first, last] needs."""
-        epochs = [(position * self.seq_length) // self.num_tokens for position in (first, last)]
-        for epoch in range(epochs[0], epochs[1] + 1):
+        s, rest = self.seq_length, self.rest
+        ends = np.array([0 if first * s < rest.unfinished else first * s, max(last * s, rest.unfinished)])
+        low, high = ((rest.positions(ends) - 1) // self.num_tokens).tolist()
+        for epoch in range(low, high + 1):
             self._epoch(epoch)
 
 
@@ -214,6 +278,10 @@ class MegatronOrder:
     def windows(self, first: int, count: int) -> np.ndarray:
         """Windows of samples [first, first + count) of the source: int64; epochs are shuffled together."""
         return self.index.shuffle[first : first + count].astype(np.int64)
+
+    def epochs(self, windows: np.ndarray) -> list[int]:
+        """The epoch in which each of some windows begins."""
+        return [window * self.seq_length // self.num_tokens for window in windows.tolist()]
 
     def locate_all(self, windows: np.ndarray) -> index.Located:
         """What ``locate`` says of each of some windows: all spans, and how many each window has."""

@@ -14,11 +14,12 @@ extended, or cut short, keeps the order of its samples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.tables import align
+from megatron_hammer.config import Config
 
 WeightUnit = Literal["share", "tokens", "epochs"]
 
@@ -40,6 +41,16 @@ def sampling_weights(weights: Sequence[float], unit: WeightUnit, tokens: Sequenc
 
 
 @dataclass(frozen=True)
+class Content:
+    """What a plan must know of a source."""
+
+    prefix: str
+    tokens: int
+    fingerprint: str
+    """The same source under another path has the same."""
+
+
+@dataclass(frozen=True)
 class SourcePlan:
     """What the run draws from one source."""
 
@@ -51,7 +62,9 @@ class SourcePlan:
     share: float
     """Of the samples; the shares add up to one."""
     drawn: int
-    """Tokens (targets) that the run reads from it; exact to within a sample or two of the mix."""
+    """Tokens (targets) that the run, or the phase, reads from it; exact to within a sample or two of the mix."""
+    before: int = 0
+    """Tokens that the phases before have read."""
 
     @property
     def epochs(self) -> float:
@@ -61,7 +74,7 @@ class SourcePlan:
     @property
     def repeated(self) -> int:
         """Tokens drawn beyond the first pass."""
-        return max(0, self.drawn - self.tokens)
+        return max(0, self.before + self.drawn - max(self.tokens, self.before))
 
 
 @dataclass(frozen=True)
@@ -100,8 +113,145 @@ class Plan:
             "tokens": self.drawn,
             "asked_tokens": self.asked,
             "fitting_steps": self.fitting_steps,
-            "sources": [asdict(s) | {"epochs": s.epochs, "repeated": s.repeated} for s in self.sources],
+            "sources": [_told(s) for s in self.sources],
         }
+
+
+def _told(source: SourcePlan) -> dict[str, Any]:
+    tree = asdict(source) | {"epochs": source.epochs, "repeated": source.repeated}
+    return {name: value for name, value in tree.items() if name != "before" or value}
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """What a phase draws, source by source."""
+
+    name: str
+    first_sample: int
+    samples: int
+    """Of the phase, as far as the run goes."""
+    steps: tuple[int, int]
+    """First and last that begin in it; (n + 1, n): none does."""
+    seq_length: int
+    unit: WeightUnit
+    sources: tuple[SourcePlan, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Targets."""
+        return self.samples * self.seq_length
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run draws in all its phases."""
+
+    phases: tuple[PhasePlan, ...]
+    num_steps: int
+    whole: Plan | None
+    """The same as one table, where there is one phase and one size of a step."""
+    contents: tuple[Content, ...]
+    consumed: int = 0
+    """Samples that are behind the run."""
+
+    @property
+    def tokens(self) -> int:
+        """Targets of the whole run."""
+        return sum(phase.tokens for phase in self.phases)
+
+    @property
+    def totals(self) -> list[SourcePlan]:
+        """Each source over all phases; what is the same under two paths is one."""
+        drawn = _drawn_by_content(self, None)
+        names = {content.fingerprint: content for content in self.contents}
+        total = max(1, self.tokens)
+        return [
+            SourcePlan(names[key].prefix, 0.0, names[key].tokens, tokens / total, tokens)
+            for key, tokens in drawn.items()
+        ]
+
+    @property
+    def read(self) -> dict[str, int]:
+        """Prefix -> tokens that have been read of each of ``totals``."""
+        drawn = _drawn_by_content(self, self.consumed)
+        return {c.prefix: drawn.get(c.fingerprint, 0) for c in self.contents}
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        if self.whole is not None:
+            return self.whole.describe()
+        phases = [
+            {
+                "name": phase.name,
+                "first_sample": phase.first_sample,
+                "samples": phase.samples,
+                "steps": list(phase.steps),
+                "seq_length": phase.seq_length,
+                "tokens": phase.tokens,
+                "weights": phase.unit,
+                "sources": [_told(source) for source in phase.sources],
+            }
+            for phase in self.phases
+        ]
+        sources = [_told(s) | {"read": self.read[s.prefix]} for s in self.totals]
+        for source in sources:
+            del source["weight"]
+        return {"num_steps": self.num_steps, "tokens": self.tokens, "phases": phases, "sources": sources}
+
+
+def _drawn_by_content(plan: RunPlan, end: int | None) -> dict[str, int]:
+    """Fingerprint -> tokens of the samples before ``end``; None: of the whole run."""
+    of = {content.prefix: content.fingerprint for content in plan.contents}
+    drawn: dict[str, int] = {}
+    for phase in plan.phases:
+        part = 1.0 if end is None else min(1.0, max(0.0, (end - phase.first_sample) / max(1, phase.samples)))
+        for source in phase.sources:
+            drawn[of[source.prefix]] = drawn.get(of[source.prefix], 0) + round(source.drawn * part)
+    return drawn
+
+
+def plan_run(config: Config, contents: Sequence[Content], consumed: int = 0) -> RunPlan:
+    """Work out what each source gives to a run in each of its phases.
+
+    Args:
+        config: of the run.
+        contents: of its sources.
+        consumed: samples that are behind it.
+
+    Raises:
+        DataError: E345 a source is empty.
+        ConfigError: E293 a source would be read more often than ``data.max_epochs`` over all phases.
+    """
+    tokens, of = {c.prefix: c.tokens for c in contents}, {c.prefix: c.fingerprint for c in contents}
+    batches, end = config.batch_sizes, config.num_samples
+    drawn: dict[str, int] = {}
+    phases = []
+    for phase in config.phases:
+        last = end if phase.end is None else min(phase.end, end)
+        samples = max(0, last - phase.first)
+        plan = make_plan(phase.train, phase.unit, tokens, samples, phase.seq_length)
+        sources = tuple(replace(s, before=drawn.get(of[s.prefix], 0)) for s in plan.sources)
+        for source in sources:
+            drawn[of[source.prefix]] = drawn.get(of[source.prefix], 0) + source.drawn
+        steps = batches.steps(min(phase.first, end)) + 1, batches.steps(min(last, end))
+        phases.append(PhasePlan(phase.name, phase.first, samples, steps, phase.seq_length, phase.unit, sources))
+    limit = config.data.max_epochs
+    whole = None
+    if len(phases) == 1 and len(batches.ramp) == 1:
+        (only,) = config.phases
+        size = batches.at(0) * only.seq_length
+        whole = make_plan(only.train, only.unit, tokens, config.train.num_steps, size, limit)
+    found = RunPlan(tuple(phases), config.train.num_steps, whole, tuple(contents), consumed)
+    worst = max(found.totals, key=lambda source: source.epochs)
+    if limit is not None and worst.epochs > limit * (1 + _ROUNDING):
+        raise ConfigError(
+            93,
+            f"{worst.prefix}: {_rounded(worst.epochs)} epochs over all phases ({worst.drawn:,} tokens drawn of "
+            f"{worst.tokens:,})",
+            f"must not exceed data.max_epochs={limit:g}",
+            "lower its weight in a phase, shorten the run, add data or raise data.max_epochs",
+        )
+    return found
 
 
 def make_plan(
@@ -156,6 +306,56 @@ def make_plan(
     return plan
 
 
+def format_run_plan(plan: RunPlan) -> str:
+    """The plan of a run as a table: one row a source, or a phase and source and then each source over all phases."""
+    if plan.whole is not None:
+        return format_plan(plan.whole)
+    rows = [["phase", "steps", "seq_length", "source", "weight", "share", "drawn", "epochs", "repeated"]]
+    for phase in plan.phases:
+        first, last = phase.steps
+        shown = [phase.name, "none" if last < first else f"{first:,} to {last:,}", f"{phase.seq_length:,}"]
+        for source in phase.sources:
+            weight = f"{source.weight:,.6g}" + ("" if phase.unit == "share" else f" {phase.unit}")
+            after = (source.before + source.drawn) / source.tokens
+            epochs = f"{_rounded(source.before / source.tokens)} to {_rounded(after)}"
+            rows.append([*shown, source.prefix, weight, f"{100 * source.share:.2f} %", f"{source.drawn:,}", epochs,
+                         f"{source.repeated:,}"])  # fmt: skip
+            shown = ["", "", ""]
+    shown = ["all", f"1 to {plan.num_steps:,}", ""]
+    for source in plan.totals:
+        rows.append([*shown, source.prefix, "", f"{100 * source.share:.2f} %", f"{source.drawn:,}",
+                     _rounded(source.epochs), f"{source.repeated:,}"])  # fmt: skip
+        shown = ["", "", ""]
+    lines = [f"plan of {plan.num_steps:,} steps, {plan.tokens:,} tokens in all; each source goes on where the phase "
+             "before has left it; repeated: drawn beyond the first pass", *align(rows, indent="  ")]  # fmt: skip
+    if plan.consumed:
+        read = plan.read
+        told = ", ".join(f"{s.prefix} {_rounded(read[s.prefix] / s.tokens)}" for s in plan.totals)
+        lines.append(f"read so far, at sample {plan.consumed:,}, in epochs: {told}")
+    return "\n".join(lines + _remarks(plan))
+
+
+def _remarks(plan: RunPlan) -> list[str]:
+    lines = []
+    for phase in (p for p in plan.phases if p.unit != "share" and p.samples):
+        asked = sum(s.weight * (s.tokens if phase.unit == "epochs" else 1) for s in phase.sources)
+        if abs(phase.tokens - asked) > phase.seq_length:
+            lines.append(
+                f"note: {phase.name} with weights={phase.unit} asks for {asked:,.0f} tokens; it draws "
+                f"{phase.tokens / asked:.4g} times that, from every source; tokens={asked:.0f} fits"
+            )
+    lines += [f"note: {p.name} begins behind the end of the run" for p in plan.phases if not p.samples]
+    worst = max(plan.totals, key=lambda source: source.epochs)
+    return lines + ([_many(worst)] if worst.epochs > MANY_EPOCHS else [])
+
+
+def _many(worst: SourcePlan) -> str:
+    return (
+        f"note: {worst.prefix} is read {worst.epochs:,.0f} times: beyond some {MANY_EPOCHS} passes a text teaches "
+        "next to nothing new (arXiv 2305.16264); add data, lower its weight or shorten the run"
+    )
+
+
 def format_plan(plan: Plan) -> str:
     """The plan as a table of one row a source, and a remark where the run's length is not what the weights ask for."""
     header = ["source", "tokens", f"weight ({plan.unit})", "share", "drawn", "epochs", "repeated"]
@@ -181,10 +381,7 @@ def format_plan(plan: Plan) -> str:
         )
     worst = max(plan.sources, key=lambda source: source.epochs)
     if worst.epochs > MANY_EPOCHS:
-        lines.append(
-            f"note: {worst.prefix} is read {worst.epochs:,.0f} times: beyond some {MANY_EPOCHS} passes a text teaches "
-            "next to nothing new (arXiv 2305.16264); add data, lower its weight or shorten the run"
-        )
+        lines.append(_many(worst))
     return "\n".join(lines)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
+from megatron_hammer.config.phases import Phase
 from megatron_hammer.sampling.cache import SMALLEST
-from megatron_hammer.sampling.plan import WeightUnit
 from megatron_hammer.sampling.samples import Order, TrainData
 
 
@@ -17,12 +17,11 @@ from megatron_hammer.sampling.samples import Order, TrainData
 class IndexPlan:
     """What the indices of a run follow from; the fields are those of ``TrainData``."""
 
-    sources: Mapping[str, float]
+    phases: Sequence[Phase] | Mapping[str, float]
     seq_length: int
     seed: int
     num_samples: int
     order: Order = "independent"
-    unit: WeightUnit = "share"
     index_folder: str | None = None
 
 
@@ -32,16 +31,15 @@ def plan_of(config: Config) -> IndexPlan:
     Raises:
         ConfigError: it names no training data.
     """
-    if not config.data.train:
+    if not config.phases:
         raise ConfigError(85, "data.train", "is absent, so there is nothing to index", "add data.train=PREFIX")
     config.data.check()
     return IndexPlan(
-        config.data.train,
+        config.phases,
         config.data.seq_length,
         config.train.seed,
-        config.train.num_steps * config.train.global_batch_size,
+        config.num_samples,
         config.data.order,
-        config.data.weights,
         config.data.index_folder,
     )
 
@@ -65,13 +63,12 @@ def build_indices(plan: IndexPlan, epochs: int | None = None) -> Iterator[str]:
     started = time.monotonic()
     notes: list[str] = []
     data = TrainData(
-        plan.sources,
+        plan.phases,
         plan.seq_length,
         plan.seed,
         plan.order,
         plan.num_samples,
-        plan.unit,
-        plan.index_folder,
+        index_folder=plan.index_folder,
         note=notes.append,
     )
     if epochs is None:

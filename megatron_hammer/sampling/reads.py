@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.sampling.order import DocumentSpan, IndependentOrder, MegatronOrder, SampleId
+from megatron_hammer.config.phases import BatchSizes
+from megatron_hammer.sampling.order import DocumentSpan, IndependentOrder, MegatronOrder
+from megatron_hammer.sampling.phases import Stretch
 from megatron_hammer.sampling.samples import TrainData
 
 _DOCUMENTS_AT_ONCE = 1 << 20
@@ -58,47 +60,54 @@ def document_reads(data: TrainData, source: int, document: int, start: int, end:
     Raises:
         ConfigError: E296 no such document.
     """
-    dataset, order = data.sources[source], data.orders[source]
+    dataset = data.sources[source]
     if not 0 <= document < dataset.num_documents:
         raise ConfigError(96, f"document {document} of {dataset.prefix}",
                           f"must lie in 0 to {dataset.num_documents} minus 1", "count documents from 0")  # fmt: skip
-    share = float(data.shares[source])
-    if isinstance(order, MegatronOrder):
-        first, last = (int(x) for x in dataset.document_indices[document : document + 2])
-        windows = _megatron_windows(order, first, last)
-    else:
-        positions = max(0, math.floor(share * start) - _LAG), math.ceil(share * end) + _LAG
-        windows = _independent_windows(order, document, *positions)
-    reads = []
-    for position, sample_id in windows:
-        i = _sample_of(data, SampleId(source, *sample_id), position, share, start, end)
-        if i is not None:
+    reads: list[Read] = []
+    for stretch, begin, until in data.order.within(start, end):
+        share = stretch.share_of(source)
+        if share == 0:
+            continue
+        order = stretch.order_of(source)
+        if isinstance(order, MegatronOrder):
+            first, last = (int(x) for x in dataset.document_indices[document : document + 2])
+            windows = _megatron_windows(order, first, last)
+        else:
+            offset = stretch.offsets[stretch.sources.index(source)]
+            low = max(0, math.floor(share * (begin - stretch.first)) - _LAG)
+            high = math.ceil(share * (until - stretch.first)) + _LAG
+            windows = _independent_windows(order, document, offset + low, offset + high)
+        for position, window in windows:
+            i = _sample_of(stretch, source, position, share, begin, until)
+            if i is None:
+                continue
             spans = [span for span in data.locate(i) if span.document == document]
             if spans:
-                reads.append(Read(i, *sample_id, spans))
+                (epoch,) = order.epochs(np.array([window]))
+                reads.append(Read(i, epoch, window, spans))
     return sorted(reads, key=lambda read: read.sample)
 
 
-def _independent_windows(
-    order: IndependentOrder, document: int, first: int, last: int
-) -> list[tuple[int, tuple[int, int]]]:
-    """(position, (epoch, window)) of the source's samples that hold the document, around positions [first, last]."""
+def _independent_windows(order: IndependentOrder, document: int, first: int, last: int) -> list[tuple[int, int]]:
+    """(position, window) of the source's samples that may hold the document, around positions [first, last]."""
     length, s, total = int(order.lengths[document]), order.seq_length, order.num_tokens
     if length == 0:
         return []
-    reach = s // total + 1  # epochs that a window goes on into
-    epochs = range(first * s // total, last * s // total + reach + 1)
-    wanted: dict[int, list[int]] = {}
-    for epoch in epochs:
+    passes = list(order.passes(first, last))
+    lowest = min(order.epochs(np.array([begin]))[0] for begin, _ in passes)
+    highest = order.epochs(np.array([passes[-1][1]]))[0] + s // total + 1  # epochs that a window goes on into
+    wanted: set[int] = set()
+    for epoch in range(lowest, highest + 1):
         begin = epoch * total + _tokens_before(order, document, epoch)
-        for window in range(max(0, -(-(begin - s) // s)), (begin + length - 1) // s + 1):
-            wanted.setdefault(window * s // total, []).append(window)
+        # A token is a target, or stands before the first target of a window.
+        for target, count in order.rest.targets_at(begin, length + 1):
+            wanted.update(range(target // s, (target + count - 1) // s + 1))
     found = []
-    for epoch, of_epoch in wanted.items():
-        position, behind = (-(-e * total // s) for e in (epoch, epoch + 1))  # samples before this epoch and the next
-        windows = order.windows(position, behind - position)
-        at = np.flatnonzero(np.isin(windows, of_epoch))
-        found += [(position + int(place), (epoch, int(windows[place]))) for place in at]
+    for begin, end in passes:
+        windows = order.windows(begin, end - begin)
+        at = np.flatnonzero(np.isin(windows, [window for window in wanted if begin <= window < end]))
+        found += [(begin + int(place), int(windows[place])) for place in at]
     return found
 
 
@@ -116,7 +125,7 @@ def _tokens_before(order: IndependentOrder, document: int, epoch: int) -> int:
     raise AssertionError("a permutation holds every document")
 
 
-def _megatron_windows(order: MegatronOrder, first: int, last: int) -> list[tuple[int, tuple[int, int]]]:
+def _megatron_windows(order: MegatronOrder, first: int, last: int) -> list[tuple[int, int]]:
     """As ``_independent_windows``, for a document of sequences [first, last): of the whole run."""
     places = np.flatnonzero((order.index.documents >= first) & (order.index.documents < last))
     boundaries = order.index.samples[:, 0].astype(np.int64)  # rising: where each window starts
@@ -124,22 +133,28 @@ def _megatron_windows(order: MegatronOrder, first: int, last: int) -> list[tuple
     high = np.searchsorted(boundaries, places, side="right") - 1
     windows = sorted({w for a, b in zip(low.tolist(), high.tolist()) for w in range(max(a, 0), b + 1)})
     at = np.flatnonzero(np.isin(order.index.shuffle, windows))
-    found = order.index.shuffle[at].tolist()
-    return [(p, (w * order.seq_length // order.num_tokens, w)) for p, w in zip(at.tolist(), found)]
+    return list(zip(at.tolist(), order.index.shuffle[at].tolist()))
 
 
-def _sample_of(data: TrainData, wanted: SampleId, position: int, share: float, start: int, end: int) -> int | None:
+def _sample_of(stretch: Stretch, source: int, position: int, share: float, start: int, end: int) -> int | None:
     """The sample of the run that is sample ``position`` of a source; None where it is not in [start, end)."""
-    if len(data.sources) == 1:
-        return position if start <= position < end else None
-    low, high = math.floor((position - _LAG) / share), math.ceil((position + _LAG + 1) / share)
-    return next((i for i in range(max(low, start), min(high, end)) if data.sample_id(i) == wanted), None)
+    place = stretch.sources.index(source)
+    position -= stretch.offsets[place]
+    if position < 0:
+        return None
+    low = max(start - stretch.first, math.floor((position - _LAG) / share))
+    high = min(end - stretch.first, math.ceil((position + _LAG + 1) / share))
+    if high <= low:
+        return None
+    sources, positions = stretch.blend.range(low, high - low)
+    at = np.flatnonzero((sources == place) & (positions == position))
+    return stretch.first + low + int(at[0]) if len(at) else None
 
 
-def describe_read(read: Read, global_batch_size: int) -> dict[str, Any]:
-    """Plain values; steps are counted from 1 and all have the same size."""
+def describe_read(read: Read, batches: BatchSizes) -> dict[str, Any]:
+    """Plain values; steps are counted from 1."""
     return {
-        "step": read.sample // global_batch_size + 1,
+        "step": batches.steps(read.sample + 1),
         "sample": read.sample,
         "epoch": read.epoch,
         "window": read.window,

@@ -1,15 +1,15 @@
 """Samples: what sample number i of a run is, and its tokens; validation samples in the order of their file.
 
-``blend.py`` says which source gives sample i and which of its samples that is, ``order.py`` which tokens those are,
-``dataset/reader.py`` reads them. A training sample is a window of seq_length + 1 tokens, inputs and labels shifted by
-one; the loss runs across the documents in it, and so does attention unless a batch says where they lie
-(``Batch.documents``).
+``phases.py`` and ``blend.py`` say which source gives sample i and which of its samples that is, ``order.py`` which
+tokens those are, ``dataset/reader.py`` reads them. A training sample is a window of seq_length + 1 tokens, inputs and
+labels shifted by one; the loss runs across the documents in it, and so does attention unless a batch says where they
+lie (``Batch.documents``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +20,15 @@ from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.base.mapping import SURVIVES_CUTS
 from megatron_hammer.base.progress import say
 from megatron_hammer.config import Config
+from megatron_hammer.config.phases import Phase
 from megatron_hammer.dataset.format import REMAKE
 from megatron_hammer.dataset.reader import IndexedDataset, first_foreign_id
 from megatron_hammer.sampling import index_builder as index
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.blend import Blend
 from megatron_hammer.sampling.cache import IndexStore
-from megatron_hammer.sampling.order import DocumentSpan, IndependentOrder, MegatronOrder, SampleId
+from megatron_hammer.sampling.order import DocumentSpan, MegatronOrder, SampleId
+from megatron_hammer.sampling.phases import Mix, SampleOrder, Source, Stretch, lay_out
 from megatron_hammer.sampling.plan import WeightUnit, sampling_weights
 
 __all__ = [
@@ -55,12 +57,12 @@ class TrainData:
     """The endless (or, in Megatron-LM's order, num_samples long) sequence of training samples.
 
     Args:
-        sources: prefix of each indexed dataset and its weight in the mix.
-        seq_length: s; a sample holds s + 1 tokens.
+        phases: of the run; or prefix of each indexed dataset and its weight in the mix, which is one phase.
+        seq_length: s of that one phase; a sample holds s + 1 tokens. Phases have lengths of their own.
         seed: of the run.
-        order: "independent" or "megatron", see ``sampling/order.py``.
+        order: "independent" or "megatron", see ``sampling/order.py``; this one has one phase.
         num_samples: samples the whole run draws; the order "megatron" depends on it, the other ignores it.
-        unit: what the weights are, see ``sampling/plan.py``.
+        unit: what the weights of that one phase are, see ``sampling/plan.py``.
         index_folder: where indices of large datasets are kept (``sampling/cache.py``); None: beside each dataset, in
             ``P.index``.
         note: gets remarks about these files.
@@ -74,7 +76,7 @@ class TrainData:
 
     def __init__(
         self,
-        sources: Mapping[str, float] | Mapping[Path, float],
+        phases: Sequence[Phase] | Mapping[str, float] | Mapping[Path, float],
         seq_length: int,
         seed: int,
         order: Order = "independent",
@@ -85,46 +87,44 @@ class TrainData:
         document_mask: bool = False,
         vocab_size: int | None = None,
     ) -> None:
-        assert sources, "training needs at least one source"
+        assert phases, "training needs at least one source"
+        if isinstance(phases, Mapping):
+            only = {str(prefix): weight for prefix, weight in phases.items()}
+            phases = [Phase("data", 0, None, only, unit, seq_length, 0.0, None)]
         self.vocab_size = vocab_size
-        self.seq_length, self.num_samples = seq_length, num_samples if order == "megatron" else None
-        self._document_mask = document_mask
-        self.sources = [_open_tokens(prefix) for prefix in sources]
-        """One dataset a source: in the order "independent" by fingerprint, so that neither the order in which sources
-        are named nor their paths decide which sample comes when; in Megatron-LM's as given."""
-        for dataset in self.sources:
-            if dataset.num_tokens == 0:
-                raise DataError(45, f"{dataset.prefix}.bin", "holds no token", "leave this source out")
-        proportions = sampling_weights(list(sources.values()), unit, [dataset.num_tokens for dataset in self.sources])
-        weights = dict(zip(self.sources, proportions))
-        if order == "independent":
-            self.sources.sort(key=lambda dataset: dataset.fingerprint)
+        self.num_samples = num_samples if order == "megatron" else None
+        self._document_mask, self._by_document = document_mask, order == "independent"
+        self.sources, shares = open_sources(phases, sort=self._by_document)
+        """One dataset a source, over all phases: in the order "independent" by fingerprint, so that neither the order
+        in which sources are named nor their paths decide which sample comes when; in Megatron-LM's as given. Its place
+        here is the number of a source, in ``Batch.sources`` and everywhere."""
         self.fingerprints = tuple(dataset.fingerprint for dataset in self.sources)
         """Content of each source."""
-        shares = np.array([weights[dataset] for dataset in self.sources], np.float64)
-        shares = shares / shares.sum()  # Blend divides by the sum once more, and so, in float64, does Megatron-LM
-        stores = [
+        self._stores = [
             IndexStore(index_folder or f"{dataset.prefix}.index", note, check_built=dataset.check_unchanged)
             for dataset in self.sources
         ]
-        self._stores = stores
-        self._blend = Blend(shares, "chairman" if order == "independent" else "greedy", stores[0], num_samples)
-        self._by_document = order == "independent"
         self._memory = [
             (dataset.tokens, dataset.pointers, dataset.boundaries if self._by_document else None)
             for dataset in self.sources
         ]
-        self._orders: list[IndependentOrder] | list[MegatronOrder]
         if order == "independent":
-            self._orders = [
-                IndependentOrder(dataset.document_lengths, fingerprint, seq_length, seed, store)
-                for dataset, fingerprint, store in zip(self.sources, self.fingerprints, stores)
+            mixes = [Mix(p.first, p.end, p.seq_length, of_phase) for p, of_phase in zip(phases, shares, strict=True)]
+            sources = [
+                Source(dataset.document_lengths, fingerprint, store)
+                for dataset, fingerprint, store in zip(self.sources, self.fingerprints, self._stores)
             ]
+            self.order = lay_out(mixes, sources, seed, num_samples)
+            """Which window of which source each sample is."""
         else:
-            self._orders = self._build_megatron(shares.tolist(), seed, num_samples, stores)
+            length, only_shares = phases[0].seq_length, list(shares[0].values())
+            orders = self._build_megatron(only_shares, length, seed, num_samples, self._stores)
+            blend = Blend(only_shares, "greedy", self._stores[0], num_samples)
+            places = tuple(range(len(self.sources)))
+            self.order = SampleOrder([Stretch(0, None, length, places, blend, (0,) * len(places), orders)], num_samples)
 
     def _build_megatron(
-        self, shares: list[float], seed: int, num_samples: int | None, stores: list[IndexStore]
+        self, shares: list[float], seq_length: int, seed: int, num_samples: int | None, stores: list[IndexStore]
     ) -> list[MegatronOrder]:
         """A source alone is not blended there, which asks it for num_samples without the surplus."""
         if num_samples is None or num_samples < 1:
@@ -135,32 +135,24 @@ class TrainData:
             sizes = [math.ceil(math.ceil(num_samples * share) * (1 + MEGATRON_SURPLUS)) for share in shares]
         # The mix never draws more: it only draws from a source that has at most share * i samples before sample i.
         return [
-            MegatronOrder(dataset.lengths, self.seq_length, seed, size, store, fingerprint, dataset.forget)
+            MegatronOrder(dataset.lengths, seq_length, seed, size, store, fingerprint, dataset.forget)
             for dataset, size, store, fingerprint in zip(self.sources, sizes, stores, self.fingerprints)
         ]
 
     def prepare(self, first: int, count: int) -> None:
         """Build, or find, every index that samples [first, first + count) need, so that reading them builds none."""
         end = first + count if self.num_samples is None else min(first + count, self.num_samples)
-        before, after = self._blend.counts(first), self._blend.counts(end)
-        for source, (position, end) in enumerate(zip(before.tolist(), after.tolist())):
-            if end > position:
-                self._orders[source].prepare(position, end - 1)
+        self.order.prepare(first, end)
 
     def prepare_epochs(self, epochs: int) -> None:
         """The same for the first ``epochs`` passes over every source."""
-        for source, dataset in enumerate(self.sources):
-            self._orders[source].prepare(0, (epochs * dataset.num_tokens - 1) // self.seq_length)
+        for stretch in self.order.stretches:
+            for source, order in zip(stretch.sources, stretch.orders, strict=True):
+                order.prepare(0, (epochs * self.sources[source].num_tokens - 1) // stretch.seq_length)
 
-    @property
-    def shares(self) -> np.ndarray:
-        """Of the samples, for each of ``sources``; they add up to one."""
-        return self._blend.weights
-
-    @property
-    def orders(self) -> list[IndependentOrder] | list[MegatronOrder]:
-        """The order of each of ``sources``."""
-        return self._orders
+    def seq_length_at(self, i: int) -> int:
+        """Targets in sample ``i``."""
+        return self.order.stretch_at(i).seq_length
 
     def sample_id(self, i: int) -> SampleId:
         """Which window of which source is sample ``i`` of the run (from 0)."""
@@ -168,32 +160,15 @@ class TrainData:
 
     def sample_ids(self, first: int, count: int) -> list[SampleId]:
         """The same of each of samples [first, first + count), at once."""
-        ids: list[Any] = [None] * count
-        for source, rows, windows in self._windows(first, count):
-            total = self._orders[source].num_tokens
-            for row, window in zip(rows.tolist(), windows.tolist()):
-                ids[row] = SampleId(source, window * self.seq_length // total, window)
-        return ids
-
-    def _windows(self, first: int, count: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(source, which of samples [first, first + count) it gives, counted from ``first``, the windows they are)."""
-        if first < 0 or count < 1 or (self.num_samples is not None and first + count > self.num_samples):
-            raise IndexError(f"samples [{first}, {first + count}) are not in [0, {self.num_samples})")
-        if len(self.sources) == 1:
-            yield 0, np.arange(count), self._orders[0].windows(first, count)
-            return
-        sources, positions = self._blend.range(first, count)
-        for source in np.unique(sources).tolist():
-            rows = np.flatnonzero(sources == source)  # the samples of one source follow each other
-            yield source, rows, self._orders[source].windows(int(positions[rows[0]]), len(rows))
+        return self.order.ids(first, count)
 
     def locate(self, i: int) -> list[DocumentSpan]:
         """The documents that sample ``i`` reads: (document, offset in it, length), in order."""
-        sample = self.sample_id(i)
-        spans = self._orders[sample.source].locate(sample.window)
+        (part,) = self.order.parts(i, 1)
+        spans = part.order.locate(int(part.windows[0]))
         if self._by_document:
             return spans
-        dataset = self.sources[sample.source]
+        dataset = self.sources[part.source]
         located = []
         for sequence, offset, length in spans:
             document, before = dataset.document_of(sequence)
@@ -201,7 +176,7 @@ class TrainData:
         return located
 
     def read(self, first: int, count: int, out: np.ndarray | None = None) -> Batch[np.ndarray]:
-        """Samples [first, first + count).
+        """Samples [first, first + count), all of one length.
 
         What ``tokens`` gives one by one, at once: compiled, without the GIL, straight from the map into the result.
 
@@ -214,17 +189,19 @@ class TrainData:
         Raises:
             DataError: E350 a file was cut or overwritten; E341 an id is not in the vocabulary, with its place.
         """
-        s = self.seq_length
+        s = self.seq_length_at(first)
+        assert s == self.seq_length_at(first + count - 1), f"samples [{first}, {first + count}) differ in seq_length"
         out = np.empty((count, s + 1), np.int64) if out is None else out
         assert out.shape == (count, s + 1), f"out is {out.shape} for {count} samples"
         sources, ends = np.empty(count, np.int64), []
         if not SURVIVES_CUTS:
             self.check_unchanged(range(len(self.sources)))
         try:
-            for source, rows, windows in self._windows(first, count):
-                spans, counts = self._orders[source].locate_all(windows)
-                index.copy_windows(*self._memory[source], spans, counts, rows, out)
-                sources[rows] = source
+            for part in self.order.parts(first, count):
+                rows = part.rows
+                spans, counts = part.order.locate_all(part.windows)
+                index.copy_windows(*self._memory[part.source], spans, counts, rows, out)
+                sources[rows] = part.source
                 if self._document_mask:
                     in_window = np.cumsum(spans[:, 2]) - np.repeat(np.arange(len(rows)) * (s + 1), counts)
                     # The last token of a window is a label only.
@@ -259,14 +236,14 @@ class TrainData:
 
     def tokens(self, i: int) -> np.ndarray:
         """Tokens of sample ``i``: [seq_length + 1] int64."""
-        sample = self.sample_id(i)
-        dataset = self.sources[sample.source]
-        units, offsets, lengths = np.array(self._orders[sample.source].locate(sample.window)).T
+        (part,) = self.order.parts(i, 1)
+        dataset = self.sources[part.source]
+        units, offsets, lengths = np.array(part.order.locate(int(part.windows[0]))).T
         sequences = dataset.first_sequences(units) if self._by_document else units
         starts = dataset.pointers[sequences] // dataset.dtype.itemsize + offsets
         parts = [dataset.tokens[start : start + n] for start, n in zip(starts.tolist(), lengths.tolist())]
         tokens = np.concatenate(parts, dtype=np.int64)
-        assert len(tokens) == self.seq_length + 1, f"sample {i} has {len(tokens)} tokens"
+        assert len(tokens) == part.order.seq_length + 1, f"sample {i} has {len(tokens)} tokens"
         return tokens
 
 
@@ -406,18 +383,16 @@ def check_tokenizer(
 
 def open_train_data(config: Config, note: Callable[[str], None] = say) -> TrainData:
     """The training samples of a run whose config names sources; ``note`` gets remarks about index files."""
-    assert config.data.train is not None, "data.train is checked before"
     return TrainData(
-        config.data.train,
+        config.phases,
         config.data.seq_length,
         config.train.seed,
         config.data.order,
-        config.train.num_steps * config.train.global_batch_size,
-        config.data.weights,
-        config.data.index_folder,
-        note,
-        config.data.attention_mask == "document",
-        config.model.vocab_size,
+        config.num_samples,
+        index_folder=config.data.index_folder,
+        note=note,
+        document_mask=config.data.attention_mask == "document",
+        vocab_size=config.model.vocab_size,
     )
 
 
@@ -434,6 +409,42 @@ def open_valid_data(config: Config) -> list[ValidData]:
         )
         for name, prefix in (config.data.valid or {}).items()
     ]
+
+
+def open_sources(phases: Sequence[Phase], sort: bool = True) -> tuple[list[IndexedDataset], list[dict[int, float]]]:
+    """The training sources of a run, each once, and of each phase the shares of those that it draws from.
+
+    Sources are told apart by what they hold: one that has another path in a later phase is still the same, with the
+    later path. Its place in the list is its number.
+
+    Args:
+        sort: by fingerprint; else in the order in which they are named.
+
+    Raises:
+        DataError: E345 a source is empty; or it is missing, damaged or holds no token ids.
+    """
+    opened = {prefix: _open_tokens(prefix) for phase in phases for prefix in phase.train}
+    known: dict[tuple[str, int], IndexedDataset] = {}  # the number tells apart what one mix names twice
+    weights: list[dict[tuple[str, int], float]] = []
+    for phase in phases:
+        datasets = [opened[prefix] for prefix in phase.train]
+        for dataset in datasets:
+            if dataset.num_tokens == 0:
+                raise DataError(45, f"{dataset.prefix}.bin", "holds no token", "leave this source out")
+        prints = [dataset.fingerprint for dataset in datasets]
+        keys = [(fingerprint, prints[:i].count(fingerprint)) for i, fingerprint in enumerate(prints)]
+        known |= dict(zip(keys, datasets, strict=True))
+        tokens = [dataset.num_tokens for dataset in datasets]
+        weights.append(dict(zip(keys, sampling_weights(list(phase.train.values()), phase.unit, tokens), strict=True)))
+    keys = sorted(known) if sort else list(known)
+    numbers = {key: number for number, key in enumerate(keys)}
+    shares = []
+    for of_phase in weights:
+        ordered = sorted(of_phase, key=numbers.__getitem__)
+        values = np.array([of_phase[key] for key in ordered], np.float64)
+        values = values / values.sum()  # Blend divides by the sum once more, and so, in float64, does Megatron-LM
+        shares.append({numbers[key]: float(share) for key, share in zip(ordered, values, strict=True)})
+    return [known[key] for key in keys], shares
 
 
 def _open_tokens(prefix: str | Path) -> IndexedDataset:

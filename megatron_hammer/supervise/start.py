@@ -76,7 +76,7 @@ def main() -> int:
     """Parse, validate, launch."""
     args = build_parser().parse_intermixed_args()
     keep_torch_quiet()
-    from megatron_hammer.sampling.plan import format_plan
+    from megatron_hammer.sampling.plan import format_run_plan
     from megatron_hammer.train.prepare import prepare
 
     _check_slurm_step()
@@ -88,7 +88,7 @@ def main() -> int:
     for note in prepared.data_notes:  # rank 0 says the rest; it does not read the data again
         print(f"note: {note}", flush=True)
     if prepared.plan is not None and not prepared.is_finished and node.node_rank == 0:
-        print(format_plan(prepared.plan), flush=True)
+        print(format_run_plan(prepared.plan), flush=True)
     _check_gpus(config, node.nproc)
     _note_few_cores(config, node.nproc)
     return launch(config, node, options={"accepted": accepted}, restarts=restarts)

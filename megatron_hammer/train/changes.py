@@ -24,10 +24,10 @@ from megatron_hammer.base.errors import ConfigError, RefusedError
 from megatron_hammer.config import Config, Effect, config_to_tree, setting_effects
 from megatron_hammer.optim.schedule import learning_rate, shape
 from megatron_hammer.train.identity import DataIdentity, DatasetIdentity, pair_up
+from megatron_hammer.train.past import SAME_SHARE, Pasts, phases_to_paste
 
 DATA, TOKENIZER = "data", "tokenizer"
 FRESH = "fresh"  # a new run in a folder where a run has been whose checkpoints are gone or damaged: train/traces.py
-SAME_SHARE = 1e-9  # relative rounding of two ways to write one mix, {a: 2, b: 1} and {a: 4, b: 2}
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ def changed_settings(saved: Config, config: Config) -> list[Change]:
     changes = []
     for name, effect in setting_effects().items():
         elsewhere = effect in (Effect.MODEL, Effect.CONTENT) or name == "data.weights"
+        elsewhere = elsewhere or (name == "data.seq_length" and bool(saved.data.phases or config.data.phases))
         if elsewhere or name not in old or old[name] == new[name]:
             continue
         # Megatron-LM's order is built for the length of the run.
@@ -138,15 +139,21 @@ def _in_effect(config: Config) -> dict[str, Any]:
 
 
 def changed_data(
-    saved: DataIdentity | None, ours: DataIdentity, saved_config: Config, config: Config
+    saved: DataIdentity | None, ours: DataIdentity, saved_config: Config, config: Config, consumed: int
 ) -> tuple[list[Change], list[str]]:
-    """How datasets and mix differ, and remarks; ``saved`` is None where an older version wrote the checkpoint."""
+    """How datasets and mix differ, and remarks; ``saved`` is None where an older version wrote the checkpoint.
+
+    Args:
+        consumed: samples that are behind the run.
+    """
     if saved is None:
         note = (
             "the checkpoint is of a version that recorded no fingerprints of datasets: that they are the same could "
             "not be checked; the next checkpoint records them"
         )
         return _changed_paths(saved_config, config), [note]
+    if saved_config.data.phases or config.data.phases:
+        return _changed_phases(saved, ours, saved_config, config, consumed) + _changed_valid(saved, ours), []
     changes = _changed_sources(saved, ours)
     if not any(change.accepted_by for change in changes):
         changes += _changed_mix(saved, ours, saved_config, config)
@@ -169,6 +176,32 @@ def _changed_sources(saved: DataIdentity, ours: DataIdentity) -> list[Change]:
         for pair in pair_up(saved.train, ours.train)
         if (change := _content_change("data.train", pair.old, pair.new)) is not None
     ]
+
+
+def _changed_phases(
+    saved: DataIdentity, ours: DataIdentity, saved_config: Config, config: Config, consumed: int
+) -> list[Change]:
+    """What was consumed must be drawn as it was; what is to come may change, and is said.
+
+    Raises:
+        RefusedError: E580 ``data.phases`` name another past.
+    """
+    pasts = Pasts(saved, ours, saved_config, config)
+    pairs = [pair for pair in pasts.pairs if pair.old is not None and pair.new is not None]
+    changes = [c for pair in pairs if (c := _content_change("data.train", pair.old, pair.new)) is not None]
+    if (differs := pasts.difference(consumed)) is None:
+        coming = pasts.difference()
+        return changes + ([] if coming is None else [Change("data.phases", *coming)])
+    if config.data.phases is None:
+        return [*changes, Change("data.train", *differs, ("data.train", DATA))]
+    past = dataclasses.replace(config.data, phases=pasts.saved_phases(config, consumed))
+    block = phases_to_paste(dataclasses.replace(config, data=past))
+    raise RefusedError(
+        80,
+        f"data.phases: {differs[1]} (was {differs[0]})",
+        f"would change the samples that are consumed: the first {consumed:,}",
+        f"write these as they were, and what is to come behind them: {block[:-1]}, {{train: ...}}]",
+    )
 
 
 def _changed_valid(saved: DataIdentity, ours: DataIdentity) -> list[Change]:
@@ -240,7 +273,13 @@ def _plain(value: Any) -> str:
 
 
 def settle_changes(
-    changes: Sequence[Change], accepted: Collection[str], where: str, saved: Config, config: Config, step: int
+    changes: Sequence[Change],
+    accepted: Collection[str],
+    where: str,
+    saved: Config,
+    config: Config,
+    step: int,
+    hint: str = "",
 ) -> list[str]:
     """Refuse what must be accepted and is not; return what to print of the rest.
 
@@ -249,6 +288,7 @@ def settle_changes(
         accepted: names given by ``--accept``.
         where: the checkpoint.
         step: the first one that the changes take part in.
+        hint: what else the user can do than accept them.
 
     Raises:
         RefusedError: E582 where datasets or the tokenizer are among it, else E580.
@@ -260,7 +300,7 @@ def settle_changes(
         what = ", ".join(f"{c.what}={c.new} (was {c.old})" for c in refused)
         names = dict.fromkeys(c.accepted_by[0] for c in refused)
         rule = f"would change the run of {where} from step {step} on" + (f" ({rate})" if rate else "")
-        remedy = "set back what has changed, or accept it: " + " ".join(f"--accept {name}" for name in names)
+        remedy = "set back what has changed, or accept it: " + " ".join(f"--accept {name}" for name in names) + hint
         if any(change.is_of_content for change in refused):
             raise RefusedError(82, what, rule, remedy)
         raise RefusedError(80, what, rule, remedy)

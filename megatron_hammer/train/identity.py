@@ -41,24 +41,45 @@ class DatasetIdentity:
 
 
 @dataclass(frozen=True)
+class MixIdentity:
+    """Samples of the run and the mix that they were, or will be, drawn from."""
+
+    first: int
+    end: int | None
+    """Number of the sample behind the last; None: the mix goes on."""
+    seq_length: int
+    shares: tuple[float, ...]
+    """Of each of ``DataIdentity.train``; 0: not in this mix."""
+
+
+@dataclass(frozen=True)
 class DataIdentity:
     """All datasets of a run."""
 
     train: tuple[DatasetIdentity, ...] = ()
-    """The sources in the order of the config."""
+    """The sources in the order of the config, over all phases."""
     valid: Mapping[str, DatasetIdentity] = field(default_factory=dict)
     """Name -> validation set."""
+    mixes: tuple[MixIdentity, ...] = ()
+    """One for each phase; empty where there is one, whose shares the sources have."""
 
     def to_tree(self) -> dict[str, Any]:
         """As JSON values, for the state of a checkpoint."""
         valid = {name: asdict(dataset) for name, dataset in self.valid.items()}
-        return {"train": [asdict(dataset) for dataset in self.train], "valid": valid}
+        tree = {"train": [asdict(dataset) for dataset in self.train], "valid": valid}
+        return tree | ({"mixes": [asdict(mix) for mix in self.mixes]} if self.mixes else {})
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> DataIdentity:
         """The inverse of ``to_tree``; a wrong form is a ``TypeError``, ``KeyError`` or ``AttributeError``."""
         train = tuple(DatasetIdentity(**entry) for entry in tree["train"])
-        return cls(train, {name: DatasetIdentity(**entry) for name, entry in tree["valid"].items()})
+        valid = {name: DatasetIdentity(**entry) for name, entry in tree["valid"].items()}
+        mixes = [MixIdentity(**mix | {"shares": tuple(mix["shares"])}) for mix in tree.get("mixes", ())]
+        return cls(train, valid, tuple(mixes))
+
+    def all_mixes(self, seq_length: int) -> tuple[MixIdentity, ...]:
+        """The mixes; ``seq_length`` is that of the one phase where there are no more."""
+        return self.mixes or (MixIdentity(0, None, seq_length, tuple(s.share or 0.0 for s in self.train)),)
 
 
 def identify(dataset: IndexedDataset, prefix: str, share: float | None = None) -> DatasetIdentity:

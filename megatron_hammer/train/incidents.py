@@ -48,7 +48,8 @@ def write_incident(
         first_sample: of the step's global batch.
         optimizer: where it still has the gradients of the step.
     """
-    accumulated, size = config.grad_accum(ctx.world.size), config.train.micro_batch_size
+    step_samples, size = config.batch_sizes.at(first_sample), config.train.micro_batch_size
+    accumulated = step_samples // (size * ctx.samples.size)
     mine = micro_batches(data, first_sample, size, accumulated, ctx.samples.rank, ctx.samples.size)
     batches = [batch.shard(ctx.cp.rank, ctx.cp.size).to(ctx.device) for batch in mine]
     index, module = _first_bad_output(model, batches, ctx)
@@ -61,7 +62,7 @@ def write_incident(
     if ctx.world.rank == 0:
         starts = sorted({rank["first_sample"] for rank in ranks if "first_sample" in rank})
         wanted = [i for start in starts for i in range(start, start + size)]
-        wanted = wanted or list(range(first_sample, first_sample + config.train.global_batch_size))
+        wanted = wanted or list(range(first_sample, first_sample + step_samples))
         samples = [_describe(data, i) for i in wanted[:SHOWN_SAMPLES]]
         tree = record | {"ranks": ranks, "samples": samples, "samples_left_out": max(0, len(wanted) - SHOWN_SAMPLES)}
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL, NonFiniteError
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.signals import StopRequest
 from megatron_hammer.config import Config
+from megatron_hammer.config.phases import phase_at, tokens_before
 from megatron_hammer.kernels.ranges import Range, no_range
 from megatron_hammer.parallel.collectives import all_reduce, broadcast
 from megatron_hammer.parallel.context import ParallelContext
@@ -60,6 +61,7 @@ class PendingStep:
 
     state: RunState
     """That after it."""
+    first_sample: int
     report: StepReport
     words: Tensor
     """Device scalar: how many ranks had received a stop signal, and what they had to say of a save in flight."""
@@ -92,7 +94,11 @@ class Run:
     ) -> None:
         config = prepared.config
         self.prepared, self.config, self.ctx = prepared, config, ctx
-        self.stages, self.optimizer = build_stages(config, ctx, range_of, initial=prepared.begins_anew)
+        self.phases, self.batch_sizes = config.phases, config.batch_sizes
+        resume = prepared.resume
+        self.phase = phase_at(self.phases, 0 if resume is None else resume.state["consumed_samples"])
+        shaped = config.in_phase(self.phase)
+        self.stages, self.optimizer = build_stages(shaped, ctx, range_of, initial=prepared.begins_anew)
         self.micro_batch = micro_batch_runner(config.kernels, self.optimizer.store.of_stages[0])
         self.state = load_state(prepared, self.optimizer, ctx)
         self.reporter: Reporter | None = None
@@ -103,12 +109,12 @@ class Run:
         self.drift = DriftCheck(config, self.optimizer, ctx) if config.train.drift_check_interval_steps else None
         self.first_step = self.state.step + 1
         self.data = open_train_data(config, note=say if ctx.world.rank == 0 else lambda text: None)
-        self.data.prepare(self.state.consumed_samples, config.train.global_batch_size)
+        self.data.prepare(self.state.consumed_samples, self.batch_sizes.at(self.state.consumed_samples))
         self.batches = ReadAhead(
             self.data,
-            config.train.num_steps * config.train.global_batch_size,
+            config.num_samples,
             config.train.micro_batch_size,
-            config.grad_accum(ctx.world.size),
+            self.batch_sizes,
             ctx.samples.rank,
             ctx.samples.size,
         )
@@ -184,8 +190,23 @@ class Run:
         cp, batches = self.ctx.cp, self.batches.get(self.state.consumed_samples)
         return [batch.shard(cp.rank, cp.size).to(self.ctx.device) for batch in batches]
 
+    def _enter_phase(self) -> None:
+        """Where another phase begins: what the next step is shaped by, length and RoPE, follows it."""
+        phase = phase_at(self.phases, self.state.consumed_samples)
+        if not phase.has_shape_of(self.phase):
+            model = self.config.in_phase(phase).model
+            for stage in self.stages:
+                stage.change_rope(model)
+            self.micro_batch = micro_batch_runner(self.config.kernels, self.optimizer.store.of_stages[0])
+            if self.reporter is not None:
+                self.reporter.flops = flops_per_token(model, phase.seq_length)
+        if phase is not self.phase:
+            self._say(f"{phase.name} begins at sample {self.state.consumed_samples:,}: seq_length {phase.seq_length:,}")
+        self.phase = phase
+
     def _step(self, step: int) -> StepReport:
         self.ctx.journal.step(step)
+        self._enter_phase()
         batches = self._next_batches()
         interval = self.config.train.drift_check_interval_steps
         due = self.drift is not None and (step == self.first_step or step % interval == 0)
@@ -197,13 +218,14 @@ class Run:
 
     def _launched(self, report: StepReport, stop_received: bool) -> None:
         """Account for a step whose numbers may still be under way; ask all ranks whether one must stop."""
-        ids = self.data.sample_ids(self.state.consumed_samples, self.config.train.global_batch_size)
+        first = self.state.consumed_samples
+        ids = self.data.sample_ids(first, self.batch_sizes.at(first))
         self.state = self.state.after_step(ids, self.data.fingerprints)
         self.ctx.journal.mark("asking all ranks whether to stop")
         word = int(stop_received) | self.saver.word()
         words = torch.full((), word, dtype=torch.int64, device=self.ctx.device)  # a fill: no copy to wait for
         all_reduce(words, self.ctx.world)
-        self.pending.append(PendingStep(self.state, report, words, self.saver.phase, self.limits))
+        self.pending.append(PendingStep(self.state, first, report, words, self.saver.phase, self.limits))
 
     def _read(self, lag: int, evaluate_last: Any = None) -> bool:
         """Read launched steps, oldest first, until ``lag`` are left; return whether some rank must stop.
@@ -221,6 +243,7 @@ class Run:
                 words = int(done.words.item())
             stopped |= words & MASK > 0
             seconds = time.perf_counter() - self.clock
+            consumed = tokens_before(self.phases, done.state.consumed_samples)
             line = {
                 "step": done.state.step,
                 "loss": loss,
@@ -228,8 +251,8 @@ class Run:
                 "lr": done.report.lr,
                 "skipped": not applied,
                 "consumed_samples": done.state.consumed_samples,
-                "consumed_tokens": done.state.consumed_samples * self.config.data.seq_length,
-                "tokens_per_second": self.config.tokens_per_step / seconds,
+                "consumed_tokens": consumed,
+                "tokens_per_second": (consumed - tokens_before(self.phases, done.first_sample)) / seconds,
                 "samples_digest": done.state.samples_digest,
             }
             try:
@@ -279,9 +302,8 @@ class Run:
         limits = None if done.limits is None else vars(done.limits)
         record = {"step": done.state.step, "finding": finding, "action": action, "limits": limits}
         record |= finite({"loss": loss, "grad_norm": grad_norm})
-        first = done.state.consumed_samples - self.config.train.global_batch_size
         optimizer = None if self.pending else self.optimizer
-        return write_incident(self.config, record, first, self.stages, optimizer, self.data, self.ctx)
+        return write_incident(self.config, record, done.first_sample, self.stages, optimizer, self.data, self.ctx)
 
     def _save_if_healthy(self, stopped: bool, last: bool) -> None:
         """Save, but not while steps are skipped one after the other: what made them bad may be in the weights.
@@ -364,6 +386,6 @@ class Run:
             return nullcontext(None)
         config, device = self.config, self.ctx.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        flops = flops_per_token(config.model, config.data.seq_length)
+        flops = flops_per_token(config.in_phase(self.phase).model, self.phase.seq_length)
         written = self.state.step - bool(self.state.owed)
         return Reporter(config, written, flops, peak_tflops(config, name), self.ctx.world.size, name)

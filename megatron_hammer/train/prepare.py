@@ -28,7 +28,7 @@ from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.dataset.reader import IndexedDataset, check_prefix
 from megatron_hammer.kernels.libraries.te import check_before_start
 from megatron_hammer.sampling import index_builder as index
-from megatron_hammer.sampling.plan import Plan, make_plan
+from megatron_hammer.sampling.plan import Content, RunPlan, plan_run
 from megatron_hammer.sampling.samples import check_tokenizer, open_train_data
 from megatron_hammer.tokenizer.convert import export_note
 from megatron_hammer.tokenizer.interface import Tokenizer
@@ -43,8 +43,9 @@ from megatron_hammer.train.changes import (
     ledger_entries,
     settle_changes,
 )
-from megatron_hammer.train.identity import DataIdentity, DatasetIdentity, identify
+from megatron_hammer.train.identity import DataIdentity, DatasetIdentity, MixIdentity, identify
 from megatron_hammer.train.output import refuse_traces
+from megatron_hammer.train.past import Pasts, in_phases, phases_to_paste, with_further_phase
 
 STATE_KINDS = {"weight", "exp_avg", "exp_avg_sq"}  # what a run goes on from; a new one takes weights only
 OWED = "owed_line"  # in the state of a checkpoint: of metrics.jsonl, that of a step whose evaluation was cut short
@@ -65,7 +66,7 @@ class Inputs:
     """Remarks on the config."""
     data_notes: list[str]
     """Remarks on the datasets; empty where ``check_data`` was False."""
-    plan: Plan | None
+    plan: RunPlan | None
     """See ``Prepared.plan``."""
 
 
@@ -96,7 +97,7 @@ class Prepared:
     """Remarks on the config and on resuming."""
     data_notes: list[str]
     """Remarks on the datasets; empty where ``check_data`` was False."""
-    plan: Plan | None = None
+    plan: RunPlan | None = None
     """What the run draws from each source; None where ``check_data`` was False, it is printed once, before the ranks
     start; and for a dry run without data."""
     identity: DataIdentity = field(default_factory=DataIdentity)
@@ -107,6 +108,8 @@ class Prepared:
     """All changes that were accepted in the course of the run, for the checkpoints."""
     damaged: tuple[Damaged, ...] = ()
     """Newer checkpoints of this run that are passed over; known to rank 0."""
+    new_samples: bool = False
+    """Whether the samples to come are others than the checkpoint foresaw, because ``data.phases`` say so."""
     is_fresh: bool = False
     """Whether a new run may take the place of one whose checkpoints are lost (``--accept fresh``)."""
 
@@ -175,7 +178,7 @@ def look_at_inputs(config: Config, world_size: int, check_data: bool = True, acc
     if digest.BACKEND != "C++":
         notes.append(f"digest of the state: {digest.BACKEND}, 0.2 GB/s a rank at each save and start (C++: 20)")
     if not config.train.dry_run:  # which may describe a run whose data is elsewhere
-        for prefix in [*(config.data.train or {}), *(config.data.valid or {}).values()]:
+        for prefix in [*config.data.train_prefixes, *(config.data.valid or {}).values()]:
             check_prefix(prefix)  # before a tokenizer or its absence is spoken of: text as data is named first
     tokenizer = None if config.tokenizer.path is None else load_tokenizer(config.tokenizer.path)
     if tokenizer is not None and (note := export_note(tokenizer)):
@@ -185,7 +188,7 @@ def look_at_inputs(config: Config, world_size: int, check_data: bool = True, acc
         return Inputs(config, tokenizer, DataIdentity(), notes, *_look_at_data(config, tokenizer))
     if check_data:
         check_before_start(config)
-    if not config.data.train:
+    if not config.data.mixes:
         raise ConfigError(
             7, "data.train", "is not set", "name the prefix of an indexed dataset: data.train=P_text_document"
         )
@@ -252,29 +255,78 @@ def settle(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prep
         is_fresh=resume is None and FRESH in accepted,
     )
     if start.init_from is not None:
-        check_fits(start.init_from, config.model, {"weight"})
+        check_fits(start.init_from, config.after_samples(0).model, {"weight"})
     if resume is None:
+        config.check_phase_ends()
         remarks = [
             f"--accept {name} accepts nothing: no checkpoint is resumed"
             for name in dict.fromkeys(accepted)
             if name != FRESH
         ]
         return dataclasses.replace(prepared, notes=inputs.notes + remarks)
-    check_fits(resume, config.model, STATE_KINDS)
     check_resumable(resume)
-    saved, step = config_from_tree(resume.config), resume.step + 1
+    saved, step, consumed = config_from_tree(resume.config), resume.step + 1, resume.state["consumed_samples"]
     config, notes = hold_horizon(config, saved)
+    was = _saved_identity(resume)
+    inputs, held, further = _carry_on_phases(dataclasses.replace(inputs, config=config), was, saved, consumed)
+    config, notes = inputs.config, notes + held
+    check_fits(resume, config.after_samples(consumed).model, STATE_KINDS)
     ours = None if inputs.tokenizer is None else inputs.tokenizer.fingerprint
     changes = changed_settings(saved, config)
     theirs = None if resume.tokenizer is None else resume.tokenizer.fingerprint
     changes += changed_tokenizer(theirs, ours, (saved.tokenizer.path, config.tokenizer.path))
-    of_data, remarks = changed_data(_saved_identity(resume), inputs.identity, saved, config)
+    of_data, remarks = changed_data(was, inputs.identity, saved, config, consumed)
     changes += of_data
-    lines = settle_changes(changes, accepted, str(resume.folder), saved, config, step)
+    block = "" if further is None else f"; as data it is the same to write {phases_to_paste(further)}"
+    lines = settle_changes(changes, accepted, str(resume.folder), saved, config, step, block)
     ledger = (*resume.state.get(LEDGER, ()), *ledger_entries(changes, step))
+    if further is not None:
+        notes.append(f"each source goes on where it stands at sample {consumed:,}: {phases_to_paste(further)}")
+        inputs = _with_config(inputs, further)
+    inputs.config.check_phase_ends(consumed)
+    plan = None if inputs.plan is None else dataclasses.replace(inputs.plan, consumed=consumed)
+    new_samples = was is not None and Pasts(was, inputs.identity, saved, inputs.config).difference() is not None
     return dataclasses.replace(
-        prepared, config=config, notes=inputs.notes + notes + remarks, changes=tuple(lines), ledger=ledger
+        prepared,
+        config=inputs.config,
+        identity=inputs.identity,
+        plan=plan,
+        notes=inputs.notes + notes + remarks,
+        changes=tuple(lines),
+        ledger=ledger,
+        new_samples=new_samples,
     )
+
+
+def _carry_on_phases(
+    inputs: Inputs, was: DataIdentity | None, saved: Config, consumed: int
+) -> tuple[Inputs, list[str], Config | None]:
+    """A config with ``data.train`` alone says what a run draws from now on, and nothing of its past.
+
+    Args:
+        was: what the checkpoint was trained on.
+
+    Returns:
+        the inputs, with the phases of the checkpoint where the mix is that of the last of them; remarks; and where the
+        mix is another one, the config with it as a further phase, for whoever accepts that.
+    """
+    config = inputs.config
+    megatron = "megatron" in (saved.data.order, config.data.order)
+    if was is None or config.data.phases is not None or megatron:
+        return inputs, [], None
+    pasts = Pasts(was, inputs.identity, saved, config)
+    if pasts.difference(consumed) is None:
+        return inputs, [], None
+    if not (saved.data.phases and pasts.goes_on):
+        return inputs, [], with_further_phase(config, pasts, consumed)
+    config = in_phases(config, pasts.saved_phases(config))
+    return _with_config(inputs, config), [f"the phases are those of the checkpoint: {phases_to_paste(config)}"], None
+
+
+def _with_config(inputs: Inputs, config: Config) -> Inputs:
+    """The same with a config that names other phases."""
+    identity, _, plan = _check_data(config, inputs.tokenizer, read_ids=False)
+    return dataclasses.replace(inputs, config=config, identity=identity, plan=None if inputs.plan is None else plan)
 
 
 def _saved_identity(manifest: Manifest) -> DataIdentity | None:
@@ -290,9 +342,9 @@ def _saved_identity(manifest: Manifest) -> DataIdentity | None:
         raise CheckpointError(6, str(manifest.folder), rule, remedy) from None
 
 
-def _look_at_data(config: Config, tokenizer: Tokenizer | None) -> tuple[list[str], Plan | None]:
+def _look_at_data(config: Config, tokenizer: Tokenizer | None) -> tuple[list[str], RunPlan | None]:
     """Remarks and plan for a dry run, which goes through without data, too: a layout may be looked at anywhere."""
-    if not config.data.train:
+    if not config.data.mixes:
         return ["data.train is not set: no plan of the data"], None
     try:
         return _check_data(config, tokenizer, read_ids=True)[1:]
@@ -322,14 +374,14 @@ def _with_vocab_size(config: Config, tokenizer: Tokenizer | None) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
 
 
-def _check_data(config: Config, tokenizer: Tokenizer | None, read_ids: bool) -> tuple[DataIdentity, list[str], Plan]:
+def _check_data(config: Config, tokenizer: Tokenizer | None, read_ids: bool) -> tuple[DataIdentity, list[str], RunPlan]:
     """Open every dataset and hold it against tokenizer and vocabulary; what they hold, remarks, the plan of the mix.
 
     A rank of the launcher opens them too (a file may be missing on its node alone), but reads no ids: a header says the
     largest.
     """
     assert config.model.vocab_size is not None
-    train, valid = config.data.train or {}, config.data.valid or {}
+    train, valid = config.data.train_prefixes, config.data.valid or {}
     notes, found = [], dict[str, DatasetIdentity]()
     for prefix in dict.fromkeys([*train, *valid.values()]):
         fingerprint = None if tokenizer is None else tokenizer.fingerprint
@@ -337,9 +389,10 @@ def _check_data(config: Config, tokenizer: Tokenizer | None, read_ids: bool) -> 
         found[prefix] = identify(dataset, prefix)
         if read_ids and config.data.attention_mask == "document" and dataset.num_documents == 1:
             notes.append(f"{prefix} is a single document: data.attention_mask=document changes nothing in it")
-        if read_ids and prefix in train and 0 < found[prefix].tokens <= config.data.seq_length:
+        longest = max((phase.seq_length for phase in config.phases if prefix in phase.train), default=0)
+        if read_ids and 0 < found[prefix].tokens <= longest:
             notes.append(
-                f"data.seq_length={config.data.seq_length:,} is longer than all of {prefix} "
+                f"data.seq_length={longest:,} is longer than all of {prefix} "
                 f"({found[prefix].tokens:,} tokens): each of its samples repeats it; shorten it, or add data"
             )
         if dataset.header is None and not read_ids:
@@ -348,16 +401,21 @@ def _check_data(config: Config, tokenizer: Tokenizer | None, read_ids: bool) -> 
         note = check_tokenizer(dataset, fingerprint, config.model.vocab_size, named)
         if note and read_ids:
             notes.append(note)
-    tokens = {prefix: dataset.tokens for prefix, dataset in found.items()}
-    plan = make_plan(
-        train, config.data.weights, tokens, config.train.num_steps, config.tokens_per_step, config.data.max_epochs
+    plan = plan_run(config, [Content(prefix, found[prefix].tokens, found[prefix].fingerprint) for prefix in train])
+    sets = {name: found[prefix] for name, prefix in valid.items()}
+    shares = [{source.prefix: source.share for source in phase.sources} for phase in plan.phases]
+    if len(shares) == 1:
+        (only,) = shares
+        return DataIdentity(tuple(dataclasses.replace(found[p], share=only[p]) for p in train), sets), notes, plan
+    mixes = tuple(
+        MixIdentity(phase.first, phase.end, phase.seq_length, tuple(of.get(prefix, 0.0) for prefix in train))
+        for phase, of in zip(config.phases, shares, strict=True)
     )
-    sources = (dataclasses.replace(found[source.prefix], share=source.share) for source in plan.sources)
-    return DataIdentity(tuple(sources), {name: found[prefix] for name, prefix in valid.items()}), notes, plan
+    return DataIdentity(tuple(found[prefix] for prefix in train), sets, mixes), notes, plan
 
 
 def build_indices(config: Config, resume: Manifest | None, notes: list[str]) -> None:
     """Have the indices of large datasets built and kept before the ranks start, which then only open them."""
     data = open_train_data(config, note=notes.append)
     consumed = 0 if resume is None else resume.state["consumed_samples"]
-    data.prepare(consumed, config.train.global_batch_size)
+    data.prepare(consumed, config.batch_sizes.at(consumed))

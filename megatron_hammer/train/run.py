@@ -18,7 +18,7 @@ from megatron_hammer.parallel.agreement import BeforeStart
 from megatron_hammer.parallel.board import Journal
 from megatron_hammer.parallel.context import build_parallel_context
 from megatron_hammer.parallel.rendezvous import Store, collective_timeout, end_process_group, start_process_group
-from megatron_hammer.sampling.plan import format_plan
+from megatron_hammer.sampling.plan import format_run_plan
 from megatron_hammer.train.begin import Beginning, begin
 from megatron_hammer.train.build import kernel_requirements
 from megatron_hammer.train.forecast import forecast
@@ -134,7 +134,7 @@ def describe(prepared: Prepared, world_size: int) -> str:
         *forecast(config, world_size, select_backends(plain, required)),
     ]
     if prepared.plan is not None:
-        lines.append(format_plan(prepared.plan))
+        lines.append(format_run_plan(prepared.plan))
     return "\n".join(lines + [f"note: {note}" for note in prepared.notes + prepared.data_notes])
 
 
@@ -143,7 +143,7 @@ def announcement(prepared: Prepared, world_size: int, device: torch.device) -> s
     config = prepared.config
     lines = [f"note: {note}" for note in prepared.notes + prepared.data_notes]
     if prepared.plan is not None and not prepared.is_finished:
-        lines.append(format_plan(prepared.plan))
+        lines.append(format_run_plan(prepared.plan))
     lines.append(
         f"{count_parameters(config.model):,} parameters in {config.train.precision} on {device.type}; "
         f"{layout_line(config, world_size)}"

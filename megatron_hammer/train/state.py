@@ -75,7 +75,7 @@ def upcoming(state: RunState, data: TrainData, config: Config) -> dict[str, Any]
     """
     if state.step >= config.train.num_steps:
         return None
-    ids = data.sample_ids(state.consumed_samples, config.train.global_batch_size)
+    ids = data.sample_ids(state.consumed_samples, config.batch_sizes.at(state.consumed_samples))
     after = state.after_step(ids, data.fingerprints)
     return {"samples_digest": after.samples_digest, "lr": learning_rate(config, after.step)}
 
@@ -103,7 +103,7 @@ def check_state(
     saved, ours = resume.state.get(UPCOMING), upcoming(state, data, prepared.config)
     if saved is None or ours is None:
         return
-    accepted = any(entry.get("from_step") == state.step + 1 for entry in prepared.ledger)
+    accepted = prepared.new_samples or any(entry.get("from_step") == state.step + 1 for entry in prepared.ledger)
     may_differ = {"samples_digest": accepted, "lr": accepted or bool(prepared.changes)}  # which are said by themselves
     for name, value in ours.items():
         if saved.get(name) != value and not may_differ[name]:

@@ -116,7 +116,7 @@ def _checks(config: Config | None, world_size: int, note: Callable[[str], None])
     ]
     if config is None:
         return checks
-    prefixes = dict.fromkeys([*(config.data.train or {}), *(config.data.valid or {}).values()])
+    prefixes = dict.fromkeys([*config.data.train_prefixes, *(config.data.valid or {}).values()])
     checks += [("data", Path(prefix).name, partial(_dataset, config, prefix)) for prefix in prefixes]
     with contextlib.suppress(OSError):
         folders = find_checkpoints(checkpoints_folder(config))

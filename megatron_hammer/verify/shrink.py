@@ -65,7 +65,7 @@ def shrink(config: Config, world_size: int, real: bool = False) -> tuple[Config,
         model=small_model,
         train=small_train,
         tokenizer=dataclasses.replace(config.tokenizer, path=None),
-        data=dataclasses.replace(config.data, train=None, valid=None, seq_length=length),
+        data=dataclasses.replace(config.data, train=None, phases=None, valid=None, seq_length=length),
         # Large steps at once: an update that differs must show after two of them. A large eps: without it AdamW's first
         # step is the sign of the gradient, which rounding decides where a gradient is near zero.
         optimizer=dataclasses.replace(config.optimizer, lr=0.01, min_lr=0.01, eps=max(1e-3, config.optimizer.eps)),

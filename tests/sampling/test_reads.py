@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.config.phases import BatchSizes
 from megatron_hammer.sampling import reads
 from megatron_hammer.sampling.reads import describe_read, document_reads, find_source
 from megatron_hammer.sampling.samples import TrainData, describe_samples
@@ -33,7 +34,10 @@ def test_every_document_of_every_source(prefixes, order, weights, monkeypatch):
                     for s in samples
                     if s["source"] == str(dataset.prefix) and any(p["document"] == document for p in s["pieces"])
                 ]
-                found = [describe_read(read, 10) for read in document_reads(data, source, document, start, end)]
+                found = [
+                    describe_read(read, BatchSizes(((0, 10),)))
+                    for read in document_reads(data, source, document, start, end)
+                ]
                 assert [(r["sample"], r["epoch"], r["window"], r["pieces"]) for r in found] == expected
                 assert all(r["step"] == r["sample"] // 10 + 1 for r in found)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
+from megatron_hammer.config.phases import BatchSizes
 from megatron_hammer.dataset.format import TokenizerRecord, path_of
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.sampling import loader
@@ -142,7 +143,7 @@ def test_reading_ahead_changes_nothing(sources, order, monkeypatch):
         loader, "micro_batches", lambda data, first, *rest: asked.append(first) or plain(data, first, *rest)
     )
     data = TrainData(weights, SEQ, 1, order, 40, document_mask=True)
-    ahead = ReadAhead(data, 40, 2, 2, 1, 2)  # 8 samples a step
+    ahead = ReadAhead(data, 40, 2, BatchSizes(((0, 8),)), 1, 2)  # 8 samples a step
     for first in (0, 8, 16, 0, 8, 32):  # forward, back as after a resume, and a jump to the last step
         ours, expected = ahead.get(first), plain(data, first, 2, 2, 1, 2)
         assert len(ours) == len(expected) == 2
@@ -155,7 +156,7 @@ def test_reading_ahead_changes_nothing(sources, order, monkeypatch):
 def test_what_fails_while_reading_ahead_is_raised(sources, monkeypatch):
     weights, _ = sources
     data = TrainData(weights, SEQ, 1)
-    ahead = ReadAhead(data, 40, 8, 1, 0, 1)
+    ahead = ReadAhead(data, 40, 8, BatchSizes(((0, 8),)), 0, 1)
     plain = data.read
 
     def read(first, count, out=None):
@@ -176,10 +177,11 @@ def test_samples_named_at_once_have_the_digest_of_samples_named_one_by_one(sourc
     digest = hashlib.blake2b(b"before", digest_size=16)
     for i in range(100, 1124):  # several epochs of every source
         sample = data.sample_id(i)
-        position = data._blend[i][1]
-        window = int(data.orders[sample.source].windows(position, 1)[0])
+        (stretch,) = data.order.stretches
+        place, position = stretch.blend[i]
+        window = int(stretch.orders[place].windows(position, 1)[0])
         epoch = window * SEQ // data.sources[sample.source].num_tokens
-        assert sample == (data._blend[i][0], epoch, window)
+        assert sample == (place, epoch, window)
         digest.update(f"\n{data.fingerprints[sample.source]} {epoch} {window}".encode())
     assert chain_digest("before", data.sample_ids(100, 1024), data.fingerprints) == digest.hexdigest()
 

@@ -1,0 +1,126 @@
+"""Where the phases of a run lie among its samples, and how many samples each step has: pure functions of the config.
+
+::
+
+    data.phases    {tokens: N, train: A}    {steps: M, train: B}    {train: C}
+    samples     0 ------------------- a ------------------- b --------------> end of the run
+
+``data.train`` alone is one phase. A length in tokens is as many samples as hold them, one in steps is counted from the
+first step that begins in the phase. A step may hold samples of two phases, unless these differ in what a step is shaped
+by (seq_length, RoPE): then a phase that is not given in samples ends with a step. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_hammer.config.settings import DataConfig, ModelConfig, RopeScaling, TrainConfig
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """How many samples a step has, as a function of the samples consumed before it."""
+
+    ramp: tuple[tuple[int, int], ...]
+    """(first sample, size), rising: a step that begins at this sample or later has this size, until the next entry."""
+
+    @classmethod
+    def of(cls, train: TrainConfig) -> BatchSizes:
+        """Those of a config."""
+        return cls(((0, train.global_batch_size),))
+
+    def at(self, consumed: int) -> int:
+        """Samples of the step that begins when ``consumed`` are behind the run."""
+        return self.ramp[bisect_right(self.ramp, consumed, key=lambda entry: entry[0]) - 1][1]
+
+    def samples(self, steps: int, start: int = 0) -> int:
+        """Samples that are consumed after so many steps, of which the first begins at sample ``start``."""
+        consumed = start
+        for entry, (_, size) in enumerate(self.ramp):
+            limit = self.ramp[entry + 1][0] if entry + 1 < len(self.ramp) else None
+            here = steps if limit is None else min(steps, max(0, -(-(limit - consumed) // size)))
+            consumed, steps = consumed + here * size, steps - here
+        return consumed
+
+    def steps(self, sample: int, start: int = 0) -> int:
+        """Steps that begin before a sample, the first of them at sample ``start``."""
+        consumed, steps = start, 0
+        for entry, (_, size) in enumerate(self.ramp):
+            limit = self.ramp[entry + 1][0] if entry + 1 < len(self.ramp) else sample
+            here = max(0, -(-(min(limit, sample) - consumed) // size))
+            consumed, steps = consumed + here * size, steps + here
+        return steps
+
+    def step_end(self, sample: int, start: int = 0) -> int:
+        """The first end of a step at or after a sample."""
+        return self.samples(self.steps(sample, start), start)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of the run with its place among the samples and its defaults filled in."""
+
+    name: str
+    """What the config calls it: ``data.phases[1]``, or ``data``."""
+    first: int
+    """Number of its first sample."""
+    end: int | None
+    """Number of the sample after its last; None: it runs to the end."""
+    train: Mapping[str, float]
+    unit: Literal["share", "tokens", "epochs"]
+    """What the weights are."""
+    seq_length: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+
+    def has_shape_of(self, other: Phase) -> bool:
+        """Whether steps of both are shaped alike, so that one step may hold samples of both."""
+        return self.shape == other.shape
+
+    @property
+    def shape(self) -> tuple[int, float, RopeScaling | None]:
+        """What a step is shaped by."""
+        return self.seq_length, self.rope_theta, self.rope_scaling
+
+
+def phases_of(data: DataConfig, model: ModelConfig, batches: BatchSizes) -> tuple[Phase, ...]:
+    """The phases of a run in their order; empty where no data are named."""
+    placed: list[Phase] = []
+    first, theta, scaling = 0, model.rope_theta, model.rope_scaling
+    mixes = data.mixes
+    for i, mix in enumerate(mixes):
+        theta, scaling = mix.rope_theta or theta, mix.rope_scaling or scaling
+        length, end = mix.seq_length or data.seq_length, None
+        if i + 1 < len(mixes):
+            if mix.samples is not None:
+                end = first + mix.samples
+            elif mix.steps is not None:
+                end = batches.samples(batches.steps(first) + mix.steps)
+            else:
+                assert mix.tokens is not None, "a phase before the last has a length"
+                end = first + -(-mix.tokens // length)
+            after = mixes[i + 1]
+            differs = (after.seq_length or data.seq_length) != length or after.rope_theta or after.rope_scaling
+            if differs and mix.samples is None:
+                end = batches.step_end(end)
+        name = "data" if data.phases is None else f"data.phases[{i}]"
+        placed.append(Phase(name, first, end, mix.train, mix.weights or data.weights, length, theta, scaling))
+        first = end or 0
+    return tuple(placed)
+
+
+def phase_at(phases: tuple[Phase, ...], sample: int) -> Phase:
+    """The phase that holds a sample."""
+    return next(phase for phase in phases if phase.end is None or sample < phase.end)
+
+
+def tokens_before(phases: tuple[Phase, ...], sample: int) -> int:
+    """Targets of the samples [0, sample)."""
+    return sum(
+        (min(sample, sample if phase.end is None else phase.end) - phase.first) * phase.seq_length
+        for phase in phases
+        if phase.first < sample
+    )

@@ -1,0 +1,211 @@
+"""Which window of which source is sample i of a run, over all its phases.
+
+::
+
+    samples         0 ------------ a ------------- b --------->      a stretch: samples that one mix gives
+    source zh         7 of 10        1 of 2          -               each has a blend that begins with it, and the place
+    source en         3 of 10        1 of 2          1               in its order at which each source goes on
+
+A stretch begins each source where those before have left it, so that the passes over a source are the same whatever
+phases draw from it. Phases of one mix that follow each other are one stretch: a phase that is cut in two, or whose
+neighbour continues it, changes nothing. Where the length of samples changes, a source goes on with what is unread
+(``rest.py``). A source is known by its content, so a path that moves, or another place in the mix, changes nothing.
+
+All of this is a function of the phases and the sources, and the number of a sample says its place: which samples a step
+has is settled by those who count them (``RunState``), and nowhere below.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from megatron_hammer.sampling.blend import Blend
+from megatron_hammer.sampling.cache import IndexStore
+from megatron_hammer.sampling.order import IndependentOrder, MegatronOrder, SampleId
+
+SourceOrder = IndependentOrder | MegatronOrder
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a phase says of its samples."""
+
+    first: int
+    end: int | None
+    """Number of the sample behind the last; None: it goes on."""
+    seq_length: int
+    shares: Mapping[int, float]
+    """Source, by its place among those of the run -> share of the samples."""
+
+    def goes_on_as(self, other: Mix) -> bool:
+        """Whether both draw alike."""
+        return self.seq_length == other.seq_length and dict(self.shares) == dict(other.shares)
+
+
+def merged(mixes: Sequence[Mix]) -> list[Mix]:
+    """The same, with neighbours that draw alike in one, and empty ones left out."""
+    found: list[Mix] = []
+    for mix in mixes:
+        if mix.end is not None and mix.end <= mix.first:
+            continue
+        if found and found[-1].goes_on_as(mix):
+            found[-1] = Mix(found[-1].first, mix.end, mix.seq_length, found[-1].shares)
+        else:
+            found.append(mix)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """Samples [first, end) of the run, which one mix gives."""
+
+    first: int
+    end: int | None
+    seq_length: int
+    sources: tuple[int, ...]
+    """Those of the mix, by their places among those of the run."""
+    blend: Blend
+    offsets: tuple[int, ...]
+    """Of each of ``sources``: samples that the stretches before have taken from its order."""
+    orders: Sequence[SourceOrder]
+    """Of each of ``sources``."""
+
+    def share_of(self, source: int) -> float:
+        """Of its samples; 0 where the source is not in the mix."""
+        return float(self.blend.weights[self.sources.index(source)]) if source in self.sources else 0.0
+
+    def order_of(self, source: int) -> SourceOrder:
+        """The order of a source of the mix."""
+        return self.orders[self.sources.index(source)]
+
+    def drawn(self, samples: int) -> list[int]:
+        """How many of its first ``samples`` each of ``sources`` gives."""
+        counts: list[int] = self.blend.counts(samples).tolist()
+        return counts
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Consecutive samples' windows of one source."""
+
+    source: int
+    order: SourceOrder
+    rows: np.ndarray
+    """Which of the samples asked for, counted from the first of them."""
+    windows: np.ndarray
+    """Which windows of the order these are."""
+
+
+class SampleOrder:
+    """The samples of a run, stretch after stretch.
+
+    Args:
+        num_samples: length of the run where its order ends with it; None: it has no end.
+    """
+
+    def __init__(self, stretches: Sequence[Stretch], num_samples: int | None = None) -> None:
+        self.stretches, self.num_samples = list(stretches), num_samples
+
+    def within(self, first: int, end: int) -> Iterator[tuple[Stretch, int, int]]:
+        """(stretch, first, end) of the parts of samples [first, end), counted from the start of the run."""
+        at = bisect_right(self.stretches, first, key=lambda stretch: stretch.first) - 1
+        while first < end:
+            if at == len(self.stretches):
+                raise IndexError(f"samples [{first}, {end}) are behind the end of the run")
+            stretch = self.stretches[at]
+            until = end if stretch.end is None else min(end, stretch.end)
+            yield stretch, first, until
+            first, at = until, at + 1
+
+    def stretch_at(self, sample: int) -> Stretch:
+        """The stretch that holds a sample."""
+        return next(self.within(sample, sample + 1))[0]
+
+    def parts(self, first: int, count: int) -> Iterator[Part]:
+        """The windows that samples [first, first + count) are, by source."""
+        if first < 0 or count < 1 or (self.num_samples is not None and first + count > self.num_samples):
+            raise IndexError(f"samples [{first}, {first + count}) are not in [0, {self.num_samples})")
+        for stretch, begin, end in self.within(first, first + count):
+            number, before = end - begin, begin - first
+            if len(stretch.sources) == 1:
+                at = stretch.offsets[0] + begin - stretch.first
+                order = stretch.orders[0]
+                yield Part(stretch.sources[0], order, np.arange(before, before + number), order.windows(at, number))
+                continue
+            places, positions = stretch.blend.range(begin - stretch.first, number)
+            for place in np.unique(places).tolist():
+                rows = np.flatnonzero(places == place)  # the samples of one source follow each other
+                order, at = stretch.orders[place], stretch.offsets[place] + int(positions[rows[0]])
+                yield Part(stretch.sources[place], order, rows + before, order.windows(at, len(rows)))
+
+    def ids(self, first: int, count: int) -> list[SampleId]:
+        """The names of samples [first, first + count)."""
+        named: list[SampleId | None] = [None] * count
+        for part in self.parts(first, count):
+            epochs, windows = part.order.epochs(part.windows), part.windows.tolist()
+            for row, epoch, window in zip(part.rows.tolist(), epochs, windows, strict=True):
+                named[row] = SampleId(part.source, epoch, window)
+        return [name for name in named if name is not None]
+
+    def prepare(self, first: int, end: int) -> None:
+        """Build, or find, every index that samples [first, end) need."""
+        for stretch, begin, until in self.within(first, end):
+            before, after = (stretch.drawn(sample - stretch.first) for sample in (begin, until))
+            for order, offset, low, high in zip(stretch.orders, stretch.offsets, before, after, strict=True):
+                if high > low:
+                    order.prepare(offset + low, offset + high - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What the order of a source follows from."""
+
+    lengths: np.ndarray
+    """Tokens of each document."""
+    fingerprint: str
+    store: IndexStore | None = None
+
+
+def lay_out(mixes: Sequence[Mix], sources: Sequence[Source], seed: int, num_samples: int | None = None) -> SampleOrder:
+    """The order of a run in phases.
+
+    Args:
+        mixes: one after the other from sample 0.
+        sources: those of all mixes.
+        seed: of the run.
+        num_samples: length of the run: no mix behind it is looked at, and counts are kept for it at once. The samples
+            do not depend on it.
+    """
+    stretches: list[Stretch] = []
+    orders: dict[int, IndependentOrder] = {}
+    taken = [0] * len(sources)  # samples of the present order of each source
+    for mix in merged(mixes):
+        if stretches and num_samples is not None and mix.first >= num_samples:
+            break
+        drawn_from = tuple(sorted(mix.shares))
+        for place in drawn_from:
+            source, order = sources[place], orders.get(place)
+            if order is None or order.seq_length != mix.seq_length:
+                rest = {} if order is None else {"rest": partial(order.rest_after, taken[place])}
+                orders[place] = IndependentOrder(
+                    source.lengths, source.fingerprint, mix.seq_length, seed, source.store, **rest
+                )
+                taken[place] = 0
+        end = num_samples if mix.end is None else mix.end
+        length = None if end is None else max(0, end - mix.first)
+        shares = np.array([mix.shares[place] for place in drawn_from])
+        blend = Blend(shares, "chairman", sources[drawn_from[0]].store, length)
+        offsets = tuple(taken[place] for place in drawn_from)
+        stretch = Stretch(
+            mix.first, mix.end, mix.seq_length, drawn_from, blend, offsets, [orders[place] for place in drawn_from]
+        )
+        stretches.append(stretch)
+        if mix.end is not None:
+            for place, drawn in zip(drawn_from, stretch.drawn(mix.end - mix.first), strict=True):
+                taken[place] += drawn
+    return SampleOrder(stretches)

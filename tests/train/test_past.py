@@ -1,0 +1,164 @@
+"""Phases in whole runs: what was consumed stays, what is to come may change, and a run goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.base.errors import ConfigError, RefusedError
+from megatron_hammer.checkpoint.folder import newest_checkpoint
+from megatron_hammer.checkpoint.manifest import saved_model
+from megatron_hammer.sampling.plan import format_run_plan
+from megatron_hammer.sampling.samples import open_train_data
+from megatron_hammer.train.prepare import Prepared, prepare
+from tests.train.runs import (
+    accepted_by,
+    begin_run,
+    checkpoint_bytes,
+    config_for,
+    metrics,
+    overrides,
+    train_here,
+    write_dataset,
+)
+
+CONSUMED = 32  # 4 steps of 8 samples, 2/3 from a and 1/3 from b
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on {a: 2, b: 1} that has done 4 of 12 steps, and a third source c."""
+    folder = tmp_path_factory.mktemp("past")
+    begin_run(folder)
+    write_dataset(folder / "data" / "c", 30, seed=9)
+    return folder
+
+
+def prepared_with(folder: Path, *more: str) -> Prepared:
+    arguments = overrides(folder / "data", folder / "run", *more)
+    return prepare(config_for(arguments), 1, accepted=accepted_by(arguments))
+
+
+def names(prepared: Prepared, count: int) -> list[tuple[str, int, int]]:
+    """The first samples of a run, by the content of their sources."""
+    data = open_train_data(prepared.config)
+    return [(data.fingerprints[s], epoch, window) for s, epoch, window in data.sample_ids(0, count)]
+
+
+def check_read_once(prepared: Prepared, count: int) -> None:
+    found = names(prepared, count)
+    assert len(set(found)) == len(found), "a window was read twice"
+
+
+def phases(folder: Path, *lines: str) -> tuple[str, str]:
+    data = folder / "data"
+    return "data.train=null", f"data.phases=[{', '.join(lines)}]".replace("@", f"{data}/")
+
+
+FIRST = "{samples: 32, train: {@a: 2, @b: 1}}"
+
+
+@pytest.mark.parametrize("mix", ["{@a: 1, @b: 1, @c: 1}", "{@a: 1}", "{@a: 1, @b: 3}", "{@c: 1}"])
+def test_another_mix_is_refused_with_the_phases_to_paste_and_taken_as_one_where_accepted(
+    trained: Path, mix: str
+) -> None:
+    """As the public reports have it: a source added, dropped, 1:1 to 1:3. Both ways give the same samples."""
+    change = f"data.train={mix}".replace("@", f"{trained}/data/")
+    with pytest.raises(RefusedError) as caught:
+        prepared_with(trained, change)
+    block = "data.phases: [{train: {" in str(caught.value) and "samples: 32" in str(caught.value)
+    assert block and "--accept data" in str(caught.value)
+    taken = prepared_with(trained, change, "--accept=data.train")
+    assert taken.ledger and any("goes on where it stands at sample 32" in note for note in taken.notes)
+    pasted = caught.value.remedy.split("write data.phases: ")[1]
+    written = prepared_with(trained, "data.train=null", f"data.phases={pasted}")
+    assert written.ledger == () and written.new_samples
+    before = names(prepared_with(trained), CONSUMED)
+    for prepared in (taken, written):
+        assert names(prepared, 90)[:CONSUMED] == before
+        check_read_once(prepared, 90)
+    assert names(taken, 90) == names(written, 90)
+
+
+def test_a_consumed_phase_that_changes_is_refused_with_both(trained: Path) -> None:
+    for first in ("{samples: 31, train: {@a: 2, @b: 1}}", "{samples: 32, train: {@a: 1, @b: 1}}",
+                  "{samples: 32, train: {@a: 2, @c: 1}}",
+                  "{samples: 32, seq_length: 16, train: {@a: 2, @b: 1}}"):  # fmt: skip
+        with pytest.raises(RefusedError, match="E580.*of seq_length") as caught:  # noqa: RUF043
+            prepared_with(trained, *phases(trained, first, "{train: {@b: 1}}"), "--accept=data", "--accept=data.train")
+        assert "(was samples 0 to 32 from {" in str(caught.value) and "0.666667" in str(caught.value)
+        assert "write these as they were" in str(caught.value)
+
+
+def test_what_is_to_come_may_change_freely(trained: Path) -> None:
+    """Also the length of the phase that is under way, and paths and order of its sources."""
+    for coming in ("{train: {@c: 1}}", "{tokens: 640, train: {@c: 1}}, {train: {@a: 1, @b: 1}}"):
+        for first in (FIRST, "{steps: 4, train: {@b: 1, @a: 2}}", "{tokens: 1024, train: {@a: 4, @b: 2}}",
+                      "{samples: 40, train: {@a: 2, @b: 1}}"):  # fmt: skip
+            prepared = prepared_with(trained, *phases(trained, first, coming))
+            assert prepared.ledger == () and names(prepared, 90)[:CONSUMED] == names(prepared_with(trained), CONSUMED)
+            check_read_once(prepared, 90)
+
+
+def test_the_plan_counts_what_was_read(trained: Path) -> None:
+    """Epochs over all phases, what has been read so far, and max_epochs of them."""
+    more = phases(trained, FIRST, "{train: {@a: 1}}")
+    plan = prepared_with(trained, *more).plan
+    assert plan is not None
+    a = next(source for source in plan.totals if source.prefix.endswith("/a"))
+    assert a.drawn == pytest.approx(32 * (32 * 2 / 3 + 64), abs=32)
+    text = format_run_plan(plan)
+    assert "data.phases[0]" in text and "1 to 4" in text and "5 to 12" in text and "read so far, at sample 32" in text
+    with pytest.raises(ConfigError, match="epochs over all phases") as caught:
+        prepared_with(trained, *more, f"data.max_epochs={a.epochs * 0.99}")
+    assert caught.value.number == 93 and prepared_with(trained, *more, f"data.max_epochs={a.epochs * 1.01}").plan
+    assert json.dumps(plan.describe())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("data.order=megatron", "data.order=megatron cannot have data.phases"),
+        ("data.train=x", "cannot stand beside data.phases"),
+        ("data.phases=[{train: {x: 1}}, {train: {y: 1}}]", "must be one length"),
+        ("data.phases=[{train: {x: 1}, samples: 2, steps: 3}, {train: {y: 1}}]", "samples and steps"),
+        ("data.phases=[{train: {x: 0}}]", "data.phases[0].train[x]=0.0 must be a positive number"),
+        ("data.phases=[{trian: {x: 1}}]", "did you mean data.phases[0].train?"),
+        ("data.phases=[]", "is empty"),
+        ("data.phases=[{train: {x: 1}, steps: 1}, {train: {x: 1}, seq_length: 7}]", "data.phases[1]: "),
+    ],
+)
+def test_phases_that_cannot_be_are_refused_by_name(change: str, said: str) -> None:
+    arguments = ["model.vocab_size=301", "data.phases=[{train: {x: 1}}]", change]
+    if "seq_length: 7" in change:
+        arguments += ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+    with pytest.raises(ConfigError) as caught:
+        config_for(arguments).validate(2)
+    assert said in str(caught.value)
+
+
+def test_a_run_through_phases_goes_on_bit_for_bit(trained: Path, tmp_path: Path) -> None:
+    """Another mix, then a longer context with another RoPE: N + N steps are 2N, in every byte; the checkpoint is a
+    model of the RoPE that it was trained with."""
+    more = phases(trained, "{steps: 2, train: {@a: 2, @b: 1}}", "{steps: 1, train: {@a: 1, @c: 1}}",
+                  "{train: {@a: 1}, seq_length: 64, rope_theta: 50000}")  # fmt: skip
+    fixed = ("schedule.decay_steps=5", "train.eval_samples=2", *more)
+
+    def at(folder: str, steps: int) -> list[str]:
+        return overrides(trained / "data", tmp_path / folder, *fixed, f"train.num_steps={steps}")
+
+    assert train_here(0, at("whole", 5)) == 0
+    assert train_here(0, at("parts", 3)) == 0
+    newest = newest_checkpoint(tmp_path / "parts")
+    assert newest is not None and saved_model(newest).rope_theta == 10_000
+    shutil.rmtree(tmp_path / "parts" / "tensorboard", ignore_errors=True)
+    assert train_here(0, at("parts", 5)) == 0
+    assert metrics(tmp_path / "parts")[-1]["samples_digest"] == metrics(tmp_path / "whole")[-1]["samples_digest"]
+    assert checkpoint_bytes(tmp_path / "parts", 5) == checkpoint_bytes(tmp_path / "whole", 5)
+    newest = newest_checkpoint(tmp_path / "parts")
+    assert newest is not None and saved_model(newest).rope_theta == 50_000
+    assert saved_model(newest).max_position_embeddings == 64
+    assert [line["consumed_tokens"] for line in metrics(tmp_path / "whole")] == [256, 512, 768, 1280, 1792]
