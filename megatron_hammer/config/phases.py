@@ -30,7 +30,12 @@ class BatchSizes:
     @classmethod
     def of(cls, train: TrainConfig) -> BatchSizes:
         """Those of a config."""
-        return cls(((0, train.global_batch_size),))
+        ramp, final = train.batch_size_ramp, train.global_batch_size
+        if ramp is None:
+            return cls(((0, final),))
+        growths = (final - ramp.start) // ramp.increment
+        firsts = (-(-growth * ramp.samples // growths) for growth in range(growths + 1))
+        return cls(tuple((first, ramp.start + i * ramp.increment) for i, first in enumerate(firsts)))
 
     def at(self, consumed: int) -> int:
         """Samples of the step that begins when ``consumed`` are behind the run."""

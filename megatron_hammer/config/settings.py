@@ -639,6 +639,29 @@ class EvaluatorConfig:
 
 
 @dataclass(frozen=True)
+class BatchSizeRamp:
+    """Fewer samples a step while a run is young, as Megatron-LM's rampup-batch-size."""
+
+    start: int
+    """Samples of the first step."""
+    increment: int
+    """By how much a step grows at once."""
+    samples: int
+    """Consumed samples after which a step has train.global_batch_size; it grows at equal distances until then."""
+
+    def check(self, final: int) -> None:
+        """Raise ``ConfigError`` unless steps grow from ``start`` to ``final``."""
+        where = "train.batch_size_ramp"
+        at_least(where, {name: getattr(self, name) for name in ("start", "increment", "samples")}, 1)
+        require(
+            self.start < final and (final - self.start) % self.increment == 0,
+            f"{where}: start={self.start}, increment={self.increment}",
+            f"must lead to train.global_batch_size={final}",
+            f"use a start below it, and an increment that divides {max(0, final - self.start)}",
+        )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Length, sizes and place of the run."""
 
@@ -650,6 +673,11 @@ class TrainConfig:
     """Samples b that one rank processes at once."""
     global_batch_size: Mathematics[int] = 8
     """Samples a step over all ranks; a multiple of micro_batch_size x data_parallel_size."""
+    batch_size_ramp: Mathematics[BatchSizeRamp | None] = None
+    """{start: 64, increment: 64, samples: 1e6}: steps of start samples at first, which grow by increment at equal
+    distances until samples are consumed; each size is a multiple of micro_batch_size x data_parallel_size. A pure
+    function of consumed samples. num_steps and the schedule go on counting steps, whatever their size; absent: all
+    steps have global_batch_size."""
     seed: Samples[int] = 1234
     """Seeds the initial weights and the order of the data."""
     precision: Mathematics[Literal["fp32", "bf16", "fp16"]] = "bf16"
@@ -712,6 +740,8 @@ class TrainConfig:
         )
         if self.evaluator is not None:
             self.evaluator.check()
+        if self.batch_size_ramp is not None:
+            self.batch_size_ramp.check(self.global_batch_size)
         at_least("train", {"spike_window_steps": self.spike_window_steps}, 20)
         z = self.spike_z_score
         require(z > 0, f"train.spike_z_score={z}", "must be above 0", "12 is the default; a larger one reports less")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config.checks import choices, divisors, require
-from megatron_hammer.config.phases import BatchSizes, Phase, phase_at, phases_of
+from megatron_hammer.config.phases import BatchSizes, Phase, phase_at, phases_of, tokens_before
 from megatron_hammer.config.settings import (
     ATTENTION_MASKS,
     CheckpointConfig,
@@ -104,7 +104,17 @@ class Config:
             f"use a multiple of {samples}",
             number=5,
         )
-        for what, rule, remedy in (_pipeline_obstacle(self, world_size), _tree_obstacle(self, world_size)):
+        for size in {size for _, size in self.batch_sizes.ramp}:
+            require(
+                size % samples == 0,
+                f"train.batch_size_ramp: {size} samples a step",
+                f"must be a multiple of train.micro_batch_size={train.micro_batch_size} x data_parallel_size="
+                f"{self.data_parallel_size(world_size)}",
+                f"use a start and an increment that are multiples of {samples}",
+                number=5,
+            )
+        by_ranks = (_ramp_obstacle, _pipeline_obstacle, _tree_obstacle)
+        for what, rule, remedy in (find(self, world_size) for find in by_ranks):
             require(not what, what, rule, remedy, number=5)
         require(
             train.precision != "fp16" or self.optimizer.initial_loss_scale >= 1,
@@ -172,6 +182,18 @@ class Config:
                     f"must end with a step, since {phase.name} has another seq_length or RoPE",
                     f"make it samples={phase.first - before.first + over}",
                 )
+
+    @property
+    def largest(self) -> Config:
+        """``in_phase`` of the phase with the longest samples, which needs most memory."""
+        phases = self.phases
+        return self.in_phase(max(phases, key=lambda phase: phase.seq_length)) if phases else self
+
+    @property
+    def num_tokens(self) -> int:
+        """Targets of the whole run."""
+        samples, phases = self.num_samples, self.phases
+        return tokens_before(phases, samples) if phases else samples * self.data.seq_length
 
     @property
     def batch_sizes(self) -> BatchSizes:
@@ -328,6 +350,25 @@ def _cp_obstacle(config: Config, world_size: int) -> tuple[str, str, str, int]:
     if kernels.layers == "te":
         return "kernels.layers=te", f"is not for {what}: nobody has run it", "use kernels.layers=torch", 12
     return "", "", "", 5
+
+
+def _ramp_obstacle(config: Config, world_size: int) -> tuple[str, str, str]:
+    """What cannot go with steps of several sizes (setting, rule, remedy), or empty strings."""
+    sizes, leave_out = [size for _, size in config.batch_sizes.ramp], "leave train.batch_size_ramp out"
+    if len(sizes) == 1:
+        return "", "", ""
+    if config.train.deterministic_reduction == "tree":
+        what = "train.deterministic_reduction=tree"
+        return what, "is not for train.batch_size_ramp: its tree is of one number of micro-batches", leave_out
+    if config.kernels.cuda_graph:
+        rule = "is not for train.batch_size_ramp: graphs are recorded for one number of micro-batches"
+        return "kernels.cuda_graph=true", rule, leave_out
+    each = config.train.micro_batch_size * config.data_parallel_size(world_size)
+    each *= config.parallel.pipeline_model_parallel_size
+    if config.parallel.virtual_pipeline_stages > 1 and (odd := [size for size in sizes if size % each]):
+        what = f"train.batch_size_ramp: {odd[0]} samples a step"
+        return what, f"must be a multiple of {each} for parallel.virtual_pipeline_stages", "change start or increment"
+    return "", "", ""
 
 
 def _pipeline_obstacle(config: Config, world_size: int) -> tuple[str, str, str]:

@@ -30,6 +30,7 @@ def forecast(config: Config, world_size: int, backends: Mapping[str, Backend]) -
 
 
 def _memory(config: Config, world_size: int, backends: Mapping[str, Backend]) -> str:
+    config = config.largest
     ranks, accumulated = config.parallel.pipeline_model_parallel_size, config.grad_accum(world_size)
     each = [
         {
@@ -68,7 +69,7 @@ def _disk(config: Config) -> str:
 
 
 def _time(config: Config, world_size: int) -> str:
-    tokens = config.train.num_steps * config.tokens_per_step
+    tokens = config.num_tokens
     full, _ = flops_per_token(config.model, config.data.seq_length)
     flops = full * tokens
     what = f"time: {tokens:,} tokens, {flops:.2e} FLOPs"

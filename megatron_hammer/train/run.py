@@ -100,9 +100,18 @@ def layout_line(config: Config, world_size: int) -> str:
         f"{world_size} ranks = TP {parallel.tensor_model_parallel_size}{sequence_parallel} x "
         f"{context_parallel}{pipeline}"
         f"DP {config.data_parallel_size(world_size)}{sharded}; "
-        f"step = {run.global_batch_size} samples x {config.data.seq_length} tokens = {config.tokens_per_step:,} tokens "
+        f"{_ramp(config)}step = {run.global_batch_size} samples x {config.data.seq_length} tokens = "
+        f"{config.tokens_per_step:,} tokens "
         f"(micro-batch {run.micro_batch_size}, {config.grad_accum(world_size)} accumulated)"
     )
+
+
+def _ramp(config: Config) -> str:
+    """What to say before the size of a step where it is reached in the course of the run."""
+    ramp = config.train.batch_size_ramp
+    if ramp is None:
+        return ""
+    return f"steps of {ramp.start} samples at first, {ramp.increment} more at a time; after {ramp.samples:,} samples "
 
 
 def pipeline_lines(config: Config, world_size: int) -> list[str]:
@@ -155,7 +164,8 @@ def announcement(prepared: Prepared, world_size: int, device: torch.device) -> s
         lines.append(warning)
     rows, micro_batches = select_backends(config.kernels, required), config.grad_accum(world_size)
     pp = config.parallel.pipeline_model_parallel_size
-    kept = max(activation_bytes(config, rows, pp_rank=rank, micro_batches=micro_batches) for rank in range(pp)) / 2**30
+    largest = config.largest
+    kept = max(activation_bytes(largest, rows, pp_rank=rank, micro_batches=micro_batches) for rank in range(pp)) / 2**30
     of = "each micro-batch" if pp == 1 else "the micro-batches in flight, on the rank with most"
     lines.append(f"activations: about {kept:.2f} GiB kept of {of} (train.recompute={config.train.recompute})")
     return "\n".join(lines + _start_lines(prepared))

@@ -66,7 +66,8 @@ def test_every_setting_says_what_changing_it_means() -> None:
         *(f"optimizer.{n}" for n in ("lr", "min_lr", "weight_decay", "beta1", "beta2", "eps", "clip_grad",
                                      "loss_scale_window")),
         *(f"schedule.{n}" for n in ("style", "warmup_steps", "decay_steps", "anneal_steps")),
-        "kernels.fp8", "kernels.fp8_head", "train.global_batch_size", "train.seed", "train.precision", "train.z_loss",
+        "kernels.fp8", "kernels.fp8_head", "train.batch_size_ramp", "train.global_batch_size", "train.seed",
+        "train.precision", "train.z_loss",
     }  # fmt: skip
     for name in ("parallel.tensor_model_parallel_size", "kernels.attention", "log.interval_steps", "train.recompute"):
         assert effects[name] is Effect.FREE

@@ -140,6 +140,43 @@ def test_phases_that_cannot_be_are_refused_by_name(change: str, said: str) -> No
     assert said in str(caught.value)
 
 
+def test_a_ramp_of_the_batch_size_is_a_function_of_consumed_samples(trained: Path, tmp_path: Path) -> None:
+    """4, 4, 6, 6, 8, 8, 8: one that stops and goes on is the same to the bit, and has the samples of any other."""
+    ramp = "train.batch_size_ramp={start: 4, increment: 2, samples: 16}"
+    fixed = (ramp, "train.eval_samples=2", "schedule.decay_steps=7", "checkpoint.save_interval_steps=4")
+
+    def at(folder: str, steps: int) -> list[str]:
+        return overrides(trained / "data", tmp_path / folder, *fixed, f"train.num_steps={steps}")
+
+    for folder, steps in (("whole", 7), ("parts", 4), ("parts", 7)):
+        assert train_here(0, at(folder, steps)) == 0
+    lines = metrics(tmp_path / "whole")
+    consumed = [line["consumed_samples"] for line in lines]
+    assert consumed == [4, 8, 14, 20, 28, 36, 44] and lines[-1]["consumed_tokens"] == 44 * 32
+    assert checkpoint_bytes(tmp_path / "parts", 7) == checkpoint_bytes(tmp_path / "whole", 7)
+    prepared = prepare(config_for(at("new", 7)), 1)
+    assert names(prepared, 44) == names(prepared_with(trained), 44)
+    assert prepared.plan is not None and "1 to 7" in format_run_plan(prepared.plan) and prepared.plan.tokens == 44 * 32
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("train.batch_size_ramp={start: 4, increment: 3, samples: 16}", "must lead to train.global_batch_size=8"),
+        ("train.batch_size_ramp={start: 8, increment: 1, samples: 16}", "must lead to train.global_batch_size=8"),
+        ("train.batch_size_ramp={start: 4, increment: 2, samples: 0}", "train.batch_size_ramp.samples=0"),
+        ("train.batch_size_ramp={start: 5, increment: 3, samples: 9}", "5 samples a step must be a multiple of"),
+        ("train.deterministic_reduction=tree", "is not for train.batch_size_ramp"),
+    ],
+)
+def test_ramps_that_cannot_be_are_refused(change: str, said: str) -> None:
+    ramp = "train.batch_size_ramp={start: 4, increment: 2, samples: 16}"
+    config = config_for(["model.vocab_size=301", "train.global_batch_size=8", "train.micro_batch_size=2", ramp, change])
+    with pytest.raises(ConfigError) as caught:
+        config.validate(1)
+    assert said in str(caught.value)
+
+
 def test_a_run_through_phases_goes_on_bit_for_bit(trained: Path, tmp_path: Path) -> None:
     """Another mix, then a longer context with another RoPE: N + N steps are 2N, in every byte; the checkpoint is a
     model of the RoPE that it was trained with."""
