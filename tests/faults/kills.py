@@ -155,6 +155,11 @@ class Job:
             ctx = replace(ctx, journal=DeadlyJournal(*deadly[1:]))
         return train(prepare(config, ranks, accepted=accepted_by(arguments)), ctx)
 
+    def is_running(self) -> bool:
+        """Whether no rank has ended."""
+        found = (os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) for pid in self._children.values())
+        return not any(found)
+
     def kill(self) -> None:
         """SIGKILL to everything."""
         with contextlib.suppress(ProcessLookupError):

@@ -2,18 +2,20 @@
 
 Three tiers. In every run of the tests: a small save, of the process that trains and of the one that writes for it, is
 killed before each of its operations on files. ``HAMMER_FAULTS=night``: runs of four layouts in both modes, killed at
-each phase of a step and of a save, on each rank. ``HAMMER_FAULTS=release``: 25 kills of everything, at random moments,
-in each of four layouts under the real launcher. Beside each other they take a second, some minutes and half an hour.
+each phase of a step and of a save, on each rank, and 25 kills of everything at random moments in each of four layouts.
+``HAMMER_FAULTS=release``: such kills under the real launcher too. They take seconds, minutes and half an hour.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
 import random
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
@@ -36,6 +38,8 @@ from tests.train.runs import TINY, overrides
 TIER = os.environ.get("HAMMER_FAULTS", "")
 MODEL = tiny_model(hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=1, vocab_size=33)
 TREE = config_tree(MODEL)
+KILLS = int(os.environ.get("HAMMER_KILLS", "25"))
+LONG_SECONDS = 500.0
 MOST = 400  # operations of one save: far above
 
 
@@ -177,16 +181,54 @@ def test_a_kill_at_each_phase_of_a_step_and_of_a_save(data: Path, memory_folder:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(TIER not in ("night", "release"), reason="HAMMER_FAULTS=night runs it: minutes")
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kills_of_everything_at_random_moments(data: Path, memory_folder: Path, layout: str) -> None:
+    """Background saves on: no bit and no committed step is lost, and the same command always goes on."""
+    ranks, settings = LAYOUTS[layout]
+    chance, peace, output = random.Random(layout), memory_folder / "peace", memory_folder / "killed"
+    more = [*settings, "checkpoint.mode=background", f"train.num_steps={6 * KILLS}", "train.eval_interval_steps=7"]
+    job = Job(ranks, memory_folder / "job", overrides(data, peace, *more))
+    assert set(job.wait(LONG_SECONDS)) == {0}, job.said()
+    kills, before, inside = 0, 0, 0
+    while kills < KILLS:
+        job = Job(ranks, memory_folder / f"job-{kills}", overrides(data, output, *more))
+        target = lines_of(output) + chance.choice([0, 1, 2, 4, 8, 12])
+        while job.is_running() and lines_of(output) < target:
+            time.sleep(0.002)
+        time.sleep(chance.random() * (0.05 if target else 0.5))
+        job.kill()
+        if set(job.wait()) == {0}:
+            break  # it has come to its end before
+        kills += 1
+        inside += any((output / "checkpoints").glob("*.tmp-*"))
+        found = committed(output / "checkpoints")
+        assert max(found, default=0) >= before, f"kill {kills}: step {before} was committed, now there is {found}"
+        before = max(found, default=0)
+    job = Job(ranks, memory_folder / "last", overrides(data, output, *more))
+    assert set(job.wait(LONG_SECONDS)) == {0}, job.said()
+    print(f"{layout}: {kills} kills of everything, {inside} of them inside a save", flush=True)
+    assert not list(drill.differences(peace, output)) and kills > KILLS // 2
+
+
+def lines_of(output: Path) -> int:
+    """Steps that a run has written down."""
+    with contextlib.suppress(OSError):
+        return (output / "metrics.jsonl").read_bytes().count(b"\n")
+    return 0
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(TIER != "release", reason="HAMMER_FAULTS=release runs it: half an hour")
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_kills_of_everything_at_random_moments(tmp_path: Path, layout: str) -> None:
-    """Under the real launcher, background saves on: no bit, no committed step is lost, and nothing is repaired."""
+def test_kills_under_the_launcher(tmp_path: Path, layout: str) -> None:
+    """The same with processes that nobody has forked, found by their launcher."""
     ranks, settings = LAYOUTS[layout]
-    kills = int(os.environ.get("HAMMER_KILLS", "25"))
     config = load_config(TINY, ["model.vocab_size=301", "checkpoint.mode=background", *settings])
     everything = [fault for fault in faults.KILLS if "everything" in fault.name]
-    plan = [everything[number % len(everything)] for number in range(kills)]
+    plan = [everything[number % len(everything)] for number in range(KILLS)]
     report = drill.Drill(config, ranks, plan, random.Random(layout), tmp_path, print).run()
     print(*report.table(), *drill.summary(report), sep="\n", flush=True)
     assert not report.failed
