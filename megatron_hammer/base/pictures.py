@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.progress import say
+from megatron_hammer.base.writing import writing
 
 # A family for several scripts comes before one for a single letter, and one without serifs, whose Chinese is of the
 # mainland, before others: words of its name.
@@ -40,7 +41,8 @@ def save_png(figure: Any, output: Path) -> None:
     content = png_of(figure)
     staging = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        staging.write_bytes(content)
+        with writing(staging, len(content)):
+            staging.write_bytes(content)
         os.replace(staging, output)
     finally:
         staging.unlink(missing_ok=True)

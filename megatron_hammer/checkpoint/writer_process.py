@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import HammerError, from_os_error, to_fields
-from megatron_hammer.base.files import sync_file
+from megatron_hammer.base.files import sync_file, write_durably
 from megatron_hammer.base.signals import die_with_parent
 from megatron_hammer.checkpoint.commit import SliceToWrite, commit, stage_tokenizer_files, write_rank
 from megatron_hammer.checkpoint.manifest import Layout
@@ -104,7 +104,7 @@ class Writer:
 
     def _save_tokenizer(self, folder: Path) -> None:
         for name, content in self._tokenizer.items():
-            (folder / name).write_bytes(content)
+            write_durably(folder / name, content)
 
 
 class _Chunks:

@@ -15,6 +15,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,7 @@ import xxhash
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.files import publish, replace_file, sha256_file
 from megatron_hammer.base.progress import Progress
+from megatron_hammer.base.writing import make_durable, open_new
 from megatron_hammer.corpus import jsonl
 from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.file_blocks import START, Block, FileRange, Position
@@ -322,10 +324,10 @@ class LineWriter:
                 if self._stream is not self._file:
                     self._stream.close()
                 self._file.sync()
-            self._file.close()
-            if kind is None:
+                self._file.close()
                 publish(self._temporary, self.path)
         finally:
+            self._file.close_after_failure()  # of this block or the user's; nothing where it is closed
             self._temporary.unlink(missing_ok=True)  # gone already after the rename
 
     def describe(self) -> dict[str, Any]:
@@ -343,7 +345,7 @@ class _HashedFile:
     """A new file that hashes what is written to it."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115  closed by close
+        self._path, self._file = path, open_new(path, _BUFFER_BYTES)
         self.hash = xxhash.xxh3_128()
 
     def write(self, data: bytes) -> int:
@@ -354,11 +356,14 @@ class _HashedFile:
         self._file.flush()
 
     def sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        make_durable(self._file, self._path)
 
     def close(self) -> None:
         self._file.close()
+
+    def close_after_failure(self) -> None:
+        with suppress(OSError):
+            self._file.close()
 
 
 def text_line(text: str, fields: dict[str, Any] | None = None) -> bytes:

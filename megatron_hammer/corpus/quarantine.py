@@ -16,6 +16,7 @@ from types import TracebackType
 import orjson
 
 from megatron_hammer.base.files import StaleState, publish
+from megatron_hammer.base.writing import close_after, make_durable, open_existing, open_new
 from megatron_hammer.corpus.parse import Rejected
 
 
@@ -31,7 +32,7 @@ class RejectedFile:
         self._keep = size is not None
         if size is not None and not self.temporary.exists():
             raise StaleState(f"{self.temporary} is gone")
-        self._file = open(self.temporary, "wb" if size is None else "r+b")  # noqa: SIM115  closed by __exit__
+        self._file = open_new(self.temporary) if size is None else open_existing(self.temporary)
         if size is not None:
             if self._file.seek(0, os.SEEK_END) < size:
                 self._file.close()
@@ -66,8 +67,7 @@ class RejectedFile:
 
     def save_state(self) -> int:
         """Make everything durable; the bytes there are."""
-        self._file.flush()
-        os.fdatasync(self._file.fileno())
+        make_durable(self._file, self.temporary)
         self._keep = True
         return self._file.tell()
 
@@ -77,10 +77,14 @@ class RejectedFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
+        try:
+            if kind is None:
+                make_durable(self._file, self.temporary)
+        except OSError as failure:
+            error = failure
+            raise
+        finally:
+            close_after(self._file, error)
         if kind is None:
             publish(self.temporary, self.path)
         elif not self._keep:

@@ -13,7 +13,6 @@ texts about k (1 + ln(n / k)) are ever written for a sample of k.
 from __future__ import annotations
 
 import heapq
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ import xxhash
 
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.progress import Progress, size_of
+from megatron_hammer.base.writing import nameless_file
 from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.documents import (
     LineWriter,
@@ -99,7 +99,7 @@ def sample_corpus(
     folder.mkdir(parents=True, exist_ok=True)
     hashes: dict[Path, str] = {}
     skipped, size = Skipped(on_error, folder / "rejected.jsonl"), sum(p.stat().st_size for p in paths)
-    with tempfile.TemporaryFile(dir=folder) as spool, skipped, Progress("sampling", size) as bar:
+    with nameless_file(folder) as spool, skipped, Progress("sampling", size) as bar:
         documents, kept = _collect(paths, key, seed, train_bytes + valid_bytes, spool, bar, hashes, skipped.on_bad)
         valid = _cut(kept, valid_bytes)
         train = _cut(kept[len(valid) :], train_bytes)

@@ -48,6 +48,7 @@ from megatron_hammer.base.errors import ConfigError, DataError, DiskError
 from megatron_hammer.base.files import open_alone, publish
 from megatron_hammer.base.progress import Progress, size_of
 from megatron_hammer.base.reading import open_regular
+from megatron_hammer.base.writing import writing
 from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.documents import Skipped
 from megatron_hammer.corpus.readers import kind_of
@@ -268,12 +269,14 @@ class Shuffle:
         for lines in self._sorted_parts():
             order = np.argsort(lines.keys, kind="stable")
             for first in range(0, len(order), _LINES_BETWEEN_FLUSHES):
-                count = lines.write(descriptor, order[first : first + _LINES_BETWEEN_FLUSHES])
+                with writing(self._result, self.bytes):
+                    count = lines.write(descriptor, order[first : first + _LINES_BETWEEN_FLUSHES])
                 # Linux then begins to write these pages out, instead of letting gigabytes wait for the fsync.
                 os.posix_fadvise(descriptor, written, count, os.POSIX_FADV_DONTNEED)
                 written += count
                 self._progress.advance(count)
-        os.fsync(descriptor)
+        with writing(self._result, self.bytes):
+            os.fsync(descriptor)
         publish(self._result, self.output)
         self._published = True
         seconds = time.monotonic() - self._started

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from megatron_hammer.base.reading import open_unbuffered
+from megatron_hammer.base.writing import writing
 
 LINE_OVERHEAD = 64
 """Bytes of memory for a line beside its text: key, start, end, order, and their copies while sorting."""
@@ -148,8 +149,9 @@ class Buckets:
         descriptor = os.open(bucket.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             header = _CHUNK.pack(len(order), size) + lines.keys[order].tobytes() + lengths.astype(np.uint32).tobytes()
-            _write_all(descriptor, [memoryview(header)])
-            lines.write(descriptor, order)
+            with writing(bucket.path, os.fstat(descriptor).st_size + len(header) + size):
+                _write_all(descriptor, [memoryview(header)])
+                lines.write(descriptor, order)
         finally:
             os.close(descriptor)
         bucket.lines += len(order)

@@ -21,6 +21,7 @@ import xxhash
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.files import StaleState, hash_file, open_alone, sync_folder
 from megatron_hammer.base.reading import open_unbuffered
+from megatron_hammer.base.writing import close_after, make_durable, open_existing, open_new
 from megatron_hammer.dataset.format import (
     BLOCK_BYTES,
     CODES,
@@ -83,7 +84,7 @@ class IndexedWriter:
         descriptor = open_alone(path_of(prefix, ".idx.tmp"))  # the last file to get its final name guards them all
         if descriptor is None:
             raise _in_use(path_of(prefix, ".idx.tmp"))
-        self._idx = os.fdopen(descriptor, "w+b")
+        self._idx = open_existing(path_of(prefix, ".idx.tmp"), descriptor)
         self._blocks = _BlockHasher()
         try:
             self._open_new() if resume is None else self._go_on(resume)
@@ -93,8 +94,8 @@ class IndexedWriter:
         self._background = _BackgroundSync(self._bin.fileno())
 
     def _open_new(self) -> None:
-        self._bin = open(path_of(self.prefix, ".bin.tmp"), "w+b")  # noqa: SIM115  closed by __exit__
-        self._documents = open(path_of(self.prefix, ".documents.tmp"), "w+b")  # noqa: SIM115  appended to .idx in the end
+        self._bin = open_new(path_of(self.prefix, ".bin.tmp"))  # closed by __exit__
+        self._documents = open_new(path_of(self.prefix, ".documents.tmp"))  # appended to .idx in the end
         self._idx.truncate(0)
         self._idx.write(bytes(FIRST_LENGTH))  # the counts are known at the end
         self._documents.write(struct.pack("<q", 0))
@@ -103,8 +104,8 @@ class IndexedWriter:
         """Open what a former writer has left, cut to the state that it saved."""
         try:
             self._take_back(state)
-            self._bin = open(path_of(self.prefix, ".bin.tmp"), "r+b")  # noqa: SIM115  closed by __exit__
-            self._documents = open(path_of(self.prefix, ".documents.tmp"), "r+b")  # noqa: SIM115
+            self._bin = open_existing(path_of(self.prefix, ".bin.tmp"))  # closed by __exit__
+            self._documents = open_existing(path_of(self.prefix, ".documents.tmp"))
         except FileNotFoundError as error:
             raise StaleState(f"{error.filename} is gone") from None
         self._restore(state)
@@ -118,14 +119,17 @@ class IndexedWriter:
         try:
             if kind is None:
                 self._publish()
+        except BaseException as failure:
+            error = failure
+            raise
         finally:
             self._background.finish()
-            self._bin.close()
-            self._documents.close()
+            for file in (self._bin, self._documents):
+                close_after(file, error)
             if not self._published and not self.keep_temporaries:  # once published, the names may be another writer's
                 for suffix in (".bin.tmp", ".meta.json.tmp", ".documents.tmp", ".idx.tmp"):
                     path_of(self.prefix, suffix).unlink(missing_ok=True)
-            self._idx.close()  # gives up the lock
+            close_after(self._idx, error)  # gives up the lock
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, sequences_per_document: np.ndarray | None = None) -> None:
         """Append documents.
@@ -232,9 +236,8 @@ class IndexedWriter:
 
     def save_state(self) -> dict[str, Any]:
         """Make all that was added durable; plain values with which another writer goes on from here."""
-        for file in (self._bin, self._idx, self._documents):
-            file.flush()
-            os.fdatasync(file.fileno())
+        for file, suffix in ((self._bin, ".bin.tmp"), (self._idx, ".idx.tmp"), (self._documents, ".documents.tmp")):
+            make_durable(file, path_of(self.prefix, suffix))
         self._background.check()
         return {
             "dtype": self.dtype.name,
@@ -255,7 +258,7 @@ class IndexedWriter:
         size = os.fstat(self._idx.fileno()).st_size
         if not documents.exists() and size == boundaries + 8 * (state["documents"] + 1):
             self._idx.seek(boundaries)
-            with open(documents, "wb") as file:
+            with open_new(documents) as file:
                 while block := self._idx.read(8 * _CHUNK):
                     file.write(block)
 
@@ -284,9 +287,8 @@ class IndexedWriter:
         self._idx.seek(0)
         counts = (VERSION, CODES[self.dtype], self.num_sequences, self.num_documents + 1)
         self._idx.write(MAGIC + struct.pack("<QBQQ", *counts))
-        for file in (self._bin, self._idx):
-            file.flush()
-            os.fsync(file.fileno())
+        for file, suffix in ((self._bin, ".bin.tmp"), (self._idx, ".idx.tmp")):
+            make_durable(file, path_of(self.prefix, suffix))
         self._background.check()
         self._write_header()
 
@@ -332,10 +334,10 @@ class IndexedWriter:
             options=self.options,
             sources=tuple(self.sources),
         )
-        with open(path_of(self.prefix, ".meta.json.tmp"), "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(header.to_json())  # surrogateescape: a source's path may be any bytes
-            file.flush()
-            os.fsync(file.fileno())
+        path = path_of(self.prefix, ".meta.json.tmp")
+        with open_new(path) as file:
+            file.write(header.to_json().encode("utf-8", "surrogateescape"))  # a source's path may be any bytes
+            make_durable(file, path)
 
 
 class _BlockHasher:

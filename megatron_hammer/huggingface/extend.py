@@ -35,7 +35,7 @@ import numpy as np
 from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedError
-from megatron_hammer.base.files import staged_folder, sync_file
+from megatron_hammer.base.files import staged_folder, sync_file, write_durably
 from megatron_hammer.base.progress import say, track
 from megatron_hammer.checkpoint.commit import SliceToWrite
 from megatron_hammer.checkpoint.folder import Note, open_checkpoint, step_name
@@ -312,8 +312,7 @@ def write_report(path: Path, report: Mapping[str, Any], plan: ExtensionPlan) -> 
     ]
     head = json.dumps(report, indent=2, ensure_ascii=False).removesuffix("\n}")
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    path.write_text(f'{head},\n  "rows": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
-    sync_file(path)
+    write_durably(path, f'{head},\n  "rows": [\n{lines}\n  ]\n}}\n'.encode())
 
 
 def summary(report: Mapping[str, Any]) -> str:

@@ -40,6 +40,7 @@ from megatron_hammer.base.locks import take_lock
 from megatron_hammer.base.mapping import FileMap
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.reading import open_regular, parse_json
+from megatron_hammer.base.writing import make_durable, open_new
 
 MAGIC = b"HMRINDEX"
 VERSION = 1
@@ -193,14 +194,13 @@ def write_index(path: Path, kind: str, key: Key, arrays: Arrays) -> None:
     text = json.dumps(tree).encode()
     temporary = path.with_suffix(".tmp")  # nobody else writes here: the caller holds the lock
     try:
-        with open(temporary, "wb") as file:
+        with open_new(temporary) as file:
             file.write(_START.pack(MAGIC, VERSION, len(text), xxhash.xxh3_64_intdigest(text)) + text)
             file.write(bytes(-file.tell() % _ALIGNMENT))
             for array in contiguous.values():
                 file.write(array.data.cast("B") if array.size else b"")
                 file.write(bytes(-array.nbytes % _ALIGNMENT))
-            file.flush()
-            os.fsync(file.fileno())
+            make_durable(file, temporary)
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -69,7 +69,8 @@ class MetricsFile:
 
     def sync(self) -> None:
         """Make sure that the lines so far are on the disk: before a checkpoint is committed."""
-        os.fsync(self.file.fileno())
+        with writing(self.file.name, os.fstat(self.file.fileno()).st_size):
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Nothing more will be written."""

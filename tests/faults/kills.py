@@ -8,13 +8,11 @@ reaches all of them.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,8 @@ from megatron_hammer.checkpoint.folder import find_checkpoints, step_of
 from megatron_hammer.checkpoint.inspect import verify_checkpoint
 from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.parallel.board import Journal
-from megatron_hammer.train.loop import train
-from megatron_hammer.train.prepare import prepare
-from tests.model.tiny import make_context
-from tests.train.runs import accepted_by, config_for
+from megatron_hammer.train.run import run_rank
+from tests.train.runs import config_for
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 """Audit events of what changes a folder; files that are opened to be written, and fsyncs, count beside them."""
@@ -145,15 +141,9 @@ class Job:
         os.dup2(said, 1)
         os.dup2(said, 2)
         os.environ |= {"GLOO_SOCKET_IFNAME": "lo", VARIABLE: fault}
-        if ranks > 1:
-            store = dist.FileStore(str(self._folder / "store"), ranks)
-            patience = datetime.timedelta(seconds=RUN_SECONDS)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=patience)
-        config = config_for(arguments)
-        ctx = make_context(config)
-        if deadly is not None and deadly[0] == rank:
-            ctx = replace(ctx, journal=DeadlyJournal(*deadly[1:]))
-        return train(prepare(config, ranks, accepted=accepted_by(arguments)), ctx)
+        store = dist.FileStore(str(self._folder / "store"), ranks) if ranks > 1 else None
+        journal = DeadlyJournal(*deadly[1:]) if deadly is not None and deadly[0] == rank else None
+        return run_rank(config_for(arguments), rank, rank, ranks, store, journal=journal)
 
     def is_running(self) -> bool:
         """Whether no rank has ended."""

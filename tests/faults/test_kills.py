@@ -194,6 +194,7 @@ def test_kills_of_everything_at_random_moments(data: Path, memory_folder: Path, 
     kills, before, inside = 0, 0, 0
     while kills < KILLS:
         job = Job(ranks, memory_folder / f"job-{kills}", overrides(data, output, *more))
+        newest = f"step-{before:08d}"
         target = lines_of(output) + chance.choice([0, 1, 2, 4, 8, 12])
         while job.is_running() and lines_of(output) < target:
             time.sleep(0.002)
@@ -202,6 +203,7 @@ def test_kills_of_everything_at_random_moments(data: Path, memory_folder: Path, 
         if set(job.wait()) == {0}:
             break  # it has come to its end before
         kills += 1
+        assert before == 0 or "resuming from" not in job.said() or newest in job.said(), job.said()
         inside += any((output / "checkpoints").glob("*.tmp-*"))
         found = committed(output / "checkpoints")
         assert max(found, default=0) >= before, f"kill {kills}: step {before} was committed, now there is {found}"

@@ -33,6 +33,7 @@ from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.files import hash_file
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.reading import open_regular
+from megatron_hammer.base.writing import writing
 from megatron_hammer.dataset.format import BLOCK_BYTES, DatasetHeader, path_of
 from megatron_hammer.dataset.look.contamination import HeldOutSearch, read_held_out
 from megatron_hammer.dataset.look.inspect import (
@@ -348,8 +349,10 @@ class _Digests:
         entries = entries[np.argsort(bucket, kind="stable")]
         ends = np.cumsum(np.bincount(bucket, minlength=BUCKETS))
         for number, part in enumerate(np.split(entries, ends[:-1])):
-            with open(self._folder / str(number), "ab") as file:
-                part.tofile(file)
+            path = self._folder / str(number)
+            with open(path, "ab") as file, writing(path, file.tell() + part.nbytes):
+                file.write(part.data.cast("B"))
+                file.flush()
 
     def buckets(self) -> Iterator[np.ndarray]:
         """All pairs, equal digests in the same array, in order of digest, then of document."""

@@ -13,7 +13,6 @@ journal of another command (other inputs, options or tokenizer) is refused, and 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 from megatron_hammer.base.errors import DataError, RefusedError
 from megatron_hammer.base.files import publish
 from megatron_hammer.base.reading import parse_json, read_regular
+from megatron_hammer.base.writing import make_durable, open_new
 
 JOURNAL_FORMAT = "megatron_hammer preprocessing journal"
 JOURNAL_VERSION = 1
@@ -68,10 +68,9 @@ class Journal:
         """Replace the journal as a whole, durably."""
         tree = {"format": JOURNAL_FORMAT, "version": JOURNAL_VERSION, **asdict(self)}
         temporary = Path(f"{path}.tmp")  # of a fixed name: the next run overwrites what a killed one leaves
-        with open(temporary, "wb") as file:
+        with open_new(temporary) as file:
             file.write(json.dumps(tree, ensure_ascii=False).encode("utf-8", "surrogateescape"))
-            file.flush()
-            os.fsync(file.fileno())
+            make_durable(file, temporary)
         publish(temporary, path)
 
 

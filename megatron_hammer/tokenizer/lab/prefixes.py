@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from megatron_hammer.base.writing import writing
 from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
@@ -81,7 +82,7 @@ class _ModelPrefixes(Prefixes):
         del proto.pieces[:]
         proto.pieces.extend(piece for i, piece in enumerate(self._proto.pieces) if i not in dropped)
         path = folder / "tokenizer.model"
-        path.write_bytes(proto.SerializeToString())
+        _write(path, proto.SerializeToString())
         return load_tokenizer(path)
 
 
@@ -108,5 +109,11 @@ class _DefinitionPrefixes(Prefixes):
         model["merges"] = [[left, right] for left, right, product in self._merges
                            if not dropped & {left, right, product}]  # fmt: skip
         path = folder / "tokenizer.json"
-        path.write_text(json.dumps(definition), encoding="utf-8")
+        _write(path, json.dumps(definition).encode())
         return load_tokenizer(path)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """A model for a moment, in a temporary folder."""
+    with writing(path, len(content)):
+        path.write_bytes(content)
