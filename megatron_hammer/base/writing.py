@@ -12,7 +12,7 @@ import io
 import os
 import tempfile
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -81,7 +81,11 @@ def make_durable(file: IO[bytes], name: str | os.PathLike[str]) -> None:
         os.fsync(file.fileno())
 
 
-def close_after(file: IO[bytes], error: BaseException | None) -> None:
+class _Closes(Protocol):
+    def close(self) -> object: ...
+
+
+def close_after(file: _Closes, error: BaseException | None) -> None:
     """Close a file at the end of a ``with`` block: what cannot be written any more does not hide why the block failed.
 
     Args:

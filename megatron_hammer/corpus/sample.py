@@ -16,7 +16,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import xxhash
 
@@ -127,7 +127,7 @@ def _collect(
     key: str,
     seed: int,
     wanted: int,
-    spool: BinaryIO,
+    spool: IO[bytes],
     progress: Progress,
     hashes: dict[Path, str],
     on_bad: OnBad | None,
@@ -171,7 +171,7 @@ def _cut(kept: list[_Kept], size: int) -> list[_Kept]:
     return kept
 
 
-def _write(path: Path, part: list[_Kept], spool: BinaryIO) -> dict[str, Any]:
+def _write(path: Path, part: list[_Kept], spool: IO[bytes]) -> dict[str, Any]:
     with LineWriter(path) as writer:
         for item in part:
             spool.seek(item.offset)

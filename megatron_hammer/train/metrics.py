@@ -18,12 +18,14 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megatron_hammer.base.files import set_aside
 from megatron_hammer.base.progress import say
+from megatron_hammer.base.writing import close_after, writing
 from megatron_hammer.config import Config, ModelConfig
 from megatron_hammer.model.parameters import EMBEDDING, logical_shapes
 from megatron_hammer.train.metrics_file import METRICS, MetricsFile, finite
@@ -56,6 +58,7 @@ PEAK_TFLOPS: dict[str, float | None] = {
 
 
 # TensorBoard shows groups by their names, and opens the first: that is the loss.
+BOARD_BYTES = 100  # of a value among the events of TensorBoard, at least: what a full disk is said to lack
 BOARD_GROUPS = {
     "grad_norm": "optimizer/",
     "lr": "optimizer/",
@@ -146,10 +149,11 @@ class Reporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for output in (self.file, self.board, self.bar):
-            if output is not None:
-                output.close()
-        self.trackers.close(failed=kind is not None)
+        with ExitStack() as stack:  # one that cannot be closed keeps none of the others open
+            stack.callback(self.trackers.close, failed=kind is not None)
+            for output in (self.bar, self.board, self.file):
+                if output is not None:
+                    stack.callback(close_after, output, error)
 
     def step(self, line: dict[str, Any], valid: Mapping[str, float | None]) -> None:
         """Record one step, with its evaluation if there was one."""
@@ -161,9 +165,10 @@ class Reporter:
         self.file.write(line)
         self.trackers.log(finite(line))
         if self.board is not None:
-            for key, value in line.items():
-                if isinstance(value, int | float) and key != "step" and math.isfinite(value):
-                    self.board.add_scalar(BOARD_GROUPS.get(key, "") + key, value, line["step"])
+            with writing(self.board.log_dir, BOARD_BYTES):
+                for key, value in line.items():
+                    if isinstance(value, int | float) and key != "step" and math.isfinite(value):
+                        self.board.add_scalar(BOARD_GROUPS.get(key, "") + key, value, line["step"])
         if self.bar is not None:
             self.bar.update(1)
             self.bar.set_postfix(loss=f"{line['loss']:.4f}", tok_s=f"{rate:,.0f}", refresh=False)
@@ -188,7 +193,8 @@ class Reporter:
         """Before a checkpoint is committed: all lines up to it are on the disk."""
         self.file.sync()
         if self.board is not None:
-            self.board.flush()
+            with writing(self.board.log_dir, BOARD_BYTES):
+                self.board.flush()
 
     def say(self, text: str) -> None:
         """One line for people, above the progress bar where there is one."""

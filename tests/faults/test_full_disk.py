@@ -29,12 +29,12 @@ from megatron_hammer.corpus.split import split_corpus
 from megatron_hammer.dataset.make.merge import merge_datasets
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.sampling.cache import write_index
-from megatron_hammer.tokenizer.convert import publish_tokenizer
+from megatron_hammer.tokenizer.load import load_tokenizer
 from tests.dataset.built import build_datasets
 
 PAGES = 64
-STEPS = {"tokenizer": 6}  # pages: its conversion is proved anew in each trial
 PAGE = 4096
+MS_RDONLY, MS_REMOUNT = 1, 32  # linux/mount.h
 TEMPORARY = re.compile(r"\.tmp|^\.|\.partial|\.journal|lock$")
 Case = Callable[[dict[str, Path], Path], Any]
 
@@ -90,7 +90,7 @@ CASES: dict[str, Case] = {
     "corpus split": lambda given, folder: split_corpus([given["corpus"]], folder / "s", 1, valid_fraction=0.3),
     "corpus sampled": lambda given, folder: sample_corpus([given["corpus"]], folder / "s", 4_000, 3_000, 1),
     "corpus reformatted": lambda given, folder: reformat_corpus("jsonl", [given["corpus"]], folder / "r.jsonl.gz"),
-    "tokenizer": lambda given, folder: publish_tokenizer(given["tokenizer"], folder / "hf"),
+    "tokenizer": lambda given, folder: load_tokenizer(given["tokenizer"]).save_files(folder),
     "picture": picture,
     "one file": lambda given, folder: replace_file(folder / "incident.json", bytes(10_000)),
     "folder": folder_of_files,
@@ -154,7 +154,7 @@ def test_full_at_each_file_in_turn(given: dict[str, Path], disk: Path | None, tm
     case(given, tmp_path)
     whole, failures = published(tmp_path), 0
     folder = (tmp_path / "small" if disk is None else disk) / "out"
-    for number in range(0, PAGES, STEPS.get(name, 1)):
+    for number in range(PAGES):
         folder.mkdir(parents=True, exist_ok=True)
         error: HammerError | None = None
         with room(disk, number):
@@ -178,3 +178,38 @@ def test_full_at_each_file_in_turn(given: dict[str, Path], disk: Path | None, tm
             shutil.rmtree(folder)
     assert failures and published(folder) == whole
     shutil.rmtree(folder)
+
+
+@contextmanager
+def read_only(disk: Path | None, folder: Path) -> Iterator[None]:
+    """A folder that nothing can be written to; of the small file system, where there is one."""
+    libc = ctypes.CDLL(None)
+    if disk is not None:
+        libc.mount(b"tmpfs", os.fsencode(disk), b"tmpfs", MS_REMOUNT | MS_RDONLY, b"")
+    else:
+        folder.chmod(0o555)
+    try:
+        yield
+    finally:
+        if disk is not None:
+            libc.mount(b"tmpfs", os.fsencode(disk), b"tmpfs", MS_REMOUNT, b"")
+        else:
+            folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_read_only_and_missing_folders(given: dict[str, Path], disk: Path | None, tmp_path: Path, name: str) -> None:
+    folder = (tmp_path / "small" if disk is None else disk) / "out"
+    folder.mkdir(parents=True)
+    with read_only(disk, folder), pytest.raises(Exception) as caught:
+        CASES[name](given, folder)
+    line = str(from_exception(caught.value, "the test"))
+    assert "E601" in line and str(folder) in line and re.search("Read-only|Permission", line), line
+    assert not list(folder.iterdir())
+    folder.rmdir()
+    try:
+        CASES[name](given, folder)  # many make it
+    except Exception as absent:
+        line = str(from_exception(absent, "the test"))
+        assert "E601" in line and str(folder) in line and "is not there" in line, line
+    shutil.rmtree(folder, ignore_errors=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_hammer.base.errors import from_exception
 from megatron_hammer.config import Config, ModelConfig
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import build_stage
@@ -18,7 +21,7 @@ from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.samples import ValidData
 from megatron_hammer.train.build import build
 from megatron_hammer.train.evaluate import evaluate
-from megatron_hammer.train.metrics import board_folder, flops_per_token, peak_tflops
+from megatron_hammer.train.metrics import Reporter, board_folder, flops_per_token, peak_tflops
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.host_waits import OperationNames
@@ -152,3 +155,32 @@ def test_tensorboard_calls_a_run_by_its_name(tmp_path: Path) -> None:
     assert (old / "tensorboard" / "old" / "events.out.tfevents.1.host.2.0").read_bytes() == b"x"
     renamed = old.rename(tmp_path / "new")
     assert board_folder(renamed) == renamed / "tensorboard" / "old"
+
+
+class FullBoard:
+    """A writer of TensorBoard on a full disk: torch's own names no file, and fails again when it is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log_dir = str(folder)
+
+    def close(self) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def flush(self) -> None:
+        self.close()
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.close()
+
+
+def test_a_full_disk_of_tensorboard_names_its_folder(tmp_path: Path) -> None:
+    config = tiny_config(train__output=str(tmp_path), log__tensorboard=False)
+    line = {"step": 1, "loss": 2.0, "grad_norm": 1.0, "lr": 0.1, "tokens_per_second": 1.0}
+    for act in (lambda reporter: reporter.step(line, {}), Reporter.sync):
+        reporter = Reporter(config, 0, (1.0, 1.0), None, 1)
+        with pytest.raises(OSError) as caught, reporter:
+            reporter.board = FullBoard(tmp_path / "tensorboard")
+            act(reporter)
+        said = str(from_exception(caught.value, "rank 0"))
+        assert f"{tmp_path}/tensorboard could not be used" in said and "100 bytes needed" in said and "MB free" in said
+        assert reporter.file.file.closed
