@@ -606,9 +606,12 @@ def test_plot_reads_gaps_sets_and_a_torn_line(tmp_path: Path) -> None:
     lines: list[dict[str, object]] = [{"step": i, "loss": 9.0 - i, "lr": 1e-3 * i} for i in range(1, 6)]
     lines[1]["loss"] = None
     lines[3] |= {"valid/zh/loss": 7.0, "valid/zh/perplexity": 1096.6}
+    for i, name in ((0, "a"), (0, "b"), (2, "a")):
+        lines[i] |= {f"source/{name}/loss": 8.0 - i, f"source/{name}/tokens": 32 * (i + 1)}
     write_metrics(tmp_path, lines, tail='{"step": 6, "lo')
     curves = read_curves(tmp_path / "metrics.jsonl")
     assert curves.steps == [1, 2, 3, 4, 5] and np.isnan(curves.loss[1]) and curves.valid == {"zh": ([4], [7.0])}
+    assert curves.sources == {"a": ([1, 3], [8.0, 6.0]), "b": ([1], [8.0])} and curves.read == {"a": 96, "b": 32}
     plot_loss(tmp_path, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 2
 

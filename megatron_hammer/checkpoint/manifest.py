@@ -280,9 +280,10 @@ def _parse(folder: Path, tree: dict[str, Any], claimed: str) -> Manifest:
 def _check_state(state: dict[str, Any]) -> None:
     """The values that a run goes on from; others may stand beside them (an imported model has none of these)."""
     forms: dict[str, Callable[[Any], bool]] = {
-        "consumed_samples": lambda value: type(value) is int and 0 <= value < 2**53,
+        "consumed_samples": _is_count,
         "samples_digest": lambda value: isinstance(value, str) and (value == "" or _HASH.fullmatch(value) is not None),
         "optimizer": lambda value: isinstance(value, dict) and all(map(_is_scalar, value.values())),
+        "source_tokens": lambda value: isinstance(value, dict) and all(map(_is_count, value.values())),
         "next": lambda value: isinstance(value, dict),
         "owed_line": lambda value: isinstance(value, str),
         "data": lambda value: isinstance(value, dict),
@@ -291,6 +292,10 @@ def _check_state(state: dict[str, Any]) -> None:
     for name, fits in forms.items():
         if name in state and not fits(state[name]):
             raise ValueError(f"state.{name}={state[name]!r:.60}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
 
 
 def _is_scalar(value: Any) -> bool:

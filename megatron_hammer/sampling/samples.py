@@ -30,6 +30,7 @@ from megatron_hammer.sampling.cache import IndexStore
 from megatron_hammer.sampling.order import DocumentSpan, MegatronOrder, SampleId
 from megatron_hammer.sampling.phases import Mix, SampleOrder, Source, Stretch, lay_out
 from megatron_hammer.sampling.plan import WeightUnit, sampling_weights
+from megatron_hammer.sampling.sources import source_keys, source_names
 
 __all__ = [
     "DocumentSpan",
@@ -153,6 +154,24 @@ class TrainData:
     def seq_length_at(self, i: int) -> int:
         """Targets in sample ``i``."""
         return self.order.stretch_at(i).seq_length
+
+    @cached_property
+    def names(self) -> list[str]:
+        """What each of ``sources`` is called."""
+        return source_names([dataset.prefix for dataset in self.sources])
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """What each of ``sources`` is counted under: its content."""
+        return source_keys(self.fingerprints)
+
+    def tokens_of_sources(self, end: int) -> list[int]:
+        """How many targets of samples [0, end) come from each of ``sources``."""
+        counts = [0] * len(self.sources)
+        for stretch, first, until in self.order.within(0, end):
+            for source, samples in zip(stretch.sources, stretch.drawn(until - first), strict=True):
+                counts[source] += samples * stretch.seq_length
+        return counts
 
     def sample_id(self, i: int) -> SampleId:
         """Which window of which source is sample ``i`` of the run (from 0)."""

@@ -99,6 +99,11 @@ class Tokenizer(ABC):
         """
         return self.read_pieces().lengths
 
+    def piece_characters(self) -> np.ndarray:
+        """``[vocab_size] int32``: characters of text that each id stands for, ``Pieces.characters``; they add up as the
+        bytes do."""
+        return self.read_pieces().characters
+
     @abstractmethod
     def save_files(self, directory: Path) -> None:
         """Write into an existing folder what ``load_tokenizer`` needs to get an equal tokenizer from it."""

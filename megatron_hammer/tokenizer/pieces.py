@@ -33,6 +33,16 @@ class Pieces(NamedTuple):
         """[vocab_size] int32: bytes of each."""
         return np.fromiter(map(len, self.content), np.int32, len(self.content))
 
+    @property
+    def characters(self) -> np.ndarray:
+        """[vocab_size] int32: characters that begin in each. Those of a text's ids add up to the text's, also where
+        several byte pieces make one character: it counts with its first byte."""
+        begins = (np.frombuffer(b"".join(self.content), np.uint8) & 0xC0) != 0x80  # no continuation byte of UTF-8
+        ends = np.cumsum(self.lengths, dtype=np.int64)
+        before = np.concatenate([[0], np.cumsum(begins, dtype=np.int64)])
+        counts: np.ndarray = before[ends] - before[ends - self.lengths]
+        return counts.astype(np.int32)
+
 
 def _collect(found: Iterable[tuple[int, bytes, bool]], vocab_size: int) -> Pieces:
     """Pieces of (id, content, whether it is a byte piece); the ids that are not named stand for nothing."""

@@ -85,7 +85,7 @@ class GraphedMicroBatch:
         self.replays: dict[bool, tuple[Replay, Tensor]] = {}
 
     def __call__(self, model: Stage, batch: Batch[Tensor], share: Tensor, z_loss: float) -> Tensor:
-        """The same scalar tensor every time, which the next call overwrites."""
+        """A copy of what the graph left, which the next replay overwrites."""
         store = self.store
         first, last = store.first, store.last
         inputs = [t for t in (share, batch.tokens, batch.labels, batch.loss_weights) if t is not None]
@@ -97,11 +97,11 @@ class GraphedMicroBatch:
         for place, value in zip(self.inputs, inputs, strict=True):
             assert place.shape == value.shape, f"recorded for {tuple(place.shape)}, given {tuple(value.shape)}"
             place.copy_(value, non_blocking=True)
-        replay, counted = self.replays[first]
+        replay, losses = self.replays[first]
         replay.replay()
         for gradient in store.gradients:  # the last of a bucket starts its reduction
             gradient.ready()
-        return counted
+        return losses.clone()
 
     def _record(
         self, model: Stage, batch: Batch[Tensor], inputs: list[Tensor], z_loss: float, firsts: list[bool]

@@ -3,6 +3,7 @@
 For the targets t of a set (specials included in the loss, but they stand for no bytes)::
 
     loss = mean of -ln p(t)      perplexity = e^loss      bits_per_byte = sum of -log2 p(t) / UTF-8 bytes of the targets
+                                                          bits_per_character likewise, by the characters of the targets
 
 The samples of a micro-batch are the same for every number of ranks, and the micro-batches are summed in the order of
 their numbers, so the results are, too.
@@ -23,6 +24,7 @@ from megatron_hammer.parallel.tree import fold
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.samples import ValidData
 from megatron_hammer.train.pipeline import pipelined_losses
+from megatron_hammer.train.source_sums import unpack
 from megatron_hammer.train.stopping import StopCheck
 
 PIPELINED_AT_ONCE = 32  # micro-batches: stages wait for each other once for so many, and their tokens are in memory
@@ -36,6 +38,7 @@ class ValidResult:
     perplexity: float
     bits_per_byte: float | None
     """None without a tokenizer: then nobody knows the bytes."""
+    bits_per_character: float | None
 
     def metrics(self, name: str) -> dict[str, float | None]:
         """The fields of this set in metrics.jsonl."""
@@ -47,21 +50,21 @@ def evaluate(
     model: Model,
     data: ValidData,
     micro_batch_size: int,
-    piece_bytes: Tensor | None,
+    sizes: Tensor | None,
     ctx: ParallelContext,
     stop: StopCheck | None = None,
 ) -> ValidResult:
     """Mean loss over all targets of a set, computed in shares by the data-parallel ranks. Communicates over dp and pp.
 
     Args:
-        piece_bytes: [v] int64 on the device, UTF-8 bytes that each id stands for.
+        sizes: of the text that each id stands for (``source_sums.Sources``); None without a tokenizer.
         stop: asked now and then; communicates over the world.
 
     Raises:
         CutShort: on all ranks alike, after a stop signal.
     """
     starts = range(0, len(data), micro_batch_size)
-    sums = torch.zeros(len(starts), 3, dtype=torch.float64, device=ctx.device)  # loss, targets, bytes
+    sums = torch.zeros(len(starts), 4, dtype=torch.float64, device=ctx.device)  # loss, targets, bytes, characters
     mine = range(ctx.samples.rank, len(starts), ctx.samples.size)
 
     def count(batch: Batch[Tensor], losses: Tensor) -> None:
@@ -70,8 +73,8 @@ def evaluate(
         found = sums[number[id(batch)]]
         found[0] = (losses.double() * mask).sum()
         found[1] = mask.sum()
-        if piece_bytes is not None:
-            found[2] = (piece_bytes[batch.labels] * mask).sum()
+        if sizes is not None:
+            found[2], found[3] = ((size * mask).sum() for size in unpack(sizes[batch.labels]))
 
     at_once = 1 if ctx.pp.size == 1 else PIPELINED_AT_ONCE
     every_rank_has = len(starts) // ctx.samples.size  # micro-batches; some have one more
@@ -91,7 +94,8 @@ def evaluate(
     all_reduce(sums, ctx.dp)
     all_reduce(sums, ctx.pp)
     totals = fold(sums)
-    loss_sum, targets, byte_count = totals.tolist()
-    loss = loss_sum / targets
-    bits = loss_sum / math.log(2) / byte_count if byte_count else None
-    return ValidResult(loss, math.exp(loss) if loss < 700 else math.inf, bits)
+    loss_sum, targets, byte_count, characters = totals.tolist()
+    loss, bits = loss_sum / targets, loss_sum / math.log(2)
+    per_byte = bits / byte_count if byte_count else None
+    per_character = bits / characters if characters else None
+    return ValidResult(loss, math.exp(loss) if loss < 700 else math.inf, per_byte, per_character)

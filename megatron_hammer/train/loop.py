@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import time
+from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from megatron_hammer.train.metrics_file import finite
 from megatron_hammer.train.output import HeldOutput
 from megatron_hammer.train.prepare import Prepared
 from megatron_hammer.train.saver import MASK, Saver
+from megatron_hammer.train.source_sums import Sources, sizes_of, source_figures
 from megatron_hammer.train.state import RunState, check_state, load_state, upcoming
 from megatron_hammer.train.step import StepReport, train_step
 from megatron_hammer.train.stopping import CutShort, StopCheck
@@ -62,6 +64,8 @@ class PendingStep:
     state: RunState
     """That after it."""
     first_sample: int
+    consumed: Mapping[int, int]
+    """Number of each source that gave something to it -> targets read from it up to here."""
     report: StepReport
     words: Tensor
     """Device scalar: how many ranks had received a stop signal, and what they had to say of a save in flight."""
@@ -110,6 +114,7 @@ class Run:
         self.first_step = self.state.step + 1
         self.data = open_train_data(config, note=say if ctx.world.rank == 0 else lambda text: None)
         self.data.prepare(self.state.consumed_samples, self.batch_sizes.at(self.state.consumed_samples))
+        self.state = self.state.counted(self.data)
         self.batches = ReadAhead(
             self.data,
             config.num_samples,
@@ -120,11 +125,11 @@ class Run:
         )
         self.valid = open_valid_data(config)
         tokenizer = prepared.tokenizer
-        self.piece_bytes: Tensor | None = None
-        if tokenizer is not None and self.valid:
+        sizes: Tensor | None = None
+        if tokenizer is not None:
             assert config.model.vocab_size is not None
-            self.piece_bytes = torch.zeros(config.model.vocab_size, dtype=torch.int64, device=ctx.device)
-            self.piece_bytes[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.piece_bytes()).to(ctx.device)
+            sizes = sizes_of(tokenizer, config.model.vocab_size).to(ctx.device)
+        self.sources = Sources(len(self.data.sources), sizes)
         self.pending: list[PendingStep] = []
         self.health = Health(config.train.spike_window_steps, config.train.spike_z_score)
         self.health.load(self.state.health or {})
@@ -214,18 +219,21 @@ class Run:
         self.limits = limits = self.health.limits(step)
         holds = limits is not None and self.config.train.on_spike in ("skip", "stop")
         self.optimizer.limits = (limits.loss, limits.grad_norm) if limits is not None and holds else None
-        return train_step(self.stages, self.optimizer, batches, self.config, step, self.ctx, self.micro_batch, drift)
+        return train_step(
+            self.stages, self.optimizer, batches, self.config, step, self.ctx, self.micro_batch, drift, self.sources
+        )
 
     def _launched(self, report: StepReport, stop_received: bool) -> None:
         """Account for a step whose numbers may still be under way; ask all ranks whether one must stop."""
         first = self.state.consumed_samples
         ids = self.data.sample_ids(first, self.batch_sizes.at(first))
-        self.state = self.state.after_step(ids, self.data.fingerprints)
+        self.state = self.state.after_step(ids, self.data)
         self.ctx.journal.mark("asking all ranks whether to stop")
         word = int(stop_received) | self.saver.word()
         words = torch.full((), word, dtype=torch.int64, device=self.ctx.device)  # a fill: no copy to wait for
         all_reduce(words, self.ctx.world)
-        self.pending.append(PendingStep(self.state, first, report, words, self.saver.phase, self.limits))
+        consumed = {i: self.state.consumed[self.data.keys[i]] for i in {sample.source for sample in ids}}
+        self.pending.append(PendingStep(self.state, first, consumed, report, words, self.saver.phase, self.limits))
 
     def _read(self, lag: int, evaluate_last: Any = None) -> bool:
         """Read launched steps, oldest first, until ``lag`` are left; return whether some rank must stop.
@@ -241,6 +249,7 @@ class Run:
                 loss, grad_norm = done.report.loss.item(), done.report.grad_norm.item()
                 applied = bool(done.report.applied.item())
                 words = int(done.words.item())
+                table = done.report.by_source.tolist()
             stopped |= words & MASK > 0
             seconds = time.perf_counter() - self.clock
             consumed = tokens_before(self.phases, done.state.consumed_samples)
@@ -255,6 +264,7 @@ class Run:
                 "tokens_per_second": (consumed - tokens_before(self.phases, done.first_sample)) / seconds,
                 "samples_digest": done.state.samples_digest,
             }
+            line |= source_figures(self.data.names, table, done.consumed)
             try:
                 valid = evaluate_last() if evaluate_last is not None and not self.pending else {}
                 if self.reporter is not None:
@@ -329,7 +339,7 @@ class Run:
         results: dict[str, float | None] = {}
         for data in self.valid:
             result = evaluate(
-                self.stages, data, self.config.train.micro_batch_size, self.piece_bytes, self.ctx, self.stop
+                self.stages, data, self.config.train.micro_batch_size, self.sources.sizes, self.ctx, self.stop
             )
             results |= result.metrics(data.name)
         return results

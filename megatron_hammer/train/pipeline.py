@@ -27,6 +27,7 @@ from megatron_hammer.parallel.context import Links, ParallelContext
 from megatron_hammer.parallel.pipeline import RECEIVES_AHEAD, Action, Pipeline
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train import schedules
+from megatron_hammer.train.source_sums import ONE_SOURCE, Sources, mean_loss, sum_by_source
 
 
 def pipeline_of(stages: Sequence[Stage], ctx: ParallelContext) -> Pipeline:
@@ -41,12 +42,19 @@ def accumulate(
     ctx: ParallelContext,
     z_loss: float = 0.0,
     run: schedules.MicroBatch = schedules.micro_batch,
-) -> Tensor:
-    """Forward and backward of all micro-batches, by the schedule for this rank's part of the model: the mean loss."""
+    sources: Sources = ONE_SOURCE,
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward of all micro-batches, by the schedule for this rank's part of the model.
+
+    Returns:
+        mean loss of the global batch, fp32 device scalar, and the table that it is made of (``source_sums.py``).
+    """
     if ctx.pp.size > 1:
-        return pipelined_forward_backward(stages_of(model), optimizer, micro_batches, ctx, z_loss)
-    (whole,) = stages_of(model)
-    return schedules.forward_backward(whole, optimizer, micro_batches, ctx, z_loss, run)
+        table = pipelined_forward_backward(stages_of(model), optimizer, micro_batches, ctx, z_loss, sources)
+    else:
+        (whole,) = stages_of(model)
+        table = schedules.forward_backward(whole, optimizer, micro_batches, ctx, z_loss, run, sources)
+    return mean_loss(table), table
 
 
 def pipelined_forward_backward(
@@ -55,15 +63,17 @@ def pipelined_forward_backward(
     micro_batches: Sequence[Batch[Tensor]],
     ctx: ParallelContext,
     z_loss: float = 0.0,
+    sources: Sources = ONE_SOURCE,
 ) -> Tensor:
     """``schedules.forward_backward`` for the stages of this rank: 1F1B.
 
     Returns:
-        Mean loss of the global batch, fp32 device scalar, the same on all ranks. Communicates over dp and pp.
+        The table of ``source_sums.py``, the same on all ranks. Communicates over dp and pp.
     """
     whole = schedules.sum_of_weights(micro_batches, optimizer, ctx)
     share = optimizer.loss_scale / whole  # of a token of weight 1
-    total = torch.zeros((), device=ctx.device)
+    done: list[Batch[Tensor]] = []
+    losses: list[Tensor] = []  # of each that is done, where this rank has the head
     stores, last = optimizer.store.of_stages, len(micro_batches) - 1
     pipeline = pipeline_of(stages, ctx)
     messages = Messages(pipeline, pipeline.training(len(micro_batches)), stages, micro_batches, ctx.links)
@@ -80,7 +90,8 @@ def pipelined_forward_backward(
             output = stage(batch.tokens, batch.labels, batch.documents, objective, received)
             if stage.placement.has_head:
                 kept[key] = received, (output * objective.weight).sum()
-                total += schedules.counted(batch, output.detach()) / whole
+                done.append(batch)
+                losses.append(output.detach())
             else:
                 kept[key] = received, get_gradient_edge(output)
                 messages.send(action, output.detach())
@@ -91,9 +102,10 @@ def pipelined_forward_backward(
                 assert received.grad is not None
                 messages.send(action, received.grad)
     messages.finish()
-    all_reduce(total, ctx.dp)
-    all_reduce(total, ctx.pp)  # of the last stage alone
-    return total
+    table = sum_by_source(done, losses, sources, ctx.device)
+    all_reduce(table, ctx.dp)
+    all_reduce(table, ctx.pp)  # of the last stage alone
+    return table
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """The loss curve of a run as a picture, from its metrics.jsonl alone: works while the run goes on.
 
-Above: the training loss of every step (light), its moving average (dark), and the validation sets. Below: the learning
-rate. Skipped steps and values that are not finite leave gaps. Needs no torch.
+Above: the training loss of every step (light), its moving average (dark), and the validation sets; where there are
+several data sources, the moving average of each, dashed. Below: the learning rate. Skipped steps and values that are
+not finite leave gaps. Needs no torch.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +23,8 @@ MAX_POINTS = 4000  # more than a picture of this size has columns: longer runs a
 WINDOW_SHARE = 50  # the moving average spans a fiftieth of the run: chosen by eye
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; black is the training loss.
-VALID_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MOST_SOURCES = 12  # in the picture, those of which most was read: their names fill the legend, two in each colour
 
 
 MAX_STEP_BYTES = 2**20
@@ -37,6 +40,10 @@ class Curves:
     lr: list[float] = field(default_factory=list)
     valid: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
     """Name of a set -> the steps at which it was evaluated, and its losses."""
+    sources: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
+    """Name of a data source -> the steps that it gave something to, and its losses."""
+    read: dict[str, int] = field(default_factory=dict)
+    """Name of a data source -> tokens read of it up to the last of these steps."""
 
 
 def read_curves(path: Path) -> Curves:
@@ -81,10 +88,15 @@ def _add_step(curves: Curves, line: bytes, where: str) -> None:
         curves.loss.append(_number(values["loss"]))
         curves.lr.append(_number(values["lr"]))
         for key, value in values.items():
-            if key.startswith("valid/") and key.endswith("/loss"):
-                steps, losses = curves.valid.setdefault(key[len("valid/") : -len("/loss")], ([], []))
+            kind, _, rest = key.partition("/")
+            name, _, figure = rest.rpartition("/")
+            if kind in ("valid", "source") and figure == "loss":
+                drawn = curves.valid if kind == "valid" else curves.sources
+                steps, losses = drawn.setdefault(name, ([], []))
                 steps.append(curves.steps[-1])
                 losses.append(_number(value))
+            elif kind == "source" and figure == "tokens":
+                curves.read[name] = int(value)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise DataError(82, where, f"is not a step of a run ({error!r})", "name the folder of a run") from None
 
@@ -123,8 +135,9 @@ def plot_loss(run: Path, output: Path) -> Curves:
     above.plot(steps[thin], loss[thin], color="0.75", linewidth=0.8, label="training, each step")
     above.plot(steps[thin], smooth[thin], color="black", linewidth=1.6, label=f"training, mean: {_last(smooth)}")
     for i, (name, (at, losses)) in enumerate(curves.valid.items()):
-        above.plot(at, losses, color=VALID_COLOURS[i % len(VALID_COLOURS)], linewidth=1.2, marker="o", markersize=4,
+        above.plot(at, losses, color=COLOURS[i % len(COLOURS)], linewidth=1.2, marker="o", markersize=4,
                    label=f"{name}: {_last(np.array(losses))}")  # fmt: skip
+    _plot_sources(above, curves)
     above.set_ylabel("loss (nats per token)")
     above.set_title(run.resolve().name, loc="left", fontsize=11, parse_math=False)
     for text in above.legend(frameon=False, title="last value", alignment="left").get_texts():
@@ -142,6 +155,20 @@ def plot_loss(run: Path, output: Path) -> Curves:
 
     save_png(figure, output)
     return curves
+
+
+def _plot_sources(axes: Any, curves: Curves) -> None:
+    """Nothing where there is one source: its loss is the loss."""
+    if len(curves.sources) < 2:
+        return
+    most = sorted(curves.sources, key=lambda name: -curves.read.get(name, 0))[:MOST_SOURCES]
+    for i, name in enumerate(name for name in curves.sources if name in most):
+        at, losses = (np.array(values) for values in curves.sources[name])
+        smooth = moving_average(losses, max(1, len(losses) // WINDOW_SHARE))
+        thin = slice(None, None, -(-len(at) // MAX_POINTS))
+        style = ("--", ":")[i // len(COLOURS)]
+        axes.plot(at[thin], smooth[thin], style, color=COLOURS[-1 - i % len(COLOURS)], linewidth=1.2,
+                  label=f"training on {name}: {_last(smooth)}")  # fmt: skip
 
 
 def _last(values: np.ndarray) -> str:

@@ -20,17 +20,17 @@ Collectives of a step, with the bytes of the whole tensor [s, b, h] where nothin
          recompute, selective or full: the all-gather of a recomputed layer once more
     kv   copies of key and value heads, once a step: all-reduce of their gradients that this rank updates
     dp   and cp together, once a step: a bucket, reduce-scatter of fp32 gradients and all-gather of weights; all-reduce
-         of the loss
+         of the losses by source, [sources, 4] in fp64
          sharded gradients    a bucket: reduce-scatter in each micro-batch
          sharded weights      a bucket: all-gather in each micro-batch, for forward and for backward; of embedding and
                               head for forward only
     shard, copies  with shard_size: those of a bucket are over shard, and once a step its shard is summed over copies
     pp   a stage and micro-batch: forward a receive, but on the first stage, and a send, but on the last; backward the
-         other way round, [s/t, b, h] each; once a step: all-reduce of the loss
+         other way round, [s/t, b, h] each; once a step: all-reduce of the losses by source
     ends tied embedding, first and last stage, once a step: all-reduce of its gradient that this rank updates
     world  once a step: all-reduce of the gradient's squared norm
-    deterministic_reduction=tree, in place of these: dp all-to-all of a bucket for its reduce-scatter, all-gather of the
-           micro-batches' losses, all-reduce of the squares of each block; tp and kv all-gather of what they sum
+    deterministic_reduction=tree, in place of these: dp all-to-all of a bucket for its reduce-scatter, all-reduce of the
+           squares of each block; tp and kv all-gather of what they sum
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from megatron_hammer.parallel.grid import Grid
 from megatron_hammer.parallel.placement import Placement
 from megatron_hammer.parallel.tree import most_waiting
 
+BYTES_OF_SUM = 8
 ROW_STATISTICS = 12  # bytes a row of a chunk of logits: three fp32 numbers
 
 
@@ -119,8 +120,8 @@ def _working_bytes(config: Config, layout: Layout, whole: bool) -> int:
 def kept_bytes(config: Config, backends: Mapping[str, Backend], rank: int = 0) -> int:
     """Activations of a micro-batch when its head begins: what layers keep, the final norm, the embedding's indices.
 
-    With document masks and under context parallelism RoPE's cos and sin of each token too. And two scalars: a token's
-    weight and the sum of losses.
+    With document masks and under context parallelism RoPE's cos and sin of each token too. And a scalar: a token's
+    weight.
     """
     at, rows, cp = config.placement(), config.tokens_per_rank, config.parallel.context_parallel_size
     final_norm = 2 * element_bytes(config) * config.model.hidden_size + 4  # the sum and its normalised form, rstd
@@ -130,7 +131,7 @@ def kept_bytes(config: Config, backends: Mapping[str, Backend], rank: int = 0) -
     indices = 8 if packed and several and cp == 1 else 0  # the tokens of all samples in one row
     if at.tp_size > 1:
         indices = 9  # rows of this rank's shard, and which tokens have one
-    around = rows * final_norm // at.sequence_shards + rows * (indices + angles) + 8
+    around = rows * final_norm // at.sequence_shards + rows * (indices + angles) + 4
     return activation_bytes(config, backends, rank // at.tp_size % cp) + around
 
 
@@ -151,7 +152,7 @@ def collectives(config: Config, world_size: int, rank: int, chunk_tokens: int) -
     for (kind, size), number in _context_parallel(config, placements).items():
         counted["cp", kind, size] += number * accumulated
     if grid.pp > 1:
-        counted["pp", "all-reduce", 4] += 1
+        counted["pp", "all-reduce", _table_bytes(config)] += 1
         arrive = len(placements) - placements[0].has_embedding
         leave = len(placements) - placements[-1].has_head
         for kind in ("receive", "send"):  # forward from one side, backward from the other
@@ -202,14 +203,14 @@ def _data_parallel(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, 
     """Gradients and weights, bucket by bucket; what other ranks sum of their shards; the loss."""
     over, mode = "dp" if grid.copies == 1 else "shard", config.parallel.shard
     micro_batches, placements = config.grad_accum(grid.world_size), _placements(config, grid, rank)
-    counted: Counter[tuple[str, str, int]] = Counter({("dp", "all-reduce", 4): 1})
+    counted: Counter[tuple[str, str, int]] = Counter({("dp", "all-reduce", _table_bytes(config)): 1})
     tree = config.train.deterministic_reduction == "tree"
     if tree:
         blocks = sum(
             -(-row.numel // TreeStore.block) for layout in _layouts(config, grid, rank) for row in layout.table
         )
-        counted = Counter({("dp", "all-gather", 4 * grid.replicas * micro_batches): 1,
-                           ("dp", "all-reduce", 4 * blocks): 1, ("tp", "all-gather", 4 * grid.tp): 1})  # fmt: skip
+        counted["dp", "all-reduce", 4 * blocks] += 1
+        counted["tp", "all-gather", 4 * grid.tp] += 1
     for layout, at in zip(_layouts(config, grid, rank), placements, strict=True):
         tied = config.model.tie_word_embeddings and at.has_embedding and at.has_head
         for bucket in layout.buckets:
@@ -251,6 +252,11 @@ def _layouts(config: Config, grid: Grid, rank: int) -> list[Layout]:
     by_part, size = parallel.shard == "weights", parallel.gradient_bucket_bytes
     block = FlatStore.block if config.train.deterministic_reduction == "off" else TreeStore.block
     return [Layout(table, size, grid.shard, place, by_part, block) for table in tables]
+
+
+def _table_bytes(config: Config) -> int:
+    """Of ``source_sums.py``."""
+    return 4 * BYTES_OF_SUM * max(1, len(config.data.train_prefixes))
 
 
 def _hidden_bytes(config: Config) -> int:

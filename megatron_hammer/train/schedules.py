@@ -11,10 +11,10 @@ from torch import Tensor
 from megatron_hammer.model.head_loss import Objective
 from megatron_hammer.model.llama import Stage
 from megatron_hammer.optim.optimizer import Optimizer
+from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
-
-SMALLEST_SUM = 1e-20  # of weights that mean something; a loss scale of 2^60 divided by it is still finite in fp32
+from megatron_hammer.train.source_sums import ONE_SOURCE, SMALLEST_SUM, Sources, sum_by_source
 
 MicroBatch = Callable[[Stage, Batch[Tensor], Tensor, float], Tensor]
 """``micro_batch``, or something else that does the same (``cuda_graph.py``)."""
@@ -27,23 +27,18 @@ def micro_batch(model: Stage, batch: Batch[Tensor], share: Tensor, z_loss: float
         share: what the loss of a token of weight 1 is multiplied by: fp32 device scalar.
 
     Returns:
-        sum of weight x loss: fp32 device scalar.
+        losses of the tokens: [b, s] fp32.
     """
     objective = objective_of(batch, share, z_loss)
-    losses = model(batch.tokens, batch.labels, batch.documents, objective)  # [b, s] fp32
+    losses: Tensor = model(batch.tokens, batch.labels, batch.documents, objective)  # [b, s] fp32
     (losses * objective.weight).sum().backward()
-    return counted(batch, losses.detach())
+    return losses.detach()
 
 
 def objective_of(batch: Batch[Tensor], share: Tensor, z_loss: float) -> Objective:
     """What is minimised of a micro-batch."""
     weights = batch.loss_weights
     return Objective(share if weights is None else weights * share, z_loss)
-
-
-def counted(batch: Batch[Tensor], losses: Tensor) -> Tensor:
-    """Sum of weight x loss: fp32 device scalar."""
-    return (losses if batch.loss_weights is None else losses * batch.loss_weights).sum()
 
 
 def forward_backward(
@@ -53,6 +48,7 @@ def forward_backward(
     ctx: ParallelContext,
     z_loss: float = 0.0,
     run: MicroBatch = micro_batch,
+    sources: Sources = ONE_SOURCE,
 ) -> Tensor:
     """Accumulate the gradient of the mean loss over the global batch, weighted where the batches have loss weights.
 
@@ -60,16 +56,19 @@ def forward_backward(
     loss 0 and no gradient.
 
     Returns:
-        Mean loss of the global batch, fp32 device scalar, the same on all ranks. Communicates over dp.
+        The table of ``source_sums.py``, the same on all ranks. Communicates over dp.
     """
     whole = sum_of_weights(micro_batches, optimizer, ctx)
     share = optimizer.loss_scale / whole  # of a token of weight 1
-    losses, (store,) = list(torch.zeros(len(micro_batches), device=ctx.device)), optimizer.store.of_stages
-    for turn, i in enumerate(store.order(len(micro_batches))):
+    losses, (store,) = [], optimizer.store.of_stages
+    order = store.order(len(micro_batches))
+    for turn, i in enumerate(order):
         ctx.journal.mark(f"forward and backward, micro-batch {turn + 1} of {len(micro_batches)}")
         store.begin(first=turn == 0, last=turn == len(micro_batches) - 1)
-        losses[i] = run(model, micro_batches[i], share, z_loss) / whole
-    return store.total(losses)
+        losses.append(run(model, micro_batches[i], share, z_loss))
+    table = sum_by_source([micro_batches[i] for i in order], losses, sources, ctx.device)
+    all_reduce(table, ctx.dp)
+    return table
 
 
 def sum_of_weights(micro_batches: Sequence[Batch[Tensor]], optimizer: Optimizer, ctx: ParallelContext) -> int | Tensor:

@@ -1,14 +1,15 @@
 """The state of a run: how far it is, and what a checkpoint keeps of that.
 
-The optimizer's shards, a few scalars of it, and the three values here are the whole state of a run. Everything else
+The optimizer's shards, a few scalars of it, and the values here are the whole state of a run. Everything else
 (learning rate, order of samples, initial weights) is a pure function of the config, so that a run which is stopped and
 started again computes what it would have computed, bit for bit.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_hammer.base.errors import RefusedError
@@ -24,7 +25,7 @@ from megatron_hammer.sampling.order import SampleId
 from megatron_hammer.sampling.samples import TrainData
 from megatron_hammer.train.prepare import OWED, STATE_KINDS, Prepared
 
-UPCOMING, HEALTH = "next", "health"  # in the state of a checkpoint
+UPCOMING, HEALTH, CONSUMED = "next", "health", "source_tokens"  # in the state of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,24 @@ class RunState:
     """What the next step will read and with which learning rate, where that is to be saved: see ``upcoming``."""
     health: Mapping[str, Any] | None = None
     """What is remembered of the last steps (``Health.to_tree``), where that is to be saved or was loaded."""
+    consumed: Mapping[str, int] = field(default_factory=dict)
+    """Targets that the run has read from each source: by the source's content (``TrainData.keys``), so that a source
+    keeps its count where it is moved, and where the mix is changed."""
 
-    def after_step(self, ids: Sequence[SampleId], fingerprints: Sequence[str]) -> RunState:
-        """The state one step later, which has consumed these samples; ``fingerprints`` are those of the sources."""
-        digest = chain_digest(self.samples_digest, ids, fingerprints)
-        return RunState(self.step + 1, self.consumed_samples + len(ids), digest)
+    def after_step(self, ids: Sequence[SampleId], data: TrainData) -> RunState:
+        """The state one step later, which has consumed these samples of the data."""
+        digest = chain_digest(self.samples_digest, ids, data.fingerprints)
+        consumed, seq_length = dict(self.consumed), data.seq_length_at(self.consumed_samples)
+        for source, samples in Counter(sample.source for sample in ids).items():
+            consumed[data.keys[source]] = consumed.get(data.keys[source], 0) + samples * seq_length
+        return RunState(self.step + 1, self.consumed_samples + len(ids), digest, consumed=consumed)
+
+    def counted(self, data: TrainData) -> RunState:
+        """The state with its counts of the sources: those of a version that kept none follow from the mix."""
+        if self.consumed or not self.consumed_samples:
+            return self
+        tokens = zip(data.keys, data.tokens_of_sources(self.consumed_samples), strict=True)
+        return replace(self, consumed={key: number for key, number in tokens if number})
 
     def to_manifest(self, optimizer: Optimizer) -> dict[str, Any]:
         """What the manifest of a checkpoint keeps of it, with the optimizer's scalars, as JSON values."""
@@ -55,6 +69,7 @@ class RunState:
             "samples_digest": self.samples_digest,
             "optimizer": optimizer.scalar_state(),
         }
+        values |= {CONSUMED: dict(self.consumed)} if self.consumed else {}
         values |= {OWED: self.owed} if self.owed else {}
         values |= {HEALTH: dict(self.health)} if self.health is not None else {}
         return values | ({UPCOMING: dict(self.upcoming)} if self.upcoming is not None else {})
@@ -64,7 +79,7 @@ class RunState:
         """The inverse, for the optimizer's scalars see ``load_state``."""
         state = manifest.state
         position = manifest.step, state["consumed_samples"], state["samples_digest"]
-        return cls(*position, state.get(OWED, ""), health=state.get(HEALTH))
+        return cls(*position, state.get(OWED, ""), health=state.get(HEALTH), consumed=state.get(CONSUMED, {}))
 
 
 def upcoming(state: RunState, data: TrainData, config: Config) -> dict[str, Any] | None:
@@ -76,7 +91,7 @@ def upcoming(state: RunState, data: TrainData, config: Config) -> dict[str, Any]
     if state.step >= config.train.num_steps:
         return None
     ids = data.sample_ids(state.consumed_samples, config.batch_sizes.at(state.consumed_samples))
-    after = state.after_step(ids, data.fingerprints)
+    after = state.after_step(ids, data)
     return {"samples_digest": after.samples_digest, "lr": learning_rate(config, after.step)}
 
 

@@ -16,6 +16,7 @@ from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.drift import DriftCheck, DriftReport
 from megatron_hammer.train.pipeline import accumulate
 from megatron_hammer.train.schedules import MicroBatch, micro_batch
+from megatron_hammer.train.source_sums import ONE_SOURCE, Sources
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class StepReport:
 
     loss: Tensor
     """Mean over the global batch, before the update."""
+    by_source: Tensor
+    """[S, 4] fp64, what that mean is made of: see ``source_sums.py``."""
     grad_norm: Tensor
     """Of the whole model, before clipping."""
     lr: float
@@ -42,18 +45,18 @@ def train_step(
     ctx: ParallelContext,
     run: MicroBatch = micro_batch,
     drift: DriftCheck | None = None,
+    sources: Sources = ONE_SOURCE,
 ) -> StepReport:
     """One parameter update from grad_accum micro-batches ([b, s] tokens each). Never waits for the device.
 
     Args:
-        run: what runs each micro-batch of a whole model; ``cuda_graph.micro_batch_runner`` knows what the config asks
-            for.
+        run: runs each micro-batch of a whole model: ``cuda_graph.micro_batch_runner`` of the config.
         drift: where it is time for it.
+        sources: by which losses are summed.
     """
-    # The last micro-batch starts the reduction.
-    loss = accumulate(model, optimizer, micro_batches, ctx, config.train.z_loss, run)
+    loss, by_source = accumulate(model, optimizer, micro_batches, ctx, config.train.z_loss, run, sources)
     grad_norm = optimizer.clip_grad_norm(config.optimizer.clip_grad)
     lr = learning_rate(config, step)
     found = None if drift is None else drift.check(step)  # before the update repairs copies of what has changed
     applied = optimizer.step(lr, loss)
-    return StepReport(loss, grad_norm, lr, applied, found)
+    return StepReport(loss, by_source, grad_norm, lr, applied, found)

@@ -157,8 +157,8 @@ def _layer(tensor: str) -> int | None:
 def compare_numbers(
     ranks: Sequence[Outcome], expected: Outcome, bound: float, sizes: Sizes
 ) -> tuple[float, list[Finding]]:
-    """Losses and norms: the largest relative difference, and what is beyond the bound."""
-    worst, findings = 0.0, []
+    """Losses, norms and losses by source: the largest relative difference, and what is beyond the bound."""
+    worst, findings = _compare_source_losses(ranks, expected, bound)
     for name in ("losses", "norms"):
         for step, reference in enumerate(getattr(expected, name), start=1):
             values = [getattr(outcome, name)[step - 1] for outcome in ranks]
@@ -171,6 +171,19 @@ def compare_numbers(
                 if not cause and name == "losses":
                     cause = off_by_log(values[at[0]] - reference, sizes)
                 findings.append(Finding(what, at, differences[at[0]], cause))
+    return worst, findings
+
+
+def _compare_source_losses(ranks: Sequence[Outcome], expected: Outcome, bound: float) -> tuple[float, list[Finding]]:
+    worst, findings = 0.0, []
+    for step, reference in enumerate(expected.source_losses, start=1):
+        for source, loss in enumerate(reference):
+            values = [outcome.source_losses[step - 1][source] for outcome in ranks]
+            differences = [abs(value / loss - 1) if np.isfinite(value) else np.inf for value in values]
+            worst = max(worst, *differences)
+            if at := tuple(rank for rank, difference in enumerate(differences) if not difference <= bound):
+                cause = "tokens are counted to another source, or those of some ranks are missing"
+                findings.append(Finding(f"loss of source {source} in step {step}", at, differences[at[0]], cause))
     return worst, findings
 
 

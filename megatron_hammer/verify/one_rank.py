@@ -34,6 +34,7 @@ from megatron_hammer.parallel.fake_world import Collective, fake_world, find_col
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.build import build_stages
 from megatron_hammer.train.rank_costs import collectives, kept_bytes, state_bytes
+from megatron_hammer.train.source_sums import Sources
 from megatron_hammer.train.step import train_step
 from megatron_hammer.verify.shapes import shape_kernels
 from megatron_hammer.verify.shrink import chosen_kernels
@@ -165,12 +166,12 @@ def count_rank(config: Config, world_size: int, rank: int) -> Counted:
                       for s in states)  # fmt: skip
             state = {"weights": sum(store.params.nbytes for store in stores),
                      "gradients": sum(store.grads.nbytes for store in stores), "optimizer": own}  # fmt: skip
-            steps = []
+            sources, steps = Sources(max(1, len(config.data.train_prefixes))), []
             for micro_batches in sorted({fewest, most}):
                 batches = [_batch(config, ctx) for _ in range(micro_batches)]
                 counter.begin()
                 before = counter.bytes
-                train_step(stages, optimizer, batches, config, 1, ctx)
+                train_step(stages, optimizer, batches, config, 1, ctx, sources=sources)
                 steps.append((counter.calls.copy(), counter.peak - before, counter.kept or {}))
             state["gradients"] += sum(store.waiting_bytes for store in stores)
     first, last = steps[0], steps[-1]
@@ -188,9 +189,7 @@ def compare_rank(config: Config, world_size: int, rank: int) -> Comparison:
     plain = dataclasses.replace(config, kernels=KernelsConfig())
     backends = {name: next(row for row in table if row.name != "torch") for name, table in TABLES.items()}
     if counted.kept:
-        tree = config.train.deterministic_reduction == "tree"
-        losses = 4 * (config.grad_accum(world_size) - 1) if tree else 0  # a scalar of each micro-batch that was run
-        kept = kept_bytes(plain, backends, rank) + losses
+        kept = kept_bytes(plain, backends, rank)
         rows.append(_row("bytes of activations", sum(counted.kept.values()), kept))
     predicted = collectives(config, world_size, rank, _chunk_tokens(config))
     for c in sorted({*counted.collectives, *predicted}):
@@ -211,5 +210,5 @@ def _batch(config: Config, ctx: ParallelContext) -> Batch[Tensor]:
     """The shape of a micro-batch, or of a rank's share of it; with document masks a sample is one document."""
     b, s = config.train.micro_batch_size, config.data.seq_length
     ends = np.arange(0, b * s + 1, s, dtype=np.int32) if config.data.attention_mask == "document" else None
-    whole = Batch.from_windows(np.zeros((b, s + 1), dtype=np.int64), documents=ends)
+    whole = Batch.from_windows(np.zeros((b, s + 1), np.int64), documents=ends, sources=np.zeros(b, np.int64))
     return whole.shard(ctx.cp.rank, ctx.cp.size).to(ctx.device)

@@ -47,6 +47,8 @@ class Outcome:
     """Which tokens of the first step's global batch, [samples s] one sample after the other, this rank computes."""
     token_losses: np.ndarray = field(default_factory=lambda: np.empty(0))
     """Their losses before the step, one for each of ``tokens``."""
+    source_losses: list[list[float]] = field(default_factory=list)
+    """Of each step, the mean loss of the samples of each source."""
 
 
 def write_outcome(prefix: Path, outcome: Outcome) -> None:
@@ -54,7 +56,8 @@ def write_outcome(prefix: Path, outcome: Outcome) -> None:
     names = [[p.kind, p.tensor, p.rows, p.cols] for p in outcome.pieces]
     values = [p.values for p in outcome.pieces]
     np.savez(f"{prefix}.npz", *values, tokens=outcome.tokens, token_losses=outcome.token_losses)
-    text = json.dumps({"losses": outcome.losses, "norms": outcome.norms, "pieces": names})
+    numbers = {"losses": outcome.losses, "norms": outcome.norms, "source_losses": outcome.source_losses}
+    text = json.dumps(numbers | {"pieces": names})
     Path(f"{prefix}.json").write_text(text, encoding="utf-8")
 
 
@@ -68,4 +71,4 @@ def read_outcome(prefix: Path) -> Outcome:
         Piece(kind, tensor, (rows[0], rows[1]), None if cols is None else (cols[0], cols[1]), array)
         for (kind, tensor, rows, cols), array in zip(head["pieces"], values, strict=True)
     ]
-    return Outcome(head["losses"], head["norms"], pieces, tokens, token_losses)
+    return Outcome(head["losses"], head["norms"], pieces, tokens, token_losses, head["source_losses"])

@@ -18,7 +18,7 @@ from megatron_hammer.huggingface.config import hf_config_from_model
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.verify.outcome import Outcome, Piece
 from megatron_hammer.verify.shrink import STEPS
-from megatron_hammer.verify.steps import global_batch
+from megatron_hammer.verify.steps import SOURCES, global_batch
 
 
 def reference_steps(config: Config, initial: dict[str, np.ndarray]) -> Outcome:
@@ -36,9 +36,10 @@ def reference_steps(config: Config, initial: dict[str, np.ndarray]) -> Outcome:
         for name, weight in weights.items():
             weight.copy_(torch.from_numpy(initial[name]))
     moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in weights.items()}
-    losses, norms, pieces = [], [], []
+    losses, norms, by_source, pieces = [], [], [], []
     for step in range(1, STEPS + 1):
-        loss, objective = _loss(model, config, step)
+        loss, objective, of_sources = _loss(model, config, step)
+        by_source.append(of_sources)
         model.zero_grad()
         objective.backward()
         gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
@@ -52,22 +53,26 @@ def reference_steps(config: Config, initial: dict[str, np.ndarray]) -> Outcome:
         first, second = moments[name]
         kinds = {"weight": weight, "exp_avg": first, "exp_avg_sq": second, "model": weight}
         pieces += [_whole(kind, name, tensor) for kind, tensor in kinds.items()]
-    return Outcome(losses, norms, pieces)
+    return Outcome(losses, norms, pieces, source_losses=by_source)
 
 
-def _loss(model: Any, config: Config, step: int) -> tuple[Tensor, Tensor]:
-    """Mean loss over the global batch, and what is minimised, z-loss included."""
+def _loss(model: Any, config: Config, step: int) -> tuple[Tensor, Tensor, list[float]]:
+    """Mean loss over the global batch, what is minimised, z-loss included, and the mean loss of each source."""
     tokens, documents = global_batch(config, step)
     total, extra, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0
+    of_samples: list[float] = []
     for sample, lengths in zip(tokens, documents, strict=True):
-        start = 0
+        start, before = 0, float(total.detach())
         for length in lengths if config.data.attention_mask == "document" else [config.data.seq_length]:
             inputs, labels = sample[start : start + length], sample[start + 1 : start + length + 1]
             logits = model(inputs[None]).logits[0]
             total = total + F.cross_entropy(logits, labels, reduction="sum")
             extra = extra + logits.logsumexp(-1).square().sum()
             start, count = start + length, count + length
-    return total / count, (total + config.train.z_loss * extra) / count
+        of_samples.append((float(total.detach()) - before) / config.data.seq_length)
+    of_sources = [of_samples[source::SOURCES] for source in range(SOURCES)]
+    means = [sum(losses) / len(losses) for losses in of_sources]
+    return total / count, (total + config.train.z_loss * extra) / count, means
 
 
 @torch.no_grad()

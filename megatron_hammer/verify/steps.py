@@ -31,11 +31,14 @@ from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.begin import choose_device
 from megatron_hammer.train.build import DTYPES, build_stages
 from megatron_hammer.train.pipeline import accumulate, pipelined_losses
+from megatron_hammer.train.source_sums import LOSS, WEIGHT, Sources
 from megatron_hammer.train.state import RunState
 from megatron_hammer.verify.outcome import Outcome, Piece, write_outcome
 from megatron_hammer.verify.shrink import STEPS
 
 EXACT = {"fp64": torch.float64, "fp32": torch.float32}
+SOURCES = 2
+"""Samples are taken to come from so many sources in turn, so that the losses of each can be compared."""
 
 
 # ---- the steps -------------------------------------------------------------------------------------------------------
@@ -51,12 +54,15 @@ def take_steps(config: Config, ctx: ParallelContext, dtype: torch.dtype, checkpo
     tokens = token_losses(model, config, ctx)
     losses: list[float] = []
     norms: list[float] = []
+    by_source: list[list[float]] = []
     pieces: list[Piece] = []
     for step in range(1, STEPS + 1):
         # As ``train_step`` does it, in halves: the update may use the gradients' memory.
-        loss = accumulate(model, optimizer, micro_batches(config, step, ctx), ctx, config.train.z_loss)
+        batches = micro_batches(config, step, ctx)
+        loss, table = accumulate(model, optimizer, batches, ctx, config.train.z_loss, sources=Sources(SOURCES))
         norm = optimizer.clip_grad_norm(config.optimizer.clip_grad)
         losses.append(float(loss))
+        by_source.append((table[:, LOSS] / table[:, WEIGHT]).tolist())
         norms.append(float(norm))
         if step == 1:
             pieces += gradient_pieces(optimizer)
@@ -69,7 +75,7 @@ def take_steps(config: Config, ctx: ParallelContext, dtype: torch.dtype, checkpo
             checkpoint, STEPS, optimizer.shards(), model=config.model, config_tree=config_to_tree(config), state=state,
             tokenizer=None, ctx=ctx,
         )  # fmt: skip
-    return Outcome(losses, norms, pieces, *tokens)
+    return Outcome(losses, norms, pieces, *tokens, by_source)
 
 
 def global_batch(config: Config, step: int) -> tuple[Tensor, list[list[int]]]:
@@ -106,7 +112,8 @@ def _shares(
     for start in range(b * ctx.samples.rank, len(tokens), b * ctx.samples.size):
         lengths = [n for sample in documents[start : start + b] for n in sample]
         ends = np.cumsum([0, *lengths]).astype(np.int32) if masked else None
-        whole = Batch(tokens[start : start + b], labels[start : start + b], documents=ends)
+        sources = np.arange(start, start + b) % SOURCES
+        whole = Batch(tokens[start : start + b], labels[start : start + b], documents=ends, sources=sources)
         yield whole.shard(ctx.cp.rank, ctx.cp.size)
 
 

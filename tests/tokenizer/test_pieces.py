@@ -23,7 +23,9 @@ def test_pieces_of_ids_spell_the_text(plain: Any, converted_plain: Any, byte_lev
     for tokenizer in (plain, converted_plain, byte_level):
         pieces = pieces_of(tokenizer)
         expected = text if tokenizer is byte_level else text.replace("\u2581", " ")
-        assert b"".join(pieces.content[i] for i in tokenizer.encode(text)) == expected.encode()
+        ids = tokenizer.encode(text)
+        assert b"".join(pieces.content[i] for i in ids) == expected.encode()
+        assert pieces.characters[ids].sum() == len(text)
 
 
 pieces_of = functools.cache(lambda tokenizer: tokenizer.read_pieces())

@@ -22,6 +22,7 @@ from megatron_hammer.sampling.samples import ValidData
 from megatron_hammer.train.build import build
 from megatron_hammer.train.evaluate import evaluate
 from megatron_hammer.train.metrics import Reporter, board_folder, flops_per_token, peak_tflops
+from megatron_hammer.train.source_sums import Sources
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.host_waits import OperationNames
@@ -72,20 +73,23 @@ def test_evaluation_counts_each_target_once(data: Path, micro_batch_size: int) -
     initialise(model, parameter_table(config.model), seed=1)
     valid = ValidData("x", data / "x", 32)
     stream = np.concatenate([valid.dataset.read(i) for i in range(len(valid.dataset.lengths))]).astype(np.int64)
-    piece_bytes = torch.arange(301) % 5  # ids 0, 5, 10 ... stand for no bytes, as specials do
+    sizes = torch.arange(301) % 5 << 32 | torch.arange(301) % 3  # ids 0, 5, 10 ... stand for no bytes, as specials do
     total, targets = 0.0, 0
     for start in range(0, len(stream) - 1, 32):
         window = torch.from_numpy(stream[start : start + 33])
         logits = model.logits(window[None, :-1])[0]
         total += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
         targets += len(window) - 1
-    result = evaluate(model, valid, micro_batch_size, piece_bytes, ctx)
+    result = evaluate(model, valid, micro_batch_size, sizes, ctx)
     assert targets == len(stream) - 1
     assert result.loss == pytest.approx(total / targets, rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(total / targets), rel=1e-4)
     expected_bytes = int((stream[1:] % 5).sum())
     assert result.bits_per_byte == pytest.approx(total / math.log(2) / expected_bytes, rel=1e-5)
-    assert evaluate(model, valid, micro_batch_size, None, ctx).bits_per_byte is None
+    expected_characters = int((stream[1:] % 3).sum())
+    assert result.bits_per_character == pytest.approx(total / math.log(2) / expected_characters, rel=1e-5)
+    plain = evaluate(model, valid, micro_batch_size, None, ctx)
+    assert plain.bits_per_byte is None and plain.bits_per_character is None
 
 
 def test_evaluation_reads_each_document_alone(data: Path) -> None:
@@ -139,7 +143,7 @@ def test_a_step_never_waits_for_the_device(precision: str, mask: str) -> None:
     model, optimizer = build(config, ctx)
     batches = rank_batches(config, 1, ctx)
     with OperationNames() as seen:
-        train_step(model, optimizer, batches, config, 1, ctx)
+        train_step(model, optimizer, batches, config, 1, ctx, sources=Sources(2, torch.arange(301)))
     assert not seen.waits()
     assert "aten::_fused_adamw_" in seen.names or "aten::_fused_adamw" in seen.names, "the mode must see the update too"
 

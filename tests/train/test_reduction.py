@@ -31,6 +31,11 @@ def test_runs_on_other_numbers_of_ranks_are_equal_bit_for_bit(data: Path, tmp_pa
     assert one == four
     assert [line["loss"] for line in changing] == [line["loss"] for line in one]
     assert [line["grad_norm"] for line in changing] == [line["grad_norm"] for line in one]
+    for line, other in zip(one, changing, strict=True):  # of each source, over resumes as well
+        by_source = {key: value for key, value in line.items() if key.startswith("source/")}
+        assert by_source == {key: other.get(key) for key in by_source} and "source/a/loss" in by_source
+        drawn = {name: line[f"source/{name}/tokens"] for name in ("a", "b") if f"source/{name}/tokens" in line}
+        assert len(drawn) < 2 or sum(drawn.values()) == line["consumed_tokens"]
     manifests = [read_manifest(output / "checkpoints" / "step-00000006") for output in outputs]
     for name in logical_shapes(config_for(overrides(data, outputs[0])).model):
         for kind in ("weight", "exp_avg", "exp_avg_sq"):

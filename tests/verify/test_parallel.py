@@ -281,8 +281,8 @@ def test_without_a_fault_nothing_is_found(mask: str, shard: str) -> None:
     "fault, mask, what, cause",
     [
         ("norms", "causal", "gradient of model.layers.0.input_layernorm.weight", "their sum is missing"),
-        ("times DP", "causal", "loss of step 1", "times data_parallel_size=2"),
-        ("accumulated twice", "causal", "loss of step 1", "divided by data_parallel_size=2"),
+        ("times DP", "causal", "gradient norm of step 1", "times data_parallel_size=2"),
+        ("accumulated twice", "causal", "gradient norm of step 1", "divided by data_parallel_size=2"),
         ("padding", "causal", "loss of step 1", ""),
         ("groups", "causal", "loss of step 1", ""),
         ("early", "causal", "model of lm_head.weight", ""),
@@ -319,7 +319,7 @@ def alone(mask: str) -> Outcome:
     [
         ("none", "causal", "", ""),
         ("none", "document", "", ""),
-        ("times DP", "document", "loss of step 1", "times context_parallel_size=2"),
+        ("times DP", "document", "gradient norm of step 1", "times context_parallel_size=2"),
         ("log CP", "causal", "loss of step 1", "off by log(context_parallel_size=2)"),
         ("positions of a share", "causal", "loss of ", "positions (RoPE)"),
         ("positions of a share", "document", "loss of ", "positions (RoPE)"),
