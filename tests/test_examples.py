@@ -553,6 +553,21 @@ def make_venv_of(tmp_path: Path, torch_version: str, nvcc: bool, **variables: st
     return done.stdout, (tree / "calls").read_text().splitlines()
 
 
+@pytest.mark.parametrize("variable, package", [("TORCH_INDEX_URL", "torch"), ("PIP_INDEX_URL", "pip")])
+def test_an_index_that_does_not_answer_is_named_at_once(tmp_path: Path, variable: str, package: str) -> None:
+    python = (
+        '#!/bin/sh\ncase "$*" in *sysconfig*) ;; *"index versions"*) echo "$@" >>asked; exit 1;;'
+        ' *"pip install"*) exit 9;; esac\n'
+    )
+    script(tmp_path / "bin/python3.12", python)
+    script(tmp_path / ".venv/bin/python", python)
+    script(tmp_path / "bin/c++", "exit 0\n")
+    code, err = make_venv(tmp_path, **{variable: "http://nowhere.invalid/simple"})
+    assert code == 2 and err.startswith(f"error[E222]: {variable}=http://nowhere.invalid/simple does not answer")
+    (asked,) = (tmp_path / "asked").read_text().splitlines()
+    assert f"index versions {package} --index-url http://nowhere.invalid/simple --retries 0" in asked
+
+
 def test_nvcc_and_a_cuda_torch_give_the_cuda_kernels(tmp_path: Path) -> None:
     """The build sees the torch that it is for: torch, what builds the package, then the package, in one environment."""
     out, calls = make_venv_of(tmp_path, CUDA_TORCH, nvcc=True)

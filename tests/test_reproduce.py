@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,15 @@ def test_both_sizes_set_the_same_variables() -> None:
     assert names[0] == names[1]
     used = set(re.findall(r"\$\{?([A-Z_]+)", "".join(blocks_of(PAGE))))
     assert used <= names[0] | {"RUN"}
+
+
+def test_the_toy_size_says_what_is_missing_and_makes_nothing(tmp_path: Path) -> None:
+    toy = ROOT / "examples" / "reproduce" / "toy.sh"
+    (tmp_path / "tools").mkdir()
+    for cure in ("is not the root of the repository; cd there", "bash tools/make_venv.sh, source .venv/bin/activate"):
+        done = subprocess.run(
+            ["bash", "-c", f"python() {{ return 1; }}; source {toy}"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and cure in done.stderr and done.stderr.count("\n") == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["tools"]
+        (tmp_path / "tools" / "make_sample_corpus.py").touch()

@@ -99,6 +99,17 @@ pip_install() {
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-input ${quiet[@]+"${quiet[@]}"} "$@"
 }
 
+# An index that a variable names is asked once for a package, so that one that cannot be reached ends the program here:
+# pip itself would try for minutes, for each package anew.
+check_index() {
+    local url=${!1:-}
+    if [[ -z $url ]]; then return; fi
+    "$venv/bin/python" -m pip index versions "$2" --index-url "$url" --retries 0 --timeout 20 --no-input \
+        --disable-pip-version-check &>/dev/null ||
+        fail 22 "$1=$url does not answer as a package index, or has no $2 for this Python; open the address from this\
+ machine (a proxy goes into https_proxy), correct $1 or unset it"
+}
+
 # What builds the package, one requirement a line.
 readonly build_requirements='
 import tomllib
@@ -152,6 +163,8 @@ main() {
         "$python" -m venv "$venv"
     fi
     touch "$unfinished"
+    check_index PIP_INDEX_URL pip
+    check_index TORCH_INDEX_URL torch
     echo "[2/3] torch${TORCH_INDEX_URL:+ from $TORCH_INDEX_URL}"
     if [[ -z ${TORCH_INDEX_URL:-} ]] && ! command -v nvidia-smi >/dev/null; then
         echo "      (no NVIDIA GPU here: with TORCH_INDEX_URL set to PyTorch's CPU index the download is a tenth as large)"

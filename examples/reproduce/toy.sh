@@ -25,10 +25,19 @@ SETTINGS=(
 PROMPT=北京理工大学是
 HUB_REPO=${HUB_REPO:-YOUR-NAME/hammerllm-toy}
 
-if [[ ! -e $MODELS/base.model ]]; then
-    mkdir -p "$SOURCES"/{chinesewebtext,refinedweb,pile} "$MODELS"
-    python tools/make_sample_corpus.py --out "$WORK/sample" --bytes-per-domain 300000
-    python - "$WORK/sample" "$SOURCES" <<'PYTHON'
+# What is made once; base.model last, so that an interruption makes all again.
+make_toy_sources() {
+    if [[ ! -e tools/make_sample_corpus.py ]]; then
+        echo "error: $PWD is not the root of the repository; cd there, then source examples/reproduce/toy.sh" >&2
+        return 2
+    elif ! python -c 'import megatron_hammer, pyarrow' 2>/dev/null; then
+        echo "error: the python of this shell lacks megatron_hammer; bash tools/make_venv.sh, source .venv/bin/activate," \
+            "then source examples/reproduce/toy.sh" >&2
+        return 2
+    fi
+    mkdir -p "$SOURCES"/{chinesewebtext,refinedweb,pile} "$MODELS" || return
+    python tools/make_sample_corpus.py --out "$WORK/sample" --bytes-per-domain 300000 || return
+    python - "$WORK/sample" "$SOURCES" <<'PYTHON' || return
 """The sample corpus in the shapes in which the published ones come."""
 import json
 import sys
@@ -51,7 +60,9 @@ with (sources / "pile" / "part.jsonl").open("w", encoding="utf-8") as file:
     for text in texts["code"]:
         print(json.dumps({"text": text, "meta": {"pile_set_name": "Github"}}), file=file)
 PYTHON
+    printf '%s\n' '<CLS>' '<SEP>' '<br>' '</p>' 0 1 2 3 4 5 6 7 8 9 >"$MODELS/symbols.txt"
     python tools/train_tokenizer.py --input "$WORK"/sample/{zh,en,code}.jsonl --vocab-size 3000 \
         --output "$MODELS/base.model"
-    printf '%s\n' '<CLS>' '<SEP>' '<br>' '</p>' 0 1 2 3 4 5 6 7 8 9 >"$MODELS/symbols.txt"
-fi
+}
+
+if [[ ! -e $MODELS/base.model ]]; then make_toy_sources; fi

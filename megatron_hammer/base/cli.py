@@ -16,9 +16,12 @@ import re
 import resource
 import sys
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any, NoReturn
 
+from megatron_hammer.base.characters import in_ascii, number_meant
 from megatron_hammer.base.errors import ConfigError, HammerError, from_exception
+from megatron_hammer.base.paths import unusable_remedy
 from megatron_hammer.base.streams import Output, Vanished, flush_streams, guard_streams, only_list
 
 READ_ELSEWHERE = (
@@ -53,7 +56,16 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As argparse, but an option that is written with underscores is the one with dashes."""
         self._words = [self._with_dashes(word) for word in (sys.argv[1:] if args is None else args)]
-        return super().parse_known_args(self._words, namespace)
+        for word in self._words:
+            if not word.isascii() and not word.startswith("-") and (meant := self._meant_as_option(word)):
+                self.error(f"{meant[0]} is no option: its dash is not that of the keyboard (write {meant[1]})")
+        found, rest = super().parse_known_args(self._words, namespace)
+        for name, value in list(vars(found).items()):
+            for path in value if isinstance(value, list) else [value]:
+                if isinstance(path, PurePath) and (remedy := unusable_remedy(str(path))):
+                    shown = re.sub(r"^([a-z0-9+.-]{2,}):/+", r"\1://", str(path))
+                    raise ConfigError(88, f"{name} {shown}", "is no path on this machine", remedy)
+        return found, rest
 
     def _with_dashes(self, argument: str) -> str:
         name, equals, value = argument.partition("=")
@@ -61,8 +73,17 @@ class ArgumentParser(argparse.ArgumentParser):
         unknown = name.startswith("--") and name not in self._option_string_actions
         return dashed + equals + value if unknown and dashed in self._option_string_actions else argument
 
+    def _meant_as_option(self, word: str) -> tuple[str, str] | None:
+        """A word with one dash or a typographic one, such as ``—seed`` or ``-seed``, and the option that it means."""
+        name = in_ascii(word).partition("=")[0]
+        option = "--" + name.lstrip("-").replace("_", "-")
+        is_one = name.startswith("-") and option in self._option_string_actions
+        return (word.partition("=")[0], option) if is_one and not word.startswith("--") else None
+
     def _given_for(self, missing: list[str]) -> str:
         """What of the command line was probably meant to be the options that are missing."""
+        if meant := next(filter(None, map(self._meant_as_option, self._words)), None):
+            return f"write {meant[1]}, not {meant[0]}"
         options = [word.partition("=")[0] for word in self._words if word.startswith("--")]
         unknown = [option for option in options if option not in self._option_string_actions]
         for option in unknown:
@@ -96,9 +117,21 @@ class ArgumentParser(argparse.ArgumentParser):
         elif "required: " in message and (given := self._given_for(message.partition("required: ")[2].split(", "))):
             remedy = f"{given} (see {self.prog} --help)"
         elif wrong := re.search(r"invalid (int|float) value: '([^']*)'", message):
-            kind = "whole number" if wrong[1] == "int" else "number"
+            kind, example = ("whole number", "1000") if wrong[1] == "int" else ("number", "0.5")
+            option = message[: wrong.start()].removeprefix("argument ").split("/")[0].rstrip(": ")
+            meant = number_meant(wrong[2], wrong[1] == "int", unit=option.rsplit("-", 1)[-1])
             message = f"{message[: wrong.start()]}{wrong[2]!r} is no {kind}"
-            remedy = f"write digits, {_spelt_out(wrong[2]) or 'such as 1000'}"
+            remedy = f"write digits, {meant or 'such as ' + example}"
+        elif wrong_choice := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            names = [name.strip(" '") for name in wrong_choice[2].split(",")]
+            near = difflib.get_close_matches(wrong_choice[1], names, n=1, cutoff=0.5)
+            remedy = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}"
+        elif "unrecognized arguments: " in message and (
+            meant := next(filter(None, map(self._meant_as_option, message.partition("arguments: ")[2].split())), None)
+        ):
+            remedy = f"write {meant[1]}, not {meant[0]}"
+        elif written := re.search(r" \(write (--\S+)\)$", message):
+            message, remedy = message[: written.start()], f"write {written[1]}"
         elif "unrecognized arguments: -" in message:
             option = message.partition("unrecognized arguments: ")[2].split()[0].partition("=")[0]
             if near := difflib.get_close_matches(option, list(self._option_string_actions), n=1, cutoff=0.7):
@@ -106,14 +139,6 @@ class ArgumentParser(argparse.ArgumentParser):
             elif option in READ_ELSEWHERE and (names := [a for a in self._actions if not a.option_strings]):
                 remedy = f"what it reads stands without an option's name: {self.prog} {names[0].metavar} ..."
         raise ConfigError(1, self.prog, f"was called wrongly: {message}", remedy)
-
-
-def _spelt_out(value: str) -> str:
-    """The digits that ``8k`` or ``8,000`` means."""
-    plain = value.replace(",", "").replace("_", "").lower()
-    unit = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}.get(plain[-1:], 0)
-    number = plain[:-1] if unit else plain
-    return str(int(number) * (unit or 1)) if number.isdigit() else ""
 
 
 def run(main: Callable[[], int | None], output: Output = Output.REPORT) -> NoReturn:

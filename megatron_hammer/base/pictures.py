@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,10 +35,25 @@ def png_of(figure: Any) -> bytes:
     return content.getvalue()
 
 
-def save_png(figure: Any, output: Path) -> None:
-    """Write a matplotlib figure into a PNG file, which appears complete or not at all."""
+def check_png(output: Path) -> None:
+    """Refuse a name that no PNG file can have here: a folder, another ending, a folder that is not there.
+
+    Raises:
+        ConfigError: E288.
+    """
     if output.is_dir():
         raise ConfigError(88, f"output {output}", "is a folder", f"name a file in it: {output / 'NAME.png'}")
+    if output.suffix.lower() != ".png":
+        remedy = f"write {output.with_suffix('.png') if output.suffix else f'{output}.png'}"
+        raise ConfigError(88, f"output {output}", "is to be a PNG, and its name does not end in .png", remedy)
+    if not output.parent.is_dir():
+        remedy = f"make it first: mkdir -p {shlex.quote(str(output.parent))}"
+        raise ConfigError(88, f"output {output}", f"lies in {output.parent}, which is no folder", remedy)
+
+
+def save_png(figure: Any, output: Path) -> None:
+    """Write a matplotlib figure into a PNG file, which appears complete or not at all."""
+    check_png(output)
     content = png_of(figure)
     staging = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from megatron_hammer.base.errors import CheckpointError, HammerError
 from megatron_hammer.base.files import exchange_folder, sync_folder
-from megatron_hammer.base.paths import missing_remedy
+from megatron_hammer.base.paths import missing_remedy, what_is
 from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.manifest import (
     MANIFEST,
@@ -295,6 +295,10 @@ def _missing_remedy(path: Path) -> str:
     same = [p for p in found if match and step_of(p) == int(match[1])]
     if same:
         return f"did you mean {same[0]}?"
+    if path.is_file() and (
+        of := [p for p in path.parents[:4] if what_is(p) in ("a checkpoint", "the folder of a run")]
+    ):
+        return f"did you mean {of[0]}?"
     return _steps_there(found) if found else missing_remedy(path, "name a checkpoint or the output folder of a run")
 
 

@@ -11,11 +11,12 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_hammer.base.characters import in_ascii, number_meant
+from megatron_hammer.base.paths import unusable_remedy
+
 PRESETS = Path(__file__).parents[2] / "examples" / "configs"
 TEXT_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".gz", ".zst", ".csv", ".md", ".docx", ".pdf")
 DATASET_SUFFIXES = (".bin", ".idx", ".meta.json")
-NUMBER_WITH_UNIT = re.compile(r"\s*([0-9.,_ ]+)\s*([kKmMbBgGtT])[bB]?\s*")
-UNITS = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 
 OTHER_NAMES = {  # last part of a name, without - and _ -> our setting, or one of its values
     "learningrate": "optimizer.lr",
@@ -176,6 +177,23 @@ def nearest_setting(name: str, known: Sequence[str]) -> str:
     return (close or difflib.get_close_matches(name, known, n=1, cutoff=0.0))[0]
 
 
+def unknown_remedy(name: str, known: Sequence[str], in_file: bool) -> str:
+    """What a name that is no setting's should be: the whole remedy.
+
+    Args:
+        in_file: it stands in a config file, where a whole name must be taken apart into group and field.
+    """
+    plain = in_ascii(name).strip()
+    if not plain.isascii():
+        return "settings have English names: see --help for every field"
+    if plain in known and plain != name:
+        return f"write {plain}, in plain ASCII characters and without blanks"
+    if in_file and plain in known and "." in plain:
+        group, field = plain.split(".", 1)
+        return f"in a file it stands below its group: {group}: {{{field}: VALUE}}"
+    return f"did you mean {nearest_setting(plain, known)}?"
+
+
 def nearest_choice(value: object, choices: Sequence[object]) -> str:
     """The choice that a wrong value means, or an empty string."""
     texts = [str(choice) for choice in choices]
@@ -189,17 +207,32 @@ def nearest_choice(value: object, choices: Sequence[object]) -> str:
 
 def setting_of_argument(argument: str, known: Sequence[str]) -> str:
     """What an argument that is no ``group.field=value`` should be: the whole remedy."""
-    key, equals, value = argument.partition("=")
-    if equals and key and "." not in key.strip("."):
-        setting, fixed, meant = nearest_setting(key, known).partition("=")
-        return f"write {setting}={meant if fixed else value}"
-    if not equals and key in known:
-        return f"write {key}=VALUE, without blanks around the equals sign"
+    plain = in_ascii(argument)
+    words = re.split(r"\s*[=:]\s*", plain.strip(), maxsplit=1)
+    key, value = words[0].strip("-"), words[1] if len(words) == 2 else ""
+    groups = [name for name in known if "." not in name]
+    if key in groups:
+        example = next(name for name in known if name.startswith(f"{key}."))
+        return f"{key} is a group of settings: write them one by one, such as {example}=VALUE"
+    if key in known:
+        after = "=VALUE, without blanks around the equals sign" if not value else f"={value}"
+        return f"write {key}{after}"
+    if Path(argument).suffix in (".yaml", ".yml"):
+        return "one config file is read, the first that is named: leave this one out, or write its settings"
+    if "." not in key.strip(".") and re.fullmatch(r"[\w-]+", key) and key.isascii() and (value or "=" not in plain):
+        named = nearest_setting(key, known)
+        if value or _plain(named.partition("=")[0].rsplit(".", 1)[-1]) == _plain(key):
+            setting, fixed, meant = named.partition("=")
+            return f"write {setting}={meant if fixed else value or 'VALUE'}"
     return "see --help for every field"
 
 
 def config_remedy(path: str) -> str:
     """How to name a config file that is not there under this name."""
+    if remedy := unusable_remedy(path):
+        return remedy
+    if Path(f"{path}.idx").is_file():
+        return f"it is a dataset: name the config first, then data.train={path}"
     if "=" in path:
         return "name the YAML file first, then settings: CONFIG.yaml group.field=value"
     if Path(path).is_dir():
@@ -251,8 +284,12 @@ def sources_remedy(text: str) -> str:
 
     A prefix may have blanks in it: without numbers, or where such a dataset is there, it is one.
     """
+    if Path(f"{text}.idx").exists():
+        return ""
+    if _is_mapping(text) or re.search("[，、：；｛｝“”‘’「」]", text):  # of a name that is there they are a part
+        return mapping_remedy(text)
     words = re.split(r"[\s,]+", text.strip())
-    if len(words) < 2 or Path(f"{text}.idx").exists():
+    if len(words) < 2:
         return ""
     pairs = [words[i : i + 2] for i in range(0, len(words), 2)]
     if all(len(p) == 2 and _is_number(p[0]) and not _is_number(p[1]) for p in pairs):
@@ -269,6 +306,10 @@ def pairs_remedy(mapping: Mapping[object, object], of_weights: bool) -> str:
     """The mapping that ``{a 1}`` or ``{a:1, b: 2}`` means: YAML reads keys without values there."""
     if not of_weights:
         return "write {NAME: PREFIX}, with a colon and a blank"
+    if any(given is None and _is_mapping(str(key)) for key, given in mapping.items()):
+        return mapping_remedy(
+            ", ".join(str(key) if given is None else f"{key}: {given}" for key, given in mapping.items())
+        )
     pairs = []
     for key, given in mapping.items():
         prefix, _, weight = str(key).replace(":", " ").rpartition(" ")
@@ -277,15 +318,72 @@ def pairs_remedy(mapping: Mapping[object, object], of_weights: bool) -> str:
     return "write {" + ", ".join(pairs) + "}, with a colon and a blank"
 
 
+def mapping_remedy(text: str) -> str:
+    """The mapping that ``a：1，b：2`` or ``a=1, b=2`` means, in plain characters."""
+    pairs = []
+    for part in re.split(r",\s*", in_ascii(text).strip(" {}\"'")):
+        key, sign, value = re.match(r"(.*?)\s*(?:([=:])\s*([^=:]*))?$", part.strip(" \"'"), re.DOTALL).groups()  # type: ignore[union-attr]
+        number = number_meant(value, whole=False) if sign else ""
+        pairs.append(f"{key}: {number or value}" if sign else key)
+    return "write " + ("{" + ", ".join(pairs) + "}" if len(pairs) > 1 or ":" in pairs[0] else pairs[0])
+
+
+def _is_mapping(text: str) -> bool:
+    """Whether every part has a weight behind ``=`` or ``:``, in whatever characters, as no prefix has."""
+    parts = [part for part in re.split(r"[,，、]", text) if part.strip()]
+    return bool(parts) and all(re.fullmatch(r".*[=:：＝]\s*[0-9.]+\s*%?[\s}｝]*", part) for part in parts)
+
+
 def number_remedy(value: object, whole: bool) -> str:
-    """The digits that ``1k`` or ``1,000`` means."""
-    match = NUMBER_WITH_UNIT.fullmatch(str(value))
-    digits = str(value).replace(",", "").replace("_", "").replace(" ", "")
-    if match and _is_number(match[1].replace(",", "").replace(" ", "")):
-        number = float(match[1].replace(",", "").replace(" ", "")) * UNITS[match[2].lower()]
-        return f"write {number:.0f}"
-    meant = f"write {digits}" if _is_number(digits) and not (whole and "." in digits) else ""
-    return meant or f"write a {'whole ' if whole else ''}number"
+    """The digits that ``1k``, ``1,000`` or ``0.1%`` means."""
+    if meant := number_meant(str(value), whole):
+        return f"write {meant}"
+    return f"write a {'whole ' if whole else ''}number"
+
+
+def list_remedy(value: object, choices: Sequence[object]) -> str:
+    """The list that ``a,b`` or ``a b`` means where a list of choices is wanted, or an empty string."""
+    words = re.findall(r"[\w.-]+", in_ascii(str(value)))
+    return f"write [{', '.join(words)}]" if len(words) > 1 and set(words) <= set(map(str, choices)) else ""
+
+
+def bool_remedy(value: object) -> str:
+    """true or false, whichever a value such as ``1``, ``'no'`` or ``是`` means."""
+    plain = in_ascii(str(value)).strip().lower()
+    if plain in ("1", "y", "t", "true", "yes", "on", "是", "真", "开"):
+        return "write true"
+    return "write false" if plain in ("0", "n", "f", "false", "no", "off", "否", "假", "关") else "write true or false"
+
+
+_YAML_SLIPS = (
+    (re.compile(r"<{7}|={7}$|>{7}"), "is a mark of git: a merge is not finished; keep one of the two versions"),
+    (re.compile(r" *\t"), "begins with a tab; YAML takes blanks alone"),
+    (re.compile(r"\s*[\w.]+\s*：|[^#]*[｛｝“”，]"), 'has a full-width character; write : , {{ }} and " in ASCII'),
+    (re.compile(r"\s*[A-Za-z_]\w*:[^\s/\\:]"), "needs a blank behind its colon"),
+    (re.compile(r"\s*[A-Za-z_]\w*\s*=\s*\S"), "has = in it; a file has NAME: VALUE in its lines"),
+)
+"""How lines begin that do not mean in YAML what their writer had in mind."""
+
+
+def yaml_remedy(text: str) -> str:
+    """Which line of a file that is no config is at fault and how to mend it, or an empty string."""
+    for pattern, rule in _YAML_SLIPS:
+        for number, line in enumerate(text.splitlines(), 1):
+            if pattern.match(line):
+                return f"line {number} {rule.replace('{{', '{').replace('}}', '}')}"
+    return ""
+
+
+def encoding_remedy(data: bytes) -> str:
+    """How to turn the bytes of a file that is no UTF-8 into a config."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "save it as UTF-8; it is UTF-16"
+    try:
+        text = data.decode("gb18030")
+    except UnicodeDecodeError:
+        return "name a YAML file"
+    is_text = not re.search(r"[\x00-\x08\x0e-\x1f]", text)
+    return "save it as UTF-8; it looks like GBK (GB18030)" if is_text else "name a YAML file"
 
 
 def _plain(name: str) -> str:

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_hammer.base.characters import in_ascii
 from megatron_hammer.base.errors import ConfigError, os_remedy
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.reading import read_regular
 from megatron_hammer.config.help import describe_fields
 from megatron_hammer.config.mistakes import (
+    bool_remedy,
     config_remedy,
+    encoding_remedy,
     foreign_remedy,
+    list_remedy,
+    mapping_remedy,
     nearest_choice,
-    nearest_setting,
     number_remedy,
     pairs_remedy,
     setting_of_argument,
     sources_remedy,
+    unknown_remedy,
+    yaml_remedy,
 )
 from megatron_hammer.config.other_names import with_present_names
 from megatron_hammer.config.tree import Config
@@ -42,7 +49,14 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=StrictLoader)  # derived from the safe loader
     except (yaml.YAMLError, ValueError, RecursionError, ArithmeticError, TypeError, LookupError) as error:
-        raise ConfigError(8, where, f"is not valid YAML ({error})", "mend the syntax") from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        found = f"line {mark.line + 1}: {problem}" if mark is not None and problem else str(error)
+        remedy = "mend the syntax"
+        if problem and problem.startswith("mapping values are not allowed"):
+            remedy = "give all lines of a group the same blanks in front, and put text with a colon in quotes"
+        elif problem and problem.endswith("is given twice"):
+            remedy = "leave one of the two out"
+        raise ConfigError(8, where, f"is not valid YAML ({found})", remedy) from None
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), note: Callable[[str], None] | None = say) -> Config:
@@ -57,9 +71,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), note: Callable[
         ConfigError: missing or malformed file, unknown or misspelt key (the nearest is named), wrong type.
     """
     try:
-        text = read_regular(path, MAX_CONFIG_BYTES).decode("utf-8")
+        data = read_regular(path, MAX_CONFIG_BYTES)
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(8, str(path), f"is not UTF-8 text ({error.reason})", "name a YAML file") from None
+        remedy = encoding_remedy(data)
+        raise ConfigError(8, str(path), f"is not UTF-8 text ({error.reason})", remedy) from None
     except OSError as error:
         shown = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
         remedy = config_remedy(str(path)) if shown else os_remedy(error)
@@ -67,26 +83,44 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), note: Callable[
     try:
         tree = parse_yaml(text, str(path))
     except ConfigError as error:
-        error.remedy = foreign_remedy(str(path), None) or error.remedy
+        error.remedy = foreign_remedy(str(path), None) or yaml_remedy(text) or error.remedy
         raise
     has_groups = isinstance(tree, dict) and any(f.name in tree for f in dataclasses.fields(Config))
     if tree is not None and not has_groups and (remedy := foreign_remedy(str(path), tree)):
         raise ConfigError(8, str(path), "is no config of ours", remedy)
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
-        raise ConfigError(8, str(path), "must hold groups (model:, train:, ...)", "see examples/configs/tiny.yaml")
+        remedy = yaml_remedy(text) or "see examples/configs/tiny.yaml"
+        raise ConfigError(8, str(path), "must hold groups (model:, train:, ...)", remedy)
+    in_file = _names_of(tree)
     for override in overrides:
         _apply_override(tree, override)
-    return config_from_tree(tree, note)
+    try:
+        return config_from_tree(tree, note)
+    except ConfigError as error:
+        if error.number == 2 and error.what in in_file:
+            error.remedy = yaml_remedy(text) or unknown_remedy(error.what, _known_settings(), in_file=True)
+        raise
+
+
+def _names_of(tree: Mapping[Any, Any]) -> set[str]:
+    """Names of groups and fields, as errors spell them."""
+    names = {str(key) for key in tree}
+    return names | {f"{key}.{field}" for key, group in tree.items() if isinstance(group, dict) for field in group}
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.split(".")
-    if not equals or not 2 <= len(parts) <= _MAX_PARTS or not all(parts):
+    if not equals or not 2 <= len(parts) <= _MAX_PARTS or not all(parts) or key != key.strip():
         remedy = setting_of_argument(override, _known_settings())
         raise ConfigError(1, f"argument {override!r}", "is not group.field=value", remedy)
-    value = parse_yaml(text, key)
+    try:
+        value = parse_yaml(text, key)
+    except ConfigError as error:
+        if key in ("data.train", "data.valid") and ":" in (plain := in_ascii(text)):
+            error.remedy = mapping_remedy(plain)
+        raise
     node = tree
     for depth, part in enumerate(parts[:-1]):
         if node.get(part) is None:
@@ -111,13 +145,16 @@ def config_to_tree(config: Config) -> dict[str, Any]:
 
 def _build(cls: type, tree: Any, where: str) -> Any:
     if not isinstance(tree, Mapping):
-        raise ConfigError(3, f"{where}={tree!r}", "must be a group of fields", f"write {where} as a mapping")
+        remedy = f"write {where} as a mapping"
+        if isinstance(tree, str) and ":" in in_ascii(tree):
+            remedy = f"put a blank behind the colon: {tree.split()[0].replace(':', ': ')}"
+        raise ConfigError(3, f"{where}={tree!r}", "must be a group of fields", remedy)
     hints = _types_of(cls)
     for key in tree:
         if key not in hints:
             name = f"{where}.{key}" if where else str(key)
             known = [f"{where}.{own}" for own in hints] if "[" in where else _known_settings()
-            raise ConfigError(2, name, "is not a known setting", f"did you mean {nearest_setting(name, known)}?")
+            raise ConfigError(2, name, "is not a known setting", unknown_remedy(name, known, in_file=False))
     values = {}
     for f in dataclasses.fields(cls):
         name = f"{where}.{f.name}" if where else f.name
@@ -163,17 +200,23 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         values = value if isinstance(value, list | tuple) else [value]  # one may stand alone
         if dataclasses.is_dataclass(args[0]):
             return tuple(_convert(args[0], v, f"{name}[{i}]") for i, v in enumerate(values))
+        known = typing.get_args(args[0])
+        if len(values) == 1 and (remedy := list_remedy(values[0], known)):
+            raise ConfigError(3, f"{name}={values[0]}", f"must be a list of {', '.join(map(str, known))}", remedy)
         return tuple(_convert(args[0], v, name) for v in values)
     number = _number(value)
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and number is not None and float(number).is_integer():
         return int(number)
+    if hint is float and number is not None and not math.isfinite(number):
+        raise ConfigError(4, f"{name}={value}", "must be a finite number", "write a number")
     if hint is float and number is not None:
         return float(number)
     if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
     remedy = number_remedy(value, hint is int) if hint in (int, float) else "correct the value"
+    remedy = bool_remedy(value) if hint is bool else remedy
     if value is None:
         raise ConfigError(3, f"{name}=", "has no value", f"write {name}=VALUE, or leave it out")
     raise ConfigError(3, f"{name}={value!r}", f"must be of type {hint.__name__}", remedy)

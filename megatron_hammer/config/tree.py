@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 from dataclasses import dataclass, field
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config.checks import choices, divisors, require
 from megatron_hammer.config.phases import BatchSizes, Phase, phase_at, phases_of, tokens_before
+from megatron_hammer.config.plausible import USUAL, check_paths, far_beyond
 from megatron_hammer.config.settings import (
     ATTENTION_MASKS,
     CheckpointConfig,
@@ -61,6 +63,7 @@ class Config:
                     self.in_phase(phase).validate(world_size)
                 except ConfigError as error:
                     raise ConfigError(error.number, f"{phase.name}: {error.what}", error.rule, error.remedy) from None
+        check_paths(self.train.output, self._input_paths())
         model, tp = self.model, self.parallel.tensor_model_parallel_size
         allowed = [t for t in range(1, model.num_attention_heads + 1) if not _tp_obstacle(self, t)]
         obstacle = _tp_obstacle(self, tp)
@@ -281,6 +284,12 @@ class Config:
         """Targets in one step, over all ranks."""
         return self.train.global_batch_size * self.data.seq_length
 
+    def _input_paths(self) -> dict[str, str | None]:
+        """Setting -> the path that it names."""
+        named = {"tokenizer.path": self.tokenizer.path, "checkpoint.init_from": self.checkpoint.init_from}
+        train = {f"data.train[{i}]": prefix for i, prefix in enumerate(self.data.train or ())}
+        return named | train | {f"data.valid[{name}]": prefix for name, prefix in (self.data.valid or {}).items()}
+
     def notes(self) -> list[str]:
         """Remarks on settings that are valid but do something other than their plain reading."""
         notes = []
@@ -300,6 +309,7 @@ class Config:
             notes.append(
                 "train.deterministic_reduction=tree: on a GPU bits are equal with kernels.deterministic=true only"
             )
+        notes += far_beyond({name: operator.attrgetter(name)(self) for name in USUAL})
         if not self.data.valid:
             notes.append("data.valid is absent: no evaluation")
         if self.kernels.fp8 == "delayed":

@@ -24,6 +24,7 @@ from pathlib import Path
 import xxhash
 
 from megatron_hammer.base.errors import DataError
+from megatron_hammer.base.paths import what_is
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.reading import open_regular
 from megatron_hammer.corpus import file_blocks, jsonl, parquet
@@ -80,6 +81,7 @@ def _corpora_in(path: Path) -> list[Path]:
         for name in filter(_is_corpus, names):
             file = Path(folder) / name
             (held_out if is_held_out(name, beside) else aside if _is_about(file) else found).append(file)
+    _refuse_what_is_no_corpus(path, found)
     if any(kind_of(path, "text") != "text" for path in found):  # a data set's cards lie beside its .jsonl or parquet
         aside += [path for path in found if _is_markdown(path)]
         found = [path for path in found if not _is_markdown(path)]
@@ -93,6 +95,14 @@ def _corpora_in(path: Path) -> list[Path]:
         raise DataError(1, str(path), f"is a folder without a file that ends in {', '.join(_SUFFIXES)}",
                         "name the files in it")  # fmt: skip
     return found
+
+
+def _refuse_what_is_no_corpus(folder: Path, found: Sequence[Path]) -> None:
+    """E301 for a run's folder, and for a model's, a tokenizer's or datasets' without a corpus beside them."""
+    kind = what_is(folder)
+    texts = [path for path in found if path.suffix.lower() not in (".json", ".md", ".markdown")]
+    if kind and (not texts or folder / "metrics.jsonl" in texts):
+        raise DataError(1, str(folder), f"is {kind}, no text", "name files of text, or a folder that holds them alone")
 
 
 def _matches_of(pattern: str) -> list[Path]:

@@ -21,6 +21,7 @@ import numpy as np
 from megatron_hammer.base.errors import DataError, UnfitFile
 from megatron_hammer.base.files import hash_file
 from megatron_hammer.base.mapping import FileMap
+from megatron_hammer.base.paths import unusable_remedy, what_is
 from megatron_hammer.base.progress import track
 from megatron_hammer.base.reading import open_descriptor
 from megatron_hammer.dataset.format import (
@@ -298,6 +299,10 @@ def prefix_remedy(path: Path) -> str:
     if prefix.is_dir() and there:
         shown = ", ".join(str(folder / name) for name in there[:3]) + (", ..." if len(there) > 3 else "")
         return f"{prefix} is a folder: name datasets in it, such as {shown}"
+    if remedy := unusable_remedy(str(prefix)):
+        return remedy
+    if kind := what_is(prefix):
+        return f"{prefix} is {kind}: data.train names datasets, which tools/preprocess_data.py makes of text"
     if prefix.is_dir() and any(p.is_file() for p in prefix.iterdir()):
         return f"{prefix} is a folder without datasets: make one with tools/preprocess_data.py --input {prefix}"
     if close := difflib.get_close_matches(prefix.name, there, n=1):

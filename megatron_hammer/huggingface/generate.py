@@ -92,9 +92,10 @@ def generate(
 def _folder_remedy(folder: Path) -> str:
     """How to get at the Hugging Face folder that a run, or a part of one, means."""
     runs = [folder, *folder.parents[:2]]  # a checkpoint's folder is two below its run
-    if made := [run / "hf" for run in runs if (run / "hf" / "config.json").is_file()]:
+    of = [run for run in runs if (run / "checkpoints").is_dir()]
+    if made := [run / "hf" for run in of[:1] or runs if (run / "hf" / "config.json").is_file()]:
         return f"did you mean {made[0]}?"
-    if of := [run for run in runs if (run / "checkpoints").is_dir()]:
+    if of:
         load, output = shlex.quote(str(of[0])), shlex.quote(str(of[0] / "hf"))
         return f"make one: python tools/checkpoint_to_hf.py --load {load} --output {output}"
     return missing_remedy(folder, "make one with tools/checkpoint_to_hf.py")

@@ -11,6 +11,7 @@ Memory: 30 MiB.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import asdict
 from functools import partial
@@ -21,6 +22,7 @@ import yaml
 
 from megatron_hammer.base.errors import CheckpointError, RefusedError
 from megatron_hammer.base.files import replace_file
+from megatron_hammer.base.paths import missing_remedy, unusable_remedy, what_is
 from megatron_hammer.base.progress import say, track
 from megatron_hammer.checkpoint.commit import SliceToWrite
 from megatron_hammer.checkpoint.folder import Note, find_checkpoints, step_name
@@ -49,7 +51,21 @@ def import_hf(hf_dir: str | Path, save_dir: str | Path, note: Note = say, ignore
     source, folder = Path(hf_dir), Path(save_dir) / "checkpoints"
     target = folder / step_name(0)
     if not source.is_dir():
-        raise CheckpointError(20, str(source), "is not a folder", "name the folder of a Hugging Face model")
+        remedy = "name the folder of a Hugging Face model"
+        if source.is_file():
+            remedy = f"did you mean {source.parent}?" if what_is(source.parent) == "a Hugging Face model" else remedy
+        elif unusable := unusable_remedy(hf_dir if isinstance(hf_dir, str) else str(source)):
+            remedy = unusable
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+            remedy = missing_remedy(
+                source, f"models of the Hub are fetched before: hf download {source} --local-dir NEW"
+            )
+        raise CheckpointError(20, str(source), "is not a folder", remedy)
+    if not (source / CONFIG).exists() and (kind := what_is(source)) in (
+        "a folder of datasets",
+        "the folder of a tokenizer",
+    ):
+        raise CheckpointError(20, str(source), f"is {kind}", "name the folder of a Hugging Face model")
     tree = read_json(source / CONFIG)
     model = model_config_from_hf(tree, str(source / CONFIG), ignore, note)
     check_save(Path(save_dir))

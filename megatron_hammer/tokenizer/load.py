@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.base.paths import missing_remedy, neighbour_of
+from megatron_hammer.base.paths import missing_remedy, neighbour_of, unusable_remedy, what_is
+from megatron_hammer.base.reading import open_regular
 from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
@@ -37,6 +38,7 @@ def load_tokenizer(
             ``.tiktoken``, E313 JSON that is no tokenizer.
     """
     path = find_file(Path(path))
+    _refuse_other_files(path)
     if is_tiktoken(path):
         return TiktokenTokenizer(path, tiktoken_pattern, special_tokens)
     if tiktoken_pattern or special_tokens:
@@ -50,21 +52,50 @@ _BELOW = ("tokenizer", "hf")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
+def find_in(folder: Path) -> Path | None:
+    """The tokenizer's file in a folder."""
+    vocabularies = sorted(folder.glob("*.tiktoken"))
+    candidates = [folder / "tokenizer.model", folder / "tokenizer.json", *vocabularies[: len(vocabularies) == 1]]
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+_OTHER_FILES = {  # ending -> what such a file is, the remedy
+    (".jsonl", ".ndjson", ".txt", ".md", ".parquet", ".csv"): (
+        "text", "train one on it: tools/train_tokenizer.py --input {path} --output NEW --vocab-size N"),
+    (".bin", ".idx", ".meta.json"): ("a part of a dataset", "name the tokenizer that made it"),
+    (".safetensors", ".pt", ".pth", ".ckpt", ".gguf"): ("weights of a model", "name the folder of its tokenizer"),
+    (".yaml", ".yml"): ("a config", "name the tokenizer that it names"),
+}  # fmt: skip
+
+
+def _refuse_other_files(path: Path) -> None:
+    """Say of a file whose name is that of something else what it is, where its content does not say otherwise."""
+    for endings, (what, remedy) in _OTHER_FILES.items():
+        if path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(endings) and not is_tiktoken(path):
+            with open_regular(path) as file:
+                if file.read(1) == b"\n":  # as sentencepiece's models begin, whatever they are called
+                    return
+            raise DataError(12, str(path), f"is {what}, no tokenizer", remedy.format(path=path))
+
+
 def find_file(path: Path) -> Path:
     """The file that a path means, which may be its folder."""
     if path.is_dir():
-        vocabularies = sorted(path.glob("*.tiktoken"))
-        candidates = [path / "tokenizer.model", path / "tokenizer.json", *vocabularies[: len(vocabularies) == 1]]
-        for candidate in candidates:
-            if candidate.is_file():
-                return candidate
+        if found := find_in(path):
+            return found
         remedy = "name a tokenizer file or its folder"
-        if below := [path / name for name in _BELOW if (path / name / "tokenizer.model").is_file()]:
+        steps = sorted(path.glob("checkpoints/step-*"), reverse=True)
+        folders = [folder / name for folder in (path, *steps[:1]) for name in _BELOW]
+        if below := [folder for folder in folders if find_in(folder)]:
             remedy = f"did you mean {below[0]}?"
+        elif kind := what_is(path):
+            remedy = f"it is {kind}: name the tokenizer that it was made with"
         raise DataError(11, str(path), "holds neither tokenizer.model nor tokenizer.json", remedy)
     if not path.exists():
         remedy = "name a sentencepiece .model, a tokenizer.json or a Hugging Face folder"
-        if _HUB_NAME.fullmatch(str(path)) and neighbour_of(path) is None:
+        if path.with_name(f"{path.name}.idx").is_file():
+            raise DataError(10, str(path), "is the prefix of a dataset", "name the tokenizer that made it")
+        if _HUB_NAME.fullmatch(str(path)) and neighbour_of(path) is None and not unusable_remedy(str(path)):
             remedy += f"; models of the Hub are fetched before: hf download {path} --local-dir {path.name}"
         raise DataError(10, str(path), "does not exist", missing_remedy(path, remedy))
     return path

@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_hammer.base.errors import DataError, os_remedy
 from megatron_hammer.base.paths import missing_remedy
-from megatron_hammer.base.pictures import save_png
+from megatron_hammer.base.pictures import check_png, save_png
 from megatron_hammer.base.reading import open_regular, parse_json
 
 MAX_POINTS = 4000  # more than a picture of this size has columns: longer runs are thinned
@@ -126,6 +126,7 @@ def plot_loss(run: Path, output: Path) -> Curves:
     from matplotlib.ticker import MaxNLocator
 
     curves = read_curves(run / "metrics.jsonl")
+    check_png(output)
     steps, loss, lr = np.array(curves.steps), np.array(curves.loss), np.array(curves.lr)
     smooth = moving_average(loss, max(1, len(loss) // WINDOW_SHARE))
     thin = slice(None, None, -(-len(steps) // MAX_POINTS))

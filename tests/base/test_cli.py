@@ -56,6 +56,11 @@ def test_options_and_commands_that_were_left_out() -> None:
         (["c", "--vocab-size", "two"], "'two' is no whole number; write digits, such as 1000"),
         (["c", "--top_k", "x"], "'x' is no number"),
         ([], "required: CONFIG.yaml; add CONFIG.yaml (see p --help)"),
+        (["c", "--vocab-size", "8，000"], "write digits, 8000"),
+        (["c", "--vocab-size", "1e3"], "write digits, 1000"),
+        (["c", "-vocab-size", "3"], "write --vocab-size, not -vocab-size"),
+        (["c", "—vocab-size", "3"], "write --vocab-size"),
+        (["c", "–vocab_size=3"], "write --vocab-size"),
         (["c", "--vocabsize", "3"], "did you mean --vocab-size"),
     ],
 )

@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError
-from megatron_hammer.base.paths import check_prefix, missing_remedy, neighbour_of
+from megatron_hammer.base.paths import check_prefix, missing_remedy, neighbour_of, unusable_remedy
+from megatron_hammer.base.pictures import check_png
+from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.corpus.readers import expand_inputs
+from megatron_hammer.dataset.reader import prefix_remedy
 from megatron_hammer.huggingface.generate import generate
+from megatron_hammer.huggingface.importing import import_hf
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.train.plot import read_curves
 
@@ -78,3 +82,95 @@ def test_a_folder_in_place_of_a_prefix(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().err == ""
     check_prefix("--output-prefix", tmp_path, "_text_document.idx")  # may be meant
     assert f"{tmp_path}_text_document.idx is written beside it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "cure"),
+    [
+        ("https://a.b/c.jsonl", "curl -LO https://a.b/c.jsonl"),
+        ("https:/a.b/c.jsonl", "curl -LO https://a.b/c.jsonl"),  # as a Path spells it
+        ("hf://datasets/a/b", "hf download --repo-type dataset a/b --local-dir NEW"),
+        ("hf://a/b", "hf download a/b --local-dir NEW"),
+        ("oss://bucket/c", "copy it from oss:// first"),
+        ("file:///data/c", "write the path alone: /data/c"),
+        ("~/c", "the shell left ~ as it is here; write /"),
+        ("${DATA}/c", "the shell left ${DATA} as it is"),
+        ("D:\\text\\c.jsonl", "in WSL2 it is /mnt/d/text/c.jsonl"),
+        ("“runs”", "the quotes are part of the name here; write runs"),
+        ("runs，runs", "put blanks between them, runs runs"),
+        ("ｒｕｎｓ", "did you mean runs?"),
+    ],
+)
+def test_what_is_no_path_here(run: Path, path: str, cure: str) -> None:
+    assert cure in unusable_remedy(path)
+    with pytest.raises(DataError) as error:
+        expand_inputs([path])
+    assert cure in str(error.value) or "://" not in path
+    assert not unusable_remedy("runs/mine") and not unusable_remedy("runs/我的")
+
+
+def test_what_is_there_is_a_path_whatever_it_looks_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("~", "$x", "a，b"):
+        Path(name).mkdir()
+        assert not unusable_remedy(name)
+
+
+@pytest.fixture
+def things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    names = ("run/metrics.jsonl", "run/checkpoints/step-00000002/tokenizer/tokenizer.model", "hf/config.json",
+             "hf/model.safetensors", "data/zh.idx", "data/zh.bin", "zh.jsonl")  # fmt: skip
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "cure"),
+    [
+        ("zh.jsonl", "is text, no tokenizer; train one on it: tools/train_tokenizer.py --input zh.jsonl"),
+        ("data/zh", "is the prefix of a dataset; name the tokenizer that made it"),
+        ("data/zh.bin", "is a part of a dataset, no tokenizer"),
+        ("data/zh.idx", "is a part of a dataset, no tokenizer"),
+        ("data", "it is a folder of datasets"),
+        ("hf/model.safetensors", "is weights of a model, no tokenizer"),
+        ("hf", "it is a Hugging Face model"),
+        ("run", "did you mean run/checkpoints/step-00000002/tokenizer?"),
+    ],
+)
+def test_other_things_given_as_a_tokenizer(things: Path, path: str, cure: str) -> None:
+    with pytest.raises(DataError) as error:
+        load_tokenizer(path)
+    assert cure in str(error.value)
+
+
+def test_other_things_given_as_data_corpus_or_model(things: Path) -> None:
+    assert "hf is a Hugging Face model: data.train names datasets" in prefix_remedy(Path("hf.idx"))
+    assert "run is the folder of a run" in prefix_remedy(Path("run.idx"))
+    for folder, what in (("run", "the folder of a run"), ("hf", "a Hugging Face model")):
+        with pytest.raises(DataError, match=f"{folder} is {what}, no text"):
+            expand_inputs([folder])
+    for path, cure in (
+        ("hf/model.safetensors", "did you mean hf?"),
+        ("data", "is a folder of datasets"),
+        ("a/b", "hf download a/b --local-dir NEW"),
+        ("https://h/a/b", "curl -LO https://h/a/b"),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            import_hf(path, "new")
+        assert cure in str(error.value)
+    with pytest.raises(CheckpointError, match=r"did you mean run\?"):
+        open_checkpoint("run/metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [("name.xyz", "write name.png"), ("name", "write name.png"), ("new/a.png", "mkdir -p new"), ("hf", "hf/NAME.png")],
+)
+def test_names_that_no_picture_can_have(things: Path, name: str, cure: str) -> None:
+    with pytest.raises(ConfigError, match="E288") as error:
+        check_png(Path(name))
+    assert cure in str(error.value)
+    check_png(Path("a.PNG"))

@@ -62,6 +62,41 @@ def said(*overrides: str, path: str | Path = TINY) -> str:
         ("train.num_steps=many", "write a whole number"),
         ("model.hidden_size=0.5", "write a whole number"),
         ("optimizer.lr=small", "write a number"),
+        ("train.num_steps=1，000", "write 1000"),
+        ("train.num_steps=1万", "write 10000"),
+        ("train.num_steps=100步", "write 100"),
+        ("model.hidden_size=64,64", "write a whole number"),
+        ("optimizer.lr=0,0004", "write 0.0004"),
+        ("optimizer.lr=4e-4%", "write 4e-06"),
+        ("optimizer.lr=4×10-4", "write 0.0004"),
+        ("optimizer.lr=10^-4", "write 0.0001"),
+        ("optimizer.lr=1/1000", "write 0.001"),
+        ("optimizer.lr=4e−4", "write 0.0004"),
+        ("optimizer.lr=inf", "must be a finite number"),
+        ("optimizer.lr=nan", "must be a finite number"),
+        ("train.num_steps＝20", "write train.num_steps=20"),
+        ("train.num_steps：20", "write train.num_steps=20"),
+        ("train。num_steps=20", "write train.num_steps=20"),
+        ("train.num_steps =20", "write train.num_steps=20"),
+        ("num_steps", "write train.num_steps=VALUE"),
+        ("model=tiny", "model is a group of settings: write them one by one, such as model.hidden_size=VALUE"),
+        ("train", "train is a group of settings"),
+        ("tiny.yaml", "one config file is read"),
+        ("训练.步数=3", "settings have English names"),
+        ("train.dry_run=1", "write true"),
+        ("train.dry_run=否", "write false"),
+        ("log.trackers=wandb，swanlab", "write [wandb, swanlab]"),
+        ("log.trackers=wandb swanlab", "write [wandb, swanlab]"),
+        ("data.train={a：1，b：2}", "write {a: 1, b: 2}"),
+        ("data.train={a: 1，b: 2}", "write {a: 1, b: 2}"),
+        ("data.train={a: 1、b: 2}", "write {a: 1, b: 2}"),
+        ("data.train=｛a: 1, b: 2｝", "write {a: 1, b: 2}"),
+        ("data.train={a=1, b=2}", "write {a: 1, b: 2}"),
+        ("data.train=a=1,b=2", "write {a: 1, b: 2}"),
+        ("data.train=a: 1, b: 2", "write {a: 1, b: 2}"),
+        ("data.train=a:1", "write {a: 1}"),
+        ("data.train={a: 70%}", "write 0.7"),
+        ("data.train=“data/zh_text_document”", "write data/zh_text_document"),
         ("train.output=", "has no value; write train.output=VALUE, or leave it out"),
     ],
 )
@@ -84,6 +119,67 @@ def test_config_files(name: str, cure: str, monkeypatch: pytest.MonkeyPatch, tmp
     if "/" not in name:
         monkeypatch.chdir(tmp_path)
     assert cure in said(path=name)
+
+
+@pytest.mark.parametrize(
+    "content, cure",
+    [
+        (b"train:\n\tnum_steps: 3\n", "line 2 begins with a tab; YAML takes blanks alone"),
+        (b"<<<<<<< HEAD\ntrain:\n  seed: 3\n=======\ntrain:\n  seed: 4\n>>>>>>> x\n", "keep one of the two versions"),
+        ("train：\n  num_steps： 3\n".encode(), "line 1 has a full-width character"),
+        (b"train.num_steps: 3\nmodel: {}\n", "stands below its group: train: {num_steps: VALUE}"),
+        (b"train:\n  seed: 3\n  seed: 4\n", "leave one of the two out"),
+        (b"model:\n  hidden_size: 64\n   num_layers: 2\n", "the same blanks in front"),
+        (b"model:\n  hidden_size:64\n", "put a blank behind the colon: hidden_size: 64"),
+        (b"num_steps=3\n", "line 1 has = in it"),
+        ("# 中文\nmodel: {}\n".encode("gbk"), "save it as UTF-8; it looks like GBK"),
+        ("model: {}\n".encode("utf-16"), "save it as UTF-8; it is UTF-16"),
+        (b"\x89PNG\r\n\x00\xff", "name a YAML file"),
+    ],
+)
+def test_slips_in_a_config_file(content: bytes, cure: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(content)
+    line = said(path=tmp_path / "mine.yaml")
+    assert cure in line and "\n" not in line and "<unicode string>" not in line
+
+
+def test_windows_line_ends_and_a_mark_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(b"\xef\xbb\xbf" + TINY.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_config(tmp_path / "mine.yaml") == load_config(TINY)
+
+
+def test_a_prefix_with_chinese_punctuation_is_one_where_it_is_there(tmp_path: Path) -> None:
+    (tmp_path / "语料：一，二.idx").touch()
+    assert load_config(TINY, [f"data.train={tmp_path}/语料：一，二"]).data.train
+
+
+@pytest.mark.parametrize(
+    "override, cure",
+    [
+        ("train.output=/", "name a folder in it, such as /my_run"),
+        ("train.output=/tmp", "name a folder in it, such as /tmp/my_run"),
+        ("train.output=~/run", "the shell left ~ as it is here; write /"),
+        ("train.output=$HOME/run", "use double quotes instead of single ones"),
+        ("train.output=s3://bucket/run", "copy it from s3:// first, or mount it as a folder"),
+        (r"train.output=C:\runs", "in WSL2 it is /mnt/c/runs"),
+        ("tokenizer.path=https://a/b", "fetch it first: curl -LO https://a/b"),
+        ("data.train=hf://datasets/a/b", "fetch it first: hf download --repo-type dataset a/b --local-dir NEW"),
+        ("checkpoint.init_from=~/run", "write /"),
+    ],
+)
+def test_paths_that_are_none_here(override: str, cure: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(TINY, [override]).validate(1)
+    assert cure in str(error.value)
+
+
+def test_figures_far_beyond_any_in_use_are_remarked() -> None:
+    notes = load_config(TINY, ["optimizer.lr=1", "optimizer.beta1=0.1", "model.init_std=2"]).notes()
+    assert "optimizer.lr=1 is above 0.1, the most that is in use: see that no digit or exponent is wrong" in notes
+    assert any(note.startswith("optimizer.beta1=0.1 is below 0.5") for note in notes)
+    assert any(note.startswith("model.init_std=2 is above") for note in notes)
+    for preset in TINY.parent.glob("*.yaml"):
+        assert not any("in use" in note for note in load_config(preset).notes())
 
 
 def test_a_prefix_with_blanks_is_one_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.base.reading import open_regular
 from megatron_hammer.corpus.arguments import ON_ERROR, OnError
 from megatron_hammer.corpus.readers import DEFAULT_TEXT_DOCUMENTS, TEXT_DOCUMENTS, expand_inputs, kind_of
 from megatron_hammer.corpus.stream import file_identity
@@ -103,10 +104,21 @@ def remarks(job: Job) -> list[str]:
         names = f"{texts[0]}" + (f" and {len(texts) - 1:,} more" if len(texts) > 1 else "")
         found.append(f"{names}: plain text, {_TEXT_DOCUMENT_NAMES[job.text_documents]} is a document "
                      f"(--text-documents {job.text_documents})")  # fmt: skip
+        if json_lines := next((path for path in texts if _begins_as_json(path)), None):
+            found.append(f"{json_lines} looks like JSON lines, and its name makes it plain text, braces and keys "
+                         "included: rename it to end in .jsonl if that is not meant")  # fmt: skip
         if job.keys != ("text",):
             found.append(f"{names}: plain text has no fields: --json-keys {' '.join(job.keys)} only names the output, "
                          "and all of the text goes into each dataset")  # fmt: skip
     return found
+
+
+def _begins_as_json(path: Path) -> bool:
+    """Whether a file of plain text, which is not compressed, begins as one of JSON lines does."""
+    if not path.is_file():
+        return False
+    with open_regular(path) as file:
+        return file.read(2) == b'{"'
 
 
 def _unknown_choice(option: str, value: str, choices: Sequence[str]) -> ConfigError:

@@ -201,7 +201,7 @@ def _tokenizer_of(args: argparse.Namespace, kind: str | None) -> tuple[str, list
     given = {option: value for option, value in named_by.items() if value is not None}
     if not given:
         raise ConfigError(1, "preprocess_data.py", "was called wrongly: the following arguments are required: "
-                          "--tokenizer-model", "see preprocess_data.py --help")  # fmt: skip
+                          "--tokenizer-model", "add --tokenizer-model PATH (or see --help)")  # fmt: skip
     chosen, path = next(iter(given.items()))
     notes = [f"{option} {value}: left aside, {chosen} names the tokenizer"
              for option, value in given.items() if value != path]  # fmt: skip

@@ -1,0 +1,70 @@
+"""Words of a command line or a config as a Chinese keyboard or a word processor writes them, and what they mean.
+
+Only for remedies: nothing that was written otherwise than our formats ask for is taken in silence. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+
+_TYPOGRAPHIC = str.maketrans({
+    **dict.fromkeys("“”„«»「」", '"'), **dict.fromkeys("‘’‚", "'"), **dict.fromkeys("—–‒‐‑−－", "-"),
+    "、": ",", "。": ".", "×": "x", "\u3000": " ",
+})  # fmt: skip
+_UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
+          "%": 0.01, "千": 1e3, "万": 1e4, "百万": 1e6, "亿": 1e8}  # fmt: skip
+_COUNTED = r"(?:steps?|tokens?|iters?|samples?|步|个|层|条|维|头)?"
+_NUMBER = re.compile(rf"([+-]?[0-9.,_ ]*[0-9](?:e[+-]?[0-9]+)?)\s*({'|'.join(map(re.escape, _UNITS))})?\s*{_COUNTED}")
+_POWER = re.compile(r"(?:([0-9.]+)\s*[x*]\s*)?10\s*(?:\^|\*\*)?\s*\(?(-[0-9]+)\)?")
+_RATIO = re.compile(r"([0-9.]+)\s*/\s*([0-9.]+)")
+_THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]*)?")
+
+
+def in_ascii(text: str) -> str:
+    """The text with the ASCII form of full-width letters and digits, and of punctuation, quotes and dashes."""
+    return unicodedata.normalize("NFKC", text.translate(_TYPOGRAPHIC))
+
+
+def number_meant(text: str, whole: bool, unit: str = "") -> str:
+    """The plain number that a text such as ``1k``, ``1,000``, ``4e-4%``, ``1万`` or ``10^-4`` means, or "".
+
+    Args:
+        whole: the number must be a whole one.
+        unit: what the number is counted in where it stands (``mb``), so that ``2MB`` there means 2.
+    """
+    plain = in_ascii(text).strip().strip("'\"").lower()
+    if unit and plain.endswith(unit.lower()):
+        plain = plain[: -len(unit)].strip()
+    value = _value_of(plain, whole)
+    if value is None or not math.isfinite(value) or (whole and not value.is_integer()):
+        return ""
+    return str(int(value)) if whole or (value.is_integer() and abs(value) < 1e15) else f"{value:.12g}"
+
+
+def _value_of(plain: str, whole: bool) -> float | None:
+    if match := _POWER.fullmatch(plain):
+        return float(f"{match[1] or 1}e{match[2]}") if _is_number(match[1] or "1") else None
+    if match := _RATIO.fullmatch(plain):
+        over = float(match[2]) if _is_number(match[2]) else 0.0
+        return float(match[1]) / over if over and _is_number(match[1]) else None
+    match = _NUMBER.fullmatch(plain)
+    if match is None:
+        return None
+    digits, times = match[1].replace("_", "").replace(" ", ""), _UNITS.get(match[2] or "", 1.0)
+    if _THOUSANDS.fullmatch(digits):
+        digits = digits.replace(",", "")
+    elif digits.count(",") == 1 and "." not in digits and not whole:  # a decimal comma
+        digits = digits.replace(",", ".")
+    if not _is_number(digits):
+        return None
+    return float(digits) / 100 if match[2] == "%" else float(digits) * times
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
