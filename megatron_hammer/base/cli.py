@@ -127,9 +127,9 @@ class ArgumentParser(argparse.ArgumentParser):
             near = difflib.get_close_matches(wrong_choice[1], names, n=1, cutoff=0.5)
             remedy = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}"
         elif "unrecognized arguments: " in message and (
-            meant := next(filter(None, map(self._meant_as_option, message.partition("arguments: ")[2].split())), None)
+            dashed := next(filter(None, map(self._meant_as_option, message.partition("arguments: ")[2].split())), None)
         ):
-            remedy = f"write {meant[1]}, not {meant[0]}"
+            remedy = f"write {dashed[1]}, not {dashed[0]}"
         elif written := re.search(r" \(write (--\S+)\)$", message):
             message, remedy = message[: written.start()], f"write {written[1]}"
         elif "unrecognized arguments: -" in message:
