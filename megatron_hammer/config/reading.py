@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -107,6 +108,18 @@ def _names_of(tree: Mapping[Any, Any]) -> set[str]:
     """Names of groups and fields, as errors spell them."""
     names = {str(key) for key in tree}
     return names | {f"{key}.{field}" for key, group in tree.items() if isinstance(group, dict) for field in group}
+
+
+def with_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> Config:
+    """The config of a tree of plain values after ``group.field=value`` overrides; the tree stays as it is.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
+    changed = copy.deepcopy(dict(tree))
+    for override in overrides:
+        _apply_override(changed, override)
+    return config_from_tree(changed)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_hammer.config import Config
-from megatron_hammer.config.settings import PhaseConfig
+from megatron_hammer.config.settings import DataConfig, PhaseConfig
 from megatron_hammer.train.identity import DataIdentity, DatasetIdentity, SourcePair, pair_up
 
 SAME_SHARE = 1e-9  # relative rounding of two ways to write one mix, {a: 2, b: 1} and {a: 4, b: 2}
@@ -87,26 +87,38 @@ class Pasts:
             consumed: those that lie before this sample, in samples; None: all of them, as they were written.
         """
         moved = {p.old.prefix: p.new.prefix for p in self.pairs if p.old is not None and p.new is not None}
-        phases = self.saved_config.phases
-        found = []
-        for phase, mix in zip(phases, self.saved_config.data.mixes, strict=True):
-            if consumed is not None and phase.first >= consumed:
-                break
-            length: dict[str, int | None] = {"tokens": mix.tokens, "samples": mix.samples, "steps": mix.steps}
-            if consumed is not None:
-                end = consumed if phase.end is None else min(consumed, phase.end)
-                length = {"samples": end - phase.first}
-            found.append(
-                PhaseConfig(
-                    {moved.get(prefix, prefix): weight for prefix, weight in phase.train.items()},
-                    weights=None if phase.unit == config.data.weights else phase.unit,
-                    seq_length=None if phase.seq_length == config.data.seq_length else phase.seq_length,
-                    rope_theta=mix.rope_theta,
-                    rope_scaling=mix.rope_scaling,
-                    **length,
-                )
+        return past_phases(self.saved_config, consumed, moved, config.data)
+
+
+def past_phases(
+    saved: Config, consumed: int | None, moved: Mapping[str, str] | None = None, defaults: DataConfig | None = None
+) -> tuple[PhaseConfig, ...]:
+    """The phases of a config.
+
+    Args:
+        consumed: those that lie before this sample, in samples; None: all of them, as they were written.
+        moved: paths that have changed.
+        defaults: the settings that the phases are to stand beside; absent: those of ``saved``.
+    """
+    moved, defaults = moved or {}, defaults or saved.data
+    found = []
+    for phase, mix in zip(saved.phases, saved.data.mixes, strict=True):
+        if consumed is not None and phase.first >= consumed:
+            break
+        length: dict[str, int | None] = {"tokens": mix.tokens, "samples": mix.samples, "steps": mix.steps}
+        if consumed is not None:
+            length = {"samples": (consumed if phase.end is None else min(consumed, phase.end)) - phase.first}
+        found.append(
+            PhaseConfig(
+                {moved.get(prefix, prefix): weight for prefix, weight in phase.train.items()},
+                weights=None if phase.unit == defaults.weights else phase.unit,
+                seq_length=None if phase.seq_length == defaults.seq_length else phase.seq_length,
+                rope_theta=mix.rope_theta,
+                rope_scaling=mix.rope_scaling,
+                **length,
             )
-        return tuple(found)
+        )
+    return tuple(found)
 
 
 def _apart(pair: SourcePair) -> list[SourcePair]:
