@@ -119,7 +119,8 @@ class Workload:
         if self.run is None:
             return [self._random_batch() for _ in range(self.config.grad_accum(self.ctx.world.size))]
         batches = self.run._next_batches()
-        consumed = self.run.state.consumed_samples + self.config.train.global_batch_size
+        consumed = self.run.state.consumed_samples
+        consumed += self.run.batch_sizes.at(consumed)
         self.run.state = dataclasses.replace(self.run.state, consumed_samples=consumed)
         return batches
 

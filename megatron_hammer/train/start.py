@@ -59,7 +59,12 @@ def facts_of(inputs: Inputs) -> list[Fact]:
         facts.append(Fact("the tokenizer", f"tokenizer {path} has", value, "put the same tokenizer on every node"))
     sources = [(f"source {i} of data.train", dataset) for i, dataset in enumerate(inputs.identity.train, start=1)]
     sources += [(f"data.valid[{name}]", dataset) for name, dataset in inputs.identity.valid.items()]
-    return facts + [fact for what, dataset in sources for fact in _dataset_facts(what, dataset)]
+    facts += [fact for what, dataset in sources for fact in _dataset_facts(what, dataset)]
+    mixes = [
+        Fact(f"phase {i} of data.phases", "the phase is", str(mix), "give all nodes the same phases")
+        for i, mix in enumerate(inputs.identity.mixes, start=1)
+    ]
+    return facts + mixes
 
 
 def _dataset_facts(what: str, dataset: DatasetIdentity) -> list[Fact]:
