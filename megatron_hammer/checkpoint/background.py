@@ -40,6 +40,7 @@ from megatron_hammer.base.files import staging_path
 from megatron_hammer.base.reading import read_regular
 from megatron_hammer.base.signals import STOP_SIGNALS
 from megatron_hammer.checkpoint.folder import Note, step_name
+from megatron_hammer.checkpoint.kinds import style_of
 from megatron_hammer.checkpoint.manifest import canonical_json
 from megatron_hammer.checkpoint.retention import Retention
 from megatron_hammer.checkpoint.snapshot import Snapshot, places_of
@@ -227,7 +228,7 @@ class BackgroundSaver:
         ]
         files = {} if tokenizer is None or not self._leader else _files_of(tokenizer)
         self._plan = {"slices": rows, "tokenizer": files, "fingerprint": tokenizer.fingerprint if tokenizer else ""}
-        self._needed = bytes_to_write(config_from_tree(dict(config_tree)).model, shards)
+        self._needed = bytes_to_write(config_from_tree(dict(config_tree)).model, shards, style_of(config_tree))
         self._number = agreed_number(ctx)
         self._snapshot = self._taken_together(size)
         self._writer: WriterProcess | None = self._start()

@@ -23,6 +23,7 @@ from megatron_hammer.base.files import sync_file, sync_folder, write_durably
 from megatron_hammer.base.reading import parse_json, read_regular
 from megatron_hammer.checkpoint.digest import MODULUS, RectangleSum, digest_of
 from megatron_hammer.checkpoint.folder import publish_checkpoint, step_of
+from megatron_hammer.checkpoint.kinds import shapes_of, style_of
 from megatron_hammer.checkpoint.manifest import (
     MAX_MANIFEST_BYTES,
     MAX_MANIFEST_VALUES,
@@ -41,7 +42,6 @@ from megatron_hammer.checkpoint.manifest import (
 )
 from megatron_hammer.checkpoint.tensor_files import TensorFileReader, TensorFileWriter
 from megatron_hammer.config import ModelConfig
-from megatron_hammer.model.parameters import logical_shapes
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def commit(
     tensors = [
         LogicalTensor(name, kind, shape, dtypes.get((name, kind), "float32"))
         for kind in kinds
-        for name, shape in logical_shapes(model).items()
+        for name, shape in shapes_of(model, kind, style_of(config_tree)).items()
     ]
     index = {(t.name, t.kind): i for i, t in enumerate(tensors)}
     files, sums = [], [0] * len(tensors)

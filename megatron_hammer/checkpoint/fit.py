@@ -9,6 +9,7 @@ from collections.abc import Collection
 from typing import Any
 
 from megatron_hammer.base.errors import CheckpointError
+from megatron_hammer.checkpoint.kinds import shapes_of, style_of
 from megatron_hammer.checkpoint.manifest import Manifest, saved_model
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.model.parameters import logical_shapes
@@ -37,8 +38,9 @@ def check_fits(manifest: Manifest, model: ModelConfig, kinds: Collection[str]) -
     for tensor in manifest.tensors:
         if tensor.name not in shapes:
             raise CheckpointError(13, f"{where}: {tensor}", "is not a tensor of this model", "use another checkpoint")
+    style = style_of(manifest.config)
     for kind in kinds:
-        for name, shape in shapes.items():
+        for name, shape in shapes_of(model, kind, style).items():
             at = manifest.index.get((name, kind))
             found = None if at is None else manifest.tensors[at].shape
             if found != shape:

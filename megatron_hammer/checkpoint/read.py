@@ -75,14 +75,13 @@ def load_shards(
         check_fits(manifest, model, kinds)
         wanted: dict[int, list[_Place]] = {}
         for shard in shards:
-            for kind in kinds:
+            for kind in (kind for kind in kinds if kind in shard.tensors):
                 for part in shard.parameter.slices:
                     for box in rectangles(part, shard.start, shard.stop):
                         flat = shard.tensors[kind].detach()
                         view = flat[box.position : box.position + box.numel].view(box.shape)
-                        wanted.setdefault(manifest.index[part.tensor, kind], []).append(
-                            _Place(box.rows, box.cols, view)
-                        )
+                        place = _Place(box.rows, box.cols, view)
+                        wanted.setdefault(_find(manifest, part.tensor, kind), []).append(place)
         _fill(manifest, wanted)
     except HammerError as error:
         failure = error

@@ -8,17 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_hammer.base.errors import DiskError
+from megatron_hammer.checkpoint.kinds import shapes_of
 from megatron_hammer.config import ModelConfig
-from megatron_hammer.model.parameters import logical_shapes
 
 BESIDE_BYTES = 2**20  # manifest and headers: 90 bytes for each slice
 BESIDE_FILES = 16  # manifest, tokenizer, folders
 
 
-def checkpoint_bytes(model: ModelConfig, kinds: Mapping[str, int]) -> int:
-    """Bytes of a model's checkpoint, where an element of each kind of tensor takes so many."""
-    elements = sum(math.prod(shape) for shape in logical_shapes(model).values())
-    return elements * sum(kinds.values()) + BESIDE_BYTES
+def checkpoint_bytes(model: ModelConfig, kinds: Mapping[str, int], style: str) -> int:
+    """Bytes of a model's checkpoint under ``optimizer.style``, where an element of each kind takes so many."""
+    elements = {kind: sum(map(math.prod, shapes_of(model, kind, style).values())) for kind in kinds}
+    return sum(size * elements[kind] for kind, size in kinds.items()) + BESIDE_BYTES
 
 
 def check_space(folder: Path, needed: int, ranks: int) -> None:

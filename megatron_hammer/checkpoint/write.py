@@ -39,6 +39,7 @@ from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.commit import SliceToWrite, Watch, commit, stage_tokenizer_files, write_rank
 from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES, PRECISION_DTYPES
 from megatron_hammer.checkpoint.folder import Note, clean_up, step_name
+from megatron_hammer.checkpoint.kinds import style_of
 from megatron_hammer.checkpoint.manifest import (
     MANIFEST,
     Layout,
@@ -66,7 +67,7 @@ def owned_views(shards: Sequence[Shard]) -> tuple[list[SliceToWrite], list[Tenso
     kinds = list(dict.fromkeys(kind for shard in shards for kind in shard.tensors))
     slices, views = [], []
     for kind in kinds:
-        for shard in (s for s in shards if not s.is_copy):
+        for shard in (s for s in shards if kind in s.tensors and not s.is_copy):
             flat = shard.tensors[kind]
             dtype = DTYPE_NAMES[flat.dtype]
             for part in (s for s in shard.parameter.slices if s.owned):
@@ -187,7 +188,7 @@ def save_checkpoint(
     leader = ctx.world.rank == 0
     files: list[TokenizerFiles] = []
 
-    needed = bytes_to_write(model, shards)
+    needed = bytes_to_write(model, shards, style_of(config_tree))
 
     def begin() -> None:
         stage(folder, staging, step, note)
@@ -239,10 +240,10 @@ def stage(folder: Path, staging: Path, step: int, note: Note) -> None:
     fault_point("stage", 0, step)
 
 
-def bytes_to_write(model: ModelConfig, shards: Sequence[Shard]) -> int:
+def bytes_to_write(model: ModelConfig, shards: Sequence[Shard], style: str) -> int:
     """What a checkpoint of all ranks takes, by the types of this rank's part."""
     kinds = {kind: tensor.element_size() for shard in shards for kind, tensor in shard.tensors.items()}
-    return checkpoint_bytes(model, kinds)
+    return checkpoint_bytes(model, kinds, style)
 
 
 def layout_of(ctx: ParallelContext, config_tree: Mapping[str, Any]) -> Layout:

@@ -439,10 +439,19 @@ class DataConfig:
         return list(dict.fromkeys(prefix for mix in self.mixes for prefix in mix.train))
 
 
+MUON_ONLY = ("muon_momentum", "muon_per_head", "newton_schulz")
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101) with global-norm clipping, sharded over the data-parallel ranks (ZeRO-1)."""
+    """AdamW (arXiv 1711.05101), or Muon for the matrices of the layers, with global-norm clipping, sharded over the
+    data-parallel ranks (ZeRO-1)."""
 
+    style: Mathematics[Literal["adamw", "muon"]] = "adamw"
+    """adamw: for everything. muon: the matrices of the layers (q, k, v, o, gate, up, down, each by itself, whole on any
+    layout) move along the orthogonalised momentum of their gradient, 0.2 sqrt(max(rows, columns)) of it, which makes
+    lr and weight_decay mean what they mean in AdamW (Moonlight, arXiv 2502.16982); embedding, head, norms and biases
+    stay with AdamW. One moment less to keep. A run does not change from one to the other."""
     lr: Mathematics[float] = 5e-4
     """Peak learning rate."""
     min_lr: Mathematics[float] = 5e-5
@@ -455,6 +464,13 @@ class OptimizerConfig:
     """Decay of the second moment."""
     eps: Mathematics[float] = 1e-8
     """Added to the root of the second moment."""
+    muon_momentum: Mathematics[float] = 0.95
+    """muon only: decay of the matrices' momentum (Nesterov's), as in Keller Jordan's Muon and in Moonlight."""
+    muon_per_head: Mathematics[bool] = False
+    """muon only: take q, k and v head by head, each [head_dim, hidden_size] a matrix of its own."""
+    newton_schulz: Mathematics[Literal["auto", "bf16", "fp32"]] = "auto"
+    """muon only: the type in which matrices are sent to the rank that orthogonalises them, and in which it does so.
+    auto: bf16 on a GPU and on CPUs with bf16 products (avx512_bf16, amx), else fp32. The momentum is always fp32."""
     clip_grad: Mathematics[float] = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
     initial_loss_scale: Free[float] = 65536.0
@@ -468,10 +484,18 @@ class OptimizerConfig:
         at_least(
             "optimizer", {"initial_loss_scale": self.initial_loss_scale, "loss_scale_window": self.loss_scale_window}, 1
         )
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum"):
             value = getattr(self, name)
             require(
                 0 <= value < 1, f"optimizer.{name}={value}", "must lie in [0, 1)", "0.9 and 0.95 to 0.999 are usual"
+            )
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            require(
+                self.style == "muon" or f.name not in MUON_ONLY or value == f.default,
+                f"optimizer.{f.name}={value}",
+                "belongs to optimizer.style=muon only",
+                "remove it or choose muon",
             )
         require(self.eps > 0, f"optimizer.eps={self.eps}", "must be positive", "1e-8 is usual")
         require(

@@ -32,9 +32,34 @@ class Columns:
         return torch.where(here, local, 0), here
 
 
-@dataclass(frozen=True)
-class AdamWState:
+class ShardState:
     """Equally shaped flat fp32 tensors of some weights; ``weight`` is the master."""
+
+    weight: Tensor
+    grad: Tensor
+    decay: bool
+    param: Tensor | None
+    """The model's own copy of the weight, in its 16-bit dtype; None where that is the master itself."""
+
+    @property
+    def moments(self) -> dict[str, Tensor]:
+        """What is remembered of gradients, by the names that checkpoints use."""
+        raise NotImplementedError
+
+    @property
+    def kinds(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        return {"weight": self.weight, **self.moments}
+
+    @property
+    def own_bytes(self) -> int:
+        """Memory beside that of the model's weights and the gradients."""
+        return sum(tensor.nbytes for tensor in (self.moments if self.param is None else self.kinds).values())
+
+
+@dataclass(frozen=True)
+class AdamWState(ShardState):
+    """With both moments."""
 
     weight: Tensor
     grad: Tensor
@@ -42,4 +67,24 @@ class AdamWState:
     exp_avg_sq: Tensor
     decay: bool
     param: Tensor | None = None
-    """The model's own copy of the weight, in its 16-bit dtype; None where that is the master itself."""
+
+    @property
+    def moments(self) -> dict[str, Tensor]:
+        """Both."""
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+
+@dataclass(frozen=True)
+class MuonState(ShardState):
+    """With the first moment alone."""
+
+    weight: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    decay: bool
+    param: Tensor | None = None
+
+    @property
+    def moments(self) -> dict[str, Tensor]:
+        """The first."""
+        return {"exp_avg": self.exp_avg}

@@ -66,11 +66,18 @@ class Parameter:
     """The rectangles that it holds."""
     initial: Literal["normal", "ones", "zeros"]
     """How initialisation fills it: matrices, weights of norms, biases."""
+    head_rows: int | None = None
+    """Rows of a head, where rows are those of heads: queries, keys and values."""
 
     @property
     def decay(self) -> bool:
         """Whether weight decay applies: to matrices yes, to norms and biases no."""
         return self.initial == "normal"
+
+    @property
+    def is_hidden_matrix(self) -> bool:
+        """Whether it consists of matrices of a layer, from hidden state to hidden state: no vector, no vocabulary."""
+        return self.decay and self.part.startswith("layers.")
 
     @property
     def part(self) -> str:
@@ -115,6 +122,12 @@ def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         for parameter in parameter_table(model)
         for s in parameter.slices
     }
+
+
+def hidden_matrices(model: ModelConfig) -> frozenset[str]:
+    """Hugging Face names of the matrices of the layers."""
+    return frozenset(s.tensor for parameter in parameter_table(model) if parameter.is_hidden_matrix
+                     for s in parameter.slices)  # fmt: skip
 
 
 def count_parameters(model: ModelConfig) -> int:
@@ -184,10 +197,10 @@ def _columns(name: str, tensor: str, columns: Range, model: ModelConfig) -> Para
     return Parameter(name, (h, columns[1] - columns[0]), (Slice(tensor, (0, h), columns),), "normal")
 
 
-def _rows(name: str, rows: int, slices: tuple[Slice, ...], columns: int) -> Parameter:
+def _rows(name: str, rows: int, slices: tuple[Slice, ...], columns: int, head: int | None = None) -> Parameter:
     """Matrices whose outputs are divided over the ranks, in one; or their biases, as the name says."""
     if name.endswith(".weight"):
-        return Parameter(name, (rows, columns), slices, "normal")
+        return Parameter(name, (rows, columns), slices, "normal", head)
     return Parameter(name, (rows,), tuple(replace(s, cols=None) for s in slices), "zeros")
 
 
@@ -202,7 +215,7 @@ def _qkv(ours: str, theirs: str, kind: str, model: ModelConfig, at: Placement) -
         Slice(f"{theirs}k_proj.{kind}", kv_rows, (0, h), q_end, at.owns_groups, sum_over),
         Slice(f"{theirs}v_proj.{kind}", kv_rows, (0, h), k_end, at.owns_groups, sum_over),
     )
-    return _rows(ours + kind, k_end + at.groups_local * d, slices, h)
+    return _rows(ours + kind, k_end + at.groups_local * d, slices, h, d)
 
 
 def _gate_up(ours: str, theirs: str, kind: str, model: ModelConfig, at: Placement) -> Parameter:

@@ -4,9 +4,9 @@ The store says what this rank updates (``stretches``) and what it counts (``coun
 unscaling and the decision to skip inside, is ``kernels/adamw.py``. In fp32 the masters are the weights themselves.
 Norm, divisor and the decision are device scalars, so nothing here waits for the device.
 
-Another optimizer is another class over the same stretches. One that works on elements (Lion, SGD) has the shape of this
-one. One that needs whole matrices (Muon) would take them from the ``parts`` of stretches where a store shards by whole
-parameters, and leave norms, embedding and head to this class.
+Another optimizer is another class over the same stretches. One that works on elements (Lion, SGD) has the shape of
+this one. One that needs whole matrices (Muon, ``muon.py``) puts them together from the pieces of all ranks, and leaves
+norms, embedding and head to this class.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels.adamw import OptimizerKernels
-from megatron_hammer.kernels.arguments import AdamWState
+from megatron_hammer.kernels.arguments import AdamWState, ShardState
 from megatron_hammer.optim.layout import Stretch
 from megatron_hammer.optim.stage_stores import StageStores
 from megatron_hammer.optim.store import FlatStore
@@ -37,7 +37,9 @@ class AdamW:
     def __init__(self, store: AnyStore, config: OptimizerConfig, kernels: OptimizerKernels | None = None) -> None:
         self.store, self.config, self.kernels = store, config, kernels or OptimizerKernels()
         self.stretches = store.stretches()
-        self.states = [_state(stretch) for stretch in self.stretches]
+        self.states = [self._begin(stretch) for stretch in self.stretches]
+        self.by_element = [state for state in self.states if isinstance(state, AdamWState)]
+        """Those that are updated element by element: here all."""
         self.updates = torch.zeros((), device=store.ctx.device)
         """Updates applied so far, fp32 scalar."""
 
@@ -58,8 +60,18 @@ class AdamW:
             applied: device bool, equal on all ranks; where false nothing changes.
         """
         self.store.wait()  # for an update that no forward has read: it may still be on its way to the others
-        self.kernels.update(self.states, self.updates, lr, self.config, divisor, (~applied).float())
+        self._update(lr, divisor, applied)
         self.store.gather()
+
+    def _update(self, lr: float, divisor: Tensor, applied: Tensor) -> None:
+        """Change this rank's masters, moments and weights."""
+        self.kernels.update(self.by_element, self.updates, lr, self.config, divisor, (~applied).float())
+
+    def _begin(self, stretch: Stretch) -> ShardState:
+        """Moments of zero; in 16 bits a master, in fp32 the weights themselves."""
+        weight, param = master_of(stretch)
+        exp_avg, exp_avg_sq = (torch.zeros_like(stretch.grad) for _ in range(2))
+        return AdamWState(weight, stretch.grad, exp_avg, exp_avg_sq, stretch.decay, param)
 
     @torch.no_grad()
     def copy_params_from_masters(self) -> None:
@@ -86,7 +98,7 @@ class AdamW:
     def _shards(self) -> Iterator[Shard]:
         is_copy = self.store.ctx.copies.rank > 0
         for stretch, state in zip(self.stretches, self.states, strict=True):
-            kinds, at = {"weight": state.weight, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}, 0
+            kinds, at = state.kinds, 0
             for part in stretch.parts:
                 n = part.stop - part.start
                 tensors = {kind: tensor[at : at + n] for kind, tensor in kinds.items()}
@@ -94,9 +106,8 @@ class AdamW:
                 at += n
 
 
-def _state(stretch: Stretch) -> AdamWState:
-    """Moments of zero; in 16 bits a master, in fp32 the weights themselves."""
-    param, grad, exp_avg, exp_avg_sq = stretch.param, stretch.grad, *(torch.zeros_like(stretch.grad) for _ in range(2))
-    if param.dtype == grad.dtype:
-        return AdamWState(param, grad, exp_avg, exp_avg_sq, stretch.decay)
-    return AdamWState(param.float(), grad, exp_avg, exp_avg_sq, stretch.decay, param)
+def master_of(stretch: Stretch) -> tuple[Tensor, Tensor | None]:
+    """The fp32 weights that are updated, and the model's 16-bit copy of them where these are two."""
+    if stretch.param.dtype == stretch.grad.dtype:
+        return stretch.param, None
+    return stretch.param.float(), stretch.param

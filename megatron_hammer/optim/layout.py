@@ -35,6 +35,10 @@ class Row(ParameterLike, Protocol):
     @property
     def decay(self) -> bool: ...
     @property
+    def is_hidden_matrix(self) -> bool: ...
+    @property
+    def head_rows(self) -> int | None: ...
+    @property
     def part(self) -> str: ...
 
 
@@ -78,7 +82,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Neighbouring parts with the same weight decay: an optimizer runs over few long tensors."""
+    """Neighbouring parts that are updated in the same way: an optimizer runs over few long tensors."""
 
     parts: tuple[Part, ...]
     """One after the other; together they fill the stretch."""
@@ -170,6 +174,15 @@ class Layout:
                 start, stop = max(shard.start - offset, 0), min(shard.stop - offset, row.numel)
                 if start < stop:
                     yield Part(row, start, stop, offset, bucket)
+
+    def holders(self, bucket: Bucket, i: int) -> Iterator[tuple[int, int, int]]:
+        """Which rank's shard of a bucket has which range of flattened parameter i."""
+        size, first, numel = (bucket.stop - bucket.start) // self.ranks, self.offsets[i], self.table[i].numel
+        for rank in range((first - bucket.start) // size, self.ranks):
+            start, stop = bucket.start + size * rank - first, bucket.start + size * (rank + 1) - first
+            if start >= numel:
+                return
+            yield rank, max(start, 0), min(stop, numel)
 
     def slices(self) -> Iterator[tuple[SummedSlice, Part, int, int]]:
         """Each slice of the table that this rank's shards touch, in which part, and its range in the buffers."""

@@ -1,4 +1,4 @@
-"""What a training step and a checkpoint see of the optimizer: the store, AdamW on its shards and the loss scale.
+"""What a training step and a checkpoint see of the optimizer: the store, the rule of the update, the loss scale.
 
 One step, as ``train/step.py`` runs it: the micro-batches' backward fills the store (``store.begin``), and the last one
 starts the reduction of the gradients; ``clip_grad_norm`` finishes it and takes the norm; ``step`` updates the shards,
@@ -17,6 +17,8 @@ from megatron_hammer.kernels.adamw import OptimizerKernels
 from megatron_hammer.kernels.ranges import OPTIMIZER, Range, no_range
 from megatron_hammer.optim.adamw import AdamW, AnyStore
 from megatron_hammer.optim.loss_scaler import LossScaler
+from megatron_hammer.optim.matrices import Tables
+from megatron_hammer.optim.muon import Muon
 from megatron_hammer.parallel.sharding import Shard
 
 
@@ -27,6 +29,8 @@ class Optimizer:
         loss_scaling: for fp16: multiply the loss by a scale, and adapt that.
         kernels: what the update computes with.
         range_of: entered around the norm and the update, for a profiler.
+        tables: of each stage of this rank, the parameter table of each tensor-parallel rank; None where there is one.
+        one_by_one: the same bits for any number of data-parallel ranks, where the rule can give them.
     """
 
     def __init__(
@@ -36,10 +40,17 @@ class Optimizer:
         loss_scaling: bool = False,
         kernels: OptimizerKernels | None = None,
         range_of: Range = no_range,
+        tables: Tables | None = None,
+        one_by_one: bool = False,
     ) -> None:
         self.range_of = range_of
         device = store.ctx.device
-        self.store, self.adamw = store, AdamW(store, config, kernels)
+        self.store = store
+        if config.style == "muon":
+            tables = tables or [[of_stage.table] for of_stage in store.of_stages]
+            self.rule: AdamW = Muon(store, config, kernels, tables, one_by_one)
+        else:
+            self.rule = AdamW(store, config, kernels)
         self.before_update: Callable[[], None] = lambda: None
         """Called before weights and moments change: whoever copies them has that wait (``train/saver.py``)."""
         self.scaler = LossScaler(config, device, loss_scaling)
@@ -62,7 +73,7 @@ class Optimizer:
         self.store.ctx.journal.mark("reducing gradients, norm")
         with self.range_of(OPTIMIZER):
             self.store.reduce()
-            norm = self.adamw.grad_norm() / self.loss_scale
+            norm = self.rule.grad_norm() / self.loss_scale
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
             self.applied = self.finite = norm.isfinite()
             self.norm = norm
@@ -82,7 +93,7 @@ class Optimizer:
         self.store.ctx.journal.mark("updating weights")
         self.before_update()
         with self.range_of(OPTIMIZER):
-            self.adamw.step(lr, self.divisor, self.applied)
+            self.rule.step(lr, self.divisor, self.applied)
             self.scaler.adapt(self.finite)
         return self.applied
 
@@ -90,16 +101,16 @@ class Optimizer:
 
     def shards(self) -> list[Shard]:
         """This rank's part of the logical state: views, so that loading writes straight into the optimizer."""
-        return self.adamw.shards()
+        return self.rule.shards()
 
     def copy_params_from_masters(self) -> None:
         """The model's weights from what has been loaded into the shards. Communicates over dp."""
-        self.adamw.copy_params_from_masters()
+        self.rule.copy_params_from_masters()
 
     def scalar_state(self) -> dict[str, float]:
         """The few numbers beside the tensors; waits for the device."""
         scalars = {
-            "updates": self.adamw.updates,
+            "updates": self.rule.updates,
             "loss_scale": self.scaler.scale,
             "good_steps": self.scaler.good_steps,
         }
@@ -108,7 +119,7 @@ class Optimizer:
     def load_scalar_state(self, state: dict[str, float]) -> None:
         """The inverse of ``scalar_state``."""
         for owner, attribute, name in (
-            (self.adamw, "updates", "updates"),
+            (self.rule, "updates", "updates"),
             (self.scaler, "scale", "loss_scale"),
             (self.scaler, "good_steps", "good_steps"),
         ):

@@ -293,11 +293,11 @@ class FlatStore:
     # ---- for the optimizer -----------------------------------------------------------------------------------------
 
     def stretches(self) -> list[Stretch]:
-        """This rank's shards, neighbours with the same weight decay together."""
+        """This rank's shards, neighbours that are updated in the same way together."""
         groups: list[list[Part]] = []
         for part in self.layout.parts():
             last = groups[-1][-1] if groups else None
-            if last and last.parameter.decay == part.parameter.decay and self._are_neighbours(last, part):
+            if last and _way(last) == _way(part) and self._are_neighbours(last, part):
                 groups[-1].append(part)
             else:
                 groups.append([part])
@@ -384,6 +384,11 @@ class FlatStore:
             buffers.close(bucket)
         if bucket is self._reducing:
             self._reducing = None
+
+
+def _way(part: Part) -> tuple[bool, bool]:
+    """What the update of a parameter may depend on."""
+    return part.parameter.decay, part.parameter.is_hidden_matrix
 
 
 def _wait_for(bucket: Bucket) -> None:

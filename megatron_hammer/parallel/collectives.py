@@ -132,13 +132,26 @@ def all_gather_into(full: Tensor, shard: Tensor, group: Group) -> Any:
     return _start(group, "all_gather", _all_gather_into, full, shard)
 
 
-def start_exchange(received: Tensor, sent: Tensor, group: Group) -> Any:
-    """Start to send the r-th of ``size`` equal parts of ``sent`` to rank r, and to receive one from each: a handle."""
+def start_exchange(
+    received: Tensor,
+    sent: Tensor,
+    group: Group,
+    receive_sizes: Sequence[int] | None = None,
+    send_sizes: Sequence[int] | None = None,
+) -> Any:
+    """Start to send the r-th of ``size`` parts of ``sent`` to rank r, and to receive one from each: a handle.
+
+    Args:
+        receive_sizes, send_sizes: rows of each part; None: all parts are equal.
+    """
     if group.size == 1:
         if received.data_ptr() != sent.data_ptr():
             received.copy_(sent)
         return Done()
-    return _start(group, "all_to_all", _exchange, received, sent)
+    if receive_sizes is None or send_sizes is None:
+        return _start(group, "all_to_all", _exchange, received, sent)
+    sizes = {"output_split_sizes": list(receive_sizes), "input_split_sizes": list(send_sizes)}
+    return _start(group, "all_to_all", _exchange, received, sent, **sizes)
 
 
 def broadcast(tensor: Tensor, group: Group) -> None:

@@ -75,6 +75,9 @@ class ParallelContext:
     """Where states are divided over a part of ``dp`` only: this part. Else a group of one rank."""
     copies: Group = field(default_factory=Group)
     """Ranks of ``dp`` that hold the same shards as this one."""
+    whole: Group = field(default_factory=Group)
+    """Ranks that have all states of their layers between them, once: ``sharing`` and ``tp`` together, of which ``tp``
+    is the faster axis. The same group as one of these where the other has one rank."""
     journal: Journal = field(default_factory=Journal, compare=False)
     """Where this rank notes what it does."""
 
@@ -115,6 +118,9 @@ def build_parallel_context(
     if grid.copies > 1:
         divided: tuple[Axis, ...] = ("shard", "copies")
         groups |= {str(axis): _own_group(grid.groups(axis), rank, timeout, journal) for axis in divided}
+    of_axis = {**groups, "replicas": dp}
+    axis = grid.whole_axis
+    groups["whole"] = of_axis[axis] if axis in of_axis else _own_group(grid.groups(axis), rank, timeout, journal)
     links = _build_links(grid, rank, device, timeout, journal)
     world = Group(rank, size, journal=journal)
     return ParallelContext(device, world, dp=dp, samples=samples, links=links, journal=journal, **groups)

@@ -28,7 +28,7 @@ KINDS = {
     "recv_": "receive",
 }
 
-LABELS = (*AXES, "kv", "ends", "shard", "copies", "world")
+LABELS = (*AXES, "kv", "ends", "shard", "copies", "world", "whole")
 
 
 @dataclass(frozen=True, order=True)

@@ -24,7 +24,9 @@ tensor-parallel ranks, which are a group of their own: with TP 4 and 2 query gro
 ``ends`` are the first and the last rank along pp, which both hold an embedding that is the head too.
 
 Replicas may divide what they hold among some of them only (``parallel.shard_size``): ``shard`` are neighbours among the
-replicas, who have one shard each, and ``copies`` are the replicas that have the same shard.
+replicas, who have one shard each, and ``copies`` are the replicas that have the same shard. ``whole`` are the ranks of
+shard and tp together: those that have between them all states of their layers once, so that they can put whole matrices
+together.
 
 Pure arithmetic: nothing here communicates; ``context.py`` makes the groups. Needs no torch.
 """
@@ -35,7 +37,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Axis = Literal["pp", "dp", "cp", "tp", "kv", "replicas", "ends", "shard", "copies"]
+Axis = Literal["pp", "dp", "cp", "tp", "kv", "replicas", "ends", "shard", "copies", "whole"]
 AXES: tuple[Axis, ...] = ("pp", "dp", "cp", "tp")
 """Slowest first: the rank changes by one along the last."""
 
@@ -68,6 +70,18 @@ class Grid:
         """Replicas that divide one copy of optimizer state, gradients or weights."""
         return self.replicas // self.copies
 
+    @property
+    def whole(self) -> int:
+        """Ranks that have all states of their layers between them, once."""
+        return self.shard * self.tp
+
+    @property
+    def whole_axis(self) -> Axis:
+        """The axis that has the same ranks as ``whole`` where there is one: no group of its own is needed then."""
+        if self.shard == 1 or self.tp == 1:
+            return "tp" if self.shard == 1 else "shard" if self.copies > 1 else "replicas"
+        return "whole"
+
     def size(self, axis: Axis) -> int:
         """Number of ranks along an axis."""
         return min(2, self.pp) if axis == "ends" else int(getattr(self, axis))
@@ -85,6 +99,8 @@ class Grid:
             return [row[start : start + self.shard] for row in self.groups("replicas") for start in starts]
         if axis == "copies":
             return [row[place :: self.shard] for row in self.groups("replicas") for place in range(self.shard)]
+        if axis == "whole":
+            return [list(range(start, start + self.whole)) for start in range(0, self.world_size, self.whole)]
         last: Axis = "cp" if axis == "replicas" else axis
         size, stride = self.size(axis), math.prod(self.size(a) for a in AXES[AXES.index(last) + 1 :])
         firsts = [rank for rank in range(self.world_size) if rank // stride % size == 0]

@@ -259,15 +259,11 @@ def _memory(workload: Workload, settings: Settings, peak: int, before: int) -> d
         at_head, most = memory_of_step(read_trace(path), device.type)
     finally:
         path.unlink(missing_ok=True)
-    stores, states = workload.optimizer.store.of_stages, workload.optimizer.adamw.states
+    stores, states = workload.optimizer.store.of_stages, workload.optimizer.rule.states
     kinds = {
         "weights": sum(_bytes(store.params) for store in stores),
         "gradients": sum(_bytes(store.grads) for store in stores),
-        "optimizer state": sum(
-            _bytes(tensor)
-            for state in states
-            for tensor in ([] if state.param is None else [state.weight]) + [state.exp_avg, state.exp_avg_sq]
-        ),
+        "optimizer state": sum(state.own_bytes for state in states),
         "activations": at_head,
         "temporary": most - at_head,
     }

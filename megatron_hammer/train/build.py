@@ -19,6 +19,7 @@ from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Stage, build_stage
 from megatron_hammer.model.parameters import Parameter, parameter_table
 from megatron_hammer.model.recompute import plan_recompute
+from megatron_hammer.optim.matrices import Tables
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.stage_stores import StageStores
 from megatron_hammer.optim.store import FlatStore
@@ -124,7 +125,16 @@ def build_stages(
         stages.append(stage)
         stores.append(store)
     loss_scaling, together = config.train.precision == "fp16", stores[0] if len(stores) == 1 else StageStores(stores)
-    return stages, Optimizer(together, config.optimizer, loss_scaling, kernels.optimizer, range_of)
+    tree = config.train.deterministic_reduction == "tree"
+    tables = tables_of_stages(config, ctx.pp.rank)
+    return stages, Optimizer(together, config.optimizer, loss_scaling, kernels.optimizer, range_of, tables, tree)
+
+
+def tables_of_stages(config: Config, pp_rank: int) -> Tables:
+    """Of each stage of a pipeline rank, the parameter table of each tensor-parallel rank."""
+    ranks = range(config.parallel.tensor_model_parallel_size)
+    return [[parameter_table(config.model, config.placement(rank, number)) for rank in ranks]
+            for number in config.pipeline(pp_rank).stages]  # fmt: skip
 
 
 def _store(

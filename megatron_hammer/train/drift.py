@@ -25,7 +25,7 @@ checkpoint, which is not written where ranks differ.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.base.errors import DriftError
+from megatron_hammer.checkpoint.kinds import shapes_of
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.bit_hash import INTEGERS, BitHash
 from megatron_hammer.model.parameters import parameter_table
@@ -105,10 +106,11 @@ class DriftCheck:
         self.optimizer, self.ctx = optimizer, ctx
         self.groups = config.grid(ctx.world.size).groups("shard")
         """Of ranks that hold one copy of the optimizer's state in parts, as ``ctx.sharing`` is one."""
-        table, adamw = optimizer.store.table, optimizer.adamw
-        in_16_bits = any(state.param is not None for state in adamw.states)
+        table, states = optimizer.store.table, optimizer.rule.states
+        in_16_bits = any(state.param is not None for state in states)
         kinds = [WEIGHT, *STATES, ROUNDED] if in_16_bits else [WEIGHT, *(kind for kind in STATES if kind != MASTER)]
-        held = {Item.of(kind, s) for kind in kinds for row in table for s in row.slices}
+        names = {kind: shapes_of(config.model, STATES.get(kind, kind), config.optimizer.style) for kind in kinds}
+        held = {Item.of(kind, s) for kind in kinds for row in table for s in row.slices if s.tensor in names[kind]}
         held |= {Item(OPTIMIZER, name) for name in self._scalars()}
         self.items = self._in_common(config, kinds, held)
         self.index = {item: i for i, item in enumerate(self.items)}
@@ -125,8 +127,8 @@ class DriftCheck:
 
     def _scalars(self) -> dict[str, Tensor]:
         """What the optimizer has beside its tensors."""
-        adamw, scaler = self.optimizer.adamw, self.optimizer.scaler
-        return {"updates": adamw.updates, "loss scale": scaler.scale, "good steps": scaler.good_steps}
+        rule, scaler = self.optimizer.rule, self.optimizer.scaler
+        return {"updates": rule.updates, "loss scale": scaler.scale, "good steps": scaler.good_steps}
 
     def _mask(self, values: Iterable[bool]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.bool, device=self.ctx.device)
@@ -154,7 +156,7 @@ class DriftCheck:
 
     def _updated(self, kind: str) -> Iterator[_Piece]:
         """What each of the tensors that this rank updates has of each item of this kind."""
-        for source, stretch in enumerate(self.optimizer.adamw.stretches):
+        for source, stretch in enumerate(self.optimizer.rule.stretches):
             at = 0
             for part in stretch.parts:
                 for piece in self._pieces(kind, [(part.parameter, part.start, part.stop)]):
@@ -166,13 +168,14 @@ class DriftCheck:
     @torch.no_grad()
     def check(self, step: int) -> DriftReport:
         """Compare. Never waits for the device; communicates over the world, and over dp where that shares state."""
-        shards, states = self.optimizer.shards(), self.optimizer.adamw.states  # which waits for weights on their way
+        shards, states = self.optimizer.shards(), self.optimizer.rule.states  # which waits for weights on their way
         updated = [state.weight if state.param is None else state.param for state in states]
         hashes = torch.zeros((2, len(self.items)), dtype=torch.int64, device=self.ctx.device)
         self._add_hashes_of_weights(hashes[0])
-        self._add_hashes(hashes[1], self.updated, updated)
+        self._add_hashes(hashes[1], self.updated, dict(enumerate(updated)))
         for kind, pieces in self.states.items():
-            self._add_hashes(hashes[0], pieces, [shard.tensors[STATES[kind]] for shard in shards])
+            of_kind = {i: s.tensors[STATES[kind]] for i, s in enumerate(shards) if STATES[kind] in s.tensors}
+            self._add_hashes(hashes[0], pieces, of_kind)
         for piece in self.rounded:
             has, master = (t[piece.start : piece.stop] for t in (updated[piece.source], states[piece.source].weight))
             bits = INTEGERS[has.element_size()]
@@ -197,7 +200,7 @@ class DriftCheck:
                 hashes[piece.item] += self.hash(flat[piece.start : piece.stop], piece.first)
             store.release(part)
 
-    def _add_hashes(self, hashes: Tensor, pieces: Sequence[_Piece], tensors: Sequence[Tensor]) -> None:
+    def _add_hashes(self, hashes: Tensor, pieces: Sequence[_Piece], tensors: Mapping[int, Tensor]) -> None:
         for piece in pieces:
             hashes[piece.item] += self.hash(tensors[piece.source][piece.start : piece.stop], piece.first)
 

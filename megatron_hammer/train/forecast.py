@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from megatron_hammer.checkpoint.kinds import STATE_KINDS
+from megatron_hammer.checkpoint.space import checkpoint_bytes
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.backend import Backend
-from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.model.recompute import activation_bytes
 from megatron_hammer.train.metrics import PEAK_TFLOPS, flops_per_token
-from megatron_hammer.train.rank_costs import owned_elements, state_bytes, working_bytes
+from megatron_hammer.train.rank_costs import owned_elements, state_bytes, without_second_moment, working_bytes
 
 GIB = 2**30
-CHECKPOINT_BYTES = 12  # of a parameter: fp32 master and two moments
+CHECKPOINT_BYTES = 12  # of a parameter: fp32 master and two moments; 4 less where Muon has one
 ASSUMED_MFU = 0.5
 NAMED_DEVICES = ("H100", "A100", "4090")
 CPU_TFLOPS = 0.2  # of two cores with 512-bit vectors: an order of magnitude
@@ -49,10 +50,13 @@ def _memory(config: Config, world_size: int, backends: Mapping[str, Backend]) ->
 def _snapshot(config: Config, world_size: int) -> str:
     """Of the rank with the largest part of a checkpoint, which no two ranks have in common but for roundings."""
     ranks = config.parallel.pipeline_model_parallel_size
-    parts = [owned_elements(config, world_size, rank * world_size // ranks) for rank in range(ranks)]
-    return (
-        f"host memory of a rank for snapshots (checkpoint.mode=background): {_gib(CHECKPOINT_BYTES * max(parts))} GiB"
-    )
+    first = [rank * world_size // ranks for rank in range(ranks)]
+    parts = [
+        CHECKPOINT_BYTES * owned_elements(config, world_size, rank)
+        - 4 * without_second_moment(config, world_size, rank)
+        for rank in first
+    ]
+    return f"host memory of a rank for snapshots (checkpoint.mode=background): {_gib(max(parts))} GiB"
 
 
 def _comes_and_goes(config: Config, world_size: int, rank: int) -> dict[str, int]:
@@ -61,7 +65,8 @@ def _comes_and_goes(config: Config, world_size: int, rank: int) -> dict[str, int
 
 
 def _disk(config: Config) -> str:
-    one, kept = CHECKPOINT_BYTES * count_parameters(config.model), config.checkpoint.keep_last
+    style, kept = config.optimizer.style, config.checkpoint.keep_last
+    one = checkpoint_bytes(config.model, dict.fromkeys(STATE_KINDS, 4), style)
     return (
         f"disk: {_gib(one)} GiB a checkpoint, {_gib(one * (kept + 1))} GiB while one more than "
         f"checkpoint.keep_last={kept} is written"

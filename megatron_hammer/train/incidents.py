@@ -122,7 +122,7 @@ def _first_bad_output(model: Model, batches: Sequence[Any], ctx: ParallelContext
 
 def _bad_gradients(optimizer: Optimizer) -> Iterator[str]:
     """The weights in whose summed gradient this rank's shard is not finite."""
-    for stretch in optimizer.adamw.stretches:
+    for stretch in optimizer.rule.stretches:
         at = 0
         for part in stretch.parts:
             length = part.stop - part.start

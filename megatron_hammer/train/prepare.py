@@ -23,6 +23,7 @@ from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.checkpoint import digest
 from megatron_hammer.checkpoint.fit import check_fits
 from megatron_hammer.checkpoint.folder import Damaged, newest_checkpoint, open_checkpoint, search
+from megatron_hammer.checkpoint.kinds import STATE_KINDS, style_of
 from megatron_hammer.checkpoint.manifest import Manifest, check_resumable
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.dataset.reader import IndexedDataset, check_prefix
@@ -47,7 +48,6 @@ from megatron_hammer.train.identity import DataIdentity, DatasetIdentity, MixIde
 from megatron_hammer.train.output import refuse_traces
 from megatron_hammer.train.past import Pasts, in_phases, phases_to_paste, with_further_phase
 
-STATE_KINDS = {"weight", "exp_avg", "exp_avg_sq"}  # what a run goes on from; a new one takes weights only
 OWED = "owed_line"  # in the state of a checkpoint: of metrics.jsonl, that of a step whose evaluation was cut short
 VERSIONS = "versions"  # in the state of a checkpoint: of the libraries that it was computed with
 IDENTITY, LEDGER = "data", "accepted"  # in the state of a checkpoint: the datasets, and the changes that were accepted
@@ -270,6 +270,7 @@ def settle(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prep
     was = _saved_identity(resume)
     inputs, held, further = _carry_on_phases(dataclasses.replace(inputs, config=config), was, saved, consumed)
     config, notes = inputs.config, notes + held
+    _check_style(resume, config)
     check_fits(resume, config.after_samples(consumed).model, STATE_KINDS)
     ours = None if inputs.tokenizer is None else inputs.tokenizer.fingerprint
     changes = changed_settings(saved, config)
@@ -327,6 +328,19 @@ def _with_config(inputs: Inputs, config: Config) -> Inputs:
     """The same with a config that names other phases."""
     identity, _, plan = _check_data(config, inputs.tokenizer, read_ids=False)
     return dataclasses.replace(inputs, config=config, identity=identity, plan=None if inputs.plan is None else plan)
+
+
+def _check_style(resume: Manifest, config: Config) -> None:
+    """Refuse to go on with another optimizer: its moments are not in the checkpoint."""
+    saved, style = style_of(resume.config), config.optimizer.style
+    if saved != style:
+        raise CheckpointError(
+            12,
+            f"optimizer.style={style}",
+            f"has other moments than {saved}, whose checkpoint {resume.folder} is",
+            f"set optimizer.style={saved}; or begin a new run with its weights and without its moments: "
+            f"checkpoint.init_from={resume.folder} and another train.output",
+        )
 
 
 def _saved_identity(manifest: Manifest) -> DataIdentity | None:

@@ -29,6 +29,9 @@ Collectives of a step, with the bytes of the whole tensor [s, b, h] where nothin
          other way round, [s/t, b, h] each; once a step: all-reduce of the losses by source
     ends tied embedding, first and last stage, once a step: all-reduce of its gradient that this rank updates
     world  once a step: all-reduce of the gradient's squared norm
+    whole  Muon, once a step: two all-to-alls among the ranks that have all states of their layers between them, of what
+           this rank's shards have of the layers' matrices and of the matrices that it owns (``optim/matrices.py``); the
+           larger of what it sends and what it receives
     deterministic_reduction=tree, in place of these: dp all-to-all of a bucket for its reduce-scatter, all-reduce of the
            squares of each block; tp and kv all-gather of what they sum
 """
@@ -41,15 +44,18 @@ from typing import Any
 
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.backend import Backend
+from megatron_hammer.kernels.newton_schulz import flops
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import activation_bytes
 from megatron_hammer.optim.layout import Layout
+from megatron_hammer.optim.matrices import plan_exchange
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.optim.tree_store import TreeStore
 from megatron_hammer.parallel.fake_world import LABELS, Collective
 from megatron_hammer.parallel.grid import Grid
 from megatron_hammer.parallel.placement import Placement
 from megatron_hammer.parallel.tree import most_waiting
+from megatron_hammer.train.build import tables_of_stages
 
 BYTES_OF_SUM = 8
 ROW_STATISTICS = 12  # bytes a row of a chunk of logits: three fp32 numbers
@@ -67,7 +73,8 @@ def state_bytes(config: Config, world_size: int, rank: int = 0) -> dict[str, int
 
         optimizer   W + 4 N + 12 N / n        gradients   W + (4 N + 12 N) / n        weights   (W + 4 N + 12 N) / n
 
-    where 12 is 8 in fp32, whose weights are the masters. Buckets are rounded up, which the numbers contain.
+    where 12 is 8 in fp32, whose weights are the masters; of matrices that Muon updates, 4 less. Buckets are rounded up,
+    which the numbers contain.
     """
     grid, mode = config.grid(world_size), config.parallel.shard
     layouts, width = _layouts(config, grid, rank), element_bytes(config)
@@ -78,7 +85,7 @@ def state_bytes(config: Config, world_size: int, rank: int = 0) -> dict[str, int
     return {
         "weights": weights // grid.shard if mode == "weights" else weights,
         "gradients": gradients if mode == "optimizer" else gradients // grid.shard,
-        "optimizer": (8 if width == 4 else 12) * own,
+        "optimizer": (8 if width == 4 else 12) * own - 4 * without_second_moment(config, world_size, rank),
     }
 
 
@@ -86,6 +93,15 @@ def owned_elements(config: Config, world_size: int, rank: int = 0) -> int:
     """Elements whose masters and moments one rank has."""
     layouts = _layouts(config, config.grid(world_size), rank)
     return sum(part.stop - part.start for layout in layouts for part in layout.parts())
+
+
+def without_second_moment(config: Config, world_size: int, rank: int = 0) -> int:
+    """Those of them that have no second moment: matrices that Muon updates."""
+    if config.optimizer.style != "muon":
+        return 0
+    layouts = _layouts(config, config.grid(world_size), rank)
+    parts = (part for layout in layouts for part in layout.parts() if part.parameter.is_hidden_matrix)
+    return sum(part.stop - part.start for part in parts)
 
 
 def working_bytes(config: Config, world_size: int, rank: int = 0) -> int:
@@ -159,6 +175,8 @@ def collectives(config: Config, world_size: int, rank: int, chunk_tokens: int) -
             size = _hidden_bytes(config) // placements[0].sequence_shards
             counted["pp", kind, size] += (arrive + leave) * accumulated
     counted += _data_parallel(config, grid, rank)
+    if config.optimizer.style == "muon":
+        counted += _whole_matrices(config, grid, rank)
     if config.train.deterministic_reduction == "off":
         counted["world", "all-reduce", 4] += 1  # the gradient's squared norm
     labelled: Counter[Collective] = Counter()
@@ -230,6 +248,16 @@ def _data_parallel(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, 
             kind, ranks = ("all-gather", _ranks(grid, axis)) if tree else ("all-reduce", 1)
             counted[axis, kind, 4 * elements * ranks] += 1
     return counted
+
+
+def _whole_matrices(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, str, int]]:
+    """Pieces of matrices to their owners and back, as on a GPU where ``newton_schulz=auto``."""
+    tables = tables_of_stages(config, rank // (grid.world_size // grid.pp))
+    plan = plan_exchange(_layouts(config, grid, rank), tables, rank % grid.whole, flops, config.optimizer.muon_per_head)
+    width = 4 if config.optimizer.newton_schulz == "fp32" else 2
+    most = (max(sum(plan.sizes(side, copies)) for side in (plan.sent, plan.received)) for copies in (False, True))
+    axis = {"replicas": "dp"}.get(grid.whole_axis, grid.whole_axis)
+    return Counter((axis, "all-to-all", width * elements) for elements in most)
 
 
 def _uses(config: Config, part: str, tied: bool) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_hammer.base.errors import RefusedError
+from megatron_hammer.checkpoint.kinds import STATE_KINDS
 from megatron_hammer.checkpoint.live_state import check_live_state
 from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.checkpoint.read import load_shards
@@ -23,7 +24,7 @@ from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.loader import chain_digest
 from megatron_hammer.sampling.order import SampleId
 from megatron_hammer.sampling.samples import TrainData
-from megatron_hammer.train.prepare import OWED, STATE_KINDS, Prepared
+from megatron_hammer.train.prepare import OWED, Prepared
 
 UPCOMING, HEALTH, CONSUMED = "next", "health", "source_tokens"  # in the state of a checkpoint
 
@@ -141,7 +142,7 @@ def load_state(prepared: Prepared, optimizer: Optimizer, ctx: ParallelContext) -
     manifest = prepared.resume or prepared.init_from
     assert manifest is not None
     resumed = manifest is prepared.resume
-    kinds = STATE_KINDS if resumed else {"weight"}
+    kinds = STATE_KINDS if resumed else ("weight",)
     load_shards(manifest, optimizer.shards(), model=prepared.config.model, kinds=kinds, ctx=ctx)
     optimizer.copy_params_from_masters()
     if not resumed:

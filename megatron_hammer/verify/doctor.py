@@ -24,11 +24,12 @@ from megatron_hammer.base.progress import size_of
 from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.checkpoint.folder import find_checkpoints
 from megatron_hammer.checkpoint.inspect import verify_checkpoint
+from megatron_hammer.checkpoint.kinds import STATE_KINDS
 from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.checkpoint.space import checkpoint_bytes
 from megatron_hammer.config import Config
 from megatron_hammer.dataset.look.verify import verify_dataset
-from megatron_hammer.train.prepare import STATE_KINDS, VERSIONS, checkpoints_folder, find_start, look_at_inputs, settle
+from megatron_hammer.train.prepare import VERSIONS, checkpoints_folder, find_start, look_at_inputs, settle
 
 Status = Literal["ok", "warning", "failed", "not applicable"]
 FEW_FILES, FEW_PROCESSES = 1024, 512  # below: loaders, stores and libraries of a rank may not find enough
@@ -199,7 +200,7 @@ def _disk(config: Config) -> Verdict:
     if config.model.vocab_size is None:
         return "ok", f"{found}; what checkpoints need is not known without a tokenizer", ""
     kept = len(find_checkpoints(checkpoints_folder(config)))
-    each = checkpoint_bytes(config.model, dict.fromkeys(STATE_KINDS, 4))  # all in fp32
+    each = checkpoint_bytes(config.model, dict.fromkeys(STATE_KINDS, 4), config.optimizer.style)  # all in fp32
     needed = each * max(config.checkpoint.keep_last + 1 - kept, 1)
     planned = f"{config.checkpoint.keep_last} checkpoints of {size_of(each)} and one in the making"
     found += f"; {planned}: {size_of(needed)} more"

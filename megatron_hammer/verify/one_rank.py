@@ -161,9 +161,8 @@ def count_rank(config: Config, world_size: int, rank: int) -> Counted:
             )
             for stage in stages:
                 stage.rope(config.data.seq_length)  # made once
-            stores, states = optimizer.store.of_stages, optimizer.adamw.states
-            own = sum(s.exp_avg.nbytes + s.exp_avg_sq.nbytes + (s.weight.nbytes if s.param is not None else 0)
-                      for s in states)  # fmt: skip
+            stores, states = optimizer.store.of_stages, optimizer.rule.states
+            own = sum(s.own_bytes for s in states)
             state = {"weights": sum(store.params.nbytes for store in stores),
                      "gradients": sum(store.grads.nbytes for store in stores), "optimizer": own}  # fmt: skip
             sources, steps = Sources(max(1, len(config.data.train_prefixes))), []

@@ -22,10 +22,9 @@ import numpy as np
 
 from megatron_hammer.base.tables import align
 from megatron_hammer.checkpoint.folder import open_checkpoint
-from megatron_hammer.checkpoint.manifest import saved_model
+from megatron_hammer.checkpoint.kinds import STATE_KINDS
 from megatron_hammer.checkpoint.read import read_logical
 from megatron_hammer.config import Config, KernelsConfig
-from megatron_hammer.model.parameters import logical_shapes
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.supervise.nodes import Node
 from megatron_hammer.supervise.start import launch
@@ -42,7 +41,7 @@ from megatron_hammer.verify.compare import (
 )
 from megatron_hammer.verify.outcome import Outcome, Piece, read_outcome
 from megatron_hammer.verify.reference import reference_steps
-from megatron_hammer.verify.shrink import STEPS, alone, shrink
+from megatron_hammer.verify.shrink import STEPS, alone, exact_optimizer, shrink
 from megatron_hammer.verify.steps import (
     EXACT,
     model_pieces,
@@ -53,7 +52,6 @@ from megatron_hammer.verify.steps import (
 from megatron_hammer.verify.tokens import compare_tokens
 
 RANK_ENTRY = "megatron_hammer.verify.steps:rank_main"
-CHECKPOINT_KINDS = ("weight", "exp_avg", "exp_avg_sq")
 AGAINST_TRANSFORMERS = 5e-6  # its cos and sin are made in fp32 in another way, our losses are divided by an fp32 scalar
 Row = tuple[str, str, str, str, str]
 
@@ -125,7 +123,9 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
 def _one_process(small: Config) -> tuple[dict[str, Outcome], dict[str, np.ndarray]]:
     """Our own steps on whole tensors on a CPU, and the initial weights of the model."""
     train = dataclasses.replace(small.train, precision="fp32", device="cpu")
-    config = dataclasses.replace(alone(small), train=train, kernels=KernelsConfig())
+    config = dataclasses.replace(
+        alone(small), train=train, kernels=KernelsConfig(), optimizer=exact_optimizer(small.optimizer)
+    )
     ctx = ParallelContext.single()
     _, optimizer = build(config, ctx, dtype=EXACT["fp64"])
     initial = {tensor: values for (_, tensor), values in whole_tensors(model_pieces(optimizer)).items()}
@@ -137,11 +137,10 @@ def _saved_pieces(folder: Path) -> list[Piece]:
     manifest = open_checkpoint(folder)
     assert manifest.step == STEPS
     pieces = []
-    for name in logical_shapes(saved_model(manifest)):
-        for kind in CHECKPOINT_KINDS:
-            values = read_logical(manifest, name, kind).double().numpy()
-            rows, *cols = values.shape
-            pieces.append(Piece(kind, name, (0, rows), (0, cols[0]) if cols else None, values))
+    for tensor in manifest.tensors:
+        values = read_logical(manifest, tensor.name, tensor.kind).double().numpy()
+        rows, *cols = values.shape
+        pieces.append(Piece(tensor.kind, tensor.name, (0, rows), (0, cols[0]) if cols else None, values))
     return pieces
 
 
@@ -170,7 +169,7 @@ def _checkpoint_against(
     saved: Outcome, alone: Outcome, precision: str, sizes: Sizes
 ) -> tuple[list[Row], list[Finding]]:
     """What the ranks saved, put together by our reader, against the state of one process."""
-    whole = {key: value for key, value in whole_tensors(alone.pieces).items() if key[0] in CHECKPOINT_KINDS}
+    whole = {key: value for key, value in whole_tensors(alone.pieces).items() if key[0] in STATE_KINDS}
     worst, found = compare_pieces([saved], whole, BOUNDS[precision], sizes)
     rows = [_row(f"checkpoint's {kind}", "one process", precision, value, BOUNDS[precision])
             for kind, value in worst.items()]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The same two steps by code that shares nothing with ours: Hugging Face's model in fp64 and AdamW written out.
+"""The same two steps by code that shares nothing with ours: Hugging Face's model in fp64, AdamW and Muon written out.
 
 One process, whole tensors, no padding, no buckets, one document at a time. What our own process and all ranks have in
 common, and have wrong, shows here.
@@ -48,10 +48,11 @@ def reference_steps(config: Config, initial: dict[str, np.ndarray]) -> Outcome:
         norms.append(float(norm))
         if step == 1:
             pieces += [_whole("gradient", name, g) for name, g in gradients.items()]
-        _adamw(config, step, weights, gradients, moments, float(norm))
+        _update(config, step, weights, gradients, moments, float(norm))
     for name, weight in weights.items():
         first, second = moments[name]
-        kinds = {"weight": weight, "exp_avg": first, "exp_avg_sq": second, "model": weight}
+        kinds = {"weight": weight, "exp_avg": first, "model": weight}
+        kinds |= {} if _is_muon(config, name) else {"exp_avg_sq": second}
         pieces += [_whole(kind, name, tensor) for kind, tensor in kinds.items()]
     return Outcome(losses, norms, pieces, source_losses=by_source)
 
@@ -76,19 +77,47 @@ def _loss(model: Any, config: Config, step: int) -> tuple[Tensor, Tensor, list[f
 
 
 @torch.no_grad()
-def _adamw(
+def _update(
     config: Config, step: int, weights: dict[str, Any], gradients: dict[str, Any], moments: dict[str, Any], norm: float
 ) -> None:
-    """Clipping by the global norm and decoupled decay on matrices (arXiv 1711.05101), element by element."""
+    """Clipping by the global norm and decoupled decay on matrices (arXiv 1711.05101), by AdamW or Muon."""
     o, lr = config.optimizer, learning_rate(config, step)
     factor = min(1.0, o.clip_grad / (norm + 1e-6)) if o.clip_grad > 0 else 1.0
     for name, weight in weights.items():
         gradient, (first, second) = gradients[name] * factor, moments[name]
+        if _is_muon(config, name):
+            first.mul_(o.muon_momentum).add_(gradient, alpha=1 - o.muon_momentum)
+            direction = o.muon_momentum * first + (1 - o.muon_momentum) * gradient
+            weight.sub_(lr * (_muon(direction, _rows_of_a_matrix(config, name)) + o.weight_decay * weight))
+            continue
         first.mul_(o.beta1).add_(gradient, alpha=1 - o.beta1)
         second.mul_(o.beta2).add_(gradient.square(), alpha=1 - o.beta2)
         update = (first / (1 - o.beta1**step)) / ((second / (1 - o.beta2**step)).sqrt() + o.eps)
         decay = o.weight_decay if weight.ndim > 1 else 0.0
         weight.sub_(lr * (update + decay * weight))
+
+
+def _is_muon(config: Config, name: str) -> bool:
+    """Whether Muon updates it: every matrix of a layer."""
+    return config.optimizer.style == "muon" and ".layers." in name and name.endswith("_proj.weight")
+
+
+def _rows_of_a_matrix(config: Config, name: str) -> int | None:
+    """Of one head, where q, k and v are taken head by head; None: all."""
+    of_heads = any(part in name for part in ("q_proj", "k_proj", "v_proj"))
+    return config.model.head_size if config.optimizer.muon_per_head and of_heads else None
+
+
+def _muon(direction: Tensor, rows: int | None) -> Tensor:
+    """0.2 sqrt(max(rows, cols)) U p(S) V^T of each matrix, by its singular values: p is the quintic polynomial of
+    Newton-Schulz, five times. The coefficients and the factor are given again here, not taken from the kernel."""
+    parts = []
+    for matrix in direction.split(rows or len(direction)):
+        u, s, vt = torch.linalg.svd(matrix / matrix.norm(), full_matrices=False)
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        parts.append(0.2 * max(matrix.shape) ** 0.5 * (u * s) @ vt)
+    return torch.cat(parts)
 
 
 def _whole(kind: str, name: str, tensor: Tensor) -> Piece:

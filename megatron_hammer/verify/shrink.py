@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_hammer.config import Config, KernelsConfig, ParallelConfig
+from megatron_hammer.config import Config, KernelsConfig, OptimizerConfig, ParallelConfig
 from megatron_hammer.parallel.placement import VOCAB_PADDING_MULTIPLE
 
 HEAD_SIZE, FFN_PER_RANK, LAYERS, LENGTH_PER_RANK, SHORTEST = 8, 24, 2, 8, 32
@@ -69,7 +69,10 @@ def shrink(config: Config, world_size: int, real: bool = False) -> tuple[Config,
         data=dataclasses.replace(config.data, train=None, phases=None, valid=None, seq_length=length),
         # Large steps at once: an update that differs must show after two of them. A large eps: without it AdamW's first
         # step is the sign of the gradient, which rounding decides where a gradient is near zero.
-        optimizer=dataclasses.replace(config.optimizer, lr=0.01, min_lr=0.01, eps=max(1e-3, config.optimizer.eps)),
+        optimizer=dataclasses.replace(
+            config.optimizer if real else exact_optimizer(config.optimizer),
+            lr=0.01, min_lr=0.01, eps=max(1e-3, config.optimizer.eps),
+        ),
         schedule=dataclasses.replace(config.schedule, style="constant", warmup_steps=0, decay_steps=None,
                                      anneal_steps=None),
         parallel=dataclasses.replace(
@@ -84,6 +87,11 @@ def shrink(config: Config, world_size: int, real: bool = False) -> tuple[Config,
 def _small_split(layers: int, stages: int) -> tuple[int, ...]:
     """One layer in each stage, and what is left in the first."""
     return (layers - stages + 1, *(1 for _ in range(stages - 1)))
+
+
+def exact_optimizer(optimizer: OptimizerConfig) -> OptimizerConfig:
+    """The same without products in bf16."""
+    return dataclasses.replace(optimizer, newton_schulz="fp32") if optimizer.style == "muon" else optimizer
 
 
 def alone(config: Config) -> Config:
@@ -104,4 +112,6 @@ def chosen_kernels(config: Config) -> list[str]:
 def _left_out(config: Config) -> list[str]:
     """What of the user's config takes no part in the proof on CPUs."""
     precision = config.train.precision
-    return [*chosen_kernels(config), *([] if precision == "fp32" else [f"train.precision={precision}"])]
+    left = [*chosen_kernels(config), *([] if precision == "fp32" else [f"train.precision={precision}"])]
+    chosen = config.optimizer.newton_schulz
+    return left + ([f"optimizer.newton_schulz={chosen}"] if chosen == "bf16" else [])

@@ -41,7 +41,7 @@ def test_fifty_recipe_steps_equal_a_plain_loop() -> None:
     ctx = ParallelContext.single()
     model, optimizer = build(config, ctx)
     carry_weights(model, dict(theirs.named_parameters()))
-    optimizer.adamw.copy_masters_from_params()
+    optimizer.rule.copy_masters_from_params()
     reference = torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     losses: list[tuple[float, float]] = []
     for step in range(1, 51):
@@ -66,8 +66,8 @@ def _poisoned(rank: int, config: Config) -> tuple[bool, bool, bool]:
     ctx = make_context(config)
     model, optimizer = build(config, ctx)
     train_step(model, optimizer, rank_batches(config, 1, ctx), config, 1, ctx)
-    states = optimizer.adamw.states
-    state = [optimizer.store.params, optimizer.adamw.updates]
+    states = optimizer.rule.states
+    state = [optimizer.store.params, optimizer.rule.updates]
     state += [tensor for s in states for tensor in (s.weight, s.exp_avg, s.exp_avg_sq)]
     optimizer.store.wait()
     before = [x.clone() for x in state]

@@ -93,8 +93,8 @@ def _memory(rank: int, config: Config) -> tuple[dict[str, int], int, int, list[s
             model(batch.tokens, batch.labels)
     finally:
         Buffers.open, Buffers.close = change  # type: ignore[method-assign]
-    states = optimizer.adamw.states
-    own = sum(s.exp_avg.nbytes + s.exp_avg_sq.nbytes + (s.weight.nbytes if s.param is not None else 0) for s in states)
+    states = optimizer.rule.states
+    own = sum(s.own_bytes for s in states)
     kept = {"weights": optimizer.store.params.nbytes, "gradients": optimizer.store.grads.nbytes, "optimizer": own}
     store = optimizer.store
     there = [store.table[i].name for bucket in store.buckets for i in bucket.parameters

@@ -9,11 +9,11 @@ from typing import Any
 
 from megatron_hammer.base.errors import HammerError
 from megatron_hammer.checkpoint.folder import open_checkpoint
+from megatron_hammer.checkpoint.kinds import STATE_KINDS
 from megatron_hammer.checkpoint.read import load_shards
 from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.config import Config, config_to_tree
 from megatron_hammer.train.build import build_stages
-from megatron_hammer.train.prepare import STATE_KINDS
 from megatron_hammer.train.state import RunState
 from megatron_hammer.train.step import train_step
 from tests.model.tiny import make_context, rank_batches, tiny_config

@@ -46,7 +46,11 @@ LAYOUTS = [  # changes, data-parallel ranks; together every pair of values that 
     (dict(parallel__shard="gradients", parallel__shard_size=2, train__precision="bf16"), 4),
     (dict(parallel__shard="weights", parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True,
           train__recompute="full", model__tie_word_embeddings=True), 3),
-    (dict(parallel__shard="weights", parallel__reshard_after_forward=False, parallel__shard_size=4), 8),
+    (dict(parallel__shard="weights", parallel__reshard_after_forward=False, parallel__shard_size=4,
+          parallel__tensor_model_parallel_size=2, optimizer__style="muon", optimizer__newton_schulz="fp32"), 8),
+    (dict(parallel__tensor_model_parallel_size=4, parallel__pipeline_model_parallel_size=2, optimizer__style="muon",
+          optimizer__muon_per_head=True, train__precision="bf16"), 3),
+    (dict(optimizer__style="muon"), 2),
 ]  # fmt: skip
 
 

@@ -15,9 +15,12 @@ import torch
 
 from megatron_hammer.config import Config
 from megatron_hammer.kernels import arguments, context_parallel
+from megatron_hammer.kernels.newton_schulz import orthogonalise
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.model import llama, parameters
 from megatron_hammer.optim import store
+from megatron_hammer.optim.adamw import AdamW
+from megatron_hammer.optim.muon import Muon, update_scale
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel import placement
 from megatron_hammer.parallel.collectives import Done
@@ -38,6 +41,7 @@ from megatron_hammer.verify.compare import (
 from megatron_hammer.verify.compare import whole_tensors as whole
 from megatron_hammer.verify.outcome import Outcome, Piece, read_outcome, write_outcome
 from megatron_hammer.verify.reference import reference_steps
+from megatron_hammer.verify.shrink import alone as alone_config
 from megatron_hammer.verify.shrink import shrink
 from megatron_hammer.verify.steps import take_steps
 from megatron_hammer.verify.tokens import compare_tokens
@@ -45,6 +49,7 @@ from tests.distributed import run_distributed
 from tests.model.tiny import tiny_config
 
 FP64 = torch.float64
+SINGLE = ParallelContext.single()
 
 
 def config_of(world_size: int = 4, **changes: Any) -> Config:
@@ -215,6 +220,31 @@ def _tied_gradients_summed(times: int) -> Any:
     return mock.patch.object(FlatStore, "reduce", reduce)
 
 
+def _shards_orthogonalised_alone() -> Any:
+    """Each rank takes what it has of a matrix for the matrix, as Megatron-LM did (Megatron-LM#7117)."""
+
+    def alone(self: Muon, lr: float, divisor: torch.Tensor, applied: torch.Tensor) -> None:
+        message = self._directions(sum(self.exchange.sizes(self.exchange.sent, False)), divisor, applied)
+        AdamW._update(self, lr, divisor, applied)
+        at = 0
+        for piece in (piece for pieces in self.exchange.sent for piece in pieces if piece.owned):
+            for box in piece.boxes:
+                part = message[at + box.position : at + box.position + box.numel].view(box.shape)
+                wide = part if part.shape[0] <= part.shape[1] else part.mT
+                wide.copy_(orthogonalise(wide[None].clone())[0])
+                part.mul_(update_scale(*piece.matrix.shape))
+            at += piece.numel
+        self._apply(message, lr, applied)
+
+    return mock.patch.object(Muon, "_update", alone)
+
+
+def _directions_of_another_rank() -> Any:
+    """The owner puts each message at the place of the next rank's."""
+    real = Muon._orthogonalised
+    return mock.patch.object(Muon, "_orthogonalised", lambda self, received, size: real(self, received.roll(1), size))
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
     "none": partial(mock.patch.object, steps, "STEPS", steps.STEPS),
     "norms": _norms_not_summed,
@@ -240,6 +270,8 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "stages": _stages_swapped,
     "tied twice": partial(_tied_gradients_summed, 2),
     "tied never": partial(_tied_gradients_summed, 0),
+    "shards alone": _shards_orthogonalised_alone,
+    "owner": _directions_of_another_rank,
 }
 
 
@@ -367,6 +399,19 @@ def test_faults_of_context_parallelism(fault: str, mask: str, what: str, cause: 
 def test_a_seeded_fault_of_sharding_is_found_and_named(fault: str, shard: str, what: str) -> None:
     findings = found(fault, "causal", shard)
     assert any(finding.what.startswith(what) for finding in findings), findings[:5]
+
+
+@pytest.mark.parametrize("fault", ["none", "shards alone", "owner"])
+def test_faults_of_muon(fault: str) -> None:
+    """Sharded weights and tensor parallelism, so that matrices are cut in rows, columns and within rows."""
+    config = config_of(parallel__shard="weights", optimizer__style="muon")
+    ranks, ours = run_distributed(4, faulty_steps, config, fault), take_steps(alone_config(config), SINGLE, FP64)
+    worst, findings = compare_pieces(ranks, whole(ours.pieces), BOUNDS["fp64"], Sizes(2, 2, 2))
+    if fault == "none":
+        assert findings == [] and worst["weight"] < 1e-12
+    else:
+        named = [finding for finding in findings if finding.what.startswith("weight of model.layers.0.self_attn.")]
+        assert named and named[0].difference > 0.01, findings[:3]
 
 
 def test_positions_that_all_shift_are_no_fault() -> None:

@@ -1,0 +1,181 @@
+"""Which rank puts which matrix together from the shards of all, and what it is sent for that.
+
+Shards are cut with no regard for rows, and tensor parallelism cuts rows and columns; an update that needs a whole
+matrix (``muon.py``) must not depend on either. So each matrix of the layers has one owner among the ranks that hold its
+pieces (``ctx.whole``). It is sent all of them, computes, and sends to each rank the piece that this updates::
+
+    pieces of rank 0   q [0:3, :], q [3, :5] ----.                          .---> rank 0
+    pieces of rank 1   q [3, 5:], q [4:8, :] -----+--> owner: q, whole --> q'-+--> rank 1
+    (copies, beyond the number of query groups, are not sent, and get theirs)
+
+A matrix is a logical tensor, so q, k, v, gate and up are one each, however they lie in memory; or q, k and v are cut
+into their heads. Owners have equal costs as nearly as whole matrices allow: the most costly matrix is given away first,
+each to the owner that has least so far. All ranks work this out for themselves, from the tables of all tensor-parallel
+ranks. Pure arithmetic.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_hammer.optim.layout import Layout, Row
+from megatron_hammer.parallel.sharding import Range, Rectangle, intersect, rectangles
+
+Tables = Sequence[Sequence[Sequence[Row]]]
+"""Of each stage of this rank, the parameter table of each tensor-parallel rank."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What is orthogonalised as one: rows of a logical tensor, in their full width."""
+
+    tensor: str
+    rows: Range
+    cols: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.rows[1] - self.rows[0], self.cols
+
+
+@dataclass(frozen=True)
+class MatrixPiece:
+    """What the shards of one rank have of one matrix, contiguous in them."""
+
+    matrix: Matrix
+    row: Row
+    """The parameter that it is a part of, on that rank."""
+    start: int
+    stop: int
+    """Range in the flattened parameter."""
+    boxes: tuple[Rectangle, ...]
+    """Its rectangles of the matrix, with their positions in the piece."""
+    owned: bool
+    """False where a lower tensor-parallel rank holds the same."""
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A part of a slice, as the geometry of ``parallel/sharding.py`` wants it."""
+
+    tensor: str
+    rows: Range
+    cols: Range | None
+    local_row: int
+    owned: bool
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows[1] - self.rows[0]
+
+    @property
+    def num_cols(self) -> int:
+        return 1 if self.cols is None else self.cols[1] - self.cols[0]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The matrices of the ranks that have everything between them, as one of these sees it."""
+
+    matrices: tuple[Matrix, ...]
+    owner: dict[Matrix, int]
+    """Rank in the group."""
+    mine: tuple[Matrix, ...]
+    """Those that this rank owns."""
+    sent: tuple[tuple[MatrixPiece, ...], ...]
+    """For each rank, this rank's pieces of the matrices that it owns, copies included; each in the order of shards."""
+    received: tuple[tuple[MatrixPiece, ...], ...]
+    """For each rank, its pieces of the matrices that this rank owns."""
+
+    def sizes(self, pieces: Sequence[Sequence[MatrixPiece]], copies: bool) -> list[int]:
+        """Elements of the message to or from each rank: copies of pieces are not sent, and get the result."""
+        return [sum(piece.numel for piece in of_rank if piece.owned or copies) for of_rank in pieces]
+
+
+def plan_exchange(
+    layouts: Sequence[Layout], tables: Tables, rank: int, cost: Callable[[int, int], int], per_head: bool
+) -> Exchange:
+    """Owners of all matrices, and the messages of ``rank``, counted among the ranks that have everything between them.
+
+    Args:
+        layouts: of the stages of this rank; where weights lie is the same on all tensor-parallel ranks.
+        cost: of a matrix of so many rows and columns.
+    """
+    of_tensor = {name: found for of_stage in tables for name, found in _matrices(of_stage, per_head).items()}
+    matrices = [matrix for found in of_tensor.values() for matrix in found]
+    ranks = layouts[0].ranks * len(tables[0])
+    owner = _share(matrices, ranks, cost)
+    sent: list[list[MatrixPiece]] = [[] for _ in range(ranks)]
+    received: list[list[MatrixPiece]] = [[] for _ in range(ranks)]
+    for holder, piece in _pieces(layouts, tables, of_tensor):
+        target = owner[piece.matrix]
+        if holder == rank:
+            sent[target].append(piece)
+        if target == rank:
+            received[holder].append(piece)
+    mine = tuple(matrix for matrix in matrices if owner[matrix] == rank)
+    return Exchange(tuple(matrices), owner, mine, tuple(map(tuple, sent)), tuple(map(tuple, received)))
+
+
+def _matrices(tables: Sequence[Sequence[Row]], per_head: bool) -> dict[str, list[Matrix]]:
+    """Those of a stage by logical tensor, in the order of the model; those of a tensor are equally high."""
+    rows: dict[str, int] = {}
+    cols: dict[str, int] = {}
+    heights: dict[str, int | None] = {}
+    for row in (row for table in tables for row in table if row.is_hidden_matrix):
+        for s in row.slices:
+            assert s.cols is not None, f"{s.tensor} is a vector"
+            rows[s.tensor] = max(rows.get(s.tensor, 0), s.rows[1])
+            cols[s.tensor] = max(cols.get(s.tensor, 0), s.cols[1])
+            heights[s.tensor] = row.head_rows if per_head else None
+    found = {}
+    for tensor, count in rows.items():
+        height = heights[tensor] or count
+        found[tensor] = [Matrix(tensor, (top, top + height), cols[tensor]) for top in range(0, count, height)]
+    return found
+
+
+def _share(matrices: Sequence[Matrix], ranks: int, cost: Callable[[int, int], int]) -> dict[Matrix, int]:
+    """An owner for each."""
+    loads, owner = [(0, rank) for rank in range(ranks)], {}
+    for matrix in sorted(matrices, key=lambda m: -cost(*m.shape)):  # stable: the same on all ranks
+        load, rank = heapq.heappop(loads)
+        owner[matrix] = rank
+        heapq.heappush(loads, (load + cost(*matrix.shape), rank))
+    return owner
+
+
+def _pieces(
+    layouts: Sequence[Layout], tables: Tables, of_tensor: Mapping[str, Sequence[Matrix]]
+) -> Iterator[tuple[int, MatrixPiece]]:
+    """The pieces of all ranks, each rank's in the order of its shards, and whose they are."""
+    for layout, of_stage in zip(layouts, tables, strict=True):
+        for bucket in layout.buckets:
+            for i in (i for i in bucket.parameters if layout.table[i].is_hidden_matrix):
+                for shard, start, stop in layout.holders(bucket, i):
+                    for tp_rank, table in enumerate(of_stage):
+                        for piece in _pieces_of(table[i], start, stop, of_tensor):
+                            yield shard * len(of_stage) + tp_rank, piece
+
+
+def _pieces_of(row: Row, start: int, stop: int, of_tensor: Mapping[str, Sequence[Matrix]]) -> Iterator[MatrixPiece]:
+    """What [start, stop) of a flattened parameter has of each matrix."""
+    for s in row.slices:
+        for matrix in of_tensor[s.tensor]:
+            if (rows := intersect(s.rows, matrix.rows)) is None:
+                continue
+            cut = _Cut(s.tensor, rows, s.cols, s.local_row + rows[0] - s.rows[0], s.owned)
+            first = max(start, cut.local_row * cut.num_cols)
+            last = min(stop, (cut.local_row + cut.num_rows) * cut.num_cols)
+            if first < last:
+                top, found = matrix.rows[0], rectangles(cut, first, last)
+                boxes = tuple(replace(box, rows=(box.rows[0] - top, box.rows[1] - top)) for box in found)
+                yield MatrixPiece(matrix, row, first, last, boxes, s.owned)
