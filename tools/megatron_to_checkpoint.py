@@ -9,7 +9,12 @@ types and DIR/model.yaml; start from it with checkpoint.init_from=DIR, or export
 
 The rows of the vocabulary that are padding are cut off: --vocab-size says how many are real, else the twin, the
 tokenizer or the checkpoint's arguments do. --twin compares the logits with those of a Hugging Face folder of the same
-weights (E520 where they differ; then nothing is left). Optimizer state is not taken over; which format it has is said.
+weights (E520 where they differ; then nothing is left).
+
+Optimizer state is not taken over unless --optimizer asks for it, and then of torch_dist in the format fully_reshardable
+(--dist-ckpt-optim-fully-reshardable): DIR/checkpoints/step-N has masters and moments, DIR/model.yaml the settings of
+optimizer, schedule and step, and a run with train.output=DIR and --accept data (it says nothing of the data) goes on
+at step N + 1.
 """
 
 from __future__ import annotations
@@ -30,17 +35,25 @@ def main() -> None:
     parser.add_argument("--tokenizer", metavar="PATH", help="the model's tokenizer, which goes into the checkpoint")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="rows of the vocabulary that are no padding")
     parser.add_argument("--twin", metavar="HF", help="Hugging Face folder of the same weights, to compare logits with")
+    parser.add_argument("--optimizer", action="store_true", help="take the optimizer's state over, too")
     arguments = parser.parse_args()
 
     from megatron_hammer.megatron.importing import import_megatron
 
     checkpoint = import_megatron(
-        arguments.load, arguments.save, arguments.tokenizer, arguments.vocab_size, arguments.twin
+        arguments.load,
+        arguments.save,
+        arguments.tokenizer,
+        arguments.vocab_size,
+        arguments.twin,
+        arguments.optimizer,
     )
     print(f"wrote {checkpoint}")
     folder = shlex.quote(str(arguments.save))
-    preset = f"{folder}/model.yaml checkpoint.init_from={folder}"
-    print(f"continue from it: python -m megatron_hammer.train {preset} data.train=PREFIX train.output=RUN")
+    rest = f"checkpoint.init_from={folder} data.train=PREFIX train.output=RUN"
+    if arguments.optimizer:
+        rest = f"data.train=PREFIX train.output={folder} --accept data"
+    print(f"continue from it: python -m megatron_hammer.train {folder}/model.yaml {rest}")
 
 
 if __name__ == "__main__":

@@ -105,6 +105,8 @@ def write_first_checkpoint(
     weights_dtype: str,
     tokenizer: Tokenizer | None,
     watch: Watch = iter,
+    step: int = 0,
+    config_tree: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write weights from elsewhere as ``folder/step-00000000``, whole or not at all; no communication.
 
@@ -113,6 +115,8 @@ def write_first_checkpoint(
         slices: together all weights of ``model``. Wider types are written first, so that every tensor starts aligned.
         state: JSON values.
         watch: wraps the loop over the slices, for a progress bar.
+        step: of a state that comes with its optimizer, whose slices are among these.
+        config_tree: of the run that goes on from there; None: the model's alone.
 
     Returns:
         the committed folder.
@@ -120,7 +124,7 @@ def write_first_checkpoint(
     Raises:
         CheckpointError: the disk gives back something else than was written.
     """
-    target = folder / step_name(0)
+    target = folder / step_name(step)
     folder.mkdir(parents=True, exist_ok=True)
     clean_up(folder)
     staging = staging_path(target)
@@ -130,9 +134,9 @@ def write_first_checkpoint(
         replaced = commit(
             staging,
             target,
-            step=0,
+            step=step,
             model=model,
-            config_tree={"model": asdict(model)},
+            config_tree=config_tree or {"model": asdict(model)},
             state=state,
             weights_dtype=weights_dtype,
             layout=Layout(),

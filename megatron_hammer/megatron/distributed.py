@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from megatron_hammer.megatron.layout import EMBEDDING_THERE
 from megatron_hammer.megatron.legacy import arguments_of
 from megatron_hammer.megatron.pickles import Record, load_metadata, load_pt, load_tensor
 
+FULLY_RESHARDABLE = "fully_reshardable"
 _FILE = re.compile(r"__\d+_\d+\.distcp")
 _PREFIXES = ("", "model.", "model.module.", "model.module.module.")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -53,6 +55,7 @@ class DistributedSource:
         self.args = arguments_of(common, folder / "common.pt")
         self.iteration = int(common.get("iteration") or 0)
         metadata = load_metadata(folder / ".metadata")
+        self.common = common
         tensors = {
             str(key): value
             for key, value in metadata.state_dict_metadata.items()
@@ -62,9 +65,19 @@ class DistributedSource:
         if prefix is None:
             raise CheckpointError(34, f"{folder}: {EMBEDDING_THERE}", "is missing", "name a checkpoint of a GPT model")
         self._where = _index(metadata, folder)
-        self._tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        self._prefix = prefix
+        self._all, self._prefix = tensors, prefix
+        self._tensors = self._below(prefix)
         self.optimizer = _optimizer_format(metadata.state_dict_metadata)
+
+    def _below(self, prefix: str) -> dict[str, Record]:
+        return {key.removeprefix(prefix): value for key, value in self._all.items() if key.startswith(prefix)}
+
+    def of_optimizer(self, kind: str) -> DistributedSource:
+        """The tensors of one kind (param, exp_avg, exp_avg_sq), fully_reshardable, under the names of the model's."""
+        view = copy(self)
+        view._prefix = f"optimizer.state.{kind}.{self._prefix}"
+        view._tensors = self._below(view._prefix)
+        return view
 
     def names(self) -> Iterable[tuple[str, int | None]]:
         """All tensors of the model, each with its layer."""
@@ -173,5 +186,5 @@ def _optimizer_format(entries: Mapping[Any, Any]) -> str:
     if any("optimizer.distributed.dp_group_idx" in key for key in keys):
         return "of the format dp_reshardable, flat buckets that only ranks of the same grouping can read"
     if any(".exp_avg" in key for key in keys):
-        return "of the format fully_reshardable"
+        return f"of the format {FULLY_RESHARDABLE}"
     return "of a format that is not known" if keys else ""

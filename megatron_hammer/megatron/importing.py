@@ -8,13 +8,14 @@
 
 The model follows from the arguments that the checkpoint holds; a feature that ours lacks is refused by its name, and so
 is a tensor that the model has no place for. Padding rows of the vocabulary are cut off. The optimizer's state is left
-behind in every format, which is said: moments are of use to the run only whose samples and schedule they belong to.
+behind unless it is asked for (``resuming.py``); which format it has is said.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,20 +24,20 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError
-from megatron_hammer.base.files import remove_folder
+from megatron_hammer.base.files import remove_folder, replace_file
 from megatron_hammer.base.progress import say, track
 from megatron_hammer.base.reading import parse_json, read_regular
 from megatron_hammer.checkpoint.commit import SliceToWrite
 from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES
-from megatron_hammer.checkpoint.folder import Note, step_name
+from megatron_hammer.checkpoint.folder import Note
 from megatron_hammer.checkpoint.manifest import TOKENIZER, read_manifest
 from megatron_hammer.checkpoint.write import chunks_of, write_first_checkpoint
-from megatron_hammer.config import ModelConfig
+from megatron_hammer.config import ModelConfig, config_to_tree, to_yaml
 from megatron_hammer.huggingface.certificate import compare, our_logits
 from megatron_hammer.huggingface.config import CONFIG, check_vocabulary, read_json
 from megatron_hammer.huggingface.importing import check_save, write_preset
 from megatron_hammer.huggingface.transformers_model import load_causal
-from megatron_hammer.megatron.distributed import DistributedSource
+from megatron_hammer.megatron.distributed import FULLY_RESHARDABLE, DistributedSource
 from megatron_hammer.megatron.layout import (
     EMBEDDING_THERE,
     OUTPUT_THERE,
@@ -47,6 +48,7 @@ from megatron_hammer.megatron.layout import (
     rows_of,
 )
 from megatron_hammer.megatron.legacy import LegacySource
+from megatron_hammer.megatron.resuming import STATE_KINDS, resumable
 from megatron_hammer.model.parameters import logical_shapes
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
@@ -122,14 +124,16 @@ def import_megatron(
     tokenizer_path: str | Path | None = None,
     vocab_size: int | None = None,
     twin: str | Path | None = None,
+    with_optimizer: bool = False,
     note: Note = say,
 ) -> Path:
-    """Write a checkpoint of Megatron-LM as ``save/checkpoints/step-00000000``.
+    """Write a checkpoint of Megatron-LM as ``save/checkpoints/step-00000000``, or with its optimizer as step-N.
 
     Args:
         tokenizer_path: goes into the checkpoint, and says how many rows of the vocabulary are real.
         vocab_size: the same number, where no tokenizer is given.
         twin: a Hugging Face folder of the same weights; the checkpoint stays only if the logits are equal.
+        with_optimizer: take masters and moments over, too: a run whose output is ``save`` goes on from there.
 
     Raises:
         CheckpointError: E430 to E435: what cannot be read or converted, by its name.
@@ -149,18 +153,32 @@ def import_megatron(
         check_vocabulary(tokenizer, model)
     slices = _slices(source, model)
     dtypes = {piece.dtype for piece in slices}
+    resumed = resumable(source, model) if with_optimizer else None
+    if resumed is not None:
+        slices = [
+            piece
+            for kind, theirs in STATE_KINDS.items()
+            for piece in _slices(resumed.source.of_optimizer(theirs), model, kind)
+        ]
     cut = f"{padded - rows} padding rows of {padded} are cut off"
     note(f"{source.folder}: {source.kind}, iteration {source.iteration}; {cut}")
-    if source.optimizer:
-        note(f"optimizer state {source.optimizer}: it is not taken over, weights alone are")
+    if source.optimizer and resumed is None:
+        more = " (--optimizer does)" if FULLY_RESHARDABLE in source.optimizer else ""
+        note(f"optimizer state {source.optimizer}: it is not taken over, weights alone are{more}")
     target = write_first_checkpoint(
         Path(save) / "checkpoints",
         slices,
         model=model,
-        state={"token_ids": _token_ids(tokenizer), "megatron": {"iteration": source.iteration, "format": source.kind}},
+        state={
+            "token_ids": _token_ids(tokenizer),
+            "megatron": {"iteration": source.iteration, "format": source.kind},
+            **({} if resumed is None else resumed.state),
+        },
         weights_dtype=dtypes.pop() if len(dtypes) == 1 else "float32",  # fp32 holds any mixture exactly
         tokenizer=tokenizer,
         watch=lambda items: track(items, "merging weights", len(items), "tensors"),
+        step=0 if resumed is None else source.iteration,
+        config_tree=None if resumed is None else config_to_tree(resumed.config),
     )
     if twin is not None:
         try:
@@ -168,8 +186,12 @@ def import_megatron(
         except BaseException:
             remove_folder(target)
             raise
-    write_preset(Path(save) / "model.yaml", model, target / TOKENIZER if tokenizer else None)
-    assert target.name == step_name(0)
+    if resumed is None:
+        write_preset(Path(save) / "model.yaml", model, target / TOKENIZER if tokenizer else None)
+    else:
+        path = str(target / TOKENIZER) if tokenizer else None
+        config = replace(resumed.config, tokenizer=replace(resumed.config.tokenizer, path=path))
+        replace_file(Path(save) / "model.yaml", to_yaml(config).encode())
     return target
 
 
@@ -220,7 +242,7 @@ class _Merged:
         return self._last[2]
 
 
-def _slices(source: Source, model: ModelConfig) -> list[SliceToWrite]:
+def _slices(source: Source, model: ModelConfig, kind: str = "weight") -> list[SliceToWrite]:
     """All logical tensors of the model, each with how its bytes come about; all that is there must be used."""
     there, used = set(source.names()), set[tuple[str, int | None]]()
     merged, slices = _Merged(source), []
@@ -237,7 +259,7 @@ def _slices(source: Source, model: ModelConfig) -> list[SliceToWrite]:
             raise CheckpointError(34, f"{source.folder}: {found[0]}", rule, "save the model in one of these types")
         cols = (0, shape[1]) if len(shape) == 2 else None
         read = partial(_part, source, merged, found, place, model, shape)
-        slices.append(SliceToWrite(tensor, "weight", (0, shape[0]), cols, shape, dtype, _chunks(read)))
+        slices.append(SliceToWrite(tensor, kind, (0, shape[0]), cols, shape, dtype, _chunks(read)))
     for name, layer in sorted(there - used, key=str):
         if not (name.endswith(_COMPUTED) or (name == OUTPUT_THERE and model.tie_word_embeddings)):
             shown = name if layer is None else f"decoder.layers.{layer}.{name}"

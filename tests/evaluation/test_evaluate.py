@@ -78,7 +78,7 @@ def test_a_run_gives_what_its_own_evaluation_gave(folder: Path) -> None:
     sets = sets_of([describe_subject(str(folder / "run"))])
     found = figures(folder / "run", sets, samples=5)
     assert (found.set, found.step, found.seq_length, found.tokens) == ("zh", 2, 48, 5 * 48)
-    for key in ("loss", "perplexity", "bits_per_byte"):
+    for key in ("loss", "perplexity", "bits_per_byte", "bits_per_character"):
         assert getattr(found, key) == last[f"valid/zh/{key}"], key
 
 

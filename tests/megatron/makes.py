@@ -61,6 +61,12 @@ def args_of(model: ModelConfig, tp: int = 1, pp: int = 1, **changes: Any) -> Nam
     return Namespace(**{**values, **changes})
 
 
+def padded_rows(model: ModelConfig, tp: int) -> int:
+    """Rows of the vocabulary with Megatron-LM's padding (here to a multiple of 256 x TP, so that there is some)."""
+    assert model.vocab_size is not None
+    return -(-model.vocab_size // (256 * tp)) * 256 * tp
+
+
 def merged(model: ModelConfig, logical: dict[str, Tensor], local_spec: bool, padded: int) -> dict[str, Tensor]:
     """Megatron-LM's tensors before they are cut over ranks; layers by their number over the whole model."""
     d, groups = model.head_size, model.query_groups
@@ -140,7 +146,7 @@ def write_legacy(
     local_spec: bool = False, change: Change = lambda state, t, p: None, **args: Any,
 ) -> Path:  # fmt: skip
     """``iter_0000100/mp_rank_*`` and the tracker above; returns the run's folder."""
-    whole = merged(model, logical, local_spec, padded=128 * tp * 2)
+    whole = merged(model, logical, local_spec, padded_rows(model, tp))
     per_chunk = model.num_layers // (pp * vpp)
     for t in range(tp):
         for p in range(pp):
@@ -178,7 +184,8 @@ def write_legacy(
 
 def write_distributed(
     folder: Path, model: ModelConfig, logical: dict[str, Tensor], tp: int = 1, stacked: bool = True,
-    halves: bool = False, optimizer: str = "", change: Change = lambda state, t, p: None, **args: Any,
+    halves: bool = False, optimizer: str = "", states: dict[str, dict[str, Tensor]] | None = None,
+    change: Change = lambda state, t, p: None, **args: Any,
 ) -> Path:  # fmt: skip
     """A ``torch_dist`` checkpoint: a file a TP rank, chunks of global tensors, metadata of torch's own classes."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -191,6 +198,7 @@ def write_distributed(
         TensorStorageMetadata,
     )
 
+    iteration = int(folder.name[5:]) if folder.name.startswith("iter_") else 100
     folder.mkdir(parents=True)
     files = [(folder / f"__{t}_0.distcp").open("wb") for t in range(tp)]
     entries: dict[str, Any] = {"rng_state/shard_0_1": BytesStorageMetadata()}
@@ -208,20 +216,21 @@ def write_distributed(
         properties = TensorProperties(dtype=chunks[0][1].dtype)
         entries[key] = TensorStorageMetadata(properties, torch.Size(size), described)
 
-    whole = merged(model, logical, False, padded=128 * tp * 2)
-    layers: dict[str, list[Tensor]] = {}
-    for name, tensor in whole.items():
-        if stacked and name.startswith("decoder.layers."):
-            layers.setdefault("decoder.layers." + ".".join(name.split(".")[3:]), []).append(tensor)
-            continue
-        parts = {"": tensor}
-        if halves and "linear_fc1.weight" in name:
-            parts = dict(zip(("_w", "_v"), tensor.chunk(2), strict=True))
-        for suffix, part in parts.items():
-            store(name + suffix, _cut(name, part, tp), tuple(part.shape))
-    for name, tensors in layers.items():
-        chunks = [((i, *o), part[None]) for i, tensor in enumerate(tensors) for o, part in _cut(name, tensor, tp)]
-        store(name, chunks, (len(tensors), *tensors[0].shape))
+    kinds = {"": logical} | {f"optimizer.state.{kind}.": tensors for kind, tensors in (states or {}).items()}
+    for kind, tensors_of_kind in kinds.items():
+        layers: dict[str, list[Tensor]] = {}
+        for name, tensor in merged(model, tensors_of_kind, False, padded_rows(model, tp)).items():
+            if stacked and name.startswith("decoder.layers."):
+                layers.setdefault("decoder.layers." + ".".join(name.split(".")[3:]), []).append(tensor)
+                continue
+            parts = {"": tensor}
+            if halves and "linear_fc1.weight" in name:
+                parts = dict(zip(("_w", "_v"), tensor.chunk(2), strict=True))
+            for suffix, part in parts.items():
+                store(kind + name + suffix, _cut(name, part, tp), tuple(part.shape))
+        for name, tensors in layers.items():
+            chunks = [((i, *o), part[None]) for i, tensor in enumerate(tensors) for o, part in _cut(name, tensor, tp)]
+            store(kind + name, chunks, (len(tensors), *tensors[0].shape))
     if optimizer:
         store(optimizer, [((0,), torch.zeros(4))], (4,))
     for file in files:
@@ -229,7 +238,7 @@ def write_distributed(
     (folder / ".metadata").write_bytes(pickle.dumps(Metadata(entries, None, places)))
     (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     with megatron_enum() as backend:
-        state: dict[str, Any] = {"iteration": 100, "checkpoint_version": 3.0}
+        state: dict[str, Any] = {"iteration": iteration, "checkpoint_version": 3.0}
         state["args"] = args_of(model, tp, attention_backend=backend.flash, **args)
         change(state, 0, 0)
         torch.save(state, folder / "common.pt")

@@ -15,11 +15,12 @@ from torch import Tensor
 from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedError
 from megatron_hammer.checkpoint.manifest import read_manifest, saved_model
 from megatron_hammer.checkpoint.read import LogicalReader
-from megatron_hammer.config import ModelConfig, load_config
+from megatron_hammer.config import ModelConfig, config_from_tree, load_config
 from megatron_hammer.huggingface.export import write_hf
 from megatron_hammer.megatron.importing import find_checkpoint, import_megatron, open_source
 from tests.checkpoint.layouts import write_layout
 from tests.megatron.makes import logical_weights, model_for_tests, write_distributed, write_legacy
+from tests.train.runs import checkpoint_bytes, overrides, train_here, write_dataset
 
 PLAIN = model_for_tests()
 QWEN2 = model_for_tests(qkv_bias=True, tie_word_embeddings=True)
@@ -30,7 +31,7 @@ BIASES = model_for_tests(qkv_bias=True, attention_output_bias=True, mlp_bias=Tru
 def weights_of(checkpoint: Path) -> dict[str, Tensor]:
     manifest = read_manifest(checkpoint)
     with LogicalReader(manifest) as reader:
-        return {t.name: torch.cat(list(reader.bands(t.name))).clone() for t in manifest.tensors}
+        return {t.name: torch.cat([band.clone() for band in reader.bands(t.name)]) for t in manifest.tensors}
 
 
 def convert(load: Path, save: Path, **more: Any) -> tuple[Path, list[str]]:
@@ -97,6 +98,75 @@ def test_the_chunks_are_read_as_torchs_own_reader_does(tmp_path: Path) -> None:
     dcp.load(state, checkpoint_id=folder, no_dist=True)
     for layer in range(PLAIN.num_layers):
         assert torch.equal(source.tensor(name, layer), state[f"decoder.layers.{name}"][layer])
+
+
+def steps_of_adam(updates: int) -> Any:
+    """What common.pt has of the optimizer."""
+
+    def change(state: dict[str, Any], t: int, p: int) -> None:
+        groups = [{"step": updates, "lr": 1e-3}, {"step": updates, "lr": 1e-3}]
+        state["optimizer"] = {"optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"}
+
+    return change
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_run_goes_on_from_a_fully_reshardable_optimizer(tp: int, tmp_path: Path) -> None:
+    """Six steps of ours, in one go, equal two, by way of Megatron-LM's format, and then four: to the bit."""
+    data, whole = tmp_path / "data", tmp_path / "whole"
+    data.mkdir()
+    for seed, name in enumerate("abxy"):
+        write_dataset(data / name, 30, seed)
+    more = (
+        "train.num_steps=6",
+        "checkpoint.save_interval_steps=2",
+        "checkpoint.keep_last=4",
+        "train.micro_batch_size=2",
+    )
+    assert train_here(0, overrides(data, whole, *more)) == 0
+    manifest = read_manifest(whole / "checkpoints" / "step-00000002")
+    config, model = config_from_tree(manifest.config), saved_model(manifest)
+    found: dict[str, dict[str, Tensor]] = {}
+    with LogicalReader(manifest) as reader:
+        for t in manifest.tensors:
+            bands = [band.clone() for band in reader.bands(t.name, t.kind)]
+            found.setdefault(t.kind, {})[t.name] = torch.cat(bands).view(t.shape)
+    args = {
+        "lr": config.optimizer.lr, "min_lr": config.optimizer.min_lr, "adam_beta1": config.optimizer.beta1,
+        "adam_beta2": config.optimizer.beta2, "adam_eps": config.optimizer.eps, "lr_decay_style": "cosine",
+        "weight_decay": config.optimizer.weight_decay, "clip_grad": config.optimizer.clip_grad,
+        "lr_warmup_iters": config.schedule.warmup_steps, "lr_decay_iters": config.schedule.decay_steps or 6,
+        "train_iters": 6, "micro_batch_size": 2, "global_batch_size": 8, "seq_length": 32, "seed": 1234,
+        "consumed_train_samples": 16, "max_position_embeddings": model.max_position_embeddings,
+        "norm_epsilon": model.norm_eps, config.train.precision: True,
+    }  # fmt: skip
+    assert config.schedule.style == "cosine"
+    states = {"param": found["weight"], "exp_avg": found["exp_avg"], "exp_avg_sq": found["exp_avg_sq"]}
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in found["weight"].items()}
+    folder = write_distributed(
+        tmp_path / "iter_0000002", model, weights, tp, states=states, change=steps_of_adam(2), **args
+    )
+    checkpoint, notes = convert(folder, tmp_path / "ours", vocab_size=301, with_optimizer=True)
+    assert checkpoint.name == "step-00000002" and len(notes) == 1
+    assert train_here(0, overrides(data, tmp_path / "ours", *more, "--accept=data")) == 0
+    assert checkpoint_bytes(tmp_path / "ours", 6) == checkpoint_bytes(whole, 6)
+
+
+def test_other_formats_of_the_optimizer_are_named(tmp_path: Path) -> None:
+    logical, flat = logical_weights(PLAIN), "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.exp_avg"
+    write_distributed(tmp_path / "flat", PLAIN, logical, optimizer=flat)
+    write_distributed(tmp_path / "none", PLAIN, logical)
+    write_legacy(tmp_path / "legacy", PLAIN, logical)
+    write_distributed(tmp_path / "bare", PLAIN, logical, states={"exp_avg": logical})
+    for name, said in {
+        "flat": "dp_reshardable",
+        "none": "is not there",
+        "legacy": "legacy format",
+        "bare": "step",
+    }.items():
+        with pytest.raises(CheckpointError, match=rf"error\[E43[04]\].*{said}"):
+            convert(tmp_path / name, tmp_path / "ours", vocab_size=131, with_optimizer=True)
+    assert "--optimizer does" in convert(tmp_path / "bare", tmp_path / "ours", vocab_size=131)[1][1]
 
 
 @pytest.fixture(scope="module")
