@@ -181,9 +181,10 @@ class Reporter:
         values = {key: value for key, value in line.items() if key != "step"}
         self.trackers.log({"step": self._last_step, "evaluation/step": line["step"], **values})
         if self.board is not None:
-            for key, value in values.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(key, value, line["step"])
+            with writing(self.board.log_dir, BOARD_BYTES):
+                for key, value in values.items():
+                    if isinstance(value, int | float):
+                        self.board.add_scalar(key, value, line["step"])
         shown = ", ".join(
             f"{key.removeprefix('evaluation/')} {value:.4f}" for key, value in values.items() if value is not None
         )

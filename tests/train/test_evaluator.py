@@ -188,7 +188,7 @@ def test_results_reach_board_and_trackers_in_order(data: Path, tmp_path: Path, m
     with Reporter(config, 0, (1.0, 1.0), None, 1) as reporter:
         sent: list[Mapping[str, Any]] = []
         monkeypatch.setattr(reporter.trackers, "log", sent.append)
-        board = type("Board", (), {"scalars": [], "close": lambda self: None})()
+        board = type("Board", (), {"scalars": [], "log_dir": str(tmp_path), "close": lambda self: None})()
         board.add_scalar = lambda key, value, step: board.scalars.append((key, value, step))
         reporter.board = board
         line = {"loss": 1.0, "grad_norm": 1.0, "lr": 1.0, "tokens_per_second": 1.0, "skipped": False}
