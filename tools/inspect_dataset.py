@@ -13,7 +13,8 @@ show: documents by number: where they came from, their ids, and what these spell
 verify: every checksum, id and document; duplicates, scripts, overlap with held-out sets. Exit code 0: sound, 3: damaged
     or not what its header says, 5: it holds documents of a held-out set. Everything found is printed before.
 find: the documents that hold a text, however the tokenizer cut it there.
-order: for each sample number of the run, its source, epoch and window, and the documents, offsets and lengths it reads;
+order: for each sample number of the run, its source, epoch and window, and the documents, offsets and lengths it reads,
+    without what its ledger leaves out (train.output/ledger.jsonl, or train.replay);
     with --step those of one step; with --document the samples and steps that read that document.
 plan: tokens, epochs and repeats of each source in the whole run.
 Several answers with --json are one JSON document a line.
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import require_package  # noqa: F401
@@ -35,6 +37,7 @@ from megatron_hammer.base.streams import only_list
 
 if TYPE_CHECKING:
     from megatron_hammer.config import Config
+    from megatron_hammer.sampling.ledger import Rewind
 
 COMMANDS_ON_CONFIGS = ("order", "plan")
 
@@ -198,6 +201,20 @@ def read_config(args: argparse.Namespace) -> Config:
     return config
 
 
+def ledger_of(config: Config) -> tuple[Rewind, ...]:
+    """What the run leaves out: by the ledger in its folder, else by the one that a new run would begin with."""
+    from megatron_hammer.sampling.ledger import LEDGER, read_ledger
+    from megatron_hammer.train.prepare import replayed
+
+    ledger = read_ledger(Path(config.train.output) / LEDGER)
+    return replayed(config) if ledger is None else ledger
+
+
+def describe_ledger(ledger: tuple[Rewind, ...]) -> str:
+    samples = sum(rewind.samples for rewind in ledger)
+    return f"note: the run leaves out {samples:,} samples of its order, by the {len(ledger)} lines of its ledger"
+
+
 def show_order(args: argparse.Namespace) -> None:
     from megatron_hammer.sampling.samples import describe_samples, open_train_data
 
@@ -212,7 +229,10 @@ def show_order(args: argparse.Namespace) -> None:
         start = batches.samples(args.step - 1)
         count = batches.at(start)
     start = 0 if start is None else start
-    data = open_train_data(config)
+    ledger = ledger_of(config)
+    data = open_train_data(config, ledger=ledger)
+    if ledger and not args.json:
+        print(describe_ledger(ledger))
     if args.document is not None:
         show_reads(args, data, start, total if count is None else start + count, batches)
         return
@@ -261,6 +281,8 @@ def show_plan(args: argparse.Namespace) -> None:
         print_json(plan.describe())
     else:
         print(format_run_plan(plan))
+        if ledger := ledger_of(config):
+            print(describe_ledger(ledger))
 
 
 def main() -> None:

@@ -288,6 +288,7 @@ def _check_state(state: dict[str, Any]) -> None:
         "owed_line": lambda value: isinstance(value, str),
         "data": lambda value: isinstance(value, dict),
         "accepted": lambda value: isinstance(value, list) and all(isinstance(entry, dict) for entry in value),
+        "rewinds": lambda value: isinstance(value, list) and all(isinstance(entry, dict) for entry in value),
     }
     for name, fits in forms.items():
         if name in state and not fits(state[name]):

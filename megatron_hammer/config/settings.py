@@ -725,13 +725,26 @@ class TrainConfig:
     max_consecutive_skips: Free[int] = 30
     """End the run (exit code 9) after so many skipped steps in a row; a step is skipped when its gradient is not
     finite."""
-    on_nonfinite: Free[Literal["skip", "stop"]] = "skip"
-    """A step whose loss or gradient is not finite changes nothing. skip: the run goes on; stop: it ends (exit code 9).
-    The first of several in a row is written to OUT/incidents/: first bad layer, rank, documents."""
-    on_spike: Free[Literal["report", "skip", "stop"]] = "report"
+    on_nonfinite: Free[Literal["skip", "stop", "rewind"]] = "skip"
+    """A step whose loss or gradient is not finite changes nothing. skip: the run goes on; stop: it ends (exit code 9);
+    rewind: see on_spike. The first of several in a row is written to OUT/incidents/: first bad layer, rank,
+    documents."""
+    on_spike: Free[Literal["report", "skip", "stop", "rewind"]] = "report"
     """What to do where the loss or the gradient norm is far above what it was in the last steps. report: say so; skip:
-    leave the step's update out; stop: leave it out and end the run (exit code 9). skip and stop write to
-    OUT/incidents/ too."""
+    leave the step's update out; stop: leave it out and end the run (exit code 9); rewind: go back to the last
+    checkpoint before the samples around it and train on without these, which OUT/ledger.jsonl records. All but report
+    write to OUT/incidents/ too."""
+    rewind_skip_steps_before: Free[int] = 1
+    """A rewind leaves out the samples of the bad step and of so many before it: a loss is that of weights which the
+    step before has changed. PaLM left out 200 to 500 steps, from some 100 before the spike on (arXiv 2204.02311,
+    5.1)."""
+    rewind_skip_steps_after: Free[int] = 0
+    """And those of so many steps after it."""
+    max_rewinds: Free[int] = 3
+    """A run that would go back to the same checkpoint once more than so often ends instead (exit code 9)."""
+    replay: Place[str | None] = None
+    """Ledger of another run (its ledger.jsonl, or its folder): a new run leaves out from its start what that one has
+    left out in the end; ignored once the run has a checkpoint or a ledger of its own."""
     spike_z_score: Free[float] = 12.0
     """How far is far: robust standard deviations (of the median distance from the median) above the median."""
     spike_window_steps: Free[int] = 128
@@ -761,6 +774,7 @@ class TrainConfig:
             "eval_interval_steps",
             "eval_samples",
             "max_consecutive_skips",
+            "max_rewinds",
         )
         if self.evaluator is not None:
             self.evaluator.check()
@@ -771,6 +785,7 @@ class TrainConfig:
         require(z > 0, f"train.spike_z_score={z}", "must be above 0", "12 is the default; a larger one reports less")
         at_least("train", {k: getattr(self, k) for k in names}, 1)
         at_least("train", {k: getattr(self, k) for k in ("z_loss", "drift_check_interval_steps")}, 0)
+        at_least("train", {k: getattr(self, k) for k in ("rewind_skip_steps_before", "rewind_skip_steps_after")}, 0)
         require(0 <= self.seed < 2**32, f"train.seed={self.seed}", "must lie in [0, 2^32)", "choose a smaller seed")
         require(self.output != "", "train.output=''", "must name a folder", "set train.output")
 

@@ -136,7 +136,7 @@ class Config:
         )
         obstacles = {
             12: _te_obstacle, 13: _fp8_obstacle, 14: _recompute_obstacle, 15: _compile_obstacle, 16: _graph_obstacle,
-            21: _shard_obstacle,
+            21: _shard_obstacle, 23: _rewind_obstacle,
         }  # fmt: skip
         for number, (what, rule, remedy) in ((n, find(self)) for n, find in obstacles.items()):
             require(not what, what, rule, remedy, number)
@@ -526,6 +526,16 @@ def _shard_obstacle(config: Config) -> tuple[str, str, str]:
         rule = "is not for kernels.cuda_graph=true: memory that comes and goes cannot be recorded"
         return what, rule, "leave the graph out or use parallel.shard=optimizer"
     return "", "", ""
+
+
+def _rewind_obstacle(config: Config) -> tuple[str, str, str]:
+    """Why a run cannot leave samples out (setting, rule, remedy), or empty strings."""
+    asked = {f"train.{name}": getattr(config.train, name) for name in ("on_spike", "on_nonfinite", "replay")}
+    what = next((f"{k}={v}" for k, v in asked.items() if v == "rewind" or (k == "train.replay" and v)), "")
+    if not what or config.data.order == "independent":
+        return "", "", ""
+    rule = "is not for data.order=megatron, which has as many samples as the run reads"
+    return what, rule, "use data.order=independent"
 
 
 def _graph_obstacle(config: Config) -> tuple[str, str, str]:

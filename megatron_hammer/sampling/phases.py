@@ -19,13 +19,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from megatron_hammer.sampling.blend import Blend
 from megatron_hammer.sampling.cache import IndexStore
+from megatron_hammer.sampling.ledger import NO_SKIPS, Skips
 from megatron_hammer.sampling.order import IndependentOrder, MegatronOrder, SampleId
 
 SourceOrder = IndependentOrder | MegatronOrder
@@ -104,15 +105,19 @@ class Part:
 class SampleOrder:
     """The samples of a run, stretch after stretch.
 
+    A run may leave samples out (``ledger.py``). Then the number of a sample in the run is not its place in the order,
+    of which the stretches speak; one is turned into the other here and nowhere else.
+
     Args:
         num_samples: length of the run where its order ends with it; None: it has no end.
+        skips: what the run leaves out.
     """
 
-    def __init__(self, stretches: Sequence[Stretch], num_samples: int | None = None) -> None:
-        self.stretches, self.num_samples = list(stretches), num_samples
+    def __init__(self, stretches: Sequence[Stretch], num_samples: int | None = None, skips: Skips = NO_SKIPS) -> None:
+        self.stretches, self.num_samples, self.skips = list(stretches), num_samples, skips
 
     def within(self, first: int, end: int) -> Iterator[tuple[Stretch, int, int]]:
-        """(stretch, first, end) of the parts of samples [first, end), counted from the start of the run."""
+        """(stretch, first, end) of the parts of places [first, end), counted from the start of the order."""
         at = bisect_right(self.stretches, first, key=lambda stretch: stretch.first) - 1
         while first < end:
             if at == len(self.stretches):
@@ -124,12 +129,21 @@ class SampleOrder:
 
     def stretch_at(self, sample: int) -> Stretch:
         """The stretch that holds a sample."""
-        return next(self.within(sample, sample + 1))[0]
+        place = self.skips.place(sample)
+        return next(self.within(place, place + 1))[0]
 
     def parts(self, first: int, count: int) -> Iterator[Part]:
         """The windows that samples [first, first + count) are, by source."""
         if first < 0 or count < 1 or (self.num_samples is not None and first + count > self.num_samples):
             raise IndexError(f"samples [{first}, {first + count}) are not in [0, {self.num_samples})")
+        rows = 0
+        for place, taken in self.skips.pieces(first, count):
+            for part in self._parts_in_order(place, taken):
+                yield Part(part.source, part.order, part.rows + rows, part.windows)
+            rows += taken
+
+    def _parts_in_order(self, first: int, count: int) -> Iterator[Part]:
+        """The same of places."""
         for stretch, begin, end in self.within(first, first + count):
             number, before = end - begin, begin - first
             if len(stretch.sources) == 1:
@@ -154,7 +168,7 @@ class SampleOrder:
 
     def prepare(self, first: int, end: int) -> None:
         """Build, or find, every index that samples [first, end) need."""
-        for stretch, begin, until in self.within(first, end):
+        for stretch, begin, until in self.within(self.skips.place(first), self.skips.end(end)):
             before, after = (stretch.drawn(sample - stretch.first) for sample in (begin, until))
             for order, offset, low, high in zip(stretch.orders, stretch.offsets, before, after, strict=True):
                 if high > low:
@@ -171,7 +185,13 @@ class Source:
     store: IndexStore | None = None
 
 
-def lay_out(mixes: Sequence[Mix], sources: Sequence[Source], seed: int, num_samples: int | None = None) -> SampleOrder:
+def lay_out(
+    mixes: Sequence[Mix],
+    sources: Sequence[Source],
+    seed: int,
+    num_samples: int | None = None,
+    skips: Skips = NO_SKIPS,
+) -> SampleOrder:
     """The order of a run in phases.
 
     Args:
@@ -180,7 +200,13 @@ def lay_out(mixes: Sequence[Mix], sources: Sequence[Source], seed: int, num_samp
         seed: of the run.
         num_samples: length of the run: no mix behind it is looked at, and counts are kept for it at once. The samples
             do not depend on it.
+        skips: what the run leaves out; a mix has so many more places as are left out in it.
     """
+    if num_samples is not None:
+        num_samples = skips.end(num_samples)
+    mixes = [
+        replace(mix, first=skips.end(mix.first), end=None if mix.end is None else skips.end(mix.end)) for mix in mixes
+    ]
     stretches: list[Stretch] = []
     orders: dict[int, IndependentOrder] = {}
     taken = [0] * len(sources)  # samples of the present order of each source
@@ -208,4 +234,4 @@ def lay_out(mixes: Sequence[Mix], sources: Sequence[Source], seed: int, num_samp
         if mix.end is not None:
             for place, drawn in zip(drawn_from, stretch.drawn(mix.end - mix.first), strict=True):
                 taken[place] += drawn
-    return SampleOrder(stretches)
+    return SampleOrder(stretches, skips=skips)

@@ -65,7 +65,8 @@ def document_reads(data: TrainData, source: int, document: int, start: int, end:
         raise ConfigError(96, f"document {document} of {dataset.prefix}",
                           f"must lie in 0 to {dataset.num_documents} minus 1", "count documents from 0")  # fmt: skip
     reads: list[Read] = []
-    for stretch, begin, until in data.order.within(start, end):
+    skips = data.order.skips
+    for stretch, begin, until in data.order.within(skips.place(start), max(skips.end(end), skips.place(start))):
         share = stretch.share_of(source)
         if share == 0:
             continue
@@ -80,7 +81,7 @@ def document_reads(data: TrainData, source: int, document: int, start: int, end:
             windows = _independent_windows(order, document, offset + low, offset + high)
         for position, window in windows:
             i = _sample_of(stretch, source, position, share, begin, until)
-            if i is None:
+            if i is None or (i := skips.number(i)) is None:
                 continue
             spans = [span for span in data.locate(i) if span.document == document]
             if spans:

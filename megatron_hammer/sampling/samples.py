@@ -8,9 +8,10 @@ lie (``Batch.documents``).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from megatron_hammer.sampling import index_builder as index
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.blend import Blend
 from megatron_hammer.sampling.cache import IndexStore
+from megatron_hammer.sampling.ledger import NO_SKIPS, Rewind, Skips
 from megatron_hammer.sampling.order import DocumentSpan, MegatronOrder, SampleId
 from megatron_hammer.sampling.phases import Mix, SampleOrder, Source, Stretch, lay_out
 from megatron_hammer.sampling.plan import WeightUnit, sampling_weights
@@ -69,6 +71,7 @@ class TrainData:
         note: gets remarks about these files.
         document_mask: batches say where documents lie, so that attention keeps them apart.
         vocab_size: all ids that are read must be below; None: nobody asks.
+        skips: what the run leaves out of this order. Samples are named by their number in the run everywhere here.
 
     Raises:
         DataError: a dataset is missing, damaged, empty or holds no token ids.
@@ -87,6 +90,7 @@ class TrainData:
         note: Callable[[str], None] = say,
         document_mask: bool = False,
         vocab_size: int | None = None,
+        skips: Skips = NO_SKIPS,
     ) -> None:
         assert phases, "training needs at least one source"
         if isinstance(phases, Mapping):
@@ -115,13 +119,15 @@ class TrainData:
                 Source(dataset.document_lengths, fingerprint, store)
                 for dataset, fingerprint, store in zip(self.sources, self.fingerprints, self._stores)
             ]
-            self.order = lay_out(mixes, sources, seed, num_samples)
+            self._lay_out = partial(lay_out, mixes, sources, seed, num_samples)
+            self.order = self._lay_out(skips)
             """Which window of which source each sample is."""
         else:
             length, only_shares = phases[0].seq_length, list(shares[0].values())
             orders = self._build_megatron(only_shares, length, seed, num_samples, self._stores)
             blend = Blend(only_shares, "greedy", self._stores[0], num_samples)
             places = tuple(range(len(self.sources)))
+            assert not skips.ranges, "Megatron-LM's order has as many samples as the run reads"
             self.order = SampleOrder([Stretch(0, None, length, places, blend, (0,) * len(places), orders)], num_samples)
 
     def _build_megatron(
@@ -180,6 +186,12 @@ class TrainData:
     def sample_ids(self, first: int, count: int) -> list[SampleId]:
         """The same of each of samples [first, first + count), at once."""
         return self.order.ids(first, count)
+
+    def with_skips(self, skips: Skips) -> TrainData:
+        """The same datasets, of which another run leaves out something else."""
+        other = copy.copy(self)
+        other.order = self._lay_out(skips)
+        return other
 
     def locate(self, i: int) -> list[DocumentSpan]:
         """The documents that sample ``i`` reads: (document, offset in it, length), in order."""
@@ -400,8 +412,16 @@ def check_tokenizer(
     return None
 
 
-def open_train_data(config: Config, note: Callable[[str], None] = say) -> TrainData:
-    """The training samples of a run whose config names sources; ``note`` gets remarks about index files."""
+def open_train_data(config: Config, note: Callable[[str], None] = say, ledger: Sequence[Rewind] = ()) -> TrainData:
+    """The training samples of a run whose config names sources.
+
+    Args:
+        note: gets remarks about index files.
+        ledger: what the run leaves out.
+    """
+    if ledger and config.data.order == "megatron":
+        rule = "is not for data.order=megatron, which has as many samples as the run reads"
+        raise ConfigError(23, f"a ledger of {len(ledger)} rewinds", rule, "set data.order=independent")
     return TrainData(
         config.phases,
         config.data.seq_length,
@@ -412,6 +432,7 @@ def open_train_data(config: Config, note: Callable[[str], None] = say) -> TrainD
         note=note,
         document_mask=config.data.attention_mask == "document",
         vocab_size=config.model.vocab_size,
+        skips=Skips.of(ledger),
     )
 
 

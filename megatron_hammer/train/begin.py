@@ -67,6 +67,7 @@ class Beginning:
         self._read_only: OSError | None = None
         self._cleaned: list[str] = []
         self._damage: dict[str, str] = {}
+        self._turns = 0
         self.output: HeldOutput | None = None
         """On rank 0, the folder that it holds the lock of."""
         self.device = torch.device("cpu")
@@ -91,6 +92,11 @@ class Beginning:
         self._damage[damaged] = reason
         return self._agree_on_checkpoint()
 
+    def _turn(self) -> str:
+        """What tells the names of rounds apart that are held more than once."""
+        self._turns += 1
+        return f"-{self._turns}" if self._turns > 1 else ""
+
     def _take_output(self, is_new: bool = False) -> None:
         if not (is_new or os.path.lexists(self._folder)):
             return  # nothing to look at yet: a start that is refused makes no folder
@@ -103,7 +109,7 @@ class Beginning:
             self._read_only = error
 
     def _agree_on_checkpoint(self) -> Prepared:
-        rank, ranks, again = self._ranks.rank, self._ranks, f"-{len(self._damage)}" if self._damage else ""
+        rank, ranks, again = self._ranks.rank, self._ranks, self._turn()
         with ranks.round(f"search{again}") as mine:
             start = find_start(self._inputs.config, self._accepted, self._damage) if rank == 0 else Start()
             mine.told = name_start(start, self._inputs.config)
@@ -128,16 +134,18 @@ class Beginning:
 
     def put_in_order(self, prepared: Prepared) -> None:
         """Put aside what the run does not go on from, now that the state it goes on from is there."""
-        with self._ranks.round("order"):
+        with self._ranks.round(f"order{self._turn()}"):
             if self.output is not None:
                 resumed = None if prepared.resume is None else prepared.resume.step
-                for line in put_in_order(self._folder, prepared.damaged, prepared.is_fresh, resumed):
+                passed = prepared.taken_back, prepared.rewinds
+                for line in put_in_order(self._folder, prepared.damaged, prepared.is_fresh, resumed, *passed):
                     say(line)
+        self._damage = {}  # what was damaged has another name now
 
     def _look_here(self, prepared: Prepared) -> None:
         """What is found out on each rank by itself."""
         if self._check_data:
-            build_indices(prepared.config, prepared.resume, prepared.data_notes)
+            build_indices(prepared.config, prepared.resume, prepared.data_notes, prepared.rewinds)
         self.device = choose_device(prepared.config, self._local_rank)
         check_machine(prepared.config, self.device)
         if self._ranks.rank == 0:  # the one that reports

@@ -65,9 +65,13 @@ def evaluate(
     """
     starts = range(0, len(data), micro_batch_size)
     sums = torch.zeros(len(starts), 4, dtype=torch.float64, device=ctx.device)  # loss, targets, bytes, characters
-    mine = range(ctx.samples.rank, len(starts), ctx.samples.size)
+    # All ranks compute equally often, since they may have to gather weights from each other (parallel.shard=weights):
+    # who has no micro-batch left computes the last one and does not count it.
+    mine = range(ctx.samples.rank, len(starts) + -len(starts) % ctx.samples.size, ctx.samples.size)
 
     def count(batch: Batch[Tensor], losses: Tensor) -> None:
+        if number[id(batch)] >= len(starts):
+            return
         assert batch.loss_weights is not None
         mask = batch.loss_weights.double()  # [b, s]
         found = sums[number[id(batch)]]
@@ -77,13 +81,13 @@ def evaluate(
             found[2], found[3] = ((size * mask).sum() for size in unpack(sizes[batch.labels]))
 
     at_once = 1 if ctx.pp.size == 1 else PIPELINED_AT_ONCE
-    every_rank_has = len(starts) // ctx.samples.size  # micro-batches; some have one more
     for first in range(0, len(mine), at_once):
-        if stop is not None and first < every_rank_has:
+        if stop is not None:
             stop.now_and_then()
         ctx.journal.mark(f"evaluation, micro-batch {first + 1} of {len(mine)}")
         numbers = mine[first : first + at_once]
-        shares = [range(starts[i], min(starts[i] + micro_batch_size, len(data))) for i in numbers]
+        begins = [starts[min(i, len(starts) - 1)] for i in numbers]
+        shares = [range(begin, min(begin + micro_batch_size, len(data))) for begin in begins]
         batches = [data.read(share).shard(ctx.cp.rank, ctx.cp.size).to(ctx.device) for share in shares]
         number = {id(batch): i for batch, i in zip(batches, numbers, strict=True)}
         if ctx.pp.size > 1:

@@ -40,6 +40,7 @@ def write_incident(
     optimizer: Optimizer | None,
     data: TrainData,
     ctx: ParallelContext,
+    rewinds: int = 0,
 ) -> Path:
     """Look for what was wrong with a step, on all ranks, and write it down on rank 0. Communicates over the world.
 
@@ -47,6 +48,7 @@ def write_incident(
         record: what is known of the step, as JSON values; ``step`` names the file.
         first_sample: of the step's global batch.
         optimizer: where it still has the gradients of the step.
+        rewinds: how often the run has gone back before.
     """
     step_samples, size = config.batch_sizes.at(first_sample), config.train.micro_batch_size
     accumulated = step_samples // (size * ctx.samples.size)
@@ -58,7 +60,7 @@ def write_incident(
     if index is not None:
         found["first_sample"] = first_sample + (index * ctx.samples.size + ctx.samples.rank) * size
     ranks = [rank for rank in gather_values(ctx, found) if rank["module"] or rank["gradients"]]
-    path = Path(config.train.output) / "incidents" / f"step-{record['step']:08d}.json"
+    path = incident_path(config, record["step"], rewinds)
     if ctx.world.rank == 0:
         starts = sorted({rank["first_sample"] for rank in ranks if "first_sample" in rank})
         wanted = [i for start in starts for i in range(start, start + size)]
@@ -68,6 +70,12 @@ def write_incident(
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode())
     return path
+
+
+def incident_path(config: Config, step: int, rewinds: int) -> Path:
+    """Where a step is written down; a run that has gone back may come to the same step with other samples."""
+    again = f"-after-{rewinds}-rewinds" if rewinds else ""
+    return Path(config.train.output) / "incidents" / f"step-{step:08d}{again}.json"
 
 
 def _describe(data: TrainData, sample: int) -> dict[str, Any]:

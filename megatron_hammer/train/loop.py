@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from megatron_hammer.kernels.ranges import Range, no_range
 from megatron_hammer.parallel.collectives import all_reduce, broadcast
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
+from megatron_hammer.sampling.ledger import Finding
 from megatron_hammer.sampling.loader import ReadAhead
 from megatron_hammer.sampling.samples import open_train_data, open_valid_data
 from megatron_hammer.train.build import build_stages
@@ -41,6 +42,7 @@ from megatron_hammer.train.metrics import Reporter, flops_per_token, peak_tflops
 from megatron_hammer.train.metrics_file import finite
 from megatron_hammer.train.output import HeldOutput
 from megatron_hammer.train.prepare import Prepared
+from megatron_hammer.train.rewind import BadStep, go_back
 from megatron_hammer.train.saver import MASK, Saver
 from megatron_hammer.train.source_sums import Sources, sizes_of, source_figures
 from megatron_hammer.train.state import RunState, check_state, load_state, upcoming
@@ -80,9 +82,24 @@ def every(interval: int | None, step: int, config: Config) -> bool:
     return step == config.train.num_steps or (interval is not None and step % interval == 0)
 
 
-def train(prepared: Prepared, ctx: ParallelContext) -> int:
-    """Train from wherever the run stands to its end; return the exit code (0, or 75 after a stop signal)."""
-    return Run(prepared, ctx).train()
+def train(
+    prepared: Prepared, ctx: ParallelContext, begin: Callable[[Prepared, ParallelContext], Run | None] | None = None
+) -> int:
+    """Train from wherever the run stands to its end; return the exit code (0, or 75 after a stop signal).
+
+    A run that goes back (``rewind.py``) begins again as one that was stopped and started anew would.
+
+    Args:
+        begin: builds a run and loads its state; None where its end is reached already.
+    """
+    while (run := begin(prepared, ctx) if begin is not None else Run(prepared, ctx)) is not None:
+        code, rewound = run.train(), run.rewound
+        if code or rewound is None:
+            return code
+        prepared = rewound
+        del run
+        gc.collect()  # its weights leave before those of the next one come
+    return 0
 
 
 class Run:
@@ -112,7 +129,7 @@ class Run:
         )
         self.drift = DriftCheck(config, self.optimizer, ctx) if config.train.drift_check_interval_steps else None
         self.first_step = self.state.step + 1
-        self.data = open_train_data(config, note=say if ctx.world.rank == 0 else lambda text: None)
+        self.data = open_train_data(config, say if ctx.world.rank == 0 else lambda text: None, prepared.rewinds)
         self.data.prepare(self.state.consumed_samples, self.batch_sizes.at(self.state.consumed_samples))
         self.state = self.state.counted(self.data)
         self.batches = ReadAhead(
@@ -134,6 +151,8 @@ class Run:
         self.health = Health(config.train.spike_window_steps, config.train.spike_z_score)
         self.health.load(self.state.health or {})
         self.save_is_due = False  # it was put off while steps were skipped
+        self.rewound: Prepared | None = None
+        """With what the run goes on after it has gone back; None while it has not."""
         check_state(prepared, self.state, self.data, self.optimizer, ctx, say)
         self.clock = time.perf_counter()
 
@@ -159,8 +178,12 @@ class Run:
                 saves = saves or self.save_is_due
                 lag = 0 if evaluates or saves else READ_LAG_STEPS[ctx.device.type]
                 stopped = self._read(lag, self._evaluate if evaluates else None)
+                if self.rewound is not None:
+                    return EXIT_STOPPED_BY_SIGNAL if stopped else 0
                 if saves or stopped or self.saver.must_save:
                     self._read(0)  # every line up to here is written before the checkpoint is committed
+                    if self.rewound is not None:
+                        return EXIT_STOPPED_BY_SIGNAL if stopped else 0
                     self._save_if_healthy(stopped, step == config.train.num_steps)
                     if not stopped and self.stop.now():  # a save may have been long: it is not followed by a step
                         stopped = True
@@ -217,7 +240,7 @@ class Run:
         due = self.drift is not None and (step == self.first_step or step % interval == 0)
         drift = self.drift if due else None
         self.limits = limits = self.health.limits(step)
-        holds = limits is not None and self.config.train.on_spike in ("skip", "stop")
+        holds = limits is not None and self.config.train.on_spike != "report"
         self.optimizer.limits = (limits.loss, limits.grad_norm) if limits is not None and holds else None
         return train_step(
             self.stages, self.optimizer, batches, self.config, step, self.ctx, self.micro_batch, drift, self.sources
@@ -241,7 +264,7 @@ class Run:
         All ranks read the same numbers in the same order, so all decide the same.
         """
         stopped = False
-        while len(self.pending) > lag:
+        while len(self.pending) > lag and self.rewound is None:
             done = self.pending.pop(0)
             if self.drift is not None and done.report.drift is not None:
                 self.drift.raise_on(done.report.drift)
@@ -295,11 +318,18 @@ class Run:
             )
         if action == "report":
             self._say(f"{what} {rule}: nothing is done about it (train.on_spike=report)")
-        elif action and (health.streak == 1 or action == "stop"):
+        elif action and (health.streak == 1 or action != "skip"):
             self._say(f"{what} {rule}: see {self._write_incident(done, finding, action, loss, grad_norm)}")
         if action == "stop":
             remedy = f"see {train.output}/incidents; look at these samples, lower optimizer.lr or lengthen the warm-up"
             raise NonFiniteError(2 if finding == "nonfinite" else 3, what, f"{rule} (train.on_{finding}=stop)", remedy)
+        if action == "rewind":
+            self.saver.finish()  # a checkpoint on its way may be the one to go back to
+            kind: Finding = "nonfinite" if finding == "nonfinite" else "spike"
+            bad = BadStep(step, kind, done.first_sample, f"{what} {rule}")
+            self.rewound = go_back(bad, self.prepared, self.data, self.ctx, self._say)
+            self.pending = []  # what was launched behind it is not looked at
+            return
         if health.skips >= train.max_consecutive_skips:
             raise NonFiniteError(
                 1,
@@ -313,7 +343,10 @@ class Run:
         record = {"step": done.state.step, "finding": finding, "action": action, "limits": limits}
         record |= finite({"loss": loss, "grad_norm": grad_norm})
         optimizer = None if self.pending else self.optimizer
-        return write_incident(self.config, record, done.first_sample, self.stages, optimizer, self.data, self.ctx)
+        rewinds = len(self.prepared.rewinds)
+        return write_incident(
+            self.config, record, done.first_sample, self.stages, optimizer, self.data, self.ctx, rewinds
+        )
 
     def _save_if_healthy(self, stopped: bool, last: bool) -> None:
         """Save, but not while steps are skipped one after the other: what made them bad may be in the weights.

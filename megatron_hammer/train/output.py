@@ -30,6 +30,7 @@ from megatron_hammer.base.files import replace_file, set_aside, sync_folder
 from megatron_hammer.base.locks import NO_LOCKS, take_lock
 from megatron_hammer.base.reading import read_regular
 from megatron_hammer.checkpoint.folder import Damaged, clean_up
+from megatron_hammer.sampling.ledger import LEDGER, Ledger, ledger_bytes, read_ledger
 from megatron_hammer.train.changes import FRESH
 from megatron_hammer.train.metrics_file import METRICS, copy_aside, read_lines
 
@@ -223,19 +224,34 @@ def _last_step(metrics: Path) -> int:
         return 0
 
 
-def put_in_order(output: Path, damaged: Sequence[Damaged], is_fresh: bool, resumed: int | None) -> list[str]:
+def put_in_order(
+    output: Path,
+    damaged: Sequence[Damaged],
+    is_fresh: bool,
+    resumed: int | None,
+    taken_back: Sequence[Damaged] = (),
+    rewinds: Ledger = (),
+) -> list[str]:
     """Put aside what the run that now begins does not go on from; lines on that. For the holder of the lock.
 
     Args:
         damaged: checkpoints that were passed over.
         is_fresh: whether a new run takes the place of one whose checkpoints are lost.
         resumed: step of the checkpoint that it goes on from; None for a new run.
+        taken_back: checkpoints of steps that a rewind has taken back.
+        rewinds: the ledger that it goes on with.
     """
     lines = []
-    for checkpoint in damaged:
+    found = [(one, "which is damaged") for one in damaged] + [(one, "which was taken back") for one in taken_back]
+    for checkpoint, why in found:
         if os.path.lexists(checkpoint.path):
             kept = set_aside(checkpoint.path)
-            lines.append(f"{checkpoint.path}, which is damaged, is kept as {kept.name}")
+            lines.append(f"{checkpoint.path}, {why}, is kept as {kept.name}")
+    ledger = output / LEDGER
+    if is_fresh and os.path.lexists(ledger):
+        lines.append(f"{ledger} is kept as {set_aside(ledger).name}")
+    if rewinds and read_ledger(ledger) != rewinds:  # of a checkpoint that was copied here, or of another run
+        replace_file(ledger, ledger_bytes(rewinds))
     metrics = output / METRICS
     if (damaged or is_fresh) and metrics.is_file() and not metrics.is_symlink():
         lines.append(f"{metrics} as it was is kept as {copy_aside(metrics).name}")

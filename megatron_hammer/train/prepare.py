@@ -29,6 +29,8 @@ from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.dataset.reader import IndexedDataset, check_prefix
 from megatron_hammer.kernels.libraries.te import check_before_start
 from megatron_hammer.sampling import index_builder as index
+from megatron_hammer.sampling.ledger import LEDGER as LEDGER_FILE
+from megatron_hammer.sampling.ledger import Ledger, Skips, ledger_from_trees, read_ledger
 from megatron_hammer.sampling.plan import Content, RunPlan, plan_run
 from megatron_hammer.sampling.samples import check_tokenizer, open_train_data
 from megatron_hammer.tokenizer.convert import export_note
@@ -51,6 +53,7 @@ from megatron_hammer.train.past import Pasts, in_phases, phases_to_paste, with_f
 OWED = "owed_line"  # in the state of a checkpoint: of metrics.jsonl, that of a step whose evaluation was cut short
 VERSIONS = "versions"  # in the state of a checkpoint: of the libraries that it was computed with
 IDENTITY, LEDGER = "data", "accepted"  # in the state of a checkpoint: the datasets, and the changes that were accepted
+REWINDS = "rewinds"  # in the state of a checkpoint: the lines of the ledger of its run so far; absent where none
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,10 @@ class Start:
     """Checkpoint whose weights a new run starts from."""
     damaged: tuple[Damaged, ...] = ()
     """Newer checkpoints of this run that are passed over; known to rank 0."""
+    taken_back: tuple[Damaged, ...] = ()
+    """Newer checkpoints of steps that a rewind has taken back; known to rank 0."""
+    rewinds: Ledger = ()
+    """What the run leaves out."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,13 @@ class Prepared:
     """Whether the samples to come are others than the checkpoint foresaw, because ``data.phases`` say so."""
     is_fresh: bool = False
     """Whether a new run may take the place of one whose checkpoints are lost (``--accept fresh``)."""
+    taken_back: tuple[Damaged, ...] = ()
+    """Newer checkpoints of steps that a rewind has taken back; known to rank 0."""
+    rewinds: Ledger = ()
+    """The run's ledger: what it leaves out of the order of its samples."""
+    inputs: Inputs | None = None
+    """What all this was made of, with ``accepted``: a run that goes back begins again with these."""
+    accepted: tuple[str, ...] = ()
 
     @property
     def is_finished(self) -> bool:
@@ -126,7 +140,8 @@ class Prepared:
 
     def to_state(self) -> dict[str, Any]:
         """What every checkpoint of the run says of its datasets and of accepted changes, as JSON values."""
-        return {IDENTITY: self.identity.to_tree(), LEDGER: list(self.ledger), VERSIONS: installed_versions()}
+        state = {IDENTITY: self.identity.to_tree(), LEDGER: list(self.ledger), VERSIONS: installed_versions()}
+        return state | ({REWINDS: [rewind.to_tree() for rewind in self.rewinds]} if self.rewinds else {})
 
 
 def checkpoints_folder(config: Config) -> Path:
@@ -156,7 +171,7 @@ def prepare(
         return settle(inputs, Start())
     prepared = settle(inputs, find_start(inputs.config, accepted), accepted)
     if check_data:
-        build_indices(prepared.config, prepared.resume, prepared.data_notes)
+        build_indices(prepared.config, prepared.resume, prepared.data_notes, prepared.rewinds)
     return prepared
 
 
@@ -206,16 +221,69 @@ def find_start(config: Config, accepted: Collection[str] = (), known_damage: Map
         CheckpointError: all are damaged, or the newest is and may not be passed over.
         RefusedError: there has been a run, and its checkpoints are gone.
     """
-    folder = checkpoints_folder(config)
-    found = search(folder, known_damage)
+    folder, output = checkpoints_folder(config), Path(config.train.output)
+    recorded, taken_back = read_ledger(output / LEDGER_FILE), dict[str, str]()
+    while True:
+        found = search(folder, {**(known_damage or {}), **taken_back})
+        rewinds = None if found.newest is None else rewinds_with(found.newest, recorded)
+        if found.newest is None or rewinds is not None:
+            break
+        taken_back[found.newest.folder.name] = f"{output / LEDGER_FILE} takes back steps that are in it"
+    stale = tuple(d for d in found.damaged if d.path.name in taken_back)
+    damaged = tuple(d for d in found.damaged if d.path.name not in taken_back)
     is_fresh = FRESH in accepted
-    if found.damaged and not (is_fresh and found.newest is None):
-        _judge_damage(folder, found.damaged, found.newest, config.checkpoint.fallback)
+    judged = damaged if found.newest is not None else found.damaged
+    if judged and not (is_fresh and found.newest is None):
+        _judge_damage(folder, judged, found.newest, config.checkpoint.fallback)
     if found.newest is not None:
-        return Start(found.newest, damaged=found.damaged)
-    refuse_traces(Path(config.train.output), config.checkpoint.save_interval_steps, accepted)
+        return Start(found.newest, damaged=damaged, taken_back=stale, rewinds=rewinds or ())
+    refuse_traces(output, config.checkpoint.save_interval_steps, accepted)
     init_from = config.checkpoint.init_from
-    return Start(init_from=None if init_from is None else open_checkpoint(init_from), damaged=found.damaged)
+    first = None if init_from is None else open_checkpoint(init_from)
+    if recorded is None or is_fresh:
+        recorded = replayed(config)
+    return Start(init_from=first, damaged=damaged, taken_back=stale, rewinds=recorded)
+
+
+def replayed(config: Config) -> Ledger:
+    """The ledger that a new run begins with: that of ``train.replay``.
+
+    Raises:
+        ConfigError: E223: there is none.
+        CheckpointError: E436: it is no ledger.
+    """
+    if config.train.replay is None:
+        return ()
+    path = Path(config.train.replay)
+    path = path / LEDGER_FILE if path.is_dir() else path
+    if (ledger := read_ledger(path)) is None:
+        rule, remedy = f"is not there, nor a folder with a {LEDGER_FILE}", "name the ledger of a run that has gone back"
+        raise ConfigError(23, f"train.replay={config.train.replay}", rule, remedy)
+    return ledger
+
+
+def rewinds_with(manifest: Manifest, recorded: Ledger | None) -> Ledger | None:
+    """The ledger that a run goes on with from a checkpoint; None where that holds steps which were taken back.
+
+    Args:
+        recorded: the one in the run's folder; None where there is none: then that of the checkpoint counts.
+
+    Raises:
+        RefusedError: E589: the two tell of different rewinds.
+    """
+    own = ledger_from_trees(manifest.state.get(REWINDS, []), f"{manifest.folder}: state.{REWINDS}")
+    common = len(own) if recorded is None else min(len(own), len(recorded))
+    if recorded is not None and own[:common] != recorded[:common]:
+        raise RefusedError(
+            89,
+            f"{manifest.folder.parents[1] / LEDGER_FILE}",
+            f"tells of other rewinds than {manifest.folder}, which the run would go on from",
+            "bring back the ledger that belongs to this run; without the file, that of the checkpoint counts",
+        )
+    if recorded is None or common == len(recorded):
+        return own
+    place = Skips.of(own).place(manifest.state.get("consumed_samples", 0))
+    return recorded if all(rewind.skipped[0][0] >= place for rewind in recorded[common:]) else None
 
 
 def _judge_damage(folder: Path, damaged: Sequence[Damaged], newest: Manifest | None, fallback: bool) -> None:
@@ -253,6 +321,10 @@ def settle(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prep
         inputs.identity,
         damaged=start.damaged,
         is_fresh=resume is None and FRESH in accepted,
+        taken_back=start.taken_back,
+        rewinds=start.rewinds,
+        inputs=inputs,
+        accepted=tuple(accepted),
     )
     if start.init_from is not None:
         check_fits(start.init_from, config.after_samples(0).model, {"weight"})
@@ -428,8 +500,8 @@ def _check_data(config: Config, tokenizer: Tokenizer | None, read_ids: bool) -> 
     return DataIdentity(tuple(found[prefix] for prefix in train), sets, mixes), notes, plan
 
 
-def build_indices(config: Config, resume: Manifest | None, notes: list[str]) -> None:
+def build_indices(config: Config, resume: Manifest | None, notes: list[str], rewinds: Ledger = ()) -> None:
     """Have the indices of large datasets built and kept before the ranks start, which then only open them."""
-    data = open_train_data(config, note=notes.append)
+    data = open_train_data(config, notes.append, rewinds)
     consumed = 0 if resume is None else resume.state["consumed_samples"]
     data.prepare(consumed, config.batch_sizes.at(consumed))

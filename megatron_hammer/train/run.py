@@ -22,6 +22,7 @@ from megatron_hammer.sampling.plan import format_run_plan
 from megatron_hammer.train.begin import Beginning, begin
 from megatron_hammer.train.build import kernel_requirements
 from megatron_hammer.train.forecast import forecast
+from megatron_hammer.train.loop import train
 from megatron_hammer.train.prepare import Prepared, prepare
 from megatron_hammer.train.trackers import check_trackers
 
@@ -75,10 +76,14 @@ def run_rank(
             with journal.waits("the process group"):
                 start_process_group(store, rank, world_size, device, timeout)
         ctx = build_parallel_context(config.grid(world_size), device, timeout, journal)
-        trained = begin(beginning, prepared, ctx, lambda other: _announce_other(other) if rank == 0 else None)
-        code = 0 if trained is None else trained.train()
+        announce = _announce_other if rank == 0 else _say_nothing
+        code = train(prepared, ctx, lambda prepared, ctx: begin(beginning, prepared, ctx, announce))
         end_process_group()  # at a clean end only: after a failure NCCL would wait here for ranks that never come
         return code
+
+
+def _say_nothing(prepared: Prepared) -> None:
+    """Rank 0 has."""
 
 
 def _announce_other(prepared: Prepared) -> None:
@@ -178,7 +183,15 @@ def _start_lines(prepared: Prepared) -> list[str]:
         steps = prepared.config.train.num_steps
         return [f"finished: {resume.folder} is at step {resume.step} of {steps}; nothing left to do"]
     if resume is not None:
-        return [f"resuming from {resume.folder}", *prepared.changes]
+        return [f"resuming from {resume.folder}", *_ledger_lines(prepared), *prepared.changes]
     if prepared.init_from is not None:
-        return [f"starting from the weights of {prepared.init_from.folder}"]
-    return []
+        return [f"starting from the weights of {prepared.init_from.folder}", *_ledger_lines(prepared)]
+    return _ledger_lines(prepared)
+
+
+def _ledger_lines(prepared: Prepared) -> list[str]:
+    """What the run leaves out."""
+    rewinds, samples = prepared.rewinds, sum(rewind.samples for rewind in prepared.rewinds)
+    if not rewinds:
+        return []
+    return [f"ledger of {len(rewinds)} rewind{'s' * (len(rewinds) > 1)}: {samples:,} samples of the order are left out"]

@@ -3,7 +3,7 @@
 ::
 
     round "inputs"       each rank looks at config, tokenizer, datasets    facts: settings, fingerprints
-    round "search"       rank 0 looks for the checkpoint                   told: its name and digest
+    round "search"       rank 0 looks for the checkpoint and the ledger    told: its name and digest, the ledger
     round "checkpoint"   the others open that very one
                          rank 0 writes a probe                             told: the probe's name
     round "folder"       the others look for the probe in their train.output
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_hammer.base.errors import CheckpointError, RefusedError
 from megatron_hammer.checkpoint.manifest import Manifest, read_manifest
 from megatron_hammer.config import Config, config_to_tree, setting_effects
+from megatron_hammer.sampling.ledger import ledger_from_trees
 from megatron_hammer.train.identity import DatasetIdentity
 from megatron_hammer.train.prepare import Inputs, Start, checkpoints_folder
 
@@ -85,6 +86,7 @@ def name_start(start: Start, config: Config) -> dict[str, Any]:
     return {
         "resume": _name(start.resume, checkpoints_folder(config)),
         "init_from": _name(start.init_from, Path(config.checkpoint.init_from or "")),
+        "rewinds": [rewind.to_tree() for rewind in start.rewinds],
     }
 
 
@@ -104,6 +106,7 @@ def open_start(names: dict[str, Any], config: Config, rank: int) -> Start:
     return Start(
         _open(names["resume"], checkpoints_folder(config), rank),
         _open(names["init_from"], Path(config.checkpoint.init_from or ""), rank),
+        rewinds=ledger_from_trees(names["rewinds"], "the ledger of rank 0"),
     )
 
 

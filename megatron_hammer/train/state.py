@@ -21,10 +21,11 @@ from megatron_hammer.config import Config
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.sampling.ledger import Skips, ledger_from_trees
 from megatron_hammer.sampling.loader import chain_digest
 from megatron_hammer.sampling.order import SampleId
 from megatron_hammer.sampling.samples import TrainData
-from megatron_hammer.train.prepare import OWED, Prepared
+from megatron_hammer.train.prepare import OWED, REWINDS, Prepared
 
 UPCOMING, HEALTH, CONSUMED = "next", "health", "source_tokens"  # in the state of a checkpoint
 
@@ -116,7 +117,10 @@ def check_state(
     line = check_live_state(resume, optimizer.shards(), state.step, state.to_manifest(optimizer), ctx)
     if line is not None and ctx.world.rank == 0:
         note(line)
-    saved, ours = resume.state.get(UPCOMING), upcoming(state, data, prepared.config)
+    saved = resume.state.get(UPCOMING)
+    # Since then the run may have gone back here: its next step was to be that of the ledger in the checkpoint.
+    then = Skips.of(ledger_from_trees(resume.state.get(REWINDS, []), str(resume.folder)))
+    ours = upcoming(state, data.with_skips(then), prepared.config)
     if saved is None or ours is None:
         return
     accepted = prepared.new_samples or any(entry.get("from_step") == state.step + 1 for entry in prepared.ledger)

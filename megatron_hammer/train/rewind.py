@@ -1,0 +1,154 @@
+"""Going back from a bad step to a checkpoint, and on without the samples around it (``train.on_spike=rewind``).
+
+What PaLM's authors did by hand (arXiv 2204.02311, 5.1): restart from a checkpoint before the spike, and leave out the
+steps that were seen before and during it. They found that the same samples from another checkpoint made no spike: it
+takes both, and other samples cure it. Here::
+
+    step        40 | 41 42 43 44 45    45 is a spike, train.rewind_skip_steps_before=1: the window is 44 45
+    checkpoint  40                     the newest before the window
+    now         40 | 41 42 43 | 44 ... 41 to 43 read what they have read, 44 what 46 would have read
+
+The order in which this is done makes it safe to be killed at any moment: first the lines of metrics.jsonl that will be
+taken back are kept aside, then the ledger gets its line (``sampling/ledger.py``), durably, by which the rewind has
+happened, and then checkpoints of steps in the window are set aside. A start finds the ledger and goes on as the run
+itself does now: from the newest checkpoint that holds nothing which was taken back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.base.errors import HammerError, NonFiniteError, from_os_error
+from megatron_hammer.base.files import replace_file, set_aside
+from megatron_hammer.checkpoint.folder import find_checkpoints, open_checkpoint, readable_checkpoints, step_of
+from megatron_hammer.checkpoint.manifest import Manifest
+from megatron_hammer.config.phases import phase_at
+from megatron_hammer.parallel.agreement import gather_values, raise_together
+from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.sampling.ledger import LEDGER, Finding, Ledger, Range, Rewind, Skips, ledger_bytes
+from megatron_hammer.sampling.samples import TrainData
+from megatron_hammer.train.incidents import incident_path
+from megatron_hammer.train.metrics_file import METRICS, read_lines
+from megatron_hammer.train.prepare import Prepared, Start, checkpoints_folder, settle
+from megatron_hammer.train.start import name_start, open_start
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """What a run goes back from."""
+
+    step: int
+    finding: Finding
+    first_sample: int
+    """Of its global batch: the number in the run."""
+    told: str
+    """Step, loss, norm and what is wrong with them, for people."""
+
+
+def go_back(
+    bad: BadStep, prepared: Prepared, data: TrainData, ctx: ParallelContext, say: Callable[[str], None]
+) -> Prepared:
+    """Record that the run goes back; what it begins again with, the same on all ranks. Communicates over the world.
+
+    Raises:
+        NonFiniteError: on all ranks, E905: it has gone back to this checkpoint too often.
+        HammerError: on all ranks: the ledger cannot be written.
+    """
+    failure, told = None, None
+    if ctx.world.rank == 0:
+        try:
+            told = _record(bad, prepared, data, say)
+        except HammerError as error:
+            failure = error
+        except OSError as error:
+            failure = from_os_error(error, "recording a rewind")
+    raise_together(ctx, failure)
+    names, failure, start = gather_values(ctx, told)[0], None, Start()
+    try:
+        start = open_start(names, prepared.config, ctx.world.rank)
+    except HammerError as error:
+        failure = error
+    raise_together(ctx, failure)
+    assert prepared.inputs is not None
+    return settle(prepared.inputs, start, prepared.accepted)
+
+
+def _record(bad: BadStep, prepared: Prepared, data: TrainData, say: Callable[[str], None]) -> dict[str, Any]:
+    """Everything that rank 0 writes, in the order that the module states; what it tells the others."""
+    config, done = prepared.config, prepared.rewinds
+    output = Path(config.train.output)
+    target = _target(checkpoints_folder(config), bad.step - config.train.rewind_skip_steps_before, bad.step)
+    back_to = 0 if target is None else target.step
+    _refuse_another(bad, back_to, done, config.train.max_rewinds)
+    first = 0 if target is None else target.state["consumed_samples"]
+    rewind = Rewind(len(done) + 1, bad.step, bad.finding, back_to, _window(bad, prepared, first, data.order.skips))
+    kept = _keep_lines(output, back_to, incident_path(config, bad.step, len(done)).with_suffix(".metrics.jsonl"))
+    ledger: Ledger = (*done, rewind)
+    replace_file(output / LEDGER, ledger_bytes(ledger))
+    aside = [set_aside(path).name for path in find_checkpoints(output) if back_to < step_of(path)]
+    where = "the beginning" if target is None else str(target.folder)
+    ranges = ", ".join(f"[{start}, {end})" for start, end in rewind.skipped)
+    say(
+        f"{bad.told}: rewind {rewind.number}, back to {where}; samples {ranges} of the order are left out "
+        f"({output / LEDGER})"
+    )
+    if kept is not None:
+        say(f"metrics of steps {back_to + 1} to {bad.step} are kept as {kept}")
+    for name in aside:
+        say(f"kept as {name}: a checkpoint with steps of the window")
+    init_from = config.checkpoint.init_from if target is None else None
+    first_weights = None if init_from is None else open_checkpoint(init_from)
+    return name_start(Start(target, first_weights, rewinds=ledger), config)
+
+
+def _target(checkpoints: Path, window: int, bad: int) -> Manifest | None:
+    """The newest checkpoint before a window, which begins with that step; None where there are none.
+
+    Where all are in the window, as few are kept, the oldest: of the window is left out what lies behind it.
+    """
+    found = None
+    for manifest in readable_checkpoints(checkpoints):
+        if manifest.step < bad:
+            found = manifest
+        if manifest.step < window:
+            break
+    return found
+
+
+def _refuse_another(bad: BadStep, back_to: int, done: Ledger, most: int) -> None:
+    times = sum(rewind.back_to_step == back_to for rewind in done)
+    if times >= most:
+        raise NonFiniteError(
+            5,
+            bad.told,
+            f"after {times} rewinds to step {back_to} (train.max_rewinds={most})",
+            "see OUT/incidents; lower optimizer.lr, or raise train.rewind_skip_steps_after and train.max_rewinds",
+        )
+
+
+def _window(bad: BadStep, prepared: Prepared, first: int, skips: Skips) -> tuple[Range, ...]:
+    """Places in the order that are left out: none of those that the checkpoint, whose next is ``first``, has read."""
+    train, size = prepared.config.train, prepared.config.batch_sizes.at(bad.first_sample)
+    phase = phase_at(
+        prepared.config.phases, bad.first_sample
+    )  # which a window does not leave: its neighbours go on alike
+    start = max(first, phase.first, bad.first_sample - train.rewind_skip_steps_before * size)
+    end = bad.first_sample + (1 + train.rewind_skip_steps_after) * size
+    end = end if phase.end is None else min(end, phase.end)
+    return tuple((place, place + count) for place, count in skips.pieces(start, end - start))
+
+
+def _keep_lines(output: Path, back_to: int, kept: Path) -> Path | None:
+    """Write the metrics of steps after ``back_to`` to a file of their own; None where there are none."""
+    try:
+        lines = [line for step, line in read_lines(output / METRICS).lines if step > back_to]
+    except OSError:  # which costs no run (metrics_file.py)
+        return None
+    if not lines:
+        return None
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(kept, b"".join(line + b"\n" for line in lines))
+    return kept

@@ -1,0 +1,191 @@
+"""A run that goes back from a spike equals one that knew its ledger from the start, whatever stops it on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from megatron_hammer.base.errors import CheckpointError, ConfigError, NonFiniteError, RefusedError
+from megatron_hammer.checkpoint.manifest import read_manifest
+from megatron_hammer.sampling.ledger import LEDGER, read_ledger
+from megatron_hammer.train import health, loop, rewind
+from megatron_hammer.train.prepare import find_start
+from tests.distributed import run_distributed
+from tests.train.runs import checkpoint_bytes, config_for, metrics, overrides, train_here
+
+REWIND = ("train.on_spike=rewind", "train.spike_z_score=4", "checkpoint.keep_last=9", "train.eval_interval_steps=12")
+BAD_PLACE = 65  # in the order: read by step 9, of 8 samples each
+
+
+def _spoil(_: Any, __: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t * 100.0 for t in output)
+
+
+@contextmanager
+def bad_samples(places: tuple[int, ...] = (BAD_PLACE,), seen: list[int] | None = None) -> Iterator[None]:
+    """Steps that read one of these places of the order have a loss and a norm that are spikes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(health, "SMALLEST_HISTORY", 4)
+        step_of, hooks = loop.Run._step, list[Any]()
+
+        def step(run: loop.Run, number: int) -> Any:
+            while hooks:
+                hooks.pop().remove()
+            pieces = run.data.order.skips.pieces(run.state.consumed_samples, run.config.train.global_batch_size)
+            if any(first <= place < first + count for first, count in pieces for place in places):
+                last = [m for name, m in run.stages[0].named_modules() if name.endswith("norm")][-1]
+                hooks.append(last.register_forward_hook(_spoil))
+                if seen is not None:
+                    seen.append(number)
+            return step_of(run, number)
+
+        patch.setattr(loop.Run, "_step", step)
+        yield
+
+
+def _same(one: Path, other: Path, step: int = 12) -> None:
+    assert metrics(one) == metrics(other)
+    assert checkpoint_bytes(one, step) == checkpoint_bytes(other, step)
+    digests = [read_manifest(p / "checkpoints" / f"step-{step:08d}").state_digest for p in (one, other)]
+    assert digests[0] == digests[1] and digests[0] is not None
+
+
+@pytest.fixture(scope="module")
+def rewound(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps that has gone back from its step 9, whose window is steps 8 and 9, to step 6."""
+    output = tmp_path_factory.mktemp("rewound") / "run"
+    seen: list[int] = []
+    with bad_samples(seen=seen):
+        assert train_here(0, overrides(data, output, *REWIND)) == 0
+    assert seen == [9]
+    return output
+
+
+def test_a_run_with_the_ledger_of_one_that_went_back_is_the_same(data: Path, tmp_path: Path, rewound: Path) -> None:
+    lines = [json.loads(line) for line in (rewound / LEDGER).read_text().splitlines()]
+    assert lines == [{"rewind": 1, "step": 9, "finding": "spike", "back_to_step": 6, "skipped_samples": [[56, 72]]}]
+    assert [line["step"] for line in metrics(rewound)] == list(range(1, 13))
+    kept = (rewound / "incidents" / "step-00000009.metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in kept] == [7, 8, 9], "metrics of the steps taken back"
+    assert json.loads((rewound / "incidents" / "step-00000009.json").read_text())["action"] == "rewind"
+    states = [read_manifest(path).state for path in sorted((rewound / "checkpoints").glob("step-*"))]
+    assert [state.get("rewinds") for state in states] == [None, None, lines, lines]
+    again = tmp_path / "again"
+    assert train_here(0, overrides(data, again, *REWIND, f"train.replay={rewound}")) == 0
+    _same(rewound, again)
+
+
+def test_killed_before_in_and_after_a_rewind(
+    data: Path, tmp_path: Path, rewound: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And numbers that are read one step late, as on a GPU, change nothing."""
+    monkeypatch.setitem(loop.READ_LAG_STEPS, "cpu", 1)
+    output, killed = tmp_path / "run", list[str]()
+
+    def dies(name: str, before: bool) -> Any:
+        real = getattr(rewind, name)
+
+        def call(*args: Any) -> Any:
+            if before or real(*args) is None:
+                killed.append(name)
+                raise KeyboardInterrupt
+
+        return call
+
+    with bad_samples():
+        for name, before in (("replace_file", True), ("replace_file", False), ("settle", True)):
+            with monkeypatch.context() as patch:
+                patch.setattr(rewind, name, dies(name, before))
+                with pytest.raises(KeyboardInterrupt):
+                    train_here(0, overrides(data, output, *REWIND))
+            if name == "settle":
+                assert read_ledger(output / LEDGER) == read_ledger(rewound / LEDGER)
+            else:
+                (output / LEDGER).unlink(missing_ok=True)
+        assert train_here(0, overrides(data, output, *REWIND)) == 0
+    assert killed == ["replace_file", "replace_file", "settle"]
+    _same(rewound, output)
+    (output / LEDGER).unlink()  # a checkpoint brings its ledger with it
+    shutil.rmtree(output / "checkpoints" / "step-00000012")
+    assert train_here(0, overrides(data, output, *REWIND)) == 0
+    _same(rewound, output)
+
+
+def test_a_wide_window_takes_checkpoints_back_and_a_start_passes_over_them(data: Path, tmp_path: Path) -> None:
+    output, more = tmp_path / "run", (*REWIND, "train.rewind_skip_steps_before=3", "train.rewind_skip_steps_after=1")
+    with bad_samples(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rewind, "set_aside", lambda path: path)  # killed before that
+        patch.setattr(rewind, "settle", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train_here(0, overrides(data, output, *more))
+    (line,) = read_ledger(output / LEDGER) or ()
+    assert (line.back_to_step, line.skipped) == (3, ((40, 80),))
+    start = find_start(config_for(overrides(data, output, *more)))
+    assert start.resume is not None and start.resume.step == 3 and not start.damaged
+    assert [found.step for found in start.taken_back] == [6]
+    with bad_samples():
+        assert train_here(0, overrides(data, output, *more)) == 0
+        again = tmp_path / "again"
+        assert train_here(0, overrides(data, again, *more, f"train.replay={output / LEDGER}")) == 0
+    _same(output, again)
+
+
+def test_a_run_without_a_checkpoint_begins_anew_and_spikes_that_go_on_end_it(data: Path, tmp_path: Path) -> None:
+    output, more = tmp_path / "run", (*REWIND, "checkpoint.save_interval_steps=12", "train.max_rewinds=2")
+    with bad_samples((BAD_PLACE, 66)):
+        assert train_here(0, overrides(data, output, *more)) == 0
+    assert [(one.back_to_step, one.skipped) for one in read_ledger(output / LEDGER) or ()] == [(0, ((56, 72),))]
+    assert (output / "incidents" / "step-00000009.metrics.jsonl").read_text().count("\n") == 9
+    with bad_samples(tuple(range(64, 200))), pytest.raises(NonFiniteError) as caught:
+        train_here(0, overrides(data, tmp_path / "stop", *more))
+    assert (caught.value.code, caught.value.exit_code) == ("E905", 9)
+    assert "after 2 rewinds to step 0" in str(caught.value)
+    found = read_ledger(tmp_path / "stop" / LEDGER) or ()
+    assert [one.skipped for one in found] == [((56, 72),), ((48, 56), (72, 80))]
+    assert len(list((tmp_path / "stop" / "incidents").glob("*.json"))) == 3, "each is kept"
+
+
+def test_ledgers_that_do_not_belong_here(data: Path, tmp_path: Path, rewound: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(rewound, output)
+    config = config_for(overrides(data, output, *REWIND))
+    good = (output / LEDGER).read_text()
+    other = good.replace("[[56, 72]]", "[[56, 64]]")
+    (output / LEDGER).write_text(other)
+    with pytest.raises(RefusedError, match=r"E589.*other rewinds"):
+        find_start(config)
+    (output / LEDGER).write_text(good + '{"rewind": 2')  # torn: no line
+    assert len(find_start(config).rewinds) == 1
+    for wrong in ("[]", good.replace('"spike"', '"x"'), good.replace("9", "-9"), good * 2, good.replace("72", "1e9"),
+                  good.replace("[[56, 72]]", "[]"), good.replace("[[56, 72]]", "[[72, 56]]"), "\0" * 9):  # fmt: skip
+        (output / LEDGER).write_text(wrong + "\n")
+        with pytest.raises(CheckpointError, match=r"E436.*ledger\.jsonl:[12] is not a line"):
+            find_start(config)
+    with pytest.raises(ConfigError, match=r"E223\]: train.replay=.*is not there"):
+        find_start(config_for(overrides(data, tmp_path / "new", f"train.replay={tmp_path / 'none'}")))
+    with pytest.raises(ConfigError, match=r"E223\]: train.on_spike=rewind is not for data.order=megatron"):
+        config_for(overrides(data, tmp_path / "new", *REWIND, "data.order=megatron")).validate(1)
+
+
+def _ranks(rank: int, arguments: list[str], replayed: list[str]) -> None:
+    with bad_samples():
+        assert train_here(rank, arguments) == 0
+        assert train_here(rank, replayed) == 0
+
+
+def test_on_four_ranks(data: Path, tmp_path: Path) -> None:
+    """TP 2 x DP 2 with sharded weights: all ranks go back together; the incident names ranks and documents."""
+    more = (*REWIND, "parallel.tensor_model_parallel_size=2", "parallel.shard=weights", "train.micro_batch_size=2",
+            "train.rewind_skip_steps_before=0")  # fmt: skip
+    one, other = tmp_path / "one", tmp_path / "other"
+    run_distributed(4, _ranks, overrides(data, one, *more), overrides(data, other, *more, f"train.replay={one}"))
+    assert [rewound.skipped for rewound in read_ledger(one / LEDGER) or ()] == [((64, 72),)]
+    _same(one, other)
+    assert (one / "incidents" / "step-00000009.json").is_file()
