@@ -26,6 +26,7 @@ from megatron_hammer.base.compiled import find_compiled
 from megatron_hammer.base.errors import DataError
 
 _compiled: Any = find_compiled("megatron_hammer.base._mapping", 1)
+BACKEND = "Python" if _compiled is None else "C++"
 SURVIVES_CUTS = _compiled is not None
 """Whether a read of a file that has been cut gives zeros; without the compiled part it ends the process."""
 _C = ctypes.CDLL(None, use_errno=True)

@@ -30,6 +30,7 @@ from megatron_hammer.checkpoint.space import checkpoint_bytes
 from megatron_hammer.config import Config
 from megatron_hammer.dataset.look.verify import verify_dataset
 from megatron_hammer.train.prepare import VERSIONS, checkpoints_folder, find_start, look_at_inputs, settle
+from megatron_hammer.verify.nvidia import driver_fault, driver_version, nccl_fault
 
 Status = Literal["ok", "warning", "failed", "not applicable"]
 FEW_FILES, FEW_PROCESSES = 1024, 512  # below: loaders, stores and libraries of a rank may not find enough
@@ -112,6 +113,7 @@ def _checks(config: Config | None, world_size: int, note: Callable[[str], None])
         ("machine", "GPU", _gpu),
         ("machine", "disk", lambda: none if config is None else _disk(config)),
         ("environment", "compiled parts", _compiled),
+        ("environment", "backends", lambda: none if config is None else _backends(config)),
         ("environment", "versions", lambda: none if config is None else _versions(config)),
         ("data", "settings", lambda: none if config is None else _settings(config, world_size)),
     ]
@@ -174,18 +176,23 @@ def _gpu() -> Verdict:
 
     if torch.version.cuda is None:
         return "not applicable", f"torch {torch.__version__} is built for CPUs", ""
+    fault = driver_fault(driver_version(), torch.version.cuda)
     if not torch.cuda.is_available():
-        return (
-            "warning",
-            f"torch is built for CUDA {torch.version.cuda}, but sees no GPU",
-            ("see nvidia-smi: the driver must be there and new enough for this CUDA"),
-        )
+        found = f"torch is built for CUDA {torch.version.cuda}, but sees no GPU{f': {fault}' if fault else ''}"
+        return "warning", found, "see nvidia-smi: the driver must be there and new enough for this CUDA"
     names = ", ".join(dict.fromkeys(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())))
-    nccl = ""
+    found = f"{torch.cuda.device_count()} x {names}, driver {driver_version()}, CUDA {torch.version.cuda}"
+    nccl: tuple[int, ...] = ()
     with contextlib.suppress(RuntimeError, AttributeError):  # a build without it
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
-    found = f"{torch.cuda.device_count()} x {names}, CUDA {torch.version.cuda}, NCCL {nccl or 'not there'}"
-    return ("ok", found, "") if nccl else ("warning", found, "use a build of torch with NCCL for several GPUs")
+        nccl = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    if not nccl:
+        return "warning", f"{found}, no NCCL", "use a build of torch with NCCL for several GPUs"
+    found += f", NCCL {'.'.join(map(str, nccl))}"
+    if fault is not None:
+        return "warning", f"{found}; {fault}", "install a newer driver, or a torch that is built for an older CUDA"
+    if (other := nccl_fault(nccl)) is not None:
+        return "warning", f"{found}; {other}", "take other libraries of NCCL out of LD_LIBRARY_PATH and LD_PRELOAD"
+    return "ok", found, ""
 
 
 def _disk(config: Config) -> Verdict:
@@ -215,6 +222,8 @@ def _disk(config: Config) -> Verdict:
 
 
 def _compiled() -> Verdict:
+    from megatron_hammer.base import mapping
+    from megatron_hammer.checkpoint import digest
     from megatron_hammer.kernels.native import cpu, cuda
     from megatron_hammer.sampling import index_builder
     from megatron_hammer.tokenizer import encode
@@ -223,11 +232,29 @@ def _compiled() -> Verdict:
         "index builder": index_builder.BACKEND == "C++",
         "tokenizer": encode.COMPILED is not None,
         "CPU kernels": cpu.COMPILED is not None,
+        "file maps": mapping.BACKEND == "C++",
+        "state digest": digest.BACKEND == "C++",
     }
     found = ", ".join(f"{name} {'built' if built else 'missing'}" for name, built in parts.items())
     found += f", CUDA kernels {'built' if cuda.LIBRARY.exists() else 'not built'}"
     if not all(parts.values()):
         return "warning", found, "build them: pip install -e . (Python code does their work, slower)"
+    return "ok", found, ""
+
+
+def _backends(config: Config) -> Verdict:
+    """What will run each operation on this machine, and what was asked for by name and cannot."""
+    import torch
+
+    from megatron_hammer.kernels.report import missing_kernels
+    from megatron_hammer.kernels.selection import select_backends
+    from megatron_hammer.train.build import kernel_requirements
+
+    required = kernel_requirements(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = select_backends(config.kernels, required)
+    found = f"on {required.device.type}: " + ", ".join(f"{name} {backend.name}" for name, backend in chosen.items())
+    if warning := missing_kernels(config.kernels, required):
+        return "warning", found, " ".join(warning.split())
     return "ok", found, ""
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.train.prepare import Prepared
-from megatron_hammer.verify import doctor
+from megatron_hammer.verify import doctor, nvidia
 from megatron_hammer.verify.doctor import Finding, examine, exit_code, format_findings, to_tree
 
 MODEL = {"hidden_size": 16, "ffn_hidden_size": 24, "num_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
@@ -102,3 +105,59 @@ def test_a_loss_that_is_not_finite_fails(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("megatron_hammer.verify.steps.take_steps", lambda *rest: outcome)
     found = rows(config_of(tmp_path))["two dry steps"]
     assert found.status == "failed" and found.exit_code == 9
+
+
+def test_compiled_parts_and_backends_have_their_rows(tmp_path: Path, no_steps: None) -> None:
+    found = rows(config_of(tmp_path))
+    for part in ("index builder", "tokenizer", "CPU kernels", "file maps", "state digest"):
+        assert f"{part} built" in found["compiled parts"].found or f"{part} missing" in found["compiled parts"].found
+    assert re.match(r"on \w+: .*attention \w+", found["backends"].found), found["backends"].found
+
+
+def test_a_backend_that_cannot_run_here_fails_as_the_run_would(tmp_path: Path, no_steps: None) -> None:
+    config = config_of(tmp_path)
+    config = replace(config, kernels=replace(config.kernels, attention="flash-attn-3"))
+    if not torch.cuda.is_available():
+        assert rows(config)["backends"].exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "words"),
+    [
+        ("550.54.14", "12.4", None), ("525.60.13", "12.8", None), ("470.82.01", "12.1", "older than 525.60.13"),
+        ("570.86.10", "13.0", "older than 580.65.6"), (None, "12.1", "no driver"), ("470.82.01", "99.0", None),
+    ],
+)  # fmt: skip
+def test_a_driver_too_old_for_the_cuda_of_torch(driver: str | None, cuda: str, words: str | None) -> None:
+    fault = nvidia.driver_fault(driver, cuda)
+    assert fault is None if words is None else words in str(fault)
+
+
+def test_driver_and_nccl_are_read_where_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024\n",
+                 "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.14  Release Build\n"):  # fmt: skip
+        (tmp_path / "version").write_text(text)
+        assert nvidia.driver_version(tmp_path / "version") == "550.54.14"
+    assert nvidia.driver_version(tmp_path / "absent") is None
+    monkeypatch.setattr(nvidia.metadata, "requires", lambda name: ["numpy", "nvidia-nccl-cu12==2.21.5; platform"])
+    assert nvidia.nccl_fault((2, 21, 5)) is None and "2.21.5" in str(nvidia.nccl_fault((2, 18, 1)))
+    monkeypatch.setattr(nvidia.metadata, "requires", lambda name: None)
+    assert nvidia.nccl_fault((2, 18, 1)) is None
+
+
+def test_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By stand-ins: two GPUs, an old driver, another NCCL, none."""
+    monkeypatch.setattr(torch.version, "cuda", "12.4")
+    stands = {"is_available": lambda: True, "device_count": lambda: 2, "get_device_name": lambda i: "H100"}
+    for name, stand in stands.items():
+        monkeypatch.setattr(torch.cuda, name, stand)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 21, 5))
+    monkeypatch.setattr(doctor, "driver_version", lambda: "550.54.14")
+    monkeypatch.setattr(nvidia.metadata, "requires", lambda name: ["nvidia-nccl-cu12==2.21.5"])
+    assert doctor._gpu() == ("ok", "2 x H100, driver 550.54.14, CUDA 12.4, NCCL 2.21.5", "")
+    monkeypatch.setattr(nvidia.metadata, "requires", lambda name: ["nvidia-nccl-cu12==2.26.2"])
+    assert doctor._gpu()[0] == "warning" and "2.26.2" in doctor._gpu()[1]
+    monkeypatch.setattr(doctor, "driver_version", lambda: "470.82.01")
+    assert "older than 525.60.13" in doctor._gpu()[1] and "newer driver" in doctor._gpu()[2]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "sees no GPU: the driver 470.82.01 is older" in doctor._gpu()[1]
