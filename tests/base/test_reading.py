@@ -42,6 +42,8 @@ REASONS = {
     ("parallel/observe.py", "read_text"): "/proc",
     ("parallel/watchman.py", "os.open"): "/proc: the board of the first rank of the node",
     ("verify/drill.py", "read_bytes"): "what the drill's own runs have written",
+    ("kernels/newton_schulz.py", "read_text"): "/proc",
+    ("verify/nvidia.py", "read_text"): "/proc",
     ("verify/drill.py", "read_text"): "the same, and /proc",
     ("verify/faults.py", "read_bytes"): "the same, and /proc",
     ("verify/outcome.py", "np.load"): "of a file that the guarded open opened, without pickle",

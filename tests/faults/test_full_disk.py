@@ -211,5 +211,5 @@ def test_read_only_and_missing_folders(given: dict[str, Path], disk: Path | None
         CASES[name](given, folder)  # many make it
     except Exception as absent:
         line = str(from_exception(absent, "the test"))
-        assert "E601" in line and str(folder) in line and "is not there" in line, line
+        assert str(folder) in line and re.search("E601.*is not there|E288.*is no folder; make it first", line), line
     shutil.rmtree(folder, ignore_errors=True)
