@@ -26,9 +26,12 @@ Before and after Python was taken out of the layers (29 Nov. 2026, torch 2.13, P
 did ten other things, the better of two runs)::
 
     path    calls    ours  torch's  operations     us           calls    ours  torch's  operations     us
-    cpu       427     139      288         118  1,104     ->      170     108       62         117    998
-    tp2       517     149      368         146  2,503     ->      253     121      132         145  2,342
-    gpu       399     124      275         117    729     ->      170     102       68         116    668
+    cpu       427     139      288         118  1,104     ->      167     105       62         117    998
+    tp2       517     149      368         146  2,503     ->      253     131      122         145  2,342
+    gpu       399     124      275         117    729     ->      167      99       68         116    668
+
+(Times before the ten collectives of tp2 were noted for those who watch the ranks: at first five calls each, 311 in all;
+now the notes are C alone, and torch's wrappers that log an exception are left out.)
 
 So 60 % of the calls were a tenth of the time; what is left is mostly torch's own code around each operation, which only
 a CUDA graph (``kernels.cuda_graph``) takes away.

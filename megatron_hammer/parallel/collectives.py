@@ -16,6 +16,8 @@ name that torch has. The functional ones are private, and the same in torch 2.11
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import unwrap
+from time import monotonic_ns
 from typing import Any
 
 import torch
@@ -29,9 +31,10 @@ from megatron_hammer.parallel.context import Group
 
 SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
 
-_all_gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_exchange: Any = dist.all_to_all_single
-_reduce_scatter_into: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# Without torch's wrapper, which writes an exception to a log before it passes it on.
+_all_gather_into: Any = unwrap(getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)
+_exchange: Any = unwrap(dist.all_to_all_single)
+_reduce_scatter_into: Any = unwrap(getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)
 
 
 class Done:
@@ -42,35 +45,49 @@ class Done:
 
 
 class Noted:
-    """The handle of a collective under way; that it is waited for is noted in the journal of this rank."""
+    """The handle of a collective under way; that it is waited for is noted in the journal of this rank.
 
-    def __init__(self, work: Any, journal: Journal) -> None:
-        self._work, self._journal = work, journal
+    Layers make ten of them, so that what is noted is written out here (``Journal.note``), and there is no ``__init__``:
+    benchmarks/calls.py counts Python calls.
+    """
+
+    __slots__ = ("journal", "work")
+    journal: Journal
+    work: Any
 
     def wait(self) -> None:
         """Until it is done here."""
-        self._journal.begin_wait()
-        self._work.wait()
-        self._journal.end_wait()
+        journal = self.journal
+        journal.is_waiting = True
+        journal.note(monotonic_ns(), journal.collectives, True, journal.collective)
+        self.work.wait()
+        journal.is_waiting = False
+        journal.note(monotonic_ns(), journal.collectives, False, journal.collective)
 
 
-def _start(group: Group, name: str, collective: Callable[..., Any], *tensors: Tensor, **more: Any) -> Any:
+def _start(group: Group, name: bytes, collective: Callable[..., Any], *tensors: Tensor, **more: Any) -> Any:
     """Start a collective of the group, and note it: a handle."""
-    if group.journal is None:
+    journal = group.journal
+    if journal is None:
         return collective(*tensors, group=group.handle, async_op=True, **more)
-    group.journal.begin(name)
-    return Noted(collective(*tensors, group=group.handle, async_op=True, **more), group.journal)
+    journal.collectives, journal.collective = journal.collectives + 1, name
+    journal.note(monotonic_ns(), journal.collectives, journal.is_waiting, name)
+    noted = Noted()
+    noted.journal, noted.work = journal, collective(*tensors, group=group.handle, async_op=True, **more)
+    return noted
 
 
-def _finish(group: Group, name: str, collective: Callable[..., Any], *tensors: Tensor, **more: Any) -> None:
+def _finish(group: Group, name: bytes, collective: Callable[..., Any], *tensors: Tensor, **more: Any) -> None:
     """Run a collective of the group to its end (on a GPU: to its start), and note it."""
-    if group.journal is None:
+    journal = group.journal
+    if journal is None:
         collective(*tensors, group=group.handle, **more)
         return
-    group.journal.begin(name)
-    group.journal.begin_wait()
+    journal.collectives, journal.collective, journal.is_waiting = journal.collectives + 1, name, True
+    journal.note(monotonic_ns(), journal.collectives, True, name)
     collective(*tensors, group=group.handle, **more)
-    group.journal.end_wait()
+    journal.is_waiting = False
+    journal.note(monotonic_ns(), journal.collectives, False, name)
 
 
 def all_reduce(tensor: Tensor, group: Group, op: Any = SUM, async_op: bool = False) -> Any:
@@ -82,15 +99,19 @@ def all_reduce(tensor: Tensor, group: Group, op: Any = SUM, async_op: bool = Fal
         tensor.copy_(functional.all_reduce(tensor, "sum", group.process_group))
         return Done()
     if async_op:
-        return _start(group, "all_reduce", dist.all_reduce, tensor, op=op)
-    _finish(group, "all_reduce", dist.all_reduce, tensor, op=op)
+        return _start(group, b"all_reduce", dist.all_reduce, tensor, op=op)
+    _finish(group, b"all_reduce", dist.all_reduce, tensor, op=op)
     return Done()
 
 
 def all_gather_rows(shard: Tensor, group: Group) -> Tensor:
     """[r, ...] on each rank -> [r * size, ...] on all, in rank order; a new tensor unless size is 1."""
-    full, handle = all_gather_rows_async(shard, group)
-    handle.wait()
+    if group.size == 1:
+        return shard
+    if is_dynamo_compiling():
+        return functional.all_gather_tensor(shard.contiguous(), 0, group.process_group)
+    full = shard.new_empty((shard.shape[0] * group.size, *shard.shape[1:]))
+    _finish(group, b"all_gather", _all_gather_into, full, shard.contiguous())
     return full
 
 
@@ -101,7 +122,7 @@ def all_gather_rows_async(shard: Tensor, group: Group) -> tuple[Tensor, Any]:
     if is_dynamo_compiling():
         return functional.all_gather_tensor(shard.contiguous(), 0, group.process_group), Done()
     full = shard.new_empty((shard.shape[0] * group.size, *shard.shape[1:]))
-    return full, _start(group, "all_gather", _all_gather_into, full, shard.contiguous())
+    return full, _start(group, b"all_gather", _all_gather_into, full, shard.contiguous())
 
 
 def reduce_scatter_rows_async(full: Tensor, group: Group) -> tuple[Tensor, Any]:
@@ -111,7 +132,7 @@ def reduce_scatter_rows_async(full: Tensor, group: Group) -> tuple[Tensor, Any]:
     if is_dynamo_compiling():
         return functional.reduce_scatter_tensor(full.contiguous(), "sum", 0, group.process_group), Done()
     shard = full.new_empty((full.shape[0] // group.size, *full.shape[1:]))
-    return shard, _start(group, "reduce_scatter", _reduce_scatter_into, shard, full.contiguous())
+    return shard, _start(group, b"reduce_scatter", _reduce_scatter_into, shard, full.contiguous())
 
 
 def reduce_scatter_into(shard: Tensor, full: Tensor, group: Group) -> Any:
@@ -120,7 +141,7 @@ def reduce_scatter_into(shard: Tensor, full: Tensor, group: Group) -> Any:
         if shard.data_ptr() != full.data_ptr():
             shard.copy_(full)
         return Done()
-    return _start(group, "reduce_scatter", _reduce_scatter_into, shard, full)
+    return _start(group, b"reduce_scatter", _reduce_scatter_into, shard, full)
 
 
 def all_gather_into(full: Tensor, shard: Tensor, group: Group) -> Any:
@@ -129,7 +150,7 @@ def all_gather_into(full: Tensor, shard: Tensor, group: Group) -> Any:
         if shard.data_ptr() != full.data_ptr():
             full.copy_(shard)
         return Done()
-    return _start(group, "all_gather", _all_gather_into, full, shard)
+    return _start(group, b"all_gather", _all_gather_into, full, shard)
 
 
 def start_exchange(
@@ -149,36 +170,33 @@ def start_exchange(
             received.copy_(sent)
         return Done()
     if receive_sizes is None or send_sizes is None:
-        return _start(group, "all_to_all", _exchange, received, sent)
+        return _start(group, b"all_to_all", _exchange, received, sent)
     sizes = {"output_split_sizes": list(receive_sizes), "input_split_sizes": list(send_sizes)}
-    return _start(group, "all_to_all", _exchange, received, sent, **sizes)
+    return _start(group, b"all_to_all", _exchange, received, sent, **sizes)
 
 
 def broadcast(tensor: Tensor, group: Group) -> None:
     """Overwrite ``tensor`` with that of the group's first rank."""
     if group.size > 1:
         first = 0 if group.handle is None else dist.get_global_rank(group.handle, 0)
-        _finish(group, "broadcast", dist.broadcast, tensor, src=first)
+        _finish(group, b"broadcast", dist.broadcast, tensor, src=first)
 
 
 def start_send(tensor: Tensor, link: Group) -> Any:
     """Start to send to the other rank of a link: a handle; the tensor is left as it is until the handle is done."""
     work = dist.isend(tensor, dist.get_global_rank(link.process_group, 1 - link.rank), group=link.handle)
-    return _noted(work, link, "send")
+    return _noted(work, link, b"send")
 
 
 def start_receive(tensor: Tensor, link: Group) -> Any:
     """Start to receive into ``tensor`` what the other rank of a link sends next: a handle."""
     work = dist.irecv(tensor, dist.get_global_rank(link.process_group, 1 - link.rank), group=link.handle)
-    return _noted(work, link, "receive")
+    return _noted(work, link, b"receive")
 
 
-def _noted(work: Any, link: Group, name: str) -> Any:
+def _noted(work: Any, link: Group, name: bytes) -> Any:
     """The handle of a message, noted."""
-    if link.journal is None:
-        return work
-    link.journal.begin(name)
-    return Noted(work, link.journal)
+    return _start(link, name, lambda **_: work)
 
 
 class _Together:
@@ -202,7 +220,7 @@ def start_swap(sent: Tensor, target: int, received: Tensor, source: int, group: 
     if sent.is_meta:  # in a world that only counts (fake_world.py); a batch asks for the backend of a real device
         return _Together([call(x, p, group.handle) for (call, x, _), p in zip(calls, peers, strict=True)])
     batch = [dist.P2POp(call, x, p, group.process_group) for (call, x, _), p in zip(calls, peers, strict=True)]
-    return _noted(_Together(dist.batch_isend_irecv(batch)), group, "send and receive")
+    return _noted(_Together(dist.batch_isend_irecv(batch)), group, b"send and receive")
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -63,16 +63,19 @@ class RecordedWaits(Journal):
 
     def __init__(self, journal: Journal, ranges: RecordedRanges) -> None:
         vars(self).update(vars(journal))  # the same slot, and what was noted so far
-        self._ranges, self._range = ranges, no_range(budget.COMMUNICATION)
+        self._ranges, self._range, self._note = ranges, no_range(budget.COMMUNICATION), journal.note
+        self._noted_wait, self.note = journal.is_waiting, self._show
 
-    def begin_wait(self) -> None:
-        super().begin_wait()
-        self._range = self._ranges(budget.COMMUNICATION)
-        self._range.__enter__()
-
-    def end_wait(self) -> None:
-        self._range.__exit__(None, None, None)
-        super().end_wait()
+    def _show(self, when: int, collectives: int, waiting: bool, collective: bytes) -> None:
+        """Note it, and begin or end a range where waiting does."""
+        begins, ends = waiting and not self._noted_wait, self._noted_wait and not waiting
+        self._noted_wait = waiting
+        if ends:
+            self._range.__exit__(None, None, None)
+        self._note(when, collectives, waiting, collective)
+        if begins:
+            self._range = self._ranges(budget.COMMUNICATION)
+            self._range.__enter__()
 
 
 class Workload:
