@@ -14,6 +14,7 @@ from megatron_hammer.checkpoint.manifest import saved_model
 from megatron_hammer.sampling.plan import format_run_plan
 from megatron_hammer.sampling.samples import open_train_data
 from megatron_hammer.train.prepare import Prepared, prepare
+from tests.distributed import run_distributed
 from tests.train.runs import (
     accepted_by,
     begin_run,
@@ -199,3 +200,17 @@ def test_a_run_through_phases_goes_on_bit_for_bit(trained: Path, tmp_path: Path)
     assert newest is not None and saved_model(newest).rope_theta == 50_000
     assert saved_model(newest).max_position_embeddings == 64
     assert [line["consumed_tokens"] for line in metrics(tmp_path / "whole")] == [256, 512, 768, 1280, 1792]
+
+
+def test_ranks_share_the_samples_of_phases(trained: Path, tmp_path: Path) -> None:
+    """Two data-parallel ranks that gather each other's weights, through another mix and another length, have the
+    samples of one process; they evaluate a single micro-batch, which one of them computes for the other's sake."""
+    more = phases(trained, "{steps: 1, train: {@a: 2, @b: 1}}", "{train: {@a: 1, @c: 1}, seq_length: 64}")
+    fixed = ("train.eval_samples=2", "train.eval_interval_steps=3", "train.num_steps=3", *more)
+    one, two = (overrides(trained / "data", tmp_path / name, *fixed) for name in ("one", "two"))
+    assert train_here(0, one) == 0
+    assert run_distributed(2, train_here, [*two, "parallel.shard=weights"]) == [0, 0]
+    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert ours["samples_digest"] == theirs["samples_digest"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert metrics(tmp_path / "two")[-1]["valid/x/loss"] == pytest.approx(metrics(tmp_path / "one")[-1]["valid/x/loss"])
