@@ -15,6 +15,7 @@ verify: every checksum, id and document; duplicates, scripts, overlap with held-
 find: the documents that hold a text, however the tokenizer cut it there.
 order: for each sample number of the run, its source, epoch and window, and the documents, offsets and lengths it reads,
     without what its ledger leaves out (train.output/ledger.jsonl, or train.replay);
+    which of them data.fim has rearranged (piece 0 PSM 10+4+7: tokens of prefix, middle and suffix);
     with --step those of one step; with --document the samples and steps that read that document.
 plan: tokens, epochs and repeats of each source in the whole run.
 Several answers with --json are one JSON document a line.
@@ -244,7 +245,7 @@ def show_order(args: argparse.Namespace) -> None:
     for sample in samples:
         print(
             f"{sample['sample']:>10} {sample['epoch']:>5} {sample['window']:>10}  {sample['source']}: "
-            f"{format_pieces(sample['pieces'])}"
+            f"{format_pieces(sample['pieces'])}{format_infills(sample.get('infills', []))}"
         )
 
 
@@ -268,6 +269,12 @@ def show_reads(args: argparse.Namespace, data: Any, start: int, end: int, batche
 
 def format_pieces(pieces: list[dict[str, Any]]) -> str:
     return " ".join(f"{piece['document']}[{piece['offset']}:{piece['offset'] + piece['length']}]" for piece in pieces)
+
+
+def format_infills(infills: list[dict[str, Any]]) -> str:
+    """Which pieces, counted from 0, fill-in-the-middle has rearranged, with the tokens of prefix, middle, suffix."""
+    told = (f"{x['piece']} {x['form']} {x['prefix']}+{x['middle']}+{x['suffix']}" for x in infills)
+    return "".join(f"; piece {text}" for text in told)
 
 
 def show_plan(args: argparse.Namespace) -> None:

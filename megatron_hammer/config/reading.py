@@ -242,11 +242,12 @@ def _convert_dict(value_hint: Any, value: Any, name: str) -> dict[str, Any] | No
         return {value: 1.0}  # one prefix
     if not isinstance(value, dict) or not value:
         wanted = "one prefix or {prefix: weight}" if value_hint is float else "{name: prefix}"
+        wanted = "{prefix: {rate: 0.5, ...}}" if dataclasses.is_dataclass(value_hint) else wanted
         remedy = ""
         if isinstance(value, list) and value and value_hint is float:  # Megatron's pairs, or sources of equal weight
             equal = "write {" + ", ".join(f"{prefix}: 1" for prefix in value) + "}"
             remedy = sources_remedy(" ".join(map(str, value))) or equal
-        elif isinstance(value, str) and value:
+        elif isinstance(value, str) and value and value_hint is str:
             remedy = f"give the set a name: {{valid: {value}}}"
         raise ConfigError(3, f"{name}={value!r}", f"must be {wanted}", remedy or "write it as a YAML mapping")
     for key, given in value.items():

@@ -359,6 +359,28 @@ def _check_mix(where: str, mix: dict[str, float]) -> None:
 
 
 @dataclass(frozen=True)
+class FimConfig:
+    """Fill-in-the-middle of one source (arXiv 2207.14255): sampling/fill_in_the_middle.py draws the forms."""
+
+    rate: float = 0.5
+    """Share of the document pieces that are rearranged; half costs nothing of what is learnt from left to right."""
+    spm_rate: float = 0.5
+    """Of those, how many get the suffix before the prefix (SPM), so that both forms are learnt."""
+    prefix: str = "<fim_prefix>"
+    """Token of the tokenizer before the prefix. Qwen2.5's is <|fim_prefix|>."""
+    middle: str = "<fim_middle>"
+    suffix: str = "<fim_suffix>"
+
+    def check(self, where: str) -> None:
+        """Raise ``ConfigError`` for values outside their range."""
+        for name in ("rate", "spm_rate"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"{where}.{name}={value}", "must lie in [0, 1]", "0.5 is usual")
+        tokens = [self.prefix, self.middle, self.suffix]
+        require(len(set(tokens)) == 3, f"{where}: {', '.join(tokens)}", "must be three tokens", "name three")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Indexed datasets (prefix P of P.bin and P.idx) and how samples are cut from them."""
 
@@ -373,6 +395,9 @@ class DataConfig:
     other. A phase has a length in tokens, samples or steps (the last without one runs to the end), and may have
     weights, seq_length, rope_theta and rope_scaling of its own. Each source goes on where it stood, so that nothing of
     an unfinished pass is read twice or left out. What has not been consumed may be changed at any time."""
+    fim: Samples[dict[str, FimConfig] | None] = None
+    """{prefix: {rate: 0.5, spm_rate: 0.5, prefix: ..., middle: ..., suffix: ...}}: sources, of code mostly, pieces of
+    whose documents are rearranged as prefix, suffix and middle between three tokens of the tokenizer."""
     max_epochs: Free[float | None] = None
     """Refuse a run that would read a source more often than this over all its phases; absent: no limit."""
     valid: Content[dict[str, str] | None] = None
@@ -404,6 +429,14 @@ class DataConfig:
         _check_mix("data.train", self.train or {})
         if self.phases is not None:
             self._check_phases(self.phases)
+        for prefix, fim in (self.fim or {}).items():
+            fim.check(f"data.fim[{prefix}]")
+            require(
+                prefix in self.train_prefixes,
+                f"data.fim[{prefix}]",
+                "must be a source of data.train or of a phase",
+                f"name one of {', '.join(self.train_prefixes) or 'them'}",
+            )
         for name in self.valid or {}:
             require(
                 name != "" and "/" not in name,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,11 +29,13 @@ from megatron_hammer.sampling import index_builder as index
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.blend import Blend
 from megatron_hammer.sampling.cache import IndexStore
+from megatron_hammer.sampling.fill_in_the_middle import FillInTheMiddle, Infill, open_fim, source_key
 from megatron_hammer.sampling.ledger import NO_SKIPS, Rewind, Skips
 from megatron_hammer.sampling.order import DocumentSpan, MegatronOrder, SampleId
-from megatron_hammer.sampling.phases import Mix, SampleOrder, Source, Stretch, lay_out
+from megatron_hammer.sampling.phases import Mix, Part, SampleOrder, Source, Stretch, lay_out
 from megatron_hammer.sampling.plan import WeightUnit, sampling_weights
 from megatron_hammer.sampling.sources import source_keys, source_names
+from megatron_hammer.tokenizer.interface import Tokenizer
 
 __all__ = [
     "DocumentSpan",
@@ -72,6 +75,7 @@ class TrainData:
         document_mask: batches say where documents lie, so that attention keeps them apart.
         vocab_size: all ids that are read must be below; None: nobody asks.
         skips: what the run leaves out of this order. Samples are named by their number in the run everywhere here.
+        fim: what is done with the pieces of some sources, by prefix.
 
     Raises:
         DataError: a dataset is missing, damaged, empty or holds no token ids.
@@ -91,6 +95,7 @@ class TrainData:
         document_mask: bool = False,
         vocab_size: int | None = None,
         skips: Skips = NO_SKIPS,
+        fim: Mapping[str, FillInTheMiddle] | None = None,
     ) -> None:
         assert phases, "training needs at least one source"
         if isinstance(phases, Mapping):
@@ -105,6 +110,8 @@ class TrainData:
         here is the number of a source, in ``Batch.sources`` and everywhere."""
         self.fingerprints = tuple(dataset.fingerprint for dataset in self.sources)
         """Content of each source."""
+        self._fim = {place: (of, source_key(seed, self.keys[place])) for prefix, of in (fim or {}).items()
+                     for place in self._places_of(prefix)}  # fmt: skip
         self._stores = [
             IndexStore(index_folder or f"{dataset.prefix}.index", note, check_built=dataset.check_unchanged)
             for dataset in self.sources
@@ -129,6 +136,11 @@ class TrainData:
             places = tuple(range(len(self.sources)))
             assert not skips.ranges, "Megatron-LM's order has as many samples as the run reads"
             self.order = SampleOrder([Stretch(0, None, length, places, blend, (0,) * len(places), orders)], num_samples)
+
+    def _places_of(self, prefix: str) -> list[int]:
+        """Of a source, by its path, or by its content where a later phase has it under another path."""
+        places = [place for place, dataset in enumerate(self.sources) if dataset.prefix == Path(prefix)]
+        return places or [self.fingerprints.index(_open_tokens(prefix).fingerprint)]
 
     def _build_megatron(
         self, shares: list[float], seq_length: int, seed: int, num_samples: int | None, stores: list[IndexStore]
@@ -224,7 +236,7 @@ class TrainData:
         assert s == self.seq_length_at(first + count - 1), f"samples [{first}, {first + count}) differ in seq_length"
         out = np.empty((count, s + 1), np.int64) if out is None else out
         assert out.shape == (count, s + 1), f"out is {out.shape} for {count} samples"
-        sources, ends = np.empty(count, np.int64), []
+        sources, ends, pieces = np.empty(count, np.int64), [], []
         if not SURVIVES_CUTS:
             self.check_unchanged(range(len(self.sources)))
         try:
@@ -233,6 +245,7 @@ class TrainData:
                 spans, counts = part.order.locate_all(part.windows)
                 index.copy_windows(*self._memory[part.source], spans, counts, rows, out)
                 sources[rows] = part.source
+                pieces.append((part, spans[:, 2], counts))
                 if self._document_mask:
                     in_window = np.cumsum(spans[:, 2]) - np.repeat(np.arange(len(rows)) * (s + 1), counts)
                     # The last token of a window is a label only.
@@ -243,8 +256,26 @@ class TrainData:
         self.check_unchanged(np.unique(sources).tolist())
         if self.vocab_size is not None and (place := first_foreign_id(out, self.vocab_size)) is not None:
             raise self._foreign_id(first + place // (s + 1), place % (s + 1), int(out.flat[place]), self.vocab_size)
+        for part, lengths, counts in pieces:
+            self._rearrange(part, out, lengths, counts)
         documents = cumulative_lengths(ends) if self._document_mask else None
         return Batch.from_windows(out, documents=documents, sources=sources)
+
+    def _rearrange(self, part: Part, samples: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> list[Infill]:
+        """Fill-in-the-middle in the samples of a part, in place, where its source has it."""
+        if part.source not in self._fim:
+            return []
+        fim, key = self._fim[part.source]
+        return fim.apply(samples, part.rows, part.windows, lengths, counts, key)
+
+    def infills(self, i: int) -> list[Infill]:
+        """What is rearranged in sample ``i``."""
+        return self._sample(i)[1]
+
+    @property
+    def sentinel_ids(self) -> list[int]:
+        """Ids that fill-in-the-middle puts between texts; they stand for none."""
+        return sorted({token for fim, _ in self._fim.values() for token in fim.ids})
 
     def check_unchanged(self, sources: Iterable[int]) -> None:
         """Whether the files of some sources are still those that were opened.
@@ -267,6 +298,9 @@ class TrainData:
 
     def tokens(self, i: int) -> np.ndarray:
         """Tokens of sample ``i``: [seq_length + 1] int64."""
+        return self._sample(i)[0]
+
+    def _sample(self, i: int) -> tuple[np.ndarray, list[Infill]]:
         (part,) = self.order.parts(i, 1)
         dataset = self.sources[part.source]
         units, offsets, lengths = np.array(part.order.locate(int(part.windows[0]))).T
@@ -275,7 +309,7 @@ class TrainData:
         parts = [dataset.tokens[start : start + n] for start, n in zip(starts.tolist(), lengths.tolist())]
         tokens = np.concatenate(parts, dtype=np.int64)
         assert len(tokens) == part.order.seq_length + 1, f"sample {i} has {len(tokens)} tokens"
-        return tokens
+        return tokens, self._rearrange(part, tokens[None], lengths, np.array([len(lengths)]))
 
 
 def describe_samples(data: TrainData, start: int, count: int) -> list[dict[str, Any]]:
@@ -301,6 +335,8 @@ def describe_samples(data: TrainData, start: int, count: int) -> list[dict[str, 
                 "pieces": [span._asdict() for span in data.locate(i)],
             }
         )
+        if infills := data.infills(i):
+            described[-1]["infills"] = [asdict(infill) for infill in infills]
     return described
 
 
@@ -412,12 +448,18 @@ def check_tokenizer(
     return None
 
 
-def open_train_data(config: Config, note: Callable[[str], None] = say, ledger: Sequence[Rewind] = ()) -> TrainData:
+def open_train_data(
+    config: Config,
+    note: Callable[[str], None] = say,
+    ledger: Sequence[Rewind] = (),
+    tokenizer: Tokenizer | None = None,
+) -> TrainData:
     """The training samples of a run whose config names sources.
 
     Args:
         note: gets remarks about index files.
         ledger: what the run leaves out.
+        tokenizer: the config's, where it has been loaded: fill-in-the-middle asks it for its tokens.
     """
     if ledger and config.data.order == "megatron":
         rule = "is not for data.order=megatron, which has as many samples as the run reads"
@@ -433,6 +475,7 @@ def open_train_data(config: Config, note: Callable[[str], None] = say, ledger: S
         document_mask=config.data.attention_mask == "document",
         vocab_size=config.model.vocab_size,
         skips=Skips.of(ledger),
+        fim=open_fim(config, tokenizer),
     )
 
 

@@ -89,6 +89,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def find_id(self, token: str) -> int | None:
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
     def read_pieces(self) -> Pieces:
         return pieces_of_definition(self.definition, self.vocab_size)
 

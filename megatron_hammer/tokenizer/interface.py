@@ -88,6 +88,10 @@ class Tokenizer(ABC):
         """The text that the ids stand for; special ids stand for nothing."""
 
     @abstractmethod
+    def find_id(self, token: str) -> int | None:
+        """The id of a token by its name in the vocabulary, control tokens included; None where there is none."""
+
+    @abstractmethod
     def read_pieces(self) -> Pieces:
         """What each id stands for, as the tokenizer's file says."""
 

@@ -22,7 +22,7 @@ from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.files import replace_file
 from megatron_hammer.tokenizer import encode as fast
 from megatron_hammer.tokenizer.interface import SpecialIds, Tokenizer, refuse_surrogates
-from megatron_hammer.tokenizer.pieces import Pieces, pack_pieces, pieces_of_model
+from megatron_hammer.tokenizer.pieces import Pieces, pack_pieces, pieces_of_model, unpack_pieces
 from megatron_hammer.tokenizer.tokenizer_files import MAX_MODEL_BYTES, read_tokenizer
 
 _CUT_CHARACTERS = 4096  # at the end of a part of a text, in which a place to cut is looked for
@@ -125,6 +125,10 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         text: str = self._sentencepiece.decode([int(i) for i in ids])
         return text
+
+    def find_id(self, token: str) -> int | None:
+        names = (name for name, _, _ in unpack_pieces(self._facts.packed_pieces))
+        return next((index for index, name in enumerate(names) if name == token.encode()), None)
 
     def read_pieces(self) -> Pieces:
         return pieces_of_model(self._facts.packed_pieces, self.vocab_size)

@@ -129,7 +129,8 @@ class Run:
         )
         self.drift = DriftCheck(config, self.optimizer, ctx) if config.train.drift_check_interval_steps else None
         self.first_step = self.state.step + 1
-        self.data = open_train_data(config, say if ctx.world.rank == 0 else lambda text: None, prepared.rewinds)
+        told = say if ctx.world.rank == 0 else lambda text: None
+        self.data = open_train_data(config, told, prepared.rewinds, prepared.tokenizer)
         self.data.prepare(self.state.consumed_samples, self.batch_sizes.at(self.state.consumed_samples))
         self.state = self.state.counted(self.data)
         self.batches = ReadAhead(
@@ -145,7 +146,7 @@ class Run:
         sizes: Tensor | None = None
         if tokenizer is not None:
             assert config.model.vocab_size is not None
-            sizes = sizes_of(tokenizer, config.model.vocab_size).to(ctx.device)
+            sizes = sizes_of(tokenizer, config.model.vocab_size, self.data.sentinel_ids).to(ctx.device)
         self.sources = Sources(len(self.data.sources), sizes)
         self.pending: list[PendingStep] = []
         self.health = Health(config.train.spike_window_steps, config.train.spike_z_score)

@@ -29,6 +29,7 @@ from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.dataset.reader import IndexedDataset, check_prefix
 from megatron_hammer.kernels.libraries.te import check_before_start
 from megatron_hammer.sampling import index_builder as index
+from megatron_hammer.sampling.fill_in_the_middle import open_fim
 from megatron_hammer.sampling.ledger import LEDGER as LEDGER_FILE
 from megatron_hammer.sampling.ledger import Ledger, Skips, ledger_from_trees, read_ledger
 from megatron_hammer.sampling.plan import Content, RunPlan, plan_run
@@ -199,6 +200,7 @@ def look_at_inputs(config: Config, world_size: int, check_data: bool = True, acc
     if tokenizer is not None and (note := export_note(tokenizer)):
         notes.append(note)
     config = _with_vocab_size(config, tokenizer)
+    open_fim(config, tokenizer)
     if config.train.dry_run:
         return Inputs(config, tokenizer, DataIdentity(), notes, *_look_at_data(config, tokenizer))
     if check_data:

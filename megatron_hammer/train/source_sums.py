@@ -50,11 +50,12 @@ class Sources:
 ONE_SOURCE = Sources()
 
 
-def sizes_of(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
-    """``Sources.sizes``, on the CPU; ids beyond the tokenizer's stand for nothing."""
+def sizes_of(tokenizer: Tokenizer, vocab_size: int, sentinels: Sequence[int] = ()) -> Tensor:
+    """``Sources.sizes``, on the CPU; ids beyond the tokenizer's and ``sentinels`` stand for nothing."""
     sizes = torch.zeros(vocab_size, dtype=torch.int64)
     packed = torch.from_numpy(tokenizer.piece_bytes()).long() << 32 | torch.from_numpy(tokenizer.piece_characters())
     sizes[: tokenizer.vocab_size] = packed
+    sizes[list(sentinels)] = 0
     return sizes
 
 
