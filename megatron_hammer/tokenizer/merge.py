@@ -240,7 +240,7 @@ def draw_calibration(calibration: Calibration, title: str) -> bytes:
     figure = Figure(figsize=(8, 4.5), dpi=130, layout="constrained")
     axes = figure.subplots()
     axes.hist(calibration.ratios, bins=_HISTOGRAM_BINS, color="0.7")
-    axes.axvline(calibration.mean, color="#D55E00", linewidth=1.6, label=f"mean: {calibration.mean!r}")
+    axes.axvline(calibration.mean, color="#D55E00", linewidth=1.6, label=f"mean: {calibration.mean:.5f}")
     lowest = f"smallest: {min(calibration.ratios):.5f}"
     axes.plot([], [], " ", label=f"{lowest}, largest: {max(calibration.ratios):.5f}")
     axes.set_xlabel("base score / donor score")
