@@ -8,8 +8,8 @@
     kill-all@fsync,step=20       a rank's whole process group is killed with it
 
 Phases of a save, in order: ``stage`` (the staging folder is there), ``write`` (before the first byte of a rank's
-file), ``fsync`` (all its bytes are written), ``manifest``, ``rename`` (all is durable under its temporary name) and
-``after-rename``. Linux; needs no torch.
+file), ``fsync`` (all its bytes are written), ``manifest``, ``rename`` (all is durable under its temporary name),
+``after-rename``, and ``prune`` of the process that writes in the background. Linux; needs no torch.
 """
 
 from __future__ import annotations

@@ -286,6 +286,7 @@ class BackgroundSaver:
 
     def _stage(self, staging: Path, step: int) -> None:
         if self._leader:
+            self.wait_for_pruning()  # staging removes left-overs, and what is being removed has the name of one
             stage(self._folder, staging, step, self._note)
             check_space(self._folder, self._needed, self._ctx.world.size)
 

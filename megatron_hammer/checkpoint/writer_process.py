@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import HammerError, from_os_error, to_fields
+from megatron_hammer.base.faults import fault_point
 from megatron_hammer.base.files import sync_file, write_durably
 from megatron_hammer.base.signals import die_with_parent
 from megatron_hammer.checkpoint.commit import SliceToWrite, commit, stage_tokenizer_files, write_rank
+from megatron_hammer.checkpoint.folder import step_of
 from megatron_hammer.checkpoint.manifest import Layout
 from megatron_hammer.checkpoint.retention import KnownCheckpoints, Retention, prune
 from megatron_hammer.checkpoint.tensor_files import CHUNK_BYTES
@@ -68,6 +70,7 @@ class Writer:
 
     def _prune(self, request: dict[str, Any], notes: list[str]) -> None:
         """Remove what is old; the checkpoint is there already, so that a failure is a remark."""
+        fault_point("prune", self._rank, step_of(Path(request["newest"])), PART)
         fields = request["retention"]
         retention = Retention(**{**fields, "pinned_steps": tuple(fields["pinned_steps"])})
         try:

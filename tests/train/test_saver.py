@@ -13,6 +13,8 @@ import pytest
 
 from megatron_hammer.base.errors import DiskError
 from megatron_hammer.base.faults import VARIABLE
+from megatron_hammer.checkpoint import background
+from megatron_hammer.checkpoint.background import BackgroundSaver
 from megatron_hammer.checkpoint.folder import find_checkpoints, step_of
 from megatron_hammer.checkpoint.inspect import verify_checkpoint
 from megatron_hammer.checkpoint.manifest import read_manifest
@@ -72,6 +74,27 @@ def test_a_save_in_the_background_that_fails_is_followed_by_a_blocking_one(
     for path in find_checkpoints(tmp_path / "run"):
         verify_checkpoint(read_manifest(path))
     assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if ".tmp-" in p.name]
+
+
+def test_the_next_save_begins_when_what_is_old_is_gone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else both remove the same folder, and the one that comes second ends the run with E601."""
+    begin, stage, savers, waiting = BackgroundSaver.begin, background.stage, list[BackgroundSaver](), list[int]()
+
+    def begins(self: BackgroundSaver, *arguments: Any) -> None:
+        savers.append(self)
+        begin(self, *arguments)
+
+    def stages(*arguments: Any) -> None:
+        waiting.append(savers[-1]._writer.open if savers[-1]._writer else 0)
+        stage(*arguments)
+
+    monkeypatch.setattr(BackgroundSaver, "begin", begins)
+    monkeypatch.setattr(background, "stage", stages)
+    monkeypatch.setenv(VARIABLE, "slow@prune,part=background")
+    assert train_here(0, overrides(data, tmp_path / "run", *QUICK, BACKGROUND)) == 0
+    assert waiting == [0, 0, 0] and saved(tmp_path / "run") == [2, 4, 6, 8]
 
 
 @pytest.mark.parametrize("mode", ["blocking", "background"])
