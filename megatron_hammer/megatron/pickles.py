@@ -13,6 +13,8 @@ import io
 import os
 import pickle
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,23 @@ def load_tensor(content: bytes, path: Path) -> Any:
     return _load(io.BytesIO(content), path, mmap=False)
 
 
+@contextmanager
+def _none_allowed() -> Iterator[None]:
+    """What libraries of this process have allowed torch to make is not for these files: it would be no record."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.add_safe_globals(before)
+
+
 def _load(opened: Any, path: Path, mmap: bool) -> Any:
+    with _none_allowed():
+        return _load_records(opened, path, mmap)
+
+
+def _load_records(opened: Any, path: Path, mmap: bool) -> Any:
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(opened)
         for name in names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,15 @@ def test_legacy_files_of_any_ranks(
     check(checkpoint, model, logical)
     assert "iteration 100" in notes[0] and f"{256 * tp - 131} padding rows of {256 * tp}" in notes[0]
     assert "legacy format" in notes[1] and "not taken over" in notes[1]
+
+
+def test_what_libraries_allow_torch_to_make_is_no_record(tmp_path: Path) -> None:
+    """Some allow argparse.Namespace when they are imported."""
+    write_legacy(tmp_path / "run", PLAIN, logical_weights(PLAIN))
+    with torch.serialization.safe_globals([Namespace]):
+        checkpoint, _ = convert(tmp_path / "run", tmp_path / "ours", vocab_size=131)
+        assert Namespace in torch.serialization.get_safe_globals()
+    check(checkpoint, PLAIN, logical_weights(PLAIN))
 
 
 @pytest.mark.parametrize(

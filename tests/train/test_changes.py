@@ -62,9 +62,10 @@ def test_every_setting_says_what_changing_it_means() -> None:
     assert set(effects) == {f"{g.name}.{f.name}" for g in dataclasses.fields(Config) for f in _fields(g.name)}
     needed = {name for name, effect in effects.items() if effect.must_be_accepted}
     assert needed == {
-        "data.weights", "data.seq_length", "data.order", "data.attention_mask",
+        "data.weights", "data.seq_length", "data.order", "data.attention_mask", "data.fim",
         *(f"optimizer.{n}" for n in ("lr", "min_lr", "weight_decay", "beta1", "beta2", "eps", "clip_grad",
-                                     "loss_scale_window")),
+                                     "loss_scale_window", "style", "muon_momentum", "muon_per_head",
+                                     "newton_schulz")),
         *(f"schedule.{n}" for n in ("style", "warmup_steps", "decay_steps", "anneal_steps")),
         "kernels.fp8", "kernels.fp8_head", "train.batch_size_ramp", "train.global_batch_size", "train.seed",
         "train.precision", "train.z_loss",
