@@ -83,7 +83,7 @@ def main() -> None:
     def save() -> None:
         shutil.rmtree(arguments.folder, ignore_errors=True)
         save_checkpoint(arguments.folder, 1, shards, model=MODEL, config_tree=tree, state=STATE, tokenizer=None,
-                        ctx=ctx, keep_last=2)  # fmt: skip
+                        ctx=ctx)  # fmt: skip
 
     def load(plain: bool) -> None:
         manifest = read_manifest(arguments.folder / "step-00000001")
