@@ -90,6 +90,13 @@ class Reader {
   const char* end_;
 };
 
+// A message of which nothing is asked must parse all the same.
+void walk(std::string_view message) {
+  Reader reader(message);
+  for (Field field; reader.next(field);) {
+  }
+}
+
 void set(bool& target, const Field& field) {
   if (field.wire == kVarint) target = field.value != 0;
 }
@@ -115,6 +122,7 @@ Model::Model(std::string content) : content_(std::move(content)) {
       case 1: read_piece(field.bytes); break;
       case 2: read_trainer(field.bytes), has_trainer = true; break;
       case 3: read_normalizer(field.bytes), has_normalizer = true; break;
+      case 5: walk(field.bytes); break;  // denormalizer_spec
       default: break;
     }
   }

@@ -501,6 +501,22 @@ def test_garbled_files_are_refused_or_read_as_protobuf_reads_them() -> None:
 
 
 @compiled
+@pytest.mark.parametrize("number", range(1, 8))
+@pytest.mark.parametrize("content", [b"", b"\x08\x01", b"\x03aab", b"\xff"])
+def test_every_field_of_a_model_is_read_as_protobuf_reads_it(number: int, content: bytes) -> None:
+    """Behind a whole model, a further field: one that nobody asks for must parse where it is a message."""
+    field = bytes([number << 3 | 2, len(content)]) + content
+    whole = handmade_model(TIES[:12], SYMBOLS[:2]).SerializeToString() + field
+    try:
+        sentencepiece_backend.parse_model(whole, Path("model"))
+    except DataError:
+        with pytest.raises(ValueError, match="does not parse"):
+            fast.COMPILED.Model(whole)
+    else:
+        fast.COMPILED.Model(whole)
+
+
+@compiled
 def test_loading_and_encoding_do_without_sentencepiece(plain: SentencePieceTokenizer) -> None:
     code = (
         "import sys\n"
