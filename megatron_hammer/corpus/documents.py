@@ -1,7 +1,8 @@
 """Documents as the programs of this room and the tokenizer's read them, and the files that the programs write.
 
-``read_texts`` gives the texts of a file, ``TextCorpus`` those of several files as one stream. ``read_documents`` is
-slower and gives each document with all its fields and its line, which reformatting and splitting need.
+``read_texts`` gives the texts of a file, ``read_batches`` those of several files, ``TextCorpus`` them as one stream.
+``read_documents`` is slower and gives each document with all its fields and its line, which reformatting and splitting
+need.
 
 ``LineWriter`` writes a file of documents, one a line, and ``write_manifest`` the JSON file beside it that says from
 which inputs and how it was made. Both appear under their names only when they are complete.
@@ -36,6 +37,7 @@ from megatron_hammer.corpus.quarantine import RejectedFile
 from megatron_hammer.corpus.readers import DEFAULT_TEXT_DOCUMENTS, expand_inputs, read_range
 
 _BUFFER_BYTES = 1 << 20
+_BATCH_BYTES = 8 << 20  # of text encoded at once: enough for many threads
 _ZSTD_LEVEL = 3  # the library's default; one thread, so that the same text gives the same bytes everywhere
 
 
@@ -169,6 +171,20 @@ def read_texts(
             assert on_bad is not None, "strict parsing raises"
             on_bad(rejected._replace(path=path))
         _note(block, path, progress, hashes)
+
+
+def read_batches(paths: Iterable[Path], key: str = "text", progress: Progress | None = None) -> Iterator[list[str]]:
+    """The texts of several files, some megabytes at once; arguments and errors as for ``read_texts``."""
+    texts: list[str] = []
+    size = 0
+    for path in paths:
+        for some, text_bytes in read_texts(path, key, progress):
+            texts += some
+            size += text_bytes
+            if size >= _BATCH_BYTES:
+                yield texts
+                texts, size = [], 0
+    yield texts
 
 
 def read_documents(

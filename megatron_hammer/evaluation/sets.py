@@ -24,15 +24,14 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.corpus.documents import read_texts
+from megatron_hammer.corpus.documents import read_batches
 from megatron_hammer.corpus.readers import expand_inputs
 from megatron_hammer.dataset.format import path_of
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.sampling.samples import ValidData, check_tokenizer
 from megatron_hammer.tokenizer.interface import Tokenizer
 
-_BATCH_BYTES = 8 << 20  # of text encoded at once
-_CONTINUATION = bytes(range(0x80, 0xC0))  # of UTF-8: every other byte begins a character
+_TOKENS_AT_ONCE = 1 << 18  # their sizes stay in the cache
 
 
 @dataclass(frozen=True)
@@ -131,24 +130,10 @@ def open_set(
 
 def _encode(named: NamedSet, tokenizer: Tokenizer, framing: Framing, prefix: Path, key: str) -> None:
     with IndexedWriter(prefix, vocab_size=tokenizer.vocab_size) as writer:
-        for texts in _batches(named, key):
+        for texts in read_batches(named.files(), key):
             writer.add(*tokenizer.encode_documents(texts, first=framing.first, last=framing.last))
         if writer.num_tokens < 2:
             raise DataError(45, named.path, f"gives {writer.num_tokens} tokens: a target needs two", "give more text")
-
-
-def _batches(named: NamedSet, key: str) -> Iterator[list[str]]:
-    """The documents' texts, some megabytes at once."""
-    texts: list[str] = []
-    size = 0
-    for path in named.files():
-        for some, text_bytes in read_texts(path, key):
-            texts += some
-            size += text_bytes
-            if size >= _BATCH_BYTES:
-                yield texts
-                texts, size = [], 0
-    yield texts
 
 
 def count_text(
@@ -159,10 +144,9 @@ def count_text(
     Raises:
         ConfigError: E233 a reference, and ids that nobody can turn into text.
     """
-    whole = len(valid) * valid.seq_length >= valid.dataset.num_tokens - 1
-    if named.is_text and whole:
+    if named.is_text and num_targets(valid) == valid.dataset.num_tokens - 1:
         counts = np.zeros(3, np.int64)
-        for texts in _batches(named, key):
+        for texts in read_batches(named.files(), key):
             counts[:2] += sum(len(text.encode()) for text in texts), sum(map(len, texts))
             counts[2] += 0 if reference is None else _reference_tokens(reference, texts)
         num_bytes, characters, tokens = counts.tolist()
@@ -172,14 +156,18 @@ def count_text(
             raise ConfigError(33, f"--reference {reference.path}", "needs a model with a tokenizer", "leave it out")
         return None
     predicted = valid.dataset.tokens[1 : 1 + num_targets(valid)]
-    content = tokenizer.read_pieces().content
-    per_id = np.array([(len(piece), len(piece.translate(None, _CONTINUATION))) for piece in content], np.int64)
-    num_bytes, characters = (int(column[predicted].sum()) for column in per_id.T)
-    found = None if reference is None else sum(
-        _reference_tokens(reference, texts) for texts in _decoded(valid, tokenizer)
-    )  # fmt: skip
+    pieces = tokenizer.read_pieces()
+    # One more: ids beyond the tokenizer's, which a model's vocabulary may have, stand for nothing.
+    sizes = np.stack([np.append(pieces.lengths, 0), np.append(pieces.characters, 0)])
+    found = np.zeros(2, np.int64)
+    for first in range(0, len(predicted), _TOKENS_AT_ONCE):
+        found += sizes.take(predicted[first : first + _TOKENS_AT_ONCE], axis=1, mode="clip").sum(axis=1)
+    num_bytes, characters = found.tolist()
+    by_reference = None
+    if reference is not None:
+        by_reference = sum(_reference_tokens(reference, [text]) for text in _decoded(valid, tokenizer))
     valid.dataset.check_unchanged()
-    return TextCounts(num_bytes, characters, found)
+    return TextCounts(num_bytes, characters, by_reference)
 
 
 def num_targets(valid: ValidData) -> int:
@@ -193,12 +181,12 @@ def _reference_tokens(reference: Tokenizer, texts: Sequence[str]) -> int:
     return len(reference.encode_documents(texts)[0]) + len(texts)
 
 
-def _decoded(valid: ValidData, tokenizer: Tokenizer) -> Iterator[list[str]]:
+def _decoded(valid: ValidData, tokenizer: Tokenizer) -> Iterator[str]:
     """The texts of the documents, as far as their tokens are predicted."""
     end, place = num_targets(valid) + 1, 0
     for length in valid.dataset.document_lengths.tolist():
         if place >= end:
             return
-        ids = valid.dataset.tokens[place : min(place + length, end)].tolist()
-        yield [tokenizer.decode(ids)]
+        ids = valid.dataset.tokens[place : min(place + length, end)]
+        yield tokenizer.decode(ids[ids < tokenizer.vocab_size].tolist())
         place += length

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,7 @@ from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.dataset.format import TokenizerRecord
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.evaluation.measure import Figures, Options, check_options, measure, sets_of
-from megatron_hammer.evaluation.sets import NamedSet, parse_sets
+from megatron_hammer.evaluation.sets import Framing, NamedSet, TextCounts, count_text, open_set, parse_sets
 from megatron_hammer.evaluation.subjects import Backend, describe_subject
 from megatron_hammer.huggingface.certificate import TEXTS
 from megatron_hammer.huggingface.export import write_hf
@@ -132,6 +133,19 @@ def test_the_reference_states_perplexity_per_its_own_tokens(folder: Path, tokeni
     part = figures(folder / "run", texts_of(folder), reference=reference, samples=2)
     assert part.tokens == 96 and part.bytes is not None and part.bytes < len("".join(DOCUMENTS).encode())
     assert part.reference_tokens is not None and 90 <= part.reference_tokens <= 97
+
+
+def test_ids_beyond_the_tokenizers_stand_for_nothing(tokenizer_model: Path, tmp_path: Path) -> None:
+    """A model's vocabulary may be larger, and a dataset without a header may have such ids."""
+    tokenizer = load_tokenizer(tokenizer_model)
+    ids, size = tokenizer.encode(TEXTS["en"]), tokenizer.vocab_size
+    with IndexedWriter(tmp_path / "x", size + 8) as writer:
+        writer.add(np.array([*ids, size + 2]), np.array([len(ids) + 1]))
+    named = NamedSet("x", str(tmp_path / "x"), False)
+    valid = open_set(named, tokenizer, Framing(None, None), size + 8, 48, None, False, tmp_path)
+    counts = count_text(named, valid, tokenizer, tokenizer)
+    pieces = tokenizer.read_pieces()
+    assert counts == TextCounts(sum(pieces.lengths[ids[1:]]), sum(pieces.characters[ids[1:]]), len(ids) + 1)
 
 
 def test_a_family_that_we_do_not_know_is_computed_by_transformers(folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ was made with. Bytes are UTF-8. A source may be of several files and datasets: t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,13 @@ import numpy as np
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.tables import align
-from megatron_hammer.corpus.documents import read_texts
+from megatron_hammer.corpus.documents import read_batches
 from megatron_hammer.corpus.readers import expand_inputs
 from megatron_hammer.dataset.format import path_of
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 
-BATCH_BYTES = 8 << 20  # of text encoded at once: enough for many threads
 _TOKENS_AT_ONCE = 1 << 22
 
 
@@ -198,7 +197,7 @@ def _count_text(
     name: str, paths: Iterable[Path], tokenizer: Tokenizer | None, key: str, threads: int, progress: Progress
 ) -> SourceCount:
     counted = SourceCount(name, tokens=None if tokenizer is None else 0)
-    for texts in _batches(paths, key, progress):
+    for texts in read_batches(paths, key, progress):
         sizes = [len(text.encode()) for text in texts]
         counted.lines += len(sizes)
         counted.documents += len(sizes) - sizes.count(0)
@@ -206,17 +205,3 @@ def _count_text(
         if tokenizer is not None:
             counted.tokens = _sum(counted.tokens, len(tokenizer.encode_documents(texts, threads)[0]))
     return counted
-
-
-def _batches(paths: Iterable[Path], key: str, progress: Progress) -> Iterator[list[str]]:
-    """The texts of all files, some megabytes at once."""
-    texts: list[str] = []
-    size = 0
-    for path in paths:
-        for some, text_bytes in read_texts(path, key, progress):
-            texts += some
-            size += text_bytes
-            if size >= BATCH_BYTES:
-                yield texts
-                texts, size = [], 0
-    yield texts
