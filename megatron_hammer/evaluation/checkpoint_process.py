@@ -8,7 +8,6 @@ the run's rank 0. Needs no torch but for our own evaluation.
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.files import replace_file
 from megatron_hammer.base.reading import parse_json, read_regular
 from megatron_hammer.base.signals import die_with_parent
+from megatron_hammer.train.metrics_file import finite
 
 MAX_RESULTS_BYTES = 2**28  # a line is some hundreds of bytes
 FIGURES = ("loss", "perplexity", "bits_per_byte", "bits_per_character")
@@ -67,7 +67,7 @@ def run_command(task: Mapping[str, Any]) -> dict[str, float | None]:
         found = None
     if not isinstance(found, dict) or not found or not all(map(_is_number, found.values())):
         raise DataError(67, what, "did not end its output with a JSON object of numbers", remedy)
-    return {f"evaluation/{key}": float(value) if math.isfinite(value) else None for key, value in found.items()}
+    return finite({f"evaluation/{key}": float(value) for key, value in found.items()})
 
 
 def _is_number(value: Any) -> bool:

@@ -32,7 +32,8 @@ from megatron_hammer.evaluation.sets import Framing, NamedSet, count_text, num_t
 from megatron_hammer.evaluation.subjects import Subject
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.tokenizer.interface import Tokenizer
-from megatron_hammer.train.evaluate import evaluate
+from megatron_hammer.train.evaluate import evaluate, perplexity
+from megatron_hammer.train.metrics_file import finite
 
 Around = Literal["auto", "both", "bos", "eos", "none"]
 """Ids around each document of a text. auto: eos, and bos where the model's documents begin with it in training."""
@@ -79,7 +80,7 @@ class Figures:
 
     def to_tree(self) -> dict[str, Any]:
         """Plain values for JSON, where what is not finite is null."""
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+        return finite(asdict(self))
 
 
 def sets_of(subjects: Sequence[Subject]) -> list[NamedSet]:
@@ -166,7 +167,7 @@ def _measure_one(
     bits = result.loss * tokens / math.log(2)
     by_reference = None
     if counts is not None and counts.reference_tokens:
-        by_reference = _exp(result.loss * tokens / counts.reference_tokens)
+        by_reference = perplexity(result.loss * tokens / counts.reference_tokens)
     return Figures(
         subject.name,
         named.name,
@@ -194,10 +195,6 @@ def framing_of(subject: Subject, around: Around) -> Framing:
     return Framing(
         tokenizer.bos_id if wants_bos else None, tokenizer.eos_id if around in ("auto", "both", "eos") else None
     )
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
 
 
 def table(figures: Sequence[Figures]) -> list[str]:

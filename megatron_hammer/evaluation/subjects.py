@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError
 from megatron_hammer.base.paths import missing_remedy
-from megatron_hammer.checkpoint.dtypes import DTYPES, PRECISION_DTYPES
+from megatron_hammer.checkpoint.dtypes import DTYPES, PRECISION_DTYPES, common_dtype
 from megatron_hammer.checkpoint.folder import checkpoint_of_step, open_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, saved_model
 from megatron_hammer.checkpoint.read import load_model
@@ -95,7 +95,8 @@ def describe_subject(argument: str, step: int | None = None, backend: Backend = 
 
 
 def _of_checkpoint(name: str, manifest: Manifest) -> Subject:
-    config, model = config_from_tree(manifest.config), saved_model(manifest)
+    model = saved_model(manifest)
+    config = replace(config_from_tree(manifest.config), model=model)
     folder = checked_tokenizer_folder(manifest)
     tokenizer = None if folder is None else load_tokenizer(folder)
     begins = None if tokenizer is None else documents_begin_with(manifest, tokenizer.bos_id)
@@ -120,17 +121,14 @@ def _of_checkpoint(name: str, manifest: Manifest) -> Subject:
 
 def _of_folder(name: str, folder: Path, backend: Backend) -> Subject:
     tree = read_json(folder / CONFIG)
-    known = tree.get("model_type") in FAMILIES or backend == "ours"
     tokenizer = load_tokenizer(folder) if any((folder / file).is_file() for file in _TOKENIZER_FILES) else None
-    if backend == "auto" and known:
+    model: ModelConfig | None = None
+    if backend == "ours" or (backend == "auto" and tree.get("model_type") in FAMILIES):
         try:
-            model: ModelConfig | None = model_config_from_hf(tree, str(folder / CONFIG))
+            model = model_config_from_hf(tree, str(folder / CONFIG))
         except CheckpointError as error:
-            if error.number != 21:  # a feature that ours lacks, which the class of transformers has
+            if backend == "ours" or error.number != 21:  # E421: a feature that only the class of transformers has
                 raise
-            model = None
-    else:
-        model = model_config_from_hf(tree, str(folder / CONFIG)) if backend == "ours" else None
     if model is None:
         return _of_transformers(name, folder, tree, tokenizer)
     if tokenizer is not None:
@@ -150,8 +148,8 @@ def _of_folder(name: str, folder: Path, backend: Backend) -> Subject:
 
 
 def _of_transformers(name: str, folder: Path, tree: dict[str, Any], tokenizer: Tokenizer | None) -> Subject:
-    text = tree.get("text_config") if isinstance(tree.get("text_config"), dict) else {}
-    sizes = {**(text or {}), **tree}
+    text = tree.get("text_config")
+    sizes = {**(text if isinstance(text, dict) else {}), **tree}
     vocab_size = sizes.get("vocab_size")
     if type(vocab_size) is not int or vocab_size < 1:
         remedy = "name the folder of a causal language model"
@@ -184,11 +182,9 @@ def _folder_begins_with_bos(folder: Path, tokenizer: Tokenizer | None) -> bool:
     """Whether transformers puts bos before a text with the folder's tokenizer."""
     if tokenizer is None or tokenizer.bos_id is None:
         return False
-    if (folder / "tokenizer.json").is_file():
-        return _begins_itself(load_tokenizer(folder / "tokenizer.json"))
-    settings = (
-        folder / "tokenizer_config.json"
-    )  # beside a tokenizer.model, whose Llama class has bos unless told not to
+    if (definition := folder / "tokenizer.json").is_file():
+        return _begins_itself(tokenizer if tokenizer.path == definition else load_tokenizer(definition))
+    settings = folder / "tokenizer_config.json"  # a tokenizer.model's Llama class has bos unless told not to
     return not settings.is_file() or read_json(settings).get("add_bos_token") is not False
 
 
@@ -206,7 +202,6 @@ def _build(config: Config, ctx: ParallelContext) -> Any:
 
 
 def _load_checkpoint(manifest: Manifest, config: Config, ctx: ParallelContext, dtype: str | None) -> Model:
-    config = replace(config, model=saved_model(manifest))
     stage = _build(_plain(config, _PRECISIONS[dtype or manifest.weights_dtype], ctx.device), ctx)
     load_model(stage, parameter_table(config.model), manifest, ctx)
     return cast(Model, stage)
@@ -215,8 +210,7 @@ def _load_checkpoint(manifest: Manifest, config: Config, ctx: ParallelContext, d
 def _load_folder(folder: Path, model: ModelConfig, ctx: ParallelContext, dtype: str | None) -> Model:
     with HfWeights(folder, model.tie_word_embeddings) as weights:
         check_tensors(weights, model)
-        dtypes = {weights.entry(name).dtype for name in weights.where}
-        own = dtypes.pop() if len(dtypes) == 1 else "float32"  # fp32 holds any mixture exactly
+        own = common_dtype(weights.entry(name).dtype for name in weights.where)
         config = Config(model=model)
         stage = _build(_plain(config, _PRECISIONS[dtype or own], ctx.device), ctx)
         fill_stage(stage, parameter_table(model), weights)

@@ -25,6 +25,8 @@ from megatron_hammer.tokenizer.interface import Tokenizer
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 MAX_JSON_BYTES = 32 * 2**20  # far above any config or index
+TOKEN_IDS = {"bos_token_id": "bos_id", "eos_token_id": "eos_id", "pad_token_id": "pad_id"}
+"""Key of a config -> the tokenizer's attribute."""
 
 _SIZES = {
     "hidden_size": "hidden_size",
@@ -113,7 +115,7 @@ def hf_config_from_model(model: ModelConfig, token_ids: Mapping[str, Any], dtype
         "rope_scaling": scaling,
         # llama.cpp takes any other scaling than null for one that it does not know.
         **({} if scaling is None else {"rope_parameters": {**scaling, "rope_theta": model.rope_theta}}),
-        **{name: token_ids.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        **{name: token_ids.get(name) for name in TOKEN_IDS},
         "use_cache": True,
         "torch_dtype": dtype,
     }

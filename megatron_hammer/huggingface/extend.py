@@ -46,6 +46,7 @@ from megatron_hammer.config import ModelConfig
 from megatron_hammer.huggingface.config import (
     CONFIG,
     GENERATION_CONFIG,
+    TOKEN_IDS,
     model_config_from_hf,
     read_json,
     write_json,
@@ -60,7 +61,6 @@ from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 
 REPORT = "extension.json"
-TOKEN_IDS = {"bos_token_id": "bos_id", "eos_token_id": "eos_id", "pad_token_id": "pad_id"}
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,12 @@ from megatron_hammer.base.files import replace_file
 from megatron_hammer.base.paths import missing_remedy, unusable_remedy, what_is
 from megatron_hammer.base.progress import say, track
 from megatron_hammer.checkpoint.commit import SliceToWrite
+from megatron_hammer.checkpoint.dtypes import common_dtype
 from megatron_hammer.checkpoint.folder import Note, find_checkpoints, step_name
 from megatron_hammer.checkpoint.manifest import TOKENIZER
 from megatron_hammer.checkpoint.write import chunks_from, write_first_checkpoint
 from megatron_hammer.config import DataConfig, ModelConfig
-from megatron_hammer.huggingface.config import CONFIG, check_vocabulary, model_config_from_hf, read_json
+from megatron_hammer.huggingface.config import CONFIG, TOKEN_IDS, check_vocabulary, model_config_from_hf, read_json
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors
 from megatron_hammer.model.parameters import logical_shapes
 from megatron_hammer.tokenizer.load import load_tokenizer
@@ -79,13 +80,12 @@ def import_hf(hf_dir: str | Path, save_dir: str | Path, note: Note = say, ignore
         check_tensors(weights, model)
         shapes = logical_shapes(model)
         slices = [_whole(weights, name, shapes[name]) for name in sorted(shapes, key=weights.place)]
-        dtypes = {s.dtype for s in slices}
         write_first_checkpoint(
             folder,
             slices,
             model=model,
-            state={"token_ids": {k: tree.get(k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}},
-            weights_dtype=dtypes.pop() if len(dtypes) == 1 else "float32",  # fp32 holds any mixture exactly
+            state={"token_ids": {key: tree.get(key) for key in TOKEN_IDS}},
+            weights_dtype=common_dtype(s.dtype for s in slices),
             tokenizer=tokenizer,
             watch=lambda items: track(items, "reading weights", len(items), "tensors"),
         )

@@ -45,6 +45,11 @@ class ValidResult:
         return {f"valid/{name}/{key}": value for key, value in vars(self).items()}
 
 
+def perplexity(loss: float) -> float:
+    """e^loss; infinite where fp64 has no such number."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 @torch.no_grad()
 def evaluate(
     model: Model,
@@ -102,4 +107,4 @@ def evaluate(
     loss, bits = loss_sum / targets, loss_sum / math.log(2)
     per_byte = bits / byte_count if byte_count else None
     per_character = bits / characters if characters else None
-    return ValidResult(loss, math.exp(loss) if loss < 700 else math.inf, per_byte, per_character)
+    return ValidResult(loss, perplexity(loss), per_byte, per_character)
