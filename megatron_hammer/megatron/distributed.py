@@ -15,6 +15,7 @@ tensor in memory.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from copy import copy
@@ -24,18 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.base.errors import CheckpointError, UnfitFile
+from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.base.reading import open_regular
-from megatron_hammer.megatron.layout import EMBEDDING_THERE
-from megatron_hammer.megatron.legacy import arguments_of
-from megatron_hammer.megatron.pickles import Record, load_metadata, load_pt, load_tensor
+from megatron_hammer.checkpoint.dtypes import DTYPES
+from megatron_hammer.megatron.layout import EMBEDDING_THERE, LAYERS, full_name, split_name
+from megatron_hammer.megatron.legacy import arguments_of, iteration_of
+from megatron_hammer.megatron.pickles import Record, load_metadata, load_pt, load_tensor, reading
 
 FULLY_RESHARDABLE = "fully_reshardable"
 _FILE = re.compile(r"__\d+_\d+\.distcp")
 _PREFIXES = ("", "model.", "model.module.", "model.module.module.")
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_STACKED = "decoder.layers."
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class DistributedSource:
@@ -53,7 +52,7 @@ class DistributedSource:
         if not isinstance(common, dict):
             raise CheckpointError(33, str(folder / "common.pt"), "is not a mapping", "restore the checkpoint")
         self.args = arguments_of(common, folder / "common.pt")
-        self.iteration = int(common.get("iteration") or 0)
+        self.iteration = iteration_of(common)
         metadata = load_metadata(folder / ".metadata")
         self.common = common
         tensors = {
@@ -89,32 +88,30 @@ class DistributedSource:
                 continue
             for suffix in ("_w", "_v"):
                 name = name.removesuffix(suffix)
-            if match := _LAYER.fullmatch(name):
-                yield match[2], int(match[1])
-            elif name.startswith(_STACKED):
-                for layer in range(int(entry.size[0])):
-                    yield name.removeprefix(_STACKED), layer
+            short, layer = split_name(name)
+            if layer is None and name.startswith(LAYERS):
+                yield from ((name.removeprefix(LAYERS), number) for number in range(int(entry.size[0])))
             else:
-                yield name, None
+                yield short, layer
 
     def dtype(self, name: str, layer: int | None) -> torch.dtype:
         """Of a tensor."""
-        keys = [name] if layer is None else [f"{_STACKED}{layer}.{name}", _STACKED + name]
+        keys = [name] if layer is None else [full_name(name, layer), LAYERS + name]
         entry = next(self._tensors[key] for base in keys for key in (base, f"{base}_w") if key in self._tensors)
         state = None if entry.properties is None else entry.properties.state
         stated = state[0] if isinstance(state, tuple) and state else None
-        return _DTYPES.get(str(stated)) or self.tensor(name, layer).dtype
+        return DTYPES.get(str(stated)) or self.tensor(name, layer).dtype
 
     def tensor(self, name: str, layer: int | None) -> Tensor:
         """A whole tensor, padding included."""
         if layer is None:
             return self._read(name, None)
-        for key, row in ((f"{_STACKED}{layer}.{name}", None), (_STACKED + name, layer)):
+        for key, row in ((full_name(name, layer), None), (LAYERS + name, layer)):
             if key in self._tensors:
                 return self._read(key, row)
             if f"{key}_w" in self._tensors:
                 return torch.cat([self._read(key + half, row) for half in ("_w", "_v")])
-        raise CheckpointError(34, f"{self.folder}: {_STACKED}{layer}.{name}", "is missing", "restore the checkpoint")
+        raise CheckpointError(34, f"{self.folder}: {full_name(name, layer)}", "is missing", "restore the checkpoint")
 
     def _read(self, key: str, layer: int | None) -> Tensor:
         """A tensor, or the part of one layer of a tensor of all layers."""
@@ -144,16 +141,11 @@ class DistributedSource:
         if place is None:
             raise self._bad(key, f"has a chunk at {list(offsets)} that lies in no file")
         name, offset, length = place
-        try:
-            with open_regular(self.folder / name, follow=False) as file:
-                file.seek(offset)
-                content = file.read(length)
-        except UnfitFile as error:
-            raise CheckpointError(33, str(self.folder / name), f"cannot be read: {error}", error.remedy) from None
-        except OSError as error:
-            raise CheckpointError(
-                33, str(self.folder / name), f"cannot be read: {error.strerror}", "restore it"
-            ) from None
+        with reading(self.folder / name), open_regular(self.folder / name, follow=False) as file:
+            if offset + length > os.fstat(file.fileno()).st_size:
+                raise self._bad(key, f"has a chunk beyond the end of {name}")
+            file.seek(offset)
+            content = file.read(length)
         part = load_tensor(content, self.folder / name)
         if not isinstance(part, Tensor) or tuple(part.shape) != sizes:
             raise self._bad(key, f"has another shape in {name} than .metadata says")

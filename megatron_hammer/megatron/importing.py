@@ -28,13 +28,13 @@ from megatron_hammer.base.files import remove_folder, replace_file
 from megatron_hammer.base.progress import say, track
 from megatron_hammer.base.reading import parse_json, read_regular
 from megatron_hammer.checkpoint.commit import SliceToWrite
-from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES
+from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES, common_dtype
 from megatron_hammer.checkpoint.folder import Note
 from megatron_hammer.checkpoint.manifest import TOKENIZER, read_manifest
 from megatron_hammer.checkpoint.write import chunks_of, write_first_checkpoint
 from megatron_hammer.config import ModelConfig, config_to_tree, to_yaml
 from megatron_hammer.huggingface.certificate import compare, our_logits
-from megatron_hammer.huggingface.config import CONFIG, check_vocabulary, read_json
+from megatron_hammer.huggingface.config import CONFIG, TOKEN_IDS, check_vocabulary, read_json
 from megatron_hammer.huggingface.importing import check_save, write_preset
 from megatron_hammer.huggingface.transformers_model import load_causal
 from megatron_hammer.megatron.distributed import FULLY_RESHARDABLE, DistributedSource
@@ -42,6 +42,7 @@ from megatron_hammer.megatron.layout import (
     EMBEDDING_THERE,
     OUTPUT_THERE,
     Place,
+    full_name,
     merged_rows,
     model_of,
     place_of,
@@ -93,7 +94,7 @@ def find_checkpoint(path: Path) -> Path:
         rule = "is no checkpoint of Megatron-LM (mp_rank_* or torch_dist)" if path.is_dir() else "is not a folder"
         raise CheckpointError(30, str(path), rule, remedy)
     text = read_regular(tracker, 100, follow=False).decode(errors="replace").strip()
-    name = text if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else ""
+    name = text if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else ""
     if not _ITERATION.fullmatch(name) or not (path / name).is_dir():
         raise CheckpointError(30, f"{tracker}: {text[:40]!r}", "names no checkpoint that is there", remedy)
     return find_checkpoint(path / name)
@@ -152,7 +153,7 @@ def import_megatron(
     if tokenizer is not None:
         check_vocabulary(tokenizer, model)
     slices = _slices(source, model)
-    dtypes = {piece.dtype for piece in slices}
+    weights_dtype = common_dtype(piece.dtype for piece in slices)
     resumed = resumable(source, model) if with_optimizer else None
     if resumed is not None:
         slices = [
@@ -170,11 +171,11 @@ def import_megatron(
         slices,
         model=model,
         state={
-            "token_ids": _token_ids(tokenizer),
+            "token_ids": {key: getattr(tokenizer, role, None) for key, role in TOKEN_IDS.items()},
             "megatron": {"iteration": source.iteration, "format": source.kind},
             **({} if resumed is None else resumed.state),
         },
-        weights_dtype=dtypes.pop() if len(dtypes) == 1 else "float32",  # fp32 holds any mixture exactly
+        weights_dtype=weights_dtype,
         tokenizer=tokenizer,
         watch=lambda items: track(items, "merging weights", len(items), "tensors"),
         step=0 if resumed is None else source.iteration,
@@ -224,11 +225,6 @@ def true_vocabulary(
     return said
 
 
-def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    names = ("bos", "eos", "pad")
-    return {f"{name}_token_id": None if tokenizer is None else getattr(tokenizer, f"{name}_id") for name in names}
-
-
 class _Merged:
     """The merged tensor that was asked for last: q, k and v follow each other."""
 
@@ -250,21 +246,21 @@ def _slices(source: Source, model: ModelConfig, kind: str = "weight") -> list[Sl
         place = place_of(tensor)
         found = next(((name, place.layer) for name in place.names if (name, place.layer) in there), None)
         if found is None:
-            shown = place.names[0] if place.layer is None else f"decoder.layers.{place.layer}.{place.names[0]}"
+            shown = full_name(place.names[0], place.layer)
             raise CheckpointError(34, f"{source.folder}: {shown}", "is missing", "restore the checkpoint")
         used.add(found)
         dtype = DTYPE_NAMES.get(source.dtype(*found))
         if dtype is None:
             rule = f"is of type {source.dtype(*found)}: only {', '.join(DTYPE_NAMES.values())} can be converted"
-            raise CheckpointError(34, f"{source.folder}: {found[0]}", rule, "save the model in one of these types")
+            remedy = "save the model in one of these types"
+            raise CheckpointError(34, f"{source.folder}: {full_name(*found)}", rule, remedy)
         cols = (0, shape[1]) if len(shape) == 2 else None
         read = partial(_part, source, merged, found, place, model, shape)
         slices.append(SliceToWrite(tensor, kind, (0, shape[0]), cols, shape, dtype, _chunks(read)))
     for name, layer in sorted(there - used, key=str):
         if not (name.endswith(_COMPUTED) or (name == OUTPUT_THERE and model.tie_word_embeddings)):
-            shown = name if layer is None else f"decoder.layers.{layer}.{name}"
             rule = "is no tensor of the model that the arguments describe"
-            raise CheckpointError(34, f"{source.folder}: {shown}", rule, "convert a Llama-like model")
+            raise CheckpointError(34, f"{source.folder}: {full_name(name, layer)}", rule, "convert a Llama-like model")
     return slices
 
 
@@ -287,7 +283,7 @@ def _part(
     expected = rows if rows is not None else (whole.shape[0] if place.part == "vocabulary" else shape[0])
     if tuple(whole.shape) != (expected, *shape[1:]) or whole.shape[0] < least:
         rule = f"has the shape {list(whole.shape)}, where the arguments ask for {[expected, *shape[1:]]}"
-        raise CheckpointError(34, f"{source.folder}: {found[0]}, layer {found[1]}", rule, "restore the checkpoint")
+        raise CheckpointError(34, f"{source.folder}: {full_name(*found)}", rule, "restore the checkpoint")
     return torch.cat([whole[first:last] for first, last in rows_of(place.part, whole.shape[0], model)])
 
 

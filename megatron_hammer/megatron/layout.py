@@ -13,6 +13,7 @@ Needs no torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +23,8 @@ from megatron_hammer.config import ModelConfig, RopeScaling
 from megatron_hammer.model.parameters import EMBEDDING, FINAL_NORM, HEAD
 
 EMBEDDING_THERE, OUTPUT_THERE = "embedding.word_embeddings.weight", "output_layer.weight"
+LAYERS = "decoder.layers."
+_LAYER = re.compile(rf"{re.escape(LAYERS)}(\d+)\.(.+)")
 Part = Literal["whole", "vocabulary", "q", "k", "v", "gate", "up"]
 
 # Settings that change the function, and the values at which they do not; absent counts as the first.
@@ -116,6 +119,17 @@ def _count(args: Mapping[str, Any], name: str, where: str) -> int:
         remedy = "name a checkpoint that has its arguments"
         raise CheckpointError(34, f"{where}: args.{name}={value}", "must be a positive whole number", remedy)
     return value
+
+
+def full_name(name: str, layer: int | None) -> str:
+    """What Megatron-LM's model calls a tensor of a layer, or of none."""
+    return name if layer is None else f"{LAYERS}{layer}.{name}"
+
+
+def split_name(full: str) -> tuple[str, int | None]:
+    """The inverse: a tensor's name within its layer, and the layer."""
+    match = _LAYER.fullmatch(full)
+    return (full, None) if match is None else (match[2], int(match[1]))
 
 
 def place_of(tensor: str) -> Place:

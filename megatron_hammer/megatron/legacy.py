@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError
+from megatron_hammer.megatron.layout import full_name, split_name
 from megatron_hammer.megatron.pickles import Record, load_pt
 
 _RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")  # the second: beside optim.pt of very old versions
 _BY_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
 _COPIED = ("linear_proj.bias", "linear_fc2.bias", "norm.weight", "layer_norm_weight", "norm.bias", "layer_norm_bias")
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
 class LegacySource:
@@ -50,7 +50,7 @@ class LegacySource:
                 raise CheckpointError(33, str(folder), rule, "copy the whole checkpoint")
         states = {rank: self._load(path) for rank, path in ranks.items()}
         self.args = arguments_of(states[0, 0], ranks[0, 0])
-        self.iteration = int(states[0, 0].get("iteration") or 0)
+        self.iteration = iteration_of(states[0, 0])
         self.tensor_parallel, self.pipeline_parallel = tp, pp
         self._check_layout()
         self.optimizer = ""
@@ -95,11 +95,11 @@ class LegacySource:
             for name, tensor in model.items():
                 if not isinstance(tensor, Tensor) or name.endswith("_extra_state"):
                     continue
-                place: tuple[str, int | None] = (name, None)
-                if match := _LAYER.fullmatch(name):
-                    layers.add(int(match[1]))
-                    place = (match[2], first + int(match[1]))
-                shards = self._shards.setdefault(place, [])
+                short, layer = split_name(name)
+                if layer is not None:
+                    layers.add(layer)
+                    layer += first
+                shards = self._shards.setdefault((short, layer), [])
                 if len(shards) == t:
                     shards.append(tensor)
         if layers != set(range(len(layers))):
@@ -121,12 +121,13 @@ class LegacySource:
         shards = self._shards[name, layer]
         if len(shards) != self.tensor_parallel:
             rule = f"is on {len(shards)} of {self.tensor_parallel} tensor-parallel ranks"
-            raise CheckpointError(34, f"{self.folder}: {_shown(name, layer)}", rule, "copy the whole checkpoint")
+            raise CheckpointError(34, f"{self.folder}: {full_name(name, layer)}", rule, "copy the whole checkpoint")
         if name.endswith(_COPIED):
             for t, shard in enumerate(shards[1:], start=1):
                 if not torch.equal(shards[0].view(-1).view(torch.uint8), shard.view(-1).view(torch.uint8)):
                     rule = f"differs between TP rank 0 and {t}, which must have copies of it"
-                    raise CheckpointError(35, f"{self.folder}: {_shown(name, layer)}", rule, "use an intact checkpoint")
+                    what = f"{self.folder}: {full_name(name, layer)}"
+                    raise CheckpointError(35, what, rule, "use an intact checkpoint")
             return shards[0]
         if name.endswith(_BY_COLUMNS):
             return torch.cat(shards, dim=1)
@@ -134,10 +135,6 @@ class LegacySource:
             halves = [shard.chunk(2) for shard in shards]
             return torch.cat([half[0] for half in halves] + [half[1] for half in halves])
         return torch.cat(shards)
-
-
-def _shown(name: str, layer: int | None) -> str:
-    return name if layer is None else f"decoder.layers.{layer}.{name}"
 
 
 def _ranks(folder: Path) -> dict[tuple[int, int], Path]:
@@ -173,3 +170,9 @@ def arguments_of(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if not isinstance(args, Record):
         raise CheckpointError(34, f"{path}: args", "is missing", "name a checkpoint that has its arguments")
     return {name: value for name, value in vars(args).items() if name not in ("args", "state")}
+
+
+def iteration_of(state: Mapping[str, Any]) -> int:
+    """The steps that were made; 0 where the file says none."""
+    found = state.get("iteration")
+    return found if type(found) is int else 0

@@ -75,18 +75,25 @@ def _refused(path: Path, name: str) -> CheckpointError:
     return CheckpointError(31, str(path), rule, _REMEDY)
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """While a file is opened and read, what the system refuses becomes E433."""
+    try:
+        yield
+    except UnfitFile as error:
+        raise CheckpointError(33, str(path), f"cannot be read: {error}", error.remedy) from None
+    except OSError as error:
+        raise CheckpointError(33, str(path), f"cannot be read: {error.strerror}", "restore the checkpoint") from None
+
+
 def load_pt(path: Path) -> Any:
     """The content of a torch zip file; tensors stay in the file, mapped, until they are read.
 
     Raises:
         CheckpointError: E431 it names what is not on our list; E433 it cannot be read.
     """
-    try:
+    with reading(path):
         descriptor = open_descriptor(path, follow=False)
-    except UnfitFile as error:
-        raise CheckpointError(33, str(path), f"cannot be read: {error}", error.remedy) from None
-    except OSError as error:
-        raise CheckpointError(33, str(path), f"cannot be read: {error.strerror}", "restore the checkpoint") from None
     try:
         opened = f"/proc/self/fd/{descriptor}"  # the file that was looked at, whatever the name leads to now
         if os.pread(descriptor, 4, 0) != b"PK\x03\x04":
@@ -103,31 +110,28 @@ def load_tensor(content: bytes, path: Path) -> Any:
 
 
 @contextmanager
-def _none_allowed() -> Iterator[None]:
-    """What libraries of this process have allowed torch to make is not for these files: it would be no record."""
+def _own_list() -> Iterator[None]:
+    """Torch makes what is allowed in this block, and not what libraries of this process have allowed: a class of a
+    library would be no record."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
         yield
     finally:
+        torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(before)
 
 
 def _load(opened: Any, path: Path, mmap: bool) -> Any:
-    with _none_allowed():
-        return _load_records(opened, path, mmap)
-
-
-def _load_records(opened: Any, path: Path, mmap: bool) -> Any:
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(opened)
-        for name in names:
-            if not _RECORDS.fullmatch(name):
-                raise _refused(path, name)
-        records: list[Any] = [(_record(name), name) for name in names]
-        if not mmap:
-            opened.seek(0)
-        with torch.serialization.safe_globals(records):
+        with _own_list():
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(opened)
+            for name in names:
+                if not _RECORDS.fullmatch(name):
+                    raise _refused(path, name)
+            torch.serialization.add_safe_globals([(_record(name), name) for name in names])
+            if not mmap:
+                opened.seek(0)
             return torch.load(opened, map_location="cpu", mmap=mmap, weights_only=True)
     except CheckpointError:
         raise
@@ -186,12 +190,8 @@ def load_metadata(path: Path) -> Record:
     Raises:
         CheckpointError: as for ``load_pt``.
     """
-    try:
+    with reading(path):
         content = read_regular(path, MAX_METADATA_BYTES, follow=False)
-    except UnfitFile as error:
-        raise CheckpointError(33, str(path), f"cannot be read: {error}", error.remedy) from None
-    except OSError as error:
-        raise CheckpointError(33, str(path), f"cannot be read: {error.strerror}", "restore the checkpoint") from None
     try:
         found = _Guarded(path, io.BytesIO(content)).load()
     except CheckpointError:

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from megatron_hammer.base.errors import CheckpointError, ConfigError
 from megatron_hammer.config import Config, ModelConfig, OptimizerConfig, config_from_tree
 from megatron_hammer.megatron.distributed import FULLY_RESHARDABLE, DistributedSource
@@ -79,7 +81,7 @@ def _updates(optimizer: Any) -> int | None:
 def _steps(tree: Any) -> Iterator[int]:
     if isinstance(tree, dict):
         for name, value in tree.items():
-            if name == "step" and (type(value) is int or hasattr(value, "item")):
+            if name == "step" and (type(value) is int or (isinstance(value, Tensor) and value.numel() == 1)):
                 yield int(value)
             else:
                 yield from _steps(value)

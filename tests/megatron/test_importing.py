@@ -9,6 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ def test_the_chunks_are_read_as_torchs_own_reader_does(tmp_path: Path) -> None:
         assert torch.equal(source.tensor(name, layer), state[f"decoder.layers.{name}"][layer])
 
 
-def steps_of_adam(updates: int) -> Any:
+def steps_of_adam(updates: Any) -> Any:
     """What common.pt has of the optimizer."""
 
     def change(state: dict[str, Any], t: int, p: int) -> None:
@@ -177,6 +178,26 @@ def test_other_formats_of_the_optimizer_are_named(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=rf"error\[E43[04]\].*{said}"):
             convert(tmp_path / name, tmp_path / "ours", vocab_size=131, with_optimizer=True)
     assert "--optimizer does" in convert(tmp_path / "bare", tmp_path / "ours", vocab_size=131)[1][1]
+
+
+def test_values_of_other_types_are_no_numbers(tmp_path: Path) -> None:
+    """Which NumPy's become records, of which nothing is computed."""
+    logical = logical_weights(PLAIN)
+    write_legacy(tmp_path / "run", PLAIN, logical, change=lambda state, t, p: state.update(iteration="many"))
+    assert "iteration 0;" in convert(tmp_path / "run", tmp_path / "1", vocab_size=131)[1][0]
+    write_distributed(tmp_path / "dist", PLAIN, logical, states={"exp_avg": logical}, change=steps_of_adam(np.int64(2)))
+    with pytest.raises(CheckpointError, match=r"error\[E434\].*the optimizer's step is missing"):
+        convert(tmp_path / "dist", tmp_path / "2", vocab_size=131, with_optimizer=True)
+
+
+@pytest.mark.parametrize("field, value", [("length", 2**62), ("offset", 2**63)])
+def test_a_chunk_lies_within_its_file(field: str, value: int, tmp_path: Path) -> None:
+    folder = write_distributed(tmp_path / "iter_0000100", PLAIN, logical_weights(PLAIN))
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    setattr(next(iter(metadata.storage_data.values())), field, value)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"error\[E433\].*has a chunk beyond the end of __0_0.distcp"):
+        convert(folder, tmp_path / "ours", vocab_size=131)
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +354,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     (dist / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match=r"error\[E433\].*no file of a distributed checkpoint"):
         convert(dist, tmp_path / "ours")
-    for text in ("../run", "7", "x"):
+    for text in ("../run", "7", "x", "²"):
         (run / "latest_checkpointed_iteration.txt").write_text(text)
         with pytest.raises(CheckpointError, match="E430"):
             find_checkpoint(run)
