@@ -350,9 +350,9 @@ class _Digests:
         ends = np.cumsum(np.bincount(bucket, minlength=BUCKETS))
         for number, part in enumerate(np.split(entries, ends[:-1])):
             path = self._folder / str(number)
-            with open(path, "ab") as file, writing(path, file.tell() + part.nbytes):
+            before = path.stat().st_size if path.exists() else 0
+            with writing(path, before + part.nbytes), open(path, "ab") as file:  # closing writes, too
                 file.write(part.data.cast("B"))
-                file.flush()
 
     def buckets(self) -> Iterator[np.ndarray]:
         """All pairs, equal digests in the same array, in order of digest, then of document."""

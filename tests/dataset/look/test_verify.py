@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import tracemalloc
 from collections import Counter
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
+from megatron_hammer.base.writing import WriteFailed
 from megatron_hammer.dataset import writer as writer_module
 from megatron_hammer.dataset.format import TokenizerRecord, path_of
 from megatron_hammer.dataset.look import contamination as held_out
@@ -357,3 +359,15 @@ def test_mutated_files_end_in_a_report_or_a_documented_error(tmp_path, tokenizer
             assert report.problems or suffix == ".meta.json" or bytes(content) == whole
             assert format_report(report)
     assert unsound > 20
+
+
+def test_a_full_disk_names_the_file_of_digests(tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "IN_MEMORY", 0)
+    digests, limits = verify._Digests(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, limits[1]))
+    try:
+        with pytest.raises(WriteFailed) as failed:
+            digests.add(np.array([1], np.uint64), np.array([0]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert failed.value.filename == str(tmp_path / "0") and failed.value.needed == 16
