@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -680,6 +681,20 @@ def test_generate_continues_each_prompt_and_repeats_itself(hf_folder: Path) -> N
     assert texts != list(generate(hf_folder, prompts, max_new_tokens=8, seed=1))
     greedy = [list(generate(hf_folder, prompts, max_new_tokens=8, temperature=0, seed=s)) for s in (0, 1)]
     assert greedy[0] == greedy[1]
+
+
+def test_generate_refuses_a_folder_that_lacks_a_weight(hf_folder: Path, tmp_path: Path) -> None:
+    """transformers would draw it at random."""
+    from safetensors.torch import load_file, save_file
+
+    from megatron_hammer.huggingface.generate import generate
+
+    folder = Path(shutil.copytree(hf_folder, tmp_path / "hf"))
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"error\[E491\].*up_proj.weight is among the missing_keys"):
+        list(generate(folder, ["a"]))
 
 
 def test_generate_refuses_a_folder_without_a_model(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError
 from megatron_hammer.base.paths import missing_remedy
+from megatron_hammer.huggingface.transformers_model import load_causal
 from megatron_hammer.tokenizer.model_folder import text_of
 
 
@@ -46,17 +46,11 @@ def generate(
         rule = "is no Hugging Face folder (it has no config.json)" if folder.exists() else "does not exist"
         raise CheckpointError(90, str(folder), rule, _folder_remedy(folder))
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoTokenizer
 
-    hide_progress_bar: Any = logging.disable_progress_bar
-    hide_progress_bar()  # loading takes seconds, and the texts alone are the output
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype="auto"
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(
@@ -66,7 +60,7 @@ def generate(
             "export it again with tools/checkpoint_to_hf.py",
         ) from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device).eval()
+    model = load_causal(folder, "auto").to(device)
     for prompt in prompts:
         torch.manual_seed(seed)
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
