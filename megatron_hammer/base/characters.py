@@ -45,10 +45,10 @@ def number_meant(text: str, whole: bool, unit: str = "") -> str:
 
 def _value_of(plain: str, whole: bool) -> float | None:
     if match := _POWER.fullmatch(plain):
-        return float(f"{match[1] or 1}e{match[2]}") if _is_number(match[1] or "1") else None
+        return float(f"{match[1] or 1}e{match[2]}") if is_number(match[1] or "1") else None
     if match := _RATIO.fullmatch(plain):
-        over = float(match[2]) if _is_number(match[2]) else 0.0
-        return float(match[1]) / over if over and _is_number(match[1]) else None
+        over = float(match[2]) if is_number(match[2]) else 0.0
+        return float(match[1]) / over if over and is_number(match[1]) else None
     match = _NUMBER.fullmatch(plain)
     if match is None:
         return None
@@ -57,12 +57,13 @@ def _value_of(plain: str, whole: bool) -> float | None:
         digits = digits.replace(",", "")
     elif digits.count(",") == 1 and "." not in digits and not whole:  # a decimal comma
         digits = digits.replace(",", ".")
-    if not _is_number(digits):
+    if not is_number(digits):
         return None
     return float(digits) / 100 if match[2] == "%" else float(digits) * times
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether Python reads it as one."""
     try:
         float(text)
     except ValueError:

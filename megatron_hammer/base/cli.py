@@ -58,7 +58,8 @@ class ArgumentParser(argparse.ArgumentParser):
         self._words = [self._with_dashes(word) for word in (sys.argv[1:] if args is None else args)]
         for word in self._words:
             if not word.isascii() and not word.startswith("-") and (meant := self._meant_as_option(word)):
-                self.error(f"{meant[0]} is no option: its dash is not that of the keyboard (write {meant[1]})")
+                rule = f"was called wrongly: {meant[0]} is no option: its dash is not that of the keyboard"
+                raise ConfigError(1, self.prog, rule, f"write {meant[1]}")
         found, rest = super().parse_known_args(self._words, namespace)
         for name, value in list(vars(found).items()):
             for path in value if isinstance(value, list) else [value]:
@@ -130,8 +131,6 @@ class ArgumentParser(argparse.ArgumentParser):
             dashed := next(filter(None, map(self._meant_as_option, message.partition("arguments: ")[2].split())), None)
         ):
             remedy = f"write {dashed[1]}, not {dashed[0]}"
-        elif written := re.search(r" \(write (--\S+)\)$", message):
-            message, remedy = message[: written.start()], f"write {written[1]}"
         elif "unrecognized arguments: -" in message:
             option = message.partition("unrecognized arguments: ")[2].split()[0].partition("=")[0]
             if near := difflib.get_close_matches(option, list(self._option_string_actions), n=1, cutoff=0.7):

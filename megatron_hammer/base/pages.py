@@ -17,6 +17,8 @@ HERE = sys.platform == "linux"
 """Whether this system gives pages back at once and refuses an access to memory that is closed."""
 
 _PROT_NONE = 0
+_C = ctypes.CDLL(None, use_errno=True)
+_C.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Pages:
@@ -56,7 +58,6 @@ class Pages:
         self._open = False
 
     def _protect(self, access: int) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.mprotect(ctypes.c_void_p(self._address), ctypes.c_size_t(self._size), ctypes.c_int(access)) != 0:
+        if _C.mprotect(self._address, self._size, access) != 0:
             number = ctypes.get_errno()
             raise OSError(number, f"mprotect of {self._size:,} bytes: {os.strerror(number)}")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_hammer.base.characters import in_ascii, number_meant
+from megatron_hammer.base.characters import in_ascii, is_number, number_meant
 from megatron_hammer.base.paths import unusable_remedy
 
 PRESETS = Path(__file__).parents[2] / "examples" / "configs"
@@ -292,9 +292,9 @@ def sources_remedy(text: str) -> str:
     if len(words) < 2:
         return ""
     pairs = [words[i : i + 2] for i in range(0, len(words), 2)]
-    if all(len(p) == 2 and _is_number(p[0]) and not _is_number(p[1]) for p in pairs):
+    if all(len(p) == 2 and is_number(p[0]) and not is_number(p[1]) for p in pairs):
         return "write {" + ", ".join(f"{prefix}: {weight}" for weight, prefix in pairs) + "}"
-    if all(len(p) == 2 and _is_number(p[1]) and not _is_number(p[0]) for p in pairs):
+    if all(len(p) == 2 and is_number(p[1]) and not is_number(p[0]) for p in pairs):
         return "write {" + ", ".join(f"{prefix}: {weight}" for prefix, weight in pairs) + "}"
     names = [word for word in re.split(r"[\s,]+", text) if word]
     if len(names) > 1 and all(Path(f"{name}.idx").exists() for name in names):
@@ -313,7 +313,7 @@ def pairs_remedy(mapping: Mapping[object, object], of_weights: bool) -> str:
     pairs = []
     for key, given in mapping.items():
         prefix, _, weight = str(key).replace(":", " ").rpartition(" ")
-        parted = given is None and prefix and _is_number(weight)
+        parted = given is None and prefix and is_number(weight)
         pairs.append(f"{prefix.strip()}: {weight}" if parted else f"{key}: {1 if given is None else given}")
     return "write {" + ", ".join(pairs) + "}, with a colon and a blank"
 
@@ -388,14 +388,6 @@ def encoding_remedy(data: bytes) -> str:
 
 def _plain(name: str) -> str:
     return name.replace("-", "").replace("_", "").lower()
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _short(path: str) -> str:

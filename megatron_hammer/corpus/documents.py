@@ -343,7 +343,8 @@ class LineWriter:
                 self._file.close()
                 publish(self._temporary, self.path)
         finally:
-            self._file.close_after_failure()  # of this block or the user's; nothing where it is closed
+            with suppress(OSError):  # after a failure of this block or the user's; it is closed otherwise
+                self._file.close()
             self._temporary.unlink(missing_ok=True)  # gone already after the rename
 
     def describe(self) -> dict[str, Any]:
@@ -376,10 +377,6 @@ class _HashedFile:
 
     def close(self) -> None:
         self._file.close()
-
-    def close_after_failure(self) -> None:
-        with suppress(OSError):
-            self._file.close()
 
 
 def text_line(text: str, fields: dict[str, Any] | None = None) -> bytes:

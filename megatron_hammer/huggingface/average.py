@@ -14,7 +14,7 @@ are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -26,12 +26,14 @@ from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedErr
 from megatron_hammer.base.progress import track
 from megatron_hammer.checkpoint.commit import SliceToWrite
 from megatron_hammer.checkpoint.fit import check_fits
-from megatron_hammer.checkpoint.folder import find_checkpoints, open_checkpoint, step_name
+from megatron_hammer.checkpoint.folder import find_checkpoints, open_checkpoint
 from megatron_hammer.checkpoint.manifest import TOKENIZER, Manifest, checked_tokenizer_folder, saved_model
 from megatron_hammer.checkpoint.read import LogicalReader
 from megatron_hammer.checkpoint.write import chunks_from, write_first_checkpoint
 from megatron_hammer.huggingface.importing import check_save, write_preset
 from megatron_hammer.tokenizer.load import load_tokenizer
+
+_BLOCK_ELEMENTS = 1 << 20  # 8 MiB of fp64 sums
 
 
 def choose_checkpoints(named: Sequence[str], last: int | None) -> list[Manifest]:
@@ -110,11 +112,11 @@ def average_checkpoints(checkpoints: Sequence[Manifest], shares: Sequence[float]
                     tensor.name, "weight", (0, tensor.shape[0]), cols, tensor.shape, "float32", chunks_from(bands)
                 )
             )
-        told = [
+        averaged = [
             {"checkpoint": str(c.folder), "step": c.step, "digest": c.digest, "share": share}
             for c, share in zip(checkpoints, shares, strict=True)
         ]
-        state = {"averaged": told, **({"token_ids": ids} if (ids := newest.state.get("token_ids")) else {})}
+        state = {"averaged": averaged, **({"token_ids": ids} if (ids := newest.state.get("token_ids")) else {})}
         target = write_first_checkpoint(
             folder / "checkpoints",
             slices,
@@ -125,14 +127,12 @@ def average_checkpoints(checkpoints: Sequence[Manifest], shares: Sequence[float]
             watch=lambda items: track(items, "averaging", len(items), "tensors"),
         )
     write_preset(folder / "model.yaml", model, None if tokenizer is None else target / TOKENIZER)
-    assert target.name == step_name(0)
     return target
 
 
 def _mean(readers: Sequence[LogicalReader], shares: Sequence[float], name: str) -> Iterator[Tensor]:
     """The mean of a tensor, some rows at a time."""
-    rows: list[Callable[[], Iterator[Tensor]]] = [partial(_rows, reader, name) for reader in readers]
-    for parts in zip(*(read() for read in rows), strict=True):
+    for parts in zip(*(_rows(reader, name) for reader in readers), strict=True):
         total = torch.zeros(parts[0].shape, dtype=torch.float64)
         for part, share in zip(parts, shares, strict=True):
             total.add_(part.double(), alpha=share)
@@ -150,6 +150,3 @@ def _rows(reader: LogicalReader, name: str) -> Iterator[Tensor]:
             rest = rest[height:]
     if rest is not None and len(rest):
         yield rest
-
-
-_BLOCK_ELEMENTS = 1 << 20  # 8 MiB of fp64 sums

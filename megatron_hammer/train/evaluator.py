@@ -69,7 +69,7 @@ class Evaluator:
         self._done = False
         """Whether the run has done all its steps, so that its last checkpoint is worth waiting for."""
         self._cut_back(0 if start is None else step_of(start))
-        if start is not None and step_of(start) and not self._has_line(step_of(start)):
+        if start is not None and step_of(start) and self._line(step_of(start)) is None:
             self.committed(start)
 
     def __enter__(self) -> Evaluator:
@@ -178,9 +178,6 @@ class Evaluator:
                 MetricsFile(path, last_step, self._warn).close()
         except OSError as error:
             self._warn(f"warning: train.evaluator: {path} could not be cut back to step {last_step}: {error}")
-
-    def _has_line(self, step: int) -> bool:
-        return self._line(step) is not None
 
     def _line(self, step: int) -> dict[str, Any] | None:
         """What the file has of a step."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import bisect
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 from megatron_hammer.base.files import replace_file, set_aside
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.reading import open_regular, parse_json
-from megatron_hammer.base.writing import writing
+from megatron_hammer.base.writing import make_durable, writing
 
 METRICS = "metrics.jsonl"
 
@@ -69,8 +68,7 @@ class MetricsFile:
 
     def sync(self) -> None:
         """Make sure that the lines so far are on the disk: before a checkpoint is committed."""
-        with writing(self.file.name, os.fstat(self.file.fileno()).st_size):
-            os.fsync(self.file.fileno())
+        make_durable(self.file, self.file.name)
 
     def close(self) -> None:
         """Nothing more will be written."""
