@@ -37,6 +37,7 @@ from megatron_hammer.train.metrics_file import MetricsFile, read_lines
 
 EVALUATIONS, LOG = "evaluations.jsonl", "evaluator.log"
 _POLL_SECONDS = 0.05  # at the end of a run, between two looks
+_KILL_SECONDS = 5.0  # one that waits for a disk that does not answer cannot be killed: it ends when that does
 _LOG_BYTES = 2000  # of the log's end, in which the reason of a failure stands
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -202,4 +203,5 @@ class Evaluator:
         if self._process is not None and self._process.poll() is None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_KILL_SECONDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import pytest
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.config import Config
 from megatron_hammer.evaluation import checkpoint_process
+from megatron_hammer.train import evaluator as evaluator_module
 from megatron_hammer.train.evaluator import EVALUATIONS, Evaluator
 from megatron_hammer.train.metrics import Reporter
 from tests.train.runs import checkpoint_bytes, config_for, metrics, overrides, train_here
@@ -142,6 +144,20 @@ def test_a_failure_costs_one_evaluation_and_a_warning(command: str, said: str, d
     (warning,) = heard.warnings
     assert said in warning and "the evaluation of step-00000003" in warning and "tools/evaluate.py" in warning
     assert heard.lines == []
+
+
+def test_one_that_cannot_be_killed_holds_nobody_up(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an uninterruptible sleep, on a file system that does not answer."""
+    kill, heard = os.killpg, Listener()
+    monkeypatch.setattr(os, "killpg", lambda group, number: None)
+    monkeypatch.setattr(evaluator_module, "_KILL_SECONDS", 0.01)
+    more = ["train.evaluator.command=[sleep, '60']"]
+    with heard.evaluator(config_of(data, tmp_path / "run", *more)) as evaluator:
+        evaluator.committed(checkpoint(tmp_path / "run", 3))
+        process = evaluator._process
+    assert process is not None and process.poll() is None
+    kill(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def test_one_that_takes_too_long_is_ended(data: Path, tmp_path: Path) -> None:
