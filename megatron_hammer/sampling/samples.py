@@ -200,7 +200,9 @@ class TrainData:
         return self.order.ids(first, count)
 
     def with_skips(self, skips: Skips) -> TrainData:
-        """The same datasets, of which another run leaves out something else."""
+        """The same datasets, of which another run leaves out something else, or the same."""
+        if skips == self.order.skips:  # as for nearly every run, and for all in Megatron-LM's order
+            return self
         other = copy.copy(self)
         other.order = self._lay_out(skips)
         return other

@@ -179,9 +179,14 @@ def test_what_is_not_used_needs_no_name(trained: Path) -> None:
 
 
 def test_the_length_decides_in_megatron_s_order(here: Path) -> None:
+    """And a run of the same length goes on in it."""
     out = here / "m"
-    arguments = ("data.order=megatron", f"train.output={out}")
-    assert train_here(0, overrides(here / "data", out, *arguments, "train.num_steps=3")) == 0
+    arguments = ("data.order=megatron", f"train.output={out}", "checkpoint.save_interval_steps=2")
+    whole = overrides(here / "data", out, *arguments, "train.num_steps=3")
+    assert train_here(0, whole) == 0
+    lines = metrics(out)
+    shutil.rmtree(out / "checkpoints" / "step-00000003")
+    assert train_here(0, whole) == 0 and metrics(out) == lines
     assert "train.num_steps=12 (was 3)" in str(refusal(here, *arguments))
     assert resume(here, *arguments, "--accept=train.num_steps").ledger[0]["what"] == "train.num_steps"
 
