@@ -215,8 +215,14 @@ class Config:
 
     def in_phase(self, phase: Phase) -> Config:
         """The config of a run that has this phase alone: its mix, its length and its RoPE."""
+        fim = {prefix: of for prefix, of in (self.data.fim or {}).items() if prefix in phase.train}
         data = dataclasses.replace(
-            self.data, phases=None, train=dict(phase.train), weights=phase.unit, seq_length=phase.seq_length
+            self.data,
+            phases=None,
+            train=dict(phase.train),
+            weights=phase.unit,
+            fim=fim or None,
+            seq_length=phase.seq_length,
         )
         model = dataclasses.replace(self.model, rope_theta=phase.rope_theta, rope_scaling=phase.rope_scaling)
         return dataclasses.replace(self, data=data, model=model)

@@ -141,6 +141,13 @@ def test_phases_that_cannot_be_are_refused_by_name(change: str, said: str) -> No
     assert said in str(caught.value)
 
 
+def test_a_source_with_fill_in_the_middle_need_not_be_in_every_phase() -> None:
+    phases = "data.phases=[{train: {x: 1, y: 1}, steps: 1}, {train: {y: 1}, seq_length: 64}]"
+    config = config_for(["model.vocab_size=301", "data.train=null", phases, "data.fim={x: {}}"])
+    config.validate(1)
+    assert [config.in_phase(phase).data.fim == config.data.fim for phase in config.phases] == [True, False]
+
+
 def test_a_ramp_of_the_batch_size_is_a_function_of_consumed_samples(trained: Path, tmp_path: Path) -> None:
     """4, 4, 6, 6, 8, 8, 8: one that stops and goes on is the same to the bit, and has the samples of any other."""
     ramp = "train.batch_size_ramp={start: 4, increment: 2, samples: 16}"
