@@ -47,7 +47,7 @@ from megatron_hammer.checkpoint.snapshot import Snapshot, places_of
 from megatron_hammer.checkpoint.space import check_space
 from megatron_hammer.checkpoint.write import agreed_number, bytes_to_write, layout_of, owned_views, stage, together
 from megatron_hammer.config import config_from_tree
-from megatron_hammer.parallel.agreement import raise_together
+from megatron_hammer.parallel.agreement import all_or_none, raise_together
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.sharding import Shard
@@ -230,21 +230,12 @@ class BackgroundSaver:
         self._plan = {"slices": rows, "tokenizer": files, "fingerprint": tokenizer.fingerprint if tokenizer else ""}
         self._needed = bytes_to_write(config_from_tree(dict(config_tree)).model, shards, style_of(config_tree))
         self._number = agreed_number(ctx)
-        self._snapshot = self._taken_together(size)
+        with all_or_none(ctx, "taking memory for the copy of a checkpoint"):
+            self._snapshot = Snapshot(size, ctx.device)
         self._writer: WriterProcess | None = self._start()
         self.save: InFlight | None = None
         self.phase = 0
         """Counts up whenever a save begins, goes on or ends: flags that were sent before say nothing any more."""
-
-    def _taken_together(self, size: int) -> Snapshot:
-        snapshot, error = None, None
-        try:
-            snapshot = Snapshot(size, self._ctx.device)
-        except HammerError as found:
-            error = found
-        raise_together(self._ctx, error)
-        assert snapshot is not None
-        return snapshot
 
     def _start(self) -> WriterProcess:
         return WriterProcess(self._snapshot, self._ctx.world.rank, self._plan)

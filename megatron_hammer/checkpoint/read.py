@@ -21,7 +21,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megatron_hammer.base.errors import CheckpointError, HammerError, from_os_error
+from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.checkpoint.digest import RectangleSum
 from megatron_hammer.checkpoint.dtypes import DTYPES
 from megatron_hammer.checkpoint.fit import check_fits
@@ -30,7 +30,7 @@ from megatron_hammer.checkpoint.tensor_files import CHUNK_BYTES, TensorFileReade
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.model.llama import Stage
 from megatron_hammer.model.parameters import Parameter
-from megatron_hammer.parallel.agreement import raise_together
+from megatron_hammer.parallel.agreement import all_or_none
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.sharding import Range, Shard, intersect, rectangles
 
@@ -70,8 +70,7 @@ def load_shards(
     Raises:
         HammerError: on all ranks, when the checkpoint does not fit the model or one of them could not read its part.
     """
-    failure: HammerError | None = None
-    try:
+    with all_or_none(ctx, f"reading {manifest.folder}"):
         check_fits(manifest, model, kinds)
         wanted: dict[int, list[_Place]] = {}
         for shard in shards:
@@ -83,11 +82,6 @@ def load_shards(
                         place = _Place(box.rows, box.cols, view)
                         wanted.setdefault(_find(manifest, part.tensor, kind), []).append(place)
         _fill(manifest, wanted)
-    except HammerError as error:
-        failure = error
-    except OSError as error:
-        failure = from_os_error(error, f"reading {manifest.folder}")
-    raise_together(ctx, failure)
 
 
 def load_model(

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.base.errors import HammerError, from_os_error
+from megatron_hammer.base.errors import HammerError
 from megatron_hammer.base.faults import fault_point
 from megatron_hammer.base.files import (
     staging_path,
@@ -50,7 +50,7 @@ from megatron_hammer.checkpoint.retention import LAST_TWO, KnownCheckpoints, Ret
 from megatron_hammer.checkpoint.space import check_space, checkpoint_bytes
 from megatron_hammer.checkpoint.tensor_files import CHUNK_BYTES, ITEM_BYTES
 from megatron_hammer.config import ModelConfig
-from megatron_hammer.parallel.agreement import raise_together
+from megatron_hammer.parallel.agreement import all_or_none
 from megatron_hammer.parallel.collectives import broadcast
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.sharding import Shard, rectangles
@@ -258,14 +258,8 @@ def layout_of(ctx: ParallelContext, config_tree: Mapping[str, Any]) -> Layout:
 
 def together(work: Callable[[], None], ctx: ParallelContext, target: Path) -> None:
     """Do this rank's work; if it failed on any rank, fail on all. Communicates over the world."""
-    failure: HammerError | None = None
-    try:
+    with all_or_none(ctx, f"saving {target}", target):
         work()
-    except HammerError as error:
-        failure = error
-    except OSError as error:
-        failure = from_os_error(error, f"saving {target}", place=target)
-    raise_together(ctx, failure)
 
 
 def _marked(ctx: ParallelContext) -> Watch:

@@ -1,8 +1,8 @@
 """How ranks agree on an error: all of them raise it, or none does.
 
 A rank that raises alone would leave the others waiting in their next collective. So work in which a single rank may
-fail (reading or writing files) ends in ``raise_together``, and start-up in rounds of ``BeforeStart``, which need no
-process group yet.
+fail (reading or writing files) is a block of ``all_or_none`` or ends in ``raise_together``, and start-up goes in rounds
+of ``BeforeStart``, which need no process group yet.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,23 @@ def raise_together(ctx: ParallelContext, error: HammerError | None) -> None:
         text = bytes(report.tolist()).rstrip(b"\0")
         if text:
             raise from_fields(json.loads(text))
+
+
+@contextmanager
+def all_or_none(ctx: ParallelContext, doing: str, place: Path | None = None) -> Iterator[None]:
+    """The block is this rank's work; if it failed on any rank, all raise that. Communicates over the world.
+
+    Args:
+        doing, place: for an error of the operating system, see ``from_os_error``.
+    """
+    failure: HammerError | None = None
+    try:
+        yield
+    except HammerError as error:
+        failure = error
+    except OSError as error:
+        failure = from_os_error(error, doing, place=place)
+    raise_together(ctx, failure)
 
 
 def gather_values(ctx: ParallelContext, value: Any) -> list[Any]:

@@ -24,7 +24,7 @@ from megatron_hammer.checkpoint.retention import KnownCheckpoints, Retention
 from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.config import config_to_tree
 from megatron_hammer.optim.optimizer import Optimizer
-from megatron_hammer.parallel.agreement import raise_together
+from megatron_hammer.parallel.agreement import all_or_none
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.output import HeldOutput, mark_saved
 from megatron_hammer.train.prepare import Prepared, checkpoints_folder
@@ -172,13 +172,9 @@ class Saver:
 
     def _check_output(self) -> None:
         """Raise on all ranks where the output folder or its lock are no longer those of this run."""
-        failure: HammerError | None = None
-        try:
+        with all_or_none(self._ctx, "looking at train.output"):
             if self._output is not None:
                 self._output.check()
-        except HammerError as error:
-            failure = error
-        raise_together(self._ctx, failure)
 
     def _manifest_state(self, state: RunState) -> dict[str, Any]:
         return state.to_manifest(self._optimizer) | self._prepared.to_state()

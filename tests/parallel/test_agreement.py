@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from megatron_hammer.base.errors import CheckpointError, DataError, HammerError
-from megatron_hammer.parallel.agreement import BeforeStart, Fact, raise_together
+from megatron_hammer.parallel.agreement import BeforeStart, Fact, all_or_none, raise_together
 from megatron_hammer.parallel.context import Group, ParallelContext
 from megatron_hammer.parallel.rendezvous import host_store, join_store
 from tests.distributed import run_distributed
@@ -40,6 +42,24 @@ def test_one_process_raises_its_own() -> None:
     raise_together(ParallelContext.single(), None)
     with pytest.raises(DataError, match="ends too early"):
         raise_together(ParallelContext.single(), ERRORS[2])
+
+
+def _done(rank: int, failing: int) -> str:
+    ctx = ParallelContext(torch.device("cpu"), world=Group(rank, 3))
+    try:
+        with all_or_none(ctx, "looking around"):
+            if rank == failing:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            done = "done"
+        return done
+    except HammerError as error:
+        return f"{type(error).__name__} {error}"
+
+
+def test_a_block_is_done_on_all_ranks_or_on_none() -> None:
+    assert run_distributed(3, _done, 3) == ["done"] * 3
+    found = run_distributed(3, _done, 2)
+    assert len(set(found)) == 1 and found[0].startswith("DiskError") and "looking around failed" in found[0]
 
 
 # ---- before the start -----------------------------------------------------------------------------------------------
