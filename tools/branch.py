@@ -26,10 +26,7 @@ def main() -> None:
     parser.add_argument("--step", type=int, metavar="N", help="of the parent's checkpoint (default: the newest)")
     parser.add_argument("--output", required=True, metavar="NEW", help="a new folder: train.output of the child")
     parser.add_argument("--tokens", metavar="T", help="length of the child in tokens, over which the rate descends")
-    args, rest = parser.parse_known_args()
-    late = [word for word in rest if "=" in word and not word.startswith("-")]
-    if len(late) < len(rest):
-        parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in late)}")
+    args = parser.parse_intermixed_args()
     try:
         tokens = None if args.tokens is None else int(float(args.tokens))
     except (ValueError, OverflowError):
@@ -37,7 +34,7 @@ def main() -> None:
 
     from megatron_hammer.train.branch import make_branch
 
-    branch = make_branch(args.run, args.step, args.output, [*args.overrides, *late], tokens)
+    branch = make_branch(args.run, args.step, args.output, args.overrides, tokens)
     print(*branch.describe(), sep="\n")
 
 

@@ -358,7 +358,7 @@ def bool_remedy(value: object) -> str:
 _YAML_SLIPS = (
     (re.compile(r"<{7}|={7}$|>{7}"), "is a mark of git: a merge is not finished; keep one of the two versions"),
     (re.compile(r" *\t"), "begins with a tab; YAML takes blanks alone"),
-    (re.compile(r"\s*[\w.]+\s*：|[^#]*[｛｝“”，]"), 'has a full-width character; write : , {{ }} and " in ASCII'),
+    (re.compile(r"\s*[\w.]+\s*：|[^#]*[｛｝“”，]"), 'has a full-width character; write : , { } and " in ASCII'),
     (re.compile(r"\s*[A-Za-z_]\w*:[^\s/\\:]"), "needs a blank behind its colon"),
     (re.compile(r"\s*[A-Za-z_]\w*\s*=\s*\S"), "has = in it; a file has NAME: VALUE in its lines"),
 )
@@ -370,7 +370,7 @@ def yaml_remedy(text: str) -> str:
     for pattern, rule in _YAML_SLIPS:
         for number, line in enumerate(text.splitlines(), 1):
             if pattern.match(line):
-                return f"line {number} {rule.replace('{{', '{').replace('}}', '}')}"
+                return f"line {number} {rule}"
     return ""
 
 

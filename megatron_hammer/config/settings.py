@@ -325,11 +325,6 @@ class PhaseConfig:
     rope_scaling: RopeScaling | None = None
     """model.rope_scaling from this phase on; absent: as before."""
 
-    @property
-    def length(self) -> int | None:
-        """In whatever unit; None where none is given."""
-        return next((n for n in (self.tokens, self.samples, self.steps) if n is not None), None)
-
     def check(self, where: str, is_last: bool) -> None:
         """Raise ``ConfigError`` for an impossible mix or length."""
         lengths = {name: getattr(self, name) for name in ("tokens", "samples", "steps")}

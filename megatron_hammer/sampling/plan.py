@@ -94,9 +94,7 @@ class Plan:
     @property
     def asked(self) -> float | None:
         """Tokens that the weights ask for; None where they are shares, which ask for no number."""
-        if self.unit == "share":
-            return None
-        return sum(s.weight * (s.tokens if self.unit == "epochs" else 1) for s in self.sources)
+        return None if self.unit == "share" else _asked(self.sources, self.unit)
 
     @property
     def fitting_steps(self) -> int | None:
@@ -115,6 +113,11 @@ class Plan:
             "fitting_steps": self.fitting_steps,
             "sources": [_told(s) for s in self.sources],
         }
+
+
+def _asked(sources: Sequence[SourcePlan], unit: WeightUnit) -> float:
+    """Tokens that weights, in tokens or epochs, ask for."""
+    return sum(source.weight * (source.tokens if unit == "epochs" else 1) for source in sources)
 
 
 def _told(source: SourcePlan) -> dict[str, Any]:
@@ -193,7 +196,8 @@ class RunPlan:
             }
             for phase in self.phases
         ]
-        sources = [_told(s) | {"read": self.read[s.prefix]} for s in self.totals]
+        read = self.read
+        sources = [_told(s) | {"read": read[s.prefix]} for s in self.totals]
         for source in sources:
             del source["weight"]
         return {"num_steps": self.num_steps, "tokens": self.tokens, "phases": phases, "sources": sources}
@@ -233,7 +237,7 @@ def plan_run(config: Config, contents: Sequence[Content], consumed: int = 0) -> 
         sources = tuple(replace(s, before=drawn.get(of[s.prefix], 0)) for s in plan.sources)
         for source in sources:
             drawn[of[source.prefix]] = drawn.get(of[source.prefix], 0) + source.drawn
-        steps = batches.steps(min(phase.first, end)) + 1, batches.steps(min(last, end))
+        steps = batches.steps(min(phase.first, end)) + 1, batches.steps(last)
         phases.append(PhasePlan(phase.name, phase.first, samples, steps, phase.seq_length, phase.unit, sources))
     limit = config.data.max_epochs
     whole = None
@@ -242,7 +246,7 @@ def plan_run(config: Config, contents: Sequence[Content], consumed: int = 0) -> 
         size = batches.at(0) * only.seq_length
         whole = make_plan(only.train, only.unit, tokens, config.train.num_steps, size, limit)
     found = RunPlan(tuple(phases), config.train.num_steps, whole, tuple(contents), consumed)
-    worst = max(found.totals, key=lambda source: source.epochs)
+    worst = _most_read(found.totals)
     if limit is not None and worst.epochs > limit * (1 + _ROUNDING):
         raise ConfigError(
             93,
@@ -292,7 +296,7 @@ def make_plan(
         num_steps,
         tokens_per_step,
     )
-    worst = max(plan.sources, key=lambda source: source.epochs)
+    worst = _most_read(plan.sources)
     if max_epochs is not None and worst.epochs > max_epochs * (1 + _ROUNDING):
         longest = int(max_epochs * worst.tokens / (worst.share * tokens_per_step))
         shorter = f"shorten the run to train.num_steps={longest}, " if longest else ""
@@ -338,22 +342,29 @@ def format_run_plan(plan: RunPlan) -> str:
 def _remarks(plan: RunPlan) -> list[str]:
     lines = []
     for phase in (p for p in plan.phases if p.unit != "share" and p.samples):
-        asked = sum(s.weight * (s.tokens if phase.unit == "epochs" else 1) for s in phase.sources)
+        asked = _asked(phase.sources, phase.unit)
         if abs(phase.tokens - asked) > phase.seq_length:
             lines.append(
                 f"note: {phase.name} with weights={phase.unit} asks for {asked:,.0f} tokens; it draws "
                 f"{phase.tokens / asked:.4g} times that, from every source; tokens={asked:.0f} fits"
             )
     lines += [f"note: {p.name} begins behind the end of the run" for p in plan.phases if not p.samples]
-    worst = max(plan.totals, key=lambda source: source.epochs)
-    return lines + ([_many(worst)] if worst.epochs > MANY_EPOCHS else [])
+    return lines + _many(plan.totals)
 
 
-def _many(worst: SourcePlan) -> str:
-    return (
+def _many(sources: Sequence[SourcePlan]) -> list[str]:
+    """A remark where a source is read more often than does any good."""
+    worst = _most_read(sources)
+    if worst.epochs <= MANY_EPOCHS:
+        return []
+    return [
         f"note: {worst.prefix} is read {worst.epochs:,.0f} times: beyond some {MANY_EPOCHS} passes a text teaches "
         "next to nothing new (arXiv 2305.16264); add data, lower its weight or shorten the run"
-    )
+    ]
+
+
+def _most_read(sources: Sequence[SourcePlan]) -> SourcePlan:
+    return max(sources, key=lambda source: source.epochs)
 
 
 def format_plan(plan: Plan) -> str:
@@ -379,10 +390,7 @@ def format_plan(plan: Plan) -> str:
             f"note: data.weights={plan.unit} asks for {asked:,.0f} tokens; this run draws {plan.drawn / asked:.4g} "
             f"times that, from every source; train.num_steps={plan.fitting_steps} fits"
         )
-    worst = max(plan.sources, key=lambda source: source.epochs)
-    if worst.epochs > MANY_EPOCHS:
-        lines.append(_many(worst))
-    return "\n".join(lines)
+    return "\n".join(lines + _many(plan.sources))
 
 
 def _rounded(epochs: float) -> str:

@@ -17,13 +17,14 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import shutil
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import replace_file, staged_folder, sync_file, sync_folder
-from megatron_hammer.checkpoint.folder import checkpoint_of_step, open_checkpoint
+from megatron_hammer.checkpoint.folder import checkpoint_of_step, open_checkpoint, step_name
 from megatron_hammer.checkpoint.manifest import Manifest, check_resumable
 from megatron_hammer.config import Config, config_from_tree, to_yaml
 from megatron_hammer.config.phases import tokens_before
@@ -35,6 +36,7 @@ from megatron_hammer.train.metrics_file import METRICS, read_lines
 from megatron_hammer.train.past import in_phases, past_phases
 
 CONFIG, SCRIPT = "branch.yaml", "branch.sh"
+MOST_TOKENS = 10**18  # of a branch: ten thousand times what any model has been trained on
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,9 @@ def make_branch(
     check_resumable(parent)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(1, f"--output {folder}", "is there, and not empty", "name a new folder")
-    if tokens is not None and tokens < 1:
-        raise ConfigError(1, f"--tokens {tokens}", "must be at least 1", "give the tokens that the branch trains on")
+    if tokens is not None and not 1 <= tokens <= MOST_TOKENS:
+        rule = f"must be at least 1, and at most {MOST_TOKENS:g}"
+        raise ConfigError(1, f"--tokens {tokens}", rule, "give the tokens that the branch trains on")
     saved = config_from_tree(parent.config)
     child = _child(saved, parent, [*overrides, f"train.output={folder}"])
     child = child if tokens is None else _annealed(child, saved, parent, tokens, overrides)
@@ -128,14 +131,8 @@ def _child(saved: Config, parent: Manifest, overrides: Sequence[str]) -> Config:
 def _annealed(child: Config, saved: Config, parent: Manifest, tokens: int, overrides: Sequence[str]) -> Config:
     """The child with a length of so many tokens, and a learning rate that goes to its floor over them."""
     consumed, phases, batches = parent.state["consumed_samples"], child.phases, child.batch_sizes
-    before, steps = tokens_before(phases, consumed), 1
-    while tokens_before(phases, batches.samples(steps, consumed)) - before < tokens:
-        steps *= 2
-    low = steps // 2
-    while steps - low > 1:  # the budget is reached between the two
-        middle = (low + steps) // 2
-        reached = tokens_before(phases, batches.samples(middle, consumed)) - before >= tokens
-        low, steps = (low, middle) if reached else (middle, steps)
+    wanted = tokens_before(phases, consumed) + tokens
+    steps = bisect_left(range(tokens), wanted, key=lambda n: tokens_before(phases, batches.samples(n, consumed)))
     last = parent.step + steps
     schedule = dataclasses.replace(child.schedule, style="wsd", warmup_steps=0, decay_steps=last, anneal_steps=steps)
     optimizer = child.optimizer
@@ -147,7 +144,7 @@ def _annealed(child: Config, saved: Config, parent: Manifest, tokens: int, overr
 
 def _write(branch: Branch, run: Path, staging: Path) -> None:
     parent, step = branch.parent, branch.parent.step
-    target = staging / "checkpoints" / parent.folder.name[: len("step-00000000")]
+    target = staging / "checkpoints" / step_name(step)
     target.parent.mkdir()
     shutil.copytree(parent.folder, target)
     for path in target.rglob("*"):
@@ -156,8 +153,7 @@ def _write(branch: Branch, run: Path, staging: Path) -> None:
     sync_folder(target)
     sync_folder(target.parent)
     metrics = parent.folder.parent.parent / METRICS
-    lines = [line for at, line in read_lines(metrics).lines if at <= step]
-    replace_file(staging / METRICS, b"".join(line + b"\n" for line in lines))
+    replace_file(staging / METRICS, read_lines(metrics).content(up_to=step))
     header = f"# A branch of {parent.folder} (step {step}, digest {parent.digest}); {SCRIPT} trains it.\n"
     replace_file(staging / CONFIG, (header + to_yaml(branch.config)).encode())
     options = "".join(f" --accept {name}" for name in branch.accepted)

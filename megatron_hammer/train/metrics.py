@@ -164,11 +164,7 @@ class Reporter:
         self._last_step = line["step"]
         self.file.write(line)
         self.trackers.log(finite(line))
-        if self.board is not None:
-            with writing(self.board.log_dir, BOARD_BYTES):
-                for key, value in line.items():
-                    if isinstance(value, int | float) and key != "step" and math.isfinite(value):
-                        self.board.add_scalar(BOARD_GROUPS.get(key, "") + key, value, line["step"])
+        self._to_board(line)
         if self.bar is not None:
             self.bar.update(1)
             self.bar.set_postfix(loss=f"{line['loss']:.4f}", tok_s=f"{rate:,.0f}", refresh=False)
@@ -180,15 +176,20 @@ class Reporter:
         step, trackers, which take steps in order only, at the present one with ``evaluation/step`` beside it."""
         values = {key: value for key, value in line.items() if key != "step"}
         self.trackers.log({"step": self._last_step, "evaluation/step": line["step"], **values})
-        if self.board is not None:
-            with writing(self.board.log_dir, BOARD_BYTES):
-                for key, value in values.items():
-                    if isinstance(value, int | float):
-                        self.board.add_scalar(key, value, line["step"])
+        self._to_board(line)
         shown = ", ".join(
             f"{key.removeprefix('evaluation/')} {value:.4f}" for key, value in values.items() if value is not None
         )
         self.say(f"evaluation of step {line['step']}: {shown}")
+
+    def _to_board(self, line: Mapping[str, Any]) -> None:
+        """Show what is a finite number."""
+        if self.board is None:
+            return
+        with writing(self.board.log_dir, BOARD_BYTES):
+            for key, value in line.items():
+                if isinstance(value, int | float) and key != "step" and math.isfinite(value):
+                    self.board.add_scalar(BOARD_GROUPS.get(key, "") + key, value, line["step"])
 
     def sync(self) -> None:
         """Before a checkpoint is committed: all lines up to it are on the disk."""

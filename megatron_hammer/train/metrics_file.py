@@ -37,6 +37,10 @@ class KeptLines:
         """The last step that is there; 0 without any."""
         return self.lines[-1][0] if self.lines else 0
 
+    def content(self, after: int = 0, up_to: float = math.inf) -> bytes:
+        """A file of those of steps ``after`` + 1 to ``up_to``."""
+        return b"".join(line + b"\n" for step, line in self.lines if after < step <= up_to)
+
 
 class MetricsFile:
     """The file, open for appending after it has been cut back to the step from which the run goes on."""
@@ -55,8 +59,7 @@ class MetricsFile:
                 f"{path}: {len(found.damaged)} lines cannot be read, the first is line {found.damaged[0]}: the file as "
                 f"it was is kept as {kept.name}; training goes on from its checkpoint"
             )
-        lines = [line for step, line in found.lines if step <= last_step]
-        replace_file(path, b"".join(line + b"\n" for line in lines))
+        replace_file(path, found.content(up_to=last_step))
         self.file = path.open("ab")
 
     def write(self, line: Mapping[str, Any]) -> None:
