@@ -21,15 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.base.errors import HammerError, NonFiniteError, from_os_error
+from megatron_hammer.base.errors import NonFiniteError
 from megatron_hammer.base.files import replace_file, set_aside
 from megatron_hammer.checkpoint.folder import find_checkpoints, open_checkpoint, readable_checkpoints, step_of
 from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.config.phases import phase_at
-from megatron_hammer.parallel.agreement import gather_values, raise_together
+from megatron_hammer.parallel.agreement import all_or_none, gather_values
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.ledger import LEDGER, Finding, Ledger, Range, Rewind, Skips, ledger_bytes
 from megatron_hammer.sampling.samples import TrainData
+from megatron_hammer.train.changes import FRESH
 from megatron_hammer.train.incidents import incident_path
 from megatron_hammer.train.metrics_file import METRICS, read_lines
 from megatron_hammer.train.prepare import Prepared, Start, checkpoints_folder, settle
@@ -55,25 +56,19 @@ def go_back(
 
     Raises:
         NonFiniteError: on all ranks, E905: it has gone back to this checkpoint too often.
-        HammerError: on all ranks: the ledger cannot be written.
+        HammerError: on all ranks: the ledger cannot be written, or a rank cannot go on from there.
     """
-    failure, told = None, None
-    if ctx.world.rank == 0:
-        try:
+    told = None
+    with all_or_none(ctx, "recording a rewind"):
+        if ctx.world.rank == 0:
             told = _record(bad, prepared, data, say)
-        except HammerError as error:
-            failure = error
-        except OSError as error:
-            failure = from_os_error(error, "recording a rewind")
-    raise_together(ctx, failure)
-    names, failure, start = gather_values(ctx, told)[0], None, Start()
-    try:
-        start = open_start(names, prepared.config, ctx.world.rank)
-    except HammerError as error:
-        failure = error
-    raise_together(ctx, failure)
+    names = gather_values(ctx, told)[0]
     assert prepared.inputs is not None
-    return settle(prepared.inputs, start, prepared.accepted)
+    accepted = [name for name in prepared.accepted if name != FRESH]  # which was for the folder as the start found it
+    with all_or_none(ctx, "going on after a rewind"):
+        start = open_start(names, prepared.config, ctx.world.rank)
+        settled = settle(prepared.inputs, start, accepted)  # may open the datasets again
+    return settled
 
 
 def _record(bad: BadStep, prepared: Prepared, data: TrainData, say: Callable[[str], None]) -> dict[str, Any]:
@@ -130,13 +125,14 @@ def _refuse_another(bad: BadStep, back_to: int, done: Ledger, most: int) -> None
 
 
 def _window(bad: BadStep, prepared: Prepared, first: int, skips: Skips) -> tuple[Range, ...]:
-    """Places in the order that are left out: none of those that the checkpoint, whose next is ``first``, has read."""
-    train, size = prepared.config.train, prepared.config.batch_sizes.at(bad.first_sample)
-    phase = phase_at(
-        prepared.config.phases, bad.first_sample
-    )  # which a window does not leave: its neighbours go on alike
-    start = max(first, phase.first, bad.first_sample - train.rewind_skip_steps_before * size)
-    end = bad.first_sample + (1 + train.rewind_skip_steps_after) * size
+    """Places in the order that are left out: none of those that the checkpoint, whose next is ``first``, has read.
+
+    A window does not leave the phase of its bad step: its neighbours go on alike.
+    """
+    train, batches = prepared.config.train, prepared.config.batch_sizes
+    phase = phase_at(prepared.config.phases, bad.first_sample)
+    start = max(first, phase.first, batches.start(train.rewind_skip_steps_before, bad.first_sample))
+    end = batches.samples(1 + train.rewind_skip_steps_after, bad.first_sample)
     end = end if phase.end is None else min(end, phase.end)
     return tuple((place, place + count) for place, count in skips.pieces(start, end - start))
 
@@ -144,11 +140,11 @@ def _window(bad: BadStep, prepared: Prepared, first: int, skips: Skips) -> tuple
 def _keep_lines(output: Path, back_to: int, kept: Path) -> Path | None:
     """Write the metrics of steps after ``back_to`` to a file of their own; None where there are none."""
     try:
-        lines = [line for step, line in read_lines(output / METRICS).lines if step > back_to]
+        lines = read_lines(output / METRICS).content(after=back_to)
     except OSError:  # which costs no run (metrics_file.py)
         return None
     if not lines:
         return None
     kept.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(kept, b"".join(line + b"\n" for line in lines))
+    replace_file(kept, lines)
     return kept

@@ -229,3 +229,6 @@ def test_batch_sizes_are_a_function_of_consumed_samples() -> None:
         assert ramp.step_end(sample) == min(end for end in ends if end >= sample)
         assert ramp.steps(sample) == sum(end < sample for end in ends)
     assert ramp.samples(2, start=9) == 9 + 4 + 8 and ramp.steps(22, start=9) == 3
+    for n in range(13):
+        assert [ramp.start(k, ends[n]) for k in range(n + 2)] == [*reversed(ends[: n + 1]), 0]
+    assert ramp.start(1, 16) == 8, "16 is no end of a step: one of the next step's size"

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
 from torch import Tensor
 
-from megatron_hammer.base.errors import CheckpointError, ConfigError, NonFiniteError, RefusedError
+from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, RefusedError
 from megatron_hammer.checkpoint.manifest import read_manifest
+from megatron_hammer.evaluation.checkpoint_process import evaluate_checkpoint
 from megatron_hammer.sampling.ledger import LEDGER, read_ledger
 from megatron_hammer.train import health, loop, rewind
-from megatron_hammer.train.prepare import find_start
+from megatron_hammer.train.prepare import Prepared, find_start
 from tests.distributed import run_distributed
 from tests.train.runs import checkpoint_bytes, config_for, metrics, overrides, train_here
 
@@ -38,7 +41,8 @@ def bad_samples(places: tuple[int, ...] = (BAD_PLACE,), seen: list[int] | None =
         def step(run: loop.Run, number: int) -> Any:
             while hooks:
                 hooks.pop().remove()
-            pieces = run.data.order.skips.pieces(run.state.consumed_samples, run.config.train.global_batch_size)
+            first = run.state.consumed_samples
+            pieces = run.data.order.skips.pieces(first, run.batch_sizes.at(first))
             if any(first <= place < first + count for first, count in pieces for place in places):
                 last = [m for name, m in run.stages[0].named_modules() if name.endswith("norm")][-1]
                 hooks.append(last.register_forward_hook(_spoil))
@@ -137,10 +141,21 @@ def test_a_wide_window_takes_checkpoints_back_and_a_start_passes_over_them(data:
     _same(output, again)
 
 
-def test_a_run_without_a_checkpoint_begins_anew_and_spikes_that_go_on_end_it(data: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_begins_anew_and_spikes_that_go_on_end_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--accept fresh`` is about what the start found in the folder: a rewind to the beginning has a ledger there."""
     output, more = tmp_path / "run", (*REWIND, "checkpoint.save_interval_steps=12", "train.max_rewinds=2")
-    with bad_samples((BAD_PLACE, 66)):
-        assert train_here(0, overrides(data, output, *more)) == 0
+    fresh, build = list[bool](), loop.Run.__init__
+
+    def built(run: loop.Run, prepared: Prepared, *args: Any, **kwargs: Any) -> None:
+        fresh.append(prepared.is_fresh)
+        build(run, prepared, *args, **kwargs)
+
+    with bad_samples((BAD_PLACE, 66)), monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "__init__", built)
+        assert train_here(0, overrides(data, output, *more, "--accept=fresh")) == 0
+    assert fresh == [True, False]
     assert [(one.back_to_step, one.skipped) for one in read_ledger(output / LEDGER) or ()] == [(0, ((56, 72),))]
     assert (output / "incidents" / "step-00000009.metrics.jsonl").read_text().count("\n") == 9
     with bad_samples(tuple(range(64, 200))), pytest.raises(NonFiniteError) as caught:
@@ -172,6 +187,54 @@ def test_ledgers_that_do_not_belong_here(data: Path, tmp_path: Path, rewound: Pa
         find_start(config_for(overrides(data, tmp_path / "new", f"train.replay={tmp_path / 'none'}")))
     with pytest.raises(ConfigError, match=r"E223\]: train.on_spike=rewind is not for data.order=megatron"):
         config_for(overrides(data, tmp_path / "new", *REWIND, "data.order=megatron")).validate(1)
+
+
+def _fails_on_one(rank: int, arguments: list[str]) -> str:
+    lost = DataError(30, "a.idx", "is missing", "bring it back")
+    with bad_samples(), pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(rewind, "settle", lambda *_: (_ for _ in ()).throw(lost))
+        with pytest.raises(DataError) as caught:
+            train_here(rank, arguments)
+    return str(caught.value)
+
+
+def test_a_rank_that_cannot_go_on_from_there_ends_all(data: Path, tmp_path: Path) -> None:
+    found = run_distributed(2, _fails_on_one, overrides(data, tmp_path / "run", *REWIND))
+    assert len(set(found)) == 1 and "a.idx is missing" in found[0]
+
+
+def test_through_phases_a_ramp_and_fill_in_the_middle(data: Path, tmp_path: Path) -> None:
+    """Steps of 4, 6 and 8 samples: 9 goes back to 6, and 7 reads what it has read, for the window begins with 8. Then a
+    longer context, whose checkpoint is evaluated as the run itself does it."""
+    pieces = {chr(0x4E00 + i): i for i in range(297)}
+    backend = Backend(models.BPE(vocab=pieces, merges=[]))
+    backend.add_special_tokens(["<s>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>"])
+    (tmp_path / "tokenizer").mkdir()
+    backend.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    a, b, output = f"{data}/a", f"{data}/b", tmp_path / "run"
+    more = (*REWIND, "data.train=null", f"tokenizer.path={tmp_path}/tokenizer", f"data.fim={{{a}: {{}}}}",
+            f"data.phases=[{{steps: 10, train: {{{a}: 2, {b}: 1}}}}, {{train: {{{a}: 1, {b}: 3}}, seq_length: 64}}]",
+            "train.batch_size_ramp={start: 4, increment: 2, samples: 36}")  # fmt: skip
+    with bad_samples((40,)):
+        assert train_here(0, overrides(data, output, *more)) == 0
+    (line,) = read_ledger(output / LEDGER) or ()
+    assert (line.step, line.back_to_step, line.skipped) == (9, 6, ((32, 46),))
+    lines = metrics(output)
+    assert [line["consumed_samples"] for line in lines] == [4, 8, 12, 16, 20, 26, 32, 38, 46, 54, 62, 70]
+    assert lines[-1]["consumed_tokens"] == 54 * 32 + 16 * 64
+    kept = (output / "incidents" / "step-00000009.metrics.jsonl").read_text().splitlines()
+    before = {line["step"]: line["samples_digest"] for line in map(json.loads, kept)}
+    now = {line["step"]: line["samples_digest"] for line in lines}
+    assert before[7] == now[7] and before[8] != now[8]
+    again = tmp_path / "again"
+    assert train_here(0, overrides(data, again, *more, f"train.replay={output}")) == 0
+    _same(output, again)
+    task = {"checkpoint": str(output / "checkpoints" / "step-00000012"), "sets": {"x": f"{data}/x"}, "samples": 10,
+            "device": "cpu", "threads": 1}  # fmt: skip
+    found = evaluate_checkpoint(task)
+    assert found["evaluation/x/loss"] == lines[-1]["valid/x/loss"]
+    assert found["evaluation/x/bits_per_byte"] == pytest.approx(lines[-1]["valid/x/bits_per_byte"])
 
 
 def _ranks(rank: int, arguments: list[str], replayed: list[str]) -> None:
