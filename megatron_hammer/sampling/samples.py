@@ -271,8 +271,8 @@ class TrainData:
         return fim.apply(samples, part.rows, part.windows, lengths, counts, key)
 
     def infills(self, i: int) -> list[Infill]:
-        """What is rearranged in sample ``i``."""
-        return self._sample(i)[1]
+        """What is rearranged in sample ``i``; reads its tokens where a source has fill-in-the-middle."""
+        return self._sample(i)[1] if self._fim else []
 
     @property
     def sentinel_ids(self) -> list[int]:
@@ -508,7 +508,8 @@ def open_sources(phases: Sequence[Phase], sort: bool = True) -> tuple[list[Index
     Raises:
         DataError: E345 a source is empty; or it is missing, damaged or holds no token ids.
     """
-    opened = {prefix: _open_tokens(prefix) for phase in phases for prefix in phase.train}
+    prefixes = dict.fromkeys(prefix for phase in phases for prefix in phase.train)
+    opened = {prefix: _open_tokens(prefix) for prefix in prefixes}
     known: dict[tuple[str, int], IndexedDataset] = {}  # the number tells apart what one mix names twice
     weights: list[dict[tuple[str, int], float]] = []
     for phase in phases:

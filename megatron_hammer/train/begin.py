@@ -145,7 +145,7 @@ class Beginning:
     def _look_here(self, prepared: Prepared) -> None:
         """What is found out on each rank by itself."""
         if self._check_data:
-            build_indices(prepared.config, prepared.resume, prepared.data_notes, prepared.rewinds)
+            build_indices(prepared)
         self.device = choose_device(prepared.config, self._local_rank)
         check_machine(prepared.config, self.device)
         if self._ranks.rank == 0:  # the one that reports

@@ -166,13 +166,14 @@ def prepare(
     """
     inputs = look_at_inputs(config, world_size, check_data, accepted)
     if config.train.dry_run:
-        return Prepared(inputs.config, inputs.tokenizer, None, None, inputs.notes, inputs.data_notes, inputs.plan)
+        return _unjudged(inputs, Start())
     if not first_node:
-        build_indices(inputs.config, _seen_here(inputs.config), inputs.data_notes)
-        return settle(inputs, Start())
+        prepared = _unjudged(inputs, Start())
+        build_indices(dataclasses.replace(prepared, resume=_seen_here(inputs.config)))
+        return prepared
     prepared = settle(inputs, find_start(inputs.config, accepted), accepted)
     if check_data:
-        build_indices(prepared.config, prepared.resume, prepared.data_notes, prepared.rewinds)
+        build_indices(prepared)
     return prepared
 
 
@@ -304,6 +305,26 @@ def _judge_damage(folder: Path, damaged: Sequence[Damaged], newest: Manifest | N
         )
 
 
+def _unjudged(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prepared:
+    """Inputs and start as they are, not held against each other."""
+    return Prepared(
+        inputs.config,
+        inputs.tokenizer,
+        start.resume,
+        start.init_from,
+        inputs.notes,
+        inputs.data_notes,
+        inputs.plan,
+        inputs.identity,
+        damaged=start.damaged,
+        is_fresh=start.resume is None and FRESH in accepted,
+        taken_back=start.taken_back,
+        rewinds=start.rewinds,
+        inputs=inputs,
+        accepted=tuple(accepted),
+    )
+
+
 def settle(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prepared:
     """Hold the inputs against the checkpoint that the run begins from.
 
@@ -312,22 +333,7 @@ def settle(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prep
         RefusedError: settings, datasets or the tokenizer have changed in a way that is not accepted.
     """
     config, resume = inputs.config, start.resume
-    prepared = Prepared(
-        config,
-        inputs.tokenizer,
-        resume,
-        start.init_from,
-        inputs.notes,
-        inputs.data_notes,
-        inputs.plan,
-        inputs.identity,
-        damaged=start.damaged,
-        is_fresh=resume is None and FRESH in accepted,
-        taken_back=start.taken_back,
-        rewinds=start.rewinds,
-        inputs=inputs,
-        accepted=tuple(accepted),
-    )
+    prepared = _unjudged(inputs, start, accepted)
     if start.init_from is not None:
         check_fits(start.init_from, config.after_samples(0).model, {"weight"})
     if resume is None:
@@ -400,7 +406,9 @@ def _carry_on_phases(
 
 def _with_config(inputs: Inputs, config: Config) -> Inputs:
     """The same with a config that names other phases."""
-    identity, _, plan = _check_data(config, inputs.tokenizer, read_ids=False)
+    looked_at = (*inputs.identity.train, *inputs.identity.valid.values())
+    known = {dataset.prefix: dataclasses.replace(dataset, share=None) for dataset in looked_at}
+    identity, _, plan = _check_data(config, inputs.tokenizer, read_ids=False, known=known)
     return dataclasses.replace(inputs, config=config, identity=identity, plan=None if inputs.plan is None else plan)
 
 
@@ -462,22 +470,30 @@ def _with_vocab_size(config: Config, tokenizer: Tokenizer | None) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
 
 
-def _check_data(config: Config, tokenizer: Tokenizer | None, read_ids: bool) -> tuple[DataIdentity, list[str], RunPlan]:
+def _check_data(
+    config: Config, tokenizer: Tokenizer | None, read_ids: bool, known: Mapping[str, DatasetIdentity] | None = None
+) -> tuple[DataIdentity, list[str], RunPlan]:
     """Open every dataset and hold it against tokenizer and vocabulary; what they hold, remarks, the plan of the mix.
 
     A rank of the launcher opens them too (a file may be missing on its node alone), but reads no ids: a header says the
     largest.
+
+    Args:
+        known: prefix -> what is there, of those that were looked at before.
     """
     assert config.model.vocab_size is not None
-    train, valid = config.data.train_prefixes, config.data.valid or {}
+    train, valid, phases = config.data.train_prefixes, config.data.valid or {}, config.phases
     notes, found = [], dict[str, DatasetIdentity]()
     for prefix in dict.fromkeys([*train, *valid.values()]):
+        if known is not None and prefix in known:
+            found[prefix] = known[prefix]
+            continue
         fingerprint = None if tokenizer is None else tokenizer.fingerprint
         dataset = IndexedDataset(prefix)
         found[prefix] = identify(dataset, prefix)
         if read_ids and config.data.attention_mask == "document" and dataset.num_documents == 1:
             notes.append(f"{prefix} is a single document: data.attention_mask=document changes nothing in it")
-        longest = max((phase.seq_length for phase in config.phases if prefix in phase.train), default=0)
+        longest = max((phase.seq_length for phase in phases if prefix in phase.train), default=0)
         if read_ids and 0 < found[prefix].tokens <= longest:
             notes.append(
                 f"data.seq_length={longest:,} is longer than all of {prefix} "
@@ -497,13 +513,14 @@ def _check_data(config: Config, tokenizer: Tokenizer | None, read_ids: bool) -> 
         return DataIdentity(tuple(dataclasses.replace(found[p], share=only[p]) for p in train), sets), notes, plan
     mixes = tuple(
         MixIdentity(phase.first, phase.end, phase.seq_length, tuple(of.get(prefix, 0.0) for prefix in train))
-        for phase, of in zip(config.phases, shares, strict=True)
+        for phase, of in zip(phases, shares, strict=True)
     )
     return DataIdentity(tuple(found[prefix] for prefix in train), sets, mixes), notes, plan
 
 
-def build_indices(config: Config, resume: Manifest | None, notes: list[str], rewinds: Ledger = ()) -> None:
+def build_indices(prepared: Prepared) -> None:
     """Have the indices of large datasets built and kept before the ranks start, which then only open them."""
-    data = open_train_data(config, notes.append, rewinds)
+    config, resume = prepared.config, prepared.resume
+    data = open_train_data(config, prepared.data_notes.append, prepared.rewinds, prepared.tokenizer)
     consumed = 0 if resume is None else resume.state["consumed_samples"]
     data.prepare(consumed, config.batch_sizes.at(consumed))

@@ -123,10 +123,12 @@ def test_draws_are_even_and_apart() -> None:
     assert not np.array_equal(draws, uniform(8, np.arange(2**13) // 8 + 2**40, np.arange(2**13) % 8))
 
 
-def test_inspection_says_what_was_done(prefix: str) -> None:
+def test_inspection_says_what_was_done(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = open_data(prefix, rate=1.0)
     (described,) = describe_samples(data, 5, 1)
     assert described["infills"] == [vars(infill) for infill in data.infills(5)] != []
+    monkeypatch.setattr(TrainData, "_sample", None)  # reads tokens, of which nothing is said here
+    assert "infills" not in describe_samples(TrainData({prefix: 1.0}, SEQ, 3), 5, 1)[0]
 
 
 @pytest.fixture(scope="module")

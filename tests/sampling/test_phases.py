@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from megatron_hammer.config.phases import BatchSizes, Phase
+from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.sampling import blend
+from megatron_hammer.sampling import samples as samples_module
 from megatron_hammer.sampling.cache import IndexStore
 from megatron_hammer.sampling.order import IndependentOrder, SampleId
 from megatron_hammer.sampling.phases import Mix, SampleOrder, Source, lay_out
@@ -187,7 +189,9 @@ def test_a_rest_is_kept_and_found_again(tmp_path: Path) -> None:
         assert (rest.unfinished, rest.goes_on_at, rest.tag) == (plain.unfinished, plain.goes_on_at, plain.tag)
 
 
-def test_samples_are_read_and_documents_found_through_all_phases(tmp_path: Path) -> None:
+def test_samples_are_read_and_documents_found_through_all_phases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``read`` across the end of a phase gives what ``tokens`` gives one by one; documents are found at every length,
     and ``documents`` of a batch ends where pieces of a rest that were no neighbours meet."""
     prefixes = [str(tmp_path / name) for name in "ab"]
@@ -199,7 +203,12 @@ def test_samples_are_read_and_documents_found_through_all_phases(tmp_path: Path)
         Phase("1", 9, 16, {b: 2, a: 1}, "share", 4, 1.0, None),
         Phase("2", 16, None, {a: 1, b: 1}, "share", 11, 1.0, None),
     ]
+    opened: list[str] = []
+    monkeypatch.setattr(
+        samples_module, "IndexedDataset", lambda prefix: opened.append(prefix) or IndexedDataset(prefix)
+    )
     data = TrainData(phases, 4, 7, document_mask=True)
+    assert opened == prefixes, "each once"
     assert [str(dataset.prefix) in prefixes for dataset in data.sources] == [True, True]
     for first, count in ((5, 11), (16, 20)):
         batch = data.read(first, count)
@@ -209,10 +218,10 @@ def test_samples_are_read_and_documents_found_through_all_phases(tmp_path: Path)
             assert batch.sources[row] == data.sample_id(i).source
             ends = np.cumsum([n for _, _, n in data.locate(i)])[:-1] + row * batch.tokens.shape[1]
             assert set(ends.tolist()) <= set(batch.documents.tolist()) | {(row + 1) * batch.tokens.shape[1]}
-    samples = describe_samples(data, 0, 40)
+    described = describe_samples(data, 0, 40)
     for source, dataset in enumerate(data.sources):
         for document in range(dataset.num_documents):
-            expected = [s["sample"] for s in samples if s["source"] == str(dataset.prefix)
+            expected = [s["sample"] for s in described if s["source"] == str(dataset.prefix)
                         and any(piece["document"] == document for piece in s["pieces"])]  # fmt: skip
             assert [read.sample for read in document_reads(data, source, document, 0, 40)] == expected
 

@@ -11,8 +11,10 @@ import pytest
 from megatron_hammer.base.errors import ConfigError, RefusedError
 from megatron_hammer.checkpoint.folder import newest_checkpoint
 from megatron_hammer.checkpoint.manifest import saved_model
+from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.sampling.plan import format_run_plan
 from megatron_hammer.sampling.samples import open_train_data
+from megatron_hammer.train import prepare as prepare_module
 from megatron_hammer.train.prepare import Prepared, prepare
 from tests.distributed import run_distributed
 from tests.train.runs import (
@@ -82,6 +84,17 @@ def test_another_mix_is_refused_with_the_phases_to_paste_and_taken_as_one_where_
         assert names(prepared, 90)[:CONSUMED] == before
         check_read_once(prepared, 90)
     assert names(taken, 90) == names(written, 90)
+
+
+def test_a_source_is_looked_at_once_where_the_past_is_carried_on(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(
+        prepare_module, "IndexedDataset", lambda prefix: opened.append(Path(prefix).name) or IndexedDataset(prefix)
+    )
+    taken = prepared_with(trained, f"data.train={{{trained}/data/a: 1}}", "--accept=data.train")
+    assert len(taken.config.data.phases or ()) == 2 and sorted(opened) == ["a", "b", "x", "y"]
 
 
 def test_a_consumed_phase_that_changes_is_refused_with_both(trained: Path) -> None:

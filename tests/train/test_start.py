@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.checkpoint.folder import newest_checkpoint
 from megatron_hammer.config import describe_fields
 from megatron_hammer.parallel.agreement import BeforeStart
@@ -193,3 +194,9 @@ def test_the_launcher_of_another_node_judges_nothing_by_its_own_listing(shared: 
     """Which checkpoint counts is for rank 0 to see; a change that it accepts must not be refused elsewhere."""
     config = config_for(overrides(shared / "data", shared / "run", "optimizer.lr=1e-3"))
     assert prepare(config, 2, first_node=False).resume is None
+    a = f"train: {{{shared}/data/a: 1}}"  # a phase that ends with a step for a run that has had other steps
+    phases = ("data.train=null", f"data.phases=[{{samples: 20, {a}}}, {{{a}, seq_length: 64}}]")
+    config = config_for(overrides(shared / "data", shared / "new", *phases))
+    with pytest.raises(ConfigError, match="must end with a step"):
+        prepare(config, 2)
+    assert prepare(config, 2, first_node=False).config.phases[1].first == 20
