@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -250,6 +250,7 @@ class BackgroundSaver:
         """
         assert self.save is None, "one save at a time"
         canonical_json(state)
+        self.wait_for_pruning()  # staging removes left-overs, and what is being removed has the name of one
         self._number = (self._number + 1) % 2**64
         target = self._folder / step_name(step)
         staging = staging_path(target, f"{self._number:016x}")
@@ -277,7 +278,6 @@ class BackgroundSaver:
 
     def _stage(self, staging: Path, step: int) -> None:
         if self._leader:
-            self.wait_for_pruning()  # staging removes left-overs, and what is being removed has the name of one
             stage(self._folder, staging, step, self._note)
             check_space(self._folder, self._needed, self._ctx.world.size)
 
@@ -292,7 +292,7 @@ class BackgroundSaver:
             return 0
         writer.hear(self._note)
         if writer.error is None and time.monotonic() > save.deadline:
-            writer.error = self._late(save)
+            writer.error = self._late(f"written {save.target}")
         if writer.error is not None:
             return FAILED
         return BUSY if self._is_busy(save) else 0
@@ -338,28 +338,54 @@ class BackgroundSaver:
         outcome = None
         while self.save is not None and outcome is None:
             self._snapshot.finish()
-            until = time.monotonic() + WAIT_SECONDS
-            while (mine := self.flags()) == BUSY and (left := until - time.monotonic()) > 0:
-                assert self._writer is not None
-                self._writer.wait(min(left, self.save.deadline - time.monotonic()))
-            counts = torch.tensor([mine == BUSY, mine == FAILED], dtype=torch.int32, device=self._ctx.device)
-            all_reduce(counts, self._ctx.world)
-            busy, failed = counts.tolist()
+            busy, failed = self._told(self.flags, self.save.deadline)
             outcome = self.heard(self.phase, busy, failed)
         return outcome
 
     def wait_for_pruning(self) -> None:
-        """On rank 0: until what is old has been removed, so that nobody else removes it at the same time."""
-        writer = self._writer
-        while writer is not None and writer.open and writer.error is None:
-            writer.wait(WAIT_SECONDS)
-            writer.hear(self._note)
+        """Wait until what is old has been removed, so that nobody else removes it at the same time.
 
-    def _late(self, save: InFlight) -> DiskError:
+        A process that takes too long is ended. Communicates over the world.
+        """
+        deadline = time.monotonic() + self._timeout
+        while self._told(lambda: self._pruning(deadline), deadline)[0]:
+            pass
+
+    def _pruning(self, deadline: float) -> int:
+        """BUSY while this rank's process removes what is old, at most until the deadline; else 0."""
+        writer = self._writer
+        if writer is None or not self._leader:
+            return 0
+        writer.hear(self._note)
+        if not writer.open or writer.error is not None:
+            return 0
+        if time.monotonic() <= deadline:
+            return BUSY
+        self._note(f"warning: a process is ended, so that the next save begins: {self._late('removed what is old')}")
+        writer.end()
+        self._writer = None
+        return 0
+
+    def _told(self, flags: Callable[[], int], deadline: float) -> tuple[int, int]:
+        """How many ranks are BUSY, and how many FAILED, once this one is not BUSY, or after a while.
+
+        Args:
+            flags: of this rank, which are others after the deadline.
+        """
+        until = time.monotonic() + WAIT_SECONDS
+        while (mine := flags()) == BUSY and (left := until - time.monotonic()) > 0:
+            assert self._writer is not None
+            self._writer.wait(min(left, deadline - time.monotonic()))
+        counts = torch.tensor([mine == BUSY, mine == FAILED], dtype=torch.int32, device=self._ctx.device)
+        all_reduce(counts, self._ctx.world)
+        busy, failed = counts.tolist()
+        return busy, failed
+
+    def _late(self, done: str) -> DiskError:
         return DiskError(
             2,
             f"the process that writes for rank {self._ctx.world.rank}",
-            f"has not written {save.target} in {self._timeout:g} s (checkpoint.background_timeout_seconds)",
+            f"has not {done} in {self._timeout:g} s (checkpoint.background_timeout_seconds)",
             "look at the disk; allow it more time",
         )
 

@@ -836,8 +836,8 @@ class CheckpointConfig:
     while the next step goes forward and backward, and a process beside it writes the copy; the files have the same
     bytes. Costs the memory of a rank's part of a checkpoint (12 bytes for each parameter, over all ranks)."""
     background_timeout_seconds: Free[float] = 1800.0
-    """A save in the background that takes longer is given up, and a blocking one follows. Far above what any healthy
-    disk needs: 1.4 billion parameters are 16 GB."""
+    """A save in the background that takes longer is given up, and a blocking one follows. The next save waits as long
+    for old checkpoints to be removed. Far above what any healthy disk needs: 1.4 billion parameters are 16 GB."""
     on_save_error: Free[Literal["stop", "continue"]] = "stop"
     """What a save means that fails on a full or failing disk. stop: the run ends with its error. continue: a warning,
     and the next save tries again; the last save of a run must succeed in any case."""

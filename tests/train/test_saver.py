@@ -97,6 +97,16 @@ def test_the_next_save_begins_when_what_is_old_is_gone(
     assert waiting == [0, 0, 0] and saved(tmp_path / "run") == [2, 4, 6, 8]
 
 
+def test_a_removal_that_hangs_holds_up_the_next_save_for_a_time(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(VARIABLE, "stop@prune,step=2,part=background")
+    patience = "checkpoint.background_timeout_seconds=1"
+    assert train_here(0, overrides(data, tmp_path / "run", *QUICK, BACKGROUND, patience)) == 0
+    assert re.search(r"warning: .*has not removed what is old in 1 s", capsys.readouterr().err)
+    assert saved(tmp_path / "run")[0] == 2 and saved(tmp_path / "run")[-1] == 8
+
+
 @pytest.mark.parametrize("mode", ["blocking", "background"])
 def test_a_full_disk_ends_the_run_or_costs_a_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mode: str
