@@ -141,7 +141,7 @@ def trials(mode: str, ranks: int) -> Iterator[tuple[str, tuple[int, int, str] | 
     else:  # it is saved while training goes on to step 6
         steps = [(5, phase) for phase in IN_A_STEP if phase != "evaluation"] + [(6, "evaluation")]
         yield from (("", (rank, step, phase)) for rank in those for step, phase in steps)
-        beside = [(phase, "" if phase == "stage" else ",part=background") for phase in OF_FILES]
+        beside = [(phase, "" if phase == "stage" else ",part=background") for phase in (*OF_FILES, "prune")]
         for kind in ("kill", "kill-all"):
             yield from ((f"{kind}@{phase},step=4{part}", None) for phase, part in beside)
     yield from (("", (rank, 4, phase)) for rank in those for phase in IN_A_STEP if phase != "evaluation")
