@@ -34,7 +34,7 @@ def orthogonalise(x: Tensor) -> Tensor:
     assert x.shape[1] <= x.shape[2], f"{tuple(x.shape)}: lay the shorter side in rows"
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide).clamp_(min=SMALLEST_NORM)
-    x.copy_(x / norm)
+    x.div_(norm)
     other, gram, square = torch.empty_like(x), *(x.new_empty((x.shape[0], x.shape[1], x.shape[1])) for _ in range(2))
     for _ in range(STEPS):
         torch.bmm(x, x.mT, out=gram)

@@ -63,25 +63,6 @@ class MatrixPiece:
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """A part of a slice, as the geometry of ``parallel/sharding.py`` wants it."""
-
-    tensor: str
-    rows: Range
-    cols: Range | None
-    local_row: int
-    owned: bool
-
-    @property
-    def num_rows(self) -> int:
-        return self.rows[1] - self.rows[0]
-
-    @property
-    def num_cols(self) -> int:
-        return 1 if self.cols is None else self.cols[1] - self.cols[0]
-
-
-@dataclass(frozen=True)
 class Exchange:
     """The matrices of the ranks that have everything between them, as one of these sees it."""
 
@@ -172,10 +153,9 @@ def _pieces_of(row: Row, start: int, stop: int, of_tensor: Mapping[str, Sequence
         for matrix in of_tensor[s.tensor]:
             if (rows := intersect(s.rows, matrix.rows)) is None:
                 continue
-            cut = _Cut(s.tensor, rows, s.cols, s.local_row + rows[0] - s.rows[0], s.owned)
-            first = max(start, cut.local_row * cut.num_cols)
-            last = min(stop, (cut.local_row + cut.num_rows) * cut.num_cols)
+            lies = [(s.local_row + end - s.rows[0]) * s.num_cols for end in rows]  # in the flattened parameter
+            first, last = max(start, lies[0]), min(stop, lies[1])
             if first < last:
-                top, found = matrix.rows[0], rectangles(cut, first, last)
+                top, found = matrix.rows[0], rectangles(s, first, last)
                 boxes = tuple(replace(box, rows=(box.rows[0] - top, box.rows[1] - top)) for box in found)
                 yield MatrixPiece(matrix, row, first, last, boxes, s.owned)

@@ -78,9 +78,11 @@ class Grid:
     @property
     def whole_axis(self) -> Axis:
         """The axis that has the same ranks as ``whole`` where there is one: no group of its own is needed then."""
-        if self.shard == 1 or self.tp == 1:
-            return "tp" if self.shard == 1 else "shard" if self.copies > 1 else "replicas"
-        return "whole"
+        if self.shard == 1:
+            return "tp"
+        if self.tp > 1:
+            return "whole"
+        return "shard" if self.copies > 1 else "replicas"
 
     def size(self, axis: Axis) -> int:
         """Number of ranks along an axis."""
