@@ -15,9 +15,7 @@ from torch import Tensor
 from megatron_hammer.base.errors import CheckpointError, ConfigError
 from megatron_hammer.checkpoint.kinds import STATE_KINDS
 from megatron_hammer.checkpoint.manifest import read_manifest
-from megatron_hammer.checkpoint.read import load_shards
-from megatron_hammer.checkpoint.write import save_checkpoint
-from megatron_hammer.config import Config, config_to_tree
+from megatron_hammer.config import Config
 from megatron_hammer.kernels.newton_schulz import flops
 from megatron_hammer.model.parameters import hidden_matrices, logical_shapes, parameter_table
 from megatron_hammer.optim.layout import Layout
@@ -32,9 +30,10 @@ from megatron_hammer.verify.compare import Sizes, compare_pieces, whole_tensors
 from megatron_hammer.verify.outcome import Outcome
 from megatron_hammer.verify.reference import _muon
 from megatron_hammer.verify.shrink import alone
-from megatron_hammer.verify.steps import state_pieces
+from megatron_hammer.verify.steps import gradient_pieces, state_pieces
 from tests.distributed import run_distributed
 from tests.model.tiny import build, make_context, rank_batches, tiny_config
+from tests.optim.checkpoints import load_two_steps, save_two_steps
 
 MUON = dict(optimizer__style="muon", optimizer__newton_schulz="fp32")
 HEADS = dict(optimizer__muon_per_head=True)
@@ -77,8 +76,6 @@ def test_steps_are_those_of_an_update_written_out(per_head: bool) -> None:
 
 def logical(optimizer: Any, kind: str) -> dict[str, Tensor]:
     """Logical tensors of one process."""
-    from megatron_hammer.verify.steps import gradient_pieces
-
     pieces = list(gradient_pieces(optimizer) if kind == "gradient" else state_pieces(optimizer))
     return {name: torch.from_numpy(values) for (k, name), values in whole_tensors(pieces).items() if k == kind}
 
@@ -215,28 +212,15 @@ def test_who_sends_what_to_whom(tp: int, shards: int, per_head: bool) -> None:
 
 def save(rank: int, config: Config, folder: str) -> list[Any]:
     """Two steps and a checkpoint; then loss and norm of two more, and this rank's state after them."""
-    ctx = make_context(config)
-    model, optimizer = build(config, ctx)
-    for step in (1, 2):
-        train_step(model, optimizer, rank_batches(config, step, ctx), config, step, ctx)
-    save_checkpoint(
-        folder, 2, optimizer.shards(), model=config.model, config_tree=config_to_tree(config),
-        state={"optimizer": optimizer.scalar_state()}, tokenizer=None, ctx=ctx,
-    )  # fmt: skip
-    return go_on(config, model, optimizer, ctx)
+    return go_on(config, *save_two_steps(config, folder))
 
 
 def load(rank: int, config: Config, folder: str) -> list[Any]:
     """The same two steps from the checkpoint."""
-    ctx, manifest = make_context(config), read_manifest(Path(folder) / "step-00000002")
-    model, optimizer = build(config, ctx, initial=False)
-    load_shards(manifest, optimizer.shards(), model=config.model, kinds=STATE_KINDS, ctx=ctx)
-    optimizer.copy_params_from_masters()
-    optimizer.load_scalar_state(manifest.state["optimizer"])
-    return go_on(config, model, optimizer, ctx)
+    return go_on(config, *load_two_steps(config, folder))
 
 
-def go_on(config: Config, model: Any, optimizer: Any, ctx: ParallelContext) -> list[Any]:
+def go_on(config: Config, ctx: ParallelContext, model: Any, optimizer: Any) -> list[Any]:
     reports = [train_step(model, optimizer, rank_batches(config, n, ctx), config, n, ctx) for n in (3, 4)]
     state = [tensor.clone() for shard in optimizer.shards() for tensor in shard.tensors.values()]
     return [[(float(r.loss), float(r.grad_norm)) for r in reports], state]

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.checkpoint.manifest import read_manifest
-from megatron_hammer.checkpoint.read import load_shards
-from megatron_hammer.checkpoint.write import save_checkpoint
-from megatron_hammer.config import Config, config_to_tree
+from megatron_hammer.config import Config
 from megatron_hammer.model.residence import uses_of
 from megatron_hammer.optim.buffers import Buffers
 from megatron_hammer.optim.layout import Bucket
@@ -23,6 +19,7 @@ from megatron_hammer.train.rank_costs import state_bytes, working_bytes
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.model.tiny import build, make_context, merged, rank_batches, tiny_config, train
+from tests.optim.checkpoints import load_two_steps, save_two_steps
 
 STEPS = 5
 TP2 = dict(parallel__tensor_model_parallel_size=2)
@@ -142,26 +139,14 @@ def test_states_of_an_8b_on_8_ranks() -> None:
 
 def _save(rank: int, config: Config, folder: str) -> tuple[float, int]:
     """Two steps and a checkpoint; then the loss of the third step, and how many shards another rank saves."""
-    ctx = make_context(config)
-    model, optimizer = build(config, ctx)
-    for step in (1, 2):
-        train_step(model, optimizer, rank_batches(config, step, ctx), config, step, ctx)
-    save_checkpoint(
-        folder, 2, optimizer.shards(), model=config.model, config_tree=config_to_tree(config),
-        state={"optimizer": optimizer.scalar_state()}, tokenizer=None, ctx=ctx,
-    )  # fmt: skip
+    ctx, model, optimizer = save_two_steps(config, folder)
     report = train_step(model, optimizer, rank_batches(config, 3, ctx), config, 3, ctx)
     return float(report.loss), sum(shard.is_copy for shard in optimizer.shards())
 
 
 def _load(rank: int, config: Config, folder: str) -> tuple[float, float]:
     """Loss and norm of the third step, from the checkpoint."""
-    ctx, manifest = make_context(config), read_manifest(Path(folder) / "step-00000002")
-    model, optimizer = build(config, ctx, initial=False)
-    load_shards(manifest, optimizer.shards(), model=config.model,
-                kinds=("weight", "exp_avg", "exp_avg_sq"), ctx=ctx)  # fmt: skip
-    optimizer.copy_params_from_masters()
-    optimizer.load_scalar_state(manifest.state["optimizer"])
+    ctx, model, optimizer = load_two_steps(config, folder)
     report = train_step(model, optimizer, rank_batches(config, 3, ctx), config, 3, ctx)
     return float(report.loss), float(report.grad_norm)
 
