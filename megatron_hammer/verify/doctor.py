@@ -176,19 +176,20 @@ def _gpu() -> Verdict:
 
     if torch.version.cuda is None:
         return "not applicable", f"torch {torch.__version__} is built for CPUs", ""
-    fault = driver_fault(driver_version(), torch.version.cuda)
+    driver = driver_version()
+    fault = driver_fault(driver, torch.version.cuda)
     if not torch.cuda.is_available():
         found = f"torch is built for CUDA {torch.version.cuda}, but sees no GPU{f': {fault}' if fault else ''}"
         return "warning", found, "see nvidia-smi: the driver must be there and new enough for this CUDA"
     names = ", ".join(dict.fromkeys(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())))
-    found = f"{torch.cuda.device_count()} x {names}, driver {driver_version()}, CUDA {torch.version.cuda}"
+    found = f"{torch.cuda.device_count()} x {names}, driver {driver or 'unknown'}, CUDA {torch.version.cuda}"
     nccl: tuple[int, ...] = ()
     with contextlib.suppress(RuntimeError, AttributeError):  # a build without it
         nccl = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
     if not nccl:
         return "warning", f"{found}, no NCCL", "use a build of torch with NCCL for several GPUs"
     found += f", NCCL {'.'.join(map(str, nccl))}"
-    if fault is not None:
+    if driver is not None and fault is not None:  # a driver outside of a container or of WSL has no file here
         return "warning", f"{found}; {fault}", "install a newer driver, or a torch that is built for an older CUDA"
     if (other := nccl_fault(nccl)) is not None:
         return "warning", f"{found}; {other}", "take other libraries of NCCL out of LD_LIBRARY_PATH and LD_PRELOAD"

@@ -155,6 +155,8 @@ def test_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "driver_version", lambda: "550.54.14")
     monkeypatch.setattr(nvidia.metadata, "requires", lambda name: ["nvidia-nccl-cu12==2.21.5"])
     assert doctor._gpu() == ("ok", "2 x H100, driver 550.54.14, CUDA 12.4, NCCL 2.21.5", "")
+    monkeypatch.setattr(doctor, "driver_version", lambda: None)  # as under WSL, whose driver is that of Windows
+    assert doctor._gpu() == ("ok", "2 x H100, driver unknown, CUDA 12.4, NCCL 2.21.5", "")
     monkeypatch.setattr(nvidia.metadata, "requires", lambda name: ["nvidia-nccl-cu12==2.26.2"])
     assert doctor._gpu()[0] == "warning" and "2.26.2" in doctor._gpu()[1]
     monkeypatch.setattr(doctor, "driver_version", lambda: "470.82.01")
