@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -157,34 +157,37 @@ def _layer(tensor: str) -> int | None:
 def compare_numbers(
     ranks: Sequence[Outcome], expected: Outcome, bound: float, sizes: Sizes
 ) -> tuple[float, list[Finding]]:
-    """Losses, norms and losses by source: the largest relative difference, and what is beyond the bound."""
-    worst, findings = _compare_source_losses(ranks, expected, bound)
-    for name in ("losses", "norms"):
-        for step, reference in enumerate(getattr(expected, name), start=1):
-            values = [getattr(outcome, name)[step - 1] for outcome in ranks]
-            differences = [abs(value / reference - 1) if np.isfinite(value) else np.inf for value in values]
-            worst = max(worst, *differences)
-            at = tuple(rank for rank, difference in enumerate(differences) if not difference <= bound)
-            if at:
-                what = f"{'loss' if name == 'losses' else 'gradient norm'} of step {step}"
-                cause = _factor(values[at[0]] / reference, sizes)
-                if not cause and name == "losses":
-                    cause = off_by_log(values[at[0]] - reference, sizes)
-                findings.append(Finding(what, at, differences[at[0]], cause))
-    return worst, findings
-
-
-def _compare_source_losses(ranks: Sequence[Outcome], expected: Outcome, bound: float) -> tuple[float, list[Finding]]:
+    """Losses by source, losses and norms: the largest relative difference, and what is beyond the bound."""
     worst, findings = 0.0, []
-    for step, reference in enumerate(expected.source_losses, start=1):
-        for source, loss in enumerate(reference):
-            values = [outcome.source_losses[step - 1][source] for outcome in ranks]
-            differences = [abs(value / loss - 1) if np.isfinite(value) else np.inf for value in values]
-            worst = max(worst, *differences)
-            if at := tuple(rank for rank, difference in enumerate(differences) if not difference <= bound):
-                cause = "tokens are counted to another source, or those of some ranks are missing"
-                findings.append(Finding(f"loss of source {source} in step {step}", at, differences[at[0]], cause))
+    for what, right, values, likely in _numbers(ranks, expected, sizes):
+        differences = [abs(value / right - 1) if np.isfinite(value) else np.inf for value in values]
+        worst = max(worst, *differences)
+        if at := tuple(rank for rank, difference in enumerate(differences) if not difference <= bound):
+            findings.append(Finding(what, at, differences[at[0]], likely(values[at[0]], right)))
     return worst, findings
+
+
+def _numbers(
+    ranks: Sequence[Outcome], expected: Outcome, sizes: Sizes
+) -> Iterator[tuple[str, float, list[float], Callable[[float, float], str]]]:
+    """Each number: what it is, the right one, those of the ranks, and what makes of the right one a wrong one."""
+
+    def of_source(value: float, right: float) -> str:
+        return "tokens are counted to another source, or those of some ranks are missing"
+
+    def of_loss(value: float, right: float) -> str:
+        return _factor(value / right, sizes) or off_by_log(value - right, sizes)
+
+    def of_norm(value: float, right: float) -> str:
+        return _factor(value / right, sizes)
+
+    for i, sources in enumerate(expected.source_losses):
+        for k, right in enumerate(sources):
+            yield f"loss of source {k} in step {i + 1}", right, [o.source_losses[i][k] for o in ranks], of_source
+    for i, right in enumerate(expected.losses):
+        yield f"loss of step {i + 1}", right, [o.losses[i] for o in ranks], of_loss
+    for i, right in enumerate(expected.norms):
+        yield f"gradient norm of step {i + 1}", right, [o.norms[i] for o in ranks], of_norm
 
 
 # ---- causes ----------------------------------------------------------------------------------------------------------
