@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_hammer.base.errors import ConfigError, ParallelError
+from megatron_hammer.parallel.board import Journal
 
 Store = dist.Store
 
@@ -228,16 +229,19 @@ def torchrun_store(rank: int, world_size: int) -> Store:
     return store
 
 
-def start_process_group(store: Store, rank: int, world_size: int, device: torch.device, timeout_seconds: int) -> None:
-    """Join torch's default process group: NCCL on GPUs, gloo on CPUs."""
+def start_process_group(
+    store: Store, rank: int, world_size: int, device: torch.device, timeout_seconds: int, journal: Journal
+) -> None:
+    """Join torch's default process group: NCCL on GPUs, gloo on CPUs. That it is waited for is noted."""
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group(
-            "nccl", store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device
-        )
-    else:
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    with journal.waits("the process group"):
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            dist.init_process_group(
+                "nccl", store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device
+            )
+        else:
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def end_process_group() -> None:

@@ -45,12 +45,12 @@ from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.parallel.board import Journal
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.parallel.placement import padded_vocab_size
-from megatron_hammer.parallel.rendezvous import end_process_group, start_process_group
+from megatron_hammer.parallel.rendezvous import collective_timeout, end_process_group, start_process_group
 from megatron_hammer.profile import budget
 from megatron_hammer.profile.budget import Rates, StepShape, step_costs
 from megatron_hammer.profile.plots import digits, draw_profile
 from megatron_hammer.profile.trace import PREFIX, Measured, Traffic, measure, memory_of_step, read_trace, traffic
-from megatron_hammer.profile.workload import RecordedRanges, RecordedWaits, Workload, wait
+from megatron_hammer.profile.workload import RecordedRanges, Workload, record_waits, wait
 from megatron_hammer.train.begin import choose_device
 from megatron_hammer.train.build import DTYPES, kernel_requirements
 from megatron_hammer.train.metrics import flops_per_token
@@ -116,9 +116,10 @@ def rank_main(
         config: as ``for_profiling`` gives it.
     """
     device, ranges = choose_device(config, local_rank), RecordedRanges()
-    start_process_group(store, rank, world_size, device, config.parallel.timeout_seconds)
-    recorded = RecordedWaits(journal, ranges)
-    ctx = build_parallel_context(config.grid(world_size), device, config.parallel.timeout_seconds, recorded)
+    timeout = collective_timeout(config.parallel.timeout_seconds)
+    start_process_group(store, rank, world_size, device, timeout, journal)
+    record_waits(journal, ranges)
+    ctx = build_parallel_context(config.grid(world_size), device, timeout, journal)
     report = _profile(config, settings, ctx, ranges, say if rank == 0 else lambda text: None)
     if rank == 0:
         print(table(report), flush=True)

@@ -1,7 +1,7 @@
 """What is profiled: model, optimizer and batches as training has them, with ranges that can be recorded.
 
 The model and the optimizer are built with named ranges (``kernels/ranges.py``), and waiting for other ranks is one
-(``RecordedWaits``). They do nothing until ``recorded``: so the same objects are first timed without a profiler and then
+(``record_waits``). They do nothing until ``recorded``: so the same objects are first timed without a profiler and then
 measured part by part.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -54,28 +54,20 @@ class RecordedRanges:
             self._recording = False
 
 
-class RecordedWaits(Journal):
-    """The journal of a rank that also shows torch's profiler when it waits for others.
+def record_waits(journal: Journal, ranges: RecordedRanges) -> None:
+    """Have the journal of a rank show torch's profiler, too, when the rank waits for others."""
+    note, shown, was_waiting = journal.note, ExitStack(), journal.is_waiting
 
-    Args:
-        journal: the rank's; this one takes its place.
-    """
+    def note_and_show(when: int, collectives: int, waiting: bool, collective: bytes) -> None:
+        nonlocal was_waiting
+        if not waiting:
+            shown.close()
+        note(when, collectives, waiting, collective)
+        if waiting and not was_waiting:
+            shown.enter_context(ranges(budget.COMMUNICATION))
+        was_waiting = waiting
 
-    def __init__(self, journal: Journal, ranges: RecordedRanges) -> None:
-        vars(self).update(vars(journal))  # the same slot, and what was noted so far
-        self._ranges, self._range, self._note = ranges, no_range(budget.COMMUNICATION), journal.note
-        self._noted_wait, self.note = journal.is_waiting, self._show
-
-    def _show(self, when: int, collectives: int, waiting: bool, collective: bytes) -> None:
-        """Note it, and begin or end a range where waiting does."""
-        begins, ends = waiting and not self._noted_wait, self._noted_wait and not waiting
-        self._noted_wait = waiting
-        if ends:
-            self._range.__exit__(None, None, None)
-        self._note(when, collectives, waiting, collective)
-        if begins:
-            self._range = self._ranges(budget.COMMUNICATION)
-            self._range.__enter__()
+    journal.note = note_and_show
 
 
 class Workload:

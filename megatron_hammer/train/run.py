@@ -73,8 +73,7 @@ def run_rank(
         if prepared.is_finished:
             return 0
         if store is not None and world_size > 1:
-            with journal.waits("the process group"):
-                start_process_group(store, rank, world_size, device, timeout)
+            start_process_group(store, rank, world_size, device, timeout, journal)
         ctx = build_parallel_context(config.grid(world_size), device, timeout, journal)
         announce = _announce_other if rank == 0 else _say_nothing
         code = train(prepared, ctx, lambda prepared, ctx: begin(beginning, prepared, ctx, announce))

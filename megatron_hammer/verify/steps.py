@@ -25,7 +25,7 @@ from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.board import Journal
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
-from megatron_hammer.parallel.rendezvous import end_process_group, start_process_group
+from megatron_hammer.parallel.rendezvous import collective_timeout, end_process_group, start_process_group
 from megatron_hammer.parallel.sharding import rectangles
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.begin import choose_device
@@ -190,10 +190,11 @@ def rank_main(
 ) -> int:
     """Entry of a rank that the launcher starts: all precisions of the proof; writes them to ``train.output``."""
     folder, device = Path(config.train.output), choose_device(config, local_rank)
+    timeout = collective_timeout(config.parallel.timeout_seconds)
     torch.set_num_threads(1)
     if store is not None:
-        start_process_group(store, rank, world_size, device, config.parallel.timeout_seconds)
-    ctx = build_parallel_context(config.grid(world_size), device, config.parallel.timeout_seconds, journal)
+        start_process_group(store, rank, world_size, device, timeout, journal)
+    ctx = build_parallel_context(config.grid(world_size), device, timeout, journal)
     for name, dtype in precisions(config).items():
         # Masters are fp32 in checkpoints, so the fp64 steps have none.
         checkpoint = None if dtype == torch.float64 else folder / "checkpoints"

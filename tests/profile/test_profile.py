@@ -20,7 +20,7 @@ from megatron_hammer.profile import budget
 from megatron_hammer.profile.plots import draw_profile
 from megatron_hammer.profile.profile import Settings, _profile, for_profiling, profile_step, table
 from megatron_hammer.profile.trace import PREFIX, Traffic, measure, memory_of_step, read_trace, traffic
-from megatron_hammer.profile.workload import RecordedRanges, RecordedWaits
+from megatron_hammer.profile.workload import RecordedRanges, record_waits
 from megatron_hammer.train.build import build
 from megatron_hammer.train.metrics import flops_per_token
 from tests.distributed import run_distributed
@@ -142,6 +142,20 @@ def test_ranges_are_recorded_in_their_block_only() -> None:
     assert names() == set()
 
 
+def test_a_journal_that_shows_waits_still_says_that_the_rank_waits() -> None:
+    """The launcher's: of ranks that failed, those that were waiting are not to blame."""
+    journal, ranges = Journal(), RecordedRanges()
+    record_waits(journal, ranges)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorder, ranges.recorded():
+        for _ in range(2):
+            with journal.waits("all_reduce"):
+                assert journal.is_waiting
+                journal.mark("a phase")  # another note within the same wait
+            journal.mark("no wait")
+    names = [event.name for event in recorder.events() if event.name.startswith(PREFIX)]
+    assert names == 2 * [PREFIX + budget.COMMUNICATION] and not journal.is_waiting
+
+
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"flops": -1.0}, {"bandwidth": float("nan")}])
 def test_numbers_are_checked(wrong: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"E247.*must be positive"):
@@ -156,10 +170,11 @@ def test_a_layout_needs_its_ranks(tmp_path: Path) -> None:
 
 
 def _profiled(rank: int, overrides: list[str], folder: Path) -> dict[str, Any] | None:
-    settings, ranges = Settings(folder, steps=1, ranks=2), RecordedRanges()
+    settings, ranges, journal = Settings(folder, steps=1, ranks=2), RecordedRanges(), Journal()
     config = for_profiling(load_config(TINY, ["model.vocab_size=384", "train.device=cpu", *overrides]), settings)
     config.validate(2)
-    ctx = build_parallel_context(config.grid(2), torch.device("cpu"), journal=RecordedWaits(Journal(), ranges))
+    record_waits(journal, ranges)
+    ctx = build_parallel_context(config.grid(2), torch.device("cpu"), journal=journal)
     return _profile(config, settings, ctx, ranges, lambda text: None)
 
 
