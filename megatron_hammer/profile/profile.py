@@ -184,12 +184,13 @@ class TimedNotes:
 
 
 def for_profiling(config: Config, settings: Settings) -> Config:
-    """The config with steps enough, and no checkpoint to resume from: the output is the profile's own folder.
+    """The config of a run that has its first phase alone, with steps enough, of full size from the first on, and no
+    checkpoint to resume from: the output is the profile's own folder.
 
     Raises:
         ConfigError: it needs more ranks than are profiled.
     """
-    parallel = config.parallel
+    config, parallel = config.after_samples(0), config.parallel
     for name, remedy in (
         ("tensor_model_parallel_size", "parallel.sequence_parallel=false"),
         ("pipeline_model_parallel_size", "parallel.virtual_pipeline_stages=1"),
@@ -201,9 +202,11 @@ def for_profiling(config: Config, settings: Settings) -> Config:
             cure = f"give --nproc {size} or a multiple of it, or add parallel.{name}=1 {remedy}".rstrip()
             raise ConfigError(48, f"parallel.{name}={size}", rule, cure)
     steps = max(config.train.num_steps, WARM_UP_STEPS + 2 * settings.steps + 2)
-    train = dataclasses.replace(config.train, num_steps=steps, output=str(settings.output / "run"), dry_run=False)
+    output = str(settings.output / "run")
+    train = dataclasses.replace(config.train, num_steps=steps, output=output, dry_run=False, batch_size_ramp=None)
     checkpoint = dataclasses.replace(config.checkpoint, init_from=None)
-    return dataclasses.replace(config, train=train, checkpoint=checkpoint)
+    data = dataclasses.replace(config.data, max_epochs=None)  # a limit for all phases together
+    return dataclasses.replace(config, train=train, checkpoint=checkpoint, data=data)
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

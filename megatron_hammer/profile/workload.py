@@ -26,6 +26,7 @@ from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.build import build_stages
 from megatron_hammer.train.loop import Run
 from megatron_hammer.train.prepare import Prepared, prepare
+from megatron_hammer.train.source_sums import ONE_SOURCE
 from megatron_hammer.train.step import train_step
 
 
@@ -101,7 +102,8 @@ class Workload:
             for documents in (b.documents for b in batches if isinstance(b.documents, PackedSequences)):
                 self.document_squares += sum(n * n for n in documents.lengths)
                 self.document_tokens += sum(documents.lengths)
-            train_step(self.stages, self.optimizer, batches, self.config, self.steps, self.ctx)
+            sources = ONE_SOURCE if self.run is None else self.run.sources
+            train_step(self.stages, self.optimizer, batches, self.config, self.steps, self.ctx, sources=sources)
             if finish:
                 wait(self.ctx.device)
 
@@ -114,8 +116,7 @@ class Workload:
         if self.run is None:
             return [self._random_batch() for _ in range(self.config.grad_accum(self.ctx.world.size))]
         batches = self.run._next_batches()
-        consumed = self.run.state.consumed_samples
-        consumed += self.run.batch_sizes.at(consumed)
+        consumed = self.run.state.consumed_samples + self.config.train.global_batch_size
         self.run.state = dataclasses.replace(self.run.state, consumed_samples=consumed)
         return batches
 

@@ -81,6 +81,18 @@ def test_random_tokens_on_torch_kernels(tmp_path: Path) -> None:
     assert memory["temporary"] > 0
 
 
+def test_a_run_with_sources_phases_and_a_ramp(data: Path, tmp_path: Path) -> None:
+    """What is reported is of the steps that are profiled: those of the first phase, of full size."""
+    kernels = [f"kernels.{name}=torch" for name in ("norm", "rope", "swiglu", "adamw", "loss")]
+    first = f"{{train: {{{data}/a: 1, {data}/x: 1}}, samples: 802, seq_length: 32}}"
+    phases = f"data.phases=[{first}, {{train: {{{data}/b: 1}}}}]"
+    ramp, epochs = "train.batch_size_ramp={start: 2, increment: 2, samples: 1000}", "data.max_epochs=30"
+    config = load_config(TINY, ["model.vocab_size=384", "train.device=cpu", phases, ramp, epochs, *kernels])
+    report = profile_step(config, Settings(tmp_path, steps=1, flops=1e11, bandwidth=1e10), lambda text: None)
+    assert (report["seq_length"], report["micro_batches"], report["micro_batch_size"]) == (32, 4, 2)
+    assert report["product_flops_counted"] == pytest.approx(report["product_flops_needed"], rel=1e-12)
+
+
 def test_real_documents_in_bf16_by_the_program(data: Path, tmp_path: Path) -> None:
     """The second config: masks, halves, tied embeddings, whatever kernels are chosen; through the command line."""
     out = tmp_path / "profile"
