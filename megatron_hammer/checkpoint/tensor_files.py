@@ -33,7 +33,8 @@ from megatron_hammer.base.writing import writing
 from megatron_hammer.checkpoint.direct import DirectReader, DirectWriter
 
 CHUNK_BYTES = 4 * 2**20  # hashed, converted and copied at a time: enough for full disk speed, small beside a tensor
-MAX_HEADER_BYTES = 8 * 2**20  # 80,000 tensors in one file; parsing JSON costs ten times its size in memory
+MAX_HEADER_BYTES = 8 * 2**20  # parsing JSON costs ten times its size in memory
+MAX_HEADER_VALUES = 500_000  # 30,000 tensors in one file, with 16 each as ``parse_json`` counts: a second
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _RESTORE = "restore the file or use another checkpoint"
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -174,9 +175,10 @@ class TensorFileReader:
             rule = "has another header than its manifest says (damaged or swapped)"
             raise CheckpointError(10, str(self.path), rule, _RESTORE)
         try:
-            header = parse_json(text, pairs=_no_duplicates)
+            header = parse_json(text, MAX_HEADER_VALUES, _no_duplicates)
         except ValueError as error:
-            raise self._malformed(f"has a header that is not JSON ({type(error).__name__})") from None
+            reason = type(error).__name__ if isinstance(error, json.JSONDecodeError) else str(error)
+            raise self._malformed(f"has a header that is not JSON ({reason})") from None
         if not isinstance(header, dict):
             raise self._malformed("has a header that is not a mapping")
         header.pop("__metadata__", None)

@@ -21,12 +21,14 @@ from typing import Any
 import orjson
 
 from megatron_hammer.base.errors import DataError, UnfitFile
-from megatron_hammer.base.reading import open_regular
+from megatron_hammer.base.reading import PLAIN_JSON_BYTES, open_regular, weigh_outside_strings
 from megatron_hammer.corpus import foreign
 
 MAX_LINE_BYTES = 2 << 30
 """Longest line read, line ending included: a document of a gigabyte with its escapes. What is longer is a file without
 line breaks, not a document."""
+MAX_LINE_VALUES = 3_000_000
+"""Of one line, beside what is in its strings, as ``base/reading.py`` counts them: some 200 MB once it is parsed."""
 
 _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -55,6 +57,17 @@ def damaged(path: Path, line_number: int, offset: int, error: Exception) -> Data
 # ---- parsing a line ----
 
 
+def loads(line: bytes | bytearray) -> Any:
+    """``orjson.loads``, but no line of which memory would hold many times its bytes: ``ValueError``."""
+    if _has_too_many_values(line):
+        raise ValueError("too many values")
+    return orjson.loads(line)
+
+
+def _has_too_many_values(line: bytes | bytearray) -> bool:
+    return len(line) > PLAIN_JSON_BYTES and weigh_outside_strings(line) > MAX_LINE_VALUES
+
+
 def parse_line(line: bytes | bytearray) -> tuple[Any, bool]:
     """The JSON value of a line, and whether it is strict JSON (else a text in it may hold half of a surrogate pair).
 
@@ -62,7 +75,7 @@ def parse_line(line: bytes | bytearray) -> tuple[Any, bool]:
         ValueError: neither parser can read it.
     """
     try:
-        return orjson.loads(line), True
+        return loads(line), True
     except orjson.JSONDecodeError:
         value = _by_python(line)
         if value is None:
@@ -140,6 +153,9 @@ def diagnose(path: Path, line_number: int, offset: int, line: bytes | bytearray,
             3, where, f"is not valid UTF-8: byte 0x{byte:02x} at offset {error.start} of the line ({error.reason})",
             foreign.to_utf8(path, line),
         )  # fmt: skip
+    if _has_too_many_values(line):
+        rule = f"holds more than {MAX_LINE_VALUES:,} values beside its text"
+        return DataError(4, where, rule, "keep the keys that are used")
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as refused:

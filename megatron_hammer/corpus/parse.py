@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from megatron_hammer.base.errors import DataError
+from megatron_hammer.base.reading import PLAIN_JSON_BYTES
 from megatron_hammer.corpus import foreign, jsonl, long
 from megatron_hammer.corpus.file_blocks import Block, Position
 from megatron_hammer.corpus.long import LongText
@@ -164,7 +165,7 @@ def _split(data: bytes | bytearray) -> Sequence[bytes | bytearray]:
 
 def _parse_lines(block: Block, path: Path, keys: Sequence[str], strict: bool) -> Parsed:
     lines = _split(block.data)
-    loads = orjson.loads
+    loads = orjson.loads if len(block.data) <= PLAIN_JSON_BYTES else jsonl.loads
     try:
         if len(keys) == 1:
             key = keys[0]
@@ -174,7 +175,7 @@ def _parse_lines(block: Block, path: Path, keys: Sequence[str], strict: bool) ->
             texts = [[value[key] for value in values] for key in keys]
         if all(set(map(type, column)) <= {str} for column in texts):
             return Parsed(texts)
-    except (orjson.JSONDecodeError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError):
         pass
     return _parse_line_by_line(block, path, keys, strict, lines)
 
@@ -193,6 +194,7 @@ def _parse_line_by_line(
             value, exact = jsonl.parse_line(line)
             found = jsonl.texts_of(value, keys, exact)
         except (ValueError, jsonl.UnusableText) as unusable:
+            value = None  # it goes before the line is parsed once more
             key = unusable.key if isinstance(unusable, jsonl.UnusableText) else key
             error = jsonl.diagnose(path, number, offset, line, key)
             if strict or error.number == 9:

@@ -38,7 +38,7 @@ import orjson
 
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.files import replace_file, sha256_file
-from megatron_hammer.base.reading import read_regular
+from megatron_hammer.base.reading import parse_json, read_regular
 from megatron_hammer.corpus.documents import LineWriter, text_line
 
 DOMAINS = ("zh", "en", "code")
@@ -203,7 +203,7 @@ def _write(path: Path, documents: list[Document]) -> dict[str, Any]:
 def _read_complete(output: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest, where it was made with these settings and every file is as it says."""
     try:
-        manifest: dict[str, Any] = orjson.loads(read_regular(output / MANIFEST))
+        manifest: dict[str, Any] = parse_json(read_regular(output / MANIFEST))
         if manifest["settings"] != settings or len(manifest["files"]) != 2 * len(DOMAINS):
             return None
         for name, entry in manifest["files"].items():

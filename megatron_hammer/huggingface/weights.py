@@ -28,6 +28,7 @@ from megatron_hammer.model.parameters import EMBEDDING, HEAD, Parameter, logical
 from megatron_hammer.parallel.sharding import Rectangle, rectangles
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_TENSORS = 60_000  # over all files: 5,000 layers
 DEFAULT_SHARD_BYTES = 5 * 10**9  # transformers' own long-time default
 
 
@@ -121,6 +122,9 @@ class HfWeights:
         where = f"{self.folder / INDEX}: weight_map"
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(28, where, "is not a mapping of tensors to files", "fetch the model again")
+        if len(weight_map) > MAX_TENSORS:
+            rule = f"names {len(weight_map):,} tensors, more than any model of ours has"
+            raise CheckpointError(28, where, rule, "name another model")
         for name in sorted(set(weight_map.values())):
             if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors", name):
                 raise CheckpointError(

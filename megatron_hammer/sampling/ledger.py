@@ -17,9 +17,10 @@ Every checkpoint holds the lines of its run so far. Needs no torch.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,6 +29,7 @@ from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.base.reading import parse_json, read_regular
 
 LEDGER = "ledger.jsonl"  # in a run's folder
+MAX_LEDGER_BYTES = 4 * 2**20  # thirty thousand rewinds
 
 Finding = Literal["nonfinite", "spike"]
 Range = tuple[int, int]
@@ -110,8 +112,8 @@ NO_SKIPS = Skips()
 # ---- as values and as a file ----------------------------------------------------------------------------------------
 
 
-def ledger_from_trees(trees: Sequence[Any], where: str) -> Ledger:
-    """The inverse of ``Rewind.to_tree``, of all lines.
+def ledger_from_trees(trees: Iterable[Any], where: str) -> Ledger:
+    """The inverse of ``Rewind.to_tree``, of all lines; none is asked for after one that is wrong.
 
     Args:
         where: the file, for the error.
@@ -120,12 +122,13 @@ def ledger_from_trees(trees: Sequence[Any], where: str) -> Ledger:
         CheckpointError: E436: a line is not one that a run has written.
     """
     ledger: list[Rewind] = []
+    skipped: list[Range] = []  # of the lines so far, rising
     for line, tree in enumerate(trees, start=1):
         try:
             rewind = _from_tree(tree)
             if rewind.number != line:
                 raise ValueError(f"rewind={rewind.number}, not {line}")
-            _check_apart(Skips.of([*ledger, rewind]).ranges)
+            _add_apart(skipped, rewind.skipped)
         except (ValueError, TypeError, KeyError) as error:
             rule = f"is not a line of a ledger ({error})"
             remedy = "restore it from a copy; without the file, a run goes by the ledger in its newest checkpoint"
@@ -155,10 +158,14 @@ def _count(value: Any) -> int:
     return value
 
 
-def _check_apart(ranges: Sequence[Range]) -> None:
-    for (_, end), (first, _) in itertools.pairwise(ranges):
-        if first < end:
-            raise ValueError(f"sample {first} is left out twice")
+def _add_apart(ranges: list[Range], more: Sequence[Range]) -> None:
+    """Put ranges in among others that rise and are apart; they must be apart from them, and from each other."""
+    for new in more:
+        at = bisect.bisect_left(ranges, new)
+        for before, behind in itertools.pairwise([*ranges[max(at - 1, 0) : at], new, *ranges[at : at + 1]]):
+            if behind[0] < before[1]:
+                raise ValueError(f"sample {behind[0]} is left out twice")
+        ranges.insert(at, new)
 
 
 def read_ledger(path: Path) -> Ledger | None:
@@ -168,13 +175,13 @@ def read_ledger(path: Path) -> Ledger | None:
         CheckpointError: E436: it is no ledger.
     """
     try:
-        content = read_regular(path, follow=False)
+        content = read_regular(path, MAX_LEDGER_BYTES, follow=False)
     except FileNotFoundError:
         return None
     except OSError as error:
         rule, remedy = f"cannot be read as a ledger ({error.strerror})", "put the file itself there"
         raise CheckpointError(36, str(path), rule, remedy) from None
-    return ledger_from_trees([_parsed(line) for line in content.split(b"\n")[:-1]], str(path))
+    return ledger_from_trees(map(_parsed, content.split(b"\n")[:-1]), str(path))
 
 
 def _parsed(line: bytes) -> Any:

@@ -31,7 +31,7 @@ TABLE_SIZE = sum(LEVEL_SIZES.values())
 UNIHAN_FOLDER = Path("/usr/share/unicode")
 """Where Debian's package unicode-data puts the database."""
 _UNIHAN_NAMES = ("Unihan_OtherMappings.txt", "Unihan_OtherMappings.txt.bz2")
-_MAX_UNIHAN_BYTES = 64 * 2**20  # fifteen times what the file has
+_MAX_UNIHAN_BYTES = 16 * 2**20  # four times what the file has
 _CHARACTERS_A_LINE = 50  # chosen by eye
 _HEADER = """\
 # The Table of General Standard Chinese Characters (2013), in its own order.

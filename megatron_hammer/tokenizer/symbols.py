@@ -10,6 +10,8 @@ from megatron_hammer.base.errors import ConfigError, os_remedy
 from megatron_hammer.base.reading import read_regular
 from megatron_hammer.tokenizer.pieces import SPACE
 
+MAX_TEXT_BYTES = 2 * 2**20
+"""Of a list that somebody wrote: a hundred times the longest in use; its lines become strings."""
 CONTROL_PIECES = ("<unk>", "<s>", "</s>")
 """The control pieces of the tokenizers that are trained here, by id."""
 
@@ -30,7 +32,7 @@ def read_text_file(path: Path) -> str:
         ConfigError: E261 it cannot be read or is not UTF-8.
     """
     try:
-        return read_regular(path).decode("utf-8").replace("\r\n", "\n")
+        return read_regular(path, MAX_TEXT_BYTES).decode("utf-8").replace("\r\n", "\n")
     except OSError as error:
         raise ConfigError(61, str(path), f"cannot be read: {error.strerror}", os_remedy(error)) from None
     except UnicodeDecodeError as error:

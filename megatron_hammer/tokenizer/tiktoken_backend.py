@@ -37,7 +37,7 @@ from megatron_hammer.base.files import replace_file
 from megatron_hammer.base.reading import open_regular
 from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
 from megatron_hammer.tokenizer.pieces import BYTE_LEVEL_ALPHABET
-from megatron_hammer.tokenizer.tokenizer_files import MAX_TIKTOKEN_BYTES, read_tokenizer
+from megatron_hammer.tokenizer.tokenizer_files import MAX_TIKTOKEN_BYTES, MAX_TIKTOKEN_WORK, read_tokenizer
 
 _SHORT_FORMS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
@@ -143,6 +143,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         if content in ranks or index < 0:
             raise _damaged(path, f"has a line {number} whose piece came before or whose rank is negative")
         ranks[content] = index
+    if sum(len(piece) ** 2 for piece in ranks) > MAX_TIKTOKEN_WORK:
+        raise _damaged(path, "has longer pieces than any")
     if len(set(ranks.values())) < len(ranks):
         raise _damaged(path, "gives two pieces the same rank")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
@@ -197,11 +199,11 @@ def _definition(ranks: Mapping[bytes, int], expression: str, special_tokens: Seq
 def _parts(piece: bytes, rank: int, ranks: Mapping[bytes, int]) -> list[bytes]:
     """What the bytes of a piece come to when only ranks below its own are joined."""
     parts = [piece[at : at + 1] for at in range(len(piece))]
-    while len(parts) > 2:
-        joined = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
-        lowest = min(joined)
-        if lowest >= rank:
-            break
+    joined = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
+    while len(parts) > 2 and (lowest := min(joined)) < rank:
         at = joined.index(lowest)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        del joined[at]
+        for pair in range(max(at - 1, 0), min(at + 1, len(joined))):
+            joined[pair] = ranks.get(parts[pair] + parts[pair + 1], rank)
     return parts

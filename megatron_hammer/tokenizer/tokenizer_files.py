@@ -1,7 +1,8 @@
 """Reading the files of tokenizers, which come from anywhere: how large one may be, and what it may make of itself.
 
-The largest that are published (262,000 pieces) have 34 MB of JSON with two million values. Ids are bounded too: arrays
-have a place for each id up to the largest, and four bytes of a file can say four billion.
+The largest that are published (262,000 pieces) have 34 MB of JSON with two million values: some 16 bytes each, so that
+a file which owes its size to long strings is none. Ids are bounded too: arrays have a place for each id up to the
+largest, and four bytes of a file can say four billion.
 
 Imports neither sentencepiece nor tokenizers.
 """
@@ -16,12 +17,17 @@ from megatron_hammer.base.reading import parse_json, read_regular
 
 MAX_TOKENIZER_BYTES = 48 * 2**20
 MAX_TOKENIZER_VALUES = 3_000_000
+VALUE_BYTES = 32
+"""For each value of a large file, with the spaces around it."""
 MAX_IDS = 2**22
 """Four million: four times any vocabulary, and the mark of a file that is damaged or means harm."""
 MAX_MODEL_BYTES = 12 * 2**20
 """Of a sentencepiece model: 700,000 pieces. The largest published has 5 MB."""
 MAX_TIKTOKEN_BYTES = 8 * 2**20
 """400,000 pieces; the largest published has 3.6 MB. Its merges are found anew at each load."""
+MAX_TIKTOKEN_WORK = 2**26
+"""Squares of its pieces' lengths, added up: what finding the merges takes. 200,000 published pieces come to some 12
+million (an estimate from their mean length)."""
 
 
 def read_tokenizer(path: Path, limit: int = MAX_TOKENIZER_BYTES) -> bytes:
@@ -38,7 +44,7 @@ def read_tokenizer(path: Path, limit: int = MAX_TOKENIZER_BYTES) -> bytes:
 
 def read_tokenizer_json(path: Path) -> Any:
     """The value of a ``tokenizer.json``; ``OSError`` or ``ValueError`` with the reason."""
-    return parse_json(read_regular(path, MAX_TOKENIZER_BYTES), MAX_TOKENIZER_VALUES)
+    return parse_json(read_regular(path, MAX_TOKENIZER_BYTES), MAX_TOKENIZER_VALUES, value_bytes=VALUE_BYTES)
 
 
 def check_largest_id(path: Path, largest: int) -> None:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
+import random
 import socket
 from pathlib import Path
 
 import pytest
 
+from megatron_hammer.base import reading
 from megatron_hammer.base.errors import ConfigError, DataError, HammerError, UnfitFile, from_os_error
-from megatron_hammer.base.reading import is_own_pipe, open_input, open_regular, parse_json, read_regular
+from megatron_hammer.base.reading import (
+    PLAIN_JSON_BYTES,
+    is_own_pipe,
+    open_input,
+    open_regular,
+    parse_json,
+    read_regular,
+)
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = [path for room in ("megatron_hammer", "tools") for path in sorted((ROOT / room).rglob("*.py"))]
@@ -155,6 +165,33 @@ def test_a_json_bomb_is_a_value_error(text: str) -> None:
         parse_json(text)
     with pytest.raises(ValueError):
         parse_json(text.encode())
+
+
+def test_long_strings_are_a_value_error() -> None:
+    """They cost a parser several times their bytes; a text of many values may be as long."""
+    size = PLAIN_JSON_BYTES + 1_000
+    for text in (
+        '["%s"]' % ("x" * size),
+        '["%s"]' % (r"\"," * (size // 3)),
+        '["%s"]' % (r"\\" * size),
+        "0." + "0" * size,
+    ):
+        for form in (text, text.encode()):
+            with pytest.raises(ValueError, match="long strings"):
+                parse_json(form)
+    with pytest.raises(ValueError, match="UTF-8"):
+        parse_json(('["%s"]' % ("x" * size)).encode("utf-16"))
+    assert len(parse_json(b"[" + b'"sixteen letters.",' * (size // 18) + b"0]")) == size // 18 + 1
+
+
+def test_what_stands_in_strings_has_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "_PIECE_BYTES", 7)  # so that the ends of pieces fall anywhere
+    draw = random.Random(1)
+    for _ in range(300):
+        strings = ["".join(draw.choices('\\",:[{ax', k=draw.randrange(9))) for _ in range(4)]
+        value = {strings[0]: [strings[1], {strings[2]: [1, 2]}], "b" + strings[3]: []}
+        weight = 2 * 3 + 3 * 2 + 3 + 3  # objects, arrays, colons, commas
+        assert reading.weigh_outside_strings(json.dumps(value).encode()) == weight
 
 
 def test_a_message_shows_the_ends_of_an_overlong_value() -> None:

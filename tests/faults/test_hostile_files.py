@@ -1,7 +1,8 @@
 """Hostile files, of every kind that is read: each ends in one documented line, at little cost, and nothing in it runs.
 
 No time is asserted: what is refused before it is parsed or built cannot be slow, so each case says by its words which
-rule refused it. ``HAMMER_HOSTILE_LIMITS=1`` runs each in a process of its own and holds it to 2 s and 200 MB.
+rule refused it. ``HAMMER_HOSTILE_LIMITS=1`` runs each in a process of its own and holds it to 2 s and 200 MB, and the
+largest ones too (``LARGE``), each just within or just beyond a limit of size.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from megatron_hammer.corpus.documents import read_texts
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.huggingface.config import model_config_from_hf, read_json
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors
+from megatron_hammer.sampling.ledger import read_ledger
 from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.symbols import read_symbols
 from megatron_hammer.train.plot import read_curves
 
 PICKLE = b"cos\nsystem\n(S'touch ran'\ntR."
@@ -69,6 +72,14 @@ def checkpoint(folder: Path) -> object:
 
 def dataset(folder: Path) -> object:
     return IndexedDataset(folder / "p")
+
+
+def ledger(folder: Path) -> object:
+    return read_ledger(folder / "ledger.jsonl")
+
+
+def symbols(folder: Path) -> object:
+    return read_symbols(folder / "symbols.txt")
 
 
 def tokenizer(folder: Path) -> object:
@@ -127,6 +138,18 @@ def manifest(**changed: object) -> Make:
 
 def vocabulary(**entries: object) -> Make:
     return text("tokenizer.json", json.dumps(TOKENIZER | {"model": TOKENIZER["model"] | {"vocab": entries}}))
+
+
+def tokenizer_text(before: bytes, repeated: bytes, size: int, behind: bytes) -> Make:
+    """A tokenizer.json with one stretch that is repeated up to a size."""
+    return lambda folder: (folder / "tokenizer.json").write_bytes(
+        before + repeated * ((size - len(before + behind)) // len(repeated)) + behind
+    )
+
+
+def empty_tensors(count: int) -> Make:
+    entry = b'"t%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    return tensors(b"{%s}" % b",".join(entry % number for number in range(count)))
 
 
 def indexed(*more: Make) -> Make:
@@ -230,6 +253,176 @@ CASES: dict[str, tuple[Callable[[Path], object], Make, str]] = {
     "corpus deep": (corpus, text("a.jsonl", '{"text": ' + DEEP + "\n"), "E304"),
     "corpus of one line": (corpus, text("a.jsonl.gz", gzip.compress(b"x" * (40 << 20), 9)), "E304|E309"),
 }  # fmt: skip
+
+
+VOCABULARY = b'{"model": {"type": "BPE", "merges": [], "vocab": {"'
+CASES |= {
+    "tokenizer of one string": (tokenizer, tokenizer_text(VOCABULARY, b"x", 5 << 20, b'": 0}}}'), "E313 long strings"),
+    "tokenizer of quotes": (
+        tokenizer,
+        tokenizer_text(VOCABULARY, rb"\\\",[{", 5 << 20, b'": 0}}}'),
+        "E313 long strings",
+    ),
+    "tokenizer of objects": (tokenizer, tokenizer_text(b"[0", b',{"a":0}', 5 << 20, b"]"), "E313 values"),
+    "tokenizer in UTF-16": (tokenizer, text("tokenizer.json", (" " * (3 << 20) + "[]").encode("utf-16")), "E313 UTF-8"),
+    "tokenizer's config of one string": (
+        tokenizer,
+        both(vocabulary(a=0), text("tokenizer_config.json", '["%s"]' % ("x" * (5 << 20)))),
+        "E313 long strings",
+    ),
+    "tiktoken of a long piece": (
+        tokenizer,
+        text("t.tiktoken", RANKS + base64.b64encode(b"ab" * 5_000) + b" 256\n"),
+        "E312 longer",
+    ),
+    "hf of one string": (huggingface, text("config.json", '{"model_type": "%s"}' % ("x" * (5 << 20))), "E420"),
+    "hf index of many": (huggingface, index(*["a.safetensors"] * 60_001), "E428 60,001"),
+    "safetensors of many": (huggingface, empty_tensors(50_000), "E410 values"),
+    "ledger of nothing": (ledger, text("ledger.jsonl", "\n" * (4 << 20)), "E436 line"),
+    "ledger large": (ledger, sparse("ledger.jsonl"), "E436 never has more"),
+    "symbols large": (symbols, text("symbols.txt", "ab\n" * (1 << 20)), "E261 never has more"),
+    "corpus of empty arrays": (
+        corpus,
+        text("a.jsonl", '{"text": "a", "b": [[]%s]}\n' % (",[]" * (3 << 19))),
+        "E304 values",
+    ),
+    "header of one string": (
+        dataset,
+        indexed(text("p.meta.json", '{"a": "%s"}' % ("x" * (5 << 20)))),
+        "E339 long strings",
+    ),
+}
+MEGABYTES = 47 << 20
+LARGE: dict[str, tuple[Callable[[Path], object], Make, str]] = {
+    "tokenizer of 47 MB": (tokenizer, tokenizer_text(VOCABULARY, b"x", MEGABYTES, b'": 0}}}'), "E313 long strings"),
+    "tokenizer of 47 MB with a rare character": (
+        tokenizer,
+        tokenizer_text(VOCABULARY + "\U0001f600".encode(), b"x", MEGABYTES, b'": 0}}}'),
+        "E313 long strings",
+    ),
+    "tokenizer of 47 MB of quotes": (tokenizer, tokenizer_text(VOCABULARY, rb"\"", MEGABYTES, b'": 0}}}'), "E313 long"),
+    "tokenizer of 47 MB of backslashes": (
+        tokenizer,
+        tokenizer_text(VOCABULARY, rb"\\", MEGABYTES, b'": 0}}}'),
+        "E313 long",
+    ),
+    "tokenizer of 47 MB of commas": (
+        tokenizer,
+        tokenizer_text(VOCABULARY, b",[{:", MEGABYTES, b'": 0}}}'),
+        "E313 long",
+    ),
+    "tokenizer of 47 MB of spaces": (tokenizer, tokenizer_text(b"{", b" ", MEGABYTES, b"}"), "E313 long"),
+    "tokenizer of long pieces": (
+        tokenizer,
+        tokenizer_text(VOCABULARY + b'a":0', b',"' + b"x" * 65_536 + b'":0', MEGABYTES, b"}}}"),
+        "E313 long",
+    ),
+    "tokenizer of a digit": (tokenizer, tokenizer_text(b'{"model": 0.', b"0", MEGABYTES, b"}"), "E313 long"),
+    "tokenizer of the longest string": (
+        tokenizer,
+        tokenizer_text(VOCABULARY + "\U0001f600".encode(), b"x", 4 << 20, b'": 5000000}}}'),
+        "E313 below",
+    ),
+    "tokenizer of objects to the limit": (
+        tokenizer,
+        tokenizer_text(b"[0", b',{"a":0}', 4_790_000, b"]"),
+        "E313 describes",
+    ),
+    "tokenizer of arrays to the limit": (tokenizer, tokenizer_text(b"[0", b",[0]", 3_990_000, b"]"), "E313 describes"),
+    "tokenizer's four configs": (
+        tokenizer,
+        both(
+            vocabulary(a=5_000_000),
+            *(
+                text(name, '{"bos_token": ["\U0001f600%s"]}' % ("x" * 4_190_000))
+                for name in (
+                    "tokenizer_config.json",
+                    "special_tokens_map.json",
+                    "generation_config.json",
+                    "config.json",
+                )
+            ),
+        ),
+        "E313 below",
+    ),
+    "model of one piece": (
+        tokenizer,
+        text("t.model", b"\x0a\x84\x80\x80\x05\x0a\xff\xff\xff\x04" + b"x" * 10_485_759),
+        "E312",
+    ),
+    "tiktoken of many pieces": (
+        tokenizer,
+        text(
+            "t.tiktoken",
+            RANKS
+            + b"".join(base64.b64encode(b"%06d" % n + b"ab" * 14) + b" %d\n" % (256 + n) for n in range(50_000))
+            + b"x",
+        ),
+        "E312 line",
+    ),
+    "tiktoken of the longest pieces": (
+        tokenizer,
+        text(
+            "t.tiktoken",
+            RANKS
+            + b"".join(base64.b64encode(b"%02d" % n + b"ab" * 1_200) + b" %d\n" % (4_200_000 + n) for n in range(10)),
+        ),
+        "E313 below",
+    ),
+    "safetensors of 80,000": (huggingface, empty_tensors(80_000), "E410 values"),
+    "safetensors to the limit": (huggingface, empty_tensors(33_000), "E425"),
+    "hf of 30 MB": (huggingface, text("config.json", '{"model_type": "\U0001f600%s"}' % ("x" * (30 << 20))), "E420"),
+    "hf of ten thousand layers": (huggingface, both(llama(num_hidden_layers=10_000), empty_tensors(1)), "E425"),
+    "hf index to the limit": (
+        huggingface,
+        both(index(*["a.safetensors"] * 59_000), empty_tensors(1)),
+        "E425|E428|E408",
+    ),
+    "manifest of slices": (
+        checkpoint,
+        manifest(
+            files=[
+                {
+                    "name": "rank-00000.safetensors",
+                    "size": 1,
+                    "header": "0" * 32,
+                    "slices": [[0, n, n + 1, "0" * 32] for n in range(249_000)],
+                }
+            ],
+            tensors=[["a", "weight", [249_000], "float32"]],
+        ),
+        "E406 config",
+    ),
+    "manifest of tensors": (
+        checkpoint,
+        manifest(tensors=[[f"a{n}", "weight", [1], "float32"] for n in range(200_000)]),
+        "E407",
+    ),
+    "manifest of one string": (checkpoint, manifest(config={"model": {"x": "y" * (15 << 20)}}), "E403"),
+    "ledger of ranges": (
+        ledger,
+        text(
+            "ledger.jsonl",
+            "".join(
+                json.dumps(
+                    {"rewind": n, "step": 9, "finding": "spike", "back_to_step": 1, "skipped_samples": [[n, n + 1]]}
+                )
+                + "\n"
+                for n in range(1, 40_000)
+            )
+            + "x\n",
+        ),
+        "E436 line",
+    ),
+    "corpus of many values": (corpus, text("a.jsonl", '{"text": 1, "b": [[]%s]}\n' % (",[]" * 990_000)), "E307"),
+    "corpus of 30 MB of arrays": (
+        corpus,
+        text("a.jsonl", '{"text": 1, "b": [[]%s]}\n' % (",[]" * 10_000_000)),
+        "E304 values",
+    ),
+}
+if os.environ.get("HAMMER_HOSTILE_LIMITS"):
+    CASES |= LARGE
 
 
 @pytest.mark.parametrize("name", CASES)
