@@ -83,6 +83,17 @@ def test_a_file_of_another_length_is_noticed(checkpoint):
         path.write_bytes(content)
 
 
+def test_size_and_header_are_those_of_the_manifest(checkpoint):
+    """Whatever else would notice it too."""
+    file = read_manifest(checkpoint).files[0]
+    path = checkpoint / file.name
+    with pytest.raises(CheckpointError, match="E409"):
+        TensorFileReader(path, file.size + 1)
+    with pytest.raises(CheckpointError, match=r"E410.*another header"):
+        TensorFileReader(path, file.size, "0" * 32)
+    TensorFileReader(path, file.size, file.header_hash).close()
+
+
 def test_a_missing_file_is_noticed(checkpoint):
     for path in files_of(checkpoint):
         content = path.read_bytes()

@@ -218,7 +218,14 @@ def test_cut_tokens(golden, size):
     raises(38, IndexedDataset, golden)
 
 
-@settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MUTANTS = int(os.environ.get("HAMMER_MUTANTS", "400"))
+
+
+@settings(
+    deadline=None,
+    max_examples=MUTANTS,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(data=st.data())
 def test_fuzzed_index_gives_a_dataset_or_a_data_error(tmp_path, data):
     content = bytearray(GOLDEN_IDX)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 
 import numpy as np
@@ -290,7 +291,14 @@ def test_more_tokens_than_32_bits_count(tmp_path, order, total):
     assert seen == {0, 1, 2} or order == "megatron" or total < 2**32
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MUTANTS = int(os.environ.get("HAMMER_MUTANTS", "200"))
+
+
+@settings(
+    deadline=None,
+    max_examples=MUTANTS,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(data=st.data())
 def test_damaged_files_end_in_a_data_error_or_in_whole_samples(tmp_path, data):
     """Structure-aware: any number of the index may change, .bin may be cut or grow."""

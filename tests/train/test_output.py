@@ -84,6 +84,7 @@ def test_names_are_durable_before_the_first_checkpoint(data: Path, tmp_path: Pat
     metrics = next(at for at, path in enumerate(synced) if "metrics.jsonl.tmp-" in path)
     staged = next(at for at, path in enumerate(synced) if path.endswith("rank-00000.safetensors"))
     assert str(run) in synced[metrics:staged], "metrics.jsonl has its name"
+    assert str(run / "metrics.jsonl") in synced[metrics:staged], "and all its lines"
     assert str(run) in synced[staged:], "so has .saved, after the commit"
 
 

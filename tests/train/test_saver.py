@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from megatron_hammer.checkpoint.background import BackgroundSaver
 from megatron_hammer.checkpoint.folder import find_checkpoints, step_of
 from megatron_hammer.checkpoint.inspect import verify_checkpoint
 from megatron_hammer.checkpoint.manifest import read_manifest
+from megatron_hammer.checkpoint.snapshot import Snapshot
 from tests.distributed import run_distributed
 from tests.train.runs import checkpoint_bytes, metrics, overrides, train_here
 
@@ -47,6 +49,29 @@ def test_a_save_in_the_background_has_the_bytes_of_a_blocking_one(
         assert (ours.files, ours.tensors, ours.state) == (theirs.files, theirs.tensors, theirs.state)
         verify_checkpoint(ours)
     assert not [p for p in (background / "checkpoints").iterdir() if ".tmp-" in p.name]
+
+
+def test_weights_change_only_after_their_copy(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late that comes: here not before somebody waits for it."""
+    wait, copy, take, asked = Snapshot.wait, Snapshot._copy, Snapshot.take, threading.Event()
+
+    def takes(self: Snapshot, *arguments: Any) -> None:
+        asked.clear()
+        take(self, *arguments)
+
+    def waits(self: Snapshot) -> None:
+        asked.set()
+        wait(self)
+
+    def copies(self: Snapshot, *arguments: Any) -> None:
+        assert asked.wait(60)
+        copy(self, *arguments)
+
+    for name, method in (("take", takes), ("wait", waits), ("_copy", copies)):
+        monkeypatch.setattr(Snapshot, name, method)
+    for output, more in (("blocking", []), ("background", [BACKGROUND])):
+        assert train_here(0, overrides(data, tmp_path / output, *QUICK, "train.num_steps=4", *more)) == 0
+    assert checkpoint_bytes(tmp_path / "background", 2) == checkpoint_bytes(tmp_path / "blocking", 2)
 
 
 @pytest.mark.parametrize("fault, why", [
