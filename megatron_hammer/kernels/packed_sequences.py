@@ -19,7 +19,9 @@ causal mask where there are fewer queries than keys::
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -76,6 +78,12 @@ class PackedSequences:
     def key_cu_seqlens(self) -> Tensor:
         """As ``cu_seqlens``, of the keys."""
         return self.cu_seqlens if self.keys is None else self.keys.cu_seqlens
+
+    @cached_property
+    def bounds(self) -> tuple[list[int], list[int]]:
+        """Cumulative lengths of rows and of keys on the host: document i is rows ``bounds[0][i]`` to
+        ``bounds[0][i + 1]``. Made once for all layers."""
+        return [0, *itertools.accumulate(self.lengths)], [0, *itertools.accumulate(self.key_lengths)]
 
     @property
     def max_key_length(self) -> int:

@@ -60,8 +60,10 @@ class Buffers:
         self.views: dict[int, Tensor] = {}
         """Each parameter's place, by its position in the table, with a version counter of its own (``.data``): a graph
         holds its weights and sums from forward to backward, while other layers write to theirs."""
-        self._full: dict[Bucket, Tensor] = {}
-        self._own: dict[Bucket, Tensor] = {}
+        self.full: dict[Bucket, Tensor] = {}
+        """All of each bucket, open or not."""
+        self.own: dict[Bucket, Tensor] = {}
+        """This rank's shard of each, where it lies in ``full``."""
         self._rooms: dict[Bucket, _Room] = {}
         for bucket in layout.buckets:
             length, shard = bucket.stop - bucket.start, layout.shard(bucket)
@@ -70,20 +72,12 @@ class Buffers:
             else:
                 full = (room := _Room(length, dtype, device)).tensor
                 self._rooms[bucket] = room
-            self._full[bucket] = full
-            self._own[bucket] = full[shard.start - bucket.start : shard.stop - bucket.start]
+            self.full[bucket] = full
+            self.own[bucket] = full[shard.start - bucket.start : shard.stop - bucket.start]
             for i in bucket.parameters:
                 row, start = layout.table[i], layout.offsets[i] - bucket.start
                 self.views[i] = full[start : start + row.numel].view(tuple(row.shape)).data
             self.close(bucket)
-
-    def full(self, bucket: Bucket) -> Tensor:
-        """All of a bucket, open or not."""
-        return self._full[bucket]
-
-    def own(self, bucket: Bucket) -> Tensor:
-        """This rank's shard where it lies in ``full``."""
-        return self._own[bucket]
 
     def shard(self, bucket: Bucket) -> Tensor:
         """This rank's shard where it is kept; the same memory as ``own`` in whole buffers."""

@@ -122,9 +122,9 @@ class FlatStore:
         overlap_reduce: bool = True,
     ) -> None:
         self.range_of, self.overlap_gather, self.reshard = range_of, overlap_gather, reshard_after_forward
-        self.overlap_reduce = overlap_reduce
         self.table, self.ctx = tuple(table), ctx
         self.group = ctx.sharing
+        self.overlap_reduce = overlap_reduce or self.group.size == 1  # one rank has nothing to wait for
         by_part = shard == "weights"
         self.layout = Layout(self.table, bucket_bytes, self.group.size, self.group.rank, by_part, self.block)
         self.offsets, self.buckets = self.layout.offsets, self.layout.buckets
@@ -211,7 +211,7 @@ class FlatStore:
         yield
         if not self.weights_stay:
             for bucket in self._buckets_of[part]:
-                self.weight_buffers.shard(bucket).copy_(self.weight_buffers.own(bucket))
+                self.weight_buffers.shard(bucket).copy_(self.weight_buffers.own[bucket])
         self.release(part)
 
     def check(self, model: nn.Module) -> None:
@@ -254,7 +254,9 @@ class FlatStore:
         if self._reducing is not None:
             self._finish(self._reducing)  # its buffer goes before the next one comes: two at a time, this one included
         bucket.first, bucket.reduced = self.first, self.last
-        bucket.handle = reduce_scatter_into(self.sum_buffers.own(bucket), self.sum_buffers.full(bucket), self.group)
+        if self.group.size == 1:
+            return  # what one rank has summed is the whole
+        bucket.handle = reduce_scatter_into(self.sum_buffers.own[bucket], self.sum_buffers.full[bucket], self.group)
         if self._one_by_one:
             self._reducing = bucket
 
@@ -281,7 +283,7 @@ class FlatStore:
             return
         for bucket in reversed(self.buckets):  # the order of forward
             buffers = self.weight_buffers
-            bucket.gathering = all_gather_into(buffers.full(bucket), buffers.shard(bucket), self.group)
+            bucket.gathering = all_gather_into(buffers.full[bucket], buffers.shard(bucket), self.group)
         if not self.overlap_gather:
             self.wait()
 
@@ -365,7 +367,7 @@ class FlatStore:
         buffers = self.weight_buffers
         if not buffers.is_open(bucket):
             buffers.open(bucket)
-            bucket.gathering = all_gather_into(buffers.full(bucket), buffers.shard(bucket), self.group)
+            bucket.gathering = all_gather_into(buffers.full[bucket], buffers.shard(bucket), self.group)
 
     def _close(self, bucket: Bucket) -> None:
         _wait_for(bucket)  # nothing may arrive where no room is
@@ -379,7 +381,7 @@ class FlatStore:
         bucket.handle = None
         if self.sums_are_new:
             buffers = self.sum_buffers
-            shard, arrived = buffers.shard(bucket), buffers.own(bucket)
+            shard, arrived = buffers.shard(bucket), buffers.own[bucket]
             shard.copy_(arrived) if bucket.first else shard.add_(arrived)
             buffers.close(bucket)
         if bucket is self._reducing:

@@ -68,8 +68,6 @@ class Noted:
 def _start(group: Group, name: bytes, collective: Callable[..., Any], *tensors: Tensor, **more: Any) -> Any:
     """Start a collective of the group, and note it: a handle."""
     journal = group.journal
-    if journal is None:
-        return collective(*tensors, group=group.handle, async_op=True, **more)
     journal.collectives, journal.collective = journal.collectives + 1, name
     journal.note(monotonic_ns(), journal.collectives, journal.is_waiting, name)
     noted = Noted()
@@ -80,9 +78,6 @@ def _start(group: Group, name: bytes, collective: Callable[..., Any], *tensors: 
 def _finish(group: Group, name: bytes, collective: Callable[..., Any], *tensors: Tensor, **more: Any) -> None:
     """Run a collective of the group to its end (on a GPU: to its start), and note it."""
     journal = group.journal
-    if journal is None:
-        collective(*tensors, group=group.handle, **more)
-        return
     journal.collectives, journal.collective, journal.is_waiting = journal.collectives + 1, name, True
     journal.note(monotonic_ns(), journal.collectives, True, name)
     collective(*tensors, group=group.handle, **more)

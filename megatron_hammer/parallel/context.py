@@ -25,7 +25,7 @@ class Group:
     size: int = 1
     handle: Any = field(default=None, repr=False, compare=False)
     """torch's process group; None when size is 1 or the group is the whole world."""
-    journal: Journal | None = field(default=None, repr=False, compare=False)
+    journal: Journal = field(default_factory=Journal, repr=False, compare=False)
     """Where the collectives of this group are noted, for whoever watches this rank."""
 
     @property

@@ -74,7 +74,7 @@ def _memory(rank: int, config: Config) -> tuple[dict[str, int], int, int, list[s
         before = buffers.is_open(bucket)
         method(buffers, bucket)
         if not buffers.whole:
-            now += (buffers.is_open(bucket) - before) * buffers.full(bucket).nbytes
+            now += (buffers.is_open(bucket) - before) * buffers.full[bucket].nbytes
             most = max(most, now)
 
     model, optimizer = build(config, ctx)

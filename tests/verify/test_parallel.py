@@ -122,7 +122,7 @@ def _overwritten_early() -> Any:
         if (part, tuple(then)) == ("layers.0", ("layers.1",)):
             for here, other in zip(*(self._buckets_of[name] for name in (part, *then)), strict=True):
                 store._wait_for(other)
-                self.weight_buffers.full(here).copy_(self.weight_buffers.full(other))
+                self.weight_buffers.full[here].copy_(self.weight_buffers.full[other])
 
     real = FlatStore.acquire
     return mock.patch.object(FlatStore, "acquire", acquire)

@@ -14,7 +14,6 @@ Backward cannot be differentiated again.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -46,19 +45,13 @@ class LayerKernels(Protocol):
     def swiglu_backward(self, grad: Tensor, gate_up: Tensor, grad_gate_up: Tensor, /) -> None: ...
 
 
-def add_rms_norm(
-    kernels: LayerKernels, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float,
-    gradient: Gradient | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(RMSNorm of x + branch, x + branch); without a branch the second is x, so that backward adds its gradient."""
-    return _add_rms_norm(kernels, x, branch, weight, eps, gradient)  # type: ignore[no-any-return]
-
-
 class _AddRMSNorm(torch.autograd.Function):
+    """(RMSNorm of x + branch, x + branch); without a branch the second is x, so that backward adds its gradient."""
+
     @staticmethod
     def forward(
         ctx: Any, kernels: LayerKernels, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float,
-        gradient: Gradient | None,
+        gradient: Gradient | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.kernels, ctx.gradient, h = kernels, gradient, x.shape[-1]
@@ -92,7 +85,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return None, grad_x, grad_branch, grad_weight if ctx.gradient is None else None, None, None
 
 
-_add_rms_norm = direct(_AddRMSNorm)
+add_rms_norm = direct(_AddRMSNorm)
 
 
 def rope(kernels: LayerKernels, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int) -> tuple[Tensor, ...]:
@@ -138,12 +131,9 @@ class _Rope(torch.autograd.Function):
 _rope = direct(_Rope)
 
 
-def swiglu(kernels: LayerKernels, gate_up: Tensor) -> Tensor:
-    """silu(gate) * up: [..., 2f] -> [..., f]."""
-    return _swiglu(kernels, gate_up)  # type: ignore[no-any-return]
-
-
 class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up: [..., 2f] -> [..., f]."""
+
     @staticmethod
     def forward(ctx: Any, kernels: LayerKernels, gate_up: Tensor) -> Tensor:
         f = gate_up.shape[-1] // 2
@@ -165,7 +155,11 @@ class _SwiGLU(torch.autograd.Function):
         return None, grad_gate_up.view(gate_up.shape)
 
 
-_swiglu = direct(_SwiGLU)
+swiglu = direct(_SwiGLU)
+
+
+Bounds = tuple[list[int], list[int]]
+"""Where documents begin and end among the rows, and their keys among the keys: ``PackedSequences.bounds``."""
 
 
 class AttentionKernels(Protocol):
@@ -185,11 +179,7 @@ class AttentionKernels(Protocol):
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    documents: PackedSequences | None = None,
-    kernels: AttentionKernels | None = None,
+    q: Tensor, k: Tensor, v: Tensor, documents: PackedSequences | None = None, kernels: AttentionKernels | None = None
 ) -> Tensor:
     """q [s, b, n, d], k and v [keys, b, g, d] -> [s, b, n, d]: causal, within documents where there are any.
 
@@ -197,23 +187,14 @@ def attention(
         kernels: of ``csrc/cpu/attention.inl``; absent: those of the machine's best instructions.
     """
     kernels = kernels or attention_versions(q.dtype)[0]
-    whole = q.shape[:1], k.shape[:1]
-    lengths, keys = whole if documents is None else (documents.lengths, documents.key_lengths)
-    assert sum(lengths) == q.shape[0], f"documents of {sum(lengths)} rows do not divide {q.shape[0]}"
-    bounds = [0, *itertools.accumulate(lengths)], [0, *itertools.accumulate(keys)]
+    bounds = ([0, len(q)], [0, len(k)]) if documents is None else documents.bounds
+    assert bounds[0][-1] == len(q), f"documents of {bounds[0][-1]} rows do not divide {len(q)}"
     return _attention(kernels, q, k, v, bounds)  # type: ignore[no-any-return]
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        kernels: AttentionKernels,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bounds: tuple[Sequence[int], Sequence[int]],
-    ) -> Tensor:
+    def forward(ctx: Any, kernels: AttentionKernels, q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
         q = q if q.stride(3) == 1 else q.contiguous()
         k = k if k.stride(3) == 1 else k.contiguous()
         v = v if v.stride(3) == 1 else v.contiguous()
