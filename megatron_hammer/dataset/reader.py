@@ -83,7 +83,7 @@ class IndexedDataset:
         """[num_tokens], all sequences one after the other."""
         self._mapped.append(token_map)
         self.check_unchanged()  # all that was looked at was there
-        self.header = _read_header(path_of(self.prefix, ".meta.json"))
+        self.header = read_header(self.prefix)
         """None: written by another program."""
         self._check_header()
 
@@ -376,7 +376,13 @@ def _check_documents(path: Path, boundaries: np.ndarray, sequences: int, forget:
     return one_each
 
 
-def _read_header(path: Path) -> DatasetHeader | None:
+def read_header(prefix: str | Path) -> DatasetHeader | None:
+    """What the header of a dataset says, not compared with its other files; None where there is none.
+
+    Raises:
+        DataError: E339 the file is no header.
+    """
+    path = path_of(prefix, ".meta.json")
     if not os.path.lexists(path):
         return None
     try:

@@ -29,7 +29,7 @@ from megatron_hammer.checkpoint.folder import Note, open_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, saved_model
 from megatron_hammer.checkpoint.read import LogicalReader
 from megatron_hammer.config import ModelConfig
-from megatron_hammer.dataset.reader import IndexedDataset
+from megatron_hammer.dataset.reader import IndexedDataset, check_prefix, read_header
 from megatron_hammer.huggingface.config import (
     CONFIG,
     GENERATION_CONFIG,
@@ -180,18 +180,20 @@ def _convert(tokenizer: Tokenizer, folder: Path, begin_with_bos: bool | None, mo
 def documents_begin_with(manifest: Manifest, token: int | None) -> bool | None:
     """Whether the documents that a checkpoint was trained on begin with a token; None where none of them is there now.
 
-    Of several sources, one that begins so is enough: the model has learnt what the token means.
+    Of several sources, one that begins so is enough: the model has learnt what the token means. A source whose header
+    says it is not opened.
     """
     found = []
     for prefix in (manifest.config.get("data") or {}).get("train") or {}:
         try:
-            dataset = IndexedDataset(prefix)
+            check_prefix(prefix)
+            header = read_header(prefix)
+            if header is not None and "prepend_bos" in header.options:
+                found.append(token is not None and bool(header.options["prepend_bos"]))
+            elif (dataset := IndexedDataset(prefix)).num_tokens:
+                found.append(int(dataset.tokens[0]) == token)
         except (DataError, OSError):  # moved, or never on this machine
             continue
-        if dataset.header is not None and "prepend_bos" in dataset.header.options:
-            found.append(token is not None and bool(dataset.header.options["prepend_bos"]))
-        elif dataset.num_tokens:
-            found.append(int(dataset.tokens[0]) == token)
     return any(found) if found else None
 
 

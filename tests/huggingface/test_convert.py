@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.checkpoint.manifest import read_manifest, saved_model
 from megatron_hammer.checkpoint.read import read_logical
 from megatron_hammer.config import load_config
+from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.huggingface.certificate import prove
 from megatron_hammer.huggingface.export import documents_begin_with, export_hf, write_hf
@@ -173,7 +175,7 @@ def test_a_trained_checkpoint_exports_its_rounded_weights(tmp_path, tokenizer, t
 
 @pytest.mark.parametrize("bos, header", [(True, True), (False, True), (True, False), (False, False), (None, False)])
 def test_prompts_of_the_export_begin_as_the_documents_of_the_run(tmp_path, tokenizer, bos, header):
-    """As the dataset's header says, else as its first document begins; without a dataset, with bos."""
+    """As the dataset's header says, which is not opened then; else as its first document begins; without one, with bos."""
     model, prefix = tiny_model(vocab_size=tokenizer.vocab_size), tmp_path / "d"
     manifest = write_layout(tmp_path / "run", model, random_logical(model), tokenizer=tokenizer)
     if bos is not None:
@@ -183,7 +185,9 @@ def test_prompts_of_the_export_begin_as_the_documents_of_the_run(tmp_path, token
         if not header:
             prefix.with_name("d.meta.json").unlink()
     manifest.config["data"] = {"train": {str(prefix): 1.0}}
-    assert documents_begin_with(manifest, 1) is bos
+    with patch("megatron_hammer.huggingface.export.IndexedDataset", wraps=IndexedDataset) as opened:
+        assert documents_begin_with(manifest, 1) is bos
+    assert opened.called is (bos is not None and not header)
     (tmp_path / "hf").mkdir()
     write_hf(manifest, tmp_path / "hf", "float32", 10**9)
     settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
