@@ -204,8 +204,8 @@ def form_line(why: str) -> str:
 
 def conversion_obstacle(tokenizer: Tokenizer) -> str:
     """Why a tokenizer cannot be exported exactly, or an empty string: what is known without converting it."""
-    if not isinstance(tokenizer, SentencePieceTokenizer):
-        return ""
+    if not isinstance(tokenizer, SentencePieceTokenizer) or tokenizer.has_byte_fallback:
+        return ""  # the folder around the .model itself is exact, whatever a tokenizer.json can say (model_obstacle)
     proto = parse_model(tokenizer.model_bytes, tokenizer.path)
     if not (obstacle := model_obstacle(tokenizer, proto)):
         return ""

@@ -98,7 +98,7 @@ def model_obstacle(tokenizer: SentencePieceTokenizer, proto: Any) -> str:
     transformers asks sentencepiece for pieces and looks their ids up by name. An unknown stretch of text is its own
     piece: if it spells the name of a control piece, it would become that.
     """
-    if proto.trainer_spec.byte_fallback:  # nothing is unknown
+    if tokenizer.has_byte_fallback:  # nothing is unknown
         return ""
     processor = load_processor(tokenizer.model_bytes, tokenizer.path)
     for piece in proto.pieces:

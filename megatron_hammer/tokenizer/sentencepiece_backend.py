@@ -71,6 +71,11 @@ class SentencePieceTokenizer(Tokenizer):
         return bool(self._facts.settings["remove_extra_whitespaces"])
 
     @property
+    def has_byte_fallback(self) -> bool:
+        """Whether a character without a piece becomes its bytes, so that nothing in a text is unknown."""
+        return bool(self._facts.settings["byte_fallback"])
+
+    @property
     def _sentencepiece(self) -> Any:
         """The library's processor, loaded when it is first needed."""
         if self._processor is None:

@@ -324,6 +324,13 @@ def test_given_definition_that_transformers_reads_otherwise(tmp_path: Path, monk
         convert_tokenizer(tokenizer, tmp_path / "b")
 
 
+def test_of_a_model_with_byte_fallback_nothing_is_parsed_to_know_that_it_can_be_exported(
+    with_symbols: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert, "parse_model", lambda *_: pytest.fail("the loaded tokenizer knows"))
+    assert with_symbols.has_byte_fallback and convert.export_note(with_symbols) == ""
+
+
 def test_conversion_is_published_whole_or_not_at_all(
     with_symbols: SentencePieceTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
