@@ -99,7 +99,9 @@ def main() -> int:
                 args.on_error,
                 args.text_documents,
             )
-            job, notes = megatron.fit_job(command, job)
+            notes: list[str] = []
+            if command.type_name is not None:
+                job, notes = megatron.fit_job(command, job)
             for note in (*notes, *command.notes, *remarks(job)):
                 say(f"note: {note}")
             summaries = build(

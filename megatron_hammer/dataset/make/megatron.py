@@ -143,13 +143,11 @@ def translate(args: argparse.Namespace) -> Translation:
 
 
 def fit_job(translation: Translation, job: Job) -> tuple[Job, list[str]]:
-    """The job as the named type of tokenizer would have it, with notes for the user.
+    """The job as the named type of tokenizer would have it, with notes for the user; only where one is named.
 
     Raises:
         ConfigError: E279 a tokenizer of another kind than the type names.
     """
-    if translation.type_name is None:
-        return job, []
     what, tokenizer = f"--tokenizer-type {translation.type_name}", job.tokenizer
     if translation.kind != tokenizer.kind:
         fitting = "HuggingFaceTokenizer" if tokenizer.kind == "tokenizers" else "SentencePieceTokenizer"
