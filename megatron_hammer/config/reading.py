@@ -203,9 +203,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         if value is False and "off" in args:
             return "off"  # YAML 1.1 reads off as a bool
         if value not in args:
-            near = nearest_choice(value, args)
-            hinted = f"did you mean {near}?" if near else f"choose one of {', '.join(map(str, args))}"
-            raise ConfigError(3, f"{name}={value}", f"must be one of {', '.join(map(str, args))}", hinted)
+            raise _not_a_choice(args, value, name)
         return value
     if origin is dict:
         return _convert_dict(args[1], value, name)
@@ -222,17 +220,11 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return value
     if hint is int and number is not None and float(number).is_integer():
         return int(number)
-    if hint is float and number is not None and not math.isfinite(number):
-        raise ConfigError(4, f"{name}={value}", "must be a finite number", "write a number")
-    if hint is float and number is not None:
+    if hint is float and number is not None and math.isfinite(number):
         return float(number)
     if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
-    remedy = number_remedy(value, hint is int) if hint in (int, float) else "correct the value"
-    remedy = bool_remedy(value) if hint is bool else remedy
-    if value is None:
-        raise ConfigError(3, f"{name}=", "has no value", f"write {name}=VALUE, or leave it out")
-    raise ConfigError(3, f"{name}={value!r}", f"must be of type {hint.__name__}", remedy)
+    raise _not_of_type(hint, value, name)
 
 
 def _convert_dict(value_hint: Any, value: Any, name: str) -> dict[str, Any] | None:
@@ -241,15 +233,7 @@ def _convert_dict(value_hint: Any, value: Any, name: str) -> dict[str, Any] | No
             raise ConfigError(3, f"{name}={value!r}", "must be one prefix or {prefix: weight}", remedy)
         return {value: 1.0}  # one prefix
     if not isinstance(value, dict) or not value:
-        wanted = "one prefix or {prefix: weight}" if value_hint is float else "{name: prefix}"
-        wanted = "{prefix: {rate: 0.5, ...}}" if dataclasses.is_dataclass(value_hint) else wanted
-        remedy = ""
-        if isinstance(value, list) and value and value_hint is float:  # Megatron's pairs, or sources of equal weight
-            equal = "write {" + ", ".join(f"{prefix}: 1" for prefix in value) + "}"
-            remedy = sources_remedy(" ".join(map(str, value))) or equal
-        elif isinstance(value, str) and value and value_hint is str:
-            remedy = f"give the set a name: {{valid: {value}}}"
-        raise ConfigError(3, f"{name}={value!r}", f"must be {wanted}", remedy or "write it as a YAML mapping")
+        raise _not_a_mapping(value_hint, value, name)
     for key, given in value.items():
         if given is None:  # {a 1} and {a, b}: YAML reads keys without values
             remedy = pairs_remedy(value, value_hint is float)
@@ -276,3 +260,35 @@ def to_yaml(config: Config) -> str:
     import yaml
 
     return yaml.safe_dump(config_to_tree(config), sort_keys=False, allow_unicode=True, width=1000)
+
+
+# ---- what is wrong with a value -------------------------------------------------------------------------------------
+
+
+def _not_a_choice(choices: Sequence[Any], value: Any, name: str) -> ConfigError:
+    near, listed = nearest_choice(value, choices), ", ".join(map(str, choices))
+    remedy = f"did you mean {near}?" if near else f"choose one of {listed}"
+    return ConfigError(3, f"{name}={value}", f"must be one of {listed}", remedy)
+
+
+def _not_of_type(hint: Any, value: Any, name: str) -> ConfigError:
+    """For a number, a switch or a text that is none."""
+    if hint is float and _number(value) is not None:
+        return ConfigError(4, f"{name}={value}", "must be a finite number", "write a number")
+    if value is None:
+        return ConfigError(3, f"{name}=", "has no value", f"write {name}=VALUE, or leave it out")
+    remedy = number_remedy(value, hint is int) if hint in (int, float) else "correct the value"
+    remedy = bool_remedy(value) if hint is bool else remedy
+    return ConfigError(3, f"{name}={value!r}", f"must be of type {hint.__name__}", remedy)
+
+
+def _not_a_mapping(value_hint: Any, value: Any, name: str) -> ConfigError:
+    wanted = "one prefix or {prefix: weight}" if value_hint is float else "{name: prefix}"
+    wanted = "{prefix: {rate: 0.5, ...}}" if dataclasses.is_dataclass(value_hint) else wanted
+    remedy = ""
+    if isinstance(value, list) and value and value_hint is float:  # Megatron's pairs, or sources of equal weight
+        equal = "write {" + ", ".join(f"{prefix}: 1" for prefix in value) + "}"
+        remedy = sources_remedy(" ".join(map(str, value))) or equal
+    elif isinstance(value, str) and value and value_hint is str:
+        remedy = f"give the set a name: {{valid: {value}}}"
+    return ConfigError(3, f"{name}={value!r}", f"must be {wanted}", remedy or "write it as a YAML mapping")
