@@ -217,7 +217,9 @@ class Run:
         """This rank's micro-batches of the next step, on the device."""
         self.ctx.journal.mark("reading samples")
         cp, batches = self.ctx.cp, self.batches.get(self.state.consumed_samples)
-        return [batch.shard(cp.rank, cp.size).to(self.ctx.device) for batch in batches]
+        if cp.size > 1:
+            batches = [batch.shard(cp.rank, cp.size) for batch in batches]
+        return [batch.to(self.ctx.device) for batch in batches]
 
     def _enter_phase(self) -> None:
         """Where another phase begins: what the next step is shaped by, length and RoPE, follows it."""
