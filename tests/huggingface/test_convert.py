@@ -175,7 +175,7 @@ def test_a_trained_checkpoint_exports_its_rounded_weights(tmp_path, tokenizer, t
 
 @pytest.mark.parametrize("bos, header", [(True, True), (False, True), (True, False), (False, False), (None, False)])
 def test_prompts_of_the_export_begin_as_the_documents_of_the_run(tmp_path, tokenizer, bos, header):
-    """As the dataset's header says, which is not opened then; else as its first document begins; without one, with bos."""
+    """As the header of the dataset says, which is not opened then; else as its first document begins; else with bos."""
     model, prefix = tiny_model(vocab_size=tokenizer.vocab_size), tmp_path / "d"
     manifest = write_layout(tmp_path / "run", model, random_logical(model), tokenizer=tokenizer)
     if bos is not None:
