@@ -15,12 +15,11 @@ tensor in memory.
 
 from __future__ import annotations
 
+import math
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +27,12 @@ from torch import Tensor
 from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.base.reading import open_regular
 from megatron_hammer.checkpoint.dtypes import DTYPES
-from megatron_hammer.megatron.layout import EMBEDDING_THERE, LAYERS, full_name, split_name
+from megatron_hammer.megatron.layout import EMBEDDING_THERE, LAYERS, MOST_LAYERS, full_name, split_name
 from megatron_hammer.megatron.legacy import arguments_of, iteration_of
-from megatron_hammer.megatron.pickles import Record, load_metadata, load_pt, load_tensor, reading
+from megatron_hammer.megatron.metadata import Chunk, Entry, Place, check_whole, read_metadata
+from megatron_hammer.megatron.pickles import load_pt, load_tensor, reading
 
 FULLY_RESHARDABLE = "fully_reshardable"
-_FILE = re.compile(r"__\d+_\d+\.distcp")
 _PREFIXES = ("", "model.", "model.module.", "model.module.module.")
 
 
@@ -53,22 +52,17 @@ class DistributedSource:
             raise CheckpointError(33, str(folder / "common.pt"), "is not a mapping", "restore the checkpoint")
         self.args = arguments_of(common, folder / "common.pt")
         self.iteration = iteration_of(common)
-        metadata = load_metadata(folder / ".metadata")
+        metadata = read_metadata(folder / ".metadata")
         self.common = common
-        tensors = {
-            str(key): value
-            for key, value in metadata.state_dict_metadata.items()
-            if isinstance(value, Record) and value.chunks
-        }
-        prefix = next((p for p in _PREFIXES if p + EMBEDDING_THERE in tensors), None)
+        prefix = next((p for p in _PREFIXES if p + EMBEDDING_THERE in metadata.entries), None)
         if prefix is None:
             raise CheckpointError(34, f"{folder}: {EMBEDDING_THERE}", "is missing", "name a checkpoint of a GPT model")
-        self._where = _index(metadata, folder)
-        self._all, self._prefix = tensors, prefix
+        self._where = metadata.places
+        self._all, self._prefix = metadata.entries, prefix
         self._tensors = self._below(prefix)
-        self.optimizer = _optimizer_format(metadata.state_dict_metadata)
+        self.optimizer = _optimizer_format(metadata.names)
 
-    def _below(self, prefix: str) -> dict[str, Record]:
+    def _below(self, prefix: str) -> dict[str, Entry]:
         return {key.removeprefix(prefix): value for key, value in self._all.items() if key.startswith(prefix)}
 
     def of_optimizer(self, kind: str) -> DistributedSource:
@@ -90,7 +84,9 @@ class DistributedSource:
                 name = name.removesuffix(suffix)
             short, layer = split_name(name)
             if layer is None and name.startswith(LAYERS):
-                yield from ((name.removeprefix(LAYERS), number) for number in range(int(entry.size[0])))
+                if not entry.shape or entry.shape[0] > MOST_LAYERS:
+                    raise self._bad(name, f"has the shape {list(entry.shape)}, whose first dimension is no layers")
+                yield from ((name.removeprefix(LAYERS), number) for number in range(entry.shape[0]))
             else:
                 yield short, layer
 
@@ -98,9 +94,11 @@ class DistributedSource:
         """Of a tensor."""
         keys = [name] if layer is None else [full_name(name, layer), LAYERS + name]
         entry = next(self._tensors[key] for base in keys for key in (base, f"{base}_w") if key in self._tensors)
-        state = None if entry.properties is None else entry.properties.state
-        stated = state[0] if isinstance(state, tuple) and state else None
-        return DTYPES.get(str(stated)) or self.tensor(name, layer).dtype
+        return DTYPES.get(entry.dtype) or self.tensor(name, layer).dtype
+
+    def rows(self, name: str) -> int:
+        """Of a tensor that belongs to no layer."""
+        return self._tensors[name].shape[0] if self._tensors[name].shape else 0
 
     def tensor(self, name: str, layer: int | None) -> Tensor:
         """A whole tensor, padding included."""
@@ -116,65 +114,62 @@ class DistributedSource:
     def _read(self, key: str, layer: int | None) -> Tensor:
         """A tensor, or the part of one layer of a tensor of all layers."""
         entry = self._tensors[key]
-        shape = tuple(map(int, entry.size))
-        filled = 0
+        shape, chunks = entry.shape, entry.chunks
+        if layer is not None:
+            shape, chunks = shape[1:], tuple(c for c in chunks if c.offsets[0] <= layer < c.offsets[0] + c.sizes[0])
+        held = chunks if layer is None else [Chunk(chunk.offsets[1:], chunk.sizes[1:]) for chunk in chunks]
+        if wrong := check_whole(held, math.prod(shape)):
+            raise self._bad(key, f"{wrong} (shape {list(shape)})")
+        places = [self._place(key, chunk) for chunk in chunks]
         result: Tensor | None = None
-        for chunk in entry.chunks:
-            offsets, sizes = tuple(map(int, chunk.offsets)), tuple(map(int, chunk.sizes))
-            if layer is not None and not offsets[0] <= layer < offsets[0] + sizes[0]:
-                continue
-            part = self._chunk(key, offsets, sizes)
+        for chunk, box, place in zip(chunks, held, places, strict=True):
+            part = self._chunk(key, chunk, place)
             if layer is not None:
-                part, offsets, sizes = part[layer - offsets[0]], offsets[1:], sizes[1:]
+                part = part[layer - chunk.offsets[0]]
             if result is None:
-                result = torch.empty(shape if layer is None else shape[1:], dtype=part.dtype)
-            if any(o < 0 or o + s > n for o, s, n in zip(offsets, sizes, result.shape, strict=True)):
-                raise self._bad(key, "has a chunk beyond its shape")
-            result[tuple(slice(o, o + s) for o, s in zip(offsets, sizes))] = part
-            filled += part.numel()
-        if result is None or filled != result.numel():
-            raise self._bad(key, f"has chunks of {filled:,} elements, not all of its shape {list(shape)}")
+                self._check_room(key, chunks, places)
+                result = torch.empty(shape, dtype=part.dtype)
+            if part.dtype != result.dtype:
+                raise self._bad(key, f"has chunks of {result.dtype} and of {part.dtype}")
+            result[tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes))] = part
+        if result is None:
+            raise self._bad(key, "has no chunk")
         return result
 
-    def _chunk(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        place = self._where.get((self._prefix + key, offsets))
+    def _place(self, key: str, chunk: Chunk) -> Place:
+        """Where a chunk lies, in a file that is as long."""
+        place = self._where.get((self._prefix + key, chunk.offsets))
         if place is None:
-            raise self._bad(key, f"has a chunk at {list(offsets)} that lies in no file")
-        name, offset, length = place
-        with reading(self.folder / name), open_regular(self.folder / name, follow=False) as file:
-            if offset + length > os.fstat(file.fileno()).st_size:
-                raise self._bad(key, f"has a chunk beyond the end of {name}")
-            file.seek(offset)
-            content = file.read(length)
-        part = load_tensor(content, self.folder / name)
-        if not isinstance(part, Tensor) or tuple(part.shape) != sizes:
-            raise self._bad(key, f"has another shape in {name} than .metadata says")
+            raise self._bad(key, f"has a chunk at {list(chunk.offsets)} that lies in no file")
+        with reading(self.folder / place.file), open_regular(self.folder / place.file, follow=False) as file:
+            size = os.fstat(file.fileno()).st_size
+        if place.offset + place.length > size:
+            raise self._bad(key, f"has a chunk beyond the end of {place.file}")
+        return place
+
+    def _check_room(self, key: str, chunks: Sequence[Chunk], places: Sequence[Place]) -> None:
+        """Refuse chunks that have more elements than bytes, before there is memory for them."""
+        for chunk, place in zip(chunks, places, strict=True):
+            if chunk.numel > place.length:
+                held = f"{chunk.numel:,} elements in {place.length:,} bytes"
+                raise self._bad(key, f"has a chunk of {held} of {place.file}")
+
+    def _chunk(self, key: str, chunk: Chunk, place: Place) -> Tensor:
+        with reading(self.folder / place.file), open_regular(self.folder / place.file, follow=False) as file:
+            file.seek(place.offset)
+            content = file.read(place.length)
+        part = load_tensor(content, self.folder / place.file)
+        if not isinstance(part, Tensor) or part.layout != torch.strided or tuple(part.shape) != chunk.sizes:
+            raise self._bad(key, f"has another shape in {place.file} than .metadata says")
         return part
 
     def _bad(self, key: str, rule: str) -> CheckpointError:
         return CheckpointError(33, f"{self.folder}: {key}", rule, "restore the checkpoint")
 
 
-def _index(metadata: Record, folder: Path) -> dict[tuple[str, tuple[int, ...]], tuple[str, int, int]]:
-    """(tensor, where a chunk begins) -> (file, first byte, bytes)."""
-    found: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
-    for index, info in (metadata.storage_data or {}).items():
-        if not isinstance(index, Record) or not isinstance(info, Record) or index.offset is None:
-            continue
-        name, offset, length = str(info.relative_path), info.offset, info.length
-        if not _FILE.fullmatch(name) or type(offset) is not int or type(length) is not int or min(offset, length) < 0:
-            rule = f"names {name[:80]!r}, which is no file of a distributed checkpoint"
-            raise CheckpointError(33, str(folder / ".metadata"), rule, "restore the checkpoint")
-        if info.transform_descriptors:
-            rule = f"has chunks that are compressed ({info.transform_descriptors})"
-            raise CheckpointError(30, str(folder / ".metadata"), rule, "save it without extensions")
-        found[str(index.fqn), tuple(map(int, index.offset))] = name, offset, length
-    return found
-
-
-def _optimizer_format(entries: Mapping[Any, Any]) -> str:
+def _optimizer_format(names: Sequence[str]) -> str:
     """What there is of the optimizer, in words; empty: nothing."""
-    keys = [str(key) for key in entries if "optimizer." in str(key)]
+    keys = [name for name in names if "optimizer." in name]
     if any("optimizer.distributed.dp_group_idx" in key for key in keys):
         return "of the format dp_reshardable, flat buckets that only ranks of the same grouping can read"
     if any(".exp_avg" in key for key in keys):

@@ -76,6 +76,9 @@ class Source(Protocol):
     def dtype(self, name: str, layer: int | None) -> torch.dtype:
         """Of a tensor."""
 
+    def rows(self, name: str) -> int:
+        """Of the embedding, padding included; nothing is read for it."""
+
     def tensor(self, name: str, layer: int | None) -> Tensor:
         """A whole tensor, padding included."""
 
@@ -142,7 +145,7 @@ def import_megatron(
     """
     check_save(Path(save))
     source = open_source(find_checkpoint(Path(load)))
-    padded = source.tensor(EMBEDDING_THERE, None).shape[0] if (EMBEDDING_THERE, None) in set(source.names()) else 0
+    padded = source.rows(EMBEDDING_THERE) if (EMBEDDING_THERE, None) in set(source.names()) else 0
     if not padded:
         raise CheckpointError(
             34, f"{source.folder}: {EMBEDDING_THERE}", "is missing", "name a checkpoint of a GPT model"

@@ -24,7 +24,8 @@ from megatron_hammer.model.parameters import EMBEDDING, FINAL_NORM, HEAD
 
 EMBEDDING_THERE, OUTPUT_THERE = "embedding.word_embeddings.weight", "output_layer.weight"
 LAYERS = "decoder.layers."
-_LAYER = re.compile(rf"{re.escape(LAYERS)}(\d+)\.(.+)")
+_LAYER = re.compile(rf"{re.escape(LAYERS)}([0-9]{{1,9}})\.(.+)")
+MOST_LAYERS = 10_000  # some eighty times those of the deepest models; tensors are counted layer by layer
 Part = Literal["whole", "vocabulary", "q", "k", "v", "gate", "up"]
 
 # Settings that change the function, and the values at which they do not; absent counts as the first.
@@ -78,24 +79,25 @@ def model_of(args: Mapping[str, Any], vocab_size: int, where: str) -> ModelConfi
             raise CheckpointError(34, f"{where}: args.{name}", "is missing", "name a checkpoint that has its arguments")
         if value not in allowed and name not in _LEFT_ALONE:
             rule = f"is a feature that our model lacks: only {' or '.join(map(str, allowed))} can be converted"
-            raise CheckpointError(32, f"{where}: args.{name}={value}", rule, "convert a Llama-like model without it")
+            what = f"{where}: args.{name}={str(value)[:80]}"
+            raise CheckpointError(32, what, rule, "convert a Llama-like model without it")
     heads = _count(args, "num_attention_heads", where)
     grouped = bool(args.get("group_query_attention"))
     every, qkv = bool(args.get("add_bias_linear")), bool(args.get("add_qkv_bias"))
     scaling = None
     if args.get("use_rope_scaling"):
-        factor = float(args.get("rope_scaling_factor") or 8.0)
+        factor = _number(args, "rope_scaling_factor", 8.0, where)
         scaling = RopeScaling(factor, 1.0, 4.0, 8192)  # the other three are constants there, too
     model = ModelConfig(
         hidden_size=_count(args, "hidden_size", where),
         ffn_hidden_size=_count(args, "ffn_hidden_size", where),
-        num_layers=_count(args, "num_layers", where),
+        num_layers=_count(args, "num_layers", where, MOST_LAYERS),
         num_attention_heads=heads,
         num_query_groups=_count(args, "num_query_groups", where) if grouped else heads,
-        head_dim=args.get("kv_channels") or None,
+        head_dim=_count(args, "kv_channels", where) if args.get("kv_channels") else None,
         vocab_size=vocab_size,
-        norm_eps=float(args.get("norm_epsilon", 1e-5)),
-        rope_theta=float(args.get("rotary_base", 10000)),
+        norm_eps=_number(args, "norm_epsilon", 1e-5, where),
+        rope_theta=_number(args, "rotary_base", 10000, where),
         rope_scaling=scaling,
         qkv_bias=every or qkv,
         attention_output_bias=every,
@@ -103,7 +105,7 @@ def model_of(args: Mapping[str, Any], vocab_size: int, where: str) -> ModelConfi
         qk_norm=bool(args.get("qk_layernorm")),
         max_position_embeddings=_count(args, "max_position_embeddings", where),
         tie_word_embeddings=not args.get("untie_embeddings_and_output_weights", False),
-        init_std=float(args.get("init_method_std", 0.02)),
+        init_std=_number(args, "init_method_std", 0.02, where),
     )
     try:
         model.check()
@@ -113,12 +115,22 @@ def model_of(args: Mapping[str, Any], vocab_size: int, where: str) -> ModelConfi
     return model
 
 
-def _count(args: Mapping[str, Any], name: str, where: str) -> int:
+def _count(args: Mapping[str, Any], name: str, where: str, most: int = 2**31 - 1) -> int:
     value = args.get(name)
-    if type(value) is not int or not 0 < value < 2**31:
+    if type(value) is not int or not 0 < value <= most:
         remedy = "name a checkpoint that has its arguments"
-        raise CheckpointError(34, f"{where}: args.{name}={value}", "must be a positive whole number", remedy)
+        rule = "must be a positive whole number" + (f" of at most {most:,}" if most < 2**31 - 1 else "")
+        raise CheckpointError(34, f"{where}: args.{name}={str(value)[:80]}", rule, remedy)
     return value
+
+
+def _number(args: Mapping[str, Any], name: str, default: float, where: str) -> float:
+    """A setting that may be absent."""
+    value = default if args.get(name) is None else args[name]
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        remedy = "name a checkpoint that has its arguments"
+        raise CheckpointError(34, f"{where}: args.{name}={str(value)[:80]}", "must be a positive number", remedy)
+    return float(value)
 
 
 def full_name(name: str, layer: int | None) -> str:

@@ -24,7 +24,7 @@ from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.megatron.layout import full_name, split_name
 from megatron_hammer.megatron.pickles import Record, load_pt
 
-_RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
+_RANK = re.compile(r"mp_rank_([0-9]{1,6})(?:_([0-9]{1,6}))?")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")  # the second: beside optim.pt of very old versions
 _BY_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
 _COPIED = ("linear_proj.bias", "linear_fc2.bias", "norm.weight", "layer_norm_weight", "norm.bias", "layer_norm_bias")
@@ -67,8 +67,9 @@ class LegacySource:
         if not isinstance(state, dict) or not _chunks(state):
             raise CheckpointError(33, str(path), "holds no model of Megatron-LM", "name a checkpoint of Megatron-LM")
         version = state.get("checkpoint_version", 0)
-        if version != 3.0:
-            rule = f"is of checkpoint_version {version}, in which rows of qkv have another order: only 3.0 is read"
+        if type(version) not in (int, float) or version != 3.0:
+            named = f"is of checkpoint_version {str(version)[:20]}"
+            rule = f"{named}, in which rows of qkv have another order: only 3.0 is read"
             raise CheckpointError(30, str(path), rule, "load and save it with a newer Megatron-LM")
         return state
 
@@ -80,9 +81,8 @@ class LegacySource:
         for name, found in names.items():
             if self.args.get(name, found) != found:
                 rule = f"must be {found}, the ranks whose files are there"
-                raise CheckpointError(
-                    33, f"{self.folder}: args.{name}={self.args[name]}", rule, "copy the whole checkpoint"
-                )
+                what = f"{self.folder}: args.{name}={str(self.args[name])[:80]}"
+                raise CheckpointError(33, what, rule, "copy the whole checkpoint")
 
     def _take(self, models: list[Any], first: int, what: str) -> int:
         """Note the tensors of one stage, whose layers begin with ``first``; how many layers it has."""
@@ -93,7 +93,7 @@ class LegacySource:
                     33, f"{self.folder}: TP rank {t}, {what}", "is missing", "copy the whole checkpoint"
                 )
             for name, tensor in model.items():
-                if not isinstance(tensor, Tensor) or name.endswith("_extra_state"):
+                if not isinstance(tensor, Tensor) or not isinstance(name, str) or name.endswith("_extra_state"):
                     continue
                 short, layer = split_name(name)
                 if layer is not None:
@@ -116,15 +116,27 @@ class LegacySource:
         """Of a tensor."""
         return self._shards[name, layer][0].dtype
 
+    def rows(self, name: str) -> int:
+        """Of a tensor that is cut by rows and belongs to no layer."""
+        return sum(shard.shape[0] if shard.dim() else 0 for shard in self._shards[name, None])
+
     def tensor(self, name: str, layer: int | None) -> Tensor:
         """A whole tensor, padding included."""
+        try:
+            return self._merged(name, layer)
+        except (RuntimeError, IndexError) as error:  # torch's, of shapes and types that do not go together
+            rule = f"cannot be put together from its parts ({' '.join(str(error).split())[:100]})"
+            what = f"{self.folder}: {full_name(name, layer)}"
+            raise CheckpointError(34, what, rule, "copy the whole checkpoint") from None
+
+    def _merged(self, name: str, layer: int | None) -> Tensor:
         shards = self._shards[name, layer]
         if len(shards) != self.tensor_parallel:
             rule = f"is on {len(shards)} of {self.tensor_parallel} tensor-parallel ranks"
             raise CheckpointError(34, f"{self.folder}: {full_name(name, layer)}", rule, "copy the whole checkpoint")
         if name.endswith(_COPIED):
             for t, shard in enumerate(shards[1:], start=1):
-                if not torch.equal(shards[0].view(-1).view(torch.uint8), shard.view(-1).view(torch.uint8)):
+                if shard.shape != shards[0].shape or not torch.equal(_bits(shards[0]), _bits(shard)):
                     rule = f"differs between TP rank 0 and {t}, which must have copies of it"
                     what = f"{self.folder}: {full_name(name, layer)}"
                     raise CheckpointError(35, what, rule, "use an intact checkpoint")
@@ -135,6 +147,10 @@ class LegacySource:
             halves = [shard.chunk(2) for shard in shards]
             return torch.cat([half[0] for half in halves] + [half[1] for half in halves])
         return torch.cat(shards)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _ranks(folder: Path) -> dict[tuple[int, int], Path]:
@@ -156,7 +172,7 @@ def _chunks(state: Mapping[str, Any]) -> list[str]:
     """The keys of a rank's stages: model, or model0, model1 and so on where they are interleaved."""
     if "model" in state:
         return ["model"]
-    numbers = [int(match[1]) for key in state if (match := re.fullmatch(r"model(\d+)", str(key)))]
+    numbers = [int(match[1]) for key in state if (match := re.fullmatch(r"model([0-9]{1,6})", str(key)[:20]))]
     return [f"model{number}" for number in sorted(numbers)]
 
 
@@ -169,10 +185,11 @@ def arguments_of(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
     args = state.get("args")
     if not isinstance(args, Record):
         raise CheckpointError(34, f"{path}: args", "is missing", "name a checkpoint that has its arguments")
-    return {name: value for name, value in vars(args).items() if name not in ("args", "state")}
+    plain = ((name, "a tensor" if isinstance(value, Tensor) else value) for name, value in vars(args).items())
+    return {name: value for name, value in plain if name not in ("args", "state")}
 
 
 def iteration_of(state: Mapping[str, Any]) -> int:
     """The steps that were made; 0 where the file says none."""
     found = state.get("iteration")
-    return found if type(found) is int else 0
+    return found if type(found) is int and 0 <= found < 2**31 else 0

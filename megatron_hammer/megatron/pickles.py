@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import pickletools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -172,6 +173,14 @@ class _Guarded(pickle.Unpickler):
         raise pickle.UnpicklingError("a persistent id")
 
 
+def _check_marks(content: bytes) -> None:
+    """Refuse a pickle whose marks have higher numbers than it has bytes: the reader makes room for all up to them, so
+    that twenty bytes would ask for 34 GB. Some 2 us for each operation of the pickle."""
+    for operation, number, at in pickletools.genops(content):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(number) <= len(content):
+            raise pickle.UnpicklingError(f"byte {at} marks an object with the number {str(number)[:20]}")
+
+
 class _Size(tuple[int, ...]):
     """``torch.Size``, which a pickle makes from a tuple."""
 
@@ -193,6 +202,7 @@ def load_metadata(path: Path) -> Record:
     with reading(path):
         content = read_regular(path, MAX_METADATA_BYTES, follow=False)
     try:
+        _check_marks(content)
         found = _Guarded(path, io.BytesIO(content)).load()
     except CheckpointError:
         raise

@@ -24,6 +24,7 @@ from megatron_hammer.megatron.legacy import LegacySource
 
 STATE_KINDS = {"weight": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 """Our kinds of tensors, and theirs."""
+_DEEPEST = 10  # of what common.pt says of the optimizer, where the steps lie: four
 _STYLES = {"cosine": "cosine", "linear": "linear", "constant": "constant"}
 _NUMBERS = {  # theirs -> our setting
     "lr": "optimizer.lr", "min_lr": "optimizer.min_lr", "weight_decay": "optimizer.weight_decay",
@@ -62,9 +63,11 @@ def resumable(source: LegacySource | DistributedSource | Any, model: ModelConfig
     if updates is None:
         raise CheckpointError(34, f"{where}: the optimizer's step", "is missing in common.pt", "leave --optimizer out")
     consumed = args.get("consumed_train_samples")
-    if type(consumed) is not int or consumed < 0 or source.iteration < 1:
+    if type(consumed) is not int or not 0 <= consumed < 2**53 or source.iteration < 1:
         rule = "must be a whole number, and the iteration at least 1"
-        raise CheckpointError(34, f"{where}: args.consumed_train_samples={consumed}", rule, "leave --optimizer out")
+        raise CheckpointError(
+            34, f"{where}: args.consumed_train_samples={str(consumed)[:80]}", rule, "leave --optimizer out"
+        )
     scalars = {"updates": float(updates), "loss_scale": OptimizerConfig.initial_loss_scale, "good_steps": 0.0}
     config = _config(args, model, where)
     if config.train.precision != "fp16":
@@ -74,31 +77,37 @@ def resumable(source: LegacySource | DistributedSource | Any, model: ModelConfig
 
 def _updates(optimizer: Any) -> int | None:
     """The number of Adam's updates, which stands in each of its groups."""
-    found = set(_steps(optimizer))
+    found = set(_steps(optimizer, 0))
     return found.pop() if len(found) == 1 else None
 
 
-def _steps(tree: Any) -> Iterator[int]:
+def _steps(tree: Any, depth: int) -> Iterator[int]:
+    """Values of ``step``; a pickle may hold a mapping that holds itself."""
+    if depth > _DEEPEST:
+        return
     if isinstance(tree, dict):
         for name, value in tree.items():
-            if name == "step" and (type(value) is int or (isinstance(value, Tensor) and value.numel() == 1)):
-                yield int(value)
+            number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            if name == "step" and type(number) in (int, float) and 0 <= number < 2**53 and number == int(number):
+                yield int(number)
             else:
-                yield from _steps(value)
+                yield from _steps(value, depth + 1)
     elif isinstance(tree, list | tuple):
         for value in tree:
-            yield from _steps(value)
+            yield from _steps(value, depth + 1)
 
 
 def _config(args: Mapping[str, Any], model: ModelConfig, where: str) -> Config:
     """The settings of the run, as far as a step computes with them."""
     style = args.get("lr_decay_style")
-    if style not in _STYLES:
+    if not isinstance(style, str) or style not in _STYLES:
         rule = f"is a schedule that ours lacks: only {', '.join(_STYLES)} can be gone on with"
-        raise CheckpointError(32, f"{where}: args.lr_decay_style={style}", rule, "leave --optimizer out")
+        raise CheckpointError(32, f"{where}: args.lr_decay_style={str(style)[:80]}", rule, "leave --optimizer out")
     if args.get("optimizer", "adam") != "adam":
         rule = "is an optimizer that ours lacks: only adam can be gone on with"
-        raise CheckpointError(32, f"{where}: args.optimizer={args['optimizer']}", rule, "leave --optimizer out")
+        raise CheckpointError(
+            32, f"{where}: args.optimizer={str(args['optimizer'])[:80]}", rule, "leave --optimizer out"
+        )
     precision = "bf16" if args.get("bf16") else "fp16" if args.get("fp16") else "fp32"
     tree: dict[str, dict[str, Any]] = {
         "model": vars(model) | {"rope_scaling": None if model.rope_scaling is None else vars(model.rope_scaling)},

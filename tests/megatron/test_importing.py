@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -19,7 +20,9 @@ from megatron_hammer.checkpoint.manifest import read_manifest, saved_model
 from megatron_hammer.checkpoint.read import LogicalReader
 from megatron_hammer.config import ModelConfig, config_from_tree, load_config
 from megatron_hammer.huggingface.export import write_hf
+from megatron_hammer.megatron.distributed import DistributedSource
 from megatron_hammer.megatron.importing import find_checkpoint, import_megatron, open_source
+from megatron_hammer.megatron.legacy import LegacySource
 from tests.checkpoint.layouts import write_layout
 from tests.megatron.makes import logical_weights, model_for_tests, write_distributed, write_legacy
 from tests.train.runs import checkpoint_bytes, overrides, train_here, write_dataset
@@ -200,6 +203,87 @@ def test_a_chunk_lies_within_its_file(field: str, value: int, tmp_path: Path) ->
         convert(folder, tmp_path / "ours", vocab_size=131)
 
 
+ODD: list[Any] = [
+    None, True, -1, 2**62, 2**200, 1.5, float("nan"), "", "x" * 2000, b"raw", (), [], {}, {1: 2}, (1,) * 9, (-1, 2),
+    (2**60, 2**60), [[1]], ("a", "b"), torch.bfloat16, torch.Size([3, 5]), {"a"}, 10**6,
+]  # fmt: skip
+
+
+def odd_metadata(content: bytes, rng: random.Random) -> bytes:
+    """One value of the records is another, or one byte of the file; of what may stand where, nothing is assumed."""
+    if rng.random() < 0.3:
+        at = rng.randrange(len(content))
+        return content[:at] + bytes([rng.randrange(256)]) * rng.choice([0, 1, 5]) + content[at + 1 :]
+    metadata = pickle.loads(content)
+    key = rng.choice([key for key in metadata.state_dict_metadata if not key.startswith("rng")])
+    entry, index = metadata.state_dict_metadata[key], rng.choice(list(metadata.storage_data))
+    chunk, odd = rng.choice(entry.chunks), rng.choice([*ODD, entry, index])
+    where, name = rng.choice([(metadata, "state_dict_metadata"), (metadata, "storage_data"), (entry, "size"),
+                              (entry, "chunks"), (entry, "properties"), (chunk, "offsets"), (chunk, "sizes"),
+                              (index, "fqn"), (index, "offset"), (metadata.storage_data[index], "relative_path"),
+                              (metadata.storage_data[index], "offset"), (metadata.storage_data[index], "length"),
+                              (metadata.storage_data[index], "transform_descriptors")])  # fmt: skip
+    if rng.random() < 0.2 and name == "chunks":
+        odd = rng.choice([[odd], [*entry.chunks, chunk], entry.chunks[1:], [chunk, odd]])
+    object.__setattr__(where, name, odd)
+    return pickle.dumps(metadata)
+
+
+def test_metadata_of_odd_forms_is_refused_by_a_documented_error(tmp_path: Path) -> None:
+    """Or is read as it was, where what has changed is not needed: it never ends in another way."""
+    model = model_for_tests(num_attention_heads=2, num_query_groups=1, hidden_size=4, ffn_hidden_size=4, head_dim=2)
+    folder = write_distributed(tmp_path / "iter_0000100", model, logical_weights(model), tp=2)
+    file = folder / ".metadata"
+    content, rng, refused = file.read_bytes(), random.Random(18), 0
+    names = sorted(open_source(folder).names(), key=str)
+    expected = {name: open_source(folder).tensor(*name) for name in names}
+    for _ in range(int(os.environ.get("HAMMER_ODD_METADATA", "120"))):
+        file.write_bytes(odd_metadata(content, rng))
+        try:
+            source = open_source(folder)
+            for name in sorted(source.names(), key=str):
+                source.dtype(*name)
+                whole = source.tensor(*name)
+                if name in expected and whole.dtype == torch.bfloat16 and whole.shape == expected[name].shape:
+                    assert torch.equal(whole.view(torch.int16), expected[name].view(torch.int16)), name
+        except CheckpointError as error:
+            assert error.code in ("E430", "E431", "E433", "E434"), error
+            refused += 1
+    assert refused > 60
+
+
+def test_a_pickle_cannot_ask_for_more_room_than_it_has_bytes(tmp_path: Path) -> None:
+    """Its reader makes a table up to the highest mark: 34 GB for this one."""
+    folder = write_distributed(tmp_path / "iter_0000100", PLAIN, logical_weights(PLAIN))
+    (folder / ".metadata").write_bytes(b"\x80\x02}r\xff\xff\xff\x7f.")
+    with pytest.raises(CheckpointError, match=r"error\[E433\].*marks an object with the number 2147483647"):
+        open_source(folder)
+
+
+def test_chunks_cover_their_tensor_once(tmp_path: Path) -> None:
+    """As many elements as it has, but twice the same ones: the others would be whatever lay in memory."""
+    folder = write_distributed(tmp_path / "iter_0000100", PLAIN, logical_weights(PLAIN), tp=2, stacked=False)
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    entry = metadata.state_dict_metadata["decoder.layers.0.mlp.linear_fc2.weight"]
+    entry.chunks[1] = entry.chunks[0]
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"error\[E433\].*linear_fc2.weight has chunks that lie over each other"):
+        convert(folder, tmp_path / "ours", vocab_size=131)
+
+
+def test_the_embedding_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logical, read = logical_weights(PLAIN), list[str]()
+    write_legacy(tmp_path / "legacy", PLAIN, logical, tp=2)
+    write_distributed(tmp_path / "dist", PLAIN, logical, tp=2)
+    for source in (LegacySource, DistributedSource):
+        whole = source.tensor
+        monkeypatch.setattr(source, "tensor", lambda self, name, layer, whole=whole: (
+            read.append(name), whole(self, name, layer))[1])  # fmt: skip
+    for name in ("legacy", "dist"):
+        convert(tmp_path / name, tmp_path / f"of {name}", vocab_size=131)
+    assert read.count("embedding.word_embeddings.weight") == 2, "once for each"
+
+
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder of the weights that the tests' Megatron-LM checkpoints are made of."""
@@ -314,6 +398,14 @@ def replace_copy(state: dict[str, Any], t: int, p: int) -> None:
         ({"apply_layernorm_1p": True}, r"E432.*args.apply_layernorm_1p=True"),
         ({"swiglu": False}, r"E432.*args.swiglu=False"),
         ({"hidden_size": "16"}, r"E434.*args.hidden_size=16 must be a positive"),
+        ({"num_layers": 2**30}, r"E434.*args.num_layers=1073741824 must be a positive whole number of at most 10,000"),
+        ({"norm_epsilon": "small"}, r"E434.*args.norm_epsilon=small must be a positive number"),
+        ({"kv_channels": 2.5}, r"E434.*args.kv_channels=2.5 must be a positive whole number"),
+        ({"window_size": torch.zeros(2)}, r"E432.*args.window_size=a tensor"),
+        (
+            {"change": lambda s, t, p: s["model"].update({"decoder.layers.0.mlp.linear_fc2.weight": torch.zeros(())})},
+            r"E434.*linear_fc2.weight cannot be put together",
+        ),
         ({"ffn_hidden_size": 32}, r"E434.*mlp.linear_fc1.weight.*has the shape \[48, 16\]"),
         ({"tensor_model_parallel_size": 4}, r"E433.*tensor_model_parallel_size=4 must be 2"),
         (

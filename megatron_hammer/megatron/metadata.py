@@ -1,0 +1,162 @@
+"""What ``.metadata`` of a distributed checkpoint says, as plain numbers that have been looked at.
+
+A pickle may hold anything in the place of a shape, a chunk or a file. So its records are turned into the few values
+that reading needs as soon as they are there, and what is of another form ends here, by the name of its tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.base.errors import CheckpointError
+from megatron_hammer.megatron.pickles import Record, load_metadata
+
+_FILE = re.compile(r"__[0-9]{1,9}_[0-9]{1,9}\.distcp")
+_MOST = 2**53  # elements of a tensor, bytes of a file: beyond every disk, and exact as any number
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A rectangle of a tensor."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.sizes)
+
+    def meets(self, other: Chunk) -> bool:
+        """Whether both hold some element."""
+        edges = zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        return all(a < b + m and b < a + n for a, n, b, m in edges)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor by its global shape."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """As the file names it, ``torch``'s name or anything else; empty: it does not say."""
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a chunk lies."""
+
+    file: str
+    offset: int
+    length: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """All of it that reading needs."""
+
+    names: tuple[str, ...]
+    """Of everything, tensors or not."""
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    places: Mapping[tuple[str, tuple[int, ...]], Place] = field(default_factory=dict)
+    """By tensor, and where the chunk begins in it."""
+
+
+def read_metadata(path: Path) -> Metadata:
+    """The content of the file.
+
+    Raises:
+        CheckpointError: E430 chunks are stored in a form that is not read; E431 the pickle names what is not on our
+            list; E433 it is no metadata, or of an impossible form.
+    """
+    record = load_metadata(path)
+    described = record.state_dict_metadata
+    entries = {_text(path, key): value for key, value in described.items()}
+    tensors = {
+        key: _entry(path, key, value) for key, value in entries.items() if isinstance(value, Record) and value.chunks
+    }
+    storage = record.storage_data or {}
+    if not isinstance(storage, dict):
+        raise _bad(path, "has no table of its chunks")
+    places = dict(found for index, info in storage.items() if (found := _place(path, index, info)) is not None)
+    return Metadata(tuple(entries), tensors, places)
+
+
+def _entry(path: Path, key: str, value: Record) -> Entry:
+    shape = _counts(path, key, value.size)
+    if not isinstance(value.chunks, list | tuple):
+        raise _bad(path, f"has chunks of {key} that are no list")
+    chunks = []
+    for chunk in value.chunks:
+        if not isinstance(chunk, Record):
+            raise _bad(path, f"has a chunk of {key} that is none")
+        found = Chunk(_counts(path, key, chunk.offsets), _counts(path, key, chunk.sizes))
+        if not len(found.offsets) == len(found.sizes) == len(shape):
+            raise _bad(path, f"has a chunk of {key} of another number of dimensions")
+        if any(o + s > n for o, s, n in zip(found.offsets, found.sizes, shape, strict=True)):
+            raise _bad(path, f"has a chunk of {key} beyond its shape")
+        chunks.append(found)
+    state = value.properties.state if isinstance(value.properties, Record) else None
+    stated = state[0] if isinstance(state, tuple) and state else None
+    return Entry(shape, stated if isinstance(stated, str) else "", tuple(chunks))
+
+
+def _place(path: Path, index: Any, info: Any) -> tuple[tuple[str, tuple[int, ...]], Place] | None:
+    """Of one chunk of a tensor; None: of something else."""
+    if not isinstance(index, Record) or not isinstance(info, Record) or index.offset is None:
+        return None
+    name, offset, length = info.relative_path, info.offset, info.length
+    if not isinstance(name, str) or not _FILE.fullmatch(name):
+        raise _bad(path, f"names {_shown(name)}, which is no file of a distributed checkpoint")
+    if not _is_count(offset) or not _is_count(length):
+        raise _bad(path, f"has a chunk beyond the end of {name}, or before its start")
+    if info.transform_descriptors:
+        rule = f"has chunks that are compressed ({_shown(info.transform_descriptors)})"
+        raise CheckpointError(30, str(path), rule, "save it without extensions")
+    key = _text(path, index.fqn)
+    return (key, _counts(path, key, index.offset)), Place(name, offset, length)
+
+
+def _text(path: Path, value: Any) -> str:
+    if not isinstance(value, str) or len(value) > 1000:
+        raise _bad(path, f"has a name that is none: {_shown(value)}")
+    return value
+
+
+def _counts(path: Path, key: str, value: Any) -> tuple[int, ...]:
+    """A shape, or a place in one."""
+    if not isinstance(value, tuple | list) or len(value) > 8 or not all(map(_is_count, value)):
+        raise _bad(path, f"has no numbers for the shape or a chunk of {key}")
+    if math.prod(value) >= _MOST:
+        raise _bad(path, f"has a shape or a chunk of {key} that no tensor has")
+    return tuple(value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _MOST
+
+
+def _shown(value: Any) -> str:
+    """For an error; of what is no text its kind alone."""
+    return repr(value[:80]) if isinstance(value, str) else f"a {type(value).__name__}"
+
+
+def _bad(path: Path, rule: str) -> CheckpointError:
+    return CheckpointError(33, str(path), rule, "restore the checkpoint")
+
+
+def check_whole(chunks: Sequence[Chunk], numel: int) -> str:
+    """What is wrong with chunks that should cover so many elements, each once; empty: nothing."""
+    filled = sum(chunk.numel for chunk in chunks)
+    if filled != numel:
+        return f"has chunks of {filled:,} elements, not all of its {numel:,}"
+    ordered = sorted((chunk for chunk in chunks if chunk.numel), key=lambda chunk: chunk.offsets)
+    meet = any(a.meets(b) for i, a in enumerate(ordered) for b in ordered[i + 1 :])
+    return "has chunks that lie over each other" if meet else ""
