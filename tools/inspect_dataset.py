@@ -218,6 +218,7 @@ def describe_ledger(ledger: tuple[Rewind, ...]) -> str:
 
 def show_order(args: argparse.Namespace) -> None:
     from megatron_hammer.sampling.samples import describe_samples, open_train_data
+    from megatron_hammer.train.past_sources import absent_sources, past_sources
 
     config = read_config(args)
     batches, total = config.batch_sizes, config.num_samples
@@ -231,7 +232,7 @@ def show_order(args: argparse.Namespace) -> None:
         count = batches.at(start)
     start = 0 if start is None else start
     ledger = ledger_of(config)
-    data = open_train_data(config, ledger=ledger)
+    data = open_train_data(config, ledger=ledger, absent=absent_sources(past_sources(config)))
     if ledger and not args.json:
         print(describe_ledger(ledger))
     if args.document is not None:
@@ -280,10 +281,13 @@ def format_infills(infills: list[dict[str, Any]]) -> str:
 def show_plan(args: argparse.Namespace) -> None:
     from megatron_hammer.dataset.reader import IndexedDataset
     from megatron_hammer.sampling.plan import Content, format_run_plan, plan_run
+    from megatron_hammer.train.identity import identify
+    from megatron_hammer.train.past_sources import past_sources
 
     config = read_config(args)
-    datasets = [(prefix, IndexedDataset(prefix)) for prefix in config.data.train_prefixes]
-    plan = plan_run(config, [Content(prefix, dataset.num_tokens, dataset.fingerprint) for prefix, dataset in datasets])
+    past = past_sources(config)
+    held = [past[p] if p in past else identify(IndexedDataset(p), p) for p in config.data.train_prefixes]
+    plan = plan_run(config, [Content(dataset.prefix, dataset.tokens, dataset.fingerprint) for dataset in held])
     if args.json:
         print_json(plan.describe())
     else:

@@ -225,7 +225,8 @@ def lay_out(
         end = num_samples if mix.end is None else mix.end
         length = None if end is None else max(0, end - mix.first)
         shares = np.array([mix.shares[place] for place in drawn_from])
-        blend = Blend(shares, "chairman", sources[drawn_from[0]].store, length)
+        store = next((store for place in drawn_from if (store := sources[place].store) is not None), None)
+        blend = Blend(shares, "chairman", store, length)
         offsets = tuple(taken[place] for place in drawn_from)
         stretch = Stretch(
             mix.first, mix.end, mix.seq_length, drawn_from, blend, offsets, [orders[place] for place in drawn_from]

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.tables import align
 from megatron_hammer.config import Config
+from megatron_hammer.sampling.sources import names_by_prefix
 
 WeightUnit = Literal["share", "tokens", "epochs"]
 
@@ -65,6 +66,13 @@ class SourcePlan:
     """Tokens (targets) that the run, or the phase, reads from it; exact to within a sample or two of the mix."""
     before: int = 0
     """Tokens that the phases before have read."""
+    name: str = ""
+    """What the run calls it, in its metrics too (``sources.py``)."""
+
+    @property
+    def shown(self) -> str:
+        """Its name for people."""
+        return self.name or self.prefix
 
     @property
     def epochs(self) -> float:
@@ -122,7 +130,7 @@ def _asked(sources: Sequence[SourcePlan], unit: WeightUnit) -> float:
 
 def _told(source: SourcePlan) -> dict[str, Any]:
     tree = asdict(source) | {"epochs": source.epochs, "repeated": source.repeated}
-    return {name: value for name, value in tree.items() if name != "before" or value}
+    return {key: value for key, value in tree.items() if key not in ("before", "name") or value}
 
 
 @dataclass(frozen=True)
@@ -154,8 +162,12 @@ class RunPlan:
     whole: Plan | None
     """The same as one table, where there is one phase and one size of a step."""
     contents: tuple[Content, ...]
+    names: Mapping[str, str]
+    """Prefix -> what the run calls it."""
     consumed: int = 0
     """Samples that are behind the run."""
+    ramp: str = ""
+    """What a ramp of the batch size means for what is counted in steps; empty: there is none."""
 
     @property
     def tokens(self) -> int:
@@ -166,10 +178,10 @@ class RunPlan:
     def totals(self) -> list[SourcePlan]:
         """Each source over all phases; what is the same under two paths is one."""
         drawn = _drawn_by_content(self, None)
-        names = {content.fingerprint: content for content in self.contents}
+        of = {content.fingerprint: content for content in self.contents}
         total = max(1, self.tokens)
         return [
-            SourcePlan(names[key].prefix, 0.0, names[key].tokens, tokens / total, tokens)
+            SourcePlan(of[key].prefix, 0.0, of[key].tokens, tokens / total, tokens, name=self.names[of[key].prefix])
             for key, tokens in drawn.items()
         ]
 
@@ -228,13 +240,14 @@ def plan_run(config: Config, contents: Sequence[Content], consumed: int = 0) -> 
     """
     tokens, of = {c.prefix: c.tokens for c in contents}, {c.prefix: c.fingerprint for c in contents}
     batches, end = config.batch_sizes, config.num_samples
+    names = names_by_prefix([list(phase.train) for phase in config.phases], of)
     drawn: dict[str, int] = {}
     phases = []
     for phase in config.phases:
         last = end if phase.end is None else min(phase.end, end)
         samples = max(0, last - phase.first)
         plan = make_plan(phase.train, phase.unit, tokens, samples, phase.seq_length)
-        sources = tuple(replace(s, before=drawn.get(of[s.prefix], 0)) for s in plan.sources)
+        sources = tuple(replace(s, before=drawn.get(of[s.prefix], 0), name=names[s.prefix]) for s in plan.sources)
         for source in sources:
             drawn[of[source.prefix]] = drawn.get(of[source.prefix], 0) + source.drawn
         steps = batches.steps(min(phase.first, end)) + 1, batches.steps(last)
@@ -245,7 +258,9 @@ def plan_run(config: Config, contents: Sequence[Content], consumed: int = 0) -> 
         (only,) = config.phases
         size = batches.at(0) * only.seq_length
         whole = make_plan(only.train, only.unit, tokens, config.train.num_steps, size, limit)
-    found = RunPlan(tuple(phases), config.train.num_steps, whole, tuple(contents), consumed)
+        whole = replace(whole, sources=tuple(replace(s, name=names[s.prefix]) for s in whole.sources))
+    ramp = _ramp(config)
+    found = RunPlan(tuple(phases), config.train.num_steps, whole, tuple(contents), names, consumed, ramp)
     worst = _most_read(found.totals)
     if limit is not None and worst.epochs > limit * (1 + _ROUNDING):
         raise ConfigError(
@@ -322,25 +337,37 @@ def format_run_plan(plan: RunPlan) -> str:
             weight = f"{source.weight:,.6g}" + ("" if phase.unit == "share" else f" {phase.unit}")
             after = (source.before + source.drawn) / source.tokens
             epochs = f"{_rounded(source.before / source.tokens)} to {_rounded(after)}"
-            rows.append([*shown, source.prefix, weight, f"{100 * source.share:.2f} %", f"{source.drawn:,}", epochs,
+            rows.append([*shown, source.shown, weight, f"{100 * source.share:.2f} %", f"{source.drawn:,}", epochs,
                          f"{source.repeated:,}"])  # fmt: skip
             shown = ["", "", ""]
     shown = ["all", f"1 to {plan.num_steps:,}", ""]
     for source in plan.totals:
-        rows.append([*shown, source.prefix, "", f"{100 * source.share:.2f} %", f"{source.drawn:,}",
+        rows.append([*shown, source.shown, "", f"{100 * source.share:.2f} %", f"{source.drawn:,}",
                      _rounded(source.epochs), f"{source.repeated:,}"])  # fmt: skip
         shown = ["", "", ""]
     lines = [f"plan of {plan.num_steps:,} steps, {plan.tokens:,} tokens in all; each source goes on where the phase "
              "before has left it; repeated: drawn beyond the first pass", *align(rows, indent="  ")]  # fmt: skip
     if plan.consumed:
         read = plan.read
-        told = ", ".join(f"{s.prefix} {_rounded(read[s.prefix] / s.tokens)}" for s in plan.totals)
+        told = ", ".join(f"{s.shown} {_rounded(read[s.prefix] / s.tokens)}" for s in plan.totals)
         lines.append(f"read so far, at sample {plan.consumed:,}, in epochs: {told}")
     return "\n".join(lines + _remarks(plan))
 
 
+def _ramp(config: Config) -> str:
+    batches = config.batch_sizes
+    if len(batches.ramp) == 1:
+        return ""
+    full, warmup = batches.ramp[-1][0], min(config.schedule.warmup_steps, config.train.num_steps)
+    return (
+        f"note: steps grow from {batches.at(0):,} to {config.train.global_batch_size:,} samples, which step "
+        f"{batches.steps(full) + 1:,} is the first to have; train.num_steps and the learning rate count steps of "
+        f"whatever size: the warm-up of {warmup:,} steps ends at sample {batches.samples(warmup):,}"
+    )
+
+
 def _remarks(plan: RunPlan) -> list[str]:
-    lines = []
+    lines = [plan.ramp] if plan.ramp else []
     for phase in (p for p in plan.phases if p.unit != "share" and p.samples):
         asked = _asked(phase.sources, phase.unit)
         if abs(phase.tokens - asked) > phase.seq_length:
@@ -358,7 +385,7 @@ def _many(sources: Sequence[SourcePlan]) -> list[str]:
     if worst.epochs <= MANY_EPOCHS:
         return []
     return [
-        f"note: {worst.prefix} is read {worst.epochs:,.0f} times: beyond some {MANY_EPOCHS} passes a text teaches "
+        f"note: {worst.shown} is read {worst.epochs:,.0f} times: beyond some {MANY_EPOCHS} passes a text teaches "
         "next to nothing new (arXiv 2305.16264); add data, lower its weight or shorten the run"
     ]
 
@@ -371,7 +398,7 @@ def format_plan(plan: Plan) -> str:
     """The plan as a table of one row a source, and a remark where the run's length is not what the weights ask for."""
     header = ["source", "tokens", f"weight ({plan.unit})", "share", "drawn", "epochs", "repeated"]
     rows = [
-        [s.prefix, f"{s.tokens:,}", f"{s.weight:,.6g}" if s.weight < 1e6 else f"{s.weight:,.0f}",
+        [s.shown, f"{s.tokens:,}", f"{s.weight:,.6g}" if s.weight < 1e6 else f"{s.weight:,.0f}",
          f"{100 * s.share:.2f} %", f"{s.drawn:,}", _rounded(s.epochs), f"{s.repeated:,}"]
         for s in plan.sources
     ]  # fmt: skip

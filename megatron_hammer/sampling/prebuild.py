@@ -76,7 +76,7 @@ def build_indices(plan: IndexPlan, epochs: int | None = None) -> Iterator[str]:
     else:
         data.prepare_epochs(epochs)
     yield from notes
-    for dataset in data.sources:
+    for dataset in map(data.dataset, range(len(data.sources))):
         small = dataset.num_documents < SMALLEST
         why = " (too few documents to keep an index: it is built in a moment)" if small else ""
         yield f"{dataset.prefix}: {dataset.num_documents:,} documents, {dataset.num_tokens:,} tokens{why}"

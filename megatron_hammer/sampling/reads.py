@@ -60,7 +60,7 @@ def document_reads(data: TrainData, source: int, document: int, start: int, end:
     Raises:
         ConfigError: E296 no such document.
     """
-    dataset = data.sources[source]
+    dataset = data.dataset(source)
     if not 0 <= document < dataset.num_documents:
         raise ConfigError(96, f"document {document} of {dataset.prefix}",
                           f"must lie in 0 to {dataset.num_documents} minus 1", "count documents from 0")  # fmt: skip

@@ -26,6 +26,7 @@ from megatron_hammer.config.phases import Phase
 from megatron_hammer.dataset.format import REMAKE
 from megatron_hammer.dataset.reader import IndexedDataset, first_foreign_id
 from megatron_hammer.sampling import index_builder as index
+from megatron_hammer.sampling.absent import AbsentSource
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.blend import Blend
 from megatron_hammer.sampling.cache import IndexStore
@@ -34,7 +35,7 @@ from megatron_hammer.sampling.ledger import NO_SKIPS, Rewind, Skips
 from megatron_hammer.sampling.order import DocumentSpan, MegatronOrder, SampleId
 from megatron_hammer.sampling.phases import Mix, Part, SampleOrder, Source, Stretch, lay_out
 from megatron_hammer.sampling.plan import WeightUnit, sampling_weights
-from megatron_hammer.sampling.sources import source_keys, source_names
+from megatron_hammer.sampling.sources import SourceKey, keys_in_mix, source_keys, source_names
 from megatron_hammer.tokenizer.interface import Tokenizer
 
 __all__ = [
@@ -76,6 +77,7 @@ class TrainData:
         vocab_size: all ids that are read must be below; None: nobody asks.
         skips: what the run leaves out of this order. Samples are named by their number in the run everywhere here.
         fim: what is done with the pieces of some sources, by prefix.
+        absent: sources that only samples draw from which nobody reads any more, by prefix; they are not opened.
 
     Raises:
         DataError: a dataset is missing, damaged, empty or holds no token ids.
@@ -96,6 +98,7 @@ class TrainData:
         vocab_size: int | None = None,
         skips: Skips = NO_SKIPS,
         fim: Mapping[str, FillInTheMiddle] | None = None,
+        absent: Mapping[str, AbsentSource] | None = None,
     ) -> None:
         assert phases, "training needs at least one source"
         if isinstance(phases, Mapping):
@@ -104,34 +107,36 @@ class TrainData:
         self.vocab_size = vocab_size
         self.num_samples = num_samples if order == "megatron" else None
         self._document_mask, self._by_document = document_mask, order == "independent"
-        self.sources, shares = open_sources(phases, sort=self._by_document)
+        self.sources, shares = open_sources(phases, self._by_document, absent)
         """One dataset a source, over all phases: in the order "independent" by fingerprint, so that neither the order
         in which sources are named nor their paths decide which sample comes when; in Megatron-LM's as given. Its place
         here is the number of a source, in ``Batch.sources`` and everywhere."""
         self.fingerprints = tuple(dataset.fingerprint for dataset in self.sources)
         """Content of each source."""
+        self._absent = absent or {}
         self._fim = {place: (of, source_key(seed, self.keys[place])) for prefix, of in (fim or {}).items()
                      for place in self._places_of(prefix)}  # fmt: skip
-        self._stores = [
-            IndexStore(index_folder or f"{dataset.prefix}.index", note, check_built=dataset.check_unchanged)
-            for dataset in self.sources
-        ]
-        self._memory = [
-            (dataset.tokens, dataset.pointers, dataset.boundaries if self._by_document else None)
-            for dataset in self.sources
-        ]
+        self._present = {i: dataset for i, dataset in enumerate(self.sources) if not isinstance(dataset, AbsentSource)}
+        self._stores = {
+            i: IndexStore(index_folder or f"{dataset.prefix}.index", note, check_built=dataset.check_unchanged)
+            for i, dataset in self._present.items()
+        }
+        self._memory = {
+            i: (dataset.tokens, dataset.pointers, dataset.boundaries if self._by_document else None)
+            for i, dataset in self._present.items()
+        }
         if order == "independent":
             mixes = [Mix(p.first, p.end, p.seq_length, of_phase) for p, of_phase in zip(phases, shares, strict=True)]
             sources = [
-                Source(dataset.document_lengths, fingerprint, store)
-                for dataset, fingerprint, store in zip(self.sources, self.fingerprints, self._stores)
+                Source(dataset.document_lengths, dataset.fingerprint, self._stores.get(i))
+                for i, dataset in enumerate(self.sources)
             ]
             self._lay_out = partial(lay_out, mixes, sources, seed, num_samples)
             self.order = self._lay_out(skips)
             """Which window of which source each sample is."""
         else:
             length, only_shares = phases[0].seq_length, list(shares[0].values())
-            orders = self._build_megatron(only_shares, length, seed, num_samples, self._stores)
+            orders = self._build_megatron(only_shares, length, seed, num_samples)
             blend = Blend(only_shares, "greedy", self._stores[0], num_samples)
             places = tuple(range(len(self.sources)))
             assert not skips.ranges, "Megatron-LM's order has as many samples as the run reads"
@@ -140,10 +145,10 @@ class TrainData:
     def _places_of(self, prefix: str) -> list[int]:
         """Of a source, by its path, or by its content where a later phase has it under another path."""
         places = [place for place, dataset in enumerate(self.sources) if dataset.prefix == Path(prefix)]
-        return places or [self.fingerprints.index(_open_tokens(prefix).fingerprint)]
+        return places or [self.fingerprints.index(_open_source(prefix, self._absent).fingerprint)]
 
     def _build_megatron(
-        self, shares: list[float], seq_length: int, seed: int, num_samples: int | None, stores: list[IndexStore]
+        self, shares: list[float], seq_length: int, seed: int, num_samples: int | None
     ) -> list[MegatronOrder]:
         """A source alone is not blended there, which asks it for num_samples without the surplus."""
         if num_samples is None or num_samples < 1:
@@ -154,8 +159,8 @@ class TrainData:
             sizes = [math.ceil(math.ceil(num_samples * share) * (1 + MEGATRON_SURPLUS)) for share in shares]
         # The mix never draws more: it only draws from a source that has at most share * i samples before sample i.
         return [
-            MegatronOrder(dataset.lengths, seq_length, seed, size, store, fingerprint, dataset.forget)
-            for dataset, size, store, fingerprint in zip(self.sources, sizes, stores, self.fingerprints)
+            MegatronOrder(dataset.lengths, seq_length, seed, size, self._stores[i], dataset.fingerprint, dataset.forget)
+            for (i, dataset), size in zip(self._present.items(), sizes, strict=True)
         ]
 
     def prepare(self, first: int, count: int) -> None:
@@ -167,7 +172,26 @@ class TrainData:
         """The same for the first ``epochs`` passes over every source."""
         for stretch in self.order.stretches:
             for source, order in zip(stretch.sources, stretch.orders, strict=True):
+                self.dataset(source)
                 order.prepare(0, (epochs * self.sources[source].num_tokens - 1) // stretch.seq_length)
+
+    def dataset(self, source: int) -> IndexedDataset:
+        """The files of a source.
+
+        Raises:
+            DataError: E330: they are gone, because the run needs them no more.
+        """
+        found = self.sources[source]
+        if isinstance(found, AbsentSource):
+            raise found.refusal()
+        return found
+
+    def _parts(self, first: int, count: int) -> list[Part]:
+        """The windows that some samples are, by source, all of which are there."""
+        parts = list(self.order.parts(first, count))
+        for part in parts:
+            self.dataset(part.source)
+        return parts
 
     def seq_length_at(self, i: int) -> int:
         """Targets in sample ``i``."""
@@ -209,11 +233,11 @@ class TrainData:
 
     def locate(self, i: int) -> list[DocumentSpan]:
         """The documents that sample ``i`` reads: (document, offset in it, length), in order."""
-        (part,) = self.order.parts(i, 1)
+        (part,) = self._parts(i, 1)
         spans = part.order.locate(int(part.windows[0]))
         if self._by_document:
             return spans
-        dataset = self.sources[part.source]
+        dataset = self.dataset(part.source)
         located = []
         for sequence, offset, length in spans:
             document, before = dataset.document_of(sequence)
@@ -240,9 +264,9 @@ class TrainData:
         assert out.shape == (count, s + 1), f"out is {out.shape} for {count} samples"
         sources, ends, pieces = np.empty(count, np.int64), [], []
         if not SURVIVES_CUTS:
-            self.check_unchanged(range(len(self.sources)))
+            self.check_unchanged(self._present)
         try:
-            for part in self.order.parts(first, count):
+            for part in self._parts(first, count):
                 rows = part.rows
                 spans, counts = part.order.locate_all(part.windows)
                 index.copy_windows(*self._memory[part.source], spans, counts, rows, out)
@@ -253,7 +277,7 @@ class TrainData:
                     # The last token of a window is a label only.
                     ends.append(np.repeat(rows * s, counts) + np.minimum(in_window, s))
         except (ValueError, IndexError):
-            self.check_unchanged(range(len(self.sources)))  # else the samples are asked for wrongly
+            self.check_unchanged(self._present)  # else the samples are asked for wrongly
             raise
         self.check_unchanged(np.unique(sources).tolist())
         if self.vocab_size is not None and (place := first_foreign_id(out, self.vocab_size)) is not None:
@@ -280,20 +304,20 @@ class TrainData:
         return sorted({token for fim, _ in self._fim.values() for token in fim.ids})
 
     def check_unchanged(self, sources: Iterable[int]) -> None:
-        """Whether the files of some sources are still those that were opened.
+        """Whether the files of some sources, which are there, are still those that were opened.
 
         Raises:
             DataError: E350 one was cut or overwritten.
         """
         for source in sources:
-            self.sources[source].check_unchanged()
+            self._present[source].check_unchanged()
             self._stores[source].check_unchanged()
 
     def _foreign_id(self, sample: int, column: int, token_id: int, vocab_size: int) -> DataError:
         """The error for an id that is token ``column`` of a sample."""
         for document, offset, length in self.locate(sample):
             if column < length:
-                dataset = self.sources[self.sample_id(sample).source]
+                dataset = self.dataset(self.sample_id(sample).source)
                 return dataset.foreign_id(token_id, dataset.position_of(document, offset + column), vocab_size)
             column -= length
         raise AssertionError("the pieces of a sample are all of its tokens")
@@ -303,8 +327,8 @@ class TrainData:
         return self._sample(i)[0]
 
     def _sample(self, i: int) -> tuple[np.ndarray, list[Infill]]:
-        (part,) = self.order.parts(i, 1)
-        dataset = self.sources[part.source]
+        (part,) = self._parts(i, 1)
+        dataset = self.dataset(part.source)
         units, offsets, lengths = np.array(part.order.locate(int(part.windows[0]))).T
         sequences = dataset.first_sequences(units) if self._by_document else units
         starts = dataset.pointers[sequences] // dataset.dtype.itemsize + offsets
@@ -455,6 +479,7 @@ def open_train_data(
     note: Callable[[str], None] = say,
     ledger: Sequence[Rewind] = (),
     tokenizer: Tokenizer | None = None,
+    absent: Mapping[str, AbsentSource] | None = None,
 ) -> TrainData:
     """The training samples of a run whose config names sources.
 
@@ -462,6 +487,7 @@ def open_train_data(
         note: gets remarks about index files.
         ledger: what the run leaves out.
         tokenizer: the config's, where it has been loaded: fill-in-the-middle asks it for its tokens.
+        absent: sources that the rest of the run does without, by prefix.
     """
     if ledger and config.data.order == "megatron":
         rule = "is not for data.order=megatron, which has as many samples as the run reads"
@@ -478,6 +504,7 @@ def open_train_data(
         vocab_size=config.model.vocab_size,
         skips=Skips.of(ledger),
         fim=open_fim(config, tokenizer),
+        absent=absent,
     )
 
 
@@ -496,7 +523,9 @@ def open_valid_data(config: Config) -> list[ValidData]:
     ]
 
 
-def open_sources(phases: Sequence[Phase], sort: bool = True) -> tuple[list[IndexedDataset], list[dict[int, float]]]:
+def open_sources(
+    phases: Sequence[Phase], sort: bool = True, absent: Mapping[str, AbsentSource] | None = None
+) -> tuple[list[IndexedDataset | AbsentSource], list[dict[int, float]]]:
     """The training sources of a run, each once, and of each phase the shares of those that it draws from.
 
     Sources are told apart by what they hold: one that has another path in a later phase is still the same, with the
@@ -504,22 +533,23 @@ def open_sources(phases: Sequence[Phase], sort: bool = True) -> tuple[list[Index
 
     Args:
         sort: by fingerprint; else in the order in which they are named.
+        absent: those that are not opened, by prefix.
 
     Raises:
         DataError: E345 a source is empty; or it is missing, damaged or holds no token ids.
     """
     prefixes = dict.fromkeys(prefix for phase in phases for prefix in phase.train)
-    opened = {prefix: _open_tokens(prefix) for prefix in prefixes}
-    known: dict[tuple[str, int], IndexedDataset] = {}  # the number tells apart what one mix names twice
-    weights: list[dict[tuple[str, int], float]] = []
+    opened = {prefix: _open_source(prefix, absent or {}) for prefix in prefixes}
+    known: dict[SourceKey, IndexedDataset | AbsentSource] = {}  # the number tells apart what one mix names twice
+    weights: list[dict[SourceKey, float]] = []
     for phase in phases:
         datasets = [opened[prefix] for prefix in phase.train]
         for dataset in datasets:
             if dataset.num_tokens == 0:
                 raise DataError(45, f"{dataset.prefix}.bin", "holds no token", "leave this source out")
-        prints = [dataset.fingerprint for dataset in datasets]
-        keys = [(fingerprint, prints[:i].count(fingerprint)) for i, fingerprint in enumerate(prints)]
-        known |= dict(zip(keys, datasets, strict=True))
+        keys = keys_in_mix([dataset.fingerprint for dataset in datasets])
+        known |= {key: dataset for key, dataset in zip(keys, datasets, strict=True)
+                  if key not in known or not isinstance(dataset, AbsentSource)}  # fmt: skip
         tokens = [dataset.num_tokens for dataset in datasets]
         weights.append(dict(zip(keys, sampling_weights(list(phase.train.values()), phase.unit, tokens), strict=True)))
     keys = sorted(known) if sort else list(known)
@@ -531,6 +561,10 @@ def open_sources(phases: Sequence[Phase], sort: bool = True) -> tuple[list[Index
         values = values / values.sum()  # Blend divides by the sum once more, and so, in float64, does Megatron-LM
         shares.append({numbers[key]: float(share) for key, share in zip(ordered, values, strict=True)})
     return [known[key] for key in keys], shares
+
+
+def _open_source(prefix: str, absent: Mapping[str, AbsentSource]) -> IndexedDataset | AbsentSource:
+    return absent[prefix] if prefix in absent else _open_tokens(prefix)
 
 
 def _open_tokens(prefix: str | Path) -> IndexedDataset:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ENDING = "_text_document"  # which Megatron-LM's preparation appends to every prefix
@@ -29,6 +29,23 @@ def source_names(prefixes: Sequence[str | Path]) -> list[str]:
         if longer == lengths:
             return _numbered(names)
         lengths = longer
+
+
+SourceKey = tuple[str, int]
+"""Content of a source, and a number that tells apart what one mix names twice."""
+
+
+def keys_in_mix(fingerprints: Sequence[str]) -> list[SourceKey]:
+    """What the sources of one mix are told apart by, from their contents in the order in which they are named."""
+    return [(fingerprint, list(fingerprints[:i]).count(fingerprint)) for i, fingerprint in enumerate(fingerprints)]
+
+
+def names_by_prefix(mixes: Sequence[Sequence[str]], fingerprint_of: Mapping[str, str]) -> dict[str, str]:
+    """What a run calls each prefix of its mixes: a source that moves keeps one name, that of its last path."""
+    keys = [dict(zip(mix, keys_in_mix([fingerprint_of[prefix] for prefix in mix]), strict=True)) for mix in mixes]
+    last = {key: prefix for mix in keys for prefix, key in mix.items()}
+    names = dict(zip(sorted(last), source_names([last[key] for key in sorted(last)]), strict=True))
+    return {prefix: names[key] for mix in keys for prefix, key in mix.items()}
 
 
 def source_keys(fingerprints: Sequence[str]) -> list[str]:

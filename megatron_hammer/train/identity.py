@@ -12,8 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.base.files import hash_bytes
+from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.dataset.reader import IndexedDataset
+
+IDENTITY = "data"  # in the state of a checkpoint: all of this
 
 
 @dataclass(frozen=True)
@@ -118,3 +122,16 @@ def pair_up(old: Sequence[DatasetIdentity], new: Sequence[DatasetIdentity]) -> l
                 before[now[0]] = found[1]
     pairs = [SourcePair(was, now) for was, now in zip(before, new, strict=True)]
     return pairs + [SourcePair(was, None) for _, was in left]
+
+
+def saved_identity(manifest: Manifest) -> DataIdentity | None:
+    """What a checkpoint was trained on; None where it does not say."""
+    tree = manifest.state.get(IDENTITY)
+    if tree is None:
+        return None
+    try:
+        return DataIdentity.from_tree(tree)
+    except (TypeError, KeyError, AttributeError) as error:
+        rule = f"has a state whose {IDENTITY} is of the wrong form ({error})"
+        remedy = "read it with the version of the program that wrote it"
+        raise CheckpointError(6, str(manifest.folder), rule, remedy) from None

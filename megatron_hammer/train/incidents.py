@@ -81,7 +81,7 @@ def incident_path(config: Config, step: int, rewinds: int) -> Path:
 def _describe(data: TrainData, sample: int) -> dict[str, Any]:
     """Where the tokens of a sample come from: dataset, documents, and the text file of each where that is recorded."""
     (tree,) = describe_samples(data, sample, 1)
-    dataset = data.sources[data.sample_id(sample).source]
+    dataset = data.dataset(data.sample_id(sample).source)
     for piece in tree["pieces"]:
         if (origin := document_source(dataset, piece["document"])) is not None:
             piece["file"], piece["document_of_file"] = origin

@@ -130,7 +130,7 @@ class Run:
         self.drift = DriftCheck(config, self.optimizer, ctx) if config.train.drift_check_interval_steps else None
         self.first_step = self.state.step + 1
         told = say if ctx.world.rank == 0 else lambda text: None
-        self.data = open_train_data(config, told, prepared.rewinds, prepared.tokenizer)
+        self.data = open_train_data(config, told, prepared.rewinds, prepared.tokenizer, prepared.absent)
         self.data.prepare(self.state.consumed_samples, self.batch_sizes.at(self.state.consumed_samples))
         self.state = self.state.counted(self.data)
         self.batches = ReadAhead(

@@ -22,13 +22,14 @@ from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError,
 from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.checkpoint import digest
 from megatron_hammer.checkpoint.fit import check_fits
-from megatron_hammer.checkpoint.folder import Damaged, newest_checkpoint, open_checkpoint, search
+from megatron_hammer.checkpoint.folder import Damaged, open_checkpoint, search
 from megatron_hammer.checkpoint.kinds import STATE_KINDS, style_of
 from megatron_hammer.checkpoint.manifest import Manifest, check_resumable
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.dataset.reader import IndexedDataset, check_prefix
 from megatron_hammer.kernels.libraries.te import check_before_start
 from megatron_hammer.sampling import index_builder as index
+from megatron_hammer.sampling.absent import AbsentSource
 from megatron_hammer.sampling.fill_in_the_middle import open_fim
 from megatron_hammer.sampling.ledger import LEDGER as LEDGER_FILE
 from megatron_hammer.sampling.ledger import Ledger, Skips, ledger_from_trees, read_ledger
@@ -47,13 +48,21 @@ from megatron_hammer.train.changes import (
     ledger_entries,
     settle_changes,
 )
-from megatron_hammer.train.identity import DataIdentity, DatasetIdentity, MixIdentity, identify
+from megatron_hammer.train.identity import (
+    IDENTITY,
+    DataIdentity,
+    DatasetIdentity,
+    MixIdentity,
+    identify,
+    saved_identity,
+)
 from megatron_hammer.train.output import refuse_traces
 from megatron_hammer.train.past import Pasts, in_phases, phases_to_paste, with_further_phase
+from megatron_hammer.train.past_sources import absent_sources, check_absent, only_past, past_sources, seen_here
 
 OWED = "owed_line"  # in the state of a checkpoint: of metrics.jsonl, that of a step whose evaluation was cut short
 VERSIONS = "versions"  # in the state of a checkpoint: of the libraries that it was computed with
-IDENTITY, LEDGER = "data", "accepted"  # in the state of a checkpoint: the datasets, and the changes that were accepted
+LEDGER = "accepted"  # in the state of a checkpoint: the changes that were accepted
 REWINDS = "rewinds"  # in the state of a checkpoint: the lines of the ledger of its run so far; absent where none
 
 
@@ -72,6 +81,8 @@ class Inputs:
     """Remarks on the datasets; empty where ``check_data`` was False."""
     plan: RunPlan | None
     """See ``Prepared.plan``."""
+    absent: Mapping[str, AbsentSource] = field(default_factory=dict)
+    """See ``Prepared.absent``."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,8 @@ class Prepared:
     """Newer checkpoints of steps that a rewind has taken back; known to rank 0."""
     rewinds: Ledger = ()
     """The run's ledger: what it leaves out of the order of its samples."""
+    absent: Mapping[str, AbsentSource] = field(default_factory=dict)
+    """Sources that are not there, and that only phases behind the run draw from; by prefix."""
     inputs: Inputs | None = None
     """What all this was made of, with ``accepted``: a run that goes back begins again with these."""
     accepted: tuple[str, ...] = ()
@@ -169,20 +182,12 @@ def prepare(
         return _unjudged(inputs, Start())
     if not first_node:
         prepared = _unjudged(inputs, Start())
-        build_indices(dataclasses.replace(prepared, resume=_seen_here(inputs.config)))
+        build_indices(dataclasses.replace(prepared, resume=seen_here(inputs.config)))
         return prepared
     prepared = settle(inputs, find_start(inputs.config, accepted), accepted)
     if check_data:
         build_indices(prepared)
     return prepared
-
-
-def _seen_here(config: Config) -> Manifest | None:
-    """A checkpoint near the one that rank 0 will choose: says which indices are likely to be needed."""
-    try:
-        return newest_checkpoint(checkpoints_folder(config), note=lambda text: None)
-    except CheckpointError:
-        return None
 
 
 def look_at_inputs(config: Config, world_size: int, check_data: bool = True, accepted: Collection[str] = ()) -> Inputs:
@@ -194,24 +199,27 @@ def look_at_inputs(config: Config, world_size: int, check_data: bool = True, acc
         notes.append(f"index builder: {index.BACKEND}")
     if digest.BACKEND != "C++":
         notes.append(f"digest of the state: {digest.BACKEND}, 0.2 GB/s a rank at each save and start (C++: 20)")
+    past = past_sources(config)
     if not config.train.dry_run:  # which may describe a run whose data is elsewhere
         for prefix in [*config.data.train_prefixes, *(config.data.valid or {}).values()]:
-            check_prefix(prefix)  # before a tokenizer or its absence is spoken of: text as data is named first
+            if prefix not in past:
+                check_prefix(prefix)  # before a tokenizer or its absence is spoken of: text as data is named first
     tokenizer = None if config.tokenizer.path is None else load_tokenizer(config.tokenizer.path)
     if tokenizer is not None and (note := export_note(tokenizer)):
         notes.append(note)
     config = _with_vocab_size(config, tokenizer)
     open_fim(config, tokenizer)
     if config.train.dry_run:
-        return Inputs(config, tokenizer, DataIdentity(), notes, *_look_at_data(config, tokenizer))
+        return Inputs(config, tokenizer, DataIdentity(), notes, *_look_at_data(config, tokenizer, past))
     if check_data:
         check_before_start(config)
     if not config.data.mixes:
         raise ConfigError(
             7, "data.train", "is not set", "name the prefix of an indexed dataset: data.train=P_text_document"
         )
-    identity, data_notes, plan = _check_data(config, tokenizer, check_data)
-    return Inputs(config, tokenizer, identity, notes, data_notes, plan if check_data else None)
+    identity, data_notes, plan = _check_data(config, tokenizer, check_data, past)
+    notes += [f"{prefix} is not there; only phases that are past draw from it" for prefix in past]
+    return Inputs(config, tokenizer, identity, notes, data_notes, plan if check_data else None, absent_sources(past))
 
 
 def find_start(config: Config, accepted: Collection[str] = (), known_damage: Mapping[str, str] | None = None) -> Start:
@@ -320,6 +328,7 @@ def _unjudged(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> P
         is_fresh=start.resume is None and FRESH in accepted,
         taken_back=start.taken_back,
         rewinds=start.rewinds,
+        absent=inputs.absent,
         inputs=inputs,
         accepted=tuple(accepted),
     )
@@ -336,6 +345,7 @@ def settle(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prep
     prepared = _unjudged(inputs, start, accepted)
     if start.init_from is not None:
         check_fits(start.init_from, config.after_samples(0).model, {"weight"})
+    check_absent(inputs.absent, inputs.config, 0 if resume is None else resume.state["consumed_samples"])
     if resume is None:
         config.check_phase_ends()
         remarks = [
@@ -347,7 +357,7 @@ def settle(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prep
     check_resumable(resume)
     saved, step, consumed = config_from_tree(resume.config), resume.step + 1, resume.state["consumed_samples"]
     config, notes = hold_horizon(config, saved)
-    was = _saved_identity(resume)
+    was = saved_identity(resume)
     inputs, held, further = _carry_on_phases(dataclasses.replace(inputs, config=config), was, saved, consumed)
     config, notes = inputs.config, notes + held
     _check_style(resume, config)
@@ -363,7 +373,7 @@ def settle(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prep
     ledger = (*resume.state.get(LEDGER, ()), *ledger_entries(changes, step))
     if further is not None:
         notes.append(f"each source goes on where it stands at sample {consumed:,}: {phases_to_paste(further)}")
-        inputs = _with_config(inputs, further)
+        inputs = _with_config(inputs, further, was, consumed)
     inputs.config.check_phase_ends(consumed)
     plan = None if inputs.plan is None else dataclasses.replace(inputs.plan, consumed=consumed)
     new_samples = was is not None and Pasts(was, inputs.identity, saved, inputs.config).difference() is not None
@@ -376,6 +386,7 @@ def settle(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prep
         changes=tuple(lines),
         ledger=ledger,
         new_samples=new_samples,
+        absent=inputs.absent,
     )
 
 
@@ -401,15 +412,19 @@ def _carry_on_phases(
     if not (saved.data.phases and pasts.goes_on):
         return inputs, [], with_further_phase(config, pasts, consumed)
     config = in_phases(config, pasts.saved_phases(config))
-    return _with_config(inputs, config), [f"the phases are those of the checkpoint: {phases_to_paste(config)}"], None
+    inputs = _with_config(inputs, config, was, consumed)
+    return inputs, [f"the phases are those of the checkpoint: {phases_to_paste(config)}"], None
 
 
-def _with_config(inputs: Inputs, config: Config) -> Inputs:
+def _with_config(inputs: Inputs, config: Config, was: DataIdentity | None, consumed: int) -> Inputs:
     """The same with a config that names other phases."""
     looked_at = (*inputs.identity.train, *inputs.identity.valid.values())
-    known = {dataset.prefix: dataclasses.replace(dataset, share=None) for dataset in looked_at}
+    past = {} if was is None else only_past(config, was, consumed)
+    known = past | {dataset.prefix: dataclasses.replace(dataset, share=None) for dataset in looked_at}
     identity, _, plan = _check_data(config, inputs.tokenizer, read_ids=False, known=known)
-    return dataclasses.replace(inputs, config=config, identity=identity, plan=None if inputs.plan is None else plan)
+    absent = {**inputs.absent, **absent_sources(past)}
+    plan_told = None if inputs.plan is None else plan
+    return dataclasses.replace(inputs, config=config, identity=identity, plan=plan_told, absent=absent)
 
 
 def _check_style(resume: Manifest, config: Config) -> None:
@@ -425,25 +440,14 @@ def _check_style(resume: Manifest, config: Config) -> None:
         )
 
 
-def _saved_identity(manifest: Manifest) -> DataIdentity | None:
-    """What the checkpoint was trained on; None where it does not say."""
-    tree = manifest.state.get(IDENTITY)
-    if tree is None:
-        return None
-    try:
-        return DataIdentity.from_tree(tree)
-    except (TypeError, KeyError, AttributeError) as error:
-        rule = f"has a state whose {IDENTITY} is of the wrong form ({error})"
-        remedy = "read it with the version of the program that wrote it"
-        raise CheckpointError(6, str(manifest.folder), rule, remedy) from None
-
-
-def _look_at_data(config: Config, tokenizer: Tokenizer | None) -> tuple[list[str], RunPlan | None]:
+def _look_at_data(
+    config: Config, tokenizer: Tokenizer | None, past: Mapping[str, DatasetIdentity]
+) -> tuple[list[str], RunPlan | None]:
     """Remarks and plan for a dry run, which goes through without data, too: a layout may be looked at anywhere."""
     if not config.data.mixes:
         return ["data.train is not set: no plan of the data"], None
     try:
-        return _check_data(config, tokenizer, read_ids=True)[1:]
+        return _check_data(config, tokenizer, read_ids=True, known=past)[1:]
     except (DataError, ConfigError, RefusedError) as error:
         return [f"a run would stop here: {error}"], None
 
@@ -521,6 +525,7 @@ def _check_data(
 def build_indices(prepared: Prepared) -> None:
     """Have the indices of large datasets built and kept before the ranks start, which then only open them."""
     config, resume = prepared.config, prepared.resume
-    data = open_train_data(config, prepared.data_notes.append, prepared.rewinds, prepared.tokenizer)
+    told = prepared.data_notes.append
+    data = open_train_data(config, told, prepared.rewinds, prepared.tokenizer, prepared.absent)
     consumed = 0 if resume is None else resume.state["consumed_samples"]
     data.prepare(consumed, config.batch_sizes.at(consumed))

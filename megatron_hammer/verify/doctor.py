@@ -29,6 +29,7 @@ from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.checkpoint.space import checkpoint_bytes
 from megatron_hammer.config import Config
 from megatron_hammer.dataset.look.verify import verify_dataset
+from megatron_hammer.train.past_sources import past_sources
 from megatron_hammer.train.prepare import VERSIONS, checkpoints_folder, find_start, look_at_inputs, settle
 from megatron_hammer.verify.nvidia import driver_fault, driver_version, nccl_fault
 
@@ -291,6 +292,8 @@ def _settings(config: Config, world_size: int) -> Verdict:
 def _dataset(config: Config, prefix: str) -> Verdict:
     from megatron_hammer.tokenizer.load import load_tokenizer
 
+    if prefix in past_sources(config):
+        return "not applicable", "not there; only phases that are past draw from it", ""
     tokenizer = None if config.tokenizer.path is None else load_tokenizer(config.tokenizer.path)
     report = verify_dataset(prefix, tokenizer)
     report.raise_if_unsound()

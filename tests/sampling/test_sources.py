@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_hammer.sampling.sources import source_keys, source_names
+from megatron_hammer.sampling.sources import names_by_prefix, source_keys, source_names
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,10 @@ def test_names_are_short_and_no_two_are_equal(prefixes: list[str], names: list[s
 
 def test_keys_tell_sources_of_one_content_apart() -> None:
     assert source_keys(["f", "g", "f"]) == ["f", "g", "f.2"]
+
+
+def test_a_source_that_moves_keeps_one_name() -> None:
+    """As in the run, whose sources are told apart by content; what one mix names twice stays two."""
+    contents = {"/old/zh": "f", "/new/zh": "f", "/new/en": "g", "/copy/en": "g"}
+    names = names_by_prefix([["/old/zh", "/new/en"], ["/new/zh", "/new/en", "/copy/en"]], contents)
+    assert names == {"/old/zh": "zh", "/new/zh": "zh", "/new/en": "new.en", "/copy/en": "copy.en"}

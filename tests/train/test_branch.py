@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +18,9 @@ from megatron_hammer.config import Config, config_to_tree, load_config
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.sampling.samples import open_train_data
 from megatron_hammer.train.branch import make_branch
+from megatron_hammer.train.loop import train
 from megatron_hammer.train.prepare import prepare
+from tests.model.tiny import make_context
 from tests.train.runs import ROOT, begin_run, config_for, metrics, overrides, train_here, write_dataset
 
 
@@ -83,17 +88,26 @@ def test_what_cannot_be_a_branch_is_refused(parent: Path, tmp_path: Path) -> Non
 
 
 def test_the_example_makes_a_branch_once_and_trains_it(parent: Path, tmp_path: Path) -> None:
-    """With an interpreter that runs the tool and writes down how training is called."""
+    """With an interpreter that runs the tool and writes down how training is called; which is then done here, as it
+    was called, to the end of the budget, and once more, when there is nothing left to do."""
     stub = tmp_path / "python"
-    train = f'[ "$1" = -m ] && echo "$@" >> {tmp_path}/calls && exit 0'
-    stub.write_text(f'#!/bin/sh\n{train}\nexec {sys.executable} "$@"\n')
+    noted = f'[ "$1" = -m ] && echo "$@" >> {tmp_path}/calls && exit 0'
+    stub.write_text(f'#!/bin/sh\n{noted}\nexec {sys.executable} "$@"\n')
     stub.chmod(0o755)
     command = ["bash", str(ROOT / "examples/anneal.sh"), str(parent / "run"), "4", str(tmp_path / "new"), "1e3",
                f"{{{parent}/data/c: 1}}", "train.seed=1234"]  # fmt: skip
-    for _ in range(2):
+    for turn in range(2):
         subprocess.run(command, check=True, env=os.environ | {"PYTHON": str(stub), "PYTHONPATH": str(ROOT)})
-    calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == 2 and calls[0] == calls[1] and f"{tmp_path}/new/branch.yaml" in calls[0]
+        calls = (tmp_path / "calls").read_text().splitlines()
+        assert len(calls) == turn + 1 and calls[0] == calls[turn] and f"{tmp_path}/new/branch.yaml" in calls[0]
+        *options, file = calls[turn].split()
+        assert options[:4] == ["-m", "megatron_hammer.launch", "--nproc", "1"] and set(options[4::2]) == {"--accept"}
+        prepared = prepare(load_config(file), 1, accepted=options[5::2])
+        assert prepared.is_finished is (turn == 1)
+        assert turn or train(prepared, make_context(prepared.config)) == 0
+    lines = metrics(tmp_path / "new")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7, 8] and lines[-1]["lr"] == pytest.approx(3e-4)
+    assert lines[-1]["source/c/tokens"] == 4 * 256 and lines[3] == metrics(parent / "run")[3]
     assert subprocess.run(command[:4], capture_output=True, check=False).returncode == 2
 
 
@@ -104,3 +118,29 @@ def test_the_recipe_of_a_longer_context_is_valid() -> None:
     lengths = [(phase.seq_length, phase.rope_theta) for phase in config.phases]
     assert lengths == [(4096, 10_000), (4096, 10_000), (32768, 1_000_000)]
     assert 95e9 <= config.phases[2].first * 4096 < 95.002e9 and 99e9 < config.num_tokens < 101e9
+
+
+def test_the_recipe_of_a_longer_context_runs(parent: Path, tmp_path: Path) -> None:
+    """At toy size, with a 128th of the lengths: three mixes, then eight times the context, in one run."""
+    small = ["model.vocab_size=301", "model.hidden_size=16", "model.ffn_hidden_size=32", "model.num_layers=2",
+             "model.num_attention_heads=4", "model.num_query_groups=2", "model.max_position_embeddings=256",
+             "data.seq_length=32", "train.global_batch_size=4", "train.num_steps=14", "schedule.warmup_steps=2",
+             "schedule.anneal_steps=4", "log.tensorboard=false", f"train.output={tmp_path}/run"]  # fmt: skip
+    config = load_config(ROOT / "examples/recipes/4k_to_32k.yaml", small)
+    places = {"data/zh": "a", "data/en": "b", "data/code": "c", "data/books": "x"}
+    mixes = tuple(
+        dataclasses.replace(
+            mix,
+            train={f"{parent}/data/{places[prefix]}": weight for prefix, weight in mix.train.items()},
+            tokens=None if mix.tokens is None else round(mix.tokens / 85e9 * 1280),
+            seq_length=None if mix.seq_length is None else mix.seq_length // 128,
+        )
+        for mix in config.data.mixes
+    )
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, phases=mixes))
+    prepared = prepare(config, 1)
+    assert train(prepared, make_context(config)) == 0
+    lines = metrics(tmp_path / "run")
+    sizes = [after["consumed_tokens"] - before["consumed_tokens"] for before, after in itertools.pairwise(lines)]
+    assert lines[0]["consumed_tokens"] == 128 and sizes == [128] * 11 + [1024] * 2
+    assert all(math.isfinite(line["loss"]) for line in lines) and lines[-1]["lr"] == pytest.approx(5e-5)

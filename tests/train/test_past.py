@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.base.errors import ConfigError, RefusedError
+from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.checkpoint.folder import newest_checkpoint
 from megatron_hammer.checkpoint.manifest import saved_model
 from megatron_hammer.dataset.reader import IndexedDataset
@@ -125,6 +125,8 @@ def test_the_plan_counts_what_was_read(trained: Path) -> None:
     a = next(source for source in plan.totals if source.prefix.endswith("/a"))
     assert a.drawn == pytest.approx(32 * (32 * 2 / 3 + 64), abs=32)
     text = format_run_plan(plan)
+    assert [line.split()[5] for line in text.splitlines() if "data.phases[0]" in line] == ["a"], "its short name"
+    assert str(trained) not in text and "in epochs: a " in text
     assert "data.phases[0]" in text and "1 to 4" in text and "5 to 12" in text and "read so far, at sample 32" in text
     with pytest.raises(ConfigError, match="epochs over all phases") as caught:
         prepared_with(trained, *more, f"data.max_epochs={a.epochs * 0.99}")
@@ -178,6 +180,8 @@ def test_a_ramp_of_the_batch_size_is_a_function_of_consumed_samples(trained: Pat
     prepared = prepare(config_for(at("new", 7)), 1)
     assert names(prepared, 44) == names(prepared_with(trained), 44)
     assert prepared.plan is not None and "1 to 7" in format_run_plan(prepared.plan) and prepared.plan.tokens == 44 * 32
+    said = "from 4 to 8 samples, which step 5 is the first to have"
+    assert said in format_run_plan(prepared.plan) and "warm-up of 2 steps ends at sample 8" in prepared.plan.ramp
 
 
 @pytest.mark.parametrize(
@@ -234,3 +238,58 @@ def test_ranks_share_the_samples_of_phases(trained: Path, tmp_path: Path) -> Non
         assert ours["samples_digest"] == theirs["samples_digest"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
     assert metrics(tmp_path / "two")[-1]["valid/x/loss"] == pytest.approx(metrics(tmp_path / "one")[-1]["valid/x/loss"])
+
+
+def test_sources_of_past_phases_may_go(trained: Path, tmp_path: Path) -> None:
+    """Their files are gone: the run goes on to the same bytes, counts and names; nobody reads what is past."""
+    shutil.copytree(trained / "data", tmp_path / "data")
+    more = phases(tmp_path, "{steps: 2, train: {@a: 2, @b: 1}}", "{train: {@a: 1, @c: 1}}")
+    fixed = ("schedule.decay_steps=4", "train.eval_samples=2", "checkpoint.save_interval_steps=1",
+             "checkpoint.keep_last=4")  # fmt: skip
+
+    def at(folder: str, steps: int, *other: str) -> list[str]:
+        return overrides(tmp_path / "data", tmp_path / folder, *fixed, *(other or more), f"train.num_steps={steps}")
+
+    assert train_here(0, at("whole", 4)) == 0
+    assert train_here(0, at("parts", 2)) == 0
+    before = prepare(config_for(at("parts", 4)), 1)
+    named = names(before, 32)
+    (tmp_path / "data" / "b.bin").unlink()
+    after = prepare(config_for(at("parts", 4)), 1)
+    assert any(f"{tmp_path}/data/b is not there; only phases that are past" in note for note in after.notes)
+    assert before.plan is not None and after.plan is not None
+    assert format_run_plan(after.plan) == format_run_plan(before.plan) and after.ledger == ()
+    data = open_train_data(after.config, absent=after.absent)
+    assert [(data.fingerprints[s], epoch, window) for s, epoch, window in data.sample_ids(0, 32)] == named
+    past = next(i for i in range(16) if data.names[data.sample_id(i).source] == "b")
+    for look in (data.tokens, data.locate, lambda i: data.read(i, 1)):
+        with pytest.raises(DataError, match=r"E330.*b\.bin is not there.*the rest of the run does without"):
+            look(past)
+    assert train_here(0, at("parts", 4)) == 0
+    assert metrics(tmp_path / "parts")[-1]["samples_digest"] == metrics(tmp_path / "whole")[-1]["samples_digest"]
+    assert checkpoint_bytes(tmp_path / "parts", 4) == checkpoint_bytes(tmp_path / "whole", 4)
+    # From a checkpoint that is not as far, and for a new run, it is still needed.
+    for folder, step in (("parts", 1), ("new", 0)):
+        for later in range(step + 1, 5):
+            shutil.rmtree(tmp_path / folder / "checkpoints" / f"step-{later:08d}", ignore_errors=True)
+        with pytest.raises(DataError, match=r"E330.*b.bin is missing"):
+            prepare(config_for(at(folder, 4)), 1)
+
+
+def test_another_mix_does_not_need_the_sources_of_the_old_one(trained: Path, tmp_path: Path) -> None:
+    """``data.train`` alone, accepted: what was drawn before is carried on as a phase, whose files are gone."""
+    shutil.copytree(trained, tmp_path / "all")
+    folder = tmp_path / "all"
+    arguments = overrides(
+        trained / "data", folder / "run", f"data.train={{{trained}/data/c: 1}}", "--accept=data.train"
+    )
+    expected = prepare(config_for(arguments), 1, accepted=accepted_by(arguments))
+    for name in "ab":
+        (trained / "data" / f"{name}.idx").rename(folder / f"{name}.idx")
+    try:
+        taken = prepare(config_for(arguments), 1, accepted=accepted_by(arguments))
+    finally:
+        for name in "ab":
+            (folder / f"{name}.idx").rename(trained / "data" / f"{name}.idx")
+    assert sorted(Path(prefix).name for prefix in taken.absent) == ["a", "b"]
+    assert taken.config == expected.config and taken.identity == expected.identity and taken.plan == expected.plan
