@@ -173,11 +173,14 @@ class _Guarded(pickle.Unpickler):
         raise pickle.UnpicklingError("a persistent id")
 
 
+_MARKS = ("PUT", "BINPUT", "LONG_BINPUT")  # operations that give an object a number
+
+
 def _check_marks(content: bytes) -> None:
     """Refuse a pickle whose marks have higher numbers than it has bytes: the reader makes room for all up to them, so
     that twenty bytes would ask for 34 GB. Some 2 us for each operation of the pickle."""
     for operation, number, at in pickletools.genops(content):
-        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(number) <= len(content):
+        if operation.name in _MARKS and not (isinstance(number, int) and 0 <= number <= len(content)):
             raise pickle.UnpicklingError(f"byte {at} marks an object with the number {str(number)[:20]}")
 
 

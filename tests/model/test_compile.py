@@ -31,7 +31,7 @@ from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.kernels.test_fp8 import fp8_config
 from tests.kernels.test_fp8 import train as train_in_fp8
-from tests.model.tiny import build, make_context, rank_batches, tiny_config, train
+from tests.model.tiny import VARIANTS, build, make_context, rank_batches, slack, tiny_config, train
 from tests.train.runs import checkpoint_bytes, metrics, overrides, train_here, write_dataset
 
 COMPILED = {"kernels__compile": "layers", "model__num_layers": 3}
@@ -74,9 +74,12 @@ def compiled_training(rank: int, config: Config, steps: int, replay: bool, how: 
 
 
 def assert_close(got: Any, expected: Any) -> None:
-    """Reports of two trainings: other orders of fp32 sums, at most; the loss falls, so errors would grow."""
+    """Reports and weights of two trainings: other orders of fp32 sums, at most, while the loss falls."""
     for (loss, norm, *_), (loss_1, norm_1, *_) in zip(got[0], expected[0], strict=True):
         assert loss == pytest.approx(loss_1, rel=1e-5) and norm == pytest.approx(norm_1, rel=1e-3)
+    for name, weight in expected[1].items():
+        error = (got[1][name] - weight).nan_to_num().norm() / weight.nan_to_num().norm()
+        assert error < 1e-4 * slack(name), f"{name}: {error}"
 
 
 # ---- with generated code ------------------------------------------------------------------------------------------
@@ -132,38 +135,39 @@ def test_a_restart_is_bit_equal_and_another_setting_reads_it(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "recompute, layers, mask, attention",
+    "recompute, layers, mask, attention, variant",
     [
-        ("none", None, "causal", "sdpa"),
-        ("selective", None, "causal", "sdpa"),
-        ("full", None, "causal", "sdpa"),
-        ("none", None, "document", "sdpa-documents"),
-        ("selective", None, "document", "auto"),
-        ("full", 2, "document", "auto"),
+        ("none", None, "causal", "sdpa", "llama"),
+        ("selective", None, "causal", "sdpa", "qwen3"),
+        ("full", None, "causal", "sdpa", "biases"),
+        ("none", None, "document", "sdpa-documents", "qwen3"),
+        ("selective", None, "document", "auto", "biases"),
+        ("full", 2, "document", "auto", "qwen2"),
     ],
 )
-def test_with_masks_and_recompute(recompute: str, layers: int | None, mask: str, attention: str) -> None:
+def test_with_masks_and_recompute(recompute: str, layers: int | None, mask: str, attention: str, variant: str) -> None:
     """Three steps of four micro-batches; the number of documents is another one each time."""
-    changes: dict[str, Any] = dict(data__attention_mask=mask, kernels__attention=attention)
+    changes: dict[str, Any] = dict(data__attention_mask=mask, kernels__attention=attention) | VARIANTS[variant]
     config = tiny_config(**COMPILED, **changes, train__recompute=recompute, train__recompute_layers=layers)
     config.validate(1)
     assert_close(compiled_training(0, config, 3, True), train(0, tiny_config(**PLAIN, **changes), 3))
 
 
 @pytest.mark.parametrize(
-    "tp, sp, recompute, mask",
+    "tp, sp, recompute, mask, variant",
     [
-        (2, False, "none", "causal"),
-        (2, True, "none", "document"),
-        (2, True, "selective", "causal"),
-        (4, True, "full", "causal"),  # more ranks than query groups
+        (2, False, "none", "causal", "biases"),
+        (2, True, "none", "document", "qwen3"),
+        (2, True, "selective", "causal", "biases"),
+        (4, True, "full", "causal", "qwen3"),  # more ranks than query groups
     ],
 )
-def test_on_several_ranks(tp: int, sp: bool, recompute: str, mask: str) -> None:
+def test_on_several_ranks(tp: int, sp: bool, recompute: str, mask: str, variant: str) -> None:
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13) and not sp:
         pytest.skip("torch before 2.13 compiles this wrongly, and a run is refused (check_compiler)")
     changes: dict[str, Any] = dict(parallel__tensor_model_parallel_size=tp, parallel__sequence_parallel=sp)
     changes |= dict(data__attention_mask=mask, kernels__attention="sdpa" if mask == "causal" else "auto")
+    changes |= VARIANTS[variant]
     config = tiny_config(**COMPILED, **changes, train__recompute=recompute)
     config.validate(tp)
     got = run_distributed(tp, compiled_training, config, 3, True)

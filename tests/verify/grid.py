@@ -59,7 +59,17 @@ def with_variants(layouts: Sequence[Layout]) -> list[tuple[Layout, str]]:
     return [(layout, next(turns[layout["tensor_model_parallel_size"]])) for layout in layouts]
 
 
-def config_of(layout: Layout, variant: str = "llama") -> Config:
+def with_kinds(layouts: Sequence[Layout]) -> list[tuple[Layout, str, str]]:
+    """Each layout with a kind of model, and with an optimizer: Muon for a few in which every value occurs."""
+    of_muon: list[Layout] = []
+    missing = {value for layout in layouts for value in layout.items()}
+    while missing:
+        of_muon.append(max(layouts, key=lambda layout: len(missing & layout.items())))
+        missing -= of_muon[-1].items()
+    return [(layout, variant, "muon" if layout in of_muon else "adamw") for layout, variant in with_variants(layouts)]
+
+
+def config_of(layout: Layout, variant: str = "llama", style: str = "adamw") -> Config:
     """A tiny model with that layout; the same global batch for each."""
     # Few layers and micro-batches: a layer for each stage (the last one may do with its head), and for interleaved
     # stages as many micro-batches as a pipeline has ranks.
@@ -73,7 +83,8 @@ def config_of(layout: Layout, variant: str = "llama") -> Config:
         train__micro_batch_size=micro_batch, train__global_batch_size=8, train__num_steps=STEPS,
         parallel__gradient_bucket_bytes=400_000,
         # A large eps: without it AdamW's first steps are the signs of gradients, which rounding decides near zero.
-        optimizer__eps=1e-3, optimizer__lr=1e-3,
+        optimizer__eps=1e-3, optimizer__lr=1e-3, optimizer__style=style,
+        optimizer__newton_schulz="fp32" if style == "muon" else "auto",
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from tests.verify.grid import (
     pairs_of,
     ranks_of,
     whole_grid,
-    with_variants,
+    with_kinds,
 )
 
 GRID = whole_grid()
@@ -68,9 +68,11 @@ def on_ranks(layout: Layout, function: Any, *arguments: Any) -> list[Any]:
     return run_distributed(ranks_of(layout), function, *arguments, timeout=250)
 
 
-def check(layout: Layout, checkpoints: dict[str, Path], steps: int, variant: str = "llama") -> None:
-    config = config_of(layout, variant)
-    model = f"{variant}, {config.model.num_layers} layers, {config.data.attention_mask}"
+def check(
+    layout: Layout, checkpoints: dict[str, Path], steps: int, variant: str = "llama", style: str = "adamw"
+) -> None:
+    config = config_of(layout, variant, style)
+    model = f"{variant}, {config.model.num_layers} layers, {config.data.attention_mask}, {style}"
     # Gradients, weights and moments in fp64: sums in another order. Losses are fp32 scalars.
     outcomes, sizes = on_ranks(layout, exact_steps, config), Sizes(1, 1, 1)
     reference = exact_alone(alone(config))
@@ -98,11 +100,20 @@ def test_every_pair_of_values_is_covered() -> None:
     assert covered == set().union(*map(pairs_of, GRID)) and len(COVERING) < len(GRID) // 4
 
 
+KINDS = with_kinds(COVERING)
+
+
+def test_every_value_meets_muon() -> None:
+    values = {value for layout in COVERING for value in layout.items()}
+    assert values == {value for layout, _, style in KINDS if style == "muon" for value in layout.items()}
+    assert sum(style == "muon" for *_, style in KINDS) < len(KINDS) // 2
+
+
 @pytest.mark.parametrize(
-    "layout, variant", with_variants(COVERING), ids=[f"{name_of(at)}-{kind}" for at, kind in with_variants(COVERING)]
+    "layout, variant, style", KINDS, ids=[f"{name_of(layout)}-{'-'.join(kinds)}" for layout, *kinds in KINDS]
 )
-def test_covering_layouts(layout: Layout, variant: str, checkpoints: dict[str, Path]) -> None:
-    check(layout, checkpoints, 2, variant)
+def test_covering_layouts(layout: Layout, variant: str, style: str, checkpoints: dict[str, Path]) -> None:
+    check(layout, checkpoints, 2, variant, style)
 
 
 @pytest.mark.slow
