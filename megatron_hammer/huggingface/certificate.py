@@ -37,7 +37,12 @@ from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_fold
 from megatron_hammer.checkpoint.read import LogicalReader, load_model
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.huggingface.config import CONFIG, GENERATION_CONFIG, model_config_from_hf, read_json
-from megatron_hammer.huggingface.export import CERTIFICATE, certificate_line
+from megatron_hammer.huggingface.export import (
+    CERTIFICATE,
+    certificate_line,
+    documents_begin_with,
+    documents_end_with,
+)
 from megatron_hammer.huggingface.transformers_model import load_causal
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors, one_thread
 from megatron_hammer.tokenizer.model_folder import form_of_folder
@@ -120,6 +125,7 @@ def prove(checkpoint: Path, folder: Path, dtype: str, unproved: str = "") -> dic
         "bound": RELATIVE_BOUND,
         "texts": results,
         "tokenizer": tokenizer,
+        "documents": _documents(manifest),
         "dtype": dtype,
         "step": manifest.step,
         "checkpoint_digest": manifest.digest,
@@ -138,6 +144,18 @@ def prove(checkpoint: Path, folder: Path, dtype: str, unproved: str = "") -> dic
     path.unlink(missing_ok=True)  # of an earlier proof
     write_durably(path, (json.dumps(certificate, indent=2) + "\n").encode())
     return certificate
+
+
+def _documents(manifest: Manifest) -> dict[str, bool | None]:
+    """How documents began and ended in training, so that prompts can begin so; None where no dataset is there now."""
+    from megatron_hammer.tokenizer.load import load_tokenizer
+
+    folder = checked_tokenizer_folder(manifest)
+    tokenizer = None if folder is None else load_tokenizer(folder)
+    return {
+        "begin_with_bos": None if tokenizer is None else documents_begin_with(manifest, tokenizer.bos_id),
+        "end_with_eos": None if tokenizer is None else documents_end_with(manifest, tokenizer.eos_id),
+    }
 
 
 def check_config(model: ModelConfig, folder: Path) -> None:

@@ -155,11 +155,7 @@ def write_hf(
             unproved = conversion_obstacle(tokenizer) or f"--tokenizer {form} was asked for"
             if form == "as-is":
                 tokenizer.save_files(folder)
-        token_ids = {
-            "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": tokenizer.eos_id,
-            "pad_token_id": padding_id(tokenizer),
-        }
+        token_ids = token_ids_of(tokenizer)
     for path in folder.iterdir():
         sync_file(path)
     write_json(folder / CONFIG, hf_config_from_model(model, token_ids, dtype))
@@ -177,21 +173,42 @@ def _convert(tokenizer: Tokenizer, folder: Path, begin_with_bos: bool | None, mo
         raise RefusedError(error.number, error.what, error.rule, remedy) from None
 
 
+def token_ids_of(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """The special ids that config.json and generation_config.json name."""
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": padding_id(tokenizer),
+    }
+
+
 def documents_begin_with(manifest: Manifest, token: int | None) -> bool | None:
     """Whether the documents that a checkpoint was trained on begin with a token; None where none of them is there now.
 
     Of several sources, one that begins so is enough: the model has learnt what the token means. A source whose header
     says it is not opened.
     """
+    return _documents_have(manifest, token, "prepend_bos", 0)
+
+
+def documents_end_with(manifest: Manifest, token: int | None) -> bool | None:
+    """Whether they end with a token, as ``documents_begin_with``."""
+    return _documents_have(manifest, token, "append_eod", -1)
+
+
+def _documents_have(manifest: Manifest, token: int | None, option: str, place: int) -> bool | None:
+    """Whether documents have the token at a place: as the datasets' headers say, else by the token that is there."""
     found = []
-    for prefix in (manifest.config.get("data") or {}).get("train") or {}:
+    data = manifest.config.get("data") or {}
+    mixes = [data.get("train"), *(phase.get("train") for phase in data.get("phases") or ())]
+    for prefix in dict.fromkeys(prefix for mix in mixes for prefix in mix or {}):
         try:
             check_prefix(prefix)
             header = read_header(prefix)
-            if header is not None and "prepend_bos" in header.options:
-                found.append(token is not None and bool(header.options["prepend_bos"]))
+            if header is not None and option in header.options:
+                found.append(token is not None and bool(header.options[option]))
             elif (dataset := IndexedDataset(prefix)).num_tokens:
-                found.append(int(dataset.tokens[0]) == token)
+                found.append(int(dataset.tokens[place]) == token)
         except (DataError, OSError):  # moved, or never on this machine
             continue
     return any(found) if found else None
