@@ -16,8 +16,8 @@ import torch
 
 PACKAGE = Path(__file__).parent.parent / "megatron_hammer"
 ROWS = [  # what stands above may import what stands below
-    {"launch", "verify"},
-    {"profile", "supervise", "evaluation"},
+    {"command", "launch", "verify"},
+    {"profile", "supervise", "evaluation", "publish"},
     {"train", "megatron"},
     {"huggingface"},
     {"checkpoint"},

@@ -1,0 +1,168 @@
+"""What a run says of itself, gathered for its model card: figures only, no path, no name of a machine.
+
+::
+
+    checkpoint: config, tensors, counts of sources   --+
+    metrics.jsonl up to the checkpoint's step        --+--> Facts --> card.py
+    evaluations.jsonl, certificate.json              --+
+
+Whatever is not there (a run that was imported has no metrics) is None or empty, and the card leaves it out. Needs no
+torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.base.errors import DataError
+from megatron_hammer.base.reading import parse_json
+from megatron_hammer.checkpoint.manifest import Manifest, saved_model
+from megatron_hammer.config import Config, DataConfig, config_from_tree
+from megatron_hammer.dataset.reader import IndexedDataset
+from megatron_hammer.sampling.sources import ENDING, source_names
+from megatron_hammer.train.evaluator import EVALUATIONS
+from megatron_hammer.train.metrics_file import METRICS, read_lines
+
+MEAN_STEPS = 100  # of the training loss that the card states: one step's is noise
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of the data mix."""
+
+    name: str
+    weight: float
+    """As the config has it: a share, tokens or passes, see ``Facts.weights``."""
+    tokens_read: int | None
+    """By the run so far; None where nobody has counted."""
+    passes: float | None
+    """How often it was read; None where the dataset is not on this machine."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that the card is made of."""
+
+    config: Config
+    """Resolved, with its model; its paths are not for the card."""
+    parameters: int
+    step: int
+    tokens: int | None
+    """That training has consumed."""
+    phases: tuple[tuple[str, tuple[Source, ...]], ...]
+    """Length ("10,000,000 tokens"; empty: to the end of the run) and mix of each phase."""
+    loss: float | None
+    """Mean of the last ``MEAN_STEPS`` steps."""
+    valid: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Set -> figure -> value, of the last evaluation."""
+    valid_step: int | None = None
+    evaluations: Mapping[str, float] = field(default_factory=dict)
+    """Of train.evaluator, at ``evaluations_step``."""
+    evaluations_step: int | None = None
+    certificate: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has done all its steps."""
+        return self.step >= self.config.train.num_steps
+
+
+def gather(manifest: Manifest, run: Path | None, certificate: Mapping[str, Any]) -> Facts:
+    """The facts of a checkpoint.
+
+    Args:
+        run: the folder with metrics.jsonl and evaluations.jsonl; None where the checkpoint lies alone.
+    """
+    config = replace(config_from_tree(manifest.config), model=saved_model(manifest))
+    lines = [] if run is None else _lines(run / METRICS, manifest.step)
+    loss, valid_step, valid, read = None, None, dict[str, dict[str, float]](), dict[str, int]()
+    last: Mapping[str, Any] = {}
+    losses = []
+    for line in lines[-MEAN_STEPS:]:
+        last = parse_json(line)
+        losses.append(last.get("loss"))
+    finite = [value for value in losses if isinstance(value, int | float) and math.isfinite(value)]
+    if finite:
+        loss = sum(finite) / len(finite)
+    for line in reversed(lines):
+        if b'"valid/' in line:
+            found = parse_json(line)
+            valid_step, valid = int(found["step"]), figures_of(found, "valid/")
+            break
+    read = {name: int(v["tokens"]) for name, v in figures_of(last, "source/").items() if "tokens" in v}
+    evaluated = [] if run is None else _lines(run / EVALUATIONS, manifest.step)
+    evaluation = parse_json(evaluated[-1]) if evaluated else {}
+    tokens = last.get("consumed_tokens")
+    return Facts(
+        config=config,
+        parameters=sum(math.prod(tensor.shape) for tensor in manifest.tensors if tensor.kind == "weight"),
+        step=manifest.step,
+        tokens=int(tokens) if isinstance(tokens, int | float) else None,
+        phases=_phases(config.data, read),
+        loss=loss,
+        valid=valid,
+        valid_step=valid_step,
+        evaluations={
+            key.removeprefix("evaluation/"): value for key, value in evaluation.items()
+            if key.startswith("evaluation/") and isinstance(value, int | float)
+        },
+        evaluations_step=evaluation.get("step"),
+        certificate=certificate,
+    )  # fmt: skip
+
+
+def _lines(path: Path, up_to: int) -> list[bytes]:
+    """The lines of a file of steps, up to one; none where it is not there."""
+    try:
+        return [text for step, text in read_lines(path).lines if step <= up_to]
+    except OSError as error:
+        rule = f"cannot be read ({error.strerror})"
+        raise DataError(80, str(path), rule, "mend its permissions, or move it away") from None
+
+
+def figures_of(line: Mapping[str, Any], kind: str) -> dict[str, dict[str, float]]:
+    """``valid/NAME/FIGURE`` of a line as NAME -> FIGURE -> value; what is not finite is left out."""
+    found: dict[str, dict[str, float]] = {}
+    for key, value in line.items():
+        if key.startswith(kind) and isinstance(value, int | float) and math.isfinite(value):
+            name, _, figure = key.removeprefix(kind).rpartition("/")
+            found.setdefault(name, {})[figure] = value
+    return found
+
+
+def _phases(data: DataConfig, read: Mapping[str, int]) -> tuple[tuple[str, tuple[Source, ...]], ...]:
+    """The mixes of the run; sources go by the names that metrics.jsonl has, as far as these hide their folders."""
+    prefixes = data.train_prefixes
+    names, shown = (dict(zip(prefixes, found)) for found in (source_names(prefixes), _without_folders(prefixes)))
+    sizes = {prefix: _tokens_in(prefix) for prefix in prefixes}
+    found = []
+    for phase in data.mixes:
+        lengths = {unit: getattr(phase, unit) for unit in ("tokens", "samples", "steps")}
+        length = next((f"{value:,} {unit}" for unit, value in lengths.items() if value is not None), "")
+        sources = tuple(
+            Source(shown[p], weight, read.get(names[p]), _passes(read.get(names[p]), sizes[p]))
+            for p, weight in phase.train.items()
+        )
+        found.append((length, sources))
+    return tuple(found)
+
+
+def _without_folders(prefixes: Sequence[str]) -> list[str]:
+    """The name of each file without its ending; equal ones are numbered."""
+    ends = [Path(prefix).name.removesuffix(ENDING) or "data" for prefix in prefixes]
+    return [end if ends.count(end) == 1 else f"{end} ({ends[: i + 1].count(end)})" for i, end in enumerate(ends)]
+
+
+def _tokens_in(prefix: str) -> int | None:
+    try:
+        return IndexedDataset(prefix).num_tokens
+    except (DataError, OSError):  # moved, or never on this machine
+        return None
+
+
+def _passes(read: int | None, size: int | None) -> float | None:
+    return None if read is None or not size else read / size

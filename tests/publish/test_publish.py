@@ -1,0 +1,261 @@
+"""A run goes to a hub by stand-ins: what the card says, what goes, what is refused before anything is sent."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_hammer.base.errors import CheckpointError, ConfigError, DiskError, RefusedError
+from megatron_hammer.checkpoint.manifest import read_manifest
+from megatron_hammer.dataset.writer import IndexedWriter
+from megatron_hammer.huggingface.certificate import prove
+from megatron_hammer.huggingface.export import export_hf
+from megatron_hammer.publish import publish as publishing
+from megatron_hammer.publish.card import Wishes
+from megatron_hammer.publish.facts import gather
+from megatron_hammer.publish.hubs import FolderHub, HuggingFaceHub, ModelScopeHub, check_repository
+from megatron_hammer.publish.publish import prepare, publish
+from tests.checkpoint.layouts import tiny_model, write_layout
+from tests.huggingface.test_certificate import realistic
+
+MODEL = tiny_model(hidden_size=16, vocab_size=700)
+WISHES = Wishes("锤子 1M", "me/hammer-1m", "apache-2.0", ("zh", "en"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: Path) -> Path:
+    """A run with a checkpoint of step 7, its metrics and its export; to be copied."""
+    from megatron_hammer.tokenizer.load import load_tokenizer
+
+    run = tmp_path_factory.mktemp("runs") / "mine"
+    saved = write_layout(run / "checkpoints", MODEL, realistic(MODEL), tokenizer=load_tokenizer(tokenizer_model))
+    lines: list[dict[str, Any]] = [
+        {"step": step, "loss": 5.0 - step / 10, "lr": 1e-3, "consumed_tokens": 2048 * step, "skipped": False}
+        for step in range(1, 10)  # two steps after the checkpoint
+    ]
+    lines[4] |= {"valid/zh/loss": 4.25, "valid/zh/perplexity": 70.1, "valid/zh/bits_per_byte": 1.5}
+    lines[6] |= {"source/zh/tokens": 9000, "source/en/tokens": 5336}
+    lines[8] |= {"valid/zh/loss": 1.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "evaluations.jsonl").write_text('{"step": 6, "evaluation/ceval/acc": 0.26, "evaluation/x": null}\n')
+    export_hf(saved.folder, run / "hf", prove=prove, note=lambda text: None)
+    return run
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "runs" / "mine"))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What a hub's library was asked for."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    yield []
+
+
+class FakeHub:
+    """huggingface_hub and modelscope in one; ``trouble`` is raised by the call of that name."""
+
+    endpoint = "https://hub"
+
+    def __init__(self, asked: list[Any], token: str | None = "secret-token", **trouble: Exception) -> None:
+        self.asked, self.token, self.trouble = asked, token, trouble
+
+    def HfApi(self) -> FakeHub:
+        return self
+
+    HubApi = HfApi
+
+    def get_token(self) -> str | None:
+        return self.token
+
+    def _call(self, name: str, *words: Any, **options: Any) -> None:
+        if name in self.trouble:
+            raise self.trouble[name]
+        if "folder_path" in options:
+            options["files"] = sorted(
+                str(p.relative_to(options["folder_path"])) for p in Path(options["folder_path"]).rglob("*")
+            )
+            options["card"] = (Path(options["folder_path"]) / "README.md").read_text(encoding="utf-8")
+        self.asked.append((name, words, options))
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *words, **options: self._call(name, *words, **options)
+
+
+def test_the_card_has_the_run_s_own_figures_in_both_languages(run: Path) -> None:
+    card = prepare(run, WISHES, unfinished=True).card
+    _, header, text = card.split("---\n", 2)
+    fields = yaml.safe_load(header)
+    assert fields["license"] == "apache-2.0" and fields["language"] == ["zh", "en"]
+    assert fields["pipeline_tag"] == "text-generation" and fields["library_name"] == "transformers"
+    english, chinese = text.split("# 中文")
+    proof = json.loads((run / "hf" / "certificate.json").read_text())
+    for part in (english, chinese):
+        for figure in ("4.6000", "4.2500", "70.1000", "1.5000", "0.2600", "14,336", "me/hammer-1m",
+                       proof["checkpoint_digest"], "LlamaForCausalLM", "bfloat16"):  # fmt: skip
+            assert figure in part, figure
+    assert "## Validation" in english and "## 验证" in chinese and "at step 5" in english
+    assert english.count("\n## ") == chinese.count("\n## ") and english.count("|") == chinese.count("|")
+    assert "1.0000" not in card, "what came after the checkpoint is not its"
+
+
+def test_the_data_mix_is_told_by_names_without_folders(run: Path, tmp_path: Path) -> None:
+    for name in ("alice/zh", "en"):
+        with IndexedWriter(tmp_path / name.replace("/", "_"), vocab_size=700) as writer:
+            writer.add([1] * 500, [500])
+    data = {"train": {str(tmp_path / "alice_zh"): 3.0, str(tmp_path / "en_text_document"): 1.0, "/secret/bob/en": 4.0}}
+    manifest = read_manifest(run / "checkpoints" / "step-00000007")
+    facts = gather(replace(manifest, config=manifest.config | {"data": data}), run, {})
+    ((_, sources),) = facts.phases
+    assert [source.name for source in sources] == ["alice_zh", "en (1)", "en (2)"]
+    phases = {"phases": [{"tokens": 4096, "train": {"/x/zh": 1.0}}, {"train": {"/x/en": 1.0}}]}
+    facts = gather(replace(manifest, config=manifest.config | {"data": phases}), run, {})
+    assert [length for length, _ in facts.phases] == ["4,096 tokens", ""]
+    assert [source.tokens_read for _, (source,) in facts.phases] == [9000, 5336]
+
+
+@pytest.mark.parametrize(
+    ("license", "words"),
+    [("mit", "license: mit\n"), ("My Own", 'license: other\nlicense_name: "My Own"\n'), (None, "license: unknown\n")],
+)
+def test_the_licence_field(run: Path, license: str | None, words: str) -> None:
+    card = prepare(run, replace(WISHES, license=license), unfinished=True).card
+    assert words in card and ("No licence was stated" in card) == (license is None)
+
+
+def test_what_goes_is_the_proved_export_and_the_card(run: Path, asked: list[Any]) -> None:
+    (run / "hf" / "notes.txt").write_text("mine")
+    found = prepare(run, WISHES, unfinished=True)
+    before = {path.name for path in (run / "hf").iterdir()}
+    address = publish(found, HuggingFaceHub("me/hammer-1m", True, FakeHub(asked)))
+    assert address == "https://hub/me/hammer-1m"
+    (_, _, _), (made, words, made_options), (_, _, sent) = asked
+    assert made == "create_repo" and words == ("me/hammer-1m",) and made_options == {"private": True, "exist_ok": True}
+    assert set(sent["files"]) == {*json.loads((run / "hf" / "certificate.json").read_text())["files"],
+                                  "certificate.json", "README.md"}  # fmt: skip
+    assert "generation_config.json" in sent["files"] and "model.safetensors" in sent["files"]
+    assert sent["card"] == found.card and "step 7" in sent["commit_message"]
+    assert {path.name for path in (run / "hf").iterdir()} == before, "the export stays as it was proved"
+    assert not list(run.glob(".publish-*"))
+    listing = found.listing()
+    assert len(listing) == len(sent["files"]) and any(line.startswith("README.md ") for line in listing)
+
+
+def test_modelscope(run: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = prepare(run, WISHES, unfinished=True)
+    hub = ModelScopeHub("me/hammer-1m", False, FakeHub(asked))
+    monkeypatch.delenv("MODELSCOPE_API_TOKEN", raising=False)
+    with pytest.raises(ConfigError, match=r"E291.*set MODELSCOPE_API_TOKEN"):
+        publish(found, hub)
+    assert asked == []
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", "ms-0123456789")
+    assert publish(found, hub) == "https://www.modelscope.cn/models/me/hammer-1m"
+    assert [name for name, *_ in asked] == ["login", "create_repo", "upload_folder"]
+    assert asked[1][2]["visibility"] == "public"
+
+
+def test_a_folder(run: Path, tmp_path: Path) -> None:
+    found = prepare(run, WISHES, unfinished=True)
+    target = tmp_path / "out"
+    for _ in range(2):  # an earlier one is replaced
+        assert publish(found, FolderHub(target)) == str(target)
+        assert {path.name for path in target.iterdir()} == {*found.files, "README.md"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(RefusedError, match=r"E525"):
+        publish(found, FolderHub(tmp_path / "other"))
+
+
+def test_what_is_not_ready_is_refused_with_the_cure(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=r"E539.*step 7 of .*--unfinished"):
+        prepare(run, WISHES)
+    with pytest.raises(
+        CheckpointError, match=r"E493.*export first: python tools/checkpoint_to_hf.py --load .*step-00000007"
+    ):
+        prepare(run, WISHES, tmp_path / "absent", unfinished=True)
+    weights = run / "hf" / "generation_config.json"
+    weights.write_text(weights.read_text() + " ")
+    with pytest.raises(RefusedError, match=r"E540.*generation_config.json is not what the certificate proved"):
+        prepare(run, WISHES, unfinished=True)
+    certificate = json.loads((run / "hf" / "certificate.json").read_text())
+    (run / "hf" / "certificate.json").write_text(json.dumps(certificate | {"checkpoint_digest": "0" * 32}))
+    with pytest.raises(RefusedError, match=r"E540.*not of step-00000007; export that one first"):
+        prepare(run, WISHES, unfinished=True)
+    (run / "hf" / "certificate.json").unlink()
+    with pytest.raises(CheckpointError, match=r"E493.*has no certificate"):
+        prepare(run, WISHES, unfinished=True)
+    with pytest.raises(ConfigError, match=r"E290.*is not OWNER/NAME"):
+        check_repository("model")
+
+
+@pytest.mark.parametrize("place", ["path", "host", "secret", "home"])
+def test_nothing_private_goes(run: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    monkeypatch.setattr(publishing.platform, "node", lambda: "gpu-node-17")
+    text = {"path": f"see {run}/loss.png", "host": "made on gpu-node-17.", "secret": "key=0123456789abcdef",
+            "home": f"{Path.home()}/x"}[place]  # fmt: skip
+    prepare(run, replace(WISHES, description="made on gpu-node-170"), unfinished=True)
+    with pytest.raises(RefusedError, match=r"E541\]: README.md of hf holds") as refused:
+        prepare(run, replace(WISHES, description=text), unfinished=True)
+    assert "0123456789abcdef" not in str(refused.value)
+
+
+def test_what_a_hub_refuses_is_one_line_without_the_token(
+    run: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = prepare(run, WISHES, unfinished=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
+
+    def hub(**options: Any) -> HuggingFaceHub:
+        return HuggingFaceHub("me/m", False, FakeHub(asked, **options))
+
+    with pytest.raises(ConfigError, match=r"E291.*finds no token; run hf auth login"):
+        publish(found, hub(token=None))
+    refused = Exception("401 Client Error: bad hf_0123456789")
+    with pytest.raises(ConfigError, match=r"E291.*refused by the hub.*\$HF_TOKEN"):
+        publish(found, hub(whoami=refused))
+    forbidden = Exception("no")
+    forbidden.response = SimpleNamespace(status_code=403)  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"E291\]: me/m is refused.*that me/m is yours"):
+        publish(found, hub(create_repo=forbidden))
+    with pytest.raises(DiskError, match=r"E604\]: me/m could not be reached, or failed .ConnectionError: no route"):
+        publish(found, hub(upload_folder=ConnectionError("no route")))
+    assert not any(name == "upload_folder" for name, *_ in asked)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match=r"E291\]: HF_HUB_OFFLINE is set"):
+        publish(found, hub())
+
+
+def test_the_program(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+    import publish as program  # type: ignore[import-not-found]
+
+    def call(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["publish.py", str(run), "--unfinished", *words])
+        program.main()
+        return capsys.readouterr().out
+
+    said = call("--to", "hf", "--repo", "me/m", "--dry-run")
+    assert "model.safetensors" in said and "would go to me/m; the card:" in said and "# 中文" in said
+    assert os.environ.get("HF_TOKEN") is None or os.environ["HF_TOKEN"] not in said
+    assert (
+        call("--to", "folder", "--output", str(tmp_path / "out"), "--license", "mit") == f"wrote {tmp_path / 'out'}\n"
+    )
+    for words in (("--to", "folder"), ("--to", "hf"), ("--to", "hf", "--repo", "m")):
+        with pytest.raises(ConfigError, match=r"E290"):
+            call(*words)

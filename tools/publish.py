@@ -1,0 +1,73 @@
+"""Publish a finished run's export: on Hugging Face's Hub, on ModelScope, or as a folder, with a model card.
+
+    python tools/checkpoint_to_hf.py --load runs/mine --output runs/mine/hf
+    python tools/publish.py runs/mine --to hf --repo me/my-model --license apache-2.0 --dry-run
+    python tools/publish.py runs/mine --to hf --repo me/my-model --license apache-2.0
+
+The card (README.md, in English and Chinese) has the run's own figures: sizes, settings, the data mix as it was read,
+losses, evaluations, and the certificate that the export is the trained model. --dry-run shows the files and the card,
+and sends nothing. Paths, the machine's name and values of secrets are looked for and refused. Tokens: hf auth login or
+HF_TOKEN; MODELSCOPE_API_TOKEN. A mirror of the Hub: HF_ENDPOINT.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import require_package  # noqa: F401
+
+from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.base.progress import say
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="publish.py", description=__doc__)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="folder of a run, or a checkpoint")
+    add("--to", required=True, choices=("hf", "modelscope", "folder"), help="where it goes")
+    add("--repo", metavar="OWNER/NAME", help="the model's name on the hub")
+    add("--output", type=Path, metavar="DIR", help="with --to folder: the new folder")
+    add("--export", type=Path, metavar="DIR", help="the run's Hugging Face folder (default: RUN/hf)")
+    add("--step", type=int, metavar="N", help="of the run: the checkpoint of this step, not the latest")
+    add("--license", metavar="ID", help="of the weights: apache-2.0, mit, cc-by-4.0, ... or a name of your own")
+    add("--language", nargs="+", default=["zh", "en"], metavar="CODE", help="of the texts (default: zh en)")
+    add("--name", metavar="TEXT", help="title of the card (default: NAME of --repo, or that of the folder)")
+    add("--description", type=Path, metavar="FILE", help="text of yours for the beginning of the card")
+    add("--private", action="store_true", help="a new repository is private")
+    add("--unfinished", action="store_true", help="publish a run that has steps left")
+    add("--dry-run", action="store_true", help="show what would go; nothing is sent, no network is used")
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    from megatron_hammer.base.reading import read_regular
+    from megatron_hammer.publish.card import Wishes
+    from megatron_hammer.publish.hubs import FolderHub, HuggingFaceHub, ModelScopeHub, check_repository
+    from megatron_hammer.publish.publish import prepare, publish
+
+    to, repository, output = arguments.to, arguments.repo, arguments.output
+    missing = "--output DIR" if to == "folder" and output is None else "--repo OWNER/NAME"
+    if (output if to == "folder" else repository) is None:
+        raise ConfigError(90, f"--to {to}", f"needs {missing}", f"add {missing}")
+    if repository is not None:
+        check_repository(repository)
+    name = arguments.name or (repository or "").rpartition("/")[2] or output.resolve().name
+    description = "" if arguments.description is None else read_regular(arguments.description).decode("utf-8")
+    wishes = Wishes(name, repository, arguments.license, tuple(arguments.language), description)
+    found = prepare(arguments.run, wishes, arguments.export, arguments.step, arguments.unfinished)
+    if arguments.license is None:
+        say("note: no --license: without one nobody else may use the weights")
+    if arguments.dry_run:
+        print(*found.listing(), "", f"would go to {repository or output}; the card:", "", found.card, sep="\n")
+        return
+    if to == "folder":
+        print(f"wrote {publish(found, FolderHub(output))}")
+        return
+    kind = HuggingFaceHub if to == "hf" else ModelScopeHub
+    print(f"published {publish(found, kind(repository, arguments.private))}")
+
+
+if __name__ == "__main__":
+    run(main)
