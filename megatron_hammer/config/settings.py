@@ -885,9 +885,9 @@ class LogConfig:
     """Steps between two printed lines (a terminal gets a progress bar)."""
     tensorboard: Free[bool] = True
     """Write OUT/tensorboard/NAME/ too, NAME being OUT's own: TensorBoard calls the run so."""
-    trackers: Free[tuple[Literal["wandb", "swanlab", "mlflow"], ...]] = ()
-    """Services that get what metrics.jsonl has: [wandb, swanlab, mlflow], any of them. One that is named and not
-    installed is an error; one that fails later costs a warning and no step."""
+    trackers: Free[tuple[Literal["wandb", "swanlab", "mlflow", "prometheus", "opentelemetry"], ...]] = ()
+    """Services that get what metrics.jsonl has: [wandb, swanlab, mlflow, prometheus, opentelemetry], any of them. One
+    that is named and not installed is an error; one that fails later costs a warning and no step."""
     tracker_project: Free[str] = "megatron_hammer"
     """The project (MLflow: experiment) under which the services show the run."""
     tracker_run_name: Free[str | None] = None
@@ -895,6 +895,11 @@ class LogConfig:
     trackers_offline: Free[bool] = False
     """Write the services' files to OUT/trackers/ and send nothing, to be sent later with their own commands. false:
     online, or as the clients' own variables say (WANDB_MODE=offline)."""
+    prometheus_textfile: Place[str | None] = None
+    """With trackers=[prometheus]: folder of node_exporter's textfile collector, where the run keeps a .prom file;
+    absent: an HTTP endpoint."""
+    prometheus_address: Free[str] = "127.0.0.1:9464"
+    """Where that endpoint listens: HOST:PORT. The default is for this machine alone; 0.0.0.0:9464 for all networks."""
     peak_tflops: Free[float | None] = None
     """Dense peak of one device in the run's precision, for MFU; absent: known data-centre GPUs, else MFU is null."""
 
@@ -914,6 +919,13 @@ class LogConfig:
                 f"must be {words} for {service}",
                 "choose another name",
             )
+        host, _, port = self.prometheus_address.rpartition(":")
+        require(
+            bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 65536,
+            f"log.prometheus_address={self.prometheus_address!r}",
+            "must be HOST:PORT with a port from 1 to 65535",
+            "use 127.0.0.1:9464",
+        )
         peak = self.peak_tflops
         require(
             peak is None or peak > 0, f"log.peak_tflops={peak}", "must be positive", "state the device's dense peak"

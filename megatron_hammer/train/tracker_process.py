@@ -1,13 +1,14 @@
-"""The process that one experiment tracker's client runs in, and what each client is told: W&B, SwanLab, MLflow.
+"""The process that one experiment tracker's client runs in, and what each client is told: W&B, SwanLab, MLflow; the
+clients of monitoring systems are in ``monitoring.py``.
 
 ``trackers.py`` starts it as ``python -m megatron_hammer.train.tracker_process NAME`` and writes JSON lines to its
 standard input: first the run, then an object a step, last how the run ended. A client in a process of its own can hang,
 crash, print and start threads as it likes: the run does not notice. What it prints goes to OUT/trackers/NAME.log.
 
-A client is a class with three methods (``Client``); another service (an exporter for Prometheus, say) is one more of
-them and a row in ``CLIENTS``. All get the same: config and environment once, and of each step what metrics.jsonl has
-under the same names. Where metrics.jsonl has null there is no point; text (``samples_digest``) goes where a service has
-a place for text. Needs no torch.
+A client is a class with three methods (``Client``); another service is one more of them and a row in ``CLIENTS``. All
+get the same: config and environment once, and of each step what metrics.jsonl has under the same names. Where
+metrics.jsonl has null there is no point; text (``samples_digest``) goes where a service has a place for text. Needs no
+torch.
 
 The run's name at the service is kept in OUT/trackers/NAME.json, so that a run that goes on from a checkpoint goes on
 there too. A run that begins at step 1 is a new one.
@@ -23,38 +24,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_hammer.base.files import replace_file
 from megatron_hammer.base.reading import parse_json, read_regular
-
-Line = Mapping[str, float | bool | str | None]
+from megatron_hammer.train.monitoring import OpenTelemetryClient, PrometheusClient
+from megatron_hammer.train.tracked_run import Line, TrackedRun
 
 END_SECONDS = 60  # how long a client may take after the run has gone away: twice what the run itself waits for it
-
-
-@dataclass(frozen=True)
-class TrackedRun:
-    """What a client is told of a run before its first step."""
-
-    folder: str
-    """Where the client keeps its files: OUT/trackers."""
-    project: str
-    name: str
-    offline: bool
-    """Write files only. Otherwise the client's own environment variables decide (WANDB_MODE and so on)."""
-    resumed: bool
-    """Goes on from a checkpoint; otherwise an id that an earlier run left is not taken up."""
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    """Versions, device, ranks: at the present start."""
-
-    def to_tree(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 class Client(Protocol):
@@ -188,14 +168,25 @@ class Service:
     """One row of the table of services."""
 
     client: Callable[[Any, TrackedRun, str | None], Client]
+    modules: tuple[str, ...]
+    """The client library's; the first is handed to the client."""
     attribute: str
-    """What the library must have. A folder of its name in the working directory, as W&B leaves one, imports too."""
+    """What the first must have. A folder of its name in the working directory, as W&B leaves one, imports too."""
+    packages: str
+    """What pip installs for it."""
 
 
 CLIENTS = {
-    "wandb": Service(WandbClient, "init"),
-    "swanlab": Service(SwanLabClient, "init"),
-    "mlflow": Service(MlflowClient, "tracking"),
+    "wandb": Service(WandbClient, ("wandb",), "init", "wandb"),
+    "swanlab": Service(SwanLabClient, ("swanlab",), "init", "swanlab"),
+    "mlflow": Service(MlflowClient, ("mlflow",), "tracking", "mlflow"),
+    "prometheus": Service(PrometheusClient, ("prometheus_client",), "CollectorRegistry", "prometheus_client"),
+    "opentelemetry": Service(
+        OpenTelemetryClient,
+        ("opentelemetry.sdk.metrics", "opentelemetry.exporter.otlp.proto.http.metric_exporter"),
+        "MeterProvider",
+        "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http",
+    ),
 }
 
 
@@ -205,10 +196,17 @@ def import_library(name: str) -> Any:
     Raises:
         ImportError: it is not installed.
     """
-    library = import_module(name)
-    if not hasattr(library, CLIENTS[name].attribute):
-        raise ModuleNotFoundError(f"No module named {name!r}")
+    service = CLIENTS[name]
+    library, *_ = [import_module(module) for module in service.modules]
+    if not hasattr(library, service.attribute):
+        raise ModuleNotFoundError(f"No module named {service.modules[0]!r}", name=service.modules[0])
     return library
+
+
+def is_missing(name: str, error: BaseException) -> bool:
+    """Whether the library itself, not something that it needs, is not installed."""
+    absent = error.name if isinstance(error, ModuleNotFoundError) else None
+    return absent is not None and any(f"{module}.".startswith(f"{absent}.") for module in CLIENTS[name].modules)
 
 
 def _kept_id(path: Path) -> str:
@@ -255,8 +253,7 @@ def main() -> int:
         else:
             serve(name, TrackedRun(**json.loads(sys.stdin.readline())))
     except BaseException as error:
-        missing = isinstance(error, ModuleNotFoundError) and f"'{name}'" in str(error)
-        reason = "missing" if missing else " ".join(f"{type(error).__name__}: {error}".split())
+        reason = "missing" if is_missing(name, error) else " ".join(f"{type(error).__name__}: {error}".split())
         answer.write(reason[:500] + "\n")
         return 1
     return 0

@@ -29,7 +29,8 @@ from typing import Any
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.config import Config, config_to_tree
-from megatron_hammer.train.tracker_process import TrackedRun
+from megatron_hammer.train.tracked_run import TrackedRun
+from megatron_hammer.train.tracker_process import CLIENTS
 
 KEPT_LINES = 10_000  # of about 500 bytes: what a run of a step a second makes while a service is away for three hours
 CLOSE_SECONDS = 30.0  # a scheduler that stops a run kills it a minute or more later; by then the checkpoint is written
@@ -54,19 +55,20 @@ def check_trackers(names: Sequence[str]) -> None:
     }
     reasons = {name: _reason(process) for name, process in started.items()}
     for name, reason in reasons.items():
+        packages = CLIENTS[name].packages
         if reason == "missing":
             raise ConfigError(
                 17,
                 f"log.trackers: {name}",
                 "is named and its library is not installed here",
-                f'pip install {name} (or pip install -e ".[{name}]"), or take {name} out of log.trackers',
+                f'pip install {packages} (or pip install -e ".[{name}]"), or take {name} out of log.trackers',
             )
         if reason:
             raise ConfigError(
                 17,
                 f"log.trackers: {name}",
                 f"is named and its library cannot be imported ({reason})",
-                f"pip install --upgrade {name}, or take {name} out of log.trackers",
+                f"pip install --upgrade {packages}, or take {name} out of log.trackers",
             )
 
 
