@@ -13,6 +13,9 @@ digest of a run's state; NumPy is its twin.
 operations on torch's stable C++ ABI. It is built where nvcc and a torch for CUDA are present (the latter is not under
 build isolation: ``pip install --no-build-isolation``), and otherwise one line says why it is not. ``HAMMER_CUDA_ARCHS``
 names the architectures, such as ``80,90``; ``none`` leaves it out.
+
+``tools/`` -> ``megatron_hammer/tools/`` in a wheel: the programs that the command ``hammer`` finds there. An editable
+installation and the repository itself use ``tools/`` where it is.
 """
 
 import importlib.util
@@ -25,6 +28,7 @@ from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 NO_EXTENSIONS = "HAMMER_NO_EXTENSIONS"
 CUDA_ARCHS = "HAMMER_CUDA_ARCHS"
@@ -168,6 +172,19 @@ class BuildExtensions(build_ext):
             ) from error
 
 
+class BuildWithTools(build_py):
+    """``build_py`` that puts the programs of tools/ into the package."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for source in [*Path("tools").glob("*.py"), *Path("tools/require_package").glob("*.py")]:
+            target = Path(self.build_lib, "megatron_hammer", source)
+            self.mkpath(str(target.parent))
+            self.copy_file(str(source), str(target))
+
+
 def extensions() -> list[Extension]:
     """What this machine can build and the user wants."""
     if os.environ.get(NO_EXTENSIONS) == "1":
@@ -179,4 +196,4 @@ def extensions() -> list[Extension]:
 
 
 if __name__ == "__main__":  # a test imports this file for its flags
-    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtensions})
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtensions, "build_py": BuildWithTools})

@@ -46,6 +46,8 @@ class ArgumentParser(argparse.ArgumentParser):
         self._words: list[str] = []
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        if sys.argv[0].startswith("hammer ") and ".py" in (prog := str(kwargs.get("prog", ""))):
+            kwargs["prog"] = sys.argv[0] + prog.partition(".py")[2]  # a sub-command (command.py): what was typed
         super().__init__(**kwargs)
 
     def print_help(self, file: Any = None) -> None:
