@@ -9,7 +9,7 @@ Every message has the same four parts, so that a reader always finds the same th
 Exit codes of every program of this project (``docs/errors.md`` lists the numbers):
 
     0 done | 2 usage or config | 3 data or input text | 4 checkpoint | 5 refused (fingerprint, certificate)
-    6 disk or I/O | 7 a rank died | 8 a rank hung | 9 non-finite | 10 out of memory | 11 ranks drifted apart
+    6 disk or I/O | 7 a rank died | 8 a rank hung | 9 non-finite | 10 out of memory | 11 unequal bits
     75 stopped by a signal, saved: run the same command again
 
 What only a mistake in this code can cause is an ``assert``, and ends in a traceback.
@@ -137,7 +137,7 @@ class MemoryShortage(HammerError):
 
 
 class DriftError(HammerError):
-    """Ranks no longer hold the same bits of what they hold in common."""
+    """Bits differ that must be the same: of what ranks hold in common, or of what is computed twice."""
 
     exit_code = 11
 

@@ -782,6 +782,11 @@ class TrainConfig:
     weights on data-parallel ranks, norms and copied key and value rows on tensor-parallel ones, their optimizer state.
     The run ends where they do not (exit code 11), and nothing is saved. A check is a pass over the weights: at 100 it
     costs 0.1 % of the time. 0: never."""
+    sdc_check_interval_steps: Free[int] = 0
+    """Steps between two checks for silent data corruption: the first micro-batch of the step is run twice, and each
+    rank compares the bits of its losses and gradients before anything is updated. Where they differ the run ends (exit
+    code 11), the rank and the parameter are named, and OUT/incidents/ says more. Costs one micro-batch in so many
+    steps: at 100 less than 1 % of the time. On a GPU with kernels.deterministic=true only. 0: never."""
     deterministic_reduction: Free[Literal["off", "tree"]] = "off"
     """tree: losses, gradients and their norm are summed in a fixed tree over the global batch's micro-batches, so that
     the loss curve and the checkpoints are the same bit for bit on 1, 2, 4, 8 ... data-parallel ranks, also when
@@ -813,6 +818,7 @@ class TrainConfig:
         require(z > 0, f"train.spike_z_score={z}", "must be above 0", "12 is the default; a larger one reports less")
         at_least("train", {k: getattr(self, k) for k in names}, 1)
         at_least("train", {k: getattr(self, k) for k in ("z_loss", "drift_check_interval_steps")}, 0)
+        at_least("train", {"sdc_check_interval_steps": self.sdc_check_interval_steps}, 0)
         at_least("train", {k: getattr(self, k) for k in ("rewind_skip_steps_before", "rewind_skip_steps_after")}, 0)
         require(0 <= self.seed < 2**32, f"train.seed={self.seed}", "must lie in [0, 2^32)", "choose a smaller seed")
         require(self.output != "", "train.output=''", "must name a folder", "set train.output")

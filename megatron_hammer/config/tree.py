@@ -136,7 +136,7 @@ class Config:
         )
         obstacles = {
             12: _te_obstacle, 13: _fp8_obstacle, 14: _recompute_obstacle, 15: _compile_obstacle, 16: _graph_obstacle,
-            21: _shard_obstacle, 23: _rewind_obstacle,
+            21: _shard_obstacle, 23: _rewind_obstacle, 24: _corruption_obstacle,
         }  # fmt: skip
         for number, (what, rule, remedy) in ((n, find(self)) for n, find in obstacles.items()):
             require(not what, what, rule, remedy, number)
@@ -542,6 +542,18 @@ def _rewind_obstacle(config: Config) -> tuple[str, str, str]:
         return "", "", ""
     rule = "is not for data.order=megatron, which has as many samples as the run reads"
     return what, rule, "use data.order=independent"
+
+
+def _corruption_obstacle(config: Config) -> tuple[str, str, str]:
+    """Why a micro-batch would not have the same bits twice (setting, rule, remedy), or empty strings."""
+    interval, kernels = config.train.sdc_check_interval_steps, config.kernels
+    what = f"train.sdc_check_interval_steps={interval}"
+    if interval and kernels.fp8 == "delayed":
+        rule = "is not for kernels.fp8=delayed, which scales each micro-batch by those before it"
+        return what, rule, "use kernels.fp8=current, or leave it out"
+    if interval and config.train.device == "cuda" and not kernels.deterministic:
+        return what, "needs kernels.deterministic=true on a GPU", "set it too, or leave the check out"
+    return "", "", ""
 
 
 def _graph_obstacle(config: Config) -> tuple[str, str, str]:

@@ -80,6 +80,10 @@ class Optimizer:
             self.divisor = (self.loss_scale / factor).float()
         return norm
 
+    def hold_back(self, where: Tensor) -> None:
+        """Leave out the update of this step where a device bool, equal on all ranks, is true."""
+        self.applied = self.applied & ~where
+
     @torch.no_grad()
     def step(self, lr: float, loss: Tensor | None = None) -> Tensor:
         """Update the weights everywhere; returns a device bool, equal on all ranks: was it applied?

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,19 @@ Sharded = Literal["optimizer", "gradients", "weights"]
 """What is divided over the ranks; each includes those before it."""
 
 Result = TypeVar("Result")
+
+
+class Watch(Protocol):
+    """Somebody who is shown the gradients of a micro-batch before they are reduced (``train/corruption.py``)."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing is reduced at all: the next micro-batch writes over these gradients."""
+        ...
+
+    def gradients(self, store: FlatStore, bucket: Bucket) -> None:
+        """All gradients of a bucket are there."""
+        ...
 
 
 class StoredGradient:
@@ -80,10 +93,8 @@ class StoredGradient:
         assert self.index in missing, f"{store.table[self.index].name} got a gradient after its last one"
         if last:
             missing.remove(self.index)
-            if not missing and (store.last or store.sums_are_new):
-                store.start_reduction(self.bucket)
-                if not store.overlap_reduce:
-                    self.bucket.handle.wait()
+            if not missing:
+                store.complete(self.bucket)
         return result
 
     def ready(self) -> None:
@@ -152,6 +163,7 @@ class FlatStore:
         self._reducing: Bucket | None = None
         self.version = 0
         self.first = self.last = False
+        self.watch: Watch | None = None
         self.begun = torch.tensor(False)
         self._counted = self.counted()
         self._shared = {over: list(self._slices_summed_over(over)) for over in ("tp", "kv", "stages")}
@@ -234,9 +246,13 @@ class FlatStore:
         all_reduce(total, self.ctx.dp)
         return total
 
-    def begin(self, first: bool, last: bool) -> None:
-        """Say which micro-batch of the step comes; after the last one's backward the reduction is under way."""
-        self.first, self.last = first, last
+    def begin(self, first: bool, last: bool, watch: Watch | None = None) -> None:
+        """Say which micro-batch of the step comes; after the last one's backward the reduction is under way.
+
+        Args:
+            watch: is shown this micro-batch's gradients.
+        """
+        self.first, self.last, self.watch = first, last, watch
         self.begun = torch.tensor(not (first or self.sums_are_new))
         for gradient in self.gradients:
             gradient.written = False
@@ -248,6 +264,17 @@ class FlatStore:
         if bucket is self._reducing:
             self._finish(bucket)
         self.sum_buffers.open(bucket)
+
+    def complete(self, bucket: Bucket) -> None:
+        """A bucket has all gradients of this micro-batch."""
+        if self.watch is not None:
+            self.watch.gradients(self, bucket)
+        if self.watch is not None and self.watch.alone:
+            self.sum_buffers.close(bucket)
+        elif self.last or self.sums_are_new:
+            self.start_reduction(bucket)
+            if not self.overlap_reduce:
+                bucket.handle.wait()
 
     def start_reduction(self, bucket: Bucket) -> None:
         """Sum a bucket's gradients over the ranks that share it, into each rank's shard. Communicates over dp."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_hammer.kernels.ranges import Range, no_range
 from megatron_hammer.optim.layout import Bucket, Row
-from megatron_hammer.optim.store import FlatStore, sum_in_one_message
+from megatron_hammer.optim.store import FlatStore, Watch, sum_in_one_message
 from megatron_hammer.parallel.collectives import all_reduce, start_exchange
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.tree import fold, sum_over_copies, tree_sum, turns
@@ -80,14 +80,16 @@ class TreeStore(FlatStore):
     def total(self, values: Sequence[Tensor]) -> Tensor:
         return tree_sum(values, self.ctx.dp)
 
-    def begin(self, first: bool, last: bool) -> None:
+    def begin(self, first: bool, last: bool, watch: Watch | None = None) -> None:
+        if watch is not None and watch.alone:
+            return super().begin(True, last, watch)  # no leaf of the tree
         if first:
             self.turn, self.waiting = 0, []
         else:
             self._put_aside()
             self.turn += 1
         assert last == (self.turn == len(self.additions) - 1), "as many micro-batches a step as the store was made for"
-        super().begin(True, last)  # each writes over what was there
+        super().begin(True, last, watch)  # each writes over what was there
 
     def _put_aside(self) -> None:
         """Add the gradients of the micro-batch that is over to what waits, or let them wait."""

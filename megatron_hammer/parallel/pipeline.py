@@ -94,6 +94,10 @@ class Pipeline:
         steady = [action for pair in zip(forward[warm_up:], backward) for action in pair]
         return forward[:warm_up] + steady + backward[total - warm_up :]
 
+    def alone(self) -> list[Action]:
+        """Forward and backward of one micro-batch and no other; with several stages a rank too."""
+        return [Action("forward", s, 0) for s in self.stages] + [Action("backward", s, 0) for s in self.stages[::-1]]
+
     def evaluation(self, micro_batches: int) -> list[Action]:
         """Forward alone, of any number of micro-batches: groups of p go through the rank's stages one by one."""
         groups = [range(first, min(first + self.ranks, micro_batches)) for first in range(0, micro_batches, self.ranks)]

@@ -34,7 +34,7 @@ from megatron_hammer.kernels.libraries.te import check_here
 from megatron_hammer.kernels.selection import select_backends
 from megatron_hammer.parallel.agreement import BeforeStart
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.train import cuda_graph
+from megatron_hammer.train import corruption, cuda_graph
 from megatron_hammer.train.build import check_compiler, kernel_requirements
 from megatron_hammer.train.loop import Run
 from megatron_hammer.train.output import HeldOutput, is_read_only, only_writer, put_in_order, remove_leftovers
@@ -195,7 +195,7 @@ def begin(
 def check_machine(config: Config, device: torch.device) -> None:
     """Refuse what this rank's device or libraries cannot do."""
     check_here(config)
-    select_backends(config.kernels, kernel_requirements(config, device))
+    corruption.check_here(config, select_backends(config.kernels, kernel_requirements(config, device)), device)
     fp8.check_here(config.kernels, device)
     cuda_graph.check_here(config.kernels, device)
     check_compiler(config)

@@ -87,11 +87,11 @@ class GraphedMicroBatch:
     def __call__(self, model: Stage, batch: Batch[Tensor], share: Tensor, z_loss: float) -> Tensor:
         """A copy of what the graph left, which the next replay overwrites."""
         store = self.store
-        first, last = store.first, store.last
+        first, last, watch = store.first, store.last, store.watch
         inputs = [t for t in (share, batch.tokens, batch.labels, batch.loss_weights) if t is not None]
         if not self.replays:
             self._record(model, batch, inputs, z_loss, firsts=[True] if last else [True, False])
-        store.begin(first, last)
+        store.begin(first, last, watch)
         store.wait()  # what is recorded waits for nothing that was started outside
         assert len(inputs) == len(self.inputs), "some micro-batches have loss weights and others have none"
         for place, value in zip(self.inputs, inputs, strict=True):

@@ -31,13 +31,14 @@ from megatron_hammer.sampling.ledger import Finding
 from megatron_hammer.sampling.loader import ReadAhead
 from megatron_hammer.sampling.samples import open_train_data, open_valid_data
 from megatron_hammer.train.build import build_stages
+from megatron_hammer.train.corruption import CorruptionCheck
 from megatron_hammer.train.cuda_graph import micro_batch_runner
 from megatron_hammer.train.drift import DriftCheck
 from megatron_hammer.train.evaluate import evaluate
 from megatron_hammer.train.evaluator import Evaluator
 from megatron_hammer.train.garbage import garbage_collected_by_hand
 from megatron_hammer.train.health import Health, Limits
-from megatron_hammer.train.incidents import write_incident
+from megatron_hammer.train.incidents import incident_path, write_incident
 from megatron_hammer.train.metrics import Reporter, flops_per_token, peak_tflops
 from megatron_hammer.train.metrics_file import finite
 from megatron_hammer.train.output import HeldOutput
@@ -46,7 +47,7 @@ from megatron_hammer.train.rewind import BadStep, go_back
 from megatron_hammer.train.saver import MASK, Saver
 from megatron_hammer.train.source_sums import Sources, sizes_of, source_figures
 from megatron_hammer.train.state import RunState, check_state, load_state, upcoming
-from megatron_hammer.train.step import StepReport, train_step
+from megatron_hammer.train.step import Checks, StepReport, train_step
 from megatron_hammer.train.stopping import CutShort, StopCheck
 
 # Steps between a step and the reading of its numbers: on a GPU the next step is launched before the last one is read,
@@ -128,6 +129,8 @@ class Run:
             prepared, self.optimizer, ctx, output, self._say, self._note, self._sync_metrics, self._committed
         )
         self.drift = DriftCheck(config, self.optimizer, ctx) if config.train.drift_check_interval_steps else None
+        twice = config.train.sdc_check_interval_steps
+        self.corruption = CorruptionCheck(config, self.stages, self.optimizer, ctx) if twice else None
         self.first_step = self.state.step + 1
         told = say if ctx.world.rank == 0 else lambda text: None
         self.data = open_train_data(config, told, prepared.rewinds, prepared.tokenizer, prepared.absent)
@@ -242,11 +245,13 @@ class Run:
         interval = self.config.train.drift_check_interval_steps
         due = self.drift is not None and (step == self.first_step or step % interval == 0)
         drift = self.drift if due else None
+        corruption = self.corruption if self.corruption is not None and self.corruption.is_due(step) else None
         self.limits = limits = self.health.limits(step)
         holds = limits is not None and self.config.train.on_spike != "report"
         self.optimizer.limits = (limits.loss, limits.grad_norm) if limits is not None and holds else None
+        checks = Checks(drift, corruption)
         return train_step(
-            self.stages, self.optimizer, batches, self.config, step, self.ctx, self.micro_batch, drift, self.sources
+            self.stages, self.optimizer, batches, self.config, step, self.ctx, self.micro_batch, checks, self.sources
         )
 
     def _launched(self, report: StepReport, stop_received: bool) -> None:
@@ -269,6 +274,9 @@ class Run:
         stopped = False
         while len(self.pending) > lag and self.rewound is None:
             done = self.pending.pop(0)
+            if self.corruption is not None and done.report.corruption is not None:
+                path = incident_path(self.config, done.state.step, len(self.prepared.rewinds))
+                self.corruption.raise_on(done.report.corruption, path.with_suffix(".corruption.json"))
             if self.drift is not None and done.report.drift is not None:
                 self.drift.raise_on(done.report.drift)
             with self.ctx.journal.waits():  # on a GPU for the device, and so for the other ranks

@@ -27,6 +27,7 @@ from megatron_hammer.parallel.context import Links, ParallelContext
 from megatron_hammer.parallel.pipeline import RECEIVES_AHEAD, Action, Pipeline
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train import schedules
+from megatron_hammer.train.corruption import CorruptionCheck, Pass
 from megatron_hammer.train.source_sums import ONE_SOURCE, Sources, mean_loss, sum_by_source
 
 
@@ -43,17 +44,21 @@ def accumulate(
     z_loss: float = 0.0,
     run: schedules.MicroBatch = schedules.micro_batch,
     sources: Sources = ONE_SOURCE,
+    corruption: CorruptionCheck | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Forward and backward of all micro-batches, by the schedule for this rank's part of the model.
+
+    Args:
+        corruption: runs the first micro-batch once more, before all others.
 
     Returns:
         mean loss of the global batch, fp32 device scalar, and the table that it is made of (``source_sums.py``).
     """
     if ctx.pp.size > 1:
-        table = pipelined_forward_backward(stages_of(model), optimizer, micro_batches, ctx, z_loss, sources)
+        table = pipelined_forward_backward(stages_of(model), optimizer, micro_batches, ctx, z_loss, sources, corruption)
     else:
         (whole,) = stages_of(model)
-        table = schedules.forward_backward(whole, optimizer, micro_batches, ctx, z_loss, run, sources)
+        table = schedules.forward_backward(whole, optimizer, micro_batches, ctx, z_loss, run, sources, corruption)
     return mean_loss(table), table
 
 
@@ -64,6 +69,7 @@ def pipelined_forward_backward(
     ctx: ParallelContext,
     z_loss: float = 0.0,
     sources: Sources = ONE_SOURCE,
+    corruption: CorruptionCheck | None = None,
 ) -> Tensor:
     """``schedules.forward_backward`` for the stages of this rank: 1F1B.
 
@@ -72,22 +78,55 @@ def pipelined_forward_backward(
     """
     whole = schedules.sum_of_weights(micro_batches, optimizer, ctx)
     share = optimizer.loss_scale / whole  # of a token of weight 1
+    pipeline = pipeline_of(stages, ctx)
+    if corruption is not None:
+        _run(pipeline.alone(), stages, optimizer, micro_batches[:1], ctx, share, z_loss, corruption.alone)
+    again = None if corruption is None else corruption.again
+    order = pipeline.training(len(micro_batches))
+    done, losses = _run(order, stages, optimizer, micro_batches, ctx, share, z_loss, again)
+    table = sum_by_source(done, losses, sources, ctx.device)
+    all_reduce(table, ctx.dp)
+    all_reduce(table, ctx.pp)  # of the last stage alone
+    return table
+
+
+def _run(
+    order: Sequence[Action],
+    stages: Sequence[Stage],
+    optimizer: Optimizer,
+    micro_batches: Sequence[Batch[Tensor]],
+    ctx: ParallelContext,
+    share: Tensor,
+    z_loss: float,
+    watch: Pass | None,
+) -> tuple[list[Batch[Tensor]], list[Tensor]]:
+    """This rank's actions, in their order.
+
+    Args:
+        watch: is shown what the first micro-batch computes here.
+
+    Returns:
+        The batches that are done, and the losses of each, where this rank has the head.
+    """
     done: list[Batch[Tensor]] = []
-    losses: list[Tensor] = []  # of each that is done, where this rank has the head
+    losses: list[Tensor] = []
     stores, last = optimizer.store.of_stages, len(micro_batches) - 1
     pipeline = pipeline_of(stages, ctx)
-    messages = Messages(pipeline, pipeline.training(len(micro_batches)), stages, micro_batches, ctx.links)
+    messages = Messages(pipeline, order, stages, micro_batches, ctx.links)
     kept: dict[tuple[int, int], tuple[Tensor | None, Tensor | GradientEdge]] = {}
     for action, arrived in messages.in_turn():
-        stage, store = stages[action.stage // pipeline.ranks], stores[action.stage // pipeline.ranks]
+        n = action.stage // pipeline.ranks
+        stage, store, shown = stages[n], stores[n], watch if action.micro_batch == 0 else None
         batch, key = micro_batches[action.micro_batch], (action.stage, action.micro_batch)
         ctx.journal.mark(f"{action.kind} of stage {action.stage}, micro-batch {action.micro_batch + 1}")
         if action.kind == "forward" or not stage.placement.has_head:  # the head writes its gradient in forward
-            store.begin(first=action.micro_batch == 0, last=action.micro_batch == last)
+            store.begin(first=action.micro_batch == 0, last=action.micro_batch == last, watch=shown)
         if action.kind == "forward":
             received = None if arrived is None else arrived.requires_grad_()
             objective = schedules.objective_of(batch, share, z_loss)
             output = stage(batch.tokens, batch.labels, batch.documents, objective, received)
+            if shown is not None:
+                shown.output(n, output.detach())
             if stage.placement.has_head:
                 kept[key] = received, (output * objective.weight).sum()
                 done.append(batch)
@@ -100,12 +139,11 @@ def pipelined_forward_backward(
             torch.autograd.backward(result, arrived)
             if received is not None:
                 assert received.grad is not None
+                if shown is not None:
+                    shown.sent_back(n, received.grad)
                 messages.send(action, received.grad)
     messages.finish()
-    table = sum_by_source(done, losses, sources, ctx.device)
-    all_reduce(table, ctx.dp)
-    all_reduce(table, ctx.pp)  # of the last stage alone
-    return table
+    return done, losses
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
+from megatron_hammer.train.corruption import CorruptionCheck
 from megatron_hammer.train.source_sums import ONE_SOURCE, SMALLEST_SUM, Sources, sum_by_source
 
 MicroBatch = Callable[[Stage, Batch[Tensor], Tensor, float], Tensor]
@@ -49,11 +50,15 @@ def forward_backward(
     z_loss: float = 0.0,
     run: MicroBatch = micro_batch,
     sources: Sources = ONE_SOURCE,
+    corruption: CorruptionCheck | None = None,
 ) -> Tensor:
     """Accumulate the gradient of the mean loss over the global batch, weighted where the batches have loss weights.
 
     The last micro-batch's backward starts the reduction of the gradients. A global batch whose weights are all 0 has
     loss 0 and no gradient.
+
+    Args:
+        corruption: runs the first micro-batch once more, before all others.
 
     Returns:
         The table of ``source_sums.py``, the same on all ranks. Communicates over dp.
@@ -62,10 +67,17 @@ def forward_backward(
     share = optimizer.loss_scale / whole  # of a token of weight 1
     losses, (store,) = [], optimizer.store.of_stages
     order = store.order(len(micro_batches))
+    if corruption is not None:
+        ctx.journal.mark("forward and backward, micro-batch 1 alone")
+        store.begin(first=True, last=len(order) == 1, watch=corruption.alone)
+        corruption.alone.output(0, run(model, micro_batches[order[0]], share, z_loss))
     for turn, i in enumerate(order):
         ctx.journal.mark(f"forward and backward, micro-batch {turn + 1} of {len(micro_batches)}")
-        store.begin(first=turn == 0, last=turn == len(micro_batches) - 1)
+        watch = corruption.again if corruption is not None and turn == 0 else None
+        store.begin(first=turn == 0, last=turn == len(micro_batches) - 1, watch=watch)
         losses.append(run(model, micro_batches[i], share, z_loss))
+        if watch is not None:
+            watch.output(0, losses[0])
     table = sum_by_source([micro_batches[i] for i in order], losses, sources, ctx.device)
     all_reduce(table, ctx.dp)
     return table

@@ -13,6 +13,7 @@ from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
+from megatron_hammer.train.corruption import CorruptionCheck, CorruptionReport
 from megatron_hammer.train.drift import DriftCheck, DriftReport
 from megatron_hammer.train.pipeline import accumulate
 from megatron_hammer.train.schedules import MicroBatch, micro_batch
@@ -34,6 +35,27 @@ class StepReport:
     """False: the gradient was not finite, or the step is a spike that is skipped, and nothing changed."""
     drift: DriftReport | None = None
     """What the drift check of this step has found, if there was one."""
+    corruption: CorruptionReport | None = None
+    """Whether its first micro-batch was the same twice, if it was run twice; else nothing changed."""
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What a step is checked for beside its work; each where it is time for it."""
+
+    drift: DriftCheck | None = None
+    twice: CorruptionCheck | None = None
+
+    def before_update(self, step: int, optimizer: Optimizer) -> tuple[DriftReport | None, CorruptionReport | None]:
+        """What they find; drift before the update repairs copies of what has changed."""
+        drift = None if self.drift is None else self.drift.check(step)
+        corruption = None if self.twice is None else self.twice.check(step)
+        if corruption is not None:
+            optimizer.hold_back(corruption.found)
+        return drift, corruption
+
+
+NO_CHECKS = Checks()
 
 
 def train_step(
@@ -44,19 +66,19 @@ def train_step(
     step: int,
     ctx: ParallelContext,
     run: MicroBatch = micro_batch,
-    drift: DriftCheck | None = None,
+    checks: Checks = NO_CHECKS,
     sources: Sources = ONE_SOURCE,
 ) -> StepReport:
     """One parameter update from grad_accum micro-batches ([b, s] tokens each). Never waits for the device.
 
     Args:
         run: runs each micro-batch of a whole model: ``cuda_graph.micro_batch_runner`` of the config.
-        drift: where it is time for it.
+        checks: those that it is time for.
         sources: by which losses are summed.
     """
-    loss, by_source = accumulate(model, optimizer, micro_batches, ctx, config.train.z_loss, run, sources)
+    loss, by_source = accumulate(model, optimizer, micro_batches, ctx, config.train.z_loss, run, sources, checks.twice)
     grad_norm = optimizer.clip_grad_norm(config.optimizer.clip_grad)
     lr = learning_rate(config, step)
-    found = None if drift is None else drift.check(step)  # before the update repairs copies of what has changed
+    found = checks.before_update(step, optimizer)
     applied = optimizer.step(lr, loss)
-    return StepReport(loss, by_source, grad_norm, lr, applied, found)
+    return StepReport(loss, by_source, grad_norm, lr, applied, *found)

@@ -31,6 +31,7 @@ FEATURES: dict[str, list[str]] = {  # as the page names them: settings
     "layers=te": ["kernels.layers=te"],
     "attention=te": ["kernels.attention=te"],
     "tree": ["train.deterministic_reduction=tree"],
+    "run twice": ["train.sdc_check_interval_steps=100", "kernels.deterministic=true"],
 }
 MODEL = """
 model:

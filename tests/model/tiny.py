@@ -16,7 +16,7 @@ from megatron_hammer.parallel.context import ParallelContext, build_parallel_con
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.build import build
 from megatron_hammer.train.drift import DriftCheck
-from megatron_hammer.train.step import StepReport, train_step
+from megatron_hammer.train.step import Checks, StepReport, train_step
 from megatron_hammer.verify.outcome import Outcome
 from megatron_hammer.verify.steps import take_steps
 
@@ -121,7 +121,7 @@ def train(rank: int, config: Config, steps: int) -> tuple[list[tuple[float, floa
     model, optimizer = build(config, ctx)
     drift = DriftCheck(config, optimizer, ctx)
     reports: list[StepReport] = [
-        train_step(model, optimizer, rank_batches(config, n, ctx), config, n, ctx, drift=drift)
+        train_step(model, optimizer, rank_batches(config, n, ctx), config, n, ctx, checks=Checks(drift))
         for n in range(1, steps + 1)
     ]
     for found in (*(r.drift for r in reports), drift.check(steps)):
