@@ -93,6 +93,10 @@ class Phase:
         """Whether steps of both are shaped alike, so that one step may hold samples of both."""
         return self.shape == other.shape
 
+    def draws_as(self, other: Phase) -> bool:
+        """Whether samples of both are drawn alike, so that their losses can be held against each other."""
+        return (self.train, self.unit, self.shape) == (other.train, other.unit, other.shape)
+
     @property
     def shape(self) -> tuple[int, float, RopeScaling | None]:
         """What a step is shaped by."""

@@ -6,8 +6,10 @@ A spike is a loss or a gradient norm above its limit. The limit follows from the
     limit = median + z * max(1.4826 * MAD, 1 % of |median|)        MAD: the median distance from the median
 
 For step n the values up to step n - 2 count: on a GPU step n is launched before n - 1 has been read, and a CPU shall
-decide the same. So the limits are a function of recorded numbers alone, equal on all ranks. These are kept in every
-checkpoint, and a run that goes on decides as if it had never stopped. Needs no torch.
+decide the same. A phase that draws otherwise (``data.phases``) has other losses, which say nothing of a fault: its
+limits follow from its own steps, and the first of these have none. So the limits are a function of recorded numbers
+alone, equal on all ranks. These are kept in every checkpoint, and a run that goes on decides as if it had never
+stopped. Needs no torch.
 """
 
 from __future__ import annotations
@@ -48,12 +50,18 @@ class Health:
         """(step, loss, gradient norm) of steps where both were finite."""
         self.streak = 0
         """Steps in a row, up to the last, that were not finite or were held back as spikes."""
+        self.since = 0
+        """The step from which on values count: the first that reads samples of the present phase."""
         self.skips = 0
         """Steps in a row, up to the last, that changed nothing, for whatever reason."""
 
+    def begin_anew(self, step: int) -> None:
+        """From this step on samples are drawn otherwise: what was before it is no measure any more."""
+        self.since = step
+
     def limits(self, step: int) -> Limits | None:
         """Of a step; None while too little is known."""
-        known = [values for at, *values in self.recent if at <= step - KNOWN_AFTER][-self.window :]
+        known = [values for at, *values in self.recent if self.since <= at <= step - KNOWN_AFTER][-self.window :]
         if len(known) < SMALLEST_HISTORY:
             return None
         losses, norms = zip(*known, strict=True)
@@ -81,12 +89,14 @@ class Health:
 
     def to_tree(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, as JSON values, which give floats back exactly."""
-        return {"recent": [list(values) for values in self.recent], "streak": self.streak, "skips": self.skips}
+        recent = [list(values) for values in self.recent]
+        return {"recent": recent, "since": self.since, "streak": self.streak, "skips": self.skips}
 
     def load(self, tree: Mapping[str, Any]) -> None:
         """The inverse; of a checkpoint that kept nothing, nothing is remembered."""
         self.recent = [(int(step), float(loss), float(norm)) for step, loss, norm in tree.get("recent", ())]
         self.streak, self.skips = int(tree.get("streak", 0)), int(tree.get("skips", 0))
+        self.since = int(tree.get("since", 0))
 
 
 def _limit(values: tuple[float, ...], z: float) -> float:

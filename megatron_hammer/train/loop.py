@@ -224,9 +224,13 @@ class Run:
             batches = [batch.shard(cp.rank, cp.size) for batch in batches]
         return [batch.to(self.ctx.device) for batch in batches]
 
-    def _enter_phase(self) -> None:
+    def _enter_phase(self, step: int) -> None:
         """Where another phase begins: what the next step is shaped by, length and RoPE, follows it."""
-        phase = phase_at(self.phases, self.state.consumed_samples)
+        first = self.state.consumed_samples
+        last = first + self.batch_sizes.at(first) - 1
+        if first > 0 and not phase_at(self.phases, first - 1).draws_as(phase_at(self.phases, last)):
+            self.health.begin_anew(step)
+        phase = phase_at(self.phases, first)
         if not phase.has_shape_of(self.phase):
             model = self.config.in_phase(phase).model
             for stage in self.stages:
@@ -240,7 +244,7 @@ class Run:
 
     def _step(self, step: int) -> StepReport:
         self.ctx.journal.step(step)
-        self._enter_phase()
+        self._enter_phase(step)
         batches = self._next_batches()
         interval = self.config.train.drift_check_interval_steps
         due = self.drift is not None and (step == self.first_step or step % interval == 0)

@@ -42,6 +42,23 @@ def test_only_spikes_are_found_and_a_resume_decides_the_same() -> None:
     assert found == [60, 61, 200]
 
 
+def test_another_phase_has_limits_of_its_own() -> None:
+    """Its losses are no spikes for being others; what follows from its own steps is what a resume finds, too."""
+    one = Health(64, 12.0)
+    for step, (loss, norm) in enumerate(_noise(80, (70,)), start=1):
+        loss += 3 if step >= 41 else 0
+        if step == 41:
+            assert (known := one.limits(41)) is not None and loss > known.loss
+            one.begin_anew(41)
+        if step == 50:
+            tree = json.loads(json.dumps(one.to_tree()))
+            one = Health(64, 12.0)
+            one.load(tree)
+        limits = one.limits(step)
+        assert (limits is None) == (step <= 21 or 41 <= step < 62), step
+        assert one.take(step, loss, norm, True, limits, False) == ("spike" if step == 71 else "")
+
+
 def test_what_is_not_finite_and_what_looks_for_a_loss_scale() -> None:
     one = Health(64, 12.0)
     assert one.limits(1) is None
