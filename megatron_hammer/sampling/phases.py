@@ -159,8 +159,16 @@ class SampleOrder:
 
     def ids(self, first: int, count: int) -> list[SampleId]:
         """The names of samples [first, first + count)."""
+        return self._names(self.parts(first, count), count)
+
+    def ids_at(self, place: int, count: int) -> list[SampleId]:
+        """The same of places [place, place + count), left out or not."""
+        return self._names(self._parts_in_order(place, count), count)
+
+    @staticmethod
+    def _names(parts: Iterator[Part], count: int) -> list[SampleId]:
         named: list[SampleId | None] = [None] * count
-        for part in self.parts(first, count):
+        for part in parts:
             epochs, windows = part.order.epochs(part.windows), part.windows.tolist()
             for row, epoch, window in zip(part.rows.tolist(), epochs, windows, strict=True):
                 named[row] = SampleId(part.source, epoch, window)

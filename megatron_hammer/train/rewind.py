@@ -36,6 +36,8 @@ from megatron_hammer.train.metrics_file import METRICS, read_lines
 from megatron_hammer.train.prepare import Prepared, Start, checkpoints_folder, settle
 from megatron_hammer.train.start import name_start, open_start
 
+LOOKED_FOR = 64  # samples ahead for each that is unwanted: a source of which a phase draws less is not waited for
+
 
 @dataclass(frozen=True)
 class BadStep:
@@ -79,7 +81,8 @@ def _record(bad: BadStep, prepared: Prepared, data: TrainData, say: Callable[[st
     back_to = 0 if target is None else target.step
     _refuse_another(bad, back_to, done, config.train.max_rewinds)
     first = 0 if target is None else target.state["consumed_samples"]
-    rewind = Rewind(len(done) + 1, bad.step, bad.finding, back_to, _window(bad, prepared, first, data.order.skips))
+    skipped = left_out(*_window(bad, prepared, first), config.num_samples, data)
+    rewind = Rewind(len(done) + 1, bad.step, bad.finding, back_to, skipped)
     kept = _keep_lines(output, back_to, incident_path(config, bad.step, len(done)).with_suffix(".metrics.jsonl"))
     ledger: Ledger = (*done, rewind)
     replace_file(output / LEDGER, ledger_bytes(ledger))
@@ -124,17 +127,64 @@ def _refuse_another(bad: BadStep, back_to: int, done: Ledger, most: int) -> None
         )
 
 
-def _window(bad: BadStep, prepared: Prepared, first: int, skips: Skips) -> tuple[Range, ...]:
-    """Places in the order that are left out: none of those that the checkpoint, whose next is ``first``, has read.
+def _window(bad: BadStep, prepared: Prepared, first: int) -> Range:
+    """The numbers of the samples to leave out: none that the checkpoint, whose next is ``first``, has read.
 
-    A window does not leave the phase of its bad step: its neighbours go on alike.
+    A window spans phases, but not to where samples have another length: these are cut from what others have left.
     """
-    train, batches = prepared.config.train, prepared.config.batch_sizes
-    phase = phase_at(prepared.config.phases, bad.first_sample)
-    start = max(first, phase.first, batches.start(train.rewind_skip_steps_before, bad.first_sample))
+    train, batches, phases = prepared.config.train, prepared.config.batch_sizes, prepared.config.phases
+    length = phase_at(phases, bad.first_sample).seq_length
+    others = [phase for phase in phases if phase.seq_length != length]
+    start = max(first, batches.start(train.rewind_skip_steps_before, bad.first_sample))
+    start = max([start, *(p.end for p in others if p.end is not None and p.end <= bad.first_sample)])
     end = batches.samples(1 + train.rewind_skip_steps_after, bad.first_sample)
-    end = end if phase.end is None else min(end, phase.end)
-    return tuple((place, place + count) for place, count in skips.pieces(start, end - start))
+    return start, min([end, *(p.first for p in others if p.first > bad.first_sample)])
+
+
+def left_out(start: int, end: int, total: int, data: TrainData) -> tuple[Range, ...]:
+    """Places in the order that a run of ``total`` samples leaves out so as not to read samples [start, end) any more.
+
+    Within a phase these are the places of the samples. A phase that leaves something out goes on with what comes next
+    of its sources, and those behind it begin there. So of a window that spans phases, and of what has been left out
+    before in later ones, each sample is looked for where it comes now::
+
+        order     A A A A A A | B B B B B B        the window: w, which A has read, and v, which B has
+        before    . . . . w w | v v . . . .
+        now       . . . . w w a v . | v . .        A reads three more and meets a v; B meets the other
+    """
+    order = data.order
+    phase_end, pieces = order.stretch_at(start).end, list(order.skips.pieces(start, end - start))
+    later = [part for part in order.skips.ranges if phase_end is not None and part[0] >= phase_end]
+    if phase_end is None or (sum(pieces[-1]) <= phase_end and not later):
+        return tuple((place, place + count) for place, count in pieces)
+    end = min(end, total)
+    unwanted = set(order.ids(start, end - start))
+    for place, until in later:
+        unwanted.update(order.ids_at(place, until - place))
+    found: list[Range] = []
+    number, limit = start, min(total, end + LOOKED_FOR * len(unwanted))
+    while unwanted and number < limit:
+        now = data.with_skips(Skips(tuple(sorted((*order.skips.ranges, *found))))).order
+        phase_end, count = now.stretch_at(number).end, min(end - start, limit - number)
+        places = [at + i for at, taken in now.skips.pieces(number, count) for i in range(taken)]
+        places = [place for place in places if phase_end is None or place < phase_end]
+        names = now.ids(number, len(places))
+        met = [i for i, name in enumerate(names) if name in unwanted]
+        found += [(places[i], places[i] + 1) for i in met]
+        unwanted.difference_update(names)
+        number += met[0] if met else len(places)
+    return _joined(sorted(found))
+
+
+def _joined(ranges: list[Range]) -> tuple[Range, ...]:
+    """The same places in as few ranges as can be."""
+    joined: list[Range] = []
+    for first, end in ranges:
+        if joined and joined[-1][1] == first:
+            joined[-1] = joined[-1][0], end
+        else:
+            joined.append((first, end))
+    return tuple(joined)
 
 
 def _keep_lines(output: Path, back_to: int, kept: Path) -> Path | None:

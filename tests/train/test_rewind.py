@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, RefusedError
 from megatron_hammer.checkpoint.manifest import read_manifest
+from megatron_hammer.config.phases import Phase
 from megatron_hammer.evaluation.checkpoint_process import evaluate_checkpoint
-from megatron_hammer.sampling.ledger import LEDGER, read_ledger
+from megatron_hammer.sampling.ledger import LEDGER, Skips, read_ledger
+from megatron_hammer.sampling.order import SampleId
+from megatron_hammer.sampling.samples import TrainData, open_train_data
 from megatron_hammer.train import health, loop, rewind
 from megatron_hammer.train.prepare import Prepared, find_start
 from tests.distributed import run_distributed
@@ -27,13 +31,19 @@ REWIND = ("train.on_spike=rewind", "train.spike_z_score=4", "checkpoint.keep_las
 BAD_PLACE = 65  # in the order: read by step 9, of 8 samples each
 
 
-def _spoil(_: Any, __: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(t * 100.0 for t in output)
-
-
 @contextmanager
-def bad_samples(places: tuple[int, ...] = (BAD_PLACE,), seen: list[int] | None = None) -> Iterator[None]:
-    """Steps that read one of these places of the order have a loss and a norm that are spikes."""
+def bad_samples(
+    places: tuple[int, ...] = (BAD_PLACE,),
+    seen: list[int] | None = None,
+    named: Collection[SampleId] = (),
+    factor: float = 100.0,
+) -> Iterator[None]:
+    """Steps that read one of these places of the order, or a sample of these names, have a loss and a norm that are
+    spikes; with nan, that are not finite."""
+
+    def spoil(_: Any, __: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(t * factor for t in output)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(health, "SMALLEST_HISTORY", 4)
         step_of, hooks = loop.Run._step, list[Any]()
@@ -43,9 +53,12 @@ def bad_samples(places: tuple[int, ...] = (BAD_PLACE,), seen: list[int] | None =
                 hooks.pop().remove()
             first = run.state.consumed_samples
             pieces = run.data.order.skips.pieces(first, run.batch_sizes.at(first))
-            if any(first <= place < first + count for first, count in pieces for place in places):
+            names = run.data.sample_ids(first, run.batch_sizes.at(first)) if named else ()
+            if any(one in named for one in names) or any(
+                first <= place < first + count for first, count in pieces for place in places
+            ):
                 last = [m for name, m in run.stages[0].named_modules() if name.endswith("norm")][-1]
-                hooks.append(last.register_forward_hook(_spoil))
+                hooks.append(last.register_forward_hook(spoil))
                 if seen is not None:
                     seen.append(number)
             return step_of(run, number)
@@ -237,10 +250,55 @@ def test_through_phases_a_ramp_and_fill_in_the_middle(data: Path, tmp_path: Path
     assert found["evaluation/x/bits_per_byte"] == pytest.approx(lines[-1]["valid/x/bits_per_byte"])
 
 
+def test_what_is_left_out_over_phases_does_not_come_again(data: Path) -> None:
+    """Windows within a phase, over its end, and in a phase before that of the last one: none of their samples is read
+    from there on, and those of which nothing was left out keep their place."""
+    a, b, x, total = str(data / "a"), str(data / "b"), str(data / "x"), 120
+    shares = {a: 2.0, b: 1.0}, {b: 1.0}, {a: 1.0, x: 3.0}
+    ends = ((0, 36), (36, 60), (60, None))
+    phases = [Phase(f"{i}", *at, train, "share", 32, 1.0, None) for i, (at, train) in enumerate(zip(ends, shares))]
+    now = TrainData(phases, 32, 7)
+    unwanted: set[SampleId] = set()
+    for start, end in ((40, 44), (32, 40), (50, 70), (30, 33), (30, 62), (8, 12)):
+        before = now.sample_ids(0, start)
+        unwanted |= set(now.sample_ids(start, end - start))
+        found = rewind.left_out(start, end, total, now)
+        now = now.with_skips(Skips(tuple(sorted((*now.order.skips.ranges, *found)))))
+        assert not unwanted & set(now.sample_ids(start, total - start)), (start, end)
+        assert now.sample_ids(0, start) == before
+    assert rewind.left_out(2, 4, total, TrainData(phases, 32, 7)) == ((2, 4),)
+
+
+def test_a_step_that_is_not_finite_over_the_end_of_a_phase(data: Path, tmp_path: Path) -> None:
+    """The bad sample is one of the second phase, whose first samples step 9 reads; and limits begin anew with it."""
+    output = tmp_path / "run"
+    more = ("train.on_nonfinite=rewind", "checkpoint.keep_last=9", "train.eval_interval_steps=12", "data.train=null",
+            f"data.phases=[{{samples: 68, train: {{{data}/a: 1}}}}, {{train: {{{data}/b: 1}}}}]")  # fmt: skip
+    named, seen = open_train_data(config_for(overrides(data, output, *more))).sample_ids(69, 1), list[int]()
+    with bad_samples((), seen, named, math.nan):
+        assert train_here(0, overrides(data, output, *more)) == 0
+    assert seen == [9], "once"
+    lines = [json.loads(line) for line in (output / LEDGER).read_text().splitlines()]
+    assert [(line["finding"], line["skipped_samples"]) for line in lines] == [("nonfinite", [[56, 68], [80, 84]])]
+    assert json.loads((output / "incidents" / "step-00000009.json").read_text())["action"] == "rewind"
+    again = tmp_path / "again"
+    assert train_here(0, overrides(data, again, *more, f"train.replay={output}")) == 0
+    _same(output, again)
+    assert read_manifest(output / "checkpoints" / "step-00000012").state["health"]["since"] == 9
+
+
 def _ranks(rank: int, arguments: list[str], replayed: list[str]) -> None:
     with bad_samples():
         assert train_here(rank, arguments) == 0
         assert train_here(rank, replayed) == 0
+
+
+def test_in_a_pipeline(data: Path, tmp_path: Path) -> None:
+    more = (*REWIND, "parallel.pipeline_model_parallel_size=2", "train.rewind_skip_steps_before=0")
+    one, other = tmp_path / "one", tmp_path / "other"
+    run_distributed(2, _ranks, overrides(data, one, *more), overrides(data, other, *more, f"train.replay={one}"))
+    assert [rewound.skipped for rewound in read_ledger(one / LEDGER) or ()] == [((64, 72),)]
+    _same(one, other)
 
 
 def test_on_four_ranks(data: Path, tmp_path: Path) -> None:
