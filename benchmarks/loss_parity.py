@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from shapes import SHAPES
 
+from megatron_hammer.base.pictures import COLOURS, new_figure, save_png, tidy
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.corpus.documents import TextCorpus
 from megatron_hammer.kernels.fp8 import Fp8Products, emulated_multiply
@@ -149,23 +150,24 @@ def table_of(results: Sequence[dict[str, Any]]) -> str:
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     """The smoothed losses, and below them the difference to the first side."""
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-
-    figure = Figure(figsize=(9, 6.5), dpi=130, layout="constrained")
+    count = len(results[0]["losses"])
+    figure = new_figure(
+        6.8, "Losses of the fast paths, the quick start's model", f"Source: benchmarks/loss_parity.py, {count} steps"
+    )
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     reference = smooth(results[0]["losses"])
     steps = np.arange(1, len(reference) + 1)
-    for result in results:
-        above.plot(steps, smooth(result["losses"]), label=result["side"], linewidth=1.2)
-        below.plot(steps, 100 * (smooth(result["losses"]) / reference - 1), linewidth=1.2)
+    for result, colour in zip(results, COLOURS, strict=False):
+        above.plot(steps, smooth(result["losses"]), label=result["side"], linewidth=1.2, color=colour)
+        below.plot(steps, 100 * (smooth(result["losses"]) / reference - 1), linewidth=1.2, color=colour)
     above.set_ylabel(f"loss, mean of {SMOOTHED} steps")
     above.legend(frameon=False)
     below.axhspan(-1, 1, color="0.92", zorder=0)  # the criterion
     below.set_ylabel(f"against {results[0]['side']}, %")
     below.set_xlabel("step")
     for axes in (above, below):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png")
+        tidy(axes)
+    save_png(figure, path)
 
 
 def main() -> None:

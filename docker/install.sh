@@ -8,6 +8,10 @@
 #   bash docker/install.sh check           what is there; fails where the compiled modules are missing
 #
 # The CPU image: TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu bash docker/install.sh torch environment check
+[ -n "${BASH_VERSION:-}" ] && [ "${BASH_SOURCE:-$0}" = "$0" ] || { # every shell reads this, and stops here
+    echo "error[E283]: ${BASH_SOURCE:-$0} is a program for bash; run: bash ${BASH_SOURCE:-$0}" >&2
+    return 2 2>/dev/null || exit 2
+}
 set -euo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."

@@ -6,6 +6,10 @@
 #
 #   RUN and STEP name the parent's checkpoint, which stays as it is; NEW is the folder of the child. The same command
 #   resumes it. PYTHON is the interpreter (default .venv/bin/python), NPROC the ranks (default 1).
+[ -n "${BASH_VERSION:-}" ] && [ "${BASH_SOURCE:-$0}" = "$0" ] || { # every shell reads this, and stops here
+    echo "error[E283]: ${BASH_SOURCE:-$0} is a program for bash; run: bash ${BASH_SOURCE:-$0}" >&2
+    return 2 2>/dev/null || exit 2
+}
 set -euo pipefail
 
 if (($# < 5)); then

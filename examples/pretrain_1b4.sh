@@ -20,7 +20,11 @@
 # sample corpus.
 #
 # Running it again continues where it stopped: stages whose result is complete are skipped, training resumes.
-# Exit codes: those of the programs (megatron_hammer/errors.py); 75: stopped by a signal and saved, run it again.
+# Exit codes: those of the programs (docs/errors.md); 75: stopped by a signal and saved, run it again.
+[ -n "${BASH_VERSION:-}" ] && [ "${BASH_SOURCE:-$0}" = "$0" ] || { # every shell reads this, and stops here
+    echo "error[E283]: ${BASH_SOURCE:-$0} is a program for bash; run: bash ${BASH_SOURCE:-$0}" >&2
+    return 2 2>/dev/null || exit 2
+}
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -319,7 +323,7 @@ quick_start() {
         "${settings[@]}" "$@"
 }
 
-show_help() { sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
+show_help() { sed -n '2,/^\[ -n /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 
 main() {
     local gpus quick=true argument newest

@@ -7,13 +7,17 @@ from megatron_hammer.base.signals import end_at_once
 
 
 def _main() -> None:
-    """Handlers first: everything else is loaded behind them."""
+    """Handlers first: everything else is loaded behind them, and what of it is missing becomes a line of ``run``."""
     end_at_once("before any rank started")
     from megatron_hammer.base.cli import run
     from megatron_hammer.base.streams import Output
-    from megatron_hammer.supervise.start import main
 
-    run(main, Output.LOG)
+    def start() -> int:
+        from megatron_hammer.supervise.start import main
+
+        return main()
+
+    run(start, Output.LOG)
 
 
 if __name__ == "__main__":

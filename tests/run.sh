@@ -3,6 +3,10 @@
 #
 #   bash tests/run.sh                                      all
 #   bash tests/run.sh tests/supervise/test_start.py -k signal       these tests only (lint and types run all the same)
+[ -n "${BASH_VERSION:-}" ] && [ "${BASH_SOURCE:-$0}" = "$0" ] || { # every shell reads this, and stops here
+    echo "error[E283]: ${BASH_SOURCE:-$0} is a program for bash; run: bash ${BASH_SOURCE:-$0}" >&2
+    return 2 2>/dev/null || exit 2
+}
 set -euo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."

@@ -485,6 +485,40 @@ def test_an_unsupported_python_is_named(tmp_path: Path) -> None:
     assert code == 2 and "(PYTHON=/" in err and "other is 3.14)" in err
 
 
+SCRIPTS = ("docker/install.sh", "examples/anneal.sh", "examples/pretrain_1b4.sh", "tests/run.sh", "tools/make_venv.sh")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_another_shell_is_told_to_take_bash(name: str) -> None:
+    """The beginning of each program, to the line before ``set``, is one that every shell reads."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    head = text[: text.index("\nset -euo pipefail\n")] + "\necho went on\n"
+    read = subprocess.run(["bash", "-c", f". {ROOT / name}; echo $?"], capture_output=True, text=True)
+    assert (
+        read.stdout == "2\n"
+        and read.stderr == f"error[E283]: {ROOT / name} is a program for bash; run: bash {ROOT / name}\n"
+    )
+    if Path("/bin/dash").exists():
+        other = subprocess.run(["dash", "-c", head, name], capture_output=True, text=True)
+        assert (other.returncode, other.stdout) == (2, "") and other.stderr.endswith(f"run: bash {name}\n")
+    same = subprocess.run(["bash", "-c", head, name], capture_output=True, text=True)
+    assert same.stdout == "went on\n"
+
+
+def test_surroundings_in_which_no_venv_works_are_named(tmp_path: Path) -> None:
+    code, err = make_venv(tmp_path, PYTHONHOME="/opt/conda")
+    assert code == 2 and err.startswith("error[E251]: PYTHONHOME=/opt/conda has ") and "; unset PYTHONHOME, and" in err
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/pyvenv.cfg").write_text(
+        "home = /usr/bin\ncommand = /usr/bin/python3.12 -m venv /old place/.venv\n"
+    )
+    code, err = make_venv_again(tmp_path)
+    assert code == 2 and err.startswith("error[E251]: .venv was made as /old place/.venv, and moved or copied to ")
+    assert f"; rm -rf {tmp_path}/.venv, then call" in err
+    (tmp_path / ".venv/pyvenv.cfg").write_text(f"command = /usr/bin/python3.12 -m venv {tmp_path}/.venv\n")
+    assert "E250" in make_venv_again(tmp_path)[1], "it is of here"
+
+
 def test_missing_parts_of_python_are_named_with_their_packages(tmp_path: Path) -> None:
     python_that_says(tmp_path / "bin/python3", "venv\\nheaders\\n")
     code, err = make_venv(tmp_path)

@@ -16,7 +16,7 @@ import torch
 
 PACKAGE = Path(__file__).parent.parent / "megatron_hammer"
 ROWS = [  # what stands above may import what stands below
-    {"command", "launch", "verify"},
+    {"__main__", "command", "launch", "verify"},
     {"profile", "supervise", "evaluation", "publish"},
     {"train", "megatron"},
     {"huggingface"},

@@ -14,6 +14,10 @@
 # CUDA kernels are compiled against its torch: with nvcc and a torch for CUDA they are built, and otherwise the last
 # lines say why not. The file .venv/.complete, written last, holds a hash of what was installed from: after an
 # interruption the next call starts afresh, after a change of pyproject.toml, setup.py, csrc/ or nvcc it installs again.
+[ -n "${BASH_VERSION:-}" ] && [ "${BASH_SOURCE:-$0}" = "$0" ] || { # every shell reads this, and stops here
+    echo "error[E283]: ${BASH_SOURCE:-$0} is a program for bash; run: bash ${BASH_SOURCE:-$0}" >&2
+    return 2 2>/dev/null || exit 2
+}
 set -euo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
@@ -68,6 +72,18 @@ choose_python() {
     fail 51 "$nearest (Python $version) lacks${what%,}; apt-get install$packages, or set PYTHON to another Python 3.11, 3.12 or 3.13"
 }
 
+# A .venv that was moved or copied here with its clone: its programs, and the package in it, are those of the old place.
+refuse_moved() {
+    local key rest made=''
+    [[ -f $venv/pyvenv.cfg ]] || return 0
+    while read -r key rest; do
+        if [[ $key == command ]]; then made=/${rest#*-m venv*/}; fi
+    done <"$venv/pyvenv.cfg"
+    [[ -z $made || $made -ef $venv ]] ||
+        fail 51 "$venv was made as $made, and moved or copied to $PWD, where it does not work; rm -rf $PWD/$venv, then call\
+ $0 again"
+}
+
 find_compiler() {
     if [[ ${HAMMER_NO_EXTENSIONS:-} == 1 ]]; then return; fi
     command -v "${CXX:-c++}" >/dev/null || command -v g++ >/dev/null ||
@@ -93,6 +109,10 @@ is_complete() {
     [[ $made == "$hash" && (-z ${HAMMER_CUDA_ARCHS:-} || $archs == "$HAMMER_CUDA_ARCHS") ]]
 }
 
+# What a user's settings of pip have it install elsewhere is for .venv here.
+export PIP_USER=0
+unset PIP_TARGET PIP_PREFIX PIP_ROOT
+
 pip_install() {
     local quiet=(--quiet)
     if [[ -t 2 ]]; then quiet=(); fi # a terminal gets pip's progress bars
@@ -100,11 +120,11 @@ pip_install() {
 }
 
 # An index that a variable names is asked once for a package, so that one that cannot be reached ends the program here:
-# pip itself would try for minutes, for each package anew.
+# pip itself would try for minutes, for each package anew. Folders and indices beside it do not answer for it.
 check_index() {
     local url=${!1:-}
     if [[ -z $url ]]; then return; fi
-    "$venv/bin/python" -m pip index versions "$2" --index-url "$url" --retries 0 --timeout 20 --no-input \
+    PIP_FIND_LINKS='' PIP_EXTRA_INDEX_URL='' "$venv/bin/python" -m pip index versions "$2" --index-url "$url" --retries 0 --timeout 20 --no-input \
         --disable-pip-version-check &>/dev/null ||
         fail 22 "$1=$url does not answer as a package index, or has no $2 for this Python; open the address from this\
  machine (a proxy goes into https_proxy), correct $1 or unset it"
@@ -147,6 +167,9 @@ say_what_was_built() {
 }
 
 main() {
+    [[ -z ${PYTHONHOME:-} ]] ||
+        fail 51 "PYTHONHOME=$PYTHONHOME has every Python look for its library there; unset PYTHONHOME, and call $0 again"
+    refuse_moved
     hash=$(wanted)
     if is_complete; then return; fi
     if command -v flock >/dev/null; then

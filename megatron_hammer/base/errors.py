@@ -277,11 +277,31 @@ def from_exception(error: BaseException, who: str) -> HammerError | None:
             f"has no memory left ({text or type(error).__name__})",
             "lower train.micro_batch_size or data.seq_length, or use more ranks",
         )
-    if isinstance(error, ModuleNotFoundError) and not (error.name or "megatron_hammer").startswith("megatron_hammer"):
-        return ConfigError(
-            51, f"the module {error.name}", f"is not there for {sys.executable}, which runs {who}",
-            "use the Python that has all: source .venv/bin/activate (bash tools/make_venv.sh makes it)",
-        )  # fmt: skip
+    if isinstance(error, ImportError) and (name := _module_of(error)) and not name.startswith("megatron_hammer"):
+        return _from_import_error(error, name, who)
     if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
         return from_os_error(error, f"{who} was running", who)
     return None
+
+
+def _module_of(error: ImportError) -> str:
+    """The module that was not found, or that said that it cannot be loaded; "" where nobody knows."""
+    name, place = error.name or "", error.__traceback__
+    while not error.name and place is not None:
+        name, place = str(place.tb_frame.f_globals.get("__name__", "")), place.tb_next
+    return name
+
+
+def _from_import_error(error: ImportError, name: str, who: str) -> ConfigError:
+    """A library that is not there, or that cannot be loaded: it belongs to another Python, or is half installed."""
+    if isinstance(error, ModuleNotFoundError):
+        return ConfigError(
+            51, f"the module {name}", f"is not there for {sys.executable}, which runs {who}",
+            "use the Python that has all: source .venv/bin/activate (bash tools/make_venv.sh makes it)",
+        )  # fmt: skip
+    foreign = [f"{key}={value}" for key in ("PYTHONPATH", "LD_LIBRARY_PATH") if (value := os.environ.get(key))]
+    return ConfigError(
+        51, f"the module {name}", f"cannot be loaded by {sys.executable} ({' '.join(str(error).split())[:200]})",
+        (f"leave out what belongs to another Python or system: {', '.join(foreign)}; or " if foreign else "")
+        + "make the environment anew: rm -rf .venv, then bash tools/make_venv.sh",
+    )  # fmt: skip

@@ -33,7 +33,7 @@ from typing import Any
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.base.files import dump_json, replace_file
-from megatron_hammer.base.pictures import png_of
+from megatron_hammer.base.pictures import COLOURS, new_figure, png_of, tidy
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.required_characters import TABLE_NAME, RequiredCharacters, load_table
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, load_processor, parse_model
@@ -235,22 +235,21 @@ def _lacking(absent: list[str], missing: int, donor: Path, name: str, known: Set
 
 def draw_calibration(calibration: Calibration, title: str) -> bytes:
     """A histogram of the ratios as PNG; the same bytes for the same input and matplotlib."""
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-
-    figure = Figure(figsize=(8, 4.5), dpi=130, layout="constrained")
+    figure = new_figure(
+        4.8,
+        f"Calibration: {title}",
+        f"Source: the {len(calibration.ratios):,} common characters that are one piece in both models",
+    )
     axes = figure.subplots()
     axes.hist(calibration.ratios, bins=_HISTOGRAM_BINS, color="0.7")
-    axes.axvline(calibration.mean, color="#D55E00", linewidth=1.6, label=f"mean: {calibration.mean:.5f}")
+    axes.axvline(calibration.mean, color=COLOURS[1], linewidth=1.6, label=f"mean: {calibration.mean:.5f}")
     lowest = f"smallest: {min(calibration.ratios):.5f}"
     axes.plot([], [], " ", label=f"{lowest}, largest: {max(calibration.ratios):.5f}")
     axes.set_xlabel("base score / donor score")
     axes.set_ylabel("characters")
-    axes.set_title(f"{title}, {len(calibration.ratios):,} characters", loc="left", fontsize=11)
     axes.legend(frameon=False, loc="upper left")
     axes.margins(y=0.25)  # room for the legend above the bars
-    axes.grid(color="0.92", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     return png_of(figure)
 
 

@@ -16,14 +16,12 @@ import numpy as np
 
 from megatron_hammer.base.errors import DataError, os_remedy
 from megatron_hammer.base.paths import missing_remedy
-from megatron_hammer.base.pictures import check_png, save_png
+from megatron_hammer.base.pictures import COLOURS, check_png, new_figure, save_png, tidy
 from megatron_hammer.base.reading import open_regular, parse_json
 
 MAX_POINTS = 4000  # more than a picture of this size has columns: longer runs are thinned
 WINDOW_SHARE = 50  # the moving average spans a fiftieth of the run: chosen by eye
 
-# Okabe and Ito's palette, told apart by colour-blind readers too; black is the training loss.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MOST_SOURCES = 12  # in the picture, those of which most was read: their names fill the legend, two in each colour
 
 
@@ -122,7 +120,6 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
 
 def plot_loss(run: Path, output: Path) -> Curves:
     """Draw ``run``/metrics.jsonl into ``output`` (PNG), which appears complete or not at all."""
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
     from matplotlib.ticker import MaxNLocator
 
     curves = read_curves(run / "metrics.jsonl")
@@ -131,7 +128,9 @@ def plot_loss(run: Path, output: Path) -> Curves:
     smooth = moving_average(loss, max(1, len(loss) // WINDOW_SHARE))
     thin = slice(None, None, -(-len(steps) // MAX_POINTS))
 
-    figure = Figure(figsize=(9, 6.5), dpi=130, layout="constrained")
+    figure = new_figure(
+        6.8, f"Loss of {run.resolve().name}", f"Source: metrics.jsonl of the run, to step {steps[-1]:,}"
+    )
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3.5, 1])
     above.plot(steps[thin], loss[thin], color="0.75", linewidth=0.8, label="training, each step")
     above.plot(steps[thin], smooth[thin], color="black", linewidth=1.6, label=f"training, mean: {_last(smooth)}")
@@ -140,7 +139,6 @@ def plot_loss(run: Path, output: Path) -> Curves:
                    label=f"{name}: {_last(np.array(losses))}")  # fmt: skip
     _plot_sources(above, curves)
     above.set_ylabel("loss (nats per token)")
-    above.set_title(run.resolve().name, loc="left", fontsize=11, parse_math=False)
     for text in above.legend(frameon=False, title="last value", alignment="left").get_texts():
         text.set_parse_math(False)  # a set may be named $x
     below.plot(steps[thin], lr[thin], color="black", linewidth=1.2)
@@ -149,11 +147,8 @@ def plot_loss(run: Path, output: Path) -> Curves:
     below.set_ylim(bottom=0)
     below.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (above, below):
-        axes.grid(color="0.92", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-
+    tidy(above)
+    tidy(below)
     save_png(figure, output)
     return curves
 
@@ -163,12 +158,13 @@ def _plot_sources(axes: Any, curves: Curves) -> None:
     if len(curves.sources) < 2:
         return
     most = sorted(curves.sources, key=lambda name: -curves.read.get(name, 0))[:MOST_SOURCES]
+    sets = list(curves.valid)  # a source that has a validation set of its name has its colour
     for i, name in enumerate(name for name in curves.sources if name in most):
         at, losses = (np.array(values) for values in curves.sources[name])
         smooth = moving_average(losses, max(1, len(losses) // WINDOW_SHARE))
         thin = slice(None, None, -(-len(at) // MAX_POINTS))
-        style = ("--", ":")[i // len(COLOURS)]
-        axes.plot(at[thin], smooth[thin], style, color=COLOURS[-1 - i % len(COLOURS)], linewidth=1.2,
+        style, number = ("--", ":")[i // len(COLOURS)], sets.index(name) if name in sets else -1 - i
+        axes.plot(at[thin], smooth[thin], style, color=COLOURS[number % len(COLOURS)], linewidth=1.2,
                   label=f"training on {name}: {_last(smooth)}")  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +79,27 @@ def test_another_python_is_named_with_the_right_one(capsys: pytest.CaptureFixtur
     line = capsys.readouterr().err
     assert line.startswith("error[E251]: the module a_library_that_is_not_there is not there for ")
     assert "source .venv/bin/activate" in line and line.count("\n") == 1
+
+
+def test_a_library_that_cannot_be_loaded_is_named_with_what_is_foreign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of another Python by PYTHONPATH, or without a library of the system; as extension modules and as NumPy say it."""
+    (tmp_path / "half_there.py").write_text("raise ImportError('libx.so.1: no such file\\n(long advice)')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "/opt/conda/lib")
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+
+    def main() -> None:
+        importlib.import_module("half_there")
+
+    assert end_of(main) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error[E251]: the module half_there cannot be loaded by ") and line.count("\n") == 1
+    assert "libx.so.1: no such file (long advice)" in line and "system: PYTHONPATH=/opt/conda/lib; or make" in line
+
+    def ours() -> None:
+        raise ImportError("cannot import name 'x'", name="megatron_hammer.base")
+
+    with pytest.raises(ImportError):
+        end_of(ours)

@@ -8,8 +8,10 @@ import importlib.util
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -147,7 +149,7 @@ def test_tools_explain_themselves_and_refuse_in_one_line(program: Path) -> None:
 
 
 def test_a_python_without_what_is_needed_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The Python of the machine, where .venv was not activated: before any import of the package."""
     there = importlib.util.find_spec
@@ -158,10 +160,40 @@ def test_a_python_without_what_is_needed_is_named(
         said = capsys.readouterr().err
         assert caught.value.code == 2 and said.startswith(f"error[E251]: the module {name} is not there")
         assert "source .venv/bin/activate" in said and said.count("\n") == 1
+    monkeypatch.setattr(importlib.util, "find_spec", there)
+    other = tmp_path / "another clone"
+    for folder in ("megatron_hammer", "tools/require_package"):
+        (other / folder).mkdir(parents=True)
+    (other / "megatron_hammer/__init__.py").touch()
+    spec = importlib.util.spec_from_file_location("megatron_hammer", other / "megatron_hammer/__init__.py")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: spec if n == "megatron_hammer" else there(n))
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "tools/require_package/__init__.py"))
+    said = capsys.readouterr().err
+    assert f"has the package megatron_hammer of {other}, and this program is of {ROOT}; there, source .venv" in said
+    shutil.rmtree(other / "tools")  # installed without a clone
+    runpy.run_path(str(ROOT / "tools/require_package/__init__.py"))
     for program in PROGRAMS:
         imports = [line for line in program.read_text().splitlines() if line.startswith(("import ", "from "))]
         ours = next(i for i, line in enumerate(imports) if "megatron_hammer" in line)
         assert "require_package" in imports[ours - 1], program
+
+
+def test_a_python_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one line by every program, in whatever way it is started; as an ImportError in somebody's own program."""
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18, "final", 0))
+    for path, argument in (("tools/require_package/__init__.py", "tools/x.py"), ("megatron_hammer/__init__.py", "-m")):
+        monkeypatch.setattr(sys, "argv", [argument])
+        with pytest.raises(SystemExit) as caught:
+            exec(compile((ROOT / path).read_text(encoding="utf-8"), path, "exec"), {"__file__": str(ROOT / path)})
+        said = capsys.readouterr().err
+        assert caught.value.code == 2 and said.startswith("error[E250]: ") and said.count("\n") == 1
+        assert "Python 3.9" in said and "source .venv/bin/activate" in said
+    monkeypatch.setattr(sys, "argv", ["mine.py"])
+    with pytest.raises(ImportError, match=r"E250.*source .venv/bin/activate"):
+        exec(compile((ROOT / path).read_text(encoding="utf-8"), path, "exec"), {})
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["requires-python"].startswith(">=3.11,")
 
 
 @pytest.mark.parametrize("module", ["megatron_hammer.train", "megatron_hammer.launch"])

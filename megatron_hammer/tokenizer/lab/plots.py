@@ -10,24 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hammer.base.pictures import png_of
+from megatron_hammer.base.pictures import COLOURS, SMALL_POINTS, legend_above, new_figure, png_of, tidy
 from megatron_hammer.config import Config
 from megatron_hammer.tokenizer.lab.analyze import OVERALL, Coverage, Vocabulary
 from megatron_hammer.tokenizer.lab.cost import token_flops
 from megatron_hammer.tokenizer.lab.price import Price
 from megatron_hammer.tokenizer.scripts import SCRIPTS
 
-COLUMNS = 100  # cells of a row: whole hundreds can be counted at a glance
+COLUMNS = 200  # cells of a row: whole hundreds can be counted at a glance
 # One piece is what one looks for: dark green. The more tokens, the redder; told apart by lightness too.
 STATES = (("one piece", "#00695C"), ("2 tokens", "#FDD49E"), ("3 tokens", "#FC8D59"), ("4 or more", "#B30000"),
           ("unknown", "#222222"))  # fmt: skip
 BACKGROUND = len(STATES)
-
-# Okabe and Ito's palette, told apart by colour-blind readers too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-SCRIPT_COLOURS = dict(zip(SCRIPTS, ("#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#117733", "#999933",
-                                    "#AA4499", "#882255", "#009E73", "#F0E442", "#666666", "#CCCCCC", "#333333",
-                                    "#000000")))  # fmt: skip
+MOST_BYTES = 24  # of a piece in a picture: longer ones are rare, runs of spaces and user-defined symbols
+MOST_NUMBERS = 24  # above bars: more would overlap
 
 
 def character_grid(coverage: Coverage) -> np.ndarray:
@@ -52,18 +48,20 @@ def character_grid(coverage: Coverage) -> np.ndarray:
 def draw_coverage(coverages: Mapping[str, Coverage]) -> bytes:
     """The table of characters, one cell a character in the table's order, one panel a tokenizer."""
     from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    across = min(3, len(coverages))
-    down = -(-len(coverages) // across)
-    figure = Figure(figsize=(6.2 * across, 5.1 * down + 0.4), dpi=130, layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False).flatten()
+    characters = sum(share.characters for share in next(iter(coverages.values())).levels.values())
+    figure = new_figure(
+        2.25 * len(coverages) + 1.1,
+        "Standard characters that are one piece",
+        f"Source: the {characters:,} characters of the official table, a cell a character, in the table's order",
+    )
+    panels = figure.subplots(len(coverages), 1, squeeze=False).flatten()
     colours = ListedColormap([*(colour for _, colour in STATES), "white"])
     for axes, (name, coverage) in zip(panels, coverages.items()):
         grid = character_grid(coverage)
         # A white line round each cell: they can be told apart and counted.
-        axes.pcolormesh(grid, cmap=colours, vmin=-0.5, vmax=len(STATES) + 0.5, edgecolors="white", linewidth=0.35)
+        axes.pcolormesh(grid, cmap=colours, vmin=-0.5, vmax=len(STATES) + 0.5, edgecolors="white", linewidth=0.3)
         axes.invert_yaxis()
         axes.set_aspect("equal")
         axes.set_xticks([])
@@ -76,23 +74,20 @@ def draw_coverage(coverages: Mapping[str, Coverage]) -> bytes:
         axes.set_yticks(starts, labels)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        axes.set_title(name, loc="left", fontsize=11)
-    for axes in panels[len(coverages) :]:
-        axes.set_visible(False)
-    figure.legend(
+        axes.set_title(name, loc="left", fontsize=11, parse_math=False)
+    panels[-1].legend(
         handles=[Patch(color=colour, label=label) for label, colour in STATES],
-        loc="outside lower center", ncols=len(STATES) if across > 1 else 3, frameon=False,
+        loc="upper left", bbox_to_anchor=(0, 0), ncols=len(STATES), frameon=False,
     )  # fmt: skip
     return png_of(figure)
 
 
 def draw_compression(described: Mapping[str, dict[str, Any]], reference: str) -> bytes:
     """Bytes per token and compared compression, a group of bars for each domain, a bar for each tokenizer."""
-    from matplotlib.figure import Figure
-
     domains = list(next(iter(described.values()))["domains"])
-    width = max(7.0, 1.2 + 0.32 * len(domains) * (len(described) + 1))
-    figure = Figure(figsize=(width, 6.5), dpi=130, layout="constrained")
+    figure = new_figure(
+        7.2, "How much text a token holds", f"Source: the texts {', '.join(d for d in domains if d != OVERALL)}"
+    )
     above, below = figure.subplots(2, 1, sharex=True)
     compared = f"tokens / those of {reference}\n(fewer is better)"
     for axes, key, label in (
@@ -101,8 +96,8 @@ def draw_compression(described: Mapping[str, dict[str, Any]], reference: str) ->
     ):
         _bars(axes, domains, {n: [f["domains"][d][key] for d in domains] for n, f in described.items()})
         axes.set_ylabel(label)
-        _tidy(axes)
-    figure.legend(*above.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+        tidy(axes, "y")
+    legend_above(above, 4)
     return png_of(figure)
 
 
@@ -111,42 +106,55 @@ def _bars(axes: Any, groups: Sequence[str], values: Mapping[str, Sequence[float]
     for i, (name, heights) in enumerate(values.items()):
         at = np.arange(len(groups)) + (i - (len(values) - 1) / 2) * width
         bars = axes.bar(at, heights, width * 0.92, color=COLOURS[i % len(COLOURS)], label=name)
-        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+        if len(values) * len(groups) <= MOST_NUMBERS:
+            axes.bar_label(bars, fmt="%.2f", fontsize=SMALL_POINTS, padding=1)
     axes.set_xticks(np.arange(len(groups)), groups)
 
 
 def draw_vocabulary(vocabularies: Mapping[str, Vocabulary]) -> bytes:
-    """Above: number of text pieces by length. Below: shares of the scripts, a bar a tokenizer."""
-    from matplotlib.figure import Figure
+    """Pieces by length (left) and by script (right): those of the first tokenizer less those of each other one.
 
-    figure = Figure(figsize=(9, 5.2 + 0.42 * len(vocabularies)), dpi=130, layout="constrained")
-    above, below = figure.subplots(2, 1, height_ratios=[3.2, 0.7 + 0.42 * len(vocabularies)])
-    longest = max([1, *(n for of in vocabularies.values() for n in of.lengths)])
-    last = min(longest, 24)  # what is longer is rare: runs of spaces and user-defined symbols
-    for i, (name, of) in enumerate(vocabularies.items()):
-        counts = [of.lengths.get(n, 0) for n in range(1, last + 1)]
-        above.plot(range(1, last + 1), counts, color=COLOURS[i % len(COLOURS)], marker="o", markersize=3.5,
-                   linewidth=1.4, label=f"{name}: mean {of.mean_bytes:.1f}")  # fmt: skip
-    above.set_xlabel("bytes of a piece" + (f" (longer ones, up to {longest}, are not drawn)" if longest > last else ""))
-    above.set_xticks(range(1, last + 1))
-    above.set_ylabel("pieces")
-    above.set_ylim(bottom=0)
-    above.legend(frameon=False)
-    _tidy(above)
-    names = list(vocabularies)
-    left = np.zeros(len(names))
-    totals = np.array([sum(of.scripts.values()) for of in vocabularies.values()])
-    for script in SCRIPTS:
-        shares = 100 * np.array([of.scripts[script] for of in vocabularies.values()]) / totals
-        if shares.any():
-            below.barh(names, shares, left=left, height=0.7, color=SCRIPT_COLOURS[script], label=script)
-            left += shares
-    below.invert_yaxis()
-    below.set_xlim(0, 100)
-    below.set_xlabel("% of the vocabulary")
-    below.spines[["top", "right"]].set_visible(False)
-    figure.legend(*below.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False, fontsize=8)
+    Vocabularies of one family are nearly alike, and so would their curves be: what is seen is in what they differ. One
+    that stands alone is drawn as it is.
+    """
+    (first, of), *others = vocabularies.items()
+    pairs = [(f"{first} minus {name}", *_difference(of, other)) for name, other in others]
+    pairs = pairs or [(first, of.lengths, of.scripts)]
+    scripts = [script for script in SCRIPTS if any(found[script] for _, _, found in pairs)]
+    last = min(max([1, *(n for _, lengths, _ in pairs for n in lengths)]), MOST_BYTES)
+    figure = new_figure(
+        (0.8 + 0.22 * max(len(scripts), 10)) * len(pairs) + 0.9,
+        f"In what vocabularies differ from {first}'s" if others else "A vocabulary by length and script",
+        f"Source: all pieces of the models; lengths are those of text pieces, up to {last} bytes",
+    )
+    for (left, right), (title, lengths, by_script) in zip(figure.subplots(len(pairs), 2, squeeze=False), pairs):
+        total = sum(by_script.values())
+        left.set_title(f"{title}: {total:+,} pieces" if others else f"{title}: {total:,} pieces", loc="left",
+                       fontsize=11, parse_math=False)  # fmt: skip
+        counts = [lengths.get(n, 0) for n in range(1, last + 1)]
+        left.bar(range(1, last + 1), counts, color=[COLOURS[count < 0] for count in counts])
+        left.set_xlabel("bytes of a piece")
+        left.set_ylabel("pieces")
+        left.yaxis.set_major_formatter("{x:,.0f}")
+        values = [by_script[script] for script in scripts]
+        bars = right.barh(scripts, values, color=[COLOURS[value < 0] for value in values])
+        right.bar_label(bars, [f"{value:+,}" if others else f"{value:,}" for value in values],
+                        fontsize=SMALL_POINTS, padding=2)  # fmt: skip
+        right.margins(x=0.25)  # room for these numbers
+        right.invert_yaxis()
+        right.tick_params(labelsize=SMALL_POINTS)
+        right.xaxis.set_major_formatter("{x:,.0f}")
+        right.locator_params(axis="x", nbins=4)
+        for axes, grid in ((left, "y"), (right, "x")):
+            tidy(axes, grid)
+            (axes.axhline if axes is left else axes.axvline)(0, color="black", linewidth=0.8)
     return png_of(figure)
+
+
+def _difference(one: Vocabulary, other: Vocabulary) -> tuple[dict[int, int], dict[str, int]]:
+    """Pieces that one has more than the other, by length and by script."""
+    lengths = {n: one.lengths.get(n, 0) - other.lengths.get(n, 0) for n in {*one.lengths, *other.lengths}}
+    return lengths, {script: one.scripts[script] - other.scripts[script] for script in SCRIPTS}
 
 
 def draw_price(prices: Mapping[str, Price], config: Config) -> bytes:
@@ -154,10 +162,13 @@ def draw_price(prices: Mapping[str, Price], config: Config) -> bytes:
 
     Dots are measured, the line goes through them, a star is the best size; a square is a tokenizer without a curve.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    figure = Figure(figsize=(9, 9.5), dpi=130, layout="constrained")
+    layers, hidden = config.model.num_layers, config.model.hidden_size
+    figure = new_figure(
+        9.5, "What the size of a vocabulary costs", f"Source: FLOPs of a model of {layers} layers, width {hidden:,}, "
+        f"sequences of {config.data.seq_length:,}; tokens of the texts, measured at the dots"
+    )  # fmt: skip
     tokens, flops, speed = panels = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.6, 3])
     everything = [price.cost.vocab_size for price in prices.values()]
     for i, (name, price) in enumerate(prices.items()):
@@ -195,12 +206,6 @@ def draw_price(prices: Mapping[str, Price], config: Config) -> bytes:
     speed.xaxis.set_minor_formatter(FuncFormatter(lambda size, _: ""))
     speed.set_xlim(min(everything) / 1.1, max(everything) * 1.1)
     for axes in panels:
-        _tidy(axes)
-    figure.legend(*tokens.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+        tidy(axes, "y")
+    legend_above(tokens, 2)
     return png_of(figure)
-
-
-def _tidy(axes: Any) -> None:
-    axes.grid(axis="y", color="0.92", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)

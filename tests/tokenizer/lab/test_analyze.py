@@ -114,8 +114,8 @@ def test_the_picture_has_one_cell_a_character() -> None:
     is_whole = (counts == 1) & (random_numbers.random(8105) < 0.9)
     levels = {level: analyze.Share(0, size) for level, size in ((1, 3500), (2, 3000), (3, 1605))}
     grid = analyze_plots.character_grid(analyze.Coverage(levels, {}, analyze.CharacterTokens(counts, is_whole)))
-    assert grid.shape == (35 + 1 + 30 + 1 + 17, analyze_plots.COLUMNS)
-    cells = np.concatenate([grid[:35].ravel(), grid[36:66].ravel(), grid[67:].ravel()[:1605]])
+    assert grid.shape == (18 + 1 + 15 + 1 + 9, analyze_plots.COLUMNS)
+    cells = np.concatenate([grid[:18].ravel()[:3500], grid[19:34].ravel(), grid[35:].ravel()[:1605]])
     for count, whole, state in zip(counts, is_whole, cells):
         expected = "one piece" if whole else {0: "unknown", 1: "2 tokens", 2: "2 tokens", 3: "3 tokens"}.get(count)
         assert analyze_plots.STATES[state][0] == (expected or "4 or more")

@@ -1,0 +1,18 @@
+"""``python -m megatron_hammer``: no program is called so; says which are. Needs no torch."""
+
+from megatron_hammer.base.cli import run
+from megatron_hammer.base.errors import ConfigError
+
+
+def main() -> int:
+    """Refuse, with what was probably meant."""
+    raise ConfigError(
+        1,
+        "python -m megatron_hammer",
+        "names the package, which is no program",
+        "train with python -m megatron_hammer.launch --nproc N CONFIG.yaml; the others are in tools/ (README.md)",
+    )
+
+
+if __name__ == "__main__":
+    run(main)
