@@ -109,7 +109,7 @@ class PrometheusClient:
 
     def collect(self) -> Iterator[Any]:
         """All series, as the library asks for them."""
-        core = self._library.core
+        core = self._library.metrics_core
         for name, series in list(self._series.values.items()):
             counter = name in COUNTERS
             kind = core.CounterMetricFamily if counter else core.GaugeMetricFamily

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.clients.conftest import CACHE
 
@@ -97,3 +98,39 @@ def test_offline_files_of_the_real_client(client: tuple[str, Path], tmp_path: Pa
         assert (
             all("hidden_size: 64" in text for text in configs) and "digest3" in configs[0] and "digest5" in configs[1]
         )
+
+
+MONITORING = ("prometheus_client", "opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http", "promql-parser")
+
+
+@pytest.mark.timeout(900)
+def test_prometheus_and_opentelemetry(tmp_path: Path) -> None:
+    """The endpoint as it is scraped, the textfile, OTLP as a collector gets it; every query of examples/ is PromQL."""
+    python = CACHE / "tracker-monitoring" / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
+        pip = [str(python), "-m", "pip", "install", "-q", *MONITORING, "PyYAML", "xxhash", "numpy", "orjson"]
+        subprocess.run(pip, check=True)
+    examples = ROOT / "examples" / "monitoring"
+    rules = yaml.safe_load((examples / "alerts.yaml").read_text(encoding="utf-8"))["groups"][0]["rules"]
+    panels = json.loads((examples / "dashboard.json").read_text(encoding="utf-8"))["panels"]
+    queries = [rule["expr"] for rule in rules] + [t["expr"] for panel in panels for t in panel["targets"]]
+    words = [str(python), str(ROOT / "tests/clients/monitoring_client.py"), str(tmp_path), *queries]
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    scraped = {name: (labels, value) for name, labels, value in found["scraped"]}
+    labels, value = scraped["hammer_valid_loss"]
+    assert value == 2.5 and labels["set"] == '金融 "q"\n' and labels["run"] == "锤子 1" and "step" not in labels
+    assert scraped["hammer_loss"][1] == LOSS and scraped["hammer_step"][1] == 2
+    assert scraped["hammer_skipped_steps_total"][1] == 1 and scraped["hammer_consumed_tokens_total"][1] == 4096
+    assert found["ended"], "the endpoint goes with the run"
+    written = {name: value for name, _, value in found["textfile"]}
+    assert (written["hammer_step"], written["hammer_run_active"], written["hammer_run_failed"]) == (3, 0, 1)
+    metrics = found["offline"]["resource_metrics"][0]["scope_metrics"][0]["metrics"]
+    assert {m["name"] for m in metrics if m["data"].get("is_monotonic")} == {
+        "hammer_skipped_steps",
+        "hammer_consumed_tokens",
+    }
+    assert found["otlp"] == sorted(m["name"] for m in metrics)
+    assert found["resource"]["hammer.run.name"] == "锤子 1" and found["resource"]["service.instance.id"]

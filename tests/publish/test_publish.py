@@ -17,38 +17,13 @@ import yaml
 from megatron_hammer.base.errors import CheckpointError, ConfigError, DiskError, RefusedError
 from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.dataset.writer import IndexedWriter
-from megatron_hammer.huggingface.certificate import prove
-from megatron_hammer.huggingface.export import export_hf
 from megatron_hammer.publish import publish as publishing
 from megatron_hammer.publish.card import Wishes
 from megatron_hammer.publish.facts import gather
 from megatron_hammer.publish.hubs import FolderHub, HuggingFaceHub, ModelScopeHub, check_repository
 from megatron_hammer.publish.publish import prepare, publish
-from tests.checkpoint.layouts import tiny_model, write_layout
-from tests.huggingface.test_certificate import realistic
 
-MODEL = tiny_model(hidden_size=16, vocab_size=700)
 WISHES = Wishes("锤子 1M", "me/hammer-1m", "apache-2.0", ("zh", "en"))
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: Path) -> Path:
-    """A run with a checkpoint of step 7, its metrics and its export; to be copied."""
-    from megatron_hammer.tokenizer.load import load_tokenizer
-
-    run = tmp_path_factory.mktemp("runs") / "mine"
-    saved = write_layout(run / "checkpoints", MODEL, realistic(MODEL), tokenizer=load_tokenizer(tokenizer_model))
-    lines: list[dict[str, Any]] = [
-        {"step": step, "loss": 5.0 - step / 10, "lr": 1e-3, "consumed_tokens": 2048 * step, "skipped": False}
-        for step in range(1, 10)  # two steps after the checkpoint
-    ]
-    lines[4] |= {"valid/zh/loss": 4.25, "valid/zh/perplexity": 70.1, "valid/zh/bits_per_byte": 1.5}
-    lines[6] |= {"source/zh/tokens": 9000, "source/en/tokens": 5336}
-    lines[8] |= {"valid/zh/loss": 1.0}
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (run / "evaluations.jsonl").write_text('{"step": 6, "evaluation/ceval/acc": 0.26, "evaluation/x": null}\n')
-    export_hf(saved.folder, run / "hf", prove=prove, note=lambda text: None)
-    return run
 
 
 @pytest.fixture

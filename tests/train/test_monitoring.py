@@ -52,7 +52,7 @@ class FakePrometheus:
         def __init__(self, name: str, documentation: str, labels: list[str]) -> None:
             super().__init__(name + "_total", documentation, labels)
 
-    core = SimpleNamespace(GaugeMetricFamily=Family, CounterMetricFamily=Counter)
+    metrics_core = SimpleNamespace(GaugeMetricFamily=Family, CounterMetricFamily=Counter)
 
     def __init__(self) -> None:
         self.served: list[Any] = []
