@@ -21,14 +21,16 @@ from typing import Any
 import orjson
 
 from megatron_hammer.base.errors import DataError, UnfitFile
-from megatron_hammer.base.reading import PLAIN_JSON_BYTES, open_regular, weigh_outside_strings
+from megatron_hammer.base.reading import open_regular, weigh_outside_strings
 from megatron_hammer.corpus import foreign
 
 MAX_LINE_BYTES = 2 << 30
 """Longest line read, line ending included: a document of a gigabyte with its escapes. What is longer is a file without
 line breaks, not a document."""
-MAX_LINE_VALUES = 3_000_000
-"""Of one line, beside what is in its strings, as ``base/reading.py`` counts them: some 200 MB once it is parsed."""
+MAX_LINE_VALUES = 1_000_000
+"""Of one line, beside what is in its strings, as ``base/reading.py`` counts them: up to 100 MB once it is parsed."""
+SHORT_LINE_BYTES = 2**20
+"""Lines up to here have less, whatever they hold, and are not counted."""
 
 _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -65,7 +67,7 @@ def loads(line: bytes | bytearray) -> Any:
 
 
 def _has_too_many_values(line: bytes | bytearray) -> bool:
-    return len(line) > PLAIN_JSON_BYTES and weigh_outside_strings(line) > MAX_LINE_VALUES
+    return len(line) > SHORT_LINE_BYTES and weigh_outside_strings(line) > MAX_LINE_VALUES
 
 
 def parse_line(line: bytes | bytearray) -> tuple[Any, bool]:

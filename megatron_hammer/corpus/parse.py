@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import orjson
 
 from megatron_hammer.base.errors import DataError
-from megatron_hammer.base.reading import PLAIN_JSON_BYTES
 from megatron_hammer.corpus import foreign, jsonl, long
 from megatron_hammer.corpus.file_blocks import Block, Position
 from megatron_hammer.corpus.long import LongText
@@ -165,7 +164,7 @@ def _split(data: bytes | bytearray) -> Sequence[bytes | bytearray]:
 
 def _parse_lines(block: Block, path: Path, keys: Sequence[str], strict: bool) -> Parsed:
     lines = _split(block.data)
-    loads = orjson.loads if len(block.data) <= PLAIN_JSON_BYTES else jsonl.loads
+    loads = orjson.loads if max(map(len, lines), default=0) <= jsonl.SHORT_LINE_BYTES else jsonl.loads
     try:
         if len(keys) == 1:
             key = keys[0]

@@ -181,8 +181,8 @@ MEASURES = (
     Measure(
         "a save waits for what is removed",
         "checkpoint/background.py",
-        "            self.wait_for_pruning()  # staging",
-        "            pass  # staging",
+        "        self.wait_for_pruning()  # staging",
+        "        pass  # staging",
         "train/test_saver.py::test_the_next_save_begins_when_what_is_old_is_gone",
     ),
     # ---- which ones are kept ----
@@ -205,7 +205,7 @@ MEASURES = (
         "train/loop.py",
         "        if in_a_row and not last:",
         "        if False:",
-        "train/test_health.py::test_a_run_that_ends_in_bad_steps_keeps_the_older_checkpoints",
+        "train/test_health.py::test_a_step_that_is_not_finite_is_skipped_and_written_down",
     ),
     Measure(
         "nothing is removed in a streak",

@@ -14,16 +14,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from megatron_hammer.base.signals import die_with_parent
 from tests.faults.measures import MEASURES, Measure
 
 ROOT = Path(__file__).parents[2]
 WANTED = os.environ.get("HAMMER_TEST_OF_TESTS", "")
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", ".*_cache", "*.egg-info")
-FAILED, SECONDS = 1, 300.0  # pytest's exit code where tests failed; a test that hangs without a measure misses it too
+FAILED, SECONDS = 1, 90.0  # pytest's exit code where tests failed; a test that hangs without a measure misses it too
 
 
 def test_the_table_is_that_of_the_code() -> None:
@@ -46,7 +48,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def run_tests(tree: Path, *tests: str) -> int | None:
+def run_tests(tree: Path, *tests: str, seconds: float | None = None) -> int | None:
     """Exit code of pytest in a copy of the tree; None where it does not end."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -54,9 +56,10 @@ def run_tests(tree: Path, *tests: str) -> int | None:
     run = subprocess.Popen(
         [*command, *(f"tests/{test}" for test in tests)],
         cwd=tree, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        preexec_fn=partial(die_with_parent, os.getpid()),
     )  # fmt: skip
     try:
-        return run.wait(SECONDS)
+        return run.wait(seconds)
     except subprocess.TimeoutExpired:
         return None
     finally:
@@ -79,6 +82,6 @@ def test_somebody_misses_it(copy: Path, measure: Measure) -> None:
     code = path.read_text()
     path.write_text(code.replace(measure.old, measure.new))
     try:
-        assert run_tests(copy, measure.test) in (FAILED, None), f"{measure.test} passes without it"
+        assert run_tests(copy, measure.test, seconds=SECONDS) in (FAILED, None), f"{measure.test} passes without it"
     finally:
         path.write_text(code)

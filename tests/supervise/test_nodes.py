@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from megatron_hammer.parallel.rendezvous import Meeting, host_store
 from megatron_hammer.supervise import outcome
 from megatron_hammer.supervise.nodes import Node
 from megatron_hammer.supervise.watch import Failure
+from megatron_hammer.verify.faults import Target
 from tests.train.runs import TINY, environment, overrides, write_dataset
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -149,3 +152,24 @@ def test_a_machine_that_is_cut_off_ends_both_with_its_name(machines: list[str], 
         other = 1 - number
         assert len(lines) == 1, lines
         assert lines[0].startswith(f"error[E708]: node {other} (rank {other}) has not answered node {number} for 8 s")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("HAMMER_FAULTS"), reason="HAMMER_FAULTS=night runs it: half a minute")
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_rank_that_hangs_is_named_on_both_machines(machines: list[str], tmp_path: Path, which: int) -> None:
+    long = ("train.num_steps=1000000", "train.eval_interval_steps=1000000", "checkpoint.save_interval_steps=500000")
+    nodes = train(machines, tmp_path, "launcher", *long)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_until = time.monotonic() + 100
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
+        assert time.monotonic() < wait_until and all(node.poll() is None for node in nodes)
+        time.sleep(0.1)
+    (rank,) = Target(nodes[which], tmp_path / "run", random.Random(0)).ranks()
+    os.kill(rank, signal.SIGSTOP)
+    stopped = time.monotonic()
+    said = [node.communicate(timeout=100)[1].splitlines() for node in nodes]
+    print(f"named {time.monotonic() - stopped:.1f} s after it had stopped, at a timeout of 8 s", flush=True)
+    assert [node.returncode for node in nodes] == [8, 8], said
+    for lines in said:
+        assert lines[-1].startswith(f"error[E801]: rank {which} hung: step "), lines
