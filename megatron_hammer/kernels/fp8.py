@@ -31,7 +31,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import KernelsConfig
-from megatron_hammer.kernels.linear import PLAIN, Gradient, Products, accumulate_in_graph
+from megatron_hammer.kernels.linear import PLAIN, Gradient, GraphProducts, Products, accumulate_in_graph
 from megatron_hammer.kernels.native import autograd as fused
 from megatron_hammer.kernels.native import cuda
 
@@ -232,13 +232,14 @@ def select_products(kernels: KernelsConfig, device: torch.device) -> tuple[Produ
     """
     check_here(kernels, device)
     in_graph, layers = kernels.compile == "layers", kernels.fp8 != "off" and kernels.layers == "torch"
+    plain = GraphProducts() if in_graph else PLAIN
     if not (layers or kernels.fp8_head):
-        return Products(in_graph), PLAIN
+        return plain, PLAIN
     fast = Fp8Products()
     if not in_graph and not cuda.unavailable(device):  # the compiler fuses casts with what comes before
         fast = Fp8Products(fused_largest, fused_cast, measured=Measured(cuda.library()))
     in_layers = Fp8Products(in_graph=True) if in_graph else fast
-    return in_layers if layers else Products(in_graph), fast if kernels.fp8_head else PLAIN
+    return in_layers if layers else plain, fast if kernels.fp8_head else PLAIN
 
 
 def measuring(products: Products) -> dict[str, Any]:

@@ -31,7 +31,6 @@ from megatron_hammer.kernels.native import cpu
 from megatron_hammer.kernels.native.cpu import empty
 from megatron_hammer.parallel.collectives import (
     all_gather_rows,
-    all_gather_rows_async,
     all_reduce,
     reduce_scatter_rows_async,
 )
@@ -154,7 +153,8 @@ class Products:
     """Products in the dtype of the tensors, accumulated in fp32 by the matrix library.
 
     Args:
-        in_graph: for layers that torch.compile makes a graph of; what it does not compile are evaluations.
+        in_graph: for layers that torch.compile makes a graph of (``GraphProducts``, and those in 8 bits); what it does
+            not compile are evaluations.
     """
 
     makes_operands = False
@@ -183,16 +183,12 @@ class Products:
 
     def fprop(self, x: Any, weight: Any, out: Tensor | None = None) -> Tensor:
         """y [.., out]; into ``out`` where it is given."""
-        if self.in_graph:  # the compiler finds the memory
-            return F.linear(x, weight)
         y = empty((*x.shape[:-1], weight.shape[0]), x) if out is None else out
         torch.mm(x.flatten(0, -2), weight.t(), out=y.flatten(0, -2))
         return y
 
     def dgrad(self, grad: Any, weight: Any, out: Tensor | None = None) -> Tensor:
         """dx [.., in]; into ``out`` where it is given."""
-        if self.in_graph:
-            return torch.matmul(grad, weight)
         dx = empty((*grad.shape[:-1], weight.shape[1]), grad) if out is None else out
         torch.mm(grad.flatten(0, -2), weight, out=dx.flatten(0, -2))
         return dx
@@ -222,6 +218,19 @@ class Products:
 
 
 PLAIN = Products()
+
+
+class GraphProducts(Products):
+    """The same in layers that torch.compile makes a graph of: the compiler finds the memory."""
+
+    def __init__(self) -> None:
+        super().__init__(in_graph=True)
+
+    def fprop(self, x: Any, weight: Any, out: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight)
+
+    def dgrad(self, grad: Any, weight: Any, out: Tensor | None = None) -> Tensor:
+        return torch.matmul(grad, weight)
 
 
 def add_wgrad(grad_y: Tensor, x: Tensor, place: Tensor, begun: bool) -> None:
@@ -304,7 +313,8 @@ class Division:
         self.gathers, self.scatters = column and by_rows, not column and by_rows
         self.sums_input_gradient = column and divided and not by_rows
         self.sums_output = not column and divided and not by_rows
-        self.waits, self.in_chunks = overlap == "off", overlap == "chunks" and by_rows
+        self.waits = overlap == "off"
+        self.function = _linear_in_chunks if overlap == "chunks" and by_rows else _linear
 
 
 def linear(x: Tensor, weight: Tensor, division: Division) -> Tensor:
@@ -312,7 +322,7 @@ def linear(x: Tensor, weight: Tensor, division: Division) -> Tensor:
     products = division.products if torch.is_grad_enabled() else division.products.evaluation
     if products.in_graph:
         return _Linear.apply(x, weight, division, products)  # type: ignore[no-any-return, no-untyped-call]
-    return _linear(x, weight, division, products)  # type: ignore[no-any-return]
+    return division.function(x, weight, division, products)  # type: ignore[no-any-return]
 
 
 class _Linear(torch.autograd.Function):
@@ -326,21 +336,12 @@ class _Linear(torch.autograd.Function):
         row                    fprop, all-reduce       dgrad, wgrad
         row, rows divided      fprop, reduce-scatter   all-gather dy, dgrad, wgrad
 
-    Of divided rows only the rank's own are kept. In chunks the three pairs "all-gather x, fprop", "fprop,
-    reduce-scatter" and "all-gather dy, dgrad" run beside each other too (``parallel/in_chunks.py``).
+    Of divided rows only the rank's own are kept.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, division: Division, products: Products) -> Tensor:
         ctx.weight, ctx.division, ctx.products = weight, division, products
-        if division.in_chunks:
-            ctx.save_for_backward(x)
-            multiply, t = partial(_into, products.fprop, weight), division.group.size
-            y = empty((len(x) * (t if division.gathers else 1), *x.shape[1:-1], len(weight)), x)
-            if division.scatters:
-                return multiply_scattered(multiply, x, y, division.group)
-            multiply_gathered(multiply, x, y, division.group)
-            return y
         full: Any = all_gather_rows(x, division.group) if division.gathers else x
         kept: tuple[Tensor, ...] = (x,)
         operand: Any = weight
@@ -361,12 +362,8 @@ class _Linear(torch.autograd.Function):
         division, products, kept, summed = ctx.division, ctx.products, ctx.saved_tensors, None
         grad_x: Any = None
         grad_y: Any
-        if division.scatters and division.in_chunks:
-            grad_x = empty((len(grads[0]) * division.group.size, *grads[0].shape[1:-1], ctx.weight.shape[1]), grads[0])
-            grad_y = multiply_gathered(partial(_into, products.dgrad, ctx.weight), grads[0], grad_x, division.group)
-            return grad_x, products.give_wgrad(ctx.weight, division.gradient, grad_y, kept), None, None
         if division.gathers:
-            full, gathered = all_gather_rows_async(kept[0], division.group)  # launch
+            full, gathered = all_gather_rows(kept[0], division.group, async_op=True)  # launch
             if division.waits:
                 gathered.wait()
         grad_y = all_gather_rows(grads[0], division.group) if division.scatters else grads[0]
@@ -389,7 +386,33 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, None, None
 
 
-_linear = direct(_Linear)
+class _LinearInChunks(_Linear):
+    """The same where rows are divided, with the three pairs "all-gather x, fprop", "fprop, reduce-scatter" and
+    "all-gather dy, dgrad" in chunks beside each other too (``parallel/in_chunks.py``)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, division: Division, products: Products) -> Tensor:
+        ctx.weight, ctx.division, ctx.products = weight, division, products
+        ctx.save_for_backward(x)
+        multiply, t = partial(_into, products.fprop, weight), division.group.size
+        y = empty((len(x) * (t if division.gathers else 1), *x.shape[1:-1], len(weight)), x)
+        if division.scatters:
+            return multiply_scattered(multiply, x, y, division.group)
+        multiply_gathered(multiply, x, y, division.group)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        division, products, weight = ctx.division, ctx.products, ctx.weight
+        if division.gathers:
+            return _Linear.backward(ctx, *grads)
+        grad_x = empty((len(grads[0]) * division.group.size, *grads[0].shape[1:-1], weight.shape[1]), grads[0])
+        grad_y = multiply_gathered(partial(_into, products.dgrad, weight), grads[0], grad_x, division.group)
+        return grad_x, products.give_wgrad(weight, division.gradient, grad_y, ctx.saved_tensors), None, None
+
+
+_linear, _linear_in_chunks = direct(_Linear), direct(_LinearInChunks)
 
 
 def _into(product: Callable[..., Tensor], weight: Tensor, rows: Tensor, out: Tensor) -> None:

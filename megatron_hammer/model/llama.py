@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hammer.config import KernelsConfig, ModelConfig
-from megatron_hammer.kernels.linear import Gradient, GradientStore, Overlap, Products
+from megatron_hammer.kernels.linear import Gradient, GradientStore, GraphProducts, Overlap, Products
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import GraphPackedSequences, PackedSequences
 from megatron_hammer.kernels.ranges import EMBEDDING, HEAD, NORM, Range, no_range
@@ -315,7 +315,7 @@ def build_stage(
     if kernels.layers == "te":
         parts = layers_te  # an assignment of its own: mypy holds each module to the interface
     inside = no_range if kernels.compile == "layers" else range_of
-    operations = operations or Operations(products=Products(in_graph=kernels.compile == "layers"))
+    operations = operations or Operations(products=GraphProducts() if kernels.compile == "layers" else Products())
     plain = parts.operations(operations).across(ctx.cp).within(inside)  # what is done again is in its range, too
     options = LayerOptions(
         dtype,

@@ -39,7 +39,7 @@ from typing import Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from megatron_hammer.kernels.ranges import GRADIENT, Range, no_range
+from megatron_hammer.kernels.ranges import GRADIENT, Range, no_range, within
 from megatron_hammer.optim.buffers import Buffers
 from megatron_hammer.optim.layout import Bucket, Layout, Part, Row, Stretch
 from megatron_hammer.parallel.collectives import all_gather_into, all_reduce, reduce_scatter_into
@@ -84,11 +84,7 @@ class StoredGradient:
         begun, self.written = self.written or not (store.first or store.sums_are_new), True
         if store.sums_are_new:
             store.open_sum(self.bucket)
-        if store.range_of is no_range:
-            result = write(self.main_grad, begun)
-        else:
-            with store.range_of(GRADIENT):
-                result = write(self.main_grad, begun)
+        result = write(self.main_grad, begun)
         missing = self.bucket.missing
         assert self.index in missing, f"{store.table[self.index].name} got a gradient after its last one"
         if last:
@@ -100,6 +96,13 @@ class StoredGradient:
     def ready(self) -> None:
         if self.index in self.bucket.missing:  # else the layer was not compiled after all, and has added by itself
             self.add(lambda main_grad, begun: None)  # it has been written
+
+
+class RangedGradient(StoredGradient):
+    """The same for a profiler: what is written is in its range."""
+
+    def add(self, write: Callable[[Tensor, bool], Result], last: bool = True) -> Result:
+        return super().add(within(self.store.range_of, GRADIENT, write), last)
 
 
 class FlatStore:
@@ -149,9 +152,8 @@ class FlatStore:
         """Whether each micro-batch writes its gradients over what was there, because sums are kept in shards."""
         bucket_of = {i: bucket for bucket in self.buckets for i in bucket.parameters}
         self.weights = [nn.Parameter(self.weight_buffers.views[i]) for i in range(len(self.table))]
-        self.gradients = [
-            StoredGradient(self, i, bucket_of[i], self.sum_buffers.views[i]) for i in range(len(self.table))
-        ]
+        kind = StoredGradient if range_of is no_range else RangedGradient
+        self.gradients = [kind(self, i, bucket_of[i], self.sum_buffers.views[i]) for i in range(len(self.table))]
         self._buckets_of: dict[str, list[Bucket]] = {}
         for bucket in reversed(self.buckets):  # as they are gathered
             for part in {self.table[i].part for i in bucket.parameters}:

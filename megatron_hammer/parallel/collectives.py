@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from inspect import unwrap
 from time import monotonic_ns
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -99,25 +99,23 @@ def all_reduce(tensor: Tensor, group: Group, op: Any = SUM, async_op: bool = Fal
     return Done()
 
 
-def all_gather_rows(shard: Tensor, group: Group) -> Tensor:
-    """[r, ...] on each rank -> [r * size, ...] on all, in rank order; a new tensor unless size is 1."""
-    if group.size == 1:
-        return shard
-    if is_dynamo_compiling():
-        return functional.all_gather_tensor(shard.contiguous(), 0, group.process_group)
-    full = shard.new_empty((shard.shape[0] * group.size, *shard.shape[1:]))
-    _finish(group, b"all_gather", _all_gather_into, full, shard.contiguous())
-    return full
+@overload
+def all_gather_rows(shard: Tensor, group: Group) -> Tensor: ...
+@overload
+def all_gather_rows(shard: Tensor, group: Group, async_op: Literal[True]) -> tuple[Tensor, Any]: ...
+def all_gather_rows(shard: Tensor, group: Group, async_op: bool = False) -> Tensor | tuple[Tensor, Any]:
+    """[r, ...] on each rank -> [r * size, ...] on all, in rank order; a new tensor unless size is 1.
 
-
-def all_gather_rows_async(shard: Tensor, group: Group) -> tuple[Tensor, Any]:
-    """``all_gather_rows`` under way: (result, handle); the result is valid after ``handle.wait()``."""
-    if group.size == 1:
-        return shard, Done()
-    if is_dynamo_compiling():
-        return functional.all_gather_tensor(shard.contiguous(), 0, group.process_group), Done()
-    full = shard.new_empty((shard.shape[0] * group.size, *shard.shape[1:]))
-    return full, _start(group, b"all_gather", _all_gather_into, full, shard.contiguous())
+    With ``async_op`` it is under way: (result, handle), and the result is valid after ``handle.wait()``.
+    """
+    full, handle = shard, Done()
+    if group.size > 1 and is_dynamo_compiling():
+        full = functional.all_gather_tensor(shard.contiguous(), 0, group.process_group)
+    elif group.size > 1:
+        full = shard.new_empty((shard.shape[0] * group.size, *shard.shape[1:]))
+        run: Callable[..., Any] = _start if async_op else _finish
+        handle = run(group, b"all_gather", _all_gather_into, full, shard.contiguous())
+    return (full, handle) if async_op else full
 
 
 def reduce_scatter_rows_async(full: Tensor, group: Group) -> tuple[Tensor, Any]:
