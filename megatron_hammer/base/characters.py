@@ -1,6 +1,7 @@
-"""Words of a command line or a config as a Chinese keyboard or a word processor writes them, and what they mean.
+"""What was meant by text that was typed with full-width letters, curly quotes and other typographic characters.
 
-Only for remedies: nothing that was written otherwise than our formats ask for is taken in silence. Needs no torch.
+Error lines use it to suggest a remedy. Nothing is corrected in silence: a setting that is written so is still refused.
+Needs no torch.
 """
 
 from __future__ import annotations

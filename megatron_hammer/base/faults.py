@@ -1,6 +1,8 @@
-"""Faults for tests: a process that is told to fails at a chosen point of its work; nobody else notices them.
+"""Faults for tests: an environment variable makes a process fail at a chosen point of its work.
 
-``HAMMER_FAULT=KIND@PHASE[,rank=R][,step=S][,part=WORD]`` (several with ``;`` between) names what happens, where::
+Where the variable is not set, as in every real run, nothing happens.
+
+``HAMMER_FAULT=KIND@PHASE[,rank=R][,step=S][,part=WORD]`` (several with ``;`` between) says what happens, and where::
 
     kill@rename,step=20          every rank that renames the checkpoint of step 20 is killed at that moment
     full@write,rank=1            the disk of rank 1 is full in each of its saves

@@ -8,11 +8,11 @@
     process 0                                                 manifest, rename | prune
                                     every step tells all ranks: does anybody still write? has it failed somewhere?
 
-No collective is spent on it but the flags that ranks exchange in each step anyway (``flags``, ``heard``), and no step
-waits: what a rank hears of its process it reads from a pipe in passing. All ranks hear the same flags in the same
-order, so all go on to the next phase, or give the save up, at the same step. One save is in flight at a time. One that
-takes too long, whose process dies, or whose disk fails is given up on all ranks: the caller hears why, and saves
-otherwise.
+It needs no collective of its own, since ranks tell each other by flags that they exchange in each step anyway
+(``flags``, ``heard``), and no step waits: a rank reads what its process reports from a pipe, without blocking. All
+ranks hear the same flags in the same order, so all go on to the next phase, or give the save up, at the same step. One
+save is in flight at a time. One that takes too long, whose process dies, or whose disk fails is given up on all ranks:
+the caller hears why, and saves otherwise.
 
 The processes load little, have no GPU and no connection, only the memory and two pipes; they die with their ranks.
 """

@@ -1,6 +1,7 @@
 """Which logical tensors have which kinds of state: fp32 master, first moment, second moment.
 
-All have all, but that a matrix which Muon updates has no second moment (``optimizer.style``). Needs no torch.
+Every tensor has all three, except that a matrix which Muon updates has no second moment (``optimizer.style``).
+Needs no torch.
 """
 
 from __future__ import annotations

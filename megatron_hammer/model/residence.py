@@ -1,4 +1,4 @@
-"""Weights that are there only while a part of the model computes: when they are needed, and when no more.
+"""Sharded weights are in memory only while a part of the model computes: when they are fetched and when given up.
 
 A store may keep this rank's shards only (ZeRO 3, ``optim/store.py``), or make room for gradients only while a part's
 backward writes them (ZeRO 2). The parts of a model are its embedding, each layer, the final norm and the head. Around

@@ -1,4 +1,4 @@
-"""What every rank of a machine is doing, in memory that its launcher reads: step, phase, collective, and since when.
+"""The board: each rank of a machine notes its step, phase and collective in memory that the launcher reads.
 
 ::
 
@@ -6,11 +6,11 @@
     rank r     Journal: writes slot r whenever something begins; the time of that writing is its sign of life
                and a second anonymous file, into which the rank's Python stacks are written when the launcher asks
 
-No network, no file name, nothing that outlives the processes. A rank says what it does before it does it, so that one
-that stops in the midst of it is known by its slot. A note costs about a microsecond and, for a collective, no Python
-call: what changes with each of a layer's ten lies together, and ``collectives.py`` writes it by ``Journal.note``, which
-is C alone. A reader takes a slot that it has read twice alike.
-Linux; needs no torch.
+No network, no file name, nothing that outlives the processes. A rank notes what it is going to do before it does it, so
+the slot of a rank that stops half-way still says where. A note costs about a microsecond. For a collective, of which a
+layer has ten, it costs no Python call: what changes lies together in the slot, and ``collectives.py`` writes it with
+``Journal.note``, a C function. A rank may be writing while its slot is read, so a reader reads until it has seen the
+same bytes twice. Linux; needs no torch.
 """
 
 from __future__ import annotations

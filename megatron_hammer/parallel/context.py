@@ -1,4 +1,4 @@
-"""This rank's groups: with whom it shares what. Groups are passed to whatever needs them, never looked up.
+"""The groups of ranks that this rank communicates with. They are passed to whatever needs them, never looked up.
 
 ``ParallelContext`` has one ``Group`` for each axis of the grid (``grid.py``), and one for what sums gradients. A group
 of size 1 never communicates, so one process runs the same code as many.

@@ -11,8 +11,8 @@ phases draw from it. Phases of one mix that follow each other are one stretch: a
 neighbour continues it, changes nothing. Where the length of samples changes, a source goes on with what is unread
 (``rest.py``). A source is known by its content, so a path that moves, or another place in the mix, changes nothing.
 
-All of this is a function of the phases and the sources, and the number of a sample says its place: which samples a step
-has is settled by those who count them (``RunState``), and nowhere below.
+All of this is a function of the phases and the sources: the number of a sample alone says its place. Which samples
+belong to which step is decided above this room, by ``RunState``, which counts them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The first and the last lines of a rank that the launcher started, in a process of its own."""
+"""What a rank that the launcher has started runs first and last in its process: it sets up signals and output, runs the
+training, hands an error to the launcher and exits with its code."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ What holds for both kinds:
 - ``fingerprint`` hashes what decides ids and nothing else: no path, no training metadata. Datasets and checkpoints
   carry it, so that ids made by one tokenizer are never read with another.
 
-The other rooms need this class for types and ``load.load_tokenizer`` to get an object of it.
+Other packages import this class for their types, and get an object of it from ``load.load_tokenizer``.
 """
 
 from __future__ import annotations

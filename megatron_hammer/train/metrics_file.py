@@ -1,8 +1,8 @@
-"""OUT/metrics.jsonl: one JSON object a step, cut back where a run goes on from a checkpoint, and never in its way.
+"""OUT/metrics.jsonl: one JSON object a step, cut back to the step of the checkpoint that a run goes on from.
 
-What is damaged in it (a line that is no JSON, NULs, a digit that makes another step of it) costs no run: the file as it
-was is kept as ``metrics.jsonl.aside-HEX``, which is said, and training goes on with the lines that can be read. A torn
-last line is what every kill leaves and is dropped without a word. Needs no torch.
+Damage in it (a line that is no JSON, NULs, a digit that makes another step of it) never ends a run: the damaged file is
+kept as ``metrics.jsonl.aside-HEX``, a note says so, and training goes on with the lines that can be read. A torn last
+line is what every kill leaves, and is dropped without a note. Needs no torch.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
     OUT/checkpoints/   see checkpoint/folder.py
     OUT/*.aside-HEX    kept for people: damaged, or of steps that are computed again
 
-The lock comes first: whoever has not got it has not looked either, so that two starts cannot take the same checkpoint
-and train on from it. It is two locks of the kernel, one on ``.lock`` and one on the folder itself, because a file can
+A run takes the lock before it reads anything in the folder, so that two starts cannot find the same checkpoint and both
+train on from it. It is two locks of the kernel, one on ``.lock`` and one on the folder itself, because a file can
 be deleted and made again. Needs no torch.
 """
 

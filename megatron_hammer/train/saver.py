@@ -4,8 +4,8 @@ The loop says when, and with which state; here is what goes into a checkpoint, w
 (``checkpoint.mode``), and what a save that fails means (``checkpoint.on_save_error``).
 
 A blocking save returns when the checkpoint is committed on all ranks. One in the background returns at once; the ranks
-hear of its end from the word that the loop sums over them in each step (``word``, ``heard``). Before the next one
-begins, before a blocking one, and before a run ends, what is in flight is waited for.
+learn that it has ended from flags that the loop sums over all ranks in each step (``word``, ``heard``). Before the next
+one begins, before a blocking one, and before a run ends, what is in flight is waited for.
 """
 
 from __future__ import annotations
