@@ -229,8 +229,9 @@ class Config:
 
     def after_samples(self, consumed: int) -> Config:
         """``in_phase`` of the phase of the last of ``consumed`` samples: what has been trained then."""
-        phases = self.phases
-        return self.in_phase(phase_at(phases, max(0, consumed - 1))) if phases else self
+        if not self.data.phases:
+            return self  # one mix, one length and one RoPE for the whole run
+        return self.in_phase(phase_at(self.phases, max(0, consumed - 1)))
 
     def grid(self, world_size: int) -> Grid:
         """How ``world_size`` ranks share the work."""
