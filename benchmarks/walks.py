@@ -187,11 +187,11 @@ def walk_layer(folder: Path) -> list[Function]:
     """One layer, forward and backward, in two ranks."""
     from tests.distributed import run_distributed
 
-    functions: list[Function] = run_distributed(2, _trace_layer)[0]
+    functions: list[Function] = run_distributed(2, trace_layer)[0]
     return functions
 
 
-def _trace_layer(rank: int) -> list[Function]:
+def trace_layer(rank: int) -> list[Function]:
     """On one rank: give the last layer what the model gives it, and trace only that."""
     import torch
 

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_hammer.kernels.native import cpu
+
 PACKAGE = Path(__file__).parent.parent / "megatron_hammer"
 ROWS = [  # what stands above may import what stands below
     {"__main__", "command", "launch", "verify"},
@@ -216,6 +218,17 @@ def test_one_forward_reads_in_600_lines() -> None:
     reached = run_distributed(2, _sequence_parallel_forward)[0]
     lines = sum(_length(file, line) for file, line in reached)
     assert 100 < lines <= 600, lines
+
+
+@pytest.mark.skipif(bool(cpu.unavailable(torch.device("cpu"))), reason="the CPU kernels are not compiled")
+def test_one_layer_reads_in_seven_files_and_300_lines() -> None:
+    """Forward and backward with TP 2 and sequence parallelism, counted as benchmarks/walks.py does."""
+    from benchmarks.walks import count_returns, trace_layer
+    from tests.distributed import run_distributed
+
+    functions = run_distributed(2, trace_layer)[0]
+    files, lines = [function.file for function in functions], sum(function.lines for function in functions)
+    assert 5 <= len(set(files)) <= 7 and 200 < lines <= 300 and count_returns(files) <= 12, (files, lines)
 
 
 def test_one_step_reads_on_one_screen() -> None:

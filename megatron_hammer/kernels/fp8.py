@@ -165,9 +165,8 @@ class Fp8Products(Products):
         cast: Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]] = cast,
         multiply: Callable[..., Tensor] = multiply,
         measured: Measured | None = None,
-        in_graph: bool = False,
     ) -> None:
-        super().__init__(in_graph)
+        super().__init__()
         self.evaluation = PLAIN
         self.largest, self.cast, self.multiply, self.measured = largest, cast, multiply, measured
         self._weights: dict[Gradient, tuple[tuple[int, int], Operand]] = {}  # of each weight: its version, quantised
@@ -219,6 +218,10 @@ class Fp8Products(Products):
             part = grad.columns[i : i + rows]
             place[i : i + rows].add_(self.multiply(part, grad.scale, x, x_scale, place.dtype, False))
 
+
+class Fp8GraphProducts(Fp8Products, GraphProducts):
+    """The same in layers that torch.compile makes a graph of."""
+
     def wgrad_in_graph(self, gradient: Gradient, grad: Operand, kept: tuple[Tensor, ...]) -> None:
         product = self.multiply(grad.columns, grad.scale, *kept, gradient.main_grad.dtype, False)
         accumulate_in_graph(gradient.main_grad, gradient.begun, product)
@@ -238,7 +241,7 @@ def select_products(kernels: KernelsConfig, device: torch.device) -> tuple[Produ
     fast = Fp8Products()
     if not in_graph and not cuda.unavailable(device):  # the compiler fuses casts with what comes before
         fast = Fp8Products(fused_largest, fused_cast, measured=Measured(cuda.library()))
-    in_layers = Fp8Products(in_graph=True) if in_graph else fast
+    in_layers = Fp8GraphProducts() if in_graph else fast
     return in_layers if layers else plain, fast if kernels.fp8_head else PLAIN
 
 

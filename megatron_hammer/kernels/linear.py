@@ -29,11 +29,7 @@ from torch.nn import functional as F
 
 from megatron_hammer.kernels.native import cpu
 from megatron_hammer.kernels.native.cpu import empty
-from megatron_hammer.parallel.collectives import (
-    all_gather_rows,
-    all_reduce,
-    reduce_scatter_rows_async,
-)
+from megatron_hammer.parallel.collectives import all_gather_rows, all_reduce, reduce_scatter_rows_async
 from megatron_hammer.parallel.context import Group
 from megatron_hammer.parallel.in_chunks import multiply_gathered, multiply_scattered
 
@@ -150,19 +146,15 @@ class GradientStore(Protocol):
 
 
 class Products:
-    """Products in the dtype of the tensors, accumulated in fp32 by the matrix library.
-
-    Args:
-        in_graph: for layers that torch.compile makes a graph of (``GraphProducts``, and those in 8 bits); what it does
-            not compile are evaluations.
-    """
+    """Products in the dtype of the tensors, accumulated in fp32 by the matrix library."""
 
     makes_operands = False
     """Whether operands are anything else than the tensors; ``linear`` makes none where they are not."""
+    in_graph = False
+    """Whether these are for layers that torch.compile makes a graph of (``GraphProducts``)."""
 
-    def __init__(self, in_graph: bool = False) -> None:
-        self.in_graph = in_graph
-        self.evaluation: Products = PLAIN if in_graph else self
+    def __init__(self) -> None:
+        self.evaluation: Products = self
         """Those to use where no gradient is recorded."""
 
     # ---- operands ------------------------------------------------------------------------------------------------
@@ -197,11 +189,6 @@ class Products:
         """place [out, in] = dy^T x, or += where it has begun."""
         add_wgrad(grad.flatten(0, -2), kept[0].flatten(0, -2), place, begun)
 
-    def wgrad_in_graph(self, gradient: Gradient, grad: Any, kept: tuple[Tensor, ...]) -> None:
-        """``wgrad`` where torch.compile makes a graph of a layer, into ``gradient.main_grad``."""
-        x = kept[0].flatten(0, -2)
-        add_wgrad_in_graph(gradient.main_grad, gradient.begun, grad.flatten(0, -2), x)
-
     def give_wgrad(
         self, weight: Tensor, gradient: Gradient | None, grad: Any, kept: tuple[Tensor, ...]
     ) -> Tensor | None:
@@ -210,10 +197,7 @@ class Products:
             grad_weight = torch.empty_like(weight)
             self.wgrad(grad, kept, grad_weight, False)
             return grad_weight
-        if self.in_graph:
-            self.wgrad_in_graph(gradient, grad, kept)
-        else:
-            gradient.add(partial(self.wgrad, grad, kept))
+        gradient.add(partial(self.wgrad, grad, kept))
         return None
 
 
@@ -221,16 +205,33 @@ PLAIN = Products()
 
 
 class GraphProducts(Products):
-    """The same in layers that torch.compile makes a graph of: the compiler finds the memory."""
+    """The same in layers that torch.compile makes a graph of: the compiler finds the memory, and is told where each
+    gradient goes. What it does not compile are evaluations.
+    """
+
+    in_graph = True
 
     def __init__(self) -> None:
-        super().__init__(in_graph=True)
+        self.evaluation = PLAIN
 
     def fprop(self, x: Any, weight: Any, out: Tensor | None = None) -> Tensor:
         return F.linear(x, weight)
 
     def dgrad(self, grad: Any, weight: Any, out: Tensor | None = None) -> Tensor:
         return torch.matmul(grad, weight)
+
+    def wgrad_in_graph(self, gradient: Gradient, grad: Any, kept: tuple[Tensor, ...]) -> None:
+        """``wgrad`` into ``gradient.main_grad``."""
+        x = kept[0].flatten(0, -2)
+        add_wgrad_in_graph(gradient.main_grad, gradient.begun, grad.flatten(0, -2), x)
+
+    def give_wgrad(
+        self, weight: Tensor, gradient: Gradient | None, grad: Any, kept: tuple[Tensor, ...]
+    ) -> Tensor | None:
+        if gradient is None:
+            return super().give_wgrad(weight, gradient, grad, kept)
+        self.wgrad_in_graph(gradient, grad, kept)
+        return None
 
 
 def add_wgrad(grad_y: Tensor, x: Tensor, place: Tensor, begun: bool) -> None:
@@ -344,11 +345,10 @@ class _Linear(torch.autograd.Function):
         ctx.weight, ctx.division, ctx.products = weight, division, products
         full: Any = all_gather_rows(x, division.group) if division.gathers else x
         kept: tuple[Tensor, ...] = (x,)
-        operand: Any = weight
         if products.makes_operands:
-            (full, kept), operand = products.input(full), products.weight(weight, division.gradient)
+            (full, kept), weight = products.input(full), products.weight(weight, division.gradient)
         ctx.save_for_backward(*((x,) if division.gathers else kept))
-        y = products.fprop(full, operand)
+        y = products.fprop(full, weight)
         if division.scatters:
             y, summed = reduce_scatter_rows_async(y, division.group)
             summed.wait()
@@ -360,14 +360,12 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         division, products, kept, summed = ctx.division, ctx.products, ctx.saved_tensors, None
-        grad_x: Any = None
-        grad_y: Any
+        grad_x, weight = None, ctx.weight
         if division.gathers:
             full, gathered = all_gather_rows(kept[0], division.group, async_op=True)  # launch
             if division.waits:
                 gathered.wait()
         grad_y = all_gather_rows(grads[0], division.group) if division.scatters else grads[0]
-        weight: Any = ctx.weight
         if products.makes_operands:
             grad_y, weight = products.gradient(grad_y), products.weight(weight, division.gradient)
         if ctx.needs_input_grad[0]:

@@ -19,7 +19,16 @@ from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
 from megatron_hammer.kernels import fp8
 from megatron_hammer.kernels.backend import Requirements
-from megatron_hammer.kernels.fp8 import E4M3, E5M2, LARGEST, Fp8Products, Measured, Operand, emulated_multiply
+from megatron_hammer.kernels.fp8 import (
+    E4M3,
+    E5M2,
+    LARGEST,
+    Fp8GraphProducts,
+    Fp8Products,
+    Measured,
+    Operand,
+    emulated_multiply,
+)
 from megatron_hammer.kernels.linear import Division, Gradient, Products, linear
 from megatron_hammer.kernels.linear_cross_entropy import LossKernels
 from megatron_hammer.kernels.native import cuda
@@ -52,8 +61,9 @@ HALF_OF_SMALLEST = {E4M3: 2.0**-10, E5M2: 2.0**-17}
 BF16_ROUNDING = 2.0**-8
 
 
-def emulated(**changes: Any) -> Fp8Products:
-    return Fp8Products(multiply=emulated_multiply, **changes)
+def emulated(in_graph: bool = False, **changes: Any) -> Fp8Products:
+    kind = Fp8GraphProducts if in_graph else Fp8Products
+    return kind(multiply=emulated_multiply, **changes)
 
 
 def value_of(x: Operand) -> Tensor:
