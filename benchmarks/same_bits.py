@@ -88,6 +88,7 @@ TRAININGS = [  # the longest first, two run at a time
     Training("tp2-one-group", (*TP2, BF16, "model.num_query_groups=1"), nproc=2),
     Training("tp2-plain-documents", (TP2[0], BF16, "data.attention_mask=document"), nproc=2),
     Training("tp2-sp-recompute", (*TP2, BF16, "train.recompute=full", "train.recompute_layers=1"), nproc=2),
+    Training("tp2-sp-chunks", (*TP2, BF16, "parallel.tp_comm_overlap=chunks"), nproc=2),
     Training("dp2-bf16", (BF16, "parallel.gradient_bucket_bytes=65536"), nproc=2),
     Training("fp32"),
     Training("bf16", (BF16,)),
