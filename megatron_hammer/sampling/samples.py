@@ -282,8 +282,9 @@ class TrainData:
         self.check_unchanged(np.unique(sources).tolist())
         if self.vocab_size is not None and (place := first_foreign_id(out, self.vocab_size)) is not None:
             raise self._foreign_id(first + place // (s + 1), place % (s + 1), int(out.flat[place]), self.vocab_size)
-        for part, lengths, counts in pieces:
-            self._rearrange(part, out, lengths, counts)
+        if self._fim:
+            for part, lengths, counts in pieces:
+                self._rearrange(part, out, lengths, counts)
         documents = cumulative_lengths(ends) if self._document_mask else None
         return Batch.from_windows(out, documents=documents, sources=sources)
 
