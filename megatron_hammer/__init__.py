@@ -5,7 +5,7 @@ Data flows one way, and so do the imports (the arrow reads "imports")::
     raw text -> tokenizer -> indexed dataset -> samples  -> model -> optimizer -> checkpoint -> Hugging Face
     corpus/     tokenizer/   dataset/           sampling/   model/   optim/       checkpoint/   huggingface/
 
-    launch, verify > supervise, profile, evaluation > train, megatron > huggingface > checkpoint
+    command, launch, verify > supervise, profile, evaluation, publish > train, megatron > huggingface > checkpoint
            > sampling, model, optim > dataset, kernels > corpus, tokenizer > config > parallel > base
 
 This module imports nothing of it; ``docs/architecture.md`` is the map. An older Python could not read the others: it is
