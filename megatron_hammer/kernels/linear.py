@@ -359,8 +359,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        division, products, kept, summed = ctx.division, ctx.products, ctx.saved_tensors, None
-        grad_x, weight = None, ctx.weight
+        division, products, kept, weight = ctx.division, ctx.products, ctx.saved_tensors, ctx.weight
+        summed = None
         if division.gathers:
             full, gathered = all_gather_rows(kept[0], division.group, async_op=True)  # launch
             if division.waits:
@@ -368,8 +368,7 @@ class _Linear(torch.autograd.Function):
         grad_y = all_gather_rows(grads[0], division.group) if division.scatters else grads[0]
         if products.makes_operands:
             grad_y, weight = products.gradient(grad_y), products.weight(weight, division.gradient)
-        if ctx.needs_input_grad[0]:
-            grad_x = products.dgrad(grad_y, weight)
+        grad_x: Any = products.dgrad(grad_y, weight) if ctx.needs_input_grad[0] else None
         if division.gathers:
             gathered.wait()
             grad_x, summed = reduce_scatter_rows_async(grad_x, division.group)  # launch
@@ -404,7 +403,7 @@ class _LinearInChunks(_Linear):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         division, products, weight = ctx.division, ctx.products, ctx.weight
         if division.gathers:
-            return _Linear.backward(ctx, *grads)
+            return _Linear.backward(ctx, *grads)  # type: ignore[no-any-return]
         grad_x = empty((len(grads[0]) * division.group.size, *grads[0].shape[1:-1], weight.shape[1]), grads[0])
         grad_y = multiply_gathered(partial(_into, products.dgrad, weight), grads[0], grad_x, division.group)
         return grad_x, products.give_wgrad(weight, division.gradient, grad_y, ctx.saved_tensors), None, None
