@@ -99,9 +99,9 @@ def _watch_reduction(rank: int, config: Config) -> list[str]:
     batches = rank_batches(config, 1, ctx)
     begin = optimizer.store.begin
 
-    def note(first: bool, last: bool) -> None:
+    def note(first: bool, last: bool, **how: Any) -> None:
         events.append(f"micro-batch {0 if first else 1}")
-        begin(first, last)
+        begin(first, last, **how)
 
     optimizer.store.begin = note  # type: ignore[method-assign]
     assert len(batches) == 2
