@@ -164,9 +164,11 @@ def test_a_source_with_fill_in_the_middle_need_not_be_in_every_phase() -> None:
 
 
 def test_a_ramp_of_the_batch_size_is_a_function_of_consumed_samples(trained: Path, tmp_path: Path) -> None:
-    """4, 4, 6, 6, 8, 8, 8: one that stops and goes on is the same to the bit, and has the samples of any other."""
+    """4, 4, 6, 6, 8, 8, 8: one that stops and goes on is the same to the bit, with Muon, and has the samples of any
+    other."""
     ramp = "train.batch_size_ramp={start: 4, increment: 2, samples: 16}"
-    fixed = (ramp, "train.eval_samples=2", "schedule.decay_steps=7", "checkpoint.save_interval_steps=4")
+    fixed = (ramp, "train.eval_samples=2", "schedule.decay_steps=7", "checkpoint.save_interval_steps=4",
+             "optimizer.style=muon")  # fmt: skip
 
     def at(folder: str, steps: int) -> list[str]:
         return overrides(trained / "data", tmp_path / folder, *fixed, f"train.num_steps={steps}")
@@ -203,11 +205,11 @@ def test_ramps_that_cannot_be_are_refused(change: str, said: str) -> None:
 
 
 def test_a_run_through_phases_goes_on_bit_for_bit(trained: Path, tmp_path: Path) -> None:
-    """Another mix, then a longer context with another RoPE: N + N steps are 2N, in every byte; the checkpoint is a
-    model of the RoPE that it was trained with."""
+    """Another mix, then a longer context with another RoPE: N + N steps of Muon are 2N, in every byte; the checkpoint
+    is a model of the RoPE that it was trained with."""
     more = phases(trained, "{steps: 2, train: {@a: 2, @b: 1}}", "{steps: 1, train: {@a: 1, @c: 1}}",
                   "{train: {@a: 1}, seq_length: 64, rope_theta: 50000}")  # fmt: skip
-    fixed = ("schedule.decay_steps=5", "train.eval_samples=2", *more)
+    fixed = ("schedule.decay_steps=5", "train.eval_samples=2", "optimizer.style=muon", *more)
 
     def at(folder: str, steps: int) -> list[str]:
         return overrides(trained / "data", tmp_path / folder, *fixed, f"train.num_steps={steps}")
