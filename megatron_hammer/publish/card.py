@@ -206,15 +206,15 @@ def _certificate(facts: Facts, say: Say) -> str:
     proof = facts.certificate
     worst = max(proof["texts"].values(), key=lambda found: found["max_difference"] / (found["max_logit"] or 1.0))
     versions = ", ".join(f"{name} {version}" for name, version in proof["versions"].items())
-    figures = f"{worst['max_difference']:.2g} / {worst['max_logit']:.3g}"
+    difference, largest = f"{worst['max_difference']:.2g}", f"{worst['max_logit']:.3g}"
     return say(
         f"This folder was compared with the trained checkpoint before it was published (`certificate.json`): every "
         f"tensor is equal bit for bit in {proof['dtype']}, the tokenizer gives the same ids, and the logits of fixed "
-        f"texts differ from transformers' by at most {figures} of the largest logit (bound {proof['bound']:g}). "
-        f"Step {proof['step']:,}, checkpoint `{proof['checkpoint_digest']}`; {versions}.",
+        f"texts differ from transformers' by at most {difference}, the largest being {largest} (bound: "
+        f"{proof['bound']:g} of it). Step {proof['step']:,}, checkpoint `{proof['checkpoint_digest']}`; {versions}.",
         f"本目录在发布前与训练得到的检查点逐项比对过（`certificate.json`）：每个张量在 {proof['dtype']} 下逐位相等，"
-        f"分词器给出相同的 id，固定文本的 logits 与 transformers 之差最多为 {figures}"
-        f"（差值 / 最大 logit，上限 {proof['bound']:g}）。"
+        f"分词器给出相同的 id，固定文本的 logits 与 transformers 之差最多为 {difference}，"
+        f"最大的 logit 为 {largest}（上限：它的 {proof['bound']:g}）。"
         f"第 {proof['step']:,} 步，检查点 `{proof['checkpoint_digest']}`；{versions}。",
     )
 

@@ -79,7 +79,7 @@ def gather(manifest: Manifest, run: Path | None, certificate: Mapping[str, Any])
     """
     config = replace(config_from_tree(manifest.config), model=saved_model(manifest))
     lines = [] if run is None else _lines(run / METRICS, manifest.step)
-    loss, valid_step, valid, read = None, None, dict[str, dict[str, float]](), dict[str, int]()
+    loss, valid_step, valid = None, None, dict[str, dict[str, float]]()
     last: Mapping[str, Any] = {}
     losses = []
     for line in lines[-MEAN_STEPS:]:
@@ -93,7 +93,6 @@ def gather(manifest: Manifest, run: Path | None, certificate: Mapping[str, Any])
             found = parse_json(line)
             valid_step, valid = int(found["step"]), figures_of(found, "valid/")
             break
-    read = {name: int(v["tokens"]) for name, v in figures_of(last, "source/").items() if "tokens" in v}
     evaluated = [] if run is None else _lines(run / EVALUATIONS, manifest.step)
     evaluation = parse_json(evaluated[-1]) if evaluated else {}
     tokens = last.get("consumed_tokens")
@@ -102,7 +101,7 @@ def gather(manifest: Manifest, run: Path | None, certificate: Mapping[str, Any])
         parameters=sum(math.prod(tensor.shape) for tensor in manifest.tensors if tensor.kind == "weight"),
         step=manifest.step,
         tokens=int(tokens) if isinstance(tokens, int | float) else None,
-        phases=_phases(config.data, read),
+        phases=_phases(config.data, lines),
         loss=loss,
         valid=valid,
         valid_step=valid_step,
@@ -134,10 +133,24 @@ def figures_of(line: Mapping[str, Any], kind: str) -> dict[str, dict[str, float]
     return found
 
 
-def _phases(data: DataConfig, read: Mapping[str, int]) -> tuple[tuple[str, tuple[Source, ...]], ...]:
+def _tokens_read(lines: Sequence[bytes], names: Sequence[str]) -> dict[str, int]:
+    """Tokens of each source up to the last line; a line has those of the sources that gave something to its step."""
+    found: dict[str, int] = {}
+    for line in reversed(lines):
+        if len(found) == len(names):
+            break
+        if b'"source/' in line:
+            for name, figures in figures_of(parse_json(line), "source/").items():
+                if name in names and "tokens" in figures:
+                    found.setdefault(name, int(figures["tokens"]))
+    return found
+
+
+def _phases(data: DataConfig, lines: Sequence[bytes]) -> tuple[tuple[str, tuple[Source, ...]], ...]:
     """The mixes of the run; sources go by the names that metrics.jsonl has, as far as these hide their folders."""
     prefixes = data.train_prefixes
     names, shown = (dict(zip(prefixes, found)) for found in (source_names(prefixes), _without_folders(prefixes)))
+    read = _tokens_read(lines, list(names.values()))
     sizes = {prefix: _tokens_in(prefix) for prefix in prefixes}
     found = []
     for phase in data.mixes:

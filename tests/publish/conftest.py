@@ -29,7 +29,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: Path) -> Pat
         for step in range(1, 10)  # two steps after the checkpoint
     ]
     lines[4] |= {"valid/zh/loss": 4.25, "valid/zh/perplexity": 70.1, "valid/zh/bits_per_byte": 1.5}
-    lines[6] |= {"source/zh/tokens": 9000, "source/en/tokens": 5336}
+    lines[3] |= {"source/zh/tokens": 5000, "source/en/tokens": 5336}  # en gave nothing to a later step
+    lines[6] |= {"source/zh/tokens": 9000}
     lines[8] |= {"valid/zh/loss": 1.0}
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "evaluations.jsonl").write_text('{"step": 6, "evaluation/ceval/acc": 0.26, "evaluation/x": null}\n')
