@@ -92,6 +92,10 @@ find_nodes() {
     node_rank=${NODE_RANK:-${SLURM_NODEID:-0}}
     master_addr=${MASTER_ADDR:-}
     master_port=${MASTER_PORT:-29500} # the port that torch programs use by custom
+    local name
+    for name in nnodes node_rank master_port; do
+        [[ ${!name} =~ ^[0-9]+$ ]] || fail 55 "${name^^}=${!name} must be a whole number; write digits, or unset it"
+    done
     local tasks=${SLURM_STEP_TASKS_PER_NODE:-1} nodes=${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:-}} hosts
     if [[ ! $tasks =~ ^1(\(x[0-9]+\))?$ ]]; then # such as 8, or 8(x4)
         fail 59 "SLURM_STEP_TASKS_PER_NODE=$tasks starts this script several times on a node, each with all its ranks; use\
@@ -342,6 +346,10 @@ main() {
     if [[ -n ${DATA:-} && -z ${TOKENIZER:-} ]]; then
         fail 56 "TOKENIZER is not set but DATA is; set TOKENIZER to the tokenizer that made the data"
     fi
+    for argument in TOKENIZER VALID; do
+        [[ -z ${!argument:-} || -n ${DATA:-} ]] ||
+            fail 56 "$argument is set but DATA is not, and it belongs to DATA; set DATA, or unset $argument"
+    done
     for argument in "$@"; do
         if [[ $argument == train.output=* ]]; then fail 57 "$argument must be given as OUT; set OUT=${argument#*=}"; fi
     done

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import require_package  # noqa: F401
 
+from megatron_hammer.base.characters import number_meant
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.base.errors import ConfigError
 
@@ -30,7 +31,9 @@ def main() -> None:
     try:
         tokens = None if args.tokens is None else int(float(args.tokens))
     except (ValueError, OverflowError):
-        raise ConfigError(1, f"--tokens {args.tokens}", "is no number", "write it as 20e9") from None
+        meant = number_meant(args.tokens, whole=True)
+        remedy = f"write {meant}" if meant else "write it as 20e9"
+        raise ConfigError(1, f"--tokens {args.tokens}", "is no number", remedy) from None
 
     from megatron_hammer.train.branch import make_branch
 

@@ -38,7 +38,10 @@ def number_meant(text: str, whole: bool, unit: str = "") -> str:
     plain = in_ascii(text).strip().strip("'\"").lower()
     if unit and plain.endswith(unit.lower()):
         plain = plain[: -len(unit)].strip()
-    value = _value_of(plain, whole)
+    counted = re.fullmatch(r"[kmgt]b", unit.lower()) and re.search(r"[kmgt]b?$", plain)
+    value = _value_of(plain, whole and not counted)
+    if counted and value is not None:  # 1GB where megabytes are counted
+        value /= _UNITS[unit.lower()]
     if value is None or not math.isfinite(value) or (whole and not value.is_integer()):
         return ""
     return str(int(value)) if whole or (value.is_integer() and abs(value) < 1e15) else f"{value:.12g}"

@@ -44,6 +44,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         self._words: list[str] = []
+        self.option_remedy: Callable[[str], str] = lambda option: ""
+        """What an option that there is not, such as another program's, is here."""
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         if sys.argv[0].startswith("hammer ") and ".py" in (prog := str(kwargs.get("prog", ""))):
@@ -116,7 +118,17 @@ class ArgumentParser(argparse.ArgumentParser):
             commands = choice[1].split("|")
             message = f"{choice[2]!r} is none of {', '.join(commands)}"
             near = difflib.get_close_matches(choice[2], commands, n=1)
-            remedy = f"did you mean {near[0]}?" if near else f"say which first: {self.prog} {commands[0]} {choice[2]}"
+            remedy = f"choose one of {', '.join(commands)}"
+            if near:
+                remedy = f"did you mean {near[0]}?"
+            elif os.path.lexists(choice[2]) or re.search(r"[/.\\]", choice[2]):
+                remedy = f"say which first: {self.prog} {commands[0]} {choice[2]}"
+        elif alternatives := re.search(r"one of the arguments (--\S+(?: --\S+)*) is required", message):
+            names = alternatives[1].split()
+            unknown = [w.partition("=")[0] for w in self._words if w.startswith("--")]
+            unknown = [option for option in unknown if option not in self._option_string_actions]
+            meant = f"write {names[0]}, not {unknown[0]}" if len(unknown) == 1 else f"add {self._shown(names[0])}"
+            remedy = f"{meant} (see {self.prog} --help)"
         elif "required: " in message and (given := self._given_for(message.partition("required: ")[2].split(", "))):
             remedy = f"{given} (see {self.prog} --help)"
         elif wrong := re.search(r"invalid (int|float) value: '([^']*)'", message):
@@ -137,6 +149,8 @@ class ArgumentParser(argparse.ArgumentParser):
             option = message.partition("unrecognized arguments: ")[2].split()[0].partition("=")[0]
             if near := difflib.get_close_matches(option, list(self._option_string_actions), n=1, cutoff=0.7):
                 remedy = f"did you mean {near[0]}? (see {self.prog} --help)"
+            elif meant := self.option_remedy(option):
+                remedy = meant
             elif option in READ_ELSEWHERE and (names := [a for a in self._actions if not a.option_strings]):
                 remedy = f"what it reads stands without an option's name: {self.prog} {names[0].metavar} ..."
         raise ConfigError(1, self.prog, f"was called wrongly: {message}", remedy)

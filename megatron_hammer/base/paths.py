@@ -53,7 +53,7 @@ def unusable_remedy(text: str) -> str:
     if plain != text and os.path.lexists(plain):
         return f"did you mean {plain}?"
     words = [word for word in re.split(r"[,;]", plain) if word]
-    if len(words) > 1 and "," not in text and ";" not in text and all(map(os.path.lexists, words)):
+    if len(words) > 1 and all(map(os.path.lexists, words)):
         return f"these are several names: put blanks between them, {' '.join(words)}"
     return ""
 
@@ -130,6 +130,10 @@ def check_prefix(option: str, prefix: str | Path, ending: str) -> Path:
         raise ConfigError(
             88, f"{option}={text}", f"names a folder, and the files in it would be called {ending}", remedy
         )
+    added, stem = re.sub(r"\.idx$", "", ending), re.sub(r"\.(bin|idx|jsonl)$", "", text)
+    meant = stem.removesuffix(added) if added else stem
+    if meant != text and Path(meant).name:
+        say(f"note: the files are called {text}{ending} and so on; {option} {meant} makes them {meant}{ending}")
     if Path(text).is_dir():
         say(f"note: {text} is a folder: {text}{ending} is written beside it; {Path(text) / 'NAME'} would be in it")
     return Path(text)

@@ -14,6 +14,7 @@ from typing import Any
 from megatron_hammer.base.cli import ArgumentParser
 from megatron_hammer.config import settings
 from megatron_hammer.config.effects import Effect, effect_of
+from megatron_hammer.config.mistakes import option_remedy
 from megatron_hammer.config.tree import Config
 
 
@@ -88,7 +89,9 @@ def add_settings(parser: ArgumentParser) -> None:
 
 
 def add_accept(parser: ArgumentParser) -> None:
-    """The option ``--accept`` of the programs that train."""
+    """The option ``--accept`` of the programs that train, and what options that they lack are here."""
+    known = [f"{group}.{field}" for group, fields in describe_fields().items() for field in fields]
+    parser.option_remedy = lambda option: option_remedy(option, known)
     parser.add_argument(
         "--accept",
         action="append",

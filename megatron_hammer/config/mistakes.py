@@ -181,6 +181,25 @@ def nearest_setting(name: str, known: Sequence[str]) -> str:
     return (close or difflib.get_close_matches(name, known, n=1, cutoff=0.0))[0]
 
 
+_ELSEWHERE = {  # what other programs have a setting or an option for and ours do not, without - and _
+    **dict.fromkeys(("resume", "resumefromcheckpoint", "autoresume", "continue"),
+                    "leave it out: the same command goes on from the newest checkpoint of train.output"),
+    **dict.fromkeys(("gpus", "ngpus", "numgpus", "nprocpernode", "numprocesses"),
+                    "--nproc N of python -m megatron_hammer.launch counts ranks, CUDA_VISIBLE_DEVICES chooses GPUs"),
+    **dict.fromkeys(("config", "configfile", "yaml"), "name the YAML file without an option in front of it"),
+    "override": "write group.field=VALUE without an option in front of it",
+}  # fmt: skip
+
+
+def option_remedy(option: str, known: Sequence[str]) -> str:
+    """What an option that a training program does not have is here: a setting, or something else; "" where unknown."""
+    plain = _plain(option)
+    setting = OTHER_NAMES.get(plain) or next((k for k in known if _plain(k.rsplit(".", 1)[-1]) == plain), "")
+    if plain in _ELSEWHERE or not setting:
+        return _ELSEWHERE.get(plain, "")
+    return f"it is a setting here: write {setting}" + ("" if "=" in setting else "=VALUE")
+
+
 def unknown_remedy(name: str, known: Sequence[str], in_file: bool) -> str:
     """What a name that is no setting's should be: the whole remedy.
 
@@ -195,7 +214,8 @@ def unknown_remedy(name: str, known: Sequence[str], in_file: bool) -> str:
     if in_file and plain in known and "." in plain:
         group, field = plain.split(".", 1)
         return f"in a file it stands below its group: {group}: {{{field}: VALUE}}"
-    return f"did you mean {nearest_setting(plain, known)}?"
+    elsewhere = _ELSEWHERE.get(_plain(plain.rsplit(".", 1)[-1]))
+    return elsewhere or f"did you mean {nearest_setting(plain, known)}?"
 
 
 def nearest_choice(value: object, choices: Sequence[object]) -> str:

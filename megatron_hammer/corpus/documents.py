@@ -303,6 +303,9 @@ class LineWriter:
         self.path = Path(path)
         if self.path.is_dir():
             raise ConfigError(88, f"output {path}", "is a folder", "name a file")
+        if self.path.suffix.lower() in (".parquet", ".csv", ".tsv", ".json", ".bin", ".idx"):
+            meant = self.path.with_suffix(".jsonl")
+            raise ConfigError(88, f"output {path}", "gets JSON lines, which are no such file", f"write {meant}")
         self.documents = 0
         self.text_bytes = 0
         self._temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")

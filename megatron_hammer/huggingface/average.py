@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedError
+from megatron_hammer.base.paths import what_is
 from megatron_hammer.base.progress import track
 from megatron_hammer.checkpoint.commit import SliceToWrite
 from megatron_hammer.checkpoint.fit import check_fits
@@ -52,6 +53,9 @@ def choose_checkpoints(named: Sequence[str], last: int | None) -> list[Manifest]
         raise ConfigError(1, f"--last {last} of {len(named)} paths", rule, "name one run, or leave --last out")
     found = find_checkpoints(named[0])
     if len(found) < last:
+        what = what_is(Path(named[0]))
+        if not found and what not in ("", "the folder of a run"):
+            raise CheckpointError(1, str(named[0]), f"is {what}, no run", "name the folder of a run (train.output)")
         remedy = f"use --last {len(found)}" if len(found) > 1 else "save more often (checkpoint.save_interval_steps)"
         raise CheckpointError(1, f"{named[0]}: --last {last}", f"has {len(found)} checkpoints", remedy)
     return [open_checkpoint(path) for path in found[-last:]]

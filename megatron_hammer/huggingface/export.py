@@ -60,7 +60,7 @@ def parse_size(text: str) -> int:
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B)?", text.strip().upper())
     size = int(float(match[1]) * units.get(match[2] or "", 0)) if match else 0
-    if size < 1:
+    if size < 1 or (not match[2] and size < 1000):  # type: ignore[index]
         raise ConfigError(80, f"--max-shard-size={text}", "is not a size", "write it like 5GB, 512MiB or 1000000")
     return size
 

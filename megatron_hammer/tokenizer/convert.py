@@ -177,6 +177,9 @@ def publish_tokenizer(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         rule = "is not empty" if target.is_dir() else "is a file"
         raise RefusedError(6, str(output), rule, "name a new folder, or move that away")
+    if target.suffix.lower() in (".json", ".model", ".tiktoken", ".zip") and not target.exists():
+        rule = "is a file's name, and a folder of several files is written"
+        raise RefusedError(6, str(output), rule, f"name the folder: {Path(output).with_suffix('')}")
     tokenizer = load_tokenizer(source, tiktoken_pattern, special_tokens)
     staging = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     staging.mkdir(parents=True)

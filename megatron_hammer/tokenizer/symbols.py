@@ -34,7 +34,10 @@ def read_text_file(path: Path) -> str:
     try:
         return read_regular(path, MAX_TEXT_BYTES).decode("utf-8").replace("\r\n", "\n")
     except OSError as error:
-        raise ConfigError(61, str(path), f"cannot be read: {error.strerror}", os_remedy(error)) from None
+        remedy = os_remedy(error)
+        if isinstance(error, FileNotFoundError) and any(c in str(path) for c in "<>|,"):
+            remedy = "name a file that holds them, one a line"
+        raise ConfigError(61, str(path), f"cannot be read: {error.strerror}", remedy) from None
     except UnicodeDecodeError as error:
         raise ConfigError(
             61, str(path), f"is not valid UTF-8 at byte {error.start}", "save it as UTF-8, one entry a line"

@@ -32,7 +32,9 @@ def test_numbers(text: str, whole: bool, meant: str) -> None:
 
 
 def test_the_unit_of_an_option_is_no_factor() -> None:
-    assert number_meant("2MB", False, unit="mb") == "2" and number_meant("2MB", False, unit="gb") == "2000000"
+    assert number_meant("2MB", False, unit="mb") == "2" and number_meant("2MB", False, unit="gb") == "0.002"
+    assert number_meant("1GB", True, unit="mb") == number_meant("1g", True, unit="mb") == "1000"
+    assert number_meant("1KB", True, unit="mb") == "" and number_meant("2k", True, unit="steps") == "2000"
 
 
 def test_ascii() -> None:

@@ -103,3 +103,22 @@ def test_a_library_that_cannot_be_loaded_is_named_with_what_is_foreign(
 
     with pytest.raises(ImportError):
         end_of(ours)
+
+
+def test_one_of_several_options_and_commands_that_are_none() -> None:
+    tool, commands = ArgumentParser(prog="t"), ArgumentParser(prog="i")
+    one = tool.add_mutually_exclusive_group(required=True)
+    one.add_argument("--hf", metavar="DIR")
+    one.add_argument("--load", metavar="RUN")
+    listed = commands.add_subparsers(required=True, metavar="stats|show")
+    listed.add_parser("stats")
+    listed.add_parser("show")
+    for program, arguments, words in (
+        (tool, [], "add --hf DIR"),
+        (tool, ["--model", "a"], "write --hf, not --model"),
+        (commands, ["text"], "choose one of stats, show"),
+        (commands, ["a/b"], "say which first: i stats a/b"),
+    ):
+        with pytest.raises(ConfigError, match="E201") as caught:
+            program.parse_args(arguments)
+        assert words in str(caught.value), arguments

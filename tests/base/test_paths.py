@@ -6,15 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError
+from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError, HammerError
 from megatron_hammer.base.paths import check_prefix, missing_remedy, neighbour_of, unusable_remedy
 from megatron_hammer.base.pictures import check_png
 from megatron_hammer.checkpoint.folder import open_checkpoint
+from megatron_hammer.corpus.documents import LineWriter
 from megatron_hammer.corpus.readers import expand_inputs
 from megatron_hammer.dataset.reader import prefix_remedy
+from megatron_hammer.huggingface.average import choose_checkpoints
 from megatron_hammer.huggingface.generate import generate
 from megatron_hammer.huggingface.importing import import_hf
+from megatron_hammer.tokenizer.convert import publish_tokenizer
+from megatron_hammer.tokenizer.lab.arguments import prepare_outputs
 from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.symbols import read_symbols
 from megatron_hammer.train.plot import read_curves
 
 
@@ -82,6 +87,10 @@ def test_a_folder_in_place_of_a_prefix(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().err == ""
     check_prefix("--output-prefix", tmp_path, "_text_document.idx")  # may be meant
     assert f"{tmp_path}_text_document.idx is written beside it" in capsys.readouterr().err
+    for given in ("o/x_text_document", "o/x.bin", "o/x_text_document.idx"):
+        check_prefix("--output-prefix", given, "_text_document.idx")
+        said = f"note: the files are called {given}_text_document.idx and so on; --output-prefix o/x makes them o/x_"
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -174,3 +183,22 @@ def test_names_that_no_picture_can_have(things: Path, name: str, cure: str) -> N
         check_png(Path(name))
     assert cure in str(error.value)
     check_png(Path("a.PNG"))
+
+
+def test_names_of_what_is_not_written(things: Path) -> None:
+    """An output whose name says another kind of file than it would be."""
+    for write, name, cure in (
+        (LineWriter, "a.parquet", "gets JSON lines, which are no such file; write "),
+        (LineWriter, "a.csv", "a.jsonl"),
+        (lambda path: prepare_outputs(None, path), "report.pdf", "gets a page of HTML; write "),
+        (lambda path: publish_tokenizer("none", path), "new/tokenizer.json", "name the folder: "),
+        (read_symbols, "<h1>,<h2>", "name a file that holds them, one a line"),
+        (
+            lambda path: choose_checkpoints([str(path)], 2),
+            "hf",
+            "is a Hugging Face model, no run; name the folder of a run",
+        ),
+    ):
+        with pytest.raises(HammerError) as error:
+            write(things / name)
+        assert cure in str(error.value), name

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_hammer.base.cli import ArgumentParser
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.config import load_config
+from megatron_hammer.config import add_settings, load_config
 from megatron_hammer.config.help import describe_fields
 from megatron_hammer.config.mistakes import OTHER_NAMES
 
@@ -48,6 +48,11 @@ def said(*overrides: str, path: str | Path = TINY) -> str:
         ("kernels.attention=flash_attention_2", "did you mean flash-attn?"),
         ("train.precision=bfloat16", "did you mean bf16?"),
         ("train.precision=float", "did you mean fp32?"),
+        ("train.resume=true", "leave it out: the same command goes on from the newest checkpoint of train.output"),
+        (
+            "train.gpus=8",
+            "--nproc N of python -m megatron_hammer.launch counts ranks, CUDA_VISIBLE_DEVICES chooses",
+        ),
         ("optimizer.learning_rate=1", "did you mean optimizer.lr?"),
         ("train.lr=1", "did you mean optimizer.lr?"),
         ("parallel.tp=2", "did you mean parallel.tensor_model_parallel_size?"),
@@ -274,3 +279,24 @@ def test_a_folder_in_place_of_the_config(
     (tmp_path / inside).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert cure in said(path=name)
+
+
+@pytest.mark.parametrize(
+    "option, cure",
+    [
+        ("--resume", "leave it out: the same command goes on"),
+        ("--gpus=0,1", "CUDA_VISIBLE_DEVICES chooses GPUs"),
+        ("--train-iters=100", "it is a setting here: write train.num_steps=VALUE"),
+        ("--lr=1e-4", "write optimizer.lr=VALUE"),
+        ("--load=runs/a", "write checkpoint.init_from=VALUE"),
+        ("--bf16", "write train.precision=bf16"),
+        ("--config=x.yaml", "name the YAML file without an option in front of it"),
+        ("--nonsense", "see x --help"),
+    ],
+)
+def test_options_of_other_training_programs(option: str, cure: str) -> None:
+    parser = ArgumentParser(prog="x")
+    add_settings(parser)
+    with pytest.raises(ConfigError, match="E201") as error:
+        parser.parse_intermixed_args(["c.yaml", option])
+    assert cure in str(error.value) and "\n" not in str(error.value)

@@ -251,7 +251,7 @@ def test_sizes_are_read_as_people_write_them():
         1000,
         2000,
     ]
-    for text in ("", "GB", "-1", "5TB", "0", "5GBs", "1e9"):
+    for text in ("", "GB", "-1", "5TB", "0", "5GBs", "1e9", "5"):
         with pytest.raises(ConfigError, match=r"E280"):
             parse_size(text)
 

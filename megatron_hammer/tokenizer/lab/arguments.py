@@ -70,5 +70,7 @@ def prepare_outputs(folder: Path | None, page: Path | None) -> None:
         raise ConfigError(37, f"--pictures {folder}", "is a file", "name a folder, it is made if need be")
     if page and page.is_dir():
         raise ConfigError(37, f"--report {page}", "is a folder", "name the page, as in report.html")
+    if page and page.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(37, f"--report {page}", "gets a page of HTML", f"write {page.with_suffix('.html')}")
     for parent in [*([folder] if folder else []), *([page.parent] if page else [])]:
         parent.mkdir(parents=True, exist_ok=True)
