@@ -12,10 +12,13 @@ never does. The memory is taken and touched once, when training starts: what is 
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
-from collections.abc import Callable, Sequence
+import resource
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -35,6 +38,18 @@ def places_of(sizes: Sequence[int]) -> tuple[list[int], int]:
     return offsets, at
 
 
+@contextmanager
+def _any_file_size() -> Iterator[None]:
+    """Within the block a limit on the sizes of files does not count, as far as this process may lift it: memory that
+    processes share is a file to the kernel, and the limit is meant for disks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 class Snapshot:
     """Memory for one copy, which is used again for the next.
 
@@ -44,16 +59,20 @@ class Snapshot:
 
     Raises:
         MemoryShortage: this machine has not so much.
+        OSError: this process may not even have memory of that size (``ulimit -f``, its hard limit).
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self._device = max(size, mmap.PAGESIZE), device
         self.descriptor = os.memfd_create("megatron_hammer snapshot")
         try:
-            os.posix_fallocate(self.descriptor, 0, self.size)
+            with _any_file_size():
+                os.posix_fallocate(self.descriptor, 0, self.size)
             self._memory = mmap.mmap(self.descriptor, self.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except OSError as error:
             os.close(self.descriptor)
+            if error.errno == errno.EFBIG:
+                raise
             raise MemoryShortage(
                 1,
                 f"checkpoint.mode=background: a snapshot of {self.size / 2**30:.2f} GiB",

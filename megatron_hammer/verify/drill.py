@@ -178,7 +178,7 @@ class Drill:
         limit, environment = self._file_limit, os.environ | {"OMP_NUM_THREADS": "1"}
 
         def fewer_bytes() -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
         null, pipe = subprocess.DEVNULL, subprocess.PIPE
         return subprocess.Popen(command, env=environment, text=True, stdout=null, stderr=pipe,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import threading
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_hammer.base.errors import DiskError
 from megatron_hammer.base.faults import VARIABLE
@@ -99,6 +101,17 @@ def test_a_save_in_the_background_that_fails_is_followed_by_a_blocking_one(
     for path in find_checkpoints(tmp_path / "run"):
         verify_checkpoint(read_manifest(path))
     assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if ".tmp-" in p.name]
+
+
+def test_a_limit_on_files_is_none_on_memory() -> None:
+    """``ulimit -f``, by which the drill makes a disk full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        Snapshot(2**20, torch.device("cpu")).close()
+        assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == 4096
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_the_next_save_begins_when_what_is_old_is_gone(

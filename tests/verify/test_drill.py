@@ -93,6 +93,7 @@ def test_a_process_that_outlives_its_launcher_is_seen(monkeypatch: pytest.Monkey
         (4, ["parallel.tensor_model_parallel_size=2", "parallel.shard=gradients"]),
         (2, ["parallel.pipeline_model_parallel_size=2"]),
         (2, ["checkpoint.fallback=false"]),
+        (2, ["checkpoint.mode=background"]),
     ],
 )
 def test_the_whole_drill(ranks: int, layout: list[str]) -> None:
