@@ -21,6 +21,7 @@ import errno
 import fcntl
 import mmap
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from typing import Any
 ALIGNMENT = 4096  # of addresses, offsets and lengths: the largest logical block of disks in use
 WRITE_BLOCK_BYTES = 4 * 2**20  # from 1 MiB on a disk here is at its full speed, within its noise
 READ_BLOCK_BYTES = 2 * 2**20
+PIECE_BYTES = 2**18  # copied, and then looked at while the core's own cache still has it
 _LOWEST_BIT = bytes(i & 1 for i in range(256))
 SMALL_BYTES = 64 * 2**10  # such as a norm's weights
 BLOCKS_AHEAD = 2  # one at a time leaves the disk idle in between: 1.35 GB/s here, two 1.8
@@ -131,15 +133,21 @@ class DirectReader:
         self._spare = [memoryview(_new_block(READ_BLOCK_BYTES)) for _ in range(BLOCKS_AHEAD + 1)]
         self._threads = ThreadPoolExecutor(BLOCKS_AHEAD, "disk-reader")
 
-    def read_into(self, view: memoryview, offset: int) -> int:
+    def read_into(self, view: memoryview, offset: int, watch: Callable[[memoryview], object] | None = None) -> int:
         """Fill ``view`` (flat bytes) from ``offset`` on; returns the count, smaller at the end of the file.
+
+        Args:
+            watch: told each piece that was filled, in order.
 
         Raises:
             OSError: whatever the disk says.
         """
         goes_on = 0 <= offset - self._end <= SMALL_BYTES  # perhaps past something small that was read before
         if len(view) <= SMALL_BYTES and not goes_on:
-            return self._read_small(view, offset)
+            small = self._read_small(view, offset)
+            if watch is not None:
+                watch(view[:small])
+            return small
         if self._threads is None:
             self._start()
         # Who goes on where the last read ended will go on further; else only what is asked for is fetched.
@@ -152,8 +160,13 @@ class DirectReader:
             count = min(fetched.result() - at, len(view) - done)
             if count <= 0:
                 break
-            view[done : done + count] = block[at : at + count]
-            done += count
+            for first in range(at, at + count, PIECE_BYTES):
+                piece = block[first : min(first + PIECE_BYTES, at + count)]
+                filled = view[done : done + len(piece)]
+                filled[:] = piece
+                if watch is not None:
+                    watch(filled)
+                done += len(piece)
         self._end = offset + done
         if self._end == self._size:
             self.close()  # whoever reads many files one after the other has the memory of one

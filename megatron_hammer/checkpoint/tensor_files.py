@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -210,37 +210,44 @@ class TensorFileReader:
     def _malformed(self, rule: str) -> CheckpointError:
         return CheckpointError(10, str(self.path), rule, "restore the file or use another")
 
-    def read_part(self, name: str, start: int, buffer: Any) -> None:
-        """Fill ``buffer`` (flat bytes) with the tensor's bytes from its byte ``start`` on; nothing is compared."""
+    def read_part(
+        self, name: str, start: int, buffer: Any, watch: Callable[[memoryview], object] | None = None
+    ) -> None:
+        """Fill ``buffer`` (flat bytes) with the tensor's bytes from its byte ``start`` on; nothing is compared.
+
+        Args:
+            watch: told each piece that was filled, in order.
+        """
         entry, view = self.tensors[name], memoryview(buffer)
         assert start + view.nbytes <= entry.num_bytes, f"{name}: bytes {start} and {view.nbytes} of {entry.num_bytes}"
-        if self._data.read_into(view, entry.offset + start) != view.nbytes:
+        if self._data.read_into(view, entry.offset + start, watch) != view.nbytes:
             raise CheckpointError(9, str(self.path), "became shorter while it was read", "use another checkpoint")
 
     def read_into(self, name: str, buffer: Any) -> str:
         """Fill ``buffer`` (flat bytes) with the tensor and return its XXH3-128."""
         entry, view, hasher = self.tensors[name], memoryview(buffer), xxhash.xxh3_128()
         assert view.nbytes == entry.num_bytes, f"{name}: {view.nbytes} bytes for a tensor of {entry.num_bytes}"
-        for start in range(0, entry.num_bytes, CHUNK_BYTES):
-            part = view[start : start + CHUNK_BYTES]
-            self.read_part(name, start, part)
-            hasher.update(part)
+        self.read_part(name, 0, view, hasher.update)
         return hasher.hexdigest()
 
     def hash_of(self, name: str) -> str:
         """XXH3-128 of a tensor's bytes, which are not kept."""
         hasher = xxhash.xxh3_128()
-        for part in self.chunks(name):
-            hasher.update(part)
+        for _ in self.chunks(name, hasher.update):
+            pass
         return hasher.hexdigest()
 
-    def chunks(self, name: str) -> Iterator[memoryview]:
-        """A tensor's bytes in order, ``CHUNK_BYTES`` at a time; each chunk is gone when the next is asked for."""
+    def chunks(self, name: str, watch: Callable[[memoryview], object] | None = None) -> Iterator[memoryview]:
+        """A tensor's bytes in order, ``CHUNK_BYTES`` at a time; each chunk is gone when the next is asked for.
+
+        Args:
+            watch: as in ``read_part``.
+        """
         size = self.tensors[name].num_bytes
         buffer = memoryview(bytearray(min(size, CHUNK_BYTES)))
         for start in range(0, size, CHUNK_BYTES):
             part = buffer[: size - start]
-            self.read_part(name, start, part)
+            self.read_part(name, start, part, watch)
             yield part
 
     def close(self) -> None:
