@@ -37,6 +37,7 @@ from megatron_hammer.train.prepare import Prepared, Start, checkpoints_folder, s
 from megatron_hammer.train.start import name_start, open_start
 
 LOOKED_FOR = 64  # samples ahead for each that is unwanted: a source of which a phase draws less is not waited for
+LOOKED_AT_ONCE = 1024  # samples; chosen by eye
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,9 @@ def left_out(start: int, end: int, total: int, data: TrainData) -> tuple[Range, 
     """
     order = data.order
     phase_end, pieces = order.stretch_at(start).end, list(order.skips.pieces(start, end - start))
+    behind = order.stretches[-1].end  # of the last phase that the run comes to
     later = [part for part in order.skips.ranges if phase_end is not None and part[0] >= phase_end]
+    later = [part for part in later if behind is None or part[1] <= behind]
     if phase_end is None or (sum(pieces[-1]) <= phase_end and not later):
         return tuple((place, place + count) for place, count in pieces)
     end = min(end, total)
@@ -162,10 +165,10 @@ def left_out(start: int, end: int, total: int, data: TrainData) -> tuple[Range, 
     for place, until in later:
         unwanted.update(order.ids_at(place, until - place))
     found: list[Range] = []
-    number, limit = start, min(total, end + LOOKED_FOR * len(unwanted))
-    while unwanted and number < limit:
+    number, ahead = start, max(end, *(until for _, until in later), 0)
+    while unwanted and number < min(total, ahead + LOOKED_FOR * len(unwanted)):
         now = data.with_skips(Skips(tuple(sorted((*order.skips.ranges, *found))))).order
-        phase_end, count = now.stretch_at(number).end, min(end - start, limit - number)
+        phase_end, count = now.stretch_at(number).end, min(max(end - start, LOOKED_AT_ONCE), total - number)
         places = [at + i for at, taken in now.skips.pieces(number, count) for i in range(taken)]
         places = [place for place in places if phase_end is None or place < phase_end]
         names = now.ids(number, len(places))

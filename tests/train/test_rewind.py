@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from megatron_hammer.sampling.order import SampleId
 from megatron_hammer.sampling.samples import TrainData, open_train_data
 from megatron_hammer.train import health, loop, rewind
 from megatron_hammer.train.prepare import Prepared, find_start
+from megatron_hammer.train.rewind import BadStep
 from tests.distributed import run_distributed
 from tests.train.runs import checkpoint_bytes, config_for, metrics, overrides, train_here
 
@@ -253,20 +255,33 @@ def test_through_phases_a_ramp_and_fill_in_the_middle(data: Path, tmp_path: Path
 def test_what_is_left_out_over_phases_does_not_come_again(data: Path) -> None:
     """Windows within a phase, over its end, and in a phase before that of the last one: none of their samples is read
     from there on, and those of which nothing was left out keep their place."""
-    a, b, x, total = str(data / "a"), str(data / "b"), str(data / "x"), 120
+    a, b, x, total = str(data / "a"), str(data / "b"), str(data / "x"), 160
     shares = {a: 2.0, b: 1.0}, {b: 1.0}, {a: 1.0, x: 3.0}
     ends = ((0, 36), (36, 60), (60, None))
     phases = [Phase(f"{i}", *at, train, "share", 32, 1.0, None) for i, (at, train) in enumerate(zip(ends, shares))]
-    now = TrainData(phases, 32, 7)
-    unwanted: set[SampleId] = set()
-    for start, end in ((40, 44), (32, 40), (50, 70), (30, 33), (30, 62), (8, 12)):
-        before = now.sample_ids(0, start)
-        unwanted |= set(now.sample_ids(start, end - start))
-        found = rewind.left_out(start, end, total, now)
-        now = now.with_skips(Skips(tuple(sorted((*now.order.skips.ranges, *found)))))
-        assert not unwanted & set(now.sample_ids(start, total - start)), (start, end)
-        assert now.sample_ids(0, start) == before
+    for windows in ((40, 44), (32, 40), (50, 70), (30, 33), (30, 62), (8, 12)), ((140, 143), (4, 6)):
+        now, unwanted = TrainData(phases, 32, 7), set[SampleId]()
+        for start, end in windows:
+            before = now.sample_ids(0, start)
+            unwanted |= set(now.sample_ids(start, end - start))
+            found = rewind.left_out(start, end, total, now)
+            now = now.with_skips(Skips(tuple(sorted((*now.order.skips.ranges, *found)))))
+            assert not unwanted & set(now.sample_ids(start, total - start)), (start, end)
+            assert now.sample_ids(0, start) == before
     assert rewind.left_out(2, 4, total, TrainData(phases, 32, 7)) == ((2, 4),)
+
+
+def test_a_window_ends_where_samples_have_another_length(data: Path, tmp_path: Path) -> None:
+    """Phases of samples [0, 64), [64, 80), [80, 96) and [96, ...), of 32, 32, 64 and 32 tokens."""
+    mixes = ", ".join(f"{{{at}train: {{{data}/a: 1}}, seq_length: {length}}}" for at, length in
+                      (("samples: 64, ", 32), ("samples: 16, ", 32), ("samples: 16, ", 64), ("", 32)))  # fmt: skip
+    config = config_for(overrides(data, tmp_path, *REWIND, "data.train=null", f"data.phases=[{mixes}]",
+                                  "train.rewind_skip_steps_after=2", "train.num_steps=20"))  # fmt: skip
+    prepared = SimpleNamespace(config=config)
+    bad = [BadStep(1 + first // 8, "spike", first, "") for first in (56, 64, 72, 80, 88, 96)]
+    windows = [rewind._window(step, prepared, 0) for step in bad]  # type: ignore[arg-type]
+    assert windows == [(48, 80), (56, 80), (64, 80), (80, 96), (80, 96), (96, 120)]
+    assert rewind._window(bad[0], prepared, 56) == (56, 80)  # type: ignore[arg-type]
 
 
 def test_a_step_that_is_not_finite_over_the_end_of_a_phase(data: Path, tmp_path: Path) -> None:
