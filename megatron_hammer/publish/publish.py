@@ -107,7 +107,8 @@ def publish(found: Publication, hub: Hub) -> str:
 
 def _certificate_of(manifest: Manifest, export: Path) -> Mapping[str, Any]:
     """The passed certificate of an export of this checkpoint."""
-    command = f"python tools/checkpoint_to_hf.py --load {shlex.quote(str(manifest.folder))} --output {export}"
+    load, output = shlex.quote(str(manifest.folder)), shlex.quote(str(export))
+    command = f"python tools/checkpoint_to_hf.py --load {load} --output {output}"
     if not (export / CONFIG).is_file():
         raise CheckpointError(93, str(export), "holds no export", f"export first: {command}")
     if not (export / CERTIFICATE).is_file():
