@@ -10,8 +10,9 @@ which give the same bits each time::
     micro-batch 2 ...        forward, backward
     before the update        the hashes are compared, and one number is reduced over all ranks     differs: no update
 
-It costs one micro-batch and two passes over its gradients, every K steps: less than 1/K of the time. The run without it
-has the same bits, because the first micro-batch of a step writes over whatever is there.
+It costs one micro-batch and two passes over its gradients, every K steps: at 100 0.3 % of the time with four
+micro-batches a step, about 1 % with one. The run without it has the same bits, because the first micro-batch of a step
+writes over whatever is there.
 
 What a rank has computed wrongly it sends on, so others differ too. Who was first is told by the place in the order of
 the work: forward through the stages of a pipeline, then backward, each from the last parameter to the first. Ranks that
