@@ -32,6 +32,8 @@ class Use:
     """Parts that forward needs next."""
     preceding: tuple[str, ...] = ()
     """Parts that backward needs next."""
+    stays: bool = False
+    """Whether its weights stay from forward to backward, between which nothing but the head comes."""
 
 
 def uses_of(layers: tuple[int, int], has_embedding: bool, has_head: bool, is_tied: bool) -> dict[str, Use]:
@@ -47,7 +49,9 @@ def uses_of(layers: tuple[int, int], has_embedding: bool, has_head: bool, is_tie
             after = order[i + 1 : i + 3]
         if is_head:
             before = order[max(0, i - 2) : i][::-1]
-        uses["head" if is_head else part] = Use(part, tuple(after), tuple(p for p in before if p != "embedding"))
+        stays = has_head and i >= len(order) - 3 and not is_head and part != "embedding"
+        preceding = tuple(p for p in before if p != "embedding")
+        uses["head" if is_head else part] = Use(part, tuple(after), preceding, stays)
     return uses
 
 
@@ -74,7 +78,8 @@ def with_weights(
         return result
     entered = _Entry.apply(store, use, *inputs)  # type: ignore[no-untyped-call]
     outputs: tuple[Any, ...] = _Exit.apply(store, use, by_itself, *run(*entered))  # type: ignore[no-untyped-call]
-    store.release(use.part, last=False)
+    if not use.stays:
+        store.release(use.part, last=False)
     return outputs
 
 

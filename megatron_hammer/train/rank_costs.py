@@ -22,8 +22,8 @@ Collectives of a step, with the bytes of the whole tensor [s, b, h] where nothin
     dp   and cp together, once a step: a bucket, reduce-scatter of fp32 gradients and all-gather of weights; all-reduce
          of the losses by source, [sources, 4] in fp64
          sharded gradients    a bucket: reduce-scatter in each micro-batch
-         sharded weights      a bucket: all-gather in each micro-batch, for forward and for backward; of embedding and
-                              head for forward only
+         sharded weights      a bucket: all-gather in each micro-batch, for forward and for backward; of embedding, head
+                              and what comes before the head, norm and last layer, once for both
     shard, copies  with shard_size: those of a bucket are over shard, and once a step its shard is summed over copies
     pp   a stage and micro-batch: forward a receive, but on the first stage, and a send, but on the last; backward the
          other way round, [s/t, b, h] each; once a step: all-reduce of the losses by source
@@ -47,6 +47,7 @@ from megatron_hammer.kernels.backend import Backend
 from megatron_hammer.kernels.newton_schulz import flops
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import activation_bytes
+from megatron_hammer.model.residence import uses_of
 from megatron_hammer.optim.layout import Layout
 from megatron_hammer.optim.matrices import plan_exchange
 from megatron_hammer.optim.store import FlatStore
@@ -115,22 +116,25 @@ def working_bytes(config: Config, world_size: int, rank: int = 0) -> int:
         return 0
     placements = _placements(config, grid, rank)
     layouts = zip(_layouts(config, grid, rank), placements, strict=True)
-    return sum(_working_bytes(config, layout, at.has_embedding and at.has_head) for layout, at in layouts)
+    several = config.grad_accum(world_size) > 1
+    return sum(_working_bytes(config, layout, at, several) for layout, at in layouts)
 
 
-def _working_bytes(config: Config, layout: Layout, whole: bool) -> int:
+def _working_bytes(config: Config, layout: Layout, at: Placement, several: bool) -> int:
     sizes = [bucket.stop - bucket.start for bucket in layout.buckets]
-    gradients = 4 * max(a + b for a, b in zip([0, *sizes], [*sizes, 0], strict=True))
-    if config.model.tie_word_embeddings and whole:  # the head's part of its gradient stays until the embedding's comes
+    before = [sizes[-1] if several else 0, *sizes[:-1]]  # the last one is reduced while the next micro-batch begins
+    gradients = 4 * max(a + b for a, b in zip(before, sizes, strict=True))
+    tied = config.model.tie_word_embeddings
+    if tied and at.has_embedding and at.has_head:  # the head's part of its gradient stays until the embedding's comes
         gradients += 4 * sizes[-1]
     if config.parallel.shard == "gradients":
         return gradients
     parts: Counter[str] = Counter()
     for bucket in reversed(layout.buckets):
         parts[layout.table[bucket.parameters[0]].part] += bucket.stop - bucket.start
-    order = list(parts.values())
-    at_once = len(order) if not config.parallel.reshard_after_forward else 3  # the final norm beside two others
-    return gradients + element_bytes(config) * max(sum(order[i : i + at_once]) for i in range(len(order)))
+    uses = uses_of(at.layers, at.has_embedding, at.has_head, tied).values()
+    at_once = [{use.part, *use.following} for use in uses] if config.parallel.reshard_after_forward else [set(parts)]
+    return gradients + element_bytes(config) * max(sum(parts[part] for part in some) for some in at_once)
 
 
 def kept_bytes(config: Config, backends: Mapping[str, Backend], rank: int = 0) -> int:
@@ -234,7 +238,7 @@ def _data_parallel(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, 
         for bucket in layout.buckets:
             elements = bucket.stop - bucket.start
             part = layout.table[bucket.parameters[0]].part
-            gathers = 1 if mode != "weights" else micro_batches * _uses(config, part, tied)
+            gathers = 1 if mode != "weights" else micro_batches * _uses(config, part, at, tied)
             counted[over, "all-to-all" if tree else "reduce-scatter", 4 * elements] += (
                 1 if mode == "optimizer" else micro_batches
             )
@@ -260,11 +264,12 @@ def _whole_matrices(config: Config, grid: Grid, rank: int) -> Counter[tuple[str,
     return Counter((axis, "all-to-all", width * elements) for elements in most)
 
 
-def _uses(config: Config, part: str, tied: bool) -> int:
+def _uses(config: Config, part: str, at: Placement, tied: bool) -> int:
     """How often a micro-batch gathers the weights of a part that are not kept."""
     if part == "embedding":
         return 2 if tied else 1  # the head's gradients are made in forward
-    return 1 if part == "head" or not config.parallel.reshard_after_forward else 2
+    stay = ("final_norm", "head", *(f"layers.{i - 1}" for i in at.layers[1:] if at.has_head))  # for their backward
+    return 1 if part in stay or not config.parallel.reshard_after_forward else 2
 
 
 def _placements(config: Config, grid: Grid, rank: int) -> list[Placement]:

@@ -194,6 +194,7 @@ def test_what_is_asked_for_ahead() -> None:
     assert uses["layers.0"].following == ("layers.1",) and uses["layers.0"].preceding == ()
     assert uses["layers.2"].following == ("final_norm", "head") and uses["final_norm"].preceding == ("layers.2",)
     assert uses["head"].preceding == ("final_norm", "layers.2")
+    assert [part for part, use in uses.items() if use.stays] == ["layers.2", "final_norm"], "backward begins with them"
     assert uses_of((0, 3), True, True, is_tied=True)["head"].part == "embedding"
     assert list(uses_of((2, 3), False, False, is_tied=False)) == ["layers.2"]
 
