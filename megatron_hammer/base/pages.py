@@ -1,63 +1,152 @@
-"""Memory at an address that stays, whose pages are given back to the system in between. Linux; needs no torch.
+"""Memory at an address that stays, whose pages go elsewhere in between. Linux; needs no torch.
 
 ``malloc`` keeps what is freed, and what comes next lies in the holes: blocks of tens of MiB that come and go leave a
-heap of which a quarter is free (glibc does not move blocks). Pages of a mapping of their own are gone when they are
-given back, and come as huge ones, in two steps of the kernel for 4 MiB and not in a thousand.
+heap of which a quarter is free (glibc does not move blocks). Pages of mappings of their own can move: what one has left
+when it closed, the next one that opens takes over by ``mremap``, which changes tables and copies nothing::
+
+    closed, its pages still there     [ a a a a ]                       [         ]
+    closed, without pages             [         ]     the other opens   [ a a a a ]
+
+So there are as many pages as were open together at most, huge ones where the kernel has them, and none is cleared and
+faulted in again. Without mappings that share them, pages go back to the system.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 import sys
+from dataclasses import dataclass
 
 HERE = sys.platform == "linux"
-"""Whether this system gives pages back at once and refuses an access to memory that is closed."""
+"""Whether this system moves pages, and refuses an access to memory that is closed."""
+
+HUGE = 2 * 2**20
+"""Bytes of a huge page: larger mappings are of whole ones, which move as one."""
 
 _PROT_NONE = 0
+_MOVE = 1 | 2 | 4  # MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP (linux/mman.h)
 _C = ctypes.CDLL(None, use_errno=True)
 _C.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+if HERE:
+    _C.mremap.restype = ctypes.c_void_p
+    _C.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+
+
+@dataclass
+class _Piece:
+    """A range of a mapping that the kernel keeps as one, or a part of such a one: what can be moved at once."""
+
+    start: int
+    stop: int
+    filled: bool
+    """Whether its pages are here; else they may be elsewhere."""
+
+
+class Spare:
+    """Closed mappings whose pages are still there, for whichever opens next."""
+
+    def __init__(self) -> None:
+        self.left: list[Pages] = []
+        """The last one was closed last."""
+
+    def fill(self, pages: Pages) -> None:
+        """Move as many pages as there are to where a mapping has none."""
+        if pages in self.left:
+            self.left.remove(pages)
+        missing = sum(piece.stop - piece.start for piece in pages.pieces if not piece.filled)
+        while missing and self.left:
+            giver = next((p for p in reversed(self.left) if p.size == pages.size), self.left[-1])
+            missing -= giver.move_to(pages)
+            if not any(piece.filled for piece in giver.pieces):
+                self.left.remove(giver)
 
 
 class Pages:
-    """Anonymous private memory, open at first.
+    """Anonymous private memory, closed at first.
 
     Args:
         size: bytes, above zero.
     """
 
     def __init__(self, size: int) -> None:
-        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._size = len(self._map)
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        unit = HUGE if size >= HUGE else mmap.PAGESIZE
+        self.size = -(-size // unit) * unit
+        self._map = mmap.mmap(-1, self.size + unit, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._skipped = -start % unit
+        self._address = start + self._skipped
         with contextlib.suppress(OSError):  # a kernel without huge pages
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        self._open = True
+            self._map.madvise(mmap.MADV_HUGEPAGE, self._skipped, self.size)
+        self.pieces = [_Piece(0, self.size, filled=False)]
+        self._open = False
+        self._protect(_PROT_NONE)
 
     @property
     def memory(self) -> memoryview:
         """All of it, writable; the mapping lives as long as somebody holds this."""
-        return memoryview(self._map)
+        return memoryview(self._map)[self._skipped : self._skipped + self.size]
 
     @property
     def is_open(self) -> bool:
         """Whether it may be read and written."""
         return self._open
 
-    def open(self) -> None:
-        """Make it readable and writable; all zero if it was closed."""
+    def open(self, spare: Spare | None = None) -> None:
+        """Make it readable and writable; what lies there then is undefined."""
+        if self._open:
+            return
+        if spare is not None:
+            spare.fill(self)
+        for piece in self.pieces:
+            piece.filled = True  # by the first access, where nobody had pages to spare
         self._protect(mmap.PROT_READ | mmap.PROT_WRITE)
         self._open = True
 
-    def close(self) -> None:
-        """Give its pages back. Whoever reads or writes it then ends the process (SIGSEGV), as with a null pointer."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+    def close(self, spare: Spare | None = None) -> None:
+        """Give its pages up, to ``spare`` or to the system.
+
+        Whoever reads or writes it then ends the process (SIGSEGV), as with a null pointer.
+        """
+        if not self._open:
+            return
         self._protect(_PROT_NONE)
         self._open = False
+        if spare is not None:
+            spare.left.append(self)
+            return
+        self._map.madvise(mmap.MADV_DONTNEED, self._skipped, self.size)
+        for piece in self.pieces:
+            piece.filled = False
+
+    def move_to(self, other: Pages) -> int:
+        """Move a piece, or a part of it, to where the other has no pages: how many bytes have left."""
+        mine = next(piece for piece in self.pieces if piece.filled)
+        theirs = next(piece for piece in other.pieces if not piece.filled)
+        size = min(mine.stop - mine.start, theirs.stop - theirs.start)
+        mine, theirs = _first(self.pieces, mine, size), _first(other.pieces, theirs, size)
+        target = other._address + theirs.start
+        mine.filled, theirs.filled = False, True
+        if _C.mremap(self._address + mine.start, size, size, _MOVE, target) != target:
+            number = ctypes.get_errno()
+            if number != errno.EINVAL:
+                raise OSError(number, f"mremap of {size:,} bytes: {os.strerror(number)}")
+            self._map.madvise(mmap.MADV_DONTNEED, self._skipped + mine.start, size)  # before Linux 5.7
+        return size
 
     def _protect(self, access: int) -> None:
-        if _C.mprotect(self._address, self._size, access) != 0:
+        if _C.mprotect(self._address, self.size, access) != 0:
             number = ctypes.get_errno()
-            raise OSError(number, f"mprotect of {self._size:,} bytes: {os.strerror(number)}")
+            raise OSError(number, f"mprotect of {self.size:,} bytes: {os.strerror(number)}")
+
+
+def _first(pieces: list[_Piece], piece: _Piece, size: int) -> _Piece:
+    """The first bytes of a piece as one of their own."""
+    if size < piece.stop - piece.start:
+        cut = piece.start + size
+        pieces.insert(pieces.index(piece) + 1, _Piece(cut, piece.stop, piece.filled))
+        piece.stop = cut
+    return piece

@@ -10,8 +10,8 @@ of its own that somebody opens to compute with all of it and closes again::
 Tensors that lie in a buffer (weights of a model, sums of gradients) are views that stay what they are: opening gives
 their storage its bytes, closing takes these away (FSDP does so too, arXiv 2304.11277). So a layer or a graph can hold
 them. A closed one has no memory: who reads it ends the process, as with any null pointer, and never reads old values.
-On a CPU the storage keeps its address and loses its pages (``base/pages.py``), because blocks of this size that come
-and go leave holes in malloc's heap; elsewhere torch's allocator has the memory back.
+On a CPU the storage keeps its address, and its pages go to the bucket that opens next (``base/pages.py``), because
+blocks of this size that come and go leave holes in malloc's heap; elsewhere torch's allocator has the memory back.
 """
 
 from __future__ import annotations
@@ -20,18 +20,23 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.base import pages
-from megatron_hammer.base.pages import Pages
+from megatron_hammer.base.pages import Pages, Spare
 from megatron_hammer.optim.layout import Bucket, Layout
 
 
 class _Room:
-    """The memory of one bucket, open at first: a flat tensor that stays, with or without its bytes."""
+    """The memory of one bucket, closed at first: a flat tensor that stays, with or without its bytes.
 
-    def __init__(self, length: int, dtype: torch.dtype, device: torch.device) -> None:
-        on_pages = device.type == "cpu" and pages.HERE
+    Args:
+        spare: pages that other buckets have left.
+    """
+
+    def __init__(self, length: int, dtype: torch.dtype, device: torch.device, spare: Spare) -> None:
+        on_pages, self._spare = device.type == "cpu" and pages.HERE, spare
         self._pages = Pages(length * dtype.itemsize) if on_pages else None
         if self._pages is None:
             self.tensor = torch.empty(length, dtype=dtype, device=device)
+            self.close()
         else:
             self.tensor = torch.frombuffer(self._pages.memory, dtype=dtype, count=length)
 
@@ -40,10 +45,10 @@ class _Room:
         return self._pages.is_open if self._pages else self.tensor.untyped_storage().size() > 0
 
     def open(self) -> None:
-        self._pages.open() if self._pages else self.tensor.untyped_storage().resize_(self.tensor.nbytes)
+        self._pages.open(self._spare) if self._pages else self.tensor.untyped_storage().resize_(self.tensor.nbytes)
 
     def close(self) -> None:
-        self._pages.close() if self._pages else self.tensor.untyped_storage().resize_(0)
+        self._pages.close(self._spare) if self._pages else self.tensor.untyped_storage().resize_(0)
 
 
 class Buffers:
@@ -51,9 +56,10 @@ class Buffers:
 
     Args:
         whole: keep all of each bucket, not this rank's shard alone. One rank alone has nothing else.
+        spare: pages for the buckets that open, on a CPU; shared with other buffers.
     """
 
-    def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device, whole: bool) -> None:
+    def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device, whole: bool, spare: Spare) -> None:
         self.layout, self.whole = layout, whole or layout.ranks == 1
         size = layout.total if self.whole else layout.total // layout.ranks
         self.kept = torch.zeros(size, dtype=dtype, device=device)
@@ -70,14 +76,13 @@ class Buffers:
             if self.whole:
                 full = self.kept[bucket.start : bucket.stop]
             else:
-                full = (room := _Room(length, dtype, device)).tensor
+                full = (room := _Room(length, dtype, device, spare)).tensor
                 self._rooms[bucket] = room
             self.full[bucket] = full
             self.own[bucket] = full[shard.start - bucket.start : shard.stop - bucket.start]
             for i in bucket.parameters:
                 row, start = layout.table[i], layout.offsets[i] - bucket.start
                 self.views[i] = full[start : start + row.numel].view(tuple(row.shape)).data
-            self.close(bucket)
 
     def shard(self, bucket: Bucket) -> Tensor:
         """This rank's shard where it is kept; the same memory as ``own`` in whole buffers."""

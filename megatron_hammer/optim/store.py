@@ -39,6 +39,7 @@ from typing import Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from megatron_hammer.base.pages import Spare
 from megatron_hammer.kernels.ranges import GRADIENT, Range, no_range, within
 from megatron_hammer.optim.buffers import Buffers
 from megatron_hammer.optim.layout import Bucket, Layout, Part, Row, Stretch
@@ -142,9 +143,9 @@ class FlatStore:
         by_part = shard == "weights"
         self.layout = Layout(self.table, bucket_bytes, self.group.size, self.group.rank, by_part, self.block)
         self.offsets, self.buckets = self.layout.offsets, self.layout.buckets
-        self.weight_buffers = Buffers(self.layout, dtype, ctx.device, whole=shard != "weights")
-        sum_dtype = torch.promote_types(dtype, torch.float32)
-        self.sum_buffers = Buffers(self.layout, sum_dtype, ctx.device, whole=shard == "optimizer")
+        spare, sum_dtype = Spare(), torch.promote_types(dtype, torch.float32)
+        self.weight_buffers = Buffers(self.layout, dtype, ctx.device, shard != "weights", spare)
+        self.sum_buffers = Buffers(self.layout, sum_dtype, ctx.device, shard == "optimizer", spare)
         self.params, self.grads = self.weight_buffers.kept, self.sum_buffers.kept
         self.weights_stay = self.weight_buffers.whole
         """Whether this rank keeps all its weights; else a part of the model has them from acquire to release."""
@@ -159,9 +160,10 @@ class FlatStore:
             for part in {self.table[i].part for i in bucket.parameters}:
                 self._buckets_of.setdefault(part, []).append(bucket)
         self._untaken = iter(range(len(self.table)))
-        # One bucket's reduction at a time where its buffer is given up after it, and on a CPU, where gloo copies what
-        # it reduces: with all buckets under way that would be a second buffer of gradients.
+        # One bucket's reduction at a time where its buffer is given up after it, and on a CPU, where what arrives needs
+        # room: with all buckets under way that would be a second buffer of gradients.
         self._one_by_one = self.sums_are_new or ctx.device.type == "cpu"
+        self._arriving: Tensor | None = None
         self._reducing: Bucket | None = None
         self.version = 0
         self.first = self.last = False
@@ -285,7 +287,10 @@ class FlatStore:
         bucket.first, bucket.reduced = self.first, self.last
         if self.group.size == 1:
             return  # what one rank has summed is the whole
-        bucket.handle = reduce_scatter_into(self.sum_buffers.own[bucket], self.sum_buffers.full[bucket], self.group)
+        buffers = self.sum_buffers
+        bucket.handle = reduce_scatter_into(
+            buffers.own[bucket], buffers.full[bucket], self.group, self._room_for_arrivals()
+        )
         if self._one_by_one:
             self._reducing = bucket
 
@@ -397,6 +402,13 @@ class FlatStore:
         if not buffers.is_open(bucket):
             buffers.open(bucket)
             bucket.gathering = all_gather_into(buffers.full[bucket], buffers.shard(bucket), self.group)
+
+    def _room_for_arrivals(self) -> Tensor | None:
+        """On a CPU: memory for the other ranks' sums of the largest shard. It stays, so that no heap has to fit it."""
+        if self._arriving is None and self.ctx.device.type == "cpu" and self.group.size > 1:
+            most = max(bucket.stop - bucket.start for bucket in self.buckets)
+            self._arriving = torch.empty(most - most // self.group.size, dtype=self.sum_dtype)
+        return self._arriving
 
     def _close(self, bucket: Bucket) -> None:
         _wait_for(bucket)  # nothing may arrive where no room is

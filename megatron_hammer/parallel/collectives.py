@@ -128,12 +128,19 @@ def reduce_scatter_rows_async(full: Tensor, group: Group) -> tuple[Tensor, Any]:
     return shard, _start(group, b"reduce_scatter", _reduce_scatter_into, shard, full.contiguous())
 
 
-def reduce_scatter_into(shard: Tensor, full: Tensor, group: Group) -> Any:
-    """Start to sum ``full`` over the ranks into ``shard``, this rank's part (it may lie inside ``full``): a handle."""
+def reduce_scatter_into(shard: Tensor, full: Tensor, group: Group, room: Tensor | None = None) -> Any:
+    """Start to sum ``full`` over the ranks into ``shard``, this rank's part (it may lie inside ``full``): a handle.
+
+    Args:
+        room: for what arrives on a CPU, where the shard lies inside ``full``: as long as the other ranks' parts, and
+            nobody else's until the handle is done. Without it gloo makes copies.
+    """
     if group.size == 1:
         if shard.data_ptr() != full.data_ptr():
             shard.copy_(full)
         return Done()
+    if room is not None and full.is_cpu:
+        return _start(group, b"reduce_scatter", _sum_of_parts, shard, full, room=room[: len(full) - len(shard)])
     return _start(group, b"reduce_scatter", _reduce_scatter_into, shard, full)
 
 
@@ -143,7 +150,53 @@ def all_gather_into(full: Tensor, shard: Tensor, group: Group) -> Any:
         if shard.data_ptr() != full.data_ptr():
             full.copy_(shard)
         return Done()
+    if full.is_cpu:
+        return _start(group, b"all_gather", _parts_of_all, full, shard)
     return _start(group, b"all_gather", _all_gather_into, full, shard)
+
+
+# gloo gathers into memory of its own and copies from there; it sums a whole copy on every rank, of which each then
+# keeps its part. That is two to three times the bytes of a bucket of weights or gradients moved, and blocks of its size
+# in the heaps of gloo's threads, which never come back. So on a CPU parts go from where they lie to where they belong.
+
+
+def _parts_of_all(full: Tensor, shard: Tensor, group: Any, async_op: bool) -> Any:
+    """By broadcasts, which nobody has to wait for before the group ends, as for messages between two ranks."""
+    parts, process_group = full.chunk(dist.get_world_size(group)), _torch_group(group)
+    own = parts[dist.get_rank(group)]
+    if own.data_ptr() != shard.data_ptr():
+        own.copy_(shard)
+    ranks = [dist.get_global_rank(process_group, r) for r in range(len(parts))]
+    calls = zip(parts, ranks, strict=True)
+    return _Together([dist.broadcast(part, src=rank, group=group, async_op=async_op) for part, rank in calls])
+
+
+def _sum_of_parts(shard: Tensor, full: Tensor, group: Any, async_op: bool, room: Tensor) -> Any:
+    """Part r goes to rank r, from which one arrives; the caller waits for the handle in the same step."""
+    parts, process_group = full.chunk(dist.get_world_size(group)), _torch_group(group)
+    arriving = room.chunk(len(parts) - 1)
+    others = [r for r in range(len(parts)) if r != dist.get_rank(group)]
+    peers = [dist.get_global_rank(process_group, r) for r in others]
+    handles = [dist.irecv(part, peer, group) for part, peer in zip(arriving, peers, strict=True)]
+    handles += [dist.isend(parts[r], peer, group) for r, peer in zip(others, peers, strict=True)]
+    return _Sum(_Together(handles), shard, arriving)
+
+
+def _torch_group(handle: Any) -> Any:
+    return dist.group.WORLD if handle is None else handle
+
+
+class _Sum:
+    """The sum of what a rank has and of the others' parts, which are on their way: taken when it is waited for."""
+
+    def __init__(self, arriving: Any, total: Tensor, parts: Sequence[Tensor]) -> None:
+        self.arriving, self.total, self.parts = arriving, total, parts
+
+    def wait(self) -> None:
+        self.arriving.wait()
+        parts, self.parts = self.parts, ()
+        for part in parts:
+            self.total.add_(part)
 
 
 def start_exchange(
@@ -193,13 +246,14 @@ def _noted(work: Any, link: Group, name: bytes) -> Any:
 
 
 class _Together:
-    """Several handles as one."""
+    """Several handles as one, which may be waited for again: gloo would wait for another message then."""
 
     def __init__(self, handles: Sequence[Any]) -> None:
         self.handles = handles
 
     def wait(self) -> None:
-        for handle in self.handles:
+        handles, self.handles = self.handles, ()
+        for handle in handles:
             handle.wait()
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_hammer.base import pages
-from megatron_hammer.base.pages import Pages
+from megatron_hammer.base.pages import Pages, Spare
 
 pytestmark = pytest.mark.skipif(not pages.HERE, reason="Linux gives pages back at once")
 
@@ -22,8 +24,9 @@ def resident_kib() -> int:
 def test_pages_go_and_come_back_at_their_address() -> None:
     size = 64 * 2**20
     room = Pages(size)
-    view = room.memory
-    before = resident_kib()
+    view, before = room.memory, resident_kib()
+    assert not room.is_open
+    room.open()
     view[::4096] = b"x" * (size // 4096)
     assert resident_kib() - before > 60 * 1024
     room.close()
@@ -35,9 +38,54 @@ def test_pages_go_and_come_back_at_their_address() -> None:
     assert view[size - 1] == 7
 
 
+def test_pages_of_one_room_serve_the_next() -> None:
+    """Written to in turn, three rooms have the memory of one."""
+    size, spare = 32 * 2**20, Spare()
+    rooms, before = [Pages(size) for _ in range(3)], resident_kib()
+    for room in [*rooms, *rooms]:
+        room.open(spare)
+        room.memory[::4096] = b"x" * (size // 4096)
+        room.close(spare)
+    assert 28 * 1024 < resident_kib() - before < 40 * 1024
+
+
+@pytest.mark.parametrize("unit", [4096, 2**21])
+def test_who_opens_has_the_pages_of_those_that_closed(unit: int) -> None:
+    """In any order, rooms of several sizes: each holds what was written to it, and no more pages than were open."""
+    spare, draw = Spare(), random.Random(unit)
+    rooms = [Pages(pages * unit) for pages in (3, 5, 3, 8, 1)]
+    views = [torch.frombuffer(room.memory, dtype=torch.int64) for room in rooms]
+    most = 0
+    for mark in range(300):
+        room, view = draw.choice(list(zip(rooms, views, strict=True)))
+        if room.is_open:
+            assert bool((view == view[0]).all())
+            room.close(spare)
+        else:
+            room.open(spare)
+            view.fill_(mark)
+        most = max(most, sum(room.size for room in rooms if room.is_open))
+    assert all(bool((view == view[0]).all()) for room, view in zip(rooms, views, strict=True) if room.is_open)
+    assert sum(p.stop - p.start for room in rooms for p in room.pieces if p.filled) == most
+
+
+def test_a_kernel_that_moves_no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Linux 5.7: what is left goes back, and who opens gets new ones."""
+    monkeypatch.setattr(pages, "_MOVE", 1 | 2 | 64)  # a flag that no kernel knows
+    spare, one, other = Spare(), Pages(8192), Pages(4096)
+    one.open(spare)
+    one.memory[:] = b"x" * 8192
+    one.close(spare)
+    other.open(spare)
+    assert bytes(other.memory) == bytes(4096)
+    one.open(spare)
+    assert one.is_open and bytes(one.memory) in (bytes(8192), b"x" * 4096 + bytes(4096), bytes(4096) + b"x" * 4096)
+
+
 def test_closed_memory_is_no_memory() -> None:
     """A read ends the process, in one that was forked for it."""
     room = Pages(4096)
+    room.open()
     room.close()
     child = os.fork()
     if child == 0:

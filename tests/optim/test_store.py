@@ -156,13 +156,13 @@ def test_forward_waits_for_a_bucket_when_it_needs_it() -> None:
 
 @pytest.mark.parametrize("overlap, device", [(True, "cpu"), (False, "cpu"), (True, "meta"), (False, "meta")])
 def test_a_bucket_is_reduced_beside_backward(overlap: bool, device: str) -> None:
-    """On a CPU one at a time, since gloo copies what it reduces; elsewhere all that are ready; or each waited for."""
+    """On a CPU one at a time, since what arrives needs room; elsewhere all that are ready; or each waited for."""
     config, events = tiny_config(), list[tuple[str, int]]()
     ctx = ParallelContext(torch.device(device), dp=Group(0, 2), samples=Group(0, 2))
     table = parameter_table(config.model, config.placement())
     store = FlatStore(table, torch.float32, ctx, 40_000, overlap_reduce=overlap)
 
-    def start(shard: torch.Tensor, full: torch.Tensor, group: Group) -> Any:
+    def start(shard: torch.Tensor, full: torch.Tensor, group: Group, room: torch.Tensor | None) -> Any:
         number = sum(kind == "start" for kind, _ in events)
         events.append(("start", number))
         return mock.Mock(wait=lambda: events.append(("wait", number)))

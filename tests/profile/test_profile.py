@@ -195,8 +195,9 @@ def _profiled(rank: int, overrides: list[str], folder: Path) -> dict[str, Any] |
     [
         (["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
           "parallel.tp_comm_overlap=chunks"], {"send", "recv", "all_gather", "all_reduce"}),
-        (["parallel.shard=weights"], {"all_gather", "all_reduce"}),
-        (["parallel.context_parallel_size=2", "data.attention_mask=document"], {"all_gather", "all_reduce"}),
+        (["parallel.shard=weights"], {"broadcast", "send", "recv", "all_reduce"}),
+        (["parallel.context_parallel_size=2", "data.attention_mask=document"],
+         {"broadcast", "send", "recv", "all_gather", "all_reduce"}),
         (["parallel.pipeline_model_parallel_size=2"], {"send", "recv", "all_reduce"}),
     ],
     ids=["tp", "weights", "cp", "pp"],
