@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.tables import align
 from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.checkpoint.kinds import STATE_KINDS
@@ -78,11 +80,16 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
     """Compare ``world_size`` ranks of the shrunk config with one process.
 
     Args:
-        real: the ranks keep the config's device, precision and kernels; the references are the same.
+        real: the ranks run on GPUs, in the config's precision and with its kernels; the references are the same.
 
     Returns:
         the proof, or the exit code of the launcher where a rank failed (its line is on stderr).
+
+    Raises:
+        ConfigError: real, and this machine has too few GPUs.
     """
+    if real:
+        _check_gpus(world_size)
     small, left_out = shrink(config, world_size, real)
     small.validate(world_size)
     parallel = config.parallel
@@ -118,6 +125,20 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
     compared.append(_checkpoint_against(saved, alone["fp32"], last, sizes))
     rows, findings = ([part for parts in column for part in parts] for column in zip(*compared, strict=True))
     return Proof(small, left_out, rows, compare_stages(ranks[exact], sizes) + findings)
+
+
+def _check_gpus(ranks: int) -> None:
+    """Before anything is started: without a GPU the ranks would prove CPUs, and say that they had proved GPUs."""
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not found:
+        raise ConfigError(4, "--gpu", "needs GPUs that torch can see", "leave it out: a proof on CPUs needs none")
+    if ranks > found:
+        raise ConfigError(
+            5,
+            f"--nproc={ranks}",
+            f"is more ranks than the {found} GPUs of this machine",
+            f"lower it to {found} with a layout of so many, or leave --gpu out",
+        )
 
 
 def _one_process(small: Config) -> tuple[dict[str, Outcome], dict[str, np.ndarray]]:

@@ -22,7 +22,7 @@ def shrink(config: Config, world_size: int, real: bool = False) -> tuple[Config,
 
     Args:
         config: valid for ``world_size`` ranks.
-        real: keep device, precision and kernels too.
+        real: for GPUs, with precision and kernels kept too.
     """
     model, tp, train = config.model, config.parallel.tensor_model_parallel_size, config.train
     assert model.vocab_size is not None, "model.vocab_size must be resolved"
@@ -54,7 +54,7 @@ def shrink(config: Config, world_size: int, real: bool = False) -> tuple[Config,
         batch_size_ramp=None,
         recompute_layers=layers,
         precision=train.precision if real else "fp32",
-        device=train.device if real else "cpu",
+        device="cuda" if real else "cpu",
         dry_run=False,
     )
     split = (

@@ -28,8 +28,9 @@ from megatron_hammer.parallel.context import ParallelContext, build_parallel_con
 from megatron_hammer.parallel.rendezvous import collective_timeout, end_process_group, start_process_group
 from megatron_hammer.parallel.sharding import rectangles
 from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train.begin import choose_device
+from megatron_hammer.train.begin import check_machine, choose_device
 from megatron_hammer.train.build import DTYPES, build_stages
+from megatron_hammer.train.cuda_graph import micro_batch_runner
 from megatron_hammer.train.pipeline import accumulate, pipelined_losses
 from megatron_hammer.train.source_sums import LOSS, WEIGHT, Sources
 from megatron_hammer.train.state import RunState
@@ -51,6 +52,7 @@ def take_steps(config: Config, ctx: ParallelContext, dtype: torch.dtype, checkpo
         checkpoint: a folder for a checkpoint of the end.
     """
     model, optimizer = build_stages(config, ctx, dtype=dtype)
+    run = micro_batch_runner(config.kernels, optimizer.store.of_stages[0])
     tokens = token_losses(model, config, ctx)
     losses: list[float] = []
     norms: list[float] = []
@@ -59,7 +61,7 @@ def take_steps(config: Config, ctx: ParallelContext, dtype: torch.dtype, checkpo
     for step in range(1, STEPS + 1):
         # As ``train_step`` does it, in halves: the update may use the gradients' memory.
         batches = micro_batches(config, step, ctx)
-        loss, table = accumulate(model, optimizer, batches, ctx, config.train.z_loss, sources=Sources(SOURCES))
+        loss, table = accumulate(model, optimizer, batches, ctx, config.train.z_loss, run, Sources(SOURCES))
         norm = optimizer.clip_grad_norm(config.optimizer.clip_grad)
         losses.append(float(loss))
         by_source.append((table[:, LOSS] / table[:, WEIGHT]).tolist())
@@ -192,6 +194,7 @@ def rank_main(
     folder, device = Path(config.train.output), choose_device(config, local_rank)
     timeout = collective_timeout(config.parallel.timeout_seconds)
     torch.set_num_threads(1)
+    check_machine(config, device)
     if store is not None:
         start_process_group(store, rank, world_size, device, timeout, journal)
     ctx = build_parallel_context(config.grid(world_size), device, timeout, journal)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
 from megatron_hammer.kernels import arguments, context_parallel
 from megatron_hammer.kernels.newton_schulz import orthogonalise
@@ -275,12 +276,12 @@ FAULTS: dict[str, Callable[[], Any]] = {
 }
 
 
-def faulty_steps(rank: int, config: Config, fault: str) -> Outcome:
+def faulty_steps(rank: int, config: Config, fault: str, dtype: torch.dtype = FP64) -> Outcome:
     """This rank's steps with a fault in them."""
     world = torch.distributed.get_world_size()
     ctx = build_parallel_context(config.grid(world), torch.device("cpu"))
     with FAULTS[fault]():
-        return take_steps(config, ctx, FP64)
+        return take_steps(config, ctx, dtype)
 
 
 @cache
@@ -451,6 +452,51 @@ def test_faults_of_a_pipeline(fault: str, what: str, cause: str) -> None:
         return
     named = [finding for finding in findings if finding.what == what]
     assert named and cause in named[0].cause, findings[:5]
+
+
+# ---- on GPUs, as far as CPUs can say ---------------------------------------------------------------------------------
+
+
+@cache
+def as_on_gpus(precision: str) -> tuple[Config, Outcome]:
+    """What ``--gpu`` runs, but for the device; and the one process that it is held against."""
+    layout = dict(parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True, model__vocab_size=1001)
+    small, left_out = shrink(tiny_config(**layout, train__precision=precision), 4, real=True)
+    assert small.train.device == "cuda" and small.train.precision == precision and not left_out
+    small = dataclasses.replace(small, train=dataclasses.replace(small.train, device="cpu"))
+    return small, parallel._one_process(small)[0]["fp32"]
+
+
+@pytest.mark.parametrize(
+    "precision, fault, named",
+    [
+        ("bf16", "none", ""),
+        ("fp16", "none", ""),
+        ("bf16", "swapped", "model of "),
+        ("bf16", "norms", "gradient of model.layers.0.input_layernorm.weight"),
+        ("bf16", "times DP", "gradient norm of step 1"),
+        ("bf16", "groups", "gradient of model.layers.0.self_attn.k_proj.weight"),
+    ],
+)
+def test_sixteen_bits_hide_no_fault(precision: str, fault: str, named: str) -> None:
+    config, expected = as_on_gpus(precision)
+    (name, dtype), *others = steps.precisions(config).items()
+    ranks, sizes = run_distributed(4, faulty_steps, config, fault, dtype), Sizes(2, 2, 2)
+    findings = compare_numbers(ranks, expected, NUMBER_BOUNDS[name], sizes)[1]
+    findings += compare_pieces(ranks, whole(expected.pieces), BOUNDS[name], sizes)[1]
+    assert name == precision and not others
+    assert not findings if fault == "none" else any(f.what.startswith(named) for f in findings), findings[:5]
+
+
+@pytest.mark.parametrize(
+    "gpus, rule", [(0, r"E204\]: --gpu needs GPUs"), (1, r"E205\]: --nproc=2 is more ranks than the 1 GPU")]
+)
+def test_a_proof_on_gpus_needs_them(gpus: int, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It must not run on CPUs and say that GPUs were proved."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(ConfigError, match=rule):
+        parallel.prove_layout(tiny_config(parallel__tensor_model_parallel_size=2), 2, lambda text: None, real=True)
 
 
 # ---- causes by themselves -------------------------------------------------------------------------------------------
