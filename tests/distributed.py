@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from megatron_hammer.parallel.rendezvous import leave_cores_to_those_who_run
+
 MAX_RANKS = 8
 IMPORTED = ["torch", "tests.train.runs", "tests.verify.grid"]  # what most functions need; none starts a thread
 DEFAULT_TIMEOUT = 120  # seconds for one call, far above what any needs on two cores
@@ -32,6 +34,7 @@ DEFAULT_TIMEOUT = 120  # seconds for one call, far above what any needs on two c
 def _worker(rank: int, inbox: Any, outbox: Any) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    leave_cores_to_those_who_run()
     while (task := inbox.get()) is not None:
         call, world_size, store_path, function, args = task
         try:

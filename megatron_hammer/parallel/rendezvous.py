@@ -9,9 +9,11 @@ first tries the socket from Python, where a signal ends the wait at once, and st
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fcntl
 import ipaddress
+import os
 import socket
 import struct
 import time
@@ -241,7 +243,21 @@ def start_process_group(
                 "nccl", store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device
             )
         else:
+            leave_cores_to_those_who_run()
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def leave_cores_to_those_who_run() -> None:
+    """Before gloo is started: this thread, and those that it starts from now on, take no core from another by waking.
+
+    gloo's event loop tries the lock of a connection and asks the kernel for events again until it has it. Where ranks
+    are more than cores, the loop that a message wakes takes the core of the very thread that holds the lock, and spins
+    for the rest of its time slice: eight ranks on two cores called epoll_wait 10.5 million times for half a million
+    messages. Under SCHED_BATCH (sched(7), Linux) a thread that wakes waits until the core is free; priorities stay.
+    """
+    if hasattr(os, "SCHED_BATCH"):
+        with contextlib.suppress(OSError):  # where a sandbox forbids it, messages cost more and nothing else changes
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def end_process_group() -> None:
