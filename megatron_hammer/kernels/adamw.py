@@ -22,8 +22,8 @@ from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels.arguments import AdamWState
 from megatron_hammer.kernels.backend import ANYWHERE, CUDA, FLOATS, HALVES, Backend, Requirements
 from megatron_hammer.kernels.libraries import apex
-from megatron_hammer.kernels.native import adamw_triton, triton_rows
 from megatron_hammer.kernels.native import devices as native
+from megatron_hammer.kernels.native import triton_rows
 
 
 @torch.no_grad()
@@ -102,6 +102,8 @@ def _fused(device: torch.device) -> OptimizerKernels:
 
 
 def _triton(device: torch.device) -> OptimizerKernels:
+    from megatron_hammer.kernels.native import adamw_triton
+
     return _in_one_pass("triton", adamw_triton)
 
 

@@ -20,7 +20,7 @@ from megatron_hammer.kernels.libraries import apex, liger, te
 from megatron_hammer.kernels.linear import Gradient, stored
 from megatron_hammer.kernels.native import autograd as fused
 from megatron_hammer.kernels.native import devices as native
-from megatron_hammer.kernels.native import layers_triton, triton_rows
+from megatron_hammer.kernels.native import triton_rows
 
 
 class AddRMSNormFunction(Protocol):
@@ -69,6 +69,8 @@ def _fused(device: torch.device) -> Any:
 
 
 def _triton(device: torch.device) -> Any:
+    from megatron_hammer.kernels.native import layers_triton
+
     return partial(fused.add_rms_norm, layers_triton)
 
 

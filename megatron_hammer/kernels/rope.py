@@ -19,7 +19,7 @@ from megatron_hammer.kernels.backend import ANYWHERE, CUDA, FLOATS, HALVES, Back
 from megatron_hammer.kernels.libraries import liger
 from megatron_hammer.kernels.native import autograd as fused
 from megatron_hammer.kernels.native import devices as native
-from megatron_hammer.kernels.native import layers_triton, triton_rows
+from megatron_hammer.kernels.native import triton_rows
 
 RopeFunction = Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, ...]]
 
@@ -49,6 +49,8 @@ def _fused(device: torch.device) -> Any:
 
 
 def _triton(device: torch.device) -> Any:
+    from megatron_hammer.kernels.native import layers_triton
+
     return partial(fused.rope, layers_triton)
 
 

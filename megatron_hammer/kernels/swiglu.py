@@ -18,7 +18,7 @@ from megatron_hammer.kernels.backend import ANYWHERE, CUDA, FLOATS, HALVES, Back
 from megatron_hammer.kernels.libraries import liger
 from megatron_hammer.kernels.native import autograd as fused
 from megatron_hammer.kernels.native import devices as native
-from megatron_hammer.kernels.native import layers_triton, triton_rows
+from megatron_hammer.kernels.native import triton_rows
 
 SwiGLUFunction = Callable[[Tensor], Tensor]
 
@@ -34,6 +34,8 @@ def _fused(device: torch.device) -> Any:
 
 
 def _triton(device: torch.device) -> Any:
+    from megatron_hammer.kernels.native import layers_triton
+
     return partial(fused.swiglu, layers_triton)
 
 
