@@ -15,14 +15,8 @@ from megatron_hammer.train.schedules import forward_backward
 from tests.distributed import run_distributed
 from tests.model.tiny import build, make_context, merged, rank_batches, tiny_config, train
 
-LAYOUTS = [
-    (tp, sp, dp, 1)
-    for tp in (1, 2, 4, 8)
-    for sp in (False, True)
-    for dp in (1, 2)
-    if 1 < tp * dp <= 8 and (tp > 1 or not sp)
-] + [(1, False, 2, 2), (1, False, 1, 4), (2, True, 1, 2)]
-"""TP, sequence parallelism, DP, CP."""
+LAYOUTS = [(1, False, 2, 1), (2, False, 2, 1), (8, True, 1, 1), (1, False, 2, 2), (2, True, 1, 2)]
+"""TP, sequence parallelism, DP, CP: one of each kind. tests/verify/test_grid.py covers the pairs of them."""
 
 
 STEPS = 10  # the loss falls to less than a third of its start
@@ -63,9 +57,8 @@ def test_layouts_equal_one_process(tp: int, sp: bool, dp: int, cp: int, single: 
 
 @pytest.mark.parametrize(
     "tp, sp, dp, cp",
-    [(1, False, 2, 1), (2, True, 1, 1), (2, False, 2, 1), (4, True, 2, 1),
-     (1, False, 2, 2), (1, False, 1, 4), (2, True, 1, 2), (2, True, 2, 2)],
-)  # fmt: skip
+    [(2, False, 2, 1), (4, True, 1, 1), (1, False, 1, 4), (2, True, 2, 2)],
+)
 def test_layouts_equal_one_process_with_documents(tp: int, sp: bool, dp: int, cp: int) -> None:
     """A tensor-parallel rank holds all positions of its heads; of context-parallel ranks each has some documents."""
     changes: dict[str, Any] = {"data__attention_mask": "document"}
