@@ -744,5 +744,5 @@ def test_generate_refuses_a_folder_without_a_model(tmp_path: Path) -> None:
         list(generate(tmp_path, ["a"]))
     assert caught.value.code == "E491" and "\n" not in str(caught.value)
     with pytest.raises(ConfigError) as usage:
-        list(generate(tmp_path, ["a"], top_k=0))
+        list(generate(tmp_path, ["a"], top_k=-1))
     assert usage.value.code == "E245"
