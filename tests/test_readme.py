@@ -184,7 +184,13 @@ def test_what_the_page_lists_is_there(page: str) -> None:
 def test_every_extra_is_in_the_table_and_used(page: str) -> None:
     """An extra that no module imports would promise something."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    modules = {"te": "transformer_engine", "flash": "flash_attn", "parquet": "pyarrow", "eval": "lm_eval"}
+    modules = {
+        "te": "transformer_engine",
+        "flash": "flash_attn",
+        "parquet": "pyarrow",
+        "eval": "lm_eval",
+        "chat": "prompt_toolkit",
+    }
     code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "megatron_hammer").rglob("*.py"))
     code += (ROOT / "tests" / "evaluation" / "test_lm_eval.py").read_text(encoding="utf-8")  # a program beside ours
     rows = "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
