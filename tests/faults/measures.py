@@ -297,7 +297,7 @@ MEASURES = (
         "optim/store.py",
         'for over, group in (("tp", self.ctx.tp), ("kv", self.ctx.kv), ("stages", self.ctx.ends)):',
         'for over, group in (("kv", self.ctx.kv), ("stages", self.ctx.ends)):',
-        "train/test_drift.py::test_copies_of_tensor_parallel_ranks",
+        "optim/test_sharded.py::test_it_trains_as_one_process",
     ),
     # ---- one writer ----
     Measure(
