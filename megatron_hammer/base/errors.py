@@ -262,15 +262,17 @@ def _free_bytes(path: str | os.PathLike[str]) -> int | None:
     return status.f_bavail * status.f_frsize
 
 
-def from_exception(error: BaseException, who: str) -> HammerError | None:
-    """The documented error that an exception of ``who`` (a rank, a program) stands for, or None for one of our own.
+def lacks_tensor_memory(error: BaseException) -> bool:
+    """Whether torch found no memory on a GPU or a CPU. It is not imported: its error is known by name."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
-    torch is not imported: its out-of-memory error is known by name.
-    """
+
+def from_exception(error: BaseException, who: str) -> HammerError | None:
+    """The documented error that an exception of ``who`` (a rank, a program) stands for, or None for one of our own."""
     if isinstance(error, HammerError):
         return error
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+    if isinstance(error, MemoryError) or lacks_tensor_memory(error):
         return MemoryShortage(
             1,
             who,

@@ -71,6 +71,8 @@ class Buffers:
         self.own: dict[Bucket, Tensor] = {}
         """This rank's shard of each, where it lies in ``full``."""
         self._rooms: dict[Bucket, _Room] = {}
+        self.open_bytes = 0
+        """Of all rooms that are open now."""
         for bucket in layout.buckets:
             length, shard = bucket.stop - bucket.start, layout.shard(bucket)
             if self.whole:
@@ -78,6 +80,7 @@ class Buffers:
             else:
                 full = (room := _Room(length, dtype, device, spare)).tensor
                 self._rooms[bucket] = room
+                self.open_bytes += full.nbytes
             self.full[bucket] = full
             self.own[bucket] = full[shard.start - bucket.start : shard.stop - bucket.start]
             for i in bucket.parameters:
@@ -104,8 +107,10 @@ class Buffers:
         """Make room for all of a bucket; what lies there then is undefined."""
         if not self.is_open(bucket):
             self._rooms[bucket].open()
+            self.open_bytes += self.full[bucket].nbytes
 
     def close(self, bucket: Bucket) -> None:
         """Give the room back; a shard that was not copied is gone."""
-        if not self.whole:
+        if not self.whole and self._rooms[bucket].is_open:
             self._rooms[bucket].close()
+            self.open_bytes -= self.full[bucket].nbytes

@@ -46,12 +46,12 @@ from megatron_hammer.parallel.board import Journal
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.parallel.placement import padded_vocab_size
 from megatron_hammer.parallel.rendezvous import collective_timeout, end_process_group, start_process_group
-from megatron_hammer.profile import budget
-from megatron_hammer.profile.budget import Rates, StepShape, step_costs
 from megatron_hammer.profile.plots import digits, draw_profile
 from megatron_hammer.profile.trace import PREFIX, Measured, Traffic, measure, memory_of_step, read_trace, traffic
 from megatron_hammer.profile.workload import RecordedRanges, Workload, record_waits, wait
+from megatron_hammer.train import budget
 from megatron_hammer.train.begin import choose_device
+from megatron_hammer.train.budget import Rates, StepShape, step_costs
 from megatron_hammer.train.build import DTYPES, kernel_requirements
 from megatron_hammer.train.metrics import flops_per_token
 

@@ -39,7 +39,7 @@ from typing import Any
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.reading import open_regular, parse_json
 from megatron_hammer.kernels.ranges import GRADIENT, HEAD, LINEAR, NORM
-from megatron_hammer.profile.budget import (
+from megatron_hammer.train.budget import (
     ATTENTION,
     CASTS,
     COMMUNICATION,

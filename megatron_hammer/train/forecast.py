@@ -1,8 +1,8 @@
 """What a run will need, worked out before it starts: memory of a rank, disk, and time.
 
-Memory is that of weights, sums of gradients, masters and moments, which is exact, and of what the decoder layers keep
-of a micro-batch (``model/recompute.py``); what libraries and allocators take comes on top. Time is stated for rates of
-devices that are named, since nothing has been measured yet.
+Memory is that of weights, sums of gradients, masters and moments, which is exact, and of activations and buffers at the
+worst moment of a step (``rank_peak.py``); what libraries and allocators take comes on top. Time is stated for rates of
+devices that are named, since nothing has been measured yet; ``tools/plan.py`` predicts it for a layout.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from megatron_hammer.checkpoint.kinds import STATE_KINDS
 from megatron_hammer.checkpoint.space import checkpoint_bytes
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.backend import Backend
-from megatron_hammer.model.recompute import activation_bytes
-from megatron_hammer.train.metrics import PEAK_TFLOPS, flops_per_token
-from megatron_hammer.train.rank_costs import owned_elements, state_bytes, without_second_moment, working_bytes
+from megatron_hammer.train.gpus import GPUS
+from megatron_hammer.train.metrics import flops_per_token
+from megatron_hammer.train.rank_costs import owned_elements, without_second_moment
+from megatron_hammer.train.rank_peak import worst_rank
 
 GIB = 2**30
 CHECKPOINT_BYTES = 12  # of a parameter: fp32 master and two moments; 4 less where Muon has one
@@ -31,20 +32,11 @@ def forecast(config: Config, world_size: int, backends: Mapping[str, Backend]) -
 
 
 def _memory(config: Config, world_size: int, backends: Mapping[str, Backend]) -> str:
-    config = config.largest
-    ranks, accumulated = config.parallel.pipeline_model_parallel_size, config.grad_accum(world_size)
-    each = [
-        {
-            **state_bytes(config, world_size, rank * world_size // ranks),
-            **_comes_and_goes(config, world_size, rank * world_size // ranks),
-            "activations": activation_bytes(config, backends, pp_rank=rank, micro_batches=accumulated),
-        }
-        for rank in range(ranks)
-    ]
-    rank = max(range(ranks), key=lambda rank: sum(each[rank].values()))
-    shown = ", ".join(f"{name} {_gib(size)}" for name, size in each[rank].items())
+    ranks = config.parallel.pipeline_model_parallel_size
+    rank, parts = worst_rank(config, world_size, backends)
+    shown = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size)
     where = "" if ranks == 1 else f" of pipeline rank {rank}, the one with most,"
-    return f"memory of a rank{where}: at least {_gib(sum(each[rank].values()))} GiB ({shown})"
+    return f"memory of a rank{where}: at least {_gib(sum(parts.values()))} GiB ({shown})"
 
 
 def _snapshot(config: Config, world_size: int) -> str:
@@ -57,11 +49,6 @@ def _snapshot(config: Config, world_size: int) -> str:
         for rank in first
     ]
     return f"host memory of a rank for snapshots (checkpoint.mode=background): {_gib(max(parts))} GiB"
-
-
-def _comes_and_goes(config: Config, world_size: int, rank: int) -> dict[str, int]:
-    working = working_bytes(config, world_size, rank)
-    return {"gathered and reduced": working} if working else {}
 
 
 def _disk(config: Config) -> str:
@@ -82,7 +69,7 @@ def _time(config: Config, world_size: int) -> str:
         return f"{what}; on two CPU cores at {CPU_TFLOPS} TFLOP/s about {_duration(flops / (CPU_TFLOPS * 1e12))}"
     parts = []
     for name in NAMED_DEVICES:
-        rate = world_size * (PEAK_TFLOPS[name] or 0.0) * 1e12 * ASSUMED_MFU
+        rate = world_size * (GPUS[name].peak_tflops or 0.0) * 1e12 * ASSUMED_MFU
         parts.append(f"{_duration(flops / rate)} on {world_size} x {name}")
     return f"{what}; at {ASSUMED_MFU:.0%} of the bf16 peak about {', '.join(parts)}"
 

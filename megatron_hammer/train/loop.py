@@ -31,6 +31,7 @@ from megatron_hammer.sampling.ledger import Finding
 from megatron_hammer.sampling.loader import ReadAhead
 from megatron_hammer.sampling.samples import open_train_data, open_valid_data
 from megatron_hammer.train.build import build_stages
+from megatron_hammer.train.comparison import Comparison, device_name
 from megatron_hammer.train.corruption import CorruptionCheck
 from megatron_hammer.train.cuda_graph import micro_batch_runner
 from megatron_hammer.train.drift import DriftCheck
@@ -125,6 +126,9 @@ class Run:
         self.state = load_state(prepared, self.optimizer, ctx)
         self.reporter: Reporter | None = None
         self.evaluator: Evaluator | None = None
+        self.comparison: Comparison | None = None
+        if ctx.world.rank == 0:
+            self.comparison = Comparison(config, ctx.world.size, ctx.device, device_name(ctx.device))
         self.saver = Saver(
             prepared, self.optimizer, ctx, output, self._say, self._note, self._sync_metrics, self._committed
         )
@@ -307,6 +311,9 @@ class Run:
                 valid = evaluate_last() if evaluate_last is not None and not self.pending else {}
                 if self.reporter is not None:
                     self.reporter.step(line, valid)
+                tokens = consumed - tokens_before(self.phases, done.first_sample)
+                if self.comparison is not None and (said := self.comparison.step(tokens, tokens / seconds)):
+                    self._say(said)
             except CutShort:
                 stopped, self.state = True, replace(self.state, owed=self._as_rank_0(line))
             self.clock = time.perf_counter()  # evaluation does not count
@@ -443,7 +450,7 @@ class Run:
         if self.ctx.world.rank != 0:
             return nullcontext(None)
         config, device = self.config, self.ctx.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        name = device_name(device)
         flops = flops_per_token(config.in_phase(self.phase).model, self.phase.seq_length)
         written = self.state.step - bool(self.state.owed)
         return Reporter(config, written, flops, peak_tflops(config, name), self.ctx.world.size, name)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -28,34 +27,9 @@ from megatron_hammer.base.progress import say
 from megatron_hammer.base.writing import close_after, writing
 from megatron_hammer.config import Config, ModelConfig
 from megatron_hammer.model.parameters import EMBEDDING, logical_shapes
+from megatron_hammer.train.gpus import find_gpu
 from megatron_hammer.train.metrics_file import METRICS, MetricsFile, finite
 from megatron_hammer.train.trackers import Trackers, environment_of
-
-# Dense peak of one device in bf16 with fp32 accumulation, TFLOP/s: words of the device's name, and the figure. Data
-# sheets mostly print twice as much, with structured sparsity. The first row whose words are all in the name counts.
-PEAK_TFLOPS: dict[str, float | None] = {
-    "B300": 2250.0,  # NVIDIA HGX B300 data sheet: 36 PFLOP/s with sparsity for 8
-    "B200": 2250.0,  # NVIDIA HGX B200 data sheet: 36 PFLOP/s with sparsity for 8
-    "GH200": 989.0,  # NVIDIA GH200 data sheet
-    "H200 NVL": 835.5,  # NVIDIA H200 data sheet, NVL column
-    "H200": 989.0,  # NVIDIA H200 data sheet, SXM column
-    "H100 NVL": 835.5,  # NVIDIA H100 data sheet, NVL column
-    "H100 PCIe": 756.0,  # NVIDIA H100 architecture white paper, table 3
-    "H100": 989.0,  # the same, SXM5
-    "H800 PCIe": 756.0,  # as the H100 PCIe: what differs is NVLink and fp64
-    "H800": 989.0,
-    "H20": 148.0,  # NVIDIA H20 data sheet
-    "A100": 312.0,  # NVIDIA A100 architecture white paper
-    "A800": 312.0,  # as the A100: what differs is NVLink
-    "L40S": 362.05,  # NVIDIA L40S data sheet
-    "L20": 119.5,  # NVIDIA L20 data sheet
-    "4090 D": None,  # another chip under nearly the same name, without a published figure
-    "4090": 165.2,  # NVIDIA Ada architecture white paper, fp32 accumulation
-    "5090 D": None,
-    "5090": 209.5,  # NVIDIA RTX Blackwell architecture white paper, fp32 accumulation
-    "MI300X": 1307.4,  # AMD Instinct MI300X data sheet
-}
-
 
 # TensorBoard shows groups by their names, and opens the first: that is the loss.
 BOARD_BYTES = 100  # of a value among the events of TensorBoard, at least: what a full disk is said to lack
@@ -80,8 +54,8 @@ def peak_tflops(config: Config, device_name: str) -> float | None:
         return config.log.peak_tflops
     if config.train.precision == "fp32":
         return None
-    words = set(re.split(r"[\s-]+", device_name))
-    return next((peak for name, peak in PEAK_TFLOPS.items() if words.issuperset(name.split())), None)
+    gpu = find_gpu(device_name)
+    return None if gpu is None else gpu.peak_tflops
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> tuple[float, float]:

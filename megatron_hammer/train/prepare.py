@@ -207,7 +207,7 @@ def look_at_inputs(config: Config, world_size: int, check_data: bool = True, acc
     tokenizer = None if config.tokenizer.path is None else load_tokenizer(config.tokenizer.path)
     if tokenizer is not None and (note := export_note(tokenizer)):
         notes.append(note)
-    config = _with_vocab_size(config, tokenizer)
+    config = with_vocab_size(config, tokenizer)
     open_fim(config, tokenizer)
     if config.train.dry_run:
         return Inputs(config, tokenizer, DataIdentity(), notes, *_look_at_data(config, tokenizer, past))
@@ -452,7 +452,8 @@ def _look_at_data(
         return [f"a run would stop here: {error}"], None
 
 
-def _with_vocab_size(config: Config, tokenizer: Tokenizer | None) -> Config:
+def with_vocab_size(config: Config, tokenizer: Tokenizer | None) -> Config:
+    """The config with the vocabulary that it names, or that of its tokenizer."""
     vocab_size = config.model.vocab_size
     if tokenizer is None and vocab_size is None:
         raise ConfigError(

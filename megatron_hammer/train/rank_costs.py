@@ -40,9 +40,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
-from megatron_hammer.config import Config
+from megatron_hammer.config import Config, ModelConfig
 from megatron_hammer.kernels.backend import Backend
 from megatron_hammer.kernels.newton_schulz import flops
 from megatron_hammer.model.parameters import parameter_table
@@ -78,7 +79,7 @@ def state_bytes(config: Config, world_size: int, rank: int = 0) -> dict[str, int
     which the numbers contain.
     """
     grid, mode = config.grid(world_size), config.parallel.shard
-    layouts, width = _layouts(config, grid, rank), element_bytes(config)
+    layouts, width = layouts_of(config, grid, rank), element_bytes(config)
     own = owned_elements(config, world_size, rank)
     elements = sum(layout.total for layout in layouts)
     sums = 1 + (most_waiting(config.grad_accum(world_size)) if config.train.deterministic_reduction == "tree" else 0)
@@ -92,7 +93,7 @@ def state_bytes(config: Config, world_size: int, rank: int = 0) -> dict[str, int
 
 def owned_elements(config: Config, world_size: int, rank: int = 0) -> int:
     """Elements whose masters and moments one rank has."""
-    layouts = _layouts(config, config.grid(world_size), rank)
+    layouts = layouts_of(config, config.grid(world_size), rank)
     return sum(part.stop - part.start for layout in layouts for part in layout.parts())
 
 
@@ -100,7 +101,7 @@ def without_second_moment(config: Config, world_size: int, rank: int = 0) -> int
     """Those of them that have no second moment: matrices that Muon updates."""
     if config.optimizer.style != "muon":
         return 0
-    layouts = _layouts(config, config.grid(world_size), rank)
+    layouts = layouts_of(config, config.grid(world_size), rank)
     parts = (part for layout in layouts for part in layout.parts() if part.parameter.is_hidden_matrix)
     return sum(part.stop - part.start for part in parts)
 
@@ -114,8 +115,8 @@ def working_bytes(config: Config, world_size: int, rank: int = 0) -> int:
     grid = config.grid(world_size)
     if config.parallel.shard == "optimizer" or grid.shard == 1:
         return 0
-    placements = _placements(config, grid, rank)
-    layouts = zip(_layouts(config, grid, rank), placements, strict=True)
+    placements = placements_of(config, grid, rank)
+    layouts = zip(layouts_of(config, grid, rank), placements, strict=True)
     several = config.grad_accum(world_size) > 1
     return sum(_working_bytes(config, layout, at, several) for layout, at in layouts)
 
@@ -138,7 +139,13 @@ def _working_bytes(config: Config, layout: Layout, at: Placement, several: bool)
 
 
 def kept_bytes(config: Config, backends: Mapping[str, Backend], rank: int = 0) -> int:
-    """Activations of a micro-batch when its head begins: what layers keep, the final norm, the embedding's indices.
+    """Activations of a micro-batch when its head begins: what layers keep, and what is kept around them."""
+    cp_rank = rank // config.parallel.tensor_model_parallel_size % config.parallel.context_parallel_size
+    return activation_bytes(config, backends, cp_rank) + around_layers(config)
+
+
+def around_layers(config: Config) -> int:
+    """Bytes kept of a micro-batch beside its layers: the final norm, the embedding's indices.
 
     With document masks and under context parallelism RoPE's cos and sin of each token too. And a scalar: a token's
     weight.
@@ -151,8 +158,7 @@ def kept_bytes(config: Config, backends: Mapping[str, Backend], rank: int = 0) -
     indices = 8 if packed and several and cp == 1 else 0  # the tokens of all samples in one row
     if at.tp_size > 1:
         indices = 9  # rows of this rank's shard, and which tokens have one
-    around = rows * final_norm // at.sequence_shards + rows * (indices + angles) + 4
-    return activation_bytes(config, backends, rank // at.tp_size % cp) + around
+    return rows * final_norm // at.sequence_shards + rows * (indices + angles) + 4
 
 
 def collectives(config: Config, world_size: int, rank: int, chunk_tokens: int) -> Counter[Collective]:
@@ -161,9 +167,19 @@ def collectives(config: Config, world_size: int, rank: int, chunk_tokens: int) -
     Args:
         chunk_tokens: rows of the head's logits that exist at once (``kernels.loss_chunk_tokens``).
     """
+    grid, labelled = config.grid(world_size), Counter[Collective]()
+    for (axis, kind, size), number in calls(config, world_size, rank, chunk_tokens).items():
+        if ranks_of(grid, axis) > 1 and number:
+            first = next(label for label in LABELS if _same_ranks(grid, label, axis))
+            labelled[Collective(first, kind, size)] += number
+    return labelled
+
+
+def calls(config: Config, world_size: int, rank: int, chunk_tokens: int) -> Counter[tuple[str, str, int]]:
+    """(axis, kind, bytes) of the same, by what they are for, on axes of one rank too."""
     grid = config.grid(world_size)
     counted: Counter[tuple[str, str, int]] = Counter()
-    accumulated, placements = config.grad_accum(world_size), _placements(config, grid, rank)
+    accumulated, placements = config.grad_accum(world_size), placements_of(config, grid, rank)
     if grid.tp > 1:
         for (kind, size), number in _tensor_parallel(config, placements).items():
             counted["tp", kind, size] = number * accumulated
@@ -183,12 +199,7 @@ def collectives(config: Config, world_size: int, rank: int, chunk_tokens: int) -
         counted += _whole_matrices(config, grid, rank)
     if config.train.deterministic_reduction == "off":
         counted["world", "all-reduce", 4] += 1  # the gradient's squared norm
-    labelled: Counter[Collective] = Counter()
-    for (axis, kind, size), number in counted.items():
-        if _ranks(grid, axis) > 1 and number:
-            first = next(label for label in LABELS if _same_ranks(grid, label, axis))
-            labelled[Collective(first, kind, size)] += number
-    return labelled
+    return counted
 
 
 def _tensor_parallel(config: Config, placements: Sequence[Placement]) -> Counter[tuple[str, int]]:
@@ -224,16 +235,16 @@ def _recomputed(config: Config, placements: Sequence[Placement]) -> int:
 def _data_parallel(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, str, int]]:
     """Gradients and weights, bucket by bucket; what other ranks sum of their shards; the loss."""
     over, mode = "dp" if grid.copies == 1 else "shard", config.parallel.shard
-    micro_batches, placements = config.grad_accum(grid.world_size), _placements(config, grid, rank)
+    micro_batches, placements = config.grad_accum(grid.world_size), placements_of(config, grid, rank)
     counted: Counter[tuple[str, str, int]] = Counter({("dp", "all-reduce", _table_bytes(config)): 1})
     tree = config.train.deterministic_reduction == "tree"
     if tree:
         blocks = sum(
-            -(-row.numel // TreeStore.block) for layout in _layouts(config, grid, rank) for row in layout.table
+            -(-row.numel // TreeStore.block) for layout in layouts_of(config, grid, rank) for row in layout.table
         )
         counted["dp", "all-reduce", 4 * blocks] += 1
         counted["tp", "all-gather", 4 * grid.tp] += 1
-    for layout, at in zip(_layouts(config, grid, rank), placements, strict=True):
+    for layout, at in zip(layouts_of(config, grid, rank), placements, strict=True):
         tied = config.model.tie_word_embeddings and at.has_embedding and at.has_head
         for bucket in layout.buckets:
             elements = bucket.stop - bucket.start
@@ -249,7 +260,7 @@ def _data_parallel(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, 
             if s.sum_over != "none":
                 shared[{"stages": "ends"}.get(s.sum_over, s.sum_over)] += stop - start
         for axis, elements in shared.items():
-            kind, ranks = ("all-gather", _ranks(grid, axis)) if tree else ("all-reduce", 1)
+            kind, ranks = ("all-gather", ranks_of(grid, axis)) if tree else ("all-reduce", 1)
             counted[axis, kind, 4 * elements * ranks] += 1
     return counted
 
@@ -257,7 +268,8 @@ def _data_parallel(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, 
 def _whole_matrices(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, str, int]]:
     """Pieces of matrices to their owners and back, as on a GPU where ``newton_schulz=auto``."""
     tables = tables_of_stages(config, rank // (grid.world_size // grid.pp))
-    plan = plan_exchange(_layouts(config, grid, rank), tables, rank % grid.whole, flops, config.optimizer.muon_per_head)
+    layouts, per_head = layouts_of(config, grid, rank), config.optimizer.muon_per_head
+    plan = plan_exchange(layouts, tables, rank % grid.whole, flops, per_head)
     width = 4 if config.optimizer.newton_schulz == "fp32" else 2
     most = (max(sum(plan.sizes(side, copies)) for side in (plan.sent, plan.received)) for copies in (False, True))
     axis = {"replicas": "dp"}.get(grid.whole_axis, grid.whole_axis)
@@ -272,19 +284,26 @@ def _uses(config: Config, part: str, at: Placement, tied: bool) -> int:
     return 1 if part in stay or not config.parallel.reshard_after_forward else 2
 
 
-def _placements(config: Config, grid: Grid, rank: int) -> list[Placement]:
+def placements_of(config: Config, grid: Grid, rank: int) -> list[Placement]:
     """What the stages of a rank hold."""
     stages = config.pipeline(rank // (grid.world_size // grid.pp)).stages
     return [config.placement(rank % grid.tp, stage) for stage in stages]
 
 
-def _layouts(config: Config, grid: Grid, rank: int) -> list[Layout]:
+def layouts_of(config: Config, grid: Grid, rank: int) -> list[Layout]:
     """Where the store of each of a rank's stages puts its weights."""
     place, parallel = rank // grid.tp % grid.shard, config.parallel
-    tables = [parameter_table(config.model, placement) for placement in _placements(config, grid, rank)]
     by_part, size = parallel.shard == "weights", parallel.gradient_bucket_bytes
     block = FlatStore.block if config.train.deterministic_reduction == "off" else TreeStore.block
-    return [Layout(table, size, grid.shard, place, by_part, block) for table in tables]
+    placements = placements_of(config, grid, rank)
+    return [_layout(config.model, at, size, grid.shard, place, by_part, block) for at in placements]
+
+
+@lru_cache(maxsize=64)  # a search asks for the same many times
+def _layout(
+    model: ModelConfig, at: Placement, bucket_bytes: int, ranks: int, rank: int, by_part: bool, block: int
+) -> Layout:
+    return Layout(parameter_table(model, at), bucket_bytes, ranks, rank, by_part, block)
 
 
 def _table_bytes(config: Config) -> int:
@@ -302,7 +321,7 @@ def _chunks(config: Config, chunk_tokens: int) -> list[int]:
     return [min(chunk_tokens, rows - start) for start in range(0, rows, chunk_tokens)]
 
 
-def _ranks(grid: Grid, label: Any) -> int:
+def ranks_of(grid: Grid, label: Any) -> int:
     return grid.world_size if label == "world" else grid.size("replicas" if label == "dp" else label)
 
 
@@ -310,5 +329,5 @@ def _same_ranks(grid: Grid, label: str, axis: str) -> bool:
     """Two labels mean the same group where they are equal, or where both have all ranks (kv: all of its axis)."""
     if label == axis:
         return True
-    whole = {name: _ranks(grid, name) for name in (label, axis)}
+    whole = {name: ranks_of(grid, name) for name in (label, axis)}
     return whole[label] == whole[axis] == grid.world_size or ({label, axis} == {"tp", "kv"} and grid.kv == grid.tp)

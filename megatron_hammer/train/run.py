@@ -13,7 +13,6 @@ from megatron_hammer.config import Config, to_yaml
 from megatron_hammer.kernels.report import kernels_table, missing_kernels
 from megatron_hammer.kernels.selection import TABLES, select_backends
 from megatron_hammer.model.parameters import count_parameters
-from megatron_hammer.model.recompute import activation_bytes
 from megatron_hammer.parallel.agreement import BeforeStart
 from megatron_hammer.parallel.board import Journal
 from megatron_hammer.parallel.context import build_parallel_context
@@ -21,9 +20,11 @@ from megatron_hammer.parallel.rendezvous import Store, collective_timeout, end_p
 from megatron_hammer.sampling.plan import format_run_plan
 from megatron_hammer.train.begin import Beginning, begin
 from megatron_hammer.train.build import kernel_requirements
+from megatron_hammer.train.comparison import Comparison, device_name
 from megatron_hammer.train.forecast import forecast
 from megatron_hammer.train.loop import train
 from megatron_hammer.train.prepare import Prepared, prepare
+from megatron_hammer.train.shortage import explained
 from megatron_hammer.train.trackers import check_trackers
 
 
@@ -76,7 +77,12 @@ def run_rank(
             start_process_group(store, rank, world_size, device, timeout, journal)
         ctx = build_parallel_context(config.grid(world_size), device, timeout, journal)
         announce = _announce_other if rank == 0 else _say_nothing
-        code = train(prepared, ctx, lambda prepared, ctx: begin(beginning, prepared, ctx, announce))
+        try:
+            code = train(prepared, ctx, lambda prepared, ctx: begin(beginning, prepared, ctx, announce))
+        except Exception as error:
+            if known := explained(error, config, world_size, rank, device):
+                raise known from error
+            raise
         end_process_group()  # at a clean end only: after a failure NCCL would wait here for ranks that never come
         return code
 
@@ -166,12 +172,7 @@ def announcement(prepared: Prepared, world_size: int, device: torch.device) -> s
     lines.append(kernels_table(config.kernels, required))
     if warning := missing_kernels(config.kernels, required):
         lines.append(warning)
-    rows, micro_batches = select_backends(config.kernels, required), config.grad_accum(world_size)
-    pp = config.parallel.pipeline_model_parallel_size
-    largest = config.largest
-    kept = max(activation_bytes(largest, rows, pp_rank=rank, micro_batches=micro_batches) for rank in range(pp)) / 2**30
-    of = "each micro-batch" if pp == 1 else "the micro-batches in flight, on the rank with most"
-    lines.append(f"activations: about {kept:.2f} GiB kept of {of} (train.recompute={config.train.recompute})")
+    lines.append(Comparison(config, world_size, device, device_name(device)).predicted)
     return "\n".join(lines + _start_lines(prepared))
 
 

@@ -28,12 +28,13 @@ from megatron_hammer.base.tables import align
 from megatron_hammer.config import Config, KernelsConfig
 from megatron_hammer.kernels.linear_cross_entropy import CHUNK_TOKENS
 from megatron_hammer.kernels.ranges import HEAD
-from megatron_hammer.kernels.selection import TABLES
+from megatron_hammer.optim.buffers import Buffers
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.parallel.fake_world import Collective, fake_world, find_collective
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.build import build_stages
 from megatron_hammer.train.rank_costs import collectives, kept_bytes, state_bytes
+from megatron_hammer.train.rank_peak import fused_backends
 from megatron_hammer.train.source_sums import Sources
 from megatron_hammer.train.step import train_step
 from megatron_hammer.verify.shapes import shape_kernels
@@ -53,7 +54,7 @@ class Counted:
     kept: dict[str, int]
     """Bytes of the activations that are kept when the head of the first micro-batch begins, by part of the model."""
     peak: int
-    """Bytes beyond the state at the worst moment of a step."""
+    """Bytes beyond the state at the worst moment of a step, what is gathered and reduced included."""
     collectives: Counter[Collective]
     """Of a step."""
 
@@ -100,6 +101,8 @@ class _Counter(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.ctx, self.ranges, self.calls = ctx, [OUTSIDE], Counter[Collective]()
         self.alive, self.bytes, self.peak = Counter[str](), 0, 0
+        self.buffers: list[Buffers] = []
+        """Of the stores, whose rooms get and lose their memory without an operator."""
         self.kept: dict[str, int] | None = None
         self._known = weakref.WeakValueDictionary[int, torch.UntypedStorage]()
 
@@ -110,7 +113,13 @@ class _Counter(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
         return result
+
+    @property
+    def now(self) -> int:
+        """Bytes that are there."""
+        return self.bytes + sum(buffers.open_bytes for buffers in self.buffers)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata in self._known:
@@ -119,7 +128,6 @@ class _Counter(TorchDispatchMode):
         size, part = storage.nbytes(), self.ranges[-1]
         self.alive[part] += size
         self.bytes += size
-        self.peak = max(self.peak, self.bytes)
         weakref.finalize(storage, self._forget, part, size)
 
     def _forget(self, part: str, size: int) -> None:
@@ -141,7 +149,7 @@ class _Counter(TorchDispatchMode):
         """What is there now belongs to nobody."""
         self.alive.clear()
         self.calls.clear()
-        self.peak, self.kept = self.bytes, None
+        self.peak, self.kept = self.now, None
 
 
 def count_rank(config: Config, world_size: int, rank: int) -> Counted:
@@ -162,6 +170,7 @@ def count_rank(config: Config, world_size: int, rank: int) -> Counted:
             for stage in stages:
                 stage.rope(config.data.seq_length)  # made once
             stores, states = optimizer.store.of_stages, optimizer.rule.states
+            counter.buffers = [buffers for store in stores for buffers in (store.weight_buffers, store.sum_buffers)]
             own = sum(s.own_bytes for s in states)
             state = {"weights": sum(store.params.nbytes for store in stores),
                      "gradients": sum(store.grads.nbytes for store in stores), "optimizer": own}  # fmt: skip
@@ -169,7 +178,7 @@ def count_rank(config: Config, world_size: int, rank: int) -> Counted:
             for micro_batches in sorted({fewest, most}):
                 batches = [_batch(config, ctx) for _ in range(micro_batches)]
                 counter.begin()
-                before = counter.bytes
+                before = counter.now
                 train_step(stages, optimizer, batches, config, 1, ctx, sources=sources)
                 steps.append((counter.calls.copy(), counter.peak - before, counter.kept or {}))
             state["gradients"] += sum(store.waiting_bytes for store in stores)
@@ -186,7 +195,7 @@ def compare_rank(config: Config, world_size: int, rank: int) -> Comparison:
     for name, size in state_bytes(config, world_size, rank).items():
         rows.append(_row(f"bytes of {name}", counted.state[name], size))
     plain = dataclasses.replace(config, kernels=KernelsConfig())
-    backends = {name: next(row for row in table if row.name != "torch") for name, table in TABLES.items()}
+    backends = fused_backends(plain.kernels)
     if counted.kept:
         kept = kept_bytes(plain, backends, rank)
         rows.append(_row("bytes of activations", sum(counted.kept.values()), kept))

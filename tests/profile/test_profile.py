@@ -16,11 +16,11 @@ from megatron_hammer.config import load_config
 from megatron_hammer.kernels.ranges import GRADIENT, HEAD, LINEAR
 from megatron_hammer.parallel.board import Journal
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
-from megatron_hammer.profile import budget
 from megatron_hammer.profile.plots import draw_profile
 from megatron_hammer.profile.profile import Settings, _profile, for_profiling, profile_step, table
 from megatron_hammer.profile.trace import PREFIX, Traffic, measure, memory_of_step, read_trace, traffic
 from megatron_hammer.profile.workload import RecordedRanges, record_waits
+from megatron_hammer.train import budget
 from megatron_hammer.train.build import build
 from megatron_hammer.train.metrics import flops_per_token
 from tests.distributed import run_distributed

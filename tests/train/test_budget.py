@@ -10,8 +10,8 @@ import pytest
 
 from megatron_hammer.config import ModelConfig, load_config
 from megatron_hammer.model.parameters import count_parameters, logical_shapes
-from megatron_hammer.profile import budget
-from megatron_hammer.profile.budget import Cost, Rates, StepShape, step_costs
+from megatron_hammer.train import budget
+from megatron_hammer.train.budget import Cost, Rates, StepShape, step_costs
 from megatron_hammer.train.metrics import flops_per_token
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"

@@ -1,0 +1,78 @@
+"""The prediction of a run beside what it measures: memory and speed of rank 0, said once after some steps.
+
+Predicted are ``rank_peak.py`` and, on GPUs that the table has, ``rank_speed.py``. Measured are the most that torch's
+allocator has given out (what the process ever had resident on a CPU, libraries included), and the mean speed of the
+steps after the first ones, which compile and fill caches. Nothing is asked of the device: the allocator counts on the
+host, and the times are those that the loop has taken.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from megatron_hammer.config import Config
+from megatron_hammer.kernels.selection import select_backends
+from megatron_hammer.train.build import kernel_requirements
+from megatron_hammer.train.gpus import find_gpu
+from megatron_hammer.train.rank_peak import rank_peak
+from megatron_hammer.train.rank_speed import Machine, step_time
+
+WARM_UP_STEPS = 3
+MEASURED_STEPS = 7  # after these: a line at step 10 of a process
+GIB = 2**30
+
+
+def device_name(device: torch.device) -> str:
+    """As the device calls itself, by which tables know it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+class Comparison:
+    """Rank 0's."""
+
+    def __init__(self, config: Config, world_size: int, device: torch.device, device_name: str) -> None:
+        config = config.largest
+        backends = select_backends(config.kernels, kernel_requirements(config, device))
+        self.device = device
+        self.parts = rank_peak(config, world_size, 0, backends, device.type)
+        """Bytes of rank 0, by part."""
+        gpu = find_gpu(device_name)
+        self.speed: float | None = None
+        """Tokens a second of all ranks; None where no rate is known."""
+        if gpu is not None and gpu.peak_tflops is not None and config.train.precision != "fp32":
+            here = max(1, torch.cuda.device_count()) if device.type == "cuda" else 1
+            machine = Machine(device_name, gpu, here, gpu.link)
+            self.speed = step_time(config, world_size, machine).tokens_per_second
+        self._steps, self._tokens, self._seconds = 0, 0.0, 0.0
+
+    @property
+    def predicted(self) -> str:
+        """The first half, before a step is taken."""
+        shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts.items() if size)
+        speed = "no rate is known for this device" if self.speed is None else f"{self.speed:,.0f} tokens/s"
+        return f"predicted: {sum(self.parts.values()) / GIB:.2f} GiB on rank 0 ({shown}); {speed}"
+
+    def step(self, tokens: int, tokens_per_second: float) -> str | None:
+        """Account for a step; the line when there have been enough of them, and once."""
+        self._steps += 1
+        if self._steps > WARM_UP_STEPS:
+            self._tokens, self._seconds = self._tokens + tokens, self._seconds + tokens / tokens_per_second
+        if self._steps != WARM_UP_STEPS + MEASURED_STEPS:
+            return None
+        predicted, measured = sum(self.parts.values()) / GIB, self._measured_bytes() / GIB
+        what = "allocated" if self.device.type == "cuda" else "resident, libraries included"
+        rate = self._tokens / self._seconds
+        beside = "" if self.speed is None else f", predicted {self.speed:,.0f} ({rate / self.speed - 1:+.0%})"
+        return (
+            f"after {self._steps} steps: at most {measured:.2f} GiB of rank 0 {what}, predicted {predicted:.2f} "
+            f"({measured / predicted - 1:+.0%}); {rate:,.0f} tokens/s{beside}"
+        )
+
+    def _measured_bytes(self) -> int:
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,237 @@
+"""Which layouts a model can be trained in on given GPUs: all that the settings allow, with what each needs.
+
+A layout changes how ranks share the work and what they keep, never what is computed: tensor, pipeline and context
+parallelism, what is sharded, micro-batch and recompute; and where several precisions are asked for, these. Each
+candidate is a config of its own, checked by ``Config.validate`` as a run checks it; what the settings refuse is
+rejected in their words, what does not fit by how much it is too large. Memory is by ``rank_peak.py``, time by
+``rank_speed.py``. Needs no GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.config import Config
+from megatron_hammer.train.rank_peak import fused_backends, worst_rank
+from megatron_hammer.train.rank_speed import Machine, StepTime, step_time
+
+GIB = 2**30
+HEADROOM = 0.08  # of a GPU's memory: the CUDA context and NCCL (2 to 3 GiB), workspaces, holes between allocations
+MOST_CONTEXT_PARALLEL = 16
+MOST_MICRO_BATCH = 64
+PRECISIONS = ("bf16", "fp8", "fp16", "fp32")
+"""fp8 is bf16 with the layers' products in 8 bits (``kernels.fp8=current``)."""
+
+SHARDS = ("optimizer", "gradients", "weights")
+RECOMPUTES = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A candidate: its config, and what a step of it is predicted to need."""
+
+    config: Config
+    world_size: int
+    pp_rank: int
+    """The pipeline rank that needs most memory."""
+    memory: dict[str, int]
+    """Bytes of that rank at its worst moment, by part (``rank_peak.PARTS``)."""
+    time: StepTime
+
+    @property
+    def bytes(self) -> int:
+        """Of the rank that needs most."""
+        return sum(self.memory.values())
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """TP, PP, CP, DP."""
+        grid = self.config.grid(self.world_size)
+        return grid.tp, grid.pp, grid.cp, grid.dp
+
+    @property
+    def name(self) -> str:
+        """In one line."""
+        return name_of(self.config, self.world_size)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A candidate that is none."""
+
+    layout: str
+    reason: str
+    kind: str
+    """``settings``, ``batch`` or ``memory``."""
+    missing: int = 0
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """All candidates of a config on so many GPUs."""
+
+    fitting: list[Layout]
+    """The fastest first."""
+    too_large: list[Layout]
+    """Those that do not fit, the smallest first."""
+    rejected: list[Rejected]
+    """In the order in which they were tried."""
+    limit: int
+    """Bytes that a rank may need."""
+
+    @property
+    def ranked(self) -> list[Layout]:
+        """Of those that fit and differ in their micro-batch alone, the fastest."""
+        best: dict[tuple[object, ...], Layout] = {}
+        for layout in self.fitting:
+            config = layout.config
+            family = (*layout.sizes, config.parallel.shard, config.train.recompute, precision_of(config))
+            best.setdefault(family, layout)
+        return list(best.values())
+
+
+def name_of(config: Config, world_size: int) -> str:
+    """A layout in one line."""
+    parallel, train, cp = config.parallel, config.train, config.parallel.context_parallel_size
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    return (
+        f"TP {tp} PP {pp} CP {cp} DP {world_size // (tp * pp * cp)}, shard={parallel.shard}, "
+        f"micro-batch {train.micro_batch_size}, recompute={train.recompute}, {precision_of(config)}"
+    )
+
+
+def precision_of(config: Config) -> str:
+    """As in ``PRECISIONS``."""
+    return "fp8" if config.kernels.fp8 != "off" else config.train.precision
+
+
+def with_precision(config: Config, precision: str) -> Config:
+    """The config in another precision."""
+    if precision == precision_of(config):
+        return config
+    kernels = replace(config.kernels, fp8="current" if precision == "fp8" else "off", fp8_head=False)
+    train = replace(config.train, precision="bf16" if precision == "fp8" else precision)  # type: ignore[arg-type]
+    return replace(config, kernels=kernels, train=train)
+
+
+def search(
+    config: Config,
+    world_size: int,
+    machine: Machine,
+    memory_gib: float,
+    precisions: Sequence[str] = (),
+    headroom: float = HEADROOM,
+    said: Callable[[int], None] = lambda count: None,
+) -> Search:
+    """Try all layouts.
+
+    Args:
+        config: with its vocabulary; its own layout is only where the search starts.
+        memory_gib: of a GPU.
+        precisions: those to try; none: the config's.
+        headroom: share of the memory that is left to libraries and holes.
+        said: told 1 for each family of layouts that differ in their micro-batch alone.
+    """
+    limit = round(memory_gib * GIB * (1 - headroom))
+    fitting, too_large, rejected = list[Layout](), list[Layout](), list[Rejected]()
+    for alike in candidates(config, world_size, machine, precisions):
+        said(1)
+        for name, candidate in alike:
+            if (refused := refusal(candidate, world_size)) is not None:
+                batch = "global_batch_size" in refused
+                rejected.append(Rejected(name, refused, "batch" if batch else "settings"))
+                continue
+            layout = evaluate(candidate, world_size, machine)
+            if layout.bytes > limit:  # and so are those with larger micro-batches
+                too_large.append(layout)
+                reason = f"needs {layout.bytes / GIB:.1f} GiB of {limit / GIB:.1f}"
+                rejected.append(Rejected(name, reason, "memory", layout.bytes - limit))
+                break
+            fitting.append(layout)
+    fitting.sort(key=lambda layout: (-round(layout.time.tokens_per_second, 1), _effort(layout), layout.bytes))
+    too_large.sort(key=lambda layout: layout.bytes)
+    return Search(fitting, too_large, rejected, limit)
+
+
+def evaluate(config: Config, world_size: int, machine: Machine) -> Layout:
+    """What a step of a valid config needs."""
+    pp_rank, memory = worst_rank(config, world_size, fused_backends(config.kernels))
+    return Layout(config, world_size, pp_rank, memory, step_time(config, world_size, machine))
+
+
+def candidates(
+    config: Config, world_size: int, machine: Machine, precisions: Sequence[str] = ()
+) -> Iterator[list[tuple[str, Config]]]:
+    """Each layout by name, valid or not; those that differ in their micro-batch alone together, the smallest first.
+
+    Tensor-parallel ranks stay within a node.
+    """
+    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    tensor = [t for t in divisors if t <= min(machine.gpus_per_node, config.model.num_attention_heads)]
+    most = min(MOST_CONTEXT_PARALLEL, config.data.seq_length // 2)
+    context = [c for c in divisors if c & (c - 1) == 0 and c <= most]
+    pipeline = [p for p in divisors if p <= config.model.num_layers]
+    for precision, tp, cp, pp in itertools.product(precisions or [precision_of(config)], tensor, context, pipeline):
+        dp, left = divmod(world_size, tp * cp * pp)
+        if left:
+            continue
+        for shard, recompute in itertools.product(SHARDS if dp * cp > 1 else SHARDS[:1], RECOMPUTES):
+            alike = []
+            for micro_batch in _micro_batches(config, dp):
+                changed = with_layout(with_precision(config, precision), tp, cp, pp, shard, recompute, micro_batch)
+                alike.append((name_of(changed, world_size), changed))
+            yield alike
+
+
+def with_layout(config: Config, tp: int, cp: int, pp: int, shard: str, recompute: str, micro_batch: int) -> Config:
+    """The config in this layout; what belongs to another one is left out."""
+    parallel = config.parallel
+    stays = pp == parallel.pipeline_model_parallel_size
+    overlap = parallel.tp_comm_overlap if tp > 1 or parallel.tp_comm_overlap != "chunks" else "bulk"
+    parallel = replace(
+        parallel,
+        tensor_model_parallel_size=tp,
+        sequence_parallel=tp > 1 and config.data.seq_length % (tp * cp) == 0,
+        context_parallel_size=cp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_stages=parallel.virtual_pipeline_stages if stays else 1,
+        pipeline_split=parallel.pipeline_split if stays else None,
+        shard=shard,  # type: ignore[arg-type]
+        shard_size=parallel.shard_size if shard == parallel.shard else None,
+        reshard_after_forward=parallel.reshard_after_forward or shard != "weights",
+        tp_comm_overlap=overlap,
+    )
+    layers = config.train.recompute_layers if recompute == config.train.recompute else None
+    train = replace(
+        config.train,
+        recompute=recompute,
+        recompute_layers=layers,
+        micro_batch_size=micro_batch,  # type: ignore[arg-type]
+    )
+    return replace(config, parallel=parallel, train=train)
+
+
+def _micro_batches(config: Config, dp: int) -> list[int]:
+    """Powers of two that divide a rank's share of the batch; 1 where none does, which the settings then refuse."""
+    share, left = divmod(config.train.global_batch_size, dp)
+    sizes = [2**i for i in range(MOST_MICRO_BATCH.bit_length()) if share % 2**i == 0]
+    return [1] if left or not share else sizes
+
+
+def refusal(config: Config, world_size: int) -> str | None:
+    """Why the settings do not allow a config on so many ranks; None where they do."""
+    try:
+        config.validate(world_size)
+    except ConfigError as error:
+        return f"{error.what} {error.rule}"
+    return None
+
+
+def _effort(layout: Layout) -> int:
+    """Of layouts that are as fast, the one with fewer axes comes first."""
+    tp, pp, cp, _ = layout.sizes
+    return tp * pp * cp

@@ -1,0 +1,128 @@
+"""What a run says beside "out of memory": where the memory goes by formula, and the cheapest changes that would fit.
+
+Only a shortage of tensors is explained, of a GPU or of torch on a CPU; what Python itself cannot get is not in the
+formulas. Nothing is asked of the device but its name and size. The changes keep what is computed: micro-batch,
+recompute, sequence parallelism, what is sharded, twice the tensor or pipeline parallel ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from megatron_hammer.base.errors import MemoryShortage, lacks_tensor_memory
+from megatron_hammer.config import Config
+from megatron_hammer.train.comparison import device_name
+from megatron_hammer.train.gpus import GPUS, find_gpu
+from megatron_hammer.train.layouts import (
+    GIB,
+    HEADROOM,
+    RECOMPUTES,
+    SHARDS,
+    Layout,
+    evaluate,
+    refusal,
+    with_layout,
+)
+from megatron_hammer.train.rank_speed import Machine
+
+SUGGESTED = 3
+ANOTHER = "H100"  # by whose rates changes are compared where the device is not in the table
+BELOW_PREDICTION = 0.95  # what did not fit is larger than predicted: a change must save something at least
+SETTINGS = {
+    "parallel": ("tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size", "shard"),
+    "train": ("micro_batch_size", "recompute"),
+}
+"""What a change may set."""
+
+
+def explained(
+    error: BaseException, config: Config, world_size: int, rank: int, device: torch.device
+) -> MemoryShortage | None:
+    """E1001 with what the rank was predicted to need and what would fit; None for any other error."""
+    if not lacks_tensor_memory(error):
+        return None
+    size = int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
+    return shortage(error, config, world_size, rank, device_name(device), size)
+
+
+def shortage(
+    error: BaseException, config: Config, world_size: int, rank: int, name: str, size: int | None
+) -> MemoryShortage:
+    """The same for a device of this name that has ``size`` bytes; None: nobody knows."""
+    config = config.largest
+    machine = Machine(name, find_gpu(name) or GPUS[ANOTHER])
+    now = evaluate(config, world_size, machine)
+    parts = ", ".join(f"{part} {amount / GIB:.2f}" for part, amount in now.memory.items() if amount)
+    of = "" if size is None else f" of {size / GIB:.1f}"
+    limit = BELOW_PREDICTION * now.bytes
+    limit = limit if size is None else min(limit, (1 - HEADROOM) * size)
+    whose = "a rank" if config.parallel.pipeline_model_parallel_size == 1 else f"pipeline rank {now.pp_rank}"
+    changes = cheapest_changes(config, world_size, machine, limit)
+    remedy = "; ".join(f"({i}) {_described(config, now, layout)}" for i, layout in enumerate(changes, start=1))
+    text = " ".join(str(error).split()) or type(error).__name__
+    return MemoryShortage(
+        1,
+        f"rank {rank}",
+        f"has no memory left ({text[:400]}); {whose} is predicted to need {now.bytes / GIB:.2f} GiB{of}: {parts}",
+        f"use one of these, the fastest first: {remedy}"
+        if changes
+        else "no micro-batch, recompute or sharding fits: use more ranks, a shorter data.seq_length or a larger GPU",
+    )
+
+
+def cheapest_changes(config: Config, world_size: int, machine: Machine, limit: float) -> list[Layout]:
+    """The fastest layouts near this one that need at most ``limit`` bytes, none with a change that is not needed."""
+    fitting = []
+    for changed in _neighbours(config, world_size):
+        if changed != config and refusal(changed, world_size) is None:
+            layout = evaluate(changed, world_size, machine)
+            if layout.bytes <= limit:
+                fitting.append(layout)
+    fitting.sort(key=lambda layout: (layout.time.total / layout.time.tokens, len(_changes(config, layout.config))))
+    chosen: list[Layout] = []
+    for layout in fitting:
+        mine = _changes(config, layout.config)
+        if not any(_changes(config, other.config).items() <= mine.items() for other in chosen):
+            chosen.append(layout)
+    return chosen[:SUGGESTED]
+
+
+def _neighbours(config: Config, world_size: int) -> Iterator[Config]:
+    """Layouts that need no more memory than this one in any respect."""
+    parallel, train = config.parallel, config.train
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size,
+    )  # fmt: skip
+    shards = SHARDS[SHARDS.index(parallel.shard) :] if config.grid(world_size).shard > 1 else (parallel.shard,)
+    recomputes = RECOMPUTES[RECOMPUTES.index(train.recompute) :]
+    sizes = [size for size in range(1, train.micro_batch_size + 1) if train.micro_batch_size % size == 0]
+    for more_tp, more_pp in ((1, 1), (2, 1), (1, 2)):
+        if world_size % (tp * more_tp * cp * pp * more_pp):
+            continue
+        for shard, recompute, size in itertools.product(shards, recomputes, sizes):
+            changed = with_layout(config, tp * more_tp, cp, pp * more_pp, shard, recompute, size)
+            if more_tp == 1 and not parallel.sequence_parallel:
+                yield replace(changed, parallel=replace(changed.parallel, sequence_parallel=False))
+            if changed.parallel.sequence_parallel or tp * more_tp == 1:
+                yield changed
+
+
+def _changes(old: Config, new: Config) -> dict[str, str]:
+    """Setting -> its new value."""
+    return {
+        f"{group}.{name}": str(getattr(getattr(new, group), name)).lower()
+        for group, names in SETTINGS.items()
+        for name in names
+        if getattr(getattr(new, group), name) != getattr(getattr(old, group), name)
+    }
+
+
+def _described(config: Config, now: Layout, layout: Layout) -> str:
+    settings = " ".join(f"{name}={value}" for name, value in _changes(config, layout.config).items())
+    slower = layout.time.total / now.time.total - 1
+    speed = f"about {slower:.0%} slower" if slower >= 0.005 else "about as fast"
+    return f"{settings} ({layout.bytes / GIB:.2f} GiB, {speed})"

@@ -1,0 +1,83 @@
+"""Out of memory: the error ends with where the memory goes and the cheapest changes that would fit."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_hammer.base.errors import MemoryShortage, from_exception
+from megatron_hammer.train import run
+from megatron_hammer.train.gpus import GPUS
+from megatron_hammer.train.layouts import GIB, evaluate
+from megatron_hammer.train.rank_speed import Machine
+from megatron_hammer.train.shortage import cheapest_changes, explained, shortage
+from tests.model.tiny import tiny_config
+from tests.train.test_rank_peak import make
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch names its own."""
+
+
+RAISED = OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_the_error_of_a_gpu() -> None:
+    config, world = make("8B", 8, micro_batch_size=4)
+    error = shortage(RAISED, config, world, 3, "NVIDIA H100 80GB HBM3", int(0.5 * 79.6 * GIB))
+    text = str(error)
+    assert text.startswith("error[E1001]: rank 3 has no memory left (CUDA out of memory. Tried to allocate 2.00 GiB); ")
+    for part in ("weights", "gradients", "optimizer", "activations", "head, backward", "of 39.8"):
+        assert part in text
+    said = text.split("the fastest first: ")[1]
+    changes = re.findall(r"\(\d\) (.+?) \(([\d.]+) GiB, about ([\w% ]+)\)", said)
+    assert len(changes) == 3 and all(float(size) <= 0.92 * 39.8 for _, size, _ in changes)
+    assert all(re.search(r"(parallel|train)\.\w+=\w+", settings) for settings, _, _ in changes)
+
+
+def test_changes_are_valid_fit_and_change_no_more_than_they_must() -> None:
+    config, world = make("8B", 8, micro_batch_size=4)
+    machine = Machine("H100", GPUS["H100"])
+    now = evaluate(config, world, machine)
+    found = cheapest_changes(config, world, machine, 0.8 * now.bytes)
+    assert 0 < len(found) <= 3
+    for layout in found:
+        layout.config.validate(world)
+        assert layout.bytes <= 0.8 * now.bytes and layout.config.train.global_batch_size == 64
+    times = [layout.time.total for layout in found]
+    assert times == sorted(times)
+
+
+def test_nothing_fits() -> None:
+    config, world = make("8B", 1, recompute="full")
+    assert "use more ranks" in str(shortage(RAISED, config, world, 0, "cpu", GIB))
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    config = tiny_config()
+    assert explained(RuntimeError("shapes differ"), config, 1, 0, torch.device("cpu")) is None
+    assert explained(MemoryError(), config, 1, 0, torch.device("cpu")) is None, "Python's own: no tensor"
+    allocator = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    found = explained(allocator, config, 1, 0, torch.device("cpu"))
+    assert found is not None and found.code == "E1001" and from_exception(found, "x") is found
+
+
+def test_a_run_raises_it(tmp_path: Any) -> None:
+    """Where the loop ends so, whatever it was doing."""
+    config = tiny_config(train__output=str(tmp_path), train__micro_batch_size=4)
+    prepared = mock.Mock(config=config, is_finished=False)
+    with (
+        mock.patch.object(run, "Beginning") as beginning,
+        mock.patch.object(run, "announcement", return_value=""),
+        mock.patch.object(run, "train", side_effect=RAISED),
+        pytest.raises(MemoryShortage) as caught,
+    ):
+        beginning.return_value.agree.return_value = prepared
+        beginning.return_value.device = torch.device("cpu")
+        run.run_rank(config, 0, 0, 1, None)
+    assert "train.micro_batch_size=2" in str(caught.value) or "train.recompute" in str(caught.value)
+    assert caught.value.__cause__ is RAISED

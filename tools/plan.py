@@ -1,0 +1,87 @@
+"""Which layout to train a model in: memory, speed, days and cost of all layouts on given GPUs, without a GPU.
+
+    python tools/plan.py CONFIG.yaml --gpus 8 --gpu h100 [--memory GiB] [--tokens T] [--price P] [group.field=value ...]
+    python tools/plan.py CONFIG.yaml --gpus 64 --gpu h800 --write plan.yaml --picture plan.png
+
+Tried are all tensor, pipeline and context parallel sizes that the settings allow, what is sharded (parallel.shard),
+micro-batches and recompute; the batch, the model and the data stay as they are. Those that fit are ranked by predicted
+speed, with the memory of a rank and the time of a step by part; of those that do not it is said why. Memory is by the
+formulas that verify_parallel.py --world counts (within 5 %); speed by a roofline whose assumptions are printed and can
+be replaced: --efficiency products=0.7, --node-link, --network.
+
+--write puts the config in layout --choose (default: 1, the fastest) into a file that training takes:
+    python -m megatron_hammer.launch --nproc 8 plan.yaml
+
+Exit codes: 0 a layout fits; 2 bad usage or configuration; 3 the tokenizer cannot be read; 10 no layout fits: the
+closest is named, and what is missing (docs/errors.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import require_package  # noqa: F401
+
+from megatron_hammer.base.cli import ArgumentParser, print_json, run
+from megatron_hammer.base.errors import ConfigError
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="plan.py", description=__doc__)
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the config of the run")
+    parser.add_argument("overrides", metavar="group.field=value", nargs="*", help="settings that replace the file's")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="how many, of all nodes together")
+    parser.add_argument("--gpu", required=True, metavar="NAME", help="h200, h100, h800, a100, 4090, ...")
+    parser.add_argument("--memory", type=float, metavar="GiB", help="of one GPU (default: as published)")
+    parser.add_argument("--headroom", type=float, metavar="SHARE",
+                        help="of the memory, left to CUDA, NCCL and holes (default: 0.08)")  # fmt: skip
+    parser.add_argument("--tokens", type=float, metavar="T", help="to train on (default: the config's steps)")
+    parser.add_argument("--price", type=float, metavar="P", help="of a GPU hour, in your currency (default: none)")
+    parser.add_argument("--precision", metavar="P[,P...]", help="bf16, fp8, fp16, fp32 (default: the config's)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
+    parser.add_argument("--node-link", type=float, metavar="GB/s",
+                        help="of a GPU within a node, one direction (default: as published)")  # fmt: skip
+    parser.add_argument("--network", type=float, default=50.0, metavar="GB/s",
+                        help="of a GPU between nodes, one direction (default: %(default)s, 400 Gbit/s)")  # fmt: skip
+    parser.add_argument("--efficiency", action="append", default=[], metavar="NAME=SHARE",
+                        help="products, attention, memory, links, fp8, gaps; may be given again")  # fmt: skip
+    parser.add_argument("--show", type=int, default=8, metavar="N", help="layouts in the table (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="all layouts as one JSON document instead of a table")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="memory and time as stacked bars")
+    parser.add_argument("--write", type=Path, metavar="FILE.yaml", help="the config in the chosen layout")
+    parser.add_argument("--choose", type=int, default=1, metavar="N", help="row of the table (default: %(default)s)")
+    return parser
+
+
+def main() -> int:
+    arguments = build_parser().parse_intermixed_args()
+    from megatron_hammer.base.files import replace_file
+    from megatron_hammer.base.pictures import check_png
+    from megatron_hammer.base.progress import Progress
+    from megatron_hammer.config import load_config, to_yaml
+    from megatron_hammer.profile.plan import Asked, chosen_config, make_plan, to_tree
+    from megatron_hammer.profile.plan_report import draw_plan, table
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.picture is not None:
+        check_png(arguments.picture)
+    if arguments.write is not None and arguments.write.resolve() == Path(arguments.config).resolve():
+        raise ConfigError(88, f"--write {arguments.write}", "is the config that is read", "name another file")
+    names = {field.name for field in dataclasses.fields(Asked)}
+    asked = Asked(**{name: value for name, value in vars(arguments).items() if name in names})
+    with Progress("layouts", None, "families") as progress:
+        plan = make_plan(config, asked, progress.advance)
+    if arguments.json:
+        print_json(to_tree(plan))
+    else:
+        print(*table(plan, arguments.show), sep="\n")
+    if arguments.picture is not None:
+        draw_plan(plan, arguments.picture, arguments.show)
+    if arguments.write is not None:
+        replace_file(arguments.write, to_yaml(chosen_config(plan, config, arguments.choose)).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
