@@ -208,9 +208,9 @@ def with_layout(config: Config, tp: int, cp: int, pp: int, shard: str, recompute
     layers = config.train.recompute_layers if recompute == config.train.recompute else None
     train = replace(
         config.train,
-        recompute=recompute,
+        recompute=recompute,  # type: ignore[arg-type]
         recompute_layers=layers,
-        micro_batch_size=micro_batch,  # type: ignore[arg-type]
+        micro_batch_size=micro_batch,
     )
     return replace(config, parallel=parallel, train=train)
 

@@ -19,7 +19,7 @@ Needs no GPU.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from megatron_hammer.config import Config
@@ -165,7 +165,7 @@ class _Rank:
         self.fp8 = config.kernels.fp8 != "off"
         chunk = config.kernels.loss_chunk_tokens or CHUNK_TOKENS["cuda"]
         self.accumulated = accumulated = config.grad_accum(grid.world_size)
-        self.times: Counter[tuple[str, str]] = Counter()
+        self.times: defaultdict[tuple[str, str], float] = defaultdict(float)
         """(axis, kind) -> seconds of a step."""
         for (axis, kind, size), number in calls(config, grid.world_size, rank, chunk).items():
             if (ranks := ranks_of(grid, axis)) > 1:
