@@ -8,7 +8,9 @@ when it closed, the next one that opens takes over by ``mremap``, which changes 
     closed, without pages             [         ]     the other opens   [ a a a a ]
 
 So there are as many pages as were open together at most, huge ones where the kernel has them, and none is cleared and
-faulted in again. Without mappings that share them, pages go back to the system.
+faulted in again. Pages of mappings below the size of a huge page, and of mappings that share with no others, go back to
+the system: moved too, they would cut the large ones into single pages, of which each is a call and a range of addresses
+(the kernel has 65,530 of these for a process, ``vm.max_map_count``).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ HERE = sys.platform == "linux"
 """Whether this system moves pages, and refuses an access to memory that is closed."""
 
 HUGE = 2 * 2**20
-"""Bytes of a huge page: larger mappings are of whole ones, which move as one."""
+"""Bytes of a huge page: mappings of one and more are of whole ones, which move as one; smaller ones do not move."""
 
 _PROT_NONE = 0
 _MOVE = 1 | 2 | 4  # MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP (linux/mman.h)
@@ -99,7 +101,7 @@ class Pages:
         """Make it readable and writable; what lies there then is undefined."""
         if self._open:
             return
-        if spare is not None:
+        if spare is not None and self.size >= HUGE:
             spare.fill(self)
         for piece in self.pieces:
             piece.filled = True  # by the first access, where nobody had pages to spare
@@ -115,7 +117,7 @@ class Pages:
             return
         self._protect(_PROT_NONE)
         self._open = False
-        if spare is not None:
+        if spare is not None and self.size >= HUGE:
             spare.left.append(self)
             return
         self._map.madvise(mmap.MADV_DONTNEED, self._skipped, self.size)

@@ -10,8 +10,9 @@ of its own that somebody opens to compute with all of it and closes again::
 Tensors that lie in a buffer (weights of a model, sums of gradients) are views that stay what they are: opening gives
 their storage its bytes, closing takes these away (FSDP does so too, arXiv 2304.11277). So a layer or a graph can hold
 them. A closed one has no memory: who reads it ends the process, as with any null pointer, and never reads old values.
-On a CPU the storage keeps its address, and its pages go to the bucket that opens next (``base/pages.py``), because
-blocks of this size that come and go leave holes in malloc's heap; elsewhere torch's allocator has the memory back.
+On a CPU the storage keeps its address, and its pages go to the bucket that opens next (``base/pages.py``; a bucket
+below 2 MiB gives them back to the system), because blocks of this size that come and go leave holes in malloc's heap;
+elsewhere torch's allocator has the memory back.
 """
 
 from __future__ import annotations
@@ -80,7 +81,6 @@ class Buffers:
             else:
                 full = (room := _Room(length, dtype, device, spare)).tensor
                 self._rooms[bucket] = room
-                self.open_bytes += full.nbytes
             self.full[bucket] = full
             self.own[bucket] = full[shard.start - bucket.start : shard.stop - bucket.start]
             for i in bucket.parameters:
