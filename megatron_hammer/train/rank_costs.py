@@ -48,7 +48,7 @@ from megatron_hammer.kernels.backend import Backend
 from megatron_hammer.kernels.newton_schulz import flops
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import activation_bytes
-from megatron_hammer.model.residence import uses_of
+from megatron_hammer.model.residence import Use, uses_of
 from megatron_hammer.optim.layout import Layout
 from megatron_hammer.optim.matrices import plan_exchange
 from megatron_hammer.optim.store import FlatStore
@@ -125,15 +125,14 @@ def _working_bytes(config: Config, layout: Layout, at: Placement, several: bool)
     sizes = [bucket.stop - bucket.start for bucket in layout.buckets]
     before = [sizes[-1] if several else 0, *sizes[:-1]]  # the last one is reduced while the next micro-batch begins
     gradients = 4 * max(a + b for a, b in zip(before, sizes, strict=True))
-    tied = config.model.tie_word_embeddings
-    if tied and at.has_embedding and at.has_head:  # the head's part of its gradient stays until the embedding's comes
+    if _is_tied(config, at):  # the head's part of its gradient stays until the embedding's comes
         gradients += 4 * sizes[-1]
     if config.parallel.shard == "gradients":
         return gradients
     parts: Counter[str] = Counter()
     for bucket in reversed(layout.buckets):
         parts[layout.table[bucket.parameters[0]].part] += bucket.stop - bucket.start
-    uses = uses_of(at.layers, at.has_embedding, at.has_head, tied).values()
+    uses = uses_of(at.layers, at.has_embedding, at.has_head, _is_tied(config, at)).values()
     at_once = [{use.part, *use.following} for use in uses] if config.parallel.reshard_after_forward else [set(parts)]
     return gradients + element_bytes(config) * max(sum(parts[part] for part in some) for some in at_once)
 
@@ -245,11 +244,11 @@ def _data_parallel(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, 
         counted["dp", "all-reduce", 4 * blocks] += 1
         counted["tp", "all-gather", 4 * grid.tp] += 1
     for layout, at in zip(layouts_of(config, grid, rank), placements, strict=True):
-        tied = config.model.tie_word_embeddings and at.has_embedding and at.has_head
+        uses = uses_of(at.layers, at.has_embedding, at.has_head, _is_tied(config, at))
         for bucket in layout.buckets:
             elements = bucket.stop - bucket.start
             part = layout.table[bucket.parameters[0]].part
-            gathers = 1 if mode != "weights" else micro_batches * _uses(config, part, at, tied)
+            gathers = 1 if mode != "weights" else micro_batches * _gathers(config, part, uses)
             counted[over, "all-to-all" if tree else "reduce-scatter", 4 * elements] += (
                 1 if mode == "optimizer" else micro_batches
             )
@@ -276,12 +275,17 @@ def _whole_matrices(config: Config, grid: Grid, rank: int) -> Counter[tuple[str,
     return Counter((axis, "all-to-all", width * elements) for elements in most)
 
 
-def _uses(config: Config, part: str, at: Placement, tied: bool) -> int:
+def _gathers(config: Config, part: str, uses: Mapping[str, Use]) -> int:
     """How often a micro-batch gathers the weights of a part that are not kept."""
     if part == "embedding":
-        return 2 if tied else 1  # the head's gradients are made in forward
-    stay = ("final_norm", "head", *(f"layers.{i - 1}" for i in at.layers[1:] if at.has_head))  # for their backward
-    return 1 if part in stay or not config.parallel.reshard_after_forward else 2
+        return sum(use.part == part for use in uses.values())  # twice where it is the head, too; for forward alone
+    once = part == "head" or uses[part].stays  # the head's gradients are made in forward
+    return 1 if once or not config.parallel.reshard_after_forward else 2
+
+
+def _is_tied(config: Config, at: Placement) -> bool:
+    """Whether head and embedding are one weight of this stage; a last stage without embedding has a copy."""
+    return config.model.tie_word_embeddings and at.has_embedding and at.has_head
 
 
 def placements_of(config: Config, grid: Grid, rank: int) -> list[Placement]:

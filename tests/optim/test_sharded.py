@@ -85,6 +85,7 @@ def _memory(rank: int, config: Config) -> tuple[dict[str, int], int, int, list[s
         )
         train_step(model, optimizer, rank_batches(config, 1, ctx), config, 1, ctx)
         left = now
+        assert left == sum(b.open_bytes for b in (optimizer.store.weight_buffers, optimizer.store.sum_buffers))
         with torch.no_grad():
             batch = rank_batches(config, 1, ctx)[0]
             model(batch.tokens, batch.labels)
@@ -117,6 +118,13 @@ def test_memory_is_what_the_formula_says(ranks: int, changes: dict[str, Any]) ->
         assert left == 0, "what comes for a step goes with it"
         assert 0.5 * stated < most <= stated
         assert config.parallel.shard != "weights" or not there, "nor does evaluation leave anything"
+
+
+def test_a_last_stage_with_a_copy_of_the_tied_weight_counts_its_head() -> None:
+    """It has no embedding, so that it comes and goes as a head of its own would."""
+    changes = WEIGHTS | dict(parallel__pipeline_model_parallel_size=2, model__num_layers=2)
+    own, copy = (tiny_config(model__tie_word_embeddings=tied, **changes) for tied in (False, True))
+    assert working_bytes(copy, 4, 3) == working_bytes(own, 4, 3) > 0
 
 
 def test_states_of_an_8b_on_8_ranks() -> None:
