@@ -282,16 +282,16 @@ class Run:
         stopped = False
         while len(self.pending) > lag and self.rewound is None:
             done = self.pending.pop(0)
-            if self.corruption is not None and done.report.corruption is not None:
-                path = incident_path(self.config, done.state.step, len(self.prepared.rewinds))
-                self.corruption.raise_on(done.report.corruption, path.with_suffix(".corruption.json"))
-            if self.drift is not None and done.report.drift is not None:
-                self.drift.raise_on(done.report.drift)
             with self.ctx.journal.waits():  # on a GPU for the device, and so for the other ranks
                 loss, grad_norm = done.report.loss.item(), done.report.grad_norm.item()
                 applied = bool(done.report.applied.item())
                 words = int(done.words.item())
                 table = done.report.by_source.tolist()
+            if self.corruption is not None and done.report.corruption is not None:
+                path = incident_path(self.config, done.state.step, len(self.prepared.rewinds))
+                self.corruption.raise_on(done.report.corruption, path.with_suffix(".corruption.json"))
+            if self.drift is not None and done.report.drift is not None:
+                self.drift.raise_on(done.report.drift)
             stopped |= words & MASK > 0
             seconds = time.perf_counter() - self.clock
             consumed = tokens_before(self.phases, done.state.consumed_samples)
