@@ -536,6 +536,23 @@ def test_a_loss_with_too_many_ranks_in_its_sum() -> None:
     assert "off by log(tensor_model_parallel_size=2)" in findings[0].cause
 
 
+@pytest.mark.parametrize(
+    "loss, of_sources, cause",
+    [
+        (5.0, [5.5, 4.5], "the loss of the step is right: tokens are counted to another source"),
+        (5.2, [4.3, 6.1], ""),
+        (np.nan, [np.nan, np.nan], ""),
+        (10.0, [8.0, 12.0], "times data_parallel_size=2"),
+        (5 + np.log(4), [4 + np.log(4), 6 + np.log(4)], "off by log(tensor_model_parallel_size=4)"),
+    ],
+)
+def test_tokens_of_another_source_leave_the_loss_what_it_is(loss: float, of_sources: list[float], cause: str) -> None:
+    right, found = (Outcome([a], [], [], source_losses=[b]) for a, b in ((5.0, [4.0, 6.0]), (loss, of_sources)))
+    _, findings = compare_numbers([right, found], right, 1e-6, Sizes(4, 2, 1))
+    causes = [finding.cause for finding in findings if finding.what.startswith("loss of source")]
+    assert len(causes) == 2 and all(cause in named and bool(cause) == bool(named) for named in causes), findings
+
+
 def test_an_outcome_comes_back_from_its_files(tmp_path: Path) -> None:
     config, _ = shrink(tiny_config(), 1)
     outcome = take_steps(config, ParallelContext.single(), FP64)
