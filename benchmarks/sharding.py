@@ -4,8 +4,8 @@
 
 Two data-parallel ranks on gloo, one thread each, width 1024, in bf16; each mode in fresh processes, the modes in turn.
 Memory is the peak of the resident set (VmHWM) above what a rank had before it built the model, and stands beside the
-formula of ``train/rank_costs.py``: states, what comes and goes, activations. What libraries keep besides is the same in
-all modes, so that the differences between modes are what can be held against the formula's to the percent.
+formula of ``train/rank_peak.py``. What libraries keep besides is the same in all modes, so that the differences between
+modes are what can be held against the formula's to the percent.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from sides import memory_mb
 
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.kernels.selection import select_backends
-from megatron_hammer.model.recompute import activation_bytes
 from megatron_hammer.parallel.context import build_parallel_context
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.build import build, kernel_requirements
-from megatron_hammer.train.rank_costs import state_bytes, working_bytes
+from megatron_hammer.train.rank_peak import rank_peak
 from megatron_hammer.train.step import train_step
 
 MODES, RANKS, MIB = ("optimizer", "gradients", "weights"), 2, 2**20
@@ -87,8 +86,8 @@ def main() -> None:
     for mode in MODES:
         config = config_of(mode)
         required = kernel_requirements(config, torch.device("cpu"))
-        needed = sum(state_bytes(config, RANKS).values()) + working_bytes(config, RANKS)
-        stated = (needed + activation_bytes(config, select_backends(config.kernels, required))) / MIB
+        backends = select_backends(config.kernels, required)
+        stated = sum(rank_peak(config, RANKS, 0, backends, "cpu").values()) / MIB
         peak, seconds = min(p for p, _ in found[mode]), min(s for _, s in found[mode])
         first = first or (stated, peak, seconds)
         less = f"{first[0] - stated:.0f}, {first[1] - peak:.0f}"

@@ -106,37 +106,6 @@ def without_second_moment(config: Config, world_size: int, rank: int = 0) -> int
     return sum(part.stop - part.start for part in parts)
 
 
-def working_bytes(config: Config, world_size: int, rank: int = 0) -> int:
-    """Bytes of the buffers that come and go where gradients or weights are sharded: the most there are at once.
-
-    Two buckets of gradients, one that fills and one that is reduced; the weights of a part of the model and of those
-    that come next. Each stage of an interleaved pipeline is counted as if it ran alone, and all are added.
-    """
-    grid = config.grid(world_size)
-    if config.parallel.shard == "optimizer" or grid.shard == 1:
-        return 0
-    placements = placements_of(config, grid, rank)
-    layouts = zip(layouts_of(config, grid, rank), placements, strict=True)
-    several = config.grad_accum(world_size) > 1
-    return sum(_working_bytes(config, layout, at, several) for layout, at in layouts)
-
-
-def _working_bytes(config: Config, layout: Layout, at: Placement, several: bool) -> int:
-    sizes = [bucket.stop - bucket.start for bucket in layout.buckets]
-    before = [sizes[-1] if several else 0, *sizes[:-1]]  # the last one is reduced while the next micro-batch begins
-    gradients = 4 * max(a + b for a, b in zip(before, sizes, strict=True))
-    if _is_tied(config, at):  # the head's part of its gradient stays until the embedding's comes
-        gradients += 4 * sizes[-1]
-    if config.parallel.shard == "gradients":
-        return gradients
-    parts: Counter[str] = Counter()
-    for bucket in reversed(layout.buckets):
-        parts[layout.table[bucket.parameters[0]].part] += bucket.stop - bucket.start
-    uses = uses_of(at.layers, at.has_embedding, at.has_head, _is_tied(config, at)).values()
-    at_once = [{use.part, *use.following} for use in uses] if config.parallel.reshard_after_forward else [set(parts)]
-    return gradients + element_bytes(config) * max(sum(parts[part] for part in some) for some in at_once)
-
-
 def kept_bytes(config: Config, backends: Mapping[str, Backend], rank: int = 0) -> int:
     """Activations of a micro-batch when its head begins: what layers keep, and what is kept around them."""
     cp_rank = rank // config.parallel.tensor_model_parallel_size % config.parallel.context_parallel_size
