@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer import command
+from megatron_hammer.base import cli
 
 ROOT = Path(__file__).parents[1]
 TOOLS = sorted(path.stem.replace("_", "-") for path in (ROOT / "tools").glob("*.py"))
@@ -55,6 +56,21 @@ def test_a_program_is_found_under_both_spellings_and_says_what_was_typed(
     assert code == 2 and err.startswith("error[E201]: ")
     code, out, _ = hammer("train", "--help")
     assert code == 0 and "train.num_steps" in out
+
+
+def test_an_error_and_a_help_name_programs_as_they_are_called_here(
+    hammer: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = "see python tools/count_tokens.py --x, tools/doctor.py; /my/tools/count_tokens.py and tools/make_venv.sh"
+    assert cli.as_commands(line) == line, "in the repository"
+    said = "see hammer count-tokens --x, hammer doctor; /my/tools/count_tokens.py and tools/make_venv.sh"
+    with monkeypatch.context() as changed:
+        changed.setattr(cli, "INSTALLED_PROGRAMS", tmp_path)
+        assert cli.as_commands(line) == said, "installed"
+    (tmp_path / "checkpoints").mkdir()
+    code, _, err = hammer("generate", "--hf", str(tmp_path), "--prompt", "x")
+    assert code == 4 and ": hammer checkpoint-to-hf --load " in err and "tools/" not in err
+    assert "hammer publish runs/mine" in (out := hammer("publish", "--help")[1]) and "tools/" not in out
 
 
 def test_an_unknown_name_is_answered_by_the_nearest(hammer: Callable[..., tuple[int, str, str]]) -> None:

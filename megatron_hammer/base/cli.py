@@ -16,7 +16,7 @@ import re
 import resource
 import sys
 from collections.abc import Callable
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
 from megatron_hammer.base.characters import in_ascii, number_meant
@@ -37,6 +37,19 @@ READ_ELSEWHERE = (
     "--tokenizer",
 )
 TRACEBACK_VARIABLE = "HAMMER_TRACEBACK"  # set to 1: show where an error line came from
+INSTALLED_PROGRAMS = Path(__file__).resolve().parents[1] / "tools"  # a wheel has them, the repository does not
+
+
+def as_commands(text: str) -> str:
+    """Programs by the names that work here: ``hammer count-tokens`` for ``python tools/count_tokens.py``.
+
+    So where the package was installed without its repository, and where a sub-command of ``hammer`` was typed.
+    """
+    if not (sys.argv[0].startswith("hammer ") or INSTALLED_PROGRAMS.is_dir()):
+        return text
+    return re.sub(
+        r"(?<![\w./-])(?:python )?tools/([a-z]\w*)\.py\b", lambda found: "hammer " + found[1].replace("_", "-"), text
+    )
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -51,6 +64,10 @@ class ArgumentParser(argparse.ArgumentParser):
         if sys.argv[0].startswith("hammer ") and ".py" in (prog := str(kwargs.get("prog", ""))):
             kwargs["prog"] = sys.argv[0] + prog.partition(".py")[2]  # a sub-command (command.py): what was typed
         super().__init__(**kwargs)
+
+    def format_help(self) -> str:
+        """The help, with programs as they are called here."""
+        return as_commands(super().format_help())
 
     def print_help(self, file: Any = None) -> None:
         """Print the help, all that the program is for once it is asked for it."""
@@ -234,5 +251,5 @@ def report(error: HammerError) -> int:
         import traceback
 
         traceback.print_exception(error)
-    print(error, file=sys.stderr, flush=True)
+    print(as_commands(str(error)), file=sys.stderr, flush=True)
     return error.exit_code
