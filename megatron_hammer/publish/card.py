@@ -58,7 +58,7 @@ def _header(facts: Facts, tree: Mapping[str, Any], wishes: Wishes) -> str:
     lines = ["---", f"license: {chosen if chosen in LICENSES else 'other'}"]
     if chosen not in LICENSES:
         lines.append(f"license_name: {json.dumps(chosen, ensure_ascii=False)}")
-    lines += ["language:", *(f"- {language}" for language in wishes.languages)]
+    lines += ["language:", *(f"- {json.dumps(language, ensure_ascii=False)}" for language in wishes.languages)]
     lines += ["library_name: transformers", "pipeline_tag: text-generation"]
     lines += ["tasks:", "- text-generation", "frameworks:", "- Pytorch"]  # as ModelScope calls the same
     lines += ["tags:", f"- {tree['model_type']}", "- pretrained", "- megatron_hammer", "---"]

@@ -168,7 +168,8 @@ def _asked(ask: Any, what: str, remedy: str) -> Any:
             if ("TOKEN" in name or "KEY" in name) and len(value) > 7:
                 text = text.replace(value, f"${name}")
         status = getattr(getattr(error, "response", None), "status_code", None)
-        refused = status in (401, 403) or any(word in text.lower() for word in ("401", "403", "unauthori", "forbidden"))
+        words = re.search(r"\b40[13]\b|unauthori|forbidden", text, re.IGNORECASE) if status is None else None
+        refused = status in (401, 403) or words is not None
         if refused:
             raise ConfigError(91, what, f"is refused by the hub ({text})", remedy) from None
         rule = f"could not be reached, or failed ({text})"

@@ -69,10 +69,10 @@ class FakeHub:
 
 
 def test_the_card_has_the_run_s_own_figures_in_both_languages(run: Path) -> None:
-    card = prepare(run, WISHES, unfinished=True).card
+    card = prepare(run, replace(WISHES, languages=("zh", "no")), unfinished=True).card
     _, header, text = card.split("---\n", 2)
     fields = yaml.safe_load(header)
-    assert fields["license"] == "apache-2.0" and fields["language"] == ["zh", "en"]
+    assert fields["license"] == "apache-2.0" and fields["language"] == ["zh", "no"], "Norwegian"
     assert fields["pipeline_tag"] == "text-generation" and fields["library_name"] == "transformers"
     english, chinese = text.split("# 中文")
     proof = json.loads((run / "hf" / "certificate.json").read_text())
@@ -206,6 +206,9 @@ def test_what_a_hub_refuses_is_one_line_without_the_token(
         publish(found, hub(create_repo=forbidden))
     with pytest.raises(DiskError, match=r"E604\]: me/m could not be reached, or failed .ConnectionError: no route"):
         publish(found, hub(upload_folder=ConnectionError("no route")))
+    failed = Exception("500 Server Error (Request ID: Root=1-6401f)")
+    with pytest.raises(DiskError, match=r"E604"):
+        publish(found, hub(upload_folder=failed))
     assert not any(name == "upload_folder" for name, *_ in asked)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match=r"E291\]: HF_HUB_OFFLINE is set"):
