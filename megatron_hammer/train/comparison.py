@@ -3,13 +3,14 @@
 Predicted are ``rank_peak.py`` and, on GPUs that the table has, ``rank_speed.py``. Measured are the most that torch's
 allocator has given out (what the process ever had resident on a CPU, libraries included), and the mean speed of the
 steps after the first ones, which compile and fill caches. Nothing is asked of the device: the allocator counts on the
-host, and the times are those that the loop has taken.
+host, and the times are those that the loop has taken. A prediction that fails is one line, and no run's failure.
 """
 
 from __future__ import annotations
 
 import resource
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -17,6 +18,7 @@ from megatron_hammer.config import Config
 from megatron_hammer.kernels.selection import select_backends
 from megatron_hammer.train.build import kernel_requirements
 from megatron_hammer.train.gpus import find_gpu
+from megatron_hammer.train.metrics import peak_tflops
 from megatron_hammer.train.rank_peak import rank_peak
 from megatron_hammer.train.rank_speed import Machine, step_time
 
@@ -33,18 +35,28 @@ def device_name(device: torch.device) -> str:
 class Comparison:
     """Rank 0's."""
 
+    @classmethod
+    def of(cls, config: Config, world_size: int, device: torch.device) -> tuple[Comparison | None, str]:
+        """That of a run, and the line for its start. Where a formula fails there is none, and the line says why."""
+        try:
+            made = cls(config, world_size, device, device_name(device))
+            return made, made.predicted
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            return None, f"nothing is predicted for this run ({reason})"
+
     def __init__(self, config: Config, world_size: int, device: torch.device, device_name: str) -> None:
         config = config.largest
         backends = select_backends(config.kernels, kernel_requirements(config, device))
         self.device = device
         self.parts = rank_peak(config, world_size, 0, backends, device.type)
         """Bytes of rank 0, by part."""
-        gpu = find_gpu(device_name)
+        gpu, peak = find_gpu(device_name), peak_tflops(config, device_name)
         self.speed: float | None = None
         """Tokens a second of all ranks; None where no rate is known."""
-        if gpu is not None and gpu.peak_tflops is not None and config.train.precision != "fp32":
+        if gpu is not None and peak is not None:
             here = max(1, torch.cuda.device_count()) if device.type == "cuda" else 1
-            machine = Machine(device_name, gpu, here, gpu.link)
+            machine = Machine(device_name, replace(gpu, peak_tflops=peak), here, gpu.link)
             self.speed = step_time(config, world_size, machine).tokens_per_second
         self._steps, self._tokens, self._seconds = 0, 0.0, 0.0
 
@@ -55,11 +67,11 @@ class Comparison:
         speed = "no rate is known for this device" if self.speed is None else f"{self.speed:,.0f} tokens/s"
         return f"predicted: {sum(self.parts.values()) / GIB:.2f} GiB on rank 0 ({shown}); {speed}"
 
-    def step(self, tokens: int, tokens_per_second: float) -> str | None:
+    def step(self, tokens: int, seconds: float) -> str | None:
         """Account for a step; the line when there have been enough of them, and once."""
         self._steps += 1
         if self._steps > WARM_UP_STEPS:
-            self._tokens, self._seconds = self._tokens + tokens, self._seconds + tokens / tokens_per_second
+            self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
         if self._steps != WARM_UP_STEPS + MEASURED_STEPS:
             return None
         predicted, measured = sum(self.parts.values()) / GIB, self._measured_bytes() / GIB

@@ -16,7 +16,7 @@ class Gpu:
     """Dense peak in bf16 with fp32 accumulation, TFLOP/s. Data sheets mostly print twice as much, with structured
     sparsity. None: no published figure."""
     memory_gib: float
-    """What data sheets call GB; devices report it within half a percent in GiB."""
+    """What data sheets call GB, which devices report within a percent in GiB; less where ECC takes its part of it."""
     bandwidth: float
     """Of its memory, TB/s."""
     link: float
@@ -41,8 +41,8 @@ GPUS: dict[str, Gpu] = {
     "H20": Gpu(148.0, 96, 4.0, 450, True),  # NVIDIA H20 data sheet
     "A100": Gpu(312.0, 80, 2.0, 300),  # NVIDIA A100 data sheet, 80 GB SXM; --memory 40 for the other
     "A800": Gpu(312.0, 80, 2.0, 200),  # as the A100: what differs is NVLink
-    "L40S": Gpu(362.05, 48, 0.864, 32, True),  # NVIDIA L40S data sheet
-    "L20": Gpu(119.5, 48, 0.864, 32, True),  # NVIDIA L20 data sheet
+    "L40S": Gpu(362.05, 45, 0.864, 32, True),  # NVIDIA L40S data sheet; of 48 GB 46,068 MiB are there with ECC
+    "L20": Gpu(119.5, 45, 0.864, 32, True),  # NVIDIA L20 data sheet; the same
     "4090 D": Gpu(None, 24, 1.008, 32, True),  # another chip under nearly the same name, no published figure
     "4090": Gpu(165.2, 24, 1.008, 32, True),  # NVIDIA Ada architecture white paper, fp32 accumulation; PCIe 4
     "5090 D": Gpu(None, 32, 1.792, 64, True),

@@ -128,7 +128,7 @@ class Run:
         self.evaluator: Evaluator | None = None
         self.comparison: Comparison | None = None
         if ctx.world.rank == 0:
-            self.comparison = Comparison(config, ctx.world.size, ctx.device, device_name(ctx.device))
+            self.comparison, _ = Comparison.of(config, ctx.world.size, ctx.device)
         self.saver = Saver(
             prepared, self.optimizer, ctx, output, self._say, self._note, self._sync_metrics, self._committed
         )
@@ -295,6 +295,7 @@ class Run:
             stopped |= words & MASK > 0
             seconds = time.perf_counter() - self.clock
             consumed = tokens_before(self.phases, done.state.consumed_samples)
+            tokens = consumed - tokens_before(self.phases, done.first_sample)
             line = {
                 "step": done.state.step,
                 "loss": loss,
@@ -303,7 +304,7 @@ class Run:
                 "skipped": not applied,
                 "consumed_samples": done.state.consumed_samples,
                 "consumed_tokens": consumed,
-                "tokens_per_second": (consumed - tokens_before(self.phases, done.first_sample)) / seconds,
+                "tokens_per_second": tokens / seconds,
                 "samples_digest": done.state.samples_digest,
             }
             line |= source_figures(self.data.names, table, done.consumed)
@@ -311,8 +312,7 @@ class Run:
                 valid = evaluate_last() if evaluate_last is not None and not self.pending else {}
                 if self.reporter is not None:
                     self.reporter.step(line, valid)
-                tokens = consumed - tokens_before(self.phases, done.first_sample)
-                if self.comparison is not None and (said := self.comparison.step(tokens, tokens / seconds)):
+                if self.comparison is not None and (said := self.comparison.step(tokens, seconds)):
                     self._say(said)
             except CutShort:
                 stopped, self.state = True, replace(self.state, owed=self._as_rank_0(line))

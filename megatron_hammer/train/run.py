@@ -20,7 +20,7 @@ from megatron_hammer.parallel.rendezvous import Store, collective_timeout, end_p
 from megatron_hammer.sampling.plan import format_run_plan
 from megatron_hammer.train.begin import Beginning, begin
 from megatron_hammer.train.build import kernel_requirements
-from megatron_hammer.train.comparison import Comparison, device_name
+from megatron_hammer.train.comparison import Comparison
 from megatron_hammer.train.forecast import forecast
 from megatron_hammer.train.loop import train
 from megatron_hammer.train.prepare import Prepared, prepare
@@ -172,7 +172,7 @@ def announcement(prepared: Prepared, world_size: int, device: torch.device) -> s
     lines.append(kernels_table(config.kernels, required))
     if warning := missing_kernels(config.kernels, required):
         lines.append(warning)
-    lines.append(Comparison(config, world_size, device, device_name(device)).predicted)
+    lines.append(Comparison.of(config, world_size, device)[1])
     return "\n".join(lines + _start_lines(prepared))
 
 

@@ -30,7 +30,7 @@ from megatron_hammer.train.layouts import (
 from megatron_hammer.train.rank_speed import Machine
 
 SUGGESTED = 3
-ANOTHER = "H100"  # by whose rates changes are compared where the device is not in the table
+ANOTHER = "H100"  # by whose rates changes are compared where the table has none of the device
 BELOW_PREDICTION = 0.95  # what did not fit is larger than predicted: a change must save something at least
 SETTINGS = {
     "parallel": ("tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size", "shard"),
@@ -42,11 +42,15 @@ SETTINGS = {
 def explained(
     error: BaseException, config: Config, world_size: int, rank: int, device: torch.device
 ) -> MemoryShortage | None:
-    """E1001 with what the rank was predicted to need and what would fit; None for any other error."""
+    """E1001 with what the rank was predicted to need and what would fit; None for any other error, and where a formula
+    fails: then the error is said as it came."""
     if not lacks_tensor_memory(error):
         return None
-    size = int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
-    return shortage(error, config, world_size, rank, device_name(device), size)
+    try:
+        size = int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
+        return shortage(error, config, world_size, rank, device_name(device), size)
+    except Exception:
+        return None
 
 
 def shortage(
@@ -54,7 +58,8 @@ def shortage(
 ) -> MemoryShortage:
     """The same for a device of this name that has ``size`` bytes; None: nobody knows."""
     config = config.largest
-    machine = Machine(name, find_gpu(name) or GPUS[ANOTHER])
+    gpu = find_gpu(name)
+    machine = Machine(name, gpu if gpu is not None and gpu.peak_tflops else GPUS[ANOTHER])
     now = evaluate(config, world_size, machine)
     parts = ", ".join(f"{part} {amount / GIB:.2f}" for part, amount in now.memory.items() if amount)
     of = "" if size is None else f" of {size / GIB:.1f}"

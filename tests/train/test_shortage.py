@@ -57,6 +57,17 @@ def test_nothing_fits() -> None:
     assert "use more ranks" in str(shortage(RAISED, config, world, 0, "cpu", GIB))
 
 
+def test_a_gpu_without_a_published_peak() -> None:
+    config, world = make("8B", 8, micro_batch_size=2)
+    for name in ("NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 5090 D", "of tomorrow"):
+        assert "the fastest first: (1)" in str(shortage(RAISED, config, world, 0, name, 60 * GIB))
+
+
+def test_a_formula_that_fails_leaves_the_error_as_it_came() -> None:
+    with mock.patch("megatron_hammer.train.shortage.shortage", side_effect=KeyError):
+        assert explained(RAISED, tiny_config(), 1, 0, torch.device("cpu")) is None
+
+
 def test_other_errors_stay_what_they_are() -> None:
     config = tiny_config()
     assert explained(RuntimeError("shapes differ"), config, 1, 0, torch.device("cpu")) is None
