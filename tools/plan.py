@@ -5,9 +5,9 @@
 
 Tried are all tensor, pipeline and context parallel sizes that the settings allow, what is sharded (parallel.shard),
 micro-batches and recompute; the batch, the model and the data stay as they are. Those that fit are ranked by predicted
-speed, with the memory of a rank and the time of a step by part; of those that do not it is said why. Memory is by the
-formulas that verify_parallel.py --world counts (within 5 %); speed by a roofline whose assumptions are printed and can
-be replaced: --efficiency products=0.7, --node-link, --network.
+speed, with the memory of a rank and the time of a step by part; of those that do not it is said why. Memory is by
+formulas that are held to what verify_parallel.py --world counts; speed by a roofline whose assumptions are printed and
+can be replaced: --efficiency products=0.7, --node-link, --network.
 
 --write puts the config in layout --choose (default: 1, the fastest) into a file that training takes:
     python -m megatron_hammer.launch --nproc 8 plan.yaml

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
@@ -35,11 +36,16 @@ class Layout:
 
     config: Config
     world_size: int
+    machine: Machine
     pp_rank: int
     """The pipeline rank that needs most memory."""
     memory: dict[str, int]
     """Bytes of that rank at its worst moment, by part (``rank_peak.PARTS``)."""
-    time: StepTime
+
+    @cached_property
+    def time(self) -> StepTime:
+        """Of a step; worked out where it is asked for, which is not of layouts that do not fit."""
+        return step_time(self.config, self.world_size, self.machine)
 
     @property
     def bytes(self) -> int:
@@ -160,7 +166,7 @@ def search(
 def evaluate(config: Config, world_size: int, machine: Machine) -> Layout:
     """What a step of a valid config needs."""
     pp_rank, memory = worst_rank(config, world_size, fused_backends(config.kernels))
-    return Layout(config, world_size, pp_rank, memory, step_time(config, world_size, machine))
+    return Layout(config, world_size, machine, pp_rank, memory)
 
 
 def candidates(
