@@ -71,7 +71,9 @@ def _start(group: Group, name: bytes, collective: Callable[..., Any], *tensors: 
     journal.collectives, journal.collective = journal.collectives + 1, name
     journal.note(monotonic_ns(), journal.collectives, journal.is_waiting, name)
     noted = Noted()
-    noted.journal, noted.work = journal, collective(*tensors, group=group.handle, async_op=True, **more)
+    noted.journal, journal.is_waiting = journal, True  # a message to a rank that has died fails here
+    noted.work = collective(*tensors, group=group.handle, async_op=True, **more)
+    journal.is_waiting = False
     return noted
 
 
@@ -230,19 +232,17 @@ def broadcast(tensor: Tensor, group: Group) -> None:
 
 def start_send(tensor: Tensor, link: Group) -> Any:
     """Start to send to the other rank of a link: a handle; the tensor is left as it is until the handle is done."""
-    work = dist.isend(tensor, dist.get_global_rank(link.process_group, 1 - link.rank), group=link.handle)
-    return _noted(work, link, b"send")
+    return _start_message(dist.isend, tensor, link, b"send")
 
 
 def start_receive(tensor: Tensor, link: Group) -> Any:
     """Start to receive into ``tensor`` what the other rank of a link sends next: a handle."""
-    work = dist.irecv(tensor, dist.get_global_rank(link.process_group, 1 - link.rank), group=link.handle)
-    return _noted(work, link, b"receive")
+    return _start_message(dist.irecv, tensor, link, b"receive")
 
 
-def _noted(work: Any, link: Group, name: bytes) -> Any:
-    """The handle of a message, noted."""
-    return _start(link, name, lambda **_: work)
+def _start_message(call: Callable[..., Any], tensor: Tensor, link: Group, name: bytes) -> Any:
+    peer = dist.get_global_rank(link.process_group, 1 - link.rank)
+    return _start(link, name, lambda **_: call(tensor, peer, group=link.handle))
 
 
 class _Together:
@@ -267,7 +267,7 @@ def start_swap(sent: Tensor, target: int, received: Tensor, source: int, group: 
     if sent.is_meta:  # in a world that only counts (fake_world.py); a batch asks for the backend of a real device
         return _Together([call(x, p, group.handle) for (call, x, _), p in zip(calls, peers, strict=True)])
     batch = [dist.P2POp(call, x, p, group.process_group) for (call, x, _), p in zip(calls, peers, strict=True)]
-    return _noted(_Together(dist.batch_isend_irecv(batch)), group, b"send and receive")
+    return _start(group, b"send and receive", lambda **_: _Together(dist.batch_isend_irecv(batch)))
 
 
 class _SumOverRanks(torch.autograd.Function):
