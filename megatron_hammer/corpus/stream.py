@@ -49,6 +49,9 @@ def check_file(path: Path) -> None:
 
 def no_such_file(path: Path) -> DataError:
     """E301: an input that is not there."""
+    if path.with_name(f"{path.name}.idx").is_file():
+        remedy = "name the text that it was made from"
+        return DataError(1, str(path), "is the prefix of an indexed dataset, not a text file", remedy)
     return DataError(1, str(path), "does not exist", missing_remedy(path, "check the path of the input file"))
 
 

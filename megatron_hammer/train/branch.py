@@ -24,7 +24,9 @@ from pathlib import Path
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import replace_file, staged_folder, sync_file, sync_folder
+from megatron_hammer.checkpoint.fit import check_fits
 from megatron_hammer.checkpoint.folder import checkpoint_of_step, open_checkpoint, step_name
+from megatron_hammer.checkpoint.kinds import STATE_KINDS
 from megatron_hammer.checkpoint.manifest import Manifest, check_resumable
 from megatron_hammer.config import Config, config_from_tree, to_yaml
 from megatron_hammer.config.phases import tokens_before
@@ -73,7 +75,7 @@ def make_branch(
 
     Raises:
         ConfigError: E201 the output is in use or the budget is none; or a setting is wrong.
-        CheckpointError: there is no such checkpoint, or no run can go on from it.
+        CheckpointError: there is no such checkpoint, no run can go on from it, or the child's model is another one.
     """
     folder, parent = Path(output), open_checkpoint(checkpoint_of_step(run, step))
     check_resumable(parent)
@@ -87,6 +89,7 @@ def make_branch(
     child = child if tokens is None else _annealed(child, saved, parent, tokens, overrides)
     child.data.check()
     child.check_phase_ends(parent.state["consumed_samples"])
+    check_fits(parent, child.after_samples(parent.state["consumed_samples"]).model, STATE_KINDS)
     if child.train.num_steps <= parent.step:
         what = f"train.num_steps={child.train.num_steps}"
         raise ConfigError(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.base.errors import CheckpointError, ConfigError
 from megatron_hammer.config import Config, config_to_tree, load_config
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.sampling.samples import open_train_data
@@ -84,6 +84,8 @@ def test_what_cannot_be_a_branch_is_refused(parent: Path, tmp_path: Path) -> Non
                  lambda: make_branch(run, 4, new, ["train.num_steps=3"])):  # fmt: skip
         with pytest.raises(ConfigError, match="E201"):
             call()
+    with pytest.raises(CheckpointError, match=r"E414.*model.num_layers=3 must be \d+ as in the checkpoint"):
+        make_branch(run, 4, new, ["model.num_layers=3"])
     assert not new.exists()
 
 
