@@ -496,7 +496,7 @@ MEASURES = (
         "supervise/attempt.py",
         "        end_orphans(others_children)\n",
         "        pass\n",
-        "supervise/test_restart.py::test_orphans_come_to_the_launcher_and_are_ended",
+        "supervise/test_start.py::test_exit_code_and_one_line",
     ),
     Measure(
         "ranks die with the launcher",
