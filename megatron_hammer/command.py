@@ -14,11 +14,11 @@ Needs no torch.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import runpy
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import NoReturn
 
 MODULES = {
@@ -142,13 +142,13 @@ def main() -> NoReturn:
 
 def run_file(path: Path) -> None:
     """Run a program as ``python FILE`` does; ``runpy`` would put the file's name in the place of what was typed."""
+    spec = importlib.util.spec_from_file_location("__main__", path)
+    assert spec is not None and spec.loader is not None
     sys.path.insert(0, str(path.parent))
-    module = ModuleType("__main__")
-    module.__file__ = str(path)
-    before = sys.modules["__main__"]
+    before, module = sys.modules["__main__"], importlib.util.module_from_spec(spec)
     sys.modules["__main__"] = module
     try:
-        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+        spec.loader.exec_module(module)
     finally:
         sys.modules["__main__"] = before
 
