@@ -17,6 +17,7 @@ Needs no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from megatron_hammer.config import ModelConfig
@@ -130,6 +131,7 @@ def hidden_matrices(model: ModelConfig) -> frozenset[str]:
                      for s in parameter.slices)  # fmt: skip
 
 
+@lru_cache(maxsize=8)  # a search for layouts asks for the same many times
 def count_parameters(model: ModelConfig) -> int:
     """Number of true parameters, without padding and without copies."""
     return sum(s.num_rows * s.num_cols for parameter in parameter_table(model) for s in parameter.slices)

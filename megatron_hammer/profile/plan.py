@@ -16,6 +16,7 @@ from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.train.gpus import named_gpu
 from megatron_hammer.train.layouts import GIB, HEADROOM, PRECISIONS, Layout, Search, precision_of, search
 from megatron_hammer.train.prepare import with_vocab_size
+from megatron_hammer.train.rank_peak import GRADIENTS, OPTIMIZER, WEIGHTS
 from megatron_hammer.train.rank_speed import Efficiency, Machine
 
 
@@ -72,12 +73,13 @@ def check_found(plan: Plan) -> None:
         closest = found.too_large[0]
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in closest.memory.items() if size)
         lacks = (closest.bytes - found.limit) / GIB
+        state = sum(closest.memory[name] for name in (WEIGHTS, GRADIENTS, OPTIMIZER))
+        shorter = f", or a shorter data.seq_length than {plan.config.data.seq_length}" if state < found.limit else ""
         raise MemoryShortage(
             2, gpus,
             f"have no layout that fits: the closest, {closest.name}, needs {closest.bytes / GIB:.1f} GiB on a rank "
             f"({parts}), and {found.limit / GIB:.1f} of {plan.memory_gib:g} may be used",
-            f"{lacks:.1f} GiB are missing: take more GPUs (--gpus {2 * plan.world_size}) or larger ones, or a shorter "
-            f"data.seq_length than {plan.config.data.seq_length}",
+            f"{lacks:.1f} GiB are missing: take more GPUs (--gpus {2 * plan.world_size}) or larger ones{shorter}",
         )  # fmt: skip
     refused = [rejected for rejected in found.rejected if rejected.kind == "batch"]
     if refused:

@@ -1,6 +1,6 @@
 """The memory that one rank of a layout needs at the worst moment of a step, by part: formulas, as in ``rank_costs.py``.
 
-State is there always; activations come and go, and the worst moment is one of three. With R rows of a rank between the
+State is there always; activations come and go, and the worst moment is one of these. With R rows of a rank between the
 matrices and T inside of them (R = T / t under sequence parallelism), h hidden, f feed-forward columns, n heads and g
 groups of d, v rows of the vocabulary of this rank, c tokens of a chunk of logits, e bytes an element::
 
@@ -11,6 +11,7 @@ groups of d, v rows of the vocabulary of this rank, c tokens of a chunk of logit
                gathered gradient T h and that of the product T f; or those of the gathered input and what is scattered
                of it. selective: the product made again, 4 T f. full: a whole layer made again
     attention  under context parallelism, the gradients of the keys and values of all ranks in fp32
+    begin, end where rows are few beside what is gathered: the embedding's part of a micro-batch, and 2 R h
 
 A pipeline adds two messages that are received ahead and those sent whose arrival nobody has waited for. What libraries
 take for themselves, and holes between allocations, are not in it. ``verify/one_rank.py`` counts the same in the
@@ -65,7 +66,8 @@ def rank_peak(
     if last.has_head:
         moments.append((gathered["head"], kept + around, _head(config, last, device)))
     in_flight = config.pipeline(pp_rank).most_in_flight(grid.pp * config.parallel.virtual_pipeline_stages)
-    moments.append((gathered["end"], kept - kept // max(1, sum(in_flight)), 2 * _rows(config, last)))
+    others = kept - kept // max(1, sum(in_flight))  # of the micro-batches that are not at their begin or end
+    moments += [(gathered[name], others, 2 * _rows(config, last)) for name in ("begin", "end")]
     most = max(moments, key=sum)
     messages = 0
     if grid.pp > 1:

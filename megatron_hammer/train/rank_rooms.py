@@ -5,6 +5,7 @@ where sums of gradients are, a bucket has room from its first gradient until the
 (``optim/store.py``), the last one of a micro-batch into the next. Moments of the last layer, whose activations are all
 there still::
 
+    begin       weights of the embedding and of the first layer; the last bucket of the micro-batch before
     forward     weights of the last layer and of what comes after it; the last bucket of the micro-batch before
     head        the head's weights; its bucket, and the last one of the micro-batch before
     down        in backward: weights of the last layer and of the one before; the bucket of the down projection, and
@@ -24,7 +25,7 @@ from megatron_hammer.optim.layout import Layout
 from megatron_hammer.parallel.placement import Placement
 from megatron_hammer.train.rank_costs import element_bytes, layouts_of, placements_of
 
-MOMENTS = ("forward", "head", "down", "between", "gate_up", "earlier", "end")
+MOMENTS = ("begin", "forward", "head", "down", "between", "gate_up", "earlier", "end")
 
 
 def rooms(config: Config, world_size: int, rank: int) -> dict[str, int]:
@@ -58,7 +59,7 @@ def _gradients(config: Config, layout: Layout, at: Placement, several: bool) -> 
         found = {name: size + _size(layout, -1) for name, size in found.items()}
     head = _size(layout, -1) if tied else two(0)
     end = _size(layout, -1) + (_size(layout, -2) if len(layout.buckets) > 1 else 0)
-    found |= {"forward": waiting, "head": head if at.has_head else 0, "end": end}
+    found |= {"begin": waiting, "forward": waiting, "head": head if at.has_head else 0, "end": end}
     return {name: 4 * size for name, size in found.items()}
 
 
@@ -75,6 +76,7 @@ def _weights(config: Config, layout: Layout, at: Placement) -> Counter[str]:
     following = parts["final_norm"] + head if at.has_head else 0
     stay = kept or (sum(layers[-1:]) + parts["final_norm"] if at.has_head else 0)  # from forward to their backward
     found = {"forward": max(kept, sum(layers[-1:])) + following, "head": stay + head, "end": sum(layers[:1])}
+    found["begin"] = max(kept, sum(layers[:1])) + parts["embedding"]
     return Counter({name: size * found.get(name, here) for name in MOMENTS})
 
 

@@ -94,7 +94,10 @@ def test_the_picture(plan: Plan, tmp_path: Path) -> None:
         (dict(efficiency=["products=65"]), {}, "E240", ("at most 1",)),
         (dict(gpus=3), dict(train__global_batch_size=7, model__num_layers=2), "E205",
          ("train.global_batch_size=7", "multiple of 3, such as 6")),
-        (dict(memory=0.0001), {}, "E1002", ("the closest, TP", "GiB are missing", "--gpus 8", "weights")),
+        (dict(memory=0.0001), {}, "E1002",
+         ("the closest, TP", "GiB are missing", "(--gpus 8) or larger ones", "weights")),
+        (dict(memory=0.006, gpus=1), dict(data__seq_length=2048, model__max_position_embeddings=2048), "E1002",
+         ("or a shorter data.seq_length than 2048",)),
     ],
 )  # fmt: skip
 def test_a_question_without_an_answer_says_what_to_do(
