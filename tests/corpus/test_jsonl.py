@@ -103,7 +103,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
     for path, words in (
         (tmp_path / "none.jsonl", "does not exist"),
         (tmp_path, "is a folder"),
-        (tmp_path / "zh_text_document", "is the prefix of an indexed dataset, not a text file: name the text"),
+        (tmp_path / "zh_text_document", "is the prefix of an indexed dataset, not a text file; name the text"),
     ):
         with pytest.raises(DataError, match=rf"E301.*{words}"):
             read(path)
