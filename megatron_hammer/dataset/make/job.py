@@ -81,9 +81,9 @@ def prepare_job(
     identities = tuple(file_identity(path) for path in files)
     tokenizer = load_tokenizer(tokenizer_path)
     if prepend_bos and tokenizer.bos_id is None:
-        raise _missing_id("--prepend-bos", "beginning-of-document", tokenizer)
+        raise _missing_id("--prepend-bos", "a beginning-of-document", tokenizer)
     if append_eod and tokenizer.eos_id is None:
-        raise _missing_id("--append-eod", "end-of-document", tokenizer)
+        raise _missing_id("--append-eod", "an end-of-document", tokenizer)
     keys = tuple(json_keys)
     return Job(files, kinds, identities, keys, tokenizer, append_eod, prepend_bos, on_error, text_documents)
 
@@ -131,6 +131,4 @@ def _missing_id(option: str, meaning: str, tokenizer: Tokenizer) -> ConfigError:
         made = f"python tools/convert_tokenizer.py {shlex.quote(str(tokenizer.path))} hf_tokenizer"
         remedy = (f"its special tokens are in no .tiktoken file: {made} --special-tokens '<|endoftext|>', then "
                   "--tokenizer-model hf_tokenizer")  # fmt: skip
-    return ConfigError(
-        70, f"{option} with {tokenizer.path}", f"needs a {meaning} id, which this tokenizer lacks", remedy
-    )
+    return ConfigError(70, f"{option} with {tokenizer.path}", f"needs {meaning} id, which this tokenizer lacks", remedy)
