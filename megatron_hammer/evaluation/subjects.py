@@ -31,6 +31,7 @@ from megatron_hammer.checkpoint.read import load_model
 from megatron_hammer.config import Config, DataConfig, KernelsConfig, ModelConfig, ParallelConfig, config_from_tree
 from megatron_hammer.huggingface.config import CONFIG, FAMILIES, check_vocabulary, model_config_from_hf, read_json
 from megatron_hammer.huggingface.export import documents_begin_with
+from megatron_hammer.huggingface.text_model import choose_place
 from megatron_hammer.huggingface.transformers_model import load_causal
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors, fill_stage
 from megatron_hammer.model.llama import Model, build_stage
@@ -250,17 +251,6 @@ def choose_device(wanted: str) -> str:
     """``--device`` as torch names it.
 
     Raises:
-        ConfigError: E204 no such device here.
+        ConfigError: E233 it is no device, E204 it is not here.
     """
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise ConfigError(33, f"--device {wanted}", "is no device", "use cpu, cuda or cuda:N") from None
-    there = torch.cuda.device_count() if device.type == "cuda" else 1
-    if device.type not in ("cpu", "cuda") or (device.index or 0) >= there:
-        raise ConfigError(
-            4, f"--device {wanted}", f"is not here: torch sees {torch.cuda.device_count()} GPUs", "use cpu"
-        )
-    return wanted
+    return choose_place(wanted, unknown=33, absent=4)

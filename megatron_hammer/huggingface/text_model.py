@@ -199,11 +199,15 @@ def _causal_in_memory(manifest: Manifest, tokenizer: Any, dtype: str) -> Any:
     return causal_with_weights(settings, weights, DTYPES[dtype], str(manifest.folder))
 
 
-def choose_place(wanted: str) -> str:
+def choose_place(wanted: str, unknown: int = 45, absent: int = 45) -> str:
     """``--device`` as torch names it.
 
+    Args:
+        unknown: number of the error for what is no device.
+        absent: and for a device that is not here.
+
     Raises:
-        ConfigError: E245 no such device here.
+        ConfigError: with these numbers.
     """
     import torch
 
@@ -212,11 +216,11 @@ def choose_place(wanted: str) -> str:
     try:
         device = torch.device(wanted)
     except RuntimeError:
-        raise ConfigError(45, f"--device {wanted}", "is no device", "use cpu, cuda or cuda:N") from None
+        raise ConfigError(unknown, f"--device {wanted}", "is no device", "use cpu, cuda or cuda:N") from None
     there = torch.cuda.device_count() if device.type == "cuda" else 1
     if device.type not in ("cpu", "cuda") or (device.index or 0) >= there:
         rule = f"is not here: torch sees {torch.cuda.device_count()} GPUs"
-        raise ConfigError(45, f"--device {wanted}", rule, "use cpu")
+        raise ConfigError(absent, f"--device {wanted}", rule, "use cpu")
     return wanted
 
 

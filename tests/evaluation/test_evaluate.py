@@ -226,6 +226,7 @@ def test_the_program_shows_models_side_by_side(
         (["run", "--step", "7"], 4, "E401"),
         (["rum"], 4, "E490"),
         (["run", "--device", "cuda:99"], 2, "E204"),
+        (["run", "--device", "tpu"], 2, "E233"),
     ],
 )
 def test_what_is_refused(

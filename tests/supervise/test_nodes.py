@@ -129,6 +129,18 @@ def train(machines: list[str], folder: Path, by: str, *more: str) -> list[subpro
     return nodes
 
 
+def train_on(machines: list[str], folder: Path) -> list[subprocess.Popen[str]]:
+    """A run by our launcher that does not end by itself, after three steps of it."""
+    long = ("train.num_steps=1000000", "train.eval_interval_steps=1000000", "checkpoint.save_interval_steps=500000")
+    nodes = train(machines, folder, "launcher", *long)
+    metrics = folder / "run" / "metrics.jsonl"
+    wait_until = time.monotonic() + 100
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
+        assert time.monotonic() < wait_until and all(node.poll() is None for node in nodes)
+        time.sleep(0.1)
+    return nodes
+
+
 def test_torchrun_trains_on_two_machines(machines: list[str], tmp_path: Path) -> None:
     """Each of which resolves its own name to loopback, or to nothing."""
     nodes = train(machines, tmp_path, "torchrun", "train.num_steps=2", "train.eval_interval_steps=2")
@@ -138,13 +150,7 @@ def test_torchrun_trains_on_two_machines(machines: list[str], tmp_path: Path) ->
 
 
 def test_a_machine_that_is_cut_off_ends_both_with_its_name(machines: list[str], tmp_path: Path) -> None:
-    long = ("train.num_steps=1000000", "train.eval_interval_steps=1000000", "checkpoint.save_interval_steps=500000")
-    nodes = train(machines, tmp_path, "launcher", *long)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_until = time.monotonic() + 100
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
-        assert time.monotonic() < wait_until and all(node.poll() is None for node in nodes)
-        time.sleep(0.1)
+    nodes = train_on(machines, tmp_path)
     _ip("-n", machines[0], "link", "set", machines[2], "down")
     said = [node.communicate(timeout=100)[1].splitlines() for node in nodes]
     assert [node.returncode for node in nodes] == [7, 7], said
@@ -158,13 +164,7 @@ def test_a_machine_that_is_cut_off_ends_both_with_its_name(machines: list[str], 
 @pytest.mark.skipif(not os.environ.get("HAMMER_FAULTS"), reason="HAMMER_FAULTS=night runs it: half a minute")
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_rank_that_hangs_is_named_on_both_machines(machines: list[str], tmp_path: Path, which: int) -> None:
-    long = ("train.num_steps=1000000", "train.eval_interval_steps=1000000", "checkpoint.save_interval_steps=500000")
-    nodes = train(machines, tmp_path, "launcher", *long)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_until = time.monotonic() + 100
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
-        assert time.monotonic() < wait_until and all(node.poll() is None for node in nodes)
-        time.sleep(0.1)
+    nodes = train_on(machines, tmp_path)
     (rank,) = Target(nodes[which], tmp_path / "run", random.Random(0)).ranks()
     os.kill(rank, signal.SIGSTOP)
     stopped = time.monotonic()
