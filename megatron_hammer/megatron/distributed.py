@@ -15,7 +15,6 @@ tensor in memory.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Sequence
 from copy import copy
@@ -118,7 +117,7 @@ class DistributedSource:
         if layer is not None:
             shape, chunks = shape[1:], tuple(c for c in chunks if c.offsets[0] <= layer < c.offsets[0] + c.sizes[0])
         held = chunks if layer is None else [Chunk(chunk.offsets[1:], chunk.sizes[1:]) for chunk in chunks]
-        if wrong := check_whole(held, math.prod(shape)):
+        if wrong := check_whole(held, shape):
             raise self._bad(key, f"{wrong} (shape {list(shape)})")
         places = [self._place(key, chunk) for chunk in chunks]
         result: Tensor | None = None

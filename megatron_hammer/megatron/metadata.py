@@ -6,8 +6,10 @@ that reading needs as soon as they are there, and what is of another form ends h
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,11 +33,6 @@ class Chunk:
     def numel(self) -> int:
         """Elements."""
         return math.prod(self.sizes)
-
-    def meets(self, other: Chunk) -> bool:
-        """Whether both hold some element."""
-        edges = zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
-        return all(a < b + m and b < a + n for a, n, b, m in edges)
 
 
 @dataclass(frozen=True)
@@ -152,11 +149,18 @@ def _bad(path: Path, rule: str) -> CheckpointError:
     return CheckpointError(33, str(path), rule, "restore the checkpoint")
 
 
-def check_whole(chunks: Sequence[Chunk], numel: int) -> str:
-    """What is wrong with chunks that should cover so many elements, each once; empty: nothing."""
-    filled = sum(chunk.numel for chunk in chunks)
+def check_whole(chunks: Sequence[Chunk], shape: tuple[int, ...]) -> str:
+    """What is wrong with chunks that should cover a shape they lie in, each element once; empty: nothing.
+
+    How often each element is covered follows from the chunks' corners alone, with signs, as a step function from its
+    steps. So the corners must come to those of the shape; two by two, some thousand chunks would take minutes.
+    """
+    filled, numel = sum(chunk.numel for chunk in chunks), math.prod(shape)
     if filled != numel:
         return f"has chunks of {filled:,} elements, not all of its {numel:,}"
-    ordered = sorted((chunk for chunk in chunks if chunk.numel), key=lambda chunk: chunk.offsets)
-    meet = any(a.meets(b) for i, a in enumerate(ordered) for b in ordered[i + 1 :])
-    return "has chunks that lie over each other" if meet else ""
+    corners, whole = Counter[tuple[int, ...]](), Chunk((0,) * len(shape), shape)
+    for chunk, times in [(whole, -1), *((chunk, 1) for chunk in chunks)]:
+        for ends in itertools.product((0, 1), repeat=len(shape)):
+            at = tuple(o + n * end for o, n, end in zip(chunk.offsets, chunk.sizes, ends, strict=True))
+            corners[at] += times * (-1) ** sum(ends)
+    return "has chunks that lie over each other" if any(corners.values()) else ""

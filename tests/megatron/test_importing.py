@@ -7,6 +7,7 @@ import pickle
 import random
 import shutil
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron_hammer.huggingface.export import write_hf
 from megatron_hammer.megatron.distributed import DistributedSource
 from megatron_hammer.megatron.importing import find_checkpoint, import_megatron, open_source
 from megatron_hammer.megatron.legacy import LegacySource
+from megatron_hammer.megatron.metadata import Chunk, check_whole
 from tests.checkpoint.layouts import write_layout
 from tests.megatron.makes import logical_weights, model_for_tests, write_distributed, write_legacy
 from tests.train.runs import checkpoint_bytes, overrides, train_here, write_dataset
@@ -269,6 +271,40 @@ def test_chunks_cover_their_tensor_once(tmp_path: Path) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match=r"error\[E433\].*linear_fc2.weight has chunks that lie over each other"):
         convert(folder, tmp_path / "ours", vocab_size=131)
+
+
+def cut(chunk: Chunk, times: int, draw: random.Random) -> list[Chunk]:
+    """A rectangle cut in two, and these again."""
+    if not times or not chunk.sizes:
+        return [chunk]
+    axis = draw.randrange(len(chunk.sizes))
+    first, whole = draw.randrange(chunk.sizes[axis] + 1), chunk.sizes[axis]
+    parts = [Chunk((*chunk.offsets[:axis], chunk.offsets[axis] + start, *chunk.offsets[axis + 1 :]),
+                   (*chunk.sizes[:axis], size, *chunk.sizes[axis + 1 :]))
+             for start, size in ((0, first), (first, whole - first))]  # fmt: skip
+    return [piece for part in parts for piece in cut(part, times - 1, draw)]
+
+
+def test_what_chunks_cover_is_known_from_their_corners() -> None:
+    """As from a mark on each element, in up to three dimensions; many chunks are looked at in a moment."""
+    draw, verdicts = random.Random(1), Counter[str]()
+    for _ in range(2000):
+        shape = tuple(draw.choices((0, 2, 3, 4, 5, 6), k=draw.randrange(4)))
+        chunks = cut(Chunk((0,) * len(shape), shape), 3, draw)
+        for place in draw.choices(range(len(chunks)), k=draw.randrange(6)):
+            same = [chunk for chunk in chunks if chunk.numel == chunks[place].numel]
+            chunks[place] = draw.choice(draw.choice([chunks, same]))
+        marks = np.zeros(shape, np.int64)
+        for chunk in chunks:
+            marks[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] += 1
+        right = "" if (marks == 1).all() else "over each other" if marks.sum() == marks.size else "not all of its"
+        said = check_whole(chunks, shape)
+        assert right in said and bool(right) == bool(said), (shape, chunks)
+        verdicts[right] += 1
+    assert len(verdicts) == 3 and min(verdicts.values()) > 50, verdicts
+    columns = [Chunk((0, column), (4, 1)) for column in range(50_000)]
+    assert check_whole(columns, (4, 50_000)) == ""
+    assert "lie over each other" in check_whole([*columns[1:], columns[1]], (4, 50_000))
 
 
 def test_the_embedding_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
