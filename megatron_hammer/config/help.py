@@ -63,7 +63,7 @@ def _plain(value: Any) -> str:
 
 @functools.cache
 def _field_docstrings() -> dict[str, dict[str, str]]:
-    """Read once: each reading of a config asks for the names of settings. Nobody changes what it returns."""
+    """Class -> field -> the docstring under it. Nobody changes what it returns."""
     docs: dict[str, dict[str, str]] = {}
     for node in ast.parse(inspect.getsource(settings)).body:
         if not isinstance(node, ast.ClassDef):
@@ -90,8 +90,7 @@ def add_settings(parser: ArgumentParser) -> None:
 
 def add_accept(parser: ArgumentParser) -> None:
     """The option ``--accept`` of the programs that train, and what options that they lack are here."""
-    known = [f"{group}.{field}" for group, fields in describe_fields().items() for field in fields]
-    parser.option_remedy = lambda option: option_remedy(option, known)
+    parser.option_remedy = lambda option: option_remedy(option, list(setting_effects()))
     parser.add_argument(
         "--accept",
         action="append",

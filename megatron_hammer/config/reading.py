@@ -16,7 +16,7 @@ from megatron_hammer.base.characters import in_ascii
 from megatron_hammer.base.errors import ConfigError, os_remedy
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.reading import read_regular
-from megatron_hammer.config.help import describe_fields
+from megatron_hammer.config.help import setting_effects
 from megatron_hammer.config.mistakes import (
     bool_remedy,
     config_remedy,
@@ -187,7 +187,7 @@ def _types_of(cls: type) -> dict[str, Any]:
 
 
 def _known_settings() -> list[str]:
-    return [f"{g}.{f}" for g, fields in describe_fields().items() for f in fields] + list(describe_fields())
+    return [*setting_effects(), *_types_of(Config)]
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
