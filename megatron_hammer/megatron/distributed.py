@@ -26,7 +26,8 @@ from torch import Tensor
 from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.base.reading import open_regular
 from megatron_hammer.checkpoint.dtypes import DTYPES
-from megatron_hammer.megatron.layout import EMBEDDING_THERE, LAYERS, MOST_LAYERS, full_name, split_name
+from megatron_hammer.config.settings import MAX_LAYERS
+from megatron_hammer.megatron.layout import EMBEDDING_THERE, LAYERS, full_name, split_name
 from megatron_hammer.megatron.legacy import arguments_of, iteration_of
 from megatron_hammer.megatron.metadata import Chunk, Entry, Place, check_whole, read_metadata
 from megatron_hammer.megatron.pickles import load_pt, load_tensor, reading
@@ -83,7 +84,7 @@ class DistributedSource:
                 name = name.removesuffix(suffix)
             short, layer = split_name(name)
             if layer is None and name.startswith(LAYERS):
-                if not entry.shape or entry.shape[0] > MOST_LAYERS:
+                if not entry.shape or entry.shape[0] > MAX_LAYERS:
                     raise self._bad(name, f"has the shape {list(entry.shape)}, whose first dimension is no layers")
                 yield from ((name.removeprefix(LAYERS), number) for number in range(entry.shape[0]))
             else:

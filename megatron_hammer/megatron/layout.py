@@ -20,12 +20,12 @@ from typing import Any, Literal
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError
 from megatron_hammer.config import ModelConfig, RopeScaling
+from megatron_hammer.config.settings import MAX_LAYERS
 from megatron_hammer.model.parameters import EMBEDDING, FINAL_NORM, HEAD
 
 EMBEDDING_THERE, OUTPUT_THERE = "embedding.word_embeddings.weight", "output_layer.weight"
 LAYERS = "decoder.layers."
 _LAYER = re.compile(rf"{re.escape(LAYERS)}([0-9]{{1,9}})\.(.+)")
-MOST_LAYERS = 10_000  # some eighty times those of the deepest models; tensors are counted layer by layer
 Part = Literal["whole", "vocabulary", "q", "k", "v", "gate", "up"]
 
 # Settings that change the function, and the values at which they do not; absent counts as the first.
@@ -91,7 +91,7 @@ def model_of(args: Mapping[str, Any], vocab_size: int, where: str) -> ModelConfi
     model = ModelConfig(
         hidden_size=_count(args, "hidden_size", where),
         ffn_hidden_size=_count(args, "ffn_hidden_size", where),
-        num_layers=_count(args, "num_layers", where, MOST_LAYERS),
+        num_layers=_count(args, "num_layers", where, MAX_LAYERS),
         num_attention_heads=heads,
         num_query_groups=_count(args, "num_query_groups", where) if grouped else heads,
         head_dim=_count(args, "kv_channels", where) if args.get("kv_channels") else None,
