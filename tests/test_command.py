@@ -83,7 +83,7 @@ def test_an_unknown_name_is_answered_by_the_nearest(hammer: Callable[..., tuple[
 def test_the_list_imports_no_program() -> None:
     code = (
         "import sys; from megatron_hammer.command import help_text; help_text(); "
-        "sys.exit(str({m.split('.')[0] for m in sys.modules} & {'torch', 'numpy', 'yaml', 'argparse', 'orjson'}) * 1)"
+        "sys.exit(str({m.split('.')[0] for m in sys.modules} & {'torch', 'numpy', 'yaml', 'argparse', 'orjson'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.strip() == "set()", done.stderr
@@ -104,7 +104,7 @@ try hammer inspect-c; try hammer generate --h; try hammer train train.; try hamm
     )  # fmt: skip
     assert done.stdout.splitlines() == ["inspect-checkpoint", "--help --hf", "train.seed=", ""], done.stderr
     for shell in command.SHELLS:
-        assert "@" not in command.completion(shell).replace("@", "", 0).replace("#compdef", "")
+        assert "@" not in command.completion(shell)
         assert all(name in command.completion(shell) for name in TOOLS)
 
 
@@ -129,7 +129,6 @@ def test_a_build_carries_the_programs(tmp_path: Path, monkeypatch: pytest.Monkey
     build = runpy.run_path("setup.py")["BuildWithTools"](Distribution({"packages": []}))
     build.build_lib = str(tmp_path)
     build.ensure_finalized()
-    build.build_lib = str(tmp_path)
     build.run()
     there = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.py")}
     assert there == {f"megatron_hammer/tools/{n.replace('-', '_')}.py" for n in TOOLS} | {
