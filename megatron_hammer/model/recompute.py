@@ -43,7 +43,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,7 @@ from megatron_hammer.kernels.norm import AddRMSNormFunction
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.swiglu import SwiGLUFunction
-from megatron_hammer.parallel.sequence_split import share
+from megatron_hammer.parallel.sequence_split import split
 
 Region = Callable[[], AbstractContextManager[Any]]
 Layer = Callable[..., tuple[Tensor, Tensor]]
@@ -108,8 +108,13 @@ def keys_seen(config: Config, cp_rank: int = 0) -> int:
     Of the ranks the first has most; with shorter documents it has fewer.
     """
     b, s, cp = config.train.micro_batch_size, config.data.seq_length, config.parallel.context_parallel_size
-    whole = config.data.attention_mask == "document"
-    return len(share(np.arange(b + 1) * s, cp_rank, cp, keep_whole=whole).key_rows)
+    return _keys_seen(b, s, cp, config.data.attention_mask == "document", cp_rank)
+
+
+@lru_cache(maxsize=64)  # a search for layouts asks for the same many times
+def _keys_seen(samples: int, seq_length: int, shards: int, keep_whole: bool, rank: int) -> int:
+    mine = split(np.arange(samples + 1) * seq_length, shards, keep_whole)[rank]
+    return sum(stretch.stop - stretch.document_start for stretch in mine)
 
 
 def activation_bytes(

@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -58,6 +59,7 @@ def peak_tflops(config: Config, device_name: str) -> float | None:
     return None if gpu is None else gpu.peak_tflops
 
 
+@lru_cache(maxsize=8)  # a search for layouts asks for the same many times
 def flops_per_token(model: ModelConfig, seq_length: int) -> tuple[float, float]:
     """Training FLOPs of one token, forward and backward: (full, causal)."""
     shapes = logical_shapes(model)

@@ -93,8 +93,12 @@ def state_bytes(config: Config, world_size: int, rank: int = 0) -> dict[str, int
 
 def owned_elements(config: Config, world_size: int, rank: int = 0) -> int:
     """Elements whose masters and moments one rank has."""
-    layouts = layouts_of(config, config.grid(world_size), rank)
-    return sum(part.stop - part.start for layout in layouts for part in layout.parts())
+    return sum(_owned(layout) for layout in layouts_of(config, config.grid(world_size), rank))
+
+
+@lru_cache(maxsize=64)  # as often as ``_layout``
+def _owned(layout: Layout) -> int:
+    return sum(part.stop - part.start for part in layout.parts())
 
 
 def without_second_moment(config: Config, world_size: int, rank: int = 0) -> int:
@@ -223,14 +227,20 @@ def _data_parallel(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, 
             )
             counted[over, "all-gather", element_bytes(config) * elements] += gathers
             counted["copies", "all-reduce", 4 * elements // grid.shard] += 1
-        shared: Counter[str] = Counter()
-        for s, _, start, stop in layout.slices():
-            if s.sum_over != "none":
-                shared[{"stages": "ends"}.get(s.sum_over, s.sum_over)] += stop - start
-        for axis, elements in shared.items():
+        for axis, elements in _shared(layout).items():
             kind, ranks = ("all-gather", ranks_of(grid, axis)) if tree else ("all-reduce", 1)
             counted[axis, kind, 4 * elements * ranks] += 1
     return counted
+
+
+@lru_cache(maxsize=64)  # as often as ``_layout``
+def _shared(layout: Layout) -> Mapping[str, int]:
+    """Axis -> elements of this rank's shards that are summed over it."""
+    shared: Counter[str] = Counter()
+    for s, _, start, stop in layout.slices():
+        if s.sum_over != "none":
+            shared[{"stages": "ends"}.get(s.sum_over, s.sum_over)] += stop - start
+    return shared
 
 
 def _whole_matrices(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, str, int]]:

@@ -55,7 +55,7 @@ def rank_peak(
     """Bytes of one rank at its worst moment, by part of ``PARTS``; the sum is what it needs."""
     grid = config.grid(world_size)
     pp_rank, cp_rank = rank // (world_size // grid.pp), rank // grid.tp % grid.cp
-    placements, last = placements_of(config, grid, rank), placements_of(config, grid, rank)[-1]
+    *_, last = placements = placements_of(config, grid, rank)
     kept = activation_bytes(config, backends, cp_rank, pp_rank, _enough(config, config.grad_accum(world_size)))
     around, gathered = around_layers(config), rooms(config, world_size, rank)
     moments = [
