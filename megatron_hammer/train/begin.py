@@ -36,6 +36,7 @@ from megatron_hammer.parallel.agreement import BeforeStart
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train import corruption, cuda_graph
 from megatron_hammer.train.build import check_compiler, kernel_requirements
+from megatron_hammer.train.comparison import Prediction
 from megatron_hammer.train.loop import Run
 from megatron_hammer.train.output import HeldOutput, is_read_only, only_writer, put_in_order, remove_leftovers
 from megatron_hammer.train.prepare import Prepared, Start, build_indices, find_start, look_at_inputs, settle
@@ -164,12 +165,17 @@ def _damage_lines(prepared: Prepared) -> list[str]:
 
 
 def begin(
-    beginning: Beginning, prepared: Prepared, ctx: ParallelContext, announce: Callable[[Prepared], None]
+    beginning: Beginning,
+    prepared: Prepared,
+    ctx: ParallelContext,
+    announce: Callable[[Prepared], None],
+    prediction: Prediction | None = None,
 ) -> Run | None:
     """Build the run and load its state; from an older checkpoint where the newest turns out to be damaged.
 
     Args:
         announce: told what the run goes on from instead.
+        prediction: as ``Run`` takes it.
 
     Returns:
         the run; None where what it goes on from instead is its end.
@@ -179,7 +185,7 @@ def begin(
     """
     while not prepared.is_finished:
         try:
-            run = Run(prepared, ctx, output=beginning.output)
+            run = Run(prepared, ctx, output=beginning.output, prediction=prediction)
             beginning.put_in_order(prepared)
             return run
         except CheckpointError as error:

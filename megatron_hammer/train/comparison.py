@@ -32,11 +32,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-class Comparison:
-    """Rank 0's."""
+class Prediction:
+    """What is predicted for rank 0 of a run, until it is held against what was measured."""
 
     @classmethod
-    def of(cls, config: Config, world_size: int, device: torch.device) -> tuple[Comparison | None, str]:
+    def of(cls, config: Config, world_size: int, device: torch.device) -> tuple[Prediction | None, str]:
         """That of a run, and the line for its start. Where a formula fails there is none, and the line says why."""
         try:
             made = cls(config, world_size, device, device_name(device))

@@ -31,7 +31,7 @@ from megatron_hammer.sampling.ledger import Finding
 from megatron_hammer.sampling.loader import ReadAhead
 from megatron_hammer.sampling.samples import open_train_data, open_valid_data
 from megatron_hammer.train.build import build_stages
-from megatron_hammer.train.comparison import Comparison, device_name
+from megatron_hammer.train.comparison import Prediction, device_name
 from megatron_hammer.train.corruption import CorruptionCheck
 from megatron_hammer.train.cuda_graph import micro_batch_runner
 from megatron_hammer.train.drift import DriftCheck
@@ -110,10 +110,16 @@ class Run:
     Args:
         range_of: entered around the parts of a step, for a profiler.
         output: on rank 0, the output folder whose lock it holds.
+        prediction: on rank 0, what the run is held against after some steps.
     """
 
     def __init__(
-        self, prepared: Prepared, ctx: ParallelContext, range_of: Range = no_range, output: HeldOutput | None = None
+        self,
+        prepared: Prepared,
+        ctx: ParallelContext,
+        range_of: Range = no_range,
+        output: HeldOutput | None = None,
+        prediction: Prediction | None = None,
     ) -> None:
         config = prepared.config
         self.prepared, self.config, self.ctx = prepared, config, ctx
@@ -126,9 +132,7 @@ class Run:
         self.state = load_state(prepared, self.optimizer, ctx)
         self.reporter: Reporter | None = None
         self.evaluator: Evaluator | None = None
-        self.comparison: Comparison | None = None
-        if ctx.world.rank == 0:
-            self.comparison, _ = Comparison.of(config, ctx.world.size, ctx.device)
+        self.prediction = prediction
         self.saver = Saver(
             prepared, self.optimizer, ctx, output, self._say, self._note, self._sync_metrics, self._committed
         )
@@ -312,7 +316,7 @@ class Run:
                 valid = evaluate_last() if evaluate_last is not None and not self.pending else {}
                 if self.reporter is not None:
                     self.reporter.step(line, valid)
-                if self.comparison is not None and (said := self.comparison.step(tokens, seconds)):
+                if self.prediction is not None and (said := self.prediction.step(tokens, seconds)):
                     self._say(said)
             except CutShort:
                 stopped, self.state = True, replace(self.state, owed=self._as_rank_0(line))

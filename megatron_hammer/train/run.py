@@ -20,7 +20,7 @@ from megatron_hammer.parallel.rendezvous import Store, collective_timeout, end_p
 from megatron_hammer.sampling.plan import format_run_plan
 from megatron_hammer.train.begin import Beginning, begin
 from megatron_hammer.train.build import kernel_requirements
-from megatron_hammer.train.comparison import Comparison
+from megatron_hammer.train.comparison import Prediction
 from megatron_hammer.train.forecast import forecast
 from megatron_hammer.train.loop import train
 from megatron_hammer.train.prepare import Prepared, prepare
@@ -69,8 +69,10 @@ def run_rank(
         beginning = Beginning(ranks, held, config, local_rank, check_data, accepted)
         prepared = beginning.agree()
         config, device = prepared.config, beginning.device
+        prediction = None
         if rank == 0:
-            print(announcement(prepared, world_size, device), flush=True)
+            prediction, predicted = Prediction.of(config, world_size, device)
+            print(announcement(prepared, world_size, device, predicted), flush=True)
         if prepared.is_finished:
             return 0
         if store is not None and world_size > 1:
@@ -78,7 +80,7 @@ def run_rank(
         ctx = build_parallel_context(config.grid(world_size), device, timeout, journal)
         announce = _announce_other if rank == 0 else _say_nothing
         try:
-            code = train(prepared, ctx, lambda prepared, ctx: begin(beginning, prepared, ctx, announce))
+            code = train(prepared, ctx, lambda prepared, ctx: begin(beginning, prepared, ctx, announce, prediction))
         except Exception as error:
             if known := explained(error, config, world_size, rank, device):
                 raise known from error
@@ -157,8 +159,8 @@ def describe(prepared: Prepared, world_size: int) -> str:
     return "\n".join(lines + [f"note: {note}" for note in prepared.notes + prepared.data_notes])
 
 
-def announcement(prepared: Prepared, world_size: int, device: torch.device) -> str:
-    """The first lines of a run."""
+def announcement(prepared: Prepared, world_size: int, device: torch.device, predicted: str) -> str:
+    """The first lines of a run; ``predicted`` says what it will need."""
     config = prepared.config
     lines = [f"note: {note}" for note in prepared.notes + prepared.data_notes]
     if prepared.plan is not None and not prepared.is_finished:
@@ -172,8 +174,7 @@ def announcement(prepared: Prepared, world_size: int, device: torch.device) -> s
     lines.append(kernels_table(config.kernels, required))
     if warning := missing_kernels(config.kernels, required):
         lines.append(warning)
-    lines.append(Comparison.of(config, world_size, device)[1])
-    return "\n".join(lines + _start_lines(prepared))
+    return "\n".join([*lines, predicted, *_start_lines(prepared)])
 
 
 def _start_lines(prepared: Prepared) -> list[str]:
