@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from megatron_hammer.checkpoint.manifest import Manifest
 
 Begin = Literal["auto", "bos", "eos", "none"]
-BEGINNINGS: tuple[Begin, ...] = ("auto", "bos", "eos", "none")
 Message = dict[str, str]
 """``{"role": "user", "content": TEXT}``, as chat templates take them."""
 
@@ -117,7 +116,7 @@ def open_folder(folder: Path, begin: Begin = "auto", dtype: str | None = None, d
         tokenizer: Any = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # the Rust library raises bare Exception
         remedy = "export it again with tools/checkpoint_to_hf.py"
         raise CheckpointError(91, str(folder), f"could not be loaded by transformers ({error})", remedy) from None
 
@@ -144,7 +143,7 @@ def open_folder(folder: Path, begin: Begin = "auto", dtype: str | None = None, d
 def open_saved(manifest: Manifest, begin: Begin = "auto", dtype: str | None = None, device: str = "auto") -> TextModel:
     """A checkpoint of ours, with the weights as an export in this type would have them.
 
-    Memory: the model in this type, and one tensor as it is stored.
+    Memory: the model in this type, and a few MiB of a tensor as it is stored.
 
     Raises:
         CheckpointError: E492 it has no tokenizer; it is damaged.
@@ -183,19 +182,26 @@ def open_saved(manifest: Manifest, begin: Begin = "auto", dtype: str | None = No
 
 def _causal_in_memory(manifest: Manifest, tokenizer: Any, dtype: str) -> Any:
     """The class of transformers that the export's config.json names, with the checkpoint's weights in a type."""
+    import torch
     import transformers
 
     from megatron_hammer.checkpoint.dtypes import DTYPES
     from megatron_hammer.checkpoint.manifest import saved_model
-    from megatron_hammer.checkpoint.read import read_logical
+    from megatron_hammer.checkpoint.read import LogicalReader
     from megatron_hammer.huggingface.config import hf_config_from_model
     from megatron_hammer.huggingface.export import token_ids_of
     from megatron_hammer.huggingface.transformers_model import causal_with_weights
 
     tree = hf_config_from_model(saved_model(manifest), token_ids_of(tokenizer), dtype)
     settings = transformers.AutoConfig.for_model(**tree)
-    names = [tensor.name for tensor in manifest.tensors if tensor.kind == "weight"]
-    weights = {name: read_logical(manifest, name).to(DTYPES[dtype]) for name in names}
+    weights = {}
+    with LogicalReader(manifest) as reader:
+        for tensor in (tensor for tensor in manifest.tensors if tensor.kind == "weight"):
+            weights[tensor.name] = weight = torch.empty(tensor.shape, dtype=DTYPES[dtype])
+            row = 0
+            for band in reader.bands(tensor.name):
+                weight[row : row + len(band)] = band
+                row += len(band)
     return causal_with_weights(settings, weights, DTYPES[dtype], str(manifest.folder))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -190,6 +191,16 @@ def test_what_cannot_be_continued_is_named(saved, exported, folder, tmp_path) ->
         open_saved(replace(saved, tokenizer=None))
     with pytest.raises(CheckpointError, match=r"E490"):
         next(generate(tmp_path / "absent", ["x"]))
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": ["a b"]}}']
+)
+def test_a_tokenizer_that_cannot_be_loaded_is_named(folder, tmp_path, content) -> None:
+    shutil.copytree(folder, tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"E491.*hf could not be loaded by transformers"):
+        open_folder(tmp_path / "hf")
 
 
 def test_prompts_of_a_file(tmp_path) -> None:
