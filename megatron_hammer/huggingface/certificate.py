@@ -45,6 +45,8 @@ from megatron_hammer.huggingface.export import (
 )
 from megatron_hammer.huggingface.transformers_model import load_causal
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors, one_thread
+from megatron_hammer.tokenizer.interface import Tokenizer
+from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.model_folder import form_of_folder
 
 if TYPE_CHECKING:
@@ -115,7 +117,9 @@ def prove(checkpoint: Path, folder: Path, dtype: str, unproved: str = "") -> dic
     model = saved_model(manifest)
     check_config(model, folder)
     check_weights(manifest, model, folder, dtype)
-    inputs, tokenizer = prepare_inputs(manifest, model, folder, unproved)
+    tokenizer_folder = checked_tokenizer_folder(manifest)
+    own = None if tokenizer_folder is None else load_tokenizer(tokenizer_folder)
+    inputs, tokenizer = prepare_inputs(manifest, model, own, folder, unproved)
     ours = our_logits(manifest, model, dtype, list(inputs.values()))
     gc.collect()  # our model goes before theirs comes
     theirs = load_transformers_model(folder)
@@ -125,7 +129,7 @@ def prove(checkpoint: Path, folder: Path, dtype: str, unproved: str = "") -> dic
         "bound": RELATIVE_BOUND,
         "texts": results,
         "tokenizer": tokenizer,
-        "documents": _documents(manifest),
+        "documents": _documents(manifest, own),
         "dtype": dtype,
         "step": manifest.step,
         "checkpoint_digest": manifest.digest,
@@ -146,12 +150,8 @@ def prove(checkpoint: Path, folder: Path, dtype: str, unproved: str = "") -> dic
     return certificate
 
 
-def _documents(manifest: Manifest) -> dict[str, bool | None]:
+def _documents(manifest: Manifest, tokenizer: Tokenizer | None) -> dict[str, bool | None]:
     """How documents began and ended in training, so that prompts can begin so; None where no dataset is there now."""
-    from megatron_hammer.tokenizer.load import load_tokenizer
-
-    folder = checked_tokenizer_folder(manifest)
-    tokenizer = None if folder is None else load_tokenizer(folder)
     return {
         "begin_with_bos": None if tokenizer is None else documents_begin_with(manifest, tokenizer.bos_id),
         "end_with_eos": None if tokenizer is None else documents_end_with(manifest, tokenizer.eos_id),
@@ -209,7 +209,7 @@ _REPORT = "this is a fault of the export: please report it"
 
 
 def prepare_inputs(
-    manifest: Manifest, model: ModelConfig, folder: Path, unproved: str = ""
+    manifest: Manifest, model: ModelConfig, ours: Tokenizer | None, folder: Path, unproved: str = ""
 ) -> tuple[dict[str, list[int]], dict[str, Any]]:
     """Token ids to compare logits on, and what the certificate says of the tokenizer.
 
@@ -217,32 +217,25 @@ def prepare_inputs(
     """
     assert model.vocab_size is not None and model.max_position_embeddings is not None
     length = min(MAX_TOKENS, model.max_position_embeddings)
-    tokenizer_folder = checked_tokenizer_folder(manifest)
-    if tokenizer_folder is None:
+    if ours is None:
         drawn = {f"ids-{k}": [(i * 2654435761 + k * 40503) % model.vocab_size for i in range(length)] for k in range(3)}
         return drawn, {"present": False, "inputs": "ids drawn by a fixed rule: the checkpoint has no tokenizer"}
     if unproved:
-        from megatron_hammer.tokenizer.load import load_tokenizer
-
-        ours = load_tokenizer(tokenizer_folder)
         present = any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
         ids = {name: ours.encode(text)[:length] for name, text in TEXTS.items()}
         return ids, {"present": present, "proved": False, "reason": unproved, "fingerprint": ours.fingerprint}
-    texts = check_tokenizer(manifest, tokenizer_folder, folder)
+    texts = check_tokenizer(manifest, ours, folder)
     inputs = {name: ids[:length] for name, ids in texts.items()}
     facts = {n: {"xxh3_128": hash_bytes(text.encode()), "num_tokens": len(texts[n])} for n, text in TEXTS.items()}
     fingerprint = manifest.tokenizer.fingerprint if manifest.tokenizer else ""
     return inputs, {"present": True, **form_of_folder(folder), "fingerprint": fingerprint, "inputs": facts}
 
 
-def check_tokenizer(manifest: Manifest, ours_folder: Path, folder: Path) -> dict[str, list[int]]:
+def check_tokenizer(manifest: Manifest, ours: Tokenizer, folder: Path) -> dict[str, list[int]]:
     """The folder's tokenizer, as ``AutoTokenizer`` loads it, must be the checkpoint's; returns the texts' ids."""
     from transformers import AutoTokenizer
 
-    from megatron_hammer.tokenizer.load import load_tokenizer
-
     assert manifest.tokenizer is not None
-    ours = load_tokenizer(ours_folder)
     if ours.fingerprint != manifest.tokenizer.fingerprint:
         raise RefusedError(
             22,
