@@ -17,7 +17,7 @@ from pathlib import Path
 import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
-from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.progress import say
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     arguments = parser().parse_args()
     from megatron_hammer.base.reading import read_regular
     from megatron_hammer.publish.card import Wishes
-    from megatron_hammer.publish.hubs import FolderHub, HuggingFaceHub, ModelScopeHub, check_repository
+    from megatron_hammer.publish.hubs import FolderHub, Hub, HuggingFaceHub, ModelScopeHub, check_repository
     from megatron_hammer.publish.publish import prepare, publish
 
     to, repository, output = arguments.to, arguments.repo, arguments.output
@@ -54,19 +54,25 @@ def main() -> None:
     if repository is not None:
         check_repository(repository)
     name = arguments.name or (repository or "").rpartition("/")[2] or output.resolve().name
-    description = "" if arguments.description is None else read_regular(arguments.description).decode("utf-8")
+    try:
+        description = "" if arguments.description is None else read_regular(arguments.description).decode("utf-8")
+    except UnicodeDecodeError as error:
+        rule = f"is not valid UTF-8 at byte {error.start}"
+        raise DataError(3, str(arguments.description), rule, "save it as UTF-8") from None
     wishes = Wishes(name, repository, arguments.license, tuple(arguments.language), description)
+    hub: Hub | None = None
+    if not arguments.dry_run and to == "folder":
+        hub = FolderHub(output)
+    elif not arguments.dry_run:
+        hub = (HuggingFaceHub if to == "hf" else ModelScopeHub)(repository, arguments.private)
     found = prepare(arguments.run, wishes, arguments.export, arguments.step, arguments.unfinished)
     if arguments.license is None:
         say("note: no --license: without one nobody else may use the weights")
-    if arguments.dry_run:
-        print(*found.listing(), "", f"would go to {repository or output}; the card:", "", found.card, sep="\n")
-        return
-    if to == "folder":
-        print(f"wrote {publish(found, FolderHub(output))}")
-        return
-    kind = HuggingFaceHub if to == "hf" else ModelScopeHub
-    print(f"published {publish(found, kind(repository, arguments.private))}")
+    if hub is None:
+        where = output if to == "folder" else repository
+        print(*found.listing(), "", f"would go to {where}; the card:", "", found.card, sep="\n")
+    else:
+        print(f"{'wrote' if to == 'folder' else 'published'} {publish(found, hub)}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_fold
 from megatron_hammer.checkpoint.read import LogicalReader
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.dataset.reader import IndexedDataset, check_prefix, read_header
+from megatron_hammer.huggingface.certified import CERTIFICATE, check_output
 from megatron_hammer.huggingface.config import (
     CONFIG,
     GENERATION_CONFIG,
@@ -43,8 +44,6 @@ from megatron_hammer.tokenizer.convert import conversion_obstacle, convert_token
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.reader_settings import padding_id
-
-CERTIFICATE = "certificate.json"
 
 Prove = Callable[[Path, Path, str], None]
 TokenizerForm = Literal["exact", "as-is", "none"]
@@ -104,25 +103,6 @@ def export_hf(
         else:
             (prove or prove_in_child_process)(manifest.folder, staging, dtype)
         return read_json(staging / CERTIFICATE)
-
-
-def check_output(output: Path) -> None:
-    """Raise ``RefusedError`` unless ``output`` may be replaced: absent, empty, or all an export of ours."""
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise RefusedError(25, f"--output {output}", "is a file", "name a folder")
-    found = {str(p.relative_to(output)) for p in output.rglob("*") if p.is_symlink() or not p.is_dir()}
-    ours: set[str] = set()
-    if CERTIFICATE in found:
-        ours = {CERTIFICATE, *read_json(output / CERTIFICATE).get("files", {})}
-    if found - ours:
-        raise RefusedError(
-            25,
-            f"--output {output}",
-            f"holds {min(found - ours)}, which no earlier export wrote",
-            "name another folder or move that away",
-        )
 
 
 def write_hf(

@@ -268,8 +268,8 @@ def _began_in_training(begins: bool | None, ends: bool | None) -> tuple[str, str
 
 def _began_in_folder(folder: Path, tokenizer: Any) -> tuple[str, str]:
     """As the export recorded of the run's data; else as transformers' tokenizer begins a text of itself."""
+    from megatron_hammer.huggingface.certified import CERTIFICATE
     from megatron_hammer.huggingface.config import read_json
-    from megatron_hammer.huggingface.export import CERTIFICATE
 
     if (folder / CERTIFICATE).is_file():
         documents = read_json(folder / CERTIFICATE).get("documents")

@@ -23,6 +23,7 @@ from megatron_hammer.base.reading import parse_json
 from megatron_hammer.checkpoint.manifest import Manifest, saved_model
 from megatron_hammer.config import Config, DataConfig, config_from_tree
 from megatron_hammer.dataset.reader import IndexedDataset
+from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.sampling.sources import ENDING, source_names
 from megatron_hammer.train.evaluator import EVALUATIONS
 from megatron_hammer.train.metrics_file import METRICS, read_lines
@@ -79,15 +80,9 @@ def gather(manifest: Manifest, run: Path | None, certificate: Mapping[str, Any])
     """
     config = replace(config_from_tree(manifest.config), model=saved_model(manifest))
     lines = [] if run is None else _lines(run / METRICS, manifest.step)
-    loss, valid_step, valid = None, None, dict[str, dict[str, float]]()
-    last: Mapping[str, Any] = {}
-    losses = []
-    for line in lines[-MEAN_STEPS:]:
-        last = parse_json(line)
-        losses.append(last.get("loss"))
-    finite = [value for value in losses if isinstance(value, int | float) and math.isfinite(value)]
-    if finite:
-        loss = sum(finite) / len(finite)
+    recent: list[dict[str, Any]] = [parse_json(line) for line in lines[-MEAN_STEPS:]]
+    losses = [line["loss"] for line in recent if _is_figure(line.get("loss"))]
+    valid_step, valid = None, dict[str, dict[str, float]]()
     for line in reversed(lines):
         if b'"valid/' in line:
             found = parse_json(line)
@@ -95,14 +90,14 @@ def gather(manifest: Manifest, run: Path | None, certificate: Mapping[str, Any])
             break
     evaluated = [] if run is None else _lines(run / EVALUATIONS, manifest.step)
     evaluation = parse_json(evaluated[-1]) if evaluated else {}
-    tokens = last.get("consumed_tokens")
+    tokens = recent[-1].get("consumed_tokens") if recent else None
     return Facts(
         config=config,
-        parameters=sum(math.prod(tensor.shape) for tensor in manifest.tensors if tensor.kind == "weight"),
+        parameters=count_parameters(config.model),
         step=manifest.step,
         tokens=int(tokens) if isinstance(tokens, int | float) else None,
         phases=_phases(config.data, lines),
-        loss=loss,
+        loss=sum(losses) / len(losses) if losses else None,
         valid=valid,
         valid_step=valid_step,
         evaluations={
@@ -123,11 +118,15 @@ def _lines(path: Path, up_to: int) -> list[bytes]:
         raise DataError(80, str(path), rule, "mend its permissions, or move it away") from None
 
 
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def figures_of(line: Mapping[str, Any], kind: str) -> dict[str, dict[str, float]]:
     """``valid/NAME/FIGURE`` of a line as NAME -> FIGURE -> value; what is not finite is left out."""
     found: dict[str, dict[str, float]] = {}
     for key, value in line.items():
-        if key.startswith(kind) and isinstance(value, int | float) and math.isfinite(value):
+        if key.startswith(kind) and _is_figure(value):
             name, _, figure = key.removeprefix(kind).rpartition("/")
             found.setdefault(name, {})[figure] = value
     return found

@@ -14,9 +14,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_hammer.base.errors import ConfigError, DiskError, RefusedError
-from megatron_hammer.base.files import staged_folder, sync_file
+from megatron_hammer.base.errors import ConfigError, DiskError
+from megatron_hammer.base.files import staged_folder, sync_file, sync_folder
+from megatron_hammer.huggingface.certified import check_output
 
+CARD = "README.md"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
@@ -110,19 +112,27 @@ class FolderHub:
 
     def check(self) -> None:
         """Only a published model is replaced."""
-        there = self._output
-        ours = (there / "README.md").is_file() and (there / "certificate.json").is_file()
-        if there.exists() and (not there.is_dir() or (any(there.iterdir()) and not ours)):
-            rule = "is there, and is no folder that this program has written"
-            raise RefusedError(25, f"--output {there}", rule, "name another folder, or move that away")
+        check_output(self._output, beside=(CARD,))
 
     def upload(self, folder: Path, message: str) -> str:
         """Copy all files; the folder appears when it is complete."""
         with staged_folder(self._output, replace=True) as staging:
-            for path in sorted(folder.iterdir()):
-                shutil.copyfile(path, staging / path.name)
-                sync_file(staging / path.name)
+            for path in sorted(folder.rglob("*")):  # a folder comes before what is in it
+                target = staging / path.relative_to(folder)
+                if path.is_dir():
+                    target.mkdir()
+                    continue
+                shutil.copyfile(path, target)
+                sync_file(target)
+            for path in staging.rglob("*/"):
+                sync_folder(path)
         return str(self._output)
+
+
+def secrets() -> list[tuple[str, str]]:
+    """(variable, value) of what this environment keeps secret, as far as names tell; shorter values are no secrets."""
+    names = re.compile(r"TOKEN|SECRET|PASSWORD|KEY", re.IGNORECASE)
+    return [(name, value) for name, value in os.environ.items() if names.search(name) and len(value) > 7]
 
 
 def check_repository(name: str) -> str:
@@ -164,9 +174,8 @@ def _asked(ask: Any, what: str, remedy: str) -> Any:
         return ask()
     except Exception as error:  # each client has exceptions of its own, and of the library that it connects with
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        for name, value in os.environ.items():
-            if ("TOKEN" in name or "KEY" in name) and len(value) > 7:
-                text = text.replace(value, f"${name}")
+        for name, value in secrets():
+            text = text.replace(value, f"${name}")
         status = getattr(getattr(error, "response", None), "status_code", None)
         words = re.search(r"\b40[13]\b|unauthori|forbidden", text, re.IGNORECASE) if status is None else None
         refused = status in (401, 403) or words is not None

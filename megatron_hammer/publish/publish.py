@@ -31,12 +31,14 @@ from megatron_hammer.base.progress import size_of, track
 from megatron_hammer.base.reading import read_regular
 from megatron_hammer.checkpoint.folder import checkpoint_of_step, open_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest
+from megatron_hammer.huggingface.certified import CERTIFICATE, listed_files
 from megatron_hammer.huggingface.config import CONFIG, read_json
 from megatron_hammer.publish.card import Wishes, model_card
 from megatron_hammer.publish.facts import Facts, gather
-from megatron_hammer.publish.hubs import Hub
+from megatron_hammer.publish.hubs import CARD, Hub, secrets
+from megatron_hammer.train.metrics_file import METRICS
 
-CARD, CERTIFICATE = "README.md", "certificate.json"
+_STATED = {"texts": dict, "versions": dict, "bound": float, "dtype": str, "step": int}  # by a certificate, for the card
 READ_BY_PEOPLE = 2**20  # bytes: larger files are weights and vocabularies, which hold no paths
 
 
@@ -82,7 +84,7 @@ def prepare(
     export = export or (folder or manifest.folder) / "hf"
     certificate = _certificate_of(manifest, export)
     facts = gather(manifest, folder, certificate)
-    if folder is not None and (folder / "metrics.jsonl").is_file() and not (facts.is_finished or unfinished):
+    if folder is not None and (folder / METRICS).is_file() and not (facts.is_finished or unfinished):
         done, planned = facts.step, facts.config.train.num_steps
         remedy = "finish it, or publish this step as it is with --unfinished"
         raise RefusedError(39, str(run), f"is not finished: step {done:,} of {planned:,}", remedy)
@@ -118,20 +120,23 @@ def _certificate_of(manifest: Manifest, export: Path) -> Mapping[str, Any]:
     if certificate.get("verdict") != "passed" or certificate.get("checkpoint_digest") != manifest.digest:
         rule = f"is the export of step {certificate.get('step')}, not of {manifest.folder.name}"
         raise RefusedError(40, str(export), rule, f"export that one first: {command}")
+    lacking = [name for name, kind in _STATED.items() if not isinstance(certificate.get(name), kind)]
+    if lacking or not certificate["texts"] or listed_files(certificate) is None:
+        rule = f"does not say what was proved: {', '.join(lacking) or 'files, texts'}"
+        raise CheckpointError(93, str(export / CERTIFICATE), rule, f"export it anew: {command}")
     return certificate
 
 
 def _unchanged_files(export: Path, certificate: Mapping[str, Any]) -> tuple[str, ...]:
-    """The files of the export, each as it was when it was proved; others in the folder do not go."""
-    proved = certificate.get("files")
-    assert isinstance(proved, dict), "a passed certificate lists the files"
-    total = sum(int(facts["size"]) for facts in proved.values())
+    """The files of the export, each as it was when it was proved; others do not go, nor does a card there."""
+    proved = listed_files(certificate) or {}
+    total = sum(size for size, _ in proved.values())
     for name in track(proved, f"checking {size_of(total)}", len(proved), "files"):
         path = export / name
-        if not path.is_file() or path.is_symlink() or hash_file(path) != proved[name]["xxh3_128"]:
+        if not path.is_file() or path.is_symlink() or hash_file(path) != proved[name][1]:
             remedy = "export it anew with tools/checkpoint_to_hf.py"
             raise RefusedError(40, str(path), "is not what the certificate proved: it has changed", remedy)
-    return (*sorted(proved), CERTIFICATE)
+    return (*sorted(proved.keys() - {CARD}), CERTIFICATE)
 
 
 @contextmanager
@@ -187,7 +192,4 @@ def private_words(manifest: Manifest) -> list[tuple[str, str]]:
     host = platform.node()
     if len(host) > 4 and host != "localhost":
         found.append(("the name of this machine", host))
-    for name, value in os.environ.items():
-        if re.search(r"TOKEN|SECRET|PASSWORD|API_?KEY|ACCESS_KEY", name.upper()) and len(value) > 7:
-            found.append((f"the value of {name}", value))
-    return found
+    return found + [(f"the value of {name}", value) for name, value in secrets()]

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_hammer.base.errors import CheckpointError, ConfigError, DiskError, RefusedError
+from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError, DiskError, RefusedError
+from megatron_hammer.base.files import hash_file
 from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.publish import publish as publishing
@@ -146,10 +147,43 @@ def test_a_folder(run: Path, tmp_path: Path) -> None:
     for _ in range(2):  # an earlier one is replaced
         assert publish(found, FolderHub(target)) == str(target)
         assert {path.name for path in target.iterdir()} == {*found.files, "README.md"}
+    (target / ".git").mkdir()
+    (target / ".git" / "HEAD").write_text("mine")
+    with pytest.raises(RefusedError, match=r"E525.*holds .git/HEAD, which no earlier export wrote"):
+        publish(found, FolderHub(target))
+    assert (target / ".git" / "HEAD").read_text() == "mine"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(RefusedError, match=r"E525"):
         publish(found, FolderHub(tmp_path / "other"))
+
+
+def test_files_in_folders_and_a_card_that_were_proved(run: Path, tmp_path: Path) -> None:
+    """A proof that was repeated lists what was put into the folder meanwhile; a card of the export stays as it is."""
+    export = run / "hf"
+    certificate = json.loads((export / "certificate.json").read_text())
+    (export / "a" / "b").mkdir(parents=True)
+    for name, content in {"a/b/c.jinja": "{{ x }}", "README.md": "my notes"}.items():
+        (export / name).write_text(content)
+        certificate["files"][name] = {"size": len(content), "xxh3_128": hash_file(export / name)}
+    (export / "certificate.json").write_text(json.dumps(certificate))
+    for _ in range(2):
+        found = prepare(run, WISHES, unfinished=True)
+        publish(found, FolderHub(tmp_path / "out"))
+    assert (tmp_path / "out" / "a" / "b" / "c.jinja").read_text() == "{{ x }}"
+    assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == found.card
+    assert (export / "README.md").read_text() == "my notes"
+
+
+@pytest.mark.parametrize("change", [
+    {"files": None}, {"files": {}}, {"files": {"config.json": {"size": 3}}},
+    {"files": {"../x": {"size": 1, "xxh3_128": ""}}}, {"texts": {}}, {"versions": None}, {"step": "7"},
+], ids=str)  # fmt: skip
+def test_a_certificate_that_does_not_say_what_was_proved_is_no_proof(run: Path, change: dict[str, Any]) -> None:
+    path = run / "hf" / "certificate.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=r"E493.*certificate.json does not say what was proved.*export it anew"):
+        prepare(run, WISHES, unfinished=True)
 
 
 def test_what_is_not_ready_is_refused_with_the_cure(run: Path, tmp_path: Path) -> None:
@@ -206,6 +240,9 @@ def test_what_a_hub_refuses_is_one_line_without_the_token(
         publish(found, hub(create_repo=forbidden))
     with pytest.raises(DiskError, match=r"E604\]: me/m could not be reached, or failed .ConnectionError: no route"):
         publish(found, hub(upload_folder=ConnectionError("no route")))
+    monkeypatch.setenv("HUB_PASSWORD", "open sesame")
+    with pytest.raises(DiskError, match=r"E604.*for .HUB_PASSWORD"):
+        publish(found, hub(upload_folder=ConnectionError("no route for open sesame")))
     failed = Exception("500 Server Error (Request ID: Root=1-6401f)")
     with pytest.raises(DiskError, match=r"E604"):
         publish(found, hub(upload_folder=failed))
@@ -234,6 +271,11 @@ def test_the_program(
     assert (
         call("--to", "folder", "--output", str(tmp_path / "out"), "--license", "mit") == f"wrote {tmp_path / 'out'}\n"
     )
+    said = call("--to", "folder", "--output", str(tmp_path / "new"), "--repo", "me/m", "--dry-run")
+    assert f"would go to {tmp_path / 'new'}; the card:" in said and "me/m" in said
+    (tmp_path / "words.md").write_bytes("你好".encode("gb18030"))
+    with pytest.raises(DataError, match=r"E303.*words.md is not valid UTF-8 at byte 0"):
+        call("--to", "hf", "--repo", "me/m", "--dry-run", "--description", str(tmp_path / "words.md"))
     for words in (("--to", "folder"), ("--to", "hf"), ("--to", "hf", "--repo", "m")):
         with pytest.raises(ConfigError, match=r"E290"):
             call(*words)

@@ -1,0 +1,57 @@
+"""An export's ``certificate.json`` and the files that it lists: what belongs to a proved folder, and what does not.
+
+``certificate.py`` proves and writes it; those that replace an export or send it on ask here. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.base.errors import RefusedError
+from megatron_hammer.huggingface.config import read_json
+
+CERTIFICATE = "certificate.json"
+
+
+def listed_files(certificate: Mapping[str, Any]) -> dict[str, tuple[int, str]] | None:
+    """Name -> size and XXH3-128 of each file that was proved; None where they are not listed so."""
+    files = certificate.get("files")
+    if not isinstance(files, dict) or not files:
+        return None
+    found = {}
+    for name, facts in files.items():
+        size, content = (facts.get("size"), facts.get("xxh3_128")) if isinstance(facts, dict) else (None, None)
+        if (
+            type(size) is not int
+            or not isinstance(content, str)
+            or Path(name).is_absolute()
+            or ".." in Path(name).parts
+        ):
+            return None
+        found[name] = size, content
+    return found
+
+
+def check_output(output: Path, beside: Collection[str] = ()) -> None:
+    """Raise ``RefusedError`` E525 unless ``output`` may be replaced: absent, empty, or all an export of ours.
+
+    Args:
+        beside: names of files that were put beside an export, and may be replaced with it.
+    """
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise RefusedError(25, f"--output {output}", "is a file", "name a folder")
+    found = {str(p.relative_to(output)) for p in output.rglob("*") if p.is_symlink() or not p.is_dir()}
+    ours: set[str] = set()
+    if CERTIFICATE in found:
+        ours = {CERTIFICATE, *beside, *(listed_files(read_json(output / CERTIFICATE)) or ())}
+    if found - ours:
+        raise RefusedError(
+            25,
+            f"--output {output}",
+            f"holds {min(found - ours)}, which no earlier export wrote",
+            "name another folder or move that away",
+        )
