@@ -9,7 +9,7 @@ speed, with the memory of a rank and the time of a step by part; of those that d
 formulas that are held to what verify_parallel.py --world counts; speed by a roofline whose assumptions are printed and
 can be replaced: --efficiency products=0.7, --node-link, --network.
 
---write puts the config in layout --choose (default: 1, the fastest) into a file that training takes:
+--write puts the config in layout --choose (default: 1, the fastest) into a new file that training takes:
     python -m megatron_hammer.launch --nproc 8 plan.yaml
 
 Exit codes: 0 a layout fits; 2 bad usage or configuration; 3 the tokenizer cannot be read; 10 no layout fits: the
@@ -19,6 +19,7 @@ closest is named, and what is missing (docs/errors.md).
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import require_package  # noqa: F401
@@ -68,6 +69,9 @@ def main() -> int:
         check_png(arguments.picture)
     if arguments.write is not None and arguments.write.resolve() == Path(arguments.config).resolve():
         raise ConfigError(88, f"--write {arguments.write}", "is the config that is read", "name another file")
+    if arguments.write is not None and os.path.lexists(arguments.write):
+        remedy = "name a new file, or move that away"
+        raise ConfigError(88, f"--write {arguments.write}", "is there, and would be replaced", remedy)
     names = {field.name for field in dataclasses.fields(Asked)}
     asked = Asked(**{name: value for name, value in vars(arguments).items() if name in names})
     with Progress("layouts", None, "families") as progress:

@@ -149,6 +149,10 @@ def test_the_program_writes_a_config_that_training_takes(
     assert "tokens/s" in capsys.readouterr().out
     written = load_config(str(output), [])
     written.validate(2)
+    before = output.read_bytes()
+    with pytest.raises(ConfigError, match=r"E288.*plan.yaml is there, and would be replaced"):
+        program().main()
+    assert output.read_bytes() == before and capsys.readouterr().out == "", "refused before anything is computed"
     monkeypatch.setattr(sys, "argv", ["plan.py", words[0], *words[1:5], "--write", words[0]])
     with pytest.raises(ConfigError, match="is the config that is read"):
         program().main()
