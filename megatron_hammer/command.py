@@ -18,6 +18,7 @@ import importlib.util
 import os
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,7 +27,6 @@ MODULES = {
     "launch": ("megatron_hammer.launch", "Start N ranks on this node, and watch them."),
 }
 """Sub-commands that are modules: what runs, and what it is for."""
-SHELLS = ("bash", "zsh", "fish")
 WORDS = (
     "grep -oE '(^|[^a-z-])(--[a-z][a-z0-9-]*|(model|tokenizer|data|parallel|optimizer|schedule|kernels|train|"
     "checkpoint|log)[.][a-z_0-9]+)' | sed -e 's/^[^a-z-]//' -e 's/[.].*/&=/' | sort -u"
@@ -153,16 +153,12 @@ def run_file(path: Path) -> None:
         sys.modules["__main__"] = before
 
 
-def _end(text: object) -> NoReturn:
+def _end(text: Callable[[], str]) -> NoReturn:
     """Print what a function gives, as all programs print, and end."""
     from megatron_hammer.base.cli import run
     from megatron_hammer.base.streams import Output
 
-    def show() -> None:
-        assert callable(text)
-        print(text())
-
-    run(show, Output.LISTING)
+    run(lambda: print(text()), Output.LISTING)
 
 
 def _version() -> str:
@@ -180,8 +176,8 @@ def _shell_of(words: list[str]) -> str:
     from megatron_hammer.base.errors import ConfigError
 
     shell = words[0] if words else os.path.basename(os.environ.get("SHELL", ""))
-    if shell not in SHELLS or len(words) > 1:
-        rule = f"was called wrongly: {shell or 'no shell'} is none of {', '.join(SHELLS)}"
+    if shell not in COMPLETIONS or len(words) > 1:
+        rule = f"was called wrongly: {shell or 'no shell'} is none of {', '.join(COMPLETIONS)}"
         raise ConfigError(1, "hammer completion", rule, "write hammer completion bash")
     return shell
 

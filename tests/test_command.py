@@ -54,6 +54,8 @@ def test_a_program_is_found_under_both_spellings_and_says_what_was_typed(
     assert "usage: hammer inspect-checkpoint list" in hammer("inspect-checkpoint", "list", "--help")[1]
     code, _, err = hammer("generate", "--hf", "x")
     assert code == 2 and err.startswith("error[E201]: ")
+    code, _, err = hammer("generate", "--hf", "x", "--step", "3", "--prompt", "y")
+    assert code == 2 and err.startswith("error[E201]: hammer generate was called wrongly: --step is of a run")
     code, out, _ = hammer("train", "--help")
     assert code == 0 and "train.num_steps" in out
 
@@ -103,7 +105,7 @@ try hammer inspect-c; try hammer generate --h; try hammer train train.; try hamm
         env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )  # fmt: skip
     assert done.stdout.splitlines() == ["inspect-checkpoint", "--help --hf", "train.seed=", ""], done.stderr
-    for shell in command.SHELLS:
+    for shell in command.COMPLETIONS:
         assert "@" not in command.completion(shell)
         assert all(name in command.completion(shell) for name in TOOLS)
 

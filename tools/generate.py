@@ -59,14 +59,15 @@ def parser() -> ArgumentParser:
 
 
 def main() -> None:
-    args = parser().parse_args()
+    words = parser()
+    args = words.parse_args()
     only_list()
     if args.chat == bool(args.prompt or args.prompts):
         remedy = "add --prompt TEXT, --prompts FILE or --chat" if not args.chat else "leave --chat or the prompts out"
-        raise ConfigError(1, "generate.py", "was called wrongly: it takes prompts, or talks with --chat", remedy)
+        raise ConfigError(1, words.prog, "was called wrongly: it takes prompts, or talks with --chat", remedy)
     if args.step is not None and args.hf is not None:
         rule = "was called wrongly: --step is of a run"
-        raise ConfigError(1, "generate.py", rule, "name the run with --load, or leave --step out")
+        raise ConfigError(1, words.prog, rule, "name the run with --load, or leave --step out")
     from megatron_hammer.huggingface.generate import Sampling, continue_texts, read_prompts
     from megatron_hammer.huggingface.text_model import open_folder, open_text_model
 
