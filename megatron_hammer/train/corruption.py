@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,8 +58,13 @@ class Item:
     """``LOSSES``, ``HIDDEN``, ``SENT_BACK``, or that of the parameter, in the table, whose gradient it is."""
     turn: int
     """Of the pipeline's work: forward of stage i is i, backward of the last stage comes behind forward of that."""
-    place: float
+    place: int
     """Within the turn."""
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Of the work: what has the lower one is computed first."""
+        return self.turn, self.place
 
     @property
     def is_gradient(self) -> bool:
@@ -83,12 +87,8 @@ class Pass:
     """One of the two runs of the first micro-batch (``Watch`` in ``optim/store.py``)."""
 
     def __init__(self, check: CorruptionCheck, alone: bool) -> None:
-        self._check, self._alone = check, alone
-
-    @property
-    def alone(self) -> bool:
+        self._check, self.alone = check, alone
         """Whether it is the one that leaves nothing behind."""
-        return self._alone
 
     def gradients(self, store: FlatStore, bucket: Bucket) -> None:
         """Those of this micro-batch in a bucket, as this rank alone has computed them."""
@@ -105,7 +105,7 @@ class Pass:
 
     def _take(self, key: tuple[int, int | str], tensor: Tensor) -> None:
         check = self._check
-        check.hashes[0 if self._alone else 1, check.index[key]] = check.hash(tensor)
+        check.hashes[0 if self.alone else 1, check.index[key]] = check.hash(tensor)
 
 
 class CorruptionCheck:
@@ -124,7 +124,7 @@ class CorruptionCheck:
             for i, row in enumerate(store.table):
                 self._add((n, i), Item(row.name, back, len(store.table) - i))
             if number > 0:
-                self._add((n, SENT_BACK), Item(SENT_BACK, back, math.inf))
+                self._add((n, SENT_BACK), Item(SENT_BACK, back, len(store.table) + 1))
         hidden = config.train.micro_batch_size * config.largest.data.seq_length * config.model.hidden_size
         self.hash = BitHash(ctx.device, max(hidden, *(row.numel for store in stores for row in store.table)))
         self.hashes = torch.zeros((2, len(self.items)), dtype=torch.int64, device=ctx.device)
@@ -162,13 +162,13 @@ class CorruptionCheck:
         """
         if not report.found.item():
             return
-        places = sorted(report.differs.nonzero().flatten().tolist(), key=lambda i: self._order(self.items[i]))
+        places = sorted(report.differs.nonzero().flatten().tolist(), key=lambda i: self.items[i].order)
         mine = [self.items[i] for i in places]
         gradients = [item.name for item in mine if item.is_gradient]
         tree = {
             "rank": self.ctx.world.rank,
             "host": socket.gethostname(),
-            "order": self._order(mine[0]) if mine else None,
+            "order": mine[0].order if mine else None,
             "differs": [item.name for item in mine][: SHOWN + 1],
             "parameters": len(gradients),
             "first_parameter": gradients[0] if gradients else None,
@@ -188,10 +188,6 @@ class CorruptionCheck:
             "nothing was updated: run the same command again, which goes on from the newest checkpoint; where the same "
             f"rank is named again, take its device out of use ({incident}, docs/errors.md)",
         )
-
-    @staticmethod
-    def _order(item: Item) -> tuple[int, float]:
-        return item.turn, min(item.place, 2**31)
 
 
 def _write(path: Path, step: int, first: Sequence[dict[str, Any]], ranks: Sequence[dict[str, Any]]) -> None:
@@ -217,10 +213,12 @@ def _differing(rank: dict[str, Any]) -> str:
 def check_here(config: Config, backends: dict[str, Backend], device: torch.device) -> None:
     """Raises ``ConfigError`` where this rank would not compute the same bits twice: before its first collective."""
     interval = config.train.sdc_check_interval_steps
+    if not interval:
+        return
     what, remedy = f"train.sdc_check_interval_steps={interval}", "set kernels.deterministic=true, or leave it out"
     for operation, backend in backends.items():
-        if interval and not backend.deterministic:
+        if not backend.deterministic:
             rule = f"is not for kernels.{operation}={backend.name}, whose bits are not the same from run to run"
             raise ConfigError(24, what, rule, remedy)
-    if interval and device.type == "cuda" and not config.kernels.deterministic:
+    if device.type == "cuda" and not config.kernels.deterministic:
         raise ConfigError(24, what, "needs kernels.deterministic=true on a GPU", remedy)
