@@ -14,8 +14,9 @@ from megatron_hammer.config import Config
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.train.gpus import named_gpu
-from megatron_hammer.train.layouts import GIB, HEADROOM, PRECISIONS, Layout, Search, precision_of, search
+from megatron_hammer.train.layouts import HEADROOM, PRECISIONS, PlannedLayout, Search, precision_of, search
 from megatron_hammer.train.prepare import with_vocab_size
+from megatron_hammer.train.rank_costs import GIB
 from megatron_hammer.train.rank_peak import GRADIENTS, OPTIMIZER, WEIGHTS
 from megatron_hammer.train.rank_speed import Efficiency, Machine
 
@@ -54,7 +55,7 @@ class Plan:
     """Of a GPU hour, in the user's currency."""
     found: Search
 
-    def gpu_hours(self, layout: Layout) -> float:
+    def gpu_hours(self, layout: PlannedLayout) -> float:
         """For all tokens."""
         return self.tokens / layout.time.tokens_per_second / 3600 * self.world_size
 
@@ -192,7 +193,7 @@ def to_tree(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _layout(plan: Plan, layout: Layout) -> dict[str, Any]:
+def _layout(plan: Plan, layout: PlannedLayout) -> dict[str, Any]:
     tp, pp, cp, dp = layout.sizes
     hours = plan.gpu_hours(layout)
     return {

@@ -12,7 +12,8 @@ from megatron_hammer.base.pictures import save_png
 from megatron_hammer.base.tables import align
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.profile.plan import Plan
-from megatron_hammer.train.layouts import GIB, Layout, precision_of
+from megatron_hammer.train.layouts import PlannedLayout, precision_of
+from megatron_hammer.train.rank_costs import GIB
 from megatron_hammer.train.rank_peak import PARTS as MEMORY_PARTS
 from megatron_hammer.train.rank_speed import PARTS as TIME_PARTS
 
@@ -53,7 +54,7 @@ def _heading(plan: Plan) -> list[str]:
     )
 
 
-def _ranking(plan: Plan, layouts: Sequence[Layout]) -> list[str]:
+def _ranking(plan: Plan, layouts: Sequence[PlannedLayout]) -> list[str]:
     costs = "cost" if plan.price is not None else "GPU hours"
     titles = ["#", "TP", "PP", "CP", "DP", "shard", "batch", "recompute", "type", "GiB", "tokens/s", "MFU", "days"]
     rows: list[Sequence[str]] = [[*titles, costs]]

@@ -19,12 +19,12 @@ from megatron_hammer.kernels.selection import select_backends
 from megatron_hammer.train.build import kernel_requirements
 from megatron_hammer.train.gpus import find_gpu
 from megatron_hammer.train.metrics import peak_tflops
+from megatron_hammer.train.rank_costs import GIB
 from megatron_hammer.train.rank_peak import rank_peak
 from megatron_hammer.train.rank_speed import Machine, step_time
 
 WARM_UP_STEPS = 3
 MEASURED_STEPS = 7  # after these: a line at step 10 of a process
-GIB = 2**30
 
 
 def device_name(device: torch.device) -> str:

@@ -15,10 +15,9 @@ from megatron_hammer.config import Config
 from megatron_hammer.kernels.backend import Backend
 from megatron_hammer.train.gpus import GPUS
 from megatron_hammer.train.metrics import flops_per_token
-from megatron_hammer.train.rank_costs import owned_elements, without_second_moment
+from megatron_hammer.train.rank_costs import GIB, owned_elements, without_second_moment
 from megatron_hammer.train.rank_peak import worst_rank
 
-GIB = 2**30
 CHECKPOINT_BYTES = 12  # of a parameter: fp32 master and two moments; 4 less where Muon has one
 ASSUMED_MFU = 0.5
 NAMED_DEVICES = ("H100", "A100", "4090")

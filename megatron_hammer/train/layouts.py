@@ -16,10 +16,10 @@ from functools import cached_property
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
+from megatron_hammer.train.rank_costs import GIB
 from megatron_hammer.train.rank_peak import fused_backends, worst_rank
 from megatron_hammer.train.rank_speed import Machine, StepTime, step_time
 
-GIB = 2**30
 HEADROOM = 0.08  # of a GPU's memory: the CUDA context and NCCL (2 to 3 GiB), workspaces, holes between allocations
 MOST_CONTEXT_PARALLEL = 16
 MOST_MICRO_BATCH = 64
@@ -31,7 +31,7 @@ RECOMPUTES = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
-class Layout:
+class PlannedLayout:
     """A candidate: its config, and what a step of it is predicted to need."""
 
     config: Config
@@ -80,9 +80,9 @@ class Rejected:
 class Search:
     """All candidates of a config on so many GPUs."""
 
-    fitting: list[Layout]
+    fitting: list[PlannedLayout]
     """The fastest first."""
-    too_large: list[Layout]
+    too_large: list[PlannedLayout]
     """Those that do not fit, the smallest first."""
     rejected: list[Rejected]
     """In the order in which they were tried."""
@@ -90,9 +90,9 @@ class Search:
     """Bytes that a rank may need."""
 
     @property
-    def ranked(self) -> list[Layout]:
+    def ranked(self) -> list[PlannedLayout]:
         """Of those that fit and differ in their micro-batch alone, the fastest."""
-        best: dict[tuple[object, ...], Layout] = {}
+        best: dict[tuple[object, ...], PlannedLayout] = {}
         for layout in self.fitting:
             config = layout.config
             family = (*layout.sizes, config.parallel.shard, config.train.recompute, precision_of(config))
@@ -143,7 +143,7 @@ def search(
         said: told 1 for each family of layouts that differ in their micro-batch alone.
     """
     limit = round(memory_gib * GIB * (1 - headroom))
-    fitting, too_large, rejected = list[Layout](), list[Layout](), list[Rejected]()
+    fitting, too_large, rejected = list[PlannedLayout](), list[PlannedLayout](), list[Rejected]()
     for alike in candidates(config, world_size, machine, precisions):
         said(1)
         for name, candidate in alike:
@@ -163,10 +163,10 @@ def search(
     return Search(fitting, too_large, rejected, limit)
 
 
-def evaluate(config: Config, world_size: int, machine: Machine) -> Layout:
+def evaluate(config: Config, world_size: int, machine: Machine) -> PlannedLayout:
     """What a step of a valid config needs."""
     pp_rank, memory = worst_rank(config, world_size, fused_backends(config.kernels))
-    return Layout(config, world_size, machine, pp_rank, memory)
+    return PlannedLayout(config, world_size, machine, pp_rank, memory)
 
 
 def candidates(
@@ -237,7 +237,7 @@ def refusal(config: Config, world_size: int) -> str | None:
     return None
 
 
-def _effort(layout: Layout) -> int:
+def _effort(layout: PlannedLayout) -> int:
     """Of layouts that are as fast, the one with fewer axes comes first."""
     tp, pp, cp, _ = layout.sizes
     return tp * pp * cp

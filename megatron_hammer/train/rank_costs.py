@@ -59,6 +59,7 @@ from megatron_hammer.parallel.placement import Placement
 from megatron_hammer.parallel.tree import most_waiting
 from megatron_hammer.train.build import tables_of_stages
 
+GIB = 2**30
 BYTES_OF_SUM = 8
 ROW_STATISTICS = 12  # bytes a row of a chunk of logits: three fp32 numbers
 
@@ -217,7 +218,7 @@ def _data_parallel(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, 
         counted["dp", "all-reduce", 4 * blocks] += 1
         counted["tp", "all-gather", 4 * grid.tp] += 1
     for layout, at in zip(layouts_of(config, grid, rank), placements, strict=True):
-        uses = uses_of(at.layers, at.has_embedding, at.has_head, _is_tied(config, at))
+        uses = uses_of(at.layers, at.has_embedding, at.has_head, is_tied(config, at))
         for bucket in layout.buckets:
             elements = bucket.stop - bucket.start
             part = layout.table[bucket.parameters[0]].part
@@ -262,7 +263,7 @@ def _gathers(config: Config, part: str, uses: Mapping[str, Use]) -> int:
     return 1 if once or not config.parallel.reshard_after_forward else 2
 
 
-def _is_tied(config: Config, at: Placement) -> bool:
+def is_tied(config: Config, at: Placement) -> bool:
     """Whether head and embedding are one weight of this stage; a last stage without embedding has a copy."""
     return config.model.tie_word_embeddings and at.has_embedding and at.has_head
 

@@ -23,7 +23,7 @@ from collections import Counter
 from megatron_hammer.config import Config
 from megatron_hammer.optim.layout import Layout
 from megatron_hammer.parallel.placement import Placement
-from megatron_hammer.train.rank_costs import element_bytes, layouts_of, placements_of
+from megatron_hammer.train.rank_costs import element_bytes, is_tied, layouts_of, placements_of
 
 MOMENTS = ("begin", "forward", "head", "down", "between", "gate_up", "earlier", "end")
 
@@ -41,7 +41,7 @@ def rooms(config: Config, world_size: int, rank: int) -> dict[str, int]:
 
 
 def _gradients(config: Config, layout: Layout, at: Placement, several: bool) -> dict[str, int]:
-    tied = config.model.tie_word_embeddings and at.has_embedding and at.has_head
+    tied = is_tied(config, at)
     waiting = _size(layout, -1) if several and len(layout.buckets) > 1 else 0
 
     def two(bucket: int) -> int:

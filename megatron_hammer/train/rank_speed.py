@@ -35,6 +35,7 @@ from megatron_hammer.train.budget import (
     LAYER_PRODUCTS,
     OPTIMIZER,
     Cost,
+    Rates,
     StepShape,
     layer_products,
     micro_batch_costs,
@@ -105,7 +106,7 @@ class Machine:
         share = self.efficiency.attention if part == ATTENTION else self.efficiency.products
         times = self.efficiency.fp8 if fp8 and part == LAYER_PRODUCTS else 1.0
         rate, bandwidth = share * times * self.flops, self.efficiency.memory * self.gpu.bandwidth * TERA
-        return max(cost.flops / rate if cost.flops else 0.0, cost.bytes / bandwidth)
+        return Rates(rate, bandwidth).seconds(cost)
 
     def collective(self, kind: str, size: int, ranks: int, stride: int) -> float:
         """Seconds of one call whose whole tensor has so many bytes, among ranks that are ``stride`` apart."""

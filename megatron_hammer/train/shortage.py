@@ -18,15 +18,15 @@ from megatron_hammer.config import Config
 from megatron_hammer.train.comparison import device_name
 from megatron_hammer.train.gpus import GPUS, find_gpu
 from megatron_hammer.train.layouts import (
-    GIB,
     HEADROOM,
     RECOMPUTES,
     SHARDS,
-    Layout,
+    PlannedLayout,
     evaluate,
     refusal,
     with_layout,
 )
+from megatron_hammer.train.rank_costs import GIB
 from megatron_hammer.train.rank_speed import Machine
 
 SUGGESTED = 3
@@ -79,7 +79,7 @@ def shortage(
     )
 
 
-def cheapest_changes(config: Config, world_size: int, machine: Machine, limit: float) -> list[Layout]:
+def cheapest_changes(config: Config, world_size: int, machine: Machine, limit: float) -> list[PlannedLayout]:
     """The fastest layouts near this one that need at most ``limit`` bytes, none with a change that is not needed."""
     fitting = []
     for changed in _neighbours(config, world_size):
@@ -88,7 +88,7 @@ def cheapest_changes(config: Config, world_size: int, machine: Machine, limit: f
             if layout.bytes <= limit:
                 fitting.append(layout)
     fitting.sort(key=lambda layout: (layout.time.total / layout.time.tokens, len(_changes(config, layout.config))))
-    chosen: list[Layout] = []
+    chosen: list[PlannedLayout] = []
     for layout in fitting:
         mine = _changes(config, layout.config)
         if not any(_changes(config, other.config).items() <= mine.items() for other in chosen):
@@ -126,7 +126,7 @@ def _changes(old: Config, new: Config) -> dict[str, str]:
     }
 
 
-def _described(config: Config, now: Layout, layout: Layout) -> str:
+def _described(config: Config, now: PlannedLayout, layout: PlannedLayout) -> str:
     settings = " ".join(f"{name}={value}" for name, value in _changes(config, layout.config).items())
     slower = layout.time.total / now.time.total - 1
     speed = f"about {slower:.0%} slower" if slower >= 0.005 else "about as fast"

@@ -33,14 +33,13 @@ from megatron_hammer.parallel.context import ParallelContext, build_parallel_con
 from megatron_hammer.parallel.fake_world import Collective, fake_world, find_collective
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.build import build_stages
-from megatron_hammer.train.rank_costs import collectives, kept_bytes, state_bytes
+from megatron_hammer.train.rank_costs import GIB, collectives, kept_bytes, state_bytes
 from megatron_hammer.train.rank_peak import fused_backends
 from megatron_hammer.train.source_sums import Sources
 from megatron_hammer.train.step import train_step
 from megatron_hammer.verify.shapes import shape_kernels
 from megatron_hammer.verify.shrink import chosen_kernels
 
-GIB = 2**30
 OUTSIDE = "layers"
 """Where no range of the model is entered: sums of residuals, inputs of recomputed layers."""
 

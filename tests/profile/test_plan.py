@@ -16,7 +16,7 @@ from megatron_hammer.base.errors import ConfigError, HammerError, MemoryShortage
 from megatron_hammer.config import Config, load_config
 from megatron_hammer.profile.plan import Asked, Plan, chosen_config, make_plan, to_tree
 from megatron_hammer.profile.plan_report import WIDTH, draw_plan, table
-from megatron_hammer.train.layouts import GIB
+from megatron_hammer.train.rank_costs import GIB
 from tests.model.tiny import tiny_config
 from tests.walk import ROOT
 

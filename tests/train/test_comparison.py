@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from megatron_hammer.train import comparison as comparison_module
-from megatron_hammer.train.comparison import GIB, Prediction
+from megatron_hammer.train.comparison import Prediction
 from megatron_hammer.train.gpus import GPUS
+from megatron_hammer.train.rank_costs import GIB
 from megatron_hammer.train.rank_speed import Machine, step_time
 from megatron_hammer.train.run import run_rank
 from tests.train.runs import config_for, overrides

@@ -12,7 +12,8 @@ import torch
 from megatron_hammer.base.errors import MemoryShortage, from_exception
 from megatron_hammer.train import run
 from megatron_hammer.train.gpus import GPUS
-from megatron_hammer.train.layouts import GIB, evaluate
+from megatron_hammer.train.layouts import evaluate
+from megatron_hammer.train.rank_costs import GIB
 from megatron_hammer.train.rank_speed import Machine
 from megatron_hammer.train.shortage import cheapest_changes, explained, shortage
 from tests.model.tiny import tiny_config
