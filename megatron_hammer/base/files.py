@@ -184,6 +184,20 @@ def staged_folder(target: Path, replace: bool = False) -> Iterator[Path]:
         raise
 
 
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy all that is in a folder into another, which is there and empty, and make it durable: files and names."""
+    for path in sorted(source.rglob("*")):  # a folder comes before what is in it
+        copy = target / path.relative_to(source)
+        if path.is_dir():
+            copy.mkdir()
+            continue
+        with writing(copy, path.stat().st_size):
+            shutil.copy2(path, copy)
+            sync_file(copy)
+    for folder in (*target.rglob("*/"), target):
+        sync_folder(folder)
+
+
 def open_alone(path: Path) -> int | None:
     """Open a temporary file that only one process may write; what a killed one left in it is still there.
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_hammer.base.errors import ConfigError, DiskError
-from megatron_hammer.base.files import staged_folder, sync_file, sync_folder
+from megatron_hammer.base.files import copy_folder, staged_folder
 from megatron_hammer.huggingface.certified import check_output
 
 CARD = "README.md"
@@ -117,15 +116,7 @@ class FolderHub:
     def upload(self, folder: Path, message: str) -> str:
         """Copy all files; the folder appears when it is complete."""
         with staged_folder(self._output, replace=True) as staging:
-            for path in sorted(folder.rglob("*")):  # a folder comes before what is in it
-                target = staging / path.relative_to(folder)
-                if path.is_dir():
-                    target.mkdir()
-                    continue
-                shutil.copyfile(path, target)
-                sync_file(target)
-            for path in staging.rglob("*/"):
-                sync_folder(path)
+            copy_folder(folder, staging)
         return str(self._output)
 
 

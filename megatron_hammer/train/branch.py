@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import shutil
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.base.files import replace_file, staged_folder, sync_file, sync_folder
+from megatron_hammer.base.files import copy_folder, replace_file, staged_folder, sync_folder
 from megatron_hammer.checkpoint.fit import check_fits
 from megatron_hammer.checkpoint.folder import checkpoint_of_step, open_checkpoint, step_name
 from megatron_hammer.checkpoint.kinds import STATE_KINDS
@@ -148,12 +147,8 @@ def _annealed(child: Config, saved: Config, parent: Manifest, tokens: int, overr
 def _write(branch: Branch, run: Path, staging: Path) -> None:
     parent, step = branch.parent, branch.parent.step
     target = staging / "checkpoints" / step_name(step)
-    target.parent.mkdir()
-    shutil.copytree(parent.folder, target)
-    for path in target.rglob("*"):
-        if path.is_file():
-            sync_file(path)
-    sync_folder(target)
+    target.mkdir(parents=True)
+    copy_folder(parent.folder, target)
     sync_folder(target.parent)
     metrics = parent.folder.parent.parent / METRICS
     replace_file(staging / METRICS, read_lines(metrics).content(up_to=step))

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from megatron_hammer.base.errors import HammerError, from_exception
-from megatron_hammer.base.files import replace_file, staged_folder, write_durably
+from megatron_hammer.base.files import copy_folder, replace_file, staged_folder, write_durably
 from megatron_hammer.base.pictures import save_png
 from megatron_hammer.corpus.reformat import reformat_corpus
 from megatron_hammer.corpus.sample import sample_corpus
@@ -81,6 +81,11 @@ def folder_of_files(given: dict[str, Path], folder: Path) -> None:
             write_durably(staging / name, name.encode() * 5_000)
 
 
+def copy_of_a_folder(given: dict[str, Path], folder: Path) -> None:
+    with staged_folder(folder / "copy", replace=True) as staging:
+        copy_folder(given["export"], staging)
+
+
 CASES: dict[str, Case] = {
     "dataset": dataset,
     "datasets of a corpus": preprocess,
@@ -94,6 +99,7 @@ CASES: dict[str, Case] = {
     "picture": picture,
     "one file": lambda given, folder: replace_file(folder / "incident.json", bytes(10_000)),
     "folder": folder_of_files,
+    "folder copied": copy_of_a_folder,
 }
 
 
@@ -104,7 +110,10 @@ def given(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> dict[str
     lines = [f'{{"text": "line {n} {"word " * (n % 50)}"}}\n' for n in range(120)]
     (folder / "corpus.jsonl").write_text("".join(lines))
     dataset({}, folder)
-    return {"corpus": folder / "corpus.jsonl", "p": folder / "p", "tokenizer": tokenizer}
+    (folder / "export" / "a" / "b").mkdir(parents=True)
+    for name in ("x", "a/y", "a/b/z"):
+        (folder / "export" / name).write_bytes(name.encode() * 5_000)
+    return {"corpus": folder / "corpus.jsonl", "p": folder / "p", "tokenizer": tokenizer, "export": folder / "export"}
 
 
 @pytest.fixture(scope="module")
