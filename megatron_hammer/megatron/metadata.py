@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,8 @@ class Metadata:
 
     names: tuple[str, ...]
     """Of everything, tensors or not."""
-    entries: Mapping[str, Entry] = field(default_factory=dict)
-    places: Mapping[tuple[str, tuple[int, ...]], Place] = field(default_factory=dict)
+    entries: Mapping[str, Entry]
+    places: Mapping[tuple[str, tuple[int, ...]], Place]
     """By tensor, and where the chunk begins in it."""
 
 
