@@ -13,9 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_hammer.base.errors import ConfigError, DiskError
+from megatron_hammer.base.errors import ConfigError, DiskError, RefusedError
 from megatron_hammer.base.files import copy_folder, staged_folder
-from megatron_hammer.huggingface.certified import check_output
+from megatron_hammer.huggingface.certified import CERTIFICATE, check_output
 
 CARD = "README.md"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -112,6 +112,9 @@ class FolderHub:
     def check(self) -> None:
         """Only a published model is replaced."""
         check_output(self._output, beside=(CARD,))
+        if (self._output / CERTIFICATE).is_file() and not (self._output / CARD).is_file():
+            rule = "is an export, which stays as it was proved"
+            raise RefusedError(25, f"--output {self._output}", rule, "name another folder")
 
     def upload(self, folder: Path, message: str) -> str:
         """Copy all files; the folder appears when it is complete."""

@@ -152,6 +152,8 @@ def test_a_folder(run: Path, tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match=r"E525.*holds .git/HEAD, which no earlier export wrote"):
         publish(found, FolderHub(target))
     assert (target / ".git" / "HEAD").read_text() == "mine"
+    with pytest.raises(RefusedError, match=r"E525.*hf is an export, which stays as it was proved"):
+        publish(found, FolderHub(run / "hf"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(RefusedError, match=r"E525"):
