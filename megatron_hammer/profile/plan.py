@@ -119,7 +119,7 @@ def make_plan(config: Config, asked: Asked, said: Callable[[int], None] = lambda
         raise ConfigError(38, f"--precision fp8: {name}", "has no products in 8 bits", "use --precision bf16")
     link = gpu.link if asked.node_link is None else asked.node_link
     machine = Machine(
-        name, replace(gpu, peak_tflops=peak), asked.gpus_per_node, link, asked.network,
+        name, replace(gpu, peak_tflops=peak, link=link), asked.gpus_per_node, asked.network,
         efficiency=_efficiency(asked.efficiency),
     )  # fmt: skip
     whole = with_vocab_size(

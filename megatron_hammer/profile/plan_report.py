@@ -111,7 +111,7 @@ def assumptions(plan: Plan) -> list[str]:
             "  ",
         ),
         *_wrapped(
-            f"links of a GPU, one direction: {machine.node_link:g} GB/s among {machine.gpus_per_node} of a node, "
+            f"links of a GPU, one direction: {machine.gpu.link:g} GB/s among {machine.gpus_per_node} of a node, "
             f"{machine.network:g} GB/s between nodes (--node-link, --gpus-per-node, --network)",
             "  ",
         ),
@@ -169,7 +169,7 @@ def draw_plan(plan: Plan, output: Path, shown: int) -> None:
     figure.text(
         0.015, 0.015,
         f"tools/plan.py; assumed {rates.products:.0%} of the peak in products, {rates.attention:.0%} in attention, "
-        f"{rates.memory:.0%} of memory bandwidth, {plan.machine.node_link:g} GB/s in a node, "
+        f"{rates.memory:.0%} of memory bandwidth, {plan.machine.gpu.link:g} GB/s in a node, "
         f"{plan.machine.network:g} GB/s between nodes. Not measured.",
         fontsize=8, color="0.35",
     )  # fmt: skip

@@ -56,7 +56,7 @@ class Prediction:
         """Tokens a second of all ranks; None where no rate is known."""
         if gpu is not None and peak is not None:
             here = max(1, torch.cuda.device_count()) if device.type == "cuda" else 1
-            machine = Machine(device_name, replace(gpu, peak_tflops=peak), here, gpu.link)
+            machine = Machine(device_name, replace(gpu, peak_tflops=peak), here)
             self.speed = step_time(config, world_size, machine).tokens_per_second
         self._steps, self._tokens, self._seconds = 0, 0.0, 0.0
 

@@ -88,8 +88,6 @@ class Machine:
     name: str
     gpu: Gpu
     gpus_per_node: int = 8
-    node_link: float = 450.0
-    """GB/s of a GPU in one direction within a node."""
     network: float = 50.0
     """GB/s of a GPU in one direction between nodes; 50 is one port of 400 Gbit/s each."""
     latency: float = 20e-6
@@ -111,7 +109,7 @@ class Machine:
     def collective(self, kind: str, size: int, ranks: int, stride: int) -> float:
         """Seconds of one call whose whole tensor has so many bytes, among ranks that are ``stride`` apart."""
         together = min(ranks, max(1, self.gpus_per_node // stride))
-        link = self.node_link if together == ranks else min(self.node_link, self.network * together)
+        link = self.gpu.link if together == ranks else min(self.gpu.link, self.network * together)
         passes = {"all-reduce": 2 * (ranks - 1) / ranks, "send": 1.0, "receive": 0.0}.get(kind, (ranks - 1) / ranks)
         return self.latency * (kind != "receive") + passes * size / (link * GIGA * self.efficiency.links)
 

@@ -74,7 +74,7 @@ def test_a_run_predicts_once_and_is_held_against_it_once(
 
 def test_more_links_and_faster_ones_are_never_slower() -> None:
     config, world = make("8B", 2, tensor_model_parallel_size=4, sequence_parallel=True)
-    slow, fast = (Machine("x", GPUS["H100"], 8, link) for link in (25.0, 450.0))
+    slow, fast = (Machine("x", replace(GPUS["H100"], link=link)) for link in (25.0, 450.0))
     times = [step_time(config, world, machine) for machine in (slow, fast)]
     assert times[0].seconds["TP"] > 5 * times[1].seconds["TP"]
     assert times[0].seconds["compute"] == times[1].seconds["compute"]

@@ -64,6 +64,16 @@ def test_a_gpu_without_a_published_peak() -> None:
         assert "the fastest first: (1)" in str(shortage(RAISED, config, world, 0, name, 60 * GIB))
 
 
+def test_changes_are_compared_over_the_links_of_the_gpu() -> None:
+    """Sharded weights, gathered in each micro-batch, cost nothing over NVLink and a quarter of the step over PCIe."""
+    config, world = make("1.4B", 4, micro_batch_size=2)
+    said = [
+        str(shortage(RAISED, config, world, 0, name, 45 * GIB)) for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA L40S")
+    ]
+    slower = [re.findall(r"parallel.shard=weights \([\d.]+ GiB, about ([^)]+)\)", text) for text in said]
+    assert slower[0] == ["as fast"] and int(slower[1][0].removesuffix("% slower")) > 10
+
+
 def test_a_formula_that_fails_leaves_the_error_as_it_came() -> None:
     with mock.patch("megatron_hammer.train.shortage.shortage", side_effect=KeyError):
         assert explained(RAISED, tiny_config(), 1, 0, torch.device("cpu")) is None
