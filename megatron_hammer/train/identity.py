@@ -8,8 +8,8 @@ fingerprint samples the tokens; the header's hashes cover all of them. Needs no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megatron_hammer.base.errors import CheckpointError
@@ -91,6 +91,11 @@ def identify(dataset: IndexedDataset, prefix: str, share: float | None = None) -
     header = dataset.header
     blocks = None if header is None else hash_bytes(" ".join(header.block_hashes).encode())
     return DatasetIdentity(prefix, dataset.fingerprint, dataset.num_tokens, blocks, share)
+
+
+def by_prefix(datasets: Iterable[DatasetIdentity]) -> dict[str, DatasetIdentity]:
+    """Each under its prefix, whatever its share was."""
+    return {dataset.prefix: replace(dataset, share=None) for dataset in datasets}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ the run's own is chosen, whether it is as far. Needs no torch.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.config import Config
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.sampling.absent import AbsentSource, is_missing
-from megatron_hammer.train.identity import DataIdentity, DatasetIdentity, saved_identity
+from megatron_hammer.train.identity import DataIdentity, DatasetIdentity, by_prefix, saved_identity
 
 
 def past_sources(config: Config) -> dict[str, DatasetIdentity]:
@@ -40,8 +39,7 @@ def seen_here(config: Config) -> Manifest | None:
 
 def only_past(config: Config, was: DataIdentity, consumed: int) -> dict[str, DatasetIdentity]:
     """Of the sources that are not there, those that a checkpoint knows and no phase needs after so many samples."""
-    known = {dataset.prefix: dataclasses.replace(dataset, share=None) for dataset in was.train}
-    needed = _needed(config, consumed)
+    known, needed = by_prefix(was.train), _needed(config, consumed)
     return {p: known[p] for p in config.data.train_prefixes if p not in needed and p in known and is_missing(p)}
 
 

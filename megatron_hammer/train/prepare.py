@@ -53,6 +53,7 @@ from megatron_hammer.train.identity import (
     DataIdentity,
     DatasetIdentity,
     MixIdentity,
+    by_prefix,
     identify,
     saved_identity,
 )
@@ -420,7 +421,7 @@ def _with_config(inputs: Inputs, config: Config, was: DataIdentity | None, consu
     """The same with a config that names other phases."""
     looked_at = (*inputs.identity.train, *inputs.identity.valid.values())
     past = {} if was is None else only_past(config, was, consumed)
-    known = past | {dataset.prefix: dataclasses.replace(dataset, share=None) for dataset in looked_at}
+    known = past | by_prefix(looked_at)
     identity, _, plan = _check_data(config, inputs.tokenizer, read_ids=False, known=known)
     absent = {**inputs.absent, **absent_sources(past)}
     plan_told = None if inputs.plan is None else plan
