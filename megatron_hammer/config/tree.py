@@ -440,11 +440,8 @@ def _tree_obstacle(config: Config, world_size: int) -> tuple[str, str, str]:
     }
     for name, (value, possible) in others.items():
         if value != possible:
-            return (
-                what,
-                f"is not for {name}={str(value).lower()}",
-                f"leave one of them out ({name}={str(possible).lower()})",
-            )
+            without = "null" if possible is None else str(possible).lower()
+            return what, f"is not for {name}={str(value).lower()}", f"leave one of them out ({name}={without})"
     return "", "", ""
 
 
