@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+KILL_SECONDS = 10.0
+"""For a killed process to be gone: milliseconds, unless it waits in the kernel for a disk or a device (state D)."""
 STATE, PARENT, STARTED = 0, 1, 19  # positions in ``stat_fields``
 USER_TICKS, SYSTEM_TICKS = 11, 12
 
@@ -15,6 +17,16 @@ def stat_fields(pid: object) -> list[str] | None:
     except OSError:
         return None
     return stat.rpartition(")")[2].split()
+
+
+def outlives_a_kill(pid: int) -> str:
+    """What to say of a process that is still there so long after SIGKILL."""
+    fields = stat_fields(pid)
+    state = "unknown" if fields is None else fields[STATE]
+    return (
+        f"process {pid} has not ended {KILL_SECONDS:g} s after SIGKILL (state {state}): it is left to the kernel, "
+        "which ends it when the disk or the device that it waits for answers"
+    )
 
 
 def parents() -> dict[int, int]:

@@ -37,6 +37,8 @@ import torch
 
 from megatron_hammer.base.errors import DiskError, HammerError, from_fields
 from megatron_hammer.base.files import staging_path
+from megatron_hammer.base.processes import KILL_SECONDS, outlives_a_kill
+from megatron_hammer.base.progress import say
 from megatron_hammer.base.reading import read_regular
 from megatron_hammer.base.signals import STOP_SIGNALS
 from megatron_hammer.checkpoint.folder import Note, step_name
@@ -119,22 +121,30 @@ class WriterProcess:
         if self.open and self.error is None:
             select.select([self._answers], [], [], max(0.0, seconds))
 
-    def end(self) -> None:
-        """Kill it, if it lives, and wait for its end."""
+    def end(self) -> str:
+        """Kill it, if it lives, and wait for its end, but not for ever.
+
+        Returns:
+            an empty text; or, where it is still there, what to say of it.
+        """
         self._process.kill()
         self._close()
-        self._process.wait()
+        try:
+            self._process.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"rank {self._rank}, writer of checkpoints: {outlives_a_kill(self._process.pid)}"
+        return ""
 
-    def close(self, seconds: float) -> None:
-        """Let it finish what it was asked for, if it does so in time, and end."""
+    def close(self, seconds: float) -> str:
+        """Let it finish what it was asked for, if it does so in time, and end; the result is that of ``end``."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.close()
             self._process.wait(seconds)
         except (OSError, subprocess.TimeoutExpired):
-            self._process.kill()
-            self._process.wait()
+            return self.end()
         self._close()
+        return ""
 
     def _close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
@@ -273,8 +283,15 @@ class BackgroundSaver:
             self._writer.hear(self._note)
             if self._writer.error is None:
                 return self._writer
-            self._writer.end()
+            self._end(self._writer)
         return self._start()
+
+    def _end(self, writer: WriterProcess) -> bool:
+        """End a process; whether it has ended. One that has not is named."""
+        left = writer.end()
+        if left:
+            say(f"warning: {left}")
+        return not left
 
     def _stage(self, staging: Path, step: int) -> None:
         if self._leader:
@@ -362,7 +379,7 @@ class BackgroundSaver:
         if time.monotonic() <= deadline:
             return BUSY
         self._note(f"warning: a process is ended, so that the next save begins: {self._late('removed what is old')}")
-        writer.end()
+        self._end(writer)
         self._writer = None
         return 0
 
@@ -394,15 +411,15 @@ class BackgroundSaver:
         assert self._writer is not None
         self._snapshot.finish()
         self._writer.hear(self._note)
-        mine = self._writer.error
+        mine, ended = self._writer.error, True
         if mine is not None or self._writer.open:
-            self._writer.end()
+            ended = self._end(self._writer)
             self._writer = None
         self.save = None
         try:
-            raise_together(self._ctx, mine)  # nobody writes any more when this returns
+            raise_together(self._ctx, mine)  # nobody writes any more when this returns, or nobody can
         except HammerError as error:
-            if self._leader:
+            if self._leader and ended:  # else its last call to the kernel may be the rename: of a whole folder, or none
                 shutil.rmtree(save.staging, ignore_errors=True)
             return Outcome(save.step, save.target, error)
         raise AssertionError(f"a save of {save.target} failed on no rank")
@@ -410,10 +427,9 @@ class BackgroundSaver:
     def close(self) -> None:
         """End the process and give the memory back; what is in flight is not waited for."""
         if self._writer is not None:
-            if self.save is None:
-                self._writer.close(CLOSE_SECONDS)
-            else:
-                self._writer.end()
+            left = self._writer.close(CLOSE_SECONDS) if self.save is None else self._writer.end()
+            if left:
+                say(f"warning: {left}")
             self._writer = None
         self._snapshot.close()
 

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL
-from megatron_hammer.base.processes import parents
+from megatron_hammer.base.processes import KILL_SECONDS, outlives_a_kill, parents
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.signals import STOP_SIGNALS, on_signals, take_over
 from megatron_hammer.config import Config
@@ -46,6 +47,8 @@ class Ended:
     failure: Failure | None
     asked_to_stop: bool
     """Whether a stop signal came."""
+    left: tuple[str, ...] = ()
+    """What to say of each process that outlives this, since it waits in the kernel and SIGKILL does not reach it."""
 
 
 def run_ranks(config: Config, node: Node, entry: str, options: Mapping[str, Any]) -> Ended:
@@ -101,8 +104,7 @@ def run_ranks(config: Config, node: Node, entry: str, options: Mapping[str, Any]
     finally:
         # Until ranks are started again: the outcome stands, nothing is left to stop.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        kill(ranks)
-        end_orphans(others_children)
+        left = [*kill(ranks), *end_orphans(others_children | {r.pid for r in ranks if r.code is None})]
         pass_orphans_on(False)
         board.close()
     if failure is None and received and any(r.ended_by_us for r in ranks):
@@ -113,7 +115,7 @@ def run_ranks(config: Config, node: Node, entry: str, options: Mapping[str, Any]
         failure = agree_with_other_nodes(meeting.store, node, failure, others.lost())
         others.stop()
     code = EXIT_STOPPED_BY_SIGNAL if any(r.code for r in ranks) else 0
-    return Ended(code if failure is None else failure.error.exit_code, failure, bool(received))
+    return Ended(code if failure is None else failure.error.exit_code, failure, bool(received), tuple(left))
 
 
 def _meet(node: Node, timeout_seconds: int) -> Meeting:
@@ -157,17 +159,35 @@ def children_of(pid: int) -> set[int]:
     return {child for child, parent in parents().items() if parent == pid}
 
 
-def end_orphans(spared: set[int]) -> None:
+def end_orphans(spared: set[int]) -> list[str]:
     """Kill what the ranks have left behind, and what that has.
 
     Args:
         spared: children of this process that were there before the ranks.
+
+    Returns:
+        what to say of each that does not end.
     """
+    left: dict[int, str] = {}
     for _ in range(GENERATIONS):
-        orphans = children_of(os.getpid()) - spared
+        orphans = children_of(os.getpid()) - spared - left.keys()
         if not orphans:
-            return
+            break
         for pid in orphans:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+        until = time.monotonic() + KILL_SECONDS
+        for pid in orphans:
+            if not _has_ended(pid, until):
+                left[pid] = outlives_a_kill(pid)
+    return list(left.values())
+
+
+def _has_ended(pid: int, until: float) -> bool:
+    """Whether a killed child has ended, at the latest at that time."""
+    with contextlib.suppress(ChildProcessError):
+        while not os.waitpid(pid, os.WNOHANG)[0]:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.005)
+    return True

@@ -25,14 +25,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_hammer.base.cli import ArgumentParser, keep_torch_quiet, report
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.progress import say
+from megatron_hammer.base.streams import flush_streams
 from megatron_hammer.config import Config, add_accept, help_text, load_config
 from megatron_hammer.supervise.nodes import Node
 from megatron_hammer.supervise.restart import Restarts, make_restarts
+
+if TYPE_CHECKING:
+    from megatron_hammer.supervise.attempt import Ended
 
 # (config, rank, local_rank, world_size, store, check_data, **options) -> 0 or 75
 RANK_ENTRY = "megatron_hammer.train.run:run_rank"
@@ -148,6 +152,8 @@ def launch(
 
     while True:
         ended = run_ranks(config, node, entry, options or {})
+        if ended.left:
+            _leave_them(ended)
         if ended.failure is None:
             return ended.code
         if ended.failure.traceback:
@@ -157,6 +163,15 @@ def launch(
         say(str(ended.failure.error))
         say(f"restart {restarts.done} of {restarts.most}: {again.nproc} ranks go on from the last checkpoint")
         node = again
+
+
+def _leave_them(ended: Ended) -> NoReturn:
+    """End at once where a process is left that nobody can end, for which Python would wait; start nothing beside it."""
+    for line in ended.left:
+        say(line)
+    code = ended.code if ended.failure is None else report(ended.failure.error)
+    flush_streams()
+    os._exit(code)
 
 
 def _note_few_cores(config: Config, nproc: int) -> None:

@@ -21,6 +21,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL, HammerError, ParallelError, from_fields
+from megatron_hammer.base.processes import KILL_SECONDS, outlives_a_kill
 from megatron_hammer.parallel.observe import Observer
 
 GRACE_SECONDS = 2.0  # after a failure: for the other ranks to report the same one; a dead peer is noticed in 0.0 s
@@ -195,12 +196,21 @@ def _failure(rank: Rank) -> Failure | None:
     return Failure(2, rank.ended_at, error)
 
 
-def kill(ranks: Sequence[Rank]) -> None:
-    """End what still lives, at once and for certain. Checkpoints are safe: they are committed by a rename."""
+def kill(ranks: Sequence[Rank]) -> list[str]:
+    """End what still lives, at once and for certain. Checkpoints are safe: they are committed by a rename.
+
+    Returns:
+        what to say of each rank that not even the kernel can end now.
+    """
     for rank in ranks:
         if rank.process.is_alive():
             rank.ended_by_us = True
             rank.process.kill()
+    left, until = [], time.monotonic() + KILL_SECONDS
     for rank in ranks:
-        rank.process.join()
+        rank.process.join(max(0.0, until - time.monotonic()))
         _listen(rank)
+        if rank.code is None:
+            rank.ended_at = rank.ended_at or time.monotonic()
+            left.append(f"rank {rank.rank}: {outlives_a_kill(rank.pid)}")
+    return left

@@ -12,6 +12,7 @@ tensors of the last checkpoint with its state. Needs no torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -27,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hammer.base.processes import STATE, stat_fields
+from megatron_hammer.base.processes import KILL_SECONDS, STATE, stat_fields
 from megatron_hammer.base.tables import align
 from megatron_hammer.checkpoint.folder import newest_checkpoint
 from megatron_hammer.config import Config, to_yaml
@@ -190,7 +191,8 @@ class Drill:
             _, said = launcher.communicate(timeout=RUN_SECONDS)
         except subprocess.TimeoutExpired:
             launcher.kill()
-            launcher.communicate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                launcher.communicate(timeout=KILL_SECONDS)
             return -1, f"did not end within {RUN_SECONDS:g} s"
         return launcher.returncode, (said.splitlines() or [""])[-1]
 

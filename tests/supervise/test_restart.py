@@ -87,6 +87,37 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     assert make_restarts(config, Node(2, 2), 0, None).fewest_ranks == 2
 
 
+def test_nothing_is_started_beside_a_rank_that_outlives_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher ends with the failure's code, without Python's wait for its children."""
+    codes = list[int]()
+
+    def leaves(code: int) -> None:
+        codes.append(code)
+        raise SystemExit
+
+    monkeypatch.setattr(attempt, "run_ranks", lambda *_: Ended(7, died(1), False, ("rank 1: process 5 is there",)))
+    monkeypatch.setattr(os, "_exit", leaves)
+    again = restarts(tmp_path, 3, 1)
+    with pytest.raises(SystemExit):
+        start.launch(again.config, Node(8), restarts=again)
+    assert codes == [7]
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "rank 1: process 5 is there" and said[1].startswith("error[E701]: rank 1 died")
+
+
+def test_an_orphan_that_outlives_a_kill_is_named_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = attempt.children_of(os.getpid())
+    with subprocess.Popen(["sleep", "60"]) as child:
+        with monkeypatch.context() as patch:
+            patch.setattr(attempt, "KILL_SECONDS", 0.05)
+            patch.setattr(os, "kill", lambda pid, number: None)
+            (said,) = attempt.end_orphans(before)
+        child.kill()
+    assert said.startswith(f"process {child.pid} has not ended 10 s after SIGKILL")
+
+
 def test_orphans_come_to_the_launcher_and_are_ended() -> None:
     before = attempt.children_of(os.getpid())
     attempt.pass_orphans_on(True)

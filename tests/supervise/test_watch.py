@@ -14,7 +14,8 @@ import pytest
 from megatron_hammer.base.errors import ParallelError, to_fields
 from megatron_hammer.parallel.board import Board
 from megatron_hammer.parallel.observe import Observer
-from megatron_hammer.supervise.watch import Failure, Rank, _cause, watch
+from megatron_hammer.supervise import watch as watching
+from megatron_hammer.supervise.watch import Failure, Rank, _cause, kill, watch
 
 # ---- who died first --------------------------------------------------------------------------------------------------
 
@@ -73,6 +74,19 @@ def test_a_peer_that_cannot_be_reached_is_a_consequence(silent: Any) -> None:
     lost.report["error"] = to_fields(ParallelError(5, "x", "y", "z"))
     failure = _cause([lost], silent)
     assert failure is not None and failure.severity == 2
+
+
+def test_a_rank_that_outlives_a_kill_is_named_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that waits in the kernel for a disk."""
+    monkeypatch.setattr(watching, "KILL_SECONDS", 0.05)
+    waited = list[float]()
+    held: Any = SimpleNamespace(exitcode=None, pid=os.getpid(), is_alive=lambda: True, kill=lambda: None,
+                                join=waited.append)  # fmt: skip
+    pipe: Any = SimpleNamespace(closed=False, poll=lambda: False)
+    rank = Rank(3, held, pipe)
+    (said,) = kill([rank])
+    assert said.startswith(f"rank 3: process {os.getpid()} has not ended 10 s after SIGKILL (state ")
+    assert len(waited) == 1 and 0 <= waited[0] <= 0.05 and rank.ended_at is not None
 
 
 # ---- real processes --------------------------------------------------------------------------------------------------
