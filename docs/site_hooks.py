@@ -1,0 +1,67 @@
+"""What mkdocs does to the pages of docs/ beyond rendering them (mkdocs.yml names this file).
+
+The pages are written to be read on a code host, where README.md leads and links go to files of the repository. On the
+site README.md is the first page, the line that leads to a page's twin gives way to the choice of languages, links
+between Chinese pages go to pages of the Chinese site, and a link to a file outside of docs/ becomes the file's name. A
+link to a file that is not there is a warning, which ``--strict`` makes an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+import re
+from pathlib import Path
+
+from jinja2 import Environment
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+READMES = {"index.md": "README.md", "index.zh-CN.md": "README.zh-CN.md"}
+LOG = logging.getLogger("mkdocs.hooks.site")
+TWIN = re.compile(r"(?m)^\[(?:中文|English)\]\([a-z_]+(?:\.zh-CN)?\.md\)\n")
+README_TWIN = re.compile(r"(?m)^\[(?:中文说明|English)\]\(README[^)]*\.md\)[^\n]*\n")
+LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()#\s]+\.?[^()#\s]*)(#[^()\s]*)?\)")
+FENCE = re.compile(r"(?ms)^(```.*?^```)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the first page, in both languages."""
+    for name in READMES:
+        files.append(File(name, config.docs_dir, config.site_dir, config.use_directory_urls))
+    return files
+
+
+def on_env(env: Environment, config: MkDocsConfig, files: Files) -> None:
+    """The theme's own words: those for ``zh-CN`` it calls ``zh``."""
+    config.theme["language"] = config.theme["language"].partition("-")[0]
+
+
+def on_page_read_source(page: Page, config: MkDocsConfig) -> str | None:
+    """What the first page is read from; None: from its own file, as all others."""
+    readme = READMES.get(Path(page.file.abs_src_path or "").name)
+    return None if readme is None else README_TWIN.sub("", (ROOT / readme).read_text(encoding="utf-8"))
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """The text of a page as the site needs it."""
+    here = ROOT if Path(page.file.abs_src_path or "").name in READMES else ROOT / "docs"
+    parts = FENCE.split(TWIN.sub("", markdown, count=1))
+    return "".join(part if part.startswith("```") else LINK.sub(lambda m: _link(m, here, page), part) for part in parts)
+
+
+def _link(match: re.Match[str], folder: Path, page: Page) -> str:
+    mark, label, target, anchor = match.groups(default="")
+    if "://" in target or target.startswith("mailto:"):
+        return match.group()
+    place = posixpath.normpath(posixpath.join(folder.relative_to(ROOT).as_posix(), target))
+    if not (ROOT / place).exists():
+        LOG.warning("%s links to %s, which is not there", page.file.src_uri, target)
+    if place in READMES.values():
+        return f"[{label}](index.md{anchor})"
+    if place.startswith("docs/"):
+        return f"{mark}[{label}]({place.removeprefix('docs/').replace('.zh-CN.md', '.md')}{anchor})"
+    name = f"`{place}`"
+    return name if label.strip("`") in (place, posixpath.basename(place), place + "/") else f"{label} ({name})"
