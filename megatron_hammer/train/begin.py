@@ -36,10 +36,11 @@ from megatron_hammer.parallel.agreement import BeforeStart
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train import corruption, cuda_graph
 from megatron_hammer.train.build import check_compiler, kernel_requirements
-from megatron_hammer.train.comparison import Prediction
+from megatron_hammer.train.comparison import Prediction, device_name
 from megatron_hammer.train.loop import Run
 from megatron_hammer.train.output import HeldOutput, is_read_only, only_writer, put_in_order, remove_leftovers
 from megatron_hammer.train.prepare import Prepared, Start, build_indices, find_start, look_at_inputs, settle
+from megatron_hammer.train.shortage import memory_of, refuse_far_too_large
 from megatron_hammer.train.start import facts_of, look_for_probe, name_start, open_start, probe_file
 from megatron_hammer.train.trackers import check_trackers
 
@@ -73,6 +74,10 @@ class Beginning:
         """On rank 0, the folder that it holds the lock of."""
         self.device = torch.device("cpu")
         """This rank's; there once the ranks have agreed."""
+        self.prediction: Prediction | None = None
+        """On rank 0, of memory and speed, where no formula failed."""
+        self.predicted = ""
+        """The line for it."""
 
     def agree(self) -> Prepared:
         """Hold all rounds.
@@ -151,6 +156,15 @@ class Beginning:
         check_machine(prepared.config, self.device)
         if self._ranks.rank == 0:  # the one that reports
             check_trackers(self._config.log.trackers)
+            self._predict(prepared)
+
+    def _predict(self, prepared: Prepared) -> None:
+        """Say what the run will need, and refuse what is far beyond this machine."""
+        config, world_size = prepared.config, self._ranks.world_size
+        self.prediction, self.predicted = Prediction.of(config, world_size, self.device)
+        if self.prediction is not None and not prepared.is_finished:
+            needed = sum(self.prediction.parts.values())
+            refuse_far_too_large(needed, config, world_size, device_name(self.device), memory_of(self.device))
 
 
 def _damage_lines(prepared: Prepared) -> list[str]:

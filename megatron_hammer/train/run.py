@@ -20,7 +20,6 @@ from megatron_hammer.parallel.rendezvous import Store, collective_timeout, end_p
 from megatron_hammer.sampling.plan import format_run_plan
 from megatron_hammer.train.begin import Beginning, begin
 from megatron_hammer.train.build import kernel_requirements
-from megatron_hammer.train.comparison import Prediction
 from megatron_hammer.train.forecast import forecast
 from megatron_hammer.train.loop import train
 from megatron_hammer.train.prepare import Prepared, prepare
@@ -69,10 +68,9 @@ def run_rank(
         beginning = Beginning(ranks, held, config, local_rank, check_data, accepted)
         prepared = beginning.agree()
         config, device = prepared.config, beginning.device
-        prediction = None
+        prediction = beginning.prediction
         if rank == 0:
-            prediction, predicted = Prediction.of(config, world_size, device)
-            print(announcement(prepared, world_size, device, predicted), flush=True)
+            print(announcement(prepared, world_size, device, beginning.predicted), flush=True)
         if prepared.is_finished:
             return 0
         if store is not None and world_size > 1:

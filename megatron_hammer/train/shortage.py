@@ -1,13 +1,16 @@
 """What a run says beside "out of memory": where the memory goes by formula, and the cheapest changes that would fit.
 
-Only a shortage of tensors is explained, of a GPU or of torch on a CPU; what Python itself cannot get is not in the
-formulas. Nothing is asked of the device but its name and size. The changes keep what is computed: micro-batch,
+The same is said before the first step, and the run refused, where the prediction is several times the memory that is
+there (``refuse_far_too_large``): what is less far beyond is left to the device, since formulas and swap may err. Of
+errors only a shortage of tensors is explained, of a GPU or of torch on a CPU; what Python itself cannot get is not in
+the formulas. Nothing is asked of the device but its name and size. The changes keep what is computed: micro-batch,
 recompute, sequence parallelism, what is sharded, twice the tensor or pipeline parallel ranks.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -32,6 +35,7 @@ from megatron_hammer.train.rank_speed import Machine
 SUGGESTED = 3
 ANOTHER = "H100"  # by whose rates changes are compared where the table has none of the device
 BELOW_PREDICTION = 0.95  # what did not fit is larger than predicted: a change must save something at least
+FAR_TOO_LARGE = 4.0  # times the memory of the device: beyond any error of the formulas (5 %), swap and shared pages
 SETTINGS = {
     "parallel": ("tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size", "shard"),
     "train": ("micro_batch_size", "recompute"),
@@ -47,36 +51,64 @@ def explained(
     if not lacks_tensor_memory(error):
         return None
     try:
-        size = int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
+        size = memory_of(device) if device.type == "cuda" else None  # on a CPU nobody knows who else took it
         return shortage(error, config, world_size, rank, device_name(device), size)
     except Exception:
         return None
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU, or of the whole machine for a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def shortage(
     error: BaseException, config: Config, world_size: int, rank: int, name: str, size: int | None
 ) -> MemoryShortage:
     """The same for a device of this name that has ``size`` bytes; None: nobody knows."""
+    whose, needed, parts, remedy = _needs(config, world_size, name, size)
+    of = "" if size is None else f" of {size / GIB:.1f}"
+    text = " ".join(str(error).split()) or type(error).__name__
+    rule = f"has no memory left ({text[:400]}); {whose} is predicted to need {needed / GIB:.2f} GiB{of}: {parts}"
+    return MemoryShortage(1, f"rank {rank}", rule, remedy)
+
+
+def refuse_far_too_large(predicted: int, config: Config, world_size: int, name: str, size: int) -> None:
+    """Raise where rank 0 of the config is predicted to need ``FAR_TOO_LARGE`` times the bytes of its device, or more.
+
+    Raises:
+        MemoryShortage: E1003, with the parts and what would fit.
+    """
+    if predicted < FAR_TOO_LARGE * size:
+        return
+    whose, needed, parts, remedy = _needs(config, world_size, name, size)
+    rule = (
+        f"is predicted to need {needed / GIB:,.0f} GiB, {needed / size:,.0f} times the {size / GIB:.1f} GiB "
+        f"of this {'machine' if name == 'cpu' else 'GPU'}: {parts}"
+    )
+    raise MemoryShortage(3, whose, rule, remedy)
+
+
+def _needs(config: Config, world_size: int, name: str, size: int | None) -> tuple[str, int, str, str]:
+    """Which rank needs most, its bytes, these by part, and the remedy: the changes that would fit."""
     config = config.largest
     gpu = find_gpu(name)
     machine = Machine(name, gpu if gpu is not None and gpu.peak_tflops else GPUS[ANOTHER])
     now = evaluate(config, world_size, machine)
-    parts = ", ".join(f"{part} {amount / GIB:.2f}" for part, amount in now.memory.items() if amount)
-    of = "" if size is None else f" of {size / GIB:.1f}"
+    parts = ", ".join(f"{part} {amount / GIB:,.2f}" for part, amount in now.memory.items() if amount)
     limit = BELOW_PREDICTION * now.bytes
     limit = limit if size is None else min(limit, (1 - HEADROOM) * size)
     whose = "a rank" if config.parallel.pipeline_model_parallel_size == 1 else f"pipeline rank {now.pp_rank}"
     changes = cheapest_changes(config, world_size, machine, limit)
-    remedy = "; ".join(f"({i}) {_described(config, now, layout)}" for i, layout in enumerate(changes, start=1))
-    text = " ".join(str(error).split()) or type(error).__name__
-    return MemoryShortage(
-        1,
-        f"rank {rank}",
-        f"has no memory left ({text[:400]}); {whose} is predicted to need {now.bytes / GIB:.2f} GiB{of}: {parts}",
-        f"use one of these, the fastest first: {remedy}"
+    described = "; ".join(f"({i}) {_described(config, now, layout)}" for i, layout in enumerate(changes, start=1))
+    remedy = (
+        f"use one of these, the fastest first: {described}"
         if changes
-        else "no micro-batch, recompute or sharding fits: use more ranks, a shorter data.seq_length or a larger GPU",
+        else "no micro-batch, recompute or sharding fits: use more ranks, a shorter data.seq_length or a larger GPU"
     )
+    return whose, now.bytes, parts, remedy
 
 
 def cheapest_changes(config: Config, world_size: int, machine: Machine, limit: float) -> list[PlannedLayout]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -10,12 +12,14 @@ import pytest
 import torch
 
 from megatron_hammer.base.errors import MemoryShortage, from_exception
+from megatron_hammer.parallel.agreement import BeforeStart
 from megatron_hammer.train import run
+from megatron_hammer.train.begin import Beginning
 from megatron_hammer.train.gpus import GPUS
 from megatron_hammer.train.layouts import evaluate
 from megatron_hammer.train.rank_costs import GIB
 from megatron_hammer.train.rank_speed import Machine
-from megatron_hammer.train.shortage import cheapest_changes, explained, shortage
+from megatron_hammer.train.shortage import cheapest_changes, explained, refuse_far_too_large, shortage
 from tests.model.tiny import tiny_config
 from tests.train.test_rank_peak import make
 
@@ -72,6 +76,22 @@ def test_changes_are_compared_over_the_links_of_the_gpu() -> None:
     ]
     slower = [re.findall(r"parallel.shard=weights \([\d.]+ GiB, about ([^)]+)\)", text) for text in said]
     assert slower[0] == ["as fast"] and int(slower[1][0].removesuffix("% slower")) > 10
+
+
+def test_what_is_far_beyond_the_machine_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    """A sequence of 100,000,000 tokens was only remarked (1,493 GiB of 24)."""
+    config = tiny_config(data__seq_length=100_000_000, train__output=str(tmp_path / "run"))
+    beginning = Beginning(BeforeStart(None, 0, 1), ExitStack(), config, 0)
+    prepared = mock.Mock(config=config, is_finished=False)
+    rule = r"E1003\]: a rank is predicted to need [\d,]+ GiB, \d+ times the [\d.]+ GiB of this machine: .*shorter d"
+    with pytest.raises(MemoryShortage, match=rule):
+        beginning._predict(prepared)
+    prepared.is_finished = True
+    beginning._predict(prepared)  # it needs nothing any more
+    needed = sum(beginning.prediction.parts.values()) if beginning.prediction else 0
+    refuse_far_too_large(needed, config, 1, "NVIDIA A100-SXM4-80GB", needed // 3)  # formulas may err, machines swap
+    with pytest.raises(MemoryShortage, match=r"4 times the .* of this GPU: .*activations"):
+        refuse_far_too_large(needed, config, 1, "NVIDIA A100-SXM4-80GB", needed // 4)
 
 
 def test_a_formula_that_fails_leaves_the_error_as_it_came() -> None:
