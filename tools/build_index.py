@@ -31,14 +31,20 @@ def parser() -> ArgumentParser:
     return parser
 
 
+OF_PREFIXES = ("--seq-length", "--seed", "--samples", "--order", "--index-folder")
+"""What a config says of its own."""
+
+
 def main() -> None:
-    args = parser().parse_args()
+    words = parser()
+    args = words.parse_args()
     from megatron_hammer.config import load_config
     from megatron_hammer.sampling.prebuild import IndexPlan, build_indices, plan_of
 
     if (args.config is None) == (args.prefix is None):
         raise ConfigError(85, "build_index.py", "needs a config or --prefix, and not both", "see build_index.py --help")
     if args.config is not None:
+        words.refuse_idle("with a config, which says it", *OF_PREFIXES)
         plan = plan_of(load_config(args.config, args.overrides))
     else:
         if None in (args.seq_length, args.seed, args.samples):

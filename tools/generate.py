@@ -68,10 +68,12 @@ def main() -> None:
     if args.step is not None and args.hf is not None:
         rule = "was called wrongly: --step is of a run"
         raise ConfigError(1, words.prog, rule, "name the run with --load, or leave --step out")
-    idle = {"--json": args.json, "--batch-size": args.batch_size != 1} if args.chat else {"--system": args.system}
-    for option in (option for option, given in idle.items() if given):
-        rule = f"was called wrongly: {option} is for {'prompts' if args.chat else '--chat'}"
-        raise ConfigError(1, words.prog, rule, f"leave {option} out")
+    if args.chat:
+        words.refuse_idle("with --chat: it is for prompts", "--json", "--batch-size")
+    else:
+        words.refuse_idle("without --chat", "--system")
+    if args.prompts is None:
+        words.refuse_idle("without --prompts FILE.jsonl", "--key")
     from megatron_hammer.huggingface.generate import Sampling, continue_texts, read_prompts
     from megatron_hammer.huggingface.text_model import open_folder, open_text_model
 

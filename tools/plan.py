@@ -56,7 +56,12 @@ def build_parser() -> ArgumentParser:
 
 
 def main() -> int:
-    arguments = build_parser().parse_intermixed_args()
+    parser = build_parser()
+    arguments = parser.parse_intermixed_args()
+    if arguments.write is None:
+        parser.refuse_idle("without --write FILE.yaml", "--choose")
+    if arguments.json and arguments.picture is None:
+        parser.refuse_idle("with --json, which has all layouts", "--show")
     from megatron_hammer.base.files import replace_file
     from megatron_hammer.base.pictures import check_png
     from megatron_hammer.base.progress import Progress

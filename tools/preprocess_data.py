@@ -72,8 +72,8 @@ def parser() -> ArgumentParser:
 def main() -> int:
     arguments = parser()
     args = arguments.parse_args()
-    if args.engine == "local" and (args.address, args.workers_per_task) != (None, None):
-        arguments.error("--address and --workers-per-task need --engine ray")
+    if args.engine == "local":
+        arguments.refuse_idle("without --engine ray", "--address", "--workers-per-task")
     check_prefix("--output-prefix", args.output_prefix, f"_{args.json_keys[0]}_document.idx")
     command = megatron.translate(args)
     from megatron_hammer.dataset.make.job import Stopped, prepare_job, remarks

@@ -41,13 +41,18 @@ def parser() -> ArgumentParser:
 
 
 def main() -> None:
-    arguments = parser().parse_args()
+    words = parser()
+    arguments = words.parse_args()
     from megatron_hammer.base.reading import read_regular
     from megatron_hammer.publish.card import Wishes
     from megatron_hammer.publish.hubs import FolderHub, Hub, HuggingFaceHub, ModelScopeHub, check_repository
     from megatron_hammer.publish.publish import prepare, publish
 
     to, repository, output = arguments.to, arguments.repo, arguments.output
+    if to == "folder":
+        words.refuse_idle("with --to folder", "--private")
+    else:
+        words.refuse_idle(f"with --to {to}: it names the folder of --to folder", "--output")
     missing = "--output DIR" if to == "folder" and output is None else "--repo OWNER/NAME"
     if (output if to == "folder" else repository) is None:
         raise ConfigError(90, f"--to {to}", f"needs {missing}", f"add {missing}")

@@ -53,6 +53,8 @@ def main() -> int:
         help="on the GPUs of this machine, with the config's precision and kernels; --nproc is then their number",
     )
     arguments = parser.parse_intermixed_args()
+    if arguments.world is None:
+        parser.refuse_idle("without --world N", "--rank")
     name, ranks = ("nproc", arguments.nproc) if arguments.world is None else ("world", arguments.world)
     if ranks < 1:
         raise ConfigError(40, f"--{name}={ranks}", "must be at least 1", f"raise --{name}")

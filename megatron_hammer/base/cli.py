@@ -57,6 +57,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         self._words: list[str] = []
+        self._given: set[str] = set()
+        """Options of all calls: argparse parses twice where options and other words are mixed."""
         self.option_remedy: Callable[[str], str] = lambda option: ""
         """What an option that there is not, such as another program's, is here."""
         kwargs.setdefault("allow_abbrev", False)
@@ -81,6 +83,7 @@ class ArgumentParser(argparse.ArgumentParser):
             if not word.isascii() and not word.startswith("-") and (meant := self._meant_as_option(word)):
                 rule = f"was called wrongly: {meant[0]} is no option: its dash is not that of the keyboard"
                 raise ConfigError(1, self.prog, rule, f"write {meant[1]}")
+        self._given |= {word.partition("=")[0] for word in self._words}
         found, rest = super().parse_known_args(self._words, namespace)
         for name, value in list(vars(found).items()):
             for path in value if isinstance(value, list) else [value]:
@@ -88,6 +91,21 @@ class ArgumentParser(argparse.ArgumentParser):
                     shown = re.sub(r"^([a-z0-9+.-]{2,}):/+", r"\1://", str(path))
                     raise ConfigError(88, f"{name} {shown}", "is no path on this machine", remedy)
         return found, rest
+
+    def refuse_idle(self, where: str, *options: str) -> None:
+        """Refuse options that were given although they do nothing here.
+
+        Args:
+            where: the reason, as "without --write FILE.yaml".
+
+        Raises:
+            ConfigError: E201.
+        """
+        for option in options:
+            if option in self._given:
+                other = where.partition("without ")[2]
+                remedy = f"leave {option} out" + (f", or add {other}" if other else "")
+                raise ConfigError(1, self.prog, f"was called wrongly: {option} does nothing {where}", remedy)
 
     def _with_dashes(self, argument: str) -> str:
         name, equals, value = argument.partition("=")

@@ -71,6 +71,18 @@ def test_what_is_wrong_and_the_cure(arguments: list[str], words: str) -> None:
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("given", [["c", "--vocab-size", "2", "x.y=1"], ["--vocab_size=2", "c"]])
+def test_an_option_that_does_nothing_here_is_refused(given: list[str]) -> None:
+    program = parser()
+    program.add_argument("overrides", nargs="*")
+    program.parse_intermixed_args(given)
+    program.refuse_idle("without --chat", "--top_k")
+    with pytest.raises(ConfigError, match=r"E201.*--vocab-size does nothing without --chat; leave .* out, or add"):
+        program.refuse_idle("without --chat", "--top_k", "--vocab-size")
+    with pytest.raises(ConfigError, match=r"--vocab-size does nothing with --json; leave --vocab-size out$"):
+        program.refuse_idle("with --json", "--vocab-size")
+
+
 def test_another_python_is_named_with_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> None:
         importlib.import_module("a_library_that_is_not_there")

@@ -156,6 +156,10 @@ def test_the_program_writes_a_config_that_training_takes(
     monkeypatch.setattr(sys, "argv", ["plan.py", words[0], *words[1:5], "--write", words[0]])
     with pytest.raises(ConfigError, match="is the config that is read"):
         program().main()
+    for idle, reason in ((["--choose", "2"], "without --write"), (["--show=3", "--json"], "with --json")):
+        monkeypatch.setattr(sys, "argv", ["plan.py", *words[:5], *idle])
+        with pytest.raises(ConfigError, match=rf"E201.*{idle[0].partition('=')[0]} does nothing {reason}"):
+            program().main()
 
 
 def test_nothing_fits_is_exit_code_10() -> None:

@@ -278,6 +278,9 @@ def test_the_program(
     (tmp_path / "words.md").write_bytes("你好".encode("gb18030"))
     with pytest.raises(DataError, match=r"E303.*words.md is not valid UTF-8 at byte 0"):
         call("--to", "hf", "--repo", "me/m", "--dry-run", "--description", str(tmp_path / "words.md"))
+    for words in (("folder", "--output", "x", "--private"), ("hf", "--repo", "me/m", "--output", "x")):
+        with pytest.raises(ConfigError, match=rf"E201.*does nothing with --to {words[0]}"):
+            call("--dry-run", "--to", *words)
     for words in (("--to", "folder"), ("--to", "hf"), ("--to", "hf", "--repo", "m")):
         with pytest.raises(ConfigError, match=r"E290"):
             call(*words)

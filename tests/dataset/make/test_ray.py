@@ -226,8 +226,8 @@ def test_a_cluster_for_one_run_and_a_signal(cluster, tmp_path: Path, large: list
     ("options", "code", "words"),
     [
         (["--address", "127.0.0.1:1"], 2, "error[E298]: --address 127.0.0.1:1 is no Ray cluster that answers"),
-        (["--engine", "local", "--address", "auto"], 2, "need --engine ray"),
-        (["--engine", "local", "--workers-per-task", "2"], 2, "need --engine ray"),
+        (["--engine", "local", "--address", "auto"], 2, "does nothing without --engine ray"),
+        (["--engine", "local", "--workers-per-task", "2"], 2, "does nothing without --engine ray"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, tokenizer: Path, options: list[str], code: int, words: str) -> None:
