@@ -29,6 +29,7 @@ from megatron_hammer.checkpoint.folder import checkpoint_of_step, open_checkpoin
 from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, saved_model
 from megatron_hammer.checkpoint.read import load_model
 from megatron_hammer.config import Config, DataConfig, KernelsConfig, ModelConfig, ParallelConfig, config_from_tree
+from megatron_hammer.huggingface.certified import recorded_documents
 from megatron_hammer.huggingface.config import CONFIG, FAMILIES, check_vocabulary, model_config_from_hf, read_json
 from megatron_hammer.huggingface.export import documents_begin_with
 from megatron_hammer.huggingface.text_model import choose_place
@@ -115,7 +116,7 @@ def _of_checkpoint(name: str, manifest: Manifest) -> Subject:
         config.train.micro_batch_size,
         config.data.attention_mask == "document",
         dict(config.data.valid or {}),
-        _begins_itself(tokenizer) if begins is None else begins,
+        (tokenizer is not None and tokenizer.begins_with_bos) if begins is None else begins,
         manifest.step,
     )
 
@@ -172,19 +173,15 @@ def _of_transformers(name: str, folder: Path, tree: dict[str, Any], tokenizer: T
     )
 
 
-def _begins_itself(tokenizer: Tokenizer | None) -> bool:
-    """Whether the tokenizer puts its bos before a text of itself, when it is asked for special ids."""
-    if tokenizer is None or tokenizer.bos_id is None:
-        return False
-    return tokenizer.template_ids()[:1] == [tokenizer.bos_id]
-
-
 def _folder_begins_with_bos(folder: Path, tokenizer: Tokenizer | None) -> bool:
-    """Whether transformers puts bos before a text with the folder's tokenizer."""
+    """As the export recorded of the run's data; else whether transformers puts bos before a text with the tokenizer."""
     if tokenizer is None or tokenizer.bos_id is None:
         return False
+    begins, _ = recorded_documents(folder)
+    if begins is not None:
+        return begins
     if (definition := folder / "tokenizer.json").is_file():
-        return _begins_itself(tokenizer if tokenizer.path == definition else load_tokenizer(definition))
+        return (tokenizer if tokenizer.path == definition else load_tokenizer(definition)).begins_with_bos
     settings = folder / "tokenizer_config.json"  # a tokenizer.model's Llama class has bos unless told not to
     return not settings.is_file() or read_json(settings).get("add_bos_token") is not False
 

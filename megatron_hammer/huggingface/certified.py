@@ -34,6 +34,17 @@ def listed_files(certificate: Mapping[str, Any]) -> dict[str, tuple[int, str]] |
     return found
 
 
+def recorded_documents(folder: Path) -> tuple[bool | None, bool | None]:
+    """Whether documents began with bos and ended with eos in training, as an export recorded; None: it does not."""
+    if not (folder / CERTIFICATE).is_file():
+        return None, None
+    documents = read_json(folder / CERTIFICATE).get("documents")
+    if not isinstance(documents, dict):
+        return None, None
+    begins, ends = (documents.get(name) for name in ("begin_with_bos", "end_with_eos"))
+    return begins if isinstance(begins, bool) else None, ends if isinstance(ends, bool) else None
+
+
 def check_output(output: Path, beside: Collection[str] = ()) -> None:
     """Raise ``RefusedError`` E525 unless ``output`` may be replaced: absent, empty, or all an export of ours.
 

@@ -165,8 +165,7 @@ def open_saved(manifest: Manifest, begin: Begin = "auto", dtype: str | None = No
         documents_begin_with(manifest, tokenizer.bos_id), documents_end_with(manifest, tokenizer.eos_id)
     )
     if not used:
-        template = [tokenizer.bos_id] if tokenizer.kind == "sentencepiece" else tokenizer.template_ids()[:1]
-        used = "bos" if tokenizer.bos_id is not None and template == [tokenizer.bos_id] else "none"
+        used = "bos" if tokenizer.begins_with_bos else "none"
         why = "as an export's tokenizer begins a text (no dataset of the run is here)"  # ``convert_tokenizer``
     start, words = start_of(begin, used, why, ids)
     return TextModel(
@@ -268,15 +267,11 @@ def _began_in_training(begins: bool | None, ends: bool | None) -> tuple[str, str
 
 def _began_in_folder(folder: Path, tokenizer: Any) -> tuple[str, str]:
     """As the export recorded of the run's data; else as transformers' tokenizer begins a text of itself."""
-    from megatron_hammer.huggingface.certified import CERTIFICATE
-    from megatron_hammer.huggingface.config import read_json
+    from megatron_hammer.huggingface.certified import recorded_documents
 
-    if (folder / CERTIFICATE).is_file():
-        documents = read_json(folder / CERTIFICATE).get("documents")
-        if isinstance(documents, dict):
-            used, why = _began_in_training(documents.get("begin_with_bos"), documents.get("end_with_eos"))
-            if used:
-                return used, why
+    used, why = _began_in_training(*recorded_documents(folder))
+    if used:
+        return used, why
     bos = tokenizer.bos_token_id
     begins = bos is not None and list(tokenizer("", verbose=False)["input_ids"])[:1] == [bos]
     return "bos" if begins else "none", "as the folder's tokenizer begins a text"

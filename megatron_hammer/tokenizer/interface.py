@@ -83,6 +83,11 @@ class Tokenizer(ABC):
         """The ids that the tokenizer itself puts around a text for those who ask it to, as Hugging Face's can."""
         return []
 
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether a text begins with bos where nothing is known of the documents that a model was trained on."""
+        return self.bos_id is not None and self.template_ids()[:1] == [self.bos_id]
+
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text that the ids stand for; special ids stand for nothing."""

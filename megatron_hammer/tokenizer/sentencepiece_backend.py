@@ -66,6 +66,10 @@ class SentencePieceTokenizer(Tokenizer):
         self.fingerprint = _fingerprint_model(facts)
 
     @property
+    def begins_with_bos(self) -> bool:  # as sentencepiece's models are exported (``convert.py``)
+        return self.bos_id is not None
+
+    @property
     def removes_extra_spaces(self) -> bool:
         """Whether the model drops spaces at both ends of a text and all but one of each run."""
         return bool(self._facts.settings["remove_extra_whitespaces"])

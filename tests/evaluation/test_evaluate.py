@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError, RefusedError
 from megatron_hammer.checkpoint.folder import open_checkpoint
+from megatron_hammer.checkpoint.manifest import write_manifest
 from megatron_hammer.dataset.format import TokenizerRecord
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.evaluation.measure import Figures, Options, check_options, measure, sets_of
@@ -236,6 +237,24 @@ def test_what_is_refused(
     monkeypatch.chdir(folder)
     assert run_tool(monkeypatch, *arguments) == code
     assert f"error[{said}]" in capsys.readouterr().err
+
+
+def test_documents_begin_as_prompts_do_where_the_data_has_gone(folder: Path, tmp_path: Path) -> None:
+    """One rule for evaluation, generation and export: with bos for sentencepiece where nobody knows better."""
+    from megatron_hammer.huggingface.text_model import open_saved
+
+    manifest = open_checkpoint(shutil.copytree(folder / "run", tmp_path / "run"))
+    gone = {"train": {str(tmp_path / "gone_text_document"): 1.0}}
+    (manifest.folder / "manifest.json").unlink()
+    write_manifest(replace(manifest, config=manifest.config | {"data": manifest.config["data"] | gone}))
+    subject = describe_subject(str(tmp_path / "run"))
+    assert subject.tokenizer is not None
+    start = open_saved(open_checkpoint(tmp_path / "run")).start
+    assert subject.begins_with_bos and start == (subject.tokenizer.bos_id,)
+    shutil.copytree(folder / "hf", tmp_path / "hf")
+    for recorded in (False, True):  # an export knows, whatever its tokenizer does
+        (tmp_path / "hf" / "certificate.json").write_text(json.dumps({"documents": {"begin_with_bos": recorded}}))
+        assert describe_subject(str(tmp_path / "hf")).begins_with_bos is recorded
 
 
 def test_a_dataset_of_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
