@@ -189,7 +189,7 @@ def price(args: argparse.Namespace) -> Analysis:
     }
     tables = price.price_tables(prices, config, reference)
     notes = [*price.price_notes(prices, sample), *assumptions(tokenizers)]
-    return Analysis(facts, tables, lambda: analyze_plots.draw_price(prices, config), notes)
+    return Analysis(facts, tables, lambda: analyze_plots.draw_price(prices, config, sample.kept_bytes), notes)
 
 
 def assumptions(tokenizers: dict[str, Any]) -> list[str]:

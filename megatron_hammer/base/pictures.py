@@ -23,6 +23,7 @@ from megatron_hammer.base.writing import writing
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")  # beside the colours: blue and green are one to readers who lack blue
 WIDTH_INCHES, DOTS_AN_INCH = 9.0, 130  # a page shows its 1,170 pixels as 800 or more
 SMALL_POINTS = 9  # of the smallest text: 11 pixels of these 800, and 9 points in a print
 # A family for several scripts comes before one for a single letter, and one without serifs, whose Chinese is of the

@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_hammer.base.errors import DataError, os_remedy
 from megatron_hammer.base.paths import missing_remedy
-from megatron_hammer.base.pictures import COLOURS, check_png, new_figure, save_png, tidy
+from megatron_hammer.base.pictures import COLOURS, MARKERS, check_png, new_figure, save_png, tidy
 from megatron_hammer.base.reading import open_regular, parse_json
 
 MAX_POINTS = 4000  # more than a picture of this size has columns: longer runs are thinned
@@ -40,6 +40,8 @@ class Curves:
     """Name of a set -> the steps at which it was evaluated, and its losses."""
     sources: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
     """Name of a data source -> the steps that it gave something to, and its losses."""
+    tokens: int = 0
+    """Trained on up to the last of the steps; 0 where nobody says."""
     read: dict[str, int] = field(default_factory=dict)
     """Name of a data source -> tokens read of it up to the last of these steps."""
 
@@ -85,6 +87,7 @@ def _add_step(curves: Curves, line: bytes, where: str) -> None:
         curves.steps.append(int(values["step"]))
         curves.loss.append(_number(values["loss"]))
         curves.lr.append(_number(values["lr"]))
+        curves.tokens = int(values.get("consumed_tokens", 0))
         for key, value in values.items():
             kind, _, rest = key.partition("/")
             name, _, figure = rest.rpartition("/")
@@ -129,14 +132,18 @@ def plot_loss(run: Path, output: Path) -> Curves:
     thin = slice(None, None, -(-len(steps) // MAX_POINTS))
 
     figure = new_figure(
-        6.8, f"Loss of {run.resolve().name}", f"Source: metrics.jsonl of the run, to step {steps[-1]:,}"
+        6.8,
+        f"Loss of {run.resolve().name}",
+        f"Source: metrics.jsonl of the run, to step {steps[-1]:,}"
+        + (f" and token {curves.tokens:,}" if curves.tokens else ""),
     )
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3.5, 1])
     above.plot(steps[thin], loss[thin], color="0.75", linewidth=0.8, label="training, each step")
     above.plot(steps[thin], smooth[thin], color="black", linewidth=1.6, label=f"training, mean: {_last(smooth)}")
     for i, (name, (at, losses)) in enumerate(curves.valid.items()):
-        above.plot(at, losses, color=COLOURS[i % len(COLOURS)], linewidth=1.2, marker="o", markersize=4,
-                   label=f"{name}: {_last(np.array(losses))}")  # fmt: skip
+        above.plot(at, losses, color=COLOURS[i % len(COLOURS)], linewidth=1.2,
+                   marker=MARKERS[i % len(MARKERS)], markersize=4,
+                   label=f"validation on {name}: {_last(np.array(losses))}")  # fmt: skip
     _plot_sources(above, curves)
     above.set_ylabel("loss (nats per token)")
     for text in above.legend(frameon=False, title="last value", alignment="left").get_texts():

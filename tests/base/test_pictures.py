@@ -99,9 +99,11 @@ def test_a_run_and_a_set_named_in_chinese(installed: Path, tmp_path: Path, capfd
     """Title and legend of a loss curve; a dollar sign is no formula."""
     from megatron_hammer.train.plot import plot_loss
 
-    lines: list[dict[str, object]] = [{"step": 1, "loss": 2.0, "lr": 1e-3, "valid/运$x_{/loss": 3.0}]
+    lines: list[dict[str, object]] = [
+        {"step": 1, "loss": 2.0, "lr": 1e-3, "valid/运$x_{/loss": 3.0, "consumed_tokens": 4096}
+    ]
     write_metrics(tmp_path / "名行 $\\frac{", lines)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plot_loss(tmp_path / "名行 $\\frac{", tmp_path / "loss.png")
+        assert plot_loss(tmp_path / "名行 $\\frac{", tmp_path / "loss.png").tokens == 4096
     assert capfd.readouterr().err == ""

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hammer.base.pictures import COLOURS, SMALL_POINTS, legend_above, new_figure, png_of, tidy
+from megatron_hammer.base.pictures import COLOURS, MARKERS, SMALL_POINTS, legend_above, new_figure, png_of, tidy
+from megatron_hammer.base.progress import size_of
 from megatron_hammer.config import Config
 from megatron_hammer.tokenizer.lab.analyze import OVERALL, Coverage, Vocabulary
 from megatron_hammer.tokenizer.lab.cost import token_flops
@@ -18,8 +19,8 @@ from megatron_hammer.tokenizer.lab.price import Price
 from megatron_hammer.tokenizer.scripts import SCRIPTS
 
 COLUMNS = 200  # cells of a row: whole hundreds can be counted at a glance
-# One piece is what one looks for: dark green. The more tokens, the redder; told apart by lightness too.
-STATES = (("one piece", "#00695C"), ("2 tokens", "#FDD49E"), ("3 tokens", "#FC8D59"), ("4 or more", "#B30000"),
+# One piece is what one looks for: blue, which nobody takes for a red. The more tokens, the redder and darker.
+STATES = (("one piece", "#0072B2"), ("2 tokens", "#FDD49E"), ("3 tokens", "#FC8D59"), ("4 or more", "#B30000"),
           ("unknown", "#222222"))  # fmt: skip
 BACKGROUND = len(STATES)
 MOST_BYTES = 24  # of a piece in a picture: longer ones are rare, runs of spaces and user-defined symbols
@@ -84,10 +85,9 @@ def draw_coverage(coverages: Mapping[str, Coverage]) -> bytes:
 
 def draw_compression(described: Mapping[str, dict[str, Any]], reference: str) -> bytes:
     """Bytes per token and compared compression, a group of bars for each domain, a bar for each tokenizer."""
-    domains = list(next(iter(described.values()))["domains"])
-    figure = new_figure(
-        7.2, "How much text a token holds", f"Source: the texts {', '.join(d for d in domains if d != OVERALL)}"
-    )
+    counted = next(iter(described.values()))["domains"]
+    domains, sizes = list(counted), {domain: of["bytes"] for domain, of in counted.items()}
+    figure = new_figure(7.2, "How much text a token holds", f"Source: the texts {_with_sizes(sizes)}")
     above, below = figure.subplots(2, 1, sharex=True)
     compared = f"tokens / those of {reference}\n(fewer is better)"
     for axes, key, label in (
@@ -99,6 +99,11 @@ def draw_compression(described: Mapping[str, dict[str, Any]], reference: str) ->
         tidy(axes, "y")
     legend_above(above, 4)
     return png_of(figure)
+
+
+def _with_sizes(texts: Mapping[str, int]) -> str:
+    """Names of texts with their sizes, those of all together left out."""
+    return ", ".join(f"{name} {size_of(size)}" for name, size in texts.items() if name != OVERALL)
 
 
 def _bars(axes: Any, groups: Sequence[str], values: Mapping[str, Sequence[float]]) -> None:
@@ -121,11 +126,12 @@ def draw_vocabulary(vocabularies: Mapping[str, Vocabulary]) -> bytes:
     pairs = [(f"{first} minus {name}", *_difference(of, other)) for name, other in others]
     pairs = pairs or [(first, of.lengths, of.scripts)]
     scripts = [script for script in SCRIPTS if any(found[script] for _, _, found in pairs)]
+    sizes = ", ".join(f"{name} {sum(vocabulary.scripts.values()):,}" for name, vocabulary in vocabularies.items())
     last = min(max([1, *(n for _, lengths, _ in pairs for n in lengths)]), MOST_BYTES)
     figure = new_figure(
         (0.8 + 0.22 * max(len(scripts), 10)) * len(pairs) + 0.9,
         f"In what vocabularies differ from {first}'s" if others else "A vocabulary by length and script",
-        f"Source: all pieces of the models; lengths are those of text pieces, up to {last} bytes",
+        f"Source: all pieces, {sizes}; lengths are those of text pieces, up to {last} bytes",
     )
     for (left, right), (title, lengths, by_script) in zip(figure.subplots(len(pairs), 2, squeeze=False), pairs):
         total = sum(by_script.values())
@@ -157,17 +163,20 @@ def _difference(one: Vocabulary, other: Vocabulary) -> tuple[dict[int, int], dic
     return lengths, {script: one.scripts[script] - other.scripts[script] for script in SCRIPTS}
 
 
-def draw_price(prices: Mapping[str, Price], config: Config) -> bytes:
+def draw_price(prices: Mapping[str, Price], config: Config, encoded: Mapping[str, int]) -> bytes:
     """Against vocabulary size: tokens a byte, FLOPs a token, bytes a second against the full vocabulary; the best size.
 
     Dots are measured, the line goes through them, a star is the best size; a square is a tokenizer without a curve.
+
+    Args:
+        encoded: name of a text -> bytes of it that were encoded.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     layers, hidden = config.model.num_layers, config.model.hidden_size
     figure = new_figure(
         9.5, "What the size of a vocabulary costs", f"Source: FLOPs of a model of {layers} layers, width {hidden:,}, "
-        f"sequences of {config.data.seq_length:,}; tokens of the texts, measured at the dots"
+        f"sequences of {config.data.seq_length:,}; tokens of the texts {_with_sizes(encoded)}, measured at the marks"
     )  # fmt: skip
     tokens, flops, speed = panels = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.6, 3])
     everything = [price.cost.vocab_size for price in prices.values()]
@@ -185,7 +194,7 @@ def draw_price(prices: Mapping[str, Price], config: Config) -> bytes:
         label = f"{name}: {full:,}, best {best.size:,} {best.edge}".strip()
         for at, style in (
             (line, {"linewidth": 1.4}),
-            (sizes, {"marker": "o", "markersize": 3, "linestyle": ""}),
+            (sizes, {"marker": MARKERS[i % len(MARKERS)], "markersize": 3.5, "linestyle": ""}),
             (np.array([best.size]), {"marker": "*", "markersize": 13, "markeredgecolor": "white", "label": label}),
         ):
             tokens_there, flops_there = price.curve.at(at), token_flops(config, at)

@@ -19,12 +19,14 @@ import pytest
 import sentencepiece
 
 from megatron_hammer.base.errors import ConfigError, DataError
+from megatron_hammer.config import load_config
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.lab import analyze
 from megatron_hammer.tokenizer.lab import plots as analyze_plots
 from megatron_hammer.tokenizer.lab.arguments import load_named, parse_texts
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.required_characters import load_table
+from megatron_hammer.tokenizer.scripts import SCRIPTS
 from tests.tokenizer.texts import REPOSITORY, handmade_model, model_proto, real_model, training_texts
 from tests.tokenizer.texts import write_model as write
 
@@ -123,6 +125,26 @@ def test_the_picture_has_one_cell_a_character() -> None:
 
 
 # ---- texts ----
+
+
+def test_pictures_say_of_how_much_text_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names alone (zh, en) tell no reader what a figure rests on; who draws is stopped before anything is drawn."""
+
+    class Begun(Exception):
+        pass
+
+    def begin(height: float, title: str, source: str) -> None:
+        raise Begun(source)
+
+    monkeypatch.setattr(analyze_plots, "new_figure", begin)
+    found = {"domains": {"zh": {"bytes": 253_457}, "en": {"bytes": 1_200_000}, "overall": {"bytes": 1_453_457}}}
+    with pytest.raises(Begun, match=r"^Source: the texts zh 253.46 KB, en 1.20 MB$"):
+        analyze_plots.draw_compression({"a": found}, "a")
+    with pytest.raises(Begun, match=r"tokens of the texts zh 2.00 KB, measured"):
+        analyze_plots.draw_price({}, load_config(REPOSITORY / "examples/configs/tiny.yaml"), {"zh": 2000})
+    scripts = dict.fromkeys(SCRIPTS, 0) | {"Han": 7, "Latin": 3}
+    with pytest.raises(Begun, match=r"^Source: all pieces, a 10, b 10; "):
+        analyze_plots.draw_vocabulary(dict.fromkeys("ab", analyze.Vocabulary({3: 10}, scripts)))
 
 
 @pytest.mark.parametrize("threads, batch", [(1, 4_000_000), (2, 10)])
