@@ -58,7 +58,7 @@ def test_a_program_is_found_under_both_spellings_and_says_what_was_typed(
     assert code == 2 and err.startswith("error[E201]: hammer generate was called wrongly: --step is of a run")
     for idle in (["--chat", "--json"], ["--chat", "--batch-size", "2"], ["--prompt", "x", "--system", "y"]):
         code, _, err = hammer("generate", "--hf", "x", *idle)
-        assert code == 2 and ("does nothing with --chat" in err or "--system does nothing without --chat; leave --system" in err)
+        assert code == 2 and "E201" in err and ("does nothing with --chat" in err or "without --chat; leave" in err)
     code, out, _ = hammer("train", "--help")
     assert code == 0 and "train.num_steps" in out
 
