@@ -19,7 +19,7 @@ from megatron_hammer.kernels.native import cpu
 PACKAGE = Path(__file__).parent.parent / "megatron_hammer"
 ROWS = [  # what stands above may import what stands below
     {"__main__", "command", "launch", "verify"},
-    {"profile", "supervise", "evaluation", "publish"},
+    {"profile", "supervise", "evaluation", "publish", "report"},
     {"train", "megatron"},
     {"huggingface"},
     {"checkpoint"},

@@ -224,7 +224,7 @@ def main() -> None:
         replace_file(args.pictures / f"{args.command}.png", picture)
     if args.report:
         page = format_report(f"Tokenizers: {args.command}", found.tables, picture, found.notes)
-        replace_file(args.report, page.encode())
+        replace_file(args.report, page)
     if args.json:
         print_json({"command": args.command, **found.facts})
     else:

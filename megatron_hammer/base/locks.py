@@ -45,6 +45,18 @@ def take_lock(descriptor: int, path: Path, note: Callable[[str], None] = say) ->
         return _claim(path.with_name(f".{path.name}.owner"), path, error.strerror or str(error), note)
 
 
+def is_locked(path: Path) -> bool | None:
+    """Whether a process of this machine holds the lock of a file; None where nobody can say. Takes no lock itself."""
+    try:
+        found = path.lstat()
+        held = read_regular("/proc/locks").decode("ascii", "replace").splitlines()
+    except OSError:
+        return None
+    inode = f":{found.st_ino}"
+    device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
+    return any("FLOCK" in line and f" {device}{inode} " in line for line in held)
+
+
 def _claim(owner_path: Path, path: Path, reason: str, note: Callable[[str], None]) -> bool:
     """Write ourselves down as the owner of ``path``; False where one that lives is there."""
     ours = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}

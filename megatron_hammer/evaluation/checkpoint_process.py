@@ -12,18 +12,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.cli import end_of
 from megatron_hammer.base.errors import DataError
-from megatron_hammer.base.files import replace_file
-from megatron_hammer.base.reading import parse_json, read_regular
+from megatron_hammer.base.reading import parse_json
 from megatron_hammer.base.signals import die_with_parent
-from megatron_hammer.train.metrics_file import finite
+from megatron_hammer.train.metrics_file import append_line, finite
 
-MAX_RESULTS_BYTES = 2**28  # a line is some hundreds of bytes
 FIGURES = ("loss", "perplexity", "bits_per_byte", "bits_per_character")
 
 
@@ -72,15 +69,6 @@ def run_command(task: Mapping[str, Any]) -> dict[str, float | None]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def append_line(path: Path, line: Mapping[str, Any]) -> None:
-    """Add a whole line, or leave the file as it was; what a killed process left of one is taken out."""
-    there = b""
-    with suppress(FileNotFoundError):
-        there = read_regular(path, MAX_RESULTS_BYTES, follow=False)
-    whole = there[: there.rfind(b"\n") + 1]
-    replace_file(path, whole + json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
 
 def main() -> int:

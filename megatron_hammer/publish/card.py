@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_hammer.publish.facts import Facts, Source
+from megatron_hammer.publish.facts import Facts
+from megatron_hammer.sampling.mixes import Source
 
 # The Hub's short names of licences that are common for models; another one becomes "other" with its name beside it.
 LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc0-1.0", "gpl-3.0",
@@ -157,11 +158,12 @@ def _data(facts: Facts, say: Say) -> list[str]:
     weights, parts = facts.config.data.weights, []
     kind = {"share": say("share", "占比"), "tokens": say("tokens to draw", "取用 token 数"),
             "epochs": say("passes asked for", "设定遍数")}  # fmt: skip
-    for number, (length, sources) in enumerate(facts.phases, start=1):
+    for number, mix in enumerate(facts.phases, start=1):
         if len(facts.phases) > 1:
-            parts.append("### " + say(f"Phase {number}", f"第 {number} 阶段") + (f" ({length})" if length else ""))
-        total = sum(source.weight for source in sources)
-        rows = [_source_row(source, total if weights == "share" else None) for source in sources]
+            length = f" ({mix.length})" if mix.length else ""
+            parts.append("### " + say(f"Phase {number}", f"第 {number} 阶段") + length)
+        total = sum(source.weight for source in mix.sources)
+        rows = [_source_row(source, total if weights == "share" else None) for source in mix.sources]
         head = (
             say("source", "数据源"),
             kind[weights],

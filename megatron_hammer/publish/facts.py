@@ -22,26 +22,13 @@ from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.reading import parse_json
 from megatron_hammer.checkpoint.manifest import Manifest, saved_model
 from megatron_hammer.config import Config, DataConfig, config_from_tree
-from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.model.parameters import count_parameters
+from megatron_hammer.sampling.mixes import Mix, phase_mixes
 from megatron_hammer.sampling.sources import ENDING, source_names
 from megatron_hammer.train.evaluator import EVALUATIONS
 from megatron_hammer.train.metrics_file import METRICS, read_lines
 
 MEAN_STEPS = 100  # of the training loss that the card states: one step's is noise
-
-
-@dataclass(frozen=True)
-class Source:
-    """One source of the data mix."""
-
-    name: str
-    weight: float
-    """As the config has it: a share, tokens or passes, see ``Facts.weights``."""
-    tokens_read: int | None
-    """By the run so far; None where nobody has counted."""
-    passes: float | None
-    """How often it was read; None where the dataset is not on this machine."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +41,7 @@ class Facts:
     step: int
     tokens: int | None
     """That training has consumed."""
-    phases: tuple[tuple[str, tuple[Source, ...]], ...]
-    """Length ("10,000,000 tokens"; empty: to the end of the run) and mix of each phase."""
+    phases: tuple[Mix, ...]
     loss: float | None
     """Mean of the last ``MEAN_STEPS`` steps."""
     valid: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -145,36 +131,14 @@ def _tokens_read(lines: Sequence[bytes], names: Sequence[str]) -> dict[str, int]
     return found
 
 
-def _phases(data: DataConfig, lines: Sequence[bytes]) -> tuple[tuple[str, tuple[Source, ...]], ...]:
+def _phases(data: DataConfig, lines: Sequence[bytes]) -> tuple[Mix, ...]:
     """The mixes of the run; sources go by the names that metrics.jsonl has, as far as these hide their folders."""
     prefixes = data.train_prefixes
-    names, shown = (dict(zip(prefixes, found)) for found in (source_names(prefixes), _without_folders(prefixes)))
-    read = _tokens_read(lines, list(names.values()))
-    sizes = {prefix: _tokens_in(prefix) for prefix in prefixes}
-    found = []
-    for phase in data.mixes:
-        lengths = {unit: getattr(phase, unit) for unit in ("tokens", "samples", "steps")}
-        length = next((f"{value:,} {unit}" for unit, value in lengths.items() if value is not None), "")
-        sources = tuple(
-            Source(shown[p], weight, read.get(names[p]), _passes(read.get(names[p]), sizes[p]))
-            for p, weight in phase.train.items()
-        )
-        found.append((length, sources))
-    return tuple(found)
+    read = _tokens_read(lines, source_names(prefixes))
+    return phase_mixes(data, read, dict(zip(prefixes, _without_folders(prefixes))))
 
 
 def _without_folders(prefixes: Sequence[str]) -> list[str]:
     """The name of each file without its ending; equal ones are numbered."""
     ends = [Path(prefix).name.removesuffix(ENDING) or "data" for prefix in prefixes]
     return [end if ends.count(end) == 1 else f"{end} ({ends[: i + 1].count(end)})" for i, end in enumerate(ends)]
-
-
-def _tokens_in(prefix: str) -> int | None:
-    try:
-        return IndexedDataset(prefix).num_tokens
-    except (DataError, OSError):  # moved, or never on this machine
-        return None
-
-
-def _passes(read: int | None, size: int | None) -> float | None:
-    return None if read is None or not size else read / size

@@ -74,7 +74,7 @@ class Prediction:
             self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
         if self._steps != WARM_UP_STEPS + MEASURED_STEPS:
             return None
-        predicted, measured = sum(self.parts.values()) / GIB, self._measured_bytes() / GIB
+        predicted, measured = sum(self.parts.values()) / GIB, peak_bytes(self.device) / GIB
         what = "allocated" if self.device.type == "cuda" else "resident, libraries included"
         rate = self._tokens / self._seconds
         beside = "" if self.speed is None else f", predicted {self.speed:,.0f} ({rate / self.speed - 1:+.0%})"
@@ -83,8 +83,10 @@ class Prediction:
             f"({measured / predicted - 1:+.0%}); {rate:,.0f} tokens/s{beside}"
         )
 
-    def _measured_bytes(self) -> int:
-        if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.device))
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has had: given out by torch's allocator on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -31,7 +31,7 @@ from megatron_hammer.sampling.ledger import Finding
 from megatron_hammer.sampling.loader import ReadAhead
 from megatron_hammer.sampling.samples import open_train_data, open_valid_data
 from megatron_hammer.train.build import build_stages
-from megatron_hammer.train.comparison import Prediction, device_name
+from megatron_hammer.train.comparison import Prediction, device_name, peak_bytes
 from megatron_hammer.train.corruption import CorruptionCheck
 from megatron_hammer.train.cuda_graph import micro_batch_runner
 from megatron_hammer.train.drift import DriftCheck
@@ -457,4 +457,5 @@ class Run:
         name = device_name(device)
         flops = flops_per_token(config.in_phase(self.phase).model, self.phase.seq_length)
         written = self.state.step - bool(self.state.owed)
-        return Reporter(config, written, flops, peak_tflops(config, name), self.ctx.world.size, name)
+        peak = peak_tflops(config, name)
+        return Reporter(config, written, flops, peak, self.ctx.world.size, name, lambda: peak_bytes(device))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +30,7 @@ from megatron_hammer.config import Config, ModelConfig
 from megatron_hammer.model.parameters import EMBEDDING, logical_shapes
 from megatron_hammer.train.gpus import find_gpu
 from megatron_hammer.train.metrics_file import METRICS, MetricsFile, finite
+from megatron_hammer.train.starts import STARTS, note_start
 from megatron_hammer.train.trackers import Trackers, environment_of
 
 # TensorBoard shows groups by their names, and opens the first: that is the loss.
@@ -43,6 +44,7 @@ BOARD_GROUPS = {
     "tokens_per_second": "speed/",
     "mfu": "speed/",
     "mfu_causal": "speed/",
+    "memory_bytes": "speed/",
 }
 
 
@@ -101,12 +103,21 @@ class Reporter:
         peak: float | None,
         devices: int,
         device_name: str = "cpu",
+        memory: Callable[[], int] | None = None,
     ) -> None:
+        """Open them, and note the start.
+
+        Args:
+            first_step: the last that is done.
+            peak: TFLOP/s of a device; None where it is not known.
+            memory: asked at each step for the most bytes that this process has had.
+        """
         self.config, self.flops, self.devices = config, flops, devices
         self.peak = None if peak is None else peak * 1e12 * devices
         output = Path(config.train.output)
         self.file = MetricsFile(output / METRICS, first_step)
-        self._last_step = first_step
+        self._last_step, self._memory = first_step, memory
+        environment = environment_of(device_name, devices)
         self.board: Any = None
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -117,7 +128,11 @@ class Reporter:
             from tqdm import tqdm
 
             self.bar = tqdm(total=config.train.num_steps, initial=first_step, unit="step", dynamic_ncols=True)
-        self.trackers = Trackers(config, first_step > 0, environment_of(device_name, devices), self.warn)
+        self.trackers = Trackers(config, first_step > 0, environment, self.warn)
+        try:
+            note_start(output, first_step, environment, config)
+        except OSError as error:  # which costs no run: the record is for reports
+            self.warn(f"{output / STARTS} cannot be written ({error}): this start will not be in reports")
 
     def __enter__(self) -> Reporter:
         return self
@@ -136,6 +151,8 @@ class Reporter:
         rate = line["tokens_per_second"]
         for name, flops in zip(("mfu", "mfu_causal"), self.flops, strict=True):
             line[name] = None if self.peak is None else rate * flops / self.peak
+        if self._memory is not None:
+            line["memory_bytes"] = self._memory()
         line |= valid
         self._last_step = line["step"]
         self.file.write(line)

@@ -11,16 +11,18 @@ import bisect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.files import replace_file, set_aside
 from megatron_hammer.base.progress import say
-from megatron_hammer.base.reading import open_regular, parse_json
+from megatron_hammer.base.reading import open_regular, parse_json, read_regular
 from megatron_hammer.base.writing import make_durable, writing
 
 METRICS = "metrics.jsonl"
+MAX_LINES_BYTES = 2**28  # of a file that gets a line now and then: one is some hundreds of bytes
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,15 @@ def finite(line: Mapping[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
 
 
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Add a whole line, or leave the file as it was; what a killed process left of one is taken out."""
+    there = b""
+    with suppress(FileNotFoundError):
+        there = read_regular(path, MAX_LINES_BYTES, follow=False)
+    whole = there[: there.rfind(b"\n") + 1]
+    replace_file(path, whole + json.dumps(line, ensure_ascii=False).encode() + b"\n")
+
+
 def copy_aside(path: Path) -> Path:
     """Keep a file as it is now under another name (``set_aside``), and leave an equal one in its place."""
     kept = set_aside(path)
@@ -104,7 +115,7 @@ def read_lines(path: Path) -> KeptLines:
         return KeptLines()
     steps = [(number, _step_of(line)) for number, line in enumerate(raw, start=1) if line]
     good = [(number, step) for number, step in steps if step is not None]
-    rising = _longest_rising([step for _, step in good])
+    rising = longest_rising([step for _, step in good])
     damaged = {number for number, step in steps if step is None} | {good[i][0] for i in set(range(len(good))) - rising}
     kept = tuple((good[i][1], raw[good[i][0] - 1]) for i in sorted(rising))
     return KeptLines(kept, tuple(sorted(damaged)))
@@ -120,7 +131,7 @@ def _step_of(line: bytes) -> int | None:
     return step if type(step) is int and step > 0 else None
 
 
-def _longest_rising(steps: Sequence[int]) -> set[int]:
+def longest_rising(steps: Sequence[int]) -> set[int]:
     """Positions of the longest strictly rising subsequence: a damaged digit takes its own line out, and no other."""
     ends: list[int] = []  # the smallest last step of a rising subsequence of each length, and where that is
     places: list[int] = []

@@ -36,7 +36,7 @@ from megatron_hammer.train.metrics_file import METRICS, copy_aside, read_lines
 
 LOCK, SAVED = ".lock", ".saved"
 _NOTHING_SAVED = b"a run has begun in this folder and has no checkpoint yet\n"
-_LEFT_BEHIND = re.compile(r"(metrics\.jsonl|\.saved)\.tmp-\w+|\.probe-[0-9a-f]{32}")
+_LEFT_BEHIND = re.compile(r"((metrics|starts)\.jsonl|\.saved)\.tmp-\w+|\.probe-[0-9a-f]{32}")
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 

@@ -66,14 +66,14 @@ def read_curves(path: Path) -> Curves:
     except OSError as error:
         remedy = os_remedy(error)
         if isinstance(error, FileNotFoundError | NotADirectoryError):
-            remedy = _run_near(path.parent)
+            remedy = run_near(path.parent)
         raise DataError(80, str(path), f"could not be read ({error.strerror})", remedy) from None
     if not curves.steps:
         raise DataError(81, str(path), "holds no finished step", "wait until the run has done a step")
     return curves
 
 
-def _run_near(folder: Path) -> str:
+def run_near(folder: Path) -> str:
     """The remedy for a folder, or a file, that is no run: the run that it is in, or those in it."""
     runs = [run for run in folder.parents[:3] if (run / "metrics.jsonl").is_file()]
     runs += sorted(path.parent for path in folder.glob("*/metrics.jsonl"))

@@ -93,12 +93,12 @@ def test_the_data_mix_is_told_by_names_without_folders(run: Path, tmp_path: Path
     data = {"train": {str(tmp_path / "alice_zh"): 3.0, str(tmp_path / "en_text_document"): 1.0, "/secret/bob/en": 4.0}}
     manifest = read_manifest(run / "checkpoints" / "step-00000007")
     facts = gather(replace(manifest, config=manifest.config | {"data": data}), run, {})
-    ((_, sources),) = facts.phases
-    assert [source.name for source in sources] == ["alice_zh", "en (1)", "en (2)"]
+    (mix,) = facts.phases
+    assert [source.name for source in mix.sources] == ["alice_zh", "en (1)", "en (2)"]
     phases = {"phases": [{"tokens": 4096, "train": {"/x/zh": 1.0}}, {"train": {"/x/en": 1.0}}]}
     facts = gather(replace(manifest, config=manifest.config | {"data": phases}), run, {})
-    assert [length for length, _ in facts.phases] == ["4,096 tokens", ""]
-    assert [source.tokens_read for _, (source,) in facts.phases] == [9000, 5336]
+    assert [mix.length for mix in facts.phases] == ["4,096 tokens", ""]
+    assert [source.tokens_read for mix in facts.phases for source in mix.sources] == [9000, 5336]
 
 
 @pytest.mark.parametrize(

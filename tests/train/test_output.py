@@ -122,13 +122,15 @@ def test_what_kills_leave_goes_at_every_start(data: Path, tmp_path: Path) -> Non
     (run / "checkpoints" / "step-00000009.tmp-abcd").write_text("x")
     (run / "checkpoints" / "step-00000001.old-1234567890abcdef").mkdir()
     (run / "metrics.jsonl.tmp-77").write_text("x")
+    (run / "starts.jsonl.tmp-77").write_text("x")
     (run / f".probe-{'0' * 32}").write_text("")
     (run / "notes.tmp-1").write_text("somebody's")
     assert run_rank(config_for(arguments), 0, 0, 1, None) == 0
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
         "step-00000001", "step-00000001.aside-1234567890abcdef"
     ]  # fmt: skip
-    assert sorted(p.name for p in run.iterdir()) == [".lock", ".saved", "checkpoints", "metrics.jsonl", "notes.tmp-1"]
+    assert sorted(p.name for p in run.iterdir()) == [".lock", ".saved", "checkpoints", "metrics.jsonl", "notes.tmp-1",
+                                                      "starts.jsonl"]  # fmt: skip
     assert remove_leftovers(run) == []
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from megatron_hammer.base.html_page import escape, page_of, picture_of, table_of
 from megatron_hammer.base.tables import align
 from megatron_hammer.tokenizer.lab.analyze import Coverage, Vocabulary
 from megatron_hammer.tokenizer.scripts import SCRIPTS
@@ -90,33 +89,11 @@ def _length_name(first: int, last: int | None) -> str:
 
 # ---- report ----
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1500px; margin: 2rem auto; padding: 0 1.5rem; }
-div { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th { white-space: normal; vertical-align: bottom; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
-h2 { font-size: 1.05rem; margin-top: 2rem; }
-img { max-width: 100%; margin-top: 2rem; }
-"""
 
-
-def format_report(heading: str, tables: Sequence[Table], picture: bytes, notes: Sequence[str] = ()) -> str:
+def format_report(heading: str, tables: Sequence[Table], picture: bytes, notes: Sequence[str] = ()) -> bytes:
     """A self-contained HTML page: tables, notes, then the picture (PNG), nothing fetched from anywhere."""
-
-    def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    parts = [
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        f"<title>{html.escape(heading)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
-        f"<h1>{html.escape(heading)}</h1>",
-    ]
+    parts = []
     for table in tables:
-        parts += [f"<h2>{html.escape(table.title)}</h2>", "<div><table>", row(table.header, "th")]
-        parts += [*(row(cells, "td") for cells in table.rows), "</table></div>"]
-    parts += [f"<p>{html.escape(note)}</p>" for note in notes]
-    encoded = base64.b64encode(picture).decode("ascii")
-    parts.append(f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{encoded}">\n</body>\n</html>\n')
-    return "\n".join(parts)
+        parts += [f"<h2>{escape(table.title)}</h2>", table_of(table.header, table.rows)]
+    parts += [f"<p>{escape(note)}</p>" for note in notes]
+    return page_of(heading, [*parts, picture_of(picture, heading)])

@@ -1,0 +1,78 @@
+"""From the folders of one run or two to the page on the disk, once or as long as a run lives. Needs no torch."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.base.files import replace_file
+from megatron_hammer.base.progress import Progress
+from megatron_hammer.report.charts import charts_of, draw
+from megatron_hammer.report.curves import MetricsReader
+from megatron_hammer.report.gather import RunFacts, gather, open_run
+from megatron_hammer.report.page import Language, names_of, run_page, sayer
+
+LEAST_REFRESH_SECONDS = 1.0
+
+
+def check_page(output: Path) -> None:
+    """Refuse a name that no page can have here.
+
+    Raises:
+        ConfigError: E288.
+    """
+    if output.is_dir():
+        raise ConfigError(88, f"output {output}", "is a folder", f"name a file in it: {output / 'report.html'}")
+    if output.suffix.lower() not in (".html", ".htm"):
+        remedy = f"write {output.with_suffix('.html') if output.suffix else f'{output}.html'}"
+        raise ConfigError(88, f"output {output}", "gets a page of HTML, and its name does not end in .html", remedy)
+
+
+def read_runs(folders: Sequence[Path], readers: Sequence[MetricsReader]) -> list[RunFacts]:
+    """Everything that the folders have, with a bar for long metrics; ``readers`` go on where they have stopped."""
+    sizes = [max(0, os.path.getsize(reader.path) - reader.bytes_read) for reader in readers]
+    with Progress("reading metrics.jsonl", sum(sizes)) as progress:
+        return [gather(folder, reader, progress.advance) for folder, reader in zip(folders, readers, strict=True)]
+
+
+def write_report(
+    folders: Sequence[Path],
+    output: Path,
+    language: Language = "en",
+    pictures: Path | None = None,
+    refresh: float | None = None,
+    told: Callable[[Sequence[RunFacts]], None] = lambda runs: None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> list[RunFacts]:
+    """Write the page, and the pictures where a folder is named for them; what the runs said.
+
+    Args:
+        folders: of one run or two.
+        refresh: seconds between two versions of the page, as long as one of the runs lives; None: one version.
+        told: called after each version.
+
+    Raises:
+        DataError: E380, E381: a run has no metrics.
+    """
+    readers = [open_run(folder) for folder in folders]
+    check_page(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if pictures is not None:
+        pictures.mkdir(parents=True, exist_ok=True)
+    while True:
+        runs = read_runs(folders, readers)
+        goes_on = refresh is not None and any(run.is_alive is not False and not run.is_complete for run in runs)
+        replace_file(output, run_page(runs, language, refresh if goes_on else None))
+        if pictures is not None:
+            names = names_of(runs)
+            source = "metrics.jsonl, evaluations.jsonl: " + ", ".join(
+                f"{name}, {run.metrics.last_step:,}" for name, run in zip(names, runs, strict=True)
+            )
+            draw(charts_of(runs, names, sayer("en")), pictures, source)
+        told(runs)
+        if not goes_on or refresh is None:
+            return runs
+        sleep(max(refresh, LEAST_REFRESH_SECONDS))

@@ -1,0 +1,71 @@
+"""The program: the page on the disk, the pictures, refreshing while a run lives, and what it refuses."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.base.cli import end_of
+from megatron_hammer.report.write import write_report
+from tests.report.conftest import lines_of
+from tests.train.runs import ROOT
+
+
+def call(*words: object, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, words)])
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    spec = importlib.util.spec_from_file_location("report_tool", ROOT / "tools" / "report.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return end_of(module.main)
+
+
+def test_the_program(
+    run: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, pictures = tmp_path / "新" / "两个.html", tmp_path / "pictures"
+    assert call(run, other, "--output", page, "--language", "zh", monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{page}: 运行 <一> & to step 200, other to step 200, ") and "the page says what" in said
+    assert page.read_bytes().startswith(b"<!DOCTYPE html>")
+    assert call(run, "--pictures", pictures, "--output", tmp_path / "a.html", monkeypatch=monkeypatch) == 0
+    assert {path.name for path in pictures.iterdir()} >= {"loss.png", "sources.png", "valid.png", "lr.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures.iterdir())
+    capsys.readouterr()
+    refused = {
+        (tmp_path,): "error[E380]",
+        (run, tmp_path / "none"): "error[E380]",
+        (run, "--output", tmp_path): "is a folder",
+        (run, "--output", tmp_path / "a.pdf"): "write " + str(tmp_path / "a.html"),
+        (run, "--refresh", "0"): "write --refresh 30",
+        (run, "--refresh", "nan"): "write --refresh 30",
+    }
+    for words, told in refused.items():
+        assert call(*words, monkeypatch=monkeypatch) in (2, 3)
+        assert told in capsys.readouterr().err
+
+
+def test_a_living_run_is_followed_to_its_end(tmp_path: Path) -> None:
+    """Its metrics grow between two versions; the last one does not load itself again."""
+    run, page, steps = tmp_path / "run", tmp_path / "report.html", list[int]()
+    run.mkdir()
+    lines = [json.dumps(line) + "\n" for line in lines_of(9)]
+    (run / "metrics.jsonl").write_text("".join(lines[:3]))
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def sleep(seconds: float) -> None:
+            assert seconds == 5.0 and '"refresh":5.0' in page.read_text() and "running" in page.read_text()
+            with (run / "metrics.jsonl").open("a") as file:
+                file.writelines(lines[len(steps) * 3 : len(steps) * 3 + 3])
+            if len(steps) == 3:
+                fcntl.flock(lock, fcntl.LOCK_UN)
+
+        write_report([run], page, refresh=5.0, sleep=sleep, told=lambda runs: steps.append(runs[0].metrics.last_step))
+    assert steps == [3, 6, 9, 9] and '"refresh":null' in page.read_text() and "not running" in page.read_text()

@@ -1,0 +1,63 @@
+"""A run as one page of HTML, or two runs beside each other: what was planned, what happened, what came of it.
+
+    python tools/report.py runs/mine
+    python tools/report.py runs/mine runs/other --output compared.html --language zh
+    python tools/report.py runs/mine --refresh 30
+
+On the page: curves of the loss, of each source and validation set, of speed and memory, to zoom, smooth and compare;
+the data plan and its phases; evaluations; incidents and rewinds; what each checkpoint made of fixed prompts
+(generations.jsonl); settings and environment. It needs no network and no server, works while the run lives, and is as
+small for a million steps as for a thousand: extremes are kept. What cannot be read is said on the page.
+
+--refresh writes the page anew as long as a run lives, and an open page loads itself again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import require_package  # noqa: F401
+
+from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.base.progress import size_of
+
+if TYPE_CHECKING:
+    from megatron_hammer.report.gather import RunFacts
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="report.py", description=__doc__)
+    add = parser.add_argument
+    add("run", metavar="RUN", type=Path, help="folder of a run, with its metrics.jsonl")
+    add("other", metavar="RUN2", type=Path, nargs="?", help="another one, to compare it with")
+    add("--output", metavar="FILE.html", type=Path, help="the page (default: RUN/report.html)")
+    add("--pictures", metavar="DIR", type=Path, help="the charts as PNGs too, in this folder")
+    add("--language", choices=("en", "zh"), default="en", help="of the page (default: en)")
+    add("--refresh", metavar="SECONDS", type=float, help="write it anew every so often, as long as a run lives")
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    from megatron_hammer.report.write import LEAST_REFRESH_SECONDS, write_report
+
+    if arguments.refresh is not None and not arguments.refresh >= LEAST_REFRESH_SECONDS:
+        rule = f"must be at least {LEAST_REFRESH_SECONDS:g} second"
+        raise ConfigError(1, f"--refresh {arguments.refresh:g}", rule, "write --refresh 30")
+    folders = [arguments.run, *([arguments.other] if arguments.other is not None else [])]
+    output = arguments.output or arguments.run / "report.html"
+
+    def told(runs: Sequence[RunFacts]) -> None:
+        steps = ", ".join(f"{one.name} to step {one.metrics.last_step:,}" for one in runs)
+        lost = sum(len(one.notes) + one.metrics.damaged + one.metrics.out_of_order for one in runs)
+        noted = "; not all could be read, the page says what" if lost else ""
+        print(f"{output}: {steps}, {size_of(output.stat().st_size)}{noted}", flush=True)
+
+    write_report(folders, output, arguments.language, arguments.pictures, arguments.refresh, told)
+
+
+if __name__ == "__main__":
+    run(main)
