@@ -15,7 +15,15 @@ stored in each checkpoint and logged once. Imports neither torch nor numpy.
 """
 
 from megatron_hammer.config.effects import Effect
-from megatron_hammer.config.help import FieldHelp, add_accept, add_settings, describe_fields, help_text, setting_effects
+from megatron_hammer.config.help import (
+    FieldHelp,
+    add_accept,
+    add_settings,
+    describe_fields,
+    describe_parts,
+    help_text,
+    setting_effects,
+)
 from megatron_hammer.config.reading import config_from_tree, config_to_tree, load_config, parse_yaml, to_yaml
 from megatron_hammer.config.settings import (
     ATTENTION_MASKS,
@@ -58,6 +66,7 @@ __all__ = [
     "config_from_tree",
     "config_to_tree",
     "describe_fields",
+    "describe_parts",
     "help_text",
     "load_config",
     "parse_yaml",

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import re
 import textwrap
 import typing
 from dataclasses import dataclass
@@ -36,11 +37,30 @@ def describe_fields() -> dict[str, dict[str, FieldHelp]]:
     for group, hint in typing.get_type_hints(Config).items():
         described[group] = {}
         for f in dataclasses.fields(hint):
-            default = "required" if f.default is dataclasses.MISSING else _plain(f.default)
             effect = effects[f"{group}.{f.name}"]
             spelled = str(f.type).removeprefix(f"{effect.name.capitalize()}[")[:-1]
-            described[group][f.name] = FieldHelp(spelled, default, docs[hint.__name__][f.name], effect)
+            described[group][f.name] = FieldHelp(spelled, _default(f), docs[hint.__name__][f.name], effect)
     return described
+
+
+def describe_parts() -> dict[str, dict[str, FieldHelp]]:
+    """Class -> field -> the same, for the classes that are values of settings, such as ``PhaseConfig``."""
+    docs, groups = _field_docstrings(), set(typing.get_type_hints(Config).values())
+    described: dict[str, dict[str, FieldHelp]] = {}
+    for group, fields in describe_fields().items():
+        for name, entry in fields.items():
+            for part in (word for word in re.findall(r"\w+", entry.type) if word in docs):
+                cls = getattr(settings, part)
+                assert cls not in groups, f"{group}.{name}"
+                described[part] = {
+                    f.name: FieldHelp(str(f.type), _default(f), docs[part][f.name], entry.effect)
+                    for f in dataclasses.fields(cls)
+                }
+    return described
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    return "required" if field.default is dataclasses.MISSING else _plain(field.default)
 
 
 def setting_effects() -> dict[str, Effect]:

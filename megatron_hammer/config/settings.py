@@ -364,7 +364,9 @@ class FimConfig:
     prefix: str = "<fim_prefix>"
     """Token of the tokenizer before the prefix. Qwen2.5's is <|fim_prefix|>."""
     middle: str = "<fim_middle>"
+    """Token before the middle."""
     suffix: str = "<fim_suffix>"
+    """Token before the suffix."""
 
     def check(self, where: str) -> None:
         """Raise ``ConfigError`` for values outside their range."""
