@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--seq-length", type=int, default=64)
     parser.add_argument("overrides", nargs="*")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     folder: Path = args.folder
     folder.mkdir(parents=True)
     theirs, ours, run, out = (folder / name for name in ("theirs", "ours", "run", "out"))

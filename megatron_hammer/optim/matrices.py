@@ -17,11 +17,15 @@ ranks. Pure arithmetic.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from megatron_hammer.optim.layout import Layout, Row
 from megatron_hammer.parallel.sharding import Range, Rectangle, intersect, rectangles
+
+ELEMENTS_OF_A_ROUND = 2**25
+"""Of the matrices of one owner, or one matrix: 64 MiB in bf16. Of messages up to five are there at once, of the
+products' operands two, and the squares; and while directions are made, two of it in the type of the sums."""
 
 Tables = Sequence[Sequence[Sequence[Row]]]
 """Of each stage of this rank, the parameter table of each tensor-parallel rank."""
@@ -79,6 +83,29 @@ class Exchange:
     def sizes(self, pieces: Sequence[Sequence[MatrixPiece]], copies: bool) -> list[int]:
         """Elements of the message to or from each rank: copies of pieces are not sent, and get the result."""
         return [sum(piece.numel for piece in of_rank if piece.owned or copies) for of_rank in pieces]
+
+    def rounds(self, most: int) -> tuple[Exchange, ...]:
+        """The same in turns, equally many on all ranks, of at most ``most`` elements of whole matrices for an owner, or
+        one matrix; equal shapes follow each other."""
+        held: dict[int, tuple[int, int]] = {}  # of each owner: the turn that it is at, and elements in that so far
+        turn: dict[Matrix, int] = {}
+        for matrix in sorted(self.matrices, key=lambda matrix: sorted(matrix.shape)):
+            rows, cols = matrix.shape
+            at, full = held.get(self.owner[matrix], (0, 0))
+            at, full = (at + 1, 0) if full > 0 and full + rows * cols > most else (at, full)
+            turn[matrix], held[self.owner[matrix]] = at, (at, full + rows * cols)
+        return tuple(
+            self._only({m for m, at in turn.items() if at == k}) for k in range(max(turn.values(), default=0) + 1)
+        )
+
+    def _only(self, chosen: Set[Matrix]) -> Exchange:
+        """Without the other matrices."""
+        sent, received = (
+            tuple(tuple(piece for piece in of_rank if piece.matrix in chosen) for of_rank in side)
+            for side in (self.sent, self.received)
+        )
+        matrices, mine = (tuple(m for m in found if m in chosen) for found in (self.matrices, self.mine))
+        return Exchange(matrices, {m: self.owner[m] for m in matrices}, mine, sent, received)
 
 
 def plan_exchange(

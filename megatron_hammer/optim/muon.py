@@ -18,6 +18,9 @@ changes no number (``matrices.py``)::
                                                              groups a little more, for the copies of keys and values
     on the shards   w
 
+in rounds, so that messages and products need the same memory for a model of any size (``matrices.py``), and a
+round's directions are on their way while the matrices of the one before are computed.
+
 Where states are divided among neighbours only (``parallel.shard_size``), messages stay among these, and each copy of
 the states computes the same. Nothing here waits for the device.
 """
@@ -26,7 +29,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,18 +43,30 @@ from megatron_hammer.kernels.arguments import MuonState, ShardState
 from megatron_hammer.kernels.newton_schulz import orthogonalise
 from megatron_hammer.optim.adamw import AdamW, AnyStore, master_of
 from megatron_hammer.optim.layout import Stretch
-from megatron_hammer.optim.matrices import Matrix, MatrixPiece, Tables, plan_exchange
+from megatron_hammer.optim.matrices import ELEMENTS_OF_A_ROUND, Exchange, Matrix, MatrixPiece, Tables, plan_exchange
 from megatron_hammer.parallel.collectives import start_exchange
 
 RMS = 0.2
 """Root mean square of an update: what AdamW's mostly has (arXiv 2502.16982, section 2.2)."""
-ELEMENTS_AT_ONCE = 2**26
-"""Of matrices in one product: 128 MiB in bf16, and twice that beside it."""
+
+
+@dataclass(frozen=True)
+class _Underway:
+    """The directions of a round, on their way to the owners of its matrices."""
+
+    directions: Tensor
+    """Left as it is until all have been sent."""
+    received: Tensor
+    handle: Any
 
 
 def update_scale(rows: int, cols: int) -> float:
     """What an orthogonalised matrix is multiplied by: its elements have a root mean square of 1 / sqrt(longer side)."""
     return RMS * math.sqrt(max(rows, cols))
+
+
+_Place = tuple[MatrixPiece, MuonState, int]
+"""A piece, the state that it lies in, and where it begins there."""
 
 
 class Muon(AdamW):
@@ -72,10 +89,10 @@ class Muon(AdamW):
         self.group, device = store.ctx.whole, store.ctx.device
         self.dtype = newton_schulz.type_of_products(config.newton_schulz, store.sum_dtype, device)
         layouts = [of_stage.layout for of_stage in store.of_stages]
-        self.exchange = plan_exchange(layouts, tables, self.group.rank, newton_schulz.flops, config.muon_per_head)
-        self.elements_at_once = 1 if one_by_one else ELEMENTS_AT_ONCE
-        self.shards_of = list(self._shards_of_pieces())
-        """Where each piece of this rank lies in a state, rank by rank as they are sent."""
+        exchange = plan_exchange(layouts, tables, self.group.rank, newton_schulz.flops, config.muon_per_head)
+        self.rounds = [(part, self._places(part)) for part in exchange.rounds(ELEMENTS_OF_A_ROUND)]
+        """The matrices of each, and where the pieces of this rank lie in its states, rank by rank as they are sent."""
+        self.at_once = 1 if one_by_one else ELEMENTS_OF_A_ROUND
 
     def _begin(self, stretch: Stretch) -> ShardState:
         if not stretch.parts[0].parameter.is_hidden_matrix:
@@ -83,8 +100,7 @@ class Muon(AdamW):
         weight, param = master_of(stretch)
         return MuonState(weight, stretch.grad, torch.zeros_like(stretch.grad), stretch.decay, param)
 
-    def _shards_of_pieces(self) -> Iterator[list[tuple[MatrixPiece, MuonState, int]]]:
-        """(piece, state, its place in this) of what each rank is sent."""
+    def _places(self, exchange: Exchange) -> list[_Place]:
         origins: dict[str, tuple[MuonState, int]] = {}  # where a parameter, of which a rank has one part, would begin
         for stretch, state in zip(self.stretches, self.states, strict=True):
             at = 0
@@ -92,50 +108,74 @@ class Muon(AdamW):
                 if isinstance(state, MuonState):
                     origins[part.parameter.name] = state, at - part.start
                 at += part.stop - part.start
-        for pieces in self.exchange.sent:
-            found = [(piece, *origins[piece.row.name]) for piece in pieces]
-            yield [(piece, state, origin + piece.start) for piece, state, origin in found]
+        pieces = [piece for of_rank in exchange.sent for piece in of_rank]
+        found = [(piece, *origins[piece.row.name]) for piece in pieces]
+        return [(piece, state, origin + piece.start) for piece, state, origin in found]
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 
     def _update(self, lr: float, divisor: Tensor, applied: Tensor) -> None:
-        out, back = ([self.exchange.sizes(pieces, copies) for pieces in (self.exchange.sent, self.exchange.received)]
-                     for copies in (False, True))  # fmt: skip
-        directions, received = self._directions(sum(out[0]), divisor, applied), self._new(sum(out[1]))
-        handle = start_exchange(received, directions, self.group, out[1], out[0])
+        following = (self._start(exchange, places, divisor, applied) for exchange, places in self.rounds)
+        underway = next(following)
         super()._update(lr, divisor, applied)
-        handle.wait()
-        results, updates = self._orthogonalised(received, sum(back[1])), self._new(sum(back[0]))
-        start_exchange(updates, results, self.group, back[0], back[1]).wait()
-        self._apply(updates, lr, applied)
+        kept = 1 - lr * self.config.weight_decay * applied.to(self.store.sum_dtype)
+        matrices = [state for state in self.states if isinstance(state, MuonState)]
+        for state in matrices:
+            state.weight.mul_(kept)
+        for exchange, places in self.rounds:
+            underway.handle.wait()
+            received = underway.received
+            underway = next(following, underway)
+            updates = self._come_back(self._orthogonalised(exchange, received), exchange)
+            self._apply(places, updates, lr, applied)
+        for state in matrices:
+            if state.param is not None:
+                state.param.copy_(state.weight)
 
-    def _directions(self, size: int, divisor: Tensor, applied: Tensor) -> Tensor:
-        """The new momentum, and the message of u: one piece after the other, without copies."""
-        beta, found = self.config.muon_momentum, {}
-        for state in self.states:
-            if isinstance(state, MuonState):
-                # Where nothing is applied the momentum takes the place of the gradient, so that it stays as it is.
-                gradient = torch.where(applied, state.grad / divisor, state.exp_avg)
-                state.exp_avg.lerp_(gradient, 1 - beta)
-                found[id(state)] = gradient.lerp_(state.exp_avg, beta).to(self.dtype)
-        message, at = self._new(size), 0
-        for piece, state, start in (entry for pieces in self.shards_of for entry in pieces):
-            if piece.owned:
-                message[at : at + piece.numel].copy_(found[id(state)][start : start + piece.numel])
-                at += piece.numel
-        return message
+    def _start(self, exchange: Exchange, places: Sequence[_Place], divisor: Tensor, applied: Tensor) -> _Underway:
+        """Start to send a round's directions to the owners of its matrices."""
+        out, back = (exchange.sizes(pieces, copies=False) for pieces in (exchange.sent, exchange.received))
+        directions, received = self._directions(places, divisor, applied), self._new(sum(back))
+        return _Underway(directions, received, start_exchange(received, directions, self.group, back, out))
 
-    def _orthogonalised(self, received: Tensor, size: int) -> Tensor:
+    def _come_back(self, results: Tensor, exchange: Exchange) -> Tensor:
+        """The updates of this rank's pieces, from those of the matrices that it owns."""
+        out, back = (exchange.sizes(pieces, copies=True) for pieces in (exchange.received, exchange.sent))
+        updates = self._new(sum(back))
+        start_exchange(updates, results, self.group, back, out).wait()
+        return updates
+
+    def _directions(self, places: Sequence[_Place], divisor: Tensor, applied: Tensor) -> Tensor:
+        """The new momentum of a round's pieces, and the message of u: one piece after the other, without copies."""
+        if not places:
+            return self._new(0)
+        beta = self.config.muon_momentum
+        gradient = torch.cat([state.grad[start : start + piece.numel] for piece, state, start in places])
+        momentum = torch.cat([state.exp_avg[start : start + piece.numel] for piece, state, start in places])
+        # Where nothing is applied the momentum takes the place of the gradient, so that it stays as it is.
+        torch.where(applied, gradient.div_(divisor), momentum, out=gradient)
+        momentum.lerp_(gradient, 1 - beta)
+        at = 0
+        for piece, state, start in places:
+            state.exp_avg[start : start + piece.numel].copy_(momentum[at : at + piece.numel])
+            at += piece.numel
+        message = gradient.lerp_(momentum, beta).to(self.dtype)
+        if all(piece.owned for piece, _, _ in places):
+            return message
+        parts = message.split([piece.numel for piece, _, _ in places])
+        return torch.cat([part for part, (piece, _, _) in zip(parts, places, strict=True) if piece.owned])
+
+    def _orthogonalised(self, exchange: Exchange, received: Tensor) -> Tensor:
         """The message of the updates, from that of the directions: one piece after the other, with copies."""
-        into: dict[Matrix, list[tuple[MatrixPiece, int]]] = {matrix: [] for matrix in self.exchange.mine}
-        back: dict[Matrix, list[tuple[MatrixPiece, int]]] = {matrix: [] for matrix in self.exchange.mine}
+        into: dict[Matrix, list[tuple[MatrixPiece, int]]] = {matrix: [] for matrix in exchange.mine}
+        back: dict[Matrix, list[tuple[MatrixPiece, int]]] = {matrix: [] for matrix in exchange.mine}
         for places, copies in ((into, False), (back, True)):
             at = 0
-            for piece in (piece for pieces in self.exchange.received for piece in pieces if piece.owned or copies):
+            for piece in (piece for pieces in exchange.received for piece in pieces if piece.owned or copies):
                 places[piece.matrix].append((piece, at))
                 at += piece.numel
-        results = self._new(size)
-        for batch in self._batches():
+        results = self._new(at)
+        for batch in self._batches(exchange.mine):
             rows, cols = sorted(batch[0].shape)
             stack = self._new(len(batch) * rows * cols).view(len(batch), rows, cols)
             for matrix, wide in zip(batch, stack, strict=True):
@@ -145,28 +185,21 @@ class Muon(AdamW):
                 _copy(results, matrix, wide, back[matrix], to_matrix=False)
         return results
 
-    def _batches(self) -> Iterator[Sequence[Matrix]]:
-        """This rank's matrices of one shape, lying or standing, as many as are computed at once."""
-        order = sorted(self.exchange.mine, key=lambda matrix: sorted(matrix.shape))
+    def _batches(self, matrices: Sequence[Matrix]) -> Iterator[Sequence[Matrix]]:
+        """Matrices of one shape, lying or standing, as many as are computed at once."""
+        order = sorted(matrices, key=lambda matrix: sorted(matrix.shape))
         for shape, found in groupby(order, key=lambda matrix: sorted(matrix.shape)):
-            matrices, most = list(found), max(1, self.elements_at_once // math.prod(shape))
-            for start in range(0, len(matrices), most):
-                yield matrices[start : start + most]
+            equal, most = list(found), max(1, self.at_once // math.prod(shape))
+            for start in range(0, len(equal), most):
+                yield equal[start : start + most]
 
-    def _apply(self, updates: Tensor, lr: float, applied: Tensor) -> None:
-        """Decay and move the masters, and round them to the model's weights."""
+    def _apply(self, places: Sequence[_Place], updates: Tensor, lr: float, applied: Tensor) -> None:
+        """Move the masters of a round's pieces."""
         updates.mul_(applied)
-        kept = 1 - lr * self.config.weight_decay * applied.to(self.store.sum_dtype)
-        for state in self.states:
-            if isinstance(state, MuonState):
-                state.weight.mul_(kept)
         at = 0
-        for piece, state, start in (entry for pieces in self.shards_of for entry in pieces):
+        for piece, state, start in places:
             state.weight[start : start + piece.numel].add_(updates[at : at + piece.numel], alpha=-lr)
             at += piece.numel
-        for state in self.states:
-            if isinstance(state, MuonState) and state.param is not None:
-                state.param.copy_(state.weight)
 
     def _new(self, size: int) -> Tensor:
         return torch.empty(size, dtype=self.dtype, device=self.store.ctx.device)

@@ -29,9 +29,9 @@ Collectives of a step, with the bytes of the whole tensor [s, b, h] where nothin
          other way round, [s/t, b, h] each; once a step: all-reduce of the losses by source
     ends tied embedding, first and last stage, once a step: all-reduce of its gradient that this rank updates
     world  once a step: all-reduce of the gradient's squared norm
-    whole  Muon, once a step: two all-to-alls among the ranks that have all states of their layers between them, of what
-           this rank's shards have of the layers' matrices and of the matrices that it owns (``optim/matrices.py``); the
-           larger of what it sends and what it receives
+    whole  Muon, in each round of a step: two all-to-alls among the ranks that have all states of their layers between
+           them, of what this rank's shards have of the round's matrices and of those that it owns
+           (``optim/matrices.py``); the larger of what it sends and what it receives
     deterministic_reduction=tree, in place of these: dp all-to-all of a bucket for its reduce-scatter, all-reduce of the
            squares of each block; tp and kv all-gather of what they sum
 """
@@ -50,7 +50,7 @@ from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import activation_bytes
 from megatron_hammer.model.residence import Use, uses_of
 from megatron_hammer.optim.layout import Layout
-from megatron_hammer.optim.matrices import plan_exchange
+from megatron_hammer.optim.matrices import ELEMENTS_OF_A_ROUND, plan_exchange
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.optim.tree_store import TreeStore
 from megatron_hammer.parallel.fake_world import LABELS, Collective
@@ -250,9 +250,12 @@ def _whole_matrices(config: Config, grid: Grid, rank: int) -> Counter[tuple[str,
     layouts, per_head = layouts_of(config, grid, rank), config.optimizer.muon_per_head
     plan = plan_exchange(layouts, tables, rank % grid.whole, flops, per_head)
     width = 4 if config.optimizer.newton_schulz == "fp32" else 2
-    most = (max(sum(plan.sizes(side, copies)) for side in (plan.sent, plan.received)) for copies in (False, True))
     axis = {"replicas": "dp"}.get(grid.whole_axis, grid.whole_axis)
-    return Counter((axis, "all-to-all", width * elements) for elements in most)
+    return Counter(
+        (axis, "all-to-all", width * max(sum(part.sizes(side, copies)) for side in (part.sent, part.received)))
+        for part in plan.rounds(ELEMENTS_OF_A_ROUND)
+        for copies in (False, True)
+    )
 
 
 def _gathers(config: Config, part: str, uses: Mapping[str, Use]) -> int:

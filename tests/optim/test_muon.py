@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from megatron_hammer.huggingface.certificate import prove
 from megatron_hammer.huggingface.export import export_hf
 from megatron_hammer.kernels.newton_schulz import flops
 from megatron_hammer.model.parameters import hidden_matrices, logical_shapes, parameter_table
+from megatron_hammer.optim import muon
 from megatron_hammer.optim.layout import Layout
 from megatron_hammer.optim.matrices import Exchange, plan_exchange
 from megatron_hammer.optim.muon import Muon
@@ -133,9 +137,11 @@ def test_a_step_that_is_not_applied_changes_nothing(precision: str) -> None:
 
 
 def many_steps(rank: int, config: Config) -> Outcome:
-    """20 steps in fp64, and the state that they leave."""
+    """20 steps in fp64, and the state that they leave. Several ranks exchange one or two matrices at a time."""
     ctx = make_context(config)
-    stages, optimizer = build_stages(config, ctx, dtype=torch.float64)
+    with mock.patch.object(muon, "ELEMENTS_OF_A_ROUND", 2048 if ctx.world.size > 1 else 2**25):
+        stages, optimizer = build_stages(config, ctx, dtype=torch.float64)
+    assert len(optimizer.rule.rounds) > 1 or ctx.world.size == 1
     for step in range(1, 21):
         train_step(stages, optimizer, rank_batches(config, step, ctx), config, step, ctx)
     return Outcome([], [], list(state_pieces(optimizer)))
@@ -251,6 +257,14 @@ def test_who_sends_what_to_whom(tp: int, shards: int, per_head: bool) -> None:
     if per_head:
         heights = {m.tensor: m.shape[0] for m in found[0].matrices}
         assert {heights[f"model.layers.0.self_attn.{n}_proj.weight"] for n in "qkv"} == {config.model.head_size}
+    turns = [plan.rounds(5000) for plan in found]
+    assert len({len(of_rank) for of_rank in turns}) == 1 and (len(turns[0]) > 1 or len(found) > len(found[0].matrices))
+    for plan, of_rank in zip(found, turns, strict=True):
+        assert Counter(m for part in of_rank for m in part.mine) == Counter(plan.mine)
+        assert all(len(part.mine) < 2 or sum(math.prod(m.shape) for m in part.mine) <= 5000 for part in of_rank)
+    for parts in zip(*turns, strict=True):
+        sent, received = ([getattr(part, side) for part in parts] for side in ("sent", "received"))
+        assert all(sent[a][b] == received[b][a] for a in ranks for b in ranks)
     loads = [sum(flops(*m.shape) for m in plan.mine) for plan in found]
     assert max(loads) - min(loads) <= max(flops(*m.shape) for m in found[0].matrices)
 

@@ -20,7 +20,7 @@ from megatron_hammer.kernels.newton_schulz import orthogonalise
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.model import llama, parameters
 from megatron_hammer.optim import store
-from megatron_hammer.optim.adamw import AdamW
+from megatron_hammer.optim.matrices import Exchange
 from megatron_hammer.optim.muon import Muon, update_scale
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel import placement
@@ -224,26 +224,30 @@ def _tied_gradients_summed(times: int) -> Any:
 def _shards_orthogonalised_alone() -> Any:
     """Each rank takes what it has of a matrix for the matrix, as Megatron-LM did (Megatron-LM#7117)."""
 
-    def alone(self: Muon, lr: float, divisor: torch.Tensor, applied: torch.Tensor) -> None:
-        message = self._directions(sum(self.exchange.sizes(self.exchange.sent, False)), divisor, applied)
-        AdamW._update(self, lr, divisor, applied)
-        at = 0
-        for piece in (piece for pieces in self.exchange.sent for piece in pieces if piece.owned):
+    def alone(self: Muon, exchange: Exchange, received: torch.Tensor) -> torch.Tensor:
+        return received
+
+    def directions(self: Muon, places: Any, divisor: torch.Tensor, applied: torch.Tensor) -> torch.Tensor:
+        message, at = real(self, places, divisor, applied), 0
+        for piece in (piece for piece, _, _ in places if piece.owned):
             for box in piece.boxes:
                 part = message[at + box.position : at + box.position + box.numel].view(box.shape)
                 wide = part if part.shape[0] <= part.shape[1] else part.mT
                 wide.copy_(orthogonalise(wide[None].clone())[0])
                 part.mul_(update_scale(*piece.matrix.shape))
             at += piece.numel
-        self._apply(message, lr, applied)
+        return message
 
-    return mock.patch.object(Muon, "_update", alone)
+    real = Muon._directions
+    return mock.patch.multiple(Muon, _orthogonalised=alone, _directions=directions)
 
 
 def _directions_of_another_rank() -> Any:
     """The owner puts each message at the place of the next rank's."""
     real = Muon._orthogonalised
-    return mock.patch.object(Muon, "_orthogonalised", lambda self, received, size: real(self, received.roll(1), size))
+    return mock.patch.object(
+        Muon, "_orthogonalised", lambda self, exchange, received: real(self, exchange, received.roll(1))
+    )
 
 
 FAULTS: dict[str, Callable[[], Any]] = {
