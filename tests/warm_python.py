@@ -6,9 +6,11 @@
                                            '-- waits, passes signals on, ends with its code <-- a fork, the program
 
 An export, its proof and a generation import for ten seconds and compute for one. The package itself is imported anew by
-each program, and so is everything by the ranks of the launcher, which it spawns as it does anywhere. ``write_python``
-makes such a ``bin/python``; programs other than ``WARM`` run in the plain interpreter. Run as a program this file is
-the server (``--serve SOCKET``) or the client, which imports nothing that it does not need.
+each program. The ranks of its launcher are forked where they are spawned anywhere else, so that they have the
+libraries, too; what spawning itself could break is held by the tests that start programs in the plain interpreter
+(``tests/supervise/test_start.py`` and ``test_nodes.py``, ``tests/train/test_run.py``). ``write_python`` makes such a
+``bin/python``; programs other than ``WARM`` run in the plain interpreter. Run as a program this file is the server
+(``--serve SOCKET``) or the client, which imports nothing that it does not need.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import sys
 
 WARM = ("checkpoint_to_hf.py", "generate.py", "evaluate.py", "hf_to_checkpoint.py", "verify_tokenizer.py",
         "convert_tokenizer.py", "megatron_hammer.launch", "megatron_hammer.train",
-        "megatron_hammer.huggingface.certificate")  # fmt: skip
+        "megatron_hammer.huggingface.certificate", "test_start.py")  # fmt: skip
 MESSAGE_BYTES = 2**20  # words and environment, of a few thousand bytes
 
 
@@ -30,6 +32,14 @@ def write_python(path: str | os.PathLike[str]) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.write(f'#!/bin/sh\nexec "{sys.executable}" -IS "{__file__}" "{_server()}" "{sys.executable}" "$0" "$@"\n')
     os.chmod(path, 0o755)
+
+
+def warm_python() -> str:
+    """One that is there as long as this process."""
+    path = os.path.join(os.path.dirname(_server()), "python")
+    if not os.path.exists(path):
+        write_python(path)
+    return path
 
 
 _started: list[str] = []
@@ -79,6 +89,7 @@ def serve(place: str) -> None:
     """Import the libraries, and fork for each program until standard input ends."""
     sys.path.pop(0)  # this file's folder, whose names are not for others
     import select
+    import shutil
 
     import torch  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -95,8 +106,7 @@ def serve(place: str) -> None:
                 listener.close()
                 _answer(connection)
             connection.close()
-    os.unlink(place)
-    os.rmdir(os.path.dirname(place))
+    shutil.rmtree(os.path.dirname(place))
 
 
 def _answer(connection: socket.socket) -> None:
@@ -119,13 +129,21 @@ def _become(words: list[str], python: str, folder: str, environment: dict[str, s
     """Run the program as the interpreter would, and end this process."""
     import atexit
     import runpy
+    import tempfile
     import threading
     import traceback
+    from multiprocessing import context
 
+    context.SpawnProcess._Popen = staticmethod(context.ForkProcess._Popen)  # type: ignore[assignment]
+    tempfile.tempdir = None  # as the program's environment says
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     sys.executable = python  # what a program starts by that name is warm, too
+    import torch
+
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    sys.path[:0] = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
     code: object = 0
     try:
         if words[0] == "-m":

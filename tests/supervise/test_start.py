@@ -27,6 +27,7 @@ from megatron_hammer.parallel import rendezvous
 from megatron_hammer.parallel.board import Journal
 from megatron_hammer.supervise.nodes import Node
 from megatron_hammer.supervise.start import _check_gpus, _check_slurm_step, launch
+from tests.warm_python import warm_python
 
 HERE = Path(__file__).resolve()
 CONFIG = {
@@ -240,10 +241,11 @@ def listening(pid: int) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def start(entry: str, nproc: int = 2, *place: object) -> subprocess.Popen[str]:
+def start(entry: str, nproc: int = 2, *place: object, warm: bool = True) -> subprocess.Popen[str]:
+    """The launcher; in the plain interpreter, with ranks that are spawned, if not ``warm``."""
     environment = os.environ | {"PYTHONPATH": f"{HERE.parents[2]}:{HERE.parent}"}
     environment.pop("OMP_NUM_THREADS", None)
-    command = [sys.executable, str(HERE), entry, str(nproc), *map(str, place)]
+    command = [warm_python() if warm else sys.executable, str(HERE), entry, str(nproc), *map(str, place)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -294,9 +296,12 @@ def assert_gone(numbers: list[int], seconds: float = 5.0) -> None:
 def test_exit_code_and_one_line(
     entry: str, nproc: int, code: int, line: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    warm = entry not in ("rank_done", "rank_mistake", "rank_raises")
+    if warm:
+        warm_python()  # its server's folder is no temporary file of this program's
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    returned, out, lines = finish(start(entry, nproc))
-    assert returned == code, lines
+    returned, out, lines = finish(start(entry, nproc, warm=warm))
+    assert returned == code, "\n".join(lines)
     assert_gone([int(number) for number in re.findall(r"pid (\d+)", out)], seconds=0.5)
     assert list(tmp_path.iterdir()) == [], "no temporary file stays"
     if line is None:
@@ -321,7 +326,7 @@ def test_exit_code_and_one_line(
 )
 def test_a_signal_saves_and_exits_75(signum: signal.Signals, nproc: int) -> None:
     """Sent while the ranks still start; again (one of another kind too) while they save, and after that."""
-    process = start("rank_saves", nproc)
+    process = start("rank_saves", nproc, warm=nproc == 1)
     numbers = pids(process, nproc)
     process.send_signal(signum)
     time.sleep(0.7)
@@ -340,7 +345,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
     """``nohup`` starts a program with SIGHUP ignored: losing the terminal must not stop it."""
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        process = start("rank_saves", 1)
+        process = start("rank_saves", 1, warm=False)
         pids(process, 1)
         process.send_signal(signal.SIGHUP)
         process.send_signal(signal.SIGTERM)
@@ -361,7 +366,7 @@ def test_before_the_first_step_a_signal_ends_all_at_once() -> None:
 
 
 def test_ranks_die_with_a_killed_launcher() -> None:
-    process = start("rank_sleeps")
+    process = start("rank_sleeps", warm=False)
     numbers = pids(process, 2)
     process.kill()
     process.wait()
@@ -369,7 +374,7 @@ def test_ranks_die_with_a_killed_launcher() -> None:
 
 
 def test_everything_listens_on_loopback_only() -> None:
-    code, out, _ = finish(start("rank_sockets"))
+    code, out, _ = finish(start("rank_sockets", warm=False))
     assert code == 0
     listeners = [line.split()[1:] for line in out.splitlines() if line.startswith("listens")]
     assert len(listeners) == 4 and all(listeners), "each rank (gloo) and the launcher (store) listen"

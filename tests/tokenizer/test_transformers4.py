@@ -47,7 +47,10 @@ def transformers4() -> Path:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--retries", "0", "--timeout", "10"]
         try:
             done = subprocess.run(
-                [*pip, "install", "--no-deps", "--target", folder, *WANTED], capture_output=True, text=True, timeout=120
+                [*pip, "install", "--no-deps", "--no-compile", "--target", folder, *WANTED],
+                capture_output=True,
+                text=True,
+                timeout=120,
             )
             why = (done.stderr.strip().splitlines() or [""])[-1]
         except subprocess.TimeoutExpired:

@@ -18,6 +18,7 @@ from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.loop import train
 from megatron_hammer.train.prepare import prepare
 from tests.model.tiny import make_context
+from tests.warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "configs" / "tiny.yaml"
@@ -57,8 +58,9 @@ def environment() -> dict[str, str]:
 
 
 def run(ranks: int, arguments: Sequence[str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run to the end."""
-    return subprocess.run(command(ranks, arguments), capture_output=True, text=True, timeout=timeout, env=environment())
+    """Run to the end, all processes with torch from the start (``tests/warm_python.py``)."""
+    words = [warm_python(), *command(ranks, arguments)[1:]]
+    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment())
 
 
 def config_for(arguments: Sequence[str]) -> Config:
