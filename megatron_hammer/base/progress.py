@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from megatron_hammer.base.terminal import can_redraw
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -57,7 +59,7 @@ class Progress:
         self._bar: tqdm[Any] | None = None
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if can_redraw(sys.stderr):
             import tqdm
 
             self._bar = tqdm.tqdm(

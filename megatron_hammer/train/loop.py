@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL, NonFiniteError
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.signals import StopRequest
+from megatron_hammer.checkpoint.folder import step_of
 from megatron_hammer.config import Config
 from megatron_hammer.config.phases import phase_at, tokens_before
 from megatron_hammer.kernels.ranges import Range, no_range
@@ -418,6 +419,8 @@ class Run:
             self.reporter.sync()
 
     def _committed(self, folder: Path) -> None:
+        if self.reporter is not None:
+            self.reporter.saved(step_of(folder))
         if self.evaluator is not None:
             self.evaluator.committed(folder)
 

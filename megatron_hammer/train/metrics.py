@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl (every step, full precision), TensorBoard, trackers, and lines or a progress bar.
+"""What a run tells: metrics.jsonl (every step, full precision), TensorBoard, trackers, lines or a terminal's view.
 
 One JSON object a step. Floats are shortest exact decimals; what is not finite is null. MFU (model FLOPs utilisation)
 is stated twice, because two counts are in use::
@@ -25,6 +25,7 @@ from typing import Any
 
 from megatron_hammer.base.files import set_aside
 from megatron_hammer.base.progress import say
+from megatron_hammer.base.terminal import View, can_redraw
 from megatron_hammer.base.writing import close_after, writing
 from megatron_hammer.config import Config, ModelConfig
 from megatron_hammer.model.parameters import EMBEDDING, logical_shapes
@@ -32,6 +33,7 @@ from megatron_hammer.train.gpus import find_gpu
 from megatron_hammer.train.metrics_file import METRICS, MetricsFile, finite
 from megatron_hammer.train.starts import STARTS, note_start
 from megatron_hammer.train.trackers import Trackers, environment_of
+from megatron_hammer.train.view import RunView
 
 # TensorBoard shows groups by their names, and opens the first: that is the loss.
 BOARD_BYTES = 100  # of a value among the events of TensorBoard, at least: what a full disk is said to lack
@@ -123,11 +125,8 @@ class Reporter:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(board_folder(output)), purge_step=first_step + 1)
-        self.bar: Any = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=config.train.num_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self.view = View(sys.stderr) if can_redraw(sys.stderr) else None
+        self._run_view = RunView(config.train.num_steps, first_step)
         self.trackers = Trackers(config, first_step > 0, environment, self.warn)
         try:
             note_start(output, first_step, environment, config)
@@ -142,7 +141,7 @@ class Reporter:
     ) -> None:
         with ExitStack() as stack:  # one that cannot be closed keeps none of the others open
             stack.callback(self.trackers.close, failed=kind is not None)
-            for output in (self.bar, self.board, self.file):
+            for output in (self.view, self.board, self.file):
                 if output is not None:
                     stack.callback(close_after, output, error)
 
@@ -158,11 +157,23 @@ class Reporter:
         self.file.write(line)
         self.trackers.log(finite(line))
         self._to_board(line)
-        if self.bar is not None:
-            self.bar.update(1)
-            self.bar.set_postfix(loss=f"{line['loss']:.4f}", tok_s=f"{rate:,.0f}", refresh=False)
-        if line["step"] % self.config.log.interval_steps == 0 or valid or line["step"] == self.config.train.num_steps:
+        is_last = line["step"] == self.config.train.num_steps
+        self._run_view.take(line)
+        if self.view is not None:
+            self.view.show(self._run_view.rows(), now=is_last)
+        if valid or is_last or (line["step"] % self.config.log.interval_steps == 0 and not self._is_watched):
             self.say(_sentence(line, self.config.train.num_steps))
+
+    @property
+    def _is_watched(self) -> bool:
+        """Whether the view says to the reader of standard output what lines would."""
+        return self.view is not None and sys.stdout.isatty()
+
+    def saved(self, step: int) -> None:
+        """A checkpoint has been committed."""
+        self._run_view.saved(step)
+        if self.view is not None:
+            self.view.show(self._run_view.rows(), now=True)
 
     def evaluation(self, line: Mapping[str, Any]) -> None:
         """What ``train.evaluator`` found of a checkpoint, some steps later: TensorBoard has it at the checkpoint's
@@ -192,16 +203,16 @@ class Reporter:
                 self.board.flush()
 
     def say(self, text: str) -> None:
-        """One line for people, above the progress bar where there is one."""
-        if self.bar is not None:
-            self.bar.write(text)
+        """One line for people, above the view where there is one."""
+        if self.view is not None:
+            self.view.above(text, sys.stdout)
         else:
             print(text, flush=True)
 
     def warn(self, text: str) -> None:
         """A warning, on stderr; also from a tracker's thread."""
-        if self.bar is not None:
-            self.bar.write(text, file=sys.stderr)
+        if self.view is not None:
+            self.view.above(text, sys.stderr)
         else:
             say(text)
 
