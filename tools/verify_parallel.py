@@ -7,6 +7,7 @@ mask, tying, recompute, clipping), all ranks run two steps on CPUs, and loss, gr
 weights and moments after the steps and the checkpoint's tensors are compared with one process in fp64 and fp32, and
 with transformers and a plain AdamW in fp64. The table shows the largest difference of each; below it stands what is
 beyond its bound: the first tensor that differs, on which ranks, by how much, and what the pattern says of the cause.
+Above it stands what all differences together say: whose tokens, which sum, which update; found by trying known faults.
 
 With --gpu the ranks run on GPUs in the precision and with the kernels of the config, against one process in fp32 on the
 CPU: the bound is then that of 16-bit rounding, and finds swapped rows, factors and missing sums, no last bits.
@@ -95,6 +96,8 @@ def prove(config: Config, world_size: int, real: bool) -> int:
     if not proof.findings:
         print(f"equal: {world_size} ranks compute what one process computes")
         return 0
+    for cause in proof.causes:
+        print(f"likely cause: {cause}")
     print(f"DIFFERENT in {len(proof.findings)} places; the first:")
     for finding in proof.findings[:SHOWN]:
         ranks = f" on ranks {', '.join(map(str, finding.ranks))}" if finding.ranks else ""

@@ -93,9 +93,10 @@ class AdamW:
     def shards(self) -> list[Shard]:
         """This rank's part of the logical state: views, so that loading writes straight into the optimizer."""
         self.store.wait()
-        return list(self._shards())
+        return list(self.own_shards())
 
-    def _shards(self) -> Iterator[Shard]:
+    def own_shards(self) -> Iterator[Shard]:
+        """The same without waiting for weights that are on their way to other ranks."""
         is_copy = self.store.ctx.copies.rank > 0
         for stretch, state in zip(self.stretches, self.states, strict=True):
             kinds, at = state.kinds, 0

@@ -28,7 +28,6 @@ KEY_SUMS = (
     "queries are right: the sum over context-parallel ranks of the gradients of keys and values is missing or wrong"
 )
 AFTER_ALL_LAYERS = 2**31
-KINDS = ("gradient", "weight", "exp_avg", "exp_avg_sq", "model")
 
 
 @dataclass(frozen=True)
@@ -117,15 +116,19 @@ def name_missing_key_sums(findings: list[Finding]) -> list[Finding]:
     wrong there in ``k_proj`` and ``v_proj``, and in all that comes before the layer.
     """
     wrong = {f.what.removeprefix("gradient of ") for f in findings if f.what.startswith("gradient of ")}
+    of_last = keys_alone(wrong)
+    named = {f"gradient of {tensor}" for tensor in of_last}
+    return [dataclasses.replace(f, cause=KEY_SUMS) if f.what in named else f for f in findings]
+
+
+def keys_alone(wrong: set[str]) -> set[str]:
+    """The key and value weights of the last layer with a wrong gradient, if of its attention these alone are wrong."""
     layers = [layer for tensor in wrong if (layer := _layer(tensor)) is not None]
     if not layers or max(layers) == AFTER_ALL_LAYERS:
-        return findings
+        return set()
     attention = f"model.layers.{max(layers)}.self_attn."
-    of_last = {tensor.removeprefix(attention) for tensor in wrong if tensor.startswith(attention)}
-    if not of_last or not of_last <= {"k_proj.weight", "v_proj.weight"}:
-        return findings
-    named = {f"gradient of {attention}{name}" for name in of_last}
-    return [dataclasses.replace(f, cause=KEY_SUMS) if f.what in named else f for f in findings]
+    of_last = {tensor for tensor in wrong if tensor.startswith(attention)}
+    return of_last if of_last <= {f"{attention}{name}_proj.weight" for name in "kv"} else set()
 
 
 def compare_stages(ranks: Sequence[Outcome], sizes: Sizes) -> list[Finding]:
@@ -207,7 +210,7 @@ def likely_cause(wrong: Sequence[tuple[int, Piece]], expected: np.ndarray, sizes
     factors = [ratio for ratio in ratios if ratio is not None]
     if len(factors) == len(ratios) and max(factors) - min(factors) <= 1e-3 * abs(factors[0]):
         return _factor(factors[0], sizes) or f"all of it times {factors[0]:.4g}"
-    if cause := _missing_sum(wrong, expected):
+    if cause := missing_sum(wrong, expected):
         return cause
     if all(not piece.values.any() for _, piece in wrong):
         return "it is zero: nothing was computed, sent or copied"
@@ -249,7 +252,7 @@ def off_by_log(shift: float, sizes: Sizes) -> str:
     return f"off by {' or '.join(of)}: the sum of exponentials counts ranks, or misses them" if of else ""
 
 
-def _missing_sum(wrong: Sequence[tuple[int, Piece]], expected: np.ndarray) -> str:
+def missing_sum(wrong: Sequence[tuple[int, Piece]], expected: np.ndarray) -> str:
     """Whether the values of several ranks for one place add up to what they should be."""
     by_place: dict[tuple[tuple[int, int], ...], list[np.ndarray]] = defaultdict(list)
     for _, piece in wrong:

@@ -14,6 +14,8 @@ import numpy as np
 
 from megatron_hammer.base.reading import open_regular, parse_json, read_regular
 
+FIRST = "step-1 "
+"""Before a kind of piece: after the first step."""
 Range = tuple[int, int]
 """From the first up to, and without, the second."""
 

@@ -41,6 +41,7 @@ from megatron_hammer.verify.compare import (
     compare_stages,
     whole_tensors,
 )
+from megatron_hammer.verify.diagnosis import diagnose
 from megatron_hammer.verify.outcome import Outcome, Piece, read_outcome
 from megatron_hammer.verify.reference import reference_steps
 from megatron_hammer.verify.shrink import STEPS, alone, exact_optimizer, shrink
@@ -70,6 +71,8 @@ class Proof:
     """Quantity, reference, precision, largest difference, bound."""
     findings: list[Finding]
     """In the order of the model; empty where the layout computes what one process computes."""
+    causes: list[str] = dataclasses.field(default_factory=list)
+    """What all of them together say of the cause."""
 
     def table(self) -> list[str]:
         """For people."""
@@ -124,7 +127,12 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
     compared.append(_against("transformers", theirs, exact, ranks[exact], bound, sizes))
     compared.append(_checkpoint_against(saved, alone["fp32"], last, sizes))
     rows, findings = ([part for parts in column for part in parts] for column in zip(*compared, strict=True))
-    return Proof(small, left_out, rows, compare_stages(ranks[exact], sizes) + findings)
+    findings = compare_stages(ranks[exact], sizes) + findings
+    causes: list[str] = []
+    if findings and exact == "fp64":
+        note("one process with faults in it: which gives these numbers")
+        causes = diagnose(small, world_size, ranks[exact], alone[exact], initial, BOUNDS[exact])
+    return Proof(small, left_out, rows, findings, causes)
 
 
 def _check_gpus(ranks: int) -> None:

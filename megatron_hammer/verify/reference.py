@@ -6,6 +6,8 @@ common, and have wrong, shows here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,13 +18,32 @@ from torch.nn import functional as F
 from megatron_hammer.config import Config
 from megatron_hammer.huggingface.config import hf_config_from_model
 from megatron_hammer.optim.schedule import learning_rate
-from megatron_hammer.verify.outcome import Outcome, Piece
+from megatron_hammer.verify.outcome import FIRST, Outcome, Piece
 from megatron_hammer.verify.shrink import STEPS
 from megatron_hammer.verify.steps import SOURCES, global_batch
 
 
-def reference_steps(config: Config, initial: dict[str, np.ndarray]) -> Outcome:
-    """Two steps from these weights (logical tensors by name)."""
+@dataclass(frozen=True)
+class Rule:
+    """How steps are taken; anything but the defaults is a fault that a diagnosis assumes (``what_if.py``)."""
+
+    vectors_decay: bool = False
+    """Norms and biases decay, too."""
+    corrected: bool = True
+    """Moments are divided by what they lack in the first steps."""
+    ahead: int = 0
+    """Updates that AdamW believes to have made already."""
+    stale: bool = False
+    """All steps are computed with the weights of before the first."""
+    gradients: str = "own"
+    """Of a step: its own; "first": those of the first step again; "summed": with those of the steps before."""
+
+
+RIGHT = Rule()
+
+
+def build_model(config: Config, initial: dict[str, np.ndarray]) -> tuple[Any, dict[str, Any]]:
+    """transformers' model with these weights (logical tensors by name), and its parameters by name."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings: Any = AutoConfig.for_model(**hf_config_from_model(config.model, {}, "float32"))
@@ -32,29 +53,55 @@ def reference_steps(config: Config, initial: dict[str, np.ndarray]) -> Outcome:
     rope.inv_freq = rope.inv_freq.double()
     weights = {name: weight for name, weight in model.named_parameters() if name in initial}
     assert weights.keys() == initial.keys(), "transformers names other tensors"
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight.copy_(torch.from_numpy(initial[name]))
+    _fill(weights, initial)
+    return model, weights
+
+
+@torch.no_grad()
+def _fill(weights: dict[str, Any], values: dict[str, np.ndarray]) -> None:
+    for name, weight in weights.items():
+        weight.copy_(torch.from_numpy(values[name]))
+
+
+def reference_steps(config: Config, initial: dict[str, np.ndarray], rule: Rule = RIGHT) -> Outcome:
+    """Two steps from these weights (logical tensors by name)."""
+    model, weights = build_model(config, initial)
     moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in weights.items()}
     losses, norms, by_source, pieces = [], [], [], []
+    before: dict[str, Tensor] = {}
     for step in range(1, STEPS + 1):
+        updated = {name: weight.detach().numpy().copy() for name, weight in weights.items()} if rule.stale else {}
+        if rule.stale:
+            _fill(weights, initial)
         loss, objective, of_sources = _loss(model, config, step)
         by_source.append(of_sources)
         model.zero_grad()
         objective.backward()
         gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+        if before and rule.gradients != "own":
+            gradients = {n: before[n] + (g if rule.gradients == "summed" else 0) for n, g in gradients.items()}
+        before = before or {name: gradient.clone() for name, gradient in gradients.items()}
+        if updated:
+            _fill(weights, updated)
         norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
         losses.append(float(loss.detach()))
         norms.append(float(norm))
         if step == 1:
             pieces += [_whole("gradient", name, g) for name, g in gradients.items()]
-        _update(config, step, weights, gradients, moments, float(norm))
+        _update(config, step, weights, gradients, moments, float(norm), rule)
+        if step == 1:
+            pieces += _states(config, weights, moments, FIRST)
+    pieces += _states(config, weights, moments)
+    pieces += [_whole("model", name, weight) for name, weight in weights.items()]
+    return Outcome(losses, norms, pieces, source_losses=by_source)
+
+
+def _states(config: Config, weights: dict[str, Any], moments: dict[str, Any], prefix: str = "") -> Iterator[Piece]:
+    """Weights and moments as they are now."""
     for name, weight in weights.items():
         first, second = moments[name]
-        kinds = {"weight": weight, "exp_avg": first, "model": weight}
-        kinds |= {} if _is_muon(config, name) else {"exp_avg_sq": second}
-        pieces += [_whole(kind, name, tensor) for kind, tensor in kinds.items()]
-    return Outcome(losses, norms, pieces, source_losses=by_source)
+        kinds = {"weight": weight, "exp_avg": first} | ({} if _is_muon(config, name) else {"exp_avg_sq": second})
+        yield from (_whole(prefix + kind, name, tensor) for kind, tensor in kinds.items())
 
 
 def _loss(model: Any, config: Config, step: int) -> tuple[Tensor, Tensor, list[float]]:
@@ -78,8 +125,9 @@ def _loss(model: Any, config: Config, step: int) -> tuple[Tensor, Tensor, list[f
 
 @torch.no_grad()
 def _update(
-    config: Config, step: int, weights: dict[str, Any], gradients: dict[str, Any], moments: dict[str, Any], norm: float
-) -> None:
+    config: Config, step: int, weights: dict[str, Any], gradients: dict[str, Any], moments: dict[str, Any],
+    norm: float, rule: Rule,
+) -> None:  # fmt: skip
     """Clipping by the global norm and decoupled decay on matrices (arXiv 1711.05101), by AdamW or Muon."""
     o, lr = config.optimizer, learning_rate(config, step)
     factor = min(1.0, o.clip_grad / (norm + 1e-6)) if o.clip_grad > 0 else 1.0
@@ -92,8 +140,10 @@ def _update(
             continue
         first.mul_(o.beta1).add_(gradient, alpha=1 - o.beta1)
         second.mul_(o.beta2).add_(gradient.square(), alpha=1 - o.beta2)
-        update = (first / (1 - o.beta1**step)) / ((second / (1 - o.beta2**step)).sqrt() + o.eps)
-        decay = o.weight_decay if weight.ndim > 1 else 0.0
+        made = step + rule.ahead
+        of_first, of_second = (1 - o.beta1**made, 1 - o.beta2**made) if rule.corrected else (1.0, 1.0)
+        update = (first / of_first) / ((second / of_second).sqrt() + o.eps)
+        decay = o.weight_decay if weight.ndim > 1 or rule.vectors_decay else 0.0
         weight.sub_(lr * (update + decay * weight))
 
 

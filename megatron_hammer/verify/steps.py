@@ -5,12 +5,13 @@ The kinds of pieces (``outcome.py``) are::
     gradient           this rank's shard of the first step's gradient, summed over all ranks
     weight             this rank's shard of the masters after two steps
     exp_avg, exp_avg_sq   of the moments
+    step-1 weight, ...    the same three after the first step
     model              what the rank's model computes with after two steps, gathered from all shards
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.board import Journal
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.parallel.rendezvous import collective_timeout, end_process_group, start_process_group
-from megatron_hammer.parallel.sharding import rectangles
+from megatron_hammer.parallel.sharding import Shard, rectangles
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.begin import check_machine, choose_device
 from megatron_hammer.train.build import DTYPES, build_stages
@@ -34,7 +35,7 @@ from megatron_hammer.train.cuda_graph import micro_batch_runner
 from megatron_hammer.train.pipeline import accumulate, pipelined_losses
 from megatron_hammer.train.source_sums import LOSS, WEIGHT, Sources
 from megatron_hammer.train.state import RunState
-from megatron_hammer.verify.outcome import Outcome, Piece, write_outcome
+from megatron_hammer.verify.outcome import FIRST, Outcome, Piece, write_outcome
 from megatron_hammer.verify.shrink import STEPS
 
 EXACT = {"fp64": torch.float64, "fp32": torch.float32}
@@ -69,6 +70,8 @@ def take_steps(config: Config, ctx: ParallelContext, dtype: torch.dtype, checkpo
         if step == 1:
             pieces += gradient_pieces(optimizer)
         optimizer.step(learning_rate(config, step))
+        if step == 1:  # nobody waits here for weights that are on their way: the next forward has to
+            pieces += _pieces_of(optimizer.rule.own_shards(), FIRST)
     pieces += state_pieces(optimizer)
     pieces += model_pieces(optimizer)
     if checkpoint is not None:
@@ -162,9 +165,13 @@ def gradient_pieces(optimizer: Optimizer) -> Iterator[Piece]:
 
 def state_pieces(optimizer: Optimizer) -> Iterator[Piece]:
     """Masters and moments of this rank's shards."""
-    for shard in optimizer.shards():
+    yield from _pieces_of(optimizer.shards())
+
+
+def _pieces_of(shards: Iterable[Shard], prefix: str = "") -> Iterator[Piece]:
+    for shard in shards:
         for kind, flat in shard.tensors.items():
-            yield from _cut(kind, shard.parameter, shard.start, shard.stop, flat)
+            yield from _cut(prefix + kind, shard.parameter, shard.start, shard.stop, flat)
 
 
 def model_pieces(optimizer: Optimizer) -> Iterator[Piece]:

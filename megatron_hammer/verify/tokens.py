@@ -37,7 +37,7 @@ def compare_tokens(
     worst, findings = float(differences.max()), []
     if at:
         wrong = differences > bound
-        cause = _cause(wrong, shifts, positions, sizes)
+        cause = cause_of_tokens(wrong, shifts, positions, sizes)
         what = f"loss of {int(wrong.sum())} of {len(wrong)} tokens before the first step"
         findings.append(Finding(what, tuple(sorted(at)), worst, cause))
     if not seen.all():
@@ -46,7 +46,8 @@ def compare_tokens(
     return worst, findings
 
 
-def _cause(wrong: np.ndarray, shifts: np.ndarray, positions: np.ndarray, sizes: Sizes) -> str:
+def cause_of_tokens(wrong: np.ndarray, shifts: np.ndarray, positions: np.ndarray, sizes: Sizes) -> str:
+    """What the places of the tokens that are wrong say; shifts: by how much each loss is off."""
     first = positions == 0
     if wrong.all():
         even = float(np.ptp(shifts)) <= 1e-3 * float(np.abs(shifts).max())

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,20 +14,7 @@ import torch
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
-from megatron_hammer.kernels import arguments, context_parallel
-from megatron_hammer.kernels.newton_schulz import orthogonalise
-from megatron_hammer.kernels.packed_sequences import PackedSequences
-from megatron_hammer.model import llama, parameters
-from megatron_hammer.optim import store
-from megatron_hammer.optim.matrices import Exchange
-from megatron_hammer.optim.muon import Muon, update_scale
-from megatron_hammer.optim.store import FlatStore
-from megatron_hammer.parallel import placement
-from megatron_hammer.parallel.collectives import Done
-from megatron_hammer.parallel.context import Group, ParallelContext, build_parallel_context
-from megatron_hammer.parallel.sequence_split import SequenceShare
-from megatron_hammer.sampling import batch
-from megatron_hammer.train import schedules
+from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.verify import parallel, steps
 from megatron_hammer.verify.compare import (
     BOUNDS,
@@ -48,6 +34,7 @@ from megatron_hammer.verify.steps import take_steps
 from megatron_hammer.verify.tokens import compare_tokens
 from tests.distributed import run_distributed
 from tests.model.tiny import tiny_config
+from tests.verify.seeded import faulty_steps
 
 FP64 = torch.float64
 SINGLE = ParallelContext.single()
@@ -60,232 +47,6 @@ def config_of(world_size: int = 4, **changes: Any) -> Config:
     small.validate(world_size)
     assert not left_out
     return small
-
-
-# ---- faults: each replaces one function while the steps are taken ---------------------------------------------------
-
-
-def _norms_not_summed() -> Any:
-    real = parameters._norm
-    return mock.patch.object(
-        parameters, "_norm", lambda *a: dataclasses.replace(
-            row := real(*a), slices=tuple(dataclasses.replace(s, sum_over="none") for s in row.slices)))  # fmt: skip
-
-
-def _scaled(factor: float) -> Any:
-    real = schedules.sum_of_weights
-    return mock.patch.object(schedules, "sum_of_weights", lambda *a: real(*a) * factor)
-
-
-def _padding_counts() -> Any:
-    real = arguments.Columns.of
-    return mock.patch.object(arguments.Columns, "of", lambda rank, local, vocab: real(rank, local, 10**6))
-
-
-def _wrong_groups() -> Any:
-    """Query groups dealt out from the other end."""
-    real = placement._share
-    return mock.patch.object(
-        placement, "_share", lambda total, i, n: real(total, n - 1 - i if total == 2 and n > 1 else i, n))  # fmt: skip
-
-
-def _gathered_early() -> Any:
-    """The first bucket goes out before the update."""
-
-    def gather(self: FlatStore) -> None:
-        old = self.params[: self.buckets[0].stop].clone() if not self.version else None
-        real(self)
-        self.wait()
-        if old is not None:
-            self.params[: self.buckets[0].stop] = old
-
-    real = FlatStore.gather
-    return mock.patch.object(FlatStore, "gather", gather)
-
-
-def _shards_swapped() -> Any:
-    """What a rank updates lands where the other's shard belongs."""
-
-    def gather(full: torch.Tensor, shard: torch.Tensor, group: Group) -> Any:
-        real(full, shard, group).wait()
-        full.copy_(torch.cat(full.chunk(group.size)[::-1]))
-        return Done()
-
-    real = store.all_gather_into
-    return mock.patch.object(store, "all_gather_into", gather)
-
-
-def _overwritten_early() -> Any:
-    """A prefetched layer's weights come into memory that is used until then by the layer before."""
-
-    def acquire(self: FlatStore, part: str, then: Sequence[str] = ()) -> None:
-        real(self, part, then)
-        if (part, tuple(then)) == ("layers.0", ("layers.1",)):
-            for here, other in zip(*(self._buckets_of[name] for name in (part, *then)), strict=True):
-                store._wait_for(other)
-                self.weight_buffers.full[here].copy_(self.weight_buffers.full[other])
-
-    real = FlatStore.acquire
-    return mock.patch.object(FlatStore, "acquire", acquire)
-
-
-def _released_early() -> Any:
-    """A bucket's buffer is written by the next micro-batch's gradients before its shard was added."""
-
-    def start_reduction(self: FlatStore, bucket: Any) -> None:
-        real(self, bucket)
-        if not self.last:
-            self._finish(bucket)
-            self.sum_buffers.shard(bucket).zero_()
-
-    real = FlatStore.start_reduction
-    return mock.patch.object(FlatStore, "start_reduction", start_reduction)
-
-
-def _boundary_one_off() -> Any:
-    real = PackedSequences.from_cu_seqlens
-
-    def shifted(ends: np.ndarray, device: torch.device) -> PackedSequences:
-        moved = ends.copy()
-        moved[1:-1] = np.minimum(moved[1:-1] + 1, moved[2:] - 1) if len(moved) > 2 else moved[1:-1]
-        return real(np.unique(moved), device)
-
-    return mock.patch.object(PackedSequences, "from_cu_seqlens", shifted)
-
-
-def _positions_shifted() -> Any:
-    real = llama.Stage.rope
-    return mock.patch.object(
-        llama.Stage, "rope", lambda self, n: tuple(t[1:] for t in real(self, n + 1)))  # fmt: skip
-
-
-def _positions_stretched() -> Any:
-    real = llama.Stage.rope
-    return mock.patch.object(
-        llama.Stage, "rope", lambda self, n: tuple(t[::2] for t in real(self, 2 * n)))  # fmt: skip
-
-
-def _share(change: Callable[[SequenceShare], SequenceShare]) -> Any:
-    """What a context-parallel rank is told of its share."""
-    real = batch.share
-    return mock.patch.object(batch, "share", lambda *a, **k: change(real(*a, **k)))
-
-
-def _boundary_one_off_in_a_share() -> Any:
-    real = batch.share
-
-    def shifted(ends: np.ndarray, *a: Any, **k: Any) -> SequenceShare:
-        moved = ends.copy()
-        moved[2:-1] = np.minimum(moved[2:-1] + 1, moved[3:] - 1)
-        right = real(ends, *a, **k)
-        return right if len(np.unique(moved)) < len(ends) else real(moved, *a, **k)
-
-    return mock.patch.object(batch, "share", shifted)
-
-
-def _without_first_key(share: SequenceShare) -> SequenceShare:
-    """Of every stretch that has more keys than queries: of documents that are cut."""
-    cut, firsts = share.key_lengths > share.lengths, np.cumsum(share.key_lengths) - share.key_lengths
-    rows = np.delete(share.key_rows, firsts[cut])
-    return dataclasses.replace(share, key_lengths=share.key_lengths - cut, key_rows=rows)
-
-
-def _key_gradients_not_summed() -> Any:
-    """Each rank keeps what its own queries say of its keys and values."""
-    own = lambda x, group: (x.chunk(group.size)[group.rank], Done())  # noqa: E731
-    return mock.patch.object(context_parallel, "reduce_scatter_rows_async", own)
-
-
-def _log_added() -> Any:
-    real = llama.head_loss
-    return mock.patch.object(llama, "head_loss", lambda *a: real(*a) + np.log(2))
-
-
-def _stages_swapped() -> Any:
-    """The second and the third have each other's layers."""
-    real = Config.placement
-    return mock.patch.object(
-        Config, "placement", lambda self, tp=0, stage=0: real(self, tp, {1: 2, 2: 1}.get(stage, stage)))  # fmt: skip
-
-
-def _tied_gradients_summed(times: int) -> Any:
-    def reduce(self: FlatStore) -> None:
-        tied = self._shared["stages"]
-        self._shared["stages"] = []
-        real(self)
-        self._shared["stages"] = tied
-        for _ in range(times):
-            store.sum_in_one_message(tied, self.ctx.ends)
-
-    real = FlatStore.reduce
-    return mock.patch.object(FlatStore, "reduce", reduce)
-
-
-def _shards_orthogonalised_alone() -> Any:
-    """Each rank takes what it has of a matrix for the matrix, as Megatron-LM did (Megatron-LM#7117)."""
-
-    def alone(self: Muon, exchange: Exchange, received: torch.Tensor) -> torch.Tensor:
-        return received
-
-    def directions(self: Muon, places: Any, divisor: torch.Tensor, applied: torch.Tensor) -> torch.Tensor:
-        message, at = real(self, places, divisor, applied), 0
-        for piece in (piece for piece, _, _ in places if piece.owned):
-            for box in piece.boxes:
-                part = message[at + box.position : at + box.position + box.numel].view(box.shape)
-                wide = part if part.shape[0] <= part.shape[1] else part.mT
-                wide.copy_(orthogonalise(wide[None].clone())[0])
-                part.mul_(update_scale(*piece.matrix.shape))
-            at += piece.numel
-        return message
-
-    real = Muon._directions
-    return mock.patch.multiple(Muon, _orthogonalised=alone, _directions=directions)
-
-
-def _directions_of_another_rank() -> Any:
-    """The owner puts each message at the place of the next rank's."""
-    real = Muon._orthogonalised
-    return mock.patch.object(
-        Muon, "_orthogonalised", lambda self, exchange, received: real(self, exchange, received.roll(1))
-    )
-
-
-FAULTS: dict[str, Callable[[], Any]] = {
-    "none": partial(mock.patch.object, steps, "STEPS", steps.STEPS),
-    "norms": _norms_not_summed,
-    "times DP": partial(_scaled, 0.5),
-    "accumulated twice": partial(_scaled, 2.0),
-    "padding": _padding_counts,
-    "groups": _wrong_groups,
-    "early": _gathered_early,
-    "swapped": _shards_swapped,
-    "overwritten": _overwritten_early,
-    "released": _released_early,
-    "boundary": _boundary_one_off,
-    "stretched": _positions_stretched,
-    "shifted": _positions_shifted,
-    "log CP": _log_added,
-    "positions of a share": lambda: _share(
-        lambda share: dataclasses.replace(share, positions=np.arange(len(share.rows)))
-    ),
-    "boundary of a share": _boundary_one_off_in_a_share,
-    "first key of a share missing": lambda: _share(_without_first_key),
-    "keys of a share": lambda: _share(lambda share: dataclasses.replace(share, key_rows=np.sort(share.key_rows))),
-    "key gradients": _key_gradients_not_summed,
-    "stages": _stages_swapped,
-    "tied twice": partial(_tied_gradients_summed, 2),
-    "tied never": partial(_tied_gradients_summed, 0),
-    "shards alone": _shards_orthogonalised_alone,
-    "owner": _directions_of_another_rank,
-}
-
-
-def faulty_steps(rank: int, config: Config, fault: str, dtype: torch.dtype = FP64) -> Outcome:
-    """This rank's steps with a fault in them."""
-    world = torch.distributed.get_world_size()
-    ctx = build_parallel_context(config.grid(world), torch.device("cpu"))
-    with FAULTS[fault]():
-        return take_steps(config, ctx, dtype)
 
 
 @cache

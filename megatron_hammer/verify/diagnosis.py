@@ -1,0 +1,333 @@
+"""What is wrong, where a layout differs from one process: a sentence or two for people, from all numbers together.
+
+A step goes forward, backward, and updates, and what is wrong early is wrong in all that comes later. So the first of
+these that differs is asked, and the others are not::
+
+    losses of tokens   which tokens: whose samples, whose part, from where in a document; the same losses with each
+                       known fault in transformers' model (``what_if.py``): the one that gives these numbers is named
+    gradients          each is a sum over ranks and micro-batches; by least squares, how often each of them is in it.
+                       Else where backward goes wrong first
+    gradient norm      of which ranks' shards it is
+    states             after the first step: as before it, as another tensor's, or as with a known fault of the update
+    model              what ranks compute with at the end, against what they themselves have updated
+    loss of step 2     with which tensors as before the update it would be that
+    states             after both steps
+
+A cause that does not explain the numbers is not named: what is left is where they differ.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from megatron_hammer.checkpoint.kinds import STATE_KINDS
+from megatron_hammer.config import Config
+from megatron_hammer.parallel.grid import AXES
+from megatron_hammer.verify.compare import KEY_SUMS, NUMBER_BOUNDS, Key, keys_alone, missing_sum, whole_tensors
+from megatron_hammer.verify.forward_diagnosis import diagnose_tokens
+from megatron_hammer.verify.outcome import FIRST, Outcome, Piece
+from megatron_hammer.verify.patterns import (
+    NAMES,
+    NOISE,
+    Label,
+    explains,
+    first_in_backward,
+    in_sum,
+    listed,
+    near,
+    shifts,
+    short,
+    which_tensors,
+    whose,
+)
+from megatron_hammer.verify.what_if import Contributions, second_losses, states_with_faults
+
+EXACTLY = 2e-3  # of the difference of one number, which says less than many do
+
+
+def diagnose(
+    config: Config,
+    world_size: int,
+    ranks: Sequence[Outcome],
+    expected: Outcome,
+    initial: dict[str, np.ndarray],
+    bound: float,
+) -> list[str]:
+    """Sentences on what differs; empty where nothing does.
+
+    Args:
+        config: the small one, whose ranks took the steps in fp64.
+        expected: of one process in fp64.
+        initial: the weights that all began with, by logical tensor.
+        bound: relative difference that rounding explains.
+    """
+    seen = _Seen(config, world_size, ranks, expected, initial, bound)
+    for ask in (seen.tokens, seen.gradients, seen.norms, seen.first_states, seen.model, seen.second_loss, seen.states):
+        if found := ask():
+            return found
+    return []
+
+
+class _Seen:
+    """A proof's numbers, and the questions to them."""
+
+    def __init__(
+        self,
+        config: Config,
+        world_size: int,
+        ranks: Sequence[Outcome],
+        expected: Outcome,
+        initial: dict[str, np.ndarray],
+        bound: float,
+    ) -> None:
+        self.config, self.world_size, self.ranks, self.expected = config, world_size, ranks, expected
+        self.initial, self.bound, self.grid = initial, bound, config.grid(world_size)
+        self.whole = whole_tensors(expected.pieces)
+
+    def wrong(self, kinds: Iterable[str]) -> list[tuple[int, Piece]]:
+        """The pieces of these kinds that differ, with their ranks."""
+        found = []
+        for rank, outcome in enumerate(self.ranks):
+            for piece in outcome.pieces:
+                if piece.kind in kinds:
+                    right = self.whole[piece.kind, piece.tensor]
+                    limit = self.bound * max(float(np.abs(right).max()), 1e-300)
+                    if not float(np.abs(piece.values - right[piece.place]).max()) <= limit:
+                        found.append((rank, piece))
+        return found
+
+    def tokens(self) -> list[str]:
+        """Of the losses before the first step."""
+        return diagnose_tokens(self.config, self.world_size, self.ranks, self.expected, self.initial, self.bound)
+
+    # ---- backward ----------------------------------------------------------------------------------------------------
+
+    def gradients(self) -> list[str]:
+        """Of the first step."""
+        wrong = self.wrong(["gradient"])
+        if not wrong:
+            return []
+        sentences = self._where(wrong, "gradients")
+        if missing := self._missing_sums(wrong):
+            return [*sentences, missing]
+        parts = Contributions.count(self.config, self.world_size, self.initial)
+        # The sum of each rank is explained by itself: a rank may lack what another one has.
+        reasons: dict[str, set[int]] = defaultdict(set)
+        explained: Counter[bool] = Counter()
+        for rank, piece in wrong:
+            if piece.tensor in parts.of:
+                times = parts.times_in(piece)
+                explained[times is not None] += 1
+                if times is not None:
+                    reasons[in_sum(times, parts.labels, self._place(rank))].add(rank)
+        if explained[True] > explained[False]:
+            most = max(reasons, key=lambda reason: len(reasons[reason]))
+            return [*sentences, most]
+        tensors = {tensor for kind, tensor in self.whole if kind == "gradient"}
+        if self.grid.cp > 1 and keys_alone({piece.tensor for _, piece in wrong}):
+            return [*sentences, KEY_SUMS]
+        return [*sentences, *(self._moved(wrong) or [first_in_backward(tensors, {piece.tensor for _, piece in wrong})])]
+
+    def _missing_sums(self, wrong: Sequence[tuple[int, Piece]]) -> str:
+        """Whether ranks that hold the same gradient have a part of it each."""
+        holders: dict[tuple[object, ...], list[tuple[int, Piece]]] = defaultdict(list)
+        for rank, piece in wrong:
+            holders[piece.tensor, piece.rows, piece.cols].append((rank, piece))
+        if not all(len(found) > 1 and missing_sum(found, self.whole["gradient", found[0][1].tensor])
+                   for found in holders.values()):  # fmt: skip
+            return ""
+        together = {rank for rank, _ in next(iter(holders.values()))}
+        axes = [NAMES[axis] for axis in AXES if any(together <= set(group) for group in self.grid.groups(axis))]
+        over = f" over {axes[-1]} ranks" if axes else ""
+        tensors = listed(sorted({short(piece.tensor) for _, piece in wrong}))
+        return f"each rank has a part of the gradient of {tensors}: the sum{over} is missing"
+
+    def _place(self, rank: int) -> Label:
+        """Data-parallel rank, 0, context-parallel rank."""
+        places = {a: {r: i for group in self.grid.groups(a) for i, r in enumerate(group)}[rank] for a in ("dp", "cp")}  # type: ignore[arg-type]
+        return places["dp"], 0, places["cp"]
+
+    # ---- the norm ----------------------------------------------------------------------------------------------------
+
+    def norms(self) -> list[str]:
+        """Of the first step, whose gradients are right."""
+        right, got = self.expected.norms[0], [outcome.norms[0] for outcome in self.ranks]
+        wrong = [rank for rank, norm in enumerate(got) if not abs(norm / right - 1) <= NUMBER_BOUNDS["fp32"]]
+        if not wrong:
+            return []
+        each, once = [0.0] * len(self.ranks), [0.0] * len(self.ranks)  # squares that a rank has; has first
+        counted: set[tuple[object, ...]] = set()
+        for rank, piece in ((rank, p) for rank, o in enumerate(self.ranks) for p in o.pieces if p.kind == "gradient"):
+            square, key = float(np.square(piece.values).sum()), (piece.tensor, piece.rows, piece.cols)
+            each[rank] += square
+            once[rank] += 0 if key in counted else square
+            counted.add(key)
+        everybody = list(range(len(self.ranks)))
+        ways = [("of its own shards: the sum over ranks is missing", once, {rank: [rank] for rank in everybody}),
+                ("of all shards, with those that several ranks hold counted several times", each,
+                 dict.fromkeys(everybody, everybody))]  # fmt: skip
+        for axis in AXES:
+            group_of = {rank: group for group in self.grid.groups(axis) for rank in group}
+            ways.append((f"of its {NAMES[axis]} group alone: the sum over the others is missing", once, group_of))
+        for name, squares, members in ways:
+            if all(abs(got[r] / max(sum(squares[m] for m in members[r]) ** 0.5, 1e-300) - 1) < 1e-4 for r in wrong):
+                return [f"gradients are right, and the norm of a rank is that {name}"]
+        place = whose(wrong, everybody, self.grid)
+        return [f"gradients are right, and their norm is wrong{' on ' + place if place else ''}"]
+
+    # ---- the update --------------------------------------------------------------------------------------------------
+
+    def first_states(self) -> list[str]:
+        """Masters and moments after the first step, whose gradient was right."""
+        wrong = self.wrong([FIRST + kind for kind in STATE_KINDS])
+        if not wrong:
+            return []
+        sentences = self._where(wrong, "weights and moments after the first step")
+        if all(self._is_initial(piece) for _, piece in wrong):
+            return [*sentences, "they are as before it: no update reached them"]
+        return [*sentences, *self._of_update(wrong)]
+
+    def model(self) -> list[str]:
+        """What ranks compute with at the end, against what they have updated, whether that is right or not."""
+        updated = self._of_ranks("weight")
+        wrong = [(rank, piece) for rank, outcome in enumerate(self.ranks) for piece in outcome.pieces
+                 if piece.kind == "model" and not near(piece.values, updated[piece.tensor][piece.place])]  # fmt: skip
+        if not wrong:
+            return []
+        sentences = self._where(wrong, "the model's weights")
+        before = {"the last update": self._of_ranks(FIRST + "weight"), "all updates": self.initial}
+        for name, then in before.items():
+            if all(near(piece.values, then[piece.tensor][piece.place]) for _, piece in wrong):
+                return [
+                    *sentences,
+                    f"the model has the weights of before {name}: what was updated is not gathered",
+                ]
+        if all(any(near(line, old[piece.tensor][piece.place][i]) for old in (updated, *before.values()))
+               for _, piece in wrong for i, line in enumerate(piece.values)):  # fmt: skip
+            return [*sentences, "some of the model's weights are of before an update: not gathered after it"]
+        moved = self._moved(wrong, updated)
+        return [*sentences, *(moved or ["updated shards are right, and what is gathered of them is not"])]
+
+    def second_loss(self) -> list[str]:
+        """Of the second step, before which all that ranks have updated was right."""
+        right, got = self.expected.losses[1], [outcome.losses[1] for outcome in self.ranks]
+        wrong = [rank for rank, loss in enumerate(got) if not abs(loss / right - 1) <= NUMBER_BOUNDS["fp32"]]
+        if not wrong:
+            return []
+        updated = {tensor: values for (kind, tensor), values in self.whole.items() if kind == FIRST + "weight"}
+        for name, loss in second_losses(self.config, self.initial, updated):
+            if all(abs(got[rank] - loss) <= EXACTLY * abs(got[rank] - right) for rank in wrong):
+                return [f"the second step computes with {name} of before the update: gathered before it, or not after"]
+        return ["the first update is right, and the second step computes with other weights: what is gathered of it"]
+
+    def states(self) -> list[str]:
+        """Masters and moments after two steps, of which the first was right."""
+        wrong = self.wrong(STATE_KINDS)
+        if not wrong:
+            return []
+        sentences, first = self._where(wrong, "weights and moments"), self._of_ranks
+        then = {kind: first(FIRST + kind) for kind in STATE_KINDS}
+        if all(near(piece.values, then[piece.kind][piece.tensor][piece.place]) for _, piece in wrong):
+            return [*sentences, "they are as after the first step: no second update reached them"]
+        return [*sentences, *self._of_update(wrong)]
+
+    def _of_update(self, wrong: Sequence[tuple[int, Piece]]) -> list[str]:
+        if moved := self._moved(wrong) or self._swapped(wrong):
+            return moved
+        for name, pieces in states_with_faults(self.config, self.initial):
+            if self._are(wrong, whole_tensors(pieces)):
+                return [f"the numbers are those where {name}"]
+        kinds = listed(sorted({piece.kind for _, piece in wrong}))
+        if all(piece.kind.startswith(FIRST) for _, piece in wrong):
+            return [f"gradients are right, and {kinds} of them are not"]
+        if self._first_gradients_again():
+            return ["the gradients of the first step, or parts of them, are still in those of the second"]
+        return [f"the first step is right, and {kinds} after the second are not: its gradients, or its update"]
+
+    def _first_gradients_again(self) -> bool:
+        """Whether what the first moments got in the second step has parts of the first step's gradients in it."""
+        parts, beta = Contributions.count(self.config, self.world_size, self.initial), self.config.optimizer.beta1
+        found = False
+        for outcome in self.ranks:
+            before = {(p.tensor, p.rows, p.cols): p for p in outcome.pieces if p.kind == FIRST + "exp_avg"}
+            for after in (p for p in outcome.pieces if p.kind == "exp_avg" and p.tensor in parts.of):
+                right = self.whole["exp_avg", after.tensor] - beta * self.whole[FIRST + "exp_avg", after.tensor]
+                got = after.values - beta * before[after.tensor, after.rows, after.cols].values
+                right = right[after.place].ravel()
+                if near(got.ravel(), right) or got.size < 4 * len(parts.labels):
+                    continue
+                of = parts.of[after.tensor][(slice(None), *after.place)].reshape(len(parts.labels), -1)
+                basis = np.stack([right, *of])
+                times = np.linalg.lstsq(basis.T, got.ravel(), rcond=None)[0]
+                if not explains(got.ravel() - times @ basis, times[1:] @ basis[1:], 0.0):
+                    return False
+                found = True
+        return found
+
+    def _of_ranks(self, kind: str) -> dict[str, np.ndarray]:
+        """The tensors that all ranks together have of a kind."""
+        pieces = [piece for outcome in self.ranks for piece in outcome.pieces if piece.kind == kind]
+        return {tensor: values for (_, tensor), values in whole_tensors(pieces).items()}
+
+    # ---- pieces ------------------------------------------------------------------------------------------------------
+
+    def _where(self, wrong: Sequence[tuple[int, Piece]], what: str) -> list[str]:
+        """Which of the ranks that have such tensors, where it is not all of them."""
+        kinds, tensors = {piece.kind for _, piece in wrong}, {piece.tensor for _, piece in wrong}
+        have = [r for r, o in enumerate(self.ranks) if any(p.kind in kinds and p.tensor in tensors for p in o.pieces)]
+        place = whose({rank for rank, _ in wrong}, have, self.grid)
+        all_of_kind = {tensor for kind, tensor in self.whole if kind in kinds}
+        which = which_tensors(tensors, all_of_kind)
+        if not place and not which:
+            return []
+        return [f"{what}{' of ' + which if which else ''} are wrong{' on ' + place if place else ''}"]
+
+    def _is_initial(self, piece: Piece) -> bool:
+        if piece.kind.endswith("weight"):
+            return near(piece.values, self.initial[piece.tensor][piece.place])
+        return not piece.values.any()
+
+    def _are(self, wrong: Sequence[tuple[int, Piece]], others: dict[Key, np.ndarray]) -> bool:
+        """Whether all pieces are those of other tensors, far nearer than of the right ones."""
+        for _, piece in wrong:
+            if (key := (piece.kind, piece.tensor)) not in others:
+                return False
+            off = np.abs(piece.values - self.whole[key][piece.place])
+            if not explains(
+                np.abs(piece.values - others[key][piece.place]), off, NOISE * np.abs(self.whole[key]).max()
+            ):
+                return False
+        return True
+
+    def _moved(self, wrong: Sequence[tuple[int, Piece]], tensors: dict[str, np.ndarray] | None = None) -> list[str]:
+        """Whether the values are those of another tensor, or of rows elsewhere in it.
+
+        Args:
+            tensors: the right ones, of one kind; None: those of one process, of the piece's kind.
+        """
+        others: Counter[str] = Counter()
+        for _, piece in wrong:
+            others_of_kind = tensors or {t: values for (kind, t), values in self.whole.items() if kind == piece.kind}
+            right = others_of_kind[piece.tensor]
+            same_shape = {t: v for t, v in others_of_kind.items() if t != piece.tensor and v.shape == right.shape}
+            alike = [t for t, values in same_shape.items() if near(piece.values, values[piece.place])]
+            from_where = "" if alike else shifts(piece, right)
+            if alike:
+                others[f"{piece.tensor} has the values of {alike[0]}"] += 1
+            elif from_where:
+                others[f"rows are in another place: {from_where}"] += 1
+            else:
+                return []
+        return [most for most, _ in others.most_common(2)]
+
+    def _swapped(self, wrong: Sequence[tuple[int, Piece]]) -> list[str]:
+        """Whether all pieces together have the right values, which belong to one another's places."""
+        got = np.concatenate([piece.values.ravel() for _, piece in wrong])
+        theirs = [self.whole[piece.kind, piece.tensor][piece.place].ravel() for _, piece in wrong]
+        right = np.sort(np.concatenate(theirs))
+        at = np.searchsorted(right, got - 1e-10 * np.abs(right).max()).clip(max=len(right) - 1)
+        alike = bool((np.abs(right[at] - got) <= 1e-9 * np.abs(right).max()).mean() > 0.9)
+        return ["the values are right and in one another's places: shards are swapped"] if alike else []

@@ -1,0 +1,117 @@
+"""What is wrong with a forward pass, where losses of tokens differ from one process: whose tokens, by which fault.
+
+The first question of ``diagnosis.py``. Where known faults (``what_if.py``) do not give the losses, it says what the
+tokens that differ have in common, and what their order or their places tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_hammer.config import Config
+from megatron_hammer.verify.compare import Sizes, off_by_log
+from megatron_hammer.verify.outcome import Outcome
+from megatron_hammer.verify.patterns import EXPLAINED, NOISE, explains, listed, whose
+from megatron_hammer.verify.tokens import cause_of_tokens
+from megatron_hammer.verify.what_if import Owners, Reading, losses_with_faults
+
+
+def diagnose_tokens(
+    config: Config,
+    world_size: int,
+    ranks: Sequence[Outcome],
+    expected: Outcome,
+    initial: dict[str, np.ndarray],
+    bound: float,
+) -> list[str]:
+    """Sentences on the losses before the first step; empty where they are right. Arguments as of ``diagnose``."""
+    grid = config.grid(world_size)
+    sizes = Sizes(grid.tp, grid.dp, config.grad_accum(world_size), grid.cp, grid.pp)
+    right = np.empty(len(expected.tokens))
+    right[expected.tokens] = expected.token_losses
+    limit, got = bound * right.max(), right.copy()
+    at = set()
+    for rank, outcome in enumerate(ranks):
+        off = ~(np.abs(outcome.token_losses - right[outcome.tokens]) <= limit)
+        got[outcome.tokens[off]] = outcome.token_losses[off]
+        at |= {rank} if off.any() else set()
+    wrong = got != right
+    if not wrong.any():
+        return []
+    computing = [rank for rank, outcome in enumerate(ranks) if len(outcome.tokens)]
+    sentences = [f"losses are wrong on {place}" for place in [whose(at, computing, grid)] if place]
+    if (own := _which_tokens(config, world_size, wrong)) and not sentences:
+        sentences.append(own)
+    shift, off = (got - right)[wrong], np.abs(got - right)[wrong]
+    if np.isfinite(off).all():
+        if np.ptp(shift) <= 1e-3 * float(off.max()) and (by := off_by_log(float(shift.mean()), sizes)):
+            return [*sentences, f"losses are {by}"]
+        if others := _of_other_samples(config, got, right, wrong):
+            return [*sentences, others]
+        for name, losses in losses_with_faults(config, world_size, initial):
+            left = np.abs(losses - got)[wrong]
+            if float(left.max()) <= EXPLAINED * float(off.max()) and explains(left, off, NOISE * right.max()):
+                return [*sentences, f"the numbers are those where {name}"]
+    if np.abs(np.sort(got) - np.sort(right)).max() <= limit * 10:
+        return [
+            *sentences,
+            "the losses are right and belong to other tokens: samples or tokens are in another order",
+        ]
+    shifts = np.where(wrong, got - right, 0.0)
+    if not sentences and (cause := cause_of_tokens(wrong, shifts, Reading.of(config).positions.ravel(), sizes)):
+        return [cause]
+    return sentences or ["forward is wrong for tokens of all ranks, in a way that no known fault gives"]
+
+
+def _of_other_samples(config: Config, got: np.ndarray, right: np.ndarray, wrong: np.ndarray) -> str:
+    """Whether whole samples have the losses of others."""
+    shape = -1, config.data.seq_length
+    found, have, off = got.reshape(shape), right.reshape(shape), wrong.reshape(shape)
+    taken = []
+    for sample in np.flatnonzero(off.any(1)):
+        alike = np.abs(have - found[sample]).max(1) <= 1e-9 * right.max()
+        if off[sample].mean() < 0.5 or not alike.any():
+            return ""
+        taken.append((int(sample), int(np.flatnonzero(alike)[0])))
+    each = [f"sample {a} has the losses of sample {b}" for a, b in taken]
+    return listed(each[:3]) + (", ..." if len(each) > 3 else "") + ": a rank computes other samples than its own"
+
+
+def _which_tokens(config: Config, world_size: int, wrong: np.ndarray) -> str:
+    """The tokens that differ by what they have in common, where the others have not."""
+    if wrong.all():
+        return ""
+    owners, reading = Owners.of(config, world_size), Reading.of(config)
+    local = config.placement().vocab_rows_local(config.model.vocab_size or 1)
+    inputs, labels = reading.tokens.numpy(), reading.labels.numpy()
+    have = {
+        "of data-parallel rank": owners.dp,
+        "of micro-batch": owners.micro_batch + 1,
+        "of context-parallel rank": owners.cp,
+        "whose label is in the vocabulary of tensor-parallel rank": labels // local,
+    }
+    for what, of in have.items():
+        of = of.ravel()
+        values = np.unique(of[wrong])
+        if len(values) < len(np.unique(of)) and wrong[np.isin(of, values)].mean() > 0.9:
+            return f"only losses of tokens {what} {', '.join(map(str, values))} are wrong"
+    # What is wrong with a token's embedding is wrong from it on to the end of its document.
+    ids, first_ids, whole = inputs // local, [], True
+    for sample, part in reading.parts():
+        off = np.flatnonzero(wrong.reshape(inputs.shape)[sample, part])
+        whole &= len(off) == 0 or len(off) == part.stop - part.start - off[0]
+        first_ids += [int(ids[sample, part][off[0]])] if len(off) else []
+    values = np.unique(first_ids)
+    if whole and len(values) == 1 < len(np.unique(ids)):
+        return (
+            "losses are wrong from the first token on whose embedding is in the vocabulary of tensor-parallel rank "
+            f"{values[0]}"
+        )
+    positions = reading.positions.ravel()
+    first = int(positions[wrong].min())
+    if first and wrong[positions >= first].mean() > 0.9:
+        reach = ": positions (RoPE), or keys" if first == 1 else ""
+        return f"only losses of tokens from place {first} of their document on are wrong{reach}"
+    return ""

@@ -1,0 +1,414 @@
+"""What the numbers would be if one thing were wrong: transformers' model in fp64 with that fault in it, on one process.
+
+A proof that failed asks here (``diagnosis.py``); one that did not never does. The faults are those that layouts can
+have: of what a token sees, of which rank's part of a matrix or of the vocabulary is missing or in another place, of
+which samples' gradients are summed, of how the update is made. Nothing is shared with the code that is judged but the
+samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_hammer.config import Config
+from megatron_hammer.parallel.sequence_split import token_index
+from megatron_hammer.verify.outcome import Piece
+from megatron_hammer.verify.patterns import Label
+from megatron_hammer.verify.reference import Rule, build_model, reference_steps
+from megatron_hammer.verify.steps import global_batch
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Of logits [n, v] and labels [n], the loss of each token."""
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """As it should be."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the tokens of a step's global batch are told: a row for each micro-batch, [.., b s], in which its samples
+    come one after the other."""
+
+    tokens: Tensor
+    labels: Tensor
+    positions: np.ndarray
+    """In their document."""
+    documents: list[list[int]]
+    """Lengths of those of each row; a whole sample under a causal mask."""
+
+    @classmethod
+    def of(cls, config: Config, step: int = 1) -> Reading:
+        """As it should be."""
+        windows, documents = global_batch(config, step)
+        s, b = windows.shape[1] - 1, config.train.micro_batch_size
+        if config.data.attention_mask != "document":
+            documents = [[s] for _ in documents]
+        rows = [[n for sample in documents[i : i + b] for n in sample] for i in range(0, len(documents), b)]
+        return cls(windows[:, :-1].reshape(-1, b * s), windows[:, 1:].reshape(-1, b * s), _positions(rows), rows)
+
+    def losses(self, model: Any, loss: Loss = cross_entropy) -> np.ndarray:
+        """Of each token, one sample after the other."""
+        found = []
+        with torch.no_grad():
+            for sample, part in self.parts():
+                positions = torch.from_numpy(self.positions[sample, part])[None]
+                tokens = self.tokens[sample, part][None]
+                # With a mask, or transformers would take positions with gaps for several documents.
+                logits = model(tokens, attention_mask=torch.ones_like(tokens), position_ids=positions).logits[0]
+                found.append(loss(logits, self.labels[sample, part]))
+        losses: np.ndarray = torch.cat(found).numpy()
+        return losses
+
+    def parts(self) -> Iterator[tuple[int, slice]]:
+        """Each document: its sample, and its tokens there."""
+        for sample, lengths in enumerate(self.documents):
+            ends = np.cumsum([0, *lengths])
+            yield from ((sample, slice(int(a), int(b))) for a, b in itertools.pairwise(ends))
+
+
+def _positions(documents: list[list[int]]) -> np.ndarray:
+    return np.stack([np.concatenate([np.arange(n) for n in lengths]) for lengths in documents])
+
+
+def _moved(lengths: list[int], by: int, sample: int | None, room: bool) -> list[int]:
+    """Lengths of documents whose boundaries are so many tokens later.
+
+    Args:
+        sample: tokens of a sample, whose ends stay; None: they move, too.
+        room: boundaries stay where the next one was; else documents may vanish.
+    """
+    ends = np.cumsum([0, *lengths])
+    stay = np.isin(ends, (0, ends[-1])) if sample is None else ends % sample == 0
+    before, behind = np.r_[0, ends[:-1]], np.r_[ends[1:], ends[-1]]
+    there = np.clip(ends + by, before + 1, behind - 1) if room else np.clip(ends + by, 1, ends[-1] - 1)
+    return [int(n) for n in np.diff(np.unique(np.where(stay, ends, there))) if n]
+
+
+# ---- which rank has which tokens -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Of each token of the global batch, in the rows of ``Reading``, the coordinates of the ranks that compute it."""
+
+    dp: np.ndarray
+    micro_batch: np.ndarray
+    cp: np.ndarray
+    place: np.ndarray
+    """Among the tokens that the context-parallel rank has of the document."""
+
+    @classmethod
+    def of(cls, config: Config, world_size: int) -> Owners:
+        """By the order of the loader and the split of samples."""
+        reading, dp_size = Reading.of(config), config.data_parallel_size(world_size)
+        shape, shards = reading.positions.shape, config.parallel.context_parallel_size
+        number = np.arange(shape[0])  # of a micro-batch, in the global batch
+        cp, place = np.zeros(shape, dtype=int), reading.positions.copy()
+        if shards > 1:
+            for row, lengths in enumerate(reading.documents):
+                ends = np.cumsum([0, *lengths]).astype(np.int32)
+                for rank, tokens in enumerate(token_index(ends, shards, config.data.attention_mask == "document")):
+                    cp[row, tokens] = rank
+            for row, part in reading.parts():
+                for rank in range(shards):
+                    mine = cp[row, part] == rank
+                    place[row, part][mine] = np.arange(mine.sum())
+        return cls(
+            np.broadcast_to((number % dp_size)[:, None], shape),
+            np.broadcast_to((number // dp_size)[:, None], shape),
+            cp,
+            place,
+        )
+
+
+# ---- losses under a fault --------------------------------------------------------------------------------------------
+
+
+def losses_with_faults(
+    config: Config, world_size: int, initial: dict[str, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Each fault of the forward pass that is known, in words, and the loss of each token with it."""
+    reading, (model, weights) = Reading.of(config), build_model(config, initial)
+    for name, changed in _readings(config, world_size, reading):
+        yield name, changed.losses(model)
+    for name, loss in _head_losses(config):
+        yield name, reading.losses(model, loss)
+    for name, changes in itertools.chain(_changed_weights(config), _other_layers(config, weights)):
+        with _change(weights, changes) as any_changed:
+            if any_changed:
+                yield name, reading.losses(model)
+    scaling = config.model.rope_scaling
+    if scaling is not None:
+        plain = dataclasses.replace(config, model=dataclasses.replace(config.model, rope_scaling=None))
+        yield "RoPE is not scaled as model.rope_scaling says", reading.losses(build_model(plain, initial)[0])
+
+
+def _readings(config: Config, world_size: int, right: Reading) -> Iterator[tuple[str, Reading]]:
+    change, s = dataclasses.replace, config.data.seq_length
+    if config.data.attention_mask == "document":
+        whole = [[s] * config.train.micro_batch_size for _ in right.documents]
+        yield "documents are not kept apart", change(right, documents=whole, positions=_positions(whole))
+        for by, word in ((1, "later"), (-1, "earlier")):
+            for among, room in itertools.product(("", " inside of samples"), (False, True)):
+                documents = [_moved(lengths, by, s if among else None, room) for lengths in right.documents]
+                moved = change(right, documents=documents, positions=_positions(documents))
+                yield f"boundaries of documents{among} are one token {word}", moved
+    halves = [[n for whole in lengths for n in (whole // 2, whole - whole // 2) if n] for lengths in right.documents]
+    cut = change(right, documents=halves, positions=_positions(halves))
+    yield "attention does not reach from the second half of a document to the first", cut
+    if config.parallel.context_parallel_size > 1:
+        places = Owners.of(config, world_size).place
+        yield "positions (RoPE) count the tokens of a context-parallel rank", change(right, positions=places)
+    for factor in (2, 3):
+        yield f"positions (RoPE) go in steps of {factor}", change(right, positions=right.positions * factor)
+    yield "positions (RoPE) are all the same", change(right, positions=right.positions * 0)
+    yield "positions (RoPE) run backwards", change(right, positions=s - right.positions)
+    samples = right.labels.reshape(-1, s)
+    after = torch.cat((samples[:, 1:], samples[:, :1]), 1).reshape(right.labels.shape)
+    yield "labels are one token too late: those of the token after the next", change(right, labels=after)
+    yield "labels are one token too early: each is its own token", change(right, labels=right.tokens)
+    rolled = torch.roll(samples, 1, 0).reshape(right.labels.shape)
+    yield "labels are those of other samples", change(right, labels=rolled)
+    yield "labels are those of other micro-batches", change(right, labels=torch.roll(right.labels, 1, 0))
+
+
+def _head_losses(config: Config) -> Iterator[tuple[str, Loss]]:
+    tp, v = config.parallel.tensor_model_parallel_size, config.model.vocab_size
+    assert v is not None
+    local = config.placement().vocab_rows_local(v)
+    padding = local * tp - v
+
+    def with_zeros(count: int) -> Loss:
+        def loss(logits: Tensor, labels: Tensor) -> Tensor:
+            return cross_entropy(F.pad(logits, (0, count)), labels)
+
+        return loss
+
+    if padding:
+        yield f"the {padding} padding rows of the vocabulary count in the loss", with_zeros(padding)
+
+    def without(first: int, stop: int) -> Loss:
+        def loss(logits: Tensor, labels: Tensor) -> Tensor:
+            rest = torch.cat((logits[:, :first], logits[:, stop:]), 1)
+            return rest.logsumexp(1) - logits.gather(1, labels[:, None])[:, 0]
+
+        return loss
+
+    if tp > 1:
+        for rank in range(tp):
+            rows = without(rank * local, min(v, (rank + 1) * local))
+            yield f"the logits of tensor-parallel rank {rank} are not in the sum of exponentials", rows
+
+    def with_squares(logits: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(logits, labels) + config.train.z_loss * logits.logsumexp(1).square()
+
+    if config.train.z_loss:
+        yield "the loss that is reported has train.z_loss in it", with_squares
+
+
+Change = tuple[str, Callable[[Tensor], Tensor]]
+"""End of the names of weights, and what becomes of them."""
+
+
+def _changed_weights(config: Config) -> Iterator[tuple[str, list[Change]]]:
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    at, d = config.placement(), config.model.head_size
+    assert model.vocab_size is not None
+
+    def zero(first: int, stop: int, axis: int) -> Callable[[Tensor], Tensor]:
+        def change(weight: Tensor) -> Tensor:
+            weight.narrow(axis, first, max(0, min(stop, weight.shape[axis]) - first)).zero_()
+            return weight
+
+        return change
+
+    rows = at.vocab_rows_local(model.vocab_size)
+    for rank in range(tp if tp > 1 else 0):
+        of = f"of tensor-parallel rank {rank}"
+        heads, ffn = at.heads_local * d, at.ffn_local
+        attention: Change = ("o_proj.weight", zero(rank * heads, (rank + 1) * heads, 1))
+        mlp: Change = ("down_proj.weight", zero(rank * ffn, (rank + 1) * ffn, 1))
+        yield f"the part {of} is missing in the sums after attention and feed-forward", [attention, mlp]
+        yield f"the part {of} is missing in the sum after attention", [attention]
+        yield f"the part {of} is missing in the sum after the feed-forward", [mlp]
+        if not model.tie_word_embeddings:
+            yield (
+                f"the rows {of} are missing in the embedding",
+                [("embed_tokens.weight", zero(rank * rows, (rank + 1) * rows, 0))],
+            )
+
+    def blocks(count: int, order: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda weight: order(weight.reshape(count, -1, *weight.shape[1:])).reshape(weight.shape)
+
+    orders: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+        ("in the reverse order", lambda w: w.flip(0)),
+        ("one place on", lambda w: w.roll(1, 0)),
+    ]
+    for word, order in orders:
+        of_groups, of_heads = blocks(model.query_groups, order), blocks(model.num_attention_heads, order)
+        if model.query_groups > 1:
+            yield (
+                f"key and value heads are {word}",
+                [(f"{x}_proj.{kind}", of_groups) for x in "kv" for kind in ("weight", "bias")],
+            )
+        yield f"query heads are {word}", [(f"q_proj.{kind}", of_heads) for kind in ("weight", "bias")]
+    nothing: Callable[[Tensor], Tensor] = lambda w: w * 0  # noqa: E731
+    for layer in range(model.num_layers):
+        name = f"layers.{layer}."
+        yield (
+            f"layer {layer} adds nothing",
+            [(f"{name}self_attn.o_proj.weight", nothing), (f"{name}mlp.down_proj.weight", nothing)],
+        )
+    for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        yield f"the bias of {kind} is not added", [(f"{kind}.bias", nothing)]
+    yield "norms do not multiply by their weights", [("norm.weight", torch.ones_like)]
+
+
+def _other_layers(config: Config, weights: dict[str, Any]) -> Iterator[tuple[str, list[Change]]]:
+    """Layers that compute with the weights of their neighbours."""
+    now = {name: weight.detach().clone() for name, weight in weights.items()}
+
+    def taking(layer: int, other: int) -> list[Change]:
+        names = [name for name in weights if f".layers.{layer}." in name]
+        sources = {name: now[name.replace(f".layers.{layer}.", f".layers.{other}.")] for name in names}
+        return [(name, lambda _, source=source: source) for name, source in sources.items()]  # type: ignore[misc]
+
+    for layer in range(1, config.model.num_layers):
+        yield f"layers {layer - 1} and {layer} are swapped", taking(layer - 1, layer) + taking(layer, layer - 1)
+        for a, b in ((layer - 1, layer), (layer, layer - 1)):
+            yield f"layer {a} computes with the weights of layer {b}", taking(a, b)
+
+
+@contextmanager
+def _change(weights: dict[str, Any], changes: list[Change]) -> Iterator[bool]:
+    """Whether any weight is another one."""
+    kept = {name: w for name, w in weights.items() for end, _ in changes if name.endswith(end)}
+    before = {name: w.detach().clone() for name, w in kept.items()}
+    with torch.no_grad():
+        for end, change in changes:
+            for name, w in kept.items():
+                if name.endswith(end):
+                    w.copy_(change(w.clone()))
+    yield any(not torch.equal(w, before[name]) for name, w in kept.items())
+    with torch.no_grad():
+        for name, w in kept.items():
+            w.copy_(before[name])
+
+
+def second_losses(
+    config: Config, initial: dict[str, np.ndarray], updated: dict[str, np.ndarray]
+) -> Iterator[tuple[str, float]]:
+    """What is as before the first update, in words, and the loss of the second step with it."""
+    reading, layers = Reading.of(config, 2), range(config.model.num_layers)
+    groups = {"all weights": set(updated)}
+    groups |= {f"layer {i}": {t for t in updated if t.split(".")[2:3] == [str(i)]} for i in layers}
+    groups |= {tensor: {tensor} for tensor in updated}
+    for name, stale in groups.items():
+        mixed = {tensor: (initial if tensor in stale else updated)[tensor] for tensor in updated}
+        yield name, float(reading.losses(build_model(config, mixed)[0]).mean())
+
+
+# ---- parts of a gradient ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """Of the first step's gradient of each matrix, what each rank's micro-batch adds to it."""
+
+    labels: list[Label]
+    of: dict[str, np.ndarray]
+    """By logical tensor: [labels, rows, cols]."""
+
+    @classmethod
+    def count(cls, config: Config, world_size: int, initial: dict[str, np.ndarray]) -> Contributions:
+        """A weight's gradient is a sum over tokens, of what comes back to its output and its input; here by owner."""
+        reading, owners = Reading.of(config), Owners.of(config, world_size)
+        model, weights = build_model(config, initial)
+        keys = np.stack((owners.dp, owners.micro_batch, owners.cp), -1)
+        labels = [tuple(map(int, key)) for key in np.unique(keys.reshape(-1, 3), axis=0)]
+        group = np.zeros(owners.dp.shape, dtype=int)
+        for i, label in enumerate(labels):
+            group[(keys == label).all(-1)] = i
+        now: dict[str, np.ndarray] = {}
+        found: dict[str, np.ndarray] = {}
+        for name, module in model.named_modules():
+            weight = f"{name}.weight"
+            if isinstance(module, torch.nn.Linear) and weight in weights:
+                found[weight] = np.zeros((len(labels), *module.weight.shape))
+                module.register_forward_hook(_hook(found[weight], now))
+        for sample, part in reading.parts():
+            now["group"] = group[sample, part]
+            logits = model(reading.tokens[sample, part][None]).logits[0]
+            losses = cross_entropy(logits, reading.labels[sample, part])
+            losses = losses + config.train.z_loss * logits.logsumexp(-1).square()
+            (losses.sum() / reading.tokens.numel()).backward()  # type: ignore[no-untyped-call]
+        return cls([(a, b, c) for a, b, c in labels], found)
+
+    def times_in(self, piece: Piece) -> np.ndarray | None:
+        """How often each part is in a gradient, by least squares; None where it is no sum of them."""
+        basis = self.of[piece.tensor][(slice(None), *piece.place)].reshape(len(self.labels), -1)
+        scale = max(float(np.abs(basis).max()), 1e-300)
+        if basis.shape[1] < 2 * len(basis) or not np.isfinite(piece.values).all():
+            return None
+        found = np.linalg.lstsq(basis.T / scale, piece.values.ravel() / scale, rcond=1e-6)
+        times: np.ndarray = found[0]
+        left = float(np.abs(piece.values.ravel() - times @ basis).max())
+        return times if found[2] == len(basis) and left <= 1e-3 * scale else None
+
+
+def _hook(sums: np.ndarray, now: dict[str, np.ndarray]) -> Callable[..., None]:
+    def forward(module: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        x, group = inputs[0].detach()[0].numpy(), now["group"]
+
+        def backward(gradient: Tensor) -> None:
+            dy = gradient[0].numpy()
+            for i in np.unique(group):
+                sums[i] += dy[group == i].T @ x[group == i]
+
+        output.register_hook(backward)
+
+    return forward
+
+
+# ---- states under a fault --------------------------------------------------------------------------------------------
+
+
+def states_with_faults(config: Config, initial: dict[str, np.ndarray]) -> Iterator[tuple[str, list[Piece]]]:
+    """Each fault of the update that is known, in words, and gradients, weights and moments with it."""
+
+    def with_optimizer(**changes: Any) -> list[Piece]:
+        changed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **changes))
+        return reference_steps(changed, initial).pieces
+
+    def with_rule(**changes: Any) -> list[Piece]:
+        return reference_steps(config, initial, rule=Rule(**changes)).pieces
+
+    o = config.optimizer
+    yield "the second step was computed with the weights of before the first", with_rule(stale=True)
+    yield "the second step was taken with the gradients of the first", with_rule(gradients="first")
+    yield "the gradients of the first step were still in those of the second", with_rule(gradients="summed")
+    if o.clip_grad > 0:
+        yield "gradients are not clipped", with_optimizer(clip_grad=0.0)
+    if o.weight_decay:
+        yield "weights do not decay", with_optimizer(weight_decay=0.0)
+        yield "norms and biases decay, too", with_rule(vectors_decay=True)
+    yield "moments are not corrected for the first steps", with_rule(corrected=False)
+    yield "the count of updates is one ahead", with_rule(ahead=1)
+    yield "beta1 and beta2 are swapped", with_optimizer(beta1=o.beta2, beta2=o.beta1)
+    for factor in (2, 0.5):
+        yield (
+            f"the learning rate is {factor} times what it should be",
+            with_optimizer(lr=o.lr * factor, min_lr=o.min_lr * factor),
+        )
