@@ -15,7 +15,8 @@ build isolation: ``pip install --no-build-isolation``), and otherwise one line s
 names the architectures, such as ``80,90``; ``none`` leaves it out.
 
 ``tools/`` -> ``megatron_hammer/tools/`` in a wheel: the programs that the command ``hammer`` finds there. An editable
-installation and the repository itself use ``tools/`` where it is.
+installation and the repository itself use ``tools/`` where it is. ``examples/configs/`` ->
+``megatron_hammer/configs/``: the presets, by their names (``config/presets.py``).
 """
 
 import importlib.util
@@ -173,14 +174,17 @@ class BuildExtensions(build_ext):
 
 
 class BuildWithTools(build_py):
-    """``build_py`` that puts the programs of tools/ into the package."""
+    """``build_py`` that puts the programs of tools/ and the presets of examples/configs/ into the package."""
 
     def run(self) -> None:
         super().run()
         if self.editable_mode:
             return
-        for source in [*Path("tools").glob("*.py"), *Path("tools/require_package").glob("*.py")]:
-            target = Path(self.build_lib, "megatron_hammer", source)
+        sources = [*Path("tools").glob("*.py"), *Path("tools/require_package").glob("*.py")]
+        placed = [(source, source) for source in sources]
+        placed += [(source, Path("configs", source.name)) for source in Path("examples/configs").glob("*.yaml")]
+        for source, place in placed:
+            target = Path(self.build_lib, "megatron_hammer", place)
             self.mkpath(str(target.parent))
             self.copy_file(str(source), str(target))
 

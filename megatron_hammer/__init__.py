@@ -5,11 +5,13 @@ Data flows one way, and so do the imports (the arrow reads "imports")::
     raw text -> tokenizer -> indexed dataset -> samples  -> model -> optimizer -> checkpoint -> Hugging Face
     corpus/     tokenizer/   dataset/           sampling/   model/   optim/       checkpoint/   huggingface/
 
-    command, launch, verify > supervise, profile, evaluation, publish > train, megatron > huggingface > checkpoint
+    api, command, launch, verify > supervise, profile, evaluation, publish > train, megatron > huggingface > checkpoint
            > sampling, model, optim > dataset, kernels > corpus, tokenizer > config > parallel > base
 
-This module imports nothing of it; ``docs/architecture.md`` is the map. An older Python could not read the others: it is
-refused here, in one line where a program is started with ``-m``, else by an ``ImportError``.
+The names of ``__all__`` are the Python interface (``docs/python.md``): the functions and classes that the programs use,
+each loaded from its module when it is first asked for. So ``import megatron_hammer`` loads none of it;
+``docs/architecture.md`` is the map. An older Python could not read the others: it is refused here, in one line where a
+program is started with ``-m``, else by an ``ImportError``.
 """
 
 import sys
@@ -26,3 +28,110 @@ if sys.version_info < (3, 11):  # noqa: UP036
         sys.stderr.write(_too_old + "\n")
         sys.exit(2)
     raise ImportError(_too_old)
+
+TYPE_CHECKING = False  # ``typing`` would cost milliseconds; type checkers know the name
+if TYPE_CHECKING:
+    from megatron_hammer.api.data import make_dataset
+    from megatron_hammer.api.run import Interrupted, Run, open_run
+    from megatron_hammer.base.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        DiskError,
+        DriftError,
+        HammerError,
+        MemoryShortage,
+        NonFiniteError,
+        RefusedError,
+    )
+    from megatron_hammer.config import Config, change_config, load_config, preset_names, to_yaml
+    from megatron_hammer.corpus.documents import TextCorpus
+    from megatron_hammer.dataset.reader import IndexedDataset
+    from megatron_hammer.huggingface.export import export_hf
+    from megatron_hammer.huggingface.generate import Continuation, Sampling, continue_texts
+    from megatron_hammer.huggingface.importing import import_hf
+    from megatron_hammer.huggingface.text_model import TextModel, open_text_model
+    from megatron_hammer.sampling.batch import Batch
+    from megatron_hammer.tokenizer.interface import Tokenizer
+    from megatron_hammer.tokenizer.load import load_tokenizer
+    from megatron_hammer.tokenizer.train import train_tokenizer
+    from megatron_hammer.train.evaluate import ValidResult
+    from megatron_hammer.train.run import dry_run
+
+__all__ = [
+    "Batch",
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "Continuation",
+    "DataError",
+    "DiskError",
+    "DriftError",
+    "HammerError",
+    "IndexedDataset",
+    "Interrupted",
+    "MemoryShortage",
+    "NonFiniteError",
+    "RefusedError",
+    "Run",
+    "Sampling",
+    "TextCorpus",
+    "TextModel",
+    "Tokenizer",
+    "ValidResult",
+    "change_config",
+    "continue_texts",
+    "dry_run",
+    "export_hf",
+    "import_hf",
+    "load_config",
+    "load_tokenizer",
+    "make_dataset",
+    "open_run",
+    "open_text_model",
+    "preset_names",
+    "to_yaml",
+    "train_tokenizer",
+]
+
+_ERRORS = (
+    "CheckpointError ConfigError DataError DiskError DriftError HammerError MemoryShortage NonFiniteError RefusedError"
+)
+_MODULES = {  # module -> those of its names that are the interface's
+    "api.data": "make_dataset",
+    "api.run": "Interrupted Run open_run",
+    "base.errors": _ERRORS,
+    "config": "Config change_config load_config preset_names to_yaml",
+    "corpus.documents": "TextCorpus",
+    "dataset.reader": "IndexedDataset",
+    "huggingface.export": "export_hf",
+    "huggingface.generate": "Continuation Sampling continue_texts",
+    "huggingface.importing": "import_hf",
+    "huggingface.text_model": "TextModel open_text_model",
+    "sampling.batch": "Batch",
+    "tokenizer.interface": "Tokenizer",
+    "tokenizer.load": "load_tokenizer",
+    "tokenizer.train": "train_tokenizer",
+    "train.evaluate": "ValidResult",
+    "train.run": "dry_run",
+}
+
+
+def __getattr__(name: str) -> object:
+    """A name of the interface, from its module (PEP 562)."""
+    for module, names in _MODULES.items():
+        if name in names.split():
+            from importlib import import_module
+
+            value = globals()[name] = getattr(import_module(__name__ + "." + module), name)
+            return value
+    import difflib
+
+    meant = difflib.get_close_matches(name, __all__, n=1)
+    remedy = ". Did you mean " + repr(meant[0]) + "?" if meant else ""
+    raise AttributeError("module " + repr(__name__) + " has no attribute " + repr(name) + remedy)
+
+
+def __dir__() -> "list[str]":
+    """With the interface's names, for completion."""
+    return sorted(set(globals()) | set(__all__))

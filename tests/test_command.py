@@ -15,6 +15,7 @@ import pytest
 
 from megatron_hammer import command
 from megatron_hammer.base import cli
+from megatron_hammer.config import preset_names
 
 ROOT = Path(__file__).parents[1]
 TOOLS = sorted(path.stem.replace("_", "-") for path in (ROOT / "tools").glob("*.py"))
@@ -139,7 +140,9 @@ def test_a_build_carries_the_programs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert there == {f"megatron_hammer/tools/{n.replace('-', '_')}.py" for n in TOOLS} | {
         "megatron_hammer/tools/require_package/__init__.py"
     }
-    assert "graft tools" in (ROOT / "MANIFEST.in").read_text()
+    presets = {path.stem for path in (tmp_path / "megatron_hammer" / "configs").iterdir()}
+    assert presets == set(preset_names()), "and the presets, by whose names load_config finds them"
+    assert {"graft tools", "graft examples/configs"} <= set((ROOT / "MANIFEST.in").read_text().splitlines())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["scripts"] == {"hammer": "megatron_hammer.command:main"}
     assert project["tool"]["cibuildwheel"]["environment"]["HAMMER_CUDA_ARCHS"] == "none"

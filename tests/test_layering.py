@@ -18,7 +18,7 @@ from megatron_hammer.kernels.native import cpu
 
 PACKAGE = Path(__file__).parent.parent / "megatron_hammer"
 ROWS = [  # what stands above may import what stands below
-    {"__main__", "command", "launch", "verify"},
+    {"__main__", "api", "command", "launch", "verify"},
     {"profile", "supervise", "evaluation", "publish", "report"},
     {"train", "megatron"},
     {"huggingface"},

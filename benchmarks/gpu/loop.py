@@ -28,6 +28,7 @@ from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.loop import Run
 from megatron_hammer.train.prepare import prepare
+from megatron_hammer.train.training import train
 
 WARM_UP, TIMED = 5, 20
 DOCUMENTS, MEAN_LENGTH = 100_000, 500  # 50 million tokens: 38 times what the steps read, 200 MB
@@ -92,7 +93,7 @@ def real_loop(bench: Bench) -> Result:
         write_dataset(prefix, bench.shape.vocabulary, documents, length)
         run = MeasuredRun(prepare(config, 1, check_data=False), ParallelContext.single(bench.device))
         run.points = Points(bench)
-        run.train()
+        train(run.prepared, run.ctx, lambda prepared, ctx: run)
         bench.synchronise()
     asked, there = run.points.found[::2], run.points.found[1::2]
     steps = [run.points.seconds(a, b) for a, b in zip(asked[warm_up:], asked[warm_up + 1 :])]

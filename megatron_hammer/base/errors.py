@@ -53,6 +53,10 @@ class HammerError(Exception):
         line = f"error[{self.code}]: {shortened(self.what)} {shortened(self.rule)}; {shortened(self.remedy)}"
         return " ".join(line.split())  # a value with a line break must not break the one-line promise
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook (IPython) shows in place of a traceback: the line."""
+        return [str(self)]
+
 
 _LONGEST_PART = 1200
 """Characters of one part of a message: four long paths, or the names of all settings of a group."""

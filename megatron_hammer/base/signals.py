@@ -89,10 +89,12 @@ class StopRequest:
         signals: those that count. They are unblocked on entry: a launcher's ranks are born with them blocked, so that
             none is lost while they start.
         once: a second signal acts as it did before; otherwise repeating one changes nothing.
+        takes_over: False in a process that is not a program of ours, where ``end_at_once`` was never called and
+            another library may be waiting for signals in its own way, such as the event loop of a notebook's kernel.
     """
 
-    def __init__(self, signals: Sequence[int] = STOP_SIGNALS, once: bool = False) -> None:
-        self._signals, self._once = signals, once
+    def __init__(self, signals: Sequence[int] = STOP_SIGNALS, once: bool = False, takes_over: bool = True) -> None:
+        self._signals, self._once, self._takes_over = signals, once, takes_over
         self._former: dict[int, Any] = {}
         self.event = threading.Event()
         """Set when the first signal has come; other threads may wait for it."""
@@ -106,7 +108,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self._former = on_signals(self._signals, self._note)
-        take_over()
+        if self._takes_over:
+            take_over()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
         return self
 

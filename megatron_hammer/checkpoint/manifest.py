@@ -23,7 +23,7 @@ import math
 import re
 import stat
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -392,9 +392,7 @@ def saved_model(manifest: Manifest) -> ModelConfig:
         raise CheckpointError(6, path, f"holds a config of another version ({error})", remedy) from None
     if config.model.vocab_size is None:
         raise CheckpointError(6, path, "does not state model.vocab_size", "use another checkpoint")
-    if config.model.max_position_embeddings is None:
-        return replace(config.model, max_position_embeddings=config.data.seq_length)
-    return config.model
+    return config.described_model
 
 
 def describe_tokenizer_files(folder: Path, fingerprint: str) -> TokenizerFiles:

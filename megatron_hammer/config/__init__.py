@@ -24,7 +24,15 @@ from megatron_hammer.config.help import (
     help_text,
     setting_effects,
 )
-from megatron_hammer.config.reading import config_from_tree, config_to_tree, load_config, parse_yaml, to_yaml
+from megatron_hammer.config.presets import preset_names
+from megatron_hammer.config.reading import (
+    change_config,
+    config_from_tree,
+    config_to_tree,
+    load_config,
+    parse_yaml,
+    to_yaml,
+)
 from megatron_hammer.config.settings import (
     ATTENTION_MASKS,
     ROPE_FIELDS,
@@ -63,6 +71,7 @@ __all__ = [
     "TrainConfig",
     "add_accept",
     "add_settings",
+    "change_config",
     "config_from_tree",
     "config_to_tree",
     "describe_fields",
@@ -70,6 +79,7 @@ __all__ = [
     "help_text",
     "load_config",
     "parse_yaml",
+    "preset_names",
     "setting_effects",
     "to_yaml",
     "yarn_attention_factor",

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from megatron_hammer.base.characters import in_ascii, is_number, number_meant
 from megatron_hammer.base.paths import unusable_remedy
+from megatron_hammer.config.presets import PRESETS
 
-PRESETS = Path(__file__).parents[2] / "examples" / "configs"
 TEXT_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".gz", ".zst", ".csv", ".md", ".docx", ".pdf")
 DATASET_SUFFIXES = (".bin", ".idx", ".meta.json")
 
@@ -290,9 +290,10 @@ def config_remedy(path: str) -> str:
             return f"did you mean {_short(candidate)}?"
     folder = Path(path).parent
     here = [str(p) for p in [*folder.glob("*.y*ml"), *PRESETS.glob("*.yaml")]]
-    close = difflib.get_close_matches(name, [Path(p).name for p in here], n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {_short(next(p for p in here if Path(p).name == close[0]))}?"
+    for part in ("name", "stem"):  # as it stands there, and as a preset is called
+        close = difflib.get_close_matches(name, [getattr(Path(p), part) for p in here], n=1, cutoff=0.6)
+        if close:
+            return f"did you mean {_short(next(p for p in here if getattr(Path(p), part) == close[0]))}?"
     return "name an existing YAML file" + (
         f", such as {_short(str(PRESETS / 'tiny.yaml'))}" if PRESETS.is_dir() else ""
     )

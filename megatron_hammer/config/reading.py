@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import functools
 import math
+import numbers
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -33,8 +35,11 @@ from megatron_hammer.config.mistakes import (
     yaml_remedy,
 )
 from megatron_hammer.config.other_names import with_present_names
+from megatron_hammer.config.presets import preset_path
 from megatron_hammer.config.tree import Config
 
+Overrides = Sequence[str] | Mapping[str, Any]
+"""``group.field=value`` texts; or a mapping of ``group.field``, or of groups, to plain values."""
 MAX_CONFIG_BYTES = 2**18
 """A mix of 2,500 sources with paths of 100 characters; PyYAML takes a second for the worst text of this length."""
 _MAX_PARTS = 20
@@ -60,17 +65,20 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(8, where, f"is not valid YAML ({found})", remedy) from None
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), note: Callable[[str], None] | None = say) -> Config:
-    """Read a YAML preset, apply ``group.field=value`` overrides in order, and check names and types.
+def load_config(path: str | Path, overrides: Overrides = (), note: Callable[[str], None] | None = say) -> Config:
+    """Read a YAML file, apply overrides in order, and check names and types.
 
     Ranges and relations are checked by ``Config.validate``.
 
     Args:
+        path: of the file, or the name of a preset (``preset_names``).
+        overrides: ``group.field=value`` texts, or a mapping of ``group.field`` to plain values.
         note: is told of settings that are of no use any more; on stderr, unless the caller has another place.
 
     Raises:
         ConfigError: missing or malformed file, unknown or misspelt key (the nearest is named), wrong type.
     """
+    path = preset_path(path) or path
     try:
         data = read_regular(path, MAX_CONFIG_BYTES)
         text = data.decode("utf-8")
@@ -94,8 +102,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), note: Callable[
         remedy = yaml_remedy(text) or "see examples/configs/tiny.yaml"
         raise ConfigError(8, str(path), "must hold groups (model:, train:, ...)", remedy)
     in_file = _names_of(tree)
-    for override in overrides:
-        _apply_override(tree, override)
+    _apply(overrides, tree)
     try:
         return config_from_tree(tree, note)
     except ConfigError as error:
@@ -110,30 +117,81 @@ def _names_of(tree: Mapping[Any, Any]) -> set[str]:
     return names | {f"{key}.{field}" for key, group in tree.items() if isinstance(group, dict) for field in group}
 
 
-def with_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> Config:
-    """The config of a tree of plain values after ``group.field=value`` overrides; the tree stays as it is.
+def with_overrides(tree: Mapping[str, Any], overrides: Overrides) -> Config:
+    """The config of a tree of plain values after overrides; the tree stays as it is.
 
     Raises:
         ConfigError: as ``load_config``.
     """
     changed = copy.deepcopy(dict(tree))
-    for override in overrides:
-        _apply_override(changed, override)
+    _apply(overrides, changed)
     return config_from_tree(changed)
+
+
+def change_config(config: Config, overrides: Overrides) -> Config:
+    """The config with other values; the given one stays as it is.
+
+    Args:
+        overrides: as for ``load_config``.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
+    return with_overrides(config_to_tree(config), overrides)
+
+
+def _apply(overrides: Overrides, tree: dict[str, Any]) -> None:
+    """Put what overrides say into a tree, in their order."""
+    if isinstance(overrides, Mapping):
+        for name, value in overrides.items():
+            if isinstance(value, Mapping) and name in _types_of(Config):
+                _apply({f"{name}.{field}": of_field for field, of_field in value.items()}, tree)
+            else:
+                _put(tree, str(name), _plain_value(value), str(name))
+        return
+    for override in [overrides] if isinstance(overrides, str) else overrides:
+        if not isinstance(override, str):
+            remedy = "write 'train.num_steps=10', or give a mapping: {'train.num_steps': 10}"
+            raise ConfigError(1, f"argument {override!r}", "is no text", remedy)
+        _apply_override(tree, override)
+
+
+def _plain_value(value: Any) -> Any:
+    """A value of Python's as YAML would give it: paths are texts, and numbers of NumPy are numbers."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain_value(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_value(inner) for inner in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if not isinstance(value, int | float) and isinstance(value, numbers.Real):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return value
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    parts = key.split(".")
-    if not equals or not 2 <= len(parts) <= _MAX_PARTS or not all(parts) or key != key.strip():
-        remedy = setting_of_argument(override, _known_settings())
-        raise ConfigError(1, f"argument {override!r}", "is not group.field=value", remedy)
+    if not equals or key != key.strip():
+        raise _no_setting(override)
     try:
         value = parse_yaml(text, key)
     except ConfigError as error:
         if key in ("data.train", "data.valid") and ":" in (plain := in_ascii(text)):
             error.remedy = mapping_remedy(plain)
         raise
+    _put(tree, key, value, override)
+
+
+def _no_setting(override: str) -> ConfigError:
+    remedy = setting_of_argument(override, _known_settings())
+    return ConfigError(1, f"argument {override!r}", "is not group.field=value", remedy)
+
+
+def _put(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
+    """Set ``group.field``, or a deeper one, of a tree."""
+    parts = key.split(".")
+    if not 2 <= len(parts) <= _MAX_PARTS or not all(parts):
+        raise _no_setting(override)
     node = tree
     for depth, part in enumerate(parts[:-1]):
         if node.get(part) is None:

@@ -227,6 +227,13 @@ class Config:
         model = dataclasses.replace(self.model, rope_theta=phase.rope_theta, rope_scaling=phase.rope_scaling)
         return dataclasses.replace(self, data=data, model=model)
 
+    @property
+    def described_model(self) -> ModelConfig:
+        """The model as those outside are told of it: with its longest context filled in."""
+        if self.model.max_position_embeddings is not None:
+            return self.model
+        return dataclasses.replace(self.model, max_position_embeddings=self.data.seq_length)
+
     def after_samples(self, consumed: int) -> Config:
         """``in_phase`` of the phase of the last of ``consumed`` samples: what has been trained then."""
         if not self.data.phases:

@@ -101,7 +101,7 @@ def _of_checkpoint(name: str, manifest: Manifest) -> Subject:
     config = replace(config_from_tree(manifest.config), model=model)
     folder = checked_tokenizer_folder(manifest)
     tokenizer = None if folder is None else load_tokenizer(folder)
-    begins = None if tokenizer is None else documents_begin_with(manifest, tokenizer.bos_id)
+    begins = None if tokenizer is None else documents_begin_with(manifest.config, tokenizer.bos_id)
     assert model.vocab_size is not None
     run = manifest.folder.parent.parent.name if manifest.folder.parent.name == "checkpoints" else ""
     return Subject(

@@ -149,8 +149,8 @@ def prove(checkpoint: Path, folder: Path, dtype: str, unproved: str = "") -> dic
 def _documents(manifest: Manifest, tokenizer: Tokenizer | None) -> dict[str, bool | None]:
     """How documents began and ended in training, so that prompts can begin so; None where no dataset is there now."""
     return {
-        "begin_with_bos": None if tokenizer is None else documents_begin_with(manifest, tokenizer.bos_id),
-        "end_with_eos": None if tokenizer is None else documents_end_with(manifest, tokenizer.eos_id),
+        "begin_with_bos": None if tokenizer is None else documents_begin_with(manifest.config, tokenizer.bos_id),
+        "end_with_eos": None if tokenizer is None else documents_end_with(manifest.config, tokenizer.eos_id),
     }
 
 

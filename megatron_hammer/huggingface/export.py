@@ -15,7 +15,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,7 +128,7 @@ def write_hf(
         tokenizer = load_tokenizer(tokenizer_folder)
         check_vocabulary(tokenizer, model)
         if form == "exact":
-            begin_with_bos = documents_begin_with(manifest, tokenizer.bos_id)
+            begin_with_bos = documents_begin_with(manifest.config, tokenizer.bos_id)
             if why := _convert(tokenizer, folder, begin_with_bos, model):
                 note(f"the tokenizer is exported as {form_line(why)}")
         else:
@@ -162,24 +162,27 @@ def token_ids_of(tokenizer: Tokenizer) -> dict[str, int | None]:
     }
 
 
-def documents_begin_with(manifest: Manifest, token: int | None) -> bool | None:
-    """Whether the documents that a checkpoint was trained on begin with a token; None where none of them is there now.
+def documents_begin_with(config: Mapping[str, Any], token: int | None) -> bool | None:
+    """Whether the documents of a run's config begin with a token; None where none of its datasets is there now.
 
     Of several sources, one that begins so is enough: the model has learnt what the token means. A source whose header
     says it is not opened.
+
+    Args:
+        config: as a tree of plain values, as checkpoints have it.
     """
-    return _documents_have(manifest, token, "prepend_bos", 0)
+    return _documents_have(config, token, "prepend_bos", 0)
 
 
-def documents_end_with(manifest: Manifest, token: int | None) -> bool | None:
+def documents_end_with(config: Mapping[str, Any], token: int | None) -> bool | None:
     """Whether they end with a token, as ``documents_begin_with``."""
-    return _documents_have(manifest, token, "append_eod", -1)
+    return _documents_have(config, token, "append_eod", -1)
 
 
-def _documents_have(manifest: Manifest, token: int | None, option: str, place: int) -> bool | None:
+def _documents_have(config: Mapping[str, Any], token: int | None, option: str, place: int) -> bool | None:
     """Whether documents have the token at a place: as the datasets' headers say, else by the token that is there."""
     found = []
-    data = manifest.config.get("data") or {}
+    data = config.get("data") or {}
     mixes = [data.get("train"), *(phase.get("train") for phase in data.get("phases") or ())]
     for prefix in dict.fromkeys(prefix for mix in mixes for prefix in mix or {}):
         try:

@@ -4,8 +4,8 @@
 
     Hugging Face folder --load_causal, AutoTokenizer-------------------------------+
                                                                                    |--> TextModel
-    checkpoint, run ----the export's config and rounded weights, in memory,--------+
-                        its own tokenizer
+    checkpoint, run, ---the export's config and rounded weights, in memory,--------+
+    live model          its own tokenizer
 
 A checkpoint is not written anywhere for this: the class of transformers gets the config that the export would write
 and the logical tensors rounded as the export rounds them, so both ways give the same tokens
@@ -18,7 +18,7 @@ ended the document before, where documents ended with one; else with nothing. Ne
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +30,8 @@ from megatron_hammer.tokenizer.model_folder import text_of
 
 if TYPE_CHECKING:
     from megatron_hammer.checkpoint.manifest import Manifest
+    from megatron_hammer.config import ModelConfig
+    from megatron_hammer.tokenizer.interface import Tokenizer
 
 Begin = Literal["auto", "bos", "eos", "none"]
 Message = dict[str, str]
@@ -148,28 +150,63 @@ def open_saved(manifest: Manifest, begin: Begin = "auto", dtype: str | None = No
     Raises:
         CheckpointError: E492 it has no tokenizer; it is damaged.
     """
+    from megatron_hammer.checkpoint.dtypes import DTYPES
     from megatron_hammer.checkpoint.manifest import checked_tokenizer_folder, saved_model
-    from megatron_hammer.huggingface.config import check_vocabulary
-    from megatron_hammer.huggingface.export import documents_begin_with, documents_end_with
     from megatron_hammer.tokenizer.load import load_tokenizer
 
-    place = choose_place(device)
+    place, name = choose_place(device), dtype or manifest.weights_dtype
     folder = checked_tokenizer_folder(manifest)
     if folder is None:
         remedy = "name a checkpoint of a run with tokenizer.path, or an export that has a tokenizer"
         raise CheckpointError(92, str(manifest.folder), "has no tokenizer, so no text can be continued", remedy)
-    tokenizer = load_tokenizer(folder)
-    check_vocabulary(tokenizer, saved_model(manifest))
+    return text_model_of(
+        saved_model(manifest),
+        load_tokenizer(folder),
+        manifest.config,
+        lambda: _saved_weights(manifest, DTYPES[name]),
+        name,
+        str(manifest.folder),
+        begin,
+        place,
+    )
+
+
+def text_model_of(
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    config: Mapping[str, Any],
+    weights: Callable[[], dict[str, Any]],
+    dtype: str,
+    where: str,
+    begin: Begin = "auto",
+    place: str = "cpu",
+) -> TextModel:
+    """A model of ours in the class of transformers that its export names.
+
+    Args:
+        config: of its run, as checkpoints have it: its datasets say how documents began.
+        weights: gives the logical tensors in ``dtype``; called once.
+        where: the model, for messages.
+        place: the device, as torch names it.
+
+    Raises:
+        RefusedError: E528 the tokenizer has ids for which the model has no row.
+        ConfigError: E245 the tokenizer has no such special id.
+    """
+    from megatron_hammer.huggingface.config import check_vocabulary
+    from megatron_hammer.huggingface.export import documents_begin_with, documents_end_with
+
+    check_vocabulary(tokenizer, model)
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
     used, why = _began_in_training(
-        documents_begin_with(manifest, tokenizer.bos_id), documents_end_with(manifest, tokenizer.eos_id)
+        documents_begin_with(config, tokenizer.bos_id), documents_end_with(config, tokenizer.eos_id)
     )
     if not used:
         used = "bos" if tokenizer.begins_with_bos else "none"
         why = "as an export's tokenizer begins a text (no dataset of the run is here)"  # ``convert_tokenizer``
     start, words = start_of(begin, used, why, ids)
     return TextModel(
-        model=_causal_in_memory(manifest, tokenizer, dtype or manifest.weights_dtype).to(place),
+        model=_causal_in_memory(model, tokenizer, weights(), dtype, where).to(place),
         encode=tokenizer.encode,
         decode=tokenizer.decode,
         start=start,
@@ -179,29 +216,34 @@ def open_saved(manifest: Manifest, begin: Begin = "auto", dtype: str | None = No
     )
 
 
-def _causal_in_memory(manifest: Manifest, tokenizer: Any, dtype: str) -> Any:
-    """The class of transformers that the export's config.json names, with the checkpoint's weights in a type."""
-    import torch
+def _causal_in_memory(model: ModelConfig, tokenizer: Tokenizer, weights: dict[str, Any], dtype: str, where: str) -> Any:
+    """The class of transformers that the export's config.json names, with these weights."""
     import transformers
 
     from megatron_hammer.checkpoint.dtypes import DTYPES
-    from megatron_hammer.checkpoint.manifest import saved_model
-    from megatron_hammer.checkpoint.read import LogicalReader
     from megatron_hammer.huggingface.config import hf_config_from_model
     from megatron_hammer.huggingface.export import token_ids_of
     from megatron_hammer.huggingface.transformers_model import causal_with_weights
 
-    tree = hf_config_from_model(saved_model(manifest), token_ids_of(tokenizer), dtype)
-    settings = transformers.AutoConfig.for_model(**tree)
+    tree = hf_config_from_model(model, token_ids_of(tokenizer), dtype)
+    return causal_with_weights(transformers.AutoConfig.for_model(**tree), weights, DTYPES[dtype], where)
+
+
+def _saved_weights(manifest: Manifest, dtype: Any) -> dict[str, Any]:
+    """The logical weights of a checkpoint, by name, in a type."""
+    import torch
+
+    from megatron_hammer.checkpoint.read import LogicalReader
+
     weights = {}
     with LogicalReader(manifest) as reader:
         for tensor in (tensor for tensor in manifest.tensors if tensor.kind == "weight"):
-            weights[tensor.name] = weight = torch.empty(tensor.shape, dtype=DTYPES[dtype])
+            weights[tensor.name] = weight = torch.empty(tensor.shape, dtype=dtype)
             row = 0
             for band in reader.bands(tensor.name):
                 weight[row : row + len(band)] = band
                 row += len(band)
-    return causal_with_weights(settings, weights, DTYPES[dtype], str(manifest.folder))
+    return weights
 
 
 def choose_place(wanted: str, unknown: int = 45, absent: int = 45) -> str:

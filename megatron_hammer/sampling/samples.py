@@ -509,19 +509,24 @@ def open_train_data(
     )
 
 
-def open_valid_data(config: Config) -> list[ValidData]:
-    """The validation sets of a run."""
-    return [
-        ValidData(
-            name,
-            prefix,
-            config.data.seq_length,
-            config.train.eval_samples,
-            config.data.attention_mask == "document",
-            config.model.vocab_size,
-        )
-        for name, prefix in (config.data.valid or {}).items()
-    ]
+def open_valid_data(
+    config: Config,
+    sets: Mapping[str, str] | None = None,
+    samples: int | None = None,
+) -> list[ValidData]:
+    """The validation sets of a run.
+
+    Args:
+        sets: name -> prefix, in place of ``data.valid``.
+        samples: of each at most so many, in place of ``train.eval_samples``.
+
+    Raises:
+        DataError: as ``ValidData``.
+    """
+    named = (config.data.valid or {}) if sets is None else sets
+    size, limit = config.model.vocab_size, config.train.eval_samples if samples is None else samples
+    mask = config.data.attention_mask == "document"
+    return [ValidData(name, prefix, config.data.seq_length, limit, mask, size) for name, prefix in named.items()]
 
 
 def open_sources(

@@ -184,12 +184,14 @@ def begin(
     ctx: ParallelContext,
     announce: Callable[[Prepared], None],
     prediction: Prediction | None = None,
+    when_finished: bool = False,
 ) -> Run | None:
     """Build the run and load its state; from an older checkpoint where the newest turns out to be damaged.
 
     Args:
         announce: told what the run goes on from instead.
         prediction: as ``Run`` takes it.
+        when_finished: build one that has reached its end, too, for who looks at it.
 
     Returns:
         the run; None where what it goes on from instead is its end.
@@ -197,7 +199,7 @@ def begin(
     Raises:
         HammerError: on all ranks.
     """
-    while not prepared.is_finished:
+    while when_finished or not prepared.is_finished:
         try:
             run = Run(prepared, ctx, output=beginning.output, prediction=prediction)
             beginning.put_in_order(prepared)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL, NonFiniteError
 from megatron_hammer.base.progress import say
-from megatron_hammer.base.signals import StopRequest
 from megatron_hammer.checkpoint.folder import step_of
 from megatron_hammer.config import Config
 from megatron_hammer.config.phases import phase_at, tokens_before
@@ -30,13 +29,13 @@ from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.ledger import Finding
 from megatron_hammer.sampling.loader import ReadAhead
-from megatron_hammer.sampling.samples import open_train_data, open_valid_data
+from megatron_hammer.sampling.samples import ValidData, open_train_data, open_valid_data
 from megatron_hammer.train.build import build_stages
 from megatron_hammer.train.comparison import Prediction, device_name, peak_bytes
 from megatron_hammer.train.corruption import CorruptionCheck
 from megatron_hammer.train.cuda_graph import micro_batch_runner
 from megatron_hammer.train.drift import DriftCheck
-from megatron_hammer.train.evaluate import evaluate
+from megatron_hammer.train.evaluate import ValidResult, evaluate
 from megatron_hammer.train.evaluator import Evaluator
 from megatron_hammer.train.garbage import garbage_collected_by_hand
 from megatron_hammer.train.health import Health, Limits
@@ -85,28 +84,10 @@ def every(interval: int | None, step: int, config: Config) -> bool:
     return step == config.train.num_steps or (interval is not None and step % interval == 0)
 
 
-def train(
-    prepared: Prepared, ctx: ParallelContext, begin: Callable[[Prepared, ParallelContext], Run | None] | None = None
-) -> int:
-    """Train from wherever the run stands to its end; return the exit code (0, or 75 after a stop signal).
-
-    A run that goes back (``rewind.py``) begins again as one that was stopped and started anew would.
-
-    Args:
-        begin: builds a run and loads its state; None where its end is reached already.
-    """
-    while (run := begin(prepared, ctx) if begin is not None else Run(prepared, ctx)) is not None:
-        code, rewound = run.train(), run.rewound
-        if code or rewound is None:
-            return code
-        prepared = rewound
-        del run
-        gc.collect()  # its weights leave before those of the next one come
-    return 0
-
-
 class Run:
     """One process's part of a run: the objects that live as long as the loop.
+
+    Within ``reporting`` it goes on by ``advance``: in one call, or in many (``training.py``); that is the same loop.
 
     Args:
         range_of: entered around the parts of a step, for a profiler.
@@ -132,6 +113,10 @@ class Run:
         self.micro_batch = micro_batch_runner(config.kernels, self.optimizer.store.of_stages[0])
         self.state = load_state(prepared, self.optimizer, ctx)
         self.reporter: Reporter | None = None
+        self.heard: Callable[[Mapping[str, Any]], None] = lambda line: None
+        """Told each line of metrics.jsonl, on rank 0; to be set before ``reporting`` is entered."""
+        self.newest = None if resume is None else resume.folder
+        """The newest checkpoint of this run; known to rank 0."""
         self.evaluator: Evaluator | None = None
         self.prediction = prediction
         self.saver = Saver(
@@ -169,27 +154,35 @@ class Run:
         check_state(prepared, self.state, self.data, self.optimizer, ctx, say)
         self.clock = time.perf_counter()
 
-    def train(self) -> int:
-        """The loop."""
-        config, ctx = self.config, self.ctx
-        with (
-            StopRequest() as stop_request,
-            self._reporter() as self.reporter,
-            closing(self.saver),
-            self._evaluator() as self.evaluator,
-            garbage_collected_by_hand(),
-        ):
-            self.stop = StopCheck(lambda: stop_request.received, ctx)
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """While the block runs, the run has its outputs: the files and trackers of rank 0, the evaluator, the saver."""
+        with self._reporter() as self.reporter, closing(self.saver), self._evaluator() as self.evaluator:
+            yield
+
+    def advance(self, last: int, stop: Callable[[], bool], save_when_stopped: bool = True) -> int:
+        """The loop, up to the end of step ``last``; within ``reporting``. Communicates: all ranks call it alike.
+
+        Args:
+            stop: whether this rank has been asked to stop.
+            save_when_stopped: False: the caller keeps the run, which may go on.
+
+        Returns:
+            0; 75 where a rank has been asked to stop, and this step is complete.
+        """
+        config = self.config
+        self.stop = StopCheck(stop, self.ctx)
+        with garbage_collected_by_hand():
             if self.state.owed and not self._pay():
                 return EXIT_STOPPED_BY_SIGNAL
             self.clock = time.perf_counter()
-            for step in range(self.first_step, config.train.num_steps + 1):
+            for step in range(self.state.step + 1, last + 1):
                 report = self._step(step)
-                self._launched(report, stop_request.received)
+                self._launched(report, stop())
                 evaluates = bool(self.valid) and every(config.train.eval_interval_steps, step, config)
                 saves = every(config.checkpoint.save_interval_steps, step, config) or self.saver.is_due(step)
                 saves = saves or self.save_is_due
-                lag = 0 if evaluates or saves else READ_LAG_STEPS[ctx.device.type]
+                lag = 0 if evaluates or saves or step == last else READ_LAG_STEPS[self.ctx.device.type]
                 stopped = self._read(lag, self._evaluate if evaluates else None)
                 if self.rewound is not None:
                     return EXIT_STOPPED_BY_SIGNAL if stopped else 0
@@ -197,10 +190,12 @@ class Run:
                     self._read(0)  # every line up to here is written before the checkpoint is committed
                     if self.rewound is not None:
                         return EXIT_STOPPED_BY_SIGNAL if stopped else 0
-                    self._save_if_healthy(stopped, step == config.train.num_steps)
+                if saves or (stopped and save_when_stopped) or self.saver.must_save:
+                    self._save_if_healthy(stopped and save_when_stopped, step == config.train.num_steps)
                     if not stopped and self.stop.now():  # a save may have been long: it is not followed by a step
                         stopped = True
-                        self._wait_for_save()
+                        if save_when_stopped:
+                            self._wait_for_save()
                 if self.evaluator is not None:
                     self.evaluator.poll()
                 if evaluates or saves or step % COLLECT_EVERY_STEPS == 0:
@@ -397,12 +392,25 @@ class Run:
 
     def _evaluate(self) -> dict[str, float | None]:
         results: dict[str, float | None] = {}
-        for data in self.valid:
-            result = evaluate(
-                self.stages, data, self.config.train.micro_batch_size, self.sources.sizes, self.ctx, self.stop
-            )
-            results |= result.metrics(data.name)
+        for name, result in self._measure(self.valid, self.stop).items():
+            results |= result.metrics(name)
         return results
+
+    def measure(self, valid: Sequence[ValidData], stop: Callable[[], bool]) -> dict[str, ValidResult]:
+        """The result of each set by its name, between two steps. Communicates over dp, pp and the world.
+
+        Raises:
+            CutShort: on all ranks, where one has been asked to stop.
+        """
+        return self._measure(valid, StopCheck(stop, self.ctx))
+
+    def _measure(self, valid: Sequence[ValidData], stop: StopCheck) -> dict[str, ValidResult]:
+        size, sizes = self.config.train.micro_batch_size, self.sources.sizes
+        return {data.name: evaluate(self.stages, data, size, sizes, self.ctx, stop) for data in valid}
+
+    def save(self) -> None:
+        """Save the step that is complete, whatever the interval is, and wait for it. Communicates over all ranks."""
+        self._save_if_healthy(stopped=False, last=True)
 
     def _save(self, last: bool) -> None:
         """Save the present step, unless ranks differ; the time that it takes does not count as training."""
@@ -419,6 +427,7 @@ class Run:
             self.reporter.sync()
 
     def _committed(self, folder: Path) -> None:
+        self.newest = folder
         if self.reporter is not None:
             self.reporter.saved(step_of(folder))
         if self.evaluator is not None:
@@ -460,5 +469,5 @@ class Run:
         name = device_name(device)
         flops = flops_per_token(config.in_phase(self.phase).model, self.phase.seq_length)
         written = self.state.step - bool(self.state.owed)
-        peak = peak_tflops(config, name)
-        return Reporter(config, written, flops, peak, self.ctx.world.size, name, lambda: peak_bytes(device))
+        peak, asked = peak_tflops(config, name), lambda: peak_bytes(device)
+        return Reporter(config, written, flops, peak, self.ctx.world.size, name, asked, self.heard)

@@ -106,6 +106,7 @@ class Reporter:
         devices: int,
         device_name: str = "cpu",
         memory: Callable[[], int] | None = None,
+        heard: Callable[[Mapping[str, Any]], None] = lambda line: None,
     ) -> None:
         """Open them, and note the start.
 
@@ -113,8 +114,9 @@ class Reporter:
             first_step: the last that is done.
             peak: TFLOP/s of a device; None where it is not known.
             memory: asked at each step for the most bytes that this process has had.
+            heard: told each line that is written, whose numbers may be infinite or NaN, where the file has null.
         """
-        self.config, self.flops, self.devices = config, flops, devices
+        self.config, self.flops, self.devices, self.heard = config, flops, devices, heard
         self.peak = None if peak is None else peak * 1e12 * devices
         output = Path(config.train.output)
         self.file = MetricsFile(output / METRICS, first_step)
@@ -163,6 +165,7 @@ class Reporter:
             self.view.show(self._run_view.rows(), now=is_last)
         if valid or is_last or (line["step"] % self.config.log.interval_steps == 0 and not self._is_watched):
             self.say(_sentence(line, self.config.train.num_steps))
+        self.heard(line)
 
     @property
     def _is_watched(self) -> bool:

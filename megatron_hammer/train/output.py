@@ -100,7 +100,7 @@ def only_writer(output: Path, is_new: bool = False) -> Iterator[HeldOutput]:
         lock = _open_lock(output)
         try:
             if not (_lock_folder(folder) and take_lock(lock, output / LOCK)):
-                raise _in_use(output)
+                raise _in_use(output, is_ours=_is_open_here(lock))
             held = HeldOutput(output, folder, lock)
             held.check()
             os.fsync(folder)
@@ -140,8 +140,20 @@ def _lock_folder(descriptor: int) -> bool:
     return True
 
 
-def _in_use(output: Path) -> RefusedError:
+def _is_open_here(lock: int) -> bool:
+    """Whether this very process has the lock's file open a second time, as a notebook that opens its run twice."""
+    wanted = os.fstat(lock)
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        with contextlib.suppress(OSError):  # the listing's own descriptor is closed by now
+            if int(name) != lock and os.path.samestat(os.fstat(int(name)), wanted):
+                return True
+    return False
+
+
+def _in_use(output: Path, is_ours: bool = False) -> RefusedError:
     remedy = "wait for that run to end or choose another folder"
+    if is_ours:
+        remedy = "this very process holds it: close that run first (run.close()), or choose another folder"
     return RefusedError(81, f"train.output={output}", "is in use by another run", remedy)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,16 +15,17 @@ from megatron_hammer.kernels.selection import TABLES, select_backends
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.parallel.agreement import BeforeStart
 from megatron_hammer.parallel.board import Journal
-from megatron_hammer.parallel.context import build_parallel_context
+from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.parallel.rendezvous import Store, collective_timeout, end_process_group, start_process_group
 from megatron_hammer.sampling.plan import format_run_plan
 from megatron_hammer.train.begin import Beginning, begin
 from megatron_hammer.train.build import kernel_requirements
 from megatron_hammer.train.forecast import forecast
-from megatron_hammer.train.loop import train
+from megatron_hammer.train.loop import Run
 from megatron_hammer.train.prepare import Prepared, prepare
 from megatron_hammer.train.shortage import explained
 from megatron_hammer.train.trackers import check_trackers
+from megatron_hammer.train.training import train
 
 
 def run_rank(
@@ -65,26 +66,69 @@ def run_rank(
             print(describe(prepared, world_size), flush=True)
         return 0
     with ExitStack() as held:
-        beginning = Beginning(ranks, held, config, local_rank, check_data, accepted)
-        prepared = beginning.agree()
-        config, device = prepared.config, beginning.device
-        prediction = beginning.prediction
-        if rank == 0:
-            print(announcement(prepared, world_size, device, beginning.predicted), flush=True)
-        if prepared.is_finished:
+        mine = RankRun(ranks, held, config, local_rank, check_data, accepted)
+        if mine.prepared.is_finished:
             return 0
         if store is not None and world_size > 1:
-            start_process_group(store, rank, world_size, device, timeout, journal)
-        ctx = build_parallel_context(config.grid(world_size), device, timeout, journal)
-        announce = _announce_other if rank == 0 else _say_nothing
-        try:
-            code = train(prepared, ctx, lambda prepared, ctx: begin(beginning, prepared, ctx, announce, prediction))
-        except Exception as error:
-            if known := explained(error, config, world_size, rank, device):
-                raise known from error
-            raise
+            start_process_group(store, rank, world_size, mine.device, timeout, journal)
+        ctx = build_parallel_context(mine.prepared.config.grid(world_size), mine.device, timeout, journal)
+        with mine.explained():
+            code = train(mine.prepared, ctx, mine.begin)
         end_process_group()  # at a clean end only: after a failure NCCL would wait here for ranks that never come
         return code
+
+
+class RankRun:
+    """This rank's run, its inputs looked at and its beginning agreed on; on rank 0 it has said what it is.
+
+    Args:
+        held: takes what lasts as long as the run: on rank 0, the lock of the output folder.
+        check_data, accepted: as for ``run_rank``.
+
+    Raises:
+        HammerError: the same on all ranks.
+    """
+
+    def __init__(
+        self,
+        ranks: BeforeStart,
+        held: ExitStack,
+        config: Config,
+        local_rank: int,
+        check_data: bool = True,
+        accepted: Collection[str] = (),
+    ) -> None:
+        self._beginning = Beginning(ranks, held, config, local_rank, check_data, accepted)
+        self.prepared, self._ranks = self._beginning.agree(), ranks
+        self.device = self._beginning.device
+        if ranks.rank == 0:
+            print(announcement(self.prepared, ranks.world_size, self.device, self._beginning.predicted), flush=True)
+
+    def begin(self, prepared: Prepared, ctx: ParallelContext, when_finished: bool = False) -> Run | None:
+        """Build the run and load its state; None where its end is reached already, unless that is to be looked at."""
+        announce = _announce_other if self._ranks.rank == 0 else _say_nothing
+        return begin(self._beginning, prepared, ctx, announce, self._beginning.prediction, when_finished)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """The block computes; where it finds no memory, the error says what would fit."""
+        try:
+            yield
+        except Exception as error:
+            ranks = self._ranks
+            if known := explained(error, self.prepared.config, ranks.world_size, ranks.rank, self.device):
+                raise known from error
+            raise
+
+
+def dry_run(config: Config, world_size: int, check_data: bool = True, accepted: Collection[str] = ()) -> str:
+    """What ``train.dry_run=true`` prints of a config: settings, parameters, layout, memory, the plan of the data.
+
+    Raises:
+        HammerError: the config cannot be run on so many ranks.
+    """
+    dry = dataclasses.replace(config, train=dataclasses.replace(config.train, dry_run=True))
+    return describe(prepare(dry, world_size, check_data, accepted), world_size)
 
 
 def _say_nothing(prepared: Prepared) -> None:

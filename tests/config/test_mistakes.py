@@ -113,7 +113,7 @@ def test_settings(override: str, cure: str) -> None:
 @pytest.mark.parametrize(
     "name, cure",
     [
-        ("tiny", "examples/configs/tiny.yaml?"),
+        ("tinny", "examples/configs/tiny.yaml?"),
         ("tiny.yaml", "examples/configs/tiny.yaml?"),
         ("examples/configs/tiny", "examples/configs/tiny.yaml?"),
         ("somewhere/tny.yaml", "examples/configs/tiny.yaml?"),

@@ -186,7 +186,7 @@ def test_prompts_of_the_export_begin_as_the_documents_of_the_run(tmp_path, token
             prefix.with_name("d.meta.json").unlink()
     manifest.config["data"] = {"train": {str(prefix): 1.0}}
     with patch("megatron_hammer.huggingface.export.IndexedDataset", wraps=IndexedDataset) as opened:
-        assert documents_begin_with(manifest, 1) is bos
+        assert documents_begin_with(manifest.config, 1) is bos
     assert opened.called is (bos is not None and not header)
     (tmp_path / "hf").mkdir()
     write_hf(manifest, tmp_path / "hf", "float32", 10**9)

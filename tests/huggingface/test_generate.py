@@ -147,7 +147,7 @@ def test_prompts_begin_as_documents_did(saved, tmp_path, bos, eos, phases, start
     mix = {str(tmp_path / "d"): 1.0}
     data = {"phases": [{"train": mix}]} if phases else {"train": mix}
     run = replace(saved, config=saved.config | {"data": data})
-    assert (documents_begin_with(run, 1), documents_end_with(run, 2)) == (bos, eos)
+    assert (documents_begin_with(run.config, 1), documents_end_with(run.config, 2)) == (bos, eos)
     model = open_saved(run)
     assert model.start == start and words in model.start_words
     # The export records it, so that it holds after the data have gone.

@@ -15,8 +15,8 @@ import numpy as np
 from megatron_hammer.config import Config, load_config
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.train.loop import train
 from megatron_hammer.train.prepare import prepare
+from megatron_hammer.train.training import train
 from tests.model.tiny import make_context
 from tests.warm_python import warm_python
 

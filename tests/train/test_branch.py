@@ -18,8 +18,8 @@ from megatron_hammer.config import Config, config_to_tree, load_config
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.sampling.samples import open_train_data
 from megatron_hammer.train.branch import make_branch
-from megatron_hammer.train.loop import train
 from megatron_hammer.train.prepare import prepare
+from megatron_hammer.train.training import train
 from tests.model.tiny import make_context
 from tests.train.runs import ROOT, begin_run, config_for, metrics, overrides, train_here, write_dataset
 

@@ -1,0 +1,27 @@
+"""The presets by their names, wherever the package is: ``tiny`` for ``examples/configs/tiny.yaml``.
+
+The repository has them in ``examples/configs/``, a wheel in the package (``setup.py`` puts them there).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_OF_A_WHEEL = _PACKAGE / "configs"
+PRESETS = _OF_A_WHEEL if _OF_A_WHEEL.is_dir() else _PACKAGE.parent / "examples" / "configs"
+"""Their folder."""
+
+
+def preset_names() -> list[str]:
+    """What ``load_config`` takes beside the paths of files."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def preset_path(name: str | os.PathLike[str]) -> Path | None:
+    """The file of a preset; None where this is no name of one, or a file that is there has the name."""
+    if not isinstance(name, str) or not name.isidentifier() or os.path.lexists(name):
+        return None
+    path = PRESETS / f"{name}.yaml"
+    return path if path.is_file() else None

@@ -1,0 +1,81 @@
+"""A run while it is trained: it is begun, goes on, and begins again where it goes back (``rewind.py``).
+
+A program goes on to the end in one call, ``train``. The Python interface (``api/run.py``) enters a ``Training`` and
+goes on a few steps at a time: the same loop, so the same bits.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from megatron_hammer.base.signals import StopRequest
+from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.train.loop import Run
+from megatron_hammer.train.prepare import Prepared
+
+Begin = Callable[[Prepared, ParallelContext], Run | None]
+"""Builds a run and loads its state; None where its end is reached already."""
+
+
+class Training:
+    """One process's part of a run, through any number of beginnings. A context manager: within it the run has outputs.
+
+    Args:
+        heard: told each line of metrics.jsonl, on rank 0.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        ctx: ParallelContext,
+        begin: Begin = Run,
+        heard: Callable[[Mapping[str, Any]], None] = lambda line: None,
+    ) -> None:
+        self._ctx, self._begin, self._heard = ctx, begin, heard
+        self._outputs, self._is_open = ExitStack(), False
+        self.run = begin(prepared, ctx)
+        """None where there is nothing to do."""
+
+    def __enter__(self) -> Training:
+        self._is_open = True
+        self._open()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._is_open = False
+        self._outputs.__exit__(*error)
+
+    def _open(self) -> None:
+        if self.run is not None:
+            self.run.heard = self._heard
+            self._outputs.enter_context(self.run.reporting())
+
+    def advance(self, last: int | None, stop: Callable[[], bool], save_when_stopped: bool = True) -> int:
+        """Go on to the end of step ``last``, None: to the end; as ``Run.advance``."""
+        while self.run is not None:
+            if self.run.rewound is None:
+                end = self.run.config.train.num_steps
+                code = self.run.advance(end if last is None else last, stop, save_when_stopped)
+                if code or self.run.rewound is None:
+                    return code
+            self._begin_again()
+        return 0
+
+    def _begin_again(self) -> None:
+        """Begin as a run that was stopped and started anew would."""
+        assert self._is_open and self.run is not None and self.run.rewound is not None
+        rewound, self.run = self.run.rewound, None
+        self._outputs.close()
+        gc.collect()  # the weights leave before those of the next one come
+        self.run = self._begin(rewound, self._ctx)
+        self._open()
+
+
+def train(prepared: Prepared, ctx: ParallelContext, begin: Begin = Run) -> int:
+    """Train from wherever the run stands to its end; return the exit code (0, or 75 after a stop signal)."""
+    training = Training(prepared, ctx, begin)
+    with StopRequest() as request, training:
+        return training.advance(None, lambda: request.received)
