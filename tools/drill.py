@@ -35,7 +35,10 @@ def main() -> int:
     )
     parser.add_argument("--keep", metavar="FOLDER", help="leave both runs in this new folder (default: removed)")
     arguments = parser.parse_intermixed_args()
-    for name, value, least in (("kills", arguments.kills, 0), ("nproc", arguments.nproc or 1, 1)):
+    for name, value, least in (
+        ("kills", arguments.kills, 0),
+        ("nproc", 1 if arguments.nproc is None else arguments.nproc, 1),
+    ):
         if value < least:
             raise ConfigError(40, f"--{name}={value}", f"must be at least {least}", f"raise --{name}")
     from megatron_hammer.config import load_config

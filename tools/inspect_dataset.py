@@ -34,6 +34,7 @@ import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, print_json, run
 from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.base.progress import say
 from megatron_hammer.base.streams import only_list
 
 if TYPE_CHECKING:
@@ -228,6 +229,8 @@ def show_order(args: argparse.Namespace) -> None:
             raise ConfigError(1, "--step", "excludes --start and --count", "give the one or the others")
         if args.step < 1:
             raise ConfigError(73, f"--step {args.step}", "must be at least 1", "count steps from 1")
+        if args.step > config.train.num_steps:
+            say(f"note: step {args.step:,} lies beyond train.num_steps={config.train.num_steps:,}, where the run ends")
         start = batches.samples(args.step - 1)
         count = batches.at(start)
     start = 0 if start is None else start

@@ -36,6 +36,7 @@ def number_meant(text: str, whole: bool, unit: str = "") -> str:
         unit: what the number is counted in where it stands (``mb``), so that ``2MB`` there means 2.
     """
     plain = in_ascii(text).strip().strip("'\"").lower()
+    plain = re.sub(r"(?<=[kmgt])ib$", "b", plain)  # GiB where GB is meant, and the other way: within 7 %
     if unit and plain.endswith(unit.lower()):
         plain = plain[: -len(unit)].strip()
     counted = re.fullmatch(r"[kmgt]b", unit.lower()) and re.search(r"[kmgt]b?$", plain)
@@ -45,6 +46,13 @@ def number_meant(text: str, whole: bool, unit: str = "") -> str:
     if value is None or not math.isfinite(value) or (whole and not value.is_integer()):
         return ""
     return str(int(value)) if whole or (value.is_integer() and abs(value) < 1e15) else f"{value:.12g}"
+
+
+def share_meant(value: float, example: str) -> str:
+    """The remedy for a number that is no share of 1: what it is if it was meant in percent, else an example."""
+    return (
+        f"write {value / 100:g}: it is a share, no percentage" if 1 < value <= 100 else f"give a share like {example}"
+    )
 
 
 def _value_of(plain: str, whole: bool) -> float | None:

@@ -136,6 +136,12 @@ class ArgumentParser(argparse.ArgumentParser):
             return "add " + ", ".join(self._shown(name) for name in missing)
         return "write " + " ".join(f"{name.split('/')[0]} {word}" for name, word in zip(missing, self._words))
 
+    def _unit_of(self, option: str) -> str:
+        """What the number of an option is counted in: ``mb`` of ``--train-mb MB``, ``gb`` of ``--memory GiB``."""
+        action = self._option_string_actions.get(option)
+        size = re.fullmatch(r"([KMGT])i?B(/s)?", str(action.metavar)) if action is not None else None
+        return f"{size[1].lower()}b" if size else option.rsplit("-", 1)[-1]
+
     def _shown(self, name: str) -> str:
         """``--seed S`` of ``--seed``, as the help shows it; positional arguments are their own names."""
         action = self._option_string_actions.get(name.split("/")[0])
@@ -169,7 +175,7 @@ class ArgumentParser(argparse.ArgumentParser):
         elif wrong := re.search(r"invalid (int|float) value: '([^']*)'", message):
             kind, example = ("whole number", "1000") if wrong[1] == "int" else ("number", "0.5")
             option = message[: wrong.start()].removeprefix("argument ").split("/")[0].rstrip(": ")
-            meant = number_meant(wrong[2], wrong[1] == "int", unit=option.rsplit("-", 1)[-1])
+            meant = number_meant(wrong[2], wrong[1] == "int", unit=self._unit_of(option))
             message = f"{message[: wrong.start()]}{wrong[2]!r} is no {kind}"
             remedy = f"write digits, {meant or 'such as ' + example}"
         elif wrong_choice := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):

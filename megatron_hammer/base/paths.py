@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import os
 import re
 from pathlib import Path
@@ -112,6 +113,8 @@ def missing_remedy(path: Path, otherwise: str) -> str:
     near = neighbour_of(path)
     if near is not None:
         return f"did you mean {near}?"
+    if path.name and (datasets := sorted(path.parent.glob(f"{glob.escape(path.name)}_*.idx"))):
+        return f"did you mean the dataset {datasets[0].with_suffix('')}?"
     return otherwise if path.is_absolute() else f"{otherwise} (looked for {Path.cwd() / path})"
 
 

@@ -171,7 +171,6 @@ OTHER_VALUES = {  # of a choice
     "half": "fp16",
     "gpu": "cuda",
     "nvidia": "cuda",
-    "cuda:0": "cuda",
     "float32": "fp32",
     "float": "fp32",
     "flashattn2": "flash-attn",
@@ -182,6 +181,16 @@ OTHER_VALUES = {  # of a choice
     "transformerengine": "te",
     "true": "",
     "warmupstabledecay": "wsd",
+    "zero1": "optimizer",
+    "zero2": "gradients",
+    "zero3": "weights",
+    "fsdp": "weights",
+    "fsdp2": "weights",
+    "fullshard": "weights",
+}
+_ELSEWHERE_VALUES = {  # a value that another setting has -> what it is written as; by a choice of the setting here
+    ("fp8", "bf16"): "it is kernels.fp8 beside train.precision=bf16: write kernels.fp8=current",
+    ("tensorboard", "wandb"): "it is written without being named: log.tensorboard=true is the default",
 }
 
 
@@ -209,6 +218,20 @@ _ELSEWHERE = {  # what other programs have a setting or an option for and ours d
                     "leave it out: the same command goes on from the newest checkpoint of train.output"),
     **dict.fromkeys(("gpus", "ngpus", "numgpus", "nprocpernode", "numprocesses"),
                     "--nproc N of python -m megatron_hammer.launch counts ranks, CUDA_VISIBLE_DEVICES chooses GPUs"),
+    **dict.fromkeys(("hiddenact", "activation", "activationfunction", "hiddenactivation", "swiglu"),
+                    "leave it out: the feed-forward part is SwiGLU, as in every Llama"),
+    **dict.fromkeys(("dropout", "attentiondropout", "hiddendropout", "residpdrop", "attnpdrop"),
+                    "leave it out: nothing is dropped, as in every Llama"),
+    **dict.fromkeys(("normalization", "normtype"), "leave it out: the norm is RMSNorm; model.norm_eps is its epsilon"),
+    **dict.fromkeys(("positionembeddingtype", "positionembedding"),
+                    "leave it out: positions are RoPE's; model.rope_theta and model.rope_scaling say which"),
+    **dict.fromkeys(("numworkers", "dataloadernumworkers"), "leave it out: samples are read ahead by themselves"),
+    **dict.fromkeys(("deepspeed", "fsdp", "zero", "zerostage", "useddp", "ddp"),
+                    "it is parallel.shard: optimizer (ZeRO 1, the default), gradients (2) or weights (3, FSDP)"),
+    **dict.fromkeys(("epochs", "numepochs", "numtrainepochs", "maxepochs"),
+                    "steps are counted: train.num_steps; the plan before training says how many make an epoch"),
+    **dict.fromkeys(("gradientaccumulationsteps", "gradaccum", "accumulatesteps"),
+                    "it follows: train.global_batch_size / (train.micro_batch_size x data-parallel ranks)"),
     **dict.fromkeys(("config", "configfile", "yaml"), "name the YAML file without an option in front of it"),
     "override": "write group.field=VALUE without an option in front of it",
 }  # fmt: skip
@@ -250,6 +273,15 @@ def nearest_choice(value: object, choices: Sequence[object]) -> str:
     if alike := [text for text in texts if _plain(text) == _plain(str(value))]:
         return alike[0]  # BF16, flash_attn
     return next(iter(difflib.get_close_matches(str(value), texts, n=1)), "")
+
+
+def elsewhere_remedy(value: object, choices: Sequence[object]) -> str:
+    """The remedy for a value that means another setting, or an empty string."""
+    plain = _plain(str(value))
+    if "cuda" in choices and (gpu := re.fullmatch(r"(?:cuda|gpu):?(\d+)", plain)):
+        return f"write cuda, and choose the GPU with CUDA_VISIBLE_DEVICES={gpu[1]}"
+    return next((remedy for (word, choice), remedy in _ELSEWHERE_VALUES.items()
+                 if word == plain and choice in choices), "")  # fmt: skip
 
 
 def setting_of_argument(argument: str, known: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from megatron_hammer.config.help import setting_effects
 from megatron_hammer.config.mistakes import (
     bool_remedy,
     config_remedy,
+    elsewhere_remedy,
     encoding_remedy,
     foreign_remedy,
     list_remedy,
@@ -216,7 +217,7 @@ def config_to_tree(config: Config) -> dict[str, Any]:
 
 def _build(cls: type, tree: Any, where: str) -> Any:
     if not isinstance(tree, Mapping):
-        remedy = f"write {where} as a mapping"
+        remedy = f"write {where}={_group_form(cls, tree)}"
         if isinstance(tree, str) and ":" in in_ascii(tree):
             remedy = f"put a blank behind the colon: {tree.split()[0].replace(':', ': ')}"
         raise ConfigError(3, f"{where}={tree!r}", "must be a group of fields", remedy)
@@ -236,6 +237,22 @@ def _build(cls: type, tree: Any, where: str) -> Any:
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(7, name, "is not set and has no default", f"add {name} to the YAML file or the arguments")
     return cls(**values)
+
+
+def _group_form(cls: type, given: Any) -> str:
+    """How a group of fields is written: those that it needs, with what was given in their place where that fits."""
+    fields = dataclasses.fields(cls)
+    named = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+    named = named or [f.name for f in fields][:3]
+    values = dict.fromkeys(named, "VALUE")
+    if isinstance(given, list) and len(given) == len(named):
+        values = {name: str(value) for name, value in zip(named, given)}
+    elif isinstance(given, str | int | float) and not isinstance(given, bool):
+        choices = {name: typing.get_args(hint) for name, hint in _types_of(cls).items()}
+        meant = next((name for name, known in choices.items() if given in known), named[0])
+        values = {meant: str(given)} | {name: "VALUE" for name in named if name != meant}
+    rest = ", ..." if len(values) < len(fields) else ""
+    return "{" + ", ".join(f"{name}: {value}" for name, value in values.items()) + rest + "}"
 
 
 @functools.cache
@@ -325,7 +342,7 @@ def to_yaml(config: Config) -> str:
 
 def _not_a_choice(choices: Sequence[Any], value: Any, name: str) -> ConfigError:
     near, listed = nearest_choice(value, choices), ", ".join(map(str, choices))
-    remedy = f"did you mean {near}?" if near else f"choose one of {listed}"
+    remedy = elsewhere_remedy(value, choices) or (f"did you mean {near}?" if near else f"choose one of {listed}")
     return ConfigError(3, f"{name}={value}", f"must be one of {listed}", remedy)
 
 

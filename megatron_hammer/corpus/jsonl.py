@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -164,9 +165,12 @@ def diagnose(path: Path, line_number: int, offset: int, line: bytes | bytearray,
         value = _by_python(line)
         if not isinstance(value, dict) or isinstance(value.get(key), float):  # such as NaN, in place of a text
             return DataError(4, where, f"is not valid JSON: {refused.msg} at column {refused.colno}",
-                             _not_json_remedy(line_number, line))  # fmt: skip
+                             _not_json_remedy(line_number, line, path))  # fmt: skip
     if not isinstance(value, dict):
-        return DataError(6, where, f"holds {_kind(value)}, not a JSON object", f'write it as {{"{key}": "..."}}')
+        remedy = f'write it as {{"{key}": "..."}}'
+        if isinstance(value, list) and line_number == 1 and any(isinstance(item, dict) for item in value):
+            remedy = _not_json_remedy(1, b"[", path)
+        return DataError(6, where, f"holds {_kind(value)}, not a JSON object", remedy)
     if key not in value:
         keys = ", ".join(sorted(value)[:8]) or "none"
         return DataError(7, where, f"has no key {key!r} (its keys: {keys})", "name the key that holds the text")
@@ -184,7 +188,12 @@ def _beginning(path: Path) -> bytes:
         return b""
 
 
-def _not_json_remedy(line_number: int, line: bytes | bytearray) -> str:
+def _not_json_remedy(line_number: int, line: bytes | bytearray, path: Path) -> str:
+    if line_number == 1 and line.lstrip()[:1] == b"[":  # one array over several lines
+        name = shlex.quote(str(path))
+        return f"it is one JSON array, and a document a line is read: jq -c '.[]' {name} > NEW.jsonl"
+    if line_number == 1 and line.strip() == b"{":
+        return f"an object stands on one line each: jq -c . {shlex.quote(str(path))} > NEW.jsonl"
     if line_number == 1 and line[:1] not in (b"{", b"["):
         return "mend the line; plain text must be in a file whose name ends in .txt or .md"
     return "mend the line"

@@ -80,6 +80,8 @@ class _Job:
     full: set[str] = field(default_factory=set)
     hashes: dict[Path, str] = field(default_factory=dict)
     """Of the inputs read to their end."""
+    other_sets: set[str] = field(default_factory=set)
+    """Of the Pile that are in the inputs and were not asked for."""
 
 
 def reformat_corpus(
@@ -130,8 +132,9 @@ def reformat_corpus(
         stack.enter_context(job.skipped)
         _copy(job, paths, by_set, stack, progress)
         if not any(writer.documents for writer in job.writers.values()):
-            raise DataError(2, ", ".join(map(str, inputs)), "holds no document to write",
-                            "check the inputs, --set and --max-gb")  # fmt: skip
+            others = ", ".join(sorted(job.other_sets))
+            remedy = f"name sets that are in it: --set with one of {others}" if others else "check inputs and --max-gb"
+            raise DataError(2, ", ".join(map(str, inputs)), "holds no document to write", remedy)
     outputs = sorted((writer.describe() for writer in job.writers.values()), key=lambda entry: entry["name"])
     full = sorted(job.writers[name].path.name for name in job.full)
     content = {
@@ -147,10 +150,14 @@ def reformat_corpus(
     return ReformatSummary(outputs, job.skipped, full)
 
 
+def _format_of(kind: str) -> str:
+    return "parquet" if kind in _PARQUET_KINDS else "text" if kind == "text" else "jsonl"
+
+
 def _input_files(kind: str, inputs: Sequence[str | Path]) -> list[Path]:
     """The files, all of the kind's format."""
     paths = expand_inputs(inputs)
-    wanted = "parquet" if kind in _PARQUET_KINDS else "text" if kind == "text" else "jsonl"
+    wanted = _format_of(kind)
     folders = [Path(item) for item in inputs if Path(item).is_dir()]
     fitting = []
     for path in paths:
@@ -160,9 +167,12 @@ def _input_files(kind: str, inputs: Sequence[str | Path]) -> list[Path]:
             raise ConfigError(88, str(path), f"is no {_FORMATS[wanted]} file, which {kind} consists of",
                               "name files of this format, or another kind")  # fmt: skip
     if not fitting:
-        raise DataError(
-            1, ", ".join(map(str, inputs)), f"holds no {_FORMATS[wanted]} file", "check the inputs and the kind"
+        there = {kind_of(path, "text") for path in paths}
+        kinds = [other for other in KINDS if other != kind and _format_of(other) in there]
+        remedy = (
+            f"its files are those of another kind: {', '.join(kinds)}" if kinds else "check the inputs and the kind"
         )
+        raise DataError(1, ", ".join(map(str, inputs)), f"holds no {_FORMATS[wanted]} file", remedy)
     return fitting
 
 
@@ -183,6 +193,8 @@ def _copy(job: _Job, paths: list[Path], by_set: bool, stack: ExitStack, progress
                     on_bad(note_of(error, document.place, document.line, path))
                     continue
                 if job.sets and found not in job.sets:
+                    if len(job.other_sets) < MAX_SETS:
+                        job.other_sets.add(found)
                     job.skipped.counts["another set"] += 1
                     continue
                 name = found if by_set else ""

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import orjson
 import xxhash
 
+from megatron_hammer.base.characters import share_meant
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.paths import check_prefix
 from megatron_hammer.base.progress import Progress, size_of
@@ -103,7 +104,7 @@ def split_corpus(
     assert (valid_fraction is None) != (valid_documents is None), "one of fraction and number"
     if valid_fraction is not None and not 0 < valid_fraction < 1:
         raise ConfigError(
-            87, f"--valid-fraction={valid_fraction}", "must be between 0 and 1", "give a share like 0.001"
+            87, f"--valid-fraction={valid_fraction}", "must be between 0 and 1", share_meant(valid_fraction, "0.001")
         )
     if valid_documents is not None and valid_documents < 1:
         raise ConfigError(

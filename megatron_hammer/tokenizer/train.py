@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
+from megatron_hammer.base.characters import share_meant
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.files import dump_json, replace_file
 from megatron_hammer.base.progress import Progress, size_of
@@ -171,7 +172,10 @@ def _check_settings(
     )
     for name, value, low, high in rules:
         if not low <= value <= high:
-            raise ConfigError(62, f"{name}={value}", f"must be from {low} to {high}", "choose a value in that range")
+            remedy = "choose a value in that range"
+            if high == 1.0 and low <= value / 100 <= high:
+                remedy = share_meant(value, "0.9995")
+            raise ConfigError(62, f"{name}={value}", f"must be from {low} to {high}", remedy)
 
 
 # ---- text ----

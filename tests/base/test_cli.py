@@ -71,6 +71,14 @@ def test_what_is_wrong_and_the_cure(arguments: list[str], words: str) -> None:
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("text, meant", [("80GB", "80"), ("80GiB", "80"), ("1TB", "1000"), ("80 G", "80")])
+def test_sizes_are_counted_in_what_the_help_says(text: str, meant: str) -> None:
+    program = ArgumentParser(prog="plan")
+    program.add_argument("--memory", type=float, metavar="GiB")
+    with pytest.raises(ConfigError, match=rf"is no number; write digits, {meant}$"):
+        program.parse_args(["--memory", text])
+
+
 @pytest.mark.parametrize("given", [["c", "--vocab-size", "2", "x.y=1"], ["--vocab_size=2", "c"]])
 def test_an_option_that_does_nothing_here_is_refused(given: list[str]) -> None:
     program = parser()

@@ -42,6 +42,8 @@ def test_a_name_spelt_alike_at_any_depth(run: Path) -> None:
     ):
         assert neighbour_of(Path(wrong)) == meant, wrong
     assert neighbour_of(Path("runs/mine/corpus/other")) is None and neighbour_of(Path("elsewhere/zh.jsonl")) is None
+    (run / "zh.valid_text_document.idx").touch()
+    assert missing_remedy(run / "zh.valid", "check it") == f"did you mean the dataset {run / 'zh.valid_text_document'}?"
     assert missing_remedy(Path("a/b"), "check it") == f"check it (looked for {Path.cwd() / 'a/b'})"
     assert missing_remedy(Path("/a/b"), "check it") == "check it"
 

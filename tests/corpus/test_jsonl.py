@@ -34,6 +34,19 @@ def test_texts_and_their_bytes(tmp_path: Path) -> None:
     assert sum(size for _, size in read_texts(path)) == len(GOOD)
 
 
+@pytest.mark.parametrize(
+    "content", [b'[{"text": "a"},\n {"text": "b"}]\n', b'[\n{"text": "a"}\n]\n', b'[{"text": "a"}]', b'[[{"text": 1}]']
+)
+def test_one_array_of_documents_is_named_with_its_cure(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(DataError, match=r"E30[46].*it is one JSON array, .*: jq -c '\.\[\]' \S+array.json > NEW.jsonl"):
+        read(write(tmp_path, content, "array.json"))
+
+
+def test_an_object_over_several_lines_is_named_with_its_cure(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"E304.*an object stands on one line each: jq -c \. "):
+        read(write(tmp_path, b'{\n  "text": "a"\n}\n'))
+
+
 def test_other_key_and_empty_text(tmp_path: Path) -> None:
     path = write(tmp_path, b'{"content": ""}\n{"content": "x", "text": 3}')
     assert read(path, "content") == ["", "x"]

@@ -106,6 +106,15 @@ def test_pile_one_set_or_all_of_them(tmp_path: Path) -> None:
     assert texts(tmp_path / "sets" / "Wikipedia_en.jsonl") == [f"text {i}" for i in range(1, 30, 3)]
 
 
+def test_what_is_there_is_named_where_nothing_fits(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "p" / "pile.jsonl", [pile("Github", "x"), pile("ArXiv", "y")])
+    with pytest.raises(DataError, match=r"E302.*name sets that are in it: --set with one of ArXiv, Github"):
+        reformat_corpus("pile", [source], tmp_path / "out.jsonl", sets=["github"])
+    for kind, others in (("refinedweb", "chinesewebtext, pile, jsonl"), ("text", "chinesewebtext, pile, jsonl")):
+        with pytest.raises(DataError, match=rf"E301.*its files are those of another kind: {others}$"):
+            reformat_corpus(kind, [source.parent], tmp_path / "out.jsonl")
+
+
 def test_names_of_sets_cannot_leave_the_folder(tmp_path: Path) -> None:
     names = ["../../evil", "/etc/passwd", "a b", "a_b", "...", "x" * 300]
     source = write_jsonl(tmp_path / "in.jsonl", [pile(name, "text of " + name) for name in names])

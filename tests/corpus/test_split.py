@@ -101,6 +101,8 @@ def test_refusals_leave_nothing(tmp_path: Path) -> None:
         with pytest.raises((ConfigError, DataError)) as caught:
             split(source, tmp_path / "p", fraction=fraction, count=count)
         assert caught.value.code == code, (fraction, count)
+    with pytest.raises(ConfigError, match=r"E287.*write 0.2: it is a share, no percentage"):
+        split(source, tmp_path / "p", fraction=20)
     for inputs in ([tmp_path / "b.parquet"], [source, source]):
         with pytest.raises(ConfigError, match="E288"):
             split_corpus(inputs, tmp_path / "p", 1, valid_fraction=0.5)

@@ -156,6 +156,7 @@ def test_reserved_characters_do_not_lose_their_text(tmp_path: Path) -> None:
         ({"vocab_size": 500_000, "model_type": "unigram"}, "E260", r"it has \d+ pieces; use at most \d+"),
         ({"vocab_size": 0}, "E262", "must be from 1"),
         ({"character_coverage": 0.5}, "E262", "must be from 0.98 to 1.0"),
+        ({"character_coverage": 99.95}, "E262", "write 0.9995: it is a share, no percentage"),
         ({"max_sentence_bytes": 70_000}, "E262", "must be from 64 to 65535"),
         ({"user_defined_symbols": ["a", "a"]}, "E261", "occurs twice"),
         ({"user_defined_symbols": ["<s>"]}, "E261", "control or byte piece"),

@@ -37,6 +37,16 @@ def write_dataset(prefix: Path, documents: int, seed: int, vocab_size: int = 301
     return str(prefix)
 
 
+def write_fim_tokenizer(folder: Path) -> None:
+    """A tokenizer of 301 ids, with the sentinels of fill-in-the-middle among them."""
+    from tokenizers import Tokenizer, models
+
+    folder.mkdir()
+    backend = Tokenizer(models.BPE(vocab={chr(0x4E00 + i): i for i in range(297)}, merges=[]))
+    backend.add_special_tokens(["<s>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>"])
+    backend.save(str(folder / "tokenizer.json"))
+
+
 def overrides(data: Path, output: Path, *more: str) -> list[str]:
     """A run of 12 short steps on two blended sources and two validation sets."""
     return [

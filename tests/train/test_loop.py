@@ -8,7 +8,7 @@ import pytest
 
 from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.train import loop
-from tests.train.runs import checkpoint_bytes, metrics, overrides, train_here
+from tests.train.runs import checkpoint_bytes, metrics, overrides, train_here, write_fim_tokenizer
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -42,3 +42,23 @@ def test_reading_a_step_later_changes_nothing(
         assert written and written == checkpoint_bytes(outputs[1], step)
         one, other = (read_manifest(o / "checkpoints" / f"step-{step:08d}") for o in outputs)
         assert one.state == other.state and one.state["consumed_samples"] == 8 * step
+
+
+def test_a_run_with_fill_in_the_middle_goes_on_bit_for_bit(data: Path, tmp_path: Path) -> None:
+    """Cuts and forms are those of the sample, whenever it is read: stopped after 2 of 4 steps, and never stopped."""
+    write_fim_tokenizer(tmp_path / "tokenizer")
+    fim = f"data.fim={{{data}/a: {{rate: 0.9}}}}"
+    more = (f"tokenizer.path={tmp_path}/tokenizer", "checkpoint.save_interval_steps=2", "schedule.decay_steps=4",
+            "data.valid=null")  # fmt: skip
+    for name, steps, what in (
+        ("whole", 4, fim),
+        ("stopped", 2, fim),
+        ("stopped", 4, fim),
+        ("plain", 2, "data.fim=null"),
+    ):
+        assert train_here(0, overrides(data, tmp_path / name, *more, f"train.num_steps={steps}", what)) == 0
+    whole = metrics(tmp_path / "whole")
+    assert len(whole) == 4 and whole == metrics(tmp_path / "stopped")
+    assert checkpoint_bytes(tmp_path / "whole", 4) == checkpoint_bytes(tmp_path / "stopped", 4)
+    plain = metrics(tmp_path / "plain")
+    assert all(line["loss"] != other["loss"] for line, other in zip(whole[:2], plain, strict=True)), "it was at work"

@@ -12,8 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer as Backend
-from tokenizers import models
 from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, RefusedError
@@ -27,7 +25,7 @@ from megatron_hammer.train import health, loop, rewind
 from megatron_hammer.train.prepare import Prepared, find_start
 from megatron_hammer.train.rewind import BadStep
 from tests.distributed import run_distributed
-from tests.train.runs import checkpoint_bytes, config_for, metrics, overrides, train_here
+from tests.train.runs import checkpoint_bytes, config_for, metrics, overrides, train_here, write_fim_tokenizer
 
 REWIND = ("train.on_spike=rewind", "train.spike_z_score=4", "checkpoint.keep_last=9", "train.eval_interval_steps=12")
 BAD_PLACE = 65  # in the order: read by step 9, of 8 samples each
@@ -222,11 +220,7 @@ def test_a_rank_that_cannot_go_on_from_there_ends_all(data: Path, tmp_path: Path
 def test_through_phases_a_ramp_and_fill_in_the_middle(data: Path, tmp_path: Path) -> None:
     """Steps of 4, 6 and 8 samples: 9 goes back to 6, and 7 reads what it has read, for the window begins with 8. Then a
     longer context, whose checkpoint is evaluated as the run itself does it."""
-    pieces = {chr(0x4E00 + i): i for i in range(297)}
-    backend = Backend(models.BPE(vocab=pieces, merges=[]))
-    backend.add_special_tokens(["<s>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>"])
-    (tmp_path / "tokenizer").mkdir()
-    backend.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    write_fim_tokenizer(tmp_path / "tokenizer")
     a, b, output = f"{data}/a", f"{data}/b", tmp_path / "run"
     more = (*REWIND, "data.train=null", f"tokenizer.path={tmp_path}/tokenizer", f"data.fim={{{a}: {{}}}}",
             f"data.phases=[{{steps: 10, train: {{{a}: 2, {b}: 1}}}}, {{train: {{{a}: 1, {b}: 3}}, seq_length: 64}}]",

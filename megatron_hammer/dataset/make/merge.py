@@ -11,6 +11,7 @@ or not at all.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,12 @@ def merge_datasets(
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     kind = _token_type(datasets, dtype)
     record, notes = _common_tokenizer(datasets)
+    places = [path_of(prefix, ".idx").resolve() for prefix in prefixes]
+    for prefix, times in Counter(places).items():
+        if times > 1:
+            notes.append(
+                f"{prefix.with_suffix('')} is named {times} times, and its documents are in the result as often"
+            )
     headers = [dataset.header for dataset in datasets]
     first = headers[0].options if headers[0] is not None else {}
     same = all(header is not None and header.options == first for header in headers)

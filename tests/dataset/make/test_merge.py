@@ -120,6 +120,10 @@ def test_the_output_is_no_input_and_appears_whole(tmp_path):
     with pytest.raises(DataError, match="E330"):
         merge_datasets([tmp_path / "a", tmp_path / "missing"], tmp_path / "m")
     assert files(tmp_path / "m", (".bin", ".idx", ".meta.json")) == before
+    notes = merge_datasets([tmp_path / "a", tmp_path / "m", tmp_path / "a"], tmp_path / "twice").notes
+    assert any("a is named 2 times, and its documents are in the result as often" in note for note in notes)
+    for suffix in (".bin", ".idx", ".meta.json"):
+        path_of(tmp_path / "twice", suffix).unlink()
     assert len(list(tmp_path.iterdir())) == 6
 
 
