@@ -10,14 +10,14 @@
 #   DATA       indexed datasets with their weights, "142 /p/zh_text_document 128 /p/en_text_document", or one prefix
 #   VALID      validation sets by name, "zh=/p/zv_text_document en=/p/ev_text_document"; absent: no evaluation
 #   TOKENIZER  what made the data: a sentencepiece .model, a tokenizer.json or a Hugging Face folder
+#   CONFIG     preset of the run with DATA on GPUs; default examples/configs/hammerllm_1b4_faithful.yaml
 #   OUT        folder of the run (train.output); default runs/pretrain_1b4, with TEXT runs/my_text
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    for more than one node: start it on each, or let Slurm do so:
 #              srun --ntasks-per-node=1 --cpus-per-task=64 bash examples/pretrain_1b4.sh    (more: examples/slurm/)
 #   PYTHON, TORCH_INDEX_URL    see tools/make_venv.sh, which makes .venv on first use
 #
-# With GPUs, DATA and TOKENIZER this is examples/configs/hammerllm_1b4.yaml on all GPUs. Otherwise the first line says
-# why not, and the same programs train the small model of examples/configs/quick_start.yaml: on DATA, on TEXT, or on a
-# sample corpus.
+# With GPUs, DATA and TOKENIZER this is CONFIG on all GPUs. Otherwise the first line says why not, and the same programs
+# train the small model of examples/configs/quick_start.yaml: on DATA, on TEXT, or on a sample corpus.
 #
 # Running it again continues where it stopped: stages whose result is complete are skipped, training resumes.
 # Exit codes: those of the programs (docs/errors.md); 75: stopped by a signal and saved, run it again.
@@ -225,7 +225,7 @@ make_datasets() {
 # The command that was given, its variables included; with --longer without its number of steps.
 same_command() {
     local name argument
-    for name in TEXT VOCAB_SIZE DATA VALID TOKENIZER OUT; do
+    for name in TEXT VOCAB_SIZE CONFIG DATA VALID TOKENIZER OUT; do
         if [[ -n ${!name:-} ]]; then printf '%s=%q ' "$name" "${!name}"; fi
     done
     printf 'bash examples/pretrain_1b4.sh'
@@ -366,6 +366,9 @@ main() {
         quick=false
     fi
     export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false # everything is local
+    if $quick && [[ -n ${CONFIG:-} ]]; then
+        fail 58 "CONFIG=$CONFIG needs GPUs and DATA; unset it for the sample run, or give it to megatron_hammer.launch"
+    fi
     if $quick; then
         if ((nnodes > 1)); then fail 58 "NNODES=$nnodes needs GPUs and DATA; unset it for the sample run"; fi
         quick_start "$gpus" "$@"
@@ -381,7 +384,7 @@ main() {
             layout+=(--nnodes "$nnodes" --node-rank "$node_rank" --master-addr "$master_addr" --master-port "$master_port")
         fi
         bash "$root/tools/make_venv.sh"
-        train "${layout[@]}" "$root/examples/configs/hammerllm_1b4.yaml" "${settings[@]}" "$@"
+        train "${layout[@]}" "${CONFIG:-$root/examples/configs/hammerllm_1b4_faithful.yaml}" "${settings[@]}" "$@"
         if ((node_rank > 0)); then exit 0; fi # node 0 does the rest
     fi
     newest=$(newest_checkpoint)

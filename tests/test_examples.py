@@ -102,6 +102,7 @@ class Tree:
             "VALID",
             "TOKENIZER",
             "OUT",
+            "CONFIG",
         )
         environment = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
         environment |= {"PATH": f"{self.path}/bin:{os.environ['PATH']}", "CALLS": str(self.calls_file)} | variables
@@ -262,6 +263,12 @@ def test_the_full_recipe_reads_data(tree: Tree, data: str, wanted: dict[str, flo
     assert names(tree.calls) == ["-m", *LAST]
 
 
+def test_another_preset_is_trained_by_name(tree: Tree) -> None:
+    preset = "examples/configs/hammerllm_1b4_modern.yaml"
+    assert tree.run(CONFIG=preset, DATA="p", TOKENIZER="t", GPUS="0 1")[0] == 0
+    assert preset in tree.launch
+
+
 def test_the_full_recipe_on_several_nodes(tree: Tree) -> None:
     data = {"DATA": "p", "TOKENIZER": "t", "VALID": "zh=/p/z en=/p/e=1", "GPUS": "0 1"}
     code, _, _ = tree.run(NNODES="2", NODE_RANK="1", MASTER_ADDR="n0", MASTER_PORT="999", **data)
@@ -402,6 +409,7 @@ def test_ssh_without_machines_is_refused(tree: Tree) -> None:
         ({"TOKENIZER": "t"}, "error[E256]: TOKENIZER is set but DATA is not, "),
         ({"NNODES": "2"}, "error[E255]: NNODES=2 needs MASTER_ADDR; "),
         ({"NNODES": "2", "MASTER_ADDR": "a"}, "error[E258]: NNODES=2 needs GPUs and DATA; "),
+        ({"CONFIG": "my.yaml"}, "error[E258]: CONFIG=my.yaml needs GPUs and DATA; "),
     ],
 )
 def test_a_mistake_ends_before_anything_runs(tree: Tree, variables: dict[str, str], line: str) -> None:
@@ -488,7 +496,10 @@ def test_an_unsupported_python_is_named(tmp_path: Path) -> None:
     assert code == 2 and "(PYTHON=/" in err and "other is 3.14)" in err
 
 
-SCRIPTS = ("docker/install.sh", "examples/anneal.sh", "examples/pretrain_1b4.sh", "tests/run.sh", "tools/make_venv.sh")
+SCRIPTS = (
+    "docker/install.sh", "examples/anneal.sh", "examples/continue_from_hf.sh", "examples/long_context.sh",
+    "examples/pretrain_1b4.sh", "examples/pretrain_8b.sh", "tests/run.sh", "tools/make_venv.sh",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

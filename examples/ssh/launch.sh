@@ -27,7 +27,7 @@ export NNODES=${#hosts[@]} MASTER_ADDR=${MASTER_ADDR:-${hosts[0]}} MASTER_PORT=$
 
 # Quoted for the shell of the other machine.
 given='' arguments=''
-for name in NNODES MASTER_ADDR MASTER_PORT DATA VALID TOKENIZER OUT GPUS PYTHON TORCH_INDEX_URL; do
+for name in NNODES MASTER_ADDR MASTER_PORT CONFIG DATA VALID TOKENIZER OUT GPUS PYTHON TORCH_INDEX_URL; do
     if [[ -n ${!name:-} ]]; then given+=" $name=$(printf '%q' "${!name}")"; fi
 done
 for argument in "$@"; do arguments+=" $(printf '%q' "$argument")"; done
