@@ -11,8 +11,11 @@ sum is of no importance.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 BLOCK = 2**14  # elements; part of the definition
@@ -54,6 +57,22 @@ class BitHash:
                 whole += (rest * self.of_place[place : place + len(rest)]).sum() * self.of_block[block]
                 at += len(rest)
         return whole
+
+
+def whole_hash(device: torch.device, longest: int) -> Callable[[Tensor], Tensor | int]:
+    """Hashes whole tensors, to be compared with those of tensors of the same form on the same device only.
+
+    On a CPU that is XXH3, 0.08 ns for a byte where ``BitHash`` takes 0.33 to 0.6 (one core of an EPYC with AVX-512).
+
+    Args:
+        longest: elements of the longest tensor.
+    """
+    return _xxh3 if device.type == "cpu" else BitHash(device, longest)
+
+
+def _xxh3(tensor: Tensor) -> int:
+    data = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    return xxhash.xxh3_64_intdigest(data) - 2**63  # as int64 has it
 
 
 def _odd_numbers(start: int, count: int) -> Tensor:

@@ -36,7 +36,7 @@ from megatron_hammer.base.errors import ConfigError, DriftError
 from megatron_hammer.base.files import replace_file
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.backend import Backend
-from megatron_hammer.kernels.bit_hash import BitHash
+from megatron_hammer.kernels.bit_hash import whole_hash
 from megatron_hammer.model.llama import Model, stages_of
 from megatron_hammer.optim.layout import Bucket
 from megatron_hammer.optim.optimizer import Optimizer
@@ -126,7 +126,7 @@ class CorruptionCheck:
             if number > 0:
                 self._add((n, SENT_BACK), Item(SENT_BACK, back, len(store.table) + 1))
         hidden = config.train.micro_batch_size * config.largest.data.seq_length * config.model.hidden_size
-        self.hash = BitHash(ctx.device, max(hidden, *(row.numel for store in stores for row in store.table)))
+        self.hash = whole_hash(ctx.device, max(hidden, *(row.numel for store in stores for row in store.table)))
         self.hashes = torch.zeros((2, len(self.items)), dtype=torch.int64, device=ctx.device)
         self.alone, self.again = Pass(self, alone=True), Pass(self, alone=False)
         self._forget()

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_hammer.base.errors import ConfigError, DriftError
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.backend import Requirements
+from megatron_hammer.kernels.bit_hash import BitHash, whole_hash
 from megatron_hammer.kernels.selection import select_backends
 from megatron_hammer.optim.layout import Bucket
 from megatron_hammer.optim.store import FlatStore
@@ -304,3 +305,18 @@ def test_what_does_not_compute_the_same_bits_twice_is_refused_by_name() -> None:
     check_here(tiny_config(), odd, torch.device("cuda"))
     with pytest.raises(ConfigError, match=r"E204\]: train.sdc_check_interval_steps=-1"):
         tiny_config(train__sdc_check_interval_steps=-1).train.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64])
+def test_no_single_bit_goes_unseen_by_the_hashes(dtype: torch.dtype) -> None:
+    """Of what need not lie in one piece, on a CPU as on a device."""
+    hashes = [whole_hash(torch.device("cpu"), 60), BitHash(torch.device("cpu"), 60)]
+    whole = torch.arange(60).to(dtype).view(6, 10)
+    for hashed in hashes:
+        before, part = hashed(whole.t()), whole.clone().t()
+        bits = part.t().view(torch.uint8)
+        for place in range(bits.numel()):
+            bits.view(-1)[place] ^= 1 << place % 8
+            assert hashed(part) != before
+            bits.view(-1)[place] ^= 1 << place % 8
+        assert hashed(part) == before
