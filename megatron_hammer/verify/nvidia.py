@@ -11,8 +11,9 @@ from importlib import metadata
 from pathlib import Path
 
 DRIVER = Path("/proc/driver/nvidia/version")
-OLDEST_DRIVERS = {11: (450, 80, 2), 12: (525, 60, 13), 13: (580, 65, 6)}
-"""For each CUDA, by NVIDIA's "CUDA Toolkit Release Notes", table of minor version compatibility."""
+OLDEST_DRIVERS = {11: (450, 80, 2), 12: (525, 60, 13), 13: (580,)}
+"""For each CUDA, by the tables of minor version compatibility in NVIDIA's release notes of the toolkit and in its
+"CUDA Compatibility" (docs.nvidia.com/deploy/cuda-compatibility), compared on 2026-11-30."""
 
 
 def driver_version(path: Path = DRIVER) -> str | None:

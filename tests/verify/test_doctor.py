@@ -125,7 +125,8 @@ def test_a_backend_that_cannot_run_here_fails_as_the_run_would(tmp_path: Path, n
     ("driver", "cuda", "words"),
     [
         ("550.54.14", "12.4", None), ("525.60.13", "12.8", None), ("470.82.01", "12.1", "older than 525.60.13"),
-        ("570.86.10", "13.0", "older than 580.65.6"), (None, "12.1", "no driver"), ("470.82.01", "99.0", None),
+        ("570.86.10", "13.0", "older than 580,"), ("580.65.06", "13.2", None),
+        (None, "12.1", "no driver"), ("470.82.01", "99.0", None),
     ],
 )  # fmt: skip
 def test_a_driver_too_old_for_the_cuda_of_torch(driver: str | None, cuda: str, words: str | None) -> None:
