@@ -36,6 +36,7 @@ from megatron_hammer.dataset.format import (
 )
 
 _CHUNK = 1 << 20  # entries of the index checked at once
+_MAY_HAVE_HOLES = 1 << 26  # bytes of an index that are read in a moment, whatever they are
 
 
 class IndexedDataset:
@@ -57,6 +58,7 @@ class IndexedDataset:
         index_map = map_file(self.idx_path)
         index = index_map.array()
         code, sequences, boundaries = _check_start(self.idx_path, index)
+        _check_without_holes(self.idx_path, len(index))
         self.dtype = DTYPES[code]
         """Of the tokens on disk."""
         self._mapped = [index_map]
@@ -272,6 +274,23 @@ def map_file(path: Path) -> FileMap:
         return FileMap(descriptor, os.fstat(descriptor).st_size, path)
     finally:
         os.close(descriptor)
+
+
+def _check_without_holes(path: Path, size: int) -> None:
+    """Refuse a large index that only seems to be as long: 100 GB of zeros that nobody has written are made in no time,
+    and take minutes to be read."""
+    if size <= _MAY_HAVE_HOLES:
+        return
+    descriptor = open_descriptor(path)
+    try:
+        hole = os.lseek(descriptor, 0, os.SEEK_HOLE)
+    except OSError:  # a file system that cannot say
+        return
+    finally:
+        os.close(descriptor)
+    if hole < size:
+        remedy = "copy it whole (cp --sparse=never), or " + REMAKE
+        raise DataError(34, f"{path} of {size:,} bytes", f"was never written from byte {hole:,} on", remedy)
 
 
 def first_foreign_id(ids: np.ndarray, vocab_size: int) -> int | None:

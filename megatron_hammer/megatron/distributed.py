@@ -30,7 +30,8 @@ from megatron_hammer.config.settings import MAX_LAYERS
 from megatron_hammer.megatron.layout import EMBEDDING_THERE, LAYERS, full_name, split_name
 from megatron_hammer.megatron.legacy import arguments_of, iteration_of
 from megatron_hammer.megatron.metadata import Chunk, Entry, Place, check_whole, read_metadata
-from megatron_hammer.megatron.pickles import load_pt, load_tensor, reading
+from megatron_hammer.megatron.pickles import reading
+from megatron_hammer.megatron.torch_files import load_pt, load_tensor
 
 FULLY_RESHARDABLE = "fully_reshardable"
 _PREFIXES = ("", "model.", "model.module.", "model.module.module.")

@@ -22,11 +22,13 @@ from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.megatron.layout import full_name, split_name
-from megatron_hammer.megatron.pickles import Record, load_pt
+from megatron_hammer.megatron.pickles import Record
+from megatron_hammer.megatron.torch_files import load_pt
 
 _RANK = re.compile(r"mp_rank_([0-9]{1,6})(?:_([0-9]{1,6}))?")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")  # the second: beside optim.pt of very old versions
 _BY_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
+_SCALARS, _LONGEST_TEXT = (bool, int, float, str, type(None)), 1_000
 _COPIED = ("linear_proj.bias", "linear_fc2.bias", "norm.weight", "layer_norm_weight", "norm.bias", "layer_norm_bias")
 
 
@@ -68,7 +70,7 @@ class LegacySource:
             raise CheckpointError(33, str(path), "holds no model of Megatron-LM", "name a checkpoint of Megatron-LM")
         version = state.get("checkpoint_version", 0)
         if type(version) not in (int, float) or version != 3.0:
-            named = f"is of checkpoint_version {str(version)[:20]}"
+            named = f"is of checkpoint_version {str(plain(version))[:20]}"
             rule = f"{named}, in which rows of qkv have another order: only 3.0 is read"
             raise CheckpointError(30, str(path), rule, "load and save it with a newer Megatron-LM")
         return state
@@ -172,7 +174,8 @@ def _chunks(state: Mapping[str, Any]) -> list[str]:
     """The keys of a rank's stages: model, or model0, model1 and so on where they are interleaved."""
     if "model" in state:
         return ["model"]
-    numbers = [int(match[1]) for key in state if (match := re.fullmatch(r"model([0-9]{1,6})", str(key)[:20]))]
+    names = (key for key in state if isinstance(key, str))
+    numbers = [int(match[1]) for key in names if (match := re.fullmatch(r"model([0-9]{1,6})", key[:20]))]
     return [f"model{number}" for number in sorted(numbers)]
 
 
@@ -185,8 +188,17 @@ def arguments_of(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
     args = state.get("args")
     if not isinstance(args, Record):
         raise CheckpointError(34, f"{path}: args", "is missing", "name a checkpoint that has its arguments")
-    plain = ((name, "a tensor" if isinstance(value, Tensor) else value) for name, value in vars(args).items())
-    return {name: value for name, value in plain if name not in ("args", "state")}
+    return {name: plain(value) for name, value in args.fields().items()}
+
+
+def plain(value: Any) -> Any:
+    """A value of a pickle that may be compared and printed; of any other the name of what it is."""
+    if isinstance(value, list | tuple) and len(value) <= 64:
+        parts = [plain(part) if isinstance(part, _SCALARS) else f"a {type(part).__name__}" for part in value]
+        return type(value)(parts) if type(value) in (list, tuple) else parts
+    if isinstance(value, str):
+        return value[:_LONGEST_TEXT]
+    return value if isinstance(value, _SCALARS) else f"a {type(value).__name__.lower()}"
 
 
 def iteration_of(state: Mapping[str, Any]) -> int:

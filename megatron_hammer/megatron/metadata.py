@@ -1,7 +1,8 @@
 """What ``.metadata`` of a distributed checkpoint says, as plain numbers that have been looked at.
 
 A pickle may hold anything in the place of a shape, a chunk or a file. So its records are turned into the few values
-that reading needs as soon as they are there, and what is of another form ends here, by the name of its tensor.
+that reading needs as soon as they are there, and what is of another form ends here, by the name of its tensor. Needs
+no torch.
 """
 
 from __future__ import annotations

@@ -42,7 +42,6 @@ REASONS = {
     ("corpus/quick_start.py", "zipfile.ZipFile"): "a wheel that pip has just fetched and checked",
     ("corpus/shuffle_buckets.py", "os.open"): "to write a temporary file",
     ("dataset/look/verify.py", "np.fromfile"): "a temporary file of this process",
-    ("megatron/pickles.py", "torch.load"): "of the guarded descriptor, restricted to a list of our own",
     ("profile/profile.py", "read_text"): "/proc",
     ("report/page.py", "read_text"): "style and script of the package itself",
     ("sampling/cache.py", "os.open"): "to write the file of a lock",

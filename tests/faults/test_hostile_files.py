@@ -7,6 +7,7 @@ largest ones too (``LARGE``), each just within or just beyond a limit of size.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import contextlib
 import gzip
@@ -14,12 +15,14 @@ import json
 import os
 import struct
 import time
+import zipfile
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_hammer.base.errors import HammerError, from_exception
 from megatron_hammer.base.files import hash_bytes
@@ -29,6 +32,8 @@ from megatron_hammer.corpus.documents import read_texts
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.huggingface.config import model_config_from_hf, read_json
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors
+from megatron_hammer.megatron.importing import open_source
+from megatron_hammer.megatron.layout import model_of
 from megatron_hammer.sampling.ledger import read_ledger
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.symbols import read_symbols
@@ -72,6 +77,11 @@ def checkpoint(folder: Path) -> object:
 
 def dataset(folder: Path) -> object:
     return IndexedDataset(folder / "p")
+
+
+def megatron(folder: Path) -> object:
+    source = open_source(folder)
+    return model_of(source.args, 131, "it"), [source.tensor(*name) for name in source.names()]
 
 
 def ledger(folder: Path) -> object:
@@ -158,6 +168,76 @@ def indexed(*more: Make) -> Make:
     return both(text("p.idx", start), text("p.bin", b"\0" * 8), *more)
 
 
+def indexed_zeros(size: int) -> Make:
+    """An .idx of so many bytes that says so itself, with nothing in it but its start and its end."""
+
+    def make(folder: Path) -> None:
+        sequences = (size - 34 - 8) // 20
+        with (folder / "p.idx").open("wb") as file:
+            file.write(b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, sequences, sequences + 1))
+            file.truncate(34 + 12 * sequences + 8 * sequences)
+            file.seek(0, os.SEEK_END)
+            file.write(struct.pack("<q", sequences))
+        (folder / "p.bin").touch()
+
+    return make
+
+
+def archive(pickled: bytes, data: bytes = b"", method: int = zipfile.ZIP_STORED, zeros: int = 0) -> Make:
+    """A file of ``torch.save`` of a rank of Megatron-LM, so many zeros behind its pickle."""
+
+    def make(folder: Path) -> None:
+        (folder / "mp_rank_00").mkdir()
+        with zipfile.ZipFile(folder / "mp_rank_00" / "model_optim_rng.pt", "w", method) as file:
+            file.writestr("a/data.pkl", pickled + bytes(zeros))
+            file.writestr("a/data/0", data)
+
+    return make
+
+
+def metadata(pickled: bytes) -> Make:
+    """A ``torch_dist`` checkpoint with this ``.metadata``."""
+
+    def make(folder: Path) -> None:
+        (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+        torch.save({"args": argparse.Namespace(num_layers=1)}, folder / "common.pt")
+        (folder / ".metadata").write_bytes(pickled)
+
+    return make
+
+
+def state(inner: bytes) -> bytes:
+    """A pickle of a rank's state, in which the model has one thing, made by these operations."""
+    return b"\x80\x02}(X\x12\0\0\0checkpoint_versionG@\x08\0\0\0\0\0\0X\x05\0\0\0model}X\x01\0\0\0a" + inner + b"su."
+
+
+def text_of(words: str) -> bytes:
+    return b"X" + struct.pack("<I", len(words.encode())) + words.encode()
+
+
+def arguments(inner: bytes) -> bytes:
+    """The same with ``args.position_embedding_type`` made by these operations, and a model of nothing."""
+    namespace = b"cargparse\nNamespace\n)\x81}" + text_of("position_embedding_type") + inner + b"sb"
+    start = b"\x80\x02}(" + text_of("checkpoint_version") + b"G@\x08\0\0\0\0\0\0" + text_of("model") + b"}"
+    return start + text_of("args") + namespace + b"u."
+
+
+def doubled(start: bytes, double: bytes, times: int) -> bytes:
+    """Something that holds the one before twice, so many times."""
+    return start + b"q\0" + b"".join(b"h\0" + double + b"q\0" for _ in range(times))
+
+
+TENSOR = (
+    b"ctorch._utils\n_rebuild_tensor_v2\n((" + text_of("storage") + b"ctorch\nFloatStorage\n" + text_of("0")
+    + text_of("cpu") + b"K\1tQK\0J\0\0\0\x40J\0\0\0\x40\x86K\0K\0\x86\x89ccollections\nOrderedDict\n)RtR"
+)  # fmt: skip
+"""2**30 by 2**30 elements with strides of 0, in a storage of one."""
+CALL = {
+    "20 GB": b"c__builtin__\nbytearray\n(\x8a\x05" + (20 * 10**9).to_bytes(5, "little") + b"tR",
+    "a codec": b"c_codecs\nencode\n(" + text_of("\u00e4" * 50_000) + text_of("punycode") + b"tR",
+}
+KEYED = b"}" + doubled(b")", b"h\0\x86", 60) + b"Ns"
+
 DEEP, WIDE = "[" * 200_000, "[" + "[]," * 3_500_000 + "0]"
 ANCHORS = "abcdefghi"
 BOMB = "a: &a [x]\n" + "".join(f"{b}: &{b} [{f'*{a}, ' * 9}*{a}]\n" for a, b in pairwise(ANCHORS))
@@ -224,6 +304,34 @@ CASES: dict[str, tuple[Callable[[Path], object], Make, str]] = {
     "idx pipe": (dataset, pipe("p.idx"), "E330"),
     "idx endless": (dataset, endless("p.idx"), "E330"),
     "idx sparse": (dataset, both(sparse("p.idx"), text("p.bin", "")), "E331"),
+    "idx of zeros": (dataset, indexed_zeros(10**11), "E334 never written"),
+    "megatron: a zip bomb": (
+        megatron, archive(state(b"N"), method=zipfile.ZIP_DEFLATED, zeros=20 << 20), "E433 compressed"
+    ),
+    "megatron: many operations": (megatron, archive(state(b"N0" * 400_000 + b"N")), "E433 operations"),
+    "megatron: a key of keys": (megatron, archive(state(KEYED)), "E433 hold each other"),
+    "megatron: a number of a million bits": (
+        megatron, archive(state(b"\x8b" + struct.pack("<i", 200_000) + b"\1" * 200_000)), "E433 bits"
+    ),
+    "megatron: a tensor of nothing": (megatron, archive(state(TENSOR), b"\0" * 4), "E433 elements in a storage"),
+    "megatron: 20 GB of zeros": (megatron, archive(arguments(CALL["20 GB"])), "E432 type=a bytearray"),
+    "megatron: a slow codec": (megatron, archive(arguments(CALL["a codec"])), "E432 position_embedding_type=a encode"),
+    "megatron: lists in lists": (
+        megatron, archive(arguments(b"]" + doubled(b"]", b"(h\0h\0l0", 60) + b"h\0")), "E433|E432"
+    ),
+    "megatron: an end that leads away": (
+        megatron, both(archive(state(b"N")), lambda folder: _end_with(folder, start=2**32 - 2)), "E433 directory"
+    ),
+    "megatron: sparse": (megatron, both(archive(state(b"N")), lambda f: os.truncate(_only(f), 10**11)), "E433 end"),
+    "megatron: metadata sparse": (megatron, both(metadata(b""), sparse(".metadata")), "E433 never has more"),
+    "megatron: metadata of keys": (megatron, metadata(b"\x80\x02" + KEYED + b"."), "E433 hold each other"),
+    "megatron: metadata of one long tuple": (
+        megatron,
+        metadata(b"\x80\x02(" + b"N" * 90_000 + b"tq\0" + b"cmegatron\na\nh\0R0" * 9_000 + b"N."),
+        "E433 hold each other",
+    ),
+    "megatron: metadata pipe": (megatron, both(metadata(b""), lambda f: (f / ".metadata").unlink(), pipe(".metadata")),
+                                "E433 pipe"),
     "tokenizer of four billion": (tokenizer, vocabulary(a=4_000_000_000), "E313 below"),
     "tokenizer deep": (tokenizer, text("tokenizer.json", DEEP), "E313 deep"),
     "tokenizer wide": (tokenizer, text("tokenizer.json", WIDE), "E313 values"),
@@ -295,6 +403,12 @@ CASES |= {
 }
 MEGABYTES = 47 << 20
 LARGE: dict[str, tuple[Callable[[Path], object], Make, str]] = {
+    "megatron: metadata of operations": (megatron, metadata(b"\x80\x02" + b"N0" * 400_000 + b"N."), "E433 operations"),
+    "megatron: metadata of classes": (
+        megatron,
+        metadata(b"\x80\x02" + b"".join(b"cmegatron.a%d\nb\n0" % n for n in range(90_000)) + b"N."),
+        "E433 classes",
+    ),
     "tokenizer of 47 MB": (tokenizer, tokenizer_text(VOCABULARY, b"x", MEGABYTES, b'": 0}}}'), "E313 long strings"),
     "tokenizer of 47 MB with a rare character": (
         tokenizer,
@@ -420,6 +534,17 @@ LARGE: dict[str, tuple[Callable[[Path], object], Make, str]] = {
 }
 if os.environ.get("HAMMER_HOSTILE_LIMITS"):
     CASES |= LARGE
+
+
+def _only(folder: Path) -> Path:
+    return next(folder.rglob("*.pt"))
+
+
+def _end_with(folder: Path, start: int) -> None:
+    """The archive's end names another place for its directory."""
+    content = bytearray(_only(folder).read_bytes())
+    struct.pack_into("<I", content, len(content) - 6, start)
+    _only(folder).write_bytes(content)
 
 
 @pytest.mark.parametrize("name", CASES)
