@@ -494,8 +494,8 @@ MEASURES = (
     Measure(
         "orphans are ended",
         "supervise/attempt.py",
-        "        end_orphans(others_children)\n",
-        "        pass\n",
+        "*end_orphans(others_children | {r.pid for r in ranks if r.code is None})",
+        "",
         "supervise/test_start.py::test_exit_code_and_one_line",
     ),
     Measure(
