@@ -8,23 +8,28 @@ reaches all of them.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from megatron_hammer import launch
+from megatron_hammer.base import signals
 from megatron_hammer.base.faults import VARIABLE
 from megatron_hammer.checkpoint.folder import find_checkpoints, step_of
 from megatron_hammer.checkpoint.inspect import verify_checkpoint
 from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.parallel.board import Journal
+from megatron_hammer.supervise import attempt
+from megatron_hammer.train import __main__ as alone
 from megatron_hammer.train.run import run_rank
-from tests.train.runs import config_for
+from tests.train.runs import TINY, config_for
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 """Audit events of what changes a folder; files that are opened to be written, and fsyncs, count beside them."""
@@ -56,28 +61,34 @@ def killed_at(operation: int, work: Callable[[], Any]) -> int:
     """Do the work in a child that is killed just before its n-th operation on files; how the child has ended."""
 
     def counted() -> int:
-        left = [operation]
-
-        def count() -> None:
-            left[0] -= 1
-            if not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def heard(event: str, arguments: tuple[Any, ...]) -> None:
-            opens = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-            if opens or event in CHANGES:
-                count()
-
-        def sync(descriptor: int, real: Callable[[int], None] = os.fsync) -> None:
-            count()
-            real(descriptor)
-
-        os.fsync = sync
-        sys.addaudithook(heard)
+        die_before(operation)
         work()
         return 0
 
     return ended(forked(counted))
+
+
+def die_before(operation: int) -> Callable[[], None]:
+    """Have this process killed before its n-th operation on files from now on; calls off what it returns."""
+    left = [operation]
+
+    def count() -> None:
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def heard(event: str, arguments: tuple[Any, ...]) -> None:
+        opens = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if opens or event in CHANGES:
+            count()
+
+    def sync(descriptor: int, real: Any = os.fsync) -> None:
+        count()
+        real(descriptor)
+
+    os.fsync = sync
+    sys.addaudithook(heard)
+    return lambda: left.__setitem__(0, -1)
 
 
 def committed(folder: Path) -> list[int]:
@@ -114,6 +125,7 @@ class Job:
         arguments: the run's, as of ``tests.train.runs``.
         fault: of ``HAMMER_FAULT``.
         deadly: rank, step and phase of the journal at which that rank is killed.
+        patch: changes the program in each rank, which it is told.
     """
 
     def __init__(
@@ -123,8 +135,9 @@ class Job:
         arguments: Sequence[str],
         fault: str = "",
         deadly: tuple[int, int, str] | None = None,
+        patch: Callable[[int], None] = lambda rank: None,
     ) -> None:
-        self._folder = folder
+        self._folder, self._patch = folder, patch
         folder.mkdir()
         self._children: dict[int, int] = {}
         for rank in range(ranks):
@@ -142,6 +155,7 @@ class Job:
         os.dup2(said, 2)
         os.environ |= {"GLOO_SOCKET_IFNAME": "lo", VARIABLE: fault}
         store = dist.FileStore(str(self._folder / "store"), ranks) if ranks > 1 else None
+        self._patch(rank)
         journal = DeadlyJournal(*deadly[1:]) if deadly is not None and deadly[0] == rank else None
         return run_rank(config_for(arguments), rank, rank, ranks, store, journal=journal)
 
@@ -175,3 +189,89 @@ class Job:
     def said(self) -> str:
         """All that the ranks have said."""
         return "".join(path.read_text(errors="replace") for path in sorted(self._folder.glob("*.log")))
+
+
+def become_program(
+    ranks: int | None,
+    arguments: Sequence[str],
+    said: Path,
+    fault: str = "",
+    patch: Callable[[], None] = lambda: None,
+    began: Callable[[], object] = lambda: None,
+) -> NoReturn:
+    """Be the launcher in a session of one's own, its ranks forked where it would spawn them; or a run in one process.
+
+    Args:
+        ranks: None: ``python -m megatron_hammer.train``.
+        said: takes what it writes on stderr.
+        patch: changes the program.
+        began: called when its signal handlers stand.
+    """
+    os.setsid()
+    null, stderr = os.open("/dev/null", os.O_RDWR), os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for target, source in ((0, null), (1, null), (2, stderr)):
+        os.dup2(source, target)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", VARIABLE: fault, "OMP_NUM_THREADS": "1"}
+    code = 99
+    try:
+        patch()
+        real = multiprocessing.get_context
+        attempt.multiprocessing.get_context = lambda method=None: real("fork")  # type: ignore[attr-defined,assignment]
+        sys.argv = ["program", *([] if ranks is None else ["--nproc", str(ranks)]), str(TINY), *arguments]
+        signals.end_at_once("before it began")
+        began()
+        (alone if ranks is None else launch)._main()
+    except SystemExit as ending:
+        code = int(ending.code or 0)
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(code)
+
+
+class Launched:
+    """A run under the launcher's own command line, in a process group."""
+
+    def __init__(self, ranks: int, said: Path, arguments: Sequence[str]) -> None:
+        self._said = said
+        there, ready = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            become_program(ranks, arguments, said, began=lambda: (os.write(ready, b"1"), os.close(ready)))
+        os.close(ready)
+        os.read(there, 1)
+        os.close(there)
+
+    def is_running(self) -> bool:
+        """Whether the launcher has not ended."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+    def kill(self, everything: bool) -> None:
+        """SIGKILL to the launcher, or to it and all that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if everything else os.kill)(self.pid, signal.SIGKILL)
+
+    def wait(self, seconds: float = RUN_SECONDS) -> int:
+        """Exit code of the launcher, which is killed with everything when time is up."""
+        until = time.monotonic() + seconds
+        while self.is_running():
+            if time.monotonic() > until:
+                self.kill(everything=True)
+            time.sleep(0.005)
+        return ended(self.pid)
+
+    def is_gone(self, seconds: float) -> bool:
+        """Whether nothing that the launcher has started is left, at the latest after so long."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            try:
+                os.killpg(self.pid, 0)
+            except ProcessLookupError:
+                return True
+            time.sleep(0.005)
+        return False
+
+    def said(self) -> str:
+        """All that it has said."""
+        return self._said.read_text(errors="replace")

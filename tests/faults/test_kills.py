@@ -3,7 +3,8 @@
 Three tiers. In every run of the tests: a small save, of the process that trains and of the one that writes for it, is
 killed before each of its operations on files. ``HAMMER_FAULTS=night``: runs of four layouts in both modes, killed at
 each phase of a step and of a save, on each rank, and 25 kills of everything at random moments in each of four layouts.
-``HAMMER_FAULTS=release``: such kills under the real launcher too. They take seconds, minutes and half an hour.
+``HAMMER_FAULTS=release``: of the launcher and everything too, or of the launcher alone. They take seconds, minutes and
+a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import mmap
 import os
 import random
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -28,18 +28,18 @@ from megatron_hammer.checkpoint.folder import clean_up, find_checkpoints, step_n
 from megatron_hammer.checkpoint.retention import Retention
 from megatron_hammer.checkpoint.write import owned_views, save_checkpoint
 from megatron_hammer.checkpoint.writer_process import Writer
-from megatron_hammer.config import load_config
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.verify import drill, faults
+from megatron_hammer.verify import drill
 from tests.checkpoint.layouts import FakeTokenizer, config_tree, random_logical, rank_shards, tiny_model
-from tests.faults.kills import KILLED, Job, committed, killed_at
-from tests.train.runs import TINY, overrides
+from tests.faults.kills import KILLED, Job, Launched, committed, killed_at
+from tests.train.runs import overrides
 
 TIER = os.environ.get("HAMMER_FAULTS", "")
 MODEL = tiny_model(hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=1, vocab_size=33)
 TREE = config_tree(MODEL)
 KILLS = int(os.environ.get("HAMMER_KILLS", "25"))
 LONG_SECONDS = 500.0
+GONE_SECONDS = 5.0  # the aim for ranks whose launcher was killed
 MOST = 400  # operations of one save: far above
 
 
@@ -73,16 +73,6 @@ def write_beside(folder: Path, step: int) -> None:
          "retention": {"keep_last": 3, "keep_every_steps": None, "pinned_steps": ()}},
     ):  # fmt: skip
         writer.do(json.loads(json.dumps(request)))
-
-
-@pytest.fixture
-def memory_folder(tmp_path: Path) -> Iterator[Path]:
-    """In memory where that can be: hundreds of fsyncs take minutes on a busy disk, and nothing here tests the disk."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        yield Path(folder)
 
 
 @pytest.mark.parametrize("work, step", [(save, 40), (save, 30), (write_beside, 40)])  # 30: the same step again
@@ -223,15 +213,50 @@ def lines_of(output: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(TIER != "release", reason="HAMMER_FAULTS=release runs it: half an hour")
+@pytest.mark.skipif(TIER != "release", reason="HAMMER_FAULTS=release runs it: minutes a layout")
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_kills_under_the_launcher(tmp_path: Path, layout: str) -> None:
-    """The same with processes that nobody has forked, found by their launcher."""
+def test_kills_under_the_launcher(data: Path, memory_folder: Path, layout: str) -> None:
+    """Of the launcher alone, whose ranks must go with it, or of everything, at random moments; background saves on.
+
+    After half of the former the next run starts at once: refused while the ranks of before live, or they are gone.
+    """
     ranks, settings = LAYOUTS[layout]
-    config = load_config(TINY, ["model.vocab_size=301", "checkpoint.mode=background", *settings])
-    everything = [fault for fault in faults.KILLS if "everything" in fault.name]
-    plan = [everything[number % len(everything)] for number in range(KILLS)]
-    report = drill.Drill(config, ranks, plan, random.Random(layout), tmp_path, print).run()
-    print(*report.table(), *drill.summary(report), sep="\n", flush=True)
-    assert not report.failed
+    chance, peace, output = random.Random(f"launched {layout}"), memory_folder / "peace", memory_folder / "killed"
+    more = [*settings, "checkpoint.mode=background", f"train.num_steps={6 * KILLS}", "train.eval_interval_steps=7"]
+    job = Launched(ranks, memory_folder / "said", overrides(data, peace, *more))
+    assert job.wait(LONG_SECONDS) == 0, job.said()
+    counts, before, dying = (
+        dict.fromkeys(("launcher", "everything", "inside a save", "refused"), 0),
+        0,
+        list[Launched](),
+    )
+    while (kills := counts["launcher"] + counts["everything"]) < KILLS:
+        job = Launched(ranks, memory_folder / f"said-{kills}", overrides(data, output, *more))
+        target = lines_of(output) + chance.choice([0, 1, 2, 4, 8, 12])
+        while job.is_running() and lines_of(output) < target:
+            time.sleep(0.002)
+        time.sleep(chance.random() * (0.05 if target else 0.5))
+        how = chance.choice(("launcher", "everything"))
+        job.kill(everything=how == "everything")
+        code, newest = job.wait(), f"step-{before:08d}"
+        assert code in (KILLED, 0) or (code == 5 and dying), f"{code}: {job.said()}"
+        if code == 0:
+            break  # it has come to its end before
+        counts["refused" if code == 5 else how] += 1
+        inside = any((output / "checkpoints").glob("*.tmp-*"))
+        counts["inside a save"] += inside and code != 5
+        assert before == 0 or "resuming from" not in job.said() or newest in job.said(), job.said()
+        dying.append(job)
+        if how == "launcher" and chance.random() < 0.5:
+            continue  # the next one starts at once
+        assert all(other.is_gone(GONE_SECONDS) for other in dying), "ranks go with their launcher"
+        dying.clear()
+        found = committed(output / "checkpoints")
+        assert max(found, default=0) >= before, f"kill {kills}: step {before} was committed, now there is {found}"
+        before = max(found, default=0)
+    assert all(other.is_gone(GONE_SECONDS) for other in dying), "ranks go with their launcher"
+    job = Launched(ranks, memory_folder / "last", overrides(data, output, *more))
+    assert job.wait(LONG_SECONDS) == 0, job.said()
+    print(f"{layout}: kills {counts}", flush=True)
+    assert not list(drill.differences(peace, output)) and kills > KILLS // 2
