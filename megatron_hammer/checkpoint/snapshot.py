@@ -6,8 +6,12 @@
     take() ------> | the copy is made meanwhile          | wait(): not before it is whole -> then(): it may be written
 
 Masters and moments change in the update only, so that the copy has the time of a forward and a backward. On a CPU a
-thread makes it, on a GPU a stream of its own, into pinned memory; there the update waits on the device, and Python
-never does. The memory is taken and touched once, when training starts: what is too much shows there, not hours later.
+thread makes it, and whoever must wait takes part in it; on a GPU a stream of its own, into pinned memory; there the
+update waits on the device, and Python never does. The memory is taken and touched once, when training starts: what is
+too much shows there, not hours later.
+
+On a core of an EPYC a gigabyte takes 0.11 s, of which plain memcpy between two arrays takes 0.10: a step that is
+shorter than that for the gigabytes of its rank waits for the rest of the copy, and for nothing else.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import errno
 import mmap
 import os
 import resource
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,6 +32,7 @@ from torch import Tensor
 from megatron_hammer.base.errors import MemoryShortage
 
 ALIGNMENT = 64  # bytes: of where a tensor's copy starts
+PIECE_BYTES = 2**24  # that one thread copies at a time: a millisecond or two
 
 
 def places_of(sizes: Sequence[int]) -> tuple[list[int], int]:
@@ -36,6 +42,44 @@ def places_of(sizes: Sequence[int]) -> tuple[list[int], int]:
         offsets.append(at)
         at += -(-size // ALIGNMENT) * ALIGNMENT
     return offsets, at
+
+
+class _Pieces:
+    """What is to be copied, in pieces, by whoever has time for it; whoever copies the last one calls ``then``.
+
+    Args:
+        copies: flat arrays of bytes: where to, and what.
+    """
+
+    def __init__(self, copies: Sequence[tuple[np.ndarray, np.ndarray]], then: Callable[[], None]) -> None:
+        self._pieces = [
+            (target[at : at + PIECE_BYTES], source[at : at + PIECE_BYTES])
+            for target, source in copies
+            for at in range(0, source.size, PIECE_BYTES)
+        ]
+        self._then, self._open, self._lock = then, len(self._pieces), threading.Lock()
+        self.is_handed_over = False
+        """Whether all is copied and ``then`` has been called."""
+        if not self._pieces:
+            self._hand_over()
+
+    def copy(self) -> None:
+        """Copy until nothing is left to begin with."""
+        while True:
+            with self._lock:
+                if not self._pieces:
+                    return
+                target, source = self._pieces.pop()
+            np.copyto(target, source)  # without Python's lock: training goes on
+            with self._lock:
+                self._open -= 1
+                last = self._open == 0
+            if last:
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        self._then()
+        self.is_handed_over = True
 
 
 @contextmanager
@@ -87,8 +131,13 @@ class Snapshot:
         self._thread = ThreadPoolExecutor(1, "snapshot")
         self._taken: Future[None] | None = None
         self._event: torch.cuda.Event | None = None
-        self.is_handed_over = False
+        self._pieces = _Pieces((), lambda: None)
+        self._is_behind_event = True
+
+    @property
+    def is_handed_over(self) -> bool:
         """Whether the copy is whole and ``then`` has been called."""
+        return self._pieces.is_handed_over and self._is_behind_event
 
     def take(self, tensors: Sequence[Tensor], offsets: Sequence[int], then: Callable[[], None]) -> None:
         """Begin to copy flat tensors to their places; they must not change before ``wait`` has returned.
@@ -97,10 +146,14 @@ class Snapshot:
             then: called, in a thread, when all is there; must not raise.
         """
         assert self._taken is None, "one snapshot at a time"
-        self.is_handed_over = False
         if self._stream is None:
-            self._taken = self._thread.submit(self._copy, tensors, offsets, then)
+            target = self._bytes.numpy()
+            sources = [tensor.detach().view(torch.uint8).numpy() for tensor in tensors]
+            copies = [(target[at : at + source.size], source) for source, at in zip(sources, offsets, strict=True)]
+            self._pieces = _Pieces(copies, then)
+            self._taken = self._thread.submit(self._pieces.copy)
             return
+        self._is_behind_event = False
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for tensor, offset in zip(tensors, offsets, strict=True):
@@ -111,18 +164,10 @@ class Snapshot:
         self._event = event
         self._taken = self._thread.submit(self._after, event, then)
 
-    def _copy(self, tensors: Sequence[Tensor], offsets: Sequence[int], then: Callable[[], None]) -> None:
-        target = self._bytes.numpy()
-        for tensor, offset in zip(tensors, offsets, strict=True):
-            source = tensor.detach().view(torch.uint8).numpy()
-            np.copyto(target[offset : offset + source.size], source)  # without Python's lock: training goes on
-        then()
-        self.is_handed_over = True
-
     def _after(self, event: torch.cuda.Event, then: Callable[[], None]) -> None:
         event.synchronize()
         then()
-        self.is_handed_over = True
+        self._is_behind_event = True
 
     def wait(self) -> None:
         """Return when what was copied may change: at once on a GPU, whose next work waits instead."""
@@ -130,6 +175,7 @@ class Snapshot:
             self._event.wait(torch.cuda.current_stream(self._device))
             self._event = None
         elif self._taken is not None and self._stream is None:
+            self._pieces.copy()
             self._taken.result()
             self._taken = None
 

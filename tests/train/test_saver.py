@@ -13,12 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_hammer.base.errors import DiskError
 from megatron_hammer.base.faults import VARIABLE
-from megatron_hammer.checkpoint import background
+from megatron_hammer.checkpoint import background, snapshot
 from megatron_hammer.checkpoint.background import BackgroundSaver
 from megatron_hammer.checkpoint.folder import find_checkpoints, step_of
 from megatron_hammer.checkpoint.inspect import verify_checkpoint
@@ -57,7 +58,7 @@ def test_a_save_in_the_background_has_the_bytes_of_a_blocking_one(
 
 def test_weights_change_only_after_their_copy(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However late that comes: here not before somebody waits for it."""
-    wait, copy, take, asked = Snapshot.wait, Snapshot._copy, Snapshot.take, threading.Event()
+    wait, copy, take, asked = Snapshot.wait, snapshot._Pieces.copy, Snapshot.take, threading.Event()
 
     def takes(self: Snapshot, *arguments: Any) -> None:
         asked.clear()
@@ -67,12 +68,13 @@ def test_weights_change_only_after_their_copy(data: Path, tmp_path: Path, monkey
         asked.set()
         wait(self)
 
-    def copies(self: Snapshot, *arguments: Any) -> None:
+    def copies(self: Any) -> None:
         assert asked.wait(60)
-        copy(self, *arguments)
+        copy(self)
 
-    for name, method in (("take", takes), ("wait", waits), ("_copy", copies)):
-        monkeypatch.setattr(Snapshot, name, method)
+    monkeypatch.setattr(Snapshot, "take", takes)
+    monkeypatch.setattr(Snapshot, "wait", waits)
+    monkeypatch.setattr(snapshot._Pieces, "copy", copies)
     for output, more in (("blocking", []), ("background", [BACKGROUND])):
         assert train_here(0, overrides(data, tmp_path / output, *QUICK, "train.num_steps=4", *more)) == 0
     assert checkpoint_bytes(tmp_path / "background", 2) == checkpoint_bytes(tmp_path / "blocking", 2)
@@ -101,6 +103,36 @@ def test_a_save_in_the_background_that_fails_is_followed_by_a_blocking_one(
     for path in find_checkpoints(tmp_path / "run"):
         verify_checkpoint(read_manifest(path))
     assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if ".tmp-" in p.name]
+
+
+def test_whoever_waits_for_a_copy_takes_part_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it is handed over once, by the one that copies the last piece, when that is there."""
+    monkeypatch.setattr(snapshot, "PIECE_BYTES", 4)
+    begun, go_on, handed = threading.Event(), threading.Event(), list[bytes]()
+    real, copied_by = np.copyto, set[str]()
+
+    def copyto(target: np.ndarray, source: np.ndarray) -> None:
+        copied_by.add(threading.current_thread().name)
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            assert go_on.wait(60)
+        else:
+            go_on.set()
+        real(target, source)
+
+    monkeypatch.setattr(np, "copyto", copyto)
+    tensors = [torch.arange(100, dtype=torch.int32), torch.arange(7, dtype=torch.int16)]
+    offsets, size = snapshot.places_of([tensor.nbytes for tensor in tensors])
+    taken = Snapshot(size, torch.device("cpu"))
+    try:
+        taken.take(tensors, offsets, lambda: handed.append(os.pread(taken.descriptor, size, 0)))
+        assert begun.wait(60) and not taken.is_handed_over
+        taken.wait()
+        assert len(copied_by) == 2 and taken.is_handed_over and len(handed) == 1
+        for tensor, at in zip(tensors, offsets, strict=True):
+            assert handed[0][at : at + tensor.nbytes] == tensor.numpy().tobytes()
+    finally:
+        taken.close()
 
 
 def test_a_limit_on_files_is_none_on_memory() -> None:
