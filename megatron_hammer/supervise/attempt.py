@@ -30,8 +30,16 @@ from megatron_hammer.parallel.heartbeat import Heartbeat
 from megatron_hammer.parallel.observe import Observer
 from megatron_hammer.parallel.rendezvous import Meeting, host_store, interface_towards, join_store
 from megatron_hammer.supervise.nodes import Node
-from megatron_hammer.supervise.outcome import FAILURE_KEY, agree_with_other_nodes, wait_for_all_nodes, wait_until
+from megatron_hammer.supervise.outcome import (
+    FAILURE_KEY,
+    agree_on_restart,
+    agree_with_other_nodes,
+    wait_for_all_nodes,
+    wait_for_its_end,
+    wait_until,
+)
 from megatron_hammer.supervise.rank import rank_main
+from megatron_hammer.supervise.restart import Restarts
 from megatron_hammer.supervise.watch import GRACE_SECONDS, Failure, Rank, forward_signal, kill, watch
 
 GENERATIONS = 20  # of orphans' own children, which come to the launcher one after the other
@@ -49,9 +57,13 @@ class Ended:
     """Whether a stop signal came."""
     left: tuple[str, ...] = ()
     """What to say of each process that outlives this, since it waits in the kernel and SIGKILL does not reach it."""
+    again: Node | None = None
+    """Of several nodes: what this one starts next, as all have agreed."""
 
 
-def run_ranks(config: Config, node: Node, entry: str, options: Mapping[str, Any]) -> Ended:
+def run_ranks(
+    config: Config, node: Node, entry: str, options: Mapping[str, Any], restarts: Restarts | None = None
+) -> Ended:
     """Run ``entry`` on every rank of ``node``, until all have ended. The arguments are those of ``launch``."""
     meeting = None if node.world_size == 1 else _meet(node, config.parallel.timeout_seconds)
     others = None
@@ -109,13 +121,29 @@ def run_ranks(config: Config, node: Node, entry: str, options: Mapping[str, Any]
         board.close()
     if failure is None and received and any(r.ended_by_us for r in ranks):
         say(f"stopped by {signal.Signals(received[0]).name} before the first step; run the same command again")
+    again: Node | None = None
     if others is not None and meeting is not None:
         if failure is not None and failure.severity >= 2:  # it may be the consequence of what happened elsewhere
             wait_until(others.failed, 2 * GRACE_SECONDS)
-        failure = agree_with_other_nodes(meeting.store, node, failure, others.lost())
+        lost = others.lost()
+        if restarts is not None and restarts.most and lost is None:
+            able = not received and not left
+            nproc = agree_on_restart(
+                meeting.store, node, failure, able, lambda cause: _ranks_again(restarts, cause, node)
+            )
+            again = restarts.told(nproc, node)
+        failure = agree_with_other_nodes(meeting.store, node, failure, lost)
         others.stop()
+        if again is not None and node.node_rank:
+            wait_for_its_end(meeting.store)
     code = EXIT_STOPPED_BY_SIGNAL if any(r.code for r in ranks) else 0
-    return Ended(code if failure is None else failure.error.exit_code, failure, bool(received), tuple(left))
+    return Ended(code if failure is None else failure.error.exit_code, failure, bool(received), tuple(left), again)
+
+
+def _ranks_again(restarts: Restarts, failure: Failure, node: Node) -> int:
+    """How many ranks each node starts after a failure; 0: none."""
+    again = restarts.after(failure, node)
+    return 0 if again is None else again.nproc
 
 
 def _meet(node: Node, timeout_seconds: int) -> Meeting:

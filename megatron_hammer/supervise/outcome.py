@@ -1,7 +1,9 @@
 """The launchers of several nodes: how they find each other and agree on one outcome.
 
-Every node has a launcher of its own. They share the store through which the ranks meet, and write three things into it:
-that a launcher is there, the failure that is the cause, and that a launcher has ended.
+Every node has a launcher of its own. They share the store through which the ranks meet, and write into it that a
+launcher is there, the failure that is the cause, and that a launcher has ended. Where the user allows restarts, also
+whether each can start again, and what node 0 has decided: the same store is closed then, and node 0 opens the next one
+in the same place.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from megatron_hammer.supervise.nodes import Node
 from megatron_hammer.supervise.watch import GRACE_SECONDS, Failure
 
 PRESENT_KEY, FAILURE_KEY, ENDED_KEY = "launcher/present", "launcher/failure", "launcher/ended"  # in the store
+ABLE_KEY, AGAIN_KEY = "launcher/able", "launcher/again"
 
 
 def wait_for_all_nodes(meeting: Meeting, node: Node, timeout_seconds: float, note: Callable[[str], None]) -> None:
@@ -77,10 +80,7 @@ def agree_with_other_nodes(
         if node.node_rank:
             return failure  # the store is where it cannot be reached
     try:
-        if store.check([FAILURE_KEY]):
-            failure = Failure(0, 0, from_fields(json.loads(store.get(FAILURE_KEY))))
-        elif failure is not None:
-            store.set(FAILURE_KEY, json.dumps(to_fields(failure.error)))
+        failure = _common(store, failure)
         store.add(ENDED_KEY, 1)
         if node.node_rank == 0:
             others = GRACE_SECONDS if lost is not None else 10 * GRACE_SECONDS
@@ -88,6 +88,53 @@ def agree_with_other_nodes(
     except RuntimeError:
         return failure or Failure(3, 0, node_0_is_gone())
     return failure
+
+
+def _common(store: Store, failure: Failure | None) -> Failure | None:
+    """The failure that a node has reported already, or this one, which is reported now."""
+    if store.check([FAILURE_KEY]):
+        return Failure(0, 0, from_fields(json.loads(store.get(FAILURE_KEY))))
+    if failure is not None:
+        store.set(FAILURE_KEY, json.dumps(to_fields(failure.error)))
+    return failure
+
+
+def agree_on_restart(
+    store: Store, node: Node, failure: Failure | None, able: bool, decide: Callable[[Failure], int]
+) -> int:
+    """How many ranks each node starts again; 0: none. The same on all nodes that are there; before they agree to end.
+
+    Args:
+        able: whether this node can: nobody has asked it to stop, and nothing of its ranks is left.
+        decide: asked on node 0 alone, if all nodes can.
+    """
+    try:
+        failure = _common(store, failure)
+        store.set(f"{ABLE_KEY}/{node.node_rank}", str(int(able)))
+        if node.node_rank:
+            wait_until(lambda: store.check([AGAIN_KEY]), 15 * GRACE_SECONDS)
+            return int(store.get(AGAIN_KEY)) if store.check([AGAIN_KEY]) else 0
+        keys = [f"{ABLE_KEY}/{number}" for number in range(node.nnodes)]
+        wait_until(lambda: store.check(keys), 10 * GRACE_SECONDS)
+        all_able = store.check(keys) and all(int(store.get(key)) for key in keys)
+        again = decide(failure) if failure is not None and all_able else 0
+        store.set(AGAIN_KEY, str(again))
+        return again
+    except RuntimeError:  # node 0 is gone
+        return 0
+
+
+def wait_for_its_end(store: Store) -> None:
+    """Return when node 0 has closed the store: who came earlier would meet the old one again."""
+
+    def is_closed() -> bool:
+        try:
+            store.add(ENDED_KEY, 0)
+        except RuntimeError:
+            return True
+        return False
+
+    wait_until(is_closed, 15 * GRACE_SECONDS)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:

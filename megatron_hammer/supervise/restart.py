@@ -2,7 +2,8 @@
 
 A rank that died or hung, or ranks that drifted apart, may be the machine's doing and not come again; a mistake of the
 user's, a full disk and a loss that is not finite would. Where the same rank fails twice without a checkpoint between,
-its place is given up, if the user allows fewer ranks and the batch divides among them. Needs no torch.
+its place is given up, if the user allows fewer ranks and the batch divides among them: on each of several nodes, whose
+launchers do what node 0 has decided (``outcome.py``). Needs no torch.
 """
 
 from __future__ import annotations
@@ -39,30 +40,29 @@ class Restarts:
         this = failure.error.what, newest[0] if newest else None
         again = this == self._last
         self._last = this
-        return replace(node, nproc=self._fewer(node.nproc)) if again else node
+        return replace(node, nproc=self._fewer(node)) if again else node
 
-    def _fewer(self, nproc: int) -> int:
-        """The most ranks below these that the layout and the batch allow; as many, where none are."""
-        for fewer in range(nproc - 1, self.fewest_ranks - 1, -1):
+    def told(self, nproc: int, node: Node) -> Node | None:
+        """The ranks to start as node 0 has decided, where this is another node."""
+        if node.node_rank and nproc:
+            self.done += 1
+        return replace(node, nproc=nproc) if nproc else None
+
+    def _fewer(self, node: Node) -> int:
+        """The most ranks of a node below these that the layout and the batch allow; as many, where none are."""
+        for fewer in range(node.nproc - 1, self.fewest_ranks - 1, -1):
             try:
-                self.config.validate(fewer)
+                self.config.validate(fewer * node.nnodes)
             except ConfigError:
                 continue
             return fewer
-        return nproc
+        return node.nproc
 
 
 def make_restarts(config: Config, node: Node, most: int, fewest_ranks: int | None) -> Restarts:
     """The restarts that the command line asks for, checked."""
     if most < 0:
         raise ConfigError(40, f"--max-restarts={most}", "must not be negative", "use 0 for none")
-    if most and node.nnodes > 1:
-        raise ConfigError(
-            40,
-            f"--max-restarts={most}",
-            f"is for one node, not --nnodes={node.nnodes}",
-            "let the scheduler start the job again: the same command resumes",
-        )
     fewest = node.nproc if fewest_ranks is None else fewest_ranks
     if not 1 <= fewest <= node.nproc:
         raise ConfigError(40, f"--min-nproc={fewest}", f"must lie in 1 to --nproc={node.nproc}", "leave it out")

@@ -64,7 +64,8 @@ def build_parser() -> ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="start again from the last checkpoint, N times at most, when a rank has died or hung (default: 0)",
+        help="start again from the last checkpoint, N times at most, when a rank has died or hung (default: 0); "
+        "the same on all nodes",
     )
     parser.add_argument(
         "--min-nproc",
@@ -151,17 +152,21 @@ def launch(
     from megatron_hammer.supervise.attempt import run_ranks
 
     while True:
-        ended = run_ranks(config, node, entry, options or {})
+        ended = run_ranks(config, node, entry, options or {}, restarts)
         if ended.left:
             _leave_them(ended)
         if ended.failure is None:
             return ended.code
         if ended.failure.traceback:
             print(ended.failure.traceback, file=sys.stderr, flush=True)
-        if restarts is None or ended.asked_to_stop or (again := restarts.after(ended.failure, node)) is None:
+        if restarts is None or ended.asked_to_stop:
+            return report(ended.failure.error)
+        again = restarts.after(ended.failure, node) if node.nnodes == 1 else ended.again
+        if again is None:
             return report(ended.failure.error)
         say(str(ended.failure.error))
-        say(f"restart {restarts.done} of {restarts.most}: {again.nproc} ranks go on from the last checkpoint")
+        ranks = f"{again.nproc} ranks" if again.nnodes == 1 else f"{again.nproc} ranks on each of {again.nnodes} nodes"
+        say(f"restart {restarts.done} of {restarts.most}: {ranks} go on from the last checkpoint")
         node = again
 
 

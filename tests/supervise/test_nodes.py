@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_hammer.base.errors import ParallelError
 from megatron_hammer.parallel import heartbeat
 from megatron_hammer.parallel.heartbeat import Heartbeat, node_0_is_gone
-from megatron_hammer.parallel.rendezvous import Meeting, host_store
+from megatron_hammer.parallel.rendezvous import Meeting, host_store, join_store
 from megatron_hammer.supervise import outcome
 from megatron_hammer.supervise.nodes import Node
 from megatron_hammer.supervise.watch import Failure
@@ -75,6 +78,45 @@ def test_node_0_out_of_reach_is_named_by_the_others(meeting: Meeting, monkeypatc
     mistake = Failure(0, 0, node_0_is_gone())
     assert outcome.agree_with_other_nodes(meeting.store, Node(1, 2, 1), mistake, lost) is mistake
     node._stop.set()
+
+
+@pytest.mark.parametrize(
+    ("able", "decided", "found"),
+    [((True, True), 3, 3), ((True, False), 3, 0), ((False, True), 3, 0), ((True, True), 0, 0)],
+)
+def test_launchers_start_again_as_node_0_decides_if_all_can(
+    meeting: Meeting, able: tuple[bool, bool], decided: int, found: int
+) -> None:
+    """And about the same failure, whoever has reported it."""
+    asked, failure = list[str](), Failure(1, 0, ParallelError(1, "rank 1", "died", "x"))
+    stores = [meeting.store, join_store(meeting.address, meeting.port, 30).store]
+
+    def decide(cause: Failure) -> int:
+        asked.append(cause.error.what)
+        return decided
+
+    def agree(number: int) -> int:
+        mine = failure if number else None
+        return outcome.agree_on_restart(stores[number], Node(2, 2, number), mine, able[number], decide)
+
+    with ThreadPoolExecutor(2) as threads:
+        other = threads.submit(agree, 1)
+        wait_for(lambda: meeting.store.check([outcome.FAILURE_KEY]))
+        assert [agree(0), other.result()] == [found, found]
+    assert asked == (["rank 1"] if all(able) else [])
+
+
+def test_who_starts_again_waits_until_the_old_store_is_closed() -> None:
+    asked = list[str]()
+
+    def add(key: str, number: int) -> int:
+        asked.append(key)
+        if len(asked) == 3:
+            raise RuntimeError("closed")
+        return 0
+
+    outcome.wait_for_its_end(SimpleNamespace(add=add))  # type: ignore[arg-type]
+    assert len(asked) == 3
 
 
 # ---- two machines ----------------------------------------------------------------------------------------------------
@@ -158,6 +200,36 @@ def test_a_machine_that_is_cut_off_ends_both_with_its_name(machines: list[str], 
         other = 1 - number
         assert len(lines) == 1, lines
         assert lines[0].startswith(f"error[E708]: node {other} (rank {other}) has not answered node {number} for 8 s")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("HAMMER_FAULTS"), reason="HAMMER_FAULTS=night runs it: half a minute")
+@pytest.mark.parametrize("which", [0, 1])
+def test_both_machines_start_again_when_a_rank_dies(machines: list[str], tmp_path: Path, which: int) -> None:
+    """Twice, and the run comes to its end; a third death would end it."""
+    steps = ("train.num_steps=400", "train.eval_interval_steps=1000", "checkpoint.save_interval_steps=5")
+    nodes = train(machines, tmp_path, "launcher", *steps, "--max-restarts=2")
+    metrics, folder = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "checkpoints"
+    killed = 0
+    until = time.monotonic() + 200
+    while killed < 2:
+        assert time.monotonic() < until and all(node.poll() is None for node in nodes)
+        ranks = Target(nodes[which], tmp_path / "run", random.Random(0)).ranks()
+        lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        if ranks and any(folder.glob("step-*[0-9]")) and lines >= 20 * (killed + 1):
+            os.kill(ranks[0], signal.SIGKILL)
+            killed += 1
+            while ranks[0] in Target(nodes[which], tmp_path / "run", random.Random(0)).ranks():
+                time.sleep(0.05)
+        time.sleep(0.05)
+    said = [node.communicate(timeout=200)[1].splitlines() for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    for lines_said in said:
+        assert sum(line.startswith(f"error[E701]: rank {which} died of SIGKILL") for line in lines_said) == 2, said
+        assert sum("1 ranks on each of 2 nodes go on from the last checkpoint" in line for line in lines_said) == 2, (
+            said
+        )
+    assert metrics.read_bytes().count(b"\n") == 400
 
 
 @pytest.mark.slow

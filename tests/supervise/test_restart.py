@@ -40,7 +40,8 @@ def test_the_same_rank_twice_costs_ranks_and_a_checkpoint_between_does_not(tmp_p
     (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
     assert left.after(died(4), node) == Node(8)
     assert left.after(died(4), node) == Node(4), "7, 6 and 5 do not divide the batch of 8"
-    assert restarts(tmp_path, 9, 5)._fewer(8) == 8, "4 is fewer than allowed"
+    assert restarts(tmp_path, 9, 5)._fewer(Node(8)) == 8, "4 is fewer than allowed"
+    assert restarts(tmp_path, 9, 1)._fewer(Node(4, 2)) == 2, "on each of two nodes: 6 do not divide the batch either"
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_the_launcher_starts_again_and_ends_with_the_last_outcome(
 ) -> None:
     outcomes, started = list[Ended](), list[int]()
 
-    def run_ranks(config: object, node: Node, entry: str, options: object) -> Ended:
+    def run_ranks(config: object, node: Node, *more: object) -> Ended:
         started.append(node.nproc)
         return outcomes.pop(0)
 
@@ -81,10 +82,10 @@ def test_the_launcher_starts_again_and_ends_with_the_last_outcome(
 
 def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     config = restarts(tmp_path, 0, 1).config
-    for most, fewest, node in ((-1, None, Node(2)), (1, 3, Node(2)), (1, 0, Node(2)), (1, None, Node(2, 2))):
+    for most, fewest, node in ((-1, None, Node(2)), (1, 3, Node(2)), (1, 0, Node(2))):
         with pytest.raises(ConfigError, match="E240"):
             make_restarts(config, node, most, fewest)
-    assert make_restarts(config, Node(2, 2), 0, None).fewest_ranks == 2
+    assert make_restarts(config, Node(2, 2), 1, None).fewest_ranks == 2
 
 
 def test_nothing_is_started_beside_a_rank_that_outlives_a_kill(
