@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from functools import cache
 from pathlib import Path
 
@@ -132,6 +133,16 @@ def test_three_settings_that_go_two_by_two(preset: Path) -> None:
     for three, number in TRIPLES.items():
         assert {answer(preset, *pair) for pair in itertools.combinations(three, 2)} == {"yes"}
         assert answer(preset, *three) == number
+
+
+@pytest.mark.parametrize("page", ["parallelism.md", "parallelism.zh-CN.md"])
+def test_the_page_names_a_file_for_each_dimension(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    named = re.findall(
+        r"\((?:DP|TP|SP|CP|PP)\).*\| `(\S+\.py)` \|$|（(?:DP|TP|SP|CP|PP)）.*\| `(\S+\.py)` \|$", text, re.M
+    )
+    assert len(named) == 5
+    assert all((ROOT / "megatron_hammer" / (a or b)).is_file() for a, b in named), named
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Layouts against one process: steps in fp32, gradients in fp64, and the checkpoint of each goes on in the next.
+"""Layouts against one process: steps in fp32, gradients in fp64, and each goes on from the checkpoint of another.
 
 A subset of the grid runs in which every two values meet at least once, for a step before the checkpoint and one after
 it; the whole grid for 20 steps is under the marker ``slow``, which only HAMMER_FULL_GRID runs: 1 for all, 160:320 for
@@ -8,18 +8,23 @@ the layouts with these numbers.
 from __future__ import annotations
 
 import os
+import random
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_hammer.config import Config
+from megatron_hammer.sampling.batch import Batch
+from megatron_hammer.sampling.loader import micro_batches
 from megatron_hammer.verify.compare import NUMBER_BOUNDS, Sizes, compare_numbers, compare_pieces, whole_tensors
 from megatron_hammer.verify.outcome import Outcome
 from megatron_hammer.verify.shrink import alone
 from tests.distributed import run_distributed
-from tests.model.tiny import exact_steps
+from tests.model.tiny import exact_steps, random_documents
 from tests.verify.grid import (
     STEPS,
     Layout,
@@ -56,10 +61,23 @@ def many_alone(config: Config, steps: int) -> list[tuple[float, float]]:
     return many_steps(0, config, steps, None, None)
 
 
+@dataclass
+class Checkpoints:
+    """Those of the layouts that were checked before, by model; which one a layout goes on from is drawn."""
+
+    folder: Path
+    of_model: dict[str, list[Path]] = field(default_factory=dict)
+    random: random.Random = field(default_factory=lambda: random.Random(16))
+
+    def draw(self, model: str) -> Path | None:
+        """One of the model's, of whatever layout; None where there is none yet."""
+        saved = self.of_model.get(model)
+        return self.random.choice(saved) if saved else None
+
+
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder, and in it the last layout's checkpoint of each model."""
-    return {"folder": tmp_path_factory.mktemp("grid")}
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("grid"))
 
 
 def on_ranks(layout: Layout, function: Any, *arguments: Any) -> list[Any]:
@@ -68,9 +86,7 @@ def on_ranks(layout: Layout, function: Any, *arguments: Any) -> list[Any]:
     return run_distributed(ranks_of(layout), function, *arguments, timeout=250)
 
 
-def check(
-    layout: Layout, checkpoints: dict[str, Path], steps: int, variant: str = "llama", style: str = "adamw"
-) -> None:
+def check(layout: Layout, checkpoints: Checkpoints, steps: int, variant: str = "llama", style: str = "adamw") -> None:
     config = config_of(layout, variant, style)
     model = f"{variant}, {config.model.num_layers} layers, {config.data.attention_mask}, {style}"
     # Gradients, weights and moments in fp64: sums in another order. Losses are fp32 scalars.
@@ -79,20 +95,19 @@ def check(
     findings = compare_numbers(outcomes, reference, NUMBER_BOUNDS["fp64"], sizes)[1]
     findings += compare_pieces(outcomes, whole_tensors(reference.pieces), 1e-10, sizes)[1]
     assert not findings, findings[:5]
-    # Steps in fp32; the checkpoint of the half is what the next layout goes on from.
-    save = checkpoints["folder"] / name_of(layout)
+    # Steps in fp32; the checkpoint of the half is what later layouts may go on from.
+    resume, save = checkpoints.draw(model), checkpoints.folder / name_of(layout)
     expected = many_alone(alone(config), steps)
     for step, values in enumerate(zip(*on_ranks(layout, many_steps, config, steps, None, save), expected, strict=True)):
         *ranks, one = values
         for found in ranks:
             assert found == pytest.approx(one, rel=1e-5), f"loss and norm of step {step + 1}"
-    resume = checkpoints.get(model)
-    checkpoints[model] = save
+    checkpoints.of_model.setdefault(model, []).append(save)
     if resume is not None:
         for found in on_ranks(layout, many_steps, config, steps, resume, None):
             assert len(found) == steps // 2
             for step, (pair, one) in enumerate(zip(found, expected[steps // 2 :], strict=True)):
-                assert pair == pytest.approx(one, rel=1e-5), f"step {steps // 2 + step + 1}, resumed"
+                assert pair == pytest.approx(one, rel=1e-5), f"step {steps // 2 + step + 1}, resumed from {resume.name}"
 
 
 def test_every_pair_of_values_is_covered() -> None:
@@ -101,6 +116,44 @@ def test_every_pair_of_values_is_covered() -> None:
 
 
 KINDS = with_kinds(COVERING)
+
+
+class Numbers:
+    """Data whose tokens are their places in the run."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def read(self, first: int, count: int) -> Batch[np.ndarray]:
+        s = self.config.data.seq_length
+        windows = np.arange(first * s, (first + count) * s).reshape(count, s)
+        documents = None
+        if self.config.data.attention_mask == "document":
+            documents = random_documents(self.config, first, range(count))
+        return Batch(windows, windows, documents=documents)
+
+
+def test_every_layout_reads_the_samples_of_one_process() -> None:
+    """Each token of a step's global batch once, by the loader and the split of samples. The digest of samples, which
+    each rank makes of the numbers of the global batch, then says what they have read."""
+    seen = set()
+    for layout in GRID:
+        config, dp, cp = config_of(layout), layout["data"], layout["context_parallel_size"]
+        b, samples, s = config.train.micro_batch_size, config.train.global_batch_size, config.data.seq_length
+        if (how := (dp, cp, b, layout["attention_mask"])) in seen:
+            continue
+        seen.add(how)
+        accumulated = config.grad_accum(ranks_of(layout))
+        data: Any = Numbers(config)
+        tokens = [
+            batch.shard(place, cp).tokens.ravel()
+            for rank in range(dp)
+            for batch in micro_batches(data, samples, b, accumulated, rank, dp)
+            for place in range(cp)
+        ]
+        read = np.sort(np.concatenate(tokens))
+        assert np.array_equal(read, np.arange(samples * s, 2 * samples * s)), how
+    assert len(seen) > 12
 
 
 def test_every_value_meets_muon() -> None:
@@ -112,14 +165,14 @@ def test_every_value_meets_muon() -> None:
 @pytest.mark.parametrize(
     "layout, variant, style", KINDS, ids=[f"{name_of(layout)}-{'-'.join(kinds)}" for layout, *kinds in KINDS]
 )
-def test_covering_layouts(layout: Layout, variant: str, style: str, checkpoints: dict[str, Path]) -> None:
+def test_covering_layouts(layout: Layout, variant: str, style: str, checkpoints: Checkpoints) -> None:
     check(layout, checkpoints, 2, variant, style)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not FULL_GRID, reason="the whole grid: HAMMER_FULL_GRID=1 runs it, 160:320 a part of it")
 @pytest.mark.timeout(0)
-def test_the_whole_grid(checkpoints: dict[str, Path]) -> None:
+def test_the_whole_grid(checkpoints: Checkpoints) -> None:
     first, _, last = FULL_GRID.partition(":") if ":" in FULL_GRID else ("", "", "")
     for number, layout in list(enumerate(GRID))[int(first or 0) : int(last or len(GRID))]:
         check(layout, checkpoints, STEPS)
