@@ -34,6 +34,7 @@ from megatron_hammer.megatron.pickles import reading
 from megatron_hammer.megatron.torch_files import load_pt, load_tensor
 
 FULLY_RESHARDABLE = "fully_reshardable"
+_ELEMENT_BYTES, _FRAME_BYTES = 16, 2**20  # more than any type has, and than torch writes around a tensor
 _PREFIXES = ("", "model.", "model.module.", "model.module.module.")
 
 
@@ -142,6 +143,8 @@ class DistributedSource:
         place = self._where.get((self._prefix + key, chunk.offsets))
         if place is None:
             raise self._bad(key, f"has a chunk at {list(chunk.offsets)} that lies in no file")
+        if place.length > _ELEMENT_BYTES * chunk.numel + _FRAME_BYTES:
+            raise self._bad(key, f"has a chunk of {chunk.numel:,} elements in {place.length:,} bytes of {place.file}")
         with reading(self.folder / place.file), open_regular(self.folder / place.file, follow=False) as file:
             size = os.fstat(file.fileno()).st_size
         if place.offset + place.length > size:
@@ -158,7 +161,8 @@ class DistributedSource:
     def _chunk(self, key: str, chunk: Chunk, place: Place) -> Tensor:
         with reading(self.folder / place.file), open_regular(self.folder / place.file, follow=False) as file:
             file.seek(place.offset)
-            content = file.read(place.length)
+            content = bytearray(place.length)
+            del content[file.readinto(content) :]
         part = load_tensor(content, self.folder / place.file)
         if not isinstance(part, Tensor) or part.layout != torch.strided or tuple(part.shape) != chunk.sizes:
             raise self._bad(key, f"has another shape in {place.file} than .metadata says")

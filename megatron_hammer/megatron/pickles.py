@@ -221,14 +221,19 @@ class _Size(tuple[int, ...]):
         return super().__new__(cls, numbers)
 
 
-def _mapping(*nothing: Any) -> dict[Any, Any]:
+class _Mapping(dict[Any, Any]):
     """An ``OrderedDict``, which a pickle makes empty, and fills."""
-    if nothing:
-        raise Damage("it makes a mapping out of something")
-    return {}
+
+    def __init__(self, *nothing: Any) -> None:
+        if nothing:
+            raise Damage("it makes a mapping out of something")
+        super().__init__()
+
+    def __setstate__(self, attributes: Any) -> None:
+        """Nothing: those of a module's ``state_dict`` say which version of the module wrote it."""
 
 
-_CONTAINERS: dict[str, Any] = {"torch.Size": _Size, "collections.OrderedDict": _mapping}
+_CONTAINERS: dict[str, Any] = {"torch.Size": _Size, "collections.OrderedDict": _Mapping}
 
 
 class Guarded(pickle.Unpickler):

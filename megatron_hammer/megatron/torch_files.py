@@ -70,10 +70,13 @@ def load_pt(path: Path) -> Any:
         os.close(descriptor)
 
 
-def load_tensor(content: bytes, path: Path) -> Any:
-    """What a chunk of a file of a distributed checkpoint holds: such a file by itself. Errors as for ``load_pt``."""
+def load_tensor(content: bytearray, path: Path) -> Any:
+    """What a chunk of a file of a distributed checkpoint holds: such a file by itself, whose bytes the tensor takes.
+
+    Errors as for ``load_pt``.
+    """
     with damage(path):
-        return _load(bytearray(content), path, Room.least())
+        return _load(content, path, Room.least())
 
 
 def _load(content: mmap | bytearray, path: Path, room: Room) -> Any:

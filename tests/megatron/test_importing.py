@@ -7,7 +7,7 @@ import pickle
 import random
 import shutil
 from argparse import Namespace
-from collections import Counter
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -414,6 +414,23 @@ def test_nothing_that_a_pickle_names_is_run(kind: type[Hostile], place: str, tmp
     assert not marker.exists() and not (tmp_path / "ours" / "checkpoints" / "step-00000000").exists()
     named = {Hostile: "posix.system", HostileState: "builtins.eval"}[kind]
     assert refused.value.code == "E431" and named in str(refused.value)
+
+
+def test_a_state_dict_of_a_module_is_read_with_its_attributes(tmp_path: Path) -> None:
+    """It is an OrderedDict that remembers versions, and parameters may be saved as such."""
+
+    def change(state: dict[str, Any], t: int, p: int) -> None:
+        model: Any = OrderedDict(state["model"])
+        model._metadata = OrderedDict({"": {"version": 1}})
+        name = "decoder.layers.0.mlp.linear_fc2.weight"
+        model[name] = torch.nn.Parameter(model[name])
+        model[name].tensor_model_parallel = True
+        state["model"] = model
+
+    logical = logical_weights(PLAIN)
+    write_legacy(tmp_path / "run", PLAIN, logical, tp=2, change=change)
+    checkpoint, _ = convert(tmp_path / "run", tmp_path / "ours", vocab_size=131)
+    check(checkpoint, PLAIN, logical)
 
 
 def remove(name: str) -> Any:
