@@ -208,7 +208,7 @@ def kill(ranks: Sequence[Rank]) -> list[str]:
             rank.process.kill()
     left, until = [], time.monotonic() + KILL_SECONDS
     for rank in ranks:
-        rank.process.join(max(0.0, until - time.monotonic()))
+        rank.process.join(max(0.0, until - time.monotonic()) if rank.ended_at is None else 0.0)  # once
         _listen(rank)
         if rank.code is None:
             rank.ended_at = rank.ended_at or time.monotonic()

@@ -87,6 +87,7 @@ def test_a_rank_that_outlives_a_kill_is_named_and_left(monkeypatch: pytest.Monke
     (said,) = kill([rank])
     assert said.startswith(f"rank 3: process {os.getpid()} has not ended 10 s after SIGKILL (state ")
     assert len(waited) == 1 and 0 <= waited[0] <= 0.05 and rank.ended_at is not None
+    assert kill([rank]) == [said] and waited[1:] == [0.0], "it is not waited for again"
 
 
 # ---- real processes --------------------------------------------------------------------------------------------------
