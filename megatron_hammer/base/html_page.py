@@ -36,7 +36,10 @@ th { white-space: normal; vertical-align: bottom; overflow-wrap: normal; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 img { max-width: 100%; margin-top: 2rem; background: #fff; }
-@media (max-width: 600px) { body { padding: 0 .8rem; margin: .8rem auto; font-size: 14px; } }
+@media (max-width: 600px) {
+  body { padding: 0 .8rem; margin: .8rem auto; font-size: 14px; }
+  .wide img { max-width: none; width: 800px; }
+}
 """
 _UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -69,7 +72,8 @@ def table_of(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "
 
 def picture_of(content: bytes, words: str) -> str:
     """A PNG file within the page; ``words`` say what it shows."""
-    return f'<img alt="{escape(words)}" src="data:image/png;base64,{base64.b64encode(content).decode("ascii")}">'
+    image = f'<img alt="{escape(words)}" src="data:image/png;base64,{base64.b64encode(content).decode("ascii")}">'
+    return f'<div class="wide">{image}</div>'  # on a phone it keeps the size at which its text is read, and is moved
 
 
 def data_of(name: str, value: Any) -> str:

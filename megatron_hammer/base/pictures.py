@@ -9,6 +9,7 @@ family that has it). Nothing is searched where nothing is missing. Needs no torc
 from __future__ import annotations
 
 import io
+import logging
 import os
 import shlex
 import textwrap
@@ -59,10 +60,15 @@ def legend_above(axes: Any, columns: int) -> None:
 def png_of(figure: Any) -> bytes:
     """The content of a PNG file of a matplotlib figure."""
     _use_fallbacks(figure)
-    content = io.BytesIO()
+    content, fonts = io.BytesIO(), logging.getLogger("matplotlib.font_manager")
+    level = fonts.level
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # said once, in a line of ours
-        figure.savefig(content, format="png")
+        fonts.setLevel(logging.ERROR)  # a Chinese family of one weight is taken for all of them: no news for anybody
+        try:
+            figure.savefig(content, format="png")
+        finally:
+            fonts.setLevel(level)
     return content.getvalue()
 
 

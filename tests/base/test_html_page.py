@@ -25,6 +25,7 @@ def test_hostile_texts_stay_texts() -> None:
 def test_the_policy_admits_the_pages_own_script_alone_and_no_address() -> None:
     script = "document.title = '金';"
     page = page_of("x", [picture_of(b"\x89PNG", "p")], script=script).decode()
+    assert '<div class="wide"><img' in page and ".wide img { max-width: none;" in page, "moved on a phone, not shrunk"
     own = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{own}'" in page
     assert f"<script>{script}</script>" in page and "script-src" not in page_of("x", []).decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 
@@ -83,6 +84,14 @@ def test_a_font_that_was_installed_later_is_used(
         drawn = ink(titled("运行"), tmp_path)
     assert drawn > 0.03, "two black squares, no boxes"
     assert capfd.readouterr().err == ""
+
+
+def test_matplotlib_says_nothing_of_weights(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """WenQuanYi, which Debian has, comes in one weight: that was three lines for each picture with a Chinese name."""
+    fonts = logging.getLogger("matplotlib.font_manager")
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: fonts.warning("findfont: Failed to find font weight bold"))
+    png_of(titled("run"))
+    assert not caplog.records and fonts.level == logging.NOTSET
 
 
 def test_what_no_font_has_is_said_in_one_line(
