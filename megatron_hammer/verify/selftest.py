@@ -75,8 +75,14 @@ def run_part(part: Part, command: Sequence[str], folder: Path, stop: StopRequest
     """Run ``command PART FOLDER`` to its end and read the verdict that it leaves."""
     log, started = folder.with_suffix(".log"), time.monotonic()
     with log.open("wb") as output:
-        process = subprocess.Popen([*command, part.name, str(folder)], env=environment(), stdin=subprocess.DEVNULL,
-                                   stdout=output, stderr=output, start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            [*command, part.name, str(folder)],
+            env=environment(folder.parent),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
         try:
             code = _wait(process, stop)
         finally:  # with all that it has started
@@ -118,13 +124,17 @@ def _end_without_verdict(code: int | None, lines: Sequence[str]) -> str:
     return f"crashed with exit code {code}: {said}"
 
 
-def environment() -> dict[str, str]:
-    """That of the parts: no job around them, no network, one thread each, this package."""
+def environment(temporary: Path) -> dict[str, str]:
+    """That of the parts: no job around them, no network, one thread each, this package.
+
+    Args:
+        temporary: where libraries leave what they keep for a next time, such as torch's compiler.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(SURROUNDINGS)}
     package = str(Path(__file__).resolve().parents[2])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     fixed = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    return kept | fixed | {"TOKENIZERS_PARALLELISM": "false"}
+    return kept | fixed | {"TOKENIZERS_PARALLELISM": "false", "TMPDIR": str(temporary)}
 
 
 def exit_code(results: Sequence[Result]) -> int:

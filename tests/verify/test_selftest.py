@@ -90,7 +90,9 @@ def run_part(name: str, folder: Path, stop: StopRequest | None = None) -> Result
 def test_every_end_of_a_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SLURM_STEP_TASKS_PER_NODE": "8", "RANK": "3", "OMP_NUM_THREADS": "64"}.items():
         monkeypatch.setenv(name, value)
-    assert not {"SLURM_STEP_TASKS_PER_NODE", "RANK"} & selftest.environment().keys()
+    given = selftest.environment(tmp_path)
+    assert not {"SLURM_STEP_TASKS_PER_NODE", "RANK"} & given.keys()
+    assert given["TMPDIR"] == str(tmp_path), "what libraries leave there goes with the folder"
     right, wrong, disk, crash, raised = (run_part(n, tmp_path) for n in ("right", "wrong", "disk", "crash", "raise"))
     monkeypatch.setattr(selftest, "PART_SECONDS", 0.3)
     hang = run_part("hang", tmp_path)
