@@ -53,7 +53,7 @@ class Anonymiser:
 
     def __init__(self, environment: Mapping[str, str] = os.environ, folders: Iterable[str | Path] = ()) -> None:
         self._package = str(Path(__file__).resolve().parents[2]) + "/"
-        here = [Path.home(), tempfile.gettempdir(), sys.prefix, sys.base_prefix, *folders]
+        here = [_home(), tempfile.gettempdir(), sys.prefix, sys.base_prefix, *folders]
         with suppress(OSError):  # it may have been deleted
             here.append(os.getcwd())
         named = {name: value.strip() for name, value in environment.items() if value.strip()}
@@ -67,9 +67,7 @@ class Anonymiser:
                 if len(part) >= least and not _is_plain(part):
                     words.setdefault(part, shown)
         self._words = _by_length(words)
-        self._names = _by_length(
-            dict.fromkeys(_hosts(named), HOST) | dict.fromkeys(_people(named, Path.home()), PERSON)
-        )
+        self._names = _by_length(dict.fromkeys(_hosts(named), HOST) | dict.fromkeys(_people(named, _home()), PERSON))
 
     def text(self, text: str) -> str:
         """The text without it."""
@@ -98,6 +96,14 @@ def _by_length(words: Mapping[str, str]) -> list[tuple[str, str]]:
     forms = {form: shown for word, shown in words.items()
              for form in (word, word.encode("unicode_escape").decode(), quote(word))}  # fmt: skip
     return sorted(forms.items(), key=lambda item: -len(item[0]))
+
+
+def _home() -> Path:
+    """The user's folder; the root, which tells nothing, where a container knows of none."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path("/")
 
 
 def _hosts(named: Mapping[str, str]) -> set[str]:

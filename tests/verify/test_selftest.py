@@ -190,6 +190,18 @@ def test_ordinary_words_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> Non
         assert private.text(text) == text
 
 
+def test_a_user_without_a_name_and_a_home_gets_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number of its own."""
+
+    def nobody(*_: object) -> str:
+        raise KeyError("getpwuid(): uid not found: 4711")
+
+    for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert Anonymiser().text("no such file: /data/x") == "no such file: <path>"
+
+
 def test_a_report_replaces_reports_only(tmp_path: Path) -> None:
     path = tmp_path / "report.md"
     bug_report.check_place(path)
