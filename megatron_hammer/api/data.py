@@ -10,11 +10,12 @@ from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.readers import DEFAULT_TEXT_DOCUMENTS
 from megatron_hammer.dataset.make.job import prepare_job, remarks
 from megatron_hammer.dataset.make.local import build_datasets
+from megatron_hammer.tokenizer.interface import Tokenizer
 
 
 def make_dataset(
     inputs: str | Path | Sequence[str | Path],
-    tokenizer: str | Path,
+    tokenizer: str | Path | Tokenizer,
     output_prefix: str | Path,
     *,
     key: str = "text",
@@ -30,7 +31,7 @@ def make_dataset(
 
     Args:
         inputs: .jsonl, .parquet, .txt, .md, all but parquet also .gz or .zst; folders, patterns.
-        tokenizer: path of the tokenizer.
+        tokenizer: path of the tokenizer, or what ``load_tokenizer`` gave.
         key: field or column that holds the text.
         append_eod, prepend_bos: end every document with eos, begin it with bos.
         workers: threads; the files are the same for any number.
@@ -45,7 +46,8 @@ def make_dataset(
         ConfigError, DataError: what ``tools/preprocess_data.py`` would end with.
     """
     files = [inputs] if isinstance(inputs, str | Path) else list(inputs)
-    job = prepare_job(files, [key], tokenizer, append_eod, prepend_bos, on_error, text_documents)
+    path = tokenizer.path if isinstance(tokenizer, Tokenizer) else tokenizer
+    job = prepare_job(files, [key], path, append_eod, prepend_bos, on_error, text_documents)
     for note in remarks(job):
         say(f"note: {note}")
     (summary,) = build_datasets(job, output_prefix, workers)

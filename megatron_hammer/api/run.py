@@ -13,6 +13,7 @@ them may follow each other in one process.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import signal
 import threading
@@ -21,7 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -48,6 +49,9 @@ from megatron_hammer.train.evaluate import ValidResult
 from megatron_hammer.train.run import RankRun
 from megatron_hammer.train.stopping import CutShort
 from megatron_hammer.train.training import Training
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+"""Types that ids may have."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -235,6 +239,10 @@ class Run:
         """
         run = self._open
         known = run.config.data.valid or {}
+        if samples is not None and samples < 1:
+            raise ConfigError(25, f"evaluate(samples={samples})", "must be at least 1", "raise it, or leave it out")
+        if sets is not None and not isinstance(sets, str | Collection):
+            raise ConfigError(25, f"evaluate({sets!r:.80})", "names no set", f"use {', '.join(known) or 'a mapping'}")
         if isinstance(sets, Mapping):
             chosen = {str(name): str(prefix) for name, prefix in sets.items()}
         else:
@@ -265,15 +273,13 @@ class Run:
             ConfigError: E225 another shape or type, or an id that the model does not have.
         """
         run = self._open
-        given = torch.as_tensor(tokens)
-        if (
-            given.ndim != 2
-            or not given.numel()
-            or given.is_floating_point()
-            or given.dtype in (torch.bool, torch.complex64)
-        ):
+        remedy = "give [b, s] integers: torch.tensor([run.tokenizer.encode(text)])"
+        try:
+            given = torch.as_tensor(tokens)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(25, "logits(tokens)", f"takes a batch of ids ({error})", remedy) from None
+        if given.ndim != 2 or not given.numel() or given.dtype not in INTEGERS:
             what = f"logits(tokens of shape {tuple(given.shape)} and type {given.dtype})"
-            remedy = "give [b, s] integers: torch.tensor([run.tokenizer.encode(text)])"
             raise ConfigError(25, what, "is no batch of ids", remedy)
         vocab_size, low, high = self.model.vocab_size, int(given.min()), int(given.max())
         if low < 0 or high >= vocab_size:
@@ -298,8 +304,8 @@ class Run:
             remedy = "open the run with tokenizer.path set to what made its data"
             raise ConfigError(7, "tokenizer.path", "is not set, so no text can be continued", remedy)
         name = PRECISION_DTYPES[config.train.precision] if dtype is None else dtype
-        if name not in DTYPES:
-            raise ConfigError(25, f"dtype={name!r}", f"is none of {', '.join(DTYPES)}", "choose one of these")
+        _check_choice("dtype", name, DTYPES)
+        _check_choice("begin", begin, get_args(Begin))
         model = config.after_samples(run.state.consumed_samples).described_model
         with _documented():
             return text_model_of(
@@ -314,7 +320,12 @@ class Run:
             )
 
     def generate(
-        self, prompts: str | Sequence[str], sampling: Sampling | None = None, batch_size: int = 1, begin: Begin = "auto"
+        self,
+        prompts: str | Sequence[str],
+        sampling: Sampling | None = None,
+        batch_size: int = 1,
+        begin: Begin = "auto",
+        **settings: float,
     ) -> list[Continuation]:
         """Continue texts with the model as it is now: the same tokens as ``tools/generate.py --load`` from a checkpoint
         of this step. Changes nothing of the run, nor of torch's random numbers.
@@ -324,12 +335,23 @@ class Run:
             sampling: how tokens are chosen; None: ``Sampling()``.
             batch_size: prompts that are continued at once.
             begin: as for ``text_model``.
+            settings: fields of ``Sampling``, in place of one: ``generate("x", max_new_tokens=20, temperature=0)``.
 
         Raises:
-            ConfigError: E207 no tokenizer, E245 a value out of range, E246 an empty prompt that cannot begin.
+            ConfigError: E207 no tokenizer, E225 what cannot be meant, E245 a value out of range, E246 an empty prompt
+                that cannot begin.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        sampling = Sampling() if sampling is None else sampling
+        if wrong := next((text for text in texts if not isinstance(text, str)), None):
+            raise ConfigError(25, f"generate({wrong!r:.80})", "is no text", "give texts; logits() takes ids")
+        if sampling is not None and (settings or not isinstance(sampling, Sampling)):
+            remedy = "give Sampling(temperature=0), or temperature=0 alone"
+            raise ConfigError(25, f"generate(sampling={sampling!r:.80})", "is no Sampling, or not alone", remedy)
+        known = [field.name for field in dataclasses.fields(Sampling)]
+        if unknown := next((name for name in settings if name not in known), None):
+            raise ConfigError(25, f"generate({unknown}=...)", "is no setting of Sampling", f"use {', '.join(known)}")
+        chosen: dict[str, Any] = settings
+        sampling = Sampling(**chosen) if sampling is None else sampling
         sampling.check()
         model = self.text_model(begin)
         devices = [self.device] if self.device.type == "cuda" else []
@@ -379,8 +401,9 @@ class Run:
         Raises:
             RefusedError: the output is somebody else's, or not the same model: nothing is left there.
         """
-        if dtype is not None and dtype not in DTYPES:
-            raise ConfigError(25, f"dtype={dtype!r}", f"is none of {', '.join(DTYPES)}", "choose one of these")
+        if dtype is not None:
+            _check_choice("dtype", dtype, DTYPES)
+        _check_choice("tokenizer", tokenizer, get_args(TokenizerForm))
         size, checkpoint = parse_size(max_shard_size), self.save()
         with _documented():
             return export_hf(checkpoint, output, dtype, size, tokenizer=tokenizer, prove=prove)
@@ -431,6 +454,11 @@ class Run:
             code = getattr(error, "code", type(error).__name__)
             self._close(f", since a step ended with {code}", (type(error), error, error.__traceback__))
             raise
+
+
+def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ConfigError(25, f"{name}={value!r:.80}", f"is none of {', '.join(choices)}", "choose one of these")
 
 
 @contextmanager

@@ -79,6 +79,9 @@ def load_config(path: str | Path, overrides: Overrides = (), note: Callable[[str
     Raises:
         ConfigError: missing or malformed file, unknown or misspelt key (the nearest is named), wrong type.
     """
+    if not isinstance(path, str | Path):
+        remedy = "give a file or a preset, and settings behind it: load_config('tiny', {'train.num_steps': 10})"
+        raise ConfigError(6, f"load_config({path!r:.80})", "is no path of a YAML file", remedy)
     path = preset_path(path) or path
     try:
         data = read_regular(path, MAX_CONFIG_BYTES)
@@ -150,6 +153,8 @@ def _apply(overrides: Overrides, tree: dict[str, Any]) -> None:
             else:
                 _put(tree, str(name), _plain_value(value), str(name))
         return
+    if not isinstance(overrides, str | Sequence):
+        raise ConfigError(1, f"settings {overrides!r:.80}", "are no settings", "give {'train.num_steps': 10}")
     for override in [overrides] if isinstance(overrides, str) else overrides:
         if not isinstance(override, str):
             remedy = "write 'train.num_steps=10', or give a mapping: {'train.num_steps': 10}"

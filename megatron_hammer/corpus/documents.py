@@ -120,7 +120,7 @@ class TextCorpus:
     size and SHA-256 of each file (of the bytes on disk) for a manifest.
 
     Args:
-        inputs: files, folders, patterns.
+        inputs: files, folders, patterns; one, or several.
         key: field or column that holds the text.
         text_documents: what a document of a ``.txt`` file is, see ``readers.TEXT_DOCUMENTS``.
         on_bad: gets each document that cannot be used, in the first reading; None: it is an error.
@@ -131,11 +131,12 @@ class TextCorpus:
 
     def __init__(
         self,
-        inputs: Iterable[str | Path],
+        inputs: str | Path | Iterable[str | Path],
         key: str = "text",
         text_documents: str = DEFAULT_TEXT_DOCUMENTS,
         on_bad: OnBad | None = None,
     ) -> None:
+        inputs = [inputs] if isinstance(inputs, str | Path) else inputs  # a text is no sequence of one-letter files
         self.paths = expand_inputs(inputs)  # a name that is wrong should not be found out after an hour's reading
         self.key, self.text_documents, self._on_bad = key, text_documents, on_bad
 

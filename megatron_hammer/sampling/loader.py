@@ -68,6 +68,10 @@ class ReadAhead:
             self._next = following, self._thread.submit(self._read, following)
         return batches
 
+    def close(self) -> None:
+        """End the thread, once it has read what it is at; nothing can be got any more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
     def _read(self, first_sample: int) -> list[Batch[np.ndarray]]:
         size = self._micro_batch_size
         accumulated = self._batches.at(first_sample) // (size * self._dp[1])

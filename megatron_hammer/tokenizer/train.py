@@ -101,6 +101,9 @@ def train_tokenizer(
     """
     if model_type not in get_args(ModelType):
         raise ConfigError(62, f"model_type={model_type}", "is neither bpe nor unigram", "choose one of the two")
+    if not hasattr(source, "describe"):
+        remedy = "give TextCorpus(['zh.jsonl']): files, folders or patterns"
+        raise ConfigError(62, f"train_tokenizer({source!r:.80})", "is no corpus", remedy)
     _check_settings(vocab_size, character_coverage, max_sentence_bytes, sample_bytes, threads)
     symbols = check_symbols(user_defined_symbols)
     minimum = len(CONTROL_PIECES) + BYTE_PIECES + len(symbols) + 1

@@ -156,8 +156,16 @@ class Run:
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
-        """While the block runs, the run has its outputs: the files and trackers of rank 0, the evaluator, the saver."""
-        with self._reporter() as self.reporter, closing(self.saver), self._evaluator() as self.evaluator:
+        """While the block runs, the run has its outputs: the files and trackers of rank 0, the evaluator, the saver.
+
+        At its end the run is over: nothing of it goes on in the background.
+        """
+        with (
+            closing(self.batches),
+            self._reporter() as self.reporter,
+            closing(self.saver),
+            self._evaluator() as self.evaluator,
+        ):
             yield
 
     def advance(self, last: int, stop: Callable[[], bool], save_when_stopped: bool = True) -> int:

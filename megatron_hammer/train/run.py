@@ -121,7 +121,7 @@ class RankRun:
             raise
 
 
-def dry_run(config: Config, world_size: int, check_data: bool = True, accepted: Collection[str] = ()) -> str:
+def dry_run(config: Config, world_size: int = 1, check_data: bool = True, accepted: Collection[str] = ()) -> str:
     """What ``train.dry_run=true`` prints of a config: settings, parameters, layout, memory, the plan of the data.
 
     Raises:

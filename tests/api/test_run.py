@@ -130,6 +130,7 @@ def test_an_error_in_a_step_closes_the_run_and_gives_the_lock_back(data: Path, w
     thread.start()
     thread.join()
     assert found == [9]
+    assert "read-ahead_0" not in [thread.name for thread in threading.enumerate() if thread.is_alive()]
     equal(tmp_path / "run", whole)
 
 
@@ -144,6 +145,18 @@ WRONG = [
     (lambda run, data: run.logits([[301]]), r"logits\(id 301\) is not in \[0, 301\)"),
     (lambda run, data: run.generate("a"), r"E207.*tokenizer.path is not set"),
     (lambda run, data: run.text_model(dtype="int8"), r"E207"),
+    (lambda run, data: run.logits("abc"), r"logits\(tokens\) takes a batch of ids .*give \[b, s\]"),
+    (lambda run, data: run.logits([[1, 2], [3]]), r"takes a batch of ids"),
+    (lambda run, data: run.evaluate("x", samples=0), r"evaluate\(samples=0\) must be at least 1"),
+    (lambda run, data: run.evaluate(3), r"evaluate\(3\) names no set; use x, y"),
+    (lambda run, data: run.generate([1, 2]), r"generate\(1\) is no text; give texts"),
+    (lambda run, data: run.generate("a", {"top_k": 1}), r"is no Sampling, or not alone; give Sampling\(temp"),
+    (lambda run, data: run.generate("a", max_tokens=3), r"max_tokens=...\) is no setting of Sampling; use max_new_tok"),
+    (lambda run, data: run.generate("a", temperature=-1), r"E245.*temperature=-1"),
+    (lambda run, data: run.export(data / "hf", tokenizer="x"), r"tokenizer='x' is none of exact, as-is, none"),
+    (lambda run, data: mh.train_tokenizer("zh.jsonl", data, 300), r"E262.*is no corpus; give TextCorpus"),
+    (lambda run, data: mh.load_config({"model": {}}), r"E206.*is no path of a YAML file; give a file or a preset"),
+    (lambda run, data: mh.load_config("tiny", None), r"E201.*None are no settings; give"),
     (lambda run, data: run.export(data / "hf", dtype="int8"), r"dtype='int8' is none of float32"),
     (lambda run, data: mh.open_run("tiny"), r"open_run\('tiny'\) is no Config; give what load_config returns"),
     (lambda run, data: mh.open_run(mh.change_config(run.config, "train.dry_run=true")), r"print\(dry_run\(config\)\)"),
