@@ -6,8 +6,8 @@
 
 On the page: curves of the loss, of each source and validation set, of speed and memory, to zoom, smooth and compare;
 the data plan and its phases; evaluations; incidents and rewinds; what each checkpoint made of fixed prompts
-(generations.jsonl); settings and environment. It needs no network and no server, works while the run lives, and is as
-small for a million steps as for a thousand: extremes are kept. What cannot be read is said on the page.
+(train.evaluator.prompts, or --prompt); settings and environment. It needs no network and no server, works while the
+run lives, and is as small for a million steps as for a thousand: extremes are kept. What cannot be read is said on it.
 
 --refresh writes the page anew as long as a run lives, and an open page loads itself again.
 """
@@ -36,13 +36,17 @@ def parser() -> ArgumentParser:
     add("--output", metavar="FILE.html", type=Path, help="the page (default: RUN/report.html)")
     add("--pictures", metavar="DIR", type=Path, help="the charts as PNGs too, in this folder")
     add("--language", choices=("en", "zh"), default="en", help="of the page (default: en)")
+    add("--prompt", action="append", default=[], metavar="TEXT",
+        help="have each checkpoint continue it first; may be repeated")  # fmt: skip
+    add("--new-tokens", type=int, default=48, metavar="N", help="of a continuation, at most (default: 48)")
     add("--refresh", metavar="SECONDS", type=float, help="write it anew every so often, as long as a run lives")
     return parser
 
 
 def main() -> None:
     arguments = parser().parse_args()
-    from megatron_hammer.report.write import LEAST_REFRESH_SECONDS, write_report
+    from megatron_hammer.report.gather import open_run
+    from megatron_hammer.report.write import LEAST_REFRESH_SECONDS, check_page, continue_prompts, write_report
 
     if arguments.refresh is not None and not arguments.refresh >= LEAST_REFRESH_SECONDS:
         rule = f"must be at least {LEAST_REFRESH_SECONDS:g} second"
@@ -56,6 +60,11 @@ def main() -> None:
         noted = "; not all could be read, the page says what" if lost else ""
         print(f"{output}: {steps}, {size_of(output.stat().st_size)}{noted}", flush=True)
 
+    check_page(output)
+    for folder in folders:
+        open_run(folder)  # a name that is no run's is said before anything is computed
+        if arguments.prompt:
+            continue_prompts(folder, arguments.prompt, arguments.new_tokens)
     write_report(folders, output, arguments.language, arguments.pictures, arguments.refresh, told)
 
 

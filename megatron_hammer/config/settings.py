@@ -655,6 +655,11 @@ class EvaluatorConfig:
     command: tuple[str, ...] | None = None
     """A program to run in place of our own evaluation: [python, my_eval.py, "{checkpoint}", "{step}"]. It prints one
     JSON object of numbers as its last line."""
+    prompts: tuple[str, ...] | None = None
+    """Texts that each evaluated checkpoint continues, into OUT/generations.jsonl, which reports show: [The weather,
+    今天天气]; absent: none."""
+    new_tokens: int = 48
+    """Longest continuation of a prompt."""
     device: str = "cpu"
     """Where our own evaluation computes: cpu, cuda or cuda:N (one that the run leaves memory on)."""
     threads: int = 1
@@ -669,7 +674,8 @@ class EvaluatorConfig:
     def check(self) -> None:
         """Raise ``ConfigError`` for values outside their range."""
         group = "train.evaluator"
-        counts = {"interval_steps": self.interval_steps, "samples": self.samples, "threads": self.threads}
+        counts = {"interval_steps": self.interval_steps, "samples": self.samples, "threads": self.threads,
+                  "new_tokens": self.new_tokens}  # fmt: skip
         at_least(group, counts, 1)
         at_least(group, {"nice": self.nice, "finish_seconds": self.finish_seconds}, 0)
         at_most(group, {"nice": self.nice}, 19)
@@ -750,8 +756,9 @@ class TrainConfig:
     """Samples of each validation set (all of them when it has fewer)."""
     evaluator: Free[EvaluatorConfig | None] = None
     """Evaluate committed checkpoints in a process of its own, while training goes on: {interval_steps, sets, samples,
-    command, device, threads, nice, timeout_seconds, finish_seconds}, each with a default ({} has all of them). Results
-    go to OUT/evaluations.jsonl, TensorBoard and trackers. Its death, slowness or full disk costs no step."""
+    command, prompts, new_tokens, device, threads, nice, timeout_seconds, finish_seconds}, each with a default ({} has
+    all of them). Results go to OUT/evaluations.jsonl, TensorBoard and trackers. Its death, slowness or full disk costs
+    no step."""
     max_consecutive_skips: Free[int] = 30
     """End the run (exit code 9) after so many skipped steps in a row; a step is skipped when its gradient is not
     finite."""

@@ -1,8 +1,8 @@
 """The process that evaluates one checkpoint beside a run: ``train/evaluator.py`` starts it with one JSON argument.
 
 It computes what ``tools/evaluate.py`` does on the sets of ``train.evaluator``, or runs the program that stands there in
-its place, and appends one line to OUT/evaluations.jsonl. It is niced before it imports anything large, and dies with
-the run's rank 0. Needs no torch but for our own evaluation.
+its place, and appends one line to OUT/evaluations.jsonl; then the checkpoint continues the prompts. It is niced before
+it imports anything large, and dies with the run's rank 0. Needs no torch but for our own evaluation.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from megatron_hammer.base.cli import end_of
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.reading import parse_json
 from megatron_hammer.base.signals import die_with_parent
+from megatron_hammer.train.generations import write_generations
 from megatron_hammer.train.metrics_file import append_line, finite
 
 FIGURES = ("loss", "perplexity", "bits_per_byte", "bits_per_character")
@@ -77,7 +78,11 @@ def main() -> int:
     die_with_parent(task["parent"])
     os.nice(task["nice"])
     found = run_command(task) if task["command"] else evaluate_checkpoint(task)
-    append_line(Path(task["results"]), {"step": task["step"], **found})
+    results = Path(task["results"])
+    append_line(results, {"step": task["step"], **found})
+    if prompts := task.get("prompts"):
+        longest, device = task["new_tokens"], task["device"]
+        write_generations(task["checkpoint"], task["step"], prompts, results.parent, longest, device)
     return 0
 
 

@@ -9,11 +9,14 @@ from pathlib import Path
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import replace_file
-from megatron_hammer.base.progress import Progress
+from megatron_hammer.base.progress import Progress, track
+from megatron_hammer.base.reading import open_regular
+from megatron_hammer.checkpoint.folder import find_checkpoints, step_of
 from megatron_hammer.report.charts import charts_of, draw
 from megatron_hammer.report.curves import MetricsReader
 from megatron_hammer.report.gather import RunFacts, gather, open_run
 from megatron_hammer.report.page import Language, names_of, run_page, sayer
+from megatron_hammer.train.generations import GENERATIONS, read_generations, write_generations
 
 LEAST_REFRESH_SECONDS = 1.0
 
@@ -36,6 +39,25 @@ def read_runs(folders: Sequence[Path], readers: Sequence[MetricsReader]) -> list
     sizes = [max(0, os.path.getsize(reader.path) - reader.bytes_read) for reader in readers]
     with Progress("reading metrics.jsonl", sum(sizes)) as progress:
         return [gather(folder, reader, progress.advance) for folder, reader in zip(folders, readers, strict=True)]
+
+
+def continue_prompts(folder: Path, prompts: Sequence[str], new_tokens: int) -> None:
+    """Have every checkpoint of a run continue the prompts that it has not continued yet, into generations.jsonl.
+
+    Raises:
+        HammerError: a checkpoint cannot be loaded, or has no tokenizer.
+    """
+    done, path = set[tuple[int, str]](), folder / GENERATIONS
+    if path.is_file():
+        with open_regular(path, follow=False) as file:
+            done = {(one.step, one.prompt) for one in read_generations(file)}
+    left = [
+        (checkpoint, [prompt for prompt in dict.fromkeys(prompts) if (step_of(checkpoint), prompt) not in done])
+        for checkpoint in find_checkpoints(folder)
+    ]
+    left = [(checkpoint, missing) for checkpoint, missing in left if missing]
+    for checkpoint, missing in track(left, "checkpoints continue prompts", len(left), "checkpoints"):
+        write_generations(checkpoint, step_of(checkpoint), missing, folder, new_tokens, "auto")
 
 
 def write_report(

@@ -118,6 +118,8 @@ class Evaluator:
             "sets": self._settings.sets or self._config.data.valid or {},
             "samples": self._settings.samples,
             "command": self._settings.command,
+            "prompts": self._settings.prompts,
+            "new_tokens": self._settings.new_tokens,
             "device": self._settings.device,
             "threads": self._settings.threads,
             "nice": self._settings.nice,
@@ -147,10 +149,12 @@ class Evaluator:
     def _ended(self, code: int) -> None:
         """Report the result of a process that has ended, or why there is none."""
         assert self._working is not None
-        line = self._line(step_of(self._working)) if code == 0 else None
-        if line is not None:
+        line = self._line(step_of(self._working)) if code == 0 or self._settings.prompts else None
+        if line is not None:  # also where only the texts of prompts, which come after it, could not be written
             self._report(line)
-        elif code < 0:
+        if code == 0 and line is not None:
+            return
+        if code < 0:
             self._failed(f"was ended by signal {-code}")
         else:
             self._failed(self._last_words() or f"ended with exit code {code} and no result")

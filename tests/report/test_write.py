@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.base.cli import end_of
-from megatron_hammer.report.write import write_report
+from megatron_hammer.report.write import continue_prompts, write_report
+from megatron_hammer.train.metrics_file import append_line
 from tests.report.conftest import lines_of
 from tests.train.runs import ROOT
 
@@ -34,8 +35,11 @@ def test_the_program(
     said = capsys.readouterr().out
     assert said.startswith(f"{page}: 运行 <一> & to step 200, other to step 200, ") and "the page says what" in said
     assert page.read_bytes().startswith(b"<!DOCTYPE html>")
-    assert call(run, "--pictures", pictures, "--output", tmp_path / "a.html", monkeypatch=monkeypatch) == 0
-    assert {path.name for path in pictures.iterdir()} >= {"loss.png", "sources.png", "valid.png", "lr.png"}
+    few = tmp_path / "少"
+    few.mkdir()
+    (few / "metrics.jsonl").write_text('{"step": 7, "loss": 2.0, "valid/金/loss": 1.5}\n')
+    assert call(few, "--pictures", pictures, monkeypatch=monkeypatch) == 0 and (few / "report.html").is_file()
+    assert sorted(path.name for path in pictures.iterdir()) == ["loss.png", "valid.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures.iterdir())
     capsys.readouterr()
     refused = {
@@ -69,3 +73,26 @@ def test_a_living_run_is_followed_to_its_end(tmp_path: Path) -> None:
 
         write_report([run], page, refresh=5.0, sleep=sleep, told=lambda runs: steps.append(runs[0].metrics.last_step))
     assert steps == [3, 6, 9, 9] and '"refresh":null' in page.read_text() and "not running" in page.read_text()
+
+
+def test_checkpoints_continue_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them once, what was there before stays, and the page has the texts."""
+    run, asked = tmp_path / "run", list[object]()
+    for step in (2, 4):
+        (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 4, "loss": 2.0}\n')
+    (run / "generations.jsonl").write_text('{"step": 2, "prompt": "a", "text": "旧的"}\n{torn')
+
+    def write(checkpoint: Path, step: int, prompts: list[str], output: Path, new_tokens: int, device: str) -> None:
+        assert checkpoint == run / "checkpoints" / f"step-{step:08d}" and (new_tokens, device) == (4, "auto")
+        asked.append((step, prompts))
+        for prompt in prompts:
+            append_line(output / "generations.jsonl", {"step": step, "prompt": prompt, "text": f"新 {step} <b>"})
+
+    monkeypatch.setattr("megatron_hammer.report.write.write_generations", write)
+    for prompts in (["清晨的"], ["清晨的", "a", "a"]):
+        continue_prompts(run, prompts, 4)
+    assert asked == [(2, ["清晨的"]), (4, ["清晨的"]), (4, ["a"])]
+    write_report([run], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "旧的" in page and page.count("新 4 &lt;b&gt;</pre>") == 2 and page.count("<summary dir") == 2

@@ -98,10 +98,13 @@ def test_our_own_figures_of_a_checkpoint_are_those_of_the_run(
     task = {
         "checkpoint": str(checkpoint(output, 4)), "step": 4, "results": str(output / EVALUATIONS), "parent": 1,
         "sets": {"x": f"{data}/x", "y": f"{data}/y"}, "samples": 10, "command": None, "device": "cpu", "threads": 1,
-        "nice": 7,
+        "nice": 7, "prompts": ["今"], "new_tokens": 5,
     }  # fmt: skip
+    told: list[object] = []
+    monkeypatch.setattr(checkpoint_process, "write_generations", lambda *given: told.extend(given))
     monkeypatch.setattr(sys, "argv", ["checkpoint_process", json.dumps(task)])
     assert checkpoint_process.main() == 0 and niced == [7]
+    assert told == [str(checkpoint(output, 4)), 4, ["今"], output, 5, "cpu"]
     found, last = evaluated(output)[4], metrics(output)[-1]
     for name in ("x", "y"):
         assert found[f"evaluation/{name}/loss"] == last[f"valid/{name}/loss"]
@@ -222,6 +225,7 @@ def test_results_reach_board_and_trackers_in_order(data: Path, tmp_path: Path, m
     [
         (["train.evaluator.interval_steps=4"], "must be a multiple of checkpoint.save_interval_steps=3"),
         (["train.evaluator.nice=20"], "must be at most 19"),
+        (["train.evaluator.new_tokens=0"], "must be at least 1"),
         (["train.evaluator.device=tpu"], "must be cpu, cuda or cuda:N"),
         (["train.evaluator.command=[x]", "train.evaluator.samples=3"], "stands in the place of"),
         (["train.evaluator.timeout_seconds=0"], "must be a positive number"),
