@@ -27,6 +27,7 @@ from typing import IO, Any
 import xxhash
 
 from megatron_hammer.base.locks import take_lock
+from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.reading import open_descriptor, open_regular
 from megatron_hammer.base.writing import writing
 
@@ -186,14 +187,18 @@ def staged_folder(target: Path, replace: bool = False) -> Iterator[Path]:
 
 def copy_folder(source: Path, target: Path) -> None:
     """Copy all that is in a folder into another, which is there and empty, and make it durable: files and names."""
-    for path in sorted(source.rglob("*")):  # a folder comes before what is in it
-        copy = target / path.relative_to(source)
-        if path.is_dir():
-            copy.mkdir()
-            continue
-        with writing(copy, path.stat().st_size):
-            shutil.copy2(path, copy)
-            sync_file(copy)
+    paths = sorted(source.rglob("*"))  # a folder comes before what is in it
+    sizes = {path: path.stat().st_size for path in paths if not path.is_dir()}
+    with Progress(f"copying {source.name}", sum(sizes.values())) as progress:
+        for path in paths:
+            copy = target / path.relative_to(source)
+            if path not in sizes:
+                copy.mkdir()
+                continue
+            with writing(copy, sizes[path]):
+                shutil.copy2(path, copy)
+                sync_file(copy)
+            progress.advance(sizes[path])
     for folder in (*target.rglob("*/"), target):
         sync_folder(folder)
 

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.tables import align
 from megatron_hammer.evaluation.sets import Framing, NamedSet, count_text, num_targets, open_set
 from megatron_hammer.evaluation.subjects import Subject
@@ -161,7 +162,9 @@ def _measure_one(
     )
     counts = count_text(named, valid, subject.tokenizer, reference, options.key)
     began = time.perf_counter()
-    result = evaluate(model, valid, options.micro_batch_size or subject.micro_batch_size, None, ctx)
+    size = options.micro_batch_size or subject.micro_batch_size
+    with Progress(f"{subject.name} on {named.name}", -(-len(valid) // size), "micro-batches") as progress:
+        result = evaluate(model, valid, size, None, ctx, advance=progress.advance)
     seconds = time.perf_counter() - began
     tokens = num_targets(valid)
     bits = result.loss * tokens / math.log(2)

@@ -58,7 +58,9 @@
     while (high - low > 1) { const mid = (low + high) >> 1; if (xs[mid] <= x) low = mid; else high = mid; }
     return ys[low] + (ys[high] - ys[low]) * (x - xs[low]) / (xs[high] - xs[low]);
   };
-  // An exponential mean without the pull towards its start (Adam's correction); the weight counts points.
+  // An exponential mean without the pull towards its start (Adam's correction); the weight counts points, so that the
+  // few of evaluations stay as they are.
+  const FEW = 60;
   const smoothed = (ys, weight) => {
     let sum = 0, norm = 0;
     return ys.map((y) => { sum = weight * sum + (1 - weight) * y; norm = weight * norm + 1 - weight; return sum / norm; });
@@ -121,14 +123,15 @@
       const usable = (y) => Number.isFinite(y) && (!log || y > 0);
       let y0 = Infinity, y1 = -Infinity;
       const drawn = this.shown().map((curve) => {
-        const xs = xsOf(curve), mean = state.smooth ? smoothed(curve.y, state.smooth) : curve.y;
+        const xs = xsOf(curve), rough = state.smooth > 0 && curve.y.length > FEW;
+        const mean = rough ? smoothed(curve.y, state.smooth) : curve.y;
         for (let i = 0; i < xs.length; i++) {
           if (xs[i] < x0 || xs[i] > x1) continue;
           for (const y of [curve.y[i], curve.lo ? curve.lo[i] : NaN, curve.hi ? curve.hi[i] : NaN]) {
             if (usable(y)) { y0 = Math.min(y0, fit(y)); y1 = Math.max(y1, fit(y)); }
           }
         }
-        return { curve, xs, mean };
+        return { curve, xs, mean, rough };
       });
       if (!(y1 >= y0)) { y0 = 0; y1 = 1; }
       if (y1 - y0 < 1e-12 + Math.abs(y1) * 1e-9) { const more = Math.abs(y1) * .05 || 1; y0 -= more; y1 += more; }
@@ -153,12 +156,12 @@
         const line = make("line", { class: "mark " + mark.kind, x1: x, x2: x, y1: top, y2: height - bottom }, inside);
         make("title", {}, line, mark.text);
       }
-      for (const { curve, xs, mean } of drawn) this.drawCurve(inside, curve, xs, mean);
+      for (const { curve, xs, mean, rough } of drawn) this.drawCurve(inside, curve, xs, mean, rough);
       this.cursor = make("line", { class: "cursor", y1: top, y2: height - bottom, visibility: "hidden" }, svg);
       this.chosen = make("rect", { class: "chosen", y: top, height: height - top - bottom, visibility: "hidden" }, svg);
     }
 
-    drawCurve(inside, curve, xs, mean) {
+    drawCurve(inside, curve, xs, mean, rough) {
       const { px, py, usable } = this;
       const path = (ys) => {
         let text = "", down = false;
@@ -174,9 +177,9 @@
         const back = xs.map((x, i) => `L${px(x).toFixed(1)} ${py(curve.lo[i]).toFixed(1)}`).reverse().join("");
         make("path", { class: "band " + colour, d: path(curve.hi) + back + "Z" }, inside);
       }
-      if (state.smooth) make("path", { class: "raw " + colour, d: path(curve.y) }, inside);
+      if (rough) make("path", { class: "raw " + colour, d: path(curve.y) }, inside);
       make("path", { class: "curve " + colour, d: path(mean), "stroke-dasharray": curve.dash }, inside);
-      if (xs.length <= 60) {
+      if (xs.length <= FEW) {
         for (let i = 0; i < xs.length; i++) {
           if (usable(mean[i])) make("circle", { class: colour, cx: px(xs[i]), cy: py(mean[i]), r: 2.5 }, inside);
         }

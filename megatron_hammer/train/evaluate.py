@@ -12,6 +12,7 @@ their numbers, so the results are, too.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,12 +59,14 @@ def evaluate(
     sizes: Tensor | None,
     ctx: ParallelContext,
     stop: StopCheck | None = None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> ValidResult:
     """Mean loss over all targets of a set, computed in shares by the data-parallel ranks. Communicates over dp and pp.
 
     Args:
         sizes: of the text that each id stands for (``source_sums.Sources``); None without a tokenizer.
         stop: asked now and then; communicates over the world.
+        advance: told of micro-batches that this rank has computed.
 
     Raises:
         CutShort: on all ranks alike, after a stop signal.
@@ -100,6 +103,7 @@ def evaluate(
         else:
             (whole,), (batch,) = stages_of(model), batches
             count(batch, whole(batch.tokens, batch.labels, batch.documents))
+        advance(len(numbers))
     all_reduce(sums, ctx.dp)
     all_reduce(sums, ctx.pp)
     totals = fold(sums)

@@ -17,6 +17,7 @@ import numpy as np
 from megatron_hammer.base.errors import DataError, os_remedy
 from megatron_hammer.base.paths import missing_remedy
 from megatron_hammer.base.pictures import COLOURS, MARKERS, check_png, new_figure, save_png, tidy
+from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.reading import open_regular, parse_json
 
 MAX_POINTS = 4000  # more than a picture of this size has columns: longer runs are thinned
@@ -54,9 +55,10 @@ def read_curves(path: Path) -> Curves:
     """
     curves = Curves()
     try:
-        with open_regular(path) as lines:
+        with open_regular(path) as lines, Progress(f"reading {path.name}", path.stat().st_size) as progress:
             number = 1
             while line := lines.readline(MAX_STEP_BYTES + 1):
+                progress.advance(len(line))
                 if line.endswith(b"\n"):
                     _add_step(curves, line, f"{path}:{number}")
                 elif len(line) > MAX_STEP_BYTES:
