@@ -94,7 +94,10 @@ class WriterProcess:
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
-        except OSError:  # it has died; what it died of is said by ``hear``
+        except (
+            OSError,
+            ValueError,
+        ):  # it has died, of what is said by ``hear``; or was ended here, and its pipe closed
             self.error = self.error or self._died()
 
     def hear(self, note: Note) -> None:

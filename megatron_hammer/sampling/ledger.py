@@ -176,7 +176,7 @@ def read_ledger(path: Path) -> Ledger | None:
     """
     try:
         content = read_regular(path, MAX_LEDGER_BYTES, follow=False)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         rule, remedy = f"cannot be read as a ledger ({error.strerror})", "put the file itself there"

@@ -198,7 +198,7 @@ def _has_saved(output: Path) -> bool | None:
     """Whether a run here has committed a checkpoint, as far as it was written down; None: by no run of ours."""
     try:
         return read_regular(output / SAVED, follow=False) != _NOTHING_SAVED
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError:
         return True  # something is there, and nobody begins anew by mistake

@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, RefusedError
+from megatron_hammer.base.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    RefusedError,
+    from_exception,
+)
 from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.config.phases import Phase
 from megatron_hammer.evaluation.checkpoint_process import evaluate_checkpoint
@@ -200,6 +207,15 @@ def test_ledgers_that_do_not_belong_here(data: Path, tmp_path: Path, rewound: Pa
         find_start(config_for(overrides(data, tmp_path / "new", f"train.replay={tmp_path / 'none'}")))
     with pytest.raises(ConfigError, match=r"E223\]: train.on_spike=rewind is not for data.order=megatron"):
         config_for(overrides(data, tmp_path / "new", *REWIND, "data.order=megatron")).validate(1)
+
+
+def test_an_output_below_a_file_is_no_matter_of_its_ledger(data: Path, tmp_path: Path) -> None:
+    """But of the path: exit code 6, not that of a bad checkpoint."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError) as refused:
+        train_here(0, overrides(data, tmp_path / "file" / "run"))
+    error = from_exception(refused.value, "training")
+    assert error is not None and error.code == "E601" and "a part of it is a file" in str(error)
 
 
 def _fails_on_one(rank: int, arguments: list[str]) -> str:

@@ -20,7 +20,7 @@ import torch
 from megatron_hammer.base.errors import DiskError
 from megatron_hammer.base.faults import VARIABLE
 from megatron_hammer.checkpoint import background, snapshot
-from megatron_hammer.checkpoint.background import BackgroundSaver
+from megatron_hammer.checkpoint.background import BackgroundSaver, WriterProcess
 from megatron_hammer.checkpoint.folder import find_checkpoints, step_of
 from megatron_hammer.checkpoint.inspect import verify_checkpoint
 from megatron_hammer.checkpoint.manifest import read_manifest
@@ -165,6 +165,33 @@ def test_the_next_save_begins_when_what_is_old_is_gone(
     monkeypatch.setenv(VARIABLE, "slow@prune,part=background")
     assert train_here(0, overrides(data, tmp_path / "run", *QUICK, BACKGROUND)) == 0
     assert waiting == [0, 0, 0] and saved(tmp_path / "run") == [2, 4, 6, 8]
+
+
+def test_a_run_that_fails_while_a_copy_is_made_ends_with_its_own_error(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy is handed over when the process that it is for has been ended already."""
+    ended, end, copy, begin = threading.Event(), WriterProcess.end, snapshot._Pieces.copy, BackgroundSaver.begin
+
+    def ends(self: WriterProcess) -> str:
+        try:
+            return end(self)
+        finally:
+            ended.set()
+
+    def copies(self: Any) -> None:
+        assert ended.wait(60)
+        copy(self)
+
+    def begins(self: BackgroundSaver, *arguments: Any) -> None:
+        begin(self, *arguments)
+        raise MemoryError
+
+    monkeypatch.setattr(WriterProcess, "end", ends)
+    monkeypatch.setattr(snapshot._Pieces, "copy", copies)
+    monkeypatch.setattr(BackgroundSaver, "begin", begins)
+    with pytest.raises(MemoryError):
+        train_here(0, overrides(data, tmp_path / "run", *QUICK, BACKGROUND))
 
 
 def test_a_removal_that_hangs_holds_up_the_next_save_for_a_time(
