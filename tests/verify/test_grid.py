@@ -7,6 +7,7 @@ the layouts with these numbers.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.loader import micro_batches
@@ -24,7 +26,7 @@ from megatron_hammer.verify.compare import NUMBER_BOUNDS, Sizes, compare_numbers
 from megatron_hammer.verify.outcome import Outcome
 from megatron_hammer.verify.shrink import alone
 from tests.distributed import run_distributed
-from tests.model.tiny import exact_steps, random_documents
+from tests.model.tiny import exact_steps, random_documents, tiny_config
 from tests.verify.grid import (
     STEPS,
     Layout,
@@ -78,6 +80,14 @@ class Checkpoints:
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     return Checkpoints(tmp_path_factory.mktemp("grid"))
+
+
+def accepts(config: Config, world_size: int) -> bool:
+    try:
+        config.validate(world_size)
+    except ConfigError:
+        return False
+    return True
 
 
 def on_ranks(layout: Layout, function: Any, *arguments: Any) -> list[Any]:
@@ -177,3 +187,51 @@ def test_the_whole_grid(checkpoints: Checkpoints) -> None:
     for number, layout in list(enumerate(GRID))[int(first or 0) : int(last or len(GRID))]:
         check(layout, checkpoints, STEPS)
         print(number, name_of(layout), "equal", flush=True)
+
+
+PAIRED: dict[str, dict[str, Any]] = {
+    "TP": dict(parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True),
+    "chunks": dict(
+        parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True, parallel__tp_comm_overlap="chunks"
+    ),
+    "interleaved": dict(parallel__pipeline_model_parallel_size=2, parallel__virtual_pipeline_stages=2),
+    "CP": dict(parallel__context_parallel_size=2),
+    "weights": dict(parallel__shard="weights"),
+    "gradients": dict(parallel__shard="gradients"),
+    "documents": dict(data__attention_mask="document"),
+    # From here on what is on no axis of the grid.
+    "shard_size": dict(parallel__shard_size=2),
+    "weights kept": dict(parallel__shard="weights", parallel__reshard_after_forward=False),
+    "without overlap": dict(parallel__overlap_param_gather=False, parallel__overlap_grad_reduce=False),
+    "tied": dict(model__tie_word_embeddings=True),
+    "full recompute": dict(train__recompute="full"),
+    "selective recompute": dict(train__recompute="selective"),
+    "Muon": dict(optimizer__style="muon", optimizer__newton_schulz="fp32"),
+    "tree": dict(train__deterministic_reduction="tree"),
+    "z-loss": dict(train__z_loss=1e-2),
+}
+ON_THE_GRID = 7
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FULL_GRID, reason="pairs of settings that are on no axis: HAMMER_FULL_GRID=1 runs them")
+@pytest.mark.timeout(0)
+def test_pairs_of_settings_compute_what_one_process_computes() -> None:
+    """Two steps in fp64 on four ranks, of every pair that is accepted and has a setting beside the grid's axes."""
+    proved = 0
+    for one, other in itertools.combinations(PAIRED, 2):
+        config = tiny_config(
+            **PAIRED[one] | PAIRED[other],
+            model__num_layers=4,
+            parallel__gradient_bucket_bytes=400_000,
+            optimizer__eps=1e-3,
+        )
+        if other in list(PAIRED)[:ON_THE_GRID] or not accepts(config, 4):
+            continue
+        reference, sizes = exact_alone(alone(config)), Sizes(1, 1, 1)
+        outcomes = run_distributed(4, exact_steps, config, timeout=250)
+        findings = compare_numbers(outcomes, reference, NUMBER_BOUNDS["fp64"], sizes)[1]
+        findings += compare_pieces(outcomes, whole_tensors(reference.pieces), 1e-10, sizes)[1]
+        assert not findings, (one, other, findings[:5])
+        proved += 1
+    assert proved == 93
