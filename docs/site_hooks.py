@@ -24,6 +24,7 @@ LOG = logging.getLogger("mkdocs.hooks.site")
 TWIN = re.compile(r"(?m)^\[(?:中文|English)\]\([a-z_]+(?:\.zh-CN)?\.md\)\n")
 README_TWIN = re.compile(r"(?m)^\[(?:中文说明|English)\]\(README[^)]*\.md\)[^\n]*\n")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()#\s]+\.?[^()#\s]*)(#[^()\s]*)?\)")
+JOINT = re.compile(r"(?<=[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef])\n(?=[\u4e00-\u9fff\uff08])")
 FENCE = re.compile(r"(?ms)^(```.*?^```)")
 
 
@@ -49,7 +50,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """The text of a page as the site needs it."""
     here = ROOT if Path(page.file.abs_src_path or "").name in READMES else ROOT / "docs"
     parts = FENCE.split(TWIN.sub("", markdown, count=1))
-    return "".join(part if part.startswith("```") else LINK.sub(lambda m: _link(m, here, page), part) for part in parts)
+    for i, part in enumerate(parts):
+        if not part.startswith("```"):
+            # A line break between two Chinese words is no blank.
+            parts[i] = LINK.sub(lambda match: _link(match, here, page), JOINT.sub("", part))
+    return "".join(parts)
 
 
 def _link(match: re.Match[str], folder: Path, page: Page) -> str:

@@ -285,7 +285,7 @@ END
         cat <<END
   $(same_command --longer) train.num_steps=800      # the same run, on to step 800, at the learning rate where it ended
   DATA="142 P_zh_text_document 128 P_en_text_document" TOKENIZER=M.model OUT=runs/my_1b4 \\
-      bash examples/pretrain_1b4.sh                      # the 1.4B recipe, on GPUs; README.md says how to make the data
+      bash examples/pretrain_1b4.sh                      # the 1.4B recipe, on GPUs; data: docs/quick_start.md
 END
     fi
 }

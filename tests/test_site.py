@@ -70,7 +70,7 @@ def test_a_link_to_nothing_is_a_warning(site: Path, caplog: pytest.LogCaptureFix
 
 def test_every_page_is_in_the_navigation() -> None:
     """Held without mkdocs, too, where the site is not built."""
-    listed = re.findall(r"(?m)^\s+- ([a-z_]+\.md)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = re.findall(r"(?m)^\s+- (?:\w+: )?([a-z_]+\.md)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     pages = [path.name for path in (ROOT / "docs").glob("*.md") if not path.stem.endswith(".zh-CN")]
     assert sorted(listed) == sorted([*pages, "index.md"])
 

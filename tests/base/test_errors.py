@@ -114,6 +114,22 @@ def test_the_page_lists_them_all() -> None:
     assert used - listed == set(), "missing on the page"
 
 
+@pytest.mark.parametrize("language", ["", ".zh-CN"])
+def test_what_is_cured_is_listed(language: str) -> None:
+    """docs/troubleshooting.md has codes that docs/errors.md has, the same in both languages, of each exit code."""
+    pages = [
+        (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in (f"troubleshooting{language}", "errors")
+    ]
+    rows = "".join(re.findall(r"^\| (E\d[^|]*)\|", pages[0], re.MULTILINE))
+    listed = set(re.findall(r"^\| (E\d+) \|", pages[1], re.MULTILINE))
+    assert len(set(re.findall(r"E\d+", rows))) > 50 and not set(re.findall(r"E\d+", rows)) - listed
+    first = re.findall(r"^\| (E\d.*?) \|", pages[0].replace("、", ", ").replace("至", "to"), re.MULTILINE)
+    english = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    assert first == re.findall(r"^\| (E\d.*?) \|", english, re.MULTILINE)
+    headings = " ".join(re.findall(r"^## .*", pages[0], re.MULTILINE))
+    assert {int(number) for number in re.findall(r"\d+", headings)} == {2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 75}
+
+
 @pytest.mark.parametrize("error, code", [(DataError(1, "x", "y", "z"), 3), (OSError(28, "No space left", "f"), 6),
                                          (KeyboardInterrupt(), 130), (None, 0)])  # fmt: skip
 def test_programs_end_with_the_documented_code(
