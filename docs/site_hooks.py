@@ -23,8 +23,9 @@ READMES = {"index.md": "README.md", "index.zh-CN.md": "README.zh-CN.md"}
 LOG = logging.getLogger("mkdocs.hooks.site")
 TWIN = re.compile(r"(?m)^\[(?:中文|English)\]\([a-z_]+(?:\.zh-CN)?\.md\)\n")
 README_TWIN = re.compile(r"(?m)^\[(?:中文说明|English)\]\(README[^)]*\.md\)[^\n]*\n")
-LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()#\s]+\.?[^()#\s]*)(#[^()\s]*)?\)")
+LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()#\s]+)(#[^()\s]*)?\)")
 JOINT = re.compile(r"(?<=[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef])\n(?=[\u4e00-\u9fff\uff08])")
+CODE_IN_CELL = re.compile(r"`[^`\n]*\\\|[^`\n]*`")
 FENCE = re.compile(r"(?ms)^(```.*?^```)")
 
 
@@ -54,6 +55,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if not part.startswith("```"):
             # A line break between two Chinese words is no blank.
             parts[i] = LINK.sub(lambda match: _link(match, here, page), JOINT.sub("", part))
+            # In a cell a code host wants \| in code, too; here the bar alone is meant.
+            parts[i] = CODE_IN_CELL.sub(lambda match: match.group().replace("\\|", "|"), parts[i])
     return "".join(parts)
 
 

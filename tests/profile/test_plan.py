@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from megatron_hammer.profile.plan import Asked, Plan, chosen_config, make_plan, 
 from megatron_hammer.profile.plan_report import WIDTH, draw_plan, table
 from megatron_hammer.train.rank_costs import GIB
 from tests.model.tiny import tiny_config
-from tests.walk import ROOT
+from tests.walk import ROOT, blocks_of
 
 CONFIGS = ROOT / "examples" / "configs"
 
@@ -141,23 +142,29 @@ def program() -> Any:
 def test_the_program_writes_a_config_that_training_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """With the command of docs/planning.md, of a toy."""
     output = tmp_path / "plan.yaml"
-    words = [str(CONFIGS / "tiny.yaml"), "--gpus", "2", "--gpu", "h100", "--write", str(output), "--choose", "2",
-             "train.precision=bf16", "model.vocab_size=301"]  # fmt: skip
+    (block,) = blocks_of((ROOT / "docs" / "planning.md").read_text(encoding="utf-8"))
+    toy = {"examples/configs/hammerllm_1b4.yaml": str(CONFIGS / "tiny.yaml"), "8": "2", "plan.yaml": str(output),
+           "model.vocab_size=105789": "model.vocab_size=301", "plan.png": str(tmp_path / "plan.png")}  # fmt: skip
+    called, *words = shlex.split(block.replace("\\\n", " "))[1:]
+    assert called == "tools/plan.py" and set(toy) < set(words)
+    words = [toy.get(word, word) for word in words] + ["--choose", "2", "train.precision=bf16"]
     monkeypatch.setattr(sys, "argv", ["plan.py", *words])
     assert program().main() == 0
     assert "tokens/s" in capsys.readouterr().out
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     written = load_config(str(output), [])
     written.validate(2)
     before = output.read_bytes()
     with pytest.raises(ConfigError, match=r"E288.*plan.yaml is there, and would be replaced"):
         program().main()
     assert output.read_bytes() == before and capsys.readouterr().out == "", "refused before anything is computed"
-    monkeypatch.setattr(sys, "argv", ["plan.py", words[0], *words[1:5], "--write", words[0]])
+    monkeypatch.setattr(sys, "argv", ["plan.py", words[0], "--gpus", "2", "--gpu", "h100", "--write", words[0]])
     with pytest.raises(ConfigError, match="is the config that is read"):
         program().main()
     for idle, reason in ((["--choose", "2"], "without --write"), (["--show=3", "--json"], "with --json")):
-        monkeypatch.setattr(sys, "argv", ["plan.py", *words[:5], *idle])
+        monkeypatch.setattr(sys, "argv", ["plan.py", words[0], "--gpus", "2", "--gpu", "h100", *idle])
         with pytest.raises(ConfigError, match=rf"E201.*{idle[0].partition('=')[0]} does nothing {reason}"):
             program().main()
 
