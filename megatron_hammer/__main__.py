@@ -10,7 +10,7 @@ def main() -> int:
         1,
         "python -m megatron_hammer",
         "names the package, which is no program",
-        "train with python -m megatron_hammer.launch --nproc N CONFIG.yaml; the others are in tools/ (docs/programs.md)",
+        "train with python -m megatron_hammer.launch --nproc N CONFIG.yaml; all programs: docs/programs.md",
     )
 
 
