@@ -26,6 +26,7 @@ import io
 import os
 import select
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
 from megatron_hammer.base.errors import DiskError, os_remedy
@@ -65,6 +66,9 @@ class Outlet(io.FileIO):
         self.kind = kind
         self.failure: OSError | None = None
         """Why nothing is written any more."""
+        self.before: Callable[[bytes], bytes] | None = None
+        """Asked for what goes before what is going to be written: a view on the same terminal makes room for it
+        (``terminal.py``)."""
 
     def write(self, content: ReadableBuffer, /) -> int:
         """Write, or drop what cannot be written."""
@@ -72,6 +76,8 @@ class Outlet(io.FileIO):
         if self.failure is not None:
             return size
         try:
+            if self.before is not None and (first := self.before(bytes(content))):
+                super().write(first)
             while (written := super().write(content)) is None:  # non-blocking and full
                 select.select([], [self.fileno()], [])
             return written
@@ -117,11 +123,16 @@ def only_list() -> None:
         outlet.kind = Output.LISTING
 
 
-def stdout_outlet() -> Outlet | None:
-    """What ``guard_streams`` has put under ``sys.stdout``; None where it left the stream alone."""
-    below = getattr(sys.stdout, "buffer", None)
+def outlet_of(stream: TextIO) -> Outlet | None:
+    """What ``guard_streams`` has put under a stream; None where it left it alone."""
+    below = getattr(stream, "buffer", None)
     below = getattr(below, "raw", below)
     return below if isinstance(below, Outlet) else None
+
+
+def stdout_outlet() -> Outlet | None:
+    """That of ``sys.stdout``."""
+    return outlet_of(sys.stdout)
 
 
 def flush_streams() -> DiskError | None:

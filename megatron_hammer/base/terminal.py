@@ -7,18 +7,22 @@
     zh.wiki 3.10 | en.web 3.41
 
 Only what can move a cursor gets one: a terminal, and not ``TERM=dumb``. The cursor always waits below the view, so when
-a program ends, by an error or by Ctrl-C, its last line stands below, too. ``NO_COLOR`` (no-color.org) leaves out bold
-and dim. Widths count East Asian characters as two columns. Needs no torch.
+a program ends, by an error or by Ctrl-C, its last line stands below, too. What others print on the same
+terminal, a library's warning say, stands above, too: ``streams.py`` tells the view of it. ``NO_COLOR`` (no-color.org)
+leaves out bold and dim. Widths count East Asian characters as two columns. Needs no torch.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
+
+from megatron_hammer.base.streams import outlet_of
 
 SECONDS_BETWEEN = 0.5  # two drawings: calm for eyes, and nothing for a slow connection
 LEAST_COLUMNS = 10
@@ -104,8 +108,12 @@ class View:
         """Of the lines that stand on the terminal."""
         self._rows: Sequence[Sequence[Item]] = ()
         self._next = 0.0
-        self._is_closed = False
+        self._is_closed = self._is_writing = self._is_in_line = False
         self._lock = threading.RLock()
+        outlets = [outlet_of(one) for one in (sys.stdout, sys.stderr)]
+        self._outlets = [outlet for outlet in outlets if outlet is not None and outlet.isatty()]
+        for outlet in self._outlets:  # what anybody prints stands above the view, and is not drawn over
+            outlet.before = self._step_aside
 
     def show(self, rows: Sequence[Sequence[Item]], now: bool = False) -> None:
         """Take new values; they are drawn ``now``, or when it is time to."""
@@ -127,6 +135,20 @@ class View:
             if not self._is_closed:
                 self._draw()
                 self._is_closed = True
+            for outlet in self._outlets:
+                outlet.before = None
+
+    def _step_aside(self, content: bytes) -> bytes:
+        """Make room for what somebody prints: the view is drawn again below it, with the next values."""
+        if not self._lock.acquire(blocking=False):  # who holds it may wait for the stream that this is called by
+            return b""
+        try:
+            if self._is_writing:
+                return b""
+            self._is_in_line = not content.endswith(b"\n")
+            return self._erasure().encode()
+        finally:
+            self._lock.release()
 
     def _draw(self) -> None:
         if self._is_closed:
@@ -135,7 +157,8 @@ class View:
         size = self._size()
         columns = max(LEAST_COLUMNS, size.columns) - 1  # in the last column some terminals wrap
         lines = laid_out(self._rows, columns, max(1, size.lines - 2), self._has_style)
-        text = self._erasure() + "".join(line + "\n" for line in lines)
+        text = "\n" * self._is_in_line + self._erasure() + "".join(line + "\n" for line in lines)
+        self._is_in_line = False
         self._widths = [width_of(line) for line in laid_out(self._rows, columns, max(1, size.lines - 2), False)]
         self._write(text)
 
@@ -156,5 +179,9 @@ class View:
     def _write(self, text: str) -> None:
         """In one piece: no other program's line comes between."""
         if text:
-            self._stream.write(text)
-            self._stream.flush()
+            self._is_writing = True
+            try:
+                self._stream.write(text)
+                self._stream.flush()
+            finally:
+                self._is_writing = False

@@ -11,6 +11,7 @@ A run that is alive is read as it is at this moment; nothing in its folder is ch
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -36,6 +37,8 @@ from megatron_hammer.train.starts import STARTS
 
 MOST_INCIDENTS = 200
 """Read and shown, the last ones."""
+FRESH_SECONDS = 900.0
+"""After its last line a run on another machine may be alive."""
 MAX_INCIDENT_BYTES = 4 * 2**20
 MAX_STARTS_BYTES = 64 * 2**20
 """A start has its config, some kilobytes."""
@@ -122,13 +125,22 @@ def gather(folder: Path, metrics: MetricsReader, advance: Callable[[int], None] 
         what = "holds no finished step" + (f", and {metrics.damaged} lines that are none" if metrics.damaged else "")
         raise DataError(81, str(metrics.path), what, "wait until the run has done a step")
     facts = RunFacts(folder, metrics, written=written)
-    facts.is_alive = is_locked(folder / LOCK)
     for part in (_starts, _checkpoints, _settings, _evaluations, _incidents, _ledger, _generations):
         try:
             part(facts)
         except (HammerError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             facts.notes.append(" ".join(str(error).split()) or type(error).__name__)
+    facts.is_alive = _is_alive(facts)
     return facts
+
+
+def _is_alive(facts: RunFacts) -> bool | None:
+    """Whether the run goes on; a lock that a process of another machine holds does not show on this one."""
+    if held := is_locked(facts.folder / LOCK):
+        return held
+    host = facts.starts[-1]["environment"].get("host") if facts.starts else None
+    is_fresh = facts.written is not None and (facts.read_at - facts.written).total_seconds() < FRESH_SECONDS
+    return None if is_fresh and host != platform.node() else held
 
 
 def _objects(content: bytes) -> Iterator[dict[str, Any]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import pty
 import re
 import select
 import struct
+import sys
 import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from typing import TextIO
 
 import pytest
 
+from megatron_hammer.base.streams import Outlet, Output
 from megatron_hammer.base.terminal import View, can_redraw, cut, laid_out, width_of
 
 ROWS = [
@@ -150,3 +153,22 @@ def test_widths() -> None:
     )
     assert laid_out([[("a", "1"), ("b", "2")], [], [("c", "3")]], 7, 9, False) == ["a 1", "b 2", "c 3"]
     assert laid_out([[("a", "1"), ("b", "2")], [("c", "3")]], 9, 1, False) == ["a 1 | b 2"]
+
+
+def test_what_others_print_is_not_drawn_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library's warning on the guarded streams, also without an end of its line; a file is left alone."""
+    with terminal(60) as screen, open(os.devnull, "wb") as file:
+        outlet = Outlet(screen.descriptor, None)
+        guarded = io.TextIOWrapper(io.BufferedWriter(outlet), "utf-8", line_buffering=True)
+        monkeypatch.setattr(sys, "stderr", guarded)
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(Outlet(file.fileno(), Output.LOG)))
+        view = View(guarded, {"TERM": "xterm"})
+        for step in range(3):
+            view.show([[("loss", str(step))]], now=True)
+            print(f"UserWarning: {step}", end="" if step == 1 else "\n", file=sys.stderr, flush=True)
+        view.close()
+        print("the end", file=sys.stderr)
+        shown = Screen(60)
+        shown.feed(screen.received())
+    assert shown.lines[:-1] == ["UserWarning: 0", "UserWarning: 1", "UserWarning: 2", "loss 2", "the end"]
+    assert outlet.before is None

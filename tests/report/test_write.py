@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import json
+import platform
 import sys
 from pathlib import Path
 
@@ -61,6 +62,8 @@ def test_a_living_run_is_followed_to_its_end(tmp_path: Path) -> None:
     run.mkdir()
     lines = [json.dumps(line) + "\n" for line in lines_of(9)]
     (run / "metrics.jsonl").write_text("".join(lines[:3]))
+    start = {"step": 0, "environment": {"host": platform.node()}}
+    (run / "starts.jsonl").write_text(json.dumps(start) + "\n")
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
 
