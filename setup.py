@@ -17,6 +17,10 @@ names the architectures, such as ``80,90``; ``none`` leaves it out.
 ``tools/`` -> ``megatron_hammer/tools/`` in a wheel: the programs that the command ``hammer`` finds there. An editable
 installation and the repository itself use ``tools/`` where it is. ``examples/configs/`` ->
 ``megatron_hammer/configs/``: the presets, by their names (``config/presets.py``).
+
+macOS: clang has no OpenMP of its own, and a second runtime beside torch's ends the process, so the kernels run in one
+thread there; ``HAMMER_LIBOMP=PREFIX`` names the folder of the libomp that torch itself uses (``include/omp.h``,
+``lib/libomp.dylib``). Windows is refused (E292).
 """
 
 import importlib.util
@@ -24,6 +28,7 @@ import os
 import runpy
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -38,8 +43,25 @@ CUDA_SOURCES = [
     *(f"csrc/kernels/{name}.cu" for name in ("adamw", "fp8", "rms_norm", "rope", "square_sum", "swiglu")),
     "csrc/kernels/bindings.cpp",
 ]
+LIBOMP = "HAMMER_LIBOMP"
 CUDA_HEADERS = ["csrc/kernels/common.cuh", "csrc/kernels/kernels.hpp"]
 
+
+def openmp_flags(platform: str, libomp: str | None) -> tuple[list[str], list[str]]:
+    """What compiler and linker are told for OpenMP.
+
+    Args:
+        libomp: of macOS, the folder of a runtime; None: without, in one thread.
+    """
+    if platform != "darwin":
+        return ["-fopenmp"], ["-fopenmp"]
+    if libomp is None:
+        return ["-Wno-unknown-pragmas"], []
+    compiled = ["-Xpreprocessor", "-fopenmp", f"-I{libomp}/include"]
+    return compiled, [f"-L{libomp}/lib", "-lomp", f"-Wl,-rpath,{libomp}/lib"]
+
+
+OPENMP = openmp_flags(sys.platform, os.environ.get(LIBOMP))
 EXTENSIONS = [
     Pybind11Extension(
         "megatron_hammer.base._mapping",
@@ -84,8 +106,8 @@ EXTENSIONS = [
         ],
         cxx_std=17,
         # Nobody reads errno or traps floating-point exceptions, so square roots become vectors; values do not change.
-        extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-Wall", "-Wextra"],
-        extra_link_args=["-fopenmp"],
+        extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", *OPENMP[0]],
+        extra_link_args=OPENMP[1],
     ),
 ]
 
@@ -157,6 +179,11 @@ class BuildExtensions(build_ext):
             )
 
     def run(self) -> None:
+        if sys.platform == "win32":
+            raise SystemExit(
+                "error[E292]: megatron_hammer cannot run on Windows itself: it needs POSIX, which Windows lacks; "
+                "install it in WSL2, where it is Linux (wsl --install)"
+            )
         headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
         if self.extensions and not headers.exists():
             raise SystemExit(

@@ -10,24 +10,32 @@ Data flows one way, and so do the imports (the arrow reads "imports")::
 
 The names of ``__all__`` are the Python interface (``docs/python.md``): the functions and classes that the programs use,
 each loaded from its module when it is first asked for. So ``import megatron_hammer`` loads none of it;
-``docs/architecture.md`` is the map. An older Python could not read the others: it is refused here, in one line where a
-program is started with ``-m``, else by an ``ImportError``.
+``docs/architecture.md`` is the map. An older Python could not read the others, and Windows has not the calls of POSIX
+that they are made of: both are refused here, in one line where a program is started, else by an ``ImportError``.
 """
 
 import sys
 
 __version__ = "0.2.0"
 
-if sys.version_info < (3, 11):  # noqa: UP036
-    _too_old = (
+_refused = ""
+if sys.platform == "win32":
+    _refused = (
+        "error[E292]: megatron_hammer cannot run on Windows itself: it needs POSIX (fcntl, resource, signals, flock), "
+        "which Windows lacks; use WSL2, where it is Linux: wsl --install, then the README's commands in its shell"
+    )
+elif sys.version_info < (3, 11):  # noqa: UP036
+    _refused = (
         f"error[E250]: Python {sys.version_info[0]}.{sys.version_info[1]} ({sys.executable}) is older than 3.11, the "
         "first that runs megatron_hammer; use the Python that has all: source .venv/bin/activate "
         "(bash tools/make_venv.sh makes it, or names the Python to install)"
     )
-    if sys.argv[:1] == ["-m"]:  # the program's name while Python looks for the program
-        sys.stderr.write(_too_old + "\n")
+if _refused:
+    # Of a program: "-m" while Python looks for it, or the command itself.
+    if sys.argv[:1] == ["-m"] or "".join(sys.argv[:1]).endswith(("/hammer", "\\hammer", "\\hammer.exe")):
+        sys.stderr.write(_refused + "\n")
         sys.exit(2)
-    raise ImportError(_too_old)
+    raise ImportError(_refused)
 
 TYPE_CHECKING = False  # ``typing`` would cost milliseconds; type checkers know the name
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ byte), and the size at which training reads most bytes a second, from smaller vo
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, print_json, run
+from megatron_hammer.base.system import usable_cores
 from megatron_hammer.tokenizer.tiktoken_backend import add_tiktoken_pattern
 
 
@@ -52,7 +52,7 @@ def parser() -> ArgumentParser:
             command.add_argument("--texts", nargs="+", action="extend", metavar="name=F.jsonl",
                                  required=name in ("compression", "price"),
                                  help="text by domain; a name may have several files")  # fmt: skip
-            command.add_argument("--workers", "--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+            command.add_argument("--workers", "--threads", type=int, default=usable_cores(), metavar="N",
                                  help="threads that encode (default: all cores of this process)")  # fmt: skip
         if name == "price":
             command.add_argument("--config", required=True, metavar="YAML",

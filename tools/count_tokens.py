@@ -16,13 +16,13 @@ document's beginning and end; those of a dataset do, where it was made with them
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.base.streams import only_list
+from megatron_hammer.base.system import usable_cores
 from megatron_hammer.corpus.arguments import add_json_key
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         help="sentencepiece .model, tokenizer.json or Hugging Face folder",
     )
     add_json_key(parser)
-    parser.add_argument("--workers", "--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+    parser.add_argument("--workers", "--threads", type=int, default=usable_cores(), metavar="N",
                         help="threads that encode (default: all cores of this process)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()

@@ -26,7 +26,6 @@ is started for the run.
 from __future__ import annotations
 
 import functools
-import os
 import signal
 import sys
 
@@ -36,6 +35,7 @@ from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.base.paths import check_prefix
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.signals import StopRequest
+from megatron_hammer.base.system import usable_cores
 from megatron_hammer.corpus.arguments import add_on_error, add_text_documents
 from megatron_hammer.dataset.make import megatron
 
@@ -86,7 +86,7 @@ def main() -> int:
     else:
         from megatron_hammer.dataset.make.local import build_datasets
 
-        workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
+        workers = usable_cores() if args.workers is None else args.workers
         build = functools.partial(build_datasets, workers=workers)
     with StopRequest((signal.SIGINT, signal.SIGTERM), once=True) as signals:
         try:

@@ -23,7 +23,9 @@ class Table {
     const auto address = reinterpret_cast<uintptr_t>(start_);
     data_ = reinterpret_cast<T*>((address + kHugePage - 1) / kHugePage * kHugePage);
     // A wish: where it is not granted all works, slower. A small array would waste most of a huge page.
+#ifdef MADV_HUGEPAGE  // Linux; elsewhere the system chooses by itself
     if (size * sizeof(T) >= kHugePage) madvise(data_, size * sizeof(T), MADV_HUGEPAGE);
+#endif
   }
 
   Table(Table&& other) noexcept { swap(other); }

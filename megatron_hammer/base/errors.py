@@ -23,6 +23,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_hammer.base import system
 from megatron_hammer.base.writing import FULL, WriteFailed
 
 EXIT_STOPPED_BY_SIGNAL = 75
@@ -311,3 +312,19 @@ def _from_import_error(error: ImportError, name: str, who: str) -> ConfigError:
         (f"leave out what belongs to another Python or system: {', '.join(foreign)}; or " if foreign else "")
         + "make the environment anew: rm -rf .venv, then bash tools/make_venv.sh",
     )  # fmt: skip
+
+
+def require_linux(what: str, why: str, instead: str) -> None:
+    """Refuse what only Linux can do, before anything has begun (``base/system.py``).
+
+    Args:
+        what: the setting or option that asks for it, with its value.
+        why: what of Linux it needs.
+        instead: what works here.
+
+    Raises:
+        ConfigError: E292 this is another system.
+    """
+    if not system.IS_LINUX:
+        name = "macOS" if sys.platform == "darwin" else sys.platform
+        raise ConfigError(92, what, f"cannot run on {name}: it needs {why}, which Linux alone has", instead)

@@ -29,6 +29,7 @@ import xxhash
 from megatron_hammer.base.locks import take_lock
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.reading import open_descriptor, open_regular
+from megatron_hammer.base.system import sync
 from megatron_hammer.base.writing import writing
 
 BUFFER_BYTES = 2**20  # read at once while hashing
@@ -42,7 +43,7 @@ def sync_folder(path: Path) -> None:
     """Make the names in a folder (files made, renamed, removed) durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -51,7 +52,7 @@ def sync_file(path: Path) -> None:
     """Make a file's content durable."""
     descriptor = open_descriptor(path)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -61,7 +62,7 @@ def write_durably(path: Path, content: bytes) -> None:
     with writing(path, len(content)), open(path, "xb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def publish(staged: Path, path: Path) -> None:

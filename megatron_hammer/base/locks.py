@@ -3,7 +3,7 @@
 Some file systems have no such locks (Lustre in its default mount, some NFS). There a small file beside the locked one
 names its owner instead: host, process, and the time that the process started, so that an owner that has died is
 recognised on its own machine. Whether a process of another machine still lives cannot be known: then a note says so,
-and the work goes on. Linux; no torch.
+and the work goes on. No torch.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_hammer.base.processes import STARTED, stat_fields
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.reading import parse_json, read_regular
+from megatron_hammer.base.system import find_process, locks_held
 
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # what such file systems answer
 
@@ -49,8 +49,10 @@ def is_locked(path: Path) -> bool | None:
     """Whether a process of this machine holds the lock of a file; None where nobody can say. Takes no lock itself."""
     try:
         found = path.lstat()
-        held = read_regular("/proc/locks").decode("ascii", "replace").splitlines()
     except OSError:
+        return None
+    held = locks_held()
+    if held is None:
         return None
     inode = f":{found.st_ino}"
     device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
@@ -78,6 +80,6 @@ def _claim(owner_path: Path, path: Path, reason: str, note: Callable[[str], None
 
 
 def _started(pid: object) -> str | None:
-    """When a process of this machine started, in the kernel's count; None where there is none."""
-    fields = stat_fields(pid)
-    return None if fields is None else fields[STARTED]
+    """When a process of this machine started, in the kernel's own words; None where there is none."""
+    process = find_process(pid)
+    return None if process is None else process.started

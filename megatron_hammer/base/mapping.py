@@ -24,12 +24,12 @@ import numpy as np
 
 from megatron_hammer.base.compiled import find_compiled
 from megatron_hammer.base.errors import DataError
+from megatron_hammer.base.system import C as _C
 
 _compiled: Any = find_compiled("megatron_hammer.base._mapping", 1)
 BACKEND = "Python" if _compiled is None else "C++"
 SURVIVES_CUTS = _compiled is not None
 """Whether a read of a file that has been cut gives zeros; without the compiled part it ends the process."""
-_C = ctypes.CDLL(None, use_errno=True)
 _C.mmap.restype = ctypes.c_void_p
 _C.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _C.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)

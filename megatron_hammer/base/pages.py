@@ -15,15 +15,16 @@ the system: moved too, they would cut the large ones into single pages, of which
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import mmap
 import os
-import sys
 from dataclasses import dataclass
 
-HERE = sys.platform == "linux"
+from megatron_hammer.base.system import IS_LINUX, on_huge_pages
+from megatron_hammer.base.system import C as _C
+
+HERE = IS_LINUX
 """Whether this system moves pages, and refuses an access to memory that is closed."""
 
 HUGE = 2 * 2**20
@@ -31,7 +32,6 @@ HUGE = 2 * 2**20
 
 _PROT_NONE = 0
 _MOVE = 1 | 2 | 4  # MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP (linux/mman.h)
-_C = ctypes.CDLL(None, use_errno=True)
 _C.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 if HERE:
     _C.mremap.restype = ctypes.c_void_p
@@ -81,8 +81,7 @@ class Pages:
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._skipped = -start % unit
         self._address = start + self._skipped
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            self._map.madvise(mmap.MADV_HUGEPAGE, self._skipped, self.size)
+        on_huge_pages(self._map, self._skipped, self.size)
         self.pieces = [_Piece(0, self.size, filled=False)]
         self._open = False
         self._protect(_PROT_NONE)

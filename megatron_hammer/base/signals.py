@@ -3,7 +3,6 @@ that wants to finish something first."""
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import signal
@@ -72,14 +71,6 @@ def take_over() -> None:
     writing = signal.set_wakeup_fd(-1)
     if writing >= 0:
         os.close(writing)
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent, of this id, dies, however that happens. Linux only."""
-    pr_set_pdeathsig = 1  # linux/prctl.h
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(1)
 
 
 class StopRequest:

@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Protocol
 
+from megatron_hammer.base.system import sync
+
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
@@ -78,7 +80,7 @@ def make_durable(file: IO[bytes], name: str | os.PathLike[str]) -> None:
     """
     file.flush()
     with writing(name, os.fstat(file.fileno()).st_size):
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 class _Closes(Protocol):

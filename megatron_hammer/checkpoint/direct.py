@@ -11,20 +11,21 @@ memory back to its host, a page that was not used lately is fetched from there f
 read back from the disk itself and not from the cache that was just filled. A block that is in the cache already is read
 from there.
 
-File systems without O_DIRECT are used through the cache. Linux; needs neither torch nor numpy.
+File systems and systems without O_DIRECT are used through the cache. Needs neither torch nor numpy.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from megatron_hammer.base.system import C, open_direct, read_at, set_direct, sync
 
 ALIGNMENT = 4096  # of addresses, offsets and lengths: the largest logical block of disks in use
 WRITE_BLOCK_BYTES = 4 * 2**20  # from 1 MiB on a disk here is at its full speed, within its noise
@@ -49,7 +50,7 @@ class DirectWriter:
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
-        self._direct = _set_direct(self._descriptor)
+        self._direct = set_direct(self._descriptor)
         self._blocks = [memoryview(_new_block(WRITE_BLOCK_BYTES)) for _ in range(2)]
         self._used, self._written = 0, 0
         self._thread = ThreadPoolExecutor(1, "disk-writer")
@@ -82,7 +83,7 @@ class DirectWriter:
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
-                self._direct = _set_direct(self._descriptor, False)  # a disk of larger blocks
+                self._direct = set_direct(self._descriptor, False)  # a disk of larger blocks
                 continue
             if done < len(block) and self._direct:
                 done -= done % ALIGNMENT
@@ -99,7 +100,7 @@ class DirectWriter:
         assert self._pending is not None
         self._pending.result()
         os.ftruncate(self._descriptor, size)
-        os.fsync(self._descriptor)
+        sync(self._descriptor)
 
     def close(self) -> None:
         """Wait for the thread and let the file go; without ``finish`` it is not whole."""
@@ -125,11 +126,7 @@ class DirectReader:
         self._end = -SMALL_BYTES - 1  # of the last large read
 
     def _start(self) -> None:
-        try:
-            # The same file, whatever its name stands for by now.
-            self._direct = os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        except OSError:
-            self._direct = None
+        self._direct = open_direct(self._descriptor)
         self._spare = [memoryview(_new_block(READ_BLOCK_BYTES)) for _ in range(BLOCKS_AHEAD + 1)]
         self._threads = ThreadPoolExecutor(BLOCKS_AHEAD, "disk-reader")
 
@@ -175,7 +172,7 @@ class DirectReader:
     def _read_small(self, view: memoryview, offset: int) -> int:
         """As ``read_into``, leaving alone what is on its way for the large reads."""
         done = 0
-        while got := os.preadv(self._descriptor, [view[done:]], offset + done):
+        while got := read_at(self._descriptor, view[done:], offset + done):
             done += got
         return done
 
@@ -202,7 +199,7 @@ class DirectReader:
         done = 0
         while done < length:
             try:
-                got = os.preadv(descriptor, [block[done:]], offset + done)
+                got = read_at(descriptor, block[done:], offset + done)
             except OSError as error:
                 if error.errno != errno.EINVAL or descriptor == self._descriptor:
                     raise
@@ -239,19 +236,6 @@ def _is_resident(descriptor: int, offset: int, length: int) -> bool:
     with pages:
         address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
         found = ctypes.create_string_buffer(-(-length // mmap.PAGESIZE))
-        if ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(length), found) != 0:
+        if C.mincore(ctypes.c_void_p(address), ctypes.c_size_t(length), found) != 0:
             return True
         return b"\0" not in found.raw.translate(_LOWEST_BIT)
-
-
-def _set_direct(descriptor: int, wanted: bool = True) -> bool:
-    """Turn O_DIRECT of an open file on or off; returns what it is then. Asked after opening, since a refused open may
-    have made the file."""
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT)
-    except OSError as error:
-        if error.errno != errno.EINVAL or not wanted:
-            raise
-        return False
-    return wanted

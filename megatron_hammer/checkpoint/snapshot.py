@@ -19,17 +19,16 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import resource
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_hammer.base.errors import MemoryShortage
+from megatron_hammer.base.system import shared_memory_file, take_memory
 
 ALIGNMENT = 64  # bytes: of where a tensor's copy starts
 PIECE_BYTES = 2**24  # that one thread copies at a time: a millisecond or two
@@ -82,18 +81,6 @@ class _Pieces:
         self.is_handed_over = True
 
 
-@contextmanager
-def _any_file_size() -> Iterator[None]:
-    """Within the block a limit on the sizes of files does not count, as far as this process may lift it: memory that
-    processes share is a file to the kernel, and the limit is meant for disks."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 class Snapshot:
     """Memory for one copy, which is used again for the next.
 
@@ -108,11 +95,9 @@ class Snapshot:
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self._device = max(size, mmap.PAGESIZE), device
-        self.descriptor = os.memfd_create("megatron_hammer snapshot")
+        self.descriptor = shared_memory_file("megatron_hammer snapshot")
         try:
-            with _any_file_size():
-                os.posix_fallocate(self.descriptor, 0, self.size)
-            self._memory = mmap.mmap(self.descriptor, self.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            self._memory = take_memory(self.descriptor, self.size)
         except OSError as error:
             os.close(self.descriptor)
             if error.errno == errno.EFBIG:

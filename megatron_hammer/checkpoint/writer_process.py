@@ -26,7 +26,7 @@ from typing import Any
 from megatron_hammer.base.errors import HammerError, from_os_error, to_fields
 from megatron_hammer.base.faults import fault_point
 from megatron_hammer.base.files import sync_file, write_durably
-from megatron_hammer.base.signals import die_with_parent
+from megatron_hammer.base.system import die_with_parent
 from megatron_hammer.checkpoint.commit import SliceToWrite, commit, stage_tokenizer_files, write_rank
 from megatron_hammer.checkpoint.folder import step_of
 from megatron_hammer.checkpoint.manifest import Layout

@@ -48,6 +48,7 @@ from megatron_hammer.base.errors import ConfigError, DataError, DiskError
 from megatron_hammer.base.files import open_alone, publish
 from megatron_hammer.base.progress import Progress, size_of
 from megatron_hammer.base.reading import open_regular
+from megatron_hammer.base.system import begin_to_write_out, sync
 from megatron_hammer.base.writing import writing
 from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.documents import Skipped
@@ -272,11 +273,11 @@ class Shuffle:
                 with writing(self._result, self.bytes):
                     count = lines.write(descriptor, order[first : first + _LINES_BETWEEN_FLUSHES])
                 # Linux then begins to write these pages out, instead of letting gigabytes wait for the fsync.
-                os.posix_fadvise(descriptor, written, count, os.POSIX_FADV_DONTNEED)
+                begin_to_write_out(descriptor, written, count)
                 written += count
                 self._progress.advance(count)
         with writing(self._result, self.bytes):
-            os.fsync(descriptor)
+            sync(descriptor)
         publish(self._result, self.output)
         self._published = True
         seconds = time.monotonic() - self._started

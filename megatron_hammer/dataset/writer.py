@@ -21,6 +21,7 @@ import xxhash
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.files import StaleState, hash_file, open_alone, sync_folder
 from megatron_hammer.base.reading import open_unbuffered
+from megatron_hammer.base.system import write_out
 from megatron_hammer.base.writing import close_after, make_durable, open_existing, open_new
 from megatron_hammer.dataset.format import (
     BLOCK_BYTES,
@@ -387,7 +388,7 @@ class _BackgroundSync:
 
     def _sync(self) -> None:
         try:
-            os.fdatasync(self._descriptor)
+            write_out(self._descriptor)
         except OSError as error:  # the system tells a failed write once: it must not be lost here
             self._error = error
 

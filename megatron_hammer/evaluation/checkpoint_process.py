@@ -18,7 +18,7 @@ from typing import Any
 from megatron_hammer.base.cli import end_of
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.reading import parse_json
-from megatron_hammer.base.signals import die_with_parent
+from megatron_hammer.base.system import die_with_parent
 from megatron_hammer.train.generations import write_generations
 from megatron_hammer.train.metrics_file import append_line, finite
 

@@ -14,11 +14,12 @@ Flops of a matrix [r, c], r <= c: 5 (4 r r c + 2 r r r).
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from megatron_hammer.base.system import processor_text
 
 STEPS = 5
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -64,8 +65,5 @@ def type_of_products(precision: Precision, sums: torch.dtype, device: torch.devi
 def has_quick_bf16() -> bool:
     """Whether this CPU has products of bf16: an EPYC core does those of 512 x 1408 some 1.5 to 2 times as fast as in
     fp32. Without, torch converts there and back. What is no Linux says nothing of itself, and takes fp32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
+    flags = processor_text()
     return "avx512_bf16" in flags or "amx_bf16" in flags

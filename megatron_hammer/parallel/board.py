@@ -2,7 +2,7 @@
 
 ::
 
-    launcher   Board: an anonymous file (memfd) of one slot a rank, mapped; its descriptor is handed to each rank
+    launcher   Board: an anonymous file of one slot a rank, mapped; its descriptor is handed to each rank
     rank r     Journal: writes slot r whenever something begins; the time of that writing is its sign of life
                and a second anonymous file, into which the rank's Python stacks are written when the launcher asks
 
@@ -10,7 +10,7 @@ No network, no file name, nothing that outlives the processes. A rank notes what
 the slot of a rank that stops half-way still says where. A note costs about a microsecond. For a collective, of which a
 layer has ten, it costs no Python call: what changes lies together in the slot, and ``collectives.py`` writes it with
 ``Journal.note``, a C function. A rank may be writing while its slot is read, so a reader reads until it has seen the
-same bytes twice. Linux; needs no torch.
+same bytes twice. Needs no torch.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import reduction
 from typing import Any
+
+from megatron_hammer.base.system import shared_memory_file
 
 STACKS_SIGNAL = signal.SIGUSR2  # asks a rank for its Python stacks; USR1 is a stop signal (base/signals.py)
 START = "start-up"  # the phase before the first step
@@ -134,7 +136,7 @@ class Board:
 
     def __init__(self, ranks: int, descriptors: tuple[int, ...] | None = None) -> None:
         if descriptors is None:
-            descriptors = tuple(os.memfd_create(f"hammer-board-{i}") for i in range(ranks + 1))
+            descriptors = tuple(shared_memory_file(f"hammer-board-{i}") for i in range(ranks + 1))
             os.ftruncate(descriptors[0], ranks * SLOT_BYTES)
         self.descriptors = descriptors
         self._memory = mmap.mmap(descriptors[0], ranks * SLOT_BYTES)

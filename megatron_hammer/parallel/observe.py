@@ -3,7 +3,7 @@
 A rank that hangs says nothing any more; those that wait for it say nothing either, but their last words were that they
 wait. So the one to blame is stopped, or works and is silent, or is behind in the count of collectives. A rank that goes
 on saying something is slow, not stuck: it is named in a note, and left alone. ``hung`` and ``Stragglers`` only judge;
-``Observer`` looks, asks ranks for their Python stacks, and puts both into words. Linux; needs no torch.
+``Observer`` looks, asks ranks for their Python stacks, and puts both into words. Needs no torch.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_hammer.base.errors import HangError
-from megatron_hammer.base.processes import STATE, SYSTEM_TICKS, USER_TICKS, stat_fields
 from megatron_hammer.base.progress import say
+from megatron_hammer.base.system import find_process, wait_channel
 from megatron_hammer.parallel.board import STACKS_SIGNAL, START, Board, Doing
 
 BUSY_SHARE = 0.02  # of a core: who computes and says nothing compiles a model, or takes a very long step
@@ -265,15 +264,5 @@ def _without_addresses(text: str) -> str:
 
 def process_state(pid: int) -> tuple[str, float]:
     """The kernel's letter for a process and the CPU seconds it has used; ``Z`` where there is none."""
-    fields = stat_fields(pid)
-    if fields is None:
-        return "Z", 0.0
-    return fields[STATE], (int(fields[USER_TICKS]) + int(fields[SYSTEM_TICKS])) / os.sysconf("SC_CLK_TCK")
-
-
-def wait_channel(pid: int) -> str:
-    """The function of the kernel in which a process sleeps; empty where the kernel does not tell."""
-    try:
-        return Path(f"/proc/{pid}/wchan").read_text()
-    except OSError:
-        return ""
+    process = find_process(pid)
+    return ("Z", 0.0) if process is None else (process.state, process.cpu_seconds)

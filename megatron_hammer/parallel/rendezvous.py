@@ -9,13 +9,9 @@ first tries the socket from Python, where a signal ends the wait at once, and st
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import fcntl
 import ipaddress
-import os
 import socket
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_hammer.base.errors import ConfigError, ParallelError
+from megatron_hammer.base.system import interface_address, take_no_core_by_waking
 from megatron_hammer.parallel.board import Journal
 
 Store = dist.Store
@@ -31,7 +28,6 @@ Store = dist.Store
 TRY_SECONDS = 2.0  # for one attempt to reach the host
 PAUSE_SECONDS = 0.2  # between two attempts, and between two looks at what has arrived
 SAY_AFTER_SECONDS = 5.0  # of waiting, and again after each such time
-SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
 WATCHED_SECONDS = (
     10.0  # later than their watcher's limit do ranks give up a collective: it knows which rank is to blame
 )
@@ -215,12 +211,8 @@ def interface_towards(meeting: Meeting) -> str | None:
         except OSError:  # another family of addresses, or no route: the libraries' own choice stands
             return None
         for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(probe, SIOCGIFADDR, request)
-            except OSError:  # an interface without an address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == ours:
+            address = interface_address(probe.fileno(), name)
+            if address is not None and socket.inet_ntoa(address) == ours:
                 return name
     return None
 
@@ -255,9 +247,7 @@ def leave_cores_to_those_who_run() -> None:
     for the rest of its time slice: eight ranks on two cores called epoll_wait 10.5 million times for half a million
     messages. Under SCHED_BATCH (sched(7), Linux) a thread that wakes waits until the core is free; priorities stay.
     """
-    if hasattr(os, "SCHED_BATCH"):
-        with contextlib.suppress(OSError):  # where a sandbox forbids it, messages cost more and nothing else changes
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    take_no_core_by_waking()
 
 
 def end_process_group() -> None:

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from megatron_hammer.base.errors import HangError, ParallelError
 from megatron_hammer.base.progress import say
+from megatron_hammer.base.system import open_of_process
 from megatron_hammer.parallel.board import Board, Journal
 from megatron_hammer.parallel.observe import Observer
 
@@ -47,7 +48,7 @@ def share_board(store: Table, node: int, local_rank: int, ranks: int) -> Board:
         store.set(key, json.dumps([os.getpid(), board.descriptors]))
         return board
     pid, descriptors = json.loads(store.get(key))
-    return Board(ranks, tuple(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR) for number in descriptors))
+    return Board(ranks, tuple(open_of_process(pid, number) for number in descriptors))
 
 
 class Watchman:

@@ -21,11 +21,9 @@ those of one process. Under the profiler a step of small operations is slower; t
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,6 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import replace_file
 from megatron_hammer.base.progress import say
+from megatron_hammer.base.system import peak_bytes, reset_peak, resident_bytes
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.libraries import te
 from megatron_hammer.kernels.selection import select_backends
@@ -135,7 +134,7 @@ def _profile(
         progress("kernels.cuda_graph is left out: a replay has no parts that a profile could name")
     te.check_here(config)
     settings.output.mkdir(parents=True, exist_ok=True)
-    before = _resident_bytes()
+    before = resident_bytes()
     progress(f"building the model on {device.type}")
     workload = Workload(config, ctx, ranges)
     rates = None
@@ -286,24 +285,17 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with contextlib.suppress(OSError):  # where the kernel refuses, the peak is that of the whole process
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
+        reset_peak()
 
 
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    return peak_bytes()
 
 
 def _product_rate(config: Config, device: torch.device) -> float:

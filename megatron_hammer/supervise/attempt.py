@@ -8,7 +8,6 @@ the last rank: no process of a run outlives it or writes beside the next.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -21,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL
-from megatron_hammer.base.processes import KILL_SECONDS, outlives_a_kill, parents
+from megatron_hammer.base.processes import KILL_SECONDS, outlives_a_kill
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.signals import STOP_SIGNALS, on_signals, take_over
+from megatron_hammer.base.system import LOOPBACK, adopt_orphans, parents, usable_cores
 from megatron_hammer.config import Config
 from megatron_hammer.parallel.board import STACKS_SIGNAL, Board
 from megatron_hammer.parallel.heartbeat import Heartbeat
@@ -43,7 +43,6 @@ from megatron_hammer.supervise.restart import Restarts
 from megatron_hammer.supervise.watch import GRACE_SECONDS, Failure, Rank, forward_signal, kill, watch
 
 GENERATIONS = 20  # of orphans' own children, which come to the launcher one after the other
-PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def run_ranks(
         received.append(signum)
         forward_signal(ranks, signum)
 
-    pass_orphans_on(True)
+    adopt_orphans(True)
     resource_tracker.ensure_running()  # its start would unblock the signals that are blocked next
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited by the ranks
     take_over()
@@ -117,7 +116,7 @@ def run_ranks(
         # Until ranks are started again: the outcome stands, nothing is left to stop.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         left = [*kill(ranks), *end_orphans(others_children | {r.pid for r in ranks if r.code is None})]
-        pass_orphans_on(False)
+        adopt_orphans(False)
         board.close()
     if failure is None and received and any(r.ended_by_us for r in ranks):
         say(f"stopped by {signal.Signals(received[0]).name} before the first step; run the same command again")
@@ -164,22 +163,17 @@ def _set_environment(node: Node, meeting: Meeting | None) -> None:
     resolves to, which may be loopback; it gets the one on the way to node 0.
     """
     if node.nnodes == 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
     elif meeting is not None and (name := interface_towards(meeting)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // node.nproc)))
     # Triton's default is the home folder, which the ranks of all nodes may share.
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"triton-{os.getuid()}"))
 
 
 # ---- orphans ---------------------------------------------------------------------------------------------------------
-
-
-def pass_orphans_on(here: bool) -> None:
-    """Have the kernel give this process the children of its descendants that die, or give that up. Linux only."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(here))
 
 
 def children_of(pid: int) -> set[int]:

@@ -13,8 +13,9 @@ from typing import Any
 
 from megatron_hammer.base.cli import leave
 from megatron_hammer.base.errors import ParallelError, from_exception, to_fields
-from megatron_hammer.base.signals import STOP_SIGNALS, die_with_parent, on_signals
+from megatron_hammer.base.signals import STOP_SIGNALS, on_signals
 from megatron_hammer.base.streams import Output, flush_streams, guard_streams
+from megatron_hammer.base.system import die_with_parent
 from megatron_hammer.config import Config
 from megatron_hammer.parallel.board import Board
 from megatron_hammer.parallel.rendezvous import collective_timeout, join_store

@@ -31,6 +31,7 @@ from megatron_hammer.base.cli import ArgumentParser, keep_torch_quiet, report
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.streams import flush_streams
+from megatron_hammer.base.system import usable_cores
 from megatron_hammer.config import Config, add_accept, help_text, load_config
 from megatron_hammer.supervise.nodes import Node
 from megatron_hammer.supervise.restart import Restarts, make_restarts
@@ -150,7 +151,9 @@ def launch(
         0, 75, or the exit code of the failure whose line was printed to stderr.
     """
     from megatron_hammer.supervise.attempt import run_ranks
+    from megatron_hammer.train.prepare import check_system
 
+    check_system(config, node.world_size)
     while True:
         ended = run_ranks(config, node, entry, options or {}, restarts)
         if ended.left:
@@ -181,7 +184,7 @@ def _leave_them(ended: Ended) -> NoReturn:
 
 def _note_few_cores(config: Config, nproc: int) -> None:
     """A GPU waits for a rank that has less than two cores: one computes, one reads and saves."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     if config.train.device == "cpu" or cores >= CORES_A_RANK * nproc:
         return
     import torch

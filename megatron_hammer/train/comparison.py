@@ -8,12 +8,11 @@ host, and the times are those that the loop has taken. A prediction that fails i
 
 from __future__ import annotations
 
-import resource
-import sys
 from dataclasses import replace
 
 import torch
 
+from megatron_hammer.base import system
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.selection import select_backends
 from megatron_hammer.train.build import kernel_requirements
@@ -88,5 +87,4 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory that this process has had: given out by torch's allocator on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return system.peak_bytes()

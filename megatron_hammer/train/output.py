@@ -29,6 +29,7 @@ from megatron_hammer.base.errors import RefusedError
 from megatron_hammer.base.files import replace_file, set_aside, sync_folder
 from megatron_hammer.base.locks import NO_LOCKS, take_lock
 from megatron_hammer.base.reading import read_regular
+from megatron_hammer.base.system import open_descriptors, sync
 from megatron_hammer.checkpoint.folder import Damaged, clean_up
 from megatron_hammer.sampling.ledger import LEDGER, Ledger, ledger_bytes, read_ledger
 from megatron_hammer.train.changes import FRESH
@@ -103,7 +104,7 @@ def only_writer(output: Path, is_new: bool = False) -> Iterator[HeldOutput]:
                 raise _in_use(output, is_ours=_is_open_here(lock))
             held = HeldOutput(output, folder, lock)
             held.check()
-            os.fsync(folder)
+            sync(folder)
             yield held
         finally:
             os.close(lock)
@@ -143,9 +144,9 @@ def _lock_folder(descriptor: int) -> bool:
 def _is_open_here(lock: int) -> bool:
     """Whether this very process has the lock's file open a second time, as a notebook that opens its run twice."""
     wanted = os.fstat(lock)
-    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+    for descriptor in open_descriptors():
         with contextlib.suppress(OSError):  # the listing's own descriptor is closed by now
-            if int(name) != lock and os.path.samestat(os.fstat(int(name)), wanted):
+            if descriptor != lock and os.path.samestat(os.fstat(descriptor), wanted):
                 return True
     return False
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError, RefusedError
+from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError, RefusedError, require_linux
 from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.checkpoint import digest
 from megatron_hammer.checkpoint.fit import check_fits
@@ -194,6 +194,7 @@ def prepare(
 def look_at_inputs(config: Config, world_size: int, check_data: bool = True, accepted: Collection[str] = ()) -> Inputs:
     """Check what does not depend on any checkpoint. A dry run goes through without data, too."""
     config.validate(world_size)
+    check_system(config, world_size)
     check_names(accepted)
     notes = config.notes()
     if index.BACKEND != "C++":
@@ -221,6 +222,22 @@ def look_at_inputs(config: Config, world_size: int, check_data: bool = True, acc
     identity, data_notes, plan = _check_data(config, tokenizer, check_data, past)
     notes += [f"{prefix} is not there; only phases that are past draw from it" for prefix in past]
     return Inputs(config, tokenizer, identity, notes, data_notes, plan if check_data else None, absent_sources(past))
+
+
+def check_system(config: Config, world_size: int) -> None:
+    """Refuse what this operating system cannot do. A dry run may describe a run on other machines.
+
+    Raises:
+        ConfigError: E292.
+    """
+    if config.train.dry_run:
+        return
+    if world_size > 1:
+        why = "the parent-death signal, without which ranks of a killed run would write into the next one's folder"
+        require_linux(f"{world_size} ranks", why, "train with one process, or on Linux (Windows: WSL2)")
+    if config.checkpoint.mode == "background":
+        why = "memory that a process beside the rank shares, and the parent-death signal (memfd_create, prctl)"
+        require_linux("checkpoint.mode=background", why, "use checkpoint.mode=blocking: the files have the same bytes")
 
 
 def find_start(config: Config, accepted: Collection[str] = (), known_damage: Mapping[str, str] | None = None) -> Start:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import replace_file
 from megatron_hammer.base.progress import size_of
+from megatron_hammer.base.system import memory_bytes, processor_text, usable_cores
 from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.config import Config
 from megatron_hammer.verify.anonymous import Anonymiser
@@ -107,7 +108,7 @@ def machine(private: Anonymiser) -> list[tuple[str, str]]:
 
 
 def _processor() -> str:
-    text = _read("/proc/cpuinfo")
+    text = processor_text()
     model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     present = set(flags[1].split()) if flags else set[str]()
@@ -116,22 +117,12 @@ def _processor() -> str:
 
 
 def _cores() -> str:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{usable} usable of {os.cpu_count()}"
+    return f"{usable_cores()} usable of {os.cpu_count()}"
 
 
 def _memory() -> str:
-    total = re.search(r"^MemTotal:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
-    limit = _read("/sys/fs/cgroup/memory.max").strip()
-    said = size_of(int(total[1]) * 1024) if total else "unknown"
-    return f"{said}, {size_of(int(limit))} for this container" if limit.isdigit() else said
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    total, limit = memory_bytes()
+    return size_of(total) if limit is None else f"{size_of(total)}, {size_of(limit)} for this container"
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

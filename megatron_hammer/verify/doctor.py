@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from megatron_hammer.base.errors import from_exception
 from megatron_hammer.base.progress import size_of
+from megatron_hammer.base.system import IS_LINUX
 from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.checkpoint.folder import find_checkpoints
 from megatron_hammer.checkpoint.inspect import verify_checkpoint
@@ -155,6 +156,8 @@ def _limits() -> Verdict:
 
 
 def _shared_memory() -> Verdict:
+    if not IS_LINUX:
+        return "not applicable", "for several ranks, which Linux alone runs", ""
     if not os.path.isdir("/dev/shm"):
         return "warning", "/dev/shm is not there", "mount a tmpfs there: NCCL and heartbeats use it"
     status = os.statvfs("/dev/shm")

@@ -28,7 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hammer.base.processes import KILL_SECONDS, STATE, stat_fields
+from megatron_hammer.base.errors import require_linux
+from megatron_hammer.base.processes import KILL_SECONDS
+from megatron_hammer.base.system import find_process
 from megatron_hammer.base.tables import align
 from megatron_hammer.checkpoint.folder import newest_checkpoint
 from megatron_hammer.config import Config, to_yaml
@@ -146,6 +148,7 @@ class Drill:
         folder: Path,
         note: Callable[[str], None],
     ) -> None:
+        require_linux("a drill", "what /proc tells of the processes of a run", "run it on Linux (Windows: WSL2)")
         self._random, self._folder, self._note, self._world_size = chance, folder, note, world_size
         self._faults = faults
         self._config, self._left_out = small_config(config, world_size, folder, len(self._faults))
@@ -238,8 +241,8 @@ def outliving(pids: set[int]) -> list[int]:
 
 
 def _lives(pid: int) -> bool:
-    fields = stat_fields(pid)
-    return fields is not None and fields[STATE] != "Z"
+    process = find_process(pid)
+    return process is not None and process.state != "Z"
 
 
 def _steps(output: Path) -> int:

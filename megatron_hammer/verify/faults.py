@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_hammer.base.processes import parents
+from megatron_hammer.base.system import command_of, parents
 from megatron_hammer.checkpoint.folder import find_checkpoints, step_of
 
 POLL_SECONDS = 0.002  # a step of a shrunk model takes some ten milliseconds
@@ -59,7 +59,7 @@ class Target:
 
     def ranks(self) -> list[int]:
         """Process numbers of the ranks, in their order."""
-        return [pid for pid in descendants(self.launcher.pid) if b"spawn_main" in _command(pid)]
+        return [pid for pid in descendants(self.launcher.pid) if b"spawn_main" in command_of(pid)]
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,6 @@ def descendants(pid: int) -> list[int]:
         new = {child for child, parent in parent_of.items() if parent in new} - found
         found |= new
     return sorted(found)
-
-
-def _command(pid: int) -> bytes:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b""
 
 
 def _some_step(target: Target) -> bool:

@@ -28,7 +28,7 @@ def small_blocks(monkeypatch):
 def either(request, monkeypatch):
     """Both with O_DIRECT and as on a file system that has none."""
     if request.param != "direct":
-        monkeypatch.setattr(direct, "_set_direct", lambda descriptor, wanted=True: False)
+        monkeypatch.setattr(direct, "set_direct", lambda descriptor, wanted=True: False)
         opening = os.open
 
         def refuse(path, flags, *mode, **more):
@@ -219,7 +219,7 @@ def test_a_cached_file_is_read_from_the_cache_and_another_past_it(tmp_path, monk
     with open(path, "rb") as file:
         if direct._is_resident(file.fileno(), 0, BLOCK):
             pytest.skip("this file system keeps its files in memory")
-        if not direct._set_direct(file.fileno()):
+        if not direct.set_direct(file.fileno()):
             pytest.skip("this file system has no O_DIRECT")
     used.clear()
     read(path, [(0, 4 * BLOCK)])

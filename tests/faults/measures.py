@@ -109,8 +109,8 @@ MEASURES = (
         "if False:",
         f"{DAMAGE}the_hash_is_of_memory_and_a_lying_disk_is_noticed",
     ),
-    Measure("fsync of tensors", "checkpoint/direct.py", "        os.fsync(self._descriptor)\n", "", SYNCED),
-    Measure("fsync of the manifest", "base/files.py", "        os.fsync(file.fileno())\n", "", SYNCED),
+    Measure("fsync of tensors", "checkpoint/direct.py", "        sync(self._descriptor)\n", "", SYNCED),
+    Measure("fsync of the manifest", "base/files.py", "        sync(file.fileno())\n", "", SYNCED),
     Measure("fsync of the tokenizer", "checkpoint/commit.py", "        sync_file(path)\n", "        pass\n", SYNCED),
     Measure(
         "fsync of the staging folder", "base/files.py", "    sync_folder(staged)\n    old = ", "    old = ", SYNCED
@@ -500,8 +500,8 @@ MEASURES = (
     ),
     Measure(
         "ranks die with the launcher",
-        "base/signals.py",
-        "    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)\n",
+        "base/system.py",
+        "        C.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)\n",
         "",
         "supervise/test_start.py::test_ranks_die_with_a_killed_launcher",
     ),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.base.signals import die_with_parent
+from megatron_hammer.base.system import die_with_parent
 from tests.faults.measures import MEASURES, Measure
 
 ROOT = Path(__file__).parents[2]

@@ -121,7 +121,7 @@ def test_an_orphan_that_outlives_a_kill_is_named_and_left(monkeypatch: pytest.Mo
 
 def test_orphans_come_to_the_launcher_and_are_ended() -> None:
     before = attempt.children_of(os.getpid())
-    attempt.pass_orphans_on(True)
+    attempt.adopt_orphans(True)
     try:
         subprocess.run(["sh", "-c", "(sleep 60 & sleep 60) & exit"], check=True)
         deadline = time.monotonic() + 20
@@ -131,4 +131,4 @@ def test_orphans_come_to_the_launcher_and_are_ended() -> None:
         attempt.end_orphans(before)
         assert attempt.children_of(os.getpid()) <= before
     finally:
-        attempt.pass_orphans_on(False)
+        attempt.adopt_orphans(False)

@@ -23,6 +23,11 @@ def clone_of(package: ModuleSpec | None) -> str | None:
 
 def obstacle() -> str | None:
     """What is wrong with this Python, and the cure; None where nothing is."""
+    if sys.platform == "win32":
+        return (
+            "error[E292]: megatron_hammer cannot run on Windows itself: it needs POSIX (fcntl, resource, signals, "
+            "flock), which Windows lacks; use WSL2, where it is Linux: wsl --install, then the README's commands there"
+        )
     cure = "source .venv/bin/activate (bash tools/make_venv.sh makes it)"
     if sys.version_info < (3, 11):  # noqa: UP036
         version = "%d.%d" % sys.version_info[:2]  # noqa: UP031

@@ -43,6 +43,7 @@ from megatron_hammer import __version__
 from megatron_hammer.base.errors import ConfigError, DataError, HammerError, from_fields, to_fields
 from megatron_hammer.base.progress import Progress, say
 from megatron_hammer.base.reading import open_regular
+from megatron_hammer.base.system import usable_cores
 from megatron_hammer.corpus.stream import check_unchanged
 from megatron_hammer.dataset.make.job import SHARD_BYTES, Job, Stopped
 from megatron_hammer.dataset.make.journal import Tally, load_journal, other_command
@@ -140,7 +141,7 @@ def _connected(ray: Any, address: str | None, workers: int | None) -> Iterator[N
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        cpus = len(os.sched_getaffinity(0)) if workers is None else workers
+        cpus = usable_cores() if workers is None else workers
         options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
     main = threading.current_thread() is threading.main_thread()
     on_term = signal.getsignal(signal.SIGTERM)

@@ -22,7 +22,6 @@ Imports transformers only for a folder.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +29,14 @@ from typing import Any
 
 from megatron_hammer.base.errors import RefusedError
 from megatron_hammer.base.reading import parse_json, read_regular
+from megatron_hammer.base.system import usable_cores
 from megatron_hammer.tokenizer.huggingface_backend import STAND_IN_PAD, HuggingFaceTokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.pieces import BYTE_LEVEL_ALPHABET, SPACE
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, load_processor, parse_model
 
 SPECIAL_NAMES = ("bos", "eos", "unk", "pad")
-_THREADS = len(os.sched_getaffinity(0))  # for sentencepiece; the tokenizers library has a pool of its own
+_THREADS = usable_cores()  # for sentencepiece; the tokenizers library has a pool of its own
 
 Ids = list[list[int]]
 
