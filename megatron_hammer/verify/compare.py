@@ -260,7 +260,7 @@ def missing_sum(wrong: Sequence[tuple[int, Piece]], expected: np.ndarray) -> str
     sums = [(place, np.sum(values, axis=0)) for place, values in by_place.items() if len(values) > 1]
     for place, total in sums:
         target = expected[tuple(slice(*r) for r in place)]
-        if float(np.abs(total - target).max()) > 1e-3 * float(np.abs(expected).max()):
+        if not float(np.abs(total - target).max()) <= 1e-3 * float(np.abs(expected).max()):
             return ""
     return "each rank has a part of it: their sum is missing" if sums else ""
 

@@ -92,7 +92,7 @@ class _Seen:
         found = []
         for rank, outcome in enumerate(self.ranks):
             for piece in outcome.pieces:
-                if piece.kind in kinds:
+                if piece.kind in kinds and (piece.kind, piece.tensor) in self.whole:
                     right = self.whole[piece.kind, piece.tensor]
                     limit = self.bound * max(float(np.abs(right).max()), 1e-300)
                     if not float(np.abs(piece.values - right[piece.place]).max()) <= limit:
@@ -268,9 +268,13 @@ class _Seen:
         return found
 
     def _of_ranks(self, kind: str) -> dict[str, np.ndarray]:
-        """The tensors that all ranks together have of a kind."""
-        pieces = [piece for outcome in self.ranks for piece in outcome.pieces if piece.kind == kind]
-        return {tensor: values for (_, tensor), values in whole_tensors(pieces).items()}
+        """The tensors that all ranks together have of a kind; NaN where none has anything."""
+        found = {tensor: np.full(right.shape, np.nan) for (of, tensor), right in self.whole.items() if of == kind}
+        for outcome in self.ranks:
+            for piece in outcome.pieces:
+                if piece.kind == kind and piece.tensor in found:
+                    found[piece.tensor][piece.place] = piece.values
+        return found
 
     # ---- pieces ------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ HAMMER_SEEDED_FAULTS=1 is set (a minute or two).
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from functools import cache
 
@@ -91,6 +92,14 @@ def test_rows_of_another_place() -> None:
     assert shifts(piece([6, 7, 8, 9]), whole) == "each is that of 2 rows further on"
     assert shifts(piece([7, 6, 5, 4]), whole) == "row 4 has the values of row 7, and others likewise"
     assert shifts(Piece("gradient", "w", (4, 8), (0, 5), whole[4:8] + 0.1), whole) == ""
+
+
+def test_what_no_rank_holds_ends_no_diagnosis() -> None:
+    """Nor do values that are no numbers: the findings must be printed whatever is wrong."""
+    config, expected, initial = one_process("TP 2 x DP 2")
+    for pieces in (expected.pieces[::2], [dataclasses.replace(p, values=p.values * np.nan) for p in expected.pieces]):
+        damaged = dataclasses.replace(expected, pieces=pieces)
+        assert isinstance(diagnose(config, 4, [damaged] * 4, expected, initial, BOUNDS["fp64"]), list)
 
 
 # ---- real ranks -----------------------------------------------------------------------------------------------------
