@@ -81,8 +81,11 @@ def goes_back(factor: float, who: int, operation: int) -> Callable[[int], None]:
         operation: before which one on files; 0: before it begins; -1: when it is over; -2: never.
     """
 
+    open_contexts = list[Any]()  # one that nobody holds is closed again
+
     def patch(rank: int) -> None:
-        bad_samples(factor=factor).__enter__()
+        open_contexts.append(bad_samples(factor=factor))
+        open_contexts[-1].__enter__()
         if rank != who or operation == -2:
             return
         real = loop.go_back
