@@ -83,6 +83,7 @@ def run_ranks(
 
     adopt_orphans(True)
     resource_tracker.ensure_running()  # its start would unblock the signals that are blocked next
+    on_signals(STOP_SIGNALS, pass_on)  # before they are blocked, as they are here alone: another thread may take one
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited by the ranks
     take_over()
     others_children = children_of(os.getpid())
@@ -105,9 +106,10 @@ def run_ranks(
             process.start()
             rank_end.close()  # the rank's copy is the only one left: its death closes the pipe
             ranks.append(Rank(rank, process, pipe))
-        on_signals(STOP_SIGNALS, pass_on)
         on_signals((STACKS_SIGNAL,), lambda *_: observer.ask())
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        for number in tuple(received):  # while ranks were started
+            forward_signal(ranks, number)
         failed_elsewhere = others.failed if others is not None else lambda: False
         failure = watch(
             ranks, failed_elsewhere, config.parallel.timeout_seconds, observer, lambda: alone and bool(received)
