@@ -131,3 +131,10 @@ def test_own_essays_are_plain_utf8() -> None:
     for path in essays:
         text = path.read_text(encoding="utf-8")
         assert text.count("\n\n") >= 4 and "\r" not in text and json.loads(json.dumps(text)) == text
+
+
+def test_nothing_is_fetched_where_that_is_not_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("一篇短文。", encoding="utf-8")
+    monkeypatch.setattr(sample, "_download", lambda folder: pytest.fail("the network was asked"))
+    ((source, documents),) = sample._collect_chinese(tmp_path, print, fetch=False)
+    assert source.domain == "zh" and [document.text for document in documents] == ["一篇短文。"]
