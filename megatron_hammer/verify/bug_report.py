@@ -22,6 +22,7 @@ from typing import Any, Literal
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import replace_file
 from megatron_hammer.base.progress import size_of
+from megatron_hammer.base.reading import read_regular
 from megatron_hammer.base.system import memory_bytes, processor_text, usable_cores
 from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.config import Config
@@ -43,7 +44,7 @@ def check_place(path: Path) -> None:
         ConfigError: E201 another file is there.
         OSError: its folder cannot be written.
     """
-    if path.is_dir() or (path.exists() and not path.read_bytes().startswith(HEADING.encode())):
+    if path.is_dir() or (path.exists() and not read_regular(path).startswith(HEADING.encode())):
         raise ConfigError(
             1, f"--report {path}", "is there already, and is no report of the self-test", "name a new file"
         )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import from_fields
+from megatron_hammer.base.reading import read_regular
 from megatron_hammer.base.signals import StopRequest
 from megatron_hammer.verify.golden import WRONG
 from megatron_hammer.verify.selftest_parts import PARTS, VERDICT, Part
@@ -90,9 +91,9 @@ def run_part(part: Part, command: Sequence[str], folder: Path, stop: StopRequest
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     seconds = time.monotonic() - started
-    lines = tuple(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
+    lines = tuple(read_regular(log).decode("utf-8", "replace").splitlines()[-LAST_LINES:])
     try:
-        verdict: dict[str, Any] = json.loads((folder / VERDICT).read_bytes())
+        verdict: dict[str, Any] = json.loads(read_regular(folder / VERDICT))
     except (OSError, ValueError):
         return Result(part.name, seconds, _end_without_verdict(code, lines), EXIT_WRONG, part.cure, lines)
     if "found" in verdict:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from megatron_hammer.base.errors import from_exception, to_fields
 from megatron_hammer.base.progress import say
+from megatron_hammer.base.reading import read_regular
 from megatron_hammer.verify import golden
 from megatron_hammer.verify.golden import wrong
 
@@ -153,7 +154,7 @@ def _golden(folder: Path, device: str) -> str:
     config = golden.golden_config(folder / "data", folder / device, device)
     if code := run_rank(config, 0, 0, 1, None):
         raise wrong(f"the run on {device}", f"ended with exit code {code}")
-    lines = (folder / device / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = read_regular(folder / device / "metrics.jsonl").decode().splitlines()
     return golden.compare([json.loads(line) for line in lines], device)
 
 

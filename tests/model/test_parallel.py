@@ -16,8 +16,8 @@ from tests.distributed import run_distributed
 from tests.model.tiny import build, make_context, merged, rank_batches, tiny_config, train
 
 LAYOUTS = [(1, False, 2, 1), (2, False, 2, 1), (4, True, 1, 1), (1, False, 2, 2), (2, True, 1, 2)]
-"""TP, sequence parallelism beyond the query groups, DP, CP: one of each kind. tests/verify/test_grid.py covers the pairs
-of them, and 8 ranks."""
+"""TP, sequence parallelism beyond the query groups, DP, CP: one of each kind. tests/verify/test_grid.py covers their
+pairs, and 8 ranks."""
 
 
 STEPS = 10  # the loss falls to less than a third of its start
