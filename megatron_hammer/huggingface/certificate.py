@@ -202,6 +202,11 @@ def _same_bits(bands: Iterable[Tensor], dtype: str, weights: HfWeights, name: st
 
 
 _REPORT = "this is a fault of the export: please report it"
+_QWEN2 = (
+    "transformers reads the tokenizer of every model_type qwen2 with Qwen2's own class, whatever the folder says: train "
+    "with a tokenizer of Qwen2's, or as Qwen3 (model.qk_norm=true) or Llama (model.qkv_bias=false); "
+    "checkpoint_to_hf.py --tokenizer as-is exports the weights beside the tokenizer's own files"
+)
 
 
 def prepare_inputs(
@@ -247,6 +252,7 @@ def check_tokenizer(manifest: Manifest, ours: Tokenizer, folder: Path) -> dict[s
         raise RefusedError(
             22, "the exported tokenizer", f"cannot be loaded by transformers ({error})", _REPORT
         ) from None
+    remedy = _QWEN2 if type(theirs).__name__ == "Qwen2Tokenizer" else _REPORT
     checks: list[tuple[str, str, Any, Any]] = [("tokenizer", "vocab_size", ours.vocab_size, len(theirs))]
     for name in ("bos", "eos", "unk"):
         checks.append(
@@ -257,7 +263,7 @@ def check_tokenizer(manifest: Manifest, ours: Tokenizer, folder: Path) -> dict[s
         checks += [(file, f"{n}_token_id", getattr(ours, f"{n}_id"), tree.get(f"{n}_token_id")) for n in ("bos", "eos")]
     for where, name, mine, found in checks:
         if mine != found:
-            raise RefusedError(22, f"the exported {where}'s {name}={found}", f"must be {mine}", _REPORT)
+            raise RefusedError(22, f"the exported {where}'s {name}={found}", f"must be {mine}", remedy)
     ids = {}
     for name, text in TEXTS.items():
         ids[name] = ours.encode(text)
@@ -268,7 +274,7 @@ def check_tokenizer(manifest: Manifest, ours: Tokenizer, folder: Path) -> dict[s
                 22,
                 f"the exported tokenizer, {name} text, token {at}",
                 "gives another id than the checkpoint's",
-                _REPORT,
+                remedy,
             )
     return ids
 

@@ -63,6 +63,8 @@ def settings_for_readers(
         "add_bos_token": tokenizer.bos_id is not None and with_marks[:1] == [tokenizer.bos_id] != plain[:1],
         "add_eos_token": tokenizer.eos_id is not None and with_marks[-1:] == [tokenizer.eos_id] != plain[-1:],
     }
+    roles = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id}
+    settings |= {role: None for role, index in roles.items() if index is None}  # else Qwen2's class has its own
     if (prefix := adds_prefix_space(definition)) is not None:
         settings["add_prefix_space"] = prefix
     if (padding := padding_id(tokenizer)) is not None:

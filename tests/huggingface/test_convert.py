@@ -144,6 +144,16 @@ def test_the_import_is_a_start_for_a_run(tmp_path, tokenizer_model):
     assert not (source / "checkpoints").exists()
 
 
+def test_a_qwen2_with_a_tokenizer_of_another_kind_says_what_can_be_done(tmp_path, tokenizer_model):
+    """transformers reads it with Qwen2's own class, whose ids are others."""
+    source = make_hf(tmp_path / "hf", model_type="qwen2", vocab_size=700)
+    shutil.copy(tokenizer_model, source)
+    import_hf(source, tmp_path / "run", note=lambda text: None)
+    with pytest.raises(RefusedError, match=r"E522.*Qwen2's own class.*model.qk_norm=true.*--tokenizer as-is"):
+        export_hf(tmp_path / "run", tmp_path / "back", prove=prove, note=lambda text: None)
+    assert not (tmp_path / "back").exists()
+
+
 def test_an_import_without_tokenizer_says_so_and_keeps_the_token_ids(tmp_path):
     source = make_hf(tmp_path / "hf", bos_token_id=5, eos_token_id=[6, 7])
     told: list[str] = []

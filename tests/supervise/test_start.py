@@ -193,8 +193,8 @@ def rank_fails_in_training(
 
     prepared = SimpleNamespace(config=config, is_finished=False)
     replaced = {
-        "begin": lambda *_: SimpleNamespace(train=train),
-        "Beginning": lambda *_: SimpleNamespace(agree=lambda: prepared, device=torch.device("cpu")),
+        "train": lambda *_: train(),
+        "Beginning": lambda *_: SimpleNamespace(agree=lambda: prepared, device=torch.device("cpu"), predicted=[]),
         "announcement": lambda *_: "",
     }
     for name, stand_in in replaced.items():

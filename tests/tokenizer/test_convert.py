@@ -302,6 +302,18 @@ def test_given_definition_is_copied_and_proved(tmp_path: Path) -> None:
     assert loaded("a<|endoftext|>")["input_ids"][-1] == 0  # its owner's default is kept
 
 
+def test_roles_that_a_tokenizer_lacks_stay_empty_in_a_folder_of_qwen2(tmp_path: Path) -> None:
+    """transformers reads it with a class that has an unk of its own where none is named."""
+    source = write_folder(tmp_path / "a", byte_level_backend(), tokenizer_config={"eos_token": "<|endoftext|>"})
+    tokenizer = load_tokenizer(source)
+    (tmp_path / "b").mkdir()
+    convert_tokenizer(tokenizer, tmp_path / "b")
+    (tmp_path / "b/config.json").write_text('{"model_type": "qwen2"}')
+    loaded = auto(tmp_path / "b")
+    assert type(loaded).__name__ == "Qwen2Tokenizer" and len(loaded) == tokenizer.vocab_size
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.unk_token_id) == (None, 0, None)
+
+
 def test_a_given_definition_may_hold_its_eos_as_an_ordinary_token(tmp_path: Path) -> None:
     """transformers makes it special; by default a text matches it there as it does here."""
     source = write_folder(tmp_path / "a", byte_level_backend())
