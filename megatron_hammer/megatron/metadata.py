@@ -42,7 +42,7 @@ class Entry:
 
     shape: tuple[int, ...]
     dtype: str
-    """As the file names it, ``torch``'s name or anything else; empty: it does not say."""
+    """As the file names it, of torch's names what stands behind the point; empty: it does not say."""
     chunks: tuple[Chunk, ...]
 
 
@@ -103,7 +103,7 @@ def _entry(path: Path, key: str, value: Record) -> Entry:
         chunks.append(found)
     state = value.properties.state if isinstance(value.properties, Record) else None
     stated = state[0] if isinstance(state, tuple) and state else None
-    return Entry(shape, stated if isinstance(stated, str) else "", tuple(chunks))
+    return Entry(shape, stated.removeprefix("torch.") if isinstance(stated, str) else "", tuple(chunks))
 
 
 def _place(path: Path, index: Any, info: Any) -> tuple[tuple[str, tuple[int, ...]], Place] | None:

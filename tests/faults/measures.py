@@ -502,7 +502,7 @@ MEASURES = (
         "ranks die with the launcher",
         "base/system.py",
         "        C.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)\n",
-        "",
+        "        pass\n",
         "supervise/test_start.py::test_ranks_die_with_a_killed_launcher",
     ),
     Measure(
