@@ -203,8 +203,8 @@ def _same_bits(bands: Iterable[Tensor], dtype: str, weights: HfWeights, name: st
 
 _REPORT = "this is a fault of the export: please report it"
 _QWEN2 = (
-    "transformers reads the tokenizer of every model_type qwen2 with Qwen2's own class, whatever the folder says: train "
-    "with a tokenizer of Qwen2's, or as Qwen3 (model.qk_norm=true) or Llama (model.qkv_bias=false); "
+    "transformers reads the tokenizer of every model_type qwen2 with Qwen2's own class, whatever the folder says: "
+    "train with a tokenizer of Qwen2's, or as Qwen3 (model.qk_norm=true) or Llama (model.qkv_bias=false); "
     "checkpoint_to_hf.py --tokenizer as-is exports the weights beside the tokenizer's own files"
 )
 

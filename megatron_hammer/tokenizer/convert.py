@@ -204,6 +204,11 @@ def form_line(why: str) -> str:
 
 # ---- what is known without converting ----
 
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How ``Qwen2Tokenizer`` of transformers 5 cuts a text into words."""
+
 
 def conversion_obstacle(tokenizer: Tokenizer) -> str:
     """Why a tokenizer cannot be exported exactly, or an empty string: what is known without converting it."""
@@ -221,12 +226,37 @@ def conversion_obstacle(tokenizer: Tokenizer) -> str:
     return f"{tokenizer.path} {why}, and {obstacle}"
 
 
-def export_note(tokenizer: Tokenizer) -> str:
-    """What whoever begins to use a tokenizer should know of its export, or an empty string."""
-    obstacle = conversion_obstacle(tokenizer)
+def export_note(tokenizer: Tokenizer, family: str | None = None) -> str:
+    """What whoever begins to use a tokenizer should know of its export, or an empty string.
+
+    Args:
+        family: transformers' name of the model's kind, where there is one already.
+    """
+    obstacle, cure = conversion_obstacle(tokenizer), ""
+    if not obstacle and family == "qwen2" and not _splits_as_qwen2(tokenizer):
+        obstacle = (
+            "transformers reads the tokenizer of every model of kind qwen2 with Qwen2's own class, which splits text "
+            f"in another way than {tokenizer.path}"
+        )
+        cure = "; as Qwen3 (model.qk_norm=true) or Llama (model.qkv_bias=false) it is"
     if not obstacle:
         return ""
     return (
-        f"{obstacle}: a model trained with it is exported with the .model as it is or without a tokenizer "
-        "(checkpoint_to_hf.py --tokenizer as-is|none), not with one that transformers loads"
+        f"{obstacle}: a model trained with it is exported with the tokenizer's files as they are or without any "
+        f"(checkpoint_to_hf.py --tokenizer as-is|none), not with one that transformers loads{cure}"
+    )
+
+
+def _splits_as_qwen2(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer.json does to a text what ``Qwen2Tokenizer`` of transformers 5 does with any vocabulary."""
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return False
+    normalizer, split = (tokenizer.definition.get(name) or {} for name in ("normalizer", "pre_tokenizer"))
+    words, *rest = split.get("pretokenizers") or [split]
+    pattern = words.get("pattern") or {}
+    return (
+        normalizer.get("type") == "NFC"
+        and pattern == {"Regex": QWEN2_WORDS}
+        and (words.get("behavior"), words.get("invert")) == ("Isolated", False)
+        and [(step.get("type"), step.get("add_prefix_space")) for step in rest] == [("ByteLevel", False)]
     )

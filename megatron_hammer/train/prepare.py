@@ -207,7 +207,7 @@ def look_at_inputs(config: Config, world_size: int, check_data: bool = True, acc
             if prefix not in past:
                 check_prefix(prefix)  # before a tokenizer or its absence is spoken of: text as data is named first
     tokenizer = None if config.tokenizer.path is None else load_tokenizer(config.tokenizer.path)
-    if tokenizer is not None and (note := export_note(tokenizer)):
+    if tokenizer is not None and (note := export_note(tokenizer, config.model.family)):
         notes.append(note)
     config = with_vocab_size(config, tokenizer)
     open_fim(config, tokenizer)

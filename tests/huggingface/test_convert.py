@@ -29,7 +29,7 @@ from megatron_hammer.huggingface.importing import import_hf
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors, plan_files
 from megatron_hammer.model.parameters import EMBEDDING, HEAD, logical_shapes
 from megatron_hammer.tokenizer import conversion_proof
-from megatron_hammer.tokenizer.convert import export_note
+from megatron_hammer.tokenizer.convert import QWEN2_WORDS, export_note
 from megatron_hammer.tokenizer.load import load_tokenizer
 from tests.checkpoint.layouts import random_logical, tiny_model, write_layout
 
@@ -538,6 +538,40 @@ def test_what_cannot_be_exported_is_said_beforehand(tmp_path, kinds, tokenizer):
         assert remarks(job) == expected
         config = tiny_config(tokenizer__path=str(kinds[kind].path), model__vocab_size=None, train__dry_run=True)
         assert [text for text in prepare(config, 1).notes if "exported" in text] == expected
+    qwen2 = tiny_config(
+        tokenizer__path=str(tokenizer.path), model__vocab_size=None, model__qkv_bias=True, train__dry_run=True
+    )
+    (note,) = (text for text in prepare(qwen2, 1).notes if "exported" in text)
+    assert "Qwen2's own class" in note and "model.qk_norm=true" in note
+
+
+def test_only_a_tokenizer_that_splits_as_qwen2_s_class_is_exported_with_a_qwen2(tmp_path):
+    """Held against transformers: a text of all kinds, with the words' pattern and with one that keeps numbers whole."""
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Backend
+    from transformers import AutoTokenizer
+
+    text = "It's 12345 naïve e\u0301 cafés\r\n\n  def f(x):\t return x**2  今天的天气 ﬁ"
+    for name, words, equal in (
+        ("same", QWEN2_WORDS, True),
+        ("other", QWEN2_WORDS.replace(r"|\p{N}|", r"|\p{N}+|"), False),
+    ):
+        backend = Backend(models.BPE())
+        backend.normalizer, backend.decoder = normalizers.NFC(), decoders.ByteLevel()
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        )
+        trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                      special_tokens=["<|endoftext|>"], show_progress=False)  # fmt: skip
+        backend.train_from_iterator([text, "12345"] * 3, trainer)
+        (tmp_path / name).mkdir()
+        backend.save(str(tmp_path / name / "tokenizer.json"))
+        (tmp_path / name / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+        (tmp_path / name / "config.json").write_text('{"model_type": "qwen2"}')
+        ours = load_tokenizer(tmp_path / name)
+        assert (export_note(ours, "qwen2") == "") == equal and export_note(ours, "qwen3") == ""
+        theirs = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert (theirs(text)["input_ids"] == ours.encode(text)) == equal
 
 
 def test_the_child_process_proves_the_model_alone(tmp_path, kinds):
