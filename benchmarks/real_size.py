@@ -5,7 +5,7 @@
 The weights are random, of transformers' own class and config. What a stage needs no more is removed when the next one
 begins, so that FOLDER holds at most a run's last checkpoint and the export. Prints the seconds of each stage, and by
 how much the machine's available memory fell. All 28 layers have 1.72 billion parameters: 26 GiB of states in fp32 with
-AdamW, 20.6 with optimizer.style=muon, whose messages and products come on top; fewer layers keep all other sizes.
+AdamW, 20.6 with optimizer.style=muon, and 22.4 with all that comes on top; fewer layers keep all other sizes.
 """
 
 from __future__ import annotations
