@@ -41,6 +41,7 @@ from megatron_hammer.huggingface.config import CONFIG, GENERATION_CONFIG, model_
 from megatron_hammer.huggingface.export import certificate_line, documents_begin_with, documents_end_with
 from megatron_hammer.huggingface.transformers_model import load_causal
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors, one_thread
+from megatron_hammer.tokenizer.convert import QWEN2_CURE, QWEN2_READS
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.model_folder import form_of_folder
@@ -203,8 +204,7 @@ def _same_bits(bands: Iterable[Tensor], dtype: str, weights: HfWeights, name: st
 
 _REPORT = "this is a fault of the export: please report it"
 _QWEN2 = (
-    "transformers reads the tokenizer of every model_type qwen2 with Qwen2's own class, whatever the folder says: "
-    "train with a tokenizer of Qwen2's, or as Qwen3 (model.qk_norm=true) or Llama (model.qkv_bias=false); "
+    f"{QWEN2_READS}, whatever the folder says: train with a tokenizer of Qwen2's, or {QWEN2_CURE}; "
     "checkpoint_to_hf.py --tokenizer as-is exports the weights beside the tokenizer's own files"
 )
 

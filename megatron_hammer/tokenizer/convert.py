@@ -208,6 +208,8 @@ QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """How ``Qwen2Tokenizer`` of transformers 5 cuts a text into words."""
+QWEN2_READS = "transformers reads the tokenizer of every model of kind qwen2 with Qwen2's own class"
+QWEN2_CURE = "as Qwen3 (model.qk_norm=true) or Llama (model.qkv_bias=false)"
 
 
 def conversion_obstacle(tokenizer: Tokenizer) -> str:
@@ -234,11 +236,8 @@ def export_note(tokenizer: Tokenizer, family: str | None = None) -> str:
     """
     obstacle, cure = conversion_obstacle(tokenizer), ""
     if not obstacle and family == "qwen2" and not _splits_as_qwen2(tokenizer):
-        obstacle = (
-            "transformers reads the tokenizer of every model of kind qwen2 with Qwen2's own class, which splits text "
-            f"in another way than {tokenizer.path}"
-        )
-        cure = "; as Qwen3 (model.qk_norm=true) or Llama (model.qkv_bias=false) it is"
+        obstacle = f"{QWEN2_READS}, which splits text in another way than {tokenizer.path}"
+        cure = f"; {QWEN2_CURE} it is"
     if not obstacle:
         return ""
     return (
