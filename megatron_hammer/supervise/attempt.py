@@ -22,7 +22,7 @@ from typing import Any
 from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL
 from megatron_hammer.base.processes import KILL_SECONDS, outlives_a_kill
 from megatron_hammer.base.progress import say
-from megatron_hammer.base.signals import STOP_SIGNALS, on_signals, take_over
+from megatron_hammer.base.signals import STOP_SIGNALS, end_at_once, on_signals, take_over
 from megatron_hammer.base.system import LOOPBACK, adopt_orphans, parents, usable_cores
 from megatron_hammer.config import Config
 from megatron_hammer.parallel.board import STACKS_SIGNAL, Board
@@ -135,8 +135,11 @@ def run_ranks(
             again = restarts.told(nproc, node)
         failure = agree_with_other_nodes(meeting.store, node, failure, lost)
         others.stop()
-        if again is not None and node.node_rank:
-            wait_for_its_end(meeting.store)
+        if again is not None:  # what follows is a wait for the others, as before the first start
+            end_at_once("before the ranks were started again")
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            if node.node_rank:
+                wait_for_its_end(meeting.store)
     code = EXIT_STOPPED_BY_SIGNAL if any(r.code for r in ranks) else 0
     return Ended(code if failure is None else failure.error.exit_code, failure, bool(received), tuple(left), again)
 

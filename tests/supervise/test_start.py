@@ -26,6 +26,7 @@ from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.parallel import rendezvous
 from megatron_hammer.parallel.board import Journal
 from megatron_hammer.supervise.nodes import Node
+from megatron_hammer.supervise.restart import Restarts
 from megatron_hammer.supervise.start import _check_gpus, _check_slurm_step, launch
 from tests.warm_python import warm_python
 
@@ -74,6 +75,13 @@ def rank_mistake_of_one(
     if rank == 1:
         raise OSError(28, "No space left on device", "/some/file")
     sleep_until_killed()
+    return 0
+
+
+def rank_dies(
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
     return 0
 
 
@@ -414,6 +422,22 @@ def test_a_node_that_waits_says_for_whom_and_ends_on_a_signal_at_once() -> None:
         assert lines[:-1] and all(waits.fullmatch(line) for line in lines[:-1]), lines
 
 
+def test_a_node_that_waits_for_another_start_ends_on_a_signal_at_once() -> None:
+    """Node 1 agrees to start again, and does not come back."""
+    port = free_port()
+    nodes = [start("rank_dies", 1, 2, number, port, 1) for number in range(2)]
+    assert nodes[0].stderr is not None
+    while not (line := nodes[0].stderr.readline()).startswith("restart 1 of 1: 1 ranks on each of 2 nodes"):
+        assert line.startswith("error[E701]"), line
+    assert finish(nodes[1])[0] == 0
+    sent = time.monotonic()
+    nodes[0].send_signal(signal.SIGTERM)
+    code, _, lines = finish(nodes[0])
+    assert time.monotonic() - sent < 10, "long before the 30 s of the wait are over"
+    assert code == 75
+    assert lines[-1] == "stopped by SIGTERM before the ranks were started again; run the same command again"
+
+
 def test_two_launchers_of_one_number_are_refused() -> None:
     port = free_port()
     first = start("rank_sleeps", 1, 3, 0, port)
@@ -591,8 +615,14 @@ def test_memory_shortage_is_recognised() -> None:
 
 if __name__ == "__main__":
     name, nproc, *place = sys.argv[1:]
-    nnodes, node_rank, port = map(int, place or (1, 0, 0))
+    nnodes, node_rank, port, most = map(int, (*place, 0)[:4] if place else (1, 0, 0, 0))
     node = Node(int(nproc), nnodes, node_rank, "127.0.0.1", port)
     config = config_from_tree(CONFIG | {"parallel": {"timeout_seconds": TIMEOUTS.get(name, 30)}})
+    if most and node_rank:  # it does not come back to be started again
+        from megatron_hammer.supervise import attempt
+
+        once = attempt.run_ranks
+        attempt.run_ranks = lambda *told: once(*told).again and os._exit(0)  # type: ignore[assignment,return-value]
     end_at_once("before any rank started")  # as the program does
-    run_and_exit(lambda: launch(config, node, f"test_start:{name}"))
+    restarts = Restarts(config, most, 1) if most else None
+    run_and_exit(lambda: launch(config, node, f"test_start:{name}", restarts=restarts))
