@@ -64,7 +64,8 @@ def run_ranks(
     config: Config, node: Node, entry: str, options: Mapping[str, Any], restarts: Restarts | None = None
 ) -> Ended:
     """Run ``entry`` on every rank of ``node``, until all have ended. The arguments are those of ``launch``."""
-    meeting = None if node.world_size == 1 else _meet(node, config.parallel.timeout_seconds)
+    most = 0 if restarts is None else restarts.most
+    meeting = None if node.world_size == 1 else _meet(node, config.parallel.timeout_seconds, most)
     others = None
     if meeting is not None and node.nnodes > 1:
         timeout = config.parallel.timeout_seconds
@@ -127,7 +128,7 @@ def run_ranks(
         if failure is not None and failure.severity >= 2:  # it may be the consequence of what happened elsewhere
             wait_until(others.failed, 2 * GRACE_SECONDS)
         lost = others.lost()
-        if restarts is not None and restarts.most and lost is None:
+        if restarts is not None and most and lost is None:
             able = not received and not left
             nproc = agree_on_restart(
                 meeting.store, node, failure, able, lambda cause: _ranks_again(restarts, cause, node)
@@ -150,14 +151,14 @@ def _ranks_again(restarts: Restarts, failure: Failure, node: Node) -> int:
     return 0 if again is None else again.nproc
 
 
-def _meet(node: Node, timeout_seconds: int) -> Meeting:
+def _meet(node: Node, timeout_seconds: int, restarts: int) -> Meeting:
     """The open store through which all ranks find each other; with several nodes, when all of them are there."""
     if node.node_rank == 0:
         meeting = host_store(node.master_addr, node.master_port, timeout_seconds)
     else:
         meeting = join_store(node.master_addr, node.master_port, timeout_seconds, say)
     if node.nnodes > 1:
-        wait_for_all_nodes(meeting, node, timeout_seconds, say)
+        wait_for_all_nodes(meeting, node, timeout_seconds, say, restarts)
     return meeting
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from megatron_hammer.base.errors import ConfigError, ParallelError, from_fields, to_fields
 from megatron_hammer.parallel.heartbeat import node_0_is_gone
@@ -22,15 +22,21 @@ PRESENT_KEY, FAILURE_KEY, ENDED_KEY = "launcher/present", "launcher/failure", "l
 ABLE_KEY, AGAIN_KEY = "launcher/able", "launcher/again"
 
 
-def wait_for_all_nodes(meeting: Meeting, node: Node, timeout_seconds: float, note: Callable[[str], None]) -> None:
+def wait_for_all_nodes(
+    meeting: Meeting, node: Node, timeout_seconds: float, note: Callable[[str], None], restarts: int = 0
+) -> None:
     """Return when a launcher of every node is there. Nothing has been started yet, so a signal may end the wait.
 
+    Args:
+        restarts: that the user allows this launcher.
+
     Raises:
-        ConfigError: two launchers have one number, or they were started with other numbers of ranks or nodes.
+        ConfigError: two launchers have one number, or they were started with other numbers of ranks, nodes or restarts.
         ParallelError: a node does not come in time.
     """
     try:
-        _announce(meeting.store, node)
+        ours = {"nproc": node.nproc, "nnodes": node.nnodes, "max-restarts": restarts}
+        _announce(meeting.store, node, ours)
         waiting = Waiting(timeout_seconds, note)
         while missing := [i for i in range(node.nnodes) if not meeting.store.check([f"{PRESENT_KEY}/{i}"])]:
             numbers = ", ".join(map(str, missing))
@@ -42,12 +48,12 @@ def wait_for_all_nodes(meeting: Meeting, node: Node, timeout_seconds: float, not
                     "start the launcher on every node, with the same --master-addr and --master-port",
                 )
         for other in range(node.nnodes):
-            _check_alike(node, other, json.loads(meeting.store.get(f"{PRESENT_KEY}/{other}")))
+            _check_alike(ours, other, json.loads(meeting.store.get(f"{PRESENT_KEY}/{other}")))
     except RuntimeError:  # the store's host has closed it
         raise node_0_is_gone() from None
 
 
-def _announce(store: Store, node: Node) -> None:
+def _announce(store: Store, node: Node, ours: Mapping[str, int]) -> None:
     if store.add(f"{PRESENT_KEY}/count/{node.node_rank}", 1) > 1:
         raise ConfigError(
             41,
@@ -55,13 +61,13 @@ def _announce(store: Store, node: Node) -> None:
             "is that of another launcher too",
             "start one launcher a node (under Slurm --ntasks-per-node=1), each with its own number",
         )
-    store.set(f"{PRESENT_KEY}/{node.node_rank}", json.dumps([node.nproc, node.nnodes]))
+    store.set(f"{PRESENT_KEY}/{node.node_rank}", json.dumps(ours))
 
 
-def _check_alike(node: Node, other: int, theirs: list[int]) -> None:
-    for name, ours, its in zip(("nproc", "nnodes"), (node.nproc, node.nnodes), theirs, strict=True):
-        if ours != its:
-            raise ConfigError(40, f"--{name}={ours}", f"is {its} on node {other}", "start all nodes alike")
+def _check_alike(ours: Mapping[str, int], other: int, theirs: Mapping[str, int]) -> None:
+    for name, number in ours.items():
+        if number != theirs[name]:
+            raise ConfigError(40, f"--{name}={number}", f"is {theirs[name]} on node {other}", "start all nodes alike")
 
 
 def agree_with_other_nodes(

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_hammer.base.errors import ParallelError
+from megatron_hammer.base.errors import ConfigError, ParallelError
 from megatron_hammer.parallel import heartbeat
 from megatron_hammer.parallel.heartbeat import Heartbeat, node_0_is_gone
 from megatron_hammer.parallel.rendezvous import Meeting, host_store, join_store
@@ -78,6 +78,25 @@ def test_node_0_out_of_reach_is_named_by_the_others(meeting: Meeting, monkeypatc
     mistake = Failure(0, 0, node_0_is_gone())
     assert outcome.agree_with_other_nodes(meeting.store, Node(1, 2, 1), mistake, lost) is mistake
     node._stop.set()
+
+
+def test_launchers_that_may_not_start_again_equally_often_are_refused(meeting: Meeting) -> None:
+    """One that waits to hear whether all start again would take node 0's end, even of a run that is complete, for its
+    loss."""
+    meetings = [meeting, join_store(meeting.address, meeting.port, 30)]
+
+    def meet(number: int) -> str:
+        try:
+            outcome.wait_for_all_nodes(meetings[number], Node(2, 2, number), 30, str, restarts=3 * number)
+        except ConfigError as error:
+            return str(error)
+        return "met"
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(meet, range(2))) == [
+            "error[E240]: --max-restarts=0 is 3 on node 1; start all nodes alike",
+            "error[E240]: --max-restarts=3 is 0 on node 0; start all nodes alike",
+        ]
 
 
 @pytest.mark.parametrize(
