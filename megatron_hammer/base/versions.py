@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 
 PACKAGES = ("megatron_hammer", "torch", "numpy", "transformers", "sentencepiece", "tokenizers")
 
 
 @functools.cache
-def installed_versions() -> dict[str, str]:
+def installed_versions() -> Mapping[str, str]:
     """Python's version, and that of each of ``PACKAGES`` that is installed; looked up once, for each save asks."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:

@@ -88,7 +88,7 @@ def report(results: Sequence[Result], config: Config | None = None) -> str:
 
 def versions() -> list[tuple[str, str]]:
     """Of Python and of the libraries that decide what is computed, where they are installed."""
-    found = installed_versions()
+    found = dict(installed_versions())
     for name in OPTIONAL:
         try:
             found[name] = metadata.version(name)

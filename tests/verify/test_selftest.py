@@ -18,6 +18,7 @@ import pytest
 
 from megatron_hammer.base.errors import ConfigError, RefusedError
 from megatron_hammer.base.signals import StopRequest
+from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.config import config_from_tree
 from megatron_hammer.sampling import index_builder
 from megatron_hammer.verify import bug_report, golden, selftest, selftest_parts
@@ -179,6 +180,12 @@ def test_a_report_says_what_helps_and_nothing_private(hostile: None, monkeypatch
                   "Permission denied", "- compiled parts: ", "1 of 2 parts passed"):  # fmt: skip
         assert helps in text, helps
     assert "<value>" not in text.partition("## Output")[0].partition("## Versions")[2]
+
+
+def test_a_report_leaves_the_versions_of_checkpoints_as_they_are() -> None:
+    """What is installed is looked up once for all who ask."""
+    before = dict(installed_versions())
+    assert {"triton", "implementation"} & {name for name, _ in bug_report.versions()} and before == installed_versions()
 
 
 def test_ordinary_words_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
