@@ -92,15 +92,16 @@ def run_part(part: Part, command: Sequence[str], folder: Path, stop: StopRequest
             process.wait()
     seconds = time.monotonic() - started
     lines = tuple(read_regular(log).decode("utf-8", "replace").splitlines()[-LAST_LINES:])
-    try:
-        verdict: dict[str, Any] = json.loads(read_regular(folder / VERDICT))
-    except (OSError, ValueError):
-        return Result(part.name, seconds, _end_without_verdict(code, lines), EXIT_WRONG, part.cure, lines)
-    if "found" in verdict:
+    verdict: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        verdict = json.loads(read_regular(folder / VERDICT))
+    if "error" in verdict:
+        error = from_fields(verdict["error"])
+        cure = part.cure if error.code == f"E{EXIT_WRONG}{WRONG}" else error.remedy
+        return Result(part.name, seconds, f"[{error.code}] {error.what} {error.rule}", error.exit_code, cure, lines)
+    if "found" in verdict and code == 0:  # what crashes or hangs at its very end would do so in a run, too
         return Result(part.name, seconds, verdict["found"])
-    error = from_fields(verdict["error"])
-    cure = part.cure if error.code == f"E{EXIT_WRONG}{WRONG}" else error.remedy
-    return Result(part.name, seconds, f"[{error.code}] {error.what} {error.rule}", error.exit_code, cure, lines)
+    return Result(part.name, seconds, _bad_end(code, lines), EXIT_WRONG, part.cure, lines)
 
 
 def _wait(process: subprocess.Popen[bytes], stop: StopRequest) -> int | None:
@@ -115,7 +116,7 @@ def _wait(process: subprocess.Popen[bytes], stop: StopRequest) -> int | None:
     return code
 
 
-def _end_without_verdict(code: int | None, lines: Sequence[str]) -> str:
+def _bad_end(code: int | None, lines: Sequence[str]) -> str:
     if code is None:
         return f"did not end within {PART_SECONDS:g} s"
     if code < 0:

@@ -76,8 +76,10 @@ if name == "hang": time.sleep(60)
 if name == "raise": raise ValueError("no such thing")
 error = {"exit_code": 5 if name == "wrong" else 6, "number": 42 if name == "wrong" else 1, "what": "x",
          "rule": "is wrong", "remedy": "free space"}
-verdict = {"found": "1 = 1, by " + os.environ["OMP_NUM_THREADS"]} if name == "right" else {"error": error}
+right = name in ("right", "late")
+verdict = {"found": "1 = 1, by " + os.environ["OMP_NUM_THREADS"]} if right else {"error": error}
 (folder / "verdict.json").write_text(json.dumps(verdict))
+if name == "late": os.kill(os.getpid(), signal.SIGSEGV)
 """
 
 
@@ -95,6 +97,7 @@ def test_every_end_of_a_part_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not {"SLURM_STEP_TASKS_PER_NODE", "RANK"} & given.keys()
     assert given["TMPDIR"] == str(tmp_path), "what libraries leave there goes with the folder"
     right, wrong, disk, crash, raised = (run_part(n, tmp_path) for n in ("right", "wrong", "disk", "crash", "raise"))
+    late = run_part("late", tmp_path)
     monkeypatch.setattr(selftest, "PART_SECONDS", 0.3)
     hang = run_part("hang", tmp_path)
     assert (right.exit_code, right.found) == (0, "1 = 1, by 1") and len(right.lines()) == 1
@@ -102,6 +105,7 @@ def test_every_end_of_a_part_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (disk.exit_code, disk.cure) == (6, "free space")
     assert (crash.exit_code, raised.exit_code, hang.exit_code) == (5, 5, 5)
     assert "crashed with SIGILL" in crash.found and crash.output == ("a line of crash",)
+    assert late.exit_code == 5 and "crashed with SIGSEGV" in late.found, "though its results were right"
     assert raised.found == "crashed with exit code 1: ValueError: no such thing"
     assert hang.found == "did not end within 0.3 s" and hang.lines()[1].endswith("-> the cure")
     assert selftest.exit_code([right, disk, wrong]) == 5 and selftest.exit_code([right, disk]) == 6
