@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 
+from megatron_hammer.config import Config
 from megatron_hammer.model.parameters import EMBEDDING, FINAL_NORM
 from megatron_hammer.verify.outcome import Outcome, Piece
 
@@ -42,6 +43,13 @@ class Sizes:
     stages_per_rank: int = 1
     tied: bool = False
     """Head and embedding are one weight, which first and last stage both have."""
+
+    @classmethod
+    def of(cls, config: Config, world_size: int) -> Sizes:
+        """Those of a run."""
+        grid, accumulated = config.grid(world_size), config.grad_accum(world_size)
+        stages, tied = config.parallel.virtual_pipeline_stages, config.model.tie_word_embeddings
+        return cls(grid.tp, grid.dp, accumulated, grid.cp, grid.pp, stages, tied)
 
 
 @dataclass(frozen=True)

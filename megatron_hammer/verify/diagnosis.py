@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -71,21 +72,19 @@ def diagnose(
     return []
 
 
+@dataclass
 class _Seen:
     """A proof's numbers, and the questions to them."""
 
-    def __init__(
-        self,
-        config: Config,
-        world_size: int,
-        ranks: Sequence[Outcome],
-        expected: Outcome,
-        initial: dict[str, np.ndarray],
-        bound: float,
-    ) -> None:
-        self.config, self.world_size, self.ranks, self.expected = config, world_size, ranks, expected
-        self.initial, self.bound, self.grid = initial, bound, config.grid(world_size)
-        self.whole = whole_tensors(expected.pieces)
+    config: Config
+    world_size: int
+    ranks: Sequence[Outcome]
+    expected: Outcome
+    initial: dict[str, np.ndarray]
+    bound: float
+
+    def __post_init__(self) -> None:
+        self.grid, self.whole = self.config.grid(self.world_size), whole_tensors(self.expected.pieces)
 
     def wrong(self, kinds: Iterable[str]) -> list[tuple[int, Piece]]:
         """The pieces of these kinds that differ, with their ranks."""

@@ -14,8 +14,9 @@ from megatron_hammer.config import Config
 from megatron_hammer.verify.compare import Sizes, off_by_log
 from megatron_hammer.verify.outcome import Outcome
 from megatron_hammer.verify.patterns import EXPLAINED, NOISE, explains, listed, whose
+from megatron_hammer.verify.reading import Owners, Reading
 from megatron_hammer.verify.tokens import cause_of_tokens
-from megatron_hammer.verify.what_if import Owners, Reading, losses_with_faults
+from megatron_hammer.verify.what_if import losses_with_faults
 
 
 def diagnose_tokens(
@@ -27,8 +28,7 @@ def diagnose_tokens(
     bound: float,
 ) -> list[str]:
     """Sentences on the losses before the first step; empty where they are right. Arguments as of ``diagnose``."""
-    grid = config.grid(world_size)
-    sizes = Sizes(grid.tp, grid.dp, config.grad_accum(world_size), grid.cp, grid.pp)
+    grid, sizes = config.grid(world_size), Sizes.of(config, world_size)
     right = np.empty(len(expected.tokens))
     right[expected.tokens] = expected.token_losses
     limit, got = bound * right.max(), right.copy()
@@ -83,7 +83,8 @@ def _which_tokens(config: Config, world_size: int, wrong: np.ndarray) -> str:
     """The tokens that differ by what they have in common, where the others have not."""
     if wrong.all():
         return ""
-    owners, reading = Owners.of(config, world_size), Reading.of(config)
+    reading = Reading.of(config)
+    owners = Owners.of(config, world_size, reading)
     local = config.placement().vocab_rows_local(config.model.vocab_size or 1)
     inputs, labels = reading.tokens.numpy(), reading.labels.numpy()
     have = {

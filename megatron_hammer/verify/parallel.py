@@ -43,6 +43,7 @@ from megatron_hammer.verify.compare import (
 )
 from megatron_hammer.verify.diagnosis import diagnose
 from megatron_hammer.verify.outcome import Outcome, Piece, read_outcome
+from megatron_hammer.verify.reading import Reading
 from megatron_hammer.verify.reference import reference_steps
 from megatron_hammer.verify.shrink import STEPS, alone, exact_optimizer, shrink
 from megatron_hammer.verify.steps import (
@@ -50,7 +51,6 @@ from megatron_hammer.verify.steps import (
     model_pieces,
     precisions,
     take_steps,
-    token_positions,
 )
 from megatron_hammer.verify.tokens import compare_tokens
 
@@ -95,17 +95,7 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
         _check_gpus(world_size)
     small, left_out = shrink(config, world_size, real)
     small.validate(world_size)
-    parallel = config.parallel
-    sizes = Sizes(
-        parallel.tensor_model_parallel_size,
-        config.data_parallel_size(world_size),
-        small.grad_accum(world_size),
-        parallel.context_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.virtual_pipeline_stages,
-        small.model.tie_word_embeddings,
-    )
-    names = precisions(small)
+    sizes, names = Sizes.of(small, world_size), precisions(small)
     with tempfile.TemporaryDirectory(prefix="verify-parallel-") as folder:
         note(f"{world_size} ranks: {STEPS} steps in {' and in '.join(names)}")
         placed = dataclasses.replace(small, train=dataclasses.replace(small.train, output=folder))
@@ -117,7 +107,7 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
     alone, initial = _one_process(small)
     note("transformers: the same in fp64")
     theirs, (exact, *_, last) = reference_steps(small, initial), (*names, *names)
-    positions = token_positions(small)
+    positions = Reading.of(small).positions.ravel()
     compared = []
     for name in names:
         reference = alone.get(name, alone["fp32"])

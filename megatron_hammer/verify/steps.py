@@ -141,14 +141,6 @@ def token_losses(model: Model, config: Config, ctx: ParallelContext) -> tuple[np
     return np.concatenate([place.ravel() for place in places]), found
 
 
-def token_positions(config: Config) -> np.ndarray:
-    """Place of each token of the first step's global batch in its document, or in its sample under a causal mask."""
-    windows, documents = global_batch(config, 1)
-    s = windows.shape[1] - 1
-    masked = config.data.attention_mask == "document"
-    return np.concatenate([np.arange(n) for sample in documents for n in (sample if masked else [s])])
-
-
 # ---- pieces ----------------------------------------------------------------------------------------------------------
 
 

@@ -21,117 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_hammer.config import Config
-from megatron_hammer.parallel.sequence_split import token_index
 from megatron_hammer.verify.outcome import Piece
 from megatron_hammer.verify.patterns import Label
+from megatron_hammer.verify.reading import Loss, Owners, Reading, cross_entropy, positions_of
 from megatron_hammer.verify.reference import Rule, build_model, reference_steps
-from megatron_hammer.verify.steps import global_batch
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""Of logits [n, v] and labels [n], the loss of each token."""
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """As it should be."""
-    return F.cross_entropy(logits, labels, reduction="none")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What the tokens of a step's global batch are told: a row for each micro-batch, [.., b s], in which its samples
-    come one after the other."""
-
-    tokens: Tensor
-    labels: Tensor
-    positions: np.ndarray
-    """In their document."""
-    documents: list[list[int]]
-    """Lengths of those of each row; a whole sample under a causal mask."""
-
-    @classmethod
-    def of(cls, config: Config, step: int = 1) -> Reading:
-        """As it should be."""
-        windows, documents = global_batch(config, step)
-        s, b = windows.shape[1] - 1, config.train.micro_batch_size
-        if config.data.attention_mask != "document":
-            documents = [[s] for _ in documents]
-        rows = [[n for sample in documents[i : i + b] for n in sample] for i in range(0, len(documents), b)]
-        return cls(windows[:, :-1].reshape(-1, b * s), windows[:, 1:].reshape(-1, b * s), _positions(rows), rows)
-
-    def losses(self, model: Any, loss: Loss = cross_entropy) -> np.ndarray:
-        """Of each token, one sample after the other."""
-        found = []
-        with torch.no_grad():
-            for sample, part in self.parts():
-                positions = torch.from_numpy(self.positions[sample, part])[None]
-                tokens = self.tokens[sample, part][None]
-                # With a mask, or transformers would take positions with gaps for several documents.
-                logits = model(tokens, attention_mask=torch.ones_like(tokens), position_ids=positions).logits[0]
-                found.append(loss(logits, self.labels[sample, part]))
-        losses: np.ndarray = torch.cat(found).numpy()
-        return losses
-
-    def parts(self) -> Iterator[tuple[int, slice]]:
-        """Each document: its sample, and its tokens there."""
-        for sample, lengths in enumerate(self.documents):
-            ends = np.cumsum([0, *lengths])
-            yield from ((sample, slice(int(a), int(b))) for a, b in itertools.pairwise(ends))
-
-
-def _positions(documents: list[list[int]]) -> np.ndarray:
-    return np.stack([np.concatenate([np.arange(n) for n in lengths]) for lengths in documents])
-
-
-def _moved(lengths: list[int], by: int, sample: int | None, room: bool) -> list[int]:
-    """Lengths of documents whose boundaries are so many tokens later.
-
-    Args:
-        sample: tokens of a sample, whose ends stay; None: they move, too.
-        room: boundaries stay where the next one was; else documents may vanish.
-    """
-    ends = np.cumsum([0, *lengths])
-    stay = np.isin(ends, (0, ends[-1])) if sample is None else ends % sample == 0
-    before, behind = np.r_[0, ends[:-1]], np.r_[ends[1:], ends[-1]]
-    there = np.clip(ends + by, before + 1, behind - 1) if room else np.clip(ends + by, 1, ends[-1] - 1)
-    return [int(n) for n in np.diff(np.unique(np.where(stay, ends, there))) if n]
-
-
-# ---- which rank has which tokens -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Owners:
-    """Of each token of the global batch, in the rows of ``Reading``, the coordinates of the ranks that compute it."""
-
-    dp: np.ndarray
-    micro_batch: np.ndarray
-    cp: np.ndarray
-    place: np.ndarray
-    """Among the tokens that the context-parallel rank has of the document."""
-
-    @classmethod
-    def of(cls, config: Config, world_size: int) -> Owners:
-        """By the order of the loader and the split of samples."""
-        reading, dp_size = Reading.of(config), config.data_parallel_size(world_size)
-        shape, shards = reading.positions.shape, config.parallel.context_parallel_size
-        number = np.arange(shape[0])  # of a micro-batch, in the global batch
-        cp, place = np.zeros(shape, dtype=int), reading.positions.copy()
-        if shards > 1:
-            for row, lengths in enumerate(reading.documents):
-                ends = np.cumsum([0, *lengths]).astype(np.int32)
-                for rank, tokens in enumerate(token_index(ends, shards, config.data.attention_mask == "document")):
-                    cp[row, tokens] = rank
-            for row, part in reading.parts():
-                for rank in range(shards):
-                    mine = cp[row, part] == rank
-                    place[row, part][mine] = np.arange(mine.sum())
-        return cls(
-            np.broadcast_to((number % dp_size)[:, None], shape),
-            np.broadcast_to((number // dp_size)[:, None], shape),
-            cp,
-            place,
-        )
-
 
 # ---- losses under a fault --------------------------------------------------------------------------------------------
 
@@ -159,17 +52,17 @@ def _readings(config: Config, world_size: int, right: Reading) -> Iterator[tuple
     change, s = dataclasses.replace, config.data.seq_length
     if config.data.attention_mask == "document":
         whole = [[s] * config.train.micro_batch_size for _ in right.documents]
-        yield "documents are not kept apart", change(right, documents=whole, positions=_positions(whole))
+        yield "documents are not kept apart", change(right, documents=whole, positions=positions_of(whole))
         for by, word in ((1, "later"), (-1, "earlier")):
             for among, room in itertools.product(("", " inside of samples"), (False, True)):
                 documents = [_moved(lengths, by, s if among else None, room) for lengths in right.documents]
-                moved = change(right, documents=documents, positions=_positions(documents))
+                moved = change(right, documents=documents, positions=positions_of(documents))
                 yield f"boundaries of documents{among} are one token {word}", moved
     halves = [[n for whole in lengths for n in (whole // 2, whole - whole // 2) if n] for lengths in right.documents]
-    cut = change(right, documents=halves, positions=_positions(halves))
+    cut = change(right, documents=halves, positions=positions_of(halves))
     yield "attention does not reach from the second half of a document to the first", cut
     if config.parallel.context_parallel_size > 1:
-        places = Owners.of(config, world_size).place
+        places = Owners.of(config, world_size, right).place
         yield "positions (RoPE) count the tokens of a context-parallel rank", change(right, positions=places)
     for factor in (2, 3):
         yield f"positions (RoPE) go in steps of {factor}", change(right, positions=right.positions * factor)
@@ -182,6 +75,20 @@ def _readings(config: Config, world_size: int, right: Reading) -> Iterator[tuple
     rolled = torch.roll(samples, 1, 0).reshape(right.labels.shape)
     yield "labels are those of other samples", change(right, labels=rolled)
     yield "labels are those of other micro-batches", change(right, labels=torch.roll(right.labels, 1, 0))
+
+
+def _moved(lengths: list[int], by: int, sample: int | None, room: bool) -> list[int]:
+    """Lengths of documents whose boundaries are so many tokens later.
+
+    Args:
+        sample: tokens of a sample, whose ends stay; None: they move, too.
+        room: boundaries stay where the next one was; else documents may vanish.
+    """
+    ends = np.cumsum([0, *lengths])
+    stay = np.isin(ends, (0, ends[-1])) if sample is None else ends % sample == 0
+    before, behind = np.r_[0, ends[:-1]], np.r_[ends[1:], ends[-1]]
+    there = np.clip(ends + by, before + 1, behind - 1) if room else np.clip(ends + by, 1, ends[-1] - 1)
+    return [int(n) for n in np.diff(np.unique(np.where(stay, ends, there))) if n]
 
 
 def _head_losses(config: Config) -> Iterator[tuple[str, Loss]]:
@@ -334,10 +241,10 @@ class Contributions:
     @classmethod
     def count(cls, config: Config, world_size: int, initial: dict[str, np.ndarray]) -> Contributions:
         """A weight's gradient is a sum over tokens, of what comes back to its output and its input; here by owner."""
-        reading, owners = Reading.of(config), Owners.of(config, world_size)
-        model, weights = build_model(config, initial)
+        reading, (model, weights) = Reading.of(config), build_model(config, initial)
+        owners = Owners.of(config, world_size, reading)
         keys = np.stack((owners.dp, owners.micro_batch, owners.cp), -1)
-        labels = [tuple(map(int, key)) for key in np.unique(keys.reshape(-1, 3), axis=0)]
+        labels: list[Label] = [(int(a), int(b), int(c)) for a, b, c in np.unique(keys.reshape(-1, 3), axis=0)]
         group = np.zeros(owners.dp.shape, dtype=int)
         for i, label in enumerate(labels):
             group[(keys == label).all(-1)] = i
@@ -354,7 +261,7 @@ class Contributions:
             losses = cross_entropy(logits, reading.labels[sample, part])
             losses = losses + config.train.z_loss * logits.logsumexp(-1).square()
             (losses.sum() / reading.tokens.numel()).backward()  # type: ignore[no-untyped-call]
-        return cls([(a, b, c) for a, b, c in labels], found)
+        return cls(labels, found)
 
     def times_in(self, piece: Piece) -> np.ndarray | None:
         """How often each part is in a gradient, by least squares; None where it is no sum of them."""
