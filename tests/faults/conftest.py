@@ -22,8 +22,6 @@ def memory_folder(tmp_path: Path) -> Iterator[Path]:
     if not os.access("/dev/shm", os.W_OK):
         yield tmp_path
         return
-    folder = Path(
-        tempfile.mkdtemp(dir="/dev/shm")
-    )  # no TemporaryDirectory: forked programs would remove it at their end
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm"))  # a TemporaryDirectory is removed by forked programs at their end
     yield folder
     shutil.rmtree(folder)

@@ -195,9 +195,9 @@ def become_program(
     ranks: int | None,
     arguments: Sequence[str],
     said: Path,
-    fault: str = "",
-    patch: Callable[[], None] = lambda: None,
-    began: Callable[[], object] = lambda: None,
+    fault: str,
+    patch: Callable[[], None],
+    began: Callable[[], object],
 ) -> NoReturn:
     """Be the launcher in a session of one's own, its ranks forked where it would spawn them; or a run in one process.
 
@@ -230,18 +230,25 @@ def become_program(
         os._exit(code)
 
 
+def start_program(
+    ranks: int | None, arguments: Sequence[str], said: Path, fault: str = "", patch: Callable[[], None] = lambda: None
+) -> int:
+    """Number of a child that is the program (``become_program``), when its signal handlers stand."""
+    there, ready = os.pipe()
+    child = os.fork()
+    if child == 0:
+        become_program(ranks, arguments, said, fault, patch, lambda: (os.write(ready, b"1"), os.close(ready)))
+    os.close(ready)
+    os.read(there, 1)
+    os.close(there)
+    return child
+
+
 class Launched:
     """A run under the launcher's own command line, in a process group."""
 
     def __init__(self, ranks: int, said: Path, arguments: Sequence[str]) -> None:
-        self._said = said
-        there, ready = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            become_program(ranks, arguments, said, began=lambda: (os.write(ready, b"1"), os.close(ready)))
-        os.close(ready)
-        os.read(there, 1)
-        os.close(there)
+        self._said, self.pid = said, start_program(ranks, arguments, said)
 
     def is_running(self) -> bool:
         """Whether the launcher has not ended."""

@@ -26,7 +26,7 @@ import pytest
 import torch
 
 from megatron_hammer.train.loop import Run
-from tests.faults.kills import become_program, ended, forked
+from tests.faults.kills import ended, forked, start_program
 from tests.train.runs import overrides, write_dataset
 
 WANTED = os.environ.get("HAMMER_EXITS", "")
@@ -73,14 +73,7 @@ class Trial:
             meanwhile: is told the process while it runs.
         """
         arguments = [*overrides(self.data, self.output, *self.settings), *more]
-        there, ready = os.pipe()
-        child = os.fork()
-        if child == 0:
-            ranks, began = self.ranks if self.launches else None, lambda: (os.write(ready, b"1"), os.close(ready))
-            become_program(ranks, arguments, self.folder / "said", fault, patch, began)
-        os.close(ready)
-        os.read(there, 1)
-        os.close(there)
+        child = start_program(self.ranks if self.launches else None, arguments, self.folder / "said", fault, patch)
         meanwhile(child, self)
         until, status = time.monotonic() + SECONDS, (0, 0)
         while status[0] == 0 and time.monotonic() < until:

@@ -43,11 +43,6 @@ def _norms_not_summed() -> Any:
             row := real(*a), slices=tuple(dataclasses.replace(s, sum_over="none") for s in row.slices)))  # fmt: skip
 
 
-def _scaled(factor: float) -> Any:
-    real = schedules.sum_of_weights
-    return mock.patch.object(schedules, "sum_of_weights", lambda *a: real(*a) * factor)
-
-
 def _padding_counts() -> Any:
     real = arguments.Columns.of
     return mock.patch.object(arguments.Columns, "of", lambda rank, local, vocab: real(rank, local, 10**6))
@@ -113,27 +108,20 @@ def _released_early() -> Any:
     return mock.patch.object(FlatStore, "start_reduction", start_reduction)
 
 
-def _boundary_one_off() -> Any:
-    real = PackedSequences.from_cu_seqlens
-
-    def shifted(ends: np.ndarray, device: torch.device) -> PackedSequences:
-        moved = ends.copy()
-        moved[1:-1] = np.minimum(moved[1:-1] + 1, moved[2:] - 1) if len(moved) > 2 else moved[1:-1]
-        return real(np.unique(moved), device)
-
-    return mock.patch.object(PackedSequences, "from_cu_seqlens", shifted)
-
-
 def _positions_shifted() -> Any:
     real = llama.Stage.rope
     return mock.patch.object(
         llama.Stage, "rope", lambda self, n: tuple(t[1:] for t in real(self, n + 1)))  # fmt: skip
 
 
-def _positions_stretched() -> Any:
+def _positions_stretched(of: Callable[[int], bool] = lambda tp_rank: True) -> Any:
+    """On all ranks, or on some."""
+
+    def rope(self: llama.Stage, n: int) -> Any:
+        return tuple(t[::2] for t in real(self, 2 * n)) if of(self.placement.tp_rank) else real(self, n)
+
     real = llama.Stage.rope
-    return mock.patch.object(
-        llama.Stage, "rope", lambda self, n: tuple(t[::2] for t in real(self, 2 * n)))  # fmt: skip
+    return mock.patch.object(llama.Stage, "rope", rope)
 
 
 def _share(change: Callable[[SequenceShare], SequenceShare]) -> Any:
@@ -344,16 +332,6 @@ def _rows_moved(store: FlatStore, i: int) -> None:
 # ---- of what ranks are told -----------------------------------------------------------------------------------------
 
 
-def _rope_of_one_rank() -> Any:
-    real = llama.Stage.rope
-
-    def rope(self: llama.Stage, n: int) -> Any:
-        odd = self.placement.tp_rank == 1
-        return tuple(t[::2] for t in real(self, 2 * n)) if odd else real(self, n)
-
-    return mock.patch.object(llama.Stage, "rope", rope)
-
-
 def _labels_of_one_replica() -> Any:
     """Each token is its own label."""
     real = llama.Stage.forward
@@ -372,6 +350,10 @@ def _documents(change: Callable[[np.ndarray], np.ndarray]) -> Any:
 
 def _whole_samples(ends: np.ndarray) -> np.ndarray:
     return np.arange(0, ends[-1] + 1, 32 if ends[-1] % 32 == 0 else ends[-1])
+
+
+def _one_later(ends: np.ndarray) -> np.ndarray:
+    return np.unique(np.r_[ends[:1], np.minimum(ends[1:-1] + 1, ends[2:] - 1), ends[-1:]])
 
 
 def _one_earlier(ends: np.ndarray) -> np.ndarray:
@@ -468,15 +450,15 @@ def _gathered(change: Callable[[list[Any]], list[Any]]) -> Any:
 FAULTS: dict[str, Callable[[], Any]] = {
     "none": partial(mock.patch.object, steps, "STEPS", steps.STEPS),
     "norms": _norms_not_summed,
-    "times DP": partial(_scaled, 0.5),
-    "accumulated twice": partial(_scaled, 2.0),
+    "times DP": partial(_weighted, lambda rank: 0.5),
+    "accumulated twice": partial(_weighted, lambda rank: 2.0),
     "padding": _padding_counts,
     "groups": _wrong_groups,
     "early": _gathered_early,
     "swapped": _shards_swapped,
     "overwritten": _overwritten_early,
     "released": _released_early,
-    "boundary": _boundary_one_off,
+    "boundary": partial(_documents, _one_later),
     "stretched": _positions_stretched,
     "shifted": _positions_shifted,
     "log CP": _log_added,
@@ -503,12 +485,12 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "half a layer": partial(_of_last_micro_batch, _half_of_first_layer),
     "gate and up": partial(_of_last_micro_batch, _gate_and_up_swapped),
     "rows moved": partial(_of_last_micro_batch, _rows_moved),
-    "RoPE of a rank": _rope_of_one_rank,
+    "RoPE of a rank": partial(_positions_stretched, lambda tp_rank: tp_rank == 1),
     "labels of a replica": _labels_of_one_replica,
     "documents ignored": partial(_documents, _whole_samples),
     "boundary earlier": partial(_documents, _one_earlier),
     "samples twice": _first_samples_twice,
-    "weight of a replica": lambda: _weighted(lambda rank: 0.5 if rank >= 2 else 1),
+    "weight of a replica": partial(_weighted, lambda rank: 0.5 if rank >= 2 else 1),
     "learning rate of a rank": lambda: _update(lambda rule, rest, lr: lr * 2 if dist.get_rank() == 1 else lr),
     "an update of a rank": _one_rank_once,
     "norms kept": _norms_not_updated,

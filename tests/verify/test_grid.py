@@ -22,7 +22,7 @@ from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.loader import micro_batches
-from megatron_hammer.verify.compare import NUMBER_BOUNDS, Sizes, compare_numbers, compare_pieces, whole_tensors
+from megatron_hammer.verify.compare import NUMBER_BOUNDS, Finding, Sizes, compare_numbers, compare_pieces, whole_tensors
 from megatron_hammer.verify.outcome import Outcome
 from megatron_hammer.verify.shrink import alone
 from tests.distributed import run_distributed
@@ -96,14 +96,17 @@ def on_ranks(layout: Layout, function: Any, *arguments: Any) -> list[Any]:
     return run_distributed(ranks_of(layout), function, *arguments, timeout=250)
 
 
+def findings_of(config: Config, outcomes: list[Outcome]) -> list[Finding]:
+    """What of the ranks' steps in fp64 is not one process's: sums are in another order, losses fp32 scalars."""
+    reference, sizes = exact_alone(alone(config)), Sizes(1, 1, 1)
+    findings = compare_numbers(outcomes, reference, NUMBER_BOUNDS["fp64"], sizes)[1]
+    return findings + compare_pieces(outcomes, whole_tensors(reference.pieces), 1e-10, sizes)[1]
+
+
 def check(layout: Layout, checkpoints: Checkpoints, steps: int, variant: str = "llama", style: str = "adamw") -> None:
     config = config_of(layout, variant, style)
     model = f"{variant}, {config.model.num_layers} layers, {config.data.attention_mask}, {style}"
-    # Gradients, weights and moments in fp64: sums in another order. Losses are fp32 scalars.
-    outcomes, sizes = on_ranks(layout, exact_steps, config), Sizes(1, 1, 1)
-    reference = exact_alone(alone(config))
-    findings = compare_numbers(outcomes, reference, NUMBER_BOUNDS["fp64"], sizes)[1]
-    findings += compare_pieces(outcomes, whole_tensors(reference.pieces), 1e-10, sizes)[1]
+    findings = findings_of(config, on_ranks(layout, exact_steps, config))
     assert not findings, findings[:5]
     # Steps in fp32; the checkpoint of the half is what later layouts may go on from.
     resume, save = checkpoints.draw(model), checkpoints.folder / name_of(layout)
@@ -228,10 +231,7 @@ def test_pairs_of_settings_compute_what_one_process_computes() -> None:
         )
         if other in list(PAIRED)[:ON_THE_GRID] or not accepts(config, 4):
             continue
-        reference, sizes = exact_alone(alone(config)), Sizes(1, 1, 1)
-        outcomes = run_distributed(4, exact_steps, config, timeout=250)
-        findings = compare_numbers(outcomes, reference, NUMBER_BOUNDS["fp64"], sizes)[1]
-        findings += compare_pieces(outcomes, whole_tensors(reference.pieces), 1e-10, sizes)[1]
+        findings = findings_of(config, run_distributed(4, exact_steps, config, timeout=250))
         assert not findings, (one, other, findings[:5])
         proved += 1
     assert proved == 93
