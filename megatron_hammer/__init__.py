@@ -1,6 +1,6 @@
 """megatron_hammer: from raw text to a published Hugging Face Llama.
 
-Data flows one way, and so do the imports (the arrow reads "imports")::
+Data flows one way, and so do imports (read ``>`` as "imports"; packages between two ``>`` do not import each other)::
 
     raw text -> tokenizer -> indexed dataset -> samples  -> model -> optimizer -> checkpoint -> Hugging Face
     corpus/     tokenizer/   dataset/           sampling/   model/   optim/       checkpoint/   huggingface/
@@ -10,8 +10,8 @@ Data flows one way, and so do the imports (the arrow reads "imports")::
 
 The names of ``__all__`` are the Python interface (``docs/python.md``): the functions and classes that the programs use,
 each loaded from its module when it is first asked for. So ``import megatron_hammer`` loads none of it;
-``docs/architecture.md`` is the map. An older Python could not read the others, and Windows has not the calls of POSIX
-that they are made of: both are refused here, in one line where a program is started, else by an ``ImportError``.
+``docs/architecture.md`` is the map. The modules are written in the syntax of Python 3.11 and call POSIX, so an older
+Python and Windows are refused here: with one line where a program is started, else with an ``ImportError``.
 """
 
 import sys

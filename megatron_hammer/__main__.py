@@ -1,4 +1,4 @@
-"""``python -m megatron_hammer``: no program is called so; says which are. Needs no torch."""
+"""``python -m megatron_hammer`` is not a program and ends with an error that names those. Needs no torch."""
 
 from megatron_hammer.base.cli import run
 from megatron_hammer.base.errors import ConfigError

@@ -1,5 +1,6 @@
-"""The Python interface beyond what other rooms offer as they are: a run in the hands of a notebook.
+"""The Python interface's own code: a training run as an object for notebooks (``run.py``), datasets (``data.py``).
 
-``megatron_hammer/__init__.py`` lists all names of the interface and where they are; ``docs/python.md`` describes them.
-What computes is in the rooms below: here a run is opened, asked and closed.
+All other names of the interface are functions and classes of the packages below. ``megatron_hammer/__init__.py`` lists
+them all, with the module of each, and ``docs/python.md`` describes them. Nothing is computed here: a run is opened,
+trained, asked and closed by calls to the packages below.
 """

@@ -1,4 +1,4 @@
-"""Text becomes an indexed dataset: what ``tools/preprocess_data.py`` does on one machine. Needs no torch."""
+"""Makes an indexed dataset from text: what ``tools/preprocess_data.py`` does on one machine. Needs no torch."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What all other rooms use: errors, files, locks, progress, signals, tables, command lines. Imports no other room."""
+"""What all other packages use: errors, files, locks, progress, signals, tables, command lines. Imports none of them."""

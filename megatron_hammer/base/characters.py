@@ -1,6 +1,6 @@
-"""What was meant by text that was typed with full-width letters, curly quotes and other typographic characters.
+"""Translates full-width letters, curly quotes, ``1k`` and ``1万`` into the plain characters and numbers that they mean.
 
-Error lines use it to suggest a remedy. Nothing is corrected in silence: a setting that is written so is still refused.
+Error lines use this to suggest a remedy. Nothing is corrected in silence: a setting that is written so is refused.
 Needs no torch.
 """
 

@@ -1,8 +1,8 @@
-"""Lines that a person types: edited with what is there for it, so that Chinese and other wide characters edit well.
+"""Reads lines that a person types, with a line editor that handles Chinese and other wide characters.
 
-On a terminal prompt_toolkit reads them where it is installed, else Python's ``input`` with readline: backspace and
-arrow keys move by whole characters, and earlier lines come back. From a file or a pipe lines are read as they are, and
-no prompt is shown. Needs no torch.
+On a terminal this is prompt_toolkit where it is installed, else Python's ``input`` with readline: backspace and arrow
+keys move by whole characters, and earlier lines come back. From a file or a pipe lines are read as they are, and no
+prompt is shown. Needs no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A lock on a file that one process holds at a time: the kernel's ``flock``, which ends with the process in any case.
+"""A lock on a file that one process holds at a time: the kernel's ``flock``, which is released when the process ends.
 
 Some file systems have no such locks (Lustre in its default mount, some NFS). There a small file beside the locked one
 names its owner instead: host, process, and the time that the process started, so that an owner that has died is

@@ -4,12 +4,11 @@ Python's ``mmap`` (before 3.13), and with it NumPy's ``memmap``, keeps a copy of
 The system itself needs none once the file is mapped, so this module calls it directly. What limits the number of maps
 then is ``vm.max_map_count`` (65,530 by default).
 
-A map does not hold its file still: who cuts the file or writes into it takes the data from under its readers. Memory
-behind the new end of a file reads as zeros (``csrc/base/mapping.cpp`` catches the SIGBUS that would end the process),
-and ``FileMap.check`` says afterwards whether what was read is what the file had when it was mapped. So a reader reads,
-checks, and only then uses what it has read. Reads themselves cost nothing more; a check is one ``stat`` (2 us on a
-local disk). Reading by ``pread`` instead would see a cut too, but not an overwritten file, and needs a descriptor a
-file.
+Another process can still truncate or overwrite a mapped file. Memory behind the new end of a truncated file reads as
+zeros (``csrc/base/mapping.cpp`` catches the SIGBUS that would end the process), and ``FileMap.check`` says afterwards
+whether the file is still the one that was mapped. So a reader reads, checks, and only then uses what it has read. Reads
+cost nothing more; a check is one ``stat`` (2 us on a local disk). Reading by ``pread`` instead would notice a truncated
+file too, but not an overwritten one, and needs a descriptor for each file.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
-"""Memory at an address that stays, whose pages go elsewhere in between. Linux; needs no torch.
+"""Buffers with fixed addresses that share physical pages: a closed buffer gives its pages to the next one that opens.
 
-``malloc`` keeps what is freed, and what comes next lies in the holes: blocks of tens of MiB that come and go leave a
-heap of which a quarter is free (glibc does not move blocks). Pages of mappings of their own can move: what one has left
-when it closed, the next one that opens takes over by ``mremap``, which changes tables and copies nothing::
+For large buffers of which few are in use at a time (``optim/buffers.py``). With ``malloc``, blocks of tens of MiB that
+come and go leave a heap of which a quarter is free, since glibc does not move blocks. Here each buffer is an anonymous
+mapping of its own, and pages move from one to another by ``mremap``, which changes page tables and copies nothing::
 
     closed, its pages still there     [ a a a a ]                       [         ]
     closed, without pages             [         ]     the other opens   [ a a a a ]
 
-So there are as many pages as were open together at most, huge ones where the kernel has them, and none is cleared and
-faulted in again. Pages of mappings below the size of a huge page, and of mappings that share with no others, go back to
-the system: moved too, they would cut the large ones into single pages, of which each is a call and a range of addresses
-(the kernel has 65,530 of these for a process, ``vm.max_map_count``).
+So memory holds only as many pages as were ever open at the same time (huge pages where the kernel has them), and no
+page is cleared and faulted in again. Buffers smaller than a huge page, and buffers that share with no others, give
+their pages back to the system. If they moved as well, they would cut the large buffers into single pages, each of which
+takes a system call to move and is one of the 65,530 mappings that a process may have (``vm.max_map_count``). Linux;
+needs no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a path probably means: one that is not there, and a folder where the beginning of files' names is asked for."""
+"""Remedies for wrong paths: what a path that does not exist probably means, and what a folder in its place holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a killed process may take to be gone, and what is said of one that takes longer. Needs no torch."""
+"""The time that a killed process gets to end, and the message for one that takes longer. Needs no torch."""
 
 from __future__ import annotations
 

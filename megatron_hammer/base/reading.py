@@ -1,15 +1,15 @@
 """Opening files with distrust: a damaged or hostile one costs an error line, never a hang or the machine's memory.
 
-``open_regular`` opens every file that the package reads (``tests/base/test_reading.py`` lists the few places that have
-a reason of their own): a regular file, never a pipe that would make us wait, a device without end or a folder.
-``read_regular`` reads a small one whole, up to the limit of its kind; ``parse_json`` parses one, up to a limit of
-values, since a text of some megabytes can stand for gigabytes of objects, and not where a few long strings make it
-large, which a parser copies several times, four bytes for a character where one of them is rare.
+``open_regular`` opens every file that the package reads (``tests/base/test_reading.py`` lists the few exceptions and
+their reasons). It opens regular files only: never a pipe that would block, an endless device or a folder.
+``read_regular`` reads a small file whole, up to the limit of its kind. ``parse_json`` parses one, up to a number of
+values and a length of strings: a text of some megabytes can stand for gigabytes of objects, and a parser copies long
+strings several times, at up to four bytes a character.
 
-A link is followed where the user named the file, and where data are usually linked (configs, corpora, tokenizers,
-datasets, indices). Not to a file of a checkpoint, of a Hugging Face model or of a run's output, which could lead out of
-the folder. The folders themselves may be links everywhere. What is refused is an ``UnfitFile``, an ``OSError`` with a
-remedy: whoever reads says it in the words that it has for a file that cannot be read.
+A symbolic link is followed where the user named the file, and where data are usually linked (configs, corpora,
+tokenizers, datasets, indices). It is not followed to a file of a checkpoint, of a Hugging Face model or of a run's
+output, since it could lead out of the folder. The folders themselves may be links everywhere. A file that is refused
+raises ``UnfitFile``, an ``OSError`` with a remedy; the reader reports it like any file that cannot be read.
 
 Linux; no torch.
 """

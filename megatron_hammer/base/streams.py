@@ -6,7 +6,7 @@ start of every process of ours, and decides for all of them:
 
     closed at the start             what is written there is dropped; descriptors 0 to 2 never become a data file
     a character beyond the encoding written as its escape, such as \\u4e2d
-    standard error fails            what is written there is dropped: nobody is left to be told
+    standard error fails            what is written there is dropped: there is no other place to say so
     standard output fails           by ``Output``, what standard output is to the program:
 
     Output    reader vanished (EPIPE)                 any other failure (disk full)

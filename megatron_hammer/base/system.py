@@ -1,22 +1,23 @@
-"""What this operating system is asked for, where systems differ: every call that Linux has and macOS lacks is in here.
+"""System calls that differ between operating systems: everything that Linux has and macOS lacks is in this module.
 
 ::
 
-    asked for                    Linux                        macOS, where nothing is written of others
+    purpose                      Linux                        macOS, and any other POSIX system
     cores of this process        sched_getaffinity            all cores of the machine
     what is written is durable   fsync, fdatasync             F_FULLFSYNC: fsync stops at the disk's own cache there
     past the page cache          O_DIRECT                     F_NOCACHE
     memory of several processes  memfd_create                 an unlinked file in the folder for temporary ones
     a process's state, parents   /proc                        ps
     end with the parent          parent-death signal          a thread that looks once a second
-    orphans come to us           PR_SET_CHILD_SUBREAPER       nothing: several ranks are refused (``require_linux``)
+    adopt orphaned descendants   PR_SET_CHILD_SUBREAPER       nothing: several ranks are refused (``require_linux``)
     resident memory, its peak    /proc/self                   ps, getrusage (bytes there, KiB on Linux)
     hints: huge pages, fadvise,  madvise, posix_fadvise,      nothing: the work is the same without them
       batch scheduling             sched_setscheduler
 
-What has no way elsewhere says so before it begins: ``require_linux`` (``errors.py``), E292. Windows has no POSIX and is
-refused where the package is imported (``megatron_hammer/__init__.py``). ``tests/base/test_system.py`` holds the rest of
-the package to this module, and goes from text to an export with everything taken away that macOS lacks. Needs no torch.
+What has no equivalent elsewhere is refused before it begins: ``require_linux`` (``errors.py``), E292. Windows has no
+POSIX and is refused where the package is imported (``megatron_hammer/__init__.py``). ``tests/base/test_system.py``
+checks that no other module makes such calls, and runs the chain from text to an export with everything taken away that
+macOS lacks. Needs no torch.
 """
 
 from __future__ import annotations

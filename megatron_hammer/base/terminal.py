@@ -6,10 +6,10 @@
     loss 3.2145 | lr 2.91e-04 | 16,012 tokens/s             window is wide; the next ones go into further lines
     zh.wiki 3.10 | en.web 3.41
 
-Only what can move a cursor gets one: a terminal, and not ``TERM=dumb``. The cursor always waits below the view, so when
-a program ends, by an error or by Ctrl-C, its last line stands below, too. What others print on the same
-terminal, a library's warning say, stands above, too: ``streams.py`` tells the view of it. ``NO_COLOR`` (no-color.org)
-leaves out bold and dim. Widths count East Asian characters as two columns. Needs no torch.
+Only a terminal that can move its cursor gets a view, not ``TERM=dumb``. The cursor always waits below the view, so when
+a program ends, by an error or by Ctrl-C, its last line is printed below. What a library prints on the same terminal, a
+warning say, is printed above the view, because ``streams.py`` reports it to the view first. ``NO_COLOR``
+(no-color.org) leaves out bold and dim. Widths count East Asian characters as two columns. Needs no torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which file was being written, and how large it was to become, when the operating system refused a write. No torch.
+"""Names the file that was being written, and its intended size, when the operating system refuses a write. No torch.
 
-The system's own error names no file where one that is open cannot grow. ``open_new`` and ``open_existing`` open files
-that name themselves then, whoever writes to them; ``writing`` does it for a block of code that writes otherwise.
+The system's own error names no file where an open file cannot grow. Files that ``open_new`` and ``open_existing`` open
+add their name to such an error; ``writing`` adds it for a block of code that writes in another way.
 """
 
 from __future__ import annotations

@@ -6,5 +6,6 @@
 
 A checkpoint holds logical tensors, with Hugging Face's names and their whole shapes, and says which file has which part
 of each. A reader therefore need not know how many ranks wrote it, nor how they shared the model. ``fit.py`` compares a
-checkpoint with the model that is to be trained; ``direct.py`` moves the bytes past the page cache.
+checkpoint with the model that is to be trained; ``background.py`` saves while training goes on; ``direct.py`` moves the
+bytes without the page cache.
 """

@@ -1,4 +1,4 @@
-"""Saving while training goes on: a snapshot, a process beside each rank that writes it, ranks that agree in passing.
+"""Asynchronous checkpoints: each rank copies its state, a process beside it writes the copy, and training goes on.
 
 ::
 
@@ -6,13 +6,13 @@
     process k                           write rank-k.safetensors, fsync, read back
     rank 0                                                    ask for the commit
     process 0                                                 manifest, rename | prune
-                                    every step tells all ranks: does anybody still write? has it failed somewhere?
+                                    in every step, summed over the ranks: is a rank still writing? has one failed?
 
-It needs no collective of its own, since ranks tell each other by flags that they exchange in each step anyway
-(``flags``, ``heard``), and no step waits: a rank reads what its process reports from a pipe, without blocking. All
-ranks hear the same flags in the same order, so all go on to the next phase, or give the save up, at the same step. One
-save is in flight at a time. One that takes too long, whose process dies, or whose disk fails is given up on all ranks:
-the caller hears why, and saves otherwise.
+This needs no collective of its own: the ranks sum flags in each step anyway (``flags``, ``heard``). No step waits
+either: a rank reads its process's reports from a pipe without blocking. All ranks get the same sums in the same order,
+so all go on to the next phase, or give the save up, at the same step. One save is in flight at a time. A save that
+takes too long, whose process dies, or whose disk fails is given up on all ranks; the caller gets the reason, and saves
+by itself while training waits.
 
 The processes load little, have no GPU and no connection, only the memory and two pipes; they die with their ranks.
 """

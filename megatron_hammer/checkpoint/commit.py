@@ -1,4 +1,4 @@
-"""What becomes a checkpoint on the disk: a rank's file and its report, and the commit of all of them.
+"""The file work of a save: each rank's tensors and its report on them, and the commit that makes all a checkpoint.
 
 ::
 

@@ -5,8 +5,8 @@
     sum of a tensor = sum over its elements (r, c) of  bits(r, c) * row(r) * col(c)   modulo 2^64
     state digest    = XXH3-128 of the sums of all tensors, by name, and of the values that stand in the manifest's state
 
-``bits`` is an element as an unsigned integer of 16 or 32 bits; ``row`` and ``col`` are odd numbers without a pattern
-(SplitMix64's output), known to everybody. A vector is one row. The order of the sum is of no importance, so each rank
+``bits`` is an element as an unsigned integer of 16 or 32 bits; ``row`` and ``col`` are fixed odd pseudo-random numbers
+(SplitMix64's output). A vector is one row. The order of the sum is of no importance, so each rank
 adds up what it owns, whatever the layout cuts, and the parts are added: no element is moved for it. A change of one
 element is always seen, one of several with all but a chance of 2^-32 at most (2^-64 mostly). It guards against
 mistakes and faults, not against a forger: for that keep the SHA-256 of ``tools/inspect_checkpoint.py digest``.

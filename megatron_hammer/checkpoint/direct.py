@@ -1,4 +1,4 @@
-"""Bytes to and from the disk past the page cache (O_DIRECT), so that large files cost neither memory nor a core.
+"""Direct I/O (O_DIRECT): reads and writes large files without the page cache, so that they cost no memory and no core.
 
 ::
 

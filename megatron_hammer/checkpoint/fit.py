@@ -1,4 +1,4 @@
-"""Whether a checkpoint and a model belong together: what a run asks before it starts and a load before it reads.
+"""Checks that a checkpoint belongs to a model: before a run starts, and before a load reads any tensor.
 
 Needs no torch.
 """

@@ -1,7 +1,7 @@
-"""Looking into checkpoints without a run: which ones there are, what one holds, whether it is as it was saved.
+"""Inspects checkpoints without a run: lists them, shows what one holds, verifies that it is as it was saved.
 
-Behind ``tools/inspect_checkpoint.py``. Only what verifies, or takes a digest, opens the tensors' files, and reads all
-their bytes; two checkpoints are compared by the sums in their manifests.
+``tools/inspect_checkpoint.py`` prints the results. Verifying, and taking a digest, read all bytes of the tensors'
+files; everything else, the comparison of two checkpoints included, reads the manifests alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The digest (``digest.py``) of the state that the ranks hold, taken from the live objects, against a checkpoint's.
+"""Compares the digest (``digest.py``) of the state that the ranks hold in memory with that of a checkpoint.
 
 Each rank adds up the rectangles that it owns, as it would write them; one sum over all ranks makes the tensors' sums.
 On a GPU the sums are taken there, 64 MB at a time. What other ranks hold copies of is compared by the drift check of

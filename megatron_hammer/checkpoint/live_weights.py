@@ -1,6 +1,6 @@
-"""The logical weights of a model that is being trained, whole, as a checkpoint of this moment would hold them.
+"""The whole logical weights of a model that is being trained, as a checkpoint of this moment would hold them.
 
-For who wants the model now without a checkpoint on the disk: generation from a live run.
+Generation from a live run uses them, without a checkpoint on the disk.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""A copy of what a rank saves, in host memory that another process can read: what a save in the background writes from.
+"""A copy of a rank's state in host memory that another process can read, from which an asynchronous save is written.
 
 ::
 
     step s         | next step: forward, backward        | update
     take() ------> | the copy is made meanwhile          | wait(): not before it is whole -> then(): it may be written
 
-Masters and moments change in the update only, so that the copy has the time of a forward and a backward. On a CPU a
-thread makes it, and whoever must wait takes part in it; on a GPU a stream of its own, into pinned memory; there the
-update waits on the device, and Python never does. The memory is taken and touched once, when training starts: what is
-too much shows there, not hours later.
+fp32 masters and moments change in the update only, so the copy may take as long as the next forward and backward. On a
+CPU a thread makes it, and a step that must wait for it helps to copy. On a GPU a separate stream copies into pinned
+memory; the update waits for it on the device, and Python never waits. The memory is allocated and touched once, when
+training starts, so that a shortage shows there and not hours later.
 
 On a core of an EPYC a gigabyte takes 0.11 s, of which plain memcpy between two arrays takes 0.10: a step that is
 shorter than that for the gigabytes of its rank waits for the rest of the copy, and for nothing else.

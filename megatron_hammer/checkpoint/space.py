@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits on its disk: asked before anything of it is written. Needs no torch."""
+"""Checks that a checkpoint fits on its disk, before anything of it is written. Needs no torch."""
 
 from __future__ import annotations
 

@@ -8,9 +8,10 @@
                                            prune    what is old
     rank  <-- one JSON object a line ----  {"done": ...} or {"error": ...} for each
 
-It does nothing that ``commit.py`` does not do for a rank that waits, so the files have the same bytes. It has no group
-with other processes: ranks tell each other. It dies with its rank, whatever happens to that: no process goes on writing
-into a folder whose lock is free. Signals to stop are the rank's affair: it is born with them blocked. Needs no torch.
+It calls the same functions of ``commit.py`` as a rank that saves while training waits, so the files have the same
+bytes. It does not communicate with other processes than its rank. It dies with its rank, so that no process goes on
+writing into a folder whose lock is free. It starts with the stop signals blocked: the rank decides what to do about
+them. Needs no torch.
 """
 
 from __future__ import annotations
