@@ -1,6 +1,7 @@
-"""``python -m megatron_hammer.config CONFIG.yaml [group.field=value ...]``: are these settings ones that exist?
+"""``python -m megatron_hammer.config CONFIG.yaml [group.field=value ...]``: checks the names and values of settings.
 
-For scripts that prepare much before they train: a misspelt setting is refused first. Prints nothing where all is well.
+For scripts that prepare much before they train, so that a misspelt setting is refused first. Prints nothing where all
+is well.
 Needs no torch.
 """
 

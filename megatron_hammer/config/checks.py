@@ -1,4 +1,4 @@
-"""The checks that settings are made of: at least, at most, one of, a divisor of. Each raises the same kind of error."""
+"""The checks of single settings: at least, at most, one of, a divisor of. Each raises the same kind of error."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What people write where our settings have other names or other forms, and the remedy that an error line gives.
+"""Remedies for settings that are misspelt or written as another program would: the name and form that they have here.
 
-Other programs' names are those of Megatron-LM, Hugging Face's Trainer and configs, torchtitan and GPT-NeoX, and what is
-usual in speech. Needs no torch.
+The names of other programs are those of Megatron-LM, Hugging Face's Trainer and configs, torchtitan and GPT-NeoX, and
+common abbreviations such as "lr" and "batch size". Needs no torch.
 """
 
 from __future__ import annotations

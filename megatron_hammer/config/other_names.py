@@ -1,6 +1,6 @@
-"""Settings under other names: configs that hold them can still be read.
+"""Former names of settings, so that configs which use them can still be read.
 
-A setting that is given by both of its names must have one value.
+A setting that is given under both of its names must have the same value under both.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from megatron_hammer.base.errors import ConfigError
 
 OTHER_NAMES = {"parallel.pipeline_parallel_size": "parallel.pipeline_model_parallel_size"}
-"""What is read too -> what the setting is called."""
+"""The former name of a setting -> its present one."""
 
 
 def with_present_names(tree: Mapping[str, Any], note: Callable[[str], None] | None = None) -> dict[str, Any]:

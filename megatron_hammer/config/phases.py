@@ -1,13 +1,14 @@
-"""Where the phases of a run lie among its samples, and how many samples each step has: pure functions of the config.
+"""Where each phase of a run begins, counted in samples, and how many samples each step has: functions of the config.
 
 ::
 
     data.phases    {tokens: N, train: A}    {steps: M, train: B}    {train: C}
     samples     0 ------------------- a ------------------- b --------------> end of the run
 
-``data.train`` alone is one phase. A length in tokens is as many samples as hold them, one in steps is counted from the
-first step that begins in the phase. A step may hold samples of two phases, unless these differ in what a step is shaped
-by (seq_length, RoPE): then a phase that is not given in samples ends with a step. Needs no torch.
+A *phase* is a part of a run with a data mix of its own; ``data.train`` alone is one phase. A length in tokens is
+rounded up to whole samples, one in steps is counted from the first step that begins in the phase. A step may hold
+samples of two phases, unless these differ in seq_length or RoPE: then a phase that is not given in samples ends with a
+step. Needs no torch.
 """
 
 from __future__ import annotations

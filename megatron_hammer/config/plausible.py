@@ -1,4 +1,4 @@
-"""Values that a type and a range admit and nobody means: paths that are none here, figures far beyond any in use."""
+"""Finds values of the right type and range that cannot be meant: impossible paths, figures far beyond any in use."""
 
 from __future__ import annotations
 

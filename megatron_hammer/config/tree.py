@@ -1,4 +1,4 @@
-"""The whole tree of settings, what must hold between its groups, and what is computed from it."""
+"""``Config``, the whole tree of settings: its groups, what must hold between them, and what is computed from them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Options that several programs which read texts have alike: under which key a text stands, and what a bad one costs.
+"""Command-line options that all programs which read texts share: the key of the text, and what to do about a bad one.
 
-Light enough for ``--help``: nothing is imported that reads.
+Importing this module imports no reader, so that ``--help`` stays quick.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What readers of files hand on: places in a file, ranges of a file, and blocks, which hold whole documents.
+"""The values that readers of files return: places in a file, ranges of a file, and blocks of whole documents.
 
 A block is about a megabyte of whole documents, or one longer document by itself. ``readers.py`` makes blocks,
 ``parse.py`` takes the texts out of them.

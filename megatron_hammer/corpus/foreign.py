@@ -1,6 +1,6 @@
-"""What a file is that is no UTF-8 text: another format or encoding, told from its bytes, and how to turn it into text.
+"""Recognises the format or encoding of a file that is not UTF-8 text, and says how to turn it into UTF-8 text.
 
-Only for messages: nothing is converted. An encoding is a guess from which bytes are frequent, and is called one.
+Only for messages: nothing is converted. An encoding is guessed from which bytes are frequent, and is called a guess.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Very long documents, of many megabytes: checked and decoded in pieces, so that memory holds their bytes once.
+"""Reads very long documents, of many megabytes, in pieces, so that memory holds their bytes once.
 
 A JSON parser copies its input and makes a string of up to four bytes a character: six times a line of a gigabyte. Here
 long strings are taken out of a line before it is parsed. They are checked piece by piece, and decoded again piece by

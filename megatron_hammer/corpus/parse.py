@@ -1,4 +1,4 @@
-"""From a block (``file_blocks.py``) to the texts of its documents, and to those that are rejected, each with a cause.
+"""Parses a block (``file_blocks.py``): the texts of its documents, and those that are rejected, each with a cause.
 
 ``parse_block`` is a pure function of the block, so several threads can parse several blocks. It parses all lines of a
 block at once, which is fast. Only where one of them is refused does it look at each line by itself, and ``jsonl.py``

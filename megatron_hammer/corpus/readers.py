@@ -9,7 +9,7 @@ A block is about a megabyte of whole lines, or one longer line by itself. Readin
 costs ten times as much, is a pure function of one block, so several threads can do it and the result does not depend on
 how many. Memory holds a block, and for a long line its bytes once while it is read.
 
-What a name ends in, in capitals or not, decides how a file is read: ``.parquet``; plain text (``TEXT_SUFFIXES``, see
+The ending of a file's name, in any case, decides how it is read: ``.parquet``; plain text (``TEXT_SUFFIXES``, see
 ``TEXT_DOCUMENTS``); everything else is JSON lines.
 """
 

@@ -1,4 +1,4 @@
-"""Published corpora, each in its own format, rewritten as JSON lines ``{"text": ...}``: ``tools/reformat_corpus.py``.
+"""Rewrites published corpora, each of its own format, as JSON lines ``{"text": ...}``: ``tools/reformat_corpus.py``.
 
 | kind | files | text | a record, as published |
 |---|---|---|---|

@@ -1,4 +1,4 @@
-"""Seeds of hashes and of random numbers: each purpose gets numbers of its own from the user's one seed."""
+"""Derives a separate seed for each use of hashes and random numbers from the user's one seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lines of text files of any size in random order, with bounded memory: what ``tools/shuffle_corpus.py`` does.
+"""Shuffles the lines of text files of any size with bounded memory: what ``tools/shuffle_corpus.py`` does.
 
 ::
 

@@ -1,4 +1,4 @@
-"""A corpus split into documents to train on and held-out documents, by a hash of their text: ``tools/split_corpus.py``.
+"""Splits a corpus into training and held-out documents by a hash of their text: ``tools/split_corpus.py``.
 
     F.jsonl or F.txt --> P.train.jsonl, P.valid.jsonl, P.split.json
 

@@ -1,4 +1,4 @@
-"""The models that are evaluated: a checkpoint, a run, or a Hugging Face folder, each described before any is loaded.
+"""Finds and loads the models to evaluate: a checkpoint, a run, or a Hugging Face folder.
 
 ::
 

@@ -1,4 +1,4 @@
-"""Models to and from Hugging Face's format, and what is done with models in it.
+"""Converts models to and from Hugging Face's format; averages, extends and runs models in it.
 
 ``export.py`` makes a folder that transformers loads from a checkpoint, and ``certificate.py`` proves that it is the
 same model; ``importing.py`` goes the other way. ``config.py`` and ``weights.py`` know the two halves of such a folder.

@@ -1,6 +1,6 @@
-"""An export's ``certificate.json`` and the files that it lists: what belongs to a proved folder, and what does not.
+"""Reads an export's ``certificate.json``: which files were proved, and whether a folder holds nothing but an export.
 
-``certificate.py`` proves and writes it; those that replace an export or send it on ask here. Needs no torch.
+``certificate.py`` writes the certificate; it is read before an export is replaced or published. Needs no torch.
 """
 
 from __future__ import annotations

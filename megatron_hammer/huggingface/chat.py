@@ -1,8 +1,9 @@
-"""A conversation with a model on the terminal: what was said before, answers as they come, a few commands.
+"""A chat with a model on the terminal: it keeps the conversation, streams the answers, and knows a few commands.
 
-A tokenizer with a chat template gets the turns as messages. A base model has none: it gets one text, the lines of both
-one after the other, and goes on with it; the chat says so at its start. What no longer fits into the model's context
-beside the next answer is left out from the front, and a note says so. Needs no torch until it is called.
+A tokenizer with a chat template gets the turns as messages. The tokenizer of a base model has no template: the model
+continues one text, the lines of both sides one after the other, and the chat says so at its start. What no longer fits
+into the model's context beside the next answer is left out from the front, and a note says so. Needs no torch until it
+is called.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The config of a Hugging Face Llama, Qwen2, Qwen3 or Mistral and ours, mapped onto each other in both directions.
+"""Translates the config of a Hugging Face Llama, Qwen2, Qwen3 or Mistral into our settings, and back.
 
 Logical tensors have Hugging Face's names and shapes already, and RoPE is half-split as there, so the config is the only
 part of a model that needs a mapping. A feature of a Hugging Face config that our model does not have is refused by its

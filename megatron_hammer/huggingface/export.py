@@ -1,4 +1,4 @@
-"""A checkpoint becomes a Hugging Face folder, which gets its name only after it was proved to be the same model.
+"""Exports a checkpoint as a Hugging Face folder, which gets its name only after it was proved to be the same model.
 
 ::
 

@@ -1,4 +1,4 @@
-"""Give a model another vocabulary: embedding and head get the rows of a new tokenizer, all else stays bit for bit.
+"""Gives a model another vocabulary: embedding and head get the rows of a new tokenizer, all else stays bit for bit.
 
 ::
 

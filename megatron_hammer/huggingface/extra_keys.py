@@ -1,4 +1,4 @@
-"""Which keys of a ``config.json`` may be passed over by a reader that does not know them.
+"""Which unknown keys of a ``config.json`` are harmless, and which change what the model computes.
 
 People and programs write much into a model's config: notes, what a training library has set, what generation should
 do. None of it changes the function that the weights compute. A few keys do change it, and a reader that passes over one

@@ -1,8 +1,8 @@
-"""Continuations of prompts by a ``TextModel``: one after the other, in batches, or piece by piece as they come.
+"""Continues prompts with a ``TextModel``: one after the other, in batches, or piece by piece while they are generated.
 
-Rows of a batch that are shorter get padding on the left, which no row attends to and no penalty counts. Without
-sampling a prompt has the same continuation in any batch, up to rounding; with it, the seed is set anew before each
-batch, so that the texts depend on how many prompts a batch has. Needs no torch until it is called.
+Shorter rows of a batch get padding on the left, which no row attends to and no penalty counts. Without sampling a
+prompt has the same continuation in any batch, up to rounding. With sampling the seed is set anew before each batch, so
+that the texts depend on how many prompts a batch has. Needs no torch until it is called.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A Hugging Face Llama becomes a checkpoint of step 0 that holds weights only, in the types in which they were.
+"""Imports a Hugging Face Llama as a checkpoint of step 0 that holds weights only, in the types that they have.
 
 ::
 

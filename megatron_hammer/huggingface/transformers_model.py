@@ -1,4 +1,4 @@
-"""Weights in transformers' own class, strictly: every one must come from the folder, or from who has them in memory.
+"""Loads weights into transformers' own model class, from a folder or from memory, and refuses missing or extra ones.
 
 Needs no torch until it is called.
 """

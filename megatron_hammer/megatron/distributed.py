@@ -9,8 +9,8 @@
 
 Tensors are stored by global shape, whatever ranks wrote them; those of all layers are one tensor with the layers as its
 first dimension, unless layers differ. Gate and up of all ranks lie behind each other in one tensor, or in two whose
-names end in _w and _v. This does what torch's own reader does (tests compare the two), with a guarded unpickler and one
-tensor in memory.
+names end in _w and _v. This module reads what torch's own reader reads (tests compare the two), with an unpickler that
+runs no code from the file and with one tensor in memory.
 """
 
 from __future__ import annotations

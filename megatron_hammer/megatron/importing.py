@@ -1,4 +1,4 @@
-"""A checkpoint of Megatron-LM becomes one of ours, of step 0 with weights alone, in the types in which they were.
+"""Imports a checkpoint of Megatron-LM as one of ours, of step 0 with weights alone, in the types that they have.
 
 ::
 

@@ -1,4 +1,4 @@
-"""What Megatron-LM's settings and tensors are in our words: the model's config, and where each logical tensor lies.
+"""Translates Megatron-LM's settings and tensor names: the model's config, and where each logical tensor lies.
 
 ::
 

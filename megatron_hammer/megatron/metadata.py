@@ -1,8 +1,7 @@
-"""What ``.metadata`` of a distributed checkpoint says, as plain numbers that have been looked at.
+"""The content of a distributed checkpoint's ``.metadata``, as plain numbers that have been checked.
 
-A pickle may hold anything in the place of a shape, a chunk or a file. So its records are turned into the few values
-that reading needs as soon as they are there, and what is of another form ends here, by the name of its tensor. Needs
-no torch.
+A pickle may hold anything in the place of a shape, a chunk or a file name. So its records are turned at once into the
+few values that reading needs, and a record of another form is an error that names its tensor. Needs no torch.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Reading Megatron-LM's pickles without running anything of them.
+"""Reads Megatron-LM's pickles without running any code that they name.
 
 Its checkpoints are pickles: ``model_optim_rng.pt`` and ``common.pt`` are torch's zip files, ``.metadata`` is a plain
-one. A pickle names functions and classes and has the reader call them. Here every name is looked up in a list of our
-own: the records that Megatron-LM and torch's checkpoints consist of become inert ``Record`` objects, which remember
-what they were given and do nothing, tensors are made by ``torch_files.py``, and any other name ends the reading. No
-module is imported on a pickle's behalf. Before that its operations are counted and weighed (``check_operations``): a
-pickle of some hundred bytes can ask for hours or for all memory without a single name. Needs no torch.
+one. A pickle names functions and classes, which an ordinary reader imports and calls. Here every name is looked up in a
+list of our own: the records that Megatron-LM and torch's checkpoints consist of become inert ``Record`` objects, which
+store their arguments and do nothing, tensors are made by ``torch_files.py``, and any other name is an error. No module
+is imported because a pickle names it. Before that the time and memory that its operations would take are bounded
+(``check_operations``): a pickle of some hundred bytes can take hours or all memory without a single name. Needs no
+torch.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""What a run of ours needs beside the weights to go on where one of Megatron-LM stood: masters, moments, settings.
+"""Reads what resuming a Megatron-LM run needs beside the weights: fp32 masters, optimizer moments, settings.
 
 Of the formats in which Megatron-LM saves its distributed optimizer, ``fully_reshardable`` has masters and moments under
 the names and global shapes of the model's tensors (``optimizer.state.exp_avg.decoder...``), so they are merged and cut
 as these. ``dp_reshardable`` and the legacy files have flat buckets, whose order follows from the ranks, the bucket size
 and the version that wrote them: only a Megatron-LM of the same grouping can read them, and they are refused.
 
-Settings are those of which a step computes: Adam's, the schedule's, batch and sequence. Samples are not those that
-Megatron-LM would read next: the run begins its own order at the count of consumed samples.
+The settings are those that decide what a step computes: Adam's, the schedule's, batch size and sequence length. The
+samples that follow are not those that Megatron-LM would read next: the run begins its own order at the count of
+consumed samples.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Looks into an indexed dataset: its facts and documents, whether it is sound, and where a text stands in it.
+"""Answers questions about an indexed dataset: its size and documents, whether it is sound, where a text stands in it.
 
 ``inspect.py`` counts and shows, ``verify.py`` checks everything (with ``script_counts.py`` and ``contamination.py``)
 and reports it (``verify_report.py``), ``find.py`` searches a text, ``count.py`` makes the table of a corpus.

@@ -1,7 +1,7 @@
-"""Finds a text in an indexed dataset: the places where the pieces of the ids spell it, however it was cut into pieces.
+"""Finds a text in an indexed dataset by the bytes that its token ids stand for, however the tokenizer has cut the text.
 
-The ids of a text by itself are not the ids that it has inside another text: pieces reach over both its ends. So the
-search is for the bytes that the ids spell. These are never written out. A match can begin at a place only if
+The ids of a text by itself are not the ids that it has inside another text, where pieces reach over both its ends. So
+the search is for bytes, without decoding the dataset. A match can begin at a place only if
 
     one piece holds the whole text   or   a piece ends with the first k bytes of it, and the next one goes on from there
 

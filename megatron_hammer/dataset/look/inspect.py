@@ -1,4 +1,4 @@
-"""Facts about one indexed dataset for people: counts and lengths (``stats``), and documents as text (``show``).
+"""Describes an indexed dataset for people: counts and lengths (``stats``), and documents as text (``show``).
 
 Everything here reads an ``IndexedDataset`` through its index in pieces of bounded size, so memory does not grow with
 the number of documents. Text is what the pieces of the ids spell, byte for byte, not what a decoder makes of them:

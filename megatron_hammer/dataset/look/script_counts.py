@@ -1,4 +1,4 @@
-"""Characters of a dataset by script, without decoding it: how often each id occurs, times what its piece spells.
+"""Counts a dataset's characters by script without decoding it: how often each id occurs, times what its piece spells.
 
 A whole character inside a piece has a script. Characters spelt in bytes (byte fallback, or pieces of byte-level BPE
 that are no whole characters) are counted by their leading bytes, as "bytes". The replacement character U+FFFD is

@@ -1,4 +1,4 @@
-"""What is to be made: the values of a command line, checked, with the input files found and the tokenizer loaded.
+"""A preprocessing job: the checked values of its command line, with the input files found and the tokenizer loaded.
 
 A ``Job`` decides the bytes of the datasets, together with the content of the files. How it is carried out does not
 change them: ``local.py`` works in threads of this process, ``ray.py`` on a Ray cluster.

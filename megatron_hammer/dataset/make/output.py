@@ -1,4 +1,4 @@
-"""What a run has on disk: the datasets in the making, the file of rejected documents, and how far both are.
+"""The output of a preprocessing run: its unfinished datasets, the file of rejected documents, and the journal of both.
 
 ::
 

@@ -1,4 +1,4 @@
-"""Parts of a dataset: each is what one task of a cluster makes from one range of a file; the driver joins them.
+"""Parts of a dataset: one task of a cluster makes each from one range of a file, and the driver joins them.
 
 ::
 
