@@ -1,8 +1,8 @@
-"""The gradient of an embedding: the rows that a micro-batch's tokens send back, summed by token into the table's.
+"""The gradient of an embedding table: the gradients of a micro-batch's tokens, summed into the row of each token.
 
-In text the commonest tokens are far apart from the rest: of 16,384 tokens several hundred are the same one. A GPU's
+In text a few tokens are much more frequent than all others: of 16,384 tokens several hundred are the same one. A GPU's
 ``index_put_(accumulate=True)`` sorts and then adds the rows of one token one after the other, so that one token decides
-how long all of it takes (random tokens, of which each comes once or never, hide that). Here tokens are sorted and cut
+how long all of it takes (a benchmark with random tokens, which rarely repeat, hides that). Here tokens are sorted, cut
 into blocks of ``BLOCK`` neighbours; the rows of one token in one block are summed by a small matrix product, and only
 one row a token and block is then added::
 

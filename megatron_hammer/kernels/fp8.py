@@ -1,4 +1,4 @@
-"""The products of linear layers in 8 bits (``kernels.fp8=current``): ``Products`` on the fp8 units of a GPU.
+"""The matrix products of linear layers in fp8 (``kernels.fp8=current``), on the fp8 units of a GPU.
 
 Each operand becomes 8-bit numbers and one fp32 scale, taken from its own largest value ("current" scaling, arXiv
 2209.05433; no history, so a resumed run is the same run): e4m3 for inputs and weights, e5m2 for gradients. The products

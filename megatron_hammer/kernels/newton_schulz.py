@@ -1,4 +1,4 @@
-"""Orthogonalising matrices by products alone: what Muon moves along instead of the momentum itself.
+"""Orthogonalises matrices by the Newton-Schulz iteration, for Muon, whose update is the orthogonalised momentum.
 
 With X = U S V^T the nearest matrix of orthogonal rows is U V^T. Five steps of a polynomial bring the singular values
 there without finding them, each with three products of which two are of small squares::

@@ -1,4 +1,4 @@
-"""Residual add and RMSNorm in one: x + branch, and its normalised form, from one pass over memory where fused.
+"""Residual add and RMSNorm as one operation: x + branch and its norm, in one pass over memory where fused.
 
 Bytes at best, in units of one hidden tensor: forward 4 (x, branch, sum, normed), backward 4 (two gradients,
 sum, result).

@@ -1,4 +1,4 @@
-"""Where the documents of a packed micro-batch lie: what attention and the positions need to keep them apart.
+"""``PackedSequences``: where the documents of a packed micro-batch lie, for attention and position ids.
 
 The samples of a micro-batch lie one after the other, and the documents in them are told apart by cumulative lengths, as
 in flash-attn, which is what every attention kernel for variable lengths takes::

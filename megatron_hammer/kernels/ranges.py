@@ -1,4 +1,4 @@
-"""Named ranges: the model and the optimizer say which part of a step runs, and a profiler may listen.
+"""Named ranges, with which the model and the optimizer mark which part of a step runs, for a profiler.
 
 A ``Range`` is a function from a name to a context manager. Models and optimizers are built with one and enter it around
 their parts; the default does nothing. ``profile/`` builds them with torch's ``record_function``.

@@ -1,4 +1,4 @@
-"""The product in the feed-forward layer, silu(gate) x up.
+"""SwiGLU, the product in the feed-forward layer: silu(gate) x up.
 
 Bytes at best, with f the feed-forward width: forward 3 f times an element's size (gate and up read, product
 written), backward 5 f (gradient, gate and up read, both gradients written).

@@ -1,4 +1,4 @@
-"""What the decoder needs of a module of parallel layers: the interface that the torch layers and the library's share.
+"""The interface that the two modules of parallel layers share: plain torch's and Transformer Engine's.
 
 A decoder layer is built of the classes of one module, ``layers.py`` (torch, any device) or ``layers_te.py``
 (Transformer Engine). mypy holds both modules to ``LayerModule``, and ``tests/model/test_layer_interface.py`` does so at

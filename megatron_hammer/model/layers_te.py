@@ -6,11 +6,11 @@ in fp32 inside the matrix product, straight in the optimizer's buffer; the RMSNo
 and loss are ours, and so is the choice of an attention backend, of which Transformer Engine's is one
 (``kernels.attention=te``).
 
-A module of the library sits in a tuple, out of reach of ``nn.Module``: only its weight is registered, under the name
-that the parameter table gives. So a checkpoint of these layers is one of the torch layers and the other way round, and
-the library's own extra state (pickled scales) is never saved. Linear and RMSNorm stay apart, where LayerNormLinear
-would fuse them: that would save one cast a norm under fp8, and would cost the one tree of names and, in 16 bits, the
-choice to make a norm again (``train.recompute=selective``). The norm is an operation like others (``operations``).
+A module of the library is kept in a tuple, so that ``nn.Module`` does not register it: only its weight is registered,
+under the name that the parameter table gives. So a checkpoint of these layers is one of the torch layers and the other
+way round, and the library's own extra state (pickled scales) is never saved. Linear and RMSNorm stay apart. To fuse
+them, as LayerNormLinear does, would save one cast a norm under fp8; but names would differ from the torch layers', and
+in 16 bits a norm could not be recomputed (``train.recompute=selective``). The norm is one of the ``operations``.
 
 Every name and argument used here is listed in ``kernels/libraries/te.py``. **Nothing of this has run on a real
 Transformer Engine yet.** On a CPU these layers train, in fp8 too, on the library's own Python code over a stub of its

@@ -1,4 +1,4 @@
-"""Recompute: what the layers keep for backward, and what backward makes again instead.
+"""Recompute (activation checkpointing): what the layers keep for backward, and what backward computes again instead.
 
 ``train.recompute`` trades time for memory; the results are the same, bit for bit. What a layer keeps of a token, in
 elements, with h hidden, n query heads of d, g groups and f the feed-forward width::
@@ -9,9 +9,9 @@ elements, with h hidden, n query heads of d, g groups and f the feed-forward wid
     full        h                                                                 the layer's forward
 
 selective leaves ``model/llama.py`` as it is. Norm, attention and SwiGLU become operations that save their inputs only,
-and mark their output. Whoever saves a marked tensor (the linear layer that reads it) gets a note in its place, from
-hooks around the layers; when backward reads the note, the operation runs again, once: for the reader, and, with its
-record, for its own backward, which comes next::
+and mark their output. Hooks around the layers see every tensor that is saved for backward: where a marked one would be
+saved (by the linear layer that reads it), they save a note in its place. When backward reads the note, the operation
+runs again, once: its result serves the reader, and its recorded graph its own backward, which comes next::
 
     forward     gate_up [kept] -> product [marked] -> down saves a note
     backward    down reads the note: product again, from gate_up; dW = dy^T product

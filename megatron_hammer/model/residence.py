@@ -1,14 +1,14 @@
-"""Sharded weights are in memory only while a part of the model computes: when they are fetched and when given up.
+"""Gathers sharded weights (ZeRO 3, FSDP) before a part of the model computes with them, and frees them afterwards.
 
-A store may keep this rank's shards only (ZeRO 3, ``optim/store.py``), or make room for gradients only while a part's
+A store may keep this rank's shards only (ZeRO 3, ``optim/store.py``), or allocate gradients only while a part's
 backward writes them (ZeRO 2). The parts of a model are its embedding, each layer, the final norm and the head. Around
-each stand two nodes of autograd that do nothing but tell the store::
+each stand two nodes of autograd that do nothing but call the store::
 
     forward    acquire -> [entry] -> the part computes -> [exit] -> release
     backward   release <- [entry] <- its backward      <- [exit] <- acquire
 
 While a part computes, the weights of the next one in the same direction are on their way. A store that keeps everything
-is told ``acquire`` and has no nodes.
+gets the calls of ``acquire`` alone, and has no nodes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the weights of a rank lie in the buffers of its store: buckets, each of one equal shard a rank.
+"""Where the weights of a rank lie in the buffers of its store: in buckets, each cut into equal shards, one a rank.
 
 Parameters lie in the order in which backward finishes them, the last of the table first, one after the other. A bucket
 ends when it is large enough, and where asked at the end of each part of the model. Pure arithmetic, but for the tensors

@@ -1,4 +1,4 @@
-"""Which rank puts which matrix together from the shards of all, and what it is sent for that.
+"""For Muon: which rank updates which whole matrix, and the messages that bring it the matrix's pieces from the shards.
 
 Shards are cut with no regard for rows, and tensor parallelism cuts rows and columns; an update that needs a whole
 matrix (``muon.py``) must not depend on either. So each matrix of the layers has one owner among the ranks that hold its

@@ -1,4 +1,4 @@
-"""What a training step and a checkpoint see of the optimizer: the store, the rule of the update, the loss scale.
+"""The optimizer as a training step and a checkpoint use it: store, update rule and loss scale behind one class.
 
 One step, as ``train/step.py`` runs it: the micro-batches' backward fills the store (``store.begin``), and the last one
 starts the reduction of the gradients; ``clip_grad_norm`` finishes it and takes the norm; ``step`` updates the shards,

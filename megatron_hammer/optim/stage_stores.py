@@ -1,8 +1,8 @@
-"""The stores of a rank that has several stages of a pipeline, as one: what the optimizer sees of them.
+"""Joins the stores of a rank that has several stages of a pipeline, so that the optimizer sees one.
 
 Micro-batches pass through a rank's stages at different times, so that one stage has begun a sum of gradients while the
-other has not: each has a store of its own (``store.py``), to which its layers write and which the schedule tells what
-comes (``begin``).
+other has not. So each stage has a store of its own (``store.py``), to which its layers write, and whose ``begin`` the
+schedule calls before each micro-batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""How ranks share a run: who they are, what each holds, and how they communicate. Alone in calling torch.distributed.
+"""How ranks share a run: how they are numbered, what each holds, and how they communicate.
+
+No other package calls torch.distributed.
 
 Pure arithmetic: ``grid.py`` numbers the ranks along the axes of parallelism, ``placement.py`` and ``sharding.py`` say
 what each holds of the model and of the optimizer's state, ``pipeline.py`` and ``sequence_split.py`` divide layers and

@@ -1,4 +1,4 @@
-"""The board: each rank of a machine notes its step, phase and collective in memory that the launcher reads.
+"""The board: shared memory in which each rank of a machine notes its step, phase and collective for the launcher.
 
 ::
 

@@ -14,10 +14,10 @@ Every rank has one place on each of four axes, and the ranks are counted with th
            dp    0   1   2   3
            |     4   5   6   7
 
-What talks most lies side by side, on the fastest links; what talks least, the pipeline, is cut first. An axis of size 1
-never communicates.
+Ranks of the axis that communicates most, tp, are neighbours, on the fastest links; those of the one that communicates
+least, the pipeline, are farthest apart. An axis of size 1 never communicates.
 
-Three more names are no axes of their own. ``replicas`` are the axes dp and cp together: the ranks that hold the same
+Further groups are not axes of their own. ``replicas`` are the axes dp and cp together: the ranks that hold the same
 weights, over which gradients and the counts of a loss are summed and the optimizer's state is divided. With more
 tensor-parallel ranks than query groups, each query group's key and value heads are held by ``kv`` neighbouring
 tensor-parallel ranks, which are a group of their own: with TP 4 and 2 query groups, {0 1} {2 3} {4 5} {6 7} above. And

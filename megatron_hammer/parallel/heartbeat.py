@@ -1,4 +1,4 @@
-"""Whether the launchers of the other nodes still answer: a sign of life from each, through the store.
+"""Heartbeats between the launchers of a run's nodes, through the store, to notice a node that is gone.
 
 A node that is switched off or cut off from the network closes no connection, so nothing ends and nothing fails until a
 collective's time is up, and what fails then is a healthy rank. So every launcher counts up a number of its own in the

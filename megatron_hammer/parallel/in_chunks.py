@@ -1,8 +1,8 @@
-"""All-gather and reduce-scatter of rows in chunks, one for each rank, each beside a product of another chunk.
+"""Overlaps the all-gather and reduce-scatter of linear layers with their matrix products, chunk by chunk.
 
-For the linear layers of sequence parallelism (``parallel.tp_comm_overlap=chunks``), whose products wait for the whole
-of what is gathered, and whose sums wait for the whole product. Here rank r of t computes with the chunk that it has
-while the others travel (Wang et al., "Overlap Communication with Dependent Computation via Decomposition", 2023)::
+For sequence parallelism (``parallel.tp_comm_overlap=chunks``). Otherwise a product waits until all rows are gathered,
+and a sum waits until the whole product is there. Here rank r of t computes with the chunk that it has while the others
+travel (Wang et al., "Overlap Communication with Dependent Computation via Decomposition", 2023)::
 
     multiply_gathered    product of r (own) | of r-1, which has arrived | of r-2 | ...
                          send r to r+1, ... ; receive r-1, r-2, ...

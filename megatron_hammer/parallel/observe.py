@@ -1,9 +1,9 @@
 """Which rank hangs, and which one the others wait for: judged by what the ranks note on the board and by the kernel.
 
-A rank that hangs says nothing any more; those that wait for it say nothing either, but their last words were that they
-wait. So the one to blame is stopped, or works and is silent, or is behind in the count of collectives. A rank that goes
-on saying something is slow, not stuck: it is named in a note, and left alone. ``hung`` and ``Stragglers`` only judge;
-``Observer`` looks, asks ranks for their Python stacks, and puts both into words. Needs no torch.
+A rank that hangs writes no more notes. Those that wait for it write none either, but their last note says that they are
+waiting. So the rank to blame is stopped, or computes without a note, or is behind in the count of collectives. A rank
+that still writes notes is slow, not stuck: it is named in a message, and left alone. ``hung`` and ``Stragglers`` only
+judge; ``Observer`` reads the board, asks ranks for their Python stacks, and makes the messages. Needs no torch.
 """
 
 from __future__ import annotations

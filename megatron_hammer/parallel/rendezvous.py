@@ -3,8 +3,9 @@
 They meet at a store, torch's ``TCPStore``: a small table of keys and values behind a socket, which one process hosts
 and the others join. It exists before any process group does, so errors at start-up travel through it too.
 
-torch's own client waits for its host inside C++, deaf to signals, with warnings of its own on stderr. So whoever joins
-first tries the socket from Python, where a signal ends the wait at once, and starts torch's client when it answers.
+torch's own client waits for its host inside C++, where it handles no signals and prints warnings of its own. So a
+process that joins first tries the socket from Python, where a signal ends the wait at once, and starts torch's client
+when the host answers.
 """
 
 from __future__ import annotations

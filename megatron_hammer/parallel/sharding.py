@@ -1,4 +1,4 @@
-"""Which part of which logical tensor a rank's share of the optimizer state is.
+"""Maps a rank's shard of the optimizer state, a range of a flat buffer, to rectangles of logical tensors.
 
 The distributed optimizer cuts flat buffers with no regard for rows, so a rank's share ``[start, stop)`` of a local
 parameter cuts a slice of a logical tensor into at most three rectangles, each contiguous in the share::

@@ -1,4 +1,4 @@
-"""What a rank does for itself where torchrun or srun started it and no launcher of ours watches.
+"""What a rank does by itself when torchrun or srun has started it, and not our launcher.
 
 It joins the store that the variables of its environment name, and says over which network gloo talks: by itself gloo
 takes the interface that this machine's own name resolves to, which may be loopback. The first rank of every node also

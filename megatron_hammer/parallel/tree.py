@@ -1,7 +1,7 @@
 """One fixed binary tree over the micro-batches of a global batch: sums whose bits do not depend on the number of ranks.
 
-The leaves are what the micro-batches give, by their number in the global batch. Numbers that agree in their lowest bits
-are added first::
+The leaves are the values (gradients, say) of the micro-batches, by their number in the global batch. Numbers that agree
+in their lowest bits are added first::
 
     node(k, r) = node(k + 1, r) + node(k + 1, r + 2^k)        all leaves whose number is r modulo 2^k
 

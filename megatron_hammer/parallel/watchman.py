@@ -1,4 +1,4 @@
-"""Ranks that nobody of ours has started watch each other: what a launcher's observer does, in a thread of every rank.
+"""Finds a hung rank without our launcher: a thread in every rank that does what the launcher's observer does.
 
 Under torchrun or srun no launcher reads the board, so every rank of a machine does. All see the same, so all find the
 same one to hang; the lowest rank that is well says so, kills it and leaves with the exit code of a hang, and the others

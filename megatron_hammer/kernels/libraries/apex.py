@@ -1,14 +1,14 @@
-"""RMSNorm and AdamW by NVIDIA's apex, under our signatures: by name only.
+"""RMSNorm and AdamW of NVIDIA's apex behind our signatures; used only where a config names them, never by "auto".
 
-apex is built from its sources (github.com/NVIDIA/apex); on PyPI the name belongs to another project, which is told by
-its having no ``apex.optimizers``. ``USED`` states what we call, as in those sources
+apex is built from its sources (github.com/NVIDIA/apex). On PyPI the name belongs to another project; it is recognised
+by the lack of ``apex.optimizers``. ``USED`` states what we call, as in those sources
 (apex/normalization/fused_layer_norm.py, csrc/multi_tensor_adam.cu, csrc/multi_tensor_l2norm_kernel.cu). **None of it
 has run here yet**, and unlike Transformer Engine and Liger it has no wheel that a test could read.
 
 The update is the capturable one of ``multi_tensor_adam``: step, learning rate, divisor and skip are tensors on the
-device, so that nobody waits. It divides the gradients in place, and knows no 16-bit copy beside fp32 gradients: the
-copy is a second pass, 6 bytes more for each parameter than our own kernel. Norms take two numbers a row; the residual
-is added before, by torch.
+device, so that the host never waits. It divides the gradients in place, and writes no 16-bit copy beside fp32
+gradients: the copy is a second pass, 6 bytes more for each parameter than our own kernel. Norms keep two numbers a row
+for backward; the residual is added before, by torch.
 """
 
 from __future__ import annotations

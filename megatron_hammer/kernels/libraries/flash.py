@@ -1,4 +1,4 @@
-"""Attention by Tri Dao's flash-attn packages: 2 (arXiv 2307.08691), 3 (arXiv 2407.08608) and 4; for the table.
+"""Attention by Tri Dao's flash-attn packages, as backends: 2 (arXiv 2307.08691), 3 (arXiv 2407.08608) and 4.
 
 Three packages with two functions of one meaning each, which take [b, s, heads, d] or, for documents, [b s, heads, d]
 with cumulative lengths, share keys between heads by themselves and want only the last dimension contiguous: so no
@@ -14,7 +14,8 @@ Backward is deterministic on request, which follows torch's own switch (``torch.
 
 Names, arguments and limits are those of flash-attention's sources (``flash_attn/flash_attn_interface.py``,
 ``hopper/flash_attn_interface.py``, and for 4 the wheel 4.0.0b36, which ``tests/kernels/test_libraries.py`` reads).
-**None of these has run here yet**: hence by name only. Imports none of them until it is asked for its function.
+**None of these has run here yet**, so they are used only where a config names them. A package is imported when its
+function is asked for.
 """
 
 from __future__ import annotations

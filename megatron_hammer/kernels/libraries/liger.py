@@ -1,4 +1,4 @@
-"""Norm, RoPE and SwiGLU by the Triton kernels of liger-kernel (arXiv 2410.10989), under our signatures: by name only.
+"""Norm, RoPE and SwiGLU by liger-kernel (arXiv 2410.10989), behind our signatures; used only where a config names it.
 
 Two of its operations meet our layouts as they are: the norm takes any [.., h] and adds the residual itself, SwiGLU has
 a form for gate and up in one tensor. RoPE wants queries and keys apart, [b, heads, s, d], turns them in place in

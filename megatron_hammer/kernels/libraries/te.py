@@ -1,9 +1,9 @@
-"""The door to NVIDIA's Transformer Engine: can it run here, its attention, and the region in which fp8 is on.
+"""NVIDIA's Transformer Engine as a backend: whether it can run here, its attention and norm, and its fp8 region.
 
-Three settings lead here: ``kernels.layers=te`` (``model/layers_te.py``), ``kernels.attention=te`` and
-``kernels.norm=te``. Whether they can run is a question that takes an import of many seconds and a GPU, so the launcher
-asks it in a child process, before any rank starts, and shows the library's own words: it fails with RuntimeError,
-OSError or FileNotFoundError as readily as with ImportError.
+Three settings use it: ``kernels.layers=te`` (``model/layers_te.py``), ``kernels.attention=te`` and ``kernels.norm=te``.
+To find out whether it can run takes an import of many seconds and a GPU. So the launcher tries that in a child process
+before any rank starts, and shows the library's own message: its import fails with RuntimeError, OSError or
+FileNotFoundError as readily as with ImportError.
 
 Written against the Python sources of ``transformer-engine`` 2.20.2. ``USED`` states every name and argument that we
 use. At start it is held against the installed version, and in ``tests/model/test_te_contract.py`` against those

@@ -5,10 +5,10 @@ program, and a logit is to cost 4 bytes of memory traffic: the second reading ha
 pieces in 16 bits) in the L2 cache. So there is one program on a multiprocessor, as large as a block can be (132 rows
 are 28 MB; an H100's cache has 50), and the second reading goes backwards, from what was read last.
 
-An H200 has some 120 instructions for 8 logits while its memory moves them, so there are few: every thread keeps the
-largest logit and the sum of its own columns, reduced once a row; whole blocks have no masks; the label's own entry is
-written over afterwards. Masks are multiples of the width, never of the odd number of pieces: what reads 16 bytes at a
-time would read 2.
+An H200 can issue some 120 instructions in the time in which its memory moves 8 logits, so instructions are few: every
+thread keeps the largest logit and the sum of its own columns, reduced once a row; whole blocks have no masks; the
+label's own entry is written over afterwards. Masks are at multiples of the width, never at the odd size of the
+vocabulary: loads of 16 bytes would become loads of 2.
 
 Sums are fp32, in a fixed order: deterministic. Proved in Triton's interpreter and by compiling for sm_80 and sm_90,
 where loads and stores are of 16 bytes and nothing spills; its speed on a GPU is not measured yet.

@@ -1,8 +1,8 @@
-"""What the rows "triton" of the tables need: the package triton and a C compiler; shared by all operations.
+"""What the backend "triton" of all operations needs: the package triton and a C compiler.
 
-Triton comes with every torch for CUDA on Linux and makes GPU code without nvcc. What it does compile with the machine's
-own C compiler is the small program that launches a kernel, once for each machine and cache: so a container without gcc
-cannot run it, which is better said before the first step than by it.
+Triton comes with every torch for CUDA on Linux and makes GPU code without nvcc. But it compiles the small program that
+launches a kernel with the machine's own C compiler, once for each machine and cache. So a container without gcc cannot
+run it, which is found out before the first step.
 """
 
 from __future__ import annotations
