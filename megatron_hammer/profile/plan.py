@@ -1,4 +1,4 @@
-"""The planner's question and answer: a config, GPUs and prices in; all layouts, judged, out.
+"""The planner: all layouts of a config on given GPUs, with predicted memory, speed, time and cost.
 
 ``train/layouts.py`` finds and judges the layouts, ``plan_report.py`` shows them. Needs no GPU.
 """

@@ -9,14 +9,15 @@
                                             => profile.json, profile.png (plots.py), a table
 
 The ranges are those that the model and the optimizer offer (``kernels/ranges.py``); ``workload.py`` builds both with
-ranges that can be recorded. How events find their part, and what is left as "gaps" and "other operations", says
-``trace.py``. With ``kernels.compile=layers`` no range is inside a layer, which is compiled as it is in training: its
+ranges that can be recorded. ``trace.py`` says how an event is assigned to a part, and what counts as "gaps" and "other
+operations". With ``kernels.compile=layers`` no range is inside a layer, which is compiled as it is in training: its
 parts are told apart by the names of operations, and norm, RoPE and SwiGLU are one. What is recomputed counts for the
 part that it belongs to.
 
-On one process it is a rank's work without its communication. With several ranks (``rank_main``) each has a trace, and
-rank 0 the report: what it sends and receives, how much of that is under way while it computes, and no limits, which are
-those of one process. Under the profiler a step of small operations is slower; the time without it stands beside.
+On one process the profile shows a rank's work without communication. With several ranks (``rank_main``) each writes a
+trace, and rank 0 the report: what it sends and receives, and how much of that overlaps with its computation. There are
+no limits then, since they hold for one process. Under the profiler a step of small operations is slower; the time
+without it is reported, too.
 """
 
 from __future__ import annotations

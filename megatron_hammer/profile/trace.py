@@ -1,4 +1,4 @@
-"""From a chrome trace of training steps to the time of each part: which event belongs to which part, no torch.
+"""Computes the time of each part of a step from a chrome trace: which event belongs to which part. Needs no torch.
 
 ``profile.py`` runs the steps with ranges around what the model and the optimizer call. A range is an event whose name
 starts with ``hammer/``. Every other event of a host thread takes the part of the event around it, and so::

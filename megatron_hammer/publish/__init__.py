@@ -1,1 +1,1 @@
-"""A run goes to where others find it: what it says of itself, the model card, the hubs, what must not leave."""
+"""Publishes a finished model: its model card, the hubs that it is sent to, and checks for what must stay private."""

@@ -1,4 +1,4 @@
-"""What a run says of itself, gathered for its model card: figures only, no path, no name of a machine.
+"""The facts about a run that its model card states: figures only, no path, no name of a machine.
 
 ::
 

@@ -1,4 +1,4 @@
-"""The places that a model is published to, behind one small interface: Hugging Face's Hub, ModelScope, a folder.
+"""The targets of publishing behind one small interface: Hugging Face's Hub, ModelScope, a folder.
 
 Each hub is reached through its own client library, an extra of this package (``pip install "megatron_hammer[hub]"``,
 ``[modelscope]``), which knows its addresses, mirrors and tokens (``HF_ENDPOINT``, ``HF_TOKEN``; ``MODELSCOPE_DOMAIN``,

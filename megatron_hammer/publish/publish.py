@@ -1,4 +1,4 @@
-"""From a run and its proved export to a hub: what is checked before, what goes, and what must not.
+"""Publishes a run's proved export on a hub: checks it, adds the model card, and sends nothing private.
 
 ::
 

@@ -1,1 +1,1 @@
-"""What a run did, as one page: figures that it has written, gathered, thinned and laid out for people."""
+"""Makes one page of HTML of a run, or of two to compare: curves, incidents, texts and settings, read from its files."""

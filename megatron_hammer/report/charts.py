@@ -1,4 +1,4 @@
-"""Which figures of a run stand together in a chart: chosen here once, drawn by the page's script and as PNGs.
+"""The charts of a report: which figures each one shows; the page's script draws them, and they are saved as PNGs.
 
 With two runs each chart has both: the second one's curves are dashed. Needs no torch.
 """

@@ -1,13 +1,13 @@
-"""metrics.jsonl as curves that a page can hold, however long the run is: read once, cut into stretches of steps.
+"""Reads metrics.jsonl once and thins it to curves that fit on a page, however long the run is.
 
 ::
 
     metrics.jsonl --MetricsReader--> one array a figure --thinned--> stretches: step, mean, lowest, highest
 
-A line that cannot be read (half written, damaged, of another file) costs itself and is counted; so does one whose step
-is out of order, by the rule by which a run that goes on reads the file (``train/metrics_file.py``). A reader takes up
-where it has left off, so that a page of a living run is made anew without reading a long file again. The lowest and the
-highest value of each stretch are kept: a spike of one step shows in a run of a million. Needs no torch.
+A line that cannot be read (half written, damaged, of another file) is left out and counted; so is one whose step is out
+of order, by the rule by which a resumed run reads the file (``train/metrics_file.py``). A reader continues where it
+stopped, so that the page of a run in progress is renewed without reading a long file again. The lowest and the highest
+value of each stretch of steps are kept: a spike of one step shows in a run of a million. Needs no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Everything that a run's folder says of it, gathered for its page: what cannot be read becomes a note on the page.
+"""Gathers for a report what the files in a run's folder say; what cannot be read becomes a note on the page.
 
 ::
 

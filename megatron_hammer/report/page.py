@@ -1,7 +1,7 @@
-"""The page of one run, or of two beside each other: sections in their order, in English or in Chinese.
+"""Writes the HTML of a report on one run, or on two side by side, section by section, in English or in Chinese.
 
-All texts of runs go through ``base/html_page.py``, which makes them harmless; the script gets its numbers as JSON. What
-a run has not (a run without evaluations, say) has no section. Needs no torch.
+All texts of runs go through ``base/html_page.py``, which escapes them; the script gets its numbers as JSON. What a run
+does not have (evaluations, say) gets no section. Needs no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From the folders of one run or two to the page on the disk, once or as long as a run lives. Needs no torch."""
+"""Writes the report of one run or two to the disk, once, or again and again while a run is going. Needs no torch."""
 
 from __future__ import annotations
 

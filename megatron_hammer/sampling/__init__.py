@@ -1,4 +1,4 @@
-"""Which tokens sample number i of a run is, and reading them as a batch.
+"""Decides which tokens sample number i of a run consists of, and reads them as a batch.
 
 ``order.py`` gives the samples of one source in their order, ``blend.py`` mixes sources, ``phases.py`` lets the mix
 change during a run, ``ledger.py`` leaves samples out, ``rest.py`` goes on where the length of samples changes.

@@ -1,9 +1,9 @@
-"""A source whose files are gone, and which the rest of the run does not draw from: what still must be known of it.
+"""Stands in for a data source whose files were deleted after the last phase that draws from it.
 
-The order of a run follows from the content and the tokens of every source that any of its phases draws from. Tokens are
-read of those only that are still to come. So when a run is past the last phase of a source, its files may go: the
-checkpoints remember what it held (``train/identity.py``), which is enough to count it and to name its samples. Needs
-no torch.
+The order of a run's samples depends on the content and the number of tokens of every source that any of its phases
+draws from, past ones included. Tokens are read of the remaining phases only. So when a run is past the last phase of a
+source, its files may be deleted: the checkpoints record its fingerprint and its tokens (``train/identity.py``), which
+are enough to count it and to name its samples. Needs no torch.
 """
 
 from __future__ import annotations

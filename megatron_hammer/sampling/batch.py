@@ -5,8 +5,8 @@
     TrainData.read, ValidData.read -> Batch of NumPy arrays -> Batch.to(device) -> Batch of tensors -> model and loss
                                       Batch.shard(rank, cp)
 
-What is known of a token on its way to the loss stands here: by what its loss counts (a loss mask is a weight of 0 or
-1), which documents attention keeps apart, and which source it comes from. Under context parallelism the ranks of a
+A batch holds all that is known of a token on its way to the loss: the weight of its loss (a loss mask is a weight of 0
+or 1), which documents attention keeps apart, and which source it comes from. Under context parallelism the ranks of a
 group read the same batch and each keeps its part of the tokens (``parallel/sequence_split.py``). Torch is imported by
 ``Batch.to`` alone, so that everything which only reads samples starts without it.
 

@@ -5,7 +5,7 @@ Two rules, both greedy and online, so the mix of a longer run begins with the mi
     "chairman"   Tijdeman's chairman assignment: at every prefix each source is off by less than one sample
     "greedy"     Megatron-LM's, for runs that move here from there: off by up to 1.5 samples (measured on five sources)
 
-Nothing as long as the run is kept: samples are drawn in blocks when asked for, and the counts at the start of each
+No array of the run's length is kept: samples are drawn in blocks when asked for, and the counts at the start of each
 block are remembered, so going back is cheap. The first look at sample i counts through all blocks before it: 6 ns a
 sample in C++ (five sources, a Sapphire Rapids core), so a second for a run of 170 million samples; the counts of a long
 run can be kept (``cache.py``).

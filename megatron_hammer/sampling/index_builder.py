@@ -1,4 +1,4 @@
-"""The few loops that run over every document or sample: compiled, or in NumPy where the installation built nothing.
+"""The loops that run over every document or sample: compiled, or in NumPy where the installation compiled nothing.
 
 A name here is the function that this process uses, of the compiled module (``csrc/data``) or of its twin
 ``index_builder_numpy.py``, where each is documented; results are identical. It is chosen once, at import, and

@@ -1,4 +1,4 @@
-"""The loops over every document or sample in NumPy: what they compute, stated, and what runs where C++ is missing.
+"""The loops over every document or sample in NumPy: the reference, which also runs where nothing was compiled.
 
 Each function has a compiled twin in ``csrc/data`` that returns identical arrays; ``index_builder.py`` chooses. Values
 that cannot be (a negative length, a document out of range) are a ``ValueError`` in both: files are checked before

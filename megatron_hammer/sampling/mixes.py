@@ -1,7 +1,7 @@
-"""What a run draws from, phase by phase, beside what it has read so far: for reports and model cards.
+"""The data mix of a run, phase by phase, beside what it has read so far: for reports and model cards.
 
-Counts come from whoever has them (``source/NAME/tokens`` of metrics.jsonl); the datasets themselves need not be on this
-machine, and then nobody knows how often they were read.
+The caller gives the counts (``source/NAME/tokens`` of metrics.jsonl). The datasets need not be on this machine; then
+the number of passes over them is not known.
 """
 
 from __future__ import annotations

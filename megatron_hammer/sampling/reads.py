@@ -1,4 +1,4 @@
-"""When does a run read this document: the inverse of ``TrainData.locate``.
+"""Finds the samples and steps in which a run reads a given document: the inverse of ``TrainData.locate``.
 
 For each epoch: the place of the document in the stream, the windows over it, the samples of the source that are those
 windows, the samples of the run that are those samples. Nothing is stored for it; an epoch costs one pass over its

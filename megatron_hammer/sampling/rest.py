@@ -1,4 +1,4 @@
-"""What is unread of a source when its samples get another length: the targets that the rest of its stream is made of.
+"""Continues a pass over a source when the length of its samples changes: by the tokens that were not read yet.
 
 A pass over a source that has begun at one ``seq_length`` is finished at another by what the old windows have left:
 their targets, in the order of the stream, joined, followed by the whole passes after it::
@@ -8,9 +8,9 @@ their targets, in the order of the stream, joined, followed by the whole passes 
     its pieces              piece 0       piece 1                       piece 2, without end
 
 The rest is cut into windows of the new length as a source is (``order.py``), and so it has a rest in turn. Between two
-pieces the text jumps, as it does between documents; ``data.attention_mask=document`` keeps them apart. Everything
-follows from what has been read: lengths and positions, which ``tag`` tells. A piece takes 16 bytes; there are at most
-half as many as there are windows in a pass.
+pieces the text jumps, as it does between documents; ``data.attention_mask=document`` keeps them apart. All of it is a
+function of what has been read, the lengths and positions in ``tag``. A piece takes 16 bytes; there are at most half as
+many as there are windows in a pass.
 """
 
 from __future__ import annotations

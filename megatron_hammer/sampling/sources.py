@@ -1,4 +1,4 @@
-"""What the sources of a run are called: short names for people, keys by content for counts that outlive a path.
+"""Names for the data sources of a run: short ones for people, and keys by content for counts that outlive a path.
 
 ::
 

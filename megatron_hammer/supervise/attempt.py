@@ -1,8 +1,8 @@
-"""One start of the ranks of a node, from the meeting place to the last of them: ``run_ranks``.
+"""One start of the ranks of a node, from opening the rendezvous store to the end of the last rank: ``run_ranks``.
 
-The ranks are spawned with the stop signals blocked and unblock them once their handlers stand. Whatever they start
-themselves (trackers, writers of checkpoints, compilers) comes to the launcher when its parent dies, and is ended with
-the last rank: no process of a run outlives it or writes beside the next.
+The ranks are spawned with the stop signals blocked and unblock them once their handlers are installed. The launcher
+adopts whatever processes a dead rank has started (trackers, writers of checkpoints, compilers) and ends them with the
+last rank: no process of a run outlives it or writes while the next start runs.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ Why not torchrun: it listens on every interface, shows a traceback for a user's 
 own, and its ranks go on training when it is killed. Here ranks die with their launcher (the kernel's
 parent-death signal: Linux only), so that two runs never write to one folder.
 
-Signals: TERM, INT, HUP and USR1 are passed on to every rank and mean "save and stop" (exit code 75). A rank is born
-with them blocked and unblocks them once its handlers stand (``train`` does), so that none is lost and none kills it
-while it starts; before the first step there is nothing to save, and the launcher ends the ranks at once. Repeating a
+Signals: TERM, INT, HUP and USR1 are passed on to every rank and mean "save and stop" (exit code 75). A rank starts
+with them blocked and unblocks them once its handlers are installed (by ``train``), so that none is lost and none kills
+it while it starts; before the first step there is nothing to save, and the launcher ends the ranks at once. Repeating a
 signal changes nothing. USR2 has the launcher print what all ranks do, with their Python stacks. Needs no torch.
 """
 

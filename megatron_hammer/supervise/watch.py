@@ -2,8 +2,8 @@
 
 When one rank fails, the others mostly fail too: their peer is gone. So every failure becomes a candidate with a
 severity, and the smallest one is the cause that the launcher prints. After the first failure the others get a grace
-period in which to report; then they are killed. A rank that hangs fails in nothing; the observer names it. Needs no
-torch.
+period in which to report; then they are killed. A rank that hangs reports no failure; the observer names it
+(``parallel/observe.py``). Needs no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Texts that tokenizers find hard: what the proof of a conversion tries, and where fuzzing (``lab/fuzz.py``) begins.
+"""Texts that tokenizers find hard: a conversion's proof tries them, and fuzzing (``lab/fuzz.py``) starts from them.
 
 FIXED_TEXTS    what has gone wrong somewhere before: always tried, and first
 noise          random characters of small alphabets, where merges compete

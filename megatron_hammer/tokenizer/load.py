@@ -2,7 +2,7 @@
 
     tokenizer.model   --> SentencePieceTokenizer   (the ids that sentencepiece gives)
     tokenizer.json    --> HuggingFaceTokenizer     (the file's own rules, never rebuilt by a transformers class)
-    *.tiktoken        --> TiktokenTokenizer        (whatever it is called: told by its first line)
+    *.tiktoken        --> TiktokenTokenizer        (under any name: recognised by its first line)
     folder            --> the tokenizer.model in it, else the tokenizer.json, else the one .tiktoken
 
 Imports neither sentencepiece nor tokenizers before a file needs it; never torch, never transformers.

@@ -1,4 +1,4 @@
-"""What other programs read of a Hugging Face tokenizer folder beside ids: how prompts begin, and the tokens of a role.
+"""The settings of a Hugging Face tokenizer folder that other programs read: how prompts begin, and special tokens.
 
 They read it in different places, which must say the same:
 

@@ -1,8 +1,8 @@
-"""Reading the files of tokenizers, which come from anywhere: how large one may be, and what it may make of itself.
+"""Reads the files of tokenizers with limits on their size, on the number of their values and on their largest id.
 
-The largest that are published (262,000 pieces) have 34 MB of JSON with two million values: some 16 bytes each, so that
-a file which owes its size to long strings is none. Ids are bounded too: arrays have a place for each id up to the
-largest, and four bytes of a file can say four billion.
+Such files may come from anywhere. The largest that are published (262,000 pieces) have 34 MB of JSON with two million
+values, some 16 bytes each, so a file that owes its size to long strings is not a tokenizer. Ids are bounded because
+arrays have a place for each id up to the largest, and four bytes of a file can say four billion.
 
 Imports neither sentencepiece nor tokenizers.
 """

@@ -1,14 +1,14 @@
-"""The ranks' way to the objects of a run: they agree on inputs, folder and checkpoint, and load it; or on another one.
+"""Begins a run on all ranks: they agree on inputs, folder and checkpoint, build the model, and load the checkpoint.
 
 ::
 
     Beginning.agree     round "inputs"       every rank looks at config, tokenizer, datasets
-                        round "output"       rank 0 takes the lock of train.output and clears up what kills have left
+                        round "output"       rank 0 takes the lock of train.output and removes what killed runs left
                         round "search"       rank 0 looks for the checkpoint, passing over what is damaged
                         round "checkpoint"   all open that very one; what has changed; devices and kernels
                         round "folder"       all see rank 0's folder
     begin               builds the run and loads, each rank its own part. Every byte is verified on the way; where one
-                        is wrong, all ranks learn of it, and the rounds from "search" on are held again without it
+                        is wrong, all ranks learn of it, and repeat the rounds from "search" on without this checkpoint
                         round "order"        rank 0 puts aside what the run does not go on from
 
 The tensors of a checkpoint are read once, when they are loaded: to verify them before would double the time of a start.

@@ -1,4 +1,4 @@
-"""A child run from a checkpoint of another: its own mix, length and descent, while the parent stays as it is.
+"""Starts a child run from a checkpoint of another run (annealing, a longer context); the parent stays as it is.
 
 ::
 
@@ -6,10 +6,10 @@
     PARENT/metrics.jsonl, up to N ----> CHILD/metrics.jsonl          drawn from as data.phases, and what is changed
                                                                      CHILD/branch.sh: the command that trains it
 
-The mix, ``seq_length`` and RoPE that the child is given are a further phase: each source goes on where it stands, and
-what is unread stays unread. With a budget in tokens the learning rate goes from that of step N straight to
-``optimizer.min_lr`` over it, whatever the parent's schedule was. The checkpoint is the parent's, config and all, so
-that the child's first start says what is otherwise and records it, as for any run that goes on. Needs no torch.
+The mix, ``seq_length`` and RoPE of the child are a further phase: each source goes on where the parent left it. With a
+budget in tokens the learning rate falls linearly over it from that of step N to ``optimizer.min_lr``, whatever the
+parent's schedule was. The checkpoint is the parent's, config included, so that the child's first start reports and
+records what has changed, as any resumed run does. Needs no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run that goes on from a checkpoint has otherwise than the checkpoint: said, and refused unless accepted.
+"""Compares a resumed run with its checkpoint: settings, data and tokenizer; refuses changes that are not accepted.
 
 ::
 

@@ -1,4 +1,4 @@
-"""The prediction of a run beside what it measures: memory and speed of rank 0, said once after some steps.
+"""Reports the predicted memory and speed of rank 0 beside the measured ones, once, after some steps.
 
 Predicted are ``rank_peak.py`` and, on GPUs that the table has, ``rank_speed.py``. Measured are the most that torch's
 allocator has given out (what the process ever had resident on a CPU, libraries included), and the mean speed of the

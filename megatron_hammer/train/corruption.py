@@ -1,4 +1,4 @@
-"""Whether a rank computes the same bits twice: the check for silent data corruption.
+"""The check for silent data corruption: whether a rank computes the same bits twice.
 
 A processor that is failing gives wrong numbers and no error (arXiv 2102.11245). Where only one rank has a number, as
 the gradient of its own micro-batch, no comparison with other ranks finds that (``drift.py``). So every K steps
@@ -14,8 +14,8 @@ It costs one micro-batch and two passes over its gradients, every K steps: at 10
 micro-batches a step, about 1 % with one. The run without it has the same bits, because the first micro-batch of a step
 writes over whatever is there.
 
-What a rank has computed wrongly it sends on, so others differ too. Who was first is told by the place in the order of
-the work: forward through the stages of a pipeline, then backward, each from the last parameter to the first. Ranks that
+What a rank has computed wrongly it sends on, so others differ too. The first is found by the place in the order of the
+work: forward through the stages of a pipeline, then backward, each from the last parameter to the first. Ranks that
 share each micro-batch (tensor and context parallelism) and differ from the same place on are named together.
 """
 

@@ -1,8 +1,8 @@
-"""Whether ranks still hold the same bits of what they hold in common: the drift check.
+"""The drift check: whether the copies of weights and optimizer states on several ranks are still equal to the bit.
 
-What several ranks hold must stay equal to the bit, or they train different models and report one normal-looking loss: a
-memory that flips a bit, a kernel that computes otherwise on one device, a message that was cut, a mistake in this code.
-The parameter table says what is common, whatever the layout: each rectangle of a logical tensor that more than one rank
+If copies differ, ranks train different models and report one normal-looking loss. The cause may be a bit flip in
+memory, a kernel that computes differently on one device, a truncated message, or a mistake in this code. The parameter
+table says which copies there are, whatever the layout: each rectangle of a logical tensor that more than one rank
 has, as a norm under tensor parallelism, key and value rows beyond the number of query groups, everything under data
 parallelism::
 
@@ -15,10 +15,10 @@ parallelism::
 
 A check hashes the bits (``kernels/bit_hash.py``) and compares with one small all-reduce, and one more before it where
 several groups hold the same optimizer state in parts. It launches only; the verdict is read with the numbers of the
-step. Who differs is found when something does: those who have not what most have; where as many have one thing as the
-other, those who have not what the ranks that update a weight have each of its part.
+step. When something differs, the ranks to blame are those in the minority; in a tie, those that differ from the ranks
+that update the weight, each its part.
 
-Checked is before an update, since a gather overwrites what had changed in the copies of others, and before a
+The check runs before an update, since a gather overwrites what had changed in the copies of others, and before a
 checkpoint, which is not written where ranks differ.
 """
 

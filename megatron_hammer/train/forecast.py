@@ -1,4 +1,4 @@
-"""What a run will need, worked out before it starts: memory of a rank, disk, and time.
+"""Predicts what a run will need before it starts: memory of a rank, disk, and time.
 
 Memory is that of weights, sums of gradients, masters and moments, which is exact, and of activations and buffers at the
 worst moment of a step (``rank_peak.py``); what libraries and allocators take comes on top. Time is stated for rates of

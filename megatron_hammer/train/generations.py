@@ -1,4 +1,4 @@
-"""OUT/generations.jsonl: what each checkpoint made of fixed prompts, one line a text, for people to compare.
+"""OUT/generations.jsonl: how each checkpoint continues fixed prompts, one line a text, for people to compare.
 
 A line is ``{"step": 500, "prompt": "The", "text": " cat sat"}``, the text without its prompt. A run with
 ``train.evaluator.prompts`` has them written as it trains, ``tools/report.py --prompt`` by the checkpoints that are

@@ -1,4 +1,4 @@
-"""What a run is trained on, as its checkpoints remember it: the content of every dataset, and the mix.
+"""The identity of a run's data, as its checkpoints record it: the content of every dataset, and the mix.
 
 A path says nothing about what lies there: a dataset may be made again behind it, and may be moved. So the state of a
 checkpoint holds, for each training source and each validation set, its fingerprint (``IndexedDataset.fingerprint``),

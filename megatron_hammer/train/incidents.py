@@ -1,4 +1,4 @@
-"""What is written down of a step whose loss or gradient was not finite, or a spike: ``OUT/incidents/step-N.json``.
+"""Records a step whose loss or gradient was not finite, or was a spike: ``OUT/incidents/step-N.json``.
 
 The micro-batches of the step are read again, every rank runs its own forward once more, and each module's output is
 looked at: the first that is not finite is named, with the rank, the micro-batch, and the documents of its samples with

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl (every step, full precision), TensorBoard, trackers, lines or a terminal's view.
+"""Reports a run's figures: metrics.jsonl (every step, full precision), TensorBoard, trackers, lines on the terminal.
 
 One JSON object a step. Floats are shortest exact decimals; what is not finite is null. MFU (model FLOPs utilisation)
 is stated twice, because two counts are in use::

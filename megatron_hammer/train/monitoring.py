@@ -1,4 +1,4 @@
-"""Monitoring systems as trackers: what metrics.jsonl has, as gauges and counters for Prometheus and OpenTelemetry.
+"""Exports the figures of metrics.jsonl to Prometheus and OpenTelemetry, as gauges and counters.
 
 ::
 

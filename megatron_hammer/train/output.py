@@ -1,4 +1,4 @@
-"""The output folder of a run: who may write there, and what earlier starts have left in it.
+"""The output folder of a run: its lock, and what earlier starts have left in it.
 
 ::
 

@@ -1,4 +1,4 @@
-"""The mixes that a run has drawn from: held against those that its config names, and carried on as phases.
+"""Compares the data mixes that a run has drawn from so far with those of its config, and continues them as phases.
 
 ::
 

@@ -1,9 +1,9 @@
-"""Sources whose files are gone, and that only phases draw from which the run has behind it.
+"""Lets a run go on without the files of sources that only its past phases draw from.
 
-The checkpoints remember what each source held (``identity.py``). That is enough to go on: the order of the samples to
-come, and what was read of each source, follow from it (``sampling/absent.py``). Which checkpoint a run goes on from is
-not known when its inputs are looked at, so this is done twice: the newest checkpoint says what may be absent, and when
-the run's own is chosen, whether it is as far. Needs no torch.
+The checkpoints record what each source held (``identity.py``). That is enough to go on: the order of the samples to
+come, and what was read of each source, follow from it (``sampling/absent.py``). When the inputs are examined it is not
+yet known from which checkpoint the run will go on, so there are two checks: the newest checkpoint says which sources
+may be absent, and once the run's own checkpoint is chosen, whether it is past them, too. Needs no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Going back from a bad step to a checkpoint, and on without the samples around it (``train.on_spike=rewind``).
+"""Goes back from a bad step to a checkpoint, and on without the samples around it (``train.on_spike=rewind``).
 
 What PaLM's authors did by hand (arXiv 2204.02311, 5.1): restart from a checkpoint before the spike, and leave out the
 steps that were seen before and during it. They found that the same samples from another checkpoint made no spike: it

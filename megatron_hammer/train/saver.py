@@ -1,7 +1,7 @@
 """Saving checkpoints of a run.
 
-The loop says when, and with which state; here is what goes into a checkpoint, where it lies, how it is written
-(``checkpoint.mode``), and what a save that fails means (``checkpoint.on_save_error``).
+The loop decides when to save, and which state. This module decides what goes into a checkpoint, where it lies, how it
+is written (``checkpoint.mode``), and what to do when a save fails (``checkpoint.on_save_error``).
 
 A blocking save returns when the checkpoint is committed on all ranks. One in the background returns at once; the ranks
 learn that it has ended from flags that the loop sums over all ranks in each step (``word``, ``heard``). Before the next

@@ -1,5 +1,6 @@
-"""Forward and backward over the micro-batches of one step on a rank that has the whole model; ``pipeline.py`` has the
-one for stages."""
+"""Forward and backward over the micro-batches of one step on a rank that has the whole model.
+
+``pipeline.py`` does the same on a rank that has stages of a pipeline."""
 
 from __future__ import annotations
 

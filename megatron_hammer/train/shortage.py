@@ -1,9 +1,9 @@
-"""What a run says beside "out of memory": where the memory goes by formula, and the cheapest changes that would fit.
+"""Explains "out of memory": where the memory goes by formula, and the cheapest changes of settings that would fit.
 
-The same is said before the first step, and the run refused, where the prediction is several times the memory that is
-there (``refuse_far_too_large``): what is less far beyond is left to the device, since formulas and swap may err. Of
-errors only a shortage of tensors is explained, of a GPU or of torch on a CPU; what Python itself cannot get is not in
-the formulas. Nothing is asked of the device but its name and size. The changes keep what is computed: micro-batch,
+Where the prediction is several times the memory of the device, the run is refused with the same text before the first
+step (``refuse_far_too_large``). A smaller excess is left to the device, since the formulas may err and swap may help.
+Explained is only a shortage of tensors, on a GPU or of torch on a CPU; memory that Python itself cannot get is not in
+the formulas. Of the device only name and size are asked. The proposed changes keep what is computed: micro-batch,
 recompute, sequence parallelism, what is sharded, twice the tensor or pipeline parallel ranks.
 """
 

@@ -1,4 +1,4 @@
-"""What the targets of a step were, and what their losses were, summed by the data source that each came from.
+"""Sums the losses, targets and bytes of a step by the data source that each target comes from.
 
 The table of a step has a row for each source and four columns, over all targets t of the global batch, w their weights
 (1 where there are none)::

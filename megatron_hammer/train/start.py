@@ -1,18 +1,18 @@
-"""What the ranks of a run tell each other before its start: one set of inputs, one checkpoint, one output folder.
+"""How the ranks of a run make sure, before its start, that they have the same inputs, checkpoint and output folder.
 
 ::
 
-    round "inputs"       each rank looks at config, tokenizer, datasets    facts: settings, fingerprints
-    round "search"       rank 0 looks for the checkpoint and the ledger    told: its name and digest, the ledger
+    round "inputs"       each rank looks at config, tokenizer, datasets    compared: settings, fingerprints
+    round "search"       rank 0 looks for the checkpoint and the ledger    sent: its name and digest, the ledger
     round "checkpoint"   the others open that very one
-                         rank 0 writes a probe                             told: the probe's name
+                         rank 0 writes a probe file                        sent: the probe's name
     round "folder"       the others look for the probe in their train.output
 
 All rounds, in their order, are in ``begin.py``.
 
 Only rank 0 searches: on a network file system two nodes may list one folder differently for a while, and ranks that
 each took what they saw would train on masters of two different steps. A name, once known, is looked up without the
-listing. The probe has a random name, which no cache can have heard of. What is said between ranks goes through
+listing. The probe has a random name, so that no cache can hold it. Ranks exchange these values through
 ``parallel/agreement.py``. Needs no torch.
 """
 

@@ -1,4 +1,4 @@
-"""The training step, on one screen."""
+"""``train_step``: one update of the parameters from the micro-batches of one global batch."""
 
 from __future__ import annotations
 

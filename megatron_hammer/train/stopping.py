@@ -1,8 +1,8 @@
-"""Whether to stop, asked together: in long work all ranks get the same answer at the same point.
+"""Lets all ranks decide together whether to stop, so that long work ends at the same point on each of them.
 
 A signal may reach one rank alone, or all of them at different moments; a rank that stopped by itself would leave the
-others waiting in their next collective. A step asks once (``loop.py``). Evaluation asks now and then: as often as it
-must to answer within half a second, which all ranks reckon from the slowest one's pace.
+others waiting in their next collective. The loop asks once in each step (``loop.py``). Evaluation asks as often as it
+must to react within half a second, which all ranks compute from the pace of the slowest one.
 """
 
 from __future__ import annotations

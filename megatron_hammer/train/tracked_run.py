@@ -1,4 +1,4 @@
-"""What the client of a tracker is told: a run before its first step, and a line for each step. Needs no torch."""
+"""What a tracker's client gets: a description of the run before its first step, then a line a step. Needs no torch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The process that one experiment tracker's client runs in, and what each client is told: W&B, SwanLab, MLflow; the
-clients of monitoring systems are in ``monitoring.py``.
+"""The process that runs the client of one experiment tracker (W&B, SwanLab or MLflow), and those clients.
+
+The clients of monitoring systems are in ``monitoring.py``.
 
 ``trackers.py`` starts it as ``python -m megatron_hammer.train.tracker_process NAME`` and writes JSON lines to its
 standard input: first the run, then an object a step, last how the run ended. A client in a process of its own can hang,

@@ -1,4 +1,4 @@
-"""Experiment trackers that a run reports to (``log.trackers``): what metrics.jsonl has, without ever costing a step.
+"""Sends the figures of metrics.jsonl to experiment trackers (``log.trackers``), without ever delaying a step.
 
 ::
 

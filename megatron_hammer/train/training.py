@@ -1,4 +1,4 @@
-"""A run while it is trained: it is begun, goes on, and begins again where it goes back (``rewind.py``).
+"""Drives a run: begins it, trains on, and begins again from an older checkpoint after a rewind (``rewind.py``).
 
 A program goes on to the end in one call, ``train``. The Python interface (``api/run.py``) enters a ``Training`` and
 goes on a few steps at a time: the same loop, so the same bits.

@@ -1,4 +1,4 @@
-"""What a person who watches a run on a terminal sees: the rows of its view, from a step's line. Needs no torch."""
+"""The rows that the terminal view of a run shows, made from a step's line of metrics. Needs no torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """What a user pastes into a bug report: results of the self-test, versions, hardware and settings, and nothing private.
 
-Of the machine only what is listed here is said. Of a config, numbers and choices are: texts and the keys of mappings,
-which may be names and paths, are replaced by what they are. Messages of parts that failed go through ``Anonymiser``.
+Of the machine the report says only what is listed here. Of a config it gives numbers and choices; texts and the keys of
+mappings, which may be names and paths, are replaced by a word for what they are. Messages of failed parts go through
+``Anonymiser``.
 Needs no torch.
 """
 

@@ -1,4 +1,4 @@
-"""Ranks held against whole tensors: what differs, by how much, on which ranks, and what the pattern says of the cause.
+"""Compares the pieces of all ranks with whole tensors: what differs, how much, where, and what that says of the cause.
 
 A difference is relative to the largest value of the whole tensor. Needs no torch.
 """

@@ -1,7 +1,7 @@
-"""What is wrong, where a layout differs from one process: a sentence or two for people, from all numbers together.
+"""Explains in a sentence or two why a layout differs from one process, from all compared numbers together.
 
-A step goes forward, backward, and updates, and what is wrong early is wrong in all that comes later. So the first of
-these that differs is asked, and the others are not::
+A step goes forward, backward, and updates, and what is wrong early is wrong in all that comes later. So only the first
+of these that differs is examined::
 
     losses of tokens   which tokens: whose samples, whose part, from where in a document; the same losses with each
                        known fault in transformers' model (``what_if.py``): the one that gives these numbers is named

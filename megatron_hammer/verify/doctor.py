@@ -1,7 +1,7 @@
-"""Looks at machine, environment, data and checkpoints before a run, and says of each what would stop or harm it.
+"""Checks machine, environment, data and checkpoints before a run for whatever would stop or harm it.
 
-Behind ``tools/doctor.py``. A check gives one row: ok, warning, failed or not applicable, what was found, what to do.
-One that raises one of our errors has failed with it; the doctor goes on with the next. Nothing is written but a
+``tools/doctor.py`` prints the results. A check gives one row: ok, warning, failed or not applicable, with what was
+found and what to do. A check that raises one of our errors has failed; the doctor goes on. Nothing is written but a
 probe in the output's file system, and nothing of a run is changed.
 """
 

@@ -1,4 +1,4 @@
-"""A drill: the user's own config, made small, is trained once in peace and once under faults, and must come out equal.
+"""A drill: trains the user's own config, made small, once undisturbed and once under faults, and compares the results.
 
 ::
 

@@ -1,7 +1,7 @@
-"""What a drill does to a run: one function a fault, on real processes and real files.
+"""The faults of a drill, one function each, which act on real processes and real files.
 
-A fault is told the running launcher and the run's folder, waits for its moment, strikes, and says what the launcher's
-exit code must then be. Ranks are found as the launcher's children. Linux; needs no torch.
+A fault gets the running launcher and the run's folder, waits for its moment, acts, and returns the exit code that the
+launcher must then have. Ranks are found as the launcher's children. Linux; needs no torch.
 """
 
 from __future__ import annotations

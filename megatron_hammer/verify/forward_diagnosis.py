@@ -1,7 +1,7 @@
-"""What is wrong with a forward pass, where losses of tokens differ from one process: whose tokens, by which fault.
+"""Explains why the losses of tokens differ from one process: which tokens, and which known fault gives these losses.
 
-The first question of ``diagnosis.py``. Where known faults (``what_if.py``) do not give the losses, it says what the
-tokens that differ have in common, and what their order or their places tell.
+``diagnosis.py`` asks this first. Where no known fault (``what_if.py``) gives the losses, the explanation says what the
+tokens that differ have in common, and what follows from their order or their places.
 """
 
 from __future__ import annotations

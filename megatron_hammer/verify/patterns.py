@@ -1,4 +1,4 @@
-"""Patterns in what differs, in words: on whose ranks, how often each part of a sum is in it, where backward goes wrong.
+"""Describes patterns in differences: on which ranks, how often each part of a sum is in it, where backward goes wrong.
 
 Pure functions over numbers; ``diagnosis.py`` asks them. Needs no torch.
 """

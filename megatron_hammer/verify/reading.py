@@ -1,6 +1,6 @@
-"""What the tokens of a step's global batch are told, and which ranks have them: for proofs, and why one has failed.
+"""The tokens, labels, positions and documents of a whole global batch, and the ranks that compute them: for proofs.
 
-Written out from the samples alone; ``what_if.py`` changes it into what ranks may have been told instead.
+Derived from the samples alone, without the code that is judged; ``what_if.py`` changes them as a fault would.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the tokens of a step's global batch are told: a row for each micro-batch, [.., b s], in which its samples
-    come one after the other."""
+    """The inputs of a step's global batch: a row for each micro-batch, [.., b s], in which its samples come one after
+    the other."""
 
     tokens: Tensor
     labels: Tensor

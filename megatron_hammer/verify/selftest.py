@@ -1,7 +1,7 @@
-"""Whether this installation computes what it must: six parts, each in a process of its own, named as it passes.
+"""The self-test: six parts that check whether this installation computes what it must, each in a process of its own.
 
-Behind ``tools/selftest.py``. The parts (``selftest_parts.py``) are started one after the other in a temporary folder; a
-part that is wrong, crashes or does not end is named with its cure, and the others still run. Needs no torch.
+``tools/selftest.py`` runs it. The parts (``selftest_parts.py``) are started one after the other in a temporary folder;
+a part that is wrong, crashes or does not end is named with its remedy, and the others still run. Needs no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A user's config made small enough to be proved in a minute on CPUs, with everything that ranks share left as it is.
+"""Shrinks a user's config so that it is proved in a minute on CPUs, and leaves everything that ranks share as it is.
 
 Widths, layers, vocabulary, length and batch shrink. What stays: every axis of the layout and what it divides (heads,
 query groups, sequence, padding of the vocabulary), mask, tying, RoPE's scaling, recompute, clipping, decay and the

@@ -1,4 +1,4 @@
-"""Two training steps of one rank, and all that they leave: what a proof compares.
+"""Runs two training steps on one rank and keeps what a proof compares: losses, gradients, weights and moments.
 
 The kinds of pieces (``outcome.py``) are::
 

@@ -1,4 +1,4 @@
-"""The loss of each token before the first step: where a layout differs, which tokens say why.
+"""Compares the loss of each token before the first step, and infers the cause from which tokens differ.
 
 A token that is the first of its document attends to itself alone. So if those are right and later ones are wrong, it is
 the positions or the keys; if a first token is wrong and others are right, it sees what is not its own. Needs no torch.

@@ -1,9 +1,8 @@
-"""What the numbers would be if one thing were wrong: transformers' model in fp64 with that fault in it, on one process.
+"""Computes what the numbers would be with one known fault: transformers' model in fp64 with that fault, on one process.
 
-A proof that failed asks here (``diagnosis.py``); one that did not never does. The faults are those that layouts can
-have: of what a token sees, of which rank's part of a matrix or of the vocabulary is missing or in another place, of
-which samples' gradients are summed, of how the update is made. Nothing is shared with the code that is judged but the
-samples.
+Only the diagnosis of a failed proof needs it (``diagnosis.py``). The faults are those that layouts can have: in what a
+token sees, in the place of a rank's part of a matrix or of the vocabulary, in which samples' gradients are summed, in
+how the update is made. Nothing is shared with the code that is judged but the samples.
 """
 
 from __future__ import annotations

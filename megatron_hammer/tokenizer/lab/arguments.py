@@ -1,4 +1,4 @@
-"""What the user names for an analysis: tokenizers, texts by domain, places for pictures and the report."""
+"""Reads the command-line arguments of an analysis: tokenizers, texts by domain, places for pictures and the report."""
 
 from __future__ import annotations
 
