@@ -15,6 +15,7 @@ import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.base.progress import Activity
 
 
 def parser() -> ArgumentParser:
@@ -58,8 +59,9 @@ def main() -> None:
             order=args.order,
             index_folder=args.index_folder,
         )
-    for line in build_indices(plan, args.epochs):
-        print(line)
+    with Activity("looking for indices") as activity:
+        for line in build_indices(plan, args.epochs, activity.begin):
+            print(line)
 
 
 def _weighted(text: str) -> tuple[str, float]:

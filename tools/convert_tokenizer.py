@@ -19,6 +19,7 @@ import time
 import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.progress import Activity
 from megatron_hammer.tokenizer.convert import form_line, publish_tokenizer
 from megatron_hammer.tokenizer.tiktoken_backend import add_tiktoken_pattern
 
@@ -34,7 +35,8 @@ def main() -> None:
     args = parser.parse_args()
 
     started = time.monotonic()
-    tokenizer, why = publish_tokenizer(args.tokenizer, args.output, args.tiktoken_pattern, args.special_tokens)
+    with Activity("converting, and proving that the ids are equal"):
+        tokenizer, why = publish_tokenizer(args.tokenizer, args.output, args.tiktoken_pattern, args.special_tokens)
     if tokenizer.assumption:
         print(f"note: {tokenizer.assumption}")
     print(f"{args.output}: {tokenizer.vocab_size:,} ids, proved equal to {tokenizer.path}, "

@@ -20,7 +20,7 @@ import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, print_json, run
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.base.progress import say
+from megatron_hammer.base.progress import Activity
 
 
 def main() -> int:
@@ -36,7 +36,8 @@ def main() -> int:
     from megatron_hammer.verify.doctor import examine, exit_code, format_findings, to_tree
 
     config = None if arguments.config is None else load_config(arguments.config, arguments.overrides)
-    findings = list(examine(config, arguments.nproc, say))
+    with Activity("looking at the machine") as note:
+        findings = list(examine(config, arguments.nproc, note))
     if arguments.json:
         print_json(to_tree(findings))
     else:

@@ -21,7 +21,7 @@ import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.base.progress import say
+from megatron_hammer.base.progress import Activity
 
 
 def main() -> int:
@@ -51,7 +51,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="drill-") as temporary:
         folder = Path(arguments.keep or temporary)
         folder.mkdir(parents=True, exist_ok=not arguments.keep)
-        report = run_drill(config, ranks, arguments.kills, arguments.seed, folder, say)
+        with Activity("the drill") as note:
+            report = run_drill(config, ranks, arguments.kills, arguments.seed, folder, note)
     print(*report.table(), *summary(report), sep="\n")
     if report.left_out:
         print(f"not part of the drill: {', '.join(report.left_out)}")

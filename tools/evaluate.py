@@ -23,7 +23,7 @@ import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, print_json, report, run
 from megatron_hammer.base.errors import ConfigError, NonFiniteError
-from megatron_hammer.base.progress import say
+from megatron_hammer.base.progress import Activity
 from megatron_hammer.base.streams import only_list
 
 
@@ -70,7 +70,8 @@ def main() -> int:
         arguments.dtype, choose_device(arguments.device), mask,
     )  # fmt: skip
     check_options(subjects, options)
-    figures = list(measure(subjects, sets or sets_of(subjects), options, reference, say))
+    with Activity("reading the models") as note:
+        figures = list(measure(subjects, sets or sets_of(subjects), options, reference, note))
     if arguments.json:
         models = [{"name": s.name, "path": s.path, "kind": s.kind, "step": s.step} for s in subjects]
         print_json({"models": models, "results": [f.to_tree() for f in figures]})

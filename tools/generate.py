@@ -24,7 +24,7 @@ import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, print_json, run
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.base.progress import say, track
+from megatron_hammer.base.progress import Activity, say, track
 from megatron_hammer.base.streams import only_list
 
 
@@ -81,10 +81,11 @@ def main() -> None:
     sampling = Sampling(longest, args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
     sampling.check()
     prompts = [*args.prompt, *(read_prompts(args.prompts, args.key) if args.prompts is not None else ())]
-    if args.hf is not None:
-        model = open_folder(args.hf, args.begin, args.dtype, args.device)
-    else:
-        model = open_text_model(args.load, args.step, args.begin, args.dtype, args.device)
+    with Activity("reading the model"):
+        if args.hf is not None:
+            model = open_folder(args.hf, args.begin, args.dtype, args.device)
+        else:
+            model = open_text_model(args.load, args.step, args.begin, args.dtype, args.device)
     if args.chat:
         from megatron_hammer.base.line_input import line_reader
         from megatron_hammer.huggingface.chat import Chat, converse
@@ -93,11 +94,12 @@ def main() -> None:
         return
     say(model.start_words)
     found = continue_texts(model, prompts, sampling, args.batch_size)
-    for number, one in enumerate(track(found, "prompts", len(prompts), "prompts"), start=1):
-        if args.json:
-            print_json(one.to_tree())
-        else:
-            print(f"--- {number} of {len(prompts)}\n{one.whole}", flush=True)
+    with Activity("continuing"):
+        for number, one in enumerate(track(found, "prompts", len(prompts), "prompts"), start=1):
+            if args.json:
+                print_json(one.to_tree())
+            else:
+                print(f"--- {number} of {len(prompts)}\n{one.whole}", flush=True)
 
 
 def _write(piece: str) -> None:

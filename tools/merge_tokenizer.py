@@ -16,7 +16,7 @@ from pathlib import Path
 import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
-from megatron_hammer.base.progress import say
+from megatron_hammer.base.progress import Activity, say
 from megatron_hammer.tokenizer import merge
 from megatron_hammer.tokenizer.required_characters import TABLE_NAME, read_required
 from megatron_hammer.tokenizer.symbols import doubtful_symbols, read_symbols
@@ -37,7 +37,8 @@ def main() -> None:
     for symbol, meant in doubtful_symbols(symbols).items():
         say(f"note: {args.user_defined_symbols}: symbol {symbol!r} is taken as it stands; HammerLLM's published model "
             f"corrects such to {meant!r}: mend the file if that was meant")  # fmt: skip
-    result = merge.merge_files(args.base, args.donor, required, args.user_defined_symbols, args.output)
+    with Activity("merging"):
+        result = merge.merge_files(args.base, args.donor, required, args.user_defined_symbols, args.output)
     mean, ratios = result.calibration.mean, result.calibration.ratios
     print(f"calibration: {len(ratios):,} of {len(required.common):,} characters, ratio mean {mean!r}, "
           f"min {min(ratios)!r}, max {max(ratios)!r}")  # fmt: skip

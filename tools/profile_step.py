@@ -32,6 +32,7 @@ from pathlib import Path
 import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.progress import Activity
 from megatron_hammer.config import load_config
 
 
@@ -56,7 +57,9 @@ def main() -> int:
     settings = Settings(args.out, args.steps, flops, bandwidth, args.nproc)
     settings.check()
     if args.nproc == 1:
-        print(table(profile_step(config, settings)))
+        with Activity("profiling") as note:
+            report = profile_step(config, settings, note)
+        print(table(report))
         return 0
     from megatron_hammer.supervise.nodes import Node
     from megatron_hammer.supervise.start import launch

@@ -18,7 +18,7 @@ import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.base.progress import say
+from megatron_hammer.base.progress import Activity, say
 
 
 def parser() -> ArgumentParser:
@@ -70,7 +70,8 @@ def main() -> None:
         hub = FolderHub(output)
     elif not arguments.dry_run:
         hub = (HuggingFaceHub if to == "hf" else ModelScopeHub)(repository, arguments.private)
-    found = prepare(arguments.run, wishes, arguments.export, arguments.step, arguments.unfinished)
+    with Activity("reading the run"):
+        found = prepare(arguments.run, wishes, arguments.export, arguments.step, arguments.unfinished)
     if arguments.license is None:
         say("note: no --license: without one nobody else may use the weights")
     if hub is None:

@@ -25,6 +25,7 @@ from pathlib import Path
 import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.progress import Activity
 
 
 def main() -> int:
@@ -51,9 +52,12 @@ def main() -> int:
     results = []
     with StopRequest() as stop, tempfile.TemporaryDirectory(prefix="selftest-") as folder:
         try:
-            for result in run_parts(chosen(arguments.only), Path(folder), stop):
-                results.append(result)
-                print(*result.lines(), sep="\n", flush=True)
+            parts = chosen(arguments.only)
+            with Activity(parts[0].name) as activity:
+                for number, result in enumerate(run_parts(parts, Path(folder), stop), start=1):
+                    results.append(result)
+                    print(*result.lines(), sep="\n", flush=True)
+                    activity.begin(parts[min(number, len(parts) - 1)].name)
         except Stopped:
             print("stopped")
             return stop.exit_code

@@ -30,7 +30,7 @@ import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.base.progress import say
+from megatron_hammer.base.progress import Activity
 
 if TYPE_CHECKING:
     from megatron_hammer.config import Config
@@ -74,8 +74,9 @@ def count(config: Config, world_size: int, rank: int) -> int:
     """One rank, by the program and by formulas."""
     from megatron_hammer.verify.one_rank import compare_rank
 
-    say(f"rank {rank} of {world_size}: a step without memory")
-    comparison = compare_rank(config, world_size, rank)
+    with Activity("counting") as note:
+        note(f"rank {rank} of {world_size}: a step without memory")
+        comparison = compare_rank(config, world_size, rank)
     print(*comparison.table(), *comparison.summary(), sep="\n")
     if comparison.left_out:
         print(f"not part of the count: {', '.join(comparison.left_out)}")
@@ -87,7 +88,8 @@ def prove(config: Config, world_size: int, real: bool) -> int:
     """All ranks against one process."""
     from megatron_hammer.verify.parallel import Proof, prove_layout
 
-    proof = prove_layout(config, world_size, say, real=real)
+    with Activity("the proof") as note:
+        proof = prove_layout(config, world_size, note, real=real)
     if not isinstance(proof, Proof):
         return proof
     print(*proof.table(), sep="\n")

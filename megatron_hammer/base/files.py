@@ -19,7 +19,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -227,17 +227,18 @@ def hash_bytes(content: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(content)
 
 
-def hash_file(path: Path) -> str:
-    """XXH3-128 of a file's content."""
+def hash_file(path: Path, advance: Callable[[int], None] = lambda count: None) -> str:
+    """XXH3-128 of a file's content; ``advance`` is told of the bytes that were read."""
     with open_regular(path) as file:
-        return hash_content(file)
+        return hash_content(file, advance)
 
 
-def hash_content(file: IO[bytes]) -> str:
+def hash_content(file: IO[bytes], advance: Callable[[int], None] = lambda count: None) -> str:
     """XXH3-128 of an open file, from where it stands to its end."""
     hasher = xxhash.xxh3_128()
     while chunk := file.read(BUFFER_BYTES):
         hasher.update(chunk)
+        advance(len(chunk))
     return hasher.hexdigest()
 
 

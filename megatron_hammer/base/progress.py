@@ -1,17 +1,21 @@
 """The progress of long work, shown on stderr: a bar on a terminal, else a plain line every ten seconds.
 
-Work that takes less than five seconds shows nothing.
+``Progress`` is for work of which one can say how much is done, ``Activity`` for work of which one can only say what it
+is: a model that is read, a run that is waited for. Work that takes less than five seconds shows nothing.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from megatron_hammer.base.terminal import can_redraw
+from megatron_hammer.base.streams import outlet_of
+from megatron_hammer.base.terminal import View, can_redraw, cut, size_of_window
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -20,6 +24,7 @@ T = TypeVar("T")
 
 QUIET_SECONDS = 5.0  # what takes less needs no progress
 LINE_SECONDS = 10.0  # between two plain lines
+POLL_SECONDS = 0.5  # how often an activity looks whether it is time for a sign of life
 
 
 def say(text: str) -> None:
@@ -62,15 +67,17 @@ class Progress:
         if can_redraw(sys.stderr):
             import tqdm
 
+            columns = size_of_window(sys.stderr).columns
             self._bar = tqdm.tqdm(
                 total=self.total,
                 initial=self.done,
-                desc=self.name,
+                desc=cut(self.name, columns // 2),  # the numbers matter more
                 unit="B" if self.unit == "B" else f" {self.unit}",
                 unit_scale=True,
                 delay=QUIET_SECONDS,
                 leave=False,
-                dynamic_ncols=True,
+                ncols=columns - 1 if os.environ.get("COLUMNS") else None,
+                dynamic_ncols=not os.environ.get("COLUMNS"),
             )
         return self
 
@@ -96,6 +103,12 @@ class Progress:
         if now >= self._next_line:
             self._next_line = now + LINE_SECONDS
             self._report(self._line(now - self._started))
+
+    def expect(self, total: int) -> None:
+        """Say how much all of the work is, once that is known."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.total = total
 
     def pass_over(self, count: int) -> None:
         """Account for something that was done before this run: it does not count for the speed."""
@@ -126,3 +139,76 @@ def track(items: Iterable[T], name: str, total: int | None, unit: str) -> Iterat
         for item in items:
             yield item
             progress.advance(1)
+
+
+class Activity:
+    """What is under way; a sign of life, its name and seconds, wherever nothing else is written for five seconds.
+
+    On a terminal that is a line in place, else a plain line every ten seconds. A context, for one thread::
+
+        with Activity("reading the model") as note:
+            model = load()              # after 5 s: "reading the model: 5 s so far"
+            note("comparing")           # said at once
+            note.begin("drawing")       # said if it takes long
+
+    Args:
+        name: of what comes first.
+        report: gets the plain lines.
+    """
+
+    def __init__(self, name: str, report: Callable[[str], None] = say) -> None:
+        self.name, self._report = name, report
+        self._begun = self._others = time.monotonic()
+        """When this work began, and when somebody else wrote for the last time."""
+        self._ours, self._next_line = 0.0, 0.0
+        self._is_over = threading.Event()
+        self._view: View | None = None
+        self._thread = threading.Thread(target=self._watch, name="activity", daemon=True)
+
+    def __enter__(self) -> Activity:
+        if can_redraw(sys.stderr):
+            self._view = View(sys.stderr)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_over.set()
+        self._thread.join()
+        if self._view is not None:
+            self._view.show((), now=True)
+            self._view.close()
+
+    def __call__(self, text: str) -> None:
+        """Say what comes next."""
+        self.begin(text)
+        self._report(text)
+
+    def begin(self, name: str) -> None:
+        """What comes next; it is said if it takes long."""
+        if self._view is not None:
+            self._view.show((), now=True)
+        self.name, self._begun = name, time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(POLL_SECONDS):
+            self.show(time.monotonic())
+
+    def show(self, now: float) -> None:
+        """Show a sign of life if it is time: what others write is one, and no bar of theirs is drawn over."""
+        outlet = outlet_of(sys.stderr)
+        if outlet is not None and outlet.written != self._ours:
+            self._others = outlet.written
+            if outlet.is_bar:
+                return
+        if now - max(self._begun, self._others) < QUIET_SECONDS:
+            return
+        seconds = f"{now - self._begun:,.0f} s"
+        if self._view is not None:
+            self._view.show([[("", self.name), ("", seconds)]], now=True)
+        elif now >= self._next_line:
+            self._next_line = now + LINE_SECONDS
+            self._report(f"{self.name}: {seconds} so far")
+        if outlet is not None:
+            self._ours = outlet.written

@@ -26,6 +26,7 @@ import io
 import os
 import select
 import sys
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
@@ -69,6 +70,10 @@ class Outlet(io.FileIO):
         self.before: Callable[[bytes], bytes] | None = None
         """Asked for what goes before what is going to be written: a view on the same terminal makes room for it
         (``terminal.py``)."""
+        self.written = time.monotonic()
+        """When something was written for the last time."""
+        self.is_bar = False
+        """Whether that was a bar of progress, which stands on the line of the cursor."""
 
     def write(self, content: ReadableBuffer, /) -> int:
         """Write, or drop what cannot be written."""
@@ -80,6 +85,8 @@ class Outlet(io.FileIO):
                 super().write(first)
             while (written := super().write(content)) is None:  # non-blocking and full
                 select.select([], [self.fileno()], [])
+            text = bytes(content)
+            self.written, self.is_bar = time.monotonic(), text[:1] == b"\r" and text[-1:] not in (b"\n", b"\r")
             return written
         except OSError as error:
             self.failure = error

@@ -42,6 +42,18 @@ def can_redraw(stream: TextIO, environment: Mapping[str, str] | None = None) -> 
         return False
 
 
+def size_of_window(stream: TextIO, environment: Mapping[str, str] | None = None) -> os.terminal_size:
+    """Columns and lines of a terminal; ``COLUMNS``, where it is set, replaces the first, as for ``--help``."""
+    environment = os.environ if environment is None else environment
+    try:
+        found = os.get_terminal_size(stream.fileno())
+    except (OSError, ValueError):
+        found = _UNKNOWN_SIZE
+    columns, lines = found if found.columns > 0 and found.lines > 0 else _UNKNOWN_SIZE
+    wanted = environment.get("COLUMNS", "")
+    return os.terminal_size((int(wanted) if wanted.isdecimal() and int(wanted) > 0 else columns, lines))
+
+
 def width_of(text: str) -> int:
     """Columns of a text."""
     return sum(
@@ -102,7 +114,7 @@ class View:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         environment = os.environ if environment is None else environment
-        self._stream, self._clock = stream, clock
+        self._stream, self._clock, self._environment = stream, clock, environment
         self._has_style = not environment.get("NO_COLOR")
         self._widths: list[int] = []
         """Of the lines that stand on the terminal."""
@@ -170,11 +182,7 @@ class View:
         return f"\x1b[{height}A\r\x1b[J" if height else ""
 
     def _size(self) -> os.terminal_size:
-        try:
-            found = os.get_terminal_size(self._stream.fileno())
-        except (OSError, ValueError):
-            return _UNKNOWN_SIZE
-        return found if found.columns > 0 and found.lines > 0 else _UNKNOWN_SIZE
+        return size_of_window(self._stream, self._environment)
 
     def _write(self, text: str) -> None:
         """In one piece: no other program's line comes between."""

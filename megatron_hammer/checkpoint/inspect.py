@@ -51,9 +51,8 @@ def verify_checkpoint(manifest: Manifest) -> StateDigest:
     sums = [0] * len(manifest.tensors)
     with Progress(f"verifying {manifest.folder.name}", _size(manifest)) as progress:
         for file in manifest.files:
-            for at, part in check_file(manifest, file):
+            for at, part in check_file(manifest, file, progress.advance):
                 sums[at] = (sums[at] + part) % MODULUS
-            progress.advance(file.size)
     found = digest_of(manifest.tensors, sums, manifest.step, manifest.state)
     if (claimed := manifest.state_digest) is not None and found != claimed:
         differing = [t for t, ours, theirs in zip(manifest.tensors, found.sums, claimed.sums) if ours != theirs]

@@ -13,7 +13,7 @@ tensor and is left as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,8 +185,13 @@ class LogicalReader:
         self._readers.clear()
 
 
-def check_file(manifest: Manifest, file: SavedFile) -> list[tuple[int, int]]:
+def check_file(
+    manifest: Manifest, file: SavedFile, advance: Callable[[int], None] = lambda count: None
+) -> list[tuple[int, int]]:
     """Compare every slice in one rank's file with its hash, keeping nothing.
+
+    Args:
+        advance: told of the bytes of each part that was read.
 
     Returns:
         of each slice, its tensor's position in the manifest, and its part of that tensor's sum (``digest.py``).
@@ -201,6 +206,7 @@ def check_file(manifest: Manifest, file: SavedFile) -> list[tuple[int, int]]:
             part = RectangleSum(saved.rows, saved.cols, manifest.tensors[saved.tensor].dtype)
             for chunk in part.watch(reader.chunks(key)):
                 hasher.update(chunk)
+                advance(len(chunk))
             _compare(reader, key, saved, hasher.hexdigest())
             parts.append((saved.tensor, part.total))
     return parts

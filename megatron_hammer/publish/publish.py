@@ -27,7 +27,7 @@ from typing import Any
 
 from megatron_hammer.base.errors import CheckpointError, RefusedError
 from megatron_hammer.base.files import hash_file
-from megatron_hammer.base.progress import size_of, track
+from megatron_hammer.base.progress import Progress, size_of
 from megatron_hammer.base.reading import read_regular
 from megatron_hammer.checkpoint.folder import checkpoint_of_step, open_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest
@@ -131,11 +131,12 @@ def _unchanged_files(export: Path, certificate: Mapping[str, Any]) -> tuple[str,
     """The files of the export, each as it was when it was proved; others do not go, nor does a card there."""
     proved = listed_files(certificate) or {}
     total = sum(size for size, _ in proved.values())
-    for name in track(proved, f"checking {size_of(total)}", len(proved), "files"):
-        path = export / name
-        if not path.is_file() or path.is_symlink() or hash_file(path) != proved[name][1]:
-            remedy = "export it anew with tools/checkpoint_to_hf.py"
-            raise RefusedError(40, str(path), "is not what the certificate proved: it has changed", remedy)
+    with Progress("checking the export", total) as progress:
+        for name, (_, hashed) in proved.items():
+            path = export / name
+            if not path.is_file() or path.is_symlink() or hash_file(path, progress.advance) != hashed:
+                remedy = "export it anew with tools/checkpoint_to_hf.py"
+                raise RefusedError(40, str(path), "is not what the certificate proved: it has changed", remedy)
     return (*sorted(proved.keys() - {CARD}), CERTIFICATE)
 
 

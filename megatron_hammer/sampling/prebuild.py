@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_hammer.base.errors import ConfigError
@@ -44,11 +44,14 @@ def plan_of(config: Config) -> IndexPlan:
     )
 
 
-def build_indices(plan: IndexPlan, epochs: int | None = None) -> Iterator[str]:
+def build_indices(
+    plan: IndexPlan, epochs: int | None = None, begins: Callable[[str], None] = lambda text: None
+) -> Iterator[str]:
     """Build, or find and check, all indices of a run; yields a line on each part as it is done.
 
     Args:
         epochs: those of the first passes over every source; None: those that the run's samples reach.
+        begins: told what is done next.
 
     Raises:
         ConfigError: a number is out of range, or ``epochs`` is given for the order "megatron".
@@ -71,6 +74,8 @@ def build_indices(plan: IndexPlan, epochs: int | None = None) -> Iterator[str]:
         index_folder=plan.index_folder,
         note=notes.append,
     )
+    documents = sum(data.dataset(source).num_documents for source in range(len(data.sources)))
+    begins(f"building the indices of {documents:,} documents in {len(data.sources)} sources")
     if epochs is None:
         data.prepare(0, plan.num_samples)
     else:

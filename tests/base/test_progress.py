@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_hammer.base import progress
-from megatron_hammer.base.progress import Progress, size_of, track
+from megatron_hammer.base.progress import Activity, Progress, size_of, track
 
 
 def test_bytes_are_shown_in_a_unit_that_says_something() -> None:
@@ -45,3 +45,17 @@ def test_track_counts_what_was_used(clock: list[float], capsys: pytest.CaptureFi
     for _ in track(range(3), "comparing", None, "texts"):
         clock[0] += 6
     assert capsys.readouterr().err == "comparing: 1 texts\ncomparing: 3 texts\n"
+
+
+def test_an_activity_says_what_takes_long(clock: list[float]) -> None:
+    said: list[str] = []
+    activity = Activity("reading", said.append)
+    for seconds in (104, 106, 107, 117):
+        activity.show(seconds)
+    assert said == ["reading: 6 s so far", "reading: 17 s so far"]
+    clock[0] = 120
+    activity("comparing")
+    activity.show(124)
+    activity.begin("drawing")
+    activity.show(128)
+    assert said[2:] == ["comparing", "drawing: 8 s so far"]

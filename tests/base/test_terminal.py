@@ -17,8 +17,9 @@ from typing import TextIO
 
 import pytest
 
+from megatron_hammer.base.progress import Activity, Progress
 from megatron_hammer.base.streams import Outlet, Output
-from megatron_hammer.base.terminal import View, can_redraw, cut, laid_out, width_of
+from megatron_hammer.base.terminal import View, can_redraw, cut, laid_out, size_of_window, width_of
 
 ROWS = [
     [("step", "1,230 / 10,000"), ("", "12.3%"), ("left", "3 h 12 min")],
@@ -172,3 +173,34 @@ def test_what_others_print_is_not_drawn_over(monkeypatch: pytest.MonkeyPatch) ->
         shown.feed(screen.received())
     assert shown.lines[:-1] == ["UserWarning: 0", "UserWarning: 1", "UserWarning: 2", "loss 2", "the end"]
     assert outlet.before is None
+
+
+def test_an_activity_and_a_bar_share_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sign of life in place where nothing else is written; none over a bar; nothing is left of both."""
+    monkeypatch.setenv("TERM", "xterm")
+    with terminal(80) as screen, open(os.devnull, "wb") as file:
+        outlet = Outlet(screen.descriptor, None)
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(outlet), "utf-8", line_buffering=True))
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(Outlet(file.fileno(), Output.LOG)))
+        monkeypatch.setenv("COLUMNS", "40")
+        assert size_of_window(screen.stream).columns == 40
+        with Activity("reading a model 模型 whose name is too long for a line") as activity:
+            activity.show(outlet.written + 4)
+            assert screen.received() == "", "nothing for short work"
+            activity.show(outlet.written + 6)
+            drawn = Screen(40)
+            drawn.feed(sent := screen.received())
+            assert drawn.lines[1] == "6 s" and "模型" in drawn.lines[0] and width_of(drawn.lines[0]) < 40
+            with Progress("reading a file whose name is too long, too.safetensors", 100, "tensors") as progress:
+                assert progress._bar is not None
+                progress._bar.delay = 0
+                progress.advance(50)
+                progress._bar.refresh()
+                bar = screen.received()
+                assert "50%" in bar and "/100" in bar and max(map(width_of, re.split(r"[\r\n]", bar))) < 40
+                activity.show(outlet.written + 60)
+                assert screen.received() == "", "no view over a bar"
+            sent += bar
+        drawn = Screen(40)
+        drawn.feed(sent + screen.received())
+        assert [line.strip() for line in drawn.lines if line.strip()] == []
