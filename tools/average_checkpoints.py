@@ -14,6 +14,7 @@ from __future__ import annotations
 import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.progress import Activity
 
 
 def main() -> None:
@@ -29,7 +30,8 @@ def main() -> None:
 
     chosen = choose_checkpoints(args.checkpoints, args.last)
     shares = shares_of(len(chosen), args.weights, args.ema)
-    target = average_checkpoints(chosen, shares, args.output)
+    with Activity("averaging"):
+        target = average_checkpoints(chosen, shares, args.output)
     for checkpoint, share in zip(chosen, shares, strict=True):
         print(f"{share:8.4f}  {checkpoint.folder} (step {checkpoint.step:,})")
     print(f"wrote {target}; export it: python tools/checkpoint_to_hf.py --load {args.output} --output DIR")

@@ -18,6 +18,7 @@ import require_package  # noqa: F401
 from megatron_hammer.base.characters import number_meant
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.base.progress import Activity
 
 
 def main() -> None:
@@ -37,7 +38,8 @@ def main() -> None:
 
     from megatron_hammer.train.branch import make_branch
 
-    branch = make_branch(args.run, args.step, args.output, args.overrides, tokens)
+    with Activity("copying the parent's checkpoint"):
+        branch = make_branch(args.run, args.step, args.output, args.overrides, tokens)
     print(*branch.describe(), sep="\n")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.progress import Activity
 
 
 def main() -> None:
@@ -32,7 +33,8 @@ def main() -> None:
 
     size = parse_size(arguments.max_shard_size)
     checkpoint = checkpoint_of_step(arguments.load, arguments.step)
-    certificate = export_hf(checkpoint, arguments.output, arguments.dtype, size, tokenizer=arguments.tokenizer)
+    with Activity("exporting, and comparing with the trained model"):
+        certificate = export_hf(checkpoint, arguments.output, arguments.dtype, size, tokenizer=arguments.tokenizer)
     print(certificate_line(certificate))
     print(f"wrote {arguments.output}, for transformers.AutoModelForCausalLM.from_pretrained")
 

@@ -20,6 +20,7 @@ import shlex
 import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.progress import Activity
 
 
 def main() -> None:
@@ -38,7 +39,8 @@ def main() -> None:
     from megatron_hammer.huggingface.extend import REPORT, extend_model, summary
 
     model = checkpoint_of_step(args.model, args.step)
-    report = extend_model(model, args.new_tokenizer, args.output, args.old_tokenizer, ignore=args.ignore)
+    with Activity("making the rows of the new pieces"):
+        report = extend_model(model, args.new_tokenizer, args.output, args.old_tokenizer, ignore=args.ignore)
     print(summary(report))
     print(f"wrote {args.output}, and {args.output}/{REPORT}")
     if report["model"]["kind"] == "checkpoint":

@@ -13,6 +13,7 @@ import shlex
 import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.progress import Activity
 
 
 def main() -> None:
@@ -30,7 +31,8 @@ def main() -> None:
 
     from megatron_hammer.huggingface.importing import import_hf
 
-    checkpoint = import_hf(arguments.hf, arguments.save, ignore=arguments.ignore)
+    with Activity("converting"):
+        checkpoint = import_hf(arguments.hf, arguments.save, ignore=arguments.ignore)
     print(f"wrote {checkpoint}")
     folder = shlex.quote(str(arguments.save))
     preset = f"{folder}/model.yaml checkpoint.init_from={folder}"

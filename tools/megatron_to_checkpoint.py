@@ -24,6 +24,7 @@ import shlex
 import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.progress import Activity
 
 
 def main() -> None:
@@ -40,14 +41,15 @@ def main() -> None:
 
     from megatron_hammer.megatron.importing import import_megatron
 
-    checkpoint = import_megatron(
-        arguments.load,
-        arguments.save,
-        arguments.tokenizer,
-        arguments.vocab_size,
-        arguments.twin,
-        arguments.optimizer,
-    )
+    with Activity("reading Megatron-LM's files"):
+        checkpoint = import_megatron(
+            arguments.load,
+            arguments.save,
+            arguments.tokenizer,
+            arguments.vocab_size,
+            arguments.twin,
+            arguments.optimizer,
+        )
     print(f"wrote {checkpoint}")
     folder = shlex.quote(str(arguments.save))
     rest = f"checkpoint.init_from={folder} data.train=PREFIX train.output=RUN"

@@ -22,7 +22,7 @@ import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.base.progress import size_of
+from megatron_hammer.base.progress import Activity, size_of
 
 if TYPE_CHECKING:
     from megatron_hammer.report.gather import RunFacts
@@ -65,7 +65,11 @@ def main() -> None:
         open_run(folder)  # a name that is no run's is said before anything is computed
         if arguments.prompt:
             continue_prompts(folder, arguments.prompt, arguments.new_tokens)
-    write_report(folders, output, arguments.language, arguments.pictures, arguments.refresh, told)
+    if arguments.refresh is None:
+        with Activity("writing the page"):
+            write_report(folders, output, arguments.language, arguments.pictures, None, told)
+    else:  # which waits in between
+        write_report(folders, output, arguments.language, arguments.pictures, arguments.refresh, told)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from __future__ import annotations
 import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.progress import Activity
 from megatron_hammer.corpus.arguments import add_json_key
 from megatron_hammer.corpus.documents import read_texts
 from megatron_hammer.corpus.readers import expand_inputs
@@ -48,7 +49,8 @@ def main() -> None:
         str(path): (text for texts, _ in read_texts(path, args.json_key) for text in texts)
         for path in expand_inputs(args.texts)
     }
-    comparison = compare_tokenizers(args.a, args.b, texts, args.fuzz, args.seed)
+    with Activity("comparing"):
+        comparison = compare_tokenizers(args.a, args.b, texts, args.fuzz, args.seed)
     print("\n".join(comparison.lines()), flush=True)
     if error := comparison.error():
         raise error

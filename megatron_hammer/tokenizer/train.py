@@ -22,17 +22,15 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from megatron_hammer.base.characters import share_meant
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.files import dump_json, replace_file
-from megatron_hammer.base.progress import Progress, size_of
+from megatron_hammer.base.progress import Activity, Progress, size_of
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, parse_model, quiet_sentencepiece
 from megatron_hammer.tokenizer.sentences import HashSample, split_sentences
 from megatron_hammer.tokenizer.symbols import CONTROL_PIECES, check_symbols
@@ -46,7 +44,6 @@ ModelType = Literal["bpe", "unigram"]
 UNIGRAM_THREADS = 8
 """Unigram training adds up its counts thread by thread, so its result depends on their number: it is fixed. Chosen by
 eye; on fewer cores they take turns."""
-REPORT_SECONDS = 10
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 BYTE_PIECES = 256
 
@@ -133,7 +130,7 @@ def train_tokenizer(
         "required_chars": required_characters,
         "max_sentence_length": max_sentence_bytes,
     }
-    with _report_meanwhile("training", report):
+    with Activity("training", report):
         threads = threads if model_type == "bpe" else UNIGRAM_THREADS
         try:
             model = _run_sentencepiece(sample.sentences, settings, threads)
@@ -198,25 +195,6 @@ def _sample_sentences(
 
 
 # ---- sentencepiece ----
-
-
-@contextmanager
-def _report_meanwhile(doing: str, report: Callable[[str], None]) -> Iterator[None]:
-    """A line every ten seconds that it is still at work: the library says nothing, but lets other threads run."""
-    done = threading.Event()
-    started = time.monotonic()
-
-    def watch() -> None:
-        while not done.wait(REPORT_SECONDS):
-            report(f"{doing}: still at work, {time.monotonic() - started:.0f} s so far")
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def _run_sentencepiece(sentences: list[bytes], settings: dict[str, Any], threads: int) -> bytes:

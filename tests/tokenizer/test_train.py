@@ -15,7 +15,6 @@ import pytest
 
 from megatron_hammer.base import progress
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.tokenizer import train
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.required_characters import read_characters
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
@@ -108,7 +107,7 @@ def test_unigram_depends_on_text_alone(unigram: SentencePieceTokenizer, tmp_path
 
 
 def test_training_says_that_it_is_at_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(train, "REPORT_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0.01)
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
     lines: list[str] = []
@@ -121,7 +120,7 @@ def test_training_says_that_it_is_at_work(monkeypatch: pytest.MonkeyPatch, tmp_p
 
     train_tokenizer(Slow(training_texts()), tmp_path, 1500, report=lines.append)
     reading = [line for line in lines if re.fullmatch(r"reading text: 0\.\d\d GB, \d+ MB/s", line)]
-    at_work = [line for line in lines if re.fullmatch(r"training: still at work, \d+ s so far", line)]
+    at_work = [line for line in lines if re.fullmatch(r"training: \d+ s so far", line)]
     phase = [line for line in lines if re.match(r"training 1,500 bpe pieces on [\d.]+ [KMG]?B", line)]
     assert reading and at_work and len(phase) == 1 and len(lines) == len(reading) + len(at_work) + 1
     assert lines.index(phase[0]) < lines.index(at_work[0])
