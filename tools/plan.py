@@ -79,8 +79,13 @@ def main() -> int:
         raise ConfigError(88, f"--write {arguments.write}", "is there, and would be replaced", remedy)
     names = {field.name for field in dataclasses.fields(Asked)}
     asked = Asked(**{name: value for name, value in vars(arguments).items() if name in names})
-    with Progress("layouts", None, "families") as progress:
-        plan = make_plan(config, asked, progress.advance)
+    with Progress("trying layouts", None, "families") as progress:
+
+        def tried_one(of_all: int) -> None:
+            progress.expect(of_all)
+            progress.advance(1)
+
+        plan = make_plan(config, asked, tried_one)
     if arguments.json:
         print_json(to_tree(plan))
     else:

@@ -100,7 +100,7 @@ def make_plan(config: Config, asked: Asked, said: Callable[[int], None] = lambda
     """Find all layouts of a config on the GPUs that were asked for.
 
     Args:
-        said: told of each family of layouts that was tried.
+        said: told of each family of layouts that was tried how many there are.
 
     Raises:
         ConfigError: a number or name that cannot be, or no layout that the settings allow.
@@ -198,6 +198,7 @@ def _layout(plan: Plan, layout: PlannedLayout) -> dict[str, Any]:
     hours = plan.gpu_hours(layout)
     return {
         "tp": tp, "pp": pp, "cp": cp, "dp": dp,
+        "virtual_pipeline_stages": layout.stages,
         "sequence_parallel": layout.config.parallel.sequence_parallel,
         "shard": layout.config.parallel.shard,
         "micro_batch_size": layout.config.train.micro_batch_size,

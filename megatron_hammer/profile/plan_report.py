@@ -62,14 +62,21 @@ def _ranking(plan: Plan, layouts: Sequence[PlannedLayout]) -> list[str]:
         train, hours = layout.config.train, plan.gpu_hours(layout)
         rows.append(
             (
-                str(number), *map(str, layout.sizes), layout.config.parallel.shard, str(train.micro_batch_size),
+                str(number), *_sizes(layout), layout.config.parallel.shard, str(train.micro_batch_size),
                 train.recompute, precision_of(layout.config), f"{layout.bytes / GIB:.1f}",
                 f"{layout.time.tokens_per_second:,.0f}", f"{layout.time.mfu:.0%}",
                 _short(plan.tokens / layout.time.tokens_per_second / DAY),
                 f"{hours * (1.0 if plan.price is None else plan.price):,.0f}",
             )
         )  # fmt: skip
-    return align(rows)
+    interleaved = "PP 4x2: 4 pipeline ranks of 2 interleaved stages each (parallel.virtual_pipeline_stages)"
+    return align(rows) + [interleaved] * any(layout.stages > 1 for layout in layouts)
+
+
+def _sizes(layout: PlannedLayout) -> list[str]:
+    """TP, PP with the stages of a rank where there are several, CP, DP."""
+    tp, pp, cp, dp = map(str, layout.sizes)
+    return [tp, f"{pp}x{layout.stages}" if layout.stages > 1 else pp, cp, dp]
 
 
 def _parts(each: Sequence[dict[str, Any]], names: Sequence[str], unit: float) -> list[str]:
@@ -142,7 +149,7 @@ def draw_plan(plan: Plan, output: Path, shown: int) -> None:
     figure.subplots_adjust(left=0.235, right=0.975, wspace=0.09, top=1 - 0.95 / height, bottom=1.35 / height)
     names = []
     for number, layout in enumerate(layouts, start=1):
-        tp, pp, cp, dp = layout.sizes
+        tp, pp, cp, dp = _sizes(layout)
         train = layout.config.train
         names.append(
             f"{number}   TP {tp}  PP {pp}  CP {cp}  DP {dp}, {layout.config.parallel.shard}\n"

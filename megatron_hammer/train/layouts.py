@@ -1,7 +1,8 @@
 """Which layouts a model can be trained in on given GPUs: all that the settings allow, with what each needs.
 
-A layout changes how ranks share the work and what they keep, never what is computed: tensor, pipeline and context
-parallelism, what is sharded, micro-batch and recompute; and where several precisions are asked for, these. Each
+A layout changes how ranks share the work and what they keep, never what is computed: tensor, pipeline (interleaved or
+not) and context parallelism, what is sharded, micro-batch and recompute; and where several precisions are asked for,
+these. Each
 candidate is a config of its own, checked by ``Config.validate`` as a run checks it; what the settings refuse is
 rejected in their words, what does not fit by how much it is too large. Memory is by ``rank_peak.py``, time by
 ``rank_speed.py``. Needs no GPU.
@@ -23,6 +24,8 @@ from megatron_hammer.train.rank_speed import Machine, StepTime, step_time
 HEADROOM = 0.08  # of a GPU's memory: the CUDA context and NCCL (2 to 3 GiB), workspaces, holes between allocations
 MOST_CONTEXT_PARALLEL = 16
 MOST_MICRO_BATCH = 64
+WORTH = 0.01  # of the speed: what loses less is not interleaved, as the roofline knows no cost of many small stages
+MOST_STAGES = 8  # of a rank: more shorten the wait by little (it is a v-th), and send as many times more
 PRECISIONS = ("bf16", "fp8", "fp16", "fp32")
 """fp8 is bf16 with the layers' products in 8 bits (``kernels.fp8=current``)."""
 
@@ -59,6 +62,11 @@ class PlannedLayout:
         return grid.tp, grid.pp, grid.cp, grid.dp
 
     @property
+    def stages(self) -> int:
+        """Of each pipeline rank: more than one where they are interleaved."""
+        return self.config.parallel.virtual_pipeline_stages
+
+    @property
     def name(self) -> str:
         """In one line."""
         return name_of(self.config, self.world_size)
@@ -91,21 +99,27 @@ class Search:
 
     @property
     def ranked(self) -> list[PlannedLayout]:
-        """Of those that fit and differ in their micro-batch alone, the fastest."""
-        best: dict[tuple[object, ...], PlannedLayout] = {}
+        """Of those that fit and differ in their micro-batch alone, the fastest; and of those that differ in the stages
+        of a pipeline rank, the one with the fewest that loses no more than ``WORTH``."""
+        families: dict[tuple[object, ...], dict[int, PlannedLayout]] = {}
         for layout in self.fitting:
             config = layout.config
             family = (*layout.sizes, config.parallel.shard, config.train.recompute, precision_of(config))
-            best.setdefault(family, layout)
-        return list(best.values())
+            families.setdefault(family, {}).setdefault(layout.stages, layout)
+        chosen = []
+        for each in families.values():
+            enough = (1 - WORTH) * max(layout.time.tokens_per_second for layout in each.values())
+            chosen.append(next(each[v] for v in sorted(each) if each[v].time.tokens_per_second >= enough))
+        return sorted(chosen, key=_place)
 
 
 def name_of(config: Config, world_size: int) -> str:
     """A layout in one line."""
     parallel, train, cp = config.parallel, config.train, config.parallel.context_parallel_size
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    interleaved = f"x{parallel.virtual_pipeline_stages}" if parallel.virtual_pipeline_stages > 1 else ""
     return (
-        f"TP {tp} PP {pp} CP {cp} DP {world_size // (tp * pp * cp)}, shard={parallel.shard}, "
+        f"TP {tp} PP {pp}{interleaved} CP {cp} DP {world_size // (tp * pp * cp)}, shard={parallel.shard}, "
         f"micro-batch {train.micro_batch_size}, recompute={train.recompute}, {precision_of(config)}"
     )
 
@@ -140,25 +154,26 @@ def search(
         memory_gib: of a GPU.
         precisions: those to try; none: the config's.
         headroom: share of the memory that is left to libraries and holes.
-        said: told 1 for each family of layouts that differ in their micro-batch alone.
+        said: told, once for each family of layouts that differ in their micro-batch alone, how many there are.
     """
     limit = round(memory_gib * GIB * (1 - headroom))
     fitting, too_large, rejected = list[PlannedLayout](), list[PlannedLayout](), list[Rejected]()
-    for alike in candidates(config, world_size, machine, precisions):
-        said(1)
+    families = list(_families(config, world_size, machine, precisions))
+    for alike in (_alike(config, world_size, *family) for family in families):
+        said(len(families))
         for name, candidate in alike:
             if (refused := refusal(candidate, world_size)) is not None:
-                batch = "global_batch_size" in refused
+                batch = "global_batch_size" in refused or "micro-batches a step" in refused
                 rejected.append(Rejected(name, refused, "batch" if batch else "settings"))
                 continue
             layout = evaluate(candidate, world_size, machine)
             if layout.bytes > limit:  # and so are those with larger micro-batches
                 too_large.append(layout)
-                reason = f"needs {layout.bytes / GIB:.1f} GiB of {limit / GIB:.1f}"
+                reason = f"needs {layout.bytes / GIB:.2f} GiB of {limit / GIB:.2f}"
                 rejected.append(Rejected(name, reason, "memory", layout.bytes - limit))
                 break
             fitting.append(layout)
-    fitting.sort(key=lambda layout: (-round(layout.time.tokens_per_second, 1), _effort(layout), layout.bytes))
+    fitting.sort(key=_place)
     too_large.sort(key=lambda layout: layout.bytes)
     return Search(fitting, too_large, rejected, limit)
 
@@ -169,10 +184,10 @@ def evaluate(config: Config, world_size: int, machine: Machine) -> PlannedLayout
     return PlannedLayout(config, world_size, machine, pp_rank, memory)
 
 
-def candidates(
-    config: Config, world_size: int, machine: Machine, precisions: Sequence[str] = ()
-) -> Iterator[list[tuple[str, Config]]]:
-    """Each layout by name, valid or not; those that differ in their micro-batch alone together, the smallest first.
+def _families(
+    config: Config, world_size: int, machine: Machine, precisions: Sequence[str]
+) -> Iterator[tuple[str, int, int, int, int, str, str]]:
+    """Layouts but for their micro-batch: precision, TP, CP, PP, stages of a pipeline rank, what is sharded, recompute.
 
     Tensor-parallel ranks stay within a node.
     """
@@ -182,21 +197,44 @@ def candidates(
     context = [c for c in divisors if c & (c - 1) == 0 and c <= most]
     pipeline = [p for p in divisors if p <= config.model.num_layers]
     for precision, tp, cp, pp in itertools.product(precisions or [precision_of(config)], tensor, context, pipeline):
-        dp, left = divmod(world_size, tp * cp * pp)
-        if left:
+        if world_size % (tp * cp * pp):
             continue
-        for shard, recompute in itertools.product(SHARDS if dp * cp > 1 else SHARDS[:1], RECOMPUTES):
-            alike = []
-            for micro_batch in _micro_batches(config, dp):
-                changed = with_layout(with_precision(config, precision), tp, cp, pp, shard, recompute, micro_batch)
-                alike.append((name_of(changed, world_size), changed))
-            yield alike
+        shards = SHARDS if world_size > tp * pp else SHARDS[:1]
+        for stages, shard, recompute in itertools.product(_stages(config, pp), shards, RECOMPUTES):
+            yield precision, tp, cp, pp, stages, shard, recompute
 
 
-def with_layout(config: Config, tp: int, cp: int, pp: int, shard: str, recompute: str, micro_batch: int) -> Config:
-    """The config in this layout; what belongs to another one is left out."""
+def _alike(
+    config: Config, world_size: int, precision: str, tp: int, cp: int, pp: int, stages: int, shard: str, recompute: str
+) -> list[tuple[str, Config]]:
+    """The layouts of a family by name, valid or not, the smallest micro-batch first."""
+    config, alike = with_precision(config, precision), []
+    for micro_batch in _micro_batches(config, world_size // (tp * cp * pp)):
+        changed = with_layout(config, tp, cp, pp, stages, shard, recompute, micro_batch)
+        alike.append((name_of(changed, world_size), changed))
+    return alike
+
+
+def _stages(config: Config, pp: int) -> list[int]:
+    """Of a pipeline rank: those that share its layers equally, powers of two, and as many as the config has."""
+    layers, most = config.model.num_layers, min(MOST_STAGES, config.model.num_layers // pp)
+    if pp == 1:
+        return [1]
+    here, there = config.parallel.virtual_pipeline_stages, config.parallel.pipeline_model_parallel_size
+    equal = {v for v in range(2, most + 1) if layers % (pp * v) == 0 or v & (v - 1) == 0}
+    return sorted({1, *equal, *([here] if pp == there else [])})
+
+
+def with_layout(
+    config: Config, tp: int, cp: int, pp: int, stages: int, shard: str, recompute: str, micro_batch: int
+) -> Config:
+    """The config in this layout; what belongs to another one is left out.
+
+    Args:
+        stages: of each pipeline rank.
+    """
     parallel = config.parallel
-    stays = pp == parallel.pipeline_model_parallel_size
+    stays = (pp, stages) == (parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_stages)
     overlap = parallel.tp_comm_overlap if tp > 1 or parallel.tp_comm_overlap != "chunks" else "bulk"
     parallel = replace(
         parallel,
@@ -204,7 +242,7 @@ def with_layout(config: Config, tp: int, cp: int, pp: int, shard: str, recompute
         sequence_parallel=tp > 1 and config.data.seq_length % (tp * cp) == 0,
         context_parallel_size=cp,
         pipeline_model_parallel_size=pp,
-        virtual_pipeline_stages=parallel.virtual_pipeline_stages if stays else 1,
+        virtual_pipeline_stages=stages,
         pipeline_split=parallel.pipeline_split if stays else None,
         shard=shard,  # type: ignore[arg-type]
         shard_size=parallel.shard_size if shard == parallel.shard else None,
@@ -237,7 +275,7 @@ def refusal(config: Config, world_size: int) -> str | None:
     return None
 
 
-def _effort(layout: PlannedLayout) -> int:
-    """Of layouts that are as fast, the one with fewer axes comes first."""
+def _place(layout: PlannedLayout) -> tuple[float, int, int]:
+    """The fastest first; of layouts that are as fast, the one with fewer axes and stages, then the smaller."""
     tp, pp, cp, _ = layout.sizes
-    return tp * pp * cp
+    return -round(layout.time.tokens_per_second, 1), tp * pp * layout.stages * cp, layout.bytes

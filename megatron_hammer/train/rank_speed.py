@@ -6,7 +6,8 @@ runs beside what::
 
     micro-batch    products, attention and what moves memory, one after the other; what recompute adds
     tp, cp         in the micro-batch; of tp what no product hides (``Division`` in kernels/linear.py)
-    pp             ranks wait (p - 1) / v micro-batches a step, and for the messages of as many
+    pp             ranks wait (p - 1) / v micro-batches a step, and for the messages of as many; of the others for what
+                   takes longer than their computation
     dp             reduction beside backward, of the last micro-batch or of each (``parallel.shard``), gathers beside
                    forward; what is longer than that is waited for
     optimizer      bytes of the states that the rank updates
@@ -144,7 +145,8 @@ def step_time(config: Config, world_size: int, machine: Machine) -> StepTime:
     seconds = {part: accumulated * time for part, time in busiest.micro_batch.items()}
     one = sum(busiest.micro_batch.values())
     bubble = (grid.pp - 1) / config.parallel.virtual_pipeline_stages
-    seconds[PIPELINE] = bubble * (one + 2 * max(rank.message for rank in each))
+    message = max(rank.message for rank in each)
+    seconds[PIPELINE] = bubble * (one + 2 * message) + accumulated * max(0.0, message - one)
     seconds[DATA] = max(rank.data_parallel(one) for rank in each)
     seconds[UPDATE] = max(rank.update for rank in each)
     gaps = machine.efficiency.gaps

@@ -37,7 +37,13 @@ ANOTHER = "H100"  # by whose rates changes are compared where the table has none
 BELOW_PREDICTION = 0.95  # what did not fit is larger than predicted: a change must save something at least
 FAR_TOO_LARGE = 4.0  # times the memory of the device: beyond any error of the formulas (5 %), swap and shared pages
 SETTINGS = {
-    "parallel": ("tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size", "shard"),
+    "parallel": (
+        "tensor_model_parallel_size",
+        "sequence_parallel",
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_stages",
+        "shard",
+    ),
     "train": ("micro_batch_size", "recompute"),
 }
 """What a change may set."""
@@ -137,11 +143,12 @@ def _neighbours(config: Config, world_size: int) -> Iterator[Config]:
     shards = SHARDS[SHARDS.index(parallel.shard) :] if config.grid(world_size).shard > 1 else (parallel.shard,)
     recomputes = RECOMPUTES[RECOMPUTES.index(train.recompute) :]
     sizes = [size for size in range(1, train.micro_batch_size + 1) if train.micro_batch_size % size == 0]
-    for more_tp, more_pp in ((1, 1), (2, 1), (1, 2)):
+    kept = parallel.virtual_pipeline_stages
+    for more_tp, more_pp, stages in dict.fromkeys(((1, 1, kept), (1, 1, 1), (2, 1, kept), (1, 2, 1))):
         if world_size % (tp * more_tp * cp * pp * more_pp):
             continue
         for shard, recompute, size in itertools.product(shards, recomputes, sizes):
-            changed = with_layout(config, tp * more_tp, cp, pp * more_pp, shard, recompute, size)
+            changed = with_layout(config, tp * more_tp, cp, pp * more_pp, stages, shard, recompute, size)
             if more_tp == 1 and not parallel.sequence_parallel:
                 yield replace(changed, parallel=replace(changed.parallel, sequence_parallel=False))
             if changed.parallel.sequence_parallel or tp * more_tp == 1:

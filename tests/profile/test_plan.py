@@ -17,7 +17,10 @@ from megatron_hammer.base.errors import ConfigError, HammerError, MemoryShortage
 from megatron_hammer.config import Config, load_config
 from megatron_hammer.profile.plan import Asked, Plan, chosen_config, make_plan, to_tree
 from megatron_hammer.profile.plan_report import WIDTH, draw_plan, table
+from megatron_hammer.train.gpus import GPUS
+from megatron_hammer.train.layouts import evaluate, with_layout
 from megatron_hammer.train.rank_costs import GIB
+from megatron_hammer.train.rank_speed import PIPELINE, Machine
 from tests.model.tiny import tiny_config
 from tests.walk import ROOT, blocks_of
 
@@ -38,12 +41,28 @@ def test_the_fastest_first_and_all_of_them_valid(plan: Plan) -> None:
     speeds = [layout.time.tokens_per_second for layout in fitting]
     assert len(fitting) > 20 and all(a >= b - 0.1 for a, b in itertools.pairwise(speeds))
     assert {layout.sizes[0] for layout in fitting} >= {1, 2} and {layout.sizes[1] for layout in fitting} >= {1, 2}
+    assert {(layout.sizes[1], layout.stages) for layout in fitting} >= {(1, 1), (2, 1), (2, 2), (4, 1)}
     for layout in fitting:
         layout.config.validate(4)
         assert layout.bytes <= plan.found.limit == round(0.0015 * GIB * 0.92)
         assert layout.config.train.global_batch_size == 16, "what is computed stays"
     too_large = [rejected for rejected in plan.found.rejected if rejected.kind == "memory"]
     assert too_large and all(rejected.missing > 0 and "GiB of" in rejected.reason for rejected in too_large)
+
+
+def test_interleaved_stages_wait_less_and_keep_more() -> None:
+    """By the formula of parallel/pipeline.py, (p - 1) / v micro-batches; steps without whole groups are refused."""
+    config = load_config(CONFIGS / "llama_8b.yaml", ["model.vocab_size=128256"])
+    machine = Machine("H100", GPUS["H100"])
+    plain, two, four = (
+        evaluate(with_layout(config, 2, 1, 4, stages, "optimizer", "full", 1), 8, machine) for stages in (1, 2, 4)
+    )
+    waits = [layout.time.seconds[PIPELINE] for layout in (plain, two, four)]
+    assert waits[1] / waits[0] == pytest.approx(1 / 2, rel=0.1) and waits[2] / waits[0] == pytest.approx(1 / 4, rel=0.3)
+    assert plain.bytes < two.bytes and two.name.startswith("TP 2 PP 4x2 CP 1 DP 1")
+    few = make_plan(small(train__global_batch_size=4), Asked(4, "h100", memory=1.0)).found
+    odd = [rejected for rejected in few.rejected if "stages=2 needs micro-batches" in rejected.reason]
+    assert odd and all(rejected.kind == "batch" and " PP 2x2 " in rejected.layout for rejected in odd)
 
 
 def test_the_table_fits_a_terminal_and_says_what_it_rests_on(plan: Plan) -> None:
