@@ -20,9 +20,11 @@ from megatron_hammer.base.progress import Activity
 def main() -> None:
     parser = ArgumentParser(prog="average_checkpoints.py", description=__doc__)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoints, oldest first; or one run")
-    parser.add_argument("--last", type=int, metavar="N", help="of one run: its newest N checkpoints")
-    parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="of each checkpoint (default: all alike)")
-    parser.add_argument("--ema", type=float, metavar="D", help="exponential moving average of this decay, oldest first")
+    parser.add_argument("--last", type=int, metavar="N", help="the newest N checkpoints of one run")
+    parser.add_argument(
+        "--weights", type=float, nargs="+", metavar="W", help="weight of each checkpoint (default: all equal)"
+    )
+    parser.add_argument("--ema", type=float, metavar="D", help="exponential moving average with decay D, oldest first")
     parser.add_argument("--output", required=True, metavar="DIR", help="a new or empty folder")
     args = parser.parse_args()
 

@@ -24,10 +24,14 @@ from megatron_hammer.base.progress import Activity
 def main() -> None:
     parser = ArgumentParser(prog="branch.py", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="the parent run, or one of its checkpoints")
-    parser.add_argument("overrides", nargs="*", metavar="group.field=value", help="what the child has otherwise")
-    parser.add_argument("--step", type=int, metavar="N", help="of the parent's checkpoint (default: the newest)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="group.field=value", help="settings of the child that differ from the parent's"
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="step of the parent's checkpoint (default: its newest)")
     parser.add_argument("--output", required=True, metavar="NEW", help="a new folder: train.output of the child")
-    parser.add_argument("--tokens", metavar="T", help="length of the child in tokens, over which the rate descends")
+    parser.add_argument(
+        "--tokens", metavar="T", help="length of the child in tokens, over which the learning rate falls"
+    )
     args = parser.parse_intermixed_args()
     try:
         tokens = None if args.tokens is None else int(float(args.tokens))

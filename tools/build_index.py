@@ -28,7 +28,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--samples", type=int, metavar="M", help="train.num_steps times train.global_batch_size")
     parser.add_argument("--order", choices=["independent", "megatron"], default="independent", help="data.order")
     parser.add_argument("--index-folder", metavar="FOLDER", help="data.index_folder")
-    parser.add_argument("--epochs", type=int, metavar="E", help="build those of E passes over every source")
+    parser.add_argument("--epochs", type=int, metavar="E", help="build the indices of E passes over every source")
     return parser
 
 

@@ -16,12 +16,16 @@ from megatron_hammer.base.progress import Activity
 def main() -> None:
     parser = ArgumentParser(prog="checkpoint_to_hf.py", description=__doc__)
     parser.add_argument(
-        "--load", required=True, metavar="CKPT_OR_RUN", help="checkpoint folder, or a run for its latest"
+        "--load", required=True, metavar="CKPT_OR_RUN", help="checkpoint folder, or a run for its newest"
     )
-    parser.add_argument("--step", type=int, metavar="N", help="of a run: the checkpoint of this step, not the latest")
+    parser.add_argument("--step", type=int, metavar="N", help="a run's checkpoint of step N, not its newest")
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder, or an earlier export to replace")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: that of the training run")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one weights file (default: 5GB)")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="type of the weights (default: the training run's)"
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="largest size of a weights file (default: 5GB)"
+    )
     parser.add_argument("--tokenizer", choices=("exact", "as-is", "none"), default="exact",
                         help="exact: one that transformers loads, proved to give the same ids (default): a "
                         "tokenizer.json, or the sentencepiece model where there is none. For a tokenizer that has "

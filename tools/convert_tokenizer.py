@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("output", metavar="DIR", help="a new or empty folder")
     add_tiktoken_pattern(parser)
     parser.add_argument("--special-tokens", nargs="+", default=[], metavar="NAME",
-                        help="of a .tiktoken vocabulary, whose file leaves them out: in order of their ids, which "
-                        "follow the last rank; <|endoftext|> among them is what ends documents")  # fmt: skip
+                        help="special tokens of a .tiktoken vocabulary, which its file leaves out, in the order of "
+                        "their ids, which follow the last rank; <|endoftext|>, if named, ends documents")  # fmt: skip
     args = parser.parse_args()
 
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""What would stop or harm a run, before it starts: machine, environment, data, checkpoints, two dry steps.
+"""Check, before a run starts, for what would stop or harm it: machine, environment, data, checkpoints, two dry steps.
 
     python tools/doctor.py [CONFIG.yaml] [--nproc N] [--json] [group.field=value ...]
 

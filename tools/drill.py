@@ -1,13 +1,13 @@
-"""Rehearse disasters on your own config, in minutes on two cores: a fault may cost time, and no bit of the result.
+"""Rehearse failures with your own config, in minutes on two cores: a fault may cost time, but no bit of the result.
 
     python tools/drill.py CONFIG.yaml [--nproc N] [--kills K] [--seed S] [group.field=value ...]
 
 The config is shrunk as tools/verify_parallel.py does (widths, layers, vocabulary, length, batch; the layout, saving and
-what to do about errors stay as they are) and trained twice on CPUs, on a made-up dataset: once in peace, once under
+what to do about errors stay as they are) and trained twice on CPUs, on a made-up dataset: once undisturbed, once under
 faults. Each fault strikes a running launcher at a random moment, and the same command is then run again: kills of one
 rank, of the launcher, of everything, of everything inside a save; a stop signal; a rank that is stopped; a bit flipped
 in the newest checkpoint; files that may not grow (as on a full disk). A table says what was done and how the launcher
-ended; then every step's record and the state at the end are compared with those of the run in peace.
+ended; then every step's record and the state at the end are compared with those of the undisturbed run.
 
 Exit code 0: equal in every bit, and every exit code was right; 5: something differs.
 """
@@ -31,7 +31,11 @@ def main() -> int:
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks (default: the fewest of the layout, two or more)")
     parser.add_argument("--kills", type=int, default=4, metavar="K", help="kills beside the other faults (default: 4)")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of the moments and of who is hit (default: 0)"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="seed of the moments and of the ranks that are hit (default: 0)",
     )
     parser.add_argument("--keep", metavar="FOLDER", help="leave both runs in this new folder (default: removed)")
     arguments = parser.parse_intermixed_args()

@@ -32,19 +32,19 @@ def parser() -> ArgumentParser:
     add = parser.add_argument
     add("models", nargs="+", metavar="[NAME=]MODEL", help="run, checkpoint or Hugging Face folder")
     add("--set", action="append", default=[], metavar="NAME=PATH", help="indexed dataset or text; may be repeated")
-    add("--step", type=int, metavar="N", help="of a run: the checkpoint of this step, not the newest")
+    add("--step", type=int, metavar="N", help="a run's checkpoint of step N, not its newest")
     add("--samples", type=int, metavar="N", help="only the first N windows of each set (default: all)")
     add("--seq-length", type=int, metavar="S", help="tokens of a window (default: the run's; 2048 for a folder)")
-    add("--reference", metavar="TOKENIZER", help="tokenizer whose tokens perplexities are stated by, too")
+    add("--reference", metavar="TOKENIZER", help="state perplexities per token of this tokenizer, too")
     add("--around", choices=("auto", "both", "bos", "eos", "none"), default="auto",
-        help="ids around each document of a text (default: eos, and bos where the model is used to it)")  # fmt: skip
+        help="ids around each document of a text (default: eos, and bos if the model was trained with it)")  # fmt: skip
     add("--attention-mask", choices=("causal", "document"), help="as data.attention_mask (default: the run's)")
     add("--key", default="text", metavar="KEY", help="field of the documents' text (default: text)")
     add("--micro-batch-size", type=int, metavar="B", help="windows computed at once (default: the run's, or 1)")
     add("--device", default="auto", metavar="D", help="cpu, cuda, cuda:N (default: a GPU where there is one)")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help="of weights (default: the model's own)")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help="type of the weights (default: the model's own)")
     add("--backend", choices=("auto", "ours", "transformers"), default="auto",
-        help="who computes a Hugging Face folder (default: our model, transformers for other families)")  # fmt: skip
+        help="implementation for a Hugging Face folder (default: ours, transformers for other families)")  # fmt: skip
     add("--json", action="store_true", help="one JSON document instead of a table")
     return parser
 

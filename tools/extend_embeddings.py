@@ -26,8 +26,8 @@ from megatron_hammer.base.progress import Activity
 def main() -> None:
     parser = ArgumentParser(prog="extend_embeddings.py", description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="Hugging Face folder, checkpoint or run")
-    parser.add_argument("--step", type=int, metavar="N", help="of a run: the checkpoint of this step, not the latest")
-    parser.add_argument("--old-tokenizer", metavar="TOKENIZER", help="that of MODEL (default: the one in it)")
+    parser.add_argument("--step", type=int, metavar="N", help="a run's checkpoint of step N, not its newest")
+    parser.add_argument("--old-tokenizer", metavar="TOKENIZER", help="tokenizer of MODEL (default: the one in it)")
     parser.add_argument("--new-tokenizer", required=True, metavar="TOKENIZER",
                         help="sentencepiece .model, tokenizer.json or a Hugging Face folder")  # fmt: skip
     parser.add_argument("--output", required=True, metavar="DIR", help="a new or empty folder")

@@ -9,7 +9,7 @@ transformers' class as an export would write them, so both give the same tokens.
 
 A prompt begins as documents began in training: with bos where they did (--prepend-bos), else with the eos that ended
 the document before (--append-eod), else with nothing; a folder that is no export of ours: as its tokenizer begins a
-text. --begin says it otherwise; stderr says what was done.
+text. --begin overrides this; stderr says what was done.
 
 --chat keeps what was said and shows answers as they come. A base model has no chat template: it goes on with the text
 so far. Lines are edited with prompt_toolkit where it is installed (pip install prompt_toolkit), else with readline.
@@ -32,27 +32,27 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(prog="generate.py", description=__doc__)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--hf", metavar="DIR", type=Path, help="Hugging Face folder (checkpoint_to_hf.py)")
-    model.add_argument("--load", metavar="CKPT_OR_RUN", help="checkpoint folder, or a run for its latest")
+    model.add_argument("--load", metavar="CKPT_OR_RUN", help="checkpoint folder, or a run for its newest")
     add = parser.add_argument
-    add("--step", type=int, metavar="N", help="of a run: the checkpoint of this step, not the latest")
+    add("--step", type=int, metavar="N", help="a run's checkpoint of step N, not its newest")
     add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be repeated")
     add("--prompts", type=Path, metavar="FILE", help="prompts: .jsonl (--key), or text with one a line")
     add("--key", default="prompt", metavar="KEY", help="field of the prompts in a .jsonl (default: prompt)")
     add("--chat", action="store_true", help="talk with the model on the terminal")
-    add("--system", default="", metavar="TEXT", help="what a chat begins with: a template's system message")
+    add("--system", default="", metavar="TEXT", help="system message that a chat begins with")
     add("--max-new-tokens", type=int, metavar="N", help="longest continuation (default: 48; 256 with --chat)")
     add("--temperature", type=float, default=0.7, metavar="T",
-        help="0: always the likeliest token; 1: as the model says (default: 0.7)")  # fmt: skip
+        help="0: always the likeliest token; 1: the model's own probabilities (default: 0.7)")  # fmt: skip
     add("--top-k", type=int, default=40, metavar="K", help="sample among the K likeliest, 0: among all (default: 40)")
     add("--top-p", type=float, metavar="P", help="sample among the likeliest that together have probability P "
         "(default: the model's generation_config, else 1)")  # fmt: skip
-    add("--repetition-penalty", type=float, metavar="R", help="above 1: tokens that were there before get unlikelier "
+    add("--repetition-penalty", type=float, metavar="R", help="above 1: makes tokens that occurred before less likely "
         "(default: the model's generation_config, else 1)")  # fmt: skip
     add("--seed", type=int, default=0, metavar="S", help="same seed, same texts (default: 0)")
     add("--batch-size", type=int, default=1, metavar="B", help="prompts that are continued at once (default: 1)")
     add("--begin", choices=("auto", "bos", "eos", "none"), default="auto",
         help="what prompts begin with (default: auto, as documents did in training)")  # fmt: skip
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help="of weights (default: the model's own)")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help="type of the weights (default: the model's own)")
     add("--device", default="auto", metavar="D", help="cpu, cuda, cuda:N (default: a GPU where there is one)")
     add("--json", action="store_true", help="a JSON object for each prompt, with ids and why it ended")
     return parser

@@ -10,11 +10,11 @@ list: all checkpoints of a run with their sizes; those that cannot be read are n
 show: who wrote it, its model, its state and its tensors, from the manifest alone.
 verify: reads everything and compares all hashes; one line for each checkpoint. Exit code 0: all are sound, 4: one is
     damaged or incomplete, which is said on stderr; the others are still read.
-diff: in what two differ: step, state, settings, tensors by name. How many ranks wrote them makes no difference. Exit
-    code 0: in nothing, 5: in what is printed.
+diff: how two differ: step, state, settings, tensors by name. How many ranks wrote them makes no difference. Exit code
+    0: they are equal, 5: they differ in what is printed.
 digest: a digest of weights, optimizer, step and position in the data, the same for every layout, computed from the
-    files. A run compares it after each load. It guards against accidents; who fears a forger keeps the SHA-256
-    elsewhere. verify --expect takes either.
+    files. A run compares it after each load. It guards against accidents; against forgery, keep the SHA-256 in
+    another place. verify --expect takes either.
 Where CHECKPOINT is a run (or its checkpoints folder), its newest one is meant.
 """
 
@@ -31,17 +31,17 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(prog="inspect_checkpoint.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="list|show|verify|diff|digest")
     commands.add_parser("list", help="the checkpoints of a run").add_argument("run", metavar="RUN")
-    show = commands.add_parser("show", help="what one holds")
+    show = commands.add_parser("show", help="what a checkpoint holds")
     show.add_argument("checkpoint", metavar="CHECKPOINT")
-    show.add_argument("--step", type=int, metavar="N", help="of a run: the checkpoint of this step, not the newest")
+    show.add_argument("--step", type=int, metavar="N", help="a run's checkpoint of step N, not its newest")
     verify = commands.add_parser("verify", help="read every byte and compare all hashes")
     verify.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
     verify.add_argument("--expect", metavar="DIGEST", help="what digest printed: 32 hex digits, or a SHA-256")
-    diff = commands.add_parser("diff", help="in what two differ")
+    diff = commands.add_parser("diff", help="how two differ")
     diff.add_argument("pair", nargs=2, metavar="CHECKPOINT")
     digest = commands.add_parser("digest", help="a digest of the whole state, the same for every layout")
     digest.add_argument("checkpoint", metavar="CHECKPOINT")
-    digest.add_argument("--sha256", action="store_true", help="also the SHA-256, which nobody can forge; slower")
+    digest.add_argument("--sha256", action="store_true", help="print the SHA-256 too, which cannot be forged; slower")
     return parser
 
 

@@ -1,13 +1,13 @@
-"""Which layout to train a model in: memory, speed, days and cost of all layouts on given GPUs, without a GPU.
+"""Rank the layouts in which a model can be trained on given GPUs, by predicted speed, memory and cost; needs no GPU.
 
     python tools/plan.py CONFIG.yaml --gpus 8 --gpu h100 [--memory GiB] [--tokens T] [--price P] [group.field=value ...]
     python tools/plan.py CONFIG.yaml --gpus 64 --gpu h800 --write plan.yaml --picture plan.png
 
-Tried are all tensor, pipeline and context parallel sizes that the settings allow, what is sharded (parallel.shard),
-micro-batches and recompute; the batch, the model and the data stay as they are. Those that fit are ranked by predicted
-speed, with the memory of a rank and the time of a step by part; of those that do not it is said why. Memory is by
-formulas that are held to what verify_parallel.py --world counts; speed by a roofline whose assumptions are printed and
-can be replaced: --efficiency products=0.7, --node-link, --network.
+All tensor, pipeline and context parallel sizes that the settings allow are tried, with each way of sharding
+(parallel.shard), micro-batch size and recompute; the batch, the model and the data stay as they are. Layouts that fit
+are ranked by predicted speed, with the memory of a rank and the time of a step by part; for the others the reason is
+given. Memory is computed by formulas, which tests compare with what verify_parallel.py --world counts; speed by a
+roofline whose assumptions are printed and can be replaced: --efficiency products=0.7, --node-link, --network.
 
 --write puts the config in layout --choose (default: 1, the fastest) into a new file that training takes:
     python -m megatron_hammer.launch --nproc 8 plan.yaml
@@ -32,26 +32,33 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="plan.py", description=__doc__)
     parser.add_argument("config", metavar="CONFIG.yaml", help="the config of the run")
     parser.add_argument("overrides", metavar="group.field=value", nargs="*", help="settings that replace the file's")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="how many, of all nodes together")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs, of all nodes together")
     parser.add_argument("--gpu", required=True, metavar="NAME", help="h200, h100, h800, a100, 4090, ...")
-    parser.add_argument("--memory", type=float, metavar="GiB", help="of one GPU (default: as published)")
+    parser.add_argument("--memory", type=float, metavar="GiB", help="memory of one GPU (default: as published)")
     parser.add_argument("--headroom", type=float, metavar="SHARE",
-                        help="of the memory, left to CUDA, NCCL and holes (default: 0.08)")  # fmt: skip
-    parser.add_argument("--tokens", type=float, metavar="T", help="to train on (default: the config's steps)")
-    parser.add_argument("--price", type=float, metavar="P", help="of a GPU hour, in your currency (default: none)")
-    parser.add_argument("--precision", metavar="P[,P...]", help="bf16, fp8, fp16, fp32 (default: the config's)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
+                        help="share of memory left to CUDA, NCCL and fragmentation (default: 0.08)")  # fmt: skip
+    parser.add_argument("--tokens", type=float, metavar="T", help="tokens to train on (default: the config's steps)")
+    parser.add_argument("--price", type=float, metavar="P", help="price of a GPU hour, in any currency (default: none)")
+    parser.add_argument(
+        "--precision", metavar="P[,P...]", help="precisions to try: bf16, fp8, fp16, fp32 (default: the config's)"
+    )
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs a node (default: %(default)s)")
     parser.add_argument("--node-link", type=float, metavar="GB/s",
-                        help="of a GPU within a node, one direction (default: as published)")  # fmt: skip
+                        help="bandwidth of a GPU within a node, one direction (default: as published)")  # fmt: skip
     parser.add_argument("--network", type=float, default=50.0, metavar="GB/s",
-                        help="of a GPU between nodes, one direction (default: %(default)s, 400 Gbit/s)")  # fmt: skip
+                        help="bandwidth of a GPU between nodes, one direction (default: %(default)s)")  # fmt: skip
     parser.add_argument("--efficiency", action="append", default=[], metavar="NAME=SHARE",
-                        help="products, attention, memory, links, fp8, gaps; may be given again")  # fmt: skip
-    parser.add_argument("--show", type=int, default=8, metavar="N", help="layouts in the table (default: %(default)s)")
+                        help="share of the published rate that is reached by products, attention, memory, links or "
+                        "fp8; or share of gaps; may be repeated")  # fmt: skip
+    parser.add_argument(
+        "--show", type=int, default=8, metavar="N", help="number of layouts in the table (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="all layouts as one JSON document instead of a table")
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="memory and time as stacked bars")
-    parser.add_argument("--write", type=Path, metavar="FILE.yaml", help="the config in the chosen layout")
-    parser.add_argument("--choose", type=int, default=1, metavar="N", help="row of the table (default: %(default)s)")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw memory and time as stacked bars")
+    parser.add_argument("--write", type=Path, metavar="FILE.yaml", help="write the config in the chosen layout")
+    parser.add_argument(
+        "--choose", type=int, default=1, metavar="N", help="row of the table that --write takes (default: %(default)s)"
+    )
     return parser
 
 

@@ -1,4 +1,4 @@
-r"""Text + tokenizer -> indexed dataset in Megatron-LM's format.
+r"""Tokenize text into an indexed dataset in Megatron-LM's format.
 
     python tools/preprocess_data.py --input zh.jsonl --tokenizer-model tokenizer.model --output-prefix data/zh \
         --append-eod --prepend-bos --workers 8
@@ -44,10 +44,10 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(prog="preprocess_data.py", description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files, folders or quoted patterns")
     parser.add_argument("--json-keys", "--json-key", "--jsonl-keys", nargs="+", default=["text"], metavar="KEY",
-                        help="fields or columns that hold text, each becomes a dataset (default: text)")  # fmt: skip
+                        help="fields or columns that hold text; each becomes a dataset (default: text)")  # fmt: skip
     add_text_documents(parser)
     parser.add_argument("--tokenizer-model", "--tokenizer", metavar="PATH",
-                        help="sentencepiece .model, tokenizer.json or Hugging Face folder; needed")  # fmt: skip
+                        help="sentencepiece .model, tokenizer.json or Hugging Face folder; required")  # fmt: skip
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.{bin,idx,meta.json}")
     parser.add_argument("--append-eod", action="store_true", help="end every document with the tokenizer's eos id")
     parser.add_argument("--prepend-bos", action="store_true", help="begin every document with its bos id")
@@ -56,8 +56,8 @@ def parser() -> ArgumentParser:
                         "with --address all of the cluster)")  # fmt: skip
     add_on_error(parser, "P_KEY_document.rejected.jsonl, KEY being the first", "a malformed document")
     parser.add_argument("--shard-mb", type=float, default=1024, metavar="MB",
-                        help="text between two points to go on from after a kill; with --engine ray, text of a task "
-                        "(default: 1024)")  # fmt: skip
+                        help="text between two points from which a killed run can resume; with --engine ray, text of a "
+                        "task (default: 1024)")  # fmt: skip
     parser.add_argument("--restart", action="store_true", help="begin again, whatever an interrupted run has left")
     parser.add_argument("--engine", choices=("local", "ray"), default="local",
                         help="work in threads of this process, or on a Ray cluster (default: local)")  # fmt: skip

@@ -12,8 +12,8 @@ and prints the table. Model, optimizer and kernels are those of a training run w
 where torch sees one); the data is data.train where it is set, else random tokens. Nothing of train.output is touched.
 
 With --nproc N the step is that of N ranks, as the launcher starts them. Each writes its trace, trace-rankR.json.gz, and
-the table says of rank 0 what it communicates, and how much of that is under way while it does something else. There are
-no limits then: they are those of one process.
+the table says what rank 0 communicates, and how much of that overlaps with its computation. There are no limits then,
+since they hold for one process.
 
 The limit of a part is the longer of its floating-point operations at the rate of a large matrix product and of its
 least bytes at the rate of a large copy. Both rates are measured first (one second), unless they are given.
@@ -40,12 +40,12 @@ def main() -> int:
     parser = ArgumentParser(prog="profile_step.py", description=__doc__)
     parser.add_argument("config", metavar="CONFIG.yaml", help="a preset, for example examples/configs/tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="group.field=value", help="settings that replace the file's")
-    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the results go")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder for the results")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="steps to profile (default: %(default)s)")
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="limit of matrix products (default: measured)")
     parser.add_argument("--bandwidth", type=float, metavar="GB/s",
                         help="limit of bytes read and written, in 10^9 a second (default: measured)")  # fmt: skip
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="ranks (default: %(default)s)")
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="number of ranks (default: %(default)s)")
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its notes about itself; read when torch is imported

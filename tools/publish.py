@@ -25,18 +25,24 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(prog="publish.py", description=__doc__)
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a run, or a checkpoint")
-    add("--to", required=True, choices=("hf", "modelscope", "folder"), help="where it goes")
+    add("--to", required=True, choices=("hf", "modelscope", "folder"), help="where to publish")
     add("--repo", metavar="OWNER/NAME", help="the model's name on the hub")
     add("--output", type=Path, metavar="DIR", help="with --to folder: the new folder")
     add("--export", type=Path, metavar="DIR", help="the run's Hugging Face folder (default: RUN/hf)")
-    add("--step", type=int, metavar="N", help="of the run: the checkpoint of this step, not the latest")
-    add("--license", metavar="ID", help="of the weights: apache-2.0, mit, cc-by-4.0, ... or a name of your own")
-    add("--language", nargs="+", default=["zh", "en"], metavar="CODE", help="of the texts (default: zh en)")
+    add("--step", type=int, metavar="N", help="the run's checkpoint of step N, not its newest")
+    add("--license", metavar="ID", help="license of the weights: apache-2.0, mit, cc-by-4.0, ... or another name")
+    add(
+        "--language",
+        nargs="+",
+        default=["zh", "en"],
+        metavar="CODE",
+        help="languages of the training text (default: zh en)",
+    )
     add("--name", metavar="TEXT", help="title of the card (default: NAME of --repo, or that of the folder)")
-    add("--description", type=Path, metavar="FILE", help="text of yours for the beginning of the card")
-    add("--private", action="store_true", help="a new repository is private")
+    add("--description", type=Path, metavar="FILE", help="file with text for the beginning of the card")
+    add("--private", action="store_true", help="make a new repository private")
     add("--unfinished", action="store_true", help="publish a run that has steps left")
-    add("--dry-run", action="store_true", help="show what would go; nothing is sent, no network is used")
+    add("--dry-run", action="store_true", help="show what would be sent; send nothing, use no network")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""A run as one page of HTML, or two runs beside each other: what was planned, what happened, what came of it.
+"""Write one page of HTML about a run, or two runs side by side: its plan, its curves, incidents and results.
 
     python tools/report.py runs/mine
     python tools/report.py runs/mine runs/other --output compared.html --language zh
@@ -6,10 +6,11 @@
 
 On the page: curves of the loss, of each source and validation set, of speed and memory, to zoom, smooth and compare;
 the data plan and its phases; evaluations; incidents and rewinds; what each checkpoint made of fixed prompts
-(train.evaluator.prompts, or --prompt); settings and environment. It needs no network and no server, works while the
-run lives, and is as small for a million steps as for a thousand: extremes are kept. What cannot be read is said on it.
+(train.evaluator.prompts, or --prompt); settings and environment. It needs no network and no server, works while the run
+is going, and is as small for a million steps as for a thousand; extreme values are kept. What cannot be read is listed
+on the page.
 
---refresh writes the page anew as long as a run lives, and an open page loads itself again.
+--refresh rewrites the page as long as a run is going, and an open page reloads itself.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(prog="report.py", description=__doc__)
     add = parser.add_argument
     add("run", metavar="RUN", type=Path, help="folder of a run, with its metrics.jsonl")
-    add("other", metavar="RUN2", type=Path, nargs="?", help="another one, to compare it with")
+    add("other", metavar="RUN2", type=Path, nargs="?", help="another run, to compare it with")
     add("--output", metavar="FILE.html", type=Path, help="the page (default: RUN/report.html)")
-    add("--pictures", metavar="DIR", type=Path, help="the charts as PNGs too, in this folder")
-    add("--language", choices=("en", "zh"), default="en", help="of the page (default: en)")
+    add("--pictures", metavar="DIR", type=Path, help="save the charts as PNGs, too, in this folder")
+    add("--language", choices=("en", "zh"), default="en", help="language of the page (default: en)")
     add("--prompt", action="append", default=[], metavar="TEXT",
-        help="have each checkpoint continue it first; may be repeated")  # fmt: skip
-    add("--new-tokens", type=int, default=48, metavar="N", help="of a continuation, at most (default: 48)")
-    add("--refresh", metavar="SECONDS", type=float, help="write it anew every so often, as long as a run lives")
+        help="have each checkpoint continue this prompt first; may be repeated")  # fmt: skip
+    add("--new-tokens", type=int, default=48, metavar="N", help="longest continuation, in tokens (default: 48)")
+    add("--refresh", metavar="SECONDS", type=float, help="rewrite the page at this interval, as long as a run is going")
     return parser
 
 

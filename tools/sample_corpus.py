@@ -24,9 +24,11 @@ from megatron_hammer.corpus.sample import sample_corpus
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("inputs", nargs="+", metavar="F.jsonl", help="also .gz, .zst, .parquet; folders, patterns")
-    parser.add_argument("--output", required=True, metavar="DIR")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the sample")
     parser.add_argument("--train-mb", required=True, type=float, metavar="N")
-    parser.add_argument("--valid-mb", required=True, type=float, metavar="M", help="0: none")
+    parser.add_argument(
+        "--valid-mb", required=True, type=float, metavar="M", help="10^6 bytes of held-out text; 0: none"
+    )
     parser.add_argument("--seed", required=True, type=int, help="any integer")
     add_json_key(parser)
     add_on_error(parser, "DIR/rejected.jsonl")

@@ -1,15 +1,15 @@
-"""Try whether this installation computes what it must, in about two minutes on a CPU: what to run after installing.
+"""Check that this installation computes what it must, in about two minutes on a CPU: what to run after installing.
 
     python tools/selftest.py [--only PART ...] [--report FILE] [CONFIG.yaml [group.field=value ...]]
 
 tokenizer: one is trained on a sample corpus; its ids equal sentencepiece's, decode to the text and survive conversion.
 index: the compiled index builder equals its NumPy twin.
 training: twenty steps whose losses are known, within what rounding explains; on a GPU, too, where there is one.
-resume: two ranks are killed and started again; every step and the final state equal those of a run in peace, in bits.
+resume: two ranks are killed and started again; every step and the final state equal an undisturbed run's, bit for bit.
 layout: TP 2 with sequence parallelism computes what one process and transformers compute; on two GPUs, too.
 export: text to a Hugging Face model, with the certificate that it is the checkpoint's.
 
-Each part is named as it passes, with its seconds; one that fails is named with its cure, and the others still run.
+Each part is named as it passes, with its seconds; one that fails is named with its remedy, and the others still run.
 Nothing is read from the network, and nothing stays but --report's FILE: versions, hardware, settings and results to be
 pasted into a bug report, without paths, secrets and names of hosts and people. CONFIG.yaml, that of your run, is for
 the report only: its numbers and choices, without its names and paths.
@@ -34,10 +34,10 @@ def main() -> int:
     from megatron_hammer.verify.selftest_parts import PARTS
 
     parser = ArgumentParser(prog="selftest.py", description=__doc__)
-    parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="your run's, for the report only")
+    parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="config of your run, for the report only")
     parser.add_argument("overrides", metavar="group.field=value", nargs="*", help="settings that replace the file's")
     parser.add_argument("--only", action="append", default=[], choices=[part.name for part in PARTS],
-                        help="this part alone; may be given again")  # fmt: skip
+                        help="run this part alone; may be repeated")  # fmt: skip
     parser.add_argument("--report", type=Path, metavar="FILE", help="write what a bug report needs (Markdown)")
     arguments = parser.parse_intermixed_args()
     config = None

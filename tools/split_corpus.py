@@ -25,8 +25,8 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("inputs", nargs="+", metavar="FILE",
                         help=".jsonl, .txt or .md, also .gz, .zst; folders, patterns")  # fmt: skip
-    parser.add_argument("--output-prefix", required=True, metavar="P")
-    parser.add_argument("--seed", required=True, type=int, help="any integer")
+    parser.add_argument("--output-prefix", required=True, metavar="P", help="prefix of the three files")
+    parser.add_argument("--seed", required=True, type=int, help="any integer: another one holds out other texts")
     add_json_key(parser, "the field that holds the text")
     held_out = parser.add_mutually_exclusive_group(required=True)
     held_out.add_argument("--valid-fraction", type=float, metavar="F", help="expected share of texts held out")

@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--max-sentence-bytes", type=int, default=train.MAX_SENTENCE_BYTES,
                         help="longest stretch of text seen at once (default: %(default)s)")  # fmt: skip
     parser.add_argument("--sample-bytes", type=int, default=train.SAMPLE_BYTES,
-                        help="of more text than this, a sample is used (default: %(default)s)")  # fmt: skip
+                        help="train on a sample of this size if there is more text (default: %(default)s)")  # fmt: skip
     parser.add_argument("--workers", "--threads", type=int, default=1, metavar="N",
                         help="threads for counting, BPE only (default: 1)")  # fmt: skip
     add_on_error(parser, "OUTPUT.rejected.jsonl")

@@ -7,15 +7,16 @@ mask, tying, recompute, clipping), all ranks run two steps on CPUs, and loss, gr
 weights and moments after the steps and the checkpoint's tensors are compared with one process in fp64 and fp32, and
 with transformers and a plain AdamW in fp64. The table shows the largest difference of each; below it stands what is
 beyond its bound: the first tensor that differs, on which ranks, by how much, and what the pattern says of the cause.
-Above it stands what all differences together say: whose tokens, which sum, which update; found by trying known faults.
+Above it stands the likely cause by all differences together (whose tokens, which sum, which update), found by trying
+known faults.
 
 With --gpu the ranks run on GPUs in the precision and with the kernels of the config, against one process in fp32 on the
 CPU: the bound is then that of 16-bit rounding, and finds swapped rows, factors and missing sums, no last bits.
 
     python tools/verify_parallel.py CONFIG.yaml --world 4096 [--rank 77] [group.field=value ...]
 
-A layout of any size without its machines, and the config as it is: one rank is built and takes a step on tensors that
-have no memory, in a world of which only this rank exists. The table shows the bytes of its weights, gradients,
+checks a layout of any size without its machines, and the config as it is: one rank is built and takes a step on tensors
+that have no memory, and no other rank exists. The table shows the bytes of its weights, gradients,
 optimizer and activations and every collective of a step, counted in the program and by the formulas of the forecast.
 
 Exit code 0: equal within the bounds; 5: something differs.
@@ -44,14 +45,18 @@ def main() -> int:
     parser.add_argument("overrides", metavar="group.field=value", nargs="*", help="settings that replace the file's")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument(
-        "--nproc", type=int, metavar="N", help="ranks of the layout (all nodes together), all of them run"
+        "--nproc", type=int, metavar="N", help="ranks of the layout (all nodes together), each of which runs"
     )
-    size.add_argument("--world", type=int, metavar="N", help="the same, of which one is built and counted")
-    parser.add_argument("--rank", type=int, default=0, metavar="R", help="the one that is built (default: 0)")
+    size.add_argument(
+        "--world", type=int, metavar="N", help="ranks of the layout, of which only one is built and counted"
+    )
+    parser.add_argument(
+        "--rank", type=int, default=0, metavar="R", help="with --world: the rank that is built (default: 0)"
+    )
     parser.add_argument(
         "--gpu",
         action="store_true",
-        help="on the GPUs of this machine, with the config's precision and kernels; --nproc is then their number",
+        help="run on the GPUs of this machine, with the config's precision and kernels; --nproc is their number",
     )
     arguments = parser.parse_intermixed_args()
     if arguments.world is None:

@@ -30,7 +30,7 @@ from megatron_hammer.tokenizer.lab.verify import compare_tokenizers
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("a", metavar="A", help="sentencepiece .model, tokenizer.json or Hugging Face folder")
-    parser.add_argument("b", metavar="B", help="what is compared with it")
+    parser.add_argument("b", metavar="B", help="the tokenizer to compare with it")
     parser.add_argument(
         "--texts",
         nargs="+",
@@ -40,9 +40,9 @@ def main() -> None:
     )
     add_json_key(parser)
     parser.add_argument(
-        "--fuzz", type=int, default=10_000, metavar="N", help="how many fuzz texts (default: %(default)s)"
+        "--fuzz", type=int, default=10_000, metavar="N", help="number of fuzz texts (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=3407, help="of the fuzz texts (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=3407, help="seed of the fuzz texts (default: %(default)s)")
     args = parser.parse_args()
 
     texts = {

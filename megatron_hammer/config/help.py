@@ -116,7 +116,7 @@ def add_accept(parser: ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="of a run that goes on: let this setting (optimizer.lr) differ from the checkpoint, or the content of the "
+        help="when resuming: let this setting (optimizer.lr) differ from the checkpoint, or the content of the "
         "datasets (data) or the tokenizer (tokenizer); may be repeated",
     )
 

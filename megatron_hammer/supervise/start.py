@@ -72,7 +72,7 @@ def build_parser() -> ArgumentParser:
         "--min-nproc",
         type=int,
         metavar="N",
-        help="with fewer ranks, down to N, where the same one fails twice in a row (default: --nproc)",
+        help="restart with fewer ranks, down to N, where the same rank fails twice in a row (default: --nproc)",
     )
     add_accept(parser)
     return parser

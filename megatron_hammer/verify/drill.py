@@ -157,8 +157,8 @@ class Drill:
 
     def run(self) -> Report:
         """All of it."""
-        reference, drilled = self._folder / "in-peace", self._folder / "drilled"
-        self._note(f"{self._world_size} ranks, {self._config.train.num_steps} steps in peace")
+        reference, drilled = self._folder / "undisturbed", self._folder / "drilled"
+        self._note(f"{self._world_size} ranks, {self._config.train.num_steps} steps, undisturbed")
         code, said = self._finish(self._start(reference))
         if code:
             return Report([Strike("none", 0, code, said, "failed without any fault")], [], self._left_out)
@@ -254,13 +254,13 @@ def differences(reference: Path, drilled: Path) -> Iterator[str]:
     """What two finished runs do not have in common."""
     ours, theirs = (_lines(folder) for folder in (drilled, reference))
     if len(ours) != len(theirs):
-        yield f"metrics.jsonl has {len(ours)} lines, in peace {len(theirs)}"
+        yield f"metrics.jsonl has {len(ours)} lines, undisturbed {len(theirs)}"
     for a, b in zip(ours, theirs):
         if fields := [name for name in a.keys() | b.keys() if a.get(name) != b.get(name)]:
             yield f"step {b.get('step')}: {', '.join(sorted(fields))} of metrics.jsonl"
     last, wanted = (newest_checkpoint(folder / "checkpoints") for folder in (drilled, reference))
     if last is None or wanted is None or last.step != wanted.step:
-        yield f"the last checkpoint is {last and last.folder.name}, in peace {wanted and wanted.folder.name}"
+        yield f"the last checkpoint is {last and last.folder.name}, undisturbed {wanted and wanted.folder.name}"
         return
     if different := _hashes(last) ^ _hashes(wanted):
         yield f"the last checkpoint: {len(different) // 2} slices of tensors, the first {min(different)[:2]}"
@@ -308,7 +308,7 @@ def run_drill(
 def summary(report: Report) -> Sequence[str]:
     """The lines below the table."""
     if not report.failed:
-        return ["equal: every step's record and the final state are those of the run in peace, bit for bit"]
+        return ["equal: every step's record and the final state are those of the undisturbed run, bit for bit"]
     wrong = sum(bool(strike.wrong) for strike in report.strikes)
     lines = [f"DIFFERENT: {wrong} faults not borne as they should be, {len(report.differences)} differences"]
     return [*lines, *(f"  {text}" for text in report.differences[:12])]

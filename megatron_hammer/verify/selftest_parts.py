@@ -159,7 +159,7 @@ def _golden(folder: Path, device: str) -> str:
 
 
 def try_resume(folder: Path) -> str:
-    """A run that is killed and started again, against one in peace: equal in every bit."""
+    """A run that is killed and started again equals an undisturbed run in every bit."""
     from megatron_hammer.verify.drill import Drill, summary
     from megatron_hammer.verify.faults import KILLS
 
@@ -169,7 +169,7 @@ def try_resume(folder: Path) -> str:
     if report.failed:
         rows = [f"{strike.fault}: {strike.wrong} ({strike.said})" for strike in report.strikes if strike.wrong]
         raise wrong(f"a run of {RANKS} ranks after a kill", "; ".join([*rows, *summary(report)]))
-    return f"{RANKS} ranks killed at step {report.strikes[0].step}, started again: equal in every bit to a run in peace"
+    return f"{RANKS} ranks killed at step {report.strikes[0].step}, started again: the bits of an undisturbed run"
 
 
 def try_layout(folder: Path) -> str:

@@ -42,7 +42,7 @@ def test_a_difference_is_named(tmp_path: Path) -> None:
     data = tmp_path
     for seed, name in enumerate("abxy"):
         write_dataset(data / name, 20, seed)
-    peace, drilled = tmp_path / "in-peace", tmp_path / "drilled"
+    peace, drilled = tmp_path / "undisturbed", tmp_path / "drilled"
     train_here(0, overrides(data, peace, "train.num_steps=3"))
     shutil.copytree(peace, drilled)
     assert list(drill.differences(peace, drilled)) == []
