@@ -16,7 +16,8 @@ names the architectures, such as ``80,90``; ``none`` leaves it out.
 
 ``tools/`` -> ``megatron_hammer/tools/`` in a wheel: the programs that the command ``hammer`` finds there. An editable
 installation and the repository itself use ``tools/`` where it is. ``examples/configs/`` ->
-``megatron_hammer/configs/``: the presets, by their names (``config/presets.py``).
+``megatron_hammer/configs/``: the presets, by their names (``config/presets.py``). ``examples/corpus/`` ->
+``megatron_hammer/essays/``: our own text in the sample corpus (``corpus/quick_start.py``).
 
 macOS: clang has no OpenMP of its own, and a second runtime beside torch's ends the process, so the kernels run in one
 thread there; ``HAMMER_LIBOMP=PREFIX`` names the folder of the libomp that torch itself uses (``include/omp.h``,
@@ -44,6 +45,8 @@ CUDA_SOURCES = [
     "csrc/kernels/bindings.cpp",
 ]
 LIBOMP = "HAMMER_LIBOMP"
+DATA = {"configs": "configs/*.yaml", "essays": "corpus/*.txt"}
+"""Folder of the package in a wheel -> files of ``examples/``."""
 CUDA_HEADERS = ["csrc/kernels/common.cuh", "csrc/kernels/kernels.hpp"]
 
 
@@ -201,7 +204,7 @@ class BuildExtensions(build_ext):
 
 
 class BuildWithTools(build_py):
-    """``build_py`` that puts the programs of tools/ and the presets of examples/configs/ into the package."""
+    """``build_py`` that puts the programs of tools/, presets and essays of examples/ into the package."""
 
     def run(self) -> None:
         super().run()
@@ -209,7 +212,8 @@ class BuildWithTools(build_py):
             return
         sources = [*Path("tools").glob("*.py"), *Path("tools/require_package").glob("*.py")]
         placed = [(source, source) for source in sources]
-        placed += [(source, Path("configs", source.name)) for source in Path("examples/configs").glob("*.yaml")]
+        for folder, of_it in DATA.items():
+            placed += [(source, Path(folder, source.name)) for source in Path("examples").glob(of_it)]
         for source, place in placed:
             target = Path(self.build_lib, "megatron_hammer", place)
             self.mkpath(str(target.parent))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import require_package  # noqa: F401
 
-from megatron_hammer.base.cli import ArgumentParser, print_json, run
+from megatron_hammer.base.cli import ArgumentParser, as_commands, print_json, run
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.progress import Activity
 
@@ -41,7 +41,7 @@ def main() -> int:
     if arguments.json:
         print_json(to_tree(findings))
     else:
-        print(*format_findings(findings), sep="\n")
+        print(*map(as_commands, format_findings(findings)), sep="\n")
     return exit_code(findings)
 
 

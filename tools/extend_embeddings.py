@@ -19,7 +19,7 @@ import shlex
 
 import require_package  # noqa: F401
 
-from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, as_commands, run
 from megatron_hammer.base.progress import Activity
 
 
@@ -46,9 +46,10 @@ def main() -> None:
     if report["model"]["kind"] == "checkpoint":
         folder = shlex.quote(str(args.output))
         preset = f"{folder}/model.yaml checkpoint.init_from={folder}"
-        print(f"continue from it: python -m megatron_hammer.train {preset} data.train=PREFIX train.output=RUN")
+        again = f"python -m megatron_hammer.train {preset} data.train=PREFIX train.output=RUN"
     else:
-        print(f"continue from it: python tools/hf_to_checkpoint.py --hf {shlex.quote(str(args.output))} --save DIR")
+        again = f"python tools/hf_to_checkpoint.py --hf {shlex.quote(str(args.output))} --save DIR"
+    print(as_commands(f"continue from it: {again}"))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import shlex
 
 import require_package  # noqa: F401
 
-from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, as_commands, run
 from megatron_hammer.base.progress import Activity
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     print(f"wrote {checkpoint}")
     folder = shlex.quote(str(arguments.save))
     preset = f"{folder}/model.yaml checkpoint.init_from={folder}"
-    print(f"continue from it: python -m megatron_hammer.train {preset} data.train=PREFIX train.output=RUN")
+    print(as_commands(f"continue from it: python -m megatron_hammer.train {preset} data.train=PREFIX train.output=RUN"))
 
 
 if __name__ == "__main__":

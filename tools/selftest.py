@@ -24,7 +24,7 @@ from pathlib import Path
 
 import require_package  # noqa: F401
 
-from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.cli import ArgumentParser, as_commands, run
 from megatron_hammer.base.progress import Activity
 
 
@@ -56,7 +56,7 @@ def main() -> int:
             with Activity(parts[0].name) as activity:
                 for number, result in enumerate(run_parts(parts, Path(folder), stop), start=1):
                     results.append(result)
-                    print(*result.lines(), sep="\n", flush=True)
+                    print(*map(as_commands, result.lines()), sep="\n", flush=True)
                     activity.begin(parts[min(number, len(parts) - 1)].name)
         except Stopped:
             print("stopped")

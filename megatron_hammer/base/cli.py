@@ -16,11 +16,11 @@ import re
 import resource
 import sys
 from collections.abc import Callable
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, NoReturn
 
 from megatron_hammer.base.characters import in_ascii, number_meant
-from megatron_hammer.base.errors import ConfigError, HammerError, from_exception
+from megatron_hammer.base.errors import OF_A_WHEEL, ConfigError, HammerError, from_exception
 from megatron_hammer.base.paths import unusable_remedy
 from megatron_hammer.base.streams import Output, Vanished, flush_streams, guard_streams, only_list
 
@@ -37,16 +37,17 @@ READ_ELSEWHERE = (
     "--tokenizer",
 )
 TRACEBACK_VARIABLE = "HAMMER_TRACEBACK"  # set to 1: show where an error line came from
-INSTALLED_PROGRAMS = Path(__file__).resolve().parents[1] / "tools"  # a wheel has them, the repository does not
 
 
 def as_commands(text: str) -> str:
-    """Programs by the names that work here: ``hammer count-tokens`` for ``python tools/count_tokens.py``.
+    """Programs by the names that work here: ``hammer count-tokens`` for ``python tools/count_tokens.py``, and presets.
 
     So where the package was installed without its repository, and where a sub-command of ``hammer`` was typed.
     """
-    if not (sys.argv[0].startswith("hammer ") or INSTALLED_PROGRAMS.is_dir()):
+    if not (sys.argv[0].startswith("hammer ") or OF_A_WHEEL):
         return text
+    text = re.sub(r"(?<![\w./-])examples/configs/([a-z]\w*)\.yaml\b", r"\1", text)
+    text = re.sub(r"\bpython -m megatron_hammer\.(train|launch)\b", r"hammer \1", text)
     return re.sub(
         r"(?<![\w./-])(?:python )?tools/([a-z]\w*)\.py\b", lambda found: "hammer " + found[1].replace("_", "-"), text
     )
@@ -63,7 +64,8 @@ class ArgumentParser(argparse.ArgumentParser):
         """What an option that there is not, such as another program's, is here."""
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        if sys.argv[0].startswith("hammer ") and ".py" in (prog := str(kwargs.get("prog", ""))):
+        prog = str(kwargs.get("prog", ""))
+        if sys.argv[0].startswith("hammer ") and (".py" in prog or prog.startswith("python -m ")):
             kwargs["prog"] = sys.argv[0] + prog.partition(".py")[2]  # a sub-command (command.py): what was typed
         super().__init__(**kwargs)
 

@@ -27,6 +27,8 @@ from megatron_hammer.base import system
 from megatron_hammer.base.writing import FULL, WriteFailed
 
 EXIT_STOPPED_BY_SIGNAL = 75
+OF_A_WHEEL = os.path.isdir(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools"))
+"""Whether the package was installed without its repository: then the programs are in it (``setup.py``)."""
 
 
 class HammerError(Exception):
@@ -301,16 +303,19 @@ def _module_of(error: ImportError) -> str:
 
 def _from_import_error(error: ImportError, name: str, who: str) -> ConfigError:
     """A library that is not there, or that cannot be loaded: it belongs to another Python, or is half installed."""
+    pip = f"{sys.executable} -m pip install"
     if isinstance(error, ModuleNotFoundError):
         return ConfigError(
             51, f"the module {name}", f"is not there for {sys.executable}, which runs {who}",
+            f"install what is missing: {pip} megatron_hammer" if OF_A_WHEEL else
             "use the Python that has all: source .venv/bin/activate (bash tools/make_venv.sh makes it)",
         )  # fmt: skip
     foreign = [f"{key}={value}" for key in ("PYTHONPATH", "LD_LIBRARY_PATH") if (value := os.environ.get(key))]
     return ConfigError(
         51, f"the module {name}", f"cannot be loaded by {sys.executable} ({' '.join(str(error).split())[:200]})",
         (f"leave out what belongs to another Python or system: {', '.join(foreign)}; or " if foreign else "")
-        + "make the environment anew: rm -rf .venv, then bash tools/make_venv.sh",
+        + (f"install it anew: {pip} --force-reinstall {name.partition('.')[0]}" if OF_A_WHEEL else
+           "make the environment anew: rm -rf .venv, then bash tools/make_venv.sh"),
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_hammer.base import system
 from megatron_hammer.base.errors import from_exception, to_fields
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.reading import read_regular
@@ -29,9 +30,8 @@ if TYPE_CHECKING:
 
 VERDICT = "verdict.json"  # what a part leaves in its folder
 RANKS = 2
+NOT_HERE = f"not tried: {RANKS} ranks need Linux (E292)"
 REINSTALL = "install the package anew: pip install --force-reinstall --no-cache-dir, in a clone pip install -e ."
-ESSAYS = Path(__file__).resolve().parents[2] / "examples" / "corpus"
-"""Chinese text of the repository; a wheel has none, and takes that of the certificate."""
 PIECES = 1000  # of the tokenizers: more than the characters and bytes of their texts
 CORPUS_BYTES = 50_000  # the least that a sample corpus has
 
@@ -54,15 +54,14 @@ def try_tokenizer(folder: Path) -> str:
     from sentencepiece import SentencePieceProcessor
 
     from megatron_hammer.corpus.documents import TextCorpus
-    from megatron_hammer.corpus.quick_start import DOMAINS, make_sample_corpus
+    from megatron_hammer.corpus.quick_start import DOMAINS, ESSAYS, make_sample_corpus
     from megatron_hammer.tokenizer.convert import convert_tokenizer
     from megatron_hammer.tokenizer.encode import COMPILED
     from megatron_hammer.tokenizer.hard_texts import FIXED_TEXTS
     from megatron_hammer.tokenizer.pieces import SPACE
     from megatron_hammer.tokenizer.train import train_tokenizer
 
-    essays = ESSAYS if ESSAYS.is_dir() else _essays_of_certificate(folder / "essays")
-    make_sample_corpus(folder / "corpus", essays, CORPUS_BYTES, say, fetch=False)
+    make_sample_corpus(folder / "corpus", ESSAYS, CORPUS_BYTES, say, fetch=False)
     corpus = TextCorpus([folder / "corpus" / f"{domain}.jsonl" for domain in DOMAINS])
     tokenizer = train_tokenizer(corpus, folder / "tokenizer", PIECES, allow_fewer=True, report=say)
     reference = SentencePieceProcessor(model_proto=tokenizer.model_bytes)
@@ -76,17 +75,6 @@ def try_tokenizer(folder: Path) -> str:
     convert_tokenizer(tokenizer, folder / "converted")
     by = "the compiled encoder" if COMPILED is not None else "sentencepiece (no compiled encoder)"
     return f"{tokenizer.vocab_size:,} pieces; {len(texts):,} texts by {by}; converted with equal ids"
-
-
-def _essays_of_certificate(folder: Path) -> Path:
-    """The Chinese text that exports are proved on, a file a line, for the sample corpus of an installed wheel."""
-    from megatron_hammer.huggingface.certificate import TEXTS
-
-    folder.mkdir()
-    for number, line in enumerate(TEXTS["zh"].replace("。", "。\n").splitlines()):
-        if line.strip():
-            (folder / f"{number:02}.txt").write_text(line, encoding="utf-8")
-    return folder
 
 
 def try_index(folder: Path) -> str:
@@ -163,6 +151,8 @@ def try_resume(folder: Path) -> str:
     from megatron_hammer.verify.drill import Drill, summary
     from megatron_hammer.verify.faults import KILLS
 
+    if not system.IS_LINUX:
+        return NOT_HERE
     config = golden.golden_config(folder / "data", folder / "run")
     kill = next(fault for fault in KILLS if fault.name == "kill everything")
     report = Drill(config, RANKS, [kill], random.Random(0), folder, say).run()
@@ -176,6 +166,8 @@ def try_layout(folder: Path) -> str:
     """Two tensor-parallel ranks with sequence parallelism against one process and transformers, on GPUs too."""
     import torch
 
+    if not system.IS_LINUX:
+        return NOT_HERE
     config = golden.golden_config(folder / "data", folder / "run")
     parallel = dataclasses.replace(config.parallel, tensor_model_parallel_size=RANKS, sequence_parallel=True)
     config = dataclasses.replace(config, parallel=parallel)

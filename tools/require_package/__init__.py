@@ -29,6 +29,8 @@ def obstacle() -> str | None:
             "flock), which Windows lacks; use WSL2, where it is Linux: wsl --install, then the README's commands there"
         )
     cure = "source .venv/bin/activate (bash tools/make_venv.sh makes it)"
+    if os.path.isfile(os.path.join(CLONE, "__init__.py")):  # no clone: the package, where a wheel has its programs
+        cure = "%s -m pip install megatron_hammer" % sys.executable  # noqa: UP031
     if sys.version_info < (3, 11):  # noqa: UP036
         version = "%d.%d" % sys.version_info[:2]  # noqa: UP031
         return f"error[E250]: {sys.executable}, which runs this program, is Python {version}, not 3.11 to 3.13; {cure}"
