@@ -16,32 +16,27 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import runpy
+import re
+import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
 MODULES = {
-    "train": ("megatron_hammer.train", "Train one process, or be a rank under torchrun."),
-    "launch": ("megatron_hammer.launch", "Start N ranks on this node, and watch them."),
+    "train": ("train/__main__.py", "Train one process, or be a rank under torchrun."),
+    "launch": ("launch.py", "Start N ranks on this node, and watch them."),
 }
-"""Sub-commands that are modules: what runs, and what it is for."""
-WORDS = (
-    "grep -oE '(^|[^a-z-])(--[a-z][a-z0-9-]*|(model|tokenizer|data|parallel|optimizer|schedule|kernels|train|"
-    "checkpoint|log)[.][a-z_0-9]+)' | sed -e 's/^[^a-z-]//' -e 's/[.].*/&=/' | sort -u"
-)
-"""From a program's --help to its options, and settings with the = behind them."""
+"""Sub-commands that are modules of this package: what runs, and what it is for."""
 COMPLETIONS = {
     "bash": """_hammer() {
-    local word="${COMP_WORDS[COMP_CWORD]}"
-    COMPREPLY=()
-    if [ "$COMP_CWORD" -eq 1 ]; then
-        COMPREPLY=($(compgen -W "@NAMES@" -- "$word"))
-    elif [[ $word == -* || $word == *.* ]]; then
-        COMPREPLY=($(compgen -W "$(hammer "${COMP_WORDS[1]}" --help 2>/dev/null | @WORDS@)" -- "$word"))
-        if [[ ${COMPREPLY[0]-} == *= ]]; then compopt -o nospace; fi
+    local word="${COMP_WORDS[COMP_CWORD]}" found="@NAMES@"
+    if [ "$COMP_CWORD" -gt 1 ]; then
+        found=$(hammer completion --words "${COMP_WORDS[@]:1:COMP_CWORD-1}" 2>/dev/null)
     fi
+    COMPREPLY=($(compgen -W "$found" -- "$word"))
+    if [[ ${COMPREPLY[0]-} == *= ]]; then compopt -o nospace; fi
 }
 complete -o default -F _hammer hammer
 """,
@@ -49,12 +44,11 @@ complete -o default -F _hammer hammer
 _hammer() {
     local -a found
     if (( CURRENT == 2 )); then
-        found=(@NAMES@)
-        compadd -a found
-    elif [[ $words[CURRENT] == -* || $words[CURRENT] == *.* ]]; then
-        found=(${(f)"$(hammer $words[2] --help 2>/dev/null | @WORDS@)"})
-        compadd -a found
+        compadd -- @NAMES@
     else
+        found=(${(f)"$(hammer completion --words ${(@)words[2,CURRENT-1]} 2>/dev/null)"})
+        compadd -S '' -- ${(M)found:#*=}
+        compadd -- ${found:#*=}
         _files
     fi
 }
@@ -63,13 +57,13 @@ compdef _hammer hammer
 """,
     "fish": """function __hammer_words
     set -l words (commandline -opc)
-    hammer $words[2] --help 2>/dev/null | @WORDS@
+    hammer completion --words $words[2..] 2>/dev/null
 end
 complete -c hammer -n __fish_use_subcommand -f -a "@NAMES@"
-set -l is_option 'not __fish_use_subcommand; and string match -qr -- "^-|[.]" (commandline -ct)'
-complete -c hammer -n $is_option -f -a '(__hammer_words)'
+complete -c hammer -n 'not __fish_use_subcommand' -a '(__hammer_words)'
 """,
 }
+"""What each shell reads. Where nothing of ours can follow, and beside it, they complete files."""
 HELP = """usage: hammer COMMAND [ARGUMENT ...]
        hammer COMMAND --help
        hammer completion bash|zsh|fish
@@ -92,13 +86,9 @@ def programs(folder: Path) -> dict[str, Path]:
 
 def purpose_of(path: Path) -> str:
     """The first sentence of a program's docstring."""
-    with path.open(encoding="utf-8") as file:
-        text = ""
-        for line in file:
-            text += line.strip().removeprefix('"""') + " "
-            if ". " in text or not line.strip() or line.rstrip().endswith('"""'):
-                break
-    return text.partition(". ")[0].replace('"""', "").strip().rstrip(".:") + "."
+    found = re.search(r'^r?"""(.+?)(?:\.\s|\n\n|""")', path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert found is not None, f"{path} has no docstring"
+    return " ".join(found[1].split()).rstrip(".:") + "."
 
 
 def help_text() -> str:
@@ -113,9 +103,56 @@ def help_text() -> str:
 
 
 def completion(shell: str) -> str:
-    """A script that completes sub-commands, then options (and settings) as the program's own --help names them."""
-    names = " ".join([*MODULES, *programs(tools_folder()), "completion"])
-    return COMPLETIONS[shell].replace("@NAMES@", names).replace("@WORDS@", WORDS)
+    """A script that completes sub-commands, and asks ``hammer completion --words`` what may follow one."""
+    return COMPLETIONS[shell].replace("@NAMES@", " ".join([*MODULES, *programs(tools_folder()), "completion"]))
+
+
+def words_after(typed: list[str]) -> list[str]:
+    """What may follow these words, as the program's own ``--help`` has it.
+
+    That is the values of an option that has a list of them; else options, and where the program takes them its own
+    sub-commands, settings (with the = behind them) and presets. None where an option takes anything else, a file, say.
+
+    Args:
+        typed: a sub-command and what stands behind it.
+    """
+    if typed == ["completion"]:
+        return list(COMPLETIONS)
+    text = _help_of(typed[:1])
+    own = re.search(r"^  ([a-z]+(?:\|[a-z]+)+)$", text, re.MULTILINE)
+    commands = own[1].split("|") if own else []
+    words = commands if len(typed) == 1 else []
+    if typed[1:2] and typed[1] in commands:
+        text = _help_of(typed[:2])
+    values: dict[str, list[str]] = {}  # of an option that takes one
+    for head in re.findall(r"^  (-.*?)(?:  .*)?$", text, re.MULTILINE):  # --keys KEY [KEY ...], --key KEY [KEY ...]
+        names = re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", head)
+        words += names
+        if re.search(r"[^,] (?!-)", head):
+            listed = re.search(r"\{(.+?)\}", head)
+            values |= dict.fromkeys(names, listed[1].split(",") if listed else [])
+    if typed[-1] in values:
+        return values[typed[-1]]
+    usage = text.partition("\n\n")[0]
+    given = [word for before, word in pairwise(typed) if not word.startswith("-") and before not in values]
+    if "CONFIG.yaml" in usage and not given:
+        from megatron_hammer.config import preset_names
+
+        words += preset_names()
+    if "group.field=value" in usage:
+        from megatron_hammer.config.help import describe_fields
+
+        words += [f"{group}.{field}=" for group, fields in describe_fields().items() for field in fields]
+    return words
+
+
+def _help_of(words: list[str]) -> str:
+    """What a sub-command prints for ``--help``, of which nothing is wrapped."""
+    program = [sys.executable, "-P", "-c", "from megatron_hammer.command import main; main()"]
+    done = subprocess.run(
+        [*program, *words, "--help"], capture_output=True, text=True, env=os.environ | {"COLUMNS": "1000"}
+    )
+    return done.stdout
 
 
 def main() -> NoReturn:
@@ -126,15 +163,15 @@ def main() -> NoReturn:
     if words[0] in ("-V", "--version"):
         _end(_version)
     name = words[0].replace("_", "-").removesuffix(".py")
+    if words[:2] == ["completion", "--words"]:
+        _end(lambda: "\n".join(words_after(words[2:])))
     if name == "completion":
         _end(lambda: completion(_shell_of(words[1:])))
-    if name in MODULES:
-        sys.argv = [f"hammer {name}", *words[1:]]
-        runpy.run_module(MODULES[name][0], run_name="__main__", alter_sys=True)
-        sys.exit(0)
-    found = programs(tools_folder()).get(name)
+    found = Path(__file__).parent / MODULES[name][0] if name in MODULES else programs(tools_folder()).get(name)
     if found is None:
         _end(lambda: _unknown(words[0]))
+    if name not in MODULES:
+        sys.path.insert(0, str(found.parent))
     sys.argv = [f"hammer {name}", *words[1:]]
     run_file(found)
     sys.exit(0)
@@ -144,7 +181,6 @@ def run_file(path: Path) -> None:
     """Run a program as ``python FILE`` does; ``runpy`` would put the file's name in the place of what was typed."""
     spec = importlib.util.spec_from_file_location("__main__", path)
     assert spec is not None and spec.loader is not None
-    sys.path.insert(0, str(path.parent))
     before, module = sys.modules["__main__"], importlib.util.module_from_spec(spec)
     sys.modules["__main__"] = module
     try:

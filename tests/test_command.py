@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +20,12 @@ import pytest
 from megatron_hammer import command
 from megatron_hammer.base import cli
 from megatron_hammer.config import preset_names
+from tests.walk import blocks_of
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "megatron_hammer"
+ESSAYS = sorted((ROOT / "examples" / "corpus").glob("*.txt"))
+COMPILED = {"_mapping", "_digest", "_index", "_encoder", "_cpu"}
 TOOLS = sorted(path.stem.replace("_", "-") for path in (ROOT / "tools").glob("*.py"))
 
 
@@ -42,7 +50,7 @@ def test_help_lists_every_program_with_its_purpose(hammer: Callable[..., tuple[i
         assert code == 0
         for name in [*TOOLS, "train", "launch"]:
             (line,) = re.findall(rf"^  {name} +(.*)$", out, re.MULTILINE)
-            assert len(line) > 15 and line.endswith(".") and '"""' not in line, line
+            assert len(line) > 15 and line.endswith(".") and re.match("[A-Z]", line) and '"""' not in line, line
     assert hammer("--version")[1].startswith("megatron_hammer ")
 
 
@@ -61,17 +69,20 @@ def test_a_program_is_found_under_both_spellings_and_says_what_was_typed(
         code, _, err = hammer("generate", "--hf", "x", *idle)
         assert code == 2 and "E201" in err and ("does nothing with --chat" in err or "without --chat; leave" in err)
     code, out, _ = hammer("train", "--help")
-    assert code == 0 and "train.num_steps" in out
+    assert code == 0 and "train.num_steps" in out and out.startswith("usage: hammer train ")
+    assert "preset, for example tiny\n" in out
 
 
 def test_an_error_and_a_help_name_programs_as_they_are_called_here(
     hammer: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = "see python tools/count_tokens.py --x, tools/doctor.py; /my/tools/count_tokens.py and tools/make_venv.sh"
+    line += "; python -m megatron_hammer.launch --nproc 2 examples/configs/tiny.yaml, my/examples/configs/tiny.yaml"
     assert cli.as_commands(line) == line, "in the repository"
     said = "see hammer count-tokens --x, hammer doctor; /my/tools/count_tokens.py and tools/make_venv.sh"
+    said += "; hammer launch --nproc 2 tiny, my/examples/configs/tiny.yaml"
     with monkeypatch.context() as changed:
-        changed.setattr(cli, "INSTALLED_PROGRAMS", tmp_path)
+        changed.setattr(cli, "OF_A_WHEEL", True)
         assert cli.as_commands(line) == said, "installed"
     (tmp_path / "checkpoints").mkdir()
     code, _, err = hammer("generate", "--hf", str(tmp_path), "--prompt", "x")
@@ -95,30 +106,55 @@ def test_the_list_imports_no_program() -> None:
     assert done.stderr.strip() == "set()", done.stderr
 
 
-def test_bash_completes_names_options_and_settings(tmp_path: Path) -> None:
-    (tmp_path / "hammer").write_text(
-        "#!/bin/sh\necho '  --hf DIR  folder'; echo '  --help'; echo ' * train.seed  int'; echo 'see --hf'\n"
-    )
-    (tmp_path / "hammer").chmod(0o755)
-    (tmp_path / "rc").write_text(command.completion("bash"))
-    script = """source rc
+def test_what_may_follow_is_what_the_help_of_a_program_has() -> None:
+    assert command.words_after(["completion"]) == ["bash", "zsh", "fish"]
+    assert command.words_after(["inspect-checkpoint"]) == ["list", "show", "verify", "diff", "digest", "--help"]
+    assert command.words_after(["inspect-checkpoint", "digest", "x"]) == ["--help", "--sha256"]
+    assert command.words_after(["preprocess-data", "--on-error"]) == ["stop", "skip", "quarantine"]
+    assert command.words_after(["preprocess-data", "--key", "text", "--input"]) == [], "files"
+    words = command.words_after(["launch", "--nproc", "2"])
+    assert {"--max-restarts", "train.num_steps=", *preset_names()} < set(words)
+    assert words.index("tiny") < words.index("train.seed="), "and what is typed before it is no preset"
+
+
+SHELLS = {
+    "bash": """source rc
 try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _hammer 2>/dev/null; echo "${COMPREPLY[*]}"; }
-try hammer inspect-c; try hammer generate --h; try hammer train train.; try hammer generate x"""
+try hammer inspect-c; try hammer generate --j; try hammer generate 'a b' tr; try hammer generate zz""",
+    "zsh": """compdef() {}; source rc
+compadd() { [[ $1 == -S ]] && shift 2; shift; print -rn -- "${(M)@:#$word*} " }; _files() { print }
+try() { words=("$@"); CURRENT=$#; word=$@[-1]; _hammer }
+try hammer inspect-c; print; try hammer generate --j; try hammer generate 'a b' tr; try hammer generate zz""",
+    "fish": """source rc
+for line in "inspect-c" "generate --j" "generate 'a b' tr" "generate zz"; echo (complete -C "hammer $line"); end""",
+}
+"""For each shell: complete four lines, and print a line for each."""
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_shell_completes_names_options_and_settings(shell: str, tmp_path: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not there: apt-get install {shell}")
+    stub = '#!/bin/sh\necho "$*" >>asked; printf "%s\\n" --json --help train.seed=\n'
+    (tmp_path / "hammer").write_text(stub)
+    (tmp_path / "hammer").chmod(0o755)
+    (tmp_path / "rc").write_text(command.completion(shell))
     done = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True,
-        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        [shell, *{"bash": ["--norc"], "zsh": ["-f"], "fish": ["--no-config"]}[shell], "-c", SHELLS[shell]],
+        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )  # fmt: skip
-    assert done.stdout.splitlines() == ["inspect-checkpoint", "--help --hf", "train.seed=", ""], done.stderr
-    for shell in command.COMPLETIONS:
-        assert "@" not in command.completion(shell)
-        assert all(name in command.completion(shell) for name in TOOLS)
+    said = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert said == ["inspect-checkpoint", "--json", "train.seed=", ""], done.stderr
+    asked = (tmp_path / "asked").read_text().replace("'", "").splitlines()
+    assert asked == [f"completion --words generate{more}" for more in ("", " a b", "")]
+    assert all(name in command.completion(shell) for name in TOOLS)
 
 
 def test_programs_are_found_where_a_wheel_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No repository around the package: the copies in it."""
     package = tmp_path / "site-packages" / "megatron_hammer"
     (package / "tools" / "require_package").mkdir(parents=True)
-    (package / "tools" / "one_tool.py").write_text('"""Do one thing: well. More."""\n')
+    (package / "tools" / "one_tool.py").write_text('#!/usr/bin/env python3\nr"""Do one\nthing: well. More."""\n')
     monkeypatch.setattr(command, "__file__", str(package / "command.py"))
     assert command.tools_folder() == package / "tools"
     assert command.programs(command.tools_folder()) == {"one-tool": package / "tools" / "one_tool.py"}
@@ -127,8 +163,6 @@ def test_programs_are_found_where_a_wheel_has_them(tmp_path: Path, monkeypatch: 
 
 def test_a_build_carries_the_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``build_py`` of setup.py; the whole wheel and the sdist: HAMMER_BUILD=1."""
-    import runpy
-
     from setuptools import Distribution
 
     monkeypatch.chdir(ROOT)
@@ -136,16 +170,45 @@ def test_a_build_carries_the_programs(tmp_path: Path, monkeypatch: pytest.Monkey
     build.build_lib = str(tmp_path)
     build.ensure_finalized()
     build.run()
-    there = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.py")}
-    assert there == {f"megatron_hammer/tools/{n.replace('-', '_')}.py" for n in TOOLS} | {
-        "megatron_hammer/tools/require_package/__init__.py"
-    }
-    presets = {path.stem for path in (tmp_path / "megatron_hammer" / "configs").iterdir()}
-    assert presets == set(preset_names()), "and the presets, by whose names load_config finds them"
-    assert {"graft tools", "graft examples/configs"} <= set((ROOT / "MANIFEST.in").read_text().splitlines())
+    there = {path.relative_to(tmp_path / "megatron_hammer").as_posix() for path in tmp_path.rglob("*.*")}
+    presets, essays = {f"configs/{name}.yaml" for name in preset_names()}, {f"essays/{path.name}" for path in ESSAYS}
+    programs = {f"tools/{name.replace('-', '_')}.py" for name in TOOLS}
+    assert there == programs | presets | essays | {"tools/require_package/__init__.py"} and len(essays) > 4
+    sdist = set((ROOT / "MANIFEST.in").read_text().splitlines())
+    assert {"graft csrc", "graft tools", "graft examples/configs", "include examples/corpus/*"} <= sdist
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["scripts"] == {"hammer": "megatron_hammer.command:main"}
     assert project["tool"]["cibuildwheel"]["environment"]["HAMMER_CUDA_ARCHS"] == "none"
+    data = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.*") if path.is_file()}
+    data = {name for name in data if not name.endswith((".py", ".so", ".pyc"))}
+    assert data == set(project["tool"]["setuptools"]["package-data"]["megatron_hammer"])
+
+
+def test_every_source_of_csrc_is_compiled_into_a_module_that_a_wheel_must_have() -> None:
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    sources = {source for extension in setup["EXTENSIONS"] for source in [*extension.sources, *extension.depends]}
+    folders = {path.name for path in (ROOT / "csrc").iterdir()} - {"kernels"}
+    assert sources == {f"csrc/{f}/{path.name}" for f in folders for path in (ROOT / "csrc" / f).iterdir()}
+    assert {extension.name.rpartition(".")[2] for extension in setup["EXTENSIONS"]} == COMPILED
+    for name in COMPILED:
+        assert f".{name}" in (ROOT / "pyproject.toml").read_text(), "the test of a wheel imports it"
+
+
+def test_every_place_names_the_same_pythons() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    first, end = (int(n) for n in re.fullmatch(r">=3\.(\d+),<3\.(\d+)", project["project"]["requires-python"]).groups())
+    minors = range(first, end)
+    assert project["tool"]["cibuildwheel"]["build"].split() == [f"cp3{minor}-*" for minor in minors]
+    classifiers = [c.rpartition(" ")[2] for c in project["project"]["classifiers"] if re.search(r":: 3\.\d+$", c)]
+    assert classifiers == [f"3.{minor}" for minor in minors]
+    assert (
+        f"python: {json.dumps([f'3.{minor}' for minor in minors])}" in (ROOT / ".github/workflows/ci.yml").read_text()
+    )
+    assert f"(3, {first}) <= sys.version_info[:2] <= (3, {end - 1})" in (ROOT / "tools/make_venv.sh").read_text()
+    named = {"README.md": "{} to {}", "README.zh-CN.md": "{} 至 {}", "CONTRIBUTING.md": "{} to {}",
+             "docs/installation.md": "{} to {}", "docs/installation.zh-CN.md": "{} 至 {}"}  # fmt: skip
+    for page, words in named.items():
+        assert "Python " + words.format(f"3.{first}", f"3.{end - 1}") in (ROOT / page).read_text(), page
 
 
 @pytest.mark.slow
@@ -158,20 +221,37 @@ def test_the_wheel_of_the_sdist_has_a_command_that_works(tmp_path: Path) -> None
     (sdist,) = tmp_path.glob("*.tar.gz")
     subprocess.run([*pip, "wheel", "--no-deps", "-w", str(tmp_path), str(sdist)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
+    holds = zipfile.ZipFile(wheel).namelist()
+    ours = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
+    ours |= {f"megatron_hammer/tools/{path.name}" for path in (ROOT / "tools").glob("*.py")}
+    ours |= {f"megatron_hammer/configs/{name}.yaml" for name in preset_names()}
+    ours |= {f"megatron_hammer/essays/{path.name}" for path in ESSAYS} | {"megatron_hammer/report/charts.js"}
+    assert ours <= set(holds), ours - set(holds)
+    assert {name.rpartition("/")[2].partition(".")[0] for name in holds if name.endswith(".so")} == COMPILED
     subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", str(tmp_path / "v")], check=True)
     python = tmp_path / "v" / "bin" / "python"
     subprocess.run([*pip, "--python", str(python), "install", "--no-deps", "--force-reinstall", str(wheel)], check=True)
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    site = subprocess.run(
-        [sys.executable, "-c", "import numpy; print(numpy.__path__[0])"], capture_output=True, text=True
-    )
-    environment["PYTHONPATH"] = str(Path(site.stdout.strip()).parent)
-    for words in (["--help"], ["generate", "--help"], ["train", "--help"], ["doctor", "--help"]):
+    # The libraries of this environment, and not the package that is installed there.
+    libraries = Path(importlib.util.find_spec("numpy").origin).parents[1]
+    (tmp_path / "libraries").mkdir()
+    for path in libraries.iterdir():
+        if "megatron_hammer" not in path.name and path.suffix != ".pth":
+            (tmp_path / "libraries" / path.name).symlink_to(path)
+    (place,) = (tmp_path / "v").glob("lib/python3*/site-packages")
+    (place / "libraries.pth").write_text(str(tmp_path / "libraries"))
+    walk, page = tmp_path / "walk", (ROOT / "docs" / "installation.md").read_text(encoding="utf-8")
+    walk.mkdir()
+    path = f"{tmp_path / 'v' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PATH": path}
+    said = ""
+    for block in blocks_of(page):
         done = subprocess.run(
-            [str(python), "-P", str(tmp_path / "v" / "bin" / "hammer"), *words], cwd=tmp_path, env=environment,
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0 and done.stdout, done.stderr
+            ["bash", "-euo", "pipefail", "-c", block], cwd=walk, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        said += done.stdout + done.stderr
+    assert "import numpy" in said and "all 6 parts passed" in said
+    assert "tools/" not in said and str(ROOT) not in said, "programs are named as they are called there"
 
 
 def test_the_devcontainer_names_files_that_are_there() -> None:
