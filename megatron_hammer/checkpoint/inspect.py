@@ -57,7 +57,7 @@ def verify_checkpoint(manifest: Manifest) -> StateDigest:
     if (claimed := manifest.state_digest) is not None and found != claimed:
         differing = [t for t, ours, theirs in zip(manifest.tensors, found.sums, claimed.sums) if ours != theirs]
         what = f"{manifest.folder}: {differing[0] if differing else 'the state'}"
-        raise CheckpointError(17, what, "is not what its digest of the state was taken of", "use another checkpoint")
+        raise CheckpointError(17, what, "does not match the digest of the state in it", "use another checkpoint")
     return found
 
 
@@ -78,7 +78,7 @@ def expect_digest(manifest: Manifest, found: StateDigest, expected: str) -> None
     own = found.digest if len(expected) == 32 else sha256(manifest)
     if own != expected:
         raise CheckpointError(
-            17, f"{manifest.folder} of digest {own}", f"is not of {expected}", "use another checkpoint"
+            17, f"{manifest.folder} of digest {own}", f"must be of digest {expected}", "use another checkpoint"
         )
 
 

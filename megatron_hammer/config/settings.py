@@ -66,7 +66,7 @@ class RopeScaling:
                 require(
                     value is None,
                     f"{where}.{name}={value}",
-                    f"is nothing that rope_type={self.rope_type} has",
+                    f"is not a field of rope_type={self.rope_type}",
                     "leave it out",
                 )
         at_least(where, {"factor": self.factor}, 1)
@@ -207,7 +207,7 @@ class ModelConfig:
         require(
             self.family is not None,
             ", ".join(f"model.{name}=true" for name in chosen),
-            "is together what no class of transformers computes, so that the model could not be exported",
+            "is together a model that no class of transformers computes, so it could not be exported",
             "a Llama has qkv_bias and attention_output_bias or none, and mlp_bias as you like; Qwen2 qkv_bias alone; "
             "Qwen3 qk_norm, and both biases of attention or none",
         )

@@ -118,7 +118,7 @@ def reformat_corpus(
     if max_bytes is not None and max_bytes < 1:
         raise ConfigError(87, f"--max-gb={max_bytes / 1e9:g}", "must be positive", "leave it out to take everything")
     if "text" in keep:
-        raise ConfigError(88, "--keep text", "is what the text itself is called", "leave it out")
+        raise ConfigError(88, "--keep text", "is the name of the text itself", "leave it out")
     by_set, target = kind == "pile" and not sets, Path(output)
     if by_set and target.is_file():
         raise ConfigError(88, f"--output {output}", "is a file, and the sets need a folder", "name a folder, or --set")

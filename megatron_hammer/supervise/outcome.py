@@ -44,7 +44,7 @@ def wait_for_all_nodes(
                 raise ParallelError(
                     7,
                     f"node {numbers}",
-                    f"did not come to {meeting.address}:{meeting.port} within {timeout_seconds:g} s",
+                    f"did not join the run at {meeting.address}:{meeting.port} within {timeout_seconds:g} s",
                     "start the launcher on every node, with the same --master-addr and --master-port",
                 )
         for other in range(node.nnodes):

@@ -71,4 +71,4 @@ def named_gpu(name: str) -> tuple[str, Gpu]:
         if plain(known) == plain(name):
             return known, gpu
     names = ", ".join(known.lower().replace(" ", "-") for known in GPUS)
-    raise ConfigError(38, f"--gpu {name}", "is no GPU that the table has", f"use one of {names}")
+    raise ConfigError(38, f"--gpu {name}", "is not in the table of GPUs", f"use one of {names}")

@@ -306,7 +306,7 @@ def rewinds_with(manifest: Manifest, recorded: Ledger | None) -> Ledger | None:
         raise RefusedError(
             89,
             f"{manifest.folder.parents[1] / LEDGER_FILE}",
-            f"tells of other rewinds than {manifest.folder}, which the run would go on from",
+            f"records other rewinds than {manifest.folder}, which the run would go on from",
             "bring back the ledger that belongs to this run; without the file, that of the checkpoint counts",
         )
     if recorded is None or common == len(recorded):
@@ -452,7 +452,7 @@ def _check_style(resume: Manifest, config: Config) -> None:
         raise CheckpointError(
             12,
             f"optimizer.style={style}",
-            f"has other moments than {saved}, whose checkpoint {resume.folder} is",
+            f"has other moments than {saved}, which wrote the checkpoint {resume.folder}",
             f"set optimizer.style={saved}; or begin a new run with its weights and without its moments: "
             f"checkpoint.init_from={resume.folder} and another train.output",
         )

@@ -123,7 +123,7 @@ def _refuse_another(bad: BadStep, back_to: int, done: Ledger, most: int) -> None
         raise NonFiniteError(
             5,
             bad.told,
-            f"after {times} rewinds to step {back_to} (train.max_rewinds={most})",
+            f"is bad again after {times} rewinds to step {back_to} (train.max_rewinds={most})",
             "see OUT/incidents; lower optimizer.lr, or raise train.rewind_skip_steps_after and train.max_rewinds",
         )
 

@@ -40,7 +40,7 @@ GPU was there to measure it."""
 
 def wrong(what: str, rule: str) -> RefusedError:
     """The error of a result of the self-test that is not what it must be; the remedy is the part's cure."""
-    return RefusedError(WRONG, what, rule, "see the cure of this part of the self-test")
+    return RefusedError(WRONG, what, rule, "see the remedy of this part of the self-test")
 
 
 def golden_config(data: Path, output: Path, device: str = "cpu") -> Config:

@@ -121,5 +121,5 @@ def test_an_old_checkpoint_has_none_and_a_wrong_one_is_damage(saved, tmp_path: P
         if known is None:
             assert verify_checkpoint(again) == manifest.state_digest
         else:
-            with pytest.raises(CheckpointError, match=r"E417.*the state is not what its digest"):
+            with pytest.raises(CheckpointError, match=r"E417.*the state does not match the digest"):
                 verify_checkpoint(again)

@@ -85,7 +85,7 @@ def test_the_digest_is_that_of_the_state_and_of_nothing_else(run, tmp_path, monk
         assert inspect(monkeypatch, "verify", at, "--expect", expected) == 0
     capsys.readouterr()
     assert inspect(monkeypatch, "verify", run / "checkpoints" / "step-00000010", "--expect", whole) == 4
-    assert f"is not of {whole}" in capsys.readouterr().err
+    assert f"must be of digest {whole}" in capsys.readouterr().err
     assert inspect(monkeypatch, "verify", at, "--expect", "abc") == 2
     assert "error[E203]: --expect=abc" in capsys.readouterr().err
 

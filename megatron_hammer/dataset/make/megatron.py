@@ -153,7 +153,7 @@ def fit_job(translation: Translation, job: Job) -> tuple[Job, list[str]]:
         fitting = "HuggingFaceTokenizer" if tokenizer.kind == "tokenizers" else "SentencePieceTokenizer"
         raise ConfigError(79, f"{what} with {tokenizer.path}", f"is another kind of tokenizer: this is a "
                           f"{'tokenizer.json' if tokenizer.kind == 'tokenizers' else 'sentencepiece model'}",
-                          f"say --tokenizer-type {fitting}, or leave the option out: the file tells")  # fmt: skip
+                          f"say --tokenizer-type {fitting}, or leave the option out: the file says")  # fmt: skip
     notes = [f"{what}: {tokenizer.path}"]
     if translation.type_name == "Llama2Tokenizer" and not job.prepend_bos:
         notes.append(f"{what}: no bos id is put before documents, as in Megatron-LM since 2026; for what it did "
