@@ -544,11 +544,17 @@ class ScheduleConfig:
     """cosine: between lr and min_lr. cosine-clamped: to zero, held at min_lr (HammerLLM's). wsd: constant, then a
     linear descent over anneal_steps. linear: to min_lr. constant: lr. Each after the warm-up."""
     warmup_steps: Mathematics[int] = 0
-    """Steps of linear warm-up; step warmup_steps is the first at the peak."""
+    """Steps of linear warm-up; step warmup_steps is the first at the peak. A shorter run without decay_steps
+    cuts it to its length."""
     decay_steps: Mathematics[int | None] = None
     """Step at which the descent ends, warm-up included; absent: train.num_steps."""
     anneal_steps: Mathematics[int | None] = None
     """wsd only: length of the final descent; absent: a tenth of decay_steps."""
+
+    @property
+    def follows_run(self) -> bool:
+        """Whether the rate of a step depends on how long the run is."""
+        return self.decay_steps is None and self.style != "constant"
 
     def check(self) -> None:
         """Raise ``ConfigError`` for impossible lengths."""

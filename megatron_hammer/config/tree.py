@@ -308,10 +308,12 @@ class Config:
         """Remarks on settings that are valid but do something other than their plain reading."""
         notes = []
         if self.schedule.warmup_steps > self.train.num_steps:
-            notes.append(
-                f"schedule.warmup_steps={self.schedule.warmup_steps} is longer than the run: clamped to "
-                f"train.num_steps={self.train.num_steps}"
+            what = (
+                f"schedule.warmup_steps={self.schedule.warmup_steps} is longer than train.num_steps="
+                f"{self.train.num_steps}: "
             )
+            follows = self.schedule.follows_run
+            notes.append(what + ("clamped to the run" if follows else "the learning rate does not reach its peak"))
         horizon, last = self.schedule.decay_steps, self.train.num_steps
         if horizon is not None and horizon > 2 * last and self.schedule.style != "constant":
             notes.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -67,3 +68,15 @@ def test_warm_up_longer_than_the_run_is_clamped() -> None:
         assert rate("cosine", steps, num_steps=steps) == pytest.approx(PEAK)
     config = tiny_config(schedule__warmup_steps=50, train__num_steps=10)
     assert any("clamped" in note for note in config.notes())
+
+
+@pytest.mark.parametrize("plan", [{"decay_steps": 1000}, {"style": "constant"}])
+def test_a_warm_up_that_the_run_does_not_plan_is_not_clamped(plan: dict[str, Any]) -> None:
+    """The rate of a step stays when the run becomes longer."""
+    plan = {"style": "cosine"} | plan
+    short, long = ([rate(step=s, num_steps=steps, **plan) for s in range(1, 21)] for steps in (20, 500))
+    assert short == long
+    config = tiny_config(
+        schedule__warmup_steps=50, train__num_steps=10, **{f"schedule__{key}": value for key, value in plan.items()}
+    )
+    assert any("does not reach its peak" in note for note in config.notes())
