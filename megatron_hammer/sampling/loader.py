@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 
@@ -26,8 +27,16 @@ from megatron_hammer.sampling.order import SampleId
 from megatron_hammer.sampling.samples import TrainData
 
 
+class Samples(Protocol):
+    """Where samples are read from: ``TrainData``, or a proof's."""
+
+    def read(self, first: int, count: int) -> Batch[np.ndarray]:
+        """So many samples, from number ``first`` of the run on."""
+        ...
+
+
 def micro_batches(
-    data: TrainData, first_sample: int, micro_batch_size: int, grad_accum: int, dp_rank: int, dp_size: int
+    data: Samples, first_sample: int, micro_batch_size: int, grad_accum: int, dp_rank: int, dp_size: int
 ) -> list[Batch[np.ndarray]]:
     """What data-parallel rank ``dp_rank`` of ``dp_size`` computes in the step that begins at sample ``first_sample``.
 

@@ -194,10 +194,10 @@ def _numbers(
         return "the loss of the step is right: tokens are counted to another source" if moved else of_loss(value, right)
 
     def of_loss(value: float, right: float) -> str:
-        return _factor(value / right, sizes) or off_by_log(value - right, sizes)
+        return name_factor(value / right, sizes) or off_by_log(value - right, sizes)
 
     def of_norm(value: float, right: float) -> str:
-        return _factor(value / right, sizes)
+        return name_factor(value / right, sizes)
 
     for i, sources in enumerate(expected.source_losses):
         likely = partial(of_source, max(_difference(o.losses[i], expected.losses[i]) for o in ranks))
@@ -214,10 +214,10 @@ def _numbers(
 
 def likely_cause(wrong: Sequence[tuple[int, Piece]], expected: np.ndarray, sizes: Sizes) -> str:
     """What the pattern of the differing pieces says: a factor, a part of a sum, rows of another place."""
-    ratios = [_ratio(piece.values, expected[piece.place]) for _, piece in wrong]
+    ratios = [ratio_of(piece.values, expected[piece.place]) for _, piece in wrong]
     factors = [ratio for ratio in ratios if ratio is not None]
     if len(factors) == len(ratios) and max(factors) - min(factors) <= 1e-3 * abs(factors[0]):
-        return _factor(factors[0], sizes) or f"all of it times {factors[0]:.4g}"
+        return name_factor(factors[0], sizes) or f"all of it times {factors[0]:.4g}"
     if cause := missing_sum(wrong, expected):
         return cause
     if all(not piece.values.any() for _, piece in wrong):
@@ -231,7 +231,7 @@ def likely_cause(wrong: Sequence[tuple[int, Piece]], expected: np.ndarray, sizes
     return ""
 
 
-def _ratio(values: np.ndarray, expected: np.ndarray) -> float | None:
+def ratio_of(values: np.ndarray, expected: np.ndarray) -> float | None:
     """The factor between them if there is one, else None."""
     square = float((expected * expected).sum())
     if square == 0 or not np.isfinite(values).all():
@@ -241,7 +241,7 @@ def _ratio(values: np.ndarray, expected: np.ndarray) -> float | None:
     return factor if factor != 0 and rest <= 1e-3 * abs(factor) * float(np.abs(expected).max()) else None
 
 
-def _factor(factor: float, sizes: Sizes) -> str:
+def name_factor(factor: float, sizes: Sizes) -> str:
     """The size of the layout that a factor is, or its inverse."""
     names = {"data_parallel_size": sizes.dp, "tensor_model_parallel_size": sizes.tp,
              "context_parallel_size": sizes.cp, "the number of micro-batches": sizes.accumulated,

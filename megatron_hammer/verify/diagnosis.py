@@ -3,6 +3,7 @@
 A step goes forward, backward, and updates, and what is wrong early is wrong in all that comes later. So only the first
 of these that differs is examined::
 
+    initial weights    before anything is computed: as another tensor's, or as no seed gives them
     losses of tokens   which tokens: whose samples, whose part, from where in a document; the same losses with each
                        known fault in transformers' model (``what_if.py``): the one that gives these numbers is named
     gradients          each is a sum over ranks and micro-batches; by least squares, how often each of them is in it.
@@ -26,10 +27,21 @@ import numpy as np
 
 from megatron_hammer.checkpoint.kinds import STATE_KINDS
 from megatron_hammer.config import Config
+from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.grid import AXES
-from megatron_hammer.verify.compare import KEY_SUMS, NUMBER_BOUNDS, Key, keys_alone, missing_sum, whole_tensors
+from megatron_hammer.verify.compare import (
+    KEY_SUMS,
+    NUMBER_BOUNDS,
+    Key,
+    Sizes,
+    keys_alone,
+    missing_sum,
+    name_factor,
+    ratio_of,
+    whole_tensors,
+)
 from megatron_hammer.verify.forward_diagnosis import diagnose_tokens
-from megatron_hammer.verify.outcome import FIRST, Outcome, Piece
+from megatron_hammer.verify.outcome import FIRST, INITIAL, Outcome, Piece
 from megatron_hammer.verify.patterns import (
     NAMES,
     NOISE,
@@ -46,6 +58,7 @@ from megatron_hammer.verify.patterns import (
 )
 from megatron_hammer.verify.what_if import Contributions, second_losses, states_with_faults
 
+ROUNDED = 8e-3  # two roundings to 8 bits; what is really wrong is mostly more
 EXACTLY = 2e-3  # of the difference of one number, which says less than many do
 
 
@@ -66,7 +79,16 @@ def diagnose(
         bound: relative difference that rounding explains.
     """
     seen = _Seen(config, world_size, ranks, expected, initial, bound)
-    for ask in (seen.tokens, seen.gradients, seen.norms, seen.first_states, seen.model, seen.second_loss, seen.states):
+    for ask in (
+        seen.beginning,
+        seen.tokens,
+        seen.gradients,
+        seen.norms,
+        seen.first_states,
+        seen.model,
+        seen.second_loss,
+        seen.states,
+    ):
         if found := ask():
             return found
     return []
@@ -98,6 +120,17 @@ class _Seen:
                         found.append((rank, piece))
         return found
 
+    def beginning(self) -> list[str]:
+        """Weights before the first step."""
+        if wrong := self.wrong([INITIAL + "weight"]):
+            which = self._where(wrong, "weights before the first step") or ["weights before the first step are wrong"]
+            return [*which, *(self._moved(wrong) or ["initialisation: they are not what train.seed gives"])]
+        if wrong := self.wrong([INITIAL + "model"]):
+            which = self._where(wrong, "the model's weights before the first step")
+            gathered = "shards are right before the first step, and what is gathered of them is not"
+            return [*which, *(self._moved(wrong) or [gathered])]
+        return []
+
     def tokens(self) -> list[str]:
         """Of the losses before the first step."""
         return diagnose_tokens(self.config, self.world_size, self.ranks, self.expected, self.initial, self.bound)
@@ -128,7 +161,60 @@ class _Seen:
         tensors = {tensor for kind, tensor in self.whole if kind == "gradient"}
         if self.grid.cp > 1 and keys_alone({piece.tensor for _, piece in wrong}):
             return [*sentences, KEY_SUMS]
-        return [*sentences, *(self._moved(wrong) or [first_in_backward(tensors, {piece.tensor for _, piece in wrong})])]
+        if named := self._multiples(wrong, "gradients") or self._of_all_groups(wrong) or self._moved(wrong):
+            return [*sentences, *named]
+        where = first_in_backward(tensors, {piece.tensor for _, piece in wrong}, self._ranks_of("gradient"))
+        hints = []
+        if self.config.train.recompute != "none":
+            hints.append(f"forward is right: it may be what train.recompute={self.config.train.recompute} makes again")
+        if self._largest(wrong) < ROUNDED:
+            hints.append(f"the differences are small, {self._largest(wrong):.0e} of the largest: rounding to 16 bits?")
+        return [*sentences, where, *hints]
+
+    def _multiples(self, wrong: Sequence[tuple[int, Piece]], what: str) -> list[str]:
+        """Whether the pieces of each rank are one multiple of what they should be."""
+        factors: dict[int, set[float]] = defaultdict(set)
+        for rank, piece in wrong:
+            ratio = ratio_of(piece.values, self.whole[piece.kind, piece.tensor][piece.place])
+            if ratio is None:
+                return []
+            factors[rank].add(round(ratio, 2 - int(np.floor(np.log10(abs(ratio))))))
+        if any(len(of_rank) > 1 for of_rank in factors.values()):
+            return []
+        each = {rank: of_rank.pop() for rank, of_rank in factors.items()}
+        if len(set(each.values())) > 1:
+            of_ranks = listed(f"{factor:g} on rank {rank}" for rank, factor in sorted(each.items())[:4])
+            return [f"{what} are multiples of what they should be, {of_ranks}"]
+        (factor,) = set(each.values())
+        known = name_factor(factor, Sizes.of(self.config, self.world_size))
+        return [f"{what} are {factor:g} times what they should be", *([known] if known else [])]
+
+    def _of_all_groups(self, wrong: Sequence[tuple[int, Piece]]) -> list[str]:
+        """Whether those of keys and values are sums over all query groups."""
+        model = self.config.model
+        for _, piece in wrong:
+            if short(piece.tensor) not in ("k_proj", "v_proj") or model.query_groups == 1:
+                return []
+            right = self.whole[piece.kind, piece.tensor]
+            total = right.reshape(model.query_groups, model.head_size, -1).sum(0)
+            rows = total[np.arange(*piece.rows) % model.head_size].reshape(len(piece.values), *right.shape[1:])
+            columns = rows[(slice(None), *piece.place[1:])]
+            if not near(piece.values, columns):
+                return []
+        return ["those of each query group are the sum over all of them: summed over ranks that hold other groups"]
+
+    def _largest(self, wrong: Sequence[tuple[int, Piece]]) -> float:
+        """The largest difference, relative to the largest value of its tensor."""
+        rights = [(piece, self.whole[piece.kind, piece.tensor]) for _, piece in wrong]
+        return max(float(np.abs(p.values - right[p.place]).max() / np.abs(right).max()) for p, right in rights)
+
+    def _ranks_of(self, kind: str) -> dict[str, set[int]]:
+        """Who has pieces of each tensor."""
+        found: dict[str, set[int]] = defaultdict(set)
+        for rank, outcome in enumerate(self.ranks):
+            for piece in (piece for piece in outcome.pieces if piece.kind == kind):
+                found[piece.tensor].add(rank)
+        return found
 
     def _missing_sums(self, wrong: Sequence[tuple[int, Piece]]) -> str:
         """Whether ranks that hold the same gradient have a part of it each."""
@@ -157,16 +243,20 @@ class _Seen:
         wrong = [rank for rank, norm in enumerate(got) if not abs(norm / right - 1) <= NUMBER_BOUNDS["fp32"]]
         if not wrong:
             return []
-        each, once = [0.0] * len(self.ranks), [0.0] * len(self.ranks)  # squares that a rank has; has first
+        # Squares that a rank has; has first; has first, or of keys and values.
+        each, once, keys = ([0.0] * len(self.ranks) for _ in range(3))
         counted: set[tuple[object, ...]] = set()
         for rank, piece in ((rank, p) for rank, o in enumerate(self.ranks) for p in o.pieces if p.kind == "gradient"):
             square, key = float(np.square(piece.values).sum()), (piece.tensor, piece.rows, piece.cols)
             each[rank] += square
             once[rank] += 0 if key in counted else square
+            keys[rank] += 0 if key in counted and short(piece.tensor) not in ("k_proj", "v_proj") else square
             counted.add(key)
         everybody = list(range(len(self.ranks)))
         ways = [("of its own shards: the sum over ranks is missing", once, {rank: [rank] for rank in everybody}),
                 ("of all shards, with those that several ranks hold counted several times", each,
+                 dict.fromkeys(everybody, everybody)),
+                ("of all shards, with copies of keys and values counted several times", keys,
                  dict.fromkeys(everybody, everybody))]  # fmt: skip
         for axis in AXES:
             group_of = {rank: group for group in self.grid.groups(axis) for rank in group}
@@ -236,15 +326,28 @@ class _Seen:
     def _of_update(self, wrong: Sequence[tuple[int, Piece]]) -> list[str]:
         if moved := self._moved(wrong) or self._swapped(wrong):
             return moved
+        if self._decayed_alone(wrong):
+            return ["they are as before the update but for their decay: its direction did not reach them"]
         for name, pieces in states_with_faults(self.config, self.initial):
             if self._are(wrong, whole_tensors(pieces)):
                 return [f"the numbers are those where {name}"]
         kinds = listed(sorted({piece.kind for _, piece in wrong}))
+        moments = [(rank, piece) for rank, piece in wrong if piece.kind == FIRST + "exp_avg"]
+        if moments and (named := self._multiples(moments, "gradients in the update")):
+            return [f"{named[0]}: what they are clipped or divided by"]
         if all(piece.kind.startswith(FIRST) for _, piece in wrong):
             return [f"gradients are right, and {kinds} of them are not"]
         if self._first_gradients_again():
             return ["the gradients of the first step, or parts of them, are still in those of the second"]
         return [f"the first step is right, and {kinds} after the second are not: its gradients, or its update"]
+
+    def _decayed_alone(self, wrong: Sequence[tuple[int, Piece]]) -> bool:
+        """Whether weights have become smaller in the first step and nothing else."""
+        left = 1 - learning_rate(self.config, 1) * self.config.optimizer.weight_decay
+        firsts = [piece for _, piece in wrong if piece.kind == FIRST + "weight"]
+        return len(firsts) == len(wrong) and all(
+            near(piece.values, self.initial[piece.tensor][piece.place] * left) for piece in firsts
+        )
 
     def _first_gradients_again(self) -> bool:
         """Whether what the first moments got in the second step has parts of the first step's gradients in it."""

@@ -14,8 +14,9 @@ from megatron_hammer.config import Config
 from megatron_hammer.verify.compare import Sizes, off_by_log
 from megatron_hammer.verify.outcome import Outcome
 from megatron_hammer.verify.patterns import EXPLAINED, NOISE, explains, listed, whose
+from megatron_hammer.verify.points import first_wrong
 from megatron_hammer.verify.reading import Owners, Reading
-from megatron_hammer.verify.tokens import cause_of_tokens
+from megatron_hammer.verify.tokens import BEHIND, cause_of_tokens
 from megatron_hammer.verify.what_if import losses_with_faults
 
 
@@ -38,6 +39,9 @@ def diagnose_tokens(
         got[outcome.tokens[off]] = outcome.token_losses[off]
         at |= {rank} if off.any() else set()
     wrong = got != right
+    seen = np.bincount(np.concatenate([outcome.tokens for outcome in ranks]), minlength=len(right))
+    if missing := _missing_samples(config, seen):
+        return [missing]
     if not wrong.any():
         return []
     computing = [rank for rank, outcome in enumerate(ranks) if len(outcome.tokens)]
@@ -59,10 +63,23 @@ def diagnose_tokens(
             *sentences,
             "the losses are right and belong to other tokens: samples or tokens are in another order",
         ]
+    if not (place := first_wrong(ranks, expected, bound)):
+        return [*sentences, BEHIND]
     shifts = np.where(wrong, got - right, 0.0)
     if not sentences and (cause := cause_of_tokens(wrong, shifts, Reading.of(config).positions.ravel(), sizes)):
-        return [cause]
-    return sentences or ["forward is wrong for tokens of all ranks, in a way that no known fault gives"]
+        sentences = [cause]
+    return [*sentences, place]
+
+
+def _missing_samples(config: Config, seen: np.ndarray) -> str:
+    """Samples of which no rank computes all tokens; seen: on how many ranks each token is."""
+    shape = -1, config.data.seq_length
+    missing = np.flatnonzero((seen.reshape(shape) == 0).any(1))
+    if not len(missing):
+        return ""
+    most = np.flatnonzero((seen.reshape(shape) > np.bincount(seen).argmax()).any(1))
+    more = f", and sample {most[0]} is read more often than others" if len(most) else ""
+    return f"{len(missing)} of {seen.size // shape[1]} samples are read by no rank: {listed(missing[:6])}{more}"
 
 
 def _of_other_samples(config: Config, got: np.ndarray, right: np.ndarray, wrong: np.ndarray) -> str:

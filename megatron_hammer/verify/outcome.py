@@ -14,6 +14,8 @@ import numpy as np
 
 from megatron_hammer.base.reading import open_regular, parse_json, read_regular
 
+INITIAL = "initial "
+"""Before a kind of piece: before the first step."""
 FIRST = "step-1 "
 """Before a kind of piece: after the first step."""
 Range = tuple[int, int]
@@ -51,15 +53,25 @@ class Outcome:
     """Their losses before the step, one for each of ``tokens``."""
     source_losses: list[list[float]] = field(default_factory=list)
     """Of each step, the mean loss of the samples of each source."""
+    points: dict[str, np.ndarray] = field(default_factory=dict)
+    """After each part of the model that this rank has, two numbers for each of ``point_tokens`` (``points.py``)."""
+    point_tokens: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """Which tokens this rank has between the parts, counted as ``tokens``."""
+    refused: str = ""
+    """Why no checkpoint could be written."""
+
+
+ARRAYS, NUMBERS = ("tokens", "token_losses", "point_tokens"), ("losses", "norms", "source_losses", "refused")
 
 
 def write_outcome(prefix: Path, outcome: Outcome) -> None:
     """As a JSON file and one of arrays."""
     names = [[p.kind, p.tensor, p.rows, p.cols] for p in outcome.pieces]
     values = [p.values for p in outcome.pieces]
-    np.savez(f"{prefix}.npz", *values, tokens=outcome.tokens, token_losses=outcome.token_losses)
-    numbers = {"losses": outcome.losses, "norms": outcome.norms, "source_losses": outcome.source_losses}
-    text = json.dumps(numbers | {"pieces": names})
+    points = {f"point {name}": found for name, found in outcome.points.items()}
+    arrays = {name: getattr(outcome, name) for name in ARRAYS} | points
+    np.savez(f"{prefix}.npz", *values, **arrays)
+    text = json.dumps({name: getattr(outcome, name) for name in NUMBERS} | {"pieces": names})
     Path(f"{prefix}.json").write_text(text, encoding="utf-8")
 
 
@@ -68,9 +80,10 @@ def read_outcome(prefix: Path) -> Outcome:
     head = parse_json(read_regular(f"{prefix}.json"))
     with open_regular(f"{prefix}.npz") as file, np.load(file, allow_pickle=False) as arrays:
         values = [arrays[f"arr_{i}"] for i in range(len(head["pieces"]))]
-        tokens, token_losses = arrays["tokens"], arrays["token_losses"]
+        more = {name: arrays[name] for name in ARRAYS}
+        points = {name.removeprefix("point "): arrays[name] for name in arrays.files if name.startswith("point ")}
     pieces = [
         Piece(kind, tensor, (rows[0], rows[1]), None if cols is None else (cols[0], cols[1]), array)
         for (kind, tensor, rows, cols), array in zip(head["pieces"], values, strict=True)
     ]
-    return Outcome(head["losses"], head["norms"], pieces, tokens, token_losses, head["source_losses"])
+    return Outcome(pieces=pieces, points=points, **more, **{name: head[name] for name in NUMBERS})

@@ -4,10 +4,11 @@
 
     the user's config -- shrink --> all ranks, two steps in fp64 and fp32 --------------------+
                                |--> one process of ours, the same steps, fp64 and fp32 -------+--> table, findings
-                               '--> transformers and AdamW written out, fp64, one process ----+
+                               |--> transformers and AdamW written out, fp64, one process ----+
+                               '--> sums in one tree: the ranks without data parallelism -----+
 
 One process of ours shares its code with the ranks and is equal to many digits; transformers shares nothing and shows
-what both have wrong.
+what both have wrong. Sums in one tree promise more: the same bits as with one data-parallel rank.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from megatron_hammer.config import Config, KernelsConfig
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.supervise.nodes import Node
 from megatron_hammer.supervise.start import launch
-from megatron_hammer.train.build import build
 from megatron_hammer.verify.compare import (
     BOUNDS,
     NUMBER_BOUNDS,
@@ -42,13 +42,12 @@ from megatron_hammer.verify.compare import (
     whole_tensors,
 )
 from megatron_hammer.verify.diagnosis import diagnose
-from megatron_hammer.verify.outcome import Outcome, Piece, read_outcome
+from megatron_hammer.verify.outcome import INITIAL, Outcome, Piece, read_outcome
 from megatron_hammer.verify.reading import Reading
 from megatron_hammer.verify.reference import reference_steps
 from megatron_hammer.verify.shrink import STEPS, alone, exact_optimizer, shrink
 from megatron_hammer.verify.steps import (
     EXACT,
-    model_pieces,
     precisions,
     take_steps,
 )
@@ -56,6 +55,8 @@ from megatron_hammer.verify.tokens import compare_tokens
 
 RANK_ENTRY = "megatron_hammer.verify.steps:rank_main"
 AGAINST_TRANSFORMERS = 5e-6  # its cos and sin are made in fp32 in another way, our losses are divided by an fp32 scalar
+ANOTHER_ORDER = "equal but for rounding: added in another order than that of the tree"
+NOT_SAVED = "the ranks' states are right, and what a checkpoint has of them is not"
 Row = tuple[str, str, str, str, str]
 
 
@@ -98,11 +99,14 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
     sizes, names = Sizes.of(small, world_size), precisions(small)
     with tempfile.TemporaryDirectory(prefix="verify-parallel-") as folder:
         note(f"{world_size} ranks: {STEPS} steps in {' and in '.join(names)}")
-        placed = dataclasses.replace(small, train=dataclasses.replace(small.train, output=folder))
-        if code := launch(placed, Node(world_size), RANK_ENTRY):
-            return code
-        ranks = {name: [read_outcome(Path(folder) / f"{name}-{r}") for r in range(world_size)] for name in names}
-        saved = Outcome([], [], _saved_pieces(Path(folder) / "checkpoints"))
+        ranks = _of_ranks(small, world_size, Path(folder))
+        if isinstance(ranks, int):
+            return ranks
+        refused = ranks[[*names][-1]][0].refused
+        saved = None if refused else Outcome([], [], _saved_pieces(Path(folder) / "checkpoints"))
+    without_dp = _without_dp(small, sizes, note)
+    if isinstance(without_dp, int):
+        return without_dp
     note("one process: the same")
     alone, initial = _one_process(small)
     note("transformers: the same in fp64")
@@ -113,16 +117,29 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
         reference = alone.get(name, alone["fp32"])
         compared.append(_tokens_against(reference, name, ranks[name], positions, sizes))
         compared.append(_against("one process", reference, name, ranks[name], BOUNDS[name], sizes))
+        if without_dp:
+            compared.append(_same_bits(without_dp[name], name, ranks[name], sizes))
     bound = max(BOUNDS[exact], AGAINST_TRANSFORMERS)
     compared.append(_against("transformers", theirs, exact, ranks[exact], bound, sizes))
-    compared.append(_checkpoint_against(saved, alone["fp32"], last, sizes))
+    if saved is not None:
+        compared.append(_checkpoint_against(saved, alone["fp32"], last, sizes))
     rows, findings = ([part for parts in column for part in parts] for column in zip(*compared, strict=True))
+    if refused:
+        findings.append(Finding("checkpoint", tuple(range(world_size)), np.inf, f"it cannot be written: {refused}"))
     findings = compare_stages(ranks[exact], sizes) + findings
     causes: list[str] = []
     if findings and exact == "fp64":
         note("one process with faults in it: which gives these numbers")
         causes = diagnose(small, world_size, ranks[exact], alone[exact], initial, BOUNDS[exact])
-    return Proof(small, left_out, rows, findings, causes)
+    return Proof(small, left_out, rows, findings, causes or _by_what(findings))
+
+
+def _by_what(findings: list[Finding]) -> list[str]:
+    """A cause by what differs alone, where the numbers of steps give none."""
+    for beginning, cause in (("checkpoint", NOT_SAVED), ("bits", ANOTHER_ORDER)):
+        if findings and all(finding.what.startswith(beginning) for finding in findings):
+            return [cause]
+    return []
 
 
 def _check_gpus(ranks: int) -> None:
@@ -139,16 +156,33 @@ def _check_gpus(ranks: int) -> None:
         )
 
 
+def _of_ranks(small: Config, world_size: int, folder: Path) -> dict[str, list[Outcome]] | int:
+    """What each of so many ranks reports in each precision; the launcher's exit code where one fails."""
+    placed = dataclasses.replace(small, train=dataclasses.replace(small.train, output=str(folder)))
+    if code := launch(placed, Node(world_size), RANK_ENTRY):
+        return code
+    return {name: [read_outcome(folder / f"{name}-{r}") for r in range(world_size)] for name in precisions(small)}
+
+
+def _without_dp(small: Config, sizes: Sizes, note: Callable[[str], None]) -> dict[str, list[Outcome]] | int:
+    """Where sums are made in one tree, whose bits no number of data-parallel ranks may change: the ranks without them.
+    Else nothing; the launcher's exit code where one fails."""
+    if small.train.deterministic_reduction == "off" or sizes.dp == 1:
+        return {}
+    note(f"{sizes.tp} of the ranks, without data parallelism: the same")
+    with tempfile.TemporaryDirectory(prefix="verify-parallel-") as folder:
+        return _of_ranks(small, sizes.tp, Path(folder))
+
+
 def _one_process(small: Config) -> tuple[dict[str, Outcome], dict[str, np.ndarray]]:
     """Our own steps on whole tensors on a CPU, and the initial weights of the model."""
     train = dataclasses.replace(small.train, precision="fp32", device="cpu")
     config = dataclasses.replace(
         alone(small), train=train, kernels=KernelsConfig(), optimizer=exact_optimizer(small.optimizer)
     )
-    ctx = ParallelContext.single()
-    _, optimizer = build(config, ctx, dtype=EXACT["fp64"])
-    initial = {tensor: values for (_, tensor), values in whole_tensors(model_pieces(optimizer)).items()}
-    return {name: take_steps(config, ctx, dtype) for name, dtype in EXACT.items()}, initial
+    outcomes = {name: take_steps(config, ParallelContext.single(), dtype) for name, dtype in EXACT.items()}
+    begun = [piece for piece in outcomes["fp64"].pieces if piece.kind == INITIAL + "model"]
+    return outcomes, {tensor: values for (_, tensor), values in whole_tensors(begun).items()}
 
 
 def _saved_pieces(folder: Path) -> list[Piece]:
@@ -174,6 +208,22 @@ def _against(
     return rows, [dataclasses.replace(f, what=f"{f.what}, against {name} in {precision},") for f in findings + found]
 
 
+def _same_bits(
+    others: list[Outcome], precision: str, ranks: list[Outcome], sizes: Sizes
+) -> tuple[list[Row], list[Finding]]:
+    """Ranks whose sums are made in one tree against as many tensor-parallel ones without data parallelism."""
+    name, first = "one data-parallel rank", others[0]
+    pieces = [piece for outcome in others for piece in outcome.pieces]
+    difference, findings = compare_numbers(ranks, first, 0.0, sizes)
+    worst, found = compare_pieces(ranks, whole_tensors(pieces), 0.0, sizes)
+    rounding = BOUNDS[precision]  # beyond it one process says more
+    kept = [
+        dataclasses.replace(f, what=f"bits of {f.what}, against {name} in {precision},", cause=ANOTHER_ORDER)
+        for f in findings + found if f.difference <= rounding
+    ]  # fmt: skip
+    return [_row("bits of all numbers", name, precision, max(difference, *worst.values()), 0.0)], kept
+
+
 def _tokens_against(
     reference: Outcome, precision: str, ranks: list[Outcome], positions: np.ndarray, sizes: Sizes
 ) -> tuple[list[Row], list[Finding]]:
@@ -192,7 +242,15 @@ def _checkpoint_against(
     worst, found = compare_pieces([saved], whole, BOUNDS[precision], sizes)
     rows = [_row(f"checkpoint's {kind}", "one process", precision, value, BOUNDS[precision])
             for kind, value in worst.items()]  # fmt: skip
-    return rows, [dataclasses.replace(f, what=f"checkpoint's {f.what}", ranks=()) for f in found]
+    have = {(piece.kind, piece.tensor): piece.values for piece in saved.pieces}
+
+    def cause(found: Finding) -> str:
+        kind, tensor = found.what.split(" of ")
+        others = [o for o in STATE_KINDS if o != kind and (o, tensor) in whole]
+        swapped = [o for o in others if np.allclose(have[kind, tensor], whole[o, tensor], 1e-4, 1e-12)]
+        return f"it has the values of {swapped[0]}" if swapped else found.cause
+
+    return rows, [dataclasses.replace(f, what=f"checkpoint's {f.what}", ranks=(), cause=cause(f)) for f in found]
 
 
 def _row(what: str, reference: str, precision: str, difference: float, bound: float) -> Row:

@@ -5,7 +5,8 @@ Pure functions over numbers; ``diagnosis.py`` asks them. Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -20,6 +21,7 @@ BACKWARD = ("down_proj", "up_proj", "gate_proj", "post_attention_layernorm", "o_
             "k_proj", "q_proj", "input_layernorm")  # fmt: skip
 """Parts of a layer as backward comes to them."""
 NORMS = {"input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm"}
+BORDER = ", behind the border of two pipeline stages"
 Label = tuple[int, int, int]
 """Data-parallel rank, micro-batch of it, context-parallel rank."""
 
@@ -44,6 +46,8 @@ def in_sum(times: np.ndarray, labels: Sequence[Label], own: Label) -> str:
         own: the rank that has the sum.
     """
     of, counted = np.array(labels), np.round(times, 2)
+    if not counted.any():
+        return "none of the gradients is there: what is there was overwritten, or never added"
     if np.ptp(counted) == 0:
         return f"all gradients are there, {counted[0]:g} times"
     axes = {"data-parallel": 0, "context-parallel": 2}
@@ -79,8 +83,14 @@ def _odd(times: dict[str, float]) -> str:
     return ", ".join(odd[:4]) + (", ..." if len(odd) > 4 else "")
 
 
-def first_in_backward(tensors: Iterable[str], wrong: set[str]) -> str:
-    """Where backward goes wrong, in words."""
+def first_in_backward(
+    tensors: Iterable[str], wrong: set[str], ranks_of: Mapping[str, set[int]] = MappingProxyType({})
+) -> str:
+    """Where backward goes wrong, in words.
+
+    Args:
+        ranks_of: who has each tensor.
+    """
     order = sorted(tensors, key=_when)
     first = next(tensor for tensor in order if tensor in wrong)
     at = order.index(first)
@@ -98,6 +108,8 @@ def first_in_backward(tensors: Iterable[str], wrong: set[str]) -> str:
     # What comes back from columns of a matrix that ranks share is summed before the norm that their input comes from.
     summed = short(first) in NORMS and short(order[at - 1]) not in NORMS
     more = ", where tensor-parallel ranks sum the gradients of a product's input" if summed else ""
+    both = [ranks_of.get(tensor, set()) for tensor in (order[at - 1], first)]
+    more += BORDER if all(both) and not both[0] & both[1] else ""
     return f"backward is right up to {order[at - 1]} and wrong from {first} on{more}"
 
 

@@ -6,7 +6,7 @@ common, and have wrong, shows here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,10 @@ class Rule:
     """All steps are computed with the weights of before the first."""
     gradients: str = "own"
     """Of a step: its own; "first": those of the first step again; "summed": with those of the steps before."""
+    nesterov: bool = True
+    """Muon's direction looks ahead along the momentum."""
+    scale: Callable[[tuple[int, ...]], int] = max
+    """Of the sides of a matrix, that which Muon scales by."""
 
 
 RIGHT = Rule()
@@ -135,8 +139,9 @@ def _update(
         gradient, (first, second) = gradients[name] * factor, moments[name]
         if _is_muon(config, name):
             first.mul_(o.muon_momentum).add_(gradient, alpha=1 - o.muon_momentum)
-            direction = o.muon_momentum * first + (1 - o.muon_momentum) * gradient
-            weight.sub_(lr * (_muon(direction, _rows_of_a_matrix(config, name)) + o.weight_decay * weight))
+            direction = o.muon_momentum * first + (1 - o.muon_momentum) * gradient if rule.nesterov else first
+            update = _muon(direction, _rows_of_a_matrix(config, name), rule)
+            weight.sub_(lr * (update + o.weight_decay * weight))
             continue
         first.mul_(o.beta1).add_(gradient, alpha=1 - o.beta1)
         second.mul_(o.beta2).add_(gradient.square(), alpha=1 - o.beta2)
@@ -158,7 +163,7 @@ def _rows_of_a_matrix(config: Config, name: str) -> int | None:
     return config.model.head_size if config.optimizer.muon_per_head and of_heads else None
 
 
-def _muon(direction: Tensor, rows: int | None) -> Tensor:
+def _muon(direction: Tensor, rows: int | None, rule: Rule) -> Tensor:
     """0.2 sqrt(max(rows, cols)) U p(S) V^T of each matrix, by its singular values: p is the quintic polynomial of
     Newton-Schulz, five times. The coefficients and the factor are given again here, not taken from the kernel."""
     parts = []
@@ -166,7 +171,7 @@ def _muon(direction: Tensor, rows: int | None) -> Tensor:
         u, s, vt = torch.linalg.svd(matrix / matrix.norm(), full_matrices=False)
         for _ in range(5):
             s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-        parts.append(0.2 * max(matrix.shape) ** 0.5 * (u * s) @ vt)
+        parts.append(0.2 * rule.scale(matrix.shape) ** 0.5 * (u * s) @ vt)
     return torch.cat(parts)
 
 

@@ -2,6 +2,8 @@
 
 The kinds of pieces (``outcome.py``) are::
 
+    initial weight     this rank's shard of the masters before the first step
+    initial model      what the rank's model computes with then, gathered from all shards
     gradient           this rank's shard of the first step's gradient, summed over all ranks
     weight             this rank's shard of the masters after two steps
     exp_avg, exp_avg_sq   of the moments
@@ -12,6 +14,7 @@ The kinds of pieces (``outcome.py``) are::
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.config import Config, config_to_tree
 from megatron_hammer.model.llama import Model, stages_of
@@ -28,6 +32,7 @@ from megatron_hammer.parallel.board import Journal
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.parallel.rendezvous import collective_timeout, end_process_group, start_process_group
 from megatron_hammer.parallel.sharding import Shard, rectangles
+from megatron_hammer.sampling import loader
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.begin import check_machine, choose_device
 from megatron_hammer.train.build import DTYPES, build_stages
@@ -35,7 +40,8 @@ from megatron_hammer.train.cuda_graph import micro_batch_runner
 from megatron_hammer.train.pipeline import accumulate, pipelined_losses
 from megatron_hammer.train.source_sums import LOSS, WEIGHT, Sources
 from megatron_hammer.train.state import RunState
-from megatron_hammer.verify.outcome import FIRST, Outcome, Piece, write_outcome
+from megatron_hammer.verify.outcome import FIRST, INITIAL, Outcome, Piece, write_outcome
+from megatron_hammer.verify.points import rows_of, watched
 from megatron_hammer.verify.shrink import STEPS
 
 EXACT = {"fp64": torch.float64, "fp32": torch.float32}
@@ -53,12 +59,14 @@ def take_steps(config: Config, ctx: ParallelContext, dtype: torch.dtype, checkpo
         checkpoint: a folder for a checkpoint of the end.
     """
     model, optimizer = build_stages(config, ctx, dtype=dtype)
+    vary_vectors(optimizer)
     run = micro_batch_runner(config.kernels, optimizer.store.of_stages[0])
-    tokens = token_losses(model, config, ctx)
+    found = forward_alone(model, config, ctx)
     losses: list[float] = []
     norms: list[float] = []
     by_source: list[list[float]] = []
-    pieces: list[Piece] = []
+    pieces = [p for p in _pieces_of(optimizer.shards(), INITIAL) if p.kind == INITIAL + "weight"]
+    pieces += model_pieces(optimizer, INITIAL + "model")
     for step in range(1, STEPS + 1):
         # As ``train_step`` does it, in halves: the update may use the gradients' memory.
         batches = micro_batches(config, step, ctx)
@@ -74,13 +82,29 @@ def take_steps(config: Config, ctx: ParallelContext, dtype: torch.dtype, checkpo
             pieces += _pieces_of(optimizer.rule.own_shards(), FIRST)
     pieces += state_pieces(optimizer)
     pieces += model_pieces(optimizer)
+    refused = ""
     if checkpoint is not None:
         state = RunState(STEPS, STEPS * config.train.global_batch_size, "").to_manifest(optimizer)
-        save_checkpoint(
-            checkpoint, STEPS, optimizer.shards(), model=config.model, config_tree=config_to_tree(config), state=state,
-            tokenizer=None, ctx=ctx,
-        )  # fmt: skip
-    return Outcome(losses, norms, pieces, *tokens, by_source)
+        try:
+            save_checkpoint(
+                checkpoint, STEPS, optimizer.shards(), model=config.model, config_tree=config_to_tree(config),
+                state=state, tokenizer=None, ctx=ctx,
+            )  # fmt: skip
+        except CheckpointError as error:  # what the ranks hold does not make a checkpoint: a finding
+            refused = f"{error.what.rsplit(': ', 1)[-1]} {error.rule}"
+    return Outcome(losses, norms, pieces, source_losses=by_source, refused=refused, **found)
+
+
+@torch.no_grad()
+def vary_vectors(optimizer: Optimizer) -> None:
+    """Have weights of norms that are not one and biases that are not zero, so that one that is left out shows."""
+    for shard in (shard for shard in optimizer.shards() if len(shard.parameter.shape) == 1):
+        for s in shard.parameter.slices:
+            for r in rectangles(s, shard.start, shard.stop):
+                wave = 0.1 * torch.cos(torch.arange(*r.rows, dtype=torch.float64) * (1 + len(s.tensor)))
+                weight = shard.tensors["weight"][r.position : r.position + r.numel]
+                weight.add_(wave.to(weight.device, weight.dtype))
+    optimizer.copy_params_from_masters()
 
 
 def global_batch(config: Config, step: int) -> tuple[Tensor, list[list[int]]]:
@@ -104,41 +128,63 @@ def global_batch(config: Config, step: int) -> tuple[Tensor, list[list[int]]]:
 
 
 def micro_batches(config: Config, step: int, ctx: ParallelContext) -> list[Batch[Tensor]]:
-    """This rank's part of the global batch, in the order of the loader."""
+    """This rank's part of the global batch, as the loader deals it out."""
     windows, documents = global_batch(config, step)
-    shares = _shares(config, windows[:, :-1].numpy(), windows[:, 1:].numpy(), documents, ctx)
-    return [batch.to(ctx.device) for batch in shares]
+    samples = _Samples(windows[:, :-1].numpy(), windows[:, 1:].numpy(), _lengths(config, documents))
+    return [batch.to(ctx.device) for batch in _shares(config, samples, ctx)]
 
 
-def _shares(
-    config: Config, tokens: np.ndarray, labels: np.ndarray, documents: list[list[int]], ctx: ParallelContext
-) -> Iterator[Batch[np.ndarray]]:
-    b, masked = config.train.micro_batch_size, config.data.attention_mask == "document"
-    for start in range(b * ctx.samples.rank, len(tokens), b * ctx.samples.size):
-        lengths = [n for sample in documents[start : start + b] for n in sample]
-        ends = np.cumsum([0, *lengths]).astype(np.int32) if masked else None
-        sources = np.arange(start, start + b) % SOURCES
-        whole = Batch(tokens[start : start + b], labels[start : start + b], documents=ends, sources=sources)
-        yield whole.shard(ctx.cp.rank, ctx.cp.size)
+@dataclass(frozen=True)
+class _Samples:
+    """The global batch of a step where a run has its data (``loader.Samples``)."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    documents: list[list[int]] | None
+
+    def read(self, first: int, count: int) -> Batch[np.ndarray]:
+        """The samples with these numbers."""
+        ends, these = None, slice(first, first + count)
+        if self.documents is not None:
+            ends = np.cumsum([0, *(n for sample in self.documents[these] for n in sample)]).astype(np.int32)
+        sources = np.arange(first, first + count) % SOURCES
+        return Batch(self.tokens[these], self.labels[these], documents=ends, sources=sources)
+
+
+def _lengths(config: Config, documents: list[list[int]]) -> list[list[int]] | None:
+    return documents if config.data.attention_mask == "document" else None
+
+
+def _shares(config: Config, samples: _Samples, ctx: ParallelContext) -> list[Batch[np.ndarray]]:
+    b, accumulated, dp = config.train.micro_batch_size, config.grad_accum(ctx.world.size), ctx.samples
+    whole = loader.micro_batches(samples, 0, b, accumulated, dp.rank, dp.size)
+    return [batch.shard(ctx.cp.rank, ctx.cp.size) for batch in whole]
 
 
 @torch.no_grad()
-def token_losses(model: Model, config: Config, ctx: ParallelContext) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, losses) of ``Outcome``: of the first step's batches; empty on a stage without a head."""
+def forward_alone(model: Model, config: Config, ctx: ParallelContext) -> dict[str, Any]:
+    """Of the first step's batches what ``Outcome`` has of a forward: losses of tokens, none on a stage without a head,
+    and what lies between the parts of the model."""
     windows, documents = global_batch(config, 1)
     numbers = np.arange(windows[:, 1:].numel()).reshape(len(windows), -1)  # take the same way as the tokens
-    places = [share.tokens for share in _shares(config, numbers, numbers, documents, ctx)]
+    samples = _Samples(numbers, numbers, _lengths(config, documents))
+    shares = _shares(config, samples, ctx)
     losses: list[Tensor] = []
     batches = micro_batches(config, 1, ctx)
-    if ctx.pp.size > 1:
-        pipelined_losses(stages_of(model), batches, ctx, lambda batch, found: losses.append(found))
-    else:
-        (whole,) = stages_of(model)
-        losses = [whole(batch.tokens, batch.labels, batch.documents) for batch in batches]
-    if not losses:
-        return np.empty(0, dtype=np.int64), np.empty(0)
-    found = torch.cat([x.flatten() for x in losses]).double().cpu().numpy()
-    return np.concatenate([place.ravel() for place in places]), found
+    with watched(stages_of(model)) as points:
+        if ctx.pp.size > 1:
+            pipelined_losses(stages_of(model), batches, ctx, lambda batch, found: losses.append(found))
+        else:
+            (whole,) = stages_of(model)
+            losses = [whole(batch.tokens, batch.labels, batch.documents) for batch in batches]
+    part, parts = (ctx.tp.rank, ctx.tp.size) if config.parallel.sequence_parallel else (0, 1)
+    rows = [rows_of(share.tokens, share.documents is not None, part, parts) for share in shares]
+    of_points = {name: np.concatenate(of_batches) for name, of_batches in points.items()}
+    found: dict[str, Any] = {"points": of_points, "point_tokens": np.concatenate([row.ravel() for row in rows])}
+    if losses:
+        found["token_losses"] = torch.cat([x.flatten() for x in losses]).double().cpu().numpy()
+        found["tokens"] = np.concatenate([share.tokens.ravel() for share in shares])
+    return found
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------
@@ -166,13 +212,13 @@ def _pieces_of(shards: Iterable[Shard], prefix: str = "") -> Iterator[Piece]:
             yield from _cut(prefix + kind, shard.parameter, shard.start, shard.stop, flat)
 
 
-def model_pieces(optimizer: Optimizer) -> Iterator[Piece]:
+def model_pieces(optimizer: Optimizer, kind: str = "model") -> Iterator[Piece]:
     """All weights that this rank's model has, copies included."""
     for store in optimizer.store.of_stages:
         for row, weight in zip(store.table, store.weights, strict=True):
             store.acquire(row.part)
             # A copy: torch lets nobody resize memory that NumPy has seen, and the store may want to give it up.
-            yield from _cut("model", row, 0, row.numel, weight.detach().flatten().clone())
+            yield from _cut(kind, row, 0, row.numel, weight.detach().flatten().clone())
             store.release(row.part)
 
 

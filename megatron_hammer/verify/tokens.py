@@ -1,7 +1,7 @@
 """Compares the loss of each token before the first step, and infers the cause from which tokens differ.
 
 A token that is the first of its document attends to itself alone. So if those are right and later ones are wrong, it is
-the positions or the keys; if a first token is wrong and others are right, it sees what is not its own. Needs no torch.
+the positions or the keys; if a first token is wrong and others are right, it sees what is not its own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import numpy as np
 
 from megatron_hammer.verify.compare import Finding, Sizes, off_by_log
 from megatron_hammer.verify.outcome import Outcome
+from megatron_hammer.verify.points import first_wrong
+
+BEHIND = "hidden states are right: what is wrong is the head, the loss or the labels"
 
 
 def compare_tokens(
@@ -37,7 +40,8 @@ def compare_tokens(
     worst, findings = float(differences.max()), []
     if at:
         wrong = differences > bound
-        cause = cause_of_tokens(wrong, shifts, positions, sizes)
+        of_labels = expected.points and not first_wrong(ranks, expected, bound)
+        cause = BEHIND if of_labels else cause_of_tokens(wrong, shifts, positions, sizes)
         what = f"loss of {int(wrong.sum())} of {len(wrong)} tokens before the first step"
         findings.append(Finding(what, tuple(sorted(at)), worst, cause))
     if not seen.all():

@@ -73,7 +73,8 @@ def _readings(config: Config, world_size: int, right: Reading) -> Iterator[tuple
     yield "labels are one token too early: each is its own token", change(right, labels=right.tokens)
     rolled = torch.roll(samples, 1, 0).reshape(right.labels.shape)
     yield "labels are those of other samples", change(right, labels=rolled)
-    yield "labels are those of other micro-batches", change(right, labels=torch.roll(right.labels, 1, 0))
+    for by in {1, config.data_parallel_size(world_size)}:
+        yield "labels are those of other micro-batches", change(right, labels=torch.roll(right.labels, by, 0))
 
 
 def _moved(lengths: list[int], by: int, sample: int | None, room: bool) -> list[int]:
@@ -170,6 +171,16 @@ def _changed_weights(config: Config) -> Iterator[tuple[str, list[Change]]]:
                 [(f"{x}_proj.{kind}", of_groups) for x in "kv" for kind in ("weight", "bias")],
             )
         yield f"query heads are {word}", [(f"q_proj.{kind}", of_heads) for kind in ("weight", "bias")]
+    if tp > model.query_groups > 1:
+        # Heads with the groups that they would meet; that heads change their order changes nothing.
+        met = [head // at.heads_local % model.query_groups for head in range(model.num_attention_heads)]
+        in_turn = sorted(range(len(met)), key=met.__getitem__)
+        by_group = blocks(len(met), lambda w: w[in_turn])
+        yield (
+            "copies of key and value heads are on ranks in turn, not on neighbours",
+            [(f"q_proj.{kind}", by_group) for kind in ("weight", "bias")]
+            + [("o_proj.weight", lambda w: by_group(w.T.contiguous()).T)],
+        )
     nothing: Callable[[Tensor], Tensor] = lambda w: w * 0  # noqa: E731
     for layer in range(model.num_layers):
         name = f"layers.{layer}."
@@ -177,6 +188,10 @@ def _changed_weights(config: Config) -> Iterator[tuple[str, list[Change]]]:
             f"layer {layer} adds nothing",
             [(f"{name}self_attn.o_proj.weight", nothing), (f"{name}mlp.down_proj.weight", nothing)],
         )
+    if tp > 1:
+        several: Callable[[Tensor], Tensor] = lambda w: w * tp  # noqa: E731
+        summed: list[Change] = [(f"{kind}.bias", several) for kind in ("o_proj", "down_proj")]
+        yield "the biases of o_proj and down_proj are added on each tensor-parallel rank", summed
     for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
         yield f"the bias of {kind} is not added", [(f"{kind}.bias", nothing)]
     yield "norms do not multiply by their weights", [("norm.weight", torch.ones_like)]
@@ -309,10 +324,16 @@ def states_with_faults(config: Config, initial: dict[str, np.ndarray]) -> Iterat
         yield "gradients are not clipped", with_optimizer(clip_grad=0.0)
     if o.weight_decay:
         yield "weights do not decay", with_optimizer(weight_decay=0.0)
+        yield "weights decay twice", with_optimizer(weight_decay=2 * o.weight_decay)
         yield "norms and biases decay, too", with_rule(vectors_decay=True)
     yield "moments are not corrected for the first steps", with_rule(corrected=False)
     yield "the count of updates is one ahead", with_rule(ahead=1)
     yield "beta1 and beta2 are swapped", with_optimizer(beta1=o.beta2, beta2=o.beta1)
+    if o.style == "muon":
+        whole, heads = "matrices of queries, keys and values as one each", "queries, keys and values head by head"
+        yield f"Muon takes {whole if o.muon_per_head else heads}", with_optimizer(muon_per_head=not o.muon_per_head)
+        yield "Muon's momentum is not Nesterov's", with_rule(nesterov=False)
+        yield "Muon scales by the shorter side of a matrix", with_rule(scale=min)
     for factor in (2, 0.5):
         yield (
             f"the learning rate is {factor} times what it should be",

@@ -35,6 +35,8 @@ from megatron_hammer.verify import steps
 from megatron_hammer.verify.outcome import Outcome
 from megatron_hammer.verify.steps import take_steps
 
+BEGUN = 1  # the version of weights before the first update: they have been gathered once
+
 
 def _norms_not_summed() -> Any:
     real = parameters._norm
@@ -59,7 +61,7 @@ def _gathered_early() -> Any:
     """The first bucket goes out before the update."""
 
     def gather(self: FlatStore) -> None:
-        old = self.params[: self.buckets[0].stop].clone() if not self.version else None
+        old = self.params[: self.buckets[0].stop].clone() if self.version == BEGUN else None
         real(self)
         self.wait()
         if old is not None:

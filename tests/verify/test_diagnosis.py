@@ -24,6 +24,7 @@ from megatron_hammer.verify.shrink import shrink
 from tests.distributed import run_distributed
 from tests.model.tiny import tiny_config
 from tests.verify.seeded import faulty_steps
+from tests.verify.seeded_parts import proof_with
 
 ALL_FAULTS = os.environ.get("HAMMER_SEEDED_FAULTS", "")
 
@@ -203,3 +204,98 @@ def test_a_seeded_fault_is_named(fault: str) -> None:
 def test_every_seeded_fault_is_named() -> None:
     for layout, fault, sentence in SAID:
         check(layout, fault, sentence)
+
+
+# ---- whole proofs ---------------------------------------------------------------------------------------------------
+
+PP = dict(parallel__pipeline_model_parallel_size=2, model__num_layers=8)
+TREE = dict(train__deterministic_reduction="tree", train__micro_batch_size=1)
+MUON = dict(optimizer__style="muon", parallel__shard="gradients")
+WHOLE: dict[str, tuple[int, dict[str, object]]] = {
+    "TP 2 x DP 2": (4, TP_DP),
+    "TP 2 without SP": (4, dict(parallel__tensor_model_parallel_size=2)),
+    "biases": (4, TP_DP | dict(model__qkv_bias=True, model__attention_output_bias=True, model__mlp_bias=True)),
+    "TP 4": (4, dict(parallel__tensor_model_parallel_size=4, parallel__sequence_parallel=True)),
+    "PP 2 x DP 2": (4, PP),
+    "interleaved, documents": (4, PP | dict(parallel__virtual_pipeline_stages=2, data__attention_mask="document")),
+    "PP 2, tied": (4, PP | dict(model__tie_word_embeddings=True)),
+    "CP 2, documents": (4, CP_DP | dict(data__attention_mask="document")),
+    "DP 4": (4, {}),
+    "DP 4 in pairs": (4, dict(parallel__shard_size=2)),
+    "Muon": (4, TP_DP | MUON),
+    "Muon, TP 4": (4, dict(parallel__tensor_model_parallel_size=4, optimizer__style="muon")),
+    "tree": (2, TREE | dict(train__global_batch_size=12)),
+    "tree of 4": (4, TREE | dict(train__global_batch_size=16)),
+}
+SAID_OF_PROOFS = [
+    *((layout, "none", "") for layout in WHOLE),
+    ("TP 2 x DP 2", "rows of ranks", "wrong from layers.0.attention on: they are those of other tokens, of token 16"),
+    ("TP 2 x DP 2", "own rows", "gradients of gate_proj, k_proj, q_proj, up_proj, v_proj alone are wrong"),
+    ("TP 2 x DP 2", "up of another rank", "right up to layers.0.mlp_norm and wrong from layers.0.mlp on"),
+    ("TP 2 x DP 2", "other ranks' tokens", "hidden states are wrong from embedding on"),
+    ("TP 2 x DP 2", "exponentials", "hidden states are right: what is wrong is the head, the loss or the labels"),
+    ("TP 2 x DP 2", "own clipping", "gradients in the update are multiples of what they should be"),
+    ("TP 2 x DP 2", "decay twice", "weights decay twice"),
+    ("TP 2 x DP 2", "seed of a rank", "initialisation: they are not what train.seed gives"),
+    ("TP 2 x DP 2", "seed of a rank", "weights before the first step are wrong on tensor-parallel rank 1"),
+    ("TP 2 x DP 2", "source of a rank", "tokens are counted to another source"),
+    ("TP 2 x DP 2", "moments in the file", "it has the values of exp_avg_sq"),
+    ("TP 2 x DP 2", "moments in the file", "the ranks' states are right, and what a checkpoint has of them is not"),
+    ("TP 2 without SP", "norms summed", "gradients are 2 times what they should be"),
+    ("biases", "bias on each rank", "the biases of o_proj and down_proj are added on each tensor-parallel rank"),
+    ("TP 4", "keys not summed", "the sum over tensor-parallel ranks is missing"),
+    ("TP 4", "keys summed over TP", "those of each query group are the sum over all of them"),
+    ("TP 4", "groups in turn", "copies of key and value heads are on ranks in turn, not on neighbours"),
+    ("TP 4", "copies of keys counted", "with copies of keys and values counted several times"),
+    ("TP 4", "copies of keys counted", "it cannot be written: model.layers.0.self_attn.k_proj.weight is saved twice"),
+    ("PP 2 x DP 2", "gradients exchanged", "behind the border of two pipeline stages"),
+    ("PP 2 x DP 2", "branch lost", "behind the border of two pipeline stages"),
+    ("PP 2 x DP 2", "labels before", "labels are those of other micro-batches"),
+    ("interleaved, documents", "overwritten sums", "the last micro-batch alone is in the gradients"),
+    (
+        "PP 2, tied",
+        "tied begins otherwise",
+        "weights before the first step of embed_tokens alone are wrong",
+    ),
+    (
+        "CP 2, documents",
+        "labels of a share",
+        "hidden states are right: what is wrong is the head, the loss or the labels",
+    ),
+    ("DP 4", "samples of rank 0", "6 of 8 samples are read by no rank"),
+    ("DP 4", "samples overlap", "are read by no rank"),
+    ("DP 4", "a bucket not reduced", "gradients of lm_head alone are wrong"),
+    ("DP 4", "a bucket not reduced", "the sum over data-parallel ranks is missing"),
+    ("DP 4 in pairs", "copies not summed", "the sum over data-parallel ranks is missing"),
+    ("Muon", "Nesterov", "Muon's momentum is not Nesterov's"),
+    ("Muon", "other matrices", "Muon takes queries, keys and values head by head"),
+    ("Muon, TP 4", "copies without direction", "as before the update but for their decay"),
+    ("tree of 4", "tree in a row", "added in another order than that of the tree"),
+    ("tree", "tree in another order", "added in another order than that of the tree"),
+]
+
+
+@cache
+def said_of_proof(fault: str, layout: str) -> list[str]:
+    ranks, changes = WHOLE[layout]
+    config = tiny_config(**(dict(model__vocab_size=1001, train__z_loss=1e-3) | changes))
+    proof = proof_with(fault, config, ranks)
+    return proof.causes + [finding.cause or finding.what for finding in proof.findings]
+
+
+def check_proof(layout: str, fault: str, sentence: str) -> None:
+    said = said_of_proof(fault, layout)
+    assert any(sentence in found for found in said) if sentence else not said, (layout, fault, said[:8])
+
+
+def test_other_bits_than_those_of_the_tree_are_found() -> None:
+    for fault in ("none", "tree in another order"):
+        check_proof(*next(case for case in SAID_OF_PROOFS if case[:2] == ("tree", fault)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ALL_FAULTS, reason="all seeded faults: HAMMER_SEEDED_FAULTS=1 tries them")
+@pytest.mark.timeout(0)
+def test_every_seeded_fault_of_a_proof_is_named() -> None:
+    for layout, fault, sentence in SAID_OF_PROOFS:
+        check_proof(layout, fault, sentence)
