@@ -59,12 +59,12 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         self._words: list[str] = []
         self._given: set[str] = set()
-        """Options of all calls: argparse parses twice where options and other words are mixed."""
+        """Options of all calls: argparse may parse twice where options and other words are mixed."""
         self.option_remedy: Callable[[str], str] = lambda option: ""
         """What an option that there is not, such as another program's, is here."""
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        prog = str(kwargs.get("prog", ""))
+        prog = str(kwargs.get("prog", ".py"))
         if sys.argv[0].startswith("hammer ") and (".py" in prog or prog.startswith("python -m ")):
             kwargs["prog"] = sys.argv[0] + prog.partition(".py")[2]  # a sub-command (command.py): what was typed
         super().__init__(**kwargs)
@@ -80,19 +80,30 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As argparse, but an option that is written with underscores is the one with dashes."""
+        return self._checked(super().parse_known_args(self._understood(args), namespace))
+
+    def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """The same where options and other words are mixed: from Python 3.12.8 on it does not call the one above."""
+        return self._checked(super().parse_known_intermixed_args(self._understood(args), namespace))
+
+    def _understood(self, args: Any) -> list[str]:
+        """The words with options as they are spelled here; those of the command line where none are given."""
         self._words = [self._with_dashes(word) for word in (sys.argv[1:] if args is None else args)]
         for word in self._words:
             if not word.isascii() and not word.startswith("-") and (meant := self._meant_as_option(word)):
                 rule = f"was called wrongly: {meant[0]} is no option: its dash is not that of the keyboard"
                 raise ConfigError(1, self.prog, rule, f"write {meant[1]}")
         self._given |= {word.partition("=")[0] for word in self._words}
-        found, rest = super().parse_known_args(self._words, namespace)
-        for name, value in list(vars(found).items()):
+        return self._words
+
+    def _checked(self, parsed: tuple[Any, list[str]]) -> tuple[Any, list[str]]:
+        """What was parsed, unless it has a path that is none."""
+        for name, value in list(vars(parsed[0]).items()):
             for path in value if isinstance(value, list) else [value]:
                 if isinstance(path, PurePath) and (remedy := unusable_remedy(str(path))):
                     shown = re.sub(r"^([a-z0-9+.-]{2,}):/+", r"\1://", str(path))
                     raise ConfigError(88, f"{name} {shown}", "is no path on this machine", remedy)
-        return found, rest
+        return parsed
 
     def refuse_idle(self, where: str, *options: str) -> None:
         """Refuse options that were given although they do nothing here.
