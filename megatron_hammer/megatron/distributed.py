@@ -3,9 +3,9 @@
 ::
 
     iter_0000100/metadata.json     {"sharded_backend": "torch_dist", ...}
-    iter_0000100/common.pt         args, iteration: what all ranks have in common
+    iter_0000100/common.pt         args, iteration: what all ranks have in common; since 2026-07 an object of the next
     iter_0000100/.metadata         a pickle: shape and chunks of each tensor, and where in which file a chunk lies
-    iter_0000100/__R_N.distcp      chunks, each a torch file of one tensor
+    iter_0000100/__R_N.distcp      chunks, each a torch file of one tensor, and objects
 
 Tensors are stored by global shape, whatever ranks wrote them; those of all layers are one tensor with the layers as its
 first dimension, unless layers differ. Gate and up of all ranks lie behind each other in one tensor, or in two whose
@@ -19,6 +19,7 @@ import os
 from collections.abc import Iterable, Sequence
 from copy import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +32,11 @@ from megatron_hammer.megatron.layout import EMBEDDING_THERE, LAYERS, full_name, 
 from megatron_hammer.megatron.legacy import arguments_of, iteration_of
 from megatron_hammer.megatron.metadata import Chunk, Entry, Place, check_whole, read_metadata
 from megatron_hammer.megatron.pickles import reading
-from megatron_hammer.megatron.torch_files import load_pt, load_tensor
+from megatron_hammer.megatron.torch_files import load_part, load_pt
 
 FULLY_RESHARDABLE = "fully_reshardable"
+_COMMON, _COMMON_STATE = "common.pt", "common_state/shard_0_1"
+_MOST_COMMON_BYTES = 2**24  # some hundred arguments and the groups of the optimizer take some ten thousand
 _ELEMENT_BYTES, _FRAME_BYTES = 16, 2**20  # more than any type has, and than torch writes around a tensor
 _PREFIXES = ("", "model.", "model.module.", "model.module.module.")
 
@@ -49,13 +52,10 @@ class DistributedSource:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        common = load_pt(folder / "common.pt")
-        if not isinstance(common, dict):
-            raise CheckpointError(33, str(folder / "common.pt"), "is not a mapping", "restore the checkpoint")
-        self.args = arguments_of(common, folder / "common.pt")
-        self.iteration = iteration_of(common)
         metadata = read_metadata(folder / ".metadata")
-        self.common = common
+        self.common, where = self._read_common(metadata.objects.get(_COMMON_STATE))
+        self.args = arguments_of(self.common, where)
+        self.iteration = iteration_of(self.common)
         prefix = next((p for p in _PREFIXES if p + EMBEDDING_THERE in metadata.entries), None)
         if prefix is None:
             raise CheckpointError(34, f"{folder}: {EMBEDDING_THERE}", "is missing", "name a checkpoint of a GPT model")
@@ -63,6 +63,22 @@ class DistributedSource:
         self._all, self._prefix = metadata.entries, prefix
         self._tensors = self._below(prefix)
         self.optimizer = _optimizer_format(metadata.names)
+
+    def _read_common(self, place: Place | None) -> tuple[dict[str, Any], Path]:
+        """What all ranks have in common, and the file it is from: ``common.pt``, or an object among the chunks."""
+        file = self.folder / _COMMON
+        if place is None or file.exists():
+            found = load_pt(file)
+        else:
+            file = self.folder / place.file
+            self._check_end(_COMMON_STATE, place)
+            if place.length > _MOST_COMMON_BYTES:
+                raise self._bad(_COMMON_STATE, f"has {place.length:,} bytes, more than {_MOST_COMMON_BYTES:,}")
+            whole = load_part(self._bytes_at(place), file)
+            found = whole[0] if isinstance(whole, list) and len(whole) == 1 else None
+        if not isinstance(found, dict):
+            raise CheckpointError(33, f"{file}: what all ranks share", "is not a mapping", "restore the checkpoint")
+        return found, file
 
     def _below(self, prefix: str) -> dict[str, Entry]:
         return {key.removeprefix(prefix): value for key, value in self._all.items() if key.startswith(prefix)}
@@ -145,11 +161,14 @@ class DistributedSource:
             raise self._bad(key, f"has a chunk at {list(chunk.offsets)} that lies in no file")
         if place.length > _ELEMENT_BYTES * chunk.numel + _FRAME_BYTES:
             raise self._bad(key, f"has a chunk of {chunk.numel:,} elements in {place.length:,} bytes of {place.file}")
+        self._check_end(key, place)
+        return place
+
+    def _check_end(self, key: str, place: Place) -> None:
         with reading(self.folder / place.file), open_regular(self.folder / place.file, follow=False) as file:
             size = os.fstat(file.fileno()).st_size
         if place.offset + place.length > size:
             raise self._bad(key, f"has a chunk beyond the end of {place.file}")
-        return place
 
     def _check_room(self, key: str, chunks: Sequence[Chunk], places: Sequence[Place]) -> None:
         """Refuse chunks that have more elements than bytes, before there is memory for them."""
@@ -158,12 +177,15 @@ class DistributedSource:
                 held = f"{chunk.numel:,} elements in {place.length:,} bytes"
                 raise self._bad(key, f"has a chunk of {held} of {place.file}")
 
-    def _chunk(self, key: str, chunk: Chunk, place: Place) -> Tensor:
+    def _bytes_at(self, place: Place) -> bytearray:
         with reading(self.folder / place.file), open_regular(self.folder / place.file, follow=False) as file:
             file.seek(place.offset)
             content = bytearray(place.length)
             del content[file.readinto(content) :]
-        part = load_tensor(content, self.folder / place.file)
+        return content
+
+    def _chunk(self, key: str, chunk: Chunk, place: Place) -> Tensor:
+        part = load_part(self._bytes_at(place), self.folder / place.file)
         if not isinstance(part, Tensor) or part.layout != torch.strided or tuple(part.shape) != chunk.sizes:
             raise self._bad(key, f"has another shape in {place.file} than .metadata says")
         return part

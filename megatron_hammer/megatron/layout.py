@@ -53,6 +53,13 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "linear_attention_freq": (None,),
     "hybrid_layer_pattern": (None,),
     "embedding_init_method_std": (None,),
+    "rope_type": (None, "rope"),
+    "glu_linear_offset": (0.0, None),
+    "activation_func_clamp_value": (None,),
+    "softmax_scale": (None,),
+    "use_mup": (False, None),
+    "enable_mhc_connections": (False, None),
+    "hybrid_override_pattern": (None,),
 }
 _MUST_STAND = ("position_embedding_type", "normalization", "swiglu")  # whose default there is another function
 _LEFT_ALONE = {"embedding_init_method_std"}  # of the initial weights alone
@@ -82,6 +89,9 @@ def model_of(args: Mapping[str, Any], vocab_size: int, where: str) -> ModelConfi
             what = f"{where}: args.{name}={str(value)[:80]}"
             raise CheckpointError(32, what, rule, "convert a Llama-like model without it")
     heads = _count(args, "num_attention_heads", where)
+    eps = (
+        "layernorm_epsilon" if "norm_epsilon" not in args else "norm_epsilon"
+    )  # the first until 2023, and from 2026 on
     grouped = bool(args.get("group_query_attention"))
     every, qkv = bool(args.get("add_bias_linear")), bool(args.get("add_qkv_bias"))
     scaling = None
@@ -96,7 +106,7 @@ def model_of(args: Mapping[str, Any], vocab_size: int, where: str) -> ModelConfi
         num_query_groups=_count(args, "num_query_groups", where) if grouped else heads,
         head_dim=_count(args, "kv_channels", where) if args.get("kv_channels") else None,
         vocab_size=vocab_size,
-        norm_eps=_number(args, "norm_epsilon", 1e-5, where),
+        norm_eps=_number(args, eps, None, where),
         rope_theta=_number(args, "rotary_base", 10000, where),
         rope_scaling=scaling,
         qkv_bias=every or qkv,
@@ -124,9 +134,9 @@ def _count(args: Mapping[str, Any], name: str, where: str, most: int = 2**31 - 1
     return value
 
 
-def _number(args: Mapping[str, Any], name: str, default: float, where: str) -> float:
-    """A setting that may be absent."""
-    value = default if args.get(name) is None else args[name]
+def _number(args: Mapping[str, Any], name: str, default: float | None, where: str) -> float:
+    """A setting; without a default it must be there."""
+    value: Any = default if args.get(name) is None else args[name]
     if type(value) not in (int, float) or not 0 < value < 1e30:
         remedy = "name a checkpoint that has its arguments"
         raise CheckpointError(34, f"{where}: args.{name}={str(value)[:80]}", "must be a positive number", remedy)

@@ -64,6 +64,8 @@ class Metadata:
     entries: Mapping[str, Entry]
     places: Mapping[tuple[str, tuple[int, ...]], Place]
     """By tensor, and where the chunk begins in it."""
+    objects: Mapping[str, Place]
+    """Of what is no tensor."""
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -82,8 +84,16 @@ def read_metadata(path: Path) -> Metadata:
     storage = record.storage_data or {}
     if not isinstance(storage, dict):
         raise _bad(path, "has no table of its chunks")
-    places = dict(found for index, info in storage.items() if (found := _place(path, index, info)) is not None)
-    return Metadata(tuple(entries), tensors, places)
+    places, objects = dict[tuple[str, tuple[int, ...]], Place](), dict[str, Place]()
+    for index, info in storage.items():
+        if not isinstance(index, Record) or not isinstance(info, Record):
+            continue
+        key, place = _text(path, index.fqn), _place(path, info)
+        if index.offset is None:
+            objects[key] = place
+        else:
+            places[key, _counts(path, key, index.offset)] = place
+    return Metadata(tuple(entries), tensors, places, objects)
 
 
 def _entry(path: Path, key: str, value: Record) -> Entry:
@@ -105,10 +115,7 @@ def _entry(path: Path, key: str, value: Record) -> Entry:
     return Entry(shape, stated.removeprefix("torch.") if isinstance(stated, str) else "", tuple(chunks))
 
 
-def _place(path: Path, index: Any, info: Any) -> tuple[tuple[str, tuple[int, ...]], Place] | None:
-    """Of one chunk of a tensor; None: of something else."""
-    if not isinstance(index, Record) or not isinstance(info, Record) or index.offset is None:
-        return None
+def _place(path: Path, info: Record) -> Place:
     name, offset, length = info.relative_path, info.offset, info.length
     if not isinstance(name, str) or not _FILE.fullmatch(name):
         raise _bad(path, f"names {_shown(name)}, which is no file of a distributed checkpoint")
@@ -117,8 +124,7 @@ def _place(path: Path, index: Any, info: Any) -> tuple[tuple[str, tuple[int, ...
     if info.transform_descriptors:
         rule = f"has chunks that are compressed ({_shown(info.transform_descriptors)})"
         raise CheckpointError(30, str(path), rule, "save it without extensions")
-    key = _text(path, index.fqn)
-    return (key, _counts(path, key, index.offset)), Place(name, offset, length)
+    return Place(name, offset, length)
 
 
 def _text(path: Path, value: Any) -> str:

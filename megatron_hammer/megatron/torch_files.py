@@ -70,8 +70,8 @@ def load_pt(path: Path) -> Any:
         os.close(descriptor)
 
 
-def load_tensor(content: bytearray, path: Path) -> Any:
-    """What a chunk of a file of a distributed checkpoint holds: such a file by itself, whose bytes the tensor takes.
+def load_part(content: bytearray, path: Path) -> Any:
+    """What a part of a file of a distributed checkpoint holds: such a file by itself, whose bytes a tensor takes.
 
     Errors as for ``load_pt``.
     """

@@ -44,8 +44,12 @@ def logical_weights(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     return found
 
 
-def args_of(model: ModelConfig, tp: int = 1, pp: int = 1, **changes: Any) -> Namespace:
-    """The arguments of the run that trained it, among others that say nothing of the model."""
+def args_of(model: ModelConfig, tp: int = 1, pp: int = 1, recent: bool = False, **changes: Any) -> Namespace:
+    """The arguments of the run that trained it, among others that say nothing of the model.
+
+    Args:
+        recent: by their names of 2026, which are those of its TransformerConfig.
+    """
     every = model.attention_output_bias
     values = {
         "num_layers": model.num_layers, "hidden_size": model.hidden_size, "ffn_hidden_size": model.ffn_hidden_size,
@@ -58,7 +62,10 @@ def args_of(model: ModelConfig, tp: int = 1, pp: int = 1, **changes: Any) -> Nam
         "tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "vocab_size": None,
         "padded_vocab_size": 256, "optimizer": "adam", "lr": 5e-4, "save": Path("/somewhere"),
     }  # fmt: skip
-    return Namespace(**{**values, **changes})
+    values |= changes
+    if recent:
+        values["layernorm_epsilon"] = values.pop("norm_epsilon")
+    return Namespace(**values)
 
 
 def padded_rows(model: ModelConfig, tp: int) -> int:
@@ -185,9 +192,13 @@ def write_legacy(
 def write_distributed(
     folder: Path, model: ModelConfig, logical: dict[str, Tensor], tp: int = 1, stacked: bool = True,
     halves: bool = False, optimizer: str = "", states: dict[str, dict[str, Tensor]] | None = None,
-    change: Change = lambda state, t, p: None, **args: Any,
+    change: Change = lambda state, t, p: None, recent: bool = False, **args: Any,
 ) -> Path:  # fmt: skip
-    """A ``torch_dist`` checkpoint: a file a TP rank, chunks of global tensors, metadata of torch's own classes."""
+    """A ``torch_dist`` checkpoint: a file a TP rank, chunks of global tensors, metadata of torch's own classes.
+
+    Args:
+        recent: as since 2026-07: what all ranks share is an object among the chunks.
+    """
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
         BytesStorageMetadata,
@@ -233,15 +244,21 @@ def write_distributed(
             store(kind + name, chunks, (len(tensors), *tensors[0].shape))
     if optimizer:
         store(optimizer, [((0,), torch.zeros(4))], (4,))
+    with megatron_enum() as backend:
+        state: dict[str, Any] = {"iteration": iteration, "checkpoint_version": 3.0}
+        state["args"] = args_of(model, tp, attention_backend=backend.flash, recent=recent, **args)
+        change(state, 0, 0)
+        if recent:
+            key, start = "common_state/shard_0_1", files[0].tell()
+            torch.save([state], files[0])
+            entries[key] = BytesStorageMetadata()
+            places[MetadataIndex(key)] = _StorageInfo(Path(files[0].name).name, start, files[0].tell() - start)
+        else:
+            torch.save(state, folder / "common.pt")
     for file in files:
         file.close()
     (folder / ".metadata").write_bytes(pickle.dumps(Metadata(entries, None, places)))
     (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
-    with megatron_enum() as backend:
-        state: dict[str, Any] = {"iteration": iteration, "checkpoint_version": 3.0}
-        state["args"] = args_of(model, tp, attention_backend=backend.flash, **args)
-        change(state, 0, 0)
-        torch.save(state, folder / "common.pt")
     return folder
 
 

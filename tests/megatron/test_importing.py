@@ -29,7 +29,7 @@ from tests.checkpoint.layouts import write_layout
 from tests.megatron.makes import logical_weights, model_for_tests, write_distributed, write_legacy
 from tests.train.runs import checkpoint_bytes, overrides, train_here, write_dataset
 
-PLAIN = model_for_tests()
+PLAIN = model_for_tests(norm_eps=3e-6)
 QWEN2 = model_for_tests(qkv_bias=True, tie_word_embeddings=True)
 QWEN3 = model_for_tests(qk_norm=True)
 BIASES = model_for_tests(qkv_bias=True, attention_output_bias=True, mlp_bias=True)
@@ -96,7 +96,7 @@ def test_what_libraries_allow_torch_to_make_is_no_record(tmp_path: Path) -> None
 def test_torch_dist_of_any_ranks(model: ModelConfig, tp: int, stacked: bool, halves: bool, tmp_path: Path) -> None:
     logical = logical_weights(model)
     optimizer = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_x.bucket_idx_0.exp_avg"
-    write_distributed(tmp_path / "iter_0000100", model, logical, tp, stacked, halves, optimizer)
+    write_distributed(tmp_path / "iter_0000100", model, logical, tp, stacked, halves, optimizer, recent=stacked)
     checkpoint, notes = convert(tmp_path / "iter_0000100", tmp_path / "ours", vocab_size=131)
     check(checkpoint, model, logical)
     assert "torch_dist" in notes[0] and "dp_reshardable" in notes[1]
@@ -160,7 +160,7 @@ def test_a_run_goes_on_from_a_fully_reshardable_optimizer(tp: int, tmp_path: Pat
     states = {"param": found["weight"], "exp_avg": found["exp_avg"], "exp_avg_sq": found["exp_avg_sq"]}
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in found["weight"].items()}
     folder = write_distributed(
-        tmp_path / "iter_0000002", model, weights, tp, states=states, change=steps_of_adam(2), **args
+        tmp_path / "iter_0000002", model, weights, tp, states=states, change=steps_of_adam(2), recent=tp == 2, **args
     )
     checkpoint, notes = convert(folder, tmp_path / "ours", vocab_size=301, with_optimizer=True)
     assert checkpoint.name == "step-00000002" and len(notes) == 1
@@ -217,7 +217,7 @@ def odd_metadata(content: bytes, rng: random.Random) -> bytes:
         at = rng.randrange(len(content))
         return content[:at] + bytes([rng.randrange(256)]) * rng.choice([0, 1, 5]) + content[at + 1 :]
     metadata = pickle.loads(content)
-    key = rng.choice([key for key in metadata.state_dict_metadata if not key.startswith("rng")])
+    key = rng.choice([key for key in metadata.state_dict_metadata if not key.startswith(("rng", "common"))])
     entry, index = metadata.state_dict_metadata[key], rng.choice(list(metadata.storage_data))
     chunk, odd = rng.choice(entry.chunks), rng.choice([*ODD, entry, index])
     where, name = rng.choice([(metadata, "state_dict_metadata"), (metadata, "storage_data"), (entry, "size"),
@@ -234,7 +234,7 @@ def odd_metadata(content: bytes, rng: random.Random) -> bytes:
 def test_metadata_of_odd_forms_is_refused_by_a_documented_error(tmp_path: Path) -> None:
     """Or is read as it was, where what has changed is not needed: it never ends in another way."""
     model = model_for_tests(num_attention_heads=2, num_query_groups=1, hidden_size=4, ffn_hidden_size=4, head_dim=2)
-    folder = write_distributed(tmp_path / "iter_0000100", model, logical_weights(model), tp=2)
+    folder = write_distributed(tmp_path / "iter_0000100", model, logical_weights(model), tp=2, recent=True)
     file = folder / ".metadata"
     content, rng, refused = file.read_bytes(), random.Random(18), 0
     names = sorted(open_source(folder).names(), key=str)
@@ -450,6 +450,8 @@ def replace_copy(state: dict[str, Any], t: int, p: int) -> None:
         ({"rotary_percent": 0.5}, r"E432.*args.rotary_percent=0.5"),
         ({"apply_layernorm_1p": True}, r"E432.*args.apply_layernorm_1p=True"),
         ({"swiglu": False}, r"E432.*args.swiglu=False"),
+        ({"use_mup": True}, r"E432.*args.use_mup=True"),
+        ({"norm_epsilon": None}, r"E434.*args.norm_epsilon=None must be a positive number"),
         ({"hidden_size": "16"}, r"E434.*args.hidden_size=16 must be a positive"),
         ({"num_layers": 2**30}, r"E434.*args.num_layers=1073741824 must be a positive whole number of at most 10,000"),
         ({"norm_epsilon": "small"}, r"E434.*args.norm_epsilon=small must be a positive number"),
