@@ -26,7 +26,7 @@ from unittest.mock import patch
 import torch
 
 from megatron_hammer.checkpoint import commit, digest, tensor_files
-from megatron_hammer.checkpoint.background import BUSY, FAILED, BackgroundSaver, Outcome
+from megatron_hammer.checkpoint.background import BUSY, FAILED, BackgroundSaver, SaveOutcome
 from megatron_hammer.checkpoint.live_state import check_live_state
 from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.checkpoint.read import load_shards
@@ -78,7 +78,7 @@ def background_save(folder: Path, shards: Sequence[Shard], tree: dict[str, Any])
         waited, busy = waited + time.perf_counter() - start, busy + time.thread_time() - computed
         return found
 
-    def hear() -> Outcome | None:
+    def hear() -> SaveOutcome | None:
         flags = saver.flags()
         return saver.heard(saver.phase, flags == BUSY, flags == FAILED)
 

@@ -40,7 +40,7 @@ if HERE:
 
 
 @dataclass
-class _Piece:
+class _PageRange:
     """A range of a mapping that the kernel keeps as one, or a part of such a one: what can be moved at once."""
 
     start: int
@@ -83,7 +83,7 @@ class Pages:
         self._skipped = -start % unit
         self._address = start + self._skipped
         on_huge_pages(self._map, self._skipped, self.size)
-        self.pieces = [_Piece(0, self.size, filled=False)]
+        self.pieces = [_PageRange(0, self.size, filled=False)]
         self._open = False
         self._protect(_PROT_NONE)
 
@@ -145,10 +145,10 @@ class Pages:
             raise OSError(number, f"mprotect of {self.size:,} bytes: {os.strerror(number)}")
 
 
-def _first(pieces: list[_Piece], piece: _Piece, size: int) -> _Piece:
+def _first(pieces: list[_PageRange], piece: _PageRange, size: int) -> _PageRange:
     """The first bytes of a piece as one of their own."""
     if size < piece.stop - piece.start:
         cut = piece.start + size
-        pieces.insert(pieces.index(piece) + 1, _Piece(cut, piece.stop, piece.filled))
+        pieces.insert(pieces.index(piece) + 1, _PageRange(cut, piece.stop, piece.filled))
         piece.stop = cut
     return piece

@@ -185,7 +185,7 @@ class InFlight:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SaveOutcome:
     """How a save in the background has ended, on all ranks alike."""
 
     step: int
@@ -323,7 +323,7 @@ class BackgroundSaver:
             return False
         return self._writer.open > 0 or not self._snapshot.is_handed_over
 
-    def heard(self, phase: int, busy: int, failed: int) -> Outcome | None:
+    def heard(self, phase: int, busy: int, failed: int) -> SaveOutcome | None:
         """Go on with what all ranks' flags of one step say; communicates only where something has failed.
 
         Args:
@@ -351,9 +351,9 @@ class BackgroundSaver:
         if self._leader:
             names = {"folder": str(self._folder), "newest": str(save.target)}
             self._writer.ask({"do": "prune", **names, "retention": self._retention})
-        return Outcome(save.step, save.target)
+        return SaveOutcome(save.step, save.target)
 
-    def finish(self) -> Outcome | None:
+    def finish(self) -> SaveOutcome | None:
         """Wait for the save in flight, if there is one; how it has ended. Communicates over the world."""
         outcome = None
         while self.save is not None and outcome is None:
@@ -409,7 +409,7 @@ class BackgroundSaver:
             "look at the disk; allow it more time",
         )
 
-    def _give_up(self, save: InFlight) -> Outcome:
+    def _give_up(self, save: InFlight) -> SaveOutcome:
         """End this rank's process if it does not do well, remove what was staged, and tell why; on all ranks."""
         assert self._writer is not None
         self._snapshot.finish()
@@ -424,7 +424,7 @@ class BackgroundSaver:
         except HammerError as error:
             if self._leader and ended:  # else its last call to the kernel may be the rename: of a whole folder, or none
                 shutil.rmtree(save.staging, ignore_errors=True)
-            return Outcome(save.step, save.target, error)
+            return SaveOutcome(save.step, save.target, error)
         raise AssertionError(f"a save of {save.target} failed on no rank")
 
     def close(self) -> None:

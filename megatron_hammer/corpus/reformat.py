@@ -66,7 +66,7 @@ class ReformatSummary:
 
 
 @dataclass
-class _Job:
+class _Conversion:
     kind: str
     key: str
     sets: Sequence[str]
@@ -125,7 +125,7 @@ def reformat_corpus(
     paths = _input_files(kind, inputs)
     rejected = target / "rejected.jsonl" if by_set else target.with_name(f"{target.name}.rejected.jsonl")
     skipped = Skipped(on_error, rejected)
-    job = _Job(kind, key or DEFAULT_KEYS[kind], sets, keep, max_bytes, target, text_documents, skipped)
+    job = _Conversion(kind, key or DEFAULT_KEYS[kind], sets, keep, max_bytes, target, text_documents, skipped)
     manifest = job.output / "manifest.json" if by_set else job.output.with_name(f"{job.output.name}.manifest.json")
     manifest.unlink(missing_ok=True)  # from here on it would not describe what lies beside it
     with ExitStack() as stack, Progress(f"reformatting {kind}", sum(p.stat().st_size for p in paths)) as progress:
@@ -176,7 +176,7 @@ def _input_files(kind: str, inputs: Sequence[str | Path]) -> list[Path]:
     return fitting
 
 
-def _copy(job: _Job, paths: list[Path], by_set: bool, stack: ExitStack, progress: Progress) -> None:
+def _copy(job: _Conversion, paths: list[Path], by_set: bool, stack: ExitStack, progress: Progress) -> None:
     if not by_set:
         job.writers[""] = stack.enter_context(LineWriter(job.output))
     columns = job.keep if job.kind in _PARQUET_KINDS else ()
@@ -215,7 +215,7 @@ def _set_of(document: Document) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-def _set_writer(job: _Job, name: str) -> LineWriter:
+def _set_writer(job: _Conversion, name: str) -> LineWriter:
     """A file whose name is the set's, without what file names should not hold."""
     if len(job.writers) == MAX_SETS:
         raise DataError(64, f"{job.output}: the set {name!r}", f"is the {MAX_SETS + 1}th: the Pile has 22",
@@ -227,7 +227,7 @@ def _set_writer(job: _Job, name: str) -> LineWriter:
     return LineWriter(job.output / f"{stem}.jsonl")
 
 
-def _write(job: _Job, name: str, document: Document) -> bool:
+def _write(job: _Conversion, name: str, document: Document) -> bool:
     """Write a document; False where the output is full, from the first document on that does not fit."""
     writer = job.writers[name]
     size = len(document.text.encode())

@@ -64,7 +64,7 @@ REPORT = "extension.json"
 
 
 @dataclass(frozen=True)
-class _Source:
+class _OldModel:
     """A model to be extended, of either kind, its tensors read when asked for."""
 
     kind: str
@@ -79,18 +79,18 @@ class _Source:
     """Of a checkpoint: that in which the model computes."""
 
 
-def _open_hf(folder: Path, stack: ExitStack, ignore: Collection[str], note: Note) -> _Source:
+def _open_hf(folder: Path, stack: ExitStack, ignore: Collection[str], note: Note) -> _OldModel:
     model = model_config_from_hf(read_json(folder / CONFIG), str(folder / CONFIG), ignore, note)
     weights = stack.enter_context(HfWeights(folder, model.tie_word_embeddings))
     check_tensors(weights, model)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
     tokenizer = folder if has_tokenizer else None
-    return _Source(
+    return _OldModel(
         "Hugging Face", folder, model, tokenizer, lambda name: weights.entry(name).dtype, weights.read, weights.parts
     )
 
 
-def _open_checkpoint(path: Path, stack: ExitStack) -> _Source:
+def _open_checkpoint(path: Path, stack: ExitStack) -> _OldModel:
     manifest = open_checkpoint(path)
     reader = stack.enter_context(LogicalReader(manifest))
 
@@ -101,7 +101,7 @@ def _open_checkpoint(path: Path, stack: ExitStack) -> _Source:
         return read_logical(manifest, name)
 
     model, tokenizer = saved_model(manifest), checked_tokenizer_folder(manifest)
-    return _Source("checkpoint", manifest.folder, model, tokenizer, dtype, read, reader.bands, manifest.weights_dtype)
+    return _OldModel("checkpoint", manifest.folder, model, tokenizer, dtype, read, reader.bands, manifest.weights_dtype)
 
 
 def extend_model(
@@ -166,7 +166,7 @@ def extend_model(
 
 
 def _load_tokenizers(
-    source: _Source, old_tokenizer: str | Path | None, new_tokenizer: str | Path
+    source: _OldModel, old_tokenizer: str | Path | None, new_tokenizer: str | Path
 ) -> tuple[Tokenizer, Tokenizer]:
     """Old and new, checked against the model and each other."""
     if old_tokenizer is None and source.tokenizer is None:
@@ -202,7 +202,7 @@ def _same_vocabulary(new: Tokenizer, old: Tokenizer) -> RefusedError:
     )  # fmt: skip
 
 
-def _slices(source: _Source, extended: ModelConfig, plan: ExtensionPlan) -> list[SliceToWrite]:
+def _slices(source: _OldModel, extended: ModelConfig, plan: ExtensionPlan) -> list[SliceToWrite]:
     """All tensors of the new model as what is to be written one after the other, the grown ones in blocks of rows."""
     slices = []
     for name, shape in logical_shapes(extended).items():
@@ -219,7 +219,7 @@ def _slices(source: _Source, extended: ModelConfig, plan: ExtensionPlan) -> list
     return slices
 
 
-def _write_hf(source: _Source, extended: ModelConfig, new: Tokenizer, plan: ExtensionPlan, folder: Path) -> None:
+def _write_hf(source: _OldModel, extended: ModelConfig, new: Tokenizer, plan: ExtensionPlan, folder: Path) -> None:
     """Config with the new sizes and ids, tokenizer, weights; each tensor is read back."""
     convert_tokenizer(new, folder, max_length=extended.max_position_embeddings)  # first: it may refuse
     for path in folder.iterdir():
@@ -267,7 +267,7 @@ def _renumbered(tree: Mapping[str, Any], plan: ExtensionPlan, new: Tokenizer) ->
 
 
 def _write_checkpoint(
-    source: _Source, extended: ModelConfig, new: Tokenizer, plan: ExtensionPlan, folder: Path
+    source: _OldModel, extended: ModelConfig, new: Tokenizer, plan: ExtensionPlan, folder: Path
 ) -> None:
     """``checkpoints/step-00000000``, as ``import_hf`` leaves it."""
     write_first_checkpoint(
@@ -281,7 +281,7 @@ def _write_checkpoint(
     )
 
 
-def _describe(source: _Source, old: Tokenizer, new: Tokenizer, plan: ExtensionPlan) -> dict[str, Any]:
+def _describe(source: _OldModel, old: Tokenizer, new: Tokenizer, plan: ExtensionPlan) -> dict[str, Any]:
     counts = np.diff(plan.offsets)
     averaged = np.array([origin in ("pieces", "bytes") for origin in plan.origins], bool)
     kept = {int(plan.sources[plan.offsets[i]]) for i in range(plan.size) if plan.origins[i] in ("copied", "role")}

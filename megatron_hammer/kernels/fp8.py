@@ -90,7 +90,7 @@ def fused_cast(x: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
     return rows, columns
 
 
-class Measured:
+class MeasuringKernels:
     """The kernels of norm and SwiGLU that say, of each tensor they write, its largest value: no pass over it for that.
 
     The products that read a tensor ask for it by its memory, so nothing between the two knows of it; for a tensor that
@@ -164,7 +164,7 @@ class Fp8Products(Products):
         largest: Callable[[Tensor], Tensor] = largest,
         cast: Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]] = cast,
         multiply: Callable[..., Tensor] = multiply,
-        measured: Measured | None = None,
+        measured: MeasuringKernels | None = None,
     ) -> None:
         super().__init__()
         self.evaluation = PLAIN
@@ -240,7 +240,7 @@ def select_products(kernels: KernelsConfig, device: torch.device) -> tuple[Produ
         return plain, PLAIN
     fast = Fp8Products()
     if not in_graph and not cuda.unavailable(device):  # the compiler fuses casts with what comes before
-        fast = Fp8Products(fused_largest, fused_cast, measured=Measured(cuda.library()))
+        fast = Fp8Products(fused_largest, fused_cast, measured=MeasuringKernels(cuda.library()))
     in_layers = Fp8GraphProducts() if in_graph else fast
     return in_layers if layers else plain, fast if kernels.fp8_head else PLAIN
 

@@ -30,7 +30,7 @@ from megatron_hammer.checkpoint.dtypes import DTYPES
 from megatron_hammer.config.settings import MAX_LAYERS
 from megatron_hammer.megatron.layout import EMBEDDING_THERE, LAYERS, full_name, split_name
 from megatron_hammer.megatron.legacy import arguments_of, iteration_of
-from megatron_hammer.megatron.metadata import Chunk, Entry, Place, check_whole, read_metadata
+from megatron_hammer.megatron.metadata import Chunk, ChunkPlace, StoredTensor, check_whole, read_metadata
 from megatron_hammer.megatron.pickles import reading
 from megatron_hammer.megatron.torch_files import load_part, load_pt
 
@@ -64,7 +64,7 @@ class DistributedSource:
         self._tensors = self._below(prefix)
         self.optimizer = _optimizer_format(metadata.names)
 
-    def _read_common(self, place: Place | None) -> tuple[dict[str, Any], Path]:
+    def _read_common(self, place: ChunkPlace | None) -> tuple[dict[str, Any], Path]:
         """What all ranks have in common, and the file it is from: ``common.pt``, or an object among the chunks."""
         file = self.folder / _COMMON
         if place is None or file.exists():
@@ -80,7 +80,7 @@ class DistributedSource:
             raise CheckpointError(33, f"{file}: what all ranks share", "is not a mapping", "restore the checkpoint")
         return found, file
 
-    def _below(self, prefix: str) -> dict[str, Entry]:
+    def _below(self, prefix: str) -> dict[str, StoredTensor]:
         return {key.removeprefix(prefix): value for key, value in self._all.items() if key.startswith(prefix)}
 
     def of_optimizer(self, kind: str) -> DistributedSource:
@@ -154,7 +154,7 @@ class DistributedSource:
             raise self._bad(key, "has no chunk")
         return result
 
-    def _place(self, key: str, chunk: Chunk) -> Place:
+    def _place(self, key: str, chunk: Chunk) -> ChunkPlace:
         """Where a chunk lies, in a file that is as long."""
         place = self._where.get((self._prefix + key, chunk.offsets))
         if place is None:
@@ -164,27 +164,27 @@ class DistributedSource:
         self._check_end(key, place)
         return place
 
-    def _check_end(self, key: str, place: Place) -> None:
+    def _check_end(self, key: str, place: ChunkPlace) -> None:
         with reading(self.folder / place.file), open_regular(self.folder / place.file, follow=False) as file:
             size = os.fstat(file.fileno()).st_size
         if place.offset + place.length > size:
             raise self._bad(key, f"has a chunk beyond the end of {place.file}")
 
-    def _check_room(self, key: str, chunks: Sequence[Chunk], places: Sequence[Place]) -> None:
+    def _check_room(self, key: str, chunks: Sequence[Chunk], places: Sequence[ChunkPlace]) -> None:
         """Refuse chunks that have more elements than bytes, before there is memory for them."""
         for chunk, place in zip(chunks, places, strict=True):
             if chunk.numel > place.length:
                 held = f"{chunk.numel:,} elements in {place.length:,} bytes"
                 raise self._bad(key, f"has a chunk of {held} of {place.file}")
 
-    def _bytes_at(self, place: Place) -> bytearray:
+    def _bytes_at(self, place: ChunkPlace) -> bytearray:
         with reading(self.folder / place.file), open_regular(self.folder / place.file, follow=False) as file:
             file.seek(place.offset)
             content = bytearray(place.length)
             del content[file.readinto(content) :]
         return content
 
-    def _chunk(self, key: str, chunk: Chunk, place: Place) -> Tensor:
+    def _chunk(self, key: str, chunk: Chunk, place: ChunkPlace) -> Tensor:
         part = load_part(self._bytes_at(place), self.folder / place.file)
         if not isinstance(part, Tensor) or part.layout != torch.strided or tuple(part.shape) != chunk.sizes:
             raise self._bad(key, f"has another shape in {place.file} than .metadata says")

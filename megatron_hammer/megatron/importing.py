@@ -60,7 +60,7 @@ _COMPUTED = ("inv_freq",)  # old versions stored these; they follow from the arg
 _TWIN_TOKENS = 64
 
 
-class Source(Protocol):
+class MegatronCheckpoint(Protocol):
     """A checkpoint in either layout."""
 
     kind: str
@@ -103,7 +103,7 @@ def find_checkpoint(path: Path) -> Path:
     return find_checkpoint(path / name)
 
 
-def open_source(folder: Path) -> Source:
+def open_source(folder: Path) -> MegatronCheckpoint:
     """The checkpoint in a folder, in whichever layout.
 
     Raises:
@@ -200,7 +200,7 @@ def import_megatron(
 
 
 def true_vocabulary(
-    source: Source,
+    source: MegatronCheckpoint,
     padded: int,
     tokenizer: Tokenizer | None,
     vocab_size: int | None,
@@ -231,7 +231,7 @@ def true_vocabulary(
 class _Merged:
     """The merged tensor that was asked for last: q, k and v follow each other."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: MegatronCheckpoint) -> None:
         self._source, self._last = source, ("", -1, torch.empty(0))
 
     def __call__(self, name: str, layer: int | None) -> Tensor:
@@ -241,7 +241,7 @@ class _Merged:
         return self._last[2]
 
 
-def _slices(source: Source, model: ModelConfig, kind: str = "weight") -> list[SliceToWrite]:
+def _slices(source: MegatronCheckpoint, model: ModelConfig, kind: str = "weight") -> list[SliceToWrite]:
     """All logical tensors of the model, each with how its bytes come about; all that is there must be used."""
     there, used = set(source.names()), set[tuple[str, int | None]]()
     merged, slices = _Merged(source), []
@@ -272,7 +272,7 @@ def _chunks(read: Callable[[], Tensor]) -> Callable[[], Iterable[Any]]:
 
 
 def _part(
-    source: Source,
+    source: MegatronCheckpoint,
     merged: _Merged,
     found: tuple[str, int | None],
     place: Place,

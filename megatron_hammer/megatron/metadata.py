@@ -36,7 +36,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredTensor:
     """A tensor by its global shape."""
 
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Place:
+class ChunkPlace:
     """Where a chunk lies."""
 
     file: str
@@ -61,10 +61,10 @@ class Metadata:
 
     names: tuple[str, ...]
     """Of everything, tensors or not."""
-    entries: Mapping[str, Entry]
-    places: Mapping[tuple[str, tuple[int, ...]], Place]
+    entries: Mapping[str, StoredTensor]
+    places: Mapping[tuple[str, tuple[int, ...]], ChunkPlace]
     """By tensor, and where the chunk begins in it."""
-    objects: Mapping[str, Place]
+    objects: Mapping[str, ChunkPlace]
     """Of what is no tensor."""
 
 
@@ -84,7 +84,7 @@ def read_metadata(path: Path) -> Metadata:
     storage = record.storage_data or {}
     if not isinstance(storage, dict):
         raise _bad(path, "has no table of its chunks")
-    places, objects = dict[tuple[str, tuple[int, ...]], Place](), dict[str, Place]()
+    places, objects = dict[tuple[str, tuple[int, ...]], ChunkPlace](), dict[str, ChunkPlace]()
     for index, info in storage.items():
         if not isinstance(index, Record) or not isinstance(info, Record):
             continue
@@ -96,7 +96,7 @@ def read_metadata(path: Path) -> Metadata:
     return Metadata(tuple(entries), tensors, places, objects)
 
 
-def _entry(path: Path, key: str, value: Record) -> Entry:
+def _entry(path: Path, key: str, value: Record) -> StoredTensor:
     shape = _counts(path, key, value.size)
     if not isinstance(value.chunks, list | tuple):
         raise _bad(path, f"has chunks of {key} that are no list")
@@ -112,10 +112,10 @@ def _entry(path: Path, key: str, value: Record) -> Entry:
         chunks.append(found)
     state = value.properties.state if isinstance(value.properties, Record) else None
     stated = state[0] if isinstance(state, tuple) and state else None
-    return Entry(shape, stated.removeprefix("torch.") if isinstance(stated, str) else "", tuple(chunks))
+    return StoredTensor(shape, stated.removeprefix("torch.") if isinstance(stated, str) else "", tuple(chunks))
 
 
-def _place(path: Path, info: Record) -> Place:
+def _place(path: Path, info: Record) -> ChunkPlace:
     name, offset, length = info.relative_path, info.offset, info.length
     if not isinstance(name, str) or not _FILE.fullmatch(name):
         raise _bad(path, f"names {_shown(name)}, which is no file of a distributed checkpoint")
@@ -124,7 +124,7 @@ def _place(path: Path, info: Record) -> Place:
     if info.transform_descriptors:
         rule = f"has chunks that are compressed ({_shown(info.transform_descriptors)})"
         raise CheckpointError(30, str(path), rule, "save it without extensions")
-    return Place(name, offset, length)
+    return ChunkPlace(name, offset, length)
 
 
 def _text(path: Path, value: Any) -> str:

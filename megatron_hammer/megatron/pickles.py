@@ -128,7 +128,7 @@ _WORK = 30  # weight that may be handled, for each operation that is allowed
 
 
 @dataclass(frozen=True)
-class Room:
+class PickleLimits:
     """How large a pickle may be: what describes tensors has its measure in their bytes, and the smallest is free.
 
     A chunk with its own file of torch takes 1.1 KB on the disk at least, and some 300 bytes and 60 operations in
@@ -139,12 +139,12 @@ class Room:
     operations: int
 
     @classmethod
-    def least(cls) -> Room:
+    def least(cls) -> PickleLimits:
         """Beside no tensors."""
         return cls(2**24, 300_000)
 
     @classmethod
-    def beside(cls, files: Sequence[os.stat_result]) -> Room:
+    def beside(cls, files: Sequence[os.stat_result]) -> PickleLimits:
         """Beside tensors in these files: by what lies on the disk of them, not in holes."""
         least = cls.least()
         held = [min(file.st_size, 512 * file.st_blocks) for file in files]
@@ -270,10 +270,10 @@ def load_metadata(path: Path) -> Record:
     """
     with reading(path):
         beside = [file.lstat() for file in path.parent.glob("__*.distcp")]
-        room = Room.beside([file for file in beside if stat.S_ISREG(file.st_mode)])
-        content = read_regular(path, room.bytes, follow=False)
+        limits = PickleLimits.beside([file for file in beside if stat.S_ISREG(file.st_mode)])
+        content = read_regular(path, limits.bytes, follow=False)
     with damage(path):
-        check_operations(content, room.operations)
+        check_operations(content, limits.operations)
         found = Guarded(path, content).load()
     if not isinstance(found, Record) or not isinstance(found.state_dict_metadata, dict):
         raise CheckpointError(33, str(path), "is no metadata of a distributed checkpoint", "restore the checkpoint")

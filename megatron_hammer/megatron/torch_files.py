@@ -30,7 +30,7 @@ from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.base.reading import open_descriptor
-from megatron_hammer.megatron.pickles import Damage, Guarded, Record, Room, check_operations, damage, reading
+from megatron_hammer.megatron.pickles import Damage, Guarded, PickleLimits, Record, check_operations, damage, reading
 
 _END, _END_64, _LOCATOR_64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 _END_BYTES, _LOCATOR_BYTES = 22, 20
@@ -65,7 +65,7 @@ def load_pt(path: Path) -> Any:
             rule = "is not a zip file of torch.save; the pickles of torch before 1.6 are not read"
             raise CheckpointError(33, str(path), rule, "load it in its own program, and save it with a newer torch")
         with damage(path):
-            return _load(mmap(descriptor, 0, access=ACCESS_READ), path, Room.beside([os.fstat(descriptor)]))
+            return _load(mmap(descriptor, 0, access=ACCESS_READ), path, PickleLimits.beside([os.fstat(descriptor)]))
     finally:
         os.close(descriptor)
 
@@ -76,10 +76,10 @@ def load_part(content: bytearray, path: Path) -> Any:
     Errors as for ``load_pt``.
     """
     with damage(path):
-        return _load(content, path, Room.least())
+        return _load(content, path, PickleLimits.least())
 
 
-def _load(content: mmap | bytearray, path: Path, room: Room) -> Any:
+def _load(content: mmap | bytearray, path: Path, room: PickleLimits) -> Any:
     archive = _Archive(content, room.bytes)
     if archive.bytes_of("byteorder", 16) not in (b"", b"little"):
         raise Damage("its numbers are of a big-endian machine")

@@ -25,7 +25,7 @@ from megatron_hammer.base.pages import Pages, Spare
 from megatron_hammer.optim.layout import Bucket, Layout
 
 
-class _Room:
+class _BucketMemory:
     """The memory of one bucket, closed at first: a flat tensor that stays, with or without its bytes.
 
     Args:
@@ -71,16 +71,16 @@ class Buffers:
         """All of each bucket, open or not."""
         self.own: dict[Bucket, Tensor] = {}
         """This rank's shard of each, where it lies in ``full``."""
-        self._rooms: dict[Bucket, _Room] = {}
+        self._memories: dict[Bucket, _BucketMemory] = {}
         self.open_bytes = 0
-        """Of all rooms that are open now."""
+        """Of all buckets that are open now."""
         for bucket in layout.buckets:
             length, shard = bucket.stop - bucket.start, layout.shard(bucket)
             if self.whole:
                 full = self.kept[bucket.start : bucket.stop]
             else:
-                full = (room := _Room(length, dtype, device, spare)).tensor
-                self._rooms[bucket] = room
+                full = (memory := _BucketMemory(length, dtype, device, spare)).tensor
+                self._memories[bucket] = memory
             self.full[bucket] = full
             self.own[bucket] = full[shard.start - bucket.start : shard.stop - bucket.start]
             for i in bucket.parameters:
@@ -101,16 +101,16 @@ class Buffers:
 
     def is_open(self, bucket: Bucket) -> bool:
         """Whether all of a bucket is there."""
-        return self.whole or self._rooms[bucket].is_open
+        return self.whole or self._memories[bucket].is_open
 
     def open(self, bucket: Bucket) -> None:
         """Make room for all of a bucket; what lies there then is undefined."""
         if not self.is_open(bucket):
-            self._rooms[bucket].open()
+            self._memories[bucket].open()
             self.open_bytes += self.full[bucket].nbytes
 
     def close(self, bucket: Bucket) -> None:
         """Give the room back; a shard that was not copied is gone."""
-        if not self.whole and self._rooms[bucket].is_open:
-            self._rooms[bucket].close()
+        if not self.whole and self._memories[bucket].is_open:
+            self._memories[bucket].close()
             self.open_bytes -= self.full[bucket].nbytes

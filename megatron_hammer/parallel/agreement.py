@@ -84,7 +84,7 @@ class Fact:
 
 
 @dataclass
-class Report:
+class RoundReport:
     """What one rank brings to a round before the start, and, after it, what it heard."""
 
     facts: list[Fact] = field(default_factory=list)
@@ -108,13 +108,13 @@ class BeforeStart:
         self._journal = Journal() if journal is None else journal
 
     @contextmanager
-    def round(self, name: str) -> Iterator[Report]:
+    def round(self, name: str) -> Iterator[RoundReport]:
         """The block is this rank's work; afterwards all ranks go on, or all raise.
 
         Raises:
             HammerError: that of the lowest rank that failed, else a ``RefusedError`` on a fact that differs.
         """
-        report, error = Report(), None
+        report, error = RoundReport(), None
         self._journal.mark(f"start-up, {name}")
         try:
             yield report
@@ -133,7 +133,7 @@ class BeforeStart:
             raise from_fields(verdict["error"])
         report.heard = verdict["told"]
 
-    def _exchange(self, store: Store, name: str, report: Report, error: HammerError | None) -> dict[str, Any]:
+    def _exchange(self, store: Store, name: str, report: RoundReport, error: HammerError | None) -> dict[str, Any]:
         """Hand this rank's report in and return the verdict."""
         place = f"before-start/{name}"
         mine = {

@@ -28,7 +28,7 @@ LOOK_SECONDS = 0.5
 FOLLOW_SECONDS = 3.0  # after one rank has begun to speak: until the others leave, longer than stacks are waited for
 
 
-class Table(Protocol):
+class StoreLike(Protocol):
     """What is needed of the store where ranks meet."""
 
     def set(self, key: str, value: str) -> None: ...
@@ -36,7 +36,7 @@ class Table(Protocol):
     def get(self, key: str) -> bytes: ...
 
 
-def share_board(store: Table, node: int, local_rank: int, ranks: int) -> Board:
+def share_board(store: StoreLike, node: int, local_rank: int, ranks: int) -> Board:
     """The board of the ranks of a machine, which its first rank makes and the others open.
 
     Raises:

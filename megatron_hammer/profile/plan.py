@@ -40,7 +40,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayoutPlan:
     """What was asked, and what was found."""
 
     config: Config
@@ -60,7 +60,7 @@ class Plan:
         return self.tokens / layout.time.tokens_per_second / 3600 * self.world_size
 
 
-def check_found(plan: Plan) -> None:
+def check_found(plan: LayoutPlan) -> None:
     """Whether there is a layout at all.
 
     Raises:
@@ -96,7 +96,7 @@ def check_found(plan: Plan) -> None:
     raise ConfigError(5, gpus, f"have no layout: {first.layout}: {first.reason}", "change the setting that it names")
 
 
-def make_plan(config: Config, asked: Asked, said: Callable[[int], None] = lambda count: None) -> Plan:
+def make_plan(config: Config, asked: Asked, said: Callable[[int], None] = lambda count: None) -> LayoutPlan:
     """Find all layouts of a config on the GPUs that were asked for.
 
     Args:
@@ -130,7 +130,7 @@ def make_plan(config: Config, asked: Asked, said: Callable[[int], None] = lambda
     headroom = HEADROOM if asked.headroom is None else asked.headroom
     found = search(whole, asked.gpus, machine, memory, precisions, headroom, said)
     tokens = config.num_tokens if asked.tokens is None else round(asked.tokens)
-    plan = Plan(whole, asked.gpus, machine, memory, headroom, tokens, asked.price, found)
+    plan = LayoutPlan(whole, asked.gpus, machine, memory, headroom, tokens, asked.price, found)
     check_found(plan)
     return plan
 
@@ -176,7 +176,7 @@ def _efficiency(given: Sequence[str]) -> Efficiency:
     return rates
 
 
-def to_tree(plan: Plan) -> dict[str, Any]:
+def to_tree(plan: LayoutPlan) -> dict[str, Any]:
     """All of it as JSON values, rejected layouts included."""
     machine = {key: value for key, value in asdict(plan.machine).items() if key != "gpu"}
     return {
@@ -193,7 +193,7 @@ def to_tree(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _layout(plan: Plan, layout: PlannedLayout) -> dict[str, Any]:
+def _layout(plan: LayoutPlan, layout: PlannedLayout) -> dict[str, Any]:
     tp, pp, cp, dp = layout.sizes
     hours = plan.gpu_hours(layout)
     return {
@@ -215,7 +215,7 @@ def _layout(plan: Plan, layout: PlannedLayout) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def chosen_config(plan: Plan, asked: Config, number: int) -> Config:
+def chosen_config(plan: LayoutPlan, asked: Config, number: int) -> Config:
     """The config as it was asked for, in layout ``number`` of the table."""
     ranked, count = plan.found.ranked, len(plan.found.ranked)
     if not 1 <= number <= count:

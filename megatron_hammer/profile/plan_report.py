@@ -11,7 +11,7 @@ from typing import Any
 from megatron_hammer.base.pictures import save_png
 from megatron_hammer.base.tables import align
 from megatron_hammer.model.parameters import count_parameters
-from megatron_hammer.profile.plan import Plan
+from megatron_hammer.profile.plan import LayoutPlan
 from megatron_hammer.train.layouts import PlannedLayout, precision_of
 from megatron_hammer.train.rank_costs import GIB
 from megatron_hammer.train.rank_peak import PARTS as MEMORY_PARTS
@@ -25,7 +25,7 @@ MEMORY_COLOURS = ("#1f4e8c", "#5b93d3", "#0b2545", "#9bc26b", "#d9730d", "#f2c46
 TIME_COLOURS = ("#1f4e8c", "#5b93d3", "#d9730d", "#f2a65a", "#b5323f", "#7a5230", "#3f7d3a", "#cfcfcf")
 
 
-def table(plan: Plan, shown: int) -> list[str]:
+def table(plan: LayoutPlan, shown: int) -> list[str]:
     """For people, in lines of at most ``WIDTH`` characters."""
     layouts = plan.found.ranked[:shown]
     return [
@@ -45,7 +45,7 @@ def table(plan: Plan, shown: int) -> list[str]:
     ]
 
 
-def _heading(plan: Plan) -> list[str]:
+def _heading(plan: LayoutPlan) -> list[str]:
     model, config = plan.config.model, plan.config
     return _wrapped(
         f"{count_parameters(model):,} parameters on {plan.world_size} x {plan.machine.name} ({plan.memory_gib:g} GiB, "
@@ -54,7 +54,7 @@ def _heading(plan: Plan) -> list[str]:
     )
 
 
-def _ranking(plan: Plan, layouts: Sequence[PlannedLayout]) -> list[str]:
+def _ranking(plan: LayoutPlan, layouts: Sequence[PlannedLayout]) -> list[str]:
     costs = "cost" if plan.price is not None else "GPU hours"
     titles = ["#", "TP", "PP", "CP", "DP", "shard", "batch", "recompute", "type", "GiB", "tokens/s", "MFU", "days"]
     rows: list[Sequence[str]] = [[*titles, costs]]
@@ -89,7 +89,7 @@ def _parts(each: Sequence[dict[str, Any]], names: Sequence[str], unit: float) ->
     return align(rows)
 
 
-def _rejected(plan: Plan) -> list[str]:
+def _rejected(plan: LayoutPlan) -> list[str]:
     """How many of each kind, and some of each; all are in the JSON."""
     kinds = Counter(rejected.kind for rejected in plan.found.rejected)
     lines = [f"{len(plan.found.fitting):,} layouts fit, {len(plan.found.rejected):,} do not"]
@@ -106,7 +106,7 @@ def _rejected(plan: Plan) -> list[str]:
     return lines
 
 
-def assumptions(plan: Plan) -> list[str]:
+def assumptions(plan: LayoutPlan) -> list[str]:
     """What the figures rest on."""
     machine, rates = plan.machine, plan.machine.efficiency
     return [
@@ -138,7 +138,7 @@ def assumptions(plan: Plan) -> list[str]:
 # ---- the picture -----------------------------------------------------------------------------------------------------
 
 
-def draw_plan(plan: Plan, output: Path, shown: int) -> None:
+def draw_plan(plan: LayoutPlan, output: Path, shown: int) -> None:
     """Memory and time of the first layouts as stacked bars."""
     from matplotlib.figure import Figure
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_hammer.publish.facts import Facts
-from megatron_hammer.sampling.mixes import Source
+from megatron_hammer.sampling.mixes import MixSource
 
 # The Hub's short names of licences that are common for models; another one becomes "other" with its name beside it.
 LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc0-1.0", "gpl-3.0",
@@ -174,7 +174,7 @@ def _data(facts: Facts, say: Say) -> list[str]:
     return parts
 
 
-def _source_row(source: Source, total: float | None) -> tuple[str, ...]:
+def _source_row(source: MixSource, total: float | None) -> tuple[str, ...]:
     weight = f"{source.weight / total:.1%}" if total else f"{source.weight:,g}"
     read = "" if source.tokens_read is None else f"{source.tokens_read:,}"
     return source.name, weight, read, "" if source.passes is None else f"{source.passes:.2f}"

@@ -23,7 +23,7 @@ from megatron_hammer.base.reading import parse_json
 from megatron_hammer.checkpoint.manifest import Manifest, saved_model
 from megatron_hammer.config import Config, DataConfig, config_from_tree
 from megatron_hammer.model.parameters import count_parameters
-from megatron_hammer.sampling.mixes import Mix, phase_mixes
+from megatron_hammer.sampling.mixes import PhaseMix, phase_mixes
 from megatron_hammer.sampling.sources import ENDING, source_names
 from megatron_hammer.train.evaluator import EVALUATIONS
 from megatron_hammer.train.metrics_file import METRICS, read_lines
@@ -41,7 +41,7 @@ class Facts:
     step: int
     tokens: int | None
     """That training has consumed."""
-    phases: tuple[Mix, ...]
+    phases: tuple[PhaseMix, ...]
     loss: float | None
     """Mean of the last ``MEAN_STEPS`` steps."""
     valid: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -131,7 +131,7 @@ def _tokens_read(lines: Sequence[bytes], names: Sequence[str]) -> dict[str, int]
     return found
 
 
-def _phases(data: DataConfig, lines: Sequence[bytes]) -> tuple[Mix, ...]:
+def _phases(data: DataConfig, lines: Sequence[bytes]) -> tuple[PhaseMix, ...]:
     """The mixes of the run; sources go by the names that metrics.jsonl has, as far as these hide their folders."""
     prefixes = data.train_prefixes
     read = _tokens_read(lines, source_names(prefixes))

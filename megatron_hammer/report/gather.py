@@ -26,7 +26,7 @@ from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.report.curves import MetricsReader
 from megatron_hammer.sampling.ledger import LEDGER, Rewind, read_ledger
-from megatron_hammer.sampling.mixes import Mix, phase_mixes
+from megatron_hammer.sampling.mixes import PhaseMix, phase_mixes
 from megatron_hammer.train.evaluator import EVALUATIONS
 from megatron_hammer.train.generations import GENERATIONS, Generation, read_generations
 from megatron_hammer.train.metrics_file import METRICS
@@ -55,7 +55,7 @@ class RunFacts:
     """The config as plain values."""
     config: Config | None = None
     """The same, where this version understands it."""
-    mixes: tuple[Mix, ...] = ()
+    mixes: tuple[PhaseMix, ...] = ()
     phase_steps: tuple[int, ...] = ()
     """The step with which each begins."""
     checkpoints: tuple[int, ...] = ()

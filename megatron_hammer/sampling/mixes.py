@@ -16,7 +16,7 @@ from megatron_hammer.sampling.sources import source_names
 
 
 @dataclass(frozen=True)
-class Source:
+class MixSource:
     """One source of the data mix."""
 
     name: str
@@ -29,15 +29,17 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Mix:
+class PhaseMix:
     """One phase."""
 
     length: str
     """As the config has it, "10,000,000 tokens"; empty: to the end of the run."""
-    sources: tuple[Source, ...]
+    sources: tuple[MixSource, ...]
 
 
-def phase_mixes(data: DataConfig, read: Mapping[str, int], shown: Mapping[str, str] | None = None) -> tuple[Mix, ...]:
+def phase_mixes(
+    data: DataConfig, read: Mapping[str, int], shown: Mapping[str, str] | None = None
+) -> tuple[PhaseMix, ...]:
     """The mixes of a run.
 
     Args:
@@ -52,11 +54,11 @@ def phase_mixes(data: DataConfig, read: Mapping[str, int], shown: Mapping[str, s
         lengths = {unit: getattr(phase, unit) for unit in ("tokens", "samples", "steps")}
         length = next((f"{value:,} {unit}" for unit, value in lengths.items() if value is not None), "")
         sources = tuple(
-            Source((shown or names)[prefix], weight, read.get(names[prefix]),
+            MixSource((shown or names)[prefix], weight, read.get(names[prefix]),
                    _passes(read.get(names[prefix]), sizes[prefix]))
             for prefix, weight in phase.train.items()
         )  # fmt: skip
-        found.append(Mix(length, sources))
+        found.append(PhaseMix(length, sources))
     return tuple(found)
 
 

@@ -85,7 +85,7 @@ class DriftReport:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _ItemPart:
     """A part of an item that this rank has: [start, stop) of tensor ``source``, from element ``first`` of the item."""
 
     item: int
@@ -145,16 +145,16 @@ class DriftCheck:
         enough = dict.fromkeys(STATES, 2 * self.ctx.sharing.size) | {ROUNDED: 1}
         return [item for item, n in zip(items, holders.tolist(), strict=True) if n >= enough.get(item.kind, 2)]
 
-    def _pieces(self, kind: str, parts: Sequence[Part]) -> Iterator[_Piece]:
+    def _pieces(self, kind: str, parts: Sequence[Part]) -> Iterator[_ItemPart]:
         """What each part has of each item of this kind."""
         for source, (row, start, stop) in enumerate(parts):
             for s in row.slices:
                 item, origin = self.index.get(Item.of(kind, s)), s.local_row * s.num_cols
                 first, last = max(start, origin), min(stop, origin + s.num_rows * s.num_cols)
                 if item is not None and first < last:
-                    yield _Piece(item, source, first - start, last - start, first - origin)
+                    yield _ItemPart(item, source, first - start, last - start, first - origin)
 
-    def _updated(self, kind: str) -> Iterator[_Piece]:
+    def _updated(self, kind: str) -> Iterator[_ItemPart]:
         """What each of the tensors that this rank updates has of each item of this kind."""
         for source, stretch in enumerate(self.optimizer.rule.stretches):
             at = 0
@@ -200,7 +200,7 @@ class DriftCheck:
                 hashes[piece.item] += self.hash(flat[piece.start : piece.stop], piece.first)
             store.release(part)
 
-    def _add_hashes(self, hashes: Tensor, pieces: Sequence[_Piece], tensors: Mapping[int, Tensor]) -> None:
+    def _add_hashes(self, hashes: Tensor, pieces: Sequence[_ItemPart], tensors: Mapping[int, Tensor]) -> None:
         for piece in pieces:
             hashes[piece.item] += self.hash(tensors[piece.source][piece.start : piece.stop], piece.first)
 

@@ -31,8 +31,8 @@ from megatron_hammer.kernels.selection import TABLES
 from megatron_hammer.model.recompute import activation_bytes, keys_seen
 from megatron_hammer.parallel.pipeline import RECEIVES_AHEAD
 from megatron_hammer.parallel.placement import Placement
+from megatron_hammer.train.rank_buffers import buffer_bytes
 from megatron_hammer.train.rank_costs import around_layers, element_bytes, placements_of, state_bytes
-from megatron_hammer.train.rank_rooms import rooms
 
 WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer"
 GATHERED, ACTIVATIONS, BUFFERS, MESSAGES = "gathered", "activations", "head, backward", "messages"
@@ -57,7 +57,7 @@ def rank_peak(
     pp_rank, cp_rank = rank // (world_size // grid.pp), rank // grid.tp % grid.cp
     *_, last = placements = placements_of(config, grid, rank)
     kept = activation_bytes(config, backends, cp_rank, pp_rank, _enough(config, config.grad_accum(world_size)))
-    around, gathered = around_layers(config), rooms(config, world_size, rank)
+    around, gathered = around_layers(config), buffer_bytes(config, world_size, rank)
     moments = [
         (gathered[name], activations, beside)
         for name, activations, beside in _backward(config, last, kept, backends, cp_rank)
@@ -124,7 +124,7 @@ def _head(config: Config, at: Placement, device: str) -> int:
 def _backward(
     config: Config, at: Placement, kept: int, backends: Mapping[str, Backend], cp_rank: int
 ) -> Iterator[tuple[str, int, int]]:
-    """(moment of ``rank_rooms.py``, kept, beside it) in the backward of the layers where the two are most."""
+    """(moment of ``rank_buffers.py``, kept, beside it) in the backward of the layers where the two are most."""
     train, size, rows = config.train, element_bytes(config), _rows(config, at)
     t, by_rows = config.tokens_per_rank, at.sequence_shards > 1
     product, whole = size * t * at.ffn_local, size * t * config.model.hidden_size

@@ -140,7 +140,7 @@ class StepTime:
 def step_time(config: Config, world_size: int, machine: Machine) -> StepTime:
     """Predict a step of ``config``, which is valid for ``world_size`` ranks and has its vocabulary."""
     grid, accumulated = config.grid(world_size), config.grad_accum(world_size)
-    each = [_Rank(config, grid, machine, pp * (world_size // grid.pp)) for pp in ranks_that_differ(config)]
+    each = [_RankTimes(config, grid, machine, pp * (world_size // grid.pp)) for pp in ranks_that_differ(config)]
     busiest = max(each, key=lambda rank: sum(rank.micro_batch.values()))
     seconds = {part: accumulated * time for part, time in busiest.micro_batch.items()}
     one = sum(busiest.micro_batch.values())
@@ -158,7 +158,7 @@ def step_time(config: Config, world_size: int, machine: Machine) -> StepTime:
     )
 
 
-class _Rank:
+class _RankTimes:
     """One rank's times."""
 
     def __init__(self, config: Config, grid: Grid, machine: Machine, rank: int) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import CheckpointError, DiskError, HammerError
-from megatron_hammer.checkpoint.background import BUSY, FAILED, BackgroundSaver, Outcome
+from megatron_hammer.checkpoint.background import BUSY, FAILED, BackgroundSaver, SaveOutcome
 from megatron_hammer.checkpoint.dtypes import PRECISION_DTYPES
 from megatron_hammer.checkpoint.retention import KnownCheckpoints, Retention
 from megatron_hammer.checkpoint.write import save_checkpoint
@@ -179,7 +179,7 @@ class Saver:
     def _manifest_state(self, state: RunState) -> dict[str, Any]:
         return state.to_manifest(self._optimizer) | self._prepared.to_state()
 
-    def _report(self, outcome: Outcome | None) -> None:
+    def _report(self, outcome: SaveOutcome | None) -> None:
         if outcome is None:
             return
         if outcome.error is None:

@@ -62,7 +62,7 @@ class Strike:
 
 
 @dataclass(frozen=True)
-class Report:
+class DrillReport:
     """What came of a drill."""
 
     strikes: list[Strike]
@@ -155,13 +155,13 @@ class Drill:
         (folder / "config.yaml").write_text(to_yaml(self._config), encoding="utf-8")
         self._file_limit = 0
 
-    def run(self) -> Report:
+    def run(self) -> DrillReport:
         """All of it."""
         reference, drilled = self._folder / "undisturbed", self._folder / "drilled"
         self._note(f"{self._world_size} ranks, {self._config.train.num_steps} steps, undisturbed")
         code, said = self._finish(self._start(reference))
         if code:
-            return Report([Strike("none", 0, code, said, "failed without any fault")], [], self._left_out)
+            return DrillReport([Strike("none", 0, code, said, "failed without any fault")], [], self._left_out)
         largest = max(p.stat().st_size for p in reference.glob("checkpoints/step-*/*.safetensors"))
         self._file_limit = largest // 2
         strikes = []
@@ -174,7 +174,7 @@ class Drill:
         code, said = self._finish(self._start(drilled))
         if code:
             strikes.append(Strike("none", _steps(drilled), code, said, "does not go on after the faults"))
-        return Report(strikes, [] if code else list(differences(reference, drilled)), self._left_out)
+        return DrillReport(strikes, [] if code else list(differences(reference, drilled)), self._left_out)
 
     def _start(self, output: Path, limited: bool = False) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "megatron_hammer.launch", "--nproc", str(self._world_size)]
@@ -299,13 +299,13 @@ def smallest_world(config: Config, at_least: int = 2, most: int = 8) -> int:
 
 def run_drill(
     config: Config, world_size: int, kills: int, seed: int, folder: Path, note: Callable[[str], None]
-) -> Report:
+) -> DrillReport:
     """Drill a config that is valid for ``world_size`` ranks, its vocabulary known, by kills and other faults."""
     chance = random.Random(seed)
     return Drill(config, world_size, plan_faults(kills, chance), chance, folder, note).run()
 
 
-def summary(report: Report) -> Sequence[str]:
+def summary(report: DrillReport) -> Sequence[str]:
     """The lines below the table."""
     if not report.failed:
         return ["equal: every step's record and the final state are those of the undisturbed run, bit for bit"]

@@ -13,7 +13,13 @@ import pytest
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.corpus import quick_start as sample
 from megatron_hammer.corpus.documents import read_documents
-from megatron_hammer.corpus.quick_start import Document, chinese_prose, group_lines, make_sample_corpus, split_documents
+from megatron_hammer.corpus.quick_start import (
+    FoundText,
+    chinese_prose,
+    group_lines,
+    make_sample_corpus,
+    split_documents,
+)
 
 OWN_TEXT = Path(__file__).parents[2] / "examples" / "corpus"
 
@@ -82,7 +88,7 @@ def test_whole_library_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_split_is_by_content_alone() -> None:
     generator = random.Random(1)
-    documents = [Document("x" * generator.randint(10, 400) + str(i), f"d{i}") for i in range(300)]
+    documents = [FoundText("x" * generator.randint(10, 400) + str(i), f"d{i}") for i in range(300)]
     train, valid = split_documents(documents, 20_000)
     shuffled = documents + documents[:50]  # duplicates
     generator.shuffle(shuffled)
@@ -95,7 +101,7 @@ def test_split_is_by_content_alone() -> None:
 
 
 def test_split_always_holds_something_out() -> None:
-    train, valid = split_documents([Document("a" * 100, ""), Document("b" * 90, "")], 50_000)
+    train, valid = split_documents([FoundText("a" * 100, ""), FoundText("b" * 90, "")], 50_000)
     assert [d.text[0] for d in train] == ["a"] and [d.text[0] for d in valid] == ["b"]
 
 

@@ -266,7 +266,7 @@ def test_the_loader_knows_every_operation(k: Any) -> None:
 def test_fp8_uses_it_as_it_is(k: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """kernels/fp8.py over these sources: casts, and the largest values that norm and SwiGLU leave, bit for bit."""
     monkeypatch.setattr(cuda, "library", lambda: k)
-    measured = fp8.Measured(k)
+    measured = fp8.MeasuringKernels(k)
     fast, plain = fp8.Fp8Products(fp8.fused_largest, fp8.fused_cast, measured=measured), fp8.Fp8Products()
     for shape in ((3, 16, 48), (5, 7)):
         x = random(1, *shape, spread=3.0)

@@ -25,7 +25,7 @@ from megatron_hammer.kernels.fp8 import (
     LARGEST,
     Fp8GraphProducts,
     Fp8Products,
-    Measured,
+    MeasuringKernels,
     Operand,
     emulated_multiply,
 )
@@ -265,7 +265,7 @@ class _CudaTwin:
 def test_norm_and_swiglu_measure_what_the_products_read(recompute: str) -> None:
     """Bit for bit what measuring again gives; and of a layer's four inputs only attention's output is measured."""
     config, ctx, results = fp8_config(train__recompute=recompute), ParallelContext.single(), []
-    for measured in (None, Measured(_CudaTwin())):
+    for measured in (None, MeasuringKernels(_CudaTwin())):
         shapes: list[tuple[int, ...]] = []
 
         def counting(x: Tensor, shapes: list[tuple[int, ...]] = shapes) -> Tensor:
@@ -273,7 +273,7 @@ def test_norm_and_swiglu_measure_what_the_products_read(recompute: str) -> None:
             return fp8.largest(x)
 
         products = emulated(largest=counting, measured=measured)
-        fast = fp8.measuring(Fp8Products(measured=measured or Measured(_CudaTwin())))
+        fast = fp8.measuring(Fp8Products(measured=measured or MeasuringKernels(_CudaTwin())))
         operations = Operations(fast["norm"], swiglu=fast["swiglu"], products=products)
         plan = plan_recompute(config)
         model = build_stage(config.model, ctx, dtype=torch.bfloat16, operations=operations, recompute=plan)
@@ -289,7 +289,7 @@ def test_norm_and_swiglu_measure_what_the_products_read(recompute: str) -> None:
 
 
 def test_a_largest_value_is_of_a_whole_unchanged_tensor() -> None:
-    measured = Measured(_CudaTwin())
+    measured = MeasuringKernels(_CudaTwin())
     gate_up = random(1, 32, 64)
     product = torch.empty(32, 32).bfloat16()
     measured.swiglu_forward(gate_up, product)

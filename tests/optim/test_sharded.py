@@ -15,8 +15,8 @@ from megatron_hammer.optim.buffers import Buffers
 from megatron_hammer.optim.layout import Bucket
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
+from megatron_hammer.train.rank_buffers import buffer_bytes
 from megatron_hammer.train.rank_costs import state_bytes
-from megatron_hammer.train.rank_rooms import rooms
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.model.tiny import build, make_context, merged, rank_batches, tiny_config, train
@@ -116,7 +116,7 @@ def test_memory_is_what_the_formula_says(ranks: int, changes: dict[str, Any]) ->
     for rank, (kept, most, left, there) in enumerate(run_distributed(ranks, _memory, config)):
         assert kept == state_bytes(config, ranks, rank)
         assert left == 0, "what comes for a step goes with it"
-        stated = max(rooms(config, ranks, rank).values())
+        stated = max(buffer_bytes(config, ranks, rank).values())
         assert 0.5 * stated < most <= stated
         assert config.parallel.shard != "weights" or not there, "nor does evaluation leave anything"
 
@@ -125,7 +125,7 @@ def test_a_last_stage_with_a_copy_of_the_tied_weight_counts_its_head() -> None:
     """It has no embedding, so that it comes and goes as a head of its own would."""
     changes = WEIGHTS | dict(parallel__pipeline_model_parallel_size=2, model__num_layers=2)
     own, copy = (tiny_config(model__tie_word_embeddings=tied, **changes) for tied in (False, True))
-    assert rooms(copy, 4, 3) == rooms(own, 4, 3) and rooms(own, 4, 3)["head"] > 0
+    assert buffer_bytes(copy, 4, 3) == buffer_bytes(own, 4, 3) and buffer_bytes(own, 4, 3)["head"] > 0
 
 
 def test_states_of_an_8b_on_8_ranks() -> None:
@@ -138,7 +138,7 @@ def test_states_of_an_8b_on_8_ranks() -> None:
         changes |= dict(parallel__gradient_bucket_bytes=64 * 2**20, train__precision="bf16", parallel__shard=mode)
         config = tiny_config(**changes)
         found[mode] = sum(state_bytes(config, 8).values()) / 2**30
-        assert max(rooms(config, 8, 0).values()) < 8 * 2**30
+        assert max(buffer_bytes(config, 8, 0).values()) < 8 * 2**30
     assert found == {mode: pytest.approx(size, rel=0.02) for mode, size in
                      {"optimizer": 56, "gradients": 30, "weights": 17}.items()}  # fmt: skip
 

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_hammer.base.errors import ConfigError, HammerError, MemoryShortage
 from megatron_hammer.config import Config, load_config
-from megatron_hammer.profile.plan import Asked, Plan, chosen_config, make_plan, to_tree
+from megatron_hammer.profile.plan import Asked, LayoutPlan, chosen_config, make_plan, to_tree
 from megatron_hammer.profile.plan_report import WIDTH, draw_plan, table
 from megatron_hammer.train.gpus import GPUS
 from megatron_hammer.train.layouts import evaluate, with_layout
@@ -32,11 +32,11 @@ def small(**changes: Any) -> Config:
 
 
 @pytest.fixture(scope="module")
-def plan() -> Plan:
+def plan() -> LayoutPlan:
     return make_plan(small(), Asked(4, "h100", memory=0.0015, tokens=1e9, price=2.0))
 
 
-def test_the_fastest_first_and_all_of_them_valid(plan: Plan) -> None:
+def test_the_fastest_first_and_all_of_them_valid(plan: LayoutPlan) -> None:
     fitting = plan.found.fitting
     speeds = [layout.time.tokens_per_second for layout in fitting]
     assert len(fitting) > 20 and all(a >= b - 0.1 for a, b in itertools.pairwise(speeds))
@@ -65,7 +65,7 @@ def test_interleaved_stages_wait_less_and_keep_more() -> None:
     assert odd and all(rejected.kind == "batch" and " PP 2x2 " in rejected.layout for rejected in odd)
 
 
-def test_the_table_fits_a_terminal_and_says_what_it_rests_on(plan: Plan) -> None:
+def test_the_table_fits_a_terminal_and_says_what_it_rests_on(plan: LayoutPlan) -> None:
     lines = table(plan, 5)
     assert max(map(len, lines)) <= WIDTH
     text = "\n".join(lines)
@@ -75,7 +75,7 @@ def test_the_table_fits_a_terminal_and_says_what_it_rests_on(plan: Plan) -> None
     assert f"{first.time.tokens_per_second:,.0f}" in text
 
 
-def test_json_has_everything(plan: Plan) -> None:
+def test_json_has_everything(plan: LayoutPlan) -> None:
     tree = json.loads(json.dumps(to_tree(plan)))
     assert len(tree["layouts"]) == len(plan.found.fitting) and len(tree["rejected"]) == len(plan.found.rejected)
     first = tree["layouts"][0]
@@ -85,7 +85,7 @@ def test_json_has_everything(plan: Plan) -> None:
     assert sum(first["seconds"].values()) * first["tokens_per_second"] == pytest.approx(16 * 32)
 
 
-def test_the_choice_is_a_config_that_changes_the_layout_alone(plan: Plan) -> None:
+def test_the_choice_is_a_config_that_changes_the_layout_alone(plan: LayoutPlan) -> None:
     asked = small(model__vocab_size=301)
     chosen = chosen_config(plan, asked, 2)
     assert chosen.parallel == plan.found.ranked[1].config.parallel
@@ -95,7 +95,7 @@ def test_the_choice_is_a_config_that_changes_the_layout_alone(plan: Plan) -> Non
         chosen_config(plan, asked, 10**6)
 
 
-def test_the_picture(plan: Plan, tmp_path: Path) -> None:
+def test_the_picture(plan: LayoutPlan, tmp_path: Path) -> None:
     draw_plan(plan, tmp_path / "plan.png", 3)
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 

@@ -58,7 +58,7 @@ def test_a_save_in_the_background_has_the_bytes_of_a_blocking_one(
 
 def test_weights_change_only_after_their_copy(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However late that comes: here not before somebody waits for it."""
-    wait, copy, take, asked = Snapshot.wait, snapshot._Pieces.copy, Snapshot.take, threading.Event()
+    wait, copy, take, asked = Snapshot.wait, snapshot._CopyWork.copy, Snapshot.take, threading.Event()
 
     def takes(self: Snapshot, *arguments: Any) -> None:
         asked.clear()
@@ -74,7 +74,7 @@ def test_weights_change_only_after_their_copy(data: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(Snapshot, "take", takes)
     monkeypatch.setattr(Snapshot, "wait", waits)
-    monkeypatch.setattr(snapshot._Pieces, "copy", copies)
+    monkeypatch.setattr(snapshot._CopyWork, "copy", copies)
     for output, more in (("blocking", []), ("background", [BACKGROUND])):
         assert train_here(0, overrides(data, tmp_path / output, *QUICK, "train.num_steps=4", *more)) == 0
     assert checkpoint_bytes(tmp_path / "background", 2) == checkpoint_bytes(tmp_path / "blocking", 2)
@@ -171,7 +171,7 @@ def test_a_run_that_fails_while_a_copy_is_made_ends_with_its_own_error(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The copy is handed over when the process that it is for has been ended already."""
-    ended, end, copy, begin = threading.Event(), WriterProcess.end, snapshot._Pieces.copy, BackgroundSaver.begin
+    ended, end, copy, begin = threading.Event(), WriterProcess.end, snapshot._CopyWork.copy, BackgroundSaver.begin
 
     def ends(self: WriterProcess) -> str:
         try:
@@ -188,7 +188,7 @@ def test_a_run_that_fails_while_a_copy_is_made_ends_with_its_own_error(
         raise MemoryError
 
     monkeypatch.setattr(WriterProcess, "end", ends)
-    monkeypatch.setattr(snapshot._Pieces, "copy", copies)
+    monkeypatch.setattr(snapshot._CopyWork, "copy", copies)
     monkeypatch.setattr(BackgroundSaver, "begin", begins)
     with pytest.raises(MemoryError):
         train_here(0, overrides(data, tmp_path / "run", *QUICK, BACKGROUND))

@@ -28,7 +28,7 @@ from megatron_hammer.train.rank_costs import element_bytes, is_tied, layouts_of,
 MOMENTS = ("begin", "forward", "head", "down", "between", "gate_up", "earlier", "end")
 
 
-def rooms(config: Config, world_size: int, rank: int) -> dict[str, int]:
+def buffer_bytes(config: Config, world_size: int, rank: int) -> dict[str, int]:
     """Bytes at each moment. Other stages of a rank have what they have between two micro-batches."""
     grid = config.grid(world_size)
     if config.parallel.shard == "optimizer" or grid.shard == 1:
