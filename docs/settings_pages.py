@@ -50,7 +50,7 @@ WORDS = {
             "或写在命令行上：`group.field=value`，以最后一个为准。用法见[配置、运行、接着训练](running.zh-CN.md)。"
         ),
         "effects": "对接着训练意味着什么",
-        "effects_intro": "每个设置都标有其中一种。需要接受的要点名：`--accept optimizer.lr`。",
+        "effects_intro": "每个设置都标有其中一种。标为需要接受的，要用 `--accept optimizer.lr`。",
         "columns": "| 标记 | 改变它会改变 | 接着训练时 |",
         "required": "必填",
         "absent": "不设",

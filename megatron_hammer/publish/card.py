@@ -75,7 +75,7 @@ def _sections(facts: Facts, tree: Mapping[str, Any], wishes: Wishes, say: Say) -
     if facts.valid:
         parts += ["## " + say("Validation", "验证"), *_validation(facts, say)]
     if facts.evaluations:
-        parts += ["## " + say("Evaluations", "评测"), *_evaluations(facts, say)]
+        parts += ["## " + say("Evaluations", "评估"), *_evaluations(facts, say)]
     parts += ["## " + say("Certificate", "证书"), _certificate(facts, say)]
     parts += ["## " + say("Limits", "局限"), _limits(wishes, say)]
     return parts

@@ -84,7 +84,7 @@ def charts_of(runs: Sequence[RunFacts], names: Sequence[str], say: Say) -> list[
         _several("valid_bits", say("Validation: ", "验证：") + bits, metrics, names, "valid", "bits_per_byte"),
         _several("source_bits", say("Training by source: ", "各数据源训练：") + bits, metrics, names, "source",
                  "bits_per_byte"),
-        _several("evaluations", say("Evaluations of checkpoints", "检查点评测"), evaluations, names, "evaluation", ""),
+        _several("evaluations", say("Evaluations of checkpoints", "检查点评估"), evaluations, names, "evaluation", ""),
         *(found[key] for key in single if key != "loss"),
     ]  # fmt: skip
     return [chart for chart in ordered if chart.curves]

@@ -53,11 +53,11 @@ def run_page(runs: Sequence[RunFacts], language: Language = "en", refresh: float
     sections = [
         ("curves", say("Curves", "曲线"), _charts(charts, say)),
         ("data", say("Data plan", "数据计划"), _plans(runs, names, say)),
-        ("evaluations", say("Evaluations", "评测"), _evaluations(runs, names, say)),
+        ("evaluations", say("Evaluations", "评估"), _evaluations(runs, names, say)),
         ("incidents", say("Incidents", "事件"), _incidents(runs, names, say)),
         ("generations", say("Generations at checkpoints", "各检查点的生成文本"), _generations(runs, names, say)),
         ("environment", say("Environment", "环境"), _environment(runs, names, say)),
-        ("settings", say("Settings", "配置"), _settings(runs, names, say)),
+        ("settings", say("Settings", "设置"), _settings(runs, names, say)),
     ]
     sections = [section for section in sections if section[2]]
     parts = [_nav(sections, say), *(part for run, name in zip(runs, names) for part in _summary(run, name, runs, say))]
@@ -314,8 +314,8 @@ def _incident_tables(run: RunFacts, say: Say) -> list[str]:
         if run.incidents_left_out:
             parts.append(f"<p>{escape(say('Earlier ones: ', '更早的：'))}{run.incidents_left_out:,}</p>")
     if run.ledger:
-        header = [say("rewind", "回退"), say("from step", "从步"), say("finding", "现象"),
-                  say("back to step", "回到步"), say("samples left out", "略去样本")]  # fmt: skip
+        header = [say("rewind", "回退"), say("from step", "起始步"), say("finding", "现象"),
+                  say("back to step", "回退到步"), say("samples left out", "略去样本")]  # fmt: skip
         rows = [[str(r.number), f"{r.step:,}", r.finding, f"{r.back_to_step:,}", f"{r.samples:,}"] for r in run.ledger]
         parts += [f"<h3>{escape(say('Rewinds (ledger.jsonl)', '回退（ledger.jsonl）'))}</h3>", table_of(header, rows)]
     return parts

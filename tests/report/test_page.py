@@ -78,7 +78,7 @@ def test_two_runs_beside_each_other_in_chinese(run: Path, other: Path) -> None:
     page = run_page([facts(run), facts(other)], "zh")
     outline, data = Outline(page), data_in(page)
     assert outline.tags[0] == ("html", {"lang": "zh-CN"}) and "训练报告：运行 <一> & · other" in outline.text
-    for words in ("曲线", "数据计划", "评测", "事件", "各检查点的生成文本", "环境", "配置", "项设置不同", "剩余时间"):
+    for words in ("曲线", "数据计划", "评估", "事件", "各检查点的生成文本", "环境", "设置", "项设置不同", "剩余时间"):
         assert words in outline.text, words
     assert [(c["run"], c["name"], c["dash"]) for c in data["charts"][0]["curves"]] == [
         (0, "运行 <一> &", ""), (1, "other", "7 4")
