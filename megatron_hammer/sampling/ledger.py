@@ -10,7 +10,7 @@ a function of its config and of this file::
 
     order          0 1 2 3 4 5 6 7 8 9 ...           TrainData, without a ledger
     left out             x x x
-    number in run  0 1 2       3 4 5 6 ...           ``Skips``: the i-th sample that is not left out
+    number in run  0 1 2       3 4 5 6 ...           ``Skips`` (``phases.py``): the i-th sample that is not left out
 
 Every checkpoint holds the lines of its run so far. Needs no torch.
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -64,49 +64,6 @@ class Rewind:
 
 
 Ledger = tuple[Rewind, ...]
-
-
-@dataclass(frozen=True)
-class Skips:
-    """What the lines of a ledger leave out, together: the numbers of a run's samples, and their places in the order."""
-
-    ranges: tuple[Range, ...] = ()
-    """Rising and apart."""
-
-    @classmethod
-    def of(cls, ledger: Sequence[Rewind]) -> Skips:
-        """Those of a ledger."""
-        return cls(tuple(sorted(part for rewind in ledger for part in rewind.skipped)))
-
-    def pieces(self, first: int, count: int) -> Iterator[tuple[int, int]]:
-        """Where samples [first, first + count) of the run lie in the order: (place, how many from there on)."""
-        left_out = 0
-        for start, end in self.ranges:
-            taken = min(count, start - left_out - first)
-            if taken > 0:
-                yield first + left_out, taken
-                first, count = first + taken, count - taken
-                if count == 0:
-                    return
-            left_out += end - start
-        yield first + left_out, count
-
-    def place(self, number: int) -> int:
-        """Of one sample of the run in the order."""
-        return next(self.pieces(number, 1))[0]
-
-    def end(self, number: int) -> int:
-        """The place behind the samples of the run before ``number``: what is left out from there on lies behind it."""
-        return self.place(number - 1) + 1 if number > 0 else 0
-
-    def number(self, place: int) -> int | None:
-        """The inverse; None where it is left out."""
-        if any(start <= place < end for start, end in self.ranges):
-            return None
-        return place - sum(end - start for start, end in self.ranges if end <= place)
-
-
-NO_SKIPS = Skips()
 
 
 # ---- as values and as a file ----------------------------------------------------------------------------------------

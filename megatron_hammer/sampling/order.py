@@ -137,7 +137,8 @@ class IndependentOrder:
 
         follows_from: Key = {"dataset": self._fingerprint, "seed": self._seed, "read": tag}
         kept = build() if self._store is None else self._store.get("rest", follows_from, end - begin, build)
-        return Rest(kept["pieces"], kept["firsts"], int(kept["at"][0]), int(kept["at"][1]), tag)
+        unfinished, goes_on_at = kept["at"].tolist()
+        return Rest(kept["pieces"], kept["firsts"], unfinished, goes_on_at - unfinished, tag)
 
     def epochs(self, windows: np.ndarray) -> list[int]:
         """The epoch in whose stream each of some windows begins."""

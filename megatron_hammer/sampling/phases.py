@@ -26,7 +26,7 @@ import numpy as np
 
 from megatron_hammer.sampling.blend import Blend
 from megatron_hammer.sampling.cache import IndexStore
-from megatron_hammer.sampling.ledger import NO_SKIPS, Skips
+from megatron_hammer.sampling.ledger import Range, Rewind
 from megatron_hammer.sampling.order import IndependentOrder, MegatronOrder, SampleId
 
 SourceOrder = IndependentOrder | MegatronOrder
@@ -100,6 +100,49 @@ class Part:
     """Which of the samples asked for, counted from the first of them."""
     windows: np.ndarray
     """Which windows of the order these are."""
+
+
+@dataclass(frozen=True)
+class Skips:
+    """What the lines of a ledger leave out, together: the numbers of a run's samples, and their places in the order."""
+
+    ranges: tuple[Range, ...] = ()
+    """Rising and apart."""
+
+    @classmethod
+    def of(cls, ledger: Sequence[Rewind]) -> Skips:
+        """Those of a ledger."""
+        return cls(tuple(sorted(part for rewind in ledger for part in rewind.skipped)))
+
+    def pieces(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """Where samples [first, first + count) of the run lie in the order: (place, how many from there on)."""
+        left_out = 0
+        for start, end in self.ranges:
+            taken = min(count, start - left_out - first)
+            if taken > 0:
+                yield first + left_out, taken
+                first, count = first + taken, count - taken
+                if count == 0:
+                    return
+            left_out += end - start
+        yield first + left_out, count
+
+    def place(self, number: int) -> int:
+        """Of one sample of the run in the order."""
+        return next(self.pieces(number, 1))[0]
+
+    def end(self, number: int) -> int:
+        """The place behind the samples of the run before ``number``: what is left out from there on lies behind it."""
+        return self.place(number - 1) + 1 if number > 0 else 0
+
+    def number(self, place: int) -> int | None:
+        """The inverse; None where it is left out."""
+        if any(start <= place < end for start, end in self.ranges):
+            return None
+        return place - sum(end - start for start, end in self.ranges if end <= place)
+
+
+NO_SKIPS = Skips()
 
 
 class SampleOrder:

@@ -34,8 +34,8 @@ class Rest:
     """[n] int64, targets of the rest before each piece."""
     unfinished: int
     """Targets of the pass that had begun; 0: none had."""
-    goes_on_at: int
-    """Position in the stream before that of the first target behind this pass."""
+    shift: int
+    """What the number of a target behind this pass lacks to the position before it."""
     tag: str
     """What has been read so far; empty: nothing."""
 
@@ -52,9 +52,9 @@ class Rest:
         return found
 
     @property
-    def shift(self) -> int:
-        """What the number of a target behind the unfinished pass lacks to the position before it."""
-        return self.goes_on_at - self.unfinished
+    def goes_on_at(self) -> int:
+        """Position in the stream before that of the first target behind the unfinished pass."""
+        return self.unfinished + self.shift
 
     def positions(self, targets: np.ndarray) -> np.ndarray:
         """Position in the stream of some targets: int64."""
@@ -95,7 +95,7 @@ class Rest:
         firsts = np.append(0, np.cumsum(ends - begins))
         joins = pieces[1:] == pieces[:-1] + np.diff(firsts)  # goes on where the piece before it ends
         kept = np.append(True, ~joins)
-        return Rest(pieces[kept], firsts[kept], unfinished, behind + self.shift, tag)
+        return Rest(pieces[kept], firsts[kept], unfinished, behind + self.shift - unfinished, tag)
 
 
 WHOLE = Rest(np.array([1]), np.array([0]), 0, 0, "")

@@ -31,9 +31,9 @@ from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.blend import Blend
 from megatron_hammer.sampling.cache import IndexStore
 from megatron_hammer.sampling.fill_in_the_middle import FillInTheMiddle, Infill, open_fim, source_key
-from megatron_hammer.sampling.ledger import NO_SKIPS, Rewind, Skips
+from megatron_hammer.sampling.ledger import Rewind
 from megatron_hammer.sampling.order import DocumentSpan, MegatronOrder, SampleId
-from megatron_hammer.sampling.phases import Mix, Part, SampleOrder, Source, Stretch, lay_out
+from megatron_hammer.sampling.phases import NO_SKIPS, Mix, Part, SampleOrder, Skips, Source, Stretch, lay_out
 from megatron_hammer.sampling.plan import WeightUnit, sampling_weights
 from megatron_hammer.sampling.sources import SourceKey, keys_in_mix, source_keys, source_names
 from megatron_hammer.tokenizer.interface import Tokenizer
@@ -190,7 +190,8 @@ class TrainData:
         """The windows that some samples are, by source, all of which are there."""
         parts = list(self.order.parts(first, count))
         for part in parts:
-            self.dataset(part.source)
+            if part.source not in self._present:
+                self.dataset(part.source)  # says why it is gone
         return parts
 
     def seq_length_at(self, i: int) -> int:
@@ -258,15 +259,16 @@ class TrainData:
         Raises:
             DataError: E350 a file was cut or overwritten; E341 an id is not in the vocabulary, with its place.
         """
-        s = self.seq_length_at(first)
-        assert s == self.seq_length_at(first + count - 1), f"samples [{first}, {first + count}) differ in seq_length"
-        out = np.empty((count, s + 1), np.int64) if out is None else out
-        assert out.shape == (count, s + 1), f"out is {out.shape} for {count} samples"
         sources, ends, pieces = np.empty(count, np.int64), [], []
         if not SURVIVES_CUTS:
             self.check_unchanged(self._present)
         try:
-            for part in self._parts(first, count):
+            parts = self._parts(first, count)
+            s, *others = {part.order.seq_length for part in parts}
+            assert not others, f"samples [{first}, {first + count}) differ in seq_length"
+            out = np.empty((count, s + 1), np.int64) if out is None else out
+            assert out.shape == (count, s + 1), f"out is {out.shape} for {count} samples"
+            for part in parts:
                 rows = part.rows
                 spans, counts = part.order.locate_all(part.windows)
                 index.copy_windows(*self._memory[part.source], spans, counts, rows, out)
@@ -279,7 +281,7 @@ class TrainData:
         except (ValueError, IndexError):
             self.check_unchanged(self._present)  # else the samples are asked for wrongly
             raise
-        self.check_unchanged(np.unique(sources).tolist())
+        self.check_unchanged({part.source for part in parts})
         if self.vocab_size is not None and (place := first_foreign_id(out, self.vocab_size)) is not None:
             raise self._foreign_id(first + place // (s + 1), place % (s + 1), int(out.flat[place]), self.vocab_size)
         if self._fim:

@@ -32,7 +32,8 @@ from megatron_hammer.sampling import index_builder as index
 from megatron_hammer.sampling.absent import AbsentSource
 from megatron_hammer.sampling.fill_in_the_middle import open_fim
 from megatron_hammer.sampling.ledger import LEDGER as LEDGER_FILE
-from megatron_hammer.sampling.ledger import Ledger, Skips, ledger_from_trees, read_ledger
+from megatron_hammer.sampling.ledger import Ledger, ledger_from_trees, read_ledger
+from megatron_hammer.sampling.phases import Skips
 from megatron_hammer.sampling.plan import Content, RunPlan, plan_run
 from megatron_hammer.sampling.samples import check_tokenizer, open_train_data
 from megatron_hammer.tokenizer.convert import export_note

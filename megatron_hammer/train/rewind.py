@@ -28,7 +28,8 @@ from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.config.phases import phase_at
 from megatron_hammer.parallel.agreement import all_or_none, gather_values
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.sampling.ledger import LEDGER, Finding, Ledger, Range, Rewind, Skips, ledger_bytes
+from megatron_hammer.sampling.ledger import LEDGER, Finding, Ledger, Range, Rewind, ledger_bytes
+from megatron_hammer.sampling.phases import Skips
 from megatron_hammer.sampling.samples import TrainData
 from megatron_hammer.train.changes import FRESH
 from megatron_hammer.train.incidents import incident_path

@@ -21,9 +21,10 @@ from megatron_hammer.config import Config
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.sampling.ledger import Skips, ledger_from_trees
+from megatron_hammer.sampling.ledger import ledger_from_trees
 from megatron_hammer.sampling.loader import chain_digest
 from megatron_hammer.sampling.order import SampleId
+from megatron_hammer.sampling.phases import Skips
 from megatron_hammer.sampling.samples import TrainData
 from megatron_hammer.train.prepare import OWED, REWINDS, Prepared
 

@@ -25,8 +25,9 @@ from megatron_hammer.base.errors import (
 from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.config.phases import Phase
 from megatron_hammer.evaluation.checkpoint_process import evaluate_checkpoint
-from megatron_hammer.sampling.ledger import LEDGER, Skips, read_ledger
+from megatron_hammer.sampling.ledger import LEDGER, read_ledger
 from megatron_hammer.sampling.order import SampleId
+from megatron_hammer.sampling.phases import Skips
 from megatron_hammer.sampling.samples import TrainData, open_train_data
 from megatron_hammer.train import health, loop, rewind
 from megatron_hammer.train.prepare import Prepared, find_start
