@@ -29,7 +29,7 @@ from megatron_hammer.model.llama import Stage
 from megatron_hammer.parallel.context import build_parallel_context
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.build import build_stages
-from megatron_hammer.train.pipeline import accumulate
+from megatron_hammer.train.step import accumulate
 
 FORWARD, BACKWARD = 0.05, 0.1
 TOKENS = 8

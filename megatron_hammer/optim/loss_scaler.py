@@ -23,6 +23,7 @@ class LossScaler:
     def __init__(self, config: OptimizerConfig, device: torch.device, adapts: bool) -> None:
         self.window, self.adapts = config.loss_scale_window, adapts
         self.scale = torch.full((), config.initial_loss_scale if adapts else 1.0, device=device)
+        """What the loss is multiplied by before backward: fp32 device scalar."""
         self.good_steps = torch.zeros((), device=device)
 
     def adapt(self, applied: Tensor) -> None:

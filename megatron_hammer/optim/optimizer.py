@@ -59,11 +59,6 @@ class Optimizer:
         self.limits: tuple[float, float] | None = None
         """What loss and norm of the next step may be at most, or nothing is updated; None: whatever they are."""
 
-    @property
-    def loss_scale(self) -> Tensor:
-        """What the loss is multiplied by before backward: fp32 device scalar."""
-        return self.scaler.scale
-
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Norm of the whole model's gradient before clipping (fp32 device scalar); the update will divide accordingly.
@@ -73,11 +68,11 @@ class Optimizer:
         self.store.ctx.journal.mark("reducing gradients, norm")
         with self.range_of(OPTIMIZER):
             self.store.reduce()
-            norm = self.rule.grad_norm() / self.loss_scale
+            norm = self.rule.grad_norm() / self.scaler.scale
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
             self.applied = self.finite = norm.isfinite()
             self.norm = norm
-            self.divisor = (self.loss_scale / factor).float()
+            self.divisor = (self.scaler.scale / factor).float()
         return norm
 
     def hold_back(self, where: Tensor) -> None:

@@ -138,6 +138,8 @@ class FlatStore:
     ) -> None:
         self.range_of, self.overlap_gather, self.reshard = range_of, overlap_gather, reshard_after_forward
         self.table, self.ctx = tuple(table), ctx
+        self.of_stages = [self]
+        """The stores of this rank's stages (``stage_stores.py``): it has one."""
         self.group = ctx.sharing
         self.overlap_reduce = overlap_reduce or self.group.size == 1  # one rank has nothing to wait for
         by_part = shard == "weights"
@@ -176,11 +178,6 @@ class FlatStore:
     def sum_dtype(self) -> torch.dtype:
         """Of the sums of gradients."""
         return self.grads.dtype
-
-    @property
-    def of_stages(self) -> list[FlatStore]:
-        """The stores of this rank's stages (``stage_stores.py``): it has one."""
-        return [self]
 
     @property
     def waiting_bytes(self) -> int:

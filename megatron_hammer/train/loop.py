@@ -257,7 +257,6 @@ class Run:
     def _step(self, step: int) -> StepReport:
         self.ctx.journal.step(step)
         self._enter_phase(step)
-        batches = self._next_batches()
         interval = self.config.train.drift_check_interval_steps
         due = self.drift is not None and (step == self.first_step or step % interval == 0)
         drift = self.drift if due else None
@@ -265,7 +264,7 @@ class Run:
         self.limits = limits = self.health.limits(step)
         holds = limits is not None and self.config.train.on_spike != "report"
         self.optimizer.limits = (limits.loss, limits.grad_norm) if limits is not None and holds else None
-        checks = Checks(drift, corruption)
+        checks, batches = Checks(drift, corruption), self._next_batches()
         return train_step(
             self.stages, self.optimizer, batches, self.config, step, self.ctx, self.micro_batch, checks, self.sources
         )

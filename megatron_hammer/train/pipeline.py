@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megatron_hammer.model.llama import Model, Stage, stages_of
+from megatron_hammer.model.llama import Stage
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.parallel.collectives import all_reduce, start_receive, start_send
 from megatron_hammer.parallel.context import Links, ParallelContext
@@ -28,38 +28,12 @@ from megatron_hammer.parallel.pipeline import RECEIVES_AHEAD, Action, Pipeline
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train import schedules
 from megatron_hammer.train.corruption import CorruptionCheck, Pass
-from megatron_hammer.train.source_sums import ONE_SOURCE, Sources, mean_loss, sum_by_source
+from megatron_hammer.train.source_sums import ONE_SOURCE, Sources, sum_by_source
 
 
 def pipeline_of(stages: Sequence[Stage], ctx: ParallelContext) -> Pipeline:
     """The pipeline that this rank's stages are a part of."""
     return Pipeline(ctx.pp.rank, ctx.pp.size, len(stages))
-
-
-def accumulate(
-    model: Model,
-    optimizer: Optimizer,
-    micro_batches: Sequence[Batch[Tensor]],
-    ctx: ParallelContext,
-    z_loss: float = 0.0,
-    run: schedules.MicroBatch = schedules.micro_batch,
-    sources: Sources = ONE_SOURCE,
-    corruption: CorruptionCheck | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Forward and backward of all micro-batches, by the schedule for this rank's part of the model.
-
-    Args:
-        corruption: runs the first micro-batch once more, before all others.
-
-    Returns:
-        mean loss of the global batch, fp32 device scalar, and the table that it is made of (``source_sums.py``).
-    """
-    if ctx.pp.size > 1:
-        table = pipelined_forward_backward(stages_of(model), optimizer, micro_batches, ctx, z_loss, sources, corruption)
-    else:
-        (whole,) = stages_of(model)
-        table = schedules.forward_backward(whole, optimizer, micro_batches, ctx, z_loss, run, sources, corruption)
-    return mean_loss(table), table
 
 
 def pipelined_forward_backward(
@@ -77,7 +51,7 @@ def pipelined_forward_backward(
         The table of ``source_sums.py``, the same on all ranks. Communicates over dp and pp.
     """
     whole = schedules.sum_of_weights(micro_batches, optimizer, ctx)
-    share = optimizer.loss_scale / whole  # of a token of weight 1
+    share = optimizer.scaler.scale / whole  # of a token of weight 1
     pipeline = pipeline_of(stages, ctx)
     if corruption is not None:
         _run(pipeline.alone(), stages, optimizer, micro_batches[:1], ctx, share, z_loss, corruption.alone)

@@ -65,7 +65,7 @@ def forward_backward(
         The table of ``source_sums.py``, the same on all ranks. Communicates over dp.
     """
     whole = sum_of_weights(micro_batches, optimizer, ctx)
-    share = optimizer.loss_scale / whole  # of a token of weight 1
+    share = optimizer.scaler.scale / whole  # of a token of weight 1
     losses, (store,) = [], optimizer.store.of_stages
     order = store.order(len(micro_batches))
     if corruption is not None:

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_hammer.config import Config
-from megatron_hammer.model.llama import Model
+from megatron_hammer.model.llama import Model, stages_of
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.corruption import CorruptionCheck, CorruptionReport
 from megatron_hammer.train.drift import DriftCheck, DriftReport
-from megatron_hammer.train.pipeline import accumulate
-from megatron_hammer.train.schedules import MicroBatch, micro_batch
-from megatron_hammer.train.source_sums import ONE_SOURCE, Sources
+from megatron_hammer.train.pipeline import pipelined_forward_backward
+from megatron_hammer.train.schedules import MicroBatch, forward_backward, micro_batch
+from megatron_hammer.train.source_sums import ONE_SOURCE, Sources, mean_loss
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,29 @@ class Checks:
 
 
 NO_CHECKS = Checks()
+
+
+def accumulate(
+    model: Model,
+    optimizer: Optimizer,
+    micro_batches: Sequence[Batch[Tensor]],
+    ctx: ParallelContext,
+    z_loss: float = 0.0,
+    run: MicroBatch = micro_batch,
+    sources: Sources = ONE_SOURCE,
+    corruption: CorruptionCheck | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``forward_backward`` by the schedule for this rank's part of the model.
+
+    Returns:
+        mean loss of the global batch, fp32 device scalar, and the table that it is made of (``source_sums.py``).
+    """
+    if ctx.pp.size > 1:
+        table = pipelined_forward_backward(stages_of(model), optimizer, micro_batches, ctx, z_loss, sources, corruption)
+    else:
+        (whole,) = stages_of(model)
+        table = forward_backward(whole, optimizer, micro_batches, ctx, z_loss, run, sources, corruption)
+    return mean_loss(table), table
 
 
 def train_step(

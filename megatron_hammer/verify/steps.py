@@ -37,9 +37,10 @@ from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.begin import check_machine, choose_device
 from megatron_hammer.train.build import DTYPES, build_stages
 from megatron_hammer.train.cuda_graph import micro_batch_runner
-from megatron_hammer.train.pipeline import accumulate, pipelined_losses
+from megatron_hammer.train.pipeline import pipelined_losses
 from megatron_hammer.train.source_sums import LOSS, WEIGHT, Sources
 from megatron_hammer.train.state import RunState
+from megatron_hammer.train.step import accumulate
 from megatron_hammer.verify.outcome import FIRST, INITIAL, Outcome, Piece, write_outcome
 from megatron_hammer.verify.points import rows_of, watched
 from megatron_hammer.verify.shrink import STEPS
@@ -192,7 +193,7 @@ def forward_alone(model: Model, config: Config, ctx: ParallelContext) -> dict[st
 
 def gradient_pieces(optimizer: Optimizer) -> Iterator[Piece]:
     """Of this rank's shards, as they are after the step: summed, neither clipped nor scaled."""
-    scale = float(optimizer.loss_scale)
+    scale = float(optimizer.scaler.scale)
     for stretch in optimizer.store.stretches():
         at = 0
         for part in stretch.parts:

@@ -17,7 +17,7 @@ def _fp16_run(rank: int, config: Config, steps: int) -> list[tuple[float, bool, 
     model, optimizer = build(config, ctx)
     seen = []
     for step in range(1, steps + 1):
-        scale = float(optimizer.loss_scale)
+        scale = float(optimizer.scaler.scale)
         report = train_step(model, optimizer, rank_batches(config, step, ctx), config, step, ctx)
         seen.append((float(report.loss), bool(report.applied), scale))
     return seen

@@ -130,7 +130,7 @@ def test_a_step_that_is_not_applied_changes_nothing(precision: str) -> None:
         same = same and all(torch.equal(a, b) for a, b in zip(optimizer.store.weights, weights, strict=True))
         assert bool(report.applied) is not bad and same is bad
         assert float(optimizer.rule.updates) == updates + (not bad)
-    assert optimizer.loss_scale == (65536 / 4 if precision == "fp16" else 1)
+    assert optimizer.scaler.scale == (65536 / 4 if precision == "fp16" else 1)
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------
