@@ -141,7 +141,11 @@ class _Head:
                 grad_logits = products.gradient(logits)
                 products.dgrad(grad_logits, operand, out=grad_rows[c])
                 if c.stop >= len(rows):  # launch: the weight's gradient hides it
-                    grad_x, summed = _sum_over_ranks(grad_rows.view(-1, *x.shape[1:]), self.options)
+                    parts, tp = grad_rows.view(-1, *x.shape[1:]), self.options.tp
+                    if self.options.sequence_parallel:
+                        grad_x, summed = reduce_scatter_rows_async(parts, tp)
+                    else:
+                        grad_x, summed = parts, all_reduce(parts, tp, async_op=True)
                 products.wgrad(grad_logits, kept, place, begun)
                 begun = True
             summed.wait()
@@ -182,10 +186,3 @@ class _Head:
 
 def _empty_losses(rows: Tensor) -> Tensor:
     return torch.empty(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
-
-
-def _sum_over_ranks(grad: Tensor, options: LayerOptions) -> tuple[Tensor, Any]:
-    """Start to sum the ranks' parts of dx: (result, handle)."""
-    if options.sequence_parallel:
-        return reduce_scatter_rows_async(grad, options.tp)
-    return grad, all_reduce(grad, options.tp, async_op=True)

@@ -16,9 +16,8 @@ transformers, or with the config's biases and norms of heads that of ``Qwen2ForC
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from megatron_hammer.model import layers, layers_te
 from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.layer_interface import LayerModule
 from megatron_hammer.model.layers import LayerOptions, ready_after
-from megatron_hammer.model.recompute import Recompute
+from megatron_hammer.model.recompute import Layer, Recompute
 from megatron_hammer.model.residence import uses_of, with_weights
 from megatron_hammer.model.rope import cos_and_sin
 from megatron_hammer.parallel.collectives import all_gather_rows
@@ -125,11 +124,13 @@ class Stage(nn.Module):
         assert config.vocab_size is not None, "model.vocab_size must be resolved before a model is built"
         self.config, self.placement, self.options, self.vocab_size = config, at, options, config.vocab_size
         rows, h = at.vocab_rows_local(config.vocab_size), config.hidden_size
+        self.is_tied = config.tie_word_embeddings and at.has_embedding and at.has_head
+        """Whether head and embedding are one parameter here; a last stage without embedding has a copy of its own."""
         if at.has_embedding:
             self.embedding = layers.VocabParallelEmbedding(rows, h, options)
         self.layers = nn.ModuleDict({str(i): DecoderLayer(config, at, options, parts) for i in range(*at.layers)})
-        self.run_layer: Callable[..., tuple[Tensor, Tensor]] | None = None
-        self.layers_region, self.recompute = parts.forward_region(options), recompute
+        self.recompute, self.region = recompute, recompute.region(parts.forward_region(options))
+        self.compiled, self.recorded_layers = False, self._recorded(self.layers.values())
         if at.has_head:
             self.final_norm = parts.RMSNorm(h, config.norm_eps, options)
             if not self.is_tied:
@@ -137,10 +138,9 @@ class Stage(nn.Module):
         self.uses = uses_of(at.layers, at.has_embedding, at.has_head, self.is_tied)
         self.rope_cache: dict[int, CosSin] = {}
 
-    @property
-    def is_tied(self) -> bool:
-        """Whether head and embedding are one parameter here; a last stage without embedding has a copy of its own."""
-        return self.config.tie_word_embeddings and self.placement.has_embedding and self.placement.has_head
+    def _recorded(self, plain: Iterable[Layer]) -> list[Layer]:
+        """What runs each layer where gradients are recorded."""
+        return [self.recompute.layer(i, layer, self.region) for i, layer in enumerate(plain, self.placement.layers[0])]
 
     def rope(self, length: int) -> CosSin:
         """cos and sin of every position below ``length``, computed in fp32 and then rounded, as in Hugging Face."""
@@ -155,7 +155,9 @@ class Stage(nn.Module):
 
     def compile_layers(self) -> None:
         """Have the first training step compile a layer, whole; the others run that code, on their own weights."""
-        self.run_layer = torch.compile(self.recompute.body, fullgraph=True, dynamic=False)
+        run = torch.compile(self.recompute.body, fullgraph=True, dynamic=False)
+        self.recorded_layers = self._recorded(partial(run, layer) for layer in self.layers.values())
+        self.compiled = True
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -186,27 +188,24 @@ class Stage(nn.Module):
         branch: Tensor | None = None
         if x is None:
             with self.range_of(EMBEDDING):
-                (x,) = self._with_weights("embedding", self._embed, tokens, again=False)
-        # Evaluation comes in many shapes: it is never compiled.
-        run = self.run_layer if torch.is_grad_enabled() else None
-        if run is not None:
+                x = with_weights(self.options.store, self.uses["embedding"], self.embedding, tokens.t(), again=False)
+        recorded = torch.is_grad_enabled()
+        runs: Iterable[Layer] = self.recorded_layers if recorded else self.layers.values()
+        compiled = self.compiled and recorded  # evaluation comes in many shapes: it is never compiled
+        if compiled:
             branch = torch.zeros_like(x).requires_grad_()  # so that the first layer can run the code of the others
             told = None if documents is None else GraphPackedSequences.of(documents)
-        with self.layers_region(), self.recompute.region():
-            for i, layer in zip(range(*self.placement.layers), self.layers.values(), strict=True):
-                forward = layer if run is None else partial(run, layer)
-                if run is not None:
+        with self.region():
+            for (i, layer), run in zip(self.layers.items(), runs, strict=True):
+                if compiled:
                     x = ready_after(x, gradients_of(layer))
-                body = partial(self.recompute.layer, i, forward, self.layers_region)
                 use = self.uses[f"layers.{i}"]
-                x, branch = with_weights(
-                    self.options.store, use, body, x, branch, rope, told, by_itself=run is not None
-                )
+                x, branch = with_weights(self.options.store, use, run, x, branch, rope, told, by_itself=compiled)
         if not self.placement.has_head:
             return x if branch is None else x + branch
         normed: Tensor
         with self.range_of(NORM):
-            normed, _ = self._with_weights("final_norm", self.final_norm, x, branch)
+            normed, _ = with_weights(self.options.store, self.uses["final_norm"], self.final_norm, x, branch)
         return normed
 
     def empty_hidden(self, tokens: Tensor, packed: bool) -> Tensor:
@@ -243,27 +242,21 @@ class Stage(nn.Module):
         if not self.placement.has_head:
             return x
         with self.range_of(HEAD):  # with an objective nothing is left for backward to compute
-            (losses,) = self._with_weights("head", self._head_loss, x, labels, objective, again=objective is None)
-        return losses  # type: ignore[no-any-return]
+            run, again = self._head_loss, objective is None
+            return with_weights(self.options.store, self.uses["head"], run, x, labels, objective, again=again)
 
-    def _embed(self, tokens: Tensor) -> tuple[Tensor]:
-        return (self.embedding(tokens.t()),)
-
-    def _head_loss(self, x: Tensor, labels: Tensor, objective: Objective | None) -> tuple[Tensor]:
+    def _head_loss(self, x: Tensor, labels: Tensor, objective: Objective | None) -> Tensor:
         weight, gradient = self.head_weight, self.head_gradient
-        return (head_loss(x, weight, labels, self.vocab_size, self.options, objective, gradient, self.is_tied),)
+        return head_loss(x, weight, labels, self.vocab_size, self.options, objective, gradient, self.is_tied)
 
-    def _head_columns(self, x: Tensor) -> tuple[Tensor]:
-        return (layers.column_parallel(x, self.head_weight, self.options),)
-
-    def _with_weights(self, part: str, run: Callable[..., Any], *inputs: Any, **how: bool) -> Any:
-        """What ``run`` returns, a tuple, while the store has the weights of a part there (``residence.py``)."""
-        return with_weights(self.options.store, self.uses[part], run, *inputs, **how)
+    def _head_columns(self, x: Tensor) -> Tensor:
+        return layers.column_parallel(x, self.head_weight, self.options)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, documents: PackedSequences | None = None) -> Tensor:
         """[b, s] int64 -> [b, s, v] over the true vocabulary, gathered on every rank: for proofs, not for training."""
-        (columns,) = self._with_weights("head", self._head_columns, self.hidden(tokens, documents))
+        x = self.hidden(tokens, documents)
+        columns = with_weights(self.options.store, self.uses["head"], self._head_columns, x)
         columns = columns.permute(2, 1, 0)  # [v/t, b, s]
         gathered = all_gather_rows(columns, self.options.tp)[: self.vocab_size]
         return gathered.permute(1, 2, 0).reshape(*tokens.shape, -1)

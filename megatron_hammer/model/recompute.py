@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -70,21 +70,21 @@ Layer = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Recompute:
-    """Nothing is recomputed: the base of the other two, and what a model is built with by default."""
+    """What a model is built with in place of what is plain. Here the same, for nothing is recomputed: the base of the
+    other two, and the default.
+    """
 
     def operations(self, plain: Operations) -> Operations:
-        """The operations that the layers are built with."""
+        """The operations of the layers."""
         return plain
 
-    def region(self) -> AbstractContextManager[Any]:
+    def region(self, plain: Region) -> Region:
         """What to run a forward of all layers in."""
-        return nullcontext()
+        return plain
 
-    def layer(
-        self, index: int, layer: Layer, region: Region, x: Tensor, branch: Tensor | None, *rest: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Run one layer; ``region`` is what the forward of the layers runs in."""
-        return layer(x, branch, *rest)
+    def layer(self, index: int, plain: Layer, region: Region) -> Layer:
+        """What runs layer ``index`` where gradients are recorded; ``region``: what this method made of it."""
+        return plain
 
     @staticmethod
     def body(layer: Layer, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -178,11 +178,10 @@ class Full(Recompute):
     def __init__(self, layers: int, fp8_by_library: bool = False) -> None:
         self.layers, self.fp8_by_library = layers, fp8_by_library
 
-    def layer(
-        self, index: int, layer: Layer, region: Region, x: Tensor, branch: Tensor | None, *rest: Any
-    ) -> tuple[Tensor, Tensor]:
-        if index >= self.layers or not torch.is_grad_enabled():
-            return layer(x, branch, *rest)
+    def layer(self, index: int, plain: Layer, region: Region) -> Layer:
+        return partial(self._run, plain, region) if index < self.layers else plain
+
+    def _run(self, layer: Layer, region: Region, x: Tensor, branch: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
         if branch is not None:
             x = x + branch  # one tensor to keep instead of two
         if self.fp8_by_library:
@@ -267,17 +266,21 @@ class Selective(Recompute):
             attention=partial(self._attention, plain.attention),
         )
 
+    def region(self, plain: Region) -> Region:
+        return partial(self._marking, plain)
+
     @contextmanager
-    def region(self) -> Iterator[None]:
-        if not torch.is_grad_enabled():
-            yield
-            return
-        self.marks = {}
-        try:
-            with saved_tensors_hooks(self._pack, _unpack):
+    def _marking(self, plain: Region) -> Iterator[None]:
+        with plain():
+            if not torch.is_grad_enabled():
                 yield
-        finally:
-            self.marks = None
+                return
+            self.marks = {}
+            try:
+                with saved_tensors_hooks(self._pack, _unpack):
+                    yield
+            finally:
+                self.marks = None
 
     def _add_rms_norm(
         self, plain: AddRMSNormFunction, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float,

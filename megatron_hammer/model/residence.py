@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from megatron_hammer.kernels.linear import GradientStore
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -58,29 +60,34 @@ def uses_of(layers: tuple[int, int], has_embedding: bool, has_head: bool, is_tie
 def with_weights(
     store: GradientStore | None,
     use: Use,
-    run: Callable[..., tuple[Any, ...]],
+    run: Callable[..., Result],
     *inputs: Any,
     again: bool = True,
     by_itself: bool = False,
-) -> tuple[Any, ...]:
+) -> Result:
     """``run(*inputs)`` while the weights of a part are there.
 
     Args:
+        run: returns a tensor, or a tuple of tensors.
         again: have them there in its backward too, which an embedding does not need.
         by_itself: its backward writes gradients without ``Gradient.add``, as a compiled layer's does.
     """
     if store is None:
         return run(*inputs)
     store.acquire(use.part, use.following)
-    if not torch.is_grad_enabled() or not again or (store.weights_stay and not (by_itself and store.sums_are_new)):
+    if store.weights_stay and not (by_itself and store.sums_are_new):
+        return run(*inputs)  # nothing is given up
+    if not torch.is_grad_enabled() or not again:
         result = run(*inputs)
         store.release(use.part)
         return result
     entered = _Entry.apply(store, use, *inputs)  # type: ignore[no-untyped-call]
-    outputs: tuple[Any, ...] = _Exit.apply(store, use, by_itself, *run(*entered))  # type: ignore[no-untyped-call]
+    outputs: Any = run(*entered)
+    is_one = isinstance(outputs, Tensor)
+    outputs = _Exit.apply(store, use, by_itself, *((outputs,) if is_one else outputs))  # type: ignore[no-untyped-call]
     if not use.stays:
         store.release(use.part, last=False)
-    return outputs
+    return outputs[0] if is_one else outputs  # type: ignore[no-any-return]
 
 
 def _as_they_are(values: Sequence[Any]) -> tuple[Any, ...]:

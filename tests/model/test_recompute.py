@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_equal_bits_of_one_chain(dtype: torch.dtype) -> None:
     expected = chain(Operations())
     gradients = torch.autograd.grad(expected, leaves)
     selective = recompute.Selective()
-    with selective.region():
+    with selective.region(nullcontext)():
         got = chain(selective.operations(Operations()))
     assert torch.equal(got, expected)
     for one, other in zip(torch.autograd.grad(got, leaves), gradients, strict=True):
@@ -251,7 +252,7 @@ def test_a_mark_is_not_taken_for_another_tensor() -> None:
     selective = recompute.Selective()
     operations = selective.operations(Operations())
     gate_up = torch.randn(5, 6, requires_grad=True)
-    with selective.region():
+    with selective.region(nullcontext)():
         marks = selective.marks
         assert marks is not None
         for _ in range(50):
@@ -274,7 +275,7 @@ def test_backward_can_run_twice() -> None:
     selective = recompute.Selective()
     operations = selective.operations(Operations())
     gate_up, weight = torch.randn(4, 6, requires_grad=True), torch.randn(3, 3, requires_grad=True)
-    with selective.region():
+    with selective.region(nullcontext)():
         out = (operations.swiglu(gate_up) @ weight).sum()
     expected = torch.autograd.grad((Operations().swiglu(gate_up) @ weight).sum(), (gate_up, weight))
     for retain in (True, False):
