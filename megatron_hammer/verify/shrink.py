@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_hammer.config import Config, KernelsConfig, OptimizerConfig, ParallelConfig
+from megatron_hammer.config import Config, DataConfig, KernelsConfig, OptimizerConfig, ParallelConfig
 from megatron_hammer.parallel.placement import VOCAB_PADDING_MULTIPLE
 
 HEAD_SIZE, FFN_PER_RANK, LAYERS, LENGTH_PER_RANK, SHORTEST = 8, 24, 2, 8, 32
@@ -53,6 +53,8 @@ def shrink(config: Config, world_size: int, real: bool = False) -> tuple[Config,
         global_batch_size=micro_batch * accumulated * config.data_parallel_size(world_size),
         batch_size_ramp=None,
         recompute_layers=layers,
+        evaluator=None,
+        replay=None,
         precision=train.precision if real else "fp32",
         device="cuda" if real else "cpu",
         dry_run=False,
@@ -66,7 +68,7 @@ def shrink(config: Config, world_size: int, real: bool = False) -> tuple[Config,
         model=small_model,
         train=small_train,
         tokenizer=dataclasses.replace(config.tokenizer, path=None),
-        data=dataclasses.replace(config.data, train=None, phases=None, valid=None, seq_length=length),
+        data=DataConfig(seq_length=length, attention_mask=config.data.attention_mask),
         # Large steps at once: an update that differs must show after two of them. A large eps: without it AdamW's first
         # step is the sign of the gradient, which rounding decides where a gradient is near zero.
         optimizer=dataclasses.replace(

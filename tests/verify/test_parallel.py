@@ -341,6 +341,8 @@ def test_an_outcome_comes_back_from_its_files(tmp_path: Path) -> None:
         (4, dict(model__tie_word_embeddings=True, data__attention_mask="document", train__global_batch_size=16)),
         (2, dict(train__recompute="full", train__recompute_layers=2, model__head_dim=24)),
         (2, dict(kernels__adamw="torch", train__precision="bf16")),
+        (2, dict(data__train={"a": 1.0}, data__fim={"a": {"rate": 0.5}}, data__order="megatron")),
+        (2, dict(data__valid={"v": "v"}, train__evaluator={"interval_steps": 5}, checkpoint__save_interval_steps=5)),
     ],
 )
 def test_a_small_config_keeps_the_structure(world_size: int, changes: dict[str, Any]) -> None:
