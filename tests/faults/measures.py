@@ -513,6 +513,13 @@ MEASURES = (
         "supervise/test_start.py::test_everything_listens_on_loopback_only",
     ),
     Measure(
+        "a stop signal while ranks start",
+        "supervise/attempt.py",
+        "            forward_signal(ranks, number)\n",
+        "            pass\n",
+        "supervise/test_start.py::test_a_signal_while_ranks_are_started_reaches_them",
+    ),
+    Measure(
         "a stop signal is heard",
         "train/loop.py",
         "            stopped |= words & MASK > 0\n",

@@ -6,12 +6,14 @@ functions named ``rank_*`` as ranks. They unblock the stop signals where the tra
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,7 @@ from megatron_hammer.base.signals import STOP_SIGNALS, end_at_once
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.parallel import rendezvous
 from megatron_hammer.parallel.board import Journal
+from megatron_hammer.supervise import attempt
 from megatron_hammer.supervise.nodes import Node
 from megatron_hammer.supervise.restart import Restarts
 from megatron_hammer.supervise.start import _check_gpus, _check_slurm_step, launch
@@ -349,6 +352,39 @@ def test_a_signal_saves_and_exits_75(signum: signal.Signals, nproc: int) -> None
     assert_gone(numbers, seconds=0.5)
 
 
+def rank_asked_from_the_start(
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+) -> int:
+    """The signal that was passed on is pending: it was born with it blocked."""
+    return 75 if signal.sigtimedwait((signal.SIGTERM,), 5) else 0
+
+
+def test_a_signal_while_ranks_are_started_reaches_them() -> None:
+    """Another thread takes it, as all but the main one may; in a child, whose signals nobody else needs."""
+    from tests.faults.kills import ended, forked  # with torch, which this file as a program does not need
+
+    real, watch, calls = attempt.children_of, attempt.watch, list[int]()
+
+    def children_of(pid: int) -> set[int]:  # first asked when the signals are blocked, before there is a rank
+        calls.append(pid)
+        if len(calls) == 1:
+            os.kill(pid, signal.SIGTERM)
+            time.sleep(0.01)
+        return real(pid)
+
+    def launcher() -> int:
+        fork = multiprocessing.get_context("fork")
+        attempt.children_of = children_of
+        attempt.watch = lambda *told: watch(*told[:4])  # as on several nodes, which ends nobody before the first step
+        attempt.multiprocessing.get_context = lambda method=None: fork  # type: ignore[attr-defined,assignment]
+        end_at_once("before any rank started")
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        entry, config = f"{__name__}:rank_asked_from_the_start", config_from_tree(CONFIG)
+        return attempt.run_ranks(config, Node(1, 1, 0, "", 0), entry, {}).code
+
+    assert ended(forked(launcher)) == 75
+
+
 def test_an_ignored_signal_stays_ignored() -> None:
     """``nohup`` starts a program with SIGHUP ignored: losing the terminal must not stop it."""
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -619,8 +655,6 @@ if __name__ == "__main__":
     node = Node(int(nproc), nnodes, node_rank, "127.0.0.1", port)
     config = config_from_tree(CONFIG | {"parallel": {"timeout_seconds": TIMEOUTS.get(name, 30)}})
     if most and node_rank:  # it does not come back to be started again
-        from megatron_hammer.supervise import attempt
-
         once = attempt.run_ranks
         attempt.run_ranks = lambda *told: once(*told).again and os._exit(0)  # type: ignore[assignment,return-value]
     end_at_once("before any rank started")  # as the program does
