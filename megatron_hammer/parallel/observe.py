@@ -27,6 +27,7 @@ WINDOW_SECONDS = 30.0  # over which a straggler is judged
 SLOW_SHARE = 1 / 3  # of the window in which the others waited for one rank: ten seconds, far beyond a pause of two
 QUIET_SECONDS = 600.0  # between two notes on stragglers
 WAITED_SECONDS = 0.3  # a wait that counts for them
+PAUSE_SECONDS = 5.0  # between two looks, which come every half second: this process did not run, and so its ranks did not
 WORK_OF_ONE = (START, "saving")  # phases in which one rank may work while the others wait
 
 
@@ -141,6 +142,7 @@ class Observer:
     ) -> None:
         self.board, self.numbers, self.limit, self.alone, self._note = board, list(numbers), limit, alone, note
         self._began, self._asked = time.monotonic(), False
+        self._looked = self._woke = self._began
         self._stragglers = Stragglers()
         self._computed: dict[int, tuple[float, float]] = {}  # rank -> (its last words, its CPU time then)
 
@@ -155,7 +157,7 @@ class Observer:
     def _see(self, rank: int, pid: int) -> Seen:
         doing = self.board.read(self.numbers.index(rank))
         noted = self._began if doing is None else doing.noted
-        silent = max(0.0, time.monotonic() - noted)
+        silent = max(0.0, time.monotonic() - max(noted, self._woke))
         state, computed = process_state(pid)
         if self._computed.get(rank, (None, 0.0))[0] != noted:
             self._computed[rank] = noted, computed
@@ -180,7 +182,19 @@ class Observer:
         """The ranks that hang, among those that live; notes stragglers."""
         return self._judge(self.see(pids))
 
+    def _has_slept(self) -> bool:
+        """Whether the whole run has been stopped since the last look (Ctrl-Z, a frozen container): it is no silence."""
+        now = time.monotonic()
+        slept, self._looked = now - self._looked, now
+        if slept <= PAUSE_SECONDS:
+            return False
+        self._woke = now
+        self._note(f"note: this run has stood still for {slept:.0f} s, and goes on")
+        return True
+
     def _judge(self, seen: Sequence[Seen]) -> list[Seen]:
+        if self._has_slept():
+            return []
         if guilty := hung(seen, self.limit, self.alone):
             return guilty
         if slow := self._stragglers.judge(time.monotonic(), seen):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megatron_hammer.parallel import observe
 from megatron_hammer.parallel.board import Doing
-from megatron_hammer.parallel.observe import Seen, Stragglers, hung
+from megatron_hammer.parallel.observe import Observer, Seen, Stragglers, hung
 
 LIMIT = 100.0
 
@@ -44,6 +46,21 @@ def test_who_hangs(ranks: list[Seen], guilty: list[int]) -> None:
 
 def test_ranks_that_all_wait_for_another_node_are_not_to_blame() -> None:
     assert hung([seen(0, 100, True), seen(1, 100, True)], LIMIT, alone=False) == []
+
+
+def test_a_run_that_stood_still_as_a_whole_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-Z and ``fg``: silence is counted from when it goes on."""
+    now, notes = [0.0], list[str]()
+    board: Any = SimpleNamespace(read=lambda place: Doing(0.0, 1, True, 3, 5, False, "forward", "all_reduce"))
+    monkeypatch.setattr(observe.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(observe, "process_state", lambda pid: ("S", 0.0))
+    monkeypatch.setattr(observe, "wait_channel", lambda pid: "")
+    observer = Observer(board, [0], LIMIT, note=notes.append)
+    found = []
+    for now[0] in (4.0, 5000.0, 5004.0, *range(5005, 5102)):
+        found += [now[0] for _ in observer.find({0: 1})]
+    assert found == [5100, 5101]
+    assert notes == ["note: this run has stood still for 4996 s, and goes on"]
 
 
 # ---- stragglers ------------------------------------------------------------------------------------------------------
