@@ -123,9 +123,14 @@ def exchange_folder(staged: Path, target: Path) -> Path | None:
     return old
 
 
-def set_aside(path: Path) -> Path:
+def aside_path(path: Path) -> Path:
+    """A new name for something beside it, ``NAME.aside-HEX``: what has it is kept for people to look at."""
+    return path.with_name(f"{path.name}.aside-{secrets.token_hex(8)}")
+
+
+def set_aside(path: Path, aside: Path | None = None) -> Path:
     """Rename a file, link or folder to ``NAME.aside-HEX`` beside it, durably; its new path. Nothing is removed."""
-    aside = path.with_name(f"{path.name}.aside-{secrets.token_hex(8)}")
+    aside = aside or aside_path(path)
     os.rename(path, aside)
     sync_folder(path.parent)
     return aside

@@ -156,6 +156,18 @@ def read_at(descriptor: int, view: memoryview, offset: int) -> int:
     return len(part)
 
 
+def end_of_hole(descriptor: int, at: int) -> int:
+    """The first byte of a file from ``at`` on that lies in no hole, or its size; ``at`` if nobody can tell."""
+    if hasattr(os, "SEEK_DATA"):
+        with contextlib.suppress(OSError):
+            try:
+                return os.lseek(descriptor, at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return max(at, os.fstat(descriptor).st_size)
+    return at
+
+
 def locks_held() -> list[str] | None:
     """The kernel's lines on locks of files that processes of this machine hold; None where it has no such list."""
     return _read("/proc/locks").splitlines() if os.path.exists("/proc/locks") else None

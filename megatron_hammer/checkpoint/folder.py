@@ -200,6 +200,18 @@ def _check_a_slice(manifest: Manifest) -> None:
             raise CheckpointError(11, f"{reader.path}: {key}", rule, "restore the file or use another checkpoint")
 
 
+def remove_left(path: Path, by: str) -> str:
+    """Remove what a program that was cut short has left, where the system lets us; a line on it."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:  # a mount point in it, say: nobody ever loads it
+        return f"could not remove {path}, left by {by} that was cut short: {error.strerror or error}"
+    return f"cleaned up {path}, left by {by} that was cut short"
+
+
 def clean_up(checkpoints: Path) -> list[str]:
     """Remove what saves that were cut short have left; bring back, or keep aside, what they were replacing.
 
@@ -223,11 +235,7 @@ def clean_up(checkpoints: Path) -> list[str]:
                 os.rename(path, target)
                 lines.append(f"brought back {target}, which a save that was cut short was replacing")
             continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-        lines.append(f"cleaned up {path}, left by a save that was cut short")
+        lines.append(remove_left(path, "a save"))
     return lines
 
 

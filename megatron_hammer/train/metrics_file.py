@@ -8,20 +8,24 @@ line is what every kill leaves, and is dropped without a note. Needs no torch.
 from __future__ import annotations
 
 import bisect
+import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.base.files import replace_file, set_aside
+from megatron_hammer.base.files import aside_path, replace_file, set_aside, sync_folder
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.reading import open_regular, parse_json, read_regular
+from megatron_hammer.base.system import end_of_hole
 from megatron_hammer.base.writing import make_durable, writing
 
 METRICS = "metrics.jsonl"
+MAX_LINE_BYTES = 2**22  # with the figures of thousands of sources
 MAX_LINES_BYTES = 2**28  # of a file that gets a line now and then: one is some hundreds of bytes
 
 
@@ -96,9 +100,14 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
 
 def copy_aside(path: Path) -> Path:
     """Keep a file as it is now under another name (``set_aside``), and leave an equal one in its place."""
-    kept = set_aside(path)
-    with open_regular(kept, follow=False) as file:
-        replace_file(path, file.read())
+    kept = aside_path(path)
+    try:
+        os.link(path, kept)  # at once, however large: whoever writes to the file again replaces it
+    except OSError:  # a file system without links
+        set_aside(path, kept)
+        with open_regular(kept, follow=False) as file:
+            replace_file(path, file.read())
+    sync_folder(path.parent)
     return kept
 
 
@@ -110,7 +119,7 @@ def read_lines(path: Path) -> KeptLines:
     """
     try:
         with open_regular(path, follow=False) as file:
-            raw = file.read().split(b"\n")[:-1]  # behind the last end of line stands nothing, or a torn line
+            raw = list(_whole_lines(file))
     except FileNotFoundError:
         return KeptLines()
     steps = [(number, _step_of(line)) for number, line in enumerate(raw, start=1) if line]
@@ -119,6 +128,18 @@ def read_lines(path: Path) -> KeptLines:
     damaged = {number for number, step in steps if step is None} | {good[i][0] for i in set(range(len(good))) - rising}
     kept = tuple((good[i][1], raw[good[i][0] - 1]) for i in sorted(rising))
     return KeptLines(kept, tuple(sorted(damaged)))
+
+
+def _whole_lines(file: io.BufferedReader) -> Iterator[bytes]:
+    """The lines without their ends. Behind the last end stands nothing, or a torn line, which is left out; of one that
+    is longer than any of ours, as a hole of gigabytes is, the first byte is left."""
+    while line := file.readline(MAX_LINE_BYTES):
+        if line.endswith(b"\n"):
+            yield line[:-1]
+        elif len(line) == MAX_LINE_BYTES:
+            yield line[:1]
+            while (more := file.readline(MAX_LINE_BYTES)) and not more.endswith(b"\n"):
+                file.seek(end_of_hole(file.fileno(), file.tell()))
 
 
 def _step_of(line: bytes) -> int | None:

@@ -19,7 +19,6 @@ import errno
 import fcntl
 import os
 import re
-import shutil
 import stat
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from megatron_hammer.base.files import replace_file, set_aside, sync_folder
 from megatron_hammer.base.locks import NO_LOCKS, take_lock
 from megatron_hammer.base.reading import read_regular
 from megatron_hammer.base.system import open_descriptors, sync
-from megatron_hammer.checkpoint.folder import Damaged, clean_up
+from megatron_hammer.checkpoint.folder import Damaged, clean_up, remove_left
 from megatron_hammer.sampling.ledger import LEDGER, Ledger, ledger_bytes, read_ledger
 from megatron_hammer.train.changes import FRESH
 from megatron_hammer.train.metrics_file import METRICS, copy_aside, read_lines
@@ -171,11 +170,7 @@ def remove_leftovers(output: Path) -> list[str]:
     lines = []
     for path in sorted(output.iterdir()):
         if _LEFT_BEHIND.fullmatch(path.name):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-            lines.append(f"cleaned up {path}, left by a run that was cut short")
+            lines.append(remove_left(path, "a run"))
     return lines + clean_up(output / "checkpoints")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -197,6 +199,19 @@ def test_leftovers_are_removed_and_what_was_set_aside_comes_back(tmp_path):
         "other.tmp-efefefefefefefef", step_name(10), step_name(20), "step-00000020.aside-cdcdcdcdcdcdcdcd"
     ]  # fmt: skip
     assert clean_up(tmp_path) == clean_up(tmp_path / "nowhere") == []
+
+
+def test_a_leftover_that_cannot_be_removed_is_named_and_stays(tmp_path, monkeypatch):
+    """One with a mount point in it, say: no start and no save ends for it."""
+
+    def busy(path):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), "m")
+
+    left = tmp_path / "step-00000030.tmp-efefefefefefefef"
+    left.mkdir()
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    assert clean_up(tmp_path) == [f"could not remove {left}, left by a save that was cut short: {os.strerror(16)}"]
+    assert left.is_dir()
 
 
 @pytest.mark.parametrize("make", ["file", "link", "folder"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -51,6 +52,28 @@ def test_a_damaged_line_is_kept_aside_and_costs_no_other(tmp_path: Path, bad: by
     (aside,) = tmp_path.glob("metrics.jsonl.aside-*")
     assert aside.read_bytes() == before
     assert len(told) == 1 and "the first is line 3" in told[0] and aside.name in told[0]
+
+
+def no_links(*paths: Path) -> None:
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_hole_of_a_hundred_gigabytes_is_one_damaged_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Its first bytes alone are read; kept aside by a second name, without which it would have to be copied."""
+    path, told = tmp_path / "metrics.jsonl", list[str]()
+    write(path, LINES[:3])
+    os.truncate(path, 10**11 if links else 10**7)
+    with path.open("ab") as file:
+        file.write(b"\n" + b"\n".join(LINES[3:]) + b"\n")
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    MetricsFile(path, 13, told.append).close()
+    assert path.read_bytes().splitlines() == LINES[:6]
+    (aside,) = tmp_path.glob("metrics.jsonl.aside-*")
+    assert aside.stat().st_size > 10**7 and len(told) == 1 and "the first is line 4" in told[0]
 
 
 @pytest.mark.parametrize("make", ["folder", "pipe", "link"])
