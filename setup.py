@@ -7,7 +7,8 @@ sentencepiece and torch do the same work, so ``HAMMER_NO_EXTENSIONS=1`` may leav
 compiler fails the installation, because a silent fall-back would only show as slowness later. ``csrc/base`` ->
 ``megatron_hammer.base._mapping``: what happens when a mapped file is cut; without it that is seen a moment later, and a
 process that reads in this moment dies. ``csrc/checkpoint`` -> ``megatron_hammer.checkpoint._digest``: sums for the
-digest of a run's state; NumPy is its twin.
+digest of a run's state; ``_copy``: a copy past the caches, for the snapshot of a save in the background. NumPy is the
+twin of both.
 
 ``csrc/kernels`` -> ``megatron_hammer/kernels/native/_cuda.so``: the fused operations on a GPU, a library of torch
 operations on torch's stable C++ ABI. It is built where nvcc and a torch for CUDA are present (the latter is not under
@@ -72,11 +73,14 @@ EXTENSIONS = [
         cxx_std=17,
         extra_compile_args=["-O2", "-Wall", "-Wextra"],
     ),
-    Pybind11Extension(
-        "megatron_hammer.checkpoint._digest",
-        ["csrc/checkpoint/digest.cpp"],
-        cxx_std=17,
-        extra_compile_args=["-O3", "-Wall", "-Wextra"],
+    *(
+        Pybind11Extension(
+            f"megatron_hammer.checkpoint._{name}",
+            [f"csrc/checkpoint/{name}.cpp"],
+            cxx_std=17,
+            extra_compile_args=["-O3", "-Wall", "-Wextra"],
+        )
+        for name in ("copy", "digest")
     ),
     Pybind11Extension(
         "megatron_hammer.sampling._index",

@@ -246,6 +246,8 @@ class BackgroundSaver:
         with all_or_none(ctx, "taking memory for the copy of a checkpoint"):
             self._snapshot = Snapshot(size, ctx.device)
         self._writer: WriterProcess | None = self._start()
+        self._prunes = False
+        """Whether rank 0's process was asked to remove what is old, and may still be at it; known to rank 0."""
         self.save: InFlight | None = None
         self.phase = 0
         """Counts up whenever a save begins, goes on or ends: flags that were sent before say nothing any more."""
@@ -351,6 +353,7 @@ class BackgroundSaver:
         if self._leader:
             names = {"folder": str(self._folder), "newest": str(save.target)}
             self._writer.ask({"do": "prune", **names, "retention": self._retention})
+            self._prunes = True
         return SaveOutcome(save.step, save.target)
 
     def finish(self) -> SaveOutcome | None:
@@ -372,18 +375,22 @@ class BackgroundSaver:
             pass
 
     def _pruning(self, deadline: float) -> int:
-        """BUSY while this rank's process removes what is old, at most until the deadline; else 0."""
+        """BUSY while this rank's process removes what is old, at most until the deadline; else 0.
+
+        One that is only being started is not waited for.
+        """
         writer = self._writer
-        if writer is None or not self._leader:
+        if writer is None or not self._prunes:
             return 0
         writer.hear(self._note)
-        if not writer.open or writer.error is not None:
+        self._prunes = writer.open > 0 and writer.error is None
+        if not self._prunes:
             return 0
         if time.monotonic() <= deadline:
             return BUSY
         self._note(f"warning: a process is ended, so that the next save begins: {self._late('removed what is old')}")
         self._end(writer)
-        self._writer = None
+        self._writer, self._prunes = None, False
         return 0
 
     def _told(self, flags: Callable[[], int], deadline: float) -> tuple[int, int]:

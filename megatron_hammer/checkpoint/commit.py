@@ -89,7 +89,7 @@ def write_rank(folder: Path, rank: int, slices: Sequence[SliceToWrite], watch: W
     with TensorFileWriter(path, [(s.key, s.dtype, s.shape) for s in slices]) as writer:
         for wanted in watch(slices):
             added = RectangleSum(wanted.rows, wanted.cols, wanted.dtype)
-            hashes.append(writer.write(wanted.key, added.watch(wanted.chunks())))
+            hashes.append(writer.write(wanted.key, wanted.chunks(), added.add))
             sums.append(added.total)
         fault_point("fsync", rank, step, part)
     with TensorFileReader(path, writer.size, writer.header_hash) as reader:

@@ -17,7 +17,7 @@ run that goes on (``live_state.py``). C++ where it was built (``csrc/checkpoint`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -75,12 +75,6 @@ class RectangleSum:
         self._rows, self._cols = row_numbers((first, last)), col_numbers(columns)
         self._bits = np.uint16 if ITEM_BYTES[dtype] == 2 else np.uint32
         self._at = 0  # elements so far
-
-    def watch(self, buffers: Iterable[Any]) -> Iterator[Any]:
-        """Pass the buffers on, each added up."""
-        for buffer in buffers:
-            self.add(buffer)
-            yield buffer
 
     def add(self, buffer: Any) -> None:
         """Add the next elements."""

@@ -11,7 +11,8 @@ memory; the update waits for it on the device, and Python never waits. The memor
 training starts, so that a shortage shows there and not hours later.
 
 On a core of an EPYC a gigabyte takes 0.11 s, of which plain memcpy between two arrays takes 0.10: a step that is
-shorter than that for the gigabytes of its rank waits for the rest of the copy, and for nothing else.
+shorter than that for the gigabytes of its rank waits for the rest of the copy, and for nothing else. Stores past the
+caches take memory from training less: on a Xeon whose two cores were busy, 4.5 to 5.7 GB/s where memcpy had 2.5 to 2.7.
 """
 
 from __future__ import annotations
@@ -27,8 +28,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_hammer.base.compiled import find_compiled
 from megatron_hammer.base.errors import MemoryShortage
 from megatron_hammer.base.system import shared_memory_file, take_memory
+
+_native = find_compiled("megatron_hammer.checkpoint._copy", 1)
+copy: Callable[[np.ndarray, np.ndarray], None] = np.copyto if _native is None else _native.copy
+"""Bytes to their place, (target, source): past the core's caches, where it was built (``csrc/checkpoint``)."""
 
 ALIGNMENT = 64  # bytes: of where a tensor's copy starts
 PIECE_BYTES = 2**24  # that one thread copies at a time: a millisecond or two
@@ -69,7 +75,7 @@ class _CopyWork:
                 if not self._pieces:
                     return
                 target, source = self._pieces.pop()
-            np.copyto(target, source)  # without Python's lock: training goes on
+            copy(target, source)  # without Python's lock: training goes on
             with self._lock:
                 self._open -= 1
                 last = self._open == 0

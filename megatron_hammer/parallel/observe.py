@@ -27,7 +27,7 @@ WINDOW_SECONDS = 30.0  # over which a straggler is judged
 SLOW_SHARE = 1 / 3  # of the window in which the others waited for one rank: ten seconds, far beyond a pause of two
 QUIET_SECONDS = 600.0  # between two notes on stragglers
 WAITED_SECONDS = 0.3  # a wait that counts for them
-PAUSE_SECONDS = 5.0  # between two looks, which come every half second: this process did not run, and so its ranks did not
+PAUSE_SECONDS = 5.0  # between two looks, which come every half second: this process was stopped, and so its ranks were
 WORK_OF_ONE = (START, "saving")  # phases in which one rank may work while the others wait
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import resource
@@ -109,9 +110,9 @@ def test_whoever_waits_for_a_copy_takes_part_in_it(monkeypatch: pytest.MonkeyPat
     """And it is handed over once, by the one that copies the last piece, when that is there."""
     monkeypatch.setattr(snapshot, "PIECE_BYTES", 4)
     begun, go_on, handed = threading.Event(), threading.Event(), list[bytes]()
-    real, copied_by = np.copyto, set[str]()
+    real, copied_by = snapshot.copy, set[str]()
 
-    def copyto(target: np.ndarray, source: np.ndarray) -> None:
+    def copies(target: np.ndarray, source: np.ndarray) -> None:
         copied_by.add(threading.current_thread().name)
         if threading.current_thread() is not threading.main_thread():
             begun.set()
@@ -120,7 +121,7 @@ def test_whoever_waits_for_a_copy_takes_part_in_it(monkeypatch: pytest.MonkeyPat
             go_on.set()
         real(target, source)
 
-    monkeypatch.setattr(np, "copyto", copyto)
+    monkeypatch.setattr(snapshot, "copy", copies)
     tensors = [torch.arange(100, dtype=torch.int32), torch.arange(7, dtype=torch.int16)]
     offsets, size = snapshot.places_of([tensor.nbytes for tensor in tensors])
     taken = Snapshot(size, torch.device("cpu"))
@@ -133,6 +134,18 @@ def test_whoever_waits_for_a_copy_takes_part_in_it(monkeypatch: pytest.MonkeyPat
             assert handed[0][at : at + tensor.nbytes] == tensor.numpy().tobytes()
     finally:
         taken.close()
+
+
+def test_a_copy_past_the_caches_has_the_same_bytes_and_no_others() -> None:
+    rng = np.random.default_rng(0)
+    source = rng.integers(0, 256, 1024, np.uint8)
+    for size in (*range(200), 800):
+        at, place = (int(rng.integers(0, 100)) for _ in range(2))
+        target = np.full(1024, 7, np.uint8)
+        expected = target.copy()
+        expected[place : place + size] = source[at : at + size]
+        snapshot.copy(target[place : place + size], source[at : at + size])
+        np.testing.assert_array_equal(target, expected)
 
 
 def test_a_limit_on_files_is_none_on_memory() -> None:
@@ -149,22 +162,30 @@ def test_a_limit_on_files_is_none_on_memory() -> None:
 def test_the_next_save_begins_when_what_is_old_is_gone(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else both remove the same folder, and the one that comes second ends the run with E601."""
+    """Else both remove the same folder, and the one that comes second ends the run with E601. The first one begins at
+    once, also where the process is only being started."""
     begin, stage, savers, waiting = BackgroundSaver.begin, background.stage, list[BackgroundSaver](), list[int]()
+    wait, waits_before = WriterProcess.wait, list[int]()
 
     def begins(self: BackgroundSaver, *arguments: Any) -> None:
         savers.append(self)
         begin(self, *arguments)
 
     def stages(*arguments: Any) -> None:
-        waiting.append(savers[-1]._writer.open if savers[-1]._writer else 0)
+        waiting.append(savers[-1]._pruning(math.inf))
         stage(*arguments)
+
+    def waits(self: WriterProcess, seconds: float) -> None:
+        waits_before.append(len(waiting))
+        wait(self, seconds)
 
     monkeypatch.setattr(BackgroundSaver, "begin", begins)
     monkeypatch.setattr(background, "stage", stages)
+    monkeypatch.setattr(WriterProcess, "wait", waits)
     monkeypatch.setenv(VARIABLE, "slow@prune,part=background")
     assert train_here(0, overrides(data, tmp_path / "run", *QUICK, BACKGROUND)) == 0
     assert waiting == [0, 0, 0] and saved(tmp_path / "run") == [2, 4, 6, 8]
+    assert waits_before and min(waits_before) == 1, "for what the saves before remove, and for nothing else"
 
 
 def test_a_run_that_fails_while_a_copy_is_made_ends_with_its_own_error(
