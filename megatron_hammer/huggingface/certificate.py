@@ -303,8 +303,11 @@ def load_transformers_model(folder: Path) -> Any:
         raise RefusedError(21, error.what.replace(str(folder), folder.name), error.rule, _REPORT) from None
 
 
-def compare(name: str, ours: Any, model: Any, ids: list[int]) -> dict[str, float]:
+def compare(name: str, ours: Any, model: Any, ids: list[int], remedy: str = _REPORT) -> dict[str, float]:
     """Largest difference of the logits of one text, and the largest logit.
+
+    Args:
+        remedy: where they differ.
 
     Raises:
         RefusedError: above the bound, of another size, or not finite.
@@ -315,7 +318,7 @@ def compare(name: str, ours: Any, model: Any, ids: list[int]) -> dict[str, float
         theirs = model(torch.tensor([ids])).logits[0]  # [s, v]
     if theirs.shape != ours.shape:
         raise RefusedError(
-            20, f"logits of the {name} text, {list(theirs.shape)}", f"must be {list(ours.shape)}", _REPORT
+            20, f"logits of the {name} text, {list(theirs.shape)}", f"must be {list(ours.shape)}", remedy
         )
     largest, difference = float(ours.abs().max()), float((theirs - ours).abs().max())
     if not torch.isfinite(ours).all():
@@ -331,7 +334,7 @@ def compare(name: str, ours: Any, model: Any, ids: list[int]) -> dict[str, float
             f"logits of the {name} text",
             f"differ by {difference:.3g} from transformers, more than "
             f"{RELATIVE_BOUND:g} of max |logit| = {largest:.3g}",
-            _REPORT,
+            remedy,
         )
     return {"max_difference": difference, "max_logit": largest, "num_tokens": len(ids)}
 

@@ -302,7 +302,8 @@ def prove_twin(checkpoint: Path, model: ModelConfig, twin: Path) -> str:
     ids = [[(i * 2654435761 + k * 40503) % model.vocab_size for i in range(length)] for k in range(2)]
     ours = our_logits(manifest, model, manifest.weights_dtype, ids)
     theirs = load_causal(twin, torch.float32)
-    found = [compare(f"ids-{k}", ours[k], theirs, row) for k, row in enumerate(ids)]
+    remedy = f"name a twin of the same weights, of the same type ({manifest.weights_dtype}), or none"
+    found = [compare(f"ids-{k}", ours[k], theirs, row, remedy) for k, row in enumerate(ids)]
     worst = max(found, key=lambda result: result["max_difference"])
     return (
         f"logits equal {twin}'s: max |difference| {worst['max_difference']:.2g} at max |logit| {worst['max_logit']:.3g}"

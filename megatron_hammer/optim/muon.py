@@ -3,9 +3,10 @@
     m = beta m + (1 - beta) g;   u = beta m + (1 - beta) g;   w = w (1 - lr decay) - lr 0.2 sqrt(max(rows, cols)) O(u)
 
 with O from ``kernels/newton_schulz.py``. Momentum and its Nesterov form are Keller Jordan's; as O does not see the
-length of u, a running mean is the same as his sum. The factor gives the update the root mean square of one of AdamW,
-0.2, so that lr and decay of AdamW are kept (Moonlight, arXiv 2502.16982, section 2.2). Embedding, head, norms and
-biases are not maps between hidden states and stay with AdamW, as in both.
+length of u, a running mean is the same as his sum. The factor is Moonlight's (arXiv 2502.16982, section 2.2, equation
+4; ``adjust_lr_for_muon`` of MoonshotAI/Moonlight; torch.optim.Muon's ``match_rms_adamw``): it gives the update the root
+mean square of one of AdamW, so that lr and decay of AdamW are kept. Embedding, head, norms and biases are not maps
+between hidden states and stay with AdamW, as in both.
 
 Each rank has momentum for its shards only (``layout.py``); O alone needs whole matrices, logical ones, so that a layout
 changes no number (``matrices.py``)::
@@ -47,7 +48,7 @@ from megatron_hammer.optim.matrices import ELEMENTS_OF_A_ROUND, Exchange, Matrix
 from megatron_hammer.parallel.collectives import start_exchange
 
 RMS = 0.2
-"""Root mean square of an update: what AdamW's mostly has (arXiv 2502.16982, section 2.2)."""
+"""Root mean square of an update: AdamW's "is usually around 0.2 to 0.4" (arXiv 2502.16982), of which they take 0.2."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class _Underway:
 
 
 def update_scale(rows: int, cols: int) -> float:
-    """What an orthogonalised matrix is multiplied by: its elements have a root mean square of 1 / sqrt(longer side)."""
+    """What an orthogonalised matrix is multiplied by: its elements have a root mean square of 1 / sqrt(longer side)
+    (lemma 1 there)."""
     return RMS * math.sqrt(max(rows, cols))
 
 
