@@ -258,7 +258,7 @@ def from_os_error(
 
 
 def _free_bytes(path: str | os.PathLike[str]) -> int | None:
-    """What a user may still write on the file system of a path that may not exist; None where nobody knows."""
+    """What a user may still write on the file system of a path that may not exist; None where that is unknown."""
     folder = os.path.abspath(path)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
@@ -294,7 +294,7 @@ def from_exception(error: BaseException, who: str) -> HammerError | None:
 
 
 def _module_of(error: ImportError) -> str:
-    """The module that was not found, or that said that it cannot be loaded; "" where nobody knows."""
+    """The module that was not found, or that said that it cannot be loaded; "" where that is unknown."""
     name, place = error.name or "", error.__traceback__
     while not error.name and place is not None:
         name, place = str(place.tb_frame.f_globals.get("__name__", "")), place.tb_next

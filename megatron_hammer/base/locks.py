@@ -46,7 +46,7 @@ def take_lock(descriptor: int, path: Path, note: Callable[[str], None] = say) ->
 
 
 def is_locked(path: Path) -> bool | None:
-    """Whether a process of this machine holds the lock of a file; None where nobody can say. Takes no lock itself."""
+    """Whether a process of this machine holds the lock of a file; None where that is unknown. Takes no lock itself."""
     try:
         found = path.lstat()
     except OSError:

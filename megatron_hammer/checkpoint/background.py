@@ -201,7 +201,7 @@ class BackgroundSaver:
         folder: of the checkpoints.
         shards: this rank's part, as it will be with every save.
         sync_first: files that must be on the disk before a checkpoint is committed.
-        note: told on rank 0 what people should know.
+        note: called on rank 0 with a line for people.
 
     Raises:
         MemoryShortage: on all ranks, where one has no memory for a snapshot.

@@ -134,7 +134,7 @@ class DirectReader:
         """Fill ``view`` (flat bytes) from ``offset`` on; returns the count, smaller at the end of the file.
 
         Args:
-            watch: told each piece that was filled, in order.
+            watch: called with each piece that was filled, in order.
 
         Raises:
             OSError: whatever the disk says.
@@ -228,7 +228,7 @@ def _new_block(size: int) -> mmap.mmap:
 
 
 def _is_resident(descriptor: int, offset: int, length: int) -> bool:
-    """Whether this range of a file, from a multiple of a page on, lies in the page cache; if nobody can tell: yes."""
+    """Whether this range of a file, from a multiple of a page on, lies in the page cache; true where unknown."""
     try:
         pages = mmap.mmap(descriptor, length, access=mmap.ACCESS_COPY, offset=offset)  # never touched
     except (OSError, ValueError):  # no memory can be mapped, or the file has become shorter

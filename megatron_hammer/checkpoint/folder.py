@@ -10,7 +10,7 @@
 
 A folder becomes a checkpoint by one rename after everything in it was fsynced (``base/files.py``). The newest
 checkpoint is found by looking at what is there; no file states it that could disagree. A run looks with
-``search``, which passes over what is damaged and says so; tools that are told a folder take ``open_checkpoint``.
+``search``, which passes over what is damaged and says so; tools that are given a folder use ``open_checkpoint``.
 
 Needs no torch.
 """
@@ -51,7 +51,7 @@ _LEFT_BEHIND = re.compile(rf"(?P<target>{STEP_NAME})\.(?P<kind>tmp|old)-\w+")
 DAMAGE = frozenset({3, 4, 6, 7, 8, 9, 10, 11, 15})
 
 Note = Callable[[str], None]
-"""Told what the user should know, one line at a time."""
+"""Called with each line that the user should read."""
 
 
 def step_name(step: int) -> str:
@@ -89,7 +89,7 @@ def kept_aside(run_or_folder: str | Path) -> list[Path]:
 
 
 def readable_checkpoints(run_or_folder: str | Path, note: Note = say) -> Iterator[Manifest]:
-    """Manifests of the committed checkpoints, newest first; what cannot be read is skipped and told to ``note``."""
+    """Manifests of the committed checkpoints, newest first; what cannot be read is skipped and reported to ``note``."""
     for path in reversed(find_checkpoints(run_or_folder)):
         try:
             yield read_manifest(path)

@@ -226,7 +226,7 @@ class TensorFileReader:
         """Fill ``buffer`` (flat bytes) with the tensor's bytes from its byte ``start`` on; nothing is compared.
 
         Args:
-            watch: told each piece that was filled, in order.
+            watch: called with each piece that was filled, in order.
         """
         entry, view = self.tensors[name], memoryview(buffer)
         assert start + view.nbytes <= entry.num_bytes, f"{name}: bytes {start} and {view.nbytes} of {entry.num_bytes}"

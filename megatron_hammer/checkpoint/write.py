@@ -9,7 +9,7 @@
 
 A failure in any phase (a full disk on one rank, say) is raised on all ranks, the staging folder goes, and the older
 checkpoints are untouched. What two ranks hold in common (norms, copies of key/value heads) is written by the one whose
-slice is ``owned``; vocabulary padding belongs to no slice and is written by nobody.
+slice is ``owned``; vocabulary padding belongs to no slice and is not written.
 
 A save in the background (``background.py``) does the same with a copy of the views that ``owned_views`` gives.
 
@@ -172,7 +172,7 @@ def save_checkpoint(
         config_tree: the resolved config (``config_to_tree``).
         state: JSON values, the same on all ranks.
         retention: what is kept beside this one.
-        note: told on rank 0 what was removed beyond the plan.
+        note: called on rank 0 with a line on what was removed beyond the plan.
         known: of this run, remembers from one save to the next which checkpoints can be read.
 
     Returns:

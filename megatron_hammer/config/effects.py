@@ -25,7 +25,7 @@ class Effect(enum.Enum):
 
     @property
     def must_be_accepted(self) -> bool:
-        """Whether a run that goes on with another value must be told so by ``--accept``."""
+        """Whether a run that resumes with another value needs ``--accept``."""
         return self in (Effect.MATHEMATICS, Effect.SAMPLES)
 
     @property

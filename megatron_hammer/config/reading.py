@@ -74,7 +74,7 @@ def load_config(path: str | Path, overrides: Overrides = (), note: Callable[[str
     Args:
         path: of the file, or the name of a preset (``preset_names``).
         overrides: ``group.field=value`` texts, or a mapping of ``group.field`` to plain values.
-        note: is told of settings that are of no use any more; on stderr, unless the caller has another place.
+        note: called with a line on each setting that has no effect any more; prints on stderr by default.
 
     Raises:
         ConfigError: missing or malformed file, unknown or misspelt key (the nearest is named), wrong type.

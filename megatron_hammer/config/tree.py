@@ -229,7 +229,7 @@ class Config:
 
     @property
     def described_model(self) -> ModelConfig:
-        """The model as those outside are told of it: with its longest context filled in."""
+        """The model as an export describes it: with its longest context filled in."""
         if self.model.max_position_embeddings is not None:
             return self.model
         return dataclasses.replace(self.model, max_position_embeddings=self.data.seq_length)

@@ -217,7 +217,7 @@ def file_identity(path: Path) -> dict[str, Any]:
 
 
 def check_unchanged(path: Path, identity: dict[str, Any]) -> None:
-    """Refuse a file that is not the one any more whose ``file_identity`` was taken: E349. A pipe is never refused."""
+    """Raise E349 where a file has changed since its ``file_identity`` was taken. A pipe is never refused."""
     if stat.S_ISREG(os.stat(path).st_mode) and file_identity(path) != identity:
         raise file_changed(path)
 

@@ -142,7 +142,7 @@ def count_text(
     """What the predicted tokens of the set stand for; None for a model without a tokenizer.
 
     Raises:
-        ConfigError: E233 a reference, and ids that nobody can turn into text.
+        ConfigError: E233 a reference, and ids that cannot be turned into text.
     """
     if named.is_text and num_targets(valid) == valid.dataset.num_tokens - 1:
         counts = np.zeros(3, np.int64)

@@ -60,7 +60,7 @@ class Subject:
     tokenizer: Tokenizer | None
     vocab_size: int
     longest: int | None
-    """Tokens of the longest context that the model is made for; None where nobody says."""
+    """Tokens of the longest context that the model is made for; None where it is not stated."""
     load: Callable[[ParallelContext, str | None], Model]
     """Loads the weights to the context's device, in this type or, for None, in their own."""
     seq_length: int = DataConfig.seq_length

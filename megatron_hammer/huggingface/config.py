@@ -145,7 +145,7 @@ def model_config_from_hf(
 
     Args:
         ignore: unknown keys that the user says do not change what the model computes.
-        note: told which keys were passed over.
+        note: called with a line on the keys that were passed over.
 
     Raises:
         CheckpointError: a feature that our model does not have, a missing or impossible value; ``where`` is named.

@@ -118,7 +118,7 @@ def extend_model(
         model: a Hugging Face folder, or a run, checkpoints or checkpoint folder of ours.
         output: does not exist, or is an empty folder.
         old_tokenizer: that of ``model``; None: the one in it.
-        note: told what the user should know beside the report.
+        note: called with a line that the user should read beside the report.
         ignore: unknown keys of ``config.json`` that do not change what the model computes.
 
     Returns:

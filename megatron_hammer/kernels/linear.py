@@ -9,8 +9,8 @@ The products are one object that a model is built with, ``Products``, with the f
 x, W and dy first become operands, each once for the two products it takes part in: ``input``, ``weight``, ``gradient``.
 Plain products take the tensors as they are, compute in their dtype, and are the reference; ``fp8.py`` has others.
 
-A layer is given each weight together with a ``Gradient``, which says where wgrad is summed: in the fp32 buffer of
-whoever updates the weight, straight from the matrix product, without a copy in another place or dtype. A GPU's product
+A layer is given each weight together with a ``Gradient``, which says where wgrad is summed: in an fp32 buffer of the
+optimizer's store, straight from the matrix product, without a copy in another place or dtype. A GPU's product
 does this in one pass, adding to fp32 from 16-bit inputs (``addmm`` with ``out_dtype``, in every torch that the
 package takes). A CPU's writes 16 bits, so there the product takes a block of rows at a time and is added in cache.
 """

@@ -30,7 +30,7 @@ GRADIENT = "weight gradient"
 OPTIMIZER = "optimizer, clipping"
 
 no_range: Range = nullcontext
-"""The range of whoever is not profiled."""
+"""The range where nothing is profiled."""
 
 
 def within(range_of: Range, name: str, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

@@ -8,7 +8,7 @@
 
 The model follows from the arguments that the checkpoint holds; a feature that ours lacks is refused by its name, and so
 is a tensor that the model has no place for. Padding rows of the vocabulary are cut off. The optimizer's state is left
-behind unless it is asked for (``resuming.py``); which format it has is said.
+behind unless it is asked for (``resuming.py``); a note says which format it has.
 """
 
 from __future__ import annotations

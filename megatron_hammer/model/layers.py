@@ -105,7 +105,7 @@ class RMSNorm(nn.Module):
 
 
 def column_parallel(x: Tensor, weight: Tensor, options: LayerOptions) -> Tensor:
-    """What ``ColumnParallelLinear`` computes, with a weight of somebody else: [s/t or s, b, h] -> [s, b, out/t]."""
+    """``ColumnParallelLinear`` with a weight that another module holds: [s/t or s, b, h] -> [s, b, out/t]."""
     products = options.operations.products
     return linear(x, weight, Division(None, products, "column", options.tp, options.sequence_parallel))
 

@@ -21,7 +21,7 @@ The residual sum that a norm returns beside its output is kept, for the next nor
 sum. full keeps the input of a layer and runs the layer again.
 
 Where layers are compiled (``kernels.compile=layers``), full is the same around the compiled layer, and selective is
-something that the compiler is told: keep what matrix products and sums over ranks give, make the rest again.
+an instruction to the compiler: keep what matrix products and sums over ranks give, make the rest again.
 
 Why selective exists twice: a compiler sees no hooks and no marks, so inside its graph only torch's selective checkpoint
 works. Outside of a graph that would do too, with the same loss after 8 steps, but it watches every single operation of

@@ -1,7 +1,7 @@
 """The memory of weights, or of gradients: for each bucket all of it, and this rank's shard.
 
 Whole buffers are there always, and a shard is a part of them. Where a rank keeps its shards only, a bucket has a buffer
-of its own that somebody opens to compute with all of it and closes again::
+of its own, which is opened to compute with all of it and closed again::
 
     whole    kept  [ bucket 0: shard, shard, ... | bucket 1: shard, shard, ... ]        a shard is a view
     shards   kept  [ my shard of bucket 0 | my shard of bucket 1 ]

@@ -2,7 +2,7 @@
 
 The loss is multiplied by a scale before backward, and the gradients are divided by it in the update. The scale halves
 after a step whose gradients overflow, which is not applied, and doubles after ``loss_scale_window`` good steps in a
-row. In other precisions it is 1 and stays so. All of it is device scalars: nobody waits for the device.
+row. In other precisions it is 1 and stays so. All of it is device scalars: the host never waits for the device.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ Result = TypeVar("Result")
 
 
 class Watch(Protocol):
-    """Somebody who is shown the gradients of a micro-batch before they are reduced (``train/corruption.py``)."""
+    """An observer that is shown the gradients of a micro-batch before they are reduced (``train/corruption.py``)."""
 
     @property
     def alone(self) -> bool:
@@ -207,7 +207,7 @@ class FlatStore:
                     self._start_gather(bucket)
 
     def release(self, part: str, last: bool = True) -> None:
-        """Say that a part has computed; last: nobody needs its weights again before they are acquired again."""
+        """Say that a part has computed; last: its weights are not needed again before they are acquired again."""
         if not self.weights_stay and (last or self.reshard):
             for bucket in self._buckets_of[part]:
                 self._close(bucket)

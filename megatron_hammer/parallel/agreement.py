@@ -85,14 +85,14 @@ class Fact:
 
 @dataclass
 class RoundReport:
-    """What one rank brings to a round before the start, and, after it, what it heard."""
+    """What one rank brings to a round before the start, and, after it, what rank 0 has sent."""
 
     facts: list[Fact] = field(default_factory=list)
     """Compared with those of rank 0."""
-    told: Any = None
+    sent: Any = None
     """A JSON value that rank 0 lets all ranks know."""
-    heard: Any = None
-    """What rank 0 told; there when the round is over."""
+    received: Any = None
+    """What rank 0 has sent, on all ranks; there when the round is over."""
 
 
 class BeforeStart:
@@ -125,13 +125,13 @@ class BeforeStart:
         if self._store is None:
             if error is not None:
                 raise error
-            report.heard = report.told
+            report.received = report.sent
             return
         with self._journal.waits(f"agreement on {name}"):
             verdict = self._exchange(self._store, name, report, error)
         if verdict["error"] is not None:
             raise from_fields(verdict["error"])
-        report.heard = verdict["told"]
+        report.received = verdict["sent"]
 
     def _exchange(self, store: Store, name: str, report: RoundReport, error: HammerError | None) -> dict[str, Any]:
         """Hand this rank's report in and return the verdict."""
@@ -139,7 +139,7 @@ class BeforeStart:
         mine = {
             "error": None if error is None else to_fields(error),
             "facts": [asdict(fact) for fact in report.facts],
-            "told": report.told,
+            "sent": report.sent,
         }
         store.set(f"{place}/{self.rank}", json.dumps(mine))
         if self.rank == 0:
@@ -157,7 +157,7 @@ def _verdict(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         found = (_difference(first, facts, rank) for rank, facts in enumerate(others, start=1))
         different = next((refusal for refusal in found if refusal is not None), None)
         error = None if different is None else to_fields(different)
-    return {"error": error, "told": reports[0]["told"]}
+    return {"error": error, "sent": reports[0]["sent"]}
 
 
 def _difference(ours: Mapping[str, Fact], theirs: Mapping[str, Fact], rank: int) -> RefusedError | None:

@@ -8,7 +8,7 @@ store once a second, and node 0 looks at those of the others::
     node k   reaches the store   or not: then node 0 is cut off from it, or it from node 0
 
 Both do so in a thread of its own on a connection of its own, because an operation on a dead connection may never come
-back; the thread that watches the ranks only reads what has been heard, and when.
+back; the thread that watches the ranks only reads when each node has last answered.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Surroundings:
 
     @property
     def journal(self) -> Journal | None:
-        """Where this rank notes what it does; None where nobody can read it."""
+        """Where this rank notes what it does; None where there is no reader."""
         return None if self._watchman is None else self._watchman.journal
 
     def lost(self) -> ParallelError | None:

@@ -100,7 +100,7 @@ def make_plan(config: Config, asked: Asked, said: Callable[[int], None] = lambda
     """Find all layouts of a config on the GPUs that were asked for.
 
     Args:
-        said: told of each family of layouts that was tried how many there are.
+        said: called for each family of layouts that was tried, with the number of families.
 
     Raises:
         ConfigError: a number or name that cannot be, or no layout that the settings allow.

@@ -16,7 +16,7 @@ starts with ``hammer/``. Every other event of a host thread takes the part of th
 
 An operation with a sequence number in forward made the autograd node of that number; the last such operation counts,
 as in torch's own links. A layer compiled as a whole shows only "Torch-Compiled Region": matrix products and attention
-are told by name in it, and the rest is one part.
+are recognised by name in it, and the rest is one part.
 
 Time on a CPU is the main thread's: each instant belongs to the innermost event, Python between the operations of a part
 to the part, instants outside all events to "gaps". Time on a GPU is the device's: a kernel has the part of the host

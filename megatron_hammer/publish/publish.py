@@ -159,7 +159,7 @@ def _folder_to_send(found: Publication) -> Iterator[Path]:
 
 
 def refuse_private(found: Publication, manifest: Manifest) -> None:
-    """Raise ``RefusedError`` E541 where the card, or another file that people read, says what is nobody's business."""
+    """Raise ``RefusedError`` E541 where the card, or another file that people read, contains something private."""
     words = private_words(manifest)
     texts = {CARD: found.card.encode()}
     for name in found.files:

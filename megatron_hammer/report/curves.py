@@ -89,7 +89,7 @@ class MetricsReader:
         """Read what has come since; all of it where the file has been replaced.
 
         Args:
-            advance: told of bytes that are read.
+            advance: called with the number of bytes that were read.
 
         Raises:
             OSError: it cannot be read.

@@ -70,7 +70,7 @@ class RunFacts:
     ledger: tuple[Rewind, ...] = ()
     generations: tuple[Generation, ...] = ()
     is_alive: bool | None = None
-    """Whether a process holds the run's lock; None where nobody can say."""
+    """Whether a process holds the run's lock; None where that is unknown."""
     written: datetime | None = None
     """When metrics.jsonl was last written to."""
     read_at: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -111,7 +111,7 @@ def gather(folder: Path, metrics: MetricsReader, advance: Callable[[int], None] 
 
     Args:
         metrics: of an earlier call, or of ``open_run``; what has come since is read.
-        advance: told of the bytes of metrics.jsonl that are read.
+        advance: called with the number of bytes of metrics.jsonl that were read.
 
     Raises:
         DataError: E380 metrics.jsonl cannot be read; E381 it holds no step.

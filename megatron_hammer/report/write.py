@@ -74,7 +74,7 @@ def write_report(
     Args:
         folders: of one run or two.
         refresh: seconds between two versions of the page, as long as one of the runs lives; None: one version.
-        told: called after each version.
+        told: called after each version that was written.
 
     Raises:
         DataError: E380, E381: a run has no metrics.

@@ -19,7 +19,7 @@ from megatron_hammer.dataset.format import path_of
 
 @dataclass(frozen=True)
 class AbsentSource:
-    """What stands in the place of an ``IndexedDataset`` that nobody reads any more."""
+    """What stands in the place of an ``IndexedDataset`` that is not read any more."""
 
     prefix: Path
     fingerprint: str
@@ -31,7 +31,7 @@ class AbsentSource:
         return np.array([self.num_tokens], np.int64)
 
     def refusal(self) -> DataError:
-        """The error for whoever wants a token of it."""
+        """The error where a token of it is asked for."""
         rule = "is not there, and a sample is asked for that reads it; the rest of the run does without"
         return DataError(30, str(path_of(self.prefix, ".bin")), rule, "bring it back to look at samples that are past")
 

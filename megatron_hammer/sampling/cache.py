@@ -10,7 +10,7 @@ A file is named and keyed by what its content follows from (fingerprint of the d
 goes stale: other data look for another file. It is accepted only if its key, its size and its checksum are right; a
 damaged one is built anew, with a note. The first process that misses a file builds it under a lock, writes it beside
 and renames it; the others wait, with a message and a limit. Where nothing can be written the index is built in memory,
-and that is said too.
+and a note says so.
 
 Memory: the token counts of an epoch are 8 bytes for 64 documents, and lengths are read from the map, so 10^9 documents
 take 125 MB. Megatron-LM's order needs its arrays whole while it builds them: 4 bytes a document and epoch, 12 a sample.

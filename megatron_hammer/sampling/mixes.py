@@ -23,7 +23,7 @@ class MixSource:
     weight: float
     """As the config has it: a share, tokens or passes, see ``DataConfig.weights``."""
     tokens_read: int | None
-    """By the run so far; None where nobody has counted."""
+    """By the run so far; None where that was not counted."""
     passes: float | None
     """How often it was read; None where the dataset is not on this machine."""
 

@@ -133,7 +133,7 @@ def run_ranks(
             nproc = agree_on_restart(
                 meeting.store, node, failure, able, lambda cause: _ranks_again(restarts, cause, node)
             )
-            again = restarts.told(nproc, node)
+            again = restarts.as_decided(nproc, node)
         failure = agree_with_other_nodes(meeting.store, node, failure, lost)
         others.stop()
         if again is not None:  # what follows is a wait for the others, as before the first start

@@ -42,7 +42,7 @@ class Restarts:
         self._last = this
         return replace(node, nproc=self._fewer(node)) if again else node
 
-    def told(self, nproc: int, node: Node) -> Node | None:
+    def as_decided(self, nproc: int, node: Node) -> Node | None:
         """The ranks to start as node 0 has decided, where this is another node."""
         if node.node_rank and nproc:
             self.done += 1

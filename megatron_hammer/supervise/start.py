@@ -174,7 +174,7 @@ def launch(
 
 
 def _leave_them(ended: Ended) -> NoReturn:
-    """End at once where a process is left that nobody can end, for which Python would wait; start nothing beside it."""
+    """Exit without waiting for a process that cannot be ended, as Python would; and start nothing beside it."""
     for line in ended.left:
         say(line)
     code = ended.code if ended.failure is None else report(ended.failure.error)

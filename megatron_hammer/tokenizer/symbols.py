@@ -11,7 +11,7 @@ from megatron_hammer.base.reading import read_regular
 from megatron_hammer.tokenizer.pieces import SPACE
 
 MAX_TEXT_BYTES = 2 * 2**20
-"""Of a list that somebody wrote: a hundred times the longest in use; its lines become strings."""
+"""Of a list of symbols: a hundred times the longest in use; its lines become strings."""
 CONTROL_PIECES = ("<unk>", "<s>", "</s>")
 """The control pieces of the tokenizers that are trained here, by id."""
 

@@ -48,6 +48,6 @@ def read_tokenizer_json(path: Path) -> Any:
 
 
 def check_largest_id(path: Path, largest: int) -> None:
-    """Refuse ids for which nobody has memory: E313."""
+    """Refuse ids that are too large for any memory: E313."""
     if not 0 <= largest < MAX_IDS:
         raise DataError(13, f"{path}: id {largest}", f"must be below {MAX_IDS:,}", "fetch the tokenizer again")

@@ -118,8 +118,8 @@ class Beginning:
         rank, ranks, again = self._ranks.rank, self._ranks, self._turn()
         with ranks.round(f"search{again}") as mine:
             start = find_start(self._inputs.config, self._accepted, self._damage) if rank == 0 else Start()
-            mine.told = name_start(start, self._inputs.config)
-        names = mine.heard
+            mine.sent = name_start(start, self._inputs.config)
+        names = mine.received
         with ExitStack() as probing:
             with ranks.round(f"checkpoint{again}") as mine:
                 start = start if rank == 0 else open_start(names, self._inputs.config, rank)
@@ -130,11 +130,11 @@ class Beginning:
                         self._take_output(is_new=True)
                     if self._read_only is not None:
                         raise self._read_only
-                    mine.told = probing.enter_context(probe_file(self._folder))
+                    mine.sent = probing.enter_context(probe_file(self._folder))
             if not prepared.is_finished:
                 with ranks.round(f"folder{again}"):
                     if rank:
-                        look_for_probe(self._folder, mine.heard, rank)
+                        look_for_probe(self._folder, mine.received, rank)
         notes, self._cleaned = prepared.notes + self._cleaned + _damage_lines(prepared), []
         return dataclasses.replace(prepared, notes=notes)
 
@@ -189,7 +189,7 @@ def begin(
     """Build the run and load its state; from an older checkpoint where the newest turns out to be damaged.
 
     Args:
-        announce: told what the run goes on from instead.
+        announce: called with a line on what the run goes on from instead.
         prediction: as ``Run`` takes it.
         when_finished: build one that has reached its end, too, for who looks at it.
 

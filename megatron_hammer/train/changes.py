@@ -52,7 +52,7 @@ class Change:
 
 
 def check_names(accepted: Iterable[str]) -> None:
-    """Refuse what ``--accept`` cannot name; the nearest name is told.
+    """Refuse what ``--accept`` cannot name; the error names the nearest one.
 
     Raises:
         ConfigError: no setting, or one that no checkpoint can go on without.

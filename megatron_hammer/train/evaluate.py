@@ -38,7 +38,7 @@ class ValidResult:
     loss: float
     perplexity: float
     bits_per_byte: float | None
-    """None without a tokenizer: then nobody knows the bytes."""
+    """None without a tokenizer: then the bytes are unknown."""
     bits_per_character: float | None
 
     def metrics(self, name: str) -> dict[str, float | None]:
@@ -66,7 +66,7 @@ def evaluate(
     Args:
         sizes: of the text that each id stands for (``source_sums.Sources``); None without a tokenizer.
         stop: asked now and then; communicates over the world.
-        advance: told of micro-batches that this rank has computed.
+        advance: called with the number of micro-batches that this rank has computed.
 
     Raises:
         CutShort: on all ranks alike, after a stop signal.

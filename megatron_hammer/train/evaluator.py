@@ -49,7 +49,7 @@ class Evaluator:
         config: of a run with ``train.evaluator``.
         start: the checkpoint that the run goes on from; None for a new one.
         report: gets each result: a line of the file.
-        warn: told what went wrong.
+        warn: called with a line on what went wrong.
     """
 
     def __init__(

@@ -154,7 +154,7 @@ def search(
         memory_gib: of a GPU.
         precisions: those to try; none: the config's.
         headroom: share of the memory that is left to libraries and holes.
-        said: told, once for each family of layouts that differ in their micro-batch alone, how many there are.
+        said: called once for each family of layouts that differ in their micro-batch alone, with their number.
     """
     limit = round(memory_gib * GIB * (1 - headroom))
     fitting, too_large, rejected = list[PlannedLayout](), list[PlannedLayout](), list[Rejected]()

@@ -114,7 +114,7 @@ class Run:
         self.state = load_state(prepared, self.optimizer, ctx)
         self.reporter: Reporter | None = None
         self.heard: Callable[[Mapping[str, Any]], None] = lambda line: None
-        """Told each line of metrics.jsonl, on rank 0; to be set before ``reporting`` is entered."""
+        """Called with each line of metrics.jsonl, on rank 0; to be set before ``reporting`` is entered."""
         self.newest = None if resume is None else resume.folder
         """The newest checkpoint of this run; known to rank 0."""
         self.evaluator: Evaluator | None = None

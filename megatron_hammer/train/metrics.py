@@ -114,7 +114,7 @@ class Reporter:
             first_step: the last that is done.
             peak: TFLOP/s of a device; None where it is not known.
             memory: asked at each step for the most bytes that this process has had.
-            heard: told each line that is written, whose numbers may be infinite or NaN, where the file has null.
+            heard: called with each line that is written, whose numbers may be infinite or NaN, where the file has null.
         """
         self.config, self.flops, self.devices, self.heard = config, flops, devices, heard
         self.peak = None if peak is None else peak * 1e12 * devices

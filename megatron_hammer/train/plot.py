@@ -42,7 +42,7 @@ class Curves:
     sources: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
     """Name of a data source -> the steps that it gave something to, and its losses."""
     tokens: int = 0
-    """Trained on up to the last of the steps; 0 where nobody says."""
+    """Trained on up to the last of the steps; 0 where it is not stated."""
     read: dict[str, int] = field(default_factory=dict)
     """Name of a data source -> tokens read of it up to the last of these steps."""
 

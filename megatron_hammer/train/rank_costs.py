@@ -5,7 +5,7 @@ forecast before a run takes its numbers from here. Legend: L layers, n micro-bat
 s sequence, b micro-batch, h hidden, g query groups of d of a rank, e bytes of an element of the model's dtype. Under
 context parallelism s is a rank's share of the sequence, but for cp itself.
 
-Collectives of a step, with the bytes of the whole tensor [s, b, h] where nothing else is said::
+Collectives of a step, with the bytes of the whole tensor [s, b, h] unless stated otherwise::
 
     tp   sequence parallel   a layer: all-gather 2 forward, 4 backward (two of them the kept inputs of wgrad again),
                                       reduce-scatter 2 forward, 2 backward

@@ -49,7 +49,7 @@ class BadStep:
     finding: Finding
     first_sample: int
     """Of its global batch: the number in the run."""
-    told: str
+    text: str
     """Step, loss, norm and what is wrong with them, for people."""
 
 
@@ -62,11 +62,11 @@ def go_back(
         NonFiniteError: on all ranks, E905: it has gone back to this checkpoint too often.
         HammerError: on all ranks: the ledger cannot be written, or a rank cannot go on from there.
     """
-    told = None
+    names = None
     with all_or_none(ctx, "recording a rewind"):
         if ctx.world.rank == 0:
-            told = _record(bad, prepared, data, say)
-    names = gather_values(ctx, told)[0]
+            names = _record(bad, prepared, data, say)
+    names = gather_values(ctx, names)[0]
     assert prepared.inputs is not None
     accepted = [name for name in prepared.accepted if name != FRESH]  # which was for the folder as the start found it
     with all_or_none(ctx, "going on after a rewind"):
@@ -92,7 +92,7 @@ def _record(bad: BadStep, prepared: Prepared, data: TrainData, say: Callable[[st
     where = "the beginning" if target is None else str(target.folder)
     ranges = ", ".join(f"[{start}, {end})" for start, end in rewind.skipped)
     say(
-        f"{bad.told}: rewind {rewind.number}, back to {where}; samples {ranges} of the order are left out "
+        f"{bad.text}: rewind {rewind.number}, back to {where}; samples {ranges} of the order are left out "
         f"({output / LEDGER})"
     )
     if kept is not None:
@@ -123,8 +123,8 @@ def _refuse_another(bad: BadStep, back_to: int, done: Ledger, most: int) -> None
     if times >= most:
         raise NonFiniteError(
             5,
-            bad.told,
-            f"is bad again after {times} rewinds to step {back_to} (train.max_rewinds={most})",
+            bad.text,
+            f"once more, after {times} rewinds to step {back_to} (train.max_rewinds={most})",
             "see OUT/incidents; lower optimizer.lr, or raise train.rewind_skip_steps_after and train.max_rewinds",
         )
 

@@ -40,10 +40,10 @@ class Saver:
 
     Args:
         output: on rank 0 of a run that holds its folder's lock, that folder.
-        say: told on rank 0 what has been saved.
-        note: told on rank 0 what went wrong, or took long.
+        say: called on rank 0 with a line on each save.
+        note: called on rank 0 with a line on what went wrong, or took long.
         sync: on rank 0, makes durable what must be on the disk before a checkpoint is committed.
-        committed: on rank 0, told the folder of each checkpoint that is there now.
+        committed: called on rank 0 with the folder of each new checkpoint.
     """
 
     def __init__(

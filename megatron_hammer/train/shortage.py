@@ -73,7 +73,7 @@ def memory_of(device: torch.device) -> int:
 def shortage(
     error: BaseException, config: Config, world_size: int, rank: int, name: str, size: int | None
 ) -> MemoryShortage:
-    """The same for a device of this name that has ``size`` bytes; None: nobody knows."""
+    """The same for a device of this name that has ``size`` bytes; None: unknown."""
     whose, needed, parts, remedy = _needs(config, world_size, name, size)
     of = "" if size is None else f" of {size / GIB:.1f}"
     text = " ".join(str(error).split()) or type(error).__name__

@@ -24,7 +24,7 @@ class Training:
     """One process's part of a run, through any number of beginnings. A context manager: within it the run has outputs.
 
     Args:
-        heard: told each line of metrics.jsonl, on rank 0.
+        heard: called with each line of metrics.jsonl, on rank 0.
     """
 
     def __init__(

@@ -66,7 +66,7 @@ def examine(config: Config | None, world_size: int, note: Callable[[str], None])
     Args:
         config: of the run; None: only the machine and the environment are looked at.
         world_size: ranks of the run.
-        note: told what is being done where it may take long.
+        note: called with a line on what is being done, where it may take long.
     """
     for group, name, check in _checks(config, world_size, note):
         try:

@@ -85,9 +85,9 @@ def test_all_hear_what_rank_0_tells() -> None:
         heard = []
         for name in ("first", "second"):
             with ranks.round(name) as mine:
-                mine.told = {name: ranks.rank}
+                mine.sent = {name: ranks.rank}
                 mine.facts = [Fact("seed", "train.seed is", "5", "use one")]
-            heard.append(mine.heard)
+            heard.append(mine.received)
         return heard
 
     assert start_together(3, work) == [[{"first": 0}, {"second": 0}]] * 3
@@ -144,7 +144,7 @@ def test_a_fact_that_one_rank_lacks(lacking: int) -> None:
 def test_a_single_process_agrees_with_itself() -> None:
     ranks = BeforeStart(None, 0, 1)
     with ranks.round("inputs") as mine:
-        mine.told = "a"
-    assert mine.heard == "a"
+        mine.sent = "a"
+    assert mine.received == "a"
     with pytest.raises(DataError), ranks.round("more"):
         raise ERRORS[2]

@@ -182,7 +182,7 @@ def test_a_run_without_a_checkpoint_begins_anew_and_spikes_that_go_on_end_it(
     with bad_samples(tuple(range(64, 200))), pytest.raises(NonFiniteError) as caught:
         train_here(0, overrides(data, tmp_path / "stop", *more))
     assert (caught.value.code, caught.value.exit_code) == ("E905", 9)
-    assert "is bad again after 2 rewinds to step 0" in str(caught.value)
+    assert "once more, after 2 rewinds to step 0" in str(caught.value)
     found = read_ledger(tmp_path / "stop" / LEDGER) or ()
     assert [one.skipped for one in found] == [((56, 72),), ((48, 56), (72, 80))]
     assert len(list((tmp_path / "stop" / "incidents").glob("*.json"))) == 3, "each is kept"

@@ -10,8 +10,8 @@
 
 NAME is a hash of all that decides the bytes: the file with its size and time of change, the place in it, the options,
 the tokenizer, our version. A part gets its name by one rename when it is whole, and the headers of its datasets repeat
-what was hashed. So a part that has the right name and opens is done, whoever made it, and another run's parts are never
-taken.
+what was hashed. So a part that has the right name and opens is done, whichever process made it, and another run's parts
+are never taken.
 
 When a node is given up, its worker may still write while the task is repeated on another node. So each attempt has a
 folder of its own, and the first that is done gives the name. Nothing in this module knows Ray.

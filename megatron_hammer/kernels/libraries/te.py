@@ -6,7 +6,7 @@ before any rank starts, and shows the library's own message: its import fails wi
 FileNotFoundError as readily as with ImportError.
 
 Written against the Python sources of ``transformer-engine`` 2.20.2. ``USED`` states every name and argument that we
-use. At start it is held against the installed version, and in ``tests/model/test_te_contract.py`` against those
+use. At start it is compared with the installed version, and in ``tests/model/test_te_contract.py`` against those
 sources. Imports neither torch nor Transformer Engine until it is asked something.
 """
 
