@@ -94,8 +94,8 @@ def main() -> None:
         return
     say(model.start_words)
     found = continue_texts(model, prompts, sampling, args.batch_size)
-    with Activity("continuing"):
-        for number, one in enumerate(track(found, "prompts", len(prompts), "prompts"), start=1):
+    with Activity("continuing the prompts"):
+        for number, one in enumerate(track(found, "continued", len(prompts), "prompts"), start=1):
             if args.json:
                 print_json(one.to_tree())
             else:

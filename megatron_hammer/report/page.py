@@ -154,10 +154,11 @@ def _cards(run: RunFacts, say: Say) -> list[tuple[str, str, bool]]:
     }[run.is_alive]
     memory, mfu, tokens = (metrics.last.get(key) for key in ("memory_bytes", "mfu", "consumed_tokens"))
     happened = len(run.incidents) + run.incidents_left_out
+    meant = min(MEAN_STEPS, len(metrics.values("loss")[1]))
     return [
         (say("state", "状态"), state, state == say("not running", "未在运行")),
         (say("step", "步"), f"{step:,}" + (f" / {planned:,}{share}" if planned else ""), False),
-        (say(f"loss, mean of {MEAN_STEPS} steps", f"损失，{MEAN_STEPS} 步均值"), _figure(loss, ".4f"), False),
+        (say(f"loss, mean of {meant} steps", f"损失，{meant} 步均值"), _figure(loss, ".4f"), False),
         (say("tokens", "token 数"), _figure(tokens, ",.0f"), False),
         (say("tokens/s", "tokens/s"), _figure(rate, ",.0f"), False),
         ("MFU", _figure(mfu, ".1%"), False),

@@ -23,6 +23,7 @@ from megatron_hammer.train.rank_peak import rank_peak
 from megatron_hammer.train.rank_speed import Machine, step_time
 
 WARM_UP_STEPS = 3
+MIB = 2**20
 MEASURED_STEPS = 7  # after these: a line at step 10 of a process
 
 
@@ -62,9 +63,11 @@ class Prediction:
     @property
     def predicted(self) -> str:
         """The first half, before a step is taken."""
-        shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts.items() if size)
+        total = sum(self.parts.values())
+        unit, name, digits = (GIB, "GiB", 2) if total >= GIB else (MIB, "MiB", 1)
+        shown = ", ".join(f"{part} {size / unit:.{digits}f}" for part, size in self.parts.items() if size)
         speed = "no rate is known for this device" if self.speed is None else f"{self.speed:,.0f} tokens/s"
-        return f"predicted: {sum(self.parts.values()) / GIB:.2f} GiB on rank 0 ({shown}); {speed}"
+        return f"predicted: {total / unit:.{digits}f} {name} on rank 0 ({shown}); {speed}"
 
     def step(self, tokens: int, seconds: float) -> str | None:
         """Account for a step; the line when there have been enough of them, and once."""
@@ -74,13 +77,12 @@ class Prediction:
         if self._steps != WARM_UP_STEPS + MEASURED_STEPS:
             return None
         predicted, measured = sum(self.parts.values()) / GIB, peak_bytes(self.device) / GIB
-        what = "allocated" if self.device.type == "cuda" else "resident, libraries included"
         rate = self._tokens / self._seconds
         beside = "" if self.speed is None else f", predicted {self.speed:,.0f} ({rate / self.speed - 1:+.0%})"
-        return (
-            f"after {self._steps} steps: at most {measured:.2f} GiB of rank 0 {what}, predicted {predicted:.2f} "
-            f"({measured / predicted - 1:+.0%}); {rate:,.0f} tokens/s{beside}"
-        )
+        what = f"allocated, predicted {predicted:.2f} ({measured / predicted - 1:+.0%})"
+        if self.device.type != "cuda":  # Python and torch, some 0.3 GiB, are no share of what is predicted
+            what = f"resident, of which {predicted:.2f} are predicted and the libraries take the most of the rest"
+        return f"after {self._steps} steps: at most {measured:.2f} GiB of rank 0 {what}; {rate:,.0f} tokens/s{beside}"
 
 
 def peak_bytes(device: torch.device) -> int:

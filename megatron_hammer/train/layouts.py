@@ -275,7 +275,9 @@ def refusal(config: Config, world_size: int) -> str | None:
     return None
 
 
-def _place(layout: PlannedLayout) -> tuple[float, int, int]:
-    """The fastest first; of layouts that are as fast, the one with fewer axes and stages, then the smaller."""
+def _place(layout: PlannedLayout) -> tuple[float, int, int, int]:
+    """The fastest first; of those that are as fast, as what they send is hidden, the one with fewer axes and stages,
+    then the one that divides, and so sends, less, then the smaller."""
     tp, pp, cp, _ = layout.sizes
-    return -round(layout.time.tokens_per_second, 1), tp * pp * layout.stages * cp, layout.bytes
+    divided = SHARDS.index(layout.config.parallel.shard)
+    return -round(layout.time.tokens_per_second, 1), tp * pp * layout.stages * cp, divided, layout.bytes

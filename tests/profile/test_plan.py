@@ -144,6 +144,7 @@ def test_published_runs_are_met() -> None:
     config = load_config(CONFIGS / "hammerllm_1b4.yaml", overrides)
     plan = make_plan(config, Asked(1, "a100"))
     assert 16_000 < plan.found.fitting[0].time.tokens_per_second < 25_000
+    assert make_plan(config, Asked(2, "a100")).found.ranked[0].config.parallel.shard == "optimizer", "as docs/layout.md"
 
 
 def program() -> Any:

@@ -40,8 +40,10 @@ def test_on_a_cpu_no_speed_is_claimed() -> None:
     prediction = Prediction(config, world, CPU, "cpu")
     assert prediction.speed is None and "no rate is known" in prediction.predicted
     said = [prediction.step(1000, 100.0) for _ in range(10)]
-    assert "resident, libraries included" in str(said[-1]) and str(said[-1]).endswith("10 tokens/s")
-    assert f"predicted {sum(prediction.parts.values()) / GIB:.2f}" in str(said[-1])
+    assert str(said[-1]).endswith("10 tokens/s")
+    assert f"resident, of which {sum(prediction.parts.values()) / GIB:.2f} are predicted" in str(said[-1])
+    prediction.parts = {"weights": 5 * 2**20, "optimizer": 2**20 // 2}
+    assert prediction.predicted.startswith("predicted: 5.5 MiB on rank 0 (weights 5.0, optimizer 0.5)")
 
 
 def test_a_formula_that_fails_is_a_line_and_no_failure() -> None:
