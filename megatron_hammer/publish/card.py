@@ -225,7 +225,7 @@ def _limits(wishes: Wishes, say: Say) -> str:
     text = say(
         "It continues text and was not taught to follow instructions; it may state what is false, and repeats what its "
         "data say. Fine-tune and evaluate it for your purpose before you rely on it.",
-        "它只会续写文本，没有经过指令微调；可能说出不实的内容，也会重复数据中的偏见。用于实际场景之前，请先微调并评测。",
+        "它只会续写文本，没有经过指令微调；可能说出不实的内容，也会重复数据中的偏见。用于实际场景之前，请先微调并评估。",
     )
     if wishes.license is None:
         text += say("\n\nNo licence was stated.", "\n\n未声明许可证。")

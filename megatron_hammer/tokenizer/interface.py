@@ -1,6 +1,6 @@
-"""What a tokenizer can do, whichever kind of file it was read from: the base class of the two backends.
+"""What a tokenizer can do, whichever kind of file it was read from: the base class of all backends.
 
-What holds for both kinds:
+What holds for every kind:
 
 - ``encode`` never adds an id that the text does not call for, and text cannot inject a control id: a document that
   spells ``</s>`` gets ordinary pieces. The one exception is a property of some Hugging Face files and sentencepiece
