@@ -124,7 +124,8 @@ class _Seen:
         """Weights before the first step."""
         if wrong := self.wrong([INITIAL + "weight"]):
             which = self._where(wrong, "weights before the first step") or ["weights before the first step are wrong"]
-            return [*which, *(self._moved(wrong) or ["initialisation: they are not what train.seed gives"])]
+            unknown = ["initialisation: they are not what train.seed gives"]
+            return [*which, *(self._moved(wrong) or self._swapped(wrong) or unknown)]
         if wrong := self.wrong([INITIAL + "model"]):
             which = self._where(wrong, "the model's weights before the first step")
             gathered = "shards are right before the first step, and what is gathered of them is not"

@@ -148,7 +148,13 @@ def _branch_lost() -> Any:
         if self.placement.has_head:
             return real(self, *a, **k)
         *_, last = self.layers.values()
-        with patch(last.mlp, "forward", lambda x, real=last.mlp.forward: real(x) * 0):
+        real_layer = last.forward
+
+        def layer(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            x, branch = real_layer(*inputs)
+            return x, branch * 0
+
+        with patch(last, "forward", layer):
             return real(self, *a, **k)
 
     return patch(llama.Stage, "hidden", hidden)
