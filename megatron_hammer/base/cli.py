@@ -14,6 +14,7 @@ import json
 import os
 import re
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import PurePath
@@ -220,6 +221,7 @@ def run(main: Callable[[], int | None], output: Output = Output.REPORT) -> NoRet
     """
     guard_streams(output)
     raise_open_files_limit()
+    hear_of_children()
     code = end_of(main)
     lost = flush_streams()
     if lost is not None and code == 0:
@@ -252,6 +254,15 @@ def print_json(value: Any) -> None:
     """One JSON document a line on standard output; ASCII only where that is not UTF-8: every reader can take it."""
     unicode = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
     print(json.dumps(value, ensure_ascii=not unicode), flush=True)
+
+
+def hear_of_children() -> None:
+    """Have the system keep for us how children end, although whoever started this program ignores SIGCHLD.
+
+    Else a launcher waits for its ranks for ever, and a child that failed looks like one that did not.
+    """
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def raise_open_files_limit() -> None:

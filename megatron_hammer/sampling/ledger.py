@@ -18,8 +18,10 @@ Every checkpoint holds the lines of its run so far. Needs no torch.
 from __future__ import annotations
 
 import bisect
+import errno
 import itertools
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,12 +132,15 @@ def read_ledger(path: Path) -> Ledger | None:
 
     Raises:
         CheckpointError: E436: it is no ledger.
+        OSError: nothing can have the path (names that are too long, links in a circle).
     """
     try:
         content = read_regular(path, MAX_LEDGER_BYTES, follow=False)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) and not os.path.lexists(path):
+            raise
         rule, remedy = f"cannot be read as a ledger ({error.strerror})", "put the file itself there"
         raise CheckpointError(36, str(path), rule, remedy) from None
     return ledger_from_trees(map(_parsed, content.split(b"\n")[:-1]), str(path))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import traceback
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from megatron_hammer.base.signals import end_at_once
@@ -38,10 +39,7 @@ def main() -> int:
 
     arguments = build_parser().parse_intermixed_args()
     keep_torch_quiet()
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
-    )
+    rank, local_rank, world_size = _place_of_torchrun(os.environ)
     config = load_config(arguments.config, arguments.overrides, note=say if rank == 0 else None)
     from megatron_hammer.train.run import run_rank
 
@@ -64,6 +62,31 @@ def main() -> int:
         code = report(known)
     nodes.leave()
     leave(code)
+
+
+def _place_of_torchrun(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """Rank, local rank and number of ranks, as torchrun's variables say; without them the only one.
+
+    Raises:
+        ConfigError: E240: they are left over from something else.
+    """
+    from megatron_hammer.base.errors import ConfigError
+
+    remedy = "start with torchrun, srun or python -m megatron_hammer.launch; or unset RANK, LOCAL_RANK and WORLD_SIZE"
+    numbers = []
+    for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        text = environment.get(name, default)
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            raise ConfigError(40, f"environment variable {name}={text[:40]!r}", "must be a number", remedy)
+        numbers.append(int(text))
+    rank, local_rank, world_size = numbers
+    if rank >= world_size:
+        what = f"environment variables RANK={rank}, WORLD_SIZE={world_size}"
+        raise ConfigError(40, what, "must name one of the ranks, counted from 0", remedy)
+    for name in ("MASTER_ADDR", "MASTER_PORT") if world_size > 1 else ():
+        if name not in environment:
+            raise ConfigError(40, f"environment variable {name}", f"is missing beside WORLD_SIZE={world_size}", remedy)
+    return rank, local_rank, world_size
 
 
 def _main() -> None:

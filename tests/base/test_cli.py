@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,3 +144,9 @@ def test_one_of_several_options_and_commands_that_are_none() -> None:
         with pytest.raises(ConfigError, match="E201") as caught:
             program.parse_args(arguments)
         assert words in str(caught.value), arguments
+
+
+def test_children_are_heard_of_although_sigchld_is_ignored() -> None:
+    """As whoever starts the program may ignore it; else a child that failed has ended with 0."""
+    program = "import subprocess as s; from megatron_hammer.base.cli import run; run(lambda: s.call(['false']))"
+    assert subprocess.run(["sh", "-c", 'trap "" CHLD; exec "$0" -c "$1"', sys.executable, program]).returncode == 1

@@ -513,6 +513,20 @@ MEASURES = (
         "supervise/test_start.py::test_everything_listens_on_loopback_only",
     ),
     Measure(
+        "ends of children are heard of",
+        "base/cli.py",
+        "    hear_of_children()\n",
+        "",
+        "base/test_cli.py::test_children_are_heard_of_although_sigchld_is_ignored",
+    ),
+    Measure(
+        "a run that stood still does not hang",
+        "parallel/observe.py",
+        "        if self._has_slept():\n            return []\n",
+        "",
+        "parallel/test_observe.py::test_a_run_that_stood_still_as_a_whole_does_not_hang",
+    ),
+    Measure(
         "a stop signal while ranks start",
         "supervise/attempt.py",
         "            forward_signal(ranks, number)\n",

@@ -6,6 +6,7 @@ Each rank is a thread with a config of its own, as two nodes have paths of their
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -14,13 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.base.errors import ConfigError, from_exception
 from megatron_hammer.checkpoint.folder import newest_checkpoint
 from megatron_hammer.config import describe_fields
 from megatron_hammer.parallel.agreement import BeforeStart
 from megatron_hammer.train import start
+from megatron_hammer.train.__main__ import _place_of_torchrun
 from megatron_hammer.train.begin import Beginning
-from megatron_hammer.train.prepare import Prepared, prepare
+from megatron_hammer.train.prepare import Prepared, find_start, prepare
 from tests.parallel.test_agreement import start_together
 from tests.train.runs import begin_run, config_for, overrides, train_here
 from tests.train.test_changes import rewrite
@@ -200,3 +202,33 @@ def test_the_launcher_of_another_node_judges_nothing_by_its_own_listing(shared: 
     with pytest.raises(ConfigError, match="must end with a step"):
         prepare(config, 2)
     assert prepare(config, 2, first_node=False).config.phases[1].first == 20
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc' must be a number"),
+        ({"RANK": "-1"}, "RANK='-1' must be a number"),
+        ({"LOCAL_RANK": "9" * 5000}, "must be a number"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2, WORLD_SIZE=2 must name one of the ranks"),
+        ({"WORLD_SIZE": "2"}, "MASTER_ADDR is missing beside WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "x"}, "MASTER_PORT is missing"),
+    ],
+)
+def test_variables_of_torchrun_that_something_else_has_left(environment: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)) as error:
+        _place_of_torchrun(environment)
+    assert error.value.code == "E240" and len(str(error.value)) < 300
+    assert _place_of_torchrun({}) == (0, 0, 1)
+    there = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    assert _place_of_torchrun(there) == (3, 1, 4)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "loop/run"])
+def test_a_path_that_nothing_can_have_is_no_damaged_ledger(tmp_path: Path, name: str) -> None:
+    """It was: code 4, of a checkpoint, where the disk's is meant."""
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match=r"too long|symbolic links") as error:
+        find_start(config_for(overrides(tmp_path, tmp_path / name)))
+    known = from_exception(error.value, "the test")
+    assert known is not None and known.exit_code == 6
