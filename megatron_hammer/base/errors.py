@@ -24,7 +24,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_hammer.base import system
-from megatron_hammer.base.writing import FULL, WriteFailed
 
 EXIT_STOPPED_BY_SIGNAL = 75
 OF_A_WHEEL = os.path.isdir(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools"))
@@ -87,6 +86,18 @@ class UnfitFile(OSError):
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system answers where a file cannot grow."""
+
+
+class WriteFailed(OSError):
+    """An error of writing that names its file, and the bytes that it was to have (``files.writing``)."""
+
+    def __init__(self, error: OSError, path: str | os.PathLike[str], needed: int) -> None:
+        super().__init__(error.errno, error.strerror or str(error), os.fspath(path))
+        self.needed = needed
 
 
 class ConfigError(HammerError):

@@ -1,12 +1,15 @@
 """Writing files so that a crash never leaves half a file under its final name, and the checksums of files.
 
 A file is written under a temporary name beside its final one, and renamed when it is complete and its content is on the
-disk (``publish``; ``replace_file`` for short content). ``open_alone`` keeps two processes from writing the same
+disk (``publish``; ``replace_file`` for short content). ``locks.open_alone`` keeps two processes from writing the same
 temporary file. A folder is made in the same way (``staged_folder``), under one of these names::
 
     NAME.tmp-5f0c...   being written, or left by a program that crashed
     NAME.old-91ab...   what was there before, set aside while it is replaced; counts if there is no NAME
     NAME.aside-77d0... what was in the way, or damaged: kept for people to look at, read by no program
+
+The system's own error names no file where an open file cannot grow. Files that ``open_new`` and ``open_existing`` open
+add their name to such an error; ``writing`` adds it for a block of code that writes in another way.
 
 Linux; no torch.
 """
@@ -14,29 +17,120 @@ Linux; no torch.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import xxhash
 
-from megatron_hammer.base.locks import take_lock
+from megatron_hammer.base.errors import FULL, WriteFailed
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.reading import open_descriptor, open_regular
 from megatron_hammer.base.system import sync
-from megatron_hammer.base.writing import writing
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 BUFFER_BYTES = 2**20  # read at once while hashing
 
 
 class StaleState(Exception):
     """What an interrupted run left is gone, or another run's: its work cannot be gone on with."""
+
+
+# ---- errors that name the file ----
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str], needed: int) -> Iterator[None]:
+    """While so many bytes are written to a file, a full disk, or an error without a name, becomes ``WriteFailed``."""
+    try:
+        yield
+    except WriteFailed:
+        raise
+    except OSError as error:
+        if error.errno in FULL or error.filename is None:
+            raise WriteFailed(error, path, needed) from error
+        raise
+
+
+class _NamedFile(io.FileIO):
+    """A file whose errors of writing say its path, and how large it was to become."""
+
+    def __init__(self, path: str | os.PathLike[str], mode: str, descriptor: int | None) -> None:
+        super().__init__(path if descriptor is None else descriptor, mode)
+        self._path = path
+
+    def write(self, content: ReadableBuffer, /) -> int:
+        """As of any file, if the system takes it."""
+        try:
+            return super().write(content)
+        except OSError as error:
+            raise WriteFailed(error, self._path, self.tell() + memoryview(content).nbytes) from error
+
+
+def open_new(path: str | os.PathLike[str], buffering: int = io.DEFAULT_BUFFER_SIZE) -> IO[bytes]:
+    """A new file, or one that is emptied, to be written and read."""
+    return io.BufferedRandom(_NamedFile(path, "w+", None), buffering)
+
+
+def open_existing(path: str | os.PathLike[str], descriptor: int | None = None) -> IO[bytes]:
+    """A file that is there, to be written and read from its start.
+
+    Args:
+        descriptor: of that file, where it is open already; closed with what is returned.
+    """
+    return io.BufferedRandom(_NamedFile(path, "r+", descriptor))
+
+
+def make_durable(file: IO[bytes], name: str | os.PathLike[str]) -> None:
+    """Have all that was written to an open file on the disk.
+
+    Args:
+        name: of the file, for errors: a disk over a network may be full only now.
+    """
+    file.flush()
+    with writing(name, os.fstat(file.fileno()).st_size):
+        sync(file.fileno())
+
+
+class _Closes(Protocol):
+    def close(self) -> object: ...
+
+
+def close_after(file: _Closes, error: BaseException | None) -> None:
+    """Close a file at the end of a ``with`` block: what cannot be written any more does not hide why the block failed.
+
+    Args:
+        error: why; None where it has not failed.
+    """
+    with suppress(OSError) if error is not None else nullcontext():
+        file.close()
+
+
+@contextmanager
+def nameless_file(folder: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A temporary file without a name on the file system of a folder: it is gone when it is closed."""
+    descriptor, path = tempfile.mkstemp(dir=folder)
+    os.unlink(path)
+    file = open_existing(path, descriptor)
+    try:
+        yield file
+    except BaseException as error:
+        close_after(file, error)
+        raise
+    file.close()
+
+
+# ---- durable, whole or not at all ----
 
 
 def sync_folder(path: Path) -> None:
@@ -209,17 +303,7 @@ def copy_folder(source: Path, target: Path) -> None:
         sync_folder(folder)
 
 
-def open_alone(path: Path) -> int | None:
-    """Open a temporary file that only one process may write; what a killed one left in it is still there.
-
-    Returns:
-        a descriptor, whose closing gives up the lock; None where another process writes the file.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    if take_lock(descriptor, path) and path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-        return descriptor
-    os.close(descriptor)  # locked, or renamed to its final name between opening and locking
-    return None
+# ---- content ----
 
 
 def dump_json(value: Any) -> bytes:

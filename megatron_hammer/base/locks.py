@@ -3,7 +3,7 @@
 Some file systems have no such locks (Lustre in its default mount, some NFS). There a small file beside the locked one
 names its owner instead: host, process, and the time that the process started, so that an owner that has died is
 recognised on its own machine. Whether a process of another machine still lives cannot be known: then a note says so,
-and the work goes on. No torch.
+and the work goes on. ``open_alone`` opens a temporary file that only one process may write. No torch.
 """
 
 from __future__ import annotations
@@ -43,6 +43,19 @@ def take_lock(descriptor: int, path: Path, note: Callable[[str], None] = say) ->
         if error.errno not in NO_LOCKS:
             raise
         return _claim(path.with_name(f".{path.name}.owner"), path, error.strerror or str(error), note)
+
+
+def open_alone(path: Path) -> int | None:
+    """Open a temporary file that only one process may write; what a killed one left in it is still there.
+
+    Returns:
+        a descriptor, whose closing gives up the lock; None where another process writes the file.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    if take_lock(descriptor, path) and path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+        return descriptor
+    os.close(descriptor)  # locked, or renamed to its final name between opening and locking
+    return None
 
 
 def is_locked(path: Path) -> bool | None:

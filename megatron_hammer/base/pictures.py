@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.base.files import writing
 from megatron_hammer.base.progress import say
-from megatron_hammer.base.writing import writing
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -27,9 +27,8 @@ import xxhash
 
 from megatron_hammer.base import reading
 from megatron_hammer.base.errors import CheckpointError, UnfitFile
-from megatron_hammer.base.files import hash_bytes
+from megatron_hammer.base.files import hash_bytes, writing
 from megatron_hammer.base.reading import parse_json
-from megatron_hammer.base.writing import writing
 from megatron_hammer.checkpoint.direct import PIECE_BYTES, DirectReader, DirectWriter
 
 CHUNK_BYTES = 4 * 2**20  # hashed, converted and copied at a time: enough for full disk speed, small beside a tensor

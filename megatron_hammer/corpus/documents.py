@@ -26,9 +26,8 @@ import orjson
 import xxhash
 
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.base.files import publish, replace_file, sha256_file
+from megatron_hammer.base.files import make_durable, open_new, publish, replace_file, sha256_file
 from megatron_hammer.base.progress import Progress
-from megatron_hammer.base.writing import make_durable, open_new
 from megatron_hammer.corpus import jsonl
 from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.file_blocks import START, Block, FileRange, Position

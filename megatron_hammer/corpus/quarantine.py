@@ -15,8 +15,7 @@ from types import TracebackType
 
 import orjson
 
-from megatron_hammer.base.files import StaleState, publish
-from megatron_hammer.base.writing import close_after, make_durable, open_existing, open_new
+from megatron_hammer.base.files import StaleState, close_after, make_durable, open_existing, open_new, publish
 from megatron_hammer.corpus.parse import Rejected
 
 

@@ -21,8 +21,8 @@ from typing import IO, Any, NamedTuple
 import xxhash
 
 from megatron_hammer.base.errors import ConfigError, DataError
+from megatron_hammer.base.files import nameless_file
 from megatron_hammer.base.progress import Progress, size_of
-from megatron_hammer.base.writing import nameless_file
 from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.documents import (
     LineWriter,

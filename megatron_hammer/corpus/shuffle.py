@@ -45,11 +45,11 @@ from types import TracebackType
 import numpy as np
 
 from megatron_hammer.base.errors import ConfigError, DataError, DiskError
-from megatron_hammer.base.files import open_alone, publish
+from megatron_hammer.base.files import publish, writing
+from megatron_hammer.base.locks import open_alone
 from megatron_hammer.base.progress import Progress, size_of
 from megatron_hammer.base.reading import open_regular
 from megatron_hammer.base.system import begin_to_write_out, sync
-from megatron_hammer.base.writing import writing
 from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.documents import Skipped
 from megatron_hammer.corpus.readers import kind_of

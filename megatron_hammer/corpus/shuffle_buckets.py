@@ -17,8 +17,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from megatron_hammer.base.files import writing
 from megatron_hammer.base.reading import open_unbuffered
-from megatron_hammer.base.writing import writing
 
 LINE_OVERHEAD = 64
 """Bytes of memory for a line beside its text: key, start, end, order, and their copies while sorting."""

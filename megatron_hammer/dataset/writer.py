@@ -19,10 +19,18 @@ import numpy as np
 import xxhash
 
 from megatron_hammer.base.errors import DataError
-from megatron_hammer.base.files import StaleState, hash_file, open_alone, sync_folder
+from megatron_hammer.base.files import (
+    StaleState,
+    close_after,
+    hash_file,
+    make_durable,
+    open_existing,
+    open_new,
+    sync_folder,
+)
+from megatron_hammer.base.locks import open_alone
 from megatron_hammer.base.reading import open_unbuffered
 from megatron_hammer.base.system import write_out
-from megatron_hammer.base.writing import close_after, make_durable, open_existing, open_new
 from megatron_hammer.dataset.format import (
     BLOCK_BYTES,
     CODES,

@@ -35,12 +35,11 @@ import numpy as np
 import xxhash
 
 from megatron_hammer.base.errors import DataError
-from megatron_hammer.base.files import publish
+from megatron_hammer.base.files import make_durable, open_new, publish
 from megatron_hammer.base.locks import take_lock
 from megatron_hammer.base.mapping import FileMap
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.reading import open_regular, parse_json
-from megatron_hammer.base.writing import make_durable, open_new
 
 MAGIC = b"HMRINDEX"
 VERSION = 1

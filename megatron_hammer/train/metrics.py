@@ -23,10 +23,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_hammer.base.files import set_aside
+from megatron_hammer.base.files import close_after, set_aside, writing
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.terminal import View, can_redraw
-from megatron_hammer.base.writing import close_after, writing
 from megatron_hammer.config import Config, ModelConfig
 from megatron_hammer.model.parameters import EMBEDDING, logical_shapes
 from megatron_hammer.train.gpus import find_gpu

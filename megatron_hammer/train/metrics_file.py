@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.base.files import aside_path, replace_file, set_aside, sync_folder
+from megatron_hammer.base.files import aside_path, make_durable, replace_file, set_aside, sync_folder, writing
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.reading import open_regular, parse_json, read_regular
 from megatron_hammer.base.system import end_of_hole
-from megatron_hammer.base.writing import make_durable, writing
 
 METRICS = "metrics.jsonl"
 MAX_LINE_BYTES = 2**22  # with the figures of thousands of sources

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.base.files import open_alone
-from megatron_hammer.base.locks import take_lock
+from megatron_hammer.base.locks import open_alone, take_lock
 
 
 @pytest.fixture(params=[errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])

@@ -33,7 +33,8 @@ READERS = {
 REASONS = {
     ("base/reading.py", "os.open"): "the guarded open itself",
     ("base/reading.py", "open"): "of the guarded descriptor; a pipe that this process was given",
-    ("base/files.py", "os.open"): "a folder, to sync it; a temporary file, to write it",
+    ("base/files.py", "os.open"): "a folder, to sync it",
+    ("base/locks.py", "os.open"): "a temporary file, to write it",
     ("base/streams.py", "os.open"): "/dev/null",
     ("base/system.py", "os.open"): "/proc: a descriptor that is open, once more; one of the first rank of the node",
     ("base/system.py", "read_bytes"): "/proc",

@@ -110,7 +110,13 @@ MEASURES = (
         f"{DAMAGE}the_hash_is_of_memory_and_a_lying_disk_is_noticed",
     ),
     Measure("fsync of tensors", "checkpoint/direct.py", "        sync(self._descriptor)\n", "", SYNCED),
-    Measure("fsync of the manifest", "base/files.py", "        sync(file.fileno())\n", "", SYNCED),
+    Measure(
+        "fsync of the manifest",
+        "base/files.py",
+        "        file.flush()\n        sync(file.fileno())\n",
+        "        file.flush()\n",
+        SYNCED,
+    ),
     Measure("fsync of the tokenizer", "checkpoint/commit.py", "        sync_file(path)\n", "        pass\n", SYNCED),
     Measure(
         "fsync of the staging folder", "base/files.py", "    sync_folder(staged)\n    old = ", "    old = ", SYNCED

@@ -30,10 +30,9 @@ import numpy as np
 import xxhash
 
 from megatron_hammer.base.errors import DataError
-from megatron_hammer.base.files import hash_file
+from megatron_hammer.base.files import hash_file, writing
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.reading import open_regular
-from megatron_hammer.base.writing import writing
 from megatron_hammer.dataset.format import BLOCK_BYTES, DatasetHeader, path_of
 from megatron_hammer.dataset.look.contamination import HeldOutSearch, read_held_out
 from megatron_hammer.dataset.look.inspect import (

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import DataError, RefusedError
-from megatron_hammer.base.files import publish
+from megatron_hammer.base.files import make_durable, open_new, publish
 from megatron_hammer.base.reading import parse_json, read_regular
-from megatron_hammer.base.writing import make_durable, open_new
 
 JOURNAL_FORMAT = "megatron_hammer preprocessing journal"
 JOURNAL_VERSION = 1

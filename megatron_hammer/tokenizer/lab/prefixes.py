@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.base.writing import writing
+from megatron_hammer.base.files import writing
 from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer

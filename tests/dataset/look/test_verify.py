@@ -11,8 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
-from megatron_hammer.base.writing import WriteFailed
+from megatron_hammer.base.errors import ConfigError, DataError, RefusedError, WriteFailed
 from megatron_hammer.dataset import writer as writer_module
 from megatron_hammer.dataset.format import TokenizerRecord, path_of
 from megatron_hammer.dataset.look import contamination as held_out
