@@ -20,7 +20,7 @@ from megatron_hammer.base.reading import open_regular
 from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
-from megatron_hammer.tokenizer.tiktoken_backend import TiktokenTokenizer, is_tiktoken
+from megatron_hammer.tokenizer.tiktoken_backend import TiktokenTokenizer
 
 
 def load_tokenizer(
@@ -57,6 +57,15 @@ def find_in(folder: Path) -> Path | None:
     vocabularies = sorted(folder.glob("*.tiktoken"))
     candidates = [folder / "tokenizer.model", folder / "tokenizer.json", *vocabularies[: len(vocabularies) == 1]]
     return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+")
+
+
+def is_tiktoken(path: Path) -> bool:
+    """Whether a file, whatever it is called, begins with a line of base64 and a number."""
+    with open_regular(path) as file:
+        return _TIKTOKEN_LINE.fullmatch(file.readline(4096).rstrip(b"\r\n")) is not None
 
 
 _OTHER_FILES = {  # ending -> what such a file is, the remedy

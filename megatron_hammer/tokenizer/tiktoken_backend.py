@@ -26,7 +26,6 @@ import argparse
 import base64
 import binascii
 import json
-import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +33,6 @@ from typing import Any
 
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.files import replace_file
-from megatron_hammer.base.reading import open_regular
 from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
 from megatron_hammer.tokenizer.pieces import BYTE_LEVEL_ALPHABET
 from megatron_hammer.tokenizer.tokenizer_files import MAX_TIKTOKEN_BYTES, MAX_TIKTOKEN_WORK, read_tokenizer
@@ -56,14 +54,7 @@ PATTERNS = {
 DEFAULT_PATTERN = "cl100k"
 _BY_NAME = {"qwen": "qwen", "o200k": "o200k", "gpt2": "gpt2", "r50k": "gpt2", "p50k": "gpt2", "cl100k": "cl100k"}
 
-_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+")
 _CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_LEVEL_ALPHABET.items()}
-
-
-def is_tiktoken(path: Path) -> bool:
-    """Whether a file, whatever it is called, begins with a line of base64 and a number."""
-    with open_regular(path) as file:
-        return _LINE.fullmatch(file.readline(4096).rstrip(b"\r\n")) is not None
 
 
 class TiktokenTokenizer(HuggingFaceTokenizer):

@@ -9,8 +9,7 @@ from pathlib import Path
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.lab.analyze import OVERALL
-from megatron_hammer.tokenizer.load import find_file, load_tokenizer
-from megatron_hammer.tokenizer.tiktoken_backend import is_tiktoken
+from megatron_hammer.tokenizer.load import find_file, is_tiktoken, load_tokenizer
 
 
 def load_named(paths: Sequence[str], tiktoken_pattern: str | None = None) -> dict[str, Tokenizer]:
