@@ -23,7 +23,7 @@ from megatron_hammer.base.errors import RefusedError
 from megatron_hammer.tokenizer.hard_texts import FIXED_TEXTS, join_pieces, noise
 from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
 from megatron_hammer.tokenizer.interface import Tokenizer
-from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, load_processor
+from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
 
 _RANDOM_JOINS = 20_000  # of pieces; with all pieces and the noise, some 10 s for 105,789 pieces on one EPYC core
 _RANDOM_NOISE = 2_000
@@ -60,7 +60,9 @@ def prove_conversion(
         RefusedError: E502.
     """
     converted = _load(tokenizer, directory)
-    _refuse_difference(tokenizer, _find_difference(tokenizer, converted, pieces, directed, begins_with_bos))
+    difference = _find_difference(tokenizer, converted, pieces, directed, begins_with_bos)
+    if difference is not None:
+        raise _refused(tokenizer, difference)
 
 
 def prove_ids(tokenizer: Tokenizer, directory: Path, pieces: list[str], *, begins_with_bos: bool) -> None:
@@ -78,7 +80,7 @@ def prove_ids(tokenizer: Tokenizer, directory: Path, pieces: list[str], *, begin
     for text, expected, plain, prompt in zip(texts, wanted, found, by_default):
         for ours, theirs in ((expected, plain), ([*before, *expected], prompt)):
             if ours != theirs:
-                _refuse_difference(tokenizer, Mismatch(text, *_first_difference(ours, theirs)))
+                raise _refused(tokenizer, Mismatch(text, *_first_difference(ours, theirs)))
 
 
 def _load(tokenizer: Tokenizer, directory: Path) -> Any:
@@ -99,19 +101,18 @@ def _load(tokenizer: Tokenizer, directory: Path) -> Any:
 def _reference(tokenizer: Tokenizer) -> Callable[[list[str]], list[list[int]]]:
     """The ids that the proof is about: the library's itself, not our encoder's."""
     if isinstance(tokenizer, SentencePieceTokenizer):
-        encode: Callable[[list[str]], list[list[int]]] = load_processor(tokenizer.model_bytes, tokenizer.path).encode
+        encode: Callable[[list[str]], list[list[int]]] = tokenizer.processor.encode
         return encode
     return tokenizer.encode_batch
 
 
-def _refuse_difference(tokenizer: Tokenizer, difference: Mismatch | None) -> None:
-    if difference:
-        text, expected, found = difference
-        raise RefusedError(
-            2, str(tokenizer.path),
-            f"and its Hugging Face form differ on the text {text[:60]!r}: {expected} against {found}",
-            "this tokenizer cannot be exported exactly; report it with the file",
-        )  # fmt: skip
+def _refused(tokenizer: Tokenizer, difference: Mismatch) -> RefusedError:
+    text, expected, found = difference
+    return RefusedError(
+        2, str(tokenizer.path),
+        f"and its Hugging Face form differ on the text {text[:60]!r}: {expected} against {found}",
+        "this tokenizer cannot be exported exactly; report it with the file",
+    )  # fmt: skip
 
 
 def _find_difference(

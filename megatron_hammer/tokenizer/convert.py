@@ -38,7 +38,7 @@ from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.model_folder import model_obstacle, write_model_folder
 from megatron_hammer.tokenizer.pieces import SPACE
-from megatron_hammer.tokenizer.reader_settings import begin_with, padding_id, settings_for_readers
+from megatron_hammer.tokenizer.reader_settings import begin_with, settings_for_readers, special_tokens
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, parse_model
 from megatron_hammer.tokenizer.tokenizer_files import read_tokenizer_json
 
@@ -98,15 +98,16 @@ def _convert_to_json(
     definition, directed = definition_of(proto, tokenizer.path)
     tokenizer.save_files(directory)
     backend = _write_definition(tokenizer, directory, definition, begin_with_bos)
-    special = _special_tokens(tokenizer, backend)
-    replace_file(directory / "special_tokens_map.json", dump_json(special))
+    special = special_tokens(tokenizer, backend)
     settings = {
         **special,
         "split_special_tokens": True,
         "model_input_names": ["input_ids", "attention_mask"],  # a Llama takes no token_type_ids
         "clean_up_tokenization_spaces": False,
+        **settings_for_readers(definition, backend, tokenizer, max_length),
     }
-    _write_settings(tokenizer, directory, settings | settings_for_readers(definition, backend, tokenizer, max_length))
+    replace_file(directory / "special_tokens_map.json", dump_json(special))
+    _write_settings(tokenizer, directory, settings)
     prove_conversion(tokenizer, directory, _texts_of_pieces(proto), directed, begins_with_bos=begin_with_bos)
 
 
@@ -124,12 +125,6 @@ def _convert_given(
 
 def _texts_of_pieces(proto: Any) -> list[str]:
     return [piece.piece.replace(SPACE, " ") for piece in proto.pieces]
-
-
-def _special_tokens(tokenizer: Tokenizer, backend: Any) -> dict[str, Any]:
-    roles = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id,
-             "pad_token": padding_id(tokenizer)}  # fmt: skip
-    return {role: backend.id_to_token(index) for role, index in roles.items() if index is not None}
 
 
 def _write_settings(tokenizer: Tokenizer, directory: Path, settings: dict[str, Any]) -> None:

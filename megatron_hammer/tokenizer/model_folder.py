@@ -28,7 +28,7 @@ from megatron_hammer.base.files import dump_json, replace_file
 from megatron_hammer.base.reading import parse_json, read_regular
 from megatron_hammer.tokenizer.huggingface_backend import STAND_IN_PAD
 from megatron_hammer.tokenizer.reader_settings import padding_id
-from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, load_processor
+from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
 
 WHY_NOT_JSON = "why_not_tokenizer_json"
 """In a tokenizer_config.json of ours: the reason why the folder has the ``.model`` instead of a tokenizer.json."""
@@ -100,10 +100,9 @@ def model_obstacle(tokenizer: SentencePieceTokenizer, proto: Any) -> str:
     """
     if tokenizer.has_byte_fallback:  # nothing is unknown
         return ""
-    processor = load_processor(tokenizer.model_bytes, tokenizer.path)
     for piece in proto.pieces:
         if piece.type in (piece.CONTROL, piece.UNUSED) and any(
-            piece.piece in processor.encode(text, out_type=str) for text in (piece.piece, f" {piece.piece}")
+            piece.piece in tokenizer.processor.encode(text, out_type=str) for text in (piece.piece, f" {piece.piece}")
         ):
             return f"has no piece for the characters of {piece.piece!r}, so that a text could spell that control piece"
     return ""

@@ -74,6 +74,13 @@ def settings_for_readers(
     return settings
 
 
+def special_tokens(tokenizer: Tokenizer, backend: Any) -> dict[str, str]:
+    """The tokens of the roles that a tokenizer has, by the role's name."""
+    roles = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id,
+             "pad_token": padding_id(tokenizer)}  # fmt: skip
+    return {role: backend.id_to_token(index) for role, index in roles.items() if index is not None}
+
+
 def padding_id(tokenizer: Tokenizer) -> int | None:
     """The id that batches are padded with: the tokenizer's own, else unk, which texts do not hold, else eos."""
     return next((i for i in (tokenizer.pad_id, tokenizer.unk_id, tokenizer.eos_id) if i is not None), None)

@@ -46,7 +46,7 @@ class SentencePieceTokenizer(Tokenizer):
             proto = parse_model(self.model_bytes, path)
             if not all(isinstance(piece.piece, str) for piece in proto.pieces):  # protobuf returns others as bytes
                 raise _damaged_model(path, "a piece is not valid UTF-8")
-            facts = _facts_by_protobuf(proto, self._sentencepiece)
+            facts = _facts_by_protobuf(proto, self.processor)
             reason = fast.NOT_COMPILED
         else:
             try:
@@ -57,8 +57,10 @@ class SentencePieceTokenizer(Tokenizer):
             except ValueError as error:
                 raise _damaged_model(path, str(error)) from None
             if self._encoder is None:
-                _ = self._sentencepiece  # what it refuses must not be found later
-            facts = _facts_of_compiled(model)
+                _ = self.processor  # what it refuses must not be found later
+            facts = _Facts(
+                model.settings(), model.charsmap(), model.special_ids(), model.packed_pieces(), model.piece_bytes()
+            )
         self.encoder = f"sentencepiece ({reason})" if reason else "C++ (sentencepiece's BPE, same ids)"
         self.bos_id, self.eos_id, self.unk_id, self.pad_id = facts.special_ids
         self._facts = facts
@@ -80,8 +82,8 @@ class SentencePieceTokenizer(Tokenizer):
         return bool(self._facts.settings["byte_fallback"])
 
     @property
-    def _sentencepiece(self) -> Any:
-        """The library's processor, loaded when it is first needed."""
+    def processor(self) -> Any:
+        """The sentencepiece library's own, loaded when it is first needed."""
         if self._processor is None:
             self._processor = load_processor(self.model_bytes, self.path)
         return self._processor
@@ -95,7 +97,7 @@ class SentencePieceTokenizer(Tokenizer):
             ids = self._call(self._encoder.encode_batch, texts, threads)
             return ids
         try:
-            ids = self._sentencepiece.encode(list(texts), num_threads=threads)
+            ids = self.processor.encode(list(texts), num_threads=threads)
         except (RuntimeError, TypeError, UnicodeError) as error:
             raise refuse_surrogates(texts, error) from None
         return ids
@@ -132,7 +134,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise refuse_surrogates(texts, error) from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        text: str = self._sentencepiece.decode([int(i) for i in ids])
+        text: str = self.processor.decode([int(i) for i in ids])
         return text
 
     def find_id(self, token: str) -> int | None:
@@ -217,12 +219,6 @@ class _Facts:
     """All pieces, as ``pieces.pack_pieces`` writes them."""
     piece_bytes: np.ndarray
     """``Pieces.lengths``."""
-
-
-def _facts_of_compiled(model: Any) -> _Facts:
-    return _Facts(
-        model.settings(), model.charsmap(), model.special_ids(), model.packed_pieces(), model.piece_bytes()
-    )  # fmt: skip
 
 
 def _facts_by_protobuf(proto: Any, processor: Any) -> _Facts:

@@ -33,7 +33,7 @@ from megatron_hammer.base.system import usable_cores
 from megatron_hammer.tokenizer.huggingface_backend import STAND_IN_PAD, HuggingFaceTokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.pieces import BYTE_LEVEL_ALPHABET, SPACE
-from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, load_processor, parse_model
+from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, parse_model
 
 SPECIAL_NAMES = ("bos", "eos", "unk", "pad")
 _THREADS = usable_cores()  # for sentencepiece; the tokenizers library has a pool of its own
@@ -93,8 +93,7 @@ def load_form(path: str | Path) -> Form:
 
 
 def _sentencepiece_form(tokenizer: SentencePieceTokenizer, special_ids: dict[str, int | None]) -> Form:
-    proto = parse_model(tokenizer.model_bytes, tokenizer.path)
-    processor = load_processor(tokenizer.model_bytes, tokenizer.path)
+    proto, processor = parse_model(tokenizer.model_bytes, tokenizer.path), tokenizer.processor
     kinds = proto.SentencePiece
     return Form(
         path=tokenizer.path,
