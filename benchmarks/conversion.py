@@ -75,8 +75,9 @@ def make(folder: Path, small: bool) -> dict[str, Any]:
     """``hf``, ``tp2``, ``pickles`` and ``state`` in ``folder``; values drawn from a normal distribution."""
     import torch
 
+    from megatron_hammer.base.files import dump_json, write_durably
     from megatron_hammer.checkpoint.write import chunks_of
-    from megatron_hammer.huggingface.config import hf_config_from_model, write_json
+    from megatron_hammer.huggingface.config import hf_config_from_model
     from megatron_hammer.huggingface.weights import HfWeights, write_weight_files
     from megatron_hammer.model.parameters import logical_shapes
 
@@ -91,7 +92,7 @@ def make(folder: Path, small: bool) -> dict[str, Any]:
 
     hf = folder / "hf"
     hf.mkdir()
-    write_json(hf / "config.json", hf_config_from_model(model, {}, "bfloat16"))
+    write_durably(hf / "config.json", dump_json(hf_config_from_model(model, {}, "bfloat16")))
     write_weight_files(
         hf,
         {name: ("bfloat16", shape) for name, shape in shapes.items()},

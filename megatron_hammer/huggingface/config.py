@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedError
-from megatron_hammer.base.files import write_durably
 from megatron_hammer.base.reading import parse_json
 from megatron_hammer.checkpoint.tensor_files import open_regular
 from megatron_hammer.config import ROPE_FIELDS, ModelConfig, RopeScaling, yarn_attention_factor
@@ -96,7 +95,9 @@ def hf_config_from_model(model: ModelConfig, token_ids: Mapping[str, Any], dtype
     """
     assert model.max_position_embeddings is not None, "the longest context must be resolved"
     assert model.family is not None, "ModelConfig.check refuses a model of no family"
-    family, scaling = FAMILIES[model.family], rope_words(model.rope_scaling)
+    family, scaling = FAMILIES[model.family], None
+    if model.rope_scaling is not None:
+        scaling = {name: value for name, value in asdict(model.rope_scaling).items() if value is not None}
     tree = {
         "architectures": [family.architectures[0]],
         "model_type": model.family,
@@ -126,13 +127,6 @@ def hf_config_from_model(model: ModelConfig, token_ids: Mapping[str, Any], dtype
     if model.family == "qwen2" and model.head_size * model.num_attention_heads == model.hidden_size:
         del tree["head_dim"]  # as in the family's own configs; transformers reads it where it stands
     return tree
-
-
-def rope_words(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """A scaling of RoPE in Hugging Face's words."""
-    if scaling is None:
-        return None
-    return {name: value for name, value in asdict(scaling).items() if value is not None}
 
 
 def model_config_from_hf(
@@ -372,8 +366,3 @@ def _model_inside(folder: Path) -> str:
     if (folder / "checkpoints").is_dir() or (folder / "manifest.json").is_file():
         return f"{folder} is a run of ours, no Hugging Face model: export it with tools/checkpoint_to_hf.py first"
     return ""
-
-
-def write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    """Write readable JSON durably."""
-    write_durably(path, (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode())

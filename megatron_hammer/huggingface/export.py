@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError, from_fields
-from megatron_hammer.base.files import staged_folder, sync_file
+from megatron_hammer.base.files import dump_json, staged_folder, write_durably
 from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.dtypes import DTYPES
 from megatron_hammer.checkpoint.folder import Note, open_checkpoint
@@ -37,7 +37,6 @@ from megatron_hammer.huggingface.config import (
     check_vocabulary,
     hf_config_from_model,
     read_json,
-    write_json,
 )
 from megatron_hammer.huggingface.weights import DEFAULT_SHARD_BYTES, one_thread, write_weight_files
 from megatron_hammer.tokenizer.convert import conversion_obstacle, convert_tokenizer, form_line
@@ -136,10 +135,9 @@ def write_hf(
             if form == "as-is":
                 tokenizer.save_files(folder)
         token_ids = token_ids_of(tokenizer)
-    for path in folder.iterdir():
-        sync_file(path)
-    write_json(folder / CONFIG, hf_config_from_model(model, token_ids, dtype))
-    write_json(folder / GENERATION_CONFIG, {name: value for name, value in token_ids.items() if value is not None})
+    write_durably(folder / CONFIG, dump_json(hf_config_from_model(model, token_ids, dtype)))
+    present = {name: value for name, value in token_ids.items() if value is not None}
+    write_durably(folder / GENERATION_CONFIG, dump_json(present))
     write_weights(manifest, folder, dtype, max_shard_bytes)
     return unproved
 

@@ -35,7 +35,7 @@ import numpy as np
 from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedError
-from megatron_hammer.base.files import staged_folder, sync_file, write_durably
+from megatron_hammer.base.files import dump_json, staged_folder, write_durably
 from megatron_hammer.base.progress import say, track
 from megatron_hammer.checkpoint.commit import SliceToWrite
 from megatron_hammer.checkpoint.folder import Note, open_checkpoint, step_name
@@ -49,7 +49,6 @@ from megatron_hammer.huggingface.config import (
     TOKEN_IDS,
     model_config_from_hf,
     read_json,
-    write_json,
 )
 from megatron_hammer.huggingface.extension_plan import ORIGINS, ExtensionPlan, plan_extension
 from megatron_hammer.huggingface.extension_rows import GrownMatrix
@@ -222,14 +221,13 @@ def _slices(source: _OldModel, extended: ModelConfig, plan: ExtensionPlan) -> li
 def _write_hf(source: _OldModel, extended: ModelConfig, new: Tokenizer, plan: ExtensionPlan, folder: Path) -> None:
     """Config with the new sizes and ids, tokenizer, weights; each tensor is read back."""
     convert_tokenizer(new, folder, max_length=extended.max_position_embeddings)  # first: it may refuse
-    for path in folder.iterdir():
-        sync_file(path)
     tree = read_json(source.folder / CONFIG)
     absent = {key: getattr(new, role) for key, role in TOKEN_IDS.items() if key not in tree}
-    write_json(folder / CONFIG, {**_renumbered(tree, plan, new), **absent, "vocab_size": plan.size})
+    changed = {**_renumbered(tree, plan, new), **absent, "vocab_size": plan.size}
+    write_durably(folder / CONFIG, dump_json(changed))
     if (source.folder / GENERATION_CONFIG).is_file():
         generation = read_json(source.folder / GENERATION_CONFIG)
-        write_json(folder / GENERATION_CONFIG, _renumbered(generation, plan, new))
+        write_durably(folder / GENERATION_CONFIG, dump_json(_renumbered(generation, plan, new)))
     by_name: dict[str, list[SliceToWrite]] = {}
     for part in _slices(source, extended, plan):
         by_name.setdefault(part.name, []).append(part)

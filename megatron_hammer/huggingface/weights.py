@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError
+from megatron_hammer.base.files import dump_json, write_durably
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.checkpoint.dtypes import DTYPES
 from megatron_hammer.checkpoint.tensor_files import ITEM_BYTES, TensorEntry, TensorFileReader, TensorFileWriter
 from megatron_hammer.config import ModelConfig
-from megatron_hammer.huggingface.config import read_json, write_json
+from megatron_hammer.huggingface.config import read_json
 from megatron_hammer.model.llama import Stage
 from megatron_hammer.model.parameters import EMBEDDING, HEAD, Parameter, logical_shapes
 from megatron_hammer.parallel.sharding import Rectangle, rectangles
@@ -60,7 +61,8 @@ def write_weight_files(
                     progress.advance(sizes[name])
     if plan[1:]:
         weight_map = {name: file_name for file_name, names in zip(files, plan) for name in names}
-        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_durably(folder / INDEX, dump_json(index))
     return hashes
 
 
