@@ -32,13 +32,18 @@ def main() -> None:
                         "neither: as-is, its files unchanged, or none; the certificate then says why")  # fmt: skip
     arguments = parser.parse_args()
 
-    from megatron_hammer.checkpoint.folder import checkpoint_of_step
     from megatron_hammer.huggingface.export import certificate_line, export_hf, parse_size
 
     size = parse_size(arguments.max_shard_size)
-    checkpoint = checkpoint_of_step(arguments.load, arguments.step)
     with Activity("exporting, and comparing with the trained model"):
-        certificate = export_hf(checkpoint, arguments.output, arguments.dtype, size, tokenizer=arguments.tokenizer)
+        certificate = export_hf(
+            arguments.load,
+            arguments.output,
+            arguments.dtype,
+            size,
+            step=arguments.step,
+            tokenizer=arguments.tokenizer,
+        )
     print(certificate_line(certificate))
     print(f"wrote {arguments.output}, for transformers.AutoModelForCausalLM.from_pretrained")
 

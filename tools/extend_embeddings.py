@@ -38,7 +38,7 @@ def main() -> None:
     from megatron_hammer.checkpoint.folder import checkpoint_of_step
     from megatron_hammer.huggingface.extend import REPORT, extend_model, summary
 
-    model = checkpoint_of_step(args.model, args.step)
+    model = args.model if args.step is None else checkpoint_of_step(args.model, args.step)
     with Activity("making the rows of the new pieces"):
         report = extend_model(model, args.new_tokenizer, args.output, args.old_tokenizer, ignore=args.ignore)
     print(summary(report))

@@ -48,7 +48,7 @@ def parser() -> ArgumentParser:
 def main() -> int:
     arguments = parser().parse_args()
     from megatron_hammer.checkpoint import inspect
-    from megatron_hammer.checkpoint.folder import checkpoint_of_step, open_checkpoint
+    from megatron_hammer.checkpoint.folder import open_checkpoint
 
     if arguments.command not in ("verify", "digest"):
         only_list()
@@ -56,7 +56,7 @@ def main() -> int:
         print(*inspect.list_checkpoints(arguments.run), sep="\n")
         return 0
     if arguments.command == "show":
-        print(*inspect.describe(open_checkpoint(checkpoint_of_step(arguments.checkpoint, arguments.step))), sep="\n")
+        print(*inspect.describe(open_checkpoint(arguments.checkpoint, arguments.step)), sep="\n")
         return 0
     if arguments.command == "digest":
         for line in inspect.digest_lines(open_checkpoint(arguments.checkpoint), arguments.sha256):

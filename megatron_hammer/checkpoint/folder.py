@@ -273,14 +273,12 @@ def newest_checkpoint(run_or_folder: str | Path, note: Note = say) -> Manifest |
     return newest
 
 
-def checkpoint_of_step(run_or_folder: str | Path, step: int | None) -> Path:
-    """The checkpoint of one step of a run (or of its ``checkpoints`` folder), what was named where no step is.
+def checkpoint_of_step(run_or_folder: str | Path, step: int) -> Path:
+    """The checkpoint of one step of a run (or of its ``checkpoints`` folder).
 
     Raises:
         CheckpointError: E401 there is none of this step.
     """
-    if step is None:
-        return Path(run_or_folder)
     found = find_checkpoints(run_or_folder)
     for path in found:
         if step_of(path) == step:
@@ -310,13 +308,16 @@ def _missing_remedy(path: Path) -> str:
     return _steps_there(found) if found else missing_remedy(path, "name a checkpoint or the output folder of a run")
 
 
-def open_checkpoint(checkpoint_or_run: str | Path) -> Manifest:
-    """The checkpoint that a user means: the folder itself, or the newest of a run or of its ``checkpoints`` folder.
+def open_checkpoint(checkpoint_or_run: str | Path, step: int | None = None) -> Manifest:
+    """The checkpoint that a user means: the folder itself, or one of a run or of its ``checkpoints`` folder.
+
+    Args:
+        step: of a run, the checkpoint of this step; None: its newest.
 
     Raises:
         CheckpointError: there is none, or its manifest cannot be read.
     """
-    path = Path(checkpoint_or_run)
+    path = Path(checkpoint_or_run) if step is None else checkpoint_of_step(checkpoint_or_run, step)
     if not path.is_dir():
         rule = "is a file, not a folder" if path.exists() else "is not there"
         raise CheckpointError(1, str(path), rule, _missing_remedy(path))

@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_hammer.base.errors import CheckpointError, ConfigError
 from megatron_hammer.base.paths import missing_remedy
 from megatron_hammer.checkpoint.dtypes import DTYPES, PRECISION_DTYPES, common_dtype
-from megatron_hammer.checkpoint.folder import checkpoint_of_step, open_checkpoint
+from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, saved_model
 from megatron_hammer.checkpoint.read import load_model
 from megatron_hammer.config import Config, DataConfig, KernelsConfig, ModelConfig, ParallelConfig, config_from_tree
@@ -93,7 +93,7 @@ def describe_subject(argument: str, step: int | None = None, backend: Backend = 
     if backend == "transformers":
         remedy = "export it with tools/checkpoint_to_hf.py first, or leave --backend out"
         raise ConfigError(33, "--backend transformers", f"cannot read {path}, a checkpoint of ours", remedy)
-    return _of_checkpoint(name, open_checkpoint(checkpoint_of_step(path, step)))
+    return _of_checkpoint(name, open_checkpoint(path, step))
 
 
 def _of_checkpoint(name: str, manifest: Manifest) -> Subject:

@@ -21,6 +21,7 @@ from megatron_hammer.checkpoint.tensor_files import open_regular
 from megatron_hammer.config import ROPE_FIELDS, ModelConfig, RopeScaling, yarn_attention_factor
 from megatron_hammer.huggingface.extra_keys import Judgement, judge_key
 from megatron_hammer.tokenizer.interface import Tokenizer
+from megatron_hammer.tokenizer.reader_settings import padding_id
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 MAX_JSON_BYTES = 32 * 2**20  # far above any config or index
@@ -325,6 +326,15 @@ def _number(tree: Mapping[str, Any], name: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e30:
         raise _bad_value(where, name, value, "must be a number of zero or more")
     return float(value)
+
+
+def token_ids_of(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """The special ids that config.json and generation_config.json name."""
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": padding_id(tokenizer),
+    }
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:

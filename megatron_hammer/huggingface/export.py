@@ -37,12 +37,12 @@ from megatron_hammer.huggingface.config import (
     check_vocabulary,
     hf_config_from_model,
     read_json,
+    token_ids_of,
 )
 from megatron_hammer.huggingface.weights import DEFAULT_SHARD_BYTES, one_thread, write_weight_files
 from megatron_hammer.tokenizer.convert import conversion_obstacle, convert_tokenizer, form_line
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
-from megatron_hammer.tokenizer.reader_settings import padding_id
 
 Prove = Callable[[Path, Path, str], None]
 TokenizerForm = Literal["exact", "as-is", "none"]
@@ -69,6 +69,7 @@ def export_hf(
     dtype: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     *,
+    step: int | None = None,
     prove: Prove | None = None,
     note: Note = say,
     tokenizer: TokenizerForm = "exact",
@@ -79,6 +80,7 @@ def export_hf(
         checkpoint: a checkpoint folder or a run.
         output: a folder that does not exist, is empty, or is an earlier export, which is then replaced.
         dtype: of the written weights; None: that in which the model was trained.
+        step: of a run, the checkpoint of this step; None: its newest.
         prove: writes ``certificate.json`` into the folder or raises; None: ``prove_in_child_process``.
         tokenizer: what is written of it; where it is not exact, the certificate says so and why.
 
@@ -90,7 +92,7 @@ def export_hf(
         RefusedError: the output belongs to somebody else, or the written folder is not the checkpoint's model.
             Nothing is left at ``output``, or what was there before.
     """
-    manifest = open_checkpoint(checkpoint)
+    manifest = open_checkpoint(checkpoint, step)
     dtype = dtype or manifest.weights_dtype
     output = Path(output).resolve()  # a link to a folder stays a link
     check_output(output)
@@ -149,15 +151,6 @@ def _convert(tokenizer: Tokenizer, folder: Path, begin_with_bos: bool | None, mo
     except RefusedError as error:
         remedy = f"{error.remedy}; or export the weights with --tokenizer as-is or none"
         raise RefusedError(error.number, error.what, error.rule, remedy) from None
-
-
-def token_ids_of(tokenizer: Tokenizer) -> dict[str, int | None]:
-    """The special ids that config.json and generation_config.json name."""
-    return {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": padding_id(tokenizer),
-    }
 
 
 def documents_begin_with(config: Mapping[str, Any], token: int | None) -> bool | None:

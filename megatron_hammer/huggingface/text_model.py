@@ -94,9 +94,9 @@ def open_text_model(
     folder = Path(path)
     if (folder / "config.json").is_file() and step is None:
         return open_folder(folder, begin, dtype, device)
-    from megatron_hammer.checkpoint.folder import checkpoint_of_step, open_checkpoint
+    from megatron_hammer.checkpoint.folder import open_checkpoint
 
-    return open_saved(open_checkpoint(checkpoint_of_step(folder, step)), begin, dtype, device)
+    return open_saved(open_checkpoint(folder, step), begin, dtype, device)
 
 
 def open_folder(folder: Path, begin: Begin = "auto", dtype: str | None = None, device: str = "auto") -> TextModel:
@@ -221,8 +221,7 @@ def _causal_in_memory(model: ModelConfig, tokenizer: Tokenizer, weights: dict[st
     import transformers
 
     from megatron_hammer.checkpoint.dtypes import DTYPES
-    from megatron_hammer.huggingface.config import hf_config_from_model
-    from megatron_hammer.huggingface.export import token_ids_of
+    from megatron_hammer.huggingface.config import hf_config_from_model, token_ids_of
     from megatron_hammer.huggingface.transformers_model import causal_with_weights
 
     tree = hf_config_from_model(model, token_ids_of(tokenizer), dtype)

@@ -24,7 +24,7 @@ from pathlib import Path
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import copy_folder, replace_file, staged_folder, sync_folder
 from megatron_hammer.checkpoint.fit import check_fits
-from megatron_hammer.checkpoint.folder import checkpoint_of_step, open_checkpoint, step_name
+from megatron_hammer.checkpoint.folder import open_checkpoint, step_name
 from megatron_hammer.checkpoint.kinds import STATE_KINDS
 from megatron_hammer.checkpoint.manifest import Manifest, check_resumable
 from megatron_hammer.config import Config, config_from_tree, to_yaml
@@ -76,7 +76,7 @@ def make_branch(
         ConfigError: E201 the output is in use or the budget is none; or a setting is wrong.
         CheckpointError: there is no such checkpoint, no run can go on from it, or the child's model is another one.
     """
-    folder, parent = Path(output), open_checkpoint(checkpoint_of_step(run, step))
+    folder, parent = Path(output), open_checkpoint(run, step)
     check_resumable(parent)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(1, f"--output {folder}", "is there, and not empty", "name a new folder")

@@ -259,7 +259,6 @@ def test_a_step_that_is_named_in_another_way(tmp_path: Path) -> None:
         (run / "checkpoints" / step_name(step)).mkdir(parents=True)
     hundred = run / "checkpoints" / step_name(100)
     assert checkpoint_of_step(run, 100) == checkpoint_of_step(run / "checkpoints", 100) == hundred
-    assert checkpoint_of_step(run, None) == run
     with pytest.raises(CheckpointError, match=r"E401.*step 150 has no checkpoint; choose .* there: 100, 200"):
         checkpoint_of_step(run, 150)
     for wrong, cure in (
