@@ -35,7 +35,6 @@ from megatron_hammer.config.mistakes import (
     unknown_remedy,
     yaml_remedy,
 )
-from megatron_hammer.config.other_names import with_present_names
 from megatron_hammer.config.presets import preset_path
 from megatron_hammer.config.tree import Config
 
@@ -43,6 +42,8 @@ Overrides = Sequence[str] | Mapping[str, Any]
 """``group.field=value`` texts; or a mapping of ``group.field``, or of groups, to plain values."""
 MAX_CONFIG_BYTES = 2**18
 """A mix of 2,500 sources with paths of 100 characters; PyYAML takes a second for the worst text of this length."""
+ALIASES = {"parallel.pipeline_parallel_size": "parallel.pipeline_model_parallel_size"}
+"""Other names under which settings are read -> what they are called; one that is given by both must have one value."""
 _MAX_PARTS = 20
 """Of a name in an argument; settings have three."""
 
@@ -211,8 +212,30 @@ def _put(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
 
 def config_from_tree(tree: Mapping[str, Any], note: Callable[[str], None] | None = None) -> Config:
     """Build a ``Config`` from nested plain values, as ``load_config`` reads them and checkpoints store them."""
-    config: Config = _build(Config, with_present_names(tree, note), "")
+    config: Config = _build(Config, _with_present_names(tree, note), "")
     return config
+
+
+def _with_present_names(tree: Mapping[str, Any], note: Callable[[str], None] | None) -> dict[str, Any]:
+    """``tree`` (group -> field -> value) with every setting under its own name; ``note``, if there is one, hears of it.
+
+    Raises:
+        ConfigError: both names are given, with two values.
+    """
+    found = dict(tree)
+    for other, name in ALIASES.items():
+        group, field = other.split(".")
+        present, fields = name.split(".")[1], found.get(group)
+        if not isinstance(fields, Mapping) or field not in fields:
+            continue
+        value = fields[field]
+        if fields.get(present, value) != value:
+            rule = f"is another name of {name}={fields[present]}, with another value"
+            raise ConfigError(4, f"{other}={value}", rule, f"leave {other} out")
+        if note is not None:
+            note(f"note: {other} is read as {name}")
+        found[group] = {key: fields[key] for key in fields if key != field} | {present: value}
+    return found
 
 
 def config_to_tree(config: Config) -> dict[str, Any]:

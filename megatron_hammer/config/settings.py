@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config.checks import at_least, at_most, divisors, require
 from megatron_hammer.config.effects import Content, Free, Length, Mathematics, Model, Place, Samples
 
@@ -179,12 +180,9 @@ class ModelConfig:
             require(value > 0, f"model.{name}={value}", "must be positive", f"raise model.{name}")
         at_least("model", {"init_std": self.init_std}, 0)
         heads, groups = self.num_attention_heads, self.query_groups
-        require(
-            heads % groups == 0,
-            f"model.num_query_groups={groups}",
-            f"must divide model.num_attention_heads={heads}",
-            f"use {divisors(heads)}",
-        )
+        if heads % groups:
+            rule = f"must divide model.num_attention_heads={heads}"
+            raise ConfigError(4, f"model.num_query_groups={groups}", rule, f"use {divisors(heads)}")
         if self.head_dim is None:
             require(
                 self.hidden_size % heads == 0,

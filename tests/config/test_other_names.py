@@ -9,7 +9,7 @@ import pytest
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config, config_from_tree, describe_fields, load_config
-from megatron_hammer.config.other_names import OTHER_NAMES
+from megatron_hammer.config.reading import ALIASES
 
 MODEL = {"hidden_size": 64, "ffn_hidden_size": 96, "num_layers": 2, "num_attention_heads": 4}
 NAME, OTHER = "parallel.pipeline_model_parallel_size", "parallel.pipeline_parallel_size"
@@ -50,7 +50,7 @@ def test_two_values_are_refused() -> None:
 
 
 def test_another_name_is_no_setting() -> None:
-    for other, name in OTHER_NAMES.items():
+    for other, name in ALIASES.items():
         for full, is_there in ((other, False), (name, True)):
             group, field = full.split(".")
             assert (field in describe_fields()[group]) == is_there
