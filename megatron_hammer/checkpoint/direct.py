@@ -49,9 +49,9 @@ class DirectWriter:
     """
 
     def __init__(self, path: Path) -> None:
+        self._blocks = [memoryview(_new_block(WRITE_BLOCK_BYTES)) for _ in range(2)]  # before a file that would stay
         self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
         self._direct = set_direct(self._descriptor)
-        self._blocks = [memoryview(_new_block(WRITE_BLOCK_BYTES)) for _ in range(2)]
         self._used, self._written = 0, 0
         self._thread = ThreadPoolExecutor(1, "disk-writer")
         self._pending: Future[None] | None = None
@@ -126,8 +126,8 @@ class DirectReader:
         self._end = -SMALL_BYTES - 1  # of the last large read
 
     def _start(self) -> None:
-        self._direct = open_direct(self._descriptor)
         self._spare = [memoryview(_new_block(READ_BLOCK_BYTES)) for _ in range(BLOCKS_AHEAD + 1)]
+        self._direct = open_direct(self._descriptor)
         self._threads = ThreadPoolExecutor(BLOCKS_AHEAD, "disk-reader")
 
     def read_into(self, view: memoryview, offset: int, watch: Callable[[memoryview], object] | None = None) -> int:
