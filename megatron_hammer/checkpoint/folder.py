@@ -328,11 +328,14 @@ def open_checkpoint(checkpoint_or_run: str | Path, step: int | None = None) -> M
         return read_manifest(path)
     newest = newest_checkpoint(path)
     if newest is None:
-        rule = "holds no checkpoint (no manifest.json, no step-NNNNNNNN folder)"
-        remedy = "name a checkpoint or the output folder of a run"
-        if (path / "config.json").is_file():
-            remedy = "it is a Hugging Face model: make a checkpoint of it with tools/hf_to_checkpoint.py first"
-        elif runs := [p.parent for p in sorted(path.glob("*/checkpoints"))]:
-            remedy = f"name a run in it: {', '.join(map(str, runs[:3]))}"
-        raise CheckpointError(1, str(path), rule, remedy)
+        raise _holds_none(path)
     return newest
+
+
+def _holds_none(folder: Path) -> CheckpointError:
+    remedy = "name a checkpoint or the output folder of a run"
+    if (folder / "config.json").is_file():
+        remedy = "it is a Hugging Face model: make a checkpoint of it with tools/hf_to_checkpoint.py first"
+    elif runs := [p.parent for p in sorted(folder.glob("*/checkpoints"))]:
+        remedy = f"name a run in it: {', '.join(map(str, runs[:3]))}"
+    return CheckpointError(1, str(folder), "holds no checkpoint (no manifest.json, no step-NNNNNNNN folder)", remedy)

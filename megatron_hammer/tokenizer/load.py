@@ -88,23 +88,35 @@ def _refuse_other_files(path: Path) -> None:
 
 
 def find_file(path: Path) -> Path:
-    """The file that a path means, which may be its folder."""
+    """The file that a path means, which may be its folder.
+
+    Raises:
+        DataError: E310 no such path, E311 a folder without a tokenizer.
+    """
     if path.is_dir():
         if found := find_in(path):
             return found
-        remedy = "name a tokenizer file or its folder"
-        steps = sorted(path.glob("checkpoints/step-*"), reverse=True)
-        folders = [folder / name for folder in (path, *steps[:1]) for name in _BELOW]
-        if below := [folder for folder in folders if find_in(folder)]:
-            remedy = f"did you mean {below[0]}?"
-        elif kind := what_is(path):
-            remedy = f"it is {kind}: name the tokenizer that it was made with"
-        raise DataError(11, str(path), "holds neither tokenizer.model nor tokenizer.json", remedy)
+        raise _no_tokenizer_in(path)
     if not path.exists():
-        remedy = "name a sentencepiece .model, a tokenizer.json or a Hugging Face folder"
-        if path.with_name(f"{path.name}.idx").is_file():
-            raise DataError(10, str(path), "is the prefix of a dataset", "name the tokenizer that made it")
-        if _HUB_NAME.fullmatch(str(path)) and neighbour_of(path) is None and not unusable_remedy(str(path)):
-            remedy += f"; models of the Hub are fetched before: hf download {path} --local-dir {path.name}"
-        raise DataError(10, str(path), "does not exist", missing_remedy(path, remedy))
+        raise _missing(path)
     return path
+
+
+def _no_tokenizer_in(folder: Path) -> DataError:
+    remedy = "name a tokenizer file or its folder"
+    steps = sorted(folder.glob("checkpoints/step-*"), reverse=True)
+    folders = [place / name for place in (folder, *steps[:1]) for name in _BELOW]
+    if below := [place for place in folders if find_in(place)]:
+        remedy = f"did you mean {below[0]}?"
+    elif kind := what_is(folder):
+        remedy = f"it is {kind}: name the tokenizer that it was made with"
+    return DataError(11, str(folder), "holds neither tokenizer.model nor tokenizer.json", remedy)
+
+
+def _missing(path: Path) -> DataError:
+    if path.with_name(f"{path.name}.idx").is_file():
+        return DataError(10, str(path), "is the prefix of a dataset", "name the tokenizer that made it")
+    remedy = "name a sentencepiece .model, a tokenizer.json or a Hugging Face folder"
+    if _HUB_NAME.fullmatch(str(path)) and neighbour_of(path) is None and not unusable_remedy(str(path)):
+        remedy += f"; models of the Hub are fetched before: hf download {path} --local-dir {path.name}"
+    return DataError(10, str(path), "does not exist", missing_remedy(path, remedy))
