@@ -97,7 +97,7 @@ def is_own_pipe(path: str | os.PathLike[str]) -> bool:
 
 def open_input(path: str | os.PathLike[str]) -> io.FileIO:
     """As ``open_unbuffered``; or a pipe that this process was given, whose writer is there already."""
-    return open(path, "rb", buffering=0) if is_own_pipe(path) else open_unbuffered(path)
+    return open(path if is_own_pipe(path) else open_descriptor(path), "rb", buffering=0)
 
 
 def parse_json(

@@ -346,16 +346,12 @@ def _convert_dict(value_hint: Any, value: Any, name: str) -> dict[str, Any] | No
 
 def _number(value: Any) -> int | float | None:
     """Numbers as people write them: YAML 1.1 reads ``5e-4`` (no dot) as text."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int | float):
-        return value
     if isinstance(value, str):
         try:
             return float(value)
         except ValueError:
             return None
-    return None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def to_yaml(config: Config) -> str:

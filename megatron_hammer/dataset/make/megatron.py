@@ -106,10 +106,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     values = {option: count for option, (count, *_) in (_LEFT_ASIDE | _REFUSED).items()}
     for option, count in values.items():
         if count == 0:
-            group.add_argument(option, action="store_const", const="", default=None, help=argparse.SUPPRESS)
+            group.add_argument(option, dest=option, action="store_const", const="", help=argparse.SUPPRESS)
         else:
             nargs = None if count == 1 else "+"
-            group.add_argument(option, nargs=nargs, default=None, help=argparse.SUPPRESS)
+            group.add_argument(option, dest=option, nargs=nargs, help=argparse.SUPPRESS)
 
 
 def translate(args: argparse.Namespace) -> Translation:
@@ -118,8 +118,9 @@ def translate(args: argparse.Namespace) -> Translation:
     Raises:
         ConfigError: E279 something that this package does not do, E201 no tokenizer.
     """
+    given: dict[str, str | list[str] | None] = vars(args)
     for option, (_, rule, remedy) in _REFUSED.items():
-        if (value := _value(args, option)) is not None:
+        if (value := given[option]) is not None:
             raise ConfigError(79, f"{option} {_words(value)}".strip(), rule, remedy)
     if args.dataset_impl not in (None, "mmap"):
         raise ConfigError(79, f"--dataset-impl={args.dataset_impl}", "is a format that Megatron-LM gave up in 2023",
@@ -129,7 +130,7 @@ def translate(args: argparse.Namespace) -> Translation:
     notes += [
         f"{f'{option} {_words(value)}'.strip()}: left aside, {reason}"
         for option, (_, reason) in _LEFT_ASIDE.items()
-        if (value := _value(args, option)) is not None
+        if (value := given[option]) is not None
     ]
     tokenizer, of_tokenizer = _tokenizer_of(args, kind)
     return Translation(
@@ -220,11 +221,6 @@ def _inputs_of(item: str) -> list[str]:
     if len(parts) > 1 and not os.path.exists(item) and all(map(os.path.exists, parts)):
         return parts
     return [item]
-
-
-def _value(args: argparse.Namespace, option: str) -> str | list[str] | None:
-    value: str | list[str] | None = getattr(args, option.removeprefix("--").replace("-", "_"))
-    return value
 
 
 def _words(value: str | list[str]) -> str:
