@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from megatron_hammer.base.reading import open_regular, parse_json, read_regular
+from megatron_hammer.base.reading import open_regular, parse_json
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -120,11 +120,6 @@ class DatasetHeader:
         """The text of the file; the same dataset gives the same bytes."""
         tree = {"format": HEADER_FORMAT, "version": HEADER_VERSION, **asdict(self)}
         return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
-
-    @classmethod
-    def read(cls, path: Path) -> DatasetHeader:
-        """Of a file; ``OSError`` or ``ValueError`` with the reason."""
-        return cls.from_json(read_regular(path, MAX_HEADER_BYTES).decode("utf-8", "surrogateescape"))
 
     @classmethod
     def from_json(cls, text: str) -> DatasetHeader:

@@ -23,11 +23,12 @@ from megatron_hammer.base.files import hash_file
 from megatron_hammer.base.mapping import FileMap
 from megatron_hammer.base.paths import unusable_remedy, what_is
 from megatron_hammer.base.progress import track
-from megatron_hammer.base.reading import open_descriptor
+from megatron_hammer.base.reading import open_descriptor, read_regular
 from megatron_hammer.dataset.format import (
     DTYPES,
     FIRST_LENGTH,
     MAGIC,
+    MAX_HEADER_BYTES,
     REMAKE,
     VERSION,
     DatasetHeader,
@@ -405,7 +406,7 @@ def read_header(prefix: str | Path) -> DatasetHeader | None:
     if not os.path.lexists(path):
         return None
     try:
-        return DatasetHeader.read(path)
+        return DatasetHeader.from_json(read_regular(path, MAX_HEADER_BYTES).decode("utf-8", "surrogateescape"))
     except UnfitFile as error:
         raise DataError(39, str(path), f"is not a dataset header: {error.strerror}", error.remedy) from None
     except ValueError as error:  # JSONDecodeError is a ValueError

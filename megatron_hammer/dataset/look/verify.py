@@ -45,7 +45,7 @@ from megatron_hammer.dataset.look.inspect import (
 )
 from megatron_hammer.dataset.look.script_counts import ScriptCounts
 from megatron_hammer.dataset.look.verify_report import EXAMPLES, Report, counted
-from megatron_hammer.dataset.reader import IndexedDataset
+from megatron_hammer.dataset.reader import IndexedDataset, read_header
 from megatron_hammer.tokenizer.interface import Tokenizer
 
 IN_MEMORY = 1 << 23
@@ -166,10 +166,12 @@ def _check_index(dataset: IndexedDataset, report: Report) -> None:
 
 def _check_unreadable(prefix: Path, report: Report) -> None:
     """Which file of a dataset that cannot be opened is the damaged one, as far as a header can tell."""
-    path = path_of(prefix, ".meta.json")
     try:
-        header = DatasetHeader.read(path)
-    except (OSError, ValueError):
+        header = read_header(prefix)
+    except (OSError, DataError):
+        header = None
+    if header is None:
+        path = path_of(prefix, ".meta.json")
         report.remarks.append(f"{path} cannot be read: nothing says which of .idx and .bin is the damaged one")
         return
     if hash_file(path_of(prefix, ".idx")) != header.idx_hash:
