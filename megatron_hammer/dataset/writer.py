@@ -78,6 +78,7 @@ class IndexedWriter:
     ) -> None:
         self.prefix = Path(prefix)
         self.vocab_size = vocab_size
+        self._blocks = _BlockHasher()
         self.dtype = dtype_for(vocab_size) if dtype is None else np.dtype(dtype).newbyteorder("<")
         assert self.dtype in CODES, f"{self.dtype} is not one of the format's types"
         self.tokenizer, self.options = tokenizer, dict(options or {})
@@ -94,20 +95,19 @@ class IndexedWriter:
         if descriptor is None:
             raise _in_use(path_of(prefix, ".idx.tmp"))
         self._idx = open_existing(path_of(prefix, ".idx.tmp"), descriptor)
-        self._blocks = _BlockHasher()
         try:
-            self._open_new() if resume is None else self._go_on(resume)
+            if resume is not None:
+                self._go_on(resume)
+            else:
+                self._bin = open_new(path_of(prefix, ".bin.tmp"))  # closed by __exit__
+                self._documents = open_new(path_of(prefix, ".documents.tmp"))  # appended to .idx in the end
+                self._documents.write(struct.pack("<q", 0))
+                self._idx.truncate(0)
+                self._idx.write(bytes(FIRST_LENGTH))  # the counts are known at the end
         except BaseException:
             self._idx.close()
             raise
         self._background = _BackgroundSync(self._bin.fileno())
-
-    def _open_new(self) -> None:
-        self._bin = open_new(path_of(self.prefix, ".bin.tmp"))  # closed by __exit__
-        self._documents = open_new(path_of(self.prefix, ".documents.tmp"))  # appended to .idx in the end
-        self._idx.truncate(0)
-        self._idx.write(bytes(FIRST_LENGTH))  # the counts are known at the end
-        self._documents.write(struct.pack("<q", 0))
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
         """Open what a former writer has left, cut to the state that it saved."""
