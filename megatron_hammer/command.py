@@ -158,7 +158,7 @@ def _help_of(words: list[str]) -> str:
 def main() -> NoReturn:
     """Run a sub-command, and end with its exit code."""
     words = sys.argv[1:]
-    if not words or words[0] in ("-h", "--help", "help"):
+    if not words or words[0] in ("-h", "--help", "help") or words in (["completion", "-h"], ["completion", "--help"]):
         _end(help_text)
     if words[0] in ("-V", "--version"):
         _end(_version)

@@ -45,7 +45,7 @@ def hammer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_help_lists_every_program_with_its_purpose(hammer: Callable[..., tuple[int, str, str]]) -> None:
-    for words in ((), ("--help",), ("-h",), ("help",)):
+    for words in ((), ("--help",), ("-h",), ("help",), ("completion", "--help")):
         code, out, _ = hammer(*words)
         assert code == 0
         for name in [*TOOLS, "train", "launch"]:

@@ -29,15 +29,16 @@ def obstacle() -> str | None:
             "flock), which Windows lacks; use WSL2, where it is Linux: wsl --install, then the README's commands there"
         )
     cure = "source .venv/bin/activate (bash tools/make_venv.sh makes it)"
+    install = "use the Python that has all: " + cure
     if os.path.isfile(os.path.join(CLONE, "__init__.py")):  # no clone: the package, where a wheel has its programs
-        cure = "%s -m pip install megatron_hammer" % sys.executable  # noqa: UP031
+        install = "install what is missing: %s -m pip install megatron_hammer" % sys.executable  # noqa: UP031
     if sys.version_info < (3, 11):  # noqa: UP036
         version = "%d.%d" % sys.version_info[:2]  # noqa: UP031
         return f"error[E250]: {sys.executable}, which runs this program, is Python {version}, not 3.11 to 3.13; {cure}"
     missing = next((name for name in NEEDED if importlib.util.find_spec(name) is None), None)
     if missing is not None:
         what = f"the module {missing} is not there for {sys.executable}, which runs this program"
-        return f"error[E251]: {what}; use the Python that has all: {cure}"
+        return f"error[E251]: {what}; {install}"
     found = clone_of(importlib.util.find_spec("megatron_hammer"))
     if found not in (None, CLONE) and os.path.isdir(os.path.join(CLONE, "megatron_hammer")):
         what = f"{sys.executable} has the package megatron_hammer of {found}, and this program is of {CLONE}"
