@@ -205,10 +205,15 @@ def test_every_place_names_the_same_pythons() -> None:
         f"python: {json.dumps([f'3.{minor}' for minor in minors])}" in (ROOT / ".github/workflows/ci.yml").read_text()
     )
     assert f"(3, {first}) <= sys.version_info[:2] <= (3, {end - 1})" in (ROOT / "tools/make_venv.sh").read_text()
-    named = {"README.md": "{} to {}", "README.zh-CN.md": "{} 至 {}", "CONTRIBUTING.md": "{} to {}",
-             "docs/installation.md": "{} to {}", "docs/installation.zh-CN.md": "{} 至 {}"}  # fmt: skip
+    pages = (
+        "README",
+        "CONTRIBUTING",
+        *(f"docs/{page}" for page in ("installation", "quick_start", "reproduce", "errors")),
+    )
+    named = dict.fromkeys(pages, "{} to {}")
+    named |= {f"{name}.zh-CN": "{} 至 {}" for name in named if name != "CONTRIBUTING"}
     for page, words in named.items():
-        assert "Python " + words.format(f"3.{first}", f"3.{end - 1}") in (ROOT / page).read_text(), page
+        assert "Python " + words.format(f"3.{first}", f"3.{end - 1}") in (ROOT / f"{page}.md").read_text(), page
 
 
 @pytest.mark.slow

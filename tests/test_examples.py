@@ -484,16 +484,16 @@ def python_that_says(path: Path, lacks: str, version: str = "3.12") -> None:
 
 def test_a_machine_without_python_is_told_so(tmp_path: Path) -> None:
     code, err = make_venv(tmp_path)
-    assert code == 2 and err.startswith("error[E250]: Python 3.11, 3.12 or 3.13 was not found (no Python at all); ")
+    assert code == 2 and err.startswith("error[E250]: Python 3.11 to 3.14 was not found (no Python at all); ")
 
 
 def test_an_unsupported_python_is_named(tmp_path: Path) -> None:
     python_that_says(tmp_path / "bin/python3", "version 3.9")
     code, err = make_venv(tmp_path)
     assert code == 2 and "(python3 is 3.9)" in err
-    python_that_says(tmp_path / "other", "version 3.14")
+    python_that_says(tmp_path / "other", "version 3.15")
     code, err = make_venv_again(tmp_path, PYTHON=str(tmp_path / "other"))
-    assert code == 2 and "(PYTHON=/" in err and "other is 3.14)" in err
+    assert code == 2 and "(PYTHON=/" in err and "other is 3.15)" in err
 
 
 SCRIPTS = (
@@ -590,7 +590,7 @@ def make_venv_of(tmp_path: Path, torch_version: str, nvcc: bool, **variables: st
     for name in ("c++", *(["nvcc"] if nvcc else [])):
         script(tmp_path / "bin" / name, compiler)
     script(tmp_path / "bin/python3.12", f"#!{sys.executable}\n{VENV_STUB}")
-    for name in ("python3.11", "python3.13", "nvidia-smi"):
+    for name in ("python3.11", "python3.13", "python3.14", "nvidia-smi"):
         script(tmp_path / "bin" / name, "exit 1\n")
     environment = {
         "PATH": f"{tmp_path}/bin:/usr/bin:/bin", "STUB": str(tmp_path / "bin/python3.12"), "HOME": str(tmp_path),

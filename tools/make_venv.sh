@@ -2,7 +2,7 @@
 # Make .venv in the repository root, complete, or do nothing when it is complete already.
 #
 #   bash tools/make_venv.sh
-#   PYTHON=/opt/python3.12/bin/python3 bash tools/make_venv.sh         another interpreter (3.11 to 3.13)
+#   PYTHON=/opt/python3.12/bin/python3 bash tools/make_venv.sh         another interpreter (3.11 to 3.14)
 #   TORCH_INDEX_URL=URL bash tools/make_venv.sh                        torch from another index, such as a CPU build
 #   TORCH_VERSION='2.11.*' bash tools/make_venv.sh                     one version of torch within our range
 #   HAMMER_NO_EXTENSIONS=1 bash tools/make_venv.sh                     without the C++ index builder (see setup.py)
@@ -32,7 +32,7 @@ fail() {
 # What an interpreter lacks, one word a line; "version X.Y" when it is not one that we support.
 readonly probe='
 import os, sys, sysconfig
-if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+if not (3, 11) <= sys.version_info[:2] <= (3, 14):
     print("version %d.%d" % sys.version_info[:2])
     sys.exit()
 try:
@@ -46,7 +46,7 @@ if os.environ.get("HAMMER_NO_EXTENSIONS") != "1" and not os.path.exists(os.path.
 # The first complete Python of the candidates goes to $python; else the nearest miss is named.
 choose_python() {
     local candidate lacks nearest='' nearest_lacks='' seen=''
-    for candidate in ${PYTHON:+"$PYTHON"} ${PYTHON:-python3.12 python3.11 python3.13 python3 python}; do
+    for candidate in ${PYTHON:+"$PYTHON"} ${PYTHON:-python3.12 python3.11 python3.13 python3.14 python3 python}; do
         lacks=$("$candidate" -c "$probe" 2>/dev/null) || continue
         if [[ -z $lacks ]]; then
             python=$candidate
@@ -58,7 +58,7 @@ choose_python() {
         fi
     done
     if [[ -z $nearest ]]; then
-        fail 50 "Python 3.11, 3.12 or 3.13 was not found (${PYTHON:+PYTHON=$PYTHON; }${seen:-no Python at all}); install it\
+        fail 50 "Python 3.11 to 3.14 was not found (${PYTHON:+PYTHON=$PYTHON; }${seen:-no Python at all}); install it\
  (Debian 12: apt-get install python3 python3-venv python3-dev) or set PYTHON to such an interpreter"
     fi
     local version what='' packages=''
@@ -69,7 +69,7 @@ choose_python() {
     if [[ $nearest_lacks == *headers* ]]; then
         what+=" the headers (Python.h)," packages+=" python$version-dev"
     fi
-    fail 51 "$nearest (Python $version) lacks${what%,}; apt-get install$packages, or set PYTHON to another Python 3.11, 3.12 or 3.13"
+    fail 51 "$nearest (Python $version) lacks${what%,}; apt-get install$packages, or set PYTHON to another Python 3.11 to 3.14"
 }
 
 # A .venv that was moved or copied here with its clone: its programs, and the package in it, are those of the old place.

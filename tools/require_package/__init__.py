@@ -34,7 +34,7 @@ def obstacle() -> str | None:
         install = "install what is missing: %s -m pip install megatron_hammer" % sys.executable  # noqa: UP031
     if sys.version_info < (3, 11):  # noqa: UP036
         version = "%d.%d" % sys.version_info[:2]  # noqa: UP031
-        return f"error[E250]: {sys.executable}, which runs this program, is Python {version}, not 3.11 to 3.13; {cure}"
+        return f"error[E250]: {sys.executable}, which runs this program, is Python {version}, not 3.11 to 3.14; {cure}"
     missing = next((name for name in NEEDED if importlib.util.find_spec(name) is None), None)
     if missing is not None:
         what = f"the module {missing} is not there for {sys.executable}, which runs this program"
