@@ -24,7 +24,7 @@ from pathlib import Path
 
 import require_package  # noqa: F401
 
-from megatron_hammer.base.cli import ArgumentParser, print_json, run
+from megatron_hammer.base.cli import ArgumentParser, as_commands, print_json, run
 from megatron_hammer.base.errors import ConfigError
 
 
@@ -96,7 +96,7 @@ def main() -> int:
     if arguments.json:
         print_json(to_tree(plan))
     else:
-        print(*table(plan, arguments.show), sep="\n")
+        print(*map(as_commands, table(plan, arguments.show)), sep="\n")
     if arguments.picture is not None:
         draw_plan(plan, arguments.picture, arguments.show)
     if arguments.write is not None:
