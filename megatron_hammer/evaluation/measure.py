@@ -29,7 +29,7 @@ import torch
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.tables import align
-from megatron_hammer.evaluation.sets import Framing, NamedSet, count_text, num_targets, open_set
+from megatron_hammer.evaluation.sets import Framing, NamedSet, count_text, encoder_of, num_targets, open_set
 from megatron_hammer.evaluation.subjects import Subject
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.tokenizer.interface import Tokenizer
@@ -127,6 +127,10 @@ def measure(
     """
     device = torch.device(options.device)
     ctx = ParallelContext.single(device)
+    for subject in subjects:  # before the first of them takes its time
+        for named in sets:
+            if named.is_text:
+                encoder_of(named, subject.tokenizer, subject.name)
     for subject in subjects:
         seq_length = options.seq_length or subject.seq_length
         note(f"{subject.name}: {subject.path} ({subject.kind}), windows of {seq_length} tokens")

@@ -116,9 +116,7 @@ def open_set(
     """
     prefix: str | Path = named.path
     if named.is_text:
-        if tokenizer is None:
-            remedy = "give an indexed dataset, or a model with its tokenizer"
-            raise ConfigError(33, f"--set {named.name}={named.path}", "is text, and the model has no tokenizer", remedy)
+        tokenizer = encoder_of(named, tokenizer)
         prefix = folder / "set"
         _encode(named, tokenizer, framing, prefix, key)
     valid = ValidData(named.name, prefix, seq_length, samples, document_mask, vocab_size)
@@ -126,6 +124,18 @@ def open_set(
         valid.dataset, tokenizer.fingerprint if tokenizer is not None else None, vocab_size, "the model's tokenizer"
     )
     return valid
+
+
+def encoder_of(named: NamedSet, tokenizer: Tokenizer | None, model: str = "the model") -> Tokenizer:
+    """The model's tokenizer, which a set of texts needs.
+
+    Raises:
+        ConfigError: E233 it has none.
+    """
+    if tokenizer is None:
+        remedy = "give an indexed dataset, or a model with its tokenizer"
+        raise ConfigError(33, f"--set {named.name}={named.path}", f"is text, and {model} has no tokenizer", remedy)
+    return tokenizer
 
 
 def _encode(named: NamedSet, tokenizer: Tokenizer, framing: Framing, prefix: Path, key: str) -> None:

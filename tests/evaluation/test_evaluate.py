@@ -239,6 +239,15 @@ def test_what_is_refused(
     assert f"error[{said}]" in capsys.readouterr().err
 
 
+def test_a_model_without_tokenizer_ends_it_before_the_first_is_computed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "hf", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert run_tool(monkeypatch, folder / "run", tmp_path / "bare", "--set", f"x={folder}/new.jsonl") == 2
+    said = capsys.readouterr().err
+    assert "error[E233]" in said and "bare has no tokenizer" in said and "windows of" not in said
+
+
 def test_documents_begin_as_prompts_do_where_the_data_has_gone(folder: Path, tmp_path: Path) -> None:
     """One rule for evaluation, generation and export: with bos for sentencepiece where nobody knows better."""
     from megatron_hammer.huggingface.text_model import open_saved
