@@ -51,8 +51,8 @@ class Pasts:
         self.pairs = [part for pair in pair_up(saved.train, ours.train) for part in _apart(pair)]
         self.saved_config = saved_config
         olds, news = ([getattr(pair, side) for pair in self.pairs] for side in ("old", "new"))
-        self.saved = _drawn(saved, saved_config.data.seq_length, olds)
-        self.ours = _drawn(ours, config.data.seq_length, news)
+        self.saved = _drawn(saved, _first_length(saved_config), olds)
+        self.ours = _drawn(ours, _first_length(config), news)
 
     def difference(self, consumed: int | None = None) -> tuple[str, str] | None:
         """What the first samples in which they differ are drawn from, by the one and by the other; None: they do not.
@@ -127,6 +127,12 @@ def _apart(pair: SourcePair) -> list[SourcePair]:
     if old is None or new is None or old.prefix == new.prefix or new.has_content_of(old):
         return [pair]
     return [SourcePair(old, None), SourcePair(None, new)]
+
+
+def _first_length(config: Config) -> int:
+    """``seq_length`` of the only phase, which may have its own; where there are more they say it themselves."""
+    phases = config.data.phases
+    return (phases[0].seq_length if phases else None) or config.data.seq_length
 
 
 def _drawn(identity: DataIdentity, seq_length: int, places: Sequence[DatasetIdentity | None]) -> list[Drawn]:

@@ -107,6 +107,17 @@ def test_a_consumed_phase_that_changes_is_refused_with_both(trained: Path) -> No
         assert "write these as they were" in str(caught.value)
 
 
+def test_a_run_of_one_phase_with_its_own_seq_length_gets_another(trained: Path, tmp_path: Path) -> None:
+    """Its past is of that length, not of data.seq_length."""
+    only, second = "train: {@a: 1}, seq_length: 16", "{train: {@b: 1}}"
+    run = overrides(trained / "data", tmp_path / "run", *phases(trained, f"{{{only}}}"), "train.num_steps=2")
+    assert train_here(0, run) == 0
+    shutil.copytree(trained / "data", tmp_path / "data")
+    assert prepared_with(tmp_path, *phases(trained, f"{{samples: 16, {only}}}", second)).new_samples
+    with pytest.raises(RefusedError, match=r"E580.*of seq_length 32 \(was samples 0 to .* of seq_length 16\)"):
+        prepared_with(tmp_path, *phases(trained, "{samples: 16, train: {@a: 1}}", second))
+
+
 def test_what_is_to_come_may_change_freely(trained: Path) -> None:
     """Also the length of the phase that is under way, and paths and order of its sources."""
     for coming in ("{train: {@c: 1}}", "{tokens: 640, train: {@c: 1}}, {train: {@a: 1, @b: 1}}"):
