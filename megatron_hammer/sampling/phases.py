@@ -249,8 +249,8 @@ def lay_out(
         mixes: one after the other from sample 0.
         sources: those of all mixes.
         seed: of the run.
-        num_samples: length of the run: no mix behind it is looked at, and counts are kept for it at once. The samples
-            do not depend on it.
+        num_samples: length of the run, as its present batch size gives it: counts of the last mix are kept for it at
+            once. The samples do not depend on it; a run that had larger batches has read more already.
         skips: what the run leaves out; a mix has so many more places as are left out in it.
     """
     if num_samples is not None:
@@ -262,8 +262,6 @@ def lay_out(
     orders: dict[int, IndependentOrder] = {}
     taken = [0] * len(sources)  # samples of the present order of each source
     for mix in merged(mixes):
-        if stretches and num_samples is not None and mix.first >= num_samples:
-            break
         drawn_from = tuple(sorted(mix.shares))
         for place in drawn_from:
             source, order = sources[place], orders.get(place)

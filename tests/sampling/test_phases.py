@@ -141,6 +141,13 @@ def test_any_way_of_asking_gives_the_same_samples() -> None:
     assert [order.ids(i, 1)[0] for i in range(60)] == ids and SampleId(0, 0, 0)._fields == ("source", "epoch", "window")
 
 
+def test_a_run_that_had_larger_batches_reads_beyond_its_length() -> None:
+    """Its length is that of its steps at the present batch size, of which it may have read more."""
+    phases = (20, {0: 1}, 4), (20, {1: 1}, 8), (None, {0: 1, 2: 1}, 4)
+    short = lay_out(mixes_of(*phases), SOURCES, 7, num_samples=10)
+    assert short.ids(0, 60) == order_of(*phases).ids(0, 60)
+
+
 def test_phases_of_one_mix_are_one() -> None:
     """A phase that is cut in two, or lengthened by its neighbour, is the same run; so is ``data.train`` alone."""
     whole = order_of((None, {0: 1, 1: 2}, 8))
