@@ -23,6 +23,7 @@ from megatron_hammer.tokenizer.required_characters import RequiredCharacters, lo
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
 from megatron_hammer.tokenizer.symbols import doubtful_symbols
 from megatron_hammer.tokenizer.train import train_tokenizer
+from tests.progress_lines import run_quietly
 from tests.tokenizer.texts import (
     REPOSITORY,
     SYMBOLS,
@@ -42,7 +43,7 @@ RARE = "龘靐齉爩麤灪龖厵"
 def run_tool(name: str, *arguments: object, seed: str = "0") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(REPOSITORY / "tools" / name), *map(str, arguments)]
     environment = {"PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return run_quietly(command, env=environment)
 
 
 def content(folder: Path) -> dict[str, bytes]:

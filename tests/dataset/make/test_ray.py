@@ -19,6 +19,7 @@ from megatron_hammer.dataset.make.job import Stopped
 from megatron_hammer.dataset.make.ray import build_datasets_on_ray
 from tests.dataset.built import build_datasets
 from tests.dataset.make.ray_corpus import lines, local, outputs, write_corpus
+from tests.progress_lines import without_activity
 
 pytest.importorskip("ray", reason="the Ray engine needs: pip install 'megatron_hammer[ray]'")
 pytestmark = pytest.mark.timeout(120)
@@ -208,6 +209,7 @@ def test_a_cluster_for_one_run_and_a_signal(cluster, tmp_path: Path, large: list
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 75 and stdout == "", stderr
+    stderr = without_activity(stderr)
     assert stderr.startswith("stopped with ") and stderr.endswith("the same command goes on from there\n"), stderr
     assert stderr.count("\n") == 1
     wait_for(lambda: ray_processes() <= before, 20)
@@ -235,5 +237,6 @@ def test_mistakes_are_one_line(tmp_path: Path, tokenizer: Path, options: list[st
     process = start([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "p", *options)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == code and stdout == "", stderr
+    stderr = without_activity(stderr)
     assert words in stderr and stderr.count("\n") == 1, stderr
     assert outputs(tmp_path / "p") == {}

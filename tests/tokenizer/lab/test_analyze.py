@@ -27,6 +27,7 @@ from megatron_hammer.tokenizer.lab.arguments import load_named, parse_texts
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.required_characters import load_table
 from megatron_hammer.tokenizer.scripts import SCRIPTS
+from tests.progress_lines import run_quietly
 from tests.tokenizer.texts import REPOSITORY, handmade_model, model_proto, real_model, training_texts
 from tests.tokenizer.texts import write_model as write
 
@@ -224,7 +225,7 @@ def test_texts_arguments() -> None:
 
 def call(*arguments: Any) -> subprocess.CompletedProcess:
     command = [sys.executable, str(PROGRAM), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return run_quietly(command, timeout=60)
 
 
 def is_picture(path: Path) -> bool:

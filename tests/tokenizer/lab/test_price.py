@@ -28,6 +28,7 @@ from megatron_hammer.tokenizer.lab.prefixes import Prefixes, find_prefixes
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
 from megatron_hammer.tokenizer.train import train_tokenizer
+from tests.progress_lines import run_quietly
 from tests.tokenizer.texts import REPOSITORY, Texts, handmade_model, real_model, training_texts
 from tests.tokenizer.texts import write_model as write
 
@@ -271,7 +272,7 @@ def test_a_domain_without_text_is_refused(plain: Tokenizer) -> None:
 
 def call(*arguments: Any) -> subprocess.CompletedProcess:
     command = [sys.executable, str(PROGRAM), "price", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return run_quietly(command, timeout=60)
 
 
 def test_the_program(

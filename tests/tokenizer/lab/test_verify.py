@@ -22,6 +22,7 @@ from megatron_hammer.tokenizer.lab.fuzz import break_utf8, fuzz_texts
 from megatron_hammer.tokenizer.lab.verify import compare_tokenizers
 from megatron_hammer.tokenizer.pieces import SPACE
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
+from tests.progress_lines import run_quietly
 from tests.tokenizer.faults import plant
 from tests.tokenizer.test_load import byte_level_backend, write_folder
 from tests.tokenizer.texts import REPOSITORY, SYMBOLS, handmade_model, model_proto, real_model, write_model
@@ -43,7 +44,7 @@ def copy_folder(folder: Path, target: Path) -> Path:
 
 def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(REPOSITORY / "tools" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return run_quietly(command, timeout=120)
 
 
 # ---- the fuzz corpus ----
