@@ -249,8 +249,8 @@ def lay_out(
         mixes: one after the other from sample 0.
         sources: those of all mixes.
         seed: of the run.
-        num_samples: length of the run, as its present batch size gives it: counts of the last mix are kept for it at
-            once. The samples do not depend on it; a run that had larger batches has read more already.
+        num_samples: length of the run, as its present batch size gives it: counts of a mix without an end are kept
+            for it at once. The samples do not depend on it; a run that had larger batches has read more already.
         skips: what the run leaves out; a mix has so many more places as are left out in it.
     """
     if num_samples is not None:

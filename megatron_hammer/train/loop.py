@@ -132,7 +132,7 @@ class Run:
         self.state = self.state.counted(self.data)
         self.batches = ReadAhead(
             self.data,
-            config.num_samples,
+            config.num_samples_from(self.state.step, self.state.consumed_samples),
             config.train.micro_batch_size,
             self.batch_sizes,
             ctx.samples.rank,

@@ -83,7 +83,8 @@ def _record(bad: BadStep, prepared: Prepared, data: TrainData, say: Callable[[st
     back_to = 0 if target is None else target.step
     _refuse_another(bad, back_to, done, config.train.max_rewinds)
     first = 0 if target is None else target.state["consumed_samples"]
-    skipped = left_out(*_window(bad, prepared, first), config.num_samples, data)
+    end = config.num_samples_from(bad.step - 1, bad.first_sample)
+    skipped = left_out(*_window(bad, prepared, first), end, data)
     rewind = Rewind(len(done) + 1, bad.step, bad.finding, back_to, skipped)
     kept = _keep_lines(output, back_to, incident_path(config, bad.step, len(done)).with_suffix(".metrics.jsonl"))
     ledger: Ledger = (*done, rewind)
@@ -156,9 +157,8 @@ def left_out(start: int, end: int, total: int, data: TrainData) -> tuple[Range, 
     """
     order = data.order
     phase_end, pieces = order.stretch_at(start).end, list(order.skips.pieces(start, end - start))
-    behind = order.stretches[-1].end  # of the last phase that the run comes to
-    later = [part for part in order.skips.ranges if phase_end is not None and part[0] >= phase_end]
-    later = [part for part in later if behind is None or part[1] <= behind]
+    behind = order.skips.end(total)  # of what the run comes to
+    later = [part for part in order.skips.ranges if phase_end is not None and phase_end <= part[0] < behind]
     if phase_end is None or (sum(pieces[-1]) <= phase_end and not later):
         return tuple((place, place + count) for place, count in pieces)
     end = min(end, total)

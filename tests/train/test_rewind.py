@@ -33,6 +33,7 @@ from megatron_hammer.train import health, loop, rewind
 from megatron_hammer.train.prepare import Prepared, find_start
 from megatron_hammer.train.rewind import BadStep
 from tests.distributed import run_distributed
+from tests.model.tiny import tiny_config
 from tests.train.runs import checkpoint_bytes, config_for, metrics, overrides, train_here, write_fim_tokenizer
 
 REWIND = ("train.on_spike=rewind", "train.spike_z_score=4", "checkpoint.keep_last=9", "train.eval_interval_steps=12")
@@ -280,6 +281,14 @@ def test_what_is_left_out_over_phases_does_not_come_again(data: Path) -> None:
             assert not unwanted & set(now.sample_ids(start, total - start)), (start, end)
             assert now.sample_ids(0, start) == before
     assert rewind.left_out(2, 4, total, TrainData(phases, 32, 7)) == ((2, 4),)
+
+
+def test_a_run_whose_batches_became_smaller_ends_where_they_end() -> None:
+    """Not at num_steps times the present one, which may lie behind the bad step."""
+    config = tiny_config(train__num_steps=20, train__global_batch_size=4)
+    assert config.num_samples_from(0, 0) == config.num_samples == 80
+    assert config.num_samples_from(15, 15 * 16) == 15 * 16 + 5 * 4
+    assert config.num_samples_from(20, 320) == config.num_samples_from(21, 320) == 320
 
 
 def test_a_window_ends_where_samples_have_another_length(data: Path, tmp_path: Path) -> None:
