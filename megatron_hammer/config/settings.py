@@ -542,8 +542,8 @@ class ScheduleConfig:
     """cosine: between lr and min_lr. cosine-clamped: to zero, held at min_lr (HammerLLM's). wsd: constant, then a
     linear descent over anneal_steps. linear: to min_lr. constant: lr. Each after the warm-up."""
     warmup_steps: Mathematics[int] = 0
-    """Steps of linear warm-up; step warmup_steps is the first at the peak. A shorter run without decay_steps
-    cuts it to its length."""
+    """Steps of linear warm-up; step warmup_steps is the first at the peak. A shorter run cuts it to
+    its length, but not with decay_steps or style=constant."""
     decay_steps: Mathematics[int | None] = None
     """Step at which the descent ends, warm-up included; absent: train.num_steps."""
     anneal_steps: Mathematics[int | None] = None

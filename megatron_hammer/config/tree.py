@@ -208,6 +208,20 @@ class Config:
         """Samples of the whole run."""
         return self.batch_sizes.samples(self.train.num_steps)
 
+    def num_samples_from(self, step: int, consumed: int) -> int:
+        """The same of a run that has ``consumed`` samples behind it after ``step`` steps, with whatever batches."""
+        return self.batch_sizes.samples(max(0, self.train.num_steps - step), consumed)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the warm-up, which is cut to the run's length only where the descent follows that, too.
+
+        With ``schedule.decay_steps``, or without a descent, the rate of a step does not depend on how long the run is,
+        so that a run can be extended.
+        """
+        wanted = self.schedule.warmup_steps
+        return min(wanted, self.train.num_steps) if self.schedule.follows_run else wanted
+
     @property
     def phases(self) -> tuple[Phase, ...]:
         """The phases of the run; ``data.train`` alone is one. Empty where no data are named."""

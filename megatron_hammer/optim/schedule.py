@@ -29,15 +29,10 @@ class Shape:
 
 
 def shape(config: Config) -> Shape:
-    """The lengths that a config's schedule has; what is absent follows from ``train.num_steps``.
-
-    A warm-up is cut to the run's length only where the descent follows that, too: with ``decay_steps``, or without a
-    descent, the rate of a step does not depend on how long the run is, so that a run can be extended.
-    """
+    """The lengths that a config's schedule has; what is absent follows from ``train.num_steps``."""
     schedule, num_steps = config.schedule, config.train.num_steps
-    warmup = min(schedule.warmup_steps, num_steps) if schedule.follows_run else schedule.warmup_steps
-    horizon = max(schedule.decay_steps or num_steps, warmup)
-    return Shape(warmup, horizon, schedule.anneal_steps or max(1, horizon // 10))
+    horizon = max(schedule.decay_steps or num_steps, config.warmup_steps)
+    return Shape(config.warmup_steps, horizon, schedule.anneal_steps or max(1, horizon // 10))
 
 
 def learning_rate(config: Config, step: int) -> float:

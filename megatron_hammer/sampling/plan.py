@@ -358,7 +358,7 @@ def _ramp(config: Config) -> str:
     batches = config.batch_sizes
     if len(batches.ramp) == 1:
         return ""
-    full, warmup = batches.ramp[-1][0], min(config.schedule.warmup_steps, config.train.num_steps)
+    full, warmup = batches.ramp[-1][0], config.warmup_steps
     return (
         f"note: steps grow from {batches.at(0):,} to {config.train.global_batch_size:,} samples, which step "
         f"{batches.steps(full) + 1:,} is the first to have; train.num_steps and the learning rate count steps of "
