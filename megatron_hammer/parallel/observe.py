@@ -142,7 +142,9 @@ class Observer:
     ) -> None:
         self.board, self.numbers, self.limit, self.alone, self._note = board, list(numbers), limit, alone, note
         self._began, self._asked = time.monotonic(), False
-        self._looked = self._woke = self._began
+        self._looked: tuple[float, float] | None = None
+        """When this process looked last, and the CPU time that it had taken then."""
+        self._woke = self._began
         self._stragglers = Stragglers()
         self._computed: dict[int, tuple[float, float]] = {}  # rank -> (its last words, its CPU time then)
 
@@ -184,9 +186,12 @@ class Observer:
 
     def _has_slept(self) -> bool:
         """Whether the whole run has been stopped since the last look (Ctrl-Z, a frozen container): it is no silence."""
-        now = time.monotonic()
-        slept, self._looked = now - self._looked, now
-        if slept <= PAUSE_SECONDS:
+        now, computed = time.monotonic(), time.process_time()
+        before, before_computed = self._looked or (now, computed)
+        self._looked = now, computed
+        slept = now - before
+        # A rank that looks itself (torchrun) may be kept from it by its own code, which computes meanwhile.
+        if slept <= min(PAUSE_SECONDS, self.limit / 2) or computed - before_computed >= BUSY_SHARE * slept:
             return False
         self._woke = now
         self._note(f"note: this run has stood still for {slept:.0f} s, and goes on")
@@ -215,7 +220,8 @@ class Observer:
             pids: of the ranks that live.
         """
         words = [self.board.read(self.numbers.index(rank)) for rank in failed]
-        return bool(pids) and any(d and d.waiting and waited_until - d.noted >= 0.9 * self.limit for d in words)
+        since = [max(d.noted, self._woke) for d in words if d and d.waiting]
+        return bool(pids) and any(waited_until - at >= 0.9 * self.limit for at in since)
 
     def describe_waited_for(self, pids: Mapping[int, int]) -> tuple[HangError, str]:
         """``describe`` those of the living that kept a rank waiting until its time was up."""

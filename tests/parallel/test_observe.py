@@ -63,6 +63,20 @@ def test_a_run_that_stood_still_as_a_whole_does_not_hang(monkeypatch: pytest.Mon
     assert notes == ["note: this run has stood still for 4996 s, and goes on"]
 
 
+def test_a_rank_whose_own_code_keeps_it_from_looking_has_not_stood_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun a thread of the rank looks; and the first look comes when all ranks have been started."""
+    now, notes = [50.0], list[str]()
+    board: Any = SimpleNamespace(read=lambda place: Doing(0.0, 1, True, 3, 5, False, "forward", "all_reduce"))
+    monkeypatch.setattr(observe.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(observe.time, "process_time", lambda: now[0] / 2)
+    monkeypatch.setattr(observe, "process_state", lambda pid: ("S", 0.0))
+    monkeypatch.setattr(observe, "wait_channel", lambda pid: "")
+    observer = Observer(board, [0], LIMIT, note=notes.append)
+    for now[0] in (80.0, 80.5, 95.0, 102.0):
+        assert not observer.find({0: 1})
+    assert notes == []
+
+
 # ---- stragglers ------------------------------------------------------------------------------------------------------
 
 
