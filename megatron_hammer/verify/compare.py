@@ -65,7 +65,11 @@ class Finding:
 
 
 def whole_tensors(pieces: Iterable[Piece]) -> dict[Key, np.ndarray]:
-    """Logical tensors from pieces of one process, which has all of them."""
+    """Logical tensors from pieces that make them up.
+
+    Raises:
+        ValueError: an element is in no piece, or is no number.
+    """
     parts: dict[Key, list[Piece]] = defaultdict(list)
     for piece in pieces:
         parts[piece.kind, piece.tensor].append(piece)
@@ -75,7 +79,8 @@ def whole_tensors(pieces: Iterable[Piece]) -> dict[Key, np.ndarray]:
         tensor = np.full(shape, np.nan)
         for piece in found:
             tensor[piece.place] = piece.values
-        assert not np.isnan(tensor).any(), f"{key} is not whole"
+        if np.isnan(tensor).any():
+            raise ValueError(f"{key[0]} of {key[1]} is not whole")
         whole[key] = tensor
     return whole
 

@@ -98,6 +98,9 @@ def _pattern(wrong: Sequence[tuple[np.ndarray, np.ndarray]], right: np.ndarray, 
     if several.any() and np.abs(total - right)[several].max() <= 100 * limit:
         return ": each rank has a part of them, whose sum is missing"
     tokens, got = (np.concatenate(x) for x in zip(*wrong, strict=True))
+    if not np.isfinite(got).all():
+        which = np.unique(tokens[~np.isfinite(got).all(1)])
+        return f": they are not finite for {len(which)} of {len(np.unique(tokens))} tokens"
     theirs, off = right[tokens], np.abs(got - right[tokens]).max(1) > limit
     factor = float((got * theirs).sum() / np.square(theirs).sum())
     if np.abs(got - factor * theirs).max() <= 100 * limit:

@@ -98,9 +98,16 @@ def test_rows_of_another_place() -> None:
 def test_what_no_rank_holds_ends_no_diagnosis() -> None:
     """Nor do values that are no numbers: the findings must be printed whatever is wrong."""
     config, expected, initial = one_process("TP 2 x DP 2")
-    for pieces in (expected.pieces[::2], [dataclasses.replace(p, values=p.values * np.nan) for p in expected.pieces]):
+    no_numbers = [dataclasses.replace(p, values=p.values * np.nan) for p in expected.pieces]
+    of_gradients = [n if n.kind == "gradient" else p for n, p in zip(no_numbers, expected.pieces, strict=True)]
+    for pieces in (expected.pieces[::2], no_numbers, of_gradients):
         damaged = dataclasses.replace(expected, pieces=pieces)
         assert isinstance(diagnose(config, 4, [damaged] * 4, expected, initial, BOUNDS["fp64"]), list)
+    losses, points = expected.token_losses.copy(), {name: at.copy() for name, at in expected.points.items()}
+    losses[5] = points["layers.1.mlp"][5] = np.nan
+    damaged = dataclasses.replace(expected, token_losses=losses, points=points)
+    (*_, said) = diagnose(config, 4, [damaged] * 4, expected, initial, BOUNDS["fp64"])
+    assert "right up to layers.1.mlp_norm and wrong from layers.1.mlp on: they are not finite for 1 of " in said
 
 
 # ---- real ranks -----------------------------------------------------------------------------------------------------

@@ -328,6 +328,9 @@ def test_an_outcome_comes_back_from_its_files(tmp_path: Path) -> None:
     for a, b in zip(back.pieces, outcome.pieces, strict=True):
         assert (a.kind, a.tensor, a.rows, a.cols) == (b.kind, b.tensor, b.rows, b.cols)
         assert np.array_equal(a.values, b.values)
+    assert back.points.keys() == outcome.points.keys() and len(back.points) > 5 and back.refused == outcome.refused
+    for name, values in [("", outcome.point_tokens), *outcome.points.items()]:
+        assert np.array_equal(back.points[name] if name else back.point_tokens, values)
 
 
 # ---- shrinking ------------------------------------------------------------------------------------------------------
