@@ -69,7 +69,7 @@ def report(results: Sequence[Result], config: Config | None = None) -> str:
     lines = [HEADING, "", summary(results), "", "| part | result | seconds | found |", "|---|---|---|---|"]
     for result in results:
         found = private.text(result.found).replace("|", "/")
-        word = f"FAILED ({result.exit_code})" if result.exit_code else "passed"
+        word = f"FAILED ({result.exit_code})" if result.exit_code else result.word
         lines.append(f"| {result.name} | {word} | {result.seconds:.1f} | {found} |")
     for title, rows in (("Versions", versions()), ("Machine", machine(private))):
         lines += ["", f"## {title}", "", *(f"- {name}: {private.own(value)}" for name, value in rows)]

@@ -22,7 +22,7 @@ from megatron_hammer.base.errors import from_fields
 from megatron_hammer.base.reading import read_regular
 from megatron_hammer.base.signals import StopRequest
 from megatron_hammer.verify.golden import WRONG
-from megatron_hammer.verify.selftest_parts import PARTS, VERDICT, Part
+from megatron_hammer.verify.selftest_parts import NOT_TRIED, PARTS, VERDICT, Part
 
 PART_SECONDS = 300.0  # a part takes some ten seconds on two cores; one that takes this long hangs
 POLL_SECONDS = 0.05
@@ -46,10 +46,14 @@ class Result:
     output: tuple[str, ...] = ()
     """The last lines that a failed part printed."""
 
+    @property
+    def word(self) -> str:
+        """What became of it."""
+        return "FAILED" if self.exit_code else "skipped" if self.found.startswith(NOT_TRIED) else "passed"
+
     def lines(self) -> list[str]:
         """For people: one line, and of a part that failed its cure."""
-        word = "FAILED" if self.exit_code else "passed"
-        line = f"{word}  {self.name:10}{self.seconds:6.1f} s  {self.found}"
+        line = f"{self.word:7} {self.name:10}{self.seconds:6.1f} s  {self.found}"
         return [line, f"{'':27}-> {self.cure}"] if self.exit_code else [line]
 
 
@@ -147,11 +151,13 @@ def exit_code(results: Sequence[Result]) -> int:
 
 def summary(results: Sequence[Result]) -> str:
     """The last line."""
-    passed, seconds = sum(not result.exit_code for result in results), sum(result.seconds for result in results)
+    names = {word: [r.name for r in results if r.word == word] for word in ("passed", "skipped", "FAILED")}
+    passed, seconds = len(names["passed"]), sum(result.seconds for result in results)
     if passed == len(results):
         return f"all {passed} parts passed in {seconds:.0f} s"
-    failed = ", ".join(result.name for result in results if result.exit_code)
-    return f"{passed} of {len(results)} parts passed in {seconds:.0f} s; failed: {failed}"
+    said = {"not tried here": names["skipped"], "failed": names["FAILED"]}
+    rest = "".join(f"; {what}: {', '.join(which)}" for what, which in said.items() if which)
+    return f"{passed} of {len(results)} parts passed in {seconds:.0f} s{rest}"
 
 
 def chosen(names: Sequence[str]) -> list[Part]:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 VERDICT = "verdict.json"  # what a part leaves in its folder
 RANKS = 2
-NOT_HERE = f"not tried: {RANKS} ranks need Linux (E292)"
+NOT_TRIED = "not tried: "
+NOT_HERE = f"{NOT_TRIED}{RANKS} ranks need Linux (E292)"
 REINSTALL = "install the package anew: pip install --force-reinstall --no-cache-dir, in a clone pip install -e ."
 PIECES = 1000  # of the tokenizers: more than the characters and bytes of their texts
 CORPUS_BYTES = 50_000  # the least that a sample corpus has
