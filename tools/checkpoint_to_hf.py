@@ -35,7 +35,7 @@ def main() -> None:
     from megatron_hammer.huggingface.export import certificate_line, export_hf, parse_size
 
     size = parse_size(arguments.max_shard_size)
-    with Activity("exporting, and comparing with the trained model"):
+    with Activity("exporting, and comparing with the trained model", in_place=False):
         certificate = export_hf(
             arguments.load,
             arguments.output,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
+from megatron_hammer.base.progress import Activity
 from megatron_hammer.corpus import quick_start as sample
 
 
@@ -23,9 +24,10 @@ def main() -> None:
     parser.add_argument("--bytes-per-domain", type=int, default=sample.BYTES_PER_DOMAIN, metavar="N",
                         help="most training text of one domain (default: %(default)s)")  # fmt: skip
     args = parser.parse_args()
-    sample.make_sample_corpus(
-        args.out, sample.ESSAYS, args.bytes_per_domain, report=lambda line: print(line, flush=True)
-    )
+    with Activity("collecting text"):
+        sample.make_sample_corpus(
+            args.out, sample.ESSAYS, args.bytes_per_domain, report=lambda line: print(line, flush=True)
+        )
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def main() -> int:
     settings = Settings(args.out, args.steps, flops, bandwidth, args.nproc)
     settings.check()
     if args.nproc == 1:
-        with Activity("profiling") as note:
+        with Activity("profiling", in_place=False) as note:
             report = profile_step(config, settings, note)
         print(table(report))
         return 0

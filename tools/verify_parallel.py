@@ -93,7 +93,7 @@ def prove(config: Config, world_size: int, real: bool) -> int:
     """All ranks against one process."""
     from megatron_hammer.verify.parallel import Proof, prove_layout
 
-    with Activity("the proof") as note:
+    with Activity("the proof", in_place=False) as note:
         proof = prove_layout(config, world_size, note, real=real)
     if not isinstance(proof, Proof):
         return proof

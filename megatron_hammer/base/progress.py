@@ -154,10 +154,12 @@ class Activity:
     Args:
         name: of what comes first.
         report: gets the plain lines.
+        in_place: whether a terminal gets a line that is drawn again; not where other processes write on it, too, since
+            their last line would be taken away with ours.
     """
 
-    def __init__(self, name: str, report: Callable[[str], None] = say) -> None:
-        self.name, self._report = name, report
+    def __init__(self, name: str, report: Callable[[str], None] = say, in_place: bool = True) -> None:
+        self.name, self._report, self._in_place = name, report, in_place
         self._begun = self._others = time.monotonic()
         """When this work began, and when somebody else wrote for the last time."""
         self._ours, self._next_line = 0.0, 0.0
@@ -166,7 +168,7 @@ class Activity:
         self._thread = threading.Thread(target=self._watch, name="activity", daemon=True)
 
     def __enter__(self) -> Activity:
-        if can_redraw(sys.stderr):
+        if self._in_place and can_redraw(sys.stderr):
             self._view = View(sys.stderr)
         self._thread.start()
         return self
