@@ -325,9 +325,17 @@ def _from_import_error(error: ImportError, name: str, who: str) -> ConfigError:
     return ConfigError(
         51, f"the module {name}", f"cannot be loaded by {sys.executable} ({' '.join(str(error).split())[:200]})",
         (f"leave out what belongs to another Python or system: {', '.join(foreign)}; or " if foreign else "")
-        + (f"install it anew: {pip} --force-reinstall {name.partition('.')[0]}" if OF_A_WHEEL else
+        + (f"install it anew: {pip} --force-reinstall {_package_of(name)}" if OF_A_WHEEL else
            "make the environment anew: rm -rf .venv, then bash tools/make_venv.sh"),
     )  # fmt: skip
+
+
+def _package_of(module: str) -> str:
+    """The package that pip knows a module by: PyYAML for ``yaml``."""
+    import importlib.metadata
+
+    top = module.partition(".")[0]
+    return next(iter(importlib.metadata.packages_distributions().get(top, ())), top)
 
 
 def require_linux(what: str, why: str, instead: str) -> None:

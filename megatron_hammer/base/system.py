@@ -160,11 +160,14 @@ def end_of_hole(descriptor: int, at: int) -> int:
     """The first byte of a file from ``at`` on that lies in no hole, or its size; ``at`` if nobody can tell."""
     if hasattr(os, "SEEK_DATA"):
         with contextlib.suppress(OSError):
+            here = os.lseek(descriptor, 0, os.SEEK_CUR)
             try:
                 return os.lseek(descriptor, at, os.SEEK_DATA)
             except OSError as error:
                 if error.errno == errno.ENXIO:
                     return max(at, os.fstat(descriptor).st_size)
+            finally:  # a buffer over it counts from there
+                os.lseek(descriptor, here, os.SEEK_SET)
     return at
 
 
