@@ -86,7 +86,9 @@ def programs(folder: Path) -> dict[str, Path]:
 
 def purpose_of(path: Path) -> str:
     """The first sentence of a program's docstring."""
-    found = re.search(r'^r?"""(.+?)(?:\.\s|\n\n|""")', path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    from megatron_hammer.base.reading import read_regular
+
+    found = re.search(r'^r?"""(.+?)(?:\.\s|\n\n|""")', read_regular(path).decode("utf-8"), re.MULTILINE | re.DOTALL)
     assert found is not None, f"{path} has no docstring"
     return " ".join(found[1].split()).rstrip(".:") + "."
 

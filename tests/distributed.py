@@ -16,6 +16,7 @@ import datetime
 import os
 import queue
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -27,14 +28,17 @@ import torch.multiprocessing as mp
 from megatron_hammer.parallel.rendezvous import leave_cores_to_those_who_run
 
 MAX_RANKS = 8
+STARTED = 0  # in place of the number of a call
 IMPORTED = ["torch", "tests.train.runs", "tests.verify.grid"]  # what most functions need; none starts a thread
 DEFAULT_TIMEOUT = 120  # seconds for one call, far above what any needs on two cores
+START_SECONDS = 280  # for new workers: the first read gigabytes of a torch for CUDA from a disk that has not seen them
 
 
 def _worker(rank: int, inbox: Any, outbox: Any) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     leave_cores_to_those_who_run()
+    outbox.put((STARTED, rank, None, None))
     while (task := inbox.get()) is not None:
         call, world_size, store_path, function, args = task
         try:
@@ -67,12 +71,20 @@ class _Pool:
         self.folder = tempfile.TemporaryDirectory(prefix="hammer-test-")
 
     def grow(self, size: int) -> None:
+        missing = max(0, size - len(self.processes))
         while len(self.processes) < size:
             inbox = self.context.Queue()
             process = self.context.Process(target=_worker, args=(len(self.processes), inbox, self.outbox), daemon=True)
             process.start()
             self.inboxes.append(inbox)
             self.processes.append(process)
+        deadline = time.monotonic() + START_SECONDS
+        while missing:
+            try:
+                missing -= self.outbox.get(timeout=max(0.05, deadline - time.monotonic()))[0] == STARTED
+            except queue.Empty:
+                self.close()
+                raise AssertionError(f"{missing} of {size} workers did not start in {START_SECONDS} s") from None
 
     def call(self, world_size: int, function: Callable, args: tuple, timeout: float) -> list[Any]:
         self.grow(world_size)

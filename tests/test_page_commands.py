@@ -68,7 +68,7 @@ def file_of(command: str) -> str:
     if not command.startswith("hammer "):
         return command
     name = command.removeprefix("hammer ")
-    return f"-m {MODULES[name][0]}" if name in MODULES else f"tools/{name.replace('-', '_')}.py"
+    return f"-m megatron_hammer.{name}" if name in MODULES else f"tools/{name.replace('-', '_')}.py"
 
 
 @cache

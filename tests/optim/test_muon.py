@@ -34,7 +34,7 @@ from megatron_hammer.train.rank_costs import state_bytes
 from megatron_hammer.train.step import train_step
 from megatron_hammer.verify.compare import Sizes, compare_pieces, whole_tensors
 from megatron_hammer.verify.outcome import Outcome
-from megatron_hammer.verify.reference import _muon
+from megatron_hammer.verify.reference import Rule, _muon
 from megatron_hammer.verify.shrink import alone
 from megatron_hammer.verify.steps import gradient_pieces, state_pieces
 from tests.distributed import run_distributed
@@ -74,7 +74,7 @@ def test_steps_are_those_of_an_update_written_out(per_head: bool) -> None:
             heads = (
                 config.model.head_size if per_head and name.split(".")[-2] in ("q_proj", "k_proj", "v_proj") else None
             )
-            update = _muon(0.95 * moments[name] + 0.05 * g, heads)
+            update = _muon(0.95 * moments[name] + 0.05 * g, heads, Rule())
             weights[name] = weights[name] * (1 - lr * 0.1) - lr * update
             torch.testing.assert_close(found[name], weights[name], rtol=0, atol=1e-9)
             assert 0.1 < update.square().mean().sqrt() < 0.25, "AdamW's size; less where singular values are small"

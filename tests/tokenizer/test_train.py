@@ -6,7 +6,6 @@ import hashlib
 import json
 import random
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.required_characters import read_characters
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
 from megatron_hammer.tokenizer.train import train_tokenizer
+from tests.progress_lines import run_quietly
 from tests.tokenizer.texts import REPOSITORY, SYMBOLS, Texts, model_proto, training_texts
 
 
@@ -63,7 +63,7 @@ def test_depends_on_no_process(tmp_path: Path) -> None:
         command = [sys.executable, tool, "--input", *files, "--json-key", "content", "--output", str(tmp_path / output),
                    "--vocab-size", "2000", "--max-sentence-bytes", "2000"]  # fmt: skip
         environment = {"PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": seed}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = run_quietly(command, env=environment)
         assert done.returncode == 0, done.stderr
         assert "2,000 pieces" in done.stdout and done.stderr.count("\n") == 1  # no chatter of the library
     assert (tmp_path / "x/t.model").read_bytes() == (tmp_path / "y/tokenizer.model").read_bytes()
