@@ -317,7 +317,7 @@ def hash_bytes(content: bytes | memoryview) -> str:
 
 
 def hash_file(path: Path, advance: Callable[[int], None] = lambda count: None) -> str:
-    """XXH3-128 of a file's content; ``advance`` is told of the bytes that were read."""
+    """XXH3-128 of a file's content; ``advance`` is called with the bytes that were read."""
     with open_regular(path) as file:
         return hash_content(file, advance)
 

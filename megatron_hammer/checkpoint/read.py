@@ -191,7 +191,7 @@ def check_file(
     """Compare every slice in one rank's file with its hash, keeping nothing.
 
     Args:
-        advance: told of the bytes of each part that was read.
+        advance: called with the bytes of each part that was read.
 
     Returns:
         of each slice, its tensor's position in the manifest, and its part of that tensor's sum (``digest.py``).

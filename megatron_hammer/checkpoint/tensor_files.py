@@ -114,10 +114,10 @@ class TensorFileWriter:
     def write(
         self, name: str, chunks: Iterable[Any], watch: Callable[[memoryview], object] = lambda piece: None
     ) -> str:
-        """Append the next tensor from buffers; returns the XXH3-128 of its bytes, taken before they are written.
+        """Append the next tensor from buffers; returns the XXH3-128 of its bytes as they are in memory.
 
         Args:
-            watch: told each piece, which the core's cache has for it and for the hash since it was copied.
+            watch: called with each piece, which the core's cache has for it and for the hash since it was copied.
         """
         expected, size = self._left.pop()
         assert name == expected, f"{self.path}: {name} written where {expected} was announced"
@@ -243,7 +243,7 @@ class TensorFileReader:
         """XXH3-128 of a tensor's bytes, which are not kept.
 
         Args:
-            watch: told each piece, in order.
+            watch: called with each piece, in order.
         """
         hasher = xxhash.xxh3_128()
 

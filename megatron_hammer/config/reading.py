@@ -217,7 +217,8 @@ def config_from_tree(tree: Mapping[str, Any], note: Callable[[str], None] | None
 
 
 def _with_present_names(tree: Mapping[str, Any], note: Callable[[str], None] | None) -> dict[str, Any]:
-    """``tree`` (group -> field -> value) with every setting under its own name; ``note``, if there is one, hears of it.
+    """``tree`` (group -> field -> value) with every setting under its own name; ``note``, if there is one, is called
+    with a line on each.
 
     Raises:
         ConfigError: both names are given, with two values.

@@ -51,7 +51,7 @@ def build_indices(
 
     Args:
         epochs: those of the first passes over every source; None: those that the run's samples reach.
-        begins: told what is done next.
+        begins: called with what is done next.
 
     Raises:
         ConfigError: a number is out of range, or ``epochs`` is given for the order "megatron".

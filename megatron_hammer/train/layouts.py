@@ -216,7 +216,7 @@ def _alike(
 
 
 def _stages(config: Config, pp: int) -> list[int]:
-    """Of a pipeline rank: those that share its layers equally, powers of two, and as many as the config has."""
+    """Of a pipeline rank: counts that divide its layers, powers of two, and as many as the config has."""
     layers, most = config.model.num_layers, min(MOST_STAGES, config.model.num_layers // pp)
     if pp == 1:
         return [1]
