@@ -191,7 +191,7 @@ class Observer:
         self._looked = now, computed
         slept = now - before
         # A rank that looks itself (torchrun) may be kept from it by its own code, which computes meanwhile.
-        if slept <= min(PAUSE_SECONDS, self.limit / 2) or computed - before_computed >= BUSY_SHARE * slept:
+        if slept <= PAUSE_SECONDS or computed - before_computed >= BUSY_SHARE * slept:
             return False
         self._woke = now
         self._note(f"note: this run has stood still for {slept:.0f} s, and goes on")
