@@ -21,8 +21,9 @@ from pathlib import PurePath
 from typing import Any, NoReturn
 
 from megatron_hammer.base.characters import in_ascii, number_meant
-from megatron_hammer.base.errors import OF_A_WHEEL, ConfigError, HammerError, from_exception
+from megatron_hammer.base.errors import ConfigError, HammerError, from_exception
 from megatron_hammer.base.paths import unusable_remedy
+from megatron_hammer.base.shipped import OF_A_WHEEL
 from megatron_hammer.base.streams import Output, Vanished, flush_streams, guard_streams, only_list
 
 READ_ELSEWHERE = (

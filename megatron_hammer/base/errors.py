@@ -24,10 +24,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_hammer.base import system
+from megatron_hammer.base.shipped import OF_A_WHEEL
 
 EXIT_STOPPED_BY_SIGNAL = 75
-OF_A_WHEEL = os.path.isdir(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "tools"))
-"""Whether the package was installed without its repository: then the programs are in it (``setup.py``)."""
 
 
 class HammerError(Exception):

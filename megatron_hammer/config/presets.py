@@ -1,6 +1,6 @@
 """The presets by their names, wherever the package is: ``tiny`` for ``examples/configs/tiny.yaml``.
 
-The repository has them in ``examples/configs/``, a wheel in the package (``setup.py`` puts them there).
+The repository has them in ``examples/configs/``, a wheel in the package (``base/shipped.py``).
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-_OF_A_WHEEL = _PACKAGE / "configs"
-PRESETS = _OF_A_WHEEL if _OF_A_WHEEL.is_dir() else _PACKAGE.parent / "examples" / "configs"
+from megatron_hammer.base.shipped import shipped_folder
+
+PRESETS = shipped_folder("configs", "examples/configs")
 """Their folder."""
 
 

@@ -39,13 +39,12 @@ import orjson
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.files import replace_file, sha256_file
 from megatron_hammer.base.reading import parse_json, read_regular
+from megatron_hammer.base.shipped import shipped_folder
 from megatron_hammer.corpus.documents import LineWriter, text_line
 
 DOMAINS = ("zh", "en", "code")
-_PACKAGE = Path(__file__).resolve().parents[1]
-_OF_A_WHEEL = _PACKAGE / "essays"
-ESSAYS = _OF_A_WHEEL if _OF_A_WHEEL.is_dir() else _PACKAGE.parent / "examples" / "corpus"
-"""Our own Chinese text: in the repository, or where a wheel has it (``setup.py`` puts it there)."""
+ESSAYS = shipped_folder("essays", "examples/corpus")
+"""Our own Chinese text."""
 BYTES_PER_DOMAIN = 1_000_000
 """Most training text of one domain. Code is there in tens of megabytes and would drown the half megabyte of Chinese."""
 VALID_SHARE = 0.05
