@@ -73,19 +73,26 @@ def _place_of_torchrun(environment: Mapping[str, str]) -> tuple[int, int, int]:
     from megatron_hammer.base.errors import ConfigError
 
     remedy = "start with torchrun, srun or python -m megatron_hammer.launch; or unset RANK, LOCAL_RANK and WORLD_SIZE"
-    numbers = []
-    for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-        text = environment.get(name, default)
+
+    def number(name: str, default: int, least: int = 0) -> int:
+        text = environment.get(name, str(default))
         if not (text.isascii() and text.isdigit() and len(text) < 10):
             raise ConfigError(40, f"environment variable {name}={text[:40]!r}", "must be a number", remedy)
-        numbers.append(int(text))
-    rank, local_rank, world_size = numbers
+        if int(text) < least:
+            raise ConfigError(40, f"environment variable {name}={text}", f"must be at least {least}", remedy)
+        return int(text)
+
+    rank, local_rank, world_size = number("RANK", 0), number("LOCAL_RANK", 0), number("WORLD_SIZE", 1)
     if rank >= world_size:
         what = f"environment variables RANK={rank}, WORLD_SIZE={world_size}"
         raise ConfigError(40, what, "must name one of the ranks, counted from 0", remedy)
-    for name in ("MASTER_ADDR", "MASTER_PORT") if world_size > 1 else ():
-        if name not in environment:
-            raise ConfigError(40, f"environment variable {name}", f"is missing beside WORLD_SIZE={world_size}", remedy)
+    if world_size > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in environment:
+                rule = f"is missing beside WORLD_SIZE={world_size}"
+                raise ConfigError(40, f"environment variable {name}", rule, remedy)
+        number("MASTER_PORT", 0)
+        number("LOCAL_WORLD_SIZE", world_size, least=1)
     return rank, local_rank, world_size
 
 

@@ -2,9 +2,8 @@
 
 A layout changes how ranks share the work and what they keep, never what is computed: tensor, pipeline (interleaved or
 not) and context parallelism, what is sharded, micro-batch and recompute; and where several precisions are asked for,
-these. Each
-candidate is a config of its own, checked by ``Config.validate`` as a run checks it; what the settings refuse is
-rejected in their words, what does not fit by how much it is too large. Memory is by ``rank_peak.py``, time by
+these. Each candidate is a config of its own, checked by ``Config.validate`` as a run checks it; what the settings
+refuse is rejected in their words, what does not fit by how much it is too large. Memory is by ``rank_peak.py``, time by
 ``rank_speed.py``. Needs no GPU.
 """
 

@@ -204,6 +204,9 @@ def test_the_launcher_of_another_node_judges_nothing_by_its_own_listing(shared: 
     assert prepare(config, 2, first_node=False).config.phases[1].first == 20
 
 
+TWO_RANKS = {"WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+
+
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
@@ -213,13 +216,16 @@ def test_the_launcher_of_another_node_judges_nothing_by_its_own_listing(shared: 
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2, WORLD_SIZE=2 must name one of the ranks"),
         ({"WORLD_SIZE": "2"}, "MASTER_ADDR is missing beside WORLD_SIZE=2"),
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "x"}, "MASTER_PORT is missing"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "abc"}, "MASTER_PORT='abc' must be a number"),
+        ({**TWO_RANKS, "LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE='x' must be a number"),
+        ({**TWO_RANKS, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0 must be at least 1"),
     ],
 )
 def test_variables_of_torchrun_that_something_else_has_left(environment: dict[str, str], words: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)) as error:
         _place_of_torchrun(environment)
     assert error.value.code == "E240" and len(str(error.value)) < 300
-    assert _place_of_torchrun({}) == (0, 0, 1)
+    assert _place_of_torchrun({}) == _place_of_torchrun({"MASTER_PORT": "", "LOCAL_WORLD_SIZE": "x"}) == (0, 0, 1)
     there = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
     assert _place_of_torchrun(there) == (3, 1, 4)
 
