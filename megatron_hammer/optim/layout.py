@@ -160,6 +160,12 @@ class Layout:
         """Elements of all buckets."""
         return self.buckets[-1].stop
 
+    @property
+    def arriving(self) -> int:
+        """Elements that the other ranks send of the largest shard when a bucket is summed."""
+        most = max(bucket.stop - bucket.start for bucket in self.buckets)
+        return most - most // self.ranks
+
     def shard(self, bucket: Bucket) -> slice:
         """This rank's shard of a bucket."""
         size = (bucket.stop - bucket.start) // self.ranks

@@ -403,8 +403,7 @@ class FlatStore:
     def _room_for_arrivals(self) -> Tensor | None:
         """On a CPU: memory for the other ranks' sums of the largest shard. It stays, so that no heap has to fit it."""
         if self._arriving is None and self.ctx.device.type == "cpu":
-            most = max(bucket.stop - bucket.start for bucket in self.buckets)
-            self._arriving = torch.empty(most - most // self.group.size, dtype=self.sum_dtype)
+            self._arriving = torch.empty(self.layout.arriving, dtype=self.sum_dtype)
         return self._arriving
 
     def _close(self, bucket: Bucket) -> None:

@@ -40,6 +40,14 @@ def buffer_bytes(config: Config, world_size: int, rank: int) -> dict[str, int]:
     return {name: waiting + size + weights[name] for name, size in _gradients(config, *last, several).items()}
 
 
+def arriving_bytes(config: Config, world_size: int, rank: int) -> int:
+    """Bytes of memory for the other ranks' sums of the largest shard, on a CPU: each of a rank's stages has its own."""
+    grid = config.grid(world_size)
+    if grid.shard == 1 or config.train.deterministic_reduction == "tree":
+        return 0
+    return sum(4 * layout.arriving for layout in layouts_of(config, grid, rank))
+
+
 def _gradients(config: Config, layout: Layout, at: Placement, several: bool) -> dict[str, int]:
     tied = is_tied(config, at)
     waiting = _size(layout, -1) if several and len(layout.buckets) > 1 else 0

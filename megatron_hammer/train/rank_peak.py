@@ -13,9 +13,14 @@ groups of d, v rows of the vocabulary of this rank, c tokens of a chunk of logit
     attention  under context parallelism, the gradients of the keys and values of all ranks in fp32
     begin, end where rows are few beside what is gathered: the embedding's part of a micro-batch, and 2 R h
 
-A pipeline adds two messages that are received ahead and those sent whose arrival nobody has waited for. What libraries
-take for themselves, and holes between allocations, are not in it. ``verify/one_rank.py`` counts the same in the
-program; ``tests/train/test_rank_peak.py`` holds the two together.
+A pipeline adds two messages that are received ahead and those sent whose arrival nobody has waited for.
+
+On a CPU pages that a rank once had stay with it: those of buckets go from one to the next (``base/pages.py``), those of
+activations stay in malloc's heap. So there the most that was ever gathered counts beside the most that was ever kept,
+whichever moments they are of, and memory for what other ranks send of a bucket's sum.
+
+What libraries take for themselves, and holes between allocations, are not in it. ``verify/one_rank.py`` counts the same
+in the program, without what is a CPU's alone; ``tests/train/test_rank_peak.py`` holds the two together.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from megatron_hammer.kernels.selection import TABLES
 from megatron_hammer.model.recompute import activation_bytes, keys_seen
 from megatron_hammer.parallel.pipeline import RECEIVES_AHEAD
 from megatron_hammer.parallel.placement import Placement
-from megatron_hammer.train.rank_buffers import buffer_bytes
+from megatron_hammer.train.rank_buffers import arriving_bytes, buffer_bytes
 from megatron_hammer.train.rank_costs import around_layers, element_bytes, placements_of, state_bytes
 
 WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer"
@@ -68,11 +73,14 @@ def rank_peak(
     in_flight = config.pipeline(pp_rank).most_in_flight(grid.pp * config.parallel.virtual_pipeline_stages)
     others = kept - kept // max(1, sum(in_flight))  # of the micro-batches that are not at their begin or end
     moments += [(gathered[name], others, 2 * _rows(config, last)) for name in ("begin", "end")]
-    most = max(moments, key=sum)
-    messages = 0
+    most, messages = max(moments, key=sum), 0
+    if device == "cpu":
+        _, activations, beside = max(moments, key=lambda moment: sum(moment[1:]))
+        most = (max(moment[0] for moment in moments), activations, beside)
+        messages = arriving_bytes(config, world_size, rank)
     if grid.pp > 1:
         sent = (2 * len(placements) - placements[0].has_embedding - last.has_head) * config.grad_accum(world_size)
-        messages = (RECEIVES_AHEAD + min(sent, config.pipeline(pp_rank).sends_kept)) * _rows(config, last)
+        messages += (RECEIVES_AHEAD + min(sent, config.pipeline(pp_rank).sends_kept)) * _rows(config, last)
     comes_and_goes = dict(zip((GATHERED, ACTIVATIONS, BUFFERS), most, strict=True))
     return {**state_bytes(config, world_size, rank), **comes_and_goes, MESSAGES: messages}
 

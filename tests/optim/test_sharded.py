@@ -15,7 +15,7 @@ from megatron_hammer.optim.buffers import Buffers
 from megatron_hammer.optim.layout import Bucket
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train.rank_buffers import buffer_bytes
+from megatron_hammer.train.rank_buffers import arriving_bytes, buffer_bytes
 from megatron_hammer.train.rank_costs import state_bytes
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
@@ -64,9 +64,9 @@ def test_it_trains_as_one_process(ranks: int, changes: dict[str, Any]) -> None:
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def _memory(rank: int, config: Config) -> tuple[dict[str, int], int, int, list[str]]:
-    """Bytes that are kept, the most that was open at once beside them, what is open after a step, and after that of a
-    forward alone."""
+def _memory(rank: int, config: Config) -> tuple[dict[str, int], int, int, int, list[str]]:
+    """Bytes that are kept, into which sums of others arrive, the most that was open at once beside them, what is open
+    after a step, and after that of a forward alone."""
     ctx, now, most = make_context(config), 0, 0
     change = Buffers.open, Buffers.close
 
@@ -98,7 +98,9 @@ def _memory(rank: int, config: Config) -> tuple[dict[str, int], int, int, list[s
     store = optimizer.store
     there = [store.table[i].name for bucket in store.buckets for i in bucket.parameters
              if store.weight_buffers.is_open(bucket)]  # fmt: skip
-    return kept, most, left, there
+    arriving = store._arriving
+    assert arriving is not None
+    return kept, arriving.nbytes, most, left, there
 
 
 @pytest.mark.parametrize(
@@ -113,8 +115,8 @@ def _memory(rank: int, config: Config) -> tuple[dict[str, int], int, int, list[s
 )
 def test_memory_is_what_the_formula_says(ranks: int, changes: dict[str, Any]) -> None:
     config = tiny_config(model__num_layers=4, **changes)
-    for rank, (kept, most, left, there) in enumerate(run_distributed(ranks, _memory, config)):
-        assert kept == state_bytes(config, ranks, rank)
+    for rank, (kept, arriving, most, left, there) in enumerate(run_distributed(ranks, _memory, config)):
+        assert kept == state_bytes(config, ranks, rank) and arriving == arriving_bytes(config, ranks, rank)
         assert left == 0, "what comes for a step goes with it"
         stated = max(buffer_bytes(config, ranks, rank).values())
         assert 0.5 * stated < most <= stated

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config, config_from_tree
+from megatron_hammer.train.rank_buffers import arriving_bytes, buffer_bytes
 from megatron_hammer.train.rank_peak import fused_backends, rank_peak, ranks_that_differ, worst_rank
 from megatron_hammer.verify.one_rank import count_rank
 
@@ -110,3 +111,17 @@ def test_ranks_of_a_pipeline_that_differ() -> None:
     each = [sum(rank_peak(config, world, rank, backends).values()) for rank in range(4)]
     rank, parts = worst_rank(config, world, backends)
     assert sum(parts.values()) == max(each) == each[rank]
+
+
+def test_on_a_cpu_pages_stay() -> None:
+    """The most of what is gathered counts, whenever that is, and room for the sums of others."""
+    model = dict(hidden_size=1024, ffn_hidden_size=2816, num_layers=6, num_attention_heads=16, num_query_groups=4,
+                 vocab_size=8192)  # fmt: skip
+    parallel = dict(shard="weights", gradient_bucket_bytes=16 * 2**20)
+    train = dict(micro_batch_size=1, global_batch_size=2, precision="fp32")
+    tree = {"model": model, "parallel": parallel, "train": train, "data": dict(seq_length=256)}
+    config, world = config_from_tree(tree), 2
+    backends = fused_backends(config.kernels)
+    gpu, cpu = (rank_peak(config, world, 0, backends, device) for device in ("cuda", "cpu"))
+    assert cpu["gathered"] == max(buffer_bytes(config, world, 0).values()) > gpu["gathered"]
+    assert cpu["messages"] == arriving_bytes(config, world, 0) > 0 == gpu["messages"]
