@@ -134,7 +134,7 @@ def open_fim(config: Config, tokenizer: Tokenizer | None = None) -> dict[str, Fi
     """What ``data.fim`` asks for, by prefix; loads the tokenizer where the config names some and none is given.
 
     Raises:
-        ConfigError: E268 there is no tokenizer, or a sentinel is no token of it.
+        ConfigError: E268 there is no tokenizer, or a sentinel is no token of it, or one with a meaning of its own.
     """
     wanted: Mapping[str, FimConfig] = config.data.fim or {}
     if not wanted:
@@ -156,6 +156,10 @@ def open_fim(config: Config, tokenizer: Tokenizer | None = None) -> dict[str, Fi
                     "name tokens that it has (Qwen2.5 has <|fim_prefix|>, <|fim_middle|>, <|fim_suffix|>), or add them "
                     "to it and give the model rows for them (tools/extend_embeddings.py)",
                 )
+            role = next((of for of in ("bos", "eos", "unk") if getattr(tokenizer, f"{of}_id") == ids[name]), "")
+            if role:
+                what, remedy = f"data.fim[{prefix}].{name}={token}", "name a token that stands for nothing else"
+                raise ConfigError(68, what, f"is {role} of {tokenizer.path}, which means something already", remedy)
         sentinels = ids["prefix"], ids["middle"], ids["suffix"]
         found[prefix] = FillInTheMiddle(fim.rate, fim.spm_rate, sentinels, tokenizer.bos_id, tokenizer.eos_id)
     return found

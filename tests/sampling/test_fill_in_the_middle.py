@@ -162,6 +162,7 @@ def test_sentinels_are_tokens_of_the_tokenizer(tokenizer: Path) -> None:
     ("fim", "with_tokenizer", "code", "named"),
     [
         ({"q": {"middle": "<|fim_middle|>"}}, True, "E268", "data.fim[q].middle=<|fim_middle|>"),
+        ({"q": {"suffix": "<s>"}}, True, "E268", "data.fim[q].suffix=<s> is bos of"),
         ({"q": {}}, False, "E268", "tokenizer.path"),
         ({"r": {}}, True, "E204", "data.fim[r]"),
         ({"q": {"rate": 1.5}}, True, "E204", "data.fim[q].rate=1.5"),
