@@ -48,6 +48,19 @@ def check_fits(manifest: Manifest, model: ModelConfig, kinds: Collection[str]) -
                 raise CheckpointError(13, f"{where}: {kind} {name}", rule, "use another checkpoint")
 
 
+def check_style(manifest: Manifest, style: str) -> None:
+    """Refuse to go on from a checkpoint with another optimizer: its moments are not there."""
+    saved = style_of(manifest.config)
+    if saved != style:
+        raise CheckpointError(
+            12,
+            f"optimizer.style={style}",
+            f"has other moments than {saved}, which wrote the checkpoint {manifest.folder}",
+            f"set optimizer.style={saved}; or begin a new run with its weights and without its moments: "
+            f"checkpoint.init_from={manifest.folder} and another train.output",
+        )
+
+
 def architecture(model: ModelConfig) -> dict[str, Any]:
     """What two configs must share for the same weights to mean the same function; most of it shows in no shape."""
     return {

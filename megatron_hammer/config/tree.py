@@ -53,10 +53,7 @@ class Config:
         Raises:
             ConfigError: names field, value, rule and remedy. Nothing is communicated.
         """
-        for group in dataclasses.fields(self):
-            check = getattr(getattr(self, group.name), "check", None)
-            if check is not None:
-                check()
+        self.check_groups()
         for phase in self.phases:
             if phase.shape != (self.data.seq_length, self.model.rope_theta, self.model.rope_scaling):
                 try:
@@ -149,6 +146,17 @@ class Config:
             "shorten it or raise the limit",
             number=5,
         )
+
+    def check_groups(self) -> None:
+        """Check every group by itself.
+
+        Raises:
+            ConfigError: names field, value, rule and remedy.
+        """
+        for group in dataclasses.fields(self):
+            check = getattr(getattr(self, group.name), "check", None)
+            if check is not None:
+                check()
 
     def _check_evaluator(self) -> None:
         """What ``train.evaluator`` reads must be there: sets, and checkpoints of its steps."""

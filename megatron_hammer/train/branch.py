@@ -15,6 +15,7 @@ records what has changed, as any resumed run does. Needs no torch.
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import copy_folder, replace_file, staged_folder, sync_folder
-from megatron_hammer.checkpoint.fit import check_fits
+from megatron_hammer.checkpoint.fit import check_fits, check_style
 from megatron_hammer.checkpoint.folder import open_checkpoint, step_name
 from megatron_hammer.checkpoint.kinds import STATE_KINDS
 from megatron_hammer.checkpoint.manifest import Manifest, check_resumable
@@ -74,10 +75,16 @@ def make_branch(
 
     Raises:
         ConfigError: E201 the output is in use or the budget is none; or a setting is wrong.
-        CheckpointError: there is no such checkpoint, no run can go on from it, or the child's model is another one.
+        CheckpointError: there is no such checkpoint, no run can go on from it, or the child's model or optimizer is
+            another one.
     """
     folder, parent = Path(output), open_checkpoint(run, step)
     check_resumable(parent)
+    inside = parent.folder.parent.parent.resolve()
+    if folder.resolve().is_relative_to(inside):
+        raise ConfigError(1, f"--output {folder}", f"lies in {inside}, the parent", "name a folder outside of it")
+    if any(override.startswith("train.output=") for override in overrides):
+        raise ConfigError(1, "train.output", "is what --output names", "leave it out")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(1, f"--output {folder}", "is there, and not empty", "name a new folder")
     if tokens is not None and not 1 <= tokens <= MOST_TOKENS:
@@ -86,8 +93,9 @@ def make_branch(
     saved = config_from_tree(parent.config)
     child = _child(saved, parent, [*overrides, f"train.output={folder}"])
     child = child if tokens is None else _annealed(child, saved, parent, tokens, overrides)
-    child.data.check()
+    child.check_groups()
     child.check_phase_ends(parent.state["consumed_samples"])
+    check_style(parent, child.optimizer.style)
     check_fits(parent, child.after_samples(parent.state["consumed_samples"]).model, STATE_KINDS)
     if child.train.num_steps <= parent.step:
         what = f"train.num_steps={child.train.num_steps}"
@@ -139,7 +147,9 @@ def _annealed(child: Config, saved: Config, parent: Manifest, tokens: int, overr
     schedule = dataclasses.replace(child.schedule, style="wsd", warmup_steps=0, decay_steps=last, anneal_steps=steps)
     optimizer = child.optimizer
     if not any(override.startswith("optimizer.lr=") for override in overrides):
-        optimizer = dataclasses.replace(optimizer, lr=learning_rate(saved, parent.step))
+        rate = learning_rate(saved, parent.step)
+        at_floor = math.isclose(rate, optimizer.min_lr, rel_tol=1e-12)  # a descent may end a rounding below it
+        optimizer = dataclasses.replace(optimizer, lr=optimizer.min_lr if at_floor else rate)
     train = dataclasses.replace(child.train, num_steps=last)
     return dataclasses.replace(child, schedule=schedule, optimizer=optimizer, train=train)
 

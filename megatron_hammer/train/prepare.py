@@ -21,9 +21,9 @@ from typing import Any
 from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError, RefusedError, require_linux
 from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.checkpoint import digest
-from megatron_hammer.checkpoint.fit import check_fits
+from megatron_hammer.checkpoint.fit import check_fits, check_style
 from megatron_hammer.checkpoint.folder import Damaged, open_checkpoint, search
-from megatron_hammer.checkpoint.kinds import STATE_KINDS, style_of
+from megatron_hammer.checkpoint.kinds import STATE_KINDS
 from megatron_hammer.checkpoint.manifest import Manifest, check_resumable
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.dataset.reader import IndexedDataset, check_prefix
@@ -379,7 +379,7 @@ def settle(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prep
     was = saved_identity(resume)
     inputs, held, further = _carry_on_phases(dataclasses.replace(inputs, config=config), was, saved, consumed)
     config, notes = inputs.config, notes + held
-    _check_style(resume, config)
+    check_style(resume, config.optimizer.style)
     check_fits(resume, config.after_samples(consumed).model, STATE_KINDS)
     ours = None if inputs.tokenizer is None else inputs.tokenizer.fingerprint
     changes = changed_settings(saved, config)
@@ -444,19 +444,6 @@ def _with_config(inputs: Inputs, config: Config, was: DataIdentity | None, consu
     absent = {**inputs.absent, **absent_sources(past)}
     plan_told = None if inputs.plan is None else plan
     return dataclasses.replace(inputs, config=config, identity=identity, plan=plan_told, absent=absent)
-
-
-def _check_style(resume: Manifest, config: Config) -> None:
-    """Refuse to go on with another optimizer: its moments are not in the checkpoint."""
-    saved, style = style_of(resume.config), config.optimizer.style
-    if saved != style:
-        raise CheckpointError(
-            12,
-            f"optimizer.style={style}",
-            f"has other moments than {saved}, which wrote the checkpoint {resume.folder}",
-            f"set optimizer.style={saved}; or begin a new run with its weights and without its moments: "
-            f"checkpoint.init_from={resume.folder} and another train.output",
-        )
 
 
 def _look_at_data(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError
+from megatron_hammer.checkpoint.fit import check_style
 from megatron_hammer.checkpoint.kinds import STATE_KINDS
 from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.config import Config
@@ -29,7 +30,6 @@ from megatron_hammer.optim.matrices import Exchange, plan_exchange
 from megatron_hammer.optim.muon import Muon, update_scale
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.build import build_stages
-from megatron_hammer.train.prepare import _check_style
 from megatron_hammer.train.rank_costs import state_bytes
 from megatron_hammer.train.step import train_step
 from megatron_hammer.verify.compare import Sizes, compare_pieces, whole_tensors
@@ -324,11 +324,11 @@ def test_a_checkpoint_loads_in_bits_and_in_another_layout(tmp_path: Path) -> Non
     with pytest.raises(
         CheckpointError, match=r"E412.*optimizer.style=adamw .*set optimizer.style=muon; or .*init_from="
     ):
-        _check_style(manifest, adamw)
+        check_style(manifest, adamw.optimizer.style)
     old = dataclasses.replace(manifest, config={"optimizer": {"lr": 1.0}})  # of before there was a style
     with pytest.raises(CheckpointError, match=r"E412.*optimizer.style=muon has other moments than adamw"):
-        _check_style(old, config)
-    _check_style(old, adamw)
+        check_style(old, config.optimizer.style)
+    check_style(old, adamw.optimizer.style)
 
 
 # ---- memory and settings ---------------------------------------------------------------------------------------------

@@ -81,11 +81,16 @@ def test_a_longer_context_is_a_further_phase(parent: Path, tmp_path: Path) -> No
 def test_what_cannot_be_a_branch_is_refused(parent: Path, tmp_path: Path) -> None:
     run, new = parent / "run", tmp_path / "x"
     for call in (lambda: make_branch(run, 4, parent), lambda: make_branch(run, 4, new, [], 0),
-                 lambda: make_branch(run, 4, new, ["train.num_steps=3"])):  # fmt: skip
+                 lambda: make_branch(run, 4, new, ["train.num_steps=3"]), lambda: make_branch(run, 4, run / "x"),
+                 lambda: make_branch(run, 4, new, [f"train.output={tmp_path}/y"], 900)):  # fmt: skip
         with pytest.raises(ConfigError, match="E201"):
             call()
     with pytest.raises(CheckpointError, match=r"E414.*model.num_layers=3 must be \d+ as in the checkpoint"):
         make_branch(run, 4, new, ["model.num_layers=3"])
+    with pytest.raises(ConfigError, match=r"E204.*min_lr=1.0 must not exceed optimizer.lr"):
+        make_branch(run, 4, new, ["optimizer.min_lr=1"], 900)
+    with pytest.raises(CheckpointError, match=r"E412.*muon has other moments than adamw.*checkpoint.init_from="):
+        make_branch(run, 4, new, ["optimizer.style=muon"])
     assert not new.exists()
 
 
