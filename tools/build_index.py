@@ -41,12 +41,14 @@ def main() -> None:
     args = words.parse_args()
     from megatron_hammer.config import load_config
     from megatron_hammer.sampling.prebuild import IndexPlan, build_indices, plan_of
+    from megatron_hammer.train.prepare import in_progress
 
     if (args.config is None) == (args.prefix is None):
         raise ConfigError(85, "build_index.py", "needs a config or --prefix, and not both", "see build_index.py --help")
     if args.config is not None:
         words.refuse_idle("with a config, which says it", *OF_PREFIXES)
-        plan = plan_of(load_config(args.config, args.overrides))
+        config = load_config(args.config, args.overrides)
+        plan = plan_of(*in_progress(config)) if config.data.mixes else plan_of(config)
     else:
         if None in (args.seq_length, args.seed, args.samples):
             raise ConfigError(85, "build_index.py --prefix", "needs --seq-length, --seed and --samples",

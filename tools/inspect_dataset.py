@@ -82,7 +82,7 @@ def parser() -> ArgumentParser:
     order.add_argument("--count", type=int, metavar="N",
                        help="how many samples (default: 8; with --document to the end of the run)")  # fmt: skip
     order.add_argument("--step", type=int, metavar="N",
-                       help="the samples of step N, from 1, as train.global_batch_size has it")  # fmt: skip
+                       help="the samples of step N, from 1; of one that was done, those that it read")  # fmt: skip
     order.add_argument("--document", metavar="SOURCE:N", help="when document N of this source of data.train is read")
     plan = commands.add_parser("plan", help="what a run draws from each source")
     for command in (order, plan):
@@ -220,9 +220,9 @@ def describe_ledger(ledger: tuple[Rewind, ...]) -> str:
 def show_order(args: argparse.Namespace) -> None:
     from megatron_hammer.sampling.samples import describe_samples, open_train_data
     from megatron_hammer.train.past_sources import absent_sources, past_sources
+    from megatron_hammer.train.prepare import in_progress
 
-    config = read_config(args)
-    batches, total = config.batch_sizes, config.num_samples
+    config, course = in_progress(read_config(args))
     start, count = args.start, args.count
     if args.step is not None:
         if start is not None or count is not None:
@@ -231,15 +231,15 @@ def show_order(args: argparse.Namespace) -> None:
             raise ConfigError(73, f"--step {args.step}", "must be at least 1", "count steps from 1")
         if args.step > config.train.num_steps:
             say(f"note: step {args.step:,} lies beyond train.num_steps={config.train.num_steps:,}, where the run ends")
-        start = batches.samples(args.step - 1)
-        count = batches.at(start)
+        start = course.samples(args.step - 1)
+        count = course.samples(args.step) - start
     start = 0 if start is None else start
     ledger = ledger_of(config)
-    data = open_train_data(config, ledger=ledger, absent=absent_sources(past_sources(config)))
+    data = open_train_data(config, ledger=ledger, absent=absent_sources(past_sources(config)), course=course)
     if ledger and not args.json:
         print(describe_ledger(ledger))
     if args.document is not None:
-        show_reads(args, data, start, total if count is None else start + count, batches)
+        show_reads(args, data, start, course.num_samples if count is None else start + count, course)
         return
     samples = describe_samples(data, start, 8 if count is None else count)
     if args.json:
@@ -253,14 +253,14 @@ def show_order(args: argparse.Namespace) -> None:
         )
 
 
-def show_reads(args: argparse.Namespace, data: Any, start: int, end: int, batches: Any) -> None:
+def show_reads(args: argparse.Namespace, data: Any, start: int, end: int, course: Any) -> None:
     from megatron_hammer.sampling.reads import describe_read, document_reads, find_source
 
     name, colon, number = args.document.rpartition(":")
     if not (colon and name and number.isdecimal()):
         raise ConfigError(1, f"--document {args.document}", "is not SOURCE:N", "write it as P_text_document:17")
     reads = document_reads(data, find_source(data, name), int(number), start, end)
-    described = [describe_read(read, batches) for read in reads]
+    described = [describe_read(read, course) for read in reads]
     if args.json:
         print_json(described)
         return
@@ -286,11 +286,13 @@ def show_plan(args: argparse.Namespace) -> None:
     from megatron_hammer.sampling.plan import Content, format_run_plan, plan_run
     from megatron_hammer.train.identity import identify
     from megatron_hammer.train.past_sources import past_sources
+    from megatron_hammer.train.prepare import in_progress
 
-    config = read_config(args)
+    config, course = in_progress(read_config(args))
     past = past_sources(config)
     held = [past[p] if p in past else identify(IndexedDataset(p), p) for p in config.data.train_prefixes]
-    plan = plan_run(config, [Content(dataset.prefix, dataset.tokens, dataset.fingerprint) for dataset in held])
+    contents = [Content(dataset.prefix, dataset.tokens, dataset.fingerprint) for dataset in held]
+    plan = plan_run(config, contents, course, config.data.max_epochs)
     if args.json:
         print_json(plan.describe())
     else:

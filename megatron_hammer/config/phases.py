@@ -13,8 +13,8 @@ step. Needs no torch.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,6 +71,45 @@ class BatchSizes:
     def step_end(self, sample: int, start: int = 0) -> int:
         """The first end of a step at or after a sample."""
         return self.samples(self.steps(sample, start), start)
+
+
+@dataclass(frozen=True)
+class Course:
+    """Which samples each step of a run holds: those behind it as they were, those to come as the config says.
+
+    The batch may have been made larger or smaller in mid-run, so steps to come are counted from where the run stands.
+    """
+
+    batches: BatchSizes
+    num_steps: int
+    done: Sequence[int] = (0,)
+    """Numbers of steps of which is known what they had consumed, rising from 0; the run stands after the last."""
+    consumed: Sequence[int] = (0,)
+    """Samples that were behind the run after each of ``done``."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the whole run."""
+        return self.samples(max(self.num_steps, self.done[-1]))
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all steps have had the sizes that the config says."""
+        return all(self.batches.samples(n) == count for n, count in zip(self.done, self.consumed, strict=True))
+
+    def samples(self, steps: int) -> int:
+        """Samples that are consumed after so many steps."""
+        at = bisect_right(self.done, steps) - 1
+        found = self.batches.samples(steps - self.done[at], self.consumed[at])
+        return found if at + 1 == len(self.done) else min(found, self.consumed[at + 1])
+
+    def steps(self, sample: int) -> int:
+        """Steps that begin before a sample."""
+        after = bisect_left(self.consumed, sample)
+        if after < len(self.consumed) and self.consumed[after] == sample:
+            return self.done[after]
+        found = self.done[after - 1] + self.batches.steps(sample, self.consumed[after - 1])
+        return found if after == len(self.done) else min(found, self.done[after])
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config.checks import choices, divisors, require
-from megatron_hammer.config.phases import BatchSizes, Phase, phase_at, phases_of, tokens_before
+from megatron_hammer.config.phases import BatchSizes, Course, Phase, phase_at, phases_of, tokens_before
 from megatron_hammer.config.plausible import USUAL, check_paths, far_beyond
 from megatron_hammer.config.settings import (
     ATTENTION_MASKS,
@@ -202,23 +202,23 @@ class Config:
 
     @property
     def num_tokens(self) -> int:
-        """Targets of the whole run."""
-        samples, phases = self.num_samples, self.phases
-        return tokens_before(phases, samples) if phases else samples * self.data.seq_length
+        """Targets of the whole run, begun with this config."""
+        return self.tokens_before(self.course().num_samples)
+
+    def tokens_before(self, sample: int) -> int:
+        """Targets of the samples [0, sample)."""
+        phases = self.phases
+        return tokens_before(phases, sample) if phases else sample * self.data.seq_length
 
     @property
     def batch_sizes(self) -> BatchSizes:
         """How many samples each step has."""
         return BatchSizes.of(self.train)
 
-    @property
-    def num_samples(self) -> int:
-        """Samples of the whole run."""
-        return self.batch_sizes.samples(self.train.num_steps)
-
-    def num_samples_from(self, step: int, consumed: int) -> int:
-        """The same of a run that has ``consumed`` samples behind it after ``step`` steps, with whatever batches."""
-        return self.batch_sizes.samples(max(0, self.train.num_steps - step), consumed)
+    def course(self, step: int = 0, consumed: int = 0) -> Course:
+        """Which samples the steps hold of a run that has ``consumed`` behind it after ``step`` steps, of any size."""
+        done = ((0,), (0,)) if step == 0 else ((0, step), (0, consumed))
+        return Course(self.batch_sizes, self.train.num_steps, *done)
 
     @property
     def warmup_steps(self) -> int:

@@ -18,12 +18,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_hammer.base.errors import DataError, HammerError, os_remedy
 from megatron_hammer.base.locks import is_locked
 from megatron_hammer.base.reading import open_regular, parse_json, read_regular
 from megatron_hammer.checkpoint.folder import find_checkpoints, newest_checkpoint, step_of
 from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.config import Config, config_from_tree
+from megatron_hammer.config.phases import Course
 from megatron_hammer.report.curves import MetricsReader
 from megatron_hammer.sampling.ledger import LEDGER, Rewind, read_ledger
 from megatron_hammer.sampling.mixes import PhaseMix, phase_mixes
@@ -56,6 +59,8 @@ class RunFacts:
     config: Config | None = None
     """The same, where this version understands it."""
     mixes: tuple[PhaseMix, ...] = ()
+    course: Course | None = None
+    """Which samples the steps to come will hold, where that is known."""
     phase_steps: tuple[int, ...] = ()
     """The step with which each begins."""
     checkpoints: tuple[int, ...] = ()
@@ -187,7 +192,16 @@ def _settings(facts: RunFacts) -> None:
         if key.startswith(prefix) and key.endswith(figure)
     }
     facts.mixes = phase_mixes(config.data, read)
-    facts.phase_steps = tuple(config.batch_sizes.steps(phase.first) + 1 for phase in config.phases)
+    consumed = facts.metrics.last.get("consumed_samples")
+    facts.course = config.course(facts.metrics.last_step, consumed) if isinstance(consumed, int) else config.course()
+    facts.phase_steps = tuple(_first_step(facts.metrics, facts.course, phase.first) for phase in config.phases)
+
+
+def _first_step(metrics: MetricsReader, course: Course, sample: int) -> int:
+    """The first step that begins at a sample or behind it; of steps that were done, by their lines."""
+    steps, consumed = metrics.values("consumed_samples")
+    at = int(np.searchsorted(consumed, np.float32(sample)))
+    return int(steps[at]) + 1 if sample > 0 and at < len(steps) else course.steps(sample) + 1
 
 
 def _evaluations(facts: RunFacts) -> None:

@@ -195,12 +195,12 @@ def _clock(time: datetime | None) -> str:
 
 def _time_left(run: RunFacts, rate: float | None, say: Say) -> str:
     """At the present speed; nothing for a run that is over, or whose length is not known."""
-    if run.config is None or run.is_complete or not rate or not run.config.data.train_prefixes:
+    if run.config is None or run.course is None or run.is_complete or not rate or not run.config.data.train_prefixes:
         return ""
     done = run.metrics.last.get("consumed_tokens")
     if not isinstance(done, int | float):
         return ""
-    seconds = max(0.0, (run.config.num_tokens - done) / rate)
+    seconds = max(0.0, (run.config.tokens_before(run.course.num_samples) - done) / rate)
     days, hours, minutes = int(seconds // 86400), int(seconds % 86400 // 3600), int(seconds % 3600 // 60)
     if days:
         return say(f"{days} d {hours} h", f"{days} 天 {hours} 小时")

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.tables import align
 from megatron_hammer.config import Config
+from megatron_hammer.config.phases import Course
 from megatron_hammer.sampling.sources import names_by_prefix
 
 WeightUnit = Literal["share", "tokens", "epochs"]
@@ -158,16 +159,24 @@ class RunPlan:
     """What a run draws in all its phases."""
 
     phases: tuple[PhasePlan, ...]
-    num_steps: int
+    course: Course
     whole: Plan | None
-    """The same as one table, where there is one phase and one size of a step."""
+    """The same as one table, where there is one phase and one size of a step, now and before."""
     contents: tuple[Content, ...]
     names: Mapping[str, str]
     """Prefix -> what the run calls it."""
-    consumed: int = 0
-    """Samples that are behind the run."""
     ramp: str = ""
     """What a ramp of the batch size means for what is counted in steps; empty: there is none."""
+
+    @property
+    def num_steps(self) -> int:
+        """Of the whole run."""
+        return self.course.num_steps
+
+    @property
+    def consumed(self) -> int:
+        """Samples that are behind the run."""
+        return self.course.consumed[-1]
 
     @property
     def tokens(self) -> int:
@@ -226,20 +235,24 @@ def _drawn_by_content(plan: RunPlan, end: int | None) -> dict[str, int]:
     return drawn
 
 
-def plan_run(config: Config, contents: Sequence[Content], consumed: int = 0) -> RunPlan:
+def plan_run(
+    config: Config, contents: Sequence[Content], course: Course | None = None, max_epochs: float | None = None
+) -> RunPlan:
     """Work out what each source gives to a run in each of its phases.
 
     Args:
         config: of the run.
         contents: of its sources.
-        consumed: samples that are behind it.
+        course: which samples its steps hold; absent: those of a run that begins with this config.
+        max_epochs: as for ``make_plan``.
 
     Raises:
         DataError: E345 a source is empty.
-        ConfigError: E293 a source would be read more often than ``data.max_epochs`` over all phases.
+        ConfigError: E293 a source would be read more often than ``max_epochs`` over all phases.
     """
     tokens, of = {c.prefix: c.tokens for c in contents}, {c.prefix: c.fingerprint for c in contents}
-    batches, end = config.batch_sizes, config.num_samples
+    course = course or config.course()
+    end = course.num_samples
     names = names_by_prefix([list(phase.train) for phase in config.phases], of)
     drawn: dict[str, int] = {}
     phases = []
@@ -250,24 +263,22 @@ def plan_run(config: Config, contents: Sequence[Content], consumed: int = 0) -> 
         sources = tuple(replace(s, before=drawn.get(of[s.prefix], 0), name=names[s.prefix]) for s in plan.sources)
         for source in sources:
             drawn[of[source.prefix]] = drawn.get(of[source.prefix], 0) + source.drawn
-        steps = batches.steps(min(phase.first, end)) + 1, batches.steps(last)
+        steps = course.steps(min(phase.first, end)) + 1, course.steps(last)
         phases.append(PhasePlan(phase.name, phase.first, samples, steps, phase.seq_length, phase.unit, sources))
-    limit = config.data.max_epochs
     whole = None
-    if len(phases) == 1 and len(batches.ramp) == 1:
+    if len(phases) == 1 and len(course.batches.ramp) == 1 and course.is_even:
         (only,) = config.phases
-        size = batches.at(0) * only.seq_length
-        whole = make_plan(only.train, only.unit, tokens, config.train.num_steps, size, limit)
+        size = course.batches.at(0) * only.seq_length
+        whole = make_plan(only.train, only.unit, tokens, course.num_steps, size, max_epochs)
         whole = replace(whole, sources=tuple(replace(s, name=names[s.prefix]) for s in whole.sources))
-    ramp = _ramp(config)
-    found = RunPlan(tuple(phases), config.train.num_steps, whole, tuple(contents), names, consumed, ramp)
+    found = RunPlan(tuple(phases), course, whole, tuple(contents), names, _ramp(config, course))
     worst = _most_read(found.totals)
-    if limit is not None and worst.epochs > limit * (1 + _ROUNDING):
+    if max_epochs is not None and worst.epochs > max_epochs * (1 + _ROUNDING):
         raise ConfigError(
             93,
             f"{worst.prefix}: {_rounded(worst.epochs)} epochs over all phases ({worst.drawn:,} tokens drawn of "
             f"{worst.tokens:,})",
-            f"must not exceed data.max_epochs={limit:g}",
+            f"must not exceed data.max_epochs={max_epochs:g}",
             "lower its weight in a phase, shorten the run, add data or raise data.max_epochs",
         )
     return found
@@ -354,15 +365,15 @@ def format_run_plan(plan: RunPlan) -> str:
     return "\n".join(lines + _remarks(plan))
 
 
-def _ramp(config: Config) -> str:
-    batches = config.batch_sizes
+def _ramp(config: Config, course: Course) -> str:
+    batches = course.batches
     if len(batches.ramp) == 1:
         return ""
     full, warmup = batches.ramp[-1][0], config.warmup_steps
     return (
         f"note: steps grow from {batches.at(0):,} to {config.train.global_batch_size:,} samples, which step "
-        f"{batches.steps(full) + 1:,} is the first to have; train.num_steps and the learning rate count steps of "
-        f"whatever size: the warm-up of {warmup:,} steps ends at sample {batches.samples(warmup):,}"
+        f"{course.steps(full) + 1:,} is the first to have; train.num_steps and the learning rate count steps of "
+        f"whatever size: the warm-up of {warmup:,} steps ends at sample {course.samples(warmup):,}"
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
-from megatron_hammer.config.phases import Phase
+from megatron_hammer.config.phases import Course, Phase
 from megatron_hammer.sampling.cache import SMALLEST
 from megatron_hammer.sampling.samples import Order, TrainData
 
@@ -25,8 +25,11 @@ class IndexPlan:
     index_folder: str | None = None
 
 
-def plan_of(config: Config) -> IndexPlan:
+def plan_of(config: Config, course: Course | None = None) -> IndexPlan:
     """That of a config.
+
+    Args:
+        course: of its run; absent: one that begins with this config.
 
     Raises:
         ConfigError: it names no training data.
@@ -38,7 +41,7 @@ def plan_of(config: Config) -> IndexPlan:
         config.phases,
         config.data.seq_length,
         config.train.seed,
-        config.num_samples,
+        (course or config.course()).num_samples,
         config.data.order,
         config.data.index_folder,
     )

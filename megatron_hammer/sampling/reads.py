@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.config.phases import BatchSizes
+from megatron_hammer.config.phases import Course
 from megatron_hammer.sampling.order import DocumentSpan, IndependentOrder, MegatronOrder
 from megatron_hammer.sampling.phases import Stretch
 from megatron_hammer.sampling.samples import TrainData
@@ -152,10 +152,10 @@ def _sample_of(stretch: Stretch, source: int, position: int, share: float, start
     return stretch.first + low + int(at[0]) if len(at) else None
 
 
-def describe_read(read: Read, batches: BatchSizes) -> dict[str, Any]:
+def describe_read(read: Read, course: Course) -> dict[str, Any]:
     """Plain values; steps are counted from 1."""
     return {
-        "step": batches.steps(read.sample + 1),
+        "step": course.steps(read.sample + 1),
         "sample": read.sample,
         "epoch": read.epoch,
         "window": read.window,

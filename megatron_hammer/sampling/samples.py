@@ -22,7 +22,7 @@ from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.base.mapping import SURVIVES_CUTS
 from megatron_hammer.base.progress import say
 from megatron_hammer.config import Config
-from megatron_hammer.config.phases import Phase
+from megatron_hammer.config.phases import Course, Phase
 from megatron_hammer.dataset.format import REMAKE
 from megatron_hammer.dataset.reader import IndexedDataset, first_foreign_id
 from megatron_hammer.sampling import index_builder as index
@@ -483,6 +483,7 @@ def open_train_data(
     ledger: Sequence[Rewind] = (),
     tokenizer: Tokenizer | None = None,
     absent: Mapping[str, AbsentSource] | None = None,
+    course: Course | None = None,
 ) -> TrainData:
     """The training samples of a run whose config names sources.
 
@@ -491,6 +492,7 @@ def open_train_data(
         ledger: what the run leaves out.
         tokenizer: the config's, where it has been loaded: fill-in-the-middle asks it for its tokens.
         absent: sources that the rest of the run does without, by prefix.
+        course: of the run; absent: one that begins with this config.
     """
     if ledger and config.data.order == "megatron":
         rule = "is not for data.order=megatron, which has as many samples as the run reads"
@@ -500,7 +502,7 @@ def open_train_data(
         config.data.seq_length,
         config.train.seed,
         config.data.order,
-        config.num_samples,
+        (course or config.course()).num_samples,
         index_folder=config.data.index_folder,
         note=note,
         document_mask=config.data.attention_mask == "document",

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from megatron_hammer.checkpoint.kinds import STATE_KINDS
 from megatron_hammer.checkpoint.space import checkpoint_bytes
 from megatron_hammer.config import Config
+from megatron_hammer.config.phases import Course
 from megatron_hammer.kernels.backend import Backend
 from megatron_hammer.train.gpus import GPUS
 from megatron_hammer.train.metrics import flops_per_token
@@ -24,10 +25,21 @@ NAMED_DEVICES = ("H100", "A100", "4090")
 CPU_TFLOPS = 0.2  # of two cores with 512-bit vectors: an order of magnitude
 
 
-def forecast(config: Config, world_size: int, backends: Mapping[str, Backend]) -> list[str]:
-    """Lines for people."""
+def forecast(
+    config: Config, world_size: int, backends: Mapping[str, Backend], course: Course | None = None
+) -> list[str]:
+    """Lines for people.
+
+    Args:
+        course: which samples the steps hold; absent: those of a run that begins with this config.
+    """
     snapshot = [_snapshot(config, world_size)] if config.checkpoint.mode == "background" else []
-    return [_memory(config, world_size, backends), *snapshot, _disk(config), _time(config, world_size)]
+    return [
+        _memory(config, world_size, backends),
+        *snapshot,
+        _disk(config),
+        _time(config, world_size, course or config.course()),
+    ]
 
 
 def _memory(config: Config, world_size: int, backends: Mapping[str, Backend]) -> str:
@@ -59,11 +71,16 @@ def _disk(config: Config) -> str:
     )
 
 
-def _time(config: Config, world_size: int) -> str:
-    tokens = config.num_tokens
-    full, _ = flops_per_token(config.model, config.data.seq_length)
-    flops = full * tokens
-    what = f"time: {tokens:,} tokens, {flops:.2e} FLOPs"
+def _time(config: Config, world_size: int, course: Course) -> str:
+    """Of what is left to do."""
+    begin, end = course.consumed[-1], course.num_samples
+    tokens, flops = config.tokens_before(end) - config.tokens_before(begin), 0.0
+    pieces = [(phase.first, phase.end, phase.seq_length) for phase in config.phases]
+    for first, last, seq_length in pieces or [(0, None, config.data.seq_length)]:
+        samples = max(0, min(end, end if last is None else last) - max(begin, first))
+        flops += samples * seq_length * flops_per_token(config.model, seq_length)[0]
+    of = f" of {config.tokens_before(end):,}" if begin else ""
+    what = f"time: {tokens:,}{of} tokens, {flops:.2e} FLOPs"
     if flops < 1e17:
         return f"{what}; on two CPU cores at {CPU_TFLOPS} TFLOP/s about {_duration(flops / (CPU_TFLOPS * 1e12))}"
     parts = []

@@ -127,12 +127,13 @@ class Run:
         self.corruption = CorruptionCheck(config, self.stages, self.optimizer, ctx) if twice else None
         self.first_step = self.state.step + 1
         told = say if ctx.world.rank == 0 else lambda text: None
-        self.data = open_train_data(config, told, prepared.rewinds, prepared.tokenizer, prepared.absent)
+        self.course = course = config.course(self.state.step, self.state.consumed_samples)
+        self.data = open_train_data(config, told, prepared.rewinds, prepared.tokenizer, prepared.absent, course)
         self.data.prepare(self.state.consumed_samples, self.batch_sizes.at(self.state.consumed_samples))
         self.state = self.state.counted(self.data)
         self.batches = ReadAhead(
             self.data,
-            config.num_samples_from(self.state.step, self.state.consumed_samples),
+            course.num_samples,
             config.train.micro_batch_size,
             self.batch_sizes,
             ctx.samples.rank,
@@ -477,4 +478,10 @@ class Run:
         flops = flops_per_token(config.in_phase(self.phase).model, self.phase.seq_length)
         written = self.state.step - bool(self.state.owed)
         peak, asked = peak_tflops(config, name), lambda: peak_bytes(device)
-        return Reporter(config, written, flops, peak, self.ctx.world.size, name, asked, self.heard)
+        return Reporter(config, written, flops, peak, self.ctx.world.size, name, asked, self.heard, self._steps_left)
+
+    def _steps_left(self, line: Mapping[str, Any]) -> float:
+        """How many steps of the present size the rest of the run has the tokens of."""
+        samples: int = line["consumed_samples"]
+        left: int = self.config.tokens_before(self.course.num_samples) - line["consumed_tokens"]
+        return left / (self.batch_sizes.at(samples) * phase_at(self.phases, samples).seq_length)

@@ -106,6 +106,7 @@ class Reporter:
         device_name: str = "cpu",
         memory: Callable[[], int] | None = None,
         heard: Callable[[Mapping[str, Any]], None] = lambda line: None,
+        left: Callable[[Mapping[str, Any]], float] | None = None,
     ) -> None:
         """Open them, and note the start.
 
@@ -114,6 +115,7 @@ class Reporter:
             peak: TFLOP/s of a device; None where it is not known.
             memory: asked at each step for the most bytes that this process has had.
             heard: called with each line that is written, whose numbers may be infinite or NaN, where the file has null.
+            left: as for ``RunView``.
         """
         self.config, self.flops, self.devices, self.heard = config, flops, devices, heard
         self.peak = None if peak is None else peak * 1e12 * devices
@@ -127,7 +129,7 @@ class Reporter:
 
             self.board = SummaryWriter(str(board_folder(output)), purge_step=first_step + 1)
         self.view = View(sys.stderr) if can_redraw(sys.stderr) else None
-        self._run_view = RunView(config.train.num_steps, first_step)
+        self._run_view = RunView(config.train.num_steps, first_step, left=left)
         self.trackers = Trackers(config, first_step > 0, environment, self.warn)
         try:
             note_start(output, first_step, environment, config)

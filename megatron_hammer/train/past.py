@@ -158,6 +158,32 @@ def in_phases(config: Config, phases: Sequence[PhaseConfig]) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, train=None, phases=tuple(phases)))
 
 
+def carried_on(
+    config: Config, was: DataIdentity | None, ours: DataIdentity, saved: Config, consumed: int
+) -> tuple[Config, bool]:
+    """A config with ``data.train`` alone says what a run draws from now on, and nothing of its past.
+
+    Args:
+        was: what the checkpoint was trained on; None where it does not say.
+        ours: what the config names.
+        saved: the checkpoint's config.
+        consumed: its samples.
+
+    Returns:
+        the config, with the phases of the checkpoint where its mix is that of the last of them, else as the phase
+        behind them; and whether that is another mix, for whoever accepts it.
+    """
+    megatron = "megatron" in (saved.data.order, config.data.order)
+    if was is None or config.data.phases is not None or megatron:
+        return config, False
+    pasts = Pasts(was, ours, saved, config)
+    if pasts.difference(consumed) is None:
+        return config, False
+    if saved.data.phases and pasts.goes_on:
+        return in_phases(config, pasts.saved_phases(config)), False
+    return with_further_phase(config, pasts, consumed), True
+
+
 def with_further_phase(config: Config, pasts: Pasts, consumed: int) -> Config:
     """The config with its mix as the phase that follows what has been consumed."""
     (mix,) = config.data.mixes

@@ -13,7 +13,7 @@ agreeing with the others in between (``start.py``), with ``check_data=False`` wh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ from megatron_hammer.checkpoint.folder import Damaged, open_checkpoint, search
 from megatron_hammer.checkpoint.kinds import STATE_KINDS
 from megatron_hammer.checkpoint.manifest import Manifest, check_resumable
 from megatron_hammer.config import Config, config_from_tree
+from megatron_hammer.config.phases import Course
 from megatron_hammer.dataset.reader import IndexedDataset, check_prefix
 from megatron_hammer.kernels.libraries.te import check_before_start
 from megatron_hammer.sampling import index_builder as index
 from megatron_hammer.sampling.absent import AbsentSource
 from megatron_hammer.sampling.fill_in_the_middle import open_fim
-from megatron_hammer.sampling.ledger import LEDGER as LEDGER_FILE
-from megatron_hammer.sampling.ledger import Ledger, ledger_from_trees, read_ledger
+from megatron_hammer.sampling.ledger import LEDGER, Ledger, ledger_from_trees, read_ledger
 from megatron_hammer.sampling.phases import Skips
 from megatron_hammer.sampling.plan import Content, RunPlan, plan_run
 from megatron_hammer.sampling.samples import check_tokenizer, open_train_data
@@ -40,6 +40,7 @@ from megatron_hammer.tokenizer.convert import export_note
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.train.changes import (
+    ACCEPTED,
     FRESH,
     changed_data,
     changed_settings,
@@ -49,6 +50,7 @@ from megatron_hammer.train.changes import (
     ledger_entries,
     settle_changes,
 )
+from megatron_hammer.train.course import course_of
 from megatron_hammer.train.identity import (
     IDENTITY,
     DataIdentity,
@@ -59,12 +61,11 @@ from megatron_hammer.train.identity import (
     saved_identity,
 )
 from megatron_hammer.train.output import refuse_traces
-from megatron_hammer.train.past import Pasts, in_phases, phases_to_paste, with_further_phase
+from megatron_hammer.train.past import Pasts, carried_on, phases_to_paste
 from megatron_hammer.train.past_sources import absent_sources, check_absent, only_past, past_sources, seen_here
 
 OWED = "owed_line"  # in the state of a checkpoint: of metrics.jsonl, that of a step whose evaluation was cut short
 VERSIONS = "versions"  # in the state of a checkpoint: of the libraries that it was computed with
-LEDGER = "accepted"  # in the state of a checkpoint: the changes that were accepted
 REWINDS = "rewinds"  # in the state of a checkpoint: the lines of the ledger of its run so far; absent where none
 
 
@@ -156,7 +157,7 @@ class Prepared:
 
     def to_state(self) -> dict[str, Any]:
         """What every checkpoint of the run says of its datasets and of accepted changes, as JSON values."""
-        state = {IDENTITY: self.identity.to_tree(), LEDGER: list(self.ledger), VERSIONS: installed_versions()}
+        state = {IDENTITY: self.identity.to_tree(), ACCEPTED: list(self.ledger), VERSIONS: installed_versions()}
         return state | ({REWINDS: [rewind.to_tree() for rewind in self.rewinds]} if self.rewinds else {})
 
 
@@ -252,13 +253,13 @@ def find_start(config: Config, accepted: Collection[str] = (), known_damage: Map
         RefusedError: there has been a run, and its checkpoints are gone.
     """
     folder, output = checkpoints_folder(config), Path(config.train.output)
-    recorded, taken_back = read_ledger(output / LEDGER_FILE), dict[str, str]()
+    recorded, taken_back = read_ledger(output / LEDGER), dict[str, str]()
     while True:
         found = search(folder, {**(known_damage or {}), **taken_back})
         rewinds = None if found.newest is None else rewinds_with(found.newest, recorded)
         if found.newest is None or rewinds is not None:
             break
-        taken_back[found.newest.folder.name] = f"{output / LEDGER_FILE} takes back steps that are in it"
+        taken_back[found.newest.folder.name] = f"{output / LEDGER} takes back steps that are in it"
     stale = tuple(d for d in found.damaged if d.path.name in taken_back)
     damaged = tuple(d for d in found.damaged if d.path.name not in taken_back)
     is_fresh = FRESH in accepted
@@ -285,9 +286,9 @@ def replayed(config: Config) -> Ledger:
     if config.train.replay is None:
         return ()
     path = Path(config.train.replay)
-    path = path / LEDGER_FILE if path.is_dir() else path
+    path = path / LEDGER if path.is_dir() else path
     if (ledger := read_ledger(path)) is None:
-        rule, remedy = f"is not there, nor a folder with a {LEDGER_FILE}", "name the ledger of a run that has gone back"
+        rule, remedy = f"is not there, nor a folder with a {LEDGER}", "name the ledger of a run that has gone back"
         raise ConfigError(23, f"train.replay={config.train.replay}", rule, remedy)
     return ledger
 
@@ -306,7 +307,7 @@ def rewinds_with(manifest: Manifest, recorded: Ledger | None) -> Ledger | None:
     if recorded is not None and own[:common] != recorded[:common]:
         raise RefusedError(
             89,
-            f"{manifest.folder.parents[1] / LEDGER_FILE}",
+            f"{manifest.folder.parents[1] / LEDGER}",
             f"records other rewinds than {manifest.folder}, which the run would go on from",
             "bring back the ledger that belongs to this run; without the file, that of the checkpoint counts",
         )
@@ -367,12 +368,13 @@ def settle(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prep
     check_absent(inputs.absent, inputs.config, 0 if resume is None else resume.state["consumed_samples"])
     if resume is None:
         config.check_phase_ends()
+        inputs = _planned(inputs, config.course())
         remarks = [
             f"--accept {name} accepts nothing: no checkpoint is resumed"
             for name in dict.fromkeys(accepted)
             if name != FRESH
         ]
-        return dataclasses.replace(prepared, notes=inputs.notes + remarks)
+        return dataclasses.replace(prepared, plan=inputs.plan, notes=inputs.notes + remarks)
     check_resumable(resume)
     saved, step, consumed = config_from_tree(resume.config), resume.step + 1, resume.state["consumed_samples"]
     config, notes = hold_horizon(config, saved)
@@ -389,18 +391,19 @@ def settle(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prep
     changes += of_data
     block = "" if further is None else f"; as data it is the same to write {phases_to_paste(further)}"
     lines = settle_changes(changes, accepted, str(resume.folder), saved, config, step, block)
-    ledger = (*resume.state.get(LEDGER, ()), *ledger_entries(changes, step))
+    ledger = (*resume.state.get(ACCEPTED, ()), *ledger_entries(changes, step))
     if further is not None:
         notes.append(f"each source goes on where it stands at sample {consumed:,}: {phases_to_paste(further)}")
         inputs = _with_config(inputs, further, was, consumed)
     inputs.config.check_phase_ends(consumed)
-    plan = None if inputs.plan is None else dataclasses.replace(inputs.plan, consumed=consumed)
+    shown = inputs.plan is not None
+    inputs = _planned(inputs, course_of(inputs.config, resume) if shown else inputs.config.course(step - 1, consumed))
     new_samples = was is not None and Pasts(was, inputs.identity, saved, inputs.config).difference() is not None
     return dataclasses.replace(
         prepared,
         config=inputs.config,
         identity=inputs.identity,
-        plan=plan,
+        plan=inputs.plan,
         notes=inputs.notes + notes + remarks,
         changes=tuple(lines),
         ledger=ledger,
@@ -412,7 +415,7 @@ def settle(inputs: Inputs, start: Start, accepted: Collection[str] = ()) -> Prep
 def _carry_on_phases(
     inputs: Inputs, was: DataIdentity | None, saved: Config, consumed: int
 ) -> tuple[Inputs, list[str], Config | None]:
-    """A config with ``data.train`` alone says what a run draws from now on, and nothing of its past.
+    """As ``carried_on``, with the datasets that the phases of the checkpoint name.
 
     Args:
         was: what the checkpoint was trained on.
@@ -421,18 +424,53 @@ def _carry_on_phases(
         the inputs, with the phases of the checkpoint where the mix is that of the last of them; remarks; and where the
         mix is another one, the config with it as a further phase, for whoever accepts that.
     """
-    config = inputs.config
-    megatron = "megatron" in (saved.data.order, config.data.order)
-    if was is None or config.data.phases is not None or megatron:
+    config, is_another = carried_on(inputs.config, was, inputs.identity, saved, consumed)
+    if is_another:
+        return inputs, [], config
+    if config is inputs.config:
         return inputs, [], None
-    pasts = Pasts(was, inputs.identity, saved, config)
-    if pasts.difference(consumed) is None:
-        return inputs, [], None
-    if not (saved.data.phases and pasts.goes_on):
-        return inputs, [], with_further_phase(config, pasts, consumed)
-    config = in_phases(config, pasts.saved_phases(config))
     inputs = _with_config(inputs, config, was, consumed)
     return inputs, [f"the phases are those of the checkpoint: {phases_to_paste(config)}"], None
+
+
+def in_progress(config: Config) -> tuple[Config, Course]:
+    """What a start would make of a config that names data: with the mixes that its run has drawn from; and its course.
+
+    A mix that would have to be accepted is taken to be.
+
+    Raises:
+        DataError: a dataset is missing or damaged.
+    """
+    newest = seen_here(config)
+    if newest is None:
+        return config, config.course()
+    past = past_sources(config)
+    held = {p: past[p] if p in past else identify(IndexedDataset(p), p) for p in config.data.train_prefixes}
+    plan = plan_run(config, _contents(held.values()))
+    return _in_progress(config, _identity(config, held, plan), newest)
+
+
+def _in_progress(config: Config, ours: DataIdentity, newest: Manifest | None) -> tuple[Config, Course]:
+    """As ``in_progress``; ``ours``: what the config names."""
+    if newest is None:
+        return config, config.course()
+    saved, consumed = config_from_tree(newest.config), newest.state["consumed_samples"]
+    config, _ = carried_on(config, saved_identity(newest), ours, saved, consumed)
+    return config, course_of(config, newest)
+
+
+def _planned(inputs: Inputs, course: Course) -> Inputs:
+    """The same with the plan of a run whose steps hold these samples.
+
+    Raises:
+        ConfigError: E293 a source would be read more often than ``data.max_epochs``.
+    """
+    plan = plan_run(inputs.config, _contents(inputs.identity.train), course, inputs.config.data.max_epochs)
+    return dataclasses.replace(inputs, plan=None if inputs.plan is None else plan)
+
+
+def _contents(sources: Iterable[DatasetIdentity]) -> list[Content]:
+    return [Content(source.prefix, source.tokens, source.fingerprint) for source in sources]
 
 
 def _with_config(inputs: Inputs, config: Config, was: DataIdentity | None, consumed: int) -> Inputs:
@@ -453,7 +491,12 @@ def _look_at_data(
     if not config.data.mixes:
         return ["data.train is not set: no plan of the data"], None
     try:
-        return _check_data(config, tokenizer, read_ids=True, known=past)[1:]
+        identity, notes, _ = _check_data(config, tokenizer, read_ids=True, known=past)
+        there, course = _in_progress(config, identity, seen_here(config))
+        if there is not config:
+            known = past_sources(there) | by_prefix([*identity.train, *identity.valid.values()])
+            identity, _, _ = _check_data(there, tokenizer, read_ids=False, known=known)
+        return notes, plan_run(there, _contents(identity.train), course, config.data.max_epochs)
     except (DataError, ConfigError, RefusedError) as error:
         return [f"a run would stop here: {error}"], None
 
@@ -516,23 +559,30 @@ def _check_data(
         note = check_tokenizer(dataset, fingerprint, config.model.vocab_size, named)
         if note and read_ids:
             notes.append(note)
-    plan = plan_run(config, [Content(prefix, found[prefix].tokens, found[prefix].fingerprint) for prefix in train])
-    sets = {name: found[prefix] for name, prefix in valid.items()}
+    plan = plan_run(config, _contents(found[prefix] for prefix in train))
+    return _identity(config, found, plan), notes, plan
+
+
+def _identity(config: Config, found: Mapping[str, DatasetIdentity], plan: RunPlan) -> DataIdentity:
+    """What the datasets that a config names hold, and the mixes."""
+    train, valid = config.data.train_prefixes, config.data.valid or {}
+    sets = {name: found[prefix] for name, prefix in valid.items() if prefix in found}
     shares = [{source.prefix: source.share for source in phase.sources} for phase in plan.phases]
     if len(shares) == 1:
         (only,) = shares
-        return DataIdentity(tuple(dataclasses.replace(found[p], share=only[p]) for p in train), sets), notes, plan
+        return DataIdentity(tuple(dataclasses.replace(found[p], share=only[p]) for p in train), sets)
     mixes = tuple(
         MixIdentity(phase.first, phase.end, phase.seq_length, tuple(of.get(prefix, 0.0) for prefix in train))
-        for phase, of in zip(phases, shares, strict=True)
+        for phase, of in zip(config.phases, shares, strict=True)
     )
-    return DataIdentity(tuple(found[prefix] for prefix in train), sets, mixes), notes, plan
+    return DataIdentity(tuple(found[prefix] for prefix in train), sets, mixes)
 
 
 def build_indices(prepared: Prepared) -> None:
     """Have the indices of large datasets built and kept before the ranks start, which then only open them."""
     config, resume = prepared.config, prepared.resume
     told = prepared.data_notes.append
-    data = open_train_data(config, told, prepared.rewinds, prepared.tokenizer, prepared.absent)
-    consumed = 0 if resume is None else resume.state["consumed_samples"]
+    step, consumed = (0, 0) if resume is None else (resume.step, resume.state["consumed_samples"])
+    course = config.course(step, consumed)
+    data = open_train_data(config, told, prepared.rewinds, prepared.tokenizer, prepared.absent, course)
     data.prepare(consumed, config.batch_sizes.at(consumed))

@@ -83,7 +83,7 @@ def _record(bad: BadStep, prepared: Prepared, data: TrainData, say: Callable[[st
     back_to = 0 if target is None else target.step
     _refuse_another(bad, back_to, done, config.train.max_rewinds)
     first = 0 if target is None else target.state["consumed_samples"]
-    end = config.num_samples_from(bad.step - 1, bad.first_sample)
+    end = config.course(bad.step - 1, bad.first_sample).num_samples
     skipped = left_out(*_window(bad, prepared, first), end, data)
     rewind = Rewind(len(done) + 1, bad.step, bad.finding, back_to, skipped)
     kept = _keep_lines(output, back_to, incident_path(config, bad.step, len(done)).with_suffix(".metrics.jsonl"))

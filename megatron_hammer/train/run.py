@@ -189,12 +189,13 @@ def describe(prepared: Prepared, world_size: int) -> str:
     required = kernel_requirements(config, torch.device("cpu"))
     automatic: dict[str, Any] = dict.fromkeys(TABLES, "auto")  # this machine need not be the one
     plain = dataclasses.replace(config.kernels, **automatic)
+    course = None if prepared.plan is None else prepared.plan.course
     lines = [
         to_yaml(config),
         f"parameters: {count_parameters(config.model):,}",
         f"layout: {layout_line(config, world_size)}",
         *pipeline_lines(config, world_size),
-        *forecast(config, world_size, select_backends(plain, required)),
+        *forecast(config, world_size, select_backends(plain, required), course),
     ]
     if prepared.plan is not None:
         lines.append(format_run_plan(prepared.plan))

@@ -19,10 +19,18 @@ class RunView:
     Args:
         num_steps: of the run.
         first_step: the last that is done at the start.
+        left: of a line, how many steps like those of now the rest of the run has the tokens of; None: its steps.
     """
 
-    def __init__(self, num_steps: int, first_step: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        num_steps: int,
+        first_step: int,
+        clock: Callable[[], float] = time.monotonic,
+        left: Callable[[Mapping[str, Any]], float] | None = None,
+    ) -> None:
         self._num_steps, self._clock = num_steps, clock
+        self._left = left or (lambda line: num_steps - line["step"])
         self._seconds: float | None = None
         """Of a step, smoothed."""
         self._before = clock()
@@ -53,13 +61,13 @@ class RunView:
         line, now = self._line, self._clock()
         if line is None or self._seconds is None:
             return []
-        step, left = line["step"], self._num_steps - line["step"]
+        step = line["step"]
         done = step / self._num_steps
         cells = round(done * BAR_CELLS)
         progress: list[Item] = [
             ("step", f"{step:,} / {self._num_steps:,}"), ("", f"{done:.1%}"),
             ("", "#" * cells + "." * (BAR_CELLS - cells)),
-            ("left", span(left * self._seconds)) if left else ("", "done"),
+            ("left", span(self._left(line) * self._seconds)) if step < self._num_steps else ("", "done"),
         ]  # fmt: skip
         figures: list[Item] = [
             ("loss", _number(line["loss"], ".4f")), ("lr", _number(line["lr"], ".3e")),

@@ -15,7 +15,8 @@ from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.sampling.plan import format_run_plan
 from megatron_hammer.sampling.samples import open_train_data
 from megatron_hammer.train import prepare as prepare_module
-from megatron_hammer.train.prepare import Prepared, prepare
+from megatron_hammer.train.prepare import Prepared, in_progress, prepare
+from megatron_hammer.train.run import describe
 from tests.distributed import run_distributed
 from tests.train.runs import (
     accepted_by,
@@ -143,6 +144,32 @@ def test_the_plan_counts_what_was_read(trained: Path) -> None:
         prepared_with(trained, *more, f"data.max_epochs={a.epochs * 0.99}")
     assert caught.value.number == 93 and prepared_with(trained, *more, f"data.max_epochs={a.epochs * 1.01}").plan
     assert json.dumps(plan.describe())
+
+
+def test_the_plan_of_a_run_whose_batch_has_changed_counts_what_will_be_read(trained: Path) -> None:
+    """4 of 12 steps of 8 samples are behind it: the limit, the table and the forecast count the others as they are."""
+    for size, samples in ((16, 32 + 8 * 16), (4, 32 + 8 * 4)):
+        more = (f"train.global_batch_size={size}", "--accept=train.global_batch_size")
+        plan = prepared_with(trained, *more).plan
+        assert plan is not None and plan.tokens == 32 * samples and plan.consumed == 32
+        text = format_run_plan(plan)
+        assert f"plan of 12 steps, {32 * samples:,} tokens" in text and "1 to 12" in text
+        a = max(plan.totals, key=lambda source: source.epochs)
+        assert prepared_with(trained, *more, f"data.max_epochs={a.epochs * 1.01}").plan
+        with pytest.raises(ConfigError, match=rf"{a.drawn:,} tokens drawn"):
+            prepared_with(trained, *more, f"data.max_epochs={a.epochs * 0.99}")
+        config = config_for(overrides(trained / "data", trained / "run", more[0], "train.dry_run=true"))
+        told = describe(prepare(config, 1), 1)
+        assert f"time: {32 * (samples - 32):,} of {32 * samples:,} tokens" in told and text.splitlines()[0] in told
+        three = [*more, *phases(trained, FIRST, "{samples: 32, train: {@a: 1}}", "{train: {@b: 1}}")]
+        coming = prepared_with(trained, *three).plan
+        assert coming is not None and coming.phases[1].steps == (5, 4 + 32 // size)
+        assert coming.phases[2].steps == (5 + 32 // size, 12) and coming.phases[0].steps == (1, 4)
+    # A config that names the new mix alone is looked at as the run goes on: behind what has been drawn.
+    mixed = overrides(trained / "data", trained / "run", f"data.train={{{trained}/data/c: 1}}", more[0])
+    there, course = in_progress(config_for(mixed))
+    assert [phase.first for phase in there.phases] == [0, 32] and course.num_samples == 32 + 8 * 4
+    assert "read so far, at sample 32" in describe(prepare(config_for([*mixed, "train.dry_run=true"]), 1), 1)
 
 
 @pytest.mark.parametrize(

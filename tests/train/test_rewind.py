@@ -286,9 +286,9 @@ def test_what_is_left_out_over_phases_does_not_come_again(data: Path) -> None:
 def test_a_run_whose_batches_became_smaller_ends_where_they_end() -> None:
     """Not at num_steps times the present one, which may lie behind the bad step."""
     config = tiny_config(train__num_steps=20, train__global_batch_size=4)
-    assert config.num_samples_from(0, 0) == config.num_samples == 80
-    assert config.num_samples_from(15, 15 * 16) == 15 * 16 + 5 * 4
-    assert config.num_samples_from(20, 320) == config.num_samples_from(21, 320) == 320
+    assert config.course(0, 0).num_samples == config.course().num_samples == 80
+    assert config.course(15, 15 * 16).num_samples == 15 * 16 + 5 * 4
+    assert config.course(20, 320).num_samples == config.course(21, 320).num_samples == 320
 
 
 def test_a_window_ends_where_samples_have_another_length(data: Path, tmp_path: Path) -> None:

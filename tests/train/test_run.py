@@ -17,6 +17,7 @@ from megatron_hammer.checkpoint import folder, retention
 from megatron_hammer.checkpoint.folder import find_checkpoints, newest_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.kernels.native import cpu
+from megatron_hammer.train.course import course_of
 from megatron_hammer.train.metrics import BOARD_GROUPS
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank
@@ -138,6 +139,20 @@ def test_another_batch_size_goes_on_in_the_same_order(data: Path, tmp_path: Path
     larger = ("train.num_steps=6", "train.global_batch_size=16", "--accept=train.global_batch_size")
     assert train_here(0, overrides(data, tmp_path / "a", *larger)) == 0
     assert [line["consumed_samples"] for line in metrics(tmp_path / "a")] == [8, 16, 24, 32, 48, 64]
+    smaller = overrides(data, tmp_path / "a", "train.num_steps=8", "train.global_batch_size=4")
+    course = course_of(config_for(smaller), newest_checkpoint(tmp_path / "a"))
+    assert [course.samples(n) for n in range(9)] == [0, 8, 16, 24, 32, 48, 64, 68, 72] and course.num_samples == 72
+    assert [course.steps(sample) for sample in (32, 33, 48, 49, 64, 65, 69)] == [4, 5, 5, 6, 6, 7, 8]
+
+
+def test_a_run_in_megatron_s_order_goes_on_with_smaller_batches(data: Path, tmp_path: Path) -> None:
+    """The order has as many samples as will be read: those behind the run, and the smaller steps to come."""
+    of_megatron = ("data.order=megatron", "schedule.style=constant")
+    assert train_here(0, overrides(data, tmp_path / "a", *of_megatron, "train.num_steps=6")) == 0
+    smaller = ("train.num_steps=8", "train.global_batch_size=2")
+    accepted = [f"--accept={name.partition('=')[0]}" for name in smaller]
+    assert train_here(0, overrides(data, tmp_path / "a", *of_megatron, *smaller, *accepted)) == 0
+    assert [line["consumed_samples"] for line in metrics(tmp_path / "a")][5:] == [48, 50, 52]
 
 
 DOCUMENT = "data.attention_mask=document"

@@ -19,8 +19,11 @@ LINE: dict[str, Any] = {"step": 3, "loss": 2.5, "grad_norm": 1.0, "lr": 1e-3, "t
 
 def test_rows() -> None:
     time = [0.0]
+    longer = RunView(10, 2, lambda: time[0], lambda line: 8 * 7)  # the rest has eight times the tokens
     view = RunView(10, 2, lambda: time[0])
     time[0] = 61.0
+    longer.take(LINE)
+    assert ("left", "56 min") in longer.rows()[0]
     assert view.rows() == []
     view.take(LINE | {"mfu": 0.41, "memory_bytes": 3 * 2**29, "valid/x/loss": None})
     rows = view.rows()
