@@ -257,10 +257,19 @@ class Config:
         return dataclasses.replace(self.model, max_position_embeddings=self.data.seq_length)
 
     def after_samples(self, consumed: int) -> Config:
-        """``in_phase`` of the phase of the last of ``consumed`` samples: what has been trained then."""
+        """``in_phase`` of the phase of the last of ``consumed`` samples: what has been trained then.
+
+        Its longest context, where the config does not say it, is that of all phases so far with the same RoPE: a model
+        does not forget it in a phase of shorter samples.
+        """
         if not self.data.phases:
             return self  # one mix, one length and one RoPE for the whole run
-        return self.in_phase(phase_at(self.phases, max(0, consumed - 1)))
+        phases = self.phases
+        last = phase_at(phases, max(0, consumed - 1))
+        lengths = [p.seq_length for p in phases if p.first <= last.first and p.shape[1:] == last.shape[1:]]
+        found = self.in_phase(last)
+        longest = found.model.max_position_embeddings or max(lengths)
+        return dataclasses.replace(found, model=dataclasses.replace(found.model, max_position_embeddings=longest))
 
     def grid(self, world_size: int) -> Grid:
         """How ``world_size`` ranks share the work."""

@@ -146,6 +146,14 @@ def test_the_plan_counts_what_was_read(trained: Path) -> None:
     assert json.dumps(plan.describe())
 
 
+def test_a_longer_context_is_not_forgotten_in_a_phase_of_shorter_samples() -> None:
+    lengths = ("[{samples: 8, train: {x: 1}, seq_length: 64}, {samples: 8, train: {x: 1}}, "
+               "{train: {x: 1}, rope_theta: 500000}]")  # fmt: skip
+    config = config_for(["model.vocab_size=301", f"data.phases={lengths}", "data.seq_length=32"])
+    longest = [config.after_samples(count).described_model.max_position_embeddings for count in (0, 8, 9, 16, 17)]
+    assert longest == [64, 64, 64, 64, 32], "with another RoPE a model begins anew"
+
+
 def test_the_plan_of_a_run_whose_batch_has_changed_counts_what_will_be_read(trained: Path) -> None:
     """4 of 12 steps of 8 samples are behind it: the limit, the table and the forecast count the others as they are."""
     for size, samples in ((16, 32 + 8 * 16), (4, 32 + 8 * 4)):
