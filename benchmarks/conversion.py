@@ -117,7 +117,7 @@ def write_ranks(folder: Path, model: Any, value: Callable[[str, str], Any], kind
     from megatron_hammer.base.files import staging_path
     from megatron_hammer.checkpoint.commit import SliceToWrite, commit, write_rank
     from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES
-    from megatron_hammer.checkpoint.manifest import Layout
+    from megatron_hammer.checkpoint.manifest import SavedLayout
     from megatron_hammer.checkpoint.write import chunks_from
     from megatron_hammer.model.parameters import parameter_table
     from megatron_hammer.parallel.placement import place
@@ -148,7 +148,7 @@ def write_ranks(folder: Path, model: Any, value: Callable[[str, str], Any], kind
         write_rank(staging, rank, pieces)
     tree = {"model": asdict(model)}
     commit(staging, target, step=1, model=model, config_tree=tree, state={}, weights_dtype="bfloat16",
-           layout=Layout(2, 2), tokenizer=None)  # fmt: skip
+           layout=SavedLayout(2, 2), tokenizer=None)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,9 +3,9 @@
 The yardstick is two reads and two writes of the text at the rates measured here: a file of the same size written with
 fsync, and read again after its pages were dropped from the cache. The shuffle is timed two ways:
 
-- ``through_disk``: the input is dropped from the cache before the first pass; between the passes the buckets are synced
-  and dropped, so that every byte is read twice and written twice, whatever memory the machine has;
-- ``natural``: the input is dropped, the rest is left to the system, which may keep buckets in memory.
+- ``through_disk``: the input is dropped from the cache before the first pass; between the passes the partitions are
+  synced and dropped, so that every byte is read twice and written twice, whatever memory the machine has;
+- ``natural``: the input is dropped, the rest is left to the system, which may keep partitions in memory.
 
 Both end with the output synced. Rounds alternate between disk and shuffle, because other users of the disk come and go;
 medians are reported. Each run of the shuffle is a process of its own, whose peak memory is reported.
@@ -124,8 +124,8 @@ def _shuffle(way: str, text: Path, output: Path, memory_bytes: int) -> dict[str,
         shuffle.scatter()
         scattered = time.monotonic()
         if way == "through_disk":
-            for bucket in shuffle.folder.iterdir():
-                _drop(bucket)
+            for partition in shuffle.folder.iterdir():
+                _drop(partition)
         dropped = time.monotonic()
         shuffle.gather()
         ended = time.monotonic()

@@ -194,9 +194,9 @@ def run_file(path: Path) -> None:
 def _end(text: Callable[[], str]) -> NoReturn:
     """Print what a function gives, as all programs print, and end."""
     from megatron_hammer.base.cli import run
-    from megatron_hammer.base.streams import Output
+    from megatron_hammer.base.streams import OutputKind
 
-    run(lambda: print(text()), Output.LISTING)
+    run(lambda: print(text()), OutputKind.LISTING)
 
 
 def _version() -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_hammer.config import load_config
 from megatron_hammer.train.prepare import prepare
-from megatron_hammer.train.run import describe
+from megatron_hammer.train.run import describe_dry_run
 from tests.walk import ROOT, blocks_of
 
 
@@ -18,6 +18,6 @@ def test_the_dry_run_describes_its_layout(monkeypatch: pytest.MonkeyPatch) -> No
     words = shlex.split(block.replace("\\\n", " "))
     assert words[:4] == ["python", "-m", "megatron_hammer.launch", "--nproc"] and "train.dry_run=true" in words
     ranks = int(words[4])
-    said = describe(prepare(load_config(words[5], words[6:]), ranks), ranks)
+    said = describe_dry_run(prepare(load_config(words[5], words[6:]), ranks), ranks)
     assert "layout: 8 ranks = TP 2 with sequence parallelism x DP 4 (weights sharded)" in said
     assert "memory of a rank: " in said and "; step = 16 samples" in said

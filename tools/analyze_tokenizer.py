@@ -85,11 +85,11 @@ class Analysis(NamedTuple):
 def count(args: argparse.Namespace, tokenizers: dict[str, Any], domains: dict[str, list[Path]]) -> Any:
     from megatron_hammer.base.progress import Progress
     from megatron_hammer.corpus.documents import TextCorpus
-    from megatron_hammer.tokenizer.lab.analyze import count_tokens
+    from megatron_hammer.tokenizer.lab.analyze import count_usage
 
     texts = {name: TextCorpus(paths) for name, paths in domains.items()}
     with Progress("encoding", None) as shown:
-        return count_tokens(
+        return count_usage(
             tokenizers, texts, args.workers, count_ids=args.command == "vocabulary", progress=shown.advance
         )
 
@@ -120,7 +120,7 @@ def compression(args: argparse.Namespace) -> Analysis:
     facts = {"reference": reference, "threads": args.workers, "tokenizers": _rows(tokenizers, described)}
     tables = [compression_table(described, reference)]
     return Analysis(
-        facts, tables, lambda: analyze_plots.draw_compression(described, reference), assumptions(tokenizers)
+        facts, tables, lambda: analyze_plots.draw_compression(described, reference), tokenizer_assumptions(tokenizers)
     )
 
 
@@ -154,7 +154,7 @@ def vocabulary(args: argparse.Namespace) -> Analysis:
         for name, of in measured.items()
     }
     facts = {"tokenizers": _rows(tokenizers, described)}
-    notes = assumptions(tokenizers) if usage else []
+    notes = tokenizer_assumptions(tokenizers) if usage else []
     return Analysis(facts, vocabulary_tables(measured), lambda: analyze_plots.draw_vocabulary(measured), notes)
 
 
@@ -165,11 +165,11 @@ def price(args: argparse.Namespace) -> Analysis:
     from megatron_hammer.tokenizer.lab import plots as analyze_plots
     from megatron_hammer.tokenizer.lab import price
     from megatron_hammer.tokenizer.lab.arguments import parse_texts
-    from megatron_hammer.tokenizer.lab.cost import check_config
+    from megatron_hammer.tokenizer.lab.cost import check_priced_config
     from megatron_hammer.tokenizer.lab.curve import SAMPLE_BYTES, sample_texts
 
     config = load_config(args.config)
-    check_config(config)
+    check_priced_config(config)
     texts = {name: TextCorpus(paths) for name, paths in parse_texts(args.texts).items()}
     tokenizers, reference = load_compared(args)
     with Progress("reading", None) as shown:
@@ -188,11 +188,11 @@ def price(args: argparse.Namespace) -> Analysis:
         "tokenizers": _rows(tokenizers, price.describe_prices(prices, config, reference)),
     }
     tables = price.price_tables(prices, config, reference)
-    notes = [*price.price_notes(prices, sample), *assumptions(tokenizers)]
+    notes = [*price.price_notes(prices, sample), *tokenizer_assumptions(tokenizers)]
     return Analysis(facts, tables, lambda: analyze_plots.draw_price(prices, config, sample.kept_bytes), notes)
 
 
-def assumptions(tokenizers: dict[str, Any]) -> list[str]:
+def tokenizer_assumptions(tokenizers: dict[str, Any]) -> list[str]:
     """What was assumed of the tokenizers that decides the ids of texts."""
     return [f"note: {of.assumption}" for of in tokenizers.values() if of.assumption]
 
@@ -214,7 +214,7 @@ def main() -> None:
         command_line.error(f"argument --sample-bytes: {args.sample_bytes} is less than 1")
     from megatron_hammer.base.files import replace_file
     from megatron_hammer.tokenizer.lab.arguments import prepare_outputs
-    from megatron_hammer.tokenizer.lab.report import format_report, format_table
+    from megatron_hammer.tokenizer.lab.report import format_table, html_report
 
     prepare_outputs(args.pictures, args.report)
     command = {"compression": compression, "coverage": coverage, "vocabulary": vocabulary, "price": price}[args.command]
@@ -223,7 +223,7 @@ def main() -> None:
     if args.pictures:
         replace_file(args.pictures / f"{args.command}.png", picture)
     if args.report:
-        page = format_report(f"Tokenizers: {args.command}", found.tables, picture, found.notes)
+        page = html_report(f"Tokenizers: {args.command}", found.tables, picture, found.notes)
         replace_file(args.report, page)
     if args.json:
         print_json({"command": args.command, **found.facts})

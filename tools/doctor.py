@@ -33,16 +33,16 @@ def main() -> int:
     if arguments.nproc < 1:
         raise ConfigError(40, f"--nproc={arguments.nproc}", "must be at least 1", "raise --nproc")
     from megatron_hammer.config import load_config
-    from megatron_hammer.verify.doctor import examine, exit_code, format_findings, to_tree
+    from megatron_hammer.verify.doctor import checks_to_tree, doctor_exit_code, examine, format_findings
 
     config = None if arguments.config is None else load_config(arguments.config, arguments.overrides)
     with Activity("looking at the machine") as note:
         findings = list(examine(config, arguments.nproc, note))
     if arguments.json:
-        print_json(to_tree(findings))
+        print_json(checks_to_tree(findings))
     else:
         print(*map(as_commands, format_findings(findings)), sep="\n")
-    return exit_code(findings)
+    return doctor_exit_code(findings)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def main() -> int:
             raise ConfigError(40, f"--{name}={value}", f"must be at least {least}", f"raise --{name}")
     from megatron_hammer.config import load_config
     from megatron_hammer.train.prepare import prepare
-    from megatron_hammer.verify.drill import run_drill, smallest_world, summary
+    from megatron_hammer.verify.drill import drill_summary, run_drill, smallest_world
 
     asked = load_config(arguments.config, [*arguments.overrides, "train.dry_run=true"])
     ranks = arguments.nproc or smallest_world(asked)
@@ -57,7 +57,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=not arguments.keep)
         with Activity("the drill") as note:
             report = run_drill(config, ranks, arguments.kills, arguments.seed, folder, note)
-    print(*report.table(), *summary(report), sep="\n")
+    print(*report.table(), *drill_summary(report), sep="\n")
     if report.left_out:
         print(f"not part of the drill: {', '.join(report.left_out)}")
     return 5 if report.failed else 0

@@ -52,9 +52,9 @@ def parser() -> ArgumentParser:
 def main() -> int:
     arguments = parser().parse_args()
     only_list()
-    from megatron_hammer.evaluation.measure import Options, check_options, measure, sets_of, table
+    from megatron_hammer.evaluation.measure import Options, check_options, measure, results_table, sets_of
     from megatron_hammer.evaluation.sets import parse_sets
-    from megatron_hammer.evaluation.subjects import check_names, choose_device, describe_subject
+    from megatron_hammer.evaluation.subjects import check_model_names, describe_subject, device_of_argument
     from megatron_hammer.tokenizer.load import load_tokenizer
 
     if arguments.step is not None and len(arguments.models) > 1:
@@ -63,11 +63,11 @@ def main() -> int:
     sets = parse_sets(arguments.set)
     reference = None if arguments.reference is None else load_tokenizer(arguments.reference)
     subjects = [describe_subject(model, arguments.step, arguments.backend) for model in arguments.models]
-    check_names(subjects)
+    check_model_names(subjects)
     mask = None if arguments.attention_mask is None else arguments.attention_mask == "document"
     options = Options(
         arguments.seq_length, arguments.micro_batch_size, arguments.samples, arguments.around, arguments.key,
-        arguments.dtype, choose_device(arguments.device), mask,
+        arguments.dtype, device_of_argument(arguments.device), mask,
     )  # fmt: skip
     check_options(subjects, options)
     with Activity("reading the models") as note:
@@ -76,7 +76,7 @@ def main() -> int:
         models = [{"name": s.name, "path": s.path, "kind": s.kind, "step": s.step} for s in subjects]
         print_json({"models": models, "results": [f.to_tree() for f in figures]})
     else:
-        print(*table(figures), sep="\n")
+        print(*results_table(figures), sep="\n")
     bad = next((f for f in figures if not f.is_finite), None)
     if bad is None:
         return 0

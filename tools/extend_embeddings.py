@@ -36,12 +36,12 @@ def main() -> None:
     args = parser.parse_args()
 
     from megatron_hammer.checkpoint.folder import checkpoint_of_step
-    from megatron_hammer.huggingface.extend import REPORT, extend_model, summary
+    from megatron_hammer.huggingface.extend import REPORT, extend_model, extension_summary
 
     model = args.model if args.step is None else checkpoint_of_step(args.model, args.step)
     with Activity("making the rows of the new pieces"):
         report = extend_model(model, args.new_tokenizer, args.output, args.old_tokenizer, ignore=args.ignore)
-    print(summary(report))
+    print(extension_summary(report))
     print(f"wrote {args.output}, and {args.output}/{REPORT}")
     if report["model"]["kind"] == "checkpoint":
         folder = shlex.quote(str(args.output))

@@ -56,14 +56,14 @@ def main() -> int:
         print(*inspect.list_checkpoints(arguments.run), sep="\n")
         return 0
     if arguments.command == "show":
-        print(*inspect.describe(open_checkpoint(arguments.checkpoint, arguments.step)), sep="\n")
+        print(*inspect.describe_checkpoint(open_checkpoint(arguments.checkpoint, arguments.step)), sep="\n")
         return 0
     if arguments.command == "digest":
         for line in inspect.digest_lines(open_checkpoint(arguments.checkpoint), arguments.sha256):
             print(line, flush=True)
         return 0
     if arguments.command == "diff":
-        lines = inspect.differences(*map(open_checkpoint, arguments.pair))
+        lines = inspect.checkpoint_differences(*map(open_checkpoint, arguments.pair))
         print(*lines or ["no difference"], sep="\n")
         return RefusedError.exit_code if lines else 0
     code = 0

@@ -283,7 +283,7 @@ def format_infills(infills: list[dict[str, Any]]) -> str:
 
 def show_plan(args: argparse.Namespace) -> None:
     from megatron_hammer.dataset.reader import IndexedDataset
-    from megatron_hammer.sampling.plan import Content, format_run_plan, plan_run
+    from megatron_hammer.sampling.plan import SourceContent, format_run_plan, plan_run
     from megatron_hammer.train.identity import identify
     from megatron_hammer.train.past_sources import past_sources
     from megatron_hammer.train.prepare import in_progress
@@ -291,7 +291,7 @@ def show_plan(args: argparse.Namespace) -> None:
     config, course = in_progress(read_config(args))
     past = past_sources(config)
     held = [past[p] if p in past else identify(IndexedDataset(p), p) for p in config.data.train_prefixes]
-    contents = [Content(dataset.prefix, dataset.tokens, dataset.fingerprint) for dataset in held]
+    contents = [SourceContent(dataset.prefix, dataset.tokens, dataset.fingerprint) for dataset in held]
     plan = plan_run(config, contents, course, config.data.max_epochs)
     if args.json:
         print_json(plan.describe())

@@ -73,8 +73,8 @@ def main() -> int:
     from megatron_hammer.base.pictures import check_png
     from megatron_hammer.base.progress import Progress
     from megatron_hammer.config import load_config, to_yaml
-    from megatron_hammer.profile.plan import Asked, chosen_config, make_plan, to_tree
-    from megatron_hammer.profile.plan_report import draw_plan, table
+    from megatron_hammer.profile.plan import Asked, chosen_config, plan_layouts, plan_to_tree
+    from megatron_hammer.profile.plan_report import draw_plan, plan_table
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.picture is not None:
@@ -92,11 +92,11 @@ def main() -> int:
             progress.expect(of_all)
             progress.advance(1)
 
-        plan = make_plan(config, asked, tried_one)
+        plan = plan_layouts(config, asked, tried_one)
     if arguments.json:
-        print_json(to_tree(plan))
+        print_json(plan_to_tree(plan))
     else:
-        print(*map(as_commands, table(plan, arguments.show)), sep="\n")
+        print(*map(as_commands, plan_table(plan, arguments.show)), sep="\n")
     if arguments.picture is not None:
         draw_plan(plan, arguments.picture, arguments.show)
     if arguments.write is not None:

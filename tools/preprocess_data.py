@@ -34,7 +34,7 @@ import require_package  # noqa: F401
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.base.paths import check_prefix
 from megatron_hammer.base.progress import say
-from megatron_hammer.base.signals import StopRequest
+from megatron_hammer.base.signals import Stopped, StopRequest
 from megatron_hammer.base.system import usable_cores
 from megatron_hammer.corpus.arguments import add_on_error, add_text_documents
 from megatron_hammer.dataset.make import megatron
@@ -76,7 +76,7 @@ def main() -> int:
         arguments.refuse_idle("without --engine ray", "--address", "--workers-per-task")
     check_prefix("--output-prefix", args.output_prefix, f"_{args.json_keys[0]}_document.idx")
     command = megatron.translate(args)
-    from megatron_hammer.dataset.make.job import Stopped, prepare_job, remarks
+    from megatron_hammer.dataset.make.job import prepare_job, remarks
 
     if args.engine == "ray":
         from megatron_hammer.dataset.make.ray import build_datasets_on_ray

@@ -52,7 +52,7 @@ def main() -> None:
     from megatron_hammer.base.reading import read_regular
     from megatron_hammer.publish.card import Wishes
     from megatron_hammer.publish.hubs import FolderHub, Hub, HuggingFaceHub, ModelScopeHub, check_repository
-    from megatron_hammer.publish.publish import prepare, publish
+    from megatron_hammer.publish.publish import prepare_upload, upload
 
     to, repository, output = arguments.to, arguments.repo, arguments.output
     if to == "folder":
@@ -77,14 +77,14 @@ def main() -> None:
     elif not arguments.dry_run:
         hub = (HuggingFaceHub if to == "hf" else ModelScopeHub)(repository, arguments.private)
     with Activity("reading the run"):
-        found = prepare(arguments.run, wishes, arguments.export, arguments.step, arguments.unfinished)
+        found = prepare_upload(arguments.run, wishes, arguments.export, arguments.step, arguments.unfinished)
     if arguments.license is None:
         say("note: no --license: without one nobody else may use the weights")
     if hub is None:
         where = output if to == "folder" else repository
         print(*found.listing(), "", f"would go to {where}; the card:", "", found.card, sep="\n")
     else:
-        print(f"{'wrote' if to == 'folder' else 'published'} {publish(found, hub)}")
+        print(f"{'wrote' if to == 'folder' else 'published'} {upload(found, hub)}")
 
 
 if __name__ == "__main__":

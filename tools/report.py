@@ -46,8 +46,8 @@ def parser() -> ArgumentParser:
 
 def main() -> None:
     arguments = parser().parse_args()
-    from megatron_hammer.report.gather import open_run
-    from megatron_hammer.report.write import LEAST_REFRESH_SECONDS, check_page, continue_prompts, write_report
+    from megatron_hammer.report.gather import open_metrics
+    from megatron_hammer.report.write import LEAST_REFRESH_SECONDS, check_page, continue_prompts, write_page
 
     if arguments.refresh is not None and not arguments.refresh >= LEAST_REFRESH_SECONDS:
         rule = f"must be at least {LEAST_REFRESH_SECONDS:g} second"
@@ -63,14 +63,14 @@ def main() -> None:
 
     check_page(output)
     for folder in folders:
-        open_run(folder)  # a name that is no run's is said before anything is computed
+        open_metrics(folder)  # a name that is no run's is said before anything is computed
         if arguments.prompt:
             continue_prompts(folder, arguments.prompt, arguments.new_tokens)
     if arguments.refresh is None:
         with Activity("writing the page"):
-            write_report(folders, output, arguments.language, arguments.pictures, None, told)
+            write_page(folders, output, arguments.language, arguments.pictures, None, told)
     else:  # which waits in between
-        write_report(folders, output, arguments.language, arguments.pictures, arguments.refresh, told)
+        write_page(folders, output, arguments.language, arguments.pictures, arguments.refresh, told)
 
 
 if __name__ == "__main__":

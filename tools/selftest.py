@@ -29,8 +29,8 @@ from megatron_hammer.base.progress import Activity
 
 
 def main() -> int:
-    from megatron_hammer.base.signals import StopRequest
-    from megatron_hammer.verify.selftest import Stopped, chosen, exit_code, run_parts, summary
+    from megatron_hammer.base.signals import Stopped, StopRequest
+    from megatron_hammer.verify.selftest import chosen, run_parts, selftest_exit_code, selftest_summary
     from megatron_hammer.verify.selftest_parts import PARTS
 
     parser = ArgumentParser(prog="selftest.py", description=__doc__)
@@ -45,7 +45,7 @@ def main() -> int:
         parser.error("CONFIG.yaml is for --report FILE")
     if arguments.report is not None:
         from megatron_hammer.config import load_config
-        from megatron_hammer.verify.bug_report import check_place, write_report
+        from megatron_hammer.verify.bug_report import check_place, write_bug_report
 
         check_place(arguments.report)
         config = None if arguments.config is None else load_config(arguments.config, arguments.overrides)
@@ -61,11 +61,11 @@ def main() -> int:
         except Stopped:
             print("stopped")
             return stop.exit_code
-    print(summary(results), flush=True)
+    print(selftest_summary(results), flush=True)
     if arguments.report is not None:
-        write_report(arguments.report, results, config)
+        write_bug_report(arguments.report, results, config)
         print(f"wrote {arguments.report}: read it before you send it")
-    return exit_code(results)
+    return selftest_exit_code(results)
 
 
 if __name__ == "__main__":

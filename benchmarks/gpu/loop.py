@@ -26,7 +26,7 @@ from gpu.contestants import our_config
 from gpu.measure import Bench, Item, Result
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.train.loop import Run
+from megatron_hammer.train.loop import TrainLoop
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.training import train
 
@@ -52,7 +52,7 @@ class Points:
         return since.elapsed_time(until) / 1e3 if self.bench.cuda else until - since  # type: ignore[no-any-return]
 
 
-class MeasuredRun(Run):
+class MeasuredRun(TrainLoop):
     """A run that notes when a step's tokens are asked for and when they are there, and keeps no checkpoint."""
 
     points: Points

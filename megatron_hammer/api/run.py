@@ -45,6 +45,7 @@ from megatron_hammer.sampling.plan import RunPlan
 from megatron_hammer.sampling.samples import TrainData, check_tokenizer, open_valid_data
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.train import loop
+from megatron_hammer.train.begin import Beginning
 from megatron_hammer.train.evaluate import ValidResult
 from megatron_hammer.train.run import RankRun
 from megatron_hammer.train.stopping import CutShort
@@ -100,7 +101,7 @@ class Run:
         self.lines = lines
         """The metrics of every step since the run was opened, as ``train`` returns them."""
         self._ended = ""
-        self._rank = RankRun(BeforeStart(None, 0, 1), held, config, 0, check_data, accept)
+        self._rank = RankRun(Beginning(BeforeStart(None, 0, 1), held, config, 0, check_data, accept))
         begin = partial(self._rank.begin, when_finished=True)
         training = Training(
             self._rank.prepared,
@@ -432,17 +433,17 @@ class Run:
             gc.collect()
 
     @property
-    def _open(self) -> loop.Run:
+    def _open(self) -> loop.TrainLoop:
         """The loop's run.
 
         Raises:
             RefusedError: E545 this one is closed.
         """
-        if self._training is None or self._training.run is None:
+        if self._training is None or self._training.loop is None:
             output = self._rank.prepared.config.train.output
             remedy = "open it again: open_run(config) goes on from its newest checkpoint"
             raise RefusedError(45, f"the run of {output}", f"is closed{self._ended}", remedy)
-        return self._training.run
+        return self._training.loop
 
     @contextmanager
     def _ends_with_an_error(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ from megatron_hammer.base.characters import in_ascii, number_meant
 from megatron_hammer.base.errors import ConfigError, HammerError, from_exception
 from megatron_hammer.base.paths import unusable_remedy
 from megatron_hammer.base.shipped import OF_A_WHEEL
-from megatron_hammer.base.streams import Output, Vanished, flush_streams, guard_streams, only_list
+from megatron_hammer.base.streams import OutputKind, Vanished, flush_streams, guard_streams, only_list
 
 READ_ELSEWHERE = (
     "--input",
@@ -212,7 +212,7 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ConfigError(1, self.prog, f"was called wrongly: {message}", remedy)
 
 
-def run(main: Callable[[], int | None], output: Output = Output.REPORT) -> NoReturn:
+def run(main: Callable[[], int | None], output: OutputKind = OutputKind.REPORT) -> NoReturn:
     """Run a program's ``main`` and leave with its documented exit code; a user's mistake is one line on stderr.
 
     Args:

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-Read = Callable[[str], str]
+ReadLine = Callable[[str], str]
 """Shows a prompt, returns a line without its end; raises ``EOFError`` at the end, ``KeyboardInterrupt`` at Ctrl-C."""
 
 
-def line_reader() -> tuple[Read, str]:
+def line_reader() -> tuple[ReadLine, str]:
     """How lines are read here, and what it is called: "prompt_toolkit", "readline", "input" or "lines"."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return _next_line, "lines"

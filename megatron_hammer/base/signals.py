@@ -73,6 +73,10 @@ def take_over() -> None:
         os.close(writing)
 
 
+class Stopped(Exception):
+    """A stop signal came before the work was done; the text says from where it can go on, where it can."""
+
+
 class StopRequest:
     """While its ``with`` block runs, a signal only notes that the program should stop.
 

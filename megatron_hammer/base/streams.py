@@ -7,9 +7,9 @@ start of every process of ours, and decides for all of them:
     closed at the start             what is written there is dropped; descriptors 0 to 2 never become a data file
     a character beyond the encoding written as its escape, such as \\u4e2d
     standard error fails            what is written there is dropped: there is no other place to say so
-    standard output fails           by ``Output``, what standard output is to the program:
+    standard output fails           by ``OutputKind``, what standard output is to the program:
 
-    Output    reader vanished (EPIPE)                 any other failure (disk full)
+    kind      reader vanished (EPIPE)                 any other failure (disk full)
     LOG       note on stderr once, the work goes on   the same: metrics and results are in files of their own
     REPORT    the same                                the same; a program that would end with 0 ends with 6 (E601)
     LISTING   the program ends, quietly, with 0       the program ends with 6 (E601)
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 VANISHED = (errno.EPIPE, errno.ECONNRESET)
 
 
-class Output(enum.Enum):
-    """What standard output is to a program."""
+class OutputKind(enum.Enum):
+    """What standard output is to a program, which decides what its failure means."""
 
     LOG = "log"
     """What happens, beside files that record it: training."""
@@ -62,7 +62,7 @@ class Outlet(io.FileIO):
         kind: decides what a failure does, see above. None: drop in silence, as standard error does.
     """
 
-    def __init__(self, descriptor: int, kind: Output | None) -> None:
+    def __init__(self, descriptor: int, kind: OutputKind | None) -> None:
         super().__init__(descriptor, "wb", closefd=False)
         self.kind = kind
         self.failure: OSError | None = None
@@ -90,7 +90,7 @@ class Outlet(io.FileIO):
             return written
         except OSError as error:
             self.failure = error
-        if self.kind is Output.LISTING:
+        if self.kind is OutputKind.LISTING:
             raise Vanished if self.failure.errno in VANISHED else _disk_error(self.failure)
         if self.kind is not None:
             why = "nobody reads standard output any more"
@@ -101,7 +101,11 @@ class Outlet(io.FileIO):
 
     def loss(self) -> DiskError | None:
         """The error of a program that has lost output that it was for; None where nothing is lost by ``kind``."""
-        if self.failure is None or self.failure.errno in VANISHED or self.kind not in (Output.REPORT, Output.LISTING):
+        if (
+            self.failure is None
+            or self.failure.errno in VANISHED
+            or self.kind not in (OutputKind.REPORT, OutputKind.LISTING)
+        ):
             return None
         return _disk_error(self.failure)
 
@@ -110,7 +114,7 @@ def _disk_error(failure: OSError) -> DiskError:
     return DiskError(1, "standard output", f"could not be written: {failure.strerror}", os_remedy(failure))
 
 
-def guard_streams(kind: Output = Output.REPORT) -> None:
+def guard_streams(kind: OutputKind = OutputKind.REPORT) -> None:
     """Make ``sys.stdout`` and ``sys.stderr`` as this module says; for the start of a process, before its work.
 
     Streams that somebody has replaced (a test, a notebook) stay as they are; a second call changes the kind.
@@ -125,9 +129,9 @@ def guard_streams(kind: Output = Output.REPORT) -> None:
 
 
 def only_list() -> None:
-    """From here on the program only lists: without a reader it may end, see ``Output.LISTING``."""
+    """From here on the program only lists: without a reader it may end, see ``OutputKind.LISTING``."""
     if (outlet := stdout_outlet()) is not None:
-        outlet.kind = Output.LISTING
+        outlet.kind = OutputKind.LISTING
 
 
 def outlet_of(stream: TextIO) -> Outlet | None:
@@ -164,7 +168,7 @@ def _fill_standard_descriptors() -> None:
     os.close(descriptor)
 
 
-def _guarded(descriptor: int, former: TextIO | None, kind: Output | None) -> TextIO:
+def _guarded(descriptor: int, former: TextIO | None, kind: OutputKind | None) -> TextIO:
     """A text stream over an ``Outlet``, with the encoding and the buffering of the one before."""
     outlet = Outlet(descriptor, kind)
     unbuffered = former is not None and isinstance(getattr(former, "buffer", None), io.RawIOBase)  # python -u

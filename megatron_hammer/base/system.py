@@ -234,7 +234,7 @@ def resident_bytes() -> int:
     return int(_ps("rss", os.getpid()) or 0) * 1024
 
 
-def peak_bytes() -> int:
+def peak_resident_bytes() -> int:
     """The most that was ever resident of this process, or since ``reset_peak``."""
     with contextlib.suppress(OSError):
         lines = (_PROCESSES / "self/status").read_text().splitlines()

@@ -28,11 +28,10 @@ from megatron_hammer.checkpoint.manifest import (
     MAX_MANIFEST_BYTES,
     MAX_MANIFEST_VALUES,
     TOKENIZER,
-    Layout,
     LogicalTensor,
     Manifest,
-    Range,
     SavedFile,
+    SavedLayout,
     SavedSlice,
     TokenizerFiles,
     canonical_json,
@@ -42,6 +41,7 @@ from megatron_hammer.checkpoint.manifest import (
 )
 from megatron_hammer.checkpoint.tensor_files import TensorFileReader, TensorFileWriter
 from megatron_hammer.config import ModelConfig
+from megatron_hammer.parallel.placement import Range
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class SliceToWrite:
         return slice_key(self.name, self.kind, self.rows, self.cols)
 
 
-Watch = Callable[[Sequence[SliceToWrite]], Iterable[SliceToWrite]]
+SliceWatch = Callable[[Sequence[SliceToWrite]], Iterable[SliceToWrite]]
 """Wraps the loop over slices, for a progress bar."""
 
 
@@ -73,7 +73,9 @@ def rank_file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def write_rank(folder: Path, rank: int, slices: Sequence[SliceToWrite], watch: Watch = iter, part: str = "") -> None:
+def write_rank(
+    folder: Path, rank: int, slices: Sequence[SliceToWrite], watch: SliceWatch = iter, part: str = ""
+) -> None:
     """Write one rank's file and its report, and read the file back; no communication.
 
     Args:
@@ -130,7 +132,7 @@ def commit(
     config_tree: Mapping[str, Any],
     state: Mapping[str, Any],
     weights_dtype: str,
-    layout: Layout,
+    layout: SavedLayout,
     tokenizer: TokenizerFiles | None,
     part: str = "",
 ) -> Path | None:

@@ -28,11 +28,11 @@ from megatron_hammer.base.compiled import find_compiled
 from megatron_hammer.base.files import hash_bytes
 from megatron_hammer.checkpoint.manifest import (
     LogicalTensor,
-    Range,
     StateDigest,
     canonical_json,
 )
 from megatron_hammer.checkpoint.tensor_files import ITEM_BYTES
+from megatron_hammer.parallel.placement import Range
 
 STATE_VALUES = ("consumed_samples", "samples_digest", "optimizer")  # of the manifest's state, beside the step
 MODULUS = 2**64

@@ -10,7 +10,8 @@
 
 A folder becomes a checkpoint by one rename after everything in it was fsynced (``base/files.py``). The newest
 checkpoint is found by looking at what is there; no file states it that could disagree. A run looks with
-``search``, which passes over what is damaged and says so; tools that are given a folder use ``open_checkpoint``.
+``search_checkpoints``, which passes over what is damaged and says so; tools that are given a folder use
+``open_checkpoint``.
 
 Needs no torch.
 """
@@ -109,7 +110,7 @@ class Damaged:
 
 
 @dataclass(frozen=True)
-class Search:
+class FoundCheckpoints:
     """What a run found in its folder of checkpoints."""
 
     newest: Manifest | None
@@ -123,7 +124,7 @@ def is_damage(error: HammerError) -> bool:
     return isinstance(error, CheckpointError) and error.number in DAMAGE
 
 
-def search(checkpoints: Path, known_damage: Mapping[str, str] | None = None) -> Search:
+def search_checkpoints(checkpoints: Path, known_damage: Mapping[str, str] | None = None) -> FoundCheckpoints:
     """Look for the checkpoint to go on from: the newest whose manifest, tokenizer and sizes of files are as saved.
 
     Links and files that have the name of a step are damaged checkpoints too: whoever put them there moved the folder,
@@ -147,13 +148,13 @@ def search(checkpoints: Path, known_damage: Mapping[str, str] | None = None) -> 
         reason = (known_damage or {}).get(path.name)
         if reason is None:
             try:
-                return Search(_quickly_checked(path), tuple(damaged))
+                return FoundCheckpoints(_quickly_checked(path), tuple(damaged))
             except CheckpointError as error:
                 if not is_damage(error):
                     raise
                 reason = str(error)
         damaged.append(Damaged(path, step, reason))
-    return Search(None, tuple(damaged))
+    return FoundCheckpoints(None, tuple(damaged))
 
 
 def _candidates(checkpoints: Path) -> list[tuple[Path, int]]:

@@ -23,16 +23,16 @@ from megatron_hammer.base.tables import align
 from megatron_hammer.checkpoint.digest import MODULUS, STATE_VALUES, digest_of
 from megatron_hammer.checkpoint.folder import find_checkpoints, kept_aside
 from megatron_hammer.checkpoint.manifest import (
-    Layout,
     LogicalTensor,
     Manifest,
+    SavedLayout,
     StateDigest,
     canonical_json,
     checked_tokenizer_folder,
     read_manifest,
     saved_model,
 )
-from megatron_hammer.checkpoint.read import LogicalReader, check_file
+from megatron_hammer.checkpoint.read import LogicalReader, check_rank_file
 
 
 def verify_checkpoint(manifest: Manifest) -> StateDigest:
@@ -51,7 +51,7 @@ def verify_checkpoint(manifest: Manifest) -> StateDigest:
     sums = [0] * len(manifest.tensors)
     with Progress(f"verifying {manifest.folder.name}", _size(manifest)) as progress:
         for file in manifest.files:
-            for at, part in check_file(manifest, file, progress.advance):
+            for at, part in check_rank_file(manifest, file, progress.advance):
                 sums[at] = (sums[at] + part) % MODULUS
     found = digest_of(manifest.tensors, sums, manifest.step, manifest.state)
     if (claimed := manifest.state_digest) is not None and found != claimed:
@@ -107,7 +107,7 @@ def digest_lines(manifest: Manifest, with_sha256: bool) -> Iterator[str]:
         yield f"sha256        {sha256(manifest)}"
 
 
-def differences(a: Manifest, b: Manifest) -> list[str]:
+def checkpoint_differences(a: Manifest, b: Manifest) -> list[str]:
     """In what two checkpoints differ: step, state, settings and tensors; how they are cut into files does not count."""
     lines = [] if a.step == b.step else [f"step: {a.step} -> {b.step}"]
     flat = [dict(_flat("state", m.state)) | dict(_flat("config", m.config)) for m in (a, b)]
@@ -174,7 +174,7 @@ def list_checkpoints(run_or_folder: str | Path) -> list[str]:
     return align(rows)
 
 
-def describe(manifest: Manifest) -> Iterator[str]:
+def describe_checkpoint(manifest: Manifest) -> Iterator[str]:
     """What the manifest says, in lines: who wrote it, model, state, and every tensor with its files."""
     layout, model = manifest.layout, saved_model(manifest)
     parameters = sum(math.prod(tensor.shape) for tensor in manifest.tensors if tensor.kind == "weight")
@@ -220,6 +220,6 @@ def _size(manifest: Manifest) -> int:
     return sum(file.size for file in manifest.files)
 
 
-def _pp(layout: Layout) -> str:
+def _pp(layout: SavedLayout) -> str:
     """The pipeline, where there is one."""
     return f", pp {layout.pp}" if layout.pp > 1 else ""

@@ -29,7 +29,8 @@ from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.checkpoint.write import owned_views
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.parallel.sharding import Range, Shard
+from megatron_hammer.parallel.placement import Range
+from megatron_hammer.parallel.sharding import Shard
 
 ELEMENTS_AT_ONCE = 2**23  # of 8 bytes on a GPU
 

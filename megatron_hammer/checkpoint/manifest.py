@@ -33,6 +33,7 @@ from megatron_hammer.base.files import hash_bytes, hash_content, hash_file, writ
 from megatron_hammer.base.reading import parse_json
 from megatron_hammer.checkpoint.tensor_files import ITEM_BYTES, open_regular
 from megatron_hammer.config import ModelConfig, config_from_tree
+from megatron_hammer.parallel.placement import Range
 
 FORMAT, VERSION = "megatron_hammer.checkpoint", 1
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
@@ -44,8 +45,6 @@ _RANK_FILE = re.compile(r"rank-\d{5,7}\.safetensors")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _HASH, _SUM = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{16}")
 _USE_ANOTHER = "restore the file or use another checkpoint"
-
-Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,8 @@ class SavedFile:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Who wrote the checkpoint: for information, no reader depends on it."""
+class SavedLayout:
+    """On how many ranks of each axis the checkpoint was written: for information, no reader depends on it."""
 
     world: int = 1
     tp: int = 1
@@ -127,7 +126,7 @@ class Manifest:
 
     folder: Path
     step: int
-    layout: Layout
+    layout: SavedLayout
     config: dict[str, Any]
     """The resolved config as a tree; of an imported model, its ``model`` group only."""
     state: dict[str, Any]
@@ -264,7 +263,7 @@ def _parse(folder: Path, tree: dict[str, Any], claimed: str) -> Manifest:
         if not right:
             raise ValueError(what)
     _check_state(state)
-    step, layout = _count(tree["step"]), Layout(**tree["layout"])
+    step, layout = _count(tree["step"]), SavedLayout(**tree["layout"])
     for name, value in asdict(layout).items():
         if not (type(value) is bool if name == "sequence_parallel" else _count(value) > 0):
             raise ValueError(f"layout.{name}={value!r:.60}")

@@ -32,7 +32,8 @@ from megatron_hammer.model.llama import Stage
 from megatron_hammer.model.parameters import Parameter
 from megatron_hammer.parallel.agreement import all_or_none
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.parallel.sharding import Range, Shard, intersect, rectangles
+from megatron_hammer.parallel.placement import Range
+from megatron_hammer.parallel.sharding import Shard, intersect, rectangles
 
 MAX_OPEN_FILES = 16  # at a time for one export: more than the columns of a tensor are ever cut into on one machine
 
@@ -185,7 +186,7 @@ class LogicalReader:
         self._readers.clear()
 
 
-def check_file(
+def check_rank_file(
     manifest: Manifest, file: SavedFile, advance: Callable[[int], None] = lambda count: None
 ) -> list[tuple[int, int]]:
     """Compare every slice in one rank's file with its hash, keeping nothing.

@@ -36,13 +36,13 @@ from megatron_hammer.base.files import (
     sync_folder,
 )
 from megatron_hammer.base.progress import say
-from megatron_hammer.checkpoint.commit import SliceToWrite, Watch, commit, stage_tokenizer_files, write_rank
+from megatron_hammer.checkpoint.commit import SliceToWrite, SliceWatch, commit, stage_tokenizer_files, write_rank
 from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES, PRECISION_DTYPES
 from megatron_hammer.checkpoint.folder import Note, clean_up, step_name
 from megatron_hammer.checkpoint.kinds import style_of
 from megatron_hammer.checkpoint.manifest import (
     MANIFEST,
-    Layout,
+    SavedLayout,
     TokenizerFiles,
     canonical_json,
 )
@@ -104,7 +104,7 @@ def write_first_checkpoint(
     state: Mapping[str, Any],
     weights_dtype: str,
     tokenizer: Tokenizer | None,
-    watch: Watch = iter,
+    watch: SliceWatch = iter,
     step: int = 0,
     config_tree: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -139,7 +139,7 @@ def write_first_checkpoint(
             config_tree=config_tree or {"model": asdict(model)},
             state=state,
             weights_dtype=weights_dtype,
-            layout=Layout(),
+            layout=SavedLayout(),
             tokenizer=None if tokenizer is None else stage_tokenizer(tokenizer, staging),
         )
     except BaseException:
@@ -216,11 +216,11 @@ def save_checkpoint(
             note(f"{target} was there already: kept as {replaced.name}")
 
     try:
-        ctx.journal.mark("saving, staging")
+        ctx.status.mark("saving, staging")
         together(begin if leader else _nothing, ctx, target)
         slices = slices_to_write(shards)
         together(lambda: write_rank(staging, ctx.world.rank, slices, _marked(ctx)), ctx, target)
-        ctx.journal.mark("saving, committing")
+        ctx.status.mark("saving, committing")
         together(finish if leader else _nothing, ctx, target)
     except HammerError:
         if leader:
@@ -250,10 +250,10 @@ def bytes_to_write(model: ModelConfig, shards: Sequence[Shard], style: str) -> i
     return checkpoint_bytes(model, kinds, style)
 
 
-def layout_of(ctx: ParallelContext, config_tree: Mapping[str, Any]) -> Layout:
+def layout_of(ctx: ParallelContext, config_tree: Mapping[str, Any]) -> SavedLayout:
     """Who writes, for the manifest."""
     sequence_parallel = bool(config_tree.get("parallel", {}).get("sequence_parallel", False))
-    return Layout(ctx.world.size, ctx.tp.size, ctx.samples.size, sequence_parallel, ctx.cp.size, ctx.pp.size)
+    return SavedLayout(ctx.world.size, ctx.tp.size, ctx.samples.size, sequence_parallel, ctx.cp.size, ctx.pp.size)
 
 
 def together(work: Callable[[], None], ctx: ParallelContext, target: Path) -> None:
@@ -262,14 +262,14 @@ def together(work: Callable[[], None], ctx: ParallelContext, target: Path) -> No
         work()
 
 
-def _marked(ctx: ParallelContext) -> Watch:
+def _marked(ctx: ParallelContext) -> SliceWatch:
     """Note each slice: a rank that writes for long is not one that hangs."""
 
     def watch(slices: Sequence[SliceToWrite]) -> Iterator[SliceToWrite]:
         for number, wanted in enumerate(slices, start=1):
-            ctx.journal.mark(f"saving, slice {number} of {len(slices)}")
+            ctx.status.mark(f"saving, slice {number} of {len(slices)}")
             yield wanted
-        ctx.journal.mark("saving, making it durable and reading it back")
+        ctx.status.mark("saving, making it durable and reading it back")
 
     return watch
 

@@ -30,7 +30,7 @@ from megatron_hammer.base.files import sync_file, write_durably
 from megatron_hammer.base.system import die_with_parent
 from megatron_hammer.checkpoint.commit import SliceToWrite, commit, stage_tokenizer_files, write_rank
 from megatron_hammer.checkpoint.folder import step_of
-from megatron_hammer.checkpoint.manifest import Layout
+from megatron_hammer.checkpoint.manifest import SavedLayout
 from megatron_hammer.checkpoint.retention import KnownCheckpoints, Retention, prune
 from megatron_hammer.checkpoint.tensor_files import CHUNK_BYTES
 from megatron_hammer.config import config_from_tree
@@ -101,7 +101,7 @@ class Writer:
             config_tree=tree,
             state=request["state"],
             weights_dtype=request["weights_dtype"],
-            layout=Layout(**request["layout"]),
+            layout=SavedLayout(**request["layout"]),
             tokenizer=files,
             part=PART,
         )

@@ -4,8 +4,8 @@
 ``read_documents`` is slower and gives each document with all its fields and its line, which reformatting and splitting
 need.
 
-``LineWriter`` writes a file of documents, one a line, and ``write_manifest`` the JSON file beside it that says from
-which inputs and how it was made. Both appear under their names only when they are complete.
+``LineWriter`` writes a file of documents, one a line, and ``write_corpus_manifest`` the JSON file beside it that says
+from which inputs and how it was made. Both appear under their names only when they are complete.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_hammer.base.progress import Progress
 from megatron_hammer.corpus import jsonl
 from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.file_blocks import START, Block, FileRange, Position
-from megatron_hammer.corpus.parse import Rejected, note_of, parse_block
+from megatron_hammer.corpus.parse import RejectedDocument, note_of, parse_block
 from megatron_hammer.corpus.quarantine import RejectedFile
 from megatron_hammer.corpus.readers import DEFAULT_TEXT_DOCUMENTS, expand_inputs, read_range
 
@@ -53,7 +53,7 @@ class Document(NamedTuple):
     place: Position = START
 
 
-OnBad = Callable[[Rejected], None]
+OnBad = Callable[[RejectedDocument], None]
 
 
 class Skipped:
@@ -79,7 +79,7 @@ class Skipped:
                 quarantine.parent.mkdir(parents=True, exist_ok=True)
                 self._file = RejectedFile(quarantine)
 
-    def add(self, rejected: Rejected) -> None:
+    def add(self, rejected: RejectedDocument) -> None:
         self.counts[rejected.code] += 1
         self.first.setdefault(rejected.code, rejected.message)
         if self._file is not None:
@@ -108,7 +108,7 @@ class Skipped:
             self._file.__exit__(kind, error, trace)
 
 
-def ignore(rejected: Rejected) -> None:
+def ignore(rejected: RejectedDocument) -> None:
     """For another reading of the same documents."""
 
 
@@ -250,7 +250,7 @@ def _objects(block: Block, path: Path, key: str, bad: _Bad) -> Iterator[Document
             fields, exact = jsonl.parse_line(line)
             (text,) = jsonl.texts_of(fields, [key], exact)
         except (ValueError, jsonl.UnusableText):
-            error = jsonl.diagnose(path, number, offset, line, key)
+            error = jsonl.diagnose_line(path, number, offset, line, key)
             if error.number == 9:
                 raise error from None  # the whole file is something else than its name says
             bad(error, Position(offset, number), line)
@@ -407,5 +407,5 @@ def describe_sources(paths: Sequence[Path], hashes: dict[Path, str]) -> list[dic
     return [{"path": str(path), "bytes": path.stat().st_size, "xxh3": hashes.get(path)} for path in paths]
 
 
-def write_manifest(path: Path, content: dict[str, Any]) -> None:
+def write_corpus_manifest(path: Path, content: dict[str, Any]) -> None:
     replace_file(path, orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))

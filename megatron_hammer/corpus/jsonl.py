@@ -37,7 +37,7 @@ _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def place_of(path: Path, line_number: int, offset: int) -> str:
+def line_place(path: Path, line_number: int, offset: int) -> str:
     """``zh.jsonl:17 (byte 5120)``: the line, from 1, and where it starts in the uncompressed file, from 0."""
     return f"{path}:{line_number} (byte {offset})"
 
@@ -45,7 +45,7 @@ def place_of(path: Path, line_number: int, offset: int) -> str:
 def too_long(path: Path, line_number: int, offset: int) -> DataError:
     """E304: a line is longer than a document can be."""
     return DataError(
-        4, place_of(path, line_number, offset), f"is longer than {MAX_LINE_BYTES:,} bytes",
+        4, line_place(path, line_number, offset), f"is longer than {MAX_LINE_BYTES:,} bytes",
         "put one JSON object on each line",
     )  # fmt: skip
 
@@ -53,7 +53,7 @@ def too_long(path: Path, line_number: int, offset: int) -> DataError:
 def damaged(path: Path, line_number: int, offset: int, error: Exception) -> DataError:
     """E309: a compressed file is damaged; ``line_number`` is the first line that could not be read."""
     return DataError(
-        9, place_of(path, line_number, offset), f"could not be decompressed ({error})", "fetch or compress it again"
+        9, line_place(path, line_number, offset), f"could not be decompressed ({error})", "fetch or compress it again"
     )
 
 
@@ -102,7 +102,7 @@ def texts_of(value: Any, keys: Sequence[str], strict: bool) -> list[str]:
 
 
 class UnusableText(Exception):
-    """There is no text under a key, or one that cannot be encoded; ``diagnose`` says why."""
+    """There is no text under a key, or one that cannot be encoded; ``diagnose_line`` says why."""
 
     def __init__(self, key: str) -> None:
         super().__init__(key)
@@ -130,13 +130,13 @@ _PYTHON = json.JSONDecoder(parse_int=_whole_number)
 # ---- naming what is wrong with a line ----
 
 
-def diagnose(path: Path, line_number: int, offset: int, line: bytes | bytearray, key: str) -> DataError:
+def diagnose_line(path: Path, line_number: int, offset: int, line: bytes | bytearray, key: str) -> DataError:
     """Which rule of the format a refused line breaks. Slow: for bad lines only.
 
     Args:
         offset: where the line starts in the uncompressed file.
     """
-    where = place_of(path, line_number, offset)
+    where = line_place(path, line_number, offset)
     if line_number == 1:
         if encoding := foreign.byte_order_mark(line):
             remedy = foreign.without_mark(path, encoding)

@@ -84,7 +84,7 @@ def parse_long_line(
     """The texts of one JSON line, for each key.
 
     Raises:
-        DataError: E303 to E308 as ``jsonl.diagnose``.
+        DataError: E303 to E308 as ``jsonl.diagnose_line``.
     """
     mark = secrets.token_hex(16)  # no line can spell it
     rest = bytearray()
@@ -101,13 +101,13 @@ def parse_long_line(
         rest += memoryview(line)[place:]
         value, strict = jsonl.parse_line(rest)
     except ValueError:
-        raise jsonl.diagnose(path, line_number, offset, rest, keys[0]) from None
+        raise jsonl.diagnose_line(path, line_number, offset, rest, keys[0]) from None
     found: list[str | LongText] = []
     for key in keys:
         try:
             (mark_or_text,) = jsonl.texts_of(value, [key], strict)
         except jsonl.UnusableText:
-            raise jsonl.diagnose(path, line_number, offset, rest, key) from None
+            raise jsonl.diagnose_line(path, line_number, offset, rest, key) from None
         text = texts.get(mark_or_text, mark_or_text)
         if isinstance(text, DataError):
             raise text
@@ -187,10 +187,10 @@ def _diagnose_string(
 ) -> DataError:
     """What is wrong in [here, cut), which may end inside an escape: that alone is not meant."""
     for stop in range(cut, min(cut + _ESCAPE_BYTES, end) + 1):
-        error = jsonl.diagnose(path, line_number, offset, b'{"":"' + line[here:stop] + b'"}', "")
+        error = jsonl.diagnose_line(path, line_number, offset, b'{"":"' + line[here:stop] + b'"}', "")
         if error.number != 4:
             break
-    what = f"{jsonl.place_of(path, line_number, offset)}, in a string at byte {offset + here}"
+    what = f"{jsonl.line_place(path, line_number, offset)}, in a string at byte {offset + here}"
     return DataError(error.number, what, error.rule, error.remedy)
 
 

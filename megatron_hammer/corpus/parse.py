@@ -24,7 +24,7 @@ _RAW_BYTES = 16 << 20  # of a rejected line that are kept: file, line and byte f
 _EMPTY_LINES = re.compile(rb"\r?\n(?:\r?\n)+")
 
 
-class Rejected(NamedTuple):
+class RejectedDocument(NamedTuple):
     """A document that was not taken."""
 
     place: Position
@@ -45,7 +45,7 @@ class Parsed:
 
     texts: list[list[str]]
     """For each key the texts, in order; all lists are of one length."""
-    rejected: list[Rejected] = field(default_factory=list)
+    rejected: list[RejectedDocument] = field(default_factory=list)
     long: list[str | LongText] | None = None
     """For each key the one text of a block that holds nothing but a long document; ``texts`` are empty then."""
 
@@ -77,11 +77,13 @@ def parse_block(block: Block, path: Path, keys: Sequence[str], strict: bool, in_
     return parsed
 
 
-def note_of(error: DataError, place: Position, raw: bytes | bytearray | None, path: Path | None = None) -> Rejected:
+def note_of(
+    error: DataError, place: Position, raw: bytes | bytearray | None, path: Path | None = None
+) -> RejectedDocument:
     """What is kept of a document that is not taken."""
     size = 0 if raw is None else len(raw) - (raw[-1:] == b"\n")
     line = None if raw is None else bytes(memoryview(raw)[: min(size, _RAW_BYTES)])
-    return Rejected(place, error.code, f"{error.what} {error.rule}", line, size, path or Path())
+    return RejectedDocument(place, error.code, f"{error.what} {error.rule}", line, size, path or Path())
 
 
 def _is_one_document(block: Block) -> bool:
@@ -109,7 +111,7 @@ def _parse_long(block: Block, path: Path, keys: Sequence[str], strict: bool) -> 
             place = Position(block.start.offset + offset, block.start.line)
             if place.offset == 0 and (fault := _fault_of_begin(path, document)) is not None:
                 raise fault
-            where = jsonl.place_of(path, place.line, place.offset)
+            where = jsonl.line_place(path, place.line, place.offset)
             parsed.long = [_long_text(path, where, _line_feeds(document))] * len(keys)
     except DataError as error:
         if strict or error.number == 9:
@@ -141,7 +143,7 @@ def _fault_of_begin(path: Path, document: bytes | bytearray) -> DataError | None
     if (other := foreign.format_of(path, document)) is not None:
         return DataError(9, str(path), f"is {other[0]}", other[1])
     if (encoding := foreign.byte_order_mark(document)) is not None:
-        where = jsonl.place_of(path, 1, 0)
+        where = jsonl.line_place(path, 1, 0)
         remedy = foreign.without_mark(path, encoding)
         return DataError(3, where, f"begins with a byte order mark ({encoding})", remedy)
     return None
@@ -195,7 +197,7 @@ def _parse_line_by_line(
         except (ValueError, jsonl.UnusableText) as unusable:
             value = None  # it goes before the line is parsed once more
             key = unusable.key if isinstance(unusable, jsonl.UnusableText) else key
-            error = jsonl.diagnose(path, number, offset, line, key)
+            error = jsonl.diagnose_line(path, number, offset, line, key)
             if strict or error.number == 9:
                 raise error from None
             parsed.rejected.append(note_of(error, Position(offset, number), line))
@@ -231,7 +233,7 @@ def _not_utf8(path: Path, place: Position, piece: bytes | bytearray) -> DataErro
         piece.decode("utf-8")
     except UnicodeDecodeError as error:
         rule = f"is not valid UTF-8: byte 0x{piece[error.start]:02x} at offset {error.start} of the document"
-        where = jsonl.place_of(path, place.line, place.offset)
+        where = jsonl.line_place(path, place.line, place.offset)
         return DataError(3, where, f"{rule} ({error.reason})", foreign.to_utf8(path, piece))
     raise AssertionError("only for what is no UTF-8")
 

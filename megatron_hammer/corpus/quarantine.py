@@ -16,7 +16,7 @@ from types import TracebackType
 import orjson
 
 from megatron_hammer.base.files import StaleState, close_after, make_durable, open_existing, open_new, publish
-from megatron_hammer.corpus.parse import Rejected
+from megatron_hammer.corpus.parse import RejectedDocument
 
 
 class RejectedFile:
@@ -43,7 +43,7 @@ class RejectedFile:
     def temporary_of(path: Path) -> Path:
         return path.with_name(f"{path.name}.tmp")
 
-    def write(self, path: Path, rejected: Sequence[Rejected]) -> None:
+    def write(self, path: Path, rejected: Sequence[RejectedDocument]) -> None:
         for item in rejected:
             record: dict[str, object] = {
                 "file": os.fsencode(path).decode("utf-8", "backslashreplace"),

@@ -33,7 +33,7 @@ from megatron_hammer.corpus.documents import (
     describe_sources,
     read_documents,
     text_line,
-    write_manifest,
+    write_corpus_manifest,
 )
 from megatron_hammer.corpus.parse import note_of
 from megatron_hammer.corpus.readers import DEFAULT_TEXT_DOCUMENTS, expand_inputs, kind_of
@@ -146,7 +146,7 @@ def reformat_corpus(
         "full": full,
         "left_out": job.skipped.describe(),
     }  # fmt: skip
-    write_manifest(manifest, content)
+    write_corpus_manifest(manifest, content)
     return ReformatSummary(outputs, job.skipped, full)
 
 

@@ -31,7 +31,7 @@ from megatron_hammer.corpus.documents import (
     describe_sources,
     read_texts,
     text_line,
-    write_manifest,
+    write_corpus_manifest,
 )
 from megatron_hammer.corpus.readers import expand_inputs
 from megatron_hammer.corpus.seeds import hash_seed
@@ -118,7 +118,7 @@ def sample_corpus(
         "sources": describe_sources(paths, hashes),
         "outputs": written,
     } | ({"left_out": skipped.describe()} if skipped.counts else {})
-    write_manifest(folder / "manifest.json", content)
+    write_corpus_manifest(folder / "manifest.json", content)
     return summary
 
 

@@ -2,22 +2,22 @@
 
 ::
 
-    F1 F2 ...  --scatter-->  2^b buckets on disk, by the first b bits of each line's key  --gather-->  OUT
+    F1 F2 ...  --scatter-->  2^b partitions on disk, by the first b bits of each line's key  --gather-->  OUT
                read, write                                                 read, sort by key, write
-               shuffle_input.py, shuffle_buckets.py                        this file
+               shuffle_input.py, shuffle_partitions.py                        this file
 
 Every line gets a random 64-bit key, and the output is the lines in the order of their keys (the same key: in the order
-of the input). A bucket is a range of keys that fits into memory, so sorting each bucket and writing one after the other
-sorts everything. Both passes are sequential: two reads and two writes of the text in all, one of each where the text
-fits into memory.
+of the input). A partition is a range of keys that fits into memory, so sorting each partition and writing one after the
+other sorts everything. Both passes are sequential: two reads and two writes of the text in all, one of each where the
+text fits into memory.
 
 *Uniform.* Let the keys be independent and uniform. Then they are exchangeable: any assignment of n distinct keys to the
 n lines is as likely as any other, so each of the n! orders has the same probability, and each can occur. How the range
-of keys is cut into buckets changes nothing, because the result is the sorted order whatever the buckets are. Equal keys
-keep the input's order; a billion lines hold a pair of them with a probability of 3 % (n^2 / 2^65), and then only that
-pair is not shuffled. The keys are the stream of NumPy's Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy
-as 1, 2, 3", SC'11), a keyed counter-based generator: line i of the input gets its word i. Its 128-bit key is hashed
-from the seed, so what seeds can draw in practice are 2^128 orders, as with every pseudo-random shuffle.
+of keys is cut into partitions changes nothing, because the result is the sorted order whatever the partitions are.
+Equal keys keep the input's order; a billion lines hold a pair of them with a probability of 3 % (n^2 / 2^65), and then
+only that pair is not shuffled. The keys are the stream of NumPy's Philox4x64-10 (Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", SC'11), a keyed counter-based generator: line i of the input gets its word i. Its 128-bit
+key is hashed from the seed, so what seeds can draw in practice are 2^128 orders, as with every pseudo-random shuffle.
 
 *Reproducible.* The key of a line depends on the seed and on its number in the input, and on nothing else. So the output
 is the same bytes for any memory size, and for compressed input the same as for plain.
@@ -54,17 +54,17 @@ from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.documents import Skipped
 from megatron_hammer.corpus.readers import kind_of
 from megatron_hammer.corpus.seeds import hash_seed
-from megatron_hammer.corpus.shuffle_buckets import LINE_OVERHEAD, Bucket, Buckets, Lines
 from megatron_hammer.corpus.shuffle_input import LineBlock, LineReader, check_lines, line_ends, no_line_break
+from megatron_hammer.corpus.shuffle_partitions import LINE_OVERHEAD, Lines, Partition, Partitions
 from megatron_hammer.corpus.stream import check_file, is_compressed
 
 MIN_MEMORY_BYTES = 16 << 20
 """Below this the interpreter and NumPy need more than the shuffle does."""
 DEFAULT_MEMORY_BYTES = 1_000_000_000
-MAX_BUCKET_BITS = 12
-"""4,096 buckets: beyond it the pieces written at once get small. A bucket that is too large is scattered once more."""
+MAX_PARTITION_BITS = 12
+"""4,096 partitions: beyond it the pieces written at once get small. One that is too large is scattered once more."""
 
-_EXPECTED_COMPRESSION = 4  # only chooses the number of buckets: what is too large is scattered again
+_EXPECTED_COMPRESSION = 4  # only chooses the number of partitions: what is too large is scattered again
 _LINES_BETWEEN_FLUSHES = 1 << 14  # of documents of 3 KB: 50 MB
 
 
@@ -76,13 +76,13 @@ class ShuffleSummary:
     lines: int
     bytes: int
     seed: int
-    buckets: int
+    partitions: int
     """0: all was held in memory, without temporary files."""
     seconds: float
     skipped: Skipped = field(default_factory=Skipped)
 
     def __str__(self) -> str:
-        way = f"{self.buckets:,} buckets on disk" if self.buckets else "in memory"
+        way = f"{self.partitions:,} partitions on disk" if self.partitions else "in memory"
         rate = self.bytes / max(self.seconds, 1e-9) / 1e6
         return (
             f"{self.output}: {self.lines:,} lines, {size_of(self.bytes)}, seed {self.seed}, {way}, "
@@ -105,7 +105,8 @@ def shuffle_lines(
         output: a plain file, which appears under its name when it is complete. It may be one of the inputs.
         seed: any integer; the order is a function of the seed and of the lines' numbers.
         memory_bytes: what the process may use, a few times the longest line on top; the result does not depend on it.
-        temporary: a folder for the buckets, which take as much disk as the uncompressed text (default: the output's).
+        temporary: a folder for the partitions, which take as much disk as the uncompressed text (default: the
+            output's).
         on_error: an empty line, and a last line without a line break, is an error, or left out and counted, or written
             to ``OUT.rejected.jsonl`` too.
 
@@ -144,24 +145,24 @@ class Shuffle:
         self.total_bytes = sum(sizes)  # of text; an estimate where compressed
         if not self.plain:
             self.total_bytes *= _EXPECTED_COMPRESSION
-        # At its peak a pass holds two blocks (or buckets): one that is read, one that is written.
+        # At its peak a pass holds two blocks (or partitions): one that is read, one that is written.
         self.block_bytes = memory_bytes // 4
-        self.bucket_weight = memory_bytes * 3 // 8
+        self.partition_weight = memory_bytes * 3 // 8
         self.segment_lines = max(memory_bytes // 8 // LINE_OVERHEAD, 1)
         if self.plain and self.total_bytes <= memory_bytes // 2:
             self.block_bytes = self.total_bytes + 1  # one block, held until it is written
-        self.buckets = 0
-        """Bucket files made."""
+        self.partitions = 0
+        """Partition files made."""
         self.lines = self.bytes = 0
         self._keys = np.random.Philox(key=hash_seed(seed, "shuffle", 16))
         self._lines_before = 0  # in the blocks before, of the file with which the block begins
         self._published = False
         self._whole: Lines | None = None
-        self._top: list[Bucket] = []
+        self._top: list[Partition] = []
         parent = self.output.parent if temporary is None else Path(temporary)
         # The names are the output's own, so that the next run finds what a killed one left.
         place = hashlib.blake2b(os.fsencode(self.output.absolute()), digest_size=4).hexdigest()
-        self.folder = parent / f"{self.output.name}.{place}.buckets"
+        self.folder = parent / f"{self.output.name}.{place}.partitions"
         self._result = self.output.with_name(f"{self.output.name}.shuffle.tmp")
         self._started = time.monotonic()
         self._reading = ThreadPoolExecutor(1, "reader")
@@ -200,25 +201,25 @@ class Shuffle:
             return  # what is needed is not known
         places = [(self.output.parent, "the output")]
         if self.block_bytes <= self.total_bytes:
-            places.append((self.folder, "the buckets"))
+            places.append((self.folder, "the partitions"))
         for folder, what in places:
             free = shutil.disk_usage(folder).free
-            # Buckets are removed as the output grows: one disk for both has to hold the text little more than once.
+            # Partitions are removed as the output grows: one disk for both has to hold the text little more than once.
             if free < self.total_bytes * 1.02:
                 raise DiskError(
                     1, str(folder), f"has {free / 1e9:,.1f} GB free, and {what} need {self.total_bytes / 1e9:,.1f} GB",
-                    "free space, or name another disk (--temporary for the buckets)",
+                    "free space, or name another disk (--temporary for the partitions)",
                 )  # fmt: skip
 
     # ---- first pass ----
 
     def scatter(self) -> None:
-        """Read everything once; afterwards all lines are in buckets, or in memory."""
+        """Read everything once; afterwards all lines are in partitions, or in memory."""
         bits = 0
-        while bits < MAX_BUCKET_BITS and self.total_bytes > 0.7 * self.bucket_weight * (1 << bits):
-            bits += 1  # 0.7: buckets differ in size, few of them should need another pass
+        while bits < MAX_PARTITION_BITS and self.total_bytes > 0.7 * self.partition_weight * (1 << bits):
+            bits += 1  # 0.7: partitions differ in size, few of them should need another pass
         reader = LineReader(self.inputs, self.skipped.on_bad is not None)
-        buckets = Buckets(self.folder, "", bits)
+        partitions = Partitions(self.folder, "", bits)
         ahead = self._reading.submit(reader.fill, bytearray(self.block_bytes))
         try:
             spare = bytearray(0)
@@ -231,7 +232,7 @@ class Shuffle:
                     if block.last and self.lines == 0 and lines.bytes == block.used:
                         self._whole = lines
                     else:
-                        buckets.add(lines)
+                        partitions.add(lines)
                     self.lines += len(lines.keys)
                     self.bytes += lines.bytes
                     self._progress.advance(lines.bytes)
@@ -244,8 +245,8 @@ class Shuffle:
             reader.close_stream()
         if self.lines == 0:
             raise DataError(2, ", ".join(map(str, self.inputs)), "holds no line", "give files with a document a line")
-        self._top = buckets.finish()
-        self.buckets += len(self._top)
+        self._top = partitions.finish()
+        self.partitions += len(self._top)
 
     def _lines_of(self, block: LineBlock) -> Iterator[Lines]:
         """The lines of a block with their keys, so many at once that their arrays stay small."""
@@ -281,7 +282,7 @@ class Shuffle:
         publish(self._result, self.output)
         self._published = True
         seconds = time.monotonic() - self._started
-        return ShuffleSummary(self.output, self.lines, self.bytes, self.seed, self.buckets, seconds, self.skipped)
+        return ShuffleSummary(self.output, self.lines, self.bytes, self.seed, self.partitions, seconds, self.skipped)
 
     def _sorted_parts(self) -> Iterator[Lines]:
         """Parts of the corpus by rising ranges of keys; the next is read while one is in use."""
@@ -299,21 +300,21 @@ class Shuffle:
             del lines
         yield ahead.result()
 
-    def _fitting(self, buckets: list[Bucket]) -> Iterator[Bucket]:
-        """The buckets in order, those that do not fit into memory replaced by smaller ones."""
-        for bucket in buckets:
-            if bucket.weight <= self.bucket_weight or bucket.lines == 1 or bucket.bits >= 64 - 1:
-                yield bucket
+    def _fitting(self, partitions: list[Partition]) -> Iterator[Partition]:
+        """The partitions in order, those that do not fit into memory replaced by smaller ones."""
+        for partition in partitions:
+            if partition.weight <= self.partition_weight or partition.lines == 1 or partition.bits >= 64 - 1:
+                yield partition
                 continue
             bits = 1
-            while bits < MAX_BUCKET_BITS and bucket.weight > 0.7 * self.bucket_weight * (1 << bits):
+            while bits < MAX_PARTITION_BITS and partition.weight > 0.7 * self.partition_weight * (1 << bits):
                 bits += 1
-            parts = Buckets(self.folder, f"{bucket.path.name}-", min(bits, 64 - bucket.bits), bucket.bits)
-            for lines in bucket.chunks():
+            parts = Partitions(self.folder, f"{partition.path.name}-", min(bits, 64 - partition.bits), partition.bits)
+            for lines in partition.chunks():
                 parts.add(lines)
-            bucket.path.unlink()
+            partition.path.unlink()
             made = parts.finish()
-            self.buckets += len(made) - 1
+            self.partitions += len(made) - 1
             yield from self._fitting(made)
 
 

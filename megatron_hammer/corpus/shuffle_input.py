@@ -16,7 +16,7 @@ from megatron_hammer.base.errors import DataError
 from megatron_hammer.corpus.documents import OnBad
 from megatron_hammer.corpus.file_blocks import Position
 from megatron_hammer.corpus.jsonl import MAX_LINE_BYTES
-from megatron_hammer.corpus.parse import Rejected, note_of
+from megatron_hammer.corpus.parse import RejectedDocument, note_of
 from megatron_hammer.corpus.stream import SourceStream, StreamDamage, open_stream
 
 _SCAN_BYTES = 1 << 20  # searched for line breaks at once: stays in the cache
@@ -38,7 +38,7 @@ class LineBlock(NamedTuple):
     used: int
     files: list[FileStart]
     last: bool
-    cut_off: list[Rejected]
+    cut_off: list[RejectedDocument]
     """Last lines of files without a line break, where they are left out."""
 
     def locate(self, offset: int, lines_before: int) -> tuple[FileStart, int]:
@@ -57,7 +57,7 @@ class LineReader:
 
     def __init__(self, paths: list[Path], lenient: bool = False) -> None:
         self.finished, self.lenient = False, lenient
-        self._cut_off: list[Rejected] = []
+        self._cut_off: list[RejectedDocument] = []
         self._waiting = list(reversed(paths))
         self._carry = b""  # the beginning of a line that did not fit into the buffer before
         self._stream: SourceStream | None = None
@@ -101,7 +101,7 @@ class LineReader:
         self._cut_off.append(note_of(error, place, buffer[end:used], self._path))
         return end
 
-    def _take_cut_off(self) -> list[Rejected]:
+    def _take_cut_off(self) -> list[RejectedDocument]:
         taken, self._cut_off = self._cut_off, []
         return taken
 

@@ -38,7 +38,7 @@ from megatron_hammer.corpus.documents import (
     describe_sources,
     ignore,
     read_documents,
-    write_manifest,
+    write_corpus_manifest,
 )
 from megatron_hammer.corpus.readers import DEFAULT_TEXT_DOCUMENTS, expand_inputs, kind_of
 from megatron_hammer.corpus.seeds import hash_seed
@@ -148,7 +148,7 @@ def split_corpus(
         "sources": describe_sources(paths, hashes),
         "outputs": [summary.train, summary.valid],
     } | ({"left_out": skipped.describe()} if skipped.counts else {})
-    write_manifest(manifest, content_of_manifest)
+    write_corpus_manifest(manifest, content_of_manifest)
     return summary
 
 

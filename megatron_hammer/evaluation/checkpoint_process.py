@@ -31,10 +31,10 @@ def evaluate_checkpoint(task: Mapping[str, Any]) -> dict[str, float | None]:
 
     from megatron_hammer.evaluation.measure import Options, measure
     from megatron_hammer.evaluation.sets import parse_sets
-    from megatron_hammer.evaluation.subjects import choose_device, describe_subject
+    from megatron_hammer.evaluation.subjects import describe_subject, device_of_argument
 
     torch.set_num_threads(task["threads"])
-    options = Options(samples=task["samples"], device=choose_device(task["device"]))
+    options = Options(samples=task["samples"], device=device_of_argument(task["device"]))
     sets = parse_sets([f"{name}={path}" for name, path in task["sets"].items()])
     found: dict[str, float | None] = {}
     for figures in measure([describe_subject(task["checkpoint"])], sets, options):

@@ -204,7 +204,7 @@ def framing_of(subject: Subject, around: Around) -> Framing:
     )
 
 
-def table(figures: Sequence[Figures]) -> list[str]:
+def results_table(figures: Sequence[Figures]) -> list[str]:
     """For people: a row a set and model, the models of a set together."""
     header = ["set", "model", "tokens", "loss", "perplexity", "bits/byte", "bits/character"]
     with_reference = any(f.reference_perplexity is not None for f in figures)

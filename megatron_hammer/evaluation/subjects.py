@@ -42,7 +42,7 @@ from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.train.build import choose_kernels
 
-Backend = Literal["auto", "ours", "transformers"]
+ModelReader = Literal["auto", "ours", "transformers"]
 _PRECISIONS = {dtype: precision for precision, dtype in PRECISION_DTYPES.items()}
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
@@ -74,7 +74,7 @@ class Subject:
     step: int | None = None
 
 
-def describe_subject(argument: str, step: int | None = None, backend: Backend = "auto") -> Subject:
+def describe_subject(argument: str, step: int | None = None, backend: ModelReader = "auto") -> Subject:
     """What ``[NAME=]PATH`` means; nothing large is read.
 
     Raises:
@@ -121,7 +121,7 @@ def _of_checkpoint(name: str, manifest: Manifest) -> Subject:
     )
 
 
-def _of_folder(name: str, folder: Path, backend: Backend) -> Subject:
+def _of_folder(name: str, folder: Path, backend: ModelReader) -> Subject:
     tree = read_json(folder / CONFIG)
     tokenizer = load_tokenizer(folder) if any((folder / file).is_file() for file in _TOKENIZER_FILES) else None
     model: ModelConfig | None = None
@@ -235,7 +235,7 @@ class _TransformersLosses:
         )
 
 
-def check_names(subjects: Sequence[Subject]) -> None:
+def check_model_names(subjects: Sequence[Subject]) -> None:
     """Raise ``ConfigError`` where two models have one name."""
     names = [subject.name for subject in subjects]
     for subject in subjects:
@@ -244,7 +244,7 @@ def check_names(subjects: Sequence[Subject]) -> None:
             raise ConfigError(33, subject.name, rule, f"name them: FIRST={subject.path} SECOND=...")
 
 
-def choose_device(wanted: str) -> str:
+def device_of_argument(wanted: str) -> str:
     """``--device`` as torch names it.
 
     Raises:

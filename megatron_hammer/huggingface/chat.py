@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.base.line_input import Read
+from megatron_hammer.base.line_input import ReadLine
 from megatron_hammer.huggingface.generate import Sampling, continuation_of, continue_rows, seed_everything
 from megatron_hammer.huggingface.text_model import Message, TextModel
 
@@ -129,7 +129,7 @@ class Chat:
         return ids
 
 
-def converse(chat: Chat, read: Read, write: Write, note: Write) -> None:
+def converse(chat: Chat, read: ReadLine, write: Write, note: Write) -> None:
     """Read lines, and answer them, until the input ends.
 
     Args:

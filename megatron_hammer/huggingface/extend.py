@@ -152,7 +152,7 @@ def extend_model(
                 note(f"if {old.path.with_name('tokenizer.json')} has tokens for them, name it with --old-tokenizer")
         report = _describe(source, old, new, plan)
         with staged_folder(output) as staging:  # renamed over an empty folder, never over one that was filled meanwhile
-            write_report(staging / REPORT, report, plan)
+            write_extension_report(staging / REPORT, report, plan)
             extended = replace(source.model, vocab_size=plan.size)
             if is_hf:
                 note(f"converting {new.path}, with proof: some 10 s for 100,000 ids")
@@ -301,7 +301,7 @@ def _describe(source: _OldModel, old: Tokenizer, new: Tokenizer, plan: Extension
     }  # fmt: skip
 
 
-def write_report(path: Path, report: Mapping[str, Any], plan: ExtensionPlan) -> None:
+def write_extension_report(path: Path, report: Mapping[str, Any], plan: ExtensionPlan) -> None:
     """The report and, one a line, ``rows``: [new id, token, origin, old ids] of each row that is not a copy."""
     rows = [
         [i, plan.tokens[i].content.decode(errors="backslashreplace"), origin, plan.sources_of(i)]
@@ -313,7 +313,7 @@ def write_report(path: Path, report: Mapping[str, Any], plan: ExtensionPlan) -> 
     write_durably(path, f'{head},\n  "rows": [\n{lines}\n  ]\n}}\n'.encode())
 
 
-def summary(report: Mapping[str, Any]) -> str:
+def extension_summary(report: Mapping[str, Any]) -> str:
     """The report in a few lines for people."""
     origins, old, new = report["origins"], report["old"], report["new"]
     averaged = origins["pieces"] + origins["bytes"]

@@ -1,15 +1,15 @@
 """Attention under context parallelism: a rank has the queries of some tokens, and the keys and values of all ranks.
 
 As in Llama 3 (arXiv 2407.21783, section 3.3.2) keys and values are gathered from all ranks at once, not passed on in a
-ring: under grouped-query attention they are small, and any mask is possible. A rank's tokens are a few *stretches*,
+ring: under grouped-query attention they are small, and any mask is possible. A rank's tokens are a few *spans*,
 runs of neighbouring tokens of one document (``parallel/sequence_split.py``)::
 
     q [b s/cp, 1, n, d] -------------------------------------------------------------------------> attention
-    k, v [b s/cp, 1, g, d] -- all-gather, one message --> [b s, 1, 2g, d] -- rows of each stretch --> of a backend
+    k, v [b s/cp, 1, g, d] -- all-gather, one message --> [b s, 1, 2g, d] -- rows of each span --> of a backend
 
-Backward sums the gradients of keys and values in fp32, first where a key belongs to two stretches of a rank, then over
-the ranks with a reduce-scatter. ``PackedSequences.keys`` says which rows each stretch attends to. To the backend a
-stretch looks like a document whose earlier queries are missing.
+Backward sums the gradients of keys and values in fp32, first where a key belongs to two spans of a rank, then over
+the ranks with a reduce-scatter. ``PackedSequences.keys`` says which rows each span attends to. To the backend a
+span looks like a document whose earlier queries are missing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def across_ranks(attention: AttentionFunction, group: Group) -> AttentionFunctio
 
 
 class _KeysOfAllRanks(torch.autograd.Function):
-    """k and v [b s/cp, 1, g, d] -> the keys and the values of this rank's stretches, [keys, 1, g, d] each."""
+    """k and v [b s/cp, 1, g, d] -> the keys and the values of this rank's spans, [keys, 1, g, d] each."""
 
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, rows: Tensor, group: Group) -> tuple[Tensor, ...]:

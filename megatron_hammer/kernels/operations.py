@@ -15,7 +15,7 @@ from megatron_hammer.kernels.context_parallel import across_ranks
 from megatron_hammer.kernels.linear import Products
 from megatron_hammer.kernels.linear_cross_entropy import LossKernels
 from megatron_hammer.kernels.norm import AddRMSNormFunction
-from megatron_hammer.kernels.ranges import ATTENTION, NORM, ROPE, SWIGLU, Range, within
+from megatron_hammer.kernels.ranges import ATTENTION, NORM, ROPE, SWIGLU, RangeOf, within
 from megatron_hammer.kernels.rope import RopeFunction
 from megatron_hammer.kernels.swiglu import SwiGLUFunction
 from megatron_hammer.parallel.context import Group
@@ -39,7 +39,7 @@ class Operations:
         """The same operations for ranks that share samples: attention gathers their keys and values."""
         return replace(self, attention=across_ranks(self.attention, context_parallel))
 
-    def within(self, range_of: Range) -> Operations:
+    def within(self, range_of: RangeOf) -> Operations:
         """The same operations, each in its range; the products are in the ranges of their layers."""
         return replace(
             self,

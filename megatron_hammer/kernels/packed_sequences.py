@@ -8,13 +8,13 @@ in flash-attn, which is what every attention kernel for variable lengths takes::
 
 The end of a sample is the end of a document, so no document is longer than s, the length of a sample.
 
-Under context parallelism a rank has only some rows of the micro-batch, in stretches that each lie within one document
-(``parallel/sequence_split.py``), while the keys of all ranks are gathered. A stretch then stands in the place of a
+Under context parallelism a rank has only some rows of the micro-batch, in spans that each lie within one document
+(``parallel/sequence_split.py``), while the keys of all ranks are gathered. A span then stands in the place of a
 document here: its queries are the rank's rows, its keys are those of its document from the first up to its own last
 row (``PackedKeys``). So the queries are the end of the keys, which is what kernels for variable lengths mean by a
 causal mask where there are fewer queries than keys::
 
-    document 0 1 2 3 4 5 6 7, stretch 4 5       queries   4: keys 0 1 2 3 4      5: keys 0 1 2 3 4 5
+    document 0 1 2 3 4 5 6 7, span 4 5       queries   4: keys 0 1 2 3 4      5: keys 0 1 2 3 4 5
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from megatron_hammer.parallel.sequence_split import SequenceShare
 
 @dataclass(frozen=True)
 class PackedKeys:
-    """The keys of each stretch of a rank's rows, where other ranks have some of them."""
+    """The keys of each span of a rank's rows, where other ranks have some of them."""
 
     lengths: tuple[int, ...]
-    """Keys of each stretch, at least as many as it has rows; on the host."""
+    """Keys of each span, at least as many as it has rows; on the host."""
     cu_seqlens: Tensor
-    """[stretches + 1] int32 on the device, as of the rows."""
+    """[spans + 1] int32 on the device, as of the rows."""
     rows: Tensor
     """[sum of lengths] int64 on the device: which of the rows that are gathered from all ranks, in the order of the
-    ranks, each key is. A key of two stretches is there twice, and no key is of more."""
+    ranks, each key is. A key of two spans is there twice, and no key is of more."""
     shards: int
     """Ranks that share the samples."""
 
@@ -57,7 +57,7 @@ class PackedSequences:
     positions: Tensor
     """[b s] int64 on the device: place of each row in its document."""
     keys: PackedKeys | None = None
-    """Under context parallelism, with b s / cp rows and stretches of them; None: the rows are queries and keys."""
+    """Under context parallelism, with b s / cp rows and spans of them; None: the rows are queries and keys."""
 
     @property
     def shards(self) -> int:

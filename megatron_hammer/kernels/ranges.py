@@ -1,8 +1,8 @@
 """Named ranges, with which the model and the optimizer mark which part of a step runs, for a profiler.
 
-A ``Range`` is a function from a name to a context manager. Models and optimizers are built with one and enter it around
-their parts; the default does nothing. ``profile/`` builds them with torch's ``record_function``.
-Needs no torch.
+A ``RangeOf`` is a function from a name to a context manager. Models and optimizers are built with one and enter it
+around their parts (a range, as in NVTX); the default does nothing. ``profile/`` builds them with torch's
+``record_function``. Needs no torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-Range = Callable[[str], AbstractContextManager[Any]]
+RangeOf = Callable[[str], AbstractContextManager[Any]]
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -29,11 +29,11 @@ GRADIENT = "weight gradient"
 """Computing and summing the gradient of one weight."""
 OPTIMIZER = "optimizer, clipping"
 
-no_range: Range = nullcontext
+no_range: RangeOf = nullcontext
 """The range where nothing is profiled."""
 
 
-def within(range_of: Range, name: str, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def within(range_of: RangeOf, name: str, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """``function``, each call in the range of this name."""
     if range_of is no_range:
         return function

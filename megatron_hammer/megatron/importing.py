@@ -41,12 +41,12 @@ from megatron_hammer.megatron.distributed import FULLY_RESHARDABLE, DistributedS
 from megatron_hammer.megatron.layout import (
     EMBEDDING_THERE,
     OUTPUT_THERE,
-    Place,
+    MegatronTensor,
     full_name,
     merged_rows,
     model_of,
-    place_of,
-    rows_of,
+    rows_of_part,
+    tensor_place,
 )
 from megatron_hammer.megatron.legacy import LegacySource
 from megatron_hammer.megatron.resuming import STATE_KINDS, resumable
@@ -246,7 +246,7 @@ def _slices(source: MegatronCheckpoint, model: ModelConfig, kind: str = "weight"
     there, used = set(source.names()), set[tuple[str, int | None]]()
     merged, slices = _Merged(source), []
     for tensor, shape in logical_shapes(model).items():
-        place = place_of(tensor)
+        place = tensor_place(tensor)
         found = next(((name, place.layer) for name in place.names if (name, place.layer) in there), None)
         if found is None:
             shown = full_name(place.names[0], place.layer)
@@ -275,7 +275,7 @@ def _part(
     source: MegatronCheckpoint,
     merged: _Merged,
     found: tuple[str, int | None],
-    place: Place,
+    place: MegatronTensor,
     model: ModelConfig,
     shape: tuple[int, ...],
 ) -> Tensor:
@@ -287,7 +287,7 @@ def _part(
     if tuple(whole.shape) != (expected, *shape[1:]) or whole.shape[0] < least:
         rule = f"has the shape {list(whole.shape)}, where the arguments ask for {[expected, *shape[1:]]}"
         raise CheckpointError(34, f"{source.folder}: {full_name(*found)}", rule, "restore the checkpoint")
-    return torch.cat([whole[first:last] for first, last in rows_of(place.part, whole.shape[0], model)])
+    return torch.cat([whole[first:last] for first, last in rows_of_part(place.part, whole.shape[0], model)])
 
 
 def prove_twin(checkpoint: Path, model: ModelConfig, twin: Path) -> str:

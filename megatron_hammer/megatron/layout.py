@@ -26,7 +26,7 @@ from megatron_hammer.model.parameters import EMBEDDING, FINAL_NORM, HEAD
 EMBEDDING_THERE, OUTPUT_THERE = "embedding.word_embeddings.weight", "output_layer.weight"
 LAYERS = "decoder.layers."
 _LAYER = re.compile(rf"{re.escape(LAYERS)}([0-9]{{1,9}})\.(.+)")
-Part = Literal["whole", "vocabulary", "q", "k", "v", "gate", "up"]
+FusedPart = Literal["whole", "vocabulary", "q", "k", "v", "gate", "up"]
 
 # Settings that change the function, and the values at which they do not; absent counts as the first.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -66,12 +66,12 @@ _LEFT_ALONE = {"embedding_init_method_std"}  # of the initial weights alone
 
 
 @dataclass(frozen=True)
-class Place:
+class MegatronTensor:
     """Where a logical tensor lies: one of these names of Megatron-LM's, of a layer or of none, and which part of it."""
 
     names: tuple[str, ...]
     layer: int | None
-    part: Part = "whole"
+    part: FusedPart = "whole"
 
 
 def model_of(args: Mapping[str, Any], vocab_size: int, where: str) -> ModelConfig:
@@ -154,12 +154,12 @@ def split_name(full: str) -> tuple[str, int | None]:
     return (full, None) if match is None else (match[2], int(match[1]))
 
 
-def place_of(tensor: str) -> Place:
+def tensor_place(tensor: str) -> MegatronTensor:
     """Where a logical tensor, by its Hugging Face name, lies in Megatron-LM's model."""
     whole = {
-        EMBEDDING: Place((EMBEDDING_THERE,), None, "vocabulary"),
-        HEAD: Place((OUTPUT_THERE,), None, "vocabulary"),
-        FINAL_NORM: Place(("decoder.final_layernorm.weight", "decoder.final_norm.weight"), None),
+        EMBEDDING: MegatronTensor((EMBEDDING_THERE,), None, "vocabulary"),
+        HEAD: MegatronTensor((OUTPUT_THERE,), None, "vocabulary"),
+        FINAL_NORM: MegatronTensor(("decoder.final_layernorm.weight", "decoder.final_norm.weight"), None),
     }
     if tensor in whole:
         return whole[tensor]
@@ -167,10 +167,10 @@ def place_of(tensor: str) -> Place:
     names, part = _OF_A_LAYER[".".join(rest[:-1])]
     kind = rest[-1]
     spelled = tuple(name if name.endswith("layer_norm_weight") else f"{name}.{kind}" for name in names)
-    return Place(spelled, int(number), part)
+    return MegatronTensor(spelled, int(number), part)
 
 
-_OF_A_LAYER: dict[str, tuple[tuple[str, ...], Part]] = {
+_OF_A_LAYER: dict[str, tuple[tuple[str, ...], FusedPart]] = {
     "self_attn.q_proj": (("self_attention.linear_qkv",), "q"),
     "self_attn.k_proj": (("self_attention.linear_qkv",), "k"),
     "self_attn.v_proj": (("self_attention.linear_qkv",), "v"),
@@ -185,7 +185,7 @@ _OF_A_LAYER: dict[str, tuple[tuple[str, ...], Part]] = {
 }
 
 
-def rows_of(part: Part, rows: int, model: ModelConfig) -> list[tuple[int, int]]:
+def rows_of_part(part: FusedPart, rows: int, model: ModelConfig) -> list[tuple[int, int]]:
     """Which rows of the merged tensor, of so many, a part is, in order."""
     d, groups = model.head_size, model.query_groups
     if part == "vocabulary":
@@ -202,7 +202,7 @@ def rows_of(part: Part, rows: int, model: ModelConfig) -> list[tuple[int, int]]:
     return [(g * block + first * d, g * block + (first + size) * d) for g in range(groups)]
 
 
-def merged_rows(part: Part, model: ModelConfig) -> int | None:
+def merged_rows(part: FusedPart, model: ModelConfig) -> int | None:
     """How many rows the merged tensor of a part must have; None where the logical tensor says it, or padding does."""
     if part in ("q", "k", "v"):
         return (model.num_attention_heads + 2 * model.query_groups) * model.head_size

@@ -70,7 +70,7 @@ class LegacySource:
             raise CheckpointError(33, str(path), "holds no model of Megatron-LM", "name a checkpoint of Megatron-LM")
         version = state.get("checkpoint_version", 0)
         if type(version) not in (int, float) or version != 3.0:
-            named = f"is of checkpoint_version {str(plain(version))[:20]}"
+            named = f"is of checkpoint_version {str(comparable(version))[:20]}"
             rule = f"{named}, in which rows of qkv have another order: only 3.0 is read"
             raise CheckpointError(30, str(path), rule, "load and save it with a newer Megatron-LM")
         return state
@@ -188,13 +188,13 @@ def arguments_of(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
     args = state.get("args")
     if not isinstance(args, Record):
         raise CheckpointError(34, f"{path}: args", "is missing", "name a checkpoint that has its arguments")
-    return {name: plain(value) for name, value in args.fields().items()}
+    return {name: comparable(value) for name, value in args.fields().items()}
 
 
-def plain(value: Any) -> Any:
+def comparable(value: Any) -> Any:
     """A value of a pickle that may be compared and printed; of any other the name of what it is."""
     if isinstance(value, list | tuple) and len(value) <= 64:
-        parts = [plain(part) if isinstance(part, _SCALARS) else f"a {type(part).__name__}" for part in value]
+        parts = [comparable(part) if isinstance(part, _SCALARS) else f"a {type(part).__name__}" for part in value]
         return type(value)(parts) if type(value) in (list, tuple) else parts
     if isinstance(value, str):
         return value[:_LONGEST_TEXT]

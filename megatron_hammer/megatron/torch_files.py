@@ -45,7 +45,7 @@ _TYPES = {f"torch.{name}": found for name in dir(torch) if isinstance(found := g
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _Record:
     """A record of the archive."""
 
     header: int
@@ -118,8 +118,8 @@ class _Archive:
             count, size, start = struct.unpack_from("<QQQ", content, wide + 32)
         return start, size, count
 
-    def _read(self, start: int, size: int, count: int) -> dict[str, _Entry]:
-        entries: dict[str, _Entry] = {}
+    def _read(self, start: int, size: int, count: int) -> dict[str, _Record]:
+        entries: dict[str, _Record] = {}
         directory, at = bytes(self.content[start : start + size]), 0
         for _ in range(count):
             fields = struct.unpack_from("<4s6xHHHIIIHHH8xI", directory, at)
@@ -131,7 +131,7 @@ class _Archive:
                 raise Damage("its directory is not one of torch.save")
             if method != _STORED or packed != unpacked:
                 raise Damage(f"{name[:80]!r} is compressed, as torch.save never does")
-            entries[name] = _Entry(header, unpacked)
+            entries[name] = _Record(header, unpacked)
             at += 46 + name_size + extra_size + comment_size
         return entries
 

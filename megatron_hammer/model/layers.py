@@ -32,7 +32,7 @@ from megatron_hammer.kernels.linear import (
     stored,
 )
 from megatron_hammer.kernels.operations import Operations
-from megatron_hammer.kernels.ranges import LINEAR, Range, no_range, within
+from megatron_hammer.kernels.ranges import LINEAR, RangeOf, no_range, within
 from megatron_hammer.parallel.collectives import scatter_sum, sum_over_ranks
 from megatron_hammer.parallel.context import Group
 
@@ -54,7 +54,7 @@ class LayerOptions:
     """Who owns the weights and sums their gradients; None: each layer owns its own, and autograd leaves the gradients
     in ``weight.grad``, as in certificates and tests.
     """
-    range_of: Range = no_range
+    range_of: RangeOf = no_range
     """Entered around what a layer does, for a profiler."""
     tp_comm_overlap: Overlap = "bulk"
     """How a linear layer's collectives run beside its products (``Division``)."""

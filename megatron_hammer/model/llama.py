@@ -26,7 +26,7 @@ from megatron_hammer.config import KernelsConfig, ModelConfig
 from megatron_hammer.kernels.linear import Gradient, GradientStore, GraphProducts, Overlap, Products
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import GraphPackedSequences, PackedSequences
-from megatron_hammer.kernels.ranges import EMBEDDING, HEAD, NORM, Range, no_range
+from megatron_hammer.kernels.ranges import EMBEDDING, HEAD, NORM, RangeOf, no_range
 from megatron_hammer.model import layers, layers_te
 from megatron_hammer.model.head_loss import Objective, head_loss
 from megatron_hammer.model.layer_interface import LayerModule
@@ -117,7 +117,7 @@ class Stage(nn.Module):
         options: LayerOptions,
         parts: LayerModule,
         recompute: Recompute,
-        range_of: Range = no_range,
+        range_of: RangeOf = no_range,
     ) -> None:
         super().__init__()
         self.range_of = range_of
@@ -287,7 +287,7 @@ def build_stage(
     kernels: KernelsConfig | None = None,
     recompute: Recompute | None = None,
     store: GradientStore | None = None,
-    range_of: Range = no_range,
+    range_of: RangeOf = no_range,
     tp_comm_overlap: Overlap = "bulk",
 ) -> Stage:
     """This rank's part of the model, all weights zero until ``initialise`` or a checkpoint fills them.

@@ -114,7 +114,7 @@ def keys_seen(config: Config, cp_rank: int = 0) -> int:
 @lru_cache(maxsize=64)  # a search for layouts asks for the same many times
 def _keys_seen(samples: int, seq_length: int, shards: int, keep_whole: bool, rank: int) -> int:
     mine = split(np.arange(samples + 1) * seq_length, shards, keep_whole)[rank]
-    return sum(stretch.stop - stretch.document_start for stretch in mine)
+    return sum(span.stop - span.document_start for span in mine)
 
 
 def activation_bytes(

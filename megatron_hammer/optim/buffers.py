@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_hammer.base import pages
 from megatron_hammer.base.pages import Pages, Spare
-from megatron_hammer.optim.layout import Bucket, Layout
+from megatron_hammer.optim.layout import Bucket, BufferLayout
 
 
 class _BucketMemory:
@@ -60,7 +60,9 @@ class Buffers:
         spare: pages for the buckets that open, on a CPU; shared with other buffers.
     """
 
-    def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device, whole: bool, spare: Spare) -> None:
+    def __init__(
+        self, layout: BufferLayout, dtype: torch.dtype, device: torch.device, whole: bool, spare: Spare
+    ) -> None:
         self.layout, self.whole = layout, whole or layout.ranks == 1
         size = layout.total if self.whole else layout.total // layout.ranks
         self.kept = torch.zeros(size, dtype=dtype, device=device)

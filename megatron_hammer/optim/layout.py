@@ -44,7 +44,7 @@ class Row(ParameterLike, Protocol):
 
 @dataclass(eq=False)
 class Bucket:
-    """One stretch of the buffers that is reduced and gathered as a whole."""
+    """A part of the buffers that is reduced and gathered as a whole, as in DistributedDataParallel and Megatron-LM."""
 
     start: int
     stop: int
@@ -63,7 +63,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Part:
+class ParameterShard:
     """What this rank's shards hold of one parameter."""
 
     parameter: Row
@@ -82,9 +82,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Neighbouring parts that are updated in the same way: an optimizer runs over few long tensors."""
+    """Neighbouring shards that are updated in the same way: an optimizer runs over few long tensors.
 
-    parts: tuple[Part, ...]
+    FSDP's flat parameter, of one of torch's parameter groups.
+    """
+
+    parts: tuple[ParameterShard, ...]
     """One after the other; together they fill the stretch."""
     decay: bool
     param: Tensor
@@ -110,7 +113,7 @@ def summed_over_stages(table: Sequence[Row]) -> list[int]:
     return [i for i, row in enumerate(table) if any(s.sum_over == "stages" for s in row.slices)]
 
 
-def lay_out(
+def lay_out_buckets(
     sizes: Sequence[int], bucket_elements: int, dp_size: int, borders: Collection[int] = (), block: int = 1
 ) -> tuple[list[int], list[Bucket]]:
     """Place parameters, last first, and close a bucket once it has ``bucket_elements``.
@@ -136,7 +139,7 @@ def lay_out(
     return offsets, buckets
 
 
-class Layout:
+class BufferLayout:
     """The buckets of one rank, and what its shards of them hold.
 
     Args:
@@ -153,7 +156,7 @@ class Layout:
         borders = {i for i in range(1, len(parts)) if parts[i] != parts[i - 1]} if by_part else set()
         borders |= {i + after for i in summed_over_stages(table) for after in (0, 1)}
         elements = bucket_elements(bucket_bytes, ranks)
-        self.offsets, self.buckets = lay_out([row.numel for row in table], elements, ranks, borders, block)
+        self.offsets, self.buckets = lay_out_buckets([row.numel for row in table], elements, ranks, borders, block)
 
     @property
     def total(self) -> int:
@@ -171,7 +174,7 @@ class Layout:
         size = (bucket.stop - bucket.start) // self.ranks
         return slice(bucket.start + size * self.rank, bucket.start + size * (self.rank + 1))
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[ParameterShard]:
         """What of each parameter falls into this rank's shards, in the order of the buffers."""
         for bucket in self.buckets:
             shard = self.shard(bucket)
@@ -179,7 +182,7 @@ class Layout:
                 row, offset = self.table[i], self.offsets[i]
                 start, stop = max(shard.start - offset, 0), min(shard.stop - offset, row.numel)
                 if start < stop:
-                    yield Part(row, start, stop, offset, bucket)
+                    yield ParameterShard(row, start, stop, offset, bucket)
 
     def holders(self, bucket: Bucket, i: int) -> Iterator[tuple[int, int, int]]:
         """Which rank's shard of a bucket has which range of flattened parameter i."""
@@ -190,7 +193,7 @@ class Layout:
                 return
             yield rank, max(start, 0), min(stop, numel)
 
-    def slices(self) -> Iterator[tuple[SummedSlice, Part, int, int]]:
+    def slices(self) -> Iterator[tuple[SummedSlice, ParameterShard, int, int]]:
         """Each slice of the table that this rank's shards touch, in which part, and its range in the buffers."""
         for part in self.parts():
             first, last = part.range

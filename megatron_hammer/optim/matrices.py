@@ -20,8 +20,9 @@ import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
-from megatron_hammer.optim.layout import Layout, Row
-from megatron_hammer.parallel.sharding import Range, Rectangle, intersect, rectangles
+from megatron_hammer.optim.layout import BufferLayout, Row
+from megatron_hammer.parallel.placement import Range
+from megatron_hammer.parallel.sharding import Rectangle, intersect, rectangles
 
 ELEMENTS_OF_A_ROUND = 2**25
 """Of the matrices of one owner, or one matrix: 64 MiB in bf16. Of messages up to five are there at once, of the
@@ -109,7 +110,7 @@ class Exchange:
 
 
 def plan_exchange(
-    layouts: Sequence[Layout], tables: Tables, rank: int, cost: Callable[[int, int], int], per_head: bool
+    layouts: Sequence[BufferLayout], tables: Tables, rank: int, cost: Callable[[int, int], int], per_head: bool
 ) -> Exchange:
     """Owners of all matrices, and the messages of ``rank``, counted among the ranks that have everything between them.
 
@@ -162,7 +163,7 @@ def _share(matrices: Sequence[Matrix], ranks: int, cost: Callable[[int, int], in
 
 
 def _pieces(
-    layouts: Sequence[Layout], tables: Tables, of_tensor: Mapping[str, Sequence[Matrix]]
+    layouts: Sequence[BufferLayout], tables: Tables, of_tensor: Mapping[str, Sequence[Matrix]]
 ) -> Iterator[tuple[int, MatrixPiece]]:
     """The pieces of all ranks, each rank's in the order of its shards, and whose they are."""
     for layout, of_stage in zip(layouts, tables, strict=True):

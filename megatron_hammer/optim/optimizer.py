@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_hammer.config import OptimizerConfig
 from megatron_hammer.kernels.adamw import OptimizerKernels
-from megatron_hammer.kernels.ranges import OPTIMIZER, Range, no_range
+from megatron_hammer.kernels.ranges import OPTIMIZER, RangeOf, no_range
 from megatron_hammer.optim.adamw import AdamW, AnyStore
 from megatron_hammer.optim.loss_scaler import LossScaler
 from megatron_hammer.optim.matrices import Tables
@@ -39,7 +39,7 @@ class Optimizer:
         config: OptimizerConfig,
         loss_scaling: bool = False,
         kernels: OptimizerKernels | None = None,
-        range_of: Range = no_range,
+        range_of: RangeOf = no_range,
         tables: Tables | None = None,
         one_by_one: bool = False,
     ) -> None:
@@ -65,7 +65,7 @@ class Optimizer:
 
         Finishes the reduction of the gradients. Communicates over dp, tp and the world.
         """
-        self.store.ctx.journal.mark("reducing gradients, norm")
+        self.store.ctx.status.mark("reducing gradients, norm")
         with self.range_of(OPTIMIZER):
             self.store.reduce()
             norm = self.rule.grad_norm() / self.scaler.scale
@@ -89,7 +89,7 @@ class Optimizer:
         if self.limits is not None and loss is not None:
             most_loss, most_norm = self.limits
             self.applied = self.applied & (loss <= most_loss) & (self.norm <= most_norm)
-        self.store.ctx.journal.mark("updating weights")
+        self.store.ctx.status.mark("updating weights")
         self.before_update()
         with self.range_of(OPTIMIZER):
             self.rule.step(lr, self.divisor, self.applied)

@@ -40,9 +40,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hammer.base.pages import Spare
-from megatron_hammer.kernels.ranges import GRADIENT, Range, no_range, within
+from megatron_hammer.kernels.ranges import GRADIENT, RangeOf, no_range, within
 from megatron_hammer.optim.buffers import Buffers
-from megatron_hammer.optim.layout import Bucket, Layout, Part, Row, Stretch
+from megatron_hammer.optim.layout import Bucket, BufferLayout, ParameterShard, Row, Stretch
 from megatron_hammer.parallel.collectives import all_gather_into, all_reduce, reduce_scatter_into
 from megatron_hammer.parallel.context import Group, ParallelContext
 
@@ -130,7 +130,7 @@ class FlatStore:
         dtype: torch.dtype,
         ctx: ParallelContext,
         bucket_bytes: int,
-        range_of: Range = no_range,
+        range_of: RangeOf = no_range,
         overlap_gather: bool = True,
         shard: Sharded = "optimizer",
         reshard_after_forward: bool = True,
@@ -143,7 +143,7 @@ class FlatStore:
         self.group = ctx.sharing
         self.overlap_reduce = overlap_reduce or self.group.size == 1  # one rank has nothing to wait for
         by_part = shard == "weights"
-        self.layout = Layout(self.table, bucket_bytes, self.group.size, self.group.rank, by_part, self.block)
+        self.layout = BufferLayout(self.table, bucket_bytes, self.group.size, self.group.rank, by_part, self.block)
         self.offsets, self.buckets = self.layout.offsets, self.layout.buckets
         spare, sum_dtype = Spare(), torch.promote_types(dtype, torch.float32)
         self.weight_buffers = Buffers(self.layout, dtype, ctx.device, shard != "weights", spare)
@@ -327,7 +327,7 @@ class FlatStore:
 
     def stretches(self) -> list[Stretch]:
         """This rank's shards, neighbours that are updated in the same way together."""
-        groups: list[list[Part]] = []
+        groups: list[list[ParameterShard]] = []
         for part in self.layout.parts():
             last = groups[-1][-1] if groups else None
             if last and _way(last) == _way(part) and self._are_neighbours(last, part):
@@ -381,14 +381,14 @@ class FlatStore:
             if s.sum_over == group:
                 yield self.grads[self.sum_buffers.place(part.bucket, start, stop)]
 
-    def _are_neighbours(self, one: Part, other: Part) -> bool:
+    def _are_neighbours(self, one: ParameterShard, other: ParameterShard) -> bool:
         return all(
             self._place(buffers, one).stop == self._place(buffers, other).start
             for buffers in (self.weight_buffers, self.sum_buffers)
         )
 
     @staticmethod
-    def _place(buffers: Buffers, part: Part) -> slice:
+    def _place(buffers: Buffers, part: ParameterShard) -> slice:
         return buffers.place(part.bucket, *part.range)
 
     # ---- buckets ---------------------------------------------------------------------------------------------------
@@ -425,7 +425,7 @@ class FlatStore:
             self._reducing = None
 
 
-def _way(part: Part) -> tuple[bool, bool]:
+def _way(part: ParameterShard) -> tuple[bool, bool]:
     """What the update of a parameter may depend on."""
     return part.parameter.decay, part.parameter.is_hidden_matrix
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from megatron_hammer.kernels.ranges import Range, no_range
+from megatron_hammer.kernels.ranges import RangeOf, no_range
 from megatron_hammer.optim.layout import Bucket, Row
 from megatron_hammer.optim.store import FlatStore, Watch, sum_in_one_message
 from megatron_hammer.parallel.collectives import all_reduce, start_exchange
@@ -49,7 +49,7 @@ class TreeStore(FlatStore):
         ctx: ParallelContext,
         bucket_bytes: int,
         accumulated: int,
-        range_of: Range = no_range,
+        range_of: RangeOf = no_range,
         overlap_gather: bool = True,
         overlap_reduce: bool = True,
     ) -> None:

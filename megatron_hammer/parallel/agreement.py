@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_hammer.base.errors import HammerError, RefusedError, from_fields, from_os_error, to_fields
-from megatron_hammer.parallel.board import Journal
+from megatron_hammer.parallel.board import StatusSlot
 from megatron_hammer.parallel.collectives import MAX, all_gather_rows, all_reduce
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.rendezvous import Store
@@ -103,9 +103,9 @@ class BeforeStart:
     write and one read. A single process has no store and agrees with itself.
     """
 
-    def __init__(self, store: Store | None, rank: int, world_size: int, journal: Journal | None = None) -> None:
+    def __init__(self, store: Store | None, rank: int, world_size: int, status: StatusSlot | None = None) -> None:
         self._store, self.rank, self.world_size = store, rank, world_size
-        self._journal = Journal() if journal is None else journal
+        self._journal = StatusSlot() if status is None else status
 
     @contextmanager
     def round(self, name: str) -> Iterator[RoundReport]:

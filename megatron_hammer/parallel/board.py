@@ -3,13 +3,13 @@
 ::
 
     launcher   Board: an anonymous file of one slot a rank, mapped; its descriptor is handed to each rank
-    rank r     Journal: writes slot r whenever something begins; the time of that writing is its sign of life
+    rank r     StatusSlot: writes slot r whenever something begins; the time of that writing is its sign of life
                and a second anonymous file, into which the rank's Python stacks are written when the launcher asks
 
 No network, no file name, nothing that outlives the processes. A rank notes what it is going to do before it does it, so
 the slot of a rank that stops half-way still says where. A note costs about a microsecond. For a collective, of which a
 layer has ten, it costs no Python call: what changes lies together in the slot, and ``collectives.py`` writes it with
-``Journal.note``, a C function. A rank may be writing while its slot is read, so a reader reads until it has seen the
+``StatusSlot.note``, a C function. A rank may be writing while its slot is read, so a reader reads until it has seen the
 same bytes twice. Needs no torch.
 """
 
@@ -66,8 +66,8 @@ class Doing:
         return f"{where}: waits in {self.collective}, its collective number {self.collectives}"
 
 
-class Journal:
-    """Writes the slot of one rank.
+class StatusSlot:
+    """Writes what one rank is doing into its slot; PyTorch's flight recorder keeps the like of collectives.
 
     Args:
         slot: of a board; None for a process that nobody watches.
@@ -146,11 +146,11 @@ class Board:
         """How it reaches a process that is being spawned: by descriptors that the child inherits."""
         return _inherited, (self.ranks, tuple(reduction.DupFd(descriptor) for descriptor in self.descriptors))
 
-    def journal(self, rank: int) -> Journal:
+    def slot(self, rank: int) -> StatusSlot:
         """For the process that is this rank."""
-        journal = Journal(memoryview(self._memory)[rank * SLOT_BYTES : (rank + 1) * SLOT_BYTES])
-        journal.answer(self.descriptors[1 + rank])
-        return journal
+        status = StatusSlot(memoryview(self._memory)[rank * SLOT_BYTES : (rank + 1) * SLOT_BYTES])
+        status.answer(self.descriptors[1 + rank])
+        return status
 
     def read(self, rank: int) -> Doing | None:
         """What this rank does; None before it has said anything."""
@@ -177,7 +177,7 @@ class Board:
         return text.decode(errors="replace")
 
     def close(self) -> None:
-        """Give the memory back; journals of this process must not be used any more."""
+        """Give the memory back; slots of this process must not be used any more."""
         for descriptor in self.descriptors:
             os.close(descriptor)
 

@@ -26,7 +26,7 @@ import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from megatron_hammer.parallel.board import Journal
+from megatron_hammer.parallel.board import StatusSlot
 from megatron_hammer.parallel.context import Group
 
 SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
@@ -45,46 +45,46 @@ class Done:
 
 
 class Noted:
-    """The handle of a collective under way; that it is waited for is noted in the journal of this rank.
+    """The handle of a collective under way; that it is waited for is noted in the status slot of this rank.
 
-    Layers make ten of them, so that what is noted is written out here (``Journal.note``), and there is no ``__init__``:
+    Layers make ten of them, so what is noted is written out here (``StatusSlot.note``), and there is no ``__init__``:
     benchmarks/calls.py counts Python calls.
     """
 
-    __slots__ = ("journal", "work")
-    journal: Journal
+    __slots__ = ("status", "work")
+    status: StatusSlot
     work: Any
 
     def wait(self) -> None:
         """Until it is done here."""
-        journal = self.journal
-        journal.is_waiting = True
-        journal.note(monotonic_ns(), journal.collectives, True, journal.collective)
+        status = self.status
+        status.is_waiting = True
+        status.note(monotonic_ns(), status.collectives, True, status.collective)
         self.work.wait()
-        journal.is_waiting = False
-        journal.note(monotonic_ns(), journal.collectives, False, journal.collective)
+        status.is_waiting = False
+        status.note(monotonic_ns(), status.collectives, False, status.collective)
 
 
 def _start(group: Group, name: bytes, collective: Callable[..., Any], *tensors: Tensor, **more: Any) -> Any:
     """Start a collective of the group, and note it: a handle."""
-    journal = group.journal
-    journal.collectives, journal.collective = journal.collectives + 1, name
-    journal.note(monotonic_ns(), journal.collectives, journal.is_waiting, name)
+    status = group.status
+    status.collectives, status.collective = status.collectives + 1, name
+    status.note(monotonic_ns(), status.collectives, status.is_waiting, name)
     noted = Noted()
-    noted.journal, journal.is_waiting = journal, True  # a message to a rank that has died fails here
+    noted.status, status.is_waiting = status, True  # a message to a rank that has died fails here
     noted.work = collective(*tensors, group=group.handle, async_op=True, **more)
-    journal.is_waiting = False
+    status.is_waiting = False
     return noted
 
 
 def _finish(group: Group, name: bytes, collective: Callable[..., Any], *tensors: Tensor, **more: Any) -> None:
     """Run a collective of the group to its end (on a GPU: to its start), and note it."""
-    journal = group.journal
-    journal.collectives, journal.collective, journal.is_waiting = journal.collectives + 1, name, True
-    journal.note(monotonic_ns(), journal.collectives, True, name)
+    status = group.status
+    status.collectives, status.collective, status.is_waiting = status.collectives + 1, name, True
+    status.note(monotonic_ns(), status.collectives, True, name)
     collective(*tensors, group=group.handle, **more)
-    journal.is_waiting = False
-    journal.note(monotonic_ns(), journal.collectives, False, name)
+    status.is_waiting = False
+    status.note(monotonic_ns(), status.collectives, False, name)
 
 
 def all_reduce(tensor: Tensor, group: Group, op: Any = SUM, async_op: bool = False) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_hammer.parallel.board import Journal
+from megatron_hammer.parallel.board import StatusSlot
 from megatron_hammer.parallel.grid import Axis, Grid
 
 
@@ -25,7 +25,7 @@ class Group:
     size: int = 1
     handle: Any = field(default=None, repr=False, compare=False)
     """torch's process group; None when size is 1 or the group is the whole world."""
-    journal: Journal = field(default_factory=Journal, repr=False, compare=False)
+    status: StatusSlot = field(default_factory=StatusSlot, repr=False, compare=False)
     """Where the collectives of this group are noted, for whoever watches this rank."""
 
     @property
@@ -78,7 +78,7 @@ class ParallelContext:
     whole: Group = field(default_factory=Group)
     """Ranks that have all states of their layers between them, once: ``sharing`` and ``tp`` together, of which ``tp``
     is the faster axis. The same group as one of these where the other has one rank."""
-    journal: Journal = field(default_factory=Journal, compare=False)
+    status: StatusSlot = field(default_factory=StatusSlot, compare=False)
     """Where this rank notes what it does."""
 
     @property
@@ -93,7 +93,7 @@ class ParallelContext:
 
 
 def build_parallel_context(
-    grid: Grid, device: torch.device, timeout_seconds: float | None = None, journal: Journal | None = None
+    grid: Grid, device: torch.device, timeout_seconds: float | None = None, status: StatusSlot | None = None
 ) -> ParallelContext:
     """Cut torch's default process group into the groups of the grid; a grid of one rank needs none.
 
@@ -103,31 +103,31 @@ def build_parallel_context(
     Args:
         timeout_seconds: after which a collective of any of these groups fails; None: torch's default (30 minutes on
             gloo, 10 on NCCL), whatever the default group has.
-        journal: of this rank; its collectives are noted there.
+        status: of this rank; its collectives are noted there.
     """
-    journal = Journal() if journal is None else journal
+    status = StatusSlot() if status is None else status
     if grid.world_size == 1:
-        return ParallelContext(device, journal=journal)
+        return ParallelContext(device, status=status)
     rank, size = dist.get_rank(), dist.get_world_size()
     assert size == grid.world_size, f"the process group has {size} ranks, the grid {grid.world_size}"
     order: tuple[Axis, ...] = ("tp", "cp", "replicas", "pp", "kv", "ends")
     timeout = None if timeout_seconds is None else datetime.timedelta(seconds=timeout_seconds)
-    groups = {str(axis): _own_group(grid.groups(axis), rank, timeout, journal) for axis in order}
+    groups = {str(axis): _own_group(grid.groups(axis), rank, timeout, status) for axis in order}
     dp = groups.pop("replicas")
-    samples = dp if grid.cp == 1 else _own_group(grid.groups("dp"), rank, timeout, journal)
+    samples = dp if grid.cp == 1 else _own_group(grid.groups("dp"), rank, timeout, status)
     if grid.copies > 1:
         divided: tuple[Axis, ...] = ("shard", "copies")
-        groups |= {str(axis): _own_group(grid.groups(axis), rank, timeout, journal) for axis in divided}
+        groups |= {str(axis): _own_group(grid.groups(axis), rank, timeout, status) for axis in divided}
     of_axis = {**groups, "replicas": dp}
     axis = grid.whole_axis
-    groups["whole"] = of_axis[axis] if axis in of_axis else _own_group(grid.groups(axis), rank, timeout, journal)
-    links = _build_links(grid, rank, device, timeout, journal)
-    world = Group(rank, size, journal=journal)
-    return ParallelContext(device, world, dp=dp, samples=samples, links=links, journal=journal, **groups)
+    groups["whole"] = of_axis[axis] if axis in of_axis else _own_group(grid.groups(axis), rank, timeout, status)
+    links = _build_links(grid, rank, device, timeout, status)
+    world = Group(rank, size, status=status)
+    return ParallelContext(device, world, dp=dp, samples=samples, links=links, status=status, **groups)
 
 
 def _build_links(
-    grid: Grid, rank: int, device: torch.device, timeout: datetime.timedelta | None, journal: Journal
+    grid: Grid, rank: int, device: torch.device, timeout: datetime.timedelta | None, status: StatusSlot
 ) -> Links:
     """Make all links of the world, as torch demands, and open this rank's: send something over each.
 
@@ -141,15 +141,15 @@ def _build_links(
                 members = sorted((source, target))  # as torch counts them
                 handle: Any = dist.new_group(members, timeout=timeout)
                 if rank == source:
-                    found[f"{kind}_out"] = Group(members.index(rank), 2, handle, journal)
+                    found[f"{kind}_out"] = Group(members.index(rank), 2, handle, status)
                     dist.send(torch.zeros(1, device=device), target, group=handle)
                 elif rank == target:
-                    found[f"{kind}_in"] = Group(members.index(rank), 2, handle, journal)
+                    found[f"{kind}_in"] = Group(members.index(rank), 2, handle, status)
                     dist.recv(torch.zeros(1, device=device), source, group=handle)
     return Links(**found)
 
 
-def _own_group(partition: list[list[int]], rank: int, timeout: datetime.timedelta | None, journal: Journal) -> Group:
+def _own_group(partition: list[list[int]], rank: int, timeout: datetime.timedelta | None, status: StatusSlot) -> Group:
     """Make all groups of a partition of the world; return the one that holds ``rank``."""
     own = Group()
     for members in partition:
@@ -157,5 +157,5 @@ def _own_group(partition: list[list[int]], rank: int, timeout: datetime.timedelt
         if len(members) > 1:
             handle = dist.group.WORLD if len(partition) == 1 else dist.new_group(members, timeout=timeout)
         if rank in members:
-            own = Group(members.index(rank), len(members), handle, journal)
+            own = Group(members.index(rank), len(members), handle, status)
     return own

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megatron_hammer.base.errors import ConfigError, ParallelError
 from megatron_hammer.base.system import interface_address, take_no_core_by_waking
-from megatron_hammer.parallel.board import Journal
+from megatron_hammer.parallel.board import StatusSlot
 
 Store = dist.Store
 
@@ -225,11 +225,11 @@ def torchrun_store(rank: int, world_size: int) -> Store:
 
 
 def start_process_group(
-    store: Store, rank: int, world_size: int, device: torch.device, timeout_seconds: int, journal: Journal
+    store: Store, rank: int, world_size: int, device: torch.device, timeout_seconds: int, status: StatusSlot
 ) -> None:
     """Join torch's default process group: NCCL on GPUs, gloo on CPUs. That it is waited for is noted."""
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    with journal.waits("the process group"):
+    with status.waits("the process group"):
         if device.type == "cuda":
             torch.cuda.set_device(device)
             dist.init_process_group(

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-Range = tuple[int, int]
+from megatron_hammer.parallel.placement import Range
 
 
 class SliceLike(Protocol):

@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING
 
 from megatron_hammer.base.progress import say
-from megatron_hammer.parallel.board import Journal
+from megatron_hammer.parallel.board import StatusSlot
 from megatron_hammer.parallel.heartbeat import Heartbeat
 from megatron_hammer.parallel.rendezvous import Meeting, Store, interface_towards, torchrun_store
 from megatron_hammer.parallel.watchman import Watchman, share_board
@@ -48,9 +48,9 @@ class Surroundings:
             say(f"note: rank {rank} cannot be watched by its neighbours ({error.strerror}): a hang will not be named")
 
     @property
-    def journal(self) -> Journal | None:
+    def status(self) -> StatusSlot | None:
         """Where this rank notes what it does; None where there is no reader."""
-        return None if self._watchman is None else self._watchman.journal
+        return None if self._watchman is None else self._watchman.status
 
     def lost(self) -> ParallelError | None:
         """A node that does not answer any more, or a rank of this node that has died, as far as this rank knows."""

@@ -21,7 +21,7 @@ from typing import Protocol
 from megatron_hammer.base.errors import HangError, ParallelError
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.system import open_of_process
-from megatron_hammer.parallel.board import Board, Journal
+from megatron_hammer.parallel.board import Board, StatusSlot
 from megatron_hammer.parallel.observe import Observer
 
 LOOK_SECONDS = 0.5
@@ -70,7 +70,7 @@ class Watchman:
         alone: bool,
         note: Callable[[str], None] = say,
     ) -> None:
-        self.journal: Journal = board.journal(numbers.index(rank))
+        self.status: StatusSlot = board.slot(numbers.index(rank))
         self._board, self._numbers, self._rank = board, numbers, rank
         self._observer = Observer(board, numbers, limit, alone, note if rank == numbers[0] else lambda text: None)
         self._stop = threading.Event()
@@ -81,7 +81,7 @@ class Watchman:
         """This rank has done its work: nobody waits for it any more."""
         self._stop.set()
         self._thread.join()
-        self.journal.leave()
+        self.status.leave()
 
     def dead(self) -> ParallelError | None:
         """The ranks of this machine that have died and not left, as an error; None where there are none."""

@@ -14,7 +14,14 @@ from megatron_hammer.config import Config
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.train.gpus import named_gpu
-from megatron_hammer.train.layouts import HEADROOM, PRECISIONS, PlannedLayout, Search, precision_of, search
+from megatron_hammer.train.layouts import (
+    HEADROOM,
+    PRECISIONS,
+    FoundLayouts,
+    PlannedLayout,
+    precision_of,
+    search_layouts,
+)
 from megatron_hammer.train.prepare import with_vocab_size
 from megatron_hammer.train.rank_costs import GIB
 from megatron_hammer.train.rank_peak import GRADIENTS, OPTIMIZER, WEIGHTS
@@ -53,7 +60,7 @@ class LayoutPlan:
     tokens: int
     price: float | None
     """Of a GPU hour, in the user's currency."""
-    found: Search
+    found: FoundLayouts
 
     def gpu_hours(self, layout: PlannedLayout) -> float:
         """For all tokens."""
@@ -96,7 +103,7 @@ def check_found(plan: LayoutPlan) -> None:
     raise ConfigError(5, gpus, f"have no layout: {first.layout}: {first.reason}", "change the setting that it names")
 
 
-def make_plan(config: Config, asked: Asked, said: Callable[[int], None] = lambda count: None) -> LayoutPlan:
+def plan_layouts(config: Config, asked: Asked, said: Callable[[int], None] = lambda count: None) -> LayoutPlan:
     """Find all layouts of a config on the GPUs that were asked for.
 
     Args:
@@ -128,7 +135,7 @@ def make_plan(config: Config, asked: Asked, said: Callable[[int], None] = lambda
     )
     memory = gpu.memory_gib if asked.memory is None else asked.memory
     headroom = HEADROOM if asked.headroom is None else asked.headroom
-    found = search(whole, asked.gpus, machine, memory, precisions, headroom, said)
+    found = search_layouts(whole, asked.gpus, machine, memory, precisions, headroom, said)
     tokens = config.num_tokens if asked.tokens is None else round(asked.tokens)
     plan = LayoutPlan(whole, asked.gpus, machine, memory, headroom, tokens, asked.price, found)
     check_found(plan)
@@ -176,7 +183,7 @@ def _efficiency(given: Sequence[str]) -> Efficiency:
     return rates
 
 
-def to_tree(plan: LayoutPlan) -> dict[str, Any]:
+def plan_to_tree(plan: LayoutPlan) -> dict[str, Any]:
     """All of it as JSON values, rejected layouts included."""
     machine = {key: value for key, value in asdict(plan.machine).items() if key != "gpu"}
     return {

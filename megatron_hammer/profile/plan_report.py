@@ -25,7 +25,7 @@ MEMORY_COLOURS = ("#1f4e8c", "#5b93d3", "#0b2545", "#9bc26b", "#d9730d", "#f2c46
 TIME_COLOURS = ("#1f4e8c", "#5b93d3", "#d9730d", "#f2a65a", "#b5323f", "#7a5230", "#3f7d3a", "#cfcfcf")
 
 
-def table(plan: LayoutPlan, shown: int) -> list[str]:
+def plan_table(plan: LayoutPlan, shown: int) -> list[str]:
     """For people, in lines of at most ``WIDTH`` characters."""
     layouts = plan.found.ranked[:shown]
     return [

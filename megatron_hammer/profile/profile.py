@@ -37,20 +37,20 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import replace_file
 from megatron_hammer.base.progress import say
-from megatron_hammer.base.system import peak_bytes, reset_peak, resident_bytes
+from megatron_hammer.base.system import peak_resident_bytes, reset_peak, resident_bytes
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.libraries import te
 from megatron_hammer.kernels.selection import select_backends
 from megatron_hammer.model.parameters import count_parameters
-from megatron_hammer.parallel.board import Journal
+from megatron_hammer.parallel.board import StatusSlot
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.parallel.placement import padded_vocab_size
 from megatron_hammer.parallel.rendezvous import collective_timeout, end_process_group, start_process_group
 from megatron_hammer.profile.plots import digits, draw_profile
-from megatron_hammer.profile.trace import PREFIX, Measured, Traffic, measure, memory_of_step, read_trace, traffic
+from megatron_hammer.profile.trace import PREFIX, Measured, Traffic, memory_of_step, parts_of_trace, read_trace, traffic
 from megatron_hammer.profile.workload import RecordedRanges, Workload, record_waits, wait
 from megatron_hammer.train import budget
-from megatron_hammer.train.begin import choose_device
+from megatron_hammer.train.begin import device_of_rank
 from megatron_hammer.train.budget import Rates, StepShape, step_costs
 from megatron_hammer.train.build import DTYPES, kernel_requirements
 from megatron_hammer.train.metrics import flops_per_token
@@ -97,7 +97,7 @@ def profile_step(config: Config, settings: Settings, note: Callable[[str], None]
     """
     settings.check()
     config = for_profiling(config, settings)
-    return _profile(config, settings, ParallelContext.single(choose_device(config, 0)), RecordedRanges(), note)
+    return _profile(config, settings, ParallelContext.single(device_of_rank(config, 0)), RecordedRanges(), note)
 
 
 def rank_main(
@@ -107,7 +107,7 @@ def rank_main(
     world_size: int,
     store: Any,
     check_data: bool,
-    journal: Journal,
+    status: StatusSlot,
     settings: Settings,
 ) -> int:
     """Entry of a rank that the launcher starts: profile what this rank does; rank 0 writes the report and prints it.
@@ -115,14 +115,14 @@ def rank_main(
     Args:
         config: as ``for_profiling`` gives it.
     """
-    device, ranges = choose_device(config, local_rank), RecordedRanges()
+    device, ranges = device_of_rank(config, local_rank), RecordedRanges()
     timeout = collective_timeout(config.parallel.timeout_seconds)
-    start_process_group(store, rank, world_size, device, timeout, journal)
-    record_waits(journal, ranges)
-    ctx = build_parallel_context(config.grid(world_size), device, timeout, journal)
+    start_process_group(store, rank, world_size, device, timeout, status)
+    record_waits(status, ranges)
+    ctx = build_parallel_context(config.grid(world_size), device, timeout, status)
     report = _profile(config, settings, ctx, ranges, say if rank == 0 else lambda text: None)
     if rank == 0:
-        print(table(report), flush=True)
+        print(profile_table(report), flush=True)
     end_process_group()
     return 0
 
@@ -244,7 +244,7 @@ def _measured(workload: Workload, settings: Settings, progress: TimedNotes) -> t
         staging.unlink(missing_ok=True)
     trace = read_trace(path)
     casts = workload.config.kernels.fp8 != "off"
-    return measure(trace, device.type, casts), traffic(trace, device.type)
+    return parts_of_trace(trace, device.type, casts), traffic(trace, device.type)
 
 
 def _memory(workload: Workload, settings: Settings, peak: int, before: int) -> dict[str, Any]:
@@ -296,7 +296,7 @@ def _reset_peak(device: torch.device) -> None:
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return peak_bytes()
+    return peak_resident_bytes()
 
 
 def _product_rate(config: Config, device: torch.device) -> float:
@@ -368,7 +368,7 @@ def _report(
         "ranks": settings.ranks,
         "micro_batches": config.grad_accum(settings.ranks),
         "seq_length": config.data.seq_length,
-        "data": "random tokens" if workload.run is None else "data.train",
+        "data": "random tokens" if workload.loop is None else "data.train",
         "kernels": kernels | {name: getattr(config.kernels, name) for name in ("compile", "layers", "fp8")},
         "recompute": config.train.recompute,
         "steps": settings.steps,
@@ -460,7 +460,7 @@ def flops_text(tflops: float) -> str:
     return f"{tflops:,.1f} TFLOP/s" if tflops >= 1 else f"{1e3 * tflops:,.1f} GFLOP/s"
 
 
-def table(report: Mapping[str, Any]) -> str:
+def profile_table(report: Mapping[str, Any]) -> str:
     """The profile as text, for a terminal."""
     decimals = digits(report["step_ms"])
     lines = [report["title"], *report["subtitle"], ""]

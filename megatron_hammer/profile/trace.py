@@ -77,7 +77,7 @@ UNDER_WAY = "gloo:"
 
 
 @dataclass(frozen=True)
-class Place:
+class EventPlace:
     """Where in the step an event lies."""
 
     range: str | None = None
@@ -169,7 +169,7 @@ def _events_and_steps(trace: Sequence[Mapping[str, Any]]) -> tuple[list[Event], 
     return events, steps
 
 
-def measure(trace: Sequence[Mapping[str, Any]], device: str, casts: bool = False) -> Measured:
+def parts_of_trace(trace: Sequence[Mapping[str, Any]], device: str, casts: bool = False) -> Measured:
     """The parts of all steps in a trace (as ``read_trace`` gives it) together.
 
     Args:
@@ -259,18 +259,18 @@ def _union(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]
     return joined
 
 
-def _places(events: Iterable[Event], forward_thread: Any) -> Iterator[tuple[Event, Place]]:
+def _places(events: Iterable[Event], forward_thread: Any) -> Iterator[tuple[Event, EventPlace]]:
     """Each host event with its place; events come in the order of their start.
 
     Sequence numbers are those of one thread, the one in which forward runs: a GPU's backward has another.
     """
-    stacks: dict[Any, list[tuple[float, Place]]] = defaultdict(list)
-    made: dict[int, Place] = {}  # sequence number -> place of the operation that made the node
+    stacks: dict[Any, list[tuple[float, EventPlace]]] = defaultdict(list)
+    made: dict[int, EventPlace] = {}  # sequence number -> place of the operation that made the node
     for event in events:
         stack = stacks[event.thread]
         while stack and stack[-1][0] <= event.start:
             stack.pop()
-        place = _place_in(stack[-1][1] if stack else Place(), event, made)
+        place = _place_in(stack[-1][1] if stack else EventPlace(), event, made)
         stack.append((event.stop, place))
         if event.thread == forward_thread and _makes_a_node(event):
             made[event.args["Sequence number"]] = place
@@ -281,11 +281,11 @@ def _makes_a_node(event: Event) -> bool:
     return "Sequence number" in event.args and not event.args.get("Fwd thread id")
 
 
-def _place_in(around: Place, event: Event, made: Mapping[int, Place]) -> Place:
+def _place_in(around: EventPlace, event: Event, made: Mapping[int, EventPlace]) -> EventPlace:
     name = event.name
     if name.startswith(PREFIX):
         kind = name.removeprefix(PREFIX)
-        return replace(around, gradient=True) if kind == GRADIENT else Place(kind)
+        return replace(around, gradient=True) if kind == GRADIENT else EventPlace(kind)
     place = replace(around, operation=True)
     if any(word in name for word in COMMUNICATION_WORDS):
         return replace(place, range=COMMUNICATION)
@@ -304,13 +304,13 @@ def _place_in(around: Place, event: Event, made: Mapping[int, Place]) -> Place:
 
 
 def _innermost(
-    events: Sequence[tuple[Event, Place]], window: tuple[float, float]
-) -> Iterator[tuple[str, Place, float]]:
+    events: Sequence[tuple[Event, EventPlace]], window: tuple[float, float]
+) -> Iterator[tuple[str, EventPlace, float]]:
     """Cut the window into stretches of one thread's innermost event: (its name, its place, microseconds)."""
-    clock, stack = window[0], list[tuple[float, str, Place]]()
-    outside = (window[1], "", Place())
+    clock, stack = window[0], list[tuple[float, str, EventPlace]]()
+    outside = (window[1], "", EventPlace())
 
-    def advance(to: float) -> Iterator[tuple[str, Place, float]]:
+    def advance(to: float) -> Iterator[tuple[str, EventPlace, float]]:
         nonlocal clock
         to = min(max(to, clock), window[1])
         if to > clock:
@@ -330,17 +330,19 @@ def _innermost(
     yield from advance(window[1])
 
 
-def _device_place(kernel: Event, launched: Mapping[Any, Place]) -> Place:
-    place = launched.get(kernel.args.get("correlation"), Place())
+def _device_place(kernel: Event, launched: Mapping[Any, EventPlace]) -> EventPlace:
+    place = launched.get(kernel.args.get("correlation"), EventPlace())
     if any(word in kernel.name for word in COMMUNICATION_WORDS):
         return replace(place, range=COMMUNICATION)
     return replace(place, operation=True)
 
 
-def _running(kernels: Sequence[tuple[Event, Place]], window: tuple[float, float]) -> Iterator[tuple[str, Place, float]]:
+def _running(
+    kernels: Sequence[tuple[Event, EventPlace]], window: tuple[float, float]
+) -> Iterator[tuple[str, EventPlace, float]]:
     """Cut the window into stretches of the kernel that counts: (its name, its place, microseconds)."""
     edges = sorted({*window, *(t for k, _ in kernels for t in (k.start, k.stop) if window[0] < t < window[1])})
-    active: list[tuple[Event, Place]] = []
+    active: list[tuple[Event, EventPlace]] = []
     following = 0
     for start, stop in pairwise(edges):
         while following < len(kernels) and kernels[following][0].start <= start:
@@ -352,7 +354,7 @@ def _running(kernels: Sequence[tuple[Event, Place]], window: tuple[float, float]
             kernel, place = computing[-1]
             yield kernel.name, place, stop - start
         else:
-            yield "", Place(), stop - start
+            yield "", EventPlace(), stop - start
 
 
 def _product_flops(event: Event) -> float:

@@ -19,13 +19,13 @@ from torch.profiler import record_function
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.ranges import no_range
-from megatron_hammer.parallel.board import Journal
+from megatron_hammer.parallel.board import StatusSlot
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.profile import trace
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train import budget
 from megatron_hammer.train.build import build_stages
-from megatron_hammer.train.loop import Run
+from megatron_hammer.train.loop import TrainLoop
 from megatron_hammer.train.prepare import Prepared, prepare
 from megatron_hammer.train.source_sums import ONE_SOURCE
 from megatron_hammer.train.step import train_step
@@ -56,9 +56,9 @@ class RecordedRanges:
             self._recording = False
 
 
-def record_waits(journal: Journal, ranges: RecordedRanges) -> None:
-    """Have the journal of a rank show torch's profiler, too, when the rank waits for others."""
-    note, shown, was_waiting = journal.note, ExitStack(), journal.is_waiting
+def record_waits(status: StatusSlot, ranges: RecordedRanges) -> None:
+    """Have the status slot of a rank show torch's profiler, too, when the rank waits for others."""
+    note, shown, was_waiting = status.note, ExitStack(), status.is_waiting
 
     def note_and_show(when: int, collectives: int, waiting: bool, collective: bytes) -> None:
         nonlocal was_waiting
@@ -69,7 +69,7 @@ def record_waits(journal: Journal, ranges: RecordedRanges) -> None:
             shown.enter_context(ranges(budget.COMMUNICATION))
         was_waiting = waiting
 
-    journal.note = note_and_show
+    status.note = note_and_show
 
 
 class Workload:
@@ -82,12 +82,12 @@ class Workload:
 
     def __init__(self, config: Config, ctx: ParallelContext, ranges: RecordedRanges) -> None:
         self.ctx, self.steps, self.document_squares, self.document_tokens = ctx, 0, 0, 0
-        self.run: Run | None = None
+        self.loop: TrainLoop | None = None
         self.ranges, size = ranges, ctx.world.size
         if config.data.mixes:
             prepared = prepare(config, size)
-            self.config, self.run = prepared.config, Run(prepared, ctx, self.ranges)
-            self.stages, self.optimizer = self.run.stages, self.run.optimizer
+            self.config, self.loop = prepared.config, TrainLoop(prepared, ctx, self.ranges)
+            self.stages, self.optimizer = self.loop.stages, self.loop.optimizer
         else:
             self.config = _resolved(config, size).config
             self.stages, self.optimizer = build_stages(self.config, ctx, self.ranges)
@@ -103,7 +103,7 @@ class Workload:
             for documents in (b.documents for b in batches if isinstance(b.documents, PackedSequences)):
                 self.document_squares += sum(n * n for n in documents.lengths)
                 self.document_tokens += sum(documents.lengths)
-            sources = ONE_SOURCE if self.run is None else self.run.sources
+            sources = ONE_SOURCE if self.loop is None else self.loop.sources
             train_step(self.stages, self.optimizer, batches, self.config, self.steps, self.ctx, sources=sources)
             if finish:
                 wait(self.ctx.device)
@@ -114,11 +114,11 @@ class Workload:
         return self.document_squares / self.document_tokens if self.document_tokens else None
 
     def _batches(self) -> list[Batch[Tensor]]:
-        if self.run is None:
+        if self.loop is None:
             return [self._random_batch() for _ in range(self.config.grad_accum(self.ctx.world.size))]
-        batches = self.run._next_batches()
-        consumed = self.run.state.consumed_samples + self.config.train.global_batch_size
-        self.run.state = dataclasses.replace(self.run.state, consumed_samples=consumed)
+        batches = self.loop._next_batches()
+        consumed = self.loop.state.consumed_samples + self.config.train.global_batch_size
+        self.loop.state = dataclasses.replace(self.loop.state, consumed_samples=consumed)
         return batches
 
     def _random_batch(self) -> Batch[Tensor]:

@@ -130,7 +130,7 @@ def _model(facts: Facts, tree: Mapping[str, Any], say: Say) -> str:
          say("yes", "是") if model.tie_word_embeddings else say("no", "否")),
         (say("type of the weights", "权重类型"), str(tree.get("torch_dtype") or tree.get("dtype"))),
     ]  # fmt: skip
-    return table((say("size", "项目"), ""), rows)
+    return markdown_table((say("size", "项目"), ""), rows)
 
 
 def _training(facts: Facts, say: Say) -> str:
@@ -151,7 +151,7 @@ def _training(facts: Facts, say: Say) -> str:
         (say("seed", "随机种子"), f"{train.seed}"),
         *([(say("training loss at the end", "末段训练损失"), f"{facts.loss:.4f}")] if facts.loss is not None else []),
     ]  # fmt: skip
-    return table((say("setting", "设置"), ""), rows)
+    return markdown_table((say("setting", "设置"), ""), rows)
 
 
 def _data(facts: Facts, say: Say) -> list[str]:
@@ -170,7 +170,7 @@ def _data(facts: Facts, say: Say) -> list[str]:
             say("tokens read in all", "共读 token 数"),
             say("passes", "遍数"),
         )
-        parts.append(table(head, rows))
+        parts.append(markdown_table(head, rows))
     return parts
 
 
@@ -194,14 +194,14 @@ def _validation(facts: Facts, say: Say) -> list[str]:
             "and per character compare models with different ones.",
             f"留出文本，第 {facts.valid_step:,} 步。困惑度按本分词器的 token 计；"
             "每字节、每字符比特可在不同分词器的模型之间比较。"),
-        table((say("set", "验证集"), *(figures[name] for name in known)), rows),
+        markdown_table((say("set", "验证集"), *(figures[name] for name in known)), rows),
     ]  # fmt: skip
 
 
 def _evaluations(facts: Facts, say: Say) -> list[str]:
     step = facts.evaluations_step
     rows = [(name, f"{value:.4f}") for name, value in facts.evaluations.items()]
-    return [say(f"At step {step:,}.", f"第 {step:,} 步。"), table((say("figure", "指标"), ""), rows)]
+    return [say(f"At step {step:,}.", f"第 {step:,} 步。"), markdown_table((say("figure", "指标"), ""), rows)]
 
 
 def _certificate(facts: Facts, say: Say) -> str:
@@ -232,7 +232,7 @@ def _limits(wishes: Wishes, say: Say) -> str:
     return text
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; what a cell holds cannot end it."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)

@@ -58,7 +58,7 @@ class Facts:
         return self.step >= self.config.train.num_steps
 
 
-def gather(manifest: Manifest, run: Path | None, certificate: Mapping[str, Any]) -> Facts:
+def gather_facts(manifest: Manifest, run: Path | None, certificate: Mapping[str, Any]) -> Facts:
     """The facts of a checkpoint.
 
     Args:

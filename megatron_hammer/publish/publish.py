@@ -34,7 +34,7 @@ from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.huggingface.certified import CERTIFICATE, listed_files
 from megatron_hammer.huggingface.config import CONFIG, read_json
 from megatron_hammer.publish.card import Wishes, model_card
-from megatron_hammer.publish.facts import Facts, gather
+from megatron_hammer.publish.facts import Facts, gather_facts
 from megatron_hammer.publish.hubs import CARD, Hub, secrets
 from megatron_hammer.train.metrics_file import METRICS
 
@@ -64,7 +64,7 @@ class Publication:
         return f"megatron_hammer: step {self.facts.step:,}, checkpoint {self.facts.certificate['checkpoint_digest']}"
 
 
-def prepare(
+def prepare_upload(
     run: str | Path, wishes: Wishes, export: Path | None = None, step: int | None = None, unfinished: bool = False
 ) -> Publication:
     """Check run and export, and write the card.
@@ -83,7 +83,7 @@ def prepare(
     folder = manifest.folder.parent.parent if manifest.folder.parent.name == "checkpoints" else None
     export = export or (folder or manifest.folder) / "hf"
     certificate = _certificate_of(manifest, export)
-    facts = gather(manifest, folder, certificate)
+    facts = gather_facts(manifest, folder, certificate)
     if folder is not None and (folder / METRICS).is_file() and not (facts.is_finished or unfinished):
         done, planned = facts.step, facts.config.train.num_steps
         remedy = "finish it, or publish this step as it is with --unfinished"
@@ -95,7 +95,7 @@ def prepare(
     return found
 
 
-def publish(found: Publication, hub: Hub) -> str:
+def upload(found: Publication, hub: Hub) -> str:
     """Send it; the address.
 
     Raises:

@@ -26,8 +26,8 @@ TOKEN_POINTS = 500  # of the curve that turns steps into tokens
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """One curve of a chart."""
+class ChartCurve:
+    """One curve of a chart, of one run."""
 
     run: int
     name: str
@@ -42,7 +42,7 @@ class Chart:
 
     id: str
     title: str
-    curves: tuple[Drawn, ...]
+    curves: tuple[ChartCurve, ...]
     is_signed: bool = False
     """Whether a logarithmic axis makes no sense."""
 
@@ -96,7 +96,7 @@ def _single(key: str, title: str, metrics: Sequence[MetricsReader], names: Seque
         steps, values = reader.values(key)
         thinned = thin(steps, values / 2**30 if key == "memory_bytes" else values, reader.points_of_a_curve())
         if thinned.steps:
-            curves.append(Drawn(run, names[run], thinned, SINGLE_COLOURS[run], DASHES[run]))
+            curves.append(ChartCurve(run, names[run], thinned, SINGLE_COLOURS[run], DASHES[run]))
     return Chart(key, title, tuple(curves))
 
 
@@ -118,7 +118,7 @@ def _several(
         if thinned.steps:
             shown = name if len(readers) == 1 else f"{name} · {names[run]}"
             dash = DASHES[(run + 2 * (places[name] // COLOURS)) % len(DASHES)]
-            curves.append(Drawn(run, shown, thinned, places[name] % COLOURS, dash))
+            curves.append(ChartCurve(run, shown, thinned, places[name] % COLOURS, dash))
     return Chart(id, title, tuple(curves), is_signed=kind == "evaluation")
 
 

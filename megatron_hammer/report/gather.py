@@ -98,7 +98,7 @@ class RunFacts:
         return self.num_steps is not None and self.metrics.last_step >= self.num_steps
 
 
-def open_run(folder: Path) -> MetricsReader:
+def open_metrics(folder: Path) -> MetricsReader:
     """The metrics of a run, not read yet.
 
     Raises:
@@ -111,11 +111,11 @@ def open_run(folder: Path) -> MetricsReader:
     return MetricsReader(path)
 
 
-def gather(folder: Path, metrics: MetricsReader, advance: Callable[[int], None] = lambda count: None) -> RunFacts:
+def gather_runs(folder: Path, metrics: MetricsReader, advance: Callable[[int], None] = lambda count: None) -> RunFacts:
     """Read everything that there is.
 
     Args:
-        metrics: of an earlier call, or of ``open_run``; what has come since is read.
+        metrics: of an earlier call, or of ``open_metrics``; what has come since is read.
         advance: called with the number of bytes of metrics.jsonl that were read.
 
     Raises:

@@ -14,7 +14,7 @@ from megatron_hammer.base.reading import open_regular
 from megatron_hammer.checkpoint.folder import find_checkpoints, step_of
 from megatron_hammer.report.charts import charts_of, draw
 from megatron_hammer.report.curves import MetricsReader
-from megatron_hammer.report.gather import RunFacts, gather, open_run
+from megatron_hammer.report.gather import RunFacts, gather_runs, open_metrics
 from megatron_hammer.report.page import Language, names_of, run_page, sayer
 from megatron_hammer.train.generations import GENERATIONS, read_generations, write_generations
 
@@ -38,7 +38,7 @@ def read_runs(folders: Sequence[Path], readers: Sequence[MetricsReader]) -> list
     """Everything that the folders have, with a bar for long metrics; ``readers`` go on where they have stopped."""
     sizes = [max(0, os.path.getsize(reader.path) - reader.bytes_read) for reader in readers]
     with Progress("reading metrics.jsonl", sum(sizes)) as progress:
-        return [gather(folder, reader, progress.advance) for folder, reader in zip(folders, readers, strict=True)]
+        return [gather_runs(folder, reader, progress.advance) for folder, reader in zip(folders, readers, strict=True)]
 
 
 def continue_prompts(folder: Path, prompts: Sequence[str], new_tokens: int) -> None:
@@ -60,7 +60,7 @@ def continue_prompts(folder: Path, prompts: Sequence[str], new_tokens: int) -> N
         write_generations(checkpoint, step_of(checkpoint), missing, folder, new_tokens, "auto")
 
 
-def write_report(
+def write_page(
     folders: Sequence[Path],
     output: Path,
     language: Language = "en",
@@ -79,7 +79,7 @@ def write_report(
     Raises:
         DataError: E380, E381: a run has no metrics.
     """
-    readers = [open_run(folder) for folder in folders]
+    readers = [open_metrics(folder) for folder in folders]
     check_page(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     if pictures is not None:

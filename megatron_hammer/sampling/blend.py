@@ -23,7 +23,7 @@ import numpy as np
 from megatron_hammer.sampling import index_builder as index
 from megatron_hammer.sampling.cache import IndexStore, Key
 
-Rule = Literal["chairman", "greedy"]
+BlendRule = Literal["chairman", "greedy"]
 
 _BLOCK = 1 << 16  # samples drawn at once: half a millisecond of work, 640 KiB kept while in use
 _BLOCKS_KEPT = 4
@@ -42,7 +42,7 @@ class Blend:
     def __init__(
         self,
         weights: Sequence[float] | np.ndarray,
-        rule: Rule = "chairman",
+        rule: BlendRule = "chairman",
         store: IndexStore | None = None,
         num_samples: int | None = None,
     ) -> None:

@@ -34,6 +34,7 @@ LEDGER = "ledger.jsonl"  # in a run's folder
 MAX_LEDGER_BYTES = 4 * 2**20  # thirty thousand rewinds
 
 Finding = Literal["nonfinite", "spike"]
+"""What is wrong with a step (``train/health.py``)."""
 Range = tuple[int, int]
 """[first, end)"""
 

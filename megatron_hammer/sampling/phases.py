@@ -2,12 +2,12 @@
 
 ::
 
-    samples         0 ------------ a ------------- b --------->      a stretch: samples that one mix gives
+    samples         0 ------------ a ------------- b --------->      a span: samples that one mix gives
     source zh         7 of 10        1 of 2          -               each has a blend that begins with it, and the place
     source en         3 of 10        1 of 2          1               in its order at which each source goes on
 
-A stretch begins each source where those before have left it, so that the passes over a source are the same whatever
-phases draw from it. Phases of one mix that follow each other are one stretch: a phase that is cut in two, or whose
+A span begins each source where those before have left it, so that the passes over a source are the same whatever
+phases draw from it. Phases of one mix that follow each other are one span: a phase that is cut in two, or whose
 neighbour continues it, changes nothing. Where the length of samples changes, a source goes on with what is unread
 (``rest.py``). A source is known by its content, so a path that moves, or another place in the mix, changes nothing.
 
@@ -62,7 +62,7 @@ def merged(mixes: Sequence[Mix]) -> list[Mix]:
 
 
 @dataclass(frozen=True, eq=False)
-class Stretch:
+class MixSpan:
     """Samples [first, end) of the run, which one mix gives."""
 
     first: int
@@ -72,7 +72,7 @@ class Stretch:
     """Those of the mix, by their places among those of the run."""
     blend: Blend
     offsets: tuple[int, ...]
-    """Of each of ``sources``: samples that the stretches before have taken from its order."""
+    """Of each of ``sources``: samples that the spans before have taken from its order."""
     orders: Sequence[SourceOrder]
     """Of each of ``sources``."""
 
@@ -91,7 +91,7 @@ class Stretch:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class SourceWindows:
     """Consecutive samples' windows of one source."""
 
     source: int
@@ -146,59 +146,61 @@ NO_SKIPS = Skips()
 
 
 class SampleOrder:
-    """The samples of a run, stretch after stretch.
+    """The samples of a run, span after span.
 
     A run may leave samples out (``ledger.py``). Then the number of a sample in the run is not its place in the order,
-    of which the stretches speak; one is turned into the other here and nowhere else.
+    of which the spans speak; one is turned into the other here and nowhere else.
 
     Args:
         num_samples: length of the run where its order ends with it; None: it has no end.
         skips: what the run leaves out.
     """
 
-    def __init__(self, stretches: Sequence[Stretch], num_samples: int | None = None, skips: Skips = NO_SKIPS) -> None:
-        self.stretches, self.num_samples, self.skips = list(stretches), num_samples, skips
+    def __init__(self, spans: Sequence[MixSpan], num_samples: int | None = None, skips: Skips = NO_SKIPS) -> None:
+        self.spans, self.num_samples, self.skips = list(spans), num_samples, skips
 
-    def within(self, first: int, end: int) -> Iterator[tuple[Stretch, int, int]]:
-        """(stretch, first, end) of the parts of places [first, end), counted from the start of the order."""
-        at = bisect_right(self.stretches, first, key=lambda stretch: stretch.first) - 1
+    def within(self, first: int, end: int) -> Iterator[tuple[MixSpan, int, int]]:
+        """(span, first, end) of the parts of places [first, end), counted from the start of the order."""
+        at = bisect_right(self.spans, first, key=lambda span: span.first) - 1
         while first < end:
-            if at == len(self.stretches):
+            if at == len(self.spans):
                 raise IndexError(f"samples [{first}, {end}) are behind the end of the run")
-            stretch = self.stretches[at]
-            until = end if stretch.end is None else min(end, stretch.end)
-            yield stretch, first, until
+            span = self.spans[at]
+            until = end if span.end is None else min(end, span.end)
+            yield span, first, until
             first, at = until, at + 1
 
-    def stretch_at(self, sample: int) -> Stretch:
-        """The stretch that holds a sample."""
+    def span_at(self, sample: int) -> MixSpan:
+        """The span that holds a sample."""
         place = self.skips.place(sample)
         return next(self.within(place, place + 1))[0]
 
-    def parts(self, first: int, count: int) -> Iterator[Part]:
+    def parts(self, first: int, count: int) -> Iterator[SourceWindows]:
         """The windows that samples [first, first + count) are, by source."""
         if first < 0 or count < 1 or (self.num_samples is not None and first + count > self.num_samples):
             raise IndexError(f"samples [{first}, {first + count}) are not in [0, {self.num_samples})")
         rows = 0
         for place, taken in self.skips.pieces(first, count):
             for part in self._parts_in_order(place, taken):
-                yield Part(part.source, part.order, part.rows + rows, part.windows)
+                yield SourceWindows(part.source, part.order, part.rows + rows, part.windows)
             rows += taken
 
-    def _parts_in_order(self, first: int, count: int) -> Iterator[Part]:
+    def _parts_in_order(self, first: int, count: int) -> Iterator[SourceWindows]:
         """The same of places."""
-        for stretch, begin, end in self.within(first, first + count):
+        for span, begin, end in self.within(first, first + count):
             number, before = end - begin, begin - first
-            if len(stretch.sources) == 1:
-                at = stretch.offsets[0] + begin - stretch.first
-                order = stretch.orders[0]
-                yield Part(stretch.sources[0], order, np.arange(before, before + number), order.windows(at, number))
+            if len(span.sources) == 1:
+                at = span.offsets[0] + begin - span.first
+                order = span.orders[0]
+                yield SourceWindows(
+                    span.sources[0], order, np.arange(before, before + number), order.windows(at, number)
+                )
                 continue
-            places, positions = stretch.blend.range(begin - stretch.first, number)
+            places, positions = span.blend.range(begin - span.first, number)
             for place in np.unique(places).tolist():
                 rows = np.flatnonzero(places == place)  # the samples of one source follow each other
-                order, at = stretch.orders[place], stretch.offsets[place] + int(positions[rows[0]])
-                yield Part(stretch.sources[place], order, rows + before, order.windows(at, len(rows)))
+                order, at = span.orders[place], span.offsets[place] + int(positions[rows[0]])
+                yield SourceWindows(span.sources[place], order, rows + before, order.windows(at, len(rows)))
 
     def ids(self, first: int, count: int) -> list[SampleId]:
         """The names of samples [first, first + count)."""
@@ -209,7 +211,7 @@ class SampleOrder:
         return self._names(self._parts_in_order(place, count), count)
 
     @staticmethod
-    def _names(parts: Iterator[Part], count: int) -> list[SampleId]:
+    def _names(parts: Iterator[SourceWindows], count: int) -> list[SampleId]:
         named: list[SampleId | None] = [None] * count
         for part in parts:
             epochs, windows = part.order.epochs(part.windows), part.windows.tolist()
@@ -219,9 +221,9 @@ class SampleOrder:
 
     def prepare(self, first: int, end: int) -> None:
         """Build, or find, every index that samples [first, end) need."""
-        for stretch, begin, until in self.within(self.skips.place(first), self.skips.end(end)):
-            before, after = (stretch.drawn(sample - stretch.first) for sample in (begin, until))
-            for order, offset, low, high in zip(stretch.orders, stretch.offsets, before, after, strict=True):
+        for span, begin, until in self.within(self.skips.place(first), self.skips.end(end)):
+            before, after = (span.drawn(sample - span.first) for sample in (begin, until))
+            for order, offset, low, high in zip(span.orders, span.offsets, before, after, strict=True):
                 if high > low:
                     order.prepare(offset + low, offset + high - 1)
 
@@ -258,7 +260,7 @@ def lay_out(
     mixes = [
         replace(mix, first=skips.end(mix.first), end=None if mix.end is None else skips.end(mix.end)) for mix in mixes
     ]
-    stretches: list[Stretch] = []
+    spans: list[MixSpan] = []
     orders: dict[int, IndependentOrder] = {}
     taken = [0] * len(sources)  # samples of the present order of each source
     for mix in merged(mixes):
@@ -277,11 +279,11 @@ def lay_out(
         store = next((store for place in drawn_from if (store := sources[place].store) is not None), None)
         blend = Blend(shares, "chairman", store, length)
         offsets = tuple(taken[place] for place in drawn_from)
-        stretch = Stretch(
+        span = MixSpan(
             mix.first, mix.end, mix.seq_length, drawn_from, blend, offsets, [orders[place] for place in drawn_from]
         )
-        stretches.append(stretch)
+        spans.append(span)
         if mix.end is not None:
-            for place, drawn in zip(drawn_from, stretch.drawn(mix.end - mix.first), strict=True):
+            for place, drawn in zip(drawn_from, span.drawn(mix.end - mix.first), strict=True):
                 taken[place] += drawn
-    return SampleOrder(stretches, skips=skips)
+    return SampleOrder(spans, skips=skips)

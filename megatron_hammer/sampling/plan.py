@@ -3,7 +3,7 @@
 ::
 
     data.train {prefix: weight} + data.weights --> sampling_weights --> shares of the samples, by which TrainData draws
-    shares, tokens of each source, length of the run --> make_plan --> tokens, epochs and repeats of each source
+    shares, tokens of each source, length of the run --> plan_sources --> tokens, epochs and repeats of each source
 
 A weight is a share of the samples, a number of tokens, or a number of epochs (passes over the source). The length of a
 run is ``train.num_steps`` whatever the weights say: the sources are drawn in the proportions that the weights ask for,
@@ -43,7 +43,7 @@ def sampling_weights(weights: Sequence[float], unit: WeightUnit, tokens: Sequenc
 
 
 @dataclass(frozen=True)
-class Content:
+class SourceContent:
     """What a plan must know of a source."""
 
     prefix: str
@@ -162,7 +162,7 @@ class RunPlan:
     course: Course
     whole: Plan | None
     """The same as one table, where there is one phase and one size of a step, now and before."""
-    contents: tuple[Content, ...]
+    contents: tuple[SourceContent, ...]
     names: Mapping[str, str]
     """Prefix -> what the run calls it."""
     ramp: str = ""
@@ -236,7 +236,7 @@ def _drawn_by_content(plan: RunPlan, end: int | None) -> dict[str, int]:
 
 
 def plan_run(
-    config: Config, contents: Sequence[Content], course: Course | None = None, max_epochs: float | None = None
+    config: Config, contents: Sequence[SourceContent], course: Course | None = None, max_epochs: float | None = None
 ) -> RunPlan:
     """Work out what each source gives to a run in each of its phases.
 
@@ -244,7 +244,7 @@ def plan_run(
         config: of the run.
         contents: of its sources.
         course: which samples its steps hold; absent: those of a run that begins with this config.
-        max_epochs: as for ``make_plan``.
+        max_epochs: as for ``plan_sources``.
 
     Raises:
         DataError: E345 a source is empty.
@@ -259,7 +259,7 @@ def plan_run(
     for phase in config.phases:
         last = end if phase.end is None else min(phase.end, end)
         samples = max(0, last - phase.first)
-        plan = make_plan(phase.train, phase.unit, tokens, samples, phase.seq_length)
+        plan = plan_sources(phase.train, phase.unit, tokens, samples, phase.seq_length)
         sources = tuple(replace(s, before=drawn.get(of[s.prefix], 0), name=names[s.prefix]) for s in plan.sources)
         for source in sources:
             drawn[of[source.prefix]] = drawn.get(of[source.prefix], 0) + source.drawn
@@ -269,7 +269,7 @@ def plan_run(
     if len(phases) == 1 and len(course.batches.ramp) == 1 and course.is_even:
         (only,) = config.phases
         size = course.batches.at(0) * only.seq_length
-        whole = make_plan(only.train, only.unit, tokens, course.num_steps, size, max_epochs)
+        whole = plan_sources(only.train, only.unit, tokens, course.num_steps, size, max_epochs)
         whole = replace(whole, sources=tuple(replace(s, name=names[s.prefix]) for s in whole.sources))
     found = RunPlan(tuple(phases), course, whole, tuple(contents), names, _ramp(config, course))
     worst = _most_read(found.totals)
@@ -284,7 +284,7 @@ def plan_run(
     return found
 
 
-def make_plan(
+def plan_sources(
     weights: Mapping[str, float],
     unit: WeightUnit,
     tokens: Mapping[str, int],

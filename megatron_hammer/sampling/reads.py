@@ -16,7 +16,7 @@ import numpy as np
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config.phases import Course
 from megatron_hammer.sampling.order import DocumentSpan, IndependentOrder, MegatronOrder
-from megatron_hammer.sampling.phases import Stretch
+from megatron_hammer.sampling.phases import MixSpan
 from megatron_hammer.sampling.samples import TrainData
 
 _DOCUMENTS_AT_ONCE = 1 << 20
@@ -66,21 +66,21 @@ def document_reads(data: TrainData, source: int, document: int, start: int, end:
                           f"must lie in 0 to {dataset.num_documents} minus 1", "count documents from 0")  # fmt: skip
     reads: list[Read] = []
     skips = data.order.skips
-    for stretch, begin, until in data.order.within(skips.place(start), max(skips.end(end), skips.place(start))):
-        share = stretch.share_of(source)
+    for span, begin, until in data.order.within(skips.place(start), max(skips.end(end), skips.place(start))):
+        share = span.share_of(source)
         if share == 0:
             continue
-        order = stretch.order_of(source)
+        order = span.order_of(source)
         if isinstance(order, MegatronOrder):
             first, last = (int(x) for x in dataset.document_indices[document : document + 2])
             windows = _megatron_windows(order, first, last)
         else:
-            offset = stretch.offsets[stretch.sources.index(source)]
-            low = max(0, math.floor(share * (begin - stretch.first)) - _LAG)
-            high = math.ceil(share * (until - stretch.first)) + _LAG
+            offset = span.offsets[span.sources.index(source)]
+            low = max(0, math.floor(share * (begin - span.first)) - _LAG)
+            high = math.ceil(share * (until - span.first)) + _LAG
             windows = _independent_windows(order, document, offset + low, offset + high)
         for position, window in windows:
-            i = _sample_of(stretch, source, position, share, begin, until)
+            i = _sample_of(span, source, position, share, begin, until)
             if i is None or (i := skips.number(i)) is None:
                 continue
             spans = [span for span in data.locate(i) if span.document == document]
@@ -137,19 +137,19 @@ def _megatron_windows(order: MegatronOrder, first: int, last: int) -> list[tuple
     return list(zip(at.tolist(), order.index.shuffle[at].tolist()))
 
 
-def _sample_of(stretch: Stretch, source: int, position: int, share: float, start: int, end: int) -> int | None:
+def _sample_of(span: MixSpan, source: int, position: int, share: float, start: int, end: int) -> int | None:
     """The sample of the run that is sample ``position`` of a source; None where it is not in [start, end)."""
-    place = stretch.sources.index(source)
-    position -= stretch.offsets[place]
+    place = span.sources.index(source)
+    position -= span.offsets[place]
     if position < 0:
         return None
-    low = max(start - stretch.first, math.floor((position - _LAG) / share))
-    high = min(end - stretch.first, math.ceil((position + _LAG + 1) / share))
+    low = max(start - span.first, math.floor((position - _LAG) / share))
+    high = min(end - span.first, math.ceil((position + _LAG + 1) / share))
     if high <= low:
         return None
-    sources, positions = stretch.blend.range(low, high - low)
+    sources, positions = span.blend.range(low, high - low)
     at = np.flatnonzero((sources == place) & (positions == position))
-    return stretch.first + low + int(at[0]) if len(at) else None
+    return span.first + low + int(at[0]) if len(at) else None
 
 
 def describe_read(read: Read, course: Course) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class Rest:
             read: bool [windows], which of them.
             first: number of the first target of the pass.
         """
-        edges = np.flatnonzero(np.diff(read, prepend=True, append=True))  # a stretch of unread windows: begin, end
+        edges = np.flatnonzero(np.diff(read, prepend=True, append=True))  # a run of unread windows: begin, end
         begins, ends = first + edges[::2] * seq_length, first + edges[1::2] * seq_length
         cuts = self.firsts
         if len(begins):

@@ -33,7 +33,7 @@ from megatron_hammer.sampling.cache import IndexStore
 from megatron_hammer.sampling.fill_in_the_middle import FillInTheMiddle, Infill, open_fim, source_key
 from megatron_hammer.sampling.ledger import Rewind
 from megatron_hammer.sampling.order import DocumentSpan, MegatronOrder, SampleId
-from megatron_hammer.sampling.phases import NO_SKIPS, Mix, Part, SampleOrder, Skips, Source, Stretch, lay_out
+from megatron_hammer.sampling.phases import NO_SKIPS, Mix, MixSpan, SampleOrder, Skips, Source, SourceWindows, lay_out
 from megatron_hammer.sampling.plan import WeightUnit, sampling_weights
 from megatron_hammer.sampling.sources import SourceKey, keys_in_mix, source_keys, source_names
 from megatron_hammer.tokenizer.interface import Tokenizer
@@ -140,7 +140,7 @@ class TrainData:
             blend = Blend(only_shares, "greedy", self._stores[0], num_samples)
             places = tuple(range(len(self.sources)))
             assert not skips.ranges, "Megatron-LM's order has as many samples as the run reads"
-            self.order = SampleOrder([Stretch(0, None, length, places, blend, (0,) * len(places), orders)], num_samples)
+            self.order = SampleOrder([MixSpan(0, None, length, places, blend, (0,) * len(places), orders)], num_samples)
 
     def _places_of(self, prefix: str) -> list[int]:
         """Of a source, by its path, or by its content where a later phase has it under another path."""
@@ -170,10 +170,10 @@ class TrainData:
 
     def prepare_epochs(self, epochs: int) -> None:
         """The same for the first ``epochs`` passes over every source."""
-        for stretch in self.order.stretches:
-            for source, order in zip(stretch.sources, stretch.orders, strict=True):
+        for span in self.order.spans:
+            for source, order in zip(span.sources, span.orders, strict=True):
                 self.dataset(source)
-                order.prepare(0, (epochs * self.sources[source].num_tokens - 1) // stretch.seq_length)
+                order.prepare(0, (epochs * self.sources[source].num_tokens - 1) // span.seq_length)
 
     def dataset(self, source: int) -> IndexedDataset:
         """The files of a source.
@@ -186,7 +186,7 @@ class TrainData:
             raise found.refusal()
         return found
 
-    def _parts(self, first: int, count: int) -> list[Part]:
+    def _parts(self, first: int, count: int) -> list[SourceWindows]:
         """The windows that some samples are, by source, all of which are there."""
         parts = list(self.order.parts(first, count))
         for part in parts:
@@ -196,7 +196,7 @@ class TrainData:
 
     def seq_length_at(self, i: int) -> int:
         """Targets in sample ``i``."""
-        return self.order.stretch_at(i).seq_length
+        return self.order.span_at(i).seq_length
 
     @cached_property
     def names(self) -> list[str]:
@@ -211,9 +211,9 @@ class TrainData:
     def tokens_of_sources(self, end: int) -> list[int]:
         """How many targets of samples [0, end) come from each of ``sources``."""
         counts = [0] * len(self.sources)
-        for stretch, first, until in self.order.within(0, end):
-            for source, samples in zip(stretch.sources, stretch.drawn(until - first), strict=True):
-                counts[source] += samples * stretch.seq_length
+        for span, first, until in self.order.within(0, end):
+            for source, samples in zip(span.sources, span.drawn(until - first), strict=True):
+                counts[source] += samples * span.seq_length
         return counts
 
     def sample_id(self, i: int) -> SampleId:
@@ -290,7 +290,9 @@ class TrainData:
         documents = cumulative_lengths(ends) if self._document_mask else None
         return Batch.from_windows(out, documents=documents, sources=sources)
 
-    def _rearrange(self, part: Part, samples: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> list[Infill]:
+    def _rearrange(
+        self, part: SourceWindows, samples: np.ndarray, lengths: np.ndarray, counts: np.ndarray
+    ) -> list[Infill]:
         """Fill-in-the-middle in the samples of a part, in place, where its source has it."""
         if part.source not in self._fim:
             return []

@@ -14,13 +14,13 @@ from typing import Any
 from megatron_hammer.base.cli import leave
 from megatron_hammer.base.errors import ParallelError, from_exception, to_fields
 from megatron_hammer.base.signals import STOP_SIGNALS, on_signals
-from megatron_hammer.base.streams import Output, flush_streams, guard_streams
+from megatron_hammer.base.streams import OutputKind, flush_streams, guard_streams
 from megatron_hammer.base.system import die_with_parent
 from megatron_hammer.config import Config
 from megatron_hammer.parallel.board import Board
 from megatron_hammer.parallel.rendezvous import collective_timeout, join_store
 
-Place = tuple[str, int] | None
+StoreAddress = tuple[str, int] | None
 """Address and port of the store; None for a rank that is alone."""
 
 
@@ -30,7 +30,7 @@ def rank_main(
     rank: int,
     local_rank: int,
     world_size: int,
-    place: Place,
+    place: StoreAddress,
     options: dict[str, Any],
     launcher: int,
     pipe: Connection,
@@ -42,8 +42,8 @@ def rank_main(
         board: of the ranks of this machine, on which this one notes what it does.
     """
     die_with_parent(launcher)
-    journal = board.journal(local_rank)
-    guard_streams(Output.LOG)
+    status = board.slot(local_rank)
+    guard_streams(OutputKind.LOG)
     # What the training loop gives back at its end: a late signal changes nothing.
     on_signals(STOP_SIGNALS, lambda *_: None)
     try:
@@ -51,14 +51,14 @@ def rank_main(
         module, _, function = entry.partition(":")
         run_rank = getattr(importlib.import_module(module), function)
         check_data = False  # the launcher has
-        code = run_rank(config, rank, local_rank, world_size, store, check_data, journal=journal, **options)
+        code = run_rank(config, rank, local_rank, world_size, store, check_data, status=status, **options)
     except BaseException as error:
         known = from_exception(error, f"rank {rank}")
         pipe.send_bytes(
             json.dumps(
                 {
                     "time": time.monotonic(),  # one clock for all processes of a machine
-                    "in_collective": journal.is_waiting,
+                    "in_collective": status.is_waiting,
                     "error": None if known is None else to_fields(known),
                     "exception": " ".join(traceback.format_exception_only(error)).strip(),
                     "traceback": "".join(traceback.format_exception(error))[-20_000:].rstrip(),

@@ -50,7 +50,7 @@ def main() -> int:
     nodes = Surroundings(rank, world_size, config.parallel.timeout_seconds)
     try:
         code = run_rank(
-            config, rank, local_rank, world_size, nodes.store, accepted=arguments.accept, journal=nodes.journal
+            config, rank, local_rank, world_size, nodes.store, accepted=arguments.accept, status=nodes.status
         )
     except Exception as error:
         known = from_exception(error, f"rank {rank}")
@@ -100,9 +100,9 @@ def _main() -> None:
     """Handlers first: everything else is loaded behind them."""
     end_at_once("before the first step")
     from megatron_hammer.base.cli import run
-    from megatron_hammer.base.streams import Output
+    from megatron_hammer.base.streams import OutputKind
 
-    run(main, Output.LOG)
+    run(main, OutputKind.LOG)
 
 
 if __name__ == "__main__":

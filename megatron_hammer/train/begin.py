@@ -37,9 +37,9 @@ from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train import corruption, cuda_graph
 from megatron_hammer.train.build import check_compiler, kernel_requirements
 from megatron_hammer.train.comparison import Prediction, device_name
-from megatron_hammer.train.loop import Run
-from megatron_hammer.train.output import HeldOutput, is_read_only, only_writer, put_in_order, remove_leftovers
-from megatron_hammer.train.prepare import Prepared, Start, build_indices, find_start, look_at_inputs, settle
+from megatron_hammer.train.loop import TrainLoop
+from megatron_hammer.train.output import HeldOutput, clear_output, is_read_only, only_writer, put_in_order
+from megatron_hammer.train.prepare import Prepared, Start, build_large_indices, find_start, look_at_inputs, settle
 from megatron_hammer.train.shortage import memory_of, refuse_far_too_large
 from megatron_hammer.train.start import facts_of, look_for_probe, name_start, open_start, probe_file
 from megatron_hammer.train.trackers import check_trackers
@@ -49,7 +49,7 @@ class Beginning:
     """One rank's part in finding out what the run starts with.
 
     Args:
-        held: takes rank 0's lock, which then lasts as long as the run.
+        held: takes rank 0's lock of the output folder, which then lasts as long as the run.
         check_data: False where the launcher has looked through the datasets already.
         accepted: names of what may differ from the checkpoint that the run resumes from.
     """
@@ -63,7 +63,7 @@ class Beginning:
         check_data: bool = True,
         accepted: Collection[str] = (),
     ) -> None:
-        self._ranks, self._held, self._config, self._local_rank = ranks, held, config, local_rank
+        self.ranks, self._held, self._config, self._local_rank = ranks, held, config, local_rank
         self._check_data, self._accepted = check_data, accepted
         self._folder = Path(config.train.output)
         self._read_only: OSError | None = None
@@ -85,11 +85,11 @@ class Beginning:
         Raises:
             HammerError: the same on all ranks.
         """
-        with self._ranks.round("inputs") as mine:
-            self._inputs = look_at_inputs(self._config, self._ranks.world_size, self._check_data, self._accepted)
+        with self.ranks.round("inputs") as mine:
+            self._inputs = look_at_inputs(self._config, self.ranks.world_size, self._check_data, self._accepted)
             mine.facts = facts_of(self._inputs)
-        with self._ranks.round("output"):
-            if self._ranks.rank == 0:
+        with self.ranks.round("output"):
+            if self.ranks.rank == 0:
                 self._take_output()
         return self._agree_on_checkpoint()
 
@@ -108,14 +108,14 @@ class Beginning:
             return  # nothing to look at yet: a start that is refused makes no folder
         try:
             self.output = self._held.enter_context(only_writer(self._folder, is_new))
-            self._cleaned = remove_leftovers(self._folder)
+            self._cleaned = clear_output(self._folder)
         except OSError as error:  # a finished run says so from a folder that nobody may write to
             if not is_read_only(error):
                 raise
             self._read_only = error
 
     def _agree_on_checkpoint(self) -> Prepared:
-        rank, ranks, again = self._ranks.rank, self._ranks, self._turn()
+        rank, ranks, again = self.ranks.rank, self.ranks, self._turn()
         with ranks.round(f"search{again}") as mine:
             start = find_start(self._inputs.config, self._accepted, self._damage) if rank == 0 else Start()
             mine.sent = name_start(start, self._inputs.config)
@@ -140,7 +140,7 @@ class Beginning:
 
     def put_in_order(self, prepared: Prepared) -> None:
         """Put aside what the run does not go on from, now that the state it goes on from is there."""
-        with self._ranks.round(f"order{self._turn()}"):
+        with self.ranks.round(f"order{self._turn()}"):
             if self.output is not None:
                 resumed = None if prepared.resume is None else prepared.resume.step
                 passed = prepared.taken_back, prepared.rewinds
@@ -151,16 +151,16 @@ class Beginning:
     def _look_here(self, prepared: Prepared) -> None:
         """What is found out on each rank by itself."""
         if self._check_data:
-            build_indices(prepared)
-        self.device = choose_device(prepared.config, self._local_rank)
+            build_large_indices(prepared)
+        self.device = device_of_rank(prepared.config, self._local_rank)
         check_machine(prepared.config, self.device)
-        if self._ranks.rank == 0:  # the one that reports
+        if self.ranks.rank == 0:  # the one that reports
             check_trackers(self._config.log.trackers)
             self._predict(prepared)
 
     def _predict(self, prepared: Prepared) -> None:
         """Say what the run will need, and refuse what is far beyond this machine."""
-        config, world_size = prepared.config, self._ranks.world_size
+        config, world_size = prepared.config, self.ranks.world_size
         self.prediction, self.predicted = Prediction.of(config, world_size, self.device)
         if self.prediction is not None and not prepared.is_finished:
             needed = sum(self.prediction.parts.values())
@@ -183,14 +183,12 @@ def begin(
     prepared: Prepared,
     ctx: ParallelContext,
     announce: Callable[[Prepared], None],
-    prediction: Prediction | None = None,
     when_finished: bool = False,
-) -> Run | None:
+) -> TrainLoop | None:
     """Build the run and load its state; from an older checkpoint where the newest turns out to be damaged.
 
     Args:
         announce: called with a line on what the run goes on from instead.
-        prediction: as ``Run`` takes it.
         when_finished: build one that has reached its end, too, for who looks at it.
 
     Returns:
@@ -201,7 +199,7 @@ def begin(
     """
     while when_finished or not prepared.is_finished:
         try:
-            run = Run(prepared, ctx, output=beginning.output, prediction=prediction)
+            run = TrainLoop(prepared, ctx, output=beginning.output, prediction=beginning.prediction)
             beginning.put_in_order(prepared)
             return run
         except CheckpointError as error:
@@ -223,7 +221,7 @@ def check_machine(config: Config, device: torch.device) -> None:
     check_compiler(config)
 
 
-def choose_device(config: Config, local_rank: int) -> torch.device:
+def device_of_rank(config: Config, local_rank: int) -> torch.device:
     """The GPU of this local rank, or the CPU."""
     wanted = config.train.device
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):

@@ -13,7 +13,7 @@ from megatron_hammer.config import Config
 from megatron_hammer.kernels.adamw import OptimizerKernels
 from megatron_hammer.kernels.backend import Requirements
 from megatron_hammer.kernels.operations import Operations
-from megatron_hammer.kernels.ranges import Range, no_range
+from megatron_hammer.kernels.ranges import RangeOf, no_range
 from megatron_hammer.kernels.selection import select_operations, select_optimizer_kernels
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Stage, build_stage
@@ -73,7 +73,7 @@ def check_compiler(config: Config, version: str = torch.__version__) -> None:
 def build(
     config: Config,
     ctx: ParallelContext,
-    range_of: Range = no_range,
+    range_of: RangeOf = no_range,
     dtype: torch.dtype | None = None,
     initial: bool = True,
     kernels: StepKernels | None = None,
@@ -86,7 +86,7 @@ def build(
 def build_stages(
     config: Config,
     ctx: ParallelContext,
-    range_of: Range = no_range,
+    range_of: RangeOf = no_range,
     dtype: torch.dtype | None = None,
     initial: bool = True,
     kernels: StepKernels | None = None,
@@ -138,7 +138,7 @@ def tables_of_stages(config: Config, pp_rank: int) -> Tables:
 
 
 def _store(
-    config: Config, table: Sequence[Parameter], dtype: torch.dtype, ctx: ParallelContext, range_of: Range
+    config: Config, table: Sequence[Parameter], dtype: torch.dtype, ctx: ParallelContext, range_of: RangeOf
 ) -> FlatStore:
     """The weights of a stage and the sums of their gradients."""
     parallel = config.parallel

@@ -52,7 +52,7 @@ class Change:
         return self.accepted_by[:1] in ((DATA,), (TOKENIZER,))
 
 
-def check_names(accepted: Iterable[str]) -> None:
+def check_accepted_names(accepted: Iterable[str]) -> None:
     """Refuse what ``--accept`` cannot name; the error names the nearest one.
 
     Raises:

@@ -76,7 +76,7 @@ class Prediction:
             self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
         if self._steps != WARM_UP_STEPS + MEASURED_STEPS:
             return None
-        predicted, measured = sum(self.parts.values()) / GIB, peak_bytes(self.device) / GIB
+        predicted, measured = sum(self.parts.values()) / GIB, peak_of_process(self.device) / GIB
         rate = self._tokens / self._seconds
         beside = "" if self.speed is None else f", predicted {self.speed:,.0f} ({rate / self.speed - 1:+.0%})"
         what = f"allocated, predicted {predicted:.2f} ({measured / predicted - 1:+.0%})"
@@ -85,8 +85,8 @@ class Prediction:
         return f"after {self._steps} steps: at most {measured:.2f} GiB of rank 0 {what}; {rate:,.0f} tokens/s{beside}"
 
 
-def peak_bytes(device: torch.device) -> int:
+def peak_of_process(device: torch.device) -> int:
     """The most memory that this process has had: given out by torch's allocator on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return system.peak_bytes()
+    return system.peak_resident_bytes()

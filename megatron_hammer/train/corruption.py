@@ -51,8 +51,8 @@ LOSSES, HIDDEN, SENT_BACK = "the losses", "the hidden states", "the gradient of 
 
 
 @dataclass(frozen=True)
-class Item:
-    """Something that a rank computes from a micro-batch."""
+class ComputedTensor:
+    """A tensor that a rank computes from a micro-batch, by its name and when it is there."""
 
     name: str
     """``LOSSES``, ``HIDDEN``, ``SENT_BACK``, or that of the parameter, in the table, whose gradient it is."""
@@ -116,22 +116,22 @@ class CorruptionCheck:
         stores, numbers = optimizer.store.of_stages, config.pipeline(ctx.pp.rank).stages
         self.number_of = {store: n for n, store in enumerate(stores)}
         last = config.pipeline().num_stages - 1
-        self.items: list[Item] = []
+        self.items: list[ComputedTensor] = []
         self.index: dict[tuple[int, int | str], int] = {}
         for n, (stage, store, number) in enumerate(zip(stages_of(model), stores, numbers, strict=True)):
             back = 2 * last + 1 - number
-            self._add((n, "output"), Item(LOSSES if stage.placement.has_head else HIDDEN, number, 0))
+            self._add((n, "output"), ComputedTensor(LOSSES if stage.placement.has_head else HIDDEN, number, 0))
             for i, row in enumerate(store.table):
-                self._add((n, i), Item(row.name, back, len(store.table) - i))
+                self._add((n, i), ComputedTensor(row.name, back, len(store.table) - i))
             if number > 0:
-                self._add((n, SENT_BACK), Item(SENT_BACK, back, len(store.table) + 1))
+                self._add((n, SENT_BACK), ComputedTensor(SENT_BACK, back, len(store.table) + 1))
         hidden = config.train.micro_batch_size * config.largest.data.seq_length * config.model.hidden_size
         self.hash = whole_hash(ctx.device, max(hidden, *(row.numel for store in stores for row in store.table)))
         self.hashes = torch.zeros((2, len(self.items)), dtype=torch.int64, device=ctx.device)
         self.alone, self.again = Pass(self, alone=True), Pass(self, alone=False)
         self._forget()
 
-    def _add(self, key: tuple[int, int | str], item: Item) -> None:
+    def _add(self, key: tuple[int, int | str], item: ComputedTensor) -> None:
         self.index[key] = len(self.items)
         self.items.append(item)
 

@@ -51,8 +51,8 @@ SHOWN_RANKS = 8
 
 
 @dataclass(frozen=True)
-class Item:
-    """Something that ranks hold, alike where more than one does."""
+class HeldTensor:
+    """A part of a logical tensor, or a scalar, that ranks hold, alike where more than one does (a replica)."""
 
     kind: str
     tensor: str
@@ -61,7 +61,7 @@ class Item:
     cols: Range | None = None
 
     @classmethod
-    def of(cls, kind: str, s: SliceLike) -> Item:
+    def of(cls, kind: str, s: SliceLike) -> HeldTensor:
         """The rectangle of a slice of the table."""
         return cls(kind, s.tensor, s.rows, s.cols)
 
@@ -95,7 +95,7 @@ class _ItemPart:
     first: int
 
 
-Part = tuple[ParameterLike, int, int]
+OwnedRange = tuple[ParameterLike, int, int]
 """[start, stop) of a flattened parameter."""
 
 
@@ -110,8 +110,10 @@ class DriftCheck:
         in_16_bits = any(state.param is not None for state in states)
         kinds = [WEIGHT, *STATES, ROUNDED] if in_16_bits else [WEIGHT, *(kind for kind in STATES if kind != MASTER)]
         names = {kind: shapes_of(config.model, STATES.get(kind, kind), config.optimizer.style) for kind in kinds}
-        held = {Item.of(kind, s) for kind in kinds for row in table for s in row.slices if s.tensor in names[kind]}
-        held |= {Item(OPTIMIZER, name) for name in self._scalars()}
+        held = {
+            HeldTensor.of(kind, s) for kind in kinds for row in table for s in row.slices if s.tensor in names[kind]
+        }
+        held |= {HeldTensor(OPTIMIZER, name) for name in self._scalars()}
         self.items = self._in_common(config, kinds, held)
         self.index = {item: i for i, item in enumerate(self.items)}
         self.absent = self._mask(item not in held for item in self.items)
@@ -119,7 +121,7 @@ class DriftCheck:
         self.is_rounded = self._mask(item.kind == ROUNDED for item in self.items)
         self.has_states = any(item.kind in STATES for item in self.items)
         self.weights = list(self._pieces(WEIGHT, [(row, 0, row.numel) for row in table]))
-        shards: list[Part] = [(shard.parameter, shard.start, shard.stop) for shard in optimizer.shards()]
+        shards: list[OwnedRange] = [(shard.parameter, shard.start, shard.stop) for shard in optimizer.shards()]
         self.states = {kind: list(self._pieces(kind, shards)) for kind in STATES}
         self.updated = list(self._updated(WEIGHT)) if self.ctx.sharing.size > 1 else []
         self.rounded = list(self._updated(ROUNDED))
@@ -133,23 +135,23 @@ class DriftCheck:
     def _mask(self, values: Iterable[bool]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.bool, device=self.ctx.device)
 
-    def _in_common(self, config: Config, kinds: Sequence[str], held: set[Item]) -> list[Item]:
+    def _in_common(self, config: Config, kinds: Sequence[str], held: set[HeldTensor]) -> list[HeldTensor]:
         """The items of the whole model of which there are copies, and what a rank can check by itself."""
         tp = self.ctx.tp.size
         placed = [place(config.model, rank, tp) for rank in range(tp)]  # each with all stages
         slices = [s for at in placed for row in parameter_table(config.model, at) for s in row.slices]
-        items = list(dict.fromkeys(Item.of(kind, s) for kind in kinds for s in slices))
-        items += [Item(OPTIMIZER, name) for name in self._scalars()]
+        items = list(dict.fromkeys(HeldTensor.of(kind, s) for kind in kinds for s in slices))
+        items += [HeldTensor(OPTIMIZER, name) for name in self._scalars()]
         holders = torch.tensor([item in held for item in items], dtype=torch.int64, device=self.ctx.device)
         all_reduce(holders, self.ctx.world)
         enough = dict.fromkeys(STATES, 2 * self.ctx.sharing.size) | {ROUNDED: 1}
         return [item for item, n in zip(items, holders.tolist(), strict=True) if n >= enough.get(item.kind, 2)]
 
-    def _pieces(self, kind: str, parts: Sequence[Part]) -> Iterator[_ItemPart]:
+    def _pieces(self, kind: str, parts: Sequence[OwnedRange]) -> Iterator[_ItemPart]:
         """What each part has of each item of this kind."""
         for source, (row, start, stop) in enumerate(parts):
             for s in row.slices:
-                item, origin = self.index.get(Item.of(kind, s)), s.local_row * s.num_cols
+                item, origin = self.index.get(HeldTensor.of(kind, s)), s.local_row * s.num_cols
                 first, last = max(start, origin), min(stop, origin + s.num_rows * s.num_cols)
                 if item is not None and first < last:
                     yield _ItemPart(item, source, first - start, last - start, first - origin)
@@ -181,7 +183,7 @@ class DriftCheck:
             bits = INTEGERS[has.element_size()]
             hashes[0, piece.item] += (has.view(bits) != master.to(has.dtype).view(bits)).sum()
         for name, scalar in self._scalars().items():
-            if (item := self.index.get(Item(OPTIMIZER, name))) is not None:
+            if (item := self.index.get(HeldTensor(OPTIMIZER, name))) is not None:
                 hashes[0, item] = self.hash(scalar)
         hashes[0].masked_fill_(self.absent, ABSENT)
         return DriftReport(step, self._compare(hashes[0].clone()), hashes)
@@ -248,7 +250,7 @@ class DriftCheck:
             "take its device out of use (docs/errors.md)",
         )
 
-    def _blame(self, item: Item, values: np.ndarray, updated: np.ndarray) -> tuple[list[int], list[int]] | None:
+    def _blame(self, item: HeldTensor, values: np.ndarray, updated: np.ndarray) -> tuple[list[int], list[int]] | None:
         """The ranks that are wrong, and those they were held against; None where all is well.
 
         Args:

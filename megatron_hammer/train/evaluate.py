@@ -92,7 +92,7 @@ def evaluate(
     for first in range(0, len(mine), at_once):
         if stop is not None:
             stop.now_and_then()
-        ctx.journal.mark(f"evaluation, micro-batch {first + 1} of {len(mine)}")
+        ctx.status.mark(f"evaluation, micro-batch {first + 1} of {len(mine)}")
         numbers = mine[first : first + at_once]
         begins = [starts[min(i, len(starts) - 1)] for i in numbers]
         shares = [range(begin, min(begin + micro_batch_size, len(data))) for begin in begins]

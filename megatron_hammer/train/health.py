@@ -20,12 +20,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_hammer.sampling.ledger import Finding
+
 KNOWN_AFTER = 2  # steps: see above
 SMALLEST_HISTORY = 20  # values: of fewer the median distance says little
 NORMAL = 1.4826  # the standard deviation of a normal distribution whose MAD is 1
 SMALLEST_SPREAD = 0.01  # of the median: values that hardly differ must not make a trifle a spike
-
-Finding = Literal["", "nonfinite", "spike"]
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ class Health:
 
     def take(
         self, step: int, loss: float, grad_norm: float, applied: bool, limits: Limits | None, scaled: bool
-    ) -> Finding:
+    ) -> Finding | Literal[""]:
         """Remember a step that has been read; what is wrong with it.
 
         Args:
             limits: those of the step.
             scaled: the loss is scaled (fp16): a gradient that is not finite while the loss is looks for a scale.
         """
-        finding: Finding = ""
+        finding: Finding | Literal[""] = ""
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaled):
             finding = "nonfinite"
         elif limits is not None and (loss > limits.loss or (limits.grad_norm < grad_norm < math.inf)):

@@ -72,7 +72,7 @@ class PlannedLayout:
 
 
 @dataclass(frozen=True)
-class Rejected:
+class RejectedLayout:
     """A candidate that is none."""
 
     layout: str
@@ -84,14 +84,14 @@ class Rejected:
 
 
 @dataclass(frozen=True)
-class Search:
+class FoundLayouts:
     """All candidates of a config on so many GPUs."""
 
     fitting: list[PlannedLayout]
     """The fastest first."""
     too_large: list[PlannedLayout]
     """Those that do not fit, the smallest first."""
-    rejected: list[Rejected]
+    rejected: list[RejectedLayout]
     """In the order in which they were tried."""
     limit: int
     """Bytes that a rank may need."""
@@ -137,7 +137,7 @@ def with_precision(config: Config, precision: str) -> Config:
     return replace(config, kernels=kernels, train=train)
 
 
-def search(
+def search_layouts(
     config: Config,
     world_size: int,
     machine: Machine,
@@ -145,7 +145,7 @@ def search(
     precisions: Sequence[str] = (),
     headroom: float = HEADROOM,
     said: Callable[[int], None] = lambda count: None,
-) -> Search:
+) -> FoundLayouts:
     """Try all layouts.
 
     Args:
@@ -156,28 +156,28 @@ def search(
         said: called once for each family of layouts that differ in their micro-batch alone, with their number.
     """
     limit = round(memory_gib * GIB * (1 - headroom))
-    fitting, too_large, rejected = list[PlannedLayout](), list[PlannedLayout](), list[Rejected]()
+    fitting, too_large, rejected = list[PlannedLayout](), list[PlannedLayout](), list[RejectedLayout]()
     families = list(_families(config, world_size, machine, precisions))
     for alike in (_alike(config, world_size, *family) for family in families):
         said(len(families))
         for name, candidate in alike:
             if (refused := refusal(candidate, world_size)) is not None:
                 batch = "global_batch_size" in refused or "micro-batches a step" in refused
-                rejected.append(Rejected(name, refused, "batch" if batch else "settings"))
+                rejected.append(RejectedLayout(name, refused, "batch" if batch else "settings"))
                 continue
-            layout = evaluate(candidate, world_size, machine)
+            layout = need_of(candidate, world_size, machine)
             if layout.bytes > limit:  # and so are those with larger micro-batches
                 too_large.append(layout)
                 reason = f"needs {layout.bytes / GIB:.2f} GiB of {limit / GIB:.2f}"
-                rejected.append(Rejected(name, reason, "memory", layout.bytes - limit))
+                rejected.append(RejectedLayout(name, reason, "memory", layout.bytes - limit))
                 break
             fitting.append(layout)
     fitting.sort(key=_place)
     too_large.sort(key=lambda layout: layout.bytes)
-    return Search(fitting, too_large, rejected, limit)
+    return FoundLayouts(fitting, too_large, rejected, limit)
 
 
-def evaluate(config: Config, world_size: int, machine: Machine) -> PlannedLayout:
+def need_of(config: Config, world_size: int, machine: Machine) -> PlannedLayout:
     """What a step of a valid config needs."""
     pp_rank, memory = worst_rank(config, world_size, fused_backends(config.kernels))
     return PlannedLayout(config, world_size, machine, pp_rank, memory)

@@ -23,7 +23,7 @@ from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.folder import step_of
 from megatron_hammer.config import Config
 from megatron_hammer.config.phases import phase_at, tokens_before
-from megatron_hammer.kernels.ranges import Range, no_range
+from megatron_hammer.kernels.ranges import RangeOf, no_range
 from megatron_hammer.parallel.collectives import all_reduce, broadcast
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
@@ -31,7 +31,7 @@ from megatron_hammer.sampling.ledger import Finding
 from megatron_hammer.sampling.loader import ReadAhead
 from megatron_hammer.sampling.samples import ValidData, open_train_data, open_valid_data
 from megatron_hammer.train.build import build_stages
-from megatron_hammer.train.comparison import Prediction, device_name, peak_bytes
+from megatron_hammer.train.comparison import Prediction, device_name
 from megatron_hammer.train.corruption import CorruptionCheck
 from megatron_hammer.train.cuda_graph import micro_batch_runner
 from megatron_hammer.train.drift import DriftCheck
@@ -84,7 +84,7 @@ def every(interval: int | None, step: int, config: Config) -> bool:
     return step == config.train.num_steps or (interval is not None and step % interval == 0)
 
 
-class Run:
+class TrainLoop:
     """One process's part of a run: the objects that live as long as the loop.
 
     Within ``reporting`` it goes on by ``advance``: in one call, or in many (``training.py``); that is the same loop.
@@ -99,7 +99,7 @@ class Run:
         self,
         prepared: Prepared,
         ctx: ParallelContext,
-        range_of: Range = no_range,
+        range_of: RangeOf = no_range,
         output: HeldOutput | None = None,
         prediction: Prediction | None = None,
     ) -> None:
@@ -215,7 +215,7 @@ class Run:
 
     def _pay(self) -> bool:
         """Make up for the evaluation that a stop signal cut short; False where another one does."""
-        self.ctx.journal.step(self.state.step)
+        self.ctx.status.step(self.state.step)
         try:
             valid = self._evaluate()
         except CutShort:
@@ -231,7 +231,7 @@ class Run:
 
     def _next_batches(self) -> list[Batch[Tensor]]:
         """This rank's micro-batches of the next step, on the device."""
-        self.ctx.journal.mark("reading samples")
+        self.ctx.status.mark("reading samples")
         cp, batches = self.ctx.cp, self.batches.get(self.state.consumed_samples)
         if cp.size > 1:
             batches = [batch.shard(cp.rank, cp.size) for batch in batches]
@@ -256,7 +256,7 @@ class Run:
         self.phase = phase
 
     def _step(self, step: int) -> StepReport:
-        self.ctx.journal.step(step)
+        self.ctx.status.step(step)
         self._enter_phase(step)
         interval = self.config.train.drift_check_interval_steps
         due = self.drift is not None and (step == self.first_step or step % interval == 0)
@@ -275,7 +275,7 @@ class Run:
         first = self.state.consumed_samples
         ids = self.data.sample_ids(first, self.batch_sizes.at(first))
         self.state = self.state.after_step(ids, self.data)
-        self.ctx.journal.mark("asking all ranks whether to stop")
+        self.ctx.status.mark("asking all ranks whether to stop")
         word = int(stop_received) | self.saver.word()
         words = torch.full((), word, dtype=torch.int64, device=self.ctx.device)  # a fill: no copy to wait for
         all_reduce(words, self.ctx.world)
@@ -290,7 +290,7 @@ class Run:
         stopped = False
         while len(self.pending) > lag and self.rewound is None:
             done = self.pending.pop(0)
-            with self.ctx.journal.waits():  # on a GPU for the device, and so for the other ranks
+            with self.ctx.status.waits():  # on a GPU for the device, and so for the other ranks
                 loss, grad_norm = done.report.loss.item(), done.report.grad_norm.item()
                 applied = bool(done.report.applied.item())
                 words = int(done.words.item())
@@ -423,7 +423,7 @@ class Run:
     def _save(self, last: bool) -> None:
         """Save the present step, unless ranks differ; the time that it takes does not count as training."""
         start = time.perf_counter()
-        self.ctx.journal.mark("saving, drift check")
+        self.ctx.status.mark("saving, drift check")
         if self.drift is not None:
             self.drift.raise_on(self.drift.check(self.state.step), saving=True)
         coming = upcoming(self.state, self.data, self.config)
@@ -477,7 +477,7 @@ class Run:
         name = device_name(device)
         flops = flops_per_token(config.in_phase(self.phase).model, self.phase.seq_length)
         written = self.state.step - bool(self.state.owed)
-        peak, asked = peak_tflops(config, name), lambda: peak_bytes(device)
+        peak, asked = peak_tflops(config, name), lambda: peak_of_process(device)
         return Reporter(config, written, flops, peak, self.ctx.world.size, name, asked, self.heard, self._steps_left)
 
     def _steps_left(self, line: Mapping[str, Any]) -> float:

@@ -165,7 +165,7 @@ def is_read_only(error: OSError) -> bool:
 # ---- what is there --------------------------------------------------------------------------------------------------
 
 
-def remove_leftovers(output: Path) -> list[str]:
+def clear_output(output: Path) -> list[str]:
     """Remove what programs that were killed have left; a line for each. For the holder of the lock."""
     lines = []
     for path in sorted(output.iterdir()):

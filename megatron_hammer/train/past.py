@@ -27,7 +27,7 @@ SAME_SHARE = 1e-9  # relative rounding of two ways to write one mix, {a: 2, b: 1
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnSpan:
     """Samples [first, end) and what they are drawn from."""
 
     first: int
@@ -36,7 +36,7 @@ class Drawn:
     shares: Mapping[int, float]
     """Number of a pair of sources -> share."""
 
-    def is_mix_of(self, other: Drawn) -> bool:
+    def is_mix_of(self, other: DrawnSpan) -> bool:
         """Whether both draw alike."""
         same_sources = self.seq_length == other.seq_length and self.shares.keys() == other.shares.keys()
         return same_sources and all(
@@ -71,7 +71,7 @@ class Pasts:
         """Whether our last mix is the saved one's last."""
         return self.saved[-1].is_mix_of(self.ours[-1])
 
-    def _told(self, drawn: Drawn | None) -> str:
+    def _told(self, drawn: DrawnSpan | None) -> str:
         if drawn is None:
             return "nothing"
         named = [(self.pairs[number].new or self.pairs[number].old, share) for number, share in drawn.shares.items()]
@@ -135,13 +135,13 @@ def _first_length(config: Config) -> int:
     return (phases[0].seq_length if phases else None) or config.data.seq_length
 
 
-def _drawn(identity: DataIdentity, seq_length: int, places: Sequence[DatasetIdentity | None]) -> list[Drawn]:
+def _drawn(identity: DataIdentity, seq_length: int, places: Sequence[DatasetIdentity | None]) -> list[DrawnSpan]:
     """The mixes of an identity, neighbours that draw alike in one; ``places``: its sources by the numbers of pairs."""
     numbers = [next(i for i, place in enumerate(places) if place is source) for source in identity.train]
-    found: list[Drawn] = []
+    found: list[DrawnSpan] = []
     for mix in identity.all_mixes(seq_length):
         shares = {number: share for number, share in zip(numbers, mix.shares, strict=True) if share > 0}
-        drawn = Drawn(mix.first, math.inf if mix.end is None else mix.end, mix.seq_length, shares)
+        drawn = DrawnSpan(mix.first, math.inf if mix.end is None else mix.end, mix.seq_length, shares)
         if found and found[-1].is_mix_of(drawn):
             found[-1] = dataclasses.replace(found[-1], end=drawn.end)
         else:
@@ -149,7 +149,7 @@ def _drawn(identity: DataIdentity, seq_length: int, places: Sequence[DatasetIden
     return found
 
 
-def _until(mixes: Sequence[Drawn], end: float) -> list[Drawn]:
+def _until(mixes: Sequence[DrawnSpan], end: float) -> list[DrawnSpan]:
     return [dataclasses.replace(mix, end=min(mix.end, end)) for mix in mixes if mix.first < end]
 
 

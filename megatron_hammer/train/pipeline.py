@@ -92,7 +92,7 @@ def _run(
         n = action.stage // pipeline.ranks
         stage, store, shown = stages[n], stores[n], watch if action.micro_batch == 0 else None
         batch, key = micro_batches[action.micro_batch], (action.stage, action.micro_batch)
-        ctx.journal.mark(f"{action.kind} of stage {action.stage}, micro-batch {action.micro_batch + 1}")
+        ctx.status.mark(f"{action.kind} of stage {action.stage}, micro-batch {action.micro_batch + 1}")
         if action.kind == "forward" or not stage.placement.has_head:  # the head writes its gradient in forward
             store.begin(first=action.micro_batch == 0, last=action.micro_batch == last, watch=shown)
         if action.kind == "forward":
@@ -132,7 +132,7 @@ def pipelined_losses(
     messages = Messages(pipeline, pipeline.evaluation(len(micro_batches)), stages, micro_batches, ctx.links)
     for action, arrived in messages.in_turn():
         batch, stage = micro_batches[action.micro_batch], stages[action.stage // pipeline.ranks]
-        ctx.journal.mark(f"evaluation, stage {action.stage}, micro-batch {action.micro_batch + 1}")
+        ctx.status.mark(f"evaluation, stage {action.stage}, micro-batch {action.micro_batch + 1}")
         output = stage(batch.tokens, batch.labels, batch.documents, received=arrived)
         if stage.placement.has_head:
             take(batch, output)

@@ -22,7 +22,7 @@ from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError,
 from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.checkpoint import digest
 from megatron_hammer.checkpoint.fit import check_fits, check_style
-from megatron_hammer.checkpoint.folder import Damaged, open_checkpoint, search
+from megatron_hammer.checkpoint.folder import Damaged, open_checkpoint
 from megatron_hammer.checkpoint.kinds import STATE_KINDS
 from megatron_hammer.checkpoint.manifest import Manifest, check_resumable
 from megatron_hammer.config import Config, config_from_tree
@@ -34,7 +34,7 @@ from megatron_hammer.sampling.absent import AbsentSource
 from megatron_hammer.sampling.fill_in_the_middle import open_fim
 from megatron_hammer.sampling.ledger import LEDGER, Ledger, ledger_from_trees, read_ledger
 from megatron_hammer.sampling.phases import Skips
-from megatron_hammer.sampling.plan import Content, RunPlan, plan_run
+from megatron_hammer.sampling.plan import RunPlan, SourceContent, plan_run
 from megatron_hammer.sampling.samples import check_tokenizer, open_train_data
 from megatron_hammer.tokenizer.convert import export_note
 from megatron_hammer.tokenizer.interface import Tokenizer
@@ -45,7 +45,7 @@ from megatron_hammer.train.changes import (
     changed_data,
     changed_settings,
     changed_tokenizer,
-    check_names,
+    check_accepted_names,
     hold_horizon,
     ledger_entries,
     settle_changes,
@@ -185,11 +185,11 @@ def prepare(
         return _unjudged(inputs, Start())
     if not first_node:
         prepared = _unjudged(inputs, Start())
-        build_indices(dataclasses.replace(prepared, resume=seen_here(inputs.config)))
+        build_large_indices(dataclasses.replace(prepared, resume=seen_here(inputs.config)))
         return prepared
     prepared = settle(inputs, find_start(inputs.config, accepted), accepted)
     if check_data:
-        build_indices(prepared)
+        build_large_indices(prepared)
     return prepared
 
 
@@ -197,7 +197,7 @@ def look_at_inputs(config: Config, world_size: int, check_data: bool = True, acc
     """Check what does not depend on any checkpoint. A dry run goes through without data, too."""
     config.validate(world_size)
     check_system(config, world_size)
-    check_names(accepted)
+    check_accepted_names(accepted)
     notes = config.notes()
     if index.BACKEND != "C++":
         notes.append(f"index builder: {index.BACKEND}")
@@ -255,7 +255,7 @@ def find_start(config: Config, accepted: Collection[str] = (), known_damage: Map
     folder, output = checkpoints_folder(config), Path(config.train.output)
     recorded, taken_back = read_ledger(output / LEDGER), dict[str, str]()
     while True:
-        found = search(folder, {**(known_damage or {}), **taken_back})
+        found = search_checkpoints(folder, {**(known_damage or {}), **taken_back})
         rewinds = None if found.newest is None else rewinds_with(found.newest, recorded)
         if found.newest is None or rewinds is not None:
             break
@@ -469,8 +469,8 @@ def _planned(inputs: Inputs, course: Course) -> Inputs:
     return dataclasses.replace(inputs, plan=None if inputs.plan is None else plan)
 
 
-def _contents(sources: Iterable[DatasetIdentity]) -> list[Content]:
-    return [Content(source.prefix, source.tokens, source.fingerprint) for source in sources]
+def _contents(sources: Iterable[DatasetIdentity]) -> list[SourceContent]:
+    return [SourceContent(source.prefix, source.tokens, source.fingerprint) for source in sources]
 
 
 def _with_config(inputs: Inputs, config: Config, was: DataIdentity | None, consumed: int) -> Inputs:
@@ -578,7 +578,7 @@ def _identity(config: Config, found: Mapping[str, DatasetIdentity], plan: RunPla
     return DataIdentity(tuple(found[prefix] for prefix in train), sets, mixes)
 
 
-def build_indices(prepared: Prepared) -> None:
+def build_large_indices(prepared: Prepared) -> None:
     """Have the indices of large datasets built and kept before the ranks start, which then only open them."""
     config, resume = prepared.config, prepared.resume
     told = prepared.data_notes.append

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import Counter
 
 from megatron_hammer.config import Config
-from megatron_hammer.optim.layout import Layout
+from megatron_hammer.optim.layout import BufferLayout
 from megatron_hammer.parallel.placement import Placement
 from megatron_hammer.train.rank_costs import element_bytes, is_tied, layouts_of, placements_of
 
@@ -48,7 +48,7 @@ def arriving_bytes(config: Config, world_size: int, rank: int) -> int:
     return sum(4 * layout.arriving for layout in layouts_of(config, grid, rank))
 
 
-def _gradients(config: Config, layout: Layout, at: Placement, several: bool) -> dict[str, int]:
+def _gradients(config: Config, layout: BufferLayout, at: Placement, several: bool) -> dict[str, int]:
     tied = is_tied(config, at)
     waiting = _size(layout, -1) if several and len(layout.buckets) > 1 else 0
 
@@ -71,7 +71,7 @@ def _gradients(config: Config, layout: Layout, at: Placement, several: bool) -> 
     return {name: 4 * size for name, size in found.items()}
 
 
-def _weights(config: Config, layout: Layout, at: Placement) -> Counter[str]:
+def _weights(config: Config, layout: BufferLayout, at: Placement) -> Counter[str]:
     """Of the parts that are there."""
     parts: Counter[str] = Counter()
     for bucket in layout.buckets:
@@ -88,11 +88,11 @@ def _weights(config: Config, layout: Layout, at: Placement) -> Counter[str]:
     return Counter({name: size * found.get(name, here) for name in MOMENTS})
 
 
-def _bucket(layout: Layout, name: str) -> int:
+def _bucket(layout: BufferLayout, name: str) -> int:
     """The number of the bucket that a parameter is in."""
     index = next(i for i, row in enumerate(layout.table) if row.name == name)
     return next(i for i, bucket in enumerate(layout.buckets) if index in bucket.parameters)
 
 
-def _size(layout: Layout, bucket: int) -> int:
+def _size(layout: BufferLayout, bucket: int) -> int:
     return layout.buckets[bucket].stop - layout.buckets[bucket].start

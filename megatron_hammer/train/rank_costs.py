@@ -49,7 +49,7 @@ from megatron_hammer.kernels.newton_schulz import flops
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import activation_bytes
 from megatron_hammer.model.residence import Use, uses_of
-from megatron_hammer.optim.layout import Layout
+from megatron_hammer.optim.layout import BufferLayout
 from megatron_hammer.optim.matrices import ELEMENTS_OF_A_ROUND, plan_exchange
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.optim.tree_store import TreeStore
@@ -98,7 +98,7 @@ def owned_elements(config: Config, world_size: int, rank: int = 0) -> int:
 
 
 @lru_cache(maxsize=64)  # as often as ``_layout``
-def _owned(layout: Layout) -> int:
+def _owned(layout: BufferLayout) -> int:
     return sum(part.stop - part.start for part in layout.parts())
 
 
@@ -235,7 +235,7 @@ def _data_parallel(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, 
 
 
 @lru_cache(maxsize=64)  # as often as ``_layout``
-def _shared(layout: Layout) -> Mapping[str, int]:
+def _shared(layout: BufferLayout) -> Mapping[str, int]:
     """Axis -> elements of this rank's shards that are summed over it."""
     shared: Counter[str] = Counter()
     for s, _, start, stop in layout.slices():
@@ -277,7 +277,7 @@ def placements_of(config: Config, grid: Grid, rank: int) -> list[Placement]:
     return [config.placement(rank % grid.tp, stage) for stage in stages]
 
 
-def layouts_of(config: Config, grid: Grid, rank: int) -> list[Layout]:
+def layouts_of(config: Config, grid: Grid, rank: int) -> list[BufferLayout]:
     """Where the store of each of a rank's stages puts its weights."""
     place, parallel = rank // grid.tp % grid.shard, config.parallel
     by_part, size = parallel.shard == "weights", parallel.gradient_bucket_bytes
@@ -289,8 +289,8 @@ def layouts_of(config: Config, grid: Grid, rank: int) -> list[Layout]:
 @lru_cache(maxsize=64)  # a search asks for the same many times
 def _layout(
     model: ModelConfig, at: Placement, bucket_bytes: int, ranks: int, rank: int, by_part: bool, block: int
-) -> Layout:
-    return Layout(parameter_table(model, at), bucket_bytes, ranks, rank, by_part, block)
+) -> BufferLayout:
+    return BufferLayout(parameter_table(model, at), bucket_bytes, ranks, rank, by_part, block)
 
 
 def _table_bytes(config: Config) -> int:

@@ -156,7 +156,7 @@ def left_out(start: int, end: int, total: int, data: TrainData) -> tuple[Range, 
         now       . . . . w w a v . | v . .        A reads three more and meets a v; B meets the other
     """
     order = data.order
-    phase_end, pieces = order.stretch_at(start).end, list(order.skips.pieces(start, end - start))
+    phase_end, pieces = order.span_at(start).end, list(order.skips.pieces(start, end - start))
     behind = order.skips.end(total)  # of what the run comes to
     later = [part for part in order.skips.ranges if phase_end is not None and phase_end <= part[0] < behind]
     if phase_end is None or (sum(pieces[-1]) <= phase_end and not later):
@@ -169,7 +169,7 @@ def left_out(start: int, end: int, total: int, data: TrainData) -> tuple[Range, 
     number, ahead = start, max(end, *(until for _, until in later), 0)
     while unwanted and number < min(total, ahead + LOOKED_FOR * len(unwanted)):
         now = data.with_skips(Skips(tuple(sorted((*order.skips.ranges, *found))))).order
-        phase_end, count = now.stretch_at(number).end, min(max(end - start, LOOKED_AT_ONCE), total - number)
+        phase_end, count = now.span_at(number).end, min(max(end - start, LOOKED_AT_ONCE), total - number)
         places = [at + i for at, taken in now.skips.pieces(number, count) for i in range(taken)]
         places = [place for place in places if phase_end is None or place < phase_end]
         names = now.ids(number, len(places))

@@ -14,14 +14,14 @@ from megatron_hammer.kernels.report import kernels_table, missing_kernels
 from megatron_hammer.kernels.selection import TABLES, select_backends
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.parallel.agreement import BeforeStart
-from megatron_hammer.parallel.board import Journal
+from megatron_hammer.parallel.board import StatusSlot
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.parallel.rendezvous import Store, collective_timeout, end_process_group, start_process_group
 from megatron_hammer.sampling.plan import format_run_plan
 from megatron_hammer.train.begin import Beginning, begin
 from megatron_hammer.train.build import kernel_requirements
 from megatron_hammer.train.forecast import forecast
-from megatron_hammer.train.loop import Run
+from megatron_hammer.train.loop import TrainLoop
 from megatron_hammer.train.prepare import Prepared, prepare
 from megatron_hammer.train.shortage import explained
 from megatron_hammer.train.trackers import check_trackers
@@ -36,7 +36,7 @@ def run_rank(
     store: Store | None,
     check_data: bool = True,
     accepted: Collection[str] = (),
-    journal: Journal | None = None,
+    status: StatusSlot | None = None,
 ) -> int:
     """Run this rank to the end.
 
@@ -44,7 +44,7 @@ def run_rank(
         store: where the ranks meet; None for a single process.
         check_data: False when the launcher has looked through the datasets already.
         accepted: names of what may differ from the checkpoint that the run resumes from.
-        journal: where this rank notes what it does, if it is watched.
+        status: where this rank notes what it does, if it is watched.
 
     Returns:
         0 when the run is complete, 75 when a signal stopped it after a save.
@@ -52,26 +52,24 @@ def run_rank(
     Raises:
         HammerError: the same on all ranks, and for faulty inputs before the first collective.
     """
-    timeout = (
-        config.parallel.timeout_seconds if journal is None else collective_timeout(config.parallel.timeout_seconds)
-    )
-    journal = Journal() if journal is None else journal
-    ranks = BeforeStart(store, rank, world_size, journal)
+    timeout = config.parallel.timeout_seconds if status is None else collective_timeout(config.parallel.timeout_seconds)
+    status = StatusSlot() if status is None else status
+    ranks = BeforeStart(store, rank, world_size, status)
     if config.train.dry_run:
         with ranks.round("inputs"):
             prepared = prepare(config, world_size, check_data, accepted)
             if rank == 0:
                 check_trackers(config.log.trackers)
         if rank == 0:
-            print(describe(prepared, world_size), flush=True)
+            print(describe_dry_run(prepared, world_size), flush=True)
         return 0
     with ExitStack() as held:
-        mine = RankRun(ranks, held, config, local_rank, check_data, accepted)
+        mine = RankRun(Beginning(ranks, held, config, local_rank, check_data, accepted))
         if mine.prepared.is_finished:
             return 0
         if store is not None and world_size > 1:
-            start_process_group(store, rank, world_size, mine.device, timeout, journal)
-        ctx = build_parallel_context(mine.prepared.config.grid(world_size), mine.device, timeout, journal)
+            start_process_group(store, rank, world_size, mine.device, timeout, status)
+        ctx = build_parallel_context(mine.prepared.config.grid(world_size), mine.device, timeout, status)
         with mine.explained():
             code = train(mine.prepared, ctx, mine.begin)
         end_process_group()  # at a clean end only: after a failure NCCL would wait here for ranks that never come
@@ -81,33 +79,22 @@ def run_rank(
 class RankRun:
     """This rank's run, its inputs looked at and its beginning agreed on; on rank 0 it has said what it is.
 
-    Args:
-        held: takes what lasts as long as the run: on rank 0, the lock of the output folder.
-        check_data, accepted: as for ``run_rank``.
-
     Raises:
         HammerError: the same on all ranks.
     """
 
-    def __init__(
-        self,
-        ranks: BeforeStart,
-        held: ExitStack,
-        config: Config,
-        local_rank: int,
-        check_data: bool = True,
-        accepted: Collection[str] = (),
-    ) -> None:
-        self._beginning = Beginning(ranks, held, config, local_rank, check_data, accepted)
-        self.prepared, self._ranks = self._beginning.agree(), ranks
-        self.device = self._beginning.device
-        if ranks.rank == 0:
-            print(announcement(self.prepared, ranks.world_size, self.device, self._beginning.predicted), flush=True)
+    def __init__(self, beginning: Beginning) -> None:
+        self._beginning, self._ranks = beginning, beginning.ranks
+        self.prepared = beginning.agree()
+        self.device = beginning.device
+        if self._ranks.rank == 0:
+            said = announcement(self.prepared, self._ranks.world_size, self.device, beginning.predicted)
+            print(said, flush=True)
 
-    def begin(self, prepared: Prepared, ctx: ParallelContext, when_finished: bool = False) -> Run | None:
+    def begin(self, prepared: Prepared, ctx: ParallelContext, when_finished: bool = False) -> TrainLoop | None:
         """Build the run and load its state; None where its end is reached already, unless that is to be looked at."""
         announce = _announce_other if self._ranks.rank == 0 else _say_nothing
-        return begin(self._beginning, prepared, ctx, announce, self._beginning.prediction, when_finished)
+        return begin(self._beginning, prepared, ctx, announce, when_finished)
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -128,7 +115,7 @@ def dry_run(config: Config, world_size: int = 1, check_data: bool = True, accept
         HammerError: the config cannot be run on so many ranks.
     """
     dry = dataclasses.replace(config, train=dataclasses.replace(config.train, dry_run=True))
-    return describe(prepare(dry, world_size, check_data, accepted), world_size)
+    return describe_dry_run(prepare(dry, world_size, check_data, accepted), world_size)
 
 
 def _say_nothing(prepared: Prepared) -> None:
@@ -183,7 +170,7 @@ def pipeline_lines(config: Config, world_size: int) -> list[str]:
     ]
 
 
-def describe(prepared: Prepared, world_size: int) -> str:
+def describe_dry_run(prepared: Prepared, world_size: int) -> str:
     """What ``train.dry_run=true`` prints."""
     config = prepared.config
     required = kernel_requirements(config, torch.device("cpu"))

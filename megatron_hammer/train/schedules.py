@@ -69,11 +69,11 @@ def forward_backward(
     losses, (store,) = [], optimizer.store.of_stages
     order = store.order(len(micro_batches))
     if corruption is not None:
-        ctx.journal.mark("forward and backward, micro-batch 1 alone")
+        ctx.status.mark("forward and backward, micro-batch 1 alone")
         store.begin(first=True, last=len(order) == 1, watch=corruption.alone)
         corruption.alone.output(0, run(model, micro_batches[order[0]], share, z_loss))
     for turn, i in enumerate(order):
-        ctx.journal.mark(f"forward and backward, micro-batch {turn + 1} of {len(micro_batches)}")
+        ctx.status.mark(f"forward and backward, micro-batch {turn + 1} of {len(micro_batches)}")
         watch = corruption.again if corruption is not None and turn == 0 else None
         store.begin(first=turn == 0, last=turn == len(micro_batches) - 1, watch=watch)
         losses.append(run(model, micro_batches[i], share, z_loss))

@@ -25,7 +25,7 @@ from megatron_hammer.train.layouts import (
     RECOMPUTES,
     SHARDS,
     PlannedLayout,
-    evaluate,
+    need_of,
     refusal,
     with_layout,
 )
@@ -102,7 +102,7 @@ def _needs(config: Config, world_size: int, name: str, size: int | None) -> tupl
     config = config.largest
     gpu = find_gpu(name)
     machine = Machine(name, gpu if gpu is not None and gpu.peak_tflops else GPUS[ANOTHER])
-    now = evaluate(config, world_size, machine)
+    now = need_of(config, world_size, machine)
     parts = ", ".join(f"{part} {amount / GIB:,.2f}" for part, amount in now.memory.items() if amount)
     limit = BELOW_PREDICTION * now.bytes
     limit = limit if size is None else min(limit, (1 - HEADROOM) * size)
@@ -122,7 +122,7 @@ def cheapest_changes(config: Config, world_size: int, machine: Machine, limit: f
     fitting = []
     for changed in _neighbours(config, world_size):
         if changed != config and refusal(changed, world_size) is None:
-            layout = evaluate(changed, world_size, machine)
+            layout = need_of(changed, world_size, machine)
             if layout.bytes <= limit:
                 fitting.append(layout)
     fitting.sort(key=lambda layout: (layout.time.total / layout.time.tokens, len(_changes(config, layout.config))))

@@ -13,10 +13,10 @@ from typing import Any
 
 from megatron_hammer.base.signals import StopRequest
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.train.loop import Run
+from megatron_hammer.train.loop import TrainLoop
 from megatron_hammer.train.prepare import Prepared
 
-Begin = Callable[[Prepared, ParallelContext], Run | None]
+BeginRun = Callable[[Prepared, ParallelContext], TrainLoop | None]
 """Builds a run and loads its state; None where its end is reached already."""
 
 
@@ -31,12 +31,12 @@ class Training:
         self,
         prepared: Prepared,
         ctx: ParallelContext,
-        begin: Begin = Run,
+        begin: BeginRun = TrainLoop,
         heard: Callable[[Mapping[str, Any]], None] = lambda line: None,
     ) -> None:
         self._ctx, self._begin, self._heard = ctx, begin, heard
         self._outputs, self._is_open = ExitStack(), False
-        self.run = begin(prepared, ctx)
+        self.loop = begin(prepared, ctx)
         """None where there is nothing to do."""
 
     def __enter__(self) -> Training:
@@ -49,32 +49,32 @@ class Training:
         self._outputs.__exit__(*error)
 
     def _open(self) -> None:
-        if self.run is not None:
-            self.run.heard = self._heard
-            self._outputs.enter_context(self.run.reporting())
+        if self.loop is not None:
+            self.loop.heard = self._heard
+            self._outputs.enter_context(self.loop.reporting())
 
     def advance(self, last: int | None, stop: Callable[[], bool], save_when_stopped: bool = True) -> int:
-        """Go on to the end of step ``last``, None: to the end; as ``Run.advance``."""
-        while self.run is not None:
-            if self.run.rewound is None:
-                end = self.run.config.train.num_steps
-                code = self.run.advance(end if last is None else last, stop, save_when_stopped)
-                if code or self.run.rewound is None:
+        """Go on to the end of step ``last``, None: to the end; as ``TrainLoop.advance``."""
+        while self.loop is not None:
+            if self.loop.rewound is None:
+                end = self.loop.config.train.num_steps
+                code = self.loop.advance(end if last is None else last, stop, save_when_stopped)
+                if code or self.loop.rewound is None:
                     return code
             self._begin_again()
         return 0
 
     def _begin_again(self) -> None:
         """Begin as a run that was stopped and started anew would."""
-        assert self._is_open and self.run is not None and self.run.rewound is not None
-        rewound, self.run = self.run.rewound, None
+        assert self._is_open and self.loop is not None and self.loop.rewound is not None
+        rewound, self.loop = self.loop.rewound, None
         self._outputs.close()
         gc.collect()  # the weights leave before those of the next one come
-        self.run = self._begin(rewound, self._ctx)
+        self.loop = self._begin(rewound, self._ctx)
         self._open()
 
 
-def train(prepared: Prepared, ctx: ParallelContext, begin: Begin = Run) -> int:
+def train(prepared: Prepared, ctx: ParallelContext, begin: BeginRun = TrainLoop) -> int:
     """Train from wherever the run stands to its end; return the exit code (0, or 75 after a stop signal)."""
     training = Training(prepared, ctx, begin)
     with StopRequest() as request, training:

@@ -29,7 +29,7 @@ from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.config import Config
 from megatron_hammer.verify.anonymous import Anonymiser
 from megatron_hammer.verify.golden import golden_config
-from megatron_hammer.verify.selftest import Result, summary
+from megatron_hammer.verify.selftest import PartResult, selftest_summary
 
 HEADING = "# Self-test of megatron_hammer"
 OPTIONAL = ("safetensors", "triton", "transformer-engine", "flash-attn", "liger-kernel", "nvidia-nccl-cu12",
@@ -53,12 +53,12 @@ def check_place(path: Path) -> None:
         pass
 
 
-def write_report(path: Path, results: Sequence[Result], config: Config | None) -> None:
+def write_bug_report(path: Path, results: Sequence[PartResult], config: Config | None) -> None:
     """Write the report as Markdown, whole or not at all."""
-    replace_file(path, report(results, config).encode("utf-8"))
+    replace_file(path, bug_report_text(results, config).encode("utf-8"))
 
 
-def report(results: Sequence[Result], config: Config | None = None) -> str:
+def bug_report_text(results: Sequence[PartResult], config: Config | None = None) -> str:
     """The whole text.
 
     Args:
@@ -66,7 +66,7 @@ def report(results: Sequence[Result], config: Config | None = None) -> str:
         config: of the user's run, if it is to be in it.
     """
     private = Anonymiser()
-    lines = [HEADING, "", summary(results), "", "| part | result | seconds | found |", "|---|---|---|---|"]
+    lines = [HEADING, "", selftest_summary(results), "", "| part | result | seconds | found |", "|---|---|---|---|"]
     for result in results:
         found = private.text(result.found).replace("|", "/")
         word = f"FAILED ({result.exit_code})" if result.exit_code else result.word

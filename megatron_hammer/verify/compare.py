@@ -17,7 +17,7 @@ from megatron_hammer.config import Config
 from megatron_hammer.model.parameters import EMBEDDING, FINAL_NORM
 from megatron_hammer.verify.outcome import Outcome, Piece
 
-Key = tuple[str, str]
+PieceKey = tuple[str, str]
 """Kind and logical tensor."""
 
 # Relative to the largest value. Sums in another order differ by the rounding of some hundred terms: seen are 3e-15 in
@@ -53,8 +53,8 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """A quantity that differs."""
+class Mismatch:
+    """A quantity that differs from what it must be."""
 
     what: str
     """Kind, and the logical tensor."""
@@ -64,13 +64,34 @@ class Finding:
     """What the pattern says, or an empty string."""
 
 
-def whole_tensors(pieces: Iterable[Piece]) -> dict[Key, np.ndarray]:
+@dataclass(frozen=True)
+class Evidence:
+    """What the ranks of a layout computed in a proof, beside what one process did: what a diagnosis is made from."""
+
+    config: Config
+    """The small one, whose ranks took the steps in fp64."""
+    world_size: int
+    ranks: Sequence[Outcome]
+    expected: Outcome
+    """Of one process in fp64."""
+    initial: dict[str, np.ndarray]
+    """The weights that all began with, by logical tensor."""
+    bound: float
+    """Relative difference that rounding explains."""
+
+    @property
+    def sizes(self) -> Sizes:
+        """Those of the layout."""
+        return Sizes.of(self.config, self.world_size)
+
+
+def whole_tensors(pieces: Iterable[Piece]) -> dict[PieceKey, np.ndarray]:
     """Logical tensors from pieces that make them up.
 
     Raises:
         ValueError: an element is in no piece, or is no number.
     """
-    parts: dict[Key, list[Piece]] = defaultdict(list)
+    parts: dict[PieceKey, list[Piece]] = defaultdict(list)
     for piece in pieces:
         parts[piece.kind, piece.tensor].append(piece)
     whole = {}
@@ -86,14 +107,14 @@ def whole_tensors(pieces: Iterable[Piece]) -> dict[Key, np.ndarray]:
 
 
 def compare_pieces(
-    ranks: Sequence[Outcome], whole: Mapping[Key, np.ndarray], bound: float, sizes: Sizes
-) -> tuple[dict[str, float], list[Finding]]:
+    ranks: Sequence[Outcome], whole: Mapping[PieceKey, np.ndarray], bound: float, sizes: Sizes
+) -> tuple[dict[str, float], list[Mismatch]]:
     """The largest difference of each kind, and what is beyond the bound, in the order of the model.
 
     Every element of every tensor must be on some rank, else that is a finding.
     """
     worst: dict[str, float] = dict.fromkeys(dict.fromkeys(kind for kind, _ in whole), 0.0)
-    by_key: dict[Key, list[tuple[int, Piece]]] = defaultdict(list)
+    by_key: dict[PieceKey, list[tuple[int, Piece]]] = defaultdict(list)
     for rank, outcome in enumerate(ranks):
         for piece in outcome.pieces:
             by_key[piece.kind, piece.tensor].append((rank, piece))
@@ -115,14 +136,14 @@ def compare_pieces(
             cause = likely_cause(wrong, expected, sizes)
             if tensor == EMBEDDING and sizes.tied and sizes.pp > 1:
                 cause = f"{cause}; {TIED}" if cause else TIED
-            findings.append(Finding(f"{kind} of {tensor}", at, largest, cause))
+            findings.append(Mismatch(f"{kind} of {tensor}", at, largest, cause))
         if not seen.all():
             missing = f"{int((~seen).sum())} of {seen.size} elements are on no rank"
-            findings.append(Finding(f"{kind} of {tensor}", (), np.inf, missing))
+            findings.append(Mismatch(f"{kind} of {tensor}", (), np.inf, missing))
     return worst, name_missing_key_sums(findings) if sizes.cp > 1 else findings
 
 
-def name_missing_key_sums(findings: list[Finding]) -> list[Finding]:
+def name_missing_key_sums(findings: list[Mismatch]) -> list[Mismatch]:
     """Under context parallelism: where backward first goes wrong at keys and values, and queries are right.
 
     Backward comes to the last layer first. A rank that has only its own queries' gradients for its keys and values is
@@ -144,7 +165,7 @@ def keys_alone(wrong: set[str]) -> set[str]:
     return of_last if of_last <= {f"{attention}{name}_proj.weight" for name in "kv"} else set()
 
 
-def compare_stages(ranks: Sequence[Outcome], sizes: Sizes) -> list[Finding]:
+def compare_stages(ranks: Sequence[Outcome], sizes: Sizes) -> list[Mismatch]:
     """Whether the layers lie on the ranks of a pipeline in the order in which these work, one round after the other.
 
     The losses of stages in another order look normal.
@@ -161,7 +182,7 @@ def compare_stages(ranks: Sequence[Outcome], sizes: Sizes) -> list[Finding]:
     if visits == [*range(sizes.pp)] * sizes.stages_per_rank:
         return []
     cause = f"the layers, first to last, are on pipeline ranks {' '.join(map(str, visits))}: stages are swapped"
-    return [Finding("order of the stages", tuple(range(len(ranks))), np.inf, cause)]
+    return [Mismatch("order of the stages", tuple(range(len(ranks))), np.inf, cause)]
 
 
 def _layer(tensor: str) -> int | None:
@@ -173,14 +194,14 @@ def _layer(tensor: str) -> int | None:
 
 def compare_numbers(
     ranks: Sequence[Outcome], expected: Outcome, bound: float, sizes: Sizes
-) -> tuple[float, list[Finding]]:
+) -> tuple[float, list[Mismatch]]:
     """Losses by source, losses and norms: the largest relative difference, and what is beyond the bound."""
     worst, findings = 0.0, []
     for what, right, values, likely in _numbers(ranks, expected, sizes):
         differences = [_difference(value, right) for value in values]
         worst = max(worst, *differences)
         if at := tuple(rank for rank, difference in enumerate(differences) if not difference <= bound):
-            findings.append(Finding(what, at, differences[at[0]], likely(values[at[0]], right)))
+            findings.append(Mismatch(what, at, differences[at[0]], likely(values[at[0]], right)))
     return worst, findings
 
 

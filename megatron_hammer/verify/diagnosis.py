@@ -21,19 +21,17 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_hammer.checkpoint.kinds import STATE_KINDS
-from megatron_hammer.config import Config
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.grid import AXES
 from megatron_hammer.verify.compare import (
     KEY_SUMS,
     NUMBER_BOUNDS,
-    Key,
-    Sizes,
+    Evidence,
+    PieceKey,
     keys_alone,
     missing_sum,
     name_factor,
@@ -41,7 +39,7 @@ from megatron_hammer.verify.compare import (
     whole_tensors,
 )
 from megatron_hammer.verify.forward_diagnosis import diagnose_tokens
-from megatron_hammer.verify.outcome import FIRST, INITIAL, Outcome, Piece
+from megatron_hammer.verify.outcome import FIRST, INITIAL, Piece
 from megatron_hammer.verify.patterns import (
     NAMES,
     NOISE,
@@ -62,50 +60,30 @@ ROUNDED = 8e-3  # two roundings to 8 bits; what is really wrong is mostly more
 EXACTLY = 2e-3  # of the difference of one number, which says less than many do
 
 
-def diagnose(
-    config: Config,
-    world_size: int,
-    ranks: Sequence[Outcome],
-    expected: Outcome,
-    initial: dict[str, np.ndarray],
-    bound: float,
-) -> list[str]:
-    """Sentences on what differs; empty where nothing does.
-
-    Args:
-        config: the small one, whose ranks took the steps in fp64.
-        expected: of one process in fp64.
-        initial: the weights that all began with, by logical tensor.
-        bound: relative difference that rounding explains.
-    """
-    seen = _Seen(config, world_size, ranks, expected, initial, bound)
+def diagnose(evidence: Evidence) -> list[str]:
+    """Sentences on what differs; empty where nothing does."""
+    questions = _Questions(evidence)
     for ask in (
-        seen.beginning,
-        seen.tokens,
-        seen.gradients,
-        seen.norms,
-        seen.first_states,
-        seen.model,
-        seen.second_loss,
-        seen.states,
+        questions.beginning,
+        questions.tokens,
+        questions.gradients,
+        questions.norms,
+        questions.first_states,
+        questions.model,
+        questions.second_loss,
+        questions.states,
     ):
         if found := ask():
             return found
     return []
 
 
-@dataclass
-class _Seen:
-    """A proof's numbers, and the questions to them."""
+class _Questions:
+    """The questions to a proof's numbers, each answered by sentences, or by none where nothing differs."""
 
-    config: Config
-    world_size: int
-    ranks: Sequence[Outcome]
-    expected: Outcome
-    initial: dict[str, np.ndarray]
-    bound: float
-
-    def __post_init__(self) -> None:
+    def __init__(self, evidence: Evidence) -> None:
+        self.evidence, self.config, self.world_size = evidence, evidence.config, evidence.world_size
+        self.ranks, self.expected, self.initial = evidence.ranks, evidence.expected, evidence.initial
         self.grid, self.whole = self.config.grid(self.world_size), whole_tensors(self.expected.pieces)
 
     def wrong(self, kinds: Iterable[str]) -> list[tuple[int, Piece]]:
@@ -115,7 +93,7 @@ class _Seen:
             for piece in outcome.pieces:
                 if piece.kind in kinds and (piece.kind, piece.tensor) in self.whole:
                     right = self.whole[piece.kind, piece.tensor]
-                    limit = self.bound * max(float(np.abs(right).max()), 1e-300)
+                    limit = self.evidence.bound * max(float(np.abs(right).max()), 1e-300)
                     if not float(np.abs(piece.values - right[piece.place]).max()) <= limit:
                         found.append((rank, piece))
         return found
@@ -134,7 +112,7 @@ class _Seen:
 
     def tokens(self) -> list[str]:
         """Of the losses before the first step."""
-        return diagnose_tokens(self.config, self.world_size, self.ranks, self.expected, self.initial, self.bound)
+        return diagnose_tokens(self.evidence)
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
@@ -187,7 +165,7 @@ class _Seen:
             of_ranks = listed(f"{factor:g} on rank {rank}" for rank, factor in sorted(each.items())[:4])
             return [f"{what} are multiples of what they should be, {of_ranks}"]
         (factor,) = set(each.values())
-        known = name_factor(factor, Sizes.of(self.config, self.world_size))
+        known = name_factor(factor, self.evidence.sizes)
         return [f"{what} are {factor:g} times what they should be", *([known] if known else [])]
 
     def _of_all_groups(self, wrong: Sequence[tuple[int, Piece]]) -> list[str]:
@@ -397,7 +375,7 @@ class _Seen:
             return near(piece.values, self.initial[piece.tensor][piece.place])
         return not piece.values.any()
 
-    def _are(self, wrong: Sequence[tuple[int, Piece]], others: dict[Key, np.ndarray]) -> bool:
+    def _are(self, wrong: Sequence[tuple[int, Piece]], others: dict[PieceKey, np.ndarray]) -> bool:
         """Whether all pieces are those of other tensors, far nearer than of the right ones."""
         for _, piece in wrong:
             if (key := (piece.kind, piece.tensor)) not in others:

@@ -42,8 +42,8 @@ EARLIEST = time.mktime((2025, 1, 1, 0, 0, 0, 0, 0, 0))  # a clock before it is w
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One row of the report."""
+class CheckResult:
+    """What a check found: one row of the report."""
 
     group: str
     name: str
@@ -60,7 +60,7 @@ Verdict = tuple[Status, str, str]  # status, what was found, what to do
 Check = tuple[str, str, Callable[[], Verdict]]
 
 
-def examine(config: Config | None, world_size: int, note: Callable[[str], None]) -> Iterator[Finding]:
+def examine(config: Config | None, world_size: int, note: Callable[[str], None]) -> Iterator[CheckResult]:
     """All checks in order, each as a row when it is done.
 
     Args:
@@ -71,21 +71,21 @@ def examine(config: Config | None, world_size: int, note: Callable[[str], None])
     for group, name, check in _checks(config, world_size, note):
         try:
             status, found, remedy = check()
-            yield Finding(group, name, status, found, remedy, _CODES[name] if status == "failed" else 0)
+            yield CheckResult(group, name, status, found, remedy, _CODES[name] if status == "failed" else 0)
         except Exception as error:
             known = from_exception(error, f"the check of {name}")
             if known is None:
                 raise
-            yield Finding(group, name, "failed", f"[{known.code}] {known.what} {known.rule}", known.remedy,
+            yield CheckResult(group, name, "failed", f"[{known.code}] {known.what} {known.rule}", known.remedy,
                           known.exit_code)  # fmt: skip
 
 
-def exit_code(findings: Sequence[Finding]) -> int:
+def doctor_exit_code(findings: Sequence[CheckResult]) -> int:
     """That of the first failure, as the run would end with it; 0 where nothing failed."""
     return next((finding.exit_code for finding in findings if finding.status == "failed"), 0)
 
 
-def format_findings(findings: Sequence[Finding]) -> list[str]:
+def format_findings(findings: Sequence[CheckResult]) -> list[str]:
     """The rows as lines, each with its remedy below where there is one, and a verdict."""
     lines, group = [], ""
     for finding in findings:
@@ -100,9 +100,9 @@ def format_findings(findings: Sequence[Finding]) -> list[str]:
     return lines
 
 
-def to_tree(findings: Sequence[Finding]) -> dict[str, Any]:
+def checks_to_tree(findings: Sequence[CheckResult]) -> dict[str, Any]:
     """The rows as JSON values."""
-    return {"exit_code": exit_code(findings), "checks": [asdict(finding) for finding in findings]}
+    return {"exit_code": doctor_exit_code(findings), "checks": [asdict(finding) for finding in findings]}
 
 
 def _checks(config: Config | None, world_size: int, note: Callable[[str], None]) -> list[Check]:

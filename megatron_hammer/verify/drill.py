@@ -174,7 +174,7 @@ class Drill:
         code, said = self._finish(self._start(drilled))
         if code:
             strikes.append(Strike("none", _steps(drilled), code, said, "does not go on after the faults"))
-        return DrillReport(strikes, [] if code else list(differences(reference, drilled)), self._left_out)
+        return DrillReport(strikes, [] if code else list(run_differences(reference, drilled)), self._left_out)
 
     def _start(self, output: Path, limited: bool = False) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "megatron_hammer.launch", "--nproc", str(self._world_size)]
@@ -250,7 +250,7 @@ def _steps(output: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def differences(reference: Path, drilled: Path) -> Iterator[str]:
+def run_differences(reference: Path, drilled: Path) -> Iterator[str]:
     """What two finished runs do not have in common."""
     ours, theirs = (_lines(folder) for folder in (drilled, reference))
     if len(ours) != len(theirs):
@@ -305,7 +305,7 @@ def run_drill(
     return Drill(config, world_size, plan_faults(kills, chance), chance, folder, note).run()
 
 
-def summary(report: DrillReport) -> Sequence[str]:
+def drill_summary(report: DrillReport) -> Sequence[str]:
     """The lines below the table."""
     if not report.failed:
         return ["equal: every step's record and the final state are those of the undisturbed run, bit for bit"]

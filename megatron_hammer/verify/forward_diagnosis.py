@@ -6,13 +6,10 @@ tokens that differ have in common, and what follows from their order or their pl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from megatron_hammer.config import Config
-from megatron_hammer.verify.compare import Sizes, off_by_log
-from megatron_hammer.verify.outcome import Outcome
+from megatron_hammer.verify.compare import Evidence, off_by_log
 from megatron_hammer.verify.patterns import EXPLAINED, NOISE, explains, listed, whose
 from megatron_hammer.verify.points import first_wrong
 from megatron_hammer.verify.reading import Owners, Reading
@@ -20,19 +17,13 @@ from megatron_hammer.verify.tokens import BEHIND, cause_of_tokens
 from megatron_hammer.verify.what_if import losses_with_faults
 
 
-def diagnose_tokens(
-    config: Config,
-    world_size: int,
-    ranks: Sequence[Outcome],
-    expected: Outcome,
-    initial: dict[str, np.ndarray],
-    bound: float,
-) -> list[str]:
-    """Sentences on the losses before the first step; empty where they are right. Arguments as of ``diagnose``."""
-    grid, sizes = config.grid(world_size), Sizes.of(config, world_size)
+def diagnose_tokens(evidence: Evidence) -> list[str]:
+    """Sentences on the losses before the first step; empty where they are right."""
+    config, world_size, ranks, expected = evidence.config, evidence.world_size, evidence.ranks, evidence.expected
+    grid, sizes = config.grid(world_size), evidence.sizes
     right = np.empty(len(expected.tokens))
     right[expected.tokens] = expected.token_losses
-    limit, got = bound * right.max(), right.copy()
+    limit, got = evidence.bound * right.max(), right.copy()
     at = set()
     for rank, outcome in enumerate(ranks):
         off = ~(np.abs(outcome.token_losses - right[outcome.tokens]) <= limit)
@@ -54,7 +45,7 @@ def diagnose_tokens(
             return [*sentences, f"losses are {by}"]
         if others := _of_other_samples(config, got, right, wrong):
             return [*sentences, others]
-        for name, losses in losses_with_faults(config, world_size, initial):
+        for name, losses in losses_with_faults(config, world_size, evidence.initial):
             left = np.abs(losses - got)[wrong]
             if float(left.max()) <= EXPLAINED * float(off.max()) and explains(left, off, NOISE * right.max()):
                 return [*sentences, f"the numbers are those where {name}"]
@@ -63,7 +54,7 @@ def diagnose_tokens(
             *sentences,
             "the losses are right and belong to other tokens: samples or tokens are in another order",
         ]
-    if not (place := first_wrong(ranks, expected, bound)):
+    if not (place := first_wrong(ranks, expected, evidence.bound)):
         return [*sentences, BEHIND]
     shifts = np.where(wrong, got - right, 0.0)
     if not sentences and (cause := cause_of_tokens(wrong, shifts, Reading.of(config).positions.ravel(), sizes)):

@@ -83,7 +83,7 @@ def write_golden_data(prefix: Path) -> str:
     return digest.hexdigest()
 
 
-def compare(lines: Sequence[Mapping[str, Any]], device: str) -> str:
+def compare_with_golden(lines: Sequence[Mapping[str, Any]], device: str) -> str:
     """Hold the lines of metrics.jsonl against what was recorded.
 
     Returns:

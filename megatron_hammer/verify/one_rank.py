@@ -59,8 +59,8 @@ class Counted:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What was counted beside the formulas."""
+class FormulaCheck:
+    """What was counted on one rank, beside what the formulas say."""
 
     counted: Counted
     rows: list[tuple[str, str, str, str]]
@@ -187,7 +187,7 @@ def count_rank(config: Config, world_size: int, rank: int) -> Counted:
     return Counted(state, first[2] if pipeline.ranks == 1 else {}, max(first[1], last[1]), Counter(calls))
 
 
-def compare_rank(config: Config, world_size: int, rank: int) -> Comparison:
+def compare_rank(config: Config, world_size: int, rank: int) -> FormulaCheck:
     """``count_rank`` beside the formulas, which are exact."""
     counted = count_rank(config, world_size, rank)
     rows = []
@@ -202,7 +202,7 @@ def compare_rank(config: Config, world_size: int, rank: int) -> Comparison:
     for c in sorted({*counted.collectives, *predicted}):
         what = f"{c.axis}: {c.kind} of {c.bytes:,} bytes, times"
         rows.append(_row(what, counted.collectives[c], predicted[c]))
-    return Comparison(counted, rows, chosen_kernels(config))
+    return FormulaCheck(counted, rows, chosen_kernels(config))
 
 
 def _row(what: str, counted: int, formula: int) -> tuple[str, str, str, str]:

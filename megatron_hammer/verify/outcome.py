@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hammer.base.reading import open_regular, parse_json, read_regular
+from megatron_hammer.parallel.placement import Range
 
 INITIAL = "initial "
 """Before a kind of piece: before the first step."""
 FIRST = "step-1 "
 """Before a kind of piece: after the first step."""
-Range = tuple[int, int]
-"""From the first up to, and without, the second."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ from megatron_hammer.supervise.start import launch
 from megatron_hammer.verify.compare import (
     BOUNDS,
     NUMBER_BOUNDS,
-    Finding,
+    Evidence,
+    Mismatch,
     Sizes,
     compare_numbers,
     compare_pieces,
@@ -57,7 +58,7 @@ RANK_ENTRY = "megatron_hammer.verify.steps:rank_main"
 AGAINST_TRANSFORMERS = 5e-6  # its cos and sin are made in fp32 in another way, our losses are divided by an fp32 scalar
 ANOTHER_ORDER = "equal but for rounding: added in another order than that of the tree"
 NOT_SAVED = "the ranks' states are right, and what a checkpoint has of them is not"
-Row = tuple[str, str, str, str, str]
+ProofRow = tuple[str, str, str, str, str]
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ class Proof:
     """The small one."""
     left_out: list[str]
     """Settings that took no part."""
-    rows: list[Row]
+    rows: list[ProofRow]
     """Quantity, reference, precision, largest difference, bound."""
-    findings: list[Finding]
+    findings: list[Mismatch]
     """In the order of the model; empty where the layout computes what one process computes."""
     causes: list[str] = dataclasses.field(default_factory=list)
     """What all of them together say of the cause."""
@@ -125,16 +126,16 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
         compared.append(_checkpoint_against(saved, alone["fp32"], last, sizes))
     rows, findings = ([part for parts in column for part in parts] for column in zip(*compared, strict=True))
     if refused:
-        findings.append(Finding("checkpoint", tuple(range(world_size)), np.inf, f"it cannot be written: {refused}"))
+        findings.append(Mismatch("checkpoint", tuple(range(world_size)), np.inf, f"it cannot be written: {refused}"))
     findings = compare_stages(ranks[exact], sizes) + findings
     causes: list[str] = []
     if findings and exact == "fp64":
         note("one process with faults in it: which gives these numbers")
-        causes = diagnose(small, world_size, ranks[exact], alone[exact], initial, BOUNDS[exact])
+        causes = diagnose(Evidence(small, world_size, ranks[exact], alone[exact], initial, BOUNDS[exact]))
     return Proof(small, left_out, rows, findings, causes or _by_what(findings))
 
 
-def _by_what(findings: list[Finding]) -> list[str]:
+def _by_what(findings: list[Mismatch]) -> list[str]:
     """A cause by what differs alone, where the numbers of steps give none."""
     for beginning, cause in (("checkpoint", NOT_SAVED), ("bits", ANOTHER_ORDER)):
         if findings and all(finding.what.startswith(beginning) for finding in findings):
@@ -202,7 +203,7 @@ def _saved_pieces(folder: Path) -> list[Piece]:
 
 def _against(
     name: str, reference: Outcome, precision: str, ranks: list[Outcome], bound: float, sizes: Sizes
-) -> tuple[list[Row], list[Finding]]:
+) -> tuple[list[ProofRow], list[Mismatch]]:
     numbers = max(NUMBER_BOUNDS[precision], NUMBER_BOUNDS["fp32"] if name == "transformers" else 0.0)
     difference, findings = compare_numbers(ranks, reference, numbers, sizes)
     rows = [_row("losses, gradient norms", name, precision, difference, numbers)]
@@ -213,7 +214,7 @@ def _against(
 
 def _same_bits(
     others: list[Outcome], precision: str, ranks: list[Outcome], sizes: Sizes
-) -> tuple[list[Row], list[Finding]]:
+) -> tuple[list[ProofRow], list[Mismatch]]:
     """Ranks whose sums are made in one tree against as many tensor-parallel ones without data parallelism."""
     name, first = "one data-parallel rank", others[0]
     pieces = [piece for outcome in others for piece in outcome.pieces]
@@ -223,7 +224,7 @@ def _same_bits(
     except ValueError as error:
         what = f"{error}, on {name} in {precision},"
         return [], [
-            Finding(what, tuple(range(len(others))), np.inf, "the ranks without data parallelism are wrong, too")
+            Mismatch(what, tuple(range(len(others))), np.inf, "the ranks without data parallelism are wrong, too")
         ]
     worst, found = compare_pieces(ranks, whole, 0.0, sizes)
     kept = [
@@ -236,7 +237,7 @@ def _same_bits(
 
 def _tokens_against(
     reference: Outcome, precision: str, ranks: list[Outcome], positions: np.ndarray, sizes: Sizes
-) -> tuple[list[Row], list[Finding]]:
+) -> tuple[list[ProofRow], list[Mismatch]]:
     """The loss of each token before the first step, against one process."""
     bound = BOUNDS[precision]
     worst, found = compare_tokens(ranks, reference, positions, bound, sizes)
@@ -246,7 +247,7 @@ def _tokens_against(
 
 def _checkpoint_against(
     saved: Outcome, alone: Outcome, precision: str, sizes: Sizes
-) -> tuple[list[Row], list[Finding]]:
+) -> tuple[list[ProofRow], list[Mismatch]]:
     """What the ranks saved, put together by our reader, against the state of one process."""
     whole = {key: value for key, value in whole_tensors(alone.pieces).items() if key[0] in STATE_KINDS}
     worst, found = compare_pieces([saved], whole, BOUNDS[precision], sizes)
@@ -254,7 +255,7 @@ def _checkpoint_against(
             for kind, value in worst.items()]  # fmt: skip
     have = {(piece.kind, piece.tensor): piece.values for piece in saved.pieces}
 
-    def cause(found: Finding) -> str:
+    def cause(found: Mismatch) -> str:
         kind, tensor = found.what.split(" of ")
         values = have.get((kind, tensor), np.empty(0))
         others = [
@@ -266,5 +267,5 @@ def _checkpoint_against(
     return rows, [dataclasses.replace(f, what=f"checkpoint's {f.what}", ranks=(), cause=cause(f)) for f in found]
 
 
-def _row(what: str, reference: str, precision: str, difference: float, bound: float) -> Row:
+def _row(what: str, reference: str, precision: str, difference: float, bound: float) -> ProofRow:
     return what, reference, precision, f"{difference:.1e}", f"{bound:.0e}"

@@ -56,7 +56,7 @@ def _note(found: list[np.ndarray], part: nn.Module, inputs: Any, output: Any) ->
     found.append((x.detach().double().flatten(0, -2) @ two).cpu().numpy())
 
 
-def rows_of(tokens: np.ndarray, packed: bool, part: int, parts: int) -> np.ndarray:
+def in_row_order(tokens: np.ndarray, packed: bool, part: int, parts: int) -> np.ndarray:
     """The tokens [b, s] of a micro-batch in the order of a model's rows, of which a rank may have one of ``parts``."""
     rows: np.ndarray = (tokens.reshape(-1, 1) if packed else tokens.T).reshape(parts, -1)[part]
     return rows

@@ -20,9 +20,9 @@ from typing import Any
 
 from megatron_hammer.base.errors import from_fields
 from megatron_hammer.base.reading import read_regular
-from megatron_hammer.base.signals import StopRequest
+from megatron_hammer.base.signals import Stopped, StopRequest
 from megatron_hammer.verify.golden import WRONG
-from megatron_hammer.verify.selftest_parts import NOT_TRIED, PARTS, VERDICT, Part
+from megatron_hammer.verify.selftest_parts import NOT_TRIED, PARTS, VERDICT, SelftestPart
 
 PART_SECONDS = 300.0  # a part takes some ten seconds on two cores; one that takes this long hangs
 POLL_SECONDS = 0.05
@@ -33,7 +33,7 @@ SURROUNDINGS = ("SLURM_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
 
 
 @dataclass(frozen=True)
-class Result:
+class PartResult:
     """What came of one part."""
 
     name: str
@@ -57,11 +57,7 @@ class Result:
         return [line, f"{'':27}-> {self.cure}"] if self.exit_code else [line]
 
 
-class Stopped(Exception):
-    """A stop signal came."""
-
-
-def run_parts(parts: Sequence[Part], folder: Path, stop: StopRequest) -> Iterator[Result]:
+def run_parts(parts: Sequence[SelftestPart], folder: Path, stop: StopRequest) -> Iterator[PartResult]:
     """Each part when it is done.
 
     Args:
@@ -76,7 +72,7 @@ def run_parts(parts: Sequence[Part], folder: Path, stop: StopRequest) -> Iterato
         yield run_part(part, [sys.executable, "-P", "-m", "megatron_hammer.verify.selftest_parts"], place, stop)
 
 
-def run_part(part: Part, command: Sequence[str], folder: Path, stop: StopRequest) -> Result:
+def run_part(part: SelftestPart, command: Sequence[str], folder: Path, stop: StopRequest) -> PartResult:
     """Run ``command PART FOLDER`` to its end and read the verdict that it leaves."""
     log, started = folder.with_suffix(".log"), time.monotonic()
     with log.open("wb") as output:
@@ -102,10 +98,10 @@ def run_part(part: Part, command: Sequence[str], folder: Path, stop: StopRequest
     if "error" in verdict:
         error = from_fields(verdict["error"])
         cure = part.cure if error.code == f"E{EXIT_WRONG}{WRONG}" else error.remedy
-        return Result(part.name, seconds, f"[{error.code}] {error.what} {error.rule}", error.exit_code, cure, lines)
+        return PartResult(part.name, seconds, f"[{error.code}] {error.what} {error.rule}", error.exit_code, cure, lines)
     if "found" in verdict and code == 0:  # what crashes or hangs at its very end would do so in a run, too
-        return Result(part.name, seconds, verdict["found"])
-    return Result(part.name, seconds, _bad_end(code, lines), EXIT_WRONG, part.cure, lines)
+        return PartResult(part.name, seconds, verdict["found"])
+    return PartResult(part.name, seconds, _bad_end(code, lines), EXIT_WRONG, part.cure, lines)
 
 
 def _wait(process: subprocess.Popen[bytes], stop: StopRequest) -> int | None:
@@ -143,13 +139,13 @@ def environment(temporary: Path) -> dict[str, str]:
     return kept | fixed | {"TOKENIZERS_PARALLELISM": "false", "TMPDIR": str(temporary)}
 
 
-def exit_code(results: Sequence[Result]) -> int:
+def selftest_exit_code(results: Sequence[PartResult]) -> int:
     """5 where a result is wrong or a part crashed; else that of the first failure; 0 where all passed."""
     codes = [result.exit_code for result in results if result.exit_code]
     return EXIT_WRONG if EXIT_WRONG in codes else next(iter(codes), 0)
 
 
-def summary(results: Sequence[Result]) -> str:
+def selftest_summary(results: Sequence[PartResult]) -> str:
     """The last line."""
     names = {word: [r.name for r in results if r.word == word] for word in ("passed", "skipped", "FAILED")}
     passed, seconds = len(names["passed"]), sum(result.seconds for result in results)
@@ -160,6 +156,6 @@ def summary(results: Sequence[Result]) -> str:
     return f"{passed} of {len(results)} parts passed in {seconds:.0f} s{rest}"
 
 
-def chosen(names: Sequence[str]) -> list[Part]:
+def chosen(names: Sequence[str]) -> list[SelftestPart]:
     """The parts of these names in their order; all where none is named."""
     return [part for part in PARTS if not names or part.name in names]

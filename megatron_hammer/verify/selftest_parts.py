@@ -38,7 +38,7 @@ CORPUS_BYTES = 50_000  # the least that a sample corpus has
 
 
 @dataclass(frozen=True)
-class Part:
+class SelftestPart:
     """One thing that is tried."""
 
     name: str
@@ -144,12 +144,12 @@ def _golden(folder: Path, device: str) -> str:
     if code := run_rank(config, 0, 0, 1, None):
         raise wrong(f"the run on {device}", f"ended with exit code {code}")
     lines = read_regular(folder / device / "metrics.jsonl").decode().splitlines()
-    return golden.compare([json.loads(line) for line in lines], device)
+    return golden.compare_with_golden([json.loads(line) for line in lines], device)
 
 
 def try_resume(folder: Path) -> str:
     """A run that is killed and started again equals an undisturbed run in every bit."""
-    from megatron_hammer.verify.drill import Drill, summary
+    from megatron_hammer.verify.drill import Drill, drill_summary
     from megatron_hammer.verify.faults import KILLS
 
     if not system.IS_LINUX:
@@ -159,7 +159,7 @@ def try_resume(folder: Path) -> str:
     report = Drill(config, RANKS, [kill], random.Random(0), folder, say).run()
     if report.failed:
         rows = [f"{strike.fault}: {strike.wrong} ({strike.said})" for strike in report.strikes if strike.wrong]
-        raise wrong(f"a run of {RANKS} ranks after a kill", "; ".join([*rows, *summary(report)]))
+        raise wrong(f"a run of {RANKS} ranks after a kill", "; ".join([*rows, *drill_summary(report)]))
     return f"{RANKS} ranks killed at step {report.strikes[0].step}, started again: the bits of an undisturbed run"
 
 
@@ -222,14 +222,22 @@ def try_export(folder: Path) -> str:
 
 
 PARTS = (
-    Part("tokenizer", try_tokenizer, f"{REINSTALL}; HAMMER_NO_EXTENSIONS=1 there leaves the compiled encoder out"),
-    Part("index", try_index, f"{REINSTALL}; HAMMER_NO_EXTENSIONS=1 there leaves the compiled index builder out"),
-    Part(
+    SelftestPart(
+        "tokenizer", try_tokenizer, f"{REINSTALL}; HAMMER_NO_EXTENSIONS=1 there leaves the compiled encoder out"
+    ),
+    SelftestPart(
+        "index", try_index, f"{REINSTALL}; HAMMER_NO_EXTENSIONS=1 there leaves the compiled index builder out"
+    ),
+    SelftestPart(
         "training", try_training, "see with tools/doctor.py which kernels run here; kernels.NAME=torch leaves one out"
     ),
-    Part("resume", try_resume, "repeat it on your config with tools/drill.py, which says of each fault what differs"),
-    Part("layout", try_layout, "repeat it on your config with tools/verify_parallel.py, which names rank and cause"),
-    Part("export", try_export, "install the versions of torch and transformers that pyproject.toml admits"),
+    SelftestPart(
+        "resume", try_resume, "repeat it on your config with tools/drill.py, which says of each fault what differs"
+    ),
+    SelftestPart(
+        "layout", try_layout, "repeat it on your config with tools/verify_parallel.py, which names rank and cause"
+    ),
+    SelftestPart("export", try_export, "install the versions of torch and transformers that pyproject.toml admits"),
 )
 
 

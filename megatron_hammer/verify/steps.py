@@ -28,13 +28,13 @@ from megatron_hammer.config import Config, config_to_tree
 from megatron_hammer.model.llama import Model, stages_of
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.schedule import learning_rate
-from megatron_hammer.parallel.board import Journal
+from megatron_hammer.parallel.board import StatusSlot
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.parallel.rendezvous import collective_timeout, end_process_group, start_process_group
 from megatron_hammer.parallel.sharding import Shard, rectangles
 from megatron_hammer.sampling import loader
 from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train.begin import check_machine, choose_device
+from megatron_hammer.train.begin import check_machine, device_of_rank
 from megatron_hammer.train.build import DTYPES, build_stages
 from megatron_hammer.train.cuda_graph import micro_batch_runner
 from megatron_hammer.train.pipeline import pipelined_losses
@@ -42,7 +42,7 @@ from megatron_hammer.train.source_sums import LOSS, WEIGHT, Sources
 from megatron_hammer.train.state import RunState
 from megatron_hammer.train.step import accumulate
 from megatron_hammer.verify.outcome import FIRST, INITIAL, Outcome, Piece, write_outcome
-from megatron_hammer.verify.points import rows_of, watched
+from megatron_hammer.verify.points import in_row_order, watched
 from megatron_hammer.verify.shrink import STEPS
 
 EXACT = {"fp64": torch.float64, "fp32": torch.float32}
@@ -70,7 +70,7 @@ def take_steps(config: Config, ctx: ParallelContext, dtype: torch.dtype, checkpo
     pieces += model_pieces(optimizer, INITIAL + "model")
     for step in range(1, STEPS + 1):
         # As ``train_step`` does it, in halves: the update may use the gradients' memory.
-        batches = micro_batches(config, step, ctx)
+        batches = own_micro_batches(config, step, ctx)
         loss, table = accumulate(model, optimizer, batches, ctx, config.train.z_loss, run, Sources(SOURCES))
         norm = optimizer.clip_grad_norm(config.optimizer.clip_grad)
         losses.append(float(loss))
@@ -128,7 +128,7 @@ def global_batch(config: Config, step: int) -> tuple[Tensor, list[list[int]]]:
     return tokens, documents
 
 
-def micro_batches(config: Config, step: int, ctx: ParallelContext) -> list[Batch[Tensor]]:
+def own_micro_batches(config: Config, step: int, ctx: ParallelContext) -> list[Batch[Tensor]]:
     """This rank's part of the global batch, as the loader deals it out."""
     windows, documents = global_batch(config, step)
     samples = _Samples(windows[:, :-1].numpy(), windows[:, 1:].numpy(), _lengths(config, documents))
@@ -171,7 +171,7 @@ def forward_alone(model: Model, config: Config, ctx: ParallelContext) -> dict[st
     samples = _Samples(numbers, numbers, _lengths(config, documents))
     shares = _shares(config, samples, ctx)
     losses: list[Tensor] = []
-    batches = micro_batches(config, 1, ctx)
+    batches = own_micro_batches(config, 1, ctx)
     with watched(stages_of(model)) as points:
         if ctx.pp.size > 1:
             pipelined_losses(stages_of(model), batches, ctx, lambda batch, found: losses.append(found))
@@ -179,7 +179,7 @@ def forward_alone(model: Model, config: Config, ctx: ParallelContext) -> dict[st
             (whole,) = stages_of(model)
             losses = [whole(batch.tokens, batch.labels, batch.documents) for batch in batches]
     part, parts = (ctx.tp.rank, ctx.tp.size) if config.parallel.sequence_parallel else (0, 1)
-    rows = [rows_of(share.tokens, share.documents is not None, part, parts) for share in shares]
+    rows = [in_row_order(share.tokens, share.documents is not None, part, parts) for share in shares]
     of_points = {name: np.concatenate(of_batches) for name, of_batches in points.items()}
     found: dict[str, Any] = {"points": of_points, "point_tokens": np.concatenate([row.ravel() for row in rows])}
     if losses:
@@ -234,16 +234,16 @@ def _cut(kind: str, parameter: Any, start: int, stop: int, flat: Tensor) -> Iter
 
 
 def rank_main(
-    config: Config, rank: int, local_rank: int, world_size: int, store: Any, check_data: bool, journal: Journal
+    config: Config, rank: int, local_rank: int, world_size: int, store: Any, check_data: bool, status: StatusSlot
 ) -> int:
     """Entry of a rank that the launcher starts: all precisions of the proof; writes them to ``train.output``."""
-    folder, device = Path(config.train.output), choose_device(config, local_rank)
+    folder, device = Path(config.train.output), device_of_rank(config, local_rank)
     timeout = collective_timeout(config.parallel.timeout_seconds)
     torch.set_num_threads(1)
     check_machine(config, device)
     if store is not None:
-        start_process_group(store, rank, world_size, device, timeout, journal)
-    ctx = build_parallel_context(config.grid(world_size), device, timeout, journal)
+        start_process_group(store, rank, world_size, device, timeout, status)
+    ctx = build_parallel_context(config.grid(world_size), device, timeout, status)
     for name, dtype in precisions(config).items():
         # Masters are fp32 in checkpoints, so the fp64 steps have none.
         checkpoint = None if dtype == torch.float64 else folder / "checkpoints"

@@ -125,11 +125,11 @@ def _head_losses(config: Config) -> Iterator[tuple[str, Loss]]:
         yield "the loss that is reported has train.z_loss in it", with_squares
 
 
-Change = tuple[str, Callable[[Tensor], Tensor]]
+WeightChange = tuple[str, Callable[[Tensor], Tensor]]
 """End of the names of weights, and what becomes of them."""
 
 
-def _changed_weights(config: Config) -> Iterator[tuple[str, list[Change]]]:
+def _changed_weights(config: Config) -> Iterator[tuple[str, list[WeightChange]]]:
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     at, d = config.placement(), config.model.head_size
     assert model.vocab_size is not None
@@ -145,8 +145,8 @@ def _changed_weights(config: Config) -> Iterator[tuple[str, list[Change]]]:
     for rank in range(tp if tp > 1 else 0):
         of = f"of tensor-parallel rank {rank}"
         heads, ffn = at.heads_local * d, at.ffn_local
-        attention: Change = ("o_proj.weight", zero(rank * heads, (rank + 1) * heads, 1))
-        mlp: Change = ("down_proj.weight", zero(rank * ffn, (rank + 1) * ffn, 1))
+        attention: WeightChange = ("o_proj.weight", zero(rank * heads, (rank + 1) * heads, 1))
+        mlp: WeightChange = ("down_proj.weight", zero(rank * ffn, (rank + 1) * ffn, 1))
         yield f"the part {of} is missing in the sums after attention and feed-forward", [attention, mlp]
         yield f"the part {of} is missing in the sum after attention", [attention]
         yield f"the part {of} is missing in the sum after the feed-forward", [mlp]
@@ -190,18 +190,18 @@ def _changed_weights(config: Config) -> Iterator[tuple[str, list[Change]]]:
         )
     if tp > 1:
         several: Callable[[Tensor], Tensor] = lambda w: w * tp  # noqa: E731
-        summed: list[Change] = [(f"{kind}.bias", several) for kind in ("o_proj", "down_proj")]
+        summed: list[WeightChange] = [(f"{kind}.bias", several) for kind in ("o_proj", "down_proj")]
         yield "the biases of o_proj and down_proj are added on each tensor-parallel rank", summed
     for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
         yield f"the bias of {kind} is not added", [(f"{kind}.bias", nothing)]
     yield "norms do not multiply by their weights", [("norm.weight", torch.ones_like)]
 
 
-def _other_layers(config: Config, weights: dict[str, Any]) -> Iterator[tuple[str, list[Change]]]:
+def _other_layers(config: Config, weights: dict[str, Any]) -> Iterator[tuple[str, list[WeightChange]]]:
     """Layers that compute with the weights of their neighbours."""
     now = {name: weight.detach().clone() for name, weight in weights.items()}
 
-    def taking(layer: int, other: int) -> list[Change]:
+    def taking(layer: int, other: int) -> list[WeightChange]:
         names = [name for name in weights if f".layers.{layer}." in name]
         sources = {name: now[name.replace(f".layers.{layer}.", f".layers.{other}.")] for name in names}
         return [(name, lambda _, source=source: source) for name, source in sources.items()]  # type: ignore[misc]
@@ -213,7 +213,7 @@ def _other_layers(config: Config, weights: dict[str, Any]) -> Iterator[tuple[str
 
 
 @contextmanager
-def _change(weights: dict[str, Any], changes: list[Change]) -> Iterator[bool]:
+def _change(weights: dict[str, Any], changes: list[WeightChange]) -> Iterator[bool]:
     """Whether any weight is another one."""
     kept = {name: w for name, w in weights.items() for end, _ in changes if name.endswith(end)}
     before = {name: w.detach().clone() for name, w in kept.items()}

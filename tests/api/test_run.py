@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import megatron_hammer as mh
-from megatron_hammer.train.loop import Run as Loop
+from megatron_hammer.train.loop import TrainLoop
 from megatron_hammer.train.run import run_rank
 from tests.train.runs import checkpoint_bytes, config_for, metrics, overrides, write_dataset
 
@@ -78,14 +78,14 @@ def test_it_goes_on_from_the_program_and_looks_at_the_end(data: Path, whole: Pat
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, step: int, times: int) -> None:
     """Ctrl-C so many times in the middle of a step."""
-    real = Loop._step
+    real = TrainLoop._step
 
-    def stopped(run: Loop, at: int) -> Any:
+    def stopped(run: TrainLoop, at: int) -> Any:
         for _ in range(times if at == step else 0):
             os.kill(os.getpid(), signal.SIGINT)
         return real(run, at)
 
-    monkeypatch.setattr(Loop, "_step", stopped)
+    monkeypatch.setattr(TrainLoop, "_step", stopped)
 
 
 def test_an_interrupt_ends_after_the_step_and_costs_nothing(
@@ -117,7 +117,7 @@ def test_an_error_in_a_step_closes_the_run_and_gives_the_lock_back(data: Path, w
         ):
             run.save()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_next_batches", lambda run: (_ for _ in ()).throw(OSError(5, "broken", "disk")))
+        patch.setattr(TrainLoop, "_next_batches", lambda run: (_ for _ in ()).throw(OSError(5, "broken", "disk")))
         again = mh.open_run(config)
         assert again.steps_done == 3
         with pytest.raises(mh.DiskError, match=r"E601.*disk"):

@@ -43,7 +43,7 @@ REASONS = {
     ("config/reading.py", "yaml.load"): "of a text, by a loader with limits",
     ("corpus/parquet.py", "pyarrow.parquet.ParquetFile"): "the library opens it; check_file comes before",
     ("corpus/quick_start.py", "zipfile.ZipFile"): "a wheel that pip has just fetched and checked",
-    ("corpus/shuffle_buckets.py", "os.open"): "to write a temporary file",
+    ("corpus/shuffle_partitions.py", "os.open"): "to write a temporary file",
     ("dataset/look/verify.py", "np.fromfile"): "a temporary file of this process",
     ("report/page.py", "read_text"): "style and script of the package itself",
     ("sampling/cache.py", "os.open"): "to write the file of a lock",

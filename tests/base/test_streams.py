@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.base.errors import DiskError
-from megatron_hammer.base.streams import Outlet, Output, Vanished
+from megatron_hammer.base.streams import Outlet, OutputKind, Vanished
 
 PROGRAM = """
 import sys
 from pathlib import Path
 from megatron_hammer.base.cli import ArgumentParser, print_json, run
-from megatron_hammer.base.streams import Output, only_list
+from megatron_hammer.base.streams import OutputKind, only_list
 
 def main():
     parser = ArgumentParser(description="x" * 200_000)
@@ -38,22 +38,22 @@ def main():
     arguments.done.write_text("done")
     return arguments.code
 
-run(main, Output.LOG if "log" in sys.argv else Output.REPORT)
+run(main, OutputKind.LOG if "log" in sys.argv else OutputKind.REPORT)
 """
 
 
-def _outlet_without_reader(kind: Output | None) -> Outlet:
+def _outlet_without_reader(kind: OutputKind | None) -> Outlet:
     reading, writing = os.pipe()
     os.close(reading)
     return Outlet(writing, kind)
 
 
-def _full_outlet(kind: Output | None) -> Outlet:
+def _full_outlet(kind: OutputKind | None) -> Outlet:
     return Outlet(os.open("/dev/full", os.O_WRONLY), kind)
 
 
-@pytest.mark.parametrize("kind", [Output.LOG, Output.REPORT])
-def test_work_goes_on_without_a_reader_and_says_so_once(kind: Output, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("kind", [OutputKind.LOG, OutputKind.REPORT])
+def test_work_goes_on_without_a_reader_and_says_so_once(kind: OutputKind, capsys: pytest.CaptureFixture[str]) -> None:
     outlet = _outlet_without_reader(kind)
     with io.TextIOWrapper(io.BufferedWriter(outlet), encoding="utf-8") as stream:
         for number in range(10_000):
@@ -63,7 +63,7 @@ def test_work_goes_on_without_a_reader_and_says_so_once(kind: Output, capsys: py
 
 
 def test_a_full_disk_is_no_loss_for_a_log_and_one_for_a_report(capsys: pytest.CaptureFixture[str]) -> None:
-    log, report = _full_outlet(Output.LOG), _full_outlet(Output.REPORT)
+    log, report = _full_outlet(OutputKind.LOG), _full_outlet(OutputKind.REPORT)
     assert log.write(b"abc") == 3 and report.write(b"abc") == 3 and report.write(b"abc") == 3
     assert capsys.readouterr().err.count("cannot be written (No space left on device)") == 2
     assert log.loss() is None
@@ -72,8 +72,8 @@ def test_a_full_disk_is_no_loss_for_a_log_and_one_for_a_report(capsys: pytest.Ca
 
 def test_a_listing_ends(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(Vanished):
-        _outlet_without_reader(Output.LISTING).write(b"abc")
-    outlet = _full_outlet(Output.LISTING)
+        _outlet_without_reader(OutputKind.LISTING).write(b"abc")
+    outlet = _full_outlet(OutputKind.LISTING)
     with pytest.raises(DiskError):
         outlet.write(b"abc")
     assert outlet.write(b"left in the buffer") == 18  # the interpreter's last flush does not fail again
@@ -97,7 +97,7 @@ def test_a_full_pipe_that_does_not_block_is_waited_for() -> None:
 
     thread = threading.Thread(target=read)
     thread.start()
-    with io.BufferedWriter(Outlet(writing, Output.LOG)) as stream:
+    with io.BufferedWriter(Outlet(writing, OutputKind.LOG)) as stream:
         stream.write(content)
     thread.join()
     assert taken == content

@@ -143,7 +143,7 @@ def from_text_to_export(folder: Path) -> int:
     become_a_mac()
     from megatron_hammer.base import system as there
 
-    assert not there.IS_LINUX and there.usable_cores() >= 1 and there.peak_bytes() > 2**10  # of KiB, here
+    assert not there.IS_LINUX and there.usable_cores() >= 1 and there.peak_resident_bytes() > 2**10  # of KiB, here
     sys.path.insert(0, str(ROOT / "tools"))
     texts = folder / "texts.jsonl"
     lines = [f"the {n % 7} quick brown foxes jump over {n} lazy dogs, 狐狸跳过{n % 11}只狗。" * 3 for n in range(200)]
@@ -237,7 +237,7 @@ def test_processes_by_ps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     process = system.find_process(7)
     assert process == system.Process("S", 1, 1.52, "Mon Nov 30 00:01:02 2026")
     assert system.parents() == {7: 1, 8: 7} and system.resident_bytes() == 2**21
-    assert system.peak_bytes() > 2**20 and system.wait_channel(7) == "" and system.command_of(7) == b""
+    assert system.peak_resident_bytes() > 2**20 and system.wait_channel(7) == "" and system.command_of(7) == b""
     told[one] = ""
     assert system.find_process(9) is None
 

@@ -18,7 +18,7 @@ from typing import TextIO
 import pytest
 
 from megatron_hammer.base.progress import Activity, Progress
-from megatron_hammer.base.streams import Outlet, Output
+from megatron_hammer.base.streams import Outlet, OutputKind
 from megatron_hammer.base.terminal import View, can_redraw, cut, laid_out, size_of_window, width_of
 
 ROWS = [
@@ -162,7 +162,7 @@ def test_what_others_print_is_not_drawn_over(monkeypatch: pytest.MonkeyPatch) ->
         outlet = Outlet(screen.descriptor, None)
         guarded = io.TextIOWrapper(io.BufferedWriter(outlet), "utf-8", line_buffering=True)
         monkeypatch.setattr(sys, "stderr", guarded)
-        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(Outlet(file.fileno(), Output.LOG)))
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(Outlet(file.fileno(), OutputKind.LOG)))
         view = View(guarded, {"TERM": "xterm"})
         for step in range(3):
             view.show([[("loss", str(step))]], now=True)
@@ -181,7 +181,7 @@ def test_an_activity_and_a_bar_share_a_narrow_terminal(monkeypatch: pytest.Monke
     with terminal(80) as screen, open(os.devnull, "wb") as file:
         outlet = Outlet(screen.descriptor, None)
         monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(outlet), "utf-8", line_buffering=True))
-        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(Outlet(file.fileno(), Output.LOG)))
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(Outlet(file.fileno(), OutputKind.LOG)))
         monkeypatch.setenv("COLUMNS", "40")
         assert size_of_window(screen.stream).columns == 40
         with Activity("reading a model 模型 whose name is too long for a line") as activity:

@@ -16,7 +16,7 @@ from megatron_hammer.base.files import staging_path
 from megatron_hammer.checkpoint.commit import commit, write_rank
 from megatron_hammer.checkpoint.dtypes import PRECISION_DTYPES
 from megatron_hammer.checkpoint.folder import step_name
-from megatron_hammer.checkpoint.manifest import Layout, Manifest, TokenizerFiles, read_manifest
+from megatron_hammer.checkpoint.manifest import Manifest, SavedLayout, TokenizerFiles, read_manifest
 from megatron_hammer.checkpoint.read import load_shards
 from megatron_hammer.checkpoint.write import slices_to_write, stage_tokenizer
 from megatron_hammer.config import ModelConfig, RopeScaling, config_from_tree, config_to_tree
@@ -112,7 +112,7 @@ def write_layout(
     files: TokenizerFiles | None = None if tokenizer is None else stage_tokenizer(tokenizer, staging)
     commit(staging, target, step=step, model=model, config_tree=config_tree(model, precision=precision),
            state={"consumed_samples": 3}, weights_dtype=PRECISION_DTYPES[precision],
-           layout=Layout(tp * dp, tp, dp), tokenizer=files)  # fmt: skip
+           layout=SavedLayout(tp * dp, tp, dp), tokenizer=files)  # fmt: skip
     return read_manifest(target)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_hammer.corpus import parse, readers
 from megatron_hammer.corpus.file_blocks import Block
-from megatron_hammer.corpus.parse import Rejected
+from megatron_hammer.corpus.parse import RejectedDocument
 
 GOOD = [json.dumps({"text": f"document {k} " + "字" * (k % 7)}, ensure_ascii=False).encode() for k in range(40)]
 
@@ -25,5 +25,5 @@ def texts_of(path: Path, blocks: list[Block]) -> list[str]:
     return [text for block in blocks for text in parse.parse_block(block, path, ["text"], True).texts[0]]
 
 
-def rejected_of(path: Path, blocks: list[Block]) -> list[Rejected]:
+def rejected_of(path: Path, blocks: list[Block]) -> list[RejectedDocument]:
     return [r for block in blocks for r in parse.parse_block(block, path, ["text"], False).rejected]

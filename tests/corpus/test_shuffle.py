@@ -37,13 +37,13 @@ def corpus(folder: Path, count: int, name: str = "a.jsonl", longest: int = 300) 
     return path
 
 
-def run_small(inputs: list[Path], output: Path, seed: int, block: int, bucket: int, segment: int) -> int:
-    """Shuffle with limits far below any real memory, so that a small text takes every way; the number of buckets."""
+def run_small(inputs: list[Path], output: Path, seed: int, block: int, partition: int, segment: int) -> int:
+    """Shuffle with limits far below any real memory, so that a small text takes every way; the number of partitions."""
     shuffle = Shuffle(inputs, output, seed)
-    shuffle.block_bytes, shuffle.bucket_weight, shuffle.segment_lines = block, bucket, segment
+    shuffle.block_bytes, shuffle.partition_weight, shuffle.segment_lines = block, partition, segment
     with shuffle:
         shuffle.scatter()
-        return shuffle.gather().buckets
+        return shuffle.gather().partitions
 
 
 def expected(inputs: list[Path], seed: int) -> bytes:
@@ -53,22 +53,22 @@ def expected(inputs: list[Path], seed: int) -> bytes:
     return b"".join(line for _, _, line in sorted(zip(keys, range(len(lines)), lines)))
 
 
-@pytest.mark.parametrize("block, bucket, segment, several", [
+@pytest.mark.parametrize("block, partition, segment, several", [
     (10**6, 10**6, 10**6, False),  # in memory
     (10**6, 10**6, 100, False),  # in memory, but for too many lines
     (4000, 60_000, 1000, True),
     (700, 5000, 7, True),
-    (50, 400, 1, True),  # lines longer than a block; buckets that are scattered again
+    (50, 400, 1, True),  # lines longer than a block; partitions that are scattered again
 ])  # fmt: skip
 def test_the_same_bytes_for_any_memory(
-    tmp_path: Path, block: int, bucket: int, segment: int, several: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, block: int, partition: int, segment: int, several: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_BUCKET_BITS", 3)
+    monkeypatch.setattr(module, "MAX_PARTITION_BITS", 3)
     monkeypatch.setattr(shuffle_input, "_SCAN_BYTES", 128)
     source = corpus(tmp_path, 900)
-    buckets = run_small([source], tmp_path / "out", 5, block, bucket, segment)
+    partitions = run_small([source], tmp_path / "out", 5, block, partition, segment)
     assert (tmp_path / "out").read_bytes() == expected([source], 5)
-    assert (buckets > 2) == several
+    assert (partitions > 2) == several
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"], "temporary files are gone"
 
 
@@ -102,7 +102,12 @@ def test_a_quick_reader_does_not_make_the_first_block_the_whole(tmp_path: Path) 
     st.integers(-(2**70), 2**70),
 )
 def test_any_files_and_limits(
-    tmp_path_factory: pytest.TempPathFactory, files: list[list[int]], block: int, bucket: int, segment: int, seed: int
+    tmp_path_factory: pytest.TempPathFactory,
+    files: list[list[int]],
+    block: int,
+    partition: int,
+    segment: int,
+    seed: int,
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
     inputs = []
@@ -110,7 +115,7 @@ def test_any_files_and_limits(
         path = folder / f"{number}.jsonl"
         path.write_bytes(b"".join(bytes([97 + (i + number) % 26]) * n + b"\n" for i, n in enumerate(lengths)))
         inputs.append(path)
-    run_small(inputs, folder / "out", seed, block, bucket, segment)
+    run_small(inputs, folder / "out", seed, block, partition, segment)
     assert (folder / "out").read_bytes() == expected(inputs, seed)
 
 
@@ -123,20 +128,20 @@ def test_compression_and_memory_do_not_matter(tmp_path: Path) -> None:
     again = shuffle_lines(packed, tmp_path / "packed.out", 7, MIN_MEMORY_BYTES)
     assert (tmp_path / "plain.out").read_bytes() == (tmp_path / "packed.out").read_bytes() == expected(plain, 7)
     assert summary.lines == again.lines == 1200 and summary.bytes == again.bytes
-    assert (summary.buckets, again.buckets) == (0, 0)
+    assert (summary.partitions, again.partitions) == (0, 0)
     assert "1,200 lines" in str(summary) and "in memory" in str(summary)
     assert run_small(packed, tmp_path / "packed.out", 7, 3000, 10_000, 100) > 8
     assert (tmp_path / "plain.out").read_bytes() == (tmp_path / "packed.out").read_bytes()
 
 
-@pytest.mark.parametrize("block, bucket", [(10**6, 10**6), (500, 3000)])
-def test_equal_keys_keep_the_order_of_the_input(tmp_path: Path, block: int, bucket: int) -> None:
-    """Three keys for 700 lines: no range of keys is small enough, and the buckets must come to an end."""
+@pytest.mark.parametrize("block, partition", [(10**6, 10**6), (500, 3000)])
+def test_equal_keys_keep_the_order_of_the_input(tmp_path: Path, block: int, partition: int) -> None:
+    """Three keys for 700 lines: no range of keys is small enough, and the partitions must come to an end."""
     source = corpus(tmp_path, 700)
     keys = np.random.default_rng(1).integers(0, 3, 700).astype(np.uint64) * np.uint64(2**62 + 1)
     given = iter(keys)
     shuffle = Shuffle([source], tmp_path / "out", 1)
-    shuffle.block_bytes, shuffle.bucket_weight, shuffle.segment_lines = block, bucket, 90
+    shuffle.block_bytes, shuffle.partition_weight, shuffle.segment_lines = block, partition, 90
     shuffle._keys = Mock(random_raw=lambda count: np.fromiter(given, np.uint64, count))
     with shuffle:
         shuffle.scatter()
@@ -165,18 +170,18 @@ def chi_square(counts: np.ndarray) -> float:
     return float(((counts - mean) ** 2 / mean).sum() - degrees) / (2 * degrees) ** 0.5
 
 
-def orders(tmp_path: Path, lines: int, seeds: range, block: int, bucket: int) -> list[tuple[int, ...]]:
+def orders(tmp_path: Path, lines: int, seeds: range, block: int, partition: int) -> list[tuple[int, ...]]:
     source = tmp_path / "n.jsonl"
     source.write_bytes(b"".join(b"%d\n" % i for i in range(lines)))
     found = []
     for seed in seeds:
-        run_small([source], tmp_path / "out", seed, block, bucket, 3)
+        run_small([source], tmp_path / "out", seed, block, partition, 3)
         found.append(tuple(map(int, (tmp_path / "out").read_bytes().split())))
     return found
 
 
 def test_every_order_of_four_lines_is_equally_likely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """600 seeds through four buckets. 24 cells of 25: a shuffle that misses one order, or triples one, fails by far."""
+    """600 seeds, four partitions; 24 cells of 25: a shuffle that misses one order, or triples it, fails by far."""
     monkeypatch.setattr(module.os, "fsync", lambda descriptor: None)  # 600 of them cost more than the rest
     counts = Counter(orders(tmp_path, 4, range(600), 8, 100))
     assert len(counts) == 24
@@ -304,7 +309,7 @@ def test_a_killed_run_leaves_nothing_under_the_name_and_the_next_one_cleans_up(t
 import os, signal
 from megatron_hammer.corpus import shuffle as module
 s = module.Shuffle([{str(source)!r}], {str(output)!r}, 1)
-s.block_bytes, s.bucket_weight = 4000, 60_000
+s.block_bytes, s.partition_weight = 4000, 60_000
 if {after == "gather"}:
     module.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
 with s:
@@ -351,10 +356,10 @@ import resource
 from megatron_hammer.corpus.shuffle import shuffle_lines
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 s = shuffle_lines([{str(source)!r}], {str(tmp_path / "out")!r}, 1, 20_000_000)
-print(s.lines, s.bytes, s.buckets, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
+print(s.lines, s.bytes, s.partitions, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    lines, size, buckets, kilobytes = map(int, done.stdout.split())
-    assert (lines, size) == (1_200_048, 52_800_000) and buckets >= 16
+    lines, size, partitions, kilobytes = map(int, done.stdout.split())
+    assert (lines, size) == (1_200_048, 52_800_000) and partitions >= 16
     assert kilobytes < 26_000
     (tmp_path / "out").unlink()
 

@@ -24,7 +24,7 @@ from megatron_hammer.dataset.format import TokenizerRecord
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.evaluation.measure import Figures, Options, check_options, measure, sets_of
 from megatron_hammer.evaluation.sets import Framing, NamedSet, TextCounts, count_text, open_set, parse_sets
-from megatron_hammer.evaluation.subjects import Backend, describe_subject
+from megatron_hammer.evaluation.subjects import ModelReader, describe_subject
 from megatron_hammer.huggingface.certificate import TEXTS
 from megatron_hammer.huggingface.export import write_hf
 from megatron_hammer.tokenizer.load import load_tokenizer
@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: Path) -> P
 
 
 def figures(
-    model: Path | str, sets: list[NamedSet], backend: Backend = "auto", reference: Any = None, **options: Any
+    model: Path | str, sets: list[NamedSet], backend: ModelReader = "auto", reference: Any = None, **options: Any
 ) -> Figures:
     subject = describe_subject(str(model), backend=backend)
     (found,) = measure([subject], sets, Options(**options), reference)

@@ -25,7 +25,7 @@ from megatron_hammer.base.faults import VARIABLE
 from megatron_hammer.checkpoint.folder import find_checkpoints, step_of
 from megatron_hammer.checkpoint.inspect import verify_checkpoint
 from megatron_hammer.checkpoint.manifest import read_manifest
-from megatron_hammer.parallel.board import Journal
+from megatron_hammer.parallel.board import StatusSlot
 from megatron_hammer.supervise import attempt
 from megatron_hammer.train import __main__ as alone
 from megatron_hammer.train.run import run_rank
@@ -99,7 +99,7 @@ def committed(folder: Path) -> list[int]:
     return [step_of(path) for path in found]
 
 
-class DeadlyJournal(Journal):
+class DeadlySlot(StatusSlot):
     """Kills its process where it notes that a step reaches a phase.
 
     Args:
@@ -111,7 +111,7 @@ class DeadlyJournal(Journal):
         super().__init__()
 
     def mark(self, phase: str) -> None:
-        """As in ``Journal``, if the process lives on."""
+        """As in ``StatusSlot``, if the process lives on."""
         if self._step == self._deadly[0] and phase.startswith(self._deadly[1]):
             os.kill(os.getpid(), signal.SIGKILL)
         super().mark(phase)
@@ -124,7 +124,7 @@ class Job:
         folder: for what the ranks say, and where they meet.
         arguments: the run's, as of ``tests.train.runs``.
         fault: of ``HAMMER_FAULT``.
-        deadly: rank, step and phase of the journal at which that rank is killed.
+        deadly: rank, step and phase of the status at which that rank is killed.
         patch: changes the program in each rank, which it is told.
     """
 
@@ -156,8 +156,8 @@ class Job:
         os.environ |= {"GLOO_SOCKET_IFNAME": "lo", VARIABLE: fault}
         store = dist.FileStore(str(self._folder / "store"), ranks) if ranks > 1 else None
         self._patch(rank)
-        journal = DeadlyJournal(*deadly[1:]) if deadly is not None and deadly[0] == rank else None
-        return run_rank(config_for(arguments), rank, rank, ranks, store, journal=journal)
+        status = DeadlySlot(*deadly[1:]) if deadly is not None and deadly[0] == rank else None
+        return run_rank(config_for(arguments), rank, rank, ranks, store, status=status)
 
     def is_running(self) -> bool:
         """Whether no rank has ended."""

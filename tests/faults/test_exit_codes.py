@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_hammer.train.loop import Run
+from megatron_hammer.train.loop import TrainLoop
 from tests.faults.kills import ended, forked, start_program
 from tests.train.runs import overrides, write_dataset
 
@@ -91,41 +91,41 @@ class Trial:
 # ---- what is changed in the program --------------------------------------------------------------------------------
 
 
-def at_step(number: int, rank: int, happen: Callable[[Run], None]) -> Callable[[], None]:
+def at_step(number: int, rank: int, happen: Callable[[TrainLoop], None]) -> Callable[[], None]:
     """A patch: this happens on a rank before a step."""
 
     def patch() -> None:
-        real = Run._step
+        real = TrainLoop._step
 
-        def step(run: Run, at: int) -> Any:
+        def step(run: TrainLoop, at: int) -> Any:
             if at == number and run.ctx.world.rank == rank % run.ctx.world.size:
                 happen(run)
             return real(run, at)
 
-        Run._step = step  # type: ignore[method-assign]
+        TrainLoop._step = step  # type: ignore[method-assign]
 
     return patch
 
 
-def raises(error: BaseException) -> Callable[[Run], None]:
-    def happen(run: Run) -> None:
+def raises(error: BaseException) -> Callable[[TrainLoop], None]:
+    def happen(run: TrainLoop) -> None:
         raise error
 
     return happen
 
 
-def flip(run: Run) -> None:
+def flip(run: TrainLoop) -> None:
     run.optimizer.store.weights[1].detach().view(-1).view(torch.int32)[3] ^= 1 << 22
 
 
 def no_number() -> None:
-    real = Run._step
+    real = TrainLoop._step
 
-    def step(run: Run, at: int) -> Any:
+    def step(run: TrainLoop, at: int) -> Any:
         report = real(run, at)
         return replace(report, loss=report.loss * float("nan")) if at == 3 else report
 
-    Run._step = step  # type: ignore[method-assign]
+    TrainLoop._step = step  # type: ignore[method-assign]
 
 
 def steps_of(output: Path) -> int:
@@ -224,14 +224,14 @@ def disk(trial: Trial) -> tuple[int, tuple[int, str]]:
 def dies(trial: Trial) -> tuple[int, tuple[int, str]]:
     trial.launches, rank, step = True, trial.draw.randrange(2), trial.draw.randrange(1, 5)
     number = trial.draw.choice([signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL])
-    how: Callable[[Run], None] = lambda run: os.kill(os.getpid(), number)  # noqa: E731
+    how: Callable[[TrainLoop], None] = lambda run: os.kill(os.getpid(), number)  # noqa: E731
     how = trial.draw.choice([how, raises(ZeroDivisionError("a defect of ours")), lambda run: os._exit(3)])
     return 7, trial.run(patch=at_step(step, rank, how))
 
 
 def hangs(trial: Trial) -> tuple[int, tuple[int, str]]:
     trial.launches, rank, step = True, trial.draw.randrange(2), trial.draw.randrange(2, 5)
-    stop: Callable[[Run], None] = lambda run: os.kill(os.getpid(), signal.SIGSTOP)  # noqa: E731
+    stop: Callable[[TrainLoop], None] = lambda run: os.kill(os.getpid(), signal.SIGSTOP)  # noqa: E731
     how = trial.draw.choice([stop, lambda run: time.sleep(SECONDS)])
     return 8, trial.run("parallel.timeout_seconds=3", patch=at_step(step, rank, how))
 

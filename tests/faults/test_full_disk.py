@@ -65,7 +65,7 @@ def index(given: dict[str, Path], folder: Path) -> None:
 
 def shuffle(given: dict[str, Path], folder: Path) -> None:
     work = Shuffle([given["corpus"]], folder / "shuffled.jsonl", 1)
-    work.block_bytes, work.bucket_weight, work._check_room = 2_000, 4_000, lambda: None  # type: ignore[method-assign]
+    work.block_bytes, work.partition_weight, work._check_room = 2_000, 4_000, lambda: None  # type: ignore[method-assign]
     with work:
         work.scatter()
         work.gather()

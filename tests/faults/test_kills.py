@@ -123,7 +123,7 @@ OF_FILES = ("stage", "write", "fsync", "manifest", "rename", "after-rename")
 
 
 def trials(mode: str, ranks: int) -> Iterator[tuple[str, tuple[int, int, str] | None]]:
-    """A fault of the environment, or the rank, step and phase at which a journal kills: each while step 4 is saved."""
+    """A fault of the environment, or the rank, step and phase at which a slot kills: each while step 4 is saved."""
     those = sorted({0, ranks - 1})
     if mode == "blocking":
         yield from (("", (rank, 4, phase)) for rank in those for phase in IN_A_SAVE)
@@ -164,7 +164,7 @@ def test_a_kill_at_each_phase_of_a_step_and_of_a_save(data: Path, memory_folder:
         if set(again.wait()) != {0}:
             wrong.append(f"{fault or deadly}: does not go on: {again.said()[-300:]}")
         else:
-            wrong += [f"{fault or deadly}: {text}" for text in drill.differences(peace, output)]
+            wrong += [f"{fault or deadly}: {text}" for text in drill.run_differences(peace, output)]
         shutil.rmtree(output)
         done += 1
     print(f"{layout}, {mode}: {done} kills, {len(wrong)} wrong", flush=True)
@@ -202,7 +202,7 @@ def test_kills_of_everything_at_random_moments(data: Path, memory_folder: Path, 
     job = Job(ranks, memory_folder / "last", overrides(data, output, *more))
     assert set(job.wait(LONG_SECONDS)) == {0}, job.said()
     print(f"{layout}: {kills} kills of everything, {inside} of them inside a save", flush=True)
-    assert not list(drill.differences(peace, output)) and kills > KILLS // 2
+    assert not list(drill.run_differences(peace, output)) and kills > KILLS // 2
 
 
 def lines_of(output: Path) -> int:
@@ -259,4 +259,4 @@ def test_kills_under_the_launcher(data: Path, memory_folder: Path, layout: str) 
     job = Launched(ranks, memory_folder / "last", overrides(data, output, *more))
     assert job.wait(LONG_SECONDS) == 0, job.said()
     print(f"{layout}: kills {counts}", flush=True)
-    assert not list(drill.differences(peace, output)) and kills > KILLS // 2
+    assert not list(drill.run_differences(peace, output)) and kills > KILLS // 2

@@ -25,7 +25,7 @@ from megatron_hammer.kernels.backend import FLOATS, Backend, Requirements
 from megatron_hammer.kernels.native import cpu
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.selection import select, select_operations
-from tests.kernels.stretches import stretches
+from tests.kernels.spans import spans
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -97,12 +97,12 @@ def test_each_document_in_fp64(lengths: tuple[int, ...], heads: int, groups: int
         torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
 
 
-STRETCHES = [[(1, 1), (1, 9), (4, 4), (7, 30)], [(16, 64)], [(5, 6), (40, 41), (2, 100)]]
+SPANS = [[(1, 1), (1, 9), (4, 4), (7, 30)], [(16, 64)], [(5, 6), (40, 41), (2, 100)]]
 
 
-@pytest.mark.parametrize("parts", STRETCHES, ids=str)
+@pytest.mark.parametrize("parts", SPANS, ids=str)
 def test_queries_are_the_end_of_the_keys(parts: list[tuple[int, int]]) -> None:
-    documents = stretches(parts)
+    documents = spans(parts)
     (q, _, _), (_, k, v) = (qkv(sum(n), 4, 2, torch.float64) for n in (documents.lengths, documents.key_lengths))
     found = with_gradients(each_document, [q, k, v], documents)
     for mine, expected in zip(found, with_gradients(reference, [q, k, v], documents), strict=True):
@@ -165,14 +165,14 @@ def test_varlen_means_each_document(monkeypatch: pytest.MonkeyPatch) -> None:
         assert q.dim() == 3 and cu_q.dtype == cu_k.dtype == torch.int32 and window_size == (-1, 0)
         assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
         assert enable_gqa == (q.shape[1] != k.shape[1])
-        lengths = stretches([*zip(cu_q.diff().tolist(), cu_k.diff().tolist(), strict=True)])
+        lengths = spans([*zip(cu_q.diff().tolist(), cu_k.diff().tolist(), strict=True)])
         return reference(*(x.unsqueeze(1) for x in (q, k, v)), lengths).squeeze(1)
 
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", double)
     for heads, groups in ((4, 2), (3, 3)):
         inputs, documents = qkv(16, heads, groups, torch.float64), documents_of(5, 3, 8)
         torch.testing.assert_close(varlen(*inputs, documents), each_document(*inputs, documents))
-        parts = stretches([(5, 9), (3, 3), (8, 20)])
+        parts = spans([(5, 9), (3, 3), (8, 20)])
         inputs[1:] = qkv(32, heads, groups, torch.float64)[1:]
         torch.testing.assert_close(varlen(*inputs, parts), each_document(*inputs, parts))
 

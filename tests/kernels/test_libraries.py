@@ -32,7 +32,7 @@ from megatron_hammer.kernels.backend import Requirements
 from megatron_hammer.kernels.libraries import apex, flash, liger, te
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.selection import select
-from tests.kernels.stretches import stretches
+from tests.kernels.spans import spans
 from tests.model import te_double
 from tests.wheels import sources_of
 
@@ -170,7 +170,7 @@ class FlashDouble:
         assert causal and q.dim() == 3 and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
         assert (max_seqlen_q, max_seqlen_k) == (int(cu_seqlens_q.diff().max()), int(cu_seqlens_k.diff().max()))
         self.asked.append(deterministic)
-        lengths = stretches([*zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)])
+        lengths = spans([*zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)])
         out = each_document(*(x.unsqueeze(1) for x in (q, k, v)), lengths).squeeze(1)
         return (out, None) if self.pair else out  # fmt: skip
 
@@ -178,7 +178,7 @@ class FlashDouble:
 @pytest.mark.parametrize("pair", [False, True])
 def test_flash_attn_means_the_reference(pair: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = PackedSequences.from_cu_seqlens(np.array([0, 5, 6, 21], np.int32), CPU)
-    for shape, given in (((9, 2), None), ((21, 1), documents), ((21, 1), stretches([(5, 2 * 5), (1, 1), (3, 10)]))):
+    for shape, given in (((9, 2), None), ((21, 1), documents), ((21, 1), spans([(5, 2 * 5), (1, 1), (3, 10)]))):
         parts = torch.randn(*shape, 12, 8, dtype=torch.float64).split((8, 2, 2), dim=2)
         q, k, v = (x.requires_grad_() for x in parts)
         q = q if given is None else q[: sum(given.lengths)].detach().requires_grad_()

@@ -25,7 +25,7 @@ from megatron_hammer.huggingface.export import export_hf
 from megatron_hammer.kernels.newton_schulz import flops, orthogonalise
 from megatron_hammer.model.parameters import hidden_matrices, logical_shapes, parameter_table
 from megatron_hammer.optim import muon
-from megatron_hammer.optim.layout import Layout
+from megatron_hammer.optim.layout import BufferLayout
 from megatron_hammer.optim.matrices import Exchange, plan_exchange
 from megatron_hammer.optim.muon import Muon, update_scale
 from megatron_hammer.parallel.context import ParallelContext
@@ -241,7 +241,7 @@ def plans(tp: int, shards: int, per_head: bool) -> tuple[Config, list[Exchange]]
     tables = [[parameter_table(config.model, config.placement(rank)) for rank in range(tp)]]
     found = []
     for rank in range(shards * tp):
-        layout = Layout(tables[0][rank % tp], 40_000, shards, rank // tp)
+        layout = BufferLayout(tables[0][rank % tp], 40_000, shards, rank // tp)
         found.append(plan_exchange([layout], tables, rank, flops, per_head))
     return config, found
 

@@ -15,7 +15,7 @@ from megatron_hammer.config import Config
 from megatron_hammer.model.llama import build_stage, gradients_of
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.optim import store as store_module
-from megatron_hammer.optim.layout import bucket_elements, lay_out
+from megatron_hammer.optim.layout import bucket_elements, lay_out_buckets
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel.collectives import all_gather_into
 from megatron_hammer.parallel.context import Group, ParallelContext
@@ -30,7 +30,7 @@ def test_layout_properties(dp: int) -> None:
     rng = np.random.default_rng(dp)
     for _ in range(50):
         sizes = rng.integers(1, 5000, rng.integers(1, 20)).tolist()
-        offsets, buckets = lay_out(sizes, int(rng.integers(1, 8000)), dp)
+        offsets, buckets = lay_out_buckets(sizes, int(rng.integers(1, 8000)), dp)
         assert sorted(i for b in buckets for i in b.parameters) == list(range(len(sizes)))
         assert buckets[0].start == 0 and all(a.stop == b.start for a, b in pairwise(buckets))
         for b in buckets:

@@ -33,4 +33,4 @@ def test_a_message_that_cannot_start_is_no_fault_of_this_rank(start: Callable[[G
     sizes = {"get_world_size.return_value": 2, "get_rank.return_value": 0}
     with mock.patch.object(collectives, "dist", mock.Mock(**fails, **sizes)), pytest.raises(RuntimeError, match="peer"):
         start(group)
-    assert group.journal.is_waiting and group.journal.collectives == 1
+    assert group.status.is_waiting and group.status.collectives == 1

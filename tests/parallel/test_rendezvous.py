@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_hammer.parallel.board import Journal
+from megatron_hammer.parallel.board import StatusSlot
 from megatron_hammer.parallel.rendezvous import start_process_group
 
 
@@ -27,7 +27,7 @@ def test_threads_of_gloo_take_no_core_by_waking(allowed: bool, monkeypatch: pyte
 
         monkeypatch.setattr(os, "sched_setscheduler", refuse)
     before = os.sched_getscheduler(0)
-    arguments: Any = (None, 0, 2, torch.device("cpu"), 30, Journal())
+    arguments: Any = (None, 0, 2, torch.device("cpu"), 30, StatusSlot())
     thread = threading.Thread(target=start_process_group, args=arguments)  # so that this one stays as it is
     thread.start()
     thread.join()

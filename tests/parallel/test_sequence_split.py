@@ -26,7 +26,7 @@ def test_pairs_are_balanced_on_long_tailed_documents(samples: int, length: int, 
     for median, sigma in ((150, 1.0), (400, 1.2), (600, 1.5), (1100, 2.0)) * 5:
         ends = long_tailed(generator, samples, length, median, sigma)
         parts = split(ends, shards)
-        assert {sum(stretch.stop - stretch.first for stretch in part) for part in parts} == {samples * length // shards}
+        assert {sum(span.stop - span.first for span in part) for part in parts} == {samples * length // shards}
         worst = max(worst, imbalance(parts))
         by_sample.append(_imbalance_by_sample(ends, samples, length, shards))
     assert worst <= BALANCE and max(by_sample) > 1.4, (worst, max(by_sample))
@@ -79,7 +79,7 @@ def test_a_sample_is_cut_in_two_halves_a_rank() -> None:
 def test_short_documents_stay_whole() -> None:
     """Where whole documents balance, none is cut, and one rank is the whole."""
     ends = np.array([0, 8, 16, 24, 32])
-    assert [[stretch[1:] for stretch in part] for part in split(ends, 4)] == [[(8 * r, 8 * r + 8)] for r in range(4)]
+    assert [[span[1:] for span in part] for part in split(ends, 4)] == [[(8 * r, 8 * r + 8)] for r in range(4)]
     assert token_index(ends, 1)[0].tolist() == list(range(32))
 
 

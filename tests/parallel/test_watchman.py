@@ -39,11 +39,11 @@ def stand_in(path: Path, rank: int, stopped: int) -> None:
     """In step 3; one of two ranks stops, the other waits for it."""
     sys.stderr = (path / f"said-{rank}").open("w")
     watchman = Watchman(share_board(Folder(path), 0, rank, 2), range(2), rank, 1.0, alone=True)
-    watchman.journal.step(3)
-    watchman.journal.mark("forward")
+    watchman.status.step(3)
+    watchman.status.mark("forward")
     if rank == stopped:
         os.kill(os.getpid(), signal.SIGSTOP)
-    with watchman.journal.waits("all_reduce"):
+    with watchman.status.waits("all_reduce"):
         time.sleep(60)  # goes on after a signal
 
 
@@ -65,7 +65,7 @@ def test_a_rank_that_has_left_is_not_dead_and_one_that_has_died_is(tmp_path: Pat
     board = Board(2)
     watchman = Watchman(board, range(2), 0, 60.0, alone=True)
     assert watchman.dead() is None
-    other = board.journal(1)
+    other = board.slot(1)
     other._pid = 2**22 + 1  # beyond what the kernel gives
     other.mark("forward")
     dead = watchman.dead()

@@ -15,10 +15,10 @@ import pytest
 
 from megatron_hammer.base.errors import ConfigError, HammerError, MemoryShortage
 from megatron_hammer.config import Config, load_config
-from megatron_hammer.profile.plan import Asked, LayoutPlan, chosen_config, make_plan, to_tree
-from megatron_hammer.profile.plan_report import WIDTH, draw_plan, table
+from megatron_hammer.profile.plan import Asked, LayoutPlan, chosen_config, plan_layouts, plan_to_tree
+from megatron_hammer.profile.plan_report import WIDTH, draw_plan, plan_table
 from megatron_hammer.train.gpus import GPUS
-from megatron_hammer.train.layouts import evaluate, with_layout
+from megatron_hammer.train.layouts import need_of, with_layout
 from megatron_hammer.train.rank_costs import GIB
 from megatron_hammer.train.rank_speed import PIPELINE, Machine
 from tests.model.tiny import tiny_config
@@ -33,7 +33,7 @@ def small(**changes: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def plan() -> LayoutPlan:
-    return make_plan(small(), Asked(4, "h100", memory=0.0015, tokens=1e9, price=2.0))
+    return plan_layouts(small(), Asked(4, "h100", memory=0.0015, tokens=1e9, price=2.0))
 
 
 def test_the_fastest_first_and_all_of_them_valid(plan: LayoutPlan) -> None:
@@ -55,18 +55,18 @@ def test_interleaved_stages_wait_less_and_keep_more() -> None:
     config = load_config(CONFIGS / "llama_8b.yaml", ["model.vocab_size=128256"])
     machine = Machine("H100", GPUS["H100"])
     plain, two, four = (
-        evaluate(with_layout(config, 2, 1, 4, stages, "optimizer", "full", 1), 8, machine) for stages in (1, 2, 4)
+        need_of(with_layout(config, 2, 1, 4, stages, "optimizer", "full", 1), 8, machine) for stages in (1, 2, 4)
     )
     waits = [layout.time.seconds[PIPELINE] for layout in (plain, two, four)]
     assert waits[1] / waits[0] == pytest.approx(1 / 2, rel=0.1) and waits[2] / waits[0] == pytest.approx(1 / 4, rel=0.3)
     assert plain.bytes < two.bytes and two.name.startswith("TP 2 PP 4x2 CP 1 DP 1")
-    few = make_plan(small(train__global_batch_size=4), Asked(4, "h100", memory=1.0)).found
+    few = plan_layouts(small(train__global_batch_size=4), Asked(4, "h100", memory=1.0)).found
     odd = [rejected for rejected in few.rejected if "stages=2 needs micro-batches" in rejected.reason]
     assert odd and all(rejected.kind == "batch" and " PP 2x2 " in rejected.layout for rejected in odd)
 
 
 def test_the_table_fits_a_terminal_and_says_what_it_rests_on(plan: LayoutPlan) -> None:
-    lines = table(plan, 5)
+    lines = plan_table(plan, 5)
     assert max(map(len, lines)) <= WIDTH
     text = "\n".join(lines)
     for words in ("65% in products", "450 GB/s", "--network", "layouts fit", "too large", "memory of the rank", "cost"):
@@ -76,7 +76,7 @@ def test_the_table_fits_a_terminal_and_says_what_it_rests_on(plan: LayoutPlan) -
 
 
 def test_json_has_everything(plan: LayoutPlan) -> None:
-    tree = json.loads(json.dumps(to_tree(plan)))
+    tree = json.loads(json.dumps(plan_to_tree(plan)))
     assert len(tree["layouts"]) == len(plan.found.fitting) and len(tree["rejected"]) == len(plan.found.rejected)
     first = tree["layouts"][0]
     assert sum(first["memory_bytes"].values()) == first["total_bytes"]
@@ -124,7 +124,7 @@ def test_a_question_without_an_answer_says_what_to_do(
     asked: dict[str, Any], changes: dict[str, Any], code: str, words: tuple[str, ...]
 ) -> None:
     with pytest.raises(HammerError) as caught:
-        make_plan(dataclasses.replace(small(**changes)), Asked(**{"gpus": 4, "gpu": "h100", **asked}))
+        plan_layouts(dataclasses.replace(small(**changes)), Asked(**{"gpus": 4, "gpu": "h100", **asked}))
     assert caught.value.code == code
     for word in words:
         assert word in str(caught.value)
@@ -142,9 +142,11 @@ def test_published_runs_are_met() -> None:
     """16,000 tokens/s of the 1.4B on an A100 by its authors, and some 24,000 of TinyLlama's 1.1B: we expect between."""
     overrides = ["model.vocab_size=105789"]
     config = load_config(CONFIGS / "hammerllm_1b4.yaml", overrides)
-    plan = make_plan(config, Asked(1, "a100"))
+    plan = plan_layouts(config, Asked(1, "a100"))
     assert 16_000 < plan.found.fitting[0].time.tokens_per_second < 25_000
-    assert make_plan(config, Asked(2, "a100")).found.ranked[0].config.parallel.shard == "optimizer", "as docs/layout.md"
+    assert plan_layouts(config, Asked(2, "a100")).found.ranked[0].config.parallel.shard == "optimizer", (
+        "as docs/layout.md"
+    )
 
 
 def program() -> Any:

@@ -14,11 +14,11 @@ import torch
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import load_config
 from megatron_hammer.kernels.ranges import GRADIENT, HEAD, LINEAR
-from megatron_hammer.parallel.board import Journal
+from megatron_hammer.parallel.board import StatusSlot
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.profile.plots import draw_profile
-from megatron_hammer.profile.profile import Settings, _profile, for_profiling, profile_step, table
-from megatron_hammer.profile.trace import PREFIX, Traffic, measure, memory_of_step, read_trace, traffic
+from megatron_hammer.profile.profile import Settings, _profile, for_profiling, profile_step, profile_table
+from megatron_hammer.profile.trace import PREFIX, Traffic, memory_of_step, parts_of_trace, read_trace, traffic
 from megatron_hammer.profile.workload import RecordedRanges, record_waits
 from megatron_hammer.train import budget
 from megatron_hammer.train.build import build
@@ -50,7 +50,7 @@ def _check(report: dict[str, Any], folder: Path) -> None:
     assert 1000 < width < 2000 and 600 < height < 3000
     assert sorted(p.name for p in folder.iterdir()) == ["profile.json", "profile.png", "trace.json.gz"]
     for name in parts:
-        assert name in table(report)
+        assert name in profile_table(report)
 
 
 def _png_size(path: Path) -> tuple[int, int]:
@@ -110,7 +110,7 @@ def test_real_documents_in_bf16_by_the_program(data: Path, tmp_path: Path) -> No
     assert 1 < counted / needed < 384 / 301, "the head's padding"
     attention = next(p for p in report["parts"] if p["name"] == budget.ATTENTION)
     assert attention["limit_ms"] > 0 and "at the peak" in done.stdout
-    products = measure(read_trace(out / "trace.json.gz"), "cpu").operations[budget.LAYER_PRODUCTS]
+    products = parts_of_trace(read_trace(out / "trace.json.gz"), "cpu").operations[budget.LAYER_PRODUCTS]
     again = [name for name in products if "silu" in name.lower() or "scaled_dot_product" in name]
     assert not again, "what is recomputed for a linear layer's backward counts for the operation's part"
     assert "USDT" not in done.stderr and not (tmp_path / "untouched").exists()
@@ -154,18 +154,18 @@ def test_ranges_are_recorded_in_their_block_only() -> None:
     assert names() == set()
 
 
-def test_a_journal_that_shows_waits_still_says_that_the_rank_waits() -> None:
+def test_a_status_slot_that_shows_waits_still_says_that_the_rank_waits() -> None:
     """The launcher's: of ranks that failed, those that were waiting are not to blame."""
-    journal, ranges = Journal(), RecordedRanges()
-    record_waits(journal, ranges)
+    status, ranges = StatusSlot(), RecordedRanges()
+    record_waits(status, ranges)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorder, ranges.recorded():
         for _ in range(2):
-            with journal.waits("all_reduce"):
-                assert journal.is_waiting
-                journal.mark("a phase")  # another note within the same wait
-            journal.mark("no wait")
+            with status.waits("all_reduce"):
+                assert status.is_waiting
+                status.mark("a phase")  # another note within the same wait
+            status.mark("no wait")
     names = [event.name for event in recorder.events() if event.name.startswith(PREFIX)]
-    assert names == 2 * [PREFIX + budget.COMMUNICATION] and not journal.is_waiting
+    assert names == 2 * [PREFIX + budget.COMMUNICATION] and not status.is_waiting
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"flops": -1.0}, {"bandwidth": float("nan")}])
@@ -182,11 +182,11 @@ def test_a_layout_needs_its_ranks(tmp_path: Path) -> None:
 
 
 def _profiled(rank: int, overrides: list[str], folder: Path) -> dict[str, Any] | None:
-    settings, ranges, journal = Settings(folder, steps=1, ranks=2), RecordedRanges(), Journal()
+    settings, ranges, status = Settings(folder, steps=1, ranks=2), RecordedRanges(), StatusSlot()
     config = for_profiling(load_config(TINY, ["model.vocab_size=384", "train.device=cpu", *overrides]), settings)
     config.validate(2)
-    record_waits(journal, ranges)
-    ctx = build_parallel_context(config.grid(2), torch.device("cpu"), journal=journal)
+    record_waits(status, ranges)
+    ctx = build_parallel_context(config.grid(2), torch.device("cpu"), status=status)
     return _profile(config, settings, ctx, ranges, lambda text: None)
 
 
@@ -215,7 +215,7 @@ def test_what_two_ranks_communicate(overrides: list[str], kinds: set[str], tmp_p
     parts = {part["name"]: part["ms"] for part in report["parts"]}
     assert parts[budget.COMMUNICATION] > 0 and report["limit_ms"] is None
     assert sum(parts.values()) + report["left_out_ms"] == pytest.approx(report["step_ms"], rel=1e-6)
-    assert "rank 0 of 2" in table(report) and all(name in table(report) for name in kinds)
+    assert "rank 0 of 2" in profile_table(report) and all(name in profile_table(report) for name in kinds)
 
 
 # ---- traces written by hand ------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def test_a_cpu_trace() -> None:
         _range("optimizer, clipping", 80, 95),
         _event("aten::mul", 85, 90, thread=2),  # another thread's: not the step's time
     ]
-    measured = measure(_sorted(FORWARD + backward), "cpu")
+    measured = parts_of_trace(_sorted(FORWARD + backward), "cpu")
     expected = {
         budget.LAYER_PRODUCTS: 10 + 20 - 1 - 4,  # Python and views included
         budget.GRADIENTS: 2 + 5 + 3,  # in the head; in the layer, around its product; AccumulateGrad
@@ -310,7 +310,7 @@ def test_a_gpu_trace() -> None:
         kernel("unknown", 90, 93, 99),
         kernel("before", -5, 2, 98),
     ]
-    measured = measure(_sorted(events), "cuda")
+    measured = parts_of_trace(_sorted(events), "cuda")
     expected = {
         budget.LAYER_PRODUCTS: 20 + 10,
         budget.HEAD_PRODUCTS: 14,
@@ -320,7 +320,7 @@ def test_a_gpu_trace() -> None:
         budget.GAPS: 13 + 1 + 5 + 7,
     }
     assert measured.parts == expected and sum(expected.values()) == 100
-    casts = measure(_sorted(events), "cuda", casts=True)
+    casts = parts_of_trace(_sorted(events), "cuda", casts=True)
     assert casts.parts[budget.CASTS] == 10, "the kernel of backward that no product launched"
 
 
@@ -336,7 +336,7 @@ def test_what_is_under_way_while_something_else_is_done() -> None:
         _event("gloo:all_reduce", 140, 150, "user_annotation", thread=9),  # after the step
     ]
     assert traffic(_sorted(events), "cpu") == {"all_reduce": Traffic(1, 30, 25), "recv": Traffic(1, 20, 11)}
-    parts = measure(_sorted(events), "cpu").parts
+    parts = parts_of_trace(_sorted(events), "cpu").parts
     assert parts[budget.COMMUNICATION] == 5 + 9 and parts[budget.OTHER] == 8
 
 
@@ -352,7 +352,7 @@ def test_a_compiled_layer() -> None:
         _node("autograd::engine::evaluate_function: CompiledFunctionBackward", 60, 90, 3),
         _event("aten::mm", 70, 76),
     ]
-    measured = measure(_sorted(events), "cpu")
+    measured = parts_of_trace(_sorted(events), "cpu")
     expected = {
         budget.LAYER_PRODUCTS: 16, budget.ATTENTION: 7, budget.ELEMENTWISE: 40 - 17 + 30 - 6, budget.NORM: 5,
         budget.GAPS: 25,

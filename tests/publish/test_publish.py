@@ -20,9 +20,9 @@ from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.publish import publish as publishing
 from megatron_hammer.publish.card import Wishes
-from megatron_hammer.publish.facts import gather
+from megatron_hammer.publish.facts import gather_facts
 from megatron_hammer.publish.hubs import FolderHub, HuggingFaceHub, ModelScopeHub, check_repository
-from megatron_hammer.publish.publish import prepare, publish
+from megatron_hammer.publish.publish import prepare_upload, upload
 
 WISHES = Wishes("锤子 1M", "me/hammer-1m", "apache-2.0", ("zh", "en"))
 
@@ -70,7 +70,7 @@ class FakeHub:
 
 
 def test_the_card_has_the_run_s_own_figures_in_both_languages(run: Path) -> None:
-    card = prepare(run, replace(WISHES, languages=("zh", "no")), unfinished=True).card
+    card = prepare_upload(run, replace(WISHES, languages=("zh", "no")), unfinished=True).card
     _, header, text = card.split("---\n", 2)
     fields = yaml.safe_load(header)
     assert fields["license"] == "apache-2.0" and fields["language"] == ["zh", "no"], "Norwegian"
@@ -92,11 +92,11 @@ def test_the_data_mix_is_told_by_names_without_folders(run: Path, tmp_path: Path
             writer.add([1] * 500, [500])
     data = {"train": {str(tmp_path / "alice_zh"): 3.0, str(tmp_path / "en_text_document"): 1.0, "/secret/bob/en": 4.0}}
     manifest = read_manifest(run / "checkpoints" / "step-00000007")
-    facts = gather(replace(manifest, config=manifest.config | {"data": data}), run, {})
+    facts = gather_facts(replace(manifest, config=manifest.config | {"data": data}), run, {})
     (mix,) = facts.phases
     assert [source.name for source in mix.sources] == ["alice_zh", "en (1)", "en (2)"]
     phases = {"phases": [{"tokens": 4096, "train": {"/x/zh": 1.0}}, {"train": {"/x/en": 1.0}}]}
-    facts = gather(replace(manifest, config=manifest.config | {"data": phases}), run, {})
+    facts = gather_facts(replace(manifest, config=manifest.config | {"data": phases}), run, {})
     assert [mix.length for mix in facts.phases] == ["4,096 tokens", ""]
     assert [source.tokens_read for mix in facts.phases for source in mix.sources] == [9000, 5336]
 
@@ -106,15 +106,15 @@ def test_the_data_mix_is_told_by_names_without_folders(run: Path, tmp_path: Path
     [("mit", "license: mit\n"), ("My Own", 'license: other\nlicense_name: "My Own"\n'), (None, "license: unknown\n")],
 )
 def test_the_licence_field(run: Path, license: str | None, words: str) -> None:
-    card = prepare(run, replace(WISHES, license=license), unfinished=True).card
+    card = prepare_upload(run, replace(WISHES, license=license), unfinished=True).card
     assert words in card and ("No licence was stated" in card) == (license is None)
 
 
 def test_what_goes_is_the_proved_export_and_the_card(run: Path, asked: list[Any]) -> None:
     (run / "hf" / "notes.txt").write_text("mine")
-    found = prepare(run, WISHES, unfinished=True)
+    found = prepare_upload(run, WISHES, unfinished=True)
     before = {path.name for path in (run / "hf").iterdir()}
-    address = publish(found, HuggingFaceHub("me/hammer-1m", True, FakeHub(asked)))
+    address = upload(found, HuggingFaceHub("me/hammer-1m", True, FakeHub(asked)))
     assert address == "https://hub/me/hammer-1m"
     (_, _, _), (made, words, made_options), (_, _, sent) = asked
     assert made == "create_repo" and words == ("me/hammer-1m",) and made_options == {"private": True, "exist_ok": True}
@@ -129,35 +129,35 @@ def test_what_goes_is_the_proved_export_and_the_card(run: Path, asked: list[Any]
 
 
 def test_modelscope(run: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = prepare(run, WISHES, unfinished=True)
+    found = prepare_upload(run, WISHES, unfinished=True)
     hub = ModelScopeHub("me/hammer-1m", False, FakeHub(asked))
     monkeypatch.delenv("MODELSCOPE_API_TOKEN", raising=False)
     with pytest.raises(ConfigError, match=r"E291.*set MODELSCOPE_API_TOKEN"):
-        publish(found, hub)
+        upload(found, hub)
     assert asked == []
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", "ms-0123456789")
-    assert publish(found, hub) == "https://www.modelscope.cn/models/me/hammer-1m"
+    assert upload(found, hub) == "https://www.modelscope.cn/models/me/hammer-1m"
     assert [name for name, *_ in asked] == ["login", "create_repo", "upload_folder"]
     assert asked[1][2]["visibility"] == "public"
 
 
 def test_a_folder(run: Path, tmp_path: Path) -> None:
-    found = prepare(run, WISHES, unfinished=True)
+    found = prepare_upload(run, WISHES, unfinished=True)
     target = tmp_path / "out"
     for _ in range(2):  # an earlier one is replaced
-        assert publish(found, FolderHub(target)) == str(target)
+        assert upload(found, FolderHub(target)) == str(target)
         assert {path.name for path in target.iterdir()} == {*found.files, "README.md"}
     (target / ".git").mkdir()
     (target / ".git" / "HEAD").write_text("mine")
     with pytest.raises(RefusedError, match=r"E525.*holds .git/HEAD, which no earlier export wrote"):
-        publish(found, FolderHub(target))
+        upload(found, FolderHub(target))
     assert (target / ".git" / "HEAD").read_text() == "mine"
     with pytest.raises(RefusedError, match=r"E525.*hf is an export, which stays as it was proved"):
-        publish(found, FolderHub(run / "hf"))
+        upload(found, FolderHub(run / "hf"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(RefusedError, match=r"E525"):
-        publish(found, FolderHub(tmp_path / "other"))
+        upload(found, FolderHub(tmp_path / "other"))
 
 
 def test_files_in_folders_and_a_card_that_were_proved(run: Path, tmp_path: Path) -> None:
@@ -170,8 +170,8 @@ def test_files_in_folders_and_a_card_that_were_proved(run: Path, tmp_path: Path)
         certificate["files"][name] = {"size": len(content), "xxh3_128": hash_file(export / name)}
     (export / "certificate.json").write_text(json.dumps(certificate))
     for _ in range(2):
-        found = prepare(run, WISHES, unfinished=True)
-        publish(found, FolderHub(tmp_path / "out"))
+        found = prepare_upload(run, WISHES, unfinished=True)
+        upload(found, FolderHub(tmp_path / "out"))
     assert (tmp_path / "out" / "a" / "b" / "c.jinja").read_text() == "{{ x }}"
     assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == found.card
     assert (export / "README.md").read_text() == "my notes"
@@ -185,27 +185,27 @@ def test_a_certificate_that_does_not_say_what_was_proved_is_no_proof(run: Path, 
     path = run / "hf" / "certificate.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=r"E493.*certificate.json does not say what was proved.*export it anew"):
-        prepare(run, WISHES, unfinished=True)
+        prepare_upload(run, WISHES, unfinished=True)
 
 
 def test_what_is_not_ready_is_refused_with_the_cure(run: Path, tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match=r"E539.*step 7 of .*--unfinished"):
-        prepare(run, WISHES)
+        prepare_upload(run, WISHES)
     with pytest.raises(
         CheckpointError, match=r"E493.*export first: python tools/checkpoint_to_hf.py --load .*step-00000007"
     ):
-        prepare(run, WISHES, tmp_path / "absent", unfinished=True)
+        prepare_upload(run, WISHES, tmp_path / "absent", unfinished=True)
     weights = run / "hf" / "generation_config.json"
     weights.write_text(weights.read_text() + " ")
     with pytest.raises(RefusedError, match=r"E540.*generation_config.json is not what the certificate proved"):
-        prepare(run, WISHES, unfinished=True)
+        prepare_upload(run, WISHES, unfinished=True)
     certificate = json.loads((run / "hf" / "certificate.json").read_text())
     (run / "hf" / "certificate.json").write_text(json.dumps(certificate | {"checkpoint_digest": "0" * 32}))
     with pytest.raises(RefusedError, match=r"E540.*not of step-00000007; export that one first"):
-        prepare(run, WISHES, unfinished=True)
+        prepare_upload(run, WISHES, unfinished=True)
     (run / "hf" / "certificate.json").unlink()
     with pytest.raises(CheckpointError, match=r"E493.*has no certificate"):
-        prepare(run, WISHES, unfinished=True)
+        prepare_upload(run, WISHES, unfinished=True)
     with pytest.raises(ConfigError, match=r"E290.*is not OWNER/NAME"):
         check_repository("model")
 
@@ -216,42 +216,42 @@ def test_nothing_private_goes(run: Path, place: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(publishing.platform, "node", lambda: "gpu-node-17")
     text = {"path": f"see {run}/loss.png", "host": "made on gpu-node-17.", "secret": "key=0123456789abcdef",
             "home": f"{Path.home()}/x"}[place]  # fmt: skip
-    prepare(run, replace(WISHES, description="made on gpu-node-170"), unfinished=True)
+    prepare_upload(run, replace(WISHES, description="made on gpu-node-170"), unfinished=True)
     with pytest.raises(RefusedError, match=r"E541\]: README.md of hf holds") as refused:
-        prepare(run, replace(WISHES, description=text), unfinished=True)
+        prepare_upload(run, replace(WISHES, description=text), unfinished=True)
     assert "0123456789abcdef" not in str(refused.value)
 
 
 def test_what_a_hub_refuses_is_one_line_without_the_token(
     run: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = prepare(run, WISHES, unfinished=True)
+    found = prepare_upload(run, WISHES, unfinished=True)
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
 
     def hub(**options: Any) -> HuggingFaceHub:
         return HuggingFaceHub("me/m", False, FakeHub(asked, **options))
 
     with pytest.raises(ConfigError, match=r"E291.*finds no token; run hf auth login"):
-        publish(found, hub(token=None))
+        upload(found, hub(token=None))
     refused = Exception("401 Client Error: bad hf_0123456789")
     with pytest.raises(ConfigError, match=r"E291.*refused by the hub.*\$HF_TOKEN"):
-        publish(found, hub(whoami=refused))
+        upload(found, hub(whoami=refused))
     forbidden = Exception("no")
     forbidden.response = SimpleNamespace(status_code=403)  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=r"E291\]: me/m is refused.*that me/m is yours"):
-        publish(found, hub(create_repo=forbidden))
+        upload(found, hub(create_repo=forbidden))
     with pytest.raises(DiskError, match=r"E604\]: me/m could not be reached, or failed .ConnectionError: no route"):
-        publish(found, hub(upload_folder=ConnectionError("no route")))
+        upload(found, hub(upload_folder=ConnectionError("no route")))
     monkeypatch.setenv("HUB_PASSWORD", "open sesame")
     with pytest.raises(DiskError, match=r"E604.*for .HUB_PASSWORD"):
-        publish(found, hub(upload_folder=ConnectionError("no route for open sesame")))
+        upload(found, hub(upload_folder=ConnectionError("no route for open sesame")))
     failed = Exception("500 Server Error (Request ID: Root=1-6401f)")
     with pytest.raises(DiskError, match=r"E604"):
-        publish(found, hub(upload_folder=failed))
+        upload(found, hub(upload_folder=failed))
     assert not any(name == "upload_folder" for name, *_ in asked)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match=r"E291\]: HF_HUB_OFFLINE is set"):
-        publish(found, hub())
+        upload(found, hub())
 
 
 def test_the_program(

@@ -7,7 +7,7 @@ import os
 import platform
 from pathlib import Path
 
-from megatron_hammer.report.gather import FRESH_SECONDS, gather, open_run
+from megatron_hammer.report.gather import FRESH_SECONDS, gather_runs, open_metrics
 
 
 def test_a_lock_of_another_machine_does_not_show_here(tmp_path: Path) -> None:
@@ -20,5 +20,5 @@ def test_a_lock_of_another_machine_does_not_show_here(tmp_path: Path) -> None:
             start = {"step": 0, "environment": {"host": host}}
             (tmp_path / "starts.jsonl").write_text(json.dumps(start) + "\n")
             os.utime(metrics, (os.stat(metrics).st_atime, os.stat(tmp_path).st_mtime - age))
-            found.append(gather(tmp_path, open_run(tmp_path)).is_alive)
+            found.append(gather_runs(tmp_path, open_metrics(tmp_path)).is_alive)
     assert found == [False, False, None, False]

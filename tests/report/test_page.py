@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_hammer.report.curves import MOST_POINTS
-from megatron_hammer.report.gather import RunFacts, gather, open_run
+from megatron_hammer.report.gather import RunFacts, gather_runs, open_metrics
 from megatron_hammer.report.page import run_page
 from tests.report.conftest import HOSTILE, STEPS, write_run
 
@@ -42,7 +42,7 @@ class Outline(HTMLParser):
 
 
 def facts(folder: Path) -> RunFacts:
-    return gather(folder, open_run(folder))
+    return gather_runs(folder, open_metrics(folder))
 
 
 def data_in(page: bytes) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.base.cli import end_of
-from megatron_hammer.report.write import continue_prompts, write_report
+from megatron_hammer.report.write import continue_prompts, write_page
 from megatron_hammer.train.metrics_file import append_line
 from tests.report.conftest import lines_of
 from tests.train.runs import ROOT
@@ -74,7 +74,7 @@ def test_a_living_run_is_followed_to_its_end(tmp_path: Path) -> None:
             if len(steps) == 3:
                 fcntl.flock(lock, fcntl.LOCK_UN)
 
-        write_report([run], page, refresh=5.0, sleep=sleep, told=lambda runs: steps.append(runs[0].metrics.last_step))
+        write_page([run], page, refresh=5.0, sleep=sleep, told=lambda runs: steps.append(runs[0].metrics.last_step))
     assert steps == [3, 6, 9, 9] and '"refresh":null' in page.read_text() and "not running" in page.read_text()
 
 
@@ -96,6 +96,6 @@ def test_checkpoints_continue_prompts(tmp_path: Path, monkeypatch: pytest.Monkey
     for prompts in (["清晨的"], ["清晨的", "a", "a"]):
         continue_prompts(run, prompts, 4)
     assert asked == [(2, ["清晨的"]), (4, ["清晨的"]), (4, ["a"])]
-    write_report([run], tmp_path / "page.html")
+    write_page([run], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "旧的" in page and page.count("新 4 &lt;b&gt;</pre>") == 2 and page.count("<summary dir") == 2

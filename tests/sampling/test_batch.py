@@ -51,7 +51,7 @@ def test_batches_are_made_without_torch() -> None:
 
 
 def test_a_part_of_a_batch() -> None:
-    """Under context parallelism: tokens, labels, weights and sources of the same places, documents as stretches."""
+    """Under context parallelism: tokens, labels, weights and sources of the same places, documents as spans."""
     windows = np.arange(34).reshape(2, 17)
     weights = windows[:, 1:] / np.float32(100)
     for documents in (None, np.array([0, 3, 16, 27, 32], np.int32)):

@@ -47,9 +47,9 @@ def order_of(*phases: tuple[int | None, dict[int, float], int]) -> SampleOrder:
 def read_targets(order: SampleOrder, count: int) -> dict[int, np.ndarray]:
     """Source -> the positions in its endless stream that the first samples have as targets, in the order of reading."""
     found: dict[int, list[np.ndarray]] = {}
-    for stretch, first, end in order.within(0, count):
+    for span, first, end in order.within(0, count):
         for part in order.parts(first, end - first):
-            s = stretch.seq_length
+            s = span.seq_length
             numbers = (part.windows[:, None] * s + np.arange(s)).ravel()
             found.setdefault(part.source, []).append(part.order.rest.positions(numbers))
     return {source: np.concatenate(parts) for source, parts in found.items()}
@@ -59,11 +59,11 @@ def check_passes(order: SampleOrder, count: int) -> int:
     """Of each source: no target read twice, none left out but those that the unfinished pass has still to come."""
     checked = 0
     for source, targets in read_targets(order, count).items():
-        stretch = [s for s, _, _ in order.within(0, count) if source in s.sources][-1]
-        place = stretch.sources.index(source)
-        end = count if stretch.end is None else min(count, stretch.end)
-        drawn_from = stretch.order_of(source)
-        rest = drawn_from.rest_after(stretch.offsets[place] + stretch.drawn(end - stretch.first)[place])
+        span = [s for s, _, _ in order.within(0, count) if source in s.sources][-1]
+        place = span.sources.index(source)
+        end = count if span.end is None else min(count, span.end)
+        drawn_from = span.order_of(source)
+        rest = drawn_from.rest_after(span.offsets[place] + span.drawn(end - span.first)[place])
         unread = [np.arange(p, p + n) for p, n in rest.intervals(0, rest.unfinished)]
         assert len(np.unique(targets)) == len(targets), "a target was read twice"
         whole = np.sort(np.concatenate([targets, *unread]))
@@ -152,7 +152,7 @@ def test_phases_of_one_mix_are_one() -> None:
     """A phase that is cut in two, or lengthened by its neighbour, is the same run; so is ``data.train`` alone."""
     whole = order_of((None, {0: 1, 1: 2}, 8))
     cut = order_of((17, {1: 4, 0: 2}, 8), (5, {0: 1, 1: 2}, 8), (None, {0: 1, 1: 2}, 8))
-    assert len(cut.stretches) == 1 and cut.ids(0, 50) == whole.ids(0, 50)
+    assert len(cut.spans) == 1 and cut.ids(0, 50) == whole.ids(0, 50)
 
 
 def test_an_untouched_source_is_as_if_it_had_never_been_shorter() -> None:

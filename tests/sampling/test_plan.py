@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.sampling.plan import format_plan, make_plan, sampling_weights
+from megatron_hammer.sampling.plan import format_plan, plan_sources, sampling_weights
 from megatron_hammer.sampling.samples import TrainData
 from tests.dataset.written import write_dataset
 
@@ -18,14 +18,14 @@ STEP = 2048 * 1024
 
 def test_shares_are_relative_and_ask_for_nothing():
     for scale in (1, 1e-9):
-        plan = make_plan({name: weight * scale for name, weight in CORPUS.items()}, "share", TOKENS, 1000, STEP)
+        plan = plan_sources({name: weight * scale for name, weight in CORPUS.items()}, "share", TOKENS, 1000, STEP)
         assert [s.drawn for s in plan.sources] == [round(1000 * STEP * w / 350e9) for w in CORPUS.values()]
         assert plan.asked is None and plan.fitting_steps is None and "note" not in format_plan(plan)
 
 
 def test_tokens_and_epochs_name_the_length_that_fits():
-    tokens = make_plan({"zh": 71e9, "wiki": 24e9}, "tokens", TOKENS, 45_000, STEP)
-    epochs = make_plan({"wiki": 2, "zh": 0.5}, "epochs", TOKENS, 45_000, STEP)
+    tokens = plan_sources({"zh": 71e9, "wiki": 24e9}, "tokens", TOKENS, 45_000, STEP)
+    epochs = plan_sources({"wiki": 2, "zh": 0.5}, "epochs", TOKENS, 45_000, STEP)
     for plan in (tokens, epochs):
         by_name = {s.prefix: s for s in plan.sources}
         assert plan.asked == pytest.approx(95e9) and plan.fitting_steps == int(95e9 // STEP) == 45_299
@@ -34,35 +34,35 @@ def test_tokens_and_epochs_name_the_length_that_fits():
         assert by_name["wiki"].repeated == by_name["wiki"].drawn - TOKENS["wiki"] > 0
         assert sum(s.drawn for s in plan.sources) == pytest.approx(plan.drawn, abs=2)
         assert "0.9934 times that, from every source; train.num_steps=45299 fits" in format_plan(plan)
-    fits = make_plan({"zh": 0.5, "wiki": 2}, "epochs", TOKENS, 45_299, STEP, max_epochs=2)
+    fits = plan_sources({"zh": 0.5, "wiki": 2}, "epochs", TOKENS, 45_299, STEP, max_epochs=2)
     assert "note" not in format_plan(fits) and fits.sources[1].epochs == pytest.approx(2, rel=1e-4)
-    assert make_plan({"wiki": 1e-12}, "epochs", TOKENS, 1, STEP).fitting_steps == 1, "no run has no step"
+    assert plan_sources({"wiki": 1e-12}, "epochs", TOKENS, 1, STEP).fitting_steps == 1, "no run has no step"
 
 
 def test_a_limit_on_epochs():
     with pytest.raises(ConfigError) as caught:
-        make_plan({"zh": 1, "wiki": 1}, "share", TOKENS, 20_000, STEP, max_epochs=1.5)
+        plan_sources({"zh": 1, "wiki": 1}, "share", TOKENS, 20_000, STEP, max_epochs=1.5)
     line = str(caught.value)
     assert caught.value.code == "E293" and "data.train[wiki]: 1.748 epochs" in line and "data.max_epochs=1.5" in line
     longest = int(line.split("train.num_steps=")[1].split(",")[0])
-    at_limit = make_plan({"zh": 1, "wiki": 1}, "share", TOKENS, longest, STEP, max_epochs=1.5)
+    at_limit = plan_sources({"zh": 1, "wiki": 1}, "share", TOKENS, longest, STEP, max_epochs=1.5)
     assert at_limit.sources[1].epochs <= 1.5, "the remedy works"
     with pytest.raises(ConfigError):
-        make_plan({"zh": 1, "wiki": 1}, "share", TOKENS, longest + 1, STEP, max_epochs=1.5)
+        plan_sources({"zh": 1, "wiki": 1}, "share", TOKENS, longest + 1, STEP, max_epochs=1.5)
     with pytest.raises(ConfigError) as caught:
-        make_plan({"tiny": 1}, "share", {"tiny": 10}, 1, STEP, max_epochs=2)
+        plan_sources({"tiny": 1}, "share", {"tiny": 10}, 1, STEP, max_epochs=2)
     assert "train.num_steps" not in str(caught.value), "no length of run would do"
-    exact = make_plan({"a": 3}, "epochs", {"a": 7 * 3}, 9, 7, max_epochs=3)
+    exact = plan_sources({"a": 3}, "epochs", {"a": 7 * 3}, 9, 7, max_epochs=3)
     assert exact.sources[0].epochs == 3, "as much as allowed is allowed"
 
 
 def test_an_empty_source_is_refused():
     with pytest.raises(DataError, match=r"E345.*nothing"):
-        make_plan({"nothing": 1}, "epochs", {"nothing": 0}, 1, 1)
+        plan_sources({"nothing": 1}, "epochs", {"nothing": 0}, 1, 1)
 
 
 def test_format():
-    plan = make_plan({"a": 1, "b": 3e-7}, "share", {"a": 10**6, "b": 10**9}, 10, 10**6)
+    plan = plan_sources({"a": 1, "b": 3e-7}, "share", {"a": 10**6, "b": 10**9}, 10, 10**6)
     lines = format_plan(plan).splitlines()
     assert lines[0].startswith("plan of 10 steps of 1,000,000 tokens, 10,000,000 in all")
     assert [line.split()[0] for line in lines[1:]] == ["source", "a", "b", "all"]
@@ -89,7 +89,7 @@ def test_what_the_plan_says_is_what_is_drawn(tmp_path, order):
     a, b, c = prefixes.values()
     asked = {"share": {a: 1, b: 1, c: 2}, "tokens": {a: 900, b: 1000, c: 100}, "epochs": {a: 0.5, b: 1.5, c: 3}}
     for unit, weights in asked.items():
-        plan = make_plan(weights, unit, tokens, 25, 8 * 16)
+        plan = plan_sources(weights, unit, tokens, 25, 8 * 16)
         data = TrainData(weights, 16, 1, order, 200, unit)
         drawn = np.bincount([data.sample_id(i).source for i in range(200)], minlength=3) * 16
         by_prefix = {str(dataset.prefix): int(n) for dataset, n in zip(data.sources, drawn)}

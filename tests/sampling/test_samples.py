@@ -177,9 +177,9 @@ def test_samples_named_at_once_have_the_digest_of_samples_named_one_by_one(sourc
     digest = hashlib.blake2b(b"before", digest_size=16)
     for i in range(100, 1124):  # several epochs of every source
         sample = data.sample_id(i)
-        (stretch,) = data.order.stretches
-        place, position = stretch.blend[i]
-        window = int(stretch.orders[place].windows(position, 1)[0])
+        (span,) = data.order.spans
+        place, position = span.blend[i]
+        window = int(span.orders[place].windows(position, 1)[0])
         epoch = window * SEQ // data.sources[sample.source].num_tokens
         assert sample == (place, epoch, window)
         digest.update(f"\n{data.fingerprints[sample.source]} {epoch} {window}".encode())

@@ -26,7 +26,7 @@ from megatron_hammer.base.errors import CheckpointError, ConfigError, MemoryShor
 from megatron_hammer.base.signals import STOP_SIGNALS, end_at_once
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.parallel import rendezvous
-from megatron_hammer.parallel.board import Journal
+from megatron_hammer.parallel.board import StatusSlot
 from megatron_hammer.supervise import attempt
 from megatron_hammer.supervise.nodes import Node
 from megatron_hammer.supervise.restart import Restarts
@@ -59,13 +59,13 @@ def sleep_until_killed() -> None:
 
 
 def rank_done(
-    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, status: StatusSlot
 ) -> int:
     return 0
 
 
 def rank_mistake(
-    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, status: StatusSlot
 ) -> int:
     """Every rank raises, as ``raise_together`` makes them; the higher one first."""
     time.sleep(0.3 * (world_size - rank))
@@ -73,7 +73,7 @@ def rank_mistake(
 
 
 def rank_mistake_of_one(
-    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, status: StatusSlot
 ) -> int:
     if rank == 1:
         raise OSError(28, "No space left on device", "/some/file")
@@ -82,14 +82,14 @@ def rank_mistake_of_one(
 
 
 def rank_dies(
-    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, status: StatusSlot
 ) -> int:
     os.kill(os.getpid(), signal.SIGKILL)
     return 0
 
 
 def rank_killed(
-    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, status: StatusSlot
 ) -> int:
     """Rank 1 is killed inside a collective; rank 0 sees its peer go, and raises."""
     import torch
@@ -103,7 +103,7 @@ def rank_killed(
 
 
 def rank_raises(
-    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, status: StatusSlot
 ) -> int:
     """The same with an exception that nobody expected."""
     import torch
@@ -117,7 +117,7 @@ def rank_raises(
 
 
 def rank_exits(
-    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, status: StatusSlot
 ) -> int:
     if rank == 1:
         left_behind = subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -129,49 +129,49 @@ def rank_exits(
 
 
 def rank_stays(
-    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, status: StatusSlot
 ) -> int:
     """Rank 0 is done, rank 1 never ends, although it does something."""
     if rank == 1:
         say("pid", os.getpid())
         while True:
-            journal.mark("at it")
+            status.mark("at it")
             time.sleep(0.1)
     return 0
 
 
 def rank_hangs(
-    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, status: StatusSlot
 ) -> int:
     """Rank 1 stops in the middle of a step; rank 0 waits for it in a collective."""
     say("pid", os.getpid())
-    journal.step(7)
+    status.step(7)
     while rank == 0 and not store.check(["there"]):  # type: ignore[attr-defined]
-        journal.mark("forward")
+        status.mark("forward")
         time.sleep(0.05)
-    journal.mark("forward")
+    status.mark("forward")
     if rank == 1:
         store.set("there", "")  # type: ignore[attr-defined]
         os.kill(os.getpid(), signal.SIGSTOP)
-    with journal.waits("all_reduce"):
+    with status.waits("all_reduce"):
         time.sleep(60)
     return 0
 
 
 def rank_sleeps(
-    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, status: StatusSlot
 ) -> int:
     sleep_until_killed()
     return 0
 
 
 def rank_saves(
-    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, status: StatusSlot
 ) -> int:
     """The training loop's manners: handlers that remember, a save that takes a while, the old handlers again, 75."""
     seen: list[int] = []
     before = {s: signal.signal(s, lambda number, _: seen.append(number)) for s in STOP_SIGNALS}
-    journal.step(1)
+    status.step(1)
     say("pid", os.getpid())
     time.sleep(0.5)  # a signal that comes now must wait
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -186,7 +186,7 @@ def rank_saves(
 
 
 def rank_fails_in_training(
-    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, status: StatusSlot
 ) -> int:
     """The real ``run_rank`` where training fails on rank 1; taking the groups down would block, as NCCL's does."""
     from types import SimpleNamespace
@@ -205,17 +205,19 @@ def rank_fails_in_training(
     prepared = SimpleNamespace(config=config, is_finished=False)
     replaced = {
         "train": lambda *_: train(),
-        "Beginning": lambda *_: SimpleNamespace(agree=lambda: prepared, device=torch.device("cpu"), predicted=[]),
+        "Beginning": lambda ranks, *_: SimpleNamespace(
+            ranks=ranks, agree=lambda: prepared, device=torch.device("cpu"), predicted=[]
+        ),
         "announcement": lambda *_: "",
     }
     for name, stand_in in replaced.items():
         setattr(run, name, stand_in)
     dist.destroy_process_group = sleep_until_killed
-    return run.run_rank(config, rank, local_rank, world_size, store, check_data, journal=journal)  # type: ignore[arg-type]
+    return run.run_rank(config, rank, local_rank, world_size, store, check_data, status=status)  # type: ignore[arg-type]
 
 
 def rank_sockets(
-    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, status: StatusSlot
 ) -> int:
     import torch
     import torch.distributed as dist
@@ -353,7 +355,7 @@ def test_a_signal_saves_and_exits_75(signum: signal.Signals, nproc: int) -> None
 
 
 def rank_asked_from_the_start(
-    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, journal: Journal
+    config: Config, rank: int, local_rank: int, world_size: int, store: object, check_data: bool, status: StatusSlot
 ) -> int:
     """The signal that was passed on is pending: it was born with it blocked."""
     return 75 if signal.sigtimedwait((signal.SIGTERM,), 5) else 0

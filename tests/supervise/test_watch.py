@@ -95,14 +95,14 @@ def test_a_rank_that_outlives_a_kill_is_named_and_left(monkeypatch: pytest.Monke
 
 def stand_in(board: Board, rank: int, fault: str) -> None:
     """A rank that is in step 4; rank 1 stops or sleeps in forward, rank 0 waits for it."""
-    journal = board.journal(rank)
-    journal.step(4)
-    journal.mark("forward and backward")
+    status = board.slot(rank)
+    status.step(4)
+    status.mark("forward and backward")
     if rank == 1 and fault == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     if rank == 1:
         a_function_that_waits()
-    with journal.waits("all_reduce"):
+    with status.waits("all_reduce"):
         a_function_that_waits()
 
 

@@ -175,7 +175,7 @@ def _a_file_instead(run: Path) -> None:
 def test_whatever_the_damage_the_one_before_is_taken(data: Path, run: Path, damage, monkeypatch, capsys) -> None:
     """Nothing of the damaged one is lost: it is only renamed."""
     damage(run)
-    monkeypatch.setattr("megatron_hammer.train.loop.Run.advance", lambda run, *how: run.first_step)
+    monkeypatch.setattr("megatron_hammer.train.loop.TrainLoop.advance", lambda run, *how: run.first_step)
     assert go(data, run) == 3
     assert "E4" in capsys.readouterr().out
     assert asides(run / "checkpoints") == ["step-00000003.aside"] and not os.path.lexists(step(run, 3))

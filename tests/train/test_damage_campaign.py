@@ -45,7 +45,7 @@ class Campaign:
 
     def __init__(self, data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
         self.data, self.monkeypatch, self.capsys = data, monkeypatch, capsys
-        self.advance, self.tokenizer = loop.Run.advance, f"tokenizer.path={folder}"
+        self.advance, self.tokenizer = loop.TrainLoop.advance, f"tokenizer.path={folder}"
         self.pristine, self.work, self.expected = (folder / name for name in ("pristine", "work", "expected"))
         use_tokenizer(0)
         first = overrides(data, self.pristine, *STEPS, "train.num_steps=3", self.tokenizer)
@@ -65,7 +65,7 @@ class Campaign:
         shutil.copytree(self.pristine, self.work, symlinks=True)
         damage(self.work / name)
         whole = sum(self.seen.values()) % 20 == 0
-        self.monkeypatch.setattr(loop.Run, "advance", self.advance if whole else lambda run, *how: run.first_step)
+        self.monkeypatch.setattr(loop.TrainLoop, "advance", self.advance if whole else lambda run, *how: run.first_step)
         what = (name, damage)
         assert go(self.data, self.work, self.tokenizer) == (0 if whole else 3), what
         (line,) = (line for line in self.capsys.readouterr().out.splitlines() if " is damaged: error[E" in line)

@@ -14,7 +14,7 @@ from megatron_hammer.kernels.bit_hash import BLOCK, INTEGERS, BitHash
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.train.build import build
 from megatron_hammer.train.drift import DriftCheck
-from megatron_hammer.train.loop import Run
+from megatron_hammer.train.loop import TrainLoop
 from tests.distributed import run_distributed
 from tests.host_waits import OperationNames
 from tests.model.tiny import make_context, tiny_config
@@ -139,20 +139,20 @@ def test_copies_of_stages_and_of_context_parallel_ranks() -> None:
 
 def _run_with_flip(rank: int, arguments: list[str], method: str, step: int) -> str:
     """The error of a run on whose rank 1 a bit of a weight flips before that method of the loop in that step."""
-    original = getattr(Run, method)
+    original = getattr(TrainLoop, method)
 
-    def flipping(run: Run, *args: object, **more: object) -> object:
+    def flipping(run: TrainLoop, *args: object, **more: object) -> object:
         if rank == 1 and run.state.step == step:
             run.optimizer.store.weights[1].detach().view(-1).view(torch.int16)[3] ^= 1
         return original(run, *args, **more)
 
-    setattr(Run, method, flipping)
+    setattr(TrainLoop, method, flipping)
     try:
         return f"exit code {train_here(rank, arguments)}"
     except DriftError as error:
         return str(error)
     finally:
-        setattr(Run, method, original)
+        setattr(TrainLoop, method, original)
 
 
 def _saved(output: Path) -> list[str]:

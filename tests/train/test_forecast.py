@@ -13,13 +13,13 @@ from megatron_hammer.config import load_config
 from megatron_hammer.kernels.selection import select_backends
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.parallel.context import Group, ParallelContext
-from megatron_hammer.sampling.plan import format_plan, make_plan
+from megatron_hammer.sampling.plan import format_plan, plan_sources
 from megatron_hammer.train.build import build, kernel_requirements
 from megatron_hammer.train.forecast import forecast
 from megatron_hammer.train.metrics import _perplexity
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.rank_costs import state_bytes
-from megatron_hammer.train.run import describe
+from megatron_hammer.train.run import describe_dry_run
 from tests.model.tiny import tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -55,9 +55,9 @@ def test_the_lines() -> None:
 
 def test_a_dry_run_goes_through_without_data(tmp_path: Path) -> None:
     config = tiny_config(train__dry_run=True)
-    assert "note: data.train is not set: no plan of the data" in describe(prepare(config, 1), 1)
+    assert "note: data.train is not set: no plan of the data" in describe_dry_run(prepare(config, 1), 1)
     absent = dataclasses.replace(config.data, train={f"{tmp_path}/absent": 1.0})
-    text = describe(prepare(dataclasses.replace(config, data=absent), 1), 1)
+    text = describe_dry_run(prepare(dataclasses.replace(config, data=absent), 1), 1)
     assert "note: a run would stop here: error[E330]" in text and "memory of a rank" in text
     with pytest.raises(DataError):
         prepare(dataclasses.replace(config, data=absent, train=dataclasses.replace(config.train, dry_run=False)), 1)
@@ -65,7 +65,7 @@ def test_a_dry_run_goes_through_without_data(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("steps, remarked", [(39, False), (41, True), (10_000_000, True)])
 def test_a_text_that_is_read_very_often(steps: int, remarked: bool) -> None:
-    text = format_plan(make_plan({"zh": 1.0}, "share", {"zh": 1000}, steps, 1000))
+    text = format_plan(plan_sources({"zh": 1.0}, "share", {"zh": 1000}, steps, 1000))
     assert (f"note: zh is read {steps:,} times" in text) == remarked
 
 

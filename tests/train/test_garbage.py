@@ -17,7 +17,7 @@ def test_the_collector_runs_at_fixed_steps_only(data: Path, tmp_path: Path, monk
     """After evaluations (4, 8, 12), saves (3, 6, 9, 12) and every fifth step; a step leaves no cycle behind."""
     seen: list[str] = []
     monkeypatch.setattr(loop, "COLLECT_EVERY_STEPS", 5)
-    collect, step_of_run = loop.Run._collect_garbage, loop.train_step
+    collect, step_of_run = loop.TrainLoop._collect_garbage, loop.train_step
 
     def step(*arguments: Any) -> Any:
         assert not gc.isenabled() and gc.get_freeze_count() > 1000
@@ -27,12 +27,12 @@ def test_the_collector_runs_at_fixed_steps_only(data: Path, tmp_path: Path, monk
         seen.append(f"step {arguments[4]}")
         return report
 
-    def noted(run: loop.Run) -> None:
+    def noted(run: loop.TrainLoop) -> None:
         seen.append("collect")
         collect(run)
 
     monkeypatch.setattr(loop, "train_step", step)
-    monkeypatch.setattr(loop.Run, "_collect_garbage", noted)
+    monkeypatch.setattr(loop.TrainLoop, "_collect_garbage", noted)
     enabled, frozen = gc.isenabled(), gc.get_freeze_count()
     assert train_here(0, overrides(data, tmp_path / "out")) == 0
     assert (gc.isenabled(), gc.get_freeze_count()) == (enabled, frozen) == (True, 0)

@@ -74,9 +74,9 @@ def test_what_is_not_finite_and_what_looks_for_a_loss_scale() -> None:
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, float]]:
     """{step: factor}: a module's output is multiplied in these steps, and when they are looked at again."""
     factors: dict[int, float] = {}
-    step_of, hooks = loop.Run._step, list[Any]()
+    step_of, hooks = loop.TrainLoop._step, list[Any]()
 
-    def step(run: loop.Run, number: int) -> Any:
+    def step(run: loop.TrainLoop, number: int) -> Any:
         while hooks:
             hooks.pop().remove()
         if number in factors:
@@ -90,7 +90,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, float]]:
             hooks.append(layer.register_forward_hook(multiply))
         return step_of(run, number)
 
-    monkeypatch.setattr(loop.Run, "_step", step)
+    monkeypatch.setattr(loop.TrainLoop, "_step", step)
     yield factors
 
 

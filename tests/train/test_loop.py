@@ -19,14 +19,14 @@ def test_reading_a_step_later_changes_nothing(
     evaluate), and every line and every byte of the checkpoints is the same; in fp16 with steps that are skipped.
     """
     outputs, waiting = (tmp_path / "at once", tmp_path / "later"), set[int]()
-    read = loop.Run._read
+    read = loop.TrainLoop._read
 
-    def noted(run: loop.Run, lag: int, *more: object) -> bool:
+    def noted(run: loop.TrainLoop, lag: int, *more: object) -> bool:
         stopped = read(run, lag, *more)
         waiting.add(len(run.pending))
         return stopped
 
-    monkeypatch.setattr(loop.Run, "_read", noted)
+    monkeypatch.setattr(loop.TrainLoop, "_read", noted)
     for lag, output in enumerate(outputs):
         monkeypatch.setitem(loop.READ_LAG_STEPS, "cpu", lag)
         waiting.clear()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.base.errors import CheckpointError, RefusedError
-from megatron_hammer.train.output import only_writer, remove_leftovers
+from megatron_hammer.train.output import clear_output, only_writer
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank
 from tests.train.runs import config_for, overrides
@@ -67,7 +67,7 @@ def test_nothing_is_saved_into_a_folder_that_went_away(data: Path, tmp_path: Pat
     """It is not made again either: the run ends with the reason."""
     run = tmp_path / "run"
     config = config_for(overrides(data, run, "train.num_steps=1", "data.valid=null"))
-    monkeypatch.setattr("megatron_hammer.train.loop.Run._collect_garbage", lambda self: None)
+    monkeypatch.setattr("megatron_hammer.train.loop.TrainLoop._collect_garbage", lambda self: None)
     monkeypatch.setattr("megatron_hammer.train.metrics_file.MetricsFile.sync", lambda self: shutil.rmtree(run))
     with pytest.raises(RefusedError, match=r"E587.*was deleted, moved or replaced"):
         run_rank(config, 0, 0, 1, None)
@@ -104,7 +104,7 @@ def test_a_run_that_never_had_a_checkpoint_begins_again(data: Path, tmp_path: Pa
     run = tmp_path / "run"
     arguments = overrides(data, run, "train.num_steps=2", "data.valid=null", "checkpoint.save_interval_steps=1")
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_hammer.train.loop.Run._save", lambda self, last: None)
+        patch.setattr("megatron_hammer.train.loop.TrainLoop._save", lambda self, last: None)
         assert run_rank(config_for(arguments), 0, 0, 1, None) == 0
     assert not (run / "checkpoints").exists() and len((run / "metrics.jsonl").read_text().splitlines()) == 2
     assert run_rank(config_for(arguments), 0, 0, 1, None) == 0
@@ -131,7 +131,7 @@ def test_what_kills_leave_goes_at_every_start(data: Path, tmp_path: Path) -> Non
     ]  # fmt: skip
     assert sorted(p.name for p in run.iterdir()) == [".lock", ".saved", "checkpoints", "metrics.jsonl", "notes.tmp-1",
                                                       "starts.jsonl"]  # fmt: skip
-    assert remove_leftovers(run) == []
+    assert clear_output(run) == []
 
 
 def test_a_finished_run_says_so_from_a_folder_that_nobody_may_write_to(data: Path, tmp_path: Path, monkeypatch) -> None:

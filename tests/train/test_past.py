@@ -16,7 +16,7 @@ from megatron_hammer.sampling.plan import format_run_plan
 from megatron_hammer.sampling.samples import open_train_data
 from megatron_hammer.train import prepare as prepare_module
 from megatron_hammer.train.prepare import Prepared, in_progress, prepare
-from megatron_hammer.train.run import describe
+from megatron_hammer.train.run import describe_dry_run
 from tests.distributed import run_distributed
 from tests.train.runs import (
     accepted_by,
@@ -143,7 +143,7 @@ def test_the_plan_counts_what_was_read(trained: Path) -> None:
     with pytest.raises(ConfigError, match="epochs over all phases") as caught:
         prepared_with(trained, *more, f"data.max_epochs={a.epochs * 0.99}")
     assert caught.value.number == 93 and prepared_with(trained, *more, f"data.max_epochs={a.epochs * 1.01}").plan
-    assert json.dumps(plan.describe())
+    assert json.dumps(plan.describe_dry_run())
 
 
 def test_a_longer_context_is_not_forgotten_in_a_phase_of_shorter_samples() -> None:
@@ -167,7 +167,7 @@ def test_the_plan_of_a_run_whose_batch_has_changed_counts_what_will_be_read(trai
         with pytest.raises(ConfigError, match=rf"{a.drawn:,} tokens drawn"):
             prepared_with(trained, *more, f"data.max_epochs={a.epochs * 0.99}")
         config = config_for(overrides(trained / "data", trained / "run", more[0], "train.dry_run=true"))
-        told = describe(prepare(config, 1), 1)
+        told = describe_dry_run(prepare(config, 1), 1)
         assert f"time: {32 * (samples - 32):,} of {32 * samples:,} tokens" in told and text.splitlines()[0] in told
         three = [*more, *phases(trained, FIRST, "{samples: 32, train: {@a: 1}}", "{train: {@b: 1}}")]
         coming = prepared_with(trained, *three).plan
@@ -177,7 +177,7 @@ def test_the_plan_of_a_run_whose_batch_has_changed_counts_what_will_be_read(trai
     mixed = overrides(trained / "data", trained / "run", f"data.train={{{trained}/data/c: 1}}", more[0])
     there, course = in_progress(config_for(mixed))
     assert [phase.first for phase in there.phases] == [0, 32] and course.num_samples == 32 + 8 * 4
-    assert "read so far, at sample 32" in describe(prepare(config_for([*mixed, "train.dry_run=true"]), 1), 1)
+    assert "read so far, at sample 32" in describe_dry_run(prepare(config_for([*mixed, "train.dry_run=true"]), 1), 1)
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,9 @@ def bad_samples(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(health, "SMALLEST_HISTORY", 4)
-        step_of, hooks = loop.Run._step, list[Any]()
+        step_of, hooks = loop.TrainLoop._step, list[Any]()
 
-        def step(run: loop.Run, number: int) -> Any:
+        def step(run: loop.TrainLoop, number: int) -> Any:
             while hooks:
                 hooks.pop().remove()
             first = run.state.consumed_samples
@@ -72,7 +72,7 @@ def bad_samples(
                     seen.append(number)
             return step_of(run, number)
 
-        patch.setattr(loop.Run, "_step", step)
+        patch.setattr(loop.TrainLoop, "_step", step)
         yield
 
 
@@ -168,14 +168,14 @@ def test_a_run_without_a_checkpoint_begins_anew_and_spikes_that_go_on_end_it(
 ) -> None:
     """``--accept fresh`` is about what the start found in the folder: a rewind to the beginning has a ledger there."""
     output, more = tmp_path / "run", (*REWIND, "checkpoint.save_interval_steps=12", "train.max_rewinds=2")
-    fresh, build = list[bool](), loop.Run.__init__
+    fresh, build = list[bool](), loop.TrainLoop.__init__
 
-    def built(run: loop.Run, prepared: Prepared, *args: Any, **kwargs: Any) -> None:
+    def built(run: loop.TrainLoop, prepared: Prepared, *args: Any, **kwargs: Any) -> None:
         fresh.append(prepared.is_fresh)
         build(run, prepared, *args, **kwargs)
 
     with bad_samples((BAD_PLACE, 66)), monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "__init__", built)
+        patch.setattr(loop.TrainLoop, "__init__", built)
         assert train_here(0, overrides(data, output, *more, "--accept=fresh")) == 0
     assert fresh == [True, False]
     assert [(one.back_to_step, one.skipped) for one in read_ledger(output / LEDGER) or ()] == [(0, ((56, 72),))]

@@ -16,7 +16,7 @@ from megatron_hammer.parallel.agreement import BeforeStart
 from megatron_hammer.train import run
 from megatron_hammer.train.begin import Beginning
 from megatron_hammer.train.gpus import GPUS
-from megatron_hammer.train.layouts import evaluate
+from megatron_hammer.train.layouts import need_of
 from megatron_hammer.train.rank_costs import GIB
 from megatron_hammer.train.rank_speed import Machine
 from megatron_hammer.train.shortage import cheapest_changes, explained, refuse_far_too_large, shortage
@@ -47,7 +47,7 @@ def test_the_error_of_a_gpu() -> None:
 def test_changes_are_valid_fit_and_change_no_more_than_they_must() -> None:
     config, world = make("8B", 8, micro_batch_size=4)
     machine = Machine("H100", GPUS["H100"])
-    now = evaluate(config, world, machine)
+    now = need_of(config, world, machine)
     found = cheapest_changes(config, world, machine, 0.8 * now.bytes)
     assert 0 < len(found) <= 3
     for layout in found:
@@ -119,7 +119,7 @@ def test_a_run_raises_it(tmp_path: Any) -> None:
         pytest.raises(MemoryShortage) as caught,
     ):
         beginning.return_value.agree.return_value = prepared
-        beginning.return_value.device = torch.device("cpu")
+        beginning.return_value.device, beginning.return_value.ranks = torch.device("cpu"), BeforeStart(None, 0, 1)
         run.run_rank(config, 0, 0, 1, None)
     assert "train.micro_batch_size=2" in str(caught.value) or "train.recompute" in str(caught.value)
     assert caught.value.__cause__ is RAISED

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.train.loop import Run
+from megatron_hammer.train.loop import TrainLoop
 from megatron_hammer.train.prepare import Prepared, prepare
 from tests.train.runs import config_for, overrides, train_here
 
@@ -46,7 +46,7 @@ def test_only_a_run_with_new_weights_draws_them(data: Path, done: Path, tmp_path
     more = (f"checkpoint.init_from={done}",) if start == "init_from" else ()
     prepared = prepare(config_for(overrides(data, output, HORIZON, *more)), 1)
     with Draws() as draws:
-        run = Run(prepared, ParallelContext.single())
+        run = TrainLoop(prepared, ParallelContext.single())
     assert (draws.count > 0) == (start == "anew")
     assert all(bool(weight.any()) for weight in run.stages[0].parameters()), "all weights have values"
 
@@ -74,4 +74,4 @@ def test_a_weight_that_the_checkpoint_does_not_give_is_an_error(
     assert prepared.resume is not None
     prepared = dataclasses.replace(prepared, resume=damage(prepared.resume))
     with pytest.raises(CheckpointError, match=r"E413.*(lacks \d+ elements|is missing)"):
-        Run(prepared, ParallelContext.single())
+        TrainLoop(prepared, ParallelContext.single())

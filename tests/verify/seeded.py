@@ -364,8 +364,8 @@ def _one_earlier(ends: np.ndarray) -> np.ndarray:
 
 def _first_samples_twice() -> Any:
     """A rank computes its first micro-batch in place of its second, too."""
-    real = steps.micro_batches
-    return mock.patch.object(steps, "micro_batches", lambda *a: [real(*a)[0]] * len(real(*a)))
+    real = steps.own_micro_batches
+    return mock.patch.object(steps, "own_micro_batches", lambda *a: [real(*a)[0]] * len(real(*a)))
 
 
 def _weighted(weight_of: Callable[[int], float]) -> Any:

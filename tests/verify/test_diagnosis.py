@@ -16,7 +16,7 @@ import pytest
 from megatron_hammer.config import Config
 from megatron_hammer.parallel.grid import Grid
 from megatron_hammer.verify import parallel
-from megatron_hammer.verify.compare import BOUNDS
+from megatron_hammer.verify.compare import BOUNDS, Evidence
 from megatron_hammer.verify.diagnosis import diagnose
 from megatron_hammer.verify.outcome import Outcome, Piece
 from megatron_hammer.verify.patterns import first_in_backward, in_sum, shifts, whose
@@ -102,11 +102,11 @@ def test_what_no_rank_holds_ends_no_diagnosis() -> None:
     of_gradients = [n if n.kind == "gradient" else p for n, p in zip(no_numbers, expected.pieces, strict=True)]
     for pieces in (expected.pieces[::2], no_numbers, of_gradients):
         damaged = dataclasses.replace(expected, pieces=pieces)
-        assert isinstance(diagnose(config, 4, [damaged] * 4, expected, initial, BOUNDS["fp64"]), list)
+        assert isinstance(diagnose(Evidence(config, 4, [damaged] * 4, expected, initial, BOUNDS["fp64"])), list)
     losses, points = expected.token_losses.copy(), {name: at.copy() for name, at in expected.points.items()}
     losses[5] = points["layers.1.mlp"][5] = np.nan
     damaged = dataclasses.replace(expected, token_losses=losses, points=points)
-    (*_, said) = diagnose(config, 4, [damaged] * 4, expected, initial, BOUNDS["fp64"])
+    (*_, said) = diagnose(Evidence(config, 4, [damaged] * 4, expected, initial, BOUNDS["fp64"]))
     assert "right up to layers.1.mlp_norm and wrong from layers.1.mlp on: they are not finite for 1 of " in said
 
 
@@ -130,7 +130,7 @@ def one_process(layout: str) -> tuple[Config, Outcome, dict[str, np.ndarray]]:
 def said_of(fault: str, layout: str) -> list[str]:
     config, expected, initial = one_process(layout)
     ranks = run_distributed(4, faulty_steps, config, fault)
-    return diagnose(config, 4, ranks, expected, initial, BOUNDS["fp64"])
+    return diagnose(Evidence(config, 4, ranks, expected, initial, BOUNDS["fp64"]))
 
 
 SAID = [

@@ -19,7 +19,7 @@ from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.train.prepare import Prepared
 from megatron_hammer.verify import doctor, nvidia
-from megatron_hammer.verify.doctor import Finding, examine, exit_code, format_findings, to_tree
+from megatron_hammer.verify.doctor import CheckResult, checks_to_tree, doctor_exit_code, examine, format_findings
 
 MODEL = {"hidden_size": 16, "ffn_hidden_size": 24, "num_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
 
@@ -29,7 +29,7 @@ def config_of(folder: Path, **data: object) -> Config:
     return config_from_tree(tree)
 
 
-def rows(config: Config | None) -> dict[str, Finding]:
+def rows(config: Config | None) -> dict[str, CheckResult]:
     return {finding.name: finding for finding in examine(config, 1, lambda text: None)}
 
 
@@ -41,8 +41,8 @@ def no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_config_the_machine_alone() -> None:
     found = rows(None)
     assert found["ports"].status == "ok" and found["disk"].status == "not applicable"
-    assert exit_code(list(found.values())) == 0 and "two dry steps" not in found
-    assert json.loads(json.dumps(to_tree(list(found.values()))))["exit_code"] == 0
+    assert doctor_exit_code(list(found.values())) == 0 and "two dry steps" not in found
+    assert json.loads(json.dumps(checks_to_tree(list(found.values()))))["exit_code"] == 0
 
 
 def test_two_dry_steps_are_taken(tmp_path: Path) -> None:

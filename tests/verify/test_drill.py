@@ -45,16 +45,16 @@ def test_a_difference_is_named(tmp_path: Path) -> None:
     peace, drilled = tmp_path / "undisturbed", tmp_path / "drilled"
     train_here(0, overrides(data, peace, "train.num_steps=3"))
     shutil.copytree(peace, drilled)
-    assert list(drill.differences(peace, drilled)) == []
+    assert list(drill.run_differences(peace, drilled)) == []
     metrics = drilled / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     lines[0]["tokens_per_second"] = 1.0
     lines[1]["loss"] += 1e-9
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert list(drill.differences(peace, drilled)) == ["step 2: loss of metrics.jsonl"]
+    assert list(drill.run_differences(peace, drilled)) == ["step 2: loss of metrics.jsonl"]
     shutil.rmtree(drilled)
     train_here(0, overrides(data, drilled, "train.num_steps=3", "train.seed=9"))
-    found = list(drill.differences(peace, drilled))
+    found = list(drill.run_differences(peace, drilled))
     assert any("slices of tensors" in text for text in found) and any("samples_digest" in text for text in found)
 
 

@@ -22,7 +22,14 @@ from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.loader import micro_batches
-from megatron_hammer.verify.compare import NUMBER_BOUNDS, Finding, Sizes, compare_numbers, compare_pieces, whole_tensors
+from megatron_hammer.verify.compare import (
+    NUMBER_BOUNDS,
+    Mismatch,
+    Sizes,
+    compare_numbers,
+    compare_pieces,
+    whole_tensors,
+)
 from megatron_hammer.verify.outcome import Outcome
 from megatron_hammer.verify.shrink import alone
 from tests.distributed import run_distributed
@@ -96,7 +103,7 @@ def on_ranks(layout: Layout, function: Any, *arguments: Any) -> list[Any]:
     return run_distributed(ranks_of(layout), function, *arguments, timeout=250)
 
 
-def findings_of(config: Config, outcomes: list[Outcome]) -> list[Finding]:
+def findings_of(config: Config, outcomes: list[Outcome]) -> list[Mismatch]:
     """What of the ranks' steps in fp64 is not one process's: sums are in another order, losses fp32 scalars."""
     reference, sizes = exact_alone(alone(config)), Sizes(1, 1, 1)
     findings = compare_numbers(outcomes, reference, NUMBER_BOUNDS["fp64"], sizes)[1]

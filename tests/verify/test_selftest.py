@@ -18,14 +18,14 @@ import pytest
 
 from megatron_hammer.base import system
 from megatron_hammer.base.errors import ConfigError, RefusedError
-from megatron_hammer.base.signals import StopRequest
+from megatron_hammer.base.signals import Stopped, StopRequest
 from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.config import config_from_tree
 from megatron_hammer.sampling import index_builder
 from megatron_hammer.verify import bug_report, golden, selftest, selftest_parts
 from megatron_hammer.verify.anonymous import Anonymiser
-from megatron_hammer.verify.selftest import Result
-from megatron_hammer.verify.selftest_parts import PARTS, Part
+from megatron_hammer.verify.selftest import PartResult
+from megatron_hammer.verify.selftest_parts import PARTS, SelftestPart
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,11 +58,11 @@ def test_the_known_losses_are_met_here(tmp_path: Path) -> None:
     for wrong in (lines[7]["loss"] * (1 + 1e-5), float("nan")):
         changed = [*lines[:7], lines[7] | {"loss": wrong}, *lines[8:]]
         with pytest.raises(RefusedError, match=r"E542.* at step 8, not 5\.7634406: off by "):
-            golden.compare(changed, "cpu")
+            golden.compare_with_golden(changed, "cpu")
     with pytest.raises(RefusedError, match="other samples"):
-        golden.compare([*lines[:-1], lines[-1] | {"samples_digest": "0"}], "cpu")
+        golden.compare_with_golden([*lines[:-1], lines[-1] | {"samples_digest": "0"}], "cpu")
     with pytest.raises(RefusedError, match="other samples"):
-        golden.compare(lines[:-1], "cpu")
+        golden.compare_with_golden(lines[:-1], "cpu")
 
 
 # ---- how a part ends -------------------------------------------------------------------------------------------------
@@ -83,9 +83,9 @@ if name == "late": os.kill(os.getpid(), signal.SIGSEGV)
 """
 
 
-def run_part(name: str, folder: Path, stop: StopRequest | None = None) -> Result:
+def run_part(name: str, folder: Path, stop: StopRequest | None = None) -> PartResult:
     (folder / name).mkdir()
-    part = Part(name, lambda folder: "", "the cure")
+    part = SelftestPart(name, lambda folder: "", "the cure")
     command = [sys.executable, "-I", "-S", "-c", CHILD]
     return selftest.run_part(part, command, folder / name, stop or StopRequest())
 
@@ -108,22 +108,24 @@ def test_every_end_of_a_part_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     assert late.exit_code == 5 and "crashed with SIGSEGV" in late.found, "though its results were right"
     assert raised.found == "crashed with exit code 1: ValueError: no such thing"
     assert hang.found == "did not end within 0.3 s" and hang.lines()[1].endswith("-> the cure")
-    assert selftest.exit_code([right, disk, wrong]) == 5 and selftest.exit_code([right, disk]) == 6
-    assert selftest.exit_code([right]) == 0 and selftest.summary([right]).startswith("all 1 parts passed")
-    assert selftest.summary([right, disk, wrong]).endswith("failed: disk, wrong")
+    assert selftest.selftest_exit_code([right, disk, wrong]) == 5 and selftest.selftest_exit_code([right, disk]) == 6
+    assert selftest.selftest_exit_code([right]) == 0 and selftest.selftest_summary([right]).startswith(
+        "all 1 parts passed"
+    )
+    assert selftest.selftest_summary([right, disk, wrong]).endswith("failed: disk, wrong")
 
 
 def test_a_stop_signal_ends_the_part(tmp_path: Path) -> None:
     with StopRequest((signal.SIGUSR1,)) as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
-        with pytest.raises(selftest.Stopped):
+        with pytest.raises(Stopped):
             run_part("hang", tmp_path, stop)
 
 
 def test_the_others_run_after_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def ended(part: Part, command: object, folder: Path, stop: StopRequest) -> Result:
+    def ended(part: SelftestPart, command: object, folder: Path, stop: StopRequest) -> PartResult:
         assert folder.is_dir()
-        return Result(part.name, 1.0, "x", 5 * (part.name == "index"))
+        return PartResult(part.name, 1.0, "x", 5 * (part.name == "index"))
 
     monkeypatch.setattr(selftest, "run_part", ended)
     results = list(selftest.run_parts(selftest.chosen([]), tmp_path, StopRequest()))
@@ -175,8 +177,8 @@ def test_a_report_says_what_helps_and_nothing_private(hostile: None, monkeypatch
         "train": {"output": "runs/anna", "precision": "fp16", "evaluator": {"command": ["evaluate_for_client"]}},
         "log": {"trackers": ["wandb"], "tracker_project": "my_project"},
     })  # fmt: skip
-    results = [Result("index", 0.5, "1 result"), Result("export", 9.0, " ".join(SAID), 5, "cure", SAID)]
-    text = bug_report.report(results, config)
+    results = [PartResult("index", 0.5, "1 result"), PartResult("export", 9.0, " ".join(SAID), 5, "cure", SAID)]
+    text = bug_report.bug_report_text(results, config)
     assert [leak for leak in LEAKS if leak.lower() in text.lower()] == []
     for helps in ("| index | passed | 0.5 | 1 result |", "| export | FAILED (5) |", "- torch: ", "- processor: ",
                   "precision: fp16", "hidden_size: 64", "{'(name 1)': 0.5}", "trackers: ['wandb']", "line 7, in linear",
@@ -216,7 +218,7 @@ def test_a_user_without_a_name_and_a_home_gets_a_report(monkeypatch: pytest.Monk
 def test_a_report_replaces_reports_only(tmp_path: Path) -> None:
     path = tmp_path / "report.md"
     bug_report.check_place(path)
-    bug_report.write_report(path, [Result("index", 0.5, "x")], None)
+    bug_report.write_bug_report(path, [PartResult("index", 0.5, "x")], None)
     bug_report.check_place(path)
     assert path.read_text(encoding="utf-8").startswith(bug_report.HEADING)
     (tmp_path / "mine.md").write_text("mine")

@@ -23,7 +23,7 @@ import numpy as np
 from megatron_hammer.corpus import file_blocks
 from megatron_hammer.corpus.file_blocks import Block
 from megatron_hammer.corpus.long import LongText
-from megatron_hammer.corpus.parse import Rejected, parse_block
+from megatron_hammer.corpus.parse import RejectedDocument, parse_block
 from megatron_hammer.dataset.make.job import Job
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ class EncodedBlock:
     """Without its data."""
     documents: list[tuple[np.ndarray, np.ndarray]]
     """For each key the ids, [sum of lengths] int32, and the lengths, [documents] int64."""
-    rejected: list[Rejected]
+    rejected: list[RejectedDocument]
     long: list[str | LongText] | None = None
     """For each key the text of a long document, still to be encoded, piece by piece: it would not fit in memory."""
 

@@ -26,10 +26,6 @@ SHARD_BYTES = 1 << 30  # of text between two journals: ten to twenty seconds of 
 _TEXT_DOCUMENT_NAMES = {"file": "all of a file", "line": "a line", "blank-line": "what stands between empty lines"}
 
 
-class Stopped(Exception):
-    """The work was stopped from outside and can go on; the text says from where."""
-
-
 @dataclass(frozen=True)
 class Job:
     """The datasets to make, one for each JSON key."""

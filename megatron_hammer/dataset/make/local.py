@@ -22,13 +22,14 @@ from contextlib import closing
 from pathlib import Path
 
 from megatron_hammer.base.progress import Progress
+from megatron_hammer.base.signals import Stopped
 from megatron_hammer.corpus.file_blocks import Block, FileRange, Position
 from megatron_hammer.corpus.readers import read_range
 from megatron_hammer.corpus.stream import check_unchanged
 from megatron_hammer.dataset.make.encoding import encode_blocks
-from megatron_hammer.dataset.make.job import SHARD_BYTES, Job, Stopped
+from megatron_hammer.dataset.make.job import SHARD_BYTES, Job
 from megatron_hammer.dataset.make.journal import input_changed
-from megatron_hammer.dataset.make.output import BuildSummary, Output, check_numbers
+from megatron_hammer.dataset.make.output import BuildSummary, DatasetOutput, check_numbers
 
 
 def build_datasets(
@@ -55,7 +56,7 @@ def build_datasets(
         Stopped: ``stop`` was set.
     """
     check_numbers(workers, shard_bytes)
-    output = Output(job, output_prefix, shard_bytes, workers)
+    output = DatasetOutput(job, output_prefix, shard_bytes, workers)
     if restart:
         output.open_new()
         shutil.rmtree(output.parts_path, ignore_errors=True)
@@ -77,7 +78,7 @@ def build_datasets(
     return output.summaries()
 
 
-def _remaining_blocks(job: Job, output: Output) -> Iterator[Block]:
+def _remaining_blocks(job: Job, output: DatasetOutput) -> Iterator[Block]:
     """The blocks that are still to do."""
     journal = output.journal
     first, place, expected = journal.source, Position(journal.offset, journal.line), journal.content_hash

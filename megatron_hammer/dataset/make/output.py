@@ -27,12 +27,13 @@ import numpy as np
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.files import StaleState
 from megatron_hammer.base.progress import say, size_of
+from megatron_hammer.base.signals import Stopped
 from megatron_hammer.corpus.long import LongText
 from megatron_hammer.corpus.quarantine import RejectedFile
 from megatron_hammer.corpus.readers import TEXT_DOCUMENTS
 from megatron_hammer.dataset.format import SourceRecord, TokenizerRecord, dtype_for
 from megatron_hammer.dataset.make.encoding import EncodedBlock, marks_of
-from megatron_hammer.dataset.make.job import Job, Stopped
+from megatron_hammer.dataset.make.job import Job
 from megatron_hammer.dataset.make.journal import Journal, Tally, check_journal, load_journal, other_command
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.tokenizer.interface import Tokenizer
@@ -121,8 +122,8 @@ def _write_long(job: Job, text: str | LongText, writer: IndexedWriter, threads: 
     return count
 
 
-class Output:
-    """The files of one run. Its ``with`` block, after ``open``, publishes them or keeps what a journal stands for.
+class DatasetOutput:
+    """The files of one job. Its ``with`` block, after ``open``, publishes them or keeps what a journal stands for.
 
     Args:
         shard_bytes: of text between two journals.
@@ -281,7 +282,7 @@ class Output:
         inputs = ", ".join(map(str, self.job.files[:4])) + (" ..." if len(self.job.files) > 4 else "")
         return DataError(43, f'key "{key}" of {inputs}', "holds no text", "give a corpus with text")
 
-    def __enter__(self) -> Output:
+    def __enter__(self) -> DatasetOutput:
         return self
 
     def __exit__(

@@ -40,13 +40,14 @@ from megatron_hammer.base.errors import DataError, HammerError, from_exception, 
 from megatron_hammer.base.files import publish, write_durably
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.reading import read_regular
+from megatron_hammer.base.signals import Stopped
 from megatron_hammer.corpus import readers
 from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.file_blocks import FileRange, Position
 from megatron_hammer.corpus.quarantine import RejectedFile
 from megatron_hammer.corpus.stream import check_file, check_unchanged, file_changed, file_identity, open_stream
 from megatron_hammer.dataset.make.encoding import encode_blocks
-from megatron_hammer.dataset.make.job import Job, Stopped
+from megatron_hammer.dataset.make.job import Job
 from megatron_hammer.dataset.make.journal import Tally
 from megatron_hammer.dataset.make.output import tokenizer_record, write_documents
 from megatron_hammer.dataset.reader import IndexedDataset

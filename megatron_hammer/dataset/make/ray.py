@@ -43,11 +43,12 @@ from megatron_hammer import __version__
 from megatron_hammer.base.errors import ConfigError, DataError, HammerError, from_fields, to_fields
 from megatron_hammer.base.progress import Progress, say
 from megatron_hammer.base.reading import open_regular
+from megatron_hammer.base.signals import Stopped
 from megatron_hammer.base.system import usable_cores
 from megatron_hammer.corpus.stream import check_unchanged
-from megatron_hammer.dataset.make.job import SHARD_BYTES, Job, Stopped
+from megatron_hammer.dataset.make.job import SHARD_BYTES, Job
 from megatron_hammer.dataset.make.journal import Tally, load_journal, other_command
-from megatron_hammer.dataset.make.output import BuildSummary, Output, check_numbers, rates
+from megatron_hammer.dataset.make.output import BuildSummary, DatasetOutput, check_numbers, rates
 from megatron_hammer.dataset.make.parts import (
     REJECTED,
     UNKNOWN_LINE,
@@ -67,7 +68,7 @@ _LIMIT_SECONDS = 5.0  # between two looks at the size of the cluster
 _OBJECT_STORE_BYTES = 80 << 20  # of a cluster of our own: Ray's least is 75 MB, and a task returns a few numbers
 _CONNECT_SECONDS = 10.0
 _HOST_PORT = re.compile(r"\[?([^/\[\]]+)\]?:(\d{1,5})")  # as in 10.0.0.1:6379; not ray://...
-_PLACE = re.compile(r":(\d+)(?= \(byte \d+\))")  # behind the file's name, as jsonl.place_of writes it
+_PLACE = re.compile(r":(\d+)(?= \(byte \d+\))")  # behind the file's name, as jsonl.line_place writes it
 
 
 def build_datasets_on_ray(
@@ -105,7 +106,7 @@ def build_datasets_on_ray(
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise DataError(77, str(path), "is no regular file, and the nodes of a cluster could not all read it",
                             "write it to a file, or use --engine local")  # fmt: skip
-    output = Output(job, output_prefix, shard_bytes, task_workers)
+    output = DatasetOutput(job, output_prefix, shard_bytes, task_workers)
     if not restart and load_journal(output.journal_path) is not None:
         raise other_command(output.journal_path, "engine local, now ray")
     most_tasks = None if workers is None or address is None else max(workers // task_workers, 1)
@@ -332,7 +333,9 @@ def _task_with_node(task: PartTask | HashTask, version: str) -> dict[str, Any]:
 # ---- parts -> datasets ----
 
 
-def _join(job: Job, output: Output, parts: Parts, plan: list[list[PartTask | HashTask]], flight: _Flight) -> None:
+def _join(
+    job: Job, output: DatasetOutput, parts: Parts, plan: list[list[PartTask | HashTask]], flight: _Flight
+) -> None:
     """Append all parts in order, each when it is there."""
     for source, tasks in enumerate(plan):
         path, lines = job.files[source], 0
@@ -356,7 +359,7 @@ def _join(job: Job, output: Output, parts: Parts, plan: list[list[PartTask | Has
 
 
 def _append(
-    output: Output, source: int, folder: Path, facts: dict[str, Any], task: PartTask, lines_before: int
+    output: DatasetOutput, source: int, folder: Path, facts: dict[str, Any], task: PartTask, lines_before: int
 ) -> None:
     journal, given = output.journal, output.job.files[source]
     for k, writer in enumerate(output.writers.values()):

@@ -76,7 +76,7 @@ class Usage:
         )
 
 
-def count_tokens(
+def count_usage(
     tokenizers: Mapping[str, Tokenizer],
     texts: Mapping[str, Iterable[str]],
     threads: int = 1,
@@ -96,7 +96,7 @@ def count_tokens(
     Raises:
         DataError: E322 a domain without text.
     """
-    assert texts, "count_tokens needs at least one domain"
+    assert texts, "count_usage needs at least one domain"
     sizes = {name: tokenizer.vocab_size if count_ids else 0 for name, tokenizer in tokenizers.items()}
     usage = {name: {domain: Usage(np.zeros(size, dtype=np.int64)) for domain in texts} for name, size in sizes.items()}
     for domain, documents in texts.items():
@@ -255,7 +255,7 @@ def describe_vocabulary(tokenizer: Tokenizer, usage: Mapping[str, Usage] | None 
 
     Args:
         tokenizer: any.
-        usage: its texts by domain, from ``count_tokens`` with ``count_ids``.
+        usage: its texts by domain, from ``count_usage`` with ``count_ids``.
     """
     pieces = tokenizer.read_pieces()
     lengths = Counter(len(content) for content, is_text in zip(pieces.content, pieces.is_text) if is_text)

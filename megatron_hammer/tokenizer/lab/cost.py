@@ -75,7 +75,7 @@ def token_flops(config: Config, sizes: np.ndarray) -> np.ndarray:
     return without + np.asarray(sizes, dtype=np.float64) * (one - without)
 
 
-def check_config(config: Config) -> None:
+def check_priced_config(config: Config) -> None:
     """Check the groups that are read here; the others may be of a machine that is not this one.
 
     Raises:

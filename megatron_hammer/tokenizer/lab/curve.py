@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_hammer.tokenizer.interface import Tokenizer
-from megatron_hammer.tokenizer.lab.analyze import OVERALL, Usage, count_tokens
+from megatron_hammer.tokenizer.lab.analyze import OVERALL, Usage, count_usage
 from megatron_hammer.tokenizer.lab.prefixes import find_prefixes
 from megatron_hammer.tokenizer.sentences import HashSample
 
@@ -104,7 +104,7 @@ def _stretches(text: str, characters: int) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Curve:
+class CompressionCurve:
     """Tokens a byte at measured vocabulary sizes."""
 
     fixed: int
@@ -143,7 +143,7 @@ def measure_curve(
     flops: Callable[[np.ndarray], np.ndarray],
     threads: int = 1,
     progress: Callable[[int], None] = lambda done_bytes: None,
-) -> Curve | str:
+) -> CompressionCurve | str:
     """Encode the sample with smaller vocabularies; first on a grid, then closer to the best size.
 
     Args:
@@ -152,7 +152,7 @@ def measure_curve(
         sample: what to encode.
         flops: FLOPs of a token of vocabulary sizes, to know where to look closer.
         threads: of the encoding.
-        progress: as in ``count_tokens``.
+        progress: as in ``count_usage``.
 
     Returns:
         The curve, or why there is none.
@@ -166,12 +166,12 @@ def measure_curve(
         for size in sorted({round(size) for size in sizes} - measured.keys()):
             with tempfile.TemporaryDirectory(prefix="price-") as folder:
                 smaller = prefixes.cut(size, Path(folder))
-                usage = count_tokens({"": smaller}, sample.texts, threads, progress=progress)[""]
+                usage = count_usage({"": smaller}, sample.texts, threads, progress=progress)[""]
             measured[size] = sample.tokens_per_byte(usage)
 
-    def curve() -> Curve:
+    def curve() -> CompressionCurve:
         sizes = sorted(measured)
-        return Curve(prefixes.fixed, tuple(sizes), tuple(measured[size] for size in sizes))
+        return CompressionCurve(prefixes.fixed, tuple(sizes), tuple(measured[size] for size in sizes))
 
     def measure_between(first: int, last: int, count: int) -> None:
         measure(prefixes.fixed + np.geomspace(first - prefixes.fixed, last - prefixes.fixed, count))
@@ -184,7 +184,7 @@ def measure_curve(
     return curve()
 
 
-def find_best(curve: Curve, flops: Callable[[np.ndarray], np.ndarray], domain: str = OVERALL) -> Best:
+def find_best(curve: CompressionCurve, flops: Callable[[np.ndarray], np.ndarray], domain: str = OVERALL) -> Best:
     """The size of most bytes per FLOP among all from the first to the last of the curve."""
     sizes = np.arange(curve.sizes[0], curve.sizes[-1] + 1)
     tokens = curve.at(sizes, domain)

@@ -28,9 +28,9 @@ import numpy as np
 
 from megatron_hammer.config import Config
 from megatron_hammer.tokenizer.interface import Tokenizer
-from megatron_hammer.tokenizer.lab.analyze import OVERALL, count_tokens
-from megatron_hammer.tokenizer.lab.cost import ModelCost, check_config, count_cost, token_flops
-from megatron_hammer.tokenizer.lab.curve import Best, Curve, TextSample, find_best, measure_curve
+from megatron_hammer.tokenizer.lab.analyze import OVERALL, count_usage
+from megatron_hammer.tokenizer.lab.cost import ModelCost, check_priced_config, count_cost, token_flops
+from megatron_hammer.tokenizer.lab.curve import Best, CompressionCurve, TextSample, find_best, measure_curve
 from megatron_hammer.tokenizer.lab.report import Table
 
 FORMULA = (
@@ -47,7 +47,7 @@ class Price:
     tokens_per_byte: dict[str, float]
     """By domain and overall."""
     flops_per_byte: dict[str, float]
-    curve: Curve | str
+    curve: CompressionCurve | str
     """Or why there is none."""
     best: dict[str, Best] | None
     """By domain and overall, where there is a curve."""
@@ -63,15 +63,15 @@ def price_tokenizers(
     """Price each tokenizer for the config's model on the same text.
 
     Raises:
-        ConfigError: as ``check_config``.
+        ConfigError: as ``check_priced_config``.
         DataError: E322 a domain without text.
     """
-    check_config(config)
+    check_priced_config(config)
 
     def flops(sizes: np.ndarray) -> np.ndarray:
         return token_flops(config, sizes)
 
-    usage = count_tokens(tokenizers, sample.texts, threads, progress=progress)
+    usage = count_usage(tokenizers, sample.texts, threads, progress=progress)
     prices = {}
     for name, tokenizer in tokenizers.items():
         cost = count_cost(config, tokenizer.vocab_size)

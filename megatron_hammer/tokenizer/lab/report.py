@@ -90,7 +90,7 @@ def _length_name(first: int, last: int | None) -> str:
 # ---- report ----
 
 
-def format_report(heading: str, tables: Sequence[Table], picture: bytes, notes: Sequence[str] = ()) -> bytes:
+def html_report(heading: str, tables: Sequence[Table], picture: bytes, notes: Sequence[str] = ()) -> bytes:
     """A self-contained HTML page: tables, notes, then the picture (PNG), nothing fetched from anywhere."""
     parts = []
     for table in tables:

@@ -62,7 +62,7 @@ class Difference:
 
 
 @dataclass
-class Comparison:
+class TokenizerComparison:
     """What was compared, and what was found."""
 
     a: Form
@@ -102,7 +102,7 @@ class Comparison:
 
 def compare_tokenizers(
     a: str | Path, b: str | Path, texts: Mapping[str, Iterable[str]] | None = None, fuzz: int = 0, seed: int = 3407
-) -> Comparison:
+) -> TokenizerComparison:
     """Compare two tokenizers up to the first text on which they differ; a bar or a line now and then on stderr.
 
     Args:
@@ -122,7 +122,7 @@ def compare_tokenizers(
     if not fuzz and not texts:
         raise ConfigError(31, "--fuzz 0 without --texts", "leaves nothing to compare", "give one of them")
     started = time.monotonic()
-    comparison = Comparison(load_form(a), load_form(b))
+    comparison = TokenizerComparison(load_form(a), load_form(b))
     comparison.settings = _compare_settings(comparison.a, comparison.b)
     for source, strings in _sources(comparison.a, comparison.b, texts or {}, fuzz, seed):
         if _find_difference(comparison, source, strings):
@@ -163,7 +163,7 @@ def _sources(
         yield f"fuzz (seed {seed}), byte string", track(broken, "fuzz", count, "byte strings")
 
 
-def _find_difference(comparison: Comparison, source: str, strings: Iterable[Text]) -> bool:
+def _find_difference(comparison: TokenizerComparison, source: str, strings: Iterable[Text]) -> bool:
     """Compare one source, count what was compared, and note the first difference. True: there is one."""
     first = 1
     for batch in _batches(strings):

@@ -14,10 +14,11 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
+from megatron_hammer.base.signals import Stopped
 from megatron_hammer.corpus import readers
 from megatron_hammer.dataset.make import parts
 from megatron_hammer.dataset.make import ray as build_ray
-from megatron_hammer.dataset.make.job import Stopped, prepare_job
+from megatron_hammer.dataset.make.job import prepare_job
 from megatron_hammer.dataset.make.journal import Journal
 from megatron_hammer.dataset.make.ray import build_datasets_on_ray
 from tests.dataset.built import build_datasets, memory_path  # noqa: F401  its name as a fixture is tmp_path

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.base.errors import DataError
-from megatron_hammer.dataset.make.job import Stopped
+from megatron_hammer.base.signals import Stopped
 from megatron_hammer.dataset.make.ray import build_datasets_on_ray
 from tests.dataset.built import build_datasets
 from tests.dataset.make.ray_corpus import lines, local, outputs, write_corpus

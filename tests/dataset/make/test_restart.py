@@ -19,10 +19,10 @@ import pytest
 import zstandard
 
 from megatron_hammer.base.errors import DataError, HammerError, RefusedError
+from megatron_hammer.base.signals import Stopped
 from megatron_hammer.corpus import file_blocks
 from megatron_hammer.dataset.make.encoding import EncodedBlock
-from megatron_hammer.dataset.make.job import Stopped
-from megatron_hammer.dataset.make.output import BuildSummary, Output
+from megatron_hammer.dataset.make.output import BuildSummary, DatasetOutput
 from megatron_hammer.dataset.reader import IndexedDataset
 from tests.dataset.built import build_datasets, memory_path  # noqa: F401  its name as a fixture is tmp_path
 
@@ -259,19 +259,19 @@ def test_the_lock_keeps_a_second_run_and_its_journal_away(
     tmp_path: Path, corpus: list[Path], tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused: list[HammerError] = []
-    append = Output.append
+    append = DatasetOutput.append
 
-    def meanwhile(self: Output, item: EncodedBlock) -> None:
+    def meanwhile(self: DatasetOutput, item: EncodedBlock) -> None:
         append(self, item)
         if not refused and self.journal_path.exists():
-            monkeypatch.setattr(Output, "append", append)
+            monkeypatch.setattr(DatasetOutput, "append", append)
             for restart in (False, True):
                 try:
                     run(corpus, tokenizer, tmp_path / "p", restart=restart)
                 except HammerError as error:
                     refused.append(error)
 
-    monkeypatch.setattr(Output, "append", meanwhile)
+    monkeypatch.setattr(DatasetOutput, "append", meanwhile)
     run(corpus, tokenizer, tmp_path / "p")
     run(corpus, tokenizer, tmp_path / "whole")
     assert [error.code for error in refused] == ["E342", "E342"]
@@ -281,14 +281,14 @@ def test_the_lock_keeps_a_second_run_and_its_journal_away(
 def test_an_input_that_changes_meanwhile_is_an_error(
     tmp_path: Path, corpus: list[Path], tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    append = Output.append
+    append = DatasetOutput.append
 
-    def meanwhile(self: Output, item: EncodedBlock) -> None:
+    def meanwhile(self: DatasetOutput, item: EncodedBlock) -> None:
         with open(corpus[0], "ab") as file:
             file.write(b'{"text": "more"}\n')
         append(self, item)
 
-    monkeypatch.setattr(Output, "append", meanwhile)
+    monkeypatch.setattr(DatasetOutput, "append", meanwhile)
     with pytest.raises(DataError, match=r"E349.*a.jsonl"):
         run(corpus[:1], tokenizer, tmp_path / "p", shard_bytes=1 << 30)
     assert outputs(tmp_path / "p") == {}

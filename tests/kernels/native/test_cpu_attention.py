@@ -16,7 +16,7 @@ from megatron_hammer.kernels.attention import causal_attention, each_document
 from megatron_hammer.kernels.native import autograd as fused
 from megatron_hammer.kernels.native import cpu
 from megatron_hammer.kernels.packed_sequences import PackedSequences
-from tests.kernels.stretches import stretches
+from tests.kernels.spans import spans
 
 CPU = torch.device("cpu")
 
@@ -98,7 +98,7 @@ def test_documents(dtype: torch.dtype, version: Any) -> None:
 @each_version
 def test_fewer_queries_than_keys(dtype: torch.dtype, version: Any) -> None:
     """The queries are the end of the keys: offsets within, at and over the ends of blocks of 32, 128 and 256 rows."""
-    documents = stretches([(1, 1), (1, 300), (40, 41), (32, 64), (129, 130), (5, 37), (257, 520), (31, 31), (64, 200)])
+    documents = spans([(1, 1), (1, 300), (40, 41), (32, 64), (129, 130), (5, 37), (257, 520), (31, 31), (64, 200)])
     q, _, _, grad = tensors((sum(documents.lengths), 1, 4, 2, 40), dtype)
     _, k, v, _ = tensors((sum(documents.key_lengths), 1, 4, 2, 40), dtype)
     inputs = [q, k, v, grad]

@@ -154,7 +154,7 @@ def test_compression_recounted(
 ) -> None:
     monkeypatch.setattr(analyze, "BATCH_CHARACTERS", batch)
     seen: list[int] = []
-    usage = analyze.count_tokens({"a": plain, "b": byte_level}, TEXTS, threads, count_ids=True, progress=seen.append)
+    usage = analyze.count_usage({"a": plain, "b": byte_level}, TEXTS, threads, count_ids=True, progress=seen.append)
     described = analyze.describe_compression(usage, "b")
     for name, tokenizer in (("a", plain), ("b", byte_level)):
         for domain in (*TEXTS, "overall"):
@@ -175,11 +175,11 @@ def test_compression_recounted(
 def test_a_domain_without_text_is_refused(plain: Tokenizer) -> None:
     for texts in ([], ["", ""]):
         with pytest.raises(DataError, match=r"error\[E322\]: --texts zh holds no text"):
-            analyze.count_tokens({"plain": plain}, {"en": ["a"], "zh": texts})
+            analyze.count_usage({"plain": plain}, {"en": ["a"], "zh": texts})
 
 
 def test_vocabulary_recounted(plain: Tokenizer) -> None:
-    usage = analyze.count_tokens({"plain": plain}, TEXTS, count_ids=True)["plain"]
+    usage = analyze.count_usage({"plain": plain}, TEXTS, count_ids=True)["plain"]
     found = analyze.describe_vocabulary(plain, usage)
     proto = model_proto(plain.path)
     kinds = proto.SentencePiece
@@ -320,7 +320,7 @@ def test_published_order_of_compression() -> None:
     essays = [path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "examples/corpus").glob("*.txt"))]
     code = inspect.getsource(json.encoder)
     texts = {"zh": [*essays, RARE_CHARACTERS], "en": [topics["naming"]], "code": [code[: code.index("class ")]]}
-    described = analyze.describe_compression(analyze.count_tokens(tokenizers, texts), "llama2-7b")
+    described = analyze.describe_compression(analyze.count_usage(tokenizers, texts), "llama2-7b")
     compared = {name: facts["domains"]["overall"]["compared_compression"] for name, facts in described.items()}
     assert compared["hammerllm"] <= compared["internlm-7b"] < compared["llama2-7b"] == 1
     assert described["hammerllm"]["domains"]["zh"]["compared_compression"] < 0.5
@@ -328,5 +328,5 @@ def test_published_order_of_compression() -> None:
     texts = {"en": list(topics.values())[:20], "code": [inspect.getsource(inspect)]}
     plain = {name: facts["domains"]["overall"]["compared_compression"]
              for name, facts in analyze.describe_compression(
-                 analyze.count_tokens(tokenizers, texts), "llama2-7b").items()}  # fmt: skip
+                 analyze.count_usage(tokenizers, texts), "llama2-7b").items()}  # fmt: skip
     assert plain["internlm-7b"] < plain["hammerllm"] < 1

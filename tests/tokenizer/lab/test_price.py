@@ -21,9 +21,15 @@ from megatron_hammer.config import Config, DataConfig, ModelConfig, TrainConfig,
 from megatron_hammer.tokenizer.convert import convert_tokenizer
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.lab import price
-from megatron_hammer.tokenizer.lab.analyze import count_tokens
-from megatron_hammer.tokenizer.lab.cost import check_config, count_cost, token_flops
-from megatron_hammer.tokenizer.lab.curve import GRID_SIZES, Curve, find_best, interpolate_monotone, sample_texts
+from megatron_hammer.tokenizer.lab.analyze import count_usage
+from megatron_hammer.tokenizer.lab.cost import check_priced_config, count_cost, token_flops
+from megatron_hammer.tokenizer.lab.curve import (
+    GRID_SIZES,
+    CompressionCurve,
+    find_best,
+    interpolate_monotone,
+    sample_texts,
+)
 from megatron_hammer.tokenizer.lab.prefixes import Prefixes, find_prefixes
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
@@ -116,7 +122,7 @@ def test_samples_are_a_choice_by_hash() -> None:
 def test_domains_count_by_what_was_seen(plain: Tokenizer) -> None:
     texts = {"zh": ["模型的大小。" * 20] * 200, "en": ["Hello, world! "] * 3}
     sample = sample_texts(texts, 4000)
-    usage = count_tokens({"plain": plain}, sample.texts)["plain"]
+    usage = count_usage({"plain": plain}, sample.texts)["plain"]
     found = sample.tokens_per_byte(usage)
     total = sum(sample.seen_bytes.values())
     expected = sum(sample.seen_bytes[d] * usage[d].tokens / usage[d].bytes for d in texts) / total
@@ -217,7 +223,7 @@ def test_best_size_of_a_known_curve() -> None:
     """tokens = (V - 300)^-0.1 and FLOPs = 1000 + V: by calculus the best V is 0.1 x 1000 / 0.9 + 300 / 0.9."""
     sizes = tuple(int(size) for size in 300 + np.geomspace(10, 20_000, 14))
     tokens = tuple({"overall": (size - 300) ** -0.1, "zh": 1.0} for size in sizes)
-    curve = Curve(300, sizes, tokens)
+    curve = CompressionCurve(300, sizes, tokens)
     best = find_best(curve, lambda v: 1000.0 + v)
     exact = (0.1 * 1000 + 300) / 0.9
     assert best.size == pytest.approx(exact, abs=2) and best.edge == ""
@@ -246,7 +252,7 @@ def test_prices(plain: Tokenizer, byte_level: Tokenizer, unigram: Tokenizer) -> 
     assert prices["unigram"].best is None and prices["unigram"].curve == find_prefixes(unigram)
     for name in ("plain", "byte_level"):
         curve, best = prices[name].curve, prices[name].best
-        assert isinstance(curve, Curve) and best is not None
+        assert isinstance(curve, CompressionCurve) and best is not None
         assert len(curve.sizes) > GRID_SIZES and curve.tokens_per_byte[-1] == prices[name].tokens_per_byte
         # A model as small as this pays for a large head: less than the full vocabulary is better.
         rates = [1 / (found["overall"] * count_cost(config, size).flops)
@@ -264,7 +270,7 @@ def test_a_domain_without_text_is_refused(plain: Tokenizer) -> None:
     with pytest.raises(DataError, match="E322"):
         price.price_tokenizers({"plain": plain}, Config(model=SMALL), sample_texts({"zh": []}))
     with pytest.raises(ConfigError, match="E204"):
-        check_config(Config(model=dataclasses.replace(SMALL, num_query_groups=3)))
+        check_priced_config(Config(model=dataclasses.replace(SMALL, num_query_groups=3)))
 
 
 # ---- the program ----

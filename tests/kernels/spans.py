@@ -10,8 +10,8 @@ import torch
 from megatron_hammer.kernels.packed_sequences import PackedKeys, PackedSequences
 
 
-def stretches(rows_and_keys: Sequence[tuple[int, int]]) -> PackedSequences:
-    """Stretches of so many rows with so many keys, on the CPU; every key once, in order."""
+def spans(rows_and_keys: Sequence[tuple[int, int]]) -> PackedSequences:
+    """Spans of so many rows with so many keys, on the CPU; every key once, in order."""
     rows, keys = zip(*rows_and_keys, strict=True)
     ends = [torch.from_numpy(np.cumsum([0, *of]).astype(np.int32)) for of in (rows, keys)]
     positions = torch.cat([torch.arange(k - r, k) for r, k in rows_and_keys])

@@ -1,8 +1,8 @@
 """The second half of a shuffle: lines with their keys, distributed over files on disk by the first bits of the keys.
 
-    lines --Buckets.add--> a file for each range of keys --Bucket.read--> lines of one range, in the order of the input
+    lines --Partitions.add--> a file for each range of keys --Partition.read--> lines of one range, in the input's order
 
-A bucket file is a sequence of chunks, each the lines that one call of ``add`` brought: their number and bytes, their
+A partition file is a sequence of chunks, each the lines that one call of ``add`` brought: their number and bytes, their
 keys, their lengths, their text. It lives only while the shuffle runs.
 """
 
@@ -66,8 +66,8 @@ def _write_all(descriptor: int, parts: list[memoryview]) -> int:
 
 
 @dataclass
-class Bucket:
-    """A file with the lines of one range of keys, in chunks."""
+class Partition:
+    """A file with the lines of one range of keys, in chunks (MapReduce's and Spark's word; a bucket in sorting)."""
 
     path: Path
     bits: int
@@ -120,43 +120,43 @@ def _read_exactly(file: BinaryIO, target: Any) -> None:
         view = view[count:]
 
 
-class Buckets:
-    """Distributes lines over the buckets of the next ``bits`` bits of their keys."""
+class Partitions:
+    """Distributes lines over the partitions of the next ``bits`` bits of their keys."""
 
     def __init__(self, folder: Path, prefix: str, bits: int, used_bits: int = 0) -> None:
         self._shift = np.uint64(64 - used_bits - bits)
         self._mask = np.uint64((1 << bits) - 1)
-        self._buckets = [Bucket(folder / f"{prefix}{n:04d}", used_bits + bits) for n in range(1 << bits)]
+        self._partitions = [Partition(folder / f"{prefix}{n:04d}", used_bits + bits) for n in range(1 << bits)]
 
     def add(self, lines: Lines) -> None:
-        """Append lines to their buckets, in the order they have."""
-        if len(self._buckets) == 1:  # a shift by 64 bits is not defined
+        """Append lines to their partitions, in the order they have."""
+        if len(self._partitions) == 1:  # a shift by 64 bits is not defined
             numbers = np.zeros(len(lines.keys), np.uint16)
         else:
             numbers = ((lines.keys >> self._shift) & self._mask).astype(np.uint16)
         order = np.argsort(numbers, kind="stable")  # of 16 bits: a radix sort
-        bounds = np.cumsum(np.bincount(numbers, minlength=len(self._buckets))).tolist()
+        bounds = np.cumsum(np.bincount(numbers, minlength=len(self._partitions))).tolist()
         start = 0
-        for bucket, end in zip(self._buckets, bounds):
+        for partition, end in zip(self._partitions, bounds):
             if end > start:
-                self._append(bucket, lines, order[start:end])
+                self._append(partition, lines, order[start:end])
             start = end
 
-    def _append(self, bucket: Bucket, lines: Lines, order: np.ndarray) -> None:
+    def _append(self, partition: Partition, lines: Lines, order: np.ndarray) -> None:
         lengths = lines.ends[order] - lines.starts[order]
         size = int(lengths.sum())
-        # Opened each time: there may be more buckets than a process may have files open.
-        descriptor = os.open(bucket.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        # Opened each time: there may be more partitions than a process may have files open.
+        descriptor = os.open(partition.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             header = _CHUNK.pack(len(order), size) + lines.keys[order].tobytes() + lengths.astype(np.uint32).tobytes()
-            with writing(bucket.path, os.fstat(descriptor).st_size + len(header) + size):
+            with writing(partition.path, os.fstat(descriptor).st_size + len(header) + size):
                 _write_all(descriptor, [memoryview(header)])
                 lines.write(descriptor, order)
         finally:
             os.close(descriptor)
-        bucket.lines += len(order)
-        bucket.bytes += size
+        partition.lines += len(order)
+        partition.bytes += size
 
-    def finish(self) -> list[Bucket]:
+    def finish(self) -> list[Partition]:
         """Those that hold something, by rising keys."""
-        return [bucket for bucket in self._buckets if bucket.lines]
+        return [partition for partition in self._partitions if partition.lines]
