@@ -25,11 +25,11 @@ from shapes import SHAPES, Shape
 from torch import Tensor
 
 from megatron_hammer.config import Config, config_from_tree
+from megatron_hammer.costs.rank_costs import state_bytes
 from megatron_hammer.parallel.context import build_parallel_context
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.build import build
 from megatron_hammer.train.drift import DriftCheck
-from megatron_hammer.train.rank_costs import state_bytes
 from megatron_hammer.train.step import train_step
 
 RANKS = 2

@@ -35,13 +35,13 @@ from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.corpus.documents import TextCorpus
 from megatron_hammer.kernels.fp8 import Fp8Products, emulated_multiply
 from megatron_hammer.kernels.operations import Operations
-from megatron_hammer.kernels.selection import select_backends
+from megatron_hammer.kernels.selection import kernel_requirements, select_backends
 from megatron_hammer.model.llama import Stage
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.train import train_tokenizer
-from megatron_hammer.train.build import build, kernel_requirements
+from megatron_hammer.train.build import build
 from megatron_hammer.train.step import train_step
 
 SIDES = ("fp32", "bf16", "fp8", "fp8-head")

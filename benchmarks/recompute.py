@@ -34,11 +34,11 @@ def measure(variant: str, size: str, precision: str, steps: int) -> None:
     import torch
 
     from megatron_hammer.config import config_from_tree
-    from megatron_hammer.kernels.selection import select_backends
+    from megatron_hammer.kernels.selection import kernel_requirements, select_backends
     from megatron_hammer.model.recompute import activation_bytes
     from megatron_hammer.parallel.context import ParallelContext
     from megatron_hammer.sampling.batch import Batch
-    from megatron_hammer.train.build import build, kernel_requirements
+    from megatron_hammer.train.build import build
     from megatron_hammer.train.step import train_step
 
     imported, shape = peak_mb(), SHAPES[size]

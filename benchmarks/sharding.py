@@ -6,7 +6,7 @@ Two data-parallel ranks on gloo, one thread each, width 1024, in bf16 (a process
 which are in no formula: there ``--precision fp32`` says more); each mode in fresh processes, the modes in turn.
 The ratio of CPU seconds says what a mode costs on a machine that does other things, too. Memory is the peak of the
 resident set (VmHWM) above what a rank had before it built the model, and stands beside the formula of
-``train/rank_peak.py``. What libraries keep besides is the same in all modes, so that the differences between modes are
+``costs/rank_peak.py``. What libraries keep besides is the same in all modes, so that the differences between modes are
 what can be held against the formula's to the percent.
 """
 
@@ -24,11 +24,11 @@ from ranks import meet
 from sides import memory_mb
 
 from megatron_hammer.config import Config, config_from_tree
-from megatron_hammer.kernels.selection import select_backends
+from megatron_hammer.costs.rank_peak import rank_peak
+from megatron_hammer.kernels.selection import kernel_requirements, select_backends
 from megatron_hammer.parallel.context import build_parallel_context
 from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train.build import build, kernel_requirements
-from megatron_hammer.train.rank_peak import rank_peak
+from megatron_hammer.train.build import build
 from megatron_hammer.train.step import train_step
 
 MODES, RANKS, MIB = ("optimizer", "gradients", "weights"), 2, 2**20

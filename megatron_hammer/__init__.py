@@ -5,8 +5,9 @@ Data flows one way, and so do imports (read ``>`` as "imports"; packages between
     raw text -> tokenizer -> indexed dataset -> samples  -> model -> optimizer -> checkpoint -> Hugging Face
     corpus/     tokenizer/   dataset/           sampling/   model/   optim/       checkpoint/   huggingface/
 
-    api, command, launch, verify > supervise, profile, evaluation, publish > train, megatron > huggingface > checkpoint
-           > sampling, model, optim > dataset, kernels > corpus, tokenizer > config > parallel > base
+    api, command, launch, verify > supervise, profile, evaluation, publish, report > train, megatron
+           > huggingface, costs, metrics > checkpoint > sampling, model, optim > dataset, kernels
+           > corpus, tokenizer > config > parallel > base
 
 The names of ``__all__`` are the Python interface (``docs/python.md``): the functions and classes that the programs use,
 each loaded from its module when it is first asked for. So ``import megatron_hammer`` loads none of it;

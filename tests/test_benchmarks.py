@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from megatron_hammer.config import config_from_tree
+from megatron_hammer.costs.flops import flops_per_token
 from megatron_hammer.model.parameters import logical_shapes
-from megatron_hammer.train.metrics import flops_per_token
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SECONDS = 240

@@ -22,7 +22,7 @@ import pytest
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError
 from megatron_hammer.config import Config, load_config
-from megatron_hammer.train.plot import moving_average, plot_loss, read_curves
+from megatron_hammer.metrics.plot import moving_average, plot_loss, read_curves
 
 ROOT = Path(__file__).resolve().parents[1]
 

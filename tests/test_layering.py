@@ -21,7 +21,7 @@ ROWS = [  # what stands above may import what stands below
     {"__main__", "api", "command", "launch", "verify"},
     {"profile", "supervise", "evaluation", "publish", "report"},
     {"train", "megatron"},
-    {"huggingface"},
+    {"huggingface", "costs", "metrics"},
     {"checkpoint"},
     {"sampling", "model", "optim"},
     {"dataset", "kernels"},
@@ -138,6 +138,17 @@ def test_no_circles_between_modules() -> None:
 
 def _says_no_torch(path: Path) -> bool:
     return NO_TORCH.search(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "") is not None
+
+
+def test_a_room_says_what_each_of_its_modules_is_for() -> None:
+    """The docstring of every package names all its modules, and none that is elsewhere without its folder."""
+    for name, path in _modules():
+        if path.name != "__init__.py" or path.parent == PACKAGE:
+            continue
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        named = {found.removesuffix(".py") for found in re.findall(r"(?<![\w/])(\w+\.py)\b", text)}
+        there = {module.stem for module in path.parent.glob("*.py")} - {"__init__", "__main__"}
+        assert named == there, f"{name}: not named {sorted(there - named)}, not there {sorted(named - there)}"
 
 
 def test_modules_without_torch_are_known() -> None:

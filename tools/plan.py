@@ -73,8 +73,8 @@ def main() -> int:
     from megatron_hammer.base.pictures import check_png
     from megatron_hammer.base.progress import Progress
     from megatron_hammer.config import load_config, to_yaml
-    from megatron_hammer.profile.plan import Asked, chosen_config, plan_layouts, plan_to_tree
-    from megatron_hammer.profile.plan_report import draw_plan, plan_table
+    from megatron_hammer.costs.plan_report import draw_plan, plan_table
+    from megatron_hammer.costs.planner import Asked, chosen_config, plan_layouts, plan_to_tree
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.picture is not None:

@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run, with its metrics.jsonl")
     parser.add_argument("--output", metavar="PNG", type=Path, help="picture to write (default: RUN/loss.png)")
     args = parser.parse_args()
-    from megatron_hammer.train.plot import plot_loss
+    from megatron_hammer.metrics.plot import plot_loss
 
     output = args.output or args.run / "loss.png"
     curves = plot_loss(args.run, output)

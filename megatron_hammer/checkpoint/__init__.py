@@ -5,7 +5,10 @@
     optimizer shards --write.py--> step-N/ (folder.py, manifest.py, tensor_files.py) --read.py--> shards of any layout
 
 A checkpoint holds logical tensors, with Hugging Face's names and their whole shapes, and says which file has which part
-of each. A reader therefore need not know how many ranks wrote it, nor how they shared the model. ``fit.py`` compares a
-checkpoint with the model that is to be trained; ``background.py`` saves while training goes on; ``direct.py`` moves the
-bytes without the page cache.
+of each (``kinds.py``, ``dtypes.py``). A reader therefore need not know how many ranks wrote it, nor how they shared the
+model. ``commit.py`` makes a checkpoint of what ranks have written, ``retention.py`` removes older ones, ``space.py``
+and ``fit.py`` look first whether disk and model have the size, ``inspect.py`` looks at what is there.
+``background.py`` saves while training goes on, from a copy (``snapshot.py``) in a process of its own
+(``writer_process.py``); ``direct.py`` moves the bytes without the page cache. ``digest.py`` sums up a whole state,
+``live_state.py`` compares it with that in memory, and ``live_weights.py`` gives weights away without a save.
 """

@@ -8,7 +8,9 @@
 
 The settings, all of them, stand in ``settings.py``: the docstring under a field is its documentation and what
 ``--help`` prints (``help.py``), and its type says what changing it means for a run that goes on (``effects.py``).
-``tree.py`` joins the groups to one ``Config`` and says what must hold between them.
+``tree.py`` joins the groups to one ``Config`` and says what must hold between them (``checks.py``, ``plausible.py``);
+``phases.py`` counts samples and steps over the phases of a run. ``presets.py`` finds presets by name, ``mistakes.py``
+knows what others call a setting, and ``strict_yaml.py`` reads YAML with limits.
 What can be computed is not a field: ``data_parallel_size``, ``grad_accum``, ``grid`` and ``placement`` are methods of
 ``Config``. Nothing mutates a config; the resolved one (with ``model.vocab_size`` filled in from the tokenizer) is
 stored in each checkpoint and logged once. Imports neither torch nor numpy.

@@ -31,10 +31,10 @@ from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.tables import align
 from megatron_hammer.evaluation.sets import Framing, NamedSet, count_text, encoder_of, num_targets, open_set
 from megatron_hammer.evaluation.subjects import Subject
+from megatron_hammer.metrics.metrics_file import finite
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.train.evaluate import evaluate, perplexity
-from megatron_hammer.train.metrics_file import finite
 
 Around = Literal["auto", "both", "bos", "eos", "none"]
 """Ids around each document of a text. auto: eos, and bos where the model's documents begin with it in training."""

@@ -1,8 +1,11 @@
 """The operations of a training step, each with a plain torch reference and faster backends.
 
-backend.py, selection.py and report.py say what a backend is, choose one for each operation and print the choice;
-operations.py is the set of functions that a model is built with. Then there is a file for each operation (attention,
-norm, rope, swiglu, linear, linear_cross_entropy, adamw, and fp8, the products of linear in 8 bits). native/ has our own
-compiled kernels for CPUs and GPUs, libraries/ those of other projects, each imported only where it is used.
+``backend.py``, ``selection.py`` and ``report.py`` say what a backend is, choose one for each operation and print the
+choice; ``operations.py`` is the set of functions that a model is built with, ``arguments.py`` has types that they
+share, ``packed_sequences.py`` and ``context_parallel.py`` what attention is told of documents and of other ranks, and
+``ranges.py`` the names of a step's parts. Then there is a file for each operation: ``attention.py``, ``norm.py``,
+``rope.py``, ``swiglu.py``, ``linear.py`` (and ``fp8.py``, its products in 8 bits), ``embedding.py``,
+``linear_cross_entropy.py``, ``adamw.py``, ``newton_schulz.py``, ``bit_hash.py``. ``native/`` has our own compiled
+kernels for CPUs and GPUs, ``libraries/`` those of other projects, each imported only where it is used.
 This file itself imports no torch.
 """

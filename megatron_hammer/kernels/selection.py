@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.config import KernelsConfig
+from megatron_hammer.config import Config, KernelsConfig
 from megatron_hammer.kernels import adamw, attention, fp8, linear_cross_entropy, norm, rope, swiglu
 from megatron_hammer.kernels.adamw import OptimizerKernels
 from megatron_hammer.kernels.backend import Backend, Requirements
@@ -29,6 +29,26 @@ TABLES: dict[str, Sequence[Backend]] = {  # setting in the group kernels -> back
     "loss": linear_cross_entropy.BACKENDS,
     "adamw": adamw.BACKENDS,
 }
+
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""``train.precision`` -> the type in which the model computes."""
+
+
+def kernel_requirements(config: Config, device: torch.device) -> Requirements:
+    """What this run asks of its kernels on each rank."""
+    at = config.placement()
+    return Requirements(
+        device,
+        COMPUTE_DTYPES[config.train.precision],
+        config.data.attention_mask,
+        heads=at.heads_local,
+        groups=at.groups_local,
+        head_size=config.model.head_size,
+        deterministic=config.kernels.deterministic,
+        compile=config.kernels.compile,
+        context_parallel=config.parallel.context_parallel_size,
+    )
 
 
 def select(operation: str, name: str, backends: Sequence[Backend], required: Requirements) -> Backend:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from megatron_hammer.config import ModelConfig
+from megatron_hammer.config import Config, ModelConfig
 from megatron_hammer.parallel.placement import Placement, Range, place
 
 SumOver = Literal["none", "tp", "kv", "stages"]
@@ -114,6 +114,13 @@ def parameter_table(model: ModelConfig, placement: Placement | None = None) -> t
         elif not at.has_embedding:
             table.append(_vocabulary("head.weight", EMBEDDING, model, at))
     return tuple(table)
+
+
+def tables_of_stages(config: Config, pp_rank: int) -> list[list[tuple[Parameter, ...]]]:
+    """Of each stage of a pipeline rank, the parameter table of each tensor-parallel rank."""
+    ranks = range(config.parallel.tensor_model_parallel_size)
+    return [[parameter_table(config.model, config.placement(rank, number)) for rank in ranks]
+            for number in config.pipeline(pp_rank).stages]  # fmt: skip
 
 
 def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

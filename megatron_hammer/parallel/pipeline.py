@@ -141,7 +141,7 @@ class Costs:
 
     @classmethod
     def of(cls, model: LayerSizes, seq_length: int, recomputed_layers: int = 0) -> Costs:
-        """Matrix products, causal attention, and of the embedding its memory traffic (``train/budget.py``).
+        """Matrix products, causal attention, and of the embedding its memory traffic (``costs/budget.py``).
 
         Args:
             recomputed_layers: the first so many layers run their forward twice.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.pictures import save_png
-from megatron_hammer.train import budget
+from megatron_hammer.costs import budget
 
 # Families of parts by colour: products blue, attention purple, elementwise orange, vocabulary red, update green, the
 # rest brown and grey. Neighbours differ in lightness, for readers who see few colours and for print.

@@ -39,8 +39,11 @@ from megatron_hammer.base.files import replace_file
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.system import peak_resident_bytes, reset_peak, resident_bytes
 from megatron_hammer.config import Config
+from megatron_hammer.costs import budget
+from megatron_hammer.costs.budget import Rates, StepShape, step_costs
+from megatron_hammer.costs.flops import flops_per_token
 from megatron_hammer.kernels.libraries import te
-from megatron_hammer.kernels.selection import select_backends
+from megatron_hammer.kernels.selection import COMPUTE_DTYPES, kernel_requirements, select_backends
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.parallel.board import StatusSlot
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
@@ -49,11 +52,7 @@ from megatron_hammer.parallel.rendezvous import collective_timeout, end_process_
 from megatron_hammer.profile.plots import digits, draw_profile
 from megatron_hammer.profile.trace import PREFIX, Measured, Traffic, memory_of_step, parts_of_trace, read_trace, traffic
 from megatron_hammer.profile.workload import RecordedRanges, Workload, record_waits, wait
-from megatron_hammer.train import budget
 from megatron_hammer.train.begin import device_of_rank
-from megatron_hammer.train.budget import Rates, StepShape, step_costs
-from megatron_hammer.train.build import DTYPES, kernel_requirements
-from megatron_hammer.train.metrics import flops_per_token
 
 WARM_UP_STEPS = 3  # the first compiles and fills caches, the second meets optimizer state for the first time
 MEASURE_SECONDS = {"cpu": 0.5, "cuda": 0.2}  # for each of the two rates
@@ -301,7 +300,7 @@ def _peak_bytes(device: torch.device) -> int:
 
 def _product_rate(config: Config, device: torch.device) -> float:
     """FLOP/s of the layer's largest product, gate and up: the best of the runs that fit into the time."""
-    rows, dtype = config.train.micro_batch_size * config.data.seq_length, DTYPES[config.train.precision]
+    rows, dtype = config.train.micro_batch_size * config.data.seq_length, COMPUTE_DTYPES[config.train.precision]
     inputs, outputs = max(budget.layer_products(config.model), key=lambda sizes: sizes[0] * sizes[1])
     x = torch.randn(rows, inputs, device=device).to(dtype)
     weight = torch.randn(outputs, inputs, device=device).to(dtype)

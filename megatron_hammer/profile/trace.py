@@ -38,8 +38,7 @@ from typing import Any
 
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.reading import open_regular, parse_json
-from megatron_hammer.kernels.ranges import GRADIENT, HEAD, LINEAR, NORM
-from megatron_hammer.train.budget import (
+from megatron_hammer.costs.budget import (
     ATTENTION,
     CASTS,
     COMMUNICATION,
@@ -51,6 +50,7 @@ from megatron_hammer.train.budget import (
     LOSS,
     OTHER,
 )
+from megatron_hammer.kernels.ranges import GRADIENT, HEAD, LINEAR, NORM
 
 # Of the names of ranges; the rest is one of ``kernels/ranges.py`` or one of these. In the range of a linear layer all
 # is layer products (in fp8 all but the products are casts), in that of the head products and loss are told apart by

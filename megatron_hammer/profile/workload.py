@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from megatron_hammer.config import Config
+from megatron_hammer.costs import budget
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.ranges import no_range
 from megatron_hammer.parallel.board import StatusSlot
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.profile import trace
 from megatron_hammer.sampling.batch import Batch
-from megatron_hammer.train import budget
 from megatron_hammer.train.build import build_stages
 from megatron_hammer.train.loop import TrainLoop
 from megatron_hammer.train.prepare import Prepared, prepare

@@ -22,11 +22,11 @@ from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.reading import parse_json
 from megatron_hammer.checkpoint.manifest import Manifest, saved_model
 from megatron_hammer.config import Config, DataConfig, config_from_tree
+from megatron_hammer.metrics.metrics_file import METRICS, read_lines
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.sampling.mixes import PhaseMix, phase_mixes
 from megatron_hammer.sampling.sources import ENDING, source_names
 from megatron_hammer.train.evaluator import EVALUATIONS
-from megatron_hammer.train.metrics_file import METRICS, read_lines
 
 MEAN_STEPS = 100  # of the training loss that the card states: one step's is noise
 

@@ -33,10 +33,10 @@ from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.huggingface.certified import CERTIFICATE, listed_files
 from megatron_hammer.huggingface.config import CONFIG, read_json
+from megatron_hammer.metrics.metrics_file import METRICS
 from megatron_hammer.publish.card import Wishes, model_card
 from megatron_hammer.publish.facts import Facts, gather_facts
 from megatron_hammer.publish.hubs import CARD, Hub, secrets
-from megatron_hammer.train.metrics_file import METRICS
 
 _STATED = {"texts": dict, "versions": dict, "bound": float, "dtype": str, "step": int}  # by a certificate, for the card
 READ_BY_PEOPLE = 2**20  # bytes: larger files are weights and vocabularies, which hold no paths

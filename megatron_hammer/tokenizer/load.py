@@ -10,6 +10,7 @@ Imports neither sentencepiece nor tokenizers before a file needs it; never torch
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.paths import missing_remedy, neighbour_of, unusable_remedy, what_is
 from megatron_hammer.base.reading import open_regular
+from megatron_hammer.config import Config
 from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
@@ -120,3 +122,30 @@ def _missing(path: Path) -> DataError:
     if _HUB_NAME.fullmatch(str(path)) and neighbour_of(path) is None and not unusable_remedy(str(path)):
         remedy += f"; models of the Hub are fetched before: hf download {path} --local-dir {path.name}"
     return DataError(10, str(path), "does not exist", missing_remedy(path, remedy))
+
+
+def with_vocab_size(config: Config, tokenizer: Tokenizer | None) -> Config:
+    """The config with the size of vocabulary that it names, or that of its tokenizer.
+
+    Raises:
+        ConfigError: E207 there is neither, E205 the config's is less than the tokenizer's.
+    """
+    vocab_size = config.model.vocab_size
+    if tokenizer is None and vocab_size is None:
+        raise ConfigError(
+            7,
+            "model.vocab_size",
+            "is not set and there is no tokenizer to take it from",
+            "set tokenizer.path or model.vocab_size",
+        )
+    if tokenizer is not None and vocab_size is not None and vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            5,
+            f"model.vocab_size={vocab_size}",
+            f"is less than the {tokenizer.vocab_size} ids of {tokenizer.path}",
+            "leave model.vocab_size out to take the tokenizer's",
+        )
+    if vocab_size is not None:
+        return config
+    assert tokenizer is not None
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))

@@ -29,20 +29,20 @@ from megatron_hammer.base.errors import CheckpointError, ConfigError
 from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.folder import is_damage
 from megatron_hammer.config import Config
+from megatron_hammer.costs.comparison import Prediction, device_name
+from megatron_hammer.costs.shortage import memory_of, refuse_far_too_large
 from megatron_hammer.kernels import fp8
 from megatron_hammer.kernels.libraries.te import check_here
-from megatron_hammer.kernels.selection import select_backends
+from megatron_hammer.kernels.selection import kernel_requirements, select_backends
+from megatron_hammer.metrics.trackers import check_trackers
 from megatron_hammer.parallel.agreement import BeforeStart
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train import corruption, cuda_graph
-from megatron_hammer.train.build import check_compiler, kernel_requirements
-from megatron_hammer.train.comparison import Prediction, device_name
+from megatron_hammer.train.build import check_compiler
 from megatron_hammer.train.loop import TrainLoop
 from megatron_hammer.train.output import HeldOutput, clear_output, is_read_only, only_writer, put_in_order
 from megatron_hammer.train.prepare import Prepared, Start, build_large_indices, find_start, look_at_inputs, settle
-from megatron_hammer.train.shortage import memory_of, refuse_far_too_large
 from megatron_hammer.train.start import facts_of, look_for_probe, name_start, open_start, probe_file
-from megatron_hammer.train.trackers import check_trackers
 
 
 class Beginning:

@@ -32,9 +32,9 @@ from megatron_hammer.config import Config, config_from_tree, to_yaml
 from megatron_hammer.config.phases import tokens_before
 from megatron_hammer.config.reading import with_overrides
 from megatron_hammer.config.settings import PhaseConfig
+from megatron_hammer.metrics.metrics_file import METRICS, read_lines
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.train.changes import changed_settings
-from megatron_hammer.train.metrics_file import METRICS, read_lines
 from megatron_hammer.train.past import in_phases, past_phases
 
 CONFIG, SCRIPT = "branch.yaml", "branch.sh"

@@ -1,4 +1,4 @@
-"""Model and optimizer of one rank, made from a config: what kernels they need, and the initial weights."""
+"""Makes model and optimizer of one rank from a config, with the kernels that it asks for and the initial weights."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import torch
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.adamw import OptimizerKernels
-from megatron_hammer.kernels.backend import Requirements
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.ranges import RangeOf, no_range
-from megatron_hammer.kernels.selection import select_operations, select_optimizer_kernels
+from megatron_hammer.kernels.selection import (
+    COMPUTE_DTYPES,
+    kernel_requirements,
+    select_operations,
+    select_optimizer_kernels,
+)
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Stage, build_stage
-from megatron_hammer.model.parameters import Parameter, parameter_table
+from megatron_hammer.model.parameters import Parameter, parameter_table, tables_of_stages
 from megatron_hammer.model.recompute import plan_recompute
-from megatron_hammer.optim.matrices import Tables
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.stage_stores import StageStores
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.optim.tree_store import TreeStore
 from megatron_hammer.parallel.context import ParallelContext
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -35,22 +36,6 @@ class StepKernels:
 
     operations: Operations
     optimizer: OptimizerKernels
-
-
-def kernel_requirements(config: Config, device: torch.device) -> Requirements:
-    """What this run asks of its kernels on each rank."""
-    at = config.placement()
-    return Requirements(
-        device,
-        DTYPES[config.train.precision],
-        config.data.attention_mask,
-        heads=at.heads_local,
-        groups=at.groups_local,
-        head_size=config.model.head_size,
-        deterministic=config.kernels.deterministic,
-        compile=config.kernels.compile,
-        context_parallel=config.parallel.context_parallel_size,
-    )
 
 
 def check_compiler(config: Config, version: str = torch.__version__) -> None:
@@ -100,7 +85,7 @@ def build_stages(
             number is drawn (of a 1.4B model that would take 10 to 20 s), all weights are zero until then.
         kernels: in place of those that the config and the device choose.
     """
-    dtype = dtype or DTYPES[config.train.precision]
+    dtype = dtype or COMPUTE_DTYPES[config.train.precision]
     kernels = kernels or choose_kernels(config, ctx.device, dtype)
     stages, stores = [], []
     for number in config.pipeline(ctx.pp.rank).stages:
@@ -128,13 +113,6 @@ def build_stages(
     tree = config.train.deterministic_reduction == "tree"
     tables = tables_of_stages(config, ctx.pp.rank)
     return stages, Optimizer(together, config.optimizer, loss_scaling, kernels.optimizer, range_of, tables, tree)
-
-
-def tables_of_stages(config: Config, pp_rank: int) -> Tables:
-    """Of each stage of a pipeline rank, the parameter table of each tensor-parallel rank."""
-    ranks = range(config.parallel.tensor_model_parallel_size)
-    return [[parameter_table(config.model, config.placement(rank, number)) for rank in ranks]
-            for number in config.pipeline(pp_rank).stages]  # fmt: skip
 
 
 def _store(

@@ -13,8 +13,8 @@ from megatron_hammer.base.reading import parse_json
 from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.config import Config
 from megatron_hammer.config.phases import Course
+from megatron_hammer.metrics.metrics_file import METRICS, read_lines
 from megatron_hammer.train.changes import ACCEPTED
-from megatron_hammer.train.metrics_file import METRICS, read_lines
 
 SIZES = ("train.global_batch_size", "train.batch_size_ramp")
 

@@ -33,7 +33,7 @@ from typing import Any
 from megatron_hammer.base.reading import open_regular, parse_json
 from megatron_hammer.checkpoint.folder import step_of
 from megatron_hammer.config import Config
-from megatron_hammer.train.metrics_file import MetricsFile, read_lines
+from megatron_hammer.metrics.metrics_file import MetricsFile, read_lines
 
 EVALUATIONS, LOG = "evaluations.jsonl", "evaluator.log"
 _POLL_SECONDS = 0.05  # at the end of a run, between two looks

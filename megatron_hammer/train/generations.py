@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_hammer.base.reading import parse_json
-from megatron_hammer.train.metrics_file import append_line
+from megatron_hammer.metrics.metrics_file import append_line
 
 GENERATIONS = "generations.jsonl"
 MOST_GENERATIONS = 20_000

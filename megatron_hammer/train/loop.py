@@ -23,7 +23,11 @@ from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.folder import step_of
 from megatron_hammer.config import Config
 from megatron_hammer.config.phases import phase_at, tokens_before
+from megatron_hammer.costs.comparison import Prediction, device_name, peak_of_process
+from megatron_hammer.costs.flops import flops_per_token, peak_tflops
 from megatron_hammer.kernels.ranges import RangeOf, no_range
+from megatron_hammer.metrics.metrics_file import finite
+from megatron_hammer.metrics.reporter import Reporter
 from megatron_hammer.parallel.collectives import all_reduce, broadcast
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
@@ -31,7 +35,6 @@ from megatron_hammer.sampling.ledger import Finding
 from megatron_hammer.sampling.loader import ReadAhead
 from megatron_hammer.sampling.samples import ValidData, open_train_data, open_valid_data
 from megatron_hammer.train.build import build_stages
-from megatron_hammer.train.comparison import Prediction, device_name
 from megatron_hammer.train.corruption import CorruptionCheck
 from megatron_hammer.train.cuda_graph import micro_batch_runner
 from megatron_hammer.train.drift import DriftCheck
@@ -40,8 +43,6 @@ from megatron_hammer.train.evaluator import Evaluator
 from megatron_hammer.train.garbage import garbage_collected_by_hand
 from megatron_hammer.train.health import Health, Limits
 from megatron_hammer.train.incidents import incident_path, write_incident
-from megatron_hammer.train.metrics import Reporter, flops_per_token, peak_tflops
-from megatron_hammer.train.metrics_file import finite
 from megatron_hammer.train.output import HeldOutput
 from megatron_hammer.train.prepare import Prepared
 from megatron_hammer.train.rewind import BadStep, go_back

@@ -30,9 +30,9 @@ from megatron_hammer.base.locks import NO_LOCKS, take_lock
 from megatron_hammer.base.reading import read_regular
 from megatron_hammer.base.system import open_descriptors, sync
 from megatron_hammer.checkpoint.folder import Damaged, clean_up, remove_left
+from megatron_hammer.metrics.metrics_file import METRICS, copy_aside, read_lines
 from megatron_hammer.sampling.ledger import LEDGER, Ledger, ledger_bytes, read_ledger
 from megatron_hammer.train.changes import FRESH
-from megatron_hammer.train.metrics_file import METRICS, copy_aside, read_lines
 
 LOCK, SAVED = ".lock", ".saved"
 _NOTHING_SAVED = b"a run has begun in this folder and has no checkpoint yet\n"

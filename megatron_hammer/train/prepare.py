@@ -22,7 +22,7 @@ from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError,
 from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.checkpoint import digest
 from megatron_hammer.checkpoint.fit import check_fits, check_style
-from megatron_hammer.checkpoint.folder import Damaged, open_checkpoint
+from megatron_hammer.checkpoint.folder import Damaged, open_checkpoint, search_checkpoints
 from megatron_hammer.checkpoint.kinds import STATE_KINDS
 from megatron_hammer.checkpoint.manifest import Manifest, check_resumable
 from megatron_hammer.config import Config, config_from_tree
@@ -38,7 +38,7 @@ from megatron_hammer.sampling.plan import RunPlan, SourceContent, plan_run
 from megatron_hammer.sampling.samples import check_tokenizer, open_train_data
 from megatron_hammer.tokenizer.convert import export_note
 from megatron_hammer.tokenizer.interface import Tokenizer
-from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.tokenizer.load import load_tokenizer, with_vocab_size
 from megatron_hammer.train.changes import (
     ACCEPTED,
     FRESH,
@@ -499,29 +499,6 @@ def _look_at_data(
         return notes, plan_run(there, _contents(identity.train), course, config.data.max_epochs)
     except (DataError, ConfigError, RefusedError) as error:
         return [f"a run would stop here: {error}"], None
-
-
-def with_vocab_size(config: Config, tokenizer: Tokenizer | None) -> Config:
-    """The config with the vocabulary that it names, or that of its tokenizer."""
-    vocab_size = config.model.vocab_size
-    if tokenizer is None and vocab_size is None:
-        raise ConfigError(
-            7,
-            "model.vocab_size",
-            "is not set and there is no tokenizer to take it from",
-            "set tokenizer.path or model.vocab_size",
-        )
-    if tokenizer is not None and vocab_size is not None and vocab_size < tokenizer.vocab_size:
-        raise ConfigError(
-            5,
-            f"model.vocab_size={vocab_size}",
-            f"is less than the {tokenizer.vocab_size} ids of {tokenizer.path}",
-            "leave model.vocab_size out to take the tokenizer's",
-        )
-    if vocab_size is not None:
-        return config
-    assert tokenizer is not None
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
 
 
 def _check_data(

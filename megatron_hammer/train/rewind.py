@@ -26,6 +26,7 @@ from megatron_hammer.base.files import replace_file, set_aside
 from megatron_hammer.checkpoint.folder import find_checkpoints, open_checkpoint, readable_checkpoints, step_of
 from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.config.phases import phase_at
+from megatron_hammer.metrics.metrics_file import METRICS, read_lines
 from megatron_hammer.parallel.agreement import all_or_none, gather_values
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.ledger import LEDGER, Finding, Ledger, Range, Rewind, ledger_bytes
@@ -33,7 +34,6 @@ from megatron_hammer.sampling.phases import Skips
 from megatron_hammer.sampling.samples import TrainData
 from megatron_hammer.train.changes import FRESH
 from megatron_hammer.train.incidents import incident_path
-from megatron_hammer.train.metrics_file import METRICS, read_lines
 from megatron_hammer.train.prepare import Prepared, Start, checkpoints_folder, settle
 from megatron_hammer.train.start import name_start, open_start
 

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 
 from megatron_hammer.config import Config, to_yaml
+from megatron_hammer.costs.forecast import forecast
+from megatron_hammer.costs.shortage import explained
 from megatron_hammer.kernels.report import kernels_table, missing_kernels
-from megatron_hammer.kernels.selection import TABLES, select_backends
+from megatron_hammer.kernels.selection import TABLES, kernel_requirements, select_backends
+from megatron_hammer.metrics.trackers import check_trackers
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.parallel.agreement import BeforeStart
 from megatron_hammer.parallel.board import StatusSlot
@@ -19,12 +22,8 @@ from megatron_hammer.parallel.context import ParallelContext, build_parallel_con
 from megatron_hammer.parallel.rendezvous import Store, collective_timeout, end_process_group, start_process_group
 from megatron_hammer.sampling.plan import format_run_plan
 from megatron_hammer.train.begin import Beginning, begin
-from megatron_hammer.train.build import kernel_requirements
-from megatron_hammer.train.forecast import forecast
 from megatron_hammer.train.loop import TrainLoop
 from megatron_hammer.train.prepare import Prepared, prepare
-from megatron_hammer.train.shortage import explained
-from megatron_hammer.train.trackers import check_trackers
 from megatron_hammer.train.training import train
 
 

@@ -252,8 +252,7 @@ def _backends(config: Config) -> Verdict:
     import torch
 
     from megatron_hammer.kernels.report import missing_kernels
-    from megatron_hammer.kernels.selection import select_backends
-    from megatron_hammer.train.build import kernel_requirements
+    from megatron_hammer.kernels.selection import kernel_requirements, select_backends
 
     required = kernel_requirements(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     chosen = select_backends(config.kernels, required)

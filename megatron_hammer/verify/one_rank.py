@@ -2,7 +2,7 @@
 
 The program's own build and step run on torch's meta device in a world of which only this rank exists
 (``parallel/fake_world.py``), with kernels that compute nothing (``shapes.py``). Every new tensor and every collective
-passes by a counter. The result is compared with the formulas of ``train/rank_costs.py``, which predict runs.
+passes by a counter. The result is compared with the formulas of ``costs/rank_costs.py``, which predict runs.
 
 Of the micro-batches of a step all but the first are equal, so steps of one and of two are run and the rest is computed;
 of a pipeline, steps of so many that all its stages are at work; where sums are made in one tree, the step itself.
@@ -26,6 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_hammer.base.tables import align
 from megatron_hammer.config import Config, KernelsConfig
+from megatron_hammer.costs.rank_costs import GIB, collectives, kept_bytes, state_bytes
+from megatron_hammer.costs.rank_peak import fused_backends
 from megatron_hammer.kernels.linear_cross_entropy import CHUNK_TOKENS
 from megatron_hammer.kernels.ranges import HEAD
 from megatron_hammer.optim.buffers import Buffers
@@ -33,8 +35,6 @@ from megatron_hammer.parallel.context import ParallelContext, build_parallel_con
 from megatron_hammer.parallel.fake_world import Collective, fake_world, find_collective
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.build import build_stages
-from megatron_hammer.train.rank_costs import GIB, collectives, kept_bytes, state_bytes
-from megatron_hammer.train.rank_peak import fused_backends
 from megatron_hammer.train.source_sums import Sources
 from megatron_hammer.train.step import train_step
 from megatron_hammer.verify.shapes import shape_kernels

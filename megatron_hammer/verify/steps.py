@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.checkpoint.write import save_checkpoint
 from megatron_hammer.config import Config, config_to_tree
+from megatron_hammer.kernels.selection import COMPUTE_DTYPES
 from megatron_hammer.model.llama import Model, stages_of
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.schedule import learning_rate
@@ -35,7 +36,7 @@ from megatron_hammer.parallel.sharding import Shard, rectangles
 from megatron_hammer.sampling import loader
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.begin import check_machine, device_of_rank
-from megatron_hammer.train.build import DTYPES, build_stages
+from megatron_hammer.train.build import build_stages
 from megatron_hammer.train.cuda_graph import micro_batch_runner
 from megatron_hammer.train.pipeline import pipelined_losses
 from megatron_hammer.train.source_sums import LOSS, WEIGHT, Sources
@@ -255,4 +256,4 @@ def rank_main(
 def precisions(config: Config) -> dict[str, torch.dtype]:
     """In which types the ranks take the steps: fp64 and fp32 on CPUs, else what the config says."""
     exact = config.train.device == "cpu" and config.train.precision == "fp32"
-    return EXACT if exact else {config.train.precision: DTYPES[config.train.precision]}
+    return EXACT if exact else {config.train.precision: COMPUTE_DTYPES[config.train.precision]}

@@ -16,11 +16,11 @@ from megatron_hammer.dataset.reader import prefix_remedy
 from megatron_hammer.huggingface.average import choose_checkpoints
 from megatron_hammer.huggingface.generate import generate
 from megatron_hammer.huggingface.importing import import_hf
+from megatron_hammer.metrics.plot import read_curves
 from megatron_hammer.tokenizer.convert import publish_tokenizer
 from megatron_hammer.tokenizer.lab.arguments import prepare_outputs
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.symbols import read_symbols
-from megatron_hammer.train.plot import read_curves
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def test_what_no_font_has_is_said_in_one_line(
 
 def test_a_run_and_a_set_named_in_chinese(installed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Title and legend of a loss curve; a dollar sign is no formula."""
-    from megatron_hammer.train.plot import plot_loss
+    from megatron_hammer.metrics.plot import plot_loss
 
     lines: list[dict[str, object]] = [
         {"step": 1, "loss": 2.0, "lr": 1e-3, "valid/运$x_{/loss": 3.0, "consumed_tokens": 4096}

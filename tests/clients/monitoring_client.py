@@ -17,8 +17,8 @@ import promql_parser
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from prometheus_client.parser import text_string_to_metric_families
 
-from megatron_hammer.train.tracked_run import TrackedRun
-from megatron_hammer.train.tracker_process import import_library, open_client
+from megatron_hammer.metrics.tracked_run import TrackedRun
+from megatron_hammer.metrics.tracker_process import import_library, open_client
 
 folder, *queries = sys.argv[1:]
 LINE = {"loss": 0.1 + 0.2, "skipped": False, "consumed_tokens": 4096, "mfu": None, 'valid/金融 "q"\n/loss': 2.5}

@@ -279,7 +279,7 @@ MEASURES = (
     ),
     Measure(
         "metrics are cut back",
-        "train/metrics_file.py",
+        "metrics/metrics_file.py",
         "found.content(up_to=last_step)",
         "found.content()",
         "train/test_run.py::test_metrics_are_cut_back_to_the_checkpoint",

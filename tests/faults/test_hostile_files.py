@@ -34,10 +34,10 @@ from megatron_hammer.huggingface.config import model_config_from_hf, read_json
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors
 from megatron_hammer.megatron.importing import open_source
 from megatron_hammer.megatron.layout import model_of
+from megatron_hammer.metrics.plot import read_curves
 from megatron_hammer.sampling.ledger import read_ledger
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.symbols import read_symbols
-from megatron_hammer.train.plot import read_curves
 
 PICKLE = b"cos\nsystem\n(S'touch ran'\ntR."
 Make = Callable[[Path], object]

@@ -21,12 +21,12 @@ from torch._dynamo.utils import counters
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
 from megatron_hammer.kernels import linear
-from megatron_hammer.kernels.selection import select_backends
+from megatron_hammer.kernels.selection import kernel_requirements, select_backends
 from megatron_hammer.model.llama import gradients_of
 from megatron_hammer.model.parameters import parameter_table
 from megatron_hammer.model.recompute import activation_bytes
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.train.build import check_compiler, kernel_requirements
+from megatron_hammer.train.build import check_compiler
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.kernels.test_fp8 import fp8_config

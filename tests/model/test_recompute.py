@@ -22,10 +22,9 @@ from megatron_hammer.config import Config
 from megatron_hammer.kernels.libraries.te import attention as te_attention
 from megatron_hammer.kernels.native import cpu
 from megatron_hammer.kernels.operations import Operations
-from megatron_hammer.kernels.selection import select_backends
+from megatron_hammer.kernels.selection import kernel_requirements, select_backends
 from megatron_hammer.model import recompute
 from megatron_hammer.parallel.context import ParallelContext
-from megatron_hammer.train.build import kernel_requirements
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.model import te_double, te_sources

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.config import Config
-from megatron_hammer.kernels.selection import select_operations
+from megatron_hammer.kernels.selection import kernel_requirements, select_operations
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.llama import Stage, build_stage
 from megatron_hammer.model.parameters import EMBEDDING, Parameter, logical_shapes, parameter_table
 from megatron_hammer.model.recompute import plan_recompute
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.placement import Placement, place
-from megatron_hammer.train.build import kernel_requirements
 from tests.distributed import run_distributed
 from tests.model.tiny import make_context, rank_batches, tiny_config
 

@@ -20,6 +20,7 @@ from megatron_hammer.checkpoint.fit import check_style
 from megatron_hammer.checkpoint.kinds import STATE_KINDS
 from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.config import Config
+from megatron_hammer.costs.rank_costs import state_bytes
 from megatron_hammer.huggingface.certificate import prove
 from megatron_hammer.huggingface.export import export_hf
 from megatron_hammer.kernels.newton_schulz import flops, orthogonalise
@@ -30,7 +31,6 @@ from megatron_hammer.optim.matrices import Exchange, plan_exchange
 from megatron_hammer.optim.muon import Muon, update_scale
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.build import build_stages
-from megatron_hammer.train.rank_costs import state_bytes
 from megatron_hammer.train.step import train_step
 from megatron_hammer.verify.compare import Sizes, compare_pieces, whole_tensors
 from megatron_hammer.verify.outcome import Outcome

@@ -9,8 +9,8 @@ import torch
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
+from megatron_hammer.costs.rank_costs import state_bytes
 from megatron_hammer.optim.tree_store import TreeStore
-from megatron_hammer.train.rank_costs import state_bytes
 from tests.distributed import run_distributed
 from tests.model.tiny import build, make_context, merged, tiny_config, train
 

@@ -13,6 +13,8 @@ import torch
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import load_config
+from megatron_hammer.costs import budget
+from megatron_hammer.costs.flops import flops_per_token
 from megatron_hammer.kernels.ranges import GRADIENT, HEAD, LINEAR
 from megatron_hammer.parallel.board import StatusSlot
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
@@ -20,9 +22,7 @@ from megatron_hammer.profile.plots import draw_profile
 from megatron_hammer.profile.profile import Settings, _profile, for_profiling, profile_step, profile_table
 from megatron_hammer.profile.trace import PREFIX, Traffic, memory_of_step, parts_of_trace, read_trace, traffic
 from megatron_hammer.profile.workload import RecordedRanges, record_waits
-from megatron_hammer.train import budget
 from megatron_hammer.train.build import build
-from megatron_hammer.train.metrics import flops_per_token
 from tests.distributed import run_distributed
 from tests.train.runs import ROOT, TINY, environment
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.base.cli import end_of
+from megatron_hammer.metrics.metrics_file import append_line
 from megatron_hammer.report.write import continue_prompts, write_page
-from megatron_hammer.train.metrics_file import append_line
 from tests.report.conftest import lines_of
 from tests.train.runs import ROOT
 

@@ -17,9 +17,9 @@ import pytest
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.config import Config
 from megatron_hammer.evaluation import checkpoint_process
+from megatron_hammer.metrics.reporter import Reporter
 from megatron_hammer.train import evaluator as evaluator_module
 from megatron_hammer.train.evaluator import EVALUATIONS, Evaluator
-from megatron_hammer.train.metrics import Reporter
 from tests.train.runs import checkpoint_bytes, config_for, metrics, overrides, train_here
 
 FEW = (

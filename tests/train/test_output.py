@@ -68,7 +68,7 @@ def test_nothing_is_saved_into_a_folder_that_went_away(data: Path, tmp_path: Pat
     run = tmp_path / "run"
     config = config_for(overrides(data, run, "train.num_steps=1", "data.valid=null"))
     monkeypatch.setattr("megatron_hammer.train.loop.TrainLoop._collect_garbage", lambda self: None)
-    monkeypatch.setattr("megatron_hammer.train.metrics_file.MetricsFile.sync", lambda self: shutil.rmtree(run))
+    monkeypatch.setattr("megatron_hammer.metrics.metrics_file.MetricsFile.sync", lambda self: shutil.rmtree(run))
     with pytest.raises(RefusedError, match=r"E587.*was deleted, moved or replaced"):
         run_rank(config, 0, 0, 1, None)
     assert not run.exists()

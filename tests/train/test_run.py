@@ -17,8 +17,8 @@ from megatron_hammer.checkpoint import folder, retention
 from megatron_hammer.checkpoint.folder import find_checkpoints, newest_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.kernels.native import cpu
+from megatron_hammer.metrics.reporter import BOARD_GROUPS
 from megatron_hammer.train.course import course_of
-from megatron_hammer.train.metrics import BOARD_GROUPS
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank
 from tests.distributed import run_distributed

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_hammer.config import config_from_tree
+from megatron_hammer.costs import rank_costs
 from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel.collectives import all_reduce
-from megatron_hammer.train import rank_costs
 from megatron_hammer.train.build import build_stages
 from megatron_hammer.verify import one_rank
 from megatron_hammer.verify.one_rank import compare_rank

@@ -1,1 +1,4 @@
-"""Operations of other libraries: Transformer Engine, flash-attn, apex, Liger; each imported only where it is used."""
+"""Operations of other libraries, each imported only where it is used.
+
+Transformer Engine is in ``te.py``, flash-attn in ``flash.py``, apex in ``apex.py``, liger-kernel in ``liger.py``.
+"""

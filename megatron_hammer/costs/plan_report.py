@@ -1,0 +1,208 @@
+"""A plan as a table of at most 100 columns and as a picture; ``planner.py`` makes it. Needs no GPU."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.base.pictures import save_png
+from megatron_hammer.base.tables import align
+from megatron_hammer.costs.layouts import PlannedLayout, precision_of
+from megatron_hammer.costs.planner import LayoutPlan
+from megatron_hammer.costs.rank_costs import GIB
+from megatron_hammer.costs.rank_peak import PARTS as MEMORY_PARTS
+from megatron_hammer.costs.rank_speed import PARTS as TIME_PARTS
+from megatron_hammer.model.parameters import count_parameters
+
+WIDTH = 100  # characters of a line
+DAY = 86400.0
+EXAMPLES = 3  # of rejected layouts of one kind
+# Colours that differ in lightness too, for readers who see few of them and for print.
+MEMORY_COLOURS = ("#1f4e8c", "#5b93d3", "#0b2545", "#9bc26b", "#d9730d", "#f2c46d", "#8c8c8c")
+TIME_COLOURS = ("#1f4e8c", "#5b93d3", "#d9730d", "#f2a65a", "#b5323f", "#7a5230", "#3f7d3a", "#cfcfcf")
+
+
+def plan_table(plan: LayoutPlan, shown: int) -> list[str]:
+    """For people, in lines of at most ``WIDTH`` characters."""
+    layouts = plan.found.ranked[:shown]
+    return [
+        *_heading(plan),
+        "",
+        *_ranking(plan, layouts),
+        "",
+        "memory of the rank that needs most, GiB",
+        *_parts([layout.memory for layout in layouts], MEMORY_PARTS, GIB),
+        "",
+        "seconds of a step on the busiest rank",
+        *_parts([layout.time.seconds for layout in layouts], TIME_PARTS, 1.0),
+        "",
+        *_rejected(plan),
+        "",
+        *assumptions(plan),
+    ]
+
+
+def _heading(plan: LayoutPlan) -> list[str]:
+    model, config = plan.config.model, plan.config
+    return _wrapped(
+        f"{count_parameters(model):,} parameters on {plan.world_size} x {plan.machine.name} ({plan.memory_gib:g} GiB, "
+        f"of which a rank may need {plan.found.limit / GIB:.1f}); a step of {config.train.global_batch_size:,} samples "
+        f"x {config.data.seq_length:,} tokens; {plan.tokens:,} tokens in all"
+    )
+
+
+def _ranking(plan: LayoutPlan, layouts: Sequence[PlannedLayout]) -> list[str]:
+    costs = "cost" if plan.price is not None else "GPU hours"
+    titles = ["#", "TP", "PP", "CP", "DP", "shard", "batch", "recompute", "type", "GiB", "tokens/s", "MFU", "days"]
+    rows: list[Sequence[str]] = [[*titles, costs]]
+    for number, layout in enumerate(layouts, start=1):
+        train, hours = layout.config.train, plan.gpu_hours(layout)
+        rows.append(
+            (
+                str(number), *_sizes(layout), layout.config.parallel.shard, str(train.micro_batch_size),
+                train.recompute, precision_of(layout.config), f"{layout.bytes / GIB:.1f}",
+                f"{layout.time.tokens_per_second:,.0f}", f"{layout.time.mfu:.0%}",
+                _short(plan.tokens / layout.time.tokens_per_second / DAY),
+                f"{hours * (1.0 if plan.price is None else plan.price):,.0f}",
+            )
+        )  # fmt: skip
+    interleaved = "PP 4x2: 4 pipeline ranks of 2 interleaved stages each (parallel.virtual_pipeline_stages)"
+    return align(rows) + [interleaved] * any(layout.stages > 1 for layout in layouts)
+
+
+def _sizes(layout: PlannedLayout) -> list[str]:
+    """TP, PP with the stages of a rank where there are several, CP, DP."""
+    tp, pp, cp, dp = map(str, layout.sizes)
+    return [tp, f"{pp}x{layout.stages}" if layout.stages > 1 else pp, cp, dp]
+
+
+def _parts(each: Sequence[dict[str, Any]], names: Sequence[str], unit: float) -> list[str]:
+    """One line a layout; parts that are nothing in all of them are left out."""
+    used = [name for name in names if any(of[name] for of in each)]
+    rows = [("#", *used, "sum")]
+    for number, of in enumerate(each, start=1):
+        cells = [_short(of[name] / unit) for name in used]
+        rows.append((str(number), *cells, _short(sum(of.values()) / unit)))
+    return align(rows)
+
+
+def _rejected(plan: LayoutPlan) -> list[str]:
+    """How many of each kind, and some of each; all are in the JSON."""
+    kinds = Counter(rejected.kind for rejected in plan.found.rejected)
+    lines = [f"{len(plan.found.fitting):,} layouts fit, {len(plan.found.rejected):,} do not"]
+    titles = {"memory": "too large (larger micro-batches were not tried)", "batch": "the batch cannot be divided so",
+              "settings": "refused by the settings"}  # fmt: skip
+    for kind, title in titles.items():
+        if not kinds[kind]:
+            continue
+        alike = [rejected for rejected in plan.found.rejected if rejected.kind == kind]
+        alike.sort(key=lambda rejected: rejected.missing)
+        lines.append(f"  {title}: {kinds[kind]:,}")
+        for rejected in alike[:EXAMPLES]:
+            lines += _wrapped(f"{rejected.layout}: {rejected.reason}", "    ")
+    return lines
+
+
+def assumptions(plan: LayoutPlan) -> list[str]:
+    """What the figures rest on."""
+    machine, rates = plan.machine, plan.machine.efficiency
+    return [
+        "assumed",
+        *_wrapped(
+            f"{machine.name}: {machine.gpu.peak_tflops:g} TFLOP/s dense bf16, {machine.gpu.bandwidth:g} TB/s; reached: "
+            f"{rates.products:.0%} in products, {rates.attention:.0%} in attention, {rates.memory:.0%} of the memory's "
+            f"bandwidth, {rates.links:.0%} of the links'; {rates.gaps:.0%} of a step are gaps",
+            "  ",
+        ),
+        *_wrapped(
+            f"links of a GPU, one direction: {machine.gpu.link:g} GB/s among {machine.gpus_per_node} of a node, "
+            f"{machine.network:g} GB/s between nodes (--node-link, --gpus-per-node, --network)",
+            "  ",
+        ),
+        *_wrapped(
+            f"{plan.headroom:.0%} of the memory are left to CUDA, NCCL and holes between allocations (--headroom); "
+            "MFU counts 6 N + 12 L h s FLOPs a token; full samples, no restarts, evaluations or saves",
+            "  ",
+        ),
+        *_wrapped(
+            "nothing was measured: `python tools/verify_parallel.py` proves a layout, and a run prints its own figures "
+            "beside these",
+            "  ",
+        ),
+    ]
+
+
+# ---- the picture -----------------------------------------------------------------------------------------------------
+
+
+def draw_plan(plan: LayoutPlan, output: Path, shown: int) -> None:
+    """Memory and time of the first layouts as stacked bars."""
+    from matplotlib.figure import Figure
+
+    layouts = plan.found.ranked[:shown]
+    height = 2.9 + 0.44 * len(layouts)
+    figure = Figure(figsize=(12.5, height), dpi=120)
+    left, right = figure.subplots(1, 2, sharey=True)
+    figure.subplots_adjust(left=0.235, right=0.975, wspace=0.09, top=1 - 0.95 / height, bottom=1.35 / height)
+    names = []
+    for number, layout in enumerate(layouts, start=1):
+        tp, pp, cp, dp = _sizes(layout)
+        train = layout.config.train
+        names.append(
+            f"{number}   TP {tp}  PP {pp}  CP {cp}  DP {dp}, {layout.config.parallel.shard}\n"
+            f"micro-batch {train.micro_batch_size}, recompute {train.recompute}, {precision_of(layout.config)}"
+        )
+    _stack(left, [layout.memory for layout in layouts], MEMORY_PARTS, MEMORY_COLOURS, GIB)
+    left.axvline(plan.found.limit / GIB, color="black", linewidth=1.3, linestyle="--")
+    left.axvline(plan.memory_gib, color="black", linewidth=1.3)
+    left.set_xlim(0, plan.memory_gib * 1.02)
+    left.set_title("GiB of the rank that needs most; dashed: what may be used", fontsize=9.5, loc="left")
+    _stack(right, [layout.time.seconds for layout in layouts], TIME_PARTS, TIME_COLOURS, 1.0)
+    for y, layout in enumerate(layouts):
+        right.text(
+            layout.time.total, y, f"  {layout.time.tokens_per_second:,.0f} tokens/s, {layout.time.mfu:.0%}",
+            va="center", fontsize=8.5,
+        )  # fmt: skip
+    right.set_xlim(0, max(layout.time.total for layout in layouts) * 1.45)
+    right.set_title("seconds of a step on the busiest rank; tokens/s and MFU", fontsize=9.5, loc="left")
+    left.set_yticks(range(len(layouts)), names, fontsize=8.5)
+    left.invert_yaxis()
+    title = f"Predicted: {count_parameters(plan.config.model) / 1e9:.2f} B parameters on {plan.world_size} x "
+    figure.suptitle(f"{title}{plan.machine.name}", x=0.015, ha="left", fontsize=12.5, fontweight="bold")
+    rates = plan.machine.efficiency
+    figure.text(
+        0.015, 0.015,
+        f"tools/plan.py; assumed {rates.products:.0%} of the peak in products, {rates.attention:.0%} in attention, "
+        f"{rates.memory:.0%} of memory bandwidth, {plan.machine.gpu.link:g} GB/s in a node, "
+        f"{plan.machine.network:g} GB/s between nodes. Not measured.",
+        fontsize=8, color="0.35",
+    )  # fmt: skip
+    save_png(figure, output)
+
+
+def _stack(
+    axes: Any, each: Sequence[dict[str, Any]], parts: Sequence[str], colours: Sequence[str], unit: float
+) -> None:
+    for part, colour in zip(parts, colours, strict=True):
+        if not any(of[part] for of in each):
+            continue
+        starts = [sum(of[before] for before in parts[: parts.index(part)]) / unit for of in each]
+        sizes = [of[part] / unit for of in each]
+        axes.barh(range(len(each)), sizes, left=starts, color=colour, edgecolor="white", linewidth=0.6, label=part)
+    axes.legend(ncols=4, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    axes.tick_params(axis="x", labelsize=8.5)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _short(number: float) -> str:
+    if number >= 100 or number == 0:
+        return f"{number:,.0f}"
+    return f"{number:.1f}" if number >= 10 else f"{number:.2f}" if number >= 0.1 else f"{number:.2g}"
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=f"{indent}  " if indent else "")

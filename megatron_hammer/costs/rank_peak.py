@@ -1,0 +1,173 @@
+"""The memory that one rank of a layout needs at the worst moment of a step, by part: formulas, as in ``rank_costs.py``.
+
+State is there always; activations come and go, and the worst moment is one of these. With R rows of a rank between the
+matrices and T inside of them (R = T / t under sequence parallelism), h hidden, f feed-forward columns, n heads and g
+groups of d, v rows of the vocabulary of this rank, c tokens of a chunk of logits, e bytes an element::
+
+    head       what layers and final norm keep, gradient of the head's input T h, logits c v; under sequence parallelism
+               the gathered input T h and the scattered gradient R h
+    backward   what layers keep, and in the feed-forward part of the last layer the gradient of the residual stream R h,
+               and the larger of: that of the product and of gate and up, 2 T f beyond what is given up by then; or the
+               gathered gradient T h and that of the product T f; or those of the gathered input and what is scattered
+               of it. selective: the product made again, 4 T f. full: a whole layer made again
+    attention  under context parallelism, the gradients of the keys and values of all ranks in fp32
+    begin, end where rows are few beside what is gathered: the embedding's part of a micro-batch, and 2 R h
+
+A pipeline adds two messages that are received ahead and those sent whose arrival nobody has waited for.
+
+On a CPU pages that a rank once had stay with it: those of buckets go from one to the next (``base/pages.py``), those of
+activations stay in malloc's heap. So there the most that was ever gathered counts beside the most that was ever kept,
+whichever moments they are of, and memory for what other ranks send of a bucket's sum.
+
+What libraries take for themselves, and holes between allocations, are not in it. ``verify/one_rank.py`` counts the same
+in the program, without what is a CPU's alone; ``tests/costs/test_rank_peak.py`` holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Literal
+
+from megatron_hammer.config import Config, KernelsConfig
+from megatron_hammer.costs.rank_buffers import arriving_bytes, buffer_bytes
+from megatron_hammer.costs.rank_costs import around_layers, element_bytes, placements_of, state_bytes
+from megatron_hammer.kernels.backend import Backend
+from megatron_hammer.kernels.linear_cross_entropy import CHUNK_TOKENS
+from megatron_hammer.kernels.selection import TABLES
+from megatron_hammer.model.recompute import activation_bytes, keys_seen
+from megatron_hammer.parallel.pipeline import RECEIVES_AHEAD
+from megatron_hammer.parallel.placement import Placement
+
+WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer"
+GATHERED, ACTIVATIONS, BUFFERS, MESSAGES = "gathered", "activations", "head, backward", "messages"
+PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, GATHERED, ACTIVATIONS, BUFFERS, MESSAGES)
+"""In the order in which they are shown."""
+
+
+def fused_backends(kernels: KernelsConfig) -> dict[str, Backend]:
+    """Those that a GPU is expected to compute with: as the config names them, else the first that is no reference."""
+    named = {name: getattr(kernels, name, "auto") for name in TABLES}
+    return {
+        name: next(row for row in table if row.name == named[name] or (named[name] == "auto" and row.name != "torch"))
+        for name, table in TABLES.items()
+    }
+
+
+def rank_peak(
+    config: Config, world_size: int, rank: int, backends: Mapping[str, Backend], device: str = "cuda"
+) -> dict[str, int]:
+    """Bytes of one rank at its worst moment, by part of ``PARTS``; the sum is what it needs."""
+    grid = config.grid(world_size)
+    pp_rank, cp_rank = rank // (world_size // grid.pp), rank // grid.tp % grid.cp
+    *_, last = placements = placements_of(config, grid, rank)
+    kept = activation_bytes(config, backends, cp_rank, pp_rank, _enough(config, config.grad_accum(world_size)))
+    around, gathered = around_layers(config), buffer_bytes(config, world_size, rank)
+    moments = [
+        (gathered[name], activations, beside)
+        for name, activations, beside in _backward(config, last, kept, backends, cp_rank)
+    ]
+    moments.append((gathered["forward"], kept, 2 * _rows(config, last)))
+    if last.has_head:
+        moments.append((gathered["head"], kept + around, _head(config, last, device)))
+    in_flight = config.pipeline(pp_rank).most_in_flight(grid.pp * config.parallel.virtual_pipeline_stages)
+    others = kept - kept // max(1, sum(in_flight))  # of the micro-batches that are not at their begin or end
+    moments += [(gathered[name], others, 2 * _rows(config, last)) for name in ("begin", "end")]
+    most, messages = max(moments, key=sum), 0
+    if device == "cpu":
+        _, activations, beside = max(moments, key=lambda moment: sum(moment[1:]))
+        most = (max(moment[0] for moment in moments), activations, beside)
+        messages = arriving_bytes(config, world_size, rank)
+    if grid.pp > 1:
+        sent = (2 * len(placements) - placements[0].has_embedding - last.has_head) * config.grad_accum(world_size)
+        messages += (RECEIVES_AHEAD + min(sent, config.pipeline(pp_rank).sends_kept)) * _rows(config, last)
+    comes_and_goes = dict(zip((GATHERED, ACTIVATIONS, BUFFERS), most, strict=True))
+    return {**state_bytes(config, world_size, rank), **comes_and_goes, MESSAGES: messages}
+
+
+def worst_rank(config: Config, world_size: int, backends: Mapping[str, Backend]) -> tuple[int, dict[str, int]]:
+    """The rank of a pipeline that needs most (its number along pp), and what it needs."""
+    config, grid = config.largest, config.grid(world_size)
+    first = {pp: pp * (world_size // grid.pp) for pp in ranks_that_differ(config)}
+    each = {pp: rank_peak(config, world_size, rank, backends) for pp, rank in first.items()}
+    worst = max(each, key=lambda pp: sum(each[pp].values()))
+    return worst, each[worst]
+
+
+def ranks_that_differ(config: Config) -> list[int]:
+    """Of pipeline ranks with as many layers, and the same of embedding and head, the first: it keeps most.
+
+    Of other axes the first rank has most.
+    """
+    split, size = config.layer_split(), config.parallel.pipeline_model_parallel_size
+    seen: dict[tuple[object, ...], int] = {}
+    for rank in range(size):
+        stages = config.pipeline(rank).stages
+        seen.setdefault((0 in stages, len(split) - 1 in stages, *(split[stage] for stage in stages)), rank)
+    return list(seen.values())
+
+
+def _enough(config: Config, accumulated: int) -> int:
+    """Micro-batches after which a pipeline has as many in flight as it ever has; a step's own where there are fewer."""
+    pipeline = config.pipeline()
+    return min(accumulated, pipeline.ranks * (pipeline.stages_per_rank + 2))
+
+
+def _rows(config: Config, at: Placement) -> int:
+    """R h e: bytes of a rank's rows of the residual stream."""
+    return element_bytes(config) * config.tokens_per_rank * config.model.hidden_size // at.sequence_shards
+
+
+def _head(config: Config, at: Placement, device: str) -> int:
+    """Beside what is kept, while the head computes."""
+    assert config.model.vocab_size is not None
+    tokens, size = config.tokens_per_rank, element_bytes(config)
+    chunk = min(tokens, config.kernels.loss_chunk_tokens or CHUNK_TOKENS[device])
+    logits = size * chunk * at.vocab_rows_local(config.model.vocab_size)
+    whole = size * tokens * config.model.hidden_size
+    gathered = whole + _rows(config, at) if at.sequence_shards > 1 else 0
+    return logits + whole + gathered + 4 * tokens
+
+
+def _backward(
+    config: Config, at: Placement, kept: int, backends: Mapping[str, Backend], cp_rank: int
+) -> Iterator[tuple[str, int, int]]:
+    """(moment of ``rank_buffers.py``, kept, beside it) in the backward of the layers where the two are most."""
+    train, size, rows = config.train, element_bytes(config), _rows(config, at)
+    t, by_rows = config.tokens_per_rank, at.sequence_shards > 1
+    product, whole = size * t * at.ffn_local, size * t * config.model.hidden_size
+    beside = {
+        "down": product + (whole if by_rows else 0),
+        "between": 2 * product,
+        "gate_up": whole - product + (whole + rows if by_rows else 0),
+    }
+    if train.recompute == "selective":
+        beside = {"down": product + beside["down"], "between": 4 * product, "gate_up": beside["gate_up"] + product}
+    if config.parallel.context_parallel_size > 1:
+        beside["gate_up"] = max(beside["gate_up"], _keys(config, at, cp_rank) - 3 * product)
+    recomputed = 0 if train.recompute != "full" else train.recompute_layers or config.model.num_layers
+    if at.layers_local > 1:  # a layer earlier, when what the last one kept is over
+        over = 2 * rows if recomputed else activation_bytes(_one_layer(config, train.recompute), backends, cp_rank)
+        beside["earlier"] = beside["down"] - over
+    for name, more in beside.items() if at.layers_local else ():
+        if recomputed < at.layers[1]:
+            yield name, kept, rows + more
+        if recomputed > at.layers[0]:
+            again = activation_bytes(_one_layer(config), backends, cp_rank)
+            later = max(0, at.layers[1] - recomputed) * (again - rows)  # of those after it, which are over by then
+            yield name, kept - later, rows + again + more
+
+
+def _keys(config: Config, at: Placement, cp_rank: int) -> int:
+    """In the backward of attention under context parallelism: of queries, and of keys and values of all ranks."""
+    size, t, d = element_bytes(config), config.tokens_per_rank, config.model.head_size
+    pairs, whole = 2 * at.groups_local * d, t * config.parallel.context_parallel_size
+    keys = keys_seen(config, cp_rank)
+    return 2 * size * t * at.heads_local * d + (size + 2) * keys * pairs + 4 * (whole + t) * pairs
+
+
+def _one_layer(config: Config, recompute: Literal["none", "selective", "full"] = "none") -> Config:
+    """The same with one layer on one stage."""
+    parallel = replace(config.parallel, pipeline_model_parallel_size=1, virtual_pipeline_stages=1, pipeline_split=None)
+    train = replace(config.train, recompute=recompute, recompute_layers=None)
+    return replace(config, model=replace(config.model, num_layers=1), parallel=parallel, train=train)

@@ -1,0 +1,198 @@
+"""Exports the figures of metrics.jsonl to Prometheus and OpenTelemetry, as gauges and counters.
+
+::
+
+    a step's line --Series.update--> hammer_loss 2.31                          gauge: the last value
+                                     hammer_valid_loss{set="zh"} 2.44
+                                     hammer_consumed_tokens_total 1.2e9        counter: never falls
+
+    prometheus     OUT.prom in the folder of node_exporter's textfile collector, or an HTTP endpoint that is scraped
+    opentelemetry  OTLP over HTTP, where OTEL_EXPORTER_OTLP_ENDPOINT says
+
+Names are those of metrics.jsonl behind ``hammer_``; the names of sets and sources are labels, so that one query shows
+them all. The step is a value (``hammer_step``) and never a label: a label's every new value is a series of its own. The
+run is a resource (OpenTelemetry: ``service.instance.id``) or one constant label (Prometheus, where two runs on a node
+must differ). ``hammer_run_active`` is 1 until the run ends, so that an alert for a stalled run ends with it. The
+dashboard and the alerts in ``examples/monitoring/`` read these names. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.metrics.tracked_run import Line, TrackedRun
+
+PREFIX = "hammer_"
+COUNTERS = ("consumed_tokens", "consumed_samples", "source_tokens", "skipped_steps")
+KINDS = {"valid": "set", "source": "source", "evaluation": "set"}
+"""First part of a key -> the label that its name becomes."""
+TEXTFILE_SECONDS = 5.0  # between two versions of the file: Prometheus asks every 15 s or more seldom
+
+Labels = tuple[tuple[str, str], ...]
+
+
+def series_of(key: str) -> tuple[str, Labels]:
+    """The name, without prefix, and the labels of a key of metrics.jsonl: ``valid/zh/loss`` is valid_loss{set="zh"}."""
+    kind, _, rest = key.partition("/")
+    name, _, figure = rest.rpartition("/")
+    if kind in KINDS and name:
+        return plain_name(f"{kind}_{figure}"), ((KINDS[kind], name),)
+    return plain_name(key), ()
+
+
+def plain_name(text: str) -> str:
+    """Lower-case letters, digits and ``_``, as every monitoring system takes them."""
+    return re.sub(r"_+", "_", re.sub(r"[^a-z0-9]", "_", text.lower())).strip("_") or "value"
+
+
+@dataclass
+class Series:
+    """The last value of every series of a run."""
+
+    values: dict[str, dict[Labels, float]] = field(default_factory=dict)
+    """Name without prefix -> labels -> value."""
+
+    def __post_init__(self) -> None:
+        self._set("run_active", 1)
+        self._set("run_failed", 0)
+        self._set("skipped_steps", 0)
+
+    def update(self, step: int, line: Line) -> None:
+        """Take in one line; text and null have no value here."""
+        self._set("step", step)
+        self._set("last_step_timestamp_seconds", time.time())
+        for key, value in line.items():
+            if key == "skipped":
+                self._set("skipped_steps", self.values["skipped_steps"][()] + bool(value))
+            elif isinstance(value, bool | int | float) and math.isfinite(value):
+                name, labels = series_of(key)
+                self._set(name, float(value), labels)
+
+    def end(self, failed: bool) -> None:
+        """The run is over."""
+        self._set("run_active", 0)
+        self._set("run_failed", failed)
+
+    def _set(self, name: str, value: float, labels: Labels = ()) -> None:
+        self.values.setdefault(name, {})[labels] = float(value)
+
+
+class PrometheusClient:
+    """Prometheus: a file for node_exporter's textfile collector, or an endpoint on this machine.
+
+    ``log.prometheus_textfile`` names the collector's folder; without it ``log.prometheus_address`` is listened on. With
+    ``log.trackers_offline`` the file lies in OUT/trackers/.
+    """
+
+    def __init__(self, library: Any, run: TrackedRun, run_id: str | None) -> None:
+        self.run_id = run_id or secrets.token_hex(8)
+        self._library, self._series, self._server, self._written = library, Series(), None, 0.0
+        self._labels = {"run": run.name, "run_id": self.run_id}
+        self._registry = library.CollectorRegistry()
+        self._registry.register(self)
+        log = run.config.get("log", {})
+        folder = run.folder if run.offline else log.get("prometheus_textfile")
+        self._file = None if folder is None else Path(folder) / f"hammer-{self.run_id}.prom"
+        if self._file is None:
+            host, _, port = str(log["prometheus_address"]).rpartition(":")
+            self._server = library.start_http_server(int(port), addr=host.strip("[]"), registry=self._registry)
+        else:
+            self._write(0.0)
+
+    def collect(self) -> Iterator[Any]:
+        """All series, as the library asks for them."""
+        core = self._library.metrics_core
+        for name, series in list(self._series.values.items()):
+            counter = name in COUNTERS
+            kind = core.CounterMetricFamily if counter else core.GaugeMetricFamily
+            keys = [key for key, _ in next(iter(series))]
+            family = kind(PREFIX + name, f"{name} of metrics.jsonl", labels=[*self._labels, *keys])
+            for labels, value in list(series.items()):
+                family.add_metric([*self._labels.values(), *(text for _, text in labels)], value)
+            yield family
+
+    def log(self, step: int, line: Line) -> None:
+        """Keep the values until they are asked for."""
+        self._series.update(step, line)
+        self._write(TEXTFILE_SECONDS)
+
+    def close(self, failed: bool) -> None:
+        """The run's last word; an endpoint ends with the run."""
+        self._series.end(failed)
+        self._write(0.0)
+        if self._server is not None:
+            server, thread = self._server
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+    def _write(self, seconds: float) -> None:
+        """Replace the file, if there is one that is older."""
+        if self._file is not None and time.monotonic() - self._written >= seconds:
+            self._library.write_to_textfile(str(self._file), self._registry)
+            self._written = time.monotonic()
+
+
+class OpenTelemetryClient:
+    """OpenTelemetry: OTLP over HTTP, set by its own variables (OTEL_EXPORTER_OTLP_ENDPOINT, _HEADERS, ...).
+
+    With ``log.trackers_offline`` each export is a line of JSON in OUT/trackers/opentelemetry.jsonl.
+    """
+
+    def __init__(self, library: Any, run: TrackedRun, run_id: str | None) -> None:
+        from opentelemetry.sdk.metrics.export import ConsoleMetricExporter, PeriodicExportingMetricReader
+        from opentelemetry.sdk.resources import Resource
+
+        self.run_id = run_id or secrets.token_hex(16)
+        self._series, self._known = Series(), set[str]()
+        self._out: Any = None
+        if run.offline:
+            self._out = (Path(run.folder) / "opentelemetry.jsonl").open("a", encoding="utf-8")
+            exporter = ConsoleMetricExporter(
+                out=self._out, formatter=lambda found: json.dumps(json.loads(found.to_json())) + "\n"
+            )
+        else:
+            from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+
+            exporter = OTLPMetricExporter()
+        resource = Resource.create({
+            "service.name": run.project, "service.instance.id": self.run_id, "hammer.run.name": run.name,
+            "hammer.run.ranks": run.environment.get("ranks", 1),
+        })  # fmt: skip
+        self._provider = library.MeterProvider(
+            resource=resource, metric_readers=[PeriodicExportingMetricReader(exporter)]
+        )
+        self._meter = self._provider.get_meter("megatron_hammer")
+        self._instruments()
+
+    def _instruments(self) -> None:
+        """One observable instrument for each name, made when the name is first seen."""
+        for name in [name for name in self._series.values if name not in self._known]:
+            self._known.add(name)
+            make = self._meter.create_observable_counter if name in COUNTERS else self._meter.create_observable_gauge
+            make(PREFIX + name, callbacks=[lambda options, name=name: self._observed(name)])
+
+    def _observed(self, name: str) -> list[Any]:
+        from opentelemetry.metrics import Observation
+
+        return [Observation(value, dict(labels)) for labels, value in list(self._series.values[name].items())]
+
+    def log(self, step: int, line: Line) -> None:
+        """Keep the values until the next export."""
+        self._series.update(step, line)
+        self._instruments()
+
+    def close(self, failed: bool) -> None:
+        """Deliver the last values."""
+        self._series.end(failed)
+        self._provider.shutdown()
+        if self._out is not None:
+            self._out.close()

@@ -1,0 +1,31 @@
+"""OUT/starts.jsonl: one line for each start of a run: when, after which step, where it computes, its settings.
+
+It only grows: a run that goes on, elsewhere or with other settings, adds its line. Reports read it (``report/``), no
+training does. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.config import Config, config_to_tree
+from megatron_hammer.metrics.metrics_file import append_line
+
+STARTS = "starts.jsonl"
+
+
+def note_start(output: Path, step: int, environment: dict[str, Any], config: Config) -> None:
+    """Add a line.
+
+    Args:
+        step: the last that is done.
+        environment: see ``trackers.environment_of``.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    append_line(output / STARTS, {"step": step, "time": time, "environment": environment,
+                                  "config": config_to_tree(config)})  # fmt: skip
