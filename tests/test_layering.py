@@ -151,6 +151,17 @@ def test_a_room_says_what_each_of_its_modules_is_for() -> None:
         assert named == there, f"{name}: not named {sorted(there - named)}, not there {sorted(named - there)}"
 
 
+def test_a_class_has_a_name_of_its_own() -> None:
+    """One word, one thing: only the layers of the two layer modules share theirs, behind one interface."""
+    places: dict[str, list[str]] = {}
+    for name, path in _modules():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(name)
+    shared = {name: found for name, found in places.items() if len(found) > 1}
+    assert all(found == ["model.layers", "model.layers_te"] for found in shared.values()), shared
+
+
 def test_modules_without_torch_are_known() -> None:
     """A module loads no torch, or no heavy library at all, exactly where its room or its docstring says so."""
     graph = _graph(top_only=True)

@@ -38,7 +38,7 @@ _KINDS = ("valid", "source", "evaluation")
 
 
 @dataclass
-class Series:
+class RunCurve:
     """One figure of a run over its lines: those that have it."""
 
     lines: array[int] = field(default_factory=lambda: array("q"))
@@ -72,7 +72,7 @@ class MetricsReader:
     def _begin(self) -> None:
         self.steps = array("q")
         """Of each line that could be read."""
-        self.curves: dict[str, Series] = {}
+        self.curves: dict[str, RunCurve] = {}
         self.last: dict[str, Any] = {}
         """The last value of everything that the lines have; sources keep what they had in an earlier one."""
         self.skipped: list[int] = []
@@ -134,7 +134,7 @@ class MetricsReader:
                     number = float(value)
                 except OverflowError:
                     continue
-                curve = self.curves.setdefault(key, Series())
+                curve = self.curves.setdefault(key, RunCurve())
                 curve.lines.append(place)
                 curve.values.append(number)
                 self.last[key] = value

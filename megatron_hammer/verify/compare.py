@@ -53,7 +53,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Mismatch:
+class Deviation:
     """A quantity that differs from what it must be."""
 
     what: str
@@ -108,7 +108,7 @@ def whole_tensors(pieces: Iterable[Piece]) -> dict[PieceKey, np.ndarray]:
 
 def compare_pieces(
     ranks: Sequence[Outcome], whole: Mapping[PieceKey, np.ndarray], bound: float, sizes: Sizes
-) -> tuple[dict[str, float], list[Mismatch]]:
+) -> tuple[dict[str, float], list[Deviation]]:
     """The largest difference of each kind, and what is beyond the bound, in the order of the model.
 
     Every element of every tensor must be on some rank, else that is a finding.
@@ -136,14 +136,14 @@ def compare_pieces(
             cause = likely_cause(wrong, expected, sizes)
             if tensor == EMBEDDING and sizes.tied and sizes.pp > 1:
                 cause = f"{cause}; {TIED}" if cause else TIED
-            findings.append(Mismatch(f"{kind} of {tensor}", at, largest, cause))
+            findings.append(Deviation(f"{kind} of {tensor}", at, largest, cause))
         if not seen.all():
             missing = f"{int((~seen).sum())} of {seen.size} elements are on no rank"
-            findings.append(Mismatch(f"{kind} of {tensor}", (), np.inf, missing))
+            findings.append(Deviation(f"{kind} of {tensor}", (), np.inf, missing))
     return worst, name_missing_key_sums(findings) if sizes.cp > 1 else findings
 
 
-def name_missing_key_sums(findings: list[Mismatch]) -> list[Mismatch]:
+def name_missing_key_sums(findings: list[Deviation]) -> list[Deviation]:
     """Under context parallelism: where backward first goes wrong at keys and values, and queries are right.
 
     Backward comes to the last layer first. A rank that has only its own queries' gradients for its keys and values is
@@ -165,7 +165,7 @@ def keys_alone(wrong: set[str]) -> set[str]:
     return of_last if of_last <= {f"{attention}{name}_proj.weight" for name in "kv"} else set()
 
 
-def compare_stages(ranks: Sequence[Outcome], sizes: Sizes) -> list[Mismatch]:
+def compare_stages(ranks: Sequence[Outcome], sizes: Sizes) -> list[Deviation]:
     """Whether the layers lie on the ranks of a pipeline in the order in which these work, one round after the other.
 
     The losses of stages in another order look normal.
@@ -182,7 +182,7 @@ def compare_stages(ranks: Sequence[Outcome], sizes: Sizes) -> list[Mismatch]:
     if visits == [*range(sizes.pp)] * sizes.stages_per_rank:
         return []
     cause = f"the layers, first to last, are on pipeline ranks {' '.join(map(str, visits))}: stages are swapped"
-    return [Mismatch("order of the stages", tuple(range(len(ranks))), np.inf, cause)]
+    return [Deviation("order of the stages", tuple(range(len(ranks))), np.inf, cause)]
 
 
 def _layer(tensor: str) -> int | None:
@@ -194,14 +194,14 @@ def _layer(tensor: str) -> int | None:
 
 def compare_numbers(
     ranks: Sequence[Outcome], expected: Outcome, bound: float, sizes: Sizes
-) -> tuple[float, list[Mismatch]]:
+) -> tuple[float, list[Deviation]]:
     """Losses by source, losses and norms: the largest relative difference, and what is beyond the bound."""
     worst, findings = 0.0, []
     for what, right, values, likely in _numbers(ranks, expected, sizes):
         differences = [_difference(value, right) for value in values]
         worst = max(worst, *differences)
         if at := tuple(rank for rank, difference in enumerate(differences) if not difference <= bound):
-            findings.append(Mismatch(what, at, differences[at[0]], likely(values[at[0]], right)))
+            findings.append(Deviation(what, at, differences[at[0]], likely(values[at[0]], right)))
     return worst, findings
 
 

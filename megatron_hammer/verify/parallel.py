@@ -34,8 +34,8 @@ from megatron_hammer.supervise.start import launch
 from megatron_hammer.verify.compare import (
     BOUNDS,
     NUMBER_BOUNDS,
+    Deviation,
     Evidence,
-    Mismatch,
     Sizes,
     compare_numbers,
     compare_pieces,
@@ -71,7 +71,7 @@ class Proof:
     """Settings that took no part."""
     rows: list[ProofRow]
     """Quantity, reference, precision, largest difference, bound."""
-    findings: list[Mismatch]
+    findings: list[Deviation]
     """In the order of the model; empty where the layout computes what one process computes."""
     causes: list[str] = dataclasses.field(default_factory=list)
     """What all of them together say of the cause."""
@@ -126,7 +126,7 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
         compared.append(_checkpoint_against(saved, alone["fp32"], last, sizes))
     rows, findings = ([part for parts in column for part in parts] for column in zip(*compared, strict=True))
     if refused:
-        findings.append(Mismatch("checkpoint", tuple(range(world_size)), np.inf, f"it cannot be written: {refused}"))
+        findings.append(Deviation("checkpoint", tuple(range(world_size)), np.inf, f"it cannot be written: {refused}"))
     findings = compare_stages(ranks[exact], sizes) + findings
     causes: list[str] = []
     if findings and exact == "fp64":
@@ -135,7 +135,7 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
     return Proof(small, left_out, rows, findings, causes or _by_what(findings))
 
 
-def _by_what(findings: list[Mismatch]) -> list[str]:
+def _by_what(findings: list[Deviation]) -> list[str]:
     """A cause by what differs alone, where the numbers of steps give none."""
     for beginning, cause in (("checkpoint", NOT_SAVED), ("bits", ANOTHER_ORDER)):
         if findings and all(finding.what.startswith(beginning) for finding in findings):
@@ -203,7 +203,7 @@ def _saved_pieces(folder: Path) -> list[Piece]:
 
 def _against(
     name: str, reference: Outcome, precision: str, ranks: list[Outcome], bound: float, sizes: Sizes
-) -> tuple[list[ProofRow], list[Mismatch]]:
+) -> tuple[list[ProofRow], list[Deviation]]:
     numbers = max(NUMBER_BOUNDS[precision], NUMBER_BOUNDS["fp32"] if name == "transformers" else 0.0)
     difference, findings = compare_numbers(ranks, reference, numbers, sizes)
     rows = [_row("losses, gradient norms", name, precision, difference, numbers)]
@@ -214,7 +214,7 @@ def _against(
 
 def _same_bits(
     others: list[Outcome], precision: str, ranks: list[Outcome], sizes: Sizes
-) -> tuple[list[ProofRow], list[Mismatch]]:
+) -> tuple[list[ProofRow], list[Deviation]]:
     """Ranks whose sums are made in one tree against as many tensor-parallel ones without data parallelism."""
     name, first = "one data-parallel rank", others[0]
     pieces = [piece for outcome in others for piece in outcome.pieces]
@@ -224,7 +224,7 @@ def _same_bits(
     except ValueError as error:
         what = f"{error}, on {name} in {precision},"
         return [], [
-            Mismatch(what, tuple(range(len(others))), np.inf, "the ranks without data parallelism are wrong, too")
+            Deviation(what, tuple(range(len(others))), np.inf, "the ranks without data parallelism are wrong, too")
         ]
     worst, found = compare_pieces(ranks, whole, 0.0, sizes)
     kept = [
@@ -237,7 +237,7 @@ def _same_bits(
 
 def _tokens_against(
     reference: Outcome, precision: str, ranks: list[Outcome], positions: np.ndarray, sizes: Sizes
-) -> tuple[list[ProofRow], list[Mismatch]]:
+) -> tuple[list[ProofRow], list[Deviation]]:
     """The loss of each token before the first step, against one process."""
     bound = BOUNDS[precision]
     worst, found = compare_tokens(ranks, reference, positions, bound, sizes)
@@ -247,7 +247,7 @@ def _tokens_against(
 
 def _checkpoint_against(
     saved: Outcome, alone: Outcome, precision: str, sizes: Sizes
-) -> tuple[list[ProofRow], list[Mismatch]]:
+) -> tuple[list[ProofRow], list[Deviation]]:
     """What the ranks saved, put together by our reader, against the state of one process."""
     whole = {key: value for key, value in whole_tensors(alone.pieces).items() if key[0] in STATE_KINDS}
     worst, found = compare_pieces([saved], whole, BOUNDS[precision], sizes)
@@ -255,7 +255,7 @@ def _checkpoint_against(
             for kind, value in worst.items()]  # fmt: skip
     have = {(piece.kind, piece.tensor): piece.values for piece in saved.pieces}
 
-    def cause(found: Mismatch) -> str:
+    def cause(found: Deviation) -> str:
         kind, tensor = found.what.split(" of ")
         values = have.get((kind, tensor), np.empty(0))
         others = [

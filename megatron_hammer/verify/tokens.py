@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_hammer.verify.compare import Mismatch, Sizes, off_by_log
+from megatron_hammer.verify.compare import Deviation, Sizes, off_by_log
 from megatron_hammer.verify.outcome import Outcome
 from megatron_hammer.verify.points import first_wrong
 
@@ -19,7 +19,7 @@ BEHIND = "hidden states are right: what is wrong is the head, the loss or the la
 
 def compare_tokens(
     ranks: Sequence[Outcome], expected: Outcome, positions: np.ndarray, bound: float, sizes: Sizes
-) -> tuple[float, list[Mismatch]]:
+) -> tuple[float, list[Deviation]]:
     """The largest difference, relative to the largest loss, and what is beyond the bound; every token on some rank.
 
     Args:
@@ -43,10 +43,10 @@ def compare_tokens(
         of_labels = expected.points and not first_wrong(ranks, expected, bound)
         cause = BEHIND if of_labels else cause_of_tokens(wrong, shifts, positions, sizes)
         what = f"loss of {int(wrong.sum())} of {len(wrong)} tokens before the first step"
-        findings.append(Mismatch(what, tuple(sorted(at)), worst, cause))
+        findings.append(Deviation(what, tuple(sorted(at)), worst, cause))
     if not seen.all():
         missing = f"{int((seen == 0).sum())} of {len(seen)} tokens are on no rank"
-        findings.append(Mismatch("loss of the tokens before the first step", (), np.inf, missing))
+        findings.append(Deviation("loss of the tokens before the first step", (), np.inf, missing))
     return worst, findings
 
 

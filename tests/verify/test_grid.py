@@ -24,7 +24,7 @@ from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.loader import micro_batches
 from megatron_hammer.verify.compare import (
     NUMBER_BOUNDS,
-    Mismatch,
+    Deviation,
     Sizes,
     compare_numbers,
     compare_pieces,
@@ -103,7 +103,7 @@ def on_ranks(layout: Layout, function: Any, *arguments: Any) -> list[Any]:
     return run_distributed(ranks_of(layout), function, *arguments, timeout=250)
 
 
-def findings_of(config: Config, outcomes: list[Outcome]) -> list[Mismatch]:
+def findings_of(config: Config, outcomes: list[Outcome]) -> list[Deviation]:
     """What of the ranks' steps in fp64 is not one process's: sums are in another order, losses fp32 scalars."""
     reference, sizes = exact_alone(alone(config)), Sizes(1, 1, 1)
     findings = compare_numbers(outcomes, reference, NUMBER_BOUNDS["fp64"], sizes)[1]

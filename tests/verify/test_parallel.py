@@ -19,7 +19,7 @@ from megatron_hammer.verify import parallel, steps
 from megatron_hammer.verify.compare import (
     BOUNDS,
     NUMBER_BOUNDS,
-    Mismatch,
+    Deviation,
     Sizes,
     compare_numbers,
     compare_pieces,
@@ -58,10 +58,10 @@ def references(mask: str) -> tuple[Outcome, Outcome]:
     return ours["fp64"], reference_steps(small, initial)
 
 
-def found(fault: str, mask: str, shard: str = "optimizer") -> list[Mismatch]:
+def found(fault: str, mask: str, shard: str = "optimizer") -> list[Deviation]:
     ranks = run_distributed(4, faulty_steps, config_of(data__attention_mask=mask, parallel__shard=shard), fault)
     ours, theirs = references(mask)
-    findings: list[Mismatch] = []
+    findings: list[Deviation] = []
     for reference, bound in ((ours, BOUNDS["fp64"]), (theirs, parallel.AGAINST_TRANSFORMERS)):
         findings += compare_numbers(ranks, reference, NUMBER_BOUNDS["fp32"], Sizes(2, 2, 2))[1]
         findings += compare_pieces(ranks, whole(reference.pieces), bound, Sizes(2, 2, 2))[1]
