@@ -35,7 +35,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_dataset(prefix: Path, documents: int) -> None:
-    """The dataset of ``shared/prototypes/make_synth_idx.py``, whose sums are in ``shared/megatron.md``."""
+    """A dataset of documents of log-normal length and no content: a sparse file of zeros, four bytes a token."""
     import numpy as np
 
     rng = np.random.default_rng(SEED)

@@ -1,10 +1,12 @@
 """Megatron-LM's data functions, offered by our own code under the names of an outside specification.
 
 Every function below has the signature of a plain NumPy statement of the formats; comparing the two (or comparing with
-megatron-core itself) is done outside and in ``tests/data``. Run with ``PYTHONPATH=tests`` or load by path.
+megatron-core itself) is done outside and in ``tests/sampling``. Run with ``PYTHONPATH=tests`` or load by path.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 
@@ -54,11 +56,21 @@ def blend(weights, size):
 
 
 def blend_exhaustive(sizes):
-    return _blend.blend_exhaustive(sizes)
+    """Megatron-LM's mix that draws exactly sizes[k] samples from source k -> (sources int16, numbers int64)"""
+    limits = np.asarray(sizes, np.int64)
+    total = int(limits.sum())
+    weights = limits / total if total else np.zeros(len(limits))
+    sources, positions, _ = _index.greedy_blend(weights, np.zeros(len(limits), np.int64), total, limits)
+    return sources, positions
 
 
 def split_ranges(n, split):
-    return _order.split_ranges(n, split)
+    """Megatron-LM's --split "949,50,1": ranges of sequences for train, valid and test; None for an empty share"""
+    shares = [float(share) for share in split.split(",")]
+    shares = [*shares, *[0.0] * (3 - len(shares))]
+    ends = np.cumsum([0.0, *(share / sum(shares) for share in shares)]).tolist()
+    return [None if stop <= start else (round(start * float(n)), round(stop * float(n)))
+            for start, stop in itertools.pairwise(ends)]  # fmt: skip
 
 
 def get_sample(seqs, doc, sam, shu, i, seq, extra=1, pad=-1):

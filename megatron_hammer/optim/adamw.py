@@ -82,14 +82,6 @@ class AdamW:
                 state.param.copy_(state.weight)
         self.store.gather()
 
-    @torch.no_grad()
-    def copy_masters_from_params(self) -> None:
-        """Start from the weights that the model has now."""
-        self.store.wait()
-        for state in self.states:
-            if state.param is not None:
-                state.weight.copy_(state.param)
-
     def shards(self) -> list[Shard]:
         """This rank's part of the logical state: views, so that loading writes straight into the optimizer."""
         self.store.wait()

@@ -22,7 +22,6 @@ from megatron_hammer.report.curves import MetricsReader
 from megatron_hammer.report.gather import RunFacts
 
 Language = Literal["en", "zh"]
-LANGUAGES: tuple[Language, ...] = ("en", "zh")
 MEAN_STEPS = 100  # of the loss and the speed at the top: one step's are noise
 MOST_MARKS = 300  # in the charts, of each run
 MOST_STARTS, MOST_STEPS, MOST_TEXTS = 50, 12, 30  # rows of starts; columns of evaluations; texts of a prompt

@@ -127,12 +127,3 @@ class Blend:
         if len(self._blocks) > _BLOCKS_KEPT:
             self._blocks.popitem(last=False)
         return sources, positions
-
-
-def blend_exhaustive(sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Megatron-LM's mix that draws exactly ``sizes[k]`` samples from source k: sources (int16), numbers (int64)."""
-    limits = np.asarray(sizes, np.int64)
-    total = int(limits.sum())
-    weights = limits / total if total else np.zeros(len(limits))
-    sources, positions, _ = index.greedy_blend(weights, np.zeros(len(limits), np.int64), total, limits)
-    return sources, positions

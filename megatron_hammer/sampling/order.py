@@ -19,10 +19,9 @@ apart), then all samples, by one MT19937. It needs the number of samples in adva
 from __future__ import annotations
 
 import hashlib
-import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -352,17 +351,3 @@ def megatron_spans(built: MegatronIndex, lengths: np.ndarray, window: int, extra
     """Where the tokens of sample ``window`` (before the shuffle) lie; ``document`` stands for the sequence."""
     found, _ = index.megatron_windows(lengths, built.documents, built.samples, np.array([window], np.int64), extra)
     return [DocumentSpan(*row) for row in found.tolist()]
-
-
-def split_ranges(sequences: int, split: str) -> list[tuple[int, int] | None]:
-    """Megatron-LM's ``--split`` "949,50,1": ranges of sequences for train, valid and test; None for an empty share."""
-    shares: Sequence[float] = [float(share) for share in split.split(",")]
-    shares = [*shares, *[0.0] * (3 - len(shares))]
-    total = sum(shares)
-    ends = [0.0]
-    for share in shares:
-        ends.append(ends[-1] + share / total)
-    return [
-        None if stop <= start else (round(start * float(sequences)), round(stop * float(sequences)))
-        for start, stop in itertools.pairwise(ends)
-    ]

@@ -131,11 +131,14 @@ def test_blends(adapter, backend):
         sources, positions = adapter.blend_exhaustive(sizes.tolist())
         shares = (sizes / sizes.sum()).tolist()
         assert (sources.tolist(), positions.tolist()) == plain_blend(shares, int(sizes.sum()), sizes.tolist())
+    assert len(adapter.blend_exhaustive([0, 0])[0]) == 0
 
 
 def test_splits(adapter):
     assert adapter.split_ranges(123, "949,50,1") == [(0, 117), (117, 123), (123, 123)]
     assert adapter.split_ranges(1000, "98,2,0") == [(0, 980), (980, 1000), None]
+    assert adapter.split_ranges(10, "1") == [(0, 10), None, None]
+    assert adapter.split_ranges(3, "1,0,1") == [(0, 2), None, (2, 3)]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.int32, np.int64, np.float64, np.float32, np.uint16])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_hammer.sampling import index_builder as index
-from megatron_hammer.sampling.blend import _BLOCK, Blend, blend_exhaustive
+from megatron_hammer.sampling.blend import _BLOCK, Blend
 
 WEIGHTS = [
     [1.0],
@@ -106,10 +106,3 @@ def test_samples_do_not_depend_on_how_they_are_read(rule, compiled):
 
 def test_one_source_needs_no_blocks():
     assert Blend([7.0])[10**15] == (0, 10**15)
-
-
-def test_exhaustive_blend_draws_exactly_the_sizes(backend):
-    sources, positions = blend_exhaustive([5, 1, 30, 0])
-    assert np.array_equal(np.bincount(sources, minlength=4), [5, 1, 30, 0])
-    assert np.array_equal(positions[sources == 2], np.arange(30))
-    assert len(blend_exhaustive([0, 0])[0]) == 0

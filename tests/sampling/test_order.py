@@ -14,7 +14,6 @@ from megatron_hammer.sampling.order import (
     MegatronOrder,
     build_megatron_index,
     derive_key,
-    split_ranges,
 )
 from tests.sampling.order_samples import sample
 
@@ -142,9 +141,3 @@ def test_megatron_order_refuses_a_seed_numpy_does_not_take():
     for seed in (-1, 2**32):
         with pytest.raises(ConfigError, match="E271"):
             MegatronOrder(np.array([5], np.int32), 2, seed, 3)
-
-
-def test_split_ranges():
-    assert split_ranges(1000, "949,50,1") == [(0, 949), (949, 999), (999, 1000)]
-    assert split_ranges(10, "1") == [(0, 10), None, None]
-    assert split_ranges(3, "1,0,1") == [(0, 2), None, (2, 3)]
