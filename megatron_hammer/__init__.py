@@ -6,7 +6,7 @@ Data flows one way, and so do imports (read ``>`` as "imports"; packages between
     corpus/     tokenizer/   dataset/           sampling/   model/   optim/       checkpoint/   huggingface/
 
     api, command, launch, verify > supervise, profile, evaluation, publish, report > train, megatron
-           > huggingface, costs, metrics > checkpoint > sampling, model, optim > dataset, kernels
+           > metrics > huggingface, costs > checkpoint > sampling, model, optim > dataset, kernels
            > corpus, tokenizer > config > parallel > base
 
 The names of ``__all__`` are the Python interface (``docs/python.md``): the functions and classes that the programs use,

@@ -19,8 +19,8 @@ from megatron_hammer.base.cli import end_of
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.reading import parse_json
 from megatron_hammer.base.system import die_with_parent
+from megatron_hammer.metrics.generations import write_generations
 from megatron_hammer.metrics.metrics_file import append_line, finite
-from megatron_hammer.train.generations import write_generations
 
 FIGURES = ("loss", "perplexity", "bits_per_byte", "bits_per_character")
 

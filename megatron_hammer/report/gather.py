@@ -27,6 +27,7 @@ from megatron_hammer.checkpoint.folder import find_checkpoints, newest_checkpoin
 from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.config.phases import Course
+from megatron_hammer.metrics.generations import GENERATIONS, Generation, read_generations
 from megatron_hammer.metrics.metrics_file import METRICS
 from megatron_hammer.metrics.plot import run_near
 from megatron_hammer.metrics.starts import STARTS
@@ -34,7 +35,6 @@ from megatron_hammer.report.curves import MetricsReader
 from megatron_hammer.sampling.ledger import LEDGER, Rewind, read_ledger
 from megatron_hammer.sampling.mixes import PhaseMix, phase_mixes
 from megatron_hammer.train.evaluator import EVALUATIONS
-from megatron_hammer.train.generations import GENERATIONS, Generation, read_generations
 from megatron_hammer.train.output import LOCK
 from megatron_hammer.train.prepare import VERSIONS
 

@@ -12,11 +12,11 @@ from megatron_hammer.base.files import replace_file
 from megatron_hammer.base.progress import Progress, track
 from megatron_hammer.base.reading import open_regular
 from megatron_hammer.checkpoint.folder import find_checkpoints, step_of
+from megatron_hammer.metrics.generations import GENERATIONS, read_generations, write_generations
 from megatron_hammer.report.charts import charts_of, draw
 from megatron_hammer.report.curves import MetricsReader
 from megatron_hammer.report.gather import RunFacts, gather_runs, open_metrics
 from megatron_hammer.report.page import Language, names_of, run_page, sayer
-from megatron_hammer.train.generations import GENERATIONS, read_generations, write_generations
 
 LEAST_REFRESH_SECONDS = 1.0
 

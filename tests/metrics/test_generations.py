@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.huggingface import generate, text_model
-from megatron_hammer.train.generations import GENERATIONS, Generation, read_generations, write_generations
+from megatron_hammer.metrics.generations import GENERATIONS, Generation, read_generations, write_generations
 
 
 def test_texts_of_a_checkpoint_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
