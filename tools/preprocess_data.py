@@ -32,7 +32,7 @@ import sys
 import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
-from megatron_hammer.base.paths import check_prefix
+from megatron_hammer.base.paths import check_output_prefix
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.signals import Stopped, StopRequest
 from megatron_hammer.base.system import usable_cores
@@ -74,7 +74,7 @@ def main() -> int:
     args = arguments.parse_args()
     if args.engine == "local":
         arguments.refuse_idle("without --engine ray", "--address", "--workers-per-task")
-    check_prefix("--output-prefix", args.output_prefix, f"_{args.json_keys[0]}_document.idx")
+    check_output_prefix("--output-prefix", args.output_prefix, f"_{args.json_keys[0]}_document.idx")
     command = megatron.translate(args)
     from megatron_hammer.dataset.make.job import prepare_job, remarks
 

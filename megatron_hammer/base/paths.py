@@ -118,7 +118,7 @@ def missing_remedy(path: Path, otherwise: str) -> str:
     return otherwise if path.is_absolute() else f"{otherwise} (looked for {Path.cwd() / path})"
 
 
-def check_prefix(option: str, prefix: str | Path, ending: str) -> Path:
+def check_output_prefix(option: str, prefix: str | Path, ending: str) -> Path:
     """The prefix of files to write, which ends in a name.
 
     Args:

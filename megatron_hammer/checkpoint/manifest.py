@@ -31,7 +31,7 @@ from typing import Any
 from megatron_hammer.base.errors import CheckpointError, ConfigError
 from megatron_hammer.base.files import hash_bytes, hash_content, hash_file, write_durably
 from megatron_hammer.base.reading import parse_json
-from megatron_hammer.checkpoint.tensor_files import ITEM_BYTES, open_regular
+from megatron_hammer.checkpoint.tensor_files import ITEM_BYTES, open_checkpoint_file
 from megatron_hammer.config import ModelConfig, config_from_tree
 from megatron_hammer.parallel.placement import Range
 
@@ -206,7 +206,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     folder = Path(folder)
     path = folder / MANIFEST
-    with open_regular(path) as file:
+    with open_checkpoint_file(path) as file:
         text = file.read(MAX_MANIFEST_BYTES + 1)
     if len(text) > MAX_MANIFEST_BYTES:
         raise CheckpointError(3, str(path), f"has more than {MAX_MANIFEST_BYTES} bytes", _USE_ANOTHER)
@@ -437,7 +437,7 @@ def checked_tokenizer_folder(manifest: Manifest) -> Path | None:
         path = folder / name
         same = path.lstat().st_size == size
         if same:
-            with open_regular(path) as file:
+            with open_checkpoint_file(path) as file:
                 same = hash_content(file) == hashed
         if not same:
             remedy = "restore it or use another checkpoint"

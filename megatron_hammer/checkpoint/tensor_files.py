@@ -56,7 +56,7 @@ _CODE_BYTES = {
 }
 
 
-def open_regular(path: Path) -> IO[bytes]:
+def open_checkpoint_file(path: Path) -> IO[bytes]:
     """Open a file for reading, but no symbolic link (it may point out of the folder), pipe or device.
 
     Raises:
@@ -160,7 +160,7 @@ class TensorFileReader:
 
     def __init__(self, path: Path, size: int | None = None, header_hash: str | None = None) -> None:
         self.path = path
-        self._file = open_regular(path)
+        self._file = open_checkpoint_file(path)
         try:
             self.size = os.fstat(self._file.fileno()).st_size
             if size is not None and size != self.size:

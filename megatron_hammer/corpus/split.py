@@ -27,7 +27,7 @@ import xxhash
 
 from megatron_hammer.base.characters import share_meant
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.base.paths import check_prefix
+from megatron_hammer.base.paths import check_output_prefix
 from megatron_hammer.base.progress import Progress, size_of
 from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.documents import (
@@ -110,7 +110,7 @@ def split_corpus(
         raise ConfigError(
             87, f"--valid-documents={valid_documents}", "must be at least 1", "give a number of documents"
         )
-    prefix = check_prefix("--output-prefix", output_prefix, ".train.jsonl")
+    prefix = check_output_prefix("--output-prefix", output_prefix, ".train.jsonl")
     paths = _files(inputs)
     hashing = hash_seed(seed, "split")
     size = sum(path.stat().st_size for path in paths)

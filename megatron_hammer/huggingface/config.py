@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedError
 from megatron_hammer.base.reading import parse_json
-from megatron_hammer.checkpoint.tensor_files import open_regular
+from megatron_hammer.checkpoint.tensor_files import open_checkpoint_file
 from megatron_hammer.config import ROPE_FIELDS, ModelConfig, RopeScaling, yarn_attention_factor
 from megatron_hammer.huggingface.extra_keys import Judgement, judge_key
 from megatron_hammer.tokenizer.interface import Tokenizer
@@ -357,7 +357,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.exists() and (inside := _model_inside(path.parent)):
         raise CheckpointError(8, str(path), "is missing", inside)
-    with open_regular(path) as file:
+    with open_checkpoint_file(path) as file:
         text = file.read(MAX_JSON_BYTES + 1)
     try:
         tree = parse_json(text) if len(text) <= MAX_JSON_BYTES else None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError, HammerError
-from megatron_hammer.base.paths import check_prefix, missing_remedy, neighbour_of, unusable_remedy
+from megatron_hammer.base.paths import check_output_prefix, missing_remedy, neighbour_of, unusable_remedy
 from megatron_hammer.base.pictures import check_png
 from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.corpus.documents import LineWriter
@@ -83,14 +83,14 @@ def test_a_run_given_for_its_hugging_face_model(run: Path) -> None:
 def test_a_folder_in_place_of_a_prefix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for given, name in (("data/", "data/NAME"), (".", "NAME"), ("..", "../NAME"), ("data/zh/..", "data/zh/../NAME")):
         with pytest.raises(ConfigError, match="E288") as caught:
-            check_prefix("--output-prefix", given, "_text_document.idx")
+            check_output_prefix("--output-prefix", given, "_text_document.idx")
         assert str(caught.value).endswith(f"called _text_document.idx; name the files too: --output-prefix {name}")
-    assert check_prefix("--output-prefix", "data/zh", "_text_document.idx") == Path("data/zh")
+    assert check_output_prefix("--output-prefix", "data/zh", "_text_document.idx") == Path("data/zh")
     assert capsys.readouterr().err == ""
-    check_prefix("--output-prefix", tmp_path, "_text_document.idx")  # may be meant
+    check_output_prefix("--output-prefix", tmp_path, "_text_document.idx")  # may be meant
     assert f"{tmp_path}_text_document.idx is written beside it" in capsys.readouterr().err
     for given in ("o/x_text_document", "o/x.bin", "o/x_text_document.idx"):
-        check_prefix("--output-prefix", given, "_text_document.idx")
+        check_output_prefix("--output-prefix", given, "_text_document.idx")
         said = f"note: the files are called {given}_text_document.idx and so on; --output-prefix o/x makes them o/x_"
         assert said in capsys.readouterr().err
 

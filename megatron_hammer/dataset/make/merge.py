@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
-from megatron_hammer.base.paths import check_prefix
+from megatron_hammer.base.paths import check_output_prefix
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.dataset.format import TokenizerRecord, path_of
 from megatron_hammer.dataset.reader import IndexedDataset
@@ -59,7 +59,7 @@ def merge_datasets(
         RefusedError: two datasets were made with different tokenizers.
     """
     assert prefixes, "there is nothing to merge"
-    check_prefix("--output", output, ".idx")
+    check_output_prefix("--output", output, ".idx")
     for prefix in prefixes:
         if path_of(prefix, ".idx").resolve() == path_of(output, ".idx").resolve():
             raise ConfigError(84, f"--output {output}", "is one of the datasets to merge", "choose another prefix")
