@@ -18,7 +18,8 @@ names the architectures, such as ``80,90``; ``none`` leaves it out.
 ``tools/`` -> ``megatron_hammer/tools/`` in a wheel: the programs that the command ``hammer`` finds there. An editable
 installation and the repository itself use ``tools/`` where it is. ``examples/configs/`` ->
 ``megatron_hammer/configs/``: the presets, by their names (``config/presets.py``). ``examples/corpus/`` ->
-``megatron_hammer/essays/``: our own text in the sample corpus (``corpus/quick_start.py``).
+``megatron_hammer/essays/``: our own text in the sample corpus (``corpus/quick_start.py``). ``docs/*.md`` ->
+``megatron_hammer/docs/``: the pages that ``hammer help`` prints (``command.py``).
 
 macOS: clang has no OpenMP of its own, and a second runtime beside torch's ends the process, so the kernels run in one
 thread there; ``HAMMER_LIBOMP=PREFIX`` names the folder of the libomp that torch itself uses (``include/omp.h``,
@@ -46,8 +47,8 @@ CUDA_SOURCES = [
     "csrc/kernels/bindings.cpp",
 ]
 LIBOMP = "HAMMER_LIBOMP"
-DATA = {"configs": "configs/*.yaml", "essays": "corpus/*.txt"}
-"""Folder of the package in a wheel -> files of ``examples/``."""
+DATA = {"configs": "examples/configs/*.yaml", "essays": "examples/corpus/*.txt", "docs": "docs/*.md"}
+"""Folder of the package in a wheel -> files of the repository."""
 CUDA_HEADERS = ["csrc/kernels/common.cuh", "csrc/kernels/kernels.hpp"]
 
 
@@ -208,7 +209,7 @@ class BuildExtensions(build_ext):
 
 
 class BuildWithTools(build_py):
-    """``build_py`` that puts the programs of tools/, presets and essays of examples/ into the package."""
+    """``build_py`` that puts the programs of tools/, presets and essays of examples/ and docs/ into the package."""
 
     def run(self) -> None:
         super().run()
@@ -217,7 +218,7 @@ class BuildWithTools(build_py):
         sources = [*Path("tools").glob("*.py"), *Path("tools/require_package").glob("*.py")]
         placed = [(source, source) for source in sources]
         for folder, of_it in DATA.items():
-            placed += [(source, Path(folder, source.name)) for source in Path("examples").glob(of_it)]
+            placed += [(source, Path(folder, source.name)) for source in Path().glob(of_it)]
         for source, place in placed:
             target = Path(self.build_lib, "megatron_hammer", place)
             self.mkpath(str(target.parent))

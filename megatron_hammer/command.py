@@ -5,6 +5,7 @@
     hammer preprocess-data --input ...    =  python tools/preprocess_data.py --input ...
     hammer train CONFIG.yaml ...          =  python -m megatron_hammer.train CONFIG.yaml ...
     hammer launch --nproc 2 ...           =  python -m megatron_hammer.launch --nproc 2 ...
+    hammer help E204, hammer help data    =  what docs/errors.md says of a code; the page docs/data.md
 
 The programs are the files of ``tools/``: of the repository where there is one, else the copies that the build puts
 beside this package (``setup.py``). A program runs in this process as ``python FILE`` would run it. ``hammer`` itself
@@ -19,10 +20,13 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
+
+from megatron_hammer.base.shipped import shipped_folder
 
 MODULES = {
     "train": ("train/__main__.py", "Train one process, or be a rank under torchrun."),
@@ -64,8 +68,11 @@ complete -c hammer -n 'not __fish_use_subcommand' -a '(__hammer_words)'
 """,
 }
 """What each shell reads. Where nothing of ours can follow, and beside it, they complete files."""
+PAGES = shipped_folder("docs", "docs")
+"""Of the documentation, as Markdown; NAME.zh-CN.md is NAME.md in Chinese."""
 HELP = """usage: hammer COMMAND [ARGUMENT ...]
        hammer COMMAND --help
+       hammer help CODE|PAGE
        hammer completion bash|zsh|fish
 
 One command for every program of megatron_hammer. Names may be written with - or _.
@@ -100,13 +107,88 @@ def help_text() -> str:
     rows["completion"] = "Print what a shell needs to complete names and options (see below)."
     width = max(map(len, rows))
     lines = [f"  {name:{width}}  {what}" for name, what in rows.items()]
-    return "\n".join([HELP, *lines, "", "completion: eval \"$(hammer completion bash)\" in ~/.bashrc (zsh: ~/.zshrc);",
+    pages = textwrap.wrap(f"pages: {', '.join(page_names())}", 100, subsequent_indent=" " * 7)
+    return "\n".join([HELP, *lines, "", "hammer help E204 says what an error code means, help PAGE prints a page;",
+                      "in Chinese where the language of the system (LANG) is.", *pages, "",
+                      "completion: eval \"$(hammer completion bash)\" in ~/.bashrc (zsh: ~/.zshrc);",
                       "            hammer completion fish > ~/.config/fish/completions/hammer.fish"])  # fmt: skip
+
+
+def page_names() -> list[str]:
+    """What ``hammer help`` can print."""
+    return sorted(path.stem for path in PAGES.glob("*.md") if "." not in path.stem)
+
+
+def explain(words: list[str]) -> str:
+    """A page of the documentation, or what its pages say of an error code; of a sub-command its ``--help``.
+
+    Raises:
+        ConfigError: E201 there is no such code or page.
+    """
+    from megatron_hammer.base.cli import as_commands
+    from megatron_hammer.base.errors import ConfigError
+
+    word = " ".join(words)
+    if re.fullmatch(r"E\d{3,4}", word.upper()):
+        found = explain_code(word.upper())
+        remedy = "hammer help errors lists the codes"
+    else:
+        name = word.removeprefix("docs/").removesuffix(".md")
+        found = _page(name) if name.removesuffix(".zh-CN") in page_names() else ""
+        if not found and name.replace("_", "-") in [*MODULES, *programs(tools_folder())]:
+            found = _help_of([name])
+        remedy = "hammer --help lists commands and pages"
+    if not found:
+        raise ConfigError(1, "hammer help", f"was called wrongly: there is nothing on {word}", remedy)
+    return as_commands(found.rstrip("\n"))
+
+
+def explain_code(code: str) -> str:
+    """The row of the list, what helps, and the paragraphs on it, where there are any; "" for one that is not listed."""
+    rows = re.findall(rf"^\| {code} \| (.*) \|$", text := _page("errors"), re.MULTILINE)
+    lines = [f"{code}: {row}" for row in rows]
+    for row in re.findall(r"^\| (E.*) \|$", _page("troubleshooting"), re.MULTILINE):
+        codes, seen, remedy = row.split(" | ")
+        if _names(codes, code):
+            lines.append(f"{seen}: {remedy}")
+    about = False
+    for block in text.split("\n\n"):
+        if head := re.match(r"\*\*(E\d.*?)\*\*", block):
+            about = _names(head[1], code)
+        elif block.startswith(("#", "|")):
+            about = False
+        if about:
+            lines += ["", block]
+    return "\n".join(lines)
+
+
+def _names(codes: str, code: str) -> bool:
+    """Whether ``E209, E210`` or ``E330 to E340`` holds a code; a range in Chinese too."""
+    numbers = [int(number) for number in re.findall(r"E(\d+)", codes)]
+    is_range = len(numbers) == 2 and re.search(r"\d (to|至) E", codes)
+    return numbers[0] <= int(code[1:]) <= numbers[1] if is_range else int(code[1:]) in numbers
+
+
+def _page(name: str) -> str:
+    """The text of a page, in Chinese where that is the user's language; links to others as what prints them."""
+    from megatron_hammer.base.reading import read_regular
+
+    spoken = next(filter(None, map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
+    chinese = PAGES / f"{name}.zh-CN.md"
+    path = chinese if spoken.startswith("zh") and chinese.exists() else PAGES / f"{name}.md"
+    text = read_regular(path).decode("utf-8")
+    text = re.sub(r"^\[(English|中文)\]\(.*\)\n\n", "", text, flags=re.MULTILINE)
+    return re.sub(r"\[([^\]]+)\]\((\w+)(?:\.zh-CN)?\.md(?:#[^)]*)?\)", r"\1 (hammer help \2)", text)
 
 
 def completion(shell: str) -> str:
     """A script that completes sub-commands, and asks ``hammer completion --words`` what may follow one."""
-    return COMPLETIONS[shell].replace("@NAMES@", " ".join([*MODULES, *programs(tools_folder()), "completion"]))
+    return COMPLETIONS[shell].replace("@NAMES@", " ".join(names()))
+
+
+def names() -> list[str]:
+    """All words that may follow ``hammer``."""
+    return [*MODULES, *programs(tools_folder()), "completion", "help"]
 
 
 def words_after(typed: list[str]) -> list[str]:
@@ -120,6 +202,8 @@ def words_after(typed: list[str]) -> list[str]:
     """
     if typed == ["completion"]:
         return list(COMPLETIONS)
+    if typed == ["help"]:
+        return page_names()
     text = _help_of(typed[:1])
     own = re.search(r"^  ([a-z]+(?:\|[a-z]+)+)$", text, re.MULTILINE)
     commands = own[1].split("|") if own else []
@@ -160,6 +244,9 @@ def _help_of(words: list[str]) -> str:
 def main() -> NoReturn:
     """Run a sub-command, and end with its exit code."""
     words = sys.argv[1:]
+    if words[:1] == ["help"] and words[1:]:
+        sys.argv[0] = "hammer help"
+        _end(lambda: explain(words[1:]))
     if not words or words[0] in ("-h", "--help", "help") or words in (["completion", "-h"], ["completion", "--help"]):
         _end(help_text)
     if words[0] in ("-V", "--version"):
@@ -230,7 +317,6 @@ def _unknown(word: str) -> str:
 
     from megatron_hammer.base.errors import ConfigError
 
-    names = [*MODULES, *programs(tools_folder()), "completion"]
-    near = difflib.get_close_matches(word.replace("_", "-"), names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word.replace("_", "-"), names(), n=1, cutoff=0.5)
     remedy = f"did you mean {near[0]}?" if near else "hammer --help lists them"
     raise ConfigError(1, "hammer", f"was called wrongly: {word} is no command", remedy)

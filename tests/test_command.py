@@ -76,10 +76,10 @@ def test_a_program_is_found_under_both_spellings_and_says_what_was_typed(
 def test_an_error_and_a_help_name_programs_as_they_are_called_here(
     hammer: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = "see python tools/count_tokens.py --x, tools/doctor.py; /my/tools/count_tokens.py and tools/make_venv.sh"
+    line = "see docs/errors.md, python tools/count_tokens.py --x, tools/doctor.py; /my/tools/x.py, tools/make_venv.sh"
     line += "; python -m megatron_hammer.launch --nproc 2 examples/configs/tiny.yaml, my/examples/configs/tiny.yaml"
     assert cli.as_commands(line) == line, "in the repository"
-    said = "see hammer count-tokens --x, hammer doctor; /my/tools/count_tokens.py and tools/make_venv.sh"
+    said = "see hammer help errors, hammer count-tokens --x, hammer doctor; /my/tools/x.py, tools/make_venv.sh"
     said += "; hammer launch --nproc 2 tiny, my/examples/configs/tiny.yaml"
     with monkeypatch.context() as changed:
         changed.setattr(cli, "OF_A_WHEEL", True)
@@ -88,6 +88,27 @@ def test_an_error_and_a_help_name_programs_as_they_are_called_here(
     code, _, err = hammer("generate", "--hf", str(tmp_path), "--prompt", "x")
     assert code == 4 and ": hammer checkpoint-to-hf --load " in err and "tools/" not in err
     assert "hammer publish runs/mine" in (out := hammer("publish", "--help")[1]) and "tools/" not in out
+
+
+def test_help_says_what_a_code_means_and_prints_pages(
+    hammer: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What messages name as docs/errors.md is there without a checkout, too."""
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    assert hammer("help", "E204")[1] == "E204: value out of range\n"
+    damaged = hammer("help", "e403")[1]
+    assert damaged.startswith("E403: no readable manifest\na checkpoint is damaged: ") and "hammer inspect" in damaged
+    hung = hammer("help", "E801")[1]
+    assert "\n\n**E801.** " in hung and "max-restarts N` starts" in hung and "**E701 to" not in hung
+    assert "**E701 to E703**" in hammer("help", "E702")[1]
+    for page in ("data", "docs/data.md"):
+        assert hammer("help", page)[1].startswith("# The data engine\n\nFrom raw text")
+    assert hammer("help", "data.zh-CN")[1].startswith("# 数据引擎\n")
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    assert hammer("help", "E204")[1] == "E204: 值超出范围\n" and hammer("help", "data")[1].startswith("# 数据引擎\n")
+    assert hammer("help", "count-tokens")[1].startswith("usage: hammer count-tokens ")
+    assert "hammer help errors lists the codes" in hammer("help", "E999")[2]
+    assert "hammer --help lists commands and pages" in hammer("help", "xyzzy")[2]
 
 
 def test_an_unknown_name_is_answered_by_the_nearest(hammer: Callable[..., tuple[int, str, str]]) -> None:
@@ -108,6 +129,7 @@ def test_the_list_imports_no_program() -> None:
 
 def test_what_may_follow_is_what_the_help_of_a_program_has() -> None:
     assert command.words_after(["completion"]) == ["bash", "zsh", "fish"]
+    assert {"errors", "quick_start"} < set(command.words_after(["help"]))
     assert command.words_after(["inspect-checkpoint"]) == ["list", "show", "verify", "diff", "digest", "--help"]
     assert command.words_after(["inspect-checkpoint", "digest", "x"]) == ["--help", "--sha256"]
     assert command.words_after(["preprocess-data", "--on-error"]) == ["stop", "skip", "quarantine"]
@@ -172,10 +194,12 @@ def test_a_build_carries_the_programs(tmp_path: Path, monkeypatch: pytest.Monkey
     build.run()
     there = {path.relative_to(tmp_path / "megatron_hammer").as_posix() for path in tmp_path.rglob("*.*")}
     presets, essays = {f"configs/{name}.yaml" for name in preset_names()}, {f"essays/{path.name}" for path in ESSAYS}
+    pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
     programs = {f"tools/{name.replace('-', '_')}.py" for name in TOOLS}
-    assert there == programs | presets | essays | {"tools/require_package/__init__.py"} and len(essays) > 4
+    assert there == programs | presets | essays | pages | {"tools/require_package/__init__.py"} and len(essays) > 4
     sdist = set((ROOT / "MANIFEST.in").read_text().splitlines())
-    assert {"graft csrc", "graft tools", "graft examples/configs", "include examples/corpus/*"} <= sdist
+    assert {"graft csrc", "graft tools", "graft examples/configs"} <= sdist
+    assert {"include examples/corpus/*", "include docs/*.md"} <= sdist
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["scripts"] == {"hammer": "megatron_hammer.command:main"}
     assert project["tool"]["cibuildwheel"]["environment"]["HAMMER_CUDA_ARCHS"] == "none"
@@ -231,6 +255,7 @@ def test_the_wheel_of_the_sdist_has_a_command_that_works(tmp_path: Path) -> None
     ours |= {f"megatron_hammer/tools/{path.name}" for path in (ROOT / "tools").glob("*.py")}
     ours |= {f"megatron_hammer/configs/{name}.yaml" for name in preset_names()}
     ours |= {f"megatron_hammer/essays/{path.name}" for path in ESSAYS} | {"megatron_hammer/report/charts.js"}
+    ours |= {f"megatron_hammer/docs/{name}.md" for name in command.page_names()}
     assert ours <= set(holds), ours - set(holds)
     assert {name.rpartition("/")[2].partition(".")[0] for name in holds if name.endswith(".so")} == COMPILED
     subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", str(tmp_path / "v")], check=True)

@@ -42,13 +42,14 @@ TRACEBACK_VARIABLE = "HAMMER_TRACEBACK"  # set to 1: show where an error line ca
 
 
 def as_commands(text: str) -> str:
-    """Programs by the names that work here: ``hammer count-tokens`` for ``python tools/count_tokens.py``, and presets.
+    """Programs by the names that work here: ``hammer doctor`` for ``python tools/doctor.py``; and presets and pages.
 
     So where the package was installed without its repository, and where a sub-command of ``hammer`` was typed.
     """
     if not (sys.argv[0].startswith("hammer ") or OF_A_WHEEL):
         return text
     text = re.sub(r"(?<![\w./-])examples/configs/([a-z]\w*)\.yaml\b", r"\1", text)
+    text = re.sub(r"(?<![\w./-])docs/([a-z_]+)\.md\b", r"hammer help \1", text)
     text = re.sub(r"\bpython -m megatron_hammer\.(train|launch)\b", r"hammer \1", text)
     return re.sub(
         r"(?<![\w./-])(?:python )?tools/([a-z]\w*)\.py\b", lambda found: "hammer " + found[1].replace("_", "-"), text

@@ -1,6 +1,6 @@
 """Where our files that are not Python modules are: a wheel has them in the package, the repository beside it.
 
-``setup.py`` puts programs, presets and essays into a wheel. Imports nothing of ours.
+``setup.py`` puts programs, presets, essays and the pages of docs/ into a wheel. Imports nothing of ours.
 """
 
 from __future__ import annotations
