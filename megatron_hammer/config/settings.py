@@ -921,7 +921,8 @@ class LogConfig:
     prometheus_address: Free[str] = "127.0.0.1:9464"
     """Where that endpoint listens: HOST:PORT. The default is for this machine alone; 0.0.0.0:9464 for all networks."""
     peak_tflops: Free[float | None] = None
-    """Dense peak of one device in the run's precision, for MFU; absent: known data-centre GPUs, else MFU is null."""
+    """Dense peak of one device in the run's precision, for MFU; absent: a known GPU's (in fp32 without TF32), else MFU
+    is null."""
 
     def check(self) -> None:
         """Raise ``ConfigError`` for values outside their range."""

@@ -8,8 +8,6 @@ host, and the times are those that the loop has taken. A prediction that fails i
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from megatron_hammer.base import system
@@ -55,7 +53,7 @@ class Prediction:
         """Tokens a second of all ranks; None where no rate is known."""
         if gpu is not None and peak is not None:
             here = max(1, torch.cuda.device_count()) if device.type == "cuda" else 1
-            machine = Machine(device_name, replace(gpu, peak_tflops=peak), here)
+            machine = Machine(device_name, gpu.with_peak(config.train.precision, peak), here)
             self.speed = step_time(config, world_size, machine).tokens_per_second
         self._steps, self._tokens, self._seconds = 0, 0.0, 0.0
 

@@ -23,10 +23,8 @@ def peak_tflops(config: Config, device_name: str) -> float | None:
     """Dense peak of one device in the run's precision: the config's, else the table's, else None."""
     if config.log.peak_tflops is not None:
         return config.log.peak_tflops
-    if config.train.precision == "fp32":
-        return None
     gpu = find_gpu(device_name)
-    return None if gpu is None else gpu.peak_tflops
+    return None if gpu is None else gpu.peak(config.train.precision)
 
 
 @lru_cache(maxsize=8)  # a search for layouts asks for the same many times

@@ -85,9 +85,9 @@ def _time(config: Config, world_size: int, course: Course) -> str:
         return f"{what}; on two CPU cores at {CPU_TFLOPS} TFLOP/s about {_duration(flops / (CPU_TFLOPS * 1e12))}"
     parts = []
     for name in NAMED_DEVICES:
-        rate = world_size * (GPUS[name].peak_tflops or 0.0) * 1e12 * ASSUMED_MFU
+        rate = world_size * (GPUS[name].peak(config.train.precision) or 0.0) * 1e12 * ASSUMED_MFU
         parts.append(f"{_duration(flops / rate)} on {world_size} x {name}")
-    return f"{what}; at {ASSUMED_MFU:.0%} of the bf16 peak about {', '.join(parts)}"
+    return f"{what}; at {ASSUMED_MFU:.0%} of the {config.train.precision} peak about {', '.join(parts)}"
 
 
 def _gib(size: float) -> str:

@@ -109,10 +109,12 @@ def _rejected(plan: LayoutPlan) -> list[str]:
 def assumptions(plan: LayoutPlan) -> list[str]:
     """What the figures rest on."""
     machine, rates = plan.machine, plan.machine.efficiency
+    used = dict.fromkeys("fp32" if layout.config.train.precision == "fp32" else "bf16" for layout in plan.found.fitting)
+    peaks = " and ".join(f"{machine.gpu.peak(precision):g} in {precision}" for precision in used)
     return [
         "assumed",
         *_wrapped(
-            f"{machine.name}: {machine.gpu.peak_tflops:g} TFLOP/s dense bf16, {machine.gpu.bandwidth:g} TB/s; reached: "
+            f"{machine.name}: dense TFLOP/s {peaks}, {machine.gpu.bandwidth:g} TB/s; reached: "
             f"{rates.products:.0%} in products, {rates.attention:.0%} in attention, {rates.memory:.0%} of the memory's "
             f"bandwidth, {rates.links:.0%} of the links'; {rates.gaps:.0%} of a step are gaps",
             "  ",

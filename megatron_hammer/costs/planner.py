@@ -114,18 +114,18 @@ def plan_layouts(config: Config, asked: Asked, said: Callable[[int], None] = lam
     """
     _check_numbers(asked)
     name, gpu = named_gpu(asked.gpu)
-    peak = config.log.peak_tflops or gpu.peak_tflops
-    if peak is None:
-        raise ConfigError(38, f"--gpu {asked.gpu}", "has no published peak", "set log.peak_tflops=TFLOP/s of one GPU")
     precisions = _precisions(config, asked)
-    if "fp32" in precisions and config.log.peak_tflops is None:
-        rule = "has no rate: the table of GPUs has that of 16 bits only"
-        raise ConfigError(38, "train.precision=fp32", rule, "set log.peak_tflops=TFLOP/s of one GPU in fp32")
+    if config.log.peak_tflops is not None:
+        gpu = gpu.with_peak(config.train.precision, config.log.peak_tflops)
+    for precision in precisions:
+        if gpu.peak(precision) is None:
+            rule = f"has no published peak in {precision}"
+            raise ConfigError(38, f"--gpu {asked.gpu}", rule, "set log.peak_tflops=TFLOP/s of one GPU")
     if "fp8" in precisions and not gpu.fp8:
         raise ConfigError(38, f"--precision fp8: {name}", "has no products in 8 bits", "use --precision bf16")
     link = gpu.link if asked.node_link is None else asked.node_link
     machine = Machine(
-        name, replace(gpu, peak_tflops=peak, link=link), asked.gpus_per_node, asked.network,
+        name, replace(gpu, link=link), asked.gpus_per_node, asked.network,
         efficiency=_efficiency(asked.efficiency),
     )  # fmt: skip
     whole = with_vocab_size(

@@ -95,16 +95,15 @@ class Machine:
     """Seconds of a collective, however small."""
     efficiency: Efficiency = field(default_factory=Efficiency)
 
-    @property
-    def flops(self) -> float:
-        """Dense peak in bf16, a second."""
-        return (self.gpu.peak_tflops or 0.0) * TERA
+    def flops(self, precision: str) -> float:
+        """Dense peak in ``train.precision``, a second."""
+        return (self.gpu.peak(precision) or 0.0) * TERA
 
-    def seconds(self, part: str, cost: Cost, fp8: bool = False) -> float:
+    def seconds(self, part: str, cost: Cost, precision: str, fp8: bool = False) -> float:
         """Of one part of the model."""
         share = self.efficiency.attention if part == ATTENTION else self.efficiency.products
         times = self.efficiency.fp8 if fp8 and part == LAYER_PRODUCTS else 1.0
-        rate, bandwidth = share * times * self.flops, self.efficiency.memory * self.gpu.bandwidth * TERA
+        rate, bandwidth = share * times * self.flops(precision), self.efficiency.memory * self.gpu.bandwidth * TERA
         return Rates(rate, bandwidth).seconds(cost)
 
     def collective(self, kind: str, size: int, ranks: int, stride: int) -> float:
@@ -153,9 +152,8 @@ def step_time(config: Config, world_size: int, machine: Machine) -> StepTime:
     seconds[GAPS] = gaps / (1 - gaps) * sum(seconds.values())
     total, tokens = sum(seconds.values()), config.tokens_per_step
     full, _ = flops_per_token(config.model, config.data.seq_length)
-    return StepTime(
-        {part: seconds[part] for part in PARTS}, tokens, full * tokens / total / (world_size * machine.flops)
-    )
+    mfu = full * tokens / total / (world_size * machine.flops(config.train.precision))
+    return StepTime({part: seconds[part] for part in PARTS}, tokens, mfu)
 
 
 class _RankTimes:
@@ -163,7 +161,7 @@ class _RankTimes:
 
     def __init__(self, config: Config, grid: Grid, machine: Machine, rank: int) -> None:
         self.config, self.grid, self.machine = config, grid, machine
-        self.fp8 = config.kernels.fp8 != "off"
+        self.precision, self.fp8 = config.train.precision, config.kernels.fp8 != "off"
         chunk = config.kernels.loss_chunk_tokens or CHUNK_TOKENS["cuda"]
         self.accumulated = accumulated = config.grad_accum(grid.world_size)
         self.times: defaultdict[tuple[str, str], float] = defaultdict(float)
@@ -181,7 +179,8 @@ class _RankTimes:
         }
         updated = owned_elements(config, grid.world_size, rank)
         update = step_costs(StepShape(config.model, 1, 1, 1, element_bytes(config), True, None, updated))[OPTIMIZER]
-        self.update = machine.seconds(OPTIMIZER, update) + self._of("world") + self._of("kv") + self._of("ends")
+        self.update = machine.seconds(OPTIMIZER, update, self.precision)
+        self.update += self._of("world") + self._of("kv") + self._of("ends")
         if config.optimizer.style == "muon":
             self.update += self._newton_schulz() + self._of("whole")
 
@@ -226,7 +225,7 @@ class _RankTimes:
             moved = sum(inputs + outputs for inputs, outputs in products) * shape.tokens * shape.part.layers_local
             costs[CASTS] = Cost(0, CAST_MOVES * shape.element_bytes * moved)
         costs[GRADIENTS] = step_costs(shape)[GRADIENTS] * ((1 - HIDDEN_SUMS) / self.accumulated)
-        return sum(self.machine.seconds(part, cost, self.fp8) for part, cost in costs.items())
+        return sum(self.machine.seconds(part, cost, self.precision, self.fp8) for part, cost in costs.items())
 
     def _recompute(self, shape: StepShape) -> float:
         train, (start, stop) = self.config.train, shape.part.layers
@@ -234,13 +233,14 @@ class _RankTimes:
         if train.recompute == "full":
             layers = max(0, min(stop, train.recompute_layers or self.config.model.num_layers) - start)
         costs = recomputed_costs(shape, train.recompute, layers)
-        return sum(self.machine.seconds(part, cost, self.fp8) for part, cost in costs.items())
+        return sum(self.machine.seconds(part, cost, self.precision, self.fp8) for part, cost in costs.items())
 
     def _newton_schulz(self) -> float:
         """Of this rank's equal share of the model's matrices."""
         shapes = (s for name, s in logical_shapes(self.config.model).items() if len(s) == 2 and name != EMBEDDING)
         flops = sum(newton_schulz_flops(*shape) for shape in shapes if self.config.model.vocab_size not in shape)
-        return self.machine.seconds(HEAD_PRODUCTS, Cost(flops / (self.grid.whole * self.grid.pp)))
+        cost = Cost(flops / (self.grid.whole * self.grid.pp))
+        return self.machine.seconds(HEAD_PRODUCTS, cost, self.config.optimizer.newton_schulz)
 
 
 def _stride(grid: Grid, axis: str) -> int:

@@ -26,7 +26,7 @@ def test_peaks() -> None:
     bf16 = tiny_config(train__precision="bf16")
     assert peak_tflops(bf16, "NVIDIA H100 80GB HBM3") == 989 and peak_tflops(bf16, "NVIDIA A100-SXM4-80GB") == 312
     assert peak_tflops(bf16, "NVIDIA H100 PCIe") == 756 and peak_tflops(bf16, "cpu") is None
-    assert peak_tflops(tiny_config(), "NVIDIA H200") is None, "no fp32 peak is claimed"
+    assert peak_tflops(tiny_config(), "NVIDIA H200") == 67, "without TF32"
     assert peak_tflops(tiny_config(log__peak_tflops=1.5), "cpu") == 1.5
 
 

@@ -16,11 +16,11 @@ import pytest
 from megatron_hammer.base.errors import ConfigError, HammerError, MemoryShortage
 from megatron_hammer.config import Config, load_config
 from megatron_hammer.costs.gpus import GPUS
-from megatron_hammer.costs.layouts import need_of, with_layout
+from megatron_hammer.costs.layouts import need_of, precision_of, with_layout
 from megatron_hammer.costs.plan_report import WIDTH, draw_plan, plan_table
 from megatron_hammer.costs.planner import Asked, LayoutPlan, chosen_config, plan_layouts, plan_to_tree
 from megatron_hammer.costs.rank_costs import GIB
-from megatron_hammer.costs.rank_speed import PIPELINE, Machine
+from megatron_hammer.costs.rank_speed import COMPUTE, PIPELINE, Machine
 from tests.model.tiny import tiny_config
 from tests.walk import ROOT, blocks_of
 
@@ -104,7 +104,7 @@ def test_the_picture(plan: LayoutPlan, tmp_path: Path) -> None:
     "asked, changes, code, words",
     [
         (dict(gpu="h300"), {}, "E238", ("h100", "4090", "mi300x")),
-        (dict(gpu="4090-d"), {}, "E238", ("log.peak_tflops",)),
+        (dict(gpu="4090-d"), {}, "E238", ("no published peak in bf16", "log.peak_tflops")),
         (dict(gpu="a100", precision="fp8"), {}, "E238", ("bf16",)),
         (dict(gpus=0), {}, "E240", ("--gpus=0",)),
         (dict(memory=-1.0), {}, "E240", ("--memory",)),
@@ -128,6 +128,19 @@ def test_a_question_without_an_answer_says_what_to_do(
     assert caught.value.code == code
     for word in words:
         assert word in str(caught.value)
+
+
+def test_each_precision_has_its_own_rate() -> None:
+    """fp32 presets are planned, too; log.peak_tflops is of the config's own precision."""
+    long = small(train__precision="fp32", model__hidden_size=512, model__ffn_hidden_size=2048, data__seq_length=32)
+    found = plan_layouts(long, Asked(1, "h100", precision="fp32,bf16")).found.fitting
+    compute = {precision_of(layout.config): layout.time.seconds[COMPUTE] for layout in found[::-1]}
+    assert compute["fp32"] > 2 * compute["bf16"]
+    slower = dataclasses.replace(long, log=dataclasses.replace(long.log, peak_tflops=6.7))
+    plan = plan_layouts(slower, Asked(1, "h100", precision="fp32,bf16"))
+    assert (plan.machine.gpu.peak("fp32"), plan.machine.gpu.peak("bf16")) == (6.7, 989.0)
+    assert any("6.7 in fp32" in line for line in plan_table(plan, 3))
+    assert all(gpu.fp32_tflops is not None or gpu.peak_tflops is None for gpu in GPUS.values())
 
 
 def test_names_of_gpus_as_people_write_them() -> None:
