@@ -75,6 +75,7 @@ class Progress:
                 unit="B" if self.unit == "B" else f" {self.unit}",
                 unit_scale=True,
                 delay=QUIET_SECONDS,
+                miniters=0,  # drawn by time alone: by default not after a last part that is smaller than the others
                 leave=False,
                 ncols=columns - 1 if os.environ.get("COLUMNS") else None,
                 dynamic_ncols=not os.environ.get("COLUMNS"),
@@ -85,6 +86,8 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
+            if kind is None and self.seconds > QUIET_SECONDS:
+                self._bar.refresh()  # the end, too, if it comes right after a drawing
             self._bar.close()
 
     @property

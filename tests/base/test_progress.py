@@ -59,3 +59,14 @@ def test_an_activity_says_what_takes_long(clock: list[float]) -> None:
     activity.begin("drawing")
     activity.show(128)
     assert said[2:] == ["comparing", "drawing: 8 s so far"]
+
+
+def test_the_end_of_a_bar_is_drawn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """However small its last part is, and however soon it comes."""
+    monkeypatch.setattr(progress, "can_redraw", lambda stream: True)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    with Progress("reading", 1_000) as shown:
+        for part in (600, 395, 5):
+            shown.advance(part)
+    drawn = capsys.readouterr().err
+    assert "100%" in drawn and "1.00k/1.00k" in drawn
