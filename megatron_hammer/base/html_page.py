@@ -3,7 +3,7 @@
 A page fetches nothing: style, script, data and pictures are in the file. Its security policy says so to the browser,
 and admits the page's own script by its hash alone, so that a text of a run (a generated one, a setting, a name) could
 not run as a script even where it got into the page unescaped. Colours follow the reader's light or dark mode, tables
-scroll sideways on a phone. Needs no torch.
+scroll sideways on a phone, with a shadow where there is more of them. Needs no torch.
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .5rem; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
 a { color: var(--accent); }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; background:
+          linear-gradient(to left, var(--back) 40%, transparent) right / 2.5rem 100% no-repeat local,
+          linear-gradient(to left, var(--line), transparent) right / .8rem 100% no-repeat scroll; }
+.wide + .wide { margin-top: .8rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th { white-space: normal; vertical-align: bottom; overflow-wrap: normal; }
+th { white-space: normal; vertical-align: bottom; overflow-wrap: normal; word-break: keep-all; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-img { max-width: 100%; margin-top: 2rem; background: #fff; }
+img { display: block; max-width: 100%; background: #fff; }
+.wide:has(> img) { margin-top: 2rem; background: none; }
 @media (max-width: 600px) {
   body { padding: 0 .8rem; margin: .8rem auto; font-size: 14px; }
   .wide img { max-width: none; width: 800px; }
