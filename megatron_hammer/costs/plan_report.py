@@ -47,11 +47,15 @@ def plan_table(plan: LayoutPlan, shown: int) -> list[str]:
 
 def _heading(plan: LayoutPlan) -> list[str]:
     model, config = plan.config.model, plan.config
-    return _wrapped(
+    lines = _wrapped(
         f"{count_parameters(model):,} parameters on {plan.world_size} x {plan.machine.name} ({plan.memory_gib:g} GiB, "
         f"of which a rank may need {plan.found.limit / GIB:.1f}); a step of {config.train.global_batch_size:,} samples "
         f"x {config.data.seq_length:,} tokens; {plan.tokens:,} tokens in all"
     )
+    if plan.is_vocabulary_assumed:
+        said = f"a vocabulary of {model.vocab_size:,} is assumed: tokenizer.path or model.vocab_size says yours"
+        lines += _wrapped(said)
+    return lines
 
 
 def _ranking(plan: LayoutPlan, layouts: Sequence[PlannedLayout]) -> list[str]:

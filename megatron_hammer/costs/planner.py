@@ -27,6 +27,10 @@ from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.tokenizer.load import load_tokenizer, with_vocab_size
 
 
+ASSUMED_VOCABULARY = 100_000
+"""Rows where the config names none: between those of bilingual tokenizers, 64,000 to 152,000."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """What a user says on the command line; ``tools/plan.py`` describes each."""
@@ -60,6 +64,8 @@ class LayoutPlan:
     price: float | None
     """Of a GPU hour, in the user's currency."""
     found: FoundLayouts
+    is_vocabulary_assumed: bool = False
+    """``ASSUMED_VOCABULARY``: neither a size nor a tokenizer was named."""
 
     def gpu_hours(self, layout: PlannedLayout) -> float:
         """For all tokens."""
@@ -128,15 +134,16 @@ def plan_layouts(config: Config, asked: Asked, said: Callable[[int], None] = lam
         name, replace(gpu, link=link), asked.gpus_per_node, asked.network,
         efficiency=_efficiency(asked.efficiency),
     )  # fmt: skip
+    assumed = config.tokenizer.path is None and config.model.vocab_size is None
     whole = with_vocab_size(
-        config,
+        replace(config, model=replace(config.model, vocab_size=ASSUMED_VOCABULARY)) if assumed else config,
         None if config.tokenizer.path is None or config.model.vocab_size else load_tokenizer(config.tokenizer.path),
     )
     memory = gpu.memory_gib if asked.memory is None else asked.memory
     headroom = HEADROOM if asked.headroom is None else asked.headroom
     found = search_layouts(whole, asked.gpus, machine, memory, precisions, headroom, said)
     tokens = config.num_tokens if asked.tokens is None else round(asked.tokens)
-    plan = LayoutPlan(whole, asked.gpus, machine, memory, headroom, tokens, asked.price, found)
+    plan = LayoutPlan(whole, asked.gpus, machine, memory, headroom, tokens, asked.price, found, assumed)
     check_found(plan)
     return plan
 
@@ -187,6 +194,8 @@ def plan_to_tree(plan: LayoutPlan) -> dict[str, Any]:
     machine = {key: value for key, value in asdict(plan.machine).items() if key != "gpu"}
     return {
         "parameters": count_parameters(plan.config.model),
+        "vocab_size": plan.config.model.vocab_size,
+        "vocab_size_is_assumed": plan.is_vocabulary_assumed,
         "gpus": plan.world_size,
         "machine": machine | asdict(plan.machine.gpu),
         "memory_gib": plan.memory_gib,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_hammer.base.errors import ConfigError, HammerError, MemoryShortage
-from megatron_hammer.config import Config, load_config
+from megatron_hammer.config import Config, load_config, preset_names
 from megatron_hammer.costs.gpus import GPUS
 from megatron_hammer.costs.layouts import need_of, precision_of, with_layout
 from megatron_hammer.costs.plan_report import WIDTH, draw_plan, plan_table
@@ -141,6 +141,16 @@ def test_each_precision_has_its_own_rate() -> None:
     assert (plan.machine.gpu.peak("fp32"), plan.machine.gpu.peak("bf16")) == (6.7, 989.0)
     assert any("6.7 in fp32" in line for line in plan_table(plan, 3))
     assert all(gpu.fp32_tflops is not None or gpu.peak_tflops is None for gpu in GPUS.values())
+
+
+def test_every_preset_is_planned_as_it_is() -> None:
+    """On one GPU, since that is fast; a vocabulary that nobody has named is assumed, said, and not written."""
+    for preset in preset_names():
+        config = load_config(preset, ["train.global_batch_size=8"])
+        plan = plan_layouts(config, Asked(1, "h200", memory=1000.0))
+        assert plan.is_vocabulary_assumed == (config.model.vocab_size is None), preset
+        assert plan.is_vocabulary_assumed == any("a vocabulary of 100,000 is assumed" in line for line in plan_table(plan, 1))
+        assert chosen_config(plan, config, 1).model == config.model
 
 
 def test_names_of_gpus_as_people_write_them() -> None:
