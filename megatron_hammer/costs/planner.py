@@ -26,7 +26,6 @@ from megatron_hammer.costs.rank_speed import Efficiency, Machine
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.tokenizer.load import load_tokenizer, with_vocab_size
 
-
 ASSUMED_VOCABULARY = 100_000
 """Rows where the config names none: between those of bilingual tokenizers, 64,000 to 152,000."""
 

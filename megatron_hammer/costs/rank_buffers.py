@@ -19,6 +19,7 @@ there still::
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from megatron_hammer.config import Config
 from megatron_hammer.costs.rank_costs import element_bytes, is_tied, layouts_of, placements_of
@@ -28,16 +29,49 @@ from megatron_hammer.parallel.placement import Placement
 MOMENTS = ("begin", "forward", "head", "down", "between", "gate_up", "earlier", "end")
 
 
+class StageBuffers:
+    """What a rank has beside its state, by moment and by what its stages are at.
+
+    Args:
+        rank: of ``world_size``.
+    """
+
+    def __init__(self, config: Config, world_size: int, rank: int) -> None:
+        grid, by_part = config.grid(world_size), config.parallel.shard == "weights"
+        self.config = config
+        self.stages = list(zip(layouts_of(config, grid, rank), placements_of(config, grid, rank), strict=True))
+        self.whole = config.parallel.shard == "optimizer" or grid.shard == 1
+        if self.whole:
+            return
+        nothing = Counter[str]()
+        self.waiting = [4 * _size(layout, -1) for layout, _ in self.stages]
+        self.between = [_weights_between(config, *stage) if by_part else 0 for stage in self.stages]
+        self.weights = [
+            [_weights(config, *stage, held) if by_part else nothing for held in (False, True)] for stage in self.stages
+        ]
+        self.gradients = [[_gradients(config, *stage, begun) for begun in (False, True)] for stage in self.stages]
+
+    def at(self, own: int, begun: Sequence[bool], held: Sequence[bool]) -> dict[str, int]:
+        """Bytes at each moment of one of the rank's stages; the others have what they have between two micro-batches.
+
+        Args:
+            own: which stage it is.
+            begun, held: of each stage, as in ``parallel.pipeline.Moment``.
+        """
+        if self.whole:
+            return dict.fromkeys(MOMENTS, 0)
+        others = sum(
+            begun[n] * self.waiting[n] + held[n] * self.between[n] for n in range(len(self.stages)) if n != own
+        )
+        weights = self.weights[own][held[own]]
+        return {name: others + size + weights[name] for name, size in self.gradients[own][begun[own]].items()}
+
+
 def buffer_bytes(config: Config, world_size: int, rank: int) -> dict[str, int]:
-    """Bytes at each moment. Other stages of a rank have what they have between two micro-batches."""
-    grid = config.grid(world_size)
-    if config.parallel.shard == "optimizer" or grid.shard == 1:
-        return dict.fromkeys(MOMENTS, 0)
-    several = config.grad_accum(world_size) > 1
-    *others, last = zip(layouts_of(config, grid, rank), placements_of(config, grid, rank), strict=True)
-    waiting = sum(4 * _size(layout, -1) for layout, _ in others if several)
-    weights = _weights(config, *last) if config.parallel.shard == "weights" else Counter[str]()
-    return {name: waiting + size + weights[name] for name, size in _gradients(config, *last, several).items()}
+    """Bytes at each moment of a rank's last stage, of a micro-batch that is not the first where there are several."""
+    buffers = StageBuffers(config, world_size, rank)
+    count = len(buffers.stages)
+    return buffers.at(count - 1, [config.grad_accum(world_size) > 1] * count, [n == count - 1 for n in range(count)])
 
 
 def arriving_bytes(config: Config, world_size: int, rank: int) -> int:
@@ -71,20 +105,34 @@ def _gradients(config: Config, layout: BufferLayout, at: Placement, several: boo
     return {name: 4 * size for name, size in found.items()}
 
 
-def _weights(config: Config, layout: BufferLayout, at: Placement) -> Counter[str]:
-    """Of the parts that are there."""
+def _parts(layout: BufferLayout) -> Counter[str]:
+    """Elements of each part's weights, where buckets end with parts."""
     parts: Counter[str] = Counter()
     for bucket in layout.buckets:
         parts[layout.table[bucket.parameters[0]].part] += bucket.stop - bucket.start
+    return parts
+
+
+def _weights_between(config: Config, layout: BufferLayout, at: Placement) -> int:
+    """Of a stage with a micro-batch between its forward and its backward, where weights are kept until then."""
+    if config.parallel.reshard_after_forward:
+        return 0
+    parts = _parts(layout)
+    return element_bytes(config) * (sum(parts[f"layers.{i}"] for i in range(*at.layers)) + parts["final_norm"])
+
+
+def _weights(config: Config, layout: BufferLayout, at: Placement, held: bool) -> Counter[str]:
+    """Of the parts that are there; held: those that stay after a forward are all there when a moment begins."""
+    parts = _parts(layout)
     layers = [parts[f"layers.{i}"] for i in range(*at.layers)]
     kept = 0 if config.parallel.reshard_after_forward else sum(layers) + parts["final_norm"]
     head = parts["head"] or parts["embedding"]
-    here = kept or sum(layers[-2:])
+    here = held * kept or sum(layers[-2:])
     size = element_bytes(config)
     following = parts["final_norm"] + head if at.has_head else 0
     stay = kept or (sum(layers[-1:]) + parts["final_norm"] if at.has_head else 0)  # from forward to their backward
     found = {"forward": max(kept, sum(layers[-1:])) + following, "head": stay + head, "end": sum(layers[:1])}
-    found["begin"] = max(kept, sum(layers[:1])) + parts["embedding"]
+    found["begin"] = max(held * kept, sum(layers[:1])) + parts["embedding"]
     return Counter({name: size * found.get(name, here) for name in MOMENTS})
 
 

@@ -116,21 +116,26 @@ def kept_bytes(config: Config, backends: Mapping[str, Backend], rank: int = 0) -
     return activation_bytes(config, backends, cp_rank) + around_layers(config)
 
 
-def around_layers(config: Config) -> int:
-    """Bytes kept of a micro-batch beside its layers: the final norm, the embedding's indices.
+def angle_bytes(config: Config) -> int:
+    """Bytes of RoPE's cos and sin of each token, with document masks and under context parallelism."""
+    if config.data.attention_mask != "document" and config.parallel.context_parallel_size == 1:
+        return 0
+    return config.tokens_per_rank * element_bytes(config) * config.model.head_size
 
-    With document masks and under context parallelism RoPE's cos and sin of each token too. And a scalar: a token's
-    weight.
+
+def around_layers(config: Config) -> int:
+    """Bytes kept of a micro-batch beside its layers: the final norm, the embedding's indices, RoPE's angles.
+
+    And a scalar: a token's weight.
     """
     at, rows, cp = config.placement(), config.tokens_per_rank, config.parallel.context_parallel_size
     final_norm = 2 * element_bytes(config) * config.model.hidden_size + 4  # the sum and its normalised form, rstd
     packed = config.data.attention_mask == "document" or cp > 1
-    angles = element_bytes(config) * config.model.head_size if packed else 0
     several = config.train.micro_batch_size > 1
     indices = 8 if packed and several and cp == 1 else 0  # the tokens of all samples in one row
     if at.tp_size > 1:
         indices = 9  # rows of this rank's shard, and which tokens have one
-    return rows * final_norm // at.sequence_shards + rows * (indices + angles) + 4
+    return rows * final_norm // at.sequence_shards + rows * indices + angle_bytes(config) + 4
 
 
 def collectives(config: Config, world_size: int, rank: int, chunk_tokens: int) -> Counter[Collective]:

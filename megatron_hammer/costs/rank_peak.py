@@ -13,7 +13,8 @@ groups of d, v rows of the vocabulary of this rank, c tokens of a chunk of logit
     attention  under context parallelism, the gradients of the keys and values of all ranks in fp32
     begin, end where rows are few beside what is gathered: the embedding's part of a micro-batch, and 2 R h
 
-A pipeline adds two messages that are received ahead and those sent whose arrival nobody has waited for.
+Of a rank of a pipeline these are asked at each action of a step (``Pipeline.moments``), with the micro-batches of each
+of its stages that are in flight then, the messages received ahead, and those sent whose arrival nobody has waited for.
 
 On a CPU pages that a rank once had stay with it: those of buckets go from one to the next (``base/pages.py``), those of
 activations stay in malloc's heap. So there the most that was ever gathered counts beside the most that was ever kept,
@@ -30,13 +31,13 @@ from dataclasses import replace
 from typing import Literal
 
 from megatron_hammer.config import Config, KernelsConfig
-from megatron_hammer.costs.rank_buffers import arriving_bytes, buffer_bytes
-from megatron_hammer.costs.rank_costs import around_layers, element_bytes, placements_of, state_bytes
+from megatron_hammer.costs.rank_buffers import StageBuffers, arriving_bytes
+from megatron_hammer.costs.rank_costs import angle_bytes, around_layers, element_bytes, placements_of, state_bytes
 from megatron_hammer.kernels.backend import Backend
 from megatron_hammer.kernels.linear_cross_entropy import CHUNK_TOKENS
 from megatron_hammer.kernels.selection import TABLES
 from megatron_hammer.model.recompute import activation_bytes, keys_seen
-from megatron_hammer.parallel.pipeline import RECEIVES_AHEAD
+from megatron_hammer.parallel.pipeline import largest_moments
 from megatron_hammer.parallel.placement import Placement
 
 WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer"
@@ -60,29 +61,33 @@ def rank_peak(
     """Bytes of one rank at its worst moment, by part of ``PARTS``; the sum is what it needs."""
     grid = config.grid(world_size)
     pp_rank, cp_rank = rank // (world_size // grid.pp), rank // grid.tp % grid.cp
-    *_, last = placements = placements_of(config, grid, rank)
-    kept = activation_bytes(config, backends, cp_rank, pp_rank, _enough(config, config.grad_accum(world_size)))
-    around, gathered = around_layers(config), buffer_bytes(config, world_size, rank)
-    moments = [
-        (gathered[name], activations, beside)
-        for name, activations, beside in _backward(config, last, kept, backends, cp_rank)
-    ]
-    moments.append((gathered["forward"], kept, 2 * _rows(config, last)))
-    if last.has_head:
-        moments.append((gathered["head"], kept + around, _head(config, last, device)))
-    in_flight = config.pipeline(pp_rank).most_in_flight(grid.pp * config.parallel.virtual_pipeline_stages)
-    others = kept - kept // max(1, sum(in_flight))  # of the micro-batches that are not at their begin or end
-    moments += [(gathered[name], others, 2 * _rows(config, last)) for name in ("begin", "end")]
-    most, messages = max(moments, key=sum), 0
+    pipeline, placements = config.pipeline(pp_rank), placements_of(config, grid, rank)
+    buffers = StageBuffers(config, world_size, rank)
+    kept = [activation_bytes(config, backends, cp_rank, stage) + angle_bytes(config) for stage in pipeline.stages]
+    backward = [list(_backward(config, at, backends, cp_rank)) for at in placements]
+    head = _head(config, placements[-1], device) if placements[-1].has_head else 0
+    rows, found = _rows(config, placements[-1]), list[tuple[int, int, int, int]]()
+    for moment in largest_moments(pipeline, _enough(config, config.grad_accum(world_size))):
+        own, gathered = moment.own, buffers.at(moment.own, moment.begun, moment.held)
+        whole = sum(count * size for count, size in zip(moment.in_flight, kept, strict=True))
+        others, messages = whole - kept[own], moment.messages * rows  # others: without what begins or ends
+        if moment.kind == "forward":
+            needs = [(gathered["begin"], others, 2 * rows), (gathered["forward"], whole, 2 * rows)]
+            if placements[own].has_head:
+                needs.append((gathered["head"], whole + around_layers(config) - angle_bytes(config), head))
+        else:
+            needs = [(gathered[name], whole - over, beside) for name, over, beside in backward[own]]
+            needs.append((gathered["end"], others, 2 * rows))
+        found += [(*need, messages) for need in needs]
+    most = max(found, key=sum)
     if device == "cpu":
-        _, activations, beside = max(moments, key=lambda moment: sum(moment[1:]))
-        most = (max(moment[0] for moment in moments), activations, beside)
-        messages = arriving_bytes(config, world_size, rank)
-    if grid.pp > 1:
-        sent = (2 * len(placements) - placements[0].has_embedding - last.has_head) * config.grad_accum(world_size)
-        messages += (RECEIVES_AHEAD + min(sent, config.pipeline(pp_rank).sends_kept)) * _rows(config, last)
-    comes_and_goes = dict(zip((GATHERED, ACTIVATIONS, BUFFERS), most, strict=True))
-    return {**state_bytes(config, world_size, rank), **comes_and_goes, MESSAGES: messages}
+        _, activations, beside, messages = max(found, key=lambda need: sum(need[1:]))
+        messages += arriving_bytes(config, world_size, rank)
+        most = max(need[0] for need in found), activations, beside, messages
+    return {
+        **state_bytes(config, world_size, rank),
+        **dict(zip((GATHERED, ACTIVATIONS, BUFFERS, MESSAGES), most, strict=True)),
+    }
 
 
 def worst_rank(config: Config, world_size: int, backends: Mapping[str, Backend]) -> tuple[int, dict[str, int]]:
@@ -108,9 +113,12 @@ def ranks_that_differ(config: Config) -> list[int]:
 
 
 def _enough(config: Config, accumulated: int) -> int:
-    """Micro-batches after which a pipeline has as many in flight as it ever has; a step's own where there are fewer."""
+    """Micro-batches after which a pipeline keeps as much as it ever does; a step's own where there are fewer.
+
+    One that sends least, one message for each, keeps the most messages last.
+    """
     pipeline = config.pipeline()
-    return min(accumulated, pipeline.ranks * (pipeline.stages_per_rank + 2))
+    return min(accumulated, 2 * pipeline.ranks * (pipeline.stages_per_rank + 2))
 
 
 def _rows(config: Config, at: Placement) -> int:
@@ -130,9 +138,9 @@ def _head(config: Config, at: Placement, device: str) -> int:
 
 
 def _backward(
-    config: Config, at: Placement, kept: int, backends: Mapping[str, Backend], cp_rank: int
+    config: Config, at: Placement, backends: Mapping[str, Backend], cp_rank: int
 ) -> Iterator[tuple[str, int, int]]:
-    """(moment of ``rank_buffers.py``, kept, beside it) in the backward of the layers where the two are most."""
+    """In the backward of the layers: (moment of ``rank_buffers.py``, what is kept no more, what is there beside)."""
     train, size, rows = config.train, element_bytes(config), _rows(config, at)
     t, by_rows = config.tokens_per_rank, at.sequence_shards > 1
     product, whole = size * t * at.ffn_local, size * t * config.model.hidden_size
@@ -151,11 +159,11 @@ def _backward(
         beside["earlier"] = beside["down"] - over
     for name, more in beside.items() if at.layers_local else ():
         if recomputed < at.layers[1]:
-            yield name, kept, rows + more
+            yield name, 0, rows + more
         if recomputed > at.layers[0]:
             again = activation_bytes(_one_layer(config), backends, cp_rank)
             later = max(0, at.layers[1] - recomputed) * (again - rows)  # of those after it, which are over by then
-            yield name, kept - later, rows + again + more
+            yield name, round(later), rows + again + more
 
 
 def _keys(config: Config, at: Placement, cp_rank: int) -> int:

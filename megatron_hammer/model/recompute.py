@@ -117,12 +117,8 @@ def _keys_seen(samples: int, seq_length: int, shards: int, keep_whole: bool, ran
     return sum(span.stop - span.document_start for span in mine)
 
 
-def activation_bytes(
-    config: Config, backends: Mapping[str, Backend], cp_rank: int = 0, pp_rank: int = 0, micro_batches: int = 1
-) -> int:
-    """What the decoder layers of one rank keep of its micro-batches until their backward, by the table above.
-
-    Of one micro-batch without a pipeline; of those in flight (``parallel/pipeline.py``) with one.
+def activation_bytes(config: Config, backends: Mapping[str, Backend], cp_rank: int = 0, stage: int = 0) -> int:
+    """What the decoder layers of one stage keep of a micro-batch until its backward, by the table above.
 
     The reference of an operation ("torch") keeps what lies between its steps; every other backend is taken to keep its
     inputs and the few numbers a row that its backward needs, and so are compiled ones. Under context parallelism a rank
@@ -156,12 +152,9 @@ def activation_bytes(
     rows, gathered = config.tokens_per_rank, 0
     if config.parallel.context_parallel_size > 1:
         gathered = size * 2 * g * d * keys_seen(config, cp_rank)
-    pipeline, total = config.pipeline(pp_rank), 0.0
-    for stage, in_flight in zip(pipeline.stages, pipeline.most_in_flight(micro_batches), strict=True):
-        start, stop = config.placement(stage=stage).layers
-        fewer = max(0, min(stop, recomputed) - start)
-        total += in_flight * (fewer * rows * each + (stop - start - fewer) * (rows * whole + gathered))
-    return round(total)
+    start, stop = config.placement(stage=stage).layers
+    fewer = max(0, min(stop, recomputed) - start)
+    return round(fewer * rows * each + (stop - start - fewer) * (rows * whole + gathered))
 
 
 # ---- full -------------------------------------------------------------------------------------------------------

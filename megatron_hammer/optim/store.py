@@ -443,13 +443,16 @@ def _sum(message: Tensor, group: Group) -> Tensor:
 
 
 def sum_in_one_message(views: list[Tensor], group: Group, summed: Callable[[Tensor, Group], Tensor] = _sum) -> None:
-    """Sum views in place over a group, all of them at once.
+    """Sum views in place over a group, all of them at once; one alone, such as a tied embedding's, without a copy.
 
     Args:
         summed: the sum of a flat tensor over the group; it may use the tensor's memory.
     """
     if not views or group.size == 1:
         return
-    total = summed(torch.cat(views), group)
+    message = views[0] if len(views) == 1 else torch.cat(views)
+    total = summed(message, group)
+    if total is views[0]:
+        return
     for view, part in zip(views, total.split([v.numel() for v in views]), strict=True):
         view.copy_(part)

@@ -58,6 +58,33 @@ class Action:
 
 
 @dataclass(frozen=True)
+class Moment:
+    """What a rank keeps at the end of a forward, or at the begin of a backward."""
+
+    kind: Literal["forward", "backward"]
+    own: int
+    """Which of the rank's own stages it is, counted from 0."""
+    in_flight: tuple[int, ...]
+    """Of each of its stages, for how many micro-batches activations are kept; the one at work included."""
+    begun: tuple[bool, ...]
+    """Of each of its stages, whether a backward is over in this step."""
+    held: tuple[bool, ...]
+    """Of each of its stages, whether the last action before was a forward, which may keep gathered weights."""
+    messages: int
+    """That are received ahead, or sent and not known to have arrived."""
+
+    def is_within(self, other: Moment) -> bool:
+        """Whether nothing of it is more than at another moment of the same kind."""
+        return (
+            (self.kind, self.own) == (other.kind, other.own)
+            and self.messages <= other.messages
+            and all(ours <= theirs for ours, theirs in zip(self.in_flight, other.in_flight, strict=True))
+            and all(ours <= theirs for ours, theirs in zip(self.begun, other.begun, strict=True))
+            and all(ours <= theirs for ours, theirs in zip(self.held, other.held, strict=True))
+        )
+
+
+@dataclass(frozen=True)
 class Pipeline:
     """The shape of a pipeline as one of its ranks sees it."""
 
@@ -103,18 +130,36 @@ class Pipeline:
         groups = [range(first, min(first + self.ranks, micro_batches)) for first in range(0, micro_batches, self.ranks)]
         return [Action("forward", stage, m) for group in groups for stage in self.stages for m in group]
 
-    def most_in_flight(self, micro_batches: int) -> list[int]:
-        """Of each of this rank's stages, for how many micro-batches it keeps activations where the rank keeps most."""
-        most, now = [0], [0] * self.stages_per_rank
-        for action in self.training(micro_batches):
-            now[action.stage // self.ranks] += 1 if action.kind == "forward" else -1
-            most = max(most, list(now), key=sum)
-        return most
+    def moments(self, micro_batches: int) -> Iterator[Moment]:
+        """What this rank keeps during each action of a step, in order."""
+        order, kept = self.training(micro_batches), [0] * self.stages_per_rank
+        to_receive = sum(action.receives(self.num_stages) for action in order)
+        begun, held, sent = [False] * self.stages_per_rank, [False] * self.stages_per_rank, 0
+        for action in order:
+            own, is_forward = action.stage // self.ranks, action.kind == "forward"
+            kept[own] += is_forward
+            to_receive -= action.receives(self.num_stages)
+            messages = min(RECEIVES_AHEAD, to_receive) + min(sent, self.sends_kept)
+            yield Moment(action.kind, own, tuple(kept), tuple(begun), tuple(held), messages)
+            kept[own] -= not is_forward
+            begun[own] |= not is_forward
+            held[own] = is_forward
+            sent += action.sends(self.num_stages)
 
     def idle_share(self, micro_batches: int) -> float:
         """The part of a step in which a rank waits, with stages that all take as long."""
         bubble = (self.ranks - 1) / self.stages_per_rank
         return bubble / (micro_batches + bubble)
+
+
+@lru_cache(maxsize=256)  # a search for layouts asks for the same many times
+def largest_moments(pipeline: Pipeline, micro_batches: int) -> tuple[Moment, ...]:
+    """The moments of a step that no other one of the same kind surpasses: one of them needs the most memory."""
+    found: list[Moment] = []
+    for moment in dict.fromkeys(pipeline.moments(micro_batches)):
+        if not any(map(moment.is_within, found)):
+            found = [other for other in found if not other.is_within(moment)] + [moment]
+    return tuple(found)
 
 
 # ---- the layers of each stage ----------------------------------------------------------------------------------------

@@ -149,7 +149,9 @@ def test_every_preset_is_planned_as_it_is() -> None:
         config = load_config(preset, ["train.global_batch_size=8"])
         plan = plan_layouts(config, Asked(1, "h200", memory=1000.0))
         assert plan.is_vocabulary_assumed == (config.model.vocab_size is None), preset
-        assert plan.is_vocabulary_assumed == any("a vocabulary of 100,000 is assumed" in line for line in plan_table(plan, 1))
+        assert plan.is_vocabulary_assumed == any(
+            "a vocabulary of 100,000 is assumed" in line for line in plan_table(plan, 1)
+        )
         assert chosen_config(plan, config, 1).model == config.model
 
 

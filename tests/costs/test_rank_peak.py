@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,7 +39,8 @@ def make(model: str, dp: int, seq_length: int = 4096, **changes: Any) -> tuple[C
     size = changes.get("micro_batch_size", 1)
     train |= dict(micro_batch_size=size, global_batch_size=2 * pp * size * dp)
     data = dict(seq_length=seq_length, attention_mask=changes.get("attention_mask", "causal"))
-    config = config_from_tree({"model": MODELS[model], "parallel": parallel, "train": train, "data": data})
+    layers = {"num_layers": changes["num_layers"]} if "num_layers" in changes else {}
+    config = config_from_tree({"model": MODELS[model] | layers, "parallel": parallel, "train": train, "data": data})
     config.validate(world)
     return config, world
 
@@ -91,13 +93,42 @@ def grid(count: int) -> list[tuple[Config, int]]:
     return found
 
 
+def interleaved(count: int) -> list[tuple[Config, int]]:
+    """The same, of several stages a rank and up to sixteen layers."""
+    rng, found = random.Random(8), list[tuple[Config, int]]()
+    while len(found) < count:
+        tp, pp, name = rng.choice((1, 1, 2, 4, 8)), rng.choice((2, 2, 4)), rng.choice(list(MODELS))
+        changes: dict[str, Any] = dict(
+            num_layers=rng.choice((6, 8, 11, 12, 16)),
+            tensor_model_parallel_size=tp,
+            sequence_parallel=tp > 1 and rng.random() < 0.8,
+            context_parallel_size=rng.choice((1, 1, 1, 2, 4)),
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_stages=rng.choice((2, 2, 3, 4)),
+            shard=rng.choice(("optimizer", "gradients", "weights")),
+            reshard_after_forward=rng.random() < 0.7,
+            recompute=rng.choice(("none", "selective", "full")),
+            micro_batch_size=rng.choice((1, 1, 2)),
+            precision=rng.choice(("bf16", "bf16", "fp32")),
+            attention_mask=rng.choice(("causal", "document")),
+        )
+        try:
+            found.append(make(name, rng.choice((1, 2, 8)), rng.choice((2048, 4096)), **changes))
+        except ConfigError:
+            continue
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("HAMMER_PEAK_GRID" not in os.environ, reason="minutes: set HAMMER_PEAK_GRID=1")
-def test_fifty_layouts() -> None:
+@pytest.mark.parametrize("draw, count", [(grid, 50), (interleaved, 40)])
+def test_layouts_that_are_drawn(draw: Callable[[int], list[tuple[Config, int]]], count: int) -> None:
+    """First and last rank, and of four the second."""
     far = []
-    for config, world in grid(50):
-        for rank in {0, world - 1}:
-            if abs(found := difference(config, world, rank)) >= OF_DRAWN:
+    for config, world in draw(count):
+        pp = config.parallel.pipeline_model_parallel_size
+        for rank in {0, world - 1, world // pp if pp == 4 else 0}:
+            if abs(found := difference(config, world, rank)) >= WITHIN:
                 far.append((f"{found:+.1%}", rank, world, config.parallel, config.train, config.model.hidden_size))
     assert not far, "\n".join(map(str, far))
 
