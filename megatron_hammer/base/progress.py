@@ -64,22 +64,6 @@ class Progress:
         self._bar: tqdm[Any] | None = None
 
     def __enter__(self) -> Progress:
-        if can_redraw(sys.stderr):
-            import tqdm
-
-            columns = size_of_window(sys.stderr).columns
-            self._bar = tqdm.tqdm(
-                total=self.total,
-                initial=self.done,
-                desc=cut(self.name, columns // 2),  # the numbers matter more
-                unit="B" if self.unit == "B" else f" {self.unit}",
-                unit_scale=True,
-                delay=QUIET_SECONDS,
-                miniters=0,  # drawn by time alone: by default not after a last part that is smaller than the others
-                leave=False,
-                ncols=columns - 1 if os.environ.get("COLUMNS") else None,
-                dynamic_ncols=not os.environ.get("COLUMNS"),
-            )
         return self
 
     def __exit__(
@@ -101,11 +85,34 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(self.note, refresh=False)
             self._bar.update(count)
-            return
-        now = time.monotonic()
-        if now >= self._next_line:
+        elif (now := time.monotonic()) >= self._next_line:
+            self._show(now)
+
+    def _show(self, now: float) -> None:
+        """Once it takes long: a bar, from here on, on a terminal that can draw one; else a plain line."""
+        seconds = now - self._started
+        if not can_redraw(sys.stderr):
             self._next_line = now + LINE_SECONDS
-            self._report(self._line(now - self._started))
+            self._report(self._line(seconds))
+            return
+        import tqdm
+
+        columns = size_of_window(sys.stderr).columns
+        self._bar = tqdm.tqdm(
+            total=self.total,
+            initial=self._done_before,
+            desc=cut(self.name, columns // 2),  # the numbers matter more
+            unit="B" if self.unit == "B" else f" {self.unit}",
+            unit_scale=True,
+            delay=QUIET_SECONDS,  # it is not drawn before it knows what is done
+            miniters=0,  # drawn by time alone: by default not after a last part that is smaller than the others
+            leave=False,
+            ncols=columns - 1 if os.environ.get("COLUMNS") else None,
+            dynamic_ncols=not os.environ.get("COLUMNS"),
+        )
+        self._bar.start_t -= seconds
+        self._bar.n, self._bar.delay = self.done, 0
+        self._bar.set_postfix_str(self.note)  # draws
 
     def expect(self, total: int) -> None:
         """Say how much all of the work is, once that is known."""
