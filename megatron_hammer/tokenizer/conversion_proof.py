@@ -1,7 +1,7 @@
 """Tests that a Hugging Face folder gives the same ids and the same decoding as the tokenizer that it was made from.
 
 The folder is loaded with ``AutoTokenizer`` and compared with the source on fixed texts, on every piece, on random joins
-of pieces, on noise, and on texts made for the merges whose order matters (``bpe_merges.derive_merges``).
+of pieces, on noise, and on texts made for the merges whose order matters (``definition.derive_merges``).
 
 Decoding is compared where no id is unk: the text that was unknown is lost, and each library has its own sign for that.
 Nor are spaces at the beginning where the model removes extra ones: sentencepiece then drops one of every leading piece,

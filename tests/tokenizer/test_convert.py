@@ -15,8 +15,8 @@ from tokenizers import Tokenizer as Backend
 
 from megatron_hammer.base.errors import RefusedError
 from megatron_hammer.tokenizer import convert, definition
-from megatron_hammer.tokenizer.bpe_merges import derive_merges
 from megatron_hammer.tokenizer.convert import convert_tokenizer, publish_tokenizer
+from megatron_hammer.tokenizer.definition import derive_merges
 from megatron_hammer.tokenizer.hard_texts import FIXED_TEXTS
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
