@@ -23,9 +23,7 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="type of the weights (default: the training run's)"
     )
-    parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="largest size of a weights file (default: 5GB)"
-    )
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="largest size of a weights file (default: 5GB)")
     parser.add_argument("--tokenizer", choices=("exact", "as-is", "none"), default="exact",
                         help="exact: one that transformers loads, proved to give the same ids (default): a "
                         "tokenizer.json, or the sentencepiece model where there is none. For a tokenizer that has "
@@ -33,8 +31,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from megatron_hammer.huggingface.export import certificate_line, export_hf, parse_size
+    from megatron_hammer.huggingface.weights import DEFAULT_SHARD_BYTES
 
-    size = parse_size(arguments.max_shard_size)
+    size = DEFAULT_SHARD_BYTES if arguments.max_shard_size is None else parse_size(arguments.max_shard_size)
     with Activity("exporting, and comparing with the trained model", in_place=False):
         certificate = export_hf(
             arguments.load,

@@ -189,12 +189,6 @@ def staging_path(target: Path, identity: str | None = None) -> Path:
     return target.with_name(f"{target.name}.tmp-{identity or secrets.token_hex(8)}")
 
 
-def replace_folder(staged: Path, target: Path) -> None:
-    """Rename a finished folder to ``target``, durably. What is in the way is set aside first and removed last."""
-    if (old := exchange_folder(staged, target)) is not None:
-        shutil.rmtree(old)
-
-
 def exchange_folder(staged: Path, target: Path) -> Path | None:
     """Rename a finished folder to ``target``, durably.
 
@@ -276,7 +270,8 @@ def staged_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     try:
         yield staging
         if replace:
-            replace_folder(staging, target)
+            if (old := exchange_folder(staging, target)) is not None:
+                shutil.rmtree(old)
         else:
             sync_folder(staging)
             publish(staging, target)

@@ -46,13 +46,11 @@ def recorded_documents(folder: Path) -> tuple[bool | None, bool | None]:
 
 
 def check_output(output: Path, beside: Collection[str] = ()) -> None:
-    """Raise ``RefusedError`` E525 unless ``output`` may be replaced: absent, empty, or all an export of ours.
+    """Raise ``RefusedError`` E525 unless what is at ``output`` may be replaced: nothing, or all an export of ours.
 
     Args:
         beside: names of files that were put beside an export, and may be replaced with it.
     """
-    if not output.exists():
-        return
     if not output.is_dir():
         raise RefusedError(25, f"--output {output}", "is a file", "name a folder")
     found = {str(p.relative_to(output)) for p in output.rglob("*") if p.is_symlink() or not p.is_dir()}

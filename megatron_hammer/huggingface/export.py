@@ -15,20 +15,15 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError, from_fields
 from megatron_hammer.base.files import dump_json, staged_folder, write_durably
 from megatron_hammer.base.progress import say
-from megatron_hammer.checkpoint.dtypes import DTYPES
 from megatron_hammer.checkpoint.folder import Note, open_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, saved_model
-from megatron_hammer.checkpoint.read import LogicalReader
-from megatron_hammer.config import ModelConfig
 from megatron_hammer.dataset.reader import IndexedDataset, check_prefix, read_header
 from megatron_hammer.huggingface.certified import CERTIFICATE, check_output
 from megatron_hammer.huggingface.config import (
@@ -39,9 +34,8 @@ from megatron_hammer.huggingface.config import (
     read_json,
     token_ids_of,
 )
-from megatron_hammer.huggingface.weights import DEFAULT_SHARD_BYTES, one_thread, write_weight_files
+from megatron_hammer.huggingface.weights import DEFAULT_SHARD_BYTES, export_weights
 from megatron_hammer.tokenizer.convert import conversion_obstacle, convert_tokenizer, form_line
-from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
 
 Prove = Callable[[Path, Path, str], None]
@@ -95,7 +89,8 @@ def export_hf(
     manifest = open_checkpoint(checkpoint, step)
     dtype = dtype or manifest.weights_dtype
     output = Path(output).resolve()  # a link to a folder stays a link
-    check_output(output)
+    if output.exists():
+        check_output(output)
     with staged_folder(output, replace=True) as staging:
         unproved = write_hf(manifest, staging, dtype, max_shard_bytes, note, tokenizer)
         if unproved:
@@ -130,7 +125,12 @@ def write_hf(
         check_vocabulary(tokenizer, model)
         if form == "exact":
             begin_with_bos = documents_begin_with(manifest.config, tokenizer.bos_id)
-            if why := _convert(tokenizer, folder, begin_with_bos, model):
+            try:
+                why = convert_tokenizer(tokenizer, folder, begin_with_bos, model.max_position_embeddings)
+            except RefusedError as error:
+                remedy = f"{error.remedy}; or export the weights with --tokenizer as-is or none"
+                raise RefusedError(error.number, error.what, error.rule, remedy) from None
+            if why:
                 note(f"the tokenizer is exported as {form_line(why)}")
         else:
             unproved = conversion_obstacle(tokenizer) or f"--tokenizer {form} was asked for"
@@ -140,17 +140,8 @@ def write_hf(
     write_durably(folder / CONFIG, dump_json(hf_config_from_model(model, token_ids, dtype)))
     present = {name: value for name, value in token_ids.items() if value is not None}
     write_durably(folder / GENERATION_CONFIG, dump_json(present))
-    write_weights(manifest, folder, dtype, max_shard_bytes)
+    export_weights(manifest, folder, dtype, max_shard_bytes)
     return unproved
-
-
-def _convert(tokenizer: Tokenizer, folder: Path, begin_with_bos: bool | None, model: ModelConfig) -> str:
-    """``convert_tokenizer``, whose refusal names the other forms too."""
-    try:
-        return convert_tokenizer(tokenizer, folder, begin_with_bos, model.max_position_embeddings)
-    except RefusedError as error:
-        remedy = f"{error.remedy}; or export the weights with --tokenizer as-is or none"
-        raise RefusedError(error.number, error.what, error.rule, remedy) from None
 
 
 def documents_begin_with(config: Mapping[str, Any], token: int | None) -> bool | None:
@@ -186,18 +177,6 @@ def _documents_have(config: Mapping[str, Any], token: int | None, option: str, p
         except (DataError, OSError):  # moved, or never on this machine
             continue
     return any(found) if found else None
-
-
-def write_weights(manifest: Manifest, folder: Path, dtype: str, max_shard_bytes: int) -> None:
-    """Stream the logical weights, in one type, into one file, or into several with an index."""
-    tensors = {tensor.name: (dtype, tensor.shape) for tensor in manifest.tensors if tensor.kind == "weight"}
-    with LogicalReader(manifest) as reader, one_thread():
-
-        def chunks(name: str) -> Iterator[Any]:
-            for band in reader.bands(name):
-                yield band.to(DTYPES[dtype]).view(-1).view(torch.uint8).numpy()
-
-        write_weight_files(folder, tensors, chunks, max_shard_bytes)
 
 
 def prove_in_child_process(checkpoint: Path, folder: Path, dtype: str, unproved: str = "") -> None:

@@ -21,6 +21,8 @@ from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.base.files import dump_json, write_durably
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.checkpoint.dtypes import DTYPES
+from megatron_hammer.checkpoint.manifest import Manifest
+from megatron_hammer.checkpoint.read import LogicalReader
 from megatron_hammer.checkpoint.tensor_files import ITEM_BYTES, TensorEntry, TensorFileReader, TensorFileWriter
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.huggingface.config import read_json
@@ -31,6 +33,18 @@ from megatron_hammer.parallel.sharding import Rectangle, rectangles
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_TENSORS = 60_000  # over all files: 5,000 layers
 DEFAULT_SHARD_BYTES = 5 * 10**9  # transformers' own long-time default
+
+
+def export_weights(manifest: Manifest, folder: Path, dtype: str, max_shard_bytes: int) -> None:
+    """Stream the logical weights of a checkpoint, in one type, into one file, or into several with an index."""
+    tensors = {tensor.name: (dtype, tensor.shape) for tensor in manifest.tensors if tensor.kind == "weight"}
+    with LogicalReader(manifest) as reader, one_thread():
+
+        def chunks(name: str) -> Iterator[Any]:
+            for band in reader.bands(name):
+                yield band.to(DTYPES[dtype]).view(-1).view(torch.uint8).numpy()
+
+        write_weight_files(folder, tensors, chunks, max_shard_bytes)
 
 
 def write_weight_files(

@@ -111,7 +111,8 @@ class FolderHub:
 
     def check(self) -> None:
         """Only a published model is replaced."""
-        check_output(self._output, beside=(CARD,))
+        if self._output.exists():
+            check_output(self._output, beside=(CARD,))
         if (self._output / CERTIFICATE).is_file() and not (self._output / CARD).is_file():
             rule = "is an export, which stays as it was proved"
             raise RefusedError(25, f"--output {self._output}", rule, "name another folder")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from megatron_hammer.base.files import hash_bytes, hash_file, publish, replace_folder, staged_folder
+from megatron_hammer.base.files import hash_bytes, hash_file, publish, staged_folder
 
 
 def test_hash_of_a_file_longer_than_the_buffer(tmp_path: Path) -> None:
@@ -32,10 +32,11 @@ def test_publish_replaces_a_file_but_no_filled_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_replaced(tmp_path: Path) -> None:
-    for name in ("staging", "target"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "which").write_text(name)
-    replace_folder(tmp_path / "staging", tmp_path / "target")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "which").write_text("target")
+    with staged_folder(tmp_path / "target", replace=True) as staging:
+        (staging / "which").write_text("staging")
+        assert (tmp_path / "target" / "which").read_text() == "target"
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
     assert (tmp_path / "target" / "which").read_text() == "staging"
 
