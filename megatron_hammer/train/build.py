@@ -105,6 +105,7 @@ def build_stages(
             tp_comm_overlap=config.parallel.tp_comm_overlap,
         )
         store.check(stage)
+        stage.rope(config.data.seq_length)  # made here, not in the first step
         if initial:
             initialise(stage, table, config.train.seed)
         stages.append(stage)
