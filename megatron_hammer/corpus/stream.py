@@ -18,7 +18,7 @@ from typing import Any
 
 import xxhash
 
-from megatron_hammer.base.errors import DataError
+from megatron_hammer.base.errors import DataError, UnfitFile
 from megatron_hammer.base.paths import missing_remedy
 from megatron_hammer.base.reading import is_own_pipe, open_input
 
@@ -65,10 +65,12 @@ def open_stream(path: Path) -> SourceStream:
     Raises:
         DataError: E301 no such file, E309 Zstandard without its library.
     """
-    check_file(path)
-    if path.suffix == ".gz":
-        return _GzipStream(path)
-    return _ZstdStream(path) if path.suffix == ".zst" else SourceStream(path)
+    kind = {".gz": _GzipStream, ".zst": _ZstdStream}.get(path.suffix, SourceStream)
+    try:
+        return kind(path)
+    except (FileNotFoundError, IsADirectoryError, UnfitFile):
+        check_file(path)  # says what is there
+        raise
 
 
 class SourceStream(io.RawIOBase):

@@ -209,8 +209,9 @@ QWEN2_CURE = "as Qwen3 (model.qk_norm=true) or Llama (model.qkv_bias=false)"
 
 def conversion_obstacle(tokenizer: Tokenizer) -> str:
     """Why a tokenizer cannot be exported exactly, or an empty string: what is known without converting it."""
-    if not isinstance(tokenizer, SentencePieceTokenizer) or tokenizer.has_byte_fallback:
-        return ""  # the folder around the .model itself is exact, whatever a tokenizer.json can say (model_obstacle)
+    if tokenizer.always_converts:
+        return ""
+    assert isinstance(tokenizer, SentencePieceTokenizer), f"{tokenizer!r} has a tokenizer.json"
     proto = parse_model(tokenizer.model_bytes, tokenizer.path)
     if not (obstacle := model_obstacle(tokenizer, proto)):
         return ""

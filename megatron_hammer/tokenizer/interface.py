@@ -44,6 +44,8 @@ class Tokenizer(ABC):
     """What makes the ids, and why it is not our own encoder where it is not: for programs to print."""
     assumption: str = ""
     """What was assumed because the file does not say it, in a sentence for people, or nothing."""
+    always_converts: bool = True
+    """Whether a Hugging Face folder can have its ids, whatever its pieces are (``convert.py``)."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

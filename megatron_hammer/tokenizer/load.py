@@ -40,13 +40,15 @@ def load_tokenizer(
             ``.tiktoken``, E313 JSON that is no tokenizer.
     """
     path = find_file(Path(path))
-    _refuse_other_files(path)
     if is_tiktoken(path):
         return TiktokenTokenizer(path, tiktoken_pattern, special_tokens)
-    if tiktoken_pattern or special_tokens:
-        option = f"--tiktoken-pattern {tiktoken_pattern}" if tiktoken_pattern else "--special-tokens"
-        raise ConfigError(99, option, f"is for tiktoken vocabularies, and {path} has its own", "leave it out")
-    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    try:
+        if tiktoken_pattern or special_tokens:
+            option = f"--tiktoken-pattern {tiktoken_pattern}" if tiktoken_pattern else "--special-tokens"
+            raise ConfigError(99, option, f"is for tiktoken vocabularies, and {path} has its own", "leave it out")
+        return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    except (ConfigError, DataError) as error:
+        raise _something_else(path) or error from None
 
 
 _BELOW = ("tokenizer", "hf")
@@ -79,14 +81,15 @@ _OTHER_FILES = {  # ending -> what such a file is, the remedy
 }  # fmt: skip
 
 
-def _refuse_other_files(path: Path) -> None:
-    """Say of a file whose name is that of something else what it is, where its content does not say otherwise."""
+def _something_else(path: Path) -> DataError | None:
+    """The error for a file that is no tokenizer and whose name is that of something else; None: it has no such name."""
     for endings, (what, remedy) in _OTHER_FILES.items():
-        if path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(endings) and not is_tiktoken(path):
+        if path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(endings):
             with open_regular(path) as file:
                 if file.read(1) == b"\n":  # as sentencepiece's models begin, whatever they are called
-                    return
-            raise DataError(12, str(path), f"is {what}, no tokenizer", remedy.format(path=path))
+                    return None
+            return DataError(12, str(path), f"is {what}, no tokenizer", remedy.format(path=path))
+    return None
 
 
 def find_file(path: Path) -> Path:

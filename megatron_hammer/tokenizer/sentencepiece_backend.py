@@ -64,6 +64,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.encoder = f"sentencepiece ({reason})" if reason else "C++ (sentencepiece's BPE, same ids)"
         self.bos_id, self.eos_id, self.unk_id, self.pad_id = facts.special_ids
         self._facts = facts
+        self.always_converts = bool(facts.settings["byte_fallback"])  # the folder around the .model itself is exact
         self.vocab_size = len(facts.piece_bytes)
         self.fingerprint = _fingerprint_model(facts)
 
