@@ -1,10 +1,8 @@
 // A copy that goes past the core's caches, for the snapshot that a save in the background writes from
 // (megatron_hammer/checkpoint/snapshot.py), while training uses the same caches and the same memory.
 //
-// An ordinary store first reads the line that it overwrites, and pushes another out of the cache. A streaming store
-// does neither: two bytes move for each that is copied, not three. memcpy does so for sizes of the order of the last
-// cache, which a virtual machine may take for the whole host's (260 MiB here). The same bytes as memcpy, whatever the
-// machine.
+// memcpy stores so, too, from sizes of the order of the last cache on, which a virtual machine may take for the whole
+// host's (260 MiB here). The same bytes as memcpy, whatever the machine.
 
 #include <pybind11/pybind11.h>
 
@@ -12,38 +10,22 @@
 #include <cstring>
 #include <stdexcept>
 
-#if defined(__x86_64__)
-#include <emmintrin.h>
-#endif
+#include "past_caches.hpp"
 
 namespace py = pybind11;
 
 namespace {
 
-constexpr int64_t LINE = 64;
-
 void copy_past_caches(char* target, const char* source, int64_t n) {
-#if defined(__x86_64__)  // SSE2 is part of it; the four parts of a line leave the core together
-  const int64_t head = -reinterpret_cast<intptr_t>(target) & (LINE - 1);
-  if (n >= head + LINE) {
+  const int64_t head = past_caches::to_line(target), lines = (n - head) / past_caches::LINE * past_caches::LINE;
+  if (lines > 0) {
     std::memcpy(target, source, head);
-    int64_t at = head;
-    for (; at + LINE <= n; at += LINE) {
-      const auto* from = reinterpret_cast<const __m128i*>(source + at);
-      auto* to = reinterpret_cast<__m128i*>(target + at);
-      const __m128i a = _mm_loadu_si128(from), b = _mm_loadu_si128(from + 1), c = _mm_loadu_si128(from + 2),
-                    d = _mm_loadu_si128(from + 3);
-      _mm_stream_si128(to, a);
-      _mm_stream_si128(to + 1, b);
-      _mm_stream_si128(to + 2, c);
-      _mm_stream_si128(to + 3, d);
-    }
-    _mm_sfence();  // before anybody is told that the copy is there
-    target += at;
-    source += at;
-    n -= at;
+    past_caches::copy_lines(target + head, source + head, lines);
+    past_caches::finish();  // before anybody is told that the copy is there
+    target += head + lines;
+    source += head + lines;
+    n -= head + lines;
   }
-#endif
   std::memcpy(target, source, n);
 }
 

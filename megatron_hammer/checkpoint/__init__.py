@@ -9,6 +9,7 @@ of each (``kinds.py``, ``dtypes.py``). A reader therefore need not know how many
 model. ``commit.py`` makes a checkpoint of what ranks have written, ``retention.py`` removes older ones, ``space.py``
 and ``fit.py`` look first whether disk and model have the size, ``inspect.py`` looks at what is there.
 ``background.py`` saves while training goes on, from a copy (``snapshot.py``) in a process of its own
-(``writer_process.py``); ``direct.py`` moves the bytes without the page cache. ``digest.py`` sums up a whole state,
-``live_state.py`` compares it with that in memory, and ``live_weights.py`` gives weights away without a save.
+(``writer_process.py``); ``direct.py`` moves the bytes without the page cache, ``one_pass.py`` hashes them meanwhile.
+``digest.py`` sums up a whole state, ``live_state.py`` compares it with that in memory, and ``live_weights.py`` gives
+weights away without a save.
 """

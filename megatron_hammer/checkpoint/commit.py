@@ -12,6 +12,7 @@ Needs no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.base.faults import fault_point
 from megatron_hammer.base.files import sync_file, sync_folder, write_durably
 from megatron_hammer.base.reading import parse_json, read_regular
-from megatron_hammer.checkpoint.digest import MODULUS, RectangleSum, digest_of
+from megatron_hammer.checkpoint.digest import MODULUS, Factors, digest_of
 from megatron_hammer.checkpoint.folder import publish_checkpoint, step_of
 from megatron_hammer.checkpoint.kinds import shapes_of, style_of
 from megatron_hammer.checkpoint.manifest import (
@@ -39,7 +40,8 @@ from megatron_hammer.checkpoint.manifest import (
     slice_key,
     write_manifest,
 )
-from megatron_hammer.checkpoint.tensor_files import TensorFileReader, TensorFileWriter
+from megatron_hammer.checkpoint.one_pass import OnePass
+from megatron_hammer.checkpoint.tensor_files import ITEM_BYTES, TensorFileReader, TensorFileWriter
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.parallel.placement import Range
 
@@ -90,9 +92,10 @@ def write_rank(
     hashes, sums = [], []
     with TensorFileWriter(path, [(s.key, s.dtype, s.shape) for s in slices]) as writer:
         for wanted in watch(slices):
-            added = RectangleSum(wanted.rows, wanted.cols, wanted.dtype)
-            hashes.append(writer.write(wanted.key, wanted.chunks(), added.add))
-            sums.append(added.total)
+            size = math.prod(wanted.shape) * ITEM_BYTES[wanted.dtype]
+            through = OnePass(size, Factors(wanted.rows, wanted.cols, wanted.dtype))
+            hashes.append(writer.write(wanted.key, wanted.chunks(), through))
+            sums.append(through.total)
         fault_point("fsync", rank, step, part)
     with TensorFileReader(path, writer.size, writer.header_hash) as reader:
         for wanted, hashed in zip(slices, hashes):

@@ -12,7 +12,7 @@ element is always seen, one of several with all but a chance of 2^-32 at most (2
 mistakes and faults, not against a forger: for that keep the SHA-256 of ``tools/inspect_checkpoint.py digest``.
 
 The sums are taken of the bytes that go to the file at a save, and of the live objects right before the first step of a
-run that goes on (``live_state.py``). C++ where it was built (``csrc/checkpoint``), else NumPy. Needs no torch.
+run that goes on (``live_state.py``); ``one_pass.py`` adds them up. Needs no torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_hammer.base.compiled import find_compiled
 from megatron_hammer.base.files import hash_bytes
 from megatron_hammer.checkpoint.manifest import (
     LogicalTensor,
@@ -37,8 +36,6 @@ from megatron_hammer.parallel.placement import Range
 STATE_VALUES = ("consumed_samples", "samples_digest", "optimizer")  # of the manifest's state, beside the step
 MODULUS = 2**64
 _COLS_FROM = 2**40  # in the sequence of odd numbers: rows are counted from 0, columns from here
-_native = find_compiled("megatron_hammer.checkpoint._digest", 1)
-BACKEND = "NumPy" if _native is None else "C++"
 
 
 def odd_numbers(first: int, count: int) -> npt.NDArray[np.uint64]:
@@ -66,42 +63,37 @@ def places(rows: Range, cols: Range | None) -> tuple[Range, Range]:
     return (rows, cols) if cols is not None else ((0, 1), rows)
 
 
-class RectangleSum:
-    """The sum over a rectangle of a tensor, whose bytes come row by row in buffers of any length."""
+class Factors:
+    """The factors of a rectangle of a tensor.
+
+    Args:
+        cols: None of a vector.
+    """
 
     def __init__(self, rows: Range, cols: Range | None, dtype: str) -> None:
-        (first, last), columns = places(rows, cols)
-        self.total = 0
-        self._rows, self._cols = row_numbers((first, last)), col_numbers(columns)
-        self._bits = np.uint16 if ITEM_BYTES[dtype] == 2 else np.uint32
-        self._at = 0  # elements so far
+        lines, columns = places(rows, cols)
+        self.rows, self.cols, self.item_bytes = row_numbers(lines), col_numbers(columns), ITEM_BYTES[dtype]
 
-    def add(self, buffer: Any) -> None:
-        """Add the next elements."""
-        bits = np.frombuffer(buffer, self._bits)
-        add = _sum_numpy if _native is None else _native.rectangle_sum
-        self.total = (self.total + int(add(bits, self._at, self._rows, self._cols))) % MODULUS
-        self._at += len(bits)
-
-
-def _sum_numpy(bits: npt.NDArray[Any], start: int, rows: npt.NDArray[np.uint64], cols: npt.NDArray[np.uint64]) -> int:
-    """The sum over elements ``start`` and following of a rectangle with these factors: the reference for C++."""
-    width, total, at = len(cols), np.uint64(0), 0
-    with np.errstate(over="ignore"):
-        while at < len(bits):
-            row, col = divmod(start + at, width)
-            whole = (len(bits) - at) // width if col == 0 else 0
-            if whole:
-                part = bits[at : at + whole * width].reshape(whole, width).astype(np.uint64)
-                part *= cols
-                total += (part.sum(axis=1) * rows[row : row + whole]).sum()
-                at += whole * width
-            else:  # the rest of a row, or its beginning
-                length = min(width - col, len(bits) - at)
-                part = bits[at : at + length].astype(np.uint64) * cols[col : col + length]
-                total += part.sum() * rows[row]
-                at += length
-    return int(total)
+    def sum_of(self, piece: Any, start: int) -> int:
+        """The sum over the elements from byte ``start`` of the rectangle on; the twin of what is compiled."""
+        bits: npt.NDArray[Any] = np.frombuffer(piece, np.uint16 if self.item_bytes == 2 else np.uint32)
+        start //= self.item_bytes
+        width, total, at = len(self.cols), np.uint64(0), 0
+        with np.errstate(over="ignore"):
+            while at < len(bits):
+                row, col = divmod(start + at, width)
+                whole = (len(bits) - at) // width if col == 0 else 0
+                if whole:
+                    part = bits[at : at + whole * width].reshape(whole, width).astype(np.uint64)
+                    part *= self.cols
+                    total += (part.sum(axis=1) * self.rows[row : row + whole]).sum()
+                    at += whole * width
+                else:  # the rest of a row, or its beginning
+                    length = min(width - col, len(bits) - at)
+                    part = bits[at : at + length].astype(np.uint64) * self.cols[col : col + length]
+                    total += part.sum() * self.rows[row]
+                    at += length
+        return int(total)
 
 
 def state_digest(tensors: Sequence[LogicalTensor], sums: Sequence[int], step: int, state: Mapping[str, Any]) -> str:

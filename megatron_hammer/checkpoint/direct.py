@@ -20,20 +20,43 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_hammer.base.system import C, open_direct, read_at, set_direct, sync
 
 ALIGNMENT = 4096  # of addresses, offsets and lengths: the largest logical block of disks in use
 WRITE_BLOCK_BYTES = 4 * 2**20  # from 1 MiB on a disk here is at its full speed, within its noise
 READ_BLOCK_BYTES = 2 * 2**20
-PIECE_BYTES = 2**18  # copied, and then looked at while the core's own cache still has it
 _LOWEST_BIT = bytes(i & 1 for i in range(256))
 SMALL_BYTES = 64 * 2**10  # such as a norm's weights
 BLOCKS_AHEAD = 2  # one at a time leaves the disk idle in between: 1.35 GB/s here, two 1.8
+
+
+class Passage(Protocol):
+    """What becomes of bytes on their way; they come in order."""
+
+    def copy(self, target: memoryview, source: memoryview) -> None:
+        """Copy the next bytes."""
+
+    def add(self, source: memoryview) -> None:
+        """Look at the next bytes, which need not be copied any more, or not at all."""
+
+
+class PlainCopy:
+    """A passage that only copies."""
+
+    def copy(self, target: memoryview, source: memoryview) -> None:
+        """Copy bytes."""
+        target[:] = source
+
+    def add(self, source: memoryview) -> None:
+        """Nothing."""
+
+
+PLAIN_COPY = PlainCopy()
 
 
 class DirectWriter:
@@ -56,12 +79,12 @@ class DirectWriter:
         self._thread = ThreadPoolExecutor(1, "disk-writer")
         self._pending: Future[None] | None = None
 
-    def write(self, data: Any) -> None:
+    def write(self, data: Any, through: Passage = PLAIN_COPY) -> None:
         """Append a contiguous buffer; it may change again once this returns."""
         view = memoryview(data).cast("B")
         while view:
             part = view[: WRITE_BLOCK_BYTES - self._used]
-            self._blocks[0][self._used : self._used + len(part)] = part
+            through.copy(self._blocks[0][self._used : self._used + len(part)], part)
             self._used += len(part)
             view = view[len(part) :]
             if self._used == WRITE_BLOCK_BYTES:
@@ -130,44 +153,58 @@ class DirectReader:
         self._direct = open_direct(self._descriptor)
         self._threads = ThreadPoolExecutor(BLOCKS_AHEAD, "disk-reader")
 
-    def read_into(self, view: memoryview, offset: int, watch: Callable[[memoryview], object] | None = None) -> int:
+    def read_into(self, view: memoryview, offset: int, through: Passage = PLAIN_COPY) -> int:
         """Fill ``view`` (flat bytes) from ``offset`` on; returns the count, smaller at the end of the file.
-
-        Args:
-            watch: called with each piece that was filled, in order.
 
         Raises:
             OSError: whatever the disk says.
         """
-        goes_on = 0 <= offset - self._end <= SMALL_BYTES  # perhaps past something small that was read before
-        if len(view) <= SMALL_BYTES and not goes_on:
+        if self._is_small(len(view), offset):
             small = self._read_small(view, offset)
-            if watch is not None:
-                watch(view[:small])
+            through.add(view[:small])
             return small
+        done = 0
+        for part in self._parts(offset, len(view)):
+            through.copy(view[done : done + len(part)], part)
+            done += len(part)
+        return done
+
+    def look_at(self, offset: int, size: int, through: Passage) -> int:
+        """As ``read_into``, keeping nothing."""
+        if self._is_small(size, offset):
+            return self.read_into(memoryview(bytearray(size)), offset, through)
+        done = 0
+        for part in self._parts(offset, size):
+            through.add(part)
+            done += len(part)
+        return done
+
+    def _is_small(self, size: int, offset: int) -> bool:
+        return size <= SMALL_BYTES and not self._goes_on(offset)
+
+    def _goes_on(self, offset: int) -> bool:
+        """Where the last read ended, perhaps past something small that was read before."""
+        return 0 <= offset - self._end <= SMALL_BYTES
+
+    def _parts(self, offset: int, size: int) -> Iterator[memoryview]:
+        """The bytes in order, at most a block at a time; each part is gone when the next is asked for."""
         if self._threads is None:
             self._start()
         # Who goes on where the last read ended will go on further; else only what is asked for is fetched.
-        until = self._size if goes_on else offset + len(view)
+        until = self._size if self._goes_on(offset) else offset + size
         done = 0
-        while done < len(view):
+        while done < size:
             index, at = divmod(offset + done, READ_BLOCK_BYTES)
             self._fetch(index, until)
             fetched, block = self._blocks[index]
-            count = min(fetched.result() - at, len(view) - done)
+            count = min(fetched.result() - at, size - done)
             if count <= 0:
                 break
-            for first in range(at, at + count, PIECE_BYTES):
-                piece = block[first : min(first + PIECE_BYTES, at + count)]
-                filled = view[done : done + len(piece)]
-                filled[:] = piece
-                if watch is not None:
-                    watch(filled)
-                done += len(piece)
+            yield block[at : at + count]
+            done += count
         self._end = offset + done
         if self._end == self._size:
             self.close()  # whoever reads many files one after the other has the memory of one
-        return done
 
     def _read_small(self, view: memoryview, offset: int) -> int:
         """As ``read_into``, leaving alone what is on its way for the large reads."""

@@ -7,7 +7,7 @@ the first step (``train/drift.py``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,24 +15,18 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError
-from megatron_hammer.checkpoint.commit import SliceToWrite
-from megatron_hammer.checkpoint.digest import (
-    MODULUS,
-    RectangleSum,
-    col_numbers,
-    places,
-    row_numbers,
-    state_digest,
-)
+from megatron_hammer.checkpoint.digest import MODULUS, Factors, col_numbers, places, row_numbers, state_digest
 from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES
 from megatron_hammer.checkpoint.manifest import Manifest
-from megatron_hammer.checkpoint.write import owned_views
+from megatron_hammer.checkpoint.one_pass import OnePass
+from megatron_hammer.checkpoint.write import chunks_of, owned_views
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.placement import Range
 from megatron_hammer.parallel.sharding import Shard
 
 ELEMENTS_AT_ONCE = 2**23  # of 8 bytes on a GPU
+ELEMENTS_OF_A_THREAD = 2**22  # at a time on a CPU
 
 
 def check_live_state(
@@ -72,21 +66,35 @@ def check_live_state(
 
 def live_sums(shards: Sequence[Shard], where: Mapping[tuple[str, str], int]) -> list[int]:
     """This rank's part of every tensor's sum, as signed numbers of 64 bits; of tensors that it has no part of, 0."""
-    sums, owned = [0] * len(where), zip(*owned_views(shards), strict=True)
-    parts = [(where[s.name, s.kind], s, view) for s, view in owned if (s.name, s.kind) in where]
+    sums = [0] * len(where)
+    parts = [
+        (where[owned.name, owned.kind], *part)
+        for owned, view in zip(*owned_views(shards), strict=True)
+        if (owned.name, owned.kind) in where
+        for part in _parts(owned.rows, owned.cols, view)
+    ]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # one core alone does not fill the memory's channels
         for (at, *_), value in zip(parts, pool.map(lambda part: _sum_of(*part[1:]), parts)):
             sums[at] += value
     return [(value + MODULUS // 2) % MODULUS - MODULUS // 2 for value in sums]
 
 
-def _sum_of(owned: SliceToWrite, view: Tensor) -> int:
+def _parts(rows: Range, cols: Range | None, view: Tensor) -> Iterator[tuple[Range, Range | None, Tensor]]:
+    """A rectangle in bands of rows, so that all threads end at about the same time; a GPU has none to share it."""
+    width = 1 if cols is None else cols[1] - cols[0]
+    height = max(1, ELEMENTS_OF_A_THREAD // width) if view.device.type == "cpu" else rows[1] - rows[0]
+    for first in range(rows[0], rows[1], height):
+        last = min(first + height, rows[1])
+        yield (first, last), cols, view[(first - rows[0]) * width : (last - rows[0]) * width]
+
+
+def _sum_of(rows: Range, cols: Range | None, view: Tensor) -> int:
     if view.device.type == "cpu":
-        part = RectangleSum(owned.rows, owned.cols, owned.dtype)
-        for chunk in owned.chunks():
-            part.add(chunk)
-        return part.total
-    return int(sum_on_device(view, owned.rows, owned.cols).item())
+        through = OnePass(None, Factors(rows, cols, DTYPE_NAMES[view.dtype]))
+        for chunk in chunks_of(view):
+            through.add(chunk)
+        return through.total
+    return int(sum_on_device(view, rows, cols).item())
 
 
 @torch.no_grad()

@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError
-from megatron_hammer.checkpoint.digest import RectangleSum
+from megatron_hammer.checkpoint.digest import Factors
 from megatron_hammer.checkpoint.dtypes import DTYPES
 from megatron_hammer.checkpoint.fit import check_fits
 from megatron_hammer.checkpoint.manifest import Manifest, SavedFile, SavedSlice, slice_key
-from megatron_hammer.checkpoint.tensor_files import CHUNK_BYTES, TensorFileReader
+from megatron_hammer.checkpoint.one_pass import OnePass
+from megatron_hammer.checkpoint.tensor_files import CHUNK_BYTES, ITEM_BYTES, TensorFileReader
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.model.llama import Stage
 from megatron_hammer.model.parameters import Parameter
@@ -146,10 +146,10 @@ class LogicalReader:
         (rows, *cols), dtype = self._manifest.tensors[at].shape, DTYPES[self._manifest.tensors[at].dtype]
         height = min(rows, max(1, CHUNK_BYTES // (dtype.itemsize * math.prod(cols))))
         whole, scratch = (torch.empty((height, *cols), dtype=dtype) for _ in range(2))
-        hashers = [(file, saved, xxhash.xxh3_128()) for file, saved in self._where[at]]
+        passes = [(file, saved, OnePass(math.prod(saved.shape) * dtype.itemsize)) for file, saved in self._where[at]]
         for start in range(0, rows, height):
             band = whole[: rows - start]
-            for file, saved, hasher in hashers:
+            for file, saved, through in passes:
                 first, last = max(start, saved.rows[0]), min(start + height, saved.rows[1])
                 if first >= last:
                     continue
@@ -159,12 +159,11 @@ class LogicalReader:
                 reader = self._reader(file)
                 key = _expect(self._manifest, reader, saved)
                 view: Any = data.view(-1).view(torch.uint8).numpy()
-                reader.read_part(key, (first - saved.rows[0]) * (view.nbytes // len(data)), view)
-                hasher.update(view)
+                reader.read_part(key, (first - saved.rows[0]) * (view.nbytes // len(data)), view, through)
                 if data is not target:
                     target.copy_(data)
                 if last == saved.rows[1]:
-                    _compare(reader, key, saved, hasher.hexdigest())
+                    _compare(reader, key, saved, through.hexdigest())
             yield band
 
     def _reader(self, file: SavedFile) -> TensorFileReader:
@@ -204,14 +203,10 @@ def check_rank_file(
     with _open(manifest, file) as reader:
         for saved in file.slices:
             key = _expect(manifest, reader, saved)
-            part = RectangleSum(saved.rows, saved.cols, manifest.tensors[saved.tensor].dtype)
-
-            def took(piece: memoryview, part: RectangleSum = part) -> None:
-                part.add(piece)
-                advance(len(piece))
-
-            _compare(reader, key, saved, reader.hash_of(key, took))
-            parts.append((saved.tensor, part.total))
+            dtype = manifest.tensors[saved.tensor].dtype
+            through = OnePass(math.prod(saved.shape) * ITEM_BYTES[dtype], Factors(saved.rows, saved.cols, dtype))
+            _compare(reader, key, saved, reader.hash_of(key, through, advance))
+            parts.append((saved.tensor, through.total))
     return parts
 
 

@@ -7,8 +7,8 @@
 
 The format itself has no checksum: 997 of 1,000 flipped bits load silently. So the writer hashes each tensor's bytes
 where they come from, not what goes to the file, and the reader hashes what it read into private memory, not a mapped
-page that may change afterwards or end the process with SIGBUS. XXH3-128 runs at 17 GB/s a core, 49 where the cache has
-the bytes: a tenth of writing and less. The bytes go past the page cache (``direct.py``).
+page that may change afterwards or end the process with SIGBUS; both while they copy (``one_pass.py``). The bytes go
+past the page cache (``direct.py``).
 
 Needs neither torch nor the ``safetensors`` package, which reads these files too. No pickle anywhere.
 """
@@ -23,13 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import xxhash
-
 from megatron_hammer.base import reading
 from megatron_hammer.base.errors import CheckpointError, UnfitFile
 from megatron_hammer.base.files import hash_bytes, writing
 from megatron_hammer.base.reading import parse_json
-from megatron_hammer.checkpoint.direct import PIECE_BYTES, DirectReader, DirectWriter
+from megatron_hammer.checkpoint.direct import PLAIN_COPY, DirectReader, DirectWriter, Passage
+from megatron_hammer.checkpoint.one_pass import OnePass
 
 CHUNK_BYTES = 4 * 2**20  # hashed, converted and copied at a time: enough for full disk speed, small beside a tensor
 MAX_HEADER_BYTES = 8 * 2**20  # parsing JSON costs ten times its size in memory
@@ -111,28 +110,22 @@ class TensorFileWriter:
         self._file = DirectWriter(path)
         self._file.write(head)
 
-    def write(
-        self, name: str, chunks: Iterable[Any], watch: Callable[[memoryview], object] = lambda piece: None
-    ) -> str:
+    def write(self, name: str, chunks: Iterable[Any], through: OnePass | None = None) -> str:
         """Append the next tensor from buffers; returns the XXH3-128 of its bytes as they are in memory.
 
         Args:
-            watch: called with each piece, which the core's cache has for it and for the hash since it was copied.
+            through: which hashes them, and adds them up as well.
         """
         expected, size = self._left.pop()
         assert name == expected, f"{self.path}: {name} written where {expected} was announced"
-        hasher = xxhash.xxh3_128()
+        through = OnePass(size) if through is None else through
         for chunk in chunks:
             view = memoryview(chunk).cast("B")
             with writing(self.path, self.size):
-                for at in range(0, len(view), PIECE_BYTES):
-                    piece = view[at : at + PIECE_BYTES]
-                    self._file.write(piece)
-                    watch(piece)
-                    hasher.update(piece)
+                self._file.write(view, through)
             size -= len(view)
         assert size == 0, f"{self.path}: {name} is {-size} bytes longer than announced"
-        return hasher.hexdigest()
+        return through.hexdigest()
 
     def __enter__(self) -> TensorFileWriter:
         return self
@@ -219,53 +212,47 @@ class TensorFileReader:
     def _malformed(self, rule: str) -> CheckpointError:
         return CheckpointError(10, str(self.path), rule, "restore the file or use another")
 
-    def read_part(
-        self, name: str, start: int, buffer: Any, watch: Callable[[memoryview], object] | None = None
-    ) -> None:
-        """Fill ``buffer`` (flat bytes) with the tensor's bytes from its byte ``start`` on; nothing is compared.
-
-        Args:
-            watch: called with each piece that was filled, in order.
-        """
+    def read_part(self, name: str, start: int, buffer: Any, through: Passage = PLAIN_COPY) -> None:
+        """Fill ``buffer`` (flat bytes) with the tensor's bytes from its byte ``start`` on; nothing is compared."""
         entry, view = self.tensors[name], memoryview(buffer)
         assert start + view.nbytes <= entry.num_bytes, f"{name}: bytes {start} and {view.nbytes} of {entry.num_bytes}"
-        if self._data.read_into(view, entry.offset + start, watch) != view.nbytes:
+        self._check_read(self._data.read_into(view, entry.offset + start, through), view.nbytes)
+
+    def _check_read(self, found: int, wanted: int) -> None:
+        if found != wanted:
             raise CheckpointError(9, str(self.path), "became shorter while it was read", "use another checkpoint")
 
     def read_into(self, name: str, buffer: Any) -> str:
         """Fill ``buffer`` (flat bytes) with the tensor and return its XXH3-128."""
-        entry, view, hasher = self.tensors[name], memoryview(buffer), xxhash.xxh3_128()
+        entry, view, through = self.tensors[name], memoryview(buffer), OnePass(self.tensors[name].num_bytes)
         assert view.nbytes == entry.num_bytes, f"{name}: {view.nbytes} bytes for a tensor of {entry.num_bytes}"
-        self.read_part(name, 0, view, hasher.update)
-        return hasher.hexdigest()
+        self.read_part(name, 0, view, through)
+        return through.hexdigest()
 
-    def hash_of(self, name: str, watch: Callable[[memoryview], object] = lambda piece: None) -> str:
+    def hash_of(
+        self, name: str, through: OnePass | None = None, advance: Callable[[int], None] = lambda count: None
+    ) -> str:
         """XXH3-128 of a tensor's bytes, which are not kept.
 
         Args:
-            watch: called with each piece, in order.
+            through: which hashes them, and adds them up as well.
+            advance: called with the bytes of each part that was read, ``CHUNK_BYTES`` at most.
         """
-        hasher = xxhash.xxh3_128()
+        entry = self.tensors[name]
+        through = OnePass(entry.num_bytes) if through is None else through
+        for start in range(0, entry.num_bytes, CHUNK_BYTES):
+            size = min(CHUNK_BYTES, entry.num_bytes - start)
+            self._check_read(self._data.look_at(entry.offset + start, size, through), size)
+            advance(size)
+        return through.hexdigest()
 
-        def take(piece: memoryview) -> None:
-            hasher.update(piece)
-            watch(piece)
-
-        for _ in self.chunks(name, take):
-            pass
-        return hasher.hexdigest()
-
-    def chunks(self, name: str, watch: Callable[[memoryview], object] | None = None) -> Iterator[memoryview]:
-        """A tensor's bytes in order, ``CHUNK_BYTES`` at a time; each chunk is gone when the next is asked for.
-
-        Args:
-            watch: as in ``read_part``.
-        """
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """A tensor's bytes in order, ``CHUNK_BYTES`` at a time; each chunk is gone when the next is asked for."""
         size = self.tensors[name].num_bytes
         buffer = memoryview(bytearray(min(size, CHUNK_BYTES)))
         for start in range(0, size, CHUNK_BYTES):
             part = buffer[: size - start]
-            self.read_part(name, start, part, watch)
+            self.read_part(name, start, part)
             yield part
 
     def close(self) -> None:

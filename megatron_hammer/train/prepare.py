@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError, RefusedError, require_linux
 from megatron_hammer.base.versions import installed_versions
-from megatron_hammer.checkpoint import digest
+from megatron_hammer.checkpoint import one_pass
 from megatron_hammer.checkpoint.fit import check_fits, check_style
 from megatron_hammer.checkpoint.folder import Damaged, open_checkpoint, search_checkpoints
 from megatron_hammer.checkpoint.kinds import STATE_KINDS
@@ -201,8 +201,8 @@ def look_at_inputs(config: Config, world_size: int, check_data: bool = True, acc
     notes = config.notes()
     if index.BACKEND != "C++":
         notes.append(f"index builder: {index.BACKEND}")
-    if digest.BACKEND != "C++":
-        notes.append(f"digest of the state: {digest.BACKEND}, 0.2 GB/s a rank at each save and start (C++: 20)")
+    if one_pass.BACKEND != "C++":
+        notes.append(f"digest of the state: {one_pass.BACKEND}, 0.2 GB/s a rank at each save and start (C++: 20)")
     past = past_sources(config)
     if not config.train.dry_run:  # which may describe a run whose data is elsewhere
         for prefix in [*config.data.train_prefixes, *(config.data.valid or {}).values()]:

@@ -228,7 +228,7 @@ def _disk(config: Config) -> Verdict:
 
 def _compiled() -> Verdict:
     from megatron_hammer.base import mapping
-    from megatron_hammer.checkpoint import digest
+    from megatron_hammer.checkpoint import one_pass
     from megatron_hammer.kernels.native import cpu, cuda
     from megatron_hammer.sampling import index_builder
     from megatron_hammer.tokenizer import encode
@@ -238,7 +238,7 @@ def _compiled() -> Verdict:
         "tokenizer": encode.COMPILED is not None,
         "CPU kernels": cpu.COMPILED is not None,
         "file maps": mapping.BACKEND == "C++",
-        "state digest": digest.BACKEND == "C++",
+        "state digest": one_pass.BACKEND == "C++",
     }
     found = ", ".join(f"{name} {'built' if built else 'missing'}" for name, built in parts.items())
     found += f", CUDA kernels {'built' if cuda.LIBRARY.exists() else 'not built'}"

@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from megatron_hammer.base.errors import CheckpointError
-from megatron_hammer.checkpoint import digest
-from megatron_hammer.checkpoint.digest import MODULUS, RectangleSum, col_numbers, row_numbers
+from megatron_hammer.checkpoint import live_state, one_pass
+from megatron_hammer.checkpoint.digest import MODULUS, Factors, col_numbers, row_numbers
 from megatron_hammer.checkpoint.inspect import verify_checkpoint
 from megatron_hammer.checkpoint.live_state import check_live_state, live_sums, sum_on_device
 from megatron_hammer.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from megatron_hammer.checkpoint.one_pass import OnePass
 from megatron_hammer.parallel.context import ParallelContext
 from tests.checkpoint.layouts import load_layout, random_logical, rank_shards, tiny_model, write_layout
 
@@ -39,10 +41,10 @@ def test_every_layout_has_the_same(saved) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", ["C++", "NumPy", "torch"])
 def test_each_backend_sums_what_the_formula_says(dtype: str, backend: str, monkeypatch) -> None:
-    if backend == "C++" and digest._native is None:
+    if backend == "C++" and one_pass._native is None:
         pytest.skip("megatron_hammer.checkpoint._digest was not built")
     if backend == "NumPy":
-        monkeypatch.setattr(digest, "_native", None)
+        monkeypatch.setattr(one_pass, "_native", None)
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2**16 if dtype == "bfloat16" else 2**32, (7, 11)).astype(
         "u2" if dtype == "bfloat16" else "u4"
@@ -57,17 +59,41 @@ def test_each_backend_sums_what_the_formula_says(dtype: str, backend: str, monke
             assert int(sum_on_device(view, (20, 27), (5, 16))) % MODULUS == expected
         return
     for cut in (1, 3, 11, 12, 30, 77):
-        part = RectangleSum((20, 27), (5, 16), dtype)
+        part = OnePass(None, Factors((20, 27), (5, 16), dtype))
         for start in range(0, 77, cut):
             part.add(bits.reshape(-1)[start : start + cut].tobytes())
         assert part.total == expected
+
+
+@pytest.mark.parametrize("backend", ["C++", "NumPy"])
+def test_one_pass_copies_and_hashes_what_the_library_hashes(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the size and the cuts, where the bytes lie, and whether they are copied; with a sum, too."""
+    if backend == "C++" and one_pass._native is None:
+        pytest.skip("megatron_hammer.checkpoint._digest was not built")
+    if backend == "NumPy":
+        monkeypatch.setattr(one_pass, "_native", None)
+    content = memoryview(b"\0" + np.random.default_rng(2).bytes(9000))[1:]  # at an odd address
+    for size in (0, 2, 62, 64, 66, 240, 242, 256, 1024, 1026, 1088, 1090, 2048, 2050, 9000):
+        expected = xxhash.xxh3_128_hexdigest(content[:size])
+        bits, factors = np.frombuffer(bytes(content[:size]), "u2"), col_numbers((3, 3 + size // 2))
+        total = sum(int(b) * int(f) for b, f in zip(bits, factors)) * int(row_numbers((0, 1))[0]) % MODULUS
+        for cut in (2, 64, 250, 1024, 1026, 5000):
+            target, plain = bytearray(size + 1), OnePass(size)
+            added = OnePass(size, Factors((3, 3 + size // 2), None, "bfloat16"))
+            for at in range(0, size, max(cut, size // 100 * 2)):
+                piece = content[at : min(at + max(cut, size // 100 * 2), size)]
+                plain.add(piece)
+                added.copy(memoryview(target)[at + 1 : at + 1 + len(piece)], piece)
+            assert plain.hexdigest() == added.hexdigest() == expected, (size, cut)
+            assert target[1:] == content[:size] and plain.total == 0
+            assert added.total == total
 
 
 def test_any_change_is_another_sum() -> None:
     """A bit, two places exchanged, rows or columns exchanged, a sign and another."""
 
     def sum_of(values: np.ndarray) -> int:
-        part = RectangleSum((0, 6), (0, 9), "float32")
+        part = OnePass(None, Factors((0, 6), (0, 9), "float32"))
         part.add(np.ascontiguousarray(values).tobytes())
         return part.total
 
@@ -84,8 +110,9 @@ def test_any_change_is_another_sum() -> None:
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 2)])
-def test_what_was_loaded_is_compared_whatever_the_layout(saved, layout: tuple[int, int]) -> None:
-    """Ranks add up their parts; here one after the other."""
+def test_what_was_loaded_is_compared_whatever_the_layout(saved, layout: tuple[int, int], monkeypatch) -> None:
+    """Ranks add up their parts, in threads; here one rank after the other."""
+    monkeypatch.setattr(live_state, "ELEMENTS_OF_A_THREAD", 40)
     manifest = saved[2, 1]
     where = {(t.name, t.kind): at for at, t in enumerate(manifest.tensors)}
     sums = [0] * len(where)

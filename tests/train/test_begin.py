@@ -18,7 +18,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_hammer.base.errors import CheckpointError, RefusedError
-from megatron_hammer.checkpoint import digest
+from megatron_hammer.checkpoint import one_pass
 from megatron_hammer.checkpoint.manifest import read_manifest, write_manifest
 from megatron_hammer.parallel.agreement import BeforeStart
 from megatron_hammer.train.begin import Beginning, begin
@@ -214,7 +214,7 @@ def test_all_damaged_is_an_error_and_a_fresh_start_is_asked_for_by_name(data: Pa
 
 def test_a_slow_digest_is_noted(data: Path, run: Path, monkeypatch) -> None:
     for backend in ("C++", "NumPy"):
-        monkeypatch.setattr(digest, "BACKEND", backend)
+        monkeypatch.setattr(one_pass, "BACKEND", backend)
         notes = prepare(config_for(overrides(data, run, *STEPS)), 1).notes
         assert any("digest of the state: NumPy" in note for note in notes) == (backend == "NumPy")
 
