@@ -86,6 +86,7 @@ def background_save(folder: Path, shards: Sequence[Shard], tree: dict[str, Any])
     saver = BackgroundSaver(
         folder, shards, config_tree=tree, weights_dtype="bfloat16", tokenizer=None, retention=Retention(2),
         timeout_seconds=600, ctx=ParallelContext.single(), note=print,
+        remark=print,
     )  # fmt: skip
     factor, waits, busy, outcome = torch.randn(1024, 1024), dict.fromkeys(("begin", "update", "hear"), 0.0), 0.0, None
 

@@ -202,6 +202,7 @@ class BackgroundSaver:
         shards: this rank's part, as it will be with every save.
         sync_first: files that must be on the disk before a checkpoint is committed.
         note: called on rank 0 with a line for people.
+        remark: the same, on what lies in the folder: the same line at each save.
 
     Raises:
         MemoryShortage: on all ranks, where one has no memory for a snapshot.
@@ -220,8 +221,9 @@ class BackgroundSaver:
         ctx: ParallelContext,
         sync_first: Sequence[Path] = (),
         note: Note,
+        remark: Note,
     ) -> None:
-        self._folder, self._ctx, self._note = folder, ctx, note
+        self._folder, self._ctx, self._note, self._remark = folder, ctx, note, remark
         self._timeout, self._leader = timeout_seconds, ctx.world.rank == 0
         self._commit = {
             "config": config_tree,
@@ -285,7 +287,7 @@ class BackgroundSaver:
     def _healthy_writer(self) -> WriterProcess:
         """The process, or a new one where it has died since the last save."""
         if self._writer is not None:
-            self._writer.hear(self._note)
+            self._writer.hear(self._remark)
             if self._writer.error is None:
                 return self._writer
             self._end(self._writer)
@@ -300,7 +302,7 @@ class BackgroundSaver:
 
     def _stage(self, staging: Path, step: int) -> None:
         if self._leader:
-            stage(self._folder, staging, step, self._note)
+            stage(self._folder, staging, step, self._remark)
             check_space(self._folder, self._needed, self._ctx.world.size)
 
     def before_update(self) -> None:
@@ -312,7 +314,7 @@ class BackgroundSaver:
         save, writer = self.save, self._writer
         if save is None or writer is None:
             return 0
-        writer.hear(self._note)
+        writer.hear(self._remark)
         if writer.error is None and time.monotonic() > save.deadline:
             writer.error = self._late(f"written {save.target}")
         if writer.error is not None:
@@ -382,7 +384,7 @@ class BackgroundSaver:
         writer = self._writer
         if writer is None or not self._prunes:
             return 0
-        writer.hear(self._note)
+        writer.hear(self._remark)
         self._prunes = writer.open > 0 and writer.error is None
         if not self._prunes:
             return 0
@@ -420,7 +422,7 @@ class BackgroundSaver:
         """End this rank's process if it does not do well, remove what was staged, and tell why; on all ranks."""
         assert self._writer is not None
         self._snapshot.finish()
-        self._writer.hear(self._note)
+        self._writer.hear(self._remark)
         mine, ended = self._writer.error, True
         if mine is not None or self._writer.open:
             ended = self._end(self._writer)

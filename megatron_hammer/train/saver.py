@@ -63,6 +63,7 @@ class Saver:
         self._optimizer, self._ctx, self._tree = optimizer, ctx, config_to_tree(config)
         self._folder, self._sync = checkpoints_folder(config), sync
         self._say, self._note, self._committed = say, note, committed
+        self._remarks = set(prepared.notes)  # that have been said
         settings = config.checkpoint
         self._retention = Retention(settings.keep_last, settings.keep_every_steps, settings.pinned_steps or ())
         self._known = KnownCheckpoints()
@@ -86,6 +87,7 @@ class Saver:
                 ctx=ctx,
                 sync_first=[Path(config.train.output) / "metrics.jsonl"],
                 note=note,
+                remark=self._remark,
             )
             optimizer.before_update = self._background.before_update
 
@@ -115,6 +117,12 @@ class Saver:
                 self._background.begin(state.step, self._optimizer.shards(), self._manifest_state(state))
         except (DiskError, CheckpointError) as error:
             self._failed(error, state.step, last)
+
+    def _remark(self, line: str) -> None:
+        """Of what lies in the folder and stays there, one line in a run, and another when it changes."""
+        if line not in self._remarks:
+            self._remarks.add(line)
+            self._note(line)
 
     def word(self) -> int:
         """What this rank has to say of the save in flight: to be summed over all ranks, and decoded by ``heard``."""
@@ -158,7 +166,7 @@ class Saver:
             tokenizer=self._prepared.tokenizer,
             ctx=self._ctx,
             retention=replace(self._retention, keep_last=sys.maxsize) if self.keeps_all else self._retention,
-            note=self._note,
+            note=self._remark,
             known=self._known,
         )
         self.must_save, self._failures = False, 0

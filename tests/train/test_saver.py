@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import threading
@@ -26,8 +28,9 @@ from megatron_hammer.checkpoint.folder import find_checkpoints, step_of
 from megatron_hammer.checkpoint.inspect import verify_checkpoint
 from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.checkpoint.snapshot import Snapshot
+from megatron_hammer.train.run import run_rank
 from tests.distributed import run_distributed
-from tests.train.runs import checkpoint_bytes, metrics, overrides, train_here
+from tests.train.runs import checkpoint_bytes, config_for, metrics, overrides, train_here
 
 BACKGROUND = "checkpoint.mode=background"
 QUICK = ("train.num_steps=8", "checkpoint.save_interval_steps=2", "train.eval_interval_steps=null",
@@ -271,14 +274,31 @@ def test_a_full_disk_ends_the_run_or_costs_a_checkpoint(
     assert saved(tmp_path / "run") == [2, 6, 8, 10, 12, 14]
 
 
-def test_pinned_steps_and_every_nth_are_kept(data: Path, tmp_path: Path) -> None:
+def test_pinned_steps_and_every_nth_are_kept(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a leftover that stays where it is costs one line, and another when the reason is another."""
+    remove, tries = shutil.rmtree, list[Path]()
+
+    def removes(path: Path, **how: Any) -> None:
+        if path.name != "step-00000007.tmp-ab":
+            return remove(path, **how)
+        tries.append(path)
+        number = errno.EBUSY if len(tries) < 4 else errno.EPERM
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(shutil, "rmtree", removes)
     for mode in ("blocking", "background"):
+        (tmp_path / mode / "checkpoints" / "step-00000007.tmp-ab").mkdir(parents=True)
         arguments = overrides(
             data, tmp_path / mode, *QUICK, f"checkpoint.mode={mode}", "checkpoint.keep_last=2",
             "checkpoint.keep_every_steps=4", "checkpoint.pinned_steps=[1, 3]", "train.num_steps=10",
         )  # fmt: skip
-        assert train_here(0, arguments) == 0
+        assert run_rank(config_for(arguments), 0, 0, 1, None) == 0
         assert saved(tmp_path / mode) == [1, 3, 4, 8, 10]
+        said = re.findall(r"could not remove .*step-00000007.*: (.*)", "".join(capsys.readouterr()))  # out, then err
+        assert said == [os.strerror(errno.EBUSY), os.strerror(errno.EPERM)] and len(tries) > 5
+        tries.clear()
 
 
 @pytest.mark.parametrize("mode", ["blocking", "background"])
