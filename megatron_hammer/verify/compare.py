@@ -177,12 +177,23 @@ def compare_stages(ranks: Sequence[Outcome], sizes: Sizes) -> list[Deviation]:
         for piece in outcome.pieces:
             if piece.kind == "model" and (layer := _layer(piece.tensor)) is not None:
                 owners[layer] = rank * sizes.pp // len(ranks)
+    for rank, outcome in enumerate(ranks):  # in the order of its stages
+        found = [_layer(piece.tensor) for piece in outcome.pieces if piece.kind == "model"]
+        layers = [layer for layer in found if layer is not None]
+        if layers != sorted(layers):
+            cause = f"the stages of this rank have the layers {_listed_once(layers)}, in this order: they are swapped"
+            return [Deviation("order of the stages", (rank,), np.inf, cause)]
     order = [owner for _, owner in sorted(owners.items())]
     visits = [owner for i, owner in enumerate(order) if i == 0 or order[i - 1] != owner]
     if visits == [*range(sizes.pp)] * sizes.stages_per_rank:
         return []
     cause = f"the layers, first to last, are on pipeline ranks {' '.join(map(str, visits))}: stages are swapped"
     return [Deviation("order of the stages", tuple(range(len(ranks))), np.inf, cause)]
+
+
+def _listed_once(layers: list[int]) -> str:
+    """Numbers in the order in which they first come, without the final norm."""
+    return ", ".join(str(layer) for layer in dict.fromkeys(layers) if layer != AFTER_ALL_LAYERS)
 
 
 def _layer(tensor: str) -> int | None:
@@ -242,6 +253,8 @@ def likely_cause(wrong: Sequence[tuple[int, Piece]], expected: np.ndarray, sizes
     """What the pattern of the differing pieces says: a factor, a part of a sum, rows of another place."""
     ratios = [ratio_of(piece.values, expected[piece.place]) for _, piece in wrong]
     factors = [ratio for ratio in ratios if ratio is not None]
+    if len(factors) == len(ratios) and all(abs(factor - 1) <= 1e-3 for factor in factors):
+        return "it is nearly right: rounded to fewer bits?"
     if len(factors) == len(ratios) and max(factors) - min(factors) <= 1e-3 * abs(factors[0]):
         return name_factor(factors[0], sizes) or f"all of it times {factors[0]:.4g}"
     if cause := missing_sum(wrong, expected):
@@ -292,6 +305,8 @@ def missing_sum(wrong: Sequence[tuple[int, Piece]], expected: np.ndarray) -> str
     for _, piece in wrong:
         by_place[tuple((s.start, s.stop) for s in piece.place)].append(piece.values)
     sums = [(place, np.sum(values, axis=0)) for place, values in by_place.items() if len(values) > 1]
+    if all(np.array_equal(value, values[0]) for values in by_place.values() for value in values):
+        return ""  # a factor, and not a part each
     for place, total in sums:
         target = expected[tuple(slice(*r) for r in place)]
         if not float(np.abs(total - target).max()) <= 1e-3 * float(np.abs(expected).max()):

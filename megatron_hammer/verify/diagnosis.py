@@ -6,6 +6,7 @@ of these that differs is examined::
     initial weights    before anything is computed: as another tensor's, or as no seed gives them
     losses of tokens   which tokens: whose samples, whose part, from where in a document; the same losses with each
                        known fault in transformers' model (``what_if.py``): the one that gives these numbers is named
+    losses in step 1   where they differ from those without gradients: the same questions again
     gradients          each is a sum over ranks and micro-batches; by least squares, how often each of them is in it.
                        Else where backward goes wrong first
     gradient norm      of which ranks' shards it is
@@ -19,17 +20,20 @@ A cause that does not explain the numbers is not named: what is left is where th
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from megatron_hammer.checkpoint.kinds import STATE_KINDS
+from megatron_hammer.model.parameters import EMBEDDING
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.grid import AXES
 from megatron_hammer.verify.compare import (
     KEY_SUMS,
     NUMBER_BOUNDS,
+    TIED,
     Evidence,
     PieceKey,
     keys_alone,
@@ -43,6 +47,7 @@ from megatron_hammer.verify.outcome import FIRST, INITIAL, Piece
 from megatron_hammer.verify.patterns import (
     NAMES,
     NOISE,
+    ROUNDED,
     Label,
     explains,
     first_in_backward,
@@ -56,7 +61,10 @@ from megatron_hammer.verify.patterns import (
 )
 from megatron_hammer.verify.what_if import Contributions, second_losses, states_with_faults
 
-ROUNDED = 8e-3  # two roundings to 8 bits; what is really wrong is mostly more
+ONLY_IN_STEPS = (
+    "a forward alone is right, and that of the first step is not: what only steps have, as overlap, what is sent or "
+    "gathered for backward, and whatever a micro-batch leaves behind for the next one"
+)
 EXACTLY = 2e-3  # of the difference of one number, which says less than many do
 
 
@@ -66,12 +74,14 @@ def diagnose(evidence: Evidence) -> list[str]:
     for ask in (
         questions.beginning,
         questions.tokens,
+        questions.first_forward,
         questions.gradients,
         questions.norms,
         questions.first_states,
         questions.model,
         questions.second_loss,
         questions.states,
+        questions.reported,
     ):
         if found := ask():
             return found
@@ -114,6 +124,19 @@ class _Questions:
         """Of the losses before the first step."""
         return diagnose_tokens(self.evidence)
 
+    def first_forward(self) -> list[str]:
+        """Of the losses in the first step, where a forward alone was right."""
+        said = diagnose_tokens(self._in_step(1))
+        return [ONLY_IN_STEPS, *said] if said else []
+
+    def _in_step(self, step: int) -> Evidence:
+        """The same with the forward of a step; where that is not whole, with the one before steps."""
+        everybody = *self.ranks, self.expected
+        if not all(len(outcome.in_steps) >= step and outcome.in_steps[step - 1].is_whole for outcome in everybody):
+            return self.evidence
+        ranks = [outcome.of_step(step) for outcome in self.ranks]
+        return dataclasses.replace(self.evidence, ranks=ranks, expected=self.expected.of_step(step))
+
     # ---- backward ----------------------------------------------------------------------------------------------------
 
     def gradients(self) -> list[str]:
@@ -122,6 +145,8 @@ class _Questions:
         if not wrong:
             return []
         sentences = self._where(wrong, "gradients")
+        if {piece.tensor for _, piece in wrong} == {EMBEDDING} and (sizes := self.evidence.sizes).tied and sizes.pp > 1:
+            sentences.append(TIED)
         if missing := self._missing_sums(wrong):
             return [*sentences, missing]
         parts = Contributions.count(self.config, self.world_size, self.initial)
@@ -142,6 +167,10 @@ class _Questions:
             return [*sentences, KEY_SUMS]
         if named := self._multiples(wrong, "gradients") or self._of_all_groups(wrong) or self._moved(wrong):
             return [*sentences, *named]
+        if z_loss := self._of_z_loss(wrong, parts):
+            return [*sentences, z_loss]
+        if few := self._few(wrong):
+            return [*sentences, few]
         where = first_in_backward(tensors, {piece.tensor for _, piece in wrong}, self._ranks_of("gradient"))
         hints = []
         if self.config.train.recompute != "none":
@@ -149,6 +178,33 @@ class _Questions:
         if self._largest(wrong) < ROUNDED:
             hints.append(f"the differences are small, {self._largest(wrong):.0e} of the largest: rounding to 16 bits?")
         return [*sentences, where, *hints]
+
+    def _of_z_loss(self, wrong: Sequence[tuple[int, Piece]], parts: Contributions) -> str:
+        """Whether all is right but what ``train.z_loss`` adds; parts: with it, as it should be."""
+        if not self.config.train.z_loss:
+            return ""
+        without = dataclasses.replace(self.config, train=dataclasses.replace(self.config.train, z_loss=0.0))
+        rest = Contributions.count(without, self.world_size, self.initial)
+        added = Contributions(parts.labels, {tensor: of - rest.of[tensor] for tensor, of in parts.of.items()})
+        said: Counter[str] = Counter()
+        for rank, piece in wrong:
+            if piece.tensor in parts.of:
+                right = rest.of[piece.tensor].sum(0)[piece.place]
+                times = added.times_in(dataclasses.replace(piece, values=piece.values - right), noise=0.02)
+                said[in_sum(times, parts.labels, self._place(rank)) if times is not None else ""] += 1
+        most = said.most_common(1)[0][0] if said else ""
+        return f"of what train.z_loss adds to the loss: {most}" if most else ""
+
+    def _few(self, wrong: Sequence[tuple[int, Piece]]) -> str:
+        """Whether hardly an element of each differs."""
+        ends, few, of = True, 0, 0
+        for _, piece in wrong:
+            right = self.whole[piece.kind, piece.tensor]
+            off = ~(np.abs(piece.values - right[piece.place]) <= self.evidence.bound * float(np.abs(right).max()))
+            few, of = few + int(off.sum()), of + off.size
+            ends &= not off.ravel()[1:-1].any()
+        at = ", the first or last ones of what a rank has of a tensor: the borders of shards" if ends else ""
+        return f"{few} of {of} elements of these differ{at}" if few <= 0.05 * of else ""
 
     def _multiples(self, wrong: Sequence[tuple[int, Piece]], what: str) -> list[str]:
         """Whether the pieces of each rank are one multiple of what they should be."""
@@ -283,13 +339,15 @@ class _Questions:
         """Of the second step, before which all that ranks have updated was right."""
         right, got = self.expected.losses[1], [outcome.losses[1] for outcome in self.ranks]
         wrong = [rank for rank, loss in enumerate(got) if not abs(loss / right - 1) <= NUMBER_BOUNDS["fp32"]]
-        if not wrong:
+        where = diagnose_tokens(self._in_step(2), 2)
+        if not wrong or not where:
             return []
         updated = {tensor: values for (kind, tensor), values in self.whole.items() if kind == FIRST + "weight"}
         for name, loss in second_losses(self.config, self.initial, updated):
             if all(abs(got[rank] - loss) <= EXACTLY * abs(got[rank] - right) for rank in wrong):
                 return [f"the second step computes with {name} of before the update: gathered before it, or not after"]
-        return ["the first update is right, and the second step computes with other weights: what is gathered of it"]
+        other = "the first update is right, and the second step computes with other weights: what is gathered of it"
+        return [other, *where]
 
     def states(self) -> list[str]:
         """Masters and moments after two steps, of which the first was right."""
@@ -302,6 +360,14 @@ class _Questions:
             return [*sentences, "they are as after the first step: no second update reached them"]
         return [*sentences, *self._of_update(wrong)]
 
+    def reported(self) -> list[str]:
+        """Losses of steps that are wrong, though those of tokens are right, and all that follows from them."""
+        wrong = [step for step, right in enumerate(self.expected.losses)
+                 if any(not abs(o.losses[step] / right - 1) <= NUMBER_BOUNDS["fp32"] for o in self.ranks)]  # fmt: skip
+        if not wrong:
+            return []
+        return ["losses of tokens and gradients are right, and what is reported of losses is not: their sum or count"]
+
     def _of_update(self, wrong: Sequence[tuple[int, Piece]]) -> list[str]:
         if moved := self._moved(wrong) or self._swapped(wrong):
             return moved
@@ -309,13 +375,18 @@ class _Questions:
             return ["they are as before the update but for their decay: its direction did not reach them"]
         for name, pieces in states_with_faults(self.config, self.initial):
             if self._are(wrong, whole_tensors(pieces)):
-                return [f"the numbers are those where {name}"]
+                few = self._few(wrong)
+                return [f"the numbers are those where {name}", *([few] if few else [])]
         kinds = listed(sorted({piece.kind for _, piece in wrong}))
         moments = [(rank, piece) for rank, piece in wrong if piece.kind == FIRST + "exp_avg"]
         if moments and (named := self._multiples(moments, "gradients in the update")):
             return [f"{named[0]}: what they are clipped or divided by"]
+        if few := self._few(wrong):
+            return [few]
         if all(piece.kind.startswith(FIRST) for _, piece in wrong):
             return [f"gradients are right, and {kinds} of them are not"]
+        if named := self._multiples(self._second_gradients(), "gradients in the second update"):
+            return [f"{named[0]}: what they are clipped or divided by"]
         if self._first_gradients_again():
             return ["the gradients of the first step, or parts of them, are still in those of the second"]
         return [f"the first step is right, and {kinds} after the second are not: its gradients, or its update"]
@@ -327,6 +398,21 @@ class _Questions:
         return len(firsts) == len(wrong) and all(
             near(piece.values, self.initial[piece.tensor][piece.place] * left) for piece in firsts
         )
+
+    def _second_gradients(self) -> list[tuple[int, Piece]]:
+        """What the second update of AdamW had for gradients, by the first moments before and after it; as pieces of
+        "second gradient", of which ``whole`` then has the right ones."""
+        beta, kind, found = self.config.optimizer.beta1, "second gradient", []
+        if self.config.optimizer.style != "adamw":
+            return []
+        for tensor in [tensor for of, tensor in self.whole if of == "exp_avg"]:
+            self.whole[kind, tensor] = self.whole["exp_avg", tensor] - beta * self.whole[FIRST + "exp_avg", tensor]
+        for rank, outcome in enumerate(self.ranks):
+            before = {(p.tensor, p.rows, p.cols): p for p in outcome.pieces if p.kind == FIRST + "exp_avg"}
+            for p in (p for p in outcome.pieces if p.kind == "exp_avg"):
+                values = p.values - beta * before[p.tensor, p.rows, p.cols].values
+                found.append((rank, dataclasses.replace(p, kind=kind, values=values)))
+        return found
 
     def _first_gradients_again(self) -> bool:
         """Whether what the first moments got in the second step has parts of the first step's gradients in it."""
@@ -366,6 +452,8 @@ class _Questions:
         place = whose({rank for rank, _ in wrong}, have, self.grid)
         all_of_kind = {tensor for kind, tensor in self.whole if kind in kinds}
         which = which_tensors(tensors, all_of_kind)
+        if not place and not which and tensors != all_of_kind:
+            place = whose({rank for rank, _ in wrong}, range(len(self.ranks)), self.grid)
         if not place and not which:
             return []
         return [f"{what}{' of ' + which if which else ''} are wrong{' on ' + place if place else ''}"]
@@ -380,10 +468,10 @@ class _Questions:
         for _, piece in wrong:
             if (key := (piece.kind, piece.tensor)) not in others:
                 return False
-            off = np.abs(piece.values - self.whole[key][piece.place])
-            if not explains(
-                np.abs(piece.values - others[key][piece.place]), off, NOISE * np.abs(self.whole[key]).max()
-            ):
+            off, size = np.abs(piece.values - self.whole[key][piece.place]), float(np.abs(self.whole[key]).max())
+            which = ~(off <= self.evidence.bound * size)  # the others are right
+            left = np.abs(piece.values - others[key][piece.place])
+            if not explains(left[which], off[which], NOISE * size):
                 return False
         return True
 
@@ -410,9 +498,10 @@ class _Questions:
 
     def _swapped(self, wrong: Sequence[tuple[int, Piece]]) -> list[str]:
         """Whether all pieces together have the right values, which belong to one another's places."""
-        got = np.concatenate([piece.values.ravel() for _, piece in wrong])
-        theirs = [self.whole[piece.kind, piece.tensor][piece.place].ravel() for _, piece in wrong]
-        right = np.sort(np.concatenate(theirs))
+        values = np.concatenate([piece.values.ravel() for _, piece in wrong])
+        theirs = np.concatenate([self.whole[p.kind, p.tensor][p.place].ravel() for _, p in wrong])
+        right, off = np.sort(theirs), ~(np.abs(values - theirs) <= self.evidence.bound * float(np.abs(theirs).max()))
+        got = values[off]  # the others are right
         at = np.searchsorted(right, got - 1e-10 * np.abs(right).max()).clip(max=len(right) - 1)
         alike = bool((np.abs(right[at] - got) <= 1e-9 * np.abs(right).max()).mean() > 0.9)
         return ["the values are right and in one another's places: shards are swapped"] if alike else []

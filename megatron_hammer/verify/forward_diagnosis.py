@@ -17,8 +17,12 @@ from megatron_hammer.verify.tokens import BEHIND, cause_of_tokens
 from megatron_hammer.verify.what_if import losses_with_faults
 
 
-def diagnose_tokens(evidence: Evidence) -> list[str]:
-    """Sentences on the losses before the first step; empty where they are right."""
+def diagnose_tokens(evidence: Evidence, step: int = 1) -> list[str]:
+    """Sentences on the losses before the first step; empty where they are right.
+
+    Args:
+        step: whose samples these are. Of the first alone known faults are tried: they begin with the initial weights.
+    """
     config, world_size, ranks, expected = evidence.config, evidence.world_size, evidence.ranks, evidence.expected
     grid, sizes = config.grid(world_size), evidence.sizes
     right = np.empty(len(expected.tokens))
@@ -37,7 +41,7 @@ def diagnose_tokens(evidence: Evidence) -> list[str]:
         return []
     computing = [rank for rank, outcome in enumerate(ranks) if len(outcome.tokens)]
     sentences = [f"losses are wrong on {place}" for place in [whose(at, computing, grid)] if place]
-    if (own := _which_tokens(config, world_size, wrong)) and not sentences:
+    if (own := _which_tokens(config, world_size, wrong, step)) and not sentences:
         sentences.append(own)
     shift, off = (got - right)[wrong], np.abs(got - right)[wrong]
     if np.isfinite(off).all():
@@ -45,7 +49,7 @@ def diagnose_tokens(evidence: Evidence) -> list[str]:
             return [*sentences, f"losses are {by}"]
         if others := _of_other_samples(config, got, right, wrong):
             return [*sentences, others]
-        for name, losses in losses_with_faults(config, world_size, evidence.initial):
+        for name, losses in losses_with_faults(config, world_size, evidence.initial) if step == 1 else ():
             left = np.abs(losses - got)[wrong]
             if float(left.max()) <= EXPLAINED * float(off.max()) and explains(left, off, NOISE * right.max()):
                 return [*sentences, f"the numbers are those where {name}"]
@@ -57,17 +61,23 @@ def diagnose_tokens(evidence: Evidence) -> list[str]:
     if not (place := first_wrong(ranks, expected, evidence.bound)):
         return [*sentences, BEHIND]
     shifts = np.where(wrong, got - right, 0.0)
-    if not sentences and (cause := cause_of_tokens(wrong, shifts, Reading.of(config).positions.ravel(), sizes)):
+    if not sentences and (cause := cause_of_tokens(wrong, shifts, Reading.of(config, step).positions.ravel(), sizes)):
         sentences = [cause]
     return [*sentences, place]
 
 
 def _missing_samples(config: Config, seen: np.ndarray) -> str:
-    """Samples of which no rank computes all tokens; seen: on how many ranks each token is."""
+    """Samples that no rank computes, or not all of their tokens; seen: on how many ranks each token is."""
     shape = -1, config.data.seq_length
     missing = np.flatnonzero((seen.reshape(shape) == 0).any(1))
     if not len(missing):
         return ""
+    if (seen.reshape(shape) > 0).any(1).all():
+        twice = int((seen > np.bincount(seen).argmax()).sum())
+        return (
+            f"{int((seen == 0).sum())} of {len(seen)} tokens are on no rank and {twice} on one more than others: ranks "
+            "divide samples otherwise than one another"
+        )
     most = np.flatnonzero((seen.reshape(shape) > np.bincount(seen).argmax()).any(1))
     more = f", and sample {most[0]} is read more often than others" if len(most) else ""
     return f"{len(missing)} of {seen.size // shape[1]} samples are read by no rank: {listed(missing[:6])}{more}"
@@ -87,11 +97,11 @@ def _of_other_samples(config: Config, got: np.ndarray, right: np.ndarray, wrong:
     return listed(each[:3]) + (", ..." if len(each) > 3 else "") + ": a rank computes other samples than its own"
 
 
-def _which_tokens(config: Config, world_size: int, wrong: np.ndarray) -> str:
+def _which_tokens(config: Config, world_size: int, wrong: np.ndarray, step: int) -> str:
     """The tokens that differ by what they have in common, where the others have not."""
     if wrong.all():
         return ""
-    reading = Reading.of(config)
+    reading = Reading.of(config, step)
     owners = Owners.of(config, world_size, reading)
     local = config.placement().vocab_rows_local(config.model.vocab_size or 1)
     inputs, labels = reading.tokens.numpy(), reading.labels.numpy()
@@ -112,6 +122,7 @@ def _which_tokens(config: Config, world_size: int, wrong: np.ndarray) -> str:
         off = np.flatnonzero(wrong.reshape(inputs.shape)[sample, part])
         whole &= len(off) == 0 or len(off) == part.stop - part.start - off[0]
         first_ids += [int(ids[sample, part][off[0]])] if len(off) else []
+        whole &= len(off) == 0 or not (ids[sample, part][: off[0]] == first_ids[-1]).any()
     values = np.unique(first_ids)
     if whole and len(values) == 1 < len(np.unique(ids)):
         return (

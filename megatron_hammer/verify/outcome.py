@@ -7,8 +7,10 @@ can be held against whole tensors. Needs no torch.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +42,23 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Forward:
+    """What came out of the forward of a step."""
+
+    tokens: np.ndarray
+    """These four as in ``Outcome``, there of a forward alone before the first step."""
+    token_losses: np.ndarray
+    point_tokens: np.ndarray
+    points: dict[str, np.ndarray]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether each token went through each part once, as far as numbers tell."""
+        same = (len(found) == len(self.point_tokens) for found in self.points.values())
+        return len(self.tokens) == len(self.token_losses) and all(same)
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What one rank reports of its two steps in one precision."""
 
@@ -58,6 +77,12 @@ class Outcome:
     """Which tokens this rank has between the parts, counted as ``tokens``."""
     refused: str = ""
     """Why no checkpoint could be written."""
+    in_steps: list[Forward] = field(default_factory=list)
+    """Of each step, in fp64 alone."""
+
+    def of_step(self, step: int) -> Outcome:
+        """The same with the forward of a step in the place of that before the first one."""
+        return replace(self, **vars(self.in_steps[step - 1]))
 
 
 ARRAYS, NUMBERS = ("tokens", "token_losses", "point_tokens"), ("losses", "norms", "source_losses", "refused")
@@ -67,10 +92,14 @@ def write_outcome(prefix: Path, outcome: Outcome) -> None:
     """As a JSON file and one of arrays."""
     names = [[p.kind, p.tensor, p.rows, p.cols] for p in outcome.pieces]
     values = [p.values for p in outcome.pieces]
-    points = {f"point {name}": found for name, found in outcome.points.items()}
-    arrays = {name: getattr(outcome, name) for name in ARRAYS} | points
+    in_steps = [f"step {step} " for step in range(1, len(outcome.in_steps) + 1)]
+    arrays: dict[str, Any] = {}
+    forwards: list[Outcome | Forward] = [outcome, *outcome.in_steps]
+    for of, forward in zip(("", *in_steps), forwards, strict=True):
+        arrays |= {of + name: getattr(forward, name) for name in ARRAYS}
+        arrays |= {f"{of}point {name}": found for name, found in forward.points.items()}
     np.savez(f"{prefix}.npz", *values, **arrays)
-    text = json.dumps({name: getattr(outcome, name) for name in NUMBERS} | {"pieces": names})
+    text = json.dumps({name: getattr(outcome, name) for name in NUMBERS} | {"pieces": names, "in_steps": in_steps})
     Path(f"{prefix}.json").write_text(text, encoding="utf-8")
 
 
@@ -79,10 +108,15 @@ def read_outcome(prefix: Path) -> Outcome:
     head = parse_json(read_regular(f"{prefix}.json"))
     with open_regular(f"{prefix}.npz") as file, np.load(file, allow_pickle=False) as arrays:
         values = [arrays[f"arr_{i}"] for i in range(len(head["pieces"]))]
-        more = {name: arrays[name] for name in ARRAYS}
-        points = {name.removeprefix("point "): arrays[name] for name in arrays.files if name.startswith("point ")}
+        before, *of_steps = (_forward(arrays, prefix) for prefix in ("", *head["in_steps"]))
     pieces = [
         Piece(kind, tensor, (rows[0], rows[1]), None if cols is None else (cols[0], cols[1]), array)
         for (kind, tensor, rows, cols), array in zip(head["pieces"], values, strict=True)
     ]
-    return Outcome(pieces=pieces, points=points, **more, **{name: head[name] for name in NUMBERS})
+    return Outcome(pieces=pieces, in_steps=of_steps, **vars(before), **{name: head[name] for name in NUMBERS})
+
+
+def _forward(arrays: Mapping[str, np.ndarray], prefix: str) -> Forward:
+    begin = f"{prefix}point "
+    points = {name.removeprefix(begin): arrays[name] for name in arrays if name.startswith(begin)}
+    return Forward(points=points, **{name: arrays[prefix + name] for name in ARRAYS})

@@ -105,6 +105,7 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
             return ranks
         refused = ranks[[*names][-1]][0].refused
         saved = None if refused else Outcome([], [], _saved_pieces(Path(folder) / "checkpoints"))
+        counted = None if refused else _saved_updates(Path(folder) / "checkpoints")
     without_dp = _without_dp(small, sizes, note)
     if isinstance(without_dp, int):
         return without_dp
@@ -125,13 +126,17 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
     if saved is not None:
         compared.append(_checkpoint_against(saved, alone["fp32"], last, sizes))
     rows, findings = ([part for parts in column for part in parts] for column in zip(*compared, strict=True))
+    if counted not in (None, STEPS) and small.train.precision != "fp16":  # there an update may be left out
+        said = f"it is {counted:g} after {STEPS} updates: a run that goes on would correct its moments otherwise"
+        findings.append(Deviation("checkpoint's count of updates", (), np.inf, said))
     if refused:
         findings.append(Deviation("checkpoint", tuple(range(world_size)), np.inf, f"it cannot be written: {refused}"))
-    findings = compare_stages(ranks[exact], sizes) + findings
-    causes: list[str] = []
+    of_stages = compare_stages(ranks[exact], sizes)
+    findings = of_stages + findings
+    causes = [finding.cause for finding in of_stages]
     if findings and exact == "fp64":
         note("one process with faults in it: which gives these numbers")
-        causes = diagnose(Evidence(small, world_size, ranks[exact], alone[exact], initial, BOUNDS[exact]))
+        causes += diagnose(Evidence(small, world_size, ranks[exact], alone[exact], initial, BOUNDS[exact]))
     return Proof(small, left_out, rows, findings, causes or _by_what(findings))
 
 
@@ -199,6 +204,11 @@ def _saved_pieces(folder: Path) -> list[Piece]:
         rows, *cols = values.shape
         pieces.append(Piece(tensor.kind, tensor.name, (0, rows), (0, cols[0]) if cols else None, values))
     return pieces
+
+
+def _saved_updates(folder: Path) -> float:
+    """By which a run that goes on from that checkpoint corrects AdamW's moments."""
+    return float(open_checkpoint(folder).state["optimizer"]["updates"])
 
 
 def _against(

@@ -16,6 +16,7 @@ from megatron_hammer.verify.outcome import Piece
 
 NAMES: dict[Axis, str] = {"pp": "pipeline", "dp": "data-parallel", "cp": "context-parallel", "tp": "tensor-parallel"}
 EXPLAINED = 0.05  # of a difference may be left by a cause that is named: rounding leaves far less, another cause more
+ROUNDED = 8e-3  # of the largest value: two roundings to 8 bits; what is really wrong is mostly more
 NOISE = 1e-5  # of the largest value: transformers' RoPE is rounded to fp32 elsewhere
 BACKWARD = ("down_proj", "up_proj", "gate_proj", "post_attention_layernorm", "o_proj", "v_proj", "k_norm", "q_norm",
             "k_proj", "q_proj", "input_layernorm")  # fmt: skip

@@ -20,26 +20,70 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hammer.model.llama import Stage
+from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.verify.outcome import Outcome
-from megatron_hammer.verify.patterns import BORDER
+from megatron_hammer.verify.patterns import BORDER, ROUNDED, listed
 
 OF_A_LAYER = ("attention_norm", "attention", "mlp_norm", "mlp")
 
 
-@contextmanager
-def watched(stages: Sequence[Stage]) -> Iterator[dict[str, list[np.ndarray]]]:
-    """What comes out of each part while the stages compute: by its name, of each micro-batch [rows, 2]."""
-    found: dict[str, list[np.ndarray]] = {}
-    hooks = []
-    for stage in stages:
-        for name, part in _parts(stage):
-            found[name] = []
-            hooks.append(part.register_forward_hook(partial(_note, found[name])))
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+class ForwardWatch:
+    """What comes out of each part of a model in its forward of some micro-batches, and the losses of their tokens.
+
+    Whatever order the micro-batches are computed in, they are kept in the order given. A layer that backward runs again
+    is not looked at then.
+
+    Args:
+        batches: with tensors that the stages will be given.
+    """
+
+    def __init__(self, batches: Sequence[Batch[Tensor]]) -> None:
+        self._tokens = [batch.tokens for batch in batches]
+        self._points: dict[str, list[tuple[int, np.ndarray]]] = {}
+        self._losses: list[tuple[int, np.ndarray]] = []
+        self._running: int | None = None
+
+    @property
+    def points(self) -> dict[str, np.ndarray]:
+        """By the name of the part, [rows of all micro-batches, 2]."""
+        return {name: _in_order(found) for name, found in self._points.items()}
+
+    @property
+    def losses(self) -> np.ndarray:
+        """Of all tokens; none on a stage without a head."""
+        return _in_order(self._losses)
+
+    @contextmanager
+    def on(self, stages: Sequence[Stage]) -> Iterator[ForwardWatch]:
+        """While these compute, each micro-batch once at most."""
+        hooks = []
+        for stage in stages:
+            hooks += [stage.register_forward_pre_hook(self._enter), stage.register_forward_hook(self._leave)]
+            for name, part in _parts(stage):
+                self._points[name] = []
+                hooks.append(part.register_forward_hook(partial(self._note, name)))
+        try:
+            yield self
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _enter(self, stage: nn.Module, inputs: Any) -> None:
+        self._running = next((i for i, tokens in enumerate(self._tokens) if tokens is inputs[0]), None)
+
+    def _leave(self, stage: nn.Module, inputs: Any, output: Tensor) -> None:
+        if self._running is not None and isinstance(stage, Stage) and stage.placement.has_head:
+            self._losses.append((self._running, output.detach().flatten().double().cpu().numpy()))
+        self._running = None
+
+    def _note(self, name: str, part: nn.Module, inputs: Any, output: Any) -> None:
+        if self._running is not None:
+            x: Tensor = output[0] if isinstance(output, tuple) else output  # of a norm the second is the sum it made
+            self._points[name].append((self._running, _two_numbers(x.detach())))
+
+
+def _in_order(found: list[tuple[int, np.ndarray]]) -> np.ndarray:
+    return np.concatenate([values for _, values in sorted(found, key=lambda of: of[0])]) if found else np.empty(0)
 
 
 def _parts(stage: Stage) -> Iterator[tuple[str, nn.Module]]:
@@ -49,11 +93,11 @@ def _parts(stage: Stage) -> Iterator[tuple[str, nn.Module]]:
         yield from ((f"layers.{number}.{name}", getattr(layer, name)) for name in OF_A_LAYER)
 
 
-def _note(found: list[np.ndarray], part: nn.Module, inputs: Any, output: Any) -> None:
-    x: Tensor = output[0] if isinstance(output, tuple) else output  # of a norm the second is the sum that it made
+def _two_numbers(x: Tensor) -> np.ndarray:
     places = torch.arange(x.shape[-1], dtype=torch.float64, device=x.device)
     two = torch.stack((torch.cos(places), torch.cos(1.7 * places)), 1)
-    found.append((x.detach().double().flatten(0, -2) @ two).cpu().numpy())
+    numbers: np.ndarray = (x.double().flatten(0, -2) @ two).cpu().numpy()
+    return numbers
 
 
 def in_row_order(tokens: np.ndarray, packed: bool, part: int, parts: int) -> np.ndarray:
@@ -73,10 +117,11 @@ def first_wrong(ranks: Sequence[Outcome], expected: Outcome, bound: float) -> st
         wrong = [rank for rank, got in have.items() if not np.abs(got - right[ranks[rank].point_tokens]).max() <= limit]
         if wrong:
             before, border = f"right up to {order[i - 1]} and " if i else "", ""
+            on = f", on rank{'s' if len(wrong) > 1 else ''} {listed(wrong)} alone" if len(wrong) < len(have) else ""
             if i and not any(order[i - 1] in ranks[rank].points for rank in have):
                 border = BORDER
             pattern = _pattern([(ranks[rank].point_tokens, have[rank]) for rank in wrong], right, limit)
-            return f"hidden states are {before}wrong from {name} on{border}{pattern}"
+            return f"hidden states are {before}wrong from {name} on{on}{border}{pattern}"
     return ""
 
 
@@ -105,6 +150,9 @@ def _pattern(wrong: Sequence[tuple[np.ndarray, np.ndarray]], right: np.ndarray, 
     factor = float((got * theirs).sum() / np.square(theirs).sum())
     if np.abs(got - factor * theirs).max() <= 100 * limit:
         return f": they are {factor:.4g} times what they should be"
+    size = float(np.abs(got - theirs).max()) / float(np.abs(right).max())
+    if size < ROUNDED:
+        return f": the differences are small, {size:.0e} of the largest: rounded to fewer bits?"
     order = np.argsort(right[:, 0])
     at = order[np.clip(np.searchsorted(right[order, 0], got[off, 0] - 10 * limit), 0, len(order) - 1)]
     if np.abs(right[at] - got[off]).max() <= 100 * limit:

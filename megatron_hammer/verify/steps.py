@@ -42,8 +42,8 @@ from megatron_hammer.train.pipeline import pipelined_losses
 from megatron_hammer.train.source_sums import LOSS, WEIGHT, Sources
 from megatron_hammer.train.state import RunState
 from megatron_hammer.train.step import accumulate
-from megatron_hammer.verify.outcome import FIRST, INITIAL, Outcome, Piece, write_outcome
-from megatron_hammer.verify.points import in_row_order, watched
+from megatron_hammer.verify.outcome import FIRST, INITIAL, Forward, Outcome, Piece, write_outcome
+from megatron_hammer.verify.points import ForwardWatch, in_row_order
 from megatron_hammer.verify.shrink import STEPS
 
 EXACT = {"fp64": torch.float64, "fp32": torch.float32}
@@ -67,12 +67,18 @@ def take_steps(config: Config, ctx: ParallelContext, dtype: torch.dtype, checkpo
     losses: list[float] = []
     norms: list[float] = []
     by_source: list[list[float]] = []
+    in_steps: list[Forward] = []
     pieces = [p for p in _pieces_of(optimizer.shards(), INITIAL) if p.kind == INITIAL + "weight"]
     pieces += model_pieces(optimizer, INITIAL + "model")
     for step in range(1, STEPS + 1):
         # As ``train_step`` does it, in halves: the update may use the gradients' memory.
         batches = own_micro_batches(config, step, ctx)
-        loss, table = accumulate(model, optimizer, batches, ctx, config.train.z_loss, run, Sources(SOURCES))
+        # Looked at in fp64 alone, which only the diagnosis needs: what runs then is never compiled, nor a CUDA graph.
+        watch = ForwardWatch(batches)
+        with watch.on(stages_of(model) if dtype == torch.float64 else []):
+            loss, table = accumulate(model, optimizer, batches, ctx, config.train.z_loss, run, Sources(SOURCES))
+        if dtype == torch.float64:
+            in_steps.append(_forward_of(watch, config, step, ctx))
         norm = optimizer.clip_grad_norm(config.optimizer.clip_grad)
         losses.append(float(loss))
         by_source.append((table[:, LOSS] / table[:, WEIGHT]).tolist())
@@ -94,7 +100,7 @@ def take_steps(config: Config, ctx: ParallelContext, dtype: torch.dtype, checkpo
             )  # fmt: skip
         except CheckpointError as error:  # what the ranks hold does not make a checkpoint: a finding
             refused = f"{error.what.rsplit(': ', 1)[-1]} {error.rule}"
-    return Outcome(losses, norms, pieces, source_losses=by_source, refused=refused, **found)
+    return Outcome(losses, norms, pieces, source_losses=by_source, refused=refused, in_steps=in_steps, **vars(found))
 
 
 @torch.no_grad()
@@ -164,29 +170,31 @@ def _shares(config: Config, samples: _Samples, ctx: ParallelContext) -> list[Bat
 
 
 @torch.no_grad()
-def forward_alone(model: Model, config: Config, ctx: ParallelContext) -> dict[str, Any]:
-    """Of the first step's batches what ``Outcome`` has of a forward: losses of tokens, none on a stage without a head,
-    and what lies between the parts of the model."""
-    windows, documents = global_batch(config, 1)
-    numbers = np.arange(windows[:, 1:].numel()).reshape(len(windows), -1)  # take the same way as the tokens
-    samples = _Samples(numbers, numbers, _lengths(config, documents))
-    shares = _shares(config, samples, ctx)
-    losses: list[Tensor] = []
+def forward_alone(model: Model, config: Config, ctx: ParallelContext) -> Forward:
+    """Of the first step's batches, without a step."""
     batches = own_micro_batches(config, 1, ctx)
-    with watched(stages_of(model)) as points:
+    with ForwardWatch(batches).on(stages_of(model)) as watch:
         if ctx.pp.size > 1:
-            pipelined_losses(stages_of(model), batches, ctx, lambda batch, found: losses.append(found))
+            pipelined_losses(stages_of(model), batches, ctx, lambda batch, found: None)
         else:
             (whole,) = stages_of(model)
-            losses = [whole(batch.tokens, batch.labels, batch.documents) for batch in batches]
+            for batch in batches:
+                whole(batch.tokens, batch.labels, batch.documents)
+    return _forward_of(watch, config, 1, ctx)
+
+
+def _forward_of(watch: ForwardWatch, config: Config, step: int, ctx: ParallelContext) -> Forward:
+    """What was seen, and of which tokens it is; on a stage without a head there are no losses."""
+    windows, documents = global_batch(config, step)
+    numbers = np.arange(windows[:, 1:].numel()).reshape(len(windows), -1)  # take the same way as the tokens
+    shares = _shares(config, _Samples(numbers, numbers, _lengths(config, documents)), ctx)
     part, parts = (ctx.tp.rank, ctx.tp.size) if config.parallel.sequence_parallel else (0, 1)
     rows = [in_row_order(share.tokens, share.documents is not None, part, parts) for share in shares]
-    of_points = {name: np.concatenate(of_batches) for name, of_batches in points.items()}
-    found: dict[str, Any] = {"points": of_points, "point_tokens": np.concatenate([row.ravel() for row in rows])}
-    if losses:
-        found["token_losses"] = torch.cat([x.flatten() for x in losses]).double().cpu().numpy()
-        found["tokens"] = np.concatenate([share.tokens.ravel() for share in shares])
-    return found
+    tokens = np.concatenate([share.tokens.ravel() for share in shares])
+    losses = watch.losses
+    return Forward(
+        tokens if len(losses) else tokens[:0], losses, np.concatenate([row.ravel() for row in rows]), watch.points
+    )
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------

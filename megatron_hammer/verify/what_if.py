@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -159,12 +160,12 @@ def _changed_weights(config: Config) -> Iterator[tuple[str, list[WeightChange]]]
     def blocks(count: int, order: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda weight: order(weight.reshape(count, -1, *weight.shape[1:])).reshape(weight.shape)
 
-    orders: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+    heads_in: list[tuple[str, Callable[[Tensor], Tensor]]] = [
         ("in the reverse order", lambda w: w.flip(0)),
         ("one place on", lambda w: w.roll(1, 0)),
     ]
-    for word, order in orders:
-        of_groups, of_heads = blocks(model.query_groups, order), blocks(model.num_attention_heads, order)
+    for word, change in heads_in:
+        of_groups, of_heads = blocks(model.query_groups, change), blocks(model.num_attention_heads, change)
         if model.query_groups > 1:
             yield (
                 f"key and value heads are {word}",
@@ -173,14 +174,17 @@ def _changed_weights(config: Config) -> Iterator[tuple[str, list[WeightChange]]]
         yield f"query heads are {word}", [(f"q_proj.{kind}", of_heads) for kind in ("weight", "bias")]
     if tp > model.query_groups > 1:
         # Heads with the groups that they would meet; that heads change their order changes nothing.
-        met = [head // at.heads_local % model.query_groups for head in range(model.num_attention_heads)]
-        in_turn = sorted(range(len(met)), key=met.__getitem__)
-        by_group = blocks(len(met), lambda w: w[in_turn])
-        yield (
-            "copies of key and value heads are on ranks in turn, not on neighbours",
-            [(f"q_proj.{kind}", by_group) for kind in ("weight", "bias")]
-            + [("o_proj.weight", lambda w: by_group(w.T.contiguous()).T)],
-        )
+        ways: list[tuple[str, Callable[[int], int]]] = [
+            ("copies of key and value heads are on ranks in turn, not on neighbours", lambda r: r % model.query_groups),
+            ("ranks have the key and value heads of the next rank", lambda r: (r + 1) % tp // at.kv_copies),
+            ("ranks have the key and value heads of the rank before", lambda r: (r - 1) % tp // at.kv_copies),
+        ]
+        for name, group_of in ways:
+            met = [group_of(head // at.heads_local) for head in range(model.num_attention_heads)]
+            order = sorted(range(len(met)), key=met.__getitem__)
+            by_rows, by_columns = partial(_in_blocks, len(met), order), partial(_columns_in_blocks, len(met), order)
+            reordered: list[WeightChange] = [(f"q_proj.{kind}", by_rows) for kind in ("weight", "bias")]
+            yield name, [*reordered, ("o_proj.weight", by_columns)]
     nothing: Callable[[Tensor], Tensor] = lambda w: w * 0  # noqa: E731
     for layer in range(model.num_layers):
         name = f"layers.{layer}."
@@ -195,6 +199,14 @@ def _changed_weights(config: Config) -> Iterator[tuple[str, list[WeightChange]]]
     for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
         yield f"the bias of {kind} is not added", [(f"{kind}.bias", nothing)]
     yield "norms do not multiply by their weights", [("norm.weight", torch.ones_like)]
+
+
+def _in_blocks(count: int, order: list[int], weight: Tensor) -> Tensor:
+    return weight.reshape(count, -1, *weight.shape[1:])[order].reshape(weight.shape)
+
+
+def _columns_in_blocks(count: int, order: list[int], weight: Tensor) -> Tensor:
+    return _in_blocks(count, order, weight.T.contiguous()).T
 
 
 def _other_layers(config: Config, weights: dict[str, Any]) -> Iterator[tuple[str, list[WeightChange]]]:
@@ -277,8 +289,12 @@ class Contributions:
             (losses.sum() / reading.tokens.numel()).backward()  # type: ignore[no-untyped-call]
         return cls(labels, found)
 
-    def times_in(self, piece: Piece) -> np.ndarray | None:
-        """How often each part is in a gradient, by least squares; None where it is no sum of them."""
+    def times_in(self, piece: Piece, noise: float = 1e-3) -> np.ndarray | None:
+        """How often each part is in a gradient, by least squares; None where it is no sum of them.
+
+        Args:
+            noise: of the parts' largest value, that a sum may leave.
+        """
         basis = self.of[piece.tensor][(slice(None), *piece.place)].reshape(len(self.labels), -1)
         scale = max(float(np.abs(basis).max()), 1e-300)
         if basis.shape[1] < 2 * len(basis) or not np.isfinite(piece.values).all():
@@ -286,7 +302,7 @@ class Contributions:
         found = np.linalg.lstsq(basis.T / scale, piece.values.ravel() / scale, rcond=1e-6)
         times: np.ndarray = found[0]
         left = float(np.abs(piece.values.ravel() - times @ basis).max())
-        return times if found[2] == len(basis) and left <= 1e-3 * scale else None
+        return times if found[2] == len(basis) and left <= noise * scale else None
 
 
 def _hook(sums: np.ndarray, now: dict[str, np.ndarray]) -> Callable[..., None]:

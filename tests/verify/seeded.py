@@ -376,6 +376,58 @@ def _weighted(weight_of: Callable[[int], float]) -> Any:
 # ---- of the update --------------------------------------------------------------------------------------------------
 
 
+def _in_training(change: Callable[[FlatStore, torch.Tensor], None], recorded: bool) -> Any:
+    """What layer 1 computes with in the second micro-batch of a step is changed, and in no forward alone.
+
+    Args:
+        recorded: in forward; else what is gathered for backward.
+    """
+    real, micro_batches = FlatStore.acquire, [0]
+    begin = FlatStore.begin
+
+    def begun(self: FlatStore, first: bool, last: bool, watch: Any = None) -> None:
+        micro_batches[0] = 1 if first else micro_batches[0] + 1
+        begin(self, first, last, watch)
+
+    def acquire(self: FlatStore, part: str, then: Sequence[str] = ()) -> None:
+        real(self, part, then)
+        if part == "layers.1" and micro_batches[0] == 2 and torch.is_grad_enabled() is recorded:
+            for bucket in self._buckets_of[part]:
+                change(self, self.weight_buffers.full[bucket])
+
+    return _together(mock.patch.object(FlatStore, "begin", begun), mock.patch.object(FlatStore, "acquire", acquire))
+
+
+def _objective(change: Callable[[Any, float, float], tuple[float, float]]) -> Any:
+    """Another share of the loss, or of the z-loss; change(batch, share, z_loss)."""
+    real = schedules.objective_of
+    return mock.patch.object(schedules, "objective_of", lambda batch, *a: real(batch, *change(batch, *a)))
+
+
+def _borders_of_shards_lost() -> Any:
+    real = FlatStore.reduce
+
+    def reduce(self: FlatStore) -> None:
+        real(self)
+        for bucket in self.buckets:
+            self.sum_buffers.shard(bucket)[[0, -1]] = 0
+
+    return mock.patch.object(FlatStore, "reduce", reduce)
+
+
+def _divisor_of_before() -> Any:
+    """The second update divides by what the first one divided by."""
+    real, divisors = Optimizer.clip_grad_norm, []  # type: ignore[var-annotated]
+
+    def clip(self: Optimizer, most: float) -> torch.Tensor:
+        norm = real(self, most)
+        divisors.append(self.divisor)
+        self.divisor = divisors[0]
+        return norm
+
+    return mock.patch.object(Optimizer, "clip_grad_norm", clip)
+
+
 def _update(change: Callable[[AdamW, Any, float], float | None]) -> Any:
     """AdamW with another learning rate, or no update at all."""
     real = AdamW._update
@@ -499,6 +551,16 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "updates ahead": _updates_ahead,
     "not clipped": lambda: mock.patch.object(
         Optimizer, "clip_grad_norm", lambda self, most, real=Optimizer.clip_grad_norm: real(self, 0.0)
+    ),
+    "not there in time": partial(_in_training, lambda store, full: full[len(full) // 2 :].zero_(), True),
+    "rolled for backward": partial(_in_training, lambda store, full: full.copy_(full.roll(len(full) // 2)), False),
+    "z-loss twice": partial(_objective, lambda batch, share, z_loss: (share, 2 * z_loss)),
+    "borders of shards": _borders_of_shards_lost,
+    "divisor of before": _divisor_of_before,
+    "first losses reported": lambda: mock.patch.object(
+        schedules,
+        "sum_by_source",
+        lambda batches, losses, *a, real=schedules.sum_by_source: real(batches, losses[:1] * len(losses), *a),
     ),
     "norms decay": lambda: mock.patch.object(parameters.Parameter, "decay", property(lambda self: True)),
     "own norm": lambda: _norm(lambda store, add: store.local_square_sum(add)),

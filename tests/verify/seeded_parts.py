@@ -27,6 +27,7 @@ from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel.collectives import Done
 from megatron_hammer.parallel.context import build_parallel_context
 from megatron_hammer.parallel.pipeline import Pipeline
+from megatron_hammer.sampling import batch
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train import build, schedules
 from megatron_hammer.verify import parallel, steps
@@ -94,6 +95,17 @@ def _groups_in_turn() -> Any:
             return at
         first = tp_rank % groups
         return dataclasses.replace(at, groups=(first, first + 1), owns_groups=tp_rank < groups)
+
+    return patch(config_tree, "place", place)
+
+
+def _groups_of_the_next_rank() -> Any:
+    real = config_tree.place
+
+    def place(model: Any, tp_rank: int = 0, tp_size: int = 1, **more: Any) -> Any:
+        at = real(model, tp_rank, tp_size, **more)
+        first = (tp_rank + 1) % tp_size // at.kv_copies
+        return at if tp_size <= model.query_groups else dataclasses.replace(at, groups=(first, first + 1))
 
     return patch(config_tree, "place", place)
 
@@ -284,7 +296,50 @@ def _moments_swapped_in_the_file() -> Any:
     return patch(steps, "save_checkpoint", save)
 
 
+def _updates_in_the_file() -> Any:
+    real = steps.RunState.to_manifest
+
+    def to_manifest(self: Any, optimizer: Optimizer) -> dict[str, Any]:
+        state = real(self, optimizer)
+        return state | {"optimizer": state["optimizer"] | {"updates": 1.0}}
+
+    return patch(steps.RunState, "to_manifest", to_manifest)
+
+
+def _decays_twice_at_the_border(rule: AdamW, rest: Any, lr: float) -> float:
+    for state in rule.states:
+        state.weight[:64].mul_(1 - lr * rule.config.weight_decay if state.decay else 1)
+    return lr
+
+
+def _copies_averaged() -> Any:
+    real = store.all_reduce
+    return patch(
+        store,
+        "all_reduce",
+        lambda x, group, **k: real(x.div_(group.size) if "async_op" in k else x, group, **k),
+    )
+
+
+def _stages_of_a_rank_swapped() -> Any:
+    """Where each of two ranks has three: the second and the third of the first rank."""
+    real = Config.placement
+    return patch(Config, "placement", lambda self, tp=0, stage=0: real(self, tp, {2: 4, 4: 2}.get(stage, stage)))
+
+
+def _documents_dealt_otherwise() -> Any:
+    """Each context-parallel rank cuts samples in its own way."""
+    real = batch.share
+    return patch(batch, "share", lambda ends, rank, shards, keep_whole: real(ends, rank, shards, rank == 0))
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
+    "groups of the next rank": _groups_of_the_next_rank,
+    "updates in the file": _updates_in_the_file,
+    "decay twice at the border": partial(_update, _decays_twice_at_the_border),
+    "copies averaged": _copies_averaged,
+    "stages of a rank": _stages_of_a_rank_swapped,
+    "dealt otherwise": _documents_dealt_otherwise,
     "rows of ranks": _rows_of_ranks_swapped,
     "own rows": _own_rows_for_all,
     "up of another rank": partial(_row, "_gate_up", _up_of_another_rank),

@@ -17,7 +17,7 @@ from megatron_hammer.config import Config
 from megatron_hammer.parallel.grid import Grid
 from megatron_hammer.verify import parallel
 from megatron_hammer.verify.compare import BOUNDS, Evidence
-from megatron_hammer.verify.diagnosis import diagnose
+from megatron_hammer.verify.diagnosis import ONLY_IN_STEPS, diagnose
 from megatron_hammer.verify.outcome import Outcome, Piece
 from megatron_hammer.verify.patterns import first_in_backward, in_sum, shifts, whose
 from megatron_hammer.verify.shrink import shrink
@@ -108,6 +108,11 @@ def test_what_no_rank_holds_ends_no_diagnosis() -> None:
     damaged = dataclasses.replace(expected, token_losses=losses, points=points)
     (*_, said) = diagnose(Evidence(config, 4, [damaged] * 4, expected, initial, BOUNDS["fp64"]))
     assert "right up to layers.1.mlp_norm and wrong from layers.1.mlp on: they are not finite for 1 of " in said
+    first, second = expected.in_steps
+    in_step = [dataclasses.replace(first, token_losses=losses, points=points), second]
+    damaged = dataclasses.replace(expected, in_steps=in_step)
+    found = diagnose(Evidence(config, 4, [damaged] * 4, expected, initial, BOUNDS["fp64"]))
+    assert (found[0], found[-1]) == (ONLY_IN_STEPS, said)
 
 
 # ---- real ranks -----------------------------------------------------------------------------------------------------
@@ -190,8 +195,20 @@ SAID = [
     ("CP 2 x DP 2", "replicas", "the sum over data-parallel and context-parallel ranks is missing"),
     ("weights", "overwritten", "layer 0 computes with the weights of layer 1"),
     ("weights", "released", "the last micro-batch alone is in the gradients"),
+    ("weights", "not there in time", "a forward alone is right, and that of the first step is not"),
+    ("weights", "not there in time", "only losses of tokens of micro-batch 2 are wrong"),
+    ("weights", "not there in time", "the numbers are those where layer 1 adds nothing"),
+    ("weights", "rolled for backward", "backward is right up to model.layers.1.mlp.down_proj.weight"),
+    ("TP 2 x DP 2", "z-loss twice", "of what train.z_loss adds to the loss: all gradients are there, 2 times"),
+    (
+        "TP 2 x DP 2",
+        "borders of shards",
+        "the first or last ones of what a rank has of a tensor: the borders of shards",
+    ),
+    ("TP 2 x DP 2", "divisor of before", "gradients in the second update are "),
+    ("TP 2 x DP 2", "first losses reported", "what is reported of losses is not: their sum or count"),
 ]
-IN_EACH_RUN = ("none", "padding", "replica twice", "norms decay", "early")
+IN_EACH_RUN = ("none", "padding", "replica twice", "norms decay", "early", "z-loss twice")
 
 
 def check(layout: str, fault: str, sentence: str) -> None:
@@ -227,6 +244,7 @@ WHOLE: dict[str, tuple[int, dict[str, object]]] = {
     "PP 2 x DP 2": (4, PP),
     "interleaved, documents": (4, PP | dict(parallel__virtual_pipeline_stages=2, data__attention_mask="document")),
     "PP 2, tied": (4, PP | dict(model__tie_word_embeddings=True)),
+    "interleaved by 3": (2, PP | dict(parallel__virtual_pipeline_stages=3)),
     "CP 2, documents": (4, CP_DP | dict(data__attention_mask="document")),
     "DP 4": (4, {}),
     "DP 4 in pairs": (4, dict(parallel__shard_size=2)),
@@ -254,6 +272,12 @@ SAID_OF_PROOFS = [
     ("TP 4", "keys not summed", "the sum over tensor-parallel ranks is missing"),
     ("TP 4", "keys summed over TP", "those of each query group are the sum over all of them"),
     ("TP 4", "groups in turn", "copies of key and value heads are on ranks in turn, not on neighbours"),
+    ("TP 4", "groups of the next rank", "ranks have the key and value heads of the next rank"),
+    ("DP 4", "updates in the file", "it is 1 after 2 updates"),
+    ("DP 4", "decay twice at the border", "weights decay twice"),
+    ("DP 4 in pairs", "copies averaged", "all gradients are there, 0.5 times"),
+    ("interleaved by 3", "stages of a rank", "the stages of this rank have the layers 0, 4, 5, 2, in this order"),
+    ("CP 2, documents", "dealt otherwise", "ranks divide samples otherwise than one another"),
     ("TP 4", "copies of keys counted", "with copies of keys and values counted several times"),
     ("TP 4", "copies of keys counted", "it cannot be written: model.layers.0.self_attn.k_proj.weight is saved twice"),
     ("PP 2 x DP 2", "gradients exchanged", "behind the border of two pipeline stages"),

@@ -331,6 +331,10 @@ def test_an_outcome_comes_back_from_its_files(tmp_path: Path) -> None:
     assert back.points.keys() == outcome.points.keys() and len(back.points) > 5 and back.refused == outcome.refused
     for name, values in [("", outcome.point_tokens), *outcome.points.items()]:
         assert np.array_equal(back.points[name] if name else back.point_tokens, values)
+    assert len(back.in_steps) == 2 and all(forward.is_whole for forward in back.in_steps)
+    assert np.array_equal(back.in_steps[1].token_losses, outcome.in_steps[1].token_losses)
+    assert back.in_steps[0].points.keys() == outcome.points.keys()
+    assert np.allclose(back.of_step(1).token_losses, outcome.token_losses, rtol=1e-12)
 
 
 # ---- shrinking ------------------------------------------------------------------------------------------------------

@@ -41,6 +41,10 @@ def test_right_ones_say_nothing_whoever_has_which_tokens() -> None:
         (RIGHT["layers.0.attention"] * 2, ": they are 2 times what they should be"),
         (RIGHT["layers.0.attention"][::-1], ": they are those of other tokens, of token 11 for token 0 and so on"),
         (RIGHT["layers.0.attention"] + 0.5, ""),
+        (
+            RIGHT["layers.0.attention"] + 1e-4 * np.sin(TOKENS)[:, None],
+            ": the differences are small, 4e-05 of the largest: rounded to fewer bits?",
+        ),
         (RIGHT["layers.0.attention"] * np.nan, ": they are not finite for 12 of 12 tokens"),
     ],
 )
@@ -48,7 +52,8 @@ def test_the_first_wrong_part_and_what_its_numbers_are(values: np.ndarray, words
     later = {"layers.0.mlp": RIGHT["layers.0.mlp"] + 1}
     wrong = outcome(RIGHT | later | {"layers.0.attention": values})
     where = "hidden states are right up to layers.0.attention_norm and wrong from layers.0.attention on"
-    assert said(outcome(RIGHT), wrong) == where + words
+    assert said(outcome(RIGHT), wrong) == f"{where}, on rank 1 alone{words}"
+    assert said(wrong, wrong) == where + words
 
 
 def test_parts_of_a_sum_and_the_border_of_a_stage() -> None:
