@@ -137,8 +137,8 @@ def layout_line(config: Config, world_size: int) -> str:
         sharded = f" ({parallel.shard} sharded)"
     context_parallel = f"CP {parallel.context_parallel_size} x " if parallel.context_parallel_size > 1 else ""
     return (
-        f"{world_size} ranks = TP {parallel.tensor_model_parallel_size}{sequence_parallel} x "
-        f"{context_parallel}{pipeline}"
+        f"{world_size} rank{'s' if world_size > 1 else ''} = "
+        f"TP {parallel.tensor_model_parallel_size}{sequence_parallel} x {context_parallel}{pipeline}"
         f"DP {config.data_parallel_size(world_size)}{sharded}; "
         f"{_ramp(config)}step = {run.global_batch_size} samples x {config.data.seq_length} tokens = "
         f"{config.tokens_per_step:,} tokens "

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_hammer.base.errors import from_exception
+from megatron_hammer.base.errors import HammerError, from_exception
 from megatron_hammer.base.progress import size_of
 from megatron_hammer.base.system import IS_LINUX
 from megatron_hammer.base.versions import installed_versions
@@ -88,15 +88,17 @@ def doctor_exit_code(findings: Sequence[CheckResult]) -> int:
 def format_findings(findings: Sequence[CheckResult]) -> list[str]:
     """The rows as lines, each with its remedy below where there is one, and a verdict."""
     lines, group = [], ""
+    width = max([16, *(len(finding.name) for finding in findings)]) + 2
     for finding in findings:
         if finding.group != group:
             group = finding.group
             lines.append(group)
-        lines.append(f"  {finding.status:15}{finding.name:18}{' '.join(finding.found.split())}")
+        lines.append(f"  {finding.status:15}{finding.name:{width}}{' '.join(finding.found.split())}")
         if finding.remedy and finding.status in ("warning", "failed"):
-            lines.append(f"{'':35}-> {finding.remedy}")
+            lines.append(f"{'':{17 + width}}-> {finding.remedy}")
     count = {status: sum(f.status == status for f in findings) for status in ("failed", "warning")}
-    lines.append(f"{count['failed']} failed, {count['warning']} warnings of {len(findings)} checks")
+    warnings = "warning" if count["warning"] == 1 else "warnings"
+    lines.append(f"{count['failed']} failed, {count['warning']} {warnings} of {len(findings)} checks")
     return lines
 
 
@@ -209,6 +211,8 @@ def _disk(config: Config) -> Verdict:
         status = os.statvfs(place)
     free, inodes = status.f_bavail * status.f_frsize, status.f_favail
     found = f"{size_of(free)} and {inodes:,} inodes free in {place}"
+    with contextlib.suppress(HammerError):  # what is wrong with the tokenizer is said where data are looked at
+        config = _with_vocabulary(config)
     if config.model.vocab_size is None:
         return "ok", f"{found}; what checkpoints need is not known without a tokenizer", ""
     kept = len(find_checkpoints(checkpoints_folder(config)))
@@ -221,6 +225,13 @@ def _disk(config: Config) -> Verdict:
     if status.f_files and inodes < 1000:
         return "warning", found, "remove small files there: a checkpoint has a file for each rank"
     return "ok", found, ""
+
+
+def _with_vocabulary(config: Config) -> Config:
+    from megatron_hammer.tokenizer.load import load_tokenizer, with_vocab_size
+
+    path = config.tokenizer.path
+    return config if path is None else with_vocab_size(config, load_tokenizer(path))
 
 
 # ---- the environment ------------------------------------------------------------------------------------------------
@@ -286,7 +297,7 @@ def _versions(config: Config) -> Verdict:
 
 def _settings(config: Config, world_size: int) -> Verdict:
     inputs = look_at_inputs(config, world_size)
-    found = f"config, tokenizer and datasets fit each other on {world_size} ranks"
+    found = f"config, tokenizer and datasets fit each other on {world_size} rank{'s' if world_size > 1 else ''}"
     notes = inputs.notes + inputs.data_notes
     return ("warning", "; ".join(notes), "see whether this is meant") if notes else ("ok", found, "")
 

@@ -98,6 +98,9 @@ def test_a_disk_too_small_for_the_planned_checkpoints(
     monkeypatch.setattr(os, "statvfs", lambda path: small)
     found = rows(config_of(tmp_path))
     assert found["disk"].status == "failed" and found["disk"].exit_code == 6 and "4.10 KB" in found["disk"].found
+    long = replace(found["disk"], name="zh.valid_text_document")
+    lines = doctor.format_findings([found["disk"], long])
+    assert "document  4.10 KB" in lines[3] and lines[1].index("4.10") == lines[3].index("4.10") == lines[2].index("->")
 
 
 def test_a_loss_that_is_not_finite_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
