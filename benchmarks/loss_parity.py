@@ -152,7 +152,9 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     """The smoothed losses, and below them the difference to the first side."""
     count = len(results[0]["losses"])
     figure = new_figure(
-        6.8, "Losses of the fast paths, the quick start's model", f"Source: benchmarks/loss_parity.py, {count} steps"
+        6.8,
+        "Losses of the fast paths, the quick start's model",
+        f"Source: benchmarks/loss_parity.py, {count} steps; torch {torch.__version__}, {time.strftime('%d %B %Y')}",
     )
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     reference = smooth(results[0]["losses"])
