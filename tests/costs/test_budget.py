@@ -1,4 +1,4 @@
-"""The limits of a step: the FLOPs are those of metrics.py, the times those of the project's performance notes."""
+"""The limits of a step: the FLOPs are those of flops.py, the times those of the project's performance notes."""
 
 from __future__ import annotations
 
