@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import require_package  # noqa: F401
 
-from megatron_hammer.base.cli import ArgumentParser, print_json, report, run
+from megatron_hammer.base.cli import ArgumentParser, print_json, report_error, run
 from megatron_hammer.base.errors import ConfigError, NonFiniteError
 from megatron_hammer.base.progress import Activity
 from megatron_hammer.base.streams import only_list
@@ -81,7 +81,7 @@ def main() -> int:
     if bad is None:
         return 0
     rule = "is not finite: the weights, or activations in this type, have overflowed"
-    return report(NonFiniteError(4, f"{bad.model} on {bad.set}: loss={bad.loss}", rule, "try --dtype float32"))
+    return report_error(NonFiniteError(4, f"{bad.model} on {bad.set}: loss={bad.loss}", rule, "try --dtype float32"))
 
 
 if __name__ == "__main__":

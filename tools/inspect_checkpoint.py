@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import require_package  # noqa: F401
 
-from megatron_hammer.base.cli import ArgumentParser, report, run
+from megatron_hammer.base.cli import ArgumentParser, report_error, run
 from megatron_hammer.base.errors import CheckpointError, RefusedError
 from megatron_hammer.base.streams import only_list
 
@@ -75,7 +75,7 @@ def main() -> int:
                 inspect.expect_digest(manifest, found, arguments.expect)
             print(f"{manifest.folder}: every byte is as it was saved: {inspect.summarize(manifest)}", flush=True)
         except CheckpointError as error:
-            code = report(error)
+            code = report_error(error)
     return code
 
 

@@ -227,7 +227,7 @@ def run(main: Callable[[], int | None], output: OutputKind = OutputKind.REPORT) 
     code = end_of(main)
     lost = flush_streams()
     if lost is not None and code == 0:
-        code = report(lost)
+        code = report_error(lost)
     sys.exit(code)
 
 
@@ -249,7 +249,7 @@ def end_of(main: Callable[[], int | None]) -> int:
         known = from_exception(error, "the program")
         if known is None:
             raise  # a mistake of ours: the traceback belongs to the report
-        return report(known)
+        return report_error(known)
 
 
 def print_json(value: Any) -> None:
@@ -295,7 +295,7 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def report(error: HammerError) -> int:
+def report_error(error: HammerError) -> int:
     """Print the one line (and the traceback where ``HAMMER_TRACEBACK=1`` asks for it); return the exit code."""
     if os.environ.get(TRACEBACK_VARIABLE) == "1":
         import traceback

@@ -28,7 +28,7 @@ CPU_TFLOPS = 0.2  # of two cores with 512-bit vectors: an order of magnitude
 def forecast(
     config: Config, world_size: int, backends: Mapping[str, Backend], course: Course | None = None
 ) -> list[str]:
-    """Lines for people.
+    """What a run on so many ranks will need, in lines for people: memory of the worst rank, disk, time.
 
     Args:
         course: which samples the steps hold; absent: those of a run that begins with this config.

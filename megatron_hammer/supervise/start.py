@@ -27,7 +27,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_hammer.base.cli import ArgumentParser, keep_torch_quiet, report
+from megatron_hammer.base.cli import ArgumentParser, keep_torch_quiet, report_error
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.streams import flush_streams
@@ -163,10 +163,10 @@ def launch(
         if ended.failure.traceback:
             print(ended.failure.traceback, file=sys.stderr, flush=True)
         if restarts is None or ended.asked_to_stop:
-            return report(ended.failure.error)
+            return report_error(ended.failure.error)
         again = restarts.after(ended.failure, node) if node.nnodes == 1 else ended.again
         if again is None:
-            return report(ended.failure.error)
+            return report_error(ended.failure.error)
         say(str(ended.failure.error))
         ranks = f"{again.nproc} ranks" if again.nnodes == 1 else f"{again.nproc} ranks on each of {again.nnodes} nodes"
         say(f"restart {restarts.done} of {restarts.most}: {ranks} go on from the last checkpoint")
@@ -177,7 +177,7 @@ def _leave_them(ended: Ended) -> NoReturn:
     """Exit without waiting for a process that cannot be ended, as Python would; and start nothing beside it."""
     for line in ended.left:
         say(line)
-    code = ended.code if ended.failure is None else report(ended.failure.error)
+    code = ended.code if ended.failure is None else report_error(ended.failure.error)
     flush_streams()
     os._exit(code)
 

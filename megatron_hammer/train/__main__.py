@@ -32,7 +32,7 @@ def build_parser() -> ArgumentParser:
 
 def main() -> int:
     """Run the rank that torchrun's variables describe, or the only one."""
-    from megatron_hammer.base.cli import keep_torch_quiet, leave, report
+    from megatron_hammer.base.cli import keep_torch_quiet, leave, report_error
     from megatron_hammer.base.errors import ParallelError, from_exception
     from megatron_hammer.base.progress import say
     from megatron_hammer.config import load_config
@@ -59,7 +59,7 @@ def main() -> int:
             if lost is None:
                 traceback.print_exception(error)
             known = lost or ParallelError(2, f"rank {rank}", f"raised {type(error).__name__}", "its traceback is above")
-        code = report(known)
+        code = report_error(known)
     nodes.leave()
     leave(code)
 
