@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import gc
 import os
 import queue
 import tempfile
@@ -35,6 +36,7 @@ START_SECONDS = 280  # for new workers: the first read gigabytes of a torch for 
 
 
 def _worker(rank: int, inbox: Any, outbox: Any) -> None:
+    gc.freeze()  # what was imported before: no garbage, and never searched for any
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     leave_cores_to_those_who_run()

@@ -88,6 +88,7 @@ def ask(place: str, interpreter: str, python: str, words: list[str]) -> int:
 def serve(place: str) -> None:
     """Import the libraries, and fork for each program until standard input ends."""
     sys.path.pop(0)  # this file's folder, whose names are not for others
+    import gc
     import select
     import shutil
 
@@ -95,6 +96,8 @@ def serve(place: str) -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # a program's collector neither searches nor writes to what all of them share
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a fork ended
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(place)

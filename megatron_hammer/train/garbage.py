@@ -16,15 +16,18 @@ def garbage_collected_by_hand() -> Iterator[None]:
 
     Left alone, Python's collector stops a rank at any moment to go through the modules, tables and closures of
     the set-up, all of which stay: 50 ms here, half a second in nanochat's log (dev/LOG.md).
+
+    Where somebody has frozen objects before, none is added: they could not be told apart and let go again.
     """
     enabled, frozen = gc.isenabled(), gc.get_freeze_count()
     gc.collect()
-    gc.freeze()
+    if not frozen:
+        gc.freeze()
     gc.disable()
     try:
         yield
     finally:
-        if not frozen:  # by somebody else, before
+        if not frozen:
             gc.unfreeze()
         if enabled:
             gc.enable()

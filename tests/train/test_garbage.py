@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,16 @@ import pytest
 from megatron_hammer.train import loop
 from megatron_hammer.train.garbage import garbage_collected_by_hand
 from tests.train.runs import overrides, train_here
+
+
+@pytest.fixture(autouse=True)
+def nothing_frozen() -> Iterator[None]:
+    """As in a program; what the tests have frozen (``tests/conftest.py``) is frozen again."""
+    gc.unfreeze()
+    yield
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def test_the_collector_runs_at_fixed_steps_only(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,3 +58,13 @@ def test_the_collector_is_restored_after_an_error() -> None:
             assert not gc.isenabled()
             raise ValueError("inside")
         assert gc.isenabled() == was_enabled and gc.get_freeze_count() == 0
+
+
+def test_what_somebody_else_has_frozen_stays_and_nothing_is_added() -> None:
+    """Else the weights of every run of a longer program would stay, too."""
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    later = [[] for _ in range(1000)]  # the collector knows them
+    with garbage_collected_by_hand():
+        assert not gc.isenabled() and gc.get_freeze_count() <= frozen
+    assert gc.isenabled() and 0 < gc.get_freeze_count() <= frozen and len(later) == 1000
