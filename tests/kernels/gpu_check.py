@@ -105,7 +105,7 @@ def run(root: Path, name: str, seconds: float) -> Outcome:
     return Outcome(name, word, time.monotonic() - began, says, done.stdout + done.stderr)
 
 
-def run_all(root: Path, jobs: int, seconds: float, word: str) -> Iterator[Outcome]:
+def run_all(root: Path, jobs: int, seconds: float, word: str = "") -> Iterator[Outcome]:
     """All functions, some at a time; each as it ends, in order."""
     with ThreadPoolExecutor(jobs) as pool:
         yield from pool.map(lambda name: run(root, name, seconds), functions(root, word))
