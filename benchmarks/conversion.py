@@ -387,19 +387,14 @@ def measure_starts(folder: Path, rounds: int) -> dict[str, tuple[float, str]]:
         words = [str(part) for part in command]
         seconds = []
         for _ in range(rounds):
-            for made in folder.glob("shuffled*"):
-                made.unlink()
-            for made in folder.glob("merged*"):
+            for made in (*folder.glob("shuffled*"), *folder.glob("merged*")):
                 made.unlink()
             start = time.perf_counter()
-            subprocess.run([sys.executable, ROOT / "tools" / words[0], *words[1:]], check=True, capture_output=True)
+            told = subprocess.run(
+                [sys.executable, "-c", START, ROOT / "tools" / words[0], *words[1:]],
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
             seconds.append(time.perf_counter() - start)
-        for made in (*folder.glob("shuffled*"), *folder.glob("merged*")):
-            made.unlink()
-        told = subprocess.run(
-            [sys.executable, "-c", START, ROOT / "tools" / words[0], *words[1:]],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
         shown = " ".join([words[0], *(w for w in words[1:2] if w != "--help" and "/" not in w and w[:1] != "-")])
         shown = shown if words[1] != "--help" else f"{words[0]} --help"
         key = shown if shown not in found else f"{shown} (text)"

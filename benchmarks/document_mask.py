@@ -1,6 +1,7 @@
 """The training step under data.attention_mask=document against causal, same model and tokens, alternating.
 
     python benchmarks/document_mask.py [--precision bf16|fp32] [--compile] [--seq-lengths 256 512 1024 2048] [--steps 8]
+        [--small]
 
 The quick start's model (``shapes.py``), micro-batches of 1,024 tokens or one sample, 2 accumulated. Samples are windows
 over lognormal documents (sigma 1) of several mean lengths. Prints one JSON line a sequence length: the median CPU time
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from shapes import SHAPES, WARM_UP_STEPS
+from shapes import SHAPES, TOY, WARM_UP_STEPS, Shape
 
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.kernels.packed_sequences import PackedSequences
@@ -42,9 +43,8 @@ def document_bounds(seq_length: int, samples: int, mean: int, rng: np.random.Gen
     return np.concatenate(bounds).astype(np.int32)
 
 
-def config_of(mask: str, seq_length: int, micro_batch: int, precision: str, compiled: bool) -> Config:
-    """The quick start's model at this length."""
-    shape = SHAPES["quick"]
+def config_of(shape: Shape, mask: str, seq_length: int, micro_batch: int, precision: str, compiled: bool) -> Config:
+    """The model of this shape at this length."""
     return config_from_tree(
         {
             "model": shape.model_fields,
@@ -59,19 +59,19 @@ def config_of(mask: str, seq_length: int, micro_batch: int, precision: str, comp
     )
 
 
-def measure(seq_length: int, precision: str, compiled: bool, steps: int) -> dict[str, Any]:
+def measure(shape: Shape, seq_length: int, precision: str, compiled: bool, steps: int) -> dict[str, Any]:
     """Every variant takes each step in turn."""
     micro_batch, ctx = max(1, 1024 // seq_length), ParallelContext.single()
     runs = {}
     for mask in ("causal", "document"):
-        config = config_of(mask, seq_length, micro_batch, precision, compiled)
+        config = config_of(shape, mask, seq_length, micro_batch, precision, compiled)
         runs[mask] = (config, *build(config, ctx))
     seconds: dict[int | None, list[float]] = {mean: [] for mean in (None, *MEANS)}
     documents: dict[int | None, list[int]] = {mean: [] for mean in MEANS}
     for step in range(1, WARM_UP_STEPS + steps + 1):
         rng = np.random.default_rng(step)
         samples = [
-            torch.from_numpy(rng.integers(0, SHAPES["quick"].vocabulary, (micro_batch, seq_length + 1)))
+            torch.from_numpy(rng.integers(0, shape.vocabulary, (micro_batch, seq_length + 1)))
             for _ in range(ACCUMULATION)
         ]
         for mean in seconds:
@@ -111,9 +111,11 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seq-lengths", nargs="+", type=int, default=[256, 512, 1024, 2048])
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--small", action="store_true", help="a toy model: to try the program")
     arguments = parser.parse_args()
+    shape = TOY if arguments.small else SHAPES["quick"]
     for seq_length in arguments.seq_lengths:
-        line = measure(seq_length, arguments.precision, arguments.compile, arguments.steps)
+        line = measure(shape, seq_length, arguments.precision, arguments.compile, arguments.steps)
         print(json.dumps(line | {"torch": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
 
 

@@ -300,7 +300,7 @@ def test_two_processes_equal_one_at_toy_size(suite: Any) -> None:
 
 
 def test_document_masks_are_measured_at_toy_size() -> None:
-    done = run("document_mask.py", "--seq-lengths", "48", "--steps", "1")
+    done = run("document_mask.py", "--seq-lengths", "48", "--steps", "1", "--small")
     assert done.returncode == 0, done.stderr
     line = json.loads(done.stdout)
     assert line["causal_ms"] > 0 and line["documents_of_100"]["ms"] > 0

@@ -441,24 +441,6 @@ def test_mistakes_are_one_line_and_a_documented_exit_code(tool, arguments, code,
     assert caught.value.code == code and said.startswith(line) and said.count("\n") == 1, said
 
 
-HELP = """
-import runpy, sys
-sys.argv = ["tool", "--help"]
-sys.path.insert(0, {folder!r})
-try:
-    runpy.run_path({path!r}, run_name="__main__")
-except SystemExit:
-    print("torch" in sys.modules)
-"""
-
-
-@pytest.mark.parametrize("tool", ["checkpoint_to_hf.py", "hf_to_checkpoint.py"])
-def test_help_needs_no_torch(tool):
-    code = HELP.format(path=str(ROOT / "tools" / tool), folder=str(ROOT / "tools"))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("False\n"), done.stderr
-
-
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory):
     """Tokenizers without a tokenizer.json: unigram, sentencepiece's default, and one without any exact form."""
