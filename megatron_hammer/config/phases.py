@@ -60,14 +60,6 @@ class BatchSizes:
             consumed, steps = consumed + here * size, steps + here
         return steps
 
-    def start(self, steps: int, end: int) -> int:
-        """Where the first of so many steps begins, of which the last ends at a sample; at least 0."""
-        while steps > 0 and end > 0:
-            # At most one size fits; none does where that step had another one, by another config.
-            fits = (size for _, size in self.ramp if size <= end and self.at(end - size) == size)
-            end, steps = end - next(fits, self.at(end)), steps - 1
-        return max(0, end)
-
     def step_end(self, sample: int, start: int = 0) -> int:
         """The first end of a step at or after a sample."""
         return self.samples(self.steps(sample, start), start)

@@ -8,6 +8,7 @@ lines of metrics.jsonl tell the steps before it one by one. Needs no torch.
 from __future__ import annotations
 
 from array import array
+from pathlib import Path
 
 from megatron_hammer.base.reading import parse_json
 from megatron_hammer.checkpoint.manifest import Manifest
@@ -23,21 +24,28 @@ def course_of(config: Config, newest: Manifest | None) -> Course:
     """The course of a run that goes on from a checkpoint, with this config; None: of one that begins."""
     if newest is None:
         return config.course()
-    course = config.course(newest.step, newest.state["consumed_samples"])
+    step, consumed = newest.step, newest.state["consumed_samples"]
+    course = config.course(step, consumed)
     if course.is_even and not any(change["what"] in SIZES for change in newest.state.get(ACCEPTED, ())):
         return course
+    return recorded(config, step, consumed)
+
+
+def recorded(config: Config, step: int, consumed: int) -> Course:
+    """The course of a run after a step, whose steps up to there are as the lines in its folder say."""
     try:
-        lines = read_lines(newest.folder.parent.parent / METRICS).lines
+        lines = read_lines(Path(config.train.output) / METRICS).lines
     except OSError:  # which costs no run (metrics_file.py)
         lines = ()
-    done, consumed = array("q", [0]), array("q", [0])
-    for step, line in lines:
-        if step >= newest.step:
+    done, samples = array("q", [0]), array("q", [0])
+    for number, line in lines:
+        if number >= step:
             break
-        samples = parse_json(line).get("consumed_samples")
-        if type(samples) is int and consumed[-1] < samples < course.consumed[-1]:
-            done.append(step)
-            consumed.append(samples)
-    done.append(newest.step)
-    consumed.append(course.consumed[-1])
-    return Course(course.batches, course.num_steps, done, consumed)
+        count = parse_json(line).get("consumed_samples")
+        if type(count) is int and samples[-1] < count < consumed:
+            done.append(number)
+            samples.append(count)
+    if step > 0:
+        done.append(step)
+        samples.append(consumed)
+    return Course(config.batch_sizes, config.train.num_steps, done, samples)

@@ -25,7 +25,8 @@ from megatron_hammer.base.errors import NonFiniteError
 from megatron_hammer.base.files import replace_file, set_aside
 from megatron_hammer.checkpoint.folder import find_checkpoints, open_checkpoint, readable_checkpoints, step_of
 from megatron_hammer.checkpoint.manifest import Manifest
-from megatron_hammer.config.phases import phase_at
+from megatron_hammer.config import Config
+from megatron_hammer.config.phases import Course, phase_at
 from megatron_hammer.metrics.metrics_file import METRICS, read_lines
 from megatron_hammer.parallel.agreement import all_or_none, gather_values
 from megatron_hammer.parallel.context import ParallelContext
@@ -33,6 +34,7 @@ from megatron_hammer.sampling.ledger import LEDGER, Finding, Ledger, Range, Rewi
 from megatron_hammer.sampling.phases import Skips
 from megatron_hammer.sampling.samples import TrainData
 from megatron_hammer.train.changes import FRESH
+from megatron_hammer.train.course import recorded
 from megatron_hammer.train.incidents import incident_path
 from megatron_hammer.train.prepare import Prepared, Start, checkpoints_folder, settle
 from megatron_hammer.train.start import name_start, open_start
@@ -83,8 +85,8 @@ def _record(bad: BadStep, prepared: Prepared, data: TrainData, say: Callable[[st
     back_to = 0 if target is None else target.step
     _refuse_another(bad, back_to, done, config.train.max_rewinds)
     first = 0 if target is None else target.state["consumed_samples"]
-    end = config.course(bad.step - 1, bad.first_sample).num_samples
-    skipped = left_out(*_window(bad, prepared, first), end, data)
+    course = recorded(config, bad.step - 1, bad.first_sample)
+    skipped = left_out(*_window(bad, config, course, first), course.num_samples, data)
     rewind = Rewind(len(done) + 1, bad.step, bad.finding, back_to, skipped)
     kept = _keep_lines(output, back_to, incident_path(config, bad.step, len(done)).with_suffix(".metrics.jsonl"))
     ledger: Ledger = (*done, rewind)
@@ -130,17 +132,17 @@ def _refuse_another(bad: BadStep, back_to: int, done: Ledger, most: int) -> None
         )
 
 
-def _window(bad: BadStep, prepared: Prepared, first: int) -> Range:
+def _window(bad: BadStep, config: Config, course: Course, first: int) -> Range:
     """The numbers of the samples to leave out: none that the checkpoint, whose next is ``first``, has read.
 
     A window spans phases, but not to where samples have another length: these are cut from what others have left.
     """
-    train, batches, phases = prepared.config.train, prepared.config.batch_sizes, prepared.config.phases
+    train, phases = config.train, config.phases
     length = phase_at(phases, bad.first_sample).seq_length
     others = [phase for phase in phases if phase.seq_length != length]
-    start = max(first, batches.start(train.rewind_skip_steps_before, bad.first_sample))
+    start = max(first, course.samples(max(0, bad.step - 1 - train.rewind_skip_steps_before)))
     start = max([start, *(p.end for p in others if p.end is not None and p.end <= bad.first_sample)])
-    end = batches.samples(1 + train.rewind_skip_steps_after, bad.first_sample)
+    end = course.samples(bad.step + train.rewind_skip_steps_after)
     return start, min([end, *(p.first for p in others if p.first > bad.first_sample)])
 
 

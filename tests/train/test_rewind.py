@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ from megatron_hammer.base.errors import (
     from_exception,
 )
 from megatron_hammer.checkpoint.manifest import read_manifest
-from megatron_hammer.config.phases import Phase
+from megatron_hammer.config.phases import Course, Phase
 from megatron_hammer.evaluation.checkpoint_process import evaluate_checkpoint
 from megatron_hammer.sampling.ledger import LEDGER, read_ledger
 from megatron_hammer.sampling.order import SampleId
@@ -297,11 +296,13 @@ def test_a_window_ends_where_samples_have_another_length(data: Path, tmp_path: P
                       (("samples: 64, ", 32), ("samples: 16, ", 32), ("samples: 16, ", 64), ("", 32)))  # fmt: skip
     config = config_for(overrides(data, tmp_path, *REWIND, "data.train=null", f"data.phases=[{mixes}]",
                                   "train.rewind_skip_steps_after=2", "train.num_steps=20"))  # fmt: skip
-    prepared = SimpleNamespace(config=config)
     bad = [BadStep(1 + first // 8, "spike", first, "") for first in (56, 64, 72, 80, 88, 96)]
-    windows = [rewind._window(step, prepared, 0) for step in bad]  # type: ignore[arg-type]
+    courses = [config.course(step.step - 1, step.first_sample) for step in bad]
+    windows = [rewind._window(step, config, course, 0) for step, course in zip(bad, courses, strict=True)]
     assert windows == [(48, 80), (56, 80), (64, 80), (80, 96), (80, 96), (96, 120)]
-    assert rewind._window(bad[0], prepared, 56) == (56, 80)  # type: ignore[arg-type]
+    assert rewind._window(bad[0], config, courses[0], 56) == (56, 80)
+    larger = Course(config.batch_sizes, 20, (0, 1, 2, 3), (0, 16, 32, 56))  # the steps before it had 16 and 24 samples
+    assert rewind._window(BadStep(4, "spike", 56, ""), config, larger, 0) == (32, 80)
 
 
 def test_a_step_that_is_not_finite_over_the_end_of_a_phase(data: Path, tmp_path: Path) -> None:
