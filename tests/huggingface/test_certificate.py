@@ -272,6 +272,25 @@ def test_queries_and_keys_swapped_as_a_whole_turn_it_red(tmp_path, monkeypatch, 
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.parametrize("logits_only", [False, True], ids=["whole proof", "logits alone"])
+def test_a_head_beside_a_tied_embedding_turns_it_red(tmp_path, monkeypatch, logits_only):
+    """A Qwen2 whose export has a wrong copy of the embedding as head, be it said to be tied or not."""
+    tied = tiny_model(hidden_size=32, ffn_hidden_size=40, num_layers=2, vocab_size=131, qkv_bias=True,
+                      tie_word_embeddings=True)  # fmt: skip
+    source = write_layout(tmp_path / "run", tied, realistic(tied)).folder
+    export_hf(source, tmp_path / "hf", prove=lambda c, f, d: (f / "certificate.json").write_text("{}"))  # type: ignore[arg-type, return-value]
+    assert prove(source, tmp_path / "hf", "bfloat16")["verdict"] == "passed"
+    if logits_only:
+        monkeypatch.setattr(certificate, "check_weights", lambda *_: None)
+        monkeypatch.setattr(certificate, "check_config", lambda *_: None)
+    for is_said in (True, False):
+        folder = Path(shutil.copytree(tmp_path / "hf", tmp_path / f"said-{is_said}"))
+        edit(folder, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].roll(1, 0)}))
+        edit_json(folder / "config.json", lambda c, is_said=is_said: c.update(tie_word_embeddings=is_said))
+        with pytest.raises(RefusedError, match=r"E520.*differ by" if logits_only else "E523|E524"):
+            prove(source, folder, "bfloat16")
+
+
 def test_one_wrong_bit_turns_it_red(checkpoint, folder):
     def flip(w):
         w["lm_head.weight"].view(torch.int16)[699, 31] ^= 1
