@@ -95,6 +95,11 @@ def find_checkpoint(path: Path) -> Path:
     tracker = path / TRACKER
     if not tracker.is_file():
         rule = "is no checkpoint of Megatron-LM (mp_rank_* or torch_dist)" if path.is_dir() else "is not a folder"
+        iterations = sorted(found.name for found in path.glob("iter_*") if _ITERATION.fullmatch(found.name))
+        if iterations:
+            rule, remedy = f"has no {TRACKER} that names the newest whole one", f"name one, as {path / iterations[-1]}"
+        elif (path / ".metadata").is_file():
+            rule, remedy = "has the .metadata of torch_dist and no metadata.json", "copy the whole checkpoint"
         raise CheckpointError(30, str(path), rule, remedy)
     text = read_regular(tracker, 100, follow=False).decode(errors="replace").strip()
     name = text if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else ""

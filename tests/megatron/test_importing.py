@@ -501,6 +501,11 @@ def test_damage_is_named(tmp_path: Path) -> None:
     (dist / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match=r"error\[E433\].*no file of a distributed checkpoint"):
         convert(dist, tmp_path / "ours")
+    (dist / "metadata.json").unlink()
+    (run / "latest_checkpointed_iteration.txt").unlink()
+    for folder, said in ((dist, "no metadata.json; copy the whole"), (run, "name one, as .*run/iter_0000100")):
+        with pytest.raises(CheckpointError, match=rf"E430.*{said}"):
+            find_checkpoint(folder)
     for text in ("../run", "7", "x", "²"):
         (run / "latest_checkpointed_iteration.txt").write_text(text)
         with pytest.raises(CheckpointError, match="E430"):
