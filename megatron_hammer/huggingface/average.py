@@ -102,7 +102,7 @@ def average_checkpoints(checkpoints: Sequence[Manifest], shares: Sequence[float]
         if theirs != ours:
             rule = f"has tokenizer {theirs}, and {newest.folder} {ours}"
             raise RefusedError(10, str(other.folder), rule, "average checkpoints of one tokenizer")
-    check_save(folder)
+    check_save(folder, "--output")
     source = checked_tokenizer_folder(newest)
     tokenizer = None if source is None else load_tokenizer(source)
     with ExitStack() as stack:

@@ -93,19 +93,21 @@ def import_hf(hf_dir: str | Path, save_dir: str | Path, note: Note = say, ignore
     return target
 
 
-def check_save(save_dir: Path) -> None:
+def check_save(save_dir: Path, option: str = "--save") -> None:
     """Refuse to write a first checkpoint into the folder of a run, or of a Hugging Face model.
+
+    Args:
+        option: that names the folder.
 
     Raises:
         RefusedError: E527.
     """
     if trained := [p for p in find_checkpoints(save_dir / "checkpoints") if p.name != step_name(0)]:
-        raise RefusedError(
-            27, f"--save {save_dir}", f"already holds {trained[-1].name} of a run", "name another folder"
-        )
+        rule = f"already holds {trained[-1].name} of a run"
+        raise RefusedError(27, f"{option} {save_dir}", rule, "name another folder")
     if (save_dir / CONFIG).is_file():
         rule = "is a Hugging Face model, and a checkpoint beside its files would be part of it"
-        raise RefusedError(27, f"--save {save_dir}", rule, f"name a new folder, such as {save_dir}-checkpoint")
+        raise RefusedError(27, f"{option} {save_dir}", rule, f"name a new folder, such as {save_dir}-checkpoint")
 
 
 def write_preset(path: Path, model: ModelConfig, tokenizer: Path | None) -> None:
