@@ -98,12 +98,17 @@ def sets_of(subjects: Sequence[Subject]) -> list[NamedSet]:
 
 
 def check_options(subjects: Sequence[Subject], options: Options) -> None:
-    """Raise ``ConfigError`` for sizes that cannot be, or that a model is not made for."""
+    """Raise ``ConfigError`` for sizes that cannot be, or what a model is not made for."""
     sizes = {"--seq-length": options.seq_length, "--samples": options.samples}
     for name, value in (sizes | {"--micro-batch-size": options.micro_batch_size}).items():
         if value is not None and value < 1:
             raise ConfigError(33, f"{name}={value}", "must be at least 1", f"raise {name}")
+    asked = {"both": ("bos", "eos"), "bos": ("bos",), "eos": ("eos",)}.get(options.around, ())
     for subject in subjects:
+        for name in asked if subject.tokenizer is not None else ():
+            if getattr(subject.tokenizer, f"{name}_id") is None:
+                rule = f"asks for {name}, which the tokenizer of {subject.name} does not have"
+                raise ConfigError(33, f"--around {options.around}", rule, "leave it out, or use --around none")
         longest = subject.longest
         if options.seq_length is not None and longest is not None and options.seq_length > longest:
             rule = f"is longer than {subject.name} is made for, {longest} tokens"

@@ -260,6 +260,11 @@ def test_documents_begin_as_prompts_do_where_the_data_has_gone(folder: Path, tmp
     assert subject.tokenizer is not None
     start = open_saved(open_checkpoint(tmp_path / "run")).start
     assert subject.begins_with_bos and start == (subject.tokenizer.bos_id,)
+    check_options([subject], Options(around="both"))
+    subject.tokenizer.bos_id = None
+    check_options([subject], Options(around="eos"))
+    with pytest.raises(ConfigError, match=r"E233.*--around both asks for bos, which"):
+        check_options([subject], Options(around="both"))
     shutil.copytree(folder / "hf", tmp_path / "hf")
     for recorded in (False, True):  # an export knows, whatever its tokenizer does
         (tmp_path / "hf" / "certificate.json").write_text(json.dumps({"documents": {"begin_with_bos": recorded}}))
