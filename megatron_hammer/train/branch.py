@@ -80,7 +80,8 @@ def make_branch(
     """
     folder, parent = Path(output), open_checkpoint(run, step)
     check_resumable(parent)
-    inside = parent.folder.parent.parent.resolve()
+    of_run = parent.folder.parent.name == "checkpoints"  # else a checkpoint that lies alone
+    inside = (parent.folder.parent.parent if of_run else parent.folder).resolve()
     if folder.resolve().is_relative_to(inside):
         raise ConfigError(1, f"--output {folder}", f"lies in {inside}, the parent", "name a folder outside of it")
     if any(override.startswith("train.output=") for override in overrides):

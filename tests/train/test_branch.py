@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,8 @@ def test_a_longer_context_is_a_further_phase(parent: Path, tmp_path: Path) -> No
     assert (second.seq_length, second.rope_theta) == (64, 500_000) and branch.config.train.num_steps == 4 + 8
     prepared = prepare(branch.config, 1, accepted=branch.accepted)
     assert prepared.resume is not None and prepared.resume.step == 4
+    alone = shutil.copytree(prepared.resume.folder, tmp_path / "of" / "alone")
+    assert make_branch(alone, None, tmp_path / "of" / "child", [], 900).config.train.num_steps == 8
 
 
 def test_what_cannot_be_a_branch_is_refused(parent: Path, tmp_path: Path) -> None:
