@@ -2,8 +2,8 @@
 
     python benchmarks/source_figures.py [quick|mid] [--pairs 20] [--sources 16]
 
-One process, all its threads, bf16, presets of ``shapes.py`` with accumulation 8, 16 sources with samples from each, a
-tokenizer's sizes. Steps with and without alternate, whichever begins. Without: the losses of all tokens are added up
+One process, all its threads, bf16, presets of ``shapes.py``, 16 sources of which a step draws samples, a tokenizer's
+sizes. Steps with and without alternate, whichever begins. Without: the losses of all tokens are added up
 once, and the loop reads that number. With: ``train/source_sums.py`` as the loop uses it, the table read, the figures of
 each source written as JSON. Since steps differ by more than the figures cost, what differs is also timed alone.
 
@@ -18,7 +18,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -35,7 +34,6 @@ from megatron_hammer.train import schedules, step
 from megatron_hammer.train.build import build
 from megatron_hammer.train.source_sums import Sources, mean_loss, source_figures, sum_by_source
 
-ACCUMULATED = 8
 LAUNCH_US = 5.0  # of a kernel by torch, in the order of what an H100's host takes; assumed
 ALONE = 300  # times
 
@@ -148,7 +146,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--sources", type=int, default=16)
     arguments = parser.parse_args()
-    shape = replace(SHAPES[arguments.size], accumulation=ACCUMULATED)
+    shape = SHAPES[arguments.size]
     measured = compare(shape, arguments.pairs, arguments.sources)
     (one, many), (few, more) = alone(shape, arguments.sources)
     print(f"{arguments.size}, {shape.tokens:,} tokens a step, {arguments.sources} sources, {arguments.pairs} pairs")
