@@ -16,6 +16,8 @@ from megatron_hammer.config import Config, config_to_tree
 from megatron_hammer.train.build import build_stages
 from megatron_hammer.train.state import RunState
 from megatron_hammer.train.step import train_step
+from megatron_hammer.verify.outcome import Outcome
+from megatron_hammer.verify.steps import gradient_pieces
 from tests.model.tiny import make_context, rank_batches, tiny_config
 
 Layout = dict[str, Any]
@@ -120,10 +122,8 @@ def covering(grid: Sequence[Layout]) -> list[Layout]:
     return chosen
 
 
-def many_steps(
-    rank: int, config: Config, steps: int, resume: Path | None, save: Path | None
-) -> list[tuple[float, float]]:
-    """Loss and gradient norm of so many steps in fp32; or of the second half, from a checkpoint of the first.
+def many_steps(rank: int, config: Config, steps: int, resume: Path | None, save: Path | None) -> list[Outcome]:
+    """Loss, norm and gradient of each of so many steps in fp32; or of the second half, from a checkpoint of the first.
 
     Args:
         save: where the checkpoint at the half is written.
@@ -140,7 +140,7 @@ def many_steps(
     reports = []
     for step in range(first, steps + 1):
         report = train_step(model, optimizer, rank_batches(config, step, ctx), config, step, ctx)
-        reports.append((float(report.loss), float(report.grad_norm)))
+        reports.append(Outcome([float(report.loss)], [float(report.grad_norm)], list(gradient_pieces(optimizer))))
         if save is not None and step == steps // 2:
             save_checkpoint(
                 save, step, optimizer.shards(), model=config.model, config_tree=config_to_tree(config),

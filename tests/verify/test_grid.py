@@ -1,4 +1,5 @@
-"""Layouts against one process: steps in fp32, gradients in fp64, and each goes on from the checkpoint of another.
+"""Layouts against one process: losses, norms, gradients of steps in fp32, two steps whole in fp64, and each goes on
+from the checkpoint of another.
 
 A subset of the grid runs in which every two values meet at least once, for a step before the checkpoint and one after
 it; the whole grid for 20 steps is under the marker ``slow``, which only HAMMER_FULL_GRID runs: 1 for all, 160:320 for
@@ -25,6 +26,7 @@ from megatron_hammer.sampling.loader import micro_batches
 from megatron_hammer.verify.compare import (
     NUMBER_BOUNDS,
     Deviation,
+    PieceKey,
     Sizes,
     compare_numbers,
     compare_pieces,
@@ -66,8 +68,9 @@ def exact_alone(config: Config) -> Outcome:
 
 
 @cache
-def many_alone(config: Config, steps: int) -> list[tuple[float, float]]:
-    return many_steps(0, config, steps, None, None)
+def many_alone(config: Config, steps: int) -> list[tuple[Outcome, dict[PieceKey, np.ndarray]]]:
+    """What one process has in each step, and its gradient as whole tensors."""
+    return [(outcome, whole_tensors(outcome.pieces)) for outcome in many_steps(0, config, steps, None, None)]
 
 
 @dataclass
@@ -110,6 +113,19 @@ def findings_of(config: Config, outcomes: list[Outcome]) -> list[Deviation]:
     return findings + compare_pieces(outcomes, whole_tensors(reference.pieces), 1e-10, sizes)[1]
 
 
+def check_steps(
+    of_ranks: list[list[Outcome]], expected: list[tuple[Outcome, dict[PieceKey, np.ndarray]]], what: str
+) -> None:
+    """Losses, norms and each element of the gradients in fp32, which is held against the largest of its tensor."""
+    assert all(len(found) == len(expected) for found in of_ranks)
+    for step, ((one, gradient), ranks) in enumerate(zip(expected, zip(*of_ranks, strict=True), strict=True)):
+        for found in ranks:
+            pair = found.losses + found.norms
+            assert pair == pytest.approx(one.losses + one.norms, rel=1e-5), f"loss and norm, {what}, step {step + 1}"
+        findings = compare_pieces(list(ranks), gradient, 1e-5, Sizes(1, 1, 1))[1]
+        assert not findings, (what, step + 1, findings[:5])
+
+
 def check(layout: Layout, checkpoints: Checkpoints, steps: int, variant: str = "llama", style: str = "adamw") -> None:
     config = config_of(layout, variant, style)
     model = f"{variant}, {config.model.num_layers} layers, {config.data.attention_mask}, {style}"
@@ -118,16 +134,11 @@ def check(layout: Layout, checkpoints: Checkpoints, steps: int, variant: str = "
     # Steps in fp32; the checkpoint of the half is what later layouts may go on from.
     resume, save = checkpoints.draw(model), checkpoints.folder / name_of(layout)
     expected = many_alone(alone(config), steps)
-    for step, values in enumerate(zip(*on_ranks(layout, many_steps, config, steps, None, save), expected, strict=True)):
-        *ranks, one = values
-        for found in ranks:
-            assert found == pytest.approx(one, rel=1e-5), f"loss and norm of step {step + 1}"
+    check_steps(on_ranks(layout, many_steps, config, steps, None, save), expected, "from the start")
     checkpoints.of_model.setdefault(model, []).append(save)
     if resume is not None:
-        for found in on_ranks(layout, many_steps, config, steps, resume, None):
-            assert len(found) == steps // 2
-            for step, (pair, one) in enumerate(zip(found, expected[steps // 2 :], strict=True)):
-                assert pair == pytest.approx(one, rel=1e-5), f"step {steps // 2 + step + 1}, resumed from {resume.name}"
+        resumed = on_ranks(layout, many_steps, config, steps, resume, None)
+        check_steps(resumed, expected[steps // 2 :], f"resumed from {resume.name}")
 
 
 def test_every_pair_of_values_is_covered() -> None:
