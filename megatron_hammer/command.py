@@ -68,6 +68,15 @@ complete -c hammer -n 'not __fish_use_subcommand' -a '(__hammer_words)'
 """,
 }
 """What each shell reads. Where nothing of ours can follow, and beside it, they complete files."""
+MEANT = {
+    **dict.fromkeys(("chat", "infer", "inference"), "generate"),
+    **dict.fromkeys(("deploy", "finetune", "fine-tune", "lora", "serve", "sft"), "help publish"),
+    **dict.fromkeys(("export", "to-hf"), "checkpoint-to-hf"),
+    **dict.fromkeys(("import", "from-hf"), "hf-to-checkpoint"),
+    "pretrain": "train",
+    "tokenize": "preprocess-data",
+}
+"""Words of other programs, and what does or says it here."""
 PAGES = shipped_folder("docs", "docs")
 """Of the documentation, as Markdown; NAME.zh-CN.md is NAME.md in Chinese."""
 HELP = """usage: hammer COMMAND [ARGUMENT ...]
@@ -178,6 +187,7 @@ def _page(name: str) -> str:
     path = chinese if spoken.startswith("zh") and chinese.exists() else PAGES / f"{name}.md"
     text = read_regular(path).decode("utf-8")
     text = re.sub(r"^\[(English|中文)\]\(.*\)\n\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\[(E\d+)\]\(errors(?:\.zh-CN)?\.md\)", r"\1", text)
     return re.sub(r"\[([^\]]+)\]\((\w+)(?:\.zh-CN)?\.md(?:#[^)]*)?\)", r"\1 (hammer help \2)", text)
 
 
@@ -317,6 +327,8 @@ def _unknown(word: str) -> str:
 
     from megatron_hammer.base.errors import ConfigError
 
-    near = difflib.get_close_matches(word.replace("_", "-"), names(), n=1, cutoff=0.5)
-    remedy = f"did you mean {near[0]}?" if near else "hammer --help lists them"
+    typed, known = word.lower().replace("_", "-"), names()
+    holding = [name for name in known if typed in name.split("-")]
+    near = [MEANT[typed]] if typed in MEANT else holding or difflib.get_close_matches(typed, known, n=1, cutoff=0.6)
+    remedy = f"did you mean {near[0]}?" if len(near) == 1 else "hammer --help lists them"
     raise ConfigError(1, "hammer", f"was called wrongly: {word} is no command", remedy)

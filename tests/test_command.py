@@ -115,6 +115,9 @@ def test_an_unknown_name_is_answered_by_the_nearest(hammer: Callable[..., tuple[
     code, _, err = hammer("preproces_data")
     assert code == 2 and "did you mean preprocess-data?" in err and err.startswith("error[E201]")
     assert "hammer --help lists them" in hammer("xyzzy")[2]
+    for typed, meant in {"finetune": "help publish", "export": "checkpoint-to-hf", "selftst": "selftest"}.items():
+        assert f"did you mean {meant}?" in hammer(typed)[2]
+    assert "did you mean" not in hammer("tokenizer")[2], "five programs have it in their names"
     assert "write hammer completion bash" in hammer("completion", "tcsh")[2]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError
-from megatron_hammer.base.progress import Progress
+from megatron_hammer.base.progress import Progress, size_of
 from megatron_hammer.base.tables import align
 from megatron_hammer.checkpoint.digest import MODULUS, STATE_VALUES, digest_of
 from megatron_hammer.checkpoint.folder import find_checkpoints, kept_aside
@@ -148,7 +148,7 @@ def summarize(manifest: Manifest) -> str:
     """One line on a checkpoint: its step, its tensors and how large it is."""
     kinds = Counter(tensor.kind for tensor in manifest.tensors)
     tensors = ", ".join(f"{number} x {kind}" for kind, number in kinds.items())
-    return f"step {manifest.step}, {tensors}, {len(manifest.files)} files, {_size(manifest) / 1e9:,.2f} GB"
+    return f"step {manifest.step}, {tensors}, {len(manifest.files)} files, {size_of(_size(manifest))}"
 
 
 def list_checkpoints(run_or_folder: str | Path) -> list[str]:
@@ -157,14 +157,14 @@ def list_checkpoints(run_or_folder: str | Path) -> list[str]:
     Raises:
         CheckpointError: there are none.
     """
-    rows = [("checkpoint", "ranks", "tensors", "GB", "")]
+    rows = [("checkpoint", "ranks", "tensors", "size", "")]
     for path in find_checkpoints(run_or_folder):
         try:
             manifest = read_manifest(path)
         except CheckpointError as error:
             rows.append((path.name, "-", "-", "-", str(error)))
             continue
-        layout, size = manifest.layout, f"{_size(manifest) / 1e9:,.2f}"
+        layout, size = manifest.layout, size_of(_size(manifest))
         rows.append((path.name, f"{layout.world} (tp {layout.tp}{_pp(layout)})", str(len(manifest.tensors)), size, ""))
     for path in kept_aside(run_or_folder):
         rows.append((path.name, "-", "-", "-", "damaged, or in the way of a save: kept aside, not loaded"))
