@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from megatron_hammer.base.reading import open_regular, parse_json
+from megatron_hammer.base.errors import DataError, UnfitFile
+from megatron_hammer.base.reading import open_regular, parse_json, read_regular
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -175,6 +176,24 @@ class DatasetHeader:
                 for s in sources
             ),
         )
+
+
+def read_header(prefix: str | Path) -> DatasetHeader | None:
+    """What the header of a dataset says, not compared with its other files; None where there is none.
+
+    Raises:
+        DataError: E339 the file is no header.
+    """
+    path = path_of(prefix, ".meta.json")
+    if not os.path.lexists(path):
+        return None
+    try:
+        return DatasetHeader.from_json(read_regular(path, MAX_HEADER_BYTES).decode("utf-8", "surrogateescape"))
+    except UnfitFile as error:
+        raise DataError(39, str(path), f"is not a dataset header: {error.strerror}", error.remedy) from None
+    except ValueError as error:  # JSONDecodeError is a ValueError
+        remedy = "prepare this dataset again; without this file it is read as one of another program"
+        raise DataError(39, str(path), f"is not a dataset header: {error}", remedy) from None
 
 
 def fingerprint_of(idx_hash: str, bin_path: Path) -> str:

@@ -81,7 +81,8 @@ class IndexStore:
     ) -> None:
         self.folder, self.note = Path(folder), note
         self.smallest, self.wait_seconds, self.check_built = smallest, wait_seconds, check_built
-        self._maps: list[weakref.ref[FileMap]] = []
+        self.maps: list[weakref.ref[FileMap]] = []
+        """Of the files of indices that are in use: ``FileMap.check`` says whether one is still what was mapped."""
 
     def path(self, kind: str, key: Key) -> Path:
         """The file of an index."""
@@ -132,16 +133,6 @@ class IndexStore:
         )
         return arrays
 
-    def check_unchanged(self) -> None:
-        """To be asked after indices were used: are their files still those that were mapped?
-
-        Raises:
-            DataError: E350 one was cut or overwritten.
-        """
-        for known in self._maps:
-            if (mapped := known()) is not None:
-                mapped.check()
-
     def _find(self, path: Path, kind: str, key: Key, note: Callable[[str], None]) -> Arrays | None:
         try:
             arrays, mapped = read_index(path, kind, key)
@@ -150,7 +141,7 @@ class IndexStore:
         except (BadIndexFile, OSError) as error:
             note(f"{path} {error}; it is built anew")
             return None
-        self._maps = [known for known in self._maps if known() is not None] + [weakref.ref(mapped)]
+        self.maps = [known for known in self.maps if known() is not None] + [weakref.ref(mapped)]
         return arrays
 
     @contextlib.contextmanager

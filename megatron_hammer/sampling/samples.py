@@ -24,7 +24,7 @@ from megatron_hammer.base.progress import say
 from megatron_hammer.config import Config
 from megatron_hammer.config.phases import Course, Phase
 from megatron_hammer.dataset.format import REMAKE
-from megatron_hammer.dataset.reader import IndexedDataset, first_foreign_id
+from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.sampling import index_builder as index
 from megatron_hammer.sampling.absent import AbsentSource
 from megatron_hammer.sampling.batch import Batch
@@ -58,6 +58,17 @@ MEGATRON_SURPLUS = 0.005  # Megatron-LM builds each source this much longer than
 def cumulative_lengths(ends: Sequence[np.ndarray]) -> np.ndarray:
     """[documents + 1] int32, from where documents end among the tokens of a batch, in any order and repeated or not."""
     return np.unique(np.concatenate([[0], *ends])).astype(np.int32)
+
+
+def first_foreign_id(ids: np.ndarray, vocab_size: int) -> int | None:
+    """Place of the first id in a flat view of ``ids`` (contiguous) that is not in [0, vocab_size); None: all are.
+
+    One pass over ids that have just been written: 1 us for a sample of 2,049.
+    """
+    unsigned = ids.reshape(-1).view(f"u{ids.itemsize}")  # a negative id is a very large one
+    if unsigned.size == 0 or int(unsigned.max()) < vocab_size:
+        return None
+    return int(np.argmax(unsigned >= vocab_size))
 
 
 class TrainData:
@@ -281,9 +292,11 @@ class TrainData:
         except (ValueError, IndexError):
             self.check_unchanged(self._present)  # else the samples are asked for wrongly
             raise
-        self.check_unchanged({part.source for part in parts})
+        read = {part.source for part in parts}
         if self.vocab_size is not None and (place := first_foreign_id(out, self.vocab_size)) is not None:
+            self.check_unchanged(read)  # else the file was damaged before it was opened
             raise self._foreign_id(first + place // (s + 1), place % (s + 1), int(out.flat[place]), self.vocab_size)
+        self.check_unchanged(read)
         if self._fim:
             for part, lengths, counts in pieces:
                 self._rearrange(part, out, lengths, counts)
@@ -315,8 +328,11 @@ class TrainData:
             DataError: E350 one was cut or overwritten.
         """
         for source in sources:
-            self._present[source].check_unchanged()
-            self._stores[source].check_unchanged()
+            for part in self._present[source].maps:
+                part.check()
+            for index_file in self._stores[source].maps:
+                if (mapped := index_file()) is not None:
+                    mapped.check()
 
     def _foreign_id(self, sample: int, column: int, token_id: int, vocab_size: int) -> DataError:
         """The error for an id that is token ``column`` of a sample."""

@@ -33,7 +33,7 @@ from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.files import hash_file, writing
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.reading import open_regular
-from megatron_hammer.dataset.format import BLOCK_BYTES, DatasetHeader, path_of
+from megatron_hammer.dataset.format import BLOCK_BYTES, DatasetHeader, path_of, read_header
 from megatron_hammer.dataset.look.contamination import HeldOutSearch, read_held_out
 from megatron_hammer.dataset.look.inspect import (
     TokenMap,
@@ -45,7 +45,7 @@ from megatron_hammer.dataset.look.inspect import (
 )
 from megatron_hammer.dataset.look.script_counts import ScriptCounts
 from megatron_hammer.dataset.look.verify_report import EXAMPLES, Report, counted
-from megatron_hammer.dataset.reader import IndexedDataset, read_header
+from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.tokenizer.interface import Tokenizer
 
 IN_MEMORY = 1 << 23
