@@ -74,8 +74,8 @@ def main() -> int:
     args = arguments.parse_args()
     if args.engine == "local":
         arguments.refuse_idle("without --engine ray", "--address", "--workers-per-task")
-    check_output_prefix("--output-prefix", args.output_prefix, f"_{args.json_keys[0]}_document.idx")
     command = megatron.translate(args)
+    check_output_prefix("--output-prefix", args.output_prefix, f"_{args.json_keys[0]}_document.idx")
     from megatron_hammer.dataset.make.job import prepare_job, remarks
 
     if args.engine == "ray":

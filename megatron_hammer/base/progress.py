@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,7 +41,7 @@ def size_of(count: float) -> str:
     return f"{count:,.0f} bytes"
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """How much of some work is done, how fast it goes, and how long the rest takes.
 
     Args:
@@ -49,22 +50,24 @@ class Progress:
         unit: what is counted: "B" for bytes, which are shown as GB and MB/s, or a word such as "tensors".
         done: what an earlier run had done; it does not count for the speed.
         report: gets the plain lines.
+        note: gives what is shown behind the numbers, such as another rate; asked when they are shown.
     """
 
     def __init__(
-        self, name: str, total: int | None, unit: str = "B", done: int = 0, report: Callable[[str], None] = say
+        self,
+        name: str,
+        total: int | None,
+        unit: str = "B",
+        done: int = 0,
+        report: Callable[[str], None] = say,
+        note: Callable[[], str] = lambda: "",
     ) -> None:
         self.name, self.total, self.unit, self.done = name, total, unit, done
-        self._report = report
-        self.note = ""
-        """Shown behind the numbers, such as another rate."""
+        self._report, self._note = report, note
         self._done_before = done
         self._started = time.monotonic()
         self._next_line = self._started + QUIET_SECONDS
         self._bar: tqdm[Any] | None = None
-
-    def __enter__(self) -> Progress:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -83,7 +86,7 @@ class Progress:
         """Account for some more of the work."""
         self.done += count
         if self._bar is not None:
-            self._bar.set_postfix_str(self.note, refresh=False)
+            self._bar.set_postfix_str(self._note(), refresh=False)
             self._bar.update(count)
         elif (now := time.monotonic()) >= self._next_line:
             self._show(now)
@@ -112,7 +115,7 @@ class Progress:
         )
         self._bar.start_t -= seconds
         self._bar.n, self._bar.delay = self.done, 0
-        self._bar.set_postfix_str(self.note)  # draws
+        self._bar.set_postfix_str(self._note())  # draws
 
     def expect(self, total: int) -> None:
         """Say how much all of the work is, once that is known."""
@@ -136,8 +139,8 @@ class Progress:
         else:
             line = f"{self.name}: {self.done:,}"
             line += f" of {self.total:,} {self.unit} ({self.done / self.total:.0%})" if self.total else f" {self.unit}"
-        if self.note:
-            line += f", {self.note}"
+        if note := self._note():
+            line += f", {note}"
         if self.total and rate:
             line += f", {max(self.total - self.done, 0) / rate:,.0f} s left"
         return line

@@ -78,7 +78,7 @@ class IndexedWriter:
     ) -> None:
         self.prefix = Path(prefix)
         self.vocab_size = vocab_size
-        self._blocks = _BlockHasher()
+        self._blocks, self._background = _BlockHasher(), _BackgroundSync()
         self.dtype = dtype_for(vocab_size) if dtype is None else np.dtype(dtype).newbyteorder("<")
         assert self.dtype in CODES, f"{self.dtype} is not one of the format's types"
         self.tokenizer, self.options = tokenizer, dict(options or {})
@@ -107,7 +107,6 @@ class IndexedWriter:
         except BaseException:
             self._idx.close()
             raise
-        self._background = _BackgroundSync(self._bin.fileno())
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
         """Open what a former writer has left, cut to the state that it saved."""
@@ -185,9 +184,9 @@ class IndexedWriter:
     def _add_tokens(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         self._check_ids(tokens, lengths)
         data = np.ascontiguousarray(tokens, self.dtype).data.cast("B") if len(tokens) else b""
-        self._bin.write(data)
         self._blocks.update(data)
-        self._background.wrote(len(data))
+        self._background.grows(self._bin, len(data))
+        self._bin.write(data)
         self.num_tokens += len(tokens)
 
     def append(self, dataset: IndexedDataset) -> None:
@@ -209,9 +208,9 @@ class IndexedWriter:
                     raise DataError(38, str(dataset.bin_path), "became shorter while it was read", REMAKE)
                 if not known:
                     self._check_ids(np.frombuffer(buffer[:wanted], self.dtype), np.array([wanted]))
-                self._bin.write(buffer[:wanted])
                 self._blocks.update(buffer[:wanted])
-                self._background.wrote(wanted)
+                self._background.grows(self._bin, wanted)
+                self._bin.write(buffer[:wanted])
         for first in range(0, dataset.num_sequences, _CHUNK):
             self._idx.write(dataset.lengths[first : first + _CHUNK].data.cast("B"))
             dataset.forget()
@@ -382,21 +381,22 @@ class _BlockHasher:
 class _BackgroundSync:
     """Writes a file's pages to the disk while more are made, so that the sync in the end has little left to do."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._written = descriptor, 0
+    def __init__(self) -> None:
+        self._written = 0
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
 
-    def wrote(self, count: int) -> None:
+    def grows(self, file: IO[bytes], count: int) -> None:
+        """So many bytes are written next; those before them may be due."""
         self._written += count
         if self._written >= _SYNC_BYTES and (self._thread is None or not self._thread.is_alive()):
             self._written = 0
-            self._thread = threading.Thread(target=self._sync)
+            self._thread = threading.Thread(target=self._sync, args=(file.fileno(),))
             self._thread.start()
 
-    def _sync(self) -> None:
+    def _sync(self, descriptor: int) -> None:
         try:
-            write_out(self._descriptor)
+            write_out(descriptor)
         except OSError as error:  # the system tells a failed write once: it must not be lost here
             self._error = error
 

@@ -33,8 +33,7 @@ def test_lines_of_bytes(clock: list[float], capsys: pytest.CaptureFixture[str]) 
 
 
 def test_lines_of_other_units_and_work_done_before(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress("writing", 100, "tensors", done=20) as shown:
-        shown.note = "3 tokens/s"
+    with Progress("writing", 100, "tensors", done=20, note=lambda: "3 tokens/s") as shown:
         shown.pass_over(20)
         clock[0] += 10
         shown.advance(10)

@@ -65,11 +65,10 @@ def build_datasets(
     with output:
         total = sum(identity["bytes"] for identity in job.identities)
         with (
-            Progress(" ".join(job.keys), total, done=output.journal.raw_bytes) as progress,
+            Progress(" ".join(job.keys), total, done=output.journal.raw_bytes, note=output.describe_rates) as progress,
             closing(encode_blocks(job, _remaining_blocks(job, output), workers, stop)) as encoded,
         ):
             for item in encoded:
-                progress.note = output.describe_rates()
                 output.append(item)
                 progress.advance(item.block.raw_bytes)
         if stop is not None and stop.is_set() and output.journal.source < len(job.files):

@@ -132,9 +132,11 @@ def translate(args: argparse.Namespace) -> Translation:
         for option, (_, reason) in _LEFT_ASIDE.items()
         if (value := given[option]) is not None
     ]
-    tokenizer, of_tokenizer = _tokenizer_of(args, kind)
+    tokenizer, of_tokenizer = args.tokenizer_model, list[str]()
+    if tokenizer is None or any(other is not None for other in (args.tokenizer_name_or_path, args.vocab_file, kind)):
+        tokenizer, of_tokenizer = _tokenizer_of(args, kind)
     return Translation(
-        inputs=[path for item in args.input for path in _inputs_of(item)],
+        inputs=[path for item in args.input for path in ([item] if os.path.exists(item) else _several(item))],
         tokenizer=tokenizer,
         kind=kind,
         type_name=args.tokenizer_type,
@@ -215,12 +217,10 @@ def _tokenizer_of(args: argparse.Namespace, kind: str | None) -> tuple[str, list
     return path, notes
 
 
-def _inputs_of(item: str) -> list[str]:
-    """GPT-NeoX has several files in one argument, with commas between them."""
+def _several(item: str) -> list[str]:
+    """The files of an argument that is not there: GPT-NeoX has several in one, with commas between them."""
     parts = [part for part in item.split(",") if part]
-    if len(parts) > 1 and not os.path.exists(item) and all(map(os.path.exists, parts)):
-        return parts
-    return [item]
+    return parts if len(parts) > 1 and all(map(os.path.exists, parts)) else [item]
 
 
 def _words(value: str | list[str]) -> str:

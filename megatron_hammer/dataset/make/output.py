@@ -17,7 +17,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -59,10 +59,11 @@ class BuildSummary:
     def __str__(self) -> str:
         causes = ", ".join(f"{code} {count:,}" for code, count in sorted(self.rejected.items()))
         rejected = f", {sum(self.rejected.values()):,} rejected ({causes})" if self.rejected else ""
+        speed = rates(self.text_bytes, self.tokens, self.seconds)
         return (
             f"{self.prefix}: {self.documents:,} documents ({self.empty_documents:,} empty){rejected}, {self.tokens:,} "
             f"tokens of {self.token_bytes} bytes from {size_of(self.text_bytes)} in {self.seconds:,.1f} s: "
-            f"{rates(self.text_bytes, self.tokens, self.seconds)}; encoder: {self.encoder}"
+            f"{speed}; encoder: {self.encoder}"
         )
 
 
@@ -122,7 +123,7 @@ def _write_long(job: Job, text: str | LongText, writer: IndexedWriter, threads: 
     return count
 
 
-class DatasetOutput:
+class DatasetOutput(AbstractContextManager["DatasetOutput"]):
     """The files of one job. Its ``with`` block, after ``open``, publishes them or keeps what a journal stands for.
 
     Args:
@@ -169,7 +170,8 @@ class DatasetOutput:
     def open_new(self) -> None:
         """Begin with nothing."""
         self._open_files(None)
-        self._remove_journal()  # only now: the lock is ours
+        self.journal_path.unlink(missing_ok=True)  # only now: the lock is ours
+        Path(f"{self.journal_path}.tmp").unlink(missing_ok=True)
 
     def _go_on(self, found: Journal) -> None:
         check_journal(self.journal_path, found, self.journal)
@@ -204,7 +206,8 @@ class DatasetOutput:
                     resume=None if journal is None else journal.writers[key],
                 )
                 writer.keep_temporaries = journal is not None
-                self.writers[key] = stack.enter_context(writer)
+                self.writers[key] = writer
+                stack.push(writer)
             if job.on_error == "quarantine":
                 self._open_rejected(journal, stack)
             self._stack = stack.pop_all()
@@ -282,9 +285,6 @@ class DatasetOutput:
         inputs = ", ".join(map(str, self.job.files[:4])) + (" ..." if len(self.job.files) > 4 else "")
         return DataError(43, f'key "{key}" of {inputs}', "holds no text", "give a corpus with text")
 
-    def __enter__(self) -> DatasetOutput:
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -294,11 +294,8 @@ class DatasetOutput:
             say(f"{self.journal_path} keeps what was done, {done} of text: the same command goes on from there")
         self._stack.__exit__(kind, error, trace)
         if kind is None:
-            self._remove_journal()
-
-    def _remove_journal(self) -> None:
-        self.journal_path.unlink(missing_ok=True)
-        Path(f"{self.journal_path}.tmp").unlink(missing_ok=True)
+            self.journal_path.unlink(missing_ok=True)
+            Path(f"{self.journal_path}.tmp").unlink(missing_ok=True)
 
     def summaries(self) -> list[BuildSummary]:
         """For each key, in order."""

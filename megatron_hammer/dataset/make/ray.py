@@ -190,7 +190,8 @@ class _Flight:
         self._text_bytes = self._tokens = 0  # of this run
         options = {"num_cpus": task_workers, "max_retries": _MAX_RETRIES, "scheduling_strategy": "SPREAD"}
         self._remote = ray.remote(**options)(_task_with_node)
-        self._progress = Progress(" ".join(job.keys), sum(path.stat().st_size for path in job.files))
+        size = sum(path.stat().st_size for path in job.files)
+        self._progress = Progress(" ".join(job.keys), size, note=self._describe_rates)
 
     def __enter__(self) -> _Flight:
         self._check_nodes()
@@ -274,8 +275,10 @@ class _Flight:
             self.encoders.add(result["encoder"])
             self._text_bytes += result["text_bytes"]
             self._tokens += result["tokens"]
-            self._progress.note = f"text: {rates(self._text_bytes, self._tokens, self._progress.seconds)}"
             self._progress.advance(result["raw_bytes"])
+
+    def _describe_rates(self) -> str:
+        return f"text: {rates(self._text_bytes, self._tokens, self._progress.seconds)}"
 
     def _result(self, reference: Any, task: PartTask | HashTask) -> dict[str, Any]:
         result: dict[str, Any]
