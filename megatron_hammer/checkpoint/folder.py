@@ -39,7 +39,6 @@ from megatron_hammer.checkpoint.manifest import (
     check_files,
     checked_tokenizer_folder,
     read_manifest,
-    slice_key,
 )
 from megatron_hammer.checkpoint.tensor_files import TensorFileReader
 
@@ -193,8 +192,7 @@ def _check_a_slice(manifest: Manifest) -> None:
     if file is None:
         return
     saved = min(file.slices, key=lambda s: (manifest.tensors[s.tensor].kind == "weight", math.prod(s.shape)))
-    tensor = manifest.tensors[saved.tensor]
-    key = slice_key(tensor.name, tensor.kind, saved.rows, saved.cols)
+    key = manifest.key_of(saved)
     with TensorFileReader(manifest.folder / file.name, file.size, file.header_hash) as reader:
         if key not in reader.tensors or reader.hash_of(key) != saved.hash:
             rule = f"is not what {MANIFEST} there says: it has changed, or the manifest is that of another checkpoint"

@@ -146,6 +146,21 @@ class Manifest:
         return {(t.name, t.kind): i for i, t in enumerate(self.tensors)}
 
     @cached_property
+    def places(self) -> dict[tuple[str, str], list[tuple[SavedFile, SavedSlice, str]]]:
+        """(name, kind) of a tensor -> its slices: the file, what it holds of the tensor, and the key there."""
+        found: dict[tuple[str, str], list[tuple[SavedFile, SavedSlice, str]]] = {}
+        for file in self.files:
+            for saved in file.slices:
+                tensor = self.tensors[saved.tensor]
+                found.setdefault((tensor.name, tensor.kind), []).append((file, saved, self.key_of(saved)))
+        return found
+
+    def key_of(self, saved: SavedSlice) -> str:
+        """The name under which a slice is stored."""
+        tensor = self.tensors[saved.tensor]
+        return slice_key(tensor.name, tensor.kind, saved.rows, saved.cols)
+
+    @cached_property
     def kinds(self) -> set[str]:
         """Kinds of tensors that are there."""
         return {t.kind for t in self.tensors}
@@ -385,13 +400,14 @@ def saved_model(manifest: Manifest) -> ModelConfig:
     path = str(manifest.folder / MANIFEST)
     try:
         config = config_from_tree(manifest.config).after_samples(manifest.state.get("consumed_samples", 0))
-        config.model.check()
+        model = config.described_model
+        model.check()
     except ConfigError as error:
         remedy = "read it with the version of the program that wrote it"
         raise CheckpointError(6, path, f"holds a config of another version ({error})", remedy) from None
-    if config.model.vocab_size is None:
+    if model.vocab_size is None:
         raise CheckpointError(6, path, "does not state model.vocab_size", "use another checkpoint")
-    return config.described_model
+    return model
 
 
 def describe_tokenizer_files(folder: Path, fingerprint: str) -> TokenizerFiles:

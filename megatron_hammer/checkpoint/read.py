@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.checkpoint.digest import Factors
 from megatron_hammer.checkpoint.dtypes import DTYPES
 from megatron_hammer.checkpoint.fit import check_fits
-from megatron_hammer.checkpoint.manifest import Manifest, SavedFile, SavedSlice, slice_key
+from megatron_hammer.checkpoint.manifest import Manifest, SavedFile, SavedSlice
 from megatron_hammer.checkpoint.one_pass import OnePass
 from megatron_hammer.checkpoint.tensor_files import CHUNK_BYTES, ITEM_BYTES, TensorFileReader
 from megatron_hammer.config import ModelConfig
@@ -119,7 +120,7 @@ def read_logical(manifest: Manifest, name: str, kind: str = "weight") -> Tensor:
     return data
 
 
-class LogicalReader:
+class LogicalReader(AbstractContextManager["LogicalReader"]):
     """Whole logical tensors of a checkpoint as bands of rows, one after the other; a context manager.
 
     Memory: one band and one part of a slice (4 MiB each, or one row), and 6 MiB for each open file.
@@ -127,11 +128,7 @@ class LogicalReader:
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
-        self._readers: dict[str, TensorFileReader] = {}
-        self._where: dict[int, list[tuple[SavedFile, SavedSlice]]] = {}
-        for file in manifest.files:
-            for saved in file.slices:
-                self._where.setdefault(saved.tensor, []).append((file, saved))
+        self._places, self._readers = manifest.places, dict[str, TensorFileReader]()
 
     def bands(self, name: str, kind: str = "weight") -> Iterator[Tensor]:
         """The tensor's rows in order, ``[n, cols]`` (``[n]`` of a vector) in the type in which it is stored.
@@ -142,14 +139,17 @@ class LogicalReader:
         Raises:
             CheckpointError: there is no such tensor, or a slice or file of it is not as it was saved.
         """
-        at = _find(self._manifest, name, kind)
-        (rows, *cols), dtype = self._manifest.tensors[at].shape, DTYPES[self._manifest.tensors[at].dtype]
+        places = self._places.get((name, kind))
+        if places is None:
+            raise _missing(self._manifest, name, kind)
+        tensor = self._manifest.tensors[places[0][1].tensor]
+        (rows, *cols), dtype = tensor.shape, DTYPES[tensor.dtype]
         height = min(rows, max(1, CHUNK_BYTES // (dtype.itemsize * math.prod(cols))))
         whole, scratch = (torch.empty((height, *cols), dtype=dtype) for _ in range(2))
-        passes = [(file, saved, OnePass(math.prod(saved.shape) * dtype.itemsize)) for file, saved in self._where[at]]
+        passes = [(*place, OnePass(math.prod(place[1].shape) * dtype.itemsize)) for place in places]
         for start in range(0, rows, height):
             band = whole[: rows - start]
-            for file, saved, through in passes:
+            for file, saved, key, through in passes:
                 first, last = max(start, saved.rows[0]), min(start + height, saved.rows[1])
                 if first >= last:
                     continue
@@ -157,7 +157,7 @@ class LogicalReader:
                 target = target if saved.cols is None else target[:, saved.cols[0] : saved.cols[1]]
                 data = target if target.is_contiguous() else scratch.view(-1)[: target.numel()].view(target.shape)
                 reader = self._reader(file)
-                key = _expect(self._manifest, reader, saved)
+                reader.expect(key, tensor.dtype, saved.shape)
                 view: Any = data.view(-1).view(torch.uint8).numpy()
                 reader.read_part(key, (first - saved.rows[0]) * (view.nbytes // len(data)), view, through)
                 if data is not target:
@@ -175,9 +175,6 @@ class LogicalReader:
             reader = TensorFileReader(self._manifest.folder / file.name, file.size, file.header_hash)
         self._readers[file.name] = reader
         return reader
-
-    def __enter__(self) -> LogicalReader:
-        return self
 
     def __exit__(self, *rest: object) -> None:
         for reader in self._readers.values():
@@ -202,8 +199,8 @@ def check_rank_file(
     parts = []
     with _open(manifest, file) as reader:
         for saved in file.slices:
-            key = _expect(manifest, reader, saved)
-            dtype = manifest.tensors[saved.tensor].dtype
+            key, dtype = manifest.key_of(saved), manifest.tensors[saved.tensor].dtype
+            reader.expect(key, dtype, saved.shape)
             through = OnePass(math.prod(saved.shape) * ITEM_BYTES[dtype], Factors(saved.rows, saved.cols, dtype))
             _compare(reader, key, saved, reader.hash_of(key, through, advance))
             parts.append((saved.tensor, through.total))
@@ -229,7 +226,8 @@ def _fill(manifest: Manifest, wanted: dict[int, list[_Place]]) -> None:
 
 def _read(manifest: Manifest, reader: TensorFileReader, saved: SavedSlice, places: list[_Place]) -> int:
     """Read one slice, verify it, and copy what each place wants of it; how many elements that were."""
-    key, dtype = _expect(manifest, reader, saved), DTYPES[manifest.tensors[saved.tensor].dtype]
+    key, dtype = manifest.key_of(saved), DTYPES[manifest.tensors[saved.tensor].dtype]
+    reader.expect(key, manifest.tensors[saved.tensor].dtype, saved.shape)
     first = places[0]
     target = _window(first.data, first, *first.common(saved))  # type: ignore[misc]
     direct = len(places) == 1 and target.shape == saved.shape and target.dtype == dtype
@@ -255,19 +253,12 @@ def _find(manifest: Manifest, name: str, kind: str) -> int:
     """Position of a tensor in the manifest."""
     at = manifest.index.get((name, kind))
     if at is None:
-        raise CheckpointError(13, f"{manifest.folder}: {kind} {name}", "is missing", "use another checkpoint")
+        raise _missing(manifest, name, kind)
     return at
 
 
-def _expect(manifest: Manifest, reader: TensorFileReader, saved: SavedSlice) -> str:
-    """The key of a slice, after checking that the file has it as the manifest says."""
-    tensor = manifest.tensors[saved.tensor]
-    key = slice_key(tensor.name, tensor.kind, saved.rows, saved.cols)
-    entry = reader.tensors.get(key)
-    if entry is None or entry.dtype != tensor.dtype or entry.shape != saved.shape:
-        rule = "is not there as the manifest describes it"
-        raise CheckpointError(10, f"{reader.path}: {key}", rule, "use another checkpoint")
-    return key
+def _missing(manifest: Manifest, name: str, kind: str) -> CheckpointError:
+    return CheckpointError(13, f"{manifest.folder}: {kind} {name}", "is missing", "use another checkpoint")
 
 
 def _compare(reader: TensorFileReader, key: str, saved: SavedSlice, found: str) -> None:

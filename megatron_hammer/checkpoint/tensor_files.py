@@ -19,6 +19,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -84,7 +85,7 @@ class TensorEntry:
     num_bytes: int
 
 
-class TensorFileWriter:
+class TensorFileWriter(AbstractContextManager["TensorFileWriter"]):
     """Writes the header first, then the tensors one by one in the order announced.
 
     Args:
@@ -127,9 +128,6 @@ class TensorFileWriter:
         assert size == 0, f"{self.path}: {name} is {-size} bytes longer than announced"
         return through.hexdigest()
 
-    def __enter__(self) -> TensorFileWriter:
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         try:
             if kind is None:
@@ -140,7 +138,7 @@ class TensorFileWriter:
             self._file.close()
 
 
-class TensorFileReader:
+class TensorFileReader(AbstractContextManager["TensorFileReader"]):
     """A safetensors file whose header has been checked: every tensor inside the file, no overlap, no gap.
 
     Args:
@@ -212,6 +210,13 @@ class TensorFileReader:
     def _malformed(self, rule: str) -> CheckpointError:
         return CheckpointError(10, str(self.path), rule, "restore the file or use another")
 
+    def expect(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        """Refuse a file that lacks a tensor, or has another type or shape of it than its manifest says."""
+        entry = self.tensors.get(name)
+        if entry is None or entry.dtype != dtype or entry.shape != shape:
+            rule = "is not there as the manifest describes it"
+            raise CheckpointError(10, f"{self.path}: {name}", rule, "use another checkpoint")
+
     def read_part(self, name: str, start: int, buffer: Any, through: Passage = PLAIN_COPY) -> None:
         """Fill ``buffer`` (flat bytes) with the tensor's bytes from its byte ``start`` on; nothing is compared."""
         entry, view = self.tensors[name], memoryview(buffer)
@@ -259,9 +264,6 @@ class TensorFileReader:
         """Let the file go."""
         self._data.close()
         self._file.close()
-
-    def __enter__(self) -> TensorFileReader:
-        return self
 
     def __exit__(self, *rest: object) -> None:
         self.close()

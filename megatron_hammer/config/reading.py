@@ -212,7 +212,13 @@ def _put(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
 
 def config_from_tree(tree: Mapping[str, Any], note: Callable[[str], None] | None = None) -> Config:
     """Build a ``Config`` from nested plain values, as ``load_config`` reads them and checkpoints store them."""
-    config: Config = _build(Config, _with_present_names(tree, note), "")
+    config: Config
+    try:
+        config = _build(Config, tree, "")
+    except ConfigError as error:
+        if error.number != 2 or error.what not in ALIASES:
+            raise
+        config = _build(Config, _with_present_names(tree, note), "")
     return config
 
 

@@ -16,6 +16,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +26,9 @@ from megatron_hammer.base.files import dump_json, staged_folder, write_durably
 from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.folder import Note, open_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, saved_model
-from megatron_hammer.dataset.reader import IndexedDataset, check_prefix, read_header
+from megatron_hammer.config import ModelConfig
+from megatron_hammer.dataset.format import path_of, read_header
+from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.huggingface.certified import CERTIFICATE, check_output
 from megatron_hammer.huggingface.config import (
     CONFIG,
@@ -38,7 +42,8 @@ from megatron_hammer.huggingface.weights import DEFAULT_SHARD_BYTES, export_weig
 from megatron_hammer.tokenizer.convert import conversion_obstacle, convert_tokenizer, form_line
 from megatron_hammer.tokenizer.load import load_tokenizer
 
-Prove = Callable[[Path, Path, str], None]
+Prove = Callable[..., object]
+"""Takes the checkpoint's folder, the export's, the type of the weights, and why the tokenizer is not proved, if so."""
 TokenizerForm = Literal["exact", "as-is", "none"]
 """Of an export: one that transformers loads, proved to give the same ids; the checkpoint's files unchanged; none."""
 
@@ -87,22 +92,34 @@ def export_hf(
             Nothing is left at ``output``, or what was there before.
     """
     manifest = open_checkpoint(checkpoint, step)
+    original = Original(manifest, saved_model(manifest), checked_tokenizer_folder(manifest))
     dtype = dtype or manifest.weights_dtype
     output = Path(output).resolve()  # a link to a folder stays a link
     if output.exists():
         check_output(output)
     with staged_folder(output, replace=True) as staging:
-        unproved = write_hf(manifest, staging, dtype, max_shard_bytes, note, tokenizer)
+        unproved = write_hf(original, staging, dtype, max_shard_bytes, note, tokenizer)
         if unproved:
             note(f"the tokenizer is not proved: {unproved}")
-            (prove or prove_in_child_process)(manifest.folder, staging, dtype, unproved)  # type: ignore[call-arg]
-        else:
-            (prove or prove_in_child_process)(manifest.folder, staging, dtype)
+        if prove is None:
+            return prove_in_child_process(manifest.folder, staging, dtype, unproved)
+        prove(manifest.folder, staging, dtype, *([unproved] if unproved else []))
         return read_json(staging / CERTIFICATE)
 
 
+@dataclass(frozen=True)
+class Original:
+    """What is exported: a checkpoint, and what has been read and checked of it."""
+
+    manifest: Manifest
+    model: ModelConfig
+    """``saved_model``."""
+    tokenizer_folder: Path | None
+    """``checked_tokenizer_folder``."""
+
+
 def write_hf(
-    manifest: Manifest,
+    original: Original,
     folder: Path,
     dtype: str,
     max_shard_bytes: int,
@@ -114,14 +131,12 @@ def write_hf(
     Returns:
         why the tokenizer is not one that can be compared with the checkpoint's; an empty string where it is.
     """
-    unproved = ""
-    model = saved_model(manifest)
-    tokenizer_folder = checked_tokenizer_folder(manifest)
+    unproved, manifest, model = "", original.manifest, original.model
     token_ids = dict(manifest.state.get("token_ids") or {})  # of an imported model
-    if tokenizer_folder is None:
+    if original.tokenizer_folder is None:
         note("the checkpoint has no tokenizer: the model is exported without one")
     else:
-        tokenizer = load_tokenizer(tokenizer_folder)
+        tokenizer = load_tokenizer(original.tokenizer_folder)
         check_vocabulary(tokenizer, model)
         if form == "exact":
             begin_with_bos = documents_begin_with(manifest.config, tokenizer.bos_id)
@@ -168,19 +183,23 @@ def _documents_have(config: Mapping[str, Any], token: int | None, option: str, p
     mixes = [data.get("train"), *(phase.get("train") for phase in data.get("phases") or ())]
     for prefix in dict.fromkeys(prefix for mix in mixes for prefix in mix or {}):
         try:
-            check_prefix(prefix)
             header = read_header(prefix)
+            if not path_of(prefix, ".idx").exists():  # moved, or never on this machine
+                continue
             if header is not None and option in header.options:
                 found.append(token is not None and bool(header.options[option]))
             elif (dataset := IndexedDataset(prefix)).num_tokens:
                 found.append(int(dataset.tokens[place]) == token)
-        except (DataError, OSError):  # moved, or never on this machine
+        except (DataError, OSError):  # damaged
             continue
     return any(found) if found else None
 
 
-def prove_in_child_process(checkpoint: Path, folder: Path, dtype: str, unproved: str = "") -> None:
+def prove_in_child_process(checkpoint: Path, folder: Path, dtype: str, unproved: str = "") -> dict[str, Any]:
     """Run ``prove`` in a fresh process, so that its memory goes with it and nothing of the export's state is reused.
+
+    Returns:
+        the certificate, as in the folder.
 
     Raises:
         HammerError: what the child raised, or that it died.
@@ -200,10 +219,9 @@ def prove_in_child_process(checkpoint: Path, folder: Path, dtype: str, unproved:
         stdout=subprocess.PIPE,
         check=False,
     )
-    try:
+    report: dict[str, Any] = {}
+    with suppress(ValueError):
         report = json.loads(child.stdout)
-    except ValueError:
-        report = {}
     if "error" in report:
         raise from_fields(report["error"])
     if child.returncode != 0:
@@ -214,6 +232,7 @@ def prove_in_child_process(checkpoint: Path, folder: Path, dtype: str, unproved:
             f"ended by {cause} without a verdict",
             "see the lines above; signal 9 usually means too little memory for one fp32 model",
         )
+    return report
 
 
 def certificate_line(certificate: dict[str, Any]) -> str:

@@ -118,6 +118,8 @@ def _refused(tokenizer: Tokenizer, difference: Mismatch) -> RefusedError:
 def _find_difference(
     tokenizer: Tokenizer, converted: Any, pieces: list[str], directed: list[str], begins_with_bos: bool | None
 ) -> Mismatch | None:
+    made_special = _made_special(tokenizer, converted)
+    texts = _without(made_special, [*_random_texts(pieces, _RANDOM_JOINS), *directed, *pieces])
     encode = _reference(tokenizer)
     removes = isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.removes_extra_spaces
     trim: Callable[[str], str] = (lambda text: text.lstrip(" ")) if removes else str
@@ -126,7 +128,6 @@ def _find_difference(
     if not isinstance(tokenizer, SentencePieceTokenizer):  # a given tokenizer.json keeps its owner's default
         arguments["split_special_tokens"] = True
     marks = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
-    made_special = _made_special(tokenizer, converted)
     for text in _without(made_special, FIXED_TEXTS):
         expected = encode([text])[0]
         found = converted(text, **arguments)["input_ids"]
@@ -144,7 +145,6 @@ def _find_difference(
 
     # The calls above have set the backend's switches; from here on it is asked directly, in batches.
     backend = converted.backend_tokenizer
-    texts = _without(made_special, [*_random_texts(pieces, _RANDOM_JOINS), *directed, *pieces])
     for start in range(0, len(texts), 4096):
         batch = texts[start : start + 4096]
         expected_ids = encode(batch)

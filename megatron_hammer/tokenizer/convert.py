@@ -32,7 +32,7 @@ from megatron_hammer.base.errors import RefusedError
 from megatron_hammer.base.files import dump_json, publish, replace_file, sync_folder
 from megatron_hammer.base.reading import parse_json, read_regular
 from megatron_hammer.tokenizer.conversion_proof import prove_conversion, prove_ids
-from megatron_hammer.tokenizer.definition import definition_of, json_obstacle
+from megatron_hammer.tokenizer.definition import definition_of
 from megatron_hammer.tokenizer.huggingface_backend import STAND_IN_PAD, HuggingFaceTokenizer
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
@@ -72,43 +72,40 @@ def convert_tokenizer(
         _convert_given(tokenizer, directory, begin_with_bos, max_length)
         return ""
     assert isinstance(tokenizer, SentencePieceTokenizer), f"no conversion for {tokenizer!r}"
+    return _convert_model(tokenizer, directory, begin_with_bos is not False, max_length)
+
+
+def _convert_model(tokenizer: SentencePieceTokenizer, directory: Path, begins: bool, max_length: int | None) -> str:
     proto = parse_model(tokenizer.model_bytes, tokenizer.path)
-    begins = begin_with_bos is not False
-    if not (why := json_obstacle(proto)):
-        try:
-            _convert_to_json(tokenizer, proto, directory, begins, max_length)
-            return ""
-        except RefusedError as error:
-            why = error.rule.replace("and its Hugging Face form", "and a tokenizer.json")
-            for name in ("tokenizer.json", "special_tokens_map.json"):
-                (directory / name).unlink(missing_ok=True)
+    texts = [piece.piece.replace(SPACE, " ") for piece in proto.pieces]
+    tokenizer.save_files(directory)
+    try:
+        definition, directed = definition_of(proto, tokenizer.path)
+        backend = _write_definition(tokenizer, directory, definition, begins)
+        special = special_tokens(tokenizer, backend)
+        settings = {
+            **special,
+            "split_special_tokens": True,
+            "model_input_names": ["input_ids", "attention_mask"],  # a Llama takes no token_type_ids
+            "clean_up_tokenization_spaces": False,
+            **settings_for_readers(definition, backend, tokenizer, max_length),
+        }
+        _write_settings(tokenizer, directory, settings)
+        replace_file(directory / "special_tokens_map.json", dump_json(special))
+        prove_conversion(tokenizer, directory, texts, directed, begins_with_bos=begins)
+        return ""
+    except RefusedError as error:
+        why = error.rule.replace("and its Hugging Face form", "and a tokenizer.json")
+        for name in ("tokenizer.model", "tokenizer.json", "special_tokens_map.json"):
+            (directory / name).unlink(missing_ok=True)
     if obstacle := model_obstacle(tokenizer, proto):
         raise RefusedError(
             1, str(tokenizer.path), f"{why}, and {obstacle}: there is no exact form for transformers",
             "train or choose a model with byte fallback, or use the .model itself",
         )  # fmt: skip
     write_model_folder(tokenizer, proto, directory, begins, max_length, why)
-    prove_ids(tokenizer, directory, _texts_of_pieces(proto), begins_with_bos=begins)
+    prove_ids(tokenizer, directory, texts, begins_with_bos=begins)
     return why
-
-
-def _convert_to_json(
-    tokenizer: SentencePieceTokenizer, proto: Any, directory: Path, begin_with_bos: bool, max_length: int | None
-) -> None:
-    definition, directed = definition_of(proto, tokenizer.path)
-    tokenizer.save_files(directory)
-    backend = _write_definition(tokenizer, directory, definition, begin_with_bos)
-    special = special_tokens(tokenizer, backend)
-    settings = {
-        **special,
-        "split_special_tokens": True,
-        "model_input_names": ["input_ids", "attention_mask"],  # a Llama takes no token_type_ids
-        "clean_up_tokenization_spaces": False,
-        **settings_for_readers(definition, backend, tokenizer, max_length),
-    }
-    replace_file(directory / "special_tokens_map.json", dump_json(special))
-    _write_settings(tokenizer, directory, settings)
-    prove_conversion(tokenizer, directory, _texts_of_pieces(proto), directed, begins_with_bos=begin_with_bos)
 
 
 def _convert_given(
@@ -121,10 +118,6 @@ def _convert_given(
     backend = _write_definition(tokenizer, directory, definition, begin_with_bos)
     _write_settings(tokenizer, directory, settings | settings_for_readers(definition, backend, tokenizer, max_length))
     prove_conversion(tokenizer, directory, [], [], begins_with_bos=begin_with_bos)
-
-
-def _texts_of_pieces(proto: Any) -> list[str]:
-    return [piece.piece.replace(SPACE, " ") for piece in proto.pieces]
 
 
 def _write_settings(tokenizer: Tokenizer, directory: Path, settings: dict[str, Any]) -> None:
@@ -215,13 +208,11 @@ def conversion_obstacle(tokenizer: Tokenizer) -> str:
     proto = parse_model(tokenizer.model_bytes, tokenizer.path)
     if not (obstacle := model_obstacle(tokenizer, proto)):
         return ""
-    if not (why := json_obstacle(proto)):
-        try:
-            definition_of(proto, tokenizer.path)
-            return ""
-        except RefusedError as error:
-            why = error.rule
-    return f"{tokenizer.path} {why}, and {obstacle}"
+    try:
+        definition_of(proto, tokenizer.path)
+        return ""
+    except RefusedError as error:
+        return f"{tokenizer.path} {error.rule}, and {obstacle}"
 
 
 def export_note(tokenizer: Tokenizer, family: str | None = None) -> str:

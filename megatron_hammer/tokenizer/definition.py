@@ -90,8 +90,10 @@ def definition_of(proto: Any, path: Path) -> tuple[dict[str, Any], list[str]]:
     """The content of the tokenizer.json, and texts on which the order of its merges matters.
 
     Raises:
-        RefusedError: E501 where a merge cannot be written down.
+        RefusedError: E501 there is none, by the settings of the model or because a merge cannot be written down.
     """
+    if why := json_obstacle(proto):
+        raise _refused(path, why)
     merges: list[Pair] = []
     directed: list[str] = []
     if proto.trainer_spec.model_type == proto.trainer_spec.BPE:
@@ -189,12 +191,12 @@ def _vocabulary_names(proto: Any) -> list[str]:
 # ---- the merges ----
 
 
-def not_expressible(path: Path, rule: str) -> RefusedError:
-    """E501: the error for a model that uses something which no tokenizer.json has."""
-    return RefusedError(
-        1, str(path), f"{rule}, which a tokenizer.json cannot reproduce exactly",
-        "the folder gets the model itself, in a class that calls sentencepiece",
-    )  # fmt: skip
+def _refused(path: Path, rule: str) -> RefusedError:
+    """E501: the error for a model that no tokenizer.json reproduces."""
+    return RefusedError(1, str(path), rule, "the folder gets the model itself, in a class that calls sentencepiece")
+
+
+_NOT_EXPRESSIBLE = "which a tokenizer.json cannot reproduce exactly"
 
 
 def is_never_emitted(piece: Any) -> bool:
@@ -227,9 +229,10 @@ def derive_merges(proto: Any, path: Path) -> tuple[list[Pair], list[str]]:
         if len(text) < 2 or has_symbol(text) or (pair := _last_merge(text, scores)) is None:
             continue
         if piece.type == piece.UNUSED:
-            raise not_expressible(path, f"merges into the unused piece {text!r} and takes it apart again")
+            raise _refused(path, f"merges into the unused piece {text!r} and takes it apart again, {_NOT_EXPRESSIBLE}")
         if missing := [part for part in pair if part not in emitted]:
-            raise not_expressible(path, f"merges the character {missing[0]!r}, which has no piece, into {text!r}")
+            rule = f"merges the character {missing[0]!r}, which has no piece, into {text!r}"
+            raise _refused(path, f"{rule}, {_NOT_EXPRESSIBLE}")
         last_pairs[text] = pair
 
     by_score = defaultdict(list)

@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError, RefusedError
 from megatron_hammer.checkpoint.folder import open_checkpoint
-from megatron_hammer.checkpoint.manifest import write_manifest
+from megatron_hammer.checkpoint.manifest import checked_tokenizer_folder, saved_model, write_manifest
 from megatron_hammer.dataset.format import TokenizerRecord
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.evaluation.measure import Figures, Options, check_options, measure, sets_of
 from megatron_hammer.evaluation.sets import Framing, NamedSet, TextCounts, count_text, open_set, parse_sets
 from megatron_hammer.evaluation.subjects import ModelReader, describe_subject
 from megatron_hammer.huggingface.certificate import TEXTS
-from megatron_hammer.huggingface.export import write_hf
+from megatron_hammer.huggingface.export import Original, write_hf
 from megatron_hammer.tokenizer.load import load_tokenizer
 from tests.train.runs import ROOT, metrics, train_here
 
@@ -58,7 +58,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: Path) -> P
     ]  # fmt: skip
     assert train_here(0, arguments) == 0
     (folder / "hf").mkdir()
-    write_hf(open_checkpoint(folder / "run"), folder / "hf", "bfloat16", 10**9, note=lambda text: None)
+    manifest = open_checkpoint(folder / "run")
+    original = Original(manifest, saved_model(manifest), checked_tokenizer_folder(manifest))
+    write_hf(original, folder / "hf", "bfloat16", 10**9, note=lambda text: None)
     return folder
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.huggingface.export import write_hf
+from megatron_hammer.checkpoint.manifest import checked_tokenizer_folder, saved_model
+from megatron_hammer.huggingface.export import Original, write_hf
 from megatron_hammer.tokenizer.load import load_tokenizer
 from tests.checkpoint.layouts import random_logical, tiny_model, write_layout
 from tests.walk import ROOT
@@ -62,7 +63,13 @@ def test_the_documented_command_on_an_export(tmp_path: Path, tokenizer_model: Pa
         tmp_path / "run", model, random_logical(model, kinds=("weight",)), 1, 1, tokenizer=tokenizer
     )
     (tmp_path / "hf").mkdir()
-    write_hf(manifest, tmp_path / "hf", "bfloat16", 10**9, note=lambda text: None)
+    write_hf(
+        Original(manifest, saved_model(manifest), checked_tokenizer_folder(manifest)),
+        tmp_path / "hf",
+        "bfloat16",
+        10**9,
+        note=lambda text: None,
+    )
     (tmp_path / "tasks").mkdir()
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(json.dumps(question, ensure_ascii=False) + "\n" for question in QUESTIONS))

@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from megatron_hammer.base.errors import CheckpointError, RefusedError
 from megatron_hammer.checkpoint.folder import open_checkpoint
-from megatron_hammer.checkpoint.manifest import read_manifest, saved_model
+from megatron_hammer.checkpoint.manifest import checked_tokenizer_folder, read_manifest, saved_model
 from megatron_hammer.checkpoint.read import read_logical
 from megatron_hammer.config import load_config
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.huggingface.certificate import prove
-from megatron_hammer.huggingface.export import documents_begin_with, export_hf, write_hf
+from megatron_hammer.huggingface.export import Original, documents_begin_with, export_hf, write_hf
 from megatron_hammer.huggingface.importing import import_hf
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors, plan_files
 from megatron_hammer.model.parameters import EMBEDDING, HEAD, logical_shapes
@@ -199,7 +199,9 @@ def test_prompts_of_the_export_begin_as_the_documents_of_the_run(tmp_path, token
         assert documents_begin_with(manifest.config, 1) is bos
     assert opened.called is (bos is not None and not header)
     (tmp_path / "hf").mkdir()
-    write_hf(manifest, tmp_path / "hf", "float32", 10**9)
+    write_hf(
+        Original(manifest, saved_model(manifest), checked_tokenizer_folder(manifest)), tmp_path / "hf", "float32", 10**9
+    )
     settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert settings["add_bos_token"] is (bos is not False)
     assert settings["model_max_length"] == model.max_position_embeddings

@@ -20,7 +20,7 @@ from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedErr
 from megatron_hammer.checkpoint.manifest import read_manifest, saved_model
 from megatron_hammer.checkpoint.read import LogicalReader
 from megatron_hammer.config import ModelConfig, config_from_tree, load_config
-from megatron_hammer.huggingface.export import write_hf
+from megatron_hammer.huggingface.export import Original, write_hf
 from megatron_hammer.megatron.distributed import DistributedSource
 from megatron_hammer.megatron.importing import find_checkpoint, import_megatron, open_source
 from megatron_hammer.megatron.legacy import LegacySource
@@ -327,7 +327,7 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     logical = {(name, "weight"): tensor.float() for name, tensor in logical_weights(QWEN3).items()}
     manifest = write_layout(folder / "run", QWEN3, logical, 1, 1)
     (folder / "hf").mkdir()
-    write_hf(manifest, folder / "hf", "bfloat16", 10**9, note=lambda text: None)
+    write_hf(Original(manifest, saved_model(manifest), None), folder / "hf", "bfloat16", 10**9, note=lambda text: None)
     return folder / "hf"
 
 

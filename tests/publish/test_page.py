@@ -28,7 +28,7 @@ def test_the_page(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(
-        export, "prove_in_child_process", lambda checkpoint, folder, dtype: prove(checkpoint, folder, dtype)
+        export, "prove_in_child_process", lambda checkpoint, folder, dtype, _: prove(checkpoint, folder, dtype)
     )
     said = []
     page = (ROOT / "docs" / "publish.md").read_text(encoding="utf-8")

@@ -275,9 +275,9 @@ def test_the_proof_sees_planted_faults(
     if fault == "bos":  # planted, and then not set right
         monkeypatch.setattr(convert, "begin_with", lambda *_: None)
     monkeypatch.setattr(convert, "dump_json", planted_settings)
-    proto = model_proto(with_symbols.path)
-    with pytest.raises(RefusedError, match=r"E502.*differ on the text"):
-        convert._convert_to_json(with_symbols, proto, tmp_path, True, None)  # the model takes no refused file's place
+    monkeypatch.setattr(convert, "model_obstacle", lambda *_: "the model takes no refused file's place")
+    with pytest.raises(RefusedError, match=r"E501.*differ on the text"):
+        convert_tokenizer(with_symbols, tmp_path)
 
 
 # ---- a given tokenizer.json ----
@@ -354,7 +354,7 @@ def test_conversion_is_published_whole_or_not_at_all(
     model = write_model(handmade_model([("ab", -1.0), ("a", -2.0), ("b", -3.0)]), tmp_path / "m.model")
     with monkeypatch.context() as patch:
         patch.setattr(convert, "model_obstacle", lambda *_: "cannot be read")
-        patch.setattr(convert, "json_obstacle", lambda *_: "is of another world")
+        patch.setattr(definition, "json_obstacle", lambda *_: "is of another world")
         with pytest.raises(RefusedError, match=r"E501.*is of another world, and cannot be read"):
             publish_tokenizer(model, tmp_path / "refused")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "m.model"]
