@@ -254,6 +254,17 @@ def test_one_layer_reads_in_seven_files_and_300_lines() -> None:
     assert 5 <= len(set(files)) <= 7 and 200 < lines <= 300 and count_returns(files) <= 12, (files, lines)
 
 
+@pytest.mark.skipif(not any(PACKAGE.rglob("_encoder.*.so")), reason="the encoder is not compiled")
+def test_a_dataset_reads_in_twenty_files_and_1_220_lines() -> None:
+    """From JSON lines to a published dataset, by the program, counted as benchmarks/walks.py does."""
+    from benchmarks.walks import count_returns, walk_in_child
+
+    functions = walk_in_child("jsonl")
+    files, lines = [function.file for function in functions], sum(function.lines for function in functions)
+    # One return more where the system begins again at small numbers of threads.
+    assert 15 <= len(set(files)) <= 20 and 900 < lines <= 1_220 and count_returns(files) <= 27, (files, lines)
+
+
 def test_one_step_reads_on_one_screen() -> None:
     from megatron_hammer.train import step
 
