@@ -14,15 +14,18 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.paths import missing_remedy, neighbour_of, unusable_remedy, what_is
 from megatron_hammer.base.reading import open_regular
-from megatron_hammer.config import Config
 from megatron_hammer.tokenizer.huggingface_backend import HuggingFaceTokenizer
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer
 from megatron_hammer.tokenizer.tiktoken_backend import TiktokenTokenizer
+
+if TYPE_CHECKING:  # a program that only loads a tokenizer has no settings to read
+    from megatron_hammer.config import Config
 
 
 def load_tokenizer(
