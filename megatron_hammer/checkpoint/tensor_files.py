@@ -221,11 +221,11 @@ class TensorFileReader(AbstractContextManager["TensorFileReader"]):
         """Fill ``buffer`` (flat bytes) with the tensor's bytes from its byte ``start`` on; nothing is compared."""
         entry, view = self.tensors[name], memoryview(buffer)
         assert start + view.nbytes <= entry.num_bytes, f"{name}: bytes {start} and {view.nbytes} of {entry.num_bytes}"
-        self._check_read(self._data.read_into(view, entry.offset + start, through), view.nbytes)
+        if self._data.read_into(view, entry.offset + start, through) != view.nbytes:
+            raise self._became_shorter()
 
-    def _check_read(self, found: int, wanted: int) -> None:
-        if found != wanted:
-            raise CheckpointError(9, str(self.path), "became shorter while it was read", "use another checkpoint")
+    def _became_shorter(self) -> CheckpointError:
+        return CheckpointError(9, str(self.path), "became shorter while it was read", "use another checkpoint")
 
     def read_into(self, name: str, buffer: Any) -> str:
         """Fill ``buffer`` (flat bytes) with the tensor and return its XXH3-128."""
@@ -247,7 +247,8 @@ class TensorFileReader(AbstractContextManager["TensorFileReader"]):
         through = OnePass(entry.num_bytes) if through is None else through
         for start in range(0, entry.num_bytes, CHUNK_BYTES):
             size = min(CHUNK_BYTES, entry.num_bytes - start)
-            self._check_read(self._data.look_at(entry.offset + start, size, through), size)
+            if self._data.look_at(entry.offset + start, size, through) != size:
+                raise self._became_shorter()
             advance(size)
         return through.hexdigest()
 
