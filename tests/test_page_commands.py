@@ -139,7 +139,7 @@ def test_every_command_can_be_typed(path: Path) -> None:
             if setting.partition(".")[0] in get_type_hints(Config) and not is_setting(setting):
                 wrong.append(f"{text}: {setting} is no setting")
     for text in mentions_of(page):
-        if (found := PROGRAM.match(text)) is None or found[1] == "hammer completion":
+        if (found := PROGRAM.match(text)) is None or found[1] in ("hammer completion", "hammer help"):
             continue
         if not (name := file_of(found[1])).startswith("-m ") and not (ROOT / name).is_file():
             wrong.append(f"{text}: there is no such program")
