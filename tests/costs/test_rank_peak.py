@@ -15,7 +15,7 @@ from megatron_hammer.costs.rank_buffers import arriving_bytes, buffer_bytes
 from megatron_hammer.costs.rank_peak import fused_backends, rank_peak, ranks_that_differ, worst_rank
 from megatron_hammer.verify.one_rank import count_rank
 
-WITHIN, OF_DRAWN = 0.05, 0.055  # the worst of fifty layouts that are drawn: 5.1 %, the next 3.2 %
+WITHIN = 0.02  # the worst rank of ninety layouts that are drawn: 1.7 %
 MODELS = {  # few layers of real sizes: layers are equal, and a step is short
     "1.4B": dict(hidden_size=2048, ffn_hidden_size=5632, num_layers=4, num_attention_heads=32, num_query_groups=4,
                  vocab_size=105_789),
