@@ -132,7 +132,7 @@ def load_layout(
 class FakeTokenizer:
     """Files and a fingerprint: all that saving needs."""
 
-    fingerprint = "0123456789abcdef" * 2
+    fingerprint, always_converts = "0123456789abcdef" * 2, True
 
     def save_files(self, directory: Path) -> None:
         (directory / "tokenizer.model").write_bytes(bytes(range(256)))

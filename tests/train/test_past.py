@@ -143,7 +143,7 @@ def test_the_plan_counts_what_was_read(trained: Path) -> None:
     with pytest.raises(ConfigError, match="epochs over all phases") as caught:
         prepared_with(trained, *more, f"data.max_epochs={a.epochs * 0.99}")
     assert caught.value.number == 93 and prepared_with(trained, *more, f"data.max_epochs={a.epochs * 1.01}").plan
-    assert json.dumps(plan.describe_dry_run())
+    assert json.dumps(plan.describe())
 
 
 def test_a_longer_context_is_not_forgotten_in_a_phase_of_shorter_samples() -> None:
