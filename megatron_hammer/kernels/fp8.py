@@ -31,9 +31,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import KernelsConfig
+from megatron_hammer.kernels import wide_products
 from megatron_hammer.kernels.linear import PLAIN, Gradient, GraphProducts, Products, accumulate_in_graph
 from megatron_hammer.kernels.native import autograd as fused
 from megatron_hammer.kernels.native import cuda
+from megatron_hammer.kernels.wide_products import WideProducts
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}  # arXiv 2209.05433, table 1
@@ -227,7 +229,9 @@ class Fp8GraphProducts(Fp8Products, GraphProducts):
         accumulate_in_graph(gradient.main_grad, gradient.begun, product)
 
 
-def select_products(kernels: KernelsConfig, device: torch.device) -> tuple[Products, Products]:
+def select_products(
+    kernels: KernelsConfig, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Products, Products]:
     """The products of the layers (of ``layers.py``; Transformer Engine's have their own) and of the head.
 
     Raises:
@@ -235,14 +239,15 @@ def select_products(kernels: KernelsConfig, device: torch.device) -> tuple[Produ
     """
     check_here(kernels, device)
     in_graph, layers = kernels.compile == "layers", kernels.fp8 != "off" and kernels.layers == "torch"
-    plain = GraphProducts() if in_graph else PLAIN
+    head = WideProducts() if wide_products.pay_here(device, dtype) else PLAIN
+    plain = GraphProducts() if in_graph else head
     if not (layers or kernels.fp8_head):
-        return plain, PLAIN
+        return plain, head
     fast = Fp8Products()
     if not in_graph and not cuda.unavailable(device):  # the compiler fuses casts with what comes before
         fast = Fp8Products(fused_largest, fused_cast, measured=MeasuringKernels(cuda.library()))
     in_layers = Fp8GraphProducts() if in_graph else fast
-    return in_layers if layers else plain, fast if kernels.fp8_head else PLAIN
+    return in_layers if layers else plain, fast if kernels.fp8_head else head
 
 
 def measuring(products: Products) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def select_operations(kernels: KernelsConfig, required: Requirements | None = No
     """
     required = required or Requirements()
     device, chosen = required.device, select_backends(kernels, required)
-    products = fp8.select_products(kernels, device)
+    products = fp8.select_products(kernels, device, required.dtype)
     measuring = fp8.measuring(products[0])
     if required.deterministic and device.type == "cuda":  # a CPU's kernels are deterministic
         _be_deterministic()

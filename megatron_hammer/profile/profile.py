@@ -38,10 +38,11 @@ from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import replace_file
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.system import peak_resident_bytes, reset_peak, resident_bytes
-from megatron_hammer.config import Config
+from megatron_hammer.config import Config, KernelsConfig
 from megatron_hammer.costs import budget
 from megatron_hammer.costs.budget import Rates, StepShape, step_costs
 from megatron_hammer.costs.flops import flops_per_token
+from megatron_hammer.kernels.fp8 import select_products
 from megatron_hammer.kernels.libraries import te
 from megatron_hammer.kernels.selection import COMPUTE_DTYPES, kernel_requirements, select_backends
 from megatron_hammer.model.parameters import count_parameters
@@ -305,7 +306,8 @@ def _product_rate(config: Config, device: torch.device) -> float:
     x = torch.randn(rows, inputs, device=device).to(dtype)
     weight = torch.randn(outputs, inputs, device=device).to(dtype)
     product = torch.empty(rows, outputs, dtype=dtype, device=device)
-    return 2 * rows * inputs * outputs / _best_seconds(lambda: torch.mm(x, weight.t(), out=product), device)
+    products, _ = select_products(KernelsConfig(), device, dtype)
+    return 2 * rows * inputs * outputs / _best_seconds(lambda: products.fprop(x, weight, product), device)
 
 
 def _copy_rate(device: torch.device) -> float:

@@ -1,0 +1,56 @@
+"""bf16 products by way of fp32: one rounding from the exact ones, a block at a time, and taken where they pay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_hammer.config import KernelsConfig
+from megatron_hammer.kernels import newton_schulz, wide_products
+from megatron_hammer.kernels.fp8 import select_products
+from megatron_hammer.kernels.linear import PLAIN
+from megatron_hammer.kernels.wide_products import WideProducts
+
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+
+
+def assert_rounded_once(found: Tensor, exact: Tensor, size: Tensor) -> None:
+    """Half a unit of the type, and fp32's noise relative to the sum of the terms' sizes."""
+    bound = 0.5 * torch.finfo(found.dtype).eps * exact.abs() + 1e-6 * size
+    assert ((found.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("block", [1, 3 * 24, 2**20])
+def test_each_product_is_rounded_once(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of the weight in fp32 not even once; into memory that is given, or not."""
+    monkeypatch.setattr(wide_products, "BLOCK_ELEMENTS", block)
+    products, generator = WideProducts(), torch.Generator().manual_seed(3)
+    x, weight, grad = (torch.randn(*shape, generator=generator).to(BF16) for shape in ((5, 2, 24), (7, 24), (5, 2, 7)))
+    wide = [t.double().flatten(0, -2) for t in (x, weight, grad)]
+    for out in (None, torch.full((5, 2, 7), torch.nan, dtype=BF16)):
+        y = products.fprop(x, weight, out)
+        assert y.dtype == BF16 and y.shape == (5, 2, 7) and (out is None or y is out)
+        assert_rounded_once(y.flatten(0, -2), wide[0] @ wide[1].t(), wide[0].abs() @ wide[1].abs().t())
+    for out in (None, torch.full((5, 2, 24), torch.nan, dtype=BF16)):
+        dx = products.dgrad(grad, weight, out)
+        assert dx.dtype == BF16 and dx.shape == (5, 2, 24) and (out is None or dx is out)
+        assert_rounded_once(dx.flatten(0, -2), wide[2] @ wide[1], wide[2].abs() @ wide[1].abs())
+    exact, size = wide[2].t() @ wide[0], wide[2].abs().t() @ wide[0].abs()
+    for dtype, begun in ((torch.float32, False), (torch.float32, True), (BF16, False)):
+        place = torch.ones(7, 24, dtype=dtype) if begun else torch.full((7, 24), torch.nan, dtype=dtype)
+        products.wgrad(grad, (x,), place, begun)
+        assert_rounded_once(place, exact + begun, size + begun)
+
+
+def test_where_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On x86 without instructions for bf16, and in bf16 alone; in no graph of a compiler."""
+    for flags, wanted in (("avx2 avx512f", True), ("avx2 avx512_bf16", False), ("asimd bf16", False), ("", False)):
+        for module in (wide_products, newton_schulz):
+            monkeypatch.setattr(module, "processor_text", lambda flags=flags: flags)
+        for dtype in (BF16, torch.float32, torch.float64):
+            layers, head = select_products(KernelsConfig(), CPU, dtype)
+            for products in (layers, head, layers.evaluation):
+                assert isinstance(products, WideProducts) == (wanted and dtype == BF16)
+        layers, head = select_products(KernelsConfig(compile="layers"), CPU, BF16)
+        assert layers.in_graph and layers.evaluation is PLAIN and isinstance(head, WideProducts) == wanted
