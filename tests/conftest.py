@@ -26,6 +26,7 @@ LONGEST = (
     "test_walks.py",
     "supervise/test_start.py",
     "model/test_compile.py",
+    "kernels/test_cuda_sources.py",
     "model/test_parallel.py",
     "tokenizer/test_convert.py",
     "tokenizer/lab/test_verify.py",

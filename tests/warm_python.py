@@ -1,4 +1,4 @@
-"""A ``python`` for the commands of pages: programs that use torch and transformers start with both imported.
+"""A ``python`` for the commands of pages: programs that use torch, transformers or matplotlib start with all imported.
 
 ::
 
@@ -22,7 +22,8 @@ import socket
 import sys
 
 WARM = ("checkpoint_to_hf.py", "generate.py", "evaluate.py", "hf_to_checkpoint.py", "verify_tokenizer.py",
-        "convert_tokenizer.py", "megatron_hammer.launch", "megatron_hammer.train",
+        "convert_tokenizer.py", "extend_embeddings.py", "analyze_tokenizer.py", "plot_loss.py",
+        "megatron_hammer.launch", "megatron_hammer.train",
         "megatron_hammer.huggingface.certificate", "test_start.py")  # fmt: skip
 MESSAGE_BYTES = 2**20  # words and environment, of a few thousand bytes
 
@@ -92,6 +93,8 @@ def serve(place: str) -> None:
     import select
     import shutil
 
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
     import torch  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
