@@ -5,7 +5,7 @@
 For each length of samples, mix of documents and number of ranks: the pairs of a query and a key of the rank that has
 most, as a multiple of the mean, for our split (``parallel/sequence_split.py``) and for each sample cut in zigzag
 whatever documents are in it; the keys that the rank with most is given, as a share of the micro-batch's tokens; the
-stretches of the rank with most; the time of the split on one core. The seed is fixed; only the split is computed.
+spans of the rank with most; the time of the split on one core. The seed is fixed; only the split is computed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def zigzag_by_sample(ends: np.ndarray, samples: int, shards: int) -> float:
 def measure(samples: int, length: int, mix: str, shards: int, micro_batches: int) -> tuple[str, ...]:
     """One row of the table."""
     generator = np.random.default_rng(1234)
-    ours, plain, keys, stretches, seconds = [], [], [], [], 0.0
+    ours, plain, keys, spans, seconds = [], [], [], [], 0.0
     for _ in range(micro_batches):
         ends = documents(generator, samples, length, mix)
         start = time.perf_counter()
@@ -54,10 +54,10 @@ def measure(samples: int, length: int, mix: str, shards: int, micro_batches: int
         ours.append(imbalance(parts))
         plain.append(zigzag_by_sample(ends, samples, shards))
         keys.append(max(sum(s.stop - s.document_start for s in part) for part in parts) / ends[-1])
-        stretches.append(max(map(len, parts)))
+        spans.append(max(map(len, parts)))
     return (
         f"{samples} x {length:,}", mix, str(shards), f"{np.mean(ours):.2f}", f"{max(ours):.2f}",
-        f"{np.mean(plain):.2f}", f"{max(plain):.2f}", f"{np.mean(keys):.2f}", f"{np.mean(stretches):.0f}",
+        f"{np.mean(plain):.2f}", f"{max(plain):.2f}", f"{np.mean(keys):.2f}", f"{np.mean(spans):.0f}",
         f"{seconds / micro_batches * 1e3:.1f}",
     )  # fmt: skip
 
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--micro-batches", type=int, default=100, metavar="N", help="of each row")
     arguments = parser.parse_args()
-    head = ("samples", "mix", "CP", "ours, mean", "largest", "zigzag by sample, mean", "largest", "keys", "stretches",
+    head = ("samples", "mix", "CP", "ours, mean", "largest", "zigzag by sample, mean", "largest", "keys", "spans",
             "ms")  # fmt: skip
     rows = [
         measure(samples, length, mix, shards, arguments.micro_batches)

@@ -22,7 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from shapes import SHAPES, WARM_UP_STEPS, Shape
+from shapes import SHAPES, TOY, WARM_UP_STEPS, Shape
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -142,11 +142,11 @@ def alone(shape: Shape, count: int) -> tuple[list[float], list[_Counted]]:
 def main() -> None:
     """Print both comparisons and the limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("size", nargs="?", choices=SHAPES, default="quick")
+    parser.add_argument("size", nargs="?", choices=[*SHAPES, "toy"], default="quick")
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--sources", type=int, default=16)
     arguments = parser.parse_args()
-    shape = SHAPES[arguments.size]
+    shape = (SHAPES | {"toy": TOY})[arguments.size]
     measured = compare(shape, arguments.pairs, arguments.sources)
     (one, many), (few, more) = alone(shape, arguments.sources)
     print(f"{arguments.size}, {shape.tokens:,} tokens a step, {arguments.sources} sources, {arguments.pairs} pairs")

@@ -306,6 +306,12 @@ def test_document_masks_are_measured_at_toy_size() -> None:
     assert line["causal_ms"] > 0 and line["documents_of_100"]["ms"] > 0
 
 
+def test_figures_of_each_source_are_measured_at_toy_size() -> None:
+    done = run("source_figures.py", "toy", "--pairs", "1", "--sources", "2")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"alone, CPU ms: one sum [\d.]+, by source and written [\d.]+: ", done.stdout), done.stdout
+
+
 def test_loss_parity_runs_at_toy_size(tmp_path: Path) -> None:
     options = ["--steps", 2, "--sides", "fp32", "fp8-head", "--output", tmp_path]
     done = run("loss_parity.py", *options)

@@ -441,7 +441,7 @@ def test_a_signal_reaches_the_training_program(tree: Tree, signum: signal.Signal
     while "waiting" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signum)
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 75
     assert (
         "Stopped and saved. The same command goes on from there: OUT=a\\ run bash examples/pretrain_1b4.sh a.b=1" in out

@@ -1,7 +1,7 @@
 // XXH3-128 of a stream (seed 0, default secret) of more than 240 bytes, as its specification has it: eight sums of 64
 // bits take 64 bytes (a stripe) at a time; after 16 stripes (1 KiB) they are scrambled; the last 64 bytes of all are
 // taken once more at the end. Written here so that it can run on what the core has just fetched for another purpose
-// (one_pass.hpp); the library `xxhash` is its twin, and hashes what is shorter.
+// (digest.cpp); the library `xxhash` is its twin, and hashes what is shorter.
 
 #pragma once
 

@@ -74,7 +74,7 @@ def shortened(text: str) -> str:
 
 
 class UnfitFile(OSError):
-    """A path that leads to something else than a regular file of a size that can be meant (``files.open_regular``).
+    """A path that leads to something else than a regular file of a size that can be meant (``reading.open_regular``).
 
     An ``OSError``, so that whoever reads files says it in the words that it has for one that cannot be read.
     """

@@ -100,6 +100,7 @@ class TensorFileWriter(AbstractContextManager["TensorFileWriter"]):
         header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
         position = 0
         for name, dtype, shape in tensors:
+            assert position % ITEM_BYTES[dtype] == 0, f"{path}: {name} would begin within an element of a file's block"
             end = position + math.prod(shape) * ITEM_BYTES[dtype]
             header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
             position = end

@@ -18,7 +18,8 @@ of its stages that are in flight then, the messages received ahead, and those se
 
 On a CPU pages that a rank once had stay with it: those of buckets go from one to the next (``base/pages.py``), those of
 activations stay in malloc's heap. So there the most that was ever gathered counts beside the most that was ever kept,
-whichever moments they are of, and memory for what other ranks send of a bucket's sum.
+whichever moments they are of, and memory for what other ranks send of a bucket's sum. Without instructions for bf16 an
+operand of a product is there in fp32, too, and a block of the other one (``kernels/wide_products.py``).
 
 What libraries take for themselves, and holes between allocations, are not in it. ``verify/one_rank.py`` counts the same
 in the program, without what is a CPU's alone; ``tests/costs/test_rank_peak.py`` holds the two together.
@@ -26,16 +27,19 @@ in the program, without what is a CPU's alone; ``tests/costs/test_rank_peak.py``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
+
+import torch
 
 from megatron_hammer.config import Config, KernelsConfig
 from megatron_hammer.costs.rank_buffers import StageBuffers, arriving_bytes
 from megatron_hammer.costs.rank_costs import angle_bytes, around_layers, element_bytes, placements_of, state_bytes
+from megatron_hammer.kernels import wide_products
 from megatron_hammer.kernels.backend import Backend
 from megatron_hammer.kernels.linear_cross_entropy import CHUNK_TOKENS
-from megatron_hammer.kernels.selection import TABLES
+from megatron_hammer.kernels.selection import COMPUTE_DTYPES, TABLES
 from megatron_hammer.model.recompute import activation_bytes, keys_seen
 from megatron_hammer.parallel.pipeline import largest_moments
 from megatron_hammer.parallel.placement import Placement
@@ -83,7 +87,7 @@ def rank_peak(
     if device == "cpu":
         _, activations, beside, messages = max(found, key=lambda need: sum(need[1:]))
         messages += arriving_bytes(config, world_size, rank)
-        most = max(need[0] for need in found), activations, beside, messages
+        most = max(need[0] for need in found), activations, beside + _widened(config, placements), messages
     return {
         **state_bytes(config, world_size, rank),
         **dict(zip((GATHERED, ACTIVATIONS, BUFFERS, MESSAGES), most, strict=True)),
@@ -119,6 +123,14 @@ def _enough(config: Config, accumulated: int) -> int:
     """
     pipeline = config.pipeline()
     return min(accumulated, 2 * pipeline.ranks * (pipeline.stages_per_rank + 2))
+
+
+def _widened(config: Config, placements: Sequence[Placement]) -> int:
+    """Bytes of a bf16 product on a CPU that has none."""
+    if not wide_products.pay_here(torch.device("cpu"), COMPUTE_DTYPES[config.train.precision]):
+        return 0
+    widest = max(config.model.hidden_size, *(at.ffn_local for at in placements))
+    return 4 * (config.tokens_per_rank * widest + wide_products.BLOCK_ELEMENTS)
 
 
 def _rows(config: Config, at: Placement) -> int:

@@ -28,7 +28,7 @@ from megatron_hammer.train.past import SAME_SHARE, Pasts, phases_to_paste
 
 DATA, TOKENIZER = "data", "tokenizer"
 ACCEPTED = "accepted"  # in the state of a checkpoint: the changes that were accepted
-FRESH = "fresh"  # a new run in a folder where a run has been whose checkpoints are gone or damaged: train/traces.py
+FRESH = "fresh"  # a new run in a folder where a run has been whose checkpoints are gone or damaged: train/output.py
 
 
 @dataclass(frozen=True)

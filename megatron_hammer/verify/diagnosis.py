@@ -339,8 +339,9 @@ class _Questions:
         """Of the second step, before which all that ranks have updated was right."""
         right, got = self.expected.losses[1], [outcome.losses[1] for outcome in self.ranks]
         wrong = [rank for rank, loss in enumerate(got) if not abs(loss / right - 1) <= NUMBER_BOUNDS["fp32"]]
-        where = diagnose_tokens(self._in_step(2), 2)
-        if not wrong or not where:
+        evidence = self._in_step(2)
+        where = diagnose_tokens(evidence, 2)
+        if not wrong or (not where and evidence is not self.evidence):
             return []
         updated = {tensor: values for (kind, tensor), values in self.whole.items() if kind == FIRST + "weight"}
         for name, loss in second_losses(self.config, self.initial, updated):

@@ -131,7 +131,7 @@ def test_an_error_in_a_step_closes_the_run_and_gives_the_lock_back(data: Path, w
     thread.join()
     assert found == [9]
     for reader in (thread for thread in threading.enumerate() if thread.name == "read-ahead_0"):
-        reader.join(10)  # it was told to end, and ends when it is given a core
+        reader.join(60)  # it was told to end, and ends when it is given a core
         assert not reader.is_alive()
     equal(tmp_path / "run", whole)
 

@@ -11,6 +11,7 @@ from megatron_hammer.kernels import newton_schulz, wide_products
 from megatron_hammer.kernels.fp8 import select_products
 from megatron_hammer.kernels.linear import PLAIN
 from megatron_hammer.kernels.wide_products import WideProducts
+from tests.model.tiny import tiny_config, train
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 
@@ -54,3 +55,18 @@ def test_where_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert isinstance(products, WideProducts) == (wanted and dtype == BF16)
         layers, head = select_products(KernelsConfig(compile="layers"), CPU, BF16)
         assert layers.in_graph and layers.evaluation is PLAIN and isinstance(head, WideProducts) == wanted
+
+
+def test_a_model_trains_alike_with_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five steps of bf16 by each, whatever this processor takes: the same losses but for roundings."""
+    found, wgrad = [], WideProducts.wgrad
+    for wide in (False, True):
+        called = list[Tensor]()
+        monkeypatch.setattr(wide_products, "pay_here", lambda device, dtype, wide=wide: wide and dtype == BF16)
+        monkeypatch.setattr(
+            WideProducts, "wgrad", lambda self, grad, *rest, seen=called: (seen.append(grad), wgrad(self, grad, *rest))
+        )
+        steps, _ = train(0, tiny_config(train__precision="bf16"), 5)
+        assert bool(called) == wide
+        found.append([loss for loss, *_ in steps])
+    assert found[0] == pytest.approx(found[1], rel=0.01)

@@ -628,10 +628,11 @@ def test_a_signal_before_any_rank_exits_75(tmp_path: Path) -> None:
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     sigcgt = 0  # caught signals as a bit mask, from /proc: the handler stands once TERM is among them
     while not sigcgt >> (signal.SIGTERM - 1) & 1:
+        assert process.poll() is None
         status = Path(f"/proc/{process.pid}/status").read_text()
         sigcgt = int(re.findall(r"SigCgt:\s+(\w+)", status)[0], 16)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 75 and err.startswith("stopped by SIGTERM before any rank started; ")
 
 

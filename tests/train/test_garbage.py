@@ -18,6 +18,7 @@ from tests.train.runs import overrides, train_here
 def nothing_frozen() -> Iterator[None]:
     """As in a program; what the tests have frozen (``tests/conftest.py``) is frozen again."""
     gc.unfreeze()
+    assert gc.get_freeze_count() == 0
     yield
     gc.unfreeze()
     gc.collect()
