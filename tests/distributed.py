@@ -2,7 +2,8 @@
 
 ``run_distributed(world_size, function, *args)`` calls the top-level ``function(ctx_or_rank, *args)`` on that many
 ranks and returns their results in rank order. Starting ranks costs seconds, a call costs milliseconds. A failure
-reports every rank's traceback; a hang kills the pool, and the next call builds a new one.
+reports every rank's traceback; a hang reports where each rank stands and kills the pool, and the next call builds a new
+one.
 
 The workers are forked by one process that has imported torch and the package (``IMPORTED``) and nothing else: a rank
 then costs a tenth of a second in place of three. All of them share one hash seed, so that sets have one order on all
@@ -12,14 +13,18 @@ ranks; the ranks of the launcher, in tests/train/test_run.py and tests/supervise
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
+import faulthandler
 import gc
 import os
 import queue
+import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,8 +40,9 @@ DEFAULT_TIMEOUT = 120  # seconds for one call, far above what any needs on two c
 START_SECONDS = 280  # for new workers: the first read gigabytes of a torch for CUDA from a disk that has not seen them
 
 
-def _worker(rank: int, inbox: Any, outbox: Any) -> None:
+def _worker(rank: int, inbox: Any, outbox: Any, stacks: Path) -> None:
     gc.freeze()  # what was imported before: no garbage, and never searched for any
+    faulthandler.register(signal.SIGPROF, stacks.open("w"), all_threads=True)  # the file stays open
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     leave_cores_to_those_who_run()
@@ -76,7 +82,9 @@ class _Pool:
         missing = max(0, size - len(self.processes))
         while len(self.processes) < size:
             inbox = self.context.Queue()
-            process = self.context.Process(target=_worker, args=(len(self.processes), inbox, self.outbox), daemon=True)
+            rank = len(self.processes)
+            arguments = rank, inbox, self.outbox, self._stacks(rank)
+            process = self.context.Process(target=_worker, args=arguments, daemon=True)
             process.start()
             self.inboxes.append(inbox)
             self.processes.append(process)
@@ -104,14 +112,26 @@ class _Pool:
             try:
                 call, rank, result, error = self.outbox.get(timeout=max(0.05, left))
             except queue.Empty:
-                self.close()
                 silent = sorted(set(range(world_size)) - set(results) - set(errors))
-                raise AssertionError(f"ranks {silent} did not answer in time\n" + _joined(errors)) from None
+                where = self._where(silent)
+                self.close()
+                raise AssertionError(f"ranks {silent} did not answer in time\n" + _joined(errors | where)) from None
             if call == self.calls:
                 (errors if error else results)[rank] = error or result
         if errors:
             raise AssertionError(_joined(errors))
         return [results[r] for r in range(world_size)]
+
+    def _stacks(self, rank: int) -> Path:
+        return Path(self.folder.name) / f"stacks-{rank}"
+
+    def _where(self, ranks: list[int]) -> dict[int, str]:
+        """Where the threads of ranks stand that did not answer."""
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.processes[rank].pid, signal.SIGPROF)
+        time.sleep(1.0)
+        return {rank: self._stacks(rank).read_text() or "(it says nothing)" for rank in ranks}
 
     def close(self) -> None:
         for process in self.processes:
