@@ -2,17 +2,18 @@
 
 ::
 
-    a step's line --Series.update--> hammer_loss 2.31                          gauge: the last value
+    a step's line --Series.update--> megatron_training_loss 2.31               gauge: the last value
                                      hammer_valid_loss{set="zh"} 2.44
                                      hammer_consumed_tokens_total 1.2e9        counter: never falls
 
     prometheus     OUT.prom in the folder of node_exporter's textfile collector, or an HTTP endpoint that is scraped
     opentelemetry  OTLP over HTTP, where OTEL_EXPORTER_OTLP_ENDPOINT says
 
-Names are those of metrics.jsonl behind ``hammer_``; the names of sets and sources are labels, so that one query shows
-them all. The step is a value (``hammer_step``) and never a label: a label's every new value is a series of its own. The
-run is a resource (OpenTelemetry: ``service.instance.id``) or one constant label (Prometheus, where two runs on a node
-must differ). ``hammer_run_active`` is 1 until the run ends, so that an alert for a stalled run ends with it. The
+What Megatron-LM exports has its names (``MEGATRON``), so that a dashboard of its runs shows ours; other names are those
+of metrics.jsonl behind ``hammer_``. The names of sets and sources are labels, so that one query shows them all. The
+step is a value (``hammer_step``) and never a label: a label's every new value is a series of its own. The run is a
+resource (OpenTelemetry: ``service.instance.id``) or one constant label (Prometheus, where two runs on a node must
+differ). ``hammer_run_active`` is 1 until the run ends, so that an alert for a stalled run ends with it. The
 dashboard and the alerts in ``examples/monitoring/`` read these names. Needs no torch.
 """
 
@@ -31,6 +32,16 @@ from typing import Any
 from megatron_hammer.metrics.tracked_run import Line, TrackedRun
 
 PREFIX = "hammer_"
+MEGATRON_PREFIX = "megatron.training."
+MEGATRON = {
+    "loss": ("loss", 1.0),
+    "grad_norm": ("grad_norm", 1.0),
+    "lr": ("learning_rate", 1.0),
+    "tokens_per_second": ("tokens_per_sec", 1.0),
+    "memory_bytes": ("memory_allocated_gb", 2.0**-30),  # of GiB, by its source
+    "skipped_steps": ("skipped_iters", 1.0),
+}
+"""Ours -> the name in Megatron-LM's core/telemetry/training_metrics.py, and its unit in ours."""
 COUNTERS = ("consumed_tokens", "consumed_samples", "source_tokens", "skipped_steps")
 KINDS = {"valid": "set", "source": "source", "evaluation": "set"}
 """First part of a key -> the label that its name becomes."""
@@ -51,6 +62,19 @@ def series_of(key: str) -> tuple[str, Labels]:
 def plain_name(text: str) -> str:
     """Lower-case letters, digits and ``_``, as every monitoring system takes them."""
     return re.sub(r"_+", "_", re.sub(r"[^a-z0-9]", "_", text.lower())).strip("_") or "value"
+
+
+def exported(name: str, has_dots: bool = False) -> tuple[str, float]:
+    """How a figure is called outside, and what its value is multiplied with.
+
+    Args:
+        has_dots: as OpenTelemetry separates the parts of a name; a collector makes ``_`` of them for Prometheus.
+    """
+    if name not in MEGATRON:
+        return PREFIX + name, 1.0
+    theirs, unit = MEGATRON[name]
+    found = MEGATRON_PREFIX + theirs
+    return found if has_dots else found.replace(".", "_"), unit
 
 
 @dataclass
@@ -114,9 +138,10 @@ class PrometheusClient:
             counter = name in COUNTERS
             kind = core.CounterMetricFamily if counter else core.GaugeMetricFamily
             keys = [key for key, _ in next(iter(series))]
-            family = kind(PREFIX + name, f"{name} of metrics.jsonl", labels=[*self._labels, *keys])
+            called, unit = exported(name)
+            family = kind(called, f"{name} of metrics.jsonl", labels=[*self._labels, *keys])
             for labels, value in list(series.items()):
-                family.add_metric([*self._labels.values(), *(text for _, text in labels)], value)
+                family.add_metric([*self._labels.values(), *(text for _, text in labels)], value * unit)
             yield family
 
     def log(self, step: int, line: Line) -> None:
@@ -165,6 +190,7 @@ class OpenTelemetryClient:
             exporter = OTLPMetricExporter()
         resource = Resource.create({
             "service.name": run.project, "service.instance.id": self.run_id, "hammer.run.name": run.name,
+            "nemo.run.id": self.run_id,  # as Megatron-LM calls it
             "hammer.run.ranks": run.environment.get("ranks", 1),
         })  # fmt: skip
         self._provider = library.MeterProvider(
@@ -178,12 +204,13 @@ class OpenTelemetryClient:
         for name in [name for name in self._series.values if name not in self._known]:
             self._known.add(name)
             make = self._meter.create_observable_counter if name in COUNTERS else self._meter.create_observable_gauge
-            make(PREFIX + name, callbacks=[lambda options, name=name: self._observed(name)])
+            make(exported(name, True)[0], callbacks=[lambda options, name=name: self._observed(name)])
 
     def _observed(self, name: str) -> list[Any]:
         from opentelemetry.metrics import Observation
 
-        return [Observation(value, dict(labels)) for labels, value in list(self._series.values[name].items())]
+        unit = exported(name)[1]
+        return [Observation(value * unit, dict(labels)) for labels, value in list(self._series.values[name].items())]
 
     def log(self, step: int, line: Line) -> None:
         """Keep the values until the next export."""

@@ -122,14 +122,15 @@ def test_prometheus_and_opentelemetry(tmp_path: Path) -> None:
     scraped = {name: (labels, value) for name, labels, value in found["scraped"]}
     labels, value = scraped["hammer_valid_loss"]
     assert value == 2.5 and labels["set"] == '金融 "q"\n' and labels["run"] == "锤子 1" and "step" not in labels
-    assert scraped["hammer_loss"][1] == LOSS and scraped["hammer_step"][1] == 2
-    assert scraped["hammer_skipped_steps_total"][1] == 1 and scraped["hammer_consumed_tokens_total"][1] == 4096
+    assert scraped["megatron_training_loss"][1] == LOSS and scraped["hammer_step"][1] == 2
+    assert scraped["megatron_training_skipped_iters_total"][1] == 1
+    assert scraped["hammer_consumed_tokens_total"][1] == 4096
     assert found["ended"], "the endpoint goes with the run"
     written = {name: value for name, _, value in found["textfile"]}
     assert (written["hammer_step"], written["hammer_run_active"], written["hammer_run_failed"]) == (3, 0, 1)
     metrics = found["offline"]["resource_metrics"][0]["scope_metrics"][0]["metrics"]
     assert {m["name"] for m in metrics if m["data"].get("is_monotonic")} == {
-        "hammer_skipped_steps",
+        "megatron.training.skipped_iters",
         "hammer_consumed_tokens",
     }
     assert found["otlp"] == sorted(m["name"] for m in metrics)

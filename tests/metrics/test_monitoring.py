@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -16,10 +17,10 @@ from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import config_to_tree
 from megatron_hammer.metrics.monitoring import (
     COUNTERS,
-    PREFIX,
     OpenTelemetryClient,
     PrometheusClient,
     Series,
+    exported,
     series_of,
 )
 from megatron_hammer.metrics.tracked_run import TrackedRun
@@ -29,8 +30,8 @@ from tests.model.tiny import tiny_config
 MONITORING = Path(__file__).parents[2] / "examples" / "monitoring"
 LINE: dict[str, Any] = {
     "loss": 2.5, "grad_norm": 0.5, "lr": 1e-3, "skipped": False, "consumed_samples": 16, "consumed_tokens": 4096,
-    "tokens_per_second": 9e3, "mfu": 0.4, "mfu_causal": None, "samples_digest": "ab", "valid/金融/loss": 2.6,
-    "valid/金融/bits_per_byte": 0.9, "source/zh.wiki/loss": 2.4, "source/zh.wiki/tokens": 1000,
+    "tokens_per_second": 9e3, "memory_bytes": 3 * 2**29, "mfu": 0.4, "mfu_causal": None, "samples_digest": "ab",
+    "valid/金融/loss": 2.6, "valid/金融/bits_per_byte": 0.9, "source/zh.wiki/loss": 2.4, "source/zh.wiki/tokens": 1000,
     "source/en/tokens": 3096, "source/en/loss": float("nan"), "evaluation/ceval/acc": 0.3,
 }  # fmt: skip
 
@@ -104,7 +105,8 @@ def test_a_textfile_has_the_last_values_and_says_how_the_run_ended(tmp_path: Pat
     said = file.read_text(encoding="utf-8").splitlines()
     run = {"run": "运行", "run_id": "id1"}
     for name, labels, value in (
-        ("hammer_loss", {}, "2.25"), ("hammer_step", {}, "4"), ("hammer_skipped_steps_total", {}, "1"),
+        ("megatron_training_loss", {}, "2.25"), ("hammer_step", {}, "4"),
+        ("megatron_training_skipped_iters_total", {}, "1"), ("megatron_training_memory_allocated_gb", {}, "1.5"),
         ("hammer_consumed_tokens_total", {}, "4096"), ("hammer_valid_loss", {"set": "金融"}, "2.6"),
         ("hammer_source_tokens_total", {"source": "zh.wiki"}, "1000"), ("hammer_run_active", {}, "0"),
         ("hammer_source_tokens_total", {"source": "en"}, "3096"), ("hammer_run_failed", {}, "1"),
@@ -121,7 +123,7 @@ def test_an_endpoint_is_for_this_machine_unless_the_config_says_otherwise(tmp_pa
     (addr, port, registry), *_ = library.served
     assert (addr, port) == ("127.0.0.1", 9464) and not list(tmp_path.iterdir())
     client.log(1, LINE)
-    assert any(line.startswith("hammer_loss{") for line in lines_of(registry))
+    assert any(line.startswith("megatron_training_loss{") for line in lines_of(registry))
     client.close(failed=False)
     assert library.served[-1] == "shutdown"
     PrometheusClient(library, run_of(tmp_path, prometheus_address="[::]:1"), None)
@@ -168,6 +170,14 @@ def test_opentelemetry_gets_instruments_and_the_run_as_its_resource(
     kind, observe = made["hammer_consumed_tokens"]
     assert kind == "counter" and observe(None) == [(4096.0, {})]
     assert made["hammer_step"][1](None) == [(8.0, {})]
+    theirs = {name: (kind, *observe(None)) for name, (kind, observe) in made.items() if name.startswith("megatron.")}
+    assert theirs == {  # names and kinds of Megatron-LM's core/telemetry/training_metrics.py (d98e8a6)
+        "megatron.training.loss": ("gauge", (2.5, {})), "megatron.training.grad_norm": ("gauge", (0.5, {})),
+        "megatron.training.learning_rate": ("gauge", (1e-3, {})),
+        "megatron.training.tokens_per_sec": ("gauge", (9e3, {})),
+        "megatron.training.memory_allocated_gb": ("gauge", (1.5, {})),
+        "megatron.training.skipped_iters": ("counter", (0.0, {})),
+    }  # fmt: skip
     client.close(failed=False)
     assert told[-1] == "shutdown" and made["hammer_run_active"][1](None) == [(0.0, {})]
 
@@ -176,7 +186,7 @@ def exported_names() -> set[str]:
     """What Prometheus sees of a run that has everything."""
     series = Series()
     series.update(1, LINE | {"mfu_causal": 0.3})
-    return {PREFIX + name + ("_total" if name in COUNTERS else "") for name in series.values}
+    return {exported(name)[0] + ("_total" if name in COUNTERS else "") for name in series.values}
 
 
 def test_dashboard_and_alerts_read_names_that_are_exported() -> None:
@@ -186,10 +196,33 @@ def test_dashboard_and_alerts_read_names_that_are_exported() -> None:
     assert {rule["alert"] for rule in rules} >= {"TrainingStalled", "LossSpike"}
     known = exported_names()
     for query in [*queries, *(rule["expr"] for rule in rules)]:
-        found = set(re.findall(r"hammer_\w+", query))
+        found = set(re.findall(r"(?:hammer|megatron)_\w+", query))
         assert found and found <= known, query
     ids = [panel["id"] for panel in board["panels"]]
     assert len(set(ids)) == len(ids) and all(panel["title"] for panel in board["panels"])
+
+
+@pytest.mark.parametrize("alert", ["LossSpike", "GradientSpike"])
+def test_a_jump_that_lasts_raises_an_alert_and_noise_does_not(alert: str) -> None:
+    """By the numbers of the rule, on a value every 15 s: a jump stays above the threshold as long as ``for`` says."""
+    rules = yaml.safe_load((MONITORING / "alerts.yaml").read_text(encoding="utf-8"))["groups"][0]["rules"]
+    (rule,) = (rule for rule in rules if rule["alert"] == alert)
+    ((window, offset),) = set(re.findall(r"_over_time\(\w+\[(\d+)h\](?: offset (\d+)m)?\)", rule["expr"]))
+    (factor,) = re.findall(r"\+ (\d+) \* stddev_over_time", rule["expr"])
+    length, back, lasting = int(window) * 240, int(offset or 0) * 4, int(rule["for"].removesuffix("m")) * 4
+
+    def above(values: np.ndarray) -> int:
+        """The longest stretch of values above the threshold."""
+        found = most = 0
+        for now in range(length + back, len(values)):
+            past = values[now - back - length + 1 : now - back + 1]
+            found = found + 1 if values[now] > past.mean() + int(factor) * past.std() else 0
+            most = max(most, found)
+        return most
+
+    quiet = 2.5 + 0.05 * np.random.default_rng(0).standard_normal(2 * (length + back))
+    jump = quiet + (np.arange(len(quiet)) >= length + back + 40)
+    assert above(quiet) < lasting < above(jump)
 
 
 def test_what_a_missing_library_is() -> None:
