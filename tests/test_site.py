@@ -12,6 +12,8 @@ import pytest
 
 from tests.walk import ROOT
 
+OUTSIDE = {"examples", "slurm", "ssh", "docker", "monitoring"}
+"""Pages that are read from elsewhere, beside the first one."""
 HAS_MKDOCS = all(importlib.util.find_spec(name) for name in ("mkdocs", "material", "mkdocs_static_i18n"))
 
 
@@ -37,7 +39,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_page_is_there_in_both_languages(site: Path) -> None:
-    names = {path.stem for path in (ROOT / "docs").glob("*.md") if not path.stem.endswith(".zh-CN")}
+    names = {path.stem for path in (ROOT / "docs").glob("*.md") if not path.stem.endswith(".zh-CN")} | OUTSIDE
     for folder in (site, site / "zh-CN"):
         assert {path.parent.name for path in folder.glob("*/index.html")} - {"zh-CN"} == names
         assert "bash examples/pretrain_1b4.sh" in re.sub(r"<[^>]+>", "", (folder / "index.html").read_text("utf-8"))
@@ -62,17 +64,22 @@ def test_a_link_to_nothing_is_a_warning(site: Path, caplog: pytest.LogCaptureFix
     class Page:
         file = File()
 
-    text = "[a](../tools/plan.py) [b](../tools/none.py) [`c`](data.zh-CN.md#d)\n\n```\n[e](../f)\n```\n"
+    text = "[a](../tools/plan.py) [b](../tools/none.py) [`c`](data.zh-CN.md#d) [f](../docker/README.zh-CN.md#g)\n"
+    text += "\n```\n[e](../f)\n```\n"
     shown = hooks["on_page_markdown"](text, Page(), None, None)
-    assert shown == "a (`tools/plan.py`) b (`tools/none.py`) [`c`](data.md#d)\n\n```\n[e](../f)\n```\n"
-    assert [record.getMessage() for record in caplog.records] == ["x.md links to ../tools/none.py, which is not there"]
+    assert shown == "a (`tools/plan.py`) b (`tools/none.py`) [`c`](data.md#d) [f](docker.md#g)\n\n```\n[e](../f)\n```\n"
+    hooks["on_page_markdown"]("![h](../benchmarks/results/muon-epyc-2cores-2026-11-29.png)", Page(), None, None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "x.md links to ../tools/none.py, which is not there",
+        "x.md shows ../benchmarks/results/muon-epyc-2cores-2026-11-29.png, which lies outside of docs/",
+    ]
 
 
 def test_every_page_is_in_the_navigation() -> None:
     """Held without mkdocs, too, where the site is not built."""
     listed = re.findall(r"(?m)^\s+- (?:\w+: )?([a-z_]+\.md)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     pages = [path.name for path in (ROOT / "docs").glob("*.md") if not path.stem.endswith(".zh-CN")]
-    assert sorted(listed) == sorted([*pages, "index.md"])
+    assert sorted(listed) == sorted([*pages, "index.md", *(f"{name}.md" for name in OUTSIDE)])
 
 
 def test_the_drawings_are_those_that_the_program_draws() -> None:
