@@ -1,9 +1,9 @@
 """What mkdocs does to the pages of docs/ beyond rendering them (mkdocs.yml names this file).
 
 The pages are written to be read on a code host, where README.md leads and links go to files of the repository. On the
-site README.md is the first page, and those of examples/ and docker/ are pages, too (``READMES``). The line that leads to
-a page's twin gives way to the choice of languages, links between Chinese pages go to pages of the Chinese site, and a
-link to another file outside of docs/ becomes the file's name. A link to a file that is not there is a warning, and so
+site README.md is the first page, and those of examples/ and docker/ are pages, too (``READMES``). The line that leads
+to a page's twin gives way to the choice of languages, links between Chinese pages go to pages of the Chinese site, and
+a link to another file outside of docs/ becomes the file's name. A link to a file that is not there is a warning, and so
 is a picture outside of docs/, which the site would not show; ``--strict`` makes errors of them.
 """
 

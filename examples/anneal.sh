@@ -12,6 +12,10 @@
 }
 set -euo pipefail
 
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    sed -n '2,/^\[ -n /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    exit 0
+fi
 if (($# < 5)); then
     printf 'error[E201]: anneal.sh needs RUN STEP NEW TOKENS MIX; see its first lines\n' >&2
     exit 2

@@ -137,6 +137,7 @@ def test_a_longer_context_is_a_branch_that_is_exported(shell: Shell) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "line"),
     [
+        ("anneal.sh", ["a", "1", "b", "5e9"], "error[E201]: anneal.sh needs RUN STEP NEW TOKENS MIX; "),
         ("continue_from_hf.sh", ["a", "b"], "error[E201]: continue_from_hf.sh needs HF TEXT OUT; "),
         ("long_context.sh", ["a", "b", "c"], "error[E201]: long_context.sh needs RUN NEW TOKENS MIX; "),
         ("pretrain_8b.sh", ["plan", "8"], "error[E201]: pretrain_8b.sh plan needs the number of GPUs and their name; "),

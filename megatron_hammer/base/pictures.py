@@ -118,6 +118,15 @@ def _use_fallbacks(figure: Any) -> None:
         text.set_fontfamily([*text.get_fontfamily(), *families])
 
 
+def can_draw(text: str) -> bool:
+    """Whether the installed fonts have all characters of a text between them."""
+    from matplotlib import font_manager
+
+    missing = {c for c in text if not c.isspace()}
+    missing -= _characters_of(font_manager.findfont(font_manager.FontProperties()))
+    return not missing or not fallback_families(missing)[1]
+
+
 def fallback_families(missing: set[str]) -> tuple[list[str], set[str]]:
     """Families that have these characters between them, and the characters that none has."""
     families: list[str] = []

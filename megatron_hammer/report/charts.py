@@ -131,7 +131,7 @@ def tokens_of(reader: MetricsReader) -> dict[str, Any]:
     return {"x": steps.tolist(), "y": [float(f"{value:.7g}") for value in tokens.tolist()]}
 
 
-def draw(charts: Sequence[Chart], folder: Path, source: str) -> list[Path]:
+def draw(charts: Sequence[Chart], folder: Path, source: str, say: Say) -> list[Path]:
     """Each chart as a PNG of its name.
 
     Args:
@@ -154,7 +154,7 @@ def draw(charts: Sequence[Chart], folder: Path, source: str) -> list[Path]:
                       marker=marker, markersize=3)  # fmt: skip
             if not curve.is_whole:
                 axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.2, linewidth=0)
-        axes.set_xlabel("step")
+        axes.set_xlabel(say("step", "步"))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
         if len(chart.curves) > 1:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import replace_file
-from megatron_hammer.base.progress import Progress, track
+from megatron_hammer.base.progress import Progress, say, track
 from megatron_hammer.base.reading import open_regular
 from megatron_hammer.checkpoint.folder import find_checkpoints, step_of
 from megatron_hammer.metrics.generations import GENERATIONS, read_generations, write_generations
@@ -93,8 +93,20 @@ def write_page(
             source = "metrics.jsonl, evaluations.jsonl: " + ", ".join(
                 f"{name}, {run.metrics.last_step:,}" for name, run in zip(names, runs, strict=True)
             )
-            draw(charts_of(runs, names, sayer("en")), pictures, source)
+            chosen = sayer(_language_of_pictures(runs, names, language))
+            draw(charts_of(runs, names, chosen), pictures, source, chosen)
         told(runs)
         if not goes_on or refresh is None:
             return runs
         sleep(max(refresh, LEAST_REFRESH_SECONDS))
+
+
+def _language_of_pictures(runs: Sequence[RunFacts], names: Sequence[str], language: Language) -> Language:
+    """The page's, or English where no installed font has its characters: a picture would have boxes."""
+    from megatron_hammer.base.pictures import can_draw
+
+    if language == "en" or can_draw("".join(chart.title for chart in charts_of(runs, names, sayer(language)))):
+        return language
+    say("note: no installed font has Chinese characters: the pictures are in English; install one for Chinese ones "
+        "(Debian: apt-get install fonts-noto-cjk)")  # fmt: skip
+    return "en"

@@ -56,6 +56,22 @@ def test_the_program(
         assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("has_font", [True, False])
+def test_pictures_have_the_language_of_the_page_where_a_font_has_it(
+    has_font: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 2.0}\n')
+    drawn = list[str]()
+    monkeypatch.setattr("megatron_hammer.base.pictures.can_draw", lambda text: has_font)
+    monkeypatch.setattr(
+        "megatron_hammer.report.write.draw",
+        lambda charts, folder, source, say: drawn.extend([charts[0].title, say("step", "步")]),
+    )
+    write_page([tmp_path], tmp_path / "page.html", "zh", tmp_path / "pictures")
+    assert drawn == (["训练损失（nats/token）", "步"] if has_font else ["Training loss (nats per token)", "step"])
+    assert ("the pictures are in English" in capsys.readouterr().err) == (not has_font)
+
+
 def test_a_living_run_is_followed_to_its_end(tmp_path: Path) -> None:
     """Its metrics grow between two versions; the last one does not load itself again."""
     run, page, steps = tmp_path / "run", tmp_path / "report.html", list[int]()
