@@ -103,7 +103,7 @@ class FoundLayouts:
         families: dict[tuple[object, ...], dict[int, PlannedLayout]] = {}
         for layout in self.fitting:
             config = layout.config
-            family = (*layout.sizes, config.parallel.shard, config.train.recompute, precision_of(config))
+            family = (*layout.sizes, shard_of(config), config.train.recompute, precision_of(config))
             families.setdefault(family, {}).setdefault(layout.stages, layout)
         chosen = []
         for each in families.values():
@@ -118,9 +118,15 @@ def name_of(config: Config, world_size: int) -> str:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     interleaved = f"x{parallel.virtual_pipeline_stages}" if parallel.virtual_pipeline_stages > 1 else ""
     return (
-        f"TP {tp} PP {pp}{interleaved} CP {cp} DP {world_size // (tp * pp * cp)}, shard={parallel.shard}, "
+        f"TP {tp} PP {pp}{interleaved} CP {cp} DP {world_size // (tp * pp * cp)}, shard={shard_of(config)}, "
         f"micro-batch {train.micro_batch_size}, recompute={train.recompute}, {precision_of(config)}"
     )
+
+
+def shard_of(config: Config) -> str:
+    """What is sharded, and among how many ranks where not among all: ``weights/8``."""
+    parallel = config.parallel
+    return parallel.shard if parallel.shard_size is None else f"{parallel.shard}/{parallel.shard_size}"
 
 
 def precision_of(config: Config) -> str:
@@ -185,8 +191,9 @@ def need_of(config: Config, world_size: int, machine: Machine) -> PlannedLayout:
 
 def _families(
     config: Config, world_size: int, machine: Machine, precisions: Sequence[str]
-) -> Iterator[tuple[str, int, int, int, int, str, str]]:
-    """Layouts but for their micro-batch: precision, TP, CP, PP, stages of a pipeline rank, what is sharded, recompute.
+) -> Iterator[tuple[str, int, int, int, int, str, int | None, str]]:
+    """Layouts but for their micro-batch: precision, TP, CP, PP, stages of a pipeline rank, what is sharded and among
+    how many ranks (None: all, or as the config has it), recompute.
 
     Tensor-parallel ranks stay within a node.
     """
@@ -198,18 +205,36 @@ def _families(
     for precision, tp, cp, pp in itertools.product(precisions or [precision_of(config)], tensor, context, pipeline):
         if world_size % (tp * cp * pp):
             continue
-        shards = SHARDS if world_size > tp * pp else SHARDS[:1]
-        for stages, shard, recompute in itertools.product(_stages(config, pp), shards, RECOMPUTES):
-            yield precision, tp, cp, pp, stages, shard, recompute
+        shards = _shards(config, world_size // (tp * pp), machine.gpus_per_node // tp)
+        for stages, (shard, size), recompute in itertools.product(_stages(config, pp), shards, RECOMPUTES):
+            yield precision, tp, cp, pp, stages, shard, size, recompute
+
+
+def _shards(config: Config, replicas: int, near: int) -> list[tuple[str, int | None]]:
+    """What may be sharded, and among how many: weights also within a node alone, whose ``near`` replicas have fast
+    links to each other, with a copy in each node."""
+    if replicas == 1:
+        return [(SHARDS[0], None)]
+    within = 1 < near < replicas and replicas % near == 0 and config.parallel.shard_size is None
+    return [*((shard, None) for shard in SHARDS), *([("weights", near)] if within else [])]
 
 
 def _alike(
-    config: Config, world_size: int, precision: str, tp: int, cp: int, pp: int, stages: int, shard: str, recompute: str
+    config: Config,
+    world_size: int,
+    precision: str,
+    tp: int,
+    cp: int,
+    pp: int,
+    stages: int,
+    shard: str,
+    shard_size: int | None,
+    recompute: str,
 ) -> list[tuple[str, Config]]:
     """The layouts of a family by name, valid or not, the smallest micro-batch first."""
     config, alike = with_precision(config, precision), []
     for micro_batch in _micro_batches(config, world_size // (tp * cp * pp)):
-        changed = with_layout(config, tp, cp, pp, stages, shard, recompute, micro_batch)
+        changed = with_layout(config, tp, cp, pp, stages, shard, recompute, micro_batch, shard_size)
         alike.append((name_of(changed, world_size), changed))
     return alike
 
@@ -225,12 +250,21 @@ def _stages(config: Config, pp: int) -> list[int]:
 
 
 def with_layout(
-    config: Config, tp: int, cp: int, pp: int, stages: int, shard: str, recompute: str, micro_batch: int
+    config: Config,
+    tp: int,
+    cp: int,
+    pp: int,
+    stages: int,
+    shard: str,
+    recompute: str,
+    micro_batch: int,
+    shard_size: int | None = None,
 ) -> Config:
     """The config in this layout; what belongs to another one is left out.
 
     Args:
         stages: of each pipeline rank.
+        shard_size: None: as the config has it, where that is of this ``shard``.
     """
     parallel = config.parallel
     stays = (pp, stages) == (parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_stages)
@@ -244,7 +278,7 @@ def with_layout(
         virtual_pipeline_stages=stages,
         pipeline_split=parallel.pipeline_split if stays else None,
         shard=shard,  # type: ignore[arg-type]
-        shard_size=parallel.shard_size if shard == parallel.shard else None,
+        shard_size=parallel.shard_size if shard_size is None and shard == parallel.shard else shard_size,
         reshard_after_forward=parallel.reshard_after_forward or shard != "weights",
         tp_comm_overlap=overlap,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_hammer.base.pictures import save_png
 from megatron_hammer.base.tables import align
-from megatron_hammer.costs.layouts import PlannedLayout, precision_of
+from megatron_hammer.costs.layouts import PlannedLayout, precision_of, shard_of
 from megatron_hammer.costs.planner import LayoutPlan
 from megatron_hammer.costs.rank_costs import GIB
 from megatron_hammer.costs.rank_peak import PARTS as MEMORY_PARTS
@@ -66,7 +66,7 @@ def _ranking(plan: LayoutPlan, layouts: Sequence[PlannedLayout]) -> list[str]:
         train, hours = layout.config.train, plan.gpu_hours(layout)
         rows.append(
             (
-                str(number), *_sizes(layout), layout.config.parallel.shard, str(train.micro_batch_size),
+                str(number), *_sizes(layout), shard_of(layout.config), str(train.micro_batch_size),
                 train.recompute, precision_of(layout.config), f"{layout.bytes / GIB:.1f}",
                 f"{layout.time.tokens_per_second:,.0f}", f"{layout.time.mfu:.0%}",
                 _short(plan.tokens / layout.time.tokens_per_second / DAY),
@@ -74,7 +74,9 @@ def _ranking(plan: LayoutPlan, layouts: Sequence[PlannedLayout]) -> list[str]:
             )
         )  # fmt: skip
     interleaved = "PP 4x2: 4 pipeline ranks of 2 interleaved stages each (parallel.virtual_pipeline_stages)"
-    return align(rows) + [interleaved] * any(layout.stages > 1 for layout in layouts)
+    within = "weights/8: among 8 ranks that are near each other, with copies beside them (parallel.shard_size)"
+    lines = align(rows) + [interleaved] * any(layout.stages > 1 for layout in layouts)
+    return lines + [within] * any(layout.config.parallel.shard_size is not None for layout in layouts)
 
 
 def _sizes(layout: PlannedLayout) -> list[str]:
@@ -158,7 +160,7 @@ def draw_plan(plan: LayoutPlan, output: Path, shown: int) -> None:
         tp, pp, cp, dp = _sizes(layout)
         train = layout.config.train
         names.append(
-            f"{number}   TP {tp}  PP {pp}  CP {cp}  DP {dp}, {layout.config.parallel.shard}\n"
+            f"{number}   TP {tp}  PP {pp}  CP {cp}  DP {dp}, {shard_of(layout.config)}\n"
             f"micro-batch {train.micro_batch_size}, recompute {train.recompute}, {precision_of(layout.config)}"
         )
     _stack(left, [layout.memory for layout in layouts], MEMORY_PARTS, MEMORY_COLOURS, GIB)

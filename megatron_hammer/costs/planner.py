@@ -215,6 +215,7 @@ def _layout(plan: LayoutPlan, layout: PlannedLayout) -> dict[str, Any]:
         "virtual_pipeline_stages": layout.stages,
         "sequence_parallel": layout.config.parallel.sequence_parallel,
         "shard": layout.config.parallel.shard,
+        "shard_size": layout.config.parallel.shard_size,
         "micro_batch_size": layout.config.train.micro_batch_size,
         "recompute": layout.config.train.recompute,
         "precision": precision_of(layout.config),

@@ -16,7 +16,7 @@ import pytest
 from megatron_hammer.base.errors import ConfigError, HammerError, MemoryShortage
 from megatron_hammer.config import Config, load_config, preset_names
 from megatron_hammer.costs.gpus import GPUS
-from megatron_hammer.costs.layouts import need_of, precision_of, with_layout
+from megatron_hammer.costs.layouts import need_of, precision_of, shard_of, with_layout
 from megatron_hammer.costs.plan_report import WIDTH, draw_plan, plan_table
 from megatron_hammer.costs.planner import Asked, LayoutPlan, chosen_config, plan_layouts, plan_to_tree
 from megatron_hammer.costs.rank_costs import GIB
@@ -63,6 +63,20 @@ def test_interleaved_stages_wait_less_and_keep_more() -> None:
     few = plan_layouts(small(train__global_batch_size=4), Asked(4, "h100", memory=1.0)).found
     odd = [rejected for rejected in few.rejected if "stages=2 needs micro-batches" in rejected.reason]
     assert odd and all(rejected.kind == "batch" and " PP 2x2 " in rejected.layout for rejected in odd)
+
+
+def test_weights_are_divided_within_a_node_too() -> None:
+    """Over a slow network that is faster than among all ranks, by a copy of the states in each node."""
+    plan = plan_layouts(small(), Asked(4, "h100", memory=1.0, gpus_per_node=2, network=0.5, show=500))
+    weights = [layout for layout in plan.found.fitting if layout.config.parallel.shard == "weights"]
+    near = {shard_of(layout.config): layout for layout in reversed(weights) if layout.sizes == (1, 1, 1, 4)}
+    assert near.keys() == {"weights", "weights/2"} and near["weights/2"].bytes > near["weights"].bytes
+    assert near["weights/2"].time.total < near["weights"].time.total
+    near["weights/2"].config.validate(4)
+    lines = plan_table(plan, 500)
+    assert any("weights/2" in line for line in lines) and max(map(len, lines)) <= WIDTH
+    own = plan_layouts(small(parallel__shard="weights", parallel__shard_size=4), Asked(4, "h100", gpus_per_node=2))
+    assert {layout.config.parallel.shard_size for layout in own.found.fitting} == {None, 4}, "as it was asked for"
 
 
 def test_the_table_fits_a_terminal_and_says_what_it_rests_on(plan: LayoutPlan) -> None:
