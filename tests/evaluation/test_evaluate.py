@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import runpy
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -213,6 +215,24 @@ def test_the_program_shows_models_side_by_side(
     assert "nan" in said.out and "error[E904]" in said.err
     assert run_tool(monkeypatch, folder / "run", "--samples", 5, "--reference", folder / "hf") == 0
     assert "by reference" in capsys.readouterr().out
+
+
+def test_the_commands_of_the_page(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/evaluation.md, of which the last one compares two models on two sets."""
+    for name, made in {"runs/mine": "run", "data/new_text_document.bin": "new_text_document.bin", "hf": "hf",
+                       "data/new_text_document.idx": "new_text_document.idx", "finance.jsonl": "new.jsonl",
+                       "general.jsonl": "zh.jsonl"}.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(folder / made)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```\n(python tools/evaluate.*?)^```", page, re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
+    assert len(commands) == 3
+    for _, tool, *words in commands:
+        assert tool == "tools/evaluate.py"
+        toy = [word.replace("runs/mine/hf", "hf").replace("/models/qwen3", "hf") for word in words]
+        assert run_tool(monkeypatch, *toy, "--device", "cpu") == 0, words
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,11 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import json
+import os
 import platform
+import re
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -54,6 +58,25 @@ def test_the_program(
     for words, told in refused.items():
         assert call(*words, monkeypatch=monkeypatch) in (2, 3)
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", ["report.md", "report.zh-CN.md"])
+def test_the_commands_of_the_page(
+    page: str, run: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, made in (("mine", run), ("other", other)):
+        shutil.copytree(made, tmp_path / "runs" / name)
+        os.utime(tmp_path / "runs" / name / "metrics.jsonl", (0, 0))  # of a run that has ended long ago
+    (block,) = re.findall(r"^```\n(python tools/report.*?)^```", (ROOT / "docs" / page).read_text(), re.M | re.S)
+    asked = list[str]()
+    monkeypatch.setattr(
+        "megatron_hammer.report.write.continue_prompts", lambda folder, prompts, tokens: asked.extend(prompts)
+    )
+    for line in block.splitlines():
+        assert call(*shlex.split(line, comments=True)[2:], monkeypatch=monkeypatch) == 0, line
+    assert asked == ["The weather", "今天"] and "训练报告" not in Path("runs/mine/report.html").read_text()
+    assert Path("compared.html").is_file() and Path("pictures/loss.png").is_file()
 
 
 @pytest.mark.parametrize("has_font", [True, False])
