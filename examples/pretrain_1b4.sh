@@ -280,6 +280,7 @@ Done. Everything is in $out:
   loss.png       the loss curve
 What to run next:
   $python $root/tools/generate.py --hf $quoted/hf --prompt "import numpy"
+  $python $root/tools/report.py $quoted --prompt "import numpy"   # the run as one page of HTML
 END
     if $quick; then
         cat <<END

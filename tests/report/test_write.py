@@ -68,6 +68,7 @@ def test_the_commands_of_the_page(
     for name, made in (("mine", run), ("other", other)):
         shutil.copytree(made, tmp_path / "runs" / name)
         os.utime(tmp_path / "runs" / name / "metrics.jsonl", (0, 0))  # of a run that has ended long ago
+        (tmp_path / "runs" / name / ".lock").touch()  # which no process holds
     (block,) = re.findall(r"^```\n(python tools/report.*?)^```", (ROOT / "docs" / page).read_text(), re.M | re.S)
     asked = list[str]()
     monkeypatch.setattr(
