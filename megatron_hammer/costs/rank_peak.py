@@ -126,11 +126,12 @@ def _enough(config: Config, accumulated: int) -> int:
 
 
 def _widened(config: Config, placements: Sequence[Placement]) -> int:
-    """Bytes of a bf16 product on a CPU that has none."""
+    """Bytes of the rooms for bf16 products on a CPU that has none: an operand, a block of the other, the result."""
     if not wide_products.pay_here(torch.device("cpu"), COMPUTE_DTYPES[config.train.precision]):
         return 0
-    widest = max(config.model.hidden_size, *(at.ffn_local for at in placements))
-    return 4 * (config.tokens_per_rank * widest + wide_products.BLOCK_ELEMENTS)
+    h, f = config.model.hidden_size, max(at.ffn_local for at in placements)
+    each = [wide_products.room_elements(config.tokens_per_rank, rows, cols) for rows, cols in ((h, f), (f, h))]
+    return 4 * sum(max(rooms[i] for rooms in each) for i in range(3))
 
 
 def _rows(config: Config, at: Placement) -> int:

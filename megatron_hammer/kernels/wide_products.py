@@ -26,27 +26,69 @@ def pay_here(device: torch.device, dtype: torch.dtype) -> bool:
     return "avx2" in processor_text() and not has_quick_bf16()
 
 
+def room_elements(tokens: int, rows: int, cols: int) -> tuple[int, int, int]:
+    """In fp32 for products of so many tokens with a weight [rows, cols]: an operand, a block of the other, results."""
+    rows = min(rows, max(1, BLOCK_ELEMENTS // cols))
+    of_tokens, of_block = tokens * max(rows, cols), rows * max(tokens, cols)
+    return of_tokens, of_block, max(of_tokens, of_block)
+
+
 class WideProducts(Products):
-    """Operands and results are those of the plain products. Python calls are few: benchmarks/calls.py counts them."""
+    """Operands and results are those of the plain products. Python calls are few: benchmarks/calls.py counts them.
+
+    What is in fp32 for the time of a product lies in three rooms that stay, since blocks of MiB that come and go leave
+    holes in malloc's heap. They serve one thread.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = self.block = self.result = torch.empty(0, dtype=torch.float32)
+        self.fitting = set[tuple[int, torch.Size]]()
+        """(tokens, shape of a weight) for which the rooms are large enough."""
 
     def fprop(self, x: Any, weight: Any, out: Tensor | None = None) -> Tensor:
         y = empty((*x.shape[:-1], weight.shape[0]), x) if out is None else out
-        rows, results, size = x.flatten(0, -2).float(), y.flatten(0, -2), max(1, BLOCK_ELEMENTS // weight.shape[1])
+        rows, results, size = x.flatten(0, -2), y.flatten(0, -2), max(1, BLOCK_ELEMENTS // weight.shape[1])
+        if (rows.shape[0], weight.shape) not in self.fitting:
+            self._make_room(rows.shape[0], weight.shape)
+        wide = self.whole[: rows.numel()].view(rows.shape).copy_(rows)
         for i in range(0, weight.shape[0], size):
-            results[:, i : i + size] = rows @ weight[i : i + size].float().t()
+            part, found = weight[i : i + size], results[:, i : i + size]
+            block = self.block[: part.numel()].view(part.shape).copy_(part)
+            found.copy_(torch.mm(wide, block.t(), out=self.result[: found.numel()].view(found.shape)))
         return y
 
     def dgrad(self, grad: Any, weight: Any, out: Tensor | None = None) -> Tensor:
         dx = empty((*grad.shape[:-1], weight.shape[1]), grad) if out is None else out
-        rows, size = grad.flatten(0, -2), max(1, BLOCK_ELEMENTS // weight.shape[1])
-        summed = rows[:, :size].float() @ weight[:size].float()
-        for i in range(size, weight.shape[0], size):
-            summed.addmm_(rows[:, i : i + size].float(), weight[i : i + size].float())
-        dx.flatten(0, -2).copy_(summed)
+        rows, results, size = grad.flatten(0, -2), dx.flatten(0, -2), max(1, BLOCK_ELEMENTS // weight.shape[1])
+        if (rows.shape[0], weight.shape) not in self.fitting:
+            self._make_room(rows.shape[0], weight.shape)
+        summed = self.result[: results.numel()].view(results.shape)
+        for i in range(0, weight.shape[0], size):
+            part, columns = weight[i : i + size], rows[:, i : i + size]
+            block = self.block[: part.numel()].view(part.shape).copy_(part)
+            wide = self.whole[: columns.numel()].view(columns.shape).copy_(columns)
+            torch.addmm(summed, wide, block, beta=int(i > 0), out=summed)
+        results.copy_(summed)
         return dx
 
     def wgrad(self, grad: Any, kept: tuple[Tensor, ...], place: Tensor, begun: bool) -> None:
-        transposed, x = grad.flatten(0, -2).t(), kept[0].flatten(0, -2).float()
+        grad, x = grad.flatten(0, -2), kept[0].flatten(0, -2)
         size = max(1, BLOCK_ELEMENTS // x.shape[1])
+        if (x.shape[0], place.shape) not in self.fitting:
+            self._make_room(x.shape[0], place.shape)
+        wide = self.whole[: x.numel()].view(x.shape).copy_(x)
         for i in range(0, place.shape[0], size):
-            accumulate(transposed[i : i + size].float() @ x, place[i : i + size], begun)
+            part, columns = place[i : i + size], grad[:, i : i + size]
+            block = self.block[: columns.numel()].view(columns.shape).copy_(columns)
+            product = torch.mm(block.t(), wide, out=self.result[: part.numel()].view(part.shape))
+            accumulate(product, part, begun)
+
+    def _make_room(self, tokens: int, shape: torch.Size) -> None:
+        self.fitting.add((tokens, shape))
+        found = []
+        for room, wanted in zip(
+            (self.whole, self.block, self.result), room_elements(tokens, shape[0], shape[1]), strict=True
+        ):
+            found.append(room if room.numel() >= wanted else torch.empty(wanted, dtype=torch.float32))
+        self.whole, self.block, self.result = found
