@@ -20,7 +20,7 @@ rows)::
 
 Nothing is recomputed in this count: what ``train.recompute`` adds shows as distance from the limit. So does everything
 that an ideal step lacks: data, communication, gaps. Sections 2 and 3 of the project's performance notes give the same
-counts; ``metrics.flops_per_token`` is the sum of the FLOPs here.
+counts; ``flops.py`` has the sum of the FLOPs here.
 """
 
 from __future__ import annotations

@@ -26,9 +26,14 @@ def pay_here(device: torch.device, dtype: torch.dtype) -> bool:
     return "avx2" in processor_text() and not has_quick_bf16()
 
 
+def block_rows(rows: int, cols: int) -> int:
+    """How many rows of a weight [rows, cols] are in fp32 at a time."""
+    return min(rows, max(1, BLOCK_ELEMENTS // cols))
+
+
 def room_elements(tokens: int, rows: int, cols: int) -> tuple[int, int, int]:
     """In fp32 for products of so many tokens with a weight [rows, cols]: an operand, a block of the other, results."""
-    rows = min(rows, max(1, BLOCK_ELEMENTS // cols))
+    rows = block_rows(rows, cols)
     of_tokens, of_block = tokens * max(rows, cols), rows * max(tokens, cols)
     return of_tokens, of_block, max(of_tokens, of_block)
 
@@ -43,14 +48,13 @@ class WideProducts(Products):
     def __init__(self) -> None:
         super().__init__()
         self.whole = self.block = self.result = torch.empty(0, dtype=torch.float32)
-        self.fitting = set[tuple[int, torch.Size]]()
-        """(tokens, shape of a weight) for which the rooms are large enough."""
+        self.fitting = dict[tuple[int, torch.Size], int]()
+        """(tokens, shape of a weight) for which the rooms are large enough -> rows of a block."""
 
     def fprop(self, x: Any, weight: Any, out: Tensor | None = None) -> Tensor:
         y = empty((*x.shape[:-1], weight.shape[0]), x) if out is None else out
-        rows, results, size = x.flatten(0, -2), y.flatten(0, -2), max(1, BLOCK_ELEMENTS // weight.shape[1])
-        if (rows.shape[0], weight.shape) not in self.fitting:
-            self._make_room(rows.shape[0], weight.shape)
+        rows, results = x.flatten(0, -2), y.flatten(0, -2)
+        size = self.fitting.get((rows.shape[0], weight.shape)) or self._make_room(rows.shape[0], weight.shape)
         wide = self.whole[: rows.numel()].view(rows.shape).copy_(rows)
         for i in range(0, weight.shape[0], size):
             part, found = weight[i : i + size], results[:, i : i + size]
@@ -60,9 +64,8 @@ class WideProducts(Products):
 
     def dgrad(self, grad: Any, weight: Any, out: Tensor | None = None) -> Tensor:
         dx = empty((*grad.shape[:-1], weight.shape[1]), grad) if out is None else out
-        rows, results, size = grad.flatten(0, -2), dx.flatten(0, -2), max(1, BLOCK_ELEMENTS // weight.shape[1])
-        if (rows.shape[0], weight.shape) not in self.fitting:
-            self._make_room(rows.shape[0], weight.shape)
+        rows, results = grad.flatten(0, -2), dx.flatten(0, -2)
+        size = self.fitting.get((rows.shape[0], weight.shape)) or self._make_room(rows.shape[0], weight.shape)
         summed = self.result[: results.numel()].view(results.shape)
         for i in range(0, weight.shape[0], size):
             part, columns = weight[i : i + size], rows[:, i : i + size]
@@ -74,9 +77,7 @@ class WideProducts(Products):
 
     def wgrad(self, grad: Any, kept: tuple[Tensor, ...], place: Tensor, begun: bool) -> None:
         grad, x = grad.flatten(0, -2), kept[0].flatten(0, -2)
-        size = max(1, BLOCK_ELEMENTS // x.shape[1])
-        if (x.shape[0], place.shape) not in self.fitting:
-            self._make_room(x.shape[0], place.shape)
+        size = self.fitting.get((x.shape[0], place.shape)) or self._make_room(x.shape[0], place.shape)
         wide = self.whole[: x.numel()].view(x.shape).copy_(x)
         for i in range(0, place.shape[0], size):
             part, columns = place[i : i + size], grad[:, i : i + size]
@@ -84,11 +85,9 @@ class WideProducts(Products):
             product = torch.mm(block.t(), wide, out=self.result[: part.numel()].view(part.shape))
             accumulate(product, part, begun)
 
-    def _make_room(self, tokens: int, shape: torch.Size) -> None:
-        self.fitting.add((tokens, shape))
-        found = []
-        for room, wanted in zip(
-            (self.whole, self.block, self.result), room_elements(tokens, shape[0], shape[1]), strict=True
-        ):
+    def _make_room(self, tokens: int, shape: torch.Size) -> int:
+        found, elements = [], room_elements(tokens, shape[0], shape[1])
+        for room, wanted in zip((self.whole, self.block, self.result), elements, strict=True):
             found.append(room if room.numel() >= wanted else torch.empty(wanted, dtype=torch.float32))
         self.whole, self.block, self.result = found
+        return self.fitting.setdefault((tokens, shape), block_rows(shape[0], shape[1]))
