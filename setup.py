@@ -78,7 +78,7 @@ EXTENSIONS = [
         Pybind11Extension(
             f"megatron_hammer.checkpoint._{name}",
             [f"csrc/checkpoint/{name}.cpp"],
-            depends=["csrc/checkpoint/past_caches.hpp", *(["csrc/checkpoint/xxh3.hpp"] if name == "digest" else [])],
+            depends=[f"csrc/checkpoint/{header}.hpp" for header in ("past_caches", "units", "xxh3")],
             cxx_std=17,
             extra_compile_args=["-O3", "-Wall", "-Wextra"],
         )

@@ -25,6 +25,7 @@
 #include <utility>
 
 #include "past_caches.hpp"
+#include "units.hpp"
 #include "xxh3.hpp"
 
 namespace py = pybind11;
@@ -65,15 +66,8 @@ DEFINE_WITH_ONE_PRODUCT(avx512_32, uint32_t, UNIT("avx512f,avx512dq,avx512bw,avx
 
 template <class T>
 LineSum<T> choose(LineSum<T> portable, LineSum<T> avx2, LineSum<T> avx512) {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-    return avx512;
-  }
-  if (__builtin_cpu_supports("avx2")) return avx2;
-#endif
-  static_cast<void>(avx2);
-  static_cast<void>(avx512);
-  return portable;
+  if (units::has_avx512()) return avx512;
+  return units::has_avx2() ? avx2 : portable;
 }
 
 const LineSum<uint16_t> line_sum_16 = choose<uint16_t>(portable_16, avx2_16, avx512_16);

@@ -10,12 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define UNIT(NAME) __attribute__((target(NAME)))
-#else
-#define UNIT(NAME)
-#endif
+#include "units.hpp"
 
 namespace xxh3 {
 
@@ -120,10 +115,8 @@ inline void take_stripes_avx512(uint64_t* sums, const uint8_t* data, int64_t at,
 
 inline TakeStripes choose() {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-    return take_stripes_avx512;
-  }
-  if (__builtin_cpu_supports("avx2")) return take_stripes_avx2;
+  if (units::has_avx512()) return take_stripes_avx512;
+  if (units::has_avx2()) return take_stripes_avx2;
 #endif
   return take_stripes_portable;
 }
