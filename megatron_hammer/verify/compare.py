@@ -16,6 +16,7 @@ import numpy as np
 from megatron_hammer.config import Config
 from megatron_hammer.model.parameters import EMBEDDING, FINAL_NORM
 from megatron_hammer.verify.outcome import Outcome, Piece
+from megatron_hammer.verify.patterns import listed
 
 PieceKey = tuple[str, str]
 """Kind and logical tensor."""
@@ -173,27 +174,20 @@ def compare_stages(ranks: Sequence[Outcome], sizes: Sizes) -> list[Deviation]:
     if sizes.pp == 1:
         return []
     owners: dict[int, int] = {}  # layer -> place in the pipeline; the final norm comes after all layers
-    for rank, outcome in enumerate(ranks):
-        for piece in outcome.pieces:
-            if piece.kind == "model" and (layer := _layer(piece.tensor)) is not None:
-                owners[layer] = rank * sizes.pp // len(ranks)
-    for rank, outcome in enumerate(ranks):  # in the order of its stages
+    for rank, outcome in enumerate(ranks):  # whose pieces are in the order of its stages
         found = [_layer(piece.tensor) for piece in outcome.pieces if piece.kind == "model"]
         layers = [layer for layer in found if layer is not None]
         if layers != sorted(layers):
-            cause = f"the stages of this rank have the layers {_listed_once(layers)}, in this order: they are swapped"
+            once = listed(dict.fromkeys(layer for layer in layers if layer != AFTER_ALL_LAYERS))
+            cause = f"the stages of this rank have the layers {once}, in this order: they are swapped"
             return [Deviation("order of the stages", (rank,), np.inf, cause)]
+        owners |= dict.fromkeys(layers, rank * sizes.pp // len(ranks))
     order = [owner for _, owner in sorted(owners.items())]
     visits = [owner for i, owner in enumerate(order) if i == 0 or order[i - 1] != owner]
     if visits == [*range(sizes.pp)] * sizes.stages_per_rank:
         return []
     cause = f"the layers, first to last, are on pipeline ranks {' '.join(map(str, visits))}: stages are swapped"
     return [Deviation("order of the stages", tuple(range(len(ranks))), np.inf, cause)]
-
-
-def _listed_once(layers: list[int]) -> str:
-    """Numbers in the order in which they first come, without the final norm."""
-    return ", ".join(str(layer) for layer in dict.fromkeys(layers) if layer != AFTER_ALL_LAYERS)
 
 
 def _layer(tensor: str) -> int | None:

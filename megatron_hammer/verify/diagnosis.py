@@ -101,12 +101,17 @@ class _Questions:
         found = []
         for rank, outcome in enumerate(self.ranks):
             for piece in outcome.pieces:
-                if piece.kind in kinds and (piece.kind, piece.tensor) in self.whole:
-                    right = self.whole[piece.kind, piece.tensor]
-                    limit = self.evidence.bound * max(float(np.abs(right).max()), 1e-300)
-                    if not float(np.abs(piece.values - right[piece.place]).max()) <= limit:
-                        found.append((rank, piece))
+                known = piece.kind in kinds and (piece.kind, piece.tensor) in self.whole
+                if known and self._differs(piece).any():
+                    found.append((rank, piece))
         return found
+
+    def _differs(self, piece: Piece) -> np.ndarray:
+        """Which elements of a piece are beyond the bound."""
+        right = self.whole[piece.kind, piece.tensor]
+        limit = self.evidence.bound * max(float(np.abs(right).max()), 1e-300)
+        which: np.ndarray = ~(np.abs(piece.values - right[piece.place]) <= limit)  # what is no number differs
+        return which
 
     def beginning(self) -> list[str]:
         """Weights before the first step."""
@@ -199,8 +204,7 @@ class _Questions:
         """Whether hardly an element of each differs."""
         ends, few, of = True, 0, 0
         for _, piece in wrong:
-            right = self.whole[piece.kind, piece.tensor]
-            off = ~(np.abs(piece.values - right[piece.place]) <= self.evidence.bound * float(np.abs(right).max()))
+            off = self._differs(piece)
             few, of = few + int(off.sum()), of + off.size
             ends &= not off.ravel()[1:-1].any()
         at = ", the first or last ones of what a rank has of a tensor: the borders of shards" if ends else ""
@@ -386,7 +390,8 @@ class _Questions:
             return [few]
         if all(piece.kind.startswith(FIRST) for _, piece in wrong):
             return [f"gradients are right, and {kinds} of them are not"]
-        if named := self._multiples(self._second_gradients(), "gradients in the second update"):
+        is_adamw = self.config.optimizer.style == "adamw"
+        if is_adamw and (named := self._multiples(self._second_gradients(), "gradients in the second update")):
             return [f"{named[0]}: what they are clipped or divided by"]
         if self._first_gradients_again():
             return ["the gradients of the first step, or parts of them, are still in those of the second"]
@@ -401,11 +406,9 @@ class _Questions:
         )
 
     def _second_gradients(self) -> list[tuple[int, Piece]]:
-        """What the second update of AdamW had for gradients, by the first moments before and after it; as pieces of
+        """What first moments got in the second update, of AdamW its gradients times a constant; as pieces of
         "second gradient", of which ``whole`` then has the right ones."""
         beta, kind, found = self.config.optimizer.beta1, "second gradient", []
-        if self.config.optimizer.style != "adamw":
-            return []
         for tensor in [tensor for of, tensor in self.whole if of == "exp_avg"]:
             self.whole[kind, tensor] = self.whole["exp_avg", tensor] - beta * self.whole[FIRST + "exp_avg", tensor]
         for rank, outcome in enumerate(self.ranks):
@@ -417,22 +420,19 @@ class _Questions:
 
     def _first_gradients_again(self) -> bool:
         """Whether what the first moments got in the second step has parts of the first step's gradients in it."""
-        parts, beta = Contributions.count(self.config, self.world_size, self.initial), self.config.optimizer.beta1
-        found = False
-        for outcome in self.ranks:
-            before = {(p.tensor, p.rows, p.cols): p for p in outcome.pieces if p.kind == FIRST + "exp_avg"}
-            for after in (p for p in outcome.pieces if p.kind == "exp_avg" and p.tensor in parts.of):
-                right = self.whole["exp_avg", after.tensor] - beta * self.whole[FIRST + "exp_avg", after.tensor]
-                got = after.values - beta * before[after.tensor, after.rows, after.cols].values
-                right = right[after.place].ravel()
-                if near(got.ravel(), right) or got.size < 4 * len(parts.labels):
-                    continue
-                of = parts.of[after.tensor][(slice(None), *after.place)].reshape(len(parts.labels), -1)
-                basis = np.stack([right, *of])
-                times = np.linalg.lstsq(basis.T, got.ravel(), rcond=None)[0]
-                if not explains(got.ravel() - times @ basis, times[1:] @ basis[1:], 0.0):
-                    return False
-                found = True
+        parts, found = Contributions.count(self.config, self.world_size, self.initial), False
+        for _, piece in self._second_gradients():
+            if piece.tensor not in parts.of:
+                continue
+            got, right = piece.values.ravel(), self.whole[piece.kind, piece.tensor][piece.place].ravel()
+            if near(got, right) or got.size < 4 * len(parts.labels):
+                continue
+            of = parts.of[piece.tensor][(slice(None), *piece.place)].reshape(len(parts.labels), -1)
+            basis = np.stack([right, *of])
+            times = np.linalg.lstsq(basis.T, got, rcond=None)[0]
+            if not explains(got - times @ basis, times[1:] @ basis[1:], 0.0):
+                return False
+            found = True
         return found
 
     def _of_ranks(self, kind: str) -> dict[str, np.ndarray]:
@@ -470,7 +470,7 @@ class _Questions:
             if (key := (piece.kind, piece.tensor)) not in others:
                 return False
             off, size = np.abs(piece.values - self.whole[key][piece.place]), float(np.abs(self.whole[key]).max())
-            which = ~(off <= self.evidence.bound * size)  # the others are right
+            which = self._differs(piece)  # the others are right
             left = np.abs(piece.values - others[key][piece.place])
             if not explains(left[which], off[which], NOISE * size):
                 return False

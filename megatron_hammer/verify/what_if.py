@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -160,6 +160,9 @@ def _changed_weights(config: Config) -> Iterator[tuple[str, list[WeightChange]]]
     def blocks(count: int, order: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda weight: order(weight.reshape(count, -1, *weight.shape[1:])).reshape(weight.shape)
 
+    def columns(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda weight: change(weight.T.contiguous()).T
+
     heads_in: list[tuple[str, Callable[[Tensor], Tensor]]] = [
         ("in the reverse order", lambda w: w.flip(0)),
         ("one place on", lambda w: w.roll(1, 0)),
@@ -182,9 +185,9 @@ def _changed_weights(config: Config) -> Iterator[tuple[str, list[WeightChange]]]
         for name, group_of in ways:
             met = [group_of(head // at.heads_local) for head in range(model.num_attention_heads)]
             order = sorted(range(len(met)), key=met.__getitem__)
-            by_rows, by_columns = partial(_in_blocks, len(met), order), partial(_columns_in_blocks, len(met), order)
+            by_rows = blocks(len(met), itemgetter(order))
             reordered: list[WeightChange] = [(f"q_proj.{kind}", by_rows) for kind in ("weight", "bias")]
-            yield name, [*reordered, ("o_proj.weight", by_columns)]
+            yield name, [*reordered, ("o_proj.weight", columns(by_rows))]
     nothing: Callable[[Tensor], Tensor] = lambda w: w * 0  # noqa: E731
     for layer in range(model.num_layers):
         name = f"layers.{layer}."
@@ -199,14 +202,6 @@ def _changed_weights(config: Config) -> Iterator[tuple[str, list[WeightChange]]]
     for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
         yield f"the bias of {kind} is not added", [(f"{kind}.bias", nothing)]
     yield "norms do not multiply by their weights", [("norm.weight", torch.ones_like)]
-
-
-def _in_blocks(count: int, order: list[int], weight: Tensor) -> Tensor:
-    return weight.reshape(count, -1, *weight.shape[1:])[order].reshape(weight.shape)
-
-
-def _columns_in_blocks(count: int, order: list[int], weight: Tensor) -> Tensor:
-    return _in_blocks(count, order, weight.T.contiguous()).T
 
 
 def _other_layers(config: Config, weights: dict[str, Any]) -> Iterator[tuple[str, list[WeightChange]]]:

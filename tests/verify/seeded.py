@@ -373,9 +373,6 @@ def _weighted(weight_of: Callable[[int], float]) -> Any:
     return mock.patch.object(schedules, "sum_of_weights", lambda *a: real(*a) * weight_of(dist.get_rank()))
 
 
-# ---- of the update --------------------------------------------------------------------------------------------------
-
-
 def _in_training(change: Callable[[FlatStore, torch.Tensor], None], recorded: bool) -> Any:
     """What layer 1 computes with in the second micro-batch of a step is changed, and in no forward alone.
 
@@ -402,6 +399,9 @@ def _objective(change: Callable[[Any, float, float], tuple[float, float]]) -> An
     """Another share of the loss, or of the z-loss; change(batch, share, z_loss)."""
     real = schedules.objective_of
     return mock.patch.object(schedules, "objective_of", lambda batch, *a: real(batch, *change(batch, *a)))
+
+
+# ---- of the update --------------------------------------------------------------------------------------------------
 
 
 def _borders_of_shards_lost() -> Any:

@@ -115,12 +115,26 @@ def test_what_no_rank_holds_ends_no_diagnosis() -> None:
     assert (found[0], found[-1]) == (ONLY_IN_STEPS, said)
 
 
+@pytest.mark.parametrize("layout", ["TP 2 x DP 2", "Muon"])
+def test_a_second_step_that_no_fault_explains(layout: str) -> None:
+    config, expected, initial = one_process(layout)
+    noise = np.random.default_rng(7)
+    pieces = [
+        dataclasses.replace(p, values=p.values + noise.normal(size=p.values.shape)) if p.kind == "exp_avg" else p
+        for p in expected.pieces
+    ]
+    damaged = dataclasses.replace(expected, pieces=pieces)
+    (*_, said) = diagnose(Evidence(config, 4, [damaged] * 4, expected, initial, BOUNDS["fp64"]))
+    assert said == "the first step is right, and exp_avg after the second are not: its gradients, or its update"
+
+
 # ---- real ranks -----------------------------------------------------------------------------------------------------
 
 TP_DP = dict(parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True)
 CP_DP = dict(parallel__context_parallel_size=2)
 LAYOUTS = {"TP 2 x DP 2": TP_DP, "documents": TP_DP | dict(data__attention_mask="document"), "CP 2 x DP 2": CP_DP,
-           "weights": TP_DP | dict(parallel__shard="weights")}  # fmt: skip
+           "weights": TP_DP | dict(parallel__shard="weights"),
+           "Muon": TP_DP | dict(optimizer__style="muon")}  # fmt: skip
 
 
 @cache
