@@ -158,12 +158,12 @@ def explain_code(code: str) -> str:
     lines = [f"{code}: {row}" for row in rows]
     for row in re.findall(r"^\| (E.*) \|$", _page("troubleshooting"), re.MULTILINE):
         codes, seen, remedy = row.split(" | ")
-        if _names(codes, code):
+        if _holds(codes, code):
             lines.append(f"{seen}: {remedy}")
     about = False
     for block in text.split("\n\n"):
         if head := re.match(r"\*\*(E\d.*?)\*\*", block):
-            about = _names(head[1], code)
+            about = _holds(head[1], code)
         elif block.startswith(("#", "|")):
             about = False
         if about:
@@ -171,7 +171,7 @@ def explain_code(code: str) -> str:
     return "\n".join(lines)
 
 
-def _names(codes: str, code: str) -> bool:
+def _holds(codes: str, code: str) -> bool:
     """Whether ``E209, E210`` or ``E330 to E340`` holds a code; a range in Chinese too."""
     numbers = [int(number) for number in re.findall(r"E(\d+)", codes)]
     is_range = len(numbers) == 2 and re.search(r"\d (to|至) E", codes)
@@ -193,10 +193,10 @@ def _page(name: str) -> str:
 
 def completion(shell: str) -> str:
     """A script that completes sub-commands, and asks ``hammer completion --words`` what may follow one."""
-    return COMPLETIONS[shell].replace("@NAMES@", " ".join(names()))
+    return COMPLETIONS[shell].replace("@NAMES@", " ".join(command_names()))
 
 
-def names() -> list[str]:
+def command_names() -> list[str]:
     """All words that may follow ``hammer``."""
     return [*MODULES, *programs(tools_folder()), "completion", "help"]
 
@@ -327,7 +327,7 @@ def _unknown(word: str) -> str:
 
     from megatron_hammer.base.errors import ConfigError
 
-    typed, known = word.lower().replace("_", "-"), names()
+    typed, known = word.lower().replace("_", "-"), command_names()
     holding = [name for name in known if typed in name.split("-")]
     near = [MEANT[typed]] if typed in MEANT else holding or difflib.get_close_matches(typed, known, n=1, cutoff=0.6)
     remedy = f"did you mean {near[0]}?" if len(near) == 1 else "hammer --help lists them"

@@ -282,17 +282,10 @@ def format_infills(infills: list[dict[str, Any]]) -> str:
 
 
 def show_plan(args: argparse.Namespace) -> None:
-    from megatron_hammer.dataset.reader import IndexedDataset
-    from megatron_hammer.sampling.plan import SourceContent, format_run_plan, plan_run
-    from megatron_hammer.train.identity import identify
-    from megatron_hammer.train.past_sources import past_sources
-    from megatron_hammer.train.prepare import in_progress
+    from megatron_hammer.sampling.plan import format_run_plan
+    from megatron_hammer.train.prepare import plan_in_progress
 
-    config, course = in_progress(read_config(args))
-    past = past_sources(config)
-    held = [past[p] if p in past else identify(IndexedDataset(p), p) for p in config.data.train_prefixes]
-    contents = [SourceContent(dataset.prefix, dataset.tokens, dataset.fingerprint) for dataset in held]
-    plan = plan_run(config, contents, course, config.data.max_epochs)
+    config, plan = plan_in_progress(read_config(args))
     if args.json:
         print_json(plan.describe())
     else:

@@ -102,12 +102,10 @@ def save_png(figure: Any, output: Path) -> None:
 
 
 def _use_fallbacks(figure: Any) -> None:
-    from matplotlib import font_manager
     from matplotlib.text import Text
 
     texts = figure.findobj(Text)
-    own = _characters_of(font_manager.findfont(font_manager.FontProperties()))
-    missing = {c for text in texts for c in text.get_text() if not c.isspace()} - own
+    missing = _missing("".join(text.get_text() for text in texts))
     if not missing:
         return
     families, lacking = fallback_families(missing)
@@ -120,11 +118,16 @@ def _use_fallbacks(figure: Any) -> None:
 
 def can_draw(text: str) -> bool:
     """Whether the installed fonts have all characters of a text between them."""
+    missing = _missing(text)
+    return not missing or not fallback_families(missing)[1]
+
+
+def _missing(text: str) -> set[str]:
+    """The characters of a text that a picture's own font lacks."""
     from matplotlib import font_manager
 
-    missing = {c for c in text if not c.isspace()}
-    missing -= _characters_of(font_manager.findfont(font_manager.FontProperties()))
-    return not missing or not fallback_families(missing)[1]
+    own = _characters_of(font_manager.findfont(font_manager.FontProperties()))
+    return {c for c in text if not c.isspace()} - own
 
 
 def fallback_families(missing: set[str]) -> tuple[list[str], set[str]]:

@@ -50,7 +50,8 @@ class Progress(AbstractContextManager["Progress"]):
         unit: what is counted: "B" for bytes, which are shown as GB and MB/s, or a word such as "tensors".
         done: what an earlier run had done; it does not count for the speed.
         report: gets the plain lines.
-        note: gives what is shown behind the numbers, such as another rate; asked when they are shown.
+        note: gives what is shown behind the numbers, such as another rate; asked when they may be
+            shown: with a bar at each ``advance``.
     """
 
     def __init__(

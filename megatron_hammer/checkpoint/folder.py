@@ -65,6 +65,11 @@ def step_of(checkpoint: Path) -> int:
     return int(found[1]) if found else 0
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint lies in; None of one that lies alone."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
+
+
 def _folder_of(run_or_folder: str | Path) -> Path:
     """A run's folder of checkpoints, or the folder itself."""
     folder = Path(run_or_folder) / "checkpoints"

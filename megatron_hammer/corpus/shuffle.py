@@ -3,7 +3,7 @@
 ::
 
     F1 F2 ...  --scatter-->  2^b partitions on disk, by the first b bits of each line's key  --gather-->  OUT
-               read, write                                                 read, sort by key, write
+               read, write                                                    read, sort by key, write
                shuffle_input.py, shuffle_partitions.py                        this file
 
 Every line gets a random 64-bit key, and the output is the lines in the order of their keys (the same key: in the order

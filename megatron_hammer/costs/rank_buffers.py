@@ -67,13 +67,6 @@ class StageBuffers:
         return {name: others + size + weights[name] for name, size in self.gradients[own][begun[own]].items()}
 
 
-def buffer_bytes(config: Config, world_size: int, rank: int) -> dict[str, int]:
-    """Bytes at each moment of a rank's last stage, of a micro-batch that is not the first where there are several."""
-    buffers = StageBuffers(config, world_size, rank)
-    count = len(buffers.stages)
-    return buffers.at(count - 1, [config.grad_accum(world_size) > 1] * count, [n == count - 1 for n in range(count)])
-
-
 def arriving_bytes(config: Config, world_size: int, rank: int) -> int:
     """Bytes of memory for the other ranks' sums of the largest shard, on a CPU: each of a rank's stages has its own."""
     grid = config.grid(world_size)

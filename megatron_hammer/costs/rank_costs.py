@@ -113,7 +113,7 @@ def without_second_moment(config: Config, world_size: int, rank: int = 0) -> int
 def kept_bytes(config: Config, backends: Mapping[str, Backend], rank: int = 0) -> int:
     """Activations of a micro-batch when its head begins: what layers keep, and what is kept around them."""
     cp_rank = rank // config.parallel.tensor_model_parallel_size % config.parallel.context_parallel_size
-    return activation_bytes(config, backends, cp_rank) + around_layers(config)
+    return activation_bytes(config, backends, cp_rank) + angle_bytes(config) + around_layers(config)
 
 
 def angle_bytes(config: Config) -> int:
@@ -124,18 +124,15 @@ def angle_bytes(config: Config) -> int:
 
 
 def around_layers(config: Config) -> int:
-    """Bytes kept of a micro-batch beside its layers: the final norm, the embedding's indices, RoPE's angles.
-
-    And a scalar: a token's weight.
-    """
-    at, rows, cp = config.placement(), config.tokens_per_rank, config.parallel.context_parallel_size
+    """Bytes kept of a micro-batch beside its layers and RoPE's angles: the final norm, the embedding's indices, and a
+    scalar, a token's weight."""
+    at, rows = config.placement(), config.tokens_per_rank
     final_norm = 2 * element_bytes(config) * config.model.hidden_size + 4  # the sum and its normalised form, rstd
-    packed = config.data.attention_mask == "document" or cp > 1
-    several = config.train.micro_batch_size > 1
-    indices = 8 if packed and several and cp == 1 else 0  # the tokens of all samples in one row
+    packed = config.data.attention_mask == "document" and config.parallel.context_parallel_size == 1
+    indices = 8 if packed and config.train.micro_batch_size > 1 else 0  # the tokens of all samples in one row
     if at.tp_size > 1:
         indices = 9  # rows of this rank's shard, and which tokens have one
-    return rows * final_norm // at.sequence_shards + rows * indices + angle_bytes(config) + 4
+    return rows * final_norm // at.sequence_shards + rows * indices + 4
 
 
 def collectives(config: Config, world_size: int, rank: int, chunk_tokens: int) -> Counter[Collective]:

@@ -78,7 +78,7 @@ def rank_peak(
         if moment.kind == "forward":
             needs = [(gathered["begin"], others, 2 * rows), (gathered["forward"], whole, 2 * rows)]
             if placements[own].has_head:
-                needs.append((gathered["head"], whole + around_layers(config) - angle_bytes(config), head))
+                needs.append((gathered["head"], whole + around_layers(config), head))
         else:
             needs = [(gathered[name], whole - over, beside) for name, over, beside in backward[own]]
             needs.append((gathered["end"], others, 2 * rows))

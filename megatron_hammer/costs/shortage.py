@@ -101,7 +101,7 @@ def _needs(config: Config, world_size: int, name: str, size: int | None) -> tupl
     """Which rank needs most, its bytes, these by part, and the remedy: the changes that would fit."""
     config = config.largest
     gpu = find_gpu(name)
-    machine = Machine(name, gpu if gpu is not None and gpu.peak_tflops else GPUS[ANOTHER])
+    machine = Machine(name, gpu if gpu is not None and gpu.peak(config.train.precision) else GPUS[ANOTHER])
     now = need_of(config, world_size, machine)
     parts = ", ".join(f"{part} {amount / GIB:,.2f}" for part, amount in now.memory.items() if amount)
     limit = BELOW_PREDICTION * now.bytes

@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_hammer.base.errors import CheckpointError, ConfigError
 from megatron_hammer.base.paths import missing_remedy
 from megatron_hammer.checkpoint.dtypes import DTYPES, PRECISION_DTYPES, common_dtype
-from megatron_hammer.checkpoint.folder import open_checkpoint
+from megatron_hammer.checkpoint.folder import open_checkpoint, run_of
 from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, saved_model
 from megatron_hammer.checkpoint.read import load_model
 from megatron_hammer.config import Config, DataConfig, KernelsConfig, ModelConfig, ParallelConfig, config_from_tree
@@ -103,9 +103,9 @@ def _of_checkpoint(name: str, manifest: Manifest) -> Subject:
     tokenizer = None if folder is None else load_tokenizer(folder)
     begins = None if tokenizer is None else documents_begin_with(manifest.config, tokenizer.bos_id)
     assert model.vocab_size is not None
-    run = manifest.folder.parent.parent.name if manifest.folder.parent.name == "checkpoints" else ""
+    run = run_of(manifest.folder)
     return Subject(
-        name or f"{run}@{manifest.step}".lstrip("@"),
+        name or (f"{run.name}@{manifest.step}" if run else f"{manifest.step}"),
         str(manifest.folder),
         "checkpoint",
         tokenizer,

@@ -46,7 +46,7 @@ def recorded_documents(folder: Path) -> tuple[bool | None, bool | None]:
 
 
 def check_output(output: Path, beside: Collection[str] = ()) -> None:
-    """Raise ``RefusedError`` E525 unless what is at ``output`` may be replaced: nothing, or all an export of ours.
+    """Raise ``RefusedError`` E525 unless ``output``, which exists, may be replaced: empty, or all an export of ours.
 
     Args:
         beside: names of files that were put beside an export, and may be replaced with it.

@@ -105,7 +105,7 @@ class BeforeStart:
 
     def __init__(self, store: Store | None, rank: int, world_size: int, status: StatusSlot | None = None) -> None:
         self._store, self.rank, self.world_size = store, rank, world_size
-        self._journal = StatusSlot() if status is None else status
+        self._status = StatusSlot() if status is None else status
 
     @contextmanager
     def round(self, name: str) -> Iterator[RoundReport]:
@@ -115,7 +115,7 @@ class BeforeStart:
             HammerError: that of the lowest rank that failed, else a ``RefusedError`` on a fact that differs.
         """
         report, error = RoundReport(), None
-        self._journal.mark(f"start-up, {name}")
+        self._status.mark(f"start-up, {name}")
         try:
             yield report
         except HammerError as found:
@@ -127,7 +127,7 @@ class BeforeStart:
                 raise error
             report.received = report.sent
             return
-        with self._journal.waits(f"agreement on {name}"):
+        with self._status.waits(f"agreement on {name}"):
             verdict = self._exchange(self._store, name, report, error)
         if verdict["error"] is not None:
             raise from_fields(verdict["error"])

@@ -37,10 +37,11 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import replace_file
 from megatron_hammer.base.progress import say
-from megatron_hammer.base.system import peak_resident_bytes, reset_peak, resident_bytes
+from megatron_hammer.base.system import reset_peak, resident_bytes
 from megatron_hammer.config import Config, KernelsConfig
 from megatron_hammer.costs import budget
 from megatron_hammer.costs.budget import Rates, StepShape, step_costs
+from megatron_hammer.costs.comparison import peak_of_process
 from megatron_hammer.costs.flops import flops_per_token
 from megatron_hammer.kernels.fp8 import select_products
 from megatron_hammer.kernels.libraries import te
@@ -151,7 +152,7 @@ def _profile(
     progress(f"timing {settings.steps} steps")
     _reset_peak(device)
     seconds = _timed(workload, settings.steps, progress)
-    peak = _peak_bytes(device)
+    peak = peak_of_process(device)
     progress(f"profiling {settings.steps} steps of {seconds:.2f} s")
     with workload.ranges.recorded():
         measured, sent = _measured(workload, settings, progress)
@@ -291,12 +292,6 @@ def _reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         reset_peak()
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return peak_resident_bytes()
 
 
 def _product_rate(config: Config, device: torch.device) -> float:

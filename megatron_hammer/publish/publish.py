@@ -29,7 +29,7 @@ from megatron_hammer.base.errors import CheckpointError, RefusedError
 from megatron_hammer.base.files import hash_file
 from megatron_hammer.base.progress import Progress, size_of
 from megatron_hammer.base.reading import read_regular
-from megatron_hammer.checkpoint.folder import open_checkpoint
+from megatron_hammer.checkpoint.folder import open_checkpoint, run_of
 from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.huggingface.certified import CERTIFICATE, listed_files
 from megatron_hammer.huggingface.config import CONFIG, read_json
@@ -80,7 +80,7 @@ def prepare_upload(
             E541 something private would go with it.
     """
     manifest = open_checkpoint(run, step)
-    folder = manifest.folder.parent.parent if manifest.folder.parent.name == "checkpoints" else None
+    folder = run_of(manifest.folder)
     export = export or (folder or manifest.folder) / "hf"
     certificate = _certificate_of(manifest, export)
     facts = gather_facts(manifest, folder, certificate)

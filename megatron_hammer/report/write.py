@@ -13,7 +13,7 @@ from megatron_hammer.base.progress import Progress, say, track
 from megatron_hammer.base.reading import open_regular
 from megatron_hammer.checkpoint.folder import find_checkpoints, step_of
 from megatron_hammer.metrics.generations import GENERATIONS, read_generations, write_generations
-from megatron_hammer.report.charts import charts_of, draw
+from megatron_hammer.report.charts import Chart, Say, charts_of, draw
 from megatron_hammer.report.curves import MetricsReader
 from megatron_hammer.report.gather import RunFacts, gather_runs, open_metrics
 from megatron_hammer.report.page import Language, names_of, run_page, sayer
@@ -93,20 +93,23 @@ def write_page(
             source = "metrics.jsonl, evaluations.jsonl: " + ", ".join(
                 f"{name}, {run.metrics.last_step:,}" for name, run in zip(names, runs, strict=True)
             )
-            chosen = sayer(_language_of_pictures(runs, names, language))
-            draw(charts_of(runs, names, chosen), pictures, source, chosen)
+            charts, chosen = _charts_to_draw(runs, names, language)
+            draw(charts, pictures, source, chosen)
         told(runs)
         if not goes_on or refresh is None:
             return runs
         sleep(max(refresh, LEAST_REFRESH_SECONDS))
 
 
-def _language_of_pictures(runs: Sequence[RunFacts], names: Sequence[str], language: Language) -> Language:
-    """The page's, or English where no installed font has its characters: a picture would have boxes."""
+def _charts_to_draw(runs: Sequence[RunFacts], names: Sequence[str], language: Language) -> tuple[list[Chart], Say]:
+    """In the page's language, or English where no installed font has its characters: a picture would have boxes."""
     from megatron_hammer.base.pictures import can_draw
 
-    if language == "en" or can_draw("".join(chart.title for chart in charts_of(runs, names, sayer(language)))):
-        return language
+    chosen = sayer(language)
+    charts = charts_of(runs, names, chosen)
+    if language == "en" or can_draw("".join(chart.title for chart in charts)):
+        return charts, chosen
     say("note: no installed font has Chinese characters: the pictures are in English; install one for Chinese ones "
         "(Debian: apt-get install fonts-noto-cjk)")  # fmt: skip
-    return "en"
+    english = sayer("en")
+    return charts_of(runs, names, english), english

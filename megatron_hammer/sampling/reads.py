@@ -83,7 +83,7 @@ def document_reads(data: TrainData, source: int, document: int, start: int, end:
             i = _sample_of(span, source, position, share, begin, until)
             if i is None or (i := skips.number(i)) is None:
                 continue
-            spans = [span for span in data.locate(i) if span.document == document]
+            spans = [part for part in data.locate(i) if part.document == document]
             if spans:
                 (epoch,) = order.epochs(np.array([window]))
                 reads.append(Read(i, epoch, window, spans))

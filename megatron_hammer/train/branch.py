@@ -25,7 +25,7 @@ from pathlib import Path
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import copy_folder, replace_file, staged_folder, sync_folder
 from megatron_hammer.checkpoint.fit import check_fits, check_style
-from megatron_hammer.checkpoint.folder import open_checkpoint, step_name
+from megatron_hammer.checkpoint.folder import open_checkpoint, run_of, step_name
 from megatron_hammer.checkpoint.kinds import STATE_KINDS
 from megatron_hammer.checkpoint.manifest import Manifest, check_resumable
 from megatron_hammer.config import Config, config_from_tree, to_yaml
@@ -80,8 +80,7 @@ def make_branch(
     """
     folder, parent = Path(output), open_checkpoint(run, step)
     check_resumable(parent)
-    of_run = parent.folder.parent.name == "checkpoints"  # else a checkpoint that lies alone
-    inside = (parent.folder.parent.parent if of_run else parent.folder).resolve()
+    inside = (run_of(parent.folder) or parent.folder).resolve()
     if folder.resolve().is_relative_to(inside):
         raise ConfigError(1, f"--output {folder}", f"lies in {inside}, the parent", "name a folder outside of it")
     if any(override.startswith("train.output=") for override in overrides):

@@ -444,10 +444,26 @@ def in_progress(config: Config) -> tuple[Config, Course]:
     newest = seen_here(config)
     if newest is None:
         return config, config.course()
-    past = past_sources(config)
-    held = {p: past[p] if p in past else identify(IndexedDataset(p), p) for p in config.data.train_prefixes}
+    held = _held(config)
     plan = plan_run(config, _contents(held.values()))
     return _in_progress(config, _identity(config, held, plan), newest)
+
+
+def plan_in_progress(config: Config) -> tuple[Config, RunPlan]:
+    """The config of ``in_progress``, and what its run draws from each source.
+
+    Raises:
+        ConfigError: E293 a source would be read more often than ``data.max_epochs``.
+        DataError: a dataset is missing or damaged.
+    """
+    config, course = in_progress(config)
+    return config, plan_run(config, _contents(_held(config).values()), course, config.data.max_epochs)
+
+
+def _held(config: Config) -> dict[str, DatasetIdentity]:
+    """The sources of ``data.train``; those that only past phases draw from as the newest checkpoint knows them."""
+    past = past_sources(config)
+    return {p: past[p] if p in past else identify(IndexedDataset(p), p) for p in config.data.train_prefixes}
 
 
 def _in_progress(config: Config, ours: DataIdentity, newest: Manifest | None) -> tuple[Config, Course]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_hammer.config import Config
-from megatron_hammer.model.llama import Model, Stage, stages_of
+from megatron_hammer.model.llama import Model, stages_of
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.optim.schedule import learning_rate
 from megatron_hammer.parallel.context import ParallelContext
@@ -76,7 +76,7 @@ def accumulate(
     if ctx.pp.size > 1:
         table = pipelined_forward_backward(stages_of(model), optimizer, micro_batches, ctx, z_loss, sources, corruption)
     else:
-        (whole,) = [model] if isinstance(model, Stage) else model
+        (whole,) = stages_of(model)
         table = forward_backward(whole, optimizer, micro_batches, ctx, z_loss, run, sources, corruption)
     return mean_loss(table), table
 

@@ -204,6 +204,8 @@ def _gpu() -> Verdict:
 
 def _disk(config: Config) -> Verdict:
     """Space and inodes against the checkpoints that are kept and the one that is written beside them."""
+    from megatron_hammer.tokenizer.load import load_tokenizer, with_vocab_size
+
     place = Path(config.train.output).absolute()
     while not place.exists():
         place = place.parent
@@ -212,7 +214,8 @@ def _disk(config: Config) -> Verdict:
     free, inodes = status.f_bavail * status.f_frsize, status.f_favail
     found = f"{size_of(free)} and {inodes:,} inodes free in {place}"
     with contextlib.suppress(HammerError):  # what is wrong with the tokenizer is said where data are looked at
-        config = _with_vocabulary(config)
+        if config.model.vocab_size is None and config.tokenizer.path is not None:
+            config = with_vocab_size(config, load_tokenizer(config.tokenizer.path))
     if config.model.vocab_size is None:
         return "ok", f"{found}; what checkpoints need is not known without a tokenizer", ""
     kept = len(find_checkpoints(checkpoints_folder(config)))
@@ -225,13 +228,6 @@ def _disk(config: Config) -> Verdict:
     if status.f_files and inodes < 1000:
         return "warning", found, "remove small files there: a checkpoint has a file for each rank"
     return "ok", found, ""
-
-
-def _with_vocabulary(config: Config) -> Config:
-    from megatron_hammer.tokenizer.load import load_tokenizer, with_vocab_size
-
-    path = config.tokenizer.path
-    return config if path is None else with_vocab_size(config, load_tokenizer(path))
 
 
 # ---- the environment ------------------------------------------------------------------------------------------------

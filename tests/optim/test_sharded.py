@@ -10,7 +10,7 @@ import torch
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config
-from megatron_hammer.costs.rank_buffers import arriving_bytes, buffer_bytes
+from megatron_hammer.costs.rank_buffers import arriving_bytes
 from megatron_hammer.costs.rank_costs import state_bytes
 from megatron_hammer.model.residence import uses_of
 from megatron_hammer.optim.buffers import Buffers
@@ -18,6 +18,7 @@ from megatron_hammer.optim.layout import Bucket
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.step import train_step
+from tests.costs.buffers import buffer_bytes
 from tests.distributed import run_distributed
 from tests.model.tiny import build, make_context, merged, rank_batches, tiny_config, train
 from tests.optim.checkpoints import load_two_steps, save_two_steps

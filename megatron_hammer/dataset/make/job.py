@@ -86,9 +86,8 @@ def prepare_job(
 
 def remarks(job: Job) -> list[str]:
     """What a user may not expect of the datasets of a job, for people."""
-    found = [job.tokenizer.assumption] if job.tokenizer.assumption else []
-    if not job.tokenizer.always_converts and (note := export_note(job.tokenizer)):
-        found.insert(0, note)
+    note = "" if job.tokenizer.always_converts else export_note(job.tokenizer)
+    found = [text for text in (note, job.tokenizer.assumption) if text]
     if not job.append_eod:
         option = "--append-eod" if job.tokenizer.eos_id is not None else "--prepend-bos"
         if job.prepend_bos:

@@ -170,8 +170,7 @@ class DatasetOutput(AbstractContextManager["DatasetOutput"]):
     def open_new(self) -> None:
         """Begin with nothing."""
         self._open_files(None)
-        self.journal_path.unlink(missing_ok=True)  # only now: the lock is ours
-        Path(f"{self.journal_path}.tmp").unlink(missing_ok=True)
+        self._remove_journal()  # only now: the lock is ours
 
     def _go_on(self, found: Journal) -> None:
         check_journal(self.journal_path, found, self.journal)
@@ -294,8 +293,11 @@ class DatasetOutput(AbstractContextManager["DatasetOutput"]):
             say(f"{self.journal_path} keeps what was done, {done} of text: the same command goes on from there")
         self._stack.__exit__(kind, error, trace)
         if kind is None:
-            self.journal_path.unlink(missing_ok=True)
-            Path(f"{self.journal_path}.tmp").unlink(missing_ok=True)
+            self._remove_journal()
+
+    def _remove_journal(self) -> None:
+        self.journal_path.unlink(missing_ok=True)
+        Path(f"{self.journal_path}.tmp").unlink(missing_ok=True)
 
     def summaries(self) -> list[BuildSummary]:
         """For each key, in order."""
