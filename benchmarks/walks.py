@@ -67,6 +67,11 @@ EDGE = ("cli.py", "signals.py")  # files, in whatever folder, that are not count
 CONFIG = ROOT / "examples" / "configs" / "tiny.yaml"
 
 
+def not_compiled() -> list[str]:
+    """The modules without which a walk would go another way, of those that are not built here."""
+    return [name for name in COMPILED if not any(PACKAGE.rglob(f"{name}.*.so"))]
+
+
 # ---- counting ----
 
 
@@ -334,7 +339,7 @@ def main() -> None:
         parser.error(f"no such walk: {', '.join(sorted(unknown))}")
     if not PACKAGE.is_dir():
         parser.error(f"{ROOT} is not the root of the repository")
-    if missing := [name for name in COMPILED if not any(PACKAGE.rglob(f"{name}.*.so"))]:
+    if missing := not_compiled():
         parser.error(f"not compiled in this tree: {', '.join(missing)}; see setup.py")
     if options.here is not None:
         walk_here(options.walks[0], options.here)

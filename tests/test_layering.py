@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.walks import COMPILED, count_returns
+from benchmarks.walks import count_returns, not_compiled, trace_layer, walk_in_child
 from megatron_hammer.kernels.native import cpu
 
 PACKAGE = Path(__file__).parent.parent / "megatron_hammer"
@@ -247,7 +247,6 @@ def test_one_forward_reads_in_600_lines() -> None:
 @pytest.mark.skipif(bool(cpu.unavailable(torch.device("cpu"))), reason="the CPU kernels are not compiled")
 def test_one_layer_reads_in_seven_files_and_300_lines() -> None:
     """Forward and backward with TP 2 and sequence parallelism, counted as benchmarks/walks.py does."""
-    from benchmarks.walks import trace_layer
     from tests.distributed import run_distributed
 
     functions = run_distributed(2, trace_layer)[0]
@@ -255,11 +254,9 @@ def test_one_layer_reads_in_seven_files_and_300_lines() -> None:
     assert 5 <= len(set(files)) <= 7 and 200 < lines <= 300 and count_returns(files) <= 12, (files, lines)
 
 
-@pytest.mark.skipif(not all(any(PACKAGE.rglob(f"{name}.*.so")) for name in COMPILED), reason="not all is compiled")
+@pytest.mark.skipif(bool(not_compiled()), reason="not all is compiled")
 def test_a_dataset_reads_in_twenty_files_and_1_220_lines() -> None:
     """From JSON lines to a published dataset, by the program, counted as benchmarks/walks.py does."""
-    from benchmarks.walks import walk_in_child
-
     functions = walk_in_child("jsonl")
     files, lines = [function.file for function in functions], sum(function.lines for function in functions)
     # One return more where the system begins again at small numbers of threads.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import runpy
 import shlex
 import shutil
@@ -21,16 +20,17 @@ from safetensors.torch import load_file, save_file
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError, RefusedError
 from megatron_hammer.checkpoint.folder import open_checkpoint
-from megatron_hammer.checkpoint.manifest import checked_tokenizer_folder, saved_model, write_manifest
+from megatron_hammer.checkpoint.manifest import write_manifest
 from megatron_hammer.dataset.format import TokenizerRecord
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.evaluation.measure import Figures, Options, check_options, measure, sets_of
 from megatron_hammer.evaluation.sets import Framing, NamedSet, TextCounts, count_text, open_set, parse_sets
 from megatron_hammer.evaluation.subjects import ModelReader, describe_subject
 from megatron_hammer.huggingface.certificate import TEXTS
-from megatron_hammer.huggingface.export import Original, write_hf
 from megatron_hammer.tokenizer.load import load_tokenizer
+from tests.huggingface.unproved import write_unproved
 from tests.train.runs import ROOT, metrics, train_here
+from tests.walk import blocks_of
 
 DOCUMENTS = [TEXTS["zh"], TEXTS["en"][:300], "", TEXTS["code"][:400], "短"]
 
@@ -59,10 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: Path) -> P
         "model.num_query_groups=2", f"train.output={folder}/run",
     ]  # fmt: skip
     assert train_here(0, arguments) == 0
-    (folder / "hf").mkdir()
-    manifest = open_checkpoint(folder / "run")
-    original = Original(manifest, saved_model(manifest), checked_tokenizer_folder(manifest))
-    write_hf(original, folder / "hf", "bfloat16", 10**9, note=lambda text: None)
+    write_unproved(open_checkpoint(folder / "run"), folder / "hf")
     return folder
 
 
@@ -226,7 +223,7 @@ def test_the_commands_of_the_page(folder: Path, tmp_path: Path, monkeypatch: pyt
         (tmp_path / name).symlink_to(folder / made)
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```\n(python tools/evaluate.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (block,) = blocks_of(page)
     commands = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
     assert len(commands) == 3
     for _, tool, *words in commands:

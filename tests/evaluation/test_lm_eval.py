@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.checkpoint.manifest import checked_tokenizer_folder, saved_model
-from megatron_hammer.huggingface.export import Original, write_hf
 from megatron_hammer.tokenizer.load import load_tokenizer
 from tests.checkpoint.layouts import random_logical, tiny_model, write_layout
+from tests.huggingface.unproved import write_unproved
 from tests.walk import ROOT
 
 LIBRARY = "lm_eval"
@@ -62,14 +61,7 @@ def test_the_documented_command_on_an_export(tmp_path: Path, tokenizer_model: Pa
     manifest = write_layout(
         tmp_path / "run", model, random_logical(model, kinds=("weight",)), 1, 1, tokenizer=tokenizer
     )
-    (tmp_path / "hf").mkdir()
-    write_hf(
-        Original(manifest, saved_model(manifest), checked_tokenizer_folder(manifest)),
-        tmp_path / "hf",
-        "bfloat16",
-        10**9,
-        note=lambda text: None,
-    )
+    write_unproved(manifest, tmp_path / "hf")
     (tmp_path / "tasks").mkdir()
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(json.dumps(question, ensure_ascii=False) + "\n" for question in QUESTIONS))

@@ -48,11 +48,15 @@ def checkpoint(tmp_path_factory, tokenizer_model):
     return write_layout(folder, MODEL, realistic(MODEL), 2, 1, tokenizer=tokenizer).folder
 
 
+def export_unproved(checkpoint, folder):
+    export_hf(checkpoint, folder, prove=lambda c, f, d: (f / "certificate.json").write_text("{}"))  # type: ignore[arg-type, return-value]
+    return folder
+
+
 @pytest.fixture(scope="module")
 def honest(checkpoint, tmp_path_factory):
     """An export without its proof, to be copied and tampered with."""
-    folder = tmp_path_factory.mktemp("honest") / "hf"
-    export_hf(checkpoint, folder, prove=lambda c, f, d: (f / "certificate.json").write_text("{}"))  # type: ignore[arg-type, return-value]
+    folder = export_unproved(checkpoint, tmp_path_factory.mktemp("honest") / "hf")
     (folder / "certificate.json").unlink()
     return folder
 
@@ -221,8 +225,7 @@ def qwen(tmp_path_factory):
         elif name in QK_NORMS:
             tensors[name, kind] = 1 + 10 * (tensor - 1)
     source = write_layout(folder / "run", QWEN, tensors, 2, 1).folder
-    export_hf(source, folder / "hf", prove=lambda c, f, d: (f / "certificate.json").write_text("{}"))  # type: ignore[arg-type, return-value]
-    return source, folder / "hf"
+    return source, export_unproved(source, folder / "hf")
 
 
 def test_an_honest_qwen_is_proved(qwen, tmp_path):
@@ -272,19 +275,27 @@ def test_queries_and_keys_swapped_as_a_whole_turn_it_red(tmp_path, monkeypatch, 
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """A Qwen2 with a tied embedding, and its export, which is proved as it is."""
+    folder = tmp_path_factory.mktemp("tied")
+    model = tiny_model(hidden_size=32, ffn_hidden_size=40, num_layers=2, vocab_size=131, qkv_bias=True,
+                       tie_word_embeddings=True)  # fmt: skip
+    source = write_layout(folder / "run", model, realistic(model)).folder
+    exported = export_unproved(source, folder / "hf")
+    assert prove(source, exported, "bfloat16")["verdict"] == "passed"
+    return source, exported
+
+
 @pytest.mark.parametrize("logits_only", [False, True], ids=["whole proof", "logits alone"])
-def test_a_head_beside_a_tied_embedding_turns_it_red(tmp_path, monkeypatch, logits_only):
+def test_a_head_beside_a_tied_embedding_turns_it_red(tied, tmp_path, monkeypatch, logits_only):
     """A Qwen2 whose export has a wrong copy of the embedding as head, be it said to be tied or not."""
-    tied = tiny_model(hidden_size=32, ffn_hidden_size=40, num_layers=2, vocab_size=131, qkv_bias=True,
-                      tie_word_embeddings=True)  # fmt: skip
-    source = write_layout(tmp_path / "run", tied, realistic(tied)).folder
-    export_hf(source, tmp_path / "hf", prove=lambda c, f, d: (f / "certificate.json").write_text("{}"))  # type: ignore[arg-type, return-value]
-    assert prove(source, tmp_path / "hf", "bfloat16")["verdict"] == "passed"
+    source, exported = tied
     if logits_only:
         monkeypatch.setattr(certificate, "check_weights", lambda *_: None)
         monkeypatch.setattr(certificate, "check_config", lambda *_: None)
     for is_said in (True, False):
-        folder = Path(shutil.copytree(tmp_path / "hf", tmp_path / f"said-{is_said}"))
+        folder = Path(shutil.copytree(exported, tmp_path / f"said-{is_said}"))
         edit(folder, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].roll(1, 0)}))
         edit_json(folder / "config.json", lambda c, is_said=is_said: c.update(tie_word_embeddings=is_said))
         with pytest.raises(RefusedError, match=r"E520.*differ by" if logits_only else "E523|E524"):

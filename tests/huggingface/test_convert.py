@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from megatron_hammer.base.errors import CheckpointError, RefusedError
 from megatron_hammer.checkpoint.folder import open_checkpoint
-from megatron_hammer.checkpoint.manifest import checked_tokenizer_folder, read_manifest, saved_model
+from megatron_hammer.checkpoint.manifest import read_manifest, saved_model
 from megatron_hammer.checkpoint.read import read_logical
 from megatron_hammer.config import load_config
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.huggingface.certificate import prove
-from megatron_hammer.huggingface.export import Original, documents_begin_with, export_hf, write_hf
+from megatron_hammer.huggingface.export import documents_begin_with, export_hf
 from megatron_hammer.huggingface.importing import import_hf
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors, plan_files
 from megatron_hammer.model.parameters import EMBEDDING, HEAD, logical_shapes
@@ -32,6 +32,7 @@ from megatron_hammer.tokenizer import conversion_proof
 from megatron_hammer.tokenizer.convert import QWEN2_WORDS, export_note
 from megatron_hammer.tokenizer.load import load_tokenizer
 from tests.checkpoint.layouts import random_logical, tiny_model, write_layout
+from tests.huggingface.unproved import write_unproved
 
 ROOT = Path(__file__).parents[2]
 
@@ -198,10 +199,7 @@ def test_prompts_of_the_export_begin_as_the_documents_of_the_run(tmp_path, token
     with patch("megatron_hammer.huggingface.export.IndexedDataset", wraps=IndexedDataset) as opened:
         assert documents_begin_with(manifest.config, 1) is bos
     assert opened.called is (bos is not None and not header)
-    (tmp_path / "hf").mkdir()
-    write_hf(
-        Original(manifest, saved_model(manifest), checked_tokenizer_folder(manifest)), tmp_path / "hf", "float32", 10**9
-    )
+    write_unproved(manifest, tmp_path / "hf", "float32")
     settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert settings["add_bos_token"] is (bos is not False)
     assert settings["model_max_length"] == model.max_position_embeddings

@@ -20,12 +20,12 @@ from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedErr
 from megatron_hammer.checkpoint.manifest import read_manifest, saved_model
 from megatron_hammer.checkpoint.read import LogicalReader
 from megatron_hammer.config import ModelConfig, config_from_tree, load_config
-from megatron_hammer.huggingface.export import Original, write_hf
 from megatron_hammer.megatron.distributed import DistributedSource
 from megatron_hammer.megatron.importing import find_checkpoint, import_megatron, open_source
 from megatron_hammer.megatron.legacy import LegacySource
 from megatron_hammer.megatron.metadata import Chunk, check_whole
 from tests.checkpoint.layouts import write_layout
+from tests.huggingface.unproved import write_unproved
 from tests.megatron.makes import logical_weights, model_for_tests, write_distributed, write_legacy
 from tests.train.runs import checkpoint_bytes, overrides, train_here, write_dataset
 
@@ -326,8 +326,7 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("twin")
     logical = {(name, "weight"): tensor.float() for name, tensor in logical_weights(QWEN3).items()}
     manifest = write_layout(folder / "run", QWEN3, logical, 1, 1)
-    (folder / "hf").mkdir()
-    write_hf(Original(manifest, saved_model(manifest), None), folder / "hf", "bfloat16", 10**9, note=lambda text: None)
+    write_unproved(manifest, folder / "hf")
     return folder / "hf"
 
 

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import shlex
 import shutil
 import sys
@@ -20,6 +19,7 @@ from megatron_hammer.metrics.metrics_file import append_line
 from megatron_hammer.report.write import continue_prompts, write_page
 from tests.report.conftest import lines_of
 from tests.train.runs import ROOT
+from tests.walk import blocks_of
 
 
 def call(*words: object, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -60,16 +60,14 @@ def test_the_program(
         assert told in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("page", ["report.md", "report.zh-CN.md"])
-def test_the_commands_of_the_page(
-    page: str, run: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commands_of_the_page(run: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of its twin are the same (tests/test_pages_in_chinese.py)."""
     monkeypatch.chdir(tmp_path)
     for name, made in (("mine", run), ("other", other)):
         shutil.copytree(made, tmp_path / "runs" / name)
         os.utime(tmp_path / "runs" / name / "metrics.jsonl", (0, 0))  # of a run that has ended long ago
         (tmp_path / "runs" / name / ".lock").touch()  # which no process holds
-    (block,) = re.findall(r"^```\n(python tools/report.*?)^```", (ROOT / "docs" / page).read_text(), re.M | re.S)
+    (block,) = blocks_of((ROOT / "docs" / "report.md").read_text(encoding="utf-8"))
     asked = list[str]()
     monkeypatch.setattr(
         "megatron_hammer.report.write.continue_prompts", lambda folder, prompts, tokens: asked.extend(prompts)
