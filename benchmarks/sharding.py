@@ -2,8 +2,7 @@
 
     python benchmarks/sharding.py [--steps 6] [--rounds 2] [--precision fp32]
 
-Two data-parallel ranks on gloo, one thread each, width 1024, in bf16 (a processor without it multiplies copies in fp32,
-which are in no formula: there ``--precision fp32`` says more); each mode in fresh processes, the modes in turn.
+Two data-parallel ranks on gloo, one thread each, width 1024, in bf16 or fp32; each mode in fresh processes, in turn.
 The ratio of CPU seconds says what a mode costs on a machine that does other things, too. Memory is the peak of the
 resident set (VmHWM) above what a rank had before it built the model, and stands beside the formula of
 ``costs/rank_peak.py``. What libraries keep besides is the same in all modes, so that the differences between modes are
