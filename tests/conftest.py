@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib.util
+import multiprocessing.process
+import multiprocessing.util
 import os
 import signal
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +44,23 @@ LONGEST = (
 for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
+
+
+def _forget_what_the_parent_began() -> None:
+    """In a child of a test process: the pool of workers, temporary folders and locks are the parent's.
+
+    A child that leaves as a program does runs its exit functions. With the parent's among them it would end the
+    parent's workers and remove their folder, and the parent's next call would wait for nobody.
+    """
+    atexit._clear()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+    multiprocessing.process._children.clear()  # type: ignore[attr-defined]
+    multiprocessing.util._finalizer_registry.clear()  # type: ignore[attr-defined]
+    atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
+
+
+os.register_at_fork(after_in_child=_forget_what_the_parent_began)
 
 
 @pytest.fixture(scope="session")

@@ -131,7 +131,13 @@ class _Pool:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.processes[rank].pid, signal.SIGPROF)
         time.sleep(1.0)
-        return {rank: self._stacks(rank).read_text() or "(it says nothing)" for rank in ranks}
+        return {rank: self._said(rank) for rank in ranks}
+
+    def _said(self, rank: int) -> str:
+        code, stacks = self.processes[rank].exitcode, self._stacks(rank)
+        if code is not None:
+            return f"(ended with {code})"
+        return stacks.read_text() if stacks.exists() else f"({stacks} is not there)"
 
     def close(self) -> None:
         for process in self.processes:
