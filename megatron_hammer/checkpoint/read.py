@@ -123,7 +123,7 @@ def read_logical(manifest: Manifest, name: str, kind: str = "weight") -> Tensor:
 class LogicalReader(AbstractContextManager["LogicalReader"]):
     """Whole logical tensors of a checkpoint as bands of rows, one after the other; a context manager.
 
-    Memory: one band and one part of a slice (4 MiB each, or one row), and 6 MiB for each open file.
+    Memory: one band and one part of a slice (4 MiB each, or one row), and 8 MiB for each open file.
     """
 
     def __init__(self, manifest: Manifest) -> None:
