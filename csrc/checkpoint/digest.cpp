@@ -35,46 +35,55 @@ namespace py = pybind11;
 // 10).
 namespace {
 
-// bits, cols: [n]; the sum over a part of one row.
+#if defined(__GNUC__)
+#define INLINED inline __attribute__((always_inline))  // also into a function for another unit
+#else
+#define INLINED inline
+#endif
+
+// bits: parts of N rows, `apart` elements from one to the next; cols: [n]; adds the sum over each part to sums: [N].
 template <class T>
-using LineSum = uint64_t (*)(const T* bits, const uint64_t* cols, int64_t n);
+using RowSums = void (*)(const T* bits, int64_t apart, const uint64_t* cols, int64_t n, uint64_t* sums);
 
-#define DEFINE_WITH_TWO_PRODUCTS(NAME, TYPE, TARGET)                        \
-  TARGET uint64_t NAME(const TYPE* bits, const uint64_t* cols, int64_t n) { \
-    uint64_t low = 0, high = 0;                                             \
-    for (int64_t i = 0; i < n; ++i) {                                       \
-      const uint64_t value = bits[i];                                       \
-      low += value * (cols[i] & 0xffffffffu);                               \
-      high += value * (cols[i] >> 32);                                      \
-    }                                                                       \
-    return low + (high << 32);                                              \
+template <class T, int N, bool ONE_PRODUCT>
+INLINED void row_sums(const T* bits, int64_t apart, const uint64_t* cols, int64_t n, uint64_t* sums) {
+  uint64_t low[N] = {}, high[N] = {};
+  for (int64_t i = 0; i < n; ++i) {
+    for (int k = 0; k < N; ++k) {
+      const uint64_t value = bits[k * apart + i];
+      if (ONE_PRODUCT) {
+        low[k] += value * cols[i];
+      } else {
+        low[k] += value * (cols[i] & 0xffffffffu);
+        high[k] += value * (cols[i] >> 32);
+      }
+    }
   }
-
-#define DEFINE_WITH_ONE_PRODUCT(NAME, TYPE, TARGET)                                  \
-  TARGET uint64_t NAME(const TYPE* bits, const uint64_t* cols, int64_t n) {          \
-    uint64_t sum = 0;                                                                \
-    for (int64_t i = 0; i < n; ++i) sum += static_cast<uint64_t>(bits[i]) * cols[i]; \
-    return sum;                                                                      \
-  }
-
-DEFINE_WITH_TWO_PRODUCTS(portable_16, uint16_t, )
-DEFINE_WITH_TWO_PRODUCTS(portable_32, uint32_t, )
-DEFINE_WITH_TWO_PRODUCTS(avx2_16, uint16_t, UNIT("avx2"))
-DEFINE_WITH_TWO_PRODUCTS(avx2_32, uint32_t, UNIT("avx2"))
-DEFINE_WITH_ONE_PRODUCT(avx512_16, uint16_t, UNIT("avx512f,avx512dq,avx512bw,avx512vl"))
-DEFINE_WITH_ONE_PRODUCT(avx512_32, uint32_t, UNIT("avx512f,avx512dq,avx512bw,avx512vl"))
-
-template <class T>
-LineSum<T> choose(LineSum<T> portable, LineSum<T> avx2, LineSum<T> avx512) {
-  if (units::has_avx512()) return avx512;
-  return units::has_avx2() ? avx2 : portable;
+  for (int k = 0; k < N; ++k) sums[k] += low[k] + (high[k] << 32);
 }
 
-const LineSum<uint16_t> line_sum_16 = choose<uint16_t>(portable_16, avx2_16, avx512_16);
-const LineSum<uint32_t> line_sum_32 = choose<uint32_t>(portable_32, avx2_32, avx512_32);
+#define DEFINE(NAME, ONE_PRODUCT, TARGET)                                                           \
+  template <class T, int N>                                                                         \
+  TARGET void NAME(const T* bits, int64_t apart, const uint64_t* cols, int64_t n, uint64_t* sums) { \
+    row_sums<T, N, ONE_PRODUCT>(bits, apart, cols, n, sums);                                        \
+  }
 
-uint64_t line_sum(const uint16_t* bits, const uint64_t* cols, int64_t n) { return line_sum_16(bits, cols, n); }
-uint64_t line_sum(const uint32_t* bits, const uint64_t* cols, int64_t n) { return line_sum_32(bits, cols, n); }
+DEFINE(portable, false, )
+DEFINE(avx2, false, UNIT("avx2"))
+DEFINE(avx512, true, UNIT("avx512f,avx512dq,avx512bw,avx512vl"))
+
+template <class T, int N>
+RowSums<T> choose() {
+  if (units::has_avx512()) return avx512<T, N>;
+  return units::has_avx2() ? avx2<T, N> : portable<T, N>;
+}
+
+constexpr int BANDS = 4;
+
+template <class T>
+struct Sums {
+  static inline const RowSums<T> one_row = choose<T, 1>(), rows_of_bands = choose<T, BANDS>();
+};
 
 constexpr int64_t AT_ONCE = 1024;  // bytes
 constexpr int64_t AHEAD = 4096;  // of what is being taken: of 1, 2, 4 and 8 KiB the three longer ones are alike
@@ -106,6 +115,20 @@ class RectangleSum {
 
   bool has_room(int64_t bytes) const { return is_whole(bytes) && bytes / item_ <= (height_ - row_) * width_ - col_; }
 
+  // As many bytes as lie in whole rows of memory that is read for this alone: BANDS bands of rows side by side, since a
+  // core has only so much of one stream on its way (7.7 GB/s on a Xeon, of four 11.8). Returns how many those are.
+  int64_t add_bands(const uint8_t* data, int64_t bytes) {
+    if (col_ != 0 || width_ == 0 || reinterpret_cast<uintptr_t>(data) % item_ != 0) return 0;
+    const int64_t band = bytes / (item_ * width_) / BANDS;
+    if (item_ == 2) {
+      add_bands_as(reinterpret_cast<const uint16_t*>(data), band);
+    } else {
+      add_bands_as(reinterpret_cast<const uint32_t*>(data), band);
+    }
+    row_ += BANDS * band;
+    return BANDS * band * width_ * item_;
+  }
+
   // bytes: AT_ONCE at most.
   void add(const uint8_t* data, int64_t bytes) {
     alignas(64) uint8_t aligned[AT_ONCE];
@@ -127,7 +150,7 @@ class RectangleSum {
   void add_as(const T* bits, int64_t n) {
     while (n > 0) {
       const int64_t run = std::min(width_ - col_, n);
-      line_ += line_sum(bits, col_of_ + col_, run);
+      Sums<T>::one_row(bits, 0, col_of_ + col_, run, &line_);
       bits += run;
       n -= run;
       col_ += run;
@@ -137,6 +160,21 @@ class RectangleSum {
         col_ = 0;
         ++row_;
       }
+    }
+  }
+
+  // band: rows of each.
+  template <class T>
+  void add_bands_as(const T* bits, int64_t band) {
+    constexpr int64_t STRIP = AT_ONCE / sizeof(T);
+    for (int64_t row = 0; row < band; ++row) {
+      uint64_t lines[BANDS] = {};
+      for (int64_t col = 0; col < width_; col += STRIP) {
+        const T* strip = bits + row * width_ + col;
+        for (int k = 0; k < BANDS; ++k) prefetch(reinterpret_cast<const uint8_t*>(strip + k * band * width_) + AT_ONCE);
+        Sums<T>::rows_of_bands(strip, band * width_, col_of_ + col, std::min(STRIP, width_ - col), lines);
+      }
+      for (int k = 0; k < BANDS; ++k) total_ += lines[k] * row_of_[row_ + k * band + row];
     }
   }
 
@@ -194,6 +232,11 @@ class OnePass {
   void run(const uint8_t* source, uint8_t* target, int64_t n) {
     if (sum_ && !sum_->has_room(n)) throw std::invalid_argument("the elements must lie in the rectangle");
     py::gil_scoped_release release;
+    if (sum_ && !hash_ && target == nullptr) {
+      const int64_t taken = sum_->add_bands(source, n);
+      source += taken;
+      n -= taken;
+    }
     int64_t part = AT_ONCE;
     bool streams = target != nullptr;
     if (streams) {  // the first part ends where a line of the target begins

@@ -19,7 +19,7 @@ from megatron_hammer.checkpoint.digest import MODULUS, Factors, col_numbers, pla
 from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES
 from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.checkpoint.one_pass import OnePass
-from megatron_hammer.checkpoint.write import chunks_of, owned_views
+from megatron_hammer.checkpoint.write import owned_views
 from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.placement import Range
@@ -91,8 +91,7 @@ def _parts(rows: Range, cols: Range | None, view: Tensor) -> Iterator[tuple[Rang
 def _sum_of(rows: Range, cols: Range | None, view: Tensor) -> int:
     if view.device.type == "cpu":
         through = OnePass(None, Factors(rows, cols, DTYPE_NAMES[view.dtype]))
-        for chunk in chunks_of(view):
-            through.add(chunk)
+        through.add(view.detach().view(torch.uint8).numpy())
         return through.total
     return int(sum_on_device(view, rows, cols).item())
 

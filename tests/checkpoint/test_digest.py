@@ -65,6 +65,21 @@ def test_each_backend_sums_what_the_formula_says(dtype: str, backend: str, monke
         assert part.total == expected
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_added_side_by_side_are_those_of_the_formula(dtype: str) -> None:
+    """In bands where the memory is read for the sum alone: rows left over, rows begun, an odd address."""
+    bits = np.random.default_rng(3).integers(0, 2**16, (13, 700 * (1 if dtype == "bfloat16" else 2)), np.uint16)
+    content = np.frombuffer(b"\0" + bits.tobytes(), np.uint8)[1:]
+    factors = Factors((20, 33), (5, 705), dtype)
+    expected, row = factors.sum_of(content.tobytes(), 0), bits[0].nbytes
+    for cuts in ((), (1400,), (row,), (5 * row,), (5 * row + 8, 7 * row), (4 * row, 12 * row)):
+        for whole in (content, content.copy()):
+            part = OnePass(None, factors)
+            for piece in np.split(whole, cuts):
+                part.add(piece)
+            assert part.total == expected
+
+
 @pytest.mark.parametrize("backend", ["C++", "NumPy"])
 def test_one_pass_copies_and_hashes_what_the_library_hashes(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the size and the cuts, where the bytes lie, and whether they are copied; with a sum, too."""
