@@ -35,7 +35,7 @@ from megatron_hammer.kernels import wide_products
 from megatron_hammer.kernels.linear import PLAIN, Gradient, GraphProducts, Products, accumulate_in_graph
 from megatron_hammer.kernels.native import autograd as fused
 from megatron_hammer.kernels.native import cuda
-from megatron_hammer.kernels.wide_products import WideProducts
+from megatron_hammer.kernels.wide_products import WideGraphProducts, WideProducts
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}  # arXiv 2209.05433, table 1
@@ -239,8 +239,9 @@ def select_products(
     """
     check_here(kernels, device)
     in_graph, layers = kernels.compile == "layers", kernels.fp8 != "off" and kernels.layers == "torch"
-    head = WideProducts() if wide_products.pay_here(device, dtype) else PLAIN
-    plain = GraphProducts() if in_graph else head
+    wide = wide_products.pay_here(device, dtype)
+    head = WideProducts() if wide else PLAIN
+    plain = (WideGraphProducts() if wide else GraphProducts()) if in_graph else head
     if not (layers or kernels.fp8_head):
         return plain, head
     fast = Fp8Products()

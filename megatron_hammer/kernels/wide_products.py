@@ -6,13 +6,15 @@ GFLOP/s a core of a Xeon with AVX-512. These reach 80 to 120, and the sums of th
 
 from __future__ import annotations
 
+from functools import cache
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_hammer.base.system import processor_text
-from megatron_hammer.kernels.linear import Products, accumulate
+from megatron_hammer.kernels.linear import Gradient, GraphProducts, Products, accumulate
 from megatron_hammer.kernels.native.cpu import empty
 from megatron_hammer.kernels.newton_schulz import has_quick_bf16
 
@@ -91,3 +93,51 @@ class WideProducts(Products):
             found.append(room if room.numel() >= wanted else torch.empty(wanted, dtype=torch.float32))
         self.whole, self.block, self.result = found
         return self.fitting.setdefault((tokens, shape), block_rows(shape[0], shape[1]))
+
+
+# ---- in the graph of a compiled layer: operations that the compiler calls and does not look into --------------------
+
+
+class WideGraphProducts(GraphProducts):
+    """The same in layers that torch.compile makes a graph of, bit for bit."""
+
+    def __init__(self) -> None:
+        self.evaluation = WideProducts()
+
+    def fprop(self, x: Any, weight: Any, out: Tensor | None = None) -> Tensor:
+        return fprop_in_graph(x, weight)  # type: ignore[no-any-return]
+
+    def dgrad(self, grad: Any, weight: Any, out: Tensor | None = None) -> Tensor:
+        return dgrad_in_graph(grad, weight)  # type: ignore[no-any-return]
+
+    def wgrad_in_graph(self, gradient: Gradient, grad: Any, kept: tuple[Tensor, ...]) -> None:
+        wgrad_in_graph(gradient.main_grad, gradient.begun, grad, kept[0])
+
+
+@cache
+def _of_thread(thread: int) -> WideProducts:
+    """The rooms that the graphs of a thread share: a graph is given tensors, not the object that has them."""
+    return WideProducts()
+
+
+@torch.library.custom_op("megatron_hammer::wide_fprop", mutates_args=())
+def fprop_in_graph(x: Tensor, weight: Tensor) -> Tensor:
+    """``WideProducts.fprop``."""
+    return _of_thread(get_ident()).fprop(x, weight)
+
+
+@torch.library.custom_op("megatron_hammer::wide_dgrad", mutates_args=())
+def dgrad_in_graph(grad: Tensor, weight: Tensor) -> Tensor:
+    """``WideProducts.dgrad``."""
+    return _of_thread(get_ident()).dgrad(grad, weight)
+
+
+@torch.library.custom_op("megatron_hammer::wide_wgrad", mutates_args={"place"})
+def wgrad_in_graph(place: Tensor, begun: Tensor, grad: Tensor, x: Tensor) -> None:
+    """``WideProducts.wgrad``; begun: bool scalar on the host."""
+    _of_thread(get_ident()).wgrad(grad, (x,), place, bool(begun))
+
+
+fprop_in_graph.register_fake(lambda x, weight: x.new_empty((*x.shape[:-1], weight.shape[0])))
+dgrad_in_graph.register_fake(lambda grad, weight: grad.new_empty((*grad.shape[:-1], weight.shape[1])))
+wgrad_in_graph.register_fake(lambda place, begun, grad, x: None)

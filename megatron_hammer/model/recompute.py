@@ -234,7 +234,10 @@ def _policy(ctx: Any, operation: Any, *arguments: Any, **more: Any) -> Checkpoin
     return CheckpointPolicy.MUST_SAVE if operation.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-KEPT = {"aten::mm", "aten::_scaled_mm", "_c10d_functional::all_reduce", "_c10d_functional::reduce_scatter_tensor"}
+KEPT = {
+    *("aten::mm", "aten::_scaled_mm", "megatron_hammer::wide_fprop"),
+    *("_c10d_functional::all_reduce", "_c10d_functional::reduce_scatter_tensor"),
+}
 
 
 class Selective(Recompute):

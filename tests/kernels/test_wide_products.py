@@ -9,8 +9,7 @@ from torch import Tensor
 from megatron_hammer.config import KernelsConfig
 from megatron_hammer.kernels import newton_schulz, wide_products
 from megatron_hammer.kernels.fp8 import select_products
-from megatron_hammer.kernels.linear import PLAIN
-from megatron_hammer.kernels.wide_products import WideProducts
+from megatron_hammer.kernels.wide_products import WideGraphProducts, WideProducts
 from tests.model.tiny import tiny_config, train
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -45,7 +44,7 @@ def test_each_product_is_rounded_once(block: int, monkeypatch: pytest.MonkeyPatc
 
 
 def test_where_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On x86 without instructions for bf16, and in bf16 alone; in no graph of a compiler."""
+    """On x86 without instructions for bf16, and in bf16 alone; in the graphs of a compiler, too."""
     for flags, wanted in (("avx2 avx512f", True), ("avx2 avx512_bf16", False), ("asimd bf16", False), ("", False)):
         for module in (wide_products, newton_schulz):
             monkeypatch.setattr(module, "processor_text", lambda flags=flags: flags)
@@ -54,7 +53,8 @@ def test_where_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
             for products in (layers, head, layers.evaluation):
                 assert isinstance(products, WideProducts) == (wanted and dtype == BF16)
         layers, head = select_products(KernelsConfig(compile="layers"), CPU, BF16)
-        assert layers.in_graph and layers.evaluation is PLAIN and isinstance(head, WideProducts) == wanted
+        assert layers.in_graph and isinstance(layers, WideGraphProducts) == wanted
+        assert all(isinstance(products, WideProducts) == wanted for products in (layers.evaluation, head))
 
 
 def test_a_model_trains_alike_with_either(monkeypatch: pytest.MonkeyPatch) -> None:

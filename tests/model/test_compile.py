@@ -220,35 +220,46 @@ def test_in_8_bits(tp: int, recompute: str) -> None:
         assert_close(got[rank], expected[rank])
 
 
-def test_gradients_of_weights_are_added_unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the product adds to fp32 from 16 bits, as a GPU's does, so does a compiled layer's, bit for bit.
+@pytest.mark.parametrize("wide, recompute", [(False, "none"), (True, "none"), (True, "selective")])
+def test_gradients_of_weights_are_added_unrounded(wide: bool, recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the product adds to fp32 from 16 bits, as a GPU's does, so does a compiled layer's, bit for bit; and where
+    bf16 is multiplied in fp32 (``wide``), losses and gradients have the bits of layers that are not compiled.
 
     Three micro-batches, the first of which writes over what the step before has left.
     """
 
     def as_on_a_gpu(grad_y: Tensor, x: Tensor, place: Tensor, begun: bool) -> None:
+        assert not wide, "a wide product goes another way"
         product = grad_y.float().t() @ x.float()
         place.copy_(place + product if begun else product)
 
     monkeypatch.setattr(linear, "add_wgrad", as_on_a_gpu)
-    monkeypatch.setattr(wide_products, "pay_here", lambda *_: False)  # as on a GPU
-    ctx, found = ParallelContext.single(), []
-    for changes in (PLAIN, COMPILED):
+    monkeypatch.setattr(wide_products, "pay_here", lambda *_: wide)
+    monkeypatch.setattr(wide_products, "BLOCK_ELEMENTS", 64 * 40)  # a weight in blocks
+    ctx, found, all_losses = ParallelContext.single(), [], []
+    for changes in (PLAIN, {**COMPILED, "train__recompute": recompute}):
         changes = {**changes, "train__global_batch_size": 6, "kernels__attention": "sdpa"}
         config = tiny_config(**changes, train__precision="bf16")
+        losses = []
         with replayed():
             model, optimizer = build(config, ctx)
             optimizer.store.grads.fill_(1000.0)
             batches = rank_batches(config, 1, ctx)
             for i, batch in enumerate(batches):
                 optimizer.store.begin(first=i == 0, last=i == len(batches) - 1)
-                model(batch.tokens, batch.labels).mean().backward()
+                losses.append(model(batch.tokens, batch.labels))
+                losses[-1].mean().backward()
             assert all(weight.grad is None for weight in model.parameters())
             optimizer.store.reduce()  # all have arrived
+            with torch.no_grad():  # an evaluation, with another number of tokens
+                losses.append(model(batches[0].tokens[:1], batches[0].labels[:1]))
         sums = [gradient.main_grad for layer in model.layers.values() for gradient in gradients_of(layer)]
         found.append([main_grad for main_grad in sums if main_grad.dim() == 2])
+        all_losses.append(losses)
     for expected, got in zip(*found, strict=True):
         assert torch.equal(got, expected) and not torch.equal(got, got.bfloat16().float())
+    for expected, got in zip(*all_losses, strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_the_sums_have_version_counters_of_their_own() -> None:
