@@ -168,7 +168,7 @@ MEASURES = (
         "checkpoint/background.py",
         "if writer.error is None and time.monotonic() > save.deadline:",
         "if False:",
-        "train/test_saver.py::test_a_save_in_the_background_that_fails_is_followed_by_a_blocking_one",
+        "train/test_saver.py::test_a_writer_that_outlives_a_kill_is_named_and_left",
     ),
     Measure(
         "a failed background save is made up for",
