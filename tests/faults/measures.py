@@ -368,7 +368,7 @@ MEASURES = (
         "sampling/cache.py",
         'if xxhash.xxh3_128_hexdigest(content[start:].data) != tree["xxh3"]:',
         "if False:",
-        "sampling/test_cache.py::test_a_changed_file_is_never_accepted",
+        "sampling/test_cache.py::test_a_damaged_or_foreign_file_is_built_anew",
     ),
     Measure(
         "only regular files are read",
