@@ -34,7 +34,10 @@ PLAIN_JSON_BYTES = 4 * 2**20
 """Of a JSON text that may consist of anything: of more, each value must have its share."""
 JSON_VALUE_BYTES = 64
 """For a value of a longer text, on average; in large files of models it is 8 to 53."""
+MAX_DIGITS = 250
+"""Of a whole number: any of so many, also of hexadecimal ones, is a float that is finite."""
 _PIECE_BYTES = 2**18
+_ALIKE = bytes(ord("0") if chr(byte) in "0123456789" else 0 for byte in range(256))
 _NAME_A_FILE = "name a regular file"
 
 
@@ -113,13 +116,22 @@ def parse_json(
         pairs: as ``object_pairs_hook`` of ``json.loads``.
         value_bytes: of a text beyond ``PLAIN_JSON_BYTES``, for each value.
     """
-    _check_weight(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"), most, value_bytes)
+    content = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+    _check_weight(content, most, value_bytes)
+    has_one = b"0" * (MAX_DIGITS + 1) in content.translate(_ALIKE)  # in a string, perhaps; asking for each takes longer
+    del content
     if isinstance(text, bytes):
         text = text.decode(json.detect_encoding(text), "surrogatepass")  # the bytes go, where nobody else holds them
     try:
-        return json.loads(text, object_pairs_hook=pairs)
+        return json.loads(text, object_pairs_hook=pairs, parse_int=_whole_number if has_one else None)
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text):,} digits")
+    return int(text)
 
 
 def _check_weight(text: bytes, most: int, value_bytes: int) -> None:

@@ -299,7 +299,7 @@ def _check_state(state: dict[str, Any]) -> None:
         "optimizer": lambda value: isinstance(value, dict) and all(map(_is_scalar, value.values())),
         "source_tokens": lambda value: isinstance(value, dict) and all(map(_is_count, value.values())),
         "next": lambda value: isinstance(value, dict),
-        "owed_line": lambda value: isinstance(value, str),
+        "owed_line": lambda value: isinstance(value, str) and (value == "" or isinstance(parse_json(value), dict)),
         "data": lambda value: isinstance(value, dict),
         "accepted": lambda value: isinstance(value, list) and all(isinstance(entry, dict) for entry in value),
         "rewinds": lambda value: isinstance(value, list) and all(isinstance(entry, dict) for entry in value),

@@ -7,12 +7,12 @@ from typing import Any
 
 import yaml
 
+from megatron_hammer.base.reading import MAX_DIGITS
+
 _MAX_VALUES = 10_000
 """Keys and values, each alias counted as what it stands for: 5,000 sources. PyYAML takes 80 us for one."""
 _MAX_DEPTH = 20
 """Groups in groups; settings have three."""
-_MAX_DIGITS = 400
-"""Of a whole number, written out; the largest float has 309."""
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -53,7 +53,7 @@ class StrictLoader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         """A whole number, of a length that can be written out again."""
-        if len(node.value) > _MAX_DIGITS:
+        if len(node.value) > MAX_DIGITS:
             raise yaml.constructor.ConstructorError(None, None, "a number has too many digits", node.start_mark)
         number: int = super().construct_yaml_int(node)  # type: ignore[no-untyped-call]
         return number

@@ -157,7 +157,16 @@ def test_a_pipe_that_the_shell_made_is_an_input(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 10_000, '{"a":' * 10_000, "[" + "[]," * 600_000 + "0]", "9" * 5_000, "{", "\x00"]
+    "text",
+    [
+        "[" * 10_000,
+        '{"a":' * 10_000,
+        "[" + "[]," * 600_000 + "0]",
+        "9" * 5_000,
+        '{"a": -%s}' % ("9" * 251),
+        "{",
+        "\x00",
+    ],
 )
 def test_a_json_bomb_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError):
@@ -180,6 +189,7 @@ def test_long_strings_are_a_value_error() -> None:
                 parse_json(form)
     with pytest.raises(ValueError, match="UTF-8"):
         parse_json(('["%s"]' % ("x" * size)).encode("utf-16"))
+    assert parse_json('["{}", {}]'.format("9" * 251, "9" * 250)) == ["9" * 251, int("9" * 250)]
     assert len(parse_json(b"[" + b'"sixteen letters.",' * (size // 18) + b"0]")) == size // 18 + 1
 
 

@@ -99,6 +99,8 @@ REFUSED = [  # argument, code, what the line must name
     ("optimizer.beta2=1", "E204", ["optimizer.beta2"]),
     ("optimizer.min_lr=1", "E204", ["optimizer.min_lr", "optimizer.lr"]),
     ("optimizer.lr=.nan", "E204", ["optimizer.lr"]),
+    ("optimizer.lr=1" + 350 * "0", "E208", ["optimizer.lr", "too many digits"]),
+    ("train.num_steps=0x1" + 250 * "0", "E208", ["train.num_steps", "too many digits"]),
     ("checkpoint.keep_last=1", "E204", ["checkpoint.keep_last", "2"]),
     ("checkpoint.keep_every_steps=0", "E204", ["checkpoint.keep_every_steps", "1"]),
     ("checkpoint.pinned_steps=[0]", "E204", ["checkpoint.pinned_steps=[0]", "from 1"]),
