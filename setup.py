@@ -6,9 +6,9 @@
 sentencepiece and torch do the same work, so ``HAMMER_NO_EXTENSIONS=1`` may leave them out; without that wish a failing
 compiler fails the installation, because a silent fall-back would only show as slowness later. ``csrc/base`` ->
 ``megatron_hammer.base._mapping``: what happens when a mapped file is cut; without it that is seen a moment later, and a
-process that reads in this moment dies. ``csrc/checkpoint`` -> ``megatron_hammer.checkpoint._digest``: hash and sum
-of what a checkpoint copies, in the same pass; ``_copy``: a copy past the caches, for the snapshot of a save in the
-background. NumPy and the library xxhash are the twins.
+process that reads in this moment dies. ``csrc/checkpoint`` -> ``megatron_hammer.checkpoint._digest``: copies past
+the core's caches, and hash and sum of what a checkpoint copies, in the same pass. NumPy and the library xxhash are the
+twins.
 
 ``csrc/kernels`` -> ``megatron_hammer/kernels/native/_cuda.so``: the fused operations on a GPU, a library of torch
 operations on torch's stable C++ ABI. It is built where nvcc and a torch for CUDA are present (the latter is not under
@@ -74,15 +74,12 @@ EXTENSIONS = [
         cxx_std=17,
         extra_compile_args=["-O2", "-Wall", "-Wextra"],
     ),
-    *(
-        Pybind11Extension(
-            f"megatron_hammer.checkpoint._{name}",
-            [f"csrc/checkpoint/{name}.cpp"],
-            depends=[f"csrc/checkpoint/{header}.hpp" for header in ("past_caches", "units", "xxh3")],
-            cxx_std=17,
-            extra_compile_args=["-O3", "-Wall", "-Wextra"],
-        )
-        for name in ("copy", "digest")
+    Pybind11Extension(
+        "megatron_hammer.checkpoint._digest",
+        ["csrc/checkpoint/digest.cpp"],
+        depends=[f"csrc/checkpoint/{header}.hpp" for header in ("past_caches", "units", "xxh3")],
+        cxx_std=17,
+        extra_compile_args=["-O3", "-Wall", "-Wextra"],
     ),
     Pybind11Extension(
         "megatron_hammer.sampling._index",

@@ -25,7 +25,7 @@ from tests.walk import blocks_of
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_hammer"
 ESSAYS = sorted((ROOT / "examples" / "corpus").glob("*.txt"))
-COMPILED = {"_mapping", "_copy", "_digest", "_index", "_encoder", "_cpu"}
+COMPILED = {"_mapping", "_digest", "_index", "_encoder", "_cpu"}
 TOOLS = sorted(path.stem.replace("_", "-") for path in (ROOT / "tools").glob("*.py"))
 
 

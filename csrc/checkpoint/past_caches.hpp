@@ -1,5 +1,6 @@
 // Stores that go past the core's caches. An ordinary one first reads the line that it overwrites, and pushes another
-// out of the cache; a streaming one does neither: two bytes move for each that is copied, not three.
+// out of the cache; a streaming one does neither: two bytes move for each that is copied, not three. memcpy stores so,
+// too, from sizes of the order of the last cache on, which a virtual machine may take for the whole host's (260 MiB).
 
 #pragma once
 

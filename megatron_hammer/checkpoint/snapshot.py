@@ -28,13 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_hammer.base.compiled import find_compiled
 from megatron_hammer.base.errors import MemoryShortage
 from megatron_hammer.base.system import shared_memory_file, take_memory
-
-_native = find_compiled("megatron_hammer.checkpoint._copy", 1)
-copy: Callable[[np.ndarray, np.ndarray], None] = np.copyto if _native is None else _native.copy
-"""Bytes to their place, (target, source): past the core's caches, where it was built (``csrc/checkpoint``)."""
+from megatron_hammer.checkpoint.one_pass import OnePass
 
 ALIGNMENT = 64  # bytes: of where a tensor's copy starts
 PIECE_BYTES = 2**24  # that one thread copies at a time: a millisecond or two
@@ -47,6 +43,11 @@ def places_of(sizes: Sequence[int]) -> tuple[list[int], int]:
         offsets.append(at)
         at += -(-size // ALIGNMENT) * ALIGNMENT
     return offsets, at
+
+
+def copy(target: np.ndarray, source: np.ndarray) -> None:
+    """Bytes to their place, past the core's caches where that was built."""
+    OnePass().copy(target.data, source.data)
 
 
 class _CopyWork:
