@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,18 @@ from megatron_hammer.config import Config, config_to_tree
 from megatron_hammer.train.build import build_stages
 from megatron_hammer.train.state import RunState
 from megatron_hammer.train.step import train_step
+from megatron_hammer.verify.compare import (
+    NUMBER_BOUNDS,
+    Deviation,
+    Sizes,
+    compare_numbers,
+    compare_pieces,
+    whole_tensors,
+)
 from megatron_hammer.verify.outcome import Outcome
+from megatron_hammer.verify.shrink import alone
 from megatron_hammer.verify.steps import gradient_pieces
-from tests.model.tiny import make_context, rank_batches, tiny_config
+from tests.model.tiny import exact_steps, make_context, rank_batches, tiny_config
 
 Layout = dict[str, Any]
 STEPS, MOST_RANKS = 20, 8
@@ -120,6 +130,19 @@ def covering(grid: Sequence[Layout]) -> list[Layout]:
         missing -= pairs[best]
         chosen.append(grid[best])
     return chosen
+
+
+@cache
+def exact_alone(config: Config) -> Outcome:
+    """Two steps in fp64 of one process."""
+    return exact_steps(0, config)
+
+
+def findings_of(config: Config, outcomes: list[Outcome]) -> list[Deviation]:
+    """What of the ranks' steps in fp64 is not one process's: sums are in another order, losses fp32 scalars."""
+    reference, sizes = exact_alone(alone(config)), Sizes(1, 1, 1)
+    findings = compare_numbers(outcomes, reference, NUMBER_BOUNDS["fp64"], sizes)[1]
+    return findings + compare_pieces(outcomes, whole_tensors(reference.pieces), 1e-10, sizes)[1]
 
 
 def many_steps(rank: int, config: Config, steps: int, resume: Path | None, save: Path | None) -> list[Outcome]:

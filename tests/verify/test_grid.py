@@ -24,11 +24,8 @@ from megatron_hammer.config import Config
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.loader import micro_batches
 from megatron_hammer.verify.compare import (
-    NUMBER_BOUNDS,
-    Deviation,
     PieceKey,
     Sizes,
-    compare_numbers,
     compare_pieces,
     whole_tensors,
 )
@@ -41,6 +38,7 @@ from tests.verify.grid import (
     Layout,
     config_of,
     covering,
+    findings_of,
     many_steps,
     pairs_of,
     ranks_of,
@@ -60,11 +58,6 @@ def name_of(layout: Layout) -> str:
     flags = ["sp"] if layout["sequence_parallel"] else []
     flags += ["chunks"] if layout["tp_comm_overlap"] == "chunks" else []
     return "-".join([*sizes, *flags, layout["shard"], layout["attention_mask"]])
-
-
-@cache
-def exact_alone(config: Config) -> Outcome:
-    return exact_steps(0, config)
 
 
 @cache
@@ -104,13 +97,6 @@ def on_ranks(layout: Layout, function: Any, *arguments: Any) -> list[Any]:
     if ranks_of(layout) == 1:
         return [function(0, *arguments)]
     return run_distributed(ranks_of(layout), function, *arguments, timeout=250)
-
-
-def findings_of(config: Config, outcomes: list[Outcome]) -> list[Deviation]:
-    """What of the ranks' steps in fp64 is not one process's: sums are in another order, losses fp32 scalars."""
-    reference, sizes = exact_alone(alone(config)), Sizes(1, 1, 1)
-    findings = compare_numbers(outcomes, reference, NUMBER_BOUNDS["fp64"], sizes)[1]
-    return findings + compare_pieces(outcomes, whole_tensors(reference.pieces), 1e-10, sizes)[1]
 
 
 def check_steps(
