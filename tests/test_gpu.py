@@ -17,7 +17,7 @@ from megatron_hammer.kernels.libraries import te
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import PackedSequences
 from megatron_hammer.kernels.selection import select, select_operations
-from megatron_hammer.model.head_loss import Objective, head_loss
+from megatron_hammer.model.head_loss import HeadAndLoss, Objective
 from megatron_hammer.model.layers import LayerOptions
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
@@ -90,7 +90,7 @@ def test_head_and_loss(backend: Literal["torch", "triton"]) -> None:
             torch.cuda.set_sync_debug_mode(sync)
             try:
                 objective = Objective(weights, z_loss=1e-3)
-                losses = head_loss(mine, head, labels, 2997, options, objective, gradient)
+                losses = HeadAndLoss(head, 2997, options, gradient)(mine, labels, objective)
                 (losses * weights).sum().backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
@@ -112,12 +112,11 @@ def test_memory_of_head_and_loss(backend: Literal["torch", "triton"]) -> None:
     labels = torch.randint(0, 105_789, (8, 2048), device="cuda")
     gradient = OneGradient(weight)
     objective = Objective(torch.ones((), device="cuda") / labels.numel())
-    head_loss(
-        x[:1], weight, labels[:, :1], 105_789, options, objective, gradient
-    )  # the matrix library takes its workspace
+    run = HeadAndLoss(weight, 105_789, options, gradient)
+    run(x[:1], labels[:, :1], objective)  # the matrix library takes its workspace
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    head_loss(x, weight, labels, 105_789, options, objective, gradient)
+    run(x, labels, objective)
     assert torch.cuda.max_memory_allocated() - before <= 2**29
 
 

@@ -23,7 +23,7 @@ from megatron_hammer.config import KernelsConfig
 from megatron_hammer.kernels.linear_cross_entropy import with_chunks
 from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.selection import TABLES
-from megatron_hammer.model.head_loss import Objective, head_loss
+from megatron_hammer.model.head_loss import HeadAndLoss, Objective
 from megatron_hammer.model.layers import LayerOptions
 
 CCE = {"CCE, all gradients": True, "CCE": False}  # on random inputs the second computes next to no gradient
@@ -53,7 +53,7 @@ def ours(bench: Bench, name: str, weight: Tensor) -> Pass:
     objective = Objective(torch.full((), 1 / tokens, device=bench.device))
 
     def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
-        losses = head_loss(hidden, weight, labels, bench.shape.vocabulary, options, objective, gradient)
+        losses = HeadAndLoss(weight, bench.shape.vocabulary, options, gradient)(hidden, labels, objective)
         (losses * objective.weight).sum().backward()
 
     return run

@@ -46,87 +46,58 @@ class Objective:
     """Keeps lse, the log of the sum of exponentials, near 0 (arXiv 2204.02311)."""
 
 
-def head_loss(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    vocab_size: int,
-    options: LayerOptions,
-    objective: Objective | None = None,
-    gradient: Gradient | None = None,
-    shared: bool = False,
-) -> Tensor:
-    """Loss of each token, the same on all tensor-parallel ranks. Communicates over ``options.tp``.
+class HeadAndLoss:
+    """Output head and cross-entropy of a stage, made with it: what is the same in every micro-batch is given here.
 
     Args:
-        x: [s/t or s, b, h] after the final norm. weight: [v/t, h], padding rows included.
-        labels: [b, s] int64 of any shape [b', s'] with as many tokens in the same order as x's [b, s].
+        weight: [v/t, h], padding rows included: the parameter itself.
+        vocab_size: v, without the padding.
         gradient: where the weight's gradient is summed; None: autograd brings it to the weight.
         shared: the weight is the embedding too, which adds to the gradient later, when backward reaches it.
-
-    Returns:
-        shaped as ``labels``, fp32 (fp64 for fp64 weights).
     """
-    batch, weights = x.shape[1], None
-    rows = labels.reshape(batch, -1).t().flatten()  # [s b], as the model's rows
-    if objective is not None and torch.is_grad_enabled():
-        weights = objective.weight.expand_as(labels).reshape(batch, -1).t().flatten()
-    products, z_loss = options.operations.head_products, objective.z_loss if objective else 0.0
-    products = products if torch.is_grad_enabled() else products.evaluation
-    head = _Head(weight, gradient, not shared, vocab_size, options, products, z_loss)
-    differentiable = weight if gradient is None else weight.detach()
-    losses: Tensor = _HeadLoss.apply(x, differentiable, rows, weights, head)  # type: ignore[no-untyped-call]
-    return losses.view(-1, batch).t().reshape(labels.shape)
 
+    def __init__(
+        self,
+        weight: Tensor,
+        vocab_size: int,
+        options: LayerOptions,
+        gradient: Gradient | None = None,
+        shared: bool = False,
+    ) -> None:
+        self.weight, self.gradient, self.options, self.shared = weight, gradient, options, shared
+        self._columns = Columns.of(options.tp.rank, weight.shape[0], vocab_size)
 
-class _HeadLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None, head: _Head) -> Tensor:
-        ctx.head, ctx.early = head, weights is not None
-        if weights is None:
-            ctx.save_for_backward(x, weight, labels)
-            return head.losses(x, labels)
-        losses, *gradients = head.losses_and_gradients(x, labels, weights)
-        ctx.save_for_backward(weights, *gradients)
-        return losses
+    def __call__(self, x: Tensor, labels: Tensor, objective: Objective | None = None) -> Tensor:
+        """Loss of each token, the same on all tensor-parallel ranks. Communicates over ``options.tp``.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.early:
-            weights, grad_x, grad_weight = ctx.saved_tensors
-            wrong = "backward must start from (losses * objective.weight).sum(): the gradient is that of this sum"
-            # Private, the same in torch 2.11 to 2.15; waits for no device.
-            torch._assert_async((grads[0] == weights).all(), wrong)
-        else:
-            x, _, labels = ctx.saved_tensors
-            _, grad_x, grad_weight = ctx.head.losses_and_gradients(x, labels, grads[0])
-        return grad_x, grad_weight, None, None, None
+        Args:
+            x: [s/t or s, b, h] after the final norm.
+            labels: [b, s] int64 of any shape [b', s'] with as many tokens in the same order as x's [b, s].
 
+        Returns:
+            shaped as ``labels``, fp32 (fp64 for fp64 weights).
+        """
+        batch, weights = x.shape[1], None
+        rows = labels.reshape(batch, -1).t().flatten()  # [s b], as the model's rows
+        if objective is not None and torch.is_grad_enabled():
+            weights = objective.weight.expand_as(labels).reshape(batch, -1).t().flatten()
+        products, z_loss = self.options.operations.head_products, objective.z_loss if objective else 0.0
+        products = products if torch.is_grad_enabled() else products.evaluation
+        differentiable = self.weight if self.gradient is None else self.weight.detach()
+        losses: Tensor = _HeadLoss.apply(x, differentiable, rows, weights, self, products, z_loss)  # type: ignore[no-untyped-call]
+        return losses.view(-1, batch).t().reshape(labels.shape)
 
-@dataclass(frozen=True)
-class _Head:
-    """The head of a model in one micro-batch: all that its chunks have in common."""
-
-    weight: Tensor
-    """The parameter itself; what autograd is given may be another object."""
-    gradient: Gradient | None
-    last: bool
-    """Nothing else adds to this gradient in the micro-batch."""
-    vocab_size: int
-    options: LayerOptions
-    products: Products
-    z_loss: float
-
-    def losses(self, x: Tensor, labels: Tensor) -> Tensor:
+    def losses(self, x: Tensor, labels: Tensor, products: Products) -> Tensor:
         """Loss of each row, [s b], and no gradient."""
         rows = self._all_rows(x)
         losses = _empty_losses(rows)
-        for c, _, logits in self._chunks(rows, self.products.weight(self.weight, self.gradient)):
-            losses[c] = self._chunk_losses(logits, labels[c], None)
+        for c, _, logits in self._chunks(rows, products, products.weight(self.weight, self.gradient)):
+            losses[c] = self._chunk_losses(logits, labels[c])
         return losses
 
-    def losses_and_gradients(self, x: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def losses_and_gradients(
+        self, x: Tensor, labels: Tensor, weights: Tensor, products: Products, z_loss: float
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Loss of each row [s b], gradient of x, and that of the weight unless ``gradient`` has taken it."""
         rows = self._all_rows(x)
         losses, grad_rows = _empty_losses(rows), empty(rows.shape, rows)
@@ -135,9 +106,9 @@ class _Head:
         def write(place: Tensor, begun: bool) -> Tensor:
             """All of the losses and, of the gradients, the weight's into ``place``; returns that of x."""
             grad_x, summed = grad_rows, Done()
-            products, operand = self.products, self.products.weight(self.weight, self.gradient)
-            for c, kept, logits in self._chunks(rows, operand):
-                losses[c] = self._chunk_losses(logits, labels[c], weights[c])
+            operand = products.weight(self.weight, self.gradient)
+            for c, kept, logits in self._chunks(rows, products, operand):
+                losses[c] = self._chunk_losses(logits, labels[c], weights[c], z_loss)
                 grad_logits = products.gradient(logits)
                 products.dgrad(grad_logits, operand, out=grad_rows[c])
                 if c.stop >= len(rows):  # launch: the weight's gradient hides it
@@ -152,7 +123,7 @@ class _Head:
             return grad_x
 
         if self.gradient is not None:
-            return losses, self.gradient.add(write, self.last), None
+            return losses, self.gradient.add(write, last=not self.shared), None
         # In fp32 only where something is added: one product rounds once by itself.
         dtype = losses.dtype if len(rows) > self.options.operations.loss.chunk_tokens else self.weight.dtype
         place = torch.empty_like(self.weight, dtype=dtype)
@@ -162,26 +133,57 @@ class _Head:
         """[s/t or s, b, h] -> [s b, h]."""
         return (all_gather_rows(x, self.options.tp) if self.options.sequence_parallel else x).flatten(0, 1)
 
-    def _chunks(self, rows: Tensor, weight: Any) -> Iterator[tuple[slice, tuple[Tensor, ...], Tensor]]:
+    def _chunks(
+        self, rows: Tensor, products: Products, weight: Any
+    ) -> Iterator[tuple[slice, tuple[Tensor, ...], Tensor]]:
         """Each chunk's place, what its products keep of it, and its logits [n, v/t], which the next one overwrites."""
-        products, size = self.products, min(self.options.operations.loss.chunk_tokens, len(rows))
+        size = min(self.options.operations.loss.chunk_tokens, len(rows))
         buffer = empty((size, self.weight.shape[0]), rows)
         for start in range(0, len(rows), size):
             c = slice(start, min(start + size, len(rows)))
             chunk, kept = products.input(rows[c])
             yield c, kept, products.fprop(chunk, weight, out=buffer[: c.stop - c.start])
 
-    def _chunk_losses(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    def _chunk_losses(
+        self, logits: Tensor, labels: Tensor, weights: Tensor | None = None, z_loss: float = 0.0
+    ) -> Tensor:
         """Loss of a chunk's rows; with weights the logits become their gradient."""
-        tp, kernel = self.options.tp, self.options.operations.loss
-        columns = Columns.of(tp.rank, logits.shape[1], self.vocab_size)
+        tp, kernel, columns = self.options.tp, self.options.operations.loss, self._columns
         if weights is not None and tp.size == 1:
-            return kernel.loss_and_gradient_(logits, labels, columns, weights, self.z_loss)
+            return kernel.loss_and_gradient_(logits, labels, columns, weights, z_loss)
         parts = all_gather_rows(kernel.row_statistics(logits, labels, columns).unsqueeze(0), tp)  # [t, 3, n]
         lse, loss = combine_statistics(parts)
         if weights is not None:
-            kernel.softmax_gradient_(logits, labels, columns, lse, loss, weights, self.z_loss)
+            kernel.softmax_gradient_(logits, labels, columns, lse, loss, weights, z_loss)
         return loss
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None,
+        head: HeadAndLoss, products: Products, z_loss: float,
+    ) -> Tensor:  # fmt: skip
+        ctx.head, ctx.settings, ctx.early = head, (products, z_loss), weights is not None
+        if weights is None:
+            ctx.save_for_backward(x, weight, labels)
+            return head.losses(x, labels, products)
+        losses, *gradients = head.losses_and_gradients(x, labels, weights, products, z_loss)
+        ctx.save_for_backward(weights, *gradients)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.early:
+            weights, grad_x, grad_weight = ctx.saved_tensors
+            wrong = "backward must start from (losses * objective.weight).sum(): the gradient is that of this sum"
+            # Private, the same in torch 2.11 to 2.15; waits for no device.
+            torch._assert_async((grads[0] == weights).all(), wrong)
+        else:
+            x, _, labels = ctx.saved_tensors
+            _, grad_x, grad_weight = ctx.head.losses_and_gradients(x, labels, grads[0], *ctx.settings)
+        return grad_x, grad_weight, None, None, None, None, None
 
 
 def _empty_losses(rows: Tensor) -> Tensor:

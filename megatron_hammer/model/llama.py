@@ -28,7 +28,7 @@ from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.packed_sequences import GraphPackedSequences, PackedSequences
 from megatron_hammer.kernels.ranges import EMBEDDING, HEAD, NORM, RangeOf, no_range
 from megatron_hammer.model import layers, layers_te
-from megatron_hammer.model.head_loss import Objective, head_loss
+from megatron_hammer.model.head_loss import HeadAndLoss, Objective
 from megatron_hammer.model.layer_interface import LayerModule
 from megatron_hammer.model.layers import LayerOptions, ready_after
 from megatron_hammer.model.recompute import Layer, Recompute
@@ -135,6 +135,8 @@ class Stage(nn.Module):
             self.final_norm = parts.RMSNorm(h, config.norm_eps, options)
             if not self.is_tied:
                 self.head = layers.ColumnParallelLinear(h, rows, options)
+            last = self.embedding if self.is_tied else self.head
+            self.head_and_loss = HeadAndLoss(last.weight, self.vocab_size, options, last.gradient, shared=self.is_tied)
         self.uses = uses_of(at.layers, at.has_embedding, at.has_head, self.is_tied)
         self.rope_cache: dict[int, CosSin] = {}
 
@@ -158,16 +160,6 @@ class Stage(nn.Module):
         run = torch.compile(self.recompute.body, fullgraph=True, dynamic=False)
         self.recorded_layers = self._recorded(partial(run, layer) for layer in self.layers.values())
         self.compiled = True
-
-    @property
-    def head_weight(self) -> nn.Parameter:
-        """[v/t, h], padding rows included."""
-        return self.embedding.weight if self.is_tied else self.head.weight
-
-    @property
-    def head_gradient(self) -> Gradient | None:
-        """Where the gradient of ``head_weight`` is summed."""
-        return self.embedding.gradient if self.is_tied else self.head.gradient
 
     def hidden(
         self, tokens: Tensor, documents: PackedSequences | None = None, received: Tensor | None = None
@@ -242,15 +234,11 @@ class Stage(nn.Module):
         if not self.placement.has_head:
             return x
         with self.range_of(HEAD):  # with an objective nothing is left for backward to compute
-            run, again = self._head_loss, objective is None
+            run, again = self.head_and_loss, objective is None
             return with_weights(self.options.store, self.uses["head"], run, x, labels, objective, again=again)
 
-    def _head_loss(self, x: Tensor, labels: Tensor, objective: Objective | None) -> Tensor:
-        weight, gradient = self.head_weight, self.head_gradient
-        return head_loss(x, weight, labels, self.vocab_size, self.options, objective, gradient, self.is_tied)
-
     def _head_columns(self, x: Tensor) -> Tensor:
-        return layers.column_parallel(x, self.head_weight, self.options)
+        return layers.column_parallel(x, self.head_and_loss.weight, self.options)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, documents: PackedSequences | None = None) -> Tensor:

@@ -37,7 +37,7 @@ from megatron_hammer.kernels.operations import Operations
 from megatron_hammer.kernels.report import kernels_table
 from megatron_hammer.kernels.selection import select_operations
 from megatron_hammer.kernels.swiglu import swiglu
-from megatron_hammer.model.head_loss import Objective, head_loss
+from megatron_hammer.model.head_loss import HeadAndLoss, Objective
 from megatron_hammer.model.initialise import initialise
 from megatron_hammer.model.layers import LayerOptions, column_parallel
 from megatron_hammer.model.llama import Stage, build_stage
@@ -200,7 +200,7 @@ def test_evaluation_is_bf16_to_the_bit() -> None:
     labels = torch.arange(64).view(16, 4)
     with torch.no_grad():
         assert torch.equal(column_parallel(x, weight, options), column_parallel(x, weight, plain))
-        assert torch.equal(head_loss(x, weight, labels, 120, options), head_loss(x, weight, labels, 120, plain))
+        assert torch.equal(*(HeadAndLoss(weight, 120, given)(x, labels) for given in (options, plain)))
     weight.requires_grad_()
     assert not torch.equal(column_parallel(x, weight, options), column_parallel(x, weight, plain))
 
@@ -213,9 +213,9 @@ def test_the_head_in_8_bits(objective: bool) -> None:
     for products in (Products(), emulated()):
         operations = Operations(loss=LossKernels(chunk_tokens=32), head_products=products)
         options = LayerOptions(torch.bfloat16, operations=operations)
-        leaves = [t.clone().requires_grad_() for t in (x, 0.3 * weight)]
+        leaves = hidden, head = [t.clone().requires_grad_() for t in (x, 0.3 * weight)]
         of = Objective(torch.tensor(1 / 80)) if objective else None
-        losses = head_loss(*leaves, labels, 370, options, of)
+        losses = HeadAndLoss(head, 370, options)(hidden, labels, of)
         (losses / 80).sum().backward()
         results.append([losses.detach().mean(), *(t.grad for t in leaves)])
     for exact, found in zip(*results, strict=True):

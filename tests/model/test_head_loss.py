@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_hammer.kernels.linear_cross_entropy import LossKernels, linear_cross_entropy
 from megatron_hammer.kernels.operations import Operations
-from megatron_hammer.model.head_loss import Objective, head_loss
+from megatron_hammer.model.head_loss import HeadAndLoss, Objective
 from megatron_hammer.model.layers import LayerOptions
 from megatron_hammer.model.llama import build_stage
 from megatron_hammer.parallel import collectives
@@ -73,7 +73,7 @@ def test_equals_torch(dtype: torch.dtype, tolerance: float, chunk: int, way: str
     mine, x_mine = shard(weight), x.clone().requires_grad_()
     gradient = OneGradient(mine) if "kept" in way else None
     objective = None if way.startswith("late") else Objective(weights)
-    losses = head_loss(x_mine, mine, labels, VOCABULARY, options(chunk), objective, gradient)
+    losses = HeadAndLoss(mine, VOCABULARY, options(chunk), gradient)(x_mine, labels, objective)
     assert losses.shape == labels.shape and losses.dtype == dtype
     (losses * weights).sum().backward()
     loss, grad_x, grad_weight = reference(x, weight, labels, weights)
@@ -103,7 +103,7 @@ def test_16_bits_err_no_more_than_the_plain_way(dtype: torch.dtype, chunk: int, 
     (plain_losses * weights).sum().backward()
     mine, x_mine = shard(weight), x.clone().requires_grad_()
     gradient = OneGradient(mine) if kept else None
-    losses = head_loss(x_mine, mine, labels, VOCABULARY, options(chunk), Objective(weights), gradient)
+    losses = HeadAndLoss(mine, VOCABULARY, options(chunk), gradient)(x_mine, labels, Objective(weights))
     (losses * weights).sum().backward()
     found = gradient.main_grad if gradient else mine.grad
     assert found is not None and x_mine.grad is not None and plain_x.grad is not None and plain_weight.grad is not None
@@ -140,7 +140,7 @@ def _on_ranks(
         mine, rows = shard(weight, rank, size), (x.chunk(size)[rank] if sp else x).clone().requires_grad_()
         setting = options(7, tp=Group(rank, size), sequence_parallel=sp)
         objective = Objective(weights, z_loss) if early else None
-        losses = head_loss(rows, mine, labels, VOCABULARY, setting, objective)
+        losses = HeadAndLoss(mine, VOCABULARY, setting)(rows, labels, objective)
         (losses * weights).sum().backward()
     finally:
         collectives._all_gather_into, collectives._reduce_scatter_into, collectives.dist.all_reduce = before
@@ -171,7 +171,7 @@ def test_ranks_equal_one(size: int, sp: bool, early: bool, z_loss: float) -> Non
 def test_z_loss_is_what_autograd_makes_of_it() -> None:
     x, weight, labels, weights = problem(torch.float64)
     mine, x_mine = shard(weight), x.clone().requires_grad_()
-    losses = head_loss(x_mine, mine, labels, VOCABULARY, options(), Objective(weights, z_loss=0.1))
+    losses = HeadAndLoss(mine, VOCABULARY, options())(x_mine, labels, Objective(weights, z_loss=0.1))
     (losses * weights).sum().backward()
     loss, grad_x, grad_weight = reference(x, weight, labels, weights, 0.1)
     without = reference(x, weight, labels, weights)
@@ -188,7 +188,7 @@ def test_a_loss_scale_scales_the_gradient() -> None:
     for scale in (1.0, 2.0**14):
         mine, x_mine = shard(weight), x.clone().requires_grad_()
         gradient, objective = OneGradient(mine), Objective(torch.tensor(scale / labels.numel()))
-        losses = head_loss(x_mine, mine, labels, VOCABULARY, options(), objective, gradient)
+        losses = HeadAndLoss(mine, VOCABULARY, options(), gradient)(x_mine, labels, objective)
         (losses * objective.weight).sum().backward()
         sums.append((gradient.main_grad, x_mine.grad))
     for one, scaled in zip(*sums, strict=True):
@@ -197,7 +197,7 @@ def test_a_loss_scale_scales_the_gradient() -> None:
 
 def test_a_backward_of_something_else_is_refused() -> None:
     x, weight, labels, weights = problem(torch.float32)
-    losses = head_loss(x.requires_grad_(), shard(weight), labels, VOCABULARY, options(), Objective(weights))
+    losses = HeadAndLoss(shard(weight), VOCABULARY, options())(x.requires_grad_(), labels, Objective(weights))
     with pytest.raises(RuntimeError, match="backward must start from"):
         losses.sum().backward()
 
@@ -218,12 +218,12 @@ def test_evaluation_computes_no_gradient() -> None:
     """24 tokens in 5 chunks: a product each, and three in training, whose backward has none left."""
     x, weight, labels, weights = problem(torch.float32)
     mine, x = shard(weight), x.requires_grad_()
+    run = HeadAndLoss(mine, VOCABULARY, options())
     with torch.no_grad(), _Products() as evaluation:
-        losses = head_loss(x, mine, labels, VOCABULARY, options())
-        again = head_loss(x, mine, labels, VOCABULARY, options(), Objective(weights))
+        losses, again = run(x, labels), run(x, labels, Objective(weights))
     assert evaluation.count == 10 and torch.equal(losses, again)
     with _Products() as training:
-        trained = head_loss(x, mine, labels, VOCABULARY, options(), Objective(weights))
+        trained = run(x, labels, Objective(weights))
     assert training.count == 15
     torch.testing.assert_close(trained.detach(), losses, rtol=1e-6, atol=0)  # one pass here, two there
     with _Products() as backward:
@@ -265,7 +265,7 @@ def test_memory_at_full_size() -> None:
     gradient = OneGradient(weight)
     setting = options(2048, dtype=torch.bfloat16, device=torch.device("meta"))
     with _LiveBytes() as memory:
-        losses = head_loss(x, weight, labels, 105_789, setting, Objective(scale), gradient)
+        losses = HeadAndLoss(weight, 105_789, setting, gradient)(x, labels, Objective(scale))
     assert losses.shape == (8, 2048)
     assert 0.4 * 2**30 < memory.peak <= 0.5 * 2**30, f"{memory.peak / 2**30:.3f} GiB"
 

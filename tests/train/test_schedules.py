@@ -69,7 +69,7 @@ def expected_step(config: Config, kind: str) -> tuple[float, float, dict[str, Te
     initialise(model, parameter_table(config.model), config.train.seed)
     before = logical_parts(model, config, ctx)
     tokens, labels = random_batch(config, 1)
-    logits = torch.nn.functional.linear(model.hidden(tokens), model.head_weight)[..., : model.vocab_size]
+    logits = torch.nn.functional.linear(model.hidden(tokens), model.head_and_loss.weight)[..., : model.vocab_size]
     logits = logits.transpose(0, 1)  # [b, s, v]
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(SHAPE)
     weights = weights_of(kind)
