@@ -181,20 +181,17 @@ class SampleOrder:
             raise IndexError(f"samples [{first}, {first + count}) are not in [0, {self.num_samples})")
         rows = 0
         for place, taken in self.skips.pieces(first, count):
-            for part in self._parts_in_order(place, taken):
-                yield SourceWindows(part.source, part.order, part.rows + rows, part.windows)
+            yield from self._parts_in_order(place, taken, rows)
             rows += taken
 
-    def _parts_in_order(self, first: int, count: int) -> Iterator[SourceWindows]:
-        """The same of places."""
+    def _parts_in_order(self, first: int, count: int, rows_before: int = 0) -> Iterator[SourceWindows]:
+        """The same of places, which are the samples from row ``rows_before`` on."""
         for span, begin, end in self.within(first, first + count):
-            number, before = end - begin, begin - first
+            number, before = end - begin, rows_before + begin - first
             if len(span.sources) == 1:
-                at = span.offsets[0] + begin - span.first
-                order = span.orders[0]
-                yield SourceWindows(
-                    span.sources[0], order, np.arange(before, before + number), order.windows(at, number)
-                )
+                order, at = span.orders[0], span.offsets[0] + begin - span.first
+                rows = np.arange(before, before + number)
+                yield SourceWindows(span.sources[0], order, rows, order.windows(at, number))
                 continue
             places, positions = span.blend.range(begin - span.first, number)
             for place in np.unique(places).tolist():

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -69,6 +69,26 @@ def first_foreign_id(ids: np.ndarray, vocab_size: int) -> int | None:
     if unsigned.size == 0 or int(unsigned.max()) < vocab_size:
         return None
     return int(np.argmax(unsigned >= vocab_size))
+
+
+class _CopiedPart(NamedTuple):
+    """Samples of one source that have been read."""
+
+    part: SourceWindows
+    lengths: np.ndarray
+    """Tokens of each of their pieces, one sample after the other."""
+    counts: np.ndarray
+    """Pieces of each sample."""
+
+
+def _document_bounds(copied: Iterable[_CopiedPart], seq_length: int) -> np.ndarray:
+    """``Batch.documents`` of samples of so many targets."""
+    ends = []
+    for part, lengths, counts in copied:
+        in_window = np.cumsum(lengths) - np.repeat(np.arange(len(counts)) * (seq_length + 1), counts)
+        # The last token of a window is a label only.
+        ends.append(np.repeat(part.rows * seq_length, counts) + np.minimum(in_window, seq_length))
+    return cumulative_lengths(ends)
 
 
 class TrainData:
@@ -270,7 +290,7 @@ class TrainData:
         Raises:
             DataError: E350 a file was cut or overwritten; E341 an id is not in the vocabulary, with its place.
         """
-        sources, ends, pieces = np.empty(count, np.int64), [], []
+        sources, copied = np.empty(count, np.int64), []
         if not SURVIVES_CUTS:
             self.check_unchanged(self._present)
         try:
@@ -280,37 +300,30 @@ class TrainData:
             out = np.empty((count, s + 1), np.int64) if out is None else out
             assert out.shape == (count, s + 1), f"out is {out.shape} for {count} samples"
             for part in parts:
-                rows = part.rows
                 spans, counts = part.order.locate_all(part.windows)
-                index.copy_windows(*self._memory[part.source], spans, counts, rows, out)
-                sources[rows] = part.source
-                pieces.append((part, spans[:, 2], counts))
-                if self._document_mask:
-                    in_window = np.cumsum(spans[:, 2]) - np.repeat(np.arange(len(rows)) * (s + 1), counts)
-                    # The last token of a window is a label only.
-                    ends.append(np.repeat(rows * s, counts) + np.minimum(in_window, s))
+                index.copy_windows(*self._memory[part.source], spans, counts, part.rows, out)
+                sources[part.rows] = part.source
+                copied.append(_CopiedPart(part, spans[:, 2], counts))
         except (ValueError, IndexError):
             self.check_unchanged(self._present)  # else the samples are asked for wrongly
             raise
-        read = {part.source for part in parts}
-        if self.vocab_size is not None and (place := first_foreign_id(out, self.vocab_size)) is not None:
-            self.check_unchanged(read)  # else the file was damaged before it was opened
-            raise self._foreign_id(first + place // (s + 1), place % (s + 1), int(out.flat[place]), self.vocab_size)
-        self.check_unchanged(read)
+        foreign = None if self.vocab_size is None else first_foreign_id(out, self.vocab_size)
+        self.check_unchanged({part.source for part in parts})
+        if foreign is not None:  # and was there when the file was opened
+            raise self._foreign_id(first + foreign // (s + 1), foreign % (s + 1), int(out.flat[foreign]))
         if self._fim:
-            for part, lengths, counts in pieces:
-                self._rearrange(part, out, lengths, counts)
-        documents = cumulative_lengths(ends) if self._document_mask else None
+            self._rearrange(copied, out)
+        documents = _document_bounds(copied, s) if self._document_mask else None
         return Batch.from_windows(out, documents=documents, sources=sources)
 
-    def _rearrange(
-        self, part: SourceWindows, samples: np.ndarray, lengths: np.ndarray, counts: np.ndarray
-    ) -> list[Infill]:
-        """Fill-in-the-middle in the samples of a part, in place, where its source has it."""
-        if part.source not in self._fim:
-            return []
-        fim, key = self._fim[part.source]
-        return fim.apply(samples, part.rows, part.windows, lengths, counts, key)
+    def _rearrange(self, copied: Sequence[_CopiedPart], samples: np.ndarray) -> list[Infill]:
+        """Fill-in-the-middle in some samples, in place, where their sources have it."""
+        found: list[Infill] = []
+        for part, lengths, counts in copied:
+            if part.source in self._fim:
+                fim, key = self._fim[part.source]
+                found += fim.apply(samples, part.rows, part.windows, lengths, counts, key)
+        return found
 
     def infills(self, i: int) -> list[Infill]:
         """What is rearranged in sample ``i``; reads its tokens where a source has fill-in-the-middle."""
@@ -334,12 +347,13 @@ class TrainData:
                 if (mapped := index_file()) is not None:
                     mapped.check()
 
-    def _foreign_id(self, sample: int, column: int, token_id: int, vocab_size: int) -> DataError:
+    def _foreign_id(self, sample: int, column: int, token_id: int) -> DataError:
         """The error for an id that is token ``column`` of a sample."""
+        assert self.vocab_size is not None
         for document, offset, length in self.locate(sample):
             if column < length:
                 dataset = self.dataset(self.sample_id(sample).source)
-                return dataset.foreign_id(token_id, dataset.position_of(document, offset + column), vocab_size)
+                return dataset.foreign_id(token_id, dataset.position_of(document, offset + column), self.vocab_size)
             column -= length
         raise AssertionError("the pieces of a sample are all of its tokens")
 
@@ -356,7 +370,7 @@ class TrainData:
         parts = [dataset.tokens[start : start + n] for start, n in zip(starts.tolist(), lengths.tolist())]
         tokens = np.concatenate(parts, dtype=np.int64)
         assert len(tokens) == part.order.seq_length + 1, f"sample {i} has {len(tokens)} tokens"
-        return tokens, self._rearrange(part, tokens[None], lengths, np.array([len(lengths)]))
+        return tokens, self._rearrange([_CopiedPart(part, lengths, np.array([len(lengths)]))], tokens[None])
 
 
 def describe_samples(data: TrainData, start: int, count: int) -> list[dict[str, Any]]:
