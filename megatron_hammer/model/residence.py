@@ -72,11 +72,17 @@ def with_weights(
         again: have them there in its backward too, which an embedding does not need.
         by_itself: its backward writes gradients without ``Gradient.add``, as a compiled layer's does.
     """
-    if store is None:
-        return run(*inputs)
-    store.acquire(use.part, use.following)
-    if store.weights_stay and not (by_itself and store.sums_are_new):
-        return run(*inputs)  # nothing is given up
+    if store is not None:
+        store.acquire(use.part, use.following)
+        if not store.weights_stay or (by_itself and store.sums_are_new):
+            return _to_be_released(store, use, run, inputs, again, by_itself)
+    return run(*inputs)  # nothing is given up
+
+
+def _to_be_released(
+    store: GradientStore, use: Use, run: Callable[..., Result], inputs: tuple[Any, ...], again: bool, by_itself: bool
+) -> Result:
+    """The same where the store gives up weights or sums that are not in use."""
     if not torch.is_grad_enabled() or not again:
         result = run(*inputs)
         store.release(use.part)
