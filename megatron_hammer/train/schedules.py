@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from megatron_hammer.model.head_loss import Objective
@@ -16,7 +15,7 @@ from megatron_hammer.parallel.collectives import all_reduce
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.corruption import CorruptionCheck
-from megatron_hammer.train.source_sums import ONE_SOURCE, SMALLEST_SUM, Sources, sum_by_source
+from megatron_hammer.train.source_sums import ONE_SOURCE, SMALLEST_SUM, Sources, sum_by_source, weights_of
 
 MicroBatch = Callable[[Stage, Batch[Tensor], Tensor, float], Tensor]
 """``micro_batch``, or something else that does the same (``cuda_graph.py``)."""
@@ -92,10 +91,4 @@ def sum_of_weights(micro_batches: Sequence[Batch[Tensor]], optimizer: Optimizer,
     """
     if all(batch.loss_weights is None for batch in micro_batches):
         return sum(batch.labels.numel() for batch in micro_batches) * ctx.dp.size
-    weights = [
-        torch.full((), float(batch.labels.numel()), device=ctx.device)
-        if batch.loss_weights is None
-        else batch.loss_weights.sum()
-        for batch in micro_batches
-    ]
-    return optimizer.store.total(weights).clamp_min(SMALLEST_SUM)
+    return optimizer.store.total([weights_of(batch).sum() for batch in micro_batches]).clamp_min(SMALLEST_SUM)

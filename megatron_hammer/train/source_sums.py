@@ -87,7 +87,7 @@ def sum_by_source(
             columns, sizes = [column.sum(-1) for column in columns], sizes.sum(-1)
         columns += unpack(sizes)
     else:
-        w = torch.stack([_weights(batch) for batch in batches]).double()
+        w = torch.stack([weights_of(batch) for batch in batches]).double()
         exact = _rounded(w)
         columns = [_rounded(found * w), exact, *(exact * size for size in unpack(sizes))]
         if of_samples:
@@ -100,7 +100,8 @@ def _rounded(values: Tensor) -> Tensor:
     return values.mul(QUANTA).round_().div_(QUANTA)
 
 
-def _weights(batch: Batch[Tensor]) -> Tensor:
+def weights_of(batch: Batch[Tensor]) -> Tensor:
+    """By how much each of its targets counts: [b, s] fp32."""
     weights = batch.loss_weights
     return torch.ones_like(batch.labels, dtype=torch.float32) if weights is None else weights
 
