@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -130,52 +130,43 @@ class DatasetHeader:
             raise ValueError(f'its "format" is not "{HEADER_FORMAT}"')
         if tree.get("version") not in (HEADER_VERSION, *_OLD_HEADER_VERSIONS):
             raise ValueError(f"it has version {tree.get('version')!r}, this program reads version {HEADER_VERSION}")
-
-        def take(source: dict[str, Any], name: str, kind: type, optional: bool = False) -> Any:
-            value: Any = source.get(name)
-            if value is None and optional:
-                return None
-            if type(value) is not kind or (isinstance(value, int) and value < 0):  # type(): a bool is not an int here
-                raise ValueError(f'"{name}" is {value!r}, which is not a valid {kind.__name__}')
-            return value
-
-        tokenizer = take(tree, "tokenizer", dict, optional=True)
-        hashes = take(tree, "block_hashes", list)
-        sources = take(tree, "sources", list)
+        hashes, sources = _take(tree, "block_hashes", list), _take(tree, "sources", list)
         if not all(isinstance(value, str) for value in hashes) or not all(isinstance(s, dict) for s in sources):
             raise ValueError('"block_hashes" or "sources" hold something else than they should')
-        special = ("bos_id", "eos_id", "pad_id", "unk_id")
-        return cls(
-            **{name: take(tree, name, str) for name in ("dtype", "idx_hash", "fingerprint")},
-            **{
-                name: take(tree, name, int) for name in ("sequences", "documents", "tokens", "bin_bytes", "block_bytes")
-            },
+        tokenizer = _take(tree, "tokenizer", dict, optional=True)
+        header: DatasetHeader = _record(
+            cls,
+            tree,
             block_hashes=tuple(hashes),
-            max_token_id=take(tree, "max_token_id", int, optional=True),
-            tokenizer=None
-            if tokenizer is None
-            else TokenizerRecord(
-                take(tokenizer, "fingerprint", str),
-                take(tokenizer, "vocab_size", int),
-                **{name: take(tokenizer, name, int, optional=True) for name in special},
-                path=take(tokenizer, "path", str, optional=True),
-            ),
-            options=take(tree, "options", dict),
-            sources=tuple(
-                SourceRecord(
-                    take(s, "path", str),
-                    take(s, "bytes", int),
-                    take(s, "documents", int),
-                    take(s, "tokens", int, optional=True),
-                    take(s, "xxh3", str, optional=True),
-                    {
-                        cause: take(s["rejected"], cause, int)
-                        for cause in take(s, "rejected", dict, optional=True) or {}
-                    },
-                )
-                for s in sources
-            ),
+            tokenizer=None if tokenizer is None else _record(TokenizerRecord, tokenizer),
+            options=_take(tree, "options", dict),
+            sources=tuple(_record(SourceRecord, source, rejected=_rejected(source)) for source in sources),
         )
+        return header
+
+
+def _record(cls: type, tree: dict[str, Any], **others: Any) -> Any:
+    """A record of a header: ``others``, and every number and text of its fields as the tree has it."""
+    kinds = {"int": int, "str": str}
+    for own in fields(cls):
+        if own.name not in others:
+            kind, _, may_be_absent = str(own.type).partition(" | ")
+            others[own.name] = _take(tree, own.name, kinds[kind], bool(may_be_absent))
+    return cls(**others)
+
+
+def _take(tree: dict[str, Any], name: str, kind: type, optional: bool = False) -> Any:
+    value: Any = tree.get(name)
+    if value is None and optional:
+        return None
+    if type(value) is not kind or (isinstance(value, int) and value < 0):  # type(): a bool is not an int here
+        raise ValueError(f'"{name}" is {value!r}, which is not a valid {kind.__name__}')
+    return value
+
+
+def _rejected(source: dict[str, Any]) -> dict[str, int]:
+    counts = _take(source, "rejected", dict, optional=True) or {}
+    return {cause: _take(counts, cause, int) for cause in counts}
 
 
 def read_header(prefix: str | Path) -> DatasetHeader | None:
