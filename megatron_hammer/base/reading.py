@@ -56,20 +56,29 @@ def open_descriptor(path: str | os.PathLike[str], follow: bool = True) -> int:
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
-        if error.errno == errno.ELOOP and not follow and os.path.islink(path):
-            raise UnfitFile(path, "it is a symbolic link", "put the file itself there") from None
-        if error.errno == errno.ENXIO:
-            raise UnfitFile(path, "it is a socket, not a regular file", _NAME_A_FILE) from None
-        raise
+        raise _why_not_opened(path, follow, error) from None
     except ValueError:  # a NUL in it
         raise FileNotFoundError(errno.ENOENT, "no file can have such a name", os.fspath(path)) from None
     mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode):
-        return descriptor
-    os.close(descriptor)
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise _not_regular(path, mode)
+    return descriptor
+
+
+def _why_not_opened(path: str | os.PathLike[str], follow: bool, error: OSError) -> OSError:
+    """The system's refusal, in words where its own do not say what is there."""
+    if error.errno == errno.ELOOP and not follow and os.path.islink(path):
+        return UnfitFile(path, "it is a symbolic link", "put the file itself there")
+    if error.errno == errno.ENXIO:
+        return UnfitFile(path, "it is a socket, not a regular file", _NAME_A_FILE)
+    return error
+
+
+def _not_regular(path: str | os.PathLike[str], mode: int) -> OSError:
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-    raise UnfitFile(path, f"it is a {'pipe' if stat.S_ISFIFO(mode) else 'device'}, not a regular file", _NAME_A_FILE)
+        return IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    return UnfitFile(path, f"it is a {'pipe' if stat.S_ISFIFO(mode) else 'device'}, not a regular file", _NAME_A_FILE)
 
 
 def open_regular(path: str | os.PathLike[str], follow: bool = True) -> io.BufferedReader:

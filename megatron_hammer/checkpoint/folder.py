@@ -268,13 +268,13 @@ def newest_checkpoint(run_or_folder: str | Path, note: Note = say) -> Manifest |
     """
     newest = next(readable_checkpoints(run_or_folder, note), None)
     if newest is None and (found := find_checkpoints(run_or_folder)):
-        raise CheckpointError(
-            3,
-            str(found[-1].parent),
-            f"has {len(found)} checkpoints, none with a readable manifest",
-            "restore one, or move them away to start afresh",
-        )
+        raise _none_readable(found)
     return newest
+
+
+def _none_readable(found: list[Path]) -> CheckpointError:
+    rule = f"has {len(found)} checkpoints, none with a readable manifest"
+    return CheckpointError(3, str(found[-1].parent), rule, "restore one, or move them away to start afresh")
 
 
 def checkpoint_of_step(run_or_folder: str | Path, step: int) -> Path:
@@ -322,18 +322,22 @@ def open_checkpoint(checkpoint_or_run: str | Path, step: int | None = None) -> M
         CheckpointError: there is none, or its manifest cannot be read.
     """
     path = Path(checkpoint_or_run) if step is None else checkpoint_of_step(checkpoint_or_run, step)
-    if not path.is_dir():
-        rule = "is a file, not a folder" if path.exists() else "is not there"
-        raise CheckpointError(1, str(path), rule, _missing_remedy(path))
-    if _NEVER_COMMITTED.fullmatch(path.name):
-        remedy = "name a committed step-NNNNNNNN folder"
-        raise CheckpointError(2, str(path), "was never committed and may be incomplete", remedy)
+    if not path.is_dir() or _NEVER_COMMITTED.fullmatch(path.name):
+        raise _no_checkpoint(path)
     if os.path.lexists(path / MANIFEST):
         return read_manifest(path)
     newest = newest_checkpoint(path)
     if newest is None:
         raise _holds_none(path)
     return newest
+
+
+def _no_checkpoint(path: Path) -> CheckpointError:
+    if path.is_dir():
+        remedy = "name a committed step-NNNNNNNN folder"
+        return CheckpointError(2, str(path), "was never committed and may be incomplete", remedy)
+    rule = "is a file, not a folder" if path.exists() else "is not there"
+    return CheckpointError(1, str(path), rule, _missing_remedy(path))
 
 
 def _holds_none(folder: Path) -> CheckpointError:

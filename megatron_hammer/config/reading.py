@@ -252,16 +252,11 @@ def config_to_tree(config: Config) -> dict[str, Any]:
 
 def _build(cls: type, tree: Any, where: str) -> Any:
     if not isinstance(tree, Mapping):
-        remedy = f"write {where}={_group_form(cls, tree)}"
-        if isinstance(tree, str) and ":" in in_ascii(tree):
-            remedy = f"put a blank behind the colon: {tree.split()[0].replace(':', ': ')}"
-        raise ConfigError(3, f"{where}={tree!r}", "must be a group of fields", remedy)
+        raise _not_a_group(cls, tree, where)
     hints = _types_of(cls)
     for key in tree:
         if key not in hints:
-            name = f"{where}.{key}" if where else str(key)
-            known = [f"{where}.{own}" for own in hints] if "[" in where else _known_settings()
-            raise ConfigError(2, name, "is not a known setting", unknown_remedy(name, known, in_file=False))
+            raise _not_a_setting(key, hints, where)
     values = {}
     for f in dataclasses.fields(cls):
         name = f"{where}.{f.name}" if where else f.name
@@ -272,6 +267,19 @@ def _build(cls: type, tree: Any, where: str) -> Any:
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(7, name, "is not set and has no default", f"add {name} to the YAML file or the arguments")
     return cls(**values)
+
+
+def _not_a_setting(key: Any, hints: Mapping[str, Any], where: str) -> ConfigError:
+    name = f"{where}.{key}" if where else str(key)
+    known = [f"{where}.{own}" for own in hints] if "[" in where else _known_settings()
+    return ConfigError(2, name, "is not a known setting", unknown_remedy(name, known, in_file=False))
+
+
+def _not_a_group(cls: type, given: Any, where: str) -> ConfigError:
+    remedy = f"write {where}={_group_form(cls, given)}"
+    if isinstance(given, str) and ":" in in_ascii(given):
+        remedy = f"put a blank behind the colon: {given.split()[0].replace(':', ': ')}"
+    return ConfigError(3, f"{where}={given!r}", "must be a group of fields", remedy)
 
 
 def _group_form(cls: type, given: Any) -> str:

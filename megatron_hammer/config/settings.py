@@ -194,16 +194,23 @@ class ModelConfig:
             self.head_size % 2 == 0, f"model.head_dim={self.head_size}", "must be even for RoPE", "set model.head_dim"
         )
         if self.rope_scaling is not None:
-            self.rope_scaling.check()
-            require(
-                self.head_size > 2 or self.rope_scaling.rope_type != "dynamic",
-                f"model.head_dim={self.head_size}",
-                "must be above 2 for model.rope_scaling.rope_type=dynamic",
-                "raise model.head_dim",
-            )
-        chosen = [n for n in ("qkv_bias", "attention_output_bias", "mlp_bias", "qk_norm") if getattr(self, n)]
+            self._check_rope_scaling(self.rope_scaling)
+        if self.family is None:
+            raise self._no_family()
+
+    def _check_rope_scaling(self, scaling: RopeScaling) -> None:
+        scaling.check()
         require(
-            self.family is not None,
+            self.head_size > 2 or scaling.rope_type != "dynamic",
+            f"model.head_dim={self.head_size}",
+            "must be above 2 for model.rope_scaling.rope_type=dynamic",
+            "raise model.head_dim",
+        )
+
+    def _no_family(self) -> ConfigError:
+        chosen = [n for n in ("qkv_bias", "attention_output_bias", "mlp_bias", "qk_norm") if getattr(self, n)]
+        return ConfigError(
+            4,
             ", ".join(f"model.{name}=true" for name in chosen),
             "is together a model that no class of transformers computes, so it could not be exported",
             "a Llama has qkv_bias and attention_output_bias or none, and mlp_bias as you like; Qwen2 qkv_bias alone; "

@@ -143,8 +143,7 @@ def write_hf(
             try:
                 why = convert_tokenizer(tokenizer, folder, begin_with_bos, model.max_position_embeddings)
             except RefusedError as error:
-                remedy = f"{error.remedy}; or export the weights with --tokenizer as-is or none"
-                raise RefusedError(error.number, error.what, error.rule, remedy) from None
+                raise _with_weights_alone(error) from None
             if why:
                 note(f"the tokenizer is exported as {form_line(why)}")
         else:
@@ -157,6 +156,12 @@ def write_hf(
     write_durably(folder / GENERATION_CONFIG, dump_json(present))
     export_weights(manifest, folder, dtype, max_shard_bytes)
     return unproved
+
+
+def _with_weights_alone(error: RefusedError) -> RefusedError:
+    """A refusal of the tokenizer, with what can be done in an export."""
+    remedy = f"{error.remedy}; or export the weights with --tokenizer as-is or none"
+    return RefusedError(error.number, error.what, error.rule, remedy)
 
 
 def documents_begin_with(config: Mapping[str, Any], token: int | None) -> bool | None:
@@ -225,14 +230,14 @@ def prove_in_child_process(checkpoint: Path, folder: Path, dtype: str, unproved:
     if "error" in report:
         raise from_fields(report["error"])
     if child.returncode != 0:
-        cause = f"exit status {child.returncode}" if child.returncode > 0 else f"signal {-child.returncode}"
-        raise RefusedError(
-            26,
-            f"the proof of {folder.name}",
-            f"ended by {cause} without a verdict",
-            "see the lines above; signal 9 usually means too little memory for one fp32 model",
-        )
+        raise _no_verdict(folder, child.returncode)
     return report
+
+
+def _no_verdict(folder: Path, status: int) -> RefusedError:
+    cause = f"exit status {status}" if status > 0 else f"signal {-status}"
+    remedy = "see the lines above; signal 9 usually means too little memory for one fp32 model"
+    return RefusedError(26, f"the proof of {folder.name}", f"ended by {cause} without a verdict", remedy)
 
 
 def certificate_line(certificate: dict[str, Any]) -> str:

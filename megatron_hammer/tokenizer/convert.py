@@ -76,6 +76,7 @@ def convert_tokenizer(
 
 
 def _convert_model(tokenizer: SentencePieceTokenizer, directory: Path, begins: bool, max_length: int | None) -> str:
+    """With a tokenizer.json where one gives the same ids, else as a folder around the model."""
     proto = parse_model(tokenizer.model_bytes, tokenizer.path)
     texts = [piece.piece.replace(SPACE, " ") for piece in proto.pieces]
     tokenizer.save_files(directory)
@@ -96,8 +97,17 @@ def _convert_model(tokenizer: SentencePieceTokenizer, directory: Path, begins: b
         return ""
     except RefusedError as error:
         why = error.rule.replace("and its Hugging Face form", "and a tokenizer.json")
-        for name in ("tokenizer.model", "tokenizer.json", "special_tokens_map.json"):
-            (directory / name).unlink(missing_ok=True)
+    _convert_around_model(tokenizer, proto, texts, directory, begins, max_length, why)
+    return why
+
+
+def _convert_around_model(
+    tokenizer: SentencePieceTokenizer, proto: Any, texts: list[str], directory: Path, begins: bool,
+    max_length: int | None, why: str,
+) -> None:  # fmt: skip
+    """In place of a tokenizer.json, which cannot have the model's ids: ``why``."""
+    for name in ("tokenizer.model", "tokenizer.json", "special_tokens_map.json"):
+        (directory / name).unlink(missing_ok=True)
     if obstacle := model_obstacle(tokenizer, proto):
         raise RefusedError(
             1, str(tokenizer.path), f"{why}, and {obstacle}: there is no exact form for transformers",
@@ -105,7 +115,6 @@ def _convert_model(tokenizer: SentencePieceTokenizer, directory: Path, begins: b
         )  # fmt: skip
     write_model_folder(tokenizer, proto, directory, begins, max_length, why)
     prove_ids(tokenizer, directory, texts, begins_with_bos=begins)
-    return why
 
 
 def _convert_given(

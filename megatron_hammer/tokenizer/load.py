@@ -47,11 +47,15 @@ def load_tokenizer(
         return TiktokenTokenizer(path, tiktoken_pattern, special_tokens)
     try:
         if tiktoken_pattern or special_tokens:
-            option = f"--tiktoken-pattern {tiktoken_pattern}" if tiktoken_pattern else "--special-tokens"
-            raise ConfigError(99, option, f"is for tiktoken vocabularies, and {path} has its own", "leave it out")
+            raise _has_its_own(path, tiktoken_pattern)
         return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
     except (ConfigError, DataError) as error:
         raise _something_else(path) or error from None
+
+
+def _has_its_own(path: Path, tiktoken_pattern: str | None) -> ConfigError:
+    option = f"--tiktoken-pattern {tiktoken_pattern}" if tiktoken_pattern else "--special-tokens"
+    return ConfigError(99, option, f"is for tiktoken vocabularies, and {path} has its own", "leave it out")
 
 
 _BELOW = ("tokenizer", "hf")

@@ -97,16 +97,20 @@ def remarks(job: Job) -> list[str]:
             found.append(f"nothing marks where a document ends and the next begins (no {option}): a model reads across "
                          "documents as if they were one, and does not learn to stop")  # fmt: skip
     texts = [path for path, kind in zip(job.files, job.kinds) if kind in TEXT_DOCUMENTS]
-    if texts:
-        names = f"{texts[0]}" + (f" and {len(texts) - 1:,} more" if len(texts) > 1 else "")
-        found.append(f"{names}: plain text, {_TEXT_DOCUMENT_NAMES[job.text_documents]} is a document "
-                     f"(--text-documents {job.text_documents})")  # fmt: skip
-        if json_lines := next((path for path in texts if _begins_as_json(path)), None):
-            found.append(f"{json_lines} looks like JSON lines, and its name makes it plain text, braces and keys "
-                         "included: rename it to end in .jsonl if that is not meant")  # fmt: skip
-        if job.keys != ("text",):
-            found.append(f"{names}: plain text has no fields: --json-keys {' '.join(job.keys)} only names the output, "
-                         "and all of the text goes into each dataset")  # fmt: skip
+    return found + _remarks_on_text(job, texts) if texts else found
+
+
+def _remarks_on_text(job: Job, texts: Sequence[Path]) -> list[str]:
+    """The same of its files of plain text."""
+    names = f"{texts[0]}" + (f" and {len(texts) - 1:,} more" if len(texts) > 1 else "")
+    found = [f"{names}: plain text, {_TEXT_DOCUMENT_NAMES[job.text_documents]} is a document "
+             f"(--text-documents {job.text_documents})"]  # fmt: skip
+    if json_lines := next((path for path in texts if _begins_as_json(path)), None):
+        found.append(f"{json_lines} looks like JSON lines, and its name makes it plain text, braces and keys "
+                     "included: rename it to end in .jsonl if that is not meant")  # fmt: skip
+    if job.keys != ("text",):
+        found.append(f"{names}: plain text has no fields: --json-keys {' '.join(job.keys)} only names the output, "
+                     "and all of the text goes into each dataset")  # fmt: skip
     return found
 
 
