@@ -16,8 +16,9 @@ transformers, or with the config's biases and norms of heads that of ``Qwen2ForC
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,13 @@ from megatron_hammer.model.head_loss import HeadAndLoss, Objective
 from megatron_hammer.model.layer_interface import LayerModule
 from megatron_hammer.model.layers import LayerOptions, ready_after
 from megatron_hammer.model.recompute import Layer, Recompute
-from megatron_hammer.model.residence import uses_of, with_weights
+from megatron_hammer.model.residence import run_and_release, uses_of
 from megatron_hammer.model.rope import cos_and_sin
 from megatron_hammer.parallel.collectives import all_gather_rows
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.parallel.placement import Placement, place
 
+Result = TypeVar("Result")
 CosSin = tuple[Tensor, Tensor]
 """Of the angles of RoPE: [s, 1, 1, d/2] each; [b s, 1, 1, d/2] of a packed micro-batch."""
 
@@ -180,7 +182,7 @@ class Stage(nn.Module):
         branch: Tensor | None = None
         if x is None:
             with self.range_of(EMBEDDING):
-                x = with_weights(self.options.store, self.uses["embedding"], self.embedding, tokens.t(), again=False)
+                x = self._with_weights("embedding", self.embedding, tokens.t(), again=False)
         recorded = torch.is_grad_enabled()
         runs: Iterable[Layer] = self.recorded_layers if recorded else self.layers.values()
         compiled = self.compiled and recorded  # evaluation comes in many shapes: it is never compiled
@@ -191,14 +193,30 @@ class Stage(nn.Module):
             for (i, layer), run in zip(self.layers.items(), runs, strict=True):
                 if compiled:
                     x = ready_after(x, gradients_of(layer))
-                use = self.uses[f"layers.{i}"]
-                x, branch = with_weights(self.options.store, use, run, x, branch, rope, told, by_itself=compiled)
+                x, branch = self._with_weights(f"layers.{i}", run, x, branch, rope, told, by_itself=compiled)
         if not self.placement.has_head:
             return x if branch is None else x + branch
         normed: Tensor
         with self.range_of(NORM):
-            normed, _ = with_weights(self.options.store, self.uses["final_norm"], self.final_norm, x, branch)
+            normed, _ = self._with_weights("final_norm", self.final_norm, x, branch)
         return normed
+
+    def _with_weights(
+        self, part: str, run: Callable[..., Result], *inputs: Any, again: bool = True, by_itself: bool = False
+    ) -> Result:
+        """``run(*inputs)`` while the weights of a part are there.
+
+        Args:
+            run: returns a tensor, or a tuple of tensors.
+            again: have them there in its backward too, which an embedding does not need.
+            by_itself: its backward writes gradients without ``Gradient.add``, as a compiled layer's does.
+        """
+        store, use = self.options.store, self.uses[part]
+        if store is not None:
+            store.acquire(use.part, use.following)
+            if not store.weights_stay or (by_itself and store.sums_are_new):
+                return run_and_release(store, use, run, inputs, again, by_itself)
+        return run(*inputs)  # nothing is given up
 
     def empty_hidden(self, tokens: Tensor, packed: bool) -> Tensor:
         """A place for what ``hidden`` receives of these tokens; packed: with documents."""
@@ -234,8 +252,7 @@ class Stage(nn.Module):
         if not self.placement.has_head:
             return x
         with self.range_of(HEAD):  # with an objective nothing is left for backward to compute
-            run, again = self.head_and_loss, objective is None
-            return with_weights(self.options.store, self.uses["head"], run, x, labels, objective, again=again)
+            return self._with_weights("head", self.head_and_loss, x, labels, objective, again=objective is None)
 
     def _head_columns(self, x: Tensor) -> Tensor:
         return layers.column_parallel(x, self.head_and_loss.weight, self.options)
@@ -244,7 +261,7 @@ class Stage(nn.Module):
     def logits(self, tokens: Tensor, documents: PackedSequences | None = None) -> Tensor:
         """[b, s] int64 -> [b, s, v] over the true vocabulary, gathered on every rank: for proofs, not for training."""
         x = self.hidden(tokens, documents)
-        columns = with_weights(self.options.store, self.uses["head"], self._head_columns, x)
+        columns = self._with_weights("head", self._head_columns, x)
         columns = columns.permute(2, 1, 0)  # [v/t, b, s]
         gathered = all_gather_rows(columns, self.options.tp)[: self.vocab_size]
         return gathered.permute(1, 2, 0).reshape(*tokens.shape, -1)

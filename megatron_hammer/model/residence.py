@@ -57,32 +57,16 @@ def uses_of(layers: tuple[int, int], has_embedding: bool, has_head: bool, is_tie
     return uses
 
 
-def with_weights(
-    store: GradientStore | None,
-    use: Use,
-    run: Callable[..., Result],
-    *inputs: Any,
-    again: bool = True,
-    by_itself: bool = False,
+def run_and_release(
+    store: GradientStore, use: Use, run: Callable[..., Result], inputs: tuple[Any, ...], again: bool, by_itself: bool
 ) -> Result:
-    """``run(*inputs)`` while the weights of a part are there.
+    """``run(*inputs)`` with weights that have been acquired, of a store that gives up what is not in use.
 
     Args:
         run: returns a tensor, or a tuple of tensors.
-        again: have them there in its backward too, which an embedding does not need.
-        by_itself: its backward writes gradients without ``Gradient.add``, as a compiled layer's does.
+        again: have the weights there in its backward too.
+        by_itself: its backward writes gradients without ``Gradient.add``.
     """
-    if store is not None:
-        store.acquire(use.part, use.following)
-        if not store.weights_stay or (by_itself and store.sums_are_new):
-            return _to_be_released(store, use, run, inputs, again, by_itself)
-    return run(*inputs)  # nothing is given up
-
-
-def _to_be_released(
-    store: GradientStore, use: Use, run: Callable[..., Result], inputs: tuple[Any, ...], again: bool, by_itself: bool
-) -> Result:
-    """The same where the store gives up weights or sums that are not in use."""
     if not torch.is_grad_enabled() or not again:
         result = run(*inputs)
         store.release(use.part)
