@@ -36,7 +36,7 @@ import xxhash
 
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.files import make_durable, open_new, publish
-from megatron_hammer.base.locks import take_lock
+from megatron_hammer.base.locks import give_up, take_lock
 from megatron_hammer.base.mapping import FileMap
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.reading import open_regular, parse_json
@@ -165,7 +165,7 @@ class IndexStore:
                 time.sleep(_POLL_SECONDS)
             yield
         finally:
-            os.close(descriptor)  # gives up the lock
+            give_up(descriptor, self.folder / "lock")
 
 
 def write_index(path: Path, kind: str, key: Key, arrays: Arrays) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from megatron_hammer.base.errors import RefusedError
 from megatron_hammer.base.files import replace_file, set_aside, sync_folder
-from megatron_hammer.base.locks import NO_LOCKS, take_lock
+from megatron_hammer.base.locks import NO_LOCKS, give_up, take_lock
 from megatron_hammer.base.reading import read_regular
 from megatron_hammer.base.system import open_descriptors, sync
 from megatron_hammer.checkpoint.folder import Damaged, clean_up, remove_left
@@ -106,7 +106,7 @@ def only_writer(output: Path, is_new: bool = False) -> Iterator[HeldOutput]:
             sync(folder)
             yield held
         finally:
-            os.close(lock)
+            give_up(lock, output / LOCK)
     finally:
         os.close(folder)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hammer.base import locks
 from megatron_hammer.base.locks import open_alone, take_lock
 
 
@@ -36,9 +37,9 @@ def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
 
 
 def test_without_locks_the_owner_is_written_down(
-    tmp_path: Path, no_locks: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, no_locks: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, owner = tmp_path / "lock", tmp_path / ".lock.owner"
+    path, owner = tmp_path / "lock", tmp_path / ".lock.owner-1"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     assert take_lock(descriptor, path)
     assert json.loads(owner.read_text())["pid"] == os.getpid()
@@ -49,10 +50,22 @@ def test_without_locks_the_owner_is_written_down(
         started = stat.rpartition(")")[2].split()[19]
         owner.write_text(json.dumps({"host": socket.gethostname(), "pid": other.pid, "started": started}))
         assert not take_lock(descriptor, path)
+        looks = locks._owners
+        with monkeypatch.context() as patch:
+            patch.setattr(locks, "_owners", lambda path: patch.undo() or [])  # it made its file a moment later
+            assert not take_lock(descriptor, path) and looks(path) == [(1, owner)]
         other.kill()
     assert take_lock(descriptor, path), "a dead owner holds nothing"
-    owner.write_text(json.dumps({"host": "another", "pid": 7, "started": "1"}))
+    assert [number for number, _ in locks._owners(path)] == [1, 2], "whoever looks now sees the one or the other"
+    locks.give_up(descriptor, path)
+    assert locks._owners(path) == [(1, owner)]
+    descriptor = os.open(path, os.O_RDWR)
+    owner.write_text("")
+    monkeypatch.setattr(locks, "_MOMENT_SECONDS", 0.0)
+    assert take_lock(descriptor, path), "killed before it wrote a line"
+    owner.with_name(".lock.owner-3").write_text(json.dumps({"host": "another", "pid": 7, "started": "1"}))
     assert take_lock(descriptor, path)
+    assert [number for number, _ in locks._owners(path)] == [3, 4]
     assert "; process 7 of another was the last: make sure that it has ended" in capsys.readouterr().err
     os.close(descriptor)
 
