@@ -171,7 +171,7 @@ def publish(staged: Path, path: Path) -> None:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, make it durable, and rename: readers see the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = staging_path(path)  # not by our number: in a container, every start may have that of the one that died
     try:
         write_durably(temporary, content)
         os.replace(temporary, path)

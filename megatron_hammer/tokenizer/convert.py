@@ -22,14 +22,13 @@ Ids were equal in transformers 4.50, 4.57 and 5.23, with and without a Llama ``c
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import RefusedError
-from megatron_hammer.base.files import dump_json, publish, replace_file, sync_folder
+from megatron_hammer.base.files import dump_json, publish, replace_file, staging_path, sync_folder
 from megatron_hammer.base.reading import parse_json, read_regular
 from megatron_hammer.tokenizer.conversion_proof import prove_conversion, prove_ids
 from megatron_hammer.tokenizer.definition import definition_of
@@ -178,7 +177,7 @@ def publish_tokenizer(
         rule = "is a file's name, and a folder of several files is written"
         raise RefusedError(6, str(output), rule, f"name the folder: {Path(output).with_suffix('')}")
     tokenizer = load_tokenizer(source, tiktoken_pattern, special_tokens)
-    staging = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    staging = staging_path(target)
     staging.mkdir(parents=True)
     try:
         why = convert_tokenizer(tokenizer, staging)

@@ -36,7 +36,10 @@ from megatron_hammer.train.changes import FRESH
 
 LOCK, SAVED = ".lock", ".saved"
 _NOTHING_SAVED = b"a run has begun in this folder and has no checkpoint yet\n"
-_LEFT_BEHIND = re.compile(r"((metrics|starts)\.jsonl|\.saved)\.tmp-\w+|\.probe-[0-9a-f]{32}")
+_LEFT_BEHIND = re.compile(
+    r"((metrics|starts|ledger|generations|evaluations)\.jsonl|\.saved)\.tmp-\w+|\.probe-[0-9a-f]{32}"
+)
+_INCIDENT_LEFT = re.compile(r"step-\d+[a-z0-9.-]*\.jsonl?\.tmp-\w+")
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -168,9 +171,10 @@ def is_read_only(error: OSError) -> bool:
 def clear_output(output: Path) -> list[str]:
     """Remove what programs that were killed have left; a line for each. For the holder of the lock."""
     lines = []
-    for path in sorted(output.iterdir()):
-        if _LEFT_BEHIND.fullmatch(path.name):
-            lines.append(remove_left(path, "a run"))
+    for folder, left in ((output, _LEFT_BEHIND), (output / "incidents", _INCIDENT_LEFT)):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if left.fullmatch(path.name):
+                lines.append(remove_left(path, "a run"))
     return lines + clean_up(output / "checkpoints")
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import xxhash
 
-from megatron_hammer.base.files import hash_bytes, hash_file, publish, staged_folder
+from megatron_hammer.base.files import hash_bytes, hash_file, publish, replace_file, staged_folder
 
 
 def test_hash_of_a_file_longer_than_the_buffer(tmp_path: Path) -> None:
@@ -29,6 +30,14 @@ def test_publish_replaces_a_file_but_no_filled_folder(tmp_path: Path) -> None:
     (tmp_path / "folder.tmp").mkdir()
     with pytest.raises(OSError, match="not empty"):
         publish(tmp_path / "folder.tmp", tmp_path / "folder")
+
+
+def test_what_a_killed_one_of_the_same_number_left_hinders_nobody(tmp_path: Path) -> None:
+    """As the first process of a container, whose number is always 1."""
+    (tmp_path / f"file.tmp-{os.getpid()}").write_text("half")
+    for content in (b"one", b"two"):
+        replace_file(tmp_path / "file", content)
+        assert (tmp_path / "file").read_bytes() == content and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_folder_is_replaced(tmp_path: Path) -> None:

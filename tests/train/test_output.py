@@ -121,17 +121,19 @@ def test_what_kills_leave_goes_at_every_start(data: Path, tmp_path: Path) -> Non
     (run / "checkpoints" / "step-00000009.tmp-abc").mkdir()
     (run / "checkpoints" / "step-00000009.tmp-abcd").write_text("x")
     (run / "checkpoints" / "step-00000001.old-1234567890abcdef").mkdir()
-    (run / "metrics.jsonl.tmp-77").write_text("x")
-    (run / "starts.jsonl.tmp-77").write_text("x")
+    (run / "incidents").mkdir()
+    for name in ("metrics.jsonl", "starts.jsonl", "ledger.jsonl", "generations.jsonl", "evaluations.jsonl", ".saved",
+                 "incidents/step-00000003.metrics.jsonl", "incidents/step-00000003-after-1-rewinds.json"):  # fmt: skip
+        (run / f"{name}.tmp-77").write_text("x")
     (run / f".probe-{'0' * 32}").write_text("")
     (run / "notes.tmp-1").write_text("somebody's")
     assert run_rank(config_for(arguments), 0, 0, 1, None) == 0
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
         "step-00000001", "step-00000001.aside-1234567890abcdef"
     ]  # fmt: skip
-    assert sorted(p.name for p in run.iterdir()) == [".lock", ".saved", "checkpoints", "metrics.jsonl", "notes.tmp-1",
-                                                      "starts.jsonl"]  # fmt: skip
-    assert clear_output(run) == []
+    assert sorted(p.name for p in run.iterdir()) == [".lock", ".saved", "checkpoints", "incidents", "metrics.jsonl",
+                                                      "notes.tmp-1", "starts.jsonl"]  # fmt: skip
+    assert clear_output(run) == [] == list((run / "incidents").iterdir())
 
 
 def test_a_finished_run_says_so_from_a_folder_that_nobody_may_write_to(data: Path, tmp_path: Path, monkeypatch) -> None:
