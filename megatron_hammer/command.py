@@ -146,20 +146,32 @@ def explain(words: list[str]) -> str:
         found = _page(name) if name.removesuffix(".zh-CN") in page_names() else ""
         if not found and name.replace("_", "-") in [*MODULES, *programs(tools_folder())]:
             found = _help_of([name])
-        remedy = "hammer --help lists commands and pages"
+        titled = [f"hammer help {page}" for page in page_names() if word.lower() in _titles(page)]
+        remedy = f"did you mean {' or '.join(titled)}?" if titled else "hammer --help lists commands and pages"
     if not found:
         raise ConfigError(1, "hammer help", f"was called wrongly: there is nothing on {word}", remedy)
     return as_commands(found.rstrip("\n"))
 
 
+def _titles(name: str) -> str:
+    """The first lines of a page in both languages, in small letters."""
+    from megatron_hammer.base.reading import read_regular
+
+    texts = [read_regular(PAGES / f"{name}{suffix}.md").decode("utf-8") for suffix in ("", ".zh-CN")]
+    return "\n".join(text.partition("\n")[0].lower() for text in texts)
+
+
 def explain_code(code: str) -> str:
     """The row of the list, what helps, and the paragraphs on it, where there are any; "" for one that is not listed."""
+    from megatron_hammer.base.language import user_language
+
     rows = re.findall(rf"^\| {code} \| (.*) \|$", text := _page("errors"), re.MULTILINE)
-    lines = [f"{code}: {row}" for row in rows]
+    colon = "：" if user_language() == "zh" else ": "
+    lines = [f"{code}{colon}{row}" for row in rows]
     for row in re.findall(r"^\| (E.*) \|$", _page("troubleshooting"), re.MULTILINE):
         codes, seen, remedy = row.split(" | ")
         if _holds(codes, code):
-            lines.append(f"{seen}: {remedy}")
+            lines.append(f"{seen}{colon}{remedy}")
     about = False
     for block in text.split("\n\n"):
         if head := re.match(r"\*\*(E\d.*?)\*\*", block):
@@ -180,11 +192,11 @@ def _holds(codes: str, code: str) -> bool:
 
 def _page(name: str) -> str:
     """The text of a page, in Chinese where that is the user's language; links to others as what prints them."""
+    from megatron_hammer.base.language import user_language
     from megatron_hammer.base.reading import read_regular
 
-    spoken = next(filter(None, map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
     chinese = PAGES / f"{name}.zh-CN.md"
-    path = chinese if spoken.startswith("zh") and chinese.exists() else PAGES / f"{name}.md"
+    path = chinese if user_language() == "zh" and chinese.exists() else PAGES / f"{name}.md"
     text = read_regular(path).decode("utf-8")
     text = re.sub(r"^\[(English|中文)\]\(.*\)\n\n", "", text, flags=re.MULTILINE)
     text = re.sub(r"\[(E\d+)\]\(errors(?:\.zh-CN)?\.md\)", r"\1", text)

@@ -105,10 +105,11 @@ def test_help_says_what_a_code_means_and_prints_pages(
         assert hammer("help", page)[1].startswith("# The data engine\n\nFrom raw text")
     assert hammer("help", "data.zh-CN")[1].startswith("# 数据引擎\n")
     monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
-    assert hammer("help", "E204")[1] == "E204: 值超出范围\n" and hammer("help", "data")[1].startswith("# 数据引擎\n")
+    assert hammer("help", "E204")[1] == "E204：值超出范围\n" and hammer("help", "data")[1].startswith("# 数据引擎\n")
     assert hammer("help", "count-tokens")[1].startswith("usage: hammer count-tokens ")
     assert "hammer help errors lists the codes" in hammer("help", "E999")[2]
     assert "hammer --help lists commands and pages" in hammer("help", "xyzzy")[2]
+    assert "did you mean hammer help layout or hammer help parallelism?" in hammer("help", "并行")[2]
 
 
 def test_an_unknown_name_is_answered_by_the_nearest(hammer: Callable[..., tuple[int, str, str]]) -> None:
