@@ -11,17 +11,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import resources
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from megatron_hammer import __version__
 from megatron_hammer.base.html_page import data_of, escape, page_of, row_of, table_of, visible
+from megatron_hammer.base.language import Language
 from megatron_hammer.report.charts import Chart, Say, charts_of, tokens_of
 from megatron_hammer.report.curves import MetricsReader
 from megatron_hammer.report.gather import RunFacts
 
-Language = Literal["en", "zh"]
 MEAN_STEPS = 100  # of the loss and the speed at the top: one step's are noise
 MOST_MARKS = 300  # in the charts, of each run
 MOST_STARTS, MOST_STEPS, MOST_TEXTS = 50, 12, 30  # rows of starts; columns of evaluations; texts of a prompt
@@ -91,7 +91,7 @@ def _marks(run: RunFacts, name: str, say: Say) -> list[dict[str, Any]]:
         if isinstance(start.get("step"), int):
             found.append(("start", start["step"], say("started again", "重新启动")))
     return [
-        {"kind": kind, "step": step, "text": visible(f"{name}: {text}, {say('step', '步')} {step:,}")}
+        {"kind": kind, "step": step, "text": visible(f"{name}: {text}, {say(f'step {step:,}', f'第 {step:,} 步')}")}
         for kind, step, text in found[-MOST_MARKS:]
     ]
 
@@ -353,7 +353,7 @@ def _generations(runs: Sequence[RunFacts], names: Sequence[str], say: Say) -> li
         for run, name in zip(runs, names, strict=True):
             texts = sorted((one for one in run.generations if one.prompt == prompt), key=lambda one: -one.step)
             shown = "".join(
-                f'<p class="muted">{escape(say("step", "步"))} {one.step:,}</p>'
+                f'<p class="muted">{escape(say(f"step {one.step:,}", f"第 {one.step:,} 步"))}</p>'
                 f'<pre dir="auto">{escape(one.text[:MOST_CHARACTERS])}</pre>'
                 for one in texts[:MOST_TEXTS]
             )

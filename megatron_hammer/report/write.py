@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import replace_file
+from megatron_hammer.base.language import Language
 from megatron_hammer.base.progress import Progress, say, track
 from megatron_hammer.base.reading import open_regular
 from megatron_hammer.checkpoint.folder import find_checkpoints, step_of
@@ -16,7 +17,7 @@ from megatron_hammer.metrics.generations import GENERATIONS, read_generations, w
 from megatron_hammer.report.charts import Chart, Say, charts_of, draw
 from megatron_hammer.report.curves import MetricsReader
 from megatron_hammer.report.gather import RunFacts, gather_runs, open_metrics
-from megatron_hammer.report.page import Language, names_of, run_page, sayer
+from megatron_hammer.report.page import names_of, run_page, sayer
 
 LEAST_REFRESH_SECONDS = 1.0
 
@@ -90,10 +91,11 @@ def write_page(
         replace_file(output, run_page(runs, language, refresh if goes_on else None))
         if pictures is not None:
             names = names_of(runs)
-            source = "metrics.jsonl, evaluations.jsonl: " + ", ".join(
-                f"{name}, {run.metrics.last_step:,}" for name, run in zip(names, runs, strict=True)
-            )
             charts, chosen = _charts_to_draw(runs, names, language)
+            source = chosen("Source: metrics of ", "来源：指标，") + chosen(", ", "；").join(
+                chosen(f"{name} to step {run.metrics.last_step:,}", f"{name} 到第 {run.metrics.last_step:,} 步")
+                for name, run in zip(names, runs, strict=True)
+            )
             draw(charts, pictures, source, chosen)
         told(runs)
         if not goes_on or refresh is None:

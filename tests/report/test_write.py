@@ -43,7 +43,9 @@ def test_the_program(
     few = tmp_path / "少"
     few.mkdir()
     (few / "metrics.jsonl").write_text('{"step": 7, "loss": 2.0, "valid/金/loss": 1.5}\n')
-    assert call(few, "--pictures", pictures, monkeypatch=monkeypatch) == 0 and (few / "report.html").is_file()
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    assert call(few, "--pictures", pictures, monkeypatch=monkeypatch) == 0
+    assert "训练报告：少" in (few / "report.html").read_text(encoding="utf-8"), "the language of the system"
     assert sorted(path.name for path in pictures.iterdir()) == ["loss.png", "valid.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures.iterdir())
     capsys.readouterr()
@@ -63,6 +65,7 @@ def test_the_program(
 def test_the_commands_of_the_page(run: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of its twin are the same (tests/test_pages_in_chinese.py)."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
     for name, made in (("mine", run), ("other", other)):
         shutil.copytree(made, tmp_path / "runs" / name)
         os.utime(tmp_path / "runs" / name / "metrics.jsonl", (0, 0))  # of a run that has ended long ago
