@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from megatron_hammer.base.characters import in_ascii
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.line_input import ReadLine
 from megatron_hammer.huggingface.generate import Sampling, continuation_of, continue_rows, seed_everything
@@ -148,6 +149,7 @@ def converse(chat: Chat, read: ReadLine, write: Write, note: Write) -> None:
         except UnicodeDecodeError as error:
             note(f"this line is not text in {error.encoding}: {error.reason}")
             continue
+        said = _as_typed_in_ascii(said)
         if said.startswith("/") and not said.startswith("//"):
             if said.strip() == "/quit":
                 return
@@ -161,6 +163,12 @@ def converse(chat: Chat, read: ReadLine, write: Write, note: Write) -> None:
             chat.answer(said, write, note)
         except (ConfigError, DataError) as error:  # of this line: half a surrogate pair, nothing to begin with
             note(str(error))
+
+
+def _as_typed_in_ascii(said: str) -> str:
+    """The command that ``／help`` or ``、help`` means, as a Chinese keyboard writes it; any other line as it is."""
+    meant = "/" + in_ascii(said[1:]).strip()
+    return meant if said[:1] in ("／", "、") and meant in COMMANDS else said
 
 
 def _obey(chat: Chat, command: str, note: Write) -> str | None:

@@ -249,6 +249,10 @@ def test_commands(exported) -> None:
     assert notes.count("nothing was said yet") == 3 and "taken back: /b" in notes and not chat.turns
     assert any(note.startswith("/bad is no command") for note in notes) and "/quit or Ctrl-D ends" in notes
     assert any(note.startswith("/again ") for note in notes)
+    _, notes = talk(chat, "／help", "、new", "／ａｇａｉｎ", "、")
+    assert any(note.startswith("/again ") for note in notes) and notes.count("nothing was said yet") == 1
+    assert [turn["content"] for turn in chat.turns][::2] == ["、"], "any other line is said as it stands"
+    chat.turns.clear()
     _, notes = talk(chat, "a", "/again", "\ud800", "/quit", "never read")
     assert [turn["content"] for turn in chat.turns][::2] == ["a"], "said once; the bad line is named and left out"
     assert "E314" in notes[-1]
