@@ -10,9 +10,11 @@ import math
 import re
 import unicodedata
 
+TYPOGRAPHIC_QUOTES = ("“", "”", "„", "«", "»", "「", "」", "‘", "’", "‚")
+"""Which a shell takes for letters: it splits at the blanks between them."""
 _TYPOGRAPHIC = str.maketrans({
-    **dict.fromkeys("“”„«»「」", '"'), **dict.fromkeys("‘’‚", "'"), **dict.fromkeys("—–‒‐‑−－", "-"),
-    "、": ",", "。": ".", "×": "x", "\u3000": " ",
+    **dict.fromkeys(TYPOGRAPHIC_QUOTES[:7], '"'), **dict.fromkeys(TYPOGRAPHIC_QUOTES[7:], "'"),
+    **dict.fromkeys("—–‒‐‑−－", "-"), "、": ",", "。": ".", "×": "x", "\u3000": " ",
 })  # fmt: skip
 _UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
           "%": 0.01, "千": 1e3, "万": 1e4, "百万": 1e6, "亿": 1e8}  # fmt: skip

@@ -202,6 +202,10 @@ class ArgumentParser(argparse.ArgumentParser):
             dashed := next(filter(None, map(self._meant_as_option, message.partition("arguments: ")[2].split())), None)
         ):
             remedy = f"write {dashed[1]}, not {dashed[0]}"
+        elif re.search("unrecognized arguments: .*[“”]", message) and (
+            quoted := re.search("[“”]([^“”]*)[“”]", " ".join(self._words))
+        ):
+            remedy = f'write "{quoted[1]}", in the quotes of the keyboard'
         elif "unrecognized arguments: -" in message:
             option = message.partition("unrecognized arguments: ")[2].split()[0].partition("=")[0]
             if near := difflib.get_close_matches(option, list(self._option_string_actions), n=1, cutoff=0.7):

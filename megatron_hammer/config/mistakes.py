@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_hammer.base.characters import in_ascii, is_number, number_meant
+from megatron_hammer.base.characters import TYPOGRAPHIC_QUOTES, in_ascii, is_number, number_meant
 from megatron_hammer.base.paths import unusable_remedy
 from megatron_hammer.config.presets import PRESETS
 
@@ -287,6 +287,10 @@ def elsewhere_remedy(value: object, choices: Sequence[object]) -> str:
 def setting_of_argument(argument: str, known: Sequence[str]) -> str:
     """What an argument that is no ``group.field=value`` should be: the whole remedy."""
     plain = in_ascii(argument)
+    if argument[:1] in TYPOGRAPHIC_QUOTES:
+        if argument[-1] not in TYPOGRAPHIC_QUOTES:  # the shell has split it at its blanks
+            return f"write '{plain[1:].partition('=')[0]}=...', in the quotes of the keyboard"
+        plain = plain[1:-1]
     words = re.split(r"\s*[=:]\s*", plain.strip(), maxsplit=1)
     key, value = words[0].strip("-"), words[1] if len(words) == 2 else ""
     groups = [name for name in known if "." not in name]

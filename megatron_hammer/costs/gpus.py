@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from megatron_hammer.base.characters import in_ascii
 from megatron_hammer.base.errors import ConfigError
 
 
@@ -75,7 +76,7 @@ def named_gpu(name: str) -> tuple[str, Gpu]:
     """
 
     def plain(text: str) -> str:
-        return re.sub(r"nvidia|amd|instinct|geforce|rtx|sxm\d?|[^a-z0-9]", "", text.lower())
+        return re.sub(r"nvidia|amd|instinct|geforce|rtx|sxm\d?|[^a-z0-9]", "", in_ascii(text).lower())
 
     for known, gpu in GPUS.items():
         if plain(known) == plain(name):

@@ -103,6 +103,8 @@ def said(*overrides: str, path: str | Path = TINY) -> str:
         ("train.num_steps：20", "write train.num_steps=20"),
         ("train。num_steps=20", "write train.num_steps=20"),
         ("train.num_steps =20", "write train.num_steps=20"),
+        ("“train.num_steps=20”", "write train.num_steps=20"),
+        ("“data.train={a:", "write 'data.train=...', in the quotes of the keyboard"),
         ("num_steps", "write train.num_steps=VALUE"),
         ("model=tiny", "model is a group of settings: write them one by one, such as model.hidden_size=VALUE"),
         ("train", "train is a group of settings"),

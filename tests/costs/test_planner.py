@@ -173,7 +173,8 @@ def test_names_of_gpus_as_people_write_them() -> None:
     from megatron_hammer.costs.gpus import named_gpu
 
     for name, known in {"H100": "H100", "h100-pcie": "H100 PCIe", "RTX4090": "4090", "rtx 4090": "4090",
-                        "A100-SXM4": "A100", "mi300x": "MI300X", "H200NVL": "H200 NVL"}.items():  # fmt: skip
+                        "A100-SXM4": "A100", "mi300x": "MI300X", "H200NVL": "H200 NVL",
+                        "Ｈ100": "H100"}.items():  # fmt: skip
         assert named_gpu(name)[0] == known
 
 
