@@ -136,15 +136,19 @@ def _model(facts: Facts, tree: Mapping[str, Any], say: Say) -> str:
 def _training(facts: Facts, say: Say) -> str:
     train, optimizer, schedule = facts.config.train, facts.config.optimizer, facts.config.schedule
     tokens_a_step = train.global_batch_size * facts.config.data.seq_length
+    betas = f"{optimizer.beta1:g}, {optimizer.beta2:g}"
+    decay, clip = f"{optimizer.weight_decay:g}", f"{optimizer.clip_grad:g}"
     rows: Rows = [
         (say("steps", "步数"), f"{facts.step:,} / {train.num_steps:,}"),
         *([(say("tokens", "token 数"), f"{facts.tokens:,}")] if facts.tokens is not None else []),
         (say("tokens of a step", "每步 token 数"), f"{tokens_a_step:,}"),
         (say("optimizer", "优化器"),
-         f"{optimizer.style}, betas {optimizer.beta1:g}, {optimizer.beta2:g}, weight decay {optimizer.weight_decay:g}, "
-         f"clip {optimizer.clip_grad:g}"),
+         say(f"{optimizer.style}, betas {betas}, weight decay {decay}, clip {clip}",
+             f"{optimizer.style}，beta {betas}，权重衰减 {decay}，梯度裁剪 {clip}")),
         (say("learning rate", "学习率"),
-         f"{optimizer.lr:g} -> {optimizer.min_lr:g}, {schedule.style}, warm-up {schedule.warmup_steps:,}"),
+         f"{optimizer.lr:g} -> {optimizer.min_lr:g}"
+         + say(f", {schedule.style}, warm-up {schedule.warmup_steps:,}",
+               f"，{schedule.style}，预热 {schedule.warmup_steps:,} 步")),
         (say("precision", "精度"), train.precision),
         (say("attention across documents", "跨文档注意力"),
          say("no", "否") if facts.config.data.attention_mask == "document" else say("yes", "是")),
