@@ -168,17 +168,19 @@ def draw_plan(plan: LayoutPlan, output: Path, shown: int) -> None:
     left.axvline(plan.memory_gib, color="black", linewidth=1.3)
     left.set_xlim(0, plan.memory_gib * 1.02)
     left.set_title("GiB of the rank that needs most; dashed: what may be used", fontsize=9.5, loc="left")
-    _stack(right, [layout.time.seconds for layout in layouts], TIME_PARTS, TIME_COLOURS, 1.0)
+    longest = max(layout.time.total for layout in layouts)
+    unit, counted = (1.0, "seconds") if longest >= 0.1 else (1e-3, "milliseconds")
+    _stack(right, [layout.time.seconds for layout in layouts], TIME_PARTS, TIME_COLOURS, unit)
     for y, layout in enumerate(layouts):
         right.text(
-            layout.time.total, y, f"  {layout.time.tokens_per_second:,.0f} tokens/s, {layout.time.mfu:.0%}",
+            layout.time.total / unit, y, f"  {layout.time.tokens_per_second:,.0f} tokens/s, {layout.time.mfu:.0%}",
             va="center", fontsize=8.5,
         )  # fmt: skip
-    right.set_xlim(0, max(layout.time.total for layout in layouts) * 1.45)
-    right.set_title("seconds of a step on the busiest rank; tokens/s and MFU", fontsize=9.5, loc="left")
+    right.set_xlim(0, longest / unit * 1.45)
+    right.set_title(f"{counted} of a step on the busiest rank; tokens/s and MFU", fontsize=9.5, loc="left")
     left.set_yticks(range(len(layouts)), names, fontsize=8.5)
     left.invert_yaxis()
-    title = f"Predicted: {count_parameters(plan.config.model) / 1e9:.2f} B parameters on {plan.world_size} x "
+    title = f"Predicted: {count_parameters(plan.config.model):,} parameters on {plan.world_size} x "
     figure.suptitle(f"{title}{plan.machine.name}", x=0.015, ha="left", fontsize=12.5, fontweight="bold")
     rates = plan.machine.efficiency
     figure.text(
