@@ -268,8 +268,9 @@ show_model() {
 }
 
 summary() {
-    local quoted
+    local quoted page=docs/quick_start.md
     quoted=$(printf '%q' "$out") # in commands: a folder's name may have blanks
+    if [[ ${LC_ALL:-${LC_MESSAGES:-${LANG:-}}} == zh* ]]; then page=docs/quick_start.zh-CN.md; fi
     cat <<END
 
 Done. Everything is in $out:
@@ -286,7 +287,7 @@ END
         cat <<END
   $(same_command --longer) train.num_steps=800      # the same run, on to step 800, at the learning rate where it ended
   DATA="142 P_zh_text_document 128 P_en_text_document" TOKENIZER=M.model OUT=runs/my_1b4 \\
-      bash examples/pretrain_1b4.sh                      # the 1.4B recipe, on GPUs; data: docs/quick_start.md
+      bash examples/pretrain_1b4.sh                      # the 1.4B recipe, on GPUs; data: $page
 END
     fi
 }
