@@ -41,14 +41,19 @@ def write_incident(
     data: TrainData,
     ctx: ParallelContext,
     rewinds: int = 0,
-) -> Path:
+) -> str:
     """Look for what was wrong with a step, on all ranks, and write it down on rank 0. Communicates over the world.
+
+    That a disk does not take it changes nothing about what is done with the step.
 
     Args:
         record: what is known of the step, as JSON values; ``step`` names the file.
         first_sample: of the step's global batch.
         optimizer: where it still has the gradients of the step.
         rewinds: how often the run has gone back before.
+
+    Returns:
+        where, for people; and on rank 0, if it is not there, why.
     """
     step_samples, size = config.batch_sizes.at(first_sample), config.train.micro_batch_size
     accumulated = step_samples // (size * ctx.samples.size)
@@ -67,9 +72,12 @@ def write_incident(
         wanted = wanted or list(range(first_sample, first_sample + step_samples))
         samples = [_describe(data, i) for i in wanted[:SHOWN_SAMPLES]]
         tree = record | {"ranks": ranks, "samples": samples, "samples_left_out": max(0, len(wanted) - SHOWN_SAMPLES)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode())
-    return path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode())
+        except OSError as error:
+            return f"{path}, which could not be written ({error.strerror or error})"
+    return str(path)
 
 
 def incident_path(config: Config, step: int, rewinds: int) -> Path:

@@ -369,7 +369,7 @@ class TrainLoop:
                 "lower optimizer.lr, lengthen the warm-up or look at these samples",
             )
 
-    def _write_incident(self, done: PendingStep, finding: str, action: str, loss: float, grad_norm: float) -> Path:
+    def _write_incident(self, done: PendingStep, finding: str, action: str, loss: float, grad_norm: float) -> str:
         limits = None if done.limits is None else vars(done.limits)
         record = {"step": done.state.step, "finding": finding, "action": action, "limits": limits}
         record |= finite({"loss": loss, "grad_norm": grad_norm})

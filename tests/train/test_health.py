@@ -114,12 +114,16 @@ def test_a_step_that_is_not_finite_is_skipped_and_written_down(
 
 
 def test_a_run_that_ends_in_bad_steps_keeps_the_older_checkpoints(
-    data: Path, tmp_path: Path, spoil: dict[int, float]
+    data: Path, tmp_path: Path, spoil: dict[int, float], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Whether or not the disk takes what there is to say of them."""
     spoil |= {11: math.nan, 12: math.nan}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "incidents").write_text("no folder")
     assert train_here(0, overrides(data, tmp_path / "run", "checkpoint.keep_last=2")) == 0
     saved = sorted(int(p.name[5:]) for p in (tmp_path / "run" / "checkpoints").glob("step-*"))
     assert saved == [6, 9, 12]
+    assert "incidents/step-00000011.json, which could not be written (File exists)" in capsys.readouterr().out
 
 
 def test_stop_ends_the_run_with_nothing_saved_of_it(data: Path, tmp_path: Path, spoil: dict[int, float]) -> None:
