@@ -1,8 +1,9 @@
 """Commands on the pages that no walk runs: each is parsed by its own program, in English and in Chinese.
 
-Blocks of ``bash`` are run by the walks of each page; here every command of a page is read: that of any other block,
-indented ones too, wholly, and those within a text as far as they go: their options must exist. Files that a command
-names under examples/, tools/, docker/ and tests/ must be there, and so must settings.
+Blocks of ``bash`` are run by the test that ``RUN_BY`` names; here every command of a page is read: that of any other
+block, indented ones too, wholly, and those within a text as far as they go: their options must exist. Files that a
+command names under examples/, tools/, docker/ and tests/ must be there, and so must settings. What no test runs as it
+stands is in ``NOT_RUN``, with the reason.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from megatron_hammer.base.cli import ArgumentParser
 from megatron_hammer.base.errors import HammerError
 from megatron_hammer.command import MODULES
 from megatron_hammer.config import Config
-from tests.walk import ROOT
+from tests.walk import ROOT, blocks_of
 
 PAGES = sorted(
     path
@@ -37,6 +38,71 @@ PROGRAM = re.compile(
 )
 VARIABLE = r"\$\{?\w+(?:\[[^\]]*\])?\}?"  # of the shell: 1 stands for each
 PLACES = ("examples/", "tools/", "docker/", "tests/", "benchmarks/")
+
+
+RUN_BY = {  # page -> the test that runs its blocks of bash, at toy size
+    "README.md": "test_readme.py",
+    "docs/data.md": "test_walks.py",
+    "docs/evaluation.md": "evaluation/test_evaluate.py",
+    "docs/installation.md": "test_command.py",  # HAMMER_BUILD=1: of an installed wheel, each night
+    "docs/layout.md": "test_layout_page.py",
+    "docs/models.md": "huggingface/test_convert.py",
+    "docs/planning.md": "costs/test_planner.py",
+    "docs/publish.md": "publish/test_page.py",
+    "docs/quick_start.md": "test_readme.py",
+    "docs/report.md": "report/test_write.py",
+    "docs/reproduce.md": "test_reproduce.py",
+    "docs/tokenizer.md": "test_walks.py",
+}
+NOT_RUN = {  # page -> beginning of a command that no test runs as it stands -> why, or what runs it in its place
+    "docs/data.md": {
+        "ray start": "a cluster; tests/dataset/make/test_ray.py starts one on this machine",
+        "python tools/preprocess_data.py --input 'corpus/*.jsonl'": "the same: with --engine ray",
+        "python tools/branch.py RUN": "needs a run of 40,000 steps; tests/train/test_branch.py makes small ones",
+        "bash NEW/branch.sh": "the same",
+    },
+    "docs/evaluation.md": {
+        "python -m megatron_hammer.launch --nproc 8": "eight ranks; tests/train/test_evaluator.py has one",
+        "lm_eval": "downloads its tasks; tests/evaluation/test_lm_eval.py has tasks of its own",
+    },
+    "docs/installation.md": {
+        "python3.12 -m venv": "another interpreter; HAMMER_BUILD=1 has that of the tests",
+        "source hammer/bin/activate": "the same",
+        "pip install torch": "gigabytes of an index",
+        "pip install ./megatron_hammer": "a release's wheel; HAMMER_BUILD=1 builds and installs one",
+        "pip install build": "an index; HAMMER_BUILD=1 builds with what is installed",
+        "python -m build": "HAMMER_BUILD=1 builds both",
+        "pipx run cibuildwheel": "needs Docker; .github/workflows/release.yml runs it",
+        "pip install auditwheel": "an index",
+    },
+    "docs/layout.md": {"python tools/verify_parallel.py": "four ranks; tests/verify/test_grid.py proves such layouts"},
+    "docs/publish.md": {
+        "vllm serve": "needs a GPU; HAMMER_CLIENTS=1 has its loader",
+        "python -m sglang.launch_server": "needs a GPU; HAMMER_CLIENTS=1 has its loader",
+        "python llama.cpp/convert_hf_to_gguf.py": "another repository; HAMMER_CLIENTS=1",
+        "llama-completion": "another repository; HAMMER_CLIENTS=1",
+        "printf 'FROM ./mine.gguf": "ollama's service",
+        "ollama create": "ollama's service",
+        "ollama run": "ollama's service",
+        "HAMMER_CLIENTS=1 bash tests/run.sh": "a gigabyte of downloads, each night",
+        "swift sft": "downloads its data; HAMMER_CLIENTS=1 has the loader",
+    },
+    "docs/quick_start.md": {
+        "export TORCH_INDEX_URL": "a variable, for an index",
+        "python tools/selftest.py": "two minutes; tests/verify/test_selftest.py runs its parts, HAMMER_SELFTEST=1 all",
+        "python tools/report.py": "tests/report/test_write.py runs it on small runs",
+        "python tools/plan.py": "tests/costs/test_planner.py runs it of a toy",
+    },
+    "docs/reproduce.md": {
+        "export TORCH_INDEX_URL": "a variable, for an index",
+        "bash tools/make_venv.sh": "an index; tests/run.sh begins with it",
+        "source .venv/bin/activate": "tests have an interpreter",
+    },
+}
+TYPED = re.compile(  # what begins a line that is a command, not a drawing
+    r"(?:[A-Z_]+=\S+ )*(?:bash|docker|export|hammer|lm_eval|llama-\w+|ollama|pipx?|printf|python3?(?:\.\d+)?|ray|"
+    r"source|swift|vllm) "
+)
 
 
 class Found(Exception):
@@ -113,6 +179,29 @@ def is_setting(name: str) -> bool:
             return False
         kind = fields[part]
     return True
+
+
+def test_every_block_is_run_and_what_is_not_is_named() -> None:
+    seen = set()
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        if ".zh-CN" in path.name:  # has the same blocks: tests/test_pages_in_chinese.py
+            continue
+        page, name = path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()
+        if blocks := blocks_of(page):
+            test = (ROOT / "tests" / RUN_BY[name]).read_text(encoding="utf-8")
+            assert path.stem in test and "blocks_of(" in test, name
+        in_blocks = set(commands_of("".join(f"```bash\n{block}```\n" for block in blocks)))
+        for command in set(commands_of(page)) - in_blocks:
+            if TYPED.match(command):
+                begun = [begin for begin in NOT_RUN.get(name, {}) if command.startswith(begin)]
+                assert len(begun) == 1, f"{name}: {command}: neither run nor in NOT_RUN"
+                seen.add((name, begun[0]))
+        seen |= {(name, "")} if blocks else set()
+    assert seen == {(name, begin) for name, begins in NOT_RUN.items() for begin in begins} | {
+        (name, "") for name in RUN_BY
+    }
+    for test in re.findall(r"tests/[\w/]+\.py", " ".join(why for of in NOT_RUN.values() for why in of.values())):
+        assert (ROOT / test).is_file(), test
 
 
 @pytest.mark.parametrize("path", PAGES, ids=[str(path.relative_to(ROOT)) for path in PAGES])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from megatron_hammer.tokenizer.convert import QWEN2_WORDS, export_note
 from megatron_hammer.tokenizer.load import load_tokenizer
 from tests.checkpoint.layouts import random_logical, tiny_model, write_layout
 from tests.huggingface.unproved import write_unproved
+from tests.walk import blocks_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -401,20 +403,24 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, tokenizer_model,
 # ---- the programs, as a user runs them ----
 
 
-def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run_tool(name: str, *arguments: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=folder)
 
 
 def test_the_tools_convert_both_ways(tmp_path, tokenizer_model):
-    source = make_hf(tmp_path / "hf", torch.bfloat16, vocab_size=700)
+    """There with the command of docs/models.md, of a Qwen3 that is smaller than its name."""
+    (block,) = blocks_of((ROOT / "docs" / "models.md").read_text(encoding="utf-8"))
+    python, tool, *words = shlex.split(block, comments=True)
+    assert (python, tool, words) == ("python", "tools/hf_to_checkpoint.py", ["--hf", "Qwen3-1.7B", *words[2:]])
+    source = make_hf(tmp_path / words[1], torch.bfloat16, model_type="qwen3", head_dim=6, vocab_size=700)
     shutil.copy(tokenizer_model, source)
-    done = run_tool("hf_to_checkpoint.py", "--hf", source, "--save", tmp_path / "run")
+    done = run_tool("hf_to_checkpoint.py", *words, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "checkpoint.init_from=" in done.stdout
-    done = run_tool(
-        "checkpoint_to_hf.py", "--load", tmp_path / "run", "--output", tmp_path / "back", "--max-shard-size", "20KB"
-    )
+    run = tmp_path / "runs" / "qwen3"
+    assert load_config(str(run / "model.yaml"), []).model.qk_norm
+    done = run_tool("checkpoint_to_hf.py", "--load", run, "--output", tmp_path / "back", "--max-shard-size", "20KB")
     assert done.returncode == 0, done.stderr
     assert "certificate passed" in done.stdout
     assert_same_bits(weights_of(source), weights_of(tmp_path / "back"))
