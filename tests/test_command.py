@@ -105,6 +105,9 @@ def test_help_says_what_a_code_means_and_prints_pages(
         assert hammer("help", page)[1].startswith("# The data engine\n\nFrom raw text")
     assert hammer("help", "data.zh-CN")[1].startswith("# 数据引擎\n")
     monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    assert "language of the picture (default: the system's, LANG; now zh)" in " ".join(
+        hammer("plot-loss", "--help")[1].split()
+    )
     assert hammer("help", "E204")[1] == "E204：值超出范围\n" and hammer("help", "data")[1].startswith("# 数据引擎\n")
     assert hammer("help", "count-tokens")[1].startswith("usage: hammer count-tokens ")
     assert "hammer help errors lists the codes" in hammer("help", "E999")[2]

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, print_json, run
+from megatron_hammer.base.language import Language
 from megatron_hammer.base.system import usable_cores
 from megatron_hammer.tokenizer.tiktoken_backend import add_tiktoken_pattern
 
@@ -67,6 +68,7 @@ def parser() -> ArgumentParser:
         command.add_argument("--json", action="store_true", help="one JSON document instead of tables")
         command.add_argument("--pictures", metavar="DIR", type=Path, help="folder for a picture, COMMAND.png")
         command.add_argument("--report", metavar="HTML", type=Path, help="page with tables and picture in one file")
+        command.add_language("the picture")
     return parser
 
 
@@ -76,7 +78,7 @@ class Analysis(NamedTuple):
     facts: dict[str, Any]
     """For ``--json``."""
     tables: list[Any]
-    draw: Callable[[], bytes]
+    draw: Callable[[Language], bytes]
     """Makes the picture."""
     notes: Sequence[str] = ()
     """Sentences below the tables."""
@@ -120,7 +122,10 @@ def compression(args: argparse.Namespace) -> Analysis:
     facts = {"reference": reference, "threads": args.workers, "tokenizers": _rows(tokenizers, described)}
     tables = [compression_table(described, reference)]
     return Analysis(
-        facts, tables, lambda: analyze_plots.draw_compression(described, reference), tokenizer_assumptions(tokenizers)
+        facts,
+        tables,
+        lambda language: analyze_plots.draw_compression(described, reference, language),
+        tokenizer_assumptions(tokenizers),
     )
 
 
@@ -136,7 +141,7 @@ def coverage(args: argparse.Namespace) -> Analysis:
     measured = {name: analyze.measure_coverage(tokenizer, table) for name, tokenizer in tokenizers.items()}
     described = {name: analyze.describe_coverage(of) for name, of in measured.items()}
     facts = {"tokenizers": _rows(tokenizers, described)}
-    return Analysis(facts, [coverage_table(measured)], lambda: analyze_plots.draw_coverage(measured))
+    return Analysis(facts, [coverage_table(measured)], lambda language: analyze_plots.draw_coverage(measured, language))
 
 
 def vocabulary(args: argparse.Namespace) -> Analysis:
@@ -155,7 +160,9 @@ def vocabulary(args: argparse.Namespace) -> Analysis:
     }
     facts = {"tokenizers": _rows(tokenizers, described)}
     notes = tokenizer_assumptions(tokenizers) if usage else []
-    return Analysis(facts, vocabulary_tables(measured), lambda: analyze_plots.draw_vocabulary(measured), notes)
+    return Analysis(
+        facts, vocabulary_tables(measured), lambda language: analyze_plots.draw_vocabulary(measured, language), notes
+    )
 
 
 def price(args: argparse.Namespace) -> Analysis:
@@ -189,7 +196,9 @@ def price(args: argparse.Namespace) -> Analysis:
     }
     tables = price.price_tables(prices, config, reference)
     notes = [*price.price_notes(prices, sample), *tokenizer_assumptions(tokenizers)]
-    return Analysis(facts, tables, lambda: analyze_plots.draw_price(prices, config, sample.kept_bytes), notes)
+    return Analysis(
+        facts, tables, lambda language: analyze_plots.draw_price(prices, config, sample.kept_bytes, language), notes
+    )
 
 
 def tokenizer_assumptions(tokenizers: dict[str, Any]) -> list[str]:
@@ -219,7 +228,7 @@ def main() -> None:
     prepare_outputs(args.pictures, args.report)
     command = {"compression": compression, "coverage": coverage, "vocabulary": vocabulary, "price": price}[args.command]
     found = command(args)
-    picture = found.draw() if args.pictures or args.report else b""
+    picture = found.draw(args.language) if args.pictures or args.report else b""
     if args.pictures:
         replace_file(args.pictures / f"{args.command}.png", picture)
     if args.report:

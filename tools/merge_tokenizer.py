@@ -30,6 +30,7 @@ def main() -> None:
                         help="characters that must have a piece: a file, or the table's 8,105 (default)")  # fmt: skip
     parser.add_argument("--user-defined-symbols", metavar="FILE", help="literal strings that stay whole, one a line")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the merged model")
+    parser.add_language("the picture")
     args = parser.parse_args()
 
     required = read_required(args.required_characters)
@@ -38,7 +39,9 @@ def main() -> None:
         say(f"note: {args.user_defined_symbols}: symbol {symbol!r} is taken as it stands; HammerLLM's published model "
             f"corrects such to {meant!r}: mend the file if that was meant")  # fmt: skip
     with Activity("merging"):
-        result = merge.merge_files(args.base, args.donor, required, args.user_defined_symbols, args.output)
+        result = merge.merge_files(
+            args.base, args.donor, required, args.user_defined_symbols, args.output, args.language
+        )
     mean, ratios = result.calibration.mean, result.calibration.ratios
     print(f"calibration: {len(ratios):,} of {len(required.common):,} characters, ratio mean {mean!r}, "
           f"min {min(ratios)!r}, max {max(ratios)!r}")  # fmt: skip

@@ -55,6 +55,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="all layouts as one JSON document instead of a table")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw memory and time as stacked bars")
+    parser.add_language("the picture")
     parser.add_argument("--write", type=Path, metavar="FILE.yaml", help="write the config in the chosen layout")
     parser.add_argument(
         "--choose", type=int, default=1, metavar="N", help="row of the table that --write takes (default: %(default)s)"
@@ -98,7 +99,7 @@ def main() -> int:
     else:
         print(*map(as_commands, plan_table(plan, arguments.show)), sep="\n")
     if arguments.picture is not None:
-        draw_plan(plan, arguments.picture, arguments.show)
+        draw_plan(plan, arguments.picture, arguments.show, arguments.language)
     if arguments.write is not None:
         replace_file(arguments.write, to_yaml(chosen_config(plan, config, arguments.choose)).encode())
     return 0

@@ -16,11 +16,12 @@ def main() -> None:
     parser = ArgumentParser(prog="plot_loss.py", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run, with its metrics.jsonl")
     parser.add_argument("--output", metavar="PNG", type=Path, help="picture to write (default: RUN/loss.png)")
+    parser.add_language("the picture")
     args = parser.parse_args()
     from megatron_hammer.metrics.plot import plot_loss
 
     output = args.output or args.run / "loss.png"
-    curves = plot_loss(args.run, output)
+    curves = plot_loss(args.run, output, args.language)
     print(f"{output}: {len(curves.steps)} steps, {len(curves.valid)} validation sets")
 
 

@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument("--bandwidth", type=float, metavar="GB/s",
                         help="limit of bytes read and written, in 10^9 a second (default: measured)")  # fmt: skip
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="number of ranks (default: %(default)s)")
+    parser.add_language("the picture")
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its notes about itself; read when torch is imported
@@ -54,7 +55,7 @@ def main() -> int:
 
     flops = None if args.peak_tflops is None else args.peak_tflops * 1e12
     bandwidth = None if args.bandwidth is None else args.bandwidth * 1e9
-    settings = Settings(args.out, args.steps, flops, bandwidth, args.nproc)
+    settings = Settings(args.out, args.steps, flops, bandwidth, args.nproc, args.language)
     settings.check()
     if args.nproc == 1:
         with Activity("profiling", in_place=False) as note:

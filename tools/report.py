@@ -23,7 +23,6 @@ import require_package  # noqa: F401
 
 from megatron_hammer.base.cli import ArgumentParser, run
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.base.language import user_language
 from megatron_hammer.base.progress import Activity, size_of
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def parser() -> ArgumentParser:
     add("other", metavar="RUN2", type=Path, nargs="?", help="another run, to compare it with")
     add("--output", metavar="FILE.html", type=Path, help="the page (default: RUN/report.html)")
     add("--pictures", metavar="DIR", type=Path, help="save the charts as PNGs, too, in this folder")
-    add("--language", choices=("en", "zh"), help="language of the page (default: the system's, LANG)")
+    parser.add_language("the page, and of the pictures")
     add("--prompt", action="append", default=[], metavar="TEXT",
         help="have each checkpoint continue this prompt first; may be repeated")  # fmt: skip
     add("--new-tokens", type=int, default=48, metavar="N", help="longest continuation, in tokens (default: 48)")
@@ -54,7 +53,6 @@ def main() -> None:
         rule = f"must be at least {LEAST_REFRESH_SECONDS:g} second"
         raise ConfigError(1, f"--refresh {arguments.refresh:g}", rule, "write --refresh 30")
     folders = [arguments.run, *([arguments.other] if arguments.other is not None else [])]
-    language = arguments.language or user_language()
     output = arguments.output or arguments.run / "report.html"
 
     def told(runs: Sequence[RunFacts]) -> None:
@@ -70,9 +68,9 @@ def main() -> None:
             continue_prompts(folder, arguments.prompt, arguments.new_tokens)
     if arguments.refresh is None:
         with Activity("writing the page"):
-            write_page(folders, output, language, arguments.pictures, None, told)
+            write_page(folders, output, arguments.language, arguments.pictures, None, told)
     else:  # which waits in between
-        write_page(folders, output, language, arguments.pictures, arguments.refresh, told)
+        write_page(folders, output, arguments.language, arguments.pictures, arguments.refresh, told)
 
 
 if __name__ == "__main__":

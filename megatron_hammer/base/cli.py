@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from megatron_hammer.base.characters import in_ascii, number_meant
 from megatron_hammer.base.errors import ConfigError, HammerError, from_exception
+from megatron_hammer.base.language import LANGUAGES, user_language
 from megatron_hammer.base.paths import unusable_remedy
 from megatron_hammer.base.shipped import OF_A_WHEEL
 from megatron_hammer.base.streams import OutputKind, Vanished, flush_streams, guard_streams, only_list
@@ -107,6 +108,15 @@ class ArgumentParser(argparse.ArgumentParser):
                     shown = re.sub(r"^([a-z0-9+.-]{2,}):/+", r"\1://", str(path))
                     raise ConfigError(88, f"{name} {shown}", "is no path on this machine", remedy)
         return parsed
+
+    def add_language(self, of_what: str) -> None:
+        """``--language``: that of the system, unless it is chosen.
+
+        Args:
+            of_what: for the help, as "the picture".
+        """
+        self.add_argument("--language", choices=LANGUAGES, default=user_language(),
+                          help=f"language of {of_what} (default: the system's, LANG; now %(default)s)")  # fmt: skip
 
     def refuse_idle(self, where: str, *options: str) -> None:
         """Refuse options that were given although they do nothing here.

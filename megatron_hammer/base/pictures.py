@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import writing
+from megatron_hammer.base.language import Language, Say, sayer
 from megatron_hammer.base.progress import say
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
@@ -27,6 +28,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")  # beside the colours: blue and green are one to readers who lack blue
 WIDTH_INCHES, DOTS_AN_INCH = 9.0, 130  # a page shows its 1,170 pixels as 800 or more
 SMALL_POINTS = 9  # of the smallest text: 11 pixels of these 800, and 9 points in a print
+CHINESE = "训练损失词表步时间显存"  # of which a font for traditional characters alone lacks half
 # A family for several scripts comes before one for a single letter, and one without serifs, whose Chinese is of the
 # mainland, before others: words of its name.
 PREFERRED = ("Sans CJK SC", "Sans SC", "Sans CN", "YaHei", "MicroHei", "Micro Hei", "SimHei", "PingFang", "Hei", "Sans")
@@ -114,6 +116,15 @@ def _use_fallbacks(figure: Any) -> None:
             "(Debian: apt-get install fonts-noto-cjk)")  # fmt: skip
     for text in texts:
         text.set_fontfamily([*text.get_fontfamily(), *families])
+
+
+def picture_sayer(language: Language) -> Say:
+    """What chooses a picture's texts: English where no installed font has Chinese, since there would be boxes."""
+    if language == "zh" and not can_draw(CHINESE):
+        say("note: no installed font has Chinese characters: pictures are in English; install one for Chinese ones "
+            "(Debian: apt-get install fonts-noto-cjk)")  # fmt: skip
+        return sayer("en")
+    return sayer(language)
 
 
 def can_draw(text: str) -> bool:

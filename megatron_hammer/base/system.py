@@ -28,6 +28,8 @@ import errno
 import fcntl
 import mmap
 import os
+import platform
+import re
 import resource
 import signal
 import subprocess
@@ -73,6 +75,12 @@ def usable_cores() -> int:
 def processor_text() -> str:
     """What the kernel says of the processors, instruction sets among it; empty where it says nothing."""
     return _read("/proc/cpuinfo")
+
+
+def processor_name() -> str:
+    """As its maker calls it, where the kernel says so."""
+    model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", processor_text(), re.MULTILINE)
+    return model[1].strip() if model else platform.processor() or platform.machine()
 
 
 def take_no_core_by_waking() -> None:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.base.pictures import save_png
+from megatron_hammer.base.language import Language, Say
+from megatron_hammer.base.pictures import DOTS_AN_INCH, SMALL_POINTS, WIDTH_INCHES, picture_sayer, save_png
 from megatron_hammer.base.tables import align
 from megatron_hammer.costs.layouts import PlannedLayout, precision_of, shard_of
 from megatron_hammer.costs.planner import LayoutPlan
@@ -146,64 +147,82 @@ def assumptions(plan: LayoutPlan) -> list[str]:
 # ---- the picture -----------------------------------------------------------------------------------------------------
 
 
-def draw_plan(plan: LayoutPlan, output: Path, shown: int) -> None:
-    """Memory and time of the first layouts as stacked bars."""
+CHINESE = dict(zip((*MEMORY_PARTS, *TIME_PARTS), (
+    "权重", "梯度", "优化器", "收集的权重", "激活", "输出层、反向", "消息",
+    "计算", "重算", "TP", "CP", "PP", "DP", "优化器", "空隙",
+), strict=True))  # fmt: skip
+
+
+def draw_plan(plan: LayoutPlan, output: Path, shown: int, language: Language = "en") -> None:
+    """Memory and time of the first layouts as stacked bars; in ``language`` where an installed font has it."""
     from matplotlib.figure import Figure
 
-    layouts = plan.found.ranked[:shown]
-    height = 2.9 + 0.44 * len(layouts)
-    figure = Figure(figsize=(12.5, height), dpi=120)
+    say, layouts = picture_sayer(language), plan.found.ranked[:shown]
+    height = 3.1 + 0.48 * len(layouts)
+    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DOTS_AN_INCH)
     left, right = figure.subplots(1, 2, sharey=True)
-    figure.subplots_adjust(left=0.235, right=0.975, wspace=0.09, top=1 - 0.95 / height, bottom=1.35 / height)
+    figure.subplots_adjust(left=0.272, right=0.985, wspace=0.06, top=1 - 0.9 / height, bottom=1.6 / height)
     names = []
     for number, layout in enumerate(layouts, start=1):
         tp, pp, cp, dp = _sizes(layout)
         train = layout.config.train
         names.append(
-            f"{number}   TP {tp}  PP {pp}  CP {cp}  DP {dp}, {shard_of(layout.config)}\n"
-            f"micro-batch {train.micro_batch_size}, recompute {train.recompute}, {precision_of(layout.config)}"
+            f"{number}  TP {tp} PP {pp} CP {cp} DP {dp}, {shard_of(layout.config)}\n"
+            f"micro-batch {train.micro_batch_size}, {train.recompute}, {precision_of(layout.config)}"
         )
-    _stack(left, [layout.memory for layout in layouts], MEMORY_PARTS, MEMORY_COLOURS, GIB)
+    _stack(left, [layout.memory for layout in layouts], MEMORY_PARTS, MEMORY_COLOURS, GIB, say)
     left.axvline(plan.found.limit / GIB, color="black", linewidth=1.3, linestyle="--")
     left.axvline(plan.memory_gib, color="black", linewidth=1.3)
     left.set_xlim(0, plan.memory_gib * 1.02)
-    left.set_title("GiB of the rank that needs most; dashed: what may be used", fontsize=9.5, loc="left")
+    _headed(left, say("GiB of a rank; dashed: may be used", "一个 rank 的 GiB；虚线：可用"))
     longest = max(layout.time.total for layout in layouts)
-    unit, counted = (1.0, "seconds") if longest >= 0.1 else (1e-3, "milliseconds")
-    _stack(right, [layout.time.seconds for layout in layouts], TIME_PARTS, TIME_COLOURS, unit)
+    unit, counted = (1.0, say("seconds", "秒数")) if longest >= 0.1 else (1e-3, say("milliseconds", "毫秒数"))
+    _stack(right, [layout.time.seconds for layout in layouts], TIME_PARTS, TIME_COLOURS, unit, say)
     for y, layout in enumerate(layouts):
-        right.text(
-            layout.time.total / unit, y, f"  {layout.time.tokens_per_second:,.0f} tokens/s, {layout.time.mfu:.0%}",
-            va="center", fontsize=8.5,
-        )  # fmt: skip
-    right.set_xlim(0, longest / unit * 1.45)
-    right.set_title(f"{counted} of a step on the busiest rank; tokens/s and MFU", fontsize=9.5, loc="left")
-    left.set_yticks(range(len(layouts)), names, fontsize=8.5)
+        speed = f" {layout.time.tokens_per_second:,.0f} token{say('s', '')}/s, {layout.time.mfu:.0%}"
+        right.text(layout.time.total / unit, y, speed, va="center", fontsize=SMALL_POINTS)
+    right.set_xlim(0, longest / unit * 1.75)
+    _headed(right, say(f"{counted} of a step; tokens/s and MFU", f"一步的{counted}；token/s 与 MFU"))
+    left.set_yticks(range(len(layouts)), names, fontsize=SMALL_POINTS)
     left.invert_yaxis()
-    title = f"Predicted: {count_parameters(plan.config.model):,} parameters on {plan.world_size} x "
-    figure.suptitle(f"{title}{plan.machine.name}", x=0.015, ha="left", fontsize=12.5, fontweight="bold")
-    rates = plan.machine.efficiency
-    figure.text(
-        0.015, 0.015,
-        f"tools/plan.py; assumed {rates.products:.0%} of the peak in products, {rates.attention:.0%} in attention, "
-        f"{rates.memory:.0%} of memory bandwidth, {plan.machine.gpu.link:g} GB/s in a node, "
-        f"{plan.machine.network:g} GB/s between nodes. Not measured.",
-        fontsize=8, color="0.35",
-    )  # fmt: skip
+    size = f"{count_parameters(plan.config.model):,}"
+    title = (
+        say(f"Predicted: {size} parameters on ", f"预测：{size} 个参数，") + f"{plan.world_size} x {plan.machine.name}"
+    )
+    figure.suptitle(title, x=0.008, y=1 - 0.1 / height, ha="left", va="top", fontsize=13, fontweight="bold")
+    rates, machine = plan.machine.efficiency, plan.machine
+    shares = f"{rates.products:.0%}", f"{rates.attention:.0%}", f"{rates.memory:.0%}"
+    links = f"{machine.gpu.link:g} GB/s", f"{machine.network:g} GB/s"
+    source = say(
+        f"Source: tools/plan.py; nothing was measured. Memory of the rank that needs most. Assumed:\n"
+        f"{shares[0]} of the peak in products, {shares[1]} in attention, {shares[2]} of memory bandwidth; "
+        f"{links[0]} in a node, {links[1]} between nodes.",
+        f"来源：tools/plan.py；未经测量。内存取用得最多的 rank。假设：矩阵乘达到峰值的 {shares[0]}，\n"
+        f"注意力 {shares[1]}，显存带宽 {shares[2]}；节点内 {links[0]}，节点间 {links[1]}。",
+    )
+    figure.text(0.008, 0.08 / height, source, va="bottom", fontsize=SMALL_POINTS, color="0.35")
     save_png(figure, output)
 
 
+def _headed(axes: Any, text: str) -> None:
+    axes.set_title(text, fontsize=9.5, loc="left")
+
+
 def _stack(
-    axes: Any, each: Sequence[dict[str, Any]], parts: Sequence[str], colours: Sequence[str], unit: float
+    axes: Any, each: Sequence[dict[str, Any]], parts: Sequence[str], colours: Sequence[str], unit: float, say: Say
 ) -> None:
     for part, colour in zip(parts, colours, strict=True):
         if not any(of[part] for of in each):
             continue
         starts = [sum(of[before] for before in parts[: parts.index(part)]) / unit for of in each]
         sizes = [of[part] / unit for of in each]
-        axes.barh(range(len(each)), sizes, left=starts, color=colour, edgecolor="white", linewidth=0.6, label=part)
-    axes.legend(ncols=4, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1))
-    axes.tick_params(axis="x", labelsize=8.5)
+        name = say(part, CHINESE[part])
+        axes.barh(range(len(each)), sizes, left=starts, color=colour, edgecolor="white", linewidth=0.6, label=name)
+    axes.legend(
+        ncols=3, fontsize=SMALL_POINTS, frameon=False, loc="upper center", columnspacing=1.0, handlelength=1.3,
+        bbox_to_anchor=(0.5, -0.3 / (axes.get_position().height * axes.figure.get_figheight())),
+    )  # fmt: skip
+    axes.tick_params(axis="x", labelsize=SMALL_POINTS)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
 

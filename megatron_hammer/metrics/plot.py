@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from megatron_hammer.base.errors import DataError, os_remedy
+from megatron_hammer.base.language import Language, Say
 from megatron_hammer.base.paths import missing_remedy
-from megatron_hammer.base.pictures import COLOURS, MARKERS, check_png, new_figure, save_png, tidy
+from megatron_hammer.base.pictures import COLOURS, MARKERS, check_png, new_figure, picture_sayer, save_png, tidy
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.reading import open_regular, parse_json
+from megatron_hammer.metrics.starts import last_start
 
 MAX_POINTS = 4000  # more than a picture of this size has columns: longer runs are thinned
 WINDOW_SHARE = 50  # the moving average spans a fiftieth of the run: chosen by eye
@@ -123,36 +125,41 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(count > 0, (sums[high] - sums[low]) / np.maximum(count, 1), np.nan)
 
 
-def plot_loss(run: Path, output: Path) -> Curves:
-    """Draw ``run``/metrics.jsonl into ``output`` (PNG), which appears complete or not at all."""
+def plot_loss(run: Path, output: Path, language: Language = "en") -> Curves:
+    """Draw ``run``/metrics.jsonl into ``output`` (PNG), which appears complete or not at all.
+
+    Args:
+        language: of the texts, where an installed font has it.
+    """
     from matplotlib.ticker import MaxNLocator
 
     curves = read_curves(run / "metrics.jsonl")
     check_png(output)
+    say = picture_sayer(language)
     steps, loss, lr = np.array(curves.steps), np.array(curves.loss), np.array(curves.lr)
     smooth = moving_average(loss, max(1, len(loss) // WINDOW_SHARE))
     thin = slice(None, None, -(-len(steps) // MAX_POINTS))
 
     figure = new_figure(
         6.8,
-        f"Loss of {run.resolve().name}",
-        f"Source: metrics.jsonl of the run, to step {steps[-1]:,}"
-        + (f" and token {curves.tokens:,}" if curves.tokens else ""),
+        say("Loss of ", "损失：") + run.resolve().name,
+        _source(run, curves, say),
     )
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3.5, 1])
-    above.plot(steps[thin], loss[thin], color="0.75", linewidth=0.8, label="training, each step")
-    above.plot(steps[thin], smooth[thin], color="black", linewidth=1.6, label=f"training, mean: {_last(smooth)}")
+    above.plot(steps[thin], loss[thin], color="0.75", linewidth=0.8, label=say("training, each step", "训练，每一步"))
+    above.plot(steps[thin], smooth[thin], color="black", linewidth=1.6,
+               label=say("training, mean: ", "训练，平均：") + _last(smooth, say))  # fmt: skip
     for i, (name, (at, losses)) in enumerate(curves.valid.items()):
+        label = say("validation on ", "验证，") + f"{name}{say(': ', '：')}{_last(np.array(losses), say)}"
         above.plot(at, losses, color=COLOURS[i % len(COLOURS)], linewidth=1.2,
-                   marker=MARKERS[i % len(MARKERS)], markersize=4,
-                   label=f"validation on {name}: {_last(np.array(losses))}")  # fmt: skip
-    _plot_sources(above, curves)
-    above.set_ylabel("loss (nats per token)")
-    for text in above.legend(frameon=False, title="last value", alignment="left").get_texts():
+                   marker=MARKERS[i % len(MARKERS)], markersize=4, label=label)  # fmt: skip
+    _plot_sources(above, curves, say)
+    above.set_ylabel(say("loss (nats per token)", "损失（nats/token）"))
+    for text in above.legend(frameon=False, title=say("last value", "最后的值"), alignment="left").get_texts():
         text.set_parse_math(False)  # a set may be named $x
     below.plot(steps[thin], lr[thin], color="black", linewidth=1.2)
-    below.set_ylabel("learning rate")
-    below.set_xlabel("step")
+    below.set_ylabel(say("learning rate", "学习率"))
+    below.set_xlabel(say("step", "步"))
     below.set_ylim(bottom=0)
     below.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -162,7 +169,21 @@ def plot_loss(run: Path, output: Path) -> Curves:
     return curves
 
 
-def _plot_sources(axes: Any, curves: Curves) -> None:
+def _source(run: Path, curves: Curves, say: Say) -> str:
+    """What the picture was drawn from; when and where that was last begun, where the run says it."""
+    step, tokens = f"{curves.steps[-1]:,}", f"{curves.tokens:,}" if curves.tokens else ""
+    text = say(f"Source: metrics.jsonl of the run, to step {step}", f"来源：该运行的 metrics.jsonl，到第 {step} 步")
+    if tokens:
+        text += say(f" and token {tokens}", f"、第 {tokens} 个 token")
+    if (start := last_start(run)) is not None:
+        where = start["environment"]
+        device = where.get("device") if where.get("device") != "cpu" else where.get("processor", "CPU")
+        ranks = f"{where.get('ranks')} x " if where.get("ranks") != 1 else ""
+        text += say("; begun on ", "；开始于 ") + f"{str(start.get('time'))[:10]}, {ranks}{device}"
+    return text
+
+
+def _plot_sources(axes: Any, curves: Curves, say: Say) -> None:
     """Nothing where there is one source: its loss is the loss."""
     if len(curves.sources) < 2:
         return
@@ -174,9 +195,9 @@ def _plot_sources(axes: Any, curves: Curves) -> None:
         thin = slice(None, None, -(-len(at) // MAX_POINTS))
         style, number = ("--", ":")[i // len(COLOURS)], sets.index(name) if name in sets else -1 - i
         axes.plot(at[thin], smooth[thin], style, color=COLOURS[number % len(COLOURS)], linewidth=1.2,
-                  label=f"training on {name}: {_last(smooth)}")  # fmt: skip
+                  label=say("training on ", "训练，") + f"{name}{say(': ', '：')}{_last(smooth, say)}")  # fmt: skip
 
 
-def _last(values: np.ndarray) -> str:
+def _last(values: np.ndarray, say: Say) -> str:
     known = values[np.isfinite(values)]
-    return f"{known[-1]:.3f}" if len(known) else "none"
+    return f"{known[-1]:.3f}" if len(known) else say("none", "无")

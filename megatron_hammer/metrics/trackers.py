@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import ConfigError
+from megatron_hammer.base.system import processor_name
 from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.config import Config, config_to_tree
 from megatron_hammer.metrics.tracked_run import TrackedRun
@@ -89,6 +90,7 @@ def environment_of(device: str, ranks: int) -> dict[str, Any]:
         "platform": platform.platform(),
         "host": platform.node(),
         "device": device,
+        "processor": processor_name(),
         "ranks": ranks,
         "versions": installed_versions(),
     }

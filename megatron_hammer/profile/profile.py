@@ -28,6 +28,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import replace_file
+from megatron_hammer.base.language import Language, sayer
 from megatron_hammer.base.progress import say
-from megatron_hammer.base.system import reset_peak, resident_bytes
+from megatron_hammer.base.system import processor_name, reset_peak, resident_bytes
 from megatron_hammer.config import Config, KernelsConfig
 from megatron_hammer.costs import budget
 from megatron_hammer.costs.budget import Rates, StepShape, step_costs
@@ -51,7 +53,7 @@ from megatron_hammer.parallel.board import StatusSlot
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.parallel.placement import padded_vocab_size
 from megatron_hammer.parallel.rendezvous import collective_timeout, end_process_group, start_process_group
-from megatron_hammer.profile.plots import digits, draw_profile
+from megatron_hammer.profile.plots import digits, draw_profile, flops_text, source_of, subtitle_of, title_of
 from megatron_hammer.profile.trace import PREFIX, Measured, Traffic, memory_of_step, parts_of_trace, read_trace, traffic
 from megatron_hammer.profile.workload import RecordedRanges, Workload, record_waits, wait
 from megatron_hammer.train.begin import device_of_rank
@@ -79,6 +81,8 @@ class Settings:
     """Limit of copies, bytes/s read and written; None: measured."""
     ranks: int = 1
     """Processes that the step is divided over."""
+    language: Language = "en"
+    """Of the picture, where an installed font has it."""
 
     def check(self) -> None:
         """Raise ``ConfigError`` for a number that can be no such thing."""
@@ -162,7 +166,7 @@ def _profile(
     if ctx.world.rank > 0:
         return report
     replace_file(settings.output / "profile.json", (json.dumps(report, indent=1) + "\n").encode())
-    draw_profile(report, settings.output / "profile.png")
+    draw_profile(report, settings.output / "profile.png", settings.language)
     traces = "trace.json.gz" if settings.ranks == 1 else f"{_trace_name(ctx)} with those of the other ranks"
     progress(f"wrote {settings.output}/profile.png, profile.json and {traces}")
     return report
@@ -357,6 +361,8 @@ def _report(
     products = sum(costs[p].flops for p in (budget.LAYER_PRODUCTS, budget.HEAD_PRODUCTS) if p in costs)
     report = {
         "device": name,
+        "processor": processor_name(),
+        "date": datetime.now(UTC).date().isoformat(),
         "torch": torch.__version__,
         "precision": config.train.precision,
         "parameters": count_parameters(config.model),
@@ -396,7 +402,8 @@ def _report(
         "left_out_ms": sum(p["ms"] for p in parts if p["limit_ms"] is None and p["ms"] < SMALL_SHARE * step_ms),
         "memory": memory,
     }
-    return report | {"title": _title(report), "subtitle": _subtitle(report)}
+    english = sayer("en")
+    return report | {"title": title_of(report, english), "subtitle": subtitle_of(report, english)}
 
 
 def _costs(workload: Workload) -> dict[str, budget.Cost]:
@@ -422,44 +429,10 @@ def _part(part: str, measured: Measured, limit: float | None, steps: int, step_m
     }
 
 
-def _title(report: Mapping[str, Any]) -> str:
-    return f"One training step, {report['parameters']:,} parameters, {report['precision']}, {report['device']}"
-
-
-def _subtitle(report: Mapping[str, Any]) -> list[str]:
-    tokens = report["micro_batch_size"] * report["micro_batches"] * report["seq_length"]
-    rates, without = report["rates"], report["step_ms_without_profiler"]
-    kernels = ", ".join(f"{k} {v}" for k, v in report["kernels"].items())
-    step = (
-        f"{report['micro_batches']} x micro-batch {report['micro_batch_size']} x {report['seq_length']} = {tokens:,} "
-        f"tokens ({report['data']}); without the profiler {without:,.{digits(without)}f} ms = "
-        f"{report['tokens_per_second']:,.0f} tokens/s{' of all ranks' * (report['ranks'] > 1)}"
-    )
-    if rates is None:
-        time, beside = (sum(c[key] for c in report["communication"]) for key in ("ms", "beside_ms"))
-        lines = [
-            f"rank 0 of {report['ranks']}: {step}",
-            f"communication: {time:,.{digits(time)}f} ms under way, {beside:,.{digits(time)}f} of it beside other work",
-        ]
-    else:
-        source = ("given", "in part given", "measured here")[len(rates["measured"])]
-        lines = [
-            f"{step}, {report['limit_ms'] / without:.0%} of the limit",
-            f"limit: matrix products at {flops_text(rates['tflops'])}, bytes at {rates['gb_per_second']:,.1f} GB/s "
-            f"({source})",
-        ]
-    return [*lines, f"kernels: {kernels}; recompute {report['recompute']}"]
-
-
-def flops_text(tflops: float) -> str:
-    """A rate with a unit that suits it."""
-    return f"{tflops:,.1f} TFLOP/s" if tflops >= 1 else f"{1e3 * tflops:,.1f} GFLOP/s"
-
-
 def profile_table(report: Mapping[str, Any]) -> str:
     """The profile as text, for a terminal."""
     decimals = digits(report["step_ms"])
-    lines = [report["title"], *report["subtitle"], ""]
+    lines = [report["title"], *report["subtitle"], source_of(report, sayer("en")), ""]
     lines.append(f"{'part':<24}{'ms':>11}{'share':>8}{'limit, ms':>12}{'of limit':>10}   mostly")
     of_limit = None if report["limit_ms"] is None else report["limit_ms"] / report["step_ms"]
     total = {"name": "step", "ms": report["step_ms"], "share": 1.0, "limit_ms": report["limit_ms"],

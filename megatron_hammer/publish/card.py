@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_hammer.base.language import Say, sayer
 from megatron_hammer.publish.facts import Facts
 from megatron_hammer.sampling.mixes import MixSource
 
@@ -20,8 +21,6 @@ LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "c
             "openrail", "llama3", "llama3.1", "llama3.2", "gemma", "unknown", "other")  # fmt: skip
 
 Rows = list[tuple[str, str]]
-Say = Callable[[str, str], str]
-"""(English, Chinese) -> the one of the language in hand."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,9 @@ def model_card(facts: Facts, tree: Mapping[str, Any], wishes: Wishes) -> str:
     parts = [_header(facts, tree, wishes), f"# {wishes.name}\n\n[中文](#中文)"]
     if wishes.description:
         parts.append(wishes.description.strip())
-    parts += _sections(facts, tree, wishes, lambda english, chinese: english)
+    parts += _sections(facts, tree, wishes, sayer("en"))
     parts.append("---\n\n# 中文")
-    parts += _sections(facts, tree, wishes, lambda english, chinese: chinese)
+    parts += _sections(facts, tree, wishes, sayer("zh"))
     return "\n\n".join(parts) + "\n"
 
 

@@ -5,7 +5,7 @@ With two runs each chart has both: the second one's curves are dashed. Needs no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from megatron_hammer.base.html_page import visible
+from megatron_hammer.base.language import Say
 from megatron_hammer.report.curves import MetricsReader, Thinned, thin
 from megatron_hammer.report.gather import RunFacts
 
-Say = Callable[[str, str], str]
-"""(English, Chinese) -> the one of the language in hand."""
 COLOURS = 6  # of report.css
 DASHES = ("", "7 4", "2 3", "9 3 2 3")
 """Of the first and the second run; of a chart's curves beyond the colours, the same again."""

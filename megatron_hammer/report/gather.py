@@ -30,7 +30,7 @@ from megatron_hammer.config.phases import Course
 from megatron_hammer.metrics.generations import GENERATIONS, Generation, read_generations
 from megatron_hammer.metrics.metrics_file import METRICS
 from megatron_hammer.metrics.plot import run_near
-from megatron_hammer.metrics.starts import STARTS
+from megatron_hammer.metrics.starts import MAX_STARTS_BYTES, STARTS
 from megatron_hammer.report.curves import MetricsReader
 from megatron_hammer.sampling.ledger import LEDGER, Rewind, read_ledger
 from megatron_hammer.sampling.mixes import PhaseMix, phase_mixes
@@ -43,7 +43,6 @@ MOST_INCIDENTS = 200
 FRESH_SECONDS = 900.0
 """After its last line a run on another machine may be alive."""
 MAX_INCIDENT_BYTES = 4 * 2**20
-MAX_STARTS_BYTES = 64 * 2**20
 """A start has its config, some kilobytes."""
 
 

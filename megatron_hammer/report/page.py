@@ -17,8 +17,8 @@ import numpy as np
 
 from megatron_hammer import __version__
 from megatron_hammer.base.html_page import data_of, escape, page_of, row_of, table_of, visible
-from megatron_hammer.base.language import Language
-from megatron_hammer.report.charts import Chart, Say, charts_of, tokens_of
+from megatron_hammer.base.language import Language, Say, sayer
+from megatron_hammer.report.charts import Chart, charts_of, tokens_of
 from megatron_hammer.report.curves import MetricsReader
 from megatron_hammer.report.gather import RunFacts
 
@@ -27,11 +27,6 @@ MOST_MARKS = 300  # in the charts, of each run
 MOST_STARTS, MOST_STEPS, MOST_TEXTS = 50, 12, 30  # rows of starts; columns of evaluations; texts of a prompt
 MOST_PROMPTS, MOST_NOTES = 20, 20
 MOST_CHARACTERS = 4000  # of one text, and of one setting
-
-
-def sayer(language: Language) -> Say:
-    """What chooses between the two languages."""
-    return (lambda english, chinese: chinese) if language == "zh" else (lambda english, chinese: english)
 
 
 def names_of(runs: Sequence[RunFacts]) -> list[str]:

@@ -10,14 +10,14 @@ from pathlib import Path
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import replace_file
 from megatron_hammer.base.language import Language
-from megatron_hammer.base.progress import Progress, say, track
+from megatron_hammer.base.progress import Progress, track
 from megatron_hammer.base.reading import open_regular
 from megatron_hammer.checkpoint.folder import find_checkpoints, step_of
 from megatron_hammer.metrics.generations import GENERATIONS, read_generations, write_generations
-from megatron_hammer.report.charts import Chart, Say, charts_of, draw
+from megatron_hammer.report.charts import charts_of, draw
 from megatron_hammer.report.curves import MetricsReader
 from megatron_hammer.report.gather import RunFacts, gather_runs, open_metrics
-from megatron_hammer.report.page import names_of, run_page, sayer
+from megatron_hammer.report.page import names_of, run_page
 
 LEAST_REFRESH_SECONDS = 1.0
 
@@ -84,34 +84,22 @@ def write_page(
     check_page(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     if pictures is not None:
+        from megatron_hammer.base.pictures import picture_sayer
+
         pictures.mkdir(parents=True, exist_ok=True)
+        chosen = picture_sayer(language)
     while True:
         runs = read_runs(folders, readers)
         goes_on = refresh is not None and any(run.is_alive is not False and not run.is_complete for run in runs)
         replace_file(output, run_page(runs, language, refresh if goes_on else None))
         if pictures is not None:
             names = names_of(runs)
-            charts, chosen = _charts_to_draw(runs, names, language)
             source = chosen("Source: metrics of ", "来源：指标，") + chosen(", ", "；").join(
                 chosen(f"{name} to step {run.metrics.last_step:,}", f"{name} 到第 {run.metrics.last_step:,} 步")
                 for name, run in zip(names, runs, strict=True)
             )
-            draw(charts, pictures, source, chosen)
+            draw(charts_of(runs, names, chosen), pictures, source, chosen)
         told(runs)
         if not goes_on or refresh is None:
             return runs
         sleep(max(refresh, LEAST_REFRESH_SECONDS))
-
-
-def _charts_to_draw(runs: Sequence[RunFacts], names: Sequence[str], language: Language) -> tuple[list[Chart], Say]:
-    """In the page's language, or English where no installed font has its characters: a picture would have boxes."""
-    from megatron_hammer.base.pictures import can_draw
-
-    chosen = sayer(language)
-    charts = charts_of(runs, names, chosen)
-    if language == "en" or can_draw("".join(chart.title for chart in charts)):
-        return charts, chosen
-    say("note: no installed font has Chinese characters: the pictures are in English; install one for Chinese ones "
-        "(Debian: apt-get install fonts-noto-cjk)")  # fmt: skip
-    english = sayer("en")
-    return charts_of(runs, names, english), english

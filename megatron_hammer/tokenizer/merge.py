@@ -33,7 +33,8 @@ from typing import Any
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
 from megatron_hammer.base.files import dump_json, replace_file
-from megatron_hammer.base.pictures import COLOURS, new_figure, png_of, tidy
+from megatron_hammer.base.language import Language
+from megatron_hammer.base.pictures import COLOURS, new_figure, picture_sayer, png_of, tidy
 from megatron_hammer.tokenizer.load import load_tokenizer
 from megatron_hammer.tokenizer.required_characters import TABLE_NAME, RequiredCharacters, load_table
 from megatron_hammer.tokenizer.sentencepiece_backend import SentencePieceTokenizer, load_processor, parse_model
@@ -92,11 +93,19 @@ class Merge:
 
 
 def merge_files(
-    base: str | Path, donor: str | Path, required: RequiredCharacters, symbols_file: str | Path | None, output: Path
+    base: str | Path,
+    donor: str | Path,
+    required: RequiredCharacters,
+    symbols_file: str | Path | None,
+    output: Path,
+    language: Language = "en",
 ) -> Merge:
     """Merge and write the model, the report of what was added and the histogram of the ratios into a folder.
 
     All is computed before the first file is written, and the model is written last.
+
+    Args:
+        language: of the histogram's texts, where an installed font has it.
 
     Raises:
         ConfigError: E261 bad symbol or symbol file, E265 no symbol in it, E267 a symbol that is a control piece.
@@ -109,7 +118,8 @@ def merge_files(
     if symbols_file is not None and not symbols:
         raise ConfigError(65, str(symbols_file), "holds no symbol", "fill it, or leave --user-defined-symbols out")
     merge = merge_models(base_tokenizer, donor_tokenizer, required, symbols)
-    picture = draw_calibration(merge.calibration, f"{base_tokenizer.path.name} / {donor_tokenizer.path.name}")
+    title = f"{base_tokenizer.path.name} / {donor_tokenizer.path.name}"
+    picture = draw_calibration(merge.calibration, title, language)
     report = _describe(merge, base_tokenizer, donor_tokenizer, required)
 
     output.mkdir(parents=True, exist_ok=True)
@@ -233,20 +243,24 @@ def _lacking(absent: list[str], missing: int, donor: Path, name: str, known: Set
 # ---- what is written beside the model ----
 
 
-def draw_calibration(calibration: Calibration, title: str) -> bytes:
-    """A histogram of the ratios as PNG; the same bytes for the same input and matplotlib."""
+def draw_calibration(calibration: Calibration, title: str, language: Language = "en") -> bytes:
+    """A histogram of the ratios as PNG; the same bytes for the same input, fonts and matplotlib."""
+    say, count = picture_sayer(language), len(calibration.ratios)
     figure = new_figure(
         4.8,
-        f"Calibration: {title}",
-        f"Source: the {len(calibration.ratios):,} common characters that are one piece in both models",
-    )
+        say("Calibration: ", "校准：") + title,
+        say(f"Source: the {count:,} common characters that are one piece in both models",
+            f"来源：在两个模型中都自成一个词的 {count:,} 个常用字"),
+    )  # fmt: skip
     axes = figure.subplots()
     axes.hist(calibration.ratios, bins=_HISTOGRAM_BINS, color="0.7")
-    axes.axvline(calibration.mean, color=COLOURS[1], linewidth=1.6, label=f"mean: {calibration.mean:.5f}")
-    lowest = f"smallest: {min(calibration.ratios):.5f}"
-    axes.plot([], [], " ", label=f"{lowest}, largest: {max(calibration.ratios):.5f}")
-    axes.set_xlabel("base score / donor score")
-    axes.set_ylabel("characters")
+    axes.axvline(
+        calibration.mean, color=COLOURS[1], linewidth=1.6, label=say("mean: ", "平均：") + f"{calibration.mean:.5f}"
+    )
+    lowest, highest = (f"{found(calibration.ratios):.5f}" for found in (min, max))
+    axes.plot([], [], " ", label=say(f"smallest: {lowest}, largest: {highest}", f"最小：{lowest}，最大：{highest}"))
+    axes.set_xlabel(say("base score / donor score", "base 的分数 / donor 的分数"))
+    axes.set_ylabel(say("characters", "字数"))
     axes.legend(frameon=False, loc="upper left")
     axes.margins(y=0.25)  # room for the legend above the bars
     tidy(axes)

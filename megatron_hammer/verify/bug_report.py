@@ -24,7 +24,7 @@ from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import replace_file
 from megatron_hammer.base.progress import size_of
 from megatron_hammer.base.reading import read_regular
-from megatron_hammer.base.system import memory_bytes, processor_text, usable_cores
+from megatron_hammer.base.system import memory_bytes, processor_name, processor_text, usable_cores
 from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.config import Config
 from megatron_hammer.verify.anonymous import Anonymiser
@@ -110,12 +110,9 @@ def machine(private: Anonymiser) -> list[tuple[str, str]]:
 
 
 def _processor() -> str:
-    text = processor_text()
-    model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", text, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", processor_text(), re.MULTILINE)
     present = set(flags[1].split()) if flags else set[str]()
-    named = model[1].strip() if model else platform.processor() or platform.machine()
-    return ", ".join([named, *(flag for flag in PROCESSOR_FLAGS if flag in present)])
+    return ", ".join([processor_name(), *(flag for flag in PROCESSOR_FLAGS if flag in present)])
 
 
 def _cores() -> str:

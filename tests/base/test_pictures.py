@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +16,19 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.base.pictures import PREFERRED, fallback_families, png_of, save_png
+from megatron_hammer.base.pictures import CHINESE, PREFERRED, fallback_families, picture_sayer, png_of, save_png
+from megatron_hammer.costs import budget, plan_report
+from megatron_hammer.costs.planner import Asked, plan_layouts
+from megatron_hammer.metrics import plot
+from megatron_hammer.profile import plots as profile_plots
+from megatron_hammer.tokenizer import merge
+from megatron_hammer.tokenizer.lab import plots as lab
+from megatron_hammer.tokenizer.lab.analyze import OVERALL, Share, Vocabulary
+from megatron_hammer.tokenizer.scripts import SCRIPTS
+from tests.model.tiny import tiny_config
 from tests.test_examples import write_metrics
 
 
@@ -102,6 +115,82 @@ def test_what_no_font_has_is_said_in_one_line(
         png_of(titled("한 run 글"))
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("note: no installed font has 글한: ") and "fonts-noto-cjk" in line
+
+
+def test_texts_are_chinese_where_a_font_has_it(
+    installed: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert [picture_sayer("en")("loss", "损失"), picture_sayer("zh")("loss", "损失")] == ["loss", "loss"]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("note: no installed font has Chinese characters: pictures are in English")
+    make_font(installed / "d.ttf", "All Sans SC", CHINESE)
+    assert picture_sayer("zh")("loss", "损失") == "损失" and capfd.readouterr().err == ""
+
+
+UNITS = "TP|CP|PP|DP|GiB|GFLOP|FLOPs|MFU|RoPE|SwiGLU|TFLOP|GB|MiB|KB|ranks?|token|bf16|fp8|kernel|profiler|nats"
+NAMES = r"metrics|jsonl|tools/\w+|py|attention fused|torch|CPU|hammer|llama|valid|zh|base|donor|H100|micro-batch|none"
+SHARED = "optimizer|gradients|weights|selective|full"  # values of settings in names of layouts
+
+
+def test_every_picture_of_a_program_is_in_chinese(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No English word is left but names; nothing is rendered."""
+    found = dict[str, str]()
+
+    def keep(name: str) -> Any:
+        def kept(figure: Figure, output: Path | None = None) -> bytes:
+            found[name] = "\n".join(text.get_text() for text in figure.findobj(Text))
+            return b""
+
+        return kept
+
+    for module in (plot, profile_plots, plan_report, lab, merge):
+        function = "png_of" if module in (lab, merge) else "save_png"
+        monkeypatch.setattr(module, function, keep(module.__name__))
+    monkeypatch.setattr("megatron_hammer.base.pictures.can_draw", lambda text: True)
+
+    def check(module: Any) -> None:
+        text = found.pop(module.__name__)
+        left = re.sub(rf"(?<![a-zA-Z])(?:{UNITS}|{NAMES}|{SHARED})(?![a-zA-Z])", "", text)
+        assert re.search("[\u4e00-\u9fff]", text) and not re.findall("[A-Za-z]{2,}", left), left
+
+    line: dict[str, object] = {"step": 1, "loss": 2.0, "lr": 1e-3, "consumed_tokens": 4096, "valid/zh/loss": 3.0}
+    write_metrics(tmp_path / "hammer", [line | {"source/zh/loss": 2.0, "source/hammer/loss": None}])
+    plot.plot_loss(tmp_path / "hammer", tmp_path / "loss.png", "zh")
+    check(plot)
+    parts = [{"name": name, "ms": 5.0, "share": 0.1, "limit_ms": 3.0, "of_limit": 0.6} for name in budget.PARTS]
+    kinds = ("weights", "gradients", "optimizer state", "activations", "temporary", "program, libraries", "the rest")
+    profile = {
+        "device": "CPU", "processor": "CPU", "torch": "2.14", "date": "2026-11-30", "precision": "bf16",
+        "parameters": 7, "micro_batch_size": 4, "micro_batches": 2, "seq_length": 256, "ranks": 2,
+        "data": "random tokens", "kernels": {"attention": "fused"}, "recompute": "none", "parts": parts,
+        "tokens_per_second": 1.0, "step_ms_without_profiler": 80.0, "step_ms": 80.0, "limit_ms": 48.0,
+        "rates": {"tflops": 3.0, "gb_per_second": 13.0, "measured": []},
+        "memory": {"peak_mib": 1.0, "source": "resident, without the profiler",
+                   "kinds": [{"name": name, "mib": 1.0, "share": 0.1} for name in kinds]},
+    }  # fmt: skip
+    of_ranks = {"rates": None, "limit_ms": None, "communication": [{"ms": 3.0, "beside_ms": 1.0}]}
+    for of_one in (profile, profile | of_ranks):
+        profile_plots.draw_profile(of_one, tmp_path / "profile.png", "zh")
+        check(profile_plots)
+    planned = plan_layouts(tiny_config(train__precision="bf16", train__global_batch_size=4), Asked(2, "h100"))
+    plan_report.draw_plan(planned, tmp_path / "plan.png", 3, "zh")
+    check(plan_report)
+    merge.draw_calibration(merge.Calibration("的是", (0.9, 1.0)), "base / donor", "zh")
+    check(merge)
+    figures = {"bytes": 2000, "bytes_per_token": 4.0, "compared_compression": 1.0}
+    lab.draw_compression({"llama": {"domains": {"zh": figures, OVERALL: figures}}}, "llama", "zh")
+    check(lab)
+    one = Vocabulary({3: 10}, dict.fromkeys(SCRIPTS, 1))
+    for vocabularies in ({"llama": one}, {"llama": one, "hammer": one}):
+        lab.draw_vocabulary(vocabularies, "zh")
+        check(lab)
+    coverage: Any = SimpleNamespace(levels={1: Share(1, 2)}, tokens=(np.array([1, 4]), np.array([True, False])))
+    lab.draw_coverage({"hammer": coverage}, "zh")
+    check(lab)
+    price: Any = SimpleNamespace(cost=SimpleNamespace(vocab_size=100, flops=1e9), curve="none", best=None,
+                                 tokens_per_byte={OVERALL: 0.3})  # fmt: skip
+    lab.draw_price({"llama": price}, tiny_config(), {"zh": 2000}, "zh")
+    check(lab)
 
 
 def test_a_run_and_a_set_named_in_chinese(installed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

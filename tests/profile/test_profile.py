@@ -379,6 +379,15 @@ def test_memory_of_a_trace() -> None:
     assert memory_of_step(_sorted(events), "cpu") == (7, 7)
 
 
+OF_A_STEP: dict[str, Any] = {
+    "device": "device " * 20, "processor": "words " * 30, "torch": "2.14", "date": "2026-11-30", "precision": "bf16",
+    "parameters": 7_014_656, "micro_batch_size": 4, "micro_batches": 2, "seq_length": 256, "ranks": 1,
+    "data": "random tokens", "kernels": {f"kernel{i}": "fused" for i in range(30)}, "recompute": "none",
+    "tokens_per_second": 1.0, "step_ms_without_profiler": 1.0,
+    "rates": {"tflops": 0.3, "gb_per_second": 13.0, "measured": ["flops"]},
+}  # fmt: skip
+
+
 def test_pictures_with_few_parts_and_with_all(tmp_path: Path) -> None:
     """Nothing of a limit, a part of no length, names without room, long lines: still a picture."""
     memory = {"peak_mib": 0.0, "source": "none", "kinds": [{"name": "weights", "mib": 0.0, "share": 0.0}]}
@@ -388,7 +397,6 @@ def test_pictures_with_few_parts_and_with_all(tmp_path: Path) -> None:
                  for i, n in enumerate(names, start=len(names) > 1)]  # fmt: skip
         parts[0]["ms"] = 1e-4
         sums = {key: sum(p[part] or 0 for p in parts) for key, part in (("step_ms", "ms"), ("limit_ms", "limit_ms"))}
-        profile = {"title": "title", "subtitle": ["words " * 60], "parts": parts, "memory": memory, **sums}
-        draw_profile(profile, tmp_path / "p.png")
+        draw_profile(OF_A_STEP | {"parts": parts, "memory": memory, **sums}, tmp_path / "p.png")
         sizes.append(_png_size(tmp_path / "p.png"))
     assert sizes[0][0] == sizes[1][0] and sizes[0][1] + 15 * 30 < sizes[1][1], "a row a part"
