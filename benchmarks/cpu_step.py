@@ -3,7 +3,8 @@
     python benchmarks/cpu_step.py [--sizes quick mid] [--precisions bf16 fp32] [--rounds 3]
 
 Each run is a process of its own. Prints every run, then the medians and ratios against the better of the peer's modes,
-and what share of the rate of the bare matrix products of these shapes, taken in the same rounds, each side reaches.
+and what share of the rate of the bare matrix products of these shapes, as our run makes them (``bare_products.py``
+names them), taken in the same rounds, each side reaches.
 """
 
 from __future__ import annotations
@@ -68,18 +69,18 @@ def main() -> None:
             runs: dict[tuple[str, str], list[dict]] = {}
             limits = []
             for _ in range(arguments.rounds):
-                limits.append(printed(run(LIMIT, size, "-", precision))["gflops"])
+                limits.append(printed(run(LIMIT, size, "-", precision)))
                 for script, mode in (OURS, *PEERS):
                     line = printed(run(script, size, mode, precision))
                     runs.setdefault((script, mode), []).append(line)
             rates = {key: statistics.median(r["tokens_per_second"] for r in lines) for key, lines in runs.items()}
             peer = max(PEERS, key=lambda key: rates[key])
-            limit = statistics.median(limits)
+            limit, made = statistics.median(line["gflops"] for line in limits), limits[0]["products"]
             shares = [statistics.median(r["gflops"] for r in runs[k]) / limit for k in (OURS, peer)]
             memory = [statistics.median(r["memory_mb"] for r in runs[k]) for k in (OURS, peer)]
             table.append(
                 f"| {size} | {precision} | {rates[OURS]:,.0f} tokens/s | {rates[peer]:,.0f} ({peer[1]}) | "
-                f"{rates[OURS] / rates[peer]:.2f} | {shares[0]:.0%} / {shares[1]:.0%} of {limit:.0f} GFLOP/s | "
+                f"{rates[OURS] / rates[peer]:.2f} | {shares[0]:.0%} / {shares[1]:.0%} of {limit:.0f} GFLOP/s, {made} | "
                 f"{memory[0]:.0f} / {memory[1]:.0f} |"
             )
     print("\n".join(table))
