@@ -78,7 +78,7 @@ void add_rms_norm_forward(int64_t rows, int64_t h, const T* x, const T* branch, 
       });
     } else {
       each(h, [&](int64_t i, auto lanes) {
-        ahead(x + i), ahead(branch + i);
+        ahead(x + i), ahead(branch + i), ahead(summed + i);
         const V value = rounded<T>(lanes.load(x + i) + lanes.load(branch + i));
         lanes.store(summed + i, value);
         squares += value * value;
@@ -87,6 +87,7 @@ void add_rms_norm_forward(int64_t rows, int64_t h, const T* x, const T* branch, 
     const float scale = 1.0f / __builtin_sqrtf(total(squares) / static_cast<float>(h) + eps);
     const T* source = branch == nullptr ? x : summed;
     each(h, [&](int64_t i, auto lanes) {
+      ahead(normed + i);
       lanes.store(normed + i, lanes.load(weight + i) * rounded<T>(lanes.load(source + i) * scale));
     });
     rstd[row] = scale;
@@ -107,9 +108,13 @@ void add_rms_norm_backward(int64_t rows, int64_t h, const T* grad_normed, const 
     });
     const float mean = total(dot) * scale / static_cast<float>(h);  // of g n
     each(h, [&](int64_t i, auto lanes) {
+      ahead(grad_x + i);
       const V grad = lanes.load(grad_normed + i), n = lanes.load(summed + i) * scale;
       V result = (grad * lanes.load(weight + i) - n * mean) * scale;
-      if (grad_summed != nullptr) result += lanes.load(grad_summed + i);
+      if (grad_summed != nullptr) {
+        ahead(grad_summed + i);
+        result += lanes.load(grad_summed + i);
+      }
       lanes.store(grad_x + i, result);
       lanes.store(partial + i, lanes.load(partial + i) + grad * n);
     });
@@ -292,6 +297,7 @@ void adamw(int64_t n, float* master, const float* grad, float* exp_avg, float* e
            const Update& update) {
   const Update u = update;
   each(n, [&](int64_t i, auto lanes) {
+    ahead(grad + i), ahead(exp_avg + i), ahead(exp_avg_sq + i), ahead(master + i);
     const V g = lanes.load(grad + i) * u.scale;
     const V m = lanes.load(exp_avg + i) * u.beta1 + g * u.new1;
     const V v = lanes.load(exp_avg_sq + i) * u.beta2 + g * g * u.new2;
@@ -308,6 +314,7 @@ double square_sum(int64_t n, const float* values) {
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
     for (int k = 0; k < 4; ++k) {
+      ahead(values + i + k * kLanes);
       const V x = load(values + i + k * kLanes);
       sums[k] += x * x;
     }
