@@ -96,7 +96,7 @@ class Snapshot:
         device: where the tensors are.
 
     Raises:
-        MemoryShortage: this machine has not so much.
+        MemoryShortage: this machine has not so much, or its GPU cannot reach it.
         OSError: this process may not even have memory of that size (``ulimit -f``, its hard limit).
     """
 
@@ -119,7 +119,16 @@ class Snapshot:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
-            torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), self.size, 0)
+            result = int(torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), self.size, 0))
+            if result:  # said here: torch would find it after the next launch of a kernel, and name that
+                del self._bytes
+                os.close(self.descriptor)
+                raise MemoryShortage(
+                    1,
+                    f"checkpoint.mode=background: a snapshot of {self.size / 2**30:.2f} GiB",
+                    f"cannot be pinned for the GPU (cudaHostRegister: error {result})",
+                    "use checkpoint.mode=blocking, which needs none",
+                )
         self._thread = ThreadPoolExecutor(1, "snapshot")
         self._taken: Future[None] | None = None
         self._event: torch.cuda.Event | None = None

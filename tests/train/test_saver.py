@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_hammer.base.errors import DiskError
+from megatron_hammer.base.errors import DiskError, MemoryShortage
 from megatron_hammer.base.faults import VARIABLE
 from megatron_hammer.checkpoint import background, snapshot
 from megatron_hammer.checkpoint.background import BackgroundSaver, WriterProcess
@@ -170,6 +170,15 @@ def test_a_limit_on_files_is_none_on_memory() -> None:
         assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == 4096
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_memory_that_a_gpu_cannot_reach_is_an_error_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the failure is torch's to find, after some kernel that has nothing to do with it."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    library = SimpleNamespace(cudaHostRegister=lambda address, size, flags: 801)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: library)
+    with pytest.raises(MemoryShortage, match=r"cannot be pinned for the GPU \(cudaHostRegister: error 801\).*blocking"):
+        Snapshot(2**20, torch.device("cuda"))
 
 
 def test_the_next_save_begins_when_what_is_old_is_gone(
