@@ -84,6 +84,9 @@ class WideProducts(Products):
         for i in range(0, place.shape[0], size):
             part, columns = place[i : i + size], grad[:, i : i + size]
             block = self.block[: columns.numel()].view(columns.shape).copy_(columns)
+            if place.dtype == torch.float32:  # straight from the product, as those of fp32
+                torch.addmm(part, block.t(), wide, beta=int(begun), out=part)
+                continue
             product = torch.mm(block.t(), wide, out=self.result[: part.numel()].view(part.shape))
             accumulate(product, part, begun)
 
