@@ -28,7 +28,7 @@ import torch
 
 from megatron_hammer.checkpoint import commit, one_pass, tensor_files
 from megatron_hammer.checkpoint.background import BUSY, FAILED, BackgroundSaver, SaveOutcome
-from megatron_hammer.checkpoint.live_state import check_live_state
+from megatron_hammer.checkpoint.live_state import LiveSums, check_live_state
 from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.checkpoint.read import load_shards
 from megatron_hammer.checkpoint.retention import Retention
@@ -157,9 +157,12 @@ def main() -> None:
 
     def load(plain: bool) -> None:
         manifest = read_manifest(arguments.folder / "step-00000001")
-        load_shards(manifest, shards, model=MODEL, kinds=KINDS, ctx=ctx)
-        if not plain:
-            check_live_state(manifest, shards, 1, STATE, ctx)
+        if plain:
+            load_shards(manifest, shards, model=MODEL, kinds=KINDS, ctx=ctx)
+            return
+        sums = LiveSums(manifest, shards)
+        load_shards(manifest, shards, model=MODEL, kinds=KINDS, ctx=ctx, filled=sums.begin)
+        check_live_state(manifest, shards, 1, STATE, ctx, sums)
 
     def measure(name: str, work: Any) -> None:
         start, busy = time.perf_counter(), time.process_time()

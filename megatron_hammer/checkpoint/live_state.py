@@ -7,8 +7,9 @@ the first step (``train/drift.py``).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -29,13 +30,87 @@ ELEMENTS_AT_ONCE = 2**23  # of 8 bytes on a GPU
 ELEMENTS_OF_A_THREAD = 2**22  # at a time on a CPU
 
 
+class LiveSums:
+    """Sums of what this rank holds of every tensor of a checkpoint.
+
+    ::
+
+        load:  | from the disk: tensor 1 | tensor 2              | tensor 3       |        | check: tensor 3
+                                         | threads add up tensor 1 | tensor 2     |
+
+    A tensor is added up where it will be used from, as soon as it is all there, while the disk fetches the next. One
+    that is changed afterwards is added up again: torch counts what is done to a tensor in place.
+
+    Args:
+        shards: of this rank, as they are loaded.
+    """
+
+    def __init__(self, manifest: Manifest, shards: Sequence[Shard]) -> None:
+        where = {(t.name, t.kind): at for at, t in enumerate(manifest.tensors)}
+        self._count = len(where)
+        self._views: dict[int, list[_Part]] = {}
+        for owned, view in zip(*owned_views(shards), strict=True):
+            if (owned.name, owned.kind) in where:
+                self._views.setdefault(where[owned.name, owned.kind], []).append((owned.rows, owned.cols, view))
+        self._begun: dict[int, tuple[list[int], list[Future[int]]]] = {}
+        self._pool = ThreadPoolExecutor(torch.get_num_threads(), "live-sums")
+
+    def begin(self, at: int) -> None:
+        """Have a tensor added up that is all there, by its place in the manifest; on a GPU that waits for the check."""
+        views = self._views.get(at, [])
+        if all(view.device.type == "cpu" for _, _, view in views):
+            parts = [part for whole in views for part in _parts(*whole)]
+            self._begun[at] = _versions(views), [self._pool.submit(_sum_of, *part) for part in parts]
+
+    def totals(self) -> list[int]:
+        """This rank's part of every tensor's sum, as signed numbers of 64 bits; 0 where it has no part."""
+        totals, parts = [0] * self._count, deque[tuple[int, _Part]]()
+        for at, views in self._views.items():
+            versions, futures = self._begun.get(at, ([], []))
+            if versions == _versions(views):
+                totals[at] = sum(future.result() for future in futures)
+            else:
+                parts.extend((at, part) for whole in views for part in _parts(*whole))
+
+        def add_up() -> list[int]:
+            sums = [0] * self._count
+            while True:
+                try:
+                    at, part = parts.popleft()
+                except IndexError:
+                    return sums
+                sums[at] += _sum_of(*part)
+
+        # One core alone does not fill the memory's channels; and a further thread beside one for each would only share
+        # a core with another.
+        others = [self._pool.submit(add_up) for _ in range(torch.get_num_threads() - 1)]
+        shares = [totals, add_up(), *(other.result() for other in others)]
+        self._pool.shutdown()
+        totals = [sum(share) for share in zip(*shares, strict=True)]
+        return [(total + MODULUS // 2) % MODULUS - MODULUS // 2 for total in totals]
+
+
+_Part = tuple[Range, Range | None, Tensor]
+"""Rows and columns of a rectangle, and its elements, flat."""
+
+
+def _versions(views: Sequence[_Part]) -> list[int]:
+    return [view._version for _, _, view in views]
+
+
 def check_live_state(
-    manifest: Manifest, shards: Sequence[Shard], step: int, state: Mapping[str, Any], ctx: ParallelContext
+    manifest: Manifest,
+    shards: Sequence[Shard],
+    step: int,
+    state: Mapping[str, Any],
+    ctx: ParallelContext,
+    sums: LiveSums | None = None,
 ) -> str | None:
     """Compare what the ranks hold with what the checkpoint says was saved. Communicates over the world.
 
     Args:
         step, state: as the loop will go on from them, in the form of the manifest.
+        sums: of the shards, which were begun while these were loaded.
 
     Returns:
         a line where they cannot be compared.
@@ -47,10 +122,10 @@ def check_live_state(
     if saved is None:
         return f"{manifest.folder} is of a version without a digest of the state: it is not compared after loading"
     converted = sum(t.dtype != _dtype_of(shards, t.kind) for t in manifest.tensors if t.kind in _kinds(shards))
-    where = {(t.name, t.kind): at for at, t in enumerate(manifest.tensors)}
-    sums = torch.tensor([*live_sums(shards, where), converted], dtype=torch.int64).to(ctx.device)
-    all_reduce(sums, ctx.world)
-    *found, converted = (value % MODULUS for value in sums.tolist())
+    totals = (LiveSums(manifest, shards) if sums is None else sums).totals()
+    reduced = torch.tensor([*totals, converted], dtype=torch.int64).to(ctx.device)
+    all_reduce(reduced, ctx.world)
+    *found, converted = (value % MODULUS for value in reduced.tolist())
     if converted:
         return f"{manifest.folder} holds tensors in another type than this run: the state is not compared after loading"
     remedy = "run the same command again; the same error again is one of this program or of a machine's memory"
@@ -64,22 +139,7 @@ def check_live_state(
     return None
 
 
-def live_sums(shards: Sequence[Shard], where: Mapping[tuple[str, str], int]) -> list[int]:
-    """This rank's part of every tensor's sum, as signed numbers of 64 bits; of tensors that it has no part of, 0."""
-    sums = [0] * len(where)
-    parts = [
-        (where[owned.name, owned.kind], *part)
-        for owned, view in zip(*owned_views(shards), strict=True)
-        if (owned.name, owned.kind) in where
-        for part in _parts(owned.rows, owned.cols, view)
-    ]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # one core alone does not fill the memory's channels
-        for (at, *_), value in zip(parts, pool.map(lambda part: _sum_of(*part[1:]), parts)):
-            sums[at] += value
-    return [(value + MODULUS // 2) % MODULUS - MODULUS // 2 for value in sums]
-
-
-def _parts(rows: Range, cols: Range | None, view: Tensor) -> Iterator[tuple[Range, Range | None, Tensor]]:
+def _parts(rows: Range, cols: Range | None, view: Tensor) -> Iterator[_Part]:
     """A rectangle in bands of rows, so that all threads end at about the same time; a GPU has none to share it."""
     width = 1 if cols is None else cols[1] - cols[0]
     height = max(1, ELEMENTS_OF_A_THREAD // width) if view.device.type == "cpu" else rows[1] - rows[0]

@@ -65,9 +65,18 @@ def _window(data: Tensor, origin: _Place | SavedSlice, rows: Range, cols: Range 
 
 
 def load_shards(
-    manifest: Manifest, shards: Sequence[Shard], *, model: ModelConfig, kinds: Collection[str], ctx: ParallelContext
+    manifest: Manifest,
+    shards: Sequence[Shard],
+    *,
+    model: ModelConfig,
+    kinds: Collection[str],
+    ctx: ParallelContext,
+    filled: Callable[[int], None] = lambda at: None,
 ) -> None:
     """Fill the shards' tensors of these kinds, converting to their types. Called by all ranks of the world.
+
+    Args:
+        filled: called with a tensor's position in the manifest when this rank's part of it is all there.
 
     Raises:
         HammerError: on all ranks, when the checkpoint does not fit the model or one of them could not read its part.
@@ -83,7 +92,7 @@ def load_shards(
                         view = flat[box.position : box.position + box.numel].view(box.shape)
                         place = _Place(box.rows, box.cols, view)
                         wanted.setdefault(_find(manifest, part.tensor, kind), []).append(place)
-        _fill(manifest, wanted)
+        _fill(manifest, wanted, filled)
 
 
 def load_model(
@@ -207,7 +216,7 @@ def check_rank_file(
     return parts
 
 
-def _fill(manifest: Manifest, wanted: dict[int, list[_Place]]) -> None:
+def _fill(manifest: Manifest, wanted: dict[int, list[_Place]], filled: Callable[[int], None] = lambda at: None) -> None:
     """Read what is wanted, all of it: a place that no slice has filled would be a weight that nothing has given."""
     left = {at: sum(place.data.numel() for place in places) for at, places in wanted.items()}
     for file in manifest.files:
@@ -217,6 +226,8 @@ def _fill(manifest: Manifest, wanted: dict[int, list[_Place]]) -> None:
             with _open(manifest, file) as reader:
                 for saved, places in hits:
                     left[saved.tensor] -= _read(manifest, reader, saved, places)
+                    if left[saved.tensor] == 0:
+                        filled(saved.tensor)
     for at, elements in left.items():
         if elements:
             tensor = manifest.tensors[at]

@@ -112,7 +112,7 @@ class TrainLoop:
         shaped = config.in_phase(self.phase)
         self.stages, self.optimizer = build_stages(shaped, ctx, range_of, initial=prepared.begins_anew)
         self.micro_batch = micro_batch_runner(config.kernels, self.optimizer.store.of_stages[0])
-        self.state = load_state(prepared, self.optimizer, ctx)
+        self.state, sums = load_state(prepared, self.optimizer, ctx)
         self.reporter: Reporter | None = None
         self.heard: Callable[[Mapping[str, Any]], None] = lambda line: None
         """Called with each line of metrics.jsonl, on rank 0; to be set before ``reporting`` is entered."""
@@ -153,7 +153,7 @@ class TrainLoop:
         self.save_is_due = False  # it was put off while steps were skipped
         self.rewound: Prepared | None = None
         """With what the run goes on after it has gone back; None while it has not."""
-        check_state(prepared, self.state, self.data, self.optimizer, ctx, say)
+        check_state(prepared, self.state, self.data, self.optimizer, ctx, sums, say)
         self.clock = time.perf_counter()
 
     @contextmanager

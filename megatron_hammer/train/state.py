@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_hammer.base.errors import RefusedError
 from megatron_hammer.checkpoint.kinds import STATE_KINDS
-from megatron_hammer.checkpoint.live_state import check_live_state
+from megatron_hammer.checkpoint.live_state import LiveSums, check_live_state
 from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.checkpoint.read import load_shards
 from megatron_hammer.config import Config
@@ -104,9 +104,13 @@ def check_state(
     data: TrainData,
     optimizer: Optimizer,
     ctx: ParallelContext,
+    sums: LiveSums | None,
     note: Callable[[str], None],
 ) -> None:
     """Compare the live state, right before the first step, with what was saved; a new run has nothing to compare.
+
+    Args:
+        sums: what ``load_state`` has begun.
 
     Raises:
         CheckpointError: on all ranks, E417: tensors, scalars or the position are not those that were saved.
@@ -115,7 +119,7 @@ def check_state(
     resume = prepared.resume
     if resume is None:
         return
-    line = check_live_state(resume, optimizer.shards(), state.step, state.to_manifest(optimizer), ctx)
+    line = check_live_state(resume, optimizer.shards(), state.step, state.to_manifest(optimizer), ctx, sums)
     if line is not None and ctx.world.rank == 0:
         note(line)
     saved = resume.state.get(UPCOMING)
@@ -136,21 +140,22 @@ def check_state(
             )
 
 
-def load_state(prepared: Prepared, optimizer: Optimizer, ctx: ParallelContext) -> RunState:
+def load_state(prepared: Prepared, optimizer: Optimizer, ctx: ParallelContext) -> tuple[RunState, LiveSums | None]:
     """Fill the optimizer and the model's weights from where the run begins; the state there.
 
     That is the newest checkpoint of this run, else the weights of ``checkpoint.init_from``, else a new model. Of a
     checkpoint every weight is loaded, or none and all ranks raise: a model that was built for it has no other values.
     """
     if prepared.begins_anew:
-        return RunState()
-    manifest = prepared.resume or prepared.init_from
+        return RunState(), None
+    manifest, shards = prepared.resume or prepared.init_from, optimizer.shards()
     assert manifest is not None
-    resumed = manifest is prepared.resume
-    kinds = STATE_KINDS if resumed else ("weight",)
-    load_shards(manifest, optimizer.shards(), model=prepared.config.model, kinds=kinds, ctx=ctx)
+    sums = LiveSums(manifest, shards) if manifest is prepared.resume else None
+    kinds = ("weight",) if sums is None else STATE_KINDS
+    filled = (lambda at: None) if sums is None else sums.begin
+    load_shards(manifest, shards, model=prepared.config.model, kinds=kinds, ctx=ctx, filled=filled)
     optimizer.copy_params_from_masters()
-    if not resumed:
-        return RunState()
+    if sums is None:
+        return RunState(), None
     optimizer.load_scalar_state(manifest.state["optimizer"])
-    return RunState.from_manifest(manifest)
+    return RunState.from_manifest(manifest), sums

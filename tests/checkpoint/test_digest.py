@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,12 @@ from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.checkpoint import live_state, one_pass
 from megatron_hammer.checkpoint.digest import MODULUS, Factors, col_numbers, row_numbers
 from megatron_hammer.checkpoint.inspect import verify_checkpoint
-from megatron_hammer.checkpoint.live_state import check_live_state, live_sums, sum_on_device
+from megatron_hammer.checkpoint.live_state import LiveSums, check_live_state, sum_on_device
 from megatron_hammer.checkpoint.manifest import Manifest, read_manifest, write_manifest
 from megatron_hammer.checkpoint.one_pass import OnePass
+from megatron_hammer.checkpoint.read import load_shards
 from megatron_hammer.parallel.context import ParallelContext
-from tests.checkpoint.layouts import load_layout, random_logical, rank_shards, tiny_model, write_layout
+from tests.checkpoint.layouts import KINDS, load_layout, random_logical, rank_shards, tiny_model, write_layout
 
 MODEL = tiny_model(hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=1, vocab_size=33)
 LAYOUTS = [(1, 1), (2, 1), (1, 3), (2, 2)]
@@ -129,10 +131,9 @@ def test_what_was_loaded_is_compared_whatever_the_layout(saved, layout: tuple[in
     """Ranks add up their parts, in threads; here one rank after the other."""
     monkeypatch.setattr(live_state, "ELEMENTS_OF_A_THREAD", 40)
     manifest = saved[2, 1]
-    where = {(t.name, t.kind): at for at, t in enumerate(manifest.tensors)}
-    sums = [0] * len(where)
+    sums = [0] * len(manifest.tensors)
     for shards in load_layout(manifest, MODEL, *layout):
-        sums = [(a + b) % MODULUS for a, b in zip(sums, live_sums(shards, where))]
+        sums = [(a + b) % MODULUS for a, b in zip(sums, LiveSums(manifest, shards).totals(), strict=True)]
     assert tuple(f"{value:016x}" for value in sums) == manifest.state_digest.sums
 
 
@@ -150,6 +151,27 @@ def test_a_live_state_that_is_another_is_named(saved) -> None:
         check_live_state(manifest, shards, 7, state, ctx)
     old = dataclasses.replace(manifest, state_digest=None)
     assert "without a digest" in str(check_live_state(old, shards, 7, state, ctx))
+
+
+def test_what_is_changed_after_it_was_loaded_is_added_up_again(saved, monkeypatch) -> None:
+    """And only that: of the others the sums are those that were taken while the rest was loaded."""
+    manifest, ctx, added = saved[1, 1], ParallelContext.single(), list[int]()
+    shards = rank_shards(
+        MODEL, 0, 1, 1, {name: torch.full_like(t, torch.nan) for name, t in random_logical(MODEL).items()}
+    )
+    sum_of = live_state._sum_of
+    monkeypatch.setattr(live_state, "_sum_of", lambda *part: (added.append(part[2].numel()), sum_of(*part))[1])
+    sums = LiveSums(manifest, shards)
+    load_shards(manifest, shards, model=MODEL, kinds=KINDS, ctx=ctx, filled=sums.begin)
+    changed = shards[-1].tensors["exp_avg_sq"]
+    first = changed[0].clone()
+    changed[0] = torch.nextafter(first, torch.tensor(9.0))
+    with pytest.raises(CheckpointError, match=r"E417.*exp_avg_sq of .*not what was saved"):
+        check_live_state(manifest, shards, 7, {"consumed_samples": 3}, ctx, sums)
+    sizes = [math.prod(tensor.shape) for tensor in manifest.tensors]
+    name = shards[-1].parameter.slices[0].tensor
+    again = [math.prod(t.shape) for t in manifest.tensors if (t.name, t.kind) == (name, "exp_avg_sq")]
+    assert len(again) == 1 and sorted(added) == sorted(sizes + again)
 
 
 def test_an_old_checkpoint_has_none_and_a_wrong_one_is_damage(saved, tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ MEASURES = (
     Measure(
         "the state is compared before the first step",
         "train/loop.py",
-        "        check_state(prepared, self.state, self.data, self.optimizer, ctx, say)\n",
+        "        check_state(prepared, self.state, self.data, self.optimizer, ctx, sums, say)\n",
         "",
         f"{BEGIN}a_state_that_was_loaded_wrongly_trains_no_step",
     ),

@@ -235,11 +235,11 @@ def test_a_state_that_was_loaded_wrongly_trains_no_step(data: Path, run: Path, m
     load = loop.load_state
 
     def wrongly(prepared: Any, optimizer: Any, ctx: Any) -> Any:
-        state = load(prepared, optimizer, ctx)
+        state, sums = load(prepared, optimizer, ctx)
         if mistake == "a moment":
             optimizer.shards()[-1].tensors["exp_avg"][:1] += 1
-            return state
-        return dataclasses.replace(state, consumed_samples=state.consumed_samples + 8)
+            return state, sums
+        return dataclasses.replace(state, consumed_samples=state.consumed_samples + 8), sums
 
     monkeypatch.setattr(loop, "load_state", wrongly)
     with pytest.raises(CheckpointError, match=r"E417.*(exp_avg of .* not what was saved|is not the state)"):
