@@ -40,7 +40,15 @@ from typing import Any
 
 CONFIG = "examples/configs/tiny.yaml"
 STEPS, MIDDLE = 8, 4
-TIMING = {"tokens_per_second", "mfu", "mfu_causal", "memory_bytes", "seconds", "step_seconds"}  # of metrics.jsonl
+TIMING = {
+    "tokens_per_second",
+    "mfu",
+    "mfu_causal",
+    "tflops_causal",
+    "memory_bytes",
+    "seconds",
+    "step_seconds",
+}  # of metrics.jsonl
 VOCABULARY = 512  # 256 of them bytes
 LIMIT_SECONDS, COMPILE_LIMIT_SECONDS = 180, 60  # of one command; the compiled case is left out where it takes longer
 SHOWN_DIFFERENCES = 2  # of each part of a case

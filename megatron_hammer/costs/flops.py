@@ -6,8 +6,10 @@ MFU (model FLOPs utilisation) is stated twice, because two counts are in use::
     mfu_causal  causal: 6 N +  6 L (n d) s  (half of the attention is masked away)
 
 with N the weights that take part in matrix products (head included, embedding look-up not), over the devices' dense
-peak; null where no peak is known. Both count whole samples: with data.attention_mask=document less attention is
-computed, and the true utilisation is lower than either says. Needs no torch.
+peak; null where no peak is known. ``tflops_causal`` is what each device does by the second count, as Megatron-LM's
+``num_floating_point_operations`` counts a Llama, but for the padding of the vocabulary, which it adds. Both count whole
+samples: with data.attention_mask=document less attention is computed, and the true utilisation is lower than either
+says. Needs no torch.
 """
 
 from __future__ import annotations

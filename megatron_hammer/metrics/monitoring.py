@@ -5,6 +5,7 @@
     a step's line --Series.update--> megatron_training_loss 2.31               gauge: the last value
                                      hammer_valid_loss{set="zh"} 2.44
                                      hammer_consumed_tokens_total 1.2e9        counter: never falls
+                                     megatron_training_step_duration_ms_bucket{le="250"} 7    histogram of all steps
 
     prometheus     OUT.prom in the folder of node_exporter's textfile collector, or an HTTP endpoint that is scraped
     opentelemetry  OTLP over HTTP, where OTEL_EXPORTER_OTLP_ENDPOINT says
@@ -19,6 +20,8 @@ dashboard and the alerts in ``examples/monitoring/`` read these names. Needs no 
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import math
 import re
@@ -39,9 +42,14 @@ MEGATRON = {
     "lr": ("learning_rate", 1.0),
     "tokens_per_second": ("tokens_per_sec", 1.0),
     "memory_bytes": ("memory_allocated_gb", 2.0**-30),  # of GiB, by its source
+    "step_seconds": ("step_duration_ms", 1e3),
+    "tflops_causal": ("throughput_tflops", 1.0),  # of a device
     "skipped_steps": ("skipped_iters", 1.0),
 }
 """Ours -> the name in Megatron-LM's core/telemetry/training_metrics.py, and its unit in ours."""
+HISTOGRAMS = ("step_seconds",)
+BOUNDS = (0.0, 5.0, 10.0, 25.0, 50.0, 75.0, 100.0, 250.0, 500.0, 750.0, 1000.0, 2500.0, 5000.0, 7500.0, 10000.0)
+"""Upper ends of a histogram's buckets, in its exported unit: OpenTelemetry's own, which Megatron-LM's has."""
 COUNTERS = ("consumed_tokens", "consumed_samples", "source_tokens", "skipped_steps")
 KINDS = {"valid": "set", "source": "source", "evaluation": "set"}
 """First part of a key -> the label that its name becomes."""
@@ -78,11 +86,31 @@ def exported(name: str, has_dots: bool = False) -> tuple[str, float]:
 
 
 @dataclass
+class Histogram:
+    """How many values of a run lay in which bucket; they and ``BOUNDS`` are in the exported unit."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
+    """Of each bucket up to and with its bound; the last is of what lies above all."""
+    total: float = 0.0
+
+    def add(self, value: float) -> None:
+        """Count one."""
+        self.counts[bisect.bisect_left(BOUNDS, value)] += 1
+        self.total += value
+
+    def cumulative(self) -> list[tuple[str, int]]:
+        """As Prometheus has them: each bound with the number of values that do not exceed it."""
+        bounds = [*(f"{bound:g}" for bound in BOUNDS), "+Inf"]
+        return list(zip(bounds, itertools.accumulate(self.counts), strict=True))
+
+
+@dataclass
 class Series:
-    """The last value of every series of a run."""
+    """The last value of every series of a run, and its histograms."""
 
     values: dict[str, dict[Labels, float]] = field(default_factory=dict)
     """Name without prefix -> labels -> value."""
+    histograms: dict[str, Histogram] = field(default_factory=lambda: {name: Histogram() for name in HISTOGRAMS})
 
     def __post_init__(self) -> None:
         self._set("run_active", 1)
@@ -98,7 +126,10 @@ class Series:
                 self._set("skipped_steps", self.values["skipped_steps"][()] + bool(value))
             elif isinstance(value, bool | int | float) and math.isfinite(value):
                 name, labels = series_of(key)
-                self._set(name, float(value), labels)
+                if name in HISTOGRAMS:
+                    self.histograms[name].add(float(value) * exported(name)[1])
+                else:
+                    self._set(name, float(value), labels)
 
     def end(self, failed: bool) -> None:
         """The run is over."""
@@ -142,6 +173,12 @@ class PrometheusClient:
             family = kind(called, f"{name} of metrics.jsonl", labels=[*self._labels, *keys])
             for labels, value in list(series.items()):
                 family.add_metric([*self._labels.values(), *(text for _, text in labels)], value * unit)
+            yield family
+        for name, histogram in self._series.histograms.items():
+            family = core.HistogramMetricFamily(
+                exported(name)[0], f"{name} of metrics.jsonl", labels=list(self._labels)
+            )
+            family.add_metric(list(self._labels.values()), histogram.cumulative(), histogram.total)
             yield family
 
     def log(self, step: int, line: Line) -> None:
@@ -197,6 +234,9 @@ class OpenTelemetryClient:
             resource=resource, metric_readers=[PeriodicExportingMetricReader(exporter)]
         )
         self._meter = self._provider.get_meter("megatron_hammer")
+        self._histograms = {
+            name: self._meter.create_histogram(exported(name, True)[0], unit="ms") for name in HISTOGRAMS
+        }
         self._instruments()
 
     def _instruments(self) -> None:
@@ -215,6 +255,9 @@ class OpenTelemetryClient:
     def log(self, step: int, line: Line) -> None:
         """Keep the values until the next export."""
         self._series.update(step, line)
+        for name, histogram in self._histograms.items():
+            if isinstance(value := line.get(name), int | float) and math.isfinite(value):
+                histogram.record(value * exported(name)[1])
         self._instruments()
 
     def close(self, failed: bool) -> None:

@@ -35,6 +35,8 @@ BOARD_GROUPS = {
     "tokens_per_second": "speed/",
     "mfu": "speed/",
     "mfu_causal": "speed/",
+    "step_seconds": "speed/",
+    "tflops_causal": "speed/",
     "memory_bytes": "speed/",
 }
 
@@ -122,6 +124,7 @@ class Reporter:
         rate = line["tokens_per_second"]
         for name, flops in zip(("mfu", "mfu_causal"), self.flops, strict=True):
             line[name] = None if self.peak is None else rate * flops / self.peak
+        line["tflops_causal"] = rate * self.flops[1] / 1e12 / self.devices
         if self._memory is not None:
             line["memory_bytes"] = self._memory()
         line |= valid

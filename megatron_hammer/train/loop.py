@@ -314,6 +314,7 @@ class TrainLoop:
                 "consumed_samples": done.state.consumed_samples,
                 "consumed_tokens": consumed,
                 "tokens_per_second": tokens / seconds,
+                "step_seconds": seconds,
                 "samples_digest": done.state.samples_digest,
             }
             line |= source_figures(self.data.names, table, done.consumed)
@@ -331,10 +332,11 @@ class TrainLoop:
         return stopped
 
     def _as_rank_0(self, line: dict[str, Any]) -> str:
-        """The line as JSON, on all ranks with the speed that rank 0 has measured. Communicates over the world."""
-        speed = torch.tensor(line["tokens_per_second"], dtype=torch.float64, device=self.ctx.device)
-        broadcast(speed, self.ctx.world)
-        return json.dumps(line | {"tokens_per_second": speed.item()})
+        """The line as JSON, on all ranks with the time that rank 0 has measured. Communicates over the world."""
+        names = ("tokens_per_second", "step_seconds")
+        measured = torch.tensor([line[name] for name in names], dtype=torch.float64, device=self.ctx.device)
+        broadcast(measured, self.ctx.world)
+        return json.dumps(line | dict(zip(names, measured.tolist(), strict=True)))
 
     def _judge(self, done: PendingStep, loss: float, grad_norm: float, applied: bool) -> None:
         """What is to be done about a step that has been read, where something is: the same on all ranks."""

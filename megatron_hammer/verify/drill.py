@@ -43,7 +43,7 @@ SAVE_EVERY, EVALUATE_EVERY = 5, 10
 STUCK_SECONDS = 10  # of silence: parallel.timeout_seconds of the run
 GONE_SECONDS = 5.0  # for the processes of a run after its launcher's end
 RUN_SECONDS = 600.0  # of one start, before the drill gives it up
-OF_THE_CLOCK = ("tokens_per_second", "mfu", "mfu_causal", "memory_bytes")
+OF_THE_CLOCK = ("tokens_per_second", "step_seconds", "tflops_causal", "mfu", "mfu_causal", "memory_bytes")
 DOCUMENTS, LONGEST = 64, 400  # of the made-up dataset
 
 

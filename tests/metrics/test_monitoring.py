@@ -31,6 +31,7 @@ MONITORING = Path(__file__).parents[2] / "examples" / "monitoring"
 LINE: dict[str, Any] = {
     "loss": 2.5, "grad_norm": 0.5, "lr": 1e-3, "skipped": False, "consumed_samples": 16, "consumed_tokens": 4096,
     "tokens_per_second": 9e3, "memory_bytes": 3 * 2**29, "mfu": 0.4, "mfu_causal": None, "samples_digest": "ab",
+    "step_seconds": 0.25, "tflops_causal": 310.5,
     "valid/金融/loss": 2.6, "valid/金融/bits_per_byte": 0.9, "source/zh.wiki/loss": 2.4, "source/zh.wiki/tokens": 1000,
     "source/en/tokens": 3096, "source/en/loss": float("nan"), "evaluation/ceval/acc": 0.3,
 }  # fmt: skip
@@ -60,7 +61,16 @@ class FakePrometheus:
         def __init__(self, name: str, documentation: str, labels: list[str]) -> None:
             super().__init__(name + "_total", documentation, labels)
 
-    metrics_core = SimpleNamespace(GaugeMetricFamily=Family, CounterMetricFamily=Counter)
+    class Histogram(Family):
+        def add_metric(self, labels: list[str], buckets: list[tuple[str, int]], total: float) -> None:
+            assert buckets[-1][0] == "+Inf"
+            for bound, count in buckets:
+                self.samples.append(([*labels, bound], count))
+            self.labels, self.total = [*self.labels, "le"], total
+
+    metrics_core = SimpleNamespace(
+        GaugeMetricFamily=Family, CounterMetricFamily=Counter, HistogramMetricFamily=Histogram
+    )
 
     def __init__(self) -> None:
         self.served: list[Any] = []
@@ -100,7 +110,8 @@ def test_a_textfile_has_the_last_values_and_says_how_the_run_ended(tmp_path: Pat
     (file,) = tmp_path.glob("*.prom")
     assert "id1" in file.name and "hammer_run_active" in file.read_text(), "there before the first step"
     client.log(3, LINE)
-    client.log(4, LINE | {"skipped": True, "loss": 2.25})
+    client.log(4, LINE | {"skipped": True, "loss": 2.25, "step_seconds": 0.2501})
+    client.log(4, {"step_seconds": 600.0})
     client.close(failed=True)
     said = file.read_text(encoding="utf-8").splitlines()
     run = {"run": "运行", "run_id": "id1"}
@@ -110,6 +121,12 @@ def test_a_textfile_has_the_last_values_and_says_how_the_run_ended(tmp_path: Pat
         ("hammer_consumed_tokens_total", {}, "4096"), ("hammer_valid_loss", {"set": "金融"}, "2.6"),
         ("hammer_source_tokens_total", {"source": "zh.wiki"}, "1000"), ("hammer_run_active", {}, "0"),
         ("hammer_source_tokens_total", {"source": "en"}, "3096"), ("hammer_run_failed", {}, "1"),
+        ("megatron_training_throughput_tflops", {}, "310.5"),
+        ("megatron_training_step_duration_ms", {"le": "100"}, "0"),
+        ("megatron_training_step_duration_ms", {"le": "250"}, "1"),
+        ("megatron_training_step_duration_ms", {"le": "500"}, "2"),
+        ("megatron_training_step_duration_ms", {"le": "10000"}, "2"),
+        ("megatron_training_step_duration_ms", {"le": "+Inf"}, "3"),
     ):  # fmt: skip
         assert f"{name}{run | labels} {value}" in said
     assert not any("nan" in line or "digest" in line or "mfu_causal" in line for line in said)
@@ -144,9 +161,11 @@ def test_opentelemetry_gets_instruments_and_the_run_as_its_resource(
     def instrument(kind: str) -> Any:
         return lambda name, callbacks: made.update({name: (kind, callbacks[0])})
 
+    recorded: dict[tuple[str, str], list[float]] = {}
     meter = SimpleNamespace(
-        create_observable_counter=instrument("counter"), create_observable_gauge=instrument("gauge")
-    )
+        create_observable_counter=instrument("counter"), create_observable_gauge=instrument("gauge"),
+        create_histogram=lambda name, unit: SimpleNamespace(record=recorded.setdefault((name, unit), []).append),
+    )  # fmt: skip
     provider = SimpleNamespace(get_meter=lambda name: meter, shutdown=lambda: told.append("shutdown"))
     library = SimpleNamespace(MeterProvider=lambda resource, metric_readers: told.append(resource) or provider)
     stand_ins = {
@@ -177,7 +196,9 @@ def test_opentelemetry_gets_instruments_and_the_run_as_its_resource(
         "megatron.training.tokens_per_sec": ("gauge", (9e3, {})),
         "megatron.training.memory_allocated_gb": ("gauge", (1.5, {})),
         "megatron.training.skipped_iters": ("counter", (0.0, {})),
+        "megatron.training.throughput_tflops": ("gauge", (310.5, {})),
     }  # fmt: skip
+    assert recorded == {("megatron.training.step_duration_ms", "ms"): [250.0, 250.0]}
     client.close(failed=False)
     assert told[-1] == "shutdown" and made["hammer_run_active"][1](None) == [(0.0, {})]
 
@@ -186,7 +207,8 @@ def exported_names() -> set[str]:
     """What Prometheus sees of a run that has everything."""
     series = Series()
     series.update(1, LINE | {"mfu_causal": 0.3})
-    return {exported(name)[0] + ("_total" if name in COUNTERS else "") for name in series.values}
+    names = {exported(name)[0] + ("_total" if name in COUNTERS else "") for name in series.values}
+    return names | {exported(name)[0] + part for name in series.histograms for part in ("_bucket", "_count", "_sum")}
 
 
 def test_dashboard_and_alerts_read_names_that_are_exported() -> None:

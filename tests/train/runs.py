@@ -95,6 +95,7 @@ def metrics(output: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         assert line.pop("tokens_per_second") > 0
+        assert line.pop("step_seconds") > 0 and line.pop("tflops_causal") > 0
         line.pop("memory_bytes", None)
     return lines
 
