@@ -18,6 +18,18 @@ _VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*\}?")
 _OF_THE_SYSTEM = ("/", "/bin", "/boot", "/dev", "/etc", "/home", "/lib", "/lib64", "/opt", "/proc", "/root", "/run",
                   "/sbin", "/srv", "/sys", "/tmp", "/usr", "/var")  # fmt: skip
 
+RENAME_REMEDY = "rename it; a whole folder from GBK, say: convmv -f GBK -t UTF-8 -r --notest FOLDER"
+"""For a name whose bytes are no UTF-8, as archives from Chinese Windows unpack."""
+
+
+def is_unicode(name: str | Path) -> bool:
+    """Whether all bytes of a file's name are text here; libraries in C++ and YAML take no other."""
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
 
 def unusable_remedy(text: str) -> str:
     """What to write for a path that is none on this machine: an address, ``~``, ``$NAME``, ``C:\\``; "" for others.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import shlex
 import textwrap
 import warnings
@@ -32,6 +33,8 @@ CHINESE = "训练损失词表步时间显存"  # of which a font for traditional
 # A family for several scripts comes before one for a single letter, and one without serifs, whose Chinese is of the
 # mainland, before others: words of its name.
 PREFERRED = ("Sans CJK SC", "Sans SC", "Sans CN", "YaHei", "MicroHei", "Micro Hei", "SimHei", "PingFang", "Hei", "Sans")
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def new_figure(height: float, title: str, source: str) -> Any:
@@ -61,6 +64,7 @@ def legend_above(axes: Any, columns: int) -> None:
 
 def png_of(figure: Any) -> bytes:
     """The content of a PNG file of a matplotlib figure."""
+    _escape_surrogates(figure)
     _use_fallbacks(figure)
     content, fonts = io.BytesIO(), logging.getLogger("matplotlib.font_manager")
     level = fonts.level
@@ -101,6 +105,15 @@ def save_png(figure: Any, output: Path) -> None:
         os.replace(staging, output)
     finally:
         staging.unlink(missing_ok=True)
+
+
+def _escape_surrogates(figure: Any) -> None:
+    """Show bytes of a file's name that are no text here (GBK on a UTF-8 system) as codes, which fonts can draw."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if _SURROGATE.search(text.get_text()):
+            text.set_text(_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text.get_text()))
 
 
 def _use_fallbacks(figure: Any) -> None:

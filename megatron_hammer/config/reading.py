@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from megatron_hammer.base.characters import TYPOGRAPHIC_QUOTES, in_ascii
 from megatron_hammer.base.errors import ConfigError, os_remedy
+from megatron_hammer.base.paths import RENAME_REMEDY, is_unicode
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.reading import read_regular
 from megatron_hammer.config.help import setting_effects
@@ -54,6 +55,8 @@ def parse_yaml(text: str, where: str) -> Any:
 
     from megatron_hammer.config.strict_yaml import StrictLoader
 
+    if not is_unicode(text):
+        raise ConfigError(8, where, "holds a name that is not UTF-8", RENAME_REMEDY)
     try:
         return yaml.load(text, Loader=StrictLoader)  # derived from the safe loader
     except (yaml.YAMLError, ValueError, RecursionError, ArithmeticError, TypeError, LookupError) as error:

@@ -408,4 +408,8 @@ def describe_sources(paths: Sequence[Path], hashes: dict[Path, str]) -> list[dic
 
 
 def write_corpus_manifest(path: Path, content: dict[str, Any]) -> None:
-    replace_file(path, orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    try:
+        written = orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    except TypeError:  # a name whose bytes are no UTF-8
+        written = json.dumps(content, indent=2).encode() + b"\n"
+    replace_file(path, written)

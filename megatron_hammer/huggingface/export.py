@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from megatron_hammer.base.errors import ConfigError, DataError, RefusedError, from_fields
 from megatron_hammer.base.files import dump_json, staged_folder, write_durably
+from megatron_hammer.base.paths import RENAME_REMEDY, is_unicode
 from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.folder import Note, open_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, saved_model
@@ -88,6 +89,7 @@ def export_hf(
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
+        ConfigError: E288, the output's name is no text.
         RefusedError: the output belongs to somebody else, or the written folder is not the checkpoint's model.
             Nothing is left at ``output``, or what was there before.
     """
@@ -95,6 +97,8 @@ def export_hf(
     original = Original(manifest, saved_model(manifest), checked_tokenizer_folder(manifest))
     dtype = dtype or manifest.weights_dtype
     output = Path(output).resolve()  # a link to a folder stays a link
+    if not is_unicode(output):
+        raise ConfigError(88, f"--output {output}", "is not UTF-8, and no tokenizer is read from there", RENAME_REMEDY)
     if output.exists():
         check_output(output)
     with staged_folder(output, replace=True) as staging:

@@ -112,7 +112,7 @@ def test_what_no_font_has_is_said_in_one_line(
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        png_of(titled("한 run 글"))
+        png_of(titled("한 run 글 \udcce"))
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("note: no installed font has 글한: ") and "fonts-noto-cjk" in line
 

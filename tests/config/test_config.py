@@ -93,6 +93,7 @@ REFUSED = [  # argument, code, what the line must name
     ("train=5", "E201", ["group.field=value"]),
     ("nonsense", "E201", ["group.field=value"]),
     ("train.seed=[1", "E208", ["train.seed", "YAML"]),
+    ("train.output=runs/\udcce", "E208", ["train.output holds a name that is not UTF-8", "convmv"]),
     ("data.train={}", "E203", ["data.train"]),
     ("data.train={/a: 0}", "E204", ["/a", "positive"]),
     ("data.train={/a: .nan}", "E204", ["/a"]),

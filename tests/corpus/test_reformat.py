@@ -247,3 +247,10 @@ def test_plain_text_becomes_documents(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"E301.*holds no \.txt or \.md file"):
         write_jsonl(tmp_path / "only" / "a.jsonl", [{"text": "x"}])
         reformat_corpus("text", [tmp_path / "only"], tmp_path / "y.jsonl")
+
+
+def test_the_manifest_of_a_source_whose_name_is_no_utf8(tmp_path: Path) -> None:
+    """As archives from Chinese Windows unpack."""
+    source = write_jsonl(tmp_path / "\udcce.jsonl", [{"text": "x"}])
+    reformat_corpus("jsonl", [source], tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl.manifest.json").read_bytes())["sources"][0]["path"] == str(source)

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megatron_hammer.base.errors import CheckpointError, RefusedError
+from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedError
 from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.checkpoint.manifest import read_manifest, saved_model
 from megatron_hammer.checkpoint.read import read_logical
@@ -240,6 +240,8 @@ def test_an_output_of_somebody_else_is_left_alone(tmp_path):
     (tmp_path / "theirs" / "thesis.tex").write_text("x")
     with pytest.raises(RefusedError, match=r"E525.*thesis\.tex"):
         export("theirs")
+    with pytest.raises(ConfigError, match=r"E288.*is not UTF-8.*convmv"):
+        export("\udcce")
     (tmp_path / "file").write_text("x")
     with pytest.raises(RefusedError, match=r"E525.*is a file"):
         export("file")
