@@ -21,7 +21,7 @@ from pathlib import PurePath
 from typing import Any, NoReturn
 
 from megatron_hammer.base.characters import in_ascii, number_meant
-from megatron_hammer.base.errors import ConfigError, HammerError, from_exception
+from megatron_hammer.base.errors import ConfigError, DiskError, HammerError, from_exception
 from megatron_hammer.base.language import LANGUAGES, user_language
 from megatron_hammer.base.paths import unusable_remedy
 from megatron_hammer.base.shipped import OF_A_WHEEL
@@ -248,6 +248,7 @@ def run(main: Callable[[], int | None], output: OutputKind = OutputKind.REPORT) 
 def end_of(main: Callable[[], int | None]) -> int:
     """The exit code with which ``main`` ends, however it does; what there is to say about it is on stderr."""
     try:
+        _check_working_folder()
         return main() or 0
     except SystemExit as ending:  # argparse, after --help
         if isinstance(ending.code, str):
@@ -264,6 +265,15 @@ def end_of(main: Callable[[], int | None]) -> int:
         if known is None:
             raise  # a mistake of ours: the traceback belongs to the report
         return report_error(known)
+
+
+def _check_working_folder() -> None:
+    """Raise where the working folder was removed: libraries of torch end the process then, naming a file of theirs."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        remedy = 'cd "$PWD" if it was made anew, or change to another folder'
+        raise DiskError(1, "the working folder", "is not there any more", remedy) from None
 
 
 def print_json(value: Any) -> None:

@@ -154,3 +154,13 @@ def test_children_are_heard_of_although_sigchld_is_ignored() -> None:
     program = "import subprocess as s; from megatron_hammer.base.cli import run; run(lambda: s.call(['false']))"
     ignored = partial(signal.signal, signal.SIGCHLD, signal.SIG_IGN)  # a shell's own trap does not pass it on
     assert subprocess.run([sys.executable, "-c", program], preexec_fn=ignored).returncode == 1
+
+
+def test_a_working_folder_that_was_removed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert end_of(lambda: 0) == 6
+    assert capsys.readouterr().err.startswith("error[E601]: the working folder is not there any more; ")
