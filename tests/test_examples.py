@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError
+from megatron_hammer.base.language import sayer
 from megatron_hammer.config import Config, load_config
-from megatron_hammer.metrics.plot import moving_average, plot_loss, read_curves
+from megatron_hammer.metrics.plot import _source, moving_average, plot_loss, read_curves
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -678,6 +679,10 @@ def test_plot_reads_gaps_sets_and_a_torn_line(tmp_path: Path) -> None:
     assert curves.sources == {"a": ([1, 3], [8.0, 6.0]), "b": ([1], [8.0])} and curves.read == {"a": 96, "b": 32}
     plot_loss(tmp_path, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 2
+    assert _source(tmp_path, curves, sayer("en")) == "Source: metrics.jsonl of the run, to step 5"
+    where = {"device": "cpu", "processor": "EPYC", "ranks": 2}
+    (tmp_path / "starts.jsonl").write_text(json.dumps({"time": "2026-11-30T12:31:52+00:00", "environment": where}))
+    assert _source(tmp_path, curves, sayer("en")).endswith("to step 5; begun on 2026-11-30, ranks: 2, EPYC")
 
 
 def test_moving_average_keeps_the_start_and_skips_gaps() -> None:

@@ -178,8 +178,8 @@ def _source(run: Path, curves: Curves, say: Say) -> str:
     if (start := last_start(run)) is not None:
         where = start["environment"]
         device = where.get("device") if where.get("device") != "cpu" else where.get("processor", "CPU")
-        ranks = f"{where.get('ranks')} x " if where.get("ranks") != 1 else ""
-        text += say("; begun on ", "；开始于 ") + f"{str(start.get('time'))[:10]}, {ranks}{device}"
+        ranks, day = where.get("ranks"), str(start.get("time"))[:10]
+        text += say(f"; begun on {day}, ranks: {ranks}, {device}", f"；开始于 {day}，rank 数 {ranks}，{device}")
     return text
 
 

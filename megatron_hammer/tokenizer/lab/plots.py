@@ -141,6 +141,7 @@ def _bars(axes: Any, groups: Sequence[str], values: Mapping[str, Sequence[float]
         bars = axes.bar(at, heights, width * 0.92, color=COLOURS[i % len(COLOURS)], label=name)
         if len(values) * len(groups) <= MOST_NUMBERS:
             axes.bar_label(bars, fmt="%.2f", fontsize=SMALL_POINTS, padding=1)
+    axes.margins(y=0.1)  # room for these numbers
     axes.set_xticks(np.arange(len(groups)), groups)
 
 
