@@ -275,7 +275,8 @@
   smooth.value = state.smooth / .995 * 100; log.checked = state.log; tokens.checked = state.tokens;
   if (!data.runs.every((run) => run.tokens.x.length)) { state.tokens = tokens.checked = false; tokens.disabled = true; }
   document.getElementById("controls").hidden = false;
-  let width = 0;
+  let width = document.body.clientWidth;
+  changed(); // at once: a browser that is busy makes its first frame, which the observer waits for, late
   new ResizeObserver(() => {
     if (document.body.clientWidth !== width) { width = document.body.clientWidth; changed(); }
   }).observe(document.body);
