@@ -96,7 +96,9 @@ def draw_coverage(coverages: Mapping[str, Coverage], language: Language = "en") 
             rows = -(-share.characters // COLUMNS)
             starts.append(row + rows / 2)
             row += rows + 1
-        labels = [f"{say('level', '级')} {level}\n{share.percent:.2f}%" for level, share in coverage.levels.items()]
+        labels = [
+            f"{say(f'level {level}', f'{level} 级')}\n{share.percent:.2f}%" for level, share in coverage.levels.items()
+        ]
         axes.set_yticks(starts, labels)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
