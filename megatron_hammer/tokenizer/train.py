@@ -122,6 +122,9 @@ def train_tokenizer(
         f"training {vocab_size:,} {model_type} pieces on {size_of(sample.kept_bytes)} of "
         f"{size_of(sample.seen_bytes)} of text, read in {time.monotonic() - started:.1f} s"
     )
+    if not any(b" " in sentence for sentence in sample.sentences):
+        report("this text has no blank: it gets a piece all the same")  # else three bytes, which read back as U+2581
+        required_characters += "\u2581"
     settings = {
         "model_type": model_type,
         "vocab_size": vocab_size,

@@ -137,6 +137,12 @@ def test_required_characters(tmp_path: Path) -> None:
     assert len(tokenizer.encode("龘靐")) == 2 < len(tokenizer.encode("齉"))
 
 
+def test_a_blank_comes_back_although_the_text_had_none(tmp_path: Path) -> None:
+    """Chinese alone: sentencepiece reads a blank that has no piece back as its own sign for one, U+2581."""
+    tokenizer = train_tokenizer(Texts(["每天晚上，许多人都会看一眼第二天的天气。"]), tmp_path, 300, allow_fewer=True)
+    assert tokenizer.decode(tokenizer.encode("def main 今天")) == "def main 今天"
+
+
 def test_reserved_characters_do_not_lose_their_text(tmp_path: Path) -> None:
     """The trainer would drop every sentence with a tab, U+2585 or NUL in it."""
     sentence = "zygote quixotic\tkumquat\u2585zephyr\0 \u2581 wombat\n"
