@@ -10,9 +10,9 @@ bf16      the paths that ``auto`` chooses on this machine, chunked loss included
 fp8       bf16 with the layers' products in 8 bits, quantised as on a GPU and multiplied in fp32 (kernels/fp8.py)
 fp8-head  and the output head's products too
 
-Prints a table, and writes it (``loss_parity.md``), a picture and the losses of each side (``SIDE.json``); a side that
-is there already with the same settings is not run again. Criterion: the mean loss of the last 30 steps of bf16 lies
-within 1 % of fp32's.
+Prints a table, and writes it (``loss_parity.md``), a picture in English and one in Chinese, and the losses of each side
+(``SIDE.json``); a side that is there already with the same settings is not run again. Criterion: the mean loss of the
+last 30 steps of bf16 lies within 1 % of fp32's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ import numpy as np
 import torch
 from shapes import SHAPES
 
-from megatron_hammer.base.pictures import COLOURS, new_figure, save_png, tidy
+from megatron_hammer.base.language import Language
+from megatron_hammer.base.pictures import COLOURS, new_figure, picture_sayer, save_png, tidy
+from megatron_hammer.base.system import processor_name
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.corpus.documents import TextCorpus
 from megatron_hammer.kernels.fp8 import Fp8Products, emulated_multiply
@@ -148,13 +150,17 @@ def table_of(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+def draw(results: Sequence[dict[str, Any]], path: Path, language: Language) -> None:
     """The smoothed losses, and below them the difference to the first side."""
-    count = len(results[0]["losses"])
+    count, say = len(results[0]["losses"]), picture_sayer(language)
+    day = time.strftime("%Y-%m-%d")
     figure = new_figure(
         6.8,
-        "Losses of the fast paths, the quick start's model",
-        f"Source: benchmarks/loss_parity.py, {count} steps; torch {torch.__version__}, {time.strftime('%d %B %Y')}",
+        say("Losses of the fast paths, the quick start's model", "各快速路径的损失，快速入门的模型"),
+        say(
+            f"Source: benchmarks/loss_parity.py, {count} steps; {processor_name()}, torch {torch.__version__}, {day}",
+            f"来源：benchmarks/loss_parity.py，{count} 步；{processor_name()}，torch {torch.__version__}，{day}",
+        ),
     )
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     reference = smooth(results[0]["losses"])
@@ -162,11 +168,11 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     for result, colour in zip(results, COLOURS, strict=False):
         above.plot(steps, smooth(result["losses"]), label=result["side"], linewidth=1.2, color=colour)
         below.plot(steps, 100 * (smooth(result["losses"]) / reference - 1), linewidth=1.2, color=colour)
-    above.set_ylabel(f"loss, mean of {SMOOTHED} steps")
+    above.set_ylabel(say(f"loss, mean of {SMOOTHED} steps", f"损失，{SMOOTHED} 步的平均"))
     above.legend(frameon=False)
     below.axhspan(-1, 1, color="0.92", zorder=0)  # the criterion
-    below.set_ylabel(f"against {results[0]['side']}, %")
-    below.set_xlabel("step")
+    below.set_ylabel(say(f"against {results[0]['side']}, %", f"相对 {results[0]['side']}，%"))
+    below.set_xlabel(say("step", "步"))
     for axes in (above, below):
         tidy(axes)
     save_png(figure, path)
@@ -195,7 +201,8 @@ def main() -> None:
         results.append(kept)
     table = table_of(results)
     (arguments.output / "loss_parity.md").write_text(table + "\n")
-    draw(results, arguments.output / "loss_parity.png")
+    draw(results, arguments.output / "loss_parity.png", "en")
+    draw(results, arguments.output / "loss_parity.zh-CN.png", "zh")
     print(table)
 
 

@@ -316,4 +316,5 @@ def test_loss_parity_runs_at_toy_size(tmp_path: Path) -> None:
     options = ["--steps", 2, "--sides", "fp32", "fp8-head", "--output", tmp_path]
     done = run("loss_parity.py", *options)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| fp") == 2 and (tmp_path / "loss_parity.png").stat().st_size > 1000
+    assert done.stdout.count("| fp") == 2
+    assert all((tmp_path / f"loss_parity{language}.png").stat().st_size > 1000 for language in ("", ".zh-CN"))
