@@ -1,14 +1,21 @@
 """A lock on a file that one process holds at a time: the kernel's ``flock``, which is released when the process ends.
 
 Some file systems have no such locks (Lustre in its default mount, some NFS). There a small file beside the locked one
-names its owner instead (``.NAME.owner-1``): host, process, and the time that the process started, so that an owner that
-has died is recognised on its own machine. Whether a process of another machine still lives cannot be known: then a note
-says so, and the work goes on. ``open_alone`` opens a temporary file that only one process may write. No torch.
+names its owner instead: host, process, the time that the process started, and the inode of the locked file, so that an
+owner that has died, or whose file is no longer that one, is recognised on its own machine. Whether a process of another
+machine still lives cannot be known: then a note says so, and the work goes on::
+
+    .NAME.owner-1   released         whoever wants the lock next makes .NAME.owner-2, which the system gives to one only
+    .NAME.owner-2   host, process    its maker looks once more: a higher number there is of one who came before it
+
+Only the owner of a higher number removes a file, so the highest is always there. ``open_alone`` opens a temporary file
+that only one process may write. No torch.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import fcntl
 import json
@@ -16,7 +23,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +32,59 @@ from megatron_hammer.base.reading import parse_json, read_regular
 from megatron_hammer.base.system import find_process, locks_held
 
 _MOMENTS, _MOMENT_SECONDS = 20, 0.05  # a file that was made gets its line in less than a millisecond
+_RELEASED: Mapping[str, Any] = {"released": True}  # what an owner's file says when the lock is free
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # what such file systems answer
 
 
-def take_lock(descriptor: int, path: Path, note: Callable[[str], None] = say) -> bool:
-    """Take the exclusive lock of an open file without waiting; ``give_up`` ends it, or the end of the process.
+class Lock:
+    """A lock that this process holds until ``give_up`` and the closing of its file, or until its own end.
+
+    Args:
+        owner: the file that names this process, where the file system has no locks.
+    """
+
+    def __init__(self, owner: Path | None = None) -> None:
+        self._owner, self._process = owner, os.getpid()
+        if owner is not None:
+            atexit.register(self.give_up)
+
+    def give_up(self) -> None:
+        """Where a file names the owner: write down there that the lock is free. Else closing its file frees it."""
+        if self._owner is None or os.getpid() != self._process:  # a fork owns nothing
+            return
+        atexit.unregister(self.give_up)
+        with contextlib.suppress(OSError), open(os.open(self._owner, os.O_WRONLY | os.O_TRUNC), "w") as file:
+            file.write(json.dumps(_RELEASED))
+        self._owner = None
+
+
+def take_lock(descriptor: int, path: Path, note: Callable[[str], None] = say) -> Lock | None:
+    """Take the exclusive lock of an open file without waiting.
 
     Args:
         path: of that file.
         note: gets a line where the file system has no locks.
 
     Returns:
-        False where another process holds it.
+        None where another process, or this one by another descriptor, holds it.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
+        return Lock()
     except BlockingIOError:
-        return False
+        return None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        return _claim(path, error.strerror or str(error), note)
+        return _claim(descriptor, path, error.strerror or str(error), note)
 
 
 def open_alone(path: Path) -> int | None:
     """Open a temporary file that only one process may write; what a killed one left in it is still there.
 
     Returns:
-        a descriptor, whose closing gives up the lock; None where another process writes the file.
+        a descriptor, whose closing gives up the lock (without ``flock`` only the process's end does, or the file's new
+        name); None where somebody else writes the file.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     if take_lock(descriptor, path) and path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
@@ -76,52 +107,39 @@ def is_locked(path: Path) -> bool | None:
     return any("FLOCK" in line and f" {device}{inode} " in line for line in held)
 
 
-def give_up(descriptor: int, path: Path) -> None:
-    """Close a file whose lock was asked for; where a file names the owner, that ends now, and not with the process."""
-    os.close(descriptor)
-    if (owner := _claimed.pop(path, None)) is not None:
-        _remove(owner, os.getpid())
-
-
-_claimed: dict[Path, Path] = {}
-"""Locks that this process holds by such files -> those."""
-
-
-def _claim(path: Path, reason: str, note: Callable[[str], None]) -> bool:
-    """Write ourselves down as the owner of ``path``; False where one that lives is there.
-
-    Each owner makes a file of the next number, which the system gives to one process only. The file of the one before
-    stays, so that whoever looks at the same moment finds one of the two.
-    """
-    ours = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+def _claim(descriptor: int, path: Path, reason: str, note: Callable[[str], None]) -> Lock | None:
+    """Write ourselves down as the owner of ``path``; None where one that lives is there."""
+    ours = {
+        "host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()),
+        "inode": os.fstat(descriptor).st_ino,
+    }  # fmt: skip
     while True:
         owners, remark = _owners(path), ""
-        theirs = _owner(owners[-1][1]) if owners else None
-        if theirs is not None and theirs != ours:
-            if theirs.get("host") == ours["host"]:
-                if theirs.get("started") is not None and _started(theirs.get("pid")) == theirs["started"]:
-                    return False
-            else:
-                remark = (
-                    f"; process {theirs.get('pid')} of {theirs.get('host')} was the last: make sure that it has ended"
-                )
-        if theirs == ours:
-            mine = owners[-1][1]
-            break
-        mine = path.with_name(f".{path.name}.owner-{owners[-1][0] + 1 if owners else 1}")
+        theirs = _owner(owners[-1][1]) if owners else _RELEASED
+        if theirs is None:
+            continue  # gone since: there is a higher number
+        if theirs != _RELEASED and theirs.get("inode", ours["inode"]) == ours["inode"]:
+            if theirs.get("host") != ours["host"]:
+                who = f"process {theirs.get('pid')} of {theirs.get('host')}"
+                remark = f"; {who} was the last: make sure that it has ended"
+            elif theirs.get("started") is not None and _started(theirs.get("pid")) == theirs["started"]:
+                return None
+        number = owners[-1][0] + 1 if owners else 1
+        mine = path.with_name(f".{path.name}.owner-{number}")
         try:
-            descriptor = os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            made = os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except FileExistsError:
             continue  # somebody was faster, and is asked about now
-        with open(descriptor, "w") as file:
+        with open(made, "w") as file:
             file.write(json.dumps(ours))
-        for _, old in owners[:-1]:
+        present = _owners(path)
+        if not present or present[-1][0] != number:  # owners have come and gone since we looked
+            mine.unlink(missing_ok=True)
+            continue
+        for _, old in present[:-1]:
             old.unlink(missing_ok=True)
-        atexit.register(_remove, mine, os.getpid())
-        break
-    _claimed[path] = mine
-    note(f"note: {path}: its file system has no locks ({reason}){remark}")
-    return True
+        note(f"note: {path}: its file system has no locks ({reason}){remark}")
+        return Lock(mine.absolute())
 
 
 def _owners(path: Path) -> list[tuple[int, Path]]:
@@ -131,24 +149,19 @@ def _owners(path: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path.with_name(name)) for match, name in found if match is not None)
 
 
-def _owner(path: Path) -> dict[str, Any] | None:
-    """What a file says of the owner; None where it is gone, or says nothing although a moment has passed."""
+def _owner(path: Path) -> Mapping[str, Any] | None:
+    """What a file says of the owner; None where it is gone. One that says nothing although a moment has passed is of a
+    process that was killed before it wrote its line: nobody's."""
     for _ in range(_MOMENTS):
         try:
             found = parse_json(read_regular(path, follow=False))
         except FileNotFoundError:
             return None
-        except ValueError:  # it is being written, or by a process that was killed
+        except ValueError:  # it is being written
             time.sleep(_MOMENT_SECONDS)
             continue
-        return found if isinstance(found, dict) else None
-    return None
-
-
-def _remove(owner: Path, process: int) -> None:
-    """Remove the file of this process; a fork of it ends in the same way, and owns nothing."""
-    if os.getpid() == process:
-        owner.unlink(missing_ok=True)
+        return found if isinstance(found, dict) else _RELEASED
+    return _RELEASED
 
 
 def _started(pid: object) -> str | None:

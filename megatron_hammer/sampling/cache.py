@@ -36,7 +36,7 @@ import xxhash
 
 from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.files import make_durable, open_new, publish
-from megatron_hammer.base.locks import give_up, take_lock
+from megatron_hammer.base.locks import take_lock
 from megatron_hammer.base.mapping import FileMap
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.reading import open_regular, parse_json
@@ -147,11 +147,10 @@ class IndexStore:
     @contextlib.contextmanager
     def _lock(self, path: Path) -> Iterator[None]:
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        taken = None
         try:
             waited, since = False, time.monotonic()
-            while True:
-                if take_lock(descriptor, self.folder / "lock", self.note):
-                    break
+            while (taken := take_lock(descriptor, self.folder / "lock", self.note)) is None:
                 if not waited:
                     self.note(f"{path}: waiting for another process that builds it (at most {self.wait_seconds:g} s)")
                     waited = True
@@ -165,7 +164,9 @@ class IndexStore:
                 time.sleep(_POLL_SECONDS)
             yield
         finally:
-            give_up(descriptor, self.folder / "lock")
+            if taken is not None:
+                taken.give_up()
+            os.close(descriptor)
 
 
 def write_index(path: Path, kind: str, key: Key, arrays: Arrays) -> None:

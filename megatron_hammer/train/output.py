@@ -26,7 +26,7 @@ from pathlib import Path
 
 from megatron_hammer.base.errors import RefusedError
 from megatron_hammer.base.files import replace_file, set_aside, sync_folder
-from megatron_hammer.base.locks import NO_LOCKS, give_up, take_lock
+from megatron_hammer.base.locks import NO_LOCKS, take_lock
 from megatron_hammer.base.reading import read_regular
 from megatron_hammer.base.system import open_descriptors, sync
 from megatron_hammer.checkpoint.folder import Damaged, clean_up, remove_left
@@ -100,16 +100,18 @@ def only_writer(output: Path, is_new: bool = False) -> Iterator[HeldOutput]:
         sync_folder(output.parent)
     folder = os.open(output, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        lock = _open_lock(output)
+        lock, taken = _open_lock(output), None
         try:
-            if not (_lock_folder(folder) and take_lock(lock, output / LOCK)):
+            if not (_lock_folder(folder) and (taken := take_lock(lock, output / LOCK))):
                 raise _in_use(output, is_ours=_is_open_here(lock))
             held = HeldOutput(output, folder, lock)
             held.check()
             sync(folder)
             yield held
         finally:
-            give_up(lock, output / LOCK)
+            if taken is not None:
+                taken.give_up()
+            os.close(lock)
     finally:
         os.close(folder)
 

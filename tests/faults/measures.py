@@ -309,15 +309,22 @@ MEASURES = (
     Measure(
         "lock of the output",
         "train/output.py",
-        "if not (_lock_folder(folder) and take_lock(lock, output / LOCK)):",
+        "if not (_lock_folder(folder) and (taken := take_lock(lock, output / LOCK))):",
         "if False:",
         f"{OUTPUT}a_second_run_is_refused_even_where_the_lock_was_deleted",
     ),
     Measure(
+        "an owner without flock looks once more",
+        "base/locks.py",
+        "if not present or present[-1][0] != number:",
+        "if False:",
+        "base/test_locks.py::test_who_looked_before_others_came_and_went_is_no_owner",
+    ),
+    Measure(
         "lock of the folder itself",
         "train/output.py",
-        "_lock_folder(folder) and take_lock",
-        "take_lock",
+        "_lock_folder(folder) and (taken",
+        "(taken",
         f"{OUTPUT}a_second_run_is_refused_even_where_the_lock_was_deleted",
     ),
     Measure(
