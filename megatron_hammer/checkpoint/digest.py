@@ -11,8 +11,8 @@ adds up what it owns, whatever the layout cuts, and the parts are added: no elem
 element is always seen, one of several with all but a chance of 2^-32 at most (2^-64 mostly). It guards against
 mistakes and faults, not against a forger: for that keep the SHA-256 of ``tools/inspect_checkpoint.py digest``.
 
-The sums are taken of the bytes that go to the file at a save, and of the live objects right before the first step of a
-run that goes on (``live_state.py``); ``one_pass.py`` adds them up. Needs no torch.
+The sums are taken of the bytes that go to the file at a save, and of the live objects where a run goes on, once they
+are loaded (``live_state.py``); ``one_pass.py`` adds them up. Needs no torch.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ WRITE_BLOCK_BYTES = 4 * 2**20  # from 1 MiB on a disk here is at its full speed,
 READ_BLOCK_BYTES = 2 * 2**20
 _LOWEST_BIT = bytes(i & 1 for i in range(256))
 SMALL_BYTES = 64 * 2**10  # such as a norm's weights
-BLOCKS_AHEAD = 3  # the disk never waits for whoever hashes a block; one at a time: 1.35 GB/s here, two 1.8
+BLOCKS_AHEAD = 3  # hashing adds 1.3 % to reading so, 8.8 % with two; one leaves the disk idle in between
 
 
 class Passage(Protocol):

@@ -1,8 +1,9 @@
 """Compares the digest (``digest.py``) of the state that the ranks hold in memory with that of a checkpoint.
 
-Each rank adds up the rectangles that it owns, as it would write them; one sum over all ranks makes the tensors' sums.
-On a GPU the sums are taken there, 64 MB at a time. What other ranks hold copies of is compared by the drift check of
-the first step (``train/drift.py``).
+Each rank adds up the rectangles that it owns, as it would write them, while the rest is still being loaded or else
+before the first step; one sum over all ranks makes the tensors' sums, which are compared before the first step. On a
+GPU the sums are taken there, 64 MB at a time. What other ranks hold copies of is compared by the drift check of the
+first step (``train/drift.py``).
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ class LiveSums:
         load:  | from the disk: tensor 1 | tensor 2              | tensor 3       |        | check: tensor 3
                                          | threads add up tensor 1 | tensor 2     |
 
-    A tensor is added up where it will be used from, as soon as it is all there, while the disk fetches the next. One
-    that is changed afterwards is added up again: torch counts what is done to a tensor in place.
+    A tensor is added up where it will be used from, as soon as it is all there, while the disk fetches the next. If
+    torch has changed the memory that it lies in since (it counts what is done in place), it is added up again at the
+    check. What numpy or compiled code write in between is not seen; before the first step nothing of ours does.
 
     Args:
         shards: of this rank, as they are loaded.
@@ -85,9 +87,13 @@ class LiveSums:
         # a core with another.
         others = [self._pool.submit(add_up) for _ in range(torch.get_num_threads() - 1)]
         shares = [totals, add_up(), *(other.result() for other in others)]
-        self._pool.shutdown()
+        self.close()
         totals = [sum(share) for share in zip(*shares, strict=True)]
         return [(total + MODULUS // 2) % MODULUS - MODULUS // 2 for total in totals]
+
+    def close(self) -> None:
+        """End the threads, also where nothing was loaded in the end."""
+        self._pool.shutdown(cancel_futures=True)
 
 
 _Part = tuple[Range, Range | None, Tensor]

@@ -76,7 +76,8 @@ def load_shards(
     """Fill the shards' tensors of these kinds, converting to their types. Called by all ranks of the world.
 
     Args:
-        filled: called with a tensor's position in the manifest when this rank's part of it is all there.
+        filled: called with a tensor's position in the manifest when this rank's part of it is all there, and nothing
+            else is written to the memory that it lies in: where all that the rank wants is read right to its place.
 
     Raises:
         HammerError: on all ranks, when the checkpoint does not fit the model or one of them could not read its part.
@@ -219,14 +220,17 @@ def check_rank_file(
 def _fill(manifest: Manifest, wanted: dict[int, list[_Place]], filled: Callable[[int], None] = lambda at: None) -> None:
     """Read what is wanted, all of it: a place that no slice has filled would be a weight that nothing has given."""
     left = {at: sum(place.data.numel() for place in places) for at, places in wanted.items()}
-    for file in manifest.files:
-        hits = [(s, [p for p in wanted.get(s.tensor, ()) if p.common(s)]) for s in file.slices if s.tensor in wanted]
-        hits = [(saved, places) for saved, places in hits if places]
-        if hits:
+    hits = {
+        file: [(s, p) for s in file.slices if (p := [p for p in wanted.get(s.tensor, ()) if p.common(s)])]
+        for file in manifest.files
+    }
+    in_place = all(_own_place(manifest, saved, p) is not None for found in hits.values() for saved, p in found)
+    for file, found in hits.items():
+        if found:
             with _open(manifest, file) as reader:
-                for saved, places in hits:
+                for saved, places in found:
                     left[saved.tensor] -= _read(manifest, reader, saved, places)
-                    if left[saved.tensor] == 0:
+                    if in_place and left[saved.tensor] == 0:
                         filled(saved.tensor)
     for at, elements in left.items():
         if elements:
@@ -237,15 +241,12 @@ def _fill(manifest: Manifest, wanted: dict[int, list[_Place]], filled: Callable[
 
 def _read(manifest: Manifest, reader: TensorFileReader, saved: SavedSlice, places: list[_Place]) -> int:
     """Read one slice, verify it, and copy what each place wants of it; how many elements that were."""
-    key, dtype = manifest.key_of(saved), DTYPES[manifest.tensors[saved.tensor].dtype]
-    reader.expect(key, manifest.tensors[saved.tensor].dtype, saved.shape)
-    first = places[0]
-    target = _window(first.data, first, *first.common(saved))  # type: ignore[misc]
-    direct = len(places) == 1 and target.shape == saved.shape and target.dtype == dtype
-    direct = direct and target.is_contiguous() and target.device.type == "cpu"
-    data = target if direct else torch.empty(saved.shape, dtype=dtype)
+    key, dtype = manifest.key_of(saved), manifest.tensors[saved.tensor].dtype
+    reader.expect(key, dtype, saved.shape)
+    target = _own_place(manifest, saved, places)
+    data = torch.empty(saved.shape, dtype=DTYPES[dtype]) if target is None else target
     _compare(reader, key, saved, reader.read_into(key, data.view(-1).view(torch.uint8).numpy()))
-    if direct:
+    if target is not None:
         return target.numel()
     filled = 0
     for place in places:
@@ -254,6 +255,15 @@ def _read(manifest: Manifest, reader: TensorFileReader, saved: SavedSlice, place
         window.copy_(_window(data, saved, rows, cols))
         filled += window.numel()
     return filled
+
+
+def _own_place(manifest: Manifest, saved: SavedSlice, places: Sequence[_Place]) -> Tensor | None:
+    """Where a slice can be read right to: the only place that wants it has it in one piece, in its type, on the CPU."""
+    first = places[0]
+    target = _window(first.data, first, *first.common(saved))  # type: ignore[misc]
+    fits = len(places) == 1 and target.shape == saved.shape and target.is_contiguous()
+    fits = fits and target.dtype == DTYPES[manifest.tensors[saved.tensor].dtype] and target.device.type == "cpu"
+    return target if fits else None
 
 
 def _open(manifest: Manifest, file: SavedFile) -> TensorFileReader:

@@ -107,7 +107,8 @@ def check_state(
     sums: LiveSums | None,
     note: Callable[[str], None],
 ) -> None:
-    """Compare the live state, right before the first step, with what was saved; a new run has nothing to compare.
+    """Compare the live state with what was saved, before the first step, and that step with what it was to be; a new
+    run has nothing to compare.
 
     Args:
         sums: what ``load_state`` has begun.
@@ -150,12 +151,18 @@ def load_state(prepared: Prepared, optimizer: Optimizer, ctx: ParallelContext) -
         return RunState(), None
     manifest, shards = prepared.resume or prepared.init_from, optimizer.shards()
     assert manifest is not None
-    sums = LiveSums(manifest, shards) if manifest is prepared.resume else None
-    kinds = ("weight",) if sums is None else STATE_KINDS
-    filled = (lambda at: None) if sums is None else sums.begin
-    load_shards(manifest, shards, model=prepared.config.model, kinds=kinds, ctx=ctx, filled=filled)
+    model, resumed = prepared.config.model, manifest is prepared.resume
+    kinds = STATE_KINDS if resumed else ("weight",)
+    if sums := LiveSums(manifest, shards) if resumed and manifest.state_digest is not None else None:
+        try:
+            load_shards(manifest, shards, model=model, kinds=kinds, ctx=ctx, filled=sums.begin)
+        except BaseException:
+            sums.close()
+            raise
+    else:
+        load_shards(manifest, shards, model=model, kinds=kinds, ctx=ctx)
     optimizer.copy_params_from_masters()
-    if sums is None:
+    if not resumed:
         return RunState(), None
     optimizer.load_scalar_state(manifest.state["optimizer"])
     return RunState.from_manifest(manifest), sums

@@ -153,25 +153,33 @@ def test_a_live_state_that_is_another_is_named(saved) -> None:
     assert "without a digest" in str(check_live_state(old, shards, 7, state, ctx))
 
 
-def test_what_is_changed_after_it_was_loaded_is_added_up_again(saved, monkeypatch) -> None:
-    """And only that: of the others the sums are those that were taken while the rest was loaded."""
-    manifest, ctx, added = saved[1, 1], ParallelContext.single(), list[int]()
-    shards = rank_shards(
-        MODEL, 0, 1, 1, {name: torch.full_like(t, torch.nan) for name, t in random_logical(MODEL).items()}
-    )
+@pytest.mark.parametrize("layout, changes", [((1, 1), False), ((1, 1), True), ((2, 1), False)])
+def test_what_is_added_up_while_the_rest_is_loaded(saved, layout: tuple[int, int], changes: bool, monkeypatch) -> None:
+    """Each tensor once, where each is read right to its place; of a changed kind, which is one piece of memory as the
+    optimizer has it, once more at the check; what another layout has cut, at the check alone."""
+    manifest, ctx, added, early = saved[layout], ParallelContext.single(), list[int](), list[int]()
+    nothing = {name: torch.full_like(t, torch.nan) for name, t in random_logical(MODEL).items()}
+    shards = rank_shards(MODEL, 0, 1, 1, nothing)
+    for kind in KINDS:
+        parts = torch.cat([shard.tensors[kind] for shard in shards]).split([s.tensors[kind].numel() for s in shards])
+        for shard, part in zip(shards, parts, strict=True):
+            shard.tensors[kind] = part
     sum_of = live_state._sum_of
     monkeypatch.setattr(live_state, "_sum_of", lambda *part: (added.append(part[2].numel()), sum_of(*part))[1])
     sums = LiveSums(manifest, shards)
-    load_shards(manifest, shards, model=MODEL, kinds=KINDS, ctx=ctx, filled=sums.begin)
-    changed = shards[-1].tensors["exp_avg_sq"]
-    first = changed[0].clone()
-    changed[0] = torch.nextafter(first, torch.tensor(9.0))
-    with pytest.raises(CheckpointError, match=r"E417.*exp_avg_sq of .*not what was saved"):
-        check_live_state(manifest, shards, 7, {"consumed_samples": 3}, ctx, sums)
+    begin = lambda at: (early.append(at), sums.begin(at))  # noqa: E731
+    load_shards(manifest, shards, model=MODEL, kinds=KINDS, ctx=ctx, filled=begin)
+    assert sorted(early) == (list(range(len(manifest.tensors))) if layout == (1, 1) else [])
+    if changes:
+        changed = shards[-1].tensors["exp_avg_sq"]
+        changed[0] = torch.nextafter(changed[0].clone(), torch.tensor(9.0))
+        with pytest.raises(CheckpointError, match=r"E417.*exp_avg_sq of .*not what was saved"):
+            check_live_state(manifest, shards, 7, {"consumed_samples": 3}, ctx, sums)
+    else:
+        assert check_live_state(manifest, shards, 7, {"consumed_samples": 3}, ctx, sums) is None
     sizes = [math.prod(tensor.shape) for tensor in manifest.tensors]
-    name = shards[-1].parameter.slices[0].tensor
-    again = [math.prod(t.shape) for t in manifest.tensors if (t.name, t.kind) == (name, "exp_avg_sq")]
-    assert len(again) == 1 and sorted(added) == sorted(sizes + again)
+    again = [math.prod(tensor.shape) for tensor in manifest.tensors if changes and tensor.kind == "exp_avg_sq"]
+    assert sorted(added) == sorted(sizes + again)
 
 
 def test_an_old_checkpoint_has_none_and_a_wrong_one_is_damage(saved, tmp_path: Path) -> None:

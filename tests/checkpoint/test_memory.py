@@ -17,7 +17,7 @@ MB = 2**20
 # Two matrices of 125 MB and layers of 3 MB each.
 MODEL = tiny_model(hidden_size=256, ffn_hidden_size=512, num_layers=8, head_dim=32, vocab_size=128001)
 LARGEST, TOTAL = 125 * MB, 4 * sum(torch.Size(s).numel() for s in logical_shapes(MODEL).values())
-LITTLE = 16 * MB  # two blocks of 4 MiB being written or three of 2 being read, a chunk of 4, the allocator's slack
+LITTLE = 16 * MB  # two blocks of 4 MiB being written or four of 2 being read, a chunk of 4, the allocator's slack
 
 CHILD = """
 import resource, sys
