@@ -359,12 +359,15 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(8, str(path), "is missing", inside)
     with open_checkpoint_file(path) as file:
         text = file.read(MAX_JSON_BYTES + 1)
+    why = ""
     try:
         tree = parse_json(text) if len(text) <= MAX_JSON_BYTES else None
-    except ValueError:
+    except json.JSONDecodeError:
         tree = None
+    except ValueError as error:
+        tree, why = None, f" that we read ({error})"
     if not isinstance(tree, dict):
-        raise CheckpointError(20, str(path), "is not a JSON mapping", "name the folder of a Hugging Face model")
+        raise CheckpointError(20, str(path), f"is not a JSON mapping{why}", "name the folder of a Hugging Face model")
     return tree
 
 

@@ -261,7 +261,7 @@ CASES: dict[str, tuple[Callable[[Path], object], Make, str]] = {
     "yaml endless": (config, endless("f.yaml"), "E206 device"),
     "yaml name with nul": (lambda folder: load_config(f"{folder}/a\0b"), text("x", ""), "E206"),
     "hf layers": (huggingface, llama(num_hidden_layers=10**9), "E422 10,000"),
-    "hf sizes": (huggingface, llama(hidden_size=10**400), "E422"),
+    "hf sizes": (huggingface, llama(hidden_size=10**400), "E420 401 digits"),
     "hf deep": (huggingface, text("config.json", DEEP), "E420"),
     "hf wide": (huggingface, text("config.json", WIDE), "E420"),
     "hf pipe": (huggingface, pipe("config.json"), "E408 pipe"),
@@ -278,7 +278,7 @@ CASES: dict[str, tuple[Callable[[Path], object], Make, str]] = {
     "safetensors shapes": (
         huggingface,
         tensors(b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,0]}}' % (b"9" * 4_000)),
-        "E410 malformed",
+        "E410 4,000",
     ),
     "manifest deep": (checkpoint, text("manifest.json", DEEP), "E403 JSON"),
     "manifest wide": (checkpoint, text("manifest.json", WIDE), "E403 JSON"),
