@@ -24,6 +24,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +37,22 @@ _RELEASED: Mapping[str, Any] = {"released": True}  # what an owner's file says w
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # what such file systems answer
 
 
+@dataclass(eq=False)
 class Lock:
-    """A lock that this process holds until ``give_up`` and the closing of its file, or until its own end.
+    """A lock that this process holds until ``give_up`` and the closing of its file, or until its own end."""
 
-    Args:
-        owner: the file that names this process, where the file system has no locks.
-    """
-
-    def __init__(self, owner: Path | None = None) -> None:
-        self._owner, self._process = owner, os.getpid()
-        if owner is not None:
-            atexit.register(self.give_up)
+    owner: Path | None = None
+    """The file that names the process, where the file system has no locks."""
+    process: int = field(default_factory=os.getpid)
 
     def give_up(self) -> None:
         """Where a file names the owner: write down there that the lock is free. Else closing its file frees it."""
-        if self._owner is None or os.getpid() != self._process:  # a fork owns nothing
+        if self.owner is None or os.getpid() != self.process:  # a fork owns nothing
             return
         atexit.unregister(self.give_up)
-        with contextlib.suppress(OSError), open(os.open(self._owner, os.O_WRONLY | os.O_TRUNC), "w") as file:
+        with contextlib.suppress(OSError), open(os.open(self.owner, os.O_WRONLY | os.O_TRUNC), "w") as file:
             file.write(json.dumps(_RELEASED))
-        self._owner = None
+        self.owner = None
 
 
 def take_lock(descriptor: int, path: Path, note: Callable[[str], None] = say) -> Lock | None:
@@ -139,7 +136,9 @@ def _claim(descriptor: int, path: Path, reason: str, note: Callable[[str], None]
         for _, old in present[:-1]:
             old.unlink(missing_ok=True)
         note(f"note: {path}: its file system has no locks ({reason}){remark}")
-        return Lock(mine.absolute())
+        lock = Lock(mine.absolute())
+        atexit.register(lock.give_up)
+        return lock
 
 
 def _owners(path: Path) -> list[tuple[int, Path]]:
