@@ -111,9 +111,18 @@ def _escape_surrogates(figure: Any) -> None:
     """Show bytes of a file's name that are no text here (GBK on a UTF-8 system) as codes, which fonts can draw."""
     from matplotlib.text import Text
 
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):  # which writes its labels anew when it is drawn
+            names = [label.get_text() for label in axis.get_ticklabels()]
+            if any(map(_SURROGATE.search, names)):
+                axis.set_ticks(axis.get_ticklocs(), [_escaped(name) for name in names])
     for text in figure.findobj(Text):
         if _SURROGATE.search(text.get_text()):
-            text.set_text(_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text.get_text()))
+            text.set_text(_escaped(text.get_text()))
+
+
+def _escaped(name: str) -> str:
+    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", name)
 
 
 def _use_fallbacks(figure: Any) -> None:

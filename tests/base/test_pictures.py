@@ -117,6 +117,13 @@ def test_what_no_font_has_is_said_in_one_line(
     assert line.startswith("note: no installed font has 글한: ") and "fonts-noto-cjk" in line
 
 
+def test_a_domain_whose_name_is_no_text_is_drawn() -> None:
+    """Tick labels: matplotlib writes them anew when it draws."""
+    figures = {"bytes": 2000, "bytes_per_token": 4.0, "compared_compression": 1.0}
+    described = {"\udcce": {"domains": {"\udcce\udcc4": figures, OVERALL: figures}}}
+    assert lab.draw_compression(described, "\udcce").startswith(b"\x89PNG")
+
+
 def test_texts_are_chinese_where_a_font_has_it(
     installed: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
