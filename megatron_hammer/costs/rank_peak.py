@@ -126,11 +126,18 @@ def _enough(config: Config, accumulated: int) -> int:
 
 
 def _widened(config: Config, placements: Sequence[Placement]) -> int:
-    """Bytes of the rooms for bf16 products on a CPU that has none: an operand, a block of the other, the result."""
+    """Bytes of the rooms for bf16 products on a CPU that has none: an operand, a block of the other, the result.
+
+    Layers, head and evaluations use one set in turn.
+    """
     if not wide_products.pay_here(torch.device("cpu"), COMPUTE_DTYPES[config.train.precision]):
         return 0
-    h, f = config.model.hidden_size, max(at.ffn_local for at in placements)
-    each = [wide_products.room_elements(config.tokens_per_rank, rows, cols) for rows, cols in ((h, f), (f, h))]
+    h, f, tokens = config.model.hidden_size, max(at.ffn_local for at in placements), config.tokens_per_rank
+    wanted = [(tokens, h, f), (tokens, 2 * f, h)]
+    if placements[-1].has_head:
+        assert config.model.vocab_size is not None
+        wanted.append((_chunk(config, "cpu"), placements[-1].vocab_rows_local(config.model.vocab_size), h))
+    each = [wide_products.room_elements(*products) for products in wanted]
     return 4 * sum(max(rooms[i] for rooms in each) for i in range(3))
 
 
@@ -139,12 +146,16 @@ def _rows(config: Config, at: Placement) -> int:
     return element_bytes(config) * config.tokens_per_rank * config.model.hidden_size // at.sequence_shards
 
 
+def _chunk(config: Config, device: str) -> int:
+    """c: tokens whose logits are there at a time."""
+    return min(config.tokens_per_rank, config.kernels.loss_chunk_tokens or CHUNK_TOKENS[device])
+
+
 def _head(config: Config, at: Placement, device: str) -> int:
     """Beside what is kept, while the head computes."""
     assert config.model.vocab_size is not None
     tokens, size = config.tokens_per_rank, element_bytes(config)
-    chunk = min(tokens, config.kernels.loss_chunk_tokens or CHUNK_TOKENS[device])
-    logits = size * chunk * at.vocab_rows_local(config.model.vocab_size)
+    logits = size * _chunk(config, device) * at.vocab_rows_local(config.model.vocab_size)
     whole = size * tokens * config.model.hidden_size
     gathered = whole + _rows(config, at) if at.sequence_shards > 1 else 0
     return logits + whole + gathered + 4 * tokens

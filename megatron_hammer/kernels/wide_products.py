@@ -6,8 +6,7 @@ GFLOP/s a core of a Xeon with AVX-512. These reach 80 to 120, and the sums of th
 
 from __future__ import annotations
 
-from functools import cache
-from threading import get_ident
+import threading
 from typing import Any
 
 import torch
@@ -40,62 +39,68 @@ def room_elements(tokens: int, rows: int, cols: int) -> tuple[int, int, int]:
     return of_tokens, of_block, max(of_tokens, of_block)
 
 
-class WideProducts(Products):
-    """Operands and results are those of the plain products. Python calls are few: benchmarks/calls.py counts them.
+class _Rooms(threading.local):
+    """What is in fp32 for the time of a product: one set for each thread, which all its products use in turn.
 
-    What is in fp32 for the time of a product lies in three rooms that stay, since blocks of MiB that come and go leave
-    holes in malloc's heap. They serve one thread.
+    It goes with the thread. Until then it stays, since blocks of MiB that come and go leave holes in malloc's heap.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.whole = self.block = self.result = torch.empty(0, dtype=torch.float32)
         self.fitting = dict[tuple[int, torch.Size], int]()
         """(tokens, shape of a weight) for which the rooms are large enough -> rows of a block."""
 
+    def fit(self, tokens: int, shape: torch.Size) -> int:
+        """Make the rooms large enough for products of so many tokens with such a weight; rows of a block."""
+        found, elements = [], room_elements(tokens, shape[0], shape[1])
+        for room, wanted in zip((self.whole, self.block, self.result), elements, strict=True):
+            found.append(room if room.numel() >= wanted else torch.empty(wanted, dtype=torch.float32))
+        self.whole, self.block, self.result = found
+        return self.fitting.setdefault((tokens, shape), block_rows(shape[0], shape[1]))
+
+
+ROOMS = _Rooms()
+
+
+class WideProducts(Products):
+    """Operands and results are those of the plain products. Python calls are few: benchmarks/calls.py counts them."""
+
     def fprop(self, x: Any, weight: Any, out: Tensor | None = None) -> Tensor:
         y = empty((*x.shape[:-1], weight.shape[0]), x) if out is None else out
         rows, results = x.flatten(0, -2), y.flatten(0, -2)
-        size = self.fitting.get((rows.shape[0], weight.shape)) or self._make_room(rows.shape[0], weight.shape)
-        wide = self.whole[: rows.numel()].view(rows.shape).copy_(rows)
+        size = ROOMS.fitting.get((rows.shape[0], weight.shape)) or ROOMS.fit(rows.shape[0], weight.shape)
+        wide = ROOMS.whole[: rows.numel()].view(rows.shape).copy_(rows)
         for i in range(0, weight.shape[0], size):
             part, found = weight[i : i + size], results[:, i : i + size]
-            block = self.block[: part.numel()].view(part.shape).copy_(part)
-            found.copy_(torch.mm(wide, block.t(), out=self.result[: found.numel()].view(found.shape)))
+            block = ROOMS.block[: part.numel()].view(part.shape).copy_(part)
+            found.copy_(torch.mm(wide, block.t(), out=ROOMS.result[: found.numel()].view(found.shape)))
         return y
 
     def dgrad(self, grad: Any, weight: Any, out: Tensor | None = None) -> Tensor:
         dx = empty((*grad.shape[:-1], weight.shape[1]), grad) if out is None else out
         rows, results = grad.flatten(0, -2), dx.flatten(0, -2)
-        size = self.fitting.get((rows.shape[0], weight.shape)) or self._make_room(rows.shape[0], weight.shape)
-        summed = self.result[: results.numel()].view(results.shape)
+        size = ROOMS.fitting.get((rows.shape[0], weight.shape)) or ROOMS.fit(rows.shape[0], weight.shape)
+        summed = ROOMS.result[: results.numel()].view(results.shape)
         for i in range(0, weight.shape[0], size):
             part, columns = weight[i : i + size], rows[:, i : i + size]
-            block = self.block[: part.numel()].view(part.shape).copy_(part)
-            wide = self.whole[: columns.numel()].view(columns.shape).copy_(columns)
+            block = ROOMS.block[: part.numel()].view(part.shape).copy_(part)
+            wide = ROOMS.whole[: columns.numel()].view(columns.shape).copy_(columns)
             torch.addmm(summed, wide, block, beta=int(i > 0), out=summed)
         results.copy_(summed)
         return dx
 
     def wgrad(self, grad: Any, kept: tuple[Tensor, ...], place: Tensor, begun: bool) -> None:
         grad, x = grad.flatten(0, -2), kept[0].flatten(0, -2)
-        size = self.fitting.get((x.shape[0], place.shape)) or self._make_room(x.shape[0], place.shape)
-        wide = self.whole[: x.numel()].view(x.shape).copy_(x)
+        size = ROOMS.fitting.get((x.shape[0], place.shape)) or ROOMS.fit(x.shape[0], place.shape)
+        wide = ROOMS.whole[: x.numel()].view(x.shape).copy_(x)
         for i in range(0, place.shape[0], size):
             part, columns = place[i : i + size], grad[:, i : i + size]
-            block = self.block[: columns.numel()].view(columns.shape).copy_(columns)
+            block = ROOMS.block[: columns.numel()].view(columns.shape).copy_(columns)
             if place.dtype == torch.float32:  # straight from the product, as those of fp32
                 torch.addmm(part, block.t(), wide, beta=int(begun), out=part)
                 continue
-            product = torch.mm(block.t(), wide, out=self.result[: part.numel()].view(part.shape))
+            product = torch.mm(block.t(), wide, out=ROOMS.result[: part.numel()].view(part.shape))
             accumulate(product, part, begun)
-
-    def _make_room(self, tokens: int, shape: torch.Size) -> int:
-        found, elements = [], room_elements(tokens, shape[0], shape[1])
-        for room, wanted in zip((self.whole, self.block, self.result), elements, strict=True):
-            found.append(room if room.numel() >= wanted else torch.empty(wanted, dtype=torch.float32))
-        self.whole, self.block, self.result = found
-        return self.fitting.setdefault((tokens, shape), block_rows(shape[0], shape[1]))
 
 
 # ---- in the graph of a compiled layer: operations that the compiler calls and does not look into --------------------
@@ -117,28 +122,25 @@ class WideGraphProducts(GraphProducts):
         wgrad_in_graph(gradient.main_grad, gradient.begun, grad, kept[0])
 
 
-@cache
-def _of_thread(thread: int) -> WideProducts:
-    """The rooms that the graphs of a thread share: a graph is given tensors, not the object that has them."""
-    return WideProducts()
+_WIDE = WideProducts()
 
 
 @torch.library.custom_op("megatron_hammer::wide_fprop", mutates_args=())
 def fprop_in_graph(x: Tensor, weight: Tensor) -> Tensor:
     """``WideProducts.fprop``."""
-    return _of_thread(get_ident()).fprop(x, weight)
+    return _WIDE.fprop(x, weight)
 
 
 @torch.library.custom_op("megatron_hammer::wide_dgrad", mutates_args=())
 def dgrad_in_graph(grad: Tensor, weight: Tensor) -> Tensor:
     """``WideProducts.dgrad``."""
-    return _of_thread(get_ident()).dgrad(grad, weight)
+    return _WIDE.dgrad(grad, weight)
 
 
 @torch.library.custom_op("megatron_hammer::wide_wgrad", mutates_args={"place"})
 def wgrad_in_graph(place: Tensor, begun: Tensor, grad: Tensor, x: Tensor) -> None:
     """``WideProducts.wgrad``; begun: bool scalar on the host."""
-    _of_thread(get_ident()).wgrad(grad, (x,), place, bool(begun))
+    _WIDE.wgrad(grad, (x,), place, bool(begun))
 
 
 fprop_in_graph.register_fake(lambda x, weight: x.new_empty((*x.shape[:-1], weight.shape[0])))
