@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shlex
-import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,17 +22,21 @@ from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.files import writing
 from megatron_hammer.base.language import Language, Say, sayer
 from megatron_hammer.base.progress import say
+from megatron_hammer.base.terminal import width_of
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")  # beside the colours: blue and green are one to readers who lack blue
 WIDTH_INCHES, DOTS_AN_INCH = 9.0, 130  # a page shows its 1,170 pixels as 800 or more
 SMALL_POINTS = 9  # of the smallest text: 11 pixels of these 800, and 9 points in a print
+TITLE_COLUMNS, SOURCE_COLUMNS = 72, 125  # of their sizes in the figure's width
 CHINESE = "训练损失词表步时间显存"  # of which a font for traditional characters alone lacks half
 # A family for several scripts comes before one for a single letter, and one without serifs, whose Chinese is of the
 # mainland, before others: words of its name.
 PREFERRED = ("Sans CJK SC", "Sans SC", "Sans CN", "YaHei", "MicroHei", "Micro Hei", "SimHei", "PingFang", "Hei", "Sans")
 
+_WIDE, _CLOSING = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff00-\uffef", "，。；：、！？）》”"
+_WORDS = re.compile(rf"\s+|[（《“]*(?:[{_WIDE}]|[^\s{_WIDE}]+)[{_CLOSING}]*|.")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -42,10 +45,27 @@ def new_figure(height: float, title: str, source: str) -> Any:
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DOTS_AN_INCH, layout="constrained")
-    title, source = textwrap.fill(title, 72), textwrap.fill(source, 130)
+    title, source = "\n".join(wrap(title, TITLE_COLUMNS)), "\n".join(wrap(source, SOURCE_COLUMNS))
     figure.suptitle(title, x=0.008, ha="left", fontsize=13, weight="bold", parse_math=False)
     figure.supxlabel(source, x=0.008, ha="left", fontsize=SMALL_POINTS, color="0.35", parse_math=False)
     return figure
+
+
+def wrap(text: str, columns: int) -> list[str]:
+    """Rows of at most so many columns: a Chinese character has two and a row may end behind it, else at a blank.
+
+    No row begins with a Chinese comma or ends with an opening bracket; a word that is longer than a row is cut.
+    """
+    rows = [""]
+    for word in _WORDS.findall(text):
+        if rows[-1] and width_of(rows[-1] + word.rstrip()) > columns:
+            rows[-1] = rows[-1].rstrip()
+            rows.append("")
+        for character in " " if word.isspace() else word:
+            if width_of(rows[-1] + character) > columns and not character.isspace():
+                rows.append("")
+            rows[-1] += character if rows[-1] or not character.isspace() else ""
+    return [row.rstrip() for row in rows]
 
 
 def tidy(axes: Any, grid: str = "both") -> None:

@@ -6,13 +6,21 @@ Needs no torch.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.language import Language, Say
-from megatron_hammer.base.pictures import DOTS_AN_INCH, SMALL_POINTS, WIDTH_INCHES, picture_sayer, save_png
+from megatron_hammer.base.pictures import (
+    DOTS_AN_INCH,
+    SMALL_POINTS,
+    SOURCE_COLUMNS,
+    TITLE_COLUMNS,
+    WIDTH_INCHES,
+    picture_sayer,
+    save_png,
+    wrap,
+)
 from megatron_hammer.base.terminal import width_of
 from megatron_hammer.costs import budget
 
@@ -61,7 +69,7 @@ CHINESE = {
     "temporary": "临时",
     "program, libraries": "程序、库",
     "the rest": "其余",
-    "resident, without the profiler": "常驻内存，不含 profiler",
+    "resident, without the profiler": "常驻内存，不含剖析器",
     "torch's allocator": "torch 的分配器",
     "random tokens": "随机 token",
 }
@@ -70,12 +78,11 @@ LABELLED_SHARE = 0.06  # of the width: a segment below it has no room for its na
 LABEL_CHARACTERS = 62  # of the labels' size in the axes' width
 LEFT_INCHES, AXES_INCHES = 1.68, 4.1
 ROW_INCHES, BETWEEN_INCHES, ABOVE_INCHES, BELOW_INCHES = 0.27, 0.5, 0.12, 0.62
-TITLE_CHARACTERS, LINE_CHARACTERS = 72, 125  # of their sizes in the figure's width
 COLUMNS = (
-    (1.16, "ms", "毫秒"),
-    (1.32, "share", "占比"),
-    (1.53, "limit, ms", "极限，毫秒"),
-    (1.755, "of limit", "达到极限的"),
+    (1.13, "ms", "毫秒"),
+    (1.28, "share", "占比"),
+    (1.48, "limit, ms", "上限，毫秒"),
+    (1.755, "of limit", "达到上限的比例"),
 )
 """Of the table beside the bars: right edge of each column in widths of the axes, and its heading."""
 
@@ -105,7 +112,7 @@ def subtitle_of(profile: Mapping[str, Any], say: Say) -> list[str]:
     step = say(
         f"{count} x micro-batch {size} x {length} = {tokens} tokens ({data}); without the profiler {taken} ms = "
         f"{speed:,.0f} tokens/s{' of all ranks' * (profile['ranks'] > 1)}",
-        f"{count} x micro-batch {size} x {length} = {tokens} 个 token（{data}）；不带 profiler 时 {taken} 毫秒 = "
+        f"{count} 个微批 × {size} × {length} = {tokens} 个 token（{data}）；不用剖析器时 {taken} 毫秒 = "
         f"{'所有 rank 共 ' * (profile['ranks'] > 1)}{speed:,.0f} token/s",
     )
     if rates is None:
@@ -125,14 +132,14 @@ def subtitle_of(profile: Mapping[str, Any], say: Say) -> list[str]:
         products, bandwidth = flops_text(rates["tflops"]), f"{rates['gb_per_second']:,.1f} GB/s"
         reached = f"{profile['limit_ms'] / without:.0%}"
         lines = [
-            step + say(f", {reached} of the limit", f"，达到极限的 {reached}"),
+            step + say(f", {reached} of the limit", f"，达到上限的 {reached}"),
             say(
                 f"limit: matrix products at {products}, bytes at {bandwidth} ({source})",
-                f"极限：矩阵乘 {products}，读写字节 {bandwidth}（{source}）",
+                f"上限：矩阵乘 {products}，读写字节 {bandwidth}（{source}）",
             ),
         ]
     recompute = profile["recompute"]
-    return [*lines, say(f"kernels: {kernels}; recompute {recompute}", f"kernel：{kernels}；重算 {recompute}")]
+    return [*lines, say(f"kernels: {kernels}; recompute {recompute}", f"kernel：{kernels}；重计算 {recompute}")]
 
 
 def draw_profile(profile: Mapping[str, Any], output: Path, language: Language = "en") -> None:
@@ -141,9 +148,8 @@ def draw_profile(profile: Mapping[str, Any], output: Path, language: Language = 
 
     say = picture_sayer(language)
     rows, kinds = profile["parts"], profile["memory"]["kinds"]
-    title = textwrap.wrap(title_of(profile, say), TITLE_CHARACTERS)
-    # Lines of Chinese have no spaces to be broken at, and characters twice as wide.
-    subtitle = [row for line in subtitle_of(profile, say) for row in _wrapped(line, LINE_CHARACTERS)]
+    title = wrap(title_of(profile, say), TITLE_COLUMNS)
+    subtitle = [row for line in subtitle_of(profile, say) for row in wrap(line, SOURCE_COLUMNS)]
     heights = [
         0.25 * len(title) + 0.165 * len(subtitle),
         1.05 if profile["limit_ms"] is not None else 0.55,
@@ -161,21 +167,9 @@ def draw_profile(profile: Mapping[str, Any], output: Path, language: Language = 
     _draw_step(panels[1], profile, say)
     _draw_parts(panels[2], rows, say)
     _draw_memory(panels[3], profile["memory"], say)
-    source = textwrap.fill(source_of(profile, say), LINE_CHARACTERS)
+    source = "\n".join(wrap(source_of(profile, say), SOURCE_COLUMNS))
     figure.text(0.008, 0.1 / height, source, va="bottom", fontsize=SMALL_POINTS, color="0.35")
     save_png(figure, output)
-
-
-def _wrapped(line: str, width: int) -> list[str]:
-    """Rows of at most so many characters of Latin width, broken behind spaces and Chinese commas."""
-    rows = [""]
-    for word in line.replace("，", "， ").replace("；", "； ").split(" "):
-        glue = "" if rows[-1][-1:] in ("", "，", "；") else " "
-        if rows[-1] and width_of(rows[-1] + glue + word) > width:
-            rows.append(word)
-        else:
-            rows[-1] += glue + word
-    return rows
 
 
 def _draw_heading(axes: Any, title: Sequence[str], subtitle: Sequence[str]) -> None:
@@ -203,7 +197,7 @@ def _draw_step(axes: Any, profile: Mapping[str, Any], say: Say) -> None:
             left += size
         shown = f"{left:,.{digits(left)}f} {say('ms', '毫秒')}"
         axes.text(left + width * 0.012, y, shown, va="center", fontsize=SMALL_POINTS)
-    named = (say("measured", "测得"), say("at the limit", "按极限"))
+    named = (say("measured", "测得"), say("at the limit", "按上限"))
     axes.set_yticks([0, 1][: len(bars)], named[: len(bars)], fontsize=9.5)
     axes.set_xlim(0, width)
     axes.set_ylim(len(bars) - 0.5, -0.5)
@@ -246,7 +240,7 @@ def _draw_parts(axes: Any, parts: Sequence[Mapping[str, Any]], say: Say) -> None
             "-" if part["of_limit"] is None else f"{part['of_limit']:.0%}",
         )
         _cells(axes, y, columns, cells)
-    mark = say("; the mark is the part's limit", "；标记是该部分的极限") if has_limits else ""
+    mark = say("; the mark is the part's limit", "；标记是该部分的上限") if has_limits else ""
     _heading(axes, say("time by part, ms a step", "各部分的时间，毫秒每步") + mark, columns, say)
     _style_rows(axes, [say(p["name"], CHINESE[p["name"]]) for p in parts], width)
 
