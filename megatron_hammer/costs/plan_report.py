@@ -20,6 +20,8 @@ from megatron_hammer.model.parameters import count_parameters
 
 WIDTH = 100  # characters of a line
 DAY = 86400.0
+MIB = 2**20
+SEEN_SHARE = 0.05  # of the memory that may be used: shorter bars have an axis of their own
 EXAMPLES = 3  # of rejected layouts of one kind
 # Colours that differ in lightness too, for readers who see few of them and for print.
 MEMORY_COLOURS = ("#1f4e8c", "#5b93d3", "#0b2545", "#9bc26b", "#d9730d", "#f2c46d", "#8c8c8c")
@@ -149,7 +151,7 @@ def assumptions(plan: LayoutPlan) -> list[str]:
 
 CHINESE = dict(zip((*MEMORY_PARTS, *TIME_PARTS), (
     "权重", "梯度", "优化器", "收集的权重", "激活", "输出层、反向", "消息",
-    "计算", "重算", "TP", "CP", "PP", "DP", "优化器", "空隙",
+    "计算", "重计算", "TP", "CP", "PP", "DP", "优化器", "空隙",
 ), strict=True))  # fmt: skip
 
 
@@ -158,30 +160,41 @@ def draw_plan(plan: LayoutPlan, output: Path, shown: int, language: Language = "
     from matplotlib.figure import Figure
 
     say, layouts = picture_sayer(language), plan.found.ranked[:shown]
-    height = 3.1 + 0.48 * len(layouts)
+    height = 3.1 + 0.58 * len(layouts)
     figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DOTS_AN_INCH)
     left, right = figure.subplots(1, 2, sharey=True)
-    figure.subplots_adjust(left=0.272, right=0.985, wspace=0.06, top=1 - 0.9 / height, bottom=1.6 / height)
-    names = []
+    figure.subplots_adjust(left=0.272, right=0.985, wspace=0.12, top=1 - 0.9 / height, bottom=1.6 / height)
+    names, comma = [], say(", ", "，")
     for number, layout in enumerate(layouts, start=1):
         tp, pp, cp, dp = _sizes(layout)
         train = layout.config.train
         names.append(
-            f"{number}  TP {tp} PP {pp} CP {cp} DP {dp}, {shard_of(layout.config)}\n"
-            f"micro-batch {train.micro_batch_size}, {train.recompute}, {precision_of(layout.config)}"
+            f"{number}  TP {tp} PP {pp} CP {cp} DP {dp}{comma}{precision_of(layout.config)}\n"
+            f"{say('shard', '切分')} {shard_of(layout.config)}{comma}"
+            f"{say('micro-batch', '微批')} {train.micro_batch_size}\n"
+            f"{say('recompute', '重计算')} {train.recompute}"
         )
-    _stack(left, [layout.memory for layout in layouts], MEMORY_PARTS, MEMORY_COLOURS, GIB, say)
-    left.axvline(plan.found.limit / GIB, color="black", linewidth=1.3, linestyle="--")
-    left.axvline(plan.memory_gib, color="black", linewidth=1.3)
-    left.set_xlim(0, plan.memory_gib * 1.02)
-    _headed(left, say("GiB of a rank; dashed: may be used", "一个 rank 的 GiB；虚线：可用"))
+    most = max(layout.bytes for layout in layouts)
+    memory, named = (GIB, "GiB") if most >= 0.1 * GIB else (MIB, "MiB")
+    _stack(left, [layout.memory for layout in layouts], MEMORY_PARTS, MEMORY_COLOURS, memory, say)
+    if most >= SEEN_SHARE * plan.found.limit:
+        left.axvline(plan.found.limit / memory, color="black", linewidth=1.3, linestyle="--")
+        left.axvline(plan.memory_gib * GIB / memory, color="black", linewidth=1.3)
+        left.set_xlim(0, plan.memory_gib * GIB / memory * 1.02)
+        limit = say("; dashed: may be used", "；虚线：可用")
+    else:  # bars too short to be seen beside the limit
+        left.set_xlim(0, most / memory * 1.1)
+        usable = f"{plan.found.limit / GIB:.1f} GiB"
+        limit = say(f"; {usable} may be used", f"；可用 {usable}")
+    left.locator_params(axis="x", nbins=6)
+    _headed(left, say(f"{named} of a rank", f"一个 rank 的 {named}") + limit)
     longest = max(layout.time.total for layout in layouts)
     unit, counted = (1.0, say("seconds", "秒数")) if longest >= 0.1 else (1e-3, say("milliseconds", "毫秒数"))
     _stack(right, [layout.time.seconds for layout in layouts], TIME_PARTS, TIME_COLOURS, unit, say)
     for y, layout in enumerate(layouts):
         speed = f" {layout.time.tokens_per_second:,.0f} token{say('s', '')}/s, {layout.time.mfu:.0%}"
         right.text(layout.time.total / unit, y, speed, va="center", fontsize=SMALL_POINTS)
-    right.set_xlim(0, longest / unit * 1.75)
+    right.set_xlim(0, longest / unit * 2.0)
     _headed(right, say(f"{counted} of a step; tokens/s and MFU", f"一步的{counted}；token/s 与 MFU"))
     left.set_yticks(range(len(layouts)), names, fontsize=SMALL_POINTS)
     left.invert_yaxis()
