@@ -682,7 +682,10 @@ def test_plot_reads_gaps_sets_and_a_torn_line(tmp_path: Path) -> None:
     assert _source(tmp_path, curves, sayer("en")) == "Source: metrics.jsonl of the run, to step 5"
     where = {"device": "cpu", "processor": "EPYC", "ranks": 2}
     (tmp_path / "starts.jsonl").write_text(json.dumps({"time": "2026-11-30T12:31:52+00:00", "environment": where}))
-    assert _source(tmp_path, curves, sayer("en")).endswith("to step 5; begun on 2026-11-30, ranks: 2, EPYC")
+    assert _source(tmp_path, curves, sayer("en")).endswith("to step 5; last started on 2026-11-30, ranks: 2, EPYC")
+    with (tmp_path / "starts.jsonl").open("a") as file:  # later: one that says little, and one that is torn
+        file.write('\n{"time": "2026-12-01T", "environment": {}}\n{"time": "2026-12')
+    assert _source(tmp_path, curves, sayer("en")).endswith("to step 5; last started on 2026-12-01")
 
 
 def test_moving_average_keeps_the_start_and_skips_gaps() -> None:

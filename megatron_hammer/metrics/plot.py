@@ -8,6 +8,7 @@ not finite leave gaps. Needs no torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from megatron_hammer.base.paths import missing_remedy
 from megatron_hammer.base.pictures import COLOURS, MARKERS, check_png, new_figure, picture_sayer, save_png, tidy
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.reading import open_regular, parse_json
-from megatron_hammer.metrics.starts import last_start
+from megatron_hammer.metrics.starts import read_starts
 
 MAX_POINTS = 4000  # more than a picture of this size has columns: longer runs are thinned
 WINDOW_SHARE = 50  # the moving average spans a fiftieth of the run: chosen by eye
@@ -148,14 +149,14 @@ def plot_loss(run: Path, output: Path, language: Language = "en") -> Curves:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3.5, 1])
     above.plot(steps[thin], loss[thin], color="0.75", linewidth=0.8, label=say("training, each step", "训练，每一步"))
     above.plot(steps[thin], smooth[thin], color="black", linewidth=1.6,
-               label=say("training, mean: ", "训练，平均：") + _last(smooth, say))  # fmt: skip
+               label=say("training, mean: ", "训练，滑动平均：") + _last(smooth, say))  # fmt: skip
     for i, (name, (at, losses)) in enumerate(curves.valid.items()):
         label = say("validation on ", "验证，") + f"{name}{say(': ', '：')}{_last(np.array(losses), say)}"
         above.plot(at, losses, color=COLOURS[i % len(COLOURS)], linewidth=1.2,
                    marker=MARKERS[i % len(MARKERS)], markersize=4, label=label)  # fmt: skip
     _plot_sources(above, curves, say)
     above.set_ylabel(say("loss (nats per token)", "损失（nats/token）"))
-    for text in above.legend(frameon=False, title=say("last value", "最后的值"), alignment="left").get_texts():
+    for text in above.legend(frameon=False, title=say("last value", "末值"), alignment="left").get_texts():
         text.set_parse_math(False)  # a set may be named $x
     below.plot(steps[thin], lr[thin], color="black", linewidth=1.2)
     below.set_ylabel(say("learning rate", "学习率"))
@@ -170,17 +171,30 @@ def plot_loss(run: Path, output: Path, language: Language = "en") -> Curves:
 
 
 def _source(run: Path, curves: Curves, say: Say) -> str:
-    """What the picture was drawn from; when and where that was last begun, where the run says it."""
+    """What the picture was drawn from; when and where it last started, where the run says it."""
     step, tokens = f"{curves.steps[-1]:,}", f"{curves.tokens:,}" if curves.tokens else ""
     text = say(f"Source: metrics.jsonl of the run, to step {step}", f"来源：该运行的 metrics.jsonl，到第 {step} 步")
     if tokens:
         text += say(f" and token {tokens}", f"、第 {tokens} 个 token")
-    if (start := last_start(run)) is not None:
-        where = start["environment"]
-        device = where.get("device") if where.get("device") != "cpu" else where.get("processor", "CPU")
-        ranks, day = where.get("ranks"), str(start.get("time"))[:10]
-        text += say(f"; begun on {day}, ranks: {ranks}, {device}", f"；开始于 {day}，rank 数 {ranks}，{device}")
-    return text
+    return text + "".join(_last_start(run, say))
+
+
+def _last_start(run: Path, say: Say) -> Iterator[str]:
+    """What the newest line of its starts says; what that leaves out is left out."""
+    try:
+        starts = read_starts(run)
+    except OSError:  # the picture needs none of it
+        return
+    if not starts:
+        return
+    where, day = starts[-1]["environment"], starts[-1].get("time")
+    device = where.get("processor", "CPU") if where.get("device") == "cpu" else where.get("device")
+    if isinstance(day, str):
+        yield say(f"; last started on {day[:10]}", f"；最近一次启动于 {day[:10]}")
+    if (ranks := where.get("ranks")) is not None:
+        yield say(f", ranks: {ranks}", f"，rank 数 {ranks}")
+    if device is not None:
+        yield say(f", {device}", f"，{device}")
 
 
 def _plot_sources(axes: Any, curves: Curves, say: Say) -> None:

@@ -18,14 +18,25 @@ STARTS = "starts.jsonl"
 MAX_STARTS_BYTES = 64 * 2**20
 
 
-def last_start(output: Path) -> dict[str, Any] | None:
-    """The newest line of a run; None where there is none that can be read."""
+def read_starts(output: Path) -> list[dict[str, Any]]:
+    """The starts of a run in their order, each with an environment; lines that cannot be read are left out.
+
+    Raises:
+        OSError: the file is there and cannot be read; ``UnfitFile`` where it is no regular file or too large.
+    """
     try:
-        lines = read_regular(output / STARTS, MAX_STARTS_BYTES, follow=False).splitlines()
-        start = parse_json(lines[-1])
-    except (OSError, ValueError, IndexError):
-        return None
-    return start if isinstance(start, dict) and isinstance(start.get("environment"), dict) else None
+        content = read_regular(output / STARTS, MAX_STARTS_BYTES, follow=False)
+    except FileNotFoundError:
+        return []
+    starts = []
+    for line in content.split(b"\n"):
+        try:
+            start = parse_json(line)
+        except ValueError:  # torn by a crash, and others may follow
+            continue
+        if isinstance(start, dict) and isinstance(start.get("environment"), dict):
+            starts.append(start)
+    return starts
 
 
 def note_start(output: Path, step: int, environment: dict[str, Any], config: Config) -> None:

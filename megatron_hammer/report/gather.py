@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +30,7 @@ from megatron_hammer.config.phases import Course
 from megatron_hammer.metrics.generations import GENERATIONS, Generation, read_generations
 from megatron_hammer.metrics.metrics_file import METRICS
 from megatron_hammer.metrics.plot import run_near
-from megatron_hammer.metrics.starts import MAX_STARTS_BYTES, STARTS
+from megatron_hammer.metrics.starts import read_starts
 from megatron_hammer.report.curves import MetricsReader
 from megatron_hammer.sampling.ledger import LEDGER, Rewind, read_ledger
 from megatron_hammer.sampling.mixes import PhaseMix, phase_mixes
@@ -43,7 +43,7 @@ MOST_INCIDENTS = 200
 FRESH_SECONDS = 900.0
 """After its last line a run on another machine may be alive."""
 MAX_INCIDENT_BYTES = 4 * 2**20
-"""A start has its config, some kilobytes."""
+"""An incident has some samples of its step and what each rank found, some kilobytes."""
 
 
 @dataclass
@@ -147,24 +147,10 @@ def _is_alive(facts: RunFacts) -> bool | None:
     return None if is_fresh and host != platform.node() else held
 
 
-def _objects(content: bytes) -> Iterator[dict[str, Any]]:
-    """The lines that are JSON objects."""
-    for line in content.split(b"\n"):
-        try:
-            value = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            yield value
-
-
 def _starts(facts: RunFacts) -> None:
-    path = facts.folder / STARTS
-    if path.is_file():
-        found = _objects(read_regular(path, MAX_STARTS_BYTES, follow=False))
-        facts.starts = tuple(start for start in found if isinstance(start.get("environment"), dict))
-        if facts.starts and isinstance(facts.starts[-1].get("config"), dict):
-            facts.tree = facts.starts[-1]["config"]
+    facts.starts = tuple(read_starts(facts.folder))
+    if facts.starts and isinstance(facts.starts[-1].get("config"), dict):
+        facts.tree = facts.starts[-1]["config"]
 
 
 def _checkpoints(facts: RunFacts) -> None:
