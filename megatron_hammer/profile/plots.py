@@ -6,6 +6,7 @@ Needs no torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,11 @@ COLUMNS = (
 def title_of(profile: Mapping[str, Any], say: Say) -> str:
     """What was profiled, in a line."""
     parameters, device = f"{profile['parameters']:,}", profile["device"]
+    threads = re.fullmatch(r"CPU, (\d+) threads?", device)
+    device_in_chinese = f"CPU，{threads[1]} 个线程" if threads else device
     return say(
         f"One training step, {parameters} parameters, {profile['precision']}, {device}",
-        f"一个训练步：{parameters} 个参数，{profile['precision']}，{device}",
+        f"一个训练步：{parameters} 个参数，{profile['precision']}，{device_in_chinese}",
     )
 
 
@@ -241,7 +244,7 @@ def _draw_parts(axes: Any, parts: Sequence[Mapping[str, Any]], say: Say) -> None
         )
         _cells(axes, y, columns, cells)
     mark = say("; the mark is the part's limit", "；标记是该部分的上限") if has_limits else ""
-    _heading(axes, say("time by part, ms a step", "各部分的时间，毫秒每步") + mark, columns, say)
+    _heading(axes, say("time by part, ms a step", "各部分的时间，每步毫秒数") + mark, columns, say)
     _style_rows(axes, [say(p["name"], CHINESE[p["name"]]) for p in parts], width)
 
 

@@ -139,7 +139,7 @@ def draw(charts: Sequence[Chart], folder: Path, source: str, say: Say) -> list[P
     from matplotlib.ticker import MaxNLocator
 
     from megatron_hammer.base.pictures import COLOURS as PALETTE
-    from megatron_hammer.base.pictures import new_figure, save_png, tidy
+    from megatron_hammer.base.pictures import SMALL_POINTS, new_figure, save_png, tidy
 
     paths = []
     for chart in charts:
@@ -157,7 +157,9 @@ def draw(charts: Sequence[Chart], folder: Path, source: str, say: Say) -> list[P
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
         if len(chart.curves) > 1:
-            for text in axes.legend(frameon=False, fontsize=8, ncols=1 + len(chart.curves) // 12).get_texts():
+            for text in axes.legend(
+                frameon=False, fontsize=SMALL_POINTS, ncols=1 + len(chart.curves) // 12
+            ).get_texts():
                 text.set_parse_math(False)
         tidy(axes)
         paths.append(folder / f"{chart.id}.png")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hammer.base.language import Language
+from megatron_hammer.base.language import Language, Say
 from megatron_hammer.base.pictures import (
     COLOURS,
     MARKERS,
@@ -43,6 +43,7 @@ SCRIPTS_IN_CHINESE = dict(zip(SCRIPTS, (
     "汉字", "拉丁", "假名", "谚文", "西里尔", "希腊", "阿拉伯", "其他文字", "多种文字", "数字",
     "符号", "标点", "空白", "字节", "控制",
 ), strict=True))  # fmt: skip
+LEVELS_IN_CHINESE = {1: "一级字", 2: "二级字", 3: "三级字"}
 EDGES_IN_CHINESE = {"": "", "or more": "或更大", "or fewer": "或更小"}
 MOST_BYTES = 24  # of a piece in a picture: longer ones are rare, runs of spaces and user-defined symbols
 MOST_NUMBERS = 24  # above bars: more would overlap
@@ -96,9 +97,8 @@ def draw_coverage(coverages: Mapping[str, Coverage], language: Language = "en") 
             rows = -(-share.characters // COLUMNS)
             starts.append(row + rows / 2)
             row += rows + 1
-        labels = [
-            f"{say(f'level {level}', f'{level} 级')}\n{share.percent:.2f}%" for level, share in coverage.levels.items()
-        ]
+        names = [say(f"level {level}", LEVELS_IN_CHINESE.get(level, f"{level} 级字")) for level in coverage.levels]
+        labels = [f"{called}\n{share.percent:.2f}%" for called, share in zip(names, coverage.levels.values())]
         axes.set_yticks(starts, labels)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -116,11 +116,11 @@ def draw_compression(described: Mapping[str, dict[str, Any]], reference: str, la
     counted = next(iter(described.values()))["domains"]
     domains, sizes = list(counted), {domain: of["bytes"] for domain, of in counted.items()}
     figure = new_figure(7.2, say("How much text a token holds", "一个 token 装多少文本"),
-                        say("Source: the texts ", "来源：文本 ") + _with_sizes(sizes))  # fmt: skip
+                        say("Source: the texts ", "来源：文本 ") + _with_sizes(sizes, say))  # fmt: skip
     above, below = figure.subplots(2, 1, sharex=True)
     compared = say(f"tokens / those of {reference}\n(fewer is better)", f"token 数 / {reference} 的\n（越少越好）")
     for axes, key, label in (
-        (above, "bytes_per_token", say("bytes per token\n(more is better)", "每 token 字节\n（越多越好）")),
+        (above, "bytes_per_token", say("bytes per token\n(more is better)", "每 token 字节数\n（越多越好）")),
         (below, "compared_compression", compared),
     ):
         shown = [say(OVERALL, "合计") if domain == OVERALL else domain for domain in domains]
@@ -131,9 +131,9 @@ def draw_compression(described: Mapping[str, dict[str, Any]], reference: str, la
     return png_of(figure)
 
 
-def _with_sizes(texts: Mapping[str, int]) -> str:
+def _with_sizes(texts: Mapping[str, int], say: Say) -> str:
     """Names of texts with their sizes, those of all together left out."""
-    return ", ".join(f"{name} {size_of(size)}" for name, size in texts.items() if name != OVERALL)
+    return say(", ", "，").join(f"{name} {size_of(size)}" for name, size in texts.items() if name != OVERALL)
 
 
 def _bars(axes: Any, groups: Sequence[str], values: Mapping[str, Sequence[float]]) -> None:
@@ -158,7 +158,9 @@ def draw_vocabulary(vocabularies: Mapping[str, Vocabulary], language: Language =
     pairs = [(f"{first} {say('minus', '减')} {name}", *_difference(of, other)) for name, other in others]
     pairs = pairs or [(first, of.lengths, of.scripts)]
     scripts = [script for script in SCRIPTS if any(found[script] for _, _, found in pairs)]
-    sizes = ", ".join(f"{name} {sum(vocabulary.scripts.values()):,}" for name, vocabulary in vocabularies.items())
+    sizes = say(", ", "，").join(
+        f"{name} {sum(vocabulary.scripts.values()):,}" for name, vocabulary in vocabularies.items()
+    )
     last = min(max([1, *(n for _, lengths, _ in pairs for n in lengths)]), MOST_BYTES)
     figure = new_figure(
         (0.8 + 0.22 * max(len(scripts), 10)) * len(pairs) + 0.9,
@@ -178,7 +180,7 @@ def draw_vocabulary(vocabularies: Mapping[str, Vocabulary], language: Language =
         counts = [lengths.get(n, 0) for n in range(1, last + 1)]
         left.bar(range(1, last + 1), counts, color=[COLOURS[count < 0] for count in counts])
         left.set_xlabel(say("bytes of a piece", "词的字节数"))
-        left.set_ylabel(say("pieces", "词"))
+        left.set_ylabel(say("pieces", "词数"))
         left.yaxis.set_major_formatter("{x:,.0f}")
         values = [by_script[script] for script in scripts]
         names = [say(script, SCRIPTS_IN_CHINESE[script]) for script in scripts]
@@ -215,7 +217,7 @@ def draw_price(
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     say = picture_sayer(language)
-    layers, hidden, texts = config.model.num_layers, config.model.hidden_size, _with_sizes(encoded)
+    layers, hidden, texts = config.model.num_layers, config.model.hidden_size, _with_sizes(encoded, say)
     figure = new_figure(
         9.5, say("What the size of a vocabulary costs", "词表大小的代价"),
         say(f"Source: FLOPs of a model of {layers} layers, width {hidden:,}, sequences of {config.data.seq_length:,}; "
@@ -228,16 +230,17 @@ def draw_price(
     for i, (name, price) in enumerate(prices.items()):
         colour = COLOURS[i % len(COLOURS)]
         full = price.cost.vocab_size
+        named = f"{name}{say(': ', '：')}{full:,}"
         if isinstance(price.curve, str) or price.best is None:
             at_full = price.tokens_per_byte[OVERALL], price.cost.flops / 1e9, 100.0
             for axes, y in zip(panels, at_full):
-                axes.plot(full, y, "s", color=colour, label=f"{name}: {full:,}")
+                axes.plot(full, y, "s", color=colour, label=named)
             continue
         best, sizes = price.best[OVERALL], np.array(price.curve.sizes)
         everything.append(sizes[0])
         line = np.geomspace(sizes[0], sizes[-1], 600)
         edge = say(best.edge, EDGES_IN_CHINESE[best.edge])
-        label = f"{name}: {full:,}, {say('best', '最佳')} {best.size:,} {edge}".strip()
+        label = f"{named}{say(', ', '，')}{say('best', '最佳')} {best.size:,} {edge}".strip()
         for at, style in (
             (line, {"linewidth": 1.4}),
             (sizes, {"marker": MARKERS[i % len(MARKERS)], "markersize": 3.5, "linestyle": ""}),
