@@ -306,6 +306,15 @@ def dump_json(value: Any) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
 
 
+def dump_names(value: Any) -> bytes:
+    """``dump_json`` of a value that may name files: bytes that are no UTF-8 become text, so that every reader takes it.
+
+    Python reads such a byte as half of a surrogate pair, which UTF-8 does not have; in the text stands ``\\udcff``.
+    """
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    return (re.sub(r"[\ud800-\udfff]", lambda half: rf"\\u{ord(half[0]):04x}", text) + "\n").encode()
+
+
 def hash_bytes(content: bytes | memoryview) -> str:
     """XXH3-128 of some bytes, as 32 hex digits: the checksum of everything that we write."""
     return xxhash.xxh3_128_hexdigest(content)

@@ -26,7 +26,7 @@ import orjson
 import xxhash
 
 from megatron_hammer.base.errors import ConfigError, DataError
-from megatron_hammer.base.files import make_durable, open_new, publish, replace_file, sha256_file
+from megatron_hammer.base.files import dump_names, make_durable, open_new, publish, replace_file, sha256_file
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.corpus import jsonl
 from megatron_hammer.corpus.arguments import OnError
@@ -410,6 +410,6 @@ def describe_sources(paths: Sequence[Path], hashes: dict[Path, str]) -> list[dic
 def write_corpus_manifest(path: Path, content: dict[str, Any]) -> None:
     try:
         written = orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-    except TypeError:  # a name whose bytes are no UTF-8
-        written = json.dumps(content, indent=2).encode() + b"\n"
+    except orjson.JSONEncodeError:  # a name whose bytes are no UTF-8
+        written = dump_names(content)
     replace_file(path, written)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -253,4 +254,5 @@ def test_the_manifest_of_a_source_whose_name_is_no_utf8(tmp_path: Path) -> None:
     """As archives from Chinese Windows unpack."""
     source = write_jsonl(tmp_path / "\udcce.jsonl", [{"text": "x"}])
     reformat_corpus("jsonl", [source], tmp_path / "out.jsonl")
-    assert json.loads((tmp_path / "out.jsonl.manifest.json").read_bytes())["sources"][0]["path"] == str(source)
+    manifest = orjson.loads((tmp_path / "out.jsonl.manifest.json").read_bytes())
+    assert manifest["sources"][0]["path"] == str(tmp_path / "\\udcce.jsonl")
