@@ -21,8 +21,6 @@ share each micro-batch (tensor and context parallelism) and differ from the same
 
 from __future__ import annotations
 
-import contextlib
-import json
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +31,6 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.base.errors import ConfigError, DriftError
-from megatron_hammer.base.files import replace_file
 from megatron_hammer.config import Config
 from megatron_hammer.kernels.backend import Backend
 from megatron_hammer.kernels.bit_hash import whole_hash
@@ -44,6 +41,7 @@ from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.parallel.agreement import gather_values
 from megatron_hammer.parallel.collectives import MAX, all_reduce
 from megatron_hammer.parallel.context import ParallelContext
+from megatron_hammer.train.output import write_record
 
 SHOWN = 8  # parameters of a rank, in the incident
 
@@ -176,8 +174,8 @@ class CorruptionCheck:
         ranks = [rank for rank in gather_values(self.ctx, tree) if rank["order"] is not None]
         earliest = min(rank["order"] for rank in ranks)
         first = [rank for rank in ranks if rank["order"] == earliest]
-        if self.ctx.world.rank == 0:
-            _write(incident, report.step, first, ranks)
+        failed = _write(incident, report.step, first, ranks) if self.ctx.world.rank == 0 else None
+        written = where_written(incident, failed, self.ctx)
         who = " and ".join(f"rank {rank['rank']} (host {rank['host']})" for rank in first[:SHOWN])
         after = len(ranks) - len(first)
         more = f" (then on {after} more rank{'s' if after > 1 else ''}, which computed with it)" if after else ""
@@ -186,18 +184,22 @@ class CorruptionCheck:
             f"step {report.step}: {_differing(first[0])} on {who}",
             f"had other bits when the first micro-batch was run again{more}",
             "nothing was updated: run the same command again, which goes on from the newest checkpoint; where the same "
-            f"rank is named again, take its device out of use ({incident}, docs/errors.md)",
+            f"rank is named again, take its device out of use ({written}; docs/errors.md)",
         )
 
 
-def _write(path: Path, step: int, first: Sequence[dict[str, Any]], ranks: Sequence[dict[str, Any]]) -> None:
-    """Write the incident down; that a disk does not take it is no reason to end with another error."""
+def _write(path: Path, step: int, first: Sequence[dict[str, Any]], ranks: Sequence[dict[str, Any]]) -> str | None:
+    """Write the incident down; why not, where the disk does not take it."""
     shown = [{key: rank[key] for key in rank if key != "order"} for rank in ranks]
     record = {"step": step, "finding": "silent data corruption", "action": "stop"}
     record |= {"first_ranks": [rank["rank"] for rank in first], "ranks": shown}
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, (json.dumps(record, indent=1) + "\n").encode())
+    return write_record(path, record)
+
+
+def where_written(path: Path, failed: str | None, ctx: ParallelContext) -> str:
+    """Where a record is, for people, or why not: what rank 0 knows, on all ranks. Communicates over the world."""
+    why = gather_values(ctx, failed)[0]
+    return str(path) if why is None else f"{path}, which could not be written ({why})"
 
 
 def _differing(rank: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ the weights already.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.base.files import replace_file
 from megatron_hammer.config import Config
 from megatron_hammer.dataset.look.inspect import document_source
 from megatron_hammer.model.llama import Model, stages_of
@@ -26,6 +24,8 @@ from megatron_hammer.parallel.agreement import gather_values
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.sampling.loader import micro_batches
 from megatron_hammer.sampling.samples import TrainData, describe_samples
+from megatron_hammer.train.corruption import where_written
+from megatron_hammer.train.output import write_record
 from megatron_hammer.train.pipeline import pipelined_losses
 
 SHOWN_SAMPLES = 32  # in one file, so that people can read it
@@ -53,7 +53,7 @@ def write_incident(
         rewinds: how often the run has gone back before.
 
     Returns:
-        where, for people; and on rank 0, if it is not there, why.
+        where, for people, or that it could not be written there and why: on all ranks the same.
     """
     step_samples, size = config.batch_sizes.at(first_sample), config.train.micro_batch_size
     accumulated = step_samples // (size * ctx.samples.size)
@@ -66,18 +66,15 @@ def write_incident(
         found["first_sample"] = first_sample + (index * ctx.samples.size + ctx.samples.rank) * size
     ranks = [rank for rank in gather_values(ctx, found) if rank["module"] or rank["gradients"]]
     path = incident_path(config, record["step"], rewinds)
+    failed = None
     if ctx.world.rank == 0:
         starts = sorted({rank["first_sample"] for rank in ranks if "first_sample" in rank})
         wanted = [i for start in starts for i in range(start, start + size)]
         wanted = wanted or list(range(first_sample, first_sample + step_samples))
         samples = [_describe(data, i) for i in wanted[:SHOWN_SAMPLES]]
         tree = record | {"ranks": ranks, "samples": samples, "samples_left_out": max(0, len(wanted) - SHOWN_SAMPLES)}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode())
-        except OSError as error:
-            return f"{path}, which could not be written ({error.strerror or error})"
-    return str(path)
+        failed = write_record(path, tree)
+    return where_written(path, failed, ctx)
 
 
 def incident_path(config: Config, step: int, rewinds: int) -> Path:

@@ -352,9 +352,10 @@ class TrainLoop:
         if action == "report":
             self._say(f"{what} {rule}: nothing is done about it (train.on_spike=report)")
         elif action and (health.streak == 1 or action != "skip"):
-            self._say(f"{what} {rule}: see {self._write_incident(done, finding, action, loss, grad_norm)}")
+            written = self._write_incident(done, finding, action, loss, grad_norm)
+            self._say(f"{what} {rule}: see {written}")
         if action == "stop":
-            remedy = f"see {train.output}/incidents; look at these samples, lower optimizer.lr or lengthen the warm-up"
+            remedy = f"see {written}; look at these samples, lower optimizer.lr or lengthen the warm-up"
             raise NonFiniteError(2 if finding == "nonfinite" else 3, what, f"{rule} (train.on_{finding}=stop)", remedy)
         if action == "rewind":
             self.saver.finish()  # a checkpoint on its way may be the one to go back to

@@ -23,23 +23,32 @@ import stat
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megatron_hammer.base.errors import RefusedError
-from megatron_hammer.base.files import replace_file, set_aside, sync_folder
+from megatron_hammer.base.files import dump_names, replace_file, set_aside, sync_folder
 from megatron_hammer.base.locks import NO_LOCKS, take_lock
 from megatron_hammer.base.reading import read_regular
 from megatron_hammer.base.system import open_descriptors, sync
 from megatron_hammer.checkpoint.folder import Damaged, clean_up, remove_left
+from megatron_hammer.metrics.generations import GENERATIONS
 from megatron_hammer.metrics.metrics_file import METRICS, copy_aside, read_lines
+from megatron_hammer.metrics.starts import STARTS
+from megatron_hammer.metrics.tracker_process import CLIENTS
 from megatron_hammer.sampling.ledger import LEDGER, Ledger, ledger_bytes, read_ledger
 from megatron_hammer.train.changes import FRESH
+from megatron_hammer.train.evaluator import EVALUATIONS
 
 LOCK, SAVED = ".lock", ".saved"
 _NOTHING_SAVED = b"a run has begun in this folder and has no checkpoint yet\n"
-_LEFT_BEHIND = re.compile(
-    r"((metrics|starts|ledger|generations|evaluations)\.jsonl|\.saved)\.tmp-\w+|\.probe-[0-9a-f]{32}"
-)
-_INCIDENT_LEFT = re.compile(r"step-\d+[a-z0-9.-]*\.jsonl?\.tmp-\w+")
+_WRITTEN = {
+    ".": "|".join(map(re.escape, (METRICS, STARTS, LEDGER, GENERATIONS, EVALUATIONS, SAVED))),
+    "incidents": r"step-\d+[a-z0-9.-]*\.jsonl?",
+    "trackers": rf"({'|'.join(CLIENTS)})\.json",
+}
+"""Folder in a run's -> names that the run itself writes there under a temporary name first. Other programs' are theirs:
+report.html may be on its way while a run begins."""
+_PROBE = re.compile(r"\.probe-[0-9a-f]{32}")
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -173,11 +182,25 @@ def is_read_only(error: OSError) -> bool:
 def clear_output(output: Path) -> list[str]:
     """Remove what programs that were killed have left; a line for each. For the holder of the lock."""
     lines = []
-    for folder, left in ((output, _LEFT_BEHIND), (output / "incidents", _INCIDENT_LEFT)):
+    for name, written in _WRITTEN.items():
+        folder, left = output / name, re.compile(rf"({written})\.tmp-\w+")
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if left.fullmatch(path.name):
+            if left.fullmatch(path.name) or (folder == output and _PROBE.fullmatch(path.name)):
                 lines.append(remove_left(path, "a run"))
     return lines + clean_up(output / "checkpoints")
+
+
+def write_record(path: Path, tree: dict[str, Any]) -> str | None:
+    """Write down what happened, for people, and make its folder; why not, where the disk does not take it, else None.
+
+    It never fails: what is done about that which happened does not depend on it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, dump_names(tree))
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def mark_saved(output: Path, step: int) -> None:

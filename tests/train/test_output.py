@@ -6,10 +6,11 @@ import os
 import shutil
 from pathlib import Path
 
+import orjson
 import pytest
 
 from megatron_hammer.base.errors import CheckpointError, RefusedError
-from megatron_hammer.train.output import clear_output, only_writer
+from megatron_hammer.train.output import clear_output, only_writer, write_record
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import run_rank
 from tests.train.runs import config_for, overrides
@@ -122,7 +123,10 @@ def test_what_kills_leave_goes_at_every_start(data: Path, tmp_path: Path) -> Non
     (run / "checkpoints" / "step-00000009.tmp-abcd").write_text("x")
     (run / "checkpoints" / "step-00000001.old-1234567890abcdef").mkdir()
     (run / "incidents").mkdir()
+    (run / "trackers").mkdir()
+    (run / "report.html.tmp-1").write_text("tools/report.py is writing it now")
     for name in ("metrics.jsonl", "starts.jsonl", "ledger.jsonl", "generations.jsonl", "evaluations.jsonl", ".saved",
+                 "trackers/wandb.json", "trackers/prometheus.json",
                  "incidents/step-00000003.metrics.jsonl", "incidents/step-00000003-after-1-rewinds.json"):  # fmt: skip
         (run / f"{name}.tmp-77").write_text("x")
     (run / f".probe-{'0' * 32}").write_text("")
@@ -132,8 +136,16 @@ def test_what_kills_leave_goes_at_every_start(data: Path, tmp_path: Path) -> Non
         "step-00000001", "step-00000001.aside-1234567890abcdef"
     ]  # fmt: skip
     assert sorted(p.name for p in run.iterdir()) == [".lock", ".saved", "checkpoints", "incidents", "metrics.jsonl",
-                                                      "notes.tmp-1", "starts.jsonl"]  # fmt: skip
-    assert clear_output(run) == [] == list((run / "incidents").iterdir())
+                                                      "notes.tmp-1", "report.html.tmp-1", "starts.jsonl",
+                                                      "trackers"]  # fmt: skip
+    assert clear_output(run) == [] == list((run / "incidents").iterdir()) == list((run / "trackers").iterdir())
+
+
+def test_a_record_names_files_of_any_bytes_and_says_why_it_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "incidents" / "step-00000001.json"
+    assert write_record(path, {"file": os.fsdecode(b"a\xff"), "other": "字"}) is None
+    assert orjson.loads(path.read_bytes()) == {"file": "a\\udcff", "other": "字"}
+    assert write_record(path / "below", {}) == "File exists"
 
 
 def test_a_finished_run_says_so_from_a_folder_that_nobody_may_write_to(data: Path, tmp_path: Path, monkeypatch) -> None:
