@@ -10,10 +10,12 @@ import math
 import re
 import unicodedata
 
-TYPOGRAPHIC_QUOTES = ("“", "”", "„", "«", "»", "「", "」", "‘", "’", "‚")
+DOUBLE_QUOTES = "“”„«»「」『』"
+SINGLE_QUOTES = "‘’‚"
+TYPOGRAPHIC_QUOTES = DOUBLE_QUOTES + SINGLE_QUOTES
 """Which a shell takes for letters: it splits at the blanks between them."""
 _TYPOGRAPHIC = str.maketrans({
-    **dict.fromkeys(TYPOGRAPHIC_QUOTES[:7], '"'), **dict.fromkeys(TYPOGRAPHIC_QUOTES[7:], "'"),
+    **dict.fromkeys(DOUBLE_QUOTES, '"'), **dict.fromkeys(SINGLE_QUOTES, "'"),
     **dict.fromkeys("—–‒‐‑−－", "-"), "、": ",", "。": ".", "×": "x", "\u3000": " ",
 })  # fmt: skip
 _UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
@@ -23,6 +25,11 @@ _NUMBER = re.compile(rf"([+-]?[0-9.,_ ]*[0-9](?:e[+-]?[0-9]+)?)\s*({'|'.join(map
 _POWER = re.compile(r"(?:([0-9.]+)\s*[x*]\s*)?10\s*(?:\^|\*\*)?\s*\(?(-[0-9]+)\)?")
 _RATIO = re.compile(r"([0-9.]+)\s*/\s*([0-9.]+)")
 _THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]*)?")
+
+
+def is_quoted(text: str) -> bool:
+    """Whether a text begins with a quote that no shell takes for one."""
+    return text.startswith(tuple(TYPOGRAPHIC_QUOTES))
 
 
 def in_ascii(text: str) -> str:

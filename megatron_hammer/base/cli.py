@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any, NoReturn
 
-from megatron_hammer.base.characters import in_ascii, number_meant
+from megatron_hammer.base.characters import DOUBLE_QUOTES, SINGLE_QUOTES, TYPOGRAPHIC_QUOTES, in_ascii, number_meant
 from megatron_hammer.base.errors import ConfigError, DiskError, HammerError, from_exception
 from megatron_hammer.base.language import LANGUAGES, user_language
 from megatron_hammer.base.paths import unusable_remedy
@@ -39,6 +39,7 @@ READ_ELSEWHERE = (
     "--run",
     "--tokenizer",
 )
+_QUOTED = re.compile("|".join(f"[{quotes}][^{quotes}]*[{quotes}]" for quotes in (DOUBLE_QUOTES, SINGLE_QUOTES)))
 TRACEBACK_VARIABLE = "HAMMER_TRACEBACK"  # set to 1: show where an error line came from
 
 
@@ -212,10 +213,10 @@ class ArgumentParser(argparse.ArgumentParser):
             dashed := next(filter(None, map(self._meant_as_option, message.partition("arguments: ")[2].split())), None)
         ):
             remedy = f"write {dashed[1]}, not {dashed[0]}"
-        elif re.search("unrecognized arguments: .*[“”]", message) and (
-            quoted := re.search("[“”]([^“”]*)[“”]", " ".join(self._words))
+        elif re.search(rf"unrecognized arguments: .*[{TYPOGRAPHIC_QUOTES}]", message) and (
+            quoted := _QUOTED.search(" ".join(self._words))
         ):
-            remedy = f'write "{quoted[1]}", in the quotes of the keyboard'
+            remedy = f'write "{quoted[0][1:-1]}", in the quotes of the keyboard'
         elif "unrecognized arguments: -" in message:
             option = message.partition("unrecognized arguments: ")[2].split()[0].partition("=")[0]
             if near := difflib.get_close_matches(option, list(self._option_string_actions), n=1, cutoff=0.7):

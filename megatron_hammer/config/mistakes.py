@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_hammer.base.characters import TYPOGRAPHIC_QUOTES, in_ascii, is_number, number_meant
+from megatron_hammer.base.characters import TYPOGRAPHIC_QUOTES, in_ascii, is_number, is_quoted, number_meant
 from megatron_hammer.base.paths import unusable_remedy
 from megatron_hammer.config.presets import PRESETS
 
@@ -287,7 +287,7 @@ def elsewhere_remedy(value: object, choices: Sequence[object]) -> str:
 def setting_of_argument(argument: str, known: Sequence[str]) -> str:
     """What an argument that is no ``group.field=value`` should be: the whole remedy."""
     plain = in_ascii(argument)
-    if argument[:1] in TYPOGRAPHIC_QUOTES:
+    if is_quoted(argument):
         if argument[-1] not in TYPOGRAPHIC_QUOTES:  # the shell has split it at its blanks
             return f"write '{plain[1:].partition('=')[0]}=...', in the quotes of the keyboard"
         plain = plain[1:-1]
@@ -370,7 +370,7 @@ def sources_remedy(text: str) -> str:
     """
     if Path(f"{text}.idx").exists():
         return ""
-    if _is_mapping(text) or re.search("[，、：；｛｝“”‘’「」]", text):  # of a name that is there they are a part
+    if _is_mapping(text) or re.search(f"[，、：；｛｝{TYPOGRAPHIC_QUOTES}]", text):  # a name may have them
         return mapping_remedy(text)
     words = re.split(r"[\s,]+", text.strip())
     if len(words) < 2:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_hammer.base.characters import TYPOGRAPHIC_QUOTES, in_ascii
+from megatron_hammer.base.characters import in_ascii, is_quoted
 from megatron_hammer.base.errors import ConfigError, os_remedy
 from megatron_hammer.base.paths import RENAME_REMEDY, is_unicode
 from megatron_hammer.base.progress import say
@@ -181,7 +181,7 @@ def _plain_value(value: Any) -> Any:
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or key != key.strip() or key[:1] in TYPOGRAPHIC_QUOTES:
+    if not equals or key != key.strip() or is_quoted(key):
         raise _no_setting(override)
     try:
         value = parse_yaml(text, key)

@@ -141,6 +141,8 @@ def test_one_of_several_options_and_commands_that_are_none() -> None:
         (tool, [], "add --hf DIR"),
         (tool, ["--model", "a"], "write --hf, not --model"),
         (tool, ["--hf", "“a", "b”"], 'write "a b", in the quotes of the keyboard'),
+        (tool, ["--hf", "‘a", "b’"], 'write "a b", in the quotes of the keyboard'),
+        (tool, ["--hf", "「it’s", "b」"], 'write "it’s b", in the quotes of the keyboard'),
         (commands, ["text"], "choose one of stats, show"),
         (commands, ["a/b"], "say which first: i stats a/b"),
     ):
