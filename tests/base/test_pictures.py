@@ -19,7 +19,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.base.pictures import CHINESE, PREFERRED, fallback_families, picture_sayer, png_of, save_png
+from megatron_hammer.base.pictures import CHINESE, PREFERRED, fallback_families, picture_sayer, png_of, save_png, wrap
 from megatron_hammer.costs import budget, plan_report
 from megatron_hammer.costs.planner import Asked, plan_layouts
 from megatron_hammer.metrics import plot
@@ -122,6 +122,12 @@ def test_a_domain_whose_name_is_no_text_is_drawn() -> None:
     figures = {"bytes": 2000, "bytes_per_token": 4.0, "compared_compression": 1.0}
     described = {"\udcce": {"domains": {"\udcce\udcc4": figures, OVERALL: figures}}}
     assert lab.draw_compression(described, "\udcce").startswith(b"\x89PNG")
+
+
+def test_rows_are_no_wider_than_they_may_be() -> None:
+    """Chinese characters are twice as wide, and no row begins with their comma."""
+    assert wrap("来源：宽度 2,048、序列，end of it", 12) == ["来源：宽度", "2,048、序", "列，end of", "it"]
+    assert wrap("模型计算，长", 8) == ["模型计", "算，长"] and wrap("a" * 5 + " b", 4) == ["aaaa", "a b"]
 
 
 def test_texts_are_chinese_where_a_font_has_it(
