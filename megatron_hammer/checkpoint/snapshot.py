@@ -122,6 +122,7 @@ class Snapshot:
             result = int(torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), self.size, 0))
             if result:  # said here: torch would find it after the next launch of a kernel, and name that
                 del self._bytes
+                self._memory.close()
                 os.close(self.descriptor)
                 raise MemoryShortage(
                     1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import mmap
 import os
 import re
 import resource
@@ -177,8 +178,13 @@ def test_memory_that_a_gpu_cannot_reach_is_an_error_at_start(monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     library = SimpleNamespace(cudaHostRegister=lambda address, size, flags: 801)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: library)
+    taken, take_memory = list[mmap.mmap](), snapshot.take_memory
+    monkeypatch.setattr(
+        snapshot, "take_memory", lambda descriptor, size: taken.append(take_memory(descriptor, size)) or taken[0]
+    )
     with pytest.raises(MemoryShortage, match=r"cannot be pinned for the GPU \(cudaHostRegister: error 801\).*blocking"):
         Snapshot(2**20, torch.device("cuda"))
+    assert taken[0].closed, "the memory is free while the error is on its way"
 
 
 def test_the_next_save_begins_when_what_is_old_is_gone(
