@@ -93,6 +93,14 @@ NOT_RUN = {  # page -> beginning of a command that no test runs as it stands -> 
         "python tools/report.py": "tests/report/test_write.py runs it on small runs",
         "python tools/plan.py": "tests/costs/test_planner.py runs it of a toy",
     },
+    "examples/README.md": {
+        "bash examples/continue_from_hf.sh": "hours; tests/test_example_starts.py has stand-ins for its programs",
+        "bash examples/anneal.sh": "tests/train/test_branch.py runs it on a small run",
+        "bash examples/long_context.sh": "as continue_from_hf.sh",
+        "bash examples/pretrain_8b.sh plan": "as continue_from_hf.sh",
+        "kubectl apply": "a cluster; tests/test_example_starts.py reads its file",
+        "sky jobs": "a cloud; tests/test_example_starts.py reads its file",
+    },
     "docs/reproduce.md": {
         "export TORCH_INDEX_URL": "a variable, for an index",
         "bash tools/make_venv.sh": "an index; tests/run.sh begins with it",
@@ -183,20 +191,20 @@ def is_setting(name: str) -> bool:
 
 def test_every_block_is_run_and_what_is_not_is_named() -> None:
     seen = set()
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]:
         if ".zh-CN" in path.name:  # has the same blocks: tests/test_pages_in_chinese.py
             continue
         page, name = path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()
-        if blocks := blocks_of(page):
+        in_blocks = set(commands_of("".join(f"```bash\n{block}```\n" for block in blocks_of(page))))
+        if is_run := name in RUN_BY:
             test = (ROOT / "tests" / RUN_BY[name]).read_text(encoding="utf-8")
-            assert path.stem in test and "blocks_of(" in test, name
-        in_blocks = set(commands_of("".join(f"```bash\n{block}```\n" for block in blocks)))
-        for command in set(commands_of(page)) - in_blocks:
-            if TYPED.match(command):
+            assert in_blocks and f'"{path.name}"' in test and "blocks_of(" in test, name
+            seen.add((name, ""))
+        for command in commands_of(page):
+            if command and (not is_run if command in in_blocks else TYPED.match(command)):
                 begun = [begin for begin in NOT_RUN.get(name, {}) if command.startswith(begin)]
                 assert len(begun) == 1, f"{name}: {command}: neither run nor in NOT_RUN"
                 seen.add((name, begun[0]))
-        seen |= {(name, "")} if blocks else set()
     assert seen == {(name, begin) for name, begins in NOT_RUN.items() for begin in begins} | {
         (name, "") for name in RUN_BY
     }

@@ -12,8 +12,8 @@ from megatron_hammer.tokenizer.load import load_tokenizer
 from tests.walk import ROOT, blocks_of, prepare_folder, run_block
 
 MODELS = ROOT.parent / "shared" / "tokenizers"
-PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("tokenizer", "data")}
-TOKENIZER_WALK, HAMMERLLM = PAGES["tokenizer"].split("## HammerLLM's own")
+PAGES = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("tokenizer.md", "data.md")}
+TOKENIZER_WALK, HAMMERLLM = PAGES["tokenizer.md"].split("## HammerLLM's own")
 
 
 def _walk(text: str, folder: Path, **variables: str) -> str:
@@ -70,7 +70,7 @@ def test_the_real_inputs_give_the_published_model(tmp_path: Path) -> None:
 
 def test_raw_text_becomes_samples(tmp_path: Path) -> None:
     folder = prepare_folder(tmp_path)
-    said = _walk(PAGES["data"], folder)
+    said = _walk(PAGES["data.md"], folder)
     assert "zh_text_document: sound" in said
     assert '"cause":"E304"' in said, "what was quarantined was shown"
     assert "weight (epochs)" in said and re.search(r"train\.num_steps=\d+ fits", said), "the plan was printed"
