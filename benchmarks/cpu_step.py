@@ -14,9 +14,10 @@ import json
 import os
 import platform
 import statistics
-from pathlib import Path
 
 from sides import run
+
+from megatron_hammer.base.system import processor_name, processor_text
 
 LIMIT, OURS, PEERS = (
     "bare_products.py",
@@ -29,14 +30,11 @@ LIMIT, OURS, PEERS = (
 FEATURES = ("amx_tile", "amx_bf16", "avx512_bf16", "avx512f", "avx2", "fma", "asimd", "bf16", "sve")
 
 
-def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def processor() -> str:
     """The model and which of ``FEATURES`` it has, as Linux tells; without Linux what Python knows."""
-    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
-    fields = dict(line.split(":", 1) for line in reversed(text.splitlines()) if ":" in line)
-    values = {name.strip(): value.strip() for name, value in fields.items()}
-    flags = (values.get("flags") or values.get("Features", "")).split()
-    model = values.get("model name") or platform.processor() or platform.machine()
-    return f"{model} ({', '.join(name for name in FEATURES if name in flags) or 'its instructions are not known'})"
+    flags = processor_text().split()
+    known = ", ".join(name for name in FEATURES if name in flags)
+    return f"{processor_name()} ({known or 'its instructions are not known'})"
 
 
 def printed(line: dict) -> dict:

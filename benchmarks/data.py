@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_hammer.base.system import processor_name
+
 sys.path.insert(0, str(Path(__file__).parent))  # the parts, when this is run as a program from anywhere
 
 PARTS = ("preprocess", "encode", "index", "blend", "read", "write", "merge", "shuffle")
@@ -27,10 +29,8 @@ LIBRARIES = ("megatron_hammer", "numpy", "megatron-core", "sentencepiece", "orjs
 
 def machine() -> dict[str, Any]:
     """What a figure must be read with."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": models[0] if models else platform.processor(),
+        "cpu": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
