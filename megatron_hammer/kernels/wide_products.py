@@ -60,6 +60,7 @@ class _Rooms(threading.local):
 
 
 ROOMS = _Rooms()
+"""Not an object's: a graph is given tensors, and head and layers would have a set each."""
 
 
 class WideProducts(Products):

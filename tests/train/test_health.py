@@ -128,10 +128,18 @@ def test_a_run_that_ends_in_bad_steps_keeps_the_older_checkpoints(
 
 def test_stop_ends_the_run_with_nothing_saved_of_it(data: Path, tmp_path: Path, spoil: dict[int, float]) -> None:
     spoil |= {6: math.nan}
-    with pytest.raises(NonFiniteError, match=r"E902.*step 6: loss=nan.*train.on_nonfinite=stop"):
+    with pytest.raises(NonFiniteError, match=r"E902.*step 6: loss=nan.*stop.*see \S+/step-00000006.json; look"):
         train_here(0, overrides(data, tmp_path / "run", "train.on_nonfinite=stop"))
     assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000003"]
     assert (tmp_path / "run" / "incidents" / "step-00000006.json").is_file()
+
+
+def test_stop_names_no_record_that_is_not_there(data: Path, tmp_path: Path, spoil: dict[int, float]) -> None:
+    spoil |= {1: math.nan}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "incidents").write_text("no folder")
+    with pytest.raises(NonFiniteError, match=r"E902.*see \S+/step-00000001.json, which could not be written \(File ex"):
+        train_here(0, overrides(data, tmp_path / "run", "train.on_nonfinite=stop"))
 
 
 def test_spikes_are_reported_skipped_or_end_the_run(
