@@ -10,9 +10,11 @@ import multiprocessing.util
 import os
 import signal
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -46,18 +48,36 @@ for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.
         signal.signal(number, handler)
 
 
+_OF_PARENTS: list[object] = []
+"""What a child has forgotten, and keeps: objects of libraries that have threads end a forked child as they go."""
+
+
 def _forget_what_the_parent_began() -> None:
-    """In a child of a test process: the pool of workers, temporary folders and locks are the parent's.
+    """In a child of a test process: the pool of workers, temporary folders, locks and clusters are the parent's.
 
     A child that leaves as a program does runs its exit functions. With the parent's among them it would end the
     parent's workers and remove their folder, and the parent's next call would wait for nobody.
     """
-    atexit._clear()
-    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
-    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
-    multiprocessing.process._children.clear()  # type: ignore[attr-defined]
-    multiprocessing.util._finalizer_registry.clear()  # type: ignore[attr-defined]
-    atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
+    _OF_PARENTS.extend((weakref.finalize._registry, multiprocessing.process._children))  # type: ignore[attr-defined]
+    weakref.finalize._registry = {}  # type: ignore[attr-defined]
+    multiprocessing.process._children = set()  # type: ignore[attr-defined]
+    exits: list[Callable[[], object]] = []
+
+    def register(function: Callable[..., object], *arguments: Any, **named: Any) -> Callable[..., object]:
+        exits.append(partial(function, *arguments, **named))
+        return function
+
+    def unregister(function: Callable[..., object]) -> None:
+        exits[:] = [known for known in exits if known.func != function]  # type: ignore[attr-defined]
+
+    def run_exit_functions() -> None:
+        while exits:
+            exits.pop()()
+        weakref.finalize._exitfunc()  # type: ignore[attr-defined]
+        multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+
+    atexit.register, atexit.unregister = register, unregister  # type: ignore[assignment]
+    atexit._run_exitfuncs = run_exit_functions
 
 
 os.register_at_fork(after_in_child=_forget_what_the_parent_began)

@@ -45,6 +45,7 @@ def _worker(rank: int, inbox: Any, outbox: Any, stacks: Path) -> None:
     faulthandler.register(signal.SIGPROF, stacks.open("w"), all_threads=True)  # the file stays open
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"  # else a rank that has nothing to do is gone while others still connect
     leave_cores_to_those_who_run()
     outbox.put((STARTED, rank, None, None))
     while (task := inbox.get()) is not None:
@@ -75,7 +76,7 @@ class _Pool:
         self.outbox = context.Queue()
         self.inboxes: list[Any] = []
         self.processes: list[Any] = []
-        self.context, self.calls = context, 0
+        self.context, self.calls, self.owner = context, 0, os.getpid()
         self.folder = tempfile.TemporaryDirectory(prefix="hammer-test-")
 
     def grow(self, size: int) -> None:
@@ -119,7 +120,8 @@ class _Pool:
             if call == self.calls:
                 (errors if error else results)[rank] = error or result
         if errors:
-            raise AssertionError(_joined(errors))
+            ended = {r: self._said(r) for r in range(world_size) if self.processes[r].exitcode is not None}
+            raise AssertionError(_joined(errors | ended))
         return [results[r] for r in range(world_size)]
 
     def _stacks(self, rank: int) -> Path:
@@ -140,6 +142,8 @@ class _Pool:
         return stacks.read_text() if stacks.exists() else f"({stacks} is not there)"
 
     def close(self) -> None:
+        if os.getpid() != self.owner:
+            return  # a child of the test process, at its end
         for process in self.processes:
             process.kill()
         for process in self.processes:
