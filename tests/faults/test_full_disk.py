@@ -42,6 +42,8 @@ Case = Callable[[dict[str, Path], Path], Any]
 class Picture:
     """In place of a figure of matplotlib, whose import takes a second."""
 
+    axes: tuple[Any, ...] = ()
+
     def findobj(self, kind: type) -> list[Any]:
         return []
 
