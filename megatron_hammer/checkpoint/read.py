@@ -220,18 +220,18 @@ def check_rank_file(
 def _fill(manifest: Manifest, wanted: dict[int, list[_Place]], filled: Callable[[int], None] = lambda at: None) -> None:
     """Read what is wanted, all of it: a place that no slice has filled would be a weight that nothing has given."""
     left = {at: sum(place.data.numel() for place in places) for at, places in wanted.items()}
-    hits = {
-        file: [(s, p) for s in file.slices if (p := [p for p in wanted.get(s.tensor, ()) if p.common(s)])]
-        for file in manifest.files
-    }
-    in_place = all(_own_place(manifest, saved, p) is not None for found in hits.values() for saved, p in found)
-    for file, found in hits.items():
-        if found:
-            with _open(manifest, file) as reader:
-                for saved, places in found:
-                    left[saved.tensor] -= _read(manifest, reader, saved, places)
-                    if in_place and left[saved.tensor] == 0:
-                        filled(saved.tensor)
+    todo = []  # of each file that has something: what is wanted of which slice, and where it can be read right to
+    for file in manifest.files:
+        hits = [(s, [p for p in wanted.get(s.tensor, ()) if p.common(s)]) for s in file.slices if s.tensor in wanted]
+        if found := [(saved, places, _own_place(manifest, saved, places)) for saved, places in hits if places]:
+            todo.append((file, found))
+    in_place = all(own is not None for _, found in todo for *_, own in found)
+    for file, found in todo:
+        with _open(manifest, file) as reader:
+            for saved, places, own in found:
+                left[saved.tensor] -= _read(manifest, reader, saved, places, own)
+                if in_place and left[saved.tensor] == 0:
+                    filled(saved.tensor)
     for at, elements in left.items():
         if elements:
             tensor = manifest.tensors[at]
@@ -239,11 +239,16 @@ def _fill(manifest: Manifest, wanted: dict[int, list[_Place]], filled: Callable[
             raise CheckpointError(13, what, rule, "use another checkpoint")
 
 
-def _read(manifest: Manifest, reader: TensorFileReader, saved: SavedSlice, places: list[_Place]) -> int:
-    """Read one slice, verify it, and copy what each place wants of it; how many elements that were."""
+def _read(
+    manifest: Manifest, reader: TensorFileReader, saved: SavedSlice, places: list[_Place], target: Tensor | None
+) -> int:
+    """Read one slice, verify it, and copy what each place wants of it; how many elements that were.
+
+    Args:
+        target: the only place that wants it, which it is read right to.
+    """
     key, dtype = manifest.key_of(saved), manifest.tensors[saved.tensor].dtype
     reader.expect(key, dtype, saved.shape)
-    target = _own_place(manifest, saved, places)
     data = torch.empty(saved.shape, dtype=DTYPES[dtype]) if target is None else target
     _compare(reader, key, saved, reader.read_into(key, data.view(-1).view(torch.uint8).numpy()))
     if target is not None:
