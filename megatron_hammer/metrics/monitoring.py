@@ -104,13 +104,19 @@ class Histogram:
         return list(zip(bounds, itertools.accumulate(self.counts), strict=True))
 
 
+def counted_in(line: Line) -> Iterator[tuple[str, float]]:
+    """What a line has for histograms, in the exported unit."""
+    for name in HISTOGRAMS:
+        if isinstance(value := line.get(name), int | float) and math.isfinite(value):
+            yield name, value * exported(name)[1]
+
+
 @dataclass
 class Series:
-    """The last value of every series of a run, and its histograms."""
+    """The last value of every series of a run; what ``HISTOGRAMS`` names is none."""
 
     values: dict[str, dict[Labels, float]] = field(default_factory=dict)
     """Name without prefix -> labels -> value."""
-    histograms: dict[str, Histogram] = field(default_factory=lambda: {name: Histogram() for name in HISTOGRAMS})
 
     def __post_init__(self) -> None:
         self._set("run_active", 1)
@@ -126,9 +132,7 @@ class Series:
                 self._set("skipped_steps", self.values["skipped_steps"][()] + bool(value))
             elif isinstance(value, bool | int | float) and math.isfinite(value):
                 name, labels = series_of(key)
-                if name in HISTOGRAMS:
-                    self.histograms[name].add(float(value) * exported(name)[1])
-                else:
+                if name not in HISTOGRAMS:
                     self._set(name, float(value), labels)
 
     def end(self, failed: bool) -> None:
@@ -150,6 +154,7 @@ class PrometheusClient:
     def __init__(self, library: Any, run: TrackedRun, run_id: str | None) -> None:
         self.run_id = run_id or secrets.token_hex(8)
         self._library, self._series, self._server, self._written = library, Series(), None, 0.0
+        self._histograms = {name: Histogram() for name in HISTOGRAMS}
         self._labels = {"run": run.name, "run_id": self.run_id}
         self._registry = library.CollectorRegistry()
         self._registry.register(self)
@@ -174,7 +179,7 @@ class PrometheusClient:
             for labels, value in list(series.items()):
                 family.add_metric([*self._labels.values(), *(text for _, text in labels)], value * unit)
             yield family
-        for name, histogram in self._series.histograms.items():
+        for name, histogram in self._histograms.items():
             family = core.HistogramMetricFamily(
                 exported(name)[0], f"{name} of metrics.jsonl", labels=list(self._labels)
             )
@@ -184,6 +189,8 @@ class PrometheusClient:
     def log(self, step: int, line: Line) -> None:
         """Keep the values until they are asked for."""
         self._series.update(step, line)
+        for name, value in counted_in(line):
+            self._histograms[name].add(value)
         self._write(TEXTFILE_SECONDS)
 
     def close(self, failed: bool) -> None:
@@ -255,9 +262,8 @@ class OpenTelemetryClient:
     def log(self, step: int, line: Line) -> None:
         """Keep the values until the next export."""
         self._series.update(step, line)
-        for name, histogram in self._histograms.items():
-            if isinstance(value := line.get(name), int | float) and math.isfinite(value):
-                histogram.record(value * exported(name)[1])
+        for name, value in counted_in(line):
+            self._histograms[name].record(value)
         self._instruments()
 
     def close(self, failed: bool) -> None:

@@ -17,6 +17,7 @@ from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import config_to_tree
 from megatron_hammer.metrics.monitoring import (
     COUNTERS,
+    HISTOGRAMS,
     OpenTelemetryClient,
     PrometheusClient,
     Series,
@@ -208,7 +209,7 @@ def exported_names() -> set[str]:
     series = Series()
     series.update(1, LINE | {"mfu_causal": 0.3})
     names = {exported(name)[0] + ("_total" if name in COUNTERS else "") for name in series.values}
-    return names | {exported(name)[0] + part for name in series.histograms for part in ("_bucket", "_count", "_sum")}
+    return names | {exported(name)[0] + part for name in HISTOGRAMS for part in ("_bucket", "_count", "_sum")}
 
 
 def test_dashboard_and_alerts_read_names_that_are_exported() -> None:
