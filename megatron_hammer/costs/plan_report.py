@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.language import Language, Say
-from megatron_hammer.base.pictures import DOTS_AN_INCH, SMALL_POINTS, WIDTH_INCHES, picture_sayer, save_png
+from megatron_hammer.base.pictures import (
+    DOTS_AN_INCH,
+    SMALL_POINTS,
+    SOURCE_COLUMNS,
+    WIDTH_INCHES,
+    picture_sayer,
+    save_png,
+    wrap,
+)
 from megatron_hammer.base.tables import align
 from megatron_hammer.costs.layouts import PlannedLayout, precision_of, shard_of
 from megatron_hammer.costs.planner import LayoutPlan
@@ -207,12 +215,13 @@ def draw_plan(plan: LayoutPlan, output: Path, shown: int, language: Language = "
     shares = f"{rates.products:.0%}", f"{rates.attention:.0%}", f"{rates.memory:.0%}"
     links = f"{machine.gpu.link:g} GB/s", f"{machine.network:g} GB/s"
     source = say(
-        f"Source: tools/plan.py; nothing was measured. Memory of the rank that needs most. Assumed:\n"
+        f"Source: tools/plan.py; nothing was measured. Memory of the rank that needs most. Assumed: "
         f"{shares[0]} of the peak in products, {shares[1]} in attention, {shares[2]} of memory bandwidth; "
         f"{links[0]} in a node, {links[1]} between nodes.",
-        f"来源：tools/plan.py；未经测量。内存取用得最多的 rank。假设：矩阵乘达到峰值的 {shares[0]}，\n"
+        f"来源：tools/plan.py；未经测量。内存取用得最多的 rank。假设：矩阵乘达到峰值的 {shares[0]}，"
         f"注意力 {shares[1]}，显存带宽 {shares[2]}；节点内 {links[0]}，节点间 {links[1]}。",
     )
+    source = "\n".join(wrap(source, SOURCE_COLUMNS))
     figure.text(0.008, 0.08 / height, source, va="bottom", fontsize=SMALL_POINTS, color="0.35")
     save_png(figure, output)
 
