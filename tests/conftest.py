@@ -29,7 +29,7 @@ LONGEST = (
     "verify/test_grid.py",
     "test_benchmarks.py",
     "train/test_run.py",
-    "test_walks.py",
+    "test_tokenizer_and_data_pages.py",
     "supervise/test_start.py",
     "model/test_compile.py",
     "kernels/test_cuda_sources.py",

@@ -20,7 +20,7 @@ import pytest
 from megatron_hammer import command
 from megatron_hammer.base import cli
 from megatron_hammer.config import preset_names
-from tests.walk import blocks_of
+from tests.page_blocks import blocks_of
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_hammer"

@@ -9,7 +9,7 @@ import pytest
 from megatron_hammer.config import load_config
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.train.run import describe_dry_run
-from tests.walk import ROOT, blocks_of
+from tests.page_blocks import ROOT, blocks_of
 
 
 def test_the_dry_run_describes_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:

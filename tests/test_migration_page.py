@@ -11,7 +11,7 @@ import pytest
 
 from megatron_hammer.config import describe_fields
 from megatron_hammer.config.mistakes import nearest_setting
-from tests.walk import ROOT
+from tests.page_blocks import ROOT
 
 NAMES = [f"{group}.{field}" for group, fields in describe_fields().items() for field in fields]
 ROWS = [

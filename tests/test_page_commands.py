@@ -1,4 +1,4 @@
-"""Commands on the pages that no walk runs: each is parsed by its own program, in English and in Chinese.
+"""Commands on the pages that no test runs: each is parsed by its own program, in English and in Chinese.
 
 Blocks of ``bash`` are run by the test that ``RUN_BY`` names; here every command of a page is read: that of any other
 block, indented ones too, wholly, and those within a text as far as they go: their options must exist. Files that a
@@ -24,7 +24,7 @@ from megatron_hammer.base.cli import ArgumentParser
 from megatron_hammer.base.errors import HammerError
 from megatron_hammer.command import MODULES
 from megatron_hammer.config import Config
-from tests.walk import ROOT, blocks_of
+from tests.page_blocks import ROOT, blocks_of
 
 PAGES = sorted(
     path
@@ -42,7 +42,7 @@ PLACES = ("examples/", "tools/", "docker/", "tests/", "benchmarks/")
 
 RUN_BY = {  # page -> the test that runs its blocks of bash, at toy size
     "README.md": "test_readme.py",
-    "docs/data.md": "test_walks.py",
+    "docs/data.md": "test_tokenizer_and_data_pages.py",
     "docs/evaluation.md": "evaluation/test_evaluate.py",
     "docs/installation.md": "test_command.py",  # HAMMER_BUILD=1: of an installed wheel, each night
     "docs/layout.md": "test_layout_page.py",
@@ -52,7 +52,7 @@ RUN_BY = {  # page -> the test that runs its blocks of bash, at toy size
     "docs/quick_start.md": "test_readme.py",
     "docs/report.md": "report/test_write.py",
     "docs/reproduce.md": "test_reproduce.py",
-    "docs/tokenizer.md": "test_walks.py",
+    "docs/tokenizer.md": "test_tokenizer_and_data_pages.py",
 }
 NOT_RUN = {  # page -> beginning of a command that no test runs as it stands -> why, or what runs it in its place
     "docs/data.md": {

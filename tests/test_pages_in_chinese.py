@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.walk import ROOT, blocks_of
+from tests.page_blocks import ROOT, blocks_of
 
 TWINS = sorted((ROOT / "docs").glob("*.zh-CN.md"))
 

@@ -11,7 +11,7 @@ import inspect
 
 import pytest
 
-from tests.walk import ROOT
+from tests.page_blocks import ROOT
 
 # Name -> the arguments that we pass, with the file. Looked at in torch 2.11.0, 2.13.0 and 2.15.0: no change.
 PRIVATE = {

@@ -19,7 +19,7 @@ from megatron_hammer import __version__
 from megatron_hammer.base.errors import RefusedError
 from megatron_hammer.config import load_config
 from megatron_hammer.train.prepare import prepare
-from tests.walk import ROOT, blocks_of, run_block
+from tests.page_blocks import ROOT, blocks_of, run_block
 from tests.warm_python import write_python
 
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")}
@@ -27,8 +27,8 @@ PAGE, CHINESE = PAGES.values()
 QUICK_START = (ROOT / "docs" / "quick_start.md").read_text(encoding="utf-8")
 PROGRAMS = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("programs.md", "programs.zh-CN.md")}
 
-SHORT = 64  # tokens of a sample in the walk, not 256: a processor without bf16 takes a second for a step of those
-pytestmark = pytest.mark.timeout(900)  # the walk takes one to two minutes alone on two cores
+SHORT = 64  # tokens of a sample, where the page has 256: a processor without bf16 takes a second for a step of those
+pytestmark = pytest.mark.timeout(900)  # the pages take one to two minutes alone on two cores
 
 
 def prepare_clone(folder: Path) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.tokenizer.load import load_tokenizer
-from tests.walk import ROOT, blocks_of, prepare_folder, run_block
+from tests.page_blocks import ROOT, blocks_of, prepare_folder, run_block
 
 PAGE, CHINESE = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("reproduce.md", "reproduce.zh-CN.md"))
 SIZES = {name: (ROOT / "examples" / "reproduce" / f"{name}.sh").read_text(encoding="utf-8") for name in ("toy", "full")}
@@ -25,7 +25,7 @@ TRAIN_SH = [
     "save_total_limit", "learning_rate", "lr_scheduler_type", "output_dir", "report", "run_name", "bf16", "seed",
     "data_seed", "deepspeed",
 ]  # fmt: skip
-pytestmark = pytest.mark.timeout(600)  # the walk takes 40 seconds alone on two cores
+pytestmark = pytest.mark.timeout(600)  # the page takes 40 seconds alone on two cores
 VARIABLES = ["WANDB_PROJECT", "WANDB_MODE", "CUDA_VISIBLE_DEVICES", "TOKENIZERS_PARALLELISM"]
 
 

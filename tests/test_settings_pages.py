@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 
 from megatron_hammer.config import Effect, describe_fields, describe_parts
-from tests.walk import ROOT
+from tests.page_blocks import ROOT
 
 PROGRAM = runpy.run_path(str(ROOT / "docs" / "settings_pages.py"))
 

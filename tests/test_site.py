@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.walk import ROOT
+from tests.page_blocks import ROOT
 
 OUTSIDE = {"examples", "slurm", "ssh", "docker", "monitoring"}
 """Pages that are read from elsewhere, beside the first one."""

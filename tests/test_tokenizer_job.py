@@ -37,7 +37,7 @@ SHORT_RUN = ["train.num_steps=4", "data.seq_length=64", "train.global_batch_size
 def run_tool(name: str, *arguments: object) -> str:
     """A tool's ``main`` in this process, where torch and transformers are imported once for all; what it printed.
 
-    ``test_walks.py`` runs the same chain as programs.
+    ``test_tokenizer_and_data_pages.py`` runs the same chain as programs.
     """
     before, said = sys.argv, io.StringIO()
     sys.argv = [name, *map(str, arguments)]

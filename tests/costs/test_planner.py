@@ -22,7 +22,7 @@ from megatron_hammer.costs.planner import Asked, LayoutPlan, chosen_config, plan
 from megatron_hammer.costs.rank_costs import GIB
 from megatron_hammer.costs.rank_speed import COMPUTE, PIPELINE, Machine
 from tests.model.tiny import tiny_config
-from tests.walk import ROOT, blocks_of
+from tests.page_blocks import ROOT, blocks_of
 
 CONFIGS = ROOT / "examples" / "configs"
 

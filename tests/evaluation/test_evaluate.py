@@ -29,8 +29,8 @@ from megatron_hammer.evaluation.subjects import ModelReader, describe_subject
 from megatron_hammer.huggingface.certificate import TEXTS
 from megatron_hammer.tokenizer.load import load_tokenizer
 from tests.huggingface.unproved import write_unproved
+from tests.page_blocks import blocks_of
 from tests.train.runs import ROOT, metrics, train_here
-from tests.walk import blocks_of
 
 DOCUMENTS = [TEXTS["zh"], TEXTS["en"][:300], "", TEXTS["code"][:400], "短"]
 

@@ -15,7 +15,7 @@ import pytest
 from megatron_hammer.tokenizer.load import load_tokenizer
 from tests.checkpoint.layouts import random_logical, tiny_model, write_layout
 from tests.huggingface.unproved import write_unproved
-from tests.walk import ROOT
+from tests.page_blocks import ROOT
 
 LIBRARY = "lm_eval"
 needs_library = pytest.mark.skipif(

@@ -34,7 +34,7 @@ from megatron_hammer.tokenizer.convert import QWEN2_WORDS, export_note
 from megatron_hammer.tokenizer.load import load_tokenizer
 from tests.checkpoint.layouts import random_logical, tiny_model, write_layout
 from tests.huggingface.unproved import write_unproved
-from tests.walk import blocks_of
+from tests.page_blocks import blocks_of
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ import pytest
 from megatron_hammer.command import run_file
 from megatron_hammer.huggingface import export
 from megatron_hammer.huggingface.certificate import prove
-from tests.walk import ROOT, blocks_of
+from tests.page_blocks import ROOT, blocks_of
 
 
 def test_the_page(

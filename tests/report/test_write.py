@@ -17,9 +17,9 @@ import pytest
 from megatron_hammer.base.cli import end_of
 from megatron_hammer.metrics.metrics_file import append_line
 from megatron_hammer.report.write import continue_prompts, write_page
+from tests.page_blocks import blocks_of
 from tests.report.conftest import lines_of
 from tests.train.runs import ROOT
-from tests.walk import blocks_of
 
 
 def call(*words: object, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.tokenizer.load import load_tokenizer
-from tests.walk import ROOT, blocks_of, prepare_folder, run_block
+from tests.page_blocks import ROOT, blocks_of, prepare_folder, run_block
 
 MODELS = ROOT.parent / "shared" / "tokenizers"
 PAGES = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("tokenizer.md", "data.md")}
-TOKENIZER_WALK, HAMMERLLM = PAGES["tokenizer.md"].split("## HammerLLM's own")
+TOKENIZER_PAGE, HAMMERLLM = PAGES["tokenizer.md"].split("## HammerLLM's own")
 
 
-def _walk(text: str, folder: Path, **variables: str) -> str:
+def _run_blocks(text: str, folder: Path, **variables: str) -> str:
     return "".join(run_block(block, folder, **variables) for block in blocks_of(text))
 
 
@@ -24,13 +24,13 @@ def _walk(text: str, folder: Path, **variables: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def tokenizer_walk(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    folder = prepare_folder(tmp_path_factory.mktemp("tokenizer_walk"))
-    return folder / "lab", _walk(TOKENIZER_WALK, folder)
+def lab_and_said(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = prepare_folder(tmp_path_factory.mktemp("tokenizer_page"))
+    return folder / "lab", _run_blocks(TOKENIZER_PAGE, folder)
 
 
-def test_a_tokenizer_trained_merged_and_converted_goes_through_the_whole_job(tokenizer_walk: tuple[Path, str]) -> None:
-    lab, said = tokenizer_walk
+def test_a_tokenizer_trained_merged_and_converted_goes_through_the_whole_job(lab_and_said: tuple[Path, str]) -> None:
+    lab, said = lab_and_said
     merged, converted = load_tokenizer(lab / "merged"), load_tokenizer(lab / "hf")
     assert merged.vocab_size == converted.vocab_size > 15_000
     exported = lab / "runs" / "merged" / "hf"
@@ -39,15 +39,15 @@ def test_a_tokenizer_trained_merged_and_converted_goes_through_the_whole_job(tok
     assert "\nequal\n" in said and "import numpy" in said
 
 
-def test_every_character_became_a_piece(tokenizer_walk: tuple[Path, str]) -> None:
-    lab, _ = tokenizer_walk
+def test_every_character_became_a_piece(lab_and_said: tuple[Path, str]) -> None:
+    lab, _ = lab_and_said
     rare = "䶮"  # of level 3
     merged, base = load_tokenizer(lab / "merged"), load_tokenizer(lab / "base")
     assert len(merged.encode(rare)) == 1 and len(base.encode(rare)) == 3
 
 
-def test_the_pictures_and_the_page_are_there(tokenizer_walk: tuple[Path, str]) -> None:
-    lab, _ = tokenizer_walk
+def test_the_pictures_and_the_page_are_there(lab_and_said: tuple[Path, str]) -> None:
+    lab, _ = lab_and_said
     for name in ("coverage", "compression", "vocabulary", "price"):
         assert (lab / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (lab / "compression.html").read_text(encoding="utf-8")
@@ -58,7 +58,7 @@ def test_the_pictures_and_the_page_are_there(tokenizer_walk: tuple[Path, str]) -
 def test_the_real_inputs_give_the_published_model(tmp_path: Path) -> None:
     folder = prepare_folder(tmp_path)
     (folder / "lab").mkdir()
-    said = _walk(HAMMERLLM, folder, MODELS=str(MODELS))
+    said = _run_blocks(HAMMERLLM, folder, MODELS=str(MODELS))
     assert "ratio mean 0.9388603563642239" in said and "105,789 pieces" in said
     rows = {line.split()[0]: line.split()[1:4] for line in said.splitlines() if line.count("%") > 3}
     assert rows["hammerllm"] == ["100.00%"] * 3
@@ -70,7 +70,7 @@ def test_the_real_inputs_give_the_published_model(tmp_path: Path) -> None:
 
 def test_raw_text_becomes_samples(tmp_path: Path) -> None:
     folder = prepare_folder(tmp_path)
-    said = _walk(PAGES["data.md"], folder)
+    said = _run_blocks(PAGES["data.md"], folder)
     assert "zh_text_document: sound" in said
     assert '"cause":"E304"' in said, "what was quarantined was shown"
     assert "weight (epochs)" in said and re.search(r"train\.num_steps=\d+ fits", said), "the plan was printed"
