@@ -75,7 +75,7 @@ def main() -> int:
     from megatron_hammer.base.progress import Progress
     from megatron_hammer.config import load_config, to_yaml
     from megatron_hammer.costs.plan_report import draw_plan, plan_table
-    from megatron_hammer.costs.planner import Asked, chosen_config, plan_layouts, plan_to_tree
+    from megatron_hammer.costs.planner import PlanRequest, chosen_config, plan_layouts, plan_to_tree
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.picture is not None:
@@ -85,15 +85,15 @@ def main() -> int:
     if arguments.write is not None and os.path.lexists(arguments.write):
         remedy = "name a new file, or move that away"
         raise ConfigError(88, f"--write {arguments.write}", "is there, and would be replaced", remedy)
-    names = {field.name for field in dataclasses.fields(Asked)}
-    asked = Asked(**{name: value for name, value in vars(arguments).items() if name in names})
+    names = {field.name for field in dataclasses.fields(PlanRequest)}
+    request = PlanRequest(**{name: value for name, value in vars(arguments).items() if name in names})
     with Progress("trying layouts", None, "families") as progress:
 
         def tried_one(of_all: int) -> None:
             progress.expect(of_all)
             progress.advance(1)
 
-        plan = plan_layouts(config, asked, tried_one)
+        plan = plan_layouts(config, request, tried_one)
     if arguments.json:
         print_json(plan_to_tree(plan))
     else:

@@ -51,23 +51,23 @@ def main() -> int:
     config = load_config(args.config, args.overrides)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its notes about itself; read when torch is imported
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # memory freed under the profiler that is older than it
-    from megatron_hammer.profile.profile import Settings, for_profiling, profile_step, profile_table
+    from megatron_hammer.profile.profile import ProfileOptions, for_profiling, profile_step, profile_table
 
     flops = None if args.peak_tflops is None else args.peak_tflops * 1e12
     bandwidth = None if args.bandwidth is None else args.bandwidth * 1e9
-    settings = Settings(args.out, args.steps, flops, bandwidth, args.nproc, args.language)
-    settings.check()
+    options = ProfileOptions(args.out, args.steps, flops, bandwidth, args.nproc, args.language)
+    options.check()
     if args.nproc == 1:
         with Activity("profiling", in_place=False) as note:
-            report = profile_step(config, settings, note)
+            report = profile_step(config, options, note)
         print(profile_table(report))
         return 0
     from megatron_hammer.supervise.nodes import Node
     from megatron_hammer.supervise.start import launch
 
-    config = for_profiling(config, settings)
+    config = for_profiling(config, options)
     config.validate(args.nproc)
-    return launch(config, Node(args.nproc), "megatron_hammer.profile.profile:rank_main", {"settings": settings})
+    return launch(config, Node(args.nproc), "megatron_hammer.profile.profile:run_rank", {"options": options})
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def search_layouts(
     memory_gib: float,
     precisions: Sequence[str] = (),
     headroom: float = HEADROOM,
-    said: Callable[[int], None] = lambda count: None,
+    tried: Callable[[int], None] = lambda count: None,
 ) -> FoundLayouts:
     """Try all layouts.
 
@@ -159,13 +159,14 @@ def search_layouts(
         memory_gib: of a GPU.
         precisions: those to try; none: the config's.
         headroom: share of the memory that is left to libraries and holes.
-        said: called once for each family of layouts that differ in their micro-batch alone, with their number.
+        tried: called for each family of layouts, which differ in their micro-batch alone, when it is tried, with the
+            number of families.
     """
     limit = round(memory_gib * GIB * (1 - headroom))
     fitting, too_large, rejected = list[PlannedLayout](), list[PlannedLayout](), list[RejectedLayout]()
     families = list(_families(config, world_size, machine, precisions))
     for alike in (_alike(config, world_size, *family) for family in families):
-        said(len(families))
+        tried(len(families))
         for name, candidate in alike:
             if (refused := refusal(candidate, world_size)) is not None:
                 batch = "global_batch_size" in refused or "micro-batches a step" in refused
@@ -178,7 +179,7 @@ def search_layouts(
                 rejected.append(RejectedLayout(name, reason, "memory", layout.bytes - limit))
                 break
             fitting.append(layout)
-            _ = layout.time  # half of the work: here, where ``said`` shows how far it is
+            _ = layout.time  # half of the work: here, where ``tried`` shows how far it is
     fitting.sort(key=_place)
     too_large.sort(key=lambda layout: layout.bytes)
     return FoundLayouts(fitting, too_large, rejected, limit)

@@ -31,8 +31,8 @@ ASSUMED_VOCABULARY = 100_000
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a user says on the command line; ``tools/plan.py`` describes each."""
+class PlanRequest:
+    """What is to be planned, as the command line of ``tools/plan.py`` says it; see there for each."""
 
     gpus: int
     gpu: str
@@ -50,7 +50,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class LayoutPlan:
-    """What was asked, and what was found."""
+    """The layouts of a config on some GPUs, with what was assumed in ranking them."""
 
     config: Config
     """With its vocabulary."""
@@ -107,63 +107,63 @@ def check_found(plan: LayoutPlan) -> None:
     raise ConfigError(5, gpus, f"have no layout: {first.layout}: {first.reason}", "change the setting that it names")
 
 
-def plan_layouts(config: Config, asked: Asked, said: Callable[[int], None] = lambda count: None) -> LayoutPlan:
+def plan_layouts(config: Config, request: PlanRequest, tried: Callable[[int], None] = lambda count: None) -> LayoutPlan:
     """Find all layouts of a config on the GPUs that were asked for.
 
     Args:
-        said: called for each family of layouts that was tried, with the number of families.
+        tried: called for each family of layouts when it is tried, with the number of families.
 
     Raises:
         ConfigError: a number or name that cannot be, or no layout that the settings allow.
         MemoryShortage: E1002, no layout fits.
     """
-    _check_numbers(asked)
-    name, gpu = named_gpu(asked.gpu)
-    precisions = _precisions(config, asked)
+    _check_numbers(request)
+    name, gpu = named_gpu(request.gpu)
+    precisions = _precisions(config, request)
     if config.log.peak_tflops is not None:
         gpu = gpu.with_peak(config.train.precision, config.log.peak_tflops)
     for precision in precisions:
         if gpu.peak(precision) is None:
             rule = f"has no published peak in {precision}"
-            raise ConfigError(38, f"--gpu {asked.gpu}", rule, "set log.peak_tflops=TFLOP/s of one GPU")
+            raise ConfigError(38, f"--gpu {request.gpu}", rule, "set log.peak_tflops=TFLOP/s of one GPU")
     if "fp8" in precisions and not gpu.fp8:
         raise ConfigError(38, f"--precision fp8: {name}", "has no products in 8 bits", "use --precision bf16")
-    link = gpu.link if asked.node_link is None else asked.node_link
+    link = gpu.link if request.node_link is None else request.node_link
     machine = Machine(
-        name, replace(gpu, link=link), asked.gpus_per_node, asked.network,
-        efficiency=_efficiency(asked.efficiency),
+        name, replace(gpu, link=link), request.gpus_per_node, request.network,
+        efficiency=_efficiency(request.efficiency),
     )  # fmt: skip
     assumed = config.tokenizer.path is None and config.model.vocab_size is None
     whole = with_vocab_size(
         replace(config, model=replace(config.model, vocab_size=ASSUMED_VOCABULARY)) if assumed else config,
         None if config.tokenizer.path is None or config.model.vocab_size else load_tokenizer(config.tokenizer.path),
     )
-    memory = gpu.memory_gib if asked.memory is None else asked.memory
-    headroom = HEADROOM if asked.headroom is None else asked.headroom
-    found = search_layouts(whole, asked.gpus, machine, memory, precisions, headroom, said)
-    tokens = config.num_tokens if asked.tokens is None else round(asked.tokens)
-    plan = LayoutPlan(whole, asked.gpus, machine, memory, headroom, tokens, asked.price, found, assumed)
+    memory = gpu.memory_gib if request.memory is None else request.memory
+    headroom = HEADROOM if request.headroom is None else request.headroom
+    found = search_layouts(whole, request.gpus, machine, memory, precisions, headroom, tried)
+    tokens = config.num_tokens if request.tokens is None else round(request.tokens)
+    plan = LayoutPlan(whole, request.gpus, machine, memory, headroom, tokens, request.price, found, assumed)
     check_found(plan)
     return plan
 
 
-def _check_numbers(asked: Asked) -> None:
+def _check_numbers(request: PlanRequest) -> None:
     """Refuse what cannot be (E240)."""
     above: dict[str, float | None] = {
-        "memory": asked.memory, "tokens": asked.tokens, "gpus-per-node": asked.gpus_per_node,
-        "node-link": asked.node_link, "network": asked.network, "gpus": asked.gpus, "show": asked.show,
+        "memory": request.memory, "tokens": request.tokens, "gpus-per-node": request.gpus_per_node,
+        "node-link": request.node_link, "network": request.network, "gpus": request.gpus, "show": request.show,
     }  # fmt: skip
     for name, value in above.items():
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(40, f"--{name}={value:g}", "must be above 0", f"raise --{name}")
-    if asked.price is not None and not 0 <= asked.price < float("inf"):
-        raise ConfigError(40, f"--price={asked.price:g}", "must not be negative", "give the price of a GPU hour")
-    if asked.headroom is not None and not 0 <= asked.headroom < 1:
-        raise ConfigError(40, f"--headroom={asked.headroom:g}", "must lie in [0, 1)", f"{HEADROOM} is usual")
+    if request.price is not None and not 0 <= request.price < float("inf"):
+        raise ConfigError(40, f"--price={request.price:g}", "must not be negative", "give the price of a GPU hour")
+    if request.headroom is not None and not 0 <= request.headroom < 1:
+        raise ConfigError(40, f"--headroom={request.headroom:g}", "must lie in [0, 1)", f"{HEADROOM} is usual")
 
 
-def _precisions(config: Config, asked: Asked) -> list[str]:
-    names = [precision_of(config)] if asked.precision is None else asked.precision.split(",")
+def _precisions(config: Config, request: PlanRequest) -> list[str]:
+    names = [precision_of(config)] if request.precision is None else request.precision.split(",")
     for name in names:
         if name not in PRECISIONS:
             raise ConfigError(3, f"--precision {name}", "is no precision", f"use {', '.join(PRECISIONS)}")
@@ -230,10 +230,9 @@ def _layout(plan: LayoutPlan, layout: PlannedLayout) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def chosen_config(plan: LayoutPlan, asked: Config, number: int) -> Config:
-    """The config as it was asked for, in layout ``number`` of the table."""
+def chosen_config(plan: LayoutPlan, config: Config, number: int) -> Config:
+    """The config that was planned, in layout ``number`` of the table; its vocabulary stays as it was written."""
     ranked, count = plan.found.ranked, len(plan.found.ranked)
     if not 1 <= number <= count:
         raise ConfigError(40, f"--choose={number}", f"must be from 1 to {count}, the layouts that fit", "choose one")
-    config = ranked[number - 1].config
-    return replace(config, model=asked.model)
+    return replace(ranked[number - 1].config, model=config.model)

@@ -14,7 +14,7 @@ operations". With ``kernels.compile=layers`` no range is inside a layer, which i
 parts are told apart by the names of operations, and norm, RoPE and SwiGLU are one. What is recomputed counts for the
 part that it belongs to.
 
-On one process the profile shows a rank's work without communication. With several ranks (``rank_main``) each writes a
+On one process the profile shows a rank's work without communication. With several ranks (``run_rank``) each writes a
 trace, and rank 0 the report: what it sends and receives, and how much of that overlaps with its computation. There are
 no limits then, since they hold for one process. Under the profiler a step of small operations is slower; the time
 without it is reported, too.
@@ -68,7 +68,7 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Settings:
+class ProfileOptions:
     """What is profiled, beside the config."""
 
     output: Path
@@ -94,18 +94,18 @@ class Settings:
                 raise ConfigError(47, what, "must be positive", f"raise --{name} or leave it out")
 
 
-def profile_step(config: Config, settings: Settings, note: Callable[[str], None] = say) -> dict[str, Any]:
+def profile_step(config: Config, options: ProfileOptions, note: Callable[[str], None] = say) -> dict[str, Any]:
     """Profile steps of a config on this process's device; write and return what ``profile.json`` holds.
 
     Raises:
         ConfigError, DataError: as for a training run on one process.
     """
-    settings.check()
-    config = for_profiling(config, settings)
-    return _profile(config, settings, ParallelContext.single(device_of_rank(config, 0)), RecordedRanges(), note)
+    options.check()
+    config = for_profiling(config, options)
+    return _profile(config, options, ParallelContext.single(device_of_rank(config, 0)), RecordedRanges(), note)
 
 
-def rank_main(
+def run_rank(
     config: Config,
     rank: int,
     local_rank: int,
@@ -113,7 +113,7 @@ def rank_main(
     store: Any,
     check_data: bool,
     status: StatusSlot,
-    settings: Settings,
+    options: ProfileOptions,
 ) -> int:
     """Entry of a rank that the launcher starts: profile what this rank does; rank 0 writes the report and prints it.
 
@@ -125,7 +125,7 @@ def rank_main(
     start_process_group(store, rank, world_size, device, timeout, status)
     record_waits(status, ranges)
     ctx = build_parallel_context(config.grid(world_size), device, timeout, status)
-    report = _profile(config, settings, ctx, ranges, say if rank == 0 else lambda text: None)
+    report = _profile(config, options, ctx, ranges, say if rank == 0 else lambda text: None)
     if rank == 0:
         print(profile_table(report), flush=True)
     end_process_group()
@@ -133,42 +133,42 @@ def rank_main(
 
 
 def _profile(
-    config: Config, settings: Settings, ctx: ParallelContext, ranges: RecordedRanges, note: Callable[[str], None]
+    config: Config, options: ProfileOptions, ctx: ParallelContext, ranges: RecordedRanges, note: Callable[[str], None]
 ) -> dict[str, Any]:
     progress, device = TimedNotes(note), ctx.device
     if config.kernels.cuda_graph:
         progress("kernels.cuda_graph is left out: a replay has no parts that a profile could name")
     te.check_here(config)
-    settings.output.mkdir(parents=True, exist_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
     before = resident_bytes()
     progress(f"building the model on {device.type}")
     workload = Workload(config, ctx, ranges)
     rates = None
-    if settings.ranks == 1:
+    if options.ranks == 1:
         progress("measuring the device's rates")
-        flops, bandwidth = settings.flops or _product_rate(workload.config, device), settings.bandwidth
+        flops, bandwidth = options.flops or _product_rate(workload.config, device), options.bandwidth
         rates = Rates(flops, bandwidth or _copy_rate(device))
     progress("warming up")
     for i in range(WARM_UP_STEPS):
         progress.now_and_then(f"warm-up, step {i + 1} of {WARM_UP_STEPS}")
         workload.step()
         wait(device)
-    progress(f"timing {settings.steps} steps")
+    progress(f"timing {options.steps} steps")
     _reset_peak(device)
-    seconds = _timed(workload, settings.steps, progress)
+    seconds = _timed(workload, options.steps, progress)
     peak = peak_of_process(device)
-    progress(f"profiling {settings.steps} steps of {seconds:.2f} s")
+    progress(f"profiling {options.steps} steps of {seconds:.2f} s")
     with workload.ranges.recorded():
-        measured, sent = _measured(workload, settings, progress)
+        measured, sent = _measured(workload, options, progress)
         progress.now_and_then("measuring memory")
-        memory = _memory(workload, settings, peak, before)
-    report = _report(workload, settings, rates, measured, sent, seconds, memory)
+        memory = _memory(workload, options, peak, before)
+    report = _report(workload, options, rates, measured, sent, seconds, memory)
     if ctx.world.rank > 0:
         return report
-    replace_file(settings.output / "profile.json", (json.dumps(report, indent=1) + "\n").encode())
-    draw_profile(report, settings.output / "profile.png", settings.language)
-    traces = "trace.json.gz" if settings.ranks == 1 else f"{_trace_name(ctx)} with those of the other ranks"
-    progress(f"wrote {settings.output}/profile.png, profile.json and {traces}")
+    replace_file(options.output / "profile.json", (json.dumps(report, indent=1) + "\n").encode())
+    draw_profile(report, options.output / "profile.png", options.language)
+    traces = "trace.json.gz" if options.ranks == 1 else f"{_trace_name(ctx)} with those of the other ranks"
+    progress(f"wrote {options.output}/profile.png, profile.json and {traces}")
     return report
 
 
@@ -188,7 +188,7 @@ class TimedNotes:
             self(text)
 
 
-def for_profiling(config: Config, settings: Settings) -> Config:
+def for_profiling(config: Config, options: ProfileOptions) -> Config:
     """The config of a run that has its first phase alone, with steps enough, of full size from the first on, and no
     checkpoint to resume from: the output is the profile's own folder.
 
@@ -202,12 +202,12 @@ def for_profiling(config: Config, settings: Settings) -> Config:
         ("context_parallel_size", ""),
     ):
         size = getattr(parallel, name)
-        if size > settings.ranks:
-            rule = f"cannot be profiled on {settings.ranks} process{'es' * (settings.ranks > 1)}"
+        if size > options.ranks:
+            rule = f"cannot be profiled on {options.ranks} process{'es' * (options.ranks > 1)}"
             cure = f"give --nproc {size} or a multiple of it, or add parallel.{name}=1 {remedy}".rstrip()
             raise ConfigError(48, f"parallel.{name}={size}", rule, cure)
-    steps = max(config.train.num_steps, WARM_UP_STEPS + 2 * settings.steps + 2)
-    output = str(settings.output / "run")
+    steps = max(config.train.num_steps, WARM_UP_STEPS + 2 * options.steps + 2)
+    output = str(options.output / "run")
     train = dataclasses.replace(config.train, num_steps=steps, output=output, dry_run=False, batch_size_ramp=None)
     checkpoint = dataclasses.replace(config.checkpoint, init_from=None)
     data = dataclasses.replace(config.data, max_epochs=None)  # a limit for all phases together
@@ -231,15 +231,15 @@ def _trace_name(ctx: ParallelContext) -> str:
     return "trace.json.gz" if ctx.world.size == 1 else f"trace-rank{ctx.world.rank}.json.gz"
 
 
-def _measured(workload: Workload, settings: Settings, progress: TimedNotes) -> tuple[Measured, dict[str, Traffic]]:
+def _measured(workload: Workload, options: ProfileOptions, progress: TimedNotes) -> tuple[Measured, dict[str, Traffic]]:
     """Time by part of the profiled steps, and what was communicated; their trace is left in the output folder."""
-    device, path = workload.ctx.device, settings.output / _trace_name(workload.ctx)
+    device, path = workload.ctx.device, options.output / _trace_name(workload.ctx)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with profile(activities=activities, record_shapes=True) as recorder:
         workload.step("warm-up", finish=True)  # the profiler's own start
-        for i in range(settings.steps):
-            workload.step(finish=i == settings.steps - 1)
-            progress.now_and_then(f"profiling, step {i + 1} of {settings.steps}")
+        for i in range(options.steps):
+            workload.step(finish=i == options.steps - 1)
+            progress.now_and_then(f"profiling, step {i + 1} of {options.steps}")
     progress.now_and_then("reading the trace")
     staging = path.with_name(f".{os.getpid()}.{path.name}")
     try:
@@ -252,14 +252,14 @@ def _measured(workload: Workload, settings: Settings, progress: TimedNotes) -> t
     return parts_of_trace(trace, device.type, casts), traffic(trace, device.type)
 
 
-def _memory(workload: Workload, settings: Settings, peak: int, before: int) -> dict[str, Any]:
+def _memory(workload: Workload, options: ProfileOptions, peak: int, before: int) -> dict[str, Any]:
     """Bytes by kind at the peak of a step.
 
     Weights, gradients and optimizer state are the optimizer's buffers. Activations are what a step has allocated when
     its head begins; temporary is what it allocates beyond. The rest is what the measured peak has besides: on a CPU
     the interpreter and its libraries stand on their own, as resident before the model was built.
     """
-    device, path = workload.ctx.device, settings.output / f".{os.getpid()}.memory.json"
+    device, path = workload.ctx.device, options.output / f".{os.getpid()}.memory.json"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     try:
         with profile(activities=activities, profile_memory=True) as recorder:
@@ -337,7 +337,7 @@ def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
 
 def _report(
     workload: Workload,
-    settings: Settings,
+    options: ProfileOptions,
     rates: Rates | None,
     measured: Measured,
     sent: Mapping[str, Traffic],
@@ -346,18 +346,18 @@ def _report(
 ) -> dict[str, Any]:
     """``profile.json``: plain values, times in milliseconds a step; limits are None where there are several ranks."""
     config, device = workload.config, workload.ctx.device
-    costs = _costs(workload) if settings.ranks == 1 else {}
+    costs = _costs(workload) if options.ranks == 1 else {}
     if config.kernels.compile == "layers":
         measured.merge(FUSED, budget.ELEMENTWISE)
     limits = {part: 1e3 * rates.seconds(cost) for part, cost in costs.items()} if rates else {}
-    step_ms = measured.wall / settings.steps / 1e3
-    parts = [_part(part, measured, limits.get(part), settings.steps, step_ms) for part in budget.PARTS]
+    step_ms = measured.wall / options.steps / 1e3
+    parts = [_part(part, measured, limits.get(part), options.steps, step_ms) for part in budget.PARTS]
     limit_ms, tokens = sum(limits.values()) if limits else None, config.train.global_batch_size * config.data.seq_length
     threads = torch.get_num_threads()
     cpu = f"CPU, {threads} thread{'s' * (threads > 1)}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     kernels = {k: row.name for k, row in select_backends(config.kernels, kernel_requirements(config, device)).items()}
-    needed, counted = sum(c.flops for c in costs.values()), sum(measured.flops.values()) / settings.steps
+    needed, counted = sum(c.flops for c in costs.values()), sum(measured.flops.values()) / options.steps
     products = sum(costs[p].flops for p in (budget.LAYER_PRODUCTS, budget.HEAD_PRODUCTS) if p in costs)
     report = {
         "device": name,
@@ -367,13 +367,13 @@ def _report(
         "precision": config.train.precision,
         "parameters": count_parameters(config.model),
         "micro_batch_size": config.train.micro_batch_size,
-        "ranks": settings.ranks,
-        "micro_batches": config.grad_accum(settings.ranks),
+        "ranks": options.ranks,
+        "micro_batches": config.grad_accum(options.ranks),
         "seq_length": config.data.seq_length,
         "data": "random tokens" if workload.loop is None else "data.train",
         "kernels": kernels | {name: getattr(config.kernels, name) for name in ("compile", "layers", "fp8")},
         "recompute": config.train.recompute,
-        "steps": settings.steps,
+        "steps": options.steps,
         "step_ms": step_ms,
         "step_ms_without_profiler": 1e3 * seconds,
         "tokens_per_second": tokens / seconds,
@@ -382,14 +382,14 @@ def _report(
         and {
             "tflops": rates.flops / 1e12,
             "gb_per_second": rates.bandwidth / 1e9,
-            "measured": [n for n in ("flops", "bandwidth") if getattr(settings, n) is None],
+            "measured": [n for n in ("flops", "bandwidth") if getattr(options, n) is None],
         },
         "communication": [
             {
                 "name": name,
-                "count": t.count / settings.steps,
-                "ms": t.time / settings.steps / 1e3,
-                "beside_ms": t.beside / settings.steps / 1e3,
+                "count": t.count / options.steps,
+                "ms": t.time / options.steps / 1e3,
+                "beside_ms": t.beside / options.steps / 1e3,
             }
             for name, t in sent.items()
         ],

@@ -33,7 +33,7 @@ AFTER_ALL_LAYERS = 2**31
 
 
 @dataclass(frozen=True)
-class Sizes:
+class LayoutSizes:
     """The sizes of a layout, whose factors a difference may show."""
 
     tp: int
@@ -46,7 +46,7 @@ class Sizes:
     """Head and embedding are one weight, which first and last stage both have."""
 
     @classmethod
-    def of(cls, config: Config, world_size: int) -> Sizes:
+    def of(cls, config: Config, world_size: int) -> LayoutSizes:
         """Those of a run."""
         grid, accumulated = config.grid(world_size), config.grad_accum(world_size)
         stages, tied = config.parallel.virtual_pipeline_stages, config.model.tie_word_embeddings
@@ -81,9 +81,9 @@ class Evidence:
     """Relative difference that rounding explains."""
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> LayoutSizes:
         """Those of the layout."""
-        return Sizes.of(self.config, self.world_size)
+        return LayoutSizes.of(self.config, self.world_size)
 
 
 def whole_tensors(pieces: Iterable[Piece]) -> dict[PieceKey, np.ndarray]:
@@ -108,7 +108,7 @@ def whole_tensors(pieces: Iterable[Piece]) -> dict[PieceKey, np.ndarray]:
 
 
 def compare_pieces(
-    ranks: Sequence[Outcome], whole: Mapping[PieceKey, np.ndarray], bound: float, sizes: Sizes
+    ranks: Sequence[Outcome], whole: Mapping[PieceKey, np.ndarray], bound: float, sizes: LayoutSizes
 ) -> tuple[dict[str, float], list[Deviation]]:
     """The largest difference of each kind, and what is beyond the bound, in the order of the model.
 
@@ -166,7 +166,7 @@ def keys_alone(wrong: set[str]) -> set[str]:
     return of_last if of_last <= {f"{attention}{name}_proj.weight" for name in "kv"} else set()
 
 
-def compare_stages(ranks: Sequence[Outcome], sizes: Sizes) -> list[Deviation]:
+def compare_stages(ranks: Sequence[Outcome], sizes: LayoutSizes) -> list[Deviation]:
     """Whether the layers lie on the ranks of a pipeline in the order in which these work, one round after the other.
 
     The losses of stages in another order look normal.
@@ -198,7 +198,7 @@ def _layer(tensor: str) -> int | None:
 
 
 def compare_numbers(
-    ranks: Sequence[Outcome], expected: Outcome, bound: float, sizes: Sizes
+    ranks: Sequence[Outcome], expected: Outcome, bound: float, sizes: LayoutSizes
 ) -> tuple[float, list[Deviation]]:
     """Losses by source, losses and norms: the largest relative difference, and what is beyond the bound."""
     worst, findings = 0.0, []
@@ -215,7 +215,7 @@ def _difference(value: float, right: float) -> float:
 
 
 def _numbers(
-    ranks: Sequence[Outcome], expected: Outcome, sizes: Sizes
+    ranks: Sequence[Outcome], expected: Outcome, sizes: LayoutSizes
 ) -> Iterator[tuple[str, float, list[float], Callable[[float, float], str]]]:
     """Each number: what it is, the right one, those of the ranks, and what makes of the right one a wrong one."""
 
@@ -243,7 +243,7 @@ def _numbers(
 # ---- causes ----------------------------------------------------------------------------------------------------------
 
 
-def likely_cause(wrong: Sequence[tuple[int, Piece]], expected: np.ndarray, sizes: Sizes) -> str:
+def likely_cause(wrong: Sequence[tuple[int, Piece]], expected: np.ndarray, sizes: LayoutSizes) -> str:
     """What the pattern of the differing pieces says: a factor, a part of a sum, rows of another place."""
     ratios = [ratio_of(piece.values, expected[piece.place]) for _, piece in wrong]
     factors = [ratio for ratio in ratios if ratio is not None]
@@ -274,7 +274,7 @@ def ratio_of(values: np.ndarray, expected: np.ndarray) -> float | None:
     return factor if factor != 0 and rest <= 1e-3 * abs(factor) * float(np.abs(expected).max()) else None
 
 
-def name_factor(factor: float, sizes: Sizes) -> str:
+def name_factor(factor: float, sizes: LayoutSizes) -> str:
     """The size of the layout that a factor is, or its inverse."""
     names = {"data_parallel_size": sizes.dp, "tensor_model_parallel_size": sizes.tp,
              "context_parallel_size": sizes.cp, "the number of micro-batches": sizes.accumulated,
@@ -286,7 +286,7 @@ def name_factor(factor: float, sizes: Sizes) -> str:
     return ""
 
 
-def off_by_log(shift: float, sizes: Sizes) -> str:
+def off_by_log(shift: float, sizes: LayoutSizes) -> str:
     """The logarithm of a size that a loss is off by."""
     names = {"tensor_model_parallel_size": sizes.tp, "data_parallel_size": sizes.dp, "context_parallel_size": sizes.cp}
     of = [f"log({name}={n})" for name, n in names.items() if n > 1 and abs(abs(shift) / np.log(n) - 1) < 1e-2]

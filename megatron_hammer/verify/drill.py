@@ -35,7 +35,7 @@ from megatron_hammer.base.tables import align
 from megatron_hammer.checkpoint.folder import newest_checkpoint
 from megatron_hammer.config import Config, to_yaml
 from megatron_hammer.dataset.writer import IndexedWriter
-from megatron_hammer.verify.faults import KILLS, OTHERS, Fault, Target, newest_folder
+from megatron_hammer.verify.faults import KILLS, OTHERS, DrilledRun, Fault, newest_folder
 from megatron_hammer.verify.shrink import shrink
 
 STEPS_A_FAULT = 14  # what a fault lets the run do, about, and half as much again
@@ -204,32 +204,32 @@ class Drill:
         if fault.before_start:
             idle = subprocess.Popen(["true"], text=True)
             idle.wait()
-            fault.strike(Target(idle, output, self._random))
-        target = Target(self._start(output, limited=fault.file_limit), output, self._random)
+            fault.strike(DrilledRun(idle, output, self._random))
+        run = DrilledRun(self._start(output, limited=fault.file_limit), output, self._random)
         if fault.before_start:
-            return self._start_on_damage(fault, target)
-        fault.strike(target)
-        code, said = self._finish(target.launcher)
+            return self._start_on_damage(fault, run)
+        fault.strike(run)
+        code, said = self._finish(run.launcher)
         wrong = "" if code in fault.codes else f"exit code {code}, not {', '.join(map(str, fault.codes))}"
-        if left := outliving(target.seen):
+        if left := outliving(run.seen):
             wrong = f"left {len(left)} processes behind"
-        last = newest_checkpoint(output / "checkpoints") if target.committed else None
-        if target.committed and (last is None or last.step < target.committed):
-            wrong = f"the checkpoint of step {target.committed} was committed, and is gone"
+        last = newest_checkpoint(output / "checkpoints") if run.committed else None
+        if run.committed and (last is None or last.step < run.committed):
+            wrong = f"the checkpoint of step {run.committed} was committed, and is gone"
         return Strike(fault.name, _steps(output), code, said, wrong)
 
-    def _start_on_damage(self, fault: Fault, target: Target) -> Strike:
+    def _start_on_damage(self, fault: Fault, run: DrilledRun) -> Strike:
         """A start on damaged files: it passes over them, or refuses where the config says so, and they are moved."""
-        started = target.steps()
-        if target.wait_for(lambda: target.steps() not in (0, started)):
-            target.launcher.terminate()
-        code, said = self._finish(target.launcher)
+        started = run.steps()
+        if run.wait_for(lambda: run.steps() not in (0, started)):
+            run.launcher.terminate()
+        code, said = self._finish(run.launcher)
         if self._config.checkpoint.fallback:
             wrong = "" if code in (0, 75) else f"exit code {code}: it did not go on from an older checkpoint"
         else:
             wrong = "" if code == 4 else f"exit code {code}, not 4: checkpoint.fallback=false"
-            newest_folder(target.output).rename(target.output / f"damaged-{started}")
-        return Strike(fault.name, _steps(target.output), code, said, wrong)
+            newest_folder(run.output).rename(run.output / f"damaged-{started}")
+        return Strike(fault.name, _steps(run.output), code, said, wrong)
 
 
 def outliving(pids: set[int]) -> list[int]:

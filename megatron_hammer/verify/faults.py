@@ -24,19 +24,19 @@ SAVE_SECONDS = 0.02  # into a save: one of a shrunk model takes about as long
 
 
 @dataclass
-class Target:
-    """A run that is to be hurt."""
+class DrilledRun:
+    """A run of a drill, to which faults are done: its launcher and its folder."""
 
     launcher: subprocess.Popen[str]
     output: Path
     random: random.Random
     seen: set[int] = field(default_factory=set)
-    """Its processes, as they were before the strike: none may outlive it."""
+    """Its processes, as they were before the fault: none may outlive it."""
     committed: int = 0
-    """Step of the newest checkpoint before the strike: it must be there afterwards."""
+    """Step of the newest checkpoint before the fault: it must be there afterwards."""
 
     def send(self, pids: Sequence[int], number: signal.Signals) -> None:
-        """Strike: a signal to some of its processes."""
+        """Do the fault: a signal to some of its processes. What must hold afterwards is noted before."""
         self.committed = max(map(step_of, find_checkpoints(self.output)), default=0)
         self.seen.update(descendants(self.launcher.pid))
         for pid in pids:
@@ -67,7 +67,7 @@ class Fault:
     """One kind of fault."""
 
     name: str
-    strike: Callable[[Target], None]
+    strike: Callable[[DrilledRun], None]
     codes: frozenset[int]
     """Exit codes of the launcher that are right afterwards."""
     before_start: bool = False
@@ -85,59 +85,59 @@ def descendants(pid: int) -> list[int]:
     return sorted(found)
 
 
-def _some_step(target: Target) -> bool:
+def _some_step(run: DrilledRun) -> bool:
     """Wait for a random one of the next steps, and a part of it."""
-    last = target.steps() + target.random.randint(1, 6)
-    reached = target.wait_for(lambda: target.steps() >= last)
-    time.sleep(target.random.random() * SAVE_SECONDS)
+    last = run.steps() + run.random.randint(1, 6)
+    reached = run.wait_for(lambda: run.steps() >= last)
+    time.sleep(run.random.random() * SAVE_SECONDS)
     return reached
 
 
-def kill_rank(target: Target) -> None:
+def kill_rank(run: DrilledRun) -> None:
     """SIGKILL to one rank."""
-    if _some_step(target):
-        target.send([target.random.choice(target.ranks())], signal.SIGKILL)
+    if _some_step(run):
+        run.send([run.random.choice(run.ranks())], signal.SIGKILL)
 
 
-def kill_launcher(target: Target) -> None:
+def kill_launcher(run: DrilledRun) -> None:
     """SIGKILL to the launcher alone: its ranks must go with it."""
-    if _some_step(target):
-        target.send([target.launcher.pid], signal.SIGKILL)
+    if _some_step(run):
+        run.send([run.launcher.pid], signal.SIGKILL)
 
 
-def kill_all(target: Target) -> None:
+def kill_all(run: DrilledRun) -> None:
     """SIGKILL to everything at once."""
-    if _some_step(target):
-        target.send([target.launcher.pid, *descendants(target.launcher.pid)], signal.SIGKILL)
+    if _some_step(run):
+        run.send([run.launcher.pid, *descendants(run.launcher.pid)], signal.SIGKILL)
 
 
-def kill_in_save(target: Target) -> None:
+def kill_in_save(run: DrilledRun) -> None:
     """SIGKILL to everything while a checkpoint is being written."""
-    folder = target.output / "checkpoints"
-    started = target.steps()
-    if target.wait_for(lambda: target.steps() > started and any(folder.glob("step-*.tmp-*"))):
-        time.sleep(target.random.random() * SAVE_SECONDS)
-        target.send([target.launcher.pid, *descendants(target.launcher.pid)], signal.SIGKILL)
+    folder = run.output / "checkpoints"
+    started = run.steps()
+    if run.wait_for(lambda: run.steps() > started and any(folder.glob("step-*.tmp-*"))):
+        time.sleep(run.random.random() * SAVE_SECONDS)
+        run.send([run.launcher.pid, *descendants(run.launcher.pid)], signal.SIGKILL)
 
 
-def stop_signal(target: Target) -> None:
+def stop_signal(run: DrilledRun) -> None:
     """One of the signals that mean "save and stop", to the launcher."""
-    number = target.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-    if _some_step(target):
-        target.send([target.launcher.pid], number)
+    number = run.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+    if _some_step(run):
+        run.send([run.launcher.pid], number)
 
 
-def stick(target: Target) -> None:
+def stick(run: DrilledRun) -> None:
     """SIGSTOP to one rank: it does nothing any more, and does not end."""
-    if _some_step(target):
-        target.send([target.random.choice(target.ranks())], signal.SIGSTOP)
+    if _some_step(run):
+        run.send([run.random.choice(run.ranks())], signal.SIGSTOP)
 
 
-def flip_bit(target: Target) -> None:
+def flip_bit(run: DrilledRun) -> None:
     """One bit of the newest checkpoint's tensors."""
-    path = target.random.choice(sorted(newest_folder(target.output).glob("*.safetensors")))
+    path = run.random.choice(sorted(newest_folder(run.output).glob("*.safetensors")))
     content = bytearray(path.read_bytes())
-    content[target.random.randrange(len(content) // 2, len(content))] ^= 1 << target.random.randrange(8)
+    content[run.random.randrange(len(content) // 2, len(content))] ^= 1 << run.random.randrange(8)
     path.write_bytes(content)
 
 
@@ -146,9 +146,9 @@ def newest_folder(output: Path) -> Path:
     return sorted(path for path in (output / "checkpoints").glob("step-*") if path.name[5:].isdigit())[-1]
 
 
-def nothing(target: Target) -> None:
+def nothing(run: DrilledRun) -> None:
     """What is wrong lies in the run's surroundings."""
-    target.wait_for(lambda: False)
+    run.wait_for(lambda: False)
 
 
 LOST, KILLED, STOPPED = frozenset({7}), frozenset({-9}), frozenset({75})

@@ -36,7 +36,7 @@ from megatron_hammer.verify.compare import (
     NUMBER_BOUNDS,
     Deviation,
     Evidence,
-    Sizes,
+    LayoutSizes,
     compare_numbers,
     compare_pieces,
     compare_stages,
@@ -54,7 +54,7 @@ from megatron_hammer.verify.steps import (
 )
 from megatron_hammer.verify.tokens import compare_tokens
 
-RANK_ENTRY = "megatron_hammer.verify.steps:rank_main"
+RANK_ENTRY = "megatron_hammer.verify.steps:run_rank"
 AGAINST_TRANSFORMERS = 5e-6  # its cos and sin are made in fp32 in another way, our losses are divided by an fp32 scalar
 ANOTHER_ORDER = "equal but for rounding: added in another order than that of the tree"
 NOT_SAVED = "the ranks' states are right, and what a checkpoint has of them is not"
@@ -97,7 +97,7 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
         _check_gpus(world_size)
     small, left_out = shrink(config, world_size, real)
     small.validate(world_size)
-    sizes, names = Sizes.of(small, world_size), precisions(small)
+    sizes, names = LayoutSizes.of(small, world_size), precisions(small)
     with tempfile.TemporaryDirectory(prefix="verify-parallel-") as folder:
         note(f"{world_size} ranks: {STEPS} steps in {' and in '.join(names)}")
         ranks = _of_ranks(small, world_size, Path(folder))
@@ -170,7 +170,7 @@ def _of_ranks(small: Config, world_size: int, folder: Path) -> dict[str, list[Ou
     return {name: [read_outcome(folder / f"{name}-{r}") for r in range(world_size)] for name in precisions(small)}
 
 
-def _without_dp(small: Config, sizes: Sizes, note: Callable[[str], None]) -> dict[str, list[Outcome]] | int:
+def _without_dp(small: Config, sizes: LayoutSizes, note: Callable[[str], None]) -> dict[str, list[Outcome]] | int:
     """Where sums are made in one tree, whose bits no number of data-parallel ranks may change: the ranks without them.
     Else nothing; the launcher's exit code where one fails."""
     if small.train.deterministic_reduction == "off" or sizes.dp == 1:
@@ -212,7 +212,7 @@ def _saved_updates(folder: Path) -> float:
 
 
 def _against(
-    name: str, reference: Outcome, precision: str, ranks: list[Outcome], bound: float, sizes: Sizes
+    name: str, reference: Outcome, precision: str, ranks: list[Outcome], bound: float, sizes: LayoutSizes
 ) -> tuple[list[ProofRow], list[Deviation]]:
     numbers = max(NUMBER_BOUNDS[precision], NUMBER_BOUNDS["fp32"] if name == "transformers" else 0.0)
     difference, findings = compare_numbers(ranks, reference, numbers, sizes)
@@ -223,7 +223,7 @@ def _against(
 
 
 def _same_bits(
-    others: list[Outcome], precision: str, ranks: list[Outcome], sizes: Sizes
+    others: list[Outcome], precision: str, ranks: list[Outcome], sizes: LayoutSizes
 ) -> tuple[list[ProofRow], list[Deviation]]:
     """Ranks whose sums are made in one tree against as many tensor-parallel ones without data parallelism."""
     name, first = "one data-parallel rank", others[0]
@@ -246,7 +246,7 @@ def _same_bits(
 
 
 def _tokens_against(
-    reference: Outcome, precision: str, ranks: list[Outcome], positions: np.ndarray, sizes: Sizes
+    reference: Outcome, precision: str, ranks: list[Outcome], positions: np.ndarray, sizes: LayoutSizes
 ) -> tuple[list[ProofRow], list[Deviation]]:
     """The loss of each token before the first step, against one process."""
     bound = BOUNDS[precision]
@@ -256,7 +256,7 @@ def _tokens_against(
 
 
 def _checkpoint_against(
-    saved: Outcome, alone: Outcome, precision: str, sizes: Sizes
+    saved: Outcome, alone: Outcome, precision: str, sizes: LayoutSizes
 ) -> tuple[list[ProofRow], list[Deviation]]:
     """What the ranks saved, put together by our reader, against the state of one process."""
     whole = {key: value for key, value in whole_tensors(alone.pieces).items() if key[0] in STATE_KINDS}

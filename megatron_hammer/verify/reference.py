@@ -24,7 +24,7 @@ from megatron_hammer.verify.steps import SOURCES, global_batch
 
 
 @dataclass(frozen=True)
-class Rule:
+class StepRule:
     """How steps are taken; anything but the defaults is a fault that a diagnosis assumes (``what_if.py``)."""
 
     vectors_decay: bool = False
@@ -43,7 +43,7 @@ class Rule:
     """Of the sides of a matrix, that which Muon scales by."""
 
 
-RIGHT = Rule()
+RIGHT = StepRule()
 
 
 def build_model(config: Config, initial: dict[str, np.ndarray]) -> tuple[Any, dict[str, Any]]:
@@ -67,7 +67,7 @@ def _fill(weights: dict[str, Any], values: dict[str, np.ndarray]) -> None:
         weight.copy_(torch.from_numpy(values[name]))
 
 
-def reference_steps(config: Config, initial: dict[str, np.ndarray], rule: Rule = RIGHT) -> Outcome:
+def reference_steps(config: Config, initial: dict[str, np.ndarray], rule: StepRule = RIGHT) -> Outcome:
     """Two steps from these weights (logical tensors by name)."""
     model, weights = build_model(config, initial)
     moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in weights.items()}
@@ -130,7 +130,7 @@ def _loss(model: Any, config: Config, step: int) -> tuple[Tensor, Tensor, list[f
 @torch.no_grad()
 def _update(
     config: Config, step: int, weights: dict[str, Any], gradients: dict[str, Any], moments: dict[str, Any],
-    norm: float, rule: Rule,
+    norm: float, rule: StepRule,
 ) -> None:  # fmt: skip
     """Clipping by the global norm and decoupled decay on matrices (arXiv 1711.05101), by AdamW or Muon."""
     o, lr = config.optimizer, learning_rate(config, step)
@@ -163,7 +163,7 @@ def _rows_of_a_matrix(config: Config, name: str) -> int | None:
     return config.model.head_size if config.optimizer.muon_per_head and of_heads else None
 
 
-def _muon(direction: Tensor, rows: int | None, rule: Rule) -> Tensor:
+def _muon(direction: Tensor, rows: int | None, rule: StepRule) -> Tensor:
     """0.2 sqrt(max(rows, cols)) U p(S) V^T of each matrix, by its singular values: p is the quintic polynomial of
     Newton-Schulz, five times. The coefficients and the factor are given again here, not taken from the kernel."""
     parts = []

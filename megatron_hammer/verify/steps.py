@@ -242,7 +242,7 @@ def _cut(kind: str, parameter: Any, start: int, stop: int, flat: Tensor) -> Iter
 # ---- a rank of its own -----------------------------------------------------------------------------------------------
 
 
-def rank_main(
+def run_rank(
     config: Config, rank: int, local_rank: int, world_size: int, store: Any, check_data: bool, status: StatusSlot
 ) -> int:
     """Entry of a rank that the launcher starts: all precisions of the proof; writes them to ``train.output``."""

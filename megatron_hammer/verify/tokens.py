@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_hammer.verify.compare import Deviation, Sizes, off_by_log
+from megatron_hammer.verify.compare import Deviation, LayoutSizes, off_by_log
 from megatron_hammer.verify.outcome import Outcome
 from megatron_hammer.verify.points import first_wrong
 
@@ -18,7 +18,7 @@ BEHIND = "hidden states are right: what is wrong is the head, the loss or the la
 
 
 def compare_tokens(
-    ranks: Sequence[Outcome], expected: Outcome, positions: np.ndarray, bound: float, sizes: Sizes
+    ranks: Sequence[Outcome], expected: Outcome, positions: np.ndarray, bound: float, sizes: LayoutSizes
 ) -> tuple[float, list[Deviation]]:
     """The largest difference, relative to the largest loss, and what is beyond the bound; every token on some rank.
 
@@ -50,7 +50,7 @@ def compare_tokens(
     return worst, findings
 
 
-def cause_of_tokens(wrong: np.ndarray, shifts: np.ndarray, positions: np.ndarray, sizes: Sizes) -> str:
+def cause_of_tokens(wrong: np.ndarray, shifts: np.ndarray, positions: np.ndarray, sizes: LayoutSizes) -> str:
     """What the places of the tokens that are wrong say; shifts: by how much each loss is off."""
     first = positions == 0
     if wrong.all():

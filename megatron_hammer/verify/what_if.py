@@ -24,7 +24,7 @@ from megatron_hammer.config import Config
 from megatron_hammer.verify.outcome import Piece
 from megatron_hammer.verify.patterns import Label
 from megatron_hammer.verify.reading import Loss, Owners, Reading, cross_entropy, positions_of
-from megatron_hammer.verify.reference import Rule, build_model, reference_steps
+from megatron_hammer.verify.reference import StepRule, build_model, reference_steps
 
 # ---- losses under a fault --------------------------------------------------------------------------------------------
 
@@ -325,7 +325,7 @@ def states_with_faults(config: Config, initial: dict[str, np.ndarray]) -> Iterat
         return reference_steps(changed, initial).pieces
 
     def with_rule(**changes: Any) -> list[Piece]:
-        return reference_steps(config, initial, rule=Rule(**changes)).pieces
+        return reference_steps(config, initial, rule=StepRule(**changes)).pieces
 
     o = config.optimizer
     yield "the second step was computed with the weights of before the first", with_rule(stale=True)

@@ -21,7 +21,7 @@ from matplotlib.text import Text
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.pictures import CHINESE, PREFERRED, fallback_families, picture_sayer, png_of, save_png, wrap
 from megatron_hammer.costs import budget, plan_report
-from megatron_hammer.costs.planner import Asked, plan_layouts
+from megatron_hammer.costs.planner import PlanRequest, plan_layouts
 from megatron_hammer.metrics import plot
 from megatron_hammer.profile import plots as profile_plots
 from megatron_hammer.tokenizer import merge
@@ -185,7 +185,7 @@ def test_every_picture_of_a_program_is_in_chinese(tmp_path: Path, monkeypatch: p
     for of_one in (profile, profile | of_ranks):
         profile_plots.draw_profile(of_one, tmp_path / "profile.png", "zh")
         check(profile_plots)
-    planned = plan_layouts(tiny_config(train__precision="bf16", train__global_batch_size=4), Asked(2, "h100"))
+    planned = plan_layouts(tiny_config(train__precision="bf16", train__global_batch_size=4), PlanRequest(2, "h100"))
     plan_report.draw_plan(planned, tmp_path / "plan.png", 3, "zh")
     check(plan_report)
     merge.draw_calibration(merge.Calibration("的是", (0.9, 1.0)), "base / donor", "zh")

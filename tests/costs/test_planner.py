@@ -18,7 +18,7 @@ from megatron_hammer.config import Config, load_config, preset_names
 from megatron_hammer.costs.gpus import GPUS
 from megatron_hammer.costs.layouts import need_of, precision_of, shard_of, with_layout
 from megatron_hammer.costs.plan_report import WIDTH, draw_plan, plan_table
-from megatron_hammer.costs.planner import Asked, LayoutPlan, chosen_config, plan_layouts, plan_to_tree
+from megatron_hammer.costs.planner import LayoutPlan, PlanRequest, chosen_config, plan_layouts, plan_to_tree
 from megatron_hammer.costs.rank_costs import GIB
 from megatron_hammer.costs.rank_speed import COMPUTE, PIPELINE, Machine
 from tests.model.tiny import tiny_config
@@ -33,7 +33,7 @@ def small(**changes: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def plan() -> LayoutPlan:
-    return plan_layouts(small(), Asked(4, "h100", memory=0.0015, tokens=1e9, price=2.0))
+    return plan_layouts(small(), PlanRequest(4, "h100", memory=0.0015, tokens=1e9, price=2.0))
 
 
 def test_the_fastest_first_and_all_of_them_valid(plan: LayoutPlan) -> None:
@@ -60,14 +60,14 @@ def test_interleaved_stages_wait_less_and_keep_more() -> None:
     waits = [layout.time.seconds[PIPELINE] for layout in (plain, two, four)]
     assert waits[1] / waits[0] == pytest.approx(1 / 2, rel=0.1) and waits[2] / waits[0] == pytest.approx(1 / 4, rel=0.3)
     assert plain.bytes < two.bytes and two.name.startswith("TP 2 PP 4x2 CP 1 DP 1")
-    few = plan_layouts(small(train__global_batch_size=4), Asked(4, "h100", memory=1.0)).found
+    few = plan_layouts(small(train__global_batch_size=4), PlanRequest(4, "h100", memory=1.0)).found
     odd = [rejected for rejected in few.rejected if "stages=2 needs micro-batches" in rejected.reason]
     assert odd and all(rejected.kind == "batch" and " PP 2x2 " in rejected.layout for rejected in odd)
 
 
 def test_weights_are_divided_within_a_node_too() -> None:
     """Over a slow network that is faster than among all ranks, by a copy of the states in each node."""
-    plan = plan_layouts(small(), Asked(4, "h100", memory=1.0, gpus_per_node=2, network=0.5, show=500))
+    plan = plan_layouts(small(), PlanRequest(4, "h100", memory=1.0, gpus_per_node=2, network=0.5, show=500))
     weights = [layout for layout in plan.found.fitting if layout.config.parallel.shard == "weights"]
     near = {shard_of(layout.config): layout for layout in reversed(weights) if layout.sizes == (1, 1, 1, 4)}
     assert near.keys() == {"weights", "weights/2"} and near["weights/2"].bytes > near["weights"].bytes
@@ -75,7 +75,9 @@ def test_weights_are_divided_within_a_node_too() -> None:
     near["weights/2"].config.validate(4)
     lines = plan_table(plan, 500)
     assert any("weights/2" in line for line in lines) and max(map(len, lines)) <= WIDTH
-    own = plan_layouts(small(parallel__shard="weights", parallel__shard_size=4), Asked(4, "h100", gpus_per_node=2))
+    own = plan_layouts(
+        small(parallel__shard="weights", parallel__shard_size=4), PlanRequest(4, "h100", gpus_per_node=2)
+    )
     assert {layout.config.parallel.shard_size for layout in own.found.fitting} == {None, 4}, "as it was asked for"
 
 
@@ -138,7 +140,7 @@ def test_a_question_without_an_answer_says_what_to_do(
     asked: dict[str, Any], changes: dict[str, Any], code: str, words: tuple[str, ...]
 ) -> None:
     with pytest.raises(HammerError) as caught:
-        plan_layouts(dataclasses.replace(small(**changes)), Asked(**{"gpus": 4, "gpu": "h100", **asked}))
+        plan_layouts(dataclasses.replace(small(**changes)), PlanRequest(**{"gpus": 4, "gpu": "h100", **asked}))
     assert caught.value.code == code
     for word in words:
         assert word in str(caught.value)
@@ -147,11 +149,11 @@ def test_a_question_without_an_answer_says_what_to_do(
 def test_each_precision_has_its_own_rate() -> None:
     """fp32 presets are planned, too; log.peak_tflops is of the config's own precision."""
     long = small(train__precision="fp32", model__hidden_size=512, model__ffn_hidden_size=2048, data__seq_length=32)
-    found = plan_layouts(long, Asked(1, "h100", precision="fp32,bf16")).found.fitting
+    found = plan_layouts(long, PlanRequest(1, "h100", precision="fp32,bf16")).found.fitting
     compute = {precision_of(layout.config): layout.time.seconds[COMPUTE] for layout in found[::-1]}
     assert compute["fp32"] > 2 * compute["bf16"]
     slower = dataclasses.replace(long, log=dataclasses.replace(long.log, peak_tflops=6.7))
-    plan = plan_layouts(slower, Asked(1, "h100", precision="fp32,bf16"))
+    plan = plan_layouts(slower, PlanRequest(1, "h100", precision="fp32,bf16"))
     assert (plan.machine.gpu.peak("fp32"), plan.machine.gpu.peak("bf16")) == (6.7, 989.0)
     assert any("6.7 in fp32" in line for line in plan_table(plan, 3))
     assert all(gpu.fp32_tflops is not None or gpu.peak_tflops is None for gpu in GPUS.values())
@@ -161,7 +163,7 @@ def test_every_preset_is_planned_as_it_is() -> None:
     """On one GPU, since that is fast; a vocabulary that nobody has named is assumed, said, and not written."""
     for preset in preset_names():
         config = load_config(preset, ["train.global_batch_size=8"])
-        plan = plan_layouts(config, Asked(1, "h200", memory=1000.0))
+        plan = plan_layouts(config, PlanRequest(1, "h200", memory=1000.0))
         assert plan.is_vocabulary_assumed == (config.model.vocab_size is None), preset
         assert plan.is_vocabulary_assumed == any(
             "a vocabulary of 100,000 is assumed" in line for line in plan_table(plan, 1)
@@ -182,9 +184,9 @@ def test_published_runs_are_met() -> None:
     """16,000 tokens/s of the 1.4B on an A100 by its authors, and some 24,000 of TinyLlama's 1.1B: we expect between."""
     overrides = ["model.vocab_size=105789"]
     config = load_config(CONFIGS / "hammerllm_1b4.yaml", overrides)
-    plan = plan_layouts(config, Asked(1, "a100"))
+    plan = plan_layouts(config, PlanRequest(1, "a100"))
     assert 16_000 < plan.found.fitting[0].time.tokens_per_second < 25_000
-    assert plan_layouts(config, Asked(2, "a100")).found.ranked[0].config.parallel.shard == "optimizer", (
+    assert plan_layouts(config, PlanRequest(2, "a100")).found.ranked[0].config.parallel.shard == "optimizer", (
         "as docs/layout.md"
     )
 

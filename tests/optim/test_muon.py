@@ -32,9 +32,9 @@ from megatron_hammer.optim.muon import Muon, update_scale
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train.build import build_stages
 from megatron_hammer.train.step import train_step
-from megatron_hammer.verify.compare import Sizes, compare_pieces, whole_tensors
+from megatron_hammer.verify.compare import LayoutSizes, compare_pieces, whole_tensors
 from megatron_hammer.verify.outcome import Outcome
-from megatron_hammer.verify.reference import Rule, _muon
+from megatron_hammer.verify.reference import StepRule, _muon
 from megatron_hammer.verify.shrink import alone
 from megatron_hammer.verify.steps import gradient_pieces, state_pieces
 from tests.distributed import run_distributed
@@ -74,7 +74,7 @@ def test_steps_are_those_of_an_update_written_out(per_head: bool) -> None:
             heads = (
                 config.model.head_size if per_head and name.split(".")[-2] in ("q_proj", "k_proj", "v_proj") else None
             )
-            update = _muon(0.95 * moments[name] + 0.05 * g, heads, Rule())
+            update = _muon(0.95 * moments[name] + 0.05 * g, heads, StepRule())
             weights[name] = weights[name] * (1 - lr * 0.1) - lr * update
             torch.testing.assert_close(found[name], weights[name], rtol=0, atol=1e-9)
             assert 0.1 < update.square().mean().sqrt() < 0.25, "AdamW's size; less where singular values are small"
@@ -186,7 +186,7 @@ def test_twenty_steps_as_one_process(ranks: int, changes: dict[str, Any]) -> Non
     config = muon_config(model__hidden_size=32, model__ffn_hidden_size=48, data__seq_length=16, **changes)
     config.validate(ranks)
     reference = whole_tensors(one_process(alone(config)).pieces)
-    worst, findings = compare_pieces(run_distributed(ranks, many_steps, config), reference, 1e-6, Sizes(1, 1, 1))
+    worst, findings = compare_pieces(run_distributed(ranks, many_steps, config), reference, 1e-6, LayoutSizes(1, 1, 1))
     assert findings == [] and worst.keys() == set(STATE_KINDS) and max(worst.values()) < 1e-6
 
 
@@ -221,7 +221,7 @@ def differences(config: Config, steps: int, ranks: int, noise: float = 0.0) -> t
     """The largest in weights and moments between one process and these ranks, and one with noise."""
     whole = whole_tensors(in_fp32(0, config, steps).pieces)
     others = run_distributed(ranks, in_fp32, config, steps), [in_fp32(0, config, steps, noise)] if noise else []
-    found = [compare_pieces(outcomes, whole, 1.0, Sizes(1, 1, 1))[0] for outcomes in others]
+    found = [compare_pieces(outcomes, whole, 1.0, LayoutSizes(1, 1, 1))[0] for outcomes in others]
     return max(found[0].values()), max(found[1].values()) if noise else 0.0
 
 

@@ -19,7 +19,7 @@ from megatron_hammer.kernels.ranges import GRADIENT, HEAD, LINEAR
 from megatron_hammer.parallel.board import StatusSlot
 from megatron_hammer.parallel.context import ParallelContext, build_parallel_context
 from megatron_hammer.profile.plots import draw_profile
-from megatron_hammer.profile.profile import Settings, _profile, for_profiling, profile_step, profile_table
+from megatron_hammer.profile.profile import ProfileOptions, _profile, for_profiling, profile_step, profile_table
 from megatron_hammer.profile.trace import PREFIX, Traffic, memory_of_step, parts_of_trace, read_trace, traffic
 from megatron_hammer.profile.workload import RecordedRanges, record_waits
 from megatron_hammer.train.build import build
@@ -64,7 +64,7 @@ def test_random_tokens_on_torch_kernels(tmp_path: Path) -> None:
     kernels = [f"kernels.{name}=torch" for name in ("norm", "rope", "swiglu", "adamw", "loss")]
     config = load_config(TINY, ["model.vocab_size=384", "train.device=cpu", *kernels])
     lines: list[str] = []
-    report = profile_step(config, Settings(tmp_path, steps=2, flops=1e11), lines.append)
+    report = profile_step(config, ProfileOptions(tmp_path, steps=2, flops=1e11), lines.append)
     _check(report, tmp_path)
     assert report["rates"]["tflops"] == 0.1 and report["rates"]["measured"] == ["bandwidth"]
     assert any("profiling 2 steps" in line for line in lines) and "wrote" in lines[-1]
@@ -88,7 +88,7 @@ def test_a_run_with_sources_phases_and_a_ramp(data: Path, tmp_path: Path) -> Non
     phases = f"data.phases=[{first}, {{train: {{{data}/b: 1}}}}]"
     ramp, epochs = "train.batch_size_ramp={start: 2, increment: 2, samples: 1000}", "data.max_epochs=30"
     config = load_config(TINY, ["model.vocab_size=384", "train.device=cpu", phases, ramp, epochs, *kernels])
-    report = profile_step(config, Settings(tmp_path, steps=1, flops=1e11, bandwidth=1e10), lambda text: None)
+    report = profile_step(config, ProfileOptions(tmp_path, steps=1, flops=1e11, bandwidth=1e10), lambda text: None)
     assert (report["seq_length"], report["micro_batches"], report["micro_batch_size"]) == (32, 4, 2)
     assert report["product_flops_counted"] == pytest.approx(report["product_flops_needed"], rel=1e-12)
 
@@ -120,7 +120,7 @@ def test_real_documents_in_bf16_by_the_program(data: Path, tmp_path: Path) -> No
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(tmp_path: Path) -> None:
     config = load_config(TINY, ["model.vocab_size=384", "train.device=cuda", "train.precision=bf16"])
-    report = profile_step(config, Settings(tmp_path, steps=2))
+    report = profile_step(config, ProfileOptions(tmp_path, steps=2))
     parts = {part["name"]: part["ms"] for part in report["parts"]}
     assert all(parts[name] > 0 for name in ALWAYS) and parts[budget.OTHER] < 0.1 * report["step_ms"]
     assert sum(parts.values()) + report["left_out_ms"] == pytest.approx(report["step_ms"], rel=1e-6)
@@ -171,23 +171,23 @@ def test_a_status_slot_that_shows_waits_still_says_that_the_rank_waits() -> None
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"flops": -1.0}, {"bandwidth": float("nan")}])
 def test_numbers_are_checked(wrong: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"E247.*must be positive"):
-        profile_step(load_config(TINY), Settings(tmp_path / "none", **wrong))
+        profile_step(load_config(TINY), ProfileOptions(tmp_path / "none", **wrong))
     assert not (tmp_path / "none").exists()
 
 
 def test_a_layout_needs_its_ranks(tmp_path: Path) -> None:
     config = load_config(TINY, ["model.vocab_size=384", "parallel.tensor_model_parallel_size=2"])
     with pytest.raises(ConfigError, match=r"E248.*tensor_model_parallel_size=2 .*--nproc 2 .*parallel_size=1 "):
-        profile_step(config, Settings(tmp_path))
+        profile_step(config, ProfileOptions(tmp_path))
 
 
 def _profiled(rank: int, overrides: list[str], folder: Path) -> dict[str, Any] | None:
-    settings, ranges, status = Settings(folder, steps=1, ranks=2), RecordedRanges(), StatusSlot()
-    config = for_profiling(load_config(TINY, ["model.vocab_size=384", "train.device=cpu", *overrides]), settings)
+    options, ranges, status = ProfileOptions(folder, steps=1, ranks=2), RecordedRanges(), StatusSlot()
+    config = for_profiling(load_config(TINY, ["model.vocab_size=384", "train.device=cpu", *overrides]), options)
     config.validate(2)
     record_waits(status, ranges)
     ctx = build_parallel_context(config.grid(2), torch.device("cpu"), status=status)
-    return _profile(config, settings, ctx, ranges, lambda text: None)
+    return _profile(config, options, ctx, ranges, lambda text: None)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from megatron_hammer.parallel.rendezvous import Meeting, host_store, join_store
 from megatron_hammer.supervise import outcome
 from megatron_hammer.supervise.nodes import Node
 from megatron_hammer.supervise.watch import Failure
-from megatron_hammer.verify.faults import Target
+from megatron_hammer.verify.faults import DrilledRun
 from tests.train.runs import TINY, environment, overrides, write_dataset
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -233,12 +233,12 @@ def test_both_machines_start_again_when_a_rank_dies(machines: list[str], tmp_pat
     until = time.monotonic() + 200
     while killed < 3:
         assert time.monotonic() < until and all(node.poll() is None for node in nodes)
-        ranks = Target(nodes[which], tmp_path / "run", random.Random(0)).ranks()
+        ranks = DrilledRun(nodes[which], tmp_path / "run", random.Random(0)).ranks()
         lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
         if ranks and any(folder.glob("step-*[0-9]")) and lines >= 20 * (killed + 1):
             os.kill(ranks[0], signal.SIGKILL)
             killed += 1
-            while ranks[0] in Target(nodes[which], tmp_path / "run", random.Random(0)).ranks():
+            while ranks[0] in DrilledRun(nodes[which], tmp_path / "run", random.Random(0)).ranks():
                 time.sleep(0.05)
         time.sleep(0.05)
     said = [node.communicate(timeout=200)[1].splitlines() for node in nodes]
@@ -255,7 +255,7 @@ def test_both_machines_start_again_when_a_rank_dies(machines: list[str], tmp_pat
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_rank_that_hangs_is_named_on_both_machines(machines: list[str], tmp_path: Path, which: int) -> None:
     nodes = train_on(machines, tmp_path)
-    (rank,) = Target(nodes[which], tmp_path / "run", random.Random(0)).ranks()
+    (rank,) = DrilledRun(nodes[which], tmp_path / "run", random.Random(0)).ranks()
     os.kill(rank, signal.SIGSTOP)
     stopped = time.monotonic()
     said = [node.communicate(timeout=100)[1].splitlines() for node in nodes]

@@ -9,7 +9,7 @@ import pytest
 from megatron_hammer.config import Config
 from megatron_hammer.train.build import build_stages
 from megatron_hammer.train.step import train_step
-from megatron_hammer.verify.compare import Sizes, compare_numbers, compare_pieces, whole_tensors
+from megatron_hammer.verify.compare import LayoutSizes, compare_numbers, compare_pieces, whole_tensors
 from megatron_hammer.verify.shrink import alone
 from tests.distributed import run_distributed
 from tests.model.tiny import exact_steps, make_context, rank_batches, tiny_config
@@ -61,11 +61,11 @@ def test_a_pipeline_equals_one_process(layout: str) -> None:
     config.validate(ranks)
     expected = exact_steps(0, alone(config))
     found = run_distributed(ranks, exact_steps, config)
-    worst, findings = compare_pieces(found, whole_tensors(expected.pieces), 1e-10, Sizes(1, 1, 1))
+    worst, findings = compare_pieces(found, whole_tensors(expected.pieces), 1e-10, LayoutSizes(1, 1, 1))
     states = {"weight", "exp_avg", "exp_avg_sq"}
     kinds = states | {"gradient", "model", "initial weight", "initial model"} | {f"step-1 {kind}" for kind in states}
     assert findings == [] and set(worst) == kinds
-    assert compare_numbers(found, expected, 1e-6, Sizes(1, 1, 1))[1] == []
+    assert compare_numbers(found, expected, 1e-6, LayoutSizes(1, 1, 1))[1] == []
     for reports in run_distributed(ranks, losses_and_norms, config, 6):
         for report, wanted in zip(reports, losses_and_norms(0, alone(config), 6), strict=True):
             assert report == pytest.approx(wanted, rel=1e-5)

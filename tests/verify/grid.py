@@ -20,7 +20,7 @@ from megatron_hammer.train.step import train_step
 from megatron_hammer.verify.compare import (
     NUMBER_BOUNDS,
     Deviation,
-    Sizes,
+    LayoutSizes,
     compare_numbers,
     compare_pieces,
     whole_tensors,
@@ -140,7 +140,7 @@ def exact_alone(config: Config) -> Outcome:
 
 def findings_of(config: Config, outcomes: list[Outcome]) -> list[Deviation]:
     """What of the ranks' steps in fp64 is not one process's: sums are in another order, losses fp32 scalars."""
-    reference, sizes = exact_alone(alone(config)), Sizes(1, 1, 1)
+    reference, sizes = exact_alone(alone(config)), LayoutSizes(1, 1, 1)
     findings = compare_numbers(outcomes, reference, NUMBER_BOUNDS["fp64"], sizes)[1]
     return findings + compare_pieces(outcomes, whole_tensors(reference.pieces), 1e-10, sizes)[1]
 

@@ -382,7 +382,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
 
 
 def faulty_rank(rank: int, config: Config, fault: str) -> None:
-    """What a rank of a proof does (``steps.rank_main``), with a fault in it."""
+    """What a rank of a proof does (``steps.run_rank``), with a fault in it."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     ctx, folder = build_parallel_context(config.grid(world), torch.device("cpu")), Path(config.train.output)
     for name, dtype in precisions(config).items():

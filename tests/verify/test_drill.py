@@ -14,7 +14,7 @@ import pytest
 
 from megatron_hammer.config import to_yaml
 from megatron_hammer.verify import drill, faults
-from megatron_hammer.verify.faults import KILLS, OTHERS, Target
+from megatron_hammer.verify.faults import KILLS, OTHERS, DrilledRun
 from tests.model.tiny import tiny_config
 from tests.train.runs import ROOT, TINY, overrides, train_here, write_dataset
 
@@ -66,7 +66,7 @@ def test_a_flipped_bit_is_one_bit_of_the_newest(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-00000011.tmp-1").mkdir()
     idle = subprocess.Popen(["true"], text=True)
     idle.wait()
-    faults.flip_bit(Target(idle, tmp_path, random.Random(0)))
+    faults.flip_bit(DrilledRun(idle, tmp_path, random.Random(0)))
     ones = [sum(b.bit_count() for b in p.read_bytes()) for p in sorted(tmp_path.glob("checkpoints/*/*.safetensors"))]
     assert ones == [0, 1]
 
@@ -75,7 +75,7 @@ def test_a_process_that_outlives_its_launcher_is_seen(monkeypatch: pytest.Monkey
     monkeypatch.setattr(drill, "GONE_SECONDS", 0.2)
     launcher = subprocess.Popen(["sh", "-c", "sleep 60 & echo there; wait"], stdout=subprocess.PIPE, text=True)
     assert launcher.stdout is not None and launcher.stdout.readline() == "there\n"
-    target = Target(launcher, tmp_path, random.Random(0))
+    target = DrilledRun(launcher, tmp_path, random.Random(0))
     target.send([launcher.pid], faults.signal.SIGKILL)
     launcher.wait()
     (left,) = drill.outliving(target.seen - {launcher.pid})

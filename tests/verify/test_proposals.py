@@ -18,7 +18,7 @@ from megatron_hammer.base.errors import ConfigError, MemoryShortage
 from megatron_hammer.config import Config, load_config, preset_names, to_yaml
 from megatron_hammer.costs.gpus import GPUS
 from megatron_hammer.costs.layouts import name_of
-from megatron_hammer.costs.planner import Asked, chosen_config, plan_layouts
+from megatron_hammer.costs.planner import PlanRequest, chosen_config, plan_layouts
 from megatron_hammer.train.prepare import prepare
 from megatron_hammer.verify.parallel import Proof, prove_layout
 from megatron_hammer.verify.shrink import shrink
@@ -48,15 +48,15 @@ def drawn(number: int, presets: Sequence[str], counts: Sequence[int]) -> tuple[s
             f"train.global_batch_size={gpus * rng.choice((4, 8, 32))}",
         ]
         share = rng.choice((1.0, 1.0, 0.25))  # of the GPU's memory: less is left to someone else's processes
-        asked = Asked(gpus, gpu.replace(" ", "-"), GPUS[gpu].memory_gib * share, precision=precision)
+        request = PlanRequest(gpus, gpu.replace(" ", "-"), GPUS[gpu].memory_gib * share, precision=precision)
         try:
             config = load_config(preset, settings)
-            plan = plan_layouts(config, asked)
+            plan = plan_layouts(config, request)
         except (ConfigError, MemoryShortage):  # no class of transformers, no layout: an answer that proposes nothing
             continue
         row = rng.randrange(len(plan.found.ranked))
         chosen = chosen_config(plan, config, 1 + row)
-        question = f"{preset} {' '.join(settings)}, {gpus} x {gpu} with {asked.memory:g} GiB"
+        question = f"{preset} {' '.join(settings)}, {gpus} x {gpu} with {request.memory:g} GiB"
         return f"{question}: row {1 + row} of {len(plan.found.ranked)}, {name_of(chosen, gpus)}", chosen, gpus
 
 
