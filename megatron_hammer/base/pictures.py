@@ -30,6 +30,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")  # beside the colours: blue and green a
 WIDTH_INCHES, DOTS_AN_INCH = 9.0, 130  # a page shows its 1,170 pixels as 800 or more
 SMALL_POINTS = 9  # of the smallest text: 11 pixels of these 800, and 9 points in a print
 TITLE_COLUMNS, SOURCE_COLUMNS = 72, 125  # of their sizes in the figure's width
+SOURCE_INCHES = 0.1  # from the lower edge to the source
 CHINESE = "训练损失词表步时间显存"  # of which a font for traditional characters alone lacks half
 # A family for several scripts comes before one for a single letter, and one without serifs, whose Chinese is of the
 # mainland, before others: words of its name.
@@ -45,10 +46,24 @@ def new_figure(height: float, title: str, source: str) -> Any:
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DOTS_AN_INCH, layout="constrained")
-    title, source = "\n".join(wrap(title, TITLE_COLUMNS)), "\n".join(wrap(source, SOURCE_COLUMNS))
+    title = "\n".join(wrap(title, TITLE_COLUMNS))
     figure.suptitle(title, x=0.008, ha="left", fontsize=13, weight="bold", parse_math=False)
-    figure.supxlabel(source, x=0.008, ha="left", fontsize=SMALL_POINTS, color="0.35", parse_math=False)
+    figure.supxlabel(_wrapped(source), x=0.008, ha="left", fontsize=SMALL_POINTS, color="0.35", parse_math=False)
     return figure
+
+
+def bare_figure(height: float, source: str) -> Any:
+    """The same without a title, for a caller who places everything above the source, in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DOTS_AN_INCH)
+    figure.text(0.008, SOURCE_INCHES / height, _wrapped(source), va="bottom", fontsize=SMALL_POINTS, color="0.35",
+                parse_math=False)  # fmt: skip
+    return figure
+
+
+def _wrapped(source: str) -> str:
+    return "\n".join(wrap(source, SOURCE_COLUMNS))
 
 
 def wrap(text: str, columns: int) -> list[str]:

@@ -1,7 +1,8 @@
-"""Tables in plain text: with columns as wide as their widest cell, or of given widths with cells that wrap."""
+"""Tables as text: columns as wide as their widest cell, of given widths with cells that wrap, or Markdown."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from textwrap import wrap
@@ -22,3 +23,12 @@ def align_wrapped(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
     cells = (wrap(cell, width, break_on_hyphens=False) for cell, width in zip(row, widths, strict=True))
     for parts in zip_longest(*cells, fillvalue=""):
         yield " " + "".join(f" {part:<{width}}" for part, width in zip(parts, widths, strict=True)).rstrip()
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; what a cell holds cannot end it."""
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in (head, ["---"] * len(head), *rows))
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"\s+", " ", text).replace("|", "\\|")

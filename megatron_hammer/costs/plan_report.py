@@ -9,15 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.language import Language, Say
-from megatron_hammer.base.pictures import (
-    DOTS_AN_INCH,
-    SMALL_POINTS,
-    SOURCE_COLUMNS,
-    WIDTH_INCHES,
-    picture_sayer,
-    save_png,
-    wrap,
-)
+from megatron_hammer.base.pictures import SMALL_POINTS, bare_figure, picture_sayer, save_png
 from megatron_hammer.base.tables import align
 from megatron_hammer.costs.layouts import PlannedLayout, precision_of, shard_of
 from megatron_hammer.costs.planner import LayoutPlan
@@ -165,11 +157,9 @@ CHINESE = dict(zip((*MEMORY_PARTS, *TIME_PARTS), (
 
 def draw_plan(plan: LayoutPlan, output: Path, shown: int, language: Language = "en") -> None:
     """Memory and time of the first layouts as stacked bars; in ``language`` where an installed font has it."""
-    from matplotlib.figure import Figure
-
     say, layouts = picture_sayer(language), plan.found.ranked[:shown]
     height = 3.1 + 0.58 * len(layouts)
-    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DOTS_AN_INCH)
+    figure = bare_figure(height, _source(plan, say))
     left, right = figure.subplots(1, 2, sharey=True)
     figure.subplots_adjust(left=0.272, right=0.985, wspace=0.12, top=1 - 0.9 / height, bottom=1.6 / height)
     names, comma = [], say(", ", "，")
@@ -211,19 +201,21 @@ def draw_plan(plan: LayoutPlan, output: Path, shown: int, language: Language = "
         say(f"Predicted: {size} parameters on ", f"预测：{size} 个参数，") + f"{plan.world_size} x {plan.machine.name}"
     )
     figure.suptitle(title, x=0.008, y=1 - 0.1 / height, ha="left", va="top", fontsize=13, fontweight="bold")
+    save_png(figure, output)
+
+
+def _source(plan: LayoutPlan, say: Say) -> str:
+    """What the picture was drawn from: no measurement, but these assumptions."""
     rates, machine = plan.machine.efficiency, plan.machine
     shares = f"{rates.products:.0%}", f"{rates.attention:.0%}", f"{rates.memory:.0%}"
     links = f"{machine.gpu.link:g} GB/s", f"{machine.network:g} GB/s"
-    source = say(
+    return say(
         f"Source: tools/plan.py; nothing was measured. Memory of the rank that needs most. Assumed: "
         f"{shares[0]} of the peak in products, {shares[1]} in attention, {shares[2]} of memory bandwidth; "
         f"{links[0]} in a node, {links[1]} between nodes.",
         f"来源：tools/plan.py；未经测量。内存取用得最多的 rank。假设：矩阵乘达到峰值的 {shares[0]}，"
         f"注意力 {shares[1]}，显存带宽 {shares[2]}；节点内 {links[0]}，节点间 {links[1]}。",
     )
-    source = "\n".join(wrap(source, SOURCE_COLUMNS))
-    figure.text(0.008, 0.08 / height, source, va="bottom", fontsize=SMALL_POINTS, color="0.35")
-    save_png(figure, output)
 
 
 def _headed(axes: Any, text: str) -> None:

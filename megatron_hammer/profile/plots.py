@@ -13,11 +13,11 @@ from typing import Any
 
 from megatron_hammer.base.language import Language, Say
 from megatron_hammer.base.pictures import (
-    DOTS_AN_INCH,
     SMALL_POINTS,
     SOURCE_COLUMNS,
     TITLE_COLUMNS,
     WIDTH_INCHES,
+    bare_figure,
     picture_sayer,
     save_png,
     wrap,
@@ -147,8 +147,6 @@ def subtitle_of(profile: Mapping[str, Any], say: Say) -> list[str]:
 
 def draw_profile(profile: Mapping[str, Any], output: Path, language: Language = "en") -> None:
     """Draw a profile into ``output`` (PNG), which appears complete or not at all."""
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-
     say = picture_sayer(language)
     rows, kinds = profile["parts"], profile["memory"]["kinds"]
     title = wrap(title_of(profile, say), TITLE_COLUMNS)
@@ -160,7 +158,7 @@ def draw_profile(profile: Mapping[str, Any], output: Path, language: Language = 
         ROW_INCHES * (len(kinds) + 1),
     ]  # inches, from above
     height = ABOVE_INCHES + sum(heights) + 3 * BETWEEN_INCHES + BELOW_INCHES
-    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DOTS_AN_INCH)
+    figure = bare_figure(height, source_of(profile, say))
     panels, top = [], height - ABOVE_INCHES
     for size in heights:
         place = (LEFT_INCHES / WIDTH_INCHES, (top - size) / height, AXES_INCHES / WIDTH_INCHES, size / height)
@@ -170,8 +168,6 @@ def draw_profile(profile: Mapping[str, Any], output: Path, language: Language = 
     _draw_step(panels[1], profile, say)
     _draw_parts(panels[2], rows, say)
     _draw_memory(panels[3], profile["memory"], say)
-    source = "\n".join(wrap(source_of(profile, say), SOURCE_COLUMNS))
-    figure.text(0.008, 0.1 / height, source, va="bottom", fontsize=SMALL_POINTS, color="0.35")
     save_png(figure, output)
 
 

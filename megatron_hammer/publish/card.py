@@ -7,12 +7,12 @@ not known is not stated. Needs no torch.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_hammer.base.language import Say, sayer
+from megatron_hammer.base.tables import markdown_table
 from megatron_hammer.publish.facts import Facts
 from megatron_hammer.sampling.mixes import MixSource
 
@@ -233,13 +233,3 @@ def _limits(wishes: Wishes, say: Say) -> str:
     if wishes.license is None:
         text += say("\n\nNo licence was stated.", "\n\n未声明许可证。")
     return text
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; what a cell holds cannot end it."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return re.sub(r"\s+", " ", text).replace("|", "\\|")

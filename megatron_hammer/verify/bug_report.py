@@ -25,6 +25,7 @@ from megatron_hammer.base.files import replace_file
 from megatron_hammer.base.progress import size_of
 from megatron_hammer.base.reading import read_regular
 from megatron_hammer.base.system import memory_bytes, processor_name, processor_text, usable_cores
+from megatron_hammer.base.tables import markdown_table
 from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.config import Config
 from megatron_hammer.verify.anonymous import Anonymiser
@@ -66,11 +67,11 @@ def bug_report_text(results: Sequence[PartResult], config: Config | None = None)
         config: of the user's run, if it is to be in it.
     """
     private = Anonymiser()
-    lines = [HEADING, "", selftest_summary(results), "", "| part | result | seconds | found |", "|---|---|---|---|"]
+    parts = []
     for result in results:
-        found = private.text(result.found).replace("|", "/")
         word = f"FAILED ({result.exit_code})" if result.exit_code else result.word
-        lines.append(f"| {result.name} | {word} | {result.seconds:.1f} | {found} |")
+        parts.append((result.name, word, f"{result.seconds:.1f}", private.text(result.found)))
+    lines = [HEADING, "", selftest_summary(results), "", markdown_table(("part", "result", "seconds", "found"), parts)]
     for title, rows in (("Versions", versions()), ("Machine", machine(private))):
         lines += ["", f"## {title}", "", *(f"- {name}: {private.own(value)}" for name, value in rows)]
     configs = [("Config of the self-test", golden_config(Path("data"), Path("run")))]
