@@ -24,7 +24,7 @@ from megatron_hammer.base.reading import open_regular, parse_json, read_regular
 from megatron_hammer.base.system import end_of_hole
 
 METRICS = "metrics.jsonl"
-MAX_LINE_BYTES = 2**22  # with the figures of thousands of sources
+MAX_LINE_BYTES = 2**22  # of a step, with the figures of thousands of sources: whoever reads the file takes no more
 MAX_LINES_BYTES = 2**28  # of a file that gets a line now and then: one is some hundreds of bytes
 
 

@@ -21,16 +21,12 @@ from megatron_hammer.base.paths import missing_remedy
 from megatron_hammer.base.pictures import COLOURS, MARKERS, check_png, new_figure, picture_sayer, save_png, tidy
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.reading import open_regular, parse_json
+from megatron_hammer.metrics.metrics_file import MAX_LINE_BYTES, METRICS
 from megatron_hammer.metrics.starts import read_starts
 
 MAX_POINTS = 4000  # more than a picture of this size has columns: longer runs are thinned
 WINDOW_SHARE = 50  # the moving average spans a fiftieth of the run: chosen by eye
-
 MOST_SOURCES = 12  # in the picture, those of which most was read: their names fill the legend, two in each colour
-
-
-MAX_STEP_BYTES = 2**20
-"""Of one line: a thousand figures."""
 
 
 @dataclass
@@ -60,12 +56,12 @@ def read_curves(path: Path) -> Curves:
     try:
         with open_regular(path) as lines, Progress(f"reading {path.name}", path.stat().st_size) as progress:
             number = 1
-            while line := lines.readline(MAX_STEP_BYTES + 1):
+            while line := lines.readline(MAX_LINE_BYTES + 1):
                 progress.advance(len(line))
                 if line.endswith(b"\n"):
                     _add_step(curves, line, f"{path}:{number}")
-                elif len(line) > MAX_STEP_BYTES:
-                    rule = f"is longer than {MAX_STEP_BYTES:,} bytes, so not a step of a run"
+                elif len(line) > MAX_LINE_BYTES:
+                    rule = f"is longer than {MAX_LINE_BYTES:,} bytes, so not a step of a run"
                     raise DataError(82, f"{path}:{number}", rule, "name the folder of a run")
                 number += 1
     except OSError as error:
@@ -80,8 +76,8 @@ def read_curves(path: Path) -> Curves:
 
 def run_near(folder: Path) -> str:
     """The remedy for a folder, or a file, that is no run: the run that it is in, or those in it."""
-    runs = [run for run in folder.parents[:3] if (run / "metrics.jsonl").is_file()]
-    runs += sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
+    runs = [run for run in folder.parents[:3] if (run / METRICS).is_file()]
+    runs += sorted(path.parent for path in folder.glob(f"*/{METRICS}"))
     named = ", ".join(map(str, runs[:3]))
     return f"did you mean {named}?" if runs else missing_remedy(folder, "name the folder of a run (train.output)")
 
@@ -134,7 +130,7 @@ def plot_loss(run: Path, output: Path, language: Language = "en") -> Curves:
     """
     from matplotlib.ticker import MaxNLocator
 
-    curves = read_curves(run / "metrics.jsonl")
+    curves = read_curves(run / METRICS)
     check_png(output)
     say = picture_sayer(language)
     steps, loss, lr = np.array(curves.steps), np.array(curves.loss), np.array(curves.lr)

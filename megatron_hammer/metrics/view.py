@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron_hammer.base.language import sayer, span
 from megatron_hammer.base.terminal import Item
 
 SMOOTHED_STEPS = 20  # of the time of a step, for what is left: evaluations and saves count in it
+ENGLISH = sayer("en")  # as all that programs print
 BAR_CELLS = 16  # so that a window of 20 columns has it whole
 
 
@@ -67,7 +69,7 @@ class RunView:
         progress: list[Item] = [
             ("step", f"{step:,} / {self._num_steps:,}"), ("", f"{done:.1%}"),
             ("", "#" * cells + "." * (BAR_CELLS - cells)),
-            ("left", span(self._left(line) * self._seconds)) if step < self._num_steps else ("", "done"),
+            ("left", span(self._left(line) * self._seconds, ENGLISH)) if step < self._num_steps else ("", "done"),
         ]  # fmt: skip
         figures: list[Item] = [
             ("loss", _number(line["loss"], ".4f")), ("lr", _number(line["lr"], ".3e")),
@@ -86,21 +88,11 @@ class RunView:
         if self._valid:
             rows.append([("valid", ""), *self._valid.items()])
         if self._saved is not None:
-            rows.append([("checkpoint", f"step {self._saved[0]:,}"), ("", f"{span(now - self._saved[1])} ago")])
+            rows.append(
+                [("checkpoint", f"step {self._saved[0]:,}"), ("", f"{span(now - self._saved[1], ENGLISH)} ago")]
+            )
         return rows
 
 
 def _number(value: float | None, form: str) -> str:
     return "nan" if value is None or not math.isfinite(value) else format(value, form)
-
-
-def span(seconds: float) -> str:
-    """A time for people, in its two largest units."""
-    if not math.isfinite(seconds) or seconds >= 1000 * 86400:
-        return "years"
-    days, hours, minutes = int(seconds // 86400), int(seconds // 3600) % 24, int(seconds // 60) % 60
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min" if minutes else f"{int(seconds)} s"

@@ -4,10 +4,11 @@
 
     metrics.jsonl --MetricsReader--> one array a figure --thinned--> stretches: step, mean, lowest, highest
 
-A line that cannot be read (half written, damaged, of another file) is left out and counted; so is one whose step is out
-of order, by the rule by which a resumed run reads the file (``metrics/metrics_file.py``). A reader continues where it
-stopped, so that the page of a run in progress is renewed without reading a long file again. The lowest and the highest
-value of each stretch of steps are kept: a spike of one step shows in a run of a million. Needs no torch.
+A line that cannot be read (half written, damaged, longer than a run writes) is left out and counted; so is one whose
+step is out of order, by the rule by which a resumed run reads the file (``metrics/metrics_file.py``). A reader
+continues where it stopped, so that the page of a run in progress is renewed without reading a long file again. The
+lowest and the highest value of each stretch of steps are kept: a spike of one step shows in a run of a million. Needs
+no torch.
 """
 
 from __future__ import annotations
@@ -23,12 +24,10 @@ from typing import Any
 import numpy as np
 
 from megatron_hammer.base.reading import open_regular, parse_json
-from megatron_hammer.metrics.metrics_file import longest_rising
+from megatron_hammer.metrics.metrics_file import MAX_LINE_BYTES, longest_rising
 
 SINGLE = ("loss", "grad_norm", "lr", "tokens_per_second", "mfu", "mfu_causal", "memory_bytes", "consumed_tokens",
           "consumed_samples")  # fmt: skip
-MAX_LINE_BYTES = 2**20
-"""Of one line: a thousand figures. The rest of a longer one is passed over."""
 MOST_NAMES = 48
 """Sources, validation sets and evaluations, of each: more cannot be told apart on a page."""
 MOST_POINTS = 24_000

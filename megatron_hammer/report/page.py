@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_hammer import __version__
 from megatron_hammer.base.html_page import data_of, escape, page_of, row_of, table_of, visible
-from megatron_hammer.base.language import Language, Say, sayer
+from megatron_hammer.base.language import Language, Say, sayer, span
 from megatron_hammer.report.charts import Chart, charts_of, tokens_of
 from megatron_hammer.report.curves import MetricsReader
 from megatron_hammer.report.gather import RunFacts
@@ -194,11 +194,7 @@ def _time_left(run: RunFacts, rate: float | None, say: Say) -> str:
     done = run.metrics.last.get("consumed_tokens")
     if not isinstance(done, int | float):
         return ""
-    seconds = max(0.0, (run.config.tokens_before(run.course.num_samples) - done) / rate)
-    days, hours, minutes = int(seconds // 86400), int(seconds % 86400 // 3600), int(seconds % 3600 // 60)
-    if days:
-        return say(f"{days} d {hours} h", f"{days} 天 {hours} 小时")
-    return say(f"{hours} h {minutes} min", f"{hours} 小时 {minutes} 分")
+    return span(max(0.0, (run.config.tokens_before(run.course.num_samples) - done) / rate), say)
 
 
 # ---- curves ----

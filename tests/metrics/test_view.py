@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from megatron_hammer.base.language import sayer, span
 from megatron_hammer.metrics.reporter import Reporter
-from megatron_hammer.metrics.view import RunView, span
+from megatron_hammer.metrics.view import RunView
 from tests.base.test_terminal import Screen, terminal
 from tests.model.tiny import tiny_config
 
@@ -36,7 +37,9 @@ def test_rows() -> None:
     later = view.rows()
     assert ("checkpoint", "step 3") in later[-1] and ("", "done") in later[0] and ("loss", "nan") in later[1]
     assert ("zh", "2.0000") in later[2], "a source that gave nothing keeps its last value"
-    assert [span(s) for s in (5, 65, 7300, 1e5, float("inf"))] == ["5 s", "1 min", "2 h 1 min", "1 d 3 h", "years"]
+    times, english = (5, 65, 7300, 1e5, float("inf")), sayer("en")
+    assert [span(s, english) for s in times] == ["5 s", "1 min", "2 h 1 min", "1 d 3 h", "years"]
+    assert [span(s, sayer("zh")) for s in times[1:4]] == ["1 分", "2 小时 1 分", "1 天 3 小时"]
 
 
 @pytest.mark.parametrize("name", ["xterm", "dumb"])

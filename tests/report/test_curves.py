@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_hammer.report.curves import MAX_LINE_BYTES, MOST_NAMES, MOST_OF_A_CURVE, MetricsReader, thin
+from megatron_hammer.metrics.metrics_file import MAX_LINE_BYTES
+from megatron_hammer.report.curves import MOST_NAMES, MOST_OF_A_CURVE, MetricsReader, thin
 from tests.report.conftest import STEPS, lines_of
 
 
