@@ -19,8 +19,7 @@ rows)::
     optimizer        a parameter: gradient twice (norm, update) 8 B, master and moments 24 B, 16-bit copy 2 B
 
 Nothing is recomputed in this count: what ``train.recompute`` adds shows as distance from the limit. So does everything
-that an ideal step lacks: data, communication, gaps. Sections 2 and 3 of the project's performance notes give the same
-counts; ``flops.py`` has the sum of the FLOPs here.
+that an ideal step lacks: data, communication, gaps. ``flops.py`` has the sum of the FLOPs here.
 """
 
 from __future__ import annotations

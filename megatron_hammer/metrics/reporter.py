@@ -20,12 +20,12 @@ from megatron_hammer.base.progress import say
 from megatron_hammer.base.terminal import View, can_redraw
 from megatron_hammer.config import Config
 from megatron_hammer.metrics.metrics_file import METRICS, MetricsFile, finite
-from megatron_hammer.metrics.starts import STARTS, note_start
-from megatron_hammer.metrics.trackers import Trackers, environment_of
+from megatron_hammer.metrics.starts import STARTS, environment_of, note_start
+from megatron_hammer.metrics.trackers import Trackers
 from megatron_hammer.metrics.view import RunView
 
-# TensorBoard shows groups by their names, and opens the first: that is the loss.
 BOARD_BYTES = 100  # of a value among the events of TensorBoard, at least: what a full disk is said to lack
+# TensorBoard shows groups by their names, and opens the first: that is the loss.
 BOARD_GROUPS = {
     "grad_norm": "optimizer/",
     "lr": "optimizer/",
@@ -39,8 +39,6 @@ BOARD_GROUPS = {
     "tflops_causal": "speed/",
     "memory_bytes": "speed/",
 }
-
-
 _EVENTS = "events.out.tfevents.*"
 
 

@@ -6,16 +6,32 @@ training does. Needs no torch.
 
 from __future__ import annotations
 
+import platform
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.reading import parse_json, read_regular
+from megatron_hammer.base.system import processor_name
+from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.config import Config, config_to_tree
 from megatron_hammer.metrics.metrics_file import append_line
 
 STARTS = "starts.jsonl"
 MAX_STARTS_BYTES = 64 * 2**20
+
+
+def environment_of(device: str, ranks: int) -> dict[str, Any]:
+    """Where a run computes: versions, machine, device."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "device": device,
+        "processor": processor_name(),
+        "ranks": ranks,
+        "versions": installed_versions(),
+    }
 
 
 def read_starts(output: Path) -> list[dict[str, Any]]:
@@ -44,7 +60,7 @@ def note_start(output: Path, step: int, environment: dict[str, Any], config: Con
 
     Args:
         step: the last that is done.
-        environment: see ``trackers.environment_of``.
+        environment: as ``environment_of`` gives it.
 
     Raises:
         OSError: the disk refuses.

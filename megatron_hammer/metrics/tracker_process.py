@@ -1,15 +1,13 @@
 """The process that runs the client of one experiment tracker (W&B, SwanLab or MLflow), and those clients.
 
-The clients of monitoring systems are in ``monitoring.py``.
-
 ``trackers.py`` starts it as ``python -m megatron_hammer.metrics.tracker_process NAME`` and writes JSON lines to its
 standard input: first the run, then an object a step, last how the run ended. A client in a process of its own can hang,
 crash, print and start threads as it likes: the run does not notice. What it prints goes to OUT/trackers/NAME.log.
 
-A client is a class with three methods (``Client``); another service is one more of them and a row in ``CLIENTS``. All
-get the same: config and environment once, and of each step what metrics.jsonl has under the same names. Where
-metrics.jsonl has null there is no point; text (``samples_digest``) goes where a service has a place for text. Needs no
-torch.
+A client is a class with three methods (``Client``); another service is one more of them and a row in ``CLIENTS``. Those
+of monitoring systems are in ``monitoring.py``. All get the same: config and environment once, and of each step what
+metrics.jsonl has under the same names. Where metrics.jsonl has null there is no point; text (``samples_digest``) goes
+where a service has a place for text. Needs no torch.
 
 The run's name at the service is kept in OUT/trackers/NAME.json, so that a run that goes on from a checkpoint goes on
 there too. A run that begins at step 1 is a new one.

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -27,8 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.base.errors import ConfigError
-from megatron_hammer.base.system import processor_name
-from megatron_hammer.base.versions import installed_versions
 from megatron_hammer.config import Config, config_to_tree
 from megatron_hammer.metrics.tracked_run import TrackedRun
 from megatron_hammer.metrics.tracker_process import CLIENTS
@@ -81,19 +78,6 @@ def _reason(process: subprocess.Popen[str]) -> str:
         process.kill()
         return f"still at it after {CHECK_SECONDS:.0f} s"
     return "" if process.returncode == 0 else said.strip() or f"exit code {process.returncode}"
-
-
-def environment_of(device: str, ranks: int) -> dict[str, Any]:
-    """Where a run computes: versions, machine, device."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "host": platform.node(),
-        "device": device,
-        "processor": processor_name(),
-        "ranks": ranks,
-        "versions": installed_versions(),
-    }
 
 
 class Tracker:

@@ -36,6 +36,7 @@ from megatron_hammer.checkpoint.folder import newest_checkpoint
 from megatron_hammer.config import Config, to_yaml
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.verify.faults import KILLS, OTHERS, DrilledRun, Fault, newest_folder
+from megatron_hammer.verify.golden import make_predictable
 from megatron_hammer.verify.shrink import shrink
 
 STEPS_A_FAULT = 14  # what a fault lets the run do, about, and half as much again
@@ -125,7 +126,7 @@ def _write_dataset(prefix: Path, vocab_size: int, seed: int) -> None:
     with IndexedWriter(prefix, vocab_size=vocab_size) as writer:
         for _ in range(DOCUMENTS):
             tokens = draw.integers(0, vocab_size, int(draw.integers(20, LONGEST)))
-            tokens[1::2] = (tokens[::2][: len(tokens[1::2])] * 5 + 7) % vocab_size
+            make_predictable(tokens, vocab_size)
             writer.add(tokens, np.array([len(tokens)]))
 
 

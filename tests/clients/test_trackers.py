@@ -20,7 +20,8 @@ LOSS = 0.1 + 0.2  # a float that fewer than 17 digits do not tell
 START = """
 import sys
 from megatron_hammer.config import load_config
-from megatron_hammer.metrics.trackers import Trackers, check_trackers, environment_of
+from megatron_hammer.metrics.starts import environment_of
+from megatron_hammer.metrics.trackers import Trackers, check_trackers
 name, output, first, last = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 check_trackers([name])
 config = load_config("examples/configs/tiny.yaml", [f"log.trackers={name}", "log.trackers_offline=true",

@@ -1,4 +1,4 @@
-"""The limits of a step: the FLOPs are those of flops.py, the times those of the project's performance notes."""
+"""The limits of a step: the FLOPs are those of flops.py, the times those of a count made without this code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 
 
 def test_the_limits_of_the_1b4_model_on_an_h200() -> None:
-    """Milliseconds that were computed elsewhere (performance notes, section 2: 790 TFLOP/s and 4.3 TB/s)."""
+    """Milliseconds that were computed by hand, of products at 790 TFLOP/s and bytes at 4.3 TB/s."""
     overrides = ["model.vocab_size=105789", "train.micro_batch_size=8", "train.global_batch_size=8"]
     shape = StepShape.of(load_config(CONFIGS / "hammerllm_1b4.yaml", overrides), fused_accumulation=True)
     rates = Rates(790e12, 4.3e12)
@@ -27,7 +27,7 @@ def test_the_limits_of_the_1b4_model_on_an_h200() -> None:
     assert ms[budget.HEAD_PRODUCTS] == pytest.approx(27.0, abs=0.05)
     assert ms[budget.ATTENTION] == pytest.approx(11.5, abs=0.05)
     assert ms[budget.OPTIMIZER] == pytest.approx(11.1, abs=0.05)
-    # 45.25 hidden tensors of 67 MB a layer there; here 8.25 F fewer, for no product of SwiGLU is written twice.
+    # By hand 45.25 hidden tensors of 67 MB a layer; here 8.25 F fewer, for no product of SwiGLU is written twice.
     elementwise = ms[budget.NORM] + ms[budget.ROPE] + ms[budget.SWIGLU]
     assert elementwise == pytest.approx(22 * (45.25 - 2.75) * 67.1e6 / 4.3e9, rel=0.02)
 
