@@ -11,7 +11,7 @@ layer
     One decoder layer, the last of two, forward and backward on rank 0 of two, with sequence parallelism, fp32, and the
     fused CPU kernels. The gradient hooks of the optimizer run during backward, and count.
 sample
-    The first step of ``python -m megatron_hammer.train``, from the loop's call of ``_next_batches`` to the return of
+    The first step of ``python -m megatron_hammer.train``, from the loop's call of ``next_batches`` to the return of
     ``forward_backward``: reading, forward, loss and backward, one rank, the fused CPU kernels.
 checkpoint
     ``tools/checkpoint_to_hf.py`` on a checkpoint of three steps. The proof is a process of its own, and does not count.
@@ -228,7 +228,7 @@ def walk_sample(folder: Path) -> list[Function]:
     arguments = prepare_run(folder)
     from megatron_hammer.train.__main__ import main
 
-    recorder = Recorder(begin="_next_batches", end="forward_backward")
+    recorder = Recorder(begin="next_batches", end="forward_backward")
     with recorder.running():
         call(main, arguments)
     return recorder.functions()

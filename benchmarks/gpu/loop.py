@@ -57,9 +57,9 @@ class MeasuredRun(TrainLoop):
 
     points: Points
 
-    def _next_batches(self) -> Any:
+    def next_batches(self) -> Any:
         self.points.add()
-        batches = super()._next_batches()
+        batches = super().next_batches()
         self.points.add()
         return batches
 

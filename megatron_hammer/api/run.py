@@ -177,7 +177,7 @@ class Run:
         run = self._open
         if self.is_finished:
             raise self._no_steps_left()
-        return run._next_batches()
+        return run.next_batches()
 
     # ---- training --------------------------------------------------------------------------------------------------
 

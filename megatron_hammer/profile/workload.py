@@ -116,7 +116,7 @@ class Workload:
     def _batches(self) -> list[Batch[Tensor]]:
         if self.loop is None:
             return [self._random_batch() for _ in range(self.config.grad_accum(self.ctx.world.size))]
-        batches = self.loop._next_batches()
+        batches = self.loop.next_batches()
         consumed = self.loop.state.consumed_samples + self.config.train.global_batch_size
         self.loop.state = dataclasses.replace(self.loop.state, consumed_samples=consumed)
         return batches

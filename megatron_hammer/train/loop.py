@@ -230,7 +230,7 @@ class TrainLoop:
 
     # ---- one step's surroundings -----------------------------------------------------------------------------------
 
-    def _next_batches(self) -> list[Batch[Tensor]]:
+    def next_batches(self) -> list[Batch[Tensor]]:
         """This rank's micro-batches of the next step, on the device."""
         self.ctx.status.mark("reading samples")
         cp, batches = self.ctx.cp, self.batches.get(self.state.consumed_samples)
@@ -266,7 +266,7 @@ class TrainLoop:
         self.limits = limits = self.health.limits(step)
         holds = limits is not None and self.config.train.on_spike != "report"
         self.optimizer.limits = (limits.loss, limits.grad_norm) if limits is not None and holds else None
-        checks, batches = Checks(drift, corruption), self._next_batches()
+        checks, batches = Checks(drift, corruption), self.next_batches()
         return train_step(
             self.stages, self.optimizer, batches, self.config, step, self.ctx, self.micro_batch, checks, self.sources
         )

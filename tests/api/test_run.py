@@ -117,7 +117,7 @@ def test_an_error_in_a_step_closes_the_run_and_gives_the_lock_back(data: Path, w
         ):
             run.save()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainLoop, "_next_batches", lambda run: (_ for _ in ()).throw(OSError(5, "broken", "disk")))
+        patch.setattr(TrainLoop, "next_batches", lambda run: (_ for _ in ()).throw(OSError(5, "broken", "disk")))
         again = mh.open_run(config)
         assert again.steps_done == 3
         with pytest.raises(mh.DiskError, match=r"E601.*disk"):
