@@ -269,12 +269,22 @@ class ParallelConfig:
     timeout_seconds: Free[int] = 600
     """How long a rank waits for the others in one collective."""
 
+    @property
+    def divides_gradients(self) -> bool:
+        """Whether a rank keeps its shard of the gradients' sums alone, so that each micro-batch's are reduced."""
+        return self.shard != "optimizer"
+
+    @property
+    def divides_weights(self) -> bool:
+        """Whether a rank keeps its shard of the weights alone, so that each micro-batch gathers them."""
+        return self.shard == "weights"
+
     def check(self) -> None:
         """Raise ``ConfigError`` for impossible sizes."""
         sizes = [f.name for f in dataclasses.fields(self) if f.type in ("Free[int]", "Free[int | None]")]
         at_least("parallel", {name: getattr(self, name) for name in sizes}, 1)
         require(
-            self.reshard_after_forward or self.shard == "weights",
+            self.reshard_after_forward or self.divides_weights,
             "parallel.reshard_after_forward=false",
             "is for parallel.shard=weights only",
             "leave it out or set parallel.shard=weights",

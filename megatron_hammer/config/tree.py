@@ -561,7 +561,7 @@ def _compile_obstacle(config: Config) -> tuple[str, str, str]:
 def _shard_obstacle(config: Config) -> tuple[str, str, str]:
     """Why gradients or weights cannot be sharded (setting, rule, remedy), or empty strings."""
     kernels, what = config.kernels, f"parallel.shard={config.parallel.shard}"
-    if config.parallel.shard == "optimizer":
+    if not config.parallel.divides_gradients:
         return "", "", ""
     if kernels.layers == "te":
         rule = "is not for kernels.layers=te, whose modules hold weights and sums of gradients as they were made"

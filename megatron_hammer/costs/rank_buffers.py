@@ -37,10 +37,10 @@ class StageBuffers:
     """
 
     def __init__(self, config: Config, world_size: int, rank: int) -> None:
-        grid, by_part = config.grid(world_size), config.parallel.shard == "weights"
+        grid, by_part = config.grid(world_size), config.parallel.divides_weights
         self.config = config
         self.stages = list(zip(layouts_of(config, grid, rank), placements_of(config, grid, rank), strict=True))
-        self.whole = config.parallel.shard == "optimizer" or grid.shard == 1
+        self.whole = not config.parallel.divides_gradients or grid.shard == 1
         if self.whole:
             return
         nothing = Counter[str]()

@@ -78,15 +78,15 @@ def state_bytes(config: Config, world_size: int, rank: int = 0) -> dict[str, int
     where 12 is 8 in fp32, whose weights are the masters; of matrices that Muon updates, 4 less. Buckets are rounded up,
     which the numbers contain.
     """
-    grid, mode = config.grid(world_size), config.parallel.shard
+    grid, parallel = config.grid(world_size), config.parallel
     layouts, width = layouts_of(config, grid, rank), element_bytes(config)
     own = owned_elements(config, world_size, rank)
     elements = sum(layout.total for layout in layouts)
     sums = 1 + (most_waiting(config.grad_accum(world_size)) if config.train.deterministic_reduction == "tree" else 0)
     weights, gradients = width * elements, 4 * elements * sums
     return {
-        "weights": weights // grid.shard if mode == "weights" else weights,
-        "gradients": gradients if mode == "optimizer" else gradients // grid.shard,
+        "weights": weights // grid.shard if parallel.divides_weights else weights,
+        "gradients": gradients // grid.shard if parallel.divides_gradients else gradients,
         "optimizer": (8 if width == 4 else 12) * own - 4 * without_second_moment(config, world_size, rank),
     }
 
@@ -208,7 +208,7 @@ def _recomputed(config: Config, placements: Sequence[Placement]) -> int:
 
 def _data_parallel(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, str, int]]:
     """Gradients and weights, bucket by bucket; what other ranks sum of their shards; the loss."""
-    over, mode = "dp" if grid.copies == 1 else "shard", config.parallel.shard
+    over, parallel = "dp" if grid.copies == 1 else "shard", config.parallel
     micro_batches, placements = config.grad_accum(grid.world_size), placements_of(config, grid, rank)
     counted: Counter[tuple[str, str, int]] = Counter({("dp", "all-reduce", _table_bytes(config)): 1})
     tree = config.train.deterministic_reduction == "tree"
@@ -223,10 +223,9 @@ def _data_parallel(config: Config, grid: Grid, rank: int) -> Counter[tuple[str, 
         for bucket in layout.buckets:
             elements = bucket.stop - bucket.start
             part = layout.table[bucket.parameters[0]].part
-            gathers = 1 if mode != "weights" else micro_batches * _gathers(config, part, uses)
-            counted[over, "all-to-all" if tree else "reduce-scatter", 4 * elements] += (
-                1 if mode == "optimizer" else micro_batches
-            )
+            gathers = micro_batches * _gathers(config, part, uses) if parallel.divides_weights else 1
+            reductions = micro_batches if parallel.divides_gradients else 1
+            counted[over, "all-to-all" if tree else "reduce-scatter", 4 * elements] += reductions
             counted[over, "all-gather", element_bytes(config) * elements] += gathers
             counted["copies", "all-reduce", 4 * elements // grid.shard] += 1
         for axis, elements in _shared(layout).items():
@@ -281,7 +280,7 @@ def placements_of(config: Config, grid: Grid, rank: int) -> list[Placement]:
 def layouts_of(config: Config, grid: Grid, rank: int) -> list[BufferLayout]:
     """Where the store of each of a rank's stages puts its weights."""
     place, parallel = rank // grid.tp % grid.shard, config.parallel
-    by_part, size = parallel.shard == "weights", parallel.gradient_bucket_bytes
+    by_part, size = parallel.divides_weights, parallel.gradient_bucket_bytes
     block = FlatStore.block if config.train.deterministic_reduction == "off" else TreeStore.block
     placements = placements_of(config, grid, rank)
     return [_layout(config.model, at, size, grid.shard, place, by_part, block) for at in placements]

@@ -71,7 +71,7 @@ def rank_peak(
     backward = [list(_backward(config, at, backends, cp_rank)) for at in placements]
     head = _head(config, placements[-1], device) if placements[-1].has_head else 0
     rows, found = _rows(config, placements[-1]), list[tuple[int, int, int, int]]()
-    for moment in largest_moments(pipeline, _enough(config, config.grad_accum(world_size))):
+    for moment in largest_moments(pipeline, min(config.grad_accum(world_size), pipeline.steady_after)):
         own, gathered = moment.own, buffers.at(moment.own, moment.begun, moment.held)
         whole = sum(count * size for count, size in zip(moment.in_flight, kept, strict=True))
         others, messages = whole - kept[own], moment.messages * rows  # others: without what begins or ends
@@ -114,15 +114,6 @@ def ranks_that_differ(config: Config) -> list[int]:
         stages = config.pipeline(rank).stages
         seen.setdefault((0 in stages, len(split) - 1 in stages, *(split[stage] for stage in stages)), rank)
     return list(seen.values())
-
-
-def _enough(config: Config, accumulated: int) -> int:
-    """Micro-batches after which a pipeline keeps as much as it ever does; a step's own where there are fewer.
-
-    One that sends least, one message for each, keeps the most messages last.
-    """
-    pipeline = config.pipeline()
-    return min(accumulated, 2 * pipeline.ranks * (pipeline.stages_per_rank + 2))
 
 
 def _widened(config: Config, placements: Sequence[Placement]) -> int:

@@ -6,8 +6,8 @@ runs beside what::
 
     micro-batch    products, attention and what moves memory, one after the other; what recompute adds
     tp, cp         in the micro-batch; of tp what no product hides (``Division`` in kernels/linear.py)
-    pp             ranks wait (p - 1) / v micro-batches a step, and for the messages of as many; of the others for what
-                   takes longer than their computation
+    pp             ranks wait for ``Pipeline.bubble`` micro-batches a step, and for the messages of as many; of the
+                   others for what takes longer than their computation
     dp             reduction beside backward, of the last micro-batch or of each (``parallel.shard``), gathers beside
                    forward; what is longer than that is waited for
     optimizer      bytes of the states that the rank updates
@@ -143,9 +143,8 @@ def step_time(config: Config, world_size: int, machine: Machine) -> StepTime:
     busiest = max(each, key=lambda rank: sum(rank.micro_batch.values()))
     seconds = {part: accumulated * time for part, time in busiest.micro_batch.items()}
     one = sum(busiest.micro_batch.values())
-    bubble = (grid.pp - 1) / config.parallel.virtual_pipeline_stages
     message = max(rank.message for rank in each)
-    seconds[PIPELINE] = bubble * (one + 2 * message) + accumulated * max(0.0, message - one)
+    seconds[PIPELINE] = config.pipeline().bubble * (one + 2 * message) + accumulated * max(0.0, message - one)
     seconds[DATA] = max(rank.data_parallel(one) for rank in each)
     seconds[UPDATE] = max(rank.update for rank in each)
     gaps = machine.efficiency.gaps
@@ -189,9 +188,9 @@ class _RankTimes:
         parallel, accumulated = self.config.parallel, self.accumulated
         reduced = sum(self.times[axis, kind] for axis in ("dp", "shard") for kind in ("reduce-scatter", "all-to-all"))
         gathered = sum(self.times[axis, "all-gather"] for axis in ("dp", "shard"))
-        backward = 2 / 3 * micro_batch * (1 if parallel.shard == "optimizer" else accumulated)
+        backward = 2 / 3 * micro_batch * (accumulated if parallel.divides_gradients else 1)
         forward = 1 / 3 * micro_batch
-        if parallel.shard == "weights":  # forward and backward, but for backward's share that reduces
+        if parallel.divides_weights:  # forward and backward, but for backward's share that reduces
             forward = micro_batch * accumulated
             backward = max(0.0, backward - 2 / 3 * gathered)
         if not parallel.overlap_grad_reduce:

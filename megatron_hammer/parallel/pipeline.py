@@ -146,10 +146,22 @@ class Pipeline:
             held[own] = is_forward
             sent += action.sends(self.num_stages)
 
+    @property
+    def bubble(self) -> float:
+        """For how many micro-batches' time a rank waits in a step, with stages that all take as long."""
+        return (self.ranks - 1) / self.stages_per_rank
+
+    @property
+    def steady_after(self) -> int:
+        """Micro-batches after which a rank keeps as much as it ever does, however many a step has.
+
+        A rank that sends least, one message for each, keeps the most messages last.
+        """
+        return 2 * self.ranks * (self.stages_per_rank + 2)
+
     def idle_share(self, micro_batches: int) -> float:
-        """The part of a step in which a rank waits, with stages that all take as long."""
-        bubble = (self.ranks - 1) / self.stages_per_rank
-        return bubble / (micro_batches + bubble)
+        """The part of a step in which a rank waits."""
+        return self.bubble / (micro_batches + self.bubble)
 
 
 @lru_cache(maxsize=256)  # a search for layouts asks for the same many times

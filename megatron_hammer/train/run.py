@@ -133,7 +133,7 @@ def layout_line(config: Config, world_size: int) -> str:
     pipeline = "" if pp == 1 else f"PP {pp} x "
     sequence_parallel = " with sequence parallelism" if parallel.sequence_parallel else ""
     sharded = "" if parallel.shard_size is None else f" ({parallel.shard} sharded over {parallel.shard_size})"
-    if parallel.shard != "optimizer" and not sharded:
+    if parallel.divides_gradients and not sharded:
         sharded = f" ({parallel.shard} sharded)"
     context_parallel = f"CP {parallel.context_parallel_size} x " if parallel.context_parallel_size > 1 else ""
     return (
