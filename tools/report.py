@@ -55,7 +55,7 @@ def main() -> None:
     folders = [arguments.run, *([arguments.other] if arguments.other is not None else [])]
     output = arguments.output or arguments.run / "report.html"
 
-    def told(runs: Sequence[RunFacts]) -> None:
+    def say_written(runs: Sequence[RunFacts]) -> None:
         steps = ", ".join(f"{one.name} to step {one.metrics.last_step:,}" for one in runs)
         lost = sum(len(one.notes) + one.metrics.damaged + one.metrics.out_of_order for one in runs)
         noted = "; not all could be read, the page says what" if lost else ""
@@ -68,9 +68,9 @@ def main() -> None:
             continue_prompts(folder, arguments.prompt, arguments.new_tokens)
     if arguments.refresh is None:
         with Activity("writing the page"):
-            write_page(folders, output, arguments.language, arguments.pictures, None, told)
+            write_page(folders, output, arguments.language, arguments.pictures, None, say_written)
     else:  # which waits in between
-        write_page(folders, output, arguments.language, arguments.pictures, arguments.refresh, told)
+        write_page(folders, output, arguments.language, arguments.pictures, arguments.refresh, say_written)
 
 
 if __name__ == "__main__":

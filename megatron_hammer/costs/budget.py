@@ -61,7 +61,7 @@ GRADIENT_BYTES = 4  # fp32 sums, whatever the model's dtype
 
 @dataclass(frozen=True)
 class Cost:
-    """What a part needs in one step at least."""
+    """The least that a part of a step needs: operations, and bytes that are moved."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -75,7 +75,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device can do."""
+    """How fast a device is."""
 
     flops: float
     """Floating-point operations a second in a large matrix product."""

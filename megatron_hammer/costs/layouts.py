@@ -73,7 +73,7 @@ class PlannedLayout:
 
 @dataclass(frozen=True)
 class RejectedLayout:
-    """A candidate that is none."""
+    """A layout that was tried and cannot be used."""
 
     layout: str
     reason: str

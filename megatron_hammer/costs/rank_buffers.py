@@ -1,9 +1,9 @@
-"""What a rank that keeps shards only has gathered and not yet reduced, at each moment of a step that may be the worst.
+"""The memory of gathered weights and unreduced gradients, at each moment of a step that may be the worst.
 
-Where weights are sharded those of a part of the model are there while it computes, and of the part that comes next;
-where sums of gradients are, a bucket has room from its first gradient until the reduction of the one after it begins
-(``optim/store.py``), the last one of a micro-batch into the next. Moments of the last layer, whose activations are all
-there still::
+Only ranks that keep shards have any. Where weights are sharded those of a part of the model are there while it
+computes, and of the part that comes next; where sums of gradients are, a bucket has room from its first gradient until
+the reduction of the one after it begins (``optim/store.py``), the last one of a micro-batch into the next. Moments of
+the last layer, whose activations are all there still::
 
     begin       weights of the embedding and of the first layer; the last bucket of the micro-batch before
     forward     weights of the last layer and of what comes after it; the last bucket of the micro-batch before
@@ -30,7 +30,7 @@ MOMENTS = ("begin", "forward", "head", "down", "between", "gate_up", "earlier", 
 
 
 class StageBuffers:
-    """What a rank has beside its state, by moment and by what its stages are at.
+    """Bytes that a rank has gathered or not yet reduced, by moment and by what its stages are at.
 
     Args:
         rank: of ``world_size``.

@@ -64,7 +64,7 @@ ROW_STATISTICS = 12  # bytes a row of a chunk of logits: three fp32 numbers
 
 
 def element_bytes(config: Config) -> int:
-    """e."""
+    """Bytes of an element of the model's dtype: e."""
     return 4 if config.train.precision == "fp32" else 2
 
 
@@ -102,7 +102,7 @@ def _owned(layout: BufferLayout) -> int:
 
 
 def without_second_moment(config: Config, world_size: int, rank: int = 0) -> int:
-    """Those of them that have no second moment: matrices that Muon updates."""
+    """Those of ``owned_elements`` that have no second moment: of matrices that Muon updates."""
     if config.optimizer.style != "muon":
         return 0
     layouts = layouts_of(config, config.grid(world_size), rank)
@@ -150,7 +150,7 @@ def collectives(config: Config, world_size: int, rank: int, chunk_tokens: int) -
 
 
 def calls(config: Config, world_size: int, rank: int, chunk_tokens: int) -> Counter[tuple[str, str, int]]:
-    """(axis, kind, bytes) of the same, by what they are for, on axes of one rank too."""
+    """The same collectives as (axis, kind, bytes), by what they are for; those on axes of one rank, too."""
     grid = config.grid(world_size)
     counted: Counter[tuple[str, str, int]] = Counter()
     accumulated, placements = config.grad_accum(world_size), placements_of(config, grid, rank)
@@ -294,7 +294,7 @@ def _layout(
 
 
 def _table_bytes(config: Config) -> int:
-    """Of ``source_sums.py``."""
+    """Of the table of losses by source (``train/source_sums.py``)."""
     return 4 * BYTES_OF_SUM * max(1, len(config.data.train_prefixes))
 
 

@@ -12,7 +12,7 @@ Line = Mapping[str, float | bool | str | None]
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a client is told of a run before its first step."""
+    """The run, as a client gets it before its first step."""
 
     folder: str
     """Where the client keeps its files: OUT/trackers."""

@@ -16,7 +16,7 @@ BAR_CELLS = 16  # so that a window of 20 columns has it whole
 
 
 class RunView:
-    """The state between two steps.
+    """What the terminal view of a run knows between two steps.
 
     Args:
         num_steps: of the run.

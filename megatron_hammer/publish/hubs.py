@@ -22,7 +22,7 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 class Hub(Protocol):
-    """Where a folder goes."""
+    """A place that a model's folder can be published to."""
 
     def check(self) -> None:
         """Raise ``ConfigError`` where the upload cannot work: no library, no token, no such account."""
@@ -49,7 +49,7 @@ class HuggingFaceHub:
         if self._library.get_token() is None:
             remedy = "run hf auth login, or set HF_TOKEN to a token that may write (huggingface.co/settings/tokens)"
             raise ConfigError(91, "--to hf", "finds no token", remedy)
-        _asked(lambda: self._library.HfApi().whoami(), "--to hf", "run hf auth login again, or set another HF_TOKEN")
+        _answer(lambda: self._library.HfApi().whoami(), "--to hf", "run hf auth login again, or set another HF_TOKEN")
 
     def upload(self, folder: Path, message: str) -> str:
         """One commit, in a repository that is made where it is not there."""
@@ -61,7 +61,7 @@ class HuggingFaceHub:
             api.upload_folder(repo_id=self.repository, folder_path=str(folder), commit_message=message)
             return str(getattr(api, "endpoint", "https://huggingface.co"))
 
-        return f"{_asked(send, self.repository, remedy)}/{self.repository}"
+        return f"{_answer(send, self.repository, remedy)}/{self.repository}"
 
 
 class ModelScopeHub:
@@ -81,7 +81,7 @@ class ModelScopeHub:
         if not token:
             remedy = "set MODELSCOPE_API_TOKEN to an SDK token (modelscope.cn/my/myaccesstoken)"
             raise ConfigError(91, "--to modelscope", "finds no token", remedy)
-        _asked(lambda: self._api.login(token), "--to modelscope", "set another MODELSCOPE_API_TOKEN")
+        _answer(lambda: self._api.login(token), "--to modelscope", "set another MODELSCOPE_API_TOKEN")
 
     def upload(self, folder: Path, message: str) -> str:
         """One commit, in a repository that is made where it is not there."""
@@ -95,7 +95,7 @@ class ModelScopeHub:
                 repo_id=self.repository, folder_path=str(folder), commit_message=message, repo_type="model"
             )
 
-        _asked(send, self.repository, remedy)
+        _answer(send, self.repository, remedy)
         return f"https://www.modelscope.cn/models/{self.repository}"
 
 
@@ -158,7 +158,7 @@ def import_client(module: str, extra: str) -> Any:
         ) from None
 
 
-def _asked(ask: Any, what: str, remedy: str) -> Any:
+def _answer(ask: Any, what: str, remedy: str) -> Any:
     """The answer of a hub; what it refuses becomes one line, without the token.
 
     Raises:

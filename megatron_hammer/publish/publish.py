@@ -44,7 +44,7 @@ READ_BY_PEOPLE = 2**20  # bytes: larger files are weights and vocabularies, whic
 
 @dataclass(frozen=True)
 class Publication:
-    """What would go."""
+    """What would be published."""
 
     export: Path
     files: tuple[str, ...]

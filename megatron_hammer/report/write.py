@@ -67,15 +67,15 @@ def write_page(
     language: Language = "en",
     pictures: Path | None = None,
     refresh: float | None = None,
-    told: Callable[[Sequence[RunFacts]], None] = lambda runs: None,
+    written: Callable[[Sequence[RunFacts]], None] = lambda runs: None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[RunFacts]:
-    """Write the page, and the pictures where a folder is named for them; what the runs said.
+    """Write the page, and the pictures where a folder is named for them; returns what was read of the runs.
 
     Args:
         folders: of one run or two.
         refresh: seconds between two versions of the page, as long as one of the runs lives; None: one version.
-        told: called after each version that was written.
+        written: called after each version of the page, when it is on the disk.
 
     Raises:
         DataError: E380, E381: a run has no metrics.
@@ -99,7 +99,7 @@ def write_page(
                 for name, run in zip(names, runs, strict=True)
             )
             draw(charts_of(runs, names, chosen), pictures, source, chosen)
-        told(runs)
+        written(runs)
         if not goes_on or refresh is None:
             return runs
         sleep(max(refresh, LEAST_REFRESH_SECONDS))

@@ -42,7 +42,7 @@ from megatron_hammer.supervise.rank import rank_main
 from megatron_hammer.supervise.restart import Restarts
 from megatron_hammer.supervise.watch import GRACE_SECONDS, Failure, Rank, forward_signal, kill, watch
 
-GENERATIONS = 20  # of orphans' own children, which come to the launcher one after the other
+ORPHAN_ROUNDS = 20  # of orphans' own children, which come to the launcher one after the other
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def end_orphans(spared: set[int]) -> list[str]:
         what to say of each that does not end.
     """
     left: dict[int, str] = {}
-    for _ in range(GENERATIONS):
+    for _ in range(ORPHAN_ROUNDS):
         orphans = children_of(os.getpid()) - spared - left.keys()
         if not orphans:
             break

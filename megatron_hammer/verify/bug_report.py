@@ -135,9 +135,9 @@ def settings_lines(config: Config) -> Iterator[str]:
         hints = typing.get_type_hints(type(chosen))
         rows = [(f.name, getattr(chosen, f.name)) for f in dataclasses.fields(chosen)]
         default = {f.name: f.default for f in dataclasses.fields(chosen)}
-        told = [f"  {name}: {public(value, hints[name])}" for name, value in rows if value != default[name]]
-        if told:
-            yield from (f"{group.name}:", *told)
+        lines = [f"  {name}: {public(value, hints[name])}" for name, value in rows if value != default[name]]
+        if lines:
+            yield from (f"{group.name}:", *lines)
 
 
 def public(value: Any, hint: Any) -> Any:

@@ -311,5 +311,5 @@ def drill_summary(report: DrillReport) -> Sequence[str]:
     if not report.failed:
         return ["equal: every step's record and the final state are those of the undisturbed run, bit for bit"]
     wrong = sum(bool(strike.wrong) for strike in report.strikes)
-    lines = [f"DIFFERENT: {wrong} faults not borne as they should be, {len(report.differences)} differences"]
+    lines = [f"DIFFERENT: {wrong} faults were not survived as they should be, {len(report.differences)} differences"]
     return [*lines, *(f"  {text}" for text in report.differences[:12])]

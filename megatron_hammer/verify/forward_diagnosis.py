@@ -12,7 +12,7 @@ from megatron_hammer.config import Config
 from megatron_hammer.verify.compare import Evidence, off_by_log
 from megatron_hammer.verify.patterns import EXPLAINED, NOISE, explains, listed, whose
 from megatron_hammer.verify.points import first_wrong
-from megatron_hammer.verify.reading import Owners, Reading
+from megatron_hammer.verify.token_inputs import TokenInputs, TokenOwners
 from megatron_hammer.verify.tokens import BEHIND, cause_of_tokens
 from megatron_hammer.verify.what_if import losses_with_faults
 
@@ -61,7 +61,8 @@ def diagnose_tokens(evidence: Evidence, step: int = 1) -> list[str]:
     if not (place := first_wrong(ranks, expected, evidence.bound)):
         return [*sentences, BEHIND]
     shifts = np.where(wrong, got - right, 0.0)
-    if not sentences and (cause := cause_of_tokens(wrong, shifts, Reading.of(config, step).positions.ravel(), sizes)):
+    positions = TokenInputs.of(config, step).positions.ravel()
+    if not sentences and (cause := cause_of_tokens(wrong, shifts, positions, sizes)):
         sentences = [cause]
     return [*sentences, place]
 
@@ -101,10 +102,10 @@ def _which_tokens(config: Config, world_size: int, wrong: np.ndarray, step: int)
     """The tokens that differ by what they have in common, where the others have not."""
     if wrong.all():
         return ""
-    reading = Reading.of(config, step)
-    owners = Owners.of(config, world_size, reading)
+    inputs = TokenInputs.of(config, step)
+    owners = TokenOwners.of(config, world_size, inputs)
     local = config.placement().vocab_rows_local(config.model.vocab_size or 1)
-    inputs, labels = reading.tokens.numpy(), reading.labels.numpy()
+    tokens, labels = inputs.tokens.numpy(), inputs.labels.numpy()
     have = {
         "of data-parallel rank": owners.dp,
         "of micro-batch": owners.micro_batch + 1,
@@ -117,9 +118,9 @@ def _which_tokens(config: Config, world_size: int, wrong: np.ndarray, step: int)
         if len(values) < len(np.unique(of)) and wrong[np.isin(of, values)].mean() > 0.9:
             return f"only losses of tokens {what} {', '.join(map(str, values))} are wrong"
     # What is wrong with a token's embedding is wrong from it on to the end of its document.
-    ids, first_ids, whole = inputs // local, [], True
-    for sample, part in reading.parts():
-        off = np.flatnonzero(wrong.reshape(inputs.shape)[sample, part])
+    ids, first_ids, whole = tokens // local, [], True
+    for sample, part in inputs.parts():
+        off = np.flatnonzero(wrong.reshape(tokens.shape)[sample, part])
         whole &= len(off) == 0 or len(off) == part.stop - part.start - off[0]
         first_ids += [int(ids[sample, part][off[0]])] if len(off) else []
         whole &= len(off) == 0 or not (ids[sample, part][: off[0]] == first_ids[-1]).any()
@@ -129,7 +130,7 @@ def _which_tokens(config: Config, world_size: int, wrong: np.ndarray, step: int)
             "losses are wrong from the first token on whose embedding is in the vocabulary of tensor-parallel rank "
             f"{values[0]}"
         )
-    positions = reading.positions.ravel()
+    positions = inputs.positions.ravel()
     first = int(positions[wrong].min())
     if first and wrong[positions >= first].mean() > 0.9:
         reach = ": positions (RoPE), or keys" if first == 1 else ""

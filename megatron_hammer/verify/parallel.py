@@ -44,7 +44,6 @@ from megatron_hammer.verify.compare import (
 )
 from megatron_hammer.verify.diagnosis import diagnose
 from megatron_hammer.verify.outcome import INITIAL, Outcome, Piece, read_outcome
-from megatron_hammer.verify.reading import Reading
 from megatron_hammer.verify.reference import reference_steps
 from megatron_hammer.verify.shrink import STEPS, alone, exact_optimizer, shrink
 from megatron_hammer.verify.steps import (
@@ -52,6 +51,7 @@ from megatron_hammer.verify.steps import (
     precisions,
     take_steps,
 )
+from megatron_hammer.verify.token_inputs import TokenInputs
 from megatron_hammer.verify.tokens import compare_tokens
 
 RANK_ENTRY = "megatron_hammer.verify.steps:run_rank"
@@ -113,7 +113,7 @@ def prove_layout(config: Config, world_size: int, note: Callable[[str], None], r
     alone, initial = _one_process(small)
     note("transformers: the same in fp64")
     theirs, (exact, *_, last) = reference_steps(small, initial), (*names, *names)
-    positions = Reading.of(small).positions.ravel()
+    positions = TokenInputs.of(small).positions.ravel()
     compared = []
     for name in names:
         reference = alone.get(name, alone["fp32"])

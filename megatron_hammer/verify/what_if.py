@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from megatron_hammer.config import Config
 from megatron_hammer.verify.outcome import Piece
 from megatron_hammer.verify.patterns import Label
-from megatron_hammer.verify.reading import Loss, Owners, Reading, cross_entropy, positions_of
 from megatron_hammer.verify.reference import StepRule, build_model, reference_steps
+from megatron_hammer.verify.token_inputs import Loss, TokenInputs, TokenOwners, cross_entropy, positions_of
 
 # ---- losses under a fault --------------------------------------------------------------------------------------------
 
@@ -33,22 +33,22 @@ def losses_with_faults(
     config: Config, world_size: int, initial: dict[str, np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Each fault of the forward pass that is known, in words, and the loss of each token with it."""
-    reading, (model, weights) = Reading.of(config), build_model(config, initial)
-    for name, changed in _readings(config, world_size, reading):
+    inputs, (model, weights) = TokenInputs.of(config), build_model(config, initial)
+    for name, changed in _changed_inputs(config, world_size, inputs):
         yield name, changed.losses(model)
     for name, loss in _head_losses(config):
-        yield name, reading.losses(model, loss)
+        yield name, inputs.losses(model, loss)
     for name, changes in itertools.chain(_changed_weights(config), _other_layers(config, weights)):
         with _change(weights, changes) as any_changed:
             if any_changed:
-                yield name, reading.losses(model)
+                yield name, inputs.losses(model)
     scaling = config.model.rope_scaling
     if scaling is not None:
         plain = dataclasses.replace(config, model=dataclasses.replace(config.model, rope_scaling=None))
-        yield "RoPE is not scaled as model.rope_scaling says", reading.losses(build_model(plain, initial)[0])
+        yield "RoPE is not scaled as model.rope_scaling says", inputs.losses(build_model(plain, initial)[0])
 
 
-def _readings(config: Config, world_size: int, right: Reading) -> Iterator[tuple[str, Reading]]:
+def _changed_inputs(config: Config, world_size: int, right: TokenInputs) -> Iterator[tuple[str, TokenInputs]]:
     change, s = dataclasses.replace, config.data.seq_length
     if config.data.attention_mask == "document":
         whole = [[s] * config.train.micro_batch_size for _ in right.documents]
@@ -62,7 +62,7 @@ def _readings(config: Config, world_size: int, right: Reading) -> Iterator[tuple
     cut = change(right, documents=halves, positions=positions_of(halves))
     yield "attention does not reach from the second half of a document to the first", cut
     if config.parallel.context_parallel_size > 1:
-        places = Owners.of(config, world_size, right).place
+        places = TokenOwners.of(config, world_size, right).place
         yield "positions (RoPE) count the tokens of a context-parallel rank", change(right, positions=places)
     for factor in (2, 3):
         yield f"positions (RoPE) go in steps of {factor}", change(right, positions=right.positions * factor)
@@ -239,13 +239,13 @@ def second_losses(
     config: Config, initial: dict[str, np.ndarray], updated: dict[str, np.ndarray]
 ) -> Iterator[tuple[str, float]]:
     """What is as before the first update, in words, and the loss of the second step with it."""
-    reading, layers = Reading.of(config, 2), range(config.model.num_layers)
+    inputs, layers = TokenInputs.of(config, 2), range(config.model.num_layers)
     groups = {"all weights": set(updated)}
     groups |= {f"layer {i}": {t for t in updated if t.split(".")[2:3] == [str(i)]} for i in layers}
     groups |= {tensor: {tensor} for tensor in updated}
     for name, stale in groups.items():
         mixed = {tensor: (initial if tensor in stale else updated)[tensor] for tensor in updated}
-        yield name, float(reading.losses(build_model(config, mixed)[0]).mean())
+        yield name, float(inputs.losses(build_model(config, mixed)[0]).mean())
 
 
 # ---- parts of a gradient ---------------------------------------------------------------------------------------------
@@ -262,8 +262,8 @@ class Contributions:
     @classmethod
     def count(cls, config: Config, world_size: int, initial: dict[str, np.ndarray]) -> Contributions:
         """A weight's gradient is a sum over tokens, of what comes back to its output and its input; here by owner."""
-        reading, (model, weights) = Reading.of(config), build_model(config, initial)
-        owners = Owners.of(config, world_size, reading)
+        inputs, (model, weights) = TokenInputs.of(config), build_model(config, initial)
+        owners = TokenOwners.of(config, world_size, inputs)
         keys = np.stack((owners.dp, owners.micro_batch, owners.cp), -1)
         labels: list[Label] = [(int(a), int(b), int(c)) for a, b, c in np.unique(keys.reshape(-1, 3), axis=0)]
         group = np.zeros(owners.dp.shape, dtype=int)
@@ -276,12 +276,12 @@ class Contributions:
             if isinstance(module, torch.nn.Linear) and weight in weights:
                 found[weight] = np.zeros((len(labels), *module.weight.shape))
                 module.register_forward_hook(_hook(found[weight], now))
-        for sample, part in reading.parts():
+        for sample, part in inputs.parts():
             now["group"] = group[sample, part]
-            logits = model(reading.tokens[sample, part][None]).logits[0]
-            losses = cross_entropy(logits, reading.labels[sample, part])
+            logits = model(inputs.tokens[sample, part][None]).logits[0]
+            losses = cross_entropy(logits, inputs.labels[sample, part])
             losses = losses + config.train.z_loss * logits.logsumexp(-1).square()
-            (losses.sum() / reading.tokens.numel()).backward()  # type: ignore[no-untyped-call]
+            (losses.sum() / inputs.tokens.numel()).backward()  # type: ignore[no-untyped-call]
         return cls(labels, found)
 
     def times_in(self, piece: Piece, noise: float = 1e-3) -> np.ndarray | None:

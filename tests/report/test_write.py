@@ -115,7 +115,7 @@ def test_a_living_run_is_followed_to_its_end(tmp_path: Path) -> None:
             if len(steps) == 3:
                 fcntl.flock(lock, fcntl.LOCK_UN)
 
-        write_page([run], page, refresh=5.0, sleep=sleep, told=lambda runs: steps.append(runs[0].metrics.last_step))
+        write_page([run], page, refresh=5.0, sleep=sleep, written=lambda runs: steps.append(runs[0].metrics.last_step))
     assert steps == [3, 6, 9, 9] and '"refresh":null' in page.read_text() and "not running" in page.read_text()
 
 

@@ -27,11 +27,11 @@ from megatron_hammer.verify.compare import (
 )
 from megatron_hammer.verify.compare import whole_tensors as whole
 from megatron_hammer.verify.outcome import Outcome, Piece, read_outcome, write_outcome
-from megatron_hammer.verify.reading import Reading
 from megatron_hammer.verify.reference import reference_steps
 from megatron_hammer.verify.shrink import alone as alone_config
 from megatron_hammer.verify.shrink import shrink
 from megatron_hammer.verify.steps import take_steps
+from megatron_hammer.verify.token_inputs import TokenInputs
 from megatron_hammer.verify.tokens import compare_tokens
 from tests.distributed import run_distributed
 from tests.model.tiny import tiny_config
@@ -142,7 +142,7 @@ def alone(mask: str) -> Outcome:
 def test_faults_of_context_parallelism(fault: str, mask: str, what: str, cause: str) -> None:
     config, sizes = shared_config(mask), Sizes(1, 1, 2, 2)
     ranks, reference = run_distributed(2, faulty_steps, config, fault), alone(mask)
-    findings = compare_tokens(ranks, reference, Reading.of(config).positions.ravel(), BOUNDS["fp64"], sizes)[1]
+    findings = compare_tokens(ranks, reference, TokenInputs.of(config).positions.ravel(), BOUNDS["fp64"], sizes)[1]
     findings += compare_numbers(ranks, reference, NUMBER_BOUNDS["fp32"], sizes)[1]
     findings += compare_pieces(ranks, whole(reference.pieces), BOUNDS["fp64"], sizes)[1]
     if fault == "none":

@@ -29,7 +29,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Reading:
+class TokenInputs:
     """The inputs of a step's global batch: a row for each micro-batch, [.., b s], in which its samples come one after
     the other."""
 
@@ -41,7 +41,7 @@ class Reading:
     """Lengths of those of each row; a whole sample under a causal mask."""
 
     @classmethod
-    def of(cls, config: Config, step: int = 1) -> Reading:
+    def of(cls, config: Config, step: int = 1) -> TokenInputs:
         """As it should be."""
         windows, documents = global_batch(config, step)
         s, b = windows.shape[1] - 1, config.train.micro_batch_size
@@ -76,8 +76,8 @@ def positions_of(documents: list[list[int]]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Owners:
-    """Of each token of the global batch, in the rows of ``Reading``, the coordinates of the ranks that compute it."""
+class TokenOwners:
+    """The ranks that compute each token of the global batch, by their coordinates; rows as in ``TokenInputs``."""
 
     dp: np.ndarray
     micro_batch: np.ndarray
@@ -86,18 +86,18 @@ class Owners:
     """Among the tokens that the context-parallel rank has of the document."""
 
     @classmethod
-    def of(cls, config: Config, world_size: int, reading: Reading) -> Owners:
+    def of(cls, config: Config, world_size: int, inputs: TokenInputs) -> TokenOwners:
         """By the order of the loader and the split of samples."""
-        shape, dp_size = reading.positions.shape, config.data_parallel_size(world_size)
+        shape, dp_size = inputs.positions.shape, config.data_parallel_size(world_size)
         shards = config.parallel.context_parallel_size
         number = np.arange(shape[0])  # of a micro-batch, in the global batch
-        cp, place = np.zeros(shape, dtype=int), reading.positions.copy()
+        cp, place = np.zeros(shape, dtype=int), inputs.positions.copy()
         if shards > 1:
-            for row, lengths in enumerate(reading.documents):
+            for row, lengths in enumerate(inputs.documents):
                 ends = np.cumsum([0, *lengths]).astype(np.int32)
                 for rank, tokens in enumerate(token_index(ends, shards, config.data.attention_mask == "document")):
                     cp[row, tokens] = rank
-            for row, part in reading.parts():
+            for row, part in inputs.parts():
                 for rank in range(shards):
                     mine = cp[row, part] == rank
                     place[row, part][mine] = np.arange(mine.sum())
