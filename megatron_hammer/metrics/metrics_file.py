@@ -88,6 +88,16 @@ def finite(line: Mapping[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
 
 
+def split_key(key: str) -> tuple[str, str, str]:
+    """(kind, name, figure) of ``source/NAME/loss``, ``valid/NAME/loss`` or ``evaluation/NAME/loss``.
+
+    A name may hold slashes. One of the whole run has neither kind nor name: ("", "", "loss").
+    """
+    kind, slash, rest = key.partition("/")
+    name, _, figure = rest.rpartition("/")
+    return (kind, name, figure) if slash else ("", "", key)
+
+
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
     """Add a whole line, or leave the file as it was; what a killed process left of one is taken out."""
     there = b""

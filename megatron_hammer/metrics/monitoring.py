@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_hammer.metrics.metrics_file import split_key
 from megatron_hammer.metrics.tracked_run import Line, TrackedRun
 
 PREFIX = "hammer_"
@@ -60,8 +61,7 @@ Labels = tuple[tuple[str, str], ...]
 
 def series_of(key: str) -> tuple[str, Labels]:
     """The name, without prefix, and the labels of a key of metrics.jsonl: ``valid/zh/loss`` is valid_loss{set="zh"}."""
-    kind, _, rest = key.partition("/")
-    name, _, figure = rest.rpartition("/")
+    kind, name, figure = split_key(key)
     if kind in KINDS and name:
         return plain_name(f"{kind}_{figure}"), ((KINDS[kind], name),)
     return plain_name(key), ()

@@ -21,7 +21,7 @@ from megatron_hammer.base.paths import missing_remedy
 from megatron_hammer.base.pictures import COLOURS, MARKERS, check_png, new_figure, picture_sayer, save_png, tidy
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.reading import open_regular, parse_json
-from megatron_hammer.metrics.metrics_file import MAX_LINE_BYTES, METRICS
+from megatron_hammer.metrics.metrics_file import MAX_LINE_BYTES, METRICS, split_key
 from megatron_hammer.metrics.starts import read_starts
 
 MAX_POINTS = 4000  # more than a picture of this size has columns: longer runs are thinned
@@ -90,8 +90,7 @@ def _add_step(curves: Curves, line: bytes, where: str) -> None:
         curves.lr.append(_number(values["lr"]))
         curves.tokens = int(values.get("consumed_tokens", 0))
         for key, value in values.items():
-            kind, _, rest = key.partition("/")
-            name, _, figure = rest.rpartition("/")
+            kind, name, figure = split_key(key)
             if kind in ("valid", "source") and figure == "loss":
                 drawn = curves.valid if kind == "valid" else curves.sources
                 steps, losses = drawn.setdefault(name, ([], []))

@@ -19,7 +19,7 @@ from megatron_hammer.base.files import close_after, set_aside, writing
 from megatron_hammer.base.progress import say
 from megatron_hammer.base.terminal import View, can_redraw
 from megatron_hammer.config import Config
-from megatron_hammer.metrics.metrics_file import METRICS, MetricsFile, finite
+from megatron_hammer.metrics.metrics_file import METRICS, MetricsFile, finite, split_key
 from megatron_hammer.metrics.starts import STARTS, environment_of, note_start
 from megatron_hammer.metrics.trackers import Trackers
 from megatron_hammer.metrics.view import RunView
@@ -211,7 +211,7 @@ def _sentence(line: Mapping[str, Any], num_steps: int) -> str:
         parts.append(f"MFU {line['mfu']:.1%} ({line['mfu_causal']:.1%} causal)")
     if line["skipped"]:
         parts.append("skipped")
-    names = [key.split("/")[1] for key in line if key.startswith("valid/") and key.endswith("/loss")]
+    names = [name for kind, name, figure in map(split_key, line) if (kind, figure) == ("valid", "loss")]
     for name in names:
         loss, bits = line[f"valid/{name}/loss"], line[f"valid/{name}/bits_per_byte"]
         more = "" if bits is None else f", {bits:.3f} bits/byte"

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_hammer.base.language import sayer, span
 from megatron_hammer.base.terminal import Item
+from megatron_hammer.metrics.metrics_file import split_key
 
 SMOOTHED_STEPS = 20  # of the time of a step, for what is left: evaluations and saves count in it
 ENGLISH = sayer("en")  # as all that programs print
@@ -53,8 +54,7 @@ class RunView:
         self._seconds = taken if self._seconds is None else self._seconds + share * (taken - self._seconds)
         self._line = line
         for key, value in line.items():
-            kind, _, rest = key.partition("/")
-            name, _, figure = rest.rpartition("/")
+            kind, name, figure = split_key(key)
             if figure == "loss" and kind in ("source", "valid"):
                 (self._sources if kind == "source" else self._valid)[name] = _number(value, ".4f")
 

@@ -22,7 +22,7 @@ from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.reading import parse_json
 from megatron_hammer.checkpoint.manifest import Manifest, saved_model
 from megatron_hammer.config import Config, DataConfig, config_from_tree
-from megatron_hammer.metrics.metrics_file import METRICS, read_lines
+from megatron_hammer.metrics.metrics_file import METRICS, read_lines, split_key
 from megatron_hammer.model.parameters import count_parameters
 from megatron_hammer.sampling.mixes import PhaseMix, phase_mixes
 from megatron_hammer.sampling.sources import ENDING, source_names
@@ -72,7 +72,7 @@ def gather_facts(manifest: Manifest, run: Path | None, certificate: Mapping[str,
     for line in reversed(lines):
         if b'"valid/' in line:
             found = parse_json(line)
-            valid_step, valid = int(found["step"]), figures_of(found, "valid/")
+            valid_step, valid = int(found["step"]), figures_of(found, "valid")
             break
     evaluated = [] if run is None else _lines(run / EVALUATIONS, manifest.step)
     evaluation = parse_json(evaluated[-1]) if evaluated else {}
@@ -109,11 +109,11 @@ def _is_figure(value: Any) -> bool:
 
 
 def figures_of(line: Mapping[str, Any], kind: str) -> dict[str, dict[str, float]]:
-    """``valid/NAME/FIGURE`` of a line as NAME -> FIGURE -> value; what is not finite is left out."""
+    """The figures of a kind (``valid``, ``source``) as name -> figure -> value; what is not finite is left out."""
     found: dict[str, dict[str, float]] = {}
     for key, value in line.items():
-        if key.startswith(kind) and _is_figure(value):
-            name, _, figure = key.removeprefix(kind).rpartition("/")
+        of, name, figure = split_key(key)
+        if of == kind and _is_figure(value):
             found.setdefault(name, {})[figure] = value
     return found
 
@@ -125,7 +125,7 @@ def _tokens_read(lines: Sequence[bytes], names: Sequence[str]) -> dict[str, int]
         if len(found) == len(names):
             break
         if b'"source/' in line:
-            for name, figures in figures_of(parse_json(line), "source/").items():
+            for name, figures in figures_of(parse_json(line), "source").items():
                 if name in names and "tokens" in figures:
                     found.setdefault(name, int(figures["tokens"]))
     return found

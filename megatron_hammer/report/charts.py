@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_hammer.base.html_page import visible
 from megatron_hammer.base.language import Say
+from megatron_hammer.metrics.metrics_file import split_key
 from megatron_hammer.report.curves import MetricsReader, Thinned, thin
 from megatron_hammer.report.gather import RunFacts
 
@@ -106,8 +107,9 @@ def _several(
     found: list[tuple[int, str, str, MetricsReader]] = []
     for run, reader in enumerate(readers):
         for key in reader.curves if reader is not None else ():
-            group, _, rest = key.partition("/")
-            name, _, last = rest.rpartition("/") if figure else (rest, "", "")
+            group, name, last = split_key(key)
+            if not figure:
+                name, last = key.removeprefix(f"{group}/"), ""
             if group == kind and last == figure and reader is not None:
                 found.append((run, name, key, reader))
     places = {name: i for i, name in enumerate(dict.fromkeys(name for _, name, _, _ in found))}

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from megatron_hammer.base.reading import open_regular, parse_json
-from megatron_hammer.metrics.metrics_file import MAX_LINE_BYTES, longest_rising
+from megatron_hammer.metrics.metrics_file import MAX_LINE_BYTES, longest_rising, split_key
 
 SINGLE = ("loss", "grad_norm", "lr", "tokens_per_second", "mfu", "mfu_causal", "memory_bytes", "consumed_tokens",
           "consumed_samples")  # fmt: skip
@@ -143,10 +143,11 @@ class MetricsReader:
     def _is_drawn(self, key: str) -> bool:
         if key in SINGLE or key in self.curves:
             return True
-        kind, _, rest = key.partition("/")
-        if kind not in self._names or not rest:
+        kind, name, figure = split_key(key)
+        if kind not in self._names or not figure:
             return False
-        name = rest if kind == "evaluation" else rest.rpartition("/")[0]
+        if kind == "evaluation":  # where a figure of a user's own program has any name
+            name = key.removeprefix("evaluation/")
         known = self._names[kind]
         if name not in known and len(known) >= MOST_NAMES:
             self.left_out.add(f"{kind}/{name}")

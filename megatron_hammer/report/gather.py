@@ -28,7 +28,7 @@ from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.config import Config, config_from_tree
 from megatron_hammer.config.phases import Course
 from megatron_hammer.metrics.generations import GENERATIONS, Generation, read_generations
-from megatron_hammer.metrics.metrics_file import METRICS
+from megatron_hammer.metrics.metrics_file import METRICS, split_key
 from megatron_hammer.metrics.plot import run_near
 from megatron_hammer.metrics.starts import read_starts
 from megatron_hammer.report.curves import MetricsReader
@@ -170,12 +170,11 @@ def _settings(facts: RunFacts) -> None:
     if not facts.tree:
         return
     facts.config = config = config_from_tree(facts.tree, facts.notes.append)
-    prefix, figure = "source/", "/tokens"
-    read = {
-        key[len(prefix) : -len(figure)]: int(value)
-        for key, value in facts.metrics.last.items()
-        if key.startswith(prefix) and key.endswith(figure)
-    }
+    read = {}
+    for key, value in facts.metrics.last.items():
+        kind, name, figure = split_key(key)
+        if (kind, figure) == ("source", "tokens"):
+            read[name] = int(value)
     facts.mixes = phase_mixes(config.data, read)
     consumed = facts.metrics.last.get("consumed_samples")
     facts.course = config.course(facts.metrics.last_step, consumed) if isinstance(consumed, int) else config.course()
