@@ -43,7 +43,7 @@ def model_card(facts: Facts, tree: Mapping[str, Any], wishes: Wishes) -> str:
     Args:
         tree: the export's config.json.
     """
-    parts = [_header(facts, tree, wishes), f"# {wishes.name}\n\n[中文](#中文)"]
+    parts = [_header(tree, wishes), f"# {wishes.name}\n\n[中文](#中文)"]
     if wishes.description:
         parts.append(wishes.description.strip())
     parts += _sections(facts, tree, wishes, sayer("en"))
@@ -52,7 +52,7 @@ def model_card(facts: Facts, tree: Mapping[str, Any], wishes: Wishes) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _header(facts: Facts, tree: Mapping[str, Any], wishes: Wishes) -> str:
+def _header(tree: Mapping[str, Any], wishes: Wishes) -> str:
     """What hubs read: YAML, written by hand so that its order is that of the fields' weight."""
     chosen = wishes.license or "unknown"
     lines = ["---", f"license: {chosen if chosen in LICENSES else 'other'}"]
@@ -67,7 +67,7 @@ def _header(facts: Facts, tree: Mapping[str, Any], wishes: Wishes) -> str:
 
 def _sections(facts: Facts, tree: Mapping[str, Any], wishes: Wishes, say: Say) -> list[str]:
     parts = [_opening(facts, tree, say)]
-    parts += ["## " + say("Use", "使用"), _use(wishes, say), "## " + say("Model", "模型"), _model(facts, tree, say)]
+    parts += ["## " + say("Use", "使用"), _use(wishes), "## " + say("Model", "模型"), _model(facts, tree, say)]
     parts += ["## " + say("Training", "训练"), _training(facts, say)]
     if facts.phases:
         parts += ["## " + say("Data", "数据"), *_data(facts, say)]
@@ -98,7 +98,7 @@ def _opening(facts: Facts, tree: Mapping[str, Any], say: Say) -> str:
     )
 
 
-def _use(wishes: Wishes, say: Say) -> str:
+def _use(wishes: Wishes) -> str:
     where = wishes.repository or "PATH_OF_THIS_FOLDER"
     lines = [
         "```python",

@@ -35,7 +35,7 @@ from megatron_hammer.base.tables import align
 from megatron_hammer.checkpoint.folder import newest_checkpoint
 from megatron_hammer.config import Config, to_yaml
 from megatron_hammer.dataset.writer import IndexedWriter
-from megatron_hammer.verify.faults import KILLS, OTHERS, DrilledRun, Fault, newest_folder
+from megatron_hammer.verify.faults import KILLS, OTHERS, DrilledRun, Fault, newest_folder, steps_done
 from megatron_hammer.verify.golden import make_predictable
 from megatron_hammer.verify.shrink import shrink
 
@@ -174,7 +174,7 @@ class Drill:
         self._note("to the end")
         code, said = self._finish(self._start(drilled))
         if code:
-            strikes.append(Strike("none", _steps(drilled), code, said, "does not go on after the faults"))
+            strikes.append(Strike("none", steps_done(drilled), code, said, "does not go on after the faults"))
         return DrillReport(strikes, [] if code else list(run_differences(reference, drilled)), self._left_out)
 
     def _start(self, output: Path, limited: bool = False) -> subprocess.Popen[str]:
@@ -217,7 +217,7 @@ class Drill:
         last = newest_checkpoint(output / "checkpoints") if run.committed else None
         if run.committed and (last is None or last.step < run.committed):
             wrong = f"the checkpoint of step {run.committed} was committed, and is gone"
-        return Strike(fault.name, _steps(output), code, said, wrong)
+        return Strike(fault.name, steps_done(output), code, said, wrong)
 
     def _start_on_damage(self, fault: Fault, run: DrilledRun) -> Strike:
         """A start on damaged files: it passes over them, or refuses where the config says so, and they are moved."""
@@ -230,7 +230,7 @@ class Drill:
         else:
             wrong = "" if code == 4 else f"exit code {code}, not 4: checkpoint.fallback=false"
             newest_folder(run.output).rename(run.output / f"damaged-{started}")
-        return Strike(fault.name, _steps(run.output), code, said, wrong)
+        return Strike(fault.name, steps_done(run.output), code, said, wrong)
 
 
 def outliving(pids: set[int]) -> list[int]:
@@ -244,11 +244,6 @@ def outliving(pids: set[int]) -> list[int]:
 def _lives(pid: int) -> bool:
     process = find_process(pid)
     return process is not None and process.state != "Z"
-
-
-def _steps(output: Path) -> int:
-    path = output / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def run_differences(reference: Path, drilled: Path) -> Iterator[str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_hammer.base.system import command_of, parents
 from megatron_hammer.checkpoint.folder import find_checkpoints, step_of
+from megatron_hammer.metrics.metrics_file import METRICS
 
 POLL_SECONDS = 0.002  # a step of a shrunk model takes some ten milliseconds
 SAVE_SECONDS = 0.02  # into a save: one of a shrunk model takes about as long
@@ -44,10 +45,8 @@ class DrilledRun:
                 os.kill(pid, number)
 
     def steps(self) -> int:
-        """Steps whose numbers are in metrics.jsonl."""
-        with contextlib.suppress(OSError):
-            return (self.output / "metrics.jsonl").read_bytes().count(b"\n")
-        return 0
+        """How many are done."""
+        return steps_done(self.output)
 
     def wait_for(self, condition: Callable[[], bool]) -> bool:
         """Until it holds; False where the run ends before."""
@@ -74,6 +73,13 @@ class Fault:
     """It is done to the files of a run that does not run, and the next start must come to terms with it."""
     file_limit: bool = False
     """The run may write files up to a size only, which a checkpoint's exceed."""
+
+
+def steps_done(output: Path) -> int:
+    """Steps of a run whose numbers are in metrics.jsonl; 0 where that is not there yet."""
+    with contextlib.suppress(OSError):
+        return (output / METRICS).read_bytes().count(b"\n")
+    return 0
 
 
 def descendants(pid: int) -> list[int]:
