@@ -109,7 +109,7 @@ def purpose_of(path: Path) -> str:
     return " ".join(found[1].split()).rstrip(".:") + "."
 
 
-def help_text() -> str:
+def overview() -> str:
     """All sub-commands with what they are for."""
     rows = {name: what for name, (_, what) in MODULES.items()}
     rows |= {name: purpose_of(path) for name, path in programs(tools_folder()).items()}
@@ -270,7 +270,7 @@ def main() -> NoReturn:
         sys.argv[0] = "hammer help"
         _end(lambda: explain(words[1:]))
     if not words or words[0] in ("-h", "--help", "help") or words in (["completion", "-h"], ["completion", "--help"]):
-        _end(help_text)
+        _end(overview)
     if words[0] in ("-V", "--version"):
         _end(_version)
     name = words[0].replace("_", "-").removesuffix(".py")

@@ -127,7 +127,7 @@ def test_an_unknown_name_is_answered_by_the_nearest(hammer: Callable[..., tuple[
 
 def test_the_list_imports_no_program() -> None:
     code = (
-        "import sys; from megatron_hammer.command import help_text; help_text(); "
+        "import sys; from megatron_hammer.command import overview; overview(); "
         "sys.exit(str({m.split('.')[0] for m in sys.modules} & {'torch', 'numpy', 'yaml', 'argparse', 'orjson'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

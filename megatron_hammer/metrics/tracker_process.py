@@ -202,7 +202,7 @@ def import_library(name: str) -> Any:
     return library
 
 
-def is_missing(name: str, error: BaseException) -> bool:
+def is_not_installed(name: str, error: BaseException) -> bool:
     """Whether the library itself, not something that it needs, is not installed."""
     absent = error.name if isinstance(error, ModuleNotFoundError) else None
     return absent is not None and any(f"{module}.".startswith(f"{absent}.") for module in CLIENTS[name].modules)
@@ -252,7 +252,7 @@ def main() -> int:
         else:
             serve(name, TrackedRun(**json.loads(sys.stdin.readline())))
     except BaseException as error:
-        reason = "missing" if is_missing(name, error) else " ".join(f"{type(error).__name__}: {error}".split())
+        reason = "missing" if is_not_installed(name, error) else " ".join(f"{type(error).__name__}: {error}".split())
         answer.write(reason[:500] + "\n")
         return 1
     return 0

@@ -18,7 +18,7 @@ from megatron_hammer.metrics.metrics_file import split_key
 from megatron_hammer.report.curves import MetricsReader, Thinned, thin
 from megatron_hammer.report.gather import RunFacts
 
-COLOURS = 6  # of report.css
+NUM_COLOURS = 6  # of report.css and of base/pictures.py
 DASHES = ("", "7 4", "2 3", "9 3 2 3")
 """Of the first and the second run; of a chart's curves beyond the colours, the same again."""
 SINGLE_COLOURS = (0, 1)  # of the two runs where a chart has one curve of each
@@ -118,8 +118,8 @@ def _several(
         thinned = thin(*reader.values(key), reader.points_of_a_curve())
         if thinned.steps:
             shown = name if len(readers) == 1 else f"{name} · {names[run]}"
-            dash = DASHES[(run + 2 * (places[name] // COLOURS)) % len(DASHES)]
-            curves.append(ChartCurve(run, shown, thinned, places[name] % COLOURS, dash))
+            dash = DASHES[(run + 2 * (places[name] // NUM_COLOURS)) % len(DASHES)]
+            curves.append(ChartCurve(run, shown, thinned, places[name] % NUM_COLOURS, dash))
     return Chart(id, title, tuple(curves), is_signed=kind == "evaluation")
 
 
@@ -140,15 +140,14 @@ def draw(charts: Sequence[Chart], folder: Path, source: str, say: Say) -> list[P
     """
     from matplotlib.ticker import MaxNLocator
 
-    from megatron_hammer.base.pictures import COLOURS as PALETTE
-    from megatron_hammer.base.pictures import SMALL_POINTS, new_figure, save_png, tidy
+    from megatron_hammer.base.pictures import COLOURS, SMALL_POINTS, new_figure, save_png, tidy
 
     paths = []
     for chart in charts:
         figure = new_figure(4.5, chart.title, source)
         axes = figure.subplots()
         for drawn in chart.curves:
-            curve, colour = drawn.curve, PALETTE[drawn.colour]
+            curve, colour = drawn.curve, COLOURS[drawn.colour]
             style = "-" if not drawn.dash else (0, tuple(float(n) / 2 for n in drawn.dash.split()))
             marker = "o" if len(curve.steps) <= 60 else None
             axes.plot(curve.steps, curve.mean, color=colour, linewidth=1.3, linestyle=style, label=drawn.name,

@@ -25,7 +25,7 @@ from megatron_hammer.metrics.monitoring import (
     series_of,
 )
 from megatron_hammer.metrics.tracked_run import TrackedRun
-from megatron_hammer.metrics.tracker_process import CLIENTS, is_missing
+from megatron_hammer.metrics.tracker_process import CLIENTS, is_not_installed
 from tests.model.tiny import tiny_config
 
 MONITORING = Path(__file__).parents[2] / "examples" / "monitoring"
@@ -251,7 +251,7 @@ def test_a_jump_that_lasts_raises_an_alert_and_noise_does_not(alert: str) -> Non
 def test_what_a_missing_library_is() -> None:
     for name, module in (("prometheus", "prometheus_client"), ("opentelemetry", "opentelemetry"),
                          ("opentelemetry", "opentelemetry.exporter"), ("wandb", "wandb")):  # fmt: skip
-        assert is_missing(name, ModuleNotFoundError(f"No module named {module!r}", name=module))
-    assert not is_missing("wandb", ModuleNotFoundError("No module named 'x'", name="x"))
-    assert not is_missing("wandb", ImportError("x"))
+        assert is_not_installed(name, ModuleNotFoundError(f"No module named {module!r}", name=module))
+    assert not is_not_installed("wandb", ModuleNotFoundError("No module named 'x'", name="x"))
+    assert not is_not_installed("wandb", ImportError("x"))
     assert "opentelemetry-exporter-otlp-proto-http" in CLIENTS["opentelemetry"].packages
