@@ -90,7 +90,7 @@ def rank_main(rank: int, store: str, config: Config, steps: int, results: Any) -
     for _ in range(steps + 1):  # the first is a warm-up
         dist.barrier()
         start = time.perf_counter()
-        accumulate(stages, optimizer, batches, ctx)
+        accumulate(stages, optimizer, batches, config, ctx)
         dist.barrier()
         seconds.append(time.perf_counter() - start)
         optimizer.clip_grad_norm(1.0)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from megatron_hammer.config import Config
 from megatron_hammer.model.llama import Stage
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.parallel.collectives import all_reduce, start_receive, start_send
@@ -31,33 +32,29 @@ from megatron_hammer.train.corruption import CorruptionCheck, Pass
 from megatron_hammer.train.source_sums import ONE_SOURCE, Sources, sum_by_source
 
 
-def pipeline_of(stages: Sequence[Stage], ctx: ParallelContext) -> Pipeline:
-    """The pipeline that this rank's stages are a part of."""
-    return Pipeline(ctx.pp.rank, ctx.pp.size, len(stages))
-
-
 def pipelined_forward_backward(
     stages: Sequence[Stage],
     optimizer: Optimizer,
     micro_batches: Sequence[Batch[Tensor]],
+    config: Config,
     ctx: ParallelContext,
-    z_loss: float = 0.0,
     sources: Sources = ONE_SOURCE,
     corruption: CorruptionCheck | None = None,
 ) -> Tensor:
-    """``schedules.forward_backward`` for the stages of this rank: 1F1B.
+    """``schedules.forward_backward`` for the stages of this rank, in the order of its ``Config.pipeline``.
 
     Returns:
         The table of ``source_sums.py``, the same on all ranks. Communicates over dp and pp.
     """
     whole = schedules.sum_of_weights(micro_batches, optimizer, ctx)
     share = optimizer.scaler.scale / whole  # of a token of weight 1
-    pipeline = pipeline_of(stages, ctx)
+    pipeline, z_loss = config.pipeline(ctx.pp.rank), config.train.z_loss
     if corruption is not None:
-        _run(pipeline.alone(), stages, optimizer, micro_batches[:1], ctx, share, z_loss, corruption.alone)
+        order = pipeline.alone()
+        _run(pipeline, order, stages, optimizer, micro_batches[:1], ctx, share, z_loss, corruption.alone)
     again = None if corruption is None else corruption.again
     order = pipeline.training(len(micro_batches))
-    done, losses = _run(order, stages, optimizer, micro_batches, ctx, share, z_loss, again)
+    done, losses = _run(pipeline, order, stages, optimizer, micro_batches, ctx, share, z_loss, again)
     table = sum_by_source(done, losses, sources, ctx.device)
     all_reduce(table, ctx.dp)
     all_reduce(table, ctx.pp)  # of the last stage alone
@@ -65,6 +62,7 @@ def pipelined_forward_backward(
 
 
 def _run(
+    pipeline: Pipeline,
     order: Sequence[Action],
     stages: Sequence[Stage],
     optimizer: Optimizer,
@@ -85,7 +83,6 @@ def _run(
     done: list[Batch[Tensor]] = []
     losses: list[Tensor] = []
     stores, last = optimizer.store.of_stages, len(micro_batches) - 1
-    pipeline = pipeline_of(stages, ctx)
     messages = Messages(pipeline, order, stages, micro_batches, ctx.links)
     kept: dict[tuple[int, int], tuple[Tensor | None, Tensor | GradientEdge]] = {}
     for action, arrived in messages.in_turn():
@@ -128,7 +125,7 @@ def pipelined_losses(
     take: Callable[[Batch[Tensor], Tensor], None],
 ) -> None:
     """Losses [b, s] of batches of any shape; ``take(batch, losses)`` gets them on the ranks of the last stage."""
-    pipeline = pipeline_of(stages, ctx)
+    pipeline = Pipeline(ctx.pp.rank, ctx.pp.size, len(stages))
     messages = Messages(pipeline, pipeline.evaluation(len(micro_batches)), stages, micro_batches, ctx.links)
     for action, arrived in messages.in_turn():
         batch, stage = micro_batches[action.micro_batch], stages[action.stage // pipeline.ranks]

@@ -62,8 +62,8 @@ def accumulate(
     model: Model,
     optimizer: Optimizer,
     micro_batches: Sequence[Batch[Tensor]],
+    config: Config,
     ctx: ParallelContext,
-    z_loss: float = 0.0,
     run: MicroBatch = micro_batch,
     sources: Sources = ONE_SOURCE,
     corruption: CorruptionCheck | None = None,
@@ -74,9 +74,9 @@ def accumulate(
         mean loss of the global batch, fp32 device scalar, and the table that it is made of (``source_sums.py``).
     """
     if ctx.pp.size > 1:
-        table = pipelined_forward_backward(stages_of(model), optimizer, micro_batches, ctx, z_loss, sources, corruption)
+        table = pipelined_forward_backward(stages_of(model), optimizer, micro_batches, config, ctx, sources, corruption)
     else:
-        (whole,) = stages_of(model)
+        (whole,), z_loss = stages_of(model), config.train.z_loss
         table = forward_backward(whole, optimizer, micro_batches, ctx, z_loss, run, sources, corruption)
     return mean_loss(table), table
 
@@ -99,7 +99,7 @@ def train_step(
         checks: those that it is time for.
         sources: by which losses are summed.
     """
-    loss, by_source = accumulate(model, optimizer, micro_batches, ctx, config.train.z_loss, run, sources, checks.twice)
+    loss, by_source = accumulate(model, optimizer, micro_batches, config, ctx, run, sources, checks.twice)
     grad_norm = optimizer.clip_grad_norm(config.optimizer.clip_grad)
     lr = learning_rate(config, step)
     found = checks.before_update(step, optimizer)

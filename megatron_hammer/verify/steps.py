@@ -76,7 +76,7 @@ def take_steps(config: Config, ctx: ParallelContext, dtype: torch.dtype, checkpo
         # Looked at in fp64 alone, which only the diagnosis needs: what runs then is never compiled, nor a CUDA graph.
         watch = ForwardWatch(batches)
         with watch.on(stages_of(model) if dtype == torch.float64 else []):
-            loss, table = accumulate(model, optimizer, batches, ctx, config.train.z_loss, run, Sources(SOURCES))
+            loss, table = accumulate(model, optimizer, batches, config, ctx, run, Sources(SOURCES))
         if dtype == torch.float64:
             in_steps.append(_forward_of(watch, config, step, ctx))
         norm = optimizer.clip_grad_norm(config.optimizer.clip_grad)
