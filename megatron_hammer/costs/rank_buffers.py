@@ -26,7 +26,7 @@ from megatron_hammer.costs.rank_costs import element_bytes, is_tied, layouts_of,
 from megatron_hammer.optim.layout import BufferLayout
 from megatron_hammer.parallel.placement import Placement
 
-MOMENTS = ("begin", "forward", "head", "down", "between", "gate_up", "earlier", "end")
+INSTANTS = ("begin", "forward", "head", "down", "between", "gate_up", "earlier", "end")
 
 
 class StageBuffers:
@@ -56,10 +56,10 @@ class StageBuffers:
 
         Args:
             own: which stage it is.
-            begun, held: of each stage, as in ``parallel.pipeline.Moment``.
+            begun, held: of each stage, as in ``parallel.pipeline.Instant``.
         """
         if self.whole:
-            return dict.fromkeys(MOMENTS, 0)
+            return dict.fromkeys(INSTANTS, 0)
         others = sum(
             begun[n] * self.waiting[n] + held[n] * self.between[n] for n in range(len(self.stages)) if n != own
         )
@@ -126,7 +126,7 @@ def _weights(config: Config, layout: BufferLayout, at: Placement, held: bool) ->
     stay = kept or (sum(layers[-1:]) + parts["final_norm"] if at.has_head else 0)  # from forward to their backward
     found = {"forward": max(kept, sum(layers[-1:])) + following, "head": stay + head, "end": sum(layers[:1])}
     found["begin"] = max(held * kept, sum(layers[:1])) + parts["embedding"]
-    return Counter({name: size * found.get(name, here) for name in MOMENTS})
+    return Counter({name: size * found.get(name, here) for name in INSTANTS})
 
 
 def _bucket(layout: BufferLayout, name: str) -> int:

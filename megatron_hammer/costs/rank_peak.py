@@ -13,7 +13,7 @@ groups of d, v rows of the vocabulary of this rank, c tokens of a chunk of logit
     attention  under context parallelism, the gradients of the keys and values of all ranks in fp32
     begin, end where rows are few beside what is gathered: the embedding's part of a micro-batch, and 2 R h
 
-Of a rank of a pipeline these are asked at each action of a step (``Pipeline.moments``), with the micro-batches of each
+Of a rank of a pipeline these are asked at each action of a step (``Pipeline.instants``), with the micro-batches of each
 of its stages that are in flight then, the messages received ahead, and those sent whose arrival nobody has waited for.
 
 On a CPU pages that a rank once had stay with it: those of buckets go from one to the next (``base/pages.py``), those of
@@ -41,7 +41,7 @@ from megatron_hammer.kernels.backend import Backend
 from megatron_hammer.kernels.linear_cross_entropy import CHUNK_TOKENS
 from megatron_hammer.kernels.selection import COMPUTE_DTYPES, TABLES
 from megatron_hammer.model.recompute import activation_bytes, keys_seen
-from megatron_hammer.parallel.pipeline import largest_moments
+from megatron_hammer.parallel.pipeline import largest_instants
 from megatron_hammer.parallel.placement import Placement
 
 WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer"
@@ -71,11 +71,11 @@ def rank_peak(
     backward = [list(_backward(config, at, backends, cp_rank)) for at in placements]
     head = _head(config, placements[-1], device) if placements[-1].has_head else 0
     rows, found = _rows(config, placements[-1]), list[tuple[int, int, int, int]]()
-    for moment in largest_moments(pipeline, min(config.grad_accum(world_size), pipeline.steady_after)):
-        own, gathered = moment.own, buffers.at(moment.own, moment.begun, moment.held)
-        whole = sum(count * size for count, size in zip(moment.in_flight, kept, strict=True))
-        others, messages = whole - kept[own], moment.messages * rows  # others: without what begins or ends
-        if moment.kind == "forward":
+    for instant in largest_instants(pipeline, min(config.grad_accum(world_size), pipeline.steady_after)):
+        own, gathered = instant.own, buffers.at(instant.own, instant.begun, instant.held)
+        whole = sum(count * size for count, size in zip(instant.in_flight, kept, strict=True))
+        others, messages = whole - kept[own], instant.messages * rows  # others: without what begins or ends
+        if instant.kind == "forward":
             needs = [(gathered["begin"], others, 2 * rows), (gathered["forward"], whole, 2 * rows)]
             if placements[own].has_head:
                 needs.append((gathered["head"], whole + around_layers(config), head))
@@ -155,7 +155,7 @@ def _head(config: Config, at: Placement, device: str) -> int:
 def _backward(
     config: Config, at: Placement, backends: Mapping[str, Backend], cp_rank: int
 ) -> Iterator[tuple[str, int, int]]:
-    """In the backward of the layers: (moment of ``rank_buffers.py``, what is kept no more, what is there beside)."""
+    """In the backward of the layers: (instant of ``rank_buffers.py``, what is kept no more, what is there beside)."""
     train, size, rows = config.train, element_bytes(config), _rows(config, at)
     t, by_rows = config.tokens_per_rank, at.sequence_shards > 1
     product, whole = size * t * at.ffn_local, size * t * config.model.hidden_size

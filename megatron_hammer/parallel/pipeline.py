@@ -58,8 +58,8 @@ class Action:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What a rank keeps at the end of a forward, or at the begin of a backward."""
+class Instant:
+    """What a rank keeps when a forward of its order ends, or a backward begins."""
 
     kind: Literal["forward", "backward"]
     own: int
@@ -73,8 +73,8 @@ class Moment:
     messages: int
     """That are received ahead, or sent and not known to have arrived."""
 
-    def is_within(self, other: Moment) -> bool:
-        """Whether nothing of it is more than at another moment of the same kind."""
+    def is_within(self, other: Instant) -> bool:
+        """Whether nothing of it is more than at another instant of the same kind."""
         return (
             (self.kind, self.own) == (other.kind, other.own)
             and self.messages <= other.messages
@@ -130,7 +130,7 @@ class Pipeline:
         groups = [range(first, min(first + self.ranks, micro_batches)) for first in range(0, micro_batches, self.ranks)]
         return [Action("forward", stage, m) for group in groups for stage in self.stages for m in group]
 
-    def moments(self, micro_batches: int) -> Iterator[Moment]:
+    def instants(self, micro_batches: int) -> Iterator[Instant]:
         """What this rank keeps during each action of a step, in order."""
         order, kept = self.training(micro_batches), [0] * self.stages_per_rank
         to_receive = sum(action.receives(self.num_stages) for action in order)
@@ -140,7 +140,7 @@ class Pipeline:
             kept[own] += is_forward
             to_receive -= action.receives(self.num_stages)
             messages = min(RECEIVES_AHEAD, to_receive) + min(sent, self.sends_kept)
-            yield Moment(action.kind, own, tuple(kept), tuple(begun), tuple(held), messages)
+            yield Instant(action.kind, own, tuple(kept), tuple(begun), tuple(held), messages)
             kept[own] -= not is_forward
             begun[own] |= not is_forward
             held[own] = is_forward
@@ -165,12 +165,12 @@ class Pipeline:
 
 
 @lru_cache(maxsize=256)  # a search for layouts asks for the same many times
-def largest_moments(pipeline: Pipeline, micro_batches: int) -> tuple[Moment, ...]:
-    """The moments of a step that no other one of the same kind surpasses: one of them needs the most memory."""
-    found: list[Moment] = []
-    for moment in dict.fromkeys(pipeline.moments(micro_batches)):
-        if not any(map(moment.is_within, found)):
-            found = [other for other in found if not other.is_within(moment)] + [moment]
+def largest_instants(pipeline: Pipeline, micro_batches: int) -> tuple[Instant, ...]:
+    """The instants of a step that no other one of the same kind surpasses: one of them needs the most memory."""
+    found: list[Instant] = []
+    for instant in dict.fromkeys(pipeline.instants(micro_batches)):
+        if not any(map(instant.is_within, found)):
+            found = [other for other in found if not other.is_within(instant)] + [instant]
     return tuple(found)
 
 

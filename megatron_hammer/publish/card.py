@@ -1,4 +1,4 @@
-"""The model card: README.md of a published folder, in English and then in Chinese, from a run's ``Facts``.
+"""The model card: README.md of a published folder, in English and then in Chinese, from a run's ``CardFacts``.
 
 Both languages have the same sections and the same tables. A section whose facts are not there is left out, and what is
 not known is not stated. Needs no torch.
@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_hammer.base.language import Say, sayer
 from megatron_hammer.base.tables import markdown_table
-from megatron_hammer.publish.facts import Facts
+from megatron_hammer.publish.facts import CardFacts
 from megatron_hammer.sampling.mixes import MixSource
 
 # The Hub's short names of licences that are common for models; another one becomes "other" with its name beside it.
@@ -37,7 +37,7 @@ class Wishes:
     """Text of theirs, for the beginning of the card."""
 
 
-def model_card(facts: Facts, tree: Mapping[str, Any], wishes: Wishes) -> str:
+def model_card(facts: CardFacts, tree: Mapping[str, Any], wishes: Wishes) -> str:
     """README.md.
 
     Args:
@@ -65,7 +65,7 @@ def _header(tree: Mapping[str, Any], wishes: Wishes) -> str:
     return "\n".join(lines)
 
 
-def _sections(facts: Facts, tree: Mapping[str, Any], wishes: Wishes, say: Say) -> list[str]:
+def _sections(facts: CardFacts, tree: Mapping[str, Any], wishes: Wishes, say: Say) -> list[str]:
     parts = [_opening(facts, tree, say)]
     parts += ["## " + say("Use", "使用"), _use(wishes), "## " + say("Model", "模型"), _model(facts, tree, say)]
     parts += ["## " + say("Training", "训练"), _training(facts, say)]
@@ -80,7 +80,7 @@ def _sections(facts: Facts, tree: Mapping[str, Any], wishes: Wishes, say: Say) -
     return parts
 
 
-def _opening(facts: Facts, tree: Mapping[str, Any], say: Say) -> str:
+def _opening(facts: CardFacts, tree: Mapping[str, Any], say: Say) -> str:
     size = f"{facts.parameters:,}"
     read = (
         ""
@@ -113,7 +113,7 @@ def _use(wishes: Wishes) -> str:
     return "\n".join(lines)
 
 
-def _model(facts: Facts, tree: Mapping[str, Any], say: Say) -> str:
+def _model(facts: CardFacts, tree: Mapping[str, Any], say: Say) -> str:
     model = facts.config.model
     rows: Rows = [
         (say("parameters", "参数量"), f"{facts.parameters:,}"),
@@ -132,7 +132,7 @@ def _model(facts: Facts, tree: Mapping[str, Any], say: Say) -> str:
     return markdown_table((say("size", "项目"), ""), rows)
 
 
-def _training(facts: Facts, say: Say) -> str:
+def _training(facts: CardFacts, say: Say) -> str:
     train, optimizer, schedule = facts.config.train, facts.config.optimizer, facts.config.schedule
     tokens_a_step = train.global_batch_size * facts.config.data.seq_length
     betas = f"{optimizer.beta1:g}, {optimizer.beta2:g}"
@@ -157,7 +157,7 @@ def _training(facts: Facts, say: Say) -> str:
     return markdown_table((say("setting", "设置"), ""), rows)
 
 
-def _data(facts: Facts, say: Say) -> list[str]:
+def _data(facts: CardFacts, say: Say) -> list[str]:
     weights, parts = facts.config.data.weights, []
     kind = {"share": say("share", "占比"), "tokens": say("tokens to draw", "取用 token 数"),
             "epochs": say("passes asked for", "设定遍数")}  # fmt: skip
@@ -183,7 +183,7 @@ def _source_row(source: MixSource, total: float | None) -> tuple[str, ...]:
     return source.name, weight, read, "" if source.passes is None else f"{source.passes:.2f}"
 
 
-def _validation(facts: Facts, say: Say) -> list[str]:
+def _validation(facts: CardFacts, say: Say) -> list[str]:
     figures = {"loss": say("loss", "损失"), "perplexity": say("perplexity", "困惑度"),
                "bits_per_byte": say("bits per byte", "每字节比特"),
                "bits_per_character": say("bits per character", "每字符比特")}  # fmt: skip
@@ -201,13 +201,13 @@ def _validation(facts: Facts, say: Say) -> list[str]:
     ]  # fmt: skip
 
 
-def _evaluations(facts: Facts, say: Say) -> list[str]:
+def _evaluations(facts: CardFacts, say: Say) -> list[str]:
     step = facts.evaluations_step
     rows = [(name, f"{value:.4f}") for name, value in facts.evaluations.items()]
     return [say(f"At step {step:,}.", f"第 {step:,} 步。"), markdown_table((say("figure", "指标"), ""), rows)]
 
 
-def _certificate(facts: Facts, say: Say) -> str:
+def _certificate(facts: CardFacts, say: Say) -> str:
     proof = facts.certificate
     worst = max(proof["texts"].values(), key=lambda found: found["max_difference"] / (found["max_logit"] or 1.0))
     versions = ", ".join(f"{name} {version}" for name, version in proof["versions"].items())

@@ -3,7 +3,7 @@
 ::
 
     checkpoint: config, tensors, counts of sources   --+
-    metrics.jsonl up to the checkpoint's step        --+--> Facts --> card.py
+    metrics.jsonl up to the checkpoint's step        --+--> CardFacts --> card.py
     evaluations.jsonl, certificate.json              --+
 
 Whatever is not there (a run that was imported has no metrics) is None or empty, and the card leaves it out. Needs no
@@ -32,7 +32,7 @@ MEAN_STEPS = 100  # of the training loss that the card states: one step's is noi
 
 
 @dataclass(frozen=True)
-class Facts:
+class CardFacts:
     """All that the card is made of."""
 
     config: Config
@@ -58,7 +58,7 @@ class Facts:
         return self.step >= self.config.train.num_steps
 
 
-def gather_facts(manifest: Manifest, run: Path | None, certificate: Mapping[str, Any]) -> Facts:
+def gather_facts(manifest: Manifest, run: Path | None, certificate: Mapping[str, Any]) -> CardFacts:
     """The facts of a checkpoint.
 
     Args:
@@ -77,7 +77,7 @@ def gather_facts(manifest: Manifest, run: Path | None, certificate: Mapping[str,
     evaluated = [] if run is None else _lines(run / EVALUATIONS, manifest.step)
     evaluation = parse_json(evaluated[-1]) if evaluated else {}
     tokens = recent[-1].get("consumed_tokens") if recent else None
-    return Facts(
+    return CardFacts(
         config=config,
         parameters=count_parameters(config.model),
         step=manifest.step,

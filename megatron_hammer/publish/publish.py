@@ -35,7 +35,7 @@ from megatron_hammer.huggingface.certified import CERTIFICATE, listed_files
 from megatron_hammer.huggingface.config import CONFIG, read_json
 from megatron_hammer.metrics.metrics_file import METRICS
 from megatron_hammer.publish.card import Wishes, model_card
-from megatron_hammer.publish.facts import Facts, gather_facts
+from megatron_hammer.publish.facts import CardFacts, gather_facts
 from megatron_hammer.publish.hubs import CARD, Hub, secrets
 
 _STATED = {"texts": dict, "versions": dict, "bound": float, "dtype": str, "step": int}  # by a certificate, for the card
@@ -50,7 +50,7 @@ class Publication:
     files: tuple[str, ...]
     """Of the export, the certificate included."""
     card: str
-    facts: Facts
+    facts: CardFacts
 
     def listing(self) -> list[str]:
         """A line for each file, with its size."""

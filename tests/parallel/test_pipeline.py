@@ -8,7 +8,7 @@ from collections import defaultdict
 import pytest
 
 from megatron_hammer.config import ModelConfig
-from megatron_hammer.parallel.pipeline import RECEIVES_AHEAD, Action, Costs, Pipeline, largest_moments, split_layers
+from megatron_hammer.parallel.pipeline import RECEIVES_AHEAD, Action, Costs, Pipeline, largest_instants, split_layers
 
 SHAPES = [
     (p, v, m)
@@ -125,7 +125,7 @@ def test_every_stage_sees_every_micro_batch_forward_and_then_backward() -> None:
 
 def test_micro_batches_in_flight() -> None:
     def most(pipeline: Pipeline, micro_batches: int) -> int:
-        return max(sum(moment.in_flight) for moment in pipeline.moments(micro_batches))
+        return max(sum(instant.in_flight) for instant in pipeline.instants(micro_batches))
 
     assert [most(Pipeline(rank, 4), 8) for rank in range(4)] == [4, 3, 2, 1]
     assert [most(Pipeline(rank, 4), 2) for rank in range(4)] == [2, 2, 2, 1]
@@ -135,21 +135,21 @@ def test_micro_batches_in_flight() -> None:
 
 def test_the_moments_at_which_a_rank_may_need_most() -> None:
     """Of two stages a rank, of which the second may be small, beside the head, the last rank."""
-    moments = list((last := Pipeline(1, 2, 2)).moments(4))
-    assert [(moment.kind[0], moment.own) for moment in moments[:8]] == [
+    instants = list((last := Pipeline(1, 2, 2)).instants(4))
+    assert [(instant.kind[0], instant.own) for instant in instants[:8]] == [
         ("f", 0), ("f", 0), ("f", 1), ("b", 1), ("f", 1), ("b", 1), ("f", 0), ("b", 0),
     ]  # fmt: skip
-    assert {m.in_flight for m in moments if m.kind == "backward" and m.own == 0} == {(3, 0), (2, 0), (1, 0)}
-    assert moments[0].messages == 2 and moments[0].begun == (False, False), "nothing is sent or summed yet"
-    assert [moment.held for moment in moments[:5]] == [
+    assert {m.in_flight for m in instants if m.kind == "backward" and m.own == 0} == {(3, 0), (2, 0), (1, 0)}
+    assert instants[0].messages == 2 and instants[0].begun == (False, False), "nothing is sent or summed yet"
+    assert [instant.held for instant in instants[:5]] == [
         (False, False), (True, False), (True, False), (True, True), (True, False)
     ]  # fmt: skip
-    assert moments[-1].begun == (True, True) and moments[-1].messages == sum(
+    assert instants[-1].begun == (True, True) and instants[-1].messages == sum(
         action.sends(4) for action in last.training(4)[:-1]
     ), "nobody has waited for one of so few"
-    largest = largest_moments(last, 8)
-    assert largest == largest_moments(last, 12), "a longer step has none that is larger"
-    assert all(any(moment.is_within(other) for other in largest) for moment in last.moments(8)) and len(largest) < 10
+    largest = largest_instants(last, 8)
+    assert largest == largest_instants(last, 12), "a longer step has none that is larger"
+    assert all(any(instant.is_within(other) for other in largest) for instant in last.instants(8)) and len(largest) < 10
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
