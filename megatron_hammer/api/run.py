@@ -117,7 +117,7 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """As it is run: with ``model.vocab_size``, and of a run that goes on with the end of its schedule."""
+        """The config that is run: with ``model.vocab_size``, and where the run goes on with the end of its schedule."""
         return self._open.config
 
     @property

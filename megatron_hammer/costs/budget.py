@@ -114,7 +114,7 @@ class StepShape:
 
     @classmethod
     def of(cls, config: Config, attention_length: float | None = None, fused_accumulation: bool = False) -> StepShape:
-        """That of a config on one process; ``attention_length`` where documents are masked."""
+        """The shape of a config on one process; ``attention_length`` where documents are masked."""
         return cls(
             config.model,
             config.train.micro_batch_size * config.data.seq_length,
@@ -199,7 +199,7 @@ def _products(rows: int, inputs: int, outputs: int, element_bytes: int) -> Cost:
 
 
 def _vocab_rows(shape: StepShape) -> int:
-    """Of the embedding and of the head, padding included."""
+    """Rows of the embedding, or of the head, on this rank, padding included."""
     assert shape.model.vocab_size is not None
     return shape.part.vocab_rows_local(shape.model.vocab_size)
 

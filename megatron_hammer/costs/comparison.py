@@ -25,7 +25,7 @@ MEASURED_STEPS = 7  # after these: a line at step 10 of a process
 
 
 def device_name(device: torch.device) -> str:
-    """As the device calls itself, by which tables know it."""
+    """The name that the device gives itself, by which tables know it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
@@ -34,7 +34,7 @@ class Prediction:
 
     @classmethod
     def of(cls, config: Config, world_size: int, device: torch.device) -> tuple[Prediction | None, str]:
-        """That of a run, and the line for its start. Where a formula fails there is none, and the line says why."""
+        """The prediction for a run, or None where a formula fails, and the line for its start, which says why."""
         try:
             made = cls(config, world_size, device, device_name(device))
             return made, made.predicted

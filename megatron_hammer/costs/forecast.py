@@ -51,7 +51,7 @@ def _memory(config: Config, world_size: int, backends: Mapping[str, Backend]) ->
 
 
 def _snapshot(config: Config, world_size: int) -> str:
-    """Of the rank with the largest part of a checkpoint, which no two ranks have in common but for roundings."""
+    """The snapshot of the rank with the largest part of a checkpoint; parts of ranks are alike but for roundings."""
     ranks = config.parallel.pipeline_model_parallel_size
     first = [rank * world_size // ranks for rank in range(ranks)]
     parts = [
@@ -72,7 +72,7 @@ def _disk(config: Config) -> str:
 
 
 def _time(config: Config, world_size: int, course: Course) -> str:
-    """Of what is left to do."""
+    """Tokens, FLOPs and time of what is left to do."""
     begin, end = course.consumed[-1], course.num_samples
     tokens, flops = config.tokens_before(end) - config.tokens_before(begin), 0.0
     pieces = [(phase.first, phase.end, phase.seq_length) for phase in config.phases]

@@ -46,12 +46,12 @@ class PlannedLayout:
 
     @cached_property
     def time(self) -> StepTime:
-        """Of a step; worked out where it is asked for, which is not of layouts that do not fit."""
+        """Predicted time of a step; worked out when it is asked for, as it never is of layouts that do not fit."""
         return step_time(self.config, self.world_size, self.machine)
 
     @property
     def bytes(self) -> int:
-        """Of the rank that needs most."""
+        """Bytes of the rank that needs most."""
         return sum(self.memory.values())
 
     @property
@@ -62,12 +62,12 @@ class PlannedLayout:
 
     @property
     def stages(self) -> int:
-        """Of each pipeline rank: more than one where they are interleaved."""
+        """Stages of each pipeline rank: more than one where they are interleaved."""
         return self.config.parallel.virtual_pipeline_stages
 
     @property
     def name(self) -> str:
-        """In one line."""
+        """The layout in one line."""
         return name_of(self.config, self.world_size)
 
 
@@ -98,8 +98,8 @@ class FoundLayouts:
 
     @property
     def ranked(self) -> list[PlannedLayout]:
-        """Of those that fit and differ in their micro-batch alone, the fastest; and of those that differ in the stages
-        of a pipeline rank, the one with the fewest that loses no more than ``WORTH``."""
+        """The table: of layouts that fit and differ in their micro-batch alone the fastest; of those that differ in the
+        stages of a pipeline rank the one with the fewest that loses no more than ``WORTH``."""
         families: dict[tuple[object, ...], dict[int, PlannedLayout]] = {}
         for layout in self.fitting:
             config = layout.config
@@ -130,7 +130,7 @@ def shard_of(config: Config) -> str:
 
 
 def precision_of(config: Config) -> str:
-    """As in ``PRECISIONS``."""
+    """The precision of a config, as ``PRECISIONS`` names it."""
     return "fp8" if config.kernels.fp8 != "off" else config.train.precision
 
 
@@ -242,7 +242,7 @@ def _alike(
 
 
 def _stages(config: Config, pp: int) -> list[int]:
-    """Of a pipeline rank: counts that divide its layers, powers of two, and as many as the config has."""
+    """Stages that a pipeline rank may have: counts that divide its layers, powers of two, what the config has."""
     layers, most = config.model.num_layers, min(MOST_STAGES, config.model.num_layers // pp)
     if pp == 1:
         return [1]

@@ -29,7 +29,7 @@ TIME_COLOURS = ("#1f4e8c", "#5b93d3", "#d9730d", "#f2a65a", "#b5323f", "#7a5230"
 
 
 def plan_table(plan: LayoutPlan, shown: int) -> list[str]:
-    """For people, in lines of at most ``WIDTH`` characters."""
+    """The plan for people, in lines of at most ``WIDTH`` characters."""
     layouts = plan.found.ranked[:shown]
     return [
         *_heading(plan),

@@ -67,7 +67,7 @@ class LayoutPlan:
     """``ASSUMED_VOCABULARY``: neither a size nor a tokenizer was named."""
 
     def gpu_hours(self, layout: PlannedLayout) -> float:
-        """For all tokens."""
+        """GPU hours that a layout takes for all tokens."""
         return self.tokens / layout.time.tokens_per_second / 3600 * self.world_size
 
 

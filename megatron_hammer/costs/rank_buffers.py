@@ -107,7 +107,7 @@ def _parts(layout: BufferLayout) -> Counter[str]:
 
 
 def _weights_between(config: Config, layout: BufferLayout, at: Placement) -> int:
-    """Of a stage with a micro-batch between its forward and its backward, where weights are kept until then."""
+    """Bytes of weights that a stage keeps while a micro-batch is between its forward and its backward."""
     if config.parallel.reshard_after_forward:
         return 0
     parts = _parts(layout)
@@ -115,7 +115,7 @@ def _weights_between(config: Config, layout: BufferLayout, at: Placement) -> int
 
 
 def _weights(config: Config, layout: BufferLayout, at: Placement, held: bool) -> Counter[str]:
-    """Of the parts that are there; held: those that stay after a forward are all there when a moment begins."""
+    """Bytes of the weights that are there; held: those that stay after a forward are there from the beginning."""
     parts = _parts(layout)
     layers = [parts[f"layers.{i}"] for i in range(*at.layers)]
     kept = 0 if config.parallel.reshard_after_forward else sum(layers) + parts["final_norm"]

@@ -102,7 +102,7 @@ def _owned(layout: BufferLayout) -> int:
 
 
 def without_second_moment(config: Config, world_size: int, rank: int = 0) -> int:
-    """Those of ``owned_elements`` that have no second moment: of matrices that Muon updates."""
+    """How many of ``owned_elements`` have no second moment: those of matrices that Muon updates."""
     if config.optimizer.style != "muon":
         return 0
     layouts = layouts_of(config, config.grid(world_size), rank)
@@ -294,7 +294,7 @@ def _layout(
 
 
 def _table_bytes(config: Config) -> int:
-    """Of the table of losses by source (``train/source_sums.py``)."""
+    """Bytes of the table of losses by source (``train/source_sums.py``)."""
     return 4 * BYTES_OF_SUM * max(1, len(config.data.train_prefixes))
 
 

@@ -51,7 +51,7 @@ PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, GATHERED, ACTIVATIONS, BUFFERS, MESSAGES
 
 
 def fused_backends(kernels: KernelsConfig) -> dict[str, Backend]:
-    """Those that a GPU is expected to compute with: as the config names them, else the first that is no reference."""
+    """The backends that a GPU will mostly have: as the config names them, else the first that is no reference."""
     named = {name: getattr(kernels, name, "auto") for name in TABLES}
     return {
         name: next(row for row in table if row.name == named[name] or (named[name] == "auto" and row.name != "torch"))
@@ -104,7 +104,7 @@ def worst_rank(config: Config, world_size: int, backends: Mapping[str, Backend])
 
 
 def ranks_that_differ(config: Config) -> list[int]:
-    """Of pipeline ranks with as many layers, and the same of embedding and head, the first: it keeps most.
+    """The pipeline ranks that may need most: of those with as many layers and the same ends the first.
 
     Of other axes the first rank has most.
     """
@@ -143,7 +143,7 @@ def _chunk(config: Config, device: str) -> int:
 
 
 def _head(config: Config, at: Placement, device: str) -> int:
-    """Beside what is kept, while the head computes."""
+    """Bytes beside what is kept, while the head computes."""
     assert config.model.vocab_size is not None
     tokens, size = config.tokens_per_rank, element_bytes(config)
     logits = size * _chunk(config, device) * at.vocab_rows_local(config.model.vocab_size)
@@ -155,7 +155,7 @@ def _head(config: Config, at: Placement, device: str) -> int:
 def _backward(
     config: Config, at: Placement, backends: Mapping[str, Backend], cp_rank: int
 ) -> Iterator[tuple[str, int, int]]:
-    """In the backward of the layers: (instant of ``rank_buffers.py``, what is kept no more, what is there beside)."""
+    """Instants in the backward of layers: (name in ``rank_buffers.py``, bytes that are kept no more, bytes beside)."""
     train, size, rows = config.train, element_bytes(config), _rows(config, at)
     t, by_rows = config.tokens_per_rank, at.sequence_shards > 1
     product, whole = size * t * at.ffn_local, size * t * config.model.hidden_size
@@ -182,7 +182,7 @@ def _backward(
 
 
 def _keys(config: Config, at: Placement, cp_rank: int) -> int:
-    """In the backward of attention under context parallelism: of queries, and of keys and values of all ranks."""
+    """Bytes in the backward of attention under context parallelism: of queries, and of keys and values of all ranks."""
     size, t, d = element_bytes(config), config.tokens_per_rank, config.model.head_size
     pairs, whole = 2 * at.groups_local * d, t * config.parallel.context_parallel_size
     keys = keys_seen(config, cp_rank)

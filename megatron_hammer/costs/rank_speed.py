@@ -100,7 +100,7 @@ class Machine:
         return (self.gpu.peak(precision) or 0.0) * TERA
 
     def seconds(self, part: str, cost: Cost, precision: str, fp8: bool = False) -> float:
-        """Of one part of the model."""
+        """Seconds of one part of the model."""
         share = self.efficiency.attention if part == ATTENTION else self.efficiency.products
         times = self.efficiency.fp8 if fp8 and part == LAYER_PRODUCTS else 1.0
         rate, bandwidth = share * times * self.flops(precision), self.efficiency.memory * self.gpu.bandwidth * TERA
@@ -132,7 +132,7 @@ class StepTime:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks together."""
+        """Tokens a second of all ranks together."""
         return self.tokens / self.total
 
 
@@ -235,7 +235,7 @@ class _RankTimes:
         return sum(self.machine.seconds(part, cost, self.precision, self.fp8) for part, cost in costs.items())
 
     def _newton_schulz(self) -> float:
-        """Of this rank's equal share of the model's matrices."""
+        """Seconds of Muon's products for this rank's equal share of the model's matrices."""
         shapes = (s for name, s in logical_shapes(self.config.model).items() if len(s) == 2 and name != EMBEDDING)
         flops = sum(newton_schulz_flops(*shape) for shape in shapes if self.config.model.vocab_size not in shape)
         cost = Cost(flops / (self.grid.whole * self.grid.pp))

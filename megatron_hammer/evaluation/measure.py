@@ -210,7 +210,7 @@ def framing_of(subject: Subject, around: Around) -> Framing:
 
 
 def results_table(figures: Sequence[Figures]) -> list[str]:
-    """For people: a row a set and model, the models of a set together."""
+    """The figures as a table for people: a row a set and model, the models of a set together."""
     header = ["set", "model", "tokens", "loss", "perplexity", "bits/byte", "bits/character"]
     with_reference = any(f.reference_perplexity is not None for f in figures)
     rows = [header + (["by reference"] if with_reference else [])]

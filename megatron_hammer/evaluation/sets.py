@@ -43,7 +43,7 @@ class NamedSet:
     is_text: bool
 
     def files(self) -> list[Path]:
-        """Of a set of texts.
+        """The files of a set of texts.
 
         Raises:
             DataError: E301 there are none.

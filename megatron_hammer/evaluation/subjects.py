@@ -174,7 +174,7 @@ def _of_transformers(name: str, folder: Path, tree: dict[str, Any], tokenizer: T
 
 
 def _folder_begins_with_bos(folder: Path, tokenizer: Tokenizer | None) -> bool:
-    """As the export recorded of the run's data; else whether transformers puts bos before a text with the tokenizer."""
+    """Whether documents began with bos: as the export recorded it, else as transformers puts it before a text."""
     if tokenizer is None or tokenizer.bos_id is None:
         return False
     begins, _ = recorded_documents(folder)

@@ -99,7 +99,7 @@ class Histogram:
         self.total += value
 
     def cumulative(self) -> list[tuple[str, int]]:
-        """As Prometheus has them: each bound with the number of values that do not exceed it."""
+        """Each bound with the number of values that do not exceed it, as Prometheus has them."""
         bounds = [*(f"{bound:g}" for bound in BOUNDS), "+Inf"]
         return list(zip(bounds, itertools.accumulate(self.counts), strict=True))
 

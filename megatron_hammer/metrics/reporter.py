@@ -170,7 +170,7 @@ class Reporter:
                     self.board.add_scalar(BOARD_GROUPS.get(key, "") + key, value, line["step"])
 
     def sync(self) -> None:
-        """Before a checkpoint is committed: all lines up to it are on the disk."""
+        """Bring all lines to the disk: before a checkpoint is committed."""
         self.file.sync()
         if self.board is not None:
             with writing(self.board.log_dir, BOARD_BYTES):

@@ -44,7 +44,7 @@ class Client(Protocol):
 
     @property
     def run_id(self) -> str:
-        """By which a later start finds the run again."""
+        """The id by which a later start finds the run again."""
 
     def log(self, step: int, line: Line) -> None:
         """One step."""

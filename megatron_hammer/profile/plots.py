@@ -100,7 +100,7 @@ def title_of(profile: Mapping[str, Any], say: Say) -> str:
 
 
 def source_of(profile: Mapping[str, Any], say: Say) -> str:
-    """With what, when and where it was measured."""
+    """The line that says with what, when and where a profile was measured."""
     where = f"{profile['processor']}, torch {profile['torch']}, {profile['date']}"
     return say(f"Source: tools/profile_step.py; {where}", f"来源：tools/profile_step.py；{where}")
 

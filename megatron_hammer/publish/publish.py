@@ -60,7 +60,7 @@ class Publication:
 
     @property
     def message(self) -> str:
-        """Of the commit."""
+        """The message of the commit."""
         return f"megatron_hammer: step {self.facts.step:,}, checkpoint {self.facts.certificate['checkpoint_digest']}"
 
 

@@ -47,7 +47,7 @@ class Chart:
     """Whether a logarithmic axis makes no sense."""
 
     def to_tree(self) -> dict[str, Any]:
-        """As the script takes it."""
+        """The chart as the page's script takes it."""
         curves = []
         for drawn in self.curves:
             tree: dict[str, Any] = {"run": drawn.run, "name": visible(drawn.name), "colour": drawn.colour}

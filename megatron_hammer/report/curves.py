@@ -156,7 +156,7 @@ class MetricsReader:
         return True
 
     def _rising(self) -> np.ndarray:
-        """For each line, whether it stands in order."""
+        """Whether each line stands in order."""
         if self._good is None:
             steps = np.frombuffer(self.steps, np.int64) if self.steps else np.zeros(0, np.int64)
             self._good = np.ones(len(steps), bool)
@@ -167,7 +167,7 @@ class MetricsReader:
 
     @property
     def bytes_read(self) -> int:
-        """Of the file, so far."""
+        """Bytes of the file that have been read so far."""
         return self._at
 
     @property

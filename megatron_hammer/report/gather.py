@@ -82,7 +82,7 @@ class RunFacts:
 
     @property
     def name(self) -> str:
-        """That of its folder."""
+        """The name of its folder."""
         return self.folder.resolve().name or str(self.folder)
 
     @property

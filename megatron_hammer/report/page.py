@@ -30,7 +30,7 @@ MOST_CHARACTERS = 4000  # of one text, and of one setting
 
 
 def names_of(runs: Sequence[RunFacts]) -> list[str]:
-    """Of the runs, no two equal."""
+    """Names of the runs, no two equal."""
     names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [f"{name} ({i + 1})" for i, name in enumerate(names)]
 
@@ -371,7 +371,7 @@ def _environment(runs: Sequence[RunFacts], names: Sequence[str], say: Say) -> li
 
 
 def _facts_of_machine(run: RunFacts) -> dict[str, str]:
-    """Of the last start, or what the newest checkpoint says."""
+    """The machine of the last start, or what the newest checkpoint says."""
     found: dict[str, str] = {}
     environment = run.starts[-1]["environment"] if run.starts else {"versions": run.versions}
     for key, value in environment.items():

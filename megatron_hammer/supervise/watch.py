@@ -43,7 +43,7 @@ class Rank:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """The process's number."""
         assert self.process.pid is not None, f"rank {self.rank} was not started"
         return self.process.pid
 

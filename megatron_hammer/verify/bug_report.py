@@ -89,7 +89,7 @@ def bug_report_text(results: Sequence[PartResult], config: Config | None = None)
 
 
 def versions() -> list[tuple[str, str]]:
-    """Of Python and of the libraries that decide what is computed, where they are installed."""
+    """Versions of Python and of the libraries that decide what is computed, where they are installed."""
     found = dict(installed_versions())
     for name in OPTIONAL:
         try:

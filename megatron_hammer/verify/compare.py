@@ -47,7 +47,7 @@ class LayoutSizes:
 
     @classmethod
     def of(cls, config: Config, world_size: int) -> LayoutSizes:
-        """Those of a run."""
+        """The sizes of a run's layout."""
         grid, accumulated = config.grid(world_size), config.grad_accum(world_size)
         stages, tied = config.parallel.virtual_pipeline_stages, config.model.tie_word_embeddings
         return cls(grid.tp, grid.dp, accumulated, grid.cp, grid.pp, stages, tied)
@@ -82,7 +82,7 @@ class Evidence:
 
     @property
     def sizes(self) -> LayoutSizes:
-        """Those of the layout."""
+        """The sizes of the layout."""
         return LayoutSizes.of(self.config, self.world_size)
 
 

@@ -114,7 +114,7 @@ class _Questions:
         return which
 
     def beginning(self) -> list[str]:
-        """Weights before the first step."""
+        """What differs in the weights before the first step."""
         if wrong := self.wrong([INITIAL + "weight"]):
             which = self._where(wrong, "weights before the first step") or ["weights before the first step are wrong"]
             unknown = ["initialisation: they are not what train.seed gives"]
@@ -126,11 +126,11 @@ class _Questions:
         return []
 
     def tokens(self) -> list[str]:
-        """Of the losses before the first step."""
+        """What differs in the losses before the first step."""
         return diagnose_tokens(self.evidence)
 
     def first_forward(self) -> list[str]:
-        """Of the losses in the first step, where a forward alone was right."""
+        """What differs in the losses of the first step, where a forward alone was right."""
         said = diagnose_tokens(self._in_step(1))
         return [ONLY_IN_STEPS, *said] if said else []
 
@@ -145,7 +145,7 @@ class _Questions:
     # ---- backward ----------------------------------------------------------------------------------------------------
 
     def gradients(self) -> list[str]:
-        """Of the first step."""
+        """What differs in the gradients of the first step."""
         wrong = self.wrong(["gradient"])
         if not wrong:
             return []
@@ -277,7 +277,7 @@ class _Questions:
     # ---- the norm ----------------------------------------------------------------------------------------------------
 
     def norms(self) -> list[str]:
-        """Of the first step, whose gradients are right."""
+        """What differs in the norm of the first step, whose gradients are right."""
         right, got = self.expected.norms[0], [outcome.norms[0] for outcome in self.ranks]
         wrong = [rank for rank, norm in enumerate(got) if not abs(norm / right - 1) <= NUMBER_BOUNDS["fp32"]]
         if not wrong:
@@ -309,7 +309,7 @@ class _Questions:
     # ---- the update --------------------------------------------------------------------------------------------------
 
     def first_states(self) -> list[str]:
-        """Masters and moments after the first step, whose gradient was right."""
+        """What differs in masters and moments after the first step, whose gradient was right."""
         wrong = self.wrong([FIRST + kind for kind in STATE_KINDS])
         if not wrong:
             return []
@@ -319,7 +319,7 @@ class _Questions:
         return [*sentences, *self._of_update(wrong)]
 
     def model(self) -> list[str]:
-        """What ranks compute with at the end, against what they have updated, whether that is right or not."""
+        """What differs between the weights that ranks compute with at the end and those that they updated."""
         updated = self._of_ranks("weight")
         wrong = [(rank, piece) for rank, outcome in enumerate(self.ranks) for piece in outcome.pieces
                  if piece.kind == "model" and not near(piece.values, updated[piece.tensor][piece.place])]  # fmt: skip
@@ -340,7 +340,7 @@ class _Questions:
         return [*sentences, *(moved or ["updated shards are right, and what is gathered of them is not"])]
 
     def second_loss(self) -> list[str]:
-        """Of the second step, before which all that ranks have updated was right."""
+        """What differs in the second step's loss, before which all that ranks have updated was right."""
         right, got = self.expected.losses[1], [outcome.losses[1] for outcome in self.ranks]
         wrong = [rank for rank, loss in enumerate(got) if not abs(loss / right - 1) <= NUMBER_BOUNDS["fp32"]]
         evidence = self._in_step(2)
@@ -355,7 +355,7 @@ class _Questions:
         return [other, *where]
 
     def states(self) -> list[str]:
-        """Masters and moments after two steps, of which the first was right."""
+        """What differs in masters and moments after two steps, of which the first was right."""
         wrong = self.wrong(STATE_KINDS)
         if not wrong:
             return []

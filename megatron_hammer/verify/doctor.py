@@ -81,7 +81,7 @@ def examine(config: Config | None, world_size: int, note: Callable[[str], None])
 
 
 def doctor_exit_code(findings: Sequence[CheckResult]) -> int:
-    """That of the first failure, as the run would end with it; 0 where nothing failed."""
+    """The exit code of the first failure, as the run would end with it; 0 where nothing failed."""
     return next((finding.exit_code for finding in findings if finding.status == "failed"), 0)
 
 

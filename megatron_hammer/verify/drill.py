@@ -77,7 +77,7 @@ class DrillReport:
         return bool(self.differences) or any(strike.wrong for strike in self.strikes)
 
     def table(self) -> list[str]:
-        """For people."""
+        """The faults and what came of them, for people."""
         rows = [("fault", "at step", "exit code", "verdict")]
         rows += [(s.fault, str(s.step), str(s.code), s.wrong or "as it should be") for s in self.strikes]
         return align(rows)
@@ -234,7 +234,7 @@ class Drill:
 
 
 def outliving(pids: set[int]) -> list[int]:
-    """Those that still live some seconds after their launcher's end."""
+    """The processes that still live some seconds after their launcher's end."""
     deadline = time.monotonic() + GONE_SECONDS
     while (left := [pid for pid in pids if _lives(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)

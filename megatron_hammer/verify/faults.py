@@ -49,7 +49,7 @@ class DrilledRun:
         return steps_done(self.output)
 
     def wait_for(self, condition: Callable[[], bool]) -> bool:
-        """Until it holds; False where the run ends before."""
+        """Wait until a condition holds; False where the run ends before."""
         while self.launcher.poll() is None:
             if condition():
                 return True
@@ -148,7 +148,7 @@ def flip_bit(run: DrilledRun) -> None:
 
 
 def newest_folder(output: Path) -> Path:
-    """Of the run's checkpoints."""
+    """The newest of the run's checkpoints."""
     return sorted(path for path in (output / "checkpoints").glob("step-*") if path.name[5:].isdigit())[-1]
 
 

@@ -17,7 +17,7 @@ OLDEST_DRIVERS = {11: (450, 80, 2), 12: (525, 60, 13), 13: (580,)}
 
 
 def driver_version(path: Path = DRIVER) -> str | None:
-    """Of the kernel module that is loaded, such as ``550.54.14``; None where none is."""
+    """The version of the kernel module that is loaded, such as ``550.54.14``; None where none is."""
     with suppress(OSError):
         if found := re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", path.read_text(errors="replace")):
             return found[1]

@@ -74,7 +74,7 @@ class FormulaCheck:
         return any(row[3] for row in self.rows)
 
     def table(self) -> list[str]:
-        """For people."""
+        """What was counted and what formulas say, for people."""
         return align([("quantity", "counted", "formula", ""), *self.rows])
 
     def summary(self) -> list[str]:

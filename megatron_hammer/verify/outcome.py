@@ -37,7 +37,7 @@ class Piece:
 
     @property
     def place(self) -> tuple[slice, ...]:
-        """In the logical tensor."""
+        """Where the piece lies in the logical tensor."""
         return tuple(slice(*r) for r in (self.rows, self.cols) if r is not None)
 
 
@@ -89,7 +89,7 @@ ARRAYS, NUMBERS = ("tokens", "token_losses", "point_tokens"), ("losses", "norms"
 
 
 def write_outcome(prefix: Path, outcome: Outcome) -> None:
-    """As a JSON file and one of arrays."""
+    """Write an outcome as a JSON file and one of arrays."""
     names = [[p.kind, p.tensor, p.rows, p.cols] for p in outcome.pieces]
     values = [p.values for p in outcome.pieces]
     in_steps = [f"step {step} " for step in range(1, len(outcome.in_steps) + 1)]
@@ -104,7 +104,7 @@ def write_outcome(prefix: Path, outcome: Outcome) -> None:
 
 
 def read_outcome(prefix: Path) -> Outcome:
-    """The inverse."""
+    """Read what ``write_outcome`` has written."""
     head = parse_json(read_regular(f"{prefix}.json"))
     with open_regular(f"{prefix}.npz") as file, np.load(file, allow_pickle=False) as arrays:
         values = [arrays[f"arr_{i}"] for i in range(len(head["pieces"]))]

@@ -77,7 +77,7 @@ class Proof:
     """What all of them together say of the cause."""
 
     def table(self) -> list[str]:
-        """For people."""
+        """What was compared, for people."""
         return align([("quantity", "against", "in", "difference", "bound"), *self.rows])
 
 
@@ -149,7 +149,7 @@ def _by_what(findings: list[Deviation]) -> list[str]:
 
 
 def _check_gpus(ranks: int) -> None:
-    """Before anything is started: without a GPU the ranks would prove CPUs, and say that they had proved GPUs."""
+    """Refuse fewer GPUs than ranks before anything is started: the ranks would prove CPUs, and say GPUs."""
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not found:
         raise ConfigError(4, "--gpu", "needs GPUs that torch can see", "leave it out: a proof on CPUs needs none")
@@ -207,7 +207,7 @@ def _saved_pieces(folder: Path) -> list[Piece]:
 
 
 def _saved_updates(folder: Path) -> float:
-    """By which a run that goes on from that checkpoint corrects AdamW's moments."""
+    """The count by which a run that goes on from that checkpoint corrects AdamW's moments."""
     return float(open_checkpoint(folder).state["optimizer"]["updates"])
 
 

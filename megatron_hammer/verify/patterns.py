@@ -28,7 +28,7 @@ Label = tuple[int, int, int]
 
 
 def whose(wrong: Iterable[int], among: Iterable[int], grid: Grid) -> str:
-    """Some ranks among others by their place on an axis; empty where these are all of them or no place says it."""
+    """Words for some ranks among others, by their place on an axis; empty where they are all, or no place says it."""
     wrong, among = set(wrong), set(among)
     if wrong == among or not wrong:
         return ""
@@ -125,7 +125,7 @@ def _when(tensor: str) -> tuple[int, int]:
 
 
 def which_tensors(wrong: set[str], among: set[str]) -> str:
-    """Some tensors among all by what they have in common, in words; empty where it is nothing."""
+    """Words for some tensors among all, by what they have in common; empty where it is nothing."""
     if wrong == among:
         return ""
     layer_of = {tensor: tensor.split(".")[2] if tensor.split(".")[1] == "layers" else "" for tensor in among}
@@ -150,7 +150,7 @@ def explains(left: np.ndarray, off: np.ndarray, noise: float) -> bool:
 
 
 def shifts(piece: Piece, whole: np.ndarray) -> str:
-    """From where in the tensor the rows of a piece come, where all that differ come from elsewhere."""
+    """Words for where in the tensor the rows of a piece come from, if all that differ come from elsewhere."""
     columns = piece.place[1] if piece.cols is not None else None
     there = whole[:, columns] if columns is not None else whole[:, None]
     have = piece.values if columns is not None else piece.values[:, None]

@@ -45,12 +45,12 @@ class ForwardWatch:
 
     @property
     def points(self) -> dict[str, np.ndarray]:
-        """By the name of the part, [rows of all micro-batches, 2]."""
+        """What came out of each part, by its name: [rows of all micro-batches, 2]."""
         return {name: _in_order(found) for name, found in self._points.items()}
 
     @property
     def losses(self) -> np.ndarray:
-        """Of all tokens; none on a stage without a head."""
+        """Losses of all tokens; none on a stage without a head."""
         return _in_order(self._losses)
 
     @contextmanager
@@ -126,7 +126,7 @@ def first_wrong(ranks: Sequence[Outcome], expected: Outcome, bound: float) -> st
 
 
 def _when(name: str) -> tuple[int, int]:
-    """In the order of forward."""
+    """The place of a part in the order of forward."""
     parts = name.split(".")
     if parts[0] != "layers":
         return (-1 if name == "embedding" else 2**31), 0

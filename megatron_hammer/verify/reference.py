@@ -158,7 +158,7 @@ def _is_muon(config: Config, name: str) -> bool:
 
 
 def _rows_of_a_matrix(config: Config, name: str) -> int | None:
-    """Of one head, where q, k and v are taken head by head; None: all."""
+    """Rows that Muon takes as one matrix: of a head, where q, k and v are taken head by head; None: all."""
     of_heads = any(part in name for part in ("q_proj", "k_proj", "v_proj"))
     return config.model.head_size if config.optimizer.muon_per_head and of_heads else None
 

@@ -52,7 +52,7 @@ class PartResult:
         return "FAILED" if self.exit_code else "skipped" if self.found.startswith(NOT_TRIED) else "passed"
 
     def lines(self) -> list[str]:
-        """For people: one line, and of a part that failed its cure."""
+        """The result for people: one line, and of a part that failed its cure."""
         line = f"{self.word:7} {self.name:10}{self.seconds:6.1f} s  {self.found}"
         return [line, f"{'':27}-> {self.cure}"] if self.exit_code else [line]
 
@@ -127,7 +127,7 @@ def _bad_end(code: int | None, lines: Sequence[str]) -> str:
 
 
 def environment(temporary: Path) -> dict[str, str]:
-    """That of the parts: no job around them, no network, one thread each, this package.
+    """The environment of the parts: no job around them, no network, one thread each, this package.
 
     Args:
         temporary: where libraries leave what they keep for a next time, such as torch's compiler.

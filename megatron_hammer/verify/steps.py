@@ -171,7 +171,7 @@ def _shares(config: Config, samples: _Samples, ctx: ParallelContext) -> list[Bat
 
 @torch.no_grad()
 def forward_alone(model: Model, config: Config, ctx: ParallelContext) -> Forward:
-    """Of the first step's batches, without a step."""
+    """The forward of the first step's batches, without a step."""
     batches = own_micro_batches(config, 1, ctx)
     with ForwardWatch(batches).on(stages_of(model)) as watch:
         if ctx.pp.size > 1:
@@ -201,7 +201,7 @@ def _forward_of(watch: ForwardWatch, config: Config, step: int, ctx: ParallelCon
 
 
 def gradient_pieces(optimizer: Optimizer) -> Iterator[Piece]:
-    """Of this rank's shards, as they are after the step: summed, neither clipped nor scaled."""
+    """Gradients of this rank's shards, as they are after the step: summed, neither clipped nor scaled."""
     scale = float(optimizer.scaler.scale)
     for stretch in optimizer.store.stretches():
         at = 0
@@ -262,6 +262,6 @@ def run_rank(
 
 
 def precisions(config: Config) -> dict[str, torch.dtype]:
-    """In which types the ranks take the steps: fp64 and fp32 on CPUs, else what the config says."""
+    """The types in which the ranks take the steps: fp64 and fp32 on CPUs, else what the config says."""
     exact = config.train.device == "cpu" and config.train.precision == "fp32"
     return EXACT if exact else {config.train.precision: COMPUTE_DTYPES[config.train.precision]}

@@ -24,7 +24,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """As it should be."""
+    """The loss of each token as it should be: -ln p of its label."""
     return F.cross_entropy(logits, labels, reduction="none")
 
 
@@ -42,7 +42,7 @@ class TokenInputs:
 
     @classmethod
     def of(cls, config: Config, step: int = 1) -> TokenInputs:
-        """As it should be."""
+        """The inputs of a step as they should be."""
         windows, documents = global_batch(config, step)
         s, b = windows.shape[1] - 1, config.train.micro_batch_size
         if config.data.attention_mask != "document":
@@ -51,7 +51,7 @@ class TokenInputs:
         return cls(windows[:, :-1].reshape(-1, b * s), windows[:, 1:].reshape(-1, b * s), positions_of(rows), rows)
 
     def losses(self, model: Any, loss: Loss = cross_entropy) -> np.ndarray:
-        """Of each token, one sample after the other."""
+        """The loss of each token, one sample after the other."""
         found = []
         with torch.no_grad():
             for sample, part in self.parts():
@@ -87,7 +87,7 @@ class TokenOwners:
 
     @classmethod
     def of(cls, config: Config, world_size: int, inputs: TokenInputs) -> TokenOwners:
-        """By the order of the loader and the split of samples."""
+        """Who computes what, by the order of the loader and the split of samples."""
         shape, dp_size = inputs.positions.shape, config.data_parallel_size(world_size)
         shards = config.parallel.context_parallel_size
         number = np.arange(shape[0])  # of a micro-batch, in the global batch

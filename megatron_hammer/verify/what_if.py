@@ -253,7 +253,7 @@ def second_losses(
 
 @dataclass(frozen=True)
 class Contributions:
-    """Of the first step's gradient of each matrix, what each rank's micro-batch adds to it."""
+    """What each rank's micro-batch adds to the first step's gradient of each matrix."""
 
     labels: list[Label]
     of: dict[str, np.ndarray]
