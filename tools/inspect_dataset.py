@@ -277,8 +277,8 @@ def format_pieces(pieces: list[dict[str, Any]]) -> str:
 
 def format_infills(infills: list[dict[str, Any]]) -> str:
     """Which pieces, counted from 0, fill-in-the-middle has rearranged, with the tokens of prefix, middle, suffix."""
-    told = (f"{x['piece']} {x['form']} {x['prefix']}+{x['middle']}+{x['suffix']}" for x in infills)
-    return "".join(f"; piece {text}" for text in told)
+    each = (f"{x['piece']} {x['form']} {x['prefix']}+{x['middle']}+{x['suffix']}" for x in infills)
+    return "".join(f"; piece {text}" for text in each)
 
 
 def show_plan(args: argparse.Namespace) -> None:

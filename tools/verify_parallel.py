@@ -69,8 +69,8 @@ def main() -> int:
     from megatron_hammer.config import load_config
     from megatron_hammer.train.prepare import prepare
 
-    asked = load_config(arguments.config, [*arguments.overrides, "train.dry_run=true"])
-    config = prepare(asked, ranks).config  # checked, with the tokenizer's vocabulary
+    written = load_config(arguments.config, [*arguments.overrides, "train.dry_run=true"])
+    config = prepare(written, ranks).config  # checked, with the tokenizer's vocabulary
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     return count(config, ranks, arguments.rank) if name == "world" else prove(config, ranks, arguments.gpu)
 
@@ -89,12 +89,12 @@ def count(config: Config, world_size: int, rank: int) -> int:
     return 5 if comparison.differs else 0
 
 
-def prove(config: Config, world_size: int, real: bool) -> int:
+def prove(config: Config, world_size: int, on_gpus: bool) -> int:
     """All ranks against one process."""
     from megatron_hammer.verify.parallel import Proof, prove_layout
 
     with Activity("the proof", in_place=False) as note:
-        proof = prove_layout(config, world_size, note, real=real)
+        proof = prove_layout(config, world_size, note, on_gpus=on_gpus)
     if not isinstance(proof, Proof):
         return proof
     print(*proof.table(), sep="\n")

@@ -81,21 +81,21 @@ class Proof:
         return align([("quantity", "against", "in", "difference", "bound"), *self.rows])
 
 
-def prove_layout(config: Config, world_size: int, note: Callable[[str], None], real: bool = False) -> Proof | int:
+def prove_layout(config: Config, world_size: int, note: Callable[[str], None], on_gpus: bool = False) -> Proof | int:
     """Compare ``world_size`` ranks of the shrunk config with one process.
 
     Args:
-        real: the ranks run on GPUs, in the config's precision and with its kernels; the references are the same.
+        on_gpus: the ranks run on GPUs, in the config's precision and with its kernels; the references are the same.
 
     Returns:
         the proof, or the exit code of the launcher where a rank failed (its line is on stderr).
 
     Raises:
-        ConfigError: real, and this machine has too few GPUs.
+        ConfigError: on_gpus, and this machine has too few GPUs.
     """
-    if real:
+    if on_gpus:
         _check_gpus(world_size)
-    small, left_out = shrink(config, world_size, real)
+    small, left_out = shrink(config, world_size, on_gpus)
     small.validate(world_size)
     sizes, names = LayoutSizes.of(small, world_size), precisions(small)
     with tempfile.TemporaryDirectory(prefix="verify-parallel-") as folder:

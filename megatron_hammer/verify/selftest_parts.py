@@ -172,17 +172,17 @@ def try_layout(folder: Path) -> str:
     config = golden.golden_config(folder / "data", folder / "run")
     parallel = dataclasses.replace(config.parallel, tensor_model_parallel_size=RANKS, sequence_parallel=True)
     config = dataclasses.replace(config, parallel=parallel)
-    found = [_layout(config, real=False)]
+    found = [_layout(config, on_gpus=False)]
     if torch.cuda.device_count() >= RANKS:
-        found.append(_layout(config, real=True))
+        found.append(_layout(config, on_gpus=True))
     return "; ".join(found)
 
 
-def _layout(config: Config, real: bool) -> str:
+def _layout(config: Config, on_gpus: bool) -> str:
     from megatron_hammer.verify.parallel import Proof, prove_layout
 
-    where = "GPUs" if real else "CPUs"
-    proof = prove_layout(config, RANKS, say, real=real)
+    where = "GPUs" if on_gpus else "CPUs"
+    proof = prove_layout(config, RANKS, say, on_gpus=on_gpus)
     if not isinstance(proof, Proof):
         raise wrong(f"{RANKS} ranks on {where}", f"ended with exit code {proof}; their line is above")
     if proof.findings:

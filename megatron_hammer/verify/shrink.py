@@ -17,17 +17,17 @@ MICRO_BATCH, ACCUMULATED, BUCKETS = 2, 2, 5
 STEPS = 2
 
 
-def shrink(config: Config, world_size: int, real: bool = False) -> tuple[Config, list[str]]:
+def shrink(config: Config, world_size: int, on_gpus: bool = False) -> tuple[Config, list[str]]:
     """A small config of the same structure that is valid for ``world_size`` ranks, and what was left out of it.
 
     Args:
         config: valid for ``world_size`` ranks.
-        real: for GPUs, with precision and kernels kept too.
+        on_gpus: for GPUs, with precision and kernels kept too.
     """
     model, tp, train = config.model, config.parallel.tensor_model_parallel_size, config.train
     assert model.vocab_size is not None, "model.vocab_size must be resolved"
     pipeline = config.pipeline()
-    head = min(64, model.head_size) if real else HEAD_SIZE  # GPU kernels want usual sizes
+    head = min(64, model.head_size) if on_gpus else HEAD_SIZE  # GPU kernels want usual sizes
     padding = VOCAB_PADDING_MULTIPLE * tp
     unit = LENGTH_PER_RANK * tp * config.parallel.context_parallel_size
     length = min(config.data.seq_length, -(-SHORTEST // unit) * unit)
@@ -35,7 +35,7 @@ def shrink(config: Config, world_size: int, real: bool = False) -> tuple[Config,
         model,
         hidden_size=model.num_attention_heads * head,
         head_dim=None if model.head_dim is None else head,
-        ffn_hidden_size=(FFN_PER_RANK, 64)[real] * tp,
+        ffn_hidden_size=(FFN_PER_RANK, 64)[on_gpus] * tp,
         num_layers=min(model.num_layers, max(LAYERS, pipeline.num_stages + 1)),  # no even split
         vocab_size=model.vocab_size % padding + padding if model.vocab_size > 2 * padding else model.vocab_size,
         max_position_embeddings=length,
@@ -55,8 +55,8 @@ def shrink(config: Config, world_size: int, real: bool = False) -> tuple[Config,
         recompute_layers=layers,
         evaluator=None,
         replay=None,
-        precision=train.precision if real else "fp32",
-        device="cuda" if real else "cpu",
+        precision=train.precision if on_gpus else "fp32",
+        device="cuda" if on_gpus else "cpu",
         dry_run=False,
     )
     split = (
@@ -72,7 +72,7 @@ def shrink(config: Config, world_size: int, real: bool = False) -> tuple[Config,
         # Large steps at once: an update that differs must show after two of them. A large eps: without it AdamW's first
         # step is the sign of the gradient, which rounding decides where a gradient is near zero.
         optimizer=dataclasses.replace(
-            config.optimizer if real else exact_optimizer(config.optimizer),
+            config.optimizer if on_gpus else exact_optimizer(config.optimizer),
             lr=0.01, min_lr=0.01, eps=max(1e-3, config.optimizer.eps),
         ),
         schedule=dataclasses.replace(config.schedule, style="constant", warmup_steps=0, decay_steps=None,
@@ -80,10 +80,10 @@ def shrink(config: Config, world_size: int, real: bool = False) -> tuple[Config,
         parallel=dataclasses.replace(
             config.parallel, gradient_bucket_bytes=max(1, 4 * elements // BUCKETS), pipeline_split=split
         ),
-        kernels=config.kernels if real else KernelsConfig(loss_chunk_tokens=max(1, length * micro_batch // 2 + 1)),
+        kernels=config.kernels if on_gpus else KernelsConfig(loss_chunk_tokens=max(1, length * micro_batch // 2 + 1)),
         checkpoint=dataclasses.replace(config.checkpoint, init_from=None),
     )  # fmt: skip
-    return small, [] if real else _left_out(config)
+    return small, [] if on_gpus else _left_out(config)
 
 
 def _small_split(layers: int, stages: int) -> tuple[int, ...]:

@@ -227,7 +227,7 @@ def test_faults_of_a_pipeline(fault: str, what: str, cause: str) -> None:
 def as_on_gpus(precision: str) -> tuple[Config, Outcome]:
     """What ``--gpu`` runs, but for the device; and the one process that it is held against."""
     layout = dict(parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True, model__vocab_size=1001)
-    small, left_out = shrink(tiny_config(**layout, train__precision=precision), 4, real=True)
+    small, left_out = shrink(tiny_config(**layout, train__precision=precision), 4, on_gpus=True)
     assert small.train.device == "cuda" and small.train.precision == precision and not left_out
     small = dataclasses.replace(small, train=dataclasses.replace(small.train, device="cpu"))
     return small, parallel._one_process(small)[0]["fp32"]
@@ -262,7 +262,7 @@ def test_a_proof_on_gpus_needs_them(gpus: int, rule: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(ConfigError, match=rule):
-        parallel.prove_layout(tiny_config(parallel__tensor_model_parallel_size=2), 2, lambda text: None, real=True)
+        parallel.prove_layout(tiny_config(parallel__tensor_model_parallel_size=2), 2, lambda text: None, on_gpus=True)
 
 
 # ---- causes by themselves -------------------------------------------------------------------------------------------
