@@ -24,8 +24,8 @@ from megatron_hammer.config import Config
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.sampling.loader import micro_batches
 from megatron_hammer.verify.compare import (
+    LayoutSizes,
     PieceKey,
-    Sizes,
     compare_pieces,
     whole_tensors,
 )
@@ -108,7 +108,7 @@ def check_steps(
         for found in ranks:
             pair = found.losses + found.norms
             assert pair == pytest.approx(one.losses + one.norms, rel=1e-5), f"loss and norm, {what}, step {step + 1}"
-        findings = compare_pieces(list(ranks), gradient, 1e-5, Sizes(1, 1, 1))[1]
+        findings = compare_pieces(list(ranks), gradient, 1e-5, LayoutSizes(1, 1, 1))[1]
         assert not findings, (what, step + 1, findings[:5])
 
 

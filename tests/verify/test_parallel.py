@@ -20,7 +20,7 @@ from megatron_hammer.verify.compare import (
     BOUNDS,
     NUMBER_BOUNDS,
     Deviation,
-    Sizes,
+    LayoutSizes,
     compare_numbers,
     compare_pieces,
     compare_stages,
@@ -63,8 +63,8 @@ def found(fault: str, mask: str, shard: str = "optimizer") -> list[Deviation]:
     ours, theirs = references(mask)
     findings: list[Deviation] = []
     for reference, bound in ((ours, BOUNDS["fp64"]), (theirs, parallel.AGAINST_TRANSFORMERS)):
-        findings += compare_numbers(ranks, reference, NUMBER_BOUNDS["fp32"], Sizes(2, 2, 2))[1]
-        findings += compare_pieces(ranks, whole(reference.pieces), bound, Sizes(2, 2, 2))[1]
+        findings += compare_numbers(ranks, reference, NUMBER_BOUNDS["fp32"], LayoutSizes(2, 2, 2))[1]
+        findings += compare_pieces(ranks, whole(reference.pieces), bound, LayoutSizes(2, 2, 2))[1]
     return findings
 
 
@@ -140,7 +140,7 @@ def alone(mask: str) -> Outcome:
     ],
 )
 def test_faults_of_context_parallelism(fault: str, mask: str, what: str, cause: str) -> None:
-    config, sizes = shared_config(mask), Sizes(1, 1, 2, 2)
+    config, sizes = shared_config(mask), LayoutSizes(1, 1, 2, 2)
     ranks, reference = run_distributed(2, faulty_steps, config, fault), alone(mask)
     findings = compare_tokens(ranks, reference, TokenInputs.of(config).positions.ravel(), BOUNDS["fp64"], sizes)[1]
     findings += compare_numbers(ranks, reference, NUMBER_BOUNDS["fp32"], sizes)[1]
@@ -173,7 +173,7 @@ def test_faults_of_muon(fault: str) -> None:
     """Sharded weights and tensor parallelism, so that matrices are cut in rows, columns and within rows."""
     config = config_of(parallel__shard="weights", optimizer__style="muon")
     ranks, ours = run_distributed(4, faulty_steps, config, fault), take_steps(alone_config(config), SINGLE, FP64)
-    worst, findings = compare_pieces(ranks, whole(ours.pieces), BOUNDS["fp64"], Sizes(2, 2, 2))
+    worst, findings = compare_pieces(ranks, whole(ours.pieces), BOUNDS["fp64"], LayoutSizes(2, 2, 2))
     if fault == "none":
         assert findings == [] and worst["weight"] < 1e-12
     else:
@@ -210,7 +210,10 @@ def pipelined() -> tuple[Config, Outcome]:
 )
 def test_faults_of_a_pipeline(fault: str, what: str, cause: str) -> None:
     config, expected = pipelined()
-    ranks, sizes = run_distributed(4, faulty_steps, config, fault), Sizes(1, 2, 2, pp=2, stages_per_rank=2, tied=True)
+    ranks, sizes = (
+        run_distributed(4, faulty_steps, config, fault),
+        LayoutSizes(1, 2, 2, pp=2, stages_per_rank=2, tied=True),
+    )
     findings = compare_stages(ranks, sizes) + compare_numbers(ranks, expected, NUMBER_BOUNDS["fp64"], sizes)[1]
     findings += compare_pieces(ranks, whole(expected.pieces), BOUNDS["fp64"], sizes)[1]
     if fault == "none":
@@ -247,7 +250,7 @@ def as_on_gpus(precision: str) -> tuple[Config, Outcome]:
 def test_sixteen_bits_hide_no_fault(precision: str, fault: str, named: str) -> None:
     config, expected = as_on_gpus(precision)
     (name, dtype), *others = steps.precisions(config).items()
-    ranks, sizes = run_distributed(4, faulty_steps, config, fault, dtype), Sizes(2, 2, 2)
+    ranks, sizes = run_distributed(4, faulty_steps, config, fault, dtype), LayoutSizes(2, 2, 2)
     findings = compare_numbers(ranks, expected, NUMBER_BOUNDS[name], sizes)[1]
     findings += compare_pieces(ranks, whole(expected.pieces), BOUNDS[name], sizes)[1]
     assert name == precision and not others
@@ -287,18 +290,20 @@ def _pieces(values: np.ndarray, kind: str = "gradient") -> list[Piece]:
 def test_causes(change: Callable[[np.ndarray], np.ndarray], cause: str) -> None:
     expected = np.random.default_rng(1).normal(size=(16, 16))
     outcome = Outcome([], [], _pieces(np.ascontiguousarray(change(expected))))
-    _, findings = compare_pieces([outcome], {("gradient", "w"): expected}, 1e-10, Sizes(4, 8, 2))
+    _, findings = compare_pieces([outcome], {("gradient", "w"): expected}, 1e-10, LayoutSizes(4, 8, 2))
     assert len(findings) == 1 and cause in findings[0].cause, findings
 
 
 def test_what_no_rank_holds_is_a_finding() -> None:
     outcome = Outcome([], [], [Piece("weight", "w", (0, 3), (0, 4), np.ones((3, 4)))])
-    _, findings = compare_pieces([outcome], {("weight", "w"): np.ones((5, 4))}, 1e-10, Sizes(1, 1, 1))
+    _, findings = compare_pieces([outcome], {("weight", "w"): np.ones((5, 4))}, 1e-10, LayoutSizes(1, 1, 1))
     assert [f.cause for f in findings] == ["8 of 20 elements are on no rank"]
 
 
 def test_a_loss_with_too_many_ranks_in_its_sum() -> None:
-    _, findings = compare_numbers([Outcome([5 + np.log(2)], [], [])], Outcome([5.0], [], []), 1e-6, Sizes(2, 4, 1))
+    _, findings = compare_numbers(
+        [Outcome([5 + np.log(2)], [], [])], Outcome([5.0], [], []), 1e-6, LayoutSizes(2, 4, 1)
+    )
     assert "off by log(tensor_model_parallel_size=2)" in findings[0].cause
 
 
@@ -314,7 +319,7 @@ def test_a_loss_with_too_many_ranks_in_its_sum() -> None:
 )
 def test_tokens_of_another_source_leave_the_loss_what_it_is(loss: float, of_sources: list[float], cause: str) -> None:
     right, found = (Outcome([a], [], [], source_losses=[b]) for a, b in ((5.0, [4.0, 6.0]), (loss, of_sources)))
-    _, findings = compare_numbers([right, found], right, 1e-6, Sizes(4, 2, 1))
+    _, findings = compare_numbers([right, found], right, 1e-6, LayoutSizes(4, 2, 1))
     causes = [finding.cause for finding in findings if finding.what.startswith("loss of source")]
     assert len(causes) == 2 and all(cause in named and bool(cause) == bool(named) for named in causes), findings
 
