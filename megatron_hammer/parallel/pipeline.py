@@ -17,7 +17,7 @@ same paper, section 2.3): groups of p micro-batches go through all stages of a r
 What travels from one rank to another travels on a *link* of its own for each direction of each kind (``Links`` in
 ``context.py``), first in, first out. Both ends of a link use it in the same order, a rank waits for nothing but the
 next message that it needs, and every order here ends whatever the speeds: tests/parallel/test_pipeline.py runs them all
-with links that hold nothing.
+with links that hold nothing, and with one queue for all that a rank gives its GPU.
 
 Pure arithmetic. Needs no torch.
 """
@@ -32,7 +32,6 @@ from typing import Literal, Protocol
 from megatron_hammer.parallel.placement import ModelSizes
 
 ELEMENT_FLOPS = 300  # that a GPU computes in the time of one byte: 989 TFLOP/s and 3.35 TB/s of an H100
-RECEIVES_AHEAD = 2  # of a rank, in the order of need: in steady state the next of each direction
 SAME = 1e-9  # relative: costs that differ by less are equal
 
 
@@ -133,13 +132,13 @@ class Pipeline:
     def instants(self, micro_batches: int) -> Iterator[Instant]:
         """What this rank keeps during each action of a step, in order."""
         order, kept = self.training(micro_batches), [0] * self.stages_per_rank
-        to_receive = sum(action.receives(self.num_stages) for action in order)
+        receives, taken = self.receives(order), 0
         begun, held, sent = [False] * self.stages_per_rank, [False] * self.stages_per_rank, 0
         for action in order:
             own, is_forward = action.stage // self.ranks, action.kind == "forward"
             kept[own] += is_forward
-            to_receive -= action.receives(self.num_stages)
-            messages = min(RECEIVES_AHEAD, to_receive) + min(sent, self.sends_kept)
+            taken += action.receives(self.num_stages)
+            messages = posted_ahead(receives, taken) + min(sent, self.sends_kept)
             yield Instant(action.kind, own, tuple(kept), tuple(begun), tuple(held), messages)
             kept[own] -= not is_forward
             begun[own] |= not is_forward
@@ -159,9 +158,23 @@ class Pipeline:
         """
         return 2 * self.ranks * (self.stages_per_rank + 2)
 
+    def receives(self, order: Sequence[Action]) -> list[Action]:
+        """Those actions that need what another stage computed, in their order."""
+        return [action for action in order if action.receives(self.num_stages)]
+
     def idle_share(self, micro_batches: int) -> float:
         """The part of a step in which a rank waits."""
         return self.bubble / (micro_batches + self.bubble)
+
+
+def posted_ahead(receives: Sequence[Action], taken: int) -> int:
+    """How many of a rank's receives are posted when the first ``taken`` have been taken: the next of each link.
+
+    In steady state that is one of each direction. A second one behind it on the same link could not begin before it,
+    and might stand in the way: where the streams of a rank share a queue of its GPU (CUDA_DEVICE_MAX_CONNECTIONS=1, or
+    more streams than queues) it holds all that comes after it, also what the other rank waits for.
+    """
+    return len({action.kind for action in receives[taken : taken + 2]})
 
 
 @lru_cache(maxsize=256)  # a search for layouts asks for the same many times

@@ -25,7 +25,7 @@ from megatron_hammer.model.llama import Stage
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.parallel.collectives import all_reduce, start_receive, start_send
 from megatron_hammer.parallel.context import Links, ParallelContext
-from megatron_hammer.parallel.pipeline import RECEIVES_AHEAD, Action, Pipeline
+from megatron_hammer.parallel.pipeline import Action, Pipeline, posted_ahead
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train import schedules
 from megatron_hammer.train.corruption import CorruptionCheck, Pass
@@ -151,19 +151,19 @@ class Messages:
     ) -> None:
         self.pipeline, self.actions, self.stages, self.links = pipeline, actions, stages, links
         self.micro_batches = micro_batches
-        self.to_post = deque(action for action in actions if action.receives(pipeline.num_stages))
+        self.receives, self.taken = pipeline.receives(actions), 0
         self.posted: deque[tuple[Any, Tensor]] = deque()
         self.sent: deque[tuple[Any, Tensor]] = deque()
 
     def in_turn(self) -> Iterator[tuple[Action, Tensor | None]]:
         """Each action with what it needs of another stage."""
-        for _ in range(RECEIVES_AHEAD):
-            self._post()
+        self._post_ahead()
         for action in self.actions:
             arrived = None
             if action.receives(self.pipeline.num_stages):
                 handle, arrived = self.posted.popleft()
-                self._post()
+                self.taken += 1
+                self._post_ahead()
                 handle.wait()
             yield action, arrived
 
@@ -177,13 +177,13 @@ class Messages:
 
     def finish(self) -> None:
         """After the last action: everything has left."""
-        assert not self.posted and not self.to_post
+        assert self.taken == len(self.receives)
         while self.sent:
             self.sent.popleft()[0].wait()
 
-    def _post(self) -> None:
-        if self.to_post:
-            action = self.to_post.popleft()
+    def _post_ahead(self) -> None:
+        while len(self.posted) < posted_ahead(self.receives, self.taken):
+            action = self.receives[self.taken + len(self.posted)]
             link = self.links.forward_in if action.kind == "forward" else self.links.backward_in
             batch = self.micro_batches[action.micro_batch]
             buffer = self.stages[0].empty_hidden(batch.tokens, packed=batch.documents is not None)
