@@ -1,7 +1,8 @@
 """The training loop: resume, train, evaluate, save and report, in visible order.
 
 A step is launched and its numbers are read later: on a GPU when the next step has been launched, so that the device
-never waits for Python. All ranks read the same numbers in the same order, and so take the same decisions.
+never waits for Python (``late_numbers.py``). All ranks read the same numbers in the same order, and so take the same
+decisions.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from megatron_hammer.train.evaluator import Evaluator
 from megatron_hammer.train.garbage import garbage_collected_by_hand
 from megatron_hammer.train.health import Health, Limits
 from megatron_hammer.train.incidents import incident_path, write_incident
+from megatron_hammer.train.late_numbers import LateNumbers
 from megatron_hammer.train.output import HeldOutput
 from megatron_hammer.train.prepare import Prepared
 from megatron_hammer.train.rewind import BadStep, go_back
@@ -72,8 +74,9 @@ class PendingStep:
     consumed: Mapping[int, int]
     """Number of each source that gave something to it -> targets read from it up to here."""
     report: StepReport
-    words: Tensor
-    """Device scalar: how many ranks had received a stop signal, and what they had to say of a save in flight."""
+    numbers: LateNumbers
+    """Loss, norm, whether it was applied and the table of sources; and the words of all ranks: how many had received a
+    stop signal, and what they had to say of a save in flight."""
     saving: int
     """Which save that was (``Saver.phase``)."""
     limits: Limits | None
@@ -281,7 +284,8 @@ class TrainLoop:
         words = torch.full((), word, dtype=torch.int64, device=self.ctx.device)  # a fill: no copy to wait for
         all_reduce(words, self.ctx.world)
         consumed = {i: self.state.consumed[self.data.keys[i]] for i in {sample.source for sample in ids}}
-        self.pending.append(PendingStep(self.state, first, consumed, report, words, self.saver.phase, self.limits))
+        numbers = LateNumbers([report.loss, report.grad_norm, report.applied, report.by_source, words])
+        self.pending.append(PendingStep(self.state, first, consumed, report, numbers, self.saver.phase, self.limits))
 
     def _read(self, lag: int, evaluate_last: Any = None) -> bool:
         """Read launched steps, oldest first, until ``lag`` are left; return whether some rank must stop.
@@ -292,10 +296,8 @@ class TrainLoop:
         while len(self.pending) > lag and self.rewound is None:
             done = self.pending.pop(0)
             with self.ctx.status.waits():  # on a GPU for the device, and so for the other ranks
-                loss, grad_norm = done.report.loss.item(), done.report.grad_norm.item()
-                applied = bool(done.report.applied.item())
-                words = int(done.words.item())
-                table = done.report.by_source.tolist()
+                numbers: list[Any] = [number.tolist() for number in done.numbers.wait()]
+                loss, grad_norm, applied, table, words = numbers
             if self.corruption is not None and done.report.corruption is not None:
                 path = incident_path(self.config, done.state.step, len(self.prepared.rewinds))
                 self.corruption.raise_on(done.report.corruption, path.with_suffix(".corruption.json"))

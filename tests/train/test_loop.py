@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from megatron_hammer.checkpoint.manifest import read_manifest
 from megatron_hammer.train import loop
+from megatron_hammer.train.late_numbers import LateNumbers
+from megatron_hammer.train.step import StepReport
 from tests.train.runs import checkpoint_bytes, metrics, overrides, train_here, write_fim_tokenizer
 
 
@@ -42,6 +50,48 @@ def test_reading_a_step_later_changes_nothing(
         assert written and written == checkpoint_bytes(outputs[1], step)
         one, other = (read_manifest(o / "checkpoints" / f"step-{step:08d}") for o in outputs)
         assert one.state == other.state and one.state["consumed_samples"] == 8 * step
+
+
+def test_a_step_is_not_read_behind_the_next_one(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU reads a tensor when all is done that its stream was given before. So what was on the device is gone here
+    when the next step has been launched, and only what was copied before that is left."""
+
+    class Copies(LateNumbers):
+        def __init__(self, tensors: Sequence[Tensor]) -> None:
+            super().__init__([tensor.clone() for tensor in tensors])
+
+    step = loop.TrainLoop._step
+
+    def next_step(run: loop.TrainLoop, number: int) -> StepReport:
+        report = step(run, number)
+        for before in run.pending:
+            for tensor in (before.report.loss, before.report.grad_norm, before.report.by_source):
+                tensor.fill_(torch.nan)
+        return report
+
+    monkeypatch.setitem(loop.READ_LAG_STEPS, "cpu", 1)
+    monkeypatch.setattr(loop.TrainLoop, "_step", next_step)
+    monkeypatch.setattr(loop, "LateNumbers", Copies)
+    more = ("checkpoint.save_interval_steps=null", "data.valid=null", "train.num_steps=4")
+    assert train_here(0, overrides(data, tmp_path / "run", *more)) == 0
+    lines = metrics(tmp_path / "run")
+    assert len(lines) == 4 and all(math.isfinite(line["loss"] + line["grad_norm"]) for line in lines)
+
+
+def test_numbers_are_copied_behind_their_step_and_nothing_else_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for a GPU's tensor: begun when it is made, and one event is waited for."""
+    calls = list[str]()
+    event = SimpleNamespace(record=lambda: calls.append("recorded"), synchronize=lambda: calls.append("waited for"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda blocking: event)
+
+    def to(place: str, non_blocking: bool) -> Tensor:
+        calls.append(f"{place}, {non_blocking}")
+        return torch.ones(())
+
+    numbers: Any = [SimpleNamespace(device=torch.device("cuda", 3), to=to) for _ in range(2)]
+    late = LateNumbers(numbers)
+    assert calls == ["cpu, True", "cpu, True", "recorded"]
+    assert [float(x) for x in late.wait()] == [1.0, 1.0] and calls[3:] == ["waited for"]
 
 
 def test_a_run_with_fill_in_the_middle_goes_on_bit_for_bit(data: Path, tmp_path: Path) -> None:
