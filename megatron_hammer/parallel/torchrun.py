@@ -1,9 +1,10 @@
 """What a rank does by itself when torchrun or srun has started it, and not our launcher.
 
 It joins the store that the variables of its environment name, and says over which network gloo talks: by itself gloo
-takes the interface that this machine's own name resolves to, which may be loopback. The first rank of every node also
-keeps a heartbeat, so that a node which is cut off is named and not the healthy rank that waited for it; and the ranks
-of a node watch each other for one that hangs (``watchman.py``).
+takes the interface that this machine's own name resolves to, which may be loopback. It keeps compiled kernels on this
+machine, as the ranks of our launcher do. The first rank of every node also keeps a heartbeat, so that a node which is
+cut off is named and not the healthy rank that waited for it; and the ranks of a node watch each other for one that
+hangs (``watchman.py``).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from megatron_hammer.base.environment import keep_kernels_on_this_machine
 from megatron_hammer.base.progress import say
 from megatron_hammer.parallel.board import StatusSlot
 from megatron_hammer.parallel.heartbeat import Heartbeat
@@ -35,6 +37,7 @@ class Surroundings:
         name = "lo" if here == world_size else interface_towards(meeting)
         if name:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        keep_kernels_on_this_machine()
         self._heartbeat = None
         if here < world_size and rank % here == 0:
             self._heartbeat = Heartbeat(meeting, rank // here, world_size // here, here, timeout_seconds)

@@ -11,14 +11,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
-from pathlib import Path
 from typing import Any
 
+from megatron_hammer.base.environment import keep_kernels_on_this_machine
 from megatron_hammer.base.errors import EXIT_STOPPED_BY_SIGNAL
 from megatron_hammer.base.processes import KILL_SECONDS, outlives_a_kill
 from megatron_hammer.base.progress import say
@@ -175,8 +174,7 @@ def _set_environment(node: Node, meeting: Meeting | None) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     cores = usable_cores()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // node.nproc)))
-    # Triton's default is the home folder, which the ranks of all nodes may share.
-    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"triton-{os.getuid()}"))
+    keep_kernels_on_this_machine()
 
 
 # ---- orphans ---------------------------------------------------------------------------------------------------------

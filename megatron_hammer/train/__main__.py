@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def _place_of_torchrun(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """Rank, local rank and number of ranks, as torchrun's variables say; without them the only one.
+    """Rank, number of its GPU on this node and number of ranks, by torchrun's variables; without them the only one.
 
     Raises:
         ConfigError: E240: they are left over from something else.
@@ -93,7 +93,16 @@ def _place_of_torchrun(environment: Mapping[str, str]) -> tuple[int, int, int]:
                 raise ConfigError(40, f"environment variable {name}", rule, remedy)
         number("MASTER_PORT", 0)
         number("LOCAL_WORLD_SIZE", world_size, least=1)
+    if _has_a_gpu_of_its_own(environment):
+        local_rank = 0
     return rank, local_rank, world_size
+
+
+def _has_a_gpu_of_its_own(environment: Mapping[str, str]) -> bool:
+    """Whether Slurm has bound this task to one GPU, such as by --gpus-per-task=1: it sees no other, and calls it 0."""
+    is_task = environment.get("SLURM_LOCALID", "") == environment.get("LOCAL_RANK", "0")
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    return is_task and visible != "" and "," not in visible
 
 
 def _main() -> None:

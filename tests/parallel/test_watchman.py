@@ -7,11 +7,13 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from megatron_hammer.parallel import torchrun
 from megatron_hammer.parallel.board import Board
 from megatron_hammer.parallel.watchman import Watchman, share_board
 
@@ -81,3 +83,23 @@ def test_a_board_that_cannot_be_opened_is_an_error_of_the_system(tmp_path: Path)
     store.set("board/0", json.dumps([2**22 + 1, [3, 4, 5]]))
     with pytest.raises(OSError):
         share_board(store, 0, 1, 2)
+
+
+def test_compiled_kernels_stay_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun and srun as under our launcher: Triton's own place is the home folder, which nodes share."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setattr(torchrun, "torchrun_store", lambda rank, world_size: Folder(Path("/")))
+    monkeypatch.setattr(torchrun, "share_board", unshared)
+    for here, kept in ((None, f"{tempfile.gettempdir()}/triton-{os.getuid()}"), ("/fast", "/fast")):
+        monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+        if here:
+            monkeypatch.setenv("TRITON_CACHE_DIR", here)
+        torchrun.Surroundings(0, 1, 60)
+        assert os.environ["TRITON_CACHE_DIR"] == kept
+
+
+def unshared(*_: object) -> Board:
+    raise OSError(1, "not here")

@@ -230,6 +230,16 @@ def test_variables_of_torchrun_that_something_else_has_left(environment: dict[st
     assert _place_of_torchrun(there) == (3, 1, 4)
 
 
+@pytest.mark.parametrize(
+    ("task", "visible", "gpu"),
+    [("5", "5", 0), ("5", "0", 0), ("5", "GPU-6f1e", 0), ("5", "0,1,2,3,4,5,6,7", 5), ("5", "", 5), ("0", "0", 5)],
+)  # fmt: skip
+def test_a_task_of_slurm_with_a_gpu_of_its_own(task: str, visible: str, gpu: int) -> None:
+    """Under --gpus-per-task=1 task 5 sees one GPU, its number 0; not so ranks that torchrun starts in task 0."""
+    there = {"RANK": "13", "LOCAL_RANK": "5", "WORLD_SIZE": "16", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    assert _place_of_torchrun(there | {"SLURM_LOCALID": task, "CUDA_VISIBLE_DEVICES": visible}) == (13, gpu, 16)
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "loop/run"])
 def test_a_path_that_nothing_can_have_is_no_damaged_ledger(tmp_path: Path, name: str) -> None:
     """It was: code 4, of a checkpoint, where the disk's is meant."""
