@@ -84,8 +84,9 @@ class LiveSums:
                 sums[at] += _sum_of(*part)
 
         # One core alone does not fill the memory's channels; and a further thread beside one for each would only share
-        # a core with another.
-        others = [self._pool.submit(add_up) for _ in range(torch.get_num_threads() - 1)]
+        # a core with another. On a GPU each would take its own room and wait for the same stream.
+        here = all(part[2].device.type == "cpu" for _, part in parts)
+        others = [self._pool.submit(add_up) for _ in range(torch.get_num_threads() - 1 if here else 0)]
         shares = [totals, add_up(), *(other.result() for other in others)]
         self.close()
         totals = [sum(share) for share in zip(*shares, strict=True)]

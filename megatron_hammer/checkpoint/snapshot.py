@@ -23,6 +23,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -130,7 +131,11 @@ class Snapshot:
                     f"cannot be pinned for the GPU (cudaHostRegister: error {result})",
                     "use checkpoint.mode=blocking, which needs none",
                 )
-        self._thread = ThreadPoolExecutor(1, "snapshot")
+        # A thread begins on GPU 0, whichever is the rank's, and its first call of CUDA takes half a gigabyte there.
+        on_device: dict[str, Any] = {}
+        if self._stream is not None:
+            on_device = {"initializer": torch.cuda.set_device, "initargs": (self._stream.device,)}
+        self._thread = ThreadPoolExecutor(1, "snapshot", **on_device)
         self._taken: Future[None] | None = None
         self._event: torch.cuda.Event | None = None
         self._pieces = _CopyWork((), lambda: None)
@@ -161,7 +166,7 @@ class Snapshot:
             for tensor, offset in zip(tensors, offsets, strict=True):
                 source = tensor.detach().view(torch.uint8)
                 self._bytes[offset : offset + source.numel()].copy_(source, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event(blocking=True)  # who waits leaves the core to others
             event.record(self._stream)
         self._event = event
         self._taken = self._thread.submit(self._after, event, then)

@@ -26,7 +26,8 @@ from megatron_hammer.optim.store import FlatStore
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.schedules import MicroBatch, micro_batch
 
-# Runs before the recording: what is made at a first call (handles, workspaces, autotuned kernels) must exist by then.
+# Runs before the recording, as often as a first micro-batch of a step and as one that adds to it: what is made at a
+# first call (handles, workspaces, compiled kernels, those of the other sum among them) must exist by then.
 WARM_UP_RUNS = 3
 
 
@@ -116,8 +117,8 @@ class GraphedMicroBatch:
         def work() -> Tensor:
             return micro_batch(model, placed, share, z_loss)
 
-        for _ in range(WARM_UP_RUNS):
-            self.store.begin(first=True, last=False)
+        for first in firsts * WARM_UP_RUNS:
+            self.store.begin(first, last=False)
             self.recorder.warm_up(work)
         for first in firsts:
             self.store.begin(first, last=False)  # nothing is reduced inside of a graph

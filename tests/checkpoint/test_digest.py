@@ -184,6 +184,21 @@ def test_what_is_added_up_while_the_rest_is_loaded(saved, layout: tuple[int, int
     assert sorted(added) == sorted(sizes + again)
 
 
+@pytest.mark.parametrize("device, others", [("cpu", 3), ("meta", 0)])
+def test_one_thread_adds_up_on_a_gpu(saved, device: str, others: int, monkeypatch) -> None:
+    """Each would take room of its own on the device, of which several hundred MB, and all wait for one stream."""
+    shards = rank_shards(MODEL, 0, 1, 1, random_logical(MODEL))
+    shards = [
+        dataclasses.replace(shard, tensors={k: t.to(device) for k, t in shard.tensors.items()}) for shard in shards
+    ]
+    monkeypatch.setattr(live_state, "_sum_of", lambda *part: 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    sums, asked = LiveSums(saved[1, 1], shards), list[object]()
+    submit = sums._pool.submit
+    monkeypatch.setattr(sums._pool, "submit", lambda work: (asked.append(work), submit(work))[1])
+    assert sum(sums.totals()) > 0 and len(asked) == others
+
+
 def test_an_old_checkpoint_has_none_and_a_wrong_one_is_damage(saved, tmp_path: Path) -> None:
     manifest = write_layout(tmp_path, MODEL, random_logical(MODEL))
     path = manifest.folder / "manifest.json"

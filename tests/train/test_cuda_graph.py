@@ -143,6 +143,29 @@ def test_two_ranks(tp: int) -> None:
         equal(a, b)
 
 
+@pytest.mark.parametrize("micro_batch_size, sums", [(2, {False, True}), (8, {False})])
+def test_all_that_is_recorded_has_run_before(micro_batch_size: int, sums: set[bool]) -> None:
+    """Kernels that are loaded or compiled at their first call are: those of a micro-batch that adds to sums, too."""
+    config = tiny_config(**PLAIN, train__micro_batch_size=micro_batch_size)
+    ctx = make_context(config)
+    model, optimizer = build(config, ctx)
+    ran, recorded = list[bool](), list[bool]()
+
+    class Noted(Recordings):
+        def warm_up(self, work: Callable[[], Tensor]) -> None:
+            ran.append(bool(optimizer.store.begun))
+            super().warm_up(work)
+
+        def record(self, work: Callable[[], Tensor]) -> tuple[Recording, Tensor]:
+            assert optimizer.store.begun in ran
+            recorded.append(bool(optimizer.store.begun))
+            return super().record(work)
+
+    run = GraphedMicroBatch(optimizer.store, Noted())
+    train_step(model, optimizer, rank_batches(config, 1, ctx), config, 1, ctx, run)
+    assert set(ran) == set(recorded) == sums
+
+
 def test_the_stand_in_sees_what_a_graph_cannot_hold() -> None:
     def reads_back() -> Tensor:
         x = torch.ones(3)

@@ -187,6 +187,40 @@ def test_memory_that_a_gpu_cannot_reach_is_an_error_at_start(monkeypatch: pytest
     assert taken[0].closed, "the memory is free while the error is on its way"
 
 
+def test_a_snapshot_of_a_gpu_touches_no_other_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for GPU 3: the copy is made on a stream of its own behind the step, the next update waits for it, and
+    the thread that waits is on this GPU. A new thread is on GPU 0, where a context of each rank would take memory."""
+    calls, mine = list[tuple[str, int]](), threading.get_ident()
+
+    def note(what: str) -> None:
+        calls.append((what, threading.get_ident()))
+
+    stream = SimpleNamespace(device="cuda:3", wait_stream=lambda other: note(f"copies wait for {other}"))
+    event = SimpleNamespace(
+        record=lambda where: note("recorded" if where is stream else "elsewhere"),
+        synchronize=lambda: note("waited for"),
+        wait=lambda where: note(f"{where} waits"),
+    )
+    library = SimpleNamespace(cudaHostRegister=lambda *a: 0, cudaHostUnregister=lambda address: note("not pinned"))
+    stand_ins = {
+        "Stream": lambda device: stream, "cudart": lambda: library, "stream": contextlib.nullcontext,
+        "current_stream": lambda device: "the step", "Event": lambda blocking: event,
+        "set_device": lambda device: note(f"on {device}"),
+    }  # fmt: skip
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    copied = Snapshot(4096, torch.device("cuda", 3))
+    copied.take([torch.arange(9.0)], [0], lambda: note("written from"))
+    copied.wait()
+    copied.finish()
+    assert torch.equal(copied._bytes[:36].view(torch.float32), torch.arange(9.0))
+    copied.close()
+    of_thread = [what for what, thread in calls if thread != mine]
+    assert of_thread == ["on cuda:3", "waited for", "written from"]
+    ours = [what for what, thread in calls if thread == mine]
+    assert ours == ["copies wait for the step", "recorded", "the step waits", "not pinned"]
+
+
 def test_the_next_save_begins_when_what_is_old_is_gone(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
