@@ -67,6 +67,12 @@ def test_every_source_is_built() -> None:
     assert {ROOT / name for name in script.CUDA_HEADERS} == {*folder.glob("*.cuh"), *folder.glob("*.hpp")}
 
 
+def test_a_lent_gpu_does_not_build_again_what_is_there() -> None:
+    """The calls of the suite's page, of ten minutes each: they look for the library where setup.py leaves it."""
+    page = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    assert f"[ -e {cuda.LIBRARY.relative_to(ROOT)} ] || python3 setup.py build_ext --inplace" in page
+
+
 def test_sources_compile_for_gpus(tmp_path: Path) -> None:
     """For sm_80 and sm_90, every warning an error; the library wants nothing of torch that 2.11 lacks."""
     script = build_script()
