@@ -5,7 +5,7 @@
     Beginning.agree     round "inputs"       every rank looks at config, tokenizer, datasets
                         round "output"       rank 0 takes the lock of train.output and removes what killed runs left
                         round "search"       rank 0 looks for the checkpoint, passing over what is damaged
-                        round "checkpoint"   all open that very one; what has changed; devices and kernels
+                        round "checkpoint"   all open that very one; what has changed; devices and kernels, the same
                         round "folder"       all see rank 0's folder
     begin               builds the run and loads, each rank its own part. Every byte is verified on the way; where one
                         is wrong, all ranks learn of it, and repeat the rounds from "search" on without this checkpoint
@@ -35,7 +35,7 @@ from megatron_hammer.kernels import fp8
 from megatron_hammer.kernels.libraries.te import check_here
 from megatron_hammer.kernels.selection import kernel_requirements, select_backends
 from megatron_hammer.metrics.trackers import check_trackers
-from megatron_hammer.parallel.agreement import BeforeStart
+from megatron_hammer.parallel.agreement import BeforeStart, Fact
 from megatron_hammer.parallel.context import ParallelContext
 from megatron_hammer.train import corruption, cuda_graph
 from megatron_hammer.train.build import check_compiler
@@ -125,6 +125,7 @@ class Beginning:
                 start = start if rank == 0 else open_start(names, self._inputs.config, rank)
                 prepared = settle(self._inputs, start, self._accepted)
                 self._look_here(prepared)
+                mine.facts = facts_of_machine(prepared.config, self.device)
                 if rank == 0 and not prepared.is_finished:
                     if self.output is None and self._read_only is None:
                         self._take_output(is_new=True)
@@ -210,6 +211,22 @@ def begin(
         announce(prepared)
     beginning.put_in_order(prepared)
     return None
+
+
+def facts_of_machine(config: Config, device: torch.device) -> list[Fact]:
+    """What a rank computes with, which must be the same on all.
+
+    A node whose driver does not work would train on its CPU and wait for the others in another library than they for
+    it; one that lacks our compiled kernels would have all others wait for it in every step, without a word.
+    """
+    facts = [
+        Fact("the device", "device is", device.type, "look at GPUs and driver of the node without (nvidia-smi)"),
+        Fact("torch", "torch is", torch.__version__, "install the same on every node"),
+    ]
+    for operation, backend in select_backends(config.kernels, kernel_requirements(config, device)).items():
+        what, remedy = f"kernels.{operation}", f"install the same on every node, or set kernels.{operation}"
+        facts.append(Fact(what, f"{what} takes", backend.name, remedy))
+    return facts
 
 
 def check_machine(config: Config, device: torch.device) -> None:

@@ -4,7 +4,7 @@
 
     round "inputs"       each rank looks at config, tokenizer, datasets    compared: settings, fingerprints
     round "search"       rank 0 looks for the checkpoint and the ledger    sent: its name and digest, the ledger
-    round "checkpoint"   the others open that very one
+    round "checkpoint"   the others open that very one                     compared: devices, torch, kernels
                          rank 0 writes a probe file                        sent: the probe's name
     round "folder"       the others look for the probe in their train.output
 

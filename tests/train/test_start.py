@@ -12,14 +12,17 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from megatron_hammer.base.errors import ConfigError, from_exception
 from megatron_hammer.checkpoint.folder import newest_checkpoint
 from megatron_hammer.config import describe_fields
+from megatron_hammer.kernels import norm
 from megatron_hammer.parallel.agreement import BeforeStart
-from megatron_hammer.train import start
+from megatron_hammer.train import begin, start
 from megatron_hammer.train.__main__ import _place_of_torchrun
 from megatron_hammer.train.begin import Beginning
 from megatron_hammer.train.prepare import Prepared, find_start, prepare
@@ -173,6 +176,37 @@ def test_another_mix_on_one_node_refuses_all(shared: Path) -> None:
         lambda rank: overrides(data, shared / "run", f"data.train={{{data}/a: {2 + rank}, {data}/b: 1}}"), "E585"
     )
     assert f"{data}/a gives 0.75 of the samples where rank 0's {data}/a gives 0.666666666667 of the samples" in line
+
+
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [
+        ("device", "device is cuda where rank 0's device is cpu; look at GPUs and driver of the node without"),
+        ("torch", "torch is 2.9 where rank 0's torch is "),
+        ("kernels", "kernels.norm takes torch where rank 0's kernels.norm takes fused; install the same on every node"),
+    ],
+)
+def test_a_node_that_computes_with_something_else_refuses_all(
+    shared: Path, monkeypatch: pytest.MonkeyPatch, what: str, line: str
+) -> None:
+    """As one whose driver does not work and which train.device=auto puts on its CPU, where gloo would wait for NCCL; or
+    one without the compiled kernels, which no line named and for which all others wait in each step."""
+
+    def other(name: str, value: Any, otherwise: Any) -> None:
+        there = lambda *given: (otherwise if threading.current_thread().name == "rank 1" else value)(*given)  # noqa: E731
+        monkeypatch.setattr(begin, name, there)
+
+    rows = {name: next(row for row in norm.BACKENDS if row.name == name) for name in ("fused", "torch")}
+    chosen = {name: lambda *_, row=row: {"norm": row} for name, row in rows.items()}
+    other("select_backends", chosen["fused"], chosen["torch" if what == "kernels" else "fused"])
+    device = torch.device("cuda" if what == "device" else "cpu")
+    other("device_of_rank", lambda *_: torch.device("cpu"), lambda *_: device)
+    other("check_machine", lambda *_: None, lambda *_: None)
+    if what == "torch":
+        facts = begin.facts_of_machine
+        old = lambda *given: [dataclasses.replace(f, value="2.9") if f.what == "torch" else f for f in facts(*given)]  # noqa: E731
+        other("facts_of_machine", facts, old)
+    assert f"rank 1: {line}" in refused(lambda rank: overrides(shared / "data", shared / "new"), "E585")
 
 
 def test_another_tokenizer_on_one_node_refuses_all(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
