@@ -9,6 +9,9 @@ the graphs own.
 
 The first micro-batch of a step writes over the sums of gradients and the others add to them, so there are two graphs.
 Neither holds the reduction over data-parallel ranks: it starts after the last replay, and backward hides none of it.
+
+Under tensor parallelism the graphs hold collectives. NCCL ends a group of ranks when no graph is left that it is part
+of, and waits for that for ever (``commDestroySync`` of NCCL 2.30), so the run gives its graphs up before its groups.
 """
 
 from __future__ import annotations
@@ -38,6 +41,10 @@ class Replay(Protocol):
         """Do all of it once more, on the same memory."""
         ...
 
+    def reset(self) -> None:
+        """Forget it; it is not replayed again."""
+        ...
+
 
 class Recorder(Protocol):
     """Records what a function launches."""
@@ -48,6 +55,10 @@ class Recorder(Protocol):
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         """The work and the tensor that it returned, which every replay fills anew; it need not have run yet."""
+        ...
+
+    def wait(self) -> None:
+        """Until nothing of it runs any more."""
         ...
 
 
@@ -71,6 +82,10 @@ class CudaGraphs:
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             output = work()
         return graph, output
+
+    def wait(self) -> None:
+        """On all streams."""
+        torch.cuda.synchronize()
 
 
 class GraphedMicroBatch:
@@ -104,6 +119,13 @@ class GraphedMicroBatch:
             gradient.ready()
         return losses.clone()
 
+    def close(self) -> None:
+        """Give the graphs up; the next call would record again."""
+        self.recorder.wait()
+        for replay, _ in self.replays.values():
+            replay.reset()
+        self.replays.clear()
+
     def _record(
         self, model: Stage, batch: Batch[Tensor], inputs: list[Tensor], z_loss: float, firsts: list[bool]
     ) -> None:
@@ -134,3 +156,9 @@ def check_here(kernels: KernelsConfig, device: torch.device) -> None:
 def micro_batch_runner(kernels: KernelsConfig, store: FlatStore) -> MicroBatch:
     """What runs each micro-batch of a run: ``micro_batch`` itself, or its graphs where the config asks for them."""
     return GraphedMicroBatch(store, CudaGraphs()) if kernels.cuda_graph else micro_batch
+
+
+def give_up(run: MicroBatch) -> None:
+    """What a runner of micro-batches holds of the GPU and of groups of ranks, at its end."""
+    if isinstance(run, GraphedMicroBatch):
+        run.close()

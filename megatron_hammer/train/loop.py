@@ -37,7 +37,7 @@ from megatron_hammer.sampling.loader import ReadAhead
 from megatron_hammer.sampling.samples import ValidData, open_train_data, open_valid_data
 from megatron_hammer.train.build import build_stages
 from megatron_hammer.train.corruption import CorruptionCheck
-from megatron_hammer.train.cuda_graph import micro_batch_runner
+from megatron_hammer.train.cuda_graph import give_up, micro_batch_runner
 from megatron_hammer.train.drift import DriftCheck
 from megatron_hammer.train.evaluate import ValidResult, evaluate
 from megatron_hammer.train.evaluator import Evaluator
@@ -172,6 +172,7 @@ class TrainLoop:
             self._evaluator() as self.evaluator,
         ):
             yield
+            give_up(self.micro_batch)  # after an error nobody ends groups of ranks, and a GPU may not answer
 
     def advance(self, last: int, stop: Callable[[], bool], save_when_stopped: bool = True) -> int:
         """The loop, up to the end of step ``last``; within ``reporting``. Communicates: all ranks call it alike.
@@ -252,6 +253,7 @@ class TrainLoop:
             model = self.config.in_phase(phase).model
             for stage in self.stages:
                 stage.change_rope(model)
+            give_up(self.micro_batch)
             self.micro_batch = micro_batch_runner(self.config.kernels, self.optimizer.store.of_stages[0])
             if self.reporter is not None:
                 self.reporter.flops = flops_per_token(model, phase.seq_length)

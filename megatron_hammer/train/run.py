@@ -71,7 +71,8 @@ def run_rank(
         ctx = build_parallel_context(mine.prepared.config.grid(world_size), mine.device, timeout, status)
         with mine.explained():
             code = train(mine.prepared, ctx, mine.begin)
-        end_process_group()  # at a clean end only: after a failure NCCL would wait here for ranks that never come
+        with status.waits("the end of all ranks"):  # as NCCL does; at a clean end only: else for ranks that never come
+            end_process_group()
         return code
 
 

@@ -37,7 +37,7 @@ from megatron_hammer.sampling import loader
 from megatron_hammer.sampling.batch import Batch
 from megatron_hammer.train.begin import check_machine, device_of_rank
 from megatron_hammer.train.build import build_stages
-from megatron_hammer.train.cuda_graph import micro_batch_runner
+from megatron_hammer.train.cuda_graph import give_up, micro_batch_runner
 from megatron_hammer.train.pipeline import pipelined_losses
 from megatron_hammer.train.source_sums import LOSS, WEIGHT, Sources
 from megatron_hammer.train.state import RunState
@@ -88,6 +88,7 @@ def take_steps(config: Config, ctx: ParallelContext, dtype: torch.dtype, checkpo
         optimizer.step(learning_rate(config, step))
         if step == 1:  # nobody waits here for weights that are on their way: the next forward has to
             pieces += _pieces_of(optimizer.rule.own_shards(), FIRST)
+    give_up(run)
     pieces += state_pieces(optimizer)
     pieces += model_pieces(optimizer)
     refused = ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,12 +20,16 @@ from torch.utils._pytree import tree_leaves
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.config import Config, KernelsConfig
 from megatron_hammer.kernels.native import cpu
+from megatron_hammer.parallel.board import StatusSlot
+from megatron_hammer.train import loop
 from megatron_hammer.train.cuda_graph import CudaGraphs, GraphedMicroBatch, Recorder, check_here, micro_batch_runner
+from megatron_hammer.train.run import run_rank
 from megatron_hammer.train.schedules import micro_batch
 from megatron_hammer.train.step import train_step
 from tests.distributed import run_distributed
 from tests.host_waits import WAITING
 from tests.model.tiny import build, logical_parts, make_context, rank_batches, tiny_config
+from tests.train.runs import config_for, overrides
 from tests.train.test_schedules import weighted_batches
 
 PLAIN = dict(  # our compiled kernels do not go through torch's dispatcher, where the stand-in listens
@@ -66,12 +71,15 @@ class Recording(TorchDispatchMode):
                     if isinstance(old, Tensor) and old.untyped_storage().data_ptr() not in before:
                         old.copy_(new)
 
+    def reset(self) -> None:
+        self.calls.clear()
+
 
 class Recordings:
     """The stand-in for ``CudaGraphs``."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.waits = 0
 
     def warm_up(self, work: Callable[[], Tensor]) -> None:
         work()
@@ -81,6 +89,9 @@ class Recordings:
         with Recording() as recording:
             output = work()
         return recording, output
+
+    def wait(self) -> None:
+        self.waits += 1
 
 
 def trained(
@@ -164,6 +175,39 @@ def test_all_that_is_recorded_has_run_before(micro_batch_size: int, sums: set[bo
     run = GraphedMicroBatch(optimizer.store, Noted())
     train_step(model, optimizer, rank_batches(config, 1, ctx), config, 1, ctx, run)
     assert set(ran) == set(recorded) == sums
+
+
+def test_graphs_are_given_up_before_the_groups_of_ranks(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL waits for ever for a graph with one of its messages: at a run's end, and where a phase makes new graphs."""
+    order, made, slot = list[str](), iter(range(9)), StatusSlot()
+
+    class Graphs(GraphedMicroBatch):
+        def __init__(self, number: int) -> None:
+            super().__init__(None, Recordings())  # type: ignore[arg-type]
+            self.number = number
+            self.replays = {True: (Recording(), torch.ones(()))}
+
+        def __call__(self, *given: Any) -> Tensor:
+            assert self.replays
+            return micro_batch(*given)
+
+        def close(self) -> None:
+            super().close()
+            assert not self.replays and self.recorder.waits == 1  # type: ignore[attr-defined]
+            order.append(f"graphs {self.number}")
+
+    monkeypatch.setattr(loop, "micro_batch_runner", lambda *_: Graphs(next(made)))
+    monkeypatch.setattr(
+        "megatron_hammer.train.run.end_process_group", lambda: order.append(f"groups {slot.is_waiting}")
+    )
+    phases = f"[{{samples: 16, train: {{{data}/a: 1}}}}, {{train: {{{data}/a: 1}}, seq_length: 64}}]"
+    more = (f"data.phases={phases}", "data.train=null", "data.valid=null", "train.num_steps=3")
+    assert run_rank(config_for(overrides(data, tmp_path / "run", *more)), 0, 0, 1, None, status=slot) == 0
+    assert order == ["graphs 0", "graphs 1", "groups True"], (
+        "and who has others wait for it there is no rank that hangs"
+    )
 
 
 def test_the_stand_in_sees_what_a_graph_cannot_hold() -> None:
