@@ -139,14 +139,21 @@ def _build_links(
             for place, source in enumerate(ring):
                 target = ring[(place + ahead) % len(ring)]
                 members = sorted((source, target))  # as torch counts them
-                handle: Any = dist.new_group(members, timeout=timeout)
-                if rank == source:
-                    found[f"{kind}_out"] = Group(members.index(rank), 2, handle, status)
-                    dist.send(torch.zeros(1, device=device), target, group=handle)
-                elif rank == target:
-                    found[f"{kind}_in"] = Group(members.index(rank), 2, handle, status)
-                    dist.recv(torch.zeros(1, device=device), source, group=handle)
+                handle = _new_group(members, timeout, status)
+                if rank not in members:
+                    continue
+                name, other = (f"{kind}_out", target) if rank == source else (f"{kind}_in", source)
+                found[name] = Group(members.index(rank), 2, handle, status)
+                with status.waits():
+                    (dist.send if rank == source else dist.recv)(torch.zeros(1, device=device), other, group=handle)
     return Links(**found)
+
+
+def _new_group(members: list[int], timeout: datetime.timedelta | None, status: StatusSlot) -> Any:
+    """torch's process group; with NCCL all ranks wait for each other in each, whoever its members are."""
+    status.mark("making groups of ranks")  # of a thousand it takes minutes: each is a sign of life
+    with status.waits():
+        return dist.new_group(members, timeout=timeout)
 
 
 def _own_group(partition: list[list[int]], rank: int, timeout: datetime.timedelta | None, status: StatusSlot) -> Group:
@@ -155,7 +162,7 @@ def _own_group(partition: list[list[int]], rank: int, timeout: datetime.timedelt
     for members in partition:
         handle = None
         if len(members) > 1:
-            handle = dist.group.WORLD if len(partition) == 1 else dist.new_group(members, timeout=timeout)
+            handle = dist.group.WORLD if len(partition) == 1 else _new_group(members, timeout, status)
         if rank in members:
             own = Group(members.index(rank), len(members), handle, status)
     return own

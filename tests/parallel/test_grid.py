@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_hammer.parallel.board import StatusSlot
 from megatron_hammer.parallel.context import build_parallel_context
+from megatron_hammer.parallel.fake_world import fake_world
 from megatron_hammer.parallel.grid import AXES, Grid, build_grid
 from tests.distributed import run_distributed
 
@@ -101,3 +103,14 @@ def _is_the_world(rank: int) -> tuple[bool, bool]:
 
 def test_a_group_of_the_whole_world_is_no_second_communicator() -> None:
     assert run_distributed(2, _is_the_world) == 2 * [(True, True)]
+
+
+def test_a_rank_that_makes_groups_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With NCCL all ranks come to each group, whoever its members are: whom they wait for is the one that hangs."""
+    status, new_group, waited = StatusSlot(), dist.new_group, list[bool]()
+    monkeypatch.setattr(
+        dist, "new_group", lambda *a, **more: (waited.append(status.is_waiting), new_group(*a, **more))[1]
+    )
+    with fake_world(0, 8):
+        build_parallel_context(build_grid(8, tp=2, pp=2), torch.device("meta"), status=status)
+    assert len(waited) > 8 and all(waited) and not status.is_waiting
