@@ -30,7 +30,8 @@ def main() -> None:
                         "neither: as-is, its files unchanged, or none; the certificate then says why")  # fmt: skip
     arguments = parser.parse_args()
 
-    from megatron_hammer.huggingface.export import certificate_line, export_hf, parse_size
+    from megatron_hammer.huggingface.certified import certificate_line
+    from megatron_hammer.huggingface.export import export_hf, parse_size
     from megatron_hammer.huggingface.weights import DEFAULT_SHARD_BYTES
 
     size = DEFAULT_SHARD_BYTES if arguments.max_shard_size is None else parse_size(arguments.max_shard_size)

@@ -29,9 +29,9 @@ from megatron_hammer.checkpoint.folder import open_checkpoint, run_of
 from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, saved_model
 from megatron_hammer.checkpoint.read import load_model
 from megatron_hammer.config import Config, DataConfig, KernelsConfig, ModelConfig, ParallelConfig, config_from_tree
+from megatron_hammer.dataset.look.document_marks import documents_begin_with
 from megatron_hammer.huggingface.certified import recorded_documents
 from megatron_hammer.huggingface.config import CONFIG, FAMILIES, check_vocabulary, model_config_from_hf, read_json
-from megatron_hammer.huggingface.export import documents_begin_with
 from megatron_hammer.huggingface.text_model import choose_place
 from megatron_hammer.huggingface.transformers_model import load_causal
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors, fill_stage

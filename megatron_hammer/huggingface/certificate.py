@@ -36,9 +36,9 @@ from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, read_manifest, saved_model
 from megatron_hammer.checkpoint.read import LogicalReader, load_model
 from megatron_hammer.config import ModelConfig
-from megatron_hammer.huggingface.certified import CERTIFICATE
+from megatron_hammer.dataset.look.document_marks import documents_begin_with, documents_end_with
+from megatron_hammer.huggingface.certified import CERTIFICATE, certificate_line
 from megatron_hammer.huggingface.config import CONFIG, GENERATION_CONFIG, model_config_from_hf, read_json
-from megatron_hammer.huggingface.export import certificate_line, documents_begin_with, documents_end_with
 from megatron_hammer.huggingface.transformers_model import load_causal
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors, one_thread
 from megatron_hammer.tokenizer.convert import QWEN2_CURE, QWEN2_READS

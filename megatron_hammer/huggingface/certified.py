@@ -1,4 +1,4 @@
-"""Reads an export's ``certificate.json``: which files were proved, and whether a folder holds nothing but an export.
+"""Reads an export's ``certificate.json``: what was proved, of which files, and whether a folder holds nothing else.
 
 ``certificate.py`` writes the certificate; it is read before an export is replaced or published. Needs no torch.
 """
@@ -32,6 +32,15 @@ def listed_files(certificate: Mapping[str, Any]) -> dict[str, tuple[int, str]] |
             return None
         found[name] = size, content
     return found
+
+
+def certificate_line(certificate: dict[str, Any]) -> str:
+    """One line on what was proved."""
+    worst = max(certificate["texts"].values(), key=lambda r: r["max_difference"] / (r["max_logit"] or 1.0))
+    return (
+        f"certificate passed: max |difference| {worst['max_difference']:.2g} at max |logit| {worst['max_logit']:.3g} "
+        f"(bound {certificate['bound']:g} of it), step {certificate['step']}, {certificate['dtype']}"
+    )
 
 
 def recorded_documents(folder: Path) -> tuple[bool | None, bool | None]:

@@ -15,21 +15,20 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_hammer.base.errors import ConfigError, DataError, RefusedError, from_fields
+from megatron_hammer.base.errors import ConfigError, RefusedError, from_fields
 from megatron_hammer.base.files import dump_json, staged_folder, write_durably
 from megatron_hammer.base.paths import RENAME_REMEDY, is_unicode
 from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.folder import Note, open_checkpoint
 from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, saved_model
 from megatron_hammer.config import ModelConfig
-from megatron_hammer.dataset.format import path_of, read_header
-from megatron_hammer.dataset.reader import IndexedDataset
+from megatron_hammer.dataset.look.document_marks import documents_begin_with
 from megatron_hammer.huggingface.certified import CERTIFICATE, check_output
 from megatron_hammer.huggingface.config import (
     CONFIG,
@@ -168,42 +167,6 @@ def _with_weights_alone(error: RefusedError) -> RefusedError:
     return RefusedError(error.number, error.what, error.rule, remedy)
 
 
-def documents_begin_with(config: Mapping[str, Any], token: int | None) -> bool | None:
-    """Whether the documents of a run's config begin with a token; None where none of its datasets is there now.
-
-    Of several sources, one that begins so is enough: the model has learnt what the token means. A source whose header
-    says it is not opened.
-
-    Args:
-        config: as a tree of plain values, as checkpoints have it.
-    """
-    return _documents_have(config, token, "prepend_bos", 0)
-
-
-def documents_end_with(config: Mapping[str, Any], token: int | None) -> bool | None:
-    """Whether they end with a token, as ``documents_begin_with``."""
-    return _documents_have(config, token, "append_eod", -1)
-
-
-def _documents_have(config: Mapping[str, Any], token: int | None, option: str, place: int) -> bool | None:
-    """Whether documents have the token at a place: as the datasets' headers say, else by the token that is there."""
-    found = []
-    data = config.get("data") or {}
-    mixes = [data.get("train"), *(phase.get("train") for phase in data.get("phases") or ())]
-    for prefix in dict.fromkeys(prefix for mix in mixes for prefix in mix or {}):
-        try:
-            header = read_header(prefix)
-            if not path_of(prefix, ".idx").exists():  # moved, or never on this machine
-                continue
-            if header is not None and option in header.options:
-                found.append(token is not None and bool(header.options[option]))
-            elif (dataset := IndexedDataset(prefix)).num_tokens:
-                found.append(int(dataset.tokens[place]) == token)
-        except (DataError, OSError):  # damaged
-            continue
-    return any(found) if found else None
-
-
 def prove_in_child_process(checkpoint: Path, folder: Path, dtype: str, unproved: str = "") -> dict[str, Any]:
     """Run ``prove`` in a fresh process, so that its memory goes with it and nothing of the export's state is reused.
 
@@ -242,12 +205,3 @@ def _no_verdict(folder: Path, status: int) -> RefusedError:
     cause = f"exit status {status}" if status > 0 else f"signal {-status}"
     remedy = "see the lines above; signal 9 usually means too little memory for one fp32 model"
     return RefusedError(26, f"the proof of {folder.name}", f"ended by {cause} without a verdict", remedy)
-
-
-def certificate_line(certificate: dict[str, Any]) -> str:
-    """One line on what was proved."""
-    worst = max(certificate["texts"].values(), key=lambda r: r["max_difference"] / (r["max_logit"] or 1.0))
-    return (
-        f"certificate passed: max |difference| {worst['max_difference']:.2g} at max |logit| {worst['max_logit']:.3g} "
-        f"(bound {certificate['bound']:g} of it), step {certificate['step']}, {certificate['dtype']}"
-    )

@@ -193,8 +193,8 @@ def text_model_of(
         RefusedError: E528 the tokenizer has ids for which the model has no row.
         ConfigError: E245 the tokenizer has no such special id.
     """
+    from megatron_hammer.dataset.look.document_marks import documents_begin_with, documents_end_with
     from megatron_hammer.huggingface.config import check_vocabulary
-    from megatron_hammer.huggingface.export import documents_begin_with, documents_end_with
 
     check_vocabulary(tokenizer, model)
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}

@@ -199,7 +199,8 @@ def try_export(folder: Path) -> str:
     from megatron_hammer.dataset.make.job import prepare_job
     from megatron_hammer.dataset.make.local import build_datasets
     from megatron_hammer.huggingface.certificate import TEXTS
-    from megatron_hammer.huggingface.export import certificate_line, export_hf
+    from megatron_hammer.huggingface.certified import certificate_line
+    from megatron_hammer.huggingface.export import export_hf
     from megatron_hammer.tokenizer.train import train_tokenizer
     from megatron_hammer.train.run import run_rank
 

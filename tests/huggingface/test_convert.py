@@ -22,10 +22,11 @@ from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.checkpoint.manifest import read_manifest, saved_model
 from megatron_hammer.checkpoint.read import read_logical
 from megatron_hammer.config import load_config
+from megatron_hammer.dataset.look.document_marks import documents_begin_with
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.huggingface.certificate import prove
-from megatron_hammer.huggingface.export import documents_begin_with, export_hf
+from megatron_hammer.huggingface.export import export_hf
 from megatron_hammer.huggingface.importing import import_hf
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors, plan_files
 from megatron_hammer.model.parameters import EMBEDDING, HEAD, logical_shapes
@@ -198,7 +199,7 @@ def test_prompts_of_the_export_begin_as_the_documents_of_the_run(tmp_path, token
         if not header:
             prefix.with_name("d.meta.json").unlink()
     manifest.config["data"] = {"train": {str(prefix): 1.0}}
-    with patch("megatron_hammer.huggingface.export.IndexedDataset", wraps=IndexedDataset) as opened:
+    with patch("megatron_hammer.dataset.look.document_marks.IndexedDataset", wraps=IndexedDataset) as opened:
         assert documents_begin_with(manifest.config, 1) is bos
     assert opened.called is (bos is not None and not header)
     write_unproved(manifest, tmp_path / "hf", "float32")

@@ -15,10 +15,11 @@ import torch
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError
 from megatron_hammer.checkpoint.manifest import Manifest
+from megatron_hammer.dataset.look.document_marks import documents_begin_with, documents_end_with
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.huggingface.certificate import prove
 from megatron_hammer.huggingface.chat import Chat, converse
-from megatron_hammer.huggingface.export import documents_begin_with, documents_end_with, export_hf
+from megatron_hammer.huggingface.export import export_hf
 from megatron_hammer.huggingface.generate import Sampling, continue_rows, continue_texts, generate, read_prompts
 from megatron_hammer.huggingface.text_model import (
     TextModel,
