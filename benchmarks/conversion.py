@@ -117,8 +117,8 @@ def write_ranks(folder: Path, model: Any, value: Callable[[str, str], Any], kind
     from megatron_hammer.base.files import staging_path
     from megatron_hammer.checkpoint.commit import SliceToWrite, commit, write_rank
     from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES
+    from megatron_hammer.checkpoint.first import chunks_from
     from megatron_hammer.checkpoint.manifest import SavedLayout
-    from megatron_hammer.checkpoint.write import chunks_from
     from megatron_hammer.model.parameters import parameter_table
     from megatron_hammer.parallel.placement import place
 

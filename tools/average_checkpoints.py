@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="a new or empty folder")
     args = parser.parse_args()
 
-    from megatron_hammer.huggingface.average import average_checkpoints, choose_checkpoints, shares_of
+    from megatron_hammer.checkpoint.average import average_checkpoints, choose_checkpoints, shares_of
 
     chosen = choose_checkpoints(args.checkpoints, args.last)
     shares = shares_of(len(chosen), args.weights, args.ema)

@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,24 +30,16 @@ from torch import Tensor
 
 from megatron_hammer.base.errors import HammerError
 from megatron_hammer.base.faults import fault_point
-from megatron_hammer.base.files import (
-    staging_path,
-    sync_folder,
-)
+from megatron_hammer.base.files import staging_path, sync_folder
 from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.commit import SliceToWrite, SliceWatch, commit, stage_tokenizer_files, write_rank
 from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES, PRECISION_DTYPES
 from megatron_hammer.checkpoint.folder import Note, clean_up, step_name
 from megatron_hammer.checkpoint.kinds import style_of
-from megatron_hammer.checkpoint.manifest import (
-    MANIFEST,
-    SavedLayout,
-    TokenizerFiles,
-    canonical_json,
-)
+from megatron_hammer.checkpoint.manifest import SavedLayout, TokenizerFiles, canonical_json
 from megatron_hammer.checkpoint.retention import LAST_TWO, KnownCheckpoints, Retention, prune
 from megatron_hammer.checkpoint.space import check_space, checkpoint_bytes
-from megatron_hammer.checkpoint.tensor_files import CHUNK_BYTES, ITEM_BYTES
+from megatron_hammer.checkpoint.tensor_files import CHUNK_BYTES
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.parallel.agreement import all_or_none
 from megatron_hammer.parallel.collectives import broadcast
@@ -78,11 +69,6 @@ def owned_views(shards: Sequence[Shard]) -> tuple[list[SliceToWrite], list[Tenso
     return slices, views
 
 
-def chunks_from(parts: Callable[[], Iterable[Tensor]]) -> Callable[[], Iterator[Any]]:
-    """The same for a slice in several tensors; one of them may be gone when the next is asked for."""
-    return lambda: (chunk for part in parts() for chunk in chunks_of(part))
-
-
 def chunks_of(tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[Any]:
     """The bytes of a tensor on any device, a chunk at a time, converted to ``dtype`` on the way."""
     flat = tensor.detach().reshape(-1)
@@ -94,60 +80,6 @@ def chunks_of(tensor: Tensor, dtype: torch.dtype | None = None) -> Iterator[Any]
 def stage_tokenizer(tokenizer: Tokenizer, staging: Path) -> TokenizerFiles:
     """Copy the tokenizer into the staging folder, durably."""
     return stage_tokenizer_files(tokenizer.save_files, tokenizer.fingerprint, staging)
-
-
-def write_first_checkpoint(
-    folder: Path,
-    slices: Sequence[SliceToWrite],
-    *,
-    model: ModelConfig,
-    state: Mapping[str, Any],
-    weights_dtype: str,
-    tokenizer: Tokenizer | None,
-    watch: SliceWatch = iter,
-    step: int = 0,
-    config_tree: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write weights from elsewhere as ``folder/step-00000000``, whole or not at all; no communication.
-
-    Args:
-        folder: of checkpoints; made where it is missing, what crashed programs left in it is removed.
-        slices: together all weights of ``model``. Wider types are written first, so that every tensor starts aligned.
-        state: JSON values.
-        watch: wraps the loop over the slices, for a progress bar.
-        step: of a state that comes with its optimizer, whose slices are among these.
-        config_tree: of the run that goes on from there; None: the model's alone.
-
-    Returns:
-        the committed folder.
-
-    Raises:
-        CheckpointError: the disk gives back something else than was written.
-    """
-    target = folder / step_name(step)
-    folder.mkdir(parents=True, exist_ok=True)
-    clean_up(folder)
-    staging = staging_path(target)
-    staging.mkdir()
-    try:
-        write_rank(staging, 0, sorted(slices, key=lambda s: -ITEM_BYTES[s.dtype]), watch)
-        replaced = commit(
-            staging,
-            target,
-            step=step,
-            model=model,
-            config_tree=config_tree or {"model": asdict(model)},
-            state=state,
-            weights_dtype=weights_dtype,
-            layout=SavedLayout(),
-            tokenizer=None if tokenizer is None else stage_tokenizer(tokenizer, staging),
-        )
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    if replaced is not None and (replaced / MANIFEST).is_file() and not replaced.is_symlink():
-        shutil.rmtree(replaced, ignore_errors=True)  # an import of before, which the user has asked for once more
-    return target
 
 
 def save_checkpoint(

@@ -38,10 +38,10 @@ from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedErr
 from megatron_hammer.base.files import dump_json, staged_folder, write_durably
 from megatron_hammer.base.progress import say, track
 from megatron_hammer.checkpoint.commit import SliceToWrite
+from megatron_hammer.checkpoint.first import chunks_from, write_first_checkpoint, write_preset
 from megatron_hammer.checkpoint.folder import Note, open_checkpoint, step_name
 from megatron_hammer.checkpoint.manifest import TOKENIZER, checked_tokenizer_folder, saved_model
 from megatron_hammer.checkpoint.read import LogicalReader, read_logical
-from megatron_hammer.checkpoint.write import chunks_from, write_first_checkpoint
 from megatron_hammer.config import ModelConfig
 from megatron_hammer.huggingface.config import (
     CONFIG,
@@ -52,7 +52,6 @@ from megatron_hammer.huggingface.config import (
 )
 from megatron_hammer.huggingface.extension_plan import ORIGINS, ExtensionPlan, plan_extension
 from megatron_hammer.huggingface.extension_rows import GrownMatrix
-from megatron_hammer.huggingface.importing import write_preset
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors, write_weight_files
 from megatron_hammer.model.parameters import EMBEDDING, HEAD, logical_shapes
 from megatron_hammer.tokenizer.convert import convert_tokenizer

@@ -1,4 +1,4 @@
-"""Imports a Hugging Face Llama as a checkpoint of step 0 that holds weights only, in the types that they have.
+"""Imports a Hugging Face model as a checkpoint of step 0 that holds weights only, in the types that they have.
 
 ::
 
@@ -13,23 +13,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from megatron_hammer.base.errors import CheckpointError, RefusedError
-from megatron_hammer.base.files import replace_file
+from megatron_hammer.base.errors import CheckpointError
 from megatron_hammer.base.paths import missing_remedy, unusable_remedy, what_is
 from megatron_hammer.base.progress import say, track
 from megatron_hammer.checkpoint.commit import SliceToWrite
 from megatron_hammer.checkpoint.dtypes import common_dtype
-from megatron_hammer.checkpoint.folder import Note, find_checkpoints, step_name
+from megatron_hammer.checkpoint.first import chunks_from, refuse_taken, write_first_checkpoint, write_preset
+from megatron_hammer.checkpoint.folder import Note, step_name
 from megatron_hammer.checkpoint.manifest import TOKENIZER
-from megatron_hammer.checkpoint.write import chunks_from, write_first_checkpoint
-from megatron_hammer.config import DataConfig, ModelConfig
 from megatron_hammer.huggingface.config import CONFIG, TOKEN_IDS, check_vocabulary, model_config_from_hf, read_json
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors
 from megatron_hammer.model.parameters import logical_shapes
@@ -37,7 +31,7 @@ from megatron_hammer.tokenizer.load import load_tokenizer
 
 
 def import_hf(hf_dir: str | Path, save_dir: str | Path, note: Note = say, ignore: Collection[str] = ()) -> Path:
-    """Write a Hugging Face Llama as ``save_dir/checkpoints/step-00000000``: weights only, in their own types.
+    """Write a Llama, Mistral, Qwen2 or Qwen3 as ``save_dir/checkpoints/step-00000000``: weights only, in their types.
 
     ``save_dir`` can then be named wherever a checkpoint or run can: ``--load`` and ``checkpoint.init_from``. Its
     ``model.yaml`` is a preset with the model's settings, for the run that continues.
@@ -69,7 +63,7 @@ def import_hf(hf_dir: str | Path, save_dir: str | Path, note: Note = say, ignore
         raise CheckpointError(20, str(source), f"is {kind}", "name the folder of a Hugging Face model")
     tree = read_json(source / CONFIG)
     model = model_config_from_hf(tree, str(source / CONFIG), ignore, note)
-    check_save(Path(save_dir))
+    refuse_taken(Path(save_dir), "--save")
     tokenizer = None
     if any((source / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         tokenizer = load_tokenizer(source)
@@ -91,33 +85,6 @@ def import_hf(hf_dir: str | Path, save_dir: str | Path, note: Note = say, ignore
         )
     write_preset(Path(save_dir) / "model.yaml", model, target / TOKENIZER if tokenizer else None)
     return target
-
-
-def check_save(save_dir: Path, option: str = "--save") -> None:
-    """Refuse to write a first checkpoint into the folder of a run, or of a Hugging Face model.
-
-    Args:
-        option: that names the folder.
-
-    Raises:
-        RefusedError: E527.
-    """
-    if trained := [p for p in find_checkpoints(save_dir / "checkpoints") if p.name != step_name(0)]:
-        rule = f"already holds {trained[-1].name} of a run"
-        raise RefusedError(27, f"{option} {save_dir}", rule, "name another folder")
-    if (save_dir / CONFIG).is_file():
-        rule = "is a Hugging Face model, and a checkpoint beside its files would be part of it"
-        raise RefusedError(27, f"{option} {save_dir}", rule, f"name a new folder, such as {save_dir}-checkpoint")
-
-
-def write_preset(path: Path, model: ModelConfig, tokenizer: Path | None) -> None:
-    """A preset with the model's settings, for the run that continues from these weights."""
-    assert model.max_position_embeddings is not None
-    preset: dict[str, Any] = {"model": asdict(model)}
-    preset["data"] = {"seq_length": min(DataConfig.seq_length, model.max_position_embeddings)}
-    if tokenizer is not None:
-        preset["tokenizer"] = {"path": str(tokenizer)}
-    replace_file(path, yaml.safe_dump(preset, sort_keys=False).encode())
 
 
 def _whole(weights: HfWeights, name: str, shape: tuple[int, ...]) -> SliceToWrite:

@@ -29,13 +29,13 @@ from megatron_hammer.base.progress import say, track
 from megatron_hammer.base.reading import parse_json, read_regular
 from megatron_hammer.checkpoint.commit import SliceToWrite
 from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES, common_dtype
+from megatron_hammer.checkpoint.first import refuse_taken, write_first_checkpoint, write_preset
 from megatron_hammer.checkpoint.folder import Note
 from megatron_hammer.checkpoint.manifest import TOKENIZER, read_manifest
-from megatron_hammer.checkpoint.write import chunks_of, write_first_checkpoint
+from megatron_hammer.checkpoint.write import chunks_of
 from megatron_hammer.config import ModelConfig, config_to_tree, to_yaml
 from megatron_hammer.huggingface.certificate import compare, our_logits
 from megatron_hammer.huggingface.config import CONFIG, TOKEN_IDS, check_vocabulary, read_json
-from megatron_hammer.huggingface.importing import check_save, write_preset
 from megatron_hammer.huggingface.transformers_model import load_causal
 from megatron_hammer.megatron.distributed import FULLY_RESHARDABLE, DistributedSource
 from megatron_hammer.megatron.layout import (
@@ -148,7 +148,7 @@ def import_megatron(
         CheckpointError: E430 to E435: what cannot be read or converted, by its name.
         RefusedError: E527 ``save`` holds something else; E520 the logits are not those of the twin.
     """
-    check_save(Path(save))
+    refuse_taken(Path(save), "--save")
     source = open_source(find_checkpoint(Path(load)))
     padded = source.rows(EMBEDDING_THERE) if (EMBEDDING_THERE, None) in set(source.names()) else 0
     if not padded:

@@ -13,8 +13,8 @@ and would skip the whole sentence): it stays the byte piece ``<0x09>``, which is
 
 The result depends on the text alone: not on the order or the number of files, not on the number of threads.
 
-HammerLLM's algorithm is BPE. Unigram is trained by the same recipe and has every use that a ``.model`` has, but it has
-no exact ``tokenizer.json`` (``convert.py`` says why), so a model trained with it cannot be exported.
+HammerLLM's algorithm is BPE. Unigram is trained by the same recipe and has every use that a ``.model`` has, but no
+exact ``tokenizer.json`` (``definition.py`` says why): exports hold the ``.model`` itself (``model_folder.py``).
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ import pytest
 from megatron_hammer.base.errors import CheckpointError, ConfigError, DataError, HammerError
 from megatron_hammer.base.paths import check_output_prefix, missing_remedy, neighbour_of, unusable_remedy
 from megatron_hammer.base.pictures import check_png
+from megatron_hammer.checkpoint.average import choose_checkpoints
 from megatron_hammer.checkpoint.folder import open_checkpoint
 from megatron_hammer.corpus.documents import LineWriter
 from megatron_hammer.corpus.readers import expand_inputs
 from megatron_hammer.dataset.reader import prefix_remedy
-from megatron_hammer.huggingface.average import choose_checkpoints
 from megatron_hammer.huggingface.generate import generate
 from megatron_hammer.huggingface.importing import import_hf
 from megatron_hammer.metrics.plot import read_curves

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from megatron_hammer.base.errors import CheckpointError, ConfigError
+from megatron_hammer.checkpoint import average
+from megatron_hammer.checkpoint.average import average_checkpoints, choose_checkpoints, shares_of
 from megatron_hammer.checkpoint.folder import find_checkpoints, open_checkpoint
 from megatron_hammer.checkpoint.inspect import verify_checkpoint
 from megatron_hammer.checkpoint.read import read_logical
-from megatron_hammer.huggingface import average
-from megatron_hammer.huggingface.average import average_checkpoints, choose_checkpoints, shares_of
 from megatron_hammer.huggingface.export import export_hf
 from tests.train.runs import overrides, train_here, write_dataset
 

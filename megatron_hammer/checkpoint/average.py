@@ -26,12 +26,11 @@ from megatron_hammer.base.errors import CheckpointError, ConfigError, RefusedErr
 from megatron_hammer.base.paths import what_is
 from megatron_hammer.base.progress import track
 from megatron_hammer.checkpoint.commit import SliceToWrite
+from megatron_hammer.checkpoint.first import chunks_from, refuse_taken, write_first_checkpoint, write_preset
 from megatron_hammer.checkpoint.fit import check_fits
 from megatron_hammer.checkpoint.folder import find_checkpoints, open_checkpoint
 from megatron_hammer.checkpoint.manifest import TOKENIZER, Manifest, checked_tokenizer_folder, saved_model
 from megatron_hammer.checkpoint.read import LogicalReader
-from megatron_hammer.checkpoint.write import chunks_from, write_first_checkpoint
-from megatron_hammer.huggingface.importing import check_save, write_preset
 from megatron_hammer.tokenizer.load import load_tokenizer
 
 _BLOCK_ELEMENTS = 1 << 20  # 8 MiB of fp64 sums
@@ -102,7 +101,7 @@ def average_checkpoints(checkpoints: Sequence[Manifest], shares: Sequence[float]
         if theirs != ours:
             rule = f"has tokenizer {theirs}, and {newest.folder} {ours}"
             raise RefusedError(10, str(other.folder), rule, "average checkpoints of one tokenizer")
-    check_save(folder, "--output")
+    refuse_taken(folder, "--output")
     source = checked_tokenizer_folder(newest)
     tokenizer = None if source is None else load_tokenizer(source)
     with ExitStack() as stack:
