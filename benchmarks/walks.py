@@ -14,7 +14,8 @@ sample
     The first step of ``python -m megatron_hammer.train``, from the loop's call of ``next_batches`` to the return of
     ``forward_backward``: reading, forward, loss and backward, one rank, the fused CPU kernels.
 checkpoint
-    ``tools/checkpoint_to_hf.py`` on a checkpoint of three steps. The proof is a process of its own, and does not count.
+    ``tools/checkpoint_to_hf.py`` on a checkpoint of three steps. The tokenizer and the proof have a process of their
+    own, and do not count.
 jsonl
     ``tools/preprocess_data.py`` on 200 short documents with a sentencepiece model, one worker.
 

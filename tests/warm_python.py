@@ -24,7 +24,7 @@ import sys
 WARM = ("checkpoint_to_hf.py", "generate.py", "evaluate.py", "hf_to_checkpoint.py", "verify_tokenizer.py",
         "convert_tokenizer.py", "extend_embeddings.py", "analyze_tokenizer.py", "plot_loss.py",
         "megatron_hammer.launch", "megatron_hammer.train",
-        "megatron_hammer.huggingface.certificate", "test_start.py")  # fmt: skip
+        "megatron_hammer.huggingface.prover", "test_start.py")  # fmt: skip
 MESSAGE_BYTES = 2**20  # words and environment, of a few thousand bytes
 
 

@@ -32,9 +32,8 @@ def main() -> None:
 
     from megatron_hammer.huggingface.certified import certificate_line
     from megatron_hammer.huggingface.export import export_hf, parse_size
-    from megatron_hammer.huggingface.weights import DEFAULT_SHARD_BYTES
 
-    size = DEFAULT_SHARD_BYTES if arguments.max_shard_size is None else parse_size(arguments.max_shard_size)
+    size = None if arguments.max_shard_size is None else parse_size(arguments.max_shard_size)
     with Activity("exporting, and comparing with the trained model", in_place=False):
         certificate = export_hf(
             arguments.load,

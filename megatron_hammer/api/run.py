@@ -33,7 +33,8 @@ from megatron_hammer.checkpoint.dtypes import DTYPES, PRECISION_DTYPES
 from megatron_hammer.checkpoint.folder import step_of
 from megatron_hammer.checkpoint.live_weights import live_weights
 from megatron_hammer.config import Config, config_to_tree
-from megatron_hammer.huggingface.export import Prove, TokenizerForm, export_hf, parse_size
+from megatron_hammer.huggingface.export import Prove, export_hf, parse_size
+from megatron_hammer.huggingface.exported_tokenizer import TokenizerForm
 from megatron_hammer.huggingface.generate import Continuation, Sampling, continue_texts
 from megatron_hammer.huggingface.text_model import Begin, TextModel, text_model_of
 from megatron_hammer.model.llama import Stage

@@ -1,4 +1,4 @@
-"""The proof that an exported folder is the checkpoint's model, run in a process of its own before the folder is named.
+"""The proof that an exported folder is the checkpoint's model, made before the folder is named (``prover.py``).
 
 ::
 
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_hammer import __version__
 from megatron_hammer.base.cli import ArgumentParser, run
-from megatron_hammer.base.errors import CheckpointError, HammerError, RefusedError, to_fields
+from megatron_hammer.base.errors import CheckpointError, RefusedError
 from megatron_hammer.base.files import hash_bytes, hash_file, write_durably
 from megatron_hammer.base.progress import track
 from megatron_hammer.checkpoint.dtypes import DTYPES
@@ -339,8 +339,8 @@ def compare(name: str, ours: Any, model: Any, ids: list[int], remedy: str = _REP
     return {"max_difference": difference, "max_logit": largest, "num_tokens": len(ids)}
 
 
-def main() -> int:
-    """The child process, and the program that proves an export again."""
+def main() -> None:
+    """The program that proves an export again."""
     parser = ArgumentParser(prog="python -m megatron_hammer.huggingface.certificate", description=__doc__)
     parser.add_argument("checkpoint", help="checkpoint folder or run")
     parser.add_argument("folder", type=Path, help="exported Hugging Face folder; its certificate.json is written anew")
@@ -350,19 +350,10 @@ def main() -> int:
     parser.add_argument(
         "--unproved-tokenizer", default="", metavar="WHY", help="compare the model alone, and write why (default: all)"
     )
-    parser.add_argument("--report", action="store_true", help="print certificate or error as JSON on stdout")
     arguments = parser.parse_args()
-    try:
-        manifest = open_checkpoint(arguments.checkpoint)
-        dtype, unproved = arguments.dtype or manifest.weights_dtype, arguments.unproved_tokenizer
-        certificate = prove(manifest.folder, arguments.folder, dtype, unproved)
-    except HammerError as error:
-        if arguments.report:
-            print(json.dumps({"error": to_fields(error)}))
-            return error.exit_code
-        raise
-    print(json.dumps(certificate) if arguments.report else certificate_line(certificate))
-    return 0
+    manifest = open_checkpoint(arguments.checkpoint)
+    dtype, unproved = arguments.dtype or manifest.weights_dtype, arguments.unproved_tokenizer
+    print(certificate_line(prove(manifest.folder, arguments.folder, dtype, unproved)))
 
 
 if __name__ == "__main__":

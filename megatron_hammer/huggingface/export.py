@@ -2,10 +2,14 @@
 
 ::
 
-    checkpoint --band by band, rounded--> OUTPUT.tmp-ID/ --certificate.py, in a process of its own--> OUTPUT/
+    checkpoint --band by band, rounded--> OUTPUT.tmp-ID/ --certificate.py--> OUTPUT/
+         '------ tokenizer --prover.py-------^
 
-No tensor is permuted, split or renamed on the way; that makes the round trip bit-equal. Memory: 30 MiB while writing;
-the proof needs one fp32 model.
+The tokenizer is written while the weights are, in the process that proves all of it then (``prover.py``). No tensor is
+permuted, split or renamed on the way; that makes the round trip bit-equal. Memory: 30 MiB while writing; the other
+process needs one fp32 model.
+
+Needs no torch until it writes weights.
 """
 
 from __future__ import annotations
@@ -13,39 +17,27 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_hammer.base.errors import ConfigError, RefusedError, from_fields
 from megatron_hammer.base.files import dump_json, staged_folder, write_durably
 from megatron_hammer.base.paths import RENAME_REMEDY, is_unicode
 from megatron_hammer.base.progress import say
 from megatron_hammer.checkpoint.folder import Note, open_checkpoint
-from megatron_hammer.checkpoint.manifest import Manifest, checked_tokenizer_folder, saved_model
+from megatron_hammer.checkpoint.manifest import Manifest, saved_model
 from megatron_hammer.config import ModelConfig
-from megatron_hammer.dataset.look.document_marks import documents_begin_with
 from megatron_hammer.huggingface.certified import CERTIFICATE, check_output
-from megatron_hammer.huggingface.config import (
-    CONFIG,
-    GENERATION_CONFIG,
-    check_vocabulary,
-    hf_config_from_model,
-    read_json,
-    token_ids_of,
-)
-from megatron_hammer.huggingface.weights import DEFAULT_SHARD_BYTES, export_weights
-from megatron_hammer.tokenizer.convert import conversion_obstacle, convert_tokenizer, form_line
-from megatron_hammer.tokenizer.load import load_tokenizer
+from megatron_hammer.huggingface.config import CONFIG, GENERATION_CONFIG, hf_config_from_model, read_json
+from megatron_hammer.huggingface.exported_tokenizer import TokenizerForm, remark_on, write_tokenizer
 
 Prove = Callable[..., object]
 """Takes the checkpoint's folder, the export's, the type of the weights, and why the tokenizer is not proved, if so."""
-TokenizerForm = Literal["exact", "as-is", "none"]
-"""Of an export: one that transformers loads, proved to give the same ids; the checkpoint's files unchanged; none."""
 
 
 def parse_size(text: str) -> int:
@@ -66,7 +58,7 @@ def export_hf(
     checkpoint: str | Path,
     output: str | Path,
     dtype: str | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     *,
     step: int | None = None,
     prove: Prove | None = None,
@@ -79,8 +71,10 @@ def export_hf(
         checkpoint: a checkpoint folder or a run.
         output: a folder that does not exist, is empty, or is an earlier export, which is then replaced.
         dtype: of the written weights; None: that in which the model was trained.
+        max_shard_bytes: largest size of a file of weights; None: 5 GB, as of transformers.
         step: of a run, the checkpoint of this step; None: its newest.
-        prove: writes ``certificate.json`` into the folder or raises; None: ``prove_in_child_process``.
+        prove: writes ``certificate.json`` into the folder or raises, and all is done in this process; None: what
+            proves, and what writes the tokenizer, is a process of its own.
         tokenizer: what is written of it; where it is not exact, the certificate says so and why.
 
     Returns:
@@ -93,115 +87,103 @@ def export_hf(
             Nothing is left at ``output``, or what was there before.
     """
     manifest = open_checkpoint(checkpoint, step)
-    original = Original(manifest, saved_model(manifest), checked_tokenizer_folder(manifest))
-    dtype = dtype or manifest.weights_dtype
+    model, dtype = saved_model(manifest), dtype or manifest.weights_dtype
     output = Path(output).resolve()  # a link to a folder stays a link
     if not is_unicode(output):
         raise ConfigError(88, f"--output {output}", "is not UTF-8, and no tokenizer is read from there", RENAME_REMEDY)
     if output.exists():
         check_output(output)
     with staged_folder(output, replace=True) as staging:
-        unproved = write_hf(original, staging, dtype, max_shard_bytes, note, tokenizer)
-        if unproved:
-            note(f"the tokenizer is not proved: {unproved}")
-        if prove is None:
-            return prove_in_child_process(manifest.folder, staging, dtype, unproved)
-        prove(manifest.folder, staging, dtype, *([unproved] if unproved else []))
-        return read_json(staging / CERTIFICATE)
-
-
-@dataclass(frozen=True)
-class Original:
-    """What is exported: a checkpoint, and what has been read and checked of it."""
-
-    manifest: Manifest
-    model: ModelConfig
-    """``saved_model``."""
-    tokenizer_folder: Path | None
-    """``checked_tokenizer_folder``."""
-
-
-def write_hf(
-    original: Original,
-    folder: Path,
-    dtype: str,
-    max_shard_bytes: int,
-    note: Note = say,
-    form: TokenizerForm = "exact",
-) -> str:
-    """Write weights, configs and tokenizer into an empty folder, without any proof.
-
-    Returns:
-        why the tokenizer is not one that can be compared with the checkpoint's; an empty string where it is.
-    """
-    unproved, manifest, model = "", original.manifest, original.model
-    token_ids = dict(manifest.state.get("token_ids") or {})  # of an imported model
-    if original.tokenizer_folder is None:
-        note("the checkpoint has no tokenizer: the model is exported without one")
-    else:
-        tokenizer = load_tokenizer(original.tokenizer_folder)
-        check_vocabulary(tokenizer, model)
-        if form == "exact":
-            begin_with_bos = documents_begin_with(manifest.config, tokenizer.bos_id)
-            try:
-                why = convert_tokenizer(tokenizer, folder, begin_with_bos, model.max_position_embeddings)
-            except RefusedError as error:
-                raise _with_weights_alone(error) from None
-            if why:
-                note(f"the tokenizer is exported as {form_line(why)}")
+        if prove is not None:
+            token_ids, unproved = write_tokenizer(manifest, model, staging, tokenizer)
+            _write_weights(manifest, staging, dtype, max_shard_bytes)
+            write_configs(model, token_ids, staging, dtype)
+            prove(manifest.folder, staging, dtype, *([unproved] if unproved else []))
+            certificate = read_json(staging / CERTIFICATE)
         else:
-            unproved = conversion_obstacle(tokenizer) or f"--tokenizer {form} was asked for"
-            if form == "as-is":
-                tokenizer.save_files(folder)
-        token_ids = token_ids_of(tokenizer)
+            with Prover(manifest.folder, staging, dtype, tokenizer) as prover:
+                _write_weights(manifest, staging, dtype, max_shard_bytes)
+                write_configs(model, prover.token_ids(), staging, dtype)
+                certificate = prover.prove()
+    if remark := remark_on(certificate.get("tokenizer", {})):
+        note(remark)
+    return certificate
+
+
+def _write_weights(manifest: Manifest, folder: Path, dtype: str, max_shard_bytes: int | None) -> None:
+    """Import torch, whose seconds pass beside the other process, and write."""
+    from megatron_hammer.huggingface.weights import export_weights
+
+    export_weights(manifest, folder, dtype, max_shard_bytes)
+
+
+def write_configs(model: ModelConfig, token_ids: dict[str, Any], folder: Path, dtype: str) -> None:
+    """After the tokenizer: transformers chooses its class by ``config.json`` where there is one."""
     write_durably(folder / CONFIG, dump_json(hf_config_from_model(model, token_ids, dtype)))
     present = {name: value for name, value in token_ids.items() if value is not None}
     write_durably(folder / GENERATION_CONFIG, dump_json(present))
-    export_weights(manifest, folder, dtype, max_shard_bytes)
-    return unproved
 
 
-def _with_weights_alone(error: RefusedError) -> RefusedError:
-    """A refusal of the tokenizer, with what can be done in an export."""
-    remedy = f"{error.remedy}; or export the weights with --tokenizer as-is or none"
-    return RefusedError(error.number, error.what, error.rule, remedy)
+class Prover(AbstractContextManager["Prover"]):
+    """A fresh process that writes the tokenizer, then proves (``prover.py``); it is gone when the block ends.
 
-
-def prove_in_child_process(checkpoint: Path, folder: Path, dtype: str, unproved: str = "") -> dict[str, Any]:
-    """Run ``prove`` in a fresh process, so that its memory goes with it and nothing of the export's state is reused.
-
-    Returns:
-        the certificate, as in the folder.
+    Its memory goes with it, and nothing is reused of what wrote the weights.
 
     Raises:
-        HammerError: what the child raised, or that it died.
+        HammerError: from both methods, what the process raised, or that it died.
     """
-    command = [sys.executable, "-m", "megatron_hammer.huggingface.certificate", str(checkpoint), str(folder)]
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
-        # glibc raises this threshold as it goes, and then keeps freed weights: half of ours would stay beside theirs.
-        "MALLOC_MMAP_THRESHOLD_": str(2**20),
-    }
-    child = subprocess.run(
-        [*command, "--dtype", dtype, "--report", "--unproved-tokenizer", unproved],
-        env=environment,
-        stdout=subprocess.PIPE,
-        check=False,
-    )
-    report: dict[str, Any] = {}
-    with suppress(ValueError):
-        report = json.loads(child.stdout)
-    if "error" in report:
-        raise from_fields(report["error"])
-    if child.returncode != 0:
-        raise _no_verdict(folder, child.returncode)
-    return report
 
+    def __init__(self, checkpoint: Path, folder: Path, dtype: str, form: TokenizerForm) -> None:
+        command = [sys.executable, "-m", "megatron_hammer.huggingface.prover", str(checkpoint), str(folder)]
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+            # glibc raises this threshold as it goes, then keeps freed weights: half of ours would stay beside theirs.
+            "MALLOC_MMAP_THRESHOLD_": str(2**20),
+        }
+        self._folder = folder
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited: Ctrl-C is the export's affair
+        try:
+            self._process = subprocess.Popen(
+                [*command, dtype, form], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
-def _no_verdict(folder: Path, status: int) -> RefusedError:
-    cause = f"exit status {status}" if status > 0 else f"signal {-status}"
-    remedy = "see the lines above; signal 9 usually means too little memory for one fp32 model"
-    return RefusedError(26, f"the proof of {folder.name}", f"ended by {cause} without a verdict", remedy)
+    def token_ids(self) -> dict[str, Any]:
+        """The special ids that the configs name, once the tokenizer is written and proved."""
+        found: dict[str, Any] = self._answer()["token_ids"]
+        return found
+
+    def prove(self) -> dict[str, Any]:
+        """The certificate, as in the folder, which must be complete."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has died, as its answer will say
+            self._process.stdin.write(b"\n")
+            self._process.stdin.flush()
+        certificate = self._answer()
+        if self._process.wait():
+            raise self._no_verdict()
+        return certificate
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        answer: dict[str, Any] = {}
+        with suppress(ValueError):
+            answer = json.loads(self._process.stdout.readline())
+        if "error" in answer:
+            raise from_fields(answer["error"])
+        if not answer:
+            raise self._no_verdict()
+        return answer
+
+    def _no_verdict(self) -> RefusedError:
+        status = self._process.wait()
+        cause = f"exit status {status}" if status > 0 else f"signal {-status}"
+        remedy = "see the lines above; signal 9 usually means too little memory for one fp32 model"
+        return RefusedError(26, f"the proof of {self._folder.name}", f"ended by {cause} without a verdict", remedy)
+
+    def __exit__(self, *rest: object) -> None:
+        with suppress(BrokenPipeError), self._process:  # closes the pipes and waits for its end
+            self._process.kill()

@@ -35,7 +35,7 @@ MAX_TENSORS = 60_000  # over all files: 5,000 layers
 DEFAULT_SHARD_BYTES = 5 * 10**9  # transformers' own long-time default
 
 
-def export_weights(manifest: Manifest, folder: Path, dtype: str, max_shard_bytes: int) -> None:
+def export_weights(manifest: Manifest, folder: Path, dtype: str, max_shard_bytes: int | None) -> None:
     """Stream the logical weights of a checkpoint, in one type, into one file, or into several with an index."""
     tensors = {tensor.name: (dtype, tensor.shape) for tensor in manifest.tensors if tensor.kind == "weight"}
     with LogicalReader(manifest) as reader, one_thread():
@@ -51,19 +51,20 @@ def write_weight_files(
     folder: Path,
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
     chunks: Callable[[str], Iterable[Any]],
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
 ) -> dict[str, str]:
     """Stream tensors into one file, or into shards with an index, as transformers reads them.
 
     Args:
         tensors: name -> (dtype, shape), in the order of the files.
         chunks: gives the bytes of a tensor by its name; called once for each, in order.
+        max_shard_bytes: largest size of a file; None: ``DEFAULT_SHARD_BYTES``.
 
     Returns:
         name -> XXH3-128 of its bytes, taken before they were written.
     """
     sizes = {name: math.prod(shape) * ITEM_BYTES[dtype] for name, (dtype, shape) in tensors.items()}
-    plan = plan_files(sizes, max_shard_bytes)
+    plan = plan_files(sizes, max_shard_bytes or DEFAULT_SHARD_BYTES)
     files = [f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))] if plan[1:] else [WEIGHTS]
     hashes = {}
     with Progress("writing weights", sum(sizes.values())) as progress:

@@ -16,13 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from megatron_hammer.base.errors import CheckpointError, RefusedError
 from megatron_hammer.checkpoint.manifest import read_manifest
-from megatron_hammer.config import RopeScaling
-from megatron_hammer.huggingface import certificate
+from megatron_hammer.config import ModelConfig, RopeScaling
+from megatron_hammer.huggingface import certificate, export
 from megatron_hammer.huggingface.certificate import TEXTS, prove
-from megatron_hammer.huggingface.export import export_hf, prove_in_child_process
+from megatron_hammer.huggingface.certified import certificate_line
+from megatron_hammer.huggingface.export import export_hf
 from megatron_hammer.model import llama
 from megatron_hammer.model.parameters import logical_shapes
 from tests.checkpoint.layouts import LLAMA3_ROPE, tiny_model, write_layout
+from tests.warm_python import warm_python
 
 MODEL = tiny_model(hidden_size=32, ffn_hidden_size=40, num_layers=2, vocab_size=700, rope_scaling=LLAMA3_ROPE)
 UNGROUPED = tiny_model(hidden_size=32, ffn_hidden_size=40, num_layers=2, num_query_groups=8, vocab_size=131)
@@ -79,7 +81,7 @@ def edit_json(path: Path, change) -> None:
     path.write_text(json.dumps(tree))
 
 
-def test_an_honest_export_is_proved(checkpoint, folder):
+def test_an_honest_export_is_proved(checkpoint, folder, monkeypatch, capsys):
     proof = prove(checkpoint, folder, "bfloat16")
     assert proof["verdict"] == "passed" and set(proof["texts"]) == {"zh", "en", "code"}
     assert proof["checkpoint_digest"] == read_manifest(checkpoint).digest
@@ -88,7 +90,10 @@ def test_an_honest_export_is_proved(checkpoint, folder):
         assert 0 <= result["max_difference"] < 1e-5 * result["max_logit"] and result["max_logit"] > 1
         assert result["num_tokens"] >= 64
     assert json.loads((folder / "certificate.json").read_text()) == proof
-    again = prove(checkpoint, folder, "bfloat16")
+    monkeypatch.setattr(sys, "argv", ["certificate", str(checkpoint), str(folder), "--dtype", "bfloat16"])
+    certificate.main()
+    assert capsys.readouterr().out == f"{certificate_line(proof)}\n"
+    again = json.loads((folder / "certificate.json").read_text())
     assert again == proof, "repeating a proof must not change it"
 
 
@@ -447,13 +452,17 @@ def test_a_changed_tokenizer_turns_it_red(checkpoint, folder, change, expected):
 # ---- the child process ----
 
 
-def test_a_fault_found_by_the_child_comes_back_and_nothing_is_left(checkpoint, tmp_path):
-    def tamper_and_prove(source: Path, staging: Path, dtype: str) -> None:
-        edit(staging, lambda w: swap_gate_and_up(w, 8))
-        prove_in_child_process(source, staging, dtype)
+def test_a_fault_found_by_the_child_comes_back_and_nothing_is_left(checkpoint, tmp_path, monkeypatch):
+    write_configs = export.write_configs
 
+    def write_and_tamper(model: ModelConfig, token_ids: dict, staging: Path, dtype: str) -> None:
+        write_configs(model, token_ids, staging, dtype)
+        edit(staging, lambda w: swap_gate_and_up(w, 8))
+
+    monkeypatch.setattr(sys, "executable", warm_python())
+    monkeypatch.setattr(export, "write_configs", write_and_tamper)
     with pytest.raises(RefusedError, match=r"E523.*model\.layers\.0\.mlp\.gate_proj\.weight"):
-        export_hf(checkpoint, tmp_path / "hf", prove=tamper_and_prove)
+        export_hf(checkpoint, tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -26,7 +26,7 @@ from megatron_hammer.dataset.look.document_marks import documents_begin_with
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.huggingface.certificate import prove
-from megatron_hammer.huggingface.export import export_hf
+from megatron_hammer.huggingface.export import Prover, export_hf
 from megatron_hammer.huggingface.importing import import_hf
 from megatron_hammer.huggingface.weights import HfWeights, check_tensors, plan_files
 from megatron_hammer.model.parameters import EMBEDDING, HEAD, logical_shapes
@@ -36,6 +36,7 @@ from megatron_hammer.tokenizer.load import load_tokenizer
 from tests.checkpoint.layouts import random_logical, tiny_model, write_layout
 from tests.huggingface.unproved import write_unproved
 from tests.page_blocks import blocks_of
+from tests.warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 
@@ -565,9 +566,26 @@ def test_only_a_tokenizer_that_splits_as_qwen2_s_class_is_exported_with_a_qwen2(
         assert (theirs(text)["input_ids"] == ours.encode(text)) == equal
 
 
-def test_the_child_process_proves_the_model_alone(tmp_path, kinds):
-    tokenizer = kinds["unigram"]
+def test_the_other_process_refuses_a_tokenizer_and_proves_the_model_alone(tmp_path, kinds, monkeypatch):
+    tokenizer = kinds["word"]
     model = tiny_model(vocab_size=tokenizer.vocab_size)
     write_layout(tmp_path / "run" / "checkpoints", model, random_logical(model), tokenizer=tokenizer)
+    monkeypatch.setattr(sys, "executable", warm_python())
+    with pytest.raises(RefusedError, match=r"E501.*is a word model.*or export the weights with --tokenizer as-is"):
+        export_hf(tmp_path / "run", tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
     certificate = export_hf(tmp_path / "run", tmp_path / "hf", note=lambda text: None, tokenizer="none")
-    assert certificate["tokenizer"]["present"] is False and "--tokenizer none" in certificate["tokenizer"]["reason"]
+    assert certificate["tokenizer"]["present"] is False and "is a word model" in certificate["tokenizer"]["reason"]
+
+
+def test_the_other_process_ends_with_the_export(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", warm_python())
+    model = tiny_model()
+    checkpoint = write_layout(tmp_path / "run", model, random_logical(model)).folder
+    (tmp_path / "hf").mkdir()
+    with Prover(checkpoint, tmp_path / "hf", "float32", "exact") as prover:
+        assert prover.token_ids() == {}
+        assert prover._process.stdin is not None
+        prover._process.stdin.close()
+        assert prover._process.wait(30) == 1
+    assert list((tmp_path / "hf").iterdir()) == []

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_hammer.command import run_file
 from megatron_hammer.huggingface import export
-from megatron_hammer.huggingface.certificate import prove
+from tests.huggingface.unproved import ProverHere
 from tests.page_blocks import ROOT, blocks_of
 
 
@@ -27,9 +27,7 @@ def test_the_page(
     (run / "metrics.jsonl").unlink()  # of a run with steps left
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(
-        export, "prove_in_child_process", lambda checkpoint, folder, dtype, _: prove(checkpoint, folder, dtype)
-    )
+    monkeypatch.setattr(export, "Prover", ProverHere)
     said = []
     page = (ROOT / "docs" / "publish.md").read_text(encoding="utf-8")
     for line in "".join(blocks_of(page)).splitlines():
