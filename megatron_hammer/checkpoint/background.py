@@ -1,4 +1,4 @@
-"""Asynchronous checkpoints: each rank copies its state, a process beside it writes the copy, and training goes on.
+"""Checkpoints in the background: each rank copies its state, a process beside it writes the copy, training goes on.
 
 ::
 
@@ -94,10 +94,7 @@ class WriterProcess:
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
-        except (
-            OSError,
-            ValueError,
-        ):  # it has died, of what is said by ``hear``; or was ended here, and its pipe closed
+        except (OSError, ValueError):  # it has died, as ``hear`` will say; or was ended here, and its pipe closed
             self.error = self.error or self._died()
 
     def hear(self, note: Note) -> None:

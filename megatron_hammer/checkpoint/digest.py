@@ -58,7 +58,7 @@ def col_numbers(cols: Range) -> npt.NDArray[np.uint64]:
     return odd_numbers(_COLS_FROM + cols[0], cols[1] - cols[0])
 
 
-def places(rows: Range, cols: Range | None) -> tuple[Range, Range]:
+def as_matrix(rows: Range, cols: Range | None) -> tuple[Range, Range]:
     """Rows and columns of a rectangle; a vector (no columns) is part of one row."""
     return (rows, cols) if cols is not None else ((0, 1), rows)
 
@@ -71,7 +71,7 @@ class Factors:
     """
 
     def __init__(self, rows: Range, cols: Range | None, dtype: str) -> None:
-        lines, columns = places(rows, cols)
+        lines, columns = as_matrix(rows, cols)
         self.rows, self.cols, self.item_bytes = row_numbers(lines), col_numbers(columns), ITEM_BYTES[dtype]
 
     def sum_of(self, piece: Any, start: int) -> int:

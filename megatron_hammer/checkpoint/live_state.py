@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.base.errors import CheckpointError
-from megatron_hammer.checkpoint.digest import MODULUS, Factors, col_numbers, places, row_numbers, state_digest
+from megatron_hammer.checkpoint.digest import MODULUS, Factors, as_matrix, col_numbers, row_numbers, state_digest
 from megatron_hammer.checkpoint.dtypes import DTYPE_NAMES
 from megatron_hammer.checkpoint.manifest import Manifest
 from megatron_hammer.checkpoint.one_pass import OnePass
@@ -166,7 +166,7 @@ def _sum_of(rows: Range, cols: Range | None, view: Tensor) -> int:
 @torch.no_grad()
 def sum_on_device(view: Tensor, rows: Range, cols: Range | None) -> Tensor:
     """The same with torch alone, where the tensor is: int64 scalar."""
-    lines, columns = places(rows, cols)
+    lines, columns = as_matrix(rows, cols)
     row, col = (torch.from_numpy(n.view("int64")).to(view.device) for n in (row_numbers(lines), col_numbers(columns)))
     bits = view.detach().view(torch.int16 if view.element_size() == 2 else torch.int32).view(len(row), len(col))
     mask, total = 2 ** (8 * view.element_size()) - 1, torch.zeros((), dtype=torch.int64, device=view.device)

@@ -1,4 +1,4 @@
-"""A copy of a rank's state in host memory that another process can read, from which an asynchronous save is written.
+"""A copy of a rank's state in host memory that another process can read, and writes in the background.
 
 ::
 

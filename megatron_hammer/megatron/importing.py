@@ -49,7 +49,7 @@ from megatron_hammer.megatron.layout import (
     tensor_place,
 )
 from megatron_hammer.megatron.legacy import LegacySource
-from megatron_hammer.megatron.resuming import STATE_KINDS, resumable
+from megatron_hammer.megatron.resuming import KINDS_THERE, resumable
 from megatron_hammer.model.parameters import logical_shapes
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
@@ -166,7 +166,7 @@ def import_megatron(
     if resumed is not None:
         slices = [
             piece
-            for kind, theirs in STATE_KINDS.items()
+            for kind, theirs in KINDS_THERE.items()
             for piece in _slices(resumed.source.of_optimizer(theirs), model, kind)
         ]
     cut = f"{padded - rows} padding rows of {padded} are cut off"

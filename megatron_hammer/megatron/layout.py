@@ -89,9 +89,7 @@ def model_of(args: Mapping[str, Any], vocab_size: int, where: str) -> ModelConfi
             what = f"{where}: args.{name}={str(value)[:80]}"
             raise CheckpointError(32, what, rule, "convert a Llama-like model without it")
     heads = _count(args, "num_attention_heads", where)
-    eps = (
-        "layernorm_epsilon" if "norm_epsilon" not in args else "norm_epsilon"
-    )  # the first until 2023, and from 2026 on
+    eps = "norm_epsilon" if "norm_epsilon" in args else "layernorm_epsilon"  # the latter until 2023, and since 2026
     grouped = bool(args.get("group_query_attention"))
     every, qkv = bool(args.get("add_bias_linear")), bool(args.get("add_qkv_bias"))
     scaling = None

@@ -23,7 +23,7 @@ from megatron_hammer.config import Config, ModelConfig, OptimizerConfig, config_
 from megatron_hammer.megatron.distributed import FULLY_RESHARDABLE, DistributedSource
 from megatron_hammer.megatron.legacy import LegacySource
 
-STATE_KINDS = {"weight": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+KINDS_THERE = {"weight": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 """Our kinds of tensors, and theirs."""
 _DEEPEST = 10  # of what common.pt says of the optimizer, where the steps lie: four
 _STYLES = {"cosine": "cosine", "linear": "linear", "constant": "constant"}

@@ -29,7 +29,7 @@ SpecialIds = tuple[int | None, int | None, int | None, int | None]
 
 
 class Tokenizer(ABC):
-    """A tokenizer of either kind. ``load_tokenizer`` makes one."""
+    """A tokenizer of any kind. ``load_tokenizer`` makes one."""
 
     kind: ClassVar[str]
     path: Path
