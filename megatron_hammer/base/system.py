@@ -4,7 +4,7 @@
 
     purpose                      Linux                        macOS, and any other POSIX system
     cores of this process        sched_getaffinity            all cores of the machine
-    what is written is durable   fsync, fdatasync             F_FULLFSYNC: fsync stops at the disk's own cache there
+    what is written is durable   fsync                        F_FULLFSYNC: fsync stops at the disk's own cache there
     past the page cache          O_DIRECT                     F_NOCACHE
     memory of several processes  memfd_create                 an unlinked file in the folder for temporary ones
     a process's state, parents   /proc                        ps
@@ -110,11 +110,6 @@ def begin_to_write_out(descriptor: int, first: int, count: int) -> None:
     """Have the system begin to write a range of a file to the disk, and let it go from memory; a wish."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, first, count, os.POSIX_FADV_DONTNEED)
-
-
-def write_out(descriptor: int) -> None:
-    """Write what a file holds to the disk, not its times; for what ``sync`` makes durable in the end."""
-    os.fdatasync(descriptor) if hasattr(os, "fdatasync") else os.fsync(descriptor)
 
 
 def set_direct(descriptor: int, wanted: bool = True) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import struct
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +29,7 @@ from megatron_hammer.base.files import (
 )
 from megatron_hammer.base.locks import open_alone
 from megatron_hammer.base.reading import open_unbuffered
-from megatron_hammer.base.system import write_out
+from megatron_hammer.base.system import begin_to_write_out
 from megatron_hammer.dataset.format import (
     BLOCK_BYTES,
     CODES,
@@ -48,7 +47,7 @@ from megatron_hammer.dataset.format import (
 from megatron_hammer.dataset.reader import IndexedDataset
 
 _CHUNK = 1 << 20  # entries of the index written or copied at once
-_SYNC_BYTES = 32 << 20  # of tokens written between two syncs: a tenth of a second's work for this disk
+_BYTES_AT_ONCE = 32 << 20  # of tokens that the system is asked to write out together
 
 
 class IndexedWriter:
@@ -78,7 +77,7 @@ class IndexedWriter:
     ) -> None:
         self.prefix = Path(prefix)
         self.vocab_size = vocab_size
-        self._blocks, self._background = _BlockHasher(), _BackgroundSync()
+        self._blocks = _BlockHasher()
         self.dtype = dtype_for(vocab_size) if dtype is None else np.dtype(dtype).newbyteorder("<")
         assert self.dtype in CODES, f"{self.dtype} is not one of the format's types"
         self.tokenizer, self.options = tokenizer, dict(options or {})
@@ -87,6 +86,7 @@ class IndexedWriter:
         self.num_tokens = self.num_sequences = self.num_documents = 0
         self._max_token_id, self._min_token_id = -1, 0
         self._tokens_of_parts = 0  # that no length stands for yet
+        self._bytes_waiting = 0  # of tokens, that the system was not asked to write out yet
         self._published = False
         self.keep_temporaries = False
         """Whether the temporaries stay when the ``with`` block ends with an exception: for ``resume``."""
@@ -131,7 +131,6 @@ class IndexedWriter:
             error = failure
             raise
         finally:
-            self._background.finish()
             for file in (self._bin, self._documents):
                 close_after(file, error)
             if not self._published and not self.keep_temporaries:  # once published, the names may be another writer's
@@ -184,10 +183,16 @@ class IndexedWriter:
     def _add_tokens(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         self._check_ids(tokens, lengths)
         data = np.ascontiguousarray(tokens, self.dtype).data.cast("B") if len(tokens) else b""
-        self._blocks.update(data)
-        self._background.grows(self._bin, len(data))
-        self._bin.write(data)
+        self._write_tokens(data)
         self.num_tokens += len(tokens)
+
+    def _write_tokens(self, data: memoryview | bytes) -> None:
+        self._blocks.update(data)
+        self._bin.write(data)
+        self._bytes_waiting += len(data)
+        if self._bytes_waiting >= _BYTES_AT_ONCE:  # so that the sync in the end has little left to do
+            begin_to_write_out(self._bin.fileno(), self._bin.tell() - self._bytes_waiting, self._bytes_waiting)
+            self._bytes_waiting = 0
 
     def append(self, dataset: IndexedDataset) -> None:
         """Append all documents of a dataset of the same token type, its bytes as they are; memory stays flat.
@@ -208,9 +213,7 @@ class IndexedWriter:
                     raise DataError(38, str(dataset.bin_path), "became shorter while it was read", REMAKE)
                 if not known:
                     self._check_ids(np.frombuffer(buffer[:wanted], self.dtype), np.array([wanted]))
-                self._blocks.update(buffer[:wanted])
-                self._background.grows(self._bin, wanted)
-                self._bin.write(buffer[:wanted])
+                self._write_tokens(buffer[:wanted])
         for first in range(0, dataset.num_sequences, _CHUNK):
             self._idx.write(dataset.lengths[first : first + _CHUNK].data.cast("B"))
             dataset.forget()
@@ -246,7 +249,6 @@ class IndexedWriter:
         """Make all that was added durable; plain values with which another writer goes on from here."""
         for file, suffix in ((self._bin, ".bin.tmp"), (self._idx, ".idx.tmp"), (self._documents, ".documents.tmp")):
             make_durable(file, path_of(self.prefix, suffix))
-        self._background.check()
         return {
             "dtype": self.dtype.name,
             "documents": self.num_documents,
@@ -297,7 +299,6 @@ class IndexedWriter:
         self._idx.write(MAGIC + struct.pack("<QBQQ", *counts))
         for file, suffix in ((self._bin, ".bin.tmp"), (self._idx, ".idx.tmp")):
             make_durable(file, path_of(self.prefix, suffix))
-        self._background.check()
         self._write_header()
 
         idx = path_of(self.prefix, ".idx")
@@ -376,39 +377,6 @@ class _BlockHasher:
         file.seek(whole * BLOCK_BYTES)
         self.update(file.read())
         return self.finish() == hashes
-
-
-class _BackgroundSync:
-    """Writes a file's pages to the disk while more are made, so that the sync in the end has little left to do."""
-
-    def __init__(self) -> None:
-        self._written = 0
-        self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
-
-    def grows(self, file: IO[bytes], count: int) -> None:
-        """So many bytes are written next; those before them may be due."""
-        self._written += count
-        if self._written >= _SYNC_BYTES and (self._thread is None or not self._thread.is_alive()):
-            self._written = 0
-            self._thread = threading.Thread(target=self._sync, args=(file.fileno(),))
-            self._thread.start()
-
-    def _sync(self, descriptor: int) -> None:
-        try:
-            write_out(descriptor)
-        except OSError as error:  # the system tells a failed write once: it must not be lost here
-            self._error = error
-
-    def finish(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-
-    def check(self) -> None:
-        """Raise what went wrong."""
-        self.finish()
-        if self._error is not None:
-            raise self._error
 
 
 def _in_use(path: Path) -> DataError:

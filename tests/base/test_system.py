@@ -186,7 +186,7 @@ def _without(patch: pytest.MonkeyPatch, module: ModuleType, *names: str) -> None
 
 def test_files_and_memory_without_linux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
-    _without(monkeypatch, os, "memfd_create", "posix_fallocate", "posix_fadvise", "fdatasync", "O_DIRECT", "preadv")
+    _without(monkeypatch, os, "memfd_create", "posix_fallocate", "posix_fadvise", "O_DIRECT", "preadv")
     _without(monkeypatch, mmap, "MAP_POPULATE")
     monkeypatch.setattr(os, "fsync", synced.append)
     descriptor = system.shared_memory_file("hammer test")
@@ -197,7 +197,7 @@ def test_files_and_memory_without_linux(tmp_path: Path, monkeypatch: pytest.Monk
     assert system.read_at(descriptor, memoryview(room), 1) == 8 and room[:2] == b"bc"
     assert not system.set_direct(descriptor) and system.open_direct(descriptor) is None
     system.begin_to_write_out(descriptor, 0, 10)
-    system.write_out(descriptor)
+    system.sync(descriptor)
     assert synced == [descriptor]
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)

@@ -133,6 +133,17 @@ def test_many_chunks(tmp_path, monkeypatch):
     assert list(dataset.header.block_hashes) == [xxhash.xxh3_128_hexdigest(block) for block in blocks]
     assert dataset.header.idx_hash == xxhash.xxh3_128_hexdigest((tmp_path / "d.idx").read_bytes())
 
+    monkeypatch.setattr(writer_module, "_BYTES_AT_ONCE", 40)  # the system is asked to write out part by part
+    parts: list[tuple[int, int]] = []
+    monkeypatch.setattr(writer_module, "begin_to_write_out", lambda _, first, count: parts.append((first, count)))
+    with IndexedWriter(tmp_path / "e", 50_000) as writer:
+        for document in documents:
+            writer.add(np.array(document, np.int64), np.array([len(document)]))
+    assert (tmp_path / "e.bin").read_bytes() == content
+    ends = np.cumsum([count for _, count in parts]).tolist()
+    assert [first for first, _ in parts] == [0, *ends[:-1]] and len(content) - 40 < ends[-1] <= len(content)
+    assert all(40 <= count < 40 + 2 * lengths.max() for _, count in parts)
+
 
 def test_header_round_trip(golden):
     text = files(golden)[".meta.json"].decode()

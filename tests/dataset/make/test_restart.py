@@ -29,7 +29,7 @@ from tests.dataset.built import build_datasets, memory_path  # noqa: F401  its n
 REPOSITORY = Path(__file__).parents[3]
 KILLED = 9
 SHARD_BYTES = 4000
-_DURABLE = ("replace", "unlink", "fsync", "fdatasync", "ftruncate", "rename")
+_DURABLE = ("replace", "unlink", "fsync", "ftruncate", "rename")
 
 
 @pytest.fixture
