@@ -43,13 +43,13 @@ def load_tokenizer(
             ``.tiktoken``, E313 JSON that is no tokenizer.
     """
     path = find_file(Path(path))
-    if is_tiktoken(path):
-        return TiktokenTokenizer(path, tiktoken_pattern, special_tokens)
     try:
         if tiktoken_pattern or special_tokens:
             raise _has_its_own(path, tiktoken_pattern)
         return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError) as error:  # neither takes a vocabulary of tiktoken, whatever its name
+        if is_tiktoken(path):
+            return TiktokenTokenizer(path, tiktoken_pattern, special_tokens)
         raise _something_else(path) or error from None
 
 
