@@ -21,7 +21,7 @@ from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.files import (
     StaleState,
     close_after,
-    hash_file,
+    hash_content,
     make_durable,
     open_existing,
     open_new,
@@ -327,7 +327,8 @@ class IndexedWriter:
 
     def _write_header(self) -> None:
         block_hashes = tuple(self._blocks.finish())
-        idx_hash = hash_file(path_of(self.prefix, ".idx.tmp"))
+        self._idx.seek(0)
+        idx_hash = hash_content(self._idx)
         header = DatasetHeader(
             dtype=self.dtype.name,
             sequences=self.num_sequences,
