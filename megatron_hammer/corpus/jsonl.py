@@ -50,10 +50,10 @@ def too_long(path: Path, line_number: int, offset: int) -> DataError:
     )  # fmt: skip
 
 
-def damaged(path: Path, line_number: int, offset: int, error: Exception) -> DataError:
+def damaged(path: Path, line_number: int, offset: int, how: str) -> DataError:
     """E309: a compressed file is damaged; ``line_number`` is the first line that could not be read."""
     return DataError(
-        9, line_place(path, line_number, offset), f"could not be decompressed ({error})", "fetch or compress it again"
+        9, line_place(path, line_number, offset), f"could not be decompressed ({how})", "fetch or compress it again"
     )
 
 

@@ -29,7 +29,7 @@ from megatron_hammer.base.progress import say
 from megatron_hammer.base.reading import open_regular
 from megatron_hammer.corpus import file_blocks, jsonl, parquet
 from megatron_hammer.corpus.file_blocks import START, Block, FileRange, Position
-from megatron_hammer.corpus.stream import StreamDamage, is_compressed, no_such_file, open_stream
+from megatron_hammer.corpus.stream import SourceStream, StreamDamage, is_compressed, no_such_file, open_stream
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown")
 TEXT_DOCUMENTS = ("file", "line", "blank-line")
@@ -230,8 +230,8 @@ def read_range(
     if kind == "parquet":
         yield from parquet.read_parquet(path, file_range, keys, resume, lenient)
         return
-    cutter = _Cutter(path, file_range, kind, lenient)
-    with cutter.stream:
+    with open_stream(path) as stream:
+        cutter = _Cutter(stream, path, file_range, kind, lenient)
         if resume is not None:
             yield cutter.skip_to(resume)
         while not cutter.finished:
@@ -241,9 +241,8 @@ def read_range(
 class _Cutter:
     """Cuts a stream of bytes into blocks behind a separator."""
 
-    def __init__(self, path: Path, file_range: FileRange, kind: str, lenient: bool) -> None:
-        self.path, self.file_range, self.kind, self.lenient = path, file_range, kind, lenient
-        self.stream = open_stream(path)
+    def __init__(self, stream: SourceStream, path: Path, file_range: FileRange, kind: str, lenient: bool) -> None:
+        self.stream, self.path, self.file_range, self.kind, self.lenient = stream, path, file_range, kind, lenient
         self.finished = False
         self._place = file_range.start
         self._content = xxhash.xxh3_128()
@@ -251,6 +250,7 @@ class _Cutter:
         self._rest = b""  # read, and not in a block yet
         self._read = file_range.start.offset  # uncompressed bytes read
         self._raw_counted = 0
+        self._damage: str | None = None  # how the file is damaged, behind what is read
         self._trouble: tuple[DataError, Position] | None = None
         if file_range.start.offset:
             assert not is_compressed(path), f"{path}: only plain files are cut"
@@ -260,12 +260,9 @@ class _Cutter:
         """Read what lies before a place; an empty block."""
         buffer = memoryview(bytearray(file_blocks.BLOCK_BYTES))
         while self._read < place.offset:
-            try:
-                count = self._fill(buffer[: min(file_blocks.BLOCK_BYTES, place.offset - self._read)])
-            except StreamDamage:
-                break  # the hash will not be the one that is expected
+            count = self._fill(buffer[: min(file_blocks.BLOCK_BYTES, place.offset - self._read)])
             if count == 0:
-                break
+                break  # the hash will not be the one that is expected
             self._content.update(buffer[:count])
         self._place = place
         return self._block(b"")
@@ -277,9 +274,8 @@ class _Cutter:
         while True:
             searched = len(buffer) if len(buffer) >= file_blocks.BLOCK_BYTES else 0  # no separator up to here
             at_end = self._extend(buffer)
-            if self._trouble is not None:
-                self.finished = True
-                return self._cut(buffer, self._trouble[1].offset - self._place.offset)
+            if self._damage is not None:
+                return self._end_before_damage(buffer, self._damage)
             # A long document goes into a block of its own; else as many as there are.
             if searched:
                 cut = self._first_separator(buffer, searched) or (len(buffer) if at_end else 0)
@@ -307,34 +303,29 @@ class _Cutter:
         filled = len(buffer)
         size = file_blocks.BLOCK_BYTES
         buffer.extend(bytes(size - filled if filled < size else size))
-        at_end = False
-        damage: StreamDamage | None = None
         with memoryview(buffer) as view:
-            while filled < len(view):
-                try:
-                    count = self._fill(view[filled:])
-                except StreamDamage as error:
-                    damage = StreamDamage(str(error))  # the one that was raised holds the view by its traceback
-                    break
-                if count == 0:
-                    at_end = True
-                    break
+            while count := self._fill(view[filled:]):
                 filled += count
+            at_end = filled < len(view)
         del buffer[filled:]
-        if damage is not None:
-            self._note_damage(buffer, damage)
         return at_end
 
-    def _note_damage(self, buffer: bytearray, damage: StreamDamage) -> None:
-        """What stands between the last separator and the damage is a piece of a document."""
+    def _end_before_damage(self, buffer: bytearray, damage: str) -> Block:
+        """The last block: what stands between the last separator and the damage is a piece of a document."""
         cut = self._last_separator(buffer)
         place = Position(self._place.offset + cut, self._place.line + buffer.count(b"\n", 0, cut))
         self._trouble = jsonl.damaged(self.path, place.line, place.offset, damage), place
+        self.finished = True
+        return self._cut(buffer, cut)
 
     def _fill(self, view: memoryview) -> int:
+        """Read on; the count, 0 where nothing follows in the range, or nothing before a damage."""
         if self.file_range.end is not None:
             view = view[: max(self.file_range.end - self._read, 0)]
-        count = self.stream.readinto(view) if len(view) else 0
+        try:
+            count = self.stream.readinto(view) if len(view) else 0
+        except StreamDamage as damage:
+            self._damage, count = str(damage), 0
         self._read += count
         return count
 
@@ -389,7 +380,7 @@ class _Cutter:
         start = self._place
         trouble = jsonl.too_long(self.path, start.line, start.offset), start
         size = 0
-        while self.lenient and self._trouble is None:
+        while self.lenient and self._damage is None:
             end = self._first_separator(buffer, 0) or len(buffer)
             with memoryview(buffer) as view:
                 self._content.update(view[:end])
@@ -399,7 +390,7 @@ class _Cutter:
                 break
             buffer = bytearray()
             at_end = self._extend(buffer)
-        self.finished = not self.lenient or self._trouble is not None or (at_end and not self._rest)
+        self.finished = not self.lenient or self._damage is not None or (at_end and not self._rest)
         self._place, self._trouble = Position(start.offset + size, start.line + 1), trouble
         block = self._block(b"")
         block.start, block.text_bytes = start, size
