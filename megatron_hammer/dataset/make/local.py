@@ -28,7 +28,7 @@ from megatron_hammer.corpus.readers import read_range
 from megatron_hammer.corpus.stream import check_unchanged
 from megatron_hammer.dataset.make.encoding import encode_blocks
 from megatron_hammer.dataset.make.job import SHARD_BYTES, Job
-from megatron_hammer.dataset.make.journal import input_changed
+from megatron_hammer.dataset.make.journal import input_changed, other_command
 from megatron_hammer.dataset.make.output import BuildSummary, DatasetOutput, check_numbers
 
 
@@ -46,7 +46,7 @@ def build_datasets(
         job: what ``prepare_job`` returns.
         workers: threads that parse and encode; the result does not depend on it.
         shard_bytes: of text between two journals.
-        restart: drop the journal that an interrupted run left, instead of going on from it.
+        restart: drop what an interrupted run left, its journal or a cluster's parts, instead of going on from it.
         stop: setting it ends the work soon, with a journal.
 
     Raises:
@@ -56,13 +56,11 @@ def build_datasets(
         Stopped: ``stop`` was set.
     """
     check_numbers(workers, shard_bytes)
-    output = DatasetOutput(job, output_prefix, shard_bytes, workers)
-    if restart:
-        output.open_new()
-        shutil.rmtree(output.parts_path, ignore_errors=True)
-    else:
-        output.open()
+    output = DatasetOutput(job, output_prefix, shard_bytes, workers, restart)
+    if output.parts_path.exists() and not restart:
+        raise other_command(output.parts_path, "engine ray, now local")
     with output:
+        shutil.rmtree(output.parts_path, ignore_errors=True)  # only now: the lock is ours
         total = sum(identity["bytes"] for identity in job.identities)
         with (
             Progress(" ".join(job.keys), total, done=output.journal.raw_bytes, note=output.describe_rates) as progress,

@@ -34,7 +34,7 @@ from megatron_hammer.corpus.readers import TEXT_DOCUMENTS
 from megatron_hammer.dataset.format import SourceRecord, TokenizerRecord, dtype_for
 from megatron_hammer.dataset.make.encoding import EncodedBlock, marks_of
 from megatron_hammer.dataset.make.job import Job
-from megatron_hammer.dataset.make.journal import Journal, Tally, check_journal, load_journal, other_command
+from megatron_hammer.dataset.make.journal import Journal, Tally, check_journal, load_journal
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.tokenizer.interface import Tokenizer
 
@@ -124,15 +124,16 @@ def _write_long(job: Job, text: str | LongText, writer: IndexedWriter, threads: 
 
 
 class DatasetOutput(AbstractContextManager["DatasetOutput"]):
-    """The files of one job. Its ``with`` block, after ``open``, publishes them or keeps what a journal stands for.
+    """The files of one job: a ``with`` block opens them, and publishes them or keeps what a journal stands for.
 
     Args:
         shard_bytes: of text between two journals.
         workers: threads that encode a document too long to be held.
+        restart: begin with nothing, instead of going on from the journal of an interrupted run.
     """
 
-    def __init__(self, job: Job, output_prefix: str | Path, shard_bytes: int, workers: int) -> None:
-        self.job, self.shard_bytes, self.workers = job, shard_bytes, workers
+    def __init__(self, job: Job, output_prefix: str | Path, shard_bytes: int, workers: int, restart: bool) -> None:
+        self.job, self.shard_bytes, self.workers, self.restart = job, shard_bytes, workers, restart
         self.prefixes = {key: Path(f"{output_prefix}_{key}_document") for key in job.keys}
         base = self.prefixes[job.keys[0]]
         self.journal_path = Path(f"{base}.journal.json")
@@ -158,32 +159,27 @@ class DatasetOutput(AbstractContextManager["DatasetOutput"]):
 
     # ---- begin ----
 
-    def open(self) -> None:
-        """Go on from the journal of an interrupted run, or begin where there is none."""
-        if self.parts_path.exists():
-            raise other_command(self.parts_path, "engine ray, now local")
-        if self.journal_path.exists() and (found := load_journal(self.journal_path)) is not None:
-            self._go_on(found)
-        else:
-            self.open_new()
+    def __enter__(self) -> DatasetOutput:
+        found = None if self.restart or not self.journal_path.exists() else load_journal(self.journal_path)
+        if found is None or not self._goes_on(found):
+            self._open_files(None)
+            self._remove_journal()  # only now: the lock is ours
+        return self
 
-    def open_new(self) -> None:
-        """Begin with nothing."""
-        self._open_files(None)
-        self._remove_journal()  # only now: the lock is ours
-
-    def _go_on(self, found: Journal) -> None:
+    def _goes_on(self, found: Journal) -> bool:
+        """Whether the files are open where a journal says; False where they are not those that it speaks of."""
         check_journal(self.journal_path, found, self.journal)
         found.files, found.on_error = self.journal.files, self.journal.on_error
         try:
             self._open_files(found)
         except StaleState as reason:
             say(f"{self.journal_path}: {reason}: beginning again")
-            return self.open_new()
+            return False
         self.journal, self._kept, self._text_bytes_kept = found, True, found.text_bytes
         self._started -= found.seconds
         self._done_before = found.text_bytes, self._num_tokens()
         say(f"going on from {self.journal_path}: {found.text_bytes / 1e6:,.0f} MB of text are done")
+        return True
 
     def _open_files(self, journal: Journal | None) -> None:
         """Open everything for writing, anew or behind what a journal states."""

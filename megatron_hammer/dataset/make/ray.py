@@ -106,19 +106,17 @@ def build_datasets_on_ray(
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise DataError(77, str(path), "is no regular file, and the nodes of a cluster could not all read it",
                             "write it to a file, or use --engine local")  # fmt: skip
-    output = DatasetOutput(job, output_prefix, shard_bytes, task_workers)
+    output = DatasetOutput(job, output_prefix, shard_bytes, task_workers, restart=True)  # its journal is never saved
     if not restart and load_journal(output.journal_path) is not None:
         raise other_command(output.journal_path, "engine local, now ray")
     most_tasks = None if workers is None or address is None else max(workers // task_workers, 1)
     parts = Parts(output.parts_path.absolute(), job.on_error)
-    with _connected(ray, address, workers), parts:
-        output.open_new()
-        with output:
-            parts.begin(restart)
-            plan = plan_tasks(job, parts.folder, shard_bytes, task_workers)
-            with _Flight(ray, job, plan, parts, task_workers, most_tasks, stop) as flight:
-                _join(job, output, parts, plan, flight)
-            output.check_complete()
+    with _connected(ray, address, workers), parts, output:
+        parts.begin(restart)
+        plan = plan_tasks(job, parts.folder, shard_bytes, task_workers)
+        with _Flight(ray, job, plan, parts, task_workers, most_tasks, stop) as flight:
+            _join(job, output, parts, plan, flight)
+        output.check_complete()
     encoder = "; ".join(sorted(flight.encoders)) or job.tokenizer.encoder
     return [replace(summary, encoder=encoder) for summary in output.summaries()]
 
