@@ -121,7 +121,8 @@ def show_stats(args: argparse.Namespace) -> None:
 
 
 def show_documents(args: argparse.Namespace) -> None:
-    from megatron_hammer.dataset.look.inspect import SHOWN_TOKENS, describe_document, format_document, load_matching
+    from megatron_hammer.dataset.look.inspect import SHOWN_TOKENS, describe_document, format_document
+    from megatron_hammer.dataset.look.matching import load_matching
     from megatron_hammer.dataset.reader import IndexedDataset
     from megatron_hammer.tokenizer.spelling import Speller
 
@@ -164,7 +165,7 @@ def verify(args: argparse.Namespace) -> None:
 def find_text(args: argparse.Namespace) -> None:
     from megatron_hammer.base.progress import Progress
     from megatron_hammer.dataset.look.find import TextSearch, describe_match, format_match
-    from megatron_hammer.dataset.look.inspect import load_matching
+    from megatron_hammer.dataset.look.matching import load_matching
     from megatron_hammer.dataset.reader import IndexedDataset
     from megatron_hammer.tokenizer.spelling import Speller
 

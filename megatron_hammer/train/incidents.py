@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.config import Config
-from megatron_hammer.dataset.look.inspect import document_source
+from megatron_hammer.dataset.look.places import document_source
 from megatron_hammer.model.llama import Model, stages_of
 from megatron_hammer.optim.optimizer import Optimizer
 from megatron_hammer.parallel.agreement import gather_values

@@ -17,7 +17,7 @@ import xxhash
 
 from megatron_hammer.base.errors import ConfigError, RefusedError
 from megatron_hammer.corpus.documents import read_texts
-from megatron_hammer.dataset.look.inspect import document_starts
+from megatron_hammer.dataset.look.places import document_starts
 from megatron_hammer.dataset.look.verify_report import EXAMPLES, Report
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.tokenizer.interface import Tokenizer

@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hammer.base.errors import ConfigError, DataError, RefusedError
+from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.tables import align
 from megatron_hammer.corpus.documents import read_batches
 from megatron_hammer.corpus.readers import expand_inputs
 from megatron_hammer.dataset.format import path_of
+from megatron_hammer.dataset.look.matching import check_matching
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.tokenizer.interface import Tokenizer
 from megatron_hammer.tokenizer.load import load_tokenizer
@@ -172,10 +173,7 @@ def _count_dataset(
     empty = int(np.count_nonzero(np.diff(dataset.document_indices) == 0))
     text_bytes = None
     if tokenizer is not None:
-        if record is not None and record.fingerprint != tokenizer.fingerprint:
-            raise RefusedError(10, f"{dataset.prefix}: the tokenizer that made it, {record},",
-                               f"is not the one given, {tokenizer.path} of {tokenizer.vocab_size:,} ids",
-                               "give the tokenizer of this dataset, or none")  # fmt: skip
+        check_matching(dataset, tokenizer)
         text_bytes = _bytes_of_ids(dataset, tokenizer, progress)
     return SourceCount(name, dataset.num_documents - empty, dataset.num_documents, text_bytes, dataset.num_tokens)
 

@@ -21,7 +21,7 @@ import numpy as np
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.dataset.format import BLOCK_BYTES
-from megatron_hammer.dataset.look.inspect import TokenMap, document_of_token, document_source, document_starts
+from megatron_hammer.dataset.look.places import TokenMap, document_of_token, document_source, document_starts
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.tokenizer.spelling import Speller
 

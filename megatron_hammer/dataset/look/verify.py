@@ -35,9 +35,9 @@ from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.reading import open_regular
 from megatron_hammer.dataset.format import BLOCK_BYTES, DatasetHeader, path_of, read_header
 from megatron_hammer.dataset.look.contamination import HeldOutSearch, read_held_out
-from megatron_hammer.dataset.look.inspect import (
+from megatron_hammer.dataset.look.matching import check_matching
+from megatron_hammer.dataset.look.places import (
     TokenMap,
-    check_matching,
     document_of_token,
     document_spans,
     document_starts,

@@ -12,18 +12,16 @@ import numpy as np
 import pytest
 
 from megatron_hammer.base.errors import ConfigError, RefusedError
-from megatron_hammer.dataset.look import inspect
+from megatron_hammer.dataset.look import inspect, places
 from megatron_hammer.dataset.look.inspect import (
     describe_dataset,
     describe_document,
     describe_lengths,
-    document_of_token,
-    document_spans,
-    document_starts,
     format_document,
     format_stats,
-    load_matching,
 )
+from megatron_hammer.dataset.look.matching import load_matching
+from megatron_hammer.dataset.look.places import document_of_token, document_spans, document_starts
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.dataset.writer import IndexedWriter
 from megatron_hammer.tokenizer.spelling import Speller
@@ -68,7 +66,7 @@ def test_where_documents_lie(tmp_path):
 def test_lengths_are_exact(tmp_path, monkeypatch, counted):
     """As NumPy sees them all at once; with few counted one by one and few documents at a time too."""
     monkeypatch.setattr(inspect, "_COUNTED_LENGTH", counted)
-    monkeypatch.setattr(inspect.iterate_starts, "__defaults__", (7,))
+    monkeypatch.setattr(places.iterate_starts, "__defaults__", (7,))
     lengths = write_sequences(tmp_path / "d")
     found = describe_lengths(IndexedDataset(tmp_path / "d"))
     assert found["mean"] == pytest.approx(lengths.mean()) and found["empty"] == (lengths == 0).sum()
