@@ -28,10 +28,9 @@ import xxhash
 from megatron_hammer.base.errors import ConfigError, DataError
 from megatron_hammer.base.files import dump_names, make_durable, open_new, publish, replace_file, sha256_file
 from megatron_hammer.base.progress import Progress
-from megatron_hammer.corpus import jsonl
 from megatron_hammer.corpus.arguments import OnError
 from megatron_hammer.corpus.file_blocks import START, Block, FileRange, Position
-from megatron_hammer.corpus.parse import RejectedDocument, note_of, parse_block
+from megatron_hammer.corpus.parse import RejectedDocument, judge_lines, judge_rows, note_of, parse_block
 from megatron_hammer.corpus.quarantine import RejectedFile
 from megatron_hammer.corpus.readers import DEFAULT_TEXT_DOCUMENTS, expand_inputs, read_range
 
@@ -109,7 +108,7 @@ class Skipped:
 
 
 def ignore(rejected: RejectedDocument) -> None:
-    """For another reading of the same documents."""
+    """An ``OnBad`` that does nothing: for one of two readings of the same documents, of which the other counts."""
 
 
 class TextCorpus:
@@ -241,22 +240,14 @@ def _note(block: Block, path: Path, progress: Progress | None, hashes: dict[Path
 
 
 def _objects(block: Block, path: Path, key: str, bad: _Bad) -> Iterator[Document]:
-    offset = block.start.offset
     lines = block.data.split(b"\n")
     if not lines[-1]:
         lines.pop()
-    for number, line in enumerate(lines, block.start.line):
-        try:
-            fields, exact = jsonl.parse_line(line)
-            (text,) = jsonl.texts_of(fields, [key], exact)
-        except (ValueError, jsonl.UnusableText):
-            error = jsonl.diagnose_line(path, number, offset, line, key)
-            if error.number == 9:
-                raise error from None  # the whole file is something else than its name says
-            bad(error, Position(offset, number), line)
+    for place, line, fields, found in judge_lines(block, path, [key], lines):
+        if isinstance(found, DataError):
+            bad(found, place, line)
         else:
-            yield Document(text, fields, bytes(line), f"{path}:{number}", Position(offset, number))
-        offset += len(line) + 1
+            yield Document(found[0], fields, bytes(line), f"{path}:{place.line}", place)
 
 
 def _texts(block: Block, path: Path, key: str, bad: _Bad) -> Iterator[Document]:
@@ -274,22 +265,11 @@ def _texts(block: Block, path: Path, key: str, bad: _Bad) -> Iterator[Document]:
 def _rows(block: Block, path: Path, key: str, names: Sequence[str], bad: _Bad) -> Iterator[Document]:
     if block.data is None:
         return
-    for row in range(block.data.num_rows):
-        place = Position(block.start.offset + row, block.start.line + row)
-        where = f"{path}:{place.line}"
-        try:
-            fields = {name: block.data.column(name)[row].as_py() for name in names}
-        except UnicodeDecodeError as error:
-            bad(
-                DataError(3, where, f"is not valid UTF-8 at byte {error.start}", "convert the text to UTF-8"),
-                place,
-                None,
-            )
-            continue
-        if fields[key] is None:
-            bad(DataError(7, where, f"has null under {key!r}", "the text must be a string"), place, None)
+    for place, fields, error in judge_rows(block, path, names, [key]):
+        if error is not None:
+            bad(error, place, None)
         else:
-            yield Document(fields[key], fields, b"", where)
+            yield Document(fields[key], fields, b"", f"{path}:{place.line}", place)
 
 
 class LineWriter:

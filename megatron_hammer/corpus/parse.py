@@ -2,7 +2,8 @@
 
 ``parse_block`` is a pure function of the block, so several threads can parse several blocks. It parses all lines of a
 block at once, which is fast. Only where one of them is refused does it look at each line by itself, and ``jsonl.py``
-says what is wrong with it. A document of many megabytes is taken in pieces (``long.py``).
+says what is wrong with it. A document of many megabytes is taken in pieces (``long.py``). ``judge_lines`` and
+``judge_rows`` are for those who want all fields of each document (``documents.py``).
 """
 
 from __future__ import annotations
@@ -186,9 +187,29 @@ def _parse_line_by_line(
 ) -> Parsed:
     """The same result as ``_parse_lines``, for a block with a bad line: each line is parsed by itself."""
     parsed = Parsed([[] for _ in keys])
+    for place, line, _, found in judge_lines(block, path, keys, lines):
+        if not isinstance(found, DataError):
+            for column, text in zip(parsed.texts, found):
+                column.append(text)
+        elif strict:
+            raise found
+        else:
+            parsed.rejected.append(note_of(found, place, line))
+    return parsed
+
+
+def judge_lines(
+    block: Block, path: Path, keys: Sequence[str], lines: Sequence[bytes | bytearray]
+) -> Iterator[tuple[Position, bytes | bytearray, Any, list[str] | DataError]]:
+    """(place, line, its value, the texts under the keys or what is wrong with it) of each line of a block.
+
+    Raises:
+        DataError: E309 at the first line: the whole file is something else than its name says.
+    """
     offset = block.start.offset
     for number, line in enumerate(lines, block.start.line):
         key = keys[0]
+        found: list[str] | DataError
         try:
             if not line:
                 raise jsonl.UnusableText(key)  # ten times as fast as the parser's own error
@@ -197,15 +218,11 @@ def _parse_line_by_line(
         except (ValueError, jsonl.UnusableText) as unusable:
             value = None  # it goes before the line is parsed once more
             key = unusable.key if isinstance(unusable, jsonl.UnusableText) else key
-            error = jsonl.diagnose_line(path, number, offset, line, key)
-            if strict or error.number == 9:
-                raise error from None
-            parsed.rejected.append(note_of(error, Position(offset, number), line))
-        else:
-            for column, text in zip(parsed.texts, found):
-                column.append(text)
+            found = jsonl.diagnose_line(path, number, offset, line, key)
+        if isinstance(found, DataError) and found.number == 9:
+            raise found
+        yield Position(offset, number), line, value, found
         offset += len(line) + 1
-    return parsed
 
 
 def _parse_text(block: Block, path: Path, num_keys: int, strict: bool) -> Parsed:
@@ -266,26 +283,38 @@ def _parse_rows(block: Block, path: Path, keys: Sequence[str], strict: bool) -> 
     if columns and not any(None in column for column in columns):
         return Parsed(columns)
     parsed = Parsed([[] for _ in keys])
-    for row in range(block.data.num_rows):
-        place = Position(block.start.offset + row, block.start.line + row)
-        where = f"{path}:{place.line}"
-        found: list[str] = []
-        error: DataError | None = None
-        for key in keys:
-            try:
-                value = block.data.column(block.data.schema.get_field_index(key))[row].as_py()
-            except UnicodeDecodeError as wrong:
-                error = error or DataError(3, where, f"is not valid UTF-8 at byte {wrong.start} of {key!r}",
-                                           "convert the text to UTF-8")  # fmt: skip
-                continue
-            if value is None:
-                error = error or DataError(7, where, f"has null under {key!r}", "the text must be a string")
-            found.append(value)
+    for place, fields, error in judge_rows(block, path, keys, keys):
         if error is None:
-            for column, text in zip(parsed.texts, found):
-                column.append(text)
+            for column, key in zip(parsed.texts, keys):
+                column.append(fields[key])
         elif strict:
             raise error
         else:
             parsed.rejected.append(note_of(error, place, None))
     return parsed
+
+
+def judge_rows(
+    block: Block, path: Path, names: Sequence[str], keys: Sequence[str]
+) -> Iterator[tuple[Position, dict[str, Any], DataError | None]]:
+    """(place, value by column, what is wrong) of each row of a parquet block.
+
+    Args:
+        names: of the columns.
+        keys: those of them that must hold a text.
+    """
+    columns = {name: block.data.column(block.data.schema.get_field_index(name)) for name in names}
+    for row in range(block.data.num_rows):
+        place = Position(block.start.offset + row, block.start.line + row)
+        where, fields = f"{path}:{place.line}", dict[str, Any]()
+        error: DataError | None = None
+        for name, column in columns.items():
+            try:
+                fields[name] = column[row].as_py()
+            except UnicodeDecodeError as wrong:
+                error = error or DataError(3, where, f"is not valid UTF-8 at byte {wrong.start} of {name!r}",
+                                           "convert the text to UTF-8")  # fmt: skip
+                continue
+            if fields[name] is None and name in keys:
+                error = error or DataError(7, where, f"has null under {name!r}", "the text must be a string")
+        yield place, fields, error
