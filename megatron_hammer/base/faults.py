@@ -11,7 +11,7 @@ Where the variable is not set, as in every real run, nothing happens.
 
 Phases of a save, in order: ``stage`` (the staging folder is there), ``write`` (before the first byte of a rank's
 file), ``fsync`` (all its bytes are written), ``manifest``, ``rename`` (all is durable under its temporary name),
-``after-rename``, and ``prune`` of the process that writes in the background. Linux; needs no torch.
+``after-rename``, and ``prune`` of the process that writes in the background. Needs no torch.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ temporary file. A folder is made in the same way (``staged_folder``), under one 
 The system's own error names no file where an open file cannot grow. Files that ``open_new`` and ``open_existing`` open
 add their name to such an error; ``writing`` adds it for a block of code that writes in another way.
 
-Linux; no torch.
+No torch.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ tokenizers, datasets, indices). It is not followed to a file of a checkpoint, of
 output, since it could lead out of the folder. The folders themselves may be links everywhere. A file that is refused
 raises ``UnfitFile``, an ``OSError`` with a remedy; the reader reports it like any file that cannot be read.
 
-Linux; no torch.
+No torch.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from megatron_hammer.base.characters import TYPOGRAPHIC_QUOTES, in_ascii, is_num
 from megatron_hammer.base.paths import unusable_remedy
 from megatron_hammer.config.presets import PRESETS
 
-TEXT_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", ".gz", ".zst", ".csv", ".md", ".docx", ".pdf")
-DATASET_SUFFIXES = (".bin", ".idx", ".meta.json")
+_TEXT_ENDINGS = (".jsonl", ".json", ".txt", ".parquet", ".gz", ".zst", ".csv", ".md", ".docx", ".pdf")
+_DATASET_ENDINGS = (".bin", ".idx", ".meta.json")
 
 OTHER_NAMES = {  # last part of a name, without - and _ -> our setting, or one of its values
     "learningrate": "optimizer.lr",
@@ -354,11 +354,11 @@ def _folder_remedy(folder: Path) -> str:
 def foreign_remedy(path: str, tree: object) -> str:
     """What to name in place of a file that is no config, or an empty string."""
     name = Path(path).name
-    if name.endswith(DATASET_SUFFIXES):
+    if name.endswith(_DATASET_ENDINGS):
         return "it is a part of a dataset: name the config first, then data.train=PREFIX"
     if isinstance(tree, dict) and "architectures" in tree:
         return "it is the config of a Hugging Face model: tools/hf_to_checkpoint.py makes a checkpoint of it, and ours"
-    if name.lower().endswith(TEXT_SUFFIXES):
+    if name.lower().endswith(_TEXT_ENDINGS):
         return "it is no config: name a YAML file first, then settings: CONFIG.yaml group.field=value"
     return ""
 

@@ -39,7 +39,7 @@ class StreamDamage(Exception):
 def check_file(path: Path) -> None:
     """Refuse a path that is not a file: E301."""
     if path.is_dir():
-        raise DataError(1, str(path), "is a folder, not a JSON lines file", "name the files in it")
+        raise DataError(1, str(path), "is a folder, not a file", "name the files in it")
     if not path.exists():
         raise no_such_file(path)
     if not path.is_file() and not is_own_pipe(path):
