@@ -42,7 +42,7 @@ HEADER_FORMAT = "megatron_hammer indexed dataset"
 HEADER_VERSION = 2
 _OLD_HEADER_VERSIONS = (1,)  # sources without tokens, hash and rejected; still read
 MAX_HEADER_BYTES = 16 << 20  # hashes of 20 TB, or 50,000 sources
-BLOCK_BYTES = 64 << 20  # of .bin under one checksum: small enough to name the damaged place, 16 hashes a gigabyte
+HASH_BLOCK_BYTES = 64 << 20  # of .bin under one checksum: small enough to name the damaged place, 16 hashes a gigabyte
 _SAMPLED_BLOCKS, _SAMPLED_BYTES = 16, 64 << 10
 
 REMAKE = "prepare this dataset again, or copy all its files again"

@@ -31,9 +31,9 @@ from megatron_hammer.base.locks import open_alone
 from megatron_hammer.base.reading import open_unbuffered
 from megatron_hammer.base.system import begin_to_write_out
 from megatron_hammer.dataset.format import (
-    BLOCK_BYTES,
     CODES,
     FIRST_LENGTH,
+    HASH_BLOCK_BYTES,
     MAGIC,
     REMAKE,
     VERSION,
@@ -336,7 +336,7 @@ class IndexedWriter:
             tokens=self.num_tokens,
             bin_bytes=self.num_tokens * self.dtype.itemsize,
             idx_hash=idx_hash,
-            block_bytes=BLOCK_BYTES,
+            block_bytes=HASH_BLOCK_BYTES,
             block_hashes=block_hashes,
             fingerprint=fingerprint_of(idx_hash, path_of(self.prefix, ".bin.tmp")),
             max_token_id=self._max_token_id if self._max_token_id >= 0 and self._min_token_id >= 0 else None,
@@ -351,7 +351,7 @@ class IndexedWriter:
 
 
 class _BlockHasher:
-    """XXH3-128 of each BLOCK_BYTES of a stream."""
+    """XXH3-128 of each HASH_BLOCK_BYTES of a stream."""
 
     def __init__(self) -> None:
         self._hash, self._filled, self._done = xxhash.xxh3_128(), 0, []  # type: ignore[var-annotated]
@@ -359,11 +359,11 @@ class _BlockHasher:
     def update(self, data: memoryview | bytes) -> None:
         rest = memoryview(data)
         while len(rest):
-            taken = rest[: BLOCK_BYTES - self._filled]
+            taken = rest[: HASH_BLOCK_BYTES - self._filled]
             self._hash.update(taken)
             self._filled += len(taken)
             rest = rest[len(taken) :]
-            if self._filled == BLOCK_BYTES:
+            if self._filled == HASH_BLOCK_BYTES:
                 self._done.append(self._hash.hexdigest())
                 self._hash, self._filled = xxhash.xxh3_128(), 0
 
@@ -373,9 +373,9 @@ class _BlockHasher:
     def resume(self, file: IO[bytes], hashes: list[str]) -> bool:
         """Go on behind the content of a file, of which the last block is read; whether that has the hash it should."""
         size = os.fstat(file.fileno()).st_size
-        whole = size // BLOCK_BYTES
+        whole = size // HASH_BLOCK_BYTES
         self._done = list(hashes[:whole])
-        file.seek(whole * BLOCK_BYTES)
+        file.seek(whole * HASH_BLOCK_BYTES)
         self.update(file.read())
         return self.finish() == hashes
 

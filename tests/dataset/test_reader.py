@@ -121,7 +121,7 @@ def test_an_empty_dataset_can_be_read(tmp_path):
 def test_many_chunks(tmp_path, monkeypatch):
     for module in (reader, writer_module):
         monkeypatch.setattr(module, "_CHUNK", 7)  # pointers, checks and copies in several rounds
-    monkeypatch.setattr(writer_module, "BLOCK_BYTES", 50)
+    monkeypatch.setattr(writer_module, "HASH_BLOCK_BYTES", 50)
     lengths = np.random.default_rng(0).integers(0, 9, 100)
     documents = write_dataset(tmp_path / "d", lengths)
     dataset = IndexedDataset(tmp_path / "d")

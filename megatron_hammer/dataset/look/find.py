@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_hammer.base.errors import ConfigError
 from megatron_hammer.base.progress import Progress
-from megatron_hammer.dataset.format import BLOCK_BYTES
+from megatron_hammer.dataset.format import HASH_BLOCK_BYTES
 from megatron_hammer.dataset.look.places import TokenMap, document_of_token, document_source, document_starts
 from megatron_hammer.dataset.reader import IndexedDataset
 from megatron_hammer.tokenizer.spelling import Speller
@@ -91,7 +91,7 @@ class TextSearch:
     def matches(self, dataset: IndexedDataset, progress: Progress | None = None) -> Iterator[Match]:
         """All places, in order; several that begin in the same token count once."""
         tokens = TokenMap(dataset)
-        for _, first, block in tokens.blocks(BLOCK_BYTES):
+        for _, first, block in tokens.blocks(HASH_BLOCK_BYTES):
             for start in range(first, first + len(block), _TOKENS_AT_ONCE):
                 end = min(start + _TOKENS_AT_ONCE, first + len(block))
                 for place in self._candidates(tokens.all[start : end + 1])[: end - start].nonzero()[0].tolist():

@@ -33,7 +33,7 @@ from megatron_hammer.base.errors import DataError
 from megatron_hammer.base.files import hash_file, writing
 from megatron_hammer.base.progress import Progress
 from megatron_hammer.base.reading import open_regular
-from megatron_hammer.dataset.format import BLOCK_BYTES, DatasetHeader, path_of, read_header
+from megatron_hammer.dataset.format import HASH_BLOCK_BYTES, DatasetHeader, path_of, read_header
 from megatron_hammer.dataset.look.contamination import HeldOutSearch, read_held_out
 from megatron_hammer.dataset.look.matching import check_matching
 from megatron_hammer.dataset.look.places import (
@@ -115,7 +115,7 @@ def verify_dataset(
         characters = None if tokenizer is None else ScriptCounts(tokenizer)
         hashes = _block_hashes(dataset.header, report)
         with Progress(f"verifying {dataset.bin_path}", dataset.num_tokens * dataset.dtype.itemsize) as progress:
-            for block, first, part in tokens.blocks(BLOCK_BYTES):
+            for block, first, part in tokens.blocks(HASH_BLOCK_BYTES):
                 if hashes is not None and xxhash.xxh3_128(part.data).hexdigest() != hashes[block]:
                     report.problems.append(_damaged(dataset, block, first, first + len(part)))
                 counts = ids.add(first, part)
@@ -181,13 +181,13 @@ def _check_unreadable(prefix: Path, report: Report) -> None:
         return
     with open_regular(path_of(prefix, ".bin")) as file:
         for block, expected in enumerate(hashes):
-            first = block * BLOCK_BYTES
-            content = file.read(min(BLOCK_BYTES, header.bin_bytes - first))
+            first = block * HASH_BLOCK_BYTES
+            content = file.read(min(HASH_BLOCK_BYTES, header.bin_bytes - first))
             if xxhash.xxh3_128(content).hexdigest() != expected:
                 missing = "" if len(content) else ", which are missing"
                 report.problems.append(
                     f"{path_of(prefix, '.bin')}: block {block} (bytes {first:,} to "
-                    f"{min(first + BLOCK_BYTES, header.bin_bytes):,}{missing}) has changed since it was written"
+                    f"{min(first + HASH_BLOCK_BYTES, header.bin_bytes):,}{missing}) has changed since it was written"
                 )
         if file.read(1):
             report.problems.append(f"{path_of(prefix, '.bin')} goes on after the {header.bin_bytes:,} bytes written")
@@ -197,7 +197,7 @@ def _block_hashes(header: DatasetHeader | None, report: Report) -> tuple[str, ..
     """The checksums of the blocks of .bin, or None where there are none to use."""
     if header is None:
         return None
-    if header.block_bytes != BLOCK_BYTES or len(header.block_hashes) != -(-header.bin_bytes // BLOCK_BYTES):
+    if header.block_bytes != HASH_BLOCK_BYTES or len(header.block_hashes) != -(-header.bin_bytes // HASH_BLOCK_BYTES):
         report.problems.append(
             f"{counted(len(header.block_hashes), 'checksum')} of blocks of {header.block_bytes:,} bytes in the header "
             f"do not fit a .bin of {header.bin_bytes:,} bytes"

@@ -42,7 +42,7 @@ def places(documents, content, wanted):
 def test_every_place_and_no_other(tmp_path, tokenizer, at_once, monkeypatch):  # noqa: F811
     if at_once is not None:
         monkeypatch.setattr(find, "_TOKENS_AT_ONCE", at_once)
-        monkeypatch.setattr(find, "BLOCK_BYTES", 4096)
+        monkeypatch.setattr(find, "HASH_BLOCK_BYTES", 4096)
     texts = [*random_texts(120, seed=5), "", "a" * 300, "ab" * 200, "\U0001f600" * 50]
     documents = write_texts(tmp_path / "d", texts, tokenizer)
     dataset, speller = IndexedDataset(tmp_path / "d"), Speller(tokenizer)

@@ -35,7 +35,7 @@ from tests.dataset.inspected import (  # noqa: F401  the fixtures
 def small_pieces(monkeypatch):
     """Blocks of a page, and few tokens, documents and digests at once: every border is met."""
     for module in (writer_module, verify):
-        monkeypatch.setattr(module, "BLOCK_BYTES", 4096)
+        monkeypatch.setattr(module, "HASH_BLOCK_BYTES", 4096)
     monkeypatch.setattr(verify, "_TOKENS_AT_ONCE", 37)
     monkeypatch.setattr(held_out, "_WINDOWS_AT_ONCE", 41)
     monkeypatch.setattr(script_counts, "_TOKENS_AT_ONCE", 43)

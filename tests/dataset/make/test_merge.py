@@ -30,7 +30,7 @@ def files(prefix, suffixes=(".bin", ".idx")):
 def test_the_result_is_what_one_writer_writes(tmp_path, monkeypatch, chunk):
     for module in (reader, writer_module):
         monkeypatch.setattr(module, "_CHUNK", chunk)  # several rounds
-    monkeypatch.setattr(writer_module, "BLOCK_BYTES", 50)
+    monkeypatch.setattr(writer_module, "HASH_BLOCK_BYTES", 50)
     lengths = [[5, 0, 7], [0], [1, 2, 0], [9]]
     parts = [write_dataset(tmp_path / str(k), part, seed=k) for k, part in enumerate(lengths)]
     with IndexedWriter(tmp_path / "all", 50_000) as writer:
