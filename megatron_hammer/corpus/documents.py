@@ -294,10 +294,10 @@ class LineWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = _HashedFile(self._temporary)
         self._stream: Any = self._file
-        if self.path.suffix == ".gz":
+        if self.path.suffix.lower() == ".gz":
             # Without name and time: the same text gives the same bytes.
             self._stream = gzip.GzipFile("", "wb", 6, self._file, mtime=0)
-        elif self.path.suffix == ".zst":
+        elif self.path.suffix.lower() == ".zst":
             import zstandard
 
             compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)

@@ -145,7 +145,7 @@ def _is_about(path: Path) -> bool:
         (".rejected.jsonl", ".journal.json", ".meta.json", ".split.json")
     ):
         return True
-    if path.suffix != ".json":
+    if path.suffix.lower() != ".json":
         return False
     with open_regular(path) as file:
         return file.read(4096).split(b"\n", 1)[0].strip() == b"{"

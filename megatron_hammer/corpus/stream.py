@@ -56,16 +56,16 @@ def no_such_file(path: Path) -> DataError:
 
 
 def is_compressed(path: Path) -> bool:
-    return path.suffix in (".gz", ".zst")
+    return path.suffix.lower() in (".gz", ".zst")
 
 
 def open_stream(path: Path) -> SourceStream:
-    """The uncompressed bytes of a file, by what its name ends in.
+    """The uncompressed bytes of a file, by what its name ends in, in any case.
 
     Raises:
         DataError: E301 no such file, E309 Zstandard without its library.
     """
-    kind = {".gz": _GzipStream, ".zst": _ZstdStream}.get(path.suffix, SourceStream)
+    kind = {".gz": _GzipStream, ".zst": _ZstdStream}.get(path.suffix.lower(), SourceStream)
     try:
         return kind(path)
     except (FileNotFoundError, IsADirectoryError, UnfitFile):

@@ -23,7 +23,7 @@ def compress(content: bytes, suffix: str, rng: random.Random) -> bytes:
     """As several members or frames."""
     cuts = sorted(rng.choices(range(len(content) + 1), k=2))
     parts = [content[a:b] for a, b in zip([0, *cuts], [*cuts, len(content)])]
-    if suffix == ".gz":
+    if suffix.lower() == ".gz":
         return b"".join(map(gzip.compress, parts)) + b"\0" * 5
     return b"".join(map(zstandard.compress, parts)) if suffix == ".zst" else content
 
@@ -32,7 +32,7 @@ def compress(content: bytes, suffix: str, rng: random.Random) -> bytes:
 @given(
     st.lists(st.integers(0, 200), min_size=1, max_size=30),
     st.integers(1, 300),
-    st.sampled_from(["", ".gz", ".zst"]),
+    st.sampled_from(["", ".gz", ".zst", ".GZ"]),
     st.booleans(),
     st.randoms(use_true_random=False),
 )

@@ -106,7 +106,8 @@ class PartTask:
     @property
     def counts_lines(self) -> bool:
         """Whether line numbers are those of the range, from ``UNKNOWN_LINE``."""
-        return self.file_range.start.line == UNKNOWN_LINE and self.path.suffix != ".parquet"
+        is_parquet = readers.kind_of(self.path, self.text_documents) == "parquet"
+        return self.file_range.start.line == UNKNOWN_LINE and not is_parquet
 
 
 def _digest(identity: dict[str, Any]) -> str:
@@ -160,7 +161,7 @@ def _ranges_of(path: Path, text_documents: str, shard_bytes: int) -> list[FileRa
         ranges = list(readers.plan_ranges([path], text_documents, shard_bytes))
     except HammerError:  # a parquet file that cannot be opened: its task says so, in the order of the documents
         return [FileRange(0)]
-    if path.suffix == ".parquet":
+    if readers.kind_of(path, text_documents) == "parquet":
         return ranges
     unknown = [replace(r, start=Position(r.start.offset, UNKNOWN_LINE)) for r in ranges[1:]]
     return [ranges[0], *unknown]
