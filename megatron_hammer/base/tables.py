@@ -1,4 +1,5 @@
-"""Tables as text: columns as wide as their widest cell, of given widths with cells that wrap, or Markdown."""
+"""Tables as text: columns as wide as their widest cell on a terminal, where a Chinese character takes two columns, of
+given widths with cells that wrap, or Markdown."""
 
 from __future__ import annotations
 
@@ -7,13 +8,16 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from textwrap import wrap
 
+from megatron_hammer.base.terminal import width_of
+
 
 def align(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
     """One line a row, the header being one: columns two spaces apart, the first to the left, others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(width_of, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+    for row in rows:
+        blanks = [" " * (width - width_of(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = [row[0] + blanks[0], *(blank + cell for cell, blank in zip(row[1:], blanks[1:], strict=True))]
         lines.append(indent + "  ".join(cells).rstrip())
     return lines
 

@@ -6,10 +6,11 @@ from megatron_hammer.base.tables import align, align_wrapped
 
 
 def test_first_column_left_others_right() -> None:
-    rows = [["source", "tokens", "share"], ["zh", "1,234", "5 %"], ["a long name", "7", ""]]
+    rows = [["source", "tokens", "share"], ["zh", "1,234", "5 %"], ["中文维基", "7", "1 %"], ["a long name", "7", ""]]
     assert align(rows, indent="> ") == [
         "> source       tokens  share",
         "> zh            1,234    5 %",
+        "> 中文维基          7    1 %",
         "> a long name       7",
     ]
 
