@@ -23,7 +23,9 @@ from megatron_hammer.corpus.sample import sample_corpus
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("inputs", nargs="+", metavar="F.jsonl", help="also .gz, .zst, .parquet; folders, patterns")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="F.jsonl", help="also .gz, .zst, .parquet, .txt; folders, patterns"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the sample")
     parser.add_argument("--train-mb", required=True, type=float, metavar="N")
     parser.add_argument(

@@ -78,7 +78,7 @@ def sample_corpus(
     """Write ``train.jsonl``, ``valid.jsonl`` and ``manifest.json`` into the folder ``output``, texts by their hashes.
 
     Args:
-        inputs: .jsonl (also compressed) or .parquet files, folders or patterns.
+        inputs: files of any kind that ``readers.py`` reads, folders and patterns.
         train_bytes: UTF-8 bytes of text; each part ends with the document that reaches its size.
         valid_bytes: the same; 0 for none.
         key: the field or column that holds the text.
