@@ -196,7 +196,7 @@ def tools_with_a_tokenizer() -> Iterator[Any]:
             yield pytest.param(path.name, id=path.name)
 
 
-@pytest.mark.parametrize("tool", tools_with_a_tokenizer())
+@pytest.mark.parametrize("tool", list(tools_with_a_tokenizer()))
 def test_every_option_says_what_it_takes(tool: str) -> None:
     said = " ".join(run_tool(tool, "--help").split())
-    assert "sentencepiece .model, tokenizer.json or Hugging Face folder" in said
+    assert "sentencepiece .model, tokenizer.json, .tiktoken or a folder with one" in said

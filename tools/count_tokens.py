@@ -33,7 +33,7 @@ def main() -> None:
         "--tokenizer",
         "--tokenizer-model",
         metavar="T",
-        help="sentencepiece .model, tokenizer.json or Hugging Face folder",
+        help="sentencepiece .model, tokenizer.json, .tiktoken or a folder with one",
     )
     add_json_key(parser)
     parser.add_argument("--workers", "--threads", type=int, default=usable_cores(), metavar="N",

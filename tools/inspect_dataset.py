@@ -20,7 +20,7 @@ order: for each sample number of the run, its source, epoch and window, and the 
 plan: tokens, epochs and repeats of each source in the whole run.
 Several answers with --json are one JSON document a line.
 
-A tokenizer is a sentencepiece .model, tokenizer.json or Hugging Face folder.
+A tokenizer is a sentencepiece .model, tokenizer.json, .tiktoken or a folder with one.
 """
 
 from __future__ import annotations

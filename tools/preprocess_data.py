@@ -47,7 +47,8 @@ def parser() -> ArgumentParser:
                         help="fields or columns that hold text; each becomes a dataset (default: text)")  # fmt: skip
     add_text_documents(parser)
     parser.add_argument("--tokenizer-model", "--tokenizer", metavar="PATH",
-                        help="sentencepiece .model, tokenizer.json or Hugging Face folder; required")  # fmt: skip
+                        help="sentencepiece .model, tokenizer.json, .tiktoken or a folder with one; "
+                        "required")  # fmt: skip
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P_KEY_document.{bin,idx,meta.json}")
     parser.add_argument("--append-eod", action="store_true", help="end every document with the tokenizer's eos id")
     parser.add_argument("--prepend-bos", action="store_true", help="begin every document with its bos id")

@@ -315,7 +315,7 @@ class TokenizerConfig:
     """Which tokenizer made the data and goes into the exported model."""
 
     path: Content[str | None] = None
-    """A sentencepiece .model, a tokenizer.json, or a Hugging Face folder."""
+    """A sentencepiece .model, a tokenizer.json, a .tiktoken vocabulary, or a folder that holds one."""
 
 
 @dataclass(frozen=True)

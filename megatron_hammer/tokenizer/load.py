@@ -122,13 +122,13 @@ def _no_tokenizer_in(folder: Path) -> DataError:
         remedy = f"did you mean {below[0]}?"
     elif kind := what_is(folder):
         remedy = f"it is {kind}: name the tokenizer that it was made with"
-    return DataError(11, str(folder), "holds neither tokenizer.model nor tokenizer.json", remedy)
+    return DataError(11, str(folder), "holds neither tokenizer.model nor tokenizer.json, nor one .tiktoken", remedy)
 
 
 def _missing(path: Path) -> DataError:
     if path.with_name(f"{path.name}.idx").is_file():
         return DataError(10, str(path), "is the prefix of a dataset", "name the tokenizer that made it")
-    remedy = "name a sentencepiece .model, a tokenizer.json or a Hugging Face folder"
+    remedy = "name a sentencepiece .model, a tokenizer.json, a .tiktoken vocabulary or a folder that holds one"
     if _HUB_NAME.fullmatch(str(path)) and neighbour_of(path) is None and not unusable_remedy(str(path)):
         remedy += f"; models of the Hub are fetched before: hf download {path} --local-dir {path.name}"
     return DataError(10, str(path), "does not exist", missing_remedy(path, remedy))
